@@ -1,0 +1,5 @@
+"""`python -m gemopt`."""
+
+from gemopt.cli import main
+
+main()

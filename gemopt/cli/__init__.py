@@ -1,0 +1,37 @@
+"""Command line. Exit codes: 0 done, 2 bad input, 3 infeasible, 4 no solution within the limit."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit; bad input prints one line on standard error."""
+    from gemopt.cli import apply, export, profile, solve, trace  # noqa: F401 (commands register themselves)
+    from gemopt.cli.app import app
+    from gemopt.exceptions import GemoptError, InputError
+
+    try:
+        code = app(args=argv, standalone_mode=False, prog_name="gemopt")
+    except InputError as error:
+        sys.exit(_complain(error, 2))
+    except GemoptError as error:
+        sys.exit(_complain(error, 1))
+    except KeyboardInterrupt:
+        sys.exit(_complain("interrupted", 130))
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:  # click's own errors: typer ships a click of its own, which has no public name
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.exit(2)
+        if type(error).__name__ == "Abort":
+            sys.exit(_complain("interrupted", 130))
+        if not hasattr(error, "format_message"):
+            raise
+        sys.exit(_complain(error.format_message(), 2))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"gemopt: {' '.join(str(message).split())}", file=sys.stderr)
+    return code

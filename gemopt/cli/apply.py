@@ -1,0 +1,3 @@
+"""Commands of `gemopt apply`."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Commands of `gemopt export`."""
+
+from __future__ import annotations

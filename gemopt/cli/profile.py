@@ -1,0 +1,3 @@
+"""Commands of `gemopt profile`."""
+
+from __future__ import annotations

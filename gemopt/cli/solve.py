@@ -1,0 +1,3 @@
+"""Commands of `gemopt solve`."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Commands of `gemopt trace`."""
+
+from __future__ import annotations

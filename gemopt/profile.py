@@ -1,0 +1,146 @@
+"""What was measured on each device: latency of its share of a MoE layer against its load; `profile.json`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gemopt.documents import Document
+from gemopt.exceptions import InputError
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Sample(BaseModel):
+    """One measured point: a MoE layer's experts on one device under one load.
+
+    `assignments` rows over all local experts, `active_experts` of them with at least one row (None when it was not
+    controlled), median latency in microseconds, its spread (median absolute deviation) and the repeats behind it.
+    """
+
+    model_config = _STRICT
+
+    assignments: int = Field(ge=0, le=2**31 - 1)
+    active_experts: int | None = Field(default=None, ge=0)
+    latency_us: float = Field(ge=0, le=1e12)
+    spread_us: float | None = Field(default=None, ge=0)
+    repeats: int | None = Field(default=None, ge=1)
+
+
+class Device(BaseModel):
+    """One EP rank's device and its samples. `state` holds what was seen of it: clocks, watts, degrees."""
+
+    model_config = _STRICT
+
+    rank: int = Field(ge=0)
+    name: str = "unknown"
+    uuid: str | None = None
+    node: str | None = None
+    samples: list[Sample] = Field(min_length=1)
+    state: dict[str, str | float | int | None] = Field(default_factory=dict)
+
+    def table(self) -> NDArray[np.float64]:
+        """[samples, 4] assignments, active experts (NaN: unknown), latency_us, spread_us (NaN: unknown)."""
+        nan = float("nan")
+        rows = [
+            (
+                s.assignments,
+                nan if s.active_experts is None else s.active_experts,
+                s.latency_us,
+                nan if s.spread_us is None else s.spread_us,
+            )
+            for s in self.samples
+        ]
+        return np.array(rows, dtype=np.float64)
+
+
+class MoeShape(BaseModel):
+    """The measured layer: sizes, experts of the network and on a rank, experts per token, weights of one expert."""
+
+    model_config = _STRICT
+
+    name: str | None = None
+    hidden_size: int | None = Field(default=None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
+    num_experts: int | None = Field(default=None, ge=1)
+    num_local_experts: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
+    dtype: str | None = None
+    expert_bytes: int | None = Field(default=None, ge=1)
+
+
+class Profile(Document):
+    """Measured latency of every device of an expert-parallel group.
+
+    Attributes
+    ----------
+    devices
+        One per rank, ranks 0..G-1.
+    model
+        Shape of the measured layer.
+    kernel
+        Kernel that was measured, e.g. `triton fused_moe`.
+    mode
+        `alone`, `together` (all ranks at once, as in production), `replay` or `table`.
+    software
+        Versions, by package.
+    source
+        Where the numbers come from and under which licence, when they are somebody else's.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    devices: list[Device] = Field(min_length=1)
+    model: MoeShape = Field(default_factory=MoeShape)
+    kernel: str | None = None
+    mode: str | None = None
+    software: dict[str, str] = Field(default_factory=dict)
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Profile:
+        ranks = [device.rank for device in self.devices]
+        if sorted(ranks) != list(range(len(ranks))):
+            raise InputError("Profile.devices.rank", ranks, f"each of 0 to {len(ranks) - 1} once")
+        if ranks != sorted(ranks):
+            object.__setattr__(self, "devices", sorted(self.devices, key=lambda device: device.rank))
+        uuids = [device.uuid for device in self.devices if device.uuid is not None]
+        if len(set(uuids)) < len(uuids):
+            raise InputError("Profile.devices.uuid", uuids, "every device is measured as one rank only")
+        for device in self.devices:
+            _check_samples(device)
+        return self
+
+    @property
+    def num_ranks(self) -> int:
+        """G, ranks of the expert-parallel group."""
+        return len(self.devices)
+
+    @property
+    def device_uuids(self) -> list[str | None]:
+        """Device of each rank."""
+        return [device.uuid for device in self.devices]
+
+
+def _check_samples(device: Device) -> None:
+    field = f"Profile.devices[rank {device.rank}].samples"
+    known = [sample.active_experts is not None for sample in device.samples]
+    if any(known) and not all(known):
+        raise InputError(field, "active_experts on some samples only", "all samples of a device or none")
+    for sample in device.samples:
+        active = sample.active_experts
+        if active is not None and (active > sample.assignments or (active == 0) != (sample.assignments == 0)):
+            raise InputError(
+                field,
+                f"{active} active experts for {sample.assignments} assignments",
+                "an active expert has at least one assignment",
+            )
+    keys = [(sample.assignments, sample.active_experts) for sample in device.samples]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(
+            field, f"load {twice} measured twice", "one sample per load", "merge them by their median"
+        )

@@ -1,0 +1,1 @@
+"""What a MoE network is to gemopt: find its routers and experts (torch)."""

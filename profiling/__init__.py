@@ -1,0 +1,1 @@
+"""Measure MoE layers on every rank and record routing traces (torch)."""
