@@ -138,9 +138,7 @@ class Document(BaseModel):
         """
         data = read_json(path)
         if not isinstance(data, dict):
-            raise InputError(
-                str(path), type(data).__name__, f"a JSON object holding a {cls.__name__} is needed"
-            )
+            raise InputError(str(path), type(data).__name__, f"a JSON object holding a {cls.__name__} is needed")
         try:
             return cls(**data)
         except InputError as error:
@@ -215,9 +213,7 @@ def _float_matrix(value: object) -> np.ndarray[Any, Any]:
     except (ValueError, TypeError):
         raise InputError("matrix", value, "a rectangular array of numbers is needed") from None
     if array.ndim != 2 or not np.isfinite(array).all():
-        raise InputError(
-            "matrix", f"array of shape {array.shape}", "two dimensions of finite numbers are needed"
-        )
+        raise InputError("matrix", f"array of shape {array.shape}", "two dimensions of finite numbers are needed")
     array.setflags(write=False)
     return array
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from gemopt.exceptions import InputError
 EMPTY = -1
 
 
-class Split(str, Enum):
+class Split(StrEnum):
     """How the assignments of an expert are shared among its copies.
 
     `even`: copy i of r, in slot order, takes `(n + r - 1 - i) // r`. `static`: in proportion to `split_weights`.
@@ -190,9 +190,7 @@ def check_slots(slots_per_rank: NDArray[np.int64], num_experts: int) -> None:
         )
 
 
-def check_row(
-    row: NDArray[np.int64], slots_per_rank: NDArray[np.int64], num_experts: int, *, layer: int
-) -> None:
+def check_row(row: NDArray[np.int64], slots_per_rank: NDArray[np.int64], num_experts: int, *, layer: int) -> None:
     """Refuse a layer that misses an expert, holds an unknown one, or holds one twice on a rank."""
     where = f"physical_to_logical[layer {layer}]"
     bad = row[(row < EMPTY) | (row >= num_experts)]
@@ -206,18 +204,12 @@ def check_row(
     keys, seen = np.unique(ranks[held] * num_experts + row[held], return_counts=True)
     if (seen > 1).any():
         rank, expert = divmod(int(keys[seen > 1][0]), num_experts)
-        raise InputError(
-            where, f"expert {expert} twice on rank {rank}", "at most one copy of an expert per rank"
-        )
+        raise InputError(where, f"expert {expert} twice on rank {rank}", "at most one copy of an expert per rank")
 
 
 def check_layer_ids(layer_ids: Sequence[int], num_layers: int, num_hidden_layers: int | None) -> None:
     """Refuse layer ids that are not increasing, of another number than the layers, or beyond the network."""
-    if (
-        len(layer_ids) != num_layers
-        or list(layer_ids) != sorted(set(layer_ids))
-        or min(layer_ids, default=0) < 0
-    ):
+    if len(layer_ids) != num_layers or list(layer_ids) != sorted(set(layer_ids)) or min(layer_ids, default=0) < 0:
         raise InputError("layer_ids", list(layer_ids), f"{num_layers} increasing layer indices >= 0")
     if num_hidden_layers is not None and layer_ids[-1] >= num_hidden_layers:
         raise InputError("layer_ids", layer_ids[-1], f"below num_hidden_layers = {num_hidden_layers}")

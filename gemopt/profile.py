@@ -141,6 +141,4 @@ def _check_samples(device: Device) -> None:
     keys = [(sample.assignments, sample.active_experts) for sample in device.samples]
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise InputError(
-            field, f"load {twice} measured twice", "one sample per load", "merge them by their median"
-        )
+        raise InputError(field, f"load {twice} measured twice", "one sample per load", "merge them by their median")

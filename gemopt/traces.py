@@ -108,29 +108,21 @@ class Traces:
                 continue
             array = integer_array(value, name=f"Traces.{name}", ndim=1)
             if array.shape != (self.num_steps,):
-                raise InputError(
-                    f"Traces.{name}", f"shape {array.shape}", f"one per step, ({self.num_steps},)"
-                )
+                raise InputError(f"Traces.{name}", f"shape {array.shape}", f"one per step, ({self.num_steps},)")
             if array.size and (array.min() < low or array.max() > high):
                 raise InputError(f"Traces.{name}", int(array.max()), f"values from {low} to {high}")
             object.__setattr__(self, name, array)
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
-            raise InputError(
-                "Traces.top_k", self.top_k, f"from 1 to the number of experts, {self.num_experts}"
-            )
+            raise InputError("Traces.top_k", self.top_k, f"from 1 to the number of experts, {self.num_experts}")
 
     def _check_tokens(self) -> None:
         if self.tokens is None:
             return
         ids, steps = self.tokens.ids, self.tokens.step_of_token
         if ids.ndim != 3 or ids.shape[1] != self.num_layers or ids.dtype.kind not in "iu":
-            raise InputError(
-                "Traces.ids", f"{ids.dtype} {ids.shape}", f"integers [tokens, {self.num_layers}, K]"
-            )
+            raise InputError("Traces.ids", f"{ids.dtype} {ids.shape}", f"integers [tokens, {self.num_layers}, K]")
         if ids.size and (int(ids.max()) >= self.num_experts or int(ids.min()) < -1):
-            raise InputError(
-                "Traces.ids", int(ids.max()), f"experts 0 to {self.num_experts - 1}, -1 for none"
-            )
+            raise InputError("Traces.ids", int(ids.max()), f"experts 0 to {self.num_experts - 1}, -1 for none")
         for name in ("step_of_token", "source_rank", "token_ids", "request"):
             array = getattr(self.tokens, name)
             if array is not None and (array.shape != (len(ids),) or array.dtype.kind not in "iu"):
@@ -142,9 +134,7 @@ class Traces:
         experts = self.num_experts
         for name, layers in (("pair_counts", self.num_layers), ("transitions", self.num_layers - 1)):
             array = getattr(self, name)
-            if array is not None and (
-                array.shape != (layers, experts, experts) or array.dtype.kind not in "iu"
-            ):
+            if array is not None and (array.shape != (layers, experts, experts) or array.dtype.kind not in "iu"):
                 raise InputError(
                     f"Traces.{name}",
                     f"{array.dtype} {array.shape}",
@@ -199,15 +189,11 @@ class Traces:
         mask = np.ones(self.num_steps, dtype=bool)
         if task is not None:
             if self.task is None or task not in self.task_names:
-                raise InputError(
-                    "task", task, f"tasks of these traces: {', '.join(self.task_names) or 'none'}"
-                )
+                raise InputError("task", task, f"tasks of these traces: {', '.join(self.task_names) or 'none'}")
             mask &= self.task == self.task_names.index(task)
         if phase is not None:
             if self.phase is None:
-                raise InputError(
-                    "phase", phase.name.lower(), "these traces do not record the phase of a step"
-                )
+                raise InputError("phase", phase.name.lower(), "these traces do not record the phase of a step")
             mask &= self.phase == phase
         return self.steps(mask)
 
@@ -217,9 +203,7 @@ class Traces:
             raise InputError("holdout", holdout, "a share strictly between 0 and 1", "for example 0.5")
         cut = self.num_steps - round(self.num_steps * holdout)
         if not 0 < cut < self.num_steps:
-            raise InputError(
-                "holdout", holdout, f"{self.num_steps} steps cannot be split so", "give more steps"
-            )
+            raise InputError("holdout", holdout, f"{self.num_steps} steps cannot be split so", "give more steps")
         return self.steps(slice(0, cut)), self.steps(slice(cut, None))
 
     def windows(self, length: int) -> list[Traces]:
@@ -245,9 +229,7 @@ class Traces:
 
     def _chosen(self, what: str) -> list[NDArray[np.float32]]:
         if self.tokens is None:
-            raise InputError(
-                "Traces.ids", None, f"{what} need the token-level record", "trace with token ids"
-            )
+            raise InputError("Traces.ids", None, f"{what} need the token-level record", "trace with token ids")
         return [one_hot(self.tokens.ids[:, layer], self.num_experts) for layer in range(self.num_layers)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -314,14 +296,10 @@ def numbered_files(folder: Path) -> list[Path]:
     """The complete parts of a trace folder in order; files still being written are hidden and skipped."""
     parts = sorted(folder.glob("[0-9]*.safetensors"))
     if not parts:
-        raise InputError(
-            str(folder), "no numbered .safetensors file", "a trace folder holds 000000.safetensors, ..."
-        )
+        raise InputError(str(folder), "no numbered .safetensors file", "a trace folder holds 000000.safetensors, ...")
     for number, part in enumerate(parts):
         if not part.stem.isdigit() or int(part.stem) != number:
-            raise InputError(
-                str(folder), part.name, f"part {number:06d}.safetensors is missing", "restore it"
-            )
+            raise InputError(str(folder), part.name, f"part {number:06d}.safetensors is missing", "restore it")
     return parts
 
 
@@ -340,9 +318,7 @@ def concatenate(parts: Sequence[Traces]) -> Traces:
         joined["phase"] = np.concatenate([part.phase for part in parts if part.phase is not None])
     if all(part.task is not None for part in parts):
         maps = [np.array([*(names.index(n) for n in part.task_names), -1]) for part in parts]
-        joined["task"] = np.concatenate(
-            [m[p.task] for m, p in zip(maps, parts, strict=True) if p.task is not None]
-        )
+        joined["task"] = np.concatenate([m[p.task] for m, p in zip(maps, parts, strict=True) if p.task is not None])
     for name in ("pair_counts", "transitions"):
         arrays = [getattr(part, name) for part in parts]
         joined[name] = None if any(a is None for a in arrays) else np.sum(arrays, axis=0, dtype=np.int64)
@@ -399,9 +375,7 @@ def from_tokens(
         With the token-level record kept.
     """
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or not len(ids):
-        raise InputError(
-            "ids", f"{ids.dtype} {ids.shape}", "integers [tokens, layers, K], at least one token"
-        )
+        raise InputError("ids", f"{ids.dtype} {ids.shape}", "integers [tokens, layers, K], at least one token")
     starts = integer_array(request_starts, name="request_starts", ndim=1)
     bounds = np.append(starts, len(ids)) if not len(starts) or starts[-1] != len(ids) else starts
     lengths = np.diff(bounds)
@@ -413,9 +387,7 @@ def from_tokens(
         raise InputError("phase", "mixed", "prefill or decode")
     if request_tasks is not None and len(request_tasks) != len(lengths):
         raise InputError("request_tasks", len(request_tasks), f"one per request, {len(lengths)}")
-    first_step = (_decode_steps if phase is Phase.DECODE else _prefill_steps)(
-        lengths, batch_size, prefill_tokens
-    )
+    first_step = (_decode_steps if phase is Phase.DECODE else _prefill_steps)(lengths, batch_size, prefill_tokens)
     request = np.repeat(np.arange(len(lengths)), lengths)
     step = first_step[request]
     if phase is Phase.DECODE:
@@ -476,9 +448,7 @@ def count_assignments(ids: IntArray, step: IntArray, num_steps: int, num_experts
     for layer in range(ids.shape[1]):
         experts = ids[:, layer].astype(np.int64)
         keys = (step[:, None] * num_experts + experts)[experts >= 0]
-        counts[:, layer] = np.bincount(keys, minlength=num_steps * num_experts).reshape(
-            num_steps, num_experts
-        )
+        counts[:, layer] = np.bincount(keys, minlength=num_steps * num_experts).reshape(num_steps, num_experts)
     return counts
 
 
@@ -494,9 +464,7 @@ def _counts(value: object) -> IntArray:
     if array.min() < 0:
         raise InputError("Traces.counts", int(array.min()), limit)
     if int(array.max()) > COUNT_LIMIT or int(array.sum(axis=2, dtype=np.float64).max()) > COUNT_LIMIT:
-        raise InputError(
-            "Traces.counts", int(array.max()), f"at most {COUNT_LIMIT} assignments per step and layer"
-        )
+        raise InputError("Traces.counts", int(array.max()), f"at most {COUNT_LIMIT} assignments per step and layer")
     result = np.array(array, dtype=np.int32, order="C")
     result.setflags(write=False)
     return result

@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a fresh machine needs.
+PYTHON ?= python3
+BIN := .venv/bin
+export PYTHONSAFEPATH = 1
+
+.PHONY: demo test engines lint typecheck clean
+
+.venv/.core: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[highs,report]'
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev]'
+	touch .venv/.core $@
+
+demo: .venv/.core
+	$(BIN)/python examples/demo.py
+
+test: lint typecheck
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy needs one tree: links to the three source folders.
+typecheck: .venv/.dev
+	rm -rf build/typecheck && mkdir -p build/typecheck
+	cp -rs $(CURDIR)/gemopt build/typecheck/gemopt
+	cp -rs $(CURDIR)/models build/typecheck/gemopt/models
+	cp -rs $(CURDIR)/profiling build/typecheck/gemopt/profiling
+	$(BIN)/mypy build/typecheck/gemopt
+
+engines: .venv/.dev
+	$(BIN)/python -m pytest -m engines
+
+clean:
+	rm -rf build out .pytest_cache .mypy_cache .ruff_cache
