@@ -154,7 +154,7 @@ class Document(BaseModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.model_dump_json() == other.model_dump_json()  # type: ignore[attr-defined]
+        return type(other) is type(self) and self.model_dump_json() == other.model_dump_json()
 
     def __hash__(self) -> int:
         return hash(self.digest())

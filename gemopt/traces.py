@@ -169,7 +169,7 @@ class Traces:
             position = np.full(self.num_steps, -1)
             position[chosen] = np.arange(len(chosen))
             keep = position[self.tokens.step_of_token] >= 0
-            parts = {
+            parts: dict[str, Any] = {
                 name: None if getattr(self.tokens, name) is None else getattr(self.tokens, name)[keep]
                 for name in ("ids", "source_rank", "token_ids", "request")
             }
