@@ -1,0 +1,201 @@
+"""Feasibility and exact objective of any placement, with no solver involved: the single truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.costs import CostModel, fit
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.latency import FloatArray
+from gemopt.placement import EMPTY, Placement, Split, check_row
+from gemopt.problem import Problem
+from gemopt.profile import Profile
+from gemopt.traces import Traces
+
+BLOCK_STEPS = 4096
+
+
+def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[T, P] assignments of each slot: copy i of r, in slot order, takes `(n + r - 1 - i) // r` of its expert's n."""
+    copies_E = np.bincount(row_P[row_P != EMPTY], minlength=counts_TE.shape[1])
+    seen = np.zeros(counts_TE.shape[1], dtype=np.int64)
+    shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
+    for slot, expert in enumerate(row_P):
+        if expert == EMPTY:
+            continue
+        copies, index = copies_E[expert], seen[expert]
+        seen[expert] += 1
+        counts_T = counts_TE[:, expert]
+        shares_TP[:, slot] = counts_T if copies == 1 else (counts_T + copies - 1 - index) // copies
+    return shares_TP
+
+
+def static_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64], weights_P: FloatArray) -> NDArray[np.int64]:
+    """[T, P] assignments of each slot in proportion to its weight; copies take rounded cumulative parts in slot order."""
+    taken_E = np.zeros(counts_TE.shape[1])
+    shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
+    last = {int(expert): slot for slot, expert in enumerate(row_P) if expert != EMPTY}
+    for slot, expert in enumerate(row_P):
+        if expert == EMPTY:
+            continue
+        counts_T = counts_TE[:, expert]
+        before = taken_E[expert]
+        taken_E[expert] = 1.0 if slot == last[int(expert)] else min(1.0, before + weights_P[slot])
+        upper, lower = np.floor(counts_T * taken_E[expert] + 0.5), np.floor(counts_T * before + 0.5)
+        shares_TP[:, slot] = (upper - lower).astype(np.int64)
+    return shares_TP
+
+
+def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> FloatArray:
+    """[T, G, F] summed features of every rank, exact whole numbers."""
+    if weights_P is None:
+        shares_TP = even_shares(problem.counts_TE, row_P)
+    else:
+        shares_TP = static_shares(problem.counts_TE, row_P, weights_P)
+    owner_PG = np.zeros((problem.num_slots, problem.num_ranks))
+    owner_PG[np.arange(problem.num_slots), problem.rank_of_slot] = 1.0
+    sums = [feature.of(shares_TP).astype(np.float64) @ owner_PG for feature in problem.features]
+    return np.ascontiguousarray(np.stack(sums, axis=2))
+
+
+def rank_times(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> FloatArray:
+    """[T, G] latency in microseconds of every rank at every step under one layer's placement row."""
+    from gemopt.kernels import rank_latencies
+
+    packed = problem.packed
+    arrays = (packed.start, packed.length, packed.slope, packed.num_terms, packed.x, packed.y)
+    return np.asarray(rank_latencies(loads(problem, row_P, weights_P), *arrays))
+
+
+def objective(problem: Problem, row_P: NDArray[np.int64]) -> float:
+    """Weighted sum over the steps of the makespan (slowest rank), in microseconds."""
+    return float((rank_times(problem, row_P).max(axis=1) * problem.weights_T).sum())
+
+
+def check(problem: Problem, row_P: NDArray[np.int64], *, layer: int = 0) -> None:
+    """Raise `InputError` unless the row is feasible: every expert placed, never twice on a rank."""
+    if row_P.shape != (problem.num_slots,):
+        raise InputError("physical_to_logical", f"shape {row_P.shape}", f"{problem.num_slots} slots")
+    check_row(row_P, problem.slots_per_rank, problem.num_experts, layer=layer)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a placement costs on some steps.
+
+    makespan_TL: [T, L] microseconds of the slowest rank. straggler_TL: [T, L] that rank. outside: share of the
+    evaluated rank loads that lie outside the measured range. idle_share: mean share of the makespan that ranks wait.
+    """
+
+    makespan_TL: FloatArray
+    straggler_TL: NDArray[np.int64]
+    outside: float
+    idle_share: float
+
+    @property
+    def objective_us(self) -> float:
+        """Sum over all steps and layers."""
+        return float(self.makespan_TL.sum(axis=0).sum())
+
+    @property
+    def per_layer_us(self) -> FloatArray:
+        """[L] sum over the steps."""
+        return np.asarray(self.makespan_TL.sum(axis=0))
+
+    @property
+    def step_us(self) -> FloatArray:
+        """[T] latency of each step: the sum over its layers."""
+        return np.asarray(self.makespan_TL.sum(axis=1))
+
+    def quantile_us(self, q: float) -> float:
+        """Quantile of the step latency, e.g. 0.99."""
+        return float(np.quantile(self.step_us, q))
+
+
+def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> None:
+    """Refuse a placement, traces and a profile that are not of one network and group of ranks."""
+    if placement.num_experts != traces.num_experts:
+        raise InputError(
+            "Placement.num_experts", placement.num_experts, f"the traces have {traces.num_experts} experts"
+        )
+    if tuple(placement.layer_ids) != traces.layer_ids:
+        raise InputError("Placement.layer_ids", placement.layer_ids, f"the traces have layers {list(traces.layer_ids)}")
+    if placement.num_ranks != num_ranks:
+        raise InputError(
+            "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the profile has {num_ranks} devices"
+        )
+
+
+def evaluate(
+    placement: Placement, profile: Profile | None, traces: Traces, *, cost: CostModel | None = None
+) -> Evaluation:
+    """Score a placement on every step of the traces.
+
+    Parameters
+    ----------
+    profile
+        Measured devices; may be None when `cost` is given.
+    cost
+        A fitted cost model; fitted from the profile when absent.
+
+    Raises
+    ------
+    InputError
+        When placement, traces and devices disagree.
+    UnsupportedError
+        For the `nearest` and `optimal` splits, whose loads depend on more than the counts.
+    """
+    if cost is None:
+        if profile is None:
+            raise InputError("profile", None, "a profile or a fitted cost model is needed")
+        cost = fit(profile)[0]
+    check_agreement(placement, traces, len(cost.latencies))
+    if placement.split not in (Split.EVEN, Split.STATIC) and placement.has_copies:
+        raise UnsupportedError(
+            "Placement.split", placement.split.value, "only even and static shares follow from counts", "use even"
+        )
+    static = placement.split is Split.STATIC and placement.split_weights is not None
+    makespans, stragglers, outside, idle = [], [], [], []
+    for layer in range(traces.num_layers):
+        weights_P = placement.split_weights[layer] if static else None
+        times_TG, loads_TGF = _layer_times(placement, traces, cost, layer, weights_P)
+        makespans.append(times_TG.max(axis=1))
+        stragglers.append(times_TG.argmax(axis=1))
+        outside.append(_outside(loads_TGF, cost.measured))
+        idle.append(1 - times_TG.mean() / max(times_TG.max(axis=1).mean(), 1e-300))
+    return Evaluation(
+        makespan_TL=np.stack(makespans, axis=1),
+        straggler_TL=np.stack(stragglers, axis=1),
+        outside=float(np.mean(outside)),
+        idle_share=float(np.mean(idle)),
+    )
+
+
+def _layer_times(
+    placement: Placement, traces: Traces, cost: CostModel, layer: int, weights_P: FloatArray | None
+) -> tuple[FloatArray, FloatArray]:
+    from gemopt.kernels import rank_latencies
+
+    counts_TE = traces.counts[:, layer].astype(np.int64)
+    problem = Problem.make(counts_TE, cost.features, cost.latencies, placement.slots_per_rank)
+    packed = problem.packed
+    loads_TGF = loads(problem, placement.physical_to_logical[layer], weights_P)
+    arrays = (packed.start, packed.length, packed.slope, packed.num_terms, packed.x, packed.y)
+    return np.asarray(rank_latencies(loads_TGF, *arrays)), loads_TGF
+
+
+def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:
+    """Share of busy rank loads with any feature outside the measured range."""
+    with np.errstate(invalid="ignore"):
+        beyond = (loads_TGF < measured[:, :, 0]) | (loads_TGF > measured[:, :, 1])
+    busy = loads_TGF.sum(axis=2) > 0
+    return float(beyond.any(axis=2)[busy].mean()) if busy.any() else 0.0
+
+
+def total_objective(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.int64]]) -> float:
+    """Summed objective of the layers, in microseconds."""
+    return float(sum(objective(problem, row) for problem, row in zip(problems, rows_LP, strict=True)))

@@ -1,0 +1,171 @@
+"""One MoE layer's placement problem: frozen arrays, the only input of every solver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.costs import CostModel
+from gemopt.exceptions import InputError
+from gemopt.latency import Feature, FloatArray, Latency, Packed, pack
+from gemopt.placement import check_slots, default_slots
+from gemopt.traces import Traces
+
+LOAD_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Place E experts into the slots of G ranks so that the summed makespan of T steps is smallest.
+
+    Attributes
+    ----------
+    counts_TE
+        [T, E] int64 assignments of each expert at each step.
+    features
+        F additive features whose sums over a rank its latency depends on.
+    latencies
+        G latencies, one per rank.
+    slots_per_rank
+        [G] slots of each rank; a slot may stay empty; spare slots may hold copies (even split).
+    weights_T
+        [T] weight of each step in the objective; all 1 unless the steps represent others.
+    """
+
+    counts_TE: NDArray[np.int64]
+    features: tuple[Feature, ...]
+    latencies: tuple[Latency, ...]
+    slots_per_rank: NDArray[np.int64]
+    weights_T: FloatArray
+
+    @classmethod
+    def make(
+        cls,
+        counts_TE: object,
+        features: Sequence[Feature],
+        latencies: Sequence[Latency],
+        slots_per_rank: object = None,
+        weights_T: object = None,
+    ) -> Problem:
+        """Validate and freeze.
+
+        Raises
+        ------
+        InputError
+            Negative or non-integral counts, a slot total below the number of experts, or disagreeing shapes.
+        """
+        counts = np.array(counts_TE)
+        if counts.ndim != 2 or not counts.size or counts.dtype.kind not in "iu" or counts.min() < 0:
+            raise InputError("counts_TE", f"{counts.dtype} {counts.shape}", "integers >= 0 [steps, experts], not empty")
+        if counts.sum(axis=1, dtype=np.float64).max() > LOAD_LIMIT:
+            raise InputError("counts_TE", int(counts.max()), f"at most {LOAD_LIMIT} assignments per step")
+        counts = counts.astype(np.int64)
+        if any(latency.num_features != len(features) for latency in latencies):
+            raise InputError("latencies", len(features), "one curve per feature in every term")
+        slots = slot_counts(slots_per_rank, counts.shape[1], len(latencies))
+        weights = np.ones(len(counts)) if weights_T is None else np.array(weights_T, dtype=np.float64)
+        if weights.shape != (len(counts),) or not np.isfinite(weights).all() or (weights < 0).any():
+            raise InputError("weights_T", f"shape {weights.shape}", f"one finite weight >= 0 per step, {len(counts)}")
+        for array in (counts, slots, weights):
+            array.setflags(write=False)
+        return cls(counts, tuple(features), tuple(latencies), slots, weights)
+
+    @property
+    def num_steps(self) -> int:
+        """T, steps."""
+        return int(self.counts_TE.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        """E, logical experts."""
+        return int(self.counts_TE.shape[1])
+
+    @property
+    def num_ranks(self) -> int:
+        """G, ranks."""
+        return len(self.latencies)
+
+    @property
+    def num_slots(self) -> int:
+        """P, slots over all ranks."""
+        return int(self.slots_per_rank.sum())
+
+    @property
+    def spare_slots(self) -> int:
+        """Slots beyond one per expert: room for copies, or left empty."""
+        return self.num_slots - self.num_experts
+
+    @property
+    def equal_slots(self) -> bool:
+        """Whether all ranks have the same number of slots."""
+        return bool((self.slots_per_rank == self.slots_per_rank[0]).all())
+
+    @cached_property
+    def rank_of_slot(self) -> NDArray[np.int64]:
+        """[P] rank of each slot."""
+        return np.repeat(np.arange(self.num_ranks), self.slots_per_rank)
+
+    @cached_property
+    def features_FTE(self) -> NDArray[np.int64]:
+        """[F, T, E] additive features of every expert held once."""
+        features = np.stack([feature.of(self.counts_TE) for feature in self.features]).astype(np.int64)
+        features.setflags(write=False)
+        return features
+
+    @cached_property
+    def packed(self) -> Packed:
+        """The latencies as flat arrays for the compiled kernels."""
+        return pack(self.latencies)
+
+    @cached_property
+    def equal_ranks(self) -> list[list[int]]:
+        """Groups of ranks that have the same latency and slots, so that swapping them changes nothing."""
+        groups: dict[Any, list[int]] = {}
+        for rank, latency in enumerate(self.latencies):
+            curves = tuple((c.x.tobytes(), c.y.tobytes(), c.slope) for term in latency.terms for c in term)
+            groups.setdefault((len(latency.terms), curves, int(self.slots_per_rank[rank])), []).append(rank)
+        return list(groups.values())
+
+    @cached_property
+    def time_factor(self) -> FloatArray:
+        """[G] latency of each rank under its share of the mean load, relative to their mean (larger is slower)."""
+        mean_F = self.features_FTE.sum(axis=2).mean(axis=1) / self.num_ranks
+        busy = np.array([float(latency(list(mean_F))) for latency in self.latencies])
+        idle = np.array([float(latency([0.0] * len(mean_F))) for latency in self.latencies])
+        slope = np.maximum(busy - np.minimum(idle, busy), 0.05 * np.maximum(busy, 1e-12))
+        return np.asarray(slope / slope.mean())
+
+    def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:
+        """The same problem on some of its steps, reweighted when asked."""
+        weights = self.weights_T[steps] if weights_T is None else weights_T
+        chosen = replace(self, counts_TE=self.counts_TE[steps], weights_T=weights)
+        return chosen
+
+
+def slot_counts(slots_per_rank: object, num_experts: int, num_ranks: int) -> NDArray[np.int64]:
+    """[G] slots from None (just enough), one number for every rank, or one number per rank."""
+    if slots_per_rank is None:
+        return default_slots(num_experts, num_ranks)
+    slots = np.array(slots_per_rank)
+    if slots.dtype.kind not in "iu":
+        raise InputError("slots_per_rank", slots_per_rank, "whole numbers")
+    if slots.ndim == 0:
+        slots = np.full(num_ranks, int(slots))
+    if slots.shape != (num_ranks,):
+        raise InputError("slots_per_rank", slots_per_rank, f"one number, or one per rank ({num_ranks})")
+    slots = slots.astype(np.int64)
+    check_slots(slots, num_experts)
+    return slots
+
+
+def problems(cost: CostModel, traces: Traces, slots_per_rank: object = None) -> list[Problem]:
+    """One problem per MoE layer."""
+    return [
+        Problem.make(traces.counts[:, layer], cost.features, cost.latencies, slots_per_rank)
+        for layer in range(traces.num_layers)
+    ]

@@ -1,0 +1,116 @@
+"""What a solver found, what is proven about it, and why it stopped: three separate facts."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gemopt.documents import Document
+from gemopt.placement import Placement
+
+OPTIMALITY_TOLERANCE = 1e-6
+"""A gap at or below this relative size is called optimal: the exact solvers work with tolerances near 1e-7."""
+
+
+class Status(StrEnum):
+    """What is known."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+    UNKNOWN = "unknown"
+
+
+class StoppedBy(StrEnum):
+    """Why the solver stopped."""
+
+    PROOF = "proof"
+    GAP = "gap"
+    TIME_LIMIT = "time_limit"
+    ITERATIONS = "iterations"
+    INTERRUPT = "interrupt"
+
+
+class Incumbent(BaseModel):
+    """A solution met on the way: seconds since the start, objective, and the bound known then."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seconds: float
+    objective_us: float
+    bound_us: float | None = None
+
+
+class LayerResult(BaseModel):
+    """One MoE layer: objective, bound and gap over all steps; `note` says how a bound or placement was reached."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer_id: int
+    status: Status
+    stopped_by: StoppedBy
+    objective_us: float | None
+    bound_us: float | None
+    gap: float | None
+    seconds: float
+    note: str = ""
+
+
+class Result(Document):
+    """Answer of `gemopt.solve`; `result.json`.
+
+    Attributes
+    ----------
+    status, stopped_by
+        What is known; why it stopped.
+    objective_us, bound_us
+        Sum over all given steps and layers, in microseconds; a proven lower bound of it over all placements.
+    gap
+        `(objective_us - bound_us) / objective_us`.
+    placement
+        None when none was found; never an empty stand-in.
+    outside
+        Share of the evaluated loads that lie outside the measured range of the profile.
+    cost, cost_error
+        Cost model, and its cross-validated mean relative error on the profile's own points.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    solver: str
+    status: Status
+    stopped_by: StoppedBy
+    objective_us: float | None
+    bound_us: float | None
+    gap: float | None
+    seconds: float
+    num_steps: int
+    placement: Placement | None
+    history: list[Incumbent] = Field(default_factory=list)
+    per_layer: list[LayerResult] = Field(default_factory=list)
+    outside: float = 0.0
+    cost: str = ""
+    cost_error: float | None = None
+    notes: list[str] = Field(default_factory=list)
+
+    def summary(self) -> str:
+        """Two lines for people."""
+        if self.objective_us is None:
+            return f"{self.solver}: {self.status.value}, stopped by {self.stopped_by.value}, {self.seconds:.2f} s"
+        mean = self.objective_us / self.num_steps
+        proven = "no bound" if self.gap is None else f"at most {100 * self.gap:.2f} % above the optimum"
+        return (
+            f"{self.solver}: {self.status.value}, {mean:.1f} us per step over {len(self.per_layer)} layers, {proven}\n"
+            f"stopped by {self.stopped_by.value} after {self.seconds:.2f} s; cost model {self.cost}"
+        )
+
+
+def relative_gap(objective_us: float | None, bound_us: float | None) -> float | None:
+    """`(objective - bound) / objective`, between 0 and 1; None when either is unknown."""
+    if objective_us is None or bound_us is None:
+        return None
+    if objective_us <= 0:
+        return 0.0
+    return min(1.0, max(0.0, (objective_us - bound_us) / objective_us))

@@ -1,0 +1,108 @@
+"""The protocol every solver follows: one layer's problem, options and a warm start in, an outcome out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import UnsupportedError
+from gemopt.problem import Problem
+from gemopt.result import Incumbent, StoppedBy
+
+Row = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Supports:
+    """What a solver can express or prove; a request beyond it is refused and names a solver that can."""
+
+    spare_slots: bool = True
+    unequal_slots: bool = True
+    proves: bool = False
+    improves: bool = False
+    """Whether more time or a warm start can lead to a better answer."""
+
+
+@dataclass
+class Options:
+    """How long and how hard to search, for one layer.
+
+    `deadline` is on the `time.monotonic` clock. `bound_us` is a valid lower bound known beforehand. `stop` is asked now
+    and then and ends the search with what was found. Same seed, same iterations: same trajectory.
+    """
+
+    deadline: float
+    gap: float = 0.0
+    seed: int = 0
+    threads: int = 1
+    patience: int | None = None
+    """Give up after so many tries in a row without improvement; None: the solver's own default."""
+    bound_us: float = 0.0
+    stop: Callable[[], bool] = field(default=lambda: False)
+
+    def expired(self) -> bool:
+        """Whether the time is over or the user interrupted."""
+        return time.monotonic() >= self.deadline or self.stop()
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, not below 0."""
+        return max(0.0, self.deadline - time.monotonic())
+
+
+@dataclass
+class Outcome:
+    """What a solver found for one layer.
+
+    row: [P] expert of each slot, -1 empty, or None. bound_us: a lower bound valid for all placements on all steps of
+    the problem, or None. history: incumbents with seconds on the `time.monotonic` clock. infeasible: proven.
+    """
+
+    row: Row | None
+    stopped_by: StoppedBy
+    bound_us: float | None = None
+    history: list[Incumbent] = field(default_factory=list)
+    note: str = ""
+    infeasible: bool = False
+
+
+class Solver(Protocol):
+    """One method for one layer."""
+
+    @property
+    def name(self) -> str:
+        """Name on the command line."""
+
+    @property
+    def supports(self) -> Supports:
+        """What it can express and prove."""
+
+    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+        """Place one layer. A warm start is a hint: feasible, and never worsened by solvers that improve."""
+
+
+def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list[str]]) -> None:
+    """Raise `UnsupportedError` when the problem needs what the solver cannot express."""
+    for need, needed in (("spare_slots", problem.spare_slots > 0), ("unequal_slots", not problem.equal_slots)):
+        if needed and not getattr(solver.supports, need):
+            raise UnsupportedError(
+                "slots_per_rank",
+                "/".join(map(str, sorted(set(problem.slots_per_rank.tolist())))),
+                f"{solver.name} cannot use {need.replace('_', ' ')}",
+                f"use {' or '.join(alternatives(need))}",
+            )
+
+
+def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:
+    """An incumbent met now."""
+    return Incumbent(seconds=time.monotonic(), objective_us=objective_us, bound_us=bound_us)
+
+
+def seeded(*parts: Any) -> np.random.Generator:
+    """A generator that depends only on its parts."""
+    return np.random.default_rng([abs(int(part)) for part in parts])
