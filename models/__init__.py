@@ -1,1 +1,41 @@
-"""What a MoE network is to gemopt: find its routers and experts (torch)."""
+"""What a MoE network is to gemopt: find its routers and experts. `families` is plain data; the rest needs torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gemopt.models.families import FAMILIES, Family, TensorRole, family, renamed, tensor_role
+
+if TYPE_CHECKING:
+    from gemopt.models.layers import MoeLayer, describe, find_moe_layers, num_hidden_layers
+    from gemopt.models.tiny_models import tiny
+
+_HOME = {
+    "MoeLayer": "layers",
+    "describe": "layers",
+    "find_moe_layers": "layers",
+    "num_hidden_layers": "layers",
+    "tiny": "tiny_models",
+}
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "MoeLayer",
+    "TensorRole",
+    "describe",
+    "family",
+    "find_moe_layers",
+    "num_hidden_layers",
+    "renamed",
+    "tensor_role",
+    "tiny",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gemopt.models' has no attribute {name!r}")
+    value = getattr(import_module(f"gemopt.models.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,206 @@
+"""Find the MoE layers of a live transformers model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemopt.exceptions import InputError
+from gemopt.models.families import FAMILIES, Family, family
+from gemopt.profile import MoeShape
+
+
+@dataclass(frozen=True, eq=False)
+class MoeLayer:
+    """One MoE layer of a live model. E experts, top-k K, N tokens, D hidden size.
+
+    Attributes
+    ----------
+    layer_id, path
+        Index among the decoder layers; dotted name of the MoE block in the model.
+    block, router, experts
+        The MoE block, the router in it and the module with the stacked expert weights.
+    num_experts, num_local_experts
+        E of the network; those of them whose weights this process holds (fewer under expert parallelism).
+    top_k
+        K, experts per token.
+    num_groups, topk_groups
+        Group-limited routing: only experts of the best `topk_groups` of `num_groups` consecutive blocks of
+        experts can be chosen. None where every expert can.
+    router_tensors
+        Tensors outside `experts` with an expert axis: name relative to `block` -> axis. Longer than E where
+        identity experts follow the real ones.
+    hash_tensors
+        Tensors, relative to `block`, whose values are expert ids.
+    expert_tensors
+        Parameters and buffers of `experts` with an expert axis: name -> axis. DTensors under expert parallelism.
+    shared_experts
+        The block also has experts that every token passes through.
+    expert_bytes
+        Bytes of one expert's weights.
+    hidden_size, intermediate_size, dtype
+        Sizes and type of an expert.
+    """
+
+    layer_id: int
+    path: str
+    block: nn.Module
+    router: nn.Module
+    experts: nn.Module
+    family: Family
+    num_experts: int
+    num_local_experts: int
+    top_k: int
+    num_groups: int | None
+    topk_groups: int | None
+    router_tensors: Mapping[str, int] = field(default_factory=dict)
+    hash_tensors: tuple[str, ...] = ()
+    expert_tensors: Mapping[str, int] = field(default_factory=dict)
+    shared_experts: bool = False
+    expert_bytes: int = 0
+    hidden_size: int = 0
+    intermediate_size: int = 0
+    dtype: torch.dtype = torch.float32
+
+    def chosen(self, router_output: Any) -> Tensor:
+        """[N, K] logical expert of each assignment, from what the router's forward returned.
+
+        Values from E on mean an identity expert, which makes no assignment.
+        """
+        if self.family.scores:
+            return router_output[1].topk(self.top_k, dim=-1).indices  # type: ignore[no-any-return]
+        return router_output[-1]  # type: ignore[no-any-return]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of `router_tensors` or `hash_tensors` by its name relative to the block."""
+        value = self.block
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value  # type: ignore[return-value]
+
+
+def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """The MoE layers of a transformers model, in the order of its decoder layers.
+
+    Works on a model whose experts are sharded by expert parallelism: counts are those of the whole network.
+
+    Raises
+    ------
+    InputError
+        When the model has no MoE layer, is of an unknown family, or keeps its experts in another way than the
+        family does in transformers 5.
+    """
+    config = _text_config(model)
+    model_type = str(getattr(config, "model_type", type(model).__name__))
+    if model_type not in FAMILIES and not any(path.endswith(".experts") for path, _ in model.named_modules()):
+        raise InputError("model", model_type, "a network with MoE layers is needed, this one has none")
+    row = family(model_type)
+    blocks = [
+        (path, module)
+        for path, module in model.named_modules()
+        if re.search(r"(^|\.)layers\.\d+\.\w+$", path) and hasattr(module, row.router) and hasattr(module, "experts")
+    ]
+    if not blocks:
+        raise InputError("model", model_type, "a network with MoE layers is needed, all layers of this one are dense")
+    return [_layer(config, row, path, block) for path, block in blocks]
+
+
+def num_hidden_layers(model: nn.Module) -> int:
+    """Decoder layers of a MoE model, dense ones included."""
+    path = find_moe_layers(model)[0].path
+    return len(model.get_submodule(path.rpartition(".")[0].rpartition(".")[0]))  # type: ignore[arg-type]
+
+
+def describe(model: nn.Module) -> MoeShape:
+    """Shape of the MoE layers of a model, as a profile records it."""
+    layer = find_moe_layers(model)[0]
+    config = _text_config(model)
+    return MoeShape(
+        name=getattr(model.config, "_name_or_path", "") or str(config.model_type),
+        hidden_size=layer.hidden_size,
+        intermediate_size=layer.intermediate_size,
+        num_experts=layer.num_experts,
+        num_local_experts=layer.num_local_experts,
+        top_k=layer.top_k,
+        dtype=str(layer.dtype).removeprefix("torch."),
+        expert_bytes=layer.expert_bytes,
+    )
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise InputError("model", type(model).__name__, "a transformers model is needed")
+    return config.get_text_config()
+
+
+def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
+    num_experts = int(getattr(config, row.num_experts))
+    experts: Any = block.experts
+    router = getattr(block, row.router)
+    stacked = _stacked(experts, num_experts)
+    if not stacked or isinstance(experts, nn.ModuleList):
+        raise InputError(
+            f"{path}.experts",
+            type(experts).__name__,
+            f"experts stacked in one tensor [{num_experts}, ...] are needed",
+            "load the model with transformers 5, without remote code",
+        )
+    down = stacked.get("down_proj", next(iter(stacked.values())))
+    hidden = int(config.hidden_size)
+    num_groups, topk_groups = _groups(config, row)
+    return MoeLayer(
+        layer_id=int(re.findall(r"(?:^|\.)layers\.(\d+)\.", path)[-1]),
+        path=path,
+        block=block,
+        router=router,
+        experts=experts,
+        family=row,
+        num_experts=num_experts,
+        num_local_experts=min(num_experts, _local_rows(down)),
+        top_k=int(getattr(config, row.top_k)),
+        num_groups=num_groups,
+        topk_groups=topk_groups,
+        router_tensors={name: dim for name, dim in row.router_tensors.items() if _has(block, name)},
+        hash_tensors=tuple(name for name in row.hash_tensors if _has(block, name)),
+        expert_tensors=dict.fromkeys(stacked, 0),
+        shared_experts=any(name.startswith("shared_") and child is not None for name, child in block.named_children()),
+        expert_bytes=sum(t.numel() // t.shape[0] * t.element_size() for t in stacked.values()),
+        hidden_size=hidden,
+        intermediate_size=down.numel() // down.shape[0] // hidden,
+        dtype=down.dtype,
+    )
+
+
+def _stacked(experts: nn.Module, num_experts: int) -> dict[str, Tensor]:
+    """Tensors with an expert axis; a DTensor's shape is that of the whole, so sharding does not show here."""
+    tensors = {**dict(experts.named_parameters(recurse=False)), **dict(experts.named_buffers(recurse=False))}
+    return {name: tensor for name, tensor in tensors.items() if tensor.ndim >= 2 and tensor.shape[0] >= num_experts}
+
+
+def _local_rows(tensor: Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return int(local.shape[0])
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    value: Any = block
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return isinstance(value, Tensor)
+
+
+def _groups(config: Any, row: Family) -> tuple[int | None, int | None]:
+    """Group-limited routing only binds when some groups are left out."""
+    groups, kept = getattr(config, "n_group", None), getattr(config, "topk_group", None)
+    active = row.groups == "n_group" or (
+        row.groups == "topk_method" and getattr(config, "topk_method", None) == "group_limited_greedy"
+    )
+    if not active or not groups or not kept or groups <= 1 or kept >= groups:
+        return None, None
+    return int(groups), int(kept)

@@ -1,0 +1,181 @@
+"""Every family: MoE layers found, tensors named, routing read, checkpoint names understood, permutations exact."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from gemopt.exceptions import InputError  # noqa: E402
+from gemopt.models import FAMILIES, describe, family, find_moe_layers, num_hidden_layers, renamed, tensor_role, tiny  # noqa: E402
+
+DENSE_FIRST = {"qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "llama4_text"}
+SHARED = {
+    "qwen2_moe",
+    "qwen3_next",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v4",
+    "glm4_moe",
+    "ernie4_5_moe",
+    "llama4_text",
+}
+TOKENS = (torch.arange(48) * 37 % 250 + 3).view(3, 16)
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def model(request):
+    torch.set_num_threads(1)
+    return tiny(request.param)
+
+
+def kind(model) -> str:
+    return model.config.model_type
+
+
+def test_layers_are_found(model):
+    layers = find_moe_layers(model)
+    assert [layer.layer_id for layer in layers] == list(range(kind(model) in DENSE_FIRST, 3))
+    assert num_hidden_layers(model) == 3
+    for layer in layers:
+        assert model.get_submodule(layer.path) is layer.block
+        assert (layer.num_experts, layer.num_local_experts, layer.top_k) == (8, 8, 2)
+        assert layer.shared_experts == (kind(model) in SHARED)
+        assert (layer.num_groups, layer.topk_groups) == ((4, 2) if kind(model) == "deepseek_v3" else (None, None))
+        assert (layer.hidden_size, layer.intermediate_size) == (32, 16)
+        bias_bytes = 4 * (2 * 16 + 32) if kind(model) == "gpt_oss" else 0
+        assert layer.expert_bytes == 4 * 3 * 32 * 16 + bias_bytes
+
+
+def test_every_tensor_with_an_expert_axis_is_named(model):
+    """A tensor of a block that has as many rows as experts and is not shared must be in one of the tables."""
+    for layer in find_moe_layers(model):
+        rows = layer.tensor(next(iter(layer.router_tensors))).shape[0]
+        known = {*layer.router_tensors, *layer.hash_tensors, *(f"experts.{name}" for name in layer.expert_tensors)}
+        tensors = {**dict(layer.block.named_parameters()), **dict(layer.block.named_buffers())}
+        with_experts = {name for name, tensor in tensors.items() if {8, rows} & set(tensor.shape)}
+        assert with_experts <= known <= set(tensors)
+
+
+def test_chosen_are_the_experts_that_run(model):
+    """Zeroing the weights of experts that no token chose changes nothing; of a chosen one, something."""
+    layer = find_moe_layers(model)[-1]
+    seen = []
+    handle = layer.router.register_forward_hook(lambda *call: seen.append(layer.chosen(call[-1])))
+    with torch.no_grad():
+        before = model(TOKENS[:1, :2]).logits
+        handle.remove()
+        ids = seen[0]
+        assert ids.shape == (2, 2)
+        chosen = set(ids.flatten().tolist())
+        unused = [e for e in range(8) if e not in chosen]
+        weights = layer.experts.down_proj
+        kept = weights.clone()
+        weights[unused] = 0
+        assert torch.equal(model(TOKENS[:1, :2]).logits, before)
+        weights.copy_(kept)
+        weights[[e for e in chosen if e < 8]] = 0
+        changed = model(TOKENS[:1, :2]).logits
+        weights.copy_(kept)
+    assert not torch.allclose(changed, before) or min(chosen) >= 8
+
+
+def test_permuting_the_named_tensors_keeps_the_outputs(model):
+    """The tables are complete: renumbering experts through them leaves the network's function as it was."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        for layer in find_moe_layers(model):
+            groups = layer.num_groups or 8
+            inside = 8 // groups
+            order = torch.randperm(groups, generator=generator)
+            order = (order[:, None] * inside + torch.randperm(inside, generator=generator)).flatten()
+            where = torch.argsort(order)
+            for name, dim in layer.router_tensors.items():
+                tensor = layer.tensor(name)
+                rest = torch.arange(8, tensor.shape[dim])
+                tensor.copy_(tensor.index_select(dim, torch.cat([order, rest])).clone())
+            for name in layer.hash_tensors:
+                layer.tensor(name).copy_(where[layer.tensor(name)])
+            for name, dim in layer.expert_tensors.items():
+                tensor = getattr(layer.experts, name)
+                rest = torch.arange(8, tensor.shape[dim])
+                tensor.copy_(tensor.index_select(dim, torch.cat([order, rest])).clone())
+        after = model(TOKENS).logits
+    assert (after - before).norm() / before.norm() < 1e-5
+
+
+def test_checkpoint_roles_cover_the_saved_tensors(model, tmp_path):
+    from safetensors import safe_open
+
+    row = family(kind(model))
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    roles = {name: tensor_role(row, name) for name in shapes}
+    for layer in find_moe_layers(model):
+        mine = {name: role for name, role in roles.items() if role is not None and role.layer == layer.layer_id}
+        assert sum(role.kind == "router" for role in mine.values()) == len(layer.router_tensors)
+        assert sum(role.kind == "hash" for role in mine.values()) == len(layer.hash_tensors)
+        if row.stacked:
+            assert sum(role.kind == "stacked" for role in mine.values()) == len(layer.expert_tensors)
+        else:
+            # longcat_flash also writes (unused) tensors for its four identity experts
+            assert {role.expert for role in mine.values() if role.kind == "expert"} >= set(range(8))
+        for name, role in mine.items():
+            if role.kind in ("router", "stacked"):
+                assert shapes[name][role.dim] >= 8
+    for name, role in roles.items():
+        if role is None:
+            assert not re.search(r"\.experts\.|\.gate\.weight|\.router\.|e_score", name), name
+
+
+def test_description(model):
+    shape = describe(model)
+    assert (shape.hidden_size, shape.intermediate_size, shape.num_experts, shape.top_k) == (32, 16, 8, 2)
+    assert shape.dtype == "float32"
+
+
+def test_companions_and_renaming():
+    row = family("deepseek_v3")
+    role = tensor_role(row, "model.layers.7.mlp.experts.12.up_proj.weight_scale_inv")
+    assert (role.kind, role.layer, role.expert) == ("expert", 7, 12)
+    assert renamed("model.layers.7.mlp.experts.12.up_proj.weight", 3) == "model.layers.7.mlp.experts.3.up_proj.weight"
+    for name in ("mlp.shared_experts.up_proj.weight", "mlp.up_proj.weight", "self_attn.o_proj.weight"):
+        assert tensor_role(row, f"model.layers.0.{name}") is None
+    assert tensor_role(family("gpt_oss"), "model.layers.3.mlp.experts.gate_up_proj_blocks").kind == "stacked"
+    name = "language_model.model.layers.1.feed_forward.experts.down_proj"
+    assert tensor_role(family("llama4"), name).kind == "stacked"
+
+
+def test_groups_bind_only_when_some_are_left_out():
+    assert find_moe_layers(tiny("glm4_moe", n_group=4, topk_group=2))[0].num_groups == 4
+    assert find_moe_layers(tiny("deepseek_v3", n_group=4, topk_group=4))[0].num_groups is None
+    assert find_moe_layers(tiny("deepseek_v2", n_group=4, topk_group=2))[0].num_groups is None
+    grouped = tiny("deepseek_v2", n_group=4, topk_group=2, topk_method="group_limited_greedy")
+    assert find_moe_layers(grouped)[0].topk_groups == 2
+
+
+def test_models_that_cannot_be_used():
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(InputError, match=r"llama.*has none"):
+        find_moe_layers(AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=32, **sizes)))
+    with pytest.raises(InputError, match="all layers of this one are dense"):
+        find_moe_layers(tiny("qwen3_moe", mlp_only_layers=[0, 1, 2]))
+    with pytest.raises(InputError, match="transformers model"):
+        find_moe_layers(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"jamba.*known MoE families: deepseek_v2.*qwen3_moe"):
+        tiny("jamba")
+    unknown = tiny("mixtral")
+    unknown.config.model_type = "somebodys_moe"
+    with pytest.raises(InputError, match=r"somebodys_moe.*mixtral"):
+        find_moe_layers(unknown)
+    unstacked = tiny("mixtral", num_layers=1)
+    unstacked.model.layers[0].mlp.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(8))
+    with pytest.raises(InputError, match="stacked in one tensor"):
+        find_moe_layers(unstacked)
