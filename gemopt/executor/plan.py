@@ -1,0 +1,364 @@
+"""From the placement in force to the wanted one: stages that each leave a servable placement. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import InputError
+from gemopt.migration import Link, Move, keep_in_place, moves
+from gemopt.placement import EMPTY, Placement, Split
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRow:
+    """Placement of one layer: expert of each slot [P], slots of each rank [G], how copies share [P]."""
+
+    row_P: IntArray
+    slots_per_rank: IntArray
+    split: Split = Split.EVEN
+    weights_P: FloatArray | None = None
+
+    @property
+    def rank_of_slot(self) -> IntArray:
+        """[P] rank of each slot."""
+        return np.repeat(np.arange(len(self.slots_per_rank)), self.slots_per_rank)
+
+    def bytes(self) -> bytes:
+        """Canonical form for checksums."""
+        weights = b"" if self.weights_P is None else self.weights_P.astype("<f8").tobytes()
+        arrays = self.slots_per_rank.astype("<i8").tobytes(), self.row_P.astype("<i8").tobytes()
+        return b"|".join((*arrays, self.split.value.encode(), weights))
+
+    def same_as(self, other: LayerRow) -> bool:
+        """Whether nothing would change."""
+        return self.bytes() == other.bytes()
+
+
+def layer_rows(placement: Placement) -> list[LayerRow]:
+    """One `LayerRow` per MoE layer of a placement."""
+    weights = placement.split_weights if placement.split is Split.STATIC else None
+    return [
+        LayerRow(row, placement.slots_per_rank, placement.split, None if weights is None else weights[layer])
+        for layer, row in enumerate(placement.physical_to_logical)
+    ]
+
+
+def checksum(rows: Sequence[LayerRow]) -> str:
+    """Hex digest of the placement of all layers, equal on all ranks that agree."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(hashlib.sha256(row.bytes()).digest())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What one commit changes: (part of) one layer. `rebuild`: slots per rank change, so tensors are made anew."""
+
+    layer: int
+    moves: tuple[Move, ...]
+    after: LayerRow
+    rebuild: bool
+
+    def ranks(self, before: LayerRow) -> list[tuple[int, int]]:
+        """(source rank, destination rank) of every move."""
+        src, dst = before.rank_of_slot, self.after.rank_of_slot
+        return [(int((dst if m.link is Link.RELAY else src)[m.src_slot]), int(dst[m.dst_slot])) for m in self.moves]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Stages in order, and what they cost.
+
+    Attributes
+    ----------
+    current
+        Rows in force before the first stage.
+    stages
+        To be committed one after the other; after each, every layer has a complete placement.
+    expert_bytes
+        [L] weights of one expert of each layer.
+    """
+
+    current: tuple[LayerRow, ...]
+    stages: tuple[Stage, ...]
+    expert_bytes: tuple[int, ...]
+
+    def count(self) -> Counter[Link]:
+        """Moves by link."""
+        return Counter(move.link for stage in self.stages for move in stage.moves)
+
+    def bytes(self) -> Counter[Link]:
+        """Bytes by link."""
+        total: Counter[Link] = Counter()
+        for stage in self.stages:
+            for move in stage.moves:
+                total[move.link] += self.expert_bytes[stage.layer]
+        return total
+
+    @property
+    def stays(self) -> int:
+        """Experts, over all layers and copies, that do not move."""
+        last = list(self.current)
+        for stage in self.stages:
+            last[stage.layer] = stage.after
+        return int(sum((row.row_P != EMPTY).sum() for row in last)) - sum(self.count().values())
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Extra memory on the rank that needs most."""
+        peak = 0
+        for stage in self.stages:
+            ranks = stage.after.rank_of_slot
+            rows = np.bincount([ranks[m.dst_slot] for m in stage.moves], minlength=1)
+            most = stage.after.slots_per_rank.max() if stage.rebuild else rows.max(initial=0)
+            peak = max(peak, int(most) * self.expert_bytes[stage.layer])
+        return peak
+
+    def seconds(self, *, node_gbps: float, cross_gbps: float, latency_s: float = 1e-3) -> float:
+        """Estimated time: per stage and round the busiest rank's bytes over its links, plus a fixed latency.
+
+        Bandwidths are GB/s (1e9 bytes) of one rank in one direction.
+        """
+        total = 0.0
+        for stage, before in self._with_rows():
+            time = np.zeros((2, 2, len(before.slots_per_rank)))  # round, direction, rank
+            for move, (src, dst) in zip(stage.moves, stage.ranks(before), strict=True):
+                if move.link is Link.LOCAL:
+                    continue
+                rate = (cross_gbps if move.link is Link.CROSS else node_gbps) * 1e9
+                second = int(move.link is Link.RELAY)
+                time[second, 0, src] += self.expert_bytes[stage.layer] / rate
+                time[second, 1, dst] += self.expert_bytes[stage.layer] / rate
+            total += latency_s + float(time.max(axis=(1, 2)).sum())
+        return total
+
+    def _with_rows(self) -> Iterator[tuple[Stage, LayerRow]]:
+        rows = list(self.current)
+        for stage in self.stages:
+            yield stage, rows[stage.layer]
+            rows[stage.layer] = stage.after
+
+
+def plan(
+    current: Sequence[LayerRow],
+    wanted: Sequence[LayerRow],
+    expert_bytes: Sequence[int],
+    *,
+    nodes: Sequence[int] | IntArray | None = None,
+    budget_bytes: int | None = None,
+) -> Plan:
+    """Plan a migration.
+
+    Parameters
+    ----------
+    current, wanted
+        [L] rows; slots of the wanted rows are reordered within ranks so that fewest experts move.
+    nodes
+        [G] node of each rank; one node when absent.
+    budget_bytes
+        Most memory a rank may use for what it receives. A layer that needs more is cut into stages that each leave
+        every expert in place somewhere.
+
+    Raises
+    ------
+    InputError
+        When the budget is too small; the message says what would do.
+    """
+    check_shape(current, wanted)
+    stages: list[Stage] = []
+    for layer, (before, after) in enumerate(zip(current, wanted, strict=True)):
+        target = reordered(before, after)
+        if not before.same_as(target):
+            stages += _stages(layer, before, target, nodes, budget_bytes, expert_bytes[layer])
+    return Plan(tuple(current), tuple(stages), tuple(expert_bytes))
+
+
+def check_shape(current: Sequence[LayerRow], wanted: Sequence[LayerRow]) -> None:
+    """Refuse a placement of other layers, ranks or experts than what is in force."""
+    if len(current) != len(wanted):
+        raise InputError("Placement.physical_to_logical", f"{len(wanted)} layers", f"the model has {len(current)}")
+    ranks, given = len(current[0].slots_per_rank), len(wanted[0].slots_per_rank)
+    if ranks != given:
+        raise InputError("Placement.slots_per_rank", f"{given} ranks", f"the model runs on {ranks} ranks")
+    experts, named = (int(rows[0].row_P.max()) + 1 for rows in (current, wanted))
+    if experts != named:
+        raise InputError("Placement.num_experts", named, f"the model has {experts} experts per layer")
+
+
+def reordered(before: LayerRow, after: LayerRow) -> LayerRow:
+    """`after` with the slots of each rank in the order that moves fewest experts."""
+    order = keep_in_place(before.row_P, after.row_P, before.slots_per_rank, after.slots_per_rank)
+    weights = None if after.weights_P is None else after.weights_P[order]
+    return LayerRow(after.row_P[order], after.slots_per_rank, after.split, weights)
+
+
+def _stages(
+    layer: int, before: LayerRow, after: LayerRow, nodes: object, budget_bytes: int | None, expert_bytes: int
+) -> list[Stage]:
+    rebuild = not np.array_equal(before.slots_per_rank, after.slots_per_rank)
+    whole = _stage(layer, before, after, nodes, rebuild=rebuild)
+    incoming_G = np.bincount([after.rank_of_slot[m.dst_slot] for m in whole.moves], minlength=1)
+    needed = int(after.slots_per_rank.max() if rebuild else incoming_G.max())
+    if budget_bytes is None or needed * expert_bytes <= budget_bytes:
+        return [whole]
+    smallest = needed if rebuild else 1
+    if budget_bytes < smallest * expert_bytes:
+        raise InputError(
+            "budget_bytes",
+            budget_bytes,
+            f"layer {layer} needs a buffer of {smallest * expert_bytes} bytes",
+            "give a larger budget" + (", or keep the slots of each rank" if rebuild else ""),
+        )
+    return _small_stages(layer, before, after, nodes, budget_bytes // max(1, expert_bytes))
+
+
+def _stage(layer: int, before: LayerRow, after: LayerRow, nodes: object, *, rebuild: bool) -> Stage:
+    listed = moves(before.row_P, after.row_P, before.slots_per_rank, after.slots_per_rank, nodes=nodes)  # type: ignore[arg-type]
+    return Stage(layer, tuple(listed), after, rebuild)
+
+
+def _small_stages(layer: int, before: LayerRow, after: LayerRow, nodes: object, limit: int) -> list[Stage]:
+    """Cut a layer into stages in which no rank receives more than `limit` experts."""
+    ranks, stages, row = before.rank_of_slot, [], before
+    target_P = before.row_P.copy()
+    received = np.zeros(len(before.slots_per_rank), dtype=np.int64)
+
+    def close() -> None:
+        nonlocal row
+        step = _between(target_P, after)
+        stages.append(_stage(layer, row, step, nodes, rebuild=False))
+        row = step
+        received[:] = 0
+
+    for component in _Untangle(before, after).components():
+        arriving = np.bincount([ranks[slot] for slot, _ in component], minlength=len(received))
+        if (received + arriving > limit).any():
+            close()
+        received += arriving
+        for slot, expert in component:
+            target_P[slot] = expert
+    final = reordered(LayerRow(target_P, before.slots_per_rank), after)
+    target_P = final.row_P
+    close()
+    return [*stages[:-1], Stage(layer, stages[-1].moves, final, False)]
+
+
+def _between(row_P: IntArray, after: LayerRow) -> LayerRow:
+    """A row on the way: copies that are there share as wanted, by weights that sum to 1 again."""
+    if after.weights_P is None:
+        return LayerRow(row_P.copy(), after.slots_per_rank, after.split)
+    ranks = after.rank_of_slot
+    wanted = {(int(r), int(e)): w for r, e, w in zip(ranks, after.row_P, after.weights_P, strict=True)}
+    raw = np.array([wanted.get((int(r), int(e)), 0.0) for r, e in zip(ranks, row_P, strict=True)])
+    full = row_P != EMPTY
+    sums = np.bincount(row_P[full], weights=raw[full])
+    raw[full & (sums[row_P] <= 0)] = 1.0
+    sums = np.bincount(row_P[full], weights=raw[full])
+    weights = np.where(full, raw / np.where(full, sums[row_P], 1.0), 0.0)
+    return LayerRow(row_P.copy(), after.slots_per_rank, after.split, weights)
+
+
+@dataclass
+class _Untangle:
+    """Order the arrivals of a layer so that small groups of them can be committed one after the other.
+
+    A newcomer may overwrite an expert only when that expert is held elsewhere, at the latest in the same commit.
+    Ranks whose newcomers wait for each other form cycles; since slots of a rank are interchangeable the shortest
+    cycle over ranks is a commit in which each rank receives one expert.
+    """
+
+    before: LayerRow
+    after: LayerRow
+    arrivals: list[list[int]] = field(init=False)
+    free: list[list[int]] = field(init=False)
+    waiting: dict[int, list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ranks = self.before.rank_of_slot
+        changed = np.flatnonzero(self.before.row_P != self.after.row_P)
+        staying = set(self.before.row_P[self.before.row_P == self.after.row_P].tolist())
+        num_ranks = len(self.before.slots_per_rank)
+        self.arrivals = [[] for _ in range(num_ranks)]
+        self.free = [[] for _ in range(num_ranks)]
+        self.waiting = {}
+        for slot in changed.tolist():
+            old, new = int(self.before.row_P[slot]), int(self.after.row_P[slot])
+            if new != EMPTY:
+                self.arrivals[ranks[slot]].append(new)
+            if old == EMPTY or old in staying:
+                self.free[ranks[slot]].append(slot)
+            else:
+                self.waiting.setdefault(old, []).append(slot)
+
+    def components(self) -> Iterator[list[tuple[int, int]]]:
+        """Groups of (slot, expert) to commit together, in an order in which they can be."""
+        while any(self.arrivals):
+            rank = next((g for g, a in enumerate(self.arrivals) if a and self.free[g]), None)
+            if rank is None:
+                yield self._cycle()
+                continue
+            expert, slot = self.arrivals[rank].pop(0), self.free[rank].pop(0)
+            self._release(expert)
+            yield [(slot, expert)]
+
+    def _release(self, expert: int, *, used: frozenset[int] = frozenset()) -> None:
+        ranks = self.before.rank_of_slot
+        for slot in self.waiting.pop(expert, []):
+            if slot not in used:
+                self.free[ranks[slot]].append(slot)
+
+    def _edges(self) -> list[dict[int, tuple[int, int]]]:
+        """Per rank: where an expert that waits to leave it arrives -> (expert, its slot)."""
+        arriving: dict[int, list[int]] = {}
+        for rank, experts in enumerate(self.arrivals):
+            for expert in experts:
+                arriving.setdefault(expert, []).append(rank)
+        edges: list[dict[int, tuple[int, int]]] = [{} for _ in self.arrivals]
+        ranks = self.before.rank_of_slot
+        for expert, slots in self.waiting.items():
+            for slot in slots:
+                for rank in arriving.get(expert, ()):
+                    edges[ranks[slot]].setdefault(rank, (expert, slot))
+        return edges
+
+    def _cycle(self) -> list[tuple[int, int]]:
+        edges = self._edges()
+        path = min(filter(None, (_shortest_cycle(edges, g) for g in range(len(edges)))), key=len)
+        hops = list(zip(path, path[1:] + path[:1], strict=True))
+        slot_on = {here: edges[here][there][1] for here, there in hops}
+        component = []
+        for here, there in hops:
+            expert = edges[here][there][0]
+            self.arrivals[there].remove(expert)
+            component.append((slot_on[there], expert))
+        used = frozenset(slot for slot, _ in component)
+        for _, expert in component:
+            self._release(expert, used=used)
+        return component
+
+
+def _shortest_cycle(edges: Sequence[dict[int, tuple[int, int]]], start: int) -> list[int] | None:
+    parent: dict[int, int] = {}
+    queue = deque([start])
+    while queue:
+        node = queue.popleft()
+        for following in edges[node]:
+            if following == start:
+                path = [node]
+                while path[-1] != start:
+                    path.append(parent[path[-1]])
+                return path[::-1]
+            if following not in parent:
+                parent[following] = node
+                queue.append(following)
+    return None

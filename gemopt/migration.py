@@ -1,0 +1,203 @@
+"""Fewest and cheapest moves between two placements of one layer. Numpy only.
+
+Slots of a rank are interchangeable: an expert that a rank keeps can keep its slot, and the order of the copies of an
+expert (which the even split depends on) is the order of their ranks, since a rank holds at most one copy. So the
+number of experts that must travel is a property of the two placements, and `keep_in_place` reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.placement import EMPTY, Placement
+
+IntArray = NDArray[np.int64]
+
+
+class Link(StrEnum):
+    """How an expert gets to its slot.
+
+    `local`: from another slot of the same rank. `node`: from a rank of the same node. `cross`: from another node.
+    `relay`: from a rank of the same node that has just received it from another node.
+    """
+
+    LOCAL = "local"
+    NODE = "node"
+    CROSS = "cross"
+    RELAY = "relay"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One expert's weights going from a slot to a slot.
+
+    `dst_slot` counts in the new placement, `src_slot` in the old one; that of a relay counts in the new one.
+    """
+
+    src_slot: int
+    dst_slot: int
+    expert: int
+    link: Link
+
+
+def held(row_P: IntArray, slots_per_rank: IntArray, num_experts: int) -> NDArray[np.bool_]:
+    """[G, E] whether each rank holds each expert."""
+    held_GE = np.zeros((len(slots_per_rank), num_experts), dtype=bool)
+    ranks_P = np.repeat(np.arange(len(slots_per_rank)), slots_per_rank)
+    full_P = row_P != EMPTY
+    held_GE[ranks_P[full_P], row_P[full_P]] = True
+    return held_GE
+
+
+def count_moves(
+    before_P: IntArray, after_P: IntArray, slots_before: IntArray, slots_after: IntArray | None = None
+) -> int:
+    """Experts that some rank must receive: (rank, expert) pairs that are new. Order of slots does not matter."""
+    slots_after = slots_before if slots_after is None else slots_after
+    num_experts = int(max(before_P.max(), after_P.max())) + 1
+    return int((held(after_P, slots_after, num_experts) & ~held(before_P, slots_before, num_experts)).sum())
+
+
+def keep_in_place(
+    before_P: IntArray, wanted_P: IntArray, slots_before: IntArray, slots_after: IntArray | None = None
+) -> IntArray:
+    """[P] order of the wanted slots in which every expert that its rank keeps stays in its slot.
+
+    `wanted_P[order]` is the same placement; apply `order` to split weights too. Newcomers take slots that were empty
+    or did not exist before those of experts that leave.
+    """
+    slots_after = slots_before if slots_after is None else slots_after
+    order_P = np.empty(len(wanted_P), dtype=np.int64)
+    starts_before, starts_after = _starts(slots_before), _starts(slots_after)
+    for rank, size in enumerate(slots_after):
+        start = int(starts_after[rank])
+        old = np.full(size, EMPTY)
+        common = min(int(size), int(slots_before[rank]))
+        old[:common] = before_P[starts_before[rank] : starts_before[rank] + common]
+        order_P[start : start + size] = start + _order_on_rank(old, wanted_P[start : start + size])
+    return order_P
+
+
+def _order_on_rank(old_S: IntArray, new_S: IntArray) -> IntArray:
+    slot_of = {int(expert): slot for slot, expert in enumerate(old_S) if expert != EMPTY}
+    order_S = np.full(len(new_S), -1)
+    waiting = []
+    for source, expert in enumerate(new_S):
+        if expert != EMPTY and int(expert) in slot_of:
+            order_S[slot_of[int(expert)]] = source
+        else:
+            waiting.append(source)
+    free = [slot for slot in range(len(new_S)) if order_S[slot] < 0]
+    free.sort(key=lambda slot: old_S[slot] != EMPTY)
+    waiting.sort(key=lambda source: new_S[source] == EMPTY)
+    order_S[free] = waiting
+    return order_S
+
+
+def relabel(current: Placement, wanted: Placement) -> Placement:
+    """The wanted placement with the slots of each rank in the order that moves fewest experts."""
+    orders = [
+        keep_in_place(before, after, current.slots_per_rank, wanted.slots_per_rank)
+        for before, after in zip(current.physical_to_logical, wanted.physical_to_logical, strict=True)
+    ]
+    rows_LP = np.take_along_axis(wanted.physical_to_logical, np.stack(orders), axis=1)
+    weights_LP = wanted.split_weights
+    if weights_LP is not None:
+        weights_LP = np.take_along_axis(weights_LP, np.stack(orders), axis=1)
+    fields = {name: getattr(wanted, name) for name in type(wanted).model_fields}
+    return Placement(**{**fields, "physical_to_logical": rows_LP, "split_weights": weights_LP})
+
+
+def moves(
+    before_P: IntArray,
+    after_P: IntArray,
+    slots_before: IntArray,
+    slots_after: IntArray | None = None,
+    *,
+    nodes: Sequence[int] | IntArray | None = None,
+) -> list[Move]:
+    """What has to travel, from the cheapest sources: same rank, same node, other node; senders share the work.
+
+    An expert that several ranks of a node need from another node crosses once and is relayed inside the node.
+
+    Parameters
+    ----------
+    before_P, after_P
+        [P] experts by slot; the new row as `keep_in_place` orders it.
+    nodes
+        [G] node of each rank; all on one node when absent.
+    """
+    slots_after = slots_before if slots_after is None else slots_after
+    ranks_before, ranks_after = (np.repeat(np.arange(len(s)), s) for s in (slots_before, slots_after))
+    nodes_G = np.zeros(len(slots_before), dtype=np.int64) if nodes is None else np.asarray(nodes)
+    holders: dict[int, list[int]] = {}
+    for slot, expert in enumerate(before_P):
+        if expert != EMPTY:
+            holders.setdefault(int(expert), []).append(slot)
+    local_before, local_after = _local(slots_before), _local(slots_after)
+    changed = [
+        slot
+        for slot, expert in enumerate(after_P)
+        if expert != EMPTY
+        and not any(
+            ranks_before[s] == ranks_after[slot] and local_before[s] == local_after[slot] for s in holders[int(expert)]
+        )
+    ]
+    changed.sort(key=lambda slot: len(holders[int(after_P[slot])]))
+    sent_G = np.zeros(len(slots_before), dtype=np.int64)
+    relays: dict[tuple[int, int], int] = {}
+    result = []
+    for slot in changed:
+        expert, rank = int(after_P[slot]), int(ranks_after[slot])
+        source, link = _source(holders[expert], rank, ranks_before, nodes_G, sent_G)
+        key = (expert, int(nodes_G[rank]))
+        if link is Link.CROSS and key in relays:
+            result.append(Move(relays[key], slot, expert, Link.RELAY))
+            continue
+        if link is Link.CROSS:
+            relays[key] = slot
+        if link is not Link.LOCAL:
+            sent_G[ranks_before[source]] += 1
+        result.append(Move(source, slot, expert, link))
+    return sorted(result, key=lambda move: (move.link is Link.RELAY, move.dst_slot))
+
+
+def _source(holders: list[int], rank: int, rank_of: IntArray, nodes_G: IntArray, sent_G: IntArray) -> tuple[int, Link]:
+    def cost(slot: int) -> tuple[bool, bool, int, int]:
+        owner = rank_of[slot]
+        return bool(owner != rank), bool(nodes_G[owner] != nodes_G[rank]), int(sent_G[owner]), slot
+
+    best = min(holders, key=cost)
+    other_rank, other_node, _, _ = cost(best)
+    return best, Link.CROSS if other_node else Link.NODE if other_rank else Link.LOCAL
+
+
+def match_ranks(before_P: IntArray, wanted_P: IntArray, slots_per_rank: IntArray, groups: Sequence[int]) -> IntArray:
+    """[G] which wanted rank each rank should play, so that most experts stay, among ranks of equal group.
+
+    Ranks of one group must be interchangeable (equal latency). Only ranks with equal slots are exchanged.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    num_experts = int(max(before_P.max(), wanted_P.max())) + 1
+    before_GE, wanted_GE = (held(row, slots_per_rank, num_experts).astype(int) for row in (before_P, wanted_P))
+    roles_G = np.arange(len(slots_per_rank))
+    keys = list(zip(groups, slots_per_rank.tolist(), strict=True))
+    for key in dict.fromkeys(keys):
+        members = np.array([rank for rank, other in enumerate(keys) if other == key])
+        rows, columns = linear_sum_assignment(-(before_GE[members] @ wanted_GE[members].T))
+        roles_G[members[rows]] = members[columns]
+    return roles_G
+
+
+def _starts(slots: IntArray) -> IntArray:
+    return np.cumsum(slots) - slots
+
+
+def _local(slots: IntArray) -> IntArray:
+    return np.arange(int(slots.sum())) - np.repeat(_starts(slots), slots)

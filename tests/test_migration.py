@@ -1,0 +1,131 @@
+"""Moves between placements: as few as possible, complete, and from the cheapest holders."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemopt.migration import Link, count_moves, held, keep_in_place, match_ranks, moves, relabel
+from gemopt.placement import EMPTY, Placement
+
+
+@st.composite
+def rows(draw, *, same_slots=False):
+    """Two random valid rows of one layer: copies, empty and unequal slots included."""
+    ranks = draw(st.integers(1, 5))
+    experts = draw(st.integers(1, 8))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+
+    def slots():
+        while True:
+            counts = rng.integers(0, experts + 1, ranks)
+            if counts.sum() >= experts:
+                return counts
+
+    first = slots()
+    second = first if same_slots else slots()
+    return random_row(rng, first, experts), random_row(rng, second, experts), first, second, experts
+
+
+def random_row(rng, slots, experts):
+    """A valid row: every expert once where it fits, then copies in some of the free slots."""
+    while True:
+        contents = [set() for _ in slots]
+        for expert in rng.permutation(experts):
+            open_ranks = [g for g, s in enumerate(slots) if len(contents[g]) < s]
+            contents[rng.choice(open_ranks)].add(int(expert))
+        for rank, size in enumerate(slots):
+            others = [e for e in range(experts) if e not in contents[rank]]
+            extra = int(rng.integers(0, size - len(contents[rank]) + 1))
+            contents[rank] |= {int(e) for e in rng.permutation(others)[:extra]}
+        padded = [list(c) + [EMPTY] * (s - len(c)) for c, s in zip(contents, slots, strict=True)]
+        return np.array([e for c in padded for e in rng.permutation(c)], dtype=np.int64)
+
+
+def by_rank(row, slots):
+    return [sorted(part.tolist()) for part in np.split(row, np.cumsum(slots)[:-1])]
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows())
+def test_moves_are_as_few_as_the_placements_allow(case):
+    before, wanted, old_slots, new_slots, experts = case
+    order = keep_in_place(before, wanted, old_slots, new_slots)
+    after = wanted[order]
+    assert by_rank(after, new_slots) == by_rank(wanted, new_slots)
+    listed = moves(before, after, old_slots, new_slots)
+    crossing = [m for m in listed if m.link is not Link.LOCAL]
+    fresh = held(after, new_slots, experts) & ~held(before, old_slots, experts)
+    assert len(crossing) == fresh.sum() == count_moves(before, after, old_slots, new_slots)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows(), st.integers(1, 3))
+def test_moves_deliver_the_wanted_row(case, ranks_per_node):
+    before, wanted, old_slots, new_slots, _ = case
+    after = wanted[keep_in_place(before, wanted, old_slots, new_slots)]
+    nodes = np.arange(len(old_slots)) // ranks_per_node
+    rank_before, rank_after = (np.repeat(np.arange(len(s)), s) for s in (old_slots, new_slots))
+    result = np.full(len(after), EMPTY)
+    for rank in range(len(old_slots)):  # what stays
+        size = min(old_slots[rank], new_slots[rank])
+        a, b = (int(s[:rank].sum()) for s in (old_slots, new_slots))
+        kept = before[a : a + size] == after[b : b + size]
+        result[b : b + size][kept] = after[b : b + size][kept]
+    crossed = set()
+    for move in moves(before, after, old_slots, new_slots, nodes=nodes):
+        target = rank_after[move.dst_slot]
+        if move.link is Link.RELAY:
+            assert result[move.src_slot] == move.expert, "a relay comes after what it relays"
+            assert nodes[rank_after[move.src_slot]] == nodes[target]
+        else:
+            assert before[move.src_slot] == move.expert
+            source = rank_before[move.src_slot]
+            same = Link.LOCAL if source == target else Link.NODE if nodes[source] == nodes[target] else Link.CROSS
+            assert move.link is same
+        if move.link is Link.CROSS:
+            assert (move.expert, nodes[target]) not in crossed, "an expert crosses to a node once"
+            crossed.add((move.expert, nodes[target]))
+        assert result[move.dst_slot] == EMPTY
+        result[move.dst_slot] = move.expert
+    assert (result == after).all()
+
+
+def test_senders_share_the_work():
+    before = np.array([0, 1, 2, 3, 0, 1, 2, 3, EMPTY, EMPTY, EMPTY, EMPTY])
+    after = np.array([0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3])
+    slots = np.array([4, 4, 4])
+    sources = [move.src_slot // 4 for move in moves(before, after, slots)]
+    assert sorted(sources) == [0, 0, 1, 1]
+
+
+def test_relabel_keeps_weights_with_their_copies():
+    current = Placement(physical_to_logical=[[0, 1, 1, 2]], slots_per_rank=[2, 2], num_experts=3)
+    wanted = Placement(
+        physical_to_logical=[[1, 0, 2, 1]],
+        slots_per_rank=[2, 2],
+        num_experts=3,
+        split="static",
+        split_weights=[[0.25, 1, 1, 0.75]],
+    )
+    result = relabel(current, wanted)
+    assert result.physical_to_logical.tolist() == [[0, 1, 1, 2]]
+    assert result.split_weights.tolist() == [[1, 0.25, 0.75, 1]]
+
+
+def test_ranks_swap_roles_only_within_a_group():
+    before = np.array([0, 1, 2, 3, 4, 5])
+    wanted = np.array([4, 5, 0, 1, 2, 3])
+    slots = np.array([2, 2, 2])
+    assert match_ranks(before, wanted, slots, [0, 0, 0]).tolist() == [1, 2, 0]
+    assert match_ranks(before, wanted, slots, [0, 1, 1]).tolist()[0] == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_moves_when_only_the_order_differs(seed):
+    rng = np.random.default_rng(seed)
+    before = rng.permutation(12)
+    wanted = np.concatenate([rng.permutation(part) for part in np.split(before, 3)])
+    slots = np.array([4, 4, 4])
+    assert count_moves(before, wanted, slots) == 0
+    assert moves(before, wanted[keep_in_place(before, wanted, slots)], slots) == []
