@@ -1,1 +1,32 @@
-"""executor."""
+"""Put placements in force: plan the moves, move weights of a live model, rewrite checkpoints.
+
+Importing this registers `ep_implementation="gemopt"` with transformers where that is installed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemopt.executor.apply import Executor, MigrationError
+    from gemopt.executor.checkpoint import export_checkpoint
+    from gemopt.executor.plan import Plan
+
+_HOME = {
+    "Executor": "apply",
+    "MigrationError": "apply",
+    "Plan": "plan",
+    "export_checkpoint": "checkpoint",
+}
+__all__ = ["Executor", "MigrationError", "Plan", "export_checkpoint"]
+
+if find_spec("torch") is not None and find_spec("transformers") is not None:
+    import gemopt.executor.expert_parallel  # noqa: F401 (registers itself)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gemopt.executor' has no attribute {name!r}")
+    return getattr(import_module(f"gemopt.executor.{_HOME[name]}"), name)

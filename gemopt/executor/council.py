@@ -1,0 +1,134 @@
+"""Agreement among ranks that survives the death of any of them.
+
+Every rank hosts a small key-value store and talks to those of all others. Two operations are enough:
+
+`exchange`: every rank publishes a word in its own store and reads everybody else's; a dead rank is noticed at once
+(its store is gone), a silent one after the timeout.
+
+`decide`: all ranks walk through the same list of stores; at each they propose a value with compare-and-set and go on
+with what that store holds. One store that stays up makes everybody who passes it leave with the same value, and later
+stores can only confirm it. So the outcome is common to all survivors as long as one store in the list outlives the
+decision: consensus from f + 1 consensus objects of which f may crash.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+AUTHORITIES = 8
+
+
+class Council:
+    """Control channel of an expert-parallel group.
+
+    Parameters
+    ----------
+    group
+        Process group of the ranks; used once, to tell each other where the stores are.
+    timeout_s
+        How long to wait for a rank that does not answer.
+    """
+
+    def __init__(self, group: Any, timeout_s: float) -> None:
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.timeout_s = timeout_s
+        self._turn = 0
+        self.lost: dict[int, str] = {}
+        self._own = dist.TCPStore("0.0.0.0", 0, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
+        addresses: list[Any] = [None] * self.size
+        dist.all_gather_object(addresses, (_address(), socket.gethostname(), self._own.port), group=group)
+        self._stores = [self._own if r == self.rank else self._connect(*a) for r, a in enumerate(addresses)]
+
+    def _connect(self, address: str, host: str, port: int) -> dist.TCPStore:
+        if host == socket.gethostname():
+            address = "127.0.0.1"
+        elif address.startswith("127."):
+            address = host
+        return dist.TCPStore(address, port, None, False, timedelta(seconds=self.timeout_s))
+
+    def exchange(self, word: str, timeout_s: float | None = None) -> list[str | None]:
+        """[G] what every rank said in this turn, None for ranks that are dead or silent (see `lost`)."""
+        self._turn += 1
+        key = f"word{self._turn}"
+        self._own.set(key, word)
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        words: list[str | None] = []
+        for rank, store in enumerate(self._stores):
+            words.append(word if rank == self.rank else self._read(rank, store, key, deadline))
+        if None not in words:  # then nobody reads the previous turn any more
+            for old in (f"word{self._turn - 1}", f"decision{self._turn - 1}"):
+                self._own.delete_key(old)
+        return words
+
+    def _read(self, rank: int, store: dist.TCPStore, key: str, deadline: float) -> str | None:
+        left = max(0.05, deadline - time.monotonic())
+
+        def read() -> str:
+            store.set_timeout(timedelta(seconds=left))
+            return bytes(store.get(key)).decode()
+
+        return self._call(rank, read, left + 0.5)
+
+    def decide(self, proposal: str) -> str:
+        """The common decision of this turn: the proposal of some rank."""
+        key = f"decision{self._turn}"
+        value = proposal
+        for rank, store in enumerate(self._stores[:AUTHORITIES]):
+            answer = self._call(
+                rank, lambda store=store, value=value: store.compare_set(key, "", value), self.timeout_s
+            )
+            value = value if answer is None else bytes(answer).decode() if not isinstance(answer, str) else answer
+        return value
+
+    def _call(self, rank: int, action: Callable[[], T], seconds: float) -> T | None:
+        """Run one store operation; None, and the rank counts as lost, when it fails or takes too long.
+
+        The store's own timeout does not cover a peer that is stopped rather than dead, so a thread watches.
+        """
+        if rank in self.lost:
+            return None
+        result: list[T] = []
+        reason: list[str] = []
+
+        def work() -> None:
+            try:
+                result.append(action())
+            except dist.DistStoreError:
+                reason.append(f"did not answer within {seconds:.0f} s")
+            except Exception:
+                reason.append("died")
+
+        if rank == self.rank:
+            work()
+        else:
+            thread = threading.Thread(target=work, daemon=True)
+            thread.start()
+            thread.join(seconds)
+        if result:
+            return result[0]
+        self.lost[rank] = reason[0] if reason else f"did not answer within {seconds:.0f} s"
+        return None
+
+
+def _address() -> str:
+    """Address of this host as the others see it: that of the route to the rendezvous host, or GEMOPT_HOST."""
+    if named := os.environ.get("GEMOPT_HOST"):
+        return named
+    target = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(target, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(where)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return socket.gethostname()

@@ -1,0 +1,160 @@
+"""The live seam: an expert-parallel implementation for transformers that serves any placement.
+
+transformers gives each experts module to an `EPImplementation`, called with global expert ids. This one turns them into
+slots before the all-to-all, and owns this rank's expert weights, one row per slot, once an `Executor` is attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.distributed.expert_parallel import AllToAllEP, EPImplementationInterface
+
+from gemopt.exceptions import InputError
+from gemopt.executor.plan import LayerRow
+from gemopt.executor.splits import Assigned, Routing, positions
+
+NAME = "gemopt"
+
+
+class SlotDispatch(AllToAllEP):  # type: ignore[misc]
+    """Dispatch of one MoE layer by slots instead of by contiguous experts.
+
+    Until an `Executor` takes over, weights stay as transformers sharded them and slots are experts.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.experts: Any = experts
+        self.rank: int = ep_mesh.get_local_rank()
+        self.num_ranks: int = ep_mesh.size()
+        self.num_experts: int = self.num_local_experts * self.num_ranks
+        self.nodes: list[int] = [0] * self.num_ranks
+        slots = np.full(self.num_ranks, self.num_local_experts)
+        self.row = LayerRow(np.arange(self.num_experts), slots)
+        self.routing: Routing | None = None
+        self.canaries: Tensor | None = None
+        experts.gemopt_dispatch = self  # type: ignore[assignment]
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        if self.routing is None:
+            return super().__call__(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+        slots = self._slots(self.routing, top_k_index)
+        tokens, slot_ids, weights, state = self._dispatch_tokens(hidden_states, slots, top_k_weights)
+        # A rank without rows has nothing to compute, and possibly no slot to compute it with.
+        output = self.experts_forward(tokens, slot_ids, weights) if tokens.shape[0] else tokens
+        return self._combine_tokens(output, state)  # type: ignore[no-any-return]
+
+    def _slots(self, routing: Routing, top_k_index: Tensor) -> Tensor:
+        """[N, K] padded slots of logical experts."""
+        if routing.rule is None:
+            return routing.first_E[top_k_index]
+        expert_A = top_k_index.reshape(-1)
+        position, total_E = None, None
+        if routing.rule.needs_counts:
+            counts_E = routing.counts(expert_A)
+            before_E, total_E = self._group_counts(counts_E)
+            position = positions(expert_A, counts_E) + before_E[expert_A]
+        sender = self._senders(top_k_index)
+        assigned = Assigned(expert_A, sender, position, total_E)
+        return routing.slots(assigned, routing.rule).view_as(top_k_index)
+
+    def _group_counts(self, counts_E: Tensor) -> tuple[Tensor, Tensor]:
+        """[E] assignments in the batches before this rank's, and in all batches of the group."""
+        if self.shares_batch:
+            return torch.zeros_like(counts_E), counts_E
+        gathered = counts_E.new_empty(self.num_ranks * len(counts_E))
+        dist.all_gather_into_tensor(gathered, counts_E, group=self.ep_mesh.get_group())
+        batches = gathered.view(self.num_ranks, -1)[:: self.tp_mesh.size()]
+        mine = self.rank // self.tp_mesh.size()
+        return batches[:mine].sum(dim=0), batches.sum(dim=0)
+
+    def _senders(self, top_k_index: Tensor) -> Tensor:
+        """[A] rank that sends each assignment: this one, or the owner of its slice of the shared batch."""
+        rows, top_k = top_k_index.shape
+        size = self.tp_mesh.size()
+        chunk = max(1, -(-rows // size))
+        first = self.rank // size * size
+        return (first + torch.arange(rows, device=top_k_index.device) // chunk).repeat_interleave(top_k)
+
+    def weights(self) -> dict[str, Tensor]:
+        """This rank's expert weights by parameter name, one row per slot."""
+        return {name: self.experts._parameters[name].data for name in self._names}
+
+    def take_over(self) -> None:
+        """Own this rank's expert weights as plain tensors. Nothing is copied; no gradients from here on."""
+        if self.routing is not None:
+            return
+        sharded = {n: p for n, p in self.experts.named_parameters(recurse=False) if isinstance(p, DTensor)}
+        local = {name: parameter.detach().to_local() for name, parameter in sharded.items()}
+        for name, tensor in local.items():
+            if tensor.shape[0] != self.num_local_experts:
+                raise InputError(
+                    f"experts.{name}",
+                    f"{tensor.shape[0]} of {self.num_local_experts} experts on a rank",
+                    "whole experts on every rank",
+                    "use ep_size = fsdp_size x tp_size in DistributedConfig",
+                )
+        if not local:
+            raise InputError("experts", type(self.experts).__name__, "expert weights sharded by ep_plan")
+        _release_from_fsdp(self.experts)
+        for name, tensor in local.items():
+            self.experts._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
+        self._names = sorted(local)
+        self.experts.register_state_dict_pre_hook(_refuse_state_dict)
+        self.routing = self.routing_for(self.row)
+
+    def routing_for(self, row: LayerRow) -> Routing:
+        """Tables for a placement of this layer."""
+        return Routing(row, self.num_experts, self.nodes, next(iter(self.weights().values())).device)
+
+    def commit(self, row: LayerRow, routing: Routing, tensors: Mapping[str, Tensor], slots: Tensor | None) -> None:
+        """Put weights and routing in force together. Running it again changes nothing.
+
+        `tensors` replace this rank's weights, or only the rows `slots` of them.
+        """
+        for name, tensor in tensors.items():
+            if slots is None:
+                self.experts._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.experts._parameters[name].data.index_copy_(0, slots, tensor)
+        self.experts.num_experts = int(row.slots_per_rank[self.rank])
+        self.num_local_experts = routing.stride
+        self.routing = routing
+        self.row = row
+
+
+def _release_from_fsdp(experts: Any) -> None:
+    """Take the experts out of FSDP2, which would gather a copy of them at every forward pass, from its own storage."""
+    get_state = getattr(experts, "_get_fsdp_state", None)
+    if get_state is None:
+        return
+    state = get_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        state._fsdp_param_groups.clear()
+    else:
+        state._fsdp_param_group = None
+
+
+def _refuse_state_dict(*_: object) -> None:
+    raise InputError(
+        "model.state_dict",
+        "experts placed by gemopt",
+        "rows are slots of this rank, not experts of the network",
+        "save the model before attaching an Executor, or export a permuted checkpoint",
+    )
+
+
+def dispatches(model: nn.Module) -> list[tuple[str, SlotDispatch]]:
+    """(path of the experts module, its dispatch), in the order of the layers."""
+    found = [(path, getattr(module, "gemopt_dispatch", None)) for path, module in model.named_modules()]
+    return [(path, dispatch) for path, dispatch in found if dispatch is not None]
+
+
+EPImplementationInterface.register(NAME, SlotDispatch)

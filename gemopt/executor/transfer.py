@@ -1,0 +1,116 @@
+"""Move expert weights between ranks, and prove that the right ones arrived."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gemopt.executor.plan import LayerRow, Stage
+from gemopt.migration import Link
+from gemopt.placement import EMPTY
+
+CANARY_VALUES = 64
+
+
+@dataclass
+class Incoming:
+    """What one rank receives in a stage, aside from the weights in force.
+
+    `tensors[name]` has one row per received expert (`slots`: the local slots they are for), or, where the number of
+    slots changes, one row per new slot (`slots` None). `row_of` maps a slot of the new placement to its row.
+    """
+
+    tensors: dict[str, Tensor]
+    slots: Tensor | None
+    row_of: dict[int, int]
+    works: list[Any] = field(default_factory=list)
+
+
+def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Tensor]) -> Incoming:
+    """Make room for what `rank` receives; rows that stay are copied where tensors are made anew."""
+    after = stage.after
+    mine = [m.dst_slot for m, (_, dst) in zip(stage.moves, stage.ranks(before), strict=True) if dst == rank]
+    start = int(after.slots_per_rank[:rank].sum())
+    if not stage.rebuild:
+        tensors = {name: weight.new_empty(len(mine), *weight.shape[1:]) for name, weight in weights.items()}
+        device = next(iter(weights.values())).device
+        slots = torch.tensor([slot - start for slot in mine], dtype=torch.long, device=device)
+        return Incoming(tensors, slots, {slot: row for row, slot in enumerate(mine)})
+    size = int(after.slots_per_rank[rank])
+    tensors = {name: weight.new_zeros(size, *weight.shape[1:]) for name, weight in weights.items()}
+    old = int(before.slots_per_rank[:rank].sum())
+    for row in range(min(size, int(before.slots_per_rank[rank]))):
+        if after.row_P[start + row] == before.row_P[old + row] != EMPTY:
+            for name, tensor in tensors.items():
+                tensor[row].copy_(weights[name][row])
+    return Incoming(tensors, None, {slot: slot - start for slot in range(start, start + size)})
+
+
+def transfer(
+    stage: Stage,
+    before: LayerRow,
+    weights: Mapping[str, Tensor],
+    incoming: Incoming,
+    *,
+    group: Any,
+    deadline: float,
+) -> None:
+    """Send and receive what a stage moves; returns when this rank's part is complete.
+
+    Raises
+    ------
+    RuntimeError
+        When a peer is gone or `deadline` (of `time.monotonic`) passes.
+    """
+    rank = dist.get_rank(group)
+    local = int(before.slots_per_rank[:rank].sum())
+    for relays in (False, True):
+        operations = []
+        for move, (src, dst) in zip(stage.moves, stage.ranks(before), strict=True):
+            if (move.link is Link.RELAY) is not relays or rank not in (src, dst):
+                continue
+            for name, weight in weights.items():
+                source = incoming.tensors[name] if relays else weight
+                if src == rank:
+                    row = source[incoming.row_of[move.src_slot] if relays else move.src_slot - local]
+                    if dst == rank:
+                        incoming.tensors[name][incoming.row_of[move.dst_slot]].copy_(row)
+                        continue
+                    operations.append(dist.P2POp(dist.isend, row, dist.get_global_rank(group, dst), group))
+                else:
+                    row = incoming.tensors[name][incoming.row_of[move.dst_slot]]
+                    operations.append(dist.P2POp(dist.irecv, row, dist.get_global_rank(group, src), group))
+        if operations:
+            incoming.works = dist.batch_isend_irecv(operations)
+        for work in incoming.works:
+            work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
+        incoming.works = []
+
+
+def canaries(weights: Mapping[str, Tensor]) -> Tensor:
+    """[rows, bytes] fingerprint of every row: values at even distances, first and last included, of every tensor."""
+    parts = []
+    for name in sorted(weights):
+        weight = weights[name]
+        size = math.prod(weight.shape[1:])
+        flat = weight.reshape(len(weight), size)
+        picks = torch.linspace(0, size - 1, min(CANARY_VALUES, size), dtype=torch.float64, device=flat.device)
+        parts.append(flat[:, picks.round().long()].contiguous().view(torch.uint8))
+    return torch.cat(parts, dim=1)
+
+
+def wrong_rows(tensors: Mapping[str, Tensor], experts: list[int], canaries_EB: Tensor) -> list[int]:
+    """Experts among `experts`, in the order of the rows, whose weights are not the network's."""
+    if not experts:
+        return []
+    expected = canaries_EB[torch.tensor(experts, device=canaries_EB.device)]
+    differ = (canaries(tensors) != expected).any(dim=1)
+    return [expert for expert, bad in zip(experts, differ.tolist(), strict=True) if bad]
