@@ -1,3 +1,257 @@
-"""Commands of `gemopt export`."""
+"""`gemopt export`, `gemopt engines` and `gemopt placement import`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemopt.cli.app import app, console, errors, placement_app, print_json
+from gemopt.exceptions import InputError
+
+if TYPE_CHECKING:
+    from gemopt.formats.engine import Engine, Export
+    from gemopt.placement import Placement
+
+PERMUTED = ("checkpoint", "transformers")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+HiddenLayers = Annotated[int | None, typer.Option("--num-hidden-layers", min=1, help="Decoder layers of the network.")]
+
+
+@app.command(rich_help_panel="Engines")
+def export(
+    placement: Annotated[Path, typer.Argument(help="placement.json")],
+    to: Annotated[str, typer.Option("--to", help="Engine; see `gemopt engines`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (a folder for checkpoints).")],
+    decode: Annotated[
+        Path | None, typer.Option(help="Placement of the decode servers; the first one is then that of prefill.")
+    ] = None,
+    ep: Annotated[int | None, typer.Option("--ep", min=1, help="Ranks to export for; refused if they differ.")] = None,
+    num_hidden_layers: HiddenLayers = None,
+    mtp_layers: Annotated[int, typer.Option(min=0, max=64, help="Draft (MTP) layers of the network.")] = 0,
+    approximate: Annotated[bool, typer.Option("--approximate", help="Convert what the engine cannot express.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="Price the conversion: profile.json.")] = None,
+    traces: Annotated[Path | None, typer.Option(help="Price the conversion: traces.")] = None,
+    devices: Annotated[str | None, typer.Option(help="Uuids of the ranks' devices now, comma separated.")] = None,
+    source: Annotated[Path | None, typer.Option(help="Checkpoint to permute (--to checkpoint).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a placement for a serving engine and print the command that starts it."""
+    given = [(placement, None)] if decode is None else [(placement, "prefill"), (decode, "decode")]
+    if decode is not None and to in PERMUTED:
+        raise InputError("--decode", str(decode), "one placement per checkpoint", "export the two one after the other")
+    prepare = _preparer(
+        to, ep=ep, num_hidden_layers=num_hidden_layers, approximate_it=approximate, profile=profile, traces=traces,
+        devices=devices,
+    )  # fmt: skip
+    prepared = [(*prepare(path), role, _named(output, role)) for path, role in given]
+    reports = []
+    for ready, notes, role, path in prepared:
+        result = _permute(ready, source, path) if to in PERMUTED else _write(ready, to, path, role, mtp_layers)
+        reports.append(_report(ready, result, notes, role))
+    if as_json:
+        print_json(reports if decode is not None else reports[0])
+        return
+    for report in reports:
+        _show(report)
+
+
+def _named(output: Path, role: str | None) -> Path:
+    return output if role is None else output.with_name(f"{output.stem}.{role}{output.suffix}")
+
+
+def _preparer(
+    to: str,
+    *,
+    ep: int | None,
+    num_hidden_layers: int | None,
+    approximate_it: bool,
+    profile: Path | None,
+    traces: Path | None,
+    devices: str | None,
+) -> Callable[[Path], tuple[Placement, list[str]]]:
+    """Everything that is done to a placement before it is written, and what to say about it."""
+    from gemopt.formats import devices as device_order
+    from gemopt.formats.registry import get
+    from gemopt.placement import Placement
+
+    engine = get("checkpoint" if to in PERMUTED else to)
+
+    def prepare(path: Path) -> tuple[Placement, list[str]]:
+        placement = Placement.load(path)
+        if ep is not None and ep != placement.num_ranks:
+            raise InputError("--ep", ep, f"the {placement.num_ranks} ranks of {path}", f"solve for {ep} ranks")
+        known = placement.num_hidden_layers
+        if num_hidden_layers is not None and known not in (None, num_hidden_layers):
+            raise InputError("--num-hidden-layers", num_hidden_layers, f"{known}, as {path} says")
+        if num_hidden_layers is not None:
+            placement = Placement(**{**dict(placement), "num_hidden_layers": num_hidden_layers})
+        notes: list[str] = []
+        if approximate_it and to not in PERMUTED:
+            placement, notes = _approximated(placement, engine, profile, traces)
+        if devices is not None:
+            placement, moved = device_order.follow(placement, devices.split(","))
+            return placement, notes + moved
+        if placement.device_uuids is not None:
+            strange = device_order.compare(placement, device_order.present())
+            notes += [f"warning: {strange}"] if strange else []
+        return placement, notes
+
+    return prepare
+
+
+def _approximated(
+    placement: Placement, engine: Engine, profile: Path | None, traces: Path | None
+) -> tuple[Placement, list[str]]:
+    from gemopt.evaluate import evaluate
+    from gemopt.formats.approximate import approximate
+    from gemopt.profile import Profile
+    from gemopt.traces import Traces
+
+    if (profile is None) != (traces is None):
+        raise InputError("--profile, --traces", "one of them", "both, to price the conversion, or neither")
+    if profile is None or traces is None:
+        return approximate(placement, engine)
+    loaded, devices = Traces.load(traces), Profile.load(profile)
+
+    def cost(candidate: Placement) -> float:
+        return evaluate(candidate, devices, loaded).objective_us
+
+    before = cost(placement)
+    chosen, notes = approximate(placement, engine, loads=loaded.counts.mean(axis=0), cost=cost)
+    if notes:
+        after = cost(chosen)
+        share = 100 * (after - before) / before if before else 0.0
+        notes.append(f"this costs {after - before:+.1f} us over {loaded.num_steps} steps ({share:+.2f} %)")
+    return chosen, notes
+
+
+def _permute(placement: Placement, source: Path | None, destination: Path) -> Export:
+    from gemopt.executor.checkpoint import export_checkpoint
+    from gemopt.formats.engine import Export
+
+    if source is None:
+        raise InputError("--source", None, "the folder of the checkpoint to permute", "give --source CHECKPOINT")
+    export_checkpoint(placement, source, destination)
+    command = f"load {destination} with {placement.num_ranks} expert-parallel ranks, experts split in order"
+    return Export(files=(str(destination),), command=command)
+
+
+def _write(placement: Placement, to: str, path: Path, role: str | None, mtp_layers: int) -> Export:
+    from gemopt.formats.engine import WriteOptions
+    from gemopt.formats.registry import export as write
+
+    return write(placement, to=to, path=path, options=WriteOptions(role=role, mtp_layers=mtp_layers))
+
+
+def _report(placement: Placement, result: Export, notes: list[str], role: str | None) -> dict[str, Any]:
+    return {
+        "role": role,
+        "files": list(result.files),
+        "command": result.command,
+        "devices": placement.device_uuids,
+        "changes": notes,
+        "notes": list(result.notes),
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    def line(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    if report["role"]:
+        line(f"{report['role']}:")
+    line("wrote " + ", ".join(report["files"]))
+    line("start: " + report["command"])
+    if report["devices"]:
+        line("ranks: " + ", ".join(f"{rank} = {uuid or 'unknown'}" for rank, uuid in enumerate(report["devices"])))
+    for text in report["changes"]:
+        (errors if text.startswith("warning") else console).print(text, markup=False, soft_wrap=True)
+    for text in report["notes"]:
+        line("note: " + text)
+
+
+@app.command(name="engines", rich_help_panel="Engines")
+def engines_command(as_json: Json = False) -> None:
+    """What each serving engine can express, take and record."""
+    from rich.table import Table
+
+    from gemopt.formats.registry import engines
+
+    rows = [_capabilities(engine) for engine in engines()]
+    if as_json:
+        print_json(rows)
+        return
+    flags = {
+        "export": "writes",
+        "import": "reads",
+        "traces": "traces",
+        "copies": "replicas",
+        "unequal": "unequal_slots",
+        "empty": "empty_slots",
+        "dense": "dense_rows",
+        "groups": "group_limits",
+    }
+    table = Table("engine", *flags, box=None, pad_edge=False)
+    table.columns[0].no_wrap = True
+    for row in rows:
+        marks = ["yes" if row[flag] else "-" for flag in flags.values()]
+        table.add_row(row["name"], *marks)
+    console.print(table)
+    for row in rows:
+        splits = "copies share the load as " + ", ".join(row["splits"]) if row["replicas"] else ""
+        said = [row["versions"], row["placement"], *row["traces"], splits, row["note"]]
+        console.print(f"{row['name']}: " + "; ".join(text for text in said if text), markup=False, soft_wrap=True)
+
+
+def _capabilities(engine: Engine) -> dict[str, Any]:
+    names = ("name", "versions", "placement", "replicas", "unequal_slots", "empty_slots", "dense_rows", "group_limits")
+    return {
+        **{name: getattr(engine, name) for name in names},
+        "splits": sorted(engine.splits),
+        "writes": engine.write is not None or engine.name in PERMUTED,
+        "reads": engine.read is not None,
+        "traces": list(engine.traces),
+        "note": engine.note,
+    }
+
+
+@placement_app.command(name="import")
+def import_placement(
+    path: Annotated[Path, typer.Argument(help="The engine's placement file.")],
+    source: Annotated[str, typer.Option("--from", help="Engine that it is written for; see `gemopt engines`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="placement.json to write.")],
+    ep: Annotated[int | None, typer.Option("--ep", min=1, help="Ranks that share the slots.")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="Experts of a layer.")] = None,
+    layer_ids: Annotated[str | None, typer.Option(help="Decoder layers with experts, like 3-60.")] = None,
+    num_hidden_layers: HiddenLayers = None,
+    model: Annotated[str | None, typer.Option(help="Name of the network.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read the placement of a serving engine."""
+    from gemopt.formats.engine import Facts
+    from gemopt.formats.layers import parse_layers
+    from gemopt.formats.registry import import_placement as read
+
+    facts = Facts(
+        num_ranks=ep,
+        num_experts=num_experts,
+        layer_ids=parse_layers(layer_ids),
+        num_hidden_layers=num_hidden_layers,
+        model=model,
+    )
+    placement = read(path, source=source, facts=facts)
+    placement.save(output)
+    sizes = {
+        "output": str(output),
+        "layers": placement.num_layers,
+        "experts": placement.num_experts,
+        "ranks": placement.num_ranks,
+        "slots": placement.num_slots,
+    }
+    if as_json:
+        print_json(sizes)
+        return
+    console.print("wrote {output}: {layers} layers, {experts} experts, {slots} slots on {ranks} ranks".format(**sizes))

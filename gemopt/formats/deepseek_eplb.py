@@ -1,0 +1,86 @@
+"""The tensors of DeepSeek's EPLB: phy2log [L, P], log2phy [L, E, X] (-1 padded), logcnt [L, E], int64.
+
+What `rebalance_experts` of `eplb.py` (github.com/deepseek-ai/EPLB) returns, for engines that take its output.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.documents import replacing
+from gemopt.exceptions import InputError
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, copy_slots, make_placement
+from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays, torch_module
+from gemopt.placement import Placement, Split
+
+NAMES = ("phy2log", "log2phy", "logcnt")
+
+
+def tensors(placement: Placement) -> dict[str, NDArray[np.int64]]:
+    """The three tables of a placement."""
+    logcnt = placement.copies()
+    log2phy = np.full((*logcnt.shape, int(logcnt.max())), -1, np.int64)
+    for layer, row in enumerate(placement.physical_to_logical):
+        for expert, slots in enumerate(copy_slots(row, placement.num_experts)):
+            log2phy[layer, expert, : len(slots)] = slots
+    return {"phy2log": np.array(placement.physical_to_logical), "log2phy": log2phy, "logcnt": logcnt.astype(np.int64)}
+
+
+def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
+    """Write the three tables as .safetensors, .npz or .pt."""
+    arrays = tensors(placement)
+    with replacing(path) as stream:
+        if path.suffix == ".pt":
+            torch = torch_module("writing .pt files")
+            torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, stream)
+        elif path.suffix == ".npz":
+            buffer = io.BytesIO()
+            np.savez(buffer, **arrays)  # type: ignore[arg-type]
+            stream.write(buffer.getbuffer())
+        else:
+            from safetensors.numpy import save
+
+            stream.write(save(arrays))
+    command = f"phy2log, log2phy, logcnt = (tensors[name] for name in {NAMES})"
+    notes = (
+        f"Rows are MoE layers {placement.layer_ids[0]} to {placement.layer_ids[-1]} in order, none for dense layers.",
+    )
+    return Export(files=(str(path),), command=command, notes=notes)
+
+
+def read(path: Path, facts: Facts) -> Placement:
+    """Read phy2log and check the other two tables against it."""
+    readers: dict[str, Any] = {".pt": load_torch, ".npz": numpy_arrays, ".safetensors": safetensors_arrays}
+    if path.suffix not in readers:
+        raise InputError(str(path), path.suffix or "no suffix", "a .safetensors, .npz or .pt file")
+    data = readers[path.suffix](path)
+    if not isinstance(data, dict) or "phy2log" not in data:
+        raise InputError(f"{path}: phy2log", "missing", "a table [layers, slots]")
+    table = as_array(data["phy2log"], name=f"{path}: phy2log", ndim=2)
+    ids = list(facts.layer_ids) if facts.layer_ids is not None else list(range(len(table)))
+    placement = make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=facts.num_hidden_layers)
+    if "logcnt" in data:
+        counts = as_array(data["logcnt"], name=f"{path}: logcnt", ndim=2)
+        if counts.shape != placement.copies().shape or (counts != placement.copies()).any():
+            raise InputError(f"{path}: logcnt", f"shape {counts.shape}", "the copies that phy2log has")
+    return placement
+
+
+ENGINES = {
+    "deepseek-eplb": Engine(
+        name="deepseek-eplb",
+        versions="EPLB 2025-02",
+        placement="phy2log, log2phy, logcnt .safetensors, .npz or .pt",
+        replicas=True,
+        splits=frozenset({Split.EVEN, Split.NEAREST, Split.OPTIMAL}),
+        suffixes=(".safetensors", ".npz", ".pt"),
+        note="tables only; how copies are used is up to who reads them",
+        write=write,
+        read=read,
+    )
+}

@@ -1,0 +1,257 @@
+"""What an engine can express, and what its writer and its readers are given and give back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import InputError
+from gemopt.placement import EMPTY, Placement, Split
+from gemopt.traces import Phase, Traces
+
+IntArray = NDArray[Any]
+ALL_SPLITS = frozenset(Split)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteOptions:
+    """What a placement does not say. `role`: `prefill` or `decode` when the two are served apart.
+
+    `mtp_layers`: draft layers that the engine numbers from `num_hidden_layers` on. `traces`: measured loads, for the
+    engines that take loads instead of a placement.
+    """
+
+    role: str | None = None
+    mtp_layers: int = 0
+    traces: Traces | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Files written, the command that starts the engine with them, and what the user should know."""
+
+    files: tuple[str, ...]
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a foreign file leaves out: given by the user, or by the side file of an export."""
+
+    num_ranks: int | None = None
+    num_experts: int | None = None
+    layer_ids: tuple[int, ...] | None = None
+    num_hidden_layers: int | None = None
+    model: str | None = None
+    split: Split | None = None
+    device_uuids: tuple[str | None, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceOptions:
+    """How to read traces.
+
+    `batch_size`, `prefill_tokens`, `phase`: continuous batching of recorded requests. `keep_tokens`: keep the
+    token-level record where there is one (in memory). `num_ranks`: how many ranks must have written.
+    """
+
+    num_ranks: int | None = None
+    num_experts: int | None = None
+    layer_ids: tuple[int, ...] | None = None
+    num_hidden_layers: int | None = None
+    top_k: int | None = None
+    model: str | None = None
+    batch_size: int = 64
+    prefill_tokens: int = 4096
+    phase: Phase = Phase.DECODE
+    keep_tokens: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """Counts as a stream, so that importing needs the memory of one file.
+
+    Attributes
+    ----------
+    blocks
+        Called for each pass over the files; yields [steps, rows, E] logical counts >= 0.
+    layer_ids
+        Decoder layer of each row; None when every decoder layer has a row, dense ones (all zero) included.
+    num_hidden_layers, top_k
+        When the files say.
+    phase
+        [T] `Phase` of each step, None when not recorded.
+    notes
+        What the user should know; grows while blocks are read.
+    """
+
+    blocks: Callable[[], Iterator[IntArray]]
+    layer_ids: tuple[int, ...] | None = None
+    num_hidden_layers: int | None = None
+    top_k: int | None = None
+    phase: IntArray | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine: what it can express, and the functions that write and read its files.
+
+    Attributes
+    ----------
+    versions
+        Versions whose source or loader the format was checked against.
+    placement
+        The file that carries a placement; empty when the engine takes none.
+    traces
+        The recordings `read_traces` understands.
+    replicas, unequal_slots, empty_slots
+        Whether the engine's file can say so.
+    dense_rows
+        Whether layers without experts need a row as well.
+    group_limits
+        Whether group-limited routing restricts the order of experts.
+    splits
+        How the engine can share an expert's assignments among its copies.
+    suffixes
+        How the name of its file must end.
+    side_file
+        Whether the file leaves out something that importing it again needs.
+    note
+        One line on how to use it, or why it takes no placement.
+    """
+
+    name: str
+    versions: str
+    placement: str = ""
+    traces: tuple[str, ...] = ()
+    replicas: bool = False
+    unequal_slots: bool = False
+    empty_slots: bool = False
+    dense_rows: bool = False
+    group_limits: bool = False
+    splits: frozenset[Split] = frozenset()
+    suffixes: tuple[str, ...] = ()
+    side_file: bool = True
+    note: str = ""
+    check: Callable[[Placement, WriteOptions], None] | None = None
+    write: Callable[[Placement, Path, WriteOptions], Export] | None = None
+    read: Callable[[Path, Facts], Placement] | None = None
+    read_traces: Callable[[Sequence[Path], TraceOptions], Recording | Traces] | None = None
+
+
+def expert_rows(placement: Placement, *, num_rows: int) -> NDArray[np.int64]:
+    """[num_rows, P] a row per decoder layer: the placement where there is one, experts in order elsewhere.
+
+    Layers without experts never look at their row; it only has to be valid.
+    """
+    rows = np.tile(in_order(placement), (num_rows, 1))
+    rows[np.array(placement.layer_ids)] = placement.physical_to_logical
+    return rows
+
+
+def in_order(placement: Placement) -> NDArray[np.int64]:
+    """[P] experts 0, 1, ..., E-1, 0, ...: what engines start with."""
+    return np.arange(placement.num_slots) % placement.num_experts
+
+
+def require_hidden_layers(placement: Placement, engine: str) -> int:
+    """Decoder layers of the network; `InputError` when the placement does not say."""
+    if placement.num_hidden_layers is None:
+        raise InputError(
+            "Placement.num_hidden_layers",
+            None,
+            f"{engine} numbers layers among all decoder layers",
+            "give --num-hidden-layers N",
+        )
+    return placement.num_hidden_layers
+
+
+def file_facts(path: Path, facts: Facts, *, rows: int) -> tuple[list[int], int | None]:
+    """Layer ids and hidden layers of a file with `rows` rows, one per decoder layer."""
+    hidden = facts.num_hidden_layers
+    if hidden is not None and rows != hidden:
+        raise InputError(f"{path}: layers", rows, f"a row for each of the {hidden} decoder layers")
+    ids = list(range(rows)) if facts.layer_ids is None else list(facts.layer_ids)
+    if not ids or min(ids) < 0 or max(ids) >= rows:
+        raise InputError("--layer-ids", ids, f"layers 0 to {rows - 1}, the rows of {path}")
+    return ids, rows
+
+
+def make_placement(path: Path, rows: object, facts: Facts, **fields: Any) -> Placement:
+    """Placement with equal slots from the rows [L, P] of a foreign file.
+
+    Raises
+    ------
+    InputError
+        When the ranks are unknown or do not divide the slots, or the rows are no placement.
+    """
+    from gemopt.documents import integer_array
+
+    table_LP = integer_array(rows, name=f"{path}: physical_to_logical", ndim=2)
+    if not table_LP.size:
+        raise InputError(f"{path}: physical_to_logical", f"shape {table_LP.shape}", "at least one layer and slot")
+    ranks = fields.pop("num_ranks", facts.num_ranks)
+    if ranks is None:
+        raise InputError(f"{path}: ranks", None, "the file does not say how many ranks share the slots", "give --ep N")
+    if ranks < 1 or table_LP.shape[1] % ranks:
+        raise InputError("--ep", ranks, f"a divisor of the {table_LP.shape[1]} slots in {path}")
+    experts = int(table_LP.max()) + 1 if facts.num_experts is None else facts.num_experts
+    if int(table_LP.max()) >= experts:
+        raise InputError(f"{path}: physical_to_logical", int(table_LP.max()), f"experts 0 to {experts - 1}")
+    devices = facts.device_uuids
+    settled = {
+        "slots_per_rank": np.full(ranks, table_LP.shape[1] // ranks),
+        "num_experts": experts,
+        "split": facts.split or Split.EVEN,
+        "model": facts.model,
+        "device_uuids": list(devices) if devices is not None and len(devices) == ranks else None,
+    }
+    try:
+        return Placement(physical_to_logical=table_LP, **{**settled, **fields})
+    except InputError as error:
+        error.args = (f"{path}: {error}",)
+        raise
+
+
+def copy_slots(row: NDArray[np.int64], num_experts: int) -> list[list[int]]:
+    """Slots of each expert of a layer, in slot order."""
+    slots: list[list[int]] = [[] for _ in range(num_experts)]
+    for slot, expert in enumerate(row.tolist()):
+        if expert != EMPTY:
+            slots[expert].append(slot)
+    return slots
+
+
+def model_name(placement: Placement) -> str:
+    """What stands for the network in a command line."""
+    return placement.model or "MODEL"
+
+
+def files_of(paths: Sequence[Path], *suffixes: str) -> list[Path]:
+    """The files among `paths`, folders replaced by their files with one of `suffixes`, sorted by name."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(
+                part for part in path.iterdir() if part.suffix in suffixes and not part.name.startswith(".")
+            )
+            if not inside:
+                raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
+            found += inside
+        elif path.suffix not in suffixes:
+            raise InputError(str(path), path.suffix or "no suffix", f"a file {' or '.join(suffixes)}")
+        elif not os.access(path, os.R_OK):
+            raise InputError(str(path), "no such file", "a readable file is needed")
+        else:
+            found.append(path)
+    if not found:
+        raise InputError("PATHS", "nothing", "at least one file or folder")
+    return found

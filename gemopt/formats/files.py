@@ -1,0 +1,165 @@
+"""Reading foreign files that may be truncated, huge or hostile: JSON, YAML, npy, npz, safetensors and .pt.
+
+Whatever is wrong ends as an `InputError` that names the file; nothing is ever unpickled beyond plain tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.documents import read_bytes, read_json
+from gemopt.exceptions import InputError
+
+JSON_LIMIT = 256 << 20
+HEADER_LIMIT = 100_000_000  # the limit of the safetensors library itself
+ARRAY_LIMIT = 1 << 36
+_DTYPES = {"U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"}
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file; `InputError` when it is missing or unreadable."""
+    try:
+        with path.open("rb") as stream:
+            return os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise InputError(str(path), error.strerror or str(error), "a readable file is needed") from None
+
+
+def bounded_json(path: Path, *, limit_bytes: int = JSON_LIMIT) -> Any:
+    """Parse a JSON file of at most `limit_bytes`."""
+    if size_of(path) > limit_bytes:
+        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {limit_bytes} bytes of JSON")
+    return read_json(path)
+
+
+def bounded_yaml(path: Path, *, limit_bytes: int = 64 << 20) -> Any:
+    """Parse a YAML file of plain data. Anchors are refused: a few of them can stand for gigabytes."""
+    try:
+        import yaml
+    except ImportError:
+        raise InputError(str(path), "no pyyaml", "YAML files need it", "pip install 'gemopt[yaml]'") from None
+    text = read_bytes(path, limit_bytes=limit_bytes)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=loader)):
+            raise InputError(str(path), "a YAML alias", "plain lists and numbers", "write the lists out")
+        return yaml.load(text, Loader=loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(str(path), str(error), "a complete YAML document is needed") from None
+
+
+def torch_module(purpose: str) -> Any:
+    """PyTorch, which only .pt files need."""
+    try:
+        import torch
+    except ImportError:
+        raise InputError("torch", "not installed", f"{purpose} needs it", "pip install 'gemopt[torch]'") from None
+    return torch
+
+
+def load_torch(path: Path) -> Any:
+    """Load a .pt file: tensors and plain containers only, on the CPU, mapped rather than read.
+
+    A tensor is refused when it claims more elements than the file holds (a view with stride 0 would).
+    """
+    size = size_of(path)
+    torch = torch_module("reading .pt files")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > size:
+            raise InputError(str(path), f"{unpacked} bytes in {size}", "an uncompressed .pt file, as torch.save writes")
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(str(path), reason, "a complete .pt file of tensors and plain containers is needed") from None
+    _check_tensors(path, data, size)
+    return data
+
+
+def _check_tensors(path: Path, data: Any, size: int) -> None:
+    pending = [data]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple):
+            # A list of numbers (token ids) can be long; its first element speaks for it.
+            pending += value if value and not isinstance(value[0], int | float) else ()
+        elif hasattr(value, "numel") and value.numel() * value.element_size() > size:
+            raise InputError(
+                str(path), f"tensor of shape {tuple(value.shape)}", f"at most the {size} bytes of the file"
+            )
+
+
+def as_array(value: Any, *, name: str, ndim: int) -> NDArray[Any]:
+    """An integer tensor, array or list as an array of `ndim` dimensions; shares memory with a tensor."""
+    if hasattr(value, "numpy"):
+        if value.is_sparse or value.is_floating_point() or value.is_complex():
+            raise InputError(name, str(value.dtype), "whole numbers")
+        value = value.numpy()
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError):
+        raise InputError(name, value, f"whole numbers in {ndim} dimensions") from None
+    if array.ndim != ndim or array.dtype.kind not in "iu":
+        raise InputError(name, f"{array.dtype} array of shape {array.shape}", f"whole numbers in {ndim} dimensions")
+    return array
+
+
+def safetensors_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The integer arrays of a safetensors file, mapped; every offset is checked against the file."""
+    size = size_of(path)
+    data = np.memmap(path, dtype=np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+    length = int.from_bytes(data[:8].tobytes(), "little") if size >= 8 else HEADER_LIMIT + 1
+    if length > min(HEADER_LIMIT, size - 8):
+        raise InputError(str(path), f"header of {length} bytes in a file of {size}", "a complete safetensors file")
+    try:
+        header = json.loads(data[8 : 8 + length].tobytes())
+        if not isinstance(header, dict):
+            raise TypeError("the header is no object")
+        header.pop("__metadata__", None)
+        return {name: _mapped(data[8 + length :], name, entry) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
+        raise InputError(str(path), str(error), "a complete safetensors file of whole numbers") from None
+
+
+def _mapped(body: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArray[Any]:
+    begin, end = entry["data_offsets"]
+    shape = entry["shape"]
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"{name} has dtype {entry['dtype']}")
+    dtype = np.dtype(_DTYPES[entry["dtype"]])
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)) or not begin <= end <= len(body):
+        raise ValueError(f"{name} lies outside the file")
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise ValueError(f"{name} has {end - begin} bytes for shape {shape}")
+    return np.frombuffer(body, dtype, math.prod(shape), begin).reshape(shape)
+
+
+def numpy_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npy (mapped, named `counts`) or .npz file; no pickles."""
+    size = size_of(path)
+    try:
+        if path.suffix == ".npy":
+            return {"counts": np.load(path, mmap_mode="r", allow_pickle=False)}
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > max(1 << 30, 200 * size) or unpacked > ARRAY_LIMIT:
+            raise InputError(str(path), f"{unpacked} bytes in {size}", "at most 200 times the size of the file")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(str(path), str(error), "a complete .npy or .npz file of plain arrays is needed") from None

@@ -1,0 +1,194 @@
+"""From an engine's recording to a traces file, with the memory of one recorded file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.documents import replacing
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.formats.engine import IntArray, Recording, TraceOptions
+from gemopt.formats.registry import engines, get
+from gemopt.placement import check_layer_ids
+from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION, Traces
+
+_HEADER_BYTES = 1 << 16
+_PIECE = 1 << 24  # bytes converted at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What was imported: sizes, total assignments, and notes for the user."""
+
+    num_steps: int
+    layer_ids: tuple[int, ...]
+    num_experts: int
+    top_k: int | None
+    assignments: int
+    notes: tuple[str, ...]
+
+
+def import_traces(
+    paths: Sequence[Path], *, source: str, destination: str | os.PathLike[str], options: TraceOptions | None = None
+) -> Imported:
+    """Read what the engine `source` recorded into one traces file.
+
+    Layers without experts are dropped; `options.layer_ids` says which rows to keep where the counts do not.
+
+    Raises
+    ------
+    InputError
+        One line naming the file and the field that is wrong; the destination is then untouched.
+    """
+    engine = get(source)
+    options = options or TraceOptions()
+    if engine.read_traces is None:
+        names = ", ".join(e.name for e in engines() if e.read_traces is not None)
+        hint = f"its placements: gemopt placement import --from {source}" if engine.read is not None else ""
+        raise UnsupportedError("--from", source, f"it records no loads; traces of: {names}", hint)
+    found = engine.read_traces(paths, options)
+    if isinstance(found, Traces):
+        found.save(destination)
+        return Imported(
+            num_steps=found.num_steps,
+            layer_ids=found.layer_ids,
+            num_experts=found.num_experts,
+            top_k=found.top_k,
+            assignments=int(found.counts.sum(dtype=np.int64)),
+            notes=(),
+        )
+    for dtype in (np.uint16, np.int32):
+        try:
+            return _stream(found, destination, options, np.dtype(dtype))
+        except _TooNarrowError:
+            continue
+    raise AssertionError("int32 holds every count that passed the checks")
+
+
+class _TooNarrowError(Exception):
+    """A count does not fit the chosen type; start again with a wider one."""
+
+
+def _stream(found: Recording, destination: Any, options: TraceOptions, dtype: np.dtype[Any]) -> Imported:
+    writer: _Writer | None = None
+    with replacing(destination) as stream:
+        for block in found.blocks():
+            writer = writer or _Writer(stream, _rows(block, found, options), block.shape, dtype)
+            writer.append(block)
+        if writer is None:
+            raise InputError("PATHS", "no step with any assignment", "a recording of at least one step")
+        metadata = _metadata(writer, found, options)
+        writer.finish(metadata, found.phase)
+    return Imported(
+        num_steps=writer.steps,
+        layer_ids=writer.layer_ids,
+        num_experts=writer.experts,
+        top_k=options.top_k or found.top_k,
+        assignments=writer.assignments,
+        notes=tuple(found.notes),
+    )
+
+
+def _rows(block: IntArray, found: Recording, options: TraceOptions) -> tuple[list[int], tuple[int, ...]]:
+    """Rows of the recording to keep, and the decoder layers they are."""
+    layers = found.layer_ids or tuple(range(block.shape[1]))
+    if options.layer_ids is not None:
+        unknown = sorted(set(options.layer_ids) - set(layers))
+        if unknown:
+            raise InputError("--layer-ids", unknown[0], f"recorded layers {layers[0]} to {layers[-1]}")
+        kept = [layers.index(layer) for layer in options.layer_ids]
+    elif found.layer_ids is not None:
+        kept = list(range(len(layers)))
+    else:
+        kept = [int(row) for row in np.flatnonzero(block.any(axis=(0, 2)))]
+    hidden = options.num_hidden_layers
+    if hidden is not None and found.layer_ids is None and hidden != block.shape[1]:
+        raise InputError("layers", block.shape[1], f"--num-hidden-layers is {hidden}")
+    ids = tuple(layers[row] for row in kept)
+    check_layer_ids(ids, len(ids), hidden)
+    return kept, ids
+
+
+class _Writer:
+    """Appends counts to a safetensors file whose header is written last, into room left for it."""
+
+    def __init__(
+        self, stream: BinaryIO, rows: tuple[list[int], tuple[int, ...]], shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self.stream, self.dtype = stream, dtype
+        self.kept, self.layer_ids = rows
+        self.recorded, self.experts = shape[1], shape[2]
+        self.steps = self.assignments = 0
+        stream.write(bytes(8 + _HEADER_BYTES))
+
+    def append(self, block: IntArray) -> None:
+        """Check and write [steps, rows, E] counts."""
+        if block.shape[1:] != (self.recorded, self.experts):
+            raise InputError(
+                "counts",
+                f"{block.shape[1]} layers of {block.shape[2]} experts",
+                f"{self.recorded} layers of {self.experts} experts, as in the first file",
+                "the files are of different networks: import them apart",
+            )
+        step = max(1, _PIECE // max(1, block[:1].nbytes))
+        for start in range(0, len(block), step):
+            self._write(block[start : start + step])
+        self.steps += len(block)
+
+    def _write(self, piece: IntArray) -> None:
+        low, high = int(piece.min()), int(piece.max())
+        if low < 0 or high > COUNT_LIMIT // self.experts:
+            raise InputError("counts", low if low < 0 else high, f"counts from 0 to {COUNT_LIMIT // self.experts}")
+        if high > np.iinfo(self.dtype).max:
+            raise _TooNarrowError
+        whole = len(self.kept) == self.recorded
+        narrow = np.ascontiguousarray(piece if whole else piece[:, self.kept], dtype=self.dtype)
+        kept = int(narrow.sum(dtype=np.int64))
+        if not whole and kept != int(piece.sum(dtype=np.int64)):
+            layers = np.setdiff1d(np.flatnonzero(piece.any(axis=(0, 2))), self.kept)
+            raise InputError(
+                "counts",
+                f"assignments in layer {int(layers[0])}, which had none before or is not in --layer-ids",
+                "all MoE layers",
+                "give --layer-ids with every MoE layer",
+            )
+        self.assignments += kept
+        self.stream.write(narrow.data)
+
+    def finish(self, metadata: dict[str, str], phase: NDArray[Any] | None) -> None:
+        """Write the phases, then the header at the start."""
+        shape = [self.steps, len(self.layer_ids), self.experts]
+        size = int(np.prod(shape)) * self.dtype.itemsize
+        kind = {"uint16": "U16", "int32": "I32"}[self.dtype.name]
+        header: dict[str, Any] = {"__metadata__": metadata}
+        header["counts"] = {"dtype": kind, "shape": shape, "data_offsets": [0, size]}
+        if phase is not None:
+            codes = phase.astype(np.uint8)
+            self.stream.write(codes.data)
+            header["phase"] = {"dtype": "U8", "shape": [len(codes)], "data_offsets": [size, size + len(codes)]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        if len(text) > _HEADER_BYTES:
+            raise InputError("layer_ids", f"{len(self.layer_ids)} layers", "fewer layers")
+        self.stream.seek(0)
+        self.stream.write(_HEADER_BYTES.to_bytes(8, "little") + text.ljust(_HEADER_BYTES))
+
+
+def _metadata(writer: _Writer, found: Recording, options: TraceOptions) -> dict[str, str]:
+    hidden = options.num_hidden_layers or found.num_hidden_layers
+    if hidden is None and found.layer_ids is None:
+        hidden = writer.recorded
+    known = {"num_hidden_layers": hidden, "top_k": options.top_k or found.top_k, "model": options.model}
+    if options.num_experts is not None and options.num_experts != writer.experts:
+        raise InputError("experts", writer.experts, f"--num-experts is {options.num_experts}")
+    return {
+        "gemopt_traces": str(SCHEMA_VERSION),
+        "layer_ids": json.dumps(writer.layer_ids),
+        **{key: str(value) for key, value in known.items() if value is not None},
+    }

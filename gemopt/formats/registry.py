@@ -1,0 +1,166 @@
+"""The engines by name, and the one place where a placement meets what an engine can express."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import ClassVar
+
+from gemopt.documents import Document, IntVector, sha256
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
+from gemopt.placement import Placement, Split
+
+_MODULES = {
+    "sglang": "sglang",
+    "tensorrt-llm": "tensorrt_llm",
+    "vllm": "vllm",
+    "vllm-ascend": "vllm_ascend",
+    "lmdeploy": "lmdeploy",
+    "deepseek-eplb": "deepseek_eplb",
+    "csv": "csv_table",
+    "array": "array",
+    "checkpoint": "checkpoint",
+    "xllm": "checkpoint",
+    "llama.cpp": "checkpoint",
+}
+NAMES = tuple(_MODULES)
+
+
+def get(name: str) -> Engine:
+    """The engine called `name`; `InputError` names those there are."""
+    if name not in _MODULES:
+        raise InputError("engine", name, "one of " + ", ".join(NAMES))
+    found: Engine = import_module(f"gemopt.formats.{_MODULES[name]}").ENGINES[name]
+    return found
+
+
+def engines() -> list[Engine]:
+    """All engines."""
+    return [get(name) for name in NAMES]
+
+
+class SideFile(Document):
+    """What a foreign placement file cannot say, written beside it as `NAME.gemopt.json`; engines never read it."""
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    file_sha256: str
+    slots_per_rank: IntVector
+    num_experts: int
+    layer_ids: list[int]
+    num_hidden_layers: int | None = None
+    split: Split = Split.EVEN
+    model: str | None = None
+    device_uuids: list[str | None] | None = None
+
+
+def side_path(path: Path) -> Path:
+    """Where the side file of `path` lies."""
+    return path.with_name(path.name + ".gemopt.json")
+
+
+def obstacles(placement: Placement, engine: Engine) -> list[tuple[str, str, str, str]]:
+    """What `engine` cannot express of `placement`: the capability it lacks, the field, its value, and the reason."""
+    found = []
+    if not placement.equal_slots and not engine.unequal_slots:
+        slots = ", ".join(map(str, placement.slots_per_rank.tolist()))
+        found.append(("unequal_slots", "slots_per_rank", slots, "needs as many slots on every rank"))
+    if placement.has_empty_slots and not engine.empty_slots:
+        empty = int((placement.physical_to_logical < 0).sum())
+        found.append(("empty_slots", "physical_to_logical", f"{empty} empty slots", "needs an expert in every slot"))
+    if placement.has_copies and not engine.replicas:
+        found.append(("replicas", "physical_to_logical", "copies of an expert", "holds every expert once"))
+    if placement.has_copies and engine.replicas and placement.split not in engine.splits:
+        can = ", ".join(sorted(engine.splits))
+        found.append(("splits", "split", placement.split.value, f"shares the load among copies as: {can}"))
+    return found
+
+
+def able(placement: Placement) -> list[str]:
+    """Names of the engines that can express the whole placement."""
+    return [e.name for e in engines() if e.write is not None and not obstacles(placement, e)]
+
+
+def refuse(placement: Placement, engine: Engine, options: WriteOptions) -> None:
+    """Raise `UnsupportedError` for the first thing that `engine` cannot express, naming engines that can."""
+    if engine.write is None:
+        raise UnsupportedError("--to", engine.name, f"{engine.note or 'takes no placement file'}", _others(placement))
+    for _, field, value, reason in obstacles(placement, engine):
+        hint = f"use --approximate, or {_others(placement)}"
+        raise UnsupportedError(f"Placement.{field}", value, f"{engine.name} {reason}", hint)
+    if engine.check is not None:
+        engine.check(placement, options)
+
+
+def _others(placement: Placement) -> str:
+    names = able(placement)
+    return "an engine that can express it: " + ", ".join(names) if names else "no engine can express it"
+
+
+def export(placement: Placement, *, to: str, path: Path, options: WriteOptions | None = None) -> Export:
+    """Write `placement` for the engine `to`, and a side file with what that format leaves out.
+
+    Raises
+    ------
+    UnsupportedError
+        The engine cannot express the placement; nothing is written.
+    """
+    engine = get(to)
+    options = options or WriteOptions()
+    refuse(placement, engine, options)
+    if engine.suffixes and path.suffix not in engine.suffixes:
+        raise InputError("--output", str(path), f"{engine.name} wants a name ending in {' or '.join(engine.suffixes)}")
+    assert engine.write is not None
+    result = engine.write(placement, path, options)
+    if not engine.side_file:
+        return result
+    side = SideFile(
+        file_sha256=sha256(path),
+        slots_per_rank=placement.slots_per_rank,
+        num_experts=placement.num_experts,
+        layer_ids=placement.layer_ids,
+        num_hidden_layers=placement.num_hidden_layers,
+        split=placement.split,
+        model=placement.model,
+        device_uuids=placement.device_uuids,
+    )
+    side.save(side_path(path))
+    return replace(result, files=(*result.files, str(side_path(path))))
+
+
+def import_placement(path: Path, *, source: str, facts: Facts | None = None) -> Placement:
+    """Read a placement written for, or recorded by, the engine `source`.
+
+    What the file leaves out comes from `facts`, or from the side file that `export` wrote beside it.
+    """
+    engine = get(source)
+    if engine.read is None:
+        names = ", ".join(e.name for e in engines() if e.read is not None)
+        raise UnsupportedError("--from", source, engine.note or "has no placement to read", f"placements of: {names}")
+    return engine.read(path, _with_side_file(path, facts or Facts()))
+
+
+def _with_side_file(path: Path, facts: Facts) -> Facts:
+    if not side_path(path).is_file():
+        return facts
+    side = SideFile.load(side_path(path))
+    if side.file_sha256 != sha256(path):
+        raise InputError(
+            f"{side_path(path)}: file_sha256",
+            side.file_sha256,
+            f"it describes another version of {path.name}",
+            "remove it, and give --ep, --num-hidden-layers and --layer-ids instead",
+        )
+    known = Facts(
+        num_ranks=len(side.slots_per_rank),
+        num_experts=side.num_experts,
+        layer_ids=tuple(side.layer_ids),
+        num_hidden_layers=side.num_hidden_layers,
+        model=side.model,
+        split=side.split,
+        device_uuids=None if side.device_uuids is None else tuple(side.device_uuids),
+    )
+    given = {key: value for key, value in vars(facts).items() if value is not None}
+    return replace(known, **given)

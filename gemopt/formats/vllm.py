@@ -1,0 +1,78 @@
+"""vLLM: no released version reads a placement, so gemopt serves it through vLLM's own load balancer.
+
+With `GEMOPT_PLACEMENT` set, the plugin `gemopt.formats.vllm_plugin` answers vLLM's `rebalance_experts` with the
+placement of that file (seam: `vllm/distributed/eplb/policy` of vLLM 0.33.0). The file is a gemopt placement itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemopt.exceptions import InputError
+from gemopt.formats import responses
+from gemopt.formats.engine import Engine, Export, Facts, TraceOptions, WriteOptions, files_of, model_name
+from gemopt.placement import Placement, Split
+from gemopt.traces import Traces
+
+MAX_REDUNDANT = 1023  # vllm/distributed/eplb/eplb_state.py, MAX_EXPERT_REDUNDANCY
+# The first rearrangement comes after a quarter of the interval; later ones find nothing to move.
+EPLB = {"window_size": 1, "step_interval": 400}
+
+
+def check(placement: Placement, options: WriteOptions) -> None:
+    """vLLM's tables hold at most 1023 redundant experts."""
+    redundant = placement.num_slots - placement.num_experts
+    if redundant > MAX_REDUNDANT:
+        raise InputError("Placement.physical_to_logical", f"{redundant} copies", f"at most {MAX_REDUNDANT} for vLLM")
+
+
+def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
+    """Write the placement for the plugin."""
+    placement.save(path)
+    ranks = placement.num_ranks
+    config = json.dumps({**EPLB, "num_redundant_experts": placement.num_slots - placement.num_experts})
+    command = (
+        f"GEMOPT_PLACEMENT={path.resolve()} vllm serve {model_name(placement)} --tensor-parallel-size {ranks} "
+        f"--enable-expert-parallel --enable-eplb --eplb-config '{config}'"
+    )
+    notes = [
+        "gemopt must be installed beside vLLM on every node; if VLLM_PLUGINS is set, it must name gemopt.",
+        f"vLLM starts with the experts in order and moves them after {EPLB['step_interval'] // 4} steps.",
+        "On ROCm vLLM skips a move that does not even out the number of tokens.",
+    ]
+    if not placement.has_copies:
+        notes.append(
+            "Without copies, --to checkpoint needs no plugin: serve it with --expert-placement-strategy linear."
+        )
+    return Export(files=(str(path),), command=command, notes=tuple(notes))
+
+
+def read(path: Path, facts: Facts) -> Placement:
+    """Read the placement again."""
+    return Placement.load(path)
+
+
+def read_traces(paths: Sequence[Path], options: TraceOptions) -> Traces:
+    """Read responses with `routed_experts` (.json, .jsonl)."""
+    return responses.read_traces(files_of(paths, ".json", ".jsonl"), options)
+
+
+ENGINES = {
+    "vllm": Engine(
+        name="vllm",
+        versions="vLLM 0.33.0",
+        placement="GEMOPT_PLACEMENT .json (plugin)",
+        traces=("routed_experts responses",),
+        replicas=True,
+        splits=frozenset({Split.EVEN}),
+        suffixes=(".json",),
+        side_file=False,
+        note="through the EPLB policy; without copies also --to checkpoint",
+        check=check,
+        write=write,
+        read=read,
+        read_traces=read_traces,
+    )
+}
