@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemopt.models.families import FAMILIES, Family, TensorRole, family, renamed, tensor_role
@@ -18,8 +19,10 @@ _HOME = {
     "num_hidden_layers": "layers",
     "tiny": "tiny_models",
 }
+TINY_MOE = "tiny-moe"
 __all__ = [
     "FAMILIES",
+    "TINY_MOE",
     "Family",
     "MoeLayer",
     "TensorRole",
@@ -30,7 +33,13 @@ __all__ = [
     "renamed",
     "tensor_role",
     "tiny",
+    "tiny_moe_path",
 ]
+
+
+def tiny_moe_path() -> Path:
+    """Folder of the small trained network shipped with gemopt, for transformers' `from_pretrained`."""
+    return Path(__file__).parent / "tiny_moe"
 
 
 def __getattr__(name: str) -> Any:

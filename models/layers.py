@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def describe(model: nn.Module) -> MoeShape:
     layer = find_moe_layers(model)[0]
     config = _text_config(model)
     return MoeShape(
-        name=getattr(model.config, "_name_or_path", "") or str(config.model_type),
+        name=Path(getattr(model.config, "_name_or_path", "")).name or str(config.model_type),
         hidden_size=layer.hidden_size,
         intermediate_size=layer.intermediate_size,
         num_experts=layer.num_experts,
