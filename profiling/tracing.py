@@ -1,0 +1,289 @@
+"""Record the routing of a live transformers model: counts per step, pairs, transitions, straight to files.
+
+While a model runs, hooks only keep references to what its routers returned; the counting is done for many steps at
+once, on the device of the model. That keeps the overhead within 3 % (`benchmarks/tracing_overhead.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemopt.exceptions import InputError
+from gemopt.models import describe, find_moe_layers, num_hidden_layers
+from gemopt.profiling._trace_counts import Part
+from gemopt.profiling._trace_files import TraceFolder, load_ranks, rank_folder
+from gemopt.traces import Phase
+
+__all__ = ["Tracer", "load_ranks"]
+
+PENDING_BYTES = 8 << 20
+
+
+@dataclass(slots=True)
+class _Step:
+    """One forward: router outputs by layer, and what tells tokens from padding."""
+
+    shape: tuple[int, int]
+    phase: Phase
+    starts: bool
+    mask: Tensor | None
+    token_ids: Tensor | None
+    task: int
+    chosen: list[Tensor | None]
+
+
+class Tracer:
+    """Record what a model routes while the `with` block runs.
+
+        with Tracer(model, "traces", ids=True) as tracer:
+            with tracer.task("maths"):
+                model.generate(**batch, max_new_tokens=64)
+        traces = Traces.load("traces")
+
+    One forward of the decoder is one step. Steps of prompts and of next tokens are told apart. Left out of all
+    counts: padding (by the two-dimensional attention mask) and sequences that have ended (a token fed after an
+    end-of-sequence token), which a serving engine would not compute.
+
+    Under tensor plus expert parallelism all ranks share a batch and rank 0 records it. Where ranks have batches of
+    their own, each writes `path/rank-NNNN`; `load_ranks(path)` joins them.
+
+    Parameters
+    ----------
+    model
+        A transformers model with MoE layers, run eagerly (compiled graphs skip hooks).
+    path
+        New or empty folder; files `000000.safetensors`, ... appear in it, each complete, so that a kill at any
+        moment loses at most what came after the last one.
+    ids
+        Also keep every token: its experts, step, vocabulary id and request.
+    pairs
+        Also count pairs of experts within a token and transitions between consecutive MoE layers.
+    seconds, steps_per_file
+        A file is written after this much time or this many steps, whichever comes first.
+    eos_token_ids
+        Tokens that end a sequence; default: those of the model's generation config. `()` counts everything.
+
+    Raises
+    ------
+    InputError
+        No MoE layers, a folder that is taken, a full disk (what was written stays), a forward that bypassed its
+        routers or whose attention mask does not show the padding, or no forward at all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | os.PathLike[str],
+        *,
+        ids: bool = False,
+        pairs: bool = True,
+        seconds: float = 10.0,
+        steps_per_file: int = 4096,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        if steps_per_file < 1:
+            raise InputError("steps_per_file", steps_per_file, "at least 1")
+        self._layers = find_moe_layers(model)
+        self._decoder = model.get_submodule(self._layers[0].path.rpartition(".layers.")[0])
+        self._parameters = list(inspect.signature(self._decoder.forward).parameters)
+        self._num_layers = len(self._layers)
+        self._num_experts = self._layers[0].num_experts
+        self._rank, records, own_batch = _ranks(model)
+        self.path = path
+        self._folder = TraceFolder(rank_folder(path, self._rank) if own_batch else path) if records else None
+        self._keep_ids, self._pairs = ids, pairs
+        self._seconds, self._steps_per_file = seconds, steps_per_file
+        self._eos = _eos_tokens(model) if eos_token_ids is None else list(eos_token_ids)
+        self._metadata = {
+            "layer_ids": tuple(layer.layer_id for layer in self._layers),
+            "num_hidden_layers": num_hidden_layers(model),
+            "top_k": self._layers[0].top_k,
+            "model": describe(model).name,
+        }
+        self._task, self._task_names = -1, list[str]()
+        self._alive: Tensor | None = None
+        self._first_request = self._last_batch = 0
+        self._step: _Step | None = None
+        self._pending: list[_Step] = []
+        self._pending_bytes = 0
+        self._handles: list[Any] = []
+        self._part = Part()
+        self.num_steps = 0
+
+    def __enter__(self) -> Tracer:
+        if self._folder is not None:
+            self._last_write = time.monotonic()
+            hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+            self._handles = [hook, self._decoder.register_forward_hook(self._end)]
+            for index, layer in enumerate(self._layers):
+                self._handles.append(layer.router.register_forward_hook(self._router_hook(index)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        recording = bool(self._handles)
+        self._remove_hooks()
+        if recording:  # False after a failed write: there is nothing more to save
+            self._write()
+            if kind is None and not self.num_steps:
+                raise InputError("model", "no forward", "at least one forward of the traced model", "is it compiled?")
+
+    @contextmanager
+    def task(self, name: str | None) -> Iterator[None]:
+        """Tag the steps of this block with a task; None: with none."""
+        if name is not None and name not in self._task_names:
+            self._task_names.append(name)
+        before, self._task = self._task, -1 if name is None else self._task_names.index(name)
+        try:
+            yield
+        finally:
+            self._task = before
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        token_ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+        rows, length = (token_ids if token_ids is not None else embeddings).shape[:2]  # type: ignore[union-attr]
+        cache = given.get("past_key_values")
+        cached = 0 if cache is None else cache.get_seq_length()
+        starts = cached == 0 if isinstance(cached, int) else length > 1  # a count on the device is not waited for
+        phase = Phase.DECODE if length == 1 and not starts else Phase.PREFILL
+        if given.get("cu_seq_lens_q") is not None:
+            phase = Phase.MIXED
+        mask = _new_tokens(given.get("attention_mask"), length)
+        self._step = _Step((rows, length), phase, starts, mask, token_ids, self._task, [None] * self._num_layers)
+
+    def _router_hook(self, index: int) -> Any:
+        layer = self._layers[index]
+        chosen = layer.chosen
+
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if self._step is not None:  # None: recomputed for a backward pass, or called outside the decoder
+                self._step.chosen[index] = chosen(output)
+
+        return hook
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        step, self._step = self._step, None
+        if step is None:
+            return
+        for index, chosen in enumerate(step.chosen):
+            if chosen is None or chosen.shape[0] != step.shape[0] * step.shape[1]:
+                self._remove_hooks()
+                raise InputError(
+                    self._layers[index].path,
+                    "router did not run" if chosen is None else f"router saw {chosen.shape[0]} tokens",
+                    f"the router of every MoE layer must see the {step.shape[0]} x {step.shape[1]} tokens of a forward",
+                    "load the model without fused MoE kernels and without compiling it",
+                )
+        self._pending.append(step)
+        self._pending_bytes += self._num_layers * chosen.numel() * chosen.element_size()  # type: ignore[union-attr]
+        self.num_steps += 1
+        if self._pending_bytes > PENDING_BYTES:
+            self._digest()
+        waiting = len(self._pending) + self._part.num_steps
+        if waiting >= self._steps_per_file or time.monotonic() - self._last_write > self._seconds:
+            self._write()
+
+    def _write(self) -> None:
+        self._digest()
+        self._last_write = time.monotonic()
+        if self._part.num_steps and self._folder is not None:
+            part, self._part = self._part, Part()
+            try:
+                self._folder.append(part.traces(task_names=tuple(self._task_names), **self._metadata))
+            except BaseException:
+                self._remove_hooks()
+                raise
+
+    def _remove_hooks(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @torch.no_grad()
+    def _digest(self) -> None:
+        """Count the pending steps: N tokens together, L layers, K experts each."""
+        steps, self._pending, self._pending_bytes = self._pending, [], 0
+        if not steps:
+            return
+        layers = [torch.cat([_plain(step.chosen[i]) for step in steps]) for i in range(self._num_layers)]
+        device = layers[0].device
+        keep_N = torch.cat([self._counted(step, device) for step in steps])
+        sizes = torch.tensor([step.shape[0] * step.shape[1] for step in steps], device=device)
+        step_N = torch.repeat_interleave(torch.arange(len(steps), device=device), sizes)[keep_N]
+        ids_LNK = torch.stack([ids.to(device)[keep_N] for ids in layers])
+        self._part.add(ids_LNK, step_N, [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
+        if self._keep_ids:
+            rows = [self._requests(step, device) for step in steps]
+            known = all(step.token_ids is not None for step in steps)
+            words = torch.cat([_flat(step.token_ids) for step in steps])[keep_N] if known else None
+            self._part.keep(ids_LNK, step_N, words, torch.cat(rows)[keep_N], self._rank, self._num_experts)
+
+    def _counted(self, step: _Step, device: torch.device) -> Tensor:
+        """[B * S] which tokens of a step are neither padding nor behind the end of their sequence."""
+        rows, length = step.shape
+        keep = torch.ones(step.shape, dtype=torch.bool, device=device) if step.mask is None else step.mask.to(device)
+        if step.phase is not Phase.DECODE or step.token_ids is None or not self._eos:
+            self._alive = None
+        else:
+            ends = torch.isin(step.token_ids[:, 0].to(device), torch.tensor(self._eos, device=device))
+            before = self._alive if self._alive is not None and len(self._alive) == rows else torch.ones_like(ends)
+            self._alive = before & ~ends
+            keep = keep & self._alive[:, None]
+        return keep.expand(rows, length).reshape(-1)
+
+    def _requests(self, step: _Step, device: torch.device) -> Tensor:
+        """[B * S] request of each token: every row of a batch that starts with an empty cache is a new one."""
+        rows, length = step.shape
+        if step.starts or rows != self._last_batch:
+            self._first_request += self._last_batch
+            self._last_batch = rows
+        return torch.arange(rows, device=device).repeat_interleave(length) + self._first_request
+
+
+def _new_tokens(mask: Any, length: int) -> Tensor | None:
+    """[B, S] True at real tokens of this forward; the mask also covers cached ones. None: no padding."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise InputError(
+            "attention_mask",
+            type(mask).__name__ if not isinstance(mask, Tensor) else f"{mask.ndim} dimensions",
+            "a mask [batch, tokens] is needed to leave out padding",
+            "generate with the dynamic cache",
+        )
+    return mask[:, -length:] != 0
+
+
+def _plain(tensor: Tensor | None) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[return-value,union-attr]
+
+
+def _flat(tensor: Tensor | None) -> Tensor:
+    return tensor.reshape(-1)  # type: ignore[union-attr]
+
+
+def _eos_tokens(model: nn.Module) -> list[int]:
+    config: Any = getattr(model, "generation_config", None) or model.config
+    value = getattr(config, "eos_token_id", None)
+    return [] if value is None else [int(token) for token in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _ranks(model: nn.Module) -> tuple[int, bool, bool]:
+    """(rank, whether it records, whether its batch is its own). Ranks of a tensor-parallel group share a batch."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, True, False
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shared = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
+    return rank, rank % shared == 0, shared < world
