@@ -23,7 +23,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     lines = [",".join(COLUMNS if weights is not None else COLUMNS[:-1])]
     for index, (layer, row) in enumerate(zip(placement.layer_ids, placement.physical_to_logical, strict=True)):
         for slot, (rank, expert) in enumerate(zip(placement.rank_of_slot.tolist(), row.tolist(), strict=True)):
-            weight = "" if weights is None else f",{weights[index, slot]!r}"
+            weight = "" if weights is None else f",{float(weights[index, slot])!r}"
             lines.append(f"{layer},{rank},{slot},{expert}{weight}")
     write_text(path, "\n".join([*lines, ""]))
     return Export(files=(str(path),), command=f"column -s, -t {path}")

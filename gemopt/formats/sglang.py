@@ -63,6 +63,10 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
         "Leave out --enable-eplb: it would move the experts again.",
         "SGLANG_LOG_EXPERT_LOCATION_METADATA=1 prints the layout that SGLang uses.",
     ]
+    if placement.has_copies and placement.split is Split.EVEN:
+        notes.append(
+            "A rank, else a node, that holds a copy uses its own: even over balanced senders and like nodes only."
+        )
     if placement.has_copies and placement.split is Split.OPTIMAL:
         notes.append("--ep-dispatch-algorithm lp works for the DeepSeek family only.")
     if options.mtp_layers:
