@@ -66,7 +66,8 @@ class Roofline:
     """Maximum of planes `a + b N + c A` over assignments and activated experts, b and c >= 0, per device.
 
     Max-affine regression on relative errors (Magnani and Boyd, Convex piecewise-linear fitting, Optimization and
-    Engineering 10, 2009). Idle ranks cost the measured zero load, else the smallest measured load.
+    Engineering 10, 2009). Idle ranks cost the measured zero load, else the smallest measured load,
+    but not more than the planes give for one assignment.
     """
 
     latencies: tuple[Latency, ...]
@@ -87,7 +88,8 @@ class Roofline:
         if len(idle):
             return _with_idle(fitted_K3, float(np.median(idle[:, 2])))
         smallest = busy[np.lexsort((np.nan_to_num(busy[:, 1]), busy[:, 0]))[0], 2]
-        floor = np.array([[smallest, 0.0, 0.0]])
+        one = fitted_K3 @ [1.0, 1.0, float(np.isfinite(busy[0, 1]))]  # never dearer idle than with one assignment
+        floor = np.array([[min(smallest, one.max()), 0.0, 0.0]])
         return _planes(np.concatenate([floor, fitted_K3]))
 
 
@@ -247,8 +249,8 @@ def fit(
 def _cross_validated(candidate: Candidate, tables: list[FloatArray]) -> float:
     """Mean relative error over held-out samples, one device of each kind; NaN below four samples."""
     misses: list[FloatArray] = []
-    for table in tables:
-        table = table[np.lexsort((np.nan_to_num(table[:, 1]), table[:, 0]))]
+    for unsorted in tables:
+        table = unsorted[np.lexsort((np.nan_to_num(unsorted[:, 1]), unsorted[:, 0]))]
         fold = np.arange(len(table)) % FOLDS
         if len(table) < 4:
             return float("nan")

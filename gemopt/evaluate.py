@@ -35,7 +35,7 @@ def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArr
 
 
 def static_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64], weights_P: FloatArray) -> NDArray[np.int64]:
-    """[T, P] assignments of each slot in proportion to its weight; copies take rounded cumulative parts in slot order."""
+    """[T, P] assignments of each slot in proportion to its weight: rounded cumulative parts, in slot order."""
     taken_E = np.zeros(counts_TE.shape[1])
     shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
     last = {int(expert): slot for slot, expert in enumerate(row_P) if expert != EMPTY}

@@ -35,6 +35,8 @@ class Problem:
         [G] slots of each rank; a slot may stay empty; spare slots may hold copies (even split).
     weights_T
         [T] weight of each step in the objective; all 1 unless the steps represent others.
+    node_of_rank
+        [G] node of each rank.
     """
 
     counts_TE: NDArray[np.int64]
@@ -42,6 +44,7 @@ class Problem:
     latencies: tuple[Latency, ...]
     slots_per_rank: NDArray[np.int64]
     weights_T: FloatArray
+    node_of_rank: NDArray[np.int64]
 
     @classmethod
     def make(
@@ -51,6 +54,7 @@ class Problem:
         latencies: Sequence[Latency],
         slots_per_rank: object = None,
         weights_T: object = None,
+        node_of_rank: object = None,
     ) -> Problem:
         """Validate and freeze.
 
@@ -71,9 +75,12 @@ class Problem:
         weights = np.ones(len(counts)) if weights_T is None else np.array(weights_T, dtype=np.float64)
         if weights.shape != (len(counts),) or not np.isfinite(weights).all() or (weights < 0).any():
             raise InputError("weights_T", f"shape {weights.shape}", f"one finite weight >= 0 per step, {len(counts)}")
-        for array in (counts, slots, weights):
+        nodes = np.zeros(len(latencies), np.int64) if node_of_rank is None else np.array(node_of_rank, np.int64)
+        if nodes.shape != (len(latencies),):
+            raise InputError("node_of_rank", f"shape {nodes.shape}", f"one node per rank ({len(latencies)})")
+        for array in (counts, slots, weights, nodes):
             array.setflags(write=False)
-        return cls(counts, tuple(features), tuple(latencies), slots, weights)
+        return cls(counts, tuple(features), tuple(latencies), slots, weights, nodes)
 
     @property
     def num_steps(self) -> int:
@@ -132,13 +139,22 @@ class Problem:
         return list(groups.values())
 
     @cached_property
-    def time_factor(self) -> FloatArray:
-        """[G] latency of each rank under its share of the mean load, relative to their mean (larger is slower)."""
-        mean_F = self.features_FTE.sum(axis=2).mean(axis=1) / self.num_ranks
-        busy = np.array([float(latency(list(mean_F))) for latency in self.latencies])
-        idle = np.array([float(latency([0.0] * len(mean_F))) for latency in self.latencies])
-        slope = np.maximum(busy - np.minimum(idle, busy), 0.05 * np.maximum(busy, 1e-12))
-        return np.asarray(slope / slope.mean())
+    def linearised(self) -> tuple[FloatArray, FloatArray]:
+        """([G] offset, [G, E] weight) in microseconds: latency of a rank is about its offset plus its experts' weights.
+
+        Slopes are secants between half and one and a half times the mean load of a rank, which smooths staircases.
+        """
+        mean_FE = np.einsum("t,fte->fe", self.weights_T, self.features_FTE) / max(self.weights_T.sum(), 1e-300)
+        mean_F = mean_FE.sum(axis=1) / self.num_ranks
+        offset_G, slope_GF = np.empty(self.num_ranks), np.empty((self.num_ranks, len(mean_F)))
+        for g, latency in enumerate(self.latencies):
+            for f, mean in enumerate(mean_F):
+                high, low = mean_F.copy(), mean_F.copy()
+                high[f], low[f] = 1.5 * mean, 0.5 * mean
+                slope_GF[g, f] = max(0.0, float(latency(list(high)) - latency(list(low)))) / max(mean, 1e-300)
+            offset_G[g] = float(latency(list(mean_F))) - slope_GF[g] @ mean_F
+        slope_GF += 1e-9 * (1.0 + slope_GF.mean())
+        return offset_G, slope_GF @ mean_FE
 
     def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:
         """The same problem on some of its steps, reweighted when asked."""
@@ -163,9 +179,11 @@ def slot_counts(slots_per_rank: object, num_experts: int, num_ranks: int) -> NDA
     return slots
 
 
-def problems(cost: CostModel, traces: Traces, slots_per_rank: object = None) -> list[Problem]:
+def problems(
+    cost: CostModel, traces: Traces, slots_per_rank: object = None, *, node_of_rank: object = None
+) -> list[Problem]:
     """One problem per MoE layer."""
     return [
-        Problem.make(traces.counts[:, layer], cost.features, cost.latencies, slots_per_rank)
+        Problem.make(traces.counts[:, layer], cost.features, cost.latencies, slots_per_rank, node_of_rank=node_of_rank)
         for layer in range(traces.num_layers)
     ]

@@ -11,6 +11,7 @@ REGISTRY = {
     "linear": "gemopt.solvers.fixed:Linear",
     "round-robin": "gemopt.solvers.fixed:RoundRobin",
     "eplb": "gemopt.solvers.eplb:Eplb",
+    "eplb-hierarchical": "gemopt.solvers.eplb:EplbHierarchical",
     "lpt": "gemopt.solvers.lpt:Lpt",
     "gem": "gemopt.solvers.gem:Gem",
     "conflict": "gemopt.solvers.conflict:Conflict",
