@@ -14,17 +14,20 @@ from gemopt.traces import Phase, Tokens, Traces, concatenate, numbered_files
 class TraceFolder:
     """Writes parts of one trace as `000000.safetensors`, `000001.safetensors`, ...
 
+    With `rank`, in the folder `rank-NNNN` of the path, for ranks that have batches of their own.
+
     Raises
     ------
     InputError
         When the folder already holds a trace, or cannot be made.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], *, rank: int | None = None) -> None:
+        self.path = Path(path) if rank is None else Path(path) / f"rank-{rank:04d}"
         self.num_parts = 0
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            Path(path).mkdir(exist_ok=True)
+            self.path.mkdir(exist_ok=True)
             taken = next(self.path.glob("*.safetensors"), None)
         except OSError as error:
             raise InputError(str(path), error.strerror or str(error), "a folder for the trace is needed") from None
@@ -37,11 +40,6 @@ class TraceFolder:
         """Write the next part; `InputError` when the disk is full, with all earlier parts in place."""
         part.save(self.path / f"{self.num_parts:06d}.safetensors")
         self.num_parts += 1
-
-
-def rank_folder(path: str | os.PathLike[str], rank: int) -> Path:
-    """Where a rank with a batch of its own writes its part of a trace."""
-    return Path(path) / f"rank-{rank:04d}"
 
 
 def load_ranks(path: str | os.PathLike[str]) -> Traces:
@@ -96,8 +94,8 @@ def _join_tokens(parts: list[Traces], ranks: list[int]) -> Tokens | None:
     offset, requests = 0, []
     for token in tokens:
         if token.request is not None:
-            requests.append(token.request + offset)
-            offset += int(token.request.max(initial=-1)) + 1
+            requests.append(token.request.astype(np.int64) + offset)  # files keep the smallest type that fits
+            offset = int(requests[-1].max(initial=offset - 1)) + 1
     token_ids = [token.token_ids for token in tokens if token.token_ids is not None]
     return Tokens(
         ids=np.concatenate([token.ids for token in tokens])[order],

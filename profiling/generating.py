@@ -98,8 +98,9 @@ def load_model(model: str, *, device: str | None = None) -> tuple[Any, Any]:
     try:
         loaded = auto.from_pretrained(name, **options).eval()
     except (OSError, ValueError, KeyError) as error:
-        hint = f"a folder with config.json and weights, a name in the local Hugging Face cache, or {TINY_MOE}"
-        raise InputError("model", f"{model} ({_first_line(error)})", hint) from None
+        found = f"{model} ({_first_line(error)})" if Path(name).is_dir() else model
+        limit = f"a folder of a transformers model, a name in the local Hugging Face cache, or {TINY_MOE}"
+        raise InputError("model", found, limit) from None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -188,7 +189,7 @@ class Destination:
             raise InputError("output", str(self.path), "a file: a folder of this name exists")
         if not self.path.suffix and self.path.is_file():
             raise InputError("output", str(self.path), "a folder: a file of this name exists")
-        if self.folder != self.path and self.folder.exists():
+        if self.folder != self.path and next(self.folder.glob("*"), None) is not None:
             raise InputError(
                 "output",
                 str(self.folder),

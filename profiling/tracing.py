@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gemopt.exceptions import InputError
 from gemopt.models import describe, find_moe_layers, num_hidden_layers
 from gemopt.profiling._trace_counts import Part
-from gemopt.profiling._trace_files import TraceFolder, load_ranks, rank_folder
+from gemopt.profiling._trace_files import TraceFolder, load_ranks
 from gemopt.traces import Phase
 
 __all__ = ["Tracer", "load_ranks"]
@@ -100,7 +100,7 @@ class Tracer:
         self._num_experts = self._layers[0].num_experts
         self._rank, records, own_batch = _ranks(model)
         self.path = path
-        self._folder = TraceFolder(rank_folder(path, self._rank) if own_batch else path) if records else None
+        self._folder = TraceFolder(path, rank=self._rank if own_batch else None) if records else None
         self._keep_ids, self._pairs = ids, pairs
         self._seconds, self._steps_per_file = seconds, steps_per_file
         self._eos = _eos_tokens(model) if eos_token_ids is None else list(eos_token_ids)

@@ -37,7 +37,7 @@ def trace(
         return
     for option, value in (("--model", model), ("--prompts", prompts), ("--output", output)):
         if value is None:
-            raise InputError(option, None, "this option is needed", "see gemopt trace --help")
+            raise InputError(option, "", "this option is needed", "see gemopt trace --help")
     assert model is not None and prompts is not None and output is not None
     from gemopt.profiling.generating import Destination, load_model, read_prompts, record
 
