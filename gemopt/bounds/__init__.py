@@ -1,1 +1,7 @@
-"""bounds."""
+"""Lower bounds: what no placement of a problem can beat."""
+
+from __future__ import annotations
+
+from gemopt.bounds.simple import lower_bound, step_bounds
+
+__all__ = ["lower_bound", "step_bounds"]

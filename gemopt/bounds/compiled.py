@@ -1,0 +1,350 @@
+"""Compiled parts of the fluid and pigeonhole bounds.
+
+Latencies are packed and non-decreasing (`Latency.low`). `sums[i, f]` is the feature sum of the i smallest experts of
+a step. Each bound only ever raises the one known before, so most of them cost a step one look: can the ranks hold its
+load within the time known so far?
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from gemopt.kernels import Array, curve_value, latency_value
+
+SLACK = 1e-10  # capacities are overstated by this much, relatively, so that float error never understates one
+
+
+@njit(cache=True, nogil=True)
+def curve_capacity(x: Array, y: Array, slope: float, start: int, length: int, time: float) -> float:
+    """Largest load that a non-decreasing packed curve allows within `time`; -1 when even 0 takes longer."""
+    last = start + length - 1
+    if y[start] > time:
+        return -1.0
+    if y[last] <= time:
+        return float(x[last] + (time - y[last]) / slope) if slope > 0 else np.inf
+    low, high = start, last
+    while high - low > 1:
+        middle = (low + high) // 2
+        if y[middle] <= time:
+            low = middle
+        else:
+            high = middle
+    return float(x[low] + (x[high] - x[low]) * ((time - y[low]) / (y[high] - y[low])))
+
+
+@njit(cache=True, nogil=True)
+def rank_capacity(
+    g: int,
+    f: int,
+    time: float,
+    others: Array,
+    start: Array,
+    length: Array,
+    slope: Array,
+    num_terms: Array,
+    x: Array,
+    y: Array,
+) -> float:
+    """Largest whole load of feature f on rank g within `time`, at least 0.
+
+    others: [G, K, F] what the term's other curves add at the smallest loads of a busy rank.
+    """
+    capacity = np.inf
+    for k in range(num_terms[g]):
+        rest = time - others[g, k, f] + SLACK * (abs(time) + abs(others[g, k, f]))
+        capacity = min(capacity, curve_capacity(x, y, slope[g, k, f], start[g, k, f], length[g, k, f], rest))
+    return float(np.floor(max(0.0, capacity * (1 + 1e-12) + 1e-9)))
+
+
+@njit(cache=True, nogil=True)
+def single_total(
+    f: int,
+    time: float,
+    most_GF: Array,
+    others: Array,
+    start: Array,
+    length: Array,
+    slope: Array,
+    num_terms: Array,
+    x: Array,
+    y: Array,
+) -> float:
+    """Load of one feature that all ranks hold within `time`."""
+    total = 0.0
+    for g in range(most_GF.shape[0]):
+        total += min(most_GF[g, f], rank_capacity(g, f, time, others, start, length, slope, num_terms, x, y))
+    return total
+
+
+@njit(cache=True, nogil=True)
+def single_next(
+    g: int,
+    f: int,
+    load: float,
+    others: Array,
+    start: Array,
+    length: Array,
+    slope: Array,
+    num_terms: Array,
+    x: Array,
+    y: Array,
+) -> float:
+    """Time of rank g with this load > 0 of feature f and, of the others, the smallest loads of a busy rank."""
+    best = -np.inf
+    for k in range(num_terms[g]):
+        value = curve_value(x, y, slope[g, k, f], start[g, k, f], length[g, k, f], load)
+        best = max(best, value + others[g, k, f])
+    return best
+
+
+@njit(cache=True, nogil=True)
+def single_start(
+    f: int,
+    known: float,
+    most_GF: Array,
+    target: float,
+    ceiling: float,
+    others: Array,
+    start: Array,
+    length: Array,
+    slope: Array,
+    num_terms: Array,
+    x: Array,
+    y: Array,
+) -> tuple[float, bool]:
+    """A time in which the ranks just cannot hold `target` of feature f, or `known` and False when they can.
+
+    First ever wider steps up, then the secant and the middle in turn.
+    """
+    missing = target - single_total(f, known, most_GF, others, start, length, slope, num_terms, x, y)
+    below, above, surplus, width = known, known, -1.0, 0.02
+    while missing > 0 and surplus < 0 and above < ceiling:
+        below, above = above, min(ceiling, above + width * (abs(known) + 1e-3 * ceiling))
+        surplus = single_total(f, above, most_GF, others, start, length, slope, num_terms, x, y) - target
+        missing, width = (-surplus, 2 * width) if surplus < 0 else (missing, width)
+    if surplus < 0:
+        return known, False
+    for i in range(60):
+        wide = 1e-3 if i >= 8 else 1e-6
+        if missing <= len(most_GF) or above - below <= wide * abs(above):
+            break
+        share = missing / (missing + surplus) if i % 2 == 0 else 0.5
+        time = below + share * (above - below) * 0.999
+        value = single_total(f, time, most_GF, others, start, length, slope, num_terms, x, y) - target
+        if value >= 0:
+            above, surplus = time, value
+        else:
+            below, missing = time, -value
+    return below, True
+
+
+@njit(cache=True, nogil=True)
+def single_bound(
+    f: int,
+    known: float,
+    most_GF: Array,
+    target: float,
+    ceiling: float,
+    others: Array,
+    start: Array,
+    length: Array,
+    slope: Array,
+    num_terms: Array,
+    x: Array,
+    y: Array,
+) -> float:
+    """Smallest time in which the ranks hold `target` of feature f, exact on the staircase; at least `known`.
+
+    From a time that is just too short, loads grow by the least, always on the rank that is through first.
+    """
+    time, more = single_start(f, known, most_GF, target, ceiling, others, start, length, slope, num_terms, x, y)
+    if not more:
+        return known
+    ranks, total = len(most_GF), 0.0
+    held, step = np.empty(ranks), np.full(ranks, -np.inf)
+    for g in range(ranks):
+        held[g] = min(most_GF[g, f], rank_capacity(g, f, time, others, start, length, slope, num_terms, x, y))
+        total += held[g]
+    g, fresh = 0, 0
+    while total < target:
+        if fresh < ranks:
+            g, fresh = fresh, fresh + 1
+        else:
+            for other in range(ranks):
+                if step[other] < step[g]:
+                    g = other
+            if step[g] == np.inf:
+                break
+            time = max(time, step[g])
+            reached = rank_capacity(g, f, time, others, start, length, slope, num_terms, x, y)
+            reached = min(most_GF[g, f], max(held[g] + 1, reached))
+            total += reached - held[g]
+            held[g] = reached
+        step[g] = np.inf
+        if held[g] < most_GF[g, f]:
+            step[g] = single_next(g, f, held[g] + 1, others, start, length, slope, num_terms, x, y)
+    return time
+
+
+@njit(cache=True, nogil=True)
+def mixed_total(d: int, time: float, most_DG: Array, slope_DGM: Array, shift_DGM: Array, wake_G: Array) -> float:
+    """Weighted features that all ranks hold within `time`: per rank the smallest of lines, 0 below its wake-up time."""
+    total = 0.0
+    for g in range(len(wake_G)):
+        if time + SLACK * abs(time) < wake_G[g]:
+            continue
+        capacity = most_DG[d, g]
+        for m in range(slope_DGM.shape[2]):
+            rise, shift = slope_DGM[d, g, m] * time, shift_DGM[d, g, m]
+            capacity = min(capacity, rise + shift + SLACK * (abs(rise) + abs(shift)))
+        total += max(0.0, capacity)
+    return total
+
+
+@njit(cache=True, nogil=True)
+def mixed_bound(
+    d: int,
+    known: float,
+    most_DG: Array,
+    target: float,
+    ceiling: float,
+    slope_DGM: Array,
+    shift_DGM: Array,
+    wake_G: Array,
+) -> float:
+    """Time, from below, in which the ranks hold `target` of the weighted features; at least `known`."""
+    target *= 1 - 1e-12
+    missing = target - mixed_total(d, known, most_DG, slope_DGM, shift_DGM, wake_G)
+    if missing <= 0:
+        return known
+    below, above = known, ceiling
+    surplus = mixed_total(d, above, most_DG, slope_DGM, shift_DGM, wake_G) - target
+    if surplus < 0:
+        return known
+    for i in range(100):
+        if above - below <= 1e-9 * abs(above):
+            break
+        share = missing / (missing + surplus) if i % 3 < 2 else 0.5
+        time = below + share * (above - below) * (1 - 1e-9)
+        value = mixed_total(d, time, most_DG, slope_DGM, shift_DGM, wake_G) - target
+        if value >= 0:
+            above, surplus = time, value
+        else:
+            below, missing = time, -value
+    return below
+
+
+@njit(cache=True, nogil=True)
+def pigeonhole(
+    known: float,
+    tops_M: Array,
+    spent: int,
+    slots_G: Array,
+    whole_G: Array,
+    sums_IF: Array,
+    share_IF: Array,
+    start: Array,
+    length: Array,
+    slope: Array,
+    num_terms: Array,
+    x: Array,
+    y: Array,
+) -> float:
+    """Time in which, for every m of `tops_M`, the ranks can hold `m - spent` of the m largest experts.
+
+    A rank with q of them has at least the q smallest of them (or of their shares, `share_IF`) and, as `whole_G`
+    experts at least are on it alone, the smallest others. Its time does not fall with q and does not rise with m: from
+    one m to the next (increasing) the numbers held only grow.
+    """
+    ranks, features = len(slots_G), sums_IF.shape[1]
+    held, step, loads_F = np.zeros(ranks, np.int64), np.empty(ranks), np.empty(features)
+    total, g = 0, 0
+    for m in tops_M:
+        rest = share_IF.shape[0] - 1 - m
+        tried = 0
+        while total < m - spent:
+            if tried == ranks:  # all ranks are full within the time known: one more takes longer
+                g = 0
+                for other in range(1, ranks):
+                    if step[other] < step[g]:
+                        g = other
+                if step[g] == np.inf:
+                    break
+                known = max(known, step[g])
+                held[g] += 1
+                total += 1
+            q = held[g] + 1
+            step[g] = np.inf
+            if q <= min(slots_G[g], m):
+                others = min(max(whole_G[g] - q, 0), rest)
+                for f in range(features):
+                    loads_F[f] = share_IF[rest + q, f] - share_IF[rest, f] + sums_IF[others, f]
+                step[g] = latency_value(g, loads_F, start, length, slope, num_terms, x, y)
+            if tried < ranks:
+                if step[g] <= known:
+                    held[g] += 1
+                    total += 1
+                else:
+                    tried += 1
+                    g = (g + 1) % ranks
+    return known
+
+
+@njit(cache=True, nogil=True)
+def range_bound(least_GF: Array, most_GF: Array, exact: Any, low: Any) -> float:
+    """Slowest rank when each has its least load; where least and most agree the load is known."""
+    best = -np.inf
+    for g in range(least_GF.shape[0]):
+        known = (least_GF[g] == most_GF[g]).all()
+        value = latency_value(g, least_GF[g], *exact) if known else latency_value(g, least_GF[g], *low)
+        best = max(best, value)
+    return best
+
+
+@njit(cache=True, nogil=True)
+def bound_steps(
+    sums_RTIF: Array,
+    slots_G: Array,
+    whole_G: Array,
+    tops_RM: Array,
+    spent_R: Array,
+    exact: Any,
+    low: Any,
+    others: Array,
+    normals_DF: Array,
+    slope_DGM: Array,
+    shift_DGM: Array,
+    wake_G: Array,
+) -> Array:
+    """[T] all bounds together. R: numbers of copies considered, D: directions, M: padded."""
+    kinds, steps, size, features = sums_RTIF.shape
+    ranks, experts, directions = len(slots_G), size - 1, len(normals_DF)
+    bounds_T = np.empty(steps)
+    least_GF, most_GF = np.empty((ranks, features)), np.empty((ranks, features))
+    none_G = np.zeros_like(whole_G)
+    for t in range(steps):
+        sums_IF = sums_RTIF[0, t]
+        for g in range(ranks):
+            for f in range(features):
+                least_GF[g, f] = sums_IF[whole_G[g], f]
+                most_GF[g, f] = sums_IF[experts, f] - sums_IF[experts - slots_G[g], f]
+        known = range_bound(least_GF, most_GF, exact, low)
+        for r in range(kinds):
+            whole = whole_G if r == 0 else none_G
+            known = pigeonhole(known, tops_RM[r], spent_R[r], slots_G, whole, sums_IF, sums_RTIF[r, t], *low)
+        ceiling = known
+        for g in range(ranks):
+            ceiling = max(ceiling, latency_value(g, sums_IF[experts], *low))
+        most_DG = normals_DF @ most_GF.T
+        for d in range(directions):
+            target = 0.0
+            for f in range(features):
+                target += normals_DF[d, f] * sums_IF[experts, f]
+            known = mixed_bound(d, known, most_DG, target, ceiling, slope_DGM, shift_DGM, wake_G)
+        for f in range(features):
+            known = single_bound(f, known, most_GF, sums_IF[experts, f], ceiling, others, *low)
+        bounds_T[t] = known
+    return bounds_T
