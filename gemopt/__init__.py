@@ -5,7 +5,9 @@ Public names are imported on first use, so that `import gemopt` stays cheap.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -15,9 +17,15 @@ _HOME = {
     "InputError": "exceptions",
     "SolverError": "exceptions",
     "UnsupportedError": "exceptions",
+    "Evaluation": "evaluate",
     "Placement": "placement",
     "Profile": "profile",
+    "Result": "result",
+    "Status": "result",
+    "StoppedBy": "result",
     "Traces": "traces",
+    "evaluate": "evaluate",
+    "solve": "solve",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -32,3 +40,17 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `gemopt.solve` and `gemopt.evaluate` the functions, though modules of the same names hold them.
+
+    The import system would otherwise replace the attribute by the module as soon as anyone imports it.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == _HOME.get(name) and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

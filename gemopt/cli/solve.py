@@ -1,3 +1,230 @@
-"""Commands of `gemopt solve`."""
+"""Commands `gemopt solve`, `compare` and `evaluate`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gemopt.cli.app import app, console, errors, print_json
+
+if TYPE_CHECKING:
+    from gemopt.traces import Traces
+
+ProfilePath = Annotated[Path, typer.Argument(help="profile.json", show_default=False)]
+TracesPath = Annotated[Path, typer.Argument(help="traces: .safetensors, a folder of them, or .npz", show_default=False)]
+TimeLimit = Annotated[float, typer.Option("--time-limit", help="wall seconds for the whole call")]
+Slots = Annotated[str | None, typer.Option("--slots-per-rank", help="one number, or one per rank: 5,5,4,4")]
+Seed = Annotated[int, typer.Option("--seed", help="seed of the random choices")]
+Gap = Annotated[float, typer.Option("--gap", help="stop once this close to the optimum is proven, e.g. 0.01")]
+Cost = Annotated[str, typer.Option("--cost", help="cost model: auto, staircase, roofline")]
+Task = Annotated[str | None, typer.Option("--task", help="use only the steps of this task")]
+PhaseName = Annotated[str | None, typer.Option("--phase", help="use only prefill or decode steps")]
+Patience = Annotated[int | None, typer.Option("--patience", help="tries without gain before giving up; 0: one descent")]
+Threads = Annotated[int | None, typer.Option("--threads", help="layers solved at once; default: all cores")]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
+
+EXIT_INFEASIBLE = 3
+EXIT_NO_SOLUTION = 4
+
+
+def parse_slots(text: str | None) -> int | list[int] | None:
+    """`5` or `5,5,4,4`."""
+    from gemopt.exceptions import InputError
+
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--slots-per-rank", text, "a whole number, or one per rank separated by commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def load_traces(path: Path, task: str | None, phase: str | None) -> Traces:
+    """Traces, restricted to a task and a phase."""
+    from gemopt.exceptions import InputError
+    from gemopt.traces import Phase, Traces
+
+    traces = Traces.load(path)
+    if task is None and phase is None:
+        return traces
+    known = {each.name.lower(): each for each in Phase}
+    if phase is not None and phase not in known:
+        raise InputError("--phase", phase, f"one of {', '.join(known)}")
+    return traces.select(task=task, phase=None if phase is None else known[phase])
+
+
+@contextmanager
+def layer_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over the layers on standard error; nothing for machines."""
+    if quiet or not errors.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def advance(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+@app.command("solve")
+def solve_command(
+    profile: ProfilePath,
+    traces: TracesPath,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="placement.json to write")] = None,
+    solver: Annotated[str, typer.Option("--solver", help="auto, or a solver's name (see gemopt compare)")] = "auto",
+    time_limit: TimeLimit = 10.0,
+    slots_per_rank: Slots = None,
+    seed: Seed = 0,
+    gap: Gap = 0.0,
+    cost: Cost = "auto",
+    task: Task = None,
+    phase: PhaseName = None,
+    warm_start: Annotated[Path | None, typer.Option("--warm-start", help="placement.json to start from")] = None,
+    patience: Patience = None,
+    threads: Threads = None,
+    result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Place the experts: profile and traces in, placement out."""
+    from gemopt.profile import Profile
+    from gemopt.result import Status
+    from gemopt.solve import solve
+
+    chosen = load_traces(traces, task, phase)
+    with layer_progress(f"{solver}: layers", quiet=as_json) as progress:
+        result = solve(
+            Profile.load(profile),
+            chosen,
+            slots_per_rank=parse_slots(slots_per_rank),
+            solver=solver,
+            time_limit=time_limit,
+            gap=gap,
+            seed=seed,
+            cost=cost,
+            warm_start=warm_start,
+            patience=patience,
+            threads=threads,
+            progress=progress,
+        )
+    if output is not None and result.placement is not None:
+        result.placement.save(output)
+    if result_path is not None:
+        result.save(result_path)
+    if as_json:
+        fields = ("solver", "status", "stopped_by", "objective_us", "bound_us", "gap", "seconds", "outside", "cost")
+        print_json({name: getattr(result, name) for name in fields})
+    else:
+        console.print(result.summary())
+        for note in result.notes:
+            console.print(note)
+        if result.outside > 0.01:
+            console.print(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
+        if output is not None and result.placement is not None:
+            console.print(f"wrote {output}")
+    if result.status is Status.INFEASIBLE:
+        return EXIT_INFEASIBLE
+    return 0 if result.placement is not None else EXIT_NO_SOLUTION
+
+
+@app.command("compare")
+def compare_command(
+    profile: ProfilePath,
+    traces: TracesPath,
+    solvers: Annotated[str | None, typer.Option("--solvers", help="names separated by commas")] = None,
+    holdout: Annotated[float, typer.Option("--holdout", help="share of the steps kept to score on; 0: none")] = 0.5,
+    time_limit: Annotated[float, typer.Option("--time-limit", help="wall seconds for each solver")] = 10.0,
+    slots_per_rank: Slots = None,
+    seed: Seed = 0,
+    gap: Gap = 0.0,
+    cost: Cost = "auto",
+    task: Task = None,
+    phase: PhaseName = None,
+    patience: Patience = None,
+    threads: Threads = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of the table")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Exact against heuristic: every solver on the same input, scored on steps it did not see."""
+    from gemopt.compare import DEFAULT_SOLVERS, compare
+    from gemopt.profile import Profile
+    from gemopt.solvers import get
+
+    names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
+    for name in names:
+        get(name)
+    with layer_progress("solvers", quiet=as_json) as progress:
+        done: list[str] = []
+
+        def advance(row: Any, _: Any) -> None:
+            done.append(row.solver)
+            if progress is not None:
+                progress(len(done), len(names))
+
+        rows = compare(
+            Profile.load(profile),
+            load_traces(traces, task, phase),
+            solvers=names,
+            holdout=holdout,
+            cost=cost,
+            on_result=advance,
+            time_limit=time_limit,
+            slots_per_rank=parse_slots(slots_per_rank),
+            seed=seed,
+            gap=gap,
+            patience=patience,
+            threads=threads,
+        )
+    if plot is not None:
+        from gemopt.plotting import plot_comparison, save
+
+        save(plot_comparison(rows), plot)
+    if as_json:
+        print_json([row.model_dump(mode="json") for row in rows])
+    else:
+        from gemopt.cli.tables import comparison_table
+
+        console.print(comparison_table(rows))
+    return 0
+
+
+@app.command("evaluate")
+def evaluate_command(
+    placement: Annotated[Path, typer.Argument(help="placement.json", show_default=False)],
+    profile: ProfilePath,
+    traces: TracesPath,
+    cost: Cost = "auto",
+    task: Task = None,
+    phase: PhaseName = None,
+    as_json: AsJson = False,
+) -> int:
+    """Score a placement on every step of the traces, with no solver involved."""
+    from gemopt.cli.tables import evaluation_fields, evaluation_table
+    from gemopt.costs import fit
+    from gemopt.evaluate import evaluate
+    from gemopt.placement import Placement
+    from gemopt.profile import Profile
+
+    chosen = load_traces(traces, task, phase)
+    measured = Profile.load(profile)
+    model, _ = fit(measured, model=cost)
+    loaded = Placement.load(placement)
+    evaluation = evaluate(loaded, measured, chosen, cost=model)
+    contiguous = Placement.contiguous(
+        chosen.num_layers, chosen.num_experts, measured.num_ranks, layer_ids=list(chosen.layer_ids)
+    )
+    base = evaluate(contiguous, measured, chosen, cost=model)
+    fields = evaluation_fields(evaluation, base)
+    if as_json:
+        print_json(fields)
+    else:
+        console.print(evaluation_table(fields, chosen.num_steps))
+    return 0

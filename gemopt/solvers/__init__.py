@@ -18,6 +18,7 @@ REGISTRY = {
     "local-search": "gemopt.solvers.local_search:LocalSearch",
     "cpsat": "gemopt.solvers.cpsat:CpSat",
     "milp": "gemopt.solvers.milp:Milp",
+    "auto": "gemopt.solvers.auto:Auto",
 }
 
 
@@ -29,7 +30,7 @@ def names() -> list[str]:
 def get(name: str) -> Solver:
     """The solver of that name; `InputError` naming the known ones otherwise."""
     if name not in REGISTRY:
-        raise InputError("solver", name, f"known solvers: {', '.join(['auto', *REGISTRY])}")
+        raise InputError("solver", name, f"known solvers: {', '.join(REGISTRY)}")
     module, attribute = REGISTRY[name].split(":")
     solver: Solver = getattr(import_module(module), attribute)()
     return solver

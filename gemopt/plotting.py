@@ -1,0 +1,102 @@
+"""Pictures of results. Every function takes an optional `ax` and returns the figure."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gemopt.compare import Comparison
+from gemopt.documents import replacing
+from gemopt.evaluate import Evaluation
+from gemopt.exceptions import InputError
+from gemopt.result import Result
+
+ACCENT, MUTED = "#d1495b", "#8d99ae"
+
+
+def _axes(ax: Any, size: tuple[float, float]) -> Any:
+    if ax is not None:
+        return ax
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise InputError("--plot", "matplotlib", "is not installed", "pip install 'gemopt[report]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write the picture atomically; the format follows the ending."""
+    kind = os.path.splitext(path)[1].lstrip(".") or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise InputError("--plot", str(path), f"endings {', '.join(sorted(figure.canvas.get_supported_filetypes()))}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format=kind)
+    with replacing(path) as stream:
+        stream.write(buffer.getvalue())
+
+
+def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = None) -> Any:
+    """Change of the summed step latency against contiguous placement, on fitted and on held-out steps."""
+    shown = [row for row in rows if row.change is not None]
+    ax = _axes(ax, (8, 0.5 * len(shown) + 1.6))
+    places = np.arange(len(shown))
+    held = any(row.holdout_change is not None for row in shown)
+    bars = [("fitted on", [row.change for row in shown], MUTED)]
+    if held:
+        bars.append(("held out", [row.holdout_change for row in shown], ACCENT))
+    height = 0.8 / len(bars)
+    for index, (label, values, colour) in enumerate(bars):
+        percent = [100 * (value or 0.0) for value in values]
+        drawn = ax.barh(places + index * height, percent, height, label=label, color=colour)
+        ax.bar_label(drawn, fmt="%+.1f", padding=3, fontsize=8)
+    known = [row for row in shown if row.bound_us and row.objective_us is not None]
+    if known:
+        best = max(known, key=lambda row: row.bound_us or 0.0)
+        base = (best.objective_us or 0.0) / (1 + (best.change or 0.0))
+        ax.axvline(
+            100 * ((best.bound_us or 0.0) / base - 1), color="black", linestyle=":", label="proven bound (fitted)"
+        )
+    ax.set_yticks(places + height * (len(bars) - 1) / 2, [row.solver for row in shown])
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_xlabel("summed step latency against contiguous placement, %")
+    ax.set_title(title or "Placements compared")
+    ax.legend(fontsize=8, loc="best")
+    return ax.figure
+
+
+def plot_history(result: Result, *, ax: Any = None) -> Any:
+    """Best objective over time, with the proven bound."""
+    ax = _axes(ax, (7, 4))
+    seconds = [point.seconds for point in result.history] + [result.seconds]
+    values = [point.objective_us for point in result.history]
+    ax.step(seconds, [*values, values[-1]] if values else seconds, where="post", color=ACCENT, label="incumbent")
+    if result.bound_us is not None:
+        ax.axhline(result.bound_us, color="black", linestyle=":", label="bound")
+    ax.set_xlabel("seconds")
+    ax.set_ylabel("objective, us")
+    ax.set_title(result.solver)
+    ax.legend()
+    return ax.figure
+
+
+def plot_stragglers(evaluation: Evaluation, num_ranks: int, *, title: str = "", ax: Any = None) -> Any:
+    """How often each rank is the one the others wait for, per layer."""
+    ax = _axes(ax, (7, 4))
+    share_LG = np.stack(
+        [np.bincount(column, minlength=num_ranks) / len(column) for column in evaluation.straggler_TL.T]
+    )
+    drawn = ax.imshow(share_LG, aspect="auto", cmap="magma_r", vmin=0, vmax=1)
+    ax.set_xlabel("rank")
+    ax.set_ylabel("MoE layer")
+    ax.set_title(title or "Share of steps in which a rank is the slowest")
+    ax.figure.colorbar(drawn, ax=ax)
+    return ax.figure

@@ -1,0 +1,44 @@
+"""The default: local search on every layer, then CP-SAT where the layer is small enough to be proven."""
+
+from __future__ import annotations
+
+import time
+
+from gemopt.problem import Problem
+from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
+from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.local_search import LocalSearch
+
+PROVABLE_EXPERTS = 16
+PROVABLE_TIMES = 4000
+SEARCH_SHARE = 0.4
+
+
+class Auto:
+    """Local search; on small layers the rest of the time goes to CP-SAT, started from what was found."""
+
+    name = "auto"
+    supports = Supports(proves=True, improves=True)
+
+    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+        """Place one layer; see `Solver`."""
+        from gemopt.evaluate import objective
+        from gemopt.solvers.cpsat import CpSat
+
+        small = problem.num_experts <= PROVABLE_EXPERTS and problem.num_steps * problem.num_ranks <= PROVABLE_TIMES
+        deadline = options.deadline
+        if small:
+            options.deadline = time.monotonic() + SEARCH_SHARE * options.remaining
+        found = LocalSearch().solve(problem, options, warm_start)
+        options.deadline = deadline
+        exact = CpSat()
+        if not small or found.row is None or (problem.spare_slots and not exact.supports.spare_slots):
+            return found
+        gap = relative_gap(objective(problem, found.row), options.bound_us)
+        if options.expired() or (gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE)):
+            return found
+        proven = exact.solve(problem, options, found.row)
+        proven.history = found.history + proven.history
+        if proven.row is None:
+            proven.row = found.row
+        return proven
