@@ -16,6 +16,9 @@ from gemopt.result import Incumbent, StoppedBy
 
 Row = NDArray[np.int64]
 
+DEFAULT_PATIENCE = 60
+"""Kicks of local search, or restarts of GEM, in a row without improvement after which they give up."""
+
 
 @dataclass(frozen=True)
 class Supports:

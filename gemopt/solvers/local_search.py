@@ -11,10 +11,9 @@ import numpy as np
 from gemopt.evaluate import objective
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports, incumbent, seeded
 from gemopt.solvers.packing import lpt_row, replicate
 
-DEFAULT_PATIENCE = 60
 BATCH_KICKS = 25
 KICK_SWAPS = 2
 

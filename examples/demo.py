@@ -1,0 +1,108 @@
+"""Demo: real routing of gpt-oss-20b on eight GPUs as fast as GPUs of a measured fleet.
+
+Fits every solver on the first half of the steps, scores it on the second half, prints one table per case and writes a
+picture. Run it with `make demo`, or `python examples/demo.py [--out FOLDER] [--quick]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from gemopt.cli.tables import comparison_table
+from gemopt.compare import Comparison, compare
+from gemopt.formats.kernel_table import Unit, read_fleet, read_table, slow_down, what_if
+from gemopt.profile import Profile
+from gemopt.traces import Traces
+
+DATA = Path(__file__).resolve().parent / "data"
+SOLVERS = ("linear", "eplb", "lpt", "gem", "conflict", "local-search", "cpsat", "milp")
+RANKS = 8
+SLOW_RANK, SLOWER = 3, 1.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table: what is asked, on which devices, with which traffic."""
+
+    title: str
+    profile: Profile
+    traces: Traces
+
+
+def cases() -> list[Case]:
+    """The four cases, from the measured tables beside this file."""
+    fleet = read_fleet(DATA / "gpu_variability.csv", "longhorn_sgemm")
+    memory = read_fleet(DATA / "gpu_variability.csv", "longhorn_bert")
+    h100 = read_table(DATA / "h100_vllm_gptoss20b_ep8.csv", unit=Unit.GROUP_TOKENS, top_k=4, ep=RANKS)
+    surface = read_table(DATA / "moe_block_rtxpro6000_qwen3_30b.csv", unit=Unit.TOKENS, top_k=8)
+    cluster = what_if(h100, fleet, ranks=RANKS, seed=0)
+    roofline = what_if(surface, fleet, ranks=RANKS, seed=0, memory=memory)
+    mixed = Traces.load(DATA / "gptoss20b_trace_mixed_b64.npz")
+    shift = Traces.load(DATA / "gptoss20b_trace_shift_b32.npz")
+    return [
+        Case("mixed traffic, eight H100 as fast as eight GPUs of a fleet", cluster, mixed),
+        Case("the same, and one GPU is 30 % slower", slow_down(cluster, SLOW_RANK, SLOWER), mixed),
+        Case("traffic that shifts from one domain to the next", cluster, shift),
+        Case("latency by assignments and activated experts (RTX PRO 6000), one GPU 30 % slower",
+             slow_down(roofline, SLOW_RANK, SLOWER), mixed),
+    ]  # fmt: skip
+
+
+def plot(tables: list[tuple[str, list[Comparison]]], path: Path) -> None:
+    """One panel per case; says so when matplotlib is not installed."""
+    import matplotlib as mpl
+
+    from gemopt.plotting import plot_comparison, save
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(15, 10), layout="constrained")
+    for ax, (title, rows) in zip(axes.flat, tables, strict=True):
+        plot_comparison(rows, title=title, ax=ax)
+    save(figure, path)
+
+
+def main() -> None:
+    """Solve all cases and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture and the placements")
+    parser.add_argument("--quick", action="store_true", help="one second per solver, for tests")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
+    _warm_up()
+    begin = time.monotonic()
+    tables = []
+    for number, case in enumerate(cases(), start=1):
+        console.print(f"\n[bold]{number}. {case.title}[/bold]")
+
+        def keep(row: Comparison, result: object, number: int = number) -> None:
+            placement = getattr(result, "placement", None)
+            if row.solver == "local-search" and placement is not None:
+                placement.save(arguments.out / f"placement_{number}.json")
+
+        time_limit = 1.0 if arguments.quick else 3.0
+        rows = compare(case.profile, case.traces, solvers=SOLVERS, time_limit=time_limit, on_result=keep)
+        console.print(comparison_table(rows))
+        tables.append((case.title, rows))
+    plot(tables, arguments.out / "demo.png")
+    console.print(f"\n{time.monotonic() - begin:.0f} s of solving. Changes are against contiguous placement; "
+                  f"held-out is the second half of each trace.")  # fmt: skip
+    console.print(f"Wrote {arguments.out}/demo.png and {arguments.out}/placement_[1-{len(tables)}].json")
+
+
+def _warm_up() -> None:
+    """Compile the kernels once, so that the seconds below are of solving."""
+    case = cases()[0]
+    for solver in ("local-search", "gem"):
+        compare(case.profile, case.traces.steps(slice(0, 8)), solvers=[solver], time_limit=1.0, patience=0)
+
+
+if __name__ == "__main__":
+    main()
