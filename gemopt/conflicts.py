@@ -171,7 +171,10 @@ def as_dict(graph: Graph) -> dict[str, Any]:
 
 
 def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
-    """Draw the graph: area is the share of an expert, colour its class, lines are its strongest conflicts."""
+    """Draw the graph on a circle, experts that are hot together side by side.
+
+    Area is the share of an expert, colour its class; lines are the strongest conflicts, three per expert on average.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
@@ -186,13 +189,14 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     drawn: Graph = nx.Graph()
     drawn.add_nodes_from(graph)
     drawn.add_weighted_edges_from(positive[: 3 * len(graph)])
-    place = nx.spring_layout(drawn, seed=0, k=1.6 / np.sqrt(max(len(graph), 1)))
+    grouped = [expert for group in conflict_groups(graph) for expert in group]
+    place = nx.circular_layout([*grouped, *(expert for expert in graph if expert not in grouped)])
     widths = [3.0 * weight for _, _, weight in drawn.edges(data="weight")]
     nx.draw_networkx_edges(drawn, place, ax=ax, width=widths, edge_color="#8d99ae", alpha=0.6)
     colours = {ExpertClass.CONSISTENT: "#d1495b", ExpertClass.TEMPORAL: "#edae49", ExpertClass.ORDINARY: "#cfd8dc"}
     for kind, colour in colours.items():
         nodes = [expert for expert, value in graph.nodes(data="expert_class") if value is kind]
-        sizes = [60 + 160 * graph.nodes[expert]["share"] for expert in nodes]
+        sizes = [40 + 4000 / len(graph) * graph.nodes[expert]["share"] for expert in nodes]
         nx.draw_networkx_nodes(
             drawn,
             place,
@@ -204,6 +208,6 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
         )
     nx.draw_networkx_labels(drawn, place, ax=ax, font_size=7)
     ax.set_title(f"layer {graph.graph['layer_id']}: experts hot in the same steps")
-    ax.legend(loc="best", fontsize=8)
+    ax.legend(loc="lower left", fontsize=8, markerscale=0.5)
     ax.set_axis_off()
     return ax.figure
