@@ -1,0 +1,201 @@
+"""The compact formulation as plain arrays: what CP-SAT and MILP both state, before either library is involved.
+
+A column is one way to hold (part of) an expert: copy i of r. Without spare slots there is one column per expert.
+With them the even split of the copies is exact: copies of one expert sit on ranks in increasing order, and copy i
+of r takes `(n + r - 1 - i) // r` of its assignments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.latency import Curve, FloatArray, Latency, Packed
+from gemopt.problem import Problem
+from gemopt.solvers.base import Row
+from gemopt.solvers.runs import Term, split_term
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Compact:
+    """One layer, ready to be written down as variables and constraints.
+
+    Attributes
+    ----------
+    features_FTQ
+        [F, T, Q] additive features of every column at every distinct step.
+    expert_Q, copies_Q, index_Q
+        [Q] column q is copy `index_Q[q]` of `copies_Q[q]` of expert `expert_Q[q]`.
+    weights_T, floor_T
+        [T] weight of each distinct step, and a lower bound on its makespan in microseconds.
+    slots_G
+        [G] slots of each rank.
+    group_G
+        [G] equal numbers for ranks that can be swapped without any change.
+    order_E
+        Experts, heaviest first: the order in which equal ranks are told apart.
+    """
+
+    features_FTQ: IntArray
+    expert_Q: IntArray
+    copies_Q: IntArray
+    index_Q: IntArray
+    weights_T: FloatArray
+    floor_T: FloatArray
+    slots_G: IntArray
+    group_G: IntArray
+    order_E: IntArray
+    packed: Packed
+
+    @classmethod
+    def of(cls, problem: Problem, floor_T: FloatArray) -> Compact:
+        """State a problem whose steps are distinct (`merged`), with lower bounds on the makespan of each step."""
+        most = min(problem.num_ranks, problem.spare_slots + 1)
+        columns = [(e, r, i) for e in range(problem.num_experts) for r in range(1, most + 1) for i in range(r)]
+        expert_Q, copies_Q, index_Q = np.array(columns, dtype=np.int64).T
+        shares_TQ = (problem.counts_TE[:, expert_Q] + copies_Q - 1 - index_Q) // copies_Q
+        group_G = np.arange(problem.num_ranks)
+        if most == 1:  # swapping ranks changes which copy takes the odd assignment
+            for members in problem.equal_ranks:
+                group_G[members] = members[0]
+        return cls(
+            features_FTQ=np.stack([feature.of(shares_TQ) for feature in problem.features]).astype(np.int64),
+            expert_Q=expert_Q,
+            copies_Q=copies_Q,
+            index_Q=index_Q,
+            weights_T=problem.weights_T,
+            floor_T=floor_T,
+            slots_G=problem.slots_per_rank,
+            group_G=group_G,
+            order_E=np.argsort(-problem.counts_TE.T @ problem.weights_T, kind="stable"),
+            packed=problem.packed,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write all arrays to one npz file."""
+        own = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        np.savez(path, **own, **{f"packed_{name}": value for name, value in vars(self.packed).items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Compact:
+        """Read what `save` wrote."""
+        with np.load(path) as arrays:
+            packed = {name.removeprefix("packed_"): arrays[name] for name in arrays if name.startswith("packed_")}
+            own = {name: arrays[name] for name in arrays if not name.startswith("packed_")}
+        return cls(**own, packed=Packed(**packed))
+
+    @property
+    def num_experts(self) -> int:
+        """E, logical experts."""
+        return len(self.order_E)
+
+    @property
+    def num_ranks(self) -> int:
+        """G, ranks."""
+        return len(self.slots_G)
+
+    @property
+    def num_steps(self) -> int:
+        """T, distinct steps."""
+        return len(self.weights_T)
+
+    @property
+    def with_copies(self) -> bool:
+        """Whether there are spare slots, which may hold copies or stay empty."""
+        return len(self.expert_Q) > self.num_experts
+
+    @property
+    def all_slots_used(self) -> bool:
+        """Whether every slot must hold an expert."""
+        return int(self.slots_G.sum()) == self.num_experts
+
+    @cached_property
+    def latencies(self) -> list[Latency]:
+        """Latency of each rank."""
+        return [_unpack(self.packed, g) for g in range(self.num_ranks)]
+
+    @cached_property
+    def ordered_pairs(self) -> list[tuple[int, int]]:
+        """Pairs of equal ranks (earlier, later), neighbours in their group."""
+        groups = [np.flatnonzero(self.group_G == number).tolist() for number in np.unique(self.group_G)]
+        return [pair for members in groups for pair in zip(members[:-1], members[1:], strict=True)]
+
+    @cached_property
+    def load_range(self) -> tuple[IntArray, IntArray]:
+        """Smallest and largest load that each rank can carry, [F, T, G] each."""
+        whole_FTE = np.sort(self.features_FTQ[:, :, self.copies_Q == 1], axis=2)
+        zero = np.zeros((*whole_FTE.shape[:2], 1), dtype=np.int64)
+        smallest = np.concatenate([zero, np.cumsum(whole_FTE, axis=2)], axis=2)
+        largest = np.concatenate([zero, np.cumsum(whole_FTE[:, :, ::-1], axis=2)], axis=2)
+        low = smallest if self.all_slots_used else np.zeros_like(smallest)
+        return low[:, :, self.slots_G], largest[:, :, self.slots_G]
+
+    def terms(self, step: int, rank: int) -> list[Term]:
+        """What the makespan of a step waits for on a rank, leaving out what never exceeds the step's floor."""
+        low_F, high_F = (loads[:, step, rank].tolist() for loads in self.load_range)
+        floor = float(self.floor_T[step])
+        split = (split_term(term, low_F, high_F, floor) for term in self.latencies[rank].terms)
+        return [term for term in split if term is not None]
+
+    @cached_property
+    def rank_of_slot(self) -> IntArray:
+        """[P] rank of each slot."""
+        return np.repeat(np.arange(self.num_ranks), self.slots_G)
+
+    def held(self, row_P: Row) -> NDArray[np.bool_]:
+        """[Q, G] whether each rank holds each column, for a feasible row."""
+        held_QG = np.zeros((len(self.expert_Q), self.num_ranks), dtype=bool)
+        column = {key: q for q, key in enumerate(zip(self.expert_Q, self.copies_Q, self.index_Q, strict=True))}
+        for expert in range(self.num_experts):
+            ranks = self.rank_of_slot[row_P == expert]
+            for index, rank in enumerate(ranks):
+                held_QG[column[expert, len(ranks), index], rank] = True
+        return held_QG
+
+    def row(self, held_QG: NDArray[np.bool_]) -> Row:
+        """[P] row that holds these columns: the experts of a rank in increasing order, then its empty slots."""
+        row_P = np.full(int(self.slots_G.sum()), -1, dtype=np.int64)
+        first_G = np.cumsum(self.slots_G) - self.slots_G
+        for rank in range(self.num_ranks):
+            experts = np.sort(self.expert_Q[held_QG[:, rank]])
+            row_P[first_G[rank] : first_G[rank] + len(experts)] = experts
+        return row_P
+
+    def canonical(self, held_QG: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The same placement with equal ranks in the order that the formulations ask for.
+
+        Of two equal ranks the earlier one holds the expert that comes first in `order_E`; empty ranks come last.
+        """
+        place_E = np.argsort(self.order_E)
+        place_QG = np.where(held_QG, place_E[self.expert_Q][:, None], self.num_experts)
+        first_G = place_QG.min(axis=0)
+        result = held_QG.copy()
+        for number in np.unique(self.group_G):
+            members = np.flatnonzero(self.group_G == number)
+            result[:, members] = held_QG[:, members[np.argsort(first_G[members], kind="stable")]]
+        return result
+
+
+def _unpack(packed: Packed, rank: int) -> Latency:
+    def curve(k: int, f: int) -> Curve:
+        start = packed.start[rank, k, f]
+        stop = start + packed.length[rank, k, f]
+        return Curve(packed.x[start:stop], packed.y[start:stop], float(packed.slope[rank, k, f]))
+
+    num_features = packed.start.shape[2]
+    return Latency(tuple(tuple(curve(k, f) for f in range(num_features)) for k in range(packed.num_terms[rank])))
+
+
+def merged(problem: Problem) -> Problem:
+    """The same objective with equal steps merged into one weighted step, and steps of no weight left out."""
+    _, first, group_T = np.unique(problem.counts_TE, axis=0, return_index=True, return_inverse=True)
+    weights = np.bincount(group_T.ravel(), weights=problem.weights_T)
+    kept = np.flatnonzero(weights > 0) if (weights > 0).any() else np.zeros(1, dtype=np.int64)
+    kept = kept[np.argsort(first[kept])]
+    return problem.select(first[kept], weights[kept])

@@ -1,0 +1,97 @@
+"""CP-SAT (OR-Tools): the compact formulation, from a complete hint, with bounds that survive the rounding."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+from ortools.sat.python import cp_model
+
+from gemopt.problem import Problem
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.cpsat_formulation import SAFETY, Formulation
+from gemopt.solvers.exact import Search
+
+RESOLUTION = 4e-7
+"""Relative error that whole ticks may cause in the objective, all steps together."""
+COEFFICIENTS_PER_SECOND = 20_000
+POLL_S = 0.02
+
+
+class CpSat:
+    """Exact for every cost model, unequal slots, empty slots and copies under the even split."""
+
+    name = "cpsat"
+    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True)
+
+    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+        """Place one layer; never worse than the warm start."""
+        search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * options.remaining)
+        if search.done:
+            return search.outcome(search.proof(), "")
+        tick_us = resolution(search)
+        formulation = Formulation(search.compact, tick_us, canonical_hint(search))
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = options.threads
+        solver.parameters.random_seed = options.seed % 2**31
+        solver.parameters.relative_gap_limit = options.gap
+        solver.parameters.max_time_in_seconds = max(0.01, options.remaining)
+        solver.parameters.catch_sigint_signal = False
+        status = run(solver, formulation, search, tick_us)
+        note = f"resolution {tick_us:.3g} us"
+        if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            search.offer_bound(bound_us(solver.best_objective_bound, tick_us))
+        if options.stop():
+            return search.outcome(StoppedBy.INTERRUPT, note)
+        if status == cp_model.OPTIMAL:
+            return search.outcome(search.proof(), note)
+        return search.outcome(StoppedBy.TIME_LIMIT, note)
+
+
+def resolution(search: Search) -> float:
+    """Microseconds per tick: every column, curved part and constant of a step may lose a tick or three."""
+    compact = search.compact
+    lost = int(compact.slots_G.max()) + 1 + 3 * compact.features_FTQ.shape[0]
+    return max(RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps), 1e-12)
+
+
+def canonical_hint(search: Search) -> Any:
+    """The best row so far, with equal ranks in the order of the formulation."""
+    return search.compact.canonical(search.compact.held(search.row))
+
+
+def bound_us(ticks: float, tick_us: float) -> float:
+    """Microseconds that so many ticks prove."""
+    return (ticks - SAFETY * abs(ticks)) * tick_us
+
+
+def run(solver: cp_model.CpSolver, formulation: Formulation, search: Search, tick_us: float) -> Any:
+    """Solve in a thread, so that an interrupt and the deadline are seen while OR-Tools is busy."""
+    status: list[Any] = []
+    callback = _Incumbents(formulation, search, tick_us)
+    thread = threading.Thread(target=lambda: status.append(solver.solve(formulation.model, callback)), daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if search.options.expired():
+                solver.stop_search()
+    finally:
+        solver.stop_search()
+        thread.join()
+    return status[0] if status else cp_model.UNKNOWN
+
+
+class _Incumbents(cp_model.CpSolverSolutionCallback):
+    """Scores every solution on the whole trace as it comes."""
+
+    def __init__(self, formulation: Formulation, search: Search, tick_us: float) -> None:
+        super().__init__()
+        self._formulation, self._search, self._tick_us = formulation, search, tick_us
+
+    def on_solution_callback(self) -> None:
+        held = [[bool(self.value(variable)) for variable in ranks] for ranks in self._formulation.held]
+        self._search.offer_bound(bound_us(self.best_objective_bound, self._tick_us))
+        self._search.offer_row(self._formulation.compact.row(np.array(held)))

@@ -1,0 +1,105 @@
+"""What CP-SAT and MILP share around their formulations: which steps to state, the best row so far, the outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gemopt.bounds.simple import step_bounds
+from gemopt.evaluate import objective
+from gemopt.problem import Problem
+from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, StoppedBy, relative_gap
+from gemopt.solvers.base import Options, Outcome, Row, incumbent
+from gemopt.solvers.compact import Compact, merged
+from gemopt.solvers.packing import lpt_row
+from gemopt.solvers.reduction import representative_steps
+
+
+@dataclass(eq=False)
+class Search:
+    """One layer being solved.
+
+    Attributes
+    ----------
+    problem
+        All distinct steps; objectives are always those of the whole trace.
+    compact
+        What is stated: all distinct steps, or representatives when they are too many for the time.
+    row, objective_us
+        Best placement so far.
+    bound_us
+        Best lower bound so far, valid for the whole trace.
+    """
+
+    problem: Problem
+    options: Options
+    compact: Compact
+    row: Row
+    objective_us: float
+    bound_us: float
+    history: list[Incumbent] = field(default_factory=list)
+
+    @classmethod
+    def prepare(cls, problem: Problem, options: Options, warm_start: Row | None, budget: float) -> Search:
+        """Merge equal steps, start from the warm start or a greedy one, and reduce what is larger than the budget.
+
+        `budget` is the number of non-zero coefficients that the solver can take in the time it has.
+        """
+        problem = merged(problem)
+        floor_T = step_bounds(problem)
+        row = lpt_row(problem) if warm_start is None else warm_start.copy()
+        bound = max(float(problem.weights_T @ floor_T), options.bound_us)
+        steps, weights_T = representative_steps(problem, int(budget / size_of_step(problem)))
+        compact = Compact.of(problem.select(steps, weights_T), floor_T[steps])
+        search = cls(problem, options, compact, row, objective(problem, row), bound)
+        search.history.append(incumbent(search.objective_us, bound))
+        return search
+
+    @property
+    def reduced(self) -> bool:
+        """Whether representatives stand for the steps, so that the solver's own bound does not hold."""
+        return self.compact.num_steps < self.problem.num_steps
+
+    @property
+    def done(self) -> bool:
+        """Whether the gap asked for is reached."""
+        gap = relative_gap(self.objective_us, self.bound_us)
+        return gap is not None and gap <= max(self.options.gap, 0.0)
+
+    def offer_bound(self, bound_us: float) -> None:
+        """Take over a bound of the stated steps where it holds for all."""
+        if not self.reduced:
+            self.bound_us = max(self.bound_us, bound_us)
+
+    def offer_row(self, row: Row) -> None:
+        """Take over a row that is better on the whole trace."""
+        value = objective(self.problem, row)
+        if value < self.objective_us:
+            self.row, self.objective_us = row, value
+            self.history.append(incumbent(value, self.bound_us))
+
+    def outcome(self, stopped_by: StoppedBy, note: str) -> Outcome:
+        """The best that was found; a bound never above an objective that was reached, whatever the rounding."""
+        if self.reduced:
+            note = (
+                f"{note}; placement from {self.compact.num_steps} weighted representatives of "
+                f"{self.problem.num_steps} distinct steps, bound from the simple bounds of all steps"
+            )
+        return Outcome(self.row, stopped_by, min(self.bound_us, self.objective_us), self.history, note)
+
+    def proof(self) -> StoppedBy:
+        """Why a search that the solver calls finished has stopped."""
+        gap = relative_gap(self.objective_us, self.bound_us)
+        if gap is not None and gap <= OPTIMALITY_TOLERANCE:
+            return StoppedBy.PROOF
+        return StoppedBy.GAP if gap is not None and gap <= self.options.gap else StoppedBy.ITERATIONS
+
+
+def size_of_step(problem: Problem) -> float:
+    """About how many non-zero coefficients one step takes: a row per term and rank, and what a curved part adds."""
+    columns = problem.num_experts * min(problem.num_ranks, problem.spare_slots + 1) ** 2
+    size = 0.0
+    for latency in problem.latencies:
+        for term in latency.terms:
+            corners = sum(len(curve.x) for curve in term if not curve.linear)
+            size += columns + (columns + 8 * corners if corners else 0)
+    return size

@@ -1,0 +1,133 @@
+"""MILP through PuLP, with HiGHS where highspy is installed and CBC otherwise, in a child process of its own.
+
+OR-Tools and highspy cannot share a process, so PuLP is never imported here. The child writes down what it finds as it
+finds it, and can be ended at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemopt.exceptions import SolverError
+from gemopt.problem import Problem
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.exact import Search
+from gemopt.solvers.milp_worker import cbc_bound, proven_us
+
+COEFFICIENTS_PER_SECOND = 10_000
+START_S = 1.0
+"""About what starting the child takes: not available for solving."""
+GRACE_S = 0.25
+"""How long after the deadline the child may still report."""
+POLL_S = 0.02
+
+
+@dataclass
+class Milp:
+    """Exact for every cost model, unequal slots, empty slots and copies under the even split.
+
+    backend: `highs`, `cbc`, or `auto` for the first that is installed.
+    """
+
+    backend: str = "auto"
+    name = "milp"
+    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True)
+
+    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+        """Place one layer; never worse than the warm start."""
+        search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * (options.remaining - START_S))
+        if search.done:
+            return search.outcome(search.proof(), "")
+        with tempfile.TemporaryDirectory(prefix="gemopt-milp-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            write_request(folder, search, backend=self.backend)
+            finished = watch(folder, search)
+            state = read_state(folder, search)
+        note = f"{state.get('backend', 'no solver was reached')}"
+        if finished and state.get("proven"):
+            return search.outcome(search.proof(), note)
+        return search.outcome(StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT, note)
+
+
+def write_request(folder: Path, search: Search, *, backend: str = "auto") -> None:
+    """Everything the child needs."""
+    compact, options = search.compact, search.options
+    compact.save(folder / "compact.npz")
+    np.save(folder / "start.npy", compact.canonical(compact.held(search.row)))
+    request = {
+        "backend": backend,
+        "mean_makespan_us": max(search.objective_us / max(float(search.problem.weights_T.sum()), 1e-300), 1e-9),
+        "deadline": time.time() + options.remaining,
+        "gap": options.gap,
+        "threads": options.threads,
+        "seed": options.seed % 2**31,
+    }
+    (folder / "request.json").write_text(json.dumps(request))
+
+
+def watch(folder: Path, search: Search) -> bool:
+    """Run the child until it ends, the deadline or an interrupt; whether it ended by itself."""
+    with open(folder / "stderr", "wb") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "gemopt.solvers.milp_worker", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=errors,
+            stderr=errors,
+            env={**os.environ, "TMPDIR": str(folder)},
+            start_new_session=True,
+        )
+    read = 0.0
+    try:
+        while child.poll() is None:
+            time.sleep(POLL_S)
+            if search.options.stop() or time.monotonic() > search.options.deadline + GRACE_S:
+                return False
+            changed = _changed(folder)
+            if changed > read:
+                read = changed
+                read_state(folder, search)
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    if child.returncode:
+        lines = (folder / "stderr").read_text(errors="replace").strip().splitlines()
+        raise SolverError(f"milp: the child process ended with {child.returncode}: {lines[-1] if lines else ''}")
+    return True
+
+
+def _changed(folder: Path) -> float:
+    try:
+        return (folder / "state.json").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def read_state(folder: Path, search: Search) -> dict[str, Any]:
+    """Take over what the child has written so far."""
+    try:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    except FileNotFoundError:
+        return {}
+    bounds = [state["bound_us"]]
+    if state["backend"] == "cbc" and not state["finished"] and (folder / "solver.log").exists():
+        log = (folder / "solver.log").read_text(errors="replace")  # CBC itself reports nothing before its end
+        bounds.append(proven_us(cbc_bound(log), state["scale"]))
+    for bound_us in bounds:
+        if bound_us is not None:
+            search.offer_bound(bound_us)
+    if state["row"] is not None:
+        search.offer_row(np.array(state["row"]))
+    return state

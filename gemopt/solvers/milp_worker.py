@@ -1,0 +1,197 @@
+"""Child process of the MILP solver: `python -m gemopt.solvers.milp_worker FOLDER ...`.
+
+Each folder holds `compact.npz`, `start.npy` and `request.json`; the answers go to `state.json` there, which is
+replaced whole whenever something better is known, so the parent may end this process at any time. OR-Tools is never
+imported here, since highspy cannot share a process with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.documents import write_text
+from gemopt.solvers.compact import Compact
+
+if TYPE_CHECKING:
+    from gemopt.solvers.milp_formulation import Formulation
+
+MARGIN = 5e-7
+"""Part of a bound that is given away for the tolerances of the solvers (1e-9 where they can be set)."""
+TOLERANCE = 1e-9
+UNIT_PARTS = 1000.0
+REPORT_S = 0.5
+CBC_NUMBER = r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+
+
+class Answer:
+    """What is known so far about one folder's problem, kept in its `state.json`."""
+
+    def __init__(self, folder: Path, formulation: Formulation, backend: str) -> None:
+        self.folder = folder
+        self.formulation = formulation
+        self.scale = formulation.unit_us * formulation.weight
+        self.state: dict[str, Any] = {"backend": backend, "scale": self.scale, "finished": False, "proven": False}
+        self.state.update(bound_us=None, row=None)
+        self._written = 0.0
+
+    def bound(self, value: float) -> None:
+        """Take over a dual bound in the formulation's units."""
+        bound_us = proven_us(value, self.scale)
+        if bound_us is not None and (self.state["bound_us"] is None or bound_us > self.state["bound_us"]):
+            self.state["bound_us"] = bound_us
+            if time.monotonic() > self._written + REPORT_S:
+                self.write()
+
+    def solution(self, held_QG: NDArray[np.bool_]) -> None:
+        """Take over a placement."""
+        self.state["row"] = self.formulation.compact.row(held_QG).tolist()
+        self.write()
+
+    def finish(self, *, proven: bool) -> None:
+        """The solver came back by itself."""
+        self.state.update(finished=True, proven=proven)
+        self.write()
+
+    def write(self) -> None:
+        """Replace the file."""
+        self._written = time.monotonic()
+        write_text(self.folder / "state.json", json.dumps(self.state))
+
+
+def proven_us(value: float, scale: float) -> float | None:
+    """Microseconds that a dual bound proves, less the margin for tolerances; None for a bound of no use."""
+    if not math.isfinite(value) or abs(value) > 1e19:
+        return None
+    return (value - MARGIN * max(abs(value), UNIT_PARTS)) * scale
+
+
+def solve_folder(folder: Path) -> None:
+    """Build and solve the problem of one folder."""
+    import pulp
+
+    from gemopt.solvers.milp_formulation import Formulation
+
+    request = json.loads((folder / "request.json").read_text())
+    compact = Compact.load(folder / "compact.npz")
+    formulation = Formulation(compact, request["mean_makespan_us"] / UNIT_PARTS, np.load(folder / "start.npy"))
+    backend = request["backend"]
+    if backend == "auto":
+        backend = "highs" if pulp.HiGHS().available() else "cbc"
+    answer = Answer(folder, formulation, backend)
+    answer.write()
+    seconds = (request["deadline"] - time.time()) * 0.98 - 0.1  # time to write the answer
+    if seconds > 0:
+        {"highs": _highs, "cbc": _cbc}[backend](formulation, answer, request, seconds)
+
+
+def _highs(formulation: Formulation, answer: Answer, request: dict[str, Any], seconds: float) -> None:
+    import highspy
+    import pulp
+
+    class Started(pulp.HiGHS):  # type: ignore[misc]
+        """PuLP's HiGHS with a MIP start, which PuLP itself cannot pass on."""
+
+        def callSolver(self, lp: Any) -> None:
+            solution = highspy.HighsSolution()
+            solution.col_value = [variable.varValue for variable in lp.variables()]
+            lp.solverModel.setSolution(solution)
+            lp.solverModel.run()
+
+    kinds = highspy.cb.HighsCallbackType
+
+    def listen(kind: int, message: str, out: Any, into: Any, user: Any) -> None:
+        if kind == int(kinds.kCallbackMipImprovingSolution):
+            values = np.asarray(out.mip_solution)
+            answer.solution(np.array([[values[v.index] > 0.5 for v in ranks] for ranks in formulation.held]))
+        answer.bound(out.mip_dual_bound)
+
+    solver = Started(
+        msg=True,
+        log_to_console=False,
+        timeLimit=seconds,
+        gapRel=max(request["gap"], 1e-7),
+        gapAbs=0.0,
+        threads=request["threads"],
+        callbackTuple=(listen, None),
+        callbacksToActivate=[kinds.kCallbackMipImprovingSolution, kinds.kCallbackMipLogging],
+        random_seed=request["seed"],
+        primal_feasibility_tolerance=TOLERANCE,
+        dual_feasibility_tolerance=TOLERANCE,
+        mip_feasibility_tolerance=TOLERANCE,
+        log_file=str(answer.folder / "solver.log"),
+    )
+    formulation.problem.solve(solver)
+    model = formulation.problem.solverModel
+    answer.bound(model.getInfo().mip_dual_bound)
+    if formulation.problem.sol_status > 0:
+        answer.solution(_values(formulation))
+    answer.finish(proven=model.getModelStatus() == highspy.HighsModelStatus.kOptimal)
+
+
+def _cbc(formulation: Formulation, answer: Answer, request: dict[str, Any], seconds: float) -> None:
+    import pulp
+
+    options: dict[str, Any] = {
+        "msg": False,
+        "timeLimit": seconds,
+        "gapRel": max(request["gap"], 1e-7),
+        "gapAbs": 0.0,
+        "warmStart": True,
+        "logPath": str(answer.folder / "solver.log"),
+        "options": [
+            *(f"{name} {TOLERANCE}" for name in ("primalT", "dualT", "integerT", "increment")),
+            f"randomCbcSeed {request['seed']}",
+        ],
+    }
+    if request["threads"] > 1:
+        options["threads"] = request["threads"]
+    solver = pulp.COIN_CMD(**options)
+    if not solver.available():
+        with warnings.catch_warnings():  # the CBC that PuLP 3 brings along
+            warnings.simplefilter("ignore", DeprecationWarning)
+            solver = pulp.PULP_CBC_CMD(**options)
+    formulation.problem.solve(solver)
+    log = (answer.folder / "solver.log").read_text(errors="replace")
+    answer.bound(cbc_bound(log))
+    if formulation.problem.sol_status > 0:
+        answer.solution(_values(formulation))
+    answer.finish(proven="Result - Optimal solution found" in log)
+
+
+def cbc_bound(log: str) -> float:
+    """Lower bound that a log of CBC's proves, even a cut off one; -inf when it tells none.
+
+    Printed numbers are rounded, so half a unit of their last digit is taken off. A search that ended as optimal within
+    no gap prints the objective only.
+    """
+    numbers = re.findall(rf"best possible {CBC_NUMBER}", log)[-1:] + re.findall(rf"Lower bound: +{CBC_NUMBER}", log)
+    if re.search(r"Result - Optimal solution found\s*$", log, re.MULTILINE):
+        numbers += re.findall(rf"^Objective value: +{CBC_NUMBER}", log, re.MULTILINE)
+    bounds = [float(number) - 0.5 * 10.0 ** -len(number.partition(".")[2]) for number in numbers if "e" not in number]
+    return max(bounds, default=-math.inf)
+
+
+def _values(formulation: Formulation) -> NDArray[np.bool_]:
+    return np.array([[variable.varValue > 0.5 for variable in ranks] for ranks in formulation.held])
+
+
+def main(folders: list[str]) -> None:
+    """Solve the problems of all folders, one after the other."""
+    for folder in folders:
+        solve_folder(Path(folder))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main(sys.argv[1:])
