@@ -6,6 +6,7 @@ on standard output. Forking after the imports makes a group of four cost a secon
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -23,9 +24,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from gemopt import GemoptError, InputError, Placement
+from gemopt import InputError, Placement
 from gemopt.executor import Executor, MigrationError
-from gemopt.executor.expert_parallel import dispatches
 from gemopt.models import tiny
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="gemopt-ranks-"))
@@ -48,7 +48,8 @@ def checkpoint(family: str, **config) -> Path:
 def make_checkpoint(family: str, **config) -> None:
     folder = checkpoint(family, **config)
     if not folder.exists():
-        tiny(family, **{"num_layers": 3, "num_experts": 8, **config}).save_pretrained(folder)
+        tiny(family, **{"num_layers": 3, "num_experts": 8, "num_key_value_heads": 4, **config}).save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def layout(name: str, world: int, implementation: str) -> DistributedConfig:
@@ -87,7 +88,7 @@ def random_placement(seed: int, experts: int, layer_ids, slots, *, split: str = 
             contents[rng.choice(open_ranks)].append(int(expert))
         for rank, size in enumerate(slots):
             others = [e for e in rng.permutation(experts).tolist() if e not in contents[rank]]
-            contents[rank] += others[: int(round(fill * (size - len(contents[rank]))))]
+            contents[rank] += others[: round(fill * (size - len(contents[rank])))]
             contents[rank] += [-1] * (size - len(contents[rank]))
         row = np.array([e for c in contents for e in c])
         share = rng.uniform(0.2, 1, len(row)) * (row >= 0)
@@ -116,33 +117,330 @@ def slots_of(kind: str, experts: int, world: int) -> list[int]:
 
 
 @scenario
-def serve(rank, world, family, where="shared", kinds=(), splits=("even",), config=None):
+def serve(rank, world, family, placements, where="shared", config=None, warm=True):
     """Relative error of the logits under each placement, and what the executor says of itself."""
     config = config or {}
     whole = AutoModelForCausalLM.from_pretrained(checkpoint(family, **config)).eval()
     model = load(family, world, where, **config)
     tokens = batch(rank, where)
-    ragged = batch(rank, where, rows=1, length=1 if where == "shared" else 1 + rank)
+    ragged = batch(rank, where, rows=1, length={"shared": 1, "own": 1 + rank, "mixed": 1 + rank // 2}[where])
     with torch.no_grad():
         reference, small = whole(tokens).logits, whole(ragged).logits
-        errors = {"untouched": relative(model(tokens).logits, reference)}
+        errors = {"untouched": relative(model(tokens).logits, reference)} if warm else {}
         executor = Executor(model, timeout_s=30)
         experts = executor.layers[0].num_experts
-        for number, kind in enumerate(kinds):
-            for split in splits:
-                placement = random_placement(number, experts, executor.layer_ids, slots_of(kind, experts, world), split=split)
-                executor.apply(placement)
-                executor.verify()
-                name = f"{kind}-{split}"
-                errors[name] = relative(model(tokens).logits, reference)
-                errors[name + "-ragged"] = relative(model(ragged).logits, small)
-        errors["again"] = relative(model(tokens).logits, reference)
+        for number, name in enumerate(placements):
+            kind, _, split = name.partition("-")
+            slots = slots_of(kind, experts, world)
+            executor.apply(random_placement(number, experts, executor.layer_ids, slots, split=split))
+            executor.verify()
+            errors[name] = relative(model(tokens).logits, reference)
+            errors[name + " ragged"] = relative(model(ragged).logits, small)
     with_gradients = relative(model(tokens).logits.detach(), reference)
     errors["with gradients"] = with_gradients
-    same = model.generate(tokens, max_new_tokens=5, do_sample=False).tolist() == whole.generate(
-        tokens, max_new_tokens=5, do_sample=False
-    ).tolist()
+    same = (
+        model.generate(tokens, max_new_tokens=3, do_sample=False).tolist()
+        == whole.generate(tokens, max_new_tokens=3, do_sample=False).tolist()
+    )
     return {"errors": errors, "checksum": executor.checksum(), "generates": same}
+
+
+@scenario
+def counts(rank, world, family, where, kind, split):
+    """Assignments each slot really got, and those of the logical experts, per layer, in one forward pass."""
+    model = load(family, world, where)
+    executor = Executor(model, timeout_s=30)
+    placement = random_placement(5, 8, executor.layer_ids, slots_of(kind, 8, world), split=split)
+    executor.apply(placement)
+    local, logical = [], []
+    for dispatch in executor.layers:
+        slots = int(dispatch.row.slots_per_rank[rank])
+
+        def experts_forward(tokens, ids, weights, inner=dispatch.experts_forward, slots=slots):
+            local.append(torch.bincount(ids.flatten(), minlength=slots).tolist())
+            return inner(tokens, ids, weights)
+
+        def slots_of_ids(routing, ids, inner=dispatch._slots):
+            logical.append(torch.bincount(ids.flatten(), minlength=8).tolist())
+            return inner(routing, ids)
+
+        dispatch.experts_forward, dispatch._slots = experts_forward, slots_of_ids
+    with torch.no_grad():
+        model(batch(rank, where, rows=5, length=11))
+    rows = [dispatch.row for dispatch in executor.layers]
+    return {
+        "local": local,
+        "logical": logical,
+        "rows": [row.row_P.tolist() for row in rows],
+        "slots": rows[0].slots_per_rank.tolist(),
+        "weights": [None if row.weights_P is None else row.weights_P.tolist() for row in rows],
+    }
+
+
+@scenario
+def refuse(rank, world, family):
+    """What every rank says to bad input, and whether anything changed."""
+    model = load(family, world)
+    executor = Executor(model, timeout_s=20)
+    before = executor.checksum()
+    ids, slots = executor.layer_ids, [8 // world] * world
+    good = random_placement(1, 8, ids, slots)
+    fields = {name: getattr(good, name) for name in type(good).model_fields}
+    broken = SCRATCH / f"broken{rank}.json"
+    broken.write_text("{" if rank == 1 else good.model_dump_json())
+    missing = good.model_dump_json().replace(
+        f"[{good.physical_to_logical[0][0]},", f"[{good.physical_to_logical[0][1]},", 1
+    )
+    (SCRATCH / "missing.json").write_text(missing)
+    cases = {
+        "layers": random_placement(1, 8, [*ids, 9], slots),
+        "experts": random_placement(1, 4, ids, [4 // world] * world),
+        "ranks": random_placement(1, 8, ids, [2, 3, 3]),
+        "split": Placement(**{**fields, "split": "optimal"}),
+        "model": Placement(**{**fields, "model": "somebody/Another-Model"}),
+        "differs": random_placement(rank, 8, ids, slots),
+        "broken on one rank": broken,
+        "an expert missing": SCRATCH / "missing.json",
+        "no file": SCRATCH / "none.json",
+    }
+    said = {}
+
+    def attempt(name, placement):
+        try:
+            executor.apply(placement)
+            said[name] = "accepted"
+        except InputError as error:
+            said[name] = str(error)
+
+    for name, placement in cases.items():
+        attempt(name, placement)
+    import gemopt.executor.apply as module
+
+    real = module.free_bytes
+    if rank == world - 1:
+        module.free_bytes = lambda device: 10
+    attempt("memory", good)
+    module.free_bytes = real
+    executor.budget_bytes = 10
+    attempt("budget", good)
+    executor.budget_bytes = 10**9 + rank
+    attempt("budgets differ", good)
+    executor.budget_bytes = None
+    unchanged = executor.checksum() == before
+    attempt("good", good)
+    try:
+        model.state_dict()
+        said["state dict"] = "accepted"
+    except InputError as error:
+        said["state dict"] = str(error)
+    return {"said": said, "unchanged": unchanged}
+
+
+@scenario
+def dies(rank, world, family, victim, what, layer, kind="equal", how="exit", timeout=8.0, budget=None):
+    """Rank `victim` ends at an event; what the others then say and hold."""
+
+    def end():
+        if how == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(9)
+
+    def on_event(name, where):
+        seen.append([name, where])
+        if rank == victim and name == what and where == layer:
+            end()
+
+    seen: list = []
+    model = load(family, world)
+    tokens = batch(rank, "shared")
+    with torch.no_grad():
+        before = model(tokens).logits
+    executor = Executor(model, timeout_s=timeout, on_event=on_event, budget_bytes=budget)
+    placement = random_placement(2, 8, executor.layer_ids, slots_of(kind, 8, world))
+    steps = executor.plan(placement)
+    from gemopt.executor.plan import slot_checksum as checksum
+
+    states = [checksum(executor.rows)]  # before and after every stage
+    rows = list(steps.current)
+    for stage in steps.stages:
+        rows[stage.layer] = stage.after
+        states.append(checksum(rows))
+    council = executor._runner.council
+    if rank == victim and what == "half decided":
+        inner, calls = council._call, []
+
+        def call(*args):
+            if seen and seen[-1] == ["decide", layer]:
+                calls.append(1)
+                if len(calls) == 2:
+                    end()
+            return inner(*args)
+
+        council._call = call
+    if rank == victim and what == "half sent":
+        batch_of = dist.batch_isend_irecv
+
+        def half(operations):
+            if seen and seen[-1] == ["transfer", layer]:
+                batch_of(operations[: len(operations) // 2])
+                time.sleep(0.2)
+                end()
+            return batch_of(operations)
+
+        dist.batch_isend_irecv = half
+    start = time.monotonic()
+    error = None
+    try:
+        executor.apply(placement)
+    except MigrationError as caught:
+        error = {"stage": caught.stage, "layer": caught.layer, "ranks": caught.ranks, "text": str(caught)}
+    elapsed = time.monotonic() - start
+    executor.verify()
+    del before
+    return {
+        "state": states.index(checksum(executor.rows)),
+        "last": len(states) - 1,
+        "stages": [executor.layer_ids[stage.layer] for stage in steps.stages],
+        "error": error,
+        "elapsed": elapsed,
+        "placement": executor.placement.physical_to_logical.tolist(),
+    }
+
+
+@scenario
+def resumes(rank, world, family, fault):
+    """A stage fails on one rank; the same call again goes on."""
+    armed = [True]
+
+    def on_event(name, where):
+        seen.append((name, where))
+        if fault == "exception" and rank == 1 and (name, where) == ("transfer", 2) and armed:
+            armed.clear()
+            raise OSError("the cable came loose")
+
+    seen: list = []
+    model = load(family, world)
+    tokens = batch(rank, "shared")
+    executor = Executor(model, timeout_s=3, on_event=on_event)
+    placement = random_placement(2, 8, executor.layer_ids, slots_of("ragged", 8, world))
+    with torch.no_grad():
+        before = model(tokens).logits
+    undo = None
+    if fault == "wrong weights" and rank == 0:  # somebody wrote to a row that is about to be sent
+        dispatch = executor.layers[1]
+        name, weight = next(iter(dispatch.weights().items()))
+        undo = weight.clone()
+        weight += 1
+    try:
+        executor.apply(placement)
+        first = None
+    except MigrationError as error:
+        first = str(error)
+    half_way = executor.placement.physical_to_logical.tolist()
+    mixed = executor.checksum()
+    if undo is not None:
+        executor.layers[1].weights()[name].copy_(undo)
+    with torch.no_grad():
+        between = relative(model(tokens).logits, before)
+    steps = executor.apply(placement)
+    executor.verify()
+    with torch.no_grad():
+        after = relative(model(tokens).logits, before)
+    again = executor.apply(placement)
+    return {
+        "first": first,
+        "mixed": mixed,
+        "half_way": half_way,
+        "left": [stage.layer for stage in steps.stages],
+        "between": between,
+        "after": after,
+        "again": len(again.stages),
+        "transfers": sum(name == "transfer" for name, _ in seen),
+    }
+
+
+@scenario
+def background(rank, world, family, where):
+    """Serve while weights travel; count forward passes until all is committed."""
+    model = load(family, world, where)
+    tokens = batch(rank, where)
+    committed = []
+    executor = Executor(model, timeout_s=20, on_event=lambda n, at: committed.append(at) if n == "committed" else None)
+    placement = random_placement(3, 8, executor.layer_ids, slots_of("ragged", 8, world))
+    with torch.no_grad():
+        reference = model(tokens).logits
+        job = executor.start(placement)
+        errors, passes, seen = [], 0, []
+        while not job.done and passes < 500:
+            errors.append(relative(model(tokens).logits, reference))
+            seen.append(len(committed))
+            passes += 1
+        executor.verify()
+        last = relative(model(tokens).logits, reference)
+        job = executor.start(random_placement(4, 8, executor.layer_ids, slots_of("equal", 8, world)))
+        job.wait()
+        executor.verify()
+        waited = relative(model(tokens).logits, reference)
+    return {
+        "worst": max([*errors, last, waited]),
+        "passes": passes,
+        "seen": seen,
+        "done": job.done,
+        "checksum": executor.checksum(),
+        "slots": executor.placement.slots_per_rank.tolist(),
+    }
+
+
+@scenario
+def background_dies(rank, world, family, victim):
+    """A rank dies while weights travel behind its back; forward passes raise on the others."""
+    model = load(family, world)
+    tokens = batch(rank, "shared")
+
+    def on_event(name, where):
+        if rank == victim and (name, where) == ("transfer", 2):
+            os._exit(9)
+
+    executor = Executor(model, timeout_s=5, on_event=on_event)
+    with torch.no_grad():
+        model(tokens)
+        try:
+            job = executor.start(random_placement(3, 8, executor.layer_ids, slots_of("equal", 8, world)))
+            while not job.done:
+                job.poll()
+                time.sleep(0.01)
+            error = None
+        except MigrationError as caught:
+            error = str(caught)
+    executor.verify()
+    return {"error": error, "checksum": executor.checksum(), "done": job.done}
+
+
+@scenario
+def probes(rank, world, family):
+    """A probe that finds another output puts the old placement back."""
+    model = load(family, world)
+    tokens = batch(rank, "shared")
+    executor = Executor(model, timeout_s=20)
+    before = executor.checksum()
+    first = random_placement(2, 8, executor.layer_ids, slots_of("ragged", 8, world))
+    executor.apply(first, probe={"input_ids": tokens})
+    good = executor.checksum()
+    calls = []
+
+    def drifting():
+        calls.append(1)
+        return torch.full((3,), float(len(calls)) if rank == 0 else 1.0)
+
+    try:
+        executor.apply(random_placement(9, 8, executor.layer_ids, slots_of("equal", 8, world)), probe=drifting)
+        error = None
+    except MigrationError as caught:
+        error = str(caught)
+    executor.verify()
+    return {"moved": good != before, "back": executor.checksum() == good, "error": error}
 
 
 # The server.
@@ -163,6 +461,7 @@ def rank_main(rank: int, world: int, port: int, request: dict, folder: Path) -> 
     except BaseException:
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()  # as a process that ends by itself would
     sys.stdout.flush()
     os._exit(code)
 
@@ -189,8 +488,7 @@ def run(request: dict) -> dict:
     world = request["ranks"]
     args = request["args"]
     if "family" in args:
-        pid = forked(lambda: make_checkpoint(args["family"], **(args.get("config") or {})))
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        make_checkpoint(args["family"], **(args.get("config") or {}))  # here, so that ranks inherit what it imports
     folder = Path(tempfile.mkdtemp(dir=SCRATCH))
     port = free_port()
     pids = {forked(rank_main, rank, world, port, request, folder): rank for rank in range(world)}

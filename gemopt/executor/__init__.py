@@ -10,17 +10,18 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemopt.executor.apply import Executor, MigrationError
+    from gemopt.executor.apply import Background, Executor, MigrationError
     from gemopt.executor.checkpoint import export_checkpoint
     from gemopt.executor.plan import Plan
 
 _HOME = {
+    "Background": "apply",
     "Executor": "apply",
     "MigrationError": "apply",
     "Plan": "plan",
     "export_checkpoint": "checkpoint",
 }
-__all__ = ["Executor", "MigrationError", "Plan", "export_checkpoint"]
+__all__ = ["Background", "Executor", "MigrationError", "Plan", "export_checkpoint"]
 
 if find_spec("torch") is not None and find_spec("transformers") is not None:
     import gemopt.executor.expert_parallel  # noqa: F401 (registers itself)

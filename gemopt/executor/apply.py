@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,57 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gemopt.exceptions import GemoptError, InputError
-from gemopt.executor.council import Council
-from gemopt.executor.expert_parallel import SlotDispatch, dispatches
+from gemopt.exceptions import InputError
+from gemopt.executor.expert_parallel import NAME, SlotDispatch, dispatches
 from gemopt.executor.memory import free_bytes
-from gemopt.executor.plan import LayerRow, Plan, Stage, checksum, layer_rows, plan
-from gemopt.executor.splits import Routing, check_split
-from gemopt.executor.transfer import Incoming, allocate, canaries, transfer, wrong_rows
+from gemopt.executor.plan import LayerRow, Plan, checksum, layer_rows, plan, slot_checksum
+from gemopt.executor.runner import Background, Event, MigrationError, StageRunner
+from gemopt.executor.splits import check_split
+from gemopt.executor.transfer import canaries, wrong_rows
 from gemopt.placement import EMPTY, Placement
 
-COMMIT = "commit"
+__all__ = ["Background", "Executor", "MigrationError"]
 Probe = Mapping[str, Any] | Callable[[], Tensor]
-
-
-class MigrationError(GemoptError, RuntimeError):
-    """A migration stopped half way. Every surviving rank has the same placement in force and serves it correctly.
-
-    Attributes
-    ----------
-    stage
-        `check`, `transfer`, `verify`, `vote`, `finish` or `probe`.
-    layer
-        Index of the layer in the placement, None outside layers.
-    ranks
-        What went wrong, by rank of the expert-parallel group.
-    checksum
-        Of the placement in force.
-    """
-
-    def __init__(self, stage: str, layer: int | None, ranks: Mapping[int, str], checksum: str) -> None:
-        self.stage, self.layer, self.ranks, self.checksum = stage, layer, dict(ranks), checksum
-        where = stage if layer is None else f"{stage}, layer {layer}"
-        reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(self.ranks.items()))
-        super().__init__(f"migration stopped at {where}: {reasons}; placement in force {checksum[:12]}")
-
-
-@dataclass
-class Prepared:
-    """A stage that this rank could commit."""
-
-    stage: Stage
-    incoming: Incoming
-    routing: Routing
-
-    def commit(self, dispatch: SlotDispatch) -> None:
-        """Put it in force; an interrupt meanwhile is raised after the commit is complete."""
-        work = (self.stage.after, self.routing, self.incoming.tensors, self.incoming.slots)
-        try:
-            dispatch.commit(*work)
-        except BaseException:
-            dispatch.commit(*work)
-            raise
 
 
 class Executor:
@@ -77,13 +36,14 @@ class Executor:
     model
         transformers model loaded with `DistributedConfig(..., ep_size=N, ep_implementation="gemopt")`.
     timeout_s
-        How long a stage may take on any rank; a rank that does not answer for longer counts as dead.
+        How long a stage may take, agreement included: after that every surviving rank has raised. Half of it is for
+        the transfer. A rank that does not answer in time counts as dead.
     ranks_per_node
         Ranks of a node, consecutive; all on one node when absent.
     budget_bytes
         Most memory for what a rank receives at a time; one layer when absent.
     on_event
-        Called with (what, layer) as a migration proceeds.
+        Called with (what, id of the decoder layer or None) as a migration proceeds.
     """
 
     def __init__(
@@ -93,7 +53,7 @@ class Executor:
         timeout_s: float = 60.0,
         ranks_per_node: int | None = None,
         budget_bytes: int | None = None,
-        on_event: Callable[[str, int | None], None] | None = None,
+        on_event: Event | None = None,
     ) -> None:
         found = dispatches(model)
         if not found:
@@ -101,42 +61,33 @@ class Executor:
                 "model",
                 type(model).__name__,
                 "no experts are served by gemopt",
-                'load it with DistributedConfig(..., ep_size=N, ep_implementation="gemopt")',
+                f'load it with DistributedConfig(..., ep_size=N, ep_implementation="{NAME}")',
             )
         if ranks_per_node is not None and ranks_per_node < 1:
             raise InputError("ranks_per_node", ranks_per_node, "at least 1")
         self.model: Any = model
         self.layers = [dispatch for _, dispatch in found]
         self.layer_ids = [_layer_id(path) for path, _ in found]
-        self.timeout_s = timeout_s
         self.budget_bytes = budget_bytes
-        self._on_event = on_event
-        self._group = self.layers[0].ep_mesh.get_group()
-        self.rank = self.layers[0].rank
         self.nodes = np.arange(self.layers[0].num_ranks) // (ranks_per_node or self.layers[0].num_ranks)
         self._template: dict[str, Any] = {}
-        self._abandoned: list[Incoming] = []
-        self._links = self._new_links()
-        self.council = Council(self._links, timeout_s)
+        self._runner = StageRunner(self.layers, self.layer_ids, timeout_s, on_event)
         for dispatch in self.layers:
             dispatch.nodes = self.nodes.tolist()
             dispatch.take_over()
             if dispatch.canaries is None:
                 dispatch.canaries = self._gather_canaries(dispatch)
 
-    def _new_links(self) -> Any:
-        """A process group of its own for transfers: its timeout, and no mixing with a forward pass."""
-        from datetime import timedelta
-
-        ranks = dist.get_process_group_ranks(self._group)
-        limit = timedelta(seconds=self.timeout_s)
-        return dist.new_group(ranks, timeout=limit, use_local_synchronization=True)
-
     def _gather_canaries(self, dispatch: SlotDispatch) -> Tensor:
         mine = canaries(dispatch.weights())
         result = mine.new_empty(dispatch.num_experts, mine.shape[1])
-        dist.all_gather_into_tensor(result, mine, group=self._links)
+        dist.all_gather(list(result.chunk(dispatch.num_ranks)), mine, group=self._runner.links)
         return result
+
+    @property
+    def rank(self) -> int:
+        """Of this process in the expert-parallel group."""
+        return self._runner.rank
 
     @property
     def rows(self) -> list[LayerRow]:
@@ -144,8 +95,8 @@ class Executor:
         return [dispatch.row for dispatch in self.layers]
 
     def checksum(self) -> str:
-        """Digest of the placement in force on this rank."""
-        return checksum(self.rows)
+        """Digest of the placement in force on this rank; that of `checksum(layer_rows(placement))`."""
+        return self._runner.checksum()
 
     @property
     def placement(self) -> Placement:
@@ -173,10 +124,13 @@ class Executor:
         )
 
     def plan(self, placement: Placement) -> Plan:
-        """What `apply` would do. Pure: nothing is sent."""
+        """What `apply` would do; nothing is sent."""
         self._check(placement)
-        sizes = [sum(w[:1].nbytes for w in d.weights().values()) for d in self.layers]
-        return plan(self.rows, layer_rows(placement), sizes, nodes=self.nodes, budget_bytes=self.budget_bytes)
+        return self._plan(layer_rows(placement))
+
+    def _plan(self, wanted: Sequence[LayerRow]) -> Plan:
+        sizes = [dispatch.expert_bytes for dispatch in self.layers]
+        return plan(self.rows, wanted, sizes, nodes=self.nodes, budget_bytes=self.budget_bytes)
 
     def _check(self, placement: Placement) -> None:
         if placement.num_layers != len(self.layers) or list(placement.layer_ids) != self.layer_ids:
@@ -197,11 +151,15 @@ class Executor:
             raise InputError("Placement.model", placement.model, f"the model is {' or '.join(sorted(names))}")
         _check_devices(placement, self.rank)
 
-    def apply(self, placement: Placement, *, probe: Probe | None = None, tolerance: float | None = None) -> Plan:
+    def apply(
+        self, placement: Placement | Path | str, *, probe: Probe | None = None, tolerance: float | None = None
+    ) -> Plan:
         """Move to a placement between two forward passes. Does nothing where it is already in force.
 
         Parameters
         ----------
+        placement
+            A placement or the path of one, the same on every rank.
         probe
             Inputs of the model, or a function that returns its output. Run before and after; when the outputs differ
             by more than `tolerance` on any rank, the old placement is put back.
@@ -221,121 +179,52 @@ class Executor:
             When a rank died, a transfer failed or weights arrived wrong. Calling again with the group intact goes on
             from where it stopped.
         """
-        steps = self._agree_to(placement)
+        steps, fields = self._agree_to(placement)
         reference = None if probe is None else self._probe(probe)
         old = self.rows
-        self._run(steps)
-        self._template = _kept_fields(placement)
+        self._runner.run(steps.stages)
+        self._template = fields
         if reference is not None and probe is not None:
             self._compare(reference, self._probe(probe), tolerance, old)
         return steps
 
-    def _agree_to(self, placement: Placement) -> Plan:
+    def start(self, placement: Placement | Path | str) -> Background:
+        """As `apply`, but weights travel while the model serves; layers are committed between forward passes."""
+        steps, self._template = self._agree_to(placement)
+        return Background(self._runner, steps.stages, self.model)
+
+    def _agree_to(self, given: Placement | Path | str) -> tuple[Plan, dict[str, Any]]:
         """Plan, and refuse on every rank what any rank would refuse."""
-        self._event("check", None)
-        steps, word = None, ""
+        steps, fields = None, {}
         try:
-            steps = self.plan(placement)
-            free = free_bytes(next(iter(self.layers[0].weights().values())).device)
-            if free is not None and steps.buffer_bytes > free:
-                hint = "give budget_bytes, at least the bytes of one expert"
-                raise InputError("memory", f"{free} bytes free", f"the buffer takes {steps.buffer_bytes}", hint)
-            word = json.dumps({"wanted": checksum(layer_rows(placement)), "current": self.checksum()})
+            placement = given if isinstance(given, Placement) else Placement.load(given)
+            steps, fields = self.plan(placement), _kept_fields(placement)
+            self._check_memory(steps)
+            word = {
+                "placement": checksum(layer_rows(placement)),
+                "placement in force": slot_checksum(self.rows),
+                "budget_bytes": str(self.budget_bytes),
+                "ranks_per_node": str(self.nodes.tolist()),
+            }
         except InputError as error:
-            word = json.dumps({"error": [error.field, str(error.value), error.limit, error.hint]})
+            shown = error.value if isinstance(error.value, str) else repr(error.value)
+            word = {"error": [error.field, shown, error.limit, error.hint]}
         except Exception as error:
-            word = json.dumps(
-                {"error": ["placement", f"{type(error).__name__}: {error}", "a plan could not be made", ""]}
-            )
-        words = self._exchange("check", None, word)
-        said = [json.loads(other) for other in words]
-        errors = {rank: answer["error"] for rank, answer in enumerate(said) if "error" in answer}
-        if errors:
-            rank, (field, value, limit, hint) = next(iter(errors.items()))
-            raise InputError(field, value, limit + ("" if len(errors) == len(said) else f" (rank {rank})"), hint)
-        for key, field in (("wanted", "placement"), ("current", "placement in force")):
-            kinds = {answer[key]: [r for r, other in enumerate(said) if other[key] == answer[key]] for answer in said}
-            if len(kinds) > 1:
-                groups = " and ".join(f"ranks {ranks}" for ranks in kinds.values())
-                raise InputError(field, f"differs between {groups}", "the same one on every rank")
+            word = {"error": ["placement", f"{type(error).__name__}: {error}", "a plan could not be made", ""]}
+        said = [json.loads(other) for other in self._runner.exchange("check", json.dumps(word))]
+        refuse_together(said)
         assert steps is not None
-        return steps
+        return steps, fields
 
-    def _run(self, steps: Plan) -> None:
-        if self._links is None and steps.stages:  # a failed transfer leaves a group in an unknown state
-            self._links = self._new_links()
-        for stage in steps.stages:
-            prepared, problem = self._prepare(stage)
-            self._settle(stage, prepared, problem)
-        words = self._exchange("finish", None, self.checksum())
-        if len(set(words)) > 1:
-            wrong = {r: f"placement {w[:12]}" for r, w in enumerate(words) if w != self.checksum()}
-            raise MigrationError("finish", None, wrong, self.checksum())
-
-    def _prepare(self, stage: Stage) -> tuple[Prepared | None, str]:
-        """Everything that can fail, up to the vote: (what to commit, what went wrong)."""
-        dispatch, what, incoming = self.layers[stage.layer], "allocate", None
-        deadline = time.monotonic() + self.timeout_s
-        try:
-            self._event("allocate", stage.layer)
-            incoming = allocate(stage, dispatch.row, self.rank, dispatch.weights())
-            routing = dispatch.routing_for(stage.after)
-            what = "transfer"
-            self._event("transfer", stage.layer)
-            transfer(stage, dispatch.row, dispatch.weights(), incoming, group=self._links, deadline=deadline)
-            what = "verify"
-            self._event("verify", stage.layer)
-            self._prove(stage, incoming)
-            return Prepared(stage, incoming, routing), ""
-        except Exception as error:
-            if incoming is not None:
-                self._abandoned.append(incoming)
-            return None, f"{what}: {' '.join(str(error).split())[:200] or type(error).__name__}"
-
-    def _prove(self, stage: Stage, incoming: Incoming) -> None:
-        dispatch = self.layers[stage.layer]
-        assert dispatch.canaries is not None
-        filled = {s: r for s, r in incoming.row_of.items() if stage.after.row_P[s] != EMPTY}
-        rows = list(filled.values())
-        tensors = {name: tensor[rows] for name, tensor in incoming.tensors.items()}
-        wrong = wrong_rows(tensors, [int(stage.after.row_P[slot]) for slot in filled], dispatch.canaries)
-        if wrong:
-            raise RuntimeError(f"the weights that arrived for experts {wrong} are not theirs")
-
-    def _settle(
-        self, stage: Stage, prepared: Prepared | None, problem: str, words: list[str | None] | None = None
-    ) -> None:
-        """Vote, decide and commit on all ranks or on none."""
-        if words is None:
-            self._event("vote", stage.layer)
-            words = self.council.exchange(problem)
-        faults = {rank: word or self.council.lost[rank] for rank, word in enumerate(words) if word != ""}
-        where = next((w.partition(":")[0] for w in words if w), "vote")
-        self._event("decide", stage.layer)
-        reason = json.dumps({"where": where, "faults": faults})
-        decision = self.council.decide(reason if faults else COMMIT)
-        if decision == COMMIT:
-            assert prepared is not None, "commit is only proposed when every rank is prepared"
-            self._event("commit", stage.layer)
-            prepared.commit(self.layers[stage.layer])
-            self._event("committed", stage.layer)
-        elif not faults:
-            told = json.loads(decision)
-            where, faults = told["where"], {int(rank): why for rank, why in told["faults"].items()}
-        if faults:
-            self._links = None
-            raise MigrationError(where, stage.layer, faults, self.checksum())
-
-    def _exchange(self, stage: str, layer: int | None, word: str) -> list[str]:
-        words = self.council.exchange(word)
-        faults = {rank: self.council.lost[rank] for rank, other in enumerate(words) if other is None}
-        if faults:
-            raise MigrationError(stage, layer, faults, self.checksum())
-        return [other for other in words if other is not None]
-
-    def _event(self, what: str, layer: int | None) -> None:
-        if self._on_event is not None:
-            self._on_event(what, layer)
+    def _check_memory(self, steps: Plan) -> None:
+        free = free_bytes(self.layers[0].device)
+        if free is not None and steps.buffer_bytes > free:
+            raise InputError(
+                "memory",
+                f"{free} bytes free",
+                f"a buffer of {steps.buffer_bytes} bytes is needed",
+                f"give budget_bytes of at least {max(steps.expert_bytes)}, the bytes of one expert",
+            )
 
     def verify(self) -> None:
         """Check on this rank that every slot holds the weights of the expert that routing sends there.
@@ -353,7 +242,9 @@ class Executor:
             tensors = {name: weight[rows] for name, weight in dispatch.weights().items()}
             wrong = wrong_rows(tensors, mine[rows].tolist(), dispatch.canaries)
             if wrong:
-                raise MigrationError("verify", layer, {self.rank: f"wrong weights of {wrong}"}, self.checksum())
+                raise MigrationError(
+                    "verify", self.layer_ids[layer], {self.rank: f"wrong weights of {wrong}"}, self.checksum()
+                )
 
     @torch.no_grad()
     def _probe(self, probe: Probe) -> Tensor:
@@ -364,14 +255,28 @@ class Executor:
         limit = torch.finfo(before.dtype).eps ** 0.5 if tolerance is None else tolerance
         scale = float(before.abs().max()) if before.numel() else 0.0
         error = float((after.double() - before.double()).abs().max()) / max(scale, 1e-30) if before.numel() else 0.0
-        words = self._exchange("probe", None, repr(error))
+        words = self._runner.exchange("probe", repr(error))
         bad = {
             rank: f"output differs by {float(word):.2g}" for rank, word in enumerate(words) if not float(word) <= limit
         }
         if bad:
-            sizes = [sum(w[:1].nbytes for w in d.weights().values()) for d in self.layers]
-            self._run(plan(self.rows, old, sizes, nodes=self.nodes, budget_bytes=self.budget_bytes))
+            self._runner.run(self._plan(old).stages)
             raise MigrationError("probe", None, bad, self.checksum())
+
+
+def refuse_together(said: Sequence[Mapping[str, Any]]) -> None:
+    """Raise the same error on every rank when one rank has one, or when ranks were given different things."""
+    errors = {rank: answer["error"] for rank, answer in enumerate(said) if "error" in answer}
+    if errors:
+        rank, (field, value, limit, hint) = next(iter(errors.items()))
+        raise InputError(field, value, limit + ("" if len(errors) == len(said) else f" (rank {rank})"), hint)
+    for key in said[0]:
+        ranks: dict[str, list[int]] = {}
+        for rank, answer in enumerate(said):
+            ranks.setdefault(answer[key], []).append(rank)
+        if len(ranks) > 1:
+            groups = " and ".join(str(group) for group in ranks.values())
+            raise InputError(key, f"different ones on ranks {groups}", "the same is needed on every rank")
 
 
 def _layer_id(path: str) -> int:

@@ -13,6 +13,7 @@ decision: consensus from f + 1 consensus objects of which f may crash.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import threading
@@ -49,6 +50,14 @@ class Council:
         dist.all_gather_object(addresses, (_address(), socket.gethostname(), self._own.port), group=group)
         self._stores = [self._own if r == self.rank else self._connect(*a) for r, a in enumerate(addresses)]
 
+        atexit.register(self._linger)
+
+    def _linger(self, seconds: float = 5.0) -> None:
+        """Before this process ends: let the others read its last word, so that an end does not look like a death."""
+        wanted, deadline = self.size - 1 - len(self.lost), time.monotonic() + seconds
+        while self._turn and self._own.add(f"read{self._turn}", 0) < wanted and time.monotonic() < deadline:
+            time.sleep(0.005)
+
     def _connect(self, address: str, host: str, port: int) -> dist.TCPStore:
         if host == socket.gethostname():
             address = "127.0.0.1"
@@ -66,7 +75,7 @@ class Council:
         for rank, store in enumerate(self._stores):
             words.append(word if rank == self.rank else self._read(rank, store, key, deadline))
         if None not in words:  # then nobody reads the previous turn any more
-            for old in (f"word{self._turn - 1}", f"decision{self._turn - 1}"):
+            for old in (f"word{self._turn - 1}", f"read{self._turn - 1}", f"decision{self._turn - 1}"):
                 self._own.delete_key(old)
         return words
 
@@ -75,7 +84,9 @@ class Council:
 
         def read() -> str:
             store.set_timeout(timedelta(seconds=left))
-            return bytes(store.get(key)).decode()
+            word = bytes(store.get(key)).decode()
+            store.add(key.replace("word", "read"), 1)
+            return word
 
         return self._call(rank, read, left + 0.5)
 

@@ -6,6 +6,7 @@ slots before the all-to-all, and owns this rank's expert weights, one row per sl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,9 +70,9 @@ class SlotDispatch(AllToAllEP):  # type: ignore[misc]
         """[E] assignments in the batches before this rank's, and in all batches of the group."""
         if self.shares_batch:
             return torch.zeros_like(counts_E), counts_E
-        gathered = counts_E.new_empty(self.num_ranks * len(counts_E))
-        dist.all_gather_into_tensor(gathered, counts_E, group=self.ep_mesh.get_group())
-        batches = gathered.view(self.num_ranks, -1)[:: self.tp_mesh.size()]
+        gathered = counts_E.new_empty(self.num_ranks, len(counts_E))
+        dist.all_gather(list(gathered), counts_E, group=self.ep_mesh.get_group())
+        batches = gathered[:: self.tp_mesh.size()]
         mine = self.rank // self.tp_mesh.size()
         return batches[:mine].sum(dim=0), batches.sum(dim=0)
 
@@ -86,6 +87,16 @@ class SlotDispatch(AllToAllEP):  # type: ignore[misc]
     def weights(self) -> dict[str, Tensor]:
         """This rank's expert weights by parameter name, one row per slot."""
         return {name: self.experts._parameters[name].data for name in self._names}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(iter(self.weights().values())).device
+
+    @property
+    def expert_bytes(self) -> int:
+        """Weights of one expert."""
+        return sum(w.element_size() * math.prod(w.shape[1:]) for w in self.weights().values())
 
     def take_over(self) -> None:
         """Own this rank's expert weights as plain tensors. Nothing is copied; no gradients from here on."""
@@ -112,7 +123,7 @@ class SlotDispatch(AllToAllEP):  # type: ignore[misc]
 
     def routing_for(self, row: LayerRow) -> Routing:
         """Tables for a placement of this layer."""
-        return Routing(row, self.num_experts, self.nodes, next(iter(self.weights().values())).device)
+        return Routing(row, self.num_experts, self.nodes, self.device)
 
     def commit(self, row: LayerRow, routing: Routing, tensors: Mapping[str, Tensor], slots: Tensor | None) -> None:
         """Put weights and routing in force together. Running it again changes nothing.

@@ -32,8 +32,14 @@ class LayerRow:
         """[P] rank of each slot."""
         return np.repeat(np.arange(len(self.slots_per_rank)), self.slots_per_rank)
 
+    def canonical(self) -> LayerRow:
+        """The same placement with the experts of each rank in order, whichever slots they are in."""
+        order = np.lexsort((self.row_P, self.rank_of_slot))
+        weights = None if self.weights_P is None else self.weights_P[order]
+        return LayerRow(self.row_P[order], self.slots_per_rank, self.split, weights)
+
     def bytes(self) -> bytes:
-        """Canonical form for checksums."""
+        """Everything, slot by slot."""
         weights = b"" if self.weights_P is None else self.weights_P.astype("<f8").tobytes()
         arrays = self.slots_per_rank.astype("<i8").tobytes(), self.row_P.astype("<i8").tobytes()
         return b"|".join((*arrays, self.split.value.encode(), weights))
@@ -53,7 +59,12 @@ def layer_rows(placement: Placement) -> list[LayerRow]:
 
 
 def checksum(rows: Sequence[LayerRow]) -> str:
-    """Hex digest of the placement of all layers, equal on all ranks that agree."""
+    """Hex digest of the placement of all layers; the order of slots within a rank does not matter."""
+    return slot_checksum([row.canonical() for row in rows])
+
+
+def slot_checksum(rows: Sequence[LayerRow]) -> str:
+    """Hex digest of what every single slot holds."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(hashlib.sha256(row.bytes()).digest())

@@ -93,6 +93,9 @@ def transfer(
         for work in incoming.works:
             work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
         incoming.works = []
+    device = next(iter(weights.values())).device
+    if device.type == "cuda":  # waiting on NCCL only orders streams
+        torch.cuda.current_stream(device).synchronize()
 
 
 def canaries(weights: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,351 @@
+"""Rewrite a checkpoint so that contiguous expert parallelism serves it as a placement.
+
+Slot j of a layer becomes expert j: router rows, biases and stacked tensors are reordered, tensors of single experts get
+the new number, tables of expert ids are translated. Nothing is decoded, so any dtype and quantisation passes through; a
+tensor is streamed, so memory stays small. Numpy only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.documents import read_json, write_text
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.models.families import Family, TensorRole, family, renamed, tensor_role
+from gemopt.placement import Placement
+
+IntArray = NDArray[np.int64]
+CHUNK = 1 << 24
+MAX_HEADER = 1 << 27
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # transformers writes one name or another
+INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
+OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
+GROUP_DEFAULTS = {"deepseek_v3": (8, 4)}  # where config.json leaves them out
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Entry of a safetensors header; offsets count from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """Of the experts of every MoE layer, by layer id: new slot -> expert [E]."""
+
+    family: Family
+    expert_of: Mapping[int, IntArray]
+
+    def role(self, name: str) -> TensorRole | None:
+        """Role of a tensor whose layer is permuted."""
+        role = tensor_role(self.family, name)
+        if role is None or role.layer not in self.expert_of or role.expert >= len(self.expert_of[role.layer]):
+            return None  # identity experts, numbered after the real ones, stay
+        return role
+
+    def slot_of(self, layer: int) -> IntArray:
+        """[E] new slot of every expert."""
+        return np.argsort(self.expert_of[layer])
+
+    def new_name(self, name: str) -> str:
+        """What the tensor is called in the new checkpoint."""
+        role = self.role(name)
+        if role is None or role.kind != "expert":
+            return name
+        return renamed(name, int(self.slot_of(role.layer)[role.expert]))
+
+
+def export_checkpoint(
+    placement: Placement, source: str | os.PathLike[str], destination: str | os.PathLike[str]
+) -> Path:
+    """Write a permuted copy of a safetensors checkpoint.
+
+    Parameters
+    ----------
+    placement
+        Every expert once, the same number of slots on every rank.
+    source
+        Folder with `config.json` and `*.safetensors`.
+    destination
+        New folder. It appears complete or not at all.
+
+    Raises
+    ------
+    InputError
+        When source and placement disagree, the family or a tensor layout is unknown, or the destination exists.
+    UnsupportedError
+        For copies, empty or unequal slots, and for placements that would change group-limited routing.
+    """
+    source, destination = Path(source), Path(destination)
+    permutation = permutation_of(placement, read_config(source))
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise InputError(str(destination), "exists already", "a new or empty folder is needed")
+    files = weight_files(source)
+    check_coverage(permutation, [tensor for file in files for tensor in read_header(file)[0]])
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
+    except OSError as error:
+        raise InputError(str(destination), error.strerror or str(error), "a folder that can be written") from None
+    try:
+        for file in files:
+            _rewrite(file, folder / file.name, permutation)
+        _copy_rest(source, folder, permutation)
+        placement.save(folder / "gemopt_placement.json")
+        folder.chmod(0o755)
+        if destination.exists():
+            destination.rmdir()
+        os.replace(folder, destination)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(str(destination), reason, "the checkpoint could not be written; nothing was left") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return destination
+
+
+def read_config(source: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint."""
+    config = read_json(source / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(str(source / "config.json"), type(config).__name__, "a JSON object is needed")
+    return config
+
+
+def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutation:
+    """New slot -> expert of every layer, with the slots of a rank ordered to keep routing groups together."""
+    text = config.get("text_config", config)
+    row = family(str(text.get("model_type", "")))
+    if placement.has_copies or placement.has_empty_slots or not placement.equal_slots:
+        raise UnsupportedError(
+            "Placement.slots_per_rank",
+            placement.slots_per_rank.tolist(),
+            "a checkpoint holds every expert once and contiguous expert parallelism gives every rank equally many",
+            "solve without spare slots, or apply this placement to a live model (gemopt apply)",
+        )
+    experts = next((text[key] for key in (row.num_experts, *EXPERT_COUNTS) if key in text), None)
+    if experts != placement.num_experts:
+        raise InputError("Placement.num_experts", placement.num_experts, f"the checkpoint has {experts} experts")
+    layers = text.get("num_hidden_layers")
+    if isinstance(layers, int) and placement.layer_ids[-1] >= layers:
+        raise InputError("Placement.layer_ids", placement.layer_ids[-1], f"the checkpoint has {layers} decoder layers")
+    groups = _groups(text, row)
+    rows = zip(placement.layer_ids, placement.physical_to_logical, strict=True)
+    slots = int(placement.slots_per_rank[0])
+    return Permutation(row, {i: p if groups is None else _grouped(p, slots, groups, i) for i, p in rows})
+
+
+def _groups(config: Mapping[str, Any], row: Family) -> int | None:
+    """Blocks of consecutive experts that routing chooses between; None where any expert can be chosen."""
+    groups, kept = (config.get(key) for key in ("n_group", "topk_group"))
+    if groups is None and row.groups == "n_group":
+        groups, kept = GROUP_DEFAULTS.get(row.model_type, (None, None))
+    limited = row.groups == "n_group" or (
+        row.groups == "topk_method" and config.get("topk_method") == "group_limited_greedy"
+    )
+    return int(groups) if limited and groups and kept and groups > 1 and kept < groups else None
+
+
+def _grouped(row_E: IntArray, slots: int, groups: int, layer: int) -> IntArray:
+    """Order the slots of each rank so that every block of E / groups slots holds one routing group, or refuse."""
+    size = len(row_E) // groups
+    if not _mixed(row_E, size):
+        return row_E
+    blocks: list[int] = []
+    for rank in range(len(row_E) // slots):
+        mine = row_E[rank * slots : (rank + 1) * slots].tolist()
+        held = Counter(expert // size for expert in mine)
+        begun = blocks[-1] // size if len(blocks) % size else -1
+
+        def key(
+            expert: int, held: Counter[int] = held, begun: int = begun
+        ) -> tuple[int, int]:  # begun block, whole groups, beginning
+            group = expert // size
+            return (0 if group == begun else 1 if held[group] == size else 2), group
+
+        blocks += sorted(mine, key=key)
+    result = np.array(blocks)
+    if mixed := _mixed(result, size):
+        block, found = mixed[0]
+        raise UnsupportedError(
+            f"physical_to_logical[layer {layer}]",
+            f"slots {block * size} to {(block + 1) * size - 1} mix routing groups {found}",
+            f"routing is limited to the best of {groups} groups of {size} consecutive experts, "
+            "so a checkpoint must keep each group together",
+            "place whole groups on ranks, or use an engine that maps slots itself (gemopt export --to sglang, "
+            "trtllm, ascend) or gemopt apply",
+        )
+    return result
+
+
+def _mixed(row_E: IntArray, size: int) -> list[tuple[int, list[int]]]:
+    """Blocks of slots that hold experts of several groups, and those groups."""
+    blocks = [np.unique(block // size).tolist() for block in row_E.reshape(-1, size)]
+    return [(index, groups) for index, groups in enumerate(blocks) if len(groups) > 1]
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, all those its index names."""
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise InputError(str(source), "no *.safetensors file", "a checkpoint in safetensors format is needed")
+    index = source / "model.safetensors.index.json"
+    if index.exists():
+        named = {str(name) for name in dict(read_json(index).get("weight_map", {})).values()}
+        missing = named - {file.name for file in files}
+        if missing:
+            raise InputError(str(index), min(missing), "every file that the index names is needed")
+        files = [file for file in files if file.name in named]
+    return files
+
+
+def read_header(file: Path) -> tuple[list[Tensor], dict[str, str], int]:
+    """(tensors in the order of their data, metadata, where the data begins) of a safetensors file."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= MAX_HEADER:
+                raise ValueError("header length")
+            raw = json.loads(stream.read(length))
+            metadata = raw.pop("__metadata__", {})
+            tensors = [
+                Tensor(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+                for name, entry in raw.items()
+            ]
+            size = stream.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise InputError(str(file), error.strerror or str(error), "a readable file is needed") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(str(file), "no safetensors header", "a complete safetensors file is needed") from None
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    ends = [0, *(tensor.end for tensor in tensors)]
+    if size != 8 + length + ends[-1] or [tensor.begin for tensor in tensors] != ends[:-1]:
+        raise InputError(str(file), f"{size} bytes", f"{8 + length + ends[-1]} bytes without gaps, by its header")
+    return tensors, metadata, 8 + length
+
+
+def check_coverage(permutation: Permutation, tensors: list[Tensor]) -> None:
+    """Refuse a checkpoint in which a layer's router or experts are not where the family has them."""
+    experts = {layer: len(order) for layer, order in permutation.expert_of.items()}
+    routers, stacked, single = set(), set(), {layer: Counter[int]() for layer in experts}
+    for tensor in tensors:
+        role = permutation.role(tensor.name)
+        if role is None:
+            continue
+        if role.kind == "expert":
+            single[role.layer][role.expert] += 1
+        elif role.kind in ("router", "stacked"):
+            size = tensor.shape[role.dim] if role.dim < len(tensor.shape) else 0
+            if size < experts[role.layer] or (role.kind == "stacked" and size > experts[role.layer]):
+                raise InputError(tensor.name, f"shape {tensor.shape}", f"{experts[role.layer]} along axis {role.dim}")
+            (routers if role.kind == "router" else stacked).add(role.layer)
+    for layer, count in experts.items():
+        whole = len(single[layer]) == count and len(set(single[layer].values())) == 1
+        if layer not in routers or not (whole or layer in stacked):
+            what = "no router" if layer not in routers else f"tensors of {len(single[layer])} experts"
+            name = permutation.family.model_type
+            raise InputError(f"layer {layer}", what, f"a router and {count} experts, named as {name} names them")
+
+
+def _rewrite(source: Path, target: Path, permutation: Permutation) -> None:
+    """Copy one safetensors file; every tensor keeps its place in the file."""
+    tensors, metadata, start = read_header(source)
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    for tensor in tensors:
+        header[permutation.new_name(tensor.name)] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.begin, tensor.end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            for part in _data(reader, tensor, start, permutation):
+                writer.write(part)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def _data(reader: BinaryIO, tensor: Tensor, start: int, permutation: Permutation) -> Iterator[bytes]:
+    """New bytes of a tensor, piece by piece."""
+    role = permutation.role(tensor.name)
+    size = tensor.end - tensor.begin
+    if role is None or role.kind == "expert" or not size:
+        yield from _read(reader, start + tensor.begin, size)
+    elif role.kind == "hash":
+        yield _translate(b"".join(_read(reader, start + tensor.begin, size)), tensor, permutation.slot_of(role.layer))
+    else:
+        outer = int(np.prod(tensor.shape[: role.dim], dtype=np.int64))
+        width = tensor.shape[role.dim]
+        row, rest = divmod(size, outer * width)
+        if rest:
+            raise InputError(tensor.name, f"{size} bytes", f"whole bytes for each of {width} experts")
+        order = permutation.expert_of[role.layer].tolist()
+        order += range(len(order), width)  # identity experts follow the real ones and stay
+        for block in range(outer):
+            for expert in order:
+                yield from _read(reader, start + tensor.begin + (block * width + expert) * row, row)
+
+
+def _read(reader: BinaryIO, begin: int, size: int) -> Iterator[bytes]:
+    reader.seek(begin)
+    while size > 0:
+        part = reader.read(min(size, CHUNK))
+        if not part:
+            raise OSError("the file ended early")
+        size -= len(part)
+        yield part
+
+
+def _translate(data: bytes, tensor: Tensor, slot_of_E: IntArray) -> bytes:
+    if tensor.dtype not in INTEGERS:
+        raise InputError(tensor.name, tensor.dtype, "a table of expert ids in whole numbers")
+    ids = np.frombuffer(data, dtype=INTEGERS[tensor.dtype]).copy()
+    known = (ids >= 0) & (ids < len(slot_of_E))
+    ids[known] = slot_of_E[ids[known]]
+    return ids.tobytes()
+
+
+def _copy_rest(source: Path, folder: Path, permutation: Permutation) -> None:
+    """Everything beside the weights; names of experts in the index and in the quantisation settings change too."""
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or file.suffix in {".safetensors", *OTHER_WEIGHTS}:
+            continue
+        if file.name == "model.safetensors.index.json":
+            index = read_json(file)
+            index["weight_map"] = {permutation.new_name(name): part for name, part in index["weight_map"].items()}
+            write_text(folder / file.name, json.dumps(index, indent=2) + "\n")
+        elif file.name == "config.json" and "quantization_config" in (config := read_config(source)):
+            config["quantization_config"] = _rename_modules(config["quantization_config"], permutation)
+            write_text(folder / file.name, json.dumps(config, indent=2) + "\n")
+        else:
+            shutil.copyfile(file, folder / file.name)
+
+
+def _rename_modules(value: Any, permutation: Permutation) -> Any:
+    """Names of expert modules anywhere in a JSON value (lists of modules that are not quantised)."""
+    if isinstance(value, dict):
+        return {_rename_modules(key, permutation): _rename_modules(item, permutation) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rename_modules(item, permutation) for item in value]
+    if isinstance(value, str):
+        return permutation.new_name(value + ".").removesuffix(".")
+    return value

@@ -1,0 +1,244 @@
+"""The executor on real gloo groups of 2 and 4 processes: right outputs, right counts, safe when ranks die.
+
+`executor_ranks.py` forks the groups; each scenario there returns what every rank saw.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+from gemopt.evaluate import even_shares, static_shares
+
+pytestmark = pytest.mark.distributed
+EXACT = 5e-6  # relative, float32
+
+
+@pytest.fixture(scope="module")
+def world():
+    path = Path(__file__).with_name("executor_ranks.py")
+    server = subprocess.Popen([sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(scenario, ranks, *, limit=120, **args):
+        server.stdin.write(json.dumps({"scenario": scenario, "ranks": ranks, "args": args, "limit": limit}) + "\n")
+        server.stdin.flush()
+        reply = json.loads(server.stdout.readline())
+        assert "broken" not in reply, reply
+        return reply
+
+    yield run
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
+
+
+def results(reply, *, dead=()):
+    """What the ranks returned, all but `dead`; fails with the log of a rank that broke."""
+    for rank, code in enumerate(reply["codes"]):
+        assert rank in dead or code == 0, f"rank {rank} ended with {code}:\n{reply['logs'][rank]}"
+    return [result for rank, result in enumerate(reply["results"]) if rank not in dead]
+
+
+CASES = [
+    ("qwen3_moe", 2, "shared", ["equal-even", "unequal-nearest", "ragged-static"]),
+    ("qwen3_moe", 4, "own", ["unequal-even", "copies-even", "empty_rank-static", "copies-nearest"]),
+    ("mixtral", 4, "mixed", ["ragged-even", "empty_rank-static", "copies-nearest"]),
+    ("mixtral", 4, "shared", ["equal-even", "ragged-nearest", "empty_rank-even"]),
+    ("olmoe", 2, "own", ["equal-even", "copies-even"]),
+    ("deepseek_v3", 2, "shared", ["equal-even", "ragged-even"]),
+    ("gpt_oss", 2, "shared", ["unequal-even", "copies-static"]),
+    ("gpt_oss", 4, "own", ["ragged-even"]),
+]
+
+
+@pytest.mark.parametrize(("family", "ranks", "where", "placements"), CASES)
+def test_outputs_do_not_depend_on_the_placement(world, family, ranks, where, placements):
+    warm = (family, ranks) not in {("olmoe", 2), ("gpt_oss", 2)}  # else the executor comes before any forward pass
+    told = results(world("serve", ranks, family=family, where=where, placements=placements, warm=warm))
+    for rank, answer in enumerate(told):
+        assert len(answer["errors"]) == 2 * len(placements) + 1 + warm
+        assert max(answer["errors"].values()) < EXACT, (rank, answer["errors"])
+        assert answer["generates"], "generate() gives the tokens of the single process"
+    assert len({answer["checksum"] for answer in told}) == 1
+
+
+def test_outputs_in_bfloat16(world):
+    reply = world(
+        "serve", 2, family="qwen3_moe", placements=["unequal-even", "copies-even"], config={"dtype": "bfloat16"}
+    )
+    errors = results(reply)[0]["errors"]
+    assert 1e-5 < max(errors.values()) < 0.02, "that is what bfloat16 resolves"
+
+
+@pytest.mark.parametrize("where", ["shared", "own", "mixed"])
+@pytest.mark.parametrize("split", ["even", "static"])
+@pytest.mark.parametrize("kind", ["copies", "ragged"])
+def test_every_copy_gets_what_evaluate_assumes(world, where, split, kind):
+    ranks = 4
+    told = results(world("counts", ranks, family="qwen3_moe", where=where, kind=kind, split=split))
+    slots = told[0]["slots"]
+    shared_by = {"shared": 4, "own": 1, "mixed": 2}[where]
+    for layer, row in enumerate(told[0]["rows"]):
+        logical = sum(np.array(answer["logical"][layer]) for answer in told[::shared_by])
+        assert logical.sum() == 5 * 11 * 2 * ranks // shared_by
+        weights = told[0]["weights"][layer]
+        if split == "even":
+            expected = even_shares(logical[None], np.array(row))[0]
+        else:
+            expected = static_shares(logical[None], np.array(row), np.array(weights))[0]
+        got = np.concatenate([answer["local"][layer][:size] for answer, size in zip(told, slots, strict=True)])
+        assert got.tolist() == expected.tolist()
+        copies = np.bincount(row, minlength=8)
+        assert copies.max() > 1, "the case has copies to share between"
+
+
+@pytest.mark.parametrize("where", ["shared", "own"])
+def test_nearest_uses_the_copy_of_the_sending_rank(world, where):
+    told = results(world("counts", 2, family="qwen3_moe", where=where, kind="copies", split="nearest"))
+    if where == "shared":
+        totals = [sum(map(sum, answer["local"])) for answer in told]
+        assert sum(totals) == 2 * 5 * 11 * 2
+        return
+    for layer, row in enumerate(told[0]["rows"]):
+        on = [set(row[:6]), set(row[6:])]
+        for rank, answer in enumerate(told):
+            mine = row[6 * rank : 6 * rank + 6]
+            for slot, expert in enumerate(mine):
+                both = expert in on[0] and expert in on[1]
+                senders = [rank] if both else [0, 1]
+                assert answer["local"][layer][slot] == sum(told[s]["logical"][layer][expert] for s in senders)
+
+
+def test_bad_input_is_refused_alike_on_every_rank(world):
+    first, second = results(world("refuse", 2, family="qwen3_moe"))
+    assert first["said"] == second["said"]
+    assert first["unchanged"] and second["unchanged"]
+    said = dict(first["said"])
+    assert said.pop("good") == "accepted"
+    for name, words in {
+        "layers": "layer_ids",
+        "experts": "num_experts",
+        "ranks": "3 ranks",
+        "split": "even, static, nearest",
+        "model": "Another-Model",
+        "differs": "different ones on ranks [0] and [1]",
+        "broken on one rank": "(rank 1)",
+        "an expert missing": "every expert needs a slot",
+        "no file": "none.json",
+        "memory": "10 bytes free",
+        "budget": "budget_bytes: got 10",
+        "budgets differ": "budget_bytes",
+        "state dict": "model.state_dict",
+    }.items():
+        assert words in said.pop(name)
+    assert not said
+
+
+EVENTS = {  # where a rank dies -> does the layer of that moment end up committed? (None: either, but alike)
+    "allocate": False,
+    "transfer": False,
+    "half sent": False,
+    "verify": False,
+    "vote": False,
+    "decide": None,
+    "half decided": True,
+    "commit": True,
+    "committed": True,
+}
+
+
+def check_survivors(reply, victim, *, committed, layer, timeout):
+    told = results(reply, dead=(victim,))
+    assert all(answer["error"] for answer in told), "every survivor raises"
+    for answer in told:
+        assert answer["elapsed"] < timeout
+        assert str(victim) in answer["error"]["ranks"], answer["error"]
+        assert "placement in force" in answer["error"]["text"]
+        assert answer["placement"] == told[0]["placement"]
+    (state,) = {answer["state"] for answer in told}  # they are on one placement: old or new, stage by stage
+    before = told[0]["stages"].index(layer)
+    assert state in ({None: (before, before + 1), False: (before,), True: (before + 1,)}[committed])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("what", EVENTS)
+def test_a_rank_of_two_dies(world, what, victim):
+    reply = world("dies", 2, family="qwen3_moe", victim=victim, what=what, layer=2, timeout=8.0)
+    assert reply["codes"][victim] == 9, "the rank died where it should"
+    # the last layer: a rank that dies after its commit is noticed when everybody reports the end
+    check_survivors(reply, victim, committed=EVENTS[what], layer=2, timeout=8.0)
+
+
+@pytest.mark.parametrize("what", EVENTS)
+@pytest.mark.parametrize("kind", ["equal", "ragged"])
+def test_a_rank_of_four_dies(world, what, kind):
+    victim = list(EVENTS).index(what) % 4
+    reply = world("dies", 4, family="mixtral", victim=victim, what=what, layer=1, kind=kind, timeout=10.0, how="kill")
+    assert reply["codes"][victim] == -9
+    check_survivors(reply, victim, committed=EVENTS[what], layer=1, timeout=10.0)
+
+
+@pytest.mark.parametrize("what", ["check", "finish"])
+def test_a_rank_dies_before_the_first_layer_or_after_the_last(world, what):
+    reply = world("dies", 4, family="qwen3_moe", victim=2, what=what, layer=None, timeout=8.0)
+    told = results(reply, dead=(2,))
+    assert {answer["state"] for answer in told} == {0 if what == "check" else told[0]["last"]}
+    assert all(answer["error"]["stage"] == what and answer["error"]["ranks"] == {"2": "died"} for answer in told)
+
+
+def test_a_rank_dies_between_parts_of_a_layer(world):
+    reply = world("dies", 2, family="mixtral", victim=1, what="vote", layer=1, timeout=8.0, budget=6144)
+    (answer,) = results(reply, dead=(1,))
+    assert answer["stages"].count(1) > 1, "the budget cuts layers"
+    assert answer["state"] == answer["stages"].index(1) and answer["error"]["layer"] == 1
+
+
+def test_a_silent_rank_counts_as_dead_after_the_timeout(world):
+    reply = world("dies", 4, family="qwen3_moe", victim=3, what="vote", layer=2, how="stop", timeout=4.0, limit=40)
+    assert reply["codes"][3] is None, "it was stopped, not dead"
+    told = results(reply, dead=(3,))
+    assert len({answer["state"] for answer in told}) == 1
+    for answer in told:
+        assert answer["elapsed"] < 6.0 and "did not answer" in answer["error"]["text"]
+
+
+def test_a_failed_transfer_is_resumed(world):
+    told = results(world("resumes", 2, family="qwen3_moe", fault="exception"))
+    for answer in told:
+        assert "transfer, layer 2" in answer["first"] and "rank 1: transfer: the cable came loose" in answer["first"]
+        assert answer["left"] == [1], "the first layer is not moved again"
+        assert answer["again"] == 0, "what is in force is not moved at all"
+        assert max(answer["between"], answer["after"]) < EXACT
+    assert told[0]["mixed"] == told[1]["mixed"] and told[0]["half_way"] == told[1]["half_way"]
+
+
+def test_canaries_catch_wrong_weights(world):
+    told = results(world("resumes", 2, family="qwen3_moe", fault="wrong weights"))
+    for answer in told:
+        assert "verify, layer 2" in answer["first"] and "are not theirs" in answer["first"]
+        assert answer["left"] == [1] and max(answer["between"], answer["after"]) < EXACT
+
+
+@pytest.mark.parametrize("where", ["shared", "own"])
+def test_layers_are_committed_while_serving(world, where):
+    told = results(world("background", 2, family="qwen3_moe", where=where))
+    assert told[0]["checksum"] == told[1]["checksum"]
+    for answer in told:
+        assert answer["worst"] < EXACT and answer["done"] and answer["slots"] == [4, 4]
+        assert answer["seen"] == told[0]["seen"], "all ranks commit at the same forward pass"
+        assert answer["seen"][-1] == 2 and answer["passes"] > 1
+
+
+def test_a_rank_that_dies_in_the_background_stops_all(world):
+    told = results(world("background_dies", 4, family="qwen3_moe", victim=2), dead=(2,))
+    assert len({answer["checksum"] for answer in told}) == 1
+    assert all("rank 2: died" in answer["error"] and answer["done"] for answer in told)
+
+
+def test_a_probe_that_changes_rolls_back(world):
+    for answer in results(world("probes", 2, family="qwen3_moe")):
+        assert answer["moved"] and answer["back"] and "probe: rank 0: output differs" in answer["error"]
