@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from pydantic import (
     ConfigDict,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     WithJsonSchema,
 )
 
@@ -37,20 +38,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises
     ------
     InputError
-        When the folder does not exist or cannot be written, or the disk is full.
+        When the folder does not exist or cannot be written, `path` is a folder or a device, or the disk is full.
     """
-    target = Path(path)
+    target = _target(path)
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.tmp")
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent or ".", prefix=f".{target.name}.", suffix=".tmp")
+        stream = temporary.open("xb")
     except OSError as error:
         raise InputError(str(target), error.strerror or str(error), "a folder that can be written") from None
-    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
     except OSError as error:
         raise InputError(
@@ -62,10 +62,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _target(path: str | os.PathLike[str]) -> Path:
+    """Where a link leads; a rename would otherwise put a file in the place of the link, or of /dev/null."""
+    target = os.path.realpath(path)
+    if os.path.exists(target) and not os.path.isfile(target):
+        found = "a folder" if os.path.isdir(target) else "no regular file"
+        raise InputError(str(path), found, "the name of a file to write is needed")
+    return Path(target)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse an output before hours are spent on its content; `InputError` as from `replacing`."""
+    target = _target(path)
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        found = "no permission" if os.path.isdir(target.parent) else "no such folder"
+        raise InputError(str(path), found, "a folder that can be written")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -77,31 +88,44 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = 1 << 31) -> bytes:
     """Read a whole file; `InputError` when it is missing, a folder, unreadable or above `limit_bytes`."""
     try:
-        size = os.stat(path).st_size
-        if size > limit_bytes:
-            raise InputError(str(path), f"{size} bytes", f"at most {limit_bytes} bytes")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(str(path), error.strerror or str(error), "a readable file is needed") from None
+        with open(path, "rb") as stream:
+            content = stream.read(limit_bytes + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise InputError(
+            str(path), getattr(error, "strerror", None) or str(error), "a readable file is needed"
+        ) from None
+    if len(content) > limit_bytes:
+        raise InputError(str(path), "a larger file", f"at most {limit_bytes} bytes")
+    return content
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Parse a JSON file. NaN and infinity are refused, as the JSON standard does."""
+    """Parse a JSON file. NaN, infinity and keys given twice are refused."""
 
     def refuse(token: str) -> Any:
         raise InputError(str(path), token, "numbers must be finite")
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise InputError(str(path), next(key for key in found if keys.count(key) > 1), "every key once")
+        return found
+
     try:
-        return json.loads(read_bytes(path), parse_constant=refuse)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return json.loads(read_bytes(path), parse_constant=refuse, object_pairs_hook=unique)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, or a number of thousands of digits
         raise InputError(str(path), str(error), "a complete JSON document is needed") from None
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Hex digest of a file, or of the sorted files of a folder."""
+    """Hex digest of a file, or of the sorted files of a folder; hidden ones are still being written."""
     digest = hashlib.sha256()
     source = Path(path)
-    for part in sorted(source.iterdir()) if source.is_dir() else [source]:
+    parts = sorted(part for part in source.iterdir() if not part.name.startswith(".")) if source.is_dir() else [source]
+    for part in parts:
         digest.update(read_bytes(part))
     return digest.hexdigest()
 
@@ -114,18 +138,19 @@ class Document(BaseModel):
 
     schema_version: int = 1
 
-    def __init__(self, **data: Any) -> None:
+    def __init__(self, /, **data: Any) -> None:
+        version = data.get("schema_version", self.SCHEMA_VERSION)
+        if version != self.SCHEMA_VERSION:  # first of all: the keys of another version may differ
+            raise InputError(
+                f"{type(self).__name__}.schema_version",
+                version,
+                f"this gemopt reads version {self.SCHEMA_VERSION}",
+                "write the document again or use the gemopt that wrote it",
+            )
         try:
             super().__init__(**data)
         except ValidationError as error:
             raise _one_line(error, type(self).__name__) from None
-        if self.schema_version != self.SCHEMA_VERSION:
-            raise InputError(
-                f"{type(self).__name__}.schema_version",
-                self.schema_version,
-                f"this gemopt reads version {self.SCHEMA_VERSION}",
-                "write the document again or use the gemopt that wrote it",
-            )
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
@@ -179,7 +204,7 @@ def integer_array(value: object, *, name: str, ndim: int, maximum: int = 2**31 -
     limit = f"whole numbers in a {ndim}-dimensional rectangular array are needed"
     try:
         array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         raise InputError(name, value, limit) from None
     if array.ndim != ndim or array.dtype.kind not in "iuf":
         raise InputError(name, f"{array.dtype} array of shape {array.shape}", limit)
@@ -189,35 +214,48 @@ def integer_array(value: object, *, name: str, ndim: int, maximum: int = 2**31 -
         if (array != np.floor(array)).any():
             raise InputError(name, float(array[array != np.floor(array)][0]), limit)
     if array.size and max(int(array.max()), -int(array.min())) > maximum:
-        raise InputError(name, int(array.max()), f"values must lie within {maximum}")
+        worst = max(int(array.max()), int(array.min()), key=abs)
+        raise InputError(name, worst, f"values must lie within {maximum}")
     result = array.astype(np.int64)
     result.setflags(write=False)
     return result
 
 
-def _array_type(ndim: int, kind: str, convert: Callable[[object], np.ndarray[Any, Any]]) -> Any:
+def _array_type(ndim: int, kind: str, convert: Callable[[object, str, int], np.ndarray[Any, Any]]) -> Any:
     schema: dict[str, Any] = {"type": kind}
     for _ in range(ndim):
         schema = {"type": "array", "items": schema}
+
+    def validate(value: object, info: ValidationInfo) -> np.ndarray[Any, Any]:
+        return convert(value, info.field_name or "array", ndim)
+
     return Annotated[
         np.ndarray,
-        BeforeValidator(convert),
+        BeforeValidator(validate),
         PlainSerializer(lambda array: array.tolist(), return_type=list),
         WithJsonSchema(schema),
     ]
 
 
-def _float_matrix(value: object) -> np.ndarray[Any, Any]:
+def _integers(value: object, name: str, ndim: int) -> np.ndarray[Any, Any]:
+    return integer_array(value, name=name, ndim=ndim)
+
+
+def _floats(value: object, name: str, ndim: int) -> np.ndarray[Any, Any]:
+    limit = f"finite numbers in a {ndim}-dimensional rectangular array are needed"
     try:
-        array = np.array(value, dtype=np.float64)
-    except (ValueError, TypeError):
-        raise InputError("matrix", value, "a rectangular array of numbers is needed") from None
-    if array.ndim != 2 or not np.isfinite(array).all():
-        raise InputError("matrix", f"array of shape {array.shape}", "two dimensions of finite numbers are needed")
+        found = np.asarray(value)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise InputError(name, value, limit) from None
+    if found.ndim != ndim or found.dtype.kind not in "iuf":
+        raise InputError(name, f"{found.dtype} array of shape {found.shape}", limit)
+    if not np.isfinite(found).all():
+        raise InputError(name, "NaN or infinity", limit)
+    array = found.astype(np.float64)
     array.setflags(write=False)
     return array
 
 
-IntVector = _array_type(1, "integer", lambda value: integer_array(value, name="vector", ndim=1))
-IntMatrix = _array_type(2, "integer", lambda value: integer_array(value, name="matrix", ndim=2))
-FloatMatrix = _array_type(2, "number", _float_matrix)
+IntVector = _array_type(1, "integer", _integers)
+IntMatrix = _array_type(2, "integer", _integers)
+FloatMatrix = _array_type(2, "number", _floats)

@@ -27,7 +27,10 @@ class InputError(GemoptError, ValueError):
         self.value = value
         self.limit = limit
         self.hint = hint
-        shown = " ".join((value if isinstance(value, str) else repr(value)).split())
+        try:
+            shown = " ".join((value if isinstance(value, str) else repr(value)).split())
+        except ValueError:  # an integer of thousands of digits
+            shown = type(value).__name__
         if len(shown) > 120:
             shown = shown[:117] + "..."
         message = f"{field}: got {shown or 'nothing'}; {limit}"

@@ -54,7 +54,7 @@ class Placement(Document):
 
     physical_to_logical: IntMatrix
     slots_per_rank: IntVector
-    num_experts: int = Field(ge=1)
+    num_experts: int = Field(ge=1, le=2**31 - 1)
     split: Split = Split.EVEN
     split_weights: FloatMatrix | None = None
     layer_ids: list[int] = Field(default_factory=list)
@@ -65,9 +65,10 @@ class Placement(Document):
     @model_validator(mode="before")
     @classmethod
     def _default_layer_ids(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not len(data.get("layer_ids") or ()):
+        given = data.get("layer_ids") if isinstance(data, dict) else True
+        if given is None or (isinstance(given, list) and not given):
             rows = data.get("physical_to_logical")
-            if rows is not None and hasattr(rows, "__len__"):
+            if isinstance(rows, (list, tuple, np.ndarray)):
                 data = {**data, "layer_ids": list(range(len(rows)))}
         return data
 
@@ -81,9 +82,9 @@ class Placement(Document):
                 f"shape {table_LP.shape}",
                 f"every layer needs {int(self.slots_per_rank.sum())} slots (the sum of slots_per_rank)",
             )
-        for layer, row in enumerate(table_LP):
-            check_row(row, self.slots_per_rank, self.num_experts, layer=self.layer_ids[layer])
         check_layer_ids(self.layer_ids, len(table_LP), self.num_hidden_layers)
+        for layer_id, row in zip(self.layer_ids, table_LP, strict=True):
+            check_row(row, self.slots_per_rank, self.num_experts, layer=layer_id)
         self._check_split()
         if self.device_uuids is not None and len(self.device_uuids) != self.num_ranks:
             raise InputError("Placement.device_uuids", self.device_uuids, f"one per rank, {self.num_ranks}")

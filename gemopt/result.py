@@ -36,7 +36,7 @@ class StoppedBy(StrEnum):
 class Incumbent(BaseModel):
     """A solution met on the way: seconds since the start, objective, and the bound known then."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seconds: float
     objective_us: float
@@ -46,7 +46,7 @@ class Incumbent(BaseModel):
 class LayerResult(BaseModel):
     """One MoE layer: objective, bound and gap over all steps; `note` says how a bound or placement was reached."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     layer_id: int
     status: Status
