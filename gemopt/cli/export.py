@@ -47,10 +47,14 @@ def export(
         devices=devices,
     )  # fmt: skip
     prepared = [(*prepare(path), role, _named(output, role)) for path, role in given]
-    reports = []
-    for ready, notes, role, path in prepared:
-        result = _permute(ready, source, path) if to in PERMUTED else _write(ready, to, path, role, mtp_layers)
-        reports.append(_report(ready, result, notes, role))
+    write = _permuter(source) if to in PERMUTED else _writer(to, mtp_layers)
+    for dry in (True, False):  # the second of a pair must not fail when the first is written
+        results = [write(ready, path, role, dry) for ready, _, role, path in prepared]
+    reports = [
+        _report(ready, result, notes, role)
+        for (ready, notes, role, _), result in zip(prepared, results, strict=True)
+        if result is not None
+    ]
     if as_json:
         print_json(reports if decode is not None else reports[0])
         return
@@ -128,22 +132,38 @@ def _approximated(
     return chosen, notes
 
 
-def _permute(placement: Placement, source: Path | None, destination: Path) -> Export:
+Write = Callable[["Placement", Path, str | None, bool], "Export | None"]
+
+
+def _permuter(source: Path | None) -> Write:
     from gemopt.executor.checkpoint import export_checkpoint
     from gemopt.formats.engine import Export
 
     if source is None:
         raise InputError("--source", None, "the folder of the checkpoint to permute", "give --source CHECKPOINT")
-    export_checkpoint(placement, source, destination)
-    command = f"load {destination} with {placement.num_ranks} expert-parallel ranks, experts split in order"
-    return Export(files=(str(destination),), command=command)
+
+    def write(placement: Placement, path: Path, role: str | None, dry: bool) -> Export | None:
+        if dry:
+            return None
+        export_checkpoint(placement, source, path)
+        command = f"load {path} with {placement.num_ranks} expert-parallel ranks, experts split in order"
+        return Export(files=(str(path),), command=command)
+
+    return write
 
 
-def _write(placement: Placement, to: str, path: Path, role: str | None, mtp_layers: int) -> Export:
+def _writer(to: str, mtp_layers: int) -> Write:
     from gemopt.formats.engine import WriteOptions
-    from gemopt.formats.registry import export as write
+    from gemopt.formats.registry import check, export, get
 
-    return write(placement, to=to, path=path, options=WriteOptions(role=role, mtp_layers=mtp_layers))
+    def write(placement: Placement, path: Path, role: str | None, dry: bool) -> Export | None:
+        options = WriteOptions(role=role, mtp_layers=mtp_layers)
+        if dry:
+            check(placement, get(to), path=path, options=options)
+            return None
+        return export(placement, to=to, path=path, options=options)
+
+    return write
 
 
 def _report(placement: Placement, result: Export, notes: list[str], role: str | None) -> dict[str, Any]:
@@ -254,4 +274,5 @@ def import_placement(
     if as_json:
         print_json(sizes)
         return
-    console.print("wrote {output}: {layers} layers, {experts} experts, {slots} slots on {ranks} ranks".format(**sizes))
+    text = "wrote {output}: {layers} layers, {experts} experts, {slots} slots on {ranks} ranks".format(**sizes)
+    console.print(text, markup=False, soft_wrap=True)

@@ -59,6 +59,6 @@ def import_command(
         return
     layers = f"{len(found.layer_ids)} MoE layers ({found.layer_ids[0]} to {found.layer_ids[-1]})"
     sizes = f"{found.num_steps} steps, {layers}, {found.num_experts} experts, {found.assignments} assignments"
-    console.print(f"wrote {output}: {sizes}", soft_wrap=True)
+    console.print(f"wrote {output}: {sizes}", markup=False, soft_wrap=True)
     for note in found.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -36,10 +36,9 @@ def follow(placement: Placement, devices: Sequence[str]) -> tuple[Placement, lis
     before = [plain(str(uuid)) for uuid in known]
     now = [plain(uuid) for uuid in devices]
     if sorted(before) != sorted(now):
-        strange = sorted(set(now) - set(before)) or sorted(set(before) - set(now)) or now
-        raise InputError(
-            "--devices", strange[0], f"the {len(before)} devices of the placement", "profile and solve again"
-        )
+        strange = [uuid for uuid in devices if plain(uuid) not in before] or list(devices)
+        limit = f"the {len(before)} devices of the placement, each once"
+        raise InputError("--devices", ", ".join(strange), limit, "profile and solve again for other devices")
     old_rank = [before.index(uuid) for uuid in now]
     notes = [
         f"rank {rank} drives {devices[rank]}, which was rank {old}" for rank, old in enumerate(old_rank) if old != rank

@@ -155,7 +155,7 @@ def numpy_arrays(path: Path) -> dict[str, NDArray[Any]]:
             return {"counts": np.load(path, mmap_mode="r", allow_pickle=False)}
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > max(1 << 30, 200 * size) or unpacked > ARRAY_LIMIT:
+        if unpacked > max(1 << 26, 200 * size) or unpacked > ARRAY_LIMIT:
             raise InputError(str(path), f"{unpacked} bytes in {size}", "at most 200 times the size of the file")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}

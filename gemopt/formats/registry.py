@@ -94,6 +94,13 @@ def refuse(placement: Placement, engine: Engine, options: WriteOptions) -> None:
         engine.check(placement, options)
 
 
+def check(placement: Placement, engine: Engine, *, path: Path, options: WriteOptions) -> None:
+    """Raise what `export` would raise before it writes anything."""
+    refuse(placement, engine, options)
+    if engine.suffixes and path.suffix not in engine.suffixes:
+        raise InputError("--output", str(path), f"{engine.name} wants a name ending in {' or '.join(engine.suffixes)}")
+
+
 def _others(placement: Placement) -> str:
     names = able(placement)
     return "an engine that can express it: " + ", ".join(names) if names else "no engine can express it"
@@ -107,11 +114,8 @@ def export(placement: Placement, *, to: str, path: Path, options: WriteOptions |
     UnsupportedError
         The engine cannot express the placement; nothing is written.
     """
-    engine = get(to)
-    options = options or WriteOptions()
-    refuse(placement, engine, options)
-    if engine.suffixes and path.suffix not in engine.suffixes:
-        raise InputError("--output", str(path), f"{engine.name} wants a name ending in {' or '.join(engine.suffixes)}")
+    engine, options = get(to), options or WriteOptions()
+    check(placement, engine, path=path, options=options)
     assert engine.write is not None
     result = engine.write(placement, path, options)
     if not engine.side_file:

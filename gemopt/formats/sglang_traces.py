@@ -35,11 +35,11 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Tra
         raise InputError("PATHS", "dumps and responses together", "one kind of recording at a time")
     if kinds == {True}:
         return responses.read_traces(files, options, raw_int32=True)
-    first = _load(files[0])
-    if "logical_count" in first:
+    files = sorted(files, key=_time)
+    loaded = {files[0]: _load(files[0])}
+    if "logical_count" in loaded[files[0]]:
         return _read_stat(files)
-    del first
-    return _read_detail(files, options)
+    return _read_detail(files, loaded, options)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -60,10 +60,10 @@ def _read_stat(files: list[Path]) -> Recording:
 
     def blocks() -> Iterator[IntArray]:
         notes.clear()
-        for path in sorted(files, key=_time):
+        for path in files:
             data = _load(path)
             if "logical_count" not in data:
-                raise InputError(str(path), "records", "stat dumps only", "mixed recordings: import them apart")
+                raise InputError(str(path), "records", "stat dumps only", "import each kind apart")
             counts = as_array(data["logical_count"], name=f"{path}: logical_count", ndim=3)
             kept, full = _in_time_order(counts)
             if full:
@@ -106,10 +106,10 @@ class _Detail:
     agree: bool = True  # every rank recorded the same counts in every pass so far
 
 
-def _read_detail(files: list[Path], options: TraceOptions) -> Recording | Traces:
+def _read_detail(files: list[Path], loaded: dict[Path, Any], options: TraceOptions) -> Recording | Traces:
     detail: _Detail | None = None
-    for path in sorted(files, key=_time):
-        data = _load(path)
+    for path in files:
+        data = loaded.pop(path, None) or _load(path)
         map_LP = _map_of(path, data)
         detail = detail or _Detail(map_LP=map_LP.astype(np.int64))
         _check_map(path, map_LP, detail.map_LP)
@@ -139,9 +139,7 @@ def _read_detail(files: list[Path], options: TraceOptions) -> Recording | Traces
 
 def _map_of(path: Path, data: dict[str, Any]) -> IntArray:
     if "records" not in data or not isinstance(data["records"], list):
-        raise InputError(
-            f"{path}: records", "none", "per_pass or per_token dumps only", "mixed kinds: import them apart"
-        )
+        raise InputError(f"{path}: records", None, "per_pass or per_token dumps only", "import each kind apart")
     name = f"{path}: last_physical_to_logical_map"
     map_LP = as_array(data.get("last_physical_to_logical_map"), name=name, ndim=2)
     if not map_LP.size or int(map_LP.min()) < 0 or int(map_LP.max()) >= map_LP.shape[1]:
@@ -243,15 +241,18 @@ def _whole_passes(detail: _Detail, options: TraceOptions, folder: Path) -> list[
 
 def _to_logical(physical: list[NDArray[np.int32]], map_LP: NDArray[np.int64], divisor: int) -> NDArray[np.int32]:
     """[T, L, E] counts of logical experts: copies summed, one gather per copy number."""
-    experts = int(map_LP.max()) + 1
-    result = np.zeros((len(physical), len(map_LP), experts), np.int32)
-    copy_LP = np.stack([_copy_number(row, experts) for row in map_LP])
-    for number in range(int(copy_LP.max()) + 1):
-        layers, slots = np.nonzero(copy_LP == number)
-        experts_of = map_LP[layers, slots]
-        for step, counts in enumerate(physical):
-            result[step][layers, experts_of] += counts[layers, slots] // divisor
-    return result
+    experts, (layers, slots) = int(map_LP.max()) + 1, map_LP.shape
+    result = np.zeros((len(physical), layers * experts), np.int32)
+    copy_LP = np.stack([_copy_number(row, experts) for row in map_LP]).reshape(-1)
+    target_LP = (map_LP + experts * np.arange(layers)[:, None]).reshape(-1)
+    gathers = [np.flatnonzero(copy_LP == number) for number in range(int(copy_LP.max()) + 1)]
+    for row, counts in zip(result, physical, strict=True):
+        flat = counts.reshape(layers * slots)
+        for taken in gathers:
+            row[target_LP[taken]] += flat[taken]
+    if divisor > 1:
+        result //= divisor
+    return result.reshape(len(physical), layers, experts)
 
 
 def _copy_number(row: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
