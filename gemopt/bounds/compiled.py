@@ -260,15 +260,15 @@ def pigeonhole(
     one m to the next (increasing) the numbers held only grow.
     """
     ranks, features = len(slots_G), sums_IF.shape[1]
-    held, step, loads_F = np.zeros(ranks, np.int64), np.empty(ranks), np.empty(features)
+    held, full_at = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
+    step, loads_F = np.empty(ranks), np.empty(features)
     total, g = 0, 0
     for m in tops_M:
         rest = share_IF.shape[0] - 1 - m
-        tried = 0
+        full = 0
         while total < m - spent:
-            if tried == ranks:  # all ranks are full within the time known: one more takes longer
-                g = 0
-                for other in range(1, ranks):
+            if full == ranks:  # within the time known no rank takes another one: the first to be through does
+                for other in range(ranks):
                     if step[other] < step[g]:
                         g = other
                 if step[g] == np.inf:
@@ -276,6 +276,10 @@ def pigeonhole(
                 known = max(known, step[g])
                 held[g] += 1
                 total += 1
+            else:
+                g = g + 1 if g + 1 < ranks else 0
+                if full_at[g] == m:
+                    continue
             q = held[g] + 1
             step[g] = np.inf
             if q <= min(slots_G[g], m):
@@ -283,13 +287,14 @@ def pigeonhole(
                 for f in range(features):
                     loads_F[f] = share_IF[rest + q, f] - share_IF[rest, f] + sums_IF[others, f]
                 step[g] = latency_value(g, loads_F, start, length, slope, num_terms, x, y)
-            if tried < ranks:
-                if step[g] <= known:
-                    held[g] += 1
-                    total += 1
-                else:
-                    tried += 1
-                    g = (g + 1) % ranks
+            if full == ranks:
+                continue
+            if step[g] <= known:
+                held[g] = q
+                total += 1
+            else:
+                full_at[g] = m
+                full += 1
     return known
 
 

@@ -31,6 +31,7 @@ ALL_TOPS = 64  # up to so many experts, every number m of largest experts is tri
 SOME_TOPS = 16
 MAX_DIRECTIONS = 12
 MAX_COPIES = 6
+BLOCK_STEPS = 4096
 
 
 def lower_bound(problem: Problem) -> float:
@@ -48,25 +49,28 @@ def step_bounds(problem: Problem) -> FloatArray:
 
     shape = _shape(problem.latencies, problem.features)
     copies = _copies(problem)
-    slots_G = problem.slots_per_rank
+    slots_G = np.ascontiguousarray(problem.slots_per_rank)
     whole_G = np.maximum(slots_G - problem.spare_slots, 0)
     hosts = int((slots_G > 0).sum())
     spent_R = np.array([0 if r >= hosts else problem.spare_slots // r for r in copies])
     tops_RM = np.stack([_tops(problem.num_experts, hosts, int(spent)) for spent in spent_R])
-    bounds_T = bound_steps(
-        np.stack([_prefix_sums(problem, r) for r in copies]),
-        np.ascontiguousarray(slots_G),
-        whole_G,
-        tops_RM,
-        spent_R,
-        _arrays(problem.latencies),
-        shape.low,
-        shape.others,
-        shape.normals_DF,
-        shape.slope_DGM,
-        shape.shift_DGM,
-        shape.wake_G,
-    )
+    bounds_T = np.empty(problem.num_steps)
+    for first in range(0, problem.num_steps, BLOCK_STEPS):
+        block = slice(first, first + BLOCK_STEPS)
+        bounds_T[block] = bound_steps(
+            np.stack([_prefix_sums(problem, block, r) for r in copies]),
+            slots_G,
+            whole_G,
+            tops_RM,
+            spent_R,
+            _arrays(problem.latencies),
+            shape.low,
+            shape.others,
+            shape.normals_DF,
+            shape.slope_DGM,
+            shape.shift_DGM,
+            shape.wake_G,
+        )
     return np.asarray(bounds_T - ROUNDING * np.abs(bounds_T))
 
 
@@ -76,26 +80,27 @@ def _copies(problem: Problem) -> list[int]:
     return [*range(1, min(most, MAX_COPIES)), most]
 
 
-def _prefix_sums(problem: Problem, copies: int) -> FloatArray:
+def _prefix_sums(problem: Problem, block: slice, copies: int) -> FloatArray:
     """[T, E + 1, F] features of the i smallest experts, each with its largest share among so many copies."""
-    shares_TE = -(-np.sort(problem.counts_TE, axis=1) // copies)
-    sums = np.zeros((problem.num_steps, problem.num_experts + 1, len(problem.features)))
+    shares_TE = -(-np.sort(problem.counts_TE[block], axis=1) // copies)
+    sums = np.zeros((len(shares_TE), problem.num_experts + 1, len(problem.features)))
     for f, feature in enumerate(problem.features):
         np.cumsum(feature.of(shares_TE), axis=1, out=sums[:, 1:, f])
     return sums
 
 
 def _tops(experts: int, ranks: int, spent: int) -> NDArray[np.int64]:
-    """Numbers m of largest experts to try, padded with 0: `spent + 1` and where one more rank must take q + 1."""
+    """Numbers m of largest experts to try, increasing, padded with 0.
+
+    All of them, or those from which some rank must hold one more (`spent + q ranks + 1`) and some between, few beyond.
+    """
     if experts <= ALL_TOPS:
         return np.arange(1, experts + 1)
-    steps = spent + 1 + ranks * np.arange(-(-experts // ranks))
-    if len(steps) > SOME_TOPS:
-        steps = steps[np.unique(np.geomspace(1, len(steps), SOME_TOPS).round().astype(np.int64)) - 1]
-    between = spent + 1 + np.linspace(0, max(experts - spent - 1, 0), SOME_TOPS).astype(np.int64)
-    chosen = np.unique(steps)[:SOME_TOPS] if len(steps) >= SOME_TOPS // 2 else np.unique([*steps, *between])[:SOME_TOPS]
-    padded = np.zeros(SOME_TOPS, np.int64)
-    padded[: len(chosen)] = np.where(chosen <= experts, chosen, 0)
+    padded, rest = np.zeros(SOME_TOPS, np.int64), experts - spent - 1
+    if rest >= 0:
+        extra = np.unique([*range(0, rest + 1, ranks), *np.linspace(0, rest, SOME_TOPS // 2).astype(np.int64)])
+        thinned = extra[np.unique(np.geomspace(1, len(extra), SOME_TOPS).round().astype(np.int64)) - 1]
+        padded[: len(thinned)] = spent + 1 + thinned
     return padded
 
 
