@@ -45,7 +45,7 @@ def step_bounds(problem: Problem) -> FloatArray:
 
     The steps are bounded one by one: the placement behind one step's bound may differ from another's.
     """
-    from gemopt.bounds.compiled import bound_steps
+    from gemopt.bounds.steps import bound_steps
 
     shape = _shape(problem.latencies, problem.features)
     copies = _copies(problem)
