@@ -119,6 +119,35 @@ def as_array(value: Any, *, name: str, ndim: int) -> NDArray[Any]:
 
 def safetensors_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The integer arrays of a safetensors file, mapped; every offset is checked against the file."""
+    header, body = _safetensors(path)
+    try:
+        return {name: _mapped(body, name, entry) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(str(path), str(error), "a complete safetensors file of whole numbers") from None
+
+
+def safetensors_rows(path: Path, width: int) -> tuple[list[str], NDArray[np.int64], NDArray[np.int64]]:
+    """Names, row of each name, and rows [N, width] of a safetensors file of int64 vectors of one length; mapped.
+
+    Many thousand small arrays are common: they are checked together and can be taken in one gather.
+    """
+    header, body = _safetensors(path)
+    size = 8 * width
+    try:
+        wrong = [name for name, entry in header.items() if entry["dtype"] != "I64" or entry["shape"] != [width]]
+        offsets = np.array([entry["data_offsets"] for entry in header.values()], np.int64).reshape(-1, 2)
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise InputError(str(path), str(error), "a complete safetensors file of whole numbers") from None
+    if wrong:
+        found = f"{header[wrong[0]]['dtype']} {header[wrong[0]]['shape']}"
+        raise InputError(f"{path}: {wrong[0]}", found, f"I64 [{width}], as num_experts in meta_info.json says")
+    begin, end = offsets.T
+    if ((begin % size != 0) | (end - begin != size) | (begin < 0) | (end > len(body))).any():
+        raise InputError(f"{path}: data_offsets", "rows outside the file, or apart", "a complete safetensors file")
+    return list(header), begin // size, body[: len(body) // size * size].view("<i8").reshape(-1, width)
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
     size = size_of(path)
     data = np.memmap(path, dtype=np.uint8, mode="r") if size else np.zeros(0, np.uint8)
     length = int.from_bytes(data[:8].tobytes(), "little") if size >= 8 else HEADER_LIMIT + 1
@@ -126,12 +155,12 @@ def safetensors_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise InputError(str(path), f"header of {length} bytes in a file of {size}", "a complete safetensors file")
     try:
         header = json.loads(data[8 : 8 + length].tobytes())
-        if not isinstance(header, dict):
-            raise TypeError("the header is no object")
-        header.pop("__metadata__", None)
-        return {name: _mapped(data[8 + length :], name, entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
-        raise InputError(str(path), str(error), "a complete safetensors file of whole numbers") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(str(path), str(error), "a complete safetensors file") from None
+    if not isinstance(header, dict):
+        raise InputError(str(path), type(header).__name__, "a safetensors file, whose header is an object")
+    header.pop("__metadata__", None)
+    return header, data[8 + length :]
 
 
 def _mapped(body: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArray[Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt.documents import write_text
 from gemopt.exceptions import InputError
@@ -30,9 +31,11 @@ from gemopt.formats.engine import (
     model_name,
     require_hidden_layers,
 )
-from gemopt.formats.files import bounded_json, bounded_yaml, safetensors_arrays
+from gemopt.formats.files import bounded_json, bounded_yaml, safetensors_rows
 from gemopt.placement import Placement, Split
+from gemopt.traces import COUNT_LIMIT
 
+_KEY = re.compile(r"\d{1,15}_\d{1,6}", re.ASCII)
 _KEYS = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
 
 
@@ -103,20 +106,20 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     meta = bounded_json(folder / "meta_info.json", limit_bytes=1 << 20)
     experts, top_k = (_positive(folder, meta, key) for key in ("num_experts", "num_experts_per_token"))
     files = _rank_files(folder, options)
-    total: IntArray | None = None
-    iterations: IntArray = np.zeros(0, np.int64)
-    layers: IntArray = iterations
-    for path in files:
-        keys, counts = _rank_counts(path, experts)
-        numbers = [np.unique(keys[:, column]) for column in (0, 1)]
-        if total is None:
-            iterations, layers = numbers
-            total = np.zeros((len(iterations), len(layers), experts), np.int64)
-        _same_steps(path, keys, numbers, iterations, layers)
-        # Keys are unique within a file, so this is a plain sum.
-        total[np.searchsorted(iterations, keys[:, 0]), np.searchsorted(layers, keys[:, 1])] += counts
-    assert total is not None
+    iterations, layers = _steps_and_layers(files[0], experts)
+    total = np.zeros((len(iterations), len(layers), experts), np.int32)
+    known: list[str] = []
+    order: IntArray = np.zeros(0, np.int64)
+    agree = len(files) > 1
+    for seen, path in enumerate(files):
+        names, rows_of, rows = safetensors_rows(path, experts)
+        if names != known:
+            known, order = names, _grid_order(path, _keys(path, names), iterations, layers)
+        agree = _add(path, rows, rows_of[order], total, seen=seen if agree else 0) and agree
     notes = [f"iterations {iterations[0]} to {iterations[-1]} of {len(files)} ranks"]
+    if agree:
+        total //= len(files)
+        notes.append(f"all {len(files)} ranks recorded the same counts (they saw the same tokens): counted once")
     hidden = options.num_hidden_layers
     target = layers < (layers[-1] + 1 if hidden is None else hidden)
     if not target.all():
@@ -150,35 +153,53 @@ def _rank_files(folder: Path, options: TraceOptions) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _rank_counts(path: Path, experts: int) -> tuple[IntArray, IntArray]:
-    """[N, 2] iteration and layer, and [N, E] counts, of one rank."""
-    arrays = safetensors_arrays(path)
-    keys = []
-    for name, array in arrays.items():
-        if not re.fullmatch(r"\d{1,15}_\d{1,6}", name):
+def _keys(path: Path, names: list[str]) -> IntArray:
+    """[N, 2] iteration and layer of each array."""
+    for name in names:
+        if not _KEY.fullmatch(name):
             raise InputError(f"{path}: {name}", "a key", "keys of the form iteration_layer", "remove other files")
-        if array.shape != (experts,):
-            raise InputError(f"{path}: {name}", f"shape {array.shape}", f"({experts},): num_experts in meta_info.json")
-        keys.append(name.split("_"))
-    if not keys:
+    if not names:
         raise InputError(str(path), "no counts", "at least one iteration")
-    counts = np.stack(list(arrays.values()))
-    if int(counts.min()) < 0:
-        raise InputError(f"{path}: counts", int(counts.min()), "counts >= 0")
-    return np.array(keys, dtype=np.int64), counts
+    return np.array([name.split("_") for name in names], dtype=np.int64)
 
 
-def _same_steps(path: Path, keys: IntArray, found: list[IntArray], iterations: IntArray, layers: IntArray) -> None:
-    complete = len(keys) == len(found[0]) * len(found[1])
-    if not complete or not np.array_equal(found[0], iterations) or not np.array_equal(found[1], layers):
+def _steps_and_layers(path: Path, experts: int) -> tuple[IntArray, IntArray]:
+    names, _, _ = safetensors_rows(path, experts)
+    keys = _keys(path, names)
+    iterations, layers = np.unique(keys[:, 0]), np.unique(keys[:, 1])
+    if iterations[-1] - iterations[0] + 1 != len(iterations):
+        raise InputError(f"{path}: iterations", f"{len(iterations)} with gaps", "consecutive iterations")
+    if len(keys) != len(iterations) * len(layers):
+        raise InputError(f"{path}: keys", f"{len(keys)}", f"{len(iterations)} iterations x {len(layers)} layers")
+    return iterations, layers
+
+
+def _grid_order(path: Path, keys: IntArray, iterations: IntArray, layers: IntArray) -> IntArray:
+    """Order of the keys by iteration and layer; they must be those of the first rank."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    wanted = np.stack(np.meshgrid(iterations, layers, indexing="ij"), axis=-1).reshape(-1, 2)
+    if not np.array_equal(keys[order], wanted):
         raise InputError(
             f"{path}: keys",
-            f"{len(keys)} of iterations {found[0][0]} to {found[0][-1]}",
+            f"{len(keys)} of iterations {keys[:, 0].min()} to {keys[:, 0].max()}",
             f"every layer of iterations {iterations[0]} to {iterations[-1]}, as the first rank has",
             "the folder mixes runs: record again into an empty one",
         )
-    if iterations[-1] - iterations[0] + 1 != len(iterations):
-        raise InputError(f"{path}: iterations", f"{len(iterations)} with gaps", "consecutive iterations")
+    return np.asarray(order)
+
+
+def _add(path: Path, rows: IntArray, order: IntArray, total: NDArray[np.int32], *, seen: int) -> bool:
+    """Add the counts of a rank, a megabyte at a time; whether they equal those of the `seen` ranks before."""
+    agree = True
+    flat, step = total.reshape(len(order), -1), max(1, (1 << 17) // rows.shape[1])
+    for start in range(0, len(order), step):
+        counts = rows[order[start : start + step]]
+        low, high = int(counts.min()), int(counts.max())
+        if low < 0 or high > COUNT_LIMIT // 4096:
+            raise InputError(f"{path}: counts", low if low < 0 else high, f"counts from 0 to {COUNT_LIMIT // 4096}")
+        agree = agree and (not seen or bool((flat[start : start + step] == seen * counts).all()))
+        flat[start : start + step] += counts.astype(np.int32)
+    return agree
 
 
 ENGINES = {

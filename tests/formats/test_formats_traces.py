@@ -429,6 +429,16 @@ def test_tensorrt_llm_statistic(tmp_path):
     assert whole.layer_ids == (3, 4, 61)
 
 
+def test_tensorrt_llm_ranks_that_saw_the_same_tokens(tmp_path):
+    counts = np.random.default_rng(2).integers(0, 99, (1, 5, 3, 8))
+    write_statistic(tmp_path / "stat", np.repeat(counts, 4, axis=0), [0, 1, 2])
+    traces, notes = load(tmp_path / "stat", "tensorrt-llm", tmp_path)
+    assert (traces.counts == counts[0]).all()
+    assert "counted once" in notes[1]
+    write_statistic(tmp_path / "stat", np.concatenate([np.repeat(counts, 3, axis=0), counts + 1]), [0, 1, 2])
+    assert (load(tmp_path / "stat", "tensorrt-llm", tmp_path)[0].counts == 4 * counts[0] + 1).all()
+
+
 def test_tensorrt_llm_folder_problems(tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -470,7 +480,7 @@ def test_tensorrt_llm_folder_problems(tmp_path):
         {"0_0": {"dtype": "I64", "shape": [8], "data_offsets": [0, 1 << 50]}},
         {"0_0": {"dtype": "I64", "shape": [-8], "data_offsets": [64, 0]}},
         {"0_0": {"dtype": "F64", "shape": [8], "data_offsets": [0, 64]}},
-        {"0_0": {"dtype": "I64", "shape": [8.0], "data_offsets": [0, 64]}},
+        {"0_0": {"dtype": "I64", "shape": "8", "data_offsets": [0, 64]}},
         {"0_0": 3},
         [1],
     ],
@@ -582,14 +592,15 @@ def test_bad_layer_lists(text):
 # Memory
 
 _PEAKS = """
-import resource, sys
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from gemopt.formats.importing import import_traces
 for folder in sys.argv[2:]:
     import_traces([Path(folder)], source="sglang", destination=sys.argv[1])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 """
 
 
