@@ -1,4 +1,7 @@
-"""Counting for the tracer: what goes into its next file."""
+"""Counting for the tracer: what goes into its next file.
+
+Expert ids are held as [L, K, N]: with the tokens innermost, the arithmetic on them runs over long rows.
+"""
 
 from __future__ import annotations
 
@@ -23,31 +26,37 @@ class Part:
         self._tokens: list[dict[str, np.ndarray | None]] = []
 
     def add(
-        self, ids_LNK: Tensor, step_N: Tensor, tags: list[tuple[Phase, int]], num_experts: int, pairs: bool
+        self, ids_LKN: Tensor, step_N: Tensor, tags: list[tuple[Phase, int]], num_experts: int, pairs: bool
     ) -> None:
         """Add steps; ids from `num_experts` on are identity experts and make no assignment."""
-        ids, E = ids_LNK.long().clamp(max=num_experts), num_experts + 1  # one bin more, for those
+        ids, E = ids_LKN.clamp(max=num_experts), num_experts + 1  # one bin more, for those
         L, T = len(ids), len(tags)
-        keys = (step_N[:, None] * E + ids).flatten(1)
-        counts = torch.stack([torch.bincount(layer, minlength=T * E) for layer in keys]).view(L, T, E)
+        keys = step_N.int() * E + ids
+        counts = torch.stack([torch.bincount(layer.flatten(), minlength=T * E) for layer in keys]).view(L, T, E)
         self._counts.append(counts[..., :num_experts].transpose(0, 1).to("cpu", torch.int32).numpy())
         self._tags += [(int(phase), task) for phase, task in tags]
         self.num_steps += T
         if pairs:
-            within = [_joint(layer, layer, E) for layer in ids]
-            between = [_joint(ids[i], ids[i + 1], E) for i in range(L - 1)]
-            self._pairs = _plus(self._pairs, within)
-            self._transitions = _plus(self._transitions, between)
+            totals = counts.sum(dim=1)
+            self._pairs = _plus(self._pairs, [_within(*layer) for layer in zip(ids, totals, strict=True)])
+            self._transitions = _plus(self._transitions, [_joint(ids[i], ids[i + 1], E) for i in range(L - 1)])
 
     def keep(
-        self, ids_LNK: Tensor, step_N: Tensor, words: Tensor | None, requests: Tensor, rank: int, num_experts: int
+        self,
+        ids_LKN: Tensor,
+        step_N: Tensor,
+        requests: Tensor,
+        words: Tensor | None = None,
+        *,
+        rank: int,
+        num_experts: int,
     ) -> None:
         """Keep the token-level record of the steps just added."""
-        ids = torch.where(ids_LNK < num_experts, ids_LNK, -1).transpose(0, 1)
+        ids = torch.where(ids_LKN < num_experts, ids_LKN, -1).permute(2, 0, 1)
         first = self.num_steps - self._counts[-1].shape[0]
         self._tokens.append(
             {
-                "ids": ids.to("cpu", torch.int16).numpy(),
+                "ids": ids.to("cpu", torch.int16).contiguous().numpy(),
                 "step_of_token": step_N.cpu().numpy() + first,
                 "source_rank": np.full(len(step_N), rank, dtype=np.int32),
                 "token_ids": None if words is None else words.to("cpu", torch.int32).numpy(),
@@ -76,10 +85,17 @@ class Part:
         )
 
 
-def _joint(a_NK: Tensor, b_NK: Tensor, size: int) -> Tensor:
+def _within(ids_KN: Tensor, totals_E: Tensor) -> Tensor:
+    """[E, E] tokens that chose both experts; diagonal: tokens that chose the expert."""
+    first, second = torch.triu_indices(len(ids_KN), len(ids_KN), 1, device=ids_KN.device)
+    size = len(totals_E)
+    pairs = torch.bincount((ids_KN[first] * size + ids_KN[second]).flatten(), minlength=size * size).view(size, size)
+    return pairs + pairs.T + totals_E.diag()
+
+
+def _joint(a_KN: Tensor, b_KN: Tensor, size: int) -> Tensor:
     """[size, size] tokens with expert i in `a` and expert j in `b`."""
-    keys = (a_NK[:, :, None] * size + b_NK[:, None, :]).flatten()
-    return torch.bincount(keys, minlength=size * size).view(size, size)
+    return torch.bincount((a_KN[:, None] * size + b_KN).flatten(), minlength=size * size).view(size, size)
 
 
 def _plus(total: Tensor | None, parts: list[Tensor]) -> Tensor | None:

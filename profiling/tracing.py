@@ -219,16 +219,19 @@ class Tracer:
             return
         layers = [torch.cat([_plain(step.chosen[i]) for step in steps]) for i in range(self._num_layers)]
         device = layers[0].device
-        keep_N = torch.cat([self._counted(step, device) for step in steps])
+        ids_LKN = torch.stack([ids.to(device, torch.int32).t() for ids in layers])
         sizes = torch.tensor([step.shape[0] * step.shape[1] for step in steps], device=device)
-        step_N = torch.repeat_interleave(torch.arange(len(steps), device=device), sizes)[keep_N]
-        ids_LNK = torch.stack([ids.to(device)[keep_N] for ids in layers])
-        self._part.add(ids_LNK, step_N, [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
+        columns = [torch.repeat_interleave(torch.arange(len(steps), device=device), sizes)]
         if self._keep_ids:
-            rows = [self._requests(step, device) for step in steps]
-            known = all(step.token_ids is not None for step in steps)
-            words = torch.cat([_flat(step.token_ids) for step in steps])[keep_N] if known else None
-            self._part.keep(ids_LNK, step_N, words, torch.cat(rows)[keep_N], self._rank, self._num_experts)
+            columns.append(torch.cat([self._requests(step, device) for step in steps]))
+            if all(step.token_ids is not None for step in steps):
+                columns.append(torch.cat([_flat(step.token_ids) for step in steps]))
+        keep_N = torch.cat([self._counted(step, device) for step in steps])
+        if not bool(keep_N.all()):
+            ids_LKN, columns = ids_LKN[:, :, keep_N], [column[keep_N] for column in columns]
+        self._part.add(ids_LKN, columns[0], [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
+        if self._keep_ids:
+            self._part.keep(ids_LKN, *columns, rank=self._rank, num_experts=self._num_experts)
 
     def _counted(self, step: _Step, device: torch.device) -> Tensor:
         """[B * S] which tokens of a step are neither padding nor behind the end of their sequence."""
