@@ -90,10 +90,8 @@ def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = 1 << 31) -> b
     try:
         with open(path, "rb") as stream:
             content = stream.read(limit_bytes + 1)
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise InputError(
-            str(path), getattr(error, "strerror", None) or str(error), "a readable file is needed"
-        ) from None
+    except OSError as error:
+        raise InputError(str(path), error.strerror or str(error), "a readable file is needed") from None
     if len(content) > limit_bytes:
         raise InputError(str(path), "a larger file", f"at most {limit_bytes} bytes")
     return content

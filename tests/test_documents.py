@@ -184,7 +184,7 @@ BAD_PLACEMENTS: list[tuple[dict[str, Any], str]] = [
     ({"slots_per_rank": [5, -1]}, "slots_per_rank"),
     ({"slots_per_rank": []}, "slots_per_rank"),
     ({"slots_per_rank": [4.0, 0.5]}, "slots_per_rank"),
-    ({"slots_per_rank": [2**31 - 1, 2**31 - 1], "num_experts": 2**31}, "physical_to_logical"),
+    ({"slots_per_rank": [2**31 - 1, 2**31 - 1], "num_experts": 2**31 - 1}, "physical_to_logical"),
     ({"num_experts": 0}, "num_experts"),
     ({"num_experts": HUGE}, "num_experts"),
     ({"num_experts": "four"}, "num_experts"),
