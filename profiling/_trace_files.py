@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.traces import Phase, Tokens, Traces, concatenate, numbered_files
+from gemopt.trace_files import numbered_files
+from gemopt.traces import Phase, Tokens, Traces, concatenate
 
 
 class TraceFolder:

@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.batching import from_tokens
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions
 from gemopt.formats.files import as_array, bounded_json, size_of
-from gemopt.traces import Phase, Traces, from_tokens
+from gemopt.traces import Phase, Traces
 
 LINE_LIMIT = 256 << 20
 
