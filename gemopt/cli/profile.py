@@ -1,3 +1,190 @@
-"""Commands of `gemopt profile`."""
+"""Commands `gemopt profile` and `gemopt profile check`; both run alone or under torchrun."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gemopt.cli.app import console, errors, print_json, profile_app
+from gemopt.exceptions import InputError
+
+Model = Annotated[str | None, typer.Option(help="Folder or hub name of a transformers model; its config is enough.")]
+Shape = Annotated[str | None, typer.Option(help="hidden=2048,inter=768,experts=128,topk=8[,dtype=bfloat16]")]
+KernelName = Annotated[
+    str | None, typer.Option("--kernel", help="vllm, sglang, per_expert or module:callable; needs --shape.")
+]
+DeviceKind = Annotated[str, typer.Option(help="auto: the accelerator of the local rank, else cpu.")]
+EpSize = Annotated[int | None, typer.Option(min=1, help="Ranks that share the experts; default: ranks started.")]
+InTurn = Annotated[bool, typer.Option("--in-turn", help="One rank at a time, instead of all at once.")]
+BlockMs = Annotated[float | None, typer.Option(help="Time per timing; default 1 on accelerators, 10 on CPUs.")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="Least time per point.")]
+TimeoutS = Annotated[float, typer.Option(min=2.0, help="Silence after which a rank counts as dead, seconds.")]
+
+
+@profile_app.callback(invoke_without_command=True)
+def profile(
+    context: typer.Context,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="profile.json to write.")] = None,
+    model: Model = None,
+    shape: Shape = None,
+    kernel: KernelName = None,
+    device: DeviceKind = "auto",
+    ep_size: EpSize = None,
+    points: Annotated[int, typer.Option(help="Most loads to measure.")] = 100,
+    target_error: Annotated[float, typer.Option(min=0.0, help="Stop a curve at this expected mean error.")] = 0.01,
+    max_assignments: Annotated[int, typer.Option(help="Largest load of a rank.")] = 4096,
+    sweep: Annotated[str, typer.Option(help="surface: load x active experts; load: all experts active.")] = "surface",
+    in_turn: InTurn = False,
+    block_ms: BlockMs = None,
+    seconds: Seconds = 0.1,
+    max_drift: Annotated[float, typer.Option(min=0.0, help="Refuse when the reference load drifts more.")] = 0.1,
+    timeout: TimeoutS = 10.0,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the curves, fit and slowest rank (.png, .svg).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure devices, import a kernel table, check a profile."""
+    if context.invoked_subcommand is not None:
+        return
+    if output is None:
+        raise InputError("--output", "", "this option is needed", "see gemopt profile --help")
+    if sweep not in ("surface", "load"):
+        raise InputError("--sweep", sweep, "surface or load")
+    if not output.parent.is_dir():
+        raise InputError("--output", str(output), "a file in an existing folder")
+    source = {"model": model, "shape": shape, "kernel": kernel, "device": device, "ep_size": ep_size}
+    options = {
+        "points": points,
+        "target_error": target_error,
+        "max_assignments": max_assignments,
+        "sweep": sweep,
+        "in_turn": in_turn,
+        "max_drift": max_drift,
+    }
+    from gemopt.profiling.group import Group
+    from gemopt.profiling.profiler import Profiler
+
+    group = Group(timeout_s=timeout)
+    with group.watch():
+        rank = _rank(group, source, options, block_ms, seconds)
+        if group.rank:
+            group.serve(rank.answer)
+            return
+        with _progress(points) as advance:
+            measured = Profiler(rank, progress=advance).run()
+        measured.save(output)
+        if plot is not None:
+            _plot(measured, plot)
+        group.dismiss()
+    _report(measured, output, as_json=as_json)
+
+
+@profile_app.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="PROFILE", help="profile.json to check.")],
+    model: Model = None,
+    kernel: KernelName = None,
+    device: DeviceKind = "auto",
+    points: Annotated[int, typer.Option(min=1, help="Loads to measure again.")] = 5,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="Change that still counts as holding.")] = 0.05,
+    block_ms: BlockMs = None,
+    seconds: Seconds = 0.5,
+    timeout: TimeoutS = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a few points of a profile again and say whether it still holds; exit code 1 when it does not."""
+    from gemopt.profile import Profile
+    from gemopt.profiling.checking import check_profile, holds, relative
+    from gemopt.profiling.group import Group
+    from gemopt.profiling.profiler import Profiler
+
+    then = Profile.load(path)
+    source = {"model": model, "shape": None if model else then.model, "kernel": kernel, "device": device}
+    group = Group(timeout_s=timeout)
+    with group.watch():
+        rank = _rank(group, {**source, "ep_size": None}, {"in_turn": then.mode == "in turn"}, block_ms, seconds)
+        if group.rank:
+            group.serve(rank.answer)
+            return
+        drifts = check_profile(then, Profiler(rank), points=points)
+        group.dismiss()
+    good = holds(drifts, tolerance)
+    if as_json:
+        print_json({"holds": good, "tolerance": tolerance, "devices": [vars(drift) for drift in drifts]})
+    else:
+        for drift, share in zip(drifts, relative(drifts), strict=True):
+            console.print(
+                f"rank {drift.rank} ({drift.name}): {drift.ratio - 1:+.1%} in the median, "
+                f"{drift.worst - 1:+.1%} at worst, {share - 1:+.1%} against the other ranks"
+            )
+        verdict = "still holds" if good else "no longer holds: measure it again"
+        console.print(f"{path}: {verdict} (tolerance {tolerance:.0%})")
+    if not good:
+        raise typer.Exit(1)
+
+
+def _rank(group: Any, source: dict[str, Any], options: dict[str, Any], block_ms: float | None, seconds: float) -> Any:
+    """This rank's workload on its device."""
+    from gemopt.profiling.device import Device
+    from gemopt.profiling.measure import Timing
+    from gemopt.profiling.profiler import Options, Rank
+    from gemopt.profiling.workload import find_workload
+
+    device = Device(source.pop("device"), local_rank=group.local_rank)
+    workload = find_workload(**source, device=device, rank=group.rank, num_ranks=group.size)
+    block_us = Timing.suited(device).block_us if block_ms is None else block_ms * 1e3
+    return Rank(workload, device, group, Options(**options, timing=Timing(block_us=block_us, seconds=seconds)))
+
+
+def _progress(points: int) -> Any:
+    from contextlib import contextmanager
+
+    from rich.progress import Progress
+
+    @contextmanager
+    def bar() -> Any:
+        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+            row = progress.add_task("loads", total=points)
+            yield lambda done: progress.update(row, completed=done)
+
+    return bar()
+
+
+def _plot(profile: Any, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from gemopt.documents import replacing
+    from gemopt.profiling.plots import plot_profile
+
+    suffix = path.suffix.lstrip(".").lower()
+    if suffix not in ("png", "svg", "pdf"):
+        raise InputError("--plot", str(path), "a file ending in .png, .svg or .pdf")
+    with replacing(path) as stream:
+        plot_profile(profile).figure.savefig(stream, format=suffix)
+
+
+def _report(profile: Any, output: Path, *, as_json: bool) -> None:
+    from gemopt.costs import fit
+    from gemopt.profiling.plots import slowest_rank
+
+    _, report = fit(profile)
+    slowest = slowest_rank(profile)
+    summary = {
+        "output": str(output),
+        "mode": profile.mode,
+        "kernel": profile.kernel,
+        "ranks": profile.num_ranks,
+        "points": len(profile.devices[0].samples),
+        "fit": report.chosen,
+        "fit_error": round(report.error, 4),
+        "slowest_rank": slowest,
+    }
+    if as_json:
+        print_json(summary)
+        return
+    console.print(
+        f"{output}: {summary['points']} loads on {profile.num_ranks} ranks ({profile.mode}), kernel {profile.kernel}; "
+        f"slowest rank {slowest} ({profile.devices[slowest].name}); {report.chosen} fits to {report.error:.1%}"
+    )

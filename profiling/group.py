@@ -1,0 +1,182 @@
+"""The ranks that measure: rank 0 asks, all answer; a rank that dies is named by the others.
+
+Only the key-value store of torchrun is used, so nothing can hang inside a collective, and the accelerators are left
+to what is measured. Every rank counts up a sign of life; one that stops doing so is dead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+from gemopt.exceptions import GemoptError, InputError
+
+SLICE_S = 0.5  # longest time without looking for dead ranks
+
+
+class RankLostError(GemoptError, RuntimeError):
+    """A rank died, failed or does not answer; the message names it."""
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM: torchrun ends the other ranks when one is lost."""
+
+
+class Group:
+    """This rank among `size` ranks. With one rank nothing is started and nothing waited for."""
+
+    def __init__(self, *, timeout_s: float = 10.0, answer_s: float = 600.0) -> None:
+        self.rank = _environment("RANK", 0)
+        self.size = _environment("WORLD_SIZE", 1)
+        self.local_rank = _environment("LOCAL_RANK", 0)
+        self.timeout_s, self.answer_s = timeout_s, answer_s
+        self._sent = 0
+        self._stop = threading.Event()
+        self._seen: dict[int, tuple[str, float]] = {}
+        if self.size > 1:
+            self._store = self._connect(master=self.rank == 0)
+            threading.Thread(target=self._beat, args=(self._connect(master=False),), daemon=True).start()
+
+    @property
+    def beat_s(self) -> float:
+        """Time between two signs of life."""
+        return min(0.5, self.timeout_s / 5)
+
+    def _connect(self, *, master: bool) -> Any:
+        from torch.distributed import PrefixStore, TCPStore
+
+        try:
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        except (KeyError, ValueError):
+            raise InputError(
+                "MASTER_ADDR, MASTER_PORT", "nothing", "several ranks need them", "start with torchrun"
+            ) from None
+        # torchrun keeps the store in its agent, so that it outlives rank 0.
+        master = master and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        store = TCPStore(host, port, None, master, timeout=timedelta(seconds=60), wait_for_workers=False)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"gemopt-profile/{attempt}", store)
+
+    def _beat(self, store: Any) -> None:
+        beats = 0
+        while not self._stop.is_set():
+            beats += 1
+            with suppress(Exception):  # the store is gone when everything ends
+                store.set(f"beat/{self.rank}", f"{beats} {socket.gethostname()} {os.getpid()}")
+            self._stop.wait(self.beat_s)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Tell the others when this rank fails; turn being ended because of another rank into its name."""
+        if self.size == 1:
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, _terminated)
+        try:
+            yield
+        except _TerminatedError:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._store.set(f"leaving/{self.rank}", "ended")
+            raise RankLostError(self._name_the_dead()) from None
+        except RankLostError:
+            self._store.set(f"leaving/{self.rank}", "ended")
+            raise
+        except BaseException as error:
+            self._store.set(f"failed/{self.rank}", " ".join(str(error).split()) or type(error).__name__)
+            raise
+        finally:
+            self._stop.set()
+            signal.signal(signal.SIGTERM, before)
+
+    def ask(self, question: Any, answer: Callable[[Any], Any]) -> list[Any]:
+        """Rank 0: put a question to all ranks and collect their answers, this rank's own from `answer`."""
+        if self.size == 1:
+            return [answer(question)]
+        number = self._sent
+        self._sent += 1
+        self._store.set(f"question/{number}", json.dumps(question))
+        own = answer(question)
+        others = [json.loads(self._wait(f"answer/{number}/{rank}", rank)) for rank in range(1, self.size)]
+        return [own, *others]
+
+    def serve(self, answer: Callable[[Any], Any]) -> None:
+        """Other ranks: answer until rank 0 asks nothing more."""
+        while True:
+            number = self._sent
+            self._sent += 1
+            question = json.loads(self._wait(f"question/{number}", 0))
+            if question is None:
+                return
+            self._store.set(f"answer/{number}/{self.rank}", json.dumps(answer(question)))
+
+    def dismiss(self) -> None:
+        """Rank 0: everything is done, also on disk."""
+        if self.size > 1:
+            self._store.set(f"question/{self._sent}", "null")
+
+    def _wait(self, key: str, whose: int) -> str:
+        end = time.monotonic() + self.answer_s
+        while True:
+            try:
+                self._store.wait([key], timedelta(seconds=SLICE_S))
+                return self._store.get(key).decode()  # type: ignore[no-any-return]
+            except Exception as error:
+                if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
+                    raise RankLostError(f"the store of the ranks is gone: {str(error).splitlines()[0]}") from None
+            dead = self._dead()
+            if dead is not None:
+                raise RankLostError(dead)
+            if time.monotonic() > end:
+                raise RankLostError(f"rank {whose} has not answered for {self.answer_s:.0f} s; nothing was written")
+
+    def _dead(self) -> str | None:
+        """What happened to the first rank that failed or is silent, None while all live."""
+        now = time.monotonic()
+        for rank in range(self.size):
+            if rank == self.rank:
+                continue
+            if self._store.check([f"failed/{rank}"]):
+                reason = self._store.get(f"failed/{rank}").decode()
+                return f"rank {rank} failed: {reason}; nothing was written"
+            if self._store.check([f"leaving/{rank}"]):
+                continue
+            beat = self._store.get(f"beat/{rank}").decode() if self._store.check([f"beat/{rank}"]) else ""
+            before, since = self._seen.setdefault(rank, (beat, now))
+            if beat != before:
+                self._seen[rank] = (beat, now)
+            elif now - since > self.timeout_s:
+                where = f" ({beat.split()[1]}, process {beat.split()[2]})" if beat else ""
+                return f"rank {rank}{where} died while measuring: no sign of life; nothing was written"
+        return None
+
+    def _name_the_dead(self) -> str:
+        """After SIGTERM: look for a silent rank; torchrun waits 30 s before it kills."""
+        self.timeout_s = 3 * self.beat_s
+        self._seen.clear()
+        end = time.monotonic() + 3 * self.timeout_s
+        while time.monotonic() < end:
+            with suppress(Exception):
+                dead = self._dead()
+                if dead is not None:
+                    return dead
+            time.sleep(self.beat_s / 2)
+        return "ended from outside (SIGTERM); nothing was written"
+
+
+def _terminated(number: int, frame: Any) -> None:
+    raise _TerminatedError
+
+
+def _environment(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdigit():
+        raise InputError(name, value, "a number >= 0", "start with torchrun, or unset it")
+    return int(value)
