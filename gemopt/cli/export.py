@@ -128,7 +128,7 @@ def _approximated(
     if notes:
         after = cost(chosen)
         share = 100 * (after - before) / before if before else 0.0
-        notes.append(f"this costs {after - before:+.1f} us over {loaded.num_steps} steps ({share:+.2f} %)")
+        notes.append(f"this changes the time of {loaded.num_steps} steps by {after - before:+.1f} us ({share:+.2f} %)")
     return chosen, notes
 
 
@@ -146,8 +146,8 @@ def _permuter(source: Path | None) -> Write:
         if dry:
             return None
         export_checkpoint(placement, source, path)
-        command = f"load {path} with {placement.num_ranks} expert-parallel ranks, experts split in order"
-        return Export(files=(str(path),), command=command)
+        note = f"Load it with {placement.num_ranks} expert-parallel ranks, experts split in order."
+        return Export(files=(str(path),), command="", notes=(note,))
 
     return write
 
@@ -184,7 +184,8 @@ def _show(report: dict[str, Any]) -> None:
     if report["role"]:
         line(f"{report['role']}:")
     line("wrote " + ", ".join(report["files"]))
-    line("start: " + report["command"])
+    if report["command"]:
+        line("start: " + report["command"])
     if report["devices"]:
         line("ranks: " + ", ".join(f"{rank} = {uuid or 'unknown'}" for rank, uuid in enumerate(report["devices"])))
     for text in report["changes"]:

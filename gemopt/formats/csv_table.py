@@ -26,7 +26,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
             weight = "" if weights is None else f",{float(weights[index, slot])!r}"
             lines.append(f"{layer},{rank},{slot},{expert}{weight}")
     write_text(path, "\n".join([*lines, ""]))
-    return Export(files=(str(path),), command=f"column -s, -t {path}")
+    return Export(files=(str(path),), command="")
 
 
 def read(path: Path, facts: Facts) -> Placement:

@@ -18,8 +18,6 @@ from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, copy_slot
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays, torch_module
 from gemopt.placement import Placement, Split
 
-NAMES = ("phy2log", "log2phy", "logcnt")
-
 
 def tensors(placement: Placement) -> dict[str, NDArray[np.int64]]:
     """The three tables of a placement."""
@@ -46,11 +44,10 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
             from safetensors.numpy import save
 
             stream.write(save(arrays))
-    command = f"phy2log, log2phy, logcnt = (tensors[name] for name in {NAMES})"
     notes = (
         f"Rows are MoE layers {placement.layer_ids[0]} to {placement.layer_ids[-1]} in order, none for dense layers.",
     )
-    return Export(files=(str(path),), command=command, notes=notes)
+    return Export(files=(str(path),), command="", notes=notes)
 
 
 def read(path: Path, facts: Facts) -> Placement:

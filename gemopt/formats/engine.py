@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class WriteOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Files written, the command that starts the engine with them, and what the user should know."""
+    """Files written, the command that starts the engine with them ("" for tables), and what the user should know."""
 
     files: tuple[str, ...]
     command: str
@@ -221,6 +222,22 @@ def make_placement(path: Path, rows: object, facts: Facts, **fields: Any) -> Pla
         raise
 
 
+def check_sizes(
+    options: TraceOptions, *, where: str, layers: int, experts: int | None = None, top_k: int | None = None
+) -> None:
+    """Refuse a recording whose decoder layers, experts or experts per token are not those of the options."""
+    pairs = {
+        "--num-hidden-layers": (layers, options.num_hidden_layers),
+        "--num-experts": (experts, options.num_experts),
+        "--top-k": (top_k, options.top_k),
+    }
+    for name, (found, given) in pairs.items():
+        if None not in (found, given) and found != given:
+            raise InputError(where, found, f"{name} is {given}")
+    if options.layer_ids is not None and max(options.layer_ids) >= layers:
+        raise InputError("--layer-ids", max(options.layer_ids), f"layers 0 to {layers - 1}")
+
+
 def copy_slots(row: NDArray[np.int64], num_experts: int) -> list[list[int]]:
     """Slots of each expert of a layer, in slot order."""
     slots: list[list[int]] = [[] for _ in range(num_experts)]
@@ -232,17 +249,26 @@ def copy_slots(row: NDArray[np.int64], num_experts: int) -> list[list[int]]:
 
 def model_name(placement: Placement) -> str:
     """What stands for the network in a command line."""
-    return placement.model or "MODEL"
+    return quoted(placement.model or "MODEL")
 
 
-def files_of(paths: Sequence[Path], *suffixes: str) -> list[Path]:
-    """The files among `paths`, folders replaced by their files with one of `suffixes`, sorted by name."""
+def quoted(value: object) -> str:
+    """`value` as one word of a shell command; paths become absolute, since servers start elsewhere."""
+    return shlex.quote(str(value.absolute() if isinstance(value, Path) else value))
+
+
+def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "") -> list[Path]:
+    """The files among `paths`, folders replaced by their files with one of `suffixes`, sorted by name.
+
+    Where a folder has files whose names start with `prefer`, its other files are left out.
+    """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(
                 part for part in path.iterdir() if part.suffix in suffixes and not part.name.startswith(".")
             )
+            inside = [part for part in inside if prefer and part.name.startswith(prefer)] or inside
             if not inside:
                 raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
             found += inside

@@ -52,6 +52,8 @@ def bounded_yaml(path: Path, *, limit_bytes: int = 64 << 20) -> Any:
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=loader)):
             raise InputError(str(path), "a YAML alias", "plain lists and numbers", "write the lists out")
         return yaml.load(text, Loader=loader)
+    except InputError:
+        raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(str(path), str(error), "a complete YAML document is needed") from None
 

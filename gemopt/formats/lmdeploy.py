@@ -26,6 +26,7 @@ from gemopt.formats.engine import (
     files_of,
     make_placement,
     model_name,
+    quoted,
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_json
@@ -71,7 +72,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     write_text(path, "[\n" + ",\n".join(json.dumps(row) for row in rows.tolist()) + "\n]\n")
     ranks = placement.num_ranks
     command = (
-        f"LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE={path.resolve()} LMDEPLOY_EPLB_NUM_REDUNDANT_EXPERTS=0 "
+        f"LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE={quoted(path)} LMDEPLOY_EPLB_NUM_REDUNDANT_EXPERTS=0 "
         f"LMDEPLOY_EPLB_NUM_GROUPS=1 LMDEPLOY_EPLB_RANKS_PER_NODE={ranks} "
         f"lmdeploy serve api_server {model_name(placement)} --ep {ranks} --dp {ranks} --enable-eplb"
     )

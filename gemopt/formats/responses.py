@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from gemopt.batching import from_tokens
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import IntArray, TraceOptions
+from gemopt.formats.engine import IntArray, TraceOptions, check_sizes
 from gemopt.formats.files import as_array, bounded_json, size_of
 from gemopt.traces import Phase, Traces
 
 LINE_LIMIT = 256 << 20
+MAX_EXPERTS = 8192
 
 
 def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool = False) -> Traces:
@@ -50,6 +51,7 @@ def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     if len({piece.shape[1:] for piece in pieces}) > 1:
         shapes = sorted({piece.shape[1:] for piece in pieces})
         raise InputError("routed_experts", shapes, "one number of layers and experts per token: one network")
+    check_sizes(options, where="routed_experts", layers=pieces[0].shape[1], top_k=pieces[0].shape[2])
     layers = _moe_layers(pieces, options)
     ids = np.concatenate([piece[:, layers] for piece in pieces])
     experts = options.num_experts or int(ids.max()) + 1
@@ -133,9 +135,10 @@ def _decode(where: str, encoded: Any, options: TraceOptions, *, raw_int32: bool)
         raise InputError(name, str(error), "base64 text") from None
     if data[:6] == b"\x93NUMPY":
         try:
-            return as_array(np.load(io.BytesIO(data), allow_pickle=False), name=name, ndim=3)
+            array = np.load(io.BytesIO(data), allow_pickle=False)
         except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
             raise InputError(name, str(error), "a complete .npy array") from None
+        return as_array(array, name=name, ndim=3)
     if not raw_int32:
         raise InputError(name, f"{len(data)} bytes that are no .npy array", "base64 of an .npy array")
     layers, top_k = options.num_hidden_layers, options.top_k
@@ -163,19 +166,15 @@ def _of_phase(where: str, ids: IntArray, generated: int | None, phase: Phase) ->
 
 def _smaller(where: str, ids: IntArray) -> NDArray[np.int16 | np.int32]:
     low, high = int(ids.min()), int(ids.max())
-    if low < -1 or high > 1 << 20:
-        raise InputError(f"{where}: routed_experts", low if low < -1 else high, "expert ids of at most 2^20, or -1")
+    if low < -1 or high >= MAX_EXPERTS:
+        raise InputError(f"{where}: routed_experts", low if low < -1 else high, f"experts below {MAX_EXPERTS}, or -1")
     return ids.astype(np.int16 if high < 1 << 15 else np.int32)
 
 
 def _moe_layers(pieces: list[Any], options: TraceOptions) -> list[int]:
     """Layers with experts: a router never picks an expert twice for a token, but the rows of dense layers repeat."""
     layers = pieces[0].shape[1]
-    if options.num_hidden_layers is not None and layers != options.num_hidden_layers:
-        raise InputError("routed_experts", f"{layers} layers", f"--num-hidden-layers is {options.num_hidden_layers}")
     if options.layer_ids is not None:
-        if max(options.layer_ids) >= layers:
-            raise InputError("--layer-ids", max(options.layer_ids), f"layers 0 to {layers - 1}")
         return list(options.layer_ids)
     tokens = sum(len(piece) for piece in pieces)
     repeats = sum((_repeats(piece).sum(axis=0) for piece in pieces), start=np.zeros(layers, np.int64))

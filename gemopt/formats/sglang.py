@@ -25,6 +25,7 @@ from gemopt.formats.engine import (
     file_facts,
     make_placement,
     model_name,
+    quoted,
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_json, load_torch, torch_module
@@ -53,7 +54,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     ranks = placement.num_ranks
     command = [
         f"python -m sglang.launch_server --model-path {model_name(placement)} --tp {ranks} --ep {ranks}",
-        f"--moe-a2a-backend deepep --ep-num-redundant-experts {redundant} --init-expert-location {path}",
+        f"--moe-a2a-backend deepep --ep-num-redundant-experts {redundant} --init-expert-location {quoted(path)}",
     ]
     if placement.has_copies:
         command.append(f"--ep-dispatch-algorithm {DISPATCH[placement.split]}")

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
 from gemopt.formats import responses
-from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
+from gemopt.formats.engine import IntArray, Recording, TraceOptions, check_sizes, files_of
 from gemopt.formats.files import as_array, load_torch
 from gemopt.traces import COUNT_LIMIT, Phase, Tokens, Traces, count_assignments
 
@@ -29,7 +30,7 @@ _RESPONSES = (".json", ".jsonl")
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Traces:
     """Read dumps (.pt files or their folder) or responses (.json, .jsonl)."""
-    files = files_of(paths, ".pt", *_RESPONSES)
+    files = files_of(paths, ".pt", *_RESPONSES, prefer="expert_distribution_recorder_")
     kinds = {path.suffix in _RESPONSES for path in files}
     if len(kinds) > 1:
         raise InputError("PATHS", "dumps and responses together", "one kind of recording at a time")
@@ -65,6 +66,8 @@ def _read_stat(files: list[Path]) -> Recording:
             if "logical_count" not in data:
                 raise InputError(str(path), "records", "stat dumps only", "import each kind apart")
             counts = as_array(data["logical_count"], name=f"{path}: logical_count", ndim=3)
+            if not counts.size:
+                continue
             kept, full = _in_time_order(counts)
             if full:
                 notes.append(f"{path.name}: the ring buffer is full; if it wrapped, its steps are rotated in time")
@@ -147,10 +150,10 @@ def _map_of(path: Path, data: dict[str, Any]) -> IntArray:
     return map_LP
 
 
-def _integer(path: Path, record: Any, key: str) -> int:
+def _integer(path: Path, record: Any, key: str, limit: int) -> int:
     value = record.get(key) if isinstance(record, dict) else None
-    if type(value) is not int or value < 0:
-        raise InputError(f"{path}: records.{key}", value, "a whole number >= 0")
+    if type(value) is not int or not 0 <= value < limit:
+        raise InputError(f"{path}: records.{key}", value, f"a whole number from 0 to {limit - 1}")
     return value
 
 
@@ -165,7 +168,7 @@ def _check_map(path: Path, map_LP: IntArray, expected_LP: IntArray) -> None:
 
 
 def _add(path: Path, record: Any, detail: _Detail, *, keep_tokens: bool) -> None:
-    number, rank = _integer(path, record, "forward_pass_id"), _integer(path, record, "rank")
+    number, rank = _integer(path, record, "forward_pass_id", 1 << 62), _integer(path, record, "rank", 1 << 16)
     if record.get("gatherer_key", "primary") != "primary":
         return
     if (number, rank) in detail.taken:
@@ -185,7 +188,7 @@ def _add(path: Path, record: Any, detail: _Detail, *, keep_tokens: bool) -> None
         detail.totals[number] += counts
     detail.seen[number] = detail.seen.get(number, 0) + 1
     mode = record.get("forward_mode")
-    if mode in _PHASES and len(record.get("input_ids") or ()):
+    if type(mode) is int and mode in _PHASES and counts.any():
         here = int(_PHASES[mode])
         detail.phases[number] = here if detail.phases.get(number, here) == here else int(Phase.MIXED)
     if keep_tokens:
@@ -210,7 +213,7 @@ def _record_tokens(path: Path, record: dict[str, Any], map_LP: IntArray) -> tupl
     if len(ids) != len(map_LP) or (ids.size and int(ids.max()) >= map_LP.shape[1]):
         raise InputError(f"{path}: topk_ids_of_layer", f"shape {ids.shape}", f"slots below {map_LP.shape[1]}")
     logical = np.stack([np.append(row, -1)[np.maximum(layer, -1)] for row, layer in zip(map_LP, ids, strict=True)])
-    words = np.asarray(record.get("input_ids", ()), dtype=np.int64)
+    words = integer_array(record.get("input_ids"), name=f"{path}: input_ids", ndim=1)
     if words.shape != (ids.shape[1],):
         raise InputError(f"{path}: input_ids", f"{words.shape}", f"one per token, {ids.shape[1]}")
     return logical.transpose(1, 0, 2), words
@@ -271,7 +274,8 @@ def _with_tokens(
     kept = sorted((t for t in detail.tokens if t[0] in position and len(t[3])), key=lambda t: t[:2])
     if not kept:
         raise InputError("topk_ids_of_layer", "no tokens", "a per_token recording with tokens")
-    layers = _moe_layers(counts, options)
+    check_sizes(options, where="topk_ids_of_layer", layers=counts.shape[1], experts=counts.shape[2])
+    layers = list(options.layer_ids or np.flatnonzero(counts.any(axis=(0, 2))).tolist())
     ids = np.concatenate([t[2][:, layers] for t in kept])
     width = int((ids >= 0).any(axis=(0, 1)).sum())
     step = np.repeat([position[t[0]] for t in kept], [len(t[3]) for t in kept])
@@ -292,9 +296,3 @@ def _with_tokens(
         phase=phase,
         tokens=tokens,
     )
-
-
-def _moe_layers(counts: IntArray, options: TraceOptions) -> list[int]:
-    if options.layer_ids is not None:
-        return list(options.layer_ids)
-    return [int(layer) for layer in np.flatnonzero(counts.any(axis=(0, 2)))]

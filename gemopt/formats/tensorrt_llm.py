@@ -29,6 +29,7 @@ from gemopt.formats.engine import (
     in_order,
     make_placement,
     model_name,
+    quoted,
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_json, bounded_yaml, safetensors_rows
@@ -54,14 +55,14 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     lines += [f"  {layer}: {json.dumps(row.tolist())}" for layer, row in rows.items()]
     write_text(path, "\n".join([*lines, "layer_updates_per_iter: 0", ""]))
     extra = path.with_name(f"{path.stem}.options.yaml")
-    config = f"moe_config:\n  backend: WIDEEP\n  load_balancer: {json.dumps(str(path))}\nenable_attention_dp: true\n"
+    balancer = json.dumps(str(path.absolute()))
+    config = f"moe_config:\n  backend: WIDEEP\n  load_balancer: {balancer}\nenable_attention_dp: true\n"
     write_text(extra, config)
     ranks = placement.num_ranks
-    command = (
-        f"trtllm-serve {model_name(placement)} --tp_size {ranks} --ep_size {ranks} --extra_llm_api_options {extra}"
-    )
+    command = f"trtllm-serve {model_name(placement)} --tp_size {ranks} --ep_size {ranks}"
+    command += f" --extra_llm_api_options {quoted(extra)}"
     notes = [
-        "The load balancer is ignored with one rank, with moe_cluster_size above 1, and for unlisted architectures."
+        "TensorRT-LLM ignores the file with one rank, with moe_cluster_size above 1, and for unlisted architectures."
     ]
     if options.mtp_layers:
         notes.append("Draft (MTP) layers hold their experts in order.")
@@ -143,7 +144,7 @@ def _positive(folder: Path, meta: Any, key: str) -> int:
 
 
 def _rank_files(folder: Path, options: TraceOptions) -> list[Path]:
-    found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"rank(\d+)\.safetensors", p.name))}
+    found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"rank(\d{1,5})\.safetensors", p.name))}
     expected = options.num_ranks or max(found, default=0) + 1
     missing = sorted(set(range(expected)) - set(found))
     if missing or len(found) > expected:

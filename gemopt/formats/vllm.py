@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemopt.exceptions import InputError
 from gemopt.formats import responses
-from gemopt.formats.engine import Engine, Export, Facts, TraceOptions, WriteOptions, files_of, model_name
+from gemopt.formats.engine import Engine, Export, Facts, TraceOptions, WriteOptions, files_of, model_name, quoted
 from gemopt.placement import Placement, Split
 from gemopt.traces import Traces
 
@@ -34,8 +34,8 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     ranks = placement.num_ranks
     config = json.dumps({**EPLB, "num_redundant_experts": placement.num_slots - placement.num_experts})
     command = (
-        f"GEMOPT_PLACEMENT={path.resolve()} vllm serve {model_name(placement)} --tensor-parallel-size {ranks} "
-        f"--enable-expert-parallel --enable-eplb --eplb-config '{config}'"
+        f"GEMOPT_PLACEMENT={quoted(path)} vllm serve {model_name(placement)} --tensor-parallel-size {ranks} "
+        f"--enable-expert-parallel --enable-eplb --eplb-config {quoted(config)}"
     )
     notes = [
         "gemopt must be installed beside vLLM on every node; if VLLM_PLUGINS is set, it must name gemopt.",

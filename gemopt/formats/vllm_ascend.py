@@ -12,7 +12,7 @@ from typing import Any
 
 from gemopt.documents import write_text
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, make_placement, model_name
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, make_placement, model_name, quoted
 from gemopt.formats.files import bounded_json
 from gemopt.placement import Placement, Split
 
@@ -28,10 +28,10 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     body = ",\n".join(json.dumps(layer) for layer in layers)
     write_text(path, f'{{"moe_layer_count": {len(layers)}, "layer_list": [\n{body}\n]}}\n')
     redundant = placement.num_slots - placement.num_experts
-    config = json.dumps({"eplb_config": {"expert_map_path": str(path), "num_redundant_experts": redundant}})
+    config = json.dumps({"eplb_config": {"expert_map_path": str(path.absolute()), "num_redundant_experts": redundant}})
     command = (
         f"vllm serve {model_name(placement)} --tensor-parallel-size {ranks} --enable-expert-parallel "
-        f"--additional-config '{config}'"
+        f"--additional-config {quoted(config)}"
     )
     notes = [
         "Model runner v1 only; vllm-ascend has announced the removal of static maps in 0.25.1.",

@@ -89,7 +89,7 @@ def test_approximate_tells_what_it_costs(run, files):
     before, after = (
         evaluate(Placement.load(files / name), profile, traces).objective_us for name in ("unequal.json", "back.json")
     )
-    assert f"this costs {after - before:+.1f} us over 4 steps" in out
+    assert f"the time of 4 steps by {after - before:+.1f} us" in out
     assert "both" in run(*words, "--approximate", "--profile", files / "profile.json", code=2)
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -389,3 +393,24 @@ def test_eplb_tables_must_agree(make_placement, tmp_path):
     np.savez(path, phy2log=table, logcnt=np.ones((3, 4), np.int64))
     with pytest.raises(InputError, match="logcnt"):
         import_placement(path, source="deepseek-eplb", facts=Facts(num_ranks=2))
+
+
+@pytest.mark.parametrize("name", ["sglang", "tensorrt-llm", "vllm", "vllm-ascend", "lmdeploy"])
+def test_commands_are_safe_to_paste(make_placement, tmp_path, name):
+    folder = tmp_path / "a b'; echo"
+    folder.mkdir()
+    path = folder / f"p{get(name).suffixes[0]}"
+    command = export(make_placement(model="m; rm -rf $HOME"), to=name, path=path).command
+    words = shlex.split(command)
+    assert "m; rm -rf $HOME" in words
+    assert any(str(folder) in word for word in words)
+
+
+def test_plugin_is_cheap_without_its_variable():
+    code = (
+        "import sys; from gemopt.formats import vllm_plugin; vllm_plugin.register();"
+        "print([m for m in ('numpy', 'torch', 'pydantic', 'vllm') if m in sys.modules])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "GEMOPT_PLACEMENT"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"

@@ -115,6 +115,8 @@ def test_sglang_stat_ring_in_time_order(tmp_path):
 def test_sglang_per_pass(tmp_path):
     counts, table, truth = physical_counts(np.random.default_rng(2))
     write_detail(tmp_path / "dumps", counts, table)
+    (tmp_path / "dumps" / "unrelated.json").write_text("{}")  # the recorder's default folder is /tmp
+    torch.save(torch.zeros(1), tmp_path / "dumps" / "unrelated.pt")
     traces, notes = load(tmp_path / "dumps", "sglang", tmp_path)
     assert (traces.counts == truth[:, 1:]).all()
     assert traces.layer_ids == (1, 2)
@@ -175,6 +177,10 @@ def test_sglang_per_token(tmp_path):
     assert (plain.counts == truth[:, 1:]).all()
     assert plain.phase.tolist() == [Phase.MIXED, Phase.DECODE, Phase.DECODE]
     assert plain.tokens is None
+    wrong = [({"layer_ids": (1, 9)}, "--layer-ids"), ({"num_hidden_layers": 7}, "7"), ({"num_experts": 9}, "9")]
+    for options, word in wrong:
+        with pytest.raises(InputError, match=word):
+            load(tmp_path / "dumps", "sglang", tmp_path, keep_tokens=True, **options)
     whole, _ = load(tmp_path / "dumps", "sglang", tmp_path, keep_tokens=True)
     assert (whole.counts == truth[:, 1:]).all()
     assert whole.top_k == 2
@@ -210,12 +216,12 @@ def test_sglang_folder_problems(tmp_path):
     files[1].write_bytes(saved[: len(saved) // 2])
     refused("complete .pt")
     files[1].write_bytes(saved)
-    (folder / "again_1700000099_1.pt").write_bytes(saved)
+    (folder / "expert_distribution_recorder_1700000099.5_1.pt").write_bytes(saved)
     refused("twice")
-    (folder / "again_1700000099_1.pt").unlink()
-    write_stat(folder / "z.pt", np.ones((2, 3, 6), np.int32))
+    (folder / "expert_distribution_recorder_1700000099.5_1.pt").unlink()
+    write_stat(folder / "expert_distribution_recorder_1.5.pt", np.ones((2, 3, 6), np.int32))
     refused("import each kind apart")
-    (folder / "z.pt").unlink()
+    (folder / "expert_distribution_recorder_1.5.pt").unlink()
     data = torch.load(files[2])
     data["last_physical_to_logical_map"] = data["last_physical_to_logical_map"].flip(1)
     torch.save(data, files[2])
@@ -227,9 +233,20 @@ def test_sglang_folder_problems(tmp_path):
     data["records"][0]["global_physical_count"] = torch.ones((3, 9), dtype=torch.int32)
     torch.save(data, files[2])
     refused("shape")
-    data["records"][0] = {"rank": 0}
+    good = {"forward_pass_id": 1, "rank": 2, "global_physical_count": torch.ones((3, 8), dtype=torch.int32)}
+    for record, word in [
+        ({"rank": 0}, "forward_pass_id"),
+        (3, "forward_pass_id"),
+        ({**good, "rank": 1 << 40}, "rank"),
+        ({**good, "rank": True}, "rank"),
+        ({**good, "global_physical_count": None}, "whole numbers"),
+    ]:
+        data["records"][0] = record
+        torch.save(data, files[2])
+        refused(word)
+    data["records"][0] = {**good, "forward_mode": [1], "input_ids": 3}
     torch.save(data, files[2])
-    refused("forward_pass_id")
+    assert load(folder, "sglang", tmp_path)[0].num_steps == 4
 
 
 def test_stat_files_of_two_networks(tmp_path):
@@ -379,7 +396,7 @@ def test_lmdeploy_responses(tmp_path):
         ([{"choices": [{"routed_experts": [[[0, 1]]]}, {"routed_experts": [[[0, 1], [0, 1]]]}]}], "one network"),
         ([{"choices": [{"routed_experts": [[[0, 0]]]}]}], "every layer repeats"),
         ([{"choices": [{"routed_experts": [[[0, 0]], [[0, 1]]]}]}], "1 of 2 tokens"),
-        ([{"choices": [{"routed_experts": [[[0, 1 << 40]]]}]}], "2\\^20"),
+        ([{"choices": [{"routed_experts": [[[0, 1 << 40]]]}]}], "below 8192"),
         ([{"choices": [{"routed_experts": [[[0, 1]]]}], "usage": {"completion_tokens": 9}}], "at most the 1"),
         ([{"choices": [{"routed_experts": [[[0, 1]]]}], "usage": {"completion_tokens": "9"}}], "completion_tokens"),
     ],
