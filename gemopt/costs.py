@@ -19,6 +19,8 @@ from gemopt.profile import Device, Profile
 
 FOLDS = 5
 MAX_PLANES = 4
+MAX_STEPS = 60  # of a refinement
+MAX_KINDS = 2  # devices of different names that are cross-validated
 TIE = 0.03  # of two models whose errors are this close, the simpler one is taken
 
 
@@ -129,12 +131,12 @@ def _max_affine(loads: FloatArray, values: FloatArray, planes: int) -> FloatArra
     design = np.column_stack([np.ones(len(values)), loads])
     scale = np.where(design.max(axis=0) > 0, design.max(axis=0), 1.0)
     weighted = design / scale / values.clip(1e-9)[:, None]
-    rows = _nonnegative(weighted)[None]
+    rows = _nonnegative(weighted[None])
     for _ in range(1, planes):
         under = 1 - (weighted @ rows.T).max(axis=1)
         keys = [under, weighted[:, 1], weighted[:, 2]]
         subsets = [np.argsort(-key, kind="stable")[: max(3, len(values) // 3)] for key in keys]
-        grown = [_refine(weighted, np.vstack([rows, _nonnegative(weighted[chosen])])) for chosen in subsets]
+        grown = [_refine(weighted, np.vstack([rows, _nonnegative(weighted[None, chosen])])) for chosen in subsets]
         rows = min(grown, key=lambda candidate: _squared_error(weighted, candidate))
     return np.asarray(rows / scale)
 
@@ -144,31 +146,41 @@ def _squared_error(weighted: FloatArray, rows: FloatArray) -> float:
 
 
 def _refine(weighted: FloatArray, rows: FloatArray) -> FloatArray:
-    from scipy.optimize import least_squares
+    """Local minimum of the squared error: every point pulls on the plane that covers it, with damped steps."""
+    error, damping = _squared_error(weighted, rows), 1e-3
+    for _ in range(MAX_STEPS):
+        covering = (weighted @ rows.T).argmax(axis=1) == np.arange(len(rows))[:, None]
+        candidate = _nonnegative(weighted * covering[:, :, None], near=rows, damping=damping)
+        renewed = _squared_error(weighted, candidate)
+        if renewed < error:
+            stalled = renewed > (1 - 1e-4) * error
+            rows, error, damping = candidate, renewed, damping / 3
+            if stalled:
+                break
+        elif damping > 1e3:
+            break
+        else:
+            damping *= 4
+    return rows
 
-    def residual(flat: FloatArray) -> FloatArray:
-        return np.asarray((weighted @ flat.reshape(rows.shape).T).max(axis=1) - 1)
 
-    def jacobian(flat: FloatArray) -> FloatArray:
-        active = (weighted @ flat.reshape(rows.shape).T).argmax(axis=1)
-        gradient = np.zeros((len(weighted), *rows.shape))
-        gradient[np.arange(len(weighted)), active] = weighted
-        return gradient.reshape(len(weighted), -1)
+def _nonnegative(design: FloatArray, *, near: FloatArray | None = None, damping: float = 0.0) -> FloatArray:
+    """[K, 3] non-negative x_k that minimise |design_k x_k - 1| for design [K, N, 3], rows of 0 left out.
 
-    start = rows.ravel() + 1e-9 * (1 + rows.max())
-    solution = least_squares(residual, start, jacobian, bounds=(0, np.inf), max_nfev=12, x_scale="jac")
-    return np.asarray(solution.x.reshape(rows.shape))
-
-
-def _nonnegative(design: FloatArray) -> FloatArray:
-    """Non-negative x that minimises |design x - 1|, by trying every set of positive entries (3 columns: 7 sets)."""
-    gram, target = design.T @ design, design.sum(axis=0)
-    ridge = 1e-10 * (np.trace(gram) + 1e-300) * np.eye(len(target))
-    outside = np.eye(len(target)) * ~_SUBSETS[:, None, :]
-    matrices = (gram + ridge) * (_SUBSETS[:, :, None] & _SUBSETS[:, None, :]) + outside
-    solutions = np.linalg.solve(matrices, (target * _SUBSETS)[:, :, None])[:, :, 0]
-    gain = np.where((solutions >= 0).all(axis=1), solutions @ target, -1.0)  # residual = rows - gain
-    return np.asarray(solutions[gain.argmax()] * (gain.max() >= 0))
+    With `damping`, plus damping times the squared distance from `near` [K, 3] in units of each column's weight.
+    3 columns have 7 sets of positive entries: all are tried at once.
+    """
+    gram, target = np.swapaxes(design, 1, 2) @ design, design.sum(axis=1)
+    weight = np.einsum("kii->ki", gram)
+    ridge = (1e-10 + damping) * weight + 1e-10 * (weight.sum(axis=1, keepdims=True) + 1e-300)
+    if near is not None:
+        target = target + damping * weight * near
+    full = gram + ridge[:, None, :] * np.eye(3)
+    matrices = np.where(_SUBSETS[:, :, None] & _SUBSETS[:, None, :], full[:, None], np.eye(3))
+    solutions = np.linalg.solve(matrices, (target[:, None] * _SUBSETS)[..., None])[..., 0]
+    gain = np.where((solutions >= 0).all(axis=2), np.einsum("ksi,ki->ks", solutions, target), -1.0)
+    best = gain.argmax(axis=1)
+    return np.asarray(solutions[np.arange(len(best)), best] * (gain.max(axis=1) >= 0)[:, None])
 
 
 _SUBSETS = np.array([[bool(bits >> i & 1) for i in range(3)] for bits in range(1, 8)])
@@ -237,8 +249,8 @@ def fit(
         names = sorted({"auto", *(c.name.split("-")[0] for c in candidates)})
         reason = "the profile has too few samples for it" if named else f"known: {', '.join(names)}"
         raise InputError("cost model", model, reason)
-    kinds = {device.name: table for device, table in zip(profile.devices, tables, strict=True)}
-    errors = {c.name: _cross_validated(c, list(kinds.values())) for c in usable}
+    kinds = list({device.name: table for device, table in zip(profile.devices, tables, strict=True)}.values())
+    errors = {c.name: _cross_validated(c, kinds[:: -(-len(kinds) // MAX_KINDS)]) for c in usable}
     limit = (1 + TIE) * min((error for error in errors.values() if not np.isnan(error)), default=np.inf)
     chosen = next((c for c in usable if errors[c.name] <= limit), usable[0])
     latencies = tuple(chosen.fit_device(table) for table in tables)
@@ -247,7 +259,7 @@ def fit(
 
 
 def _cross_validated(candidate: Candidate, tables: list[FloatArray]) -> float:
-    """Mean relative error over held-out samples, one device of each kind; NaN below four samples."""
+    """Mean relative error over the held-out samples of some devices; NaN below four samples."""
     misses: list[FloatArray] = []
     for unsorted in tables:
         table = unsorted[np.lexsort((np.nan_to_num(unsorted[:, 1]), unsorted[:, 0]))]

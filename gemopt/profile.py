@@ -132,6 +132,8 @@ def _check_samples(device: Device) -> None:
         raise InputError(field, "active_experts on some samples only", "all samples of a device or none")
     for sample in device.samples:
         active = sample.active_experts
+        if sample.assignments and not sample.latency_us:
+            raise InputError(field, f"0 us for {sample.assignments} assignments", "work takes time: above 0")
         if active is not None and (active > sample.assignments or (active == 0) != (sample.assignments == 0)):
             raise InputError(
                 field,

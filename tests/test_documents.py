@@ -235,6 +235,7 @@ BAD_PROFILES: list[tuple[dict[str, Any], str]] = [
     ({"devices": [{"rank": 0, "samples": ONE}, {"rank": 0, "samples": ONE}]}, "rank"),
     ({"devices": [{"rank": 0, "uuid": "a", "samples": ONE}, {"rank": 1, "uuid": "a", "samples": ONE}]}, "uuid"),
     (sample(latency_us="slow"), "latency_us"),
+    (sample(latency_us=0), "work takes time"),
     (sample(latency_us=-1), "latency_us"),
     (sample(latency_us=None), "latency_us"),
     (sample(latency_us=1e13), "latency_us"),
@@ -304,7 +305,7 @@ def profiles(draw: st.DrawFn) -> Profile:
             Sample(
                 assignments=n,
                 active_experts=min(n, 3) if known else None,
-                latency_us=draw(micros),
+                latency_us=draw(micros) + (n > 0),
                 spread_us=draw(st.none() | micros),
                 repeats=draw(st.none() | st.integers(1, 99)),
             )
