@@ -186,11 +186,11 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
         ax = pyplot.subplots(figsize=(7, 7), layout="constrained")[1]
     positive = [(i, j, data["correlation"]) for i, j, data in graph.edges(data=True) if data["correlation"] > 0]
     positive.sort(key=lambda edge: -edge[2])
-    drawn: Graph = nx.Graph()
-    drawn.add_nodes_from(graph)
-    drawn.add_weighted_edges_from(positive[: 3 * len(graph)])
     grouped = [expert for group in conflict_groups(graph) for expert in group]
-    place = nx.circular_layout([*grouped, *(expert for expert in graph if expert not in grouped)])
+    drawn: Graph = nx.Graph()
+    drawn.add_nodes_from([*grouped, *(expert for expert in graph if expert not in grouped)])
+    drawn.add_weighted_edges_from(positive[: 3 * len(graph)])
+    place: Any = nx.circular_layout(drawn)
     widths = [3.0 * weight for _, _, weight in drawn.edges(data="weight")]
     nx.draw_networkx_edges(drawn, place, ax=ax, width=widths, edge_color="#8d99ae", alpha=0.6)
     colours = {ExpertClass.CONSISTENT: "#d1495b", ExpertClass.TEMPORAL: "#edae49", ExpertClass.ORDINARY: "#cfd8dc"}

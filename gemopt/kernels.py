@@ -15,12 +15,12 @@ F64 = NDArray[np.float64]
 Array = NDArray[Any]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def curve_value(x: Array, y: Array, slope: float, start: int, length: int, load: float) -> float:
     """Value of one packed piecewise-linear curve at a load >= 0."""
     last = start + length - 1
     if load >= x[last]:
-        return y[last] + slope * (load - x[last])
+        return float(y[last] + slope * (load - x[last]))
     low, high = start, last
     while high - low > 1:
         middle = (low + high) // 2
@@ -28,10 +28,10 @@ def curve_value(x: Array, y: Array, slope: float, start: int, length: int, load:
             low = middle
         else:
             high = middle
-    return y[low] + (y[high] - y[low]) / (x[high] - x[low]) * (load - x[low])
+    return float(y[low] + (y[high] - y[low]) / (x[high] - x[low]) * (load - x[low]))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def latency_value(
     rank: int, loads: Array, start: Array, length: Array, slope: Array, num_terms: Array, x: Array, y: Array
 ) -> float:

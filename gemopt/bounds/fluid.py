@@ -14,7 +14,7 @@ from gemopt.kernels import Array, curve_value
 SLACK = 1e-10  # capacities are overstated by this much, relatively, so that float error never understates one
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def curve_capacity(x: Array, y: Array, slope: float, start: int, length: int, time: float) -> float:
     """Largest load that a non-decreasing packed curve allows within `time`; -1 when even 0 takes longer."""
     last = start + length - 1
@@ -32,7 +32,7 @@ def curve_capacity(x: Array, y: Array, slope: float, start: int, length: int, ti
     return float(x[low] + (x[high] - x[low]) * ((time - y[low]) / (y[high] - y[low])))
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def rank_capacity(
     g: int,
     f: int,
@@ -124,13 +124,14 @@ def single_start(
         missing, width = (-surplus, 2 * width) if surplus < 0 else (missing, width)
     if surplus < 0:
         return known, False
+    level = 0  # looks in a row that met the load of one end: the ends are either side of a jump
     for i in range(60):
-        wide = 1e-3 if i >= 8 else 1e-6
-        if missing <= len(most_GF) or above - below <= wide * abs(above):
+        if missing <= len(most_GF) or level == 3 or above - below <= 1e-6 * abs(above):
             break
         share = missing / (missing + surplus) if i % 2 == 0 else 0.5
         time = below + share * (above - below) * 0.999
         value = single_total(f, time, most_GF, others, start, length, slope, num_terms, x, y) - target
+        level = level + 1 if value in (surplus, -missing) else 0
         if value >= 0:
             above, surplus = time, value
         else:

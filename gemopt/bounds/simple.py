@@ -45,33 +45,40 @@ def step_bounds(problem: Problem) -> FloatArray:
 
     The steps are bounded one by one: the placement behind one step's bound may differ from another's.
     """
-    from gemopt.bounds.steps import bound_steps
+    blocks = range(0, problem.num_steps, BLOCK_STEPS)
+    bounds_T = np.concatenate([_block_bounds(problem, slice(first, first + BLOCK_STEPS)) for first in blocks])
+    return np.asarray(bounds_T - ROUNDING * np.abs(bounds_T))
+
+
+def _block_bounds(problem: Problem, block: slice) -> FloatArray:
+    from gemopt.bounds.steps import raise_bounds
+    from gemopt.kernels import rank_latencies
 
     shape = _shape(problem.latencies, problem.features)
-    copies = _copies(problem)
-    slots_G = np.ascontiguousarray(problem.slots_per_rank)
+    copies, slots_G = _copies(problem), np.ascontiguousarray(problem.slots_per_rank)
     whole_G = np.maximum(slots_G - problem.spare_slots, 0)
     hosts = int((slots_G > 0).sum())
     spent_R = np.array([0 if r >= hosts else problem.spare_slots // r for r in copies])
     tops_RM = np.stack([_tops(problem.num_experts, hosts, int(spent)) for spent in spent_R])
-    bounds_T = np.empty(problem.num_steps)
-    for first in range(0, problem.num_steps, BLOCK_STEPS):
-        block = slice(first, first + BLOCK_STEPS)
-        bounds_T[block] = bound_steps(
-            np.stack([_prefix_sums(problem, block, r) for r in copies]),
-            slots_G,
-            whole_G,
-            tops_RM,
-            spent_R,
-            _arrays(problem.latencies),
-            shape.low,
-            shape.others,
-            shape.normals_DF,
-            shape.slope_DGM,
-            shape.shift_DGM,
-            shape.wake_G,
-        )
-    return np.asarray(bounds_T - ROUNDING * np.abs(bounds_T))
+    sums_RTIF = np.stack([_prefix_sums(problem, block, r) for r in copies])
+    least_TGF = sums_RTIF[0][:, whole_G]
+    total_TGF = np.repeat(sums_RTIF[0][:, -1:], problem.num_ranks, axis=1)
+    most_TGF = total_TGF - sums_RTIF[0][:, problem.num_experts - slots_G]
+    bounds_T = _range_bound(problem, shape, least_TGF, most_TGF)
+    ceiling_T = np.maximum(bounds_T, rank_latencies(total_TGF, *shape.low).max(axis=1))
+    lines = (shape.normals_DF, shape.slope_DGM, shape.shift_DGM, shape.wake_G)
+    sums = (sums_RTIF, slots_G, whole_G, tops_RM, spent_R)
+    raise_bounds(bounds_T, ceiling_T, most_TGF, *sums, shape.low, shape.others, *lines)
+    return bounds_T
+
+
+def _range_bound(problem: Problem, shape: _Shape, least_TGF: FloatArray, most_TGF: FloatArray) -> FloatArray:
+    """[T] slowest rank when each has its least load; where least and most agree the load is known."""
+    from gemopt.kernels import rank_latencies
+
+    known_TG = (least_TGF == most_TGF).all(axis=2)
+    exact_TG = rank_latencies(least_TGF, *_arrays(problem.latencies))
+    return np.asarray(np.where(known_TG, exact_TG, rank_latencies(least_TGF, *shape.low)).max(axis=1))
 
 
 def _copies(problem: Problem) -> list[int]:

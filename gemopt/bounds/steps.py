@@ -1,7 +1,7 @@
-"""Compiled bounds of every step: range, pigeonhole and fluid together.
+"""Compiled bounds of every step: pigeonhole, then fluid.
 
-`sums[i, f]` is the feature sum of the i smallest experts of a step; `low` and `exact` are packed latencies as one tuple
-of arrays, non-decreasing (`Latency.low`) and as they are.
+`sums[i, f]` is the feature sum of the i smallest experts of a step; `low` the packed, non-decreasing latencies
+(`Latency.low`) as one tuple of arrays.
 """
 
 from __future__ import annotations
@@ -77,57 +77,37 @@ def pigeonhole(
 
 
 @njit(cache=True, nogil=True)
-def range_bound(least_GF: Array, most_GF: Array, exact: Any, low: Any) -> float:
-    """Slowest rank when each has its least load; where least and most agree the load is known."""
-    best = -np.inf
-    for g in range(least_GF.shape[0]):
-        known = (least_GF[g] == most_GF[g]).all()
-        value = latency_value(g, least_GF[g], *exact) if known else latency_value(g, least_GF[g], *low)
-        best = max(best, value)
-    return best
-
-
-@njit(cache=True, nogil=True)
-def bound_steps(
+def raise_bounds(
+    known_T: Array,
+    ceiling_T: Array,
+    most_TGF: Array,
     sums_RTIF: Array,
     slots_G: Array,
     whole_G: Array,
     tops_RM: Array,
     spent_R: Array,
-    exact: Any,
     low: Any,
     others: Array,
     normals_DF: Array,
     slope_DGM: Array,
     shift_DGM: Array,
     wake_G: Array,
-) -> Array:
-    """[T] all bounds together. R: numbers of copies considered, D: directions, M: padded."""
+) -> None:
+    """Raise `known_T` in place. R: numbers of copies considered, D: directions.
+
+    ceiling_T: a time in which any rank could hold the whole step. most_TGF: the most that slots allow a rank to hold.
+    """
     kinds, steps, size, features = sums_RTIF.shape
-    ranks, experts, directions = len(slots_G), size - 1, len(normals_DF)
-    bounds_T = np.empty(steps)
-    least_GF, most_GF = np.empty((ranks, features)), np.empty((ranks, features))
     none_G = np.zeros_like(whole_G)
     for t in range(steps):
-        sums_IF = sums_RTIF[0, t]
-        for g in range(ranks):
-            for f in range(features):
-                least_GF[g, f] = sums_IF[whole_G[g], f]
-                most_GF[g, f] = sums_IF[experts, f] - sums_IF[experts - slots_G[g], f]
-        known = range_bound(least_GF, most_GF, exact, low)
+        known, sums_IF, total_F = known_T[t], sums_RTIF[0, t], sums_RTIF[0, t, size - 1]
         for r in range(kinds):
             whole = whole_G if r == 0 else none_G
             known = pigeonhole(known, tops_RM[r], spent_R[r], slots_G, whole, sums_IF, sums_RTIF[r, t], *low)
-        ceiling = known
-        for g in range(ranks):
-            ceiling = max(ceiling, latency_value(g, sums_IF[experts], *low))
-        most_DG = normals_DF @ most_GF.T
-        for d in range(directions):
-            target = 0.0
-            for f in range(features):
-                target += normals_DF[d, f] * sums_IF[experts, f]
-            known = mixed_bound(d, known, most_DG, target, ceiling, slope_DGM, shift_DGM, wake_G)
+        most_DG = normals_DF @ most_TGF[t].T
+        target_D = normals_DF @ total_F
+        for d in range(len(normals_DF)):
+            known = mixed_bound(d, known, most_DG, target_D[d], ceiling_T[t], slope_DGM, shift_DGM, wake_G)
         for f in range(features):
-            known = single_bound(f, known, most_GF, sums_IF[experts, f], ceiling, others, *low)
-        bounds_T[t] = known
-    return bounds_T
+            known = single_bound(f, known, most_TGF[t], total_F[f], ceiling_T[t], others, *low)
+        known_T[t] = known
