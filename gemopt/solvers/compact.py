@@ -7,9 +7,10 @@ of r takes `(n + r - 1 - i) // r` of its assignments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,8 +80,9 @@ class Compact:
 
     def save(self, path: Path) -> None:
         """Write all arrays to one npz file."""
-        own = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        np.savez(path, **own, **{f"packed_{name}": value for name, value in vars(self.packed).items()})
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        packed = arrays.pop("packed")
+        np.savez(path, **arrays, **{f"packed_{name}": value for name, value in vars(packed).items()})
 
     @classmethod
     def load(cls, path: Path) -> Compact:
@@ -143,6 +145,17 @@ class Compact:
         split = (split_term(term, low_F, high_F, floor) for term in self.latencies[rank].terms)
         return [term for term in split if term is not None]
 
+    @property
+    def size(self) -> int:
+        """About the number of non-zero coefficients of all steps: what building and solving take grows with it."""
+        result = 0
+        for step in range(self.num_steps):
+            for rank in range(self.num_ranks):
+                for term in self.terms(step, rank):
+                    pieces = sum(len(run.lines) + 4 for _, runs in term.curved for run in runs)
+                    result += len(self.expert_Q) * (1 + len(term.curved)) + 3 * pieces
+        return result
+
     @cached_property
     def rank_of_slot(self) -> IntArray:
         """[P] rank of each slot."""
@@ -195,7 +208,7 @@ def _unpack(packed: Packed, rank: int) -> Latency:
 def merged(problem: Problem) -> Problem:
     """The same objective with equal steps merged into one weighted step, and steps of no weight left out."""
     _, first, group_T = np.unique(problem.counts_TE, axis=0, return_index=True, return_inverse=True)
-    weights = np.bincount(group_T.ravel(), weights=problem.weights_T)
+    weights = np.asarray(np.bincount(group_T.ravel(), weights=problem.weights_T), dtype=np.float64)
     kept = np.flatnonzero(weights > 0) if (weights > 0).any() else np.zeros(1, dtype=np.int64)
     kept = kept[np.argsort(first[kept])]
     return problem.select(first[kept], weights[kept])

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
 from gemopt.problem import Problem
@@ -16,7 +17,7 @@ from gemopt.solvers.exact import Search
 
 RESOLUTION = 4e-7
 """Relative error that whole ticks may cause in the objective, all steps together."""
-COEFFICIENTS_PER_SECOND = 20_000
+COEFFICIENTS_PER_SECOND = 10_000
 POLL_S = 0.02
 
 
@@ -54,17 +55,18 @@ def resolution(search: Search) -> float:
     """Microseconds per tick: every column, curved part and constant of a step may lose a tick or three."""
     compact = search.compact
     lost = int(compact.slots_G.max()) + 1 + 3 * compact.features_FTQ.shape[0]
-    return max(RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps), 1e-12)
+    tick_us: float = RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps)
+    return max(tick_us, 1e-12)
 
 
-def canonical_hint(search: Search) -> Any:
+def canonical_hint(search: Search) -> NDArray[np.bool_]:
     """The best row so far, with equal ranks in the order of the formulation."""
     return search.compact.canonical(search.compact.held(search.row))
 
 
 def bound_us(ticks: float, tick_us: float) -> float:
     """Microseconds that so many ticks prove."""
-    return (ticks - SAFETY * abs(ticks)) * tick_us
+    return float((ticks - SAFETY * abs(ticks)) * tick_us)
 
 
 def run(solver: cp_model.CpSolver, formulation: Formulation, search: Search, tick_us: float) -> Any:

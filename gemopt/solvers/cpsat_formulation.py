@@ -26,7 +26,7 @@ def down(value: float) -> int:
 
 def total(variables: Sequence[cp_model.IntVar], coefficients: IntArray) -> cp_model.LinearExprT:
     """Weighted sum without its zeros."""
-    used = np.flatnonzero(coefficients)
+    used = np.flatnonzero(coefficients).tolist()
     return cp_model.LinearExpr.weighted_sum([variables[i] for i in used], coefficients[used].tolist())
 
 
@@ -139,7 +139,7 @@ class Formulation:
         coefficients_Q = np.floor(per_column - SAFETY * np.abs(per_column)).astype(np.int64)
         parts = [self._curved(t, g, f, runs) for f, runs in term.curved]
         straight = total(self.held_by[g], coefficients_Q)
-        self.model.add(self.makespan[t] >= straight + sum(variable for variable, _ in parts) + constant)
+        self.model.add(self.makespan[t] >= cp_model.LinearExpr.sum([straight, *(part for part, _ in parts), constant]))
         value = int(coefficients_Q @ self.hint_QG[:, g]) + constant + sum(hint for _, hint in parts)
         self.makespan_hint[t] = max(self.makespan_hint[t], value)
 

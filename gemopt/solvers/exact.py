@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from gemopt.bounds.simple import step_bounds
 from gemopt.evaluate import objective
+from gemopt.exceptions import SolverError
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, incumbent
 from gemopt.solvers.compact import Compact, merged
 from gemopt.solvers.packing import lpt_row
 from gemopt.solvers.reduction import representative_steps
+
+ROUNDING = 1e-9
+SAMPLE = 5  # steps that tell how large a step's part of the formulation is
 
 
 @dataclass(eq=False)
@@ -48,7 +54,9 @@ class Search:
         floor_T = step_bounds(problem)
         row = lpt_row(problem) if warm_start is None else warm_start.copy()
         bound = max(float(problem.weights_T @ floor_T), options.bound_us)
-        steps, weights_T = representative_steps(problem, int(budget / size_of_step(problem)))
+        some = np.unique(np.linspace(0, problem.num_steps - 1, SAMPLE).round().astype(np.int64))
+        per_step = Compact.of(problem.select(some), floor_T[some]).size / len(some)
+        steps, weights_T = representative_steps(problem, int(min(budget / max(per_step, 1.0), problem.num_steps)))
         compact = Compact.of(problem.select(steps, weights_T), floor_T[steps])
         search = cls(problem, options, compact, row, objective(problem, row), bound)
         search.history.append(incumbent(search.objective_us, bound))
@@ -78,7 +86,15 @@ class Search:
             self.history.append(incumbent(value, self.bound_us))
 
     def outcome(self, stopped_by: StoppedBy, note: str) -> Outcome:
-        """The best that was found; a bound never above an objective that was reached, whatever the rounding."""
+        """The best that was found.
+
+        Raises
+        ------
+        SolverError
+            When the bound is above an objective that was reached by more than rounding.
+        """
+        if self.bound_us > self.objective_us + ROUNDING * abs(self.objective_us):
+            raise SolverError(f"bound {self.bound_us} us above the objective {self.objective_us} us of a placement")
         if self.reduced:
             note = (
                 f"{note}; placement from {self.compact.num_steps} weighted representatives of "
@@ -92,14 +108,3 @@ class Search:
         if gap is not None and gap <= OPTIMALITY_TOLERANCE:
             return StoppedBy.PROOF
         return StoppedBy.GAP if gap is not None and gap <= self.options.gap else StoppedBy.ITERATIONS
-
-
-def size_of_step(problem: Problem) -> float:
-    """About how many non-zero coefficients one step takes: a row per term and rank, and what a curved part adds."""
-    columns = problem.num_experts * min(problem.num_ranks, problem.spare_slots + 1) ** 2
-    size = 0.0
-    for latency in problem.latencies:
-        for term in latency.terms:
-            corners = sum(len(curve.x) for curve in term if not curve.linear)
-            size += columns + (columns + 8 * corners if corners else 0)
-    return size

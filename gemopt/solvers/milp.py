@@ -26,7 +26,7 @@ from gemopt.solvers.base import Options, Outcome, Row, Supports
 from gemopt.solvers.exact import Search
 from gemopt.solvers.milp_worker import cbc_bound, proven_us
 
-COEFFICIENTS_PER_SECOND = 10_000
+COEFFICIENTS_PER_SECOND = 5_000
 START_S = 1.0
 """About what starting the child takes: not available for solving."""
 GRACE_S = 0.25
@@ -66,9 +66,10 @@ def write_request(folder: Path, search: Search, *, backend: str = "auto") -> Non
     compact, options = search.compact, search.options
     compact.save(folder / "compact.npz")
     np.save(folder / "start.npy", compact.canonical(compact.held(search.row)))
+    weight = float(search.problem.weights_T.sum())
     request = {
         "backend": backend,
-        "mean_makespan_us": max(search.objective_us / max(float(search.problem.weights_T.sum()), 1e-300), 1e-9),
+        "mean_makespan_us": abs(search.objective_us) / weight if weight and search.objective_us else 1.0,
         "deadline": time.time() + options.remaining,
         "gap": options.gap,
         "threads": options.threads,

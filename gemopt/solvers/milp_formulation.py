@@ -7,6 +7,8 @@ solvers are relative ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pulp
 from numpy.typing import NDArray
@@ -80,9 +82,9 @@ class Formulation:
         variable.setInitialValue(start, check=False)
         return variable
 
-    def _add(self, terms: list[tuple[pulp.LpVariable, float]], sense: int, right: float) -> None:
+    def _add(self, terms: Sequence[tuple[pulp.LpVariable, float]], sense: int, right: float) -> None:
         """One row, given by its coefficients: sums of expressions would copy them again and again."""
-        self.problem += pulp.LpConstraint(pulp.LpAffineExpression(terms), sense=sense, rhs=right)
+        self.problem += pulp.LpConstraint(pulp.LpAffineExpression(list(terms)), sense=sense, rhs=right)
 
     def _columns(self, expert: int) -> IntArray:
         return np.flatnonzero(self.compact.expert_Q == expert)

@@ -26,9 +26,9 @@ from gemopt.solvers.compact import Compact
 if TYPE_CHECKING:
     from gemopt.solvers.milp_formulation import Formulation
 
-MARGIN = 5e-7
-"""Part of a bound that is given away for the tolerances of the solvers (1e-9 where they can be set)."""
 TOLERANCE = 1e-9
+MARGIN, LEAST_MARGIN = 5e-7, 1e-5
+"""What is given away of a bound, relatively and in thousandths of a makespan, for the solvers' tolerances."""
 UNIT_PARTS = 1000.0
 REPORT_S = 0.5
 CBC_NUMBER = r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
@@ -73,7 +73,7 @@ def proven_us(value: float, scale: float) -> float | None:
     """Microseconds that a dual bound proves, less the margin for tolerances; None for a bound of no use."""
     if not math.isfinite(value) or abs(value) > 1e19:
         return None
-    return (value - MARGIN * max(abs(value), UNIT_PARTS)) * scale
+    return (value - MARGIN * abs(value) - LEAST_MARGIN) * scale
 
 
 def solve_folder(folder: Path) -> None:

@@ -1,0 +1,176 @@
+"""CP-SAT: the hint by the solver's own log, rounding, reduction, limits."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from ortools.sat.python import cp_model
+
+from gemopt.evaluate import objective
+from gemopt.latency import ASSIGNMENTS, Curve, Latency
+from gemopt.problem import Problem
+from gemopt.result import StoppedBy
+from gemopt.solvers import cpsat, exact
+from gemopt.solvers.base import Options
+from gemopt.solvers.cpsat import CpSat
+from gemopt.solvers.cpsat_formulation import Formulation, TickLine
+from gemopt.solvers.exact import Search
+from gemopt.solvers.packing import lpt_row
+from gemopt.solvers.reduction import representative_steps
+from gemopt.solvers.runs import convex_runs, hull
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+brute = _load("brute")
+
+
+def options(seconds: float = 60.0, **fields: object) -> Options:
+    return Options(deadline=time.monotonic() + seconds, **fields)  # type: ignore[arg-type]
+
+
+def staircase_problem(num_steps: int = 12, *, equal: bool = True) -> Problem:
+    """8 experts on 4 ranks, tiles of 16 assignments, no two steps alike."""
+    rng = np.random.default_rng(7)
+    x = np.array([0, 16, 17, 32, 33, 48, 49, 64], dtype=float)
+    y = np.array([20, 20, 30, 30, 41, 41, 50, 50], dtype=float)
+    speeds = np.ones(4) if equal else np.array([1.0, 1.05, 0.9, 1.1])
+    latencies = [Latency(((Curve(x, speed * y, 0.6),),)) for speed in speeds]
+    return Problem.make(rng.multinomial(120, rng.dirichlet(np.ones(8)), size=num_steps), [ASSIGNMENTS], latencies)
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_every_variable_has_a_hint_that_cpsat_calls_complete_and_feasible(spare: bool) -> None:
+    accepted = 0
+    for seed in range(25):
+        problem = brute.random_problem(seed, spare=spare)
+        search = Search.prepare(problem, options(), None, 1e9)
+        tick_us = cpsat.resolution(search)
+        formulation = Formulation(search.compact, tick_us, cpsat.canonical_hint(search))
+        lines: list[str] = []
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.log_search_progress = True
+        solver.parameters.log_to_stdout = False
+        solver.log_callback = lines.append
+        solver.solve(formulation.model)
+        stated = [line for line in "\n".join(lines).splitlines() if line.startswith("The solution hint is ")]
+        assert stated and all("is complete and is feasible." in line for line in stated), (seed, stated)
+        ticks = float(stated[0].split("value is")[1].strip(" ."))
+        lost = cpsat.RESOLUTION * abs(search.objective_us) + 1e-9
+        assert search.objective_us - lost <= ticks * tick_us <= search.objective_us + 1e-9
+        accepted += 1
+    assert accepted == 25
+
+
+@pytest.mark.parametrize("resolution", [1e-1, 1e-3])
+def test_a_coarse_resolution_never_lifts_the_bound(resolution: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpsat, "RESOLUTION", resolution)
+    monkeypatch.setattr(exact, "step_bounds", lambda problem: np.full(problem.num_steps, -100.0))
+    for seed in range(50_000, 50_060):
+        problem = brute.random_problem(seed)
+        outcome = CpSat().solve(problem, options(), None)
+        optimum = brute.optimum(problem)
+        assert outcome.bound_us <= optimum + 1e-9 * max(1.0, abs(optimum)), seed
+        assert objective(problem, outcome.row) >= optimum - 1e-9 * max(1.0, abs(optimum)), seed
+        assert objective(problem, outcome.row) <= optimum + 1.01 * resolution * abs(optimum) + 1e-6 * abs(optimum), seed
+
+
+def test_lines_in_ticks_are_never_above_and_lose_less_than_three() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        low = int(rng.integers(0, 50))
+        high = low + int(rng.integers(0, 400))
+        line = (int(rng.integers(low, high + 1)), float(rng.uniform(0, 100)), float(rng.uniform(-3, 3)))
+        scale = float(10 ** rng.uniform(-1, 5))
+        ticks = TickLine.below(line, low, high, scale)
+        for load in range(low, high + 1):
+            exact_value = (line[1] + line[2] * (load - line[0])) * scale
+            assert exact_value - 3 < ticks.value(load) <= exact_value
+
+
+def test_runs_are_the_clipped_curve_and_convex() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(300):
+        curve = brute.random_curve(rng, 30, str(rng.choice(["straight", "convex", "staircase", "jagged"])))
+        low = int(rng.integers(0, 20))
+        high = low + int(rng.integers(0, 30))
+        at_least = float(rng.choice([-np.inf, rng.uniform(0, 40)]))
+        runs = convex_runs(curve, low, high, at_least)
+        assert [run.low for run in runs[1:]] == [run.high + 1 for run in runs[:-1]]
+        assert (runs[0].low, runs[-1].high) == (low, high)
+        for run in runs:
+            for load in range(run.low, run.high + 1):
+                wanted = max(float(curve(load)), at_least)
+                assert max(run.value(load), at_least) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+                lines = hull(runs)
+                assert all(y + slope * (load - x) <= wanted + 1e-9 for x, y, slope in lines)
+
+
+def test_same_seed_same_answer() -> None:
+    problem = staircase_problem()
+    first, second = (CpSat().solve(problem, options(seed=3), None) for _ in range(2))
+    assert (first.row == second.row).all()
+    assert [i.objective_us for i in first.history] == [i.objective_us for i in second.history]
+
+
+def test_reduction_says_so_and_claims_no_bound_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = staircase_problem(equal=False)
+    optimum = CpSat().solve(problem, options(), None)
+    assert optimum.stopped_by is StoppedBy.PROOF
+    monkeypatch.setattr(cpsat, "COEFFICIENTS_PER_SECOND", 30)
+    warm_start = lpt_row(problem)
+    outcome = CpSat().solve(problem, options(), warm_start)
+    assert "weighted representatives of 12 distinct steps" in outcome.note
+    assert outcome.stopped_by is not StoppedBy.PROOF
+    best = objective(problem, optimum.row)
+    assert outcome.bound_us < best <= objective(problem, outcome.row) <= objective(problem, warm_start)
+
+
+def test_representatives_keep_the_weight_and_are_distinct_steps() -> None:
+    problem = staircase_problem(40)
+    for limit in (1, 7, 39, 40, 100):
+        steps, weights = representative_steps(problem, limit)
+        assert 1 <= len(steps) <= min(limit, 40) and len(set(steps.tolist())) == len(steps)
+        assert weights.sum() == pytest.approx(problem.weights_T.sum())
+    assert (representative_steps(problem, 40)[0] == np.arange(40)).all()
+
+
+def test_interrupt_and_deadline_return_the_warm_start_or_better() -> None:
+    problem = staircase_problem()
+    warm_start = np.arange(8)
+    before = objective(problem, warm_start)
+    stopped = CpSat().solve(problem, options(stop=lambda: True), warm_start)
+    assert stopped.stopped_by is StoppedBy.INTERRUPT
+    late = CpSat().solve(problem, options(seconds=-1.0), warm_start)
+    assert late.stopped_by is StoppedBy.TIME_LIMIT
+    for outcome in (stopped, late):
+        assert objective(problem, outcome.row) <= before
+        assert 0 < outcome.bound_us <= before
+
+
+def test_gap_ends_the_search() -> None:
+    problem = staircase_problem(equal=False)
+    outcome = CpSat().solve(problem, options(gap=0.5), None)
+    assert outcome.stopped_by is StoppedBy.GAP
+
+
+def test_steps_without_load_or_weight() -> None:
+    latency = Latency(((Curve(np.array([0.0, 4.0]), np.array([3.0, 9.0]), 1.0),),))
+    idle = Problem.make(np.zeros((3, 4), dtype=int), [ASSIGNMENTS], [latency] * 2)
+    outcome = CpSat().solve(idle, options(), None)
+    assert objective(idle, outcome.row) == pytest.approx(9.0) and outcome.stopped_by is StoppedBy.PROOF
+    weightless = Problem.make([[1, 2, 3, 4]], [ASSIGNMENTS], [latency] * 2, weights_T=[0.0])
+    outcome = CpSat().solve(weightless, options(), None)
+    assert objective(weightless, outcome.row) == 0.0 and outcome.stopped_by is StoppedBy.PROOF

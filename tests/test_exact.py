@@ -1,0 +1,164 @@
+"""Brute force equals CP-SAT equals MILP with HiGHS equals MILP with CBC, on tiny problems of every kind."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from gemopt.evaluate import check, objective
+from gemopt.problem import Problem
+from gemopt.result import StoppedBy
+from gemopt.solvers import exact
+from gemopt.solvers.base import Options, Solver
+from gemopt.solvers.compact import Compact, merged
+from gemopt.solvers.cpsat import CpSat
+from gemopt.solvers.exact import Search
+from gemopt.solvers.milp import Milp, read_state, write_request
+from gemopt.solvers.packing import lpt_row
+
+CLOSE = 1e-6
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+brute = _load("brute")
+
+
+def options(seconds: float = 60.0, **fields: object) -> Options:
+    return Options(deadline=time.monotonic() + seconds, **fields)  # type: ignore[arg-type]
+
+
+def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the formulations prove everything by themselves."""
+    monkeypatch.setattr(exact, "step_bounds", lambda problem: np.full(problem.num_steps, -100.0))
+
+
+def below(bound_us: float, optimum_us: float) -> bool:
+    return bound_us <= optimum_us + 1e-9 * max(1.0, abs(optimum_us))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with step bounds", "without"])
+def test_cpsat_equals_brute_force(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if alone:
+        without_bounds(monkeypatch)
+    for seed in range(10_000 * alone, 10_000 * alone + 100 + 100 * alone):
+        problem = brute.random_problem(seed)
+        outcome = CpSat().solve(problem, options(), None)
+        check(problem, outcome.row)
+        optimum = brute.optimum(problem)
+        assert objective(problem, outcome.row) == pytest.approx(optimum, rel=CLOSE, abs=1e-9), seed
+        assert below(outcome.bound_us, optimum), seed
+        assert outcome.stopped_by is StoppedBy.PROOF, seed
+
+
+def solve_together(problems: list[Problem], backend: str, folder: Path) -> list[Search]:
+    """Solve many problems in one child process."""
+    searches = []
+    for index, problem in enumerate(problems):
+        search = Search.prepare(problem, options(600), None, np.inf)
+        searches.append(search)
+        (folder / str(index)).mkdir()
+        write_request(folder / str(index), search, backend=backend)
+    command = [sys.executable, "-P", "-m", "gemopt.solvers.milp_worker"]
+    subprocess.run([*command, *(str(folder / str(i)) for i in range(len(problems)))], check=True, capture_output=True)
+    for index, search in enumerate(searches):
+        assert read_state(folder / str(index), search)["proven"], index
+        assert read_state(folder / str(index), search)["backend"] == backend
+    return searches
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["with step bounds", "without"])
+@pytest.mark.parametrize(("backend", "cases"), [("highs", 80), ("cbc", 30)])
+def test_milp_equals_brute_force(
+    backend: str, cases: int, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if alone:
+        without_bounds(monkeypatch)
+    seeds = range(20_000 + 10_000 * alone, 20_000 + 10_000 * alone + cases)
+    problems = [brute.random_problem(seed) for seed in seeds]
+    for seed, problem, search in zip(seeds, problems, solve_together(problems, backend, tmp_path), strict=True):
+        optimum = brute.optimum(problem)
+        check(problem, search.row)
+        assert objective(problem, search.row) == pytest.approx(optimum, rel=CLOSE, abs=1e-9), seed
+        assert below(search.bound_us, optimum), seed
+        assert search.proof() is StoppedBy.PROOF, seed
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_brute_force_counts_as_evaluate_does(spare: bool) -> None:
+    """The reference and `evaluate` are two programs; they must agree on any row."""
+    for seed in range(40):
+        problem = brute.random_problem(seed, spare=spare)
+        row = lpt_row(problem)
+        ranks_E = tuple((int(problem.rank_of_slot[row == expert][0]),) for expert in range(problem.num_experts))
+        assert objective(problem, row) == pytest.approx(brute.cost(problem, ranks_E), rel=1e-12)
+
+
+@pytest.mark.parametrize("solver", [CpSat(), Milp("highs"), Milp("cbc")], ids=["cpsat", "highs", "cbc"])
+def test_copies_are_used_where_they_pay(solver: Solver) -> None:
+    """One hot expert and a spare slot: its even split halves the makespan."""
+    problem = Problem.make([[9, 1, 1]], brute.random_problem(0).features[:1], _straight(2), [2, 2])
+    outcome = solver.solve(problem, options(), None)
+    assert np.bincount(outcome.row[outcome.row >= 0]).tolist() == [2, 1, 1]
+    assert objective(problem, outcome.row) == brute.optimum(problem)
+    assert outcome.stopped_by is StoppedBy.PROOF
+
+
+def _straight(num_ranks: int) -> list[object]:
+    return [brute.Latency(((brute.line(1.0, 2.0),),)) for _ in range(num_ranks)]
+
+
+def test_equal_ranks_may_be_relabelled() -> None:
+    """Relabelling ranks with their slots changes neither the optimum nor what is proven."""
+    for seed in range(20):
+        problem = brute.random_problem(seed, spare=False)
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(problem.num_ranks)
+        other = Problem.make(
+            problem.counts_TE,
+            problem.features,
+            [problem.latencies[g] for g in order],
+            problem.slots_per_rank[order],
+            problem.weights_T,
+        )
+        first, second = (CpSat().solve(p, options(), None) for p in (problem, other))
+        assert objective(problem, first.row) == pytest.approx(objective(other, second.row), rel=CLOSE)
+        assert first.stopped_by is second.stopped_by is StoppedBy.PROOF
+
+
+def test_canonical_changes_no_objective_and_is_a_fixed_point() -> None:
+    for seed in range(60):
+        problem = merged(brute.random_problem(seed, spare=False))
+        compact = Compact.of(problem, np.zeros(problem.num_steps))
+        held = compact.held(lpt_row(problem))
+        canonical = compact.canonical(held)
+        assert (compact.canonical(canonical) == canonical).all()
+        assert objective(problem, compact.row(canonical)) == pytest.approx(objective(problem, lpt_row(problem)))
+        for earlier, later in compact.ordered_pairs:
+            place = np.append(np.argsort(compact.order_E), problem.num_experts)
+            first = [place[np.append(compact.expert_Q[canonical[:, g]], -1)].min() for g in (earlier, later)]
+            assert first[0] <= first[1]
+
+
+def test_arrays_survive_the_file(tmp_path: Path) -> None:
+    problem = merged(brute.random_problem(5, spare=True))
+    compact = Compact.of(problem, np.zeros(problem.num_steps))
+    compact.save(tmp_path / "compact.npz")
+    loaded = Compact.load(tmp_path / "compact.npz")
+    for t in range(compact.num_steps):
+        for g in range(compact.num_ranks):
+            assert repr(loaded.terms(t, g)) == repr(compact.terms(t, g))
+    assert (loaded.held(lpt_row(problem)) == compact.held(lpt_row(problem))).all()

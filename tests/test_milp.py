@@ -1,0 +1,157 @@
+"""MILP: the child process, warm starts by the solvers' own logs, bounds read from a log, limits."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemopt.evaluate import objective
+from gemopt.exceptions import SolverError
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
+from gemopt.problem import Problem
+from gemopt.result import StoppedBy
+from gemopt.solvers import milp
+from gemopt.solvers.base import Options
+from gemopt.solvers.cpsat import CpSat
+from gemopt.solvers.exact import Search
+from gemopt.solvers.milp import Milp, read_state, write_request
+from gemopt.solvers.milp_worker import cbc_bound
+
+
+def options(seconds: float = 60.0, **fields: object) -> Options:
+    return Options(deadline=time.monotonic() + seconds, **fields)  # type: ignore[arg-type]
+
+
+def roofline_problem(num_experts: int = 8, num_steps: int = 10) -> Problem:
+    """Ranks that differ, two features."""
+    rng = np.random.default_rng(11)
+    counts = rng.multinomial(60, rng.dirichlet(np.ones(num_experts)), size=num_steps)
+    latencies = [
+        Latency(((line(30 * s, 0.2 * s), line(0, 6 * s)), (line(20 * s, s), line(0, s)))) for s in (1.0, 1.1, 0.95, 1.2)
+    ]
+    return Problem.make(counts, [ASSIGNMENTS, ACTIVE], latencies)
+
+
+def jagged_problem() -> Problem:
+    rng = np.random.default_rng(12)
+    curve = Curve(np.array([0.0, 10, 11, 20, 25, 40]), np.array([5.0, 9, 14, 12, 20, 22]), 0.5)
+    return Problem.make(rng.multinomial(60, np.ones(6) / 6, size=3), [ASSIGNMENTS], [Latency(((curve,),))] * 3)
+
+
+@pytest.mark.parametrize("backend", ["highs", "cbc"])
+def test_the_warm_start_is_accepted_with_its_true_objective(backend: str, tmp_path: Path) -> None:
+    problems = [roofline_problem(), jagged_problem()]
+    searches = []
+    for index, problem in enumerate(problems):
+        searches.append(Search.prepare(problem, options(), np.arange(problem.num_experts), 1e9))
+        (tmp_path / str(index)).mkdir()
+        write_request(tmp_path / str(index), searches[-1], backend=backend)
+    folders = [str(tmp_path / str(index)) for index in range(len(problems))]
+    subprocess.run([sys.executable, "-m", "gemopt.solvers.milp_worker", *folders], check=True, capture_output=True)
+    for folder, search, problem in zip(folders, searches, problems, strict=True):
+        log = (Path(folder) / "solver.log").read_text()
+        said = {
+            "highs": "MIP start solution is feasible, objective value is",
+            "cbc": "MIPStart provided solution with cost",
+        }
+        lines = [text for text in log.splitlines() if said[backend] in text]
+        value = float(lines[0].split()[-1])
+        request = json.loads((Path(folder) / "request.json").read_text())
+        mean = search.compact.weights_T.mean()
+        assert value * request["mean_makespan_us"] / 1000 * mean == pytest.approx(search.objective_us, rel=1e-5)
+        assert read_state(Path(folder), search)["proven"]
+        assert search.objective_us <= objective(problem, np.arange(problem.num_experts))
+
+
+@pytest.mark.parametrize("backend", ["highs", "cbc"])
+def test_agrees_with_cpsat_where_brute_force_is_out_of_reach(backend: str) -> None:
+    problem = roofline_problem()
+    ours, theirs = Milp(backend).solve(problem, options(), None), CpSat().solve(problem, options(), None)
+    assert ours.stopped_by is theirs.stopped_by is StoppedBy.PROOF
+    assert objective(problem, ours.row) == pytest.approx(objective(problem, theirs.row), rel=2e-6)
+    assert ours.bound_us <= objective(problem, theirs.row)
+    assert ours.note == backend
+
+
+def test_same_seed_same_answer() -> None:
+    problem = roofline_problem(num_steps=4)
+    first, second = (Milp().solve(problem, options(seed=5), None) for _ in range(2))
+    assert (first.row == second.row).all()
+
+
+@pytest.mark.parametrize("backend", ["highs", "cbc"])
+def test_a_child_that_is_ended_leaves_its_incumbent_and_a_valid_bound(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline is far away for the child, which is killed as soon as it has reported anything."""
+    problem = roofline_problem(16, 120)
+    warm_start = np.arange(16)
+    seen: list[int] = []
+
+    def stop() -> bool:
+        return len(seen) > 3
+
+    def count(folder: Path, search: Search) -> dict[str, object]:
+        state = read_state(folder, search)
+        seen.extend([1] * bool(state.get("row") or (folder / "solver.log").exists()))
+        return state
+
+    monkeypatch.setattr(milp, "read_state", count)
+    monkeypatch.setattr(milp, "_changed", lambda folder: time.monotonic())
+    monkeypatch.setattr(milp, "COEFFICIENTS_PER_SECOND", 1e9)
+    outcome = Milp(backend).solve(problem, options(300, stop=stop), warm_start)
+    assert outcome.stopped_by is StoppedBy.INTERRUPT
+    assert outcome.bound_us < objective(problem, outcome.row) <= objective(problem, warm_start)
+
+
+def test_no_time_returns_the_warm_start() -> None:
+    problem = roofline_problem()
+    outcome = Milp().solve(problem, options(-1.0), np.arange(8))
+    assert outcome.stopped_by is StoppedBy.TIME_LIMIT
+    assert (outcome.row == np.arange(8)).all()
+    assert 0 < outcome.bound_us < objective(problem, outcome.row)
+
+
+def test_a_child_that_dies_is_an_error_with_its_last_words() -> None:
+    with pytest.raises(SolverError, match=r"child process ended with 1: KeyError: 'gurobi'"):
+        Milp("gurobi").solve(roofline_problem(), options(), None)
+
+
+FINISHED = "Cbc0010I After 0 nodes, 1 on tree, 284.7 best solution, best possible 278.92638 (0.03 seconds)\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "bound"),
+    [
+        ("", -math.inf),
+        (FINISHED, 278.926375),
+        (
+            FINISHED + "Cbc0010I After 9 nodes, 3 on tree, 284.7 best solution, best possible 279.5 (1 seconds)\n",
+            279.45,
+        ),
+        ("Cbc0010I After 0 nodes, 1 on tree, 1e+50 best solution, best possible 1e+50 (0.03 seconds)\n", -math.inf),
+        (FINISHED + "Result - Optimal solution found\n\nObjective value:                284.69728432\n", 284.697284315),
+        (
+            "Result - Optimal solution found (within gap tolerance)\n\nObjective value:    290.0\n"
+            "Lower bound:                    284.697\n",
+            284.6965,
+        ),
+        ("Result - Stopped on time limit\n\nObjective value: 290.5\nLower bound:       270.125\n", 270.1245),
+    ],
+)
+def test_bound_from_a_log_of_cbc(log: str, bound: float) -> None:
+    assert cbc_bound(log) == pytest.approx(bound, rel=1e-12)
+
+
+def test_highs_and_ortools_can_both_be_used_by_one_program() -> None:
+    """MILP keeps PuLP, and with it highspy, out of this process."""
+    Milp("highs").solve(jagged_problem(), options(), None)
+    assert "pulp" not in sys.modules and "highspy" not in sys.modules
+    assert CpSat().solve(jagged_problem(), options(), None).stopped_by is StoppedBy.PROOF
