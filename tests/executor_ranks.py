@@ -26,7 +26,7 @@ from transformers.distributed import DistributedConfig
 
 from gemopt import InputError, Placement
 from gemopt.executor import Executor, MigrationError
-from gemopt.models import tiny
+from gemopt.models import find_moe_layers, tiny
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="gemopt-ranks-"))
 SCENARIOS = {}
@@ -143,6 +143,25 @@ def serve(rank, world, family, placements, where="shared", config=None, warm=Tru
         == whole.generate(tokens, max_new_tokens=3, do_sample=False).tolist()
     )
     return {"errors": errors, "checksum": executor.checksum(), "generates": same}
+
+
+@scenario
+def at_load(rank, world, family, where="shared"):
+    """Loading permuted: the same outputs under transformers' own contiguous dispatch, other experts on this rank."""
+    from gemopt.executor.load import layout, load_permuted
+
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint(family)).eval()
+    layers = [layer.layer_id for layer in find_moe_layers(whole)]
+    placement = random_placement(7, 8, layers, [8 // world] * world)
+    model = load_permuted(checkpoint(family), placement, layout(where, world, "all_to_all"))
+    tokens = batch(rank, where)
+    with torch.no_grad():
+        error = relative(model(tokens).logits, whole(tokens).logits)
+    mine = placement.physical_to_logical[:, rank * 8 // world : (rank + 1) * 8 // world]
+    for row, moved, kept in zip(mine, find_moe_layers(model), find_moe_layers(whole), strict=True):
+        for name in kept.expert_tensors:
+            assert torch.equal(getattr(moved.experts, name).to_local(), getattr(kept.experts, name)[row.tolist()])
+    return {"error": error}
 
 
 @scenario
@@ -484,6 +503,10 @@ def forked(function, *args) -> int:
     return pid
 
 
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+
 def run(request: dict) -> dict:
     world = request["ranks"]
     args = request["args"]
@@ -494,7 +517,7 @@ def run(request: dict) -> dict:
     pids = {forked(rank_main, rank, world, port, request, folder): rank for rank in range(world)}
     codes: dict[int, int | None] = dict.fromkeys(range(world))
     deadline = time.monotonic() + request.get("limit", 120)
-    while pids and time.monotonic() < deadline:
+    while any(not stopped(pid) for pid in pids) and time.monotonic() < deadline:
         for pid in list(pids):
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:

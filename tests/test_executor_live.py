@@ -74,6 +74,12 @@ def test_outputs_in_bfloat16(world):
     assert 1e-5 < max(errors.values()) < 0.02, "that is what bfloat16 resolves"
 
 
+@pytest.mark.parametrize(("family", "where"), [("qwen3_moe", "shared"), ("gpt_oss", "own")])
+def test_a_model_loaded_permuted_is_the_same(world, family, where):
+    for answer in results(world("at_load", 2, family=family, where=where)):
+        assert answer["error"] < EXACT
+
+
 @pytest.mark.parametrize("where", ["shared", "own", "mixed"])
 @pytest.mark.parametrize("split", ["even", "static"])
 @pytest.mark.parametrize("kind", ["copies", "ragged"])
@@ -187,7 +193,9 @@ def test_a_rank_dies_before_the_first_layer_or_after_the_last(world, what):
     reply = world("dies", 4, family="qwen3_moe", victim=2, what=what, layer=None, timeout=8.0)
     told = results(reply, dead=(2,))
     assert {answer["state"] for answer in told} == {0 if what == "check" else told[0]["last"]}
-    assert all(answer["error"]["stage"] == what and answer["error"]["ranks"] == {"2": "died"} for answer in told)
+    for answer in told:  # a rank may have been too slow to read the last vote of the victim
+        assert answer["error"]["stage"] in ({"check"} if what == "check" else {"vote", "finish"})
+        assert answer["error"]["ranks"]["2"] == "died"
 
 
 def test_a_rank_dies_between_parts_of_a_layer(world):
@@ -198,7 +206,7 @@ def test_a_rank_dies_between_parts_of_a_layer(world):
 
 
 def test_a_silent_rank_counts_as_dead_after_the_timeout(world):
-    reply = world("dies", 4, family="qwen3_moe", victim=3, what="vote", layer=2, how="stop", timeout=4.0, limit=40)
+    reply = world("dies", 4, family="qwen3_moe", victim=3, what="vote", layer=2, how="stop", timeout=4.0, limit=30)
     assert reply["codes"][3] is None, "it was stopped, not dead"
     told = results(reply, dead=(3,))
     assert len({answer["state"] for answer in told}) == 1

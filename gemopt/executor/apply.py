@@ -71,6 +71,7 @@ class Executor:
         self.budget_bytes = budget_bytes
         self.nodes = np.arange(self.layers[0].num_ranks) // (ranks_per_node or self.layers[0].num_ranks)
         self._template: dict[str, Any] = {}
+        self._background: Background | None = None
         self._runner = StageRunner(self.layers, self.layer_ids, timeout_s, on_event)
         for dispatch in self.layers:
             dispatch.nodes = self.nodes.tolist()
@@ -190,13 +191,20 @@ class Executor:
 
     def start(self, placement: Placement | Path | str) -> Background:
         """As `apply`, but weights travel while the model serves; layers are committed between forward passes."""
-        steps, self._template = self._agree_to(placement)
-        return Background(self._runner, steps.stages, self.model)
+        steps, fields = self._agree_to(placement)
+        self._template = fields
+        self._background = Background(self._runner, steps.stages, self.model)
+        return self._background
 
     def _agree_to(self, given: Placement | Path | str) -> tuple[Plan, dict[str, Any]]:
         """Plan, and refuse on every rank what any rank would refuse."""
-        steps, fields = None, {}
+        steps: Plan | None = None
+        fields: dict[str, Any] = {}
+        word: dict[str, Any]
+        self._runner.council.begin()
         try:
+            if self._background is not None and not self._background.done:
+                raise InputError("placement", "a migration is running", "one at a time", "wait for it first")
             placement = given if isinstance(given, Placement) else Placement.load(given)
             steps, fields = self.plan(placement), _kept_fields(placement)
             self._check_memory(steps)

@@ -243,7 +243,9 @@ def read_header(file: Path) -> tuple[list[Tensor], dict[str, str], int]:
 def check_coverage(permutation: Permutation, tensors: list[Tensor]) -> None:
     """Refuse a checkpoint in which a layer's router or experts are not where the family has them."""
     experts = {layer: len(order) for layer, order in permutation.expert_of.items()}
-    routers, stacked, single = set(), set(), {layer: Counter[int]() for layer in experts}
+    routers: set[int] = set()
+    stacked: set[int] = set()
+    single = {layer: Counter[int]() for layer in experts}
     for tensor in tensors:
         role = permutation.role(tensor.name)
         if role is None:
@@ -261,6 +263,20 @@ def check_coverage(permutation: Permutation, tensors: list[Tensor]) -> None:
             what = "no router" if layer not in routers else f"tensors of {len(single[layer])} experts"
             name = permutation.family.model_type
             raise InputError(f"layer {layer}", what, f"a router and {count} experts, named as {name} names them")
+
+
+def expert_sizes(source: str | os.PathLike[str], placement: Placement) -> list[int]:
+    """[L] bytes of one expert of each layer of a placement, from the headers of a checkpoint."""
+    row = family(str((config := read_config(Path(source))).get("text_config", config).get("model_type", "")))
+    sizes = dict.fromkeys(placement.layer_ids, 0)
+    for tensor in (tensor for file in weight_files(Path(source)) for tensor in read_header(file)[0]):
+        role = tensor_role(row, tensor.name)
+        if role is not None and role.layer in sizes and role.kind in ("expert", "stacked"):
+            sizes[role.layer] += tensor.end - tensor.begin
+    for layer, size in sizes.items():
+        if not size:
+            raise InputError(f"layer {layer}", "no experts", f"a MoE layer in {source}")
+    return [size // placement.num_experts for size in sizes.values()]
 
 
 def _rewrite(source: Path, target: Path, permutation: Permutation) -> None:

@@ -20,12 +20,15 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 T = TypeVar("T")
 AUTHORITIES = 8
+RESIGNED = "!"
 
 
 class Council:
@@ -43,9 +46,10 @@ class Council:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.timeout_s = timeout_s
-        self._turn = 0
+        self._session = self._turn = 0
+        self._said: list[str] = []
         self.lost: dict[int, str] = {}
-        self._own = dist.TCPStore("0.0.0.0", 0, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
+        self._own = TCPStore("0.0.0.0", 0, None, True, timedelta(seconds=timeout_s), wait_for_workers=False)
         addresses: list[Any] = [None] * self.size
         dist.all_gather_object(addresses, (_address(), socket.gethostname(), self._own.port), group=group)
         self._stores = [self._own if r == self.rank else self._connect(*a) for r, a in enumerate(addresses)]
@@ -55,31 +59,47 @@ class Council:
     def _linger(self, seconds: float = 5.0) -> None:
         """Before this process ends: let the others read its last word, so that an end does not look like a death."""
         wanted, deadline = self.size - 1 - len(self.lost), time.monotonic() + seconds
-        while self._turn and self._own.add(f"read{self._turn}", 0) < wanted and time.monotonic() < deadline:
+        while self._turn and self._own.add(self._key("read"), 0) < wanted and time.monotonic() < deadline:
             time.sleep(0.005)
 
-    def _connect(self, address: str, host: str, port: int) -> dist.TCPStore:
+    def _key(self, kind: str) -> str:
+        return f"{kind}{self._session}.{self._turn}"
+
+    def begin(self) -> None:
+        """Start counting turns anew. All ranks do, also after turns that not all of them took part in."""
+        self._session, self._turn = self._session + 1, 0
+
+    def resign(self, reason: str) -> None:
+        """Tell those who go on to the next turn that this rank does not."""
+        self._own.set(f"word{self._session}.{self._turn + 1}", RESIGNED + reason)
+
+    def _connect(self, address: str, host: str, port: int) -> Store:
         if host == socket.gethostname():
             address = "127.0.0.1"
         elif address.startswith("127."):
             address = host
-        return dist.TCPStore(address, port, None, False, timedelta(seconds=self.timeout_s))
+        return TCPStore(address, port, None, False, timedelta(seconds=self.timeout_s))
 
     def exchange(self, word: str, timeout_s: float | None = None) -> list[str | None]:
-        """[G] what every rank said in this turn, None for ranks that are dead or silent (see `lost`)."""
+        """[G] what every rank said in this turn, None for ranks that are dead or silent (see `lost`).
+
+        The word of a rank that has resigned begins with `RESIGNED`.
+        """
         self._turn += 1
-        key = f"word{self._turn}"
+        key = self._key("word")
         self._own.set(key, word)
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         words: list[str | None] = []
         for rank, store in enumerate(self._stores):
             words.append(word if rank == self.rank else self._read(rank, store, key, deadline))
-        if None not in words:  # then nobody reads the previous turn any more
-            for old in (f"word{self._turn - 1}", f"read{self._turn - 1}", f"decision{self._turn - 1}"):
+        if None not in words:  # then everybody is in this turn, and nobody reads what was said before
+            for old in self._said:
                 self._own.delete_key(old)
+            self._said = []
+        self._said += [key, self._key("read"), self._key("decision")]
         return words
 
-    def _read(self, rank: int, store: dist.TCPStore, key: str, deadline: float) -> str | None:
+    def _read(self, rank: int, store: Store, key: str, deadline: float) -> str | None:
         left = max(0.05, deadline - time.monotonic())
 
         def read() -> str:
@@ -92,13 +112,10 @@ class Council:
 
     def decide(self, proposal: str) -> str:
         """The common decision of this turn: the proposal of some rank."""
-        key = f"decision{self._turn}"
+        key = self._key("decision")
         value = proposal
         for rank, store in enumerate(self._stores[:AUTHORITIES]):
-            answer = self._call(
-                rank, lambda store=store, value=value: store.compare_set(key, "", value), self.timeout_s
-            )
-            value = value if answer is None else bytes(answer).decode() if not isinstance(answer, str) else answer
+            value = self._call(rank, partial(_propose, store, key, value), self.timeout_s) or value
         return value
 
     def _call(self, rank: int, action: Callable[[], T], seconds: float) -> T | None:
@@ -129,6 +146,10 @@ class Council:
             return result[0]
         self.lost[rank] = reason[0] if reason else f"did not answer within {seconds:.0f} s"
         return None
+
+
+def _propose(store: Store, key: str, value: str) -> str:
+    return bytes(store.compare_set(key, "", value)).decode()
 
 
 def _address() -> str:

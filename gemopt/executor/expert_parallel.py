@@ -24,33 +24,38 @@ from gemopt.executor.splits import Assigned, Routing, positions
 NAME = "gemopt"
 
 
-class SlotDispatch(AllToAllEP):  # type: ignore[misc]
+class SlotDispatch(AllToAllEP):
     """Dispatch of one MoE layer by slots instead of by contiguous experts.
 
     Until an `Executor` takes over, weights stay as transformers sharded them and slots are experts.
     """
+
+    num_local_experts: int  # type: ignore[assignment]
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts: Any = experts
         self.rank: int = ep_mesh.get_local_rank()
         self.num_ranks: int = ep_mesh.size()
-        self.num_experts: int = self.num_local_experts * self.num_ranks
+        self.num_experts = self.num_local_experts * self.num_ranks
         self.nodes: list[int] = [0] * self.num_ranks
         slots = np.full(self.num_ranks, self.num_local_experts)
         self.row = LayerRow(np.arange(self.num_experts), slots)
         self.routing: Routing | None = None
         self.canaries: Tensor | None = None
-        experts.gemopt_dispatch = self  # type: ignore[assignment]
+        experts.__dict__["gemopt_dispatch"] = self
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        base: Any = super()
         if self.routing is None:
-            return super().__call__(hidden_states, top_k_index, top_k_weights)  # type: ignore[no-any-return]
+            untouched: Tensor = base.__call__(hidden_states, top_k_index, top_k_weights)
+            return untouched
         slots = self._slots(self.routing, top_k_index)
-        tokens, slot_ids, weights, state = self._dispatch_tokens(hidden_states, slots, top_k_weights)
+        tokens, slot_ids, weights, state = base._dispatch_tokens(hidden_states, slots, top_k_weights)
         # A rank without rows has nothing to compute, and possibly no slot to compute it with.
-        output = self.experts_forward(tokens, slot_ids, weights) if tokens.shape[0] else tokens
-        return self._combine_tokens(output, state)  # type: ignore[no-any-return]
+        computed = self.experts_forward(tokens, slot_ids, weights) if tokens.shape[0] else tokens
+        output: Tensor = base._combine_tokens(computed, state)
+        return output
 
     def _slots(self, routing: Routing, top_k_index: Tensor) -> Tensor:
         """[N, K] padded slots of logical experts."""
@@ -103,7 +108,7 @@ class SlotDispatch(AllToAllEP):  # type: ignore[misc]
         if self.routing is not None:
             return
         sharded = {n: p for n, p in self.experts.named_parameters(recurse=False) if isinstance(p, DTensor)}
-        local = {name: parameter.detach().to_local() for name, parameter in sharded.items()}
+        local = {name: parameter.to_local().detach() for name, parameter in sharded.items()}
         for name, tensor in local.items():
             if tensor.shape[0] != self.num_local_experts:
                 raise InputError(

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from gemopt.exceptions import GemoptError
-from gemopt.executor.council import Council
+from gemopt.executor.council import RESIGNED, Council
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.executor.plan import Stage, checksum, slot_checksum
 from gemopt.executor.splits import Routing
@@ -151,8 +151,8 @@ class StageRunner:
         if words is None:
             self.event("vote", stage)
             words = self.council.exchange(problem, self._vote_by - time.monotonic())
-        faults = {rank: word or self.council.lost[rank] for rank, word in enumerate(words) if word != ""}
-        where = next((word.partition(":")[0] for word in words if word), "vote")
+        faults = self._faults(words, bool)
+        where = next((word.partition(":")[0] for word in words if word and not word.startswith(RESIGNED)), "vote")
         self.event("decide", stage)
         decision = self.council.decide(json.dumps({"where": where, "faults": faults}) if faults else COMMIT)
         if decision == COMMIT:
@@ -165,7 +165,22 @@ class StageRunner:
             where, faults = told["where"], {int(rank): why for rank, why in told["faults"].items()}
         if faults:
             self._links = None
-            raise MigrationError(where, self.layer_ids[stage.layer], faults, self.checksum())
+            self._give_up(where, faults, stage)
+
+    def _faults(self, words: Sequence[str | None], is_fault: Callable[[str], object]) -> dict[int, str]:
+        """What is wrong, by rank: lost, resigned, or a word that `is_fault`."""
+        return {
+            rank: self.council.lost[rank] if word is None else word.removeprefix(RESIGNED)
+            for rank, word in enumerate(words)
+            if word is None or word.startswith(RESIGNED) or is_fault(word)
+        }
+
+    def _give_up(self, where: str, faults: Mapping[int, str], stage: Stage | None = None) -> NoReturn:
+        """Raise, and let no other rank wait for this one."""
+        layer = None if stage is None else self.layer_ids[stage.layer]
+        error = MigrationError(where, layer, faults, self.checksum())
+        self.council.resign(f"gave up at {where}")
+        raise error
 
     def finish(self) -> None:
         """Make sure that all ranks ended with the same placement."""
@@ -173,15 +188,15 @@ class StageRunner:
         words = self.exchange("finish", mine)
         wrong = {rank: f"has placement {word[:12]}" for rank, word in enumerate(words) if word != mine}
         if wrong:
-            raise MigrationError("finish", None, wrong, self.checksum())
+            self._give_up("finish", wrong)
 
     def exchange(self, stage: str, word: str) -> list[str]:
         """[G] what every rank said; raises when one is gone."""
         self.event(stage)
         words = self.council.exchange(word)
-        faults = {rank: self.council.lost[rank] for rank, other in enumerate(words) if other is None}
+        faults = self._faults(words, lambda _: False)
         if faults:
-            raise MigrationError(stage, None, faults, self.checksum())
+            self._give_up(stage, faults)
         return [other for other in words if other is not None]
 
 
@@ -261,5 +276,5 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
         yield

@@ -1,0 +1,98 @@
+"""Load models: experts permuted in memory for any contiguous expert parallelism, or served by gemopt."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from gemopt.exceptions import InputError
+from gemopt.executor.checkpoint import (
+    Permutation,
+    check_coverage,
+    permutation_of,
+    read_config,
+    read_header,
+    weight_files,
+)
+from gemopt.executor.expert_parallel import NAME
+from gemopt.placement import Placement
+
+Layout = Literal["shared", "own"]
+
+
+def layout(kind: Layout, num_ranks: int, implementation: str = NAME) -> DistributedConfig:
+    """`shared`: the ranks hold the same batch (tensor parallel outside the experts); `own`: each has its own (FSDP)."""
+    sizes: dict[str, Any] = {"tp_size": num_ranks, "tp_plan": "auto"} if kind == "shared" else {"fsdp_size": num_ranks}
+    return DistributedConfig(**sizes, ep_size=num_ranks, ep_implementation=implementation)
+
+
+def load(source: str | os.PathLike[str], distributed_config: DistributedConfig | None = None, **options: Any) -> Any:
+    """A causal language model from a checkpoint folder, in evaluation mode, sharded as told."""
+    read_config(Path(source))
+    try:
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_pretrained(source, distributed_config=distributed_config, **options)
+    except ValueError as error:  # transformers' word for a layout that does not suit the model
+        raise InputError(str(source), str(error), "a checkpoint and a layout that transformers can load") from None
+    return model.eval()
+
+
+def load_permuted(
+    source: str | os.PathLike[str],
+    placement: Placement,
+    distributed_config: DistributedConfig | None = None,
+    **options: Any,
+) -> Any:
+    """As `export_checkpoint` and then `load`, without the files: slot j of every layer is expert j of the model.
+
+    Single-expert tensors are only renamed and stay on disk until needed; stacked ones are copied.
+
+    Raises
+    ------
+    InputError
+        As `export_checkpoint`.
+    """
+    folder = Path(source)
+    permutation = permutation_of(placement, read_config(folder))
+    config = AutoConfig.from_pretrained(folder)
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    model_class: Any = mapping[type(config)]
+    options = {"dtype": getattr(config, "dtype", None) or "auto", **options}
+    state = permuted_state(folder, permutation)
+    model = model_class.from_pretrained(
+        None, config=config, state_dict=state, distributed_config=distributed_config, **options
+    )
+    return model.eval()
+
+
+def permuted_state(folder: Path, permutation: Permutation) -> dict[str, Tensor]:
+    """Tensors of a checkpoint by their new names, mapped from the files where nothing in them changes."""
+    from safetensors import safe_open
+
+    files = weight_files(folder)
+    check_coverage(permutation, [tensor for file in files for tensor in read_header(file)[0]])
+    state: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                state[permutation.new_name(name)] = _permuted(tensors.get_tensor(name), name, permutation)
+    return state
+
+
+def _permuted(tensor: Tensor, name: str, permutation: Permutation) -> Tensor:
+    role = permutation.role(name)
+    if role is None or role.kind == "expert":
+        return tensor
+    order = torch.from_numpy(permutation.expert_of[role.layer].copy())
+    if role.kind == "hash":
+        slot_of = torch.argsort(order)
+        known = (tensor >= 0) & (tensor < len(order))
+        return torch.where(known, slot_of[tensor.clamp(0, len(order) - 1).long()].to(tensor.dtype), tensor)
+    order = torch.cat([order, torch.arange(len(order), tensor.shape[role.dim])])
+    return tensor.index_select(role.dim, order)

@@ -1,0 +1,97 @@
+"""`gemopt apply`: the dry run from files, bad input, and one real run under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gemopt import Placement
+from gemopt.cli import main
+
+
+@pytest.fixture
+def placements(tmp_path):
+    """Files of two placements of 2 layers, 8 experts, 2 ranks, and of one of 4 ranks."""
+    rng = np.random.default_rng(0)
+    made = {}
+    for name, slots in (("a", [4, 4]), ("b", [5, 3]), ("four", [2] * 4)):
+        rows = [rng.permutation(8) for _ in range(2)]
+        made[name] = str(tmp_path / f"{name}.json")
+        Placement(physical_to_logical=rows, slots_per_rank=slots, num_experts=8, layer_ids=[1, 2]).save(made[name])
+    return made
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["apply", *arguments])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_dry_run_counts_what_crosses(capsys, placements):
+    code, out, _ = run(
+        capsys, placements["a"], "--dry-run", "--expert-bytes", "1000", "--ranks-per-node", "1", "--json"
+    )
+    report = json.loads(out)
+    table = Placement.load(placements["a"]).physical_to_logical
+    crossing = sum(int((row[:4] >= 4).sum() + (row[4:] < 4).sum()) for row in table)
+    assert code == 0
+    assert report["moves"] == {"local": 0, "node": 0, "cross": crossing, "relay": 0}
+    assert report["bytes"]["cross"] == 1000 * crossing and report["stay"] == 16 - crossing
+    assert report["stages"] == report["layers"] == 2 and report["estimate_s"] > 0
+
+
+def test_dry_run_from_a_placement_to_itself_and_to_other_slots(capsys, placements):
+    same = json.loads(run(capsys, placements["a"], "--current", placements["a"], "--dry-run", "--json")[1])
+    assert same["stages"] == 0 and same["stay"] == 16 and same["estimate_s"] is None
+    code, out, _ = run(capsys, placements["b"], "--current", placements["a"], "--dry-run")
+    assert code == 0 and "2 commits in 2 layers" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a", "--current", "four", "--dry-run"], "4 ranks"),
+        (["a", "--dry-run", "--at-load"], "one of the two"),
+        (["a", "--dry-run", "--budget", "1"], "--expert-bytes"),
+        (["a", "--dry-run", "--budget", "1e-9", "--expert-bytes", "100"], "needs a buffer of 100 bytes"),
+        (["a", "--dry-run", "--model", "nowhere"], "nowhere"),
+        (["a"], "--model"),
+        (["a", "--model", "."], "torchrun"),
+        (["missing.json", "--dry-run"], "missing.json"),
+        (["a", "--dry-run", "--node-gbps", "0"], "node-gbps"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, placements, monkeypatch, arguments, words):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    code, out, err = run(capsys, *(placements.get(argument, argument) for argument in arguments))
+    assert code == 2 and out == ""
+    assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_apply_under_torchrun(tmp_path):
+    pytest.importorskip("transformers")
+    from gemopt.models import tiny
+
+    tiny("qwen3_moe", num_layers=3).save_pretrained(tmp_path / "model")
+    wanted = Placement(
+        physical_to_logical=[[7, 0, 6, 1, 5, 2, 4, 3]] * 2, slots_per_rank=[5, 3], num_experts=8, layer_ids=[1, 2]
+    )
+    wanted.save(tmp_path / "wanted.json")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "gemopt", "apply", "wanted.json", "--model", "model", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, *command], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    from gemopt.executor.plan import checksum, layer_rows
+
+    assert report["checksum"] == checksum(layer_rows(wanted)), "what is in force is what was asked for"
+    assert sum(report["moves"].values()) > 0 and report["elapsed_s"] > 0
