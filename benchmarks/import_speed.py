@@ -153,7 +153,7 @@ CASES = [
     ("SGLang per_token (.pt), counts", "sglang", per_token, 1.0),
     ("TensorRT-LLM statistic (.safetensors)", "tensorrt-llm", statistic, 1.0),
     ("array (.npy, int32)", "array", array, 1.0),
-    ("vLLM responses (.jsonl)", "vllm", responses, 0.1),
+    ("vLLM responses (.jsonl)", "vllm", responses, 0.01),
 ]
 
 
@@ -178,8 +178,8 @@ def report(rows: list[str], gigabytes: float) -> str:
         "",
         f"{date.today()}, {versions}, safetensors {safetensors.__version__}, {platform.machine()} with",
         f"{os.cpu_count()} cores, one used. {LAYERS} layers, {EXPERTS} experts ({SLOTS} slots), {gigabytes:g} GB of",
-        "dumps (responses: a tenth). MB/s are of CPU time (user and system), files in the page cache; memory is what",
-        "the import added to the process at most, mapped pages of the file being read included.",
+        "dumps (responses: 1 %). MB/s are of CPU time (user and system), files in the page cache; memory is what the",
+        "import added to the process at most, mapped pages of the file being read included.",
         "",
         "| recording | files | MB | CPU s | MB/s of CPU | wall s | added memory MB | largest file MB | output MB |",
         "|---|---|---|---|---|---|---|---|---|",
