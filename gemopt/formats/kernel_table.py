@@ -19,6 +19,7 @@ from gemopt.profile import Device, MoeShape, Profile, Sample
 
 LOAD_COLUMNS = ("tokens", "num_tokens", "assignments")
 ACTIVE_COLUMNS = ("active_experts", "activated_experts")
+LARGEST_LOAD, LARGEST_US = 2.0**31 - 1, 1e12  # as in a profile
 LATENCY_COLUMNS = {"latency_us": 1.0, "time_us": 1.0, "latency_ms": 1e3, "time_ms": 1e3, "latency_ns": 1e-3}
 
 
@@ -69,12 +70,20 @@ def read_table(
     active_column = next((name for name in ACTIVE_COLUMNS if name in header), None)
     latency_column = _column(path, header, tuple(LATENCY_COLUMNS))
     merged: dict[int, dict[tuple[int, int | None], list[float]]] = defaultdict(lambda: defaultdict(list))
-    for number, row in enumerate(rows, start=2):
-        load = _number(path, number, load_column, row[load_column])
-        latency = _number(path, number, latency_column, row[latency_column]) * LATENCY_COLUMNS[latency_column]
-        active = None if active_column is None else _whole(path, number, active_column, row[active_column])
-        rank = _whole(path, number, "rank", row["rank"]) if "rank" in header else 0
-        merged[rank][(_round_load(load * factor, active), active)].append(latency)
+    scale = LATENCY_COLUMNS[latency_column]
+    for line, row in rows:
+        load = _number(path, line, load_column, row[load_column], largest=LARGEST_LOAD / factor) * factor
+        latency = _number(path, line, latency_column, row[latency_column], largest=LARGEST_US / scale) * scale
+        active = None if active_column is None else _whole(path, line, active_column, row[active_column])
+        if active is not None and active > np.ceil(load):
+            raise InputError(
+                f"{path} line {line}, {active_column}",
+                active,
+                f"at most the {load:g} assignments of the line",
+                "does the load column count tokens? then give --unit and --top-k",
+            )
+        rank = _whole(path, line, "rank", row["rank"]) if "rank" in header else 0
+        merged[rank][(_whole_load(load, active), active)].append(latency)
     devices = [Device(rank=rank, samples=_samples(points)) for rank, points in sorted(merged.items())]
     return Profile(devices=devices, model=MoeShape(top_k=top_k), mode="table")
 
@@ -91,8 +100,9 @@ def _assignments_per_load(unit: Unit, top_k: int | None, ep: int | None) -> floa
     return top_k / ep
 
 
-def _round_load(load: float, active: int | None) -> int:
-    return max(int(round(load)), active or 0)
+def _whole_load(load: float, active: int | None) -> int:
+    """Nearest whole number, but a rank with any work or active expert has at least that many assignments."""
+    return max(round(load), active or 0, int(load > 0))
 
 
 def _samples(points: dict[tuple[int, int | None], list[float]]) -> list[Sample]:
@@ -110,17 +120,18 @@ def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
     """Fleet from a CSV with `rel_time` and, where it holds several, `dataset`; `name` picks one."""
     rows, header = _rows(path)
     _column(path, header, ("rel_time",))
-    names = sorted({row["dataset"] for row in rows}) if "dataset" in header else [""]
+    names = sorted({row["dataset"] for _, row in rows}) if "dataset" in header else [""]
     if name is None and len(names) > 1:
         raise InputError(str(path), f"{len(names)} fleets", f"one of {', '.join(names)}", "choose with --fleet")
     if name is not None and name not in names:
         raise InputError("--fleet", name, f"one of {', '.join(names)}")
     chosen = name if name is not None else names[0]
-    kept = [(i, row) for i, row in enumerate(rows, start=2) if row.get("dataset", "") == chosen]
-    rel_time = np.array([_number(path, i, "rel_time", row["rel_time"]) for i, row in kept])
+    kept = [(line, row) for line, row in rows if row.get("dataset", "") == chosen]
+    rel_time = np.array([_number(path, line, "rel_time", row["rel_time"], largest=1e3) for line, row in kept])
     if (rel_time <= 0).any():
-        raise InputError(f"{path}: rel_time", float(rel_time.min()), "above 0")
-    gpus = [row.get("gpu") or str(i) for i, row in kept]
+        line, row = kept[int(rel_time.argmin())]
+        raise InputError(f"{path} line {line}, rel_time", row["rel_time"], "above 0 (1: as fast as the fleet's median)")
+    gpus = [row.get("gpu") or str(line) for line, row in kept]
     return Fleet(chosen or os.path.basename(str(path)), gpus, rel_time)
 
 
@@ -138,8 +149,8 @@ def what_if(profile: Profile, fleet: Fleet, *, ranks: int, seed: int = 0, memory
         raise InputError("--ranks", ranks, "at least 1")
     source = profile.devices[0]
     compute_share = _compute_share(source) if memory is not None else np.ones(len(source.samples))
-    slower = [float(fleet.rel_time[i]) for i in fleet.draw(ranks, seed)]
-    names = [fleet.gpus[i] for i in fleet.draw(ranks, seed)]
+    drawn = fleet.draw(ranks, seed)
+    slower, names = [float(fleet.rel_time[i]) for i in drawn], [fleet.gpus[i] for i in drawn]
     rest = slower if memory is None else [float(memory.rel_time[i]) for i in memory.draw(ranks, seed + 1)]
     devices = []
     for rank in range(ranks):
@@ -169,26 +180,29 @@ def slow_down(profile: Profile, rank: int, factor: float) -> Profile:
     """The same profile with one rank `factor` times slower."""
     if not 0 <= rank < profile.num_ranks:
         raise InputError("rank", rank, f"0 to {profile.num_ranks - 1}")
+    if not 0 < factor <= 1e3:
+        raise InputError("factor", factor, "above 0; 1.3 is 30 % slower")
     devices = list(profile.devices)
     samples = [s.model_copy(update={"latency_us": s.latency_us * factor}) for s in devices[rank].samples]
     devices[rank] = devices[rank].model_copy(update={"samples": samples})
     return profile.model_copy(update={"devices": devices})
 
 
-def _rows(path: str | os.PathLike[str]) -> tuple[list[dict[str, str]], list[str]]:
+def _rows(path: str | os.PathLike[str]) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
+    """Rows with the number of their line, and the header."""
     try:
         text = read_bytes(path).decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text), strict=True)
-        rows = list(reader)
+        reader = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True)
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
-    header = [name or "" for name in reader.fieldnames or []]
-    if not rows:
+    if len(lines) < 2:
         raise InputError(str(path), "no rows", "a header line and at least one row are needed")
-    for number, row in enumerate(rows, start=2):
-        if None in row or any(value is None for value in row.values()):
-            raise InputError(f"{path} line {number}", "another number of columns", f"{len(header)} columns")
-    return rows, header
+    header = lines[0][1]
+    for line, cells in lines:
+        if len(cells) != len(header):
+            raise InputError(f"{path} line {line}", f"{len(cells)} columns", f"{len(header)} columns, as in the header")
+    return [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]], header
 
 
 def _column(path: str | os.PathLike[str], header: list[str], accepted: tuple[str, ...]) -> str:
@@ -198,18 +212,18 @@ def _column(path: str | os.PathLike[str], header: list[str], accepted: tuple[str
     raise InputError(str(path), f"columns {', '.join(header)}", f"a column {' or '.join(accepted)} is needed")
 
 
-def _number(path: str | os.PathLike[str], line: int, column: str, text: str) -> float:
+def _number(path: str | os.PathLike[str], line: int, column: str, text: str, *, largest: float) -> float:
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not np.isfinite(value) or value < 0 or value > 2**31:
-        raise InputError(f"{path} line {line}, {column}", text, f"a number from 0 to {2**31}")
+    if not 0 <= value <= largest:
+        raise InputError(f"{path} line {line}, {column}", text, f"a number from 0 to {largest:.10g}")
     return value
 
 
 def _whole(path: str | os.PathLike[str], line: int, column: str, text: str) -> int:
-    value = _number(path, line, column, text)
+    value = _number(path, line, column, text, largest=LARGEST_LOAD)
     if value != int(value):
         raise InputError(f"{path} line {line}, {column}", text, "a whole number")
     return int(value)
