@@ -103,11 +103,13 @@ def _report(destination: Any, num_cut: int, num_prompts: int, *, as_json: bool) 
         return
     console.print(
         f"{destination.path}: {num_prompts} prompts, {steps['prefill']} prefill and {steps['decode']} decode steps, "
-        f"{traces.num_layers} MoE layers of {traces.num_experts} experts, {int(load_LE.sum()):,} assignments"
+        f"{traces.num_layers} MoE layers of {traces.num_experts} experts, {int(load_LE.sum()):,} assignments",
+        soft_wrap=True,
     )
     console.print(
         "hottest expert of each layer, times the mean: "
-        + " ".join(f"{ratio:.1f}" for ratio in summary["hottest_expert_to_mean"])
+        + " ".join(f"{ratio:.1f}" for ratio in summary["hottest_expert_to_mean"]),
+        soft_wrap=True,
     )
     if num_cut:
         console.print(f"{num_cut} prompts were cut: --max-prompt-tokens")
