@@ -136,7 +136,7 @@ def _decode(where: str, encoded: Any, options: TraceOptions, *, raw_int32: bool)
     if data[:6] == b"\x93NUMPY":
         try:
             array = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
+        except Exception as error:  # numpy's header parser lets errors of the tokenizer through
             raise InputError(name, str(error), "a complete .npy array") from None
         return as_array(array, name=name, ndim=3)
     if not raw_int32:
