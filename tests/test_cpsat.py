@@ -153,6 +153,11 @@ def test_interrupt_and_deadline_return_the_warm_start_or_better() -> None:
     before = objective(problem, warm_start)
     stopped = CpSat().solve(problem, options(stop=lambda: True), warm_start)
     assert stopped.stopped_by is StoppedBy.INTERRUPT
+    asked: list[int] = []
+    amid = CpSat().solve(
+        staircase_problem(60, equal=False), options(stop=lambda: asked.append(1) or len(asked) > 6), None
+    )
+    assert amid.stopped_by is StoppedBy.INTERRUPT and 0 < amid.bound_us < amid.history[-1].objective_us
     late = CpSat().solve(problem, options(seconds=-1.0), warm_start)
     assert late.stopped_by is StoppedBy.TIME_LIMIT
     for outcome in (stopped, late):

@@ -30,8 +30,9 @@ class CpSat:
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * options.remaining)
-        if search.done:
-            return search.outcome(search.proof(), "")
+        ended = search.ended()
+        if ended is not None:
+            return ended
         tick_us = resolution(search)
         formulation = Formulation(search.compact, tick_us, canonical_hint(search))
         solver = cp_model.CpSolver()
@@ -52,11 +53,11 @@ class CpSat:
 
 
 def resolution(search: Search) -> float:
-    """Microseconds per tick: every column, curved part and constant of a step may lose a tick or three."""
+    """Microseconds per tick, a power of ten: every column, curved part and constant may lose a tick or three."""
     compact = search.compact
     lost = int(compact.slots_G.max()) + 1 + 3 * compact.features_FTQ.shape[0]
     tick_us: float = RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps)
-    return max(tick_us, 1e-12)
+    return float(10.0 ** np.floor(np.log10(max(tick_us, 1e-12))))
 
 
 def canonical_hint(search: Search) -> NDArray[np.bool_]:

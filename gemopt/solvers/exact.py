@@ -56,7 +56,10 @@ class Search:
         bound = max(float(problem.weights_T @ floor_T), options.bound_us)
         some = np.unique(np.linspace(0, problem.num_steps - 1, SAMPLE).round().astype(np.int64))
         per_step = Compact.of(problem.select(some), floor_T[some]).size / len(some)
-        steps, weights_T = representative_steps(problem, int(min(budget / max(per_step, 1.0), problem.num_steps)))
+        limit = int(min(budget / max(per_step, 1.0), problem.num_steps))
+        if limit < problem.num_steps:  # a power of two: layers of one call say the same
+            limit = 1 << max(limit, 1).bit_length() - 1
+        steps, weights_T = representative_steps(problem, limit)
         compact = Compact.of(problem.select(steps, weights_T), floor_T[steps])
         search = cls(problem, options, compact, row, objective(problem, row), bound)
         search.history.append(incumbent(search.objective_us, bound))
@@ -66,6 +69,16 @@ class Search:
     def reduced(self) -> bool:
         """Whether representatives stand for the steps, so that the solver's own bound does not hold."""
         return self.compact.num_steps < self.problem.num_steps
+
+    def ended(self) -> Outcome | None:
+        """The outcome when nothing is left to do before the solver has begun."""
+        if self.done:
+            return self.outcome(self.proof(), "bound from the simple bounds of all steps")
+        if self.options.expired():
+            return self.outcome(
+                StoppedBy.INTERRUPT if self.options.stop() else StoppedBy.TIME_LIMIT, "no time to solve"
+            )
+        return None
 
     @property
     def done(self) -> bool:
@@ -96,8 +109,8 @@ class Search:
         if self.bound_us > self.objective_us + ROUNDING * abs(self.objective_us):
             raise SolverError(f"bound {self.bound_us} us above the objective {self.objective_us} us of a placement")
         if self.reduced:
-            note = (
-                f"{note}; placement from {self.compact.num_steps} weighted representatives of "
+            note += (
+                f"; placement from {self.compact.num_steps} weighted representatives of "
                 f"{self.problem.num_steps} distinct steps, bound from the simple bounds of all steps"
             )
         return Outcome(self.row, stopped_by, min(self.bound_us, self.objective_us), self.history, note)

@@ -48,14 +48,15 @@ class Milp:
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * (options.remaining - START_S))
-        if search.done:
-            return search.outcome(search.proof(), "")
+        ended = search.ended()
+        if ended is not None:
+            return ended
         with tempfile.TemporaryDirectory(prefix="gemopt-milp-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             write_request(folder, search, backend=self.backend)
             finished = watch(folder, search)
             state = read_state(folder, search)
-        note = f"{state.get('backend', 'no solver was reached')}"
+        note = str(state.get("backend", "the solver was not reached in time"))
         if finished and state.get("proven"):
             return search.outcome(search.proof(), note)
         return search.outcome(StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT, note)
