@@ -152,8 +152,13 @@ class Tracer:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        token_ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-        rows, length = (token_ids if token_ids is not None else embeddings).shape[:2]  # type: ignore[union-attr]
+        token_ids = given.get("input_ids")
+        shaped = token_ids if token_ids is not None else given.get("inputs_embeds")
+        if shaped is None:
+            return  # the decoder itself refuses this
+        rows, length = shaped.shape[:2]
+        if token_ids is not None and length == 1:
+            token_ids = token_ids.clone()  # often the last column of all tokens so far: do not keep those alive
         cache = given.get("past_key_values")
         cached = 0 if cache is None else cache.get_seq_length()
         starts = cached == 0 if isinstance(cached, int) else length > 1  # a count on the device is not waited for

@@ -353,6 +353,19 @@ def test_ranks_with_batches_of_their_own_are_added_up(tmp_path):
         load_ranks(tmp_path)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="no accelerator")
+def test_an_accelerator_counts_as_the_cpu_does(tmp_path):
+    network = tiny("qwen3_moe")
+    expected = traced(network, tmp_path / "cpu", lambda: network(**left_padded(PROMPTS)), ids=True)
+    device = torch.accelerator.current_accelerator().type
+    network.to(device)
+    batch = {name: tensor.to(device) for name, tensor in left_padded(PROMPTS).items()}
+    traces = traced(network, tmp_path / "device", lambda: network(**batch), ids=True)
+    for name in ("counts", "pair_counts", "transitions"):
+        np.testing.assert_array_equal(getattr(traces, name), getattr(expected, name))
+
+
 @pytest.mark.distributed
 def test_expert_parallel_ranks(tmp_path):
     """Two ranks sharing a batch record it once; with batches of their own they record their share each."""

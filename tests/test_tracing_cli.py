@@ -207,6 +207,14 @@ def test_importing_stays_a_command(capsys):
     assert "serving engine" in capsys.readouterr().out
 
 
+def test_without_torch(tmp_path, capsys, monkeypatch):
+    for name in ("gemopt.profiling.generating", "gemopt.profiling.tracing", "torch"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not there
+    line = refusal(capsys, "trace", "--model", "tiny-moe", "--prompts", PROMPTS, "-o", tmp_path / "t")
+    assert "torch: got not installed" in line
+
+
 @pytest.mark.distributed
 def test_torchrun_shares_the_experts(folder, tmp_path):
     """Two ranks, half of the experts each, write the traces one process writes."""
