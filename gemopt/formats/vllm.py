@@ -18,7 +18,7 @@ from gemopt.traces import Traces
 
 MAX_REDUNDANT = 1023  # vllm/distributed/eplb/eplb_state.py, MAX_EXPERT_REDUNDANCY
 # The first rearrangement comes after a quarter of the interval; later ones find nothing to move.
-EPLB = {"window_size": 1, "step_interval": 400}
+EPLB = {"window_size": 1, "step_interval": 1000}
 
 
 def check(placement: Placement, options: WriteOptions) -> None:

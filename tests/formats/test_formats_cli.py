@@ -182,3 +182,14 @@ def test_placement_import(run, files):
     ]:
         assert named in run("placement", "import", *words, "-o", files / "x.json", code=2)
     assert not (files / "x.json").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "transformers"])
+def test_checkpoints_go_to_the_executor(run, files, monkeypatch, name):
+    taken = []
+    monkeypatch.setattr("gemopt.executor.checkpoint.export_checkpoint", lambda *given: taken.append(given))
+    out = run("export", files / "equal.json", "--to", name, "--source", files / "in", "-o", files / "out")
+    assert taken == [(Placement.load(files / "equal.json"), files / "in", files / "out")]
+    assert "2 expert-parallel ranks" in out
+    pair = ["--decode", files / "equal.json", "--to", name, "--source", files / "in", "-o", files / "out"]
+    assert "--decode" in run("export", files / "equal.json", *pair, code=2)
