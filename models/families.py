@@ -1,8 +1,8 @@
 """What differs between families of MoE networks, in one table: module names, checkpoint names, routing rules.
 
 The modules are those of transformers 5, where a MoE block holds a router and one module with all experts stacked
-along the first axis. Checkpoint files keep older names, one tensor per expert in most families. Nothing here needs
-torch.
+along the first axis. Checkpoint files keep older names, with one tensor per expert in most families and all of a
+layer's experts in one tensor in the others. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -43,8 +43,6 @@ class Family:
         Names of the MoE block in checkpoint files, between `layers.N.` and the tensor's own name.
     checkpoint_tensors
         As `router_tensors`, as checkpoint files name them.
-    stacked
-        Checkpoint files hold all experts of a layer in one tensor, not one tensor per expert.
     """
 
     model_type: str
@@ -57,7 +55,6 @@ class Family:
     hash_tensors: tuple[str, ...] = ()
     checkpoint_blocks: tuple[str, ...] = ("mlp",)
     checkpoint_tensors: Mapping[str, int] = field(default_factory=lambda: GATE)
-    stacked: bool = False
 
 
 _TABLE = (
@@ -109,7 +106,6 @@ _TABLE = (
         num_experts="num_local_experts",
         router_tensors={"router.weight": 0, "router.bias": 0},
         checkpoint_tensors={"router.weight": 0, "router.bias": 0},
-        stacked=True,
     ),
     Family(
         "llama4_text",
@@ -119,7 +115,6 @@ _TABLE = (
         router_tensors={"router.weight": 0},
         checkpoint_blocks=("feed_forward",),
         checkpoint_tensors={"router.weight": 0},
-        stacked=True,
     ),
     # The router has rows for `zero_expert_num` identity experts after those of the real ones.
     Family(
@@ -181,10 +176,11 @@ def tensor_role(family: Family, name: str) -> TensorRole | None:
         return TensorRole("router", layer, dim=family.checkpoint_tensors[rest])
     if rest in family.hash_tensors:
         return TensorRole("hash", layer)
-    if family.stacked:
-        return TensorRole("stacked", layer) if rest.startswith("experts.") else None
-    expert = re.match(r"experts\.(\d+)\.", rest)
-    return TensorRole("expert", layer, expert=int(expert[1])) if expert else None
+    expert = re.match(r"experts\.(?:(\d+)\.)?", rest)
+    if expert is None:
+        return None
+    # Either form occurs in every family: files of some publishers stack the experts or take them apart.
+    return TensorRole("expert", layer, expert=int(expert[1])) if expert[1] else TensorRole("stacked", layer)
 
 
 def renamed(name: str, expert: int) -> str:
