@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gemopt.costs import CostModel, FitReport, fit
+from gemopt.costs import CostModel, fit
 from gemopt.evaluate import Evaluation, evaluate
-from gemopt.exceptions import UnsupportedError
+from gemopt.exceptions import SolverError, UnsupportedError
 from gemopt.placement import Placement
 from gemopt.profile import Profile
-from gemopt.result import Result, Status, StoppedBy
+from gemopt.result import Result, Status, StoppedBy, relative_gap
 from gemopt.solve import solve
 from gemopt.traces import Traces
 
 BASELINE = "linear"
+BOUND_TOLERANCE = 1e-6
 DEFAULT_SOLVERS = ("linear", "round-robin", "eplb", "lpt", "gem", "conflict", "local-search", "cpsat", "milp")
 
 
@@ -51,7 +52,7 @@ def compare(
     *,
     solvers: Sequence[str] = DEFAULT_SOLVERS,
     holdout: float = 0.5,
-    cost: str = "auto",
+    cost: str | CostModel = "auto",
     on_result: Callable[[Comparison, Result | None], None] | None = None,
     **options: Any,
 ) -> list[Comparison]:
@@ -69,7 +70,7 @@ def compare(
     The contiguous baseline uses the same slots per rank. A solver that cannot express the request gives a row that
     says so. The best bound proven by any solver holds for all of them and is what every gap is taken against.
     """
-    fitted, _ = fit(profile, model=cost) if isinstance(cost, str) else (cost, FitReport("given", {}))
+    fitted = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
     given, held = traces.split(holdout) if holdout else (traces, None)
     scored = held if held is not None else given
     results: list[tuple[str, Result | None, str]] = []
@@ -80,7 +81,7 @@ def compare(
             results.append((name, None, error.limit))
         if on_result is not None:
             on_result(_row(*results[-1], None, None, 0.0), results[-1][1])
-    bound = max((result.bound_us or 0.0 for _, result, _ in results if result is not None), default=0.0)
+    bound = _best_bound([result for _, result, _ in results if result is not None])
     base_given, base_scored = _baseline(results, profile, given, scored, fitted, options)
     rows = []
     for name, result, note in results:
@@ -96,6 +97,16 @@ def compare(
             row = row.model_copy(update=update)
         rows.append(row)
     return rows
+
+
+def _best_bound(results: Sequence[Result]) -> float:
+    """Largest proven bound; it holds for every placement, so one above anybody's objective is a defect."""
+    best = max(results, key=lambda result: result.bound_us or 0.0, default=None)
+    bound = 0.0 if best is None else best.bound_us or 0.0
+    for result in results:
+        if result.objective_us is not None and bound > result.objective_us * (1 + BOUND_TOLERANCE):
+            raise SolverError(f"the bound {bound} of {best and best.solver} is above {result.solver}'s objective")
+    return bound
 
 
 def _baseline(
@@ -134,7 +145,7 @@ def _row(
         objective_us=value,
         change=None if value is None or not base else value / base - 1,
         bound_us=best,
-        gap=None if value is None or best is None else (value - best) / value if value else 0.0,
+        gap=relative_gap(value, best),
         seconds=result.seconds,
         holdout_us=None,
         holdout_change=None,
