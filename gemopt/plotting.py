@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.compare import Comparison
-from gemopt.documents import replacing
+from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError
 from gemopt.result import Result
@@ -18,9 +18,7 @@ from gemopt.result import Result
 ACCENT, MUTED = "#d1495b", "#8d99ae"
 
 
-def _axes(ax: Any, size: tuple[float, float]) -> Any:
-    if ax is not None:
-        return ax
+def _pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ImportError:
@@ -28,14 +26,26 @@ def _axes(ax: Any, size: tuple[float, float]) -> Any:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=size, layout="constrained")[1]
+    return pyplot
+
+
+def _axes(ax: Any, size: tuple[float, float]) -> Any:
+    return _pyplot().subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def check_picture(path: str | os.PathLike[str]) -> str:
+    """The format a picture's ending asks for; `InputError` when it is unknown or the file could not be written."""
+    kind = os.path.splitext(path)[1].lstrip(".") or "png"
+    known = _pyplot().Figure().canvas.get_supported_filetypes()
+    if kind not in known:
+        raise InputError("--plot", str(path), f"endings {', '.join(sorted(known))}")
+    check_writable(path)
+    return kind
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write the picture atomically; the format follows the ending."""
-    kind = os.path.splitext(path)[1].lstrip(".") or "png"
-    if kind not in figure.canvas.get_supported_filetypes():
-        raise InputError("--plot", str(path), f"endings {', '.join(sorted(figure.canvas.get_supported_filetypes()))}")
+    kind = check_picture(path)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format=kind)
     with replacing(path) as stream:
@@ -76,9 +86,10 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
 def plot_history(result: Result, *, ax: Any = None) -> Any:
     """Best objective over time, with the proven bound."""
     ax = _axes(ax, (7, 4))
-    seconds = [point.seconds for point in result.history] + [result.seconds]
-    values = [point.objective_us for point in result.history]
-    ax.step(seconds, [*values, values[-1]] if values else seconds, where="post", color=ACCENT, label="incumbent")
+    points = [(point.seconds, point.objective_us) for point in result.history]
+    if points:
+        seconds, values = zip(*points, (result.seconds, points[-1][1]), strict=True)
+        ax.step(seconds, values, where="post", color=ACCENT, label="incumbent")
     if result.bound_us is not None:
         ax.axhline(result.bound_us, color="black", linestyle=":", label="bound")
     ax.set_xlabel("seconds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -13,14 +14,18 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         code = app(args=argv, standalone_mode=False, prog_name="gemopt")
+        sys.stdout.flush()
     except InputError as error:
         sys.exit(_complain(error, 2))
     except GemoptError as error:
         sys.exit(_complain(error, 1))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except MemoryError:
+        sys.exit(_complain("out of memory: use fewer steps or layers at once", 1))
     except Exception as error:  # click's own errors: typer ships a click of its own, which has no public name
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(2)

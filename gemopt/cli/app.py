@@ -30,5 +30,9 @@ errors = Console(stderr=True, highlight=False)
 
 def print_json(value: Any) -> None:
     """Machine output: one JSON document on standard output."""
-    json.dump(value, sys.stdout, indent=1)
-    sys.stdout.write("\n")
+    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def say(text: str) -> None:
+    """One line for people, as it is: never wrapped, brackets are no markup."""
+    console.print(text, markup=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gemopt.cli.app import console, profile_app
+from gemopt.cli.app import profile_app, say
 
 
 @profile_app.command("import")
@@ -28,9 +28,11 @@ def import_table(
     source: Annotated[str | None, typer.Option(help="where the table comes from, and its licence")] = None,
 ) -> None:
     """Turn a kernel table into a profile, or into a cluster of differing devices."""
+    from gemopt.documents import check_writable
     from gemopt.exceptions import InputError
     from gemopt.formats.kernel_table import Unit, read_fleet, read_table, what_if
 
+    check_writable(output)
     if unit not in list(Unit):
         raise InputError("--unit", unit, f"one of {', '.join(Unit)}")
     profile = read_table(table, unit=Unit(unit), top_k=top_k, ep=ep)
@@ -45,4 +47,4 @@ def import_table(
     profile = profile.model_copy(update={"source": source or f"imported from {table.name}"})
     profile.save(output)
     samples = sum(len(each.samples) for each in profile.devices)
-    console.print(f"{output}: {profile.num_ranks} devices, {samples} samples")
+    say(f"{output}: {profile.num_ranks} devices, {samples} samples")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from gemopt.compare import Comparison
@@ -14,24 +15,31 @@ if TYPE_CHECKING:
 
 
 def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) -> Table:
-    """Objective in milliseconds over all given steps and layers; changes against contiguous placement."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
-    table.add_column("solver")
+    """Objective over all given steps and layers; changes against contiguous placement. Fits 80 columns.
+
+    The best row (held out, where steps were) is bold; what a solver could not do stands below the table.
+    """
     held = any(row.holdout_us is not None for row in rows)
-    heads = ["objective ms", "change", "bound ms", "gap", "seconds", *(["held-out"] if held else [])]
-    for head in [*heads, "p50 us", "p90 us", "p99 us"]:
-        table.add_column(head, justify="right")
+    failed = [f"{row.solver}: {row.note or row.status.value}" for row in rows if row.objective_us is None]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.title, table.title_justify = title, "left"
+    if failed:
+        table.caption, table.caption_justify = Text("\n".join(failed)), "left"
+    table.add_column("solver", no_wrap=True)
+    heads = ["total\nms", "change\n%", "bound\nms", "gap\n%", "time\ns", *(["held\nout %"] if held else [])]
+    for head in [*heads, "p50\nus", "p90\nus", "p99\nus"]:
+        table.add_column(head, justify="right", no_wrap=True)
     best = min((_key(row, held) for row in rows), default=0.0)
     for row in rows:
         if row.objective_us is None:
-            table.add_row(row.solver, f"[dim]{row.note}", *[""] * (len(table.columns) - 2))
+            table.add_row(row.solver, "-", style="dim")
             continue
         cells = [
-            f"{row.objective_us / 1e3:.1f}",
+            _milliseconds(row.objective_us),
             _percent(row.change),
-            "" if row.bound_us is None else f"{row.bound_us / 1e3:.1f}",
-            "" if row.gap is None else f"{100 * row.gap:.2f} %",
-            f"{row.seconds:.1f}",
+            _milliseconds(row.bound_us),
+            "" if row.gap is None else f"{100 * row.gap:.2f}",
+            f"{row.seconds:.{1 if row.seconds < 99 else 0}f}",
             *([_percent(row.holdout_change)] if held else []),
             *(f"{value:.0f}" if value is not None else "" for value in (row.p50_us, row.p90_us, row.p99_us)),
         ]
@@ -45,7 +53,11 @@ def _key(row: Comparison, held: bool) -> float:
 
 
 def _percent(change: float | None) -> str:
-    return "" if change is None else f"{100 * change:+.1f} %"
+    return "" if change is None else f"{100 * change:+.1f}"
+
+
+def _milliseconds(value_us: float | None) -> str:
+    return "" if value_us is None else f"{value_us / 1e3:.{1 if value_us < 1e6 else 0}f}"
 
 
 def evaluation_fields(evaluation: Evaluation, base: Evaluation) -> dict[str, Any]:
@@ -67,7 +79,7 @@ def evaluation_table(fields: dict[str, Any], num_steps: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     mean = fields["objective_us"] / num_steps
     table.add_row("objective", f"{fields['objective_us'] / 1e3:.1f} ms over {num_steps} steps, {mean:.1f} us per step")
-    table.add_row("against contiguous", _percent(fields["change"]))
+    table.add_row("against contiguous", "" if fields["change"] is None else f"{_percent(fields['change'])} %")
     table.add_row("step p50, p90, p99", " / ".join(f"{fields[q]:.0f}" for q in ("p50_us", "p90_us", "p99_us")) + " us")
     table.add_row("ranks wait", f"{100 * fields['idle_share']:.1f} % of the time")
     table.add_row("outside the profile", f"{100 * fields['outside']:.1f} % of the loads")
