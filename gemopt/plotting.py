@@ -95,7 +95,8 @@ def plot_history(result: Result, *, ax: Any = None) -> Any:
     ax.set_xlabel("seconds")
     ax.set_ylabel("objective, us")
     ax.set_title(result.solver)
-    ax.legend()
+    if ax.lines:
+        ax.legend()
     return ax.figure
 
 

@@ -1,0 +1,122 @@
+"""Rows of a comparison: baseline, shared bound, held-out steps, and what must never be hidden."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemopt.compare import compare
+from gemopt.costs import fit
+from gemopt.evaluate import evaluate
+from gemopt.exceptions import InputError, SolverError
+from gemopt.placement import Placement
+from gemopt.profile import Device, Profile, Sample
+from gemopt.result import Result, Status, StoppedBy, relative_gap
+from gemopt.traces import Traces
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[Profile, Traces]:
+    rng = np.random.default_rng(7)
+    devices = [
+        Device(rank=g, samples=[Sample(assignments=n, latency_us=(9.0 + n) * (1 + g / 5)) for n in (0, 8, 40, 90)])
+        for g in range(2)
+    ]
+    return Profile(devices=devices), Traces(counts=rng.integers(0, 30, (20, 2, 6)))
+
+
+def test_without_the_baseline_changes_are_still_against_it(inputs: tuple[Profile, Traces]) -> None:
+    profile, traces = inputs
+    rows = compare(profile, traces, solvers=("lpt", "local-search"), holdout=0.25, time_limit=5, patience=2)
+    given, held = traces.split(0.25)
+    contiguous = Placement.contiguous(2, 6, 2)
+    for row in rows:
+        base = evaluate(contiguous, profile, given).objective_us
+        assert row.objective_us is not None and row.change == pytest.approx(row.objective_us / base - 1)
+        base = evaluate(contiguous, profile, held).objective_us
+        assert row.holdout_us is not None and row.holdout_change == pytest.approx(row.holdout_us / base - 1)
+        assert row.p50_us is not None and row.p99_us is not None and row.p50_us <= row.p99_us
+
+
+def test_contiguous_with_spare_slots_keeps_its_slots(inputs: tuple[Profile, Traces]) -> None:
+    rows = compare(*inputs, solvers=("linear",), slots_per_rank=4, time_limit=2)
+    assert rows[0].change == 0 and rows[0].holdout_change == 0
+
+
+def test_a_fitted_cost_model_may_be_given(inputs: tuple[Profile, Traces]) -> None:
+    cost, _report = fit(inputs[0], model="staircase")
+    a = compare(*inputs, solvers=("lpt",), cost=cost, time_limit=2)
+    b = compare(*inputs, solvers=("lpt",), cost="staircase", time_limit=2)
+    assert a[0].objective_us == b[0].objective_us
+
+
+def test_every_result_is_told_as_it_comes(inputs: tuple[Profile, Traces]) -> None:
+    seen: list[tuple[str, Any]] = []
+    compare(*inputs, solvers=("linear", "lpt"), time_limit=2, on_result=lambda row, r: seen.append((row.solver, r)))
+    assert [name for name, _result in seen] == ["linear", "lpt"] and all(isinstance(r, Result) for _name, r in seen)
+
+
+def test_unknown_solvers_and_impossible_splits(inputs: tuple[Profile, Traces]) -> None:
+    with pytest.raises(InputError, match="known solvers"):
+        compare(*inputs, solvers=("magic",))
+    with pytest.raises(InputError, match="holdout"):
+        compare(*inputs, holdout=1.0)
+
+
+def test_a_bound_above_an_objective_is_a_defect(
+    inputs: tuple[Profile, Traces], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gemopt.compare
+
+    honest = gemopt.compare.solve
+
+    def lying(*arguments: Any, **options: Any) -> Result:
+        result = honest(*arguments, **options)
+        if options["solver"] == "lpt" and result.objective_us is not None:
+            return result.model_copy(update={"bound_us": 2 * result.objective_us})
+        return result
+
+    monkeypatch.setattr(gemopt.compare, "solve", lying)
+    with pytest.raises(SolverError, match=r"bound .* of lpt is above linear's objective"):
+        compare(*inputs, solvers=("linear", "lpt"), time_limit=2)
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "gap"),
+    [(10.0, 9.0, 0.1), (10.0, 10.0, 0.0), (10.0, 11.0, 0.0), (0.0, 0.0, 0.0), (10.0, -5.0, 1.0), (None, 1.0, None)],
+)
+def test_gaps(value: float | None, bound: float | None, gap: float | None) -> None:
+    assert relative_gap(value, bound) == (None if gap is None else pytest.approx(gap))
+    assert relative_gap(bound, None) is None
+
+
+def test_summaries() -> None:
+    fields: dict[str, Any] = {"solver": "milp", "stopped_by": StoppedBy.TIME_LIMIT, "seconds": 1.5, "num_steps": 4}
+    nothing = {"objective_us": None, "bound_us": None, "gap": None, "placement": None}
+    assert (
+        Result(status=Status.UNKNOWN, **fields, **nothing).summary() == "milp: unknown, stopped by time_limit, 1.50 s"
+    )
+    found = Result(status=Status.FEASIBLE, **fields, **{**nothing, "objective_us": 40.0, "gap": 0.05, "bound_us": 38.0})
+    assert "10.0 us per step" in found.summary() and "5.00 %" in found.summary()
+
+
+def test_pictures_show_every_solver(inputs: tuple[Profile, Traces]) -> None:
+    pytest.importorskip("matplotlib")
+    from gemopt.plotting import plot_comparison, plot_history, plot_stragglers
+    from gemopt.solve import solve
+
+    rows = compare(*inputs, solvers=("linear", "lpt"), time_limit=2)
+    figure = plot_comparison(rows)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["linear", "lpt"]
+    widths = sorted(round(patch.get_width(), 6) for patch in figure.axes[0].patches)
+    assert widths == sorted(round(100 * (v or 0.0), 6) for row in rows for v in (row.change, row.holdout_change))
+    result = solve(*inputs, solver="local-search", patience=2)
+    assert len(plot_history(result).axes[0].lines) == 2
+    empty = result.model_copy(update={"history": [], "bound_us": None})
+    assert plot_history(empty).axes
+    assert result.placement is not None
+    evaluation = evaluate(result.placement, *inputs)
+    drawn = plot_stragglers(evaluation, 2).axes[0].images[0].get_array()
+    np.testing.assert_allclose(drawn.sum(axis=1), 1.0)
