@@ -184,7 +184,6 @@ class Tracer:
             return
         for index, chosen in enumerate(step.chosen):
             if chosen is None or chosen.shape[0] != step.shape[0] * step.shape[1]:
-                self._remove_hooks()
                 raise InputError(
                     self._layers[index].path,
                     "router did not run" if chosen is None else f"router saw {chosen.shape[0]} tokens",
