@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
+from gemopt.exceptions import SolverError
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports
@@ -34,22 +35,40 @@ class CpSat:
         if ended is not None:
             return ended
         tick_us = resolution(search)
-        formulation = Formulation(search.compact, tick_us, canonical_hint(search))
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = options.threads
-        solver.parameters.random_seed = options.seed % 2**31
-        solver.parameters.relative_gap_limit = options.gap
-        solver.parameters.max_time_in_seconds = max(0.01, options.remaining)
-        solver.parameters.catch_sigint_signal = False
+        try:
+            formulation = Formulation(search.compact, tick_us, canonical_hint(search), options.expired)
+        except TimeoutError as error:
+            return search.outcome(StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT, str(error))
+        solver = configured(options, formulation)
         status = run(solver, formulation, search, tick_us)
-        note = f"resolution {tick_us:.3g} us"
-        if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+        if status in (cp_model.MODEL_INVALID, cp_model.INFEASIBLE):
+            raise SolverError(f"cpsat: the formulation is {solver.status_name(status)}")
+        if status != cp_model.UNKNOWN:
             search.offer_bound(bound_us(solver.best_objective_bound, tick_us))
+        note = f"resolution {tick_us:.3g} us"
         if options.stop():
             return search.outcome(StoppedBy.INTERRUPT, note)
         if status == cp_model.OPTIMAL:
             return search.outcome(search.proof(), note)
         return search.outcome(StoppedBy.TIME_LIMIT, note)
+
+
+def configured(options: Options, formulation: Formulation) -> cp_model.CpSolver:
+    """A solver with seed, limits and search.
+
+    On one thread a formulation with many literals does best by plain propagation, heaviest expert first; one without
+    needs the linear relaxation, which is CP-SAT's default.
+    """
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = options.threads
+    solver.parameters.random_seed = options.seed % 2**31
+    solver.parameters.relative_gap_limit = options.gap
+    solver.parameters.max_time_in_seconds = max(0.01, options.remaining)
+    solver.parameters.catch_sigint_signal = False
+    if options.threads == 1 and formulation.curved:
+        solver.parameters.search_branching = cp_model.FIXED_SEARCH
+        solver.parameters.linearization_level = 0
+    return solver
 
 
 def resolution(search: Search) -> float:
@@ -72,19 +91,15 @@ def bound_us(ticks: float, tick_us: float) -> float:
 
 def run(solver: cp_model.CpSolver, formulation: Formulation, search: Search, tick_us: float) -> Any:
     """Solve in a thread, so that an interrupt and the deadline are seen while OR-Tools is busy."""
-    status: list[Any] = []
-    callback = _Incumbents(formulation, search, tick_us)
-    thread = threading.Thread(target=lambda: status.append(solver.solve(formulation.model, callback)), daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(POLL_S)
-            if search.options.expired():
-                solver.stop_search()
-    finally:
-        solver.stop_search()
-        thread.join()
-    return status[0] if status else cp_model.UNKNOWN
+    with ThreadPoolExecutor(1) as pool:
+        status = pool.submit(solver.solve, formulation.model, _Incumbents(formulation, search, tick_us))
+        try:
+            while not wait([status], POLL_S).done:
+                if search.options.expired():
+                    solver.stop_search()
+        finally:
+            solver.stop_search()
+    return status.result()
 
 
 class _Incumbents(cp_model.CpSolverSolutionCallback):

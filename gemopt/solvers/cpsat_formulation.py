@@ -6,7 +6,7 @@ down, so that a bound in ticks times the tick is a bound in microseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +41,25 @@ class Formulation:
         Integer resolution in microseconds (of weighted time).
     hint_QG
         A canonical placement: `Compact.canonical(Compact.held(row))`. It becomes a value of every variable.
+    expired
+        Asked while constraints are added.
+
+    Raises
+    ------
+    TimeoutError
+        When `expired` says so.
     """
 
-    def __init__(self, compact: Compact, tick_us: float, hint_QG: NDArray[np.bool_]) -> None:
+    def __init__(
+        self,
+        compact: Compact,
+        tick_us: float,
+        hint_QG: NDArray[np.bool_],
+        expired: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.compact = compact
         self.hint_QG = hint_QG
+        self.expired = expired
         self.model = cp_model.CpModel()
         self.scale_T = compact.weights_T / tick_us
         self._hint_loads_FTG = compact.features_FTQ @ hint_QG
@@ -54,6 +68,12 @@ class Formulation:
         self.add_variables()
         self.add_constraints()
         self.add_objective()
+        self.add_order()
+
+    @property
+    def curved(self) -> bool:
+        """Whether a latency has non-convex breaks, so that literals choose among its runs."""
+        return bool(self._choices)
 
     def add_variables(self) -> None:
         """Columns held by ranks, and the makespan of each step in ticks."""
@@ -80,6 +100,12 @@ class Formulation:
         for variable, value in zip(self.makespan, self.makespan_hint, strict=True):
             self.model.add_hint(variable, value)
         self.model.minimize(sum(self.makespan))
+
+    def add_order(self) -> None:
+        """What a fixed search decides first: heaviest expert first, the ranks of each."""
+        columns = [q for expert in self.compact.order_E for q in self._columns(expert)]
+        variables = [variable for q in columns for variable in self.held[q]]
+        self.model.add_decision_strategy(variables, cp_model.CHOOSE_FIRST, cp_model.SELECT_MAX_VALUE)
 
     def _new(self, low: int, high: int, hint: int) -> cp_model.IntVar:
         variable = self.model.new_int_var(low, high, "")
@@ -128,6 +154,8 @@ class Formulation:
     def _makespan_waits_for_every_rank(self) -> None:
         """A step ends no earlier than each term of each rank's latency."""
         for t in range(self.compact.num_steps):
+            if self.expired():
+                raise TimeoutError("no time left to state the formulation")
             for g in range(self.compact.num_ranks):
                 for term in self.compact.terms(t, g):
                     self._wait(t, g, term)
