@@ -21,9 +21,10 @@ from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, LayerResult, Result, Status, StoppedBy, relative_gap
 from gemopt.solvers import get, that_can
-from gemopt.solvers.base import Options, Outcome, Row, Solver, require
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, require
 from gemopt.traces import Traces
 
+DEFAULT_TIME_LIMIT = 10.0
 WARM_SHARE = 0.15
 ROUNDING = 1e-9
 
@@ -36,7 +37,7 @@ def solve(
     *,
     slots_per_rank: int | Sequence[int] | None = None,
     solver: str = "auto",
-    time_limit: float = 10.0,
+    time_limit: float | None = None,
     gap: float = 0.0,
     seed: int = 0,
     warm_start: Placement | str | os.PathLike[str] | None = None,
@@ -56,7 +57,8 @@ def solve(
     solver
         `auto` or a name from `gemopt.solvers.names()`.
     time_limit
-        Wall seconds for the whole call, all layers.
+        Wall seconds for the whole call, all layers; iterated solvers use all of it. None: at most 10, ending a layer
+        early after a few tries without improvement.
     gap
         Stop a layer once `(objective - bound) / objective` is at most this.
     seed
@@ -66,7 +68,7 @@ def solve(
     cost
         `auto`, a name known to `gemopt.costs.fit`, or a fitted cost model.
     patience
-        Tries without improvement after which iterated solvers give up; 0 ends after one descent.
+        Tries without improvement after which iterated solvers end a layer; 0 ends after one descent.
     threads
         Layers solved at once; all cores when None.
     progress
@@ -80,6 +82,8 @@ def solve(
         When a solver returned an infeasible row or a bound above the objective.
     """
     clock = time.monotonic()
+    if time_limit is None:
+        time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
     _check_numbers(time_limit, gap, threads, patience)
     profile = profile if isinstance(profile, Profile) else Profile.load(profile)
     traces = traces if isinstance(traces, Traces) else Traces.load(traces)

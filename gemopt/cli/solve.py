@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gemopt.cli.app import app, console, errors, print_json
+from gemopt.cli.app import app, console, errors, print_json, say
 
 if TYPE_CHECKING:
     from gemopt.traces import Traces
 
 ProfilePath = Annotated[Path, typer.Argument(help="profile.json", show_default=False)]
 TracesPath = Annotated[Path, typer.Argument(help="traces: .safetensors, a folder of them, or .npz", show_default=False)]
-TimeLimit = Annotated[float, typer.Option("--time-limit", help="wall seconds for the whole call")]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit", help="wall seconds for the whole call, all used; default: up to 10", show_default=False
+    ),
+]
 Slots = Annotated[str | None, typer.Option("--slots-per-rank", help="one number, or one per rank: 5,5,4,4")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of the random choices")]
 Gap = Annotated[float, typer.Option("--gap", help="stop once this close to the optimum is proven, e.g. 0.01")]
@@ -81,7 +86,7 @@ def solve_command(
     traces: TracesPath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="placement.json to write")] = None,
     solver: Annotated[str, typer.Option("--solver", help="auto, or a solver's name (see gemopt compare)")] = "auto",
-    time_limit: TimeLimit = 10.0,
+    time_limit: TimeLimit = None,
     slots_per_rank: Slots = None,
     seed: Seed = 0,
     gap: Gap = 0.0,
@@ -95,10 +100,14 @@ def solve_command(
     as_json: AsJson = False,
 ) -> int:
     """Place the experts: profile and traces in, placement out."""
+    from gemopt.documents import check_writable
     from gemopt.profile import Profile
     from gemopt.result import Status
     from gemopt.solve import solve
 
+    for path in (output, result_path):
+        if path is not None:
+            check_writable(path)
     chosen = load_traces(traces, task, phase)
     with layer_progress(f"{solver}: layers", quiet=as_json) as progress:
         result = solve(
@@ -123,13 +132,13 @@ def solve_command(
         fields = ("solver", "status", "stopped_by", "objective_us", "bound_us", "gap", "seconds", "outside", "cost")
         print_json({name: getattr(result, name) for name in fields})
     else:
-        console.print(result.summary())
+        say(result.summary())
         for note in result.notes:
-            console.print(note)
+            say(note)
         if result.outside > 0.01:
-            console.print(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
+            say(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
         if output is not None and result.placement is not None:
-            console.print(f"wrote {output}")
+            say(f"wrote {output}")
     if result.status is Status.INFEASIBLE:
         return EXIT_INFEASIBLE
     return 0 if result.placement is not None else EXIT_NO_SOLUTION
@@ -155,12 +164,15 @@ def compare_command(
 ) -> int:
     """Exact against heuristic: every solver on the same input, scored on steps it did not see."""
     from gemopt.compare import DEFAULT_SOLVERS, compare
+    from gemopt.plotting import check_picture
     from gemopt.profile import Profile
     from gemopt.solvers import get
 
     names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
     for name in names:
         get(name)
+    if plot is not None:
+        check_picture(plot)
     with layer_progress("solvers", quiet=as_json) as progress:
         done: list[str] = []
 

@@ -16,8 +16,8 @@ from gemopt.result import Incumbent, StoppedBy
 
 Row = NDArray[np.int64]
 
-DEFAULT_PATIENCE = 60
-"""Kicks of local search, or restarts of GEM, in a row without improvement after which they give up."""
+DEFAULT_PATIENCE = 30
+"""Kicks of local search, or restarts of GEM, in a row without gain, after which a call without a time limit ends."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,17 @@ class Options:
     seed: int = 0
     threads: int = 1
     patience: int | None = None
-    """Give up after so many tries in a row without improvement; None: the solver's own default."""
+    """Give up after so many tries in a row without improvement; None: only the deadline ends the search."""
     bound_us: float = 0.0
     stop: Callable[[], bool] = field(default=lambda: False)
 
     def expired(self) -> bool:
         """Whether the time is over or the user interrupted."""
         return time.monotonic() >= self.deadline or self.stop()
+
+    def exhausted(self, idle: int) -> bool:
+        """Whether so many tries in a row without improvement are enough."""
+        return self.patience is not None and idle >= self.patience
 
     @property
     def remaining(self) -> float:

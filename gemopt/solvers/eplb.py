@@ -1,8 +1,8 @@
 """EPLB, the balancer of DeepSeek that SGLang and vLLM use: mean assignments only, no speeds, no steps.
 
 https://github.com/deepseek-ai/EPLB. Copies go to the expert with the most assignments per copy; experts are then packed
-heaviest first onto the lightest rank with a slot left. Hierarchical: experts to nodes, copies within a node, then ranks.
-Two copies of one expert never share a rank here, since no placement of gemopt allows it.
+heaviest first onto the lightest rank with a slot left. Hierarchical: experts to nodes, copies within a node, then
+ranks. Two copies of one expert never share a rank here, since no placement of gemopt allows it.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports, incumbent, seeded
+from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
 from gemopt.solvers.swaps import (
     BLOCK,
     Array,
@@ -52,13 +52,12 @@ class Gem:
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. A warm start is the first mapping. Spare slots stay empty."""
-        costs = make_costs(problem, exact=True)
+        costs = make_costs(problem)
         classes = classify(problem.counts_TE)
         rng = seeded(options.seed, problem.num_experts, problem.num_ranks)
-        patience = DEFAULT_PATIENCE if options.patience is None else options.patience
         best, value, idle = None, np.inf, -1
         history: list[Incumbent] = []
-        while idle < patience:
+        while not options.exhausted(idle):
             noise_E = np.exp(NOISE * rng.standard_normal(problem.num_experts)) if best is not None else None
             row = warm_start if warm_start is not None and best is None else _greedy(problem, classes, noise_E)
             if best is None or not options.expired():
@@ -110,9 +109,8 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
         return
     blocks = (steps + BLOCK - 1) // BLOCK
     values, ranks = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16)
-    work = np.empty((2 + state.items.shape[1], BLOCK), np.float32)
     pair = Pair(
-        np.empty(steps, np.float32), state.weights, np.empty(blocks, np.float64), np.empty(blocks + 1, np.float64), work
+        np.empty(steps, np.float32), state.weights, np.empty(blocks, np.float64), np.empty(blocks + 1, np.float64)
     )
     slowest_three(state.times, values, ranks)
     improved = True

@@ -11,10 +11,12 @@ import numpy as np
 from gemopt.evaluate import objective
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports, incumbent, seeded
+from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
 from gemopt.solvers.packing import lpt_row, replicate
 
 BATCH_KICKS = 25
+NEVER = 2**62
+LEAST_GAIN = 1e-4  # of a round over all copies
 KICK_SWAPS = 2
 
 
@@ -34,7 +36,7 @@ class LocalSearch:
             weight_E = problem.linearised[1].mean(axis=0)
             copies_E = replicate(weight_E, problem.spare_slots, int((problem.slots_per_rank > 0).sum()))
             starts.append(lpt_row(problem, copies_E=copies_E))
-        search.costs = make_costs(problem, exact=True)
+        search.costs = make_costs(problem)
         for start in starts:
             search.offer(start)
             if not options.expired():
@@ -69,12 +71,12 @@ class _Search:
 
     def descend_from(self, start: Row) -> None:
         """Descend on the hulls, then on the latencies, then over copies until nothing helps."""
-        from gemopt.solvers.swaps import descend, make_costs, make_state
+        from gemopt.solvers.swaps import descend, hull_costs, make_state
 
         problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
         row = start
-        if self.costs.use_tables:
-            hulls = make_costs(problem, exact=False)
+        hulls = hull_costs(problem) if self.costs.use_tables else None
+        if hulls is not None:
             state = make_state(problem, start, hulls)
             descend(hulls, state, ranks, False)
             self.offer(state.content)
@@ -100,7 +102,9 @@ class _Search:
             made = improve_copies(self.costs, state, shares, candidates, EPSILON, True)
             state = make_state(problem, state.content, self.costs)  # swaps move copies, which renumbers them
             descend(self.costs, state, ranks, False)
-            if not self.offer(state.content) or not made or self.options.expired():
+            before = self.value
+            improved = self.offer(state.content)
+            if not made or not improved or self.value > before * (1 - LEAST_GAIN) or self.options.expired():
                 break
             state = make_state(problem, state.content, self.costs)
 
@@ -109,7 +113,7 @@ class _Search:
         from gemopt.solvers.swaps import iterate, make_state, total_cost
 
         problem, options = self.problem, self.options
-        patience = DEFAULT_PATIENCE if options.patience is None else options.patience
+        patience = NEVER if options.patience is None else options.patience
         if self.row is None or problem.num_ranks < 2 or patience == 0:
             return StoppedBy.GAP if self.good_enough() else StoppedBy.ITERATIONS
         rng = seeded(options.seed, problem.num_experts, problem.num_ranks)

@@ -17,6 +17,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
+from gemopt.latency import Latency
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 
@@ -26,6 +27,7 @@ TABLE_LIMIT = 1 << 18
 EXACT_FLOAT32 = 1 << 24
 EPSILON = 2e-6
 LOG_SIZE = 1 << 13
+UNROLLED_PLANES = 5
 
 
 class Costs(NamedTuple):
@@ -62,44 +64,84 @@ class Pair(NamedTuple):
     """What stays fixed while two ranks swap.
 
     others_T: slowest other rank; weights_T; limits: [blocks] give a swap up when its cost up to and including the block
-    reaches this; rest: [blocks + 1] least cost of the steps from each block on; work: scratch.
+    reaches this; rest: [blocks + 1] least cost of the steps from each block on.
     """
 
     others_T: Array
     weights_T: Array
     limits: Array
     rest: Array
-    work: Array
 
 
-def make_costs(problem: Problem, *, exact: bool) -> Costs:
-    """Planes when the latencies are maxima of planes or `exact` is off, else tables (interpolated beyond 262144 loads)."""
-    ranks, features = problem.num_ranks, len(problem.features)
-    if not exact or all(latency.max_affine for latency in problem.latencies):
+def hull_costs(problem: Problem) -> Costs | None:
+    """Convex hulls of the latencies as planes, where they have a shape with a SIMD kernel of its own; else None.
+
+    Those are one line of one feature (a hull within 3 % of one around the mean load counts), and up to five planes of
+    two features.
+    """
+    rows = [_line_about_mean(problem, latency) for latency in problem.latencies]
+    if len(problem.features) == 2:
+        rows = [latency.planes(limit=UNROLLED_PLANES) for latency in problem.latencies]
+    if any(row is None or len(row) > UNROLLED_PLANES for row in rows):
+        return None
+    return _plane_costs([row for row in rows if row is not None])
+
+
+def _line_about_mean(problem: Problem, latency: Latency) -> Array | None:
+    """[1, 2] intercept and slope close to the hull of a latency of one feature, or None."""
+    if len(problem.features) != 1:
+        return None
+    mean = float(problem.features_FTE[0].sum(axis=1).mean()) / problem.num_ranks
+    loads = np.linspace(0.25, 2.5, 16) * max(mean, 1.0)
+    planes_K2 = latency.planes(limit=64)
+    values = (planes_K2[:, :1] + planes_K2[:, 1:] * loads).max(axis=0)
+    slope, intercept = np.polyfit(loads, values, 1)
+    close = np.abs(intercept + slope * loads - values) <= 0.03 * np.abs(values)
+    return np.array([[intercept, slope]]) if close.all() else None
+
+
+def _plane_costs(rows: list[Array]) -> Costs:
+    features = rows[0].shape[1] - 1
+    most = UNROLLED_PLANES if features == 2 else max(map(len, rows))
+    planes = np.zeros((len(rows), most, 1 + features), dtype=np.float32)
+    planes[:, :, 0] = -1e30
+    for g, row in enumerate(rows):
+        planes[g, : len(row)] = row
+    none = np.zeros((1, 1, 1), np.int64)
+    return Costs(planes, np.zeros(1, np.float32), none, none[0, 0], none[0, 0], False)
+
+
+def make_costs(problem: Problem) -> Costs:
+    """The latencies themselves: planes where they are few enough, else tables (interpolated beyond 262144 loads)."""
+    features = len(problem.features)
+    if all(latency.max_affine for latency in problem.latencies):
         rows = [latency.planes() for latency in problem.latencies]
         most = max(map(len, rows))
-        most = 5 if features == 2 and most < 5 else most  # the unrolled kernel takes five
-        planes = np.zeros((ranks, most, 1 + features), dtype=np.float32)
-        planes[:, :, 0] = -1e30
-        for g, row in enumerate(rows):
-            planes[g, : len(row)] = row
-        none = np.zeros((1, 1, 1), np.int64)
-        return Costs(planes, np.zeros(1, np.float32), none, none[0, 0], none[0, 0], False)
+        if (features == 1 and most == 1) or (features == 2 and most <= UNROLLED_PLANES):
+            return _plane_costs(rows)
     largest = problem.features_FTE.sum(axis=2).max(axis=1) if not problem.spare_slots else _largest_with_copies(problem)
     strides = np.array([1 << max(0, int(np.ceil(np.log2((n + 1) / TABLE_LIMIT)))) for n in largest], np.int64)
     grids = [np.arange(int(n) // int(s) + 3) * int(s) for n, s in zip(largest, strides, strict=True)]
-    terms = np.array([len(latency.terms) for latency in problem.latencies], np.int64)
-    offsets = np.zeros((ranks, int(terms.max()), features), np.int64)
+    curves = [_table_terms(latency, grids) for latency in problem.latencies]
+    terms = np.array([len(each) for each in curves], np.int64)
+    offsets = np.zeros((problem.num_ranks, int(terms.max()), features), np.int64)
     tables: list[Array] = []
     position = 0
-    for g, latency in enumerate(problem.latencies):
-        for k, term in enumerate(latency.terms):
-            for f, curve in enumerate(term):
+    for g, each in enumerate(curves):
+        for k, term in enumerate(each):
+            for f, table in enumerate(term):
                 offsets[g, k, f] = position
-                tables.append(curve(grids[f]).astype(np.float32))
-                position += len(grids[f])
-    planes = np.zeros((ranks, 1, 1 + features), np.float32)
+                tables.append(table.astype(np.float32))
+                position += len(table)
+    planes = np.zeros((problem.num_ranks, 1, 1 + features), np.float32)
     return Costs(planes, np.concatenate(tables), offsets, strides, terms, True)
+
+
+def _table_terms(latency: Latency, grids: list[Array]) -> list[list[Array]]:
+    """Tables of every term and feature; with one feature the terms collapse into one."""
+    if len(grids) == 1:
+        return [[latency([grids[0]])]]
+    return [[curve(grid) for curve, grid in zip(term, grids, strict=True)] for term in latency.terms]
 
 
 def _largest_with_copies(problem: Problem) -> Array:
@@ -181,7 +223,7 @@ def lookup(costs: Costs, rank: int, term: int, feature: int, load: float) -> flo
 
 @njit(cache=True, nogil=True, fastmath=True)
 def affine_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
-    """First slot j >= `first` of rank b whose swap with i costs less than `goal`, or -1; one line of one feature each."""
+    """First slot j >= `first` of rank b whose swap with i costs less than `goal`, or -1; lines of one feature."""
     a0, a1, b0, b1 = costs.planes[a, 0, 0], costs.planes[a, 0, 1], costs.planes[b, 0, 0], costs.planes[b, 0, 1]
     steps = state.items.shape[2]
     for j in range(first, state.starts[b + 1]):
@@ -275,66 +317,6 @@ def roofline_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def planes_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
-    """As `affine_gain`, for maxima of planes in several features, plane by plane over blocks of steps."""
-    steps = state.items.shape[2]
-    for j in range(first, state.starts[b + 1]):
-        if not allowed(state, a, b, i, j):
-            continue
-        cost = 0.0
-        for block in range(pair.limits.shape[0]):
-            lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
-            worst_T = pair.work[0, : hi - lo]
-            worst_T[:] = pair.others_T[lo:hi]
-            max_planes(
-                costs.planes[a], state.loads[a, :, lo:hi], state.items[i, :, lo:hi], state.items[j, :, lo:hi], pair
-            )
-            max_planes(
-                costs.planes[b], state.loads[b, :, lo:hi], state.items[j, :, lo:hi], state.items[i, :, lo:hi], pair
-            )
-            weights_T = pair.weights_T[lo:hi]
-            part = np.float32(0.0)
-            for t in range(worst_T.shape[0]):
-                part += weights_T[t] * worst_T[t]
-            cost += np.float64(part)
-            if cost >= pair.limits[block]:
-                cost = np.inf
-                break
-        if cost < goal:
-            return j
-    return -1
-
-
-@njit(cache=True, nogil=True, fastmath=True)
-def max_planes(planes: Array, loads_FT: Array, leaves_FT: Array, comes_FT: Array, pair: Pair) -> None:
-    """Raise `pair.work[0]` to the largest plane at the loads after one content leaves and another comes."""
-    features, size = loads_FT.shape
-    worst_T, value_T = pair.work[0, :size], pair.work[1, :size]
-    for f in range(features):
-        shifted_T, load_T, leave_T, come_T = pair.work[2 + f, :size], loads_FT[f], leaves_FT[f], comes_FT[f]
-        for t in range(size):
-            shifted_T[t] = load_T[t] - leave_T[t] + come_T[t]
-    first_T = pair.work[2, :size]
-    for k in range(planes.shape[0]):
-        base, slope = planes[k, 0], planes[k, 1]
-        if base < -1e29:
-            continue
-        if features == 2:
-            second_T, other = pair.work[3, :size], planes[k, 2]
-            for t in range(size):
-                worst_T[t] = max(worst_T[t], base + slope * first_T[t] + other * second_T[t])
-            continue
-        for t in range(size):
-            value_T[t] = base + slope * first_T[t]
-        for f in range(1, features):
-            shifted_T, other = pair.work[2 + f, :size], planes[k, 1 + f]
-            for t in range(size):
-                value_T[t] += other * shifted_T[t]
-        for t in range(size):
-            worst_T[t] = max(worst_T[t], value_T[t])
-
-
-@njit(cache=True, nogil=True, fastmath=True)
 def general_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
     """As `affine_gain`, for any latency, from tables."""
     features, steps = state.items.shape[1], state.items.shape[2]
@@ -371,11 +353,9 @@ def find_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pa
         if one and costs.num_terms[a] == 1 and costs.num_terms[b] == 1:
             return table_gain(costs, state, a, b, i, first, pair, goal)
         return general_gain(costs, state, a, b, i, first, pair, goal)
-    if state.items.shape[1] == 1 and costs.planes.shape[1] == 1:
+    if state.items.shape[1] == 1:
         return affine_gain(costs, state, a, b, i, first, pair, goal)
-    if state.items.shape[1] == 2 and costs.planes.shape[1] == 5:
-        return roofline_gain(costs, state, a, b, i, first, pair, goal)
-    return planes_gain(costs, state, a, b, i, first, pair, goal)
+    return roofline_gain(costs, state, a, b, i, first, pair, goal)
 
 
 @njit(cache=True, nogil=True)
@@ -438,8 +418,7 @@ def slowest_three(times_GT: Array, values: Array, ranks: Array) -> None:
 @njit(cache=True, nogil=True)
 def refresh_three(times_GT: Array, values: Array, ranks: Array, a: int, b: int) -> None:
     """Bring the three slowest ranks up to date after the times of ranks a and b changed."""
-    num_ranks, steps = times_GT.shape
-    for t in range(steps):
+    for t in range(times_GT.shape[1]):
         third = values[2, t]
         touched = times_GT[a, t] > third or times_GT[b, t] > third
         for k in range(3):
@@ -538,9 +517,8 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
     values = np.empty((3, steps), np.float32)
     ranks = np.empty((3, steps), np.int16)
     rest = np.empty((steps + BLOCK - 1) // BLOCK + 1, np.float64)
-    work = np.empty((2 + state.items.shape[1], BLOCK), np.float32)
     limits = np.empty(rest.shape[0] - 1, np.float64)
-    pair = Pair(np.empty(steps, np.float32), state.weights, limits, rest, work)
+    pair = Pair(np.empty(steps, np.float32), state.weights, limits, rest)
     if num_ranks < 2:
         return total_cost(state)
     slowest_three(state.times, values, ranks)

@@ -1,0 +1,138 @@
+"""How long search takes and how good it is; prints tables in Markdown.
+
+python benchmarks/speed.py descent     58 layers x 256 experts x 1000 steps, affine costs, one descent: seconds, memory
+python benchmarks/speed.py quality     staircase costs: held-out change against contiguous, beside EPLB and LPT
+python benchmarks/speed.py start       import, first use with an empty compile cache, `gemopt solve` on the demo's input
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+from instances import affine_profile, routing, speeds, staircase_profile
+
+import gemopt
+from gemopt.evaluate import evaluate
+from gemopt.traces import Traces
+
+RANKS = (8, 16, 32, 64)
+DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
+
+
+def header(title: str) -> None:
+    """Title, date, versions and machine."""
+    import numba
+
+    print(f"## {title}\n")
+    print(
+        f"{date.today()}, gemopt {gemopt.__version__}, Python {platform.python_version()}, numpy {np.__version__}, "
+        f"numba {numba.__version__}, {os.cpu_count()} cores ({_cpu()})\n"
+    )
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def descent() -> None:
+    """Required: at most 8 s and 1 GB at every G."""
+    header("One descent, 58 layers x 256 experts x 1000 steps, affine costs")
+    traces = routing()
+    gemopt.solve(affine_profile(speeds(8)), traces.steps(slice(0, 20)), solver="local-search", patience=0)
+    print("| G | descent s (min of 3) | median | against LPT | peak memory GB |\n|---|---|---|---|---|")
+    for ranks in RANKS:
+        profile = affine_profile(speeds(ranks))
+        seconds = []
+        for _ in range(3):
+            begin = time.monotonic()
+            found = gemopt.solve(profile, traces, solver="local-search", patience=0, time_limit=600, cost="staircase")
+            seconds.append(time.monotonic() - begin)
+        lpt = gemopt.solve(profile, traces, solver="lpt", time_limit=600, cost="staircase")
+        change = (found.objective_us or 0) / (lpt.objective_us or 1) - 1
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(
+            f"| {ranks} | {min(seconds):.1f} | {statistics.median(seconds):.1f} | {100 * change:+.2f} % | {memory:.2f} |"
+        )
+    print("\nSeconds are of the whole `gemopt.solve` call: cost fit, bounds, descent on two threads, evaluation.")
+
+
+def quality() -> None:
+    """Required: in at most 20 s ahead of EPLB and LPT at every G, by 5 points or more at G = 8 and 16."""
+    header("Held-out change of the summed step latency against contiguous, staircase costs, 500 + 500 steps")
+    traces = routing()
+    given, held = traces.split(0.5)
+    gemopt.solve(staircase_profile(speeds(8)), given.steps(slice(0, 20)), solver="local-search", patience=0)
+    print("| G | eplb | lpt | local-search | margin over eplb | over lpt | seconds |\n|---|---|---|---|---|---|---|")
+    for ranks in RANKS:
+        profile = staircase_profile(speeds(ranks))
+        changes, took, base = {}, 0.0, 1.0
+        for solver in ("linear", "eplb", "lpt", "local-search"):
+            found = gemopt.solve(profile, given, solver=solver, time_limit=19.0, cost="staircase")
+            assert found.placement is not None
+            score = evaluate(found.placement, profile, held).objective_us
+            base = score if solver == "linear" else base
+            changes[solver], took = 100 * (score / base - 1), found.seconds
+        ours = changes["local-search"]
+        print(
+            f"| {ranks} | {changes['eplb']:.1f} % | {changes['lpt']:.1f} % | {ours:.1f} % | "
+            f"{changes['eplb'] - ours:.1f} | {changes['lpt'] - ours:.1f} | {took:.1f} |"
+        )
+
+
+def start() -> None:
+    """Required: import below 0.3 s, at most 25 s extra on first use, the demo's instance solved below 3 s when warm."""
+    header("Start-up, first use and `gemopt solve` on the demo's instance (24 layers x 32 experts x 900 steps)")
+    with tempfile.TemporaryDirectory() as folder:
+        profile, traces = Path(folder) / "profile.json", Path(folder) / "traces.safetensors"
+        _demo_input(profile, traces)
+        gemopt_command = [
+            sys.executable,
+            "-m",
+            "gemopt",
+            "solve",
+            str(profile),
+            str(traces),
+            "--solver",
+            "local-search",
+        ]
+        fresh = {**os.environ, "NUMBA_CACHE_DIR": str(Path(folder) / "cache")}
+        first = _timed([*gemopt_command, "--time-limit", "10"], fresh)
+        warm = min(_timed(gemopt_command, fresh) for _ in range(5))
+        light = min(_timed([sys.executable, "-c", "import gemopt"], fresh) for _ in range(5))
+        bare = min(_timed([sys.executable, "-c", "pass"], fresh) for _ in range(5))
+    print("| what | seconds | limit |\n|---|---|---|")
+    print(f"| `import gemopt` | {light - bare:.2f} | 0.3 |")
+    print(f"| `gemopt solve`, warm, whole process | {warm:.1f} | 3 |")
+    print(f"| first use, empty compile cache, extra | {first - warm:.1f} | 25 |")
+
+
+def _demo_input(profile: Path, traces: Path) -> None:
+    sys.path.insert(0, str(DATA.parent))
+    import demo
+
+    case = demo.cases()[0]
+    case.profile.save(profile)
+    Traces(counts=case.traces.counts[:900]).save(traces)
+
+
+def _timed(command: list[str], environment: dict[str, str]) -> float:
+    begin = time.monotonic()
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    return time.monotonic() - begin
+
+
+if __name__ == "__main__":
+    {"descent": descent, "quality": quality, "start": start}[sys.argv[1]]()

@@ -1,0 +1,141 @@
+"""The import rule, the package list and what `import gemopt` may load, checked over syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.profiling": ROOT / "profiling"}
+TIERS = [
+    ["exceptions", "documents"],
+    ["placement", "profile", "latency", "traces", "trace_files", "batching", "costs", "conflicts", "kernels"],
+    ["problem", "evaluate", "result"],
+    ["bounds", "solvers", "migration"],
+    ["solve", "compare", "formats", "plotting", "report"],
+    ["models", "profiling", "executor"],
+    ["cli", "__main__"],
+]
+TIER = {name: level for level, names in enumerate(TIERS) for name in names}
+SEAMS = {
+    # what a lower tier reaches for at run time only, inside a function, with the reason
+    ("formats", "executor"): "the permuted checkpoint is written by the executor",
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in SOURCES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join([package, *(p for p in parts if p != "__init__")])
+            found[name] = path
+    return found
+
+
+def imports(name: str, path: Path) -> set[str]:
+    seen: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            seen |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{name} uses a relative import"
+            seen |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {each for each in seen if each == "gemopt" or each.startswith("gemopt.")}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "gemopt"
+
+
+def test_every_module_has_a_tier() -> None:
+    unknown = {room(name) for name in modules()} - set(TIER) - {"gemopt"}
+    assert not unknown, f"give these rooms a tier: {unknown}"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_only_from_the_left(name: str) -> None:
+    own = room(name)
+    if own == "gemopt":
+        return
+    for target in imports(name, modules()[name]):
+        other = room(target)
+        if other in ("gemopt", own) or other not in TIER or (own, other) in SEAMS:
+            continue
+        assert TIER[other] <= TIER[own], f"{name} imports {target}, which is to its right"
+
+
+def test_solvers_do_not_import_each_other() -> None:
+    registry = (ROOT / "gemopt/solvers/__init__.py").read_text()
+    solver_files = {m for m in modules() if m.startswith("gemopt.solvers.") and f'"{m}:' in registry}
+    hybrids = {"gemopt.solvers.auto"}
+    for name in sorted(solver_files - hybrids):
+        others = imports(name, modules()[name]) & (solver_files - {name})
+        assert not others, f"{name} imports solver {others}"
+
+
+def test_no_cycles() -> None:
+    graph = {name: set() for name in modules()}
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text())
+        top = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module]
+        for node in top:
+            targets = {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            graph[name] |= {t for t in targets if t in graph and t != name}
+    state: dict[str, int] = {}
+
+    def visit(name: str, trail: list[str]) -> None:
+        assert state.get(name) != 1, f"import cycle {' -> '.join([*trail, name])}"
+        if state.get(name) == 2:
+            return
+        state[name] = 1
+        for target in graph[name]:
+            if not name.startswith(target + "."):
+                visit(target, [*trail, name])
+        state[name] = 2
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_package_list_is_complete() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {
+        ".".join([package, *path.parent.relative_to(folder).parts])
+        for package, folder in SOURCES.items()
+        for path in folder.rglob("*.py")
+    }
+    assert folders == listed
+
+
+def test_import_is_light() -> None:
+    code = (
+        "import sys, gemopt; heavy = {'torch', 'matplotlib', 'pulp', 'ortools', 'plotly', 'numba', 'scipy', 'networkx',"
+        " 'numpy', 'pydantic'}; print(sorted(heavy & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_functions_stay_functions_when_their_modules_are_imported() -> None:
+    code = (
+        "import gemopt, gemopt.solve, gemopt.evaluate; from gemopt.evaluate import objective;"
+        "print(callable(gemopt.solve), callable(gemopt.evaluate), callable(objective))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["True"] * 3
+
+
+def test_public_names_resolve() -> None:
+    import gemopt
+
+    for name in gemopt.__all__:
+        assert getattr(gemopt, name) is not None
+    with pytest.raises(AttributeError):
+        _ = gemopt.no_such_name

@@ -1,0 +1,233 @@
+"""`gemopt.solve` as its user calls it: what is known, why it stopped, and that nothing is taken on trust."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gemopt
+from gemopt.exceptions import InputError, SolverError, UnsupportedError
+from gemopt.placement import Placement
+from gemopt.profile import Device, Profile, Sample
+from gemopt.result import Result, Status, StoppedBy
+from gemopt.solvers import REGISTRY
+from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.traces import Traces
+
+DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
+
+
+def profile(factors: list[float], *, per_assignment: float = 0.4) -> Profile:
+    loads = (0, 1, 40, 400)
+    return Profile(
+        devices=[
+            Device(
+                rank=rank,
+                samples=[Sample(assignments=n, latency_us=f * (10 + per_assignment * n)) for n in loads],
+            )
+            for rank, f in enumerate(factors)
+        ]
+    )
+
+
+def traces(*, steps: int = 30, layers: int = 3, experts: int = 8, seed: int = 0) -> Traces:
+    rng = np.random.default_rng(seed)
+    heat = rng.gamma(0.8, 8.0, (layers, experts))
+    return Traces(counts=rng.poisson(heat * rng.uniform(0.5, 1.5, (steps, 1, 1))))
+
+
+def test_result_says_what_is_known() -> None:
+    given = traces()
+    result = gemopt.solve(profile([1, 1.1, 1.2, 0.9]), given, solver="local-search", patience=2)
+    assert result.placement is not None
+    assert result.objective_us is not None
+    assert result.bound_us is not None
+    score = gemopt.evaluate(result.placement, profile([1, 1.1, 1.2, 0.9]), given)
+    assert score.objective_us == pytest.approx(result.objective_us, rel=1e-12)
+    assert 0 < result.bound_us <= result.objective_us
+    assert result.gap == pytest.approx(1 - result.bound_us / result.objective_us)
+    assert sum(layer.objective_us or 0 for layer in result.per_layer) == pytest.approx(result.objective_us)
+    assert [layer.layer_id for layer in result.per_layer] == [0, 1, 2]
+    assert result.history[-1].objective_us == pytest.approx(result.objective_us)
+    assert "at most" in result.summary()
+
+
+def test_one_rank_and_one_expert_are_proven_at_once() -> None:
+    alone = gemopt.solve(profile([1.0]), traces(), solver="lpt")
+    assert (alone.status, alone.stopped_by) == (Status.OPTIMAL, StoppedBy.PROOF)
+    assert alone.gap == pytest.approx(0.0, abs=1e-6)
+    single = gemopt.solve(profile([1.0]), traces(experts=1), solver="linear")
+    assert single.status is Status.OPTIMAL
+
+
+def test_steps_without_work_cost_the_idle_latency() -> None:
+    idle = Traces(counts=np.zeros((5, 1, 4), dtype=int))
+    result = gemopt.solve(profile([1.0, 2.0]), idle, solver="local-search", patience=0)
+    assert result.objective_us == pytest.approx(5 * 20.0)
+    assert result.status is Status.OPTIMAL
+
+
+def test_auto_proves_small_layers() -> None:
+    result = gemopt.solve(profile([1, 1.3]), traces(experts=6, layers=2, steps=10), time_limit=20.0)
+    assert result.status is Status.OPTIMAL
+    assert result.stopped_by is StoppedBy.PROOF
+
+
+def test_warm_start_is_never_worsened(tmp_path: Path) -> None:
+    given, devices = traces(experts=12), profile([1, 1.1, 1.2, 0.9])
+    best = gemopt.solve(devices, given, solver="local-search", patience=20)
+    assert best.placement is not None
+    best.placement.save(tmp_path / "warm.json")
+    for solver in ("local-search", "gem"):
+        again = gemopt.solve(devices, given, solver=solver, warm_start=tmp_path / "warm.json", patience=0)
+        assert again.objective_us is not None
+        assert best.objective_us is not None
+        assert again.objective_us <= best.objective_us * (1 + 1e-12)
+
+
+def test_paths_are_as_good_as_objects(tmp_path: Path) -> None:
+    given, devices = traces(), profile([1, 1.2])
+    given.save(tmp_path / "t.safetensors")
+    devices.save(tmp_path / "p.json")
+    by_path = gemopt.solve(tmp_path / "p.json", tmp_path / "t.safetensors", solver="lpt")
+    assert by_path.objective_us == gemopt.solve(devices, given, solver="lpt").objective_us
+    by_path.save(tmp_path / "r.json")
+    assert Result.load(tmp_path / "r.json") == by_path
+
+
+def test_more_slots_never_hurt() -> None:
+    given, devices = traces(experts=8), profile([1.0, 1.0, 1.0, 1.0])
+    few = gemopt.solve(devices, given, solver="local-search", patience=5)
+    more = gemopt.solve(devices, given, solver="local-search", patience=5, slots_per_rank=4)
+    assert more.objective_us is not None
+    assert few.objective_us is not None
+    assert more.objective_us <= few.objective_us * (1 + 1e-12)
+
+
+def test_relabelling_equal_ranks_changes_nothing() -> None:
+    given = traces(experts=8, layers=1)
+    devices = profile([1.0, 1.0, 1.5])
+    result = gemopt.solve(devices, given, solver="local-search", patience=5, slots_per_rank=3)
+    assert result.placement is not None
+    row = result.placement.physical_to_logical[0]
+    swapped = np.concatenate([row[3:6], row[:3], row[6:]])
+    other = Placement(physical_to_logical=swapped[None], slots_per_rank=[3, 3, 3], num_experts=8)
+    assert gemopt.evaluate(other, devices, given).objective_us == pytest.approx(result.objective_us, rel=1e-12)
+
+
+def test_an_interrupt_ends_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while layers are being solved: every layer still returns its incumbent."""
+    import sys
+
+    import gemopt.solve
+
+    module = sys.modules["gemopt.solve"]
+    real, fired = module.wait, threading.Event()
+
+    def interrupted(*arguments: object, **keywords: object) -> object:
+        if not fired.is_set():
+            fired.set()
+            raise KeyboardInterrupt
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(module, "wait", interrupted)
+    begin = time.monotonic()
+    result = gemopt.solve(profile([1, 1.1, 1.2, 0.9]), traces(experts=16), solver="local-search", time_limit=300.0)
+    assert result.placement is not None
+    assert result.stopped_by is StoppedBy.INTERRUPT
+    assert time.monotonic() - begin < 250
+
+
+class _Liar:
+    """A solver that returns what it is told to."""
+
+    name = "liar"
+    supports = Supports()
+    row: Row = np.array([0])
+    bound = 0.0
+
+    def solve(self, problem: object, options: Options, warm_start: Row | None) -> Outcome:
+        return Outcome(self.row, StoppedBy.ITERATIONS, bound_us=self.bound)
+
+
+@pytest.mark.parametrize(
+    ("row", "bound", "complaint"),
+    [([0, 0], 0.0, "infeasible row"), ([0, 1], 1e9, "bound"), ([0, 1, -1], 0.0, "infeasible row")],
+)
+def test_a_solver_that_lies_is_caught(
+    monkeypatch: pytest.MonkeyPatch, row: list[int], bound: float, complaint: str
+) -> None:
+    import sys
+
+    import gemopt.solve
+
+    monkeypatch.setattr(_Liar, "row", np.array(row))
+    monkeypatch.setattr(_Liar, "bound", bound)
+    monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda name: _Liar())
+    with pytest.raises(SolverError, match=complaint):
+        gemopt.solve(profile([1, 1]), traces(experts=2, layers=1), solver="liar")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"time_limit": 0.0}, "time_limit"),
+        ({"time_limit": float("nan")}, "time_limit"),
+        ({"gap": 1.0}, "gap"),
+        ({"gap": -0.1}, "gap"),
+        ({"threads": 0}, "threads"),
+        ({"patience": -1}, "patience"),
+        ({"slots_per_rank": 1}, "slots_per_rank"),
+        ({"slots_per_rank": 9}, "slots_per_rank"),
+        ({"slots_per_rank": [4, 4]}, "slots_per_rank"),
+        ({"solver": "magic"}, "known solvers"),
+        ({"cost": "cubic"}, "cost model"),
+        ({"solver": "eplb", "slots_per_rank": [3, 3, 2, 2]}, "use .*local-search"),
+    ],
+)
+def test_bad_options_name_themselves(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        gemopt.solve(profile([1, 1, 1, 1]), traces(), **changes)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_refusals_are_their_own_kind() -> None:
+    with pytest.raises(UnsupportedError):
+        gemopt.solve(profile([1, 1]), traces(experts=5), solver="eplb")
+
+
+def test_real_traces_on_real_latencies() -> None:
+    """The demo's promise in small: on one slow GPU, knowing speeds beats counting tokens, also on unseen steps."""
+    from gemopt.compare import compare
+    from gemopt.formats.kernel_table import Unit, read_fleet, read_table, slow_down, what_if
+
+    table = read_table(DATA / "h100_vllm_gptoss20b_ep8.csv", unit=Unit.GROUP_TOKENS, top_k=4, ep=8)
+    cluster = what_if(table, read_fleet(DATA / "gpu_variability.csv", "longhorn_sgemm"), ranks=8)
+    given = Traces.load(DATA / "gptoss20b_trace_mixed_b64.npz")
+    some = Traces(counts=given.counts[:200, :4])
+    rows = {
+        row.solver: row
+        for row in compare(slow_down(cluster, 3, 1.3), some, solvers=["linear", "eplb", "local-search"], patience=5)
+    }
+    ours, eplb = rows["local-search"], rows["eplb"]
+    assert ours.holdout_change is not None
+    assert eplb.holdout_change is not None
+    assert ours.holdout_change < eplb.holdout_change - 0.04
+    assert ours.objective_us is not None
+    assert all(row.bound_us is not None and row.bound_us <= ours.objective_us for row in rows.values())
+
+
+def test_every_registered_solver_answers() -> None:
+    given, devices = traces(experts=6, layers=1, steps=8), profile([1, 1.2])
+    values = {}
+    for name in REGISTRY:
+        result = gemopt.solve(devices, given, solver=name, time_limit=20.0, patience=5)
+        assert result.placement is not None, name
+        values[name] = result.objective_us
+    best = min(value for value in values.values() if value is not None)
+    for exact in ("cpsat", "milp", "auto"):
+        assert values[exact] == pytest.approx(best, rel=1e-6)
