@@ -19,7 +19,9 @@ from typing import Any
 
 from gemopt.exceptions import GemoptError, InputError
 
-SLICE_S = 0.5  # longest time without looking for dead ranks
+START_S = 300.0  # a slow rank may still be importing its libraries
+SLICE_S = 0.5  # time between two looks for dead ranks
+LONGEST_PAUSE_S = 0.02  # between two looks for an answer: how far apart ranks may start on a load
 
 
 class RankLostError(GemoptError, RuntimeError):
@@ -123,19 +125,23 @@ class Group:
             self._store.set(f"question/{self._sent}", "null")
 
     def _wait(self, key: str, whose: int) -> str:
-        end = time.monotonic() + self.answer_s
+        # The store's own wait warns on standard error at every timeout, so it is asked again and again.
+        end, looked, pause = time.monotonic() + self.answer_s, time.monotonic(), 0.001
         while True:
             try:
-                self._store.wait([key], timedelta(seconds=SLICE_S))
-                return self._store.get(key).decode()  # type: ignore[no-any-return]
-            except Exception as error:
-                if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
-                    raise RankLostError(f"the store of the ranks is gone: {str(error).splitlines()[0]}") from None
-            dead = self._dead()
+                if self._store.check([key]):
+                    return self._store.get(key).decode()  # type: ignore[no-any-return]
+                dead = None
+                if time.monotonic() - looked > SLICE_S:
+                    dead, looked = self._dead(), time.monotonic()
+            except RuntimeError as error:
+                raise RankLostError(f"the store of the ranks is gone: {str(error).splitlines()[0]}") from None
             if dead is not None:
                 raise RankLostError(dead)
             if time.monotonic() > end:
                 raise RankLostError(f"rank {whose} has not answered for {self.answer_s:.0f} s; nothing was written")
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE_S)
 
     def _dead(self) -> str | None:
         """What happened to the first rank that failed or is silent, None while all live."""
@@ -152,9 +158,11 @@ class Group:
             before, since = self._seen.setdefault(rank, (beat, now))
             if beat != before:
                 self._seen[rank] = (beat, now)
-            elif now - since > self.timeout_s:
-                where = f" ({beat.split()[1]}, process {beat.split()[2]})" if beat else ""
-                return f"rank {rank}{where} died while measuring: no sign of life; nothing was written"
+            elif beat and now - since > self.timeout_s:
+                _, host, process = beat.split()
+                return f"rank {rank} ({host}, process {process}) died while measuring; nothing was written"
+            elif not beat and now - since > START_S:
+                return f"rank {rank} has not started within {START_S:.0f} s; nothing was written"
         return None
 
     def _name_the_dead(self) -> str:

@@ -194,15 +194,17 @@ def _enter_group(method: ThrottleMethod, quota_us: int, period_us: int) -> _Grou
 def _set_quota(group: Path, method: ThrottleMethod, quota_us: int, period_us: int) -> None:
     if method is ThrottleMethod.CGROUP_V2:
         (group / "cpu.max").write_text(f"{quota_us} {period_us}")
-        burst = group / "cpu.max.burst"
+        burst, weight, most = group / "cpu.max.burst", group / "cpu.weight", 10_000
     else:
         (group / "cpu.cfs_period_us").write_text(str(period_us))
         (group / "cpu.cfs_quota_us").write_text(str(quota_us))
-        burst = group / "cpu.cfs_burst_us"
+        burst, weight, most = group / "cpu.cfs_burst_us", group / "cpu.shares", 262_144
     # Without a burst, quota that late wake-ups leave unused is lost: short periods then give 10 to 40 % too little.
-    if burst.exists():
-        with suppress(OSError):
-            burst.write_text(str(quota_us))
+    # With the largest weight, other work on the machine does not take from the quota.
+    for file, value in ((burst, quota_us), (weight, most)):
+        if file.exists():
+            with suppress(OSError):
+                file.write_text(str(value))
 
 
 def _sweep(parent: Path) -> None:
