@@ -140,7 +140,7 @@ class Curve:
 def _corners(x: FloatArray, y: FloatArray, slope: float) -> NDArray[np.bool_]:
     keep = np.ones(len(x), dtype=bool)
     slopes = np.append(np.diff(y) / np.diff(x), slope)
-    keep[1:] = np.abs(np.diff(slopes)) > 1e-12 * (1e-12 + np.abs(slopes[1:]) + np.abs(slopes[:-1]))
+    keep[1:] = np.abs(np.diff(slopes)) > 1e-9 * (1e-12 + np.abs(slopes[1:]) + np.abs(slopes[:-1]))
     return keep
 
 

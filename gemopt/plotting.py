@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gemopt.compare import Comparison
+from gemopt.compare import BASELINE, Comparison
 from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError
@@ -54,7 +54,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
 
 def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = None) -> Any:
     """Change of the summed step latency against contiguous placement, on fitted and on held-out steps."""
-    shown = [row for row in rows if row.change is not None]
+    shown = [row for row in rows if row.change is not None and row.solver != BASELINE]
     ax = _axes(ax, (8, 0.5 * len(shown) + 1.6))
     places = np.arange(len(shown))
     held = any(row.holdout_change is not None for row in shown)
@@ -66,7 +66,7 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
         percent = [100 * (value or 0.0) for value in values]
         drawn = ax.barh(places + index * height, percent, height, label=label, color=colour)
         ax.bar_label(drawn, fmt="%+.1f", padding=3, fontsize=8)
-    known = [row for row in shown if row.bound_us and row.objective_us is not None]
+    known = [row for row in rows if row.bound_us and row.objective_us is not None]
     if known:
         best = max(known, key=lambda row: row.bound_us or 0.0)
         base = (best.objective_us or 0.0) / (1 + (best.change or 0.0))
@@ -75,11 +75,11 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
         )
     ax.set_yticks(places + height * (len(bars) - 1) / 2, [row.solver for row in shown])
     ax.invert_yaxis()
-    ax.margins(x=0.15)
+    ax.margins(x=0.18)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlabel("summed step latency against contiguous placement, %")
-    ax.set_title(title or "Placements compared")
-    ax.legend(fontsize=8, loc="best")
+    ax.set_title(title or "Placements compared", fontsize=10)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
     return ax.figure
 
 
