@@ -147,9 +147,10 @@ class Executor:
         check_split(placement.split)
         config = self.model.config
         path = str(getattr(config, "_name_or_path", "") or "")
-        names = {path, path.rstrip("/").rpartition("/")[2], str(config.model_type)} - {""}
-        if placement.model is not None and placement.model.rstrip("/").rpartition("/")[2] not in names:
-            raise InputError("Placement.model", placement.model, f"the model is {' or '.join(sorted(names))}")
+        names = {_bare(path), _bare(str(config.model_type))} - {""}
+        if placement.model is not None and _bare(placement.model) not in names:
+            hint = "use a placement made for this network; its field `model` is compared without folders"
+            raise InputError("Placement.model", placement.model, f"the model is {path or config.model_type}", hint)
         _check_devices(placement, self.rank)
 
     def apply(
@@ -246,9 +247,8 @@ class Executor:
             assert dispatch.canaries is not None
             start = int(dispatch.row.slots_per_rank[: self.rank].sum())
             mine = dispatch.row.row_P[start : start + int(dispatch.row.slots_per_rank[self.rank])]
-            rows = np.flatnonzero(mine != EMPTY).tolist()
-            tensors = {name: weight[rows] for name, weight in dispatch.weights().items()}
-            wrong = wrong_rows(tensors, mine[rows].tolist(), dispatch.canaries)
+            held = {row: int(expert) for row, expert in enumerate(mine) if expert != EMPTY}
+            wrong = wrong_rows(dispatch.weights(), held, dispatch.canaries)
             if wrong:
                 raise MigrationError(
                     "verify", self.layer_ids[layer], {self.rank: f"wrong weights of {wrong}"}, self.checksum()
@@ -285,6 +285,11 @@ def refuse_together(said: Sequence[Mapping[str, Any]]) -> None:
         if len(ranks) > 1:
             groups = " and ".join(str(group) for group in ranks.values())
             raise InputError(key, f"different ones on ranks {groups}", "the same is needed on every rank")
+
+
+def _bare(name: str) -> str:
+    """Name of a network without folders, case and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].casefold())
 
 
 def _layer_id(path: str) -> int:

@@ -12,15 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from gemopt.exceptions import InputError
-from gemopt.executor.checkpoint import (
-    Permutation,
-    check_coverage,
-    permutation_of,
-    read_config,
-    read_header,
-    weight_files,
-)
+from gemopt.executor.checkpoint import read_config, read_header, weight_files
 from gemopt.executor.expert_parallel import NAME
+from gemopt.executor.permutation import Permutation, check_coverage, permutation_of
 from gemopt.placement import Placement
 
 Layout = Literal["shared", "own"]
@@ -76,7 +70,7 @@ def permuted_state(folder: Path, permutation: Permutation) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     files = weight_files(folder)
-    check_coverage(permutation, [tensor for file in files for tensor in read_header(file)[0]])
+    check_coverage(permutation, [(tensor.name, tensor.shape) for file in files for tensor in read_header(file)[0]])
     state: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:

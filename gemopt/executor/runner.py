@@ -21,7 +21,7 @@ from gemopt.executor.council import RESIGNED, Council
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.executor.plan import Stage, checksum, slot_checksum
 from gemopt.executor.splits import Routing
-from gemopt.executor.transfer import Incoming, allocate, transfer, wrong_rows
+from gemopt.executor.transfer import Incoming, Pool, allocate, synchronize, transfer, wrong_rows
 from gemopt.placement import EMPTY
 
 COMMIT, PENDING = "commit", "pending"
@@ -82,6 +82,7 @@ class StageRunner:
         self._ranks = dist.get_process_group_ranks(layers[0].ep_mesh.get_group())
         self._links: Any = None
         self._vote_by = 0.0
+        self._pool = Pool()
         self._abandoned: list[Incoming] = []  # a late message may still be written to these
         self.council = Council(self.links, timeout_s)
 
@@ -114,7 +115,7 @@ class StageRunner:
         deadline = self._begin()
         try:
             self.event(what, stage)
-            incoming = allocate(stage, dispatch.row, self.rank, dispatch.weights())
+            incoming = allocate(stage, dispatch.row, self.rank, dispatch.weights(), self._pool)
             routing = dispatch.routing_for(stage.after)
             self.event(what := "transfer", stage)
             transfer(stage, dispatch.row, dispatch.weights(), incoming, group=self.links, deadline=deadline)
@@ -124,6 +125,7 @@ class StageRunner:
         except Exception as error:
             if incoming is not None:
                 self._abandoned.append(incoming)
+                self._pool = Pool()
             return None, f"{what}: {_short(error)}"
 
     def _begin(self) -> float:
@@ -134,9 +136,9 @@ class StageRunner:
     def _prove(self, stage: Stage, incoming: Incoming) -> None:
         dispatch = self.layers[stage.layer]
         assert dispatch.canaries is not None
-        filled = {slot: row for slot, row in incoming.row_of.items() if stage.after.row_P[slot] != EMPTY}
-        tensors = {name: tensor[list(filled.values())] for name, tensor in incoming.tensors.items()}
-        wrong = wrong_rows(tensors, [int(stage.after.row_P[slot]) for slot in filled], dispatch.canaries)
+        experts = {row: int(stage.after.row_P[slot]) for slot, row in incoming.row_of.items()}
+        held = {row: expert for row, expert in experts.items() if expert != EMPTY}
+        wrong = wrong_rows(incoming.tensors, held, dispatch.canaries)
         if wrong:
             raise RuntimeError(f"the weights that arrived for experts {wrong} are not theirs")
 
@@ -159,6 +161,7 @@ class StageRunner:
             assert prepared is not None, "commit is only proposed when every rank is prepared"
             self.event("commit", stage)
             prepared.commit(self.layers[stage.layer])
+            synchronize(self.layers[stage.layer].device)  # buffers are used again, perhaps from another stream
             self.event("committed", stage)
         elif not faults:
             told = json.loads(decision)
@@ -183,7 +186,8 @@ class StageRunner:
         raise error
 
     def finish(self) -> None:
-        """Make sure that all ranks ended with the same placement."""
+        """Make sure that all ranks ended with the same placement, and let go of the buffers."""
+        self._pool = Pool()
         mine = slot_checksum([dispatch.row for dispatch in self.layers])
         words = self.exchange("finish", mine)
         wrong = {rank: f"has placement {word[:12]}" for rank, word in enumerate(words) if word != mine}

@@ -34,13 +34,28 @@ class Incoming:
     works: list[Any] = field(default_factory=list)
 
 
-def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Tensor]) -> Incoming:
+class Pool:
+    """Receive buffers that are used again from stage to stage: fresh memory costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
+
+    def rows(self, name: str, count: int, like: Tensor) -> Tensor:
+        """[count, ...] rows for a tensor."""
+        key = (name, like.dtype, like.shape[1:])
+        buffer = self._buffers.get(key)
+        if buffer is None or len(buffer) < count:
+            buffer = self._buffers[key] = like.new_empty(count, *like.shape[1:])
+        return buffer[:count]
+
+
+def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Tensor], pool: Pool) -> Incoming:
     """Make room for what `rank` receives; rows that stay are copied where tensors are made anew."""
     after = stage.after
     mine = [m.dst_slot for m, (_, dst) in zip(stage.moves, stage.ranks(before), strict=True) if dst == rank]
     start = int(after.slots_per_rank[:rank].sum())
     if not stage.rebuild:
-        tensors = {name: weight.new_empty(len(mine), *weight.shape[1:]) for name, weight in weights.items()}
+        tensors = {name: pool.rows(name, len(mine), weight) for name, weight in weights.items()}
         device = next(iter(weights.values())).device
         slots = torch.tensor([slot - start for slot in mine], dtype=torch.long, device=device)
         return Incoming(tensors, slots, {slot: row for row, slot in enumerate(mine)})
@@ -93,8 +108,12 @@ def transfer(
         for work in incoming.works:
             work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
         incoming.works = []
-    device = next(iter(weights.values())).device
-    if device.type == "cuda":  # waiting on NCCL only orders streams
+    synchronize(next(iter(weights.values())).device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the current stream of a GPU: waiting on NCCL, or copying, only queues work there."""
+    if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
@@ -110,10 +129,10 @@ def canaries(weights: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def wrong_rows(tensors: Mapping[str, Tensor], experts: list[int], canaries_EB: Tensor) -> list[int]:
-    """Experts among `experts`, in the order of the rows, whose weights are not the network's."""
+def wrong_rows(tensors: Mapping[str, Tensor], experts: Mapping[int, int], canaries_EB: Tensor) -> list[int]:
+    """Experts whose weights are not the network's, of those that rows should hold: row -> expert."""
     if not experts:
         return []
-    expected = canaries_EB[torch.tensor(experts, device=canaries_EB.device)]
-    differ = (canaries(tensors) != expected).any(dim=1)
-    return [expert for expert, bad in zip(experts, differ.tolist(), strict=True) if bad]
+    rows, wanted = (torch.tensor(list(part), device=canaries_EB.device) for part in (experts, experts.values()))
+    differ = (canaries(tensors)[rows] != canaries_EB[wanted]).any(dim=1)
+    return [expert for expert, bad in zip(experts.values(), differ.tolist(), strict=True) if bad]
