@@ -29,7 +29,7 @@ class Device:
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         found = accelerator.type if accelerator is not None else "cpu"
         if kind not in ("auto", "cpu", found):
-            raise InputError("device", kind, f"cpu or {found} on this machine", "leave it out")
+            raise InputError("device", kind, f"{' or '.join(sorted({'cpu', found}))} on this machine", "leave it out")
         self.type = found if kind == "auto" else kind
         self.index = 0
         if self.type != "cpu":

@@ -78,13 +78,12 @@ def sample_curve(
     for load in _start(low, high, min(START, max(MIN_BUDGET, budget // 3)), unit):
         search.measure(load)
     while len(search.loads) < budget:
+        if search.widths.max() < 2:
+            return Sampling(search.loads, 0.0, "exhausted")
         expected = search.expected_errors()
         if expected.sum() / (high - low) <= target_error:
             return Sampling(search.loads, float(expected.sum() / (high - low)), "target")
-        interval = int(expected.argmax())
-        if search.widths[interval] < 2:
-            return Sampling(search.loads, 0.0, "exhausted")
-        search.split(interval)
+        search.split(int(expected.argmax()))
     return Sampling(search.loads, float(search.expected_errors().sum() / (high - low)), "budget")
 
 
