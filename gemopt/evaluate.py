@@ -158,10 +158,10 @@ def evaluate(
         raise UnsupportedError(
             "Placement.split", placement.split.value, "only even and static shares follow from counts", "use even"
         )
-    static = placement.split is Split.STATIC and placement.split_weights is not None
+    weights_LP = placement.split_weights if placement.split is Split.STATIC else None
     makespans, stragglers, outside, idle = [], [], [], []
     for layer in range(traces.num_layers):
-        weights_P = placement.split_weights[layer] if static else None
+        weights_P = None if weights_LP is None else weights_LP[layer]
         times_TG, loads_TGF = _layer_times(placement, traces, cost, layer, weights_P)
         makespans.append(times_TG.max(axis=1))
         stragglers.append(times_TG.argmax(axis=1))
@@ -191,9 +191,9 @@ def _layer_times(
 def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:
     """Share of busy rank loads with any feature outside the measured range."""
     with np.errstate(invalid="ignore"):
-        beyond = (loads_TGF < measured[:, :, 0]) | (loads_TGF > measured[:, :, 1])
+        beyond = np.asarray((loads_TGF < measured[:, :, 0]) | (loads_TGF > measured[:, :, 1]))
     busy = loads_TGF.sum(axis=2) > 0
-    return float(beyond.any(axis=2)[busy].mean()) if busy.any() else 0.0
+    return float(np.asarray(beyond.any(axis=2))[busy].mean()) if busy.any() else 0.0
 
 
 def total_objective(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.int64]]) -> float:
