@@ -73,11 +73,10 @@ class Search:
     def ended(self) -> Outcome | None:
         """The outcome when nothing is left to do before the solver has begun."""
         if self.done:
-            return self.outcome(self.proof(), "bound from the simple bounds of all steps")
+            return self.outcome(self.proof(), "bound from the simple bounds of all steps", started=False)
         if self.options.expired():
-            return self.outcome(
-                StoppedBy.INTERRUPT if self.options.stop() else StoppedBy.TIME_LIMIT, "no time to solve"
-            )
+            stopped_by = StoppedBy.INTERRUPT if self.options.stop() else StoppedBy.TIME_LIMIT
+            return self.outcome(stopped_by, "no time to solve", started=False)
         return None
 
     @property
@@ -98,7 +97,7 @@ class Search:
             self.row, self.objective_us = row, value
             self.history.append(incumbent(value, self.bound_us))
 
-    def outcome(self, stopped_by: StoppedBy, note: str) -> Outcome:
+    def outcome(self, stopped_by: StoppedBy, note: str, *, started: bool = True) -> Outcome:
         """The best that was found.
 
         Raises
@@ -108,7 +107,7 @@ class Search:
         """
         if self.bound_us > self.objective_us + ROUNDING * abs(self.objective_us):
             raise SolverError(f"bound {self.bound_us} us above the objective {self.objective_us} us of a placement")
-        if self.reduced:
+        if self.reduced and started:
             note += (
                 f"; placement from {self.compact.num_steps} weighted representatives of "
                 f"{self.problem.num_steps} distinct steps, bound from the simple bounds of all steps"
