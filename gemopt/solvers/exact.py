@@ -83,7 +83,7 @@ class Search:
     def done(self) -> bool:
         """Whether the gap asked for is reached."""
         gap = relative_gap(self.objective_us, self.bound_us)
-        return gap is not None and gap <= max(self.options.gap, 0.0)
+        return gap is not None and gap <= max(self.options.gap, OPTIMALITY_TOLERANCE)
 
     def offer_bound(self, bound_us: float) -> None:
         """Take over a bound of the stated steps where it holds for all."""
