@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -126,7 +127,7 @@ def describe(model: nn.Module) -> MoeShape:
         hidden_size=layer.hidden_size,
         intermediate_size=layer.intermediate_size,
         num_experts=layer.num_experts,
-        num_local_experts=layer.num_local_experts,
+        num_local_experts=layer.num_local_experts or None,
         top_k=layer.top_k,
         dtype=str(layer.dtype).removeprefix("torch."),
         expert_bytes=layer.expert_bytes,
@@ -171,15 +172,20 @@ def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
         hash_tensors=tuple(name for name in row.hash_tensors if _has(block, name)),
         expert_tensors=dict.fromkeys(stacked, 0),
         shared_experts=any(name.startswith("shared_") and child is not None for name, child in block.named_children()),
-        expert_bytes=sum(t.numel() // t.shape[0] * t.element_size() for t in stacked.values()),
+        expert_bytes=sum(math.prod(t.shape[1:]) * t.element_size() for t in stacked.values()),
         hidden_size=hidden,
-        intermediate_size=down.numel() // down.shape[0] // hidden,
+        intermediate_size=math.prod(down.shape[1:]) // hidden,
         dtype=down.dtype,
     )
 
 
 def _stacked(experts: nn.Module, num_experts: int) -> dict[str, Tensor]:
-    """Tensors with an expert axis; a DTensor's shape is that of the whole, so sharding does not show here."""
+    """Tensors with an expert axis; a DTensor's shape is that of the whole, so sharding does not show here.
+
+    Experts that `gemopt.executor` placed have one row per slot of this rank, possibly fewer than experts, or none.
+    """
+    if hasattr(experts, "gemopt_dispatch"):
+        num_experts = min(num_experts, int(experts.num_experts))  # type: ignore[arg-type]
     tensors = {**dict(experts.named_parameters(recurse=False)), **dict(experts.named_buffers(recurse=False))}
     return {name: tensor for name, tensor in tensors.items() if tensor.ndim >= 2 and tensor.shape[0] >= num_experts}
 

@@ -165,6 +165,29 @@ def at_load(rank, world, family, where="shared"):
 
 
 @scenario
+def traced(rank, world, family, kind):
+    """The routing recorded on a model with a placement in force, and on the network alone."""
+    import tempfile
+
+    from gemopt import Traces
+    from gemopt.profiling.tracing import Tracer
+
+    tokens = batch(rank, "shared")
+    counts = []
+    model = load(family, world)
+    executor = Executor(model, timeout_s=20)
+    executor.apply(random_placement(2, 8, executor.layer_ids, slots_of(kind, 8, world)))
+    layers = find_moe_layers(model)
+    for network in (model, AutoModelForCausalLM.from_pretrained(checkpoint(family)).eval()):
+        folder = Path(tempfile.mkdtemp(dir=SCRATCH)) / "traces"
+        with torch.no_grad(), Tracer(network, folder):
+            network(tokens)
+        own = folder / f"rank-{rank:04d}"
+        counts.append(Traces.load(own if own.exists() else folder).counts.tolist() if rank == 0 else None)
+    return {"counts": counts, "layers": [[x.num_experts, x.num_local_experts, x.expert_bytes] for x in layers]}
+
+
+@scenario
 def counts(rank, world, family, where, kind, split):
     """Assignments each slot really got, and those of the logical experts, per layer, in one forward pass."""
     model = load(family, world, where)

@@ -119,6 +119,16 @@ def test_nearest_uses_the_copy_of_the_sending_rank(world, where):
                 assert answer["local"][layer][slot] == sum(told[s]["logical"][layer][expert] for s in senders)
 
 
+@pytest.mark.parametrize("kind", ["ragged", "empty_rank"])
+def test_a_placed_model_can_be_traced(world, kind):
+    told = results(world("traced", 2, family="qwen3_moe", kind=kind))
+    placed, alone = told[0]["counts"]
+    assert placed == alone and sum(map(sum, placed[0])) > 0
+    slots = {"ragged": (7, 4), "empty_rank": (0, 8)}[kind]
+    assert [answer["layers"][0][:2] for answer in told] == [[8, slots[0]], [8, slots[1]]]
+    assert len({answer["layers"][0][2] for answer in told}) == 1, "an expert has the same bytes everywhere"
+
+
 def test_bad_input_is_refused_alike_on_every_rank(world):
     first, second = results(world("refuse", 2, family="qwen3_moe"))
     assert first["said"] == second["said"]
