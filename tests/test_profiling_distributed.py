@@ -1,0 +1,89 @@
+"""`gemopt profile` under torchrun: ranks slowed down by CPU quotas, ranks that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemopt.profile import Profile
+
+pytestmark = pytest.mark.distributed
+WORKER = Path(__file__).parent / "profiling_ranks.py"
+SHAPE = "hidden=64,inter=32,experts=8,topk=2,dtype=float32"
+
+
+def torchrun(ranks: int, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(WORKER)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_ranks_under_quotas_show_the_speeds_that_were_set(tmp_path: Path) -> None:
+    shares = np.array([0.06, 0.1, 0.14, 0.2])  # half a core in all, which even a busy machine delivers
+    path = tmp_path / "profile.json"
+    with torchrun(
+        4, ",".join(map(str, shares)), "-", "profile", "--shape", SHAPE, "--points=16", "--max-assignments=64",
+        "--sweep=load", "--target-error=0", "--block-ms=15", "--seconds=0", "--max-drift=99", "-o", str(path),
+    ) as process:  # fmt: skip
+        _, err = process.communicate(timeout=500)
+    assert process.returncode == 0, err
+    profile = Profile.load(path)
+    assert profile.mode == "together" and profile.num_ranks == 4
+    times_GP = np.array([device.table()[:, 2] for device in profile.devices])
+    ratios = np.median(times_GP / times_GP.mean(axis=0), axis=1)
+    expected = (1 / shares) / (1 / shares).mean()
+    np.testing.assert_allclose(ratios / ratios[-1], expected / expected[-1], rtol=0.1)
+
+
+def _rank_pid(process: subprocess.Popen[str], rank: int) -> int | None:
+    """Process of a rank, once its profile is being measured (it holds a connection to the store)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"PPid:\t{process.pid}\n" not in (folder / "status").read_text():
+                continue
+            if f"\0RANK={rank}\0" in f"\0{(folder / 'environ').read_text()}":
+                return int(folder.name)
+        except OSError:
+            continue
+    return None
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_while_measuring_is_named_and_nothing_is_written(tmp_path: Path, victim: int) -> None:
+    path, started = tmp_path / "profile.json", tmp_path / "started"
+    process = torchrun(
+        2, "-", str(started), "profile", "--shape", SHAPE, "--points=2000", "--max-assignments=2048",
+        "--target-error=0", "--seconds=0.05", "--max-drift=99", "--timeout=2", "-o", str(path),
+    )  # fmt: skip
+    end = time.monotonic() + 300
+    while len(list(tmp_path.glob("started*"))) < 2 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.1)
+    pid = _rank_pid(process, victim)
+    assert pid is not None, process.communicate()[1]
+    os.kill(pid, signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"gemopt: rank {victim} (" in err and f"process {pid}) died while measuring; nothing was written" in err
+    assert [found.name for found in tmp_path.iterdir() if not found.name.startswith("started")] == []
+
+
+def test_bad_input_of_a_rank_ends_all_with_one_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    with torchrun(2, "-", "-", "profile", "--shape", SHAPE, "--points=3", "-o", str(path)) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode != 0 and not list(tmp_path.iterdir())
+    assert "gemopt: --points: got 3; at least 16" in err
