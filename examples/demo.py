@@ -87,7 +87,7 @@ def main() -> None:
             if row.solver == "local-search" and placement is not None:
                 placement.save(arguments.out / f"placement_{number}.json")
 
-        time_limit = 1.0 if arguments.quick else 3.0
+        time_limit = 1.0 if arguments.quick else 2.0
         rows = compare(case.profile, case.traces, solvers=SOLVERS, time_limit=time_limit, on_result=keep)
         console.print(comparison_table(rows))
         tables.append((case.title, rows))
@@ -99,9 +99,9 @@ def main() -> None:
 
 def _warm_up() -> None:
     """Compile the kernels once, so that the seconds below are of solving."""
-    case = cases()[0]
-    for solver in ("local-search", "gem"):
-        compare(case.profile, case.traces.steps(slice(0, 8)), solvers=[solver], time_limit=1.0, patience=0)
+    first, *_, last = cases()
+    for case in (first, last):
+        compare(case.profile, case.traces.steps(slice(0, 8)), solvers=["local-search", "gem"], patience=1)
 
 
 if __name__ == "__main__":

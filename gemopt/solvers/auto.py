@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
-from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports
 from gemopt.solvers.local_search import LocalSearch
 
 PROVABLE_EXPERTS = 16
@@ -25,19 +26,17 @@ class Auto:
         from gemopt.evaluate import objective
         from gemopt.solvers.cpsat import CpSat
 
-        small = problem.num_experts <= PROVABLE_EXPERTS and problem.num_steps * problem.num_ranks <= PROVABLE_TIMES
-        deadline = options.deadline
-        if small:
-            options.deadline = time.monotonic() + SEARCH_SHARE * options.remaining
-        found = LocalSearch().solve(problem, options, warm_start)
-        options.deadline = deadline
-        exact = CpSat()
-        if not small or found.row is None or (problem.spare_slots and not exact.supports.spare_slots):
+        if problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES:
+            return LocalSearch().solve(problem, options, warm_start)
+        deadline = time.monotonic() + SEARCH_SHARE * options.remaining
+        patience = DEFAULT_PATIENCE if options.patience is None else options.patience
+        found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)
+        if found.row is None:
             return found
         gap = relative_gap(objective(problem, found.row), options.bound_us)
         if options.expired() or (gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE)):
             return found
-        proven = exact.solve(problem, options, found.row)
+        proven = CpSat().solve(problem, options, found.row)
         proven.history = found.history + proven.history
         if proven.row is None:
             proven.row = found.row
