@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -568,6 +569,7 @@ def main() -> None:
             reply = {"broken": traceback.format_exc()}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+    shutil.rmtree(SCRATCH)
 
 
 if __name__ == "__main__":

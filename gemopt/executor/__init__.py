@@ -5,6 +5,7 @@ Importing this registers `ep_implementation="gemopt"` with transformers where th
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ _HOME = {
 __all__ = ["Background", "Executor", "MigrationError", "Plan", "export_checkpoint"]
 
 if find_spec("torch") is not None and find_spec("transformers") is not None:
-    import gemopt.executor.expert_parallel  # noqa: F401 (registers itself)
+    with suppress(ImportError):  # an old transformers has no such registry; plans and checkpoints work all the same
+        import gemopt.executor.expert_parallel  # noqa: F401 (registers itself)
 
 
 def __getattr__(name: str) -> Any:
