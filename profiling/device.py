@@ -88,20 +88,35 @@ class Device:
         if self.is_accelerator:
             torch.accelerator.synchronize(self.torch_device)
 
-    def time_us(self, call: Callable[[], object], calls: int) -> float:
-        """Mean time of one of `calls` calls in microseconds: device time by events, or wall time on a CPU."""
+    def time_us(self, call: Callable[[], object], block_us: float) -> float:
+        """Mean time of a call in microseconds over a block of calls that takes at least `block_us`.
+
+        Device time by events on an accelerator; wall time on a CPU, where a block has a fixed length rather than a
+        fixed number of calls: what the scheduler takes away then falls into every block alike.
+        """
         if not self.is_accelerator:
-            start = time.perf_counter_ns()
-            for _ in range(calls):
+            start, calls, end = time.perf_counter_ns(), 0, block_us * 1e3
+            while True:
                 call()
-            return (time.perf_counter_ns() - start) / 1e3 / calls
+                calls += 1
+                spent = time.perf_counter_ns() - start
+                if spent >= end:
+                    return spent / 1e3 / calls
+        calls = 1
+        while True:
+            spent_us = self._time_calls_us(call, calls)
+            if spent_us >= block_us / 2:
+                return spent_us / calls
+            calls = max(2 * calls, int(calls * block_us / max(spent_us, block_us / 100)))
+
+    def _time_calls_us(self, call: Callable[[], object], calls: int) -> float:
         before, after = (torch.Event(self.torch_device, enable_timing=True) for _ in range(2))
         before.record()
         for _ in range(calls):
             call()
         after.record()
         after.synchronize()
-        return float(before.elapsed_time(after)) * 1e3 / calls
+        return float(before.elapsed_time(after)) * 1e3
 
     def state(self) -> dict[str, str | float | int | None]:
         """Clocks, power and temperature as seen now; empty where nothing tells."""

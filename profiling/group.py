@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 from gemopt.exceptions import GemoptError, InputError
@@ -53,8 +54,7 @@ class Group:
         return min(0.5, self.timeout_s / 5)
 
     def _connect(self, *, master: bool) -> Any:
-        from torch.distributed import PrefixStore, TCPStore
-
+        distributed: Any = import_module("torch.distributed")
         try:
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         except (KeyError, ValueError):
@@ -63,9 +63,9 @@ class Group:
             ) from None
         # torchrun keeps the store in its agent, so that it outlives rank 0.
         master = master and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        store = TCPStore(host, port, None, master, timeout=timedelta(seconds=60), wait_for_workers=False)
+        store = distributed.TCPStore(host, port, None, master, timeout=timedelta(seconds=60), wait_for_workers=False)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"gemopt-profile/{attempt}", store)
+        return distributed.PrefixStore(f"gemopt-profile/{attempt}", store)
 
     def _beat(self, store: Any) -> None:
         beats = 0

@@ -7,8 +7,10 @@ hidden [N, D], topk_ids [N, K] int32, topk_weights [N, K] float32, w13 [E, 2I, D
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ def load_kernel(name: str) -> Kernel:
         When the module cannot be imported or holds no such callable.
     """
     short = {"vllm": "vllm_fused_experts", "sglang": "sglang_fused_moe", "per_expert": "per_expert"}
+    if name in ("vllm", "sglang") and importlib.util.find_spec(name) is None:
+        raise InputError("--kernel", name, f"{name} is not installed here", f"pip install {name}")
     module_name, _, attribute = (f"{__name__}:{short[name]}" if name in short else name).partition(":")
     if not attribute:
         raise InputError("--kernel", name, f"module:callable, or one of {', '.join(short)}")
@@ -44,7 +48,7 @@ def load_kernel(name: str) -> Kernel:
 def per_expert(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """Plain torch: gather the rows of each active expert, two matrix products with SiLU gating, scatter back."""
     out = torch.zeros_like(hidden)
-    for expert in topk_ids.unique().tolist():
+    for expert in sorted(set(topk_ids.flatten().tolist())):
         rows, slots = (topk_ids == expert).nonzero(as_tuple=True)
         gate, up = (hidden[rows] @ w13[expert].T).chunk(2, dim=-1)
         result = (torch.nn.functional.silu(gate) * up) @ w2[expert].T
@@ -54,25 +58,32 @@ def per_expert(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tens
 
 def vllm_fused_experts(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """vLLM's Triton experts, unquantised (`vllm.model_executor.layers.fused_moe.fused_experts`, 0.33)."""
-    from vllm.model_executor.layers.fused_moe import fused_experts
-
-    return fused_experts(hidden, w13, w2, topk_weights=topk_weights, topk_ids=topk_ids)  # type: ignore[no-any-return]
+    out: Tensor = _vllm()(hidden, w13, w2, topk_weights=topk_weights, topk_ids=topk_ids)
+    return out
 
 
 @cache
-def _publish_sglang_arguments() -> None:
-    """SGLang's kernels read process-wide server arguments; its own kernel benchmarks publish dummy ones like this."""
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
-
-    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy"))
+def _vllm() -> Any:
+    return importlib.import_module("vllm.model_executor.layers.fused_moe").fused_experts
 
 
 def sglang_fused_moe(hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """SGLang's Triton experts, unquantised (0.5.23); writes its result over `hidden`, as when it serves."""
-    from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-    from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe import fused_moe
-    from sglang.srt.layers.moe.topk import StandardTopKOutput
+    fused_moe, routing_type, config = _sglang()
+    routing = routing_type(topk_weights, topk_ids, topk_weights)  # router logits are not read
+    out: Tensor = fused_moe(hidden, w13, w2, routing, config)
+    return out
 
-    _publish_sglang_arguments()
-    routing = StandardTopKOutput(topk_weights, topk_ids, topk_weights)  # router logits are not read
-    return fused_moe(hidden, w13, w2, routing, MoeRunnerConfig(inplace=True))  # type: ignore[no-any-return]
+
+@cache
+def _sglang() -> tuple[Any, Any, Any]:
+    """Entry point, routing type and configuration, after publishing the process-wide arguments that kernels read.
+
+    SGLang's own kernel benchmarks publish dummy arguments in the same way.
+    """
+    arguments = importlib.import_module("sglang.srt.server_args")
+    arguments.set_global_server_args_for_scheduler(arguments.ServerArgs(model_path="dummy"))
+    kernels = importlib.import_module("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe")
+    runner = importlib.import_module("sglang.srt.layers.moe.moe_runner")
+    topk = importlib.import_module("sglang.srt.layers.moe.topk")
+    return kernels.fused_moe, topk.StandardTopKOutput, runner.MoeRunnerConfig(inplace=True)

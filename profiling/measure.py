@@ -25,7 +25,7 @@ class Timing:
     Attributes
     ----------
     block_us
-        Each timing covers as many calls as fill this; longer than a scheduling period or the resolution of events.
+        Each timing is the mean over as many calls as fill this; tens of scheduling periods under a CPU quota.
     seconds
         Least time over which a load is measured, so that ranks that measure together really overlap.
     repeats
@@ -50,12 +50,10 @@ def time_load(device: Device, call: Callable[[], object], timing: Timing) -> lis
     """Microseconds per call of every block, after a warm-up."""
     call()
     device.synchronize()
-    once = max(device.time_us(call, 1), 1e-3)
-    calls = max(1, round(timing.block_us / once))
     blocks: list[float] = []
     end = time.monotonic() + timing.seconds
     while len(blocks) < timing.repeats or time.monotonic() < end:
-        blocks.append(device.time_us(call, calls))
+        blocks.append(device.time_us(call, timing.block_us))
     return blocks
 
 
@@ -88,10 +86,8 @@ def settle(device: Device, call: Callable[[], object], *, block_us: float, limit
     Compares medians of consecutive groups of five blocks.
     """
     end, before, move = time.monotonic() + limit_s, None, float("inf")
-    once = max(device.time_us(call, 1), 1e-3)
-    calls = max(1, round(block_us / once))
     while True:
-        now = float(np.median([device.time_us(call, calls) for _ in range(5)]))
+        now = float(np.median([device.time_us(call, block_us) for _ in range(5)]))
         move = float("inf") if before is None else abs(now / before - 1)
         if move < STEADY_SHARE or time.monotonic() > end:
             return move

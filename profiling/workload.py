@@ -136,7 +136,7 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int, dtype: str
         setattr(text, family(text.model_type).num_experts, local)
         experts = find_moe_layers(auto.from_config(config, **options))[0].experts
     layer_bytes = local * (whole.expert_bytes or 1)
-    forwards = [_filled(experts, device) for _ in range(copies_needed(layer_bytes, device.cache_bytes))]
+    forwards: list[Forward] = [_filled(experts, device) for _ in range(copies_needed(layer_bytes, device.cache_bytes))]
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"
     shape = whole.model_copy(update={"num_local_experts": local, "name": whole.name or path})
     built = Experts(shape, f"transformers:{implementation}", device, forwards)

@@ -37,7 +37,7 @@ def test_ranks_under_quotas_show_the_speeds_that_were_set(tmp_path: Path) -> Non
     path = tmp_path / "profile.json"
     with torchrun(
         4, ",".join(map(str, shares)), "-", "profile", "--shape", SHAPE, "--points=16", "--max-assignments=64",
-        "--sweep=load", "--target-error=0", "--block-ms=30", "--seconds=0", "--max-drift=99", "-o", str(path),
+        "--sweep=load", "--target-error=0", "--block-ms=300", "--seconds=0", "--max-drift=99", "-o", str(path),
     ) as process:  # fmt: skip
         _, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
