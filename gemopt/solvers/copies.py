@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit
 
 from gemopt.problem import Problem
-from gemopt.solvers.swaps import BLOCK, Array, Costs, State, lookup, rank_of, rank_times, step_order
+from gemopt.solvers.search_state import Array, Costs, Number, State, lookup, rank_of, rank_times, step_order
+from gemopt.solvers.swap_gains import BLOCK
 
 TABLE_LIMIT = 1 << 22
 
@@ -24,12 +25,12 @@ class Shares(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Slots whose load changes: expert, copies and copy index afterwards; `size[0]` of the rows are in use."""
+    """Slots whose load changes: expert, copies and position among them afterwards; `size[0]` of the rows are in use."""
 
     slots: Array
     experts: Array
     copies: Array
-    index: Array
+    position: Array
     size: Array
 
 
@@ -49,7 +50,7 @@ def list_change(state: State, slot: int, expert: int, change: Change) -> None:
     """Fill `change` for giving `slot` to `expert` (-1: emptying it): all copies of both experts change."""
     old = state.content[slot]
     size = 1
-    change.slots[0], change.experts[0], change.copies[0], change.index[0] = slot, expert, 1, 0
+    change.slots[0], change.experts[0], change.copies[0], change.position[0] = slot, expert, 1, 0
     for side in range(2):
         subject = old if side == 0 else expert
         if subject < 0:
@@ -63,27 +64,27 @@ def list_change(state: State, slot: int, expert: int, change: Change) -> None:
         for p in range(state.content.shape[0]):
             if p == slot:
                 if side == 1:
-                    change.copies[0], change.index[0] = copies, index
+                    change.copies[0], change.position[0] = copies, index
                     index += 1
                 continue
             if state.content[p] == subject:
                 change.slots[size], change.experts[size] = p, subject
-                change.copies[size], change.index[size] = copies, index
+                change.copies[size], change.position[size] = copies, index
                 size, index = size + 1, index + 1
     change.size[0] = size
 
 
 @njit(cache=True, nogil=True, inline="always")
-def share_of(shares: Shares, change: Change, c: int, f: int, t: int) -> float:
+def share_of(shares: Shares, change: Change, c: int, f: int, t: int) -> Number:
     """Feature of a changed slot's share at a step."""
     if change.experts[c] < 0:
         return np.float32(0.0)
     r = change.copies[c]
-    return shares.table_FN[f, (shares.counts_ET[change.experts[c], t] + r - 1 - change.index[c]) // r]
+    return shares.table_FN[f, (shares.counts_ET[change.experts[c], t] + r - 1 - change.position[c]) // r]
 
 
 @njit(cache=True, nogil=True)
-def time_of(costs: Costs, rank: int, loads_F: Array) -> float:
+def time_of(costs: Costs, rank: int, loads_F: Array) -> Number:
     """Latency of one rank under one load vector."""
     best = np.float32(-1e30)
     if costs.use_tables:
@@ -104,7 +105,7 @@ def time_of(costs: Costs, rank: int, loads_F: Array) -> float:
 @njit(cache=True, nogil=True)
 def change_cost(
     costs: Costs, state: State, shares: Shares, change: Change, limits: Array, group: Array, loads: Array
-) -> float:
+) -> Number:
     """Weighted makespan after the change, or infinity as soon as a limit is reached."""
     num_ranks, steps = state.times.shape
     features = state.items.shape[1]
@@ -205,7 +206,7 @@ def improve_copies(costs: Costs, state: State, shares: Shares, candidates: Array
 
 
 @njit(cache=True, nogil=True)
-def set_change_limits(state: State, limits: Array, epsilon: float, racing: bool) -> float:
+def set_change_limits(state: State, limits: Array, epsilon: float, racing: bool) -> Number:
     """Limits a change must stay below: the present cost up to each block, or only in all."""
     num_ranks, steps = state.times.shape
     total = 0.0

@@ -24,20 +24,9 @@ from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
-from gemopt.solvers.swaps import (
-    BLOCK,
-    Array,
-    Costs,
-    Pair,
-    State,
-    fix_others,
-    improve_pair,
-    make_costs,
-    make_state,
-    refresh_three,
-    slowest_three,
-    step_order,
-)
+from gemopt.solvers.search_state import Array, Costs, State, make_costs, make_state, step_order
+from gemopt.solvers.swap_gains import BLOCK, Pair
+from gemopt.solvers.swaps import fix_others, improve_pair, refresh_three, slowest_three
 
 ORDER = (ExpertClass.CONSISTENT, ExpertClass.TEMPORAL, ExpertClass.ORDINARY)
 NOISE = 0.3
@@ -88,11 +77,11 @@ def _greedy(problem: Problem, classes: list[ExpertClass], noise_E: FloatArray | 
     row = np.full(problem.num_slots, EMPTY)
     for expert in order:
         tried: list[tuple[float, float, int, FloatArray]] = []
-        for rank in np.flatnonzero(left_G):
+        for rank in np.flatnonzero(left_G).tolist():
             time_T = problem.latencies[rank](list(loads_GFT[rank] + features_FTE[:, :, expert]))
             others_T = np.delete(times_GT, rank, axis=0).max(axis=0, initial=0.0)
             score = float(np.maximum(others_T, time_T) @ weights_T)
-            tried.append((score, float(time_T @ weights_T), int(rank), time_T))
+            tried.append((score, float(time_T @ weights_T), rank, time_T))
         _, _, rank, time_T = min(tried, key=lambda each: each[:3])
         loads_GFT[rank] += features_FTE[:, :, expert]
         times_GT[rank] = time_T

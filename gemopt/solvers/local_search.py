@@ -28,7 +28,6 @@ class LocalSearch:
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. `options.patience` 0 ends after the descent."""
-        from gemopt.solvers.swaps import make_costs
 
         search = _Search(problem, options)
         starts = [lpt_row(problem)] if warm_start is None else [warm_start]
@@ -36,7 +35,6 @@ class LocalSearch:
             weight_E = problem.linearised[1].mean(axis=0)
             copies_E = replicate(weight_E, problem.spare_slots, int((problem.slots_per_rank > 0).sum()))
             starts.append(lpt_row(problem, copies_E=copies_E))
-        search.costs = make_costs(problem)
         for start in starts:
             search.offer(start)
             if not options.expired():
@@ -49,8 +47,11 @@ class _Search:
     """Incumbent and history of one layer's search."""
 
     def __init__(self, problem: Problem, options: Options) -> None:
+        from gemopt.solvers.search_state import make_costs
+
         self.problem = problem
         self.options = options
+        self.costs = make_costs(problem)
         self.row: Row | None = None
         self.value = np.inf
         self.history: list[Incumbent] = []
@@ -71,7 +72,8 @@ class _Search:
 
     def descend_from(self, start: Row) -> None:
         """Descend on the hulls, then on the latencies, then over copies until nothing helps."""
-        from gemopt.solvers.swaps import descend, hull_costs, make_state
+        from gemopt.solvers.search_state import hull_costs, make_state
+        from gemopt.solvers.swaps import descend
 
         problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
         row = start
@@ -89,7 +91,8 @@ class _Search:
 
     def _with_copies(self, row: Row) -> None:
         from gemopt.solvers.copies import improve_copies, make_shares
-        from gemopt.solvers.swaps import EPSILON, descend, make_state
+        from gemopt.solvers.search_state import make_state
+        from gemopt.solvers.swaps import EPSILON, descend
 
         problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
         shares = make_shares(problem)
@@ -110,7 +113,8 @@ class _Search:
 
     def iterate(self) -> StoppedBy:
         """Kick and descend in batches until the deadline, the patience, the gap or an interrupt."""
-        from gemopt.solvers.swaps import iterate, make_state, total_cost
+        from gemopt.solvers.search_state import make_state
+        from gemopt.solvers.swaps import iterate, total_cost
 
         problem, options = self.problem, self.options
         patience = NEVER if options.patience is None else options.patience

@@ -1,0 +1,205 @@
+"""State of the swap search, and latencies in the two forms its kernels read: planes and tables."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gemopt.exceptions import UnsupportedError
+from gemopt.latency import Latency
+from gemopt.placement import EMPTY
+from gemopt.problem import Problem
+
+Array = NDArray[Any]
+Number = Any  # what a compiled function returns, as far as a type checker can tell
+TABLE_LIMIT = 1 << 18
+EXACT_FLOAT32 = 1 << 24
+LOG_SIZE = 1 << 13
+UNROLLED_PLANES = 5
+
+
+class Costs(NamedTuple):
+    """Latencies as the kernels read them: planes [G, K, 1 + F], or tables with one entry per `stride` of load."""
+
+    planes: Array
+    tables: Array
+    offsets: Array
+    strides: Array
+    num_terms: Array
+    use_tables: bool
+
+
+class State(NamedTuple):
+    """A placement under search. P slots, G ranks, F features, T steps.
+
+    content: [P] expert or -1; items: [P, F, T] its load; starts: [G + 1] first slot of each rank; loads: [G, F, T];
+    times: [G, T]; holds: [G, E] copies of an expert on a rank; weights: [T]; log: [n, 2] slots of the last swaps, and
+    logged: [1] how many there were.
+    """
+
+    content: Array
+    items: Array
+    starts: Array
+    loads: Array
+    times: Array
+    holds: Array
+    weights: Array
+    log: Array
+    logged: Array
+
+
+def hull_costs(problem: Problem) -> Costs | None:
+    """Convex hulls of the latencies as planes, where they have a shape with a SIMD kernel of its own; else None.
+
+    Those are one line of one feature (a hull within 3 % of one around the mean load counts), and up to five planes of
+    two features.
+    """
+    rows = [_line_about_mean(problem, latency) for latency in problem.latencies]
+    if len(problem.features) == 2:
+        rows = [latency.planes(limit=UNROLLED_PLANES) for latency in problem.latencies]
+    if any(row is None or len(row) > UNROLLED_PLANES for row in rows):
+        return None
+    return _plane_costs([row for row in rows if row is not None])
+
+
+def _line_about_mean(problem: Problem, latency: Latency) -> Array | None:
+    """[1, 2] intercept and slope close to the hull of a latency of one feature, or None."""
+    if len(problem.features) != 1:
+        return None
+    mean = float(problem.features_FTE[0].sum(axis=1).mean()) / problem.num_ranks
+    loads = np.linspace(0.25, 2.5, 16) * max(mean, 1.0)
+    planes_K2 = latency.planes(limit=64)
+    values = (planes_K2[:, :1] + planes_K2[:, 1:] * loads).max(axis=0)
+    slope, intercept = np.polyfit(loads, values, 1)
+    close = np.abs(intercept + slope * loads - values) <= 0.03 * np.abs(values)
+    return np.array([[intercept, slope]]) if close.all() else None
+
+
+def _plane_costs(rows: list[Array]) -> Costs:
+    features = rows[0].shape[1] - 1
+    most = UNROLLED_PLANES if features == 2 else max(map(len, rows))
+    planes = np.zeros((len(rows), most, 1 + features), dtype=np.float32)
+    planes[:, :, 0] = -1e30
+    for g, row in enumerate(rows):
+        planes[g, : len(row)] = row
+    none = np.zeros((1, 1, 1), np.int64)
+    return Costs(planes, np.zeros(1, np.float32), none, none[0, 0], none[0, 0], False)
+
+
+def make_costs(problem: Problem) -> Costs:
+    """The latencies themselves: planes where they are few enough, else tables (interpolated beyond 262144 loads)."""
+    features = len(problem.features)
+    if all(latency.max_affine for latency in problem.latencies):
+        rows = [latency.planes() for latency in problem.latencies]
+        most = max(map(len, rows))
+        if (features == 1 and most == 1) or (features == 2 and most <= UNROLLED_PLANES):
+            return _plane_costs(rows)
+    largest = problem.features_FTE.sum(axis=2).max(axis=1) if not problem.spare_slots else _largest_with_copies(problem)
+    strides = np.array([1 << max(0, int(np.ceil(np.log2((n + 1) / TABLE_LIMIT)))) for n in largest], np.int64)
+    grids = [np.arange(int(n) // int(s) + 3) * int(s) for n, s in zip(largest, strides, strict=True)]
+    curves = [_table_terms(latency, grids) for latency in problem.latencies]
+    terms = np.array([len(each) for each in curves], np.int64)
+    offsets = np.zeros((problem.num_ranks, int(terms.max()), features), np.int64)
+    tables: list[Array] = []
+    position = 0
+    for g, each in enumerate(curves):
+        for k, term in enumerate(each):
+            for f, table in enumerate(term):
+                offsets[g, k, f] = position
+                tables.append(table.astype(np.float32))
+                position += len(table)
+    planes = np.zeros((problem.num_ranks, 1, 1 + features), np.float32)
+    return Costs(planes, np.concatenate(tables), offsets, strides, terms, True)
+
+
+def _table_terms(latency: Latency, grids: list[Array]) -> list[list[Array]]:
+    """Tables of every term and feature; with one feature the terms collapse into one."""
+    if len(grids) == 1:
+        return [[latency([grids[0]])]]
+    return [[curve(grid) for curve, grid in zip(term, grids, strict=True)] for term in latency.terms]
+
+
+def _largest_with_copies(problem: Problem) -> Array:
+    """[F] no rank can be loaded above the sum over all experts, whatever the copies."""
+    return np.asarray(problem.features_FTE.sum(axis=2).max(axis=1) + problem.num_experts)
+
+
+def step_order(num_steps: int) -> Array:
+    """[T] the fixed random order in which the search goes through the steps."""
+    return np.random.default_rng(0).permutation(num_steps)
+
+
+def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs) -> State:
+    """Search state of a placement row; copies carry their even share with them."""
+    from gemopt.evaluate import even_shares
+
+    if problem.features_FTE.sum(axis=2).max() >= EXACT_FLOAT32:
+        raise UnsupportedError(
+            "counts", int(problem.counts_TE.sum(axis=1).max()), f"the search takes steps below {EXACT_FLOAT32} loads"
+        )
+    order = step_order(problem.num_steps)
+    shares = even_shares(problem.counts_TE[order], row)
+    items = np.ascontiguousarray(
+        np.stack([feature.of(shares) for feature in problem.features]).transpose(2, 0, 1), dtype=np.float32
+    )
+    starts = np.concatenate([[0], np.cumsum(problem.slots_per_rank)])
+    holds = np.zeros((problem.num_ranks, problem.num_experts), np.int32)
+    held = row != EMPTY
+    np.add.at(holds, (problem.rank_of_slot[held], row[held]), 1)
+    loads = np.zeros((problem.num_ranks, items.shape[1], items.shape[2]), np.float32)
+    for slot, rank in enumerate(problem.rank_of_slot):
+        loads[rank] += items[slot]
+    times = np.zeros((problem.num_ranks, items.shape[2]), np.float32)
+    weights = problem.weights_T[order].astype(np.float32)
+    log, logged = np.zeros((LOG_SIZE, 2), np.int32), np.zeros(1, np.int64)
+    state = State(row.copy(), items, starts, loads, times, holds, weights, log, logged)
+    for rank in range(problem.num_ranks):
+        rank_times(costs, rank, state.loads[rank], state.times[rank])
+    return state
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def rank_times(costs: Costs, rank: int, loads_FT: Array, out_T: Array) -> None:
+    """Latency of one rank at every step."""
+    features, steps = loads_FT.shape
+    if not costs.use_tables:
+        out_T[:] = np.float32(-1e30)
+        for k in range(costs.planes.shape[1]):
+            plane = costs.planes[rank, k]
+            for t in range(steps):
+                value = plane[0]
+                for f in range(features):
+                    value += plane[1 + f] * loads_FT[f, t]
+                out_T[t] = max(out_T[t], value)
+        return
+    for t in range(steps):
+        best = np.float32(-1e30)
+        for k in range(costs.num_terms[rank]):
+            value = np.float32(0.0)
+            for f in range(features):
+                value += lookup(costs, rank, k, f, loads_FT[f, t])
+            best = max(best, value)
+        out_T[t] = best
+
+
+@njit(cache=True, nogil=True, fastmath=True, inline="always")
+def lookup(costs: Costs, rank: int, term: int, feature: int, load: float) -> Number:
+    """Table value at a load, interpolated when the table is coarser than one load."""
+    stride = costs.strides[feature]
+    offset = costs.offsets[rank, term, feature]
+    index = np.int64(load)
+    if stride == 1:
+        return costs.tables[offset + index]
+    cell = index // stride
+    low = costs.tables[offset + cell]
+    part = np.float32(index - cell * stride) / np.float32(stride)
+    return low + part * (costs.tables[offset + cell + 1] - low)
+
+
+@njit(cache=True, nogil=True)
+def rank_of(state: State, slot: int) -> Number:
+    """Rank that owns a slot."""
+    return np.int64(np.searchsorted(state.starts, slot, side="right") - 1)
