@@ -51,7 +51,7 @@ class Group:
     @property
     def beat_s(self) -> float:
         """Time between two signs of life."""
-        return min(0.5, self.timeout_s / 5)
+        return min(1.0, self.timeout_s / 5)
 
     def _connect(self, *, master: bool) -> Any:
         distributed: Any = import_module("torch.distributed")

@@ -27,8 +27,8 @@ if __name__ == "__main__":
     with ExitStack() as stack:
         if sys.argv[1] != "-":
             share = float(sys.argv[1].split(",")[rank])
-            # 3 ms at a time: after shorter turns the caches are cold more often for small shares than for large ones.
-            stack.enter_context(cpu_quota(share, period_us=round(3000 / share)))
+            # 4 ms at a time: after shorter turns the caches are cold more often for small shares than for large ones.
+            stack.enter_context(cpu_quota(share, period_us=round(4000 / share)))
         if sys.argv[2] != "-":
             settle = profiler.settle
 
