@@ -17,6 +17,7 @@ from gemopt.placement import check_slots, default_slots
 from gemopt.traces import Traces
 
 LOAD_LIMIT = 2**31 - 1
+LEAST_SLOPE = 0.25  # of the latency at the mean load, per mean load
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,19 +143,29 @@ class Problem:
     def linearised(self) -> tuple[FloatArray, FloatArray]:
         """([G] offset, [G, E] weight) in microseconds: latency of a rank is about its offset plus its experts' weights.
 
-        Slopes are secants between half and one and a half times the mean load of a rank, which smooths staircases.
+        Each rank's slope is a least-squares line over up to 2.5 times the mean load, and at least a quarter of the
+        latency there: on a flat tread of a staircase the offsets alone would otherwise decide. Features share it in
+        proportion to what half the mean load more or less of each changes, averaged over the ranks.
         """
         mean_FE = np.einsum("t,fte->fe", self.weights_T, self.features_FTE) / max(self.weights_T.sum(), 1e-300)
         mean_F = mean_FE.sum(axis=1) / self.num_ranks
-        offset_G, slope_GF = np.empty(self.num_ranks), np.empty((self.num_ranks, len(mean_F)))
-        for g, latency in enumerate(self.latencies):
-            for f, mean in enumerate(mean_F):
-                high, low = mean_F.copy(), mean_F.copy()
-                high[f], low[f] = 1.5 * mean, 0.5 * mean
-                slope_GF[g, f] = max(0.0, float(latency(list(high)) - latency(list(low)))) / max(mean, 1e-300)
-            offset_G[g] = float(latency(list(mean_F))) - slope_GF[g] @ mean_F
-        slope_GF += 1e-9 * (1.0 + slope_GF.mean())
-        return offset_G, slope_GF @ mean_FE
+        scales = np.linspace(0.0, 2.5, 17)
+        times_GS = np.array([latency(list(np.outer(mean_F, scales))) for latency in self.latencies])
+        at_mean_G = np.array([float(latency(list(mean_F))) for latency in self.latencies])
+        slope_G = np.maximum((times_GS @ (scales - scales.mean())) / ((scales - scales.mean()) ** 2).sum(), 0.0)
+        slope_G = np.maximum(slope_G, LEAST_SLOPE * at_mean_G + 1e-9)
+        share_F = self._feature_shares(mean_F)
+        per_unit_F = np.divide(share_F, mean_F, out=np.zeros_like(mean_F), where=mean_F > 0)
+        return at_mean_G - slope_G, slope_G[:, None] * (per_unit_F @ mean_FE)[None]
+
+    def _feature_shares(self, mean_F: FloatArray) -> FloatArray:
+        """[F] share of each feature in what a rank's latency gains with load; sums to 1."""
+        gain_F = np.zeros(len(mean_F))
+        for f, mean in enumerate(mean_F):
+            high, low = mean_F.copy(), mean_F.copy()
+            high[f], low[f] = 1.5 * mean, 0.5 * mean
+            gain_F[f] = sum(max(0.0, float(each(list(high)) - each(list(low)))) for each in self.latencies)
+        return gain_F / gain_F.sum() if gain_F.sum() > 0 else np.eye(len(mean_F))[0]
 
     def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:
         """The same problem on some of its steps, reweighted when asked."""
