@@ -34,7 +34,7 @@ def check_profile(profile: Profile, profiler: Profiler, *, points: int = 5) -> l
         hint = f"torchrun --nproc-per-node {profile.num_ranks} gemopt profile check"
         raise InputError("ranks", len(facts), f"the profile has {profile.num_ranks}", hint)
     if profile.kernel not in (None, facts[0]["kernel"]):
-        raise InputError("--kernel", facts[0]["kernel"], f"the profile is of {profile.kernel}", "give its --model or --kernel")
+        raise InputError("--kernel", facts[0]["kernel"], f"the profile is of {profile.kernel}", "give its --model")
     for device, now in zip(profile.devices, facts, strict=True):
         if device.uuid is not None and now["uuid"] != device.uuid:
             limit = f"the profile has {device.uuid} there"
