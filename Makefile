@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test engines lint typecheck clean
+.PHONY: demo test engines quiet lint typecheck clean
 
 .venv/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -35,6 +35,9 @@ typecheck: .venv/.dev
 
 engines: .venv/.dev
 	$(BIN)/python -m pytest -m engines
+
+quiet: .venv/.dev
+	$(BIN)/python -m pytest -m quiet
 
 clean:
 	rm -rf build out .pytest_cache .mypy_cache .ruff_cache

@@ -84,7 +84,7 @@ class Profile(Document):
     kernel
         Kernel that was measured, e.g. `triton fused_moe`.
     mode
-        `alone`, `together` (all ranks at once, as in production), `replay` or `table`.
+        `alone`, `together` (all ranks at once, as in production), `in turn`, `replay` or `table`.
     software
         Versions, by package.
     source

@@ -32,6 +32,7 @@ def torchrun(ranks: int, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.quiet
 def test_ranks_under_quotas_show_the_speeds_that_were_set(tmp_path: Path) -> None:
     shares = np.array([0.1, 0.15, 0.2, 0.3])  # less than a core in all, which even a busy machine delivers
     path = tmp_path / "profile.json"
