@@ -16,7 +16,7 @@ from gemopt.result import Incumbent, StoppedBy
 
 Row = NDArray[np.int64]
 
-DEFAULT_PATIENCE = 30
+DEFAULT_PATIENCE = 5
 """Kicks of local search, or restarts of GEM, in a row without gain, after which a call without a time limit ends."""
 
 

@@ -216,6 +216,7 @@ def iterate(costs: Costs, state: State, draws: Array, best: float, patience: int
     draws: [kicks, n, 2] random numbers. Returns (best cost, kicks since the last improvement, kicks done).
     """
     done = 0
+    everything = patience < 0  # never; a literal False would compile `descend` a second time
     for k in range(draws.shape[0]):
         if idle >= patience:
             break
@@ -223,13 +224,13 @@ def iterate(costs: Costs, state: State, draws: Array, best: float, patience: int
         state.logged[0] = 0
         dirty = np.zeros(state.times.shape[0], np.bool_)
         kick(costs, state, draws[k], dirty)
-        cost = descend(costs, state, dirty, False)
+        cost = descend(costs, state, dirty, everything)
         overflow = state.logged[0] > state.log.shape[0]
         if cost < best * (1.0 - EPSILON) or overflow:
             best, idle = cost, 0
             continue
         idle += 1
         for n in range(min(state.logged[0], state.log.shape[0]) - 1, -1, -1):
-            i, j = state.log[n, 0], state.log[n, 1]
+            i, j = np.int64(state.log[n, 0]), np.int64(state.log[n, 1])
             apply_swap(costs, state, rank_of(state, i), rank_of(state, j), i, j)
     return best, idle, done
