@@ -194,8 +194,9 @@ useful text.
 
 ## Training
 
-{tokens:,} bytes in {seconds:.0f} s on {threads} CPU core(s), AdamW, cross-entropy plus {weight} times the load-balancing loss
-of Switch Transformers (arXiv 2101.03961) per layer. Script: `examples/train_tiny_moe.py`, seed {seed}.
+{tokens:,} bytes in {seconds:.0f} s on {threads} CPU core(s), AdamW, cross-entropy plus {weight} times the
+load-balancing loss of Switch Transformers (arXiv 2101.03961) per layer.
+Script: `examples/train_tiny_moe.py`, seed {seed}.
 
 | kind | text | licence of the text | bytes trained on | held-out loss, bits per byte |
 |---|---|---|---|---|
