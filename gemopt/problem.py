@@ -165,7 +165,7 @@ class Problem:
             high, low = mean_F.copy(), mean_F.copy()
             high[f], low[f] = 1.5 * mean, 0.5 * mean
             gain_F[f] = sum(max(0.0, float(each(list(high)) - each(list(low)))) for each in self.latencies)
-        return gain_F / gain_F.sum() if gain_F.sum() > 0 else np.eye(len(mean_F))[0]
+        return np.asarray(gain_F / gain_F.sum() if gain_F.sum() > 0 else np.eye(len(mean_F))[0])
 
     def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:
         """The same problem on some of its steps, reweighted when asked."""

@@ -231,6 +231,7 @@ def iterate(costs: Costs, state: State, draws: Array, best: float, patience: int
             continue
         idle += 1
         for n in range(min(state.logged[0], state.log.shape[0]) - 1, -1, -1):
-            i, j = np.int64(state.log[n, 0]), np.int64(state.log[n, 1])
+            i: Number = np.int64(state.log[n, 0])
+            j: Number = np.int64(state.log[n, 1])
             apply_swap(costs, state, rank_of(state, i), rank_of(state, j), i, j)
     return best, idle, done
