@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gemopt.solvers.search_state import Array, Costs, State, rank_of, rank_times
+from gemopt.solvers.search_state import Array, Costs, Number, State, rank_of, rank_times
 from gemopt.solvers.swap_gains import BLOCK, Pair, allowed, find_gain
 
 EPSILON = 2e-6
