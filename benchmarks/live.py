@@ -168,7 +168,7 @@ def measure_profile(watch: Stopwatch, width: int, most: int, points: int) -> Pro
     forwards = [dispatch.experts_forward for dispatch in watch.layers]
     workload = Experts(shape, "transformers", device, forwards)
     timing = Timing(block_us=20_000, seconds=0.2)
-    options = Options(points=points, max_assignments=most, timing=timing, settle_s=5, max_drift=0.5)
+    options = Options(points=points, max_assignments=most, timing=timing, settle_s=5, max_drift=0.3)
     rank = Rank(workload, device, group, options)
     with group.watch():
         if group.rank:
