@@ -2,6 +2,7 @@
 
 python benchmarks/speed.py descent     58 layers x 256 experts x 1000 steps, affine costs, one descent: seconds, memory
 python benchmarks/speed.py quality     staircase costs: held-out change against contiguous, beside EPLB and LPT
+python benchmarks/speed.py evaluate    loads (rank and step) per second, staircase and roofline
 python benchmarks/speed.py start       import, first use with an empty compile cache, `gemopt solve` on the demo's input
 """
 
@@ -17,6 +18,7 @@ import tempfile
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from instances import affine_profile, routing, speeds, staircase_profile
@@ -91,6 +93,43 @@ def quality() -> None:
         )
 
 
+def evaluation() -> None:
+    """Required: millions of loads a second for both cost models."""
+    from gemopt.costs import fit
+    from gemopt.kernels import rank_latencies
+    from gemopt.latency import pack
+
+    header("Loads evaluated per second on one core (latency of one rank at one step)")
+    cases = [
+        ("staircase of 514 points, 64 ranks", staircase_profile(speeds(64)), "staircase"),
+        ("roofline of the demo's measured surface, 8 ranks", _demo_case(3).profile, "roofline"),
+    ]
+    print("| cost model | curves per rank | latencies alone, M/s |\n|---|---|---|")
+    for title, profile, model in cases:
+        cost, _ = fit(profile, model=model)
+        packed = pack(cost.latencies)
+        arrays = (packed.start, packed.length, packed.slope, packed.num_terms, packed.x, packed.y)
+        rng = np.random.default_rng(0)
+        assignments = rng.integers(0, 4000, (20_000, len(cost.latencies), 1)).astype(float)
+        active = np.minimum(rng.integers(0, 32, assignments.shape), assignments).astype(float)
+        loads = np.ascontiguousarray(np.concatenate([assignments, active], axis=2)[:, :, : len(cost.features)])
+        rank_latencies(loads[:2], *arrays)
+        seconds = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            rank_latencies(loads, *arrays)
+            seconds.append(time.perf_counter() - begin)
+        rate = loads.shape[0] * loads.shape[1] / min(seconds) / 1e6
+        print(f"| {title} | {int(packed.num_terms.max())} x {len(cost.features)} | {rate:.1f} |")
+
+
+def _demo_case(number: int) -> Any:
+    sys.path.insert(0, str(DATA.parent))
+    import demo
+
+    return demo.cases()[number]
+
+
 def start() -> None:
     """Required: import below 0.3 s, at most 25 s extra on first use, the demo's instance solved below 3 s when warm."""
     header("Start-up, first use and `gemopt solve` on the demo's instance (24 layers x 32 experts x 900 steps)")
@@ -119,10 +158,7 @@ def start() -> None:
 
 
 def _demo_input(profile: Path, traces: Path) -> None:
-    sys.path.insert(0, str(DATA.parent))
-    import demo
-
-    case = demo.cases()[0]
+    case = _demo_case(0)
     case.profile.save(profile)
     Traces(counts=case.traces.counts[:900]).save(traces)
 
@@ -134,4 +170,4 @@ def _timed(command: list[str], environment: dict[str, str]) -> float:
 
 
 if __name__ == "__main__":
-    {"descent": descent, "quality": quality, "start": start}[sys.argv[1]]()
+    {"descent": descent, "quality": quality, "evaluate": evaluation, "start": start}[sys.argv[1]]()

@@ -50,9 +50,24 @@ def rank_latencies(
     loads_TGF: Array, start: Array, length: Array, slope: Array, num_terms: Array, x: Array, y: Array
 ) -> Array:
     """[T, G] latency in microseconds of every rank at every step."""
-    steps, ranks, _ = loads_TGF.shape
+    steps, ranks, features = loads_TGF.shape
     out = np.empty((steps, ranks))
-    for t in range(steps):
-        for g in range(ranks):
-            out[t, g] = latency_value(g, loads_TGF[t, g], start, length, slope, num_terms, x, y)
+    best_T, total_T = np.empty(steps), np.empty(steps)
+    for g in range(ranks):  # curve by curve: a straight one is then a plain loop over the steps
+        best_T[:] = -np.inf
+        for k in range(num_terms[g]):
+            total_T[:] = 0.0
+            for f in range(features):
+                first, size, steepness = start[g, k, f], length[g, k, f], slope[g, k, f]
+                if size == 1:
+                    x0, y0 = x[first], y[first]
+                    for t in range(steps):
+                        total_T[t] += y0 + steepness * (loads_TGF[t, g, f] - x0)
+                else:
+                    for t in range(steps):
+                        total_T[t] += curve_value(x, y, steepness, first, size, loads_TGF[t, g, f])
+            for t in range(steps):
+                best_T[t] = max(best_T[t], total_T[t])
+        for t in range(steps):
+            out[t, g] = best_T[t]
     return out

@@ -24,6 +24,7 @@ from gemopt.evaluate import evaluate
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result, Status, StoppedBy
+from gemopt.solvers.base import Outcome, Supports
 from gemopt.traces import Phase, Traces
 
 SOLVE_FIELDS = {"solver", "status", "stopped_by", "objective_us", "bound_us", "gap", "seconds"}
@@ -258,3 +259,37 @@ def test_help_and_a_closed_pipe(tmp_path: Path) -> None:
     )
     os.close(write)
     assert (process.returncode, process.stderr) == (1, b"")
+
+
+class Answers:
+    """A solver that says what it is told to."""
+
+    name = "answers"
+    supports = Supports()
+
+    def __init__(self, *, infeasible: bool) -> None:
+        self.infeasible = infeasible
+
+    def solve(self, *_: object) -> Outcome:
+        return Outcome(None, StoppedBy.TIME_LIMIT, infeasible=self.infeasible)
+
+
+@pytest.mark.parametrize(("infeasible", "code", "status"), [(True, 3, "infeasible"), (False, 4, "unknown")])
+def test_exit_codes_when_there_is_no_placement(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    infeasible: bool,
+    code: int,
+    status: str,
+) -> None:
+    inputs, output = write_inputs(tmp_path), tmp_path / "placement.json"
+    monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda _: Answers(infeasible=infeasible))
+    given, out, err = gemopt(capsys, "solve", *inputs, "-o", output, "--json")
+    assert (given, err) == (code, "")
+    found = json.loads(out)
+    assert found["status"] == status and found["objective_us"] is None and found["gap"] is None
+    assert found["bound_us"] > 0  # what no placement could beat is known all the same
+    assert not output.exists()
+    given, out, _ = gemopt(capsys, "solve", *inputs, "-o", output)
+    assert given == code and status in out.lower()

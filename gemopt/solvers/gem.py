@@ -25,7 +25,7 @@ from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
 from gemopt.solvers.search_state import Array, Costs, State, make_costs, make_state, step_order
-from gemopt.solvers.swap_gains import BLOCK, Pair
+from gemopt.solvers.swap_gains import make_pair
 from gemopt.solvers.swaps import fix_others, improve_pair, refresh_three, slowest_three
 
 ORDER = (ExpertClass.CONSISTENT, ExpertClass.TEMPORAL, ExpertClass.ORDINARY)
@@ -96,11 +96,8 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
     num_ranks, steps = state.times.shape
     if num_ranks < 2:
         return
-    blocks = (steps + BLOCK - 1) // BLOCK
     values, ranks = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16)
-    pair = Pair(
-        np.empty(steps, np.float32), state.weights, np.empty(blocks, np.float64), np.empty(blocks + 1, np.float64)
-    )
+    pair = make_pair(state)
     slowest_three(state.times, values, ranks)
     improved = True
     while improved:

@@ -1,6 +1,8 @@
 """Compiled scans: the first swap of a slot with any slot of another rank that costs less than a goal.
 
-One kernel per form of the latencies. The sum over the steps is left as soon as it reaches a limit (see `Pair`).
+One kernel per form of the latencies. The sum over the steps is left as soon as it reaches a limit (see `Pair`). Where
+latencies are convex the cost of a swap is convex in the loads it moves, so it is at least its tangent: swaps that the
+tangent does not let gain are skipped, which loses nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +21,86 @@ class Pair(NamedTuple):
     """What stays fixed while two ranks swap.
 
     others_T: slowest other rank; weights_T; limits: [blocks] give a swap up when its cost up to and including the block
-    reaches this; rest: [blocks + 1] least cost of the steps from each block on.
+    reaches this; rest: [blocks + 1] least cost of the steps from each block on; slopes: [F, T] change of the cost, along
+    its tangent, per load that goes from the first rank to the second; tilt: [P] the same for what a slot holds.
     """
 
     others_T: Array
     weights_T: Array
     limits: Array
     rest: Array
+    slopes: Array
+    tilt: Array
+
+
+@njit(cache=True, nogil=True)
+def make_pair(state: State) -> Pair:
+    """Room for `Pair`; every swap looks promising."""
+    features, steps = state.items.shape[1:]
+    blocks = (steps + BLOCK - 1) // BLOCK
+    tilt = np.empty(state.content.shape[0], np.float64)
+    slopes = np.empty((features, steps), np.float32)
+    return Pair(np.empty(steps, np.float32), state.weights, np.empty(blocks), np.empty(blocks + 1), slopes, tilt)
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def set_tangent(costs: Costs, state: State, a: int, b: int, pair: Pair) -> None:
+    """Fill `slopes` and `tilt` for swaps between the ranks a and b; costs from tables promise everything."""
+    if costs.use_tables:
+        pair.tilt[state.starts[a] : state.starts[a + 1]] = -1.0
+        pair.tilt[state.starts[b] : state.starts[b + 1]] = 1.0
+        return
+    features, steps = pair.slopes.shape
+    for f in range(features):
+        slope_T, others_T, weights_T = pair.slopes[f], pair.others_T, pair.weights_T
+        time_a, time_b = state.times[a], state.times[b]
+        if costs.planes.shape[1] == 1:
+            a1, b1 = costs.planes[a, 0, 1 + f], costs.planes[b, 0, 1 + f]
+            for t in range(steps):
+                of_a = -a1 if time_a[t] >= others_T[t] else np.float32(0.0)
+                of_b = b1 if time_b[t] >= others_T[t] else np.float32(0.0)
+                slope_T[t] = weights_T[t] * (of_a if time_a[t] >= time_b[t] else of_b)
+            continue
+        for t in range(steps):
+            slope_T[t] = np.float32(0.0)
+            if max(time_a[t], time_b[t]) >= others_T[t]:
+                rank = a if time_a[t] >= time_b[t] else b
+                plane = steepest(costs, rank, state.loads[rank, :, t])
+                slope = costs.planes[rank, plane, 1 + f] * weights_T[t]
+                slope_T[t] = -slope if rank == a else slope
+    for side in range(2):
+        rank = a if side == 0 else b
+        for p in range(state.starts[rank], state.starts[rank + 1]):
+            total = 0.0
+            for f in range(features):
+                total += tilt_of(pair.slopes[f], state.items[p, f])
+            pair.tilt[p] = total
+
+
+@njit(cache=True, nogil=True, inline="always")
+def steepest(costs: Costs, rank: int, loads_F: Array) -> Number:
+    """Plane in force under one load vector."""
+    best, chosen = np.float32(-1e30), 0
+    for k in range(costs.planes.shape[1]):
+        value = costs.planes[rank, k, 0]
+        for f in range(loads_F.shape[0]):
+            value += costs.planes[rank, k, 1 + f] * loads_F[f]
+        if value > best:
+            best, chosen = value, k
+    return chosen
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def tilt_of(slope_T: Array, item_T: Array) -> float:
+    """Sum of products, in float64 over blocks of float32."""
+    total = 0.0
+    for lo in range(0, slope_T.shape[0], BLOCK):
+        slope, item = slope_T[lo : lo + BLOCK], item_T[lo : lo + BLOCK]
+        part = np.float32(0.0)
+        for t in range(slope.shape[0]):
+            part += slope[t] * item[t]
+        total += np.float64(part)
+    return total
 
 
 @njit(cache=True, nogil=True)
@@ -42,21 +117,21 @@ def allowed(state: State, a: int, b: int, i: int, j: int) -> bool:
 @njit(cache=True, nogil=True, fastmath=True)
 def affine_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
     """First slot j >= `first` of rank b whose swap with i costs less than `goal`, or -1; lines of one feature."""
-    a0, a1, b0, b1 = costs.planes[a, 0, 0], costs.planes[a, 0, 1], costs.planes[b, 0, 0], costs.planes[b, 0, 1]
+    a1, b1 = costs.planes[a, 0, 1], costs.planes[b, 0, 1]
     steps = state.items.shape[2]
     for j in range(first, state.starts[b + 1]):
-        if not allowed(state, a, b, i, j):
+        if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
             continue
         cost = 0.0
         for block in range(pair.limits.shape[0]):
             lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
             item_i, item_j = state.items[i, 0, lo:hi], state.items[j, 0, lo:hi]
-            load_a, load_b = state.loads[a, 0, lo:hi], state.loads[b, 0, lo:hi]
+            time_a, time_b = state.times[a, lo:hi], state.times[b, lo:hi]
             others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
             part = np.float32(0.0)
             for t in range(item_i.shape[0]):  # views from 0: the compiler then knows the bounds and emits SIMD
                 d = item_i[t] - item_j[t]
-                value = max(a0 + a1 * (load_a[t] - d), b0 + b1 * (load_b[t] + d))
+                value = max(time_a[t] - a1 * d, time_b[t] + b1 * d)
                 part += weights_T[t] * max(others_T[t], value)
             cost += np.float64(part)
             if cost >= pair.limits[block]:
@@ -73,7 +148,7 @@ def table_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, p
     table_a, table_b = costs.tables[costs.offsets[a, 0, 0] :], costs.tables[costs.offsets[b, 0, 0] :]
     steps = state.items.shape[2]
     for j in range(first, state.starts[b + 1]):
-        if not allowed(state, a, b, i, j):
+        if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
             continue
         cost = 0.0
         for block in range(pair.limits.shape[0]):
@@ -109,7 +184,7 @@ def roofline_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int
     planes_a, planes_b = costs.planes[a], costs.planes[b]
     steps = state.items.shape[2]
     for j in range(first, state.starts[b + 1]):
-        if not allowed(state, a, b, i, j):
+        if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
             continue
         cost = 0.0
         for block in range(pair.limits.shape[0]):
@@ -139,7 +214,7 @@ def general_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int,
     """As `affine_gain`, for any latency, from tables."""
     features, steps = state.items.shape[1], state.items.shape[2]
     for j in range(first, state.starts[b + 1]):
-        if not allowed(state, a, b, i, j):
+        if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
             continue
         cost = 0.0
         for block in range(pair.limits.shape[0]):

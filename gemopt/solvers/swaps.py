@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from gemopt.solvers.search_state import Array, Costs, Number, State, rank_of, rank_times
-from gemopt.solvers.swap_gains import BLOCK, Pair, allowed, find_gain
+from gemopt.solvers.swap_gains import BLOCK, Pair, allowed, find_gain, make_pair, set_tangent
 
 EPSILON = 2e-6
 
@@ -94,13 +94,11 @@ def fix_others(state: State, a: int, b: int, values: Array, ranks: Array, pair: 
     """Fill `pair` with the slowest rank other than a and b, and with what the steps after each block cost at least."""
     steps = state.times.shape[1]
     others_T, rest = pair.others_T, pair.rest
-    for t in range(steps):
-        out = values[0, t]
-        if ranks[0, t] == a or ranks[0, t] == b:
-            out = values[1, t]
-            if ranks[1, t] == a or ranks[1, t] == b:
-                out = values[2, t]
-        others_T[t] = out
+    first_T, second_T, third_T, rank_T, next_T = values[0], values[1], values[2], ranks[0], ranks[1]
+    for t in range(steps):  # all loaded beforehand, so that the choice needs no branch
+        first, second, third, r0, r1 = first_T[t], second_T[t], third_T[t], rank_T[t], next_T[t]
+        lower = third if (r1 == a) | (r1 == b) else second
+        others_T[t] = lower if (r0 == a) | (r0 == b) else first
     rest[-1] = 0.0
     for block in range(rest.shape[0] - 2, -1, -1):
         part = 0.0
@@ -134,7 +132,9 @@ def set_limits(state: State, a: int, b: int, pair: Pair, racing: bool) -> float:
 def improve_pair(costs: Costs, state: State, a: int, b: int, pair: Pair, racing: bool) -> bool:
     """Swap between two ranks until no swap of theirs helps; True when anything changed."""
     current = set_limits(state, a, b, pair, racing)
-    changed, improving = False, True
+    changed, improving = False, pair.rest[0] < current * (1.0 - EPSILON)
+    if improving:
+        set_tangent(costs, state, a, b, pair)
     while improving:
         improving = False
         if pair.rest[0] >= current * (1.0 - EPSILON):
@@ -152,6 +152,7 @@ def improve_pair(costs: Costs, state: State, a: int, b: int, pair: Pair, racing:
                     apply_swap(costs, state, a, b, i, j)
                     set_limits(state, a, b, pair, racing)
                     continue
+                set_tangent(costs, state, a, b, pair)
                 current = renewed
                 improving = changed = True
     return changed
@@ -166,9 +167,7 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
     num_ranks, steps = state.times.shape
     values = np.empty((3, steps), np.float32)
     ranks = np.empty((3, steps), np.int16)
-    rest = np.empty((steps + BLOCK - 1) // BLOCK + 1, np.float64)
-    limits = np.empty(rest.shape[0] - 1, np.float64)
-    pair = Pair(np.empty(steps, np.float32), state.weights, limits, rest)
+    pair = make_pair(state)
     if num_ranks < 2:
         return total_cost(state)
     slowest_three(state.times, values, ranks)
