@@ -21,8 +21,8 @@ class Pair(NamedTuple):
     """What stays fixed while two ranks swap.
 
     others_T: slowest other rank; weights_T; limits: [blocks] give a swap up when its cost up to and including the block
-    reaches this; rest: [blocks + 1] least cost of the steps from each block on; slopes: [F, T] change of the cost, along
-    its tangent, per load that goes from the first rank to the second; tilt: [P] the same for what a slot holds.
+    reaches this; rest: [blocks + 1] least cost of the steps from each block on; slopes: [F, T] change of cost along its
+    tangent, per load that goes from the first rank to the second; tilt: [P] the same for what a slot holds.
     """
 
     others_T: Array
