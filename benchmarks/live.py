@@ -45,7 +45,7 @@ from gemopt.profiling.throttle import cpu_quota
 from gemopt.profiling.workload import Experts
 
 QUOTAS = (0.5, 0.475, 0.425, 0.35)
-WIDTHS = (768, 1536, 2304, 3072, 4608, 6144, 9216)
+WIDTHS = (768, 1536, 2304, 3072, 4608, 6144, 9216, 12288)
 MOE_SHARE = 0.7
 PROMPT = 8
 
@@ -189,7 +189,7 @@ def placements(profile: Profile, traces: Traces, seconds: float) -> dict[str, Pl
         found[name] = solve(profile, traces, solver=solver, time_limit=seconds).placement
     speed = 1 / np.array([np.median([s.latency_us for s in device.samples]) for device in profile.devices])
     best = None
-    for power in (0.5, 1.0, 1.5):
+    for power in (0.5, 1.0, 1.5, 2.0):
         share = speed**power / (speed**power).sum()
         slots = np.floor(share * traces.num_experts).astype(int)
         slots[np.argsort(-share)[: traces.num_experts - slots.sum()]] += 1
@@ -223,11 +223,12 @@ def quota_of(rank: int) -> Iterator[None]:
         yield
 
 
-def summarise(name: str, runs: list[Run], predicted_us: float, baseline_us: float) -> dict[str, Any]:
-    """Figures of one placement over the rounds."""
+def summarise(name: str, runs: list[Run], predicted_us: float, baseline_us: list[float]) -> dict[str, Any]:
+    """Figures of one placement over the rounds; changes are against contiguous in the same round."""
     steps_ms = np.concatenate([run.step_T for run in runs]) * 1e3
     rounds_us = [float(run.makespan_TL.sum()) for run in runs]
     measured_us = statistics.median(rounds_us)
+    changes = [ours / base - 1 for ours, base in zip(rounds_us, baseline_us, strict=True)]
     stragglers = np.median([run.experts_TLG.sum(axis=0).argmax(axis=1) for run in runs], axis=0).astype(int)
     return {
         "placement": name,
@@ -237,7 +238,8 @@ def summarise(name: str, runs: list[Run], predicted_us: float, baseline_us: floa
         "makespan_rounds_us": rounds_us,
         "predicted_us": predicted_us,
         "measured_over_predicted": measured_us / predicted_us,
-        "against_contiguous": measured_us / baseline_us - 1,
+        "against_contiguous": statistics.median(changes),
+        "against_contiguous_rounds": changes,
         "straggler_by_layer": stragglers.tolist(),
     }
 
@@ -246,8 +248,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--points", type=int, default=60, help="loads to profile")
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of each solver")
     options = parser.parse_args()
@@ -298,7 +300,7 @@ def report(
     runs: dict[str, list[Run]],
 ) -> None:
     """Print, and write, what came out."""
-    contiguous_us = statistics.median(float(run.makespan_TL.sum()) for run in runs["contiguous"])
+    contiguous_us = [float(run.makespan_TL.sum()) for run in runs["contiguous"]]
     rows = []
     for name, placement in wanted.items():
         steps = Traces(counts=runs[name][0].counts_TLE, layer_ids=tuple(ids), top_k=4)
@@ -309,7 +311,8 @@ def report(
         step = row["step_ms"]
         print(
             f"{row['placement']:22} MoE {row['makespan_us'] / 1e3:8.1f} ms ({low / 1e3:.0f} to {high / 1e3:.0f}), "
-            f"{100 * row['against_contiguous']:+6.1f} %, measured/predicted {row['measured_over_predicted']:.3f}, step "
+            f"{100 * row['against_contiguous']:+6.1f} % ({', '.join(f'{100 * c:+.1f}' for c in row['against_contiguous_rounds'])})"
+            f", measured/predicted {row['measured_over_predicted']:.3f}, step "
             f"mean {step['mean']:.1f} p50 {step['p50']:.1f} p90 {step['p90']:.1f} p99 {step['p99']:.1f} ms, "
             f"stragglers {row['straggler_by_layer']}, slots {row['slots_per_rank']}"
         )

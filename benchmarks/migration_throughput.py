@@ -27,7 +27,7 @@ from gemopt.executor.load import layout, load
 from gemopt.executor.plan import Plan
 from gemopt.models import tiny
 
-MODEL = {"num_layers": 4, "num_experts": 32, "top_k": 4, "hidden_size": 1024, "intermediate_size": 768}
+MODEL = {"num_layers": 4, "num_experts": 64, "top_k": 4, "hidden_size": 1024, "intermediate_size": 768}
 
 
 def traffic(steps: Plan) -> list[Counter[tuple[int, int]]]:

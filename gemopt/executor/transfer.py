@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gemopt.executor.memory import zeros
 from gemopt.executor.plan import LayerRow, Stage
 from gemopt.migration import Link
 from gemopt.placement import EMPTY
@@ -45,7 +46,7 @@ class Pool:
         key = (name, like.dtype, like.shape[1:])
         buffer = self._buffers.get(key)
         if buffer is None or len(buffer) < count:
-            buffer = self._buffers[key] = like.new_empty(count, *like.shape[1:])
+            buffer = self._buffers[key] = zeros(count, like)
         return buffer[:count]
 
 
@@ -60,7 +61,7 @@ def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Te
         slots = torch.tensor([slot - start for slot in mine], dtype=torch.long, device=device)
         return Incoming(tensors, slots, {slot: row for row, slot in enumerate(mine)})
     size = int(after.slots_per_rank[rank])
-    tensors = {name: weight.new_zeros(size, *weight.shape[1:]) for name, weight in weights.items()}
+    tensors = {name: zeros(size, weight) for name, weight in weights.items()}
     old = int(before.slots_per_rank[:rank].sum())
     for row in range(min(size, int(before.slots_per_rank[rank]))):
         if after.row_P[start + row] == before.row_P[old + row] != EMPTY:
@@ -88,7 +89,8 @@ def transfer(
     rank = dist.get_rank(group)
     local = int(before.slots_per_rank[:rank].sum())
     for relays in (False, True):
-        operations = []
+        receives: list[dist.P2POp] = []  # posted first, so that what a faster rank sends has a place to go
+        sends: list[dist.P2POp] = []
         for move, (src, dst) in zip(stage.moves, stage.ranks(before), strict=True):
             if (move.link is Link.RELAY) is not relays or rank not in (src, dst):
                 continue
@@ -99,12 +101,12 @@ def transfer(
                     if dst == rank:
                         incoming.tensors[name][incoming.row_of[move.dst_slot]].copy_(row)
                         continue
-                    operations.append(dist.P2POp(dist.isend, row, dist.get_global_rank(group, dst), group))
+                    sends.append(dist.P2POp(dist.isend, row, dist.get_global_rank(group, dst), group))
                 else:
                     row = incoming.tensors[name][incoming.row_of[move.dst_slot]]
-                    operations.append(dist.P2POp(dist.irecv, row, dist.get_global_rank(group, src), group))
-        if operations:
-            incoming.works = dist.batch_isend_irecv(operations)
+                    receives.append(dist.P2POp(dist.irecv, row, dist.get_global_rank(group, src), group))
+        if receives or sends:
+            incoming.works = dist.batch_isend_irecv([*receives, *sends])
         for work in incoming.works:
             work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
         incoming.works = []
