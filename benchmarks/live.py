@@ -45,7 +45,7 @@ from gemopt.profiling.throttle import cpu_quota
 from gemopt.profiling.workload import Experts
 
 QUOTAS = (0.5, 0.475, 0.425, 0.35)
-WIDTHS = (768, 1536, 2304, 3072, 4608, 6144, 9216, 12288)
+WIDTHS = (768, 1536, 2304, 3072, 4608, 6144, 9216, 12288, 18432)
 MOE_SHARE = 0.7
 PROMPT = 8
 
@@ -248,7 +248,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--points", type=int, default=60, help="loads to profile")
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of each solver")
@@ -308,10 +308,10 @@ def report(
         rows[-1]["slots_per_rank"] = placement.slots_per_rank.tolist()
     for row in rows:
         low, high = min(row["makespan_rounds_us"]), max(row["makespan_rounds_us"])
-        step = row["step_ms"]
+        step, changes = row["step_ms"], row["against_contiguous_rounds"]
         print(
             f"{row['placement']:22} MoE {row['makespan_us'] / 1e3:8.1f} ms ({low / 1e3:.0f} to {high / 1e3:.0f}), "
-            f"{100 * row['against_contiguous']:+6.1f} % ({', '.join(f'{100 * c:+.1f}' for c in row['against_contiguous_rounds'])})"
+            f"{100 * row['against_contiguous']:+6.1f} % (rounds {', '.join(f'{100 * c:+.1f}' for c in changes)})"
             f", measured/predicted {row['measured_over_predicted']:.3f}, step "
             f"mean {step['mean']:.1f} p50 {step['p50']:.1f} p90 {step['p90']:.1f} p99 {step['p99']:.1f} ms, "
             f"stragglers {row['straggler_by_layer']}, slots {row['slots_per_rank']}"
