@@ -15,7 +15,7 @@ BASE_US, TILE_US = 60.0, 18.75
 def routing(
     *, layers: int = 58, experts: int = 256, steps: int = 1000, tokens: int = 4096, top_k: int = 8, seed: int = 0
 ) -> Traces:
-    """Zipf 0.7; 12 topics of 20 experts under AR(1) activity (rho 0.97) shared by all layers; logits drift by +-0.35.
+    """Zipf 0.7; 12 topics of 20 experts (at most half of them) under AR(1) activity (rho 0.97) shared by all layers; logits drift by +-0.35.
 
     Probabilities are capped at 0.9 / top_k; each step draws `tokens * top_k` assignments from a multinomial.
     """
@@ -30,7 +30,7 @@ def routing(
         logits = -0.7 * np.log(rng.permutation(experts) + 1.0)
         members = np.zeros((topics, experts))
         for topic in range(topics):
-            members[topic, rng.choice(experts, 20, replace=False)] = 1.1 * rng.uniform(0.5, 1.0)
+            members[topic, rng.choice(experts, min(20, experts // 2), replace=False)] = 1.1 * rng.uniform(0.5, 1.0)
         drift = rng.uniform(-0.35, 0.35, experts) * np.linspace(0, 1, steps)[:, None]
         counts[:, layer] = _draw(rng, logits + activity @ members + drift, tokens, top_k)
     return Traces(counts=counts, top_k=top_k)

@@ -1,7 +1,7 @@
 """Record the routing of a live transformers model: counts per step, pairs, transitions, straight to files.
 
 While a model runs, hooks only keep references to what its routers returned; the counting is done for many steps at
-once, on the device of the model. That keeps the overhead within 3 % (`benchmarks/tracing_overhead.py`).
+once, on the device of the model (overhead: `benchmarks/tracing_overhead.py`).
 """
 
 from __future__ import annotations
