@@ -15,8 +15,9 @@ BASE_US, TILE_US = 60.0, 18.75
 def routing(
     *, layers: int = 58, experts: int = 256, steps: int = 1000, tokens: int = 4096, top_k: int = 8, seed: int = 0
 ) -> Traces:
-    """Zipf 0.7; 12 topics of 20 experts (at most half of them) under AR(1) activity (rho 0.97) shared by all layers; logits drift by +-0.35.
+    """Zipf 0.7; 12 topics of 20 experts (at most half) under AR(1) activity (rho 0.97) shared by all layers.
 
+    Logits drift by +-0.35.
     Probabilities are capped at 0.9 / top_k; each step draws `tokens * top_k` assignments from a multinomial.
     """
     rng = np.random.default_rng(seed)
