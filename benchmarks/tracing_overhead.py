@@ -82,17 +82,19 @@ def batch(device: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def block(model: Any, folder: Path | None, device: str, *, new_tokens: int, repeats: int) -> tuple[float, ...]:
-    """Seconds of one block: wall, CPU, and CPU inside the tracer if there is a folder to trace to."""
+def block(
+    model: Any, folder: Path | None, device: str, *, new_tokens: int, repeats: int, kind: type[Tracer] = Tracer
+) -> tuple[float, ...]:
+    """Seconds of one block: wall, CPU, and CPU inside the tracer if that is `Timed`, where there is a folder."""
     inputs = batch(device)
     synchronize = getattr(torch, device).synchronize if device != "cpu" else lambda: None
     synchronize()
     begin, cpu = time.perf_counter(), time.process_time()
-    with Timed(model, folder) if folder is not None else nullcontext() as tracer:
+    with kind(model, folder) if folder is not None else nullcontext() as tracer:
         for _ in range(repeats):
             model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
     synchronize()
-    return time.perf_counter() - begin, time.process_time() - cpu, tracer.inside if tracer is not None else 0.0
+    return time.perf_counter() - begin, time.process_time() - cpu, getattr(tracer, "inside", 0.0)
 
 
 def compare(model: Any, device: str, *, new_tokens: int, pairs: int, seconds: float) -> dict[str, Any]:
@@ -108,7 +110,9 @@ def compare(model: Any, device: str, *, new_tokens: int, pairs: int, seconds: fl
             order = [traced, None] if number % 2 else [None, traced]
             times = {f: block(model, f, device, new_tokens=new_tokens, repeats=repeats) for f in order}
             on, off = times[traced], times[None]
-            ratios.append((on[0] / off[0], on[1] / off[1], on[2] / (on[1] - on[2])))
+            folder = Path(scratch) / f"{number}-timed"  # a block of its own: timing every hook costs several per cent
+            timed = block(model, folder, device, new_tokens=new_tokens, repeats=repeats, kind=Timed)
+            ratios.append((on[0] / off[0], on[1] / off[1], timed[2] / (timed[1] - timed[2])))
             plain.append(times[None][0])
     steps = new_tokens * repeats
     result: dict[str, Any] = {"pairs": pairs, "steps_per_block": steps}
