@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def make_pair(state: State) -> Pair:
-    """Room for `Pair`; every swap looks promising."""
+    """Room for `Pair`, to be filled by `fix_others`, `set_limits` and `set_tangent`."""
     features, steps = state.items.shape[1:]
     blocks = (steps + BLOCK - 1) // BLOCK
     tilt = np.empty(state.content.shape[0], np.float64)
