@@ -1,7 +1,8 @@
 """Record the routing of a live transformers model: counts per step, pairs, transitions, straight to files.
 
-While a model runs, hooks only keep references to what its routers returned; the counting is done for many steps at
-once, on the device of the model (overhead: `benchmarks/tracing_overhead.py`).
+While a model runs, hooks only copy what its routers returned into buffers made once; the counting is done for many
+steps at once, on the device of the model (overhead: `benchmarks/tracing_overhead.py`). Keeping the routers' own tensors
+alive instead would scatter the allocator's free memory, which slows the model itself down on CPU.
 """
 
 from __future__ import annotations
@@ -31,15 +32,32 @@ PENDING_BYTES = 8 << 20
 
 @dataclass(slots=True)
 class _Step:
-    """One forward: router outputs by layer, and what tells tokens from padding."""
+    """One forward: where its tokens lie in the buffers, and how many tokens each router saw."""
 
     shape: tuple[int, int]
     phase: Phase
     starts: bool
-    mask: Tensor | None
-    token_ids: Tensor | None
     task: int
-    chosen: list[Tensor | None]
+    begin: int
+    end: int
+    has_token_ids: bool
+    seen: list[int | None]
+
+
+class _Pending:
+    """Tokens of the steps not yet counted: expert ids_LCK, which are real (no padding), vocabulary ids."""
+
+    def __init__(self, num_layers: int, top_k: int, capacity: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # a tensor made under inference mode could not be written to outside of it
+            self.ids_LCK = torch.empty((num_layers, capacity, top_k), dtype=torch.int32, device=device)
+            self.real_C = torch.empty(capacity, dtype=torch.bool, device=device)
+            self.token_ids_C = torch.empty(capacity, dtype=torch.int64, device=device)
+        self.capacity = capacity
+        self.steps: list[_Step] = []
+
+    @property
+    def used(self) -> int:
+        return self.steps[-1].end if self.steps else 0
 
 
 class Tracer:
@@ -114,8 +132,7 @@ class Tracer:
         self._alive: Tensor | None = None
         self._first_request = self._last_batch = 0
         self._step: _Step | None = None
-        self._pending: list[_Step] = []
-        self._pending_bytes = 0
+        self._pending: _Pending | None = None
         self._handles: list[Any] = []
         self._part = Part()
         self.num_steps = 0
@@ -157,45 +174,61 @@ class Tracer:
         if shaped is None:
             return  # the decoder itself refuses this
         rows, length = shaped.shape[:2]
-        if token_ids is not None and length == 1:
-            token_ids = token_ids.clone()  # often the last column of all tokens so far: do not keep those alive
         cache = given.get("past_key_values")
         cached = 0 if cache is None else cache.get_seq_length()
         starts = cached == 0 if isinstance(cached, int) else length > 1  # a count on the device is not waited for
         phase = Phase.DECODE if length == 1 and not starts else Phase.PREFILL
         if given.get("cu_seq_lens_q") is not None:
             phase = Phase.MIXED
-        mask = _new_tokens(given.get("attention_mask"), length)
-        self._step = _Step((rows, length), phase, starts, mask, token_ids, self._task, [None] * self._num_layers)
+        pending = self._room(rows * length, shaped.device)
+        begin, end = pending.used, pending.used + rows * length
+        real_BS = pending.real_C[begin:end].view(rows, length)
+        _mark_real(real_BS, given.get("attention_mask"))
+        if token_ids is not None:
+            pending.token_ids_C[begin:end].view(rows, length).copy_(token_ids)
+        has_ids, seen = token_ids is not None, [None] * self._num_layers
+        self._step = _Step((rows, length), phase, starts, self._task, begin, end, has_ids, seen)
+
+    def _room(self, tokens: int, device: torch.device) -> _Pending:
+        """Buffers with room for a step of so many tokens; what was pending is counted first where it must be."""
+        if self._pending is not None and self._pending.used + tokens > self._pending.capacity:
+            self._digest()
+        if self._pending is None or self._pending.capacity < tokens:
+            top_k = self._layers[0].top_k
+            capacity = max(tokens, PENDING_BYTES // (4 * self._num_layers * top_k))
+            self._pending = _Pending(self._num_layers, top_k, capacity, device)
+        return self._pending
 
     def _router_hook(self, index: int) -> Any:
         layer = self._layers[index]
         chosen = layer.chosen
 
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if self._step is not None:  # None: recomputed for a backward pass, or called outside the decoder
-                self._step.chosen[index] = chosen(output)
+            step = self._step
+            if step is None:  # recomputed for a backward pass, or called outside the decoder
+                return
+            ids_NK = _plain(chosen(output))
+            step.seen[index] = len(ids_NK)
+            if len(ids_NK) == step.end - step.begin:
+                self._pending.ids_LCK[index, step.begin : step.end].copy_(ids_NK)  # type: ignore[union-attr]
 
         return hook
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         step, self._step = self._step, None
-        if step is None:
+        if step is None or self._pending is None:
             return
-        for index, chosen in enumerate(step.chosen):
-            if chosen is None or chosen.shape[0] != step.shape[0] * step.shape[1]:
+        for index, seen in enumerate(step.seen):
+            if seen != step.end - step.begin:
                 raise InputError(
                     self._layers[index].path,
-                    "router did not run" if chosen is None else f"router saw {chosen.shape[0]} tokens",
+                    "router did not run" if seen is None else f"router saw {seen} tokens",
                     f"the router of every MoE layer must see the {step.shape[0]} x {step.shape[1]} tokens of a forward",
                     "load the model without fused MoE kernels and without compiling it",
                 )
-        self._pending.append(step)
-        self._pending_bytes += self._num_layers * chosen.numel() * chosen.element_size()  # type: ignore[union-attr]
+        self._pending.steps.append(step)
         self.num_steps += 1
-        if self._pending_bytes > PENDING_BYTES:
-            self._digest()
-        waiting = len(self._pending) + self._part.num_steps
+        waiting = len(self._pending.steps) + self._part.num_steps
         if waiting >= self._steps_per_file or time.monotonic() - self._last_write > self._seconds:
             self._write()
 
@@ -218,37 +251,37 @@ class Tracer:
     @torch.no_grad()
     def _digest(self) -> None:
         """Count the pending steps: N tokens together, L layers, K experts each."""
-        steps, self._pending, self._pending_bytes = self._pending, [], 0
-        if not steps:
+        pending = self._pending
+        if pending is None or not pending.steps:
             return
-        layers = [torch.cat([_plain(step.chosen[i]) for step in steps]) for i in range(self._num_layers)]
-        device = layers[0].device
-        ids_LKN = torch.stack([ids.to(device, torch.int32).t() for ids in layers])
-        sizes = torch.tensor([step.shape[0] * step.shape[1] for step in steps], device=device)
+        steps, N, device = pending.steps, pending.used, pending.ids_LCK.device
+        ids_LKN = pending.ids_LCK[:, :N].transpose(1, 2).contiguous()
+        sizes = torch.tensor([step.end - step.begin for step in steps], device=device)
         columns = [torch.repeat_interleave(torch.arange(len(steps), device=device), sizes)]
         if self._keep_ids:
             columns.append(torch.cat([self._requests(step, device) for step in steps]))
-            if all(step.token_ids is not None for step in steps):
-                columns.append(torch.cat([_flat(step.token_ids) for step in steps]))
-        keep_N = torch.cat([self._counted(step, device) for step in steps])
+            if all(step.has_token_ids for step in steps):
+                columns.append(pending.token_ids_C[:N])
+        for step in steps:
+            self._drop_ended(step, pending)
+        keep_N = pending.real_C[:N]
         if not bool(keep_N.all()):
             ids_LKN, columns = ids_LKN[:, :, keep_N], [column[keep_N] for column in columns]
         self._part.add(ids_LKN, columns[0], [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
         if self._keep_ids:
             self._part.keep(ids_LKN, *columns, rank=self._rank, num_experts=self._num_experts)
+        pending.steps = []
 
-    def _counted(self, step: _Step, device: torch.device) -> Tensor:
-        """[B * S] which tokens of a step are neither padding nor behind the end of their sequence."""
-        rows, length = step.shape
-        keep = torch.ones(step.shape, dtype=torch.bool, device=device) if step.mask is None else step.mask.to(device)
-        if step.phase is not Phase.DECODE or step.token_ids is None or not self._eos:
+    def _drop_ended(self, step: _Step, pending: _Pending) -> None:
+        """Mark the tokens of a decode step that lie behind the end of their sequence as not real."""
+        if step.phase is not Phase.DECODE or not step.has_token_ids or not self._eos:
             self._alive = None
-        else:
-            ends = torch.isin(step.token_ids[:, 0].to(device), torch.tensor(self._eos, device=device))
-            before = self._alive if self._alive is not None and len(self._alive) == rows else torch.ones_like(ends)
-            self._alive = before & ~ends
-            keep = keep & self._alive[:, None]
-        return keep.expand(rows, length).reshape(-1)
+            return
+        token_ids = pending.token_ids_C[step.begin : step.end]
+        ends = torch.isin(token_ids, torch.tensor(self._eos, device=token_ids.device))
+        before = self._alive if self._alive is not None and len(self._alive) == len(ends) else torch.ones_like(ends)
+        self._alive = before & ~ends
+        pending.real_C[step.begin : step.end] &= self._alive
 
     def _requests(self, step: _Step, device: torch.device) -> Tensor:
         """[B * S] request of each token: every row of a batch that starts with an empty cache is a new one."""
@@ -259,10 +292,11 @@ class Tracer:
         return torch.arange(rows, device=device).repeat_interleave(length) + self._first_request
 
 
-def _new_tokens(mask: Any, length: int) -> Tensor | None:
-    """[B, S] True at real tokens of this forward; the mask also covers cached ones. None: no padding."""
+def _mark_real(real_BS: Tensor, mask: Any) -> None:
+    """Mark the real tokens of this forward; the mask also covers cached ones. None: no padding."""
     if mask is None:
-        return None
+        real_BS.fill_(True)
+        return
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise InputError(
             "attention_mask",
@@ -270,15 +304,11 @@ def _new_tokens(mask: Any, length: int) -> Tensor | None:
             "a mask [batch, tokens] is needed to leave out padding",
             "generate with the dynamic cache",
         )
-    return mask[:, -length:] != 0
+    real_BS.copy_(mask[:, -real_BS.shape[1] :])
 
 
-def _plain(tensor: Tensor | None) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[return-value,union-attr]
-
-
-def _flat(tensor: Tensor | None) -> Tensor:
-    return tensor.reshape(-1)  # type: ignore[union-attr]
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
 
 
 def _eos_tokens(model: nn.Module) -> list[int]:
