@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from types import TracebackType
 from typing import Any
 
@@ -32,7 +33,7 @@ PENDING_BYTES = 8 << 20
 
 @dataclass(slots=True)
 class _Step:
-    """One forward: where its tokens lie in the buffers, and how many tokens each router saw."""
+    """One forward: where its tokens lie in the buffers, how many each router saw, and where it writes ids_NK."""
 
     shape: tuple[int, int]
     phase: Phase
@@ -42,6 +43,7 @@ class _Step:
     end: int
     has_token_ids: bool
     seen: list[int | None]
+    targets: tuple[Tensor, ...]
 
 
 class _Pending:
@@ -181,13 +183,13 @@ class Tracer:
         if given.get("cu_seq_lens_q") is not None:
             phase = Phase.MIXED
         pending = self._room(rows * length, shaped.device)
-        begin, end = pending.used, pending.used + rows * length
-        real_BS = pending.real_C[begin:end].view(rows, length)
-        _mark_real(real_BS, given.get("attention_mask"))
+        begin, size = pending.used, rows * length
+        _mark_real(pending.real_C.narrow(0, begin, size).view(rows, length), given.get("attention_mask"))
         if token_ids is not None:
-            pending.token_ids_C[begin:end].view(rows, length).copy_(token_ids)
+            pending.token_ids_C.narrow(0, begin, size).view(rows, length).copy_(token_ids)
+        targets = pending.ids_LCK.narrow(1, begin, size).unbind()
         has_ids, seen = token_ids is not None, [None] * self._num_layers
-        self._step = _Step((rows, length), phase, starts, self._task, begin, end, has_ids, seen)
+        self._step = _Step((rows, length), phase, starts, self._task, begin, begin + size, has_ids, seen, targets)
 
     def _room(self, tokens: int, device: torch.device) -> _Pending:
         """Buffers with room for a step of so many tokens; what was pending is counted first where it must be."""
@@ -207,10 +209,10 @@ class Tracer:
             step = self._step
             if step is None:  # recomputed for a backward pass, or called outside the decoder
                 return
-            ids_NK = _plain(chosen(output))
-            step.seen[index] = len(ids_NK)
-            if len(ids_NK) == step.end - step.begin:
-                self._pending.ids_LCK[index, step.begin : step.end].copy_(ids_NK)  # type: ignore[union-attr]
+            ids_NK, target_NK = _plain(chosen(output)), step.targets[index]
+            step.seen[index] = ids_NK.shape[0]
+            if ids_NK.shape[0] == target_NK.shape[0]:
+                target_NK.copy_(ids_NK)
 
         return hook
 
@@ -262,8 +264,8 @@ class Tracer:
             columns.append(torch.cat([self._requests(step, device) for step in steps]))
             if all(step.has_token_ids for step in steps):
                 columns.append(pending.token_ids_C[:N])
-        for step in steps:
-            self._drop_ended(step, pending)
+        for _, run in groupby(steps, lambda step: step.shape if self._may_end(step) else None):
+            self._drop_ended(list(run), pending)
         keep_N = pending.real_C[:N]
         if not bool(keep_N.all()):
             ids_LKN, columns = ids_LKN[:, :, keep_N], [column[keep_N] for column in columns]
@@ -272,16 +274,21 @@ class Tracer:
             self._part.keep(ids_LKN, *columns, rank=self._rank, num_experts=self._num_experts)
         pending.steps = []
 
-    def _drop_ended(self, step: _Step, pending: _Pending) -> None:
-        """Mark the tokens of a decode step that lie behind the end of their sequence as not real."""
-        if step.phase is not Phase.DECODE or not step.has_token_ids or not self._eos:
+    def _may_end(self, step: _Step) -> bool:
+        return step.phase is Phase.DECODE and step.has_token_ids and bool(self._eos)
+
+    def _drop_ended(self, run: list[_Step], pending: _Pending) -> None:
+        """Mark what lies behind the end of its sequence as not real, in consecutive steps of one batch of B rows."""
+        if not self._may_end(run[0]):
             self._alive = None
             return
-        token_ids = pending.token_ids_C[step.begin : step.end]
-        ends = torch.isin(token_ids, torch.tensor(self._eos, device=token_ids.device))
-        before = self._alive if self._alive is not None and len(self._alive) == len(ends) else torch.ones_like(ends)
-        self._alive = before & ~ends
-        pending.real_C[step.begin : step.end] &= self._alive
+        begin, size, rows = run[0].begin, run[-1].end - run[0].begin, run[0].shape[0]
+        token_ids_TB = pending.token_ids_C.narrow(0, begin, size).view(len(run), rows)
+        alive_TB = ~torch.isin(token_ids_TB, torch.tensor(self._eos, device=token_ids_TB.device)).cummax(dim=0).values
+        if self._alive is not None and len(self._alive) == rows:
+            alive_TB &= self._alive
+        self._alive = alive_TB[-1]
+        pending.real_C.narrow(0, begin, size).logical_and_(alive_TB.view(-1))
 
     def _requests(self, step: _Step, device: torch.device) -> Tensor:
         """[B * S] request of each token: every row of a batch that starts with an empty cache is a new one."""
