@@ -45,7 +45,7 @@ from gemopt.profiling.throttle import cpu_quota
 from gemopt.profiling.workload import Experts
 
 QUOTAS = (0.5, 0.475, 0.425, 0.35)
-WIDTHS = (768, 1536, 2304, 3072, 4608, 6144, 9216, 12288, 18432)
+WIDTHS = (768, 1536, 2304, 3072, 4608, 6144, 9216, 10752, 12288, 13824, 15360, 18432)
 MOE_SHARE = 0.7
 PROMPT = 8
 
@@ -223,12 +223,21 @@ def quota_of(rank: int) -> Iterator[None]:
         yield
 
 
-def summarise(name: str, runs: list[Run], predicted_us: float, baseline_us: list[float]) -> dict[str, Any]:
-    """Figures of one placement over the rounds; changes are against contiguous in the same round."""
+def change(rounds_us: list[float], others_us: list[float]) -> dict[str, Any]:
+    """Relative change against another placement in the same round: each, their median, mean and its standard error."""
+    changes = [ours / other - 1 for ours, other in zip(rounds_us, others_us, strict=True)]
+    error = statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else float("nan")
+    return {
+        "median": statistics.median(changes), "mean": statistics.mean(changes), "standard_error": error,
+        "rounds": changes,
+    }  # fmt: skip
+
+
+def summarise(name: str, runs: list[Run], predicted_us: float, others_us: dict[str, list[float]]) -> dict[str, Any]:
+    """Figures of one placement over the rounds."""
     steps_ms = np.concatenate([run.step_T for run in runs]) * 1e3
     rounds_us = [float(run.makespan_TL.sum()) for run in runs]
     measured_us = statistics.median(rounds_us)
-    changes = [ours / base - 1 for ours, base in zip(rounds_us, baseline_us, strict=True)]
     stragglers = np.median([run.experts_TLG.sum(axis=0).argmax(axis=1) for run in runs], axis=0).astype(int)
     return {
         "placement": name,
@@ -238,8 +247,7 @@ def summarise(name: str, runs: list[Run], predicted_us: float, baseline_us: list
         "makespan_rounds_us": rounds_us,
         "predicted_us": predicted_us,
         "measured_over_predicted": measured_us / predicted_us,
-        "against_contiguous": statistics.median(changes),
-        "against_contiguous_rounds": changes,
+        "against": {other: change(rounds_us, values) for other, values in others_us.items() if other != name},
         "straggler_by_layer": stragglers.tolist(),
     }
 
@@ -247,8 +255,9 @@ def summarise(name: str, runs: list[Run], predicted_us: float, baseline_us: list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--training-steps", type=int, default=192, help="traced to solve on; quick, experts are narrow")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--points", type=int, default=60, help="loads to profile")
     parser.add_argument("--seconds", type=float, default=10.0, help="time limit of each solver")
@@ -262,14 +271,14 @@ def main() -> None:
         parser.error(f"start it on {len(QUOTAS)} ranks")
     model = load(tiny_moe_path(), layout("shared", ranks), dtype=torch.float32)
     layers = [dispatch for _, dispatch in dispatches(model)]
-    train, test = (text(options.sequences, options.steps, part) for part in (0, 1))
+    train, test = text(options.sequences, options.training_steps, 0), text(options.sequences, options.steps, 1)
     for dispatch in layers:
         dispatch.take_over()
     watch = Stopwatch(layers)
+    counts = decode(model, train, watch).counts_TLE
     width = find_width(model, train, watch, quota_of(rank))
     executor = Executor(model, timeout_s=300)
     ids, experts = executor.layer_ids, layers[0].num_experts
-    counts = decode(model, train, watch).counts_TLE
     traces = Traces(counts=counts, layer_ids=tuple(ids), top_k=4)
 
     doubled = [list(range(16 * r, 16 * r + 32)) for r in range(ranks)]  # each rank holds 32 experts while measured
@@ -300,24 +309,28 @@ def report(
     runs: dict[str, list[Run]],
 ) -> None:
     """Print, and write, what came out."""
-    contiguous_us = [float(run.makespan_TL.sum()) for run in runs["contiguous"]]
+    makespans_us = {name: [float(run.makespan_TL.sum()) for run in some] for name, some in runs.items()}
     rows = []
     for name, placement in wanted.items():
         steps = Traces(counts=runs[name][0].counts_TLE, layer_ids=tuple(ids), top_k=4)
-        rows.append(summarise(name, runs[name], evaluate(placement, profile, steps).objective_us, contiguous_us))
+        rows.append(summarise(name, runs[name], evaluate(placement, profile, steps).objective_us, makespans_us))
         rows[-1]["slots_per_rank"] = placement.slots_per_rank.tolist()
     for row in rows:
         low, high = min(row["makespan_rounds_us"]), max(row["makespan_rounds_us"])
-        step, changes = row["step_ms"], row["against_contiguous_rounds"]
+        changes = [
+            f"against {other} {100 * c['median']:+.1f} % (mean {100 * c['mean']:+.1f}, error {100 * c['standard_error']:.1f})"
+            for other, c in row["against"].items()
+        ]
+        step = ", ".join(f"{key} {value:.1f}" for key, value in row["step_ms"].items())
         print(
-            f"{row['placement']:22} MoE {row['makespan_us'] / 1e3:8.1f} ms ({low / 1e3:.0f} to {high / 1e3:.0f}), "
-            f"{100 * row['against_contiguous']:+6.1f} % (rounds {', '.join(f'{100 * c:+.1f}' for c in changes)})"
-            f", measured/predicted {row['measured_over_predicted']:.3f}, step "
-            f"mean {step['mean']:.1f} p50 {step['p50']:.1f} p90 {step['p90']:.1f} p99 {step['p99']:.1f} ms, "
-            f"stragglers {row['straggler_by_layer']}, slots {row['slots_per_rank']}"
+            f"{row['placement']}, slots {row['slots_per_rank']}: MoE {row['makespan_us'] / 1e3:.1f} ms "
+            f"({low / 1e3:.0f} to {high / 1e3:.0f}), measured/predicted {row['measured_over_predicted']:.3f}, "
+            f"step ms {step}, stragglers {row['straggler_by_layer']}"
         )
+        print("    " + "; ".join(changes))
     if options.output:
         facts = {"quotas": QUOTAS, "width": width, "rounds": options.rounds, "steps": options.steps}
+        facts |= {"sequences": options.sequences, "training_steps": options.training_steps}
         options.output.write_text(json.dumps({**facts, "placements": rows}, indent=1) + "\n")
         profile.save(options.output.with_suffix(".profile.json"))
 

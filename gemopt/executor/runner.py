@@ -160,8 +160,12 @@ class StageRunner:
         if decision == COMMIT:
             assert prepared is not None, "commit is only proposed when every rank is prepared"
             self.event("commit", stage)
-            prepared.commit(self.layers[stage.layer])
-            synchronize(self.layers[stage.layer].device)  # buffers are used again, perhaps from another stream
+            dispatch = self.layers[stage.layer]
+            before = dispatch.weights()
+            prepared.commit(dispatch)
+            synchronize(dispatch.device)  # buffers are used again, perhaps from another stream
+            if stage.rebuild:
+                self._pool.take_back(before)
             self.event("committed", stage)
         elif not faults:
             told = json.loads(decision)
@@ -192,6 +196,7 @@ class StageRunner:
         """
         if self.layers[0].device.type != "cpu":
             self._pool = Pool()
+        self._pool.keep_only(weight for dispatch in self.layers for weight in dispatch.weights().values())
         mine = slot_checksum([dispatch.row for dispatch in self.layers])
         words = self.exchange("finish", mine)
         wrong = {rank: f"has placement {word[:12]}" for rank, word in enumerate(words) if word != mine}

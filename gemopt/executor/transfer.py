@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -36,18 +36,48 @@ class Incoming:
 
 
 class Pool:
-    """Receive buffers that are used again from stage to stage: fresh memory costs more than the copy into it."""
+    """Buffers that are used again from stage to stage: fresh memory costs more than the copy into it.
+
+    Besides the receive buffers, where the number of slots changes on a CPU, the rows that a layer was rid of become
+    those of the next layer. Only memory that was made here is taken for that: the tensors a model was loaded with may
+    share theirs.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
+        self._spare: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
+        self._lent: dict[int, Tensor] = {}  # by address
 
     def rows(self, name: str, count: int, like: Tensor) -> Tensor:
-        """[count, ...] rows for a tensor."""
+        """[count, ...] rows to receive a tensor's in; the next call may return the same memory."""
         key = (name, like.dtype, like.shape[1:])
         buffer = self._buffers.get(key)
         if buffer is None or len(buffer) < count:
             buffer = self._buffers[key] = zeros(count, like)
         return buffer[:count]
+
+    def lend(self, name: str, count: int, like: Tensor) -> Tensor:
+        """[count, ...] rows of any content that become the weights of a layer."""
+        if like.device.type != "cpu":  # its allocator keeps what is freed
+            return zeros(count, like)
+        buffer = self._spare.pop((name, like.dtype, like.shape[1:]), None)
+        if buffer is None or len(buffer) < count:
+            buffer = zeros(count, like)
+        self._lent[buffer.data_ptr()] = buffer
+        return buffer[:count]
+
+    def take_back(self, weights: Mapping[str, Tensor]) -> None:
+        """Weights that are no longer in force."""
+        for name, weight in weights.items():
+            buffer = self._lent.pop(weight.data_ptr(), None)
+            key = (name, weight.dtype, weight.shape[1:])
+            if buffer is not None and len(buffer) >= len(self._spare.get(key, ())):
+                self._spare[key] = buffer
+
+    def keep_only(self, weights: Iterable[Tensor]) -> None:
+        """Forget what was lent to weights that others than the executor have replaced."""
+        known = {weight.data_ptr() for weight in weights}
+        self._lent = {address: buffer for address, buffer in self._lent.items() if address in known}
 
 
 def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Tensor], pool: Pool) -> Incoming:
@@ -61,7 +91,10 @@ def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Te
         slots = torch.tensor([slot - start for slot in mine], dtype=torch.long, device=device)
         return Incoming(tensors, slots, {slot: row for row, slot in enumerate(mine)})
     size = int(after.slots_per_rank[rank])
-    tensors = {name: zeros(size, weight) for name, weight in weights.items()}
+    tensors = {name: pool.lend(name, size, weight) for name, weight in weights.items()}
+    for row in (after.row_P[start : start + size] == EMPTY).nonzero()[0].tolist():
+        for tensor in tensors.values():
+            tensor[row].zero_()
     old = int(before.slots_per_rank[:rank].sum())
     for row in range(min(size, int(before.slots_per_rank[rank]))):
         if after.row_P[start + row] == before.row_P[old + row] != EMPTY:

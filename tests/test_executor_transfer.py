@@ -1,0 +1,53 @@
+"""Memory that the executor uses again: only its own, only once, and empty slots stay empty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from gemopt.executor.plan import LayerRow, Stage  # noqa: E402
+from gemopt.executor.transfer import Pool, allocate  # noqa: E402
+from gemopt.placement import EMPTY, Split  # noqa: E402
+
+
+def test_rows_of_a_layer_become_those_of_the_next():
+    pool, like = Pool(), torch.zeros(1, 3)
+    first = pool.lend("up", 4, like)
+    second = pool.lend("up", 4, like)
+    assert first.data_ptr() != second.data_ptr()  # both in force
+    pool.take_back({"up": first})
+    third = pool.lend("up", 3, like)
+    assert third.data_ptr() == first.data_ptr()
+    assert third.shape == (3, 3)
+    assert pool.lend("up", 3, like).data_ptr() not in {first.data_ptr(), second.data_ptr()}  # given once, not twice
+    pool.take_back({"up": third})
+    assert pool.lend("up", 4, like).data_ptr() == first.data_ptr()  # the row that was not used is still there
+
+
+def test_too_few_rows_or_others_memory_are_not_used():
+    pool, like = Pool(), torch.zeros(1, 3)
+    small = pool.lend("up", 2, like)
+    pool.take_back({"up": small})
+    assert pool.lend("up", 3, like).shape == (3, 3)
+    loaded = torch.zeros(8, 3)
+    pool.take_back({"up": loaded})
+    assert pool.lend("up", 2, like).data_ptr() != loaded.data_ptr()
+    replaced = pool.lend("up", 5, like)
+    pool.keep_only([loaded])
+    pool.take_back({"up": replaced})
+    assert pool.lend("up", 5, like).data_ptr() != replaced.data_ptr()
+
+
+def test_empty_slots_hold_zeros_in_used_memory():
+    pool = Pool()
+    weights = {"up": torch.arange(6.0).view(2, 3) + 1}
+    used = pool.lend("up", 3, weights["up"])
+    used.fill_(7)
+    pool.take_back({"up": used})
+    before = LayerRow(np.array([0, 1]), np.array([2]), Split.EVEN)
+    after = LayerRow(np.array([0, EMPTY, 1]), np.array([3]), Split.EVEN)
+    incoming = allocate(Stage(0, (), after, True), before, 0, weights, pool)
+    assert incoming.tensors["up"].data_ptr() == used.data_ptr()
+    assert incoming.tensors["up"][:2].tolist() == [[1, 2, 3], [0, 0, 0]]
