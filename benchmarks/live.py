@@ -318,7 +318,8 @@ def report(
     for row in rows:
         low, high = min(row["makespan_rounds_us"]), max(row["makespan_rounds_us"])
         changes = [
-            f"against {other} {100 * c['median']:+.1f} % (mean {100 * c['mean']:+.1f}, error {100 * c['standard_error']:.1f})"
+            f"against {other} {100 * c['median']:+.1f} % "
+            f"(mean {100 * c['mean']:+.1f}, standard error {100 * c['standard_error']:.1f})"
             for other, c in row["against"].items()
         ]
         step = ", ".join(f"{key} {value:.1f}" for key, value in row["step_ms"].items())
