@@ -107,7 +107,7 @@ class _Search:
     x: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     y: FloatArray = field(default_factory=lambda: np.zeros(0))
     noises: list[float] = field(default_factory=list)
-    hidden: list[tuple[float, int]] = field(default_factory=list)  # error and width of the intervals without a step
+    hidden: list[tuple[float, float, int]] = field(default_factory=list)  # error, latency, width without a step
     steps_up: FloatArray = field(default_factory=lambda: np.array([0.1] * 4 + [1.0] * 4))
     steps_down: FloatArray = field(default_factory=lambda: np.ones(LEVELS))
 
@@ -130,7 +130,8 @@ class _Search:
         noise = self._noise()
         _, heights = self._steps(noise)
         # A step of height 1 anywhere in an interval leaves 1/3 of error on average.
-        return np.asarray(inside * (heights / 3 + 0.6 * self._hidden_rate(noise) * self.widths))
+        hidden = 0.6 * self._hidden_rate(noise) * self.widths / np.minimum(self.y[:-1], self.y[1:])
+        return np.asarray(inside * (heights / 3 + hidden))
 
     def _steps(self, noise: float) -> tuple[FloatArray, FloatArray]:
         """[intervals] signed rise beyond the slope of the neighbouring treads; relative height, 0 if within noise."""
@@ -169,10 +170,14 @@ class _Search:
         return float(np.clip(off, reported, 4 * reported))
 
     def _hidden_rate(self, noise: float) -> float:
-        """Error that intervals without a visible step turned out to hide, per width; starts at 5 %."""
-        prior_width = self.span / START
-        excess = sum(error - noise for error, _ in self.hidden)
-        return max(1e-6, (0.05 + excess) / (prior_width + sum(width for _, width in self.hidden)))
+        """Microseconds that intervals without a visible step turned out to hide, per width; starts at 5 %.
+
+        Not relative: a full tile costs the same at any load, so a step weighs more where the latency is low.
+        """
+        level, prior_width = float(np.median(self.y)), self.span / START
+        excess = sum(error - noise * latency for error, latency, _ in self.hidden)
+        widths = sum(width for _, _, width in self.hidden)
+        return max(1e-6 * level, (0.05 * level + excess) / (prior_width + widths))
 
     def split(self, interval: int) -> None:
         """Measure one more load inside the interval and learn from it."""
@@ -183,7 +188,7 @@ class _Search:
         if not heights[interval]:
             load = self._middle(a, b)
             latency = self.measure(load)
-            self.hidden.append((abs(latency - float(line(load))) / latency, b - a))
+            self.hidden.append((abs(latency - float(line(load))), latency, b - a))
             return
         weights = self.steps_up if excess[interval] > 0 else self.steps_down
         cumulative = np.cumsum(weights[self._levels(a, b)] * 2.0 ** self._levels(a, b))
