@@ -188,8 +188,9 @@ class Tracer:
         if token_ids is not None:
             pending.token_ids_C.narrow(0, begin, size).view(rows, length).copy_(token_ids)
         targets = pending.ids_LCK.narrow(1, begin, size).unbind()
-        has_ids, seen = token_ids is not None, [None] * self._num_layers
-        self._step = _Step((rows, length), phase, starts, self._task, begin, begin + size, has_ids, seen, targets)
+        seen: list[int | None] = [None] * self._num_layers
+        has_ids, end = token_ids is not None, begin + size
+        self._step = _Step((rows, length), phase, starts, self._task, begin, end, has_ids, seen, targets)
 
     def _room(self, tokens: int, device: torch.device) -> _Pending:
         """Buffers with room for a step of so many tokens; what was pending is counted first where it must be."""
@@ -315,7 +316,7 @@ def _mark_real(real_BS: Tensor, mask: Any) -> None:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[no-any-return]
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _eos_tokens(model: nn.Module) -> list[int]:
