@@ -4,7 +4,8 @@ Four ranks run under CPU quotas, so that they stand for devices of different spe
 columns, which changes no output and no routing, until MoE layers take most of a step. The ranks are profiled together;
 decoding real text is traced; placements are solved on one half of the text and measured on the other, round after
 round in turn. The makespan of a layer is the time of the experts on the slowest rank, and is compared with what
-`evaluate` predicts for the same steps.
+`evaluate` predicts for the same steps: the mean of a profile taken before the rounds, which placements are solved on, and
+one taken after them, because the speed of a shared machine drifts in the meantime.
 
     torchrun --standalone --nproc-per-node 4 benchmarks/live.py -o live.json
 """
@@ -233,7 +234,9 @@ def change(rounds_us: list[float], others_us: list[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def summarise(name: str, runs: list[Run], predicted_us: float, others_us: dict[str, list[float]]) -> dict[str, Any]:
+def summarise(
+    name: str, runs: list[Run], predicted_us: list[float], others_us: dict[str, list[float]]
+) -> dict[str, Any]:
     """Figures of one placement over the rounds."""
     steps_ms = np.concatenate([run.step_T for run in runs]) * 1e3
     rounds_us = [float(run.makespan_TL.sum()) for run in runs]
@@ -246,7 +249,7 @@ def summarise(name: str, runs: list[Run], predicted_us: float, others_us: dict[s
         "makespan_us": measured_us,
         "makespan_rounds_us": rounds_us,
         "predicted_us": predicted_us,
-        "measured_over_predicted": measured_us / predicted_us,
+        "measured_over_predicted": measured_us / statistics.mean(predicted_us),
         "against": {other: change(rounds_us, values) for other, values in others_us.items() if other != name},
         "straggler_by_layer": stragglers.tolist(),
     }
@@ -283,9 +286,14 @@ def main() -> None:
 
     doubled = [list(range(16 * r, 16 * r + 32)) for r in range(ranks)]  # each rank holds 32 experts while measured
     rows = [[expert % experts for part in doubled for expert in part]] * len(ids)
-    executor.apply(Placement(physical_to_logical=rows, slots_per_rank=[32] * ranks, num_experts=experts, layer_ids=ids))
-    with quota_of(rank):
-        profile = measure_profile(watch, width, 2 * options.sequences * 4, options.points)
+    many = Placement(physical_to_logical=rows, slots_per_rank=[32] * ranks, num_experts=experts, layer_ids=ids)
+
+    def profiled() -> Profile:
+        executor.apply(many)
+        with quota_of(rank):
+            return measure_profile(watch, width, 2 * options.sequences * 4, options.points)
+
+    profile = profiled()
     wanted = from_rank_0(placements(profile, traces, options.seconds) if rank == 0 else None)
 
     runs: dict[str, list[Run]] = {name: [] for name in wanted}
@@ -295,15 +303,16 @@ def main() -> None:
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 executor.apply(wanted[name])
                 runs[name].append(decode(model, test, watch))
+    after = profiled()
     if rank == 0:
-        report(options, width, profile, ids, wanted, runs)
+        report(options, width, [profile, after], ids, wanted, runs)
     dist.destroy_process_group()
 
 
 def report(
     options: argparse.Namespace,
     width: int,
-    profile: Profile,
+    profiles: list[Profile],
     ids: list[int],
     wanted: dict[str, Placement],
     runs: dict[str, list[Run]],
@@ -313,7 +322,8 @@ def report(
     rows = []
     for name, placement in wanted.items():
         steps = Traces(counts=runs[name][0].counts_TLE, layer_ids=tuple(ids), top_k=4)
-        rows.append(summarise(name, runs[name], evaluate(placement, profile, steps).objective_us, makespans_us))
+        predicted_us = [evaluate(placement, profile, steps).objective_us for profile in profiles]
+        rows.append(summarise(name, runs[name], predicted_us, makespans_us))
         rows[-1]["slots_per_rank"] = placement.slots_per_rank.tolist()
     for row in rows:
         low, high = min(row["makespan_rounds_us"]), max(row["makespan_rounds_us"])
@@ -325,7 +335,8 @@ def report(
         step = ", ".join(f"{key} {value:.1f}" for key, value in row["step_ms"].items())
         print(
             f"{row['placement']}, slots {row['slots_per_rank']}: MoE {row['makespan_us'] / 1e3:.1f} ms "
-            f"({low / 1e3:.0f} to {high / 1e3:.0f}), measured/predicted {row['measured_over_predicted']:.3f}, "
+            f"({low / 1e3:.0f} to {high / 1e3:.0f}), measured/predicted {row['measured_over_predicted']:.3f} "
+            f"(predicted {', '.join(f'{us / 1e3:.0f}' for us in row['predicted_us'])} ms before, after), "
             f"step ms {step}, stragglers {row['straggler_by_layer']}"
         )
         print("    " + "; ".join(changes))
@@ -333,7 +344,7 @@ def report(
         facts = {"quotas": QUOTAS, "width": width, "rounds": options.rounds, "steps": options.steps}
         facts |= {"sequences": options.sequences, "training_steps": options.training_steps}
         options.output.write_text(json.dumps({**facts, "placements": rows}, indent=1) + "\n")
-        profile.save(options.output.with_suffix(".profile.json"))
+        profiles[0].save(options.output.with_suffix(".profile.json"))
 
 
 if __name__ == "__main__":
