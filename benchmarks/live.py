@@ -4,8 +4,8 @@ Four ranks run under CPU quotas, so that they stand for devices of different spe
 columns, which changes no output and no routing, until MoE layers take most of a step. The ranks are profiled together;
 decoding real text is traced; placements are solved on one half of the text and measured on the other, round after
 round in turn. The makespan of a layer is the time of the experts on the slowest rank, and is compared with what
-`evaluate` predicts for the same steps: the mean of a profile taken before the rounds, which placements are solved on, and
-one taken after them, because the speed of a shared machine drifts in the meantime.
+`evaluate` predicts for the same steps: the mean of a profile taken before the rounds, which placements are solved on,
+and one taken after them, because the speed of a shared machine drifts in the meantime.
 
     torchrun --standalone --nproc-per-node 4 benchmarks/live.py -o live.json
 """
