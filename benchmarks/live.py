@@ -157,7 +157,7 @@ def find_width(
     return width
 
 
-def measure_profile(watch: Stopwatch, width: int, most: int, points: int) -> Profile:
+def measure_profile(watch: Stopwatch, width: int, most: int, points: int, max_drift: float) -> Profile:
     """Profile of all ranks together, run by the experts modules of the live model."""
     group, first = Group(), watch.layers[0]
     shape = MoeShape(
@@ -169,7 +169,7 @@ def measure_profile(watch: Stopwatch, width: int, most: int, points: int) -> Pro
     forwards = [dispatch.experts_forward for dispatch in watch.layers]
     workload = Experts(shape, "transformers", device, forwards)
     timing = Timing(block_us=20_000, seconds=0.2)
-    options = Options(points=points, max_assignments=most, timing=timing, settle_s=5, max_drift=0.3)
+    options = Options(points=points, max_assignments=most, timing=timing, settle_s=5, max_drift=max_drift)
     rank = Rank(workload, device, group, options)
     with group.watch():
         if group.rank:
@@ -288,12 +288,12 @@ def main() -> None:
     rows = [[expert % experts for part in doubled for expert in part]] * len(ids)
     many = Placement(physical_to_logical=rows, slots_per_rank=[32] * ranks, num_experts=experts, layer_ids=ids)
 
-    def profiled() -> Profile:
+    def profiled(max_drift: float) -> Profile:
         executor.apply(many)
         with quota_of(rank):
-            return measure_profile(watch, width, 2 * options.sequences * 4, options.points)
+            return measure_profile(watch, width, 2 * options.sequences * 4, options.points, max_drift)
 
-    profile = profiled()
+    profile = profiled(max_drift=0.3)
     wanted = from_rank_0(placements(profile, traces, options.seconds) if rank == 0 else None)
 
     runs: dict[str, list[Run]] = {name: [] for name in wanted}
@@ -303,7 +303,7 @@ def main() -> None:
             for name in names[number % len(names) :] + names[: number % len(names)]:
                 executor.apply(wanted[name])
                 runs[name].append(decode(model, test, watch))
-    after = profiled()
+    after = profiled(max_drift=1.0)
     if rank == 0:
         report(options, width, [profile, after], ids, wanted, runs)
     dist.destroy_process_group()

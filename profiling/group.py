@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 from gemopt.exceptions import GemoptError, InputError
@@ -34,7 +35,12 @@ class _TerminatedError(BaseException):
 
 
 class Group:
-    """This rank among `size` ranks. With one rank nothing is started and nothing waited for."""
+    """This rank among `size` ranks. With one rank nothing is started and nothing waited for.
+
+    A process may make several, one after the other, if all ranks do.
+    """
+
+    _made = count()
 
     def __init__(self, *, timeout_s: float = 10.0, answer_s: float = 600.0) -> None:
         self.rank = _environment("RANK", 0)
@@ -44,6 +50,7 @@ class Group:
         self._sent = 0
         self._stop = threading.Event()
         self._seen: dict[int, tuple[str, float]] = {}
+        self._number = next(Group._made)
         if self.size > 1:
             self._store = self._connect(master=self.rank == 0)
             threading.Thread(target=self._beat, args=(self._connect(master=False),), daemon=True).start()
@@ -65,7 +72,7 @@ class Group:
         master = master and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         store = distributed.TCPStore(host, port, None, master, timeout=timedelta(seconds=60), wait_for_workers=False)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return distributed.PrefixStore(f"gemopt-profile/{attempt}", store)
+        return distributed.PrefixStore(f"gemopt-profile/{attempt}/{self._number}", store)
 
     def _beat(self, store: Any) -> None:
         beats = 0

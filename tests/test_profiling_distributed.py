@@ -88,3 +88,26 @@ def test_bad_input_of_a_rank_ends_all_with_one_line_each(tmp_path: Path) -> None
         _, err = process.communicate(timeout=300)
     assert process.returncode != 0 and not list(tmp_path.iterdir())
     assert "gemopt: --points: got 3; at least 16" in err
+
+
+def test_a_process_can_profile_twice(tmp_path: Path) -> None:
+    """The second group reads no question or answer of the first."""
+    script = tmp_path / "twice.py"
+    script.write_text(
+        "from gemopt.profiling.group import Group\n"
+        "for turn in ('first', 'second'):\n"
+        "    group = Group()\n"
+        "    def answer(question): return [turn, question, group.rank]\n"
+        "    with group.watch():\n"
+        "        if group.rank:\n"
+        "            group.serve(answer)\n"
+        "        else:\n"
+        "            print(group.ask(turn + '?', answer), flush=True)\n"
+        "            group.dismiss()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str([[turn, turn + "?", rank] for rank in (0, 1)]) for turn in ("first", "second")
+    ]
