@@ -30,7 +30,7 @@ class Incoming:
     """
 
     tensors: dict[str, Tensor]
-    slots: Tensor | None
+    slots: list[int] | None
     row_of: dict[int, int]
     works: list[Any] = field(default_factory=list)
 
@@ -87,9 +87,7 @@ def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Te
     start = int(after.slots_per_rank[:rank].sum())
     if not stage.rebuild:
         tensors = {name: pool.rows(name, len(mine), weight) for name, weight in weights.items()}
-        device = next(iter(weights.values())).device
-        slots = torch.tensor([slot - start for slot in mine], dtype=torch.long, device=device)
-        return Incoming(tensors, slots, {slot: row for row, slot in enumerate(mine)})
+        return Incoming(tensors, [slot - start for slot in mine], {slot: row for row, slot in enumerate(mine)})
     size = int(after.slots_per_rank[rank])
     tensors = {name: pool.lend(name, size, weight) for name, weight in weights.items()}
     for row in (after.row_P[start : start + size] == EMPTY).nonzero()[0].tolist():
