@@ -26,18 +26,25 @@ def test_rows_of_a_layer_become_those_of_the_next():
     assert pool.lend("up", 4, like).data_ptr() == first.data_ptr()  # the row that was not used is still there
 
 
-def test_too_few_rows_or_others_memory_are_not_used():
+def test_too_few_rows_and_forgotten_rows_are_not_used():
     pool, like = Pool(), torch.zeros(1, 3)
     small = pool.lend("up", 2, like)
     pool.take_back({"up": small})
     assert pool.lend("up", 3, like).shape == (3, 3)
-    loaded = torch.zeros(8, 3)
-    pool.take_back({"up": loaded})
-    assert pool.lend("up", 2, like).data_ptr() != loaded.data_ptr()
     replaced = pool.lend("up", 5, like)
-    pool.keep_only([loaded])
-    pool.take_back({"up": replaced})
+    pool.keep_only([like])
+    pool.take_back({"up": replaced[:4]})
     assert pool.lend("up", 5, like).data_ptr() != replaced.data_ptr()
+
+
+def test_of_a_loaded_tensor_only_its_own_rows_are_used():
+    pool, storage = Pool(), torch.zeros(8, 3)
+    loaded = storage[:4]
+    pool.take_back({"up": loaded})
+    assert pool.lend("up", 5, loaded).data_ptr() != loaded.data_ptr()
+    pool.take_back({"up": loaded})
+    pool.lend("up", 4, loaded).fill_(1)
+    assert storage.sum(dim=1).tolist() == [3, 3, 3, 3, 0, 0, 0, 0]
 
 
 def test_empty_slots_hold_zeros_in_used_memory():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from gemopt.placement import EMPTY, Placement, Split
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+
+REBUILD_SHARE = 0.75  # of a rank's slots that receive another expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +76,11 @@ def slot_checksum(rows: Sequence[LayerRow]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What one commit changes: (part of) one layer. `rebuild`: slots per rank change, so tensors are made anew."""
+    """What one commit changes: (part of) one layer.
+
+    `rebuild`: new tensors replace those in force. Needed where slots per rank change; spares a copy where most rows
+    arrive.
+    """
 
     layer: int
     moves: tuple[Move, ...]
@@ -220,8 +226,11 @@ def _stages(
     rebuild = not np.array_equal(before.slots_per_rank, after.slots_per_rank)
     whole = _stage(layer, before, after, nodes, rebuild=rebuild)
     incoming_G = np.bincount([after.rank_of_slot[m.dst_slot] for m in whole.moves], minlength=1)
-    needed = int(after.slots_per_rank.max() if rebuild else incoming_G.max())
-    if budget_bytes is None or needed * expert_bytes <= budget_bytes:
+    most = int(after.slots_per_rank.max())
+    if budget_bytes is None or most * expert_bytes <= budget_bytes:
+        return [replace(whole, rebuild=rebuild or incoming_G.max() >= REBUILD_SHARE * most)]
+    needed = most if rebuild else int(incoming_G.max())
+    if needed * expert_bytes <= budget_bytes:
         return [whole]
     smallest = needed if rebuild else 1
     if budget_bytes < smallest * expert_bytes:

@@ -38,9 +38,7 @@ class Incoming:
 class Pool:
     """Buffers that are used again from stage to stage: fresh memory costs more than the copy into it.
 
-    Besides the receive buffers, where the number of slots changes on a CPU, the rows that a layer was rid of become
-    those of the next layer. Only memory that was made here is taken for that: the tensors a model was loaded with may
-    share theirs.
+    Besides the receive buffers, on a CPU, the rows of a tensor that was replaced become those of the next layer's.
     """
 
     def __init__(self) -> None:
@@ -69,9 +67,9 @@ class Pool:
     def take_back(self, weights: Mapping[str, Tensor]) -> None:
         """Weights that are no longer in force."""
         for name, weight in weights.items():
-            buffer = self._lent.pop(weight.data_ptr(), None)
+            buffer = self._lent.pop(weight.data_ptr(), weight)  # of one the model was loaded with: its rows, no more
             key = (name, weight.dtype, weight.shape[1:])
-            if buffer is not None and len(buffer) >= len(self._spare.get(key, ())):
+            if weight.device.type == "cpu" and len(buffer) >= len(self._spare.get(key, ())):
                 self._spare[key] = buffer
 
     def keep_only(self, weights: Iterable[Tensor]) -> None:
