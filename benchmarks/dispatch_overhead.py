@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from machine import stamp
 
 from gemopt.executor import Executor
 from gemopt.executor.load import layout, load
@@ -97,7 +98,9 @@ def main() -> None:
                 f"(rounds {', '.join(f'{100 * share:+.1f}' for share in report['overhead_rounds'])})"
             )
         if options.output:
-            options.output.write_text(json.dumps(reports, indent=1) + "\n")
+            options.output.write_text(
+                json.dumps({"measured": stamp("torch", "transformers"), "shapes": reports}, indent=1) + "\n"
+            )
     dist.destroy_process_group()
 
 

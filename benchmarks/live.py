@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from machine import stamp
 from torch import nn
 from transformers import AutoTokenizer, logging
 
@@ -341,7 +342,13 @@ def report(
         )
         print("    " + "; ".join(changes))
     if options.output:
-        facts = {"quotas": QUOTAS, "width": width, "rounds": options.rounds, "steps": options.steps}
+        facts: dict[str, Any] = {
+            "measured": stamp("torch", "transformers"),
+            "quotas": QUOTAS,
+            "width": width,
+            "rounds": options.rounds,
+            "steps": options.steps,
+        }
         facts |= {"sequences": options.sequences, "training_steps": options.training_steps}
         options.output.write_text(json.dumps({**facts, "placements": rows}, indent=1) + "\n")
         profiles[0].save(options.output.with_suffix(".profile.json"))

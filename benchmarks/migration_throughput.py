@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from machine import stamp
 
 from gemopt import Placement
 from gemopt.executor import Executor
@@ -111,6 +112,7 @@ def main() -> None:
             rates.append(moved / applied)
             shares.append(plain / applied)
     report = {
+        "measured": stamp("torch"),
         "ranks": ranks,
         "slots": options.slots,
         "bytes": moved,

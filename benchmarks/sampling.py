@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from machine import stamp
 
 from gemopt.costs import Roofline, Staircase
 from gemopt.profiling.replay import ReplayDevice
@@ -118,7 +119,7 @@ def interpolated(points: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def main(folder: Path) -> None:
-    print("# Adaptive sampling of measured kernel tables\n")
+    print(f"# Adaptive sampling of measured kernel tables\n\n{stamp('numpy', 'scipy')}\n")
     print("Relative error (%) over all loads when 5 % of the points are joined by straight lines. Answers carry 1 %")
     print("noise per timing, median of 5; means over 3 seeds, and the worst seed. Made by `benchmarks/sampling.py`.\n")
     print("| table | points | adaptive median | p95 | worst seed: median | p95 | uniform median | p95 |")

@@ -9,19 +9,18 @@ python benchmarks/speed.py start       import, first use with an empty compile c
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from instances import affine_profile, routing, speeds, staircase_profile
+from machine import stamp
 
 import gemopt
 from gemopt.evaluate import evaluate
@@ -33,20 +32,7 @@ DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 
 def header(title: str) -> None:
     """Title, date, versions and machine."""
-    import numba
-
-    print(f"## {title}\n")
-    print(
-        f"{date.today()}, gemopt {gemopt.__version__}, Python {platform.python_version()}, numpy {np.__version__}, "
-        f"numba {numba.__version__}, {os.cpu_count()} cores ({_cpu()})\n"
-    )
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.machine()
+    print(f"## {title}\n\n{stamp('numpy', 'numba')}\n")
 
 
 def descent() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import stamp
 
 from gemopt.documents import write_text
 from gemopt.models import describe, tiny, tiny_moe_path
@@ -132,7 +133,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU, 1 thread"
-    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "batch": BATCH, "prompt_tokens": PROMPT}
+    results: dict[str, Any] = {"measured": stamp("torch", "transformers"), "device": name}
+    results |= {"batch": BATCH, "prompt_tokens": PROMPT}
     for network, model in networks(arguments.device).items():
         shape = describe(model)
         rows = {

@@ -107,7 +107,7 @@ class _Search:
     x: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     y: FloatArray = field(default_factory=lambda: np.zeros(0))
     noises: list[float] = field(default_factory=list)
-    hidden: list[tuple[float, float, int]] = field(default_factory=list)  # error, latency, width without a step
+    hidden: list[tuple[float, float, int]] = field(default_factory=list)  # without a step: error, latency (us), width
     steps_up: FloatArray = field(default_factory=lambda: np.array([0.1] * 4 + [1.0] * 4))
     steps_down: FloatArray = field(default_factory=lambda: np.ones(LEVELS))
 

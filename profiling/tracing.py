@@ -257,7 +257,8 @@ class Tracer:
         pending = self._pending
         if pending is None or not pending.steps:
             return
-        steps, N, device = pending.steps, pending.used, pending.ids_LCK.device
+        N, device = pending.used, pending.ids_LCK.device
+        steps, pending.steps = pending.steps, []
         ids_LKN = pending.ids_LCK[:, :N].transpose(1, 2).contiguous()
         sizes = torch.tensor([step.end - step.begin for step in steps], device=device)
         columns = [torch.repeat_interleave(torch.arange(len(steps), device=device), sizes)]
@@ -273,7 +274,6 @@ class Tracer:
         self._part.add(ids_LKN, columns[0], [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
         if self._keep_ids:
             self._part.keep(ids_LKN, *columns, rank=self._rank, num_experts=self._num_experts)
-        pending.steps = []
 
     def _may_end(self, step: _Step) -> bool:
         return step.phase is Phase.DECODE and step.has_token_ids and bool(self._eos)

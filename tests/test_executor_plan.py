@@ -76,6 +76,20 @@ def test_slots_that_change_are_one_stage_and_refused_when_the_buffer_is_too_smal
         plan(layer_rows(current), layer_rows(wanted), [8], budget_bytes=23)
 
 
+def test_a_layer_that_mostly_moves_is_received_into_new_tensors_where_the_budget_allows():
+    current = Placement.contiguous(1, 16, 4)
+    turned = Placement(
+        physical_to_logical=np.roll(current.physical_to_logical, 4, axis=1), slots_per_rank=[4] * 4, num_experts=16
+    )
+    swapped = [[15, *range(1, 15), 0]]
+    pair = Placement(physical_to_logical=swapped, slots_per_rank=[4] * 4, num_experts=16)
+    before = layer_rows(current)
+    assert [s.rebuild for s in plan(before, layer_rows(turned), [10], budget_bytes=40).stages] == [True]
+    assert not any(s.rebuild for s in plan(before, layer_rows(turned), [10], budget_bytes=39).stages)
+    in_place = plan(before, layer_rows(pair), [10])
+    assert [s.rebuild for s in in_place.stages] == [False] and in_place.buffer_bytes == 10
+
+
 def test_relay_crosses_nodes_once():
     current = Placement(physical_to_logical=[[0, 1, 2, EMPTY, 3, EMPTY]], slots_per_rank=[2, 2, 2], num_experts=4)
     wanted = Placement(physical_to_logical=[[0, 1, 2, 0, 3, 0]], slots_per_rank=[2, 2, 2], num_experts=4)

@@ -1,4 +1,4 @@
-"""Memory that the executor uses again: only its own, only once, and empty slots stay empty."""
+"""Memory that the executor uses again: only once, no row beyond those replaced, and empty slots stay empty."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from gemopt.placement import EMPTY, Placement, Split
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 
-REBUILD_SHARE = 0.75  # of a rank's slots that receive another expert
+REBUILD_SHARE = 0.75  # of a layer's slots that receive another expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +228,7 @@ def _stages(
     incoming_G = np.bincount([after.rank_of_slot[m.dst_slot] for m in whole.moves], minlength=1)
     most = int(after.slots_per_rank.max())
     if budget_bytes is None or most * expert_bytes <= budget_bytes:
-        return [replace(whole, rebuild=rebuild or incoming_G.max() >= REBUILD_SHARE * most)]
+        return [replace(whole, rebuild=rebuild or len(whole.moves) >= REBUILD_SHARE * len(after.row_P))]
     needed = most if rebuild else int(incoming_G.max())
     if needed * expert_bytes <= budget_bytes:
         return [whole]

@@ -1,0 +1,22 @@
+"""When, with which versions and on what a result was measured; printed and written beside every table."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+
+def stamp(*packages: str) -> str:
+    """Date, versions of gemopt, Python and the packages, and the machine, in one line."""
+    versions = ", ".join(f"{package} {version(package)}" for package in ("gemopt", *packages))
+    return f"{date.today()}, Python {platform.python_version()}, {versions}, {os.cpu_count()} CPUs ({_cpu()})"
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
