@@ -497,6 +497,7 @@ def rank_main(rank: int, world: int, port: int, request: dict, folder: Path) -> 
     os.dup2(log, 1)
     os.dup2(log, 2)
     code = 0
+    torch.set_num_threads(1)  # makes torch's thread pool anew after the fork, before several threads at once would
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=request.get("group_timeout", 60)))
         result = SCENARIOS[request["scenario"]](rank, world, **request["args"])
