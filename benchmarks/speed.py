@@ -93,20 +93,19 @@ def evaluation() -> None:
     print("| cost model | curves per rank | latencies alone, M/s |\n|---|---|---|")
     for title, profile, model in cases:
         cost, _ = fit(profile, model=model)
-        packed = pack(cost.latencies)
-        arrays = (packed.start, packed.length, packed.slope, packed.num_terms, packed.x, packed.y)
+        curves = pack(cost.latencies)
         rng = np.random.default_rng(0)
         assignments = rng.integers(0, 4000, (20_000, len(cost.latencies), 1)).astype(float)
         active = np.minimum(rng.integers(0, 32, assignments.shape), assignments).astype(float)
         loads = np.ascontiguousarray(np.concatenate([assignments, active], axis=2)[:, :, : len(cost.features)])
-        rank_latencies(loads[:2], *arrays)
+        rank_latencies(loads[:2], curves)
         seconds = []
         for _ in range(5):
             begin = time.perf_counter()
-            rank_latencies(loads, *arrays)
+            rank_latencies(loads, curves)
             seconds.append(time.perf_counter() - begin)
         rate = loads.shape[0] * loads.shape[1] / min(seconds) / 1e6
-        print(f"| {title} | {int(packed.num_terms.max())} x {len(cost.features)} | {rate:.1f} |")
+        print(f"| {title} | {int(curves.num_terms.max())} x {len(cost.features)} | {rate:.1f} |")
 
 
 def _demo_case(number: int) -> Any:

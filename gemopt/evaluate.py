@@ -66,9 +66,7 @@ def rank_times(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray
     """[T, G] latency in microseconds of every rank at every step under one layer's placement row."""
     from gemopt.kernels import rank_latencies
 
-    packed = problem.packed
-    arrays = (packed.start, packed.length, packed.slope, packed.num_terms, packed.x, packed.y)
-    return np.asarray(rank_latencies(loads(problem, row_P, weights_P), *arrays))
+    return np.asarray(rank_latencies(loads(problem, row_P, weights_P), problem.curves))
 
 
 def objective(problem: Problem, row_P: NDArray[np.int64]) -> float:
@@ -182,10 +180,8 @@ def _layer_times(
 
     counts_TE = traces.counts[:, layer].astype(np.int64)
     problem = Problem.make(counts_TE, cost.features, cost.latencies, placement.slots_per_rank)
-    packed = problem.packed
     loads_TGF = loads(problem, placement.physical_to_logical[layer], weights_P)
-    arrays = (packed.start, packed.length, packed.slope, packed.num_terms, packed.x, packed.y)
-    return np.asarray(rank_latencies(loads_TGF, *arrays)), loads_TGF
+    return np.asarray(rank_latencies(loads_TGF, problem.curves)), loads_TGF
 
 
 def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -205,9 +205,8 @@ def _thin(pieces: list[tuple[float, float]], limit: int) -> list[tuple[float, fl
     return [pieces[i] for i in np.unique(np.linspace(0, len(pieces) - 1, limit).round().astype(int))]
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """Latencies of all ranks as flat arrays, for the compiled kernels.
+class Curves(NamedTuple):
+    """The curves of all ranks as flat arrays, for the compiled kernels.
 
     start, length: [G, K, F] slice of `x` and `y` of each curve; slope: [G, K, F]; num_terms: [G].
     """
@@ -220,7 +219,7 @@ class Packed:
     y: FloatArray
 
 
-def pack(latencies: Sequence[Latency]) -> Packed:
+def pack(latencies: Sequence[Latency]) -> Curves:
     """Flatten the latencies of all ranks."""
     terms = max(len(latency.terms) for latency in latencies)
     shape = (len(latencies), terms, latencies[0].num_features)
@@ -237,4 +236,4 @@ def pack(latencies: Sequence[Latency]) -> Packed:
                 ys.append(curve.y)
                 position += len(curve.x)
     num_terms = np.array([len(latency.terms) for latency in latencies])
-    return Packed(start, length, slope, num_terms, np.concatenate(xs), np.concatenate(ys))
+    return Curves(start, length, slope, num_terms, np.concatenate(xs), np.concatenate(ys))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel
 from gemopt.exceptions import InputError
-from gemopt.latency import Feature, FloatArray, Latency, Packed, pack
+from gemopt.latency import Curves, Feature, FloatArray, Latency, pack
 from gemopt.placement import check_slots, default_slots
 from gemopt.traces import Traces
 
@@ -126,7 +126,7 @@ class Problem:
         return features
 
     @cached_property
-    def packed(self) -> Packed:
+    def curves(self) -> Curves:
         """The latencies as flat arrays for the compiled kernels."""
         return pack(self.latencies)
 

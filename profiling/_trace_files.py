@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.trace_files import numbered_files
 from gemopt.traces import Phase, Tokens, Traces, concatenate
+from gemopt.traces.files import numbered_files
 
 
 class TraceFolder:

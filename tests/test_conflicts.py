@@ -28,7 +28,7 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
-from gemopt.solvers.conflict import cut_graph
+from gemopt.solvers.baselines.conflict import cut_graph
 from gemopt.traces import Traces
 
 

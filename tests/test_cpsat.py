@@ -15,14 +15,14 @@ from gemopt.evaluate import objective
 from gemopt.latency import ASSIGNMENTS, Curve, Latency
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers import cpsat, exact
 from gemopt.solvers.base import Options
-from gemopt.solvers.cpsat import CpSat
-from gemopt.solvers.cpsat_formulation import Formulation, TickLine
-from gemopt.solvers.exact import Search
-from gemopt.solvers.packing import lpt_row
-from gemopt.solvers.reduction import representative_steps
-from gemopt.solvers.runs import convex_runs, hull
+from gemopt.solvers.exact import cpsat, layer
+from gemopt.solvers.exact.cpsat import CpSat
+from gemopt.solvers.exact.cpsat_formulation import Formulation, TickLine
+from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.exact.reduction import representative_steps
+from gemopt.solvers.exact.runs import convex_runs, hull
+from gemopt.solvers.search.packing import lpt_row
 
 
 def _load(name: str) -> ModuleType:
@@ -77,7 +77,7 @@ def test_every_variable_has_a_hint_that_cpsat_calls_complete_and_feasible(spare:
 @pytest.mark.parametrize("resolution", [1e-1, 1e-3])
 def test_a_coarse_resolution_never_lifts_the_bound(resolution: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpsat, "RESOLUTION", resolution)
-    monkeypatch.setattr(exact, "step_bounds", lambda problem: np.full(problem.num_steps, -100.0))
+    monkeypatch.setattr(layer, "step_bounds", lambda problem: np.full(problem.num_steps, -100.0))
     for seed in range(50_000, 50_060):
         problem = brute.random_problem(seed)
         outcome = CpSat().solve(problem, options(), None)

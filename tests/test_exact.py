@@ -15,13 +15,13 @@ import pytest
 from gemopt.evaluate import check, objective
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers import exact
 from gemopt.solvers.base import Options, Solver
-from gemopt.solvers.compact import Compact, merged
-from gemopt.solvers.cpsat import CpSat
-from gemopt.solvers.exact import Search
-from gemopt.solvers.milp import Milp, read_state, write_request
-from gemopt.solvers.packing import lpt_row
+from gemopt.solvers.exact import layer
+from gemopt.solvers.exact.compact import Compact, merged
+from gemopt.solvers.exact.cpsat import CpSat
+from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.exact.milp import Milp, read_state, write_request
+from gemopt.solvers.search.packing import lpt_row
 
 CLOSE = 1e-6
 
@@ -43,7 +43,7 @@ def options(seconds: float = 60.0, **fields: object) -> Options:
 
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the formulations prove everything by themselves."""
-    monkeypatch.setattr(exact, "step_bounds", lambda problem: np.full(problem.num_steps, -100.0))
+    monkeypatch.setattr(layer, "step_bounds", lambda problem: np.full(problem.num_steps, -100.0))
 
 
 def below(bound_us: float, optimum_us: float) -> bool:
@@ -72,7 +72,7 @@ def solve_together(problems: list[Problem], backend: str, folder: Path) -> list[
         searches.append(search)
         (folder / str(index)).mkdir()
         write_request(folder / str(index), search, backend=backend)
-    command = [sys.executable, "-P", "-m", "gemopt.solvers.milp_worker"]
+    command = [sys.executable, "-P", "-m", "gemopt.solvers.exact.milp_worker"]
     subprocess.run([*command, *(str(folder / str(i)) for i in range(len(problems)))], check=True, capture_output=True)
     for index, search in enumerate(searches):
         assert read_state(folder / str(index), search)["proven"], index

@@ -89,8 +89,7 @@ def test_the_compiled_latency_equals_the_plain_one(ranks: list[list[tuple[Curve,
     latencies = [Latency(tuple(terms)) for terms in ranks]
     packed = pack(latencies)
     loads_TGF = np.random.default_rng(0).integers(0, 60, (20, len(latencies), 2)).astype(float)
-    arrays = (packed.start, packed.length, packed.slope, packed.num_terms, packed.x, packed.y)
-    times = rank_latencies(loads_TGF, *arrays)
+    times = rank_latencies(loads_TGF, packed)
     for g, latency in enumerate(latencies):
         np.testing.assert_allclose(times[:, g], latency(list(loads_TGF[:, g].T)), atol=1e-9)
 

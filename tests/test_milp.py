@@ -17,12 +17,12 @@ from gemopt.exceptions import SolverError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers import milp
 from gemopt.solvers.base import Options
-from gemopt.solvers.cpsat import CpSat
-from gemopt.solvers.exact import Search
-from gemopt.solvers.milp import Milp, read_state, write_request
-from gemopt.solvers.milp_worker import cbc_bound
+from gemopt.solvers.exact import milp
+from gemopt.solvers.exact.cpsat import CpSat
+from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.exact.milp import Milp, read_state, write_request
+from gemopt.solvers.exact.milp_worker import cbc_bound
 
 
 def options(seconds: float = 60.0, **fields: object) -> Options:
@@ -54,7 +54,9 @@ def test_the_warm_start_is_accepted_with_its_true_objective(backend: str, tmp_pa
         (tmp_path / str(index)).mkdir()
         write_request(tmp_path / str(index), searches[-1], backend=backend)
     folders = [str(tmp_path / str(index)) for index in range(len(problems))]
-    subprocess.run([sys.executable, "-m", "gemopt.solvers.milp_worker", *folders], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "gemopt.solvers.exact.milp_worker", *folders], check=True, capture_output=True
+    )
     for folder, search, problem in zip(folders, searches, problems, strict=True):
         log = (Path(folder) / "solver.log").read_text()
         said = {

@@ -14,10 +14,10 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import Options, get, names, that_can
 from gemopt.solvers.base import require
-from gemopt.solvers.copies import improve_copies, make_shares
-from gemopt.solvers.packing import lpt_row, replicate
-from gemopt.solvers.search_state import hull_costs, make_costs, make_state
-from gemopt.solvers.swaps import EPSILON, descend, iterate, total_cost
+from gemopt.solvers.search.copies import improve_copies, make_shares
+from gemopt.solvers.search.packing import lpt_row, replicate
+from gemopt.solvers.search.state import hull_costs, make_costs, make_state
+from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
 
 HEURISTICS = ["linear", "round-robin", "eplb", "eplb-hierarchical", "lpt", "gem", "conflict", "local-search"]
 KINDS = ["affine", "staircase", "roofline", "kinked"]

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from gemopt.batching import from_tokens
 from gemopt.exceptions import InputError
 from gemopt.traces import Phase, Tokens, Traces, concatenate
+from gemopt.traces.batching import from_tokens
 
 FILES = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -148,9 +148,9 @@ def test_from_tokens_refuses(change: dict[str, Any], named: str) -> None:
 
 @pytest.mark.parametrize("block", [1, 7, 4096])
 def test_pairs_and_transitions_equal_a_naive_loop(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    import gemopt.traces
+    from gemopt.traces import document
 
-    monkeypatch.setattr(gemopt.traces, "TOKEN_BLOCK", block)
+    monkeypatch.setattr(document, "TOKEN_BLOCK", block)
     traces = recorded(3)
     assert traces.tokens is not None
     ids = np.array(traces.tokens.ids)

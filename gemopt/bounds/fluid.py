@@ -1,6 +1,6 @@
 """Compiled fluid bounds: the time in which all ranks together can hold a load.
 
-Latencies are packed and non-decreasing (`Latency.low`). A bound only ever raises the time known before, so most of them
+Curves are non-decreasing (`Latency.low`). A bound only ever raises the time known before, so most of them
 cost a step one look: can the ranks hold its load within the time known so far?
 """
 
@@ -10,14 +10,16 @@ import numpy as np
 from numba import njit
 
 from gemopt.kernels import Array, curve_value
+from gemopt.latency import Curves
 
 SLACK = 1e-10  # capacities are overstated by this much, relatively, so that float error never understates one
 
 
 @njit(cache=True, nogil=True, inline="always")
-def curve_capacity(x: Array, y: Array, slope: float, start: int, length: int, time: float) -> float:
-    """Largest load that a non-decreasing packed curve allows within `time`; -1 when even 0 takes longer."""
-    last = start + length - 1
+def curve_capacity(curves: Curves, g: int, k: int, f: int, time: float) -> float:
+    """Largest load that a non-decreasing curve allows within `time`; -1 when even 0 takes longer."""
+    x, y, start, slope = curves.x, curves.y, curves.start[g, k, f], curves.slope[g, k, f]
+    last = start + curves.length[g, k, f] - 1
     if y[start] > time:
         return -1.0
     if y[last] <= time:
@@ -38,21 +40,16 @@ def rank_capacity(
     f: int,
     time: float,
     others: Array,
-    start: Array,
-    length: Array,
-    slope: Array,
-    num_terms: Array,
-    x: Array,
-    y: Array,
+    curves: Curves,
 ) -> float:
     """Largest whole load of feature f on rank g within `time`, at least 0.
 
     others: [G, K, F] what the term's other curves add at the smallest loads of a busy rank.
     """
     capacity = np.inf
-    for k in range(num_terms[g]):
+    for k in range(curves.num_terms[g]):
         rest = time - others[g, k, f] + SLACK * (abs(time) + abs(others[g, k, f]))
-        capacity = min(capacity, curve_capacity(x, y, slope[g, k, f], start[g, k, f], length[g, k, f], rest))
+        capacity = min(capacity, curve_capacity(curves, g, k, f, rest))
     return float(np.floor(max(0.0, capacity * (1 + 1e-12) + 1e-9)))
 
 
@@ -62,17 +59,12 @@ def single_total(
     time: float,
     most_GF: Array,
     others: Array,
-    start: Array,
-    length: Array,
-    slope: Array,
-    num_terms: Array,
-    x: Array,
-    y: Array,
+    curves: Curves,
 ) -> float:
     """Load of one feature that all ranks hold within `time`."""
     total = 0.0
     for g in range(most_GF.shape[0]):
-        total += min(most_GF[g, f], rank_capacity(g, f, time, others, start, length, slope, num_terms, x, y))
+        total += min(most_GF[g, f], rank_capacity(g, f, time, others, curves))
     return total
 
 
@@ -82,17 +74,12 @@ def single_next(
     f: int,
     load: float,
     others: Array,
-    start: Array,
-    length: Array,
-    slope: Array,
-    num_terms: Array,
-    x: Array,
-    y: Array,
+    curves: Curves,
 ) -> float:
     """Time of rank g with this load > 0 of feature f and, of the others, the smallest loads of a busy rank."""
     best = -np.inf
-    for k in range(num_terms[g]):
-        value = curve_value(x, y, slope[g, k, f], start[g, k, f], length[g, k, f], load)
+    for k in range(curves.num_terms[g]):
+        value = curve_value(curves, g, k, f, load)
         best = max(best, value + others[g, k, f])
     return best
 
@@ -105,22 +92,17 @@ def single_start(
     target: float,
     ceiling: float,
     others: Array,
-    start: Array,
-    length: Array,
-    slope: Array,
-    num_terms: Array,
-    x: Array,
-    y: Array,
+    curves: Curves,
 ) -> tuple[float, bool]:
     """A time in which the ranks just cannot hold `target` of feature f, or `known` and False when they can.
 
     First ever wider steps up, then the secant and the middle in turn.
     """
-    missing = target - single_total(f, known, most_GF, others, start, length, slope, num_terms, x, y)
+    missing = target - single_total(f, known, most_GF, others, curves)
     below, above, surplus, width = known, known, -1.0, 0.02
     while missing > 0 and surplus < 0 and above < ceiling:
         below, above = above, min(ceiling, above + width * (abs(known) + 1e-3 * ceiling))
-        surplus = single_total(f, above, most_GF, others, start, length, slope, num_terms, x, y) - target
+        surplus = single_total(f, above, most_GF, others, curves) - target
         missing, width = (-surplus, 2 * width) if surplus < 0 else (missing, width)
     if surplus < 0:
         return known, False
@@ -130,7 +112,7 @@ def single_start(
             break
         share = missing / (missing + surplus) if i % 2 == 0 else 0.5
         time = below + share * (above - below) * 0.999
-        value = single_total(f, time, most_GF, others, start, length, slope, num_terms, x, y) - target
+        value = single_total(f, time, most_GF, others, curves) - target
         level = level + 1 if value in (surplus, -missing) else 0
         if value >= 0:
             above, surplus = time, value
@@ -147,24 +129,19 @@ def single_bound(
     target: float,
     ceiling: float,
     others: Array,
-    start: Array,
-    length: Array,
-    slope: Array,
-    num_terms: Array,
-    x: Array,
-    y: Array,
+    curves: Curves,
 ) -> float:
     """Smallest time in which the ranks hold `target` of feature f, exact on the staircase; at least `known`.
 
     From a time that is just too short, loads grow by the least, always on the rank that is through first.
     """
-    time, more = single_start(f, known, most_GF, target, ceiling, others, start, length, slope, num_terms, x, y)
+    time, more = single_start(f, known, most_GF, target, ceiling, others, curves)
     if not more:
         return known
     ranks, total = len(most_GF), 0.0
     held, step = np.empty(ranks), np.full(ranks, -np.inf)
     for g in range(ranks):
-        held[g] = min(most_GF[g, f], rank_capacity(g, f, time, others, start, length, slope, num_terms, x, y))
+        held[g] = min(most_GF[g, f], rank_capacity(g, f, time, others, curves))
         total += held[g]
     g, fresh = 0, 0
     while total < target:
@@ -177,13 +154,13 @@ def single_bound(
             if step[g] == np.inf:
                 break
             time = max(time, step[g])
-            reached = rank_capacity(g, f, time, others, start, length, slope, num_terms, x, y)
+            reached = rank_capacity(g, f, time, others, curves)
             reached = min(most_GF[g, f], max(held[g] + 1, reached))
             total += reached - held[g]
             held[g] = reached
         step[g] = np.inf
         if held[g] < most_GF[g, f]:
-            step[g] = single_next(g, f, held[g] + 1, others, start, length, slope, num_terms, x, y)
+            step[g] = single_next(g, f, held[g] + 1, others, curves)
     return time
 
 

@@ -18,12 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.latency import Curve, Feature, FloatArray, Latency, pack
+from gemopt.latency import Curve, Curves, Feature, FloatArray, Latency, pack
 from gemopt.problem import Problem
 
 ROUNDING = 1e-9  # relative; far above the float64 error of any sum here
@@ -65,7 +64,7 @@ def _block_bounds(problem: Problem, block: slice) -> FloatArray:
     total_TGF = np.repeat(sums_RTIF[0][:, -1:], problem.num_ranks, axis=1)
     most_TGF = total_TGF - sums_RTIF[0][:, problem.num_experts - slots_G]
     bounds_T = _range_bound(problem, shape, least_TGF, most_TGF)
-    ceiling_T = np.maximum(bounds_T, rank_latencies(total_TGF, *shape.low).max(axis=1))
+    ceiling_T = np.maximum(bounds_T, rank_latencies(total_TGF, shape.low).max(axis=1))
     lines = (shape.normals_DF, shape.slope_DGM, shape.shift_DGM, shape.wake_G)
     sums = (sums_RTIF, slots_G, whole_G, tops_RM, spent_R)
     raise_bounds(bounds_T, ceiling_T, most_TGF, *sums, shape.low, shape.others, *lines)
@@ -77,8 +76,8 @@ def _range_bound(problem: Problem, shape: _Shape, least_TGF: FloatArray, most_TG
     from gemopt.kernels import rank_latencies
 
     known_TG = (least_TGF == most_TGF).all(axis=2)
-    exact_TG = rank_latencies(least_TGF, *_arrays(problem.latencies))
-    return np.asarray(np.where(known_TG, exact_TG, rank_latencies(least_TGF, *shape.low)).max(axis=1))
+    exact_TG = rank_latencies(least_TGF, problem.curves)
+    return np.asarray(np.where(known_TG, exact_TG, rank_latencies(least_TGF, shape.low)).max(axis=1))
 
 
 def _copies(problem: Problem) -> list[int]:
@@ -115,12 +114,12 @@ def _tops(experts: int, ranks: int, spent: int) -> NDArray[np.int64]:
 class _Shape:
     """What the bounds need of the latencies alone, shared by all layers.
 
-    low: packed `Latency.low`. others: [G, K, F] value of a term's other curves on a busy rank. normals_DF: weights of
-    the features. slope_DGM, shift_DGM: lines whose smallest is at least what a rank holds of them within a time.
-    wake_G: least time of a busy rank.
+    low: `Latency.low` of each rank. others: [G, K, F] value of a term's other curves on a busy rank. normals_DF:
+    weights of the features. slope_DGM, shift_DGM: lines whose smallest is at least what a rank holds of them within a
+    time. wake_G: least time of a busy rank.
     """
 
-    low: Any
+    low: Curves
     others: FloatArray
     normals_DF: FloatArray
     slope_DGM: FloatArray
@@ -148,12 +147,7 @@ def _shape(latencies: tuple[Latency, ...], features: tuple[Feature, ...]) -> _Sh
     for d, row in enumerate(lines):
         for g, (slope, shift) in enumerate(row):
             slope_DGM[d, g, : len(slope)], shift_DGM[d, g, : len(slope)] = slope, shift
-    return _Shape(_arrays(lows), others, normals_DF, slope_DGM, shift_DGM, wake_G)
-
-
-def _arrays(latencies: tuple[Latency, ...]) -> Any:
-    packed = pack(latencies)
-    return packed.start, packed.length, packed.slope, packed.num_terms, packed.x, packed.y
+    return _Shape(pack(lows), others, normals_DF, slope_DGM, shift_DGM, wake_G)
 
 
 def _busy_planes(low: Latency, smallest_F: FloatArray) -> FloatArray:

@@ -1,18 +1,17 @@
 """Compiled bounds of every step: pigeonhole, then fluid.
 
-`sums[i, f]` is the feature sum of the i smallest experts of a step; `low` the packed, non-decreasing latencies
-(`Latency.low`) as one tuple of arrays.
+`sums[i, f]` is the feature sum of the i smallest experts of a step; `low` the non-decreasing latencies
+(`Latency.low`).
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numba import njit
 
 from gemopt.bounds.fluid import mixed_bound, single_bound
 from gemopt.kernels import Array, latency_value
+from gemopt.latency import Curves
 
 
 @njit(cache=True, nogil=True)
@@ -24,12 +23,7 @@ def pigeonhole(
     whole_G: Array,
     sums_IF: Array,
     share_IF: Array,
-    start: Array,
-    length: Array,
-    slope: Array,
-    num_terms: Array,
-    x: Array,
-    y: Array,
+    curves: Curves,
 ) -> float:
     """Time in which, for every m of `tops_M`, the ranks can hold `m - spent` of the m largest experts.
 
@@ -64,7 +58,7 @@ def pigeonhole(
                 others = min(max(whole_G[g] - q, 0), rest)
                 for f in range(features):
                     loads_F[f] = share_IF[rest + q, f] - share_IF[rest, f] + sums_IF[others, f]
-                step[g] = latency_value(g, loads_F, start, length, slope, num_terms, x, y)
+                step[g] = latency_value(g, loads_F, curves)
             if full == ranks:
                 continue
             if step[g] <= known:
@@ -86,7 +80,7 @@ def raise_bounds(
     whole_G: Array,
     tops_RM: Array,
     spent_R: Array,
-    low: Any,
+    low: Curves,
     others: Array,
     normals_DF: Array,
     slope_DGM: Array,
@@ -103,11 +97,11 @@ def raise_bounds(
         known, sums_IF, total_F = known_T[t], sums_RTIF[0, t], sums_RTIF[0, t, size - 1]
         for r in range(kinds):
             whole = whole_G if r == 0 else none_G
-            known = pigeonhole(known, tops_RM[r], spent_R[r], slots_G, whole, sums_IF, sums_RTIF[r, t], *low)
+            known = pigeonhole(known, tops_RM[r], spent_R[r], slots_G, whole, sums_IF, sums_RTIF[r, t], low)
         most_DG = normals_DF @ most_TGF[t].T
         target_D = normals_DF @ total_F
         for d in range(len(normals_DF)):
             known = mixed_bound(d, known, most_DG, target_D[d], ceiling_T[t], slope_DGM, shift_DGM, wake_G)
         for f in range(features):
-            known = single_bound(f, known, most_TGF[t], total_F[f], ceiling_T[t], others, *low)
+            known = single_bound(f, known, most_TGF[t], total_F[f], ceiling_T[t], others, low)
         known_T[t] = known

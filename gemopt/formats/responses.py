@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.batching import from_tokens
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions, check_sizes
 from gemopt.formats.files import as_array, bounded_json, size_of
 from gemopt.traces import Phase, Traces
+from gemopt.traces.batching import from_tokens
 
 LINE_LIMIT = 256 << 20
 MAX_EXPERTS = 8192

@@ -8,16 +8,16 @@ from gemopt.exceptions import InputError
 from gemopt.solvers.base import Options, Outcome, Solver, Supports
 
 REGISTRY = {
-    "linear": "gemopt.solvers.fixed:Linear",
-    "round-robin": "gemopt.solvers.fixed:RoundRobin",
-    "eplb": "gemopt.solvers.eplb:Eplb",
-    "eplb-hierarchical": "gemopt.solvers.eplb:EplbHierarchical",
-    "lpt": "gemopt.solvers.lpt:Lpt",
-    "gem": "gemopt.solvers.gem:Gem",
-    "conflict": "gemopt.solvers.conflict:Conflict",
-    "local-search": "gemopt.solvers.local_search:LocalSearch",
-    "cpsat": "gemopt.solvers.cpsat:CpSat",
-    "milp": "gemopt.solvers.milp:Milp",
+    "linear": "gemopt.solvers.baselines.fixed:Linear",
+    "round-robin": "gemopt.solvers.baselines.fixed:RoundRobin",
+    "eplb": "gemopt.solvers.baselines.eplb:Eplb",
+    "eplb-hierarchical": "gemopt.solvers.baselines.eplb:EplbHierarchical",
+    "lpt": "gemopt.solvers.baselines.lpt:Lpt",
+    "gem": "gemopt.solvers.baselines.gem:Gem",
+    "conflict": "gemopt.solvers.baselines.conflict:Conflict",
+    "local-search": "gemopt.solvers.search.local_search:LocalSearch",
+    "cpsat": "gemopt.solvers.exact.cpsat:CpSat",
+    "milp": "gemopt.solvers.exact.milp:Milp",
     "auto": "gemopt.solvers.auto:Auto",
 }
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports
-from gemopt.solvers.local_search import LocalSearch
+from gemopt.solvers.search.local_search import LocalSearch
 
 PROVABLE_EXPERTS = 16
 PROVABLE_TIMES = 4000
@@ -24,7 +24,7 @@ class Auto:
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
         from gemopt.evaluate import objective
-        from gemopt.solvers.cpsat import CpSat
+        from gemopt.solvers.exact.cpsat import CpSat
 
         if problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES:
             return LocalSearch().solve(problem, options, warm_start)

@@ -14,7 +14,7 @@ from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports
-from gemopt.solvers.packing import pack, replicate
+from gemopt.solvers.search.packing import pack, replicate
 
 
 class Eplb:

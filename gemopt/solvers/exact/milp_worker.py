@@ -1,4 +1,4 @@
-"""Child process of the MILP solver: `python -m gemopt.solvers.milp_worker FOLDER ...`.
+"""Child process of the MILP solver: `python -m gemopt.solvers.exact.milp_worker FOLDER ...`.
 
 Each folder holds `compact.npz`, `start.npy` and `request.json`; the answers go to `state.json` there, which is
 replaced whole whenever something better is known, so the parent may end this process at any time. OR-Tools is never
@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.documents import write_text
-from gemopt.solvers.compact import Compact
+from gemopt.solvers.exact.compact import Compact
 
 if TYPE_CHECKING:
-    from gemopt.solvers.milp_formulation import Formulation
+    from gemopt.solvers.exact.milp_formulation import Formulation
 
 TOLERANCE = 1e-9
 MARGIN, LEAST_MARGIN = 5e-7, 1e-5
@@ -80,7 +80,7 @@ def solve_folder(folder: Path) -> None:
     """Build and solve the problem of one folder."""
     import pulp
 
-    from gemopt.solvers.milp_formulation import Formulation
+    from gemopt.solvers.exact.milp_formulation import Formulation
 
     request = json.loads((folder / "request.json").read_text())
     compact = Compact.load(folder / "compact.npz")

@@ -9,7 +9,8 @@ import numpy as np
 
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
-from gemopt.traces import COUNT_LIMIT, IntArray, Phase, Tokens, Traces, count_assignments
+from gemopt.traces.document import COUNT_LIMIT, Phase, Tokens, Traces, count_assignments
+from gemopt.traces.files import IntArray
 
 
 def from_tokens(

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
-from gemopt.solvers.compact import Compact, IntArray
-from gemopt.solvers.runs import Line, Run, Term, hull
+from gemopt.solvers.exact.compact import Compact, IntArray
+from gemopt.solvers.exact.runs import Line, Run, Term, hull
 
 SAFETY = 1e-13  # relative: above what float64 can lose before a number is rounded down
 

@@ -11,8 +11,8 @@ import numpy as np
 from numba import njit
 
 from gemopt.problem import Problem
-from gemopt.solvers.search_state import Array, Costs, Number, State, lookup, rank_of, rank_times, step_order
-from gemopt.solvers.swap_gains import BLOCK
+from gemopt.solvers.search.gains import BLOCK
+from gemopt.solvers.search.state import Array, Costs, Number, State, lookup, rank_of, rank_times, step_order
 
 TABLE_LIMIT = 1 << 22
 

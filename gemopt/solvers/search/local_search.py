@@ -12,7 +12,7 @@ from gemopt.evaluate import objective
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
-from gemopt.solvers.packing import lpt_row, replicate
+from gemopt.solvers.search.packing import lpt_row, replicate
 
 BATCH_KICKS = 25
 NEVER = 2**62
@@ -47,7 +47,7 @@ class _Search:
     """Incumbent and history of one layer's search."""
 
     def __init__(self, problem: Problem, options: Options) -> None:
-        from gemopt.solvers.search_state import make_costs
+        from gemopt.solvers.search.state import make_costs
 
         self.problem = problem
         self.options = options
@@ -72,8 +72,8 @@ class _Search:
 
     def descend_from(self, start: Row) -> None:
         """Descend on the hulls, then on the latencies, then over copies until nothing helps."""
-        from gemopt.solvers.search_state import hull_costs, make_state
-        from gemopt.solvers.swaps import descend
+        from gemopt.solvers.search.state import hull_costs, make_state
+        from gemopt.solvers.search.swaps import descend
 
         problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
         row = start
@@ -90,9 +90,9 @@ class _Search:
             self._with_copies(state.content)
 
     def _with_copies(self, row: Row) -> None:
-        from gemopt.solvers.copies import improve_copies, make_shares
-        from gemopt.solvers.search_state import make_state
-        from gemopt.solvers.swaps import EPSILON, descend
+        from gemopt.solvers.search.copies import improve_copies, make_shares
+        from gemopt.solvers.search.state import make_state
+        from gemopt.solvers.search.swaps import EPSILON, descend
 
         problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
         shares = make_shares(problem)
@@ -113,8 +113,8 @@ class _Search:
 
     def iterate(self) -> StoppedBy:
         """Kick and descend in batches until the deadline, the patience, the gap or an interrupt."""
-        from gemopt.solvers.search_state import make_state
-        from gemopt.solvers.swaps import iterate, total_cost
+        from gemopt.solvers.search.state import make_state
+        from gemopt.solvers.search.swaps import iterate, total_cost
 
         problem, options = self.problem, self.options
         patience = NEVER if options.patience is None else options.patience

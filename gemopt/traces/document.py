@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
 from gemopt.placement import check_layer_ids
+from gemopt.traces.files import IntArray, Part, read, write
 
 SCHEMA_VERSION = 1
 COUNT_LIMIT = 2**31 - 1
 TOKEN_BLOCK = 4096
-
-IntArray = NDArray[Any]
+STEP_ARRAYS = ("phase", "task", "pair_counts", "transitions")
+TOKEN_ARRAYS = ("ids", "step_of_token", "source_rank", "token_ids", "request")
 
 
 class Phase(IntEnum):
@@ -252,9 +254,10 @@ class Traces:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file atomically."""
-        from gemopt.trace_files import save
-
-        save(self, path)
+        arrays = {"counts": self.counts} | {name: getattr(self, name) for name in STEP_ARRAYS}
+        if self.tokens is not None:
+            arrays |= {name: getattr(self.tokens, name) for name in TOKEN_ARRAYS}
+        write(path, {name: array for name, array in arrays.items() if array is not None}, _metadata(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Traces:
@@ -265,9 +268,15 @@ class Traces:
         InputError
             One line naming the file and the array that is wrong.
         """
-        from gemopt.trace_files import load
-
-        return load(path)
+        parts = []
+        for part in read(path, ("counts", *STEP_ARRAYS, *TOKEN_ARRAYS)):
+            try:
+                parts.append(_from_part(part))
+            except InputError as error:
+                if not str(error).startswith(str(part.path)):
+                    error.args = (f"{part.path}: {error}",)
+                raise
+        return concatenate(parts)
 
 
 def one_hot(ids: IntArray, num_experts: int) -> NDArray[np.float32]:
@@ -356,3 +365,73 @@ def _counts(value: object) -> IntArray:
     result = np.array(array, dtype=np.int32, order="C")
     result.setflags(write=False)
     return result
+
+
+def _metadata(traces: Traces) -> dict[str, str]:
+    known = {
+        "num_hidden_layers": traces.num_hidden_layers,
+        "top_k": traces.top_k,
+        "model": traces.model,
+        "task_names": json.dumps(traces.task_names) if traces.task_names else None,
+    }
+    return {
+        **traces.extra,
+        "gemopt_traces": str(SCHEMA_VERSION),
+        "layer_ids": json.dumps(traces.layer_ids),
+        **{key: str(value) for key, value in known.items() if value is not None},
+    }
+
+
+def _from_part(part: Part) -> Traces:
+    arrays, metadata = part.arrays, dict(part.metadata)
+    version = metadata.pop("gemopt_traces", str(SCHEMA_VERSION))
+    if version != str(SCHEMA_VERSION):
+        raise InputError("gemopt_traces", version, f"this gemopt reads version {SCHEMA_VERSION}")
+    if "counts" not in arrays:
+        raise InputError("Traces.counts", f"arrays {', '.join(sorted(part.names))}", "an array named counts is needed")
+    tokens = None
+    if "ids" in arrays:
+        if "step_of_token" not in arrays:
+            raise InputError("Traces.step_of_token", None, "token-level ids need the step of each token")
+        tokens = Tokens(**{name: arrays[name] for name in TOKEN_ARRAYS if name in arrays})
+    traces = Traces(
+        counts=arrays["counts"],
+        layer_ids=tuple(_parse(metadata, "layer_ids", list) or ()),
+        num_hidden_layers=_parse(metadata, "num_hidden_layers", int),
+        top_k=_parse(metadata, "top_k", int),
+        model=metadata.pop("model", None),
+        task_names=tuple(_parse(metadata, "task_names", list) or ()),
+        tokens=tokens,
+        extra=metadata,
+        **{name: arrays[name] for name in STEP_ARRAYS if name in arrays},
+    )
+    _check_consistent(traces)
+    return traces
+
+
+def _check_consistent(traces: Traces) -> None:
+    if traces.tokens is None:
+        return
+    counted = count_assignments(traces.tokens.ids, traces.tokens.step_of_token, traces.num_steps, traces.num_experts)
+    wrong = np.argwhere(counted != traces.counts)
+    if len(wrong):
+        step, layer, expert = map(int, wrong[0])
+        raise InputError(
+            "Traces.counts",
+            int(traces.counts[step, layer, expert]),
+            f"the token-level ids make {counted[step, layer, expert]} at step {step}, layer {layer}, expert {expert}",
+            "leave the ids out, or count them again",
+        )
+
+
+def _parse(metadata: dict[str, str], key: str, kind: type) -> Any:
+    text = metadata.pop(key, None)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        raise InputError(f"Traces.{key}", text, f"a JSON {kind.__name__} is needed")
+    return value

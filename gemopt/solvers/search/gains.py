@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from gemopt.solvers.search_state import Array, Costs, Number, State, lookup
+from gemopt.solvers.search.state import Array, Costs, Number, State, lookup
 
 BLOCK = 256
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gemopt.solvers.search_state import Array, Costs, Number, State, rank_of, rank_times
-from gemopt.solvers.swap_gains import BLOCK, Pair, allowed, find_gain, make_pair, set_tangent
+from gemopt.solvers.search.gains import BLOCK, Pair, allowed, find_gain, make_pair, set_tangent
+from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of, rank_times
 
 EPSILON = 2e-6
 

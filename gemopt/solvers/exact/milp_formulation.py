@@ -13,8 +13,8 @@ import numpy as np
 import pulp
 from numpy.typing import NDArray
 
-from gemopt.solvers.compact import Compact, IntArray
-from gemopt.solvers.runs import Run, Term
+from gemopt.solvers.exact.compact import Compact, IntArray
+from gemopt.solvers.exact.runs import Run, Term
 
 
 class Formulation:

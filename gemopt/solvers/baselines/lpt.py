@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports
-from gemopt.solvers.packing import lpt_row
+from gemopt.solvers.search.packing import lpt_row
 
 
 class Lpt:

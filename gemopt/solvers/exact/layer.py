@@ -12,9 +12,9 @@ from gemopt.exceptions import SolverError
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, incumbent
-from gemopt.solvers.compact import Compact, merged
-from gemopt.solvers.packing import lpt_row
-from gemopt.solvers.reduction import representative_steps
+from gemopt.solvers.exact.compact import Compact, merged
+from gemopt.solvers.exact.reduction import representative_steps
+from gemopt.solvers.search.packing import lpt_row
 
 ROUNDING = 1e-9
 SAMPLE = 5  # steps that tell how large a step's part of the formulation is

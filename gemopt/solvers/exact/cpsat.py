@@ -13,8 +13,8 @@ from gemopt.exceptions import SolverError
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports
-from gemopt.solvers.cpsat_formulation import SAFETY, Formulation
-from gemopt.solvers.exact import Search
+from gemopt.solvers.exact.cpsat_formulation import SAFETY, Formulation
+from gemopt.solvers.exact.layer import Search
 
 RESOLUTION = 4e-7
 """Relative error that whole ticks may cause in the objective, all steps together."""

@@ -23,8 +23,8 @@ from gemopt.exceptions import SolverError
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports
-from gemopt.solvers.exact import Search
-from gemopt.solvers.milp_worker import cbc_bound, proven_us
+from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.exact.milp_worker import cbc_bound, proven_us
 
 COEFFICIENTS_PER_SECOND = 5_000
 START_S = 1.0
@@ -83,7 +83,7 @@ def watch(folder: Path, search: Search) -> bool:
     """Run the child until it ends, the deadline or an interrupt; whether it ended by itself."""
     with open(folder / "stderr", "wb") as errors:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "gemopt.solvers.milp_worker", str(folder)],
+            [sys.executable, "-P", "-m", "gemopt.solvers.exact.milp_worker", str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,

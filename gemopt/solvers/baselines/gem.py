@@ -24,9 +24,9 @@ from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
-from gemopt.solvers.search_state import Array, Costs, State, make_costs, make_state, step_order
-from gemopt.solvers.swap_gains import make_pair
-from gemopt.solvers.swaps import fix_others, improve_pair, refresh_three, slowest_three
+from gemopt.solvers.search.gains import make_pair
+from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state, step_order
+from gemopt.solvers.search.swaps import fix_others, improve_pair, refresh_three, slowest_three
 
 ORDER = (ExpertClass.CONSISTENT, ExpertClass.TEMPORAL, ExpertClass.ORDINARY)
 NOISE = 0.3

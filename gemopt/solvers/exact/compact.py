@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.latency import Curve, FloatArray, Latency, Packed
+from gemopt.latency import Curve, Curves, FloatArray, Latency
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.runs import Term, split_term
+from gemopt.solvers.exact.runs import Term, split_term
 
 IntArray = NDArray[np.int64]
 
@@ -52,7 +52,7 @@ class Compact:
     slots_G: IntArray
     group_G: IntArray
     order_E: IntArray
-    packed: Packed
+    curves: Curves
 
     @classmethod
     def of(cls, problem: Problem, floor_T: FloatArray) -> Compact:
@@ -75,22 +75,22 @@ class Compact:
             slots_G=problem.slots_per_rank,
             group_G=group_G,
             order_E=np.argsort(-problem.counts_TE.T @ problem.weights_T, kind="stable"),
-            packed=problem.packed,
+            curves=problem.curves,
         )
 
     def save(self, path: Path) -> None:
         """Write all arrays to one npz file."""
         arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        packed = arrays.pop("packed")
-        np.savez(path, **arrays, **{f"packed_{name}": value for name, value in vars(packed).items()})
+        curves = arrays.pop("curves")
+        np.savez(path, **arrays, **{f"curves_{name}": value for name, value in curves._asdict().items()})
 
     @classmethod
     def load(cls, path: Path) -> Compact:
         """Read what `save` wrote."""
         with np.load(path) as arrays:
-            packed = {name.removeprefix("packed_"): arrays[name] for name in arrays if name.startswith("packed_")}
-            own = {name: arrays[name] for name in arrays if not name.startswith("packed_")}
-        return cls(**own, packed=Packed(**packed))
+            curves = {name: arrays[f"curves_{name}"] for name in Curves._fields}
+            own = {name: arrays[name] for name in arrays if not name.startswith("curves_")}
+        return cls(**own, curves=Curves(**curves))
 
     @property
     def num_experts(self) -> int:
@@ -120,7 +120,7 @@ class Compact:
     @cached_property
     def latencies(self) -> list[Latency]:
         """Latency of each rank."""
-        return [_unpack(self.packed, g) for g in range(self.num_ranks)]
+        return [_unpack(self.curves, g) for g in range(self.num_ranks)]
 
     @cached_property
     def ordered_pairs(self) -> list[tuple[int, int]]:
@@ -195,14 +195,14 @@ class Compact:
         return result
 
 
-def _unpack(packed: Packed, rank: int) -> Latency:
+def _unpack(curves: Curves, rank: int) -> Latency:
     def curve(k: int, f: int) -> Curve:
-        start = packed.start[rank, k, f]
-        stop = start + packed.length[rank, k, f]
-        return Curve(packed.x[start:stop], packed.y[start:stop], float(packed.slope[rank, k, f]))
+        start = curves.start[rank, k, f]
+        stop = start + curves.length[rank, k, f]
+        return Curve(curves.x[start:stop], curves.y[start:stop], float(curves.slope[rank, k, f]))
 
-    num_features = packed.start.shape[2]
-    return Latency(tuple(tuple(curve(k, f) for f in range(num_features)) for k in range(packed.num_terms[rank])))
+    num_features = curves.start.shape[2]
+    return Latency(tuple(tuple(curve(k, f) for f in range(num_features)) for k in range(curves.num_terms[rank])))
 
 
 def merged(problem: Problem) -> Problem:

@@ -1,0 +1,1 @@
+"""What engines, papers and textbooks do."""

@@ -1,0 +1,1 @@
+"""The true objective stated to CP-SAT and MILP."""

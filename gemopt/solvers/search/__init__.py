@@ -1,0 +1,1 @@
+"""Local search under the true objective, and what it and others share."""

@@ -1,0 +1,99 @@
+"""Traces as files, below the document: arrays and metadata to and from safetensors, folders and `.npz`.
+
+Nothing here knows what the arrays mean; see `docs/formats.md` for that.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.documents import read_bytes, replacing
+from gemopt.exceptions import InputError
+
+IntArray = NDArray[Any]
+
+
+@dataclass
+class Part:
+    """One file: where it came from, its arrays, the names of all that it holds, and its metadata."""
+
+    path: Path
+    arrays: dict[str, IntArray]
+    names: set[str]
+    metadata: dict[str, str]
+
+
+def write(path: str | os.PathLike[str], arrays: dict[str, IntArray], metadata: dict[str, str]) -> None:
+    """Write one safetensors file atomically, every array in the smallest integer type that holds it."""
+    from safetensors.numpy import save as serialised
+
+    small = {name: smallest(array) for name, array in arrays.items()}
+    with replacing(path) as stream:
+        stream.write(serialised(small, metadata=metadata))
+
+
+def smallest(array: IntArray) -> IntArray:
+    """The same numbers in the smallest integer type that holds them."""
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    kinds = (np.uint8, np.uint16, np.int32) if low >= 0 else (np.int8, np.int16, np.int32)
+    for kind in kinds:
+        if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max:
+            return np.ascontiguousarray(array, dtype=kind)
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def read(path: str | os.PathLike[str], wanted: tuple[str, ...]) -> list[Part]:
+    """Read the wanted arrays of a file, or of every numbered file of a folder; `InputError` naming the file."""
+    source = Path(path)
+    if source.is_dir():
+        return [part for each in numbered_files(source) for part in read(each, wanted)]
+    return [_read_npz(source) if source.suffix == ".npz" else _read_safetensors(source, wanted)]
+
+
+def numbered_files(folder: Path) -> list[Path]:
+    """The complete parts of a trace folder in order; files still being written are hidden and skipped."""
+    named = [part for part in folder.glob("[0-9]*.safetensors") if part.stem.isdecimal()]
+    parts = sorted(named, key=lambda part: int(part.stem))
+    if not parts:
+        raise InputError(str(folder), "no numbered .safetensors file", "a trace folder holds 000000.safetensors, ...")
+    for number, part in enumerate(parts):
+        if int(part.stem) != number:
+            raise InputError(str(folder), part.name, f"part {number:06d}.safetensors is missing", "restore it")
+    return parts
+
+
+def _read_npz(path: Path) -> Part:
+    content = read_bytes(path)
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            found = arrays.files
+            counts = arrays["counts"] if "counts" in found else None
+    except Exception as error:  # zipfile, zlib, numpy and struct each have their own
+        raise InputError(str(path), str(error), "a complete .npz file of plain arrays is needed") from None
+    if counts is None:
+        raise InputError(str(path), ", ".join(found), "an array named counts is needed")
+    return Part(path, {"counts": counts}, set(found), {})
+
+
+def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with path.open("rb"):  # for the system's own words about a file that cannot be read
+            pass
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            names = set(file.keys())
+            arrays = {name: file.get_tensor(name) for name in wanted if name in names}
+    except OSError as error:
+        raise InputError(str(path), error.strerror or str(error), "a readable safetensors file is needed") from None
+    except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(str(path), str(error), "a complete safetensors file of integers is needed") from None
+    return Part(path, arrays, names, metadata)
