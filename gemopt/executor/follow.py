@@ -74,7 +74,7 @@ class Gauge:
         for step, layer, begin, end in self._events:
             end.synchronize()
             self._add(step, layer, 1e3 * begin.elapsed_time(end))
-        counts, times = self.counts_WLE.cpu(), torch.from_numpy(self.times_WL.sum(axis=1))
+        counts, times = self.counts_WLE.to("cpu", copy=True), torch.from_numpy(self.times_WL.sum(axis=1))
         self.counts_WLE.zero_()
         self.times_WL[:] = np.nan
         self._events.clear()
