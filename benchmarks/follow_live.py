@@ -87,7 +87,8 @@ def serve(model: Any, watch: Stopwatch, texts: list[torch.Tensor], rank: int) ->
     return spans, prints
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -97,14 +98,19 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=10.0)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Serve, and compare."""
+    options = arguments()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if ranks != len(QUOTAS):
-        parser.error(f"start it on {len(QUOTAS)} ranks")
+        raise SystemExit(f"start it on {len(QUOTAS)} ranks")
     model = load(tiny_moe_path(), layout("shared", ranks), dtype=torch.float32)
     layers = [dispatch for _, dispatch in dispatches(model)]
     for dispatch in layers:
