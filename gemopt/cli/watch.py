@@ -18,6 +18,7 @@ from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
+    from gemopt.online.policy import Policy
     from gemopt.placement import Placement
     from gemopt.traces import Traces
 
@@ -32,7 +33,9 @@ def watch(
     source: Annotated[str | None, typer.Option("--from", help="Engine whose dumps the folder gets.")] = None,
     on_change: Annotated[str | None, typer.Option(help="Command after a change; {placement} is its file.")] = None,
     command_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds the command may take.")] = 60.0,
-    policy: Annotated[Path | None, typer.Option(help="policy.json: the controller's knobs; see docs/online.md.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="policy.json: the controller's knobs; see docs/online.md.")
+    ] = None,
     state: Annotated[Path | None, typer.Option(help="File that keeps what was learnt over a restart.")] = None,
     window: Annotated[int, typer.Option(min=1, help="Most steps of one decision.")] = 64,
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks at the folder.")] = 5.0,
@@ -88,19 +91,32 @@ def _words(command: str | None) -> Sequence[str]:
 
 
 def _controller(profile: Path, placement: Path, policy: Path | None, state: Path | None) -> Controller:
-    from gemopt.documents import read_json
     from gemopt.online.controller import Controller
     from gemopt.online.policy import Policy
     from gemopt.placement import Placement
     from gemopt.profile import Profile
 
     in_force = Placement.load(placement)
+    controller = Controller(Profile.load(profile), in_force, Policy() if policy is None else _policy(policy))
     if state is not None and state.exists():
-        controller = Controller.load(state, Profile.load(profile))
+        controller.load(state)
         controller.confirm(in_force)
-        return controller
-    knobs = Policy() if policy is None else Policy(**read_json(policy))
-    return Controller(Profile.load(profile), in_force, knobs)
+    return controller
+
+
+def _policy(path: Path) -> Policy:
+    from pydantic import ValidationError
+
+    from gemopt.documents import read_json
+    from gemopt.online.policy import Policy
+
+    content = read_json(path)
+    try:
+        return Policy.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {where or 'policy'}", first["input"], first["msg"], "see docs/online.md") from None
 
 
 def _writer(target: Path, to: Sequence[str]) -> Callable[[Placement], None]:

@@ -17,7 +17,7 @@ from gemopt.costs import CostModel, fit
 from gemopt.documents import integer_array
 from gemopt.evaluate import objective, rank_times
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.latency import FloatArray, Latency
+from gemopt.latency import Feature, FloatArray, Latency
 from gemopt.migration import Move, held, keep_in_place, moves
 from gemopt.online import state
 from gemopt.online.memories import Memories
@@ -68,6 +68,16 @@ class Decision:
     drift: float = 0.0
     imbalance: float = float("nan")
     changed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A cost model whose ranks have other speeds; see `CostModel`."""
+
+    name: str
+    features: tuple[Feature, ...]
+    latencies: tuple[Latency, ...]
+    measured: FloatArray
 
 
 class Controller:
@@ -177,6 +187,11 @@ class Controller:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on as the controller that wrote the file would; `InputError` when it is not of this network and policy."""
         state.load(self, path)
+
+    @property
+    def scaled(self) -> CostModel:
+        """The cost model with every rank as fast as it is now."""
+        return Scaled(self.cost.name, self.cost.features, self.latencies, self.cost.measured)
 
     def _check(self, placement: Placement) -> None:
         if placement.num_ranks != len(self.cost.latencies):

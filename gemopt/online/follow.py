@@ -91,7 +91,9 @@ class Follower:
             news.faults.append(str(error))
             if not self._give_up():
                 return news
-            news.faults.append(f"{', '.join(path.name for path in sorted(fresh))}: left out after {self.patience} tries")
+            news.faults.append(
+                f"{', '.join(path.name for path in sorted(fresh))}: left out after {self.patience} tries"
+            )
         self._done |= fresh
         self._done = {path: stamp for path, stamp in self._done.items() if path in stamps}
         self._tries = 0

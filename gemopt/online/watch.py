@@ -126,11 +126,11 @@ class Watch:
         starts = range(0, traces.num_steps, self.window)
         for start in starts:
             part = traces.steps(slice(start, start + self.window))
-            in_force = self.controller.placement
-            decision = self.controller.step(np.asarray(part.counts), part.rank_us)
             if history and start != starts[-1]:
-                self.controller.confirm(in_force)
+                self.controller.remember(part.counts)
                 continue
+            in_force = self.controller.placement
+            decision = self.controller.step(part.counts, part.rank_us)
             self._measure(part, in_force)
             self._decided(decision, in_force)
         if self.state is not None:
@@ -161,7 +161,7 @@ class Watch:
         """What the placement in force did with the steps that have just come, as far as costs tell."""
         if self.metrics is None:
             return
-        cost = self.controller.cost
+        cost = self.controller.scaled
         scored = evaluate(in_force, None, part, cost=cost)
         self.metrics.steps.inc(part.num_steps)
         self.metrics.last.set(time.time())
@@ -169,7 +169,7 @@ class Watch:
         self.metrics.imbalance.set(1.0 / max(1e-9, 1.0 - scored.idle_share))
         share_G = np.bincount(scored.straggler_TL.ravel(), minlength=in_force.num_ranks) / scored.straggler_TL.size
         self.metrics.ranks(self.metrics.straggler, share_G)
-        self.metrics.ranks(self.metrics.speed, self.controller.speeds)
+        self.metrics.ranks(self.metrics.speed, self.controller.speeds.factors_G)
         if self._before is not None:
             old = evaluate(self._before, None, part, cost=cost)
             self.metrics.realised.set(float(old.step_us.mean() - scored.step_us.mean()))
