@@ -41,7 +41,7 @@ _STACKED_COMPANION = (
     r"weight_zero_point|weight_scale_2|input_scale|qweight|qzeros)"
 )
 _STACKED = re.compile(rf"{_PROJECTION}(?:[._]{_STACKED_COMPANION})?")
-_SINGLE = re.compile(r"(?:[A-Za-z_]\w*\.)?(\d+)\.(.+)")
+_SINGLE = re.compile(r"(?:[A-Za-z_]\w*\.)?(\d+)\.(.*)")
 _PREDICTION = re.compile(r"(?:^|\.)\w*(?:mtp|nextn|eagle)\w*\.")
 _ABOUT_EXPERTS = re.compile(r"expert|router|e_score|tid2eid|moe")
 
