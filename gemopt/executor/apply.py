@@ -29,7 +29,8 @@ Probe = Mapping[str, Any] | Callable[[], Tensor]
 class Executor:
     """Applies placements to a model whose experts are served by `ep_implementation="gemopt"`.
 
-    Making one is collective: every rank of the expert-parallel group does it, and calls `apply` alike.
+    Making one is collective: every rank of the expert-parallel group does it, and calls `apply` alike. It waits up to
+    ten minutes for the others, whatever `timeout_s`: some ranks take longer to load a model.
 
     Parameters
     ----------
@@ -78,6 +79,7 @@ class Executor:
             dispatch.take_over()
             if dispatch.canaries is None:
                 dispatch.canaries = self._gather_canaries(dispatch)
+        self._runner.all_met()
 
     def _gather_canaries(self, dispatch: SlotDispatch) -> Tensor:
         mine = canaries(dispatch.weights())
