@@ -126,8 +126,8 @@ def _of_experts(rest: str, layer: int, stack: str) -> TensorRole:
 def _of_router(family: Family, rest: str, layer: int, stack: str) -> TensorRole | None:
     if rest in family.checkpoint_tensors:
         module, _, companion = rest.rpartition(".")
-        axes = (family.checkpoint_tensors[rest],)
-        return TensorRole("router", layer, axes, module=module, companion=companion, stack=stack)
+        axis = family.checkpoint_tensors[rest]
+        return TensorRole("router", layer, (axis,), module=module, companion=companion, stack=stack)
     routers = [known.removesuffix(".weight") for known in family.checkpoint_tensors if known.endswith(".weight")]
     for module in routers:
         companion = rest.removeprefix(f"{module}.")

@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, missing
+
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.expert_parallel import NAME, SlotDispatch, dispatches
 from gemopt.executor.memory import free_bytes
 from gemopt.executor.plan import LayerRow, Plan, checksum, layer_rows, plan, slot_checksum

@@ -23,8 +23,13 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from gemopt.exceptions import missing
+
+try:
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import Store, TCPStore
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
 
 T = TypeVar("T")
 AUTHORITIES = 8

@@ -11,13 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers.distributed.expert_parallel import AllToAllEP, EPImplementationInterface
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, missing
+
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+    from torch.distributed.tensor import DTensor
+    from transformers.distributed.expert_parallel import AllToAllEP, EPImplementationInterface
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.plan import LayerRow
 from gemopt.executor.splits import Assigned, Routing, positions
 

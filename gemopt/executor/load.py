@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.distributed.configuration_utils import DistributedConfig
+from gemopt.exceptions import InputError, missing
 
-from gemopt.exceptions import InputError
+try:
+    import torch
+    from torch import Tensor
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.checkpoint import read_config, read_header, weight_files
 from gemopt.executor.configs import other_files, renamed_modules
 from gemopt.executor.expert_parallel import NAME

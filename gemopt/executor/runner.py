@@ -12,12 +12,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
+from gemopt.exceptions import GemoptError, missing
 
-from gemopt.exceptions import GemoptError
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.council import RESIGNED, SETUP_S, Council
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.executor.plan import Stage, checksum, slot_checksum
