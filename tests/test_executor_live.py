@@ -186,8 +186,10 @@ def check_survivors(reply, victim, *, committed, layer, timeout):
 def test_a_rank_of_two_dies(world, what, victim):
     reply = world("dies", 2, family="qwen3_moe", victim=victim, what=what, layer=2, timeout=TIMEOUT_S)
     assert reply["codes"][victim] == 9, "the rank died where it should"
+    # Half of the decision of rank 0 is in its own store and dies with it; rank 1 may not have heard its vote by then.
+    committed = None if (what, victim) == ("half decided", 0) else EVENTS[what]
     # the last layer: a rank that dies after its commit is noticed when everybody reports the end
-    check_survivors(reply, victim, committed=EVENTS[what], layer=2, timeout=TIMEOUT_S)
+    check_survivors(reply, victim, committed=committed, layer=2, timeout=TIMEOUT_S)
 
 
 @pytest.mark.parametrize("what", EVENTS)
