@@ -106,10 +106,9 @@ def tensor_role(family: Family, name: str) -> TensorRole | None:
 
 def _elsewhere(name: str) -> TensorRole | None:
     """A tensor outside the MoE blocks that has something to do with experts by its name."""
-    if not _ABOUT_EXPERTS.search(re.sub(r"shared_\w+", "", name)):
-        return None
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    return TensorRole("unknown", int(layer[1]) if layer else -1)
+    own = re.sub(r"shared_\w+", "", name[layer.end() :] if layer else name)  # what stands before is of the network
+    return TensorRole("unknown", int(layer[1]) if layer else -1) if _ABOUT_EXPERTS.search(own) else None
 
 
 def _of_experts(rest: str, layer: int, stack: str) -> TensorRole:

@@ -18,7 +18,7 @@ from gemopt.placement import Placement
 
 IntArray = NDArray[np.int64]
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # transformers writes one name or another
-GROUP_DEFAULTS = {"deepseek_v3": (8, 4)}  # where config.json leaves them out
+GROUP_DEFAULTS = {"deepseek_v3": (8, 4), "glm4_moe": (1, 1)}  # where config.json leaves them out
 
 
 class TensorInfo(Protocol):
