@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.documents import read_bytes, read_json
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, missing
 
 JSON_LIMIT = 256 << 20
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library itself
@@ -44,8 +44,8 @@ def bounded_yaml(path: Path, *, limit_bytes: int = 64 << 20) -> Any:
     """Parse a YAML file of plain data. Anchors are refused: a few of them can stand for gigabytes."""
     try:
         import yaml
-    except ImportError:
-        raise InputError(str(path), "no pyyaml", "YAML files need it", "pip install 'gemopt[yaml]'") from None
+    except ImportError as error:
+        raise missing(error, f"reading {path}") from None
     text = read_bytes(path, limit_bytes=limit_bytes)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
@@ -62,8 +62,8 @@ def torch_module(purpose: str) -> Any:
     """PyTorch, which only .pt files need."""
     try:
         import torch
-    except ImportError:
-        raise InputError("torch", "not installed", f"{purpose} needs it", "pip install 'gemopt[torch]'") from None
+    except ImportError as error:
+        raise missing(error, purpose) from None
     return torch
 
 
