@@ -79,7 +79,7 @@ def test_one_sample_is_a_constant() -> None:
     cost, report = fit(profile([(10, 7.0)]))
     assert cost.name == "staircase" and np.isnan(report.error)
     assert cost.latencies[0]([[0, 10, 1000]]).tolist() == [7.0, 7.0, 7.0]
-    with pytest.raises(InputError, match="too few samples"):
+    with pytest.raises(InputError, match="too few samples for it: rank 0 has 1, 3 are needed"):
         fit(profile([(10, 7.0)]), model="roofline")
     with pytest.raises(InputError, match="auto, roofline, staircase"):
         fit(profile([(10, 7.0)]), model="parabola")
