@@ -245,9 +245,7 @@ def _usable(model: str, candidates: Sequence[Candidate], tables: list[FloatArray
     usable = usable or [c for c in named if c.name == model and all(len(table) >= c.least for table in tables)]
     if not usable:
         fewest = min(range(len(tables)), key=lambda g: len(tables[g]))
-        limit = (
-            f"the profile has too few samples for it: {len(tables[fewest])} of rank {fewest}, {named[0].least} needed"
-        )
+        limit = f"too few samples for it: rank {fewest} has {len(tables[fewest])}, {named[0].least} are needed"
         raise InputError("cost model", model, limit, "measure more loads, or use --cost auto")
     return usable
 

@@ -139,9 +139,10 @@ def read_table(
     columns = device_columns(table, device) if device or layout is None or layout.devices else []
     tables = by_device(table, columns)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
-    used = {load_column, active_column or "", *columns, *repeats, *([time, time.rpartition(":")[0]] if time else [])}
+    asked = None if time is None else time_column(table, time)
+    used = {load_column, active_column or "", *columns, *repeats, asked[0] if asked else ""}
     refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
-    reader.latency, reader.scale = _time(table, layout, time)
+    reader.latency, reader.scale = asked or _time(table, layout)
     if layout is AICONFIGURATOR:
         _refuse_skewed(table, where)
     top_k = _given("--top-k", top_k, table, TOP_K_COLUMNS)
@@ -210,10 +211,9 @@ def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | No
     return Unit.ASSIGNMENTS
 
 
-def _time(table: Table, layout: Layout | None, asked: str | None) -> tuple[str, float]:
-    if asked is None and layout is not None:
-        asked = next((name for name in layout.times if name.split(":")[0] in table.header), None)
-    return time_column(table, asked)
+def _time(table: Table, layout: Layout | None) -> tuple[str, float]:
+    times = layout.times if layout is not None else ()
+    return time_column(table, next((name for name in times if name.split(":")[0] in table.header), None))
 
 
 def _factor(unit: Unit, top_k: int | None, ep: int | None, table: Table) -> float:

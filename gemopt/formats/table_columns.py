@@ -45,6 +45,7 @@ LOADS = {"tokens", "token", "rows", "assignments", "batch", "per", "m"}
 TIME_UNITS = {"us": 1.0, "usec": 1.0, "ms": 1e3, "msec": 1e3, "ns": 1e-3, "nsec": 1e-3}
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 SHOWN = 4
+LoadOf = Callable[[Row], tuple[float, ...]]
 ENOUGH = 3  # loads that a proportional column must go along with
 
 
@@ -156,7 +157,7 @@ def _order(found: list[str]) -> dict[str, int]:
 
 def refuse_mixtures(
     devices: Sequence[Table],
-    load_of: Callable[[Row], tuple[float, ...]],
+    load_of: LoadOf,
     *,
     used: Collection[str],
     tuned: Collection[str] = (),
@@ -168,10 +169,11 @@ def refuse_mixtures(
     table = Table(devices[0].path, devices[0].header, [row for device in devices for row in device.rows])
     varying = [name for name in table.header if name not in used and len(values(table.rows, name)) > 1]
     mixed = [name for name in varying if not _harmless(name, devices, load_of, tuned)]
+    mixed = [name for name in mixed if name not in tuned] or mixed  # a kernel follows from the rest
     if not mixed:
         return
     kinds = "; ".join(f"{name}: {listed(values(table.rows, name))}" for name in mixed)
-    a, b = _clash(table.rows, mixed, load_of)
+    a, b = _clash([*devices, table], mixed, load_of)
     choice = " ".join(f"--where {name}={a.cells[name]}" for name in mixed)
     column = mixed[0] if len(mixed) == 1 else "NAME"
     raise InputError(
@@ -182,20 +184,23 @@ def refuse_mixtures(
     )
 
 
-def _clash(rows: list[Row], mixed: list[str], load_of: Callable[[Row], tuple[float, ...]]) -> tuple[Row, Row]:
-    """Two rows that differ, of one load where there are such."""
-    first: dict[tuple[float, ...], Row] = {}
-    for row in rows:
-        before = first.setdefault(load_of(row), row)
-        if any(row.cells[name] != before.cells[name] for name in mixed):
-            return before, row
-    other = next(row for row in rows if any(row.cells[name] != rows[0].cells[name] for name in mixed))
-    return rows[0], other
+def _clash(groups: Sequence[Table], mixed: list[str], load_of: LoadOf) -> tuple[Row, Row]:
+    """Two rows that differ: of one device and load where there are such, else of one device, else of any two."""
+
+    def differ(a: Row, b: Row) -> bool:
+        return any(a.cells[name] != b.cells[name] for name in mixed)
+
+    for group in groups:
+        for same_load in (True, False):
+            first: dict[tuple[float, ...], Row] = {}
+            for row in group.rows:
+                before = first.setdefault(load_of(row) if same_load else (), row)
+                if differ(before, row):
+                    return before, row
+    raise AssertionError(f"no rows differ in {mixed}")
 
 
-def _harmless(
-    name: str, devices: Sequence[Table], load_of: Callable[[Row], tuple[float, ...]], tuned: Collection[str]
-) -> bool:
+def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Collection[str]) -> bool:
     parts = words(name)
     rows = [row for device in devices for row in device.rows]
     if parts & OF_A_DEVICE or plain(name) in DEVICES:
@@ -215,7 +220,7 @@ def _harmless(
     )
 
 
-def _differs_within_a_load(name: str, devices: Sequence[Table], load_of: Callable[[Row], tuple[float, ...]]) -> bool:
+def _differs_within_a_load(name: str, devices: Sequence[Table], load_of: LoadOf) -> bool:
     for device in devices:
         seen: dict[tuple[float, ...], str] = {}
         if any(seen.setdefault(load_of(row), row.cells[name]) != row.cells[name] for row in device.rows):
@@ -242,7 +247,7 @@ def _fractions(rows: list[Row], name: str) -> int:
         return 0
 
 
-def _measured(rows: list[Row], name: str, load_of: Callable[[Row], tuple[float, ...]]) -> bool:
+def _measured(rows: list[Row], name: str, load_of: LoadOf) -> bool:
     """Whether a column holds measurements: hardly any value comes twice, and they are fractions or far apart.
 
     Numbers of devices are neither; and a shape comes with many loads.
@@ -262,7 +267,7 @@ def _span(found: list[str]) -> int:
     return max(numbers) - min(numbers)
 
 
-def _proportional(name: str, rows: list[Row], load_of: Callable[[Row], tuple[float, ...]]) -> bool:
+def _proportional(name: str, rows: list[Row], load_of: LoadOf) -> bool:
     """Whether a column counts the load in another unit (rows, bytes, tokens per expert), up to rounding."""
     if words(name) & SHAPES and not words(name) & LOADS:
         return False

@@ -140,6 +140,8 @@ def _log(path: str, text: str) -> Table:
             pending = {**arguments, "batch_size": batch[1], "config": batch[2].strip(), "part": str(part)}
         elif time and pending is None:
             raise InputError(f"{path} line {line}", content, "a line `Batch size: N, config: ...` before each time")
+        elif time and not time[1].replace(".", "", 1).isdigit():
+            raise InputError(f"{path} line {line}", content, "a time in microseconds")
         elif time and pending is not None:
             rows.append(Row(f"line {line}", {**pending, "kernel_time_us": time[1]}))
             pending = None
