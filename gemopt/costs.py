@@ -159,8 +159,9 @@ CANDIDATES: tuple[Candidate, ...] = (
 class FitReport:
     """Which cost model was chosen, and how far all that were tried are off.
 
-    Errors are mean relative ones, NaN where the profile cannot tell: `errors` on points left out of the fit, `fits`
-    at the measured points themselves, of which one device has `num_points`.
+    Errors are mean relative ones, NaN where the profile cannot tell. `errors`: on points left out of the fit; of a
+    curve only for the chosen model, the staircase and the smoother one that fits best. `fits`: at the measured points
+    themselves, of which one device has `num_points`.
     """
 
     chosen: str
@@ -218,12 +219,16 @@ def fit(
     some = list({device.name: i for i, device in enumerate(profile.devices)}.values())
     some = some[:: -(-len(some) // MAX_KINDS)]
     kinds = [tables[i] for i in some]
-    errors = {c.name: _left_out(c, kinds) for c in usable}
-    fits = {c.name: float(np.mean([_misses(c, table).mean() for table in kinds])) for c in usable}
-    if all(is_curve(table) for table in kinds) and "staircase" in fits:
+    misses = {c.name: [_misses(c, table) for table in kinds] for c in usable}
+    fits = {name: float(np.mean([each.mean() for each in of_kinds])) for name, of_kinds in misses.items()}
+    if "staircase" in fits and all(is_curve(table) for table in kinds):
         noises = [noise(profile.devices[i].samples) for i in some]
-        chosen = next((c for c in usable if _explains(c, kinds, noises)), usable[0])
+        smooth = [c for c in usable if c.name != "staircase"]
+        chosen = next((c for c in smooth if _explains(misses[c.name], kinds, noises)), usable[0])
+        judged = {chosen.name, *sorted((c.name for c in smooth), key=lambda name: fits[name])[:1]}
+        errors = {c.name: _left_out(c, kinds) for c in usable if c.name in judged or c.name == "staircase"}
     else:
+        errors = {c.name: _left_out(c, kinds) for c in usable}
         limit = (1 + TIE) * min((error for error in errors.values() if not np.isnan(error)), default=np.inf)
         chosen = next((c for c in usable if errors[c.name] <= limit), usable[0])
     latencies = tuple(chosen.fit_device(table) for table in tables)
@@ -257,11 +262,11 @@ def _misses(candidate: Candidate, table: FloatArray) -> FloatArray:
     return np.asarray(np.abs(latency(loads) / table[:, 2].clip(1e-9) - 1))
 
 
-def _explains(candidate: Candidate, tables: list[FloatArray], noises: list[float]) -> bool:
+def _explains(misses: list[FloatArray], tables: list[FloatArray], noises: list[float]) -> bool:
     """Whether a model that smooths is as good as joining the points of curves."""
-    return candidate.name != "staircase" and all(
-        len(table) >= FEW and believed(_misses(candidate, table), table[:, 0], sigma)
-        for table, sigma in zip(tables, noises, strict=True)
+    return all(
+        len(table) >= FEW and believed(missed, table[:, 0], sigma)
+        for missed, table, sigma in zip(misses, tables, noises, strict=True)
     )
 
 
