@@ -29,6 +29,8 @@ REPEATS = 5
 NOISE = 0.005  # relative, of one timing
 LOUD = 0.05
 Truth = dict[int, float]
+SOURCES = """Sources: LLMServingSim (casys-kaist, commit 5daddb2, MIT) for A6000; Vidur (microsoft, commit 7d47513, MIT) for
+A40 and A100, measured at every 8th count or coarser; aiconfigurator-core 0.12.0 (Apache-2.0) for H100."""
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -149,17 +151,14 @@ def main() -> None:
                 trials += row(name, design, truth, loads, noise)
     taken, best, staircase = np.array(trials).T
     wrong = taken > 1.1 * best + 0.002
-    summary = (
-        f"{len(trials)} profiles: taken {100 * taken.mean():.2f} % off in the mean, {100 * taken.max():.1f} % at worst"
-    )
-    print(f"\n{summary};\nthe best candidate of each {100 * best.mean():.2f} %, always the staircase", end=" ")
+    means = [100 * each.mean() for each in (taken, best, staircase)]
     print(
-        f"{100 * staircase.mean():.2f} %.\nA tenth and 0.2 points worse than the best, or more: {wrong.sum()}, marked `*`."
+        f"\n{len(trials)} profiles: the model taken is {means[0]:.2f} % off in the mean ({100 * taken.max():.1f} % at"
     )
     print(
-        "\nSources: LLMServingSim (casys-kaist, commit 5daddb2, MIT) for A6000; Vidur (microsoft, commit 7d47513, MIT)"
+        f"worst), the best candidate of each {means[1]:.2f} %, always the staircase {means[2]:.2f} %. A tenth and 0.2"
     )
-    print("for A40 and A100, measured at every 8th count or coarser; aiconfigurator-core 0.12.0 (Apache-2.0) for H100.")
+    print(f"points worse than the best, or more: {wrong.sum()} times, marked `*`.\n\n{SOURCES}")
 
 
 def row(name: str, design: str, truth: Truth, loads: list[int], noise: float) -> list[tuple[float, float, float]]:

@@ -16,7 +16,7 @@ from gemopt.profile import Sample
 FloatArray = NDArray[np.float64]
 SIGMA_OF_MAD = 1.4826  # of normal timings
 MEDIAN_LOSS = 1.2533  # standard error of a median against that of a mean
-CORNER = 4  # widths of neighbouring intervals whose ratio is above mark a corner
+CORNER = 4  # intervals whose widths have this ratio, or more, meet at a corner
 SMALL = 0.01  # relative misses that need no excuse
 
 
@@ -49,7 +49,7 @@ def left_out(table: FloatArray) -> float:
     if len(x) < 4:
         return float("nan")
     left, right = np.diff(x)[:-1], np.diff(x)[1:]
-    judged = np.maximum(left, right) <= CORNER * np.minimum(left, right)
+    judged = np.maximum(left, right) < CORNER * np.minimum(left, right)
     judged &= y[1:-1] > 0
     if not judged.any():
         return float("nan")

@@ -281,7 +281,7 @@ def test_corners_are_not_left_out_to_judge_a_staircase() -> None:
     assert report.summary().startswith(
         f"cost model staircase: exact at its {len(loads)} points, none could be left out ("
     )
-    inside = np.unique(np.concatenate([loads, loads[1::2] + 5, loads[1::2] + 10]))
+    inside = np.unique(np.concatenate([loads, loads[::2] + 5, loads[::2] + 10]))
     _, report = fit(curve(inside, 60.0 + 9 * -(-inside // 16)))
     assert report.chosen == "staircase" and report.error < 1e-9  # a point inside a tread is foretold by its neighbours
 
