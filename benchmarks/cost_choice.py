@@ -29,8 +29,8 @@ REPEATS = 5
 NOISE = 0.005  # relative, of one timing
 LOUD = 0.05
 Truth = dict[int, float]
-SOURCES = """Sources: LLMServingSim (casys-kaist, commit 5daddb2, MIT) for A6000; Vidur (microsoft, commit 7d47513, MIT) for
-A40 and A100, measured at every 8th count or coarser; aiconfigurator-core 0.12.0 (Apache-2.0) for H100."""
+SOURCES = """Sources: LLMServingSim (casys-kaist, commit 5daddb2, MIT) for A6000; Vidur (microsoft, commit 7d47513, MIT)
+for A40 and A100, measured at every 8th count or coarser; aiconfigurator-core 0.12.0 (Apache-2.0) for H100."""
 
 
 def read(path: Path) -> list[dict[str, str]]:
