@@ -15,7 +15,7 @@ SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.
 TIERS = [
     ["exceptions", "documents"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
-    ["costs", "conflicts", "kernels", "migration"],
+    ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration"],
     ["problem", "evaluate", "result"],
     ["bounds", "solvers"],
     ["solve", "compare"],
