@@ -106,7 +106,7 @@ def _grouped(row_E: IntArray, slots: int, groups: int, layer: int) -> IntArray:
             f"routing is limited to the best of {groups} groups of {size} consecutive experts, "
             "so a checkpoint must keep each group together",
             "place whole groups on ranks, or use an engine that maps slots itself (gemopt export --to sglang, "
-            "trtllm, ascend) or gemopt apply",
+            "tensorrt-llm or vllm-ascend) or gemopt apply",
         )
     return result
 

@@ -44,7 +44,10 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a foreign file leaves out: given by the user, or by the side file of an export."""
+    """What a foreign file leaves out: given by the user, or by the side file of an export.
+
+    `notes`: what the user should know of the file; grows while it is read.
+    """
 
     num_ranks: int | None = None
     num_experts: int | None = None
@@ -53,6 +56,7 @@ class Facts:
     model: str | None = None
     split: Split | None = None
     device_uuids: tuple[str | None, ...] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,8 +51,8 @@ def import_traces(
     options = options or TraceOptions()
     if engine.read_traces is None:
         names = ", ".join(e.name for e in engines() if e.read_traces is not None)
-        hint = f"its placements: gemopt placement import --from {source}" if engine.read is not None else ""
-        raise UnsupportedError("--from", source, f"it records no loads; traces of: {names}", hint)
+        hint = f"its placements: gemopt placement import --from {engine.name}" if engine.read is not None else ""
+        raise UnsupportedError("--from", engine.name, f"it records no loads; traces of: {names}", hint)
     found = engine.read_traces(paths, options)
     if isinstance(found, Traces):
         found.save(destination)

@@ -56,13 +56,16 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     write_text(path, "\n".join([*lines, "layer_updates_per_iter: 0", ""]))
     extra = path.with_name(f"{path.stem}.options.yaml")
     balancer = json.dumps(str(path.absolute()))
-    config = f"moe_config:\n  backend: WIDEEP\n  load_balancer: {balancer}\nenable_attention_dp: true\n"
+    config = f"moe_config:\n  load_balancer: {balancer}\nenable_attention_dp: true\n"
     write_text(extra, config)
     ranks = placement.num_ranks
     command = f"trtllm-serve {model_name(placement)} --tp_size {ranks} --ep_size {ranks}"
     command += f" --extra_llm_api_options {quoted(extra)}"
     notes = [
-        "TensorRT-LLM ignores the file with one rank, with moe_cluster_size above 1, and for unlisted architectures."
+        "TensorRT-LLM ignores the file without a word unless there are two or more expert-parallel ranks, "
+        "enable_attention_dp (set in the options file), moe_cluster_size 1, and a network of its moe_model_arch_list.",
+        "moe_config.backend is left out (AUTO): DEEPGEMM, TRTLLM, CUTEDSL and CUTLASS can balance; TRITON, VANILLA and "
+        "MARLIN cannot, and WIDEEP was removed.",
     ]
     if options.mtp_layers:
         notes.append("Draft (MTP) layers hold their experts in order.")
@@ -79,24 +82,42 @@ def read(path: Path, facts: Facts) -> Placement:
     if not isinstance(data, dict) or set(data) - _KEYS or not isinstance(data.get("initial_global_assignments"), dict):
         found = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{path}: keys", found, f"only {', '.join(sorted(_KEYS))}, with one list per layer")
-    if data.get("layer_updates_per_iter", 0) != 0:
-        raise InputError(f"{path}: layer_updates_per_iter", data["layer_updates_per_iter"], "0, a static placement")
+    updates, slots = (_whole(f"{path}: {key}", data.get(key, 0)) for key in ("layer_updates_per_iter", "num_slots"))
+    if updates:
+        facts.notes.append(
+            f"layer_updates_per_iter is {updates}: this is the start only, TensorRT-LLM moves the experts of {updates} "
+            "layers per iteration"
+        )
     rows: dict[int, list[int]] = {}
-    for layer, row in data["initial_global_assignments"].items():
-        name = f"{path}: initial_global_assignments[{layer}]"
-        if type(layer) is not int or layer < 0:
-            raise InputError(name, layer, "layer numbers >= 0")
-        if not isinstance(row, list) or not all(type(expert) is int for expert in row):
+    for key, row in data["initial_global_assignments"].items():
+        name = f"{path}: initial_global_assignments[{key!r}]"
+        layer = _whole(name, key)
+        if layer < 0 or layer in rows:
+            raise InputError(name, key, "layer numbers >= 0, each once")
+        if not isinstance(row, list):
             raise InputError(name, type(row).__name__, "a list of experts")
-        if len(row) != data.get("num_slots"):
-            raise InputError(name, f"{len(row)} experts", f"num_slots = {data.get('num_slots')}")
-        if facts.num_hidden_layers is None or layer < facts.num_hidden_layers:
-            rows[layer] = row
+        if len(row) != slots:
+            raise InputError(name, f"{len(row)} experts", f"num_slots = {slots}")
+        rows[layer] = [_whole(name, expert) for expert in row]
+    draft = [layer for layer in rows if facts.num_hidden_layers is not None and layer >= facts.num_hidden_layers]
+    for layer in draft:
+        del rows[layer]
+    if draft:
+        facts.notes.append(f"layers {', '.join(map(str, sorted(draft)))} are draft layers: left out")
     ids = sorted(rows)
     if not ids:
         raise InputError(f"{path}: initial_global_assignments", "no layer", "at least one MoE layer")
     table = [rows[layer] for layer in ids]
     return make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=facts.num_hidden_layers)
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number, in quotes or not: the engine's own reader takes both."""
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    if type(value) is not int:
+        raise InputError(name, value, "a whole number")
+    return value
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
