@@ -63,7 +63,8 @@ class Facts:
 class TraceOptions:
     """How to read traces.
 
-    `batch_size`, `prefill_tokens`, `phase`: continuous batching of recorded requests. `keep_tokens`: keep the
+    `batch_size`, `prefill_tokens`, `phase`: continuous batching of recorded requests; phase MIXED takes all tokens, one
+    after the other. `keep_tokens`: keep the
     token-level record where there is one (in memory). `num_ranks`: how many ranks must have written.
     """
 
@@ -103,6 +104,14 @@ class Recording:
     top_k: int | None = None
     phase: IntArray | None = None
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A recording that is read as a whole, and what the user should know of it."""
+
+    traces: Traces
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +158,7 @@ class Engine:
     check: Callable[[Placement, WriteOptions], None] | None = None
     write: Callable[[Placement, Path, WriteOptions], Export] | None = None
     read: Callable[[Path, Facts], Placement] | None = None
-    read_traces: Callable[[Sequence[Path], TraceOptions], Recording | Traces] | None = None
+    read_traces: Callable[[Sequence[Path], TraceOptions], Recording | Loaded] | None = None
 
 
 def expert_rows(placement: Placement, *, num_rows: int) -> NDArray[np.int64]:

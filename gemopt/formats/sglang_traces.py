@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
 from gemopt.formats import responses
-from gemopt.formats.engine import IntArray, Recording, TraceOptions, check_sizes, files_of
+from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions, check_sizes, files_of
 from gemopt.formats.files import as_array, load_torch
 from gemopt.traces import COUNT_LIMIT, Phase, Tokens, Traces, count_assignments
 
@@ -28,7 +28,7 @@ _PHASES = {1: Phase.PREFILL, 2: Phase.DECODE, 3: Phase.MIXED, 5: Phase.DECODE, 8
 _RESPONSES = (".json", ".jsonl")
 
 
-def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Traces:
+def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
     """Read dumps (.pt files or their folder) or responses (.json, .jsonl)."""
     files = files_of(paths, ".pt", *_RESPONSES, prefer="expert_distribution_recorder_")
     kinds = {path.suffix in _RESPONSES for path in files}
@@ -109,7 +109,7 @@ class _Detail:
     agree: bool = True  # every rank recorded the same counts in every pass so far
 
 
-def _read_detail(files: list[Path], loaded: dict[Path, Any], options: TraceOptions) -> Recording | Traces:
+def _read_detail(files: list[Path], loaded: dict[Path, Any], options: TraceOptions) -> Recording | Loaded:
     detail: _Detail | None = None
     for path in files:
         data = loaded.pop(path, None) or _load(path)
@@ -269,7 +269,7 @@ def _copy_number(row: NDArray[np.int64], experts: int) -> NDArray[np.int64]:
 
 def _with_tokens(
     detail: _Detail, passes: list[int], counts: IntArray, phase: IntArray | None, options: TraceOptions
-) -> Traces:
+) -> Loaded:
     position = {number: step for step, number in enumerate(passes)}
     kept = sorted((t for t in detail.tokens if t[0] in position and len(t[3])), key=lambda t: t[:2])
     if not kept:
@@ -287,7 +287,7 @@ def _with_tokens(
     )
     if (count_assignments(tokens.ids, step, len(counts), counts.shape[2]) != counts[:, layers]).any():
         raise InputError("topk_ids_of_layer", "ids that do not give global_physical_count", "an uncorrupted recording")
-    return Traces(
+    traces = Traces(
         counts=counts[:, layers],
         layer_ids=tuple(layers),
         num_hidden_layers=counts.shape[1],
@@ -296,3 +296,4 @@ def _with_tokens(
         phase=phase,
         tokens=tokens,
     )
+    return Loaded(traces=traces)
