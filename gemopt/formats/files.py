@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.documents import read_bytes, read_json
+from gemopt.documents import integer_array, read_bytes, read_json
 from gemopt.exceptions import InputError
 
 JSON_LIMIT = 256 << 20
@@ -148,6 +148,24 @@ def as_array(value: Any, *, name: str, ndim: int) -> NDArray[Any]:
     if array.ndim != ndim or array.dtype.kind not in "iu":
         raise InputError(name, f"{array.dtype} array of shape {array.shape}", f"whole numbers in {ndim} dimensions")
     return array
+
+
+def whole_numbers(value: Any, *, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
+    """Whole numbers, as integers or as floats without a fraction, in one of some numbers of dimensions."""
+    if hasattr(value, "numpy") and not value.is_sparse and value.is_floating_point():
+        value = value.double().numpy()
+    array = value if hasattr(value, "numpy") else _array(value, name, ndims)
+    ndim = next((n for n in ndims if n == array.ndim), ndims[-1])
+    if not hasattr(value, "numpy") and array.dtype.kind == "f":
+        return np.asarray(integer_array(array, name=name, ndim=ndim))
+    return as_array(array, name=name, ndim=ndim)
+
+
+def _array(value: Any, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, OverflowError):
+        raise InputError(name, value, f"whole numbers in {' or '.join(map(str, ndims))} dimensions") from None
 
 
 def safetensors_arrays(path: Path) -> dict[str, NDArray[Any]]:
