@@ -55,6 +55,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         missing = sorted(set(range(expected)) - set(ranks))
         hint = f"rank {missing[0]} is missing" if missing else "give the right --ep"
         raise InputError("PATHS: ranks", ", ".join(map(str, ranks)), f"tables of each of the {expected} ranks", hint)
+    if any(_RANK.search(table.path.stem) for table in tables) and len(ranks) == 1:
+        notes.append(f"tables of rank {ranks[0]} alone: what other ranks recorded is not in them")
     keys = [key for step in steps for counts in step.values() for key in counts]
     layers = sorted({layer for _, layer, _ in keys})
     experts = options.num_experts or max(expert for *_, expert in keys) + 1

@@ -175,7 +175,7 @@ class _Writer:
             )
         self.assignments += kept
         self.load_LE += narrow.sum(axis=0, dtype=np.int64)
-        self.busy.append(narrow.any(axis=2))
+        self.busy.append(np.asarray(narrow.any(axis=2)))
         self.stream.write(narrow.data)
 
     def notes(self) -> list[str]:

@@ -93,8 +93,12 @@ def _bytes(name: str, text: Any, reader: Callable[..., bytes]) -> bytes:
 def _described(name: str, given: dict[str, Any], sample: Sample) -> IntArray:
     """Bytes with their shape beside them (Dynamo: data, shape, dtype, start); `start` goes to the sample."""
     shape, start = given.get("shape"), given.get("start")
-    whole = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
-    if not whole or not isinstance(given.get("data"), str):
+    if not (
+        isinstance(given.get("data"), str)
+        and isinstance(shape, list)
+        and len(shape) == 3
+        and all(type(n) is int and 0 <= n < 1 << 40 for n in shape)
+    ):
         raise InputError(f"{name}.shape", shape, "data, and its shape [tokens, layers, experts per token]")
     if start is not None and (type(start) is not int or start < 0):
         raise InputError(f"{name}.start", start, "a token >= 0")
@@ -112,7 +116,7 @@ def _described(name: str, given: dict[str, Any], sample: Sample) -> IntArray:
     return np.frombuffer(data, kind).reshape(shape)
 
 
-def narrowed(where: str, ids: IntArray) -> NDArray[np.int16 | np.int32]:
+def narrowed(where: str, ids: IntArray) -> NDArray[np.int16]:
     """The ids in a small signed type; `InputError` for ids that no network has."""
     low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
     if low < -1 or high >= MAX_EXPERTS:

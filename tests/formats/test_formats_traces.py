@@ -216,8 +216,16 @@ def test_sglang_folder_problems(tmp_path):
     files[1].write_bytes(saved[: len(saved) // 2])
     refused("complete .pt")
     files[1].write_bytes(saved)
+    whole, _ = load(folder, "sglang", tmp_path)
     (folder / "expert_distribution_recorder_1700000099.5_1.pt").write_bytes(saved)
-    refused("twice")
+    again, notes = load(folder, "sglang", tmp_path)
+    assert (again.counts == whole.counts).all()
+    assert "4 records came twice: counted once" in notes
+    (tmp_path / "out.safetensors").unlink()
+    data = torch.load(folder / "expert_distribution_recorder_1700000099.5_1.pt")
+    data["records"][2]["global_physical_count"] += 1
+    torch.save(data, folder / "expert_distribution_recorder_1700000099.5_1.pt")
+    refused("twice, with other counts")
     (folder / "expert_distribution_recorder_1700000099.5_1.pt").unlink()
     write_stat(folder / "expert_distribution_recorder_1.5.pt", np.ones((2, 3, 6), np.int32))
     refused("import each kind apart")
@@ -283,7 +291,7 @@ def test_hostile_pt_files(tmp_path, capsys):
     # A view that repeats four bytes 2^50 times.
     torch.save({"logical_count": torch.zeros(1, dtype=torch.int32).expand(1 << 20, 1 << 20, 1 << 10)}, path)
     refused("at most the")
-    torch.save({"logical_count": torch.zeros(10, 10, 10)}, path)
+    torch.save({"logical_count": torch.full((10, 10, 10), 0.5)}, path)
     refused("whole numbers")
     torch.save(torch.zeros(3), path)
     refused("recorder dump")
@@ -478,7 +486,7 @@ def test_tensorrt_llm_folder_problems(tmp_path):
     write_statistic(folder, counts, [0, 1])
     arrays = load_file(folder / "rank2.safetensors")
     save_file({k: v for k, v in arrays.items() if k != "101_0"}, folder / "rank2.safetensors")
-    refused("mixes runs")
+    refused("7; 4 iterations x 2 layers")
     save_file({k: v[:4].copy() for k, v in arrays.items()}, folder / "rank2.safetensors")
     refused("num_experts in meta_info")
     save_file({**arrays, "raw": arrays["100_0"]}, folder / "rank2.safetensors")
@@ -631,7 +639,7 @@ def test_memory_is_that_of_one_file(tmp_path):
         folder = tmp_path / str(files)
         folder.mkdir()
         for number in range(files):
-            write_stat(folder / f"expert_distribution_recorder_{1000 + number}.pt", counts)
+            write_stat(folder / f"expert_distribution_recorder_{1000 + number}.pt", counts + number)
     target = tmp_path / "t.safetensors"
     command = [sys.executable, "-c", _PEAKS, str(target), str(tmp_path / "1"), str(tmp_path / "16")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
