@@ -197,6 +197,10 @@ def _settle(response: Response, samples: list[Sample], rows: list[IntArray]) -> 
     prompt = samples[0].prompt
     if len(response.samples) == 1 or any(sample.prompt != prompt for sample in samples):
         return False
+    counted = [sample.generated for sample in response.samples if sample.generated is not None]
+    if len(counted) == len(response.samples) and response.answered not in (None, sum(counted)):
+        found = f"{samples[0].where}: completion_tokens"
+        raise InputError(found, response.answered, f"{sum(counted)}, the token_ids of all choices")
     if all(sample.generated is not None for sample in samples):
         own = [len(ids) + (s.start or 0) - max((s.generated or 0) - 1, 0) for s, ids in zip(samples, rows, strict=True)]
         if prompt is not None and len(samples) == len(response.samples) and sum(own) == prompt != own[0]:
