@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +127,46 @@ def test_no_time_returns_the_warm_start() -> None:
 def test_a_child_that_dies_is_an_error_with_its_last_words() -> None:
     with pytest.raises(SolverError, match=r"child process ended with 1: KeyError: 'gurobi'"):
         Milp("gurobi").solve(roofline_problem(), options(), None)
+
+
+SOLVES = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("test_milp", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+module.milp.COEFFICIENTS_PER_SECOND = 1e9
+module.Milp(sys.argv[2]).solve(module.roofline_problem(16, 120), module.options(600), None)
+"""
+
+
+@pytest.mark.parametrize("backend", ["highs", "cbc"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_children_end_with_their_parent_whatever_ends_it_and_leave_no_folder(
+    backend: str, number: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", SOLVES, __file__, backend]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)}) as parent:
+        wait_for(lambda: bool(list(tmp_path.glob("*/solver.log"))))
+        group = int(next(tmp_path.glob("*/pid")).read_text())
+        os.killpg(group, 0)  # it lives
+        parent.send_signal(number)
+    wait_for(lambda: not list(tmp_path.iterdir()))
+    wait_for(lambda: not alive(group))
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 FINISHED = "Cbc0010I After 0 nodes, 1 on tree, 284.7 best solution, best possible 278.92638 (0.03 seconds)\n"
