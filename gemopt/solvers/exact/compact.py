@@ -69,8 +69,9 @@ class Compact:
         columns = [(e, r, i) for e in range(problem.num_experts) for r in range(1, most + 1) for i in range(r)]
         expert_Q, copies_Q, index_Q = np.array(columns, dtype=np.int64).T
         shares_TQ = (problem.counts_TE[:, expert_Q] + copies_Q - 1 - index_Q) // copies_Q
-        with np.errstate(divide="ignore"):
-            ceiling_T = floor_T + open_us * (1 + ROUNDING) / problem.weights_T + ROUNDING * np.abs(floor_T)
+        above_T = np.full(problem.num_steps, np.inf)
+        np.divide(open_us * (1 + ROUNDING), problem.weights_T, out=above_T, where=problem.weights_T > 0)
+        ceiling_T = floor_T + above_T + ROUNDING * np.abs(floor_T)
         group_G = np.arange(problem.num_ranks)
         if most == 1:  # swapping ranks changes which copy takes the odd assignment
             for members in problem.equal_ranks:
@@ -121,7 +122,8 @@ class Compact:
     @property
     def open_us(self) -> float:
         """Weighted microseconds between all floors together and the incumbent."""
-        return float((self.weights_T * (self.ceiling_T - self.floor_T)).max())
+        weighty = self.weights_T > 0
+        return float((self.weights_T * (self.ceiling_T - self.floor_T))[weighty].max(initial=0.0))
 
     @property
     def base_us(self) -> float:

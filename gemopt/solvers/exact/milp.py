@@ -64,11 +64,21 @@ class Milp:
         with tempfile.TemporaryDirectory(prefix="gemopt-milp-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             write_request(folder, search, backend=self.backend)
-            finished = watch(folder, search)
-            state = read_state(folder, search)
-        note = str(state.get("backend", "the solver was not reached in time"))
-        proven = finished and state.get("proven")
-        return search.outcome(search.proof() if proven else search.cut_short(), note, reached=bool(state))
+            return outcome_of(folder, search, finished=watch(folder, search))
+
+
+def outcome_of(folder: Path, search: Search, *, finished: bool) -> Outcome:
+    """The best that is known now, of which the child has written down its part."""
+    state = read_state(folder, search)
+    note = str(state.get("backend", "the solver was not reached in time"))
+    if not _kept_apart(search):
+        note += f"; loads beyond {FARTHEST:.0e} are not kept apart by its tolerances: no bound of its own"
+    proven = finished and state.get("proven")
+    return search.outcome(search.proof() if proven else search.cut_short(), note, reached=bool(state))
+
+
+def _kept_apart(search: Search) -> bool:
+    return bool(search.compact.load_range[1].max() <= FARTHEST)
 
 
 def write_request(folder: Path, search: Search, *, backend: str = "auto") -> None:
@@ -137,7 +147,7 @@ def read_state(folder: Path, search: Search) -> dict[str, Any]:
         log = (folder / "solver.log").read_text(errors="replace")  # CBC itself reports nothing before its end
         bounds.append(proven_us(cbc_bound(log), Scale(*state["scale"])))
     for bound_us in bounds:
-        if bound_us is not None:
+        if bound_us is not None and _kept_apart(search):
             search.offer_bound(bound_us)
     if state["row"] is not None:
         search.offer_row(np.array(state["row"]))

@@ -104,7 +104,7 @@ def solve_folder(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text())
     compact = Compact.load(folder / "compact.npz")
     objective_us = request["objective_us"]
-    unit_us = max(compact.open_us, LEAST_OPEN * abs(objective_us)) / UNIT_PARTS
+    unit_us = max(compact.open_us, LEAST_OPEN * abs(objective_us)) / UNIT_PARTS or 1.0
     formulation = MilpFormulation(compact, unit_us, np.load(folder / "start.npy"))
     backend = request["backend"]
     if backend == "auto":
