@@ -121,7 +121,8 @@ def solve_folder(folder: Path) -> None:
 
 def gap_units(formulation: MilpFormulation, request: dict[str, Any]) -> float:
     """The gap asked for, a fraction of the objective, in units: the solver sees only what lies above the floors."""
-    return max(request["gap"], LEAST_GAP) * max(formulation.compact.base_us, 0.0) / formulation.unit_us
+    gap = max(float(request["gap"]), LEAST_GAP)
+    return gap * max(formulation.compact.base_us, 0.0) / formulation.unit_us
 
 
 def _highs(formulation: MilpFormulation, answer: Answer, request: dict[str, Any], seconds: float) -> None:
