@@ -68,6 +68,11 @@ class Outcome:
 
     row: [P] expert of each slot, -1 empty, or None. bound_us: a lower bound valid for all placements on all steps of
     the problem, or None. history: incumbents with seconds on the `time.monotonic` clock. infeasible: proven.
+
+    Exact solvers also say what is theirs. start_us: objective of the placement they were given or began with.
+    own_bound_us: the bound that the solver itself claims for all steps, its word alone; None when it claims none or
+    what it claimed was refuted. stated_steps, distinct_steps: steps that were stated to it, of how many. reached:
+    whether the solver ran at all.
     """
 
     row: Row | None
@@ -76,6 +81,11 @@ class Outcome:
     history: list[Incumbent] = field(default_factory=list)
     note: str = ""
     infeasible: bool = False
+    start_us: float | None = None
+    own_bound_us: float | None = None
+    stated_steps: int | None = None
+    distinct_steps: int | None = None
+    reached: bool = True
 
 
 class Solver(Protocol):

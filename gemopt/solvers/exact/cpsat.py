@@ -38,7 +38,8 @@ class CpSat:
         try:
             formulation = Formulation(search.compact, tick_us, canonical_hint(search), options.expired)
         except TimeoutError as error:
-            return search.outcome(StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT, str(error))
+            stopped_by = StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT
+            return search.outcome(stopped_by, str(error), started=False)
         solver = configured(options, formulation)
         status = run(solver, formulation, search, tick_us)
         if status in (cp_model.MODEL_INVALID, cp_model.INFEASIBLE):

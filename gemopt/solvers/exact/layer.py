@@ -34,6 +34,10 @@ class Search:
         Best placement so far.
     bound_us
         Best lower bound so far, valid for the whole trace.
+    own_bound_us
+        Best lower bound that the solver itself has claimed for the whole trace; -inf when none.
+    start_us
+        Objective of the row that the search began with.
     """
 
     problem: Problem
@@ -42,6 +46,8 @@ class Search:
     row: Row
     objective_us: float
     bound_us: float
+    start_us: float
+    own_bound_us: float = -np.inf
     history: list[Incumbent] = field(default_factory=list)
 
     @classmethod
@@ -61,7 +67,8 @@ class Search:
             limit = 1 << max(limit, 1).bit_length() - 1
         steps, weights_T = representative_steps(problem, limit)
         compact = Compact.of(problem.select(steps, weights_T), floor_T[steps])
-        search = cls(problem, options, compact, row, objective(problem, row), bound)
+        start = objective(problem, row)
+        search = cls(problem, options, compact, row, start, bound, start)
         search.history.append(incumbent(search.objective_us, bound))
         return search
 
@@ -88,6 +95,7 @@ class Search:
     def offer_bound(self, bound_us: float) -> None:
         """Take over a bound of the stated steps where it holds for all."""
         if not self.reduced:
+            self.own_bound_us = max(self.own_bound_us, bound_us)
             self.bound_us = max(self.bound_us, bound_us)
 
     def offer_row(self, row: Row) -> None:
@@ -112,7 +120,18 @@ class Search:
                 f"; placement from {self.compact.num_steps} weighted representatives of "
                 f"{self.problem.num_steps} distinct steps, bound from the simple bounds of all steps"
             )
-        return Outcome(self.row, stopped_by, min(self.bound_us, self.objective_us), self.history, note)
+        return Outcome(
+            self.row,
+            stopped_by,
+            min(self.bound_us, self.objective_us),
+            self.history,
+            note,
+            start_us=self.start_us,
+            own_bound_us=self.own_bound_us if np.isfinite(self.own_bound_us) else None,
+            stated_steps=self.compact.num_steps,
+            distinct_steps=self.problem.num_steps,
+            reached=started,
+        )
 
     def proof(self) -> StoppedBy:
         """Why a search that the solver calls finished has stopped."""

@@ -57,9 +57,10 @@ class Milp:
             finished = watch(folder, search)
             state = read_state(folder, search)
         note = str(state.get("backend", "the solver was not reached in time"))
+        reached = bool(state)
         if finished and state.get("proven"):
             return search.outcome(search.proof(), note)
-        return search.outcome(StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT, note)
+        return search.outcome(StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT, note, started=reached)
 
 
 def write_request(folder: Path, search: Search, *, backend: str = "auto") -> None:
