@@ -147,7 +147,8 @@ class Problem:
         latency there: on a flat tread of a staircase the offsets alone would otherwise decide. Features share it in
         proportion to what half the mean load more or less of each changes, averaged over the ranks.
         """
-        mean_FE = np.einsum("t,fte->fe", self.weights_T, self.features_FTE) / max(self.weights_T.sum(), 1e-300)
+        mean_FE = np.stack([self.weights_T @ feature_TE for feature_TE in self.features_FTE])
+        mean_FE /= max(self.weights_T.sum(), 1e-300)
         mean_F = mean_FE.sum(axis=1) / self.num_ranks
         scales = np.linspace(0.0, 2.5, 17)
         times_GS = np.array([latency(list(np.outer(mean_F, scales))) for latency in self.latencies])
