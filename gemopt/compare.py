@@ -82,7 +82,7 @@ class Comparison(BaseModel):
         if self.distinct_steps:
             said.append(f"on {self.stated_steps} of {self.distinct_steps} distinct steps")
         gain = 100 * (self.added_us or 0.0) / self.start_us if self.start_us else 0.0
-        said.append(f"{gain:.2f} % below its start" if gain else "added nothing to its start")
+        said.append(f"{gain:.2f} % below its start" if gain >= 0.005 else "added nothing to its start")
         own = self.own_bound_us
         said.append("no bound of its own" if own is None else f"own bound {own / 1e3:.1f} ms")
         return ", ".join(said)
@@ -203,8 +203,10 @@ def _row(
     name: str, result: Result | None, note: str, evaluation: Evaluation | None, base: float | None, bound: float
 ) -> Comparison:
     if result is None:
-        nothing = dict.fromkeys(("objective_us", "change", "bound_us", "gap", "holdout_us", "holdout_change"))
-        quantiles = dict.fromkeys(("p50_us", "p90_us", "p99_us"))
+        nothing: dict[str, Any] = dict.fromkeys(
+            ("objective_us", "change", "bound_us", "gap", "holdout_us", "holdout_change")
+        )
+        quantiles: dict[str, Any] = dict.fromkeys(("p50_us", "p90_us", "p99_us"))
         return Comparison(
             solver=name,
             status=Status.UNKNOWN,

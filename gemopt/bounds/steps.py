@@ -96,7 +96,7 @@ def raise_bounds(
     none_G = np.zeros_like(whole_G)
     for t in range(steps):
         if stop[0] != 0:
-            return t
+            return int(t)
         known, sums_IF, total_F = known_T[t], sums_RTIF[0, t], sums_RTIF[0, t, size - 1]
         for r in range(kinds):
             whole = whole_G if r == 0 else none_G
@@ -108,4 +108,4 @@ def raise_bounds(
         for f in range(features):
             known = single_bound(f, known, most_TGF[t], total_F[f], ceiling_T[t], others, low)
         known_T[t] = known
-    return steps
+    return int(steps)
