@@ -244,11 +244,12 @@ def _earned(per_layer: Sequence[LayerResult]) -> dict[str, Any]:
     fields: dict[str, Any] = {"layers": len(per_layer), "reached_layers": len(reached)}
     if all(layer.start_us is None for layer in per_layer):
         return fields
-    starts = [layer.start_us or 0.0 for layer in reached]
+    started = [layer for layer in reached if layer.start_us is not None]
+    starts = [layer.start_us or 0.0 for layer in started]
     own = [layer.own_bound_us for layer in per_layer]
     return fields | {
         "start_us": sum(starts),
-        "added_us": sum(starts) - sum(layer.objective_us or 0.0 for layer in reached),
+        "added_us": sum(starts) - sum(layer.objective_us or 0.0 for layer in started),
         "stated_steps": sum(layer.stated_steps or 0 for layer in reached),
         "distinct_steps": sum(layer.distinct_steps or 0 for layer in reached),
         "own_bound_us": None if None in own else sum(bound for bound in own if bound is not None),

@@ -1,4 +1,4 @@
-"""All layers of one call within one time: answers first, then bounds, then deeper searches, each with a fair share.
+"""All layers of one call within one time: greedy answers, one descent each, bounds, deeper searches, in fair shares.
 
 A layer's share of a phase is what is left of it over the layers still to come, so time that one does not need goes to
 the others. Nothing here knows a solver by more than its name and what it supports.
@@ -77,6 +77,7 @@ class Run:
             if not self.solver.supports.improves:
                 self._phase(pool, self._solve, end)
             else:
+                self._phase(pool, self._start, end)
                 self._phase(pool, self._answer, end - left * (WARM_SHARE if self.exact else BOUND_SHARE))
                 now = time.monotonic()
                 rest = max(BOUND_SHARE * left, BOUND_REST * max(0.0, end - now))
@@ -140,9 +141,13 @@ class Run:
         self._base(layer)
         layer.outcome = self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm)
 
+    def _start(self, layer: Layer, deadline: float) -> None:
+        """What there is without any search, so that every layer has something however short the time."""
+        self._base(layer)
+        self._answer(layer, -np.inf)
+
     def _answer(self, layer: Layer, deadline: float) -> None:
         """A first answer: one descent, or what an exact solver was given to start from."""
-        self._base(layer)
         if layer.warm is not None and self.exact:
             value = objective(layer.problem, layer.warm)
             layer.outcome = Outcome(layer.warm, StoppedBy.ITERATIONS, history=[incumbent(value)])
@@ -170,18 +175,20 @@ class Run:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""
         options, first = self._options(layer, deadline), layer.outcome
         assert first is not None
+        if self.patience == 0 and not self.solver.supports.proves and not _cut(first):
+            return
         if options.expired():
             first.stopped_by = options.cut_by
             if self.exact:
                 first.reached, first.start_us, first.note = False, _value(first), "no time left to run"
-            return
-        if self.patience == 0 and not self.solver.supports.proves and not _cut(first):
             return
         layer.outcome = self.solver.solve(layer.problem, options, first.row)
         if layer.outcome.search is None or layer.outcome.search is not first.search:
             layer.outcome.history = first.history + layer.outcome.history
         if self.exact and layer.outcome.start_us is None:
             layer.outcome.start_us = _value(first)
+        if not self.exact:  # what it began with was its own
+            layer.outcome.reached |= first.reached
 
 
 def _cut(outcome: Outcome) -> bool:

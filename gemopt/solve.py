@@ -113,7 +113,7 @@ def solve(
 
 def _check_numbers(time_limit: float, gap: float, threads: int | None, patience: int | None) -> None:
     if not (np.isfinite(time_limit) and 0 < time_limit <= 1e7):
-        raise InputError("time_limit", time_limit, "seconds above 0")
+        raise InputError("time_limit", time_limit, "seconds above 0, at most 1e7")
     if not 0 <= gap < 1:
         raise InputError("gap", gap, "a fraction from 0 to below 1", "0.01 is one per cent")
     if threads is not None and threads < 1:
@@ -251,7 +251,8 @@ def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:
     if missed:
         more = "" if _stopped_by(per_layer) is StoppedBy.INTERRUPT else ": more --time-limit would help"
         said.insert(0, f"{missed} of {count} layers were cut before their search began{more}")
-    weak = sum(layer.bound_cut and layer.problem.num_steps > 0 for layer in run.layers)
+    pairs = zip(run.layers, per_layer, strict=True)
+    weak = sum(layer.bound_cut and found.status is not Status.OPTIMAL for layer, found in pairs)
     if weak:
         said.append(f"the bounds of {weak} of {count} layers were cut short: the gap may be smaller than it says")
     return said

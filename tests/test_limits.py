@@ -226,11 +226,13 @@ def test_every_layer_is_answered_before_any_is_deepened() -> None:
     clock = time.monotonic()
     Run(solver, layers, clock, 500.0).go()  # type: ignore[arg-type]
     assert [(seed, patience) for seed, patience, _ in solver.calls] == [
+        *((seed, 0) for seed in range(5)),  # without any search
         *((seed, 0) for seed in range(5)),
         *((seed, None) for seed in range(5)),
     ]
     shares = [deadline - clock for _, _, deadline in solver.calls]
-    assert shares[:5] == sorted(shares[:5]) and shares[0] < 100 and 300 < shares[4] < 450 < shares[9] <= 500
+    assert shares[:5] == [-np.inf] * 5
+    assert shares[5:10] == sorted(shares[5:10]) and shares[5] < 100 and 300 < shares[9] < 450 < shares[14] <= 500
     assert all(layer.bounded_steps == 9 for layer in layers)
 
 
