@@ -12,7 +12,7 @@ import numpy as np
 from gemopt.compare import BASELINE, Comparison
 from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, missing
 from gemopt.result import Result
 
 ACCENT, MUTED = "#d1495b", "#8d99ae"
@@ -21,8 +21,8 @@ ACCENT, MUTED = "#d1495b", "#8d99ae"
 def _pyplot() -> Any:
     try:
         import matplotlib as mpl
-    except ImportError:
-        raise InputError("--plot", "matplotlib", "is not installed", "pip install 'gemopt[report]'") from None
+    except ImportError as error:
+        raise missing(error, "drawing") from None
     mpl.use("Agg")
     from matplotlib import pyplot
 
@@ -54,7 +54,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
 
 def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = None) -> Any:
     """Change of the summed step latency against contiguous placement, on fitted and on held-out steps."""
-    shown = [row for row in rows if row.change is not None and row.solver != BASELINE]
+    shown = [row for row in rows if row.change is not None and row.ran and row.solver != BASELINE]
     ax = _axes(ax, (8, 0.5 * len(shown) + 1.6))
     places = np.arange(len(shown))
     held = any(row.holdout_change is not None for row in shown)

@@ -22,6 +22,8 @@ from gemopt.solvers.exact.runs import Term, split_term
 
 IntArray = NDArray[np.int64]
 
+ROUNDING = 1e-9  # relative, by which a ceiling is rounded up
+
 
 @dataclass(frozen=True, eq=False)
 class Compact:
@@ -33,8 +35,9 @@ class Compact:
         [F, T, Q] additive features of every column at every distinct step.
     expert_Q, copies_Q, index_Q
         [Q] column q is copy `index_Q[q]` of `copies_Q[q]` of expert `expert_Q[q]`.
-    weights_T, floor_T
-        [T] weight of each distinct step, and a lower bound on its makespan in microseconds.
+    weights_T, floor_T, ceiling_T
+        [T] weight of each distinct step, a lower bound on its makespan in microseconds, and the makespan above which
+        no placement is better than the incumbent.
     slots_G
         [G] slots of each rank.
     group_G
@@ -49,18 +52,26 @@ class Compact:
     index_Q: IntArray
     weights_T: FloatArray
     floor_T: FloatArray
+    ceiling_T: FloatArray
     slots_G: IntArray
     group_G: IntArray
     order_E: IntArray
     curves: Curves
 
     @classmethod
-    def of(cls, problem: Problem, floor_T: FloatArray) -> Compact:
-        """State a problem whose steps are distinct (`merged`), with lower bounds on the makespan of each step."""
+    def of(cls, problem: Problem, floor_T: FloatArray, open_us: float) -> Compact:
+        """State a problem whose steps are distinct (`merged`), with lower bounds on the makespan of each step.
+
+        open_us: how much all floors together, weighted, are below the incumbent. No step of a better placement
+        exceeds its own floor by more.
+        """
         most = min(problem.num_ranks, problem.spare_slots + 1)
         columns = [(e, r, i) for e in range(problem.num_experts) for r in range(1, most + 1) for i in range(r)]
         expert_Q, copies_Q, index_Q = np.array(columns, dtype=np.int64).T
         shares_TQ = (problem.counts_TE[:, expert_Q] + copies_Q - 1 - index_Q) // copies_Q
+        above_T = np.full(problem.num_steps, np.inf)
+        np.divide(open_us * (1 + ROUNDING), problem.weights_T, out=above_T, where=problem.weights_T > 0)
+        ceiling_T = floor_T + above_T + ROUNDING * np.abs(floor_T)
         group_G = np.arange(problem.num_ranks)
         if most == 1:  # swapping ranks changes which copy takes the odd assignment
             for members in problem.equal_ranks:
@@ -72,6 +83,7 @@ class Compact:
             index_Q=index_Q,
             weights_T=problem.weights_T,
             floor_T=floor_T,
+            ceiling_T=ceiling_T,
             slots_G=problem.slots_per_rank,
             group_G=group_G,
             order_E=np.argsort(-problem.counts_TE.T @ problem.weights_T, kind="stable"),
@@ -108,6 +120,17 @@ class Compact:
         return len(self.weights_T)
 
     @property
+    def open_us(self) -> float:
+        """Weighted microseconds between all floors together and the incumbent."""
+        weighty = self.weights_T > 0
+        return float((self.weights_T * (self.ceiling_T - self.floor_T))[weighty].max(initial=0.0))
+
+    @property
+    def base_us(self) -> float:
+        """Weighted microseconds of all floors together."""
+        return float(self.weights_T @ self.floor_T)
+
+    @property
     def with_copies(self) -> bool:
         """Whether there are spare slots, which may hold copies or stay empty."""
         return len(self.expert_Q) > self.num_experts
@@ -139,10 +162,10 @@ class Compact:
         return low[:, :, self.slots_G], largest[:, :, self.slots_G]
 
     def terms(self, step: int, rank: int) -> list[Term]:
-        """What the makespan of a step waits for on a rank, leaving out what never exceeds the step's floor."""
+        """What the makespan of a step waits for on a rank, within the step's floor and ceiling."""
         low_F, high_F = (loads[:, step, rank].tolist() for loads in self.load_range)
-        floor = float(self.floor_T[step])
-        split = (split_term(term, low_F, high_F, floor) for term in self.latencies[rank].terms)
+        floor, ceiling = float(self.floor_T[step]), float(self.ceiling_T[step])
+        split = (split_term(term, low_F, high_F, floor, ceiling) for term in self.latencies[rank].terms)
         return [term for term in split if term is not None]
 
     @property
@@ -152,7 +175,7 @@ class Compact:
         for step in range(self.num_steps):
             for rank in range(self.num_ranks):
                 for term in self.terms(step, rank):
-                    pieces = sum(len(run.lines) + 4 for _, runs in term.curved for run in runs)
+                    pieces = sum(len(run.points) + 4 for _, runs in term.curved for run in runs)
                     result += len(self.expert_Q) * (1 + len(term.curved)) + 3 * pieces
         return result
 
