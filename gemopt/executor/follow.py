@@ -53,7 +53,7 @@ class Gauge:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
     def end(self, dispatch: SlotDispatch, clock: Any) -> None:
@@ -63,7 +63,7 @@ class Gauge:
             self._add(self.passes, layer, 1e6 * (time.perf_counter() - clock))
             return
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         self._events.append((self.passes, layer, clock, event))
 
     def _add(self, step: int, layer: int, microseconds: float) -> None:
