@@ -14,24 +14,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit
-from gemopt.documents import integer_array
 from gemopt.evaluate import objective, rank_times
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray, Latency
 from gemopt.migration import Move, held, keep_in_place, moves
 from gemopt.online import state
+from gemopt.online.inputs import counts_from, latencies_from
 from gemopt.online.memories import Memories
 from gemopt.online.planner import Prices, Proposal, choose, effective_steps, evacuate, propose, sample
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds, slower
 from gemopt.placement import Placement, Split
-from gemopt.problem import LOAD_LIMIT, Problem
+from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.solvers.search.state import Costs, hull_costs, make_costs
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
-WORK = 1 << 15  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
+MOST_COMPILED = 16
+WORK = 1 << 14  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,7 @@ class Controller:
         self.moved_at = np.full(placement.num_layers, -(2**40))
         self.steps = self.blind_until = 0
         self.now_s: float | None = None
-        self._compiled: dict[int, Costs] = {}  # by mean load
+        self._compiled: dict[tuple[int, int], Costs] = {}  # by mean and largest load
         self._check(placement)
         self.placement = placement
 
@@ -126,8 +127,8 @@ class Controller:
             Seconds on the caller's clock, only to notice that it stands still or goes backwards.
         """
         try:
-            counts = self._counts(counts_NLE)
-            latencies = self._latencies(latencies_NG, len(counts))
+            counts = counts_from(counts_NLE, self.memories.shape)
+            latencies = latencies_from(latencies_NG, len(counts), len(self.latencies))
             self._clock(now_s)
         except InputError as error:
             return self._keep(f"refused: {error}")
@@ -135,15 +136,17 @@ class Controller:
         rows = self.placement.physical_to_logical
         times_LNG = np.stack([rank_times(problem, row) for problem, row in zip(window, rows, strict=True)])
         news = self._listen(latencies, times_LNG.sum(axis=0) / self.speeds.factors_G)
+        known = self.memories.ticks
         changed = self._remember(counts)
         if changed:
             news.append("the traffic changed")
         else:
             self.promises.check(window)
-        self.promises.forget(self.placement.num_slots)
+        if self.memories.ticks > known:
+            self.promises.forget(self.placement.num_slots)
         mean = times_LNG.mean()
         imbalance = float(times_LNG.max(axis=2).mean() / mean) if mean > 0 else float("nan")
-        return self._decide(news, changed, imbalance)
+        return self._decide(news, changed, imbalance, known)
 
     def remember(self, counts_NLE: object) -> None:
         """Learn from [n, L, E] steps of the past without deciding: what the placement in force was fitted on.
@@ -153,7 +156,7 @@ class Controller:
         InputError
             When they are of another network.
         """
-        self._remember(self._counts(counts_NLE))
+        self._remember(counts_from(counts_NLE, self.memories.shape))
         self.memories.changes = 0  # how fast traffic changes is learnt while serving
 
     def confirm(self, placement: Placement) -> None:
@@ -165,10 +168,13 @@ class Controller:
             When it is of another network or group.
         """
         self._check(placement)
-        if placement.physical_to_logical.shape[0] != self.memories.shape[0]:
-            raise InputError("placement", f"{placement.num_layers} layers", f"{self.memories.shape[0]} layers")
-        if placement.num_experts != self.memories.shape[1]:
-            raise InputError("placement", f"{placement.num_experts} experts", f"{self.memories.shape[1]} experts")
+        shape, given = self.memories.shape, (placement.num_layers, placement.num_experts)
+        if given != shape:
+            raise InputError(
+                "placement", f"{given[0]} layers, {given[1]} experts", f"{shape[0]} layers, {shape[1]} experts"
+            )
+        if (placement.slots_per_rank != self.placement.slots_per_rank).any():
+            self.promises.forget(placement.num_slots)
         self.placement = placement
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -186,30 +192,6 @@ class Controller:
         if placement.has_copies and placement.split is not Split.EVEN:
             limit = "the shares of moved copies follow from counts only for the even split"
             raise UnsupportedError("Placement.split", placement.split.value, limit, "use even")
-
-    def _counts(self, given: object) -> NDArray[np.int64]:
-        counts = integer_array(given, name="counts", ndim=3)
-        if counts.shape[1:] != self.memories.shape:
-            layers, experts = self.memories.shape
-            raise InputError("counts", f"shape {counts.shape}", f"[steps, {layers} layers, {experts} experts]")
-        if not len(counts):
-            raise InputError("counts", "no steps", "at least one step")
-        if counts.min() < 0 or counts.sum(axis=2, dtype=np.float64).max() > LOAD_LIMIT:
-            raise InputError("counts", int(counts.min()), f"whole numbers >= 0, at most {LOAD_LIMIT} per layer")
-        return counts
-
-    def _latencies(self, given: object, steps: int) -> FloatArray | None:
-        if given is None:
-            return None
-        try:
-            latencies = np.array(given, dtype=np.float64)
-        except (ValueError, TypeError):
-            raise InputError("latencies", given, "numbers [steps, ranks]") from None
-        if latencies.shape != (steps, len(self.latencies)):
-            raise InputError("latencies", f"shape {latencies.shape}", f"[{steps} steps, {len(self.latencies)} ranks]")
-        if (latencies < 0).any():
-            raise InputError("latencies", float(np.nanmin(latencies)), "microseconds >= 0")
-        return latencies
 
     def _clock(self, now_s: float | None) -> None:
         if now_s is None:
@@ -235,13 +217,13 @@ class Controller:
         if changed:
             news += [f"rank {g} takes {self.speeds.factors_G[g]:.3f} times its profile" for g in changed]
             self.rescale()
+            self.moved_at[:] = -(2**40)  # every layer may move at once
         return news
 
     def rescale(self) -> None:
         pairs = zip(self.cost.latencies, self.speeds.factors_G, strict=True)
         self.latencies = tuple(slower(latency, float(factor)) for latency, factor in pairs)
         self._compiled = {}
-        self.moved_at[:] = -(2**40)  # other speeds: every layer may move at once
 
     def _problem(
         self,
@@ -272,9 +254,9 @@ class Controller:
     def _keep(self, reason: str, **fields: float | bool) -> Decision:
         return Decision(self.placement, reason=reason, drift=self.memories.drift, **fields)  # type: ignore[arg-type]
 
-    def _decide(self, news: list[str], changed: bool, imbalance: float) -> Decision:
+    def _decide(self, news: list[str], changed: bool, imbalance: float, known: int) -> Decision:
         say = "; ".join(news)
-        if not self.memories.ticks:
+        if not self.memories.ticks or (self.memories.ticks == known and not news):
             return self._keep(_joined(say, f"waiting for {TICK - len(self.pending)} more steps"), imbalance=imbalance)
         failed_G = self.speeds.failed_G
         begin = self.placement.physical_to_logical
@@ -340,14 +322,19 @@ class Controller:
     def _costs(self, problem: Problem) -> Costs:
         """Latencies in compiled form: lines or planes where they are close, else tables, made once for all layers."""
         loads_T = problem.counts_TE.sum(axis=1)
-        key = int(loads_T.mean())
+        key = (int(loads_T.mean()), 2 << int(loads_T.max()).bit_length())  # of the key alone, whatever came before
         if key not in self._compiled:
-            largest = 2 * int(loads_T.max()) + problem.num_experts
-            counts_1E = np.full((1, problem.num_experts), -(-largest // problem.num_experts))
-            beyond = Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
-            hull = hull_costs(problem)
-            self._compiled = {key: make_costs(beyond) if hull is None else hull}
+            hull = hull_costs(self._alike(problem, key[0]))
+            if len(self._compiled) >= MOST_COMPILED:
+                self._compiled.clear()
+            self._compiled[key] = make_costs(self._alike(problem, key[1])) if hull is None else hull
         return self._compiled[key]
+
+    @staticmethod
+    def _alike(problem: Problem, load: int) -> Problem:
+        """The same layer with one step of at least so many assignments."""
+        counts_1E = np.full((1, problem.num_experts), -(-load // problem.num_experts))
+        return Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
 
     def _decision(self, rows: NDArray[np.int64], gain_us: float, say: str, imbalance: float, changed: bool) -> Decision:
         before, slots_G = self.placement, self.placement.slots_per_rank
