@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,8 @@ from gemopt.costs import CostModel, fit
 from gemopt.evaluate import objective, rank_times
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray, Latency
-from gemopt.migration import Move, held, keep_in_place, moves
 from gemopt.online import state
+from gemopt.online.decision import Decision, travel_between
 from gemopt.online.inputs import counts_from, latencies_from
 from gemopt.online.memories import Memories
 from gemopt.online.planner import Prices, Proposal, choose, effective_steps, evacuate, propose, sample
@@ -33,43 +32,6 @@ from gemopt.solvers.search.state import Costs, hull_costs, make_costs
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
 MOST_COMPILED = 16
 WORK = 1 << 14  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """What a step of the controller wants.
-
-    Attributes
-    ----------
-    placement
-        Wanted placement; the very object in force when nothing moves.
-    moves
-        By layer id, what travels; slots as in `gemopt.migration.Move`.
-    num_moves
-        Experts that some rank receives.
-    gain_us
-        Predicted gain per step, in microseconds summed over the layers.
-    cost_us
-        What the moves stall once, in microseconds: commits, and what transfers in the background slow down.
-    reason
-        Why, in one line.
-    drift
-        Distance of the last loads from what was predicted, 0 to 1.
-    imbalance
-        Slowest over mean rank of the last steps, over all layers; NaN where nothing was seen.
-    changed
-        Whether the traffic changed suddenly.
-    """
-
-    placement: Placement
-    moves: dict[int, list[Move]] = field(default_factory=dict)
-    num_moves: int = 0
-    gain_us: float = 0.0
-    cost_us: float = 0.0
-    reason: str = ""
-    drift: float = 0.0
-    imbalance: float = float("nan")
-    changed: bool = False
 
 
 class Controller:
@@ -221,6 +183,7 @@ class Controller:
         return news
 
     def rescale(self) -> None:
+        """Take the speeds in force over into the latencies that plans are judged by."""
         pairs = zip(self.cost.latencies, self.speeds.factors_G, strict=True)
         self.latencies = tuple(slower(latency, float(factor)) for latency, factor in pairs)
         self._compiled = {}
@@ -337,28 +300,26 @@ class Controller:
         return Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
 
     def _decision(self, rows: NDArray[np.int64], gain_us: float, say: str, imbalance: float, changed: bool) -> Decision:
-        before, slots_G = self.placement, self.placement.slots_per_rank
-        moved: dict[int, list[Move]] = {}
-        total, transfers = 0, 0
-        for layer, (old, row) in enumerate(zip(before.physical_to_logical, rows, strict=True)):
-            if (old == row).all():
-                continue
-            rows[layer] = row[keep_in_place(old, row, slots_G)]
-            moved[before.layer_ids[layer]] = moves(old, rows[layer], slots_G, nodes=self.nodes_G)
-            new_GE = held(row, slots_G, before.num_experts) & ~held(old, slots_G, before.num_experts)
-            total, transfers = total + int(new_GE.sum()), transfers + int(new_GE.sum(axis=1).max())
-            self.moved_at[layer] = self.steps
-        if not moved:
+        travel = travel_between(self.placement, rows, self.nodes_G)
+        if not travel.moves:
             return self._keep(_joined(say, "no swap pays"), imbalance=imbalance, changed=changed)
-        transfer_us = transfers * self.expert_bytes / self.policy.bytes_per_s * 1e6
-        cost_us = len(moved) * self.policy.commit_us + self.policy.slowdown * transfer_us
-        fields = {name: getattr(before, name) for name in type(before).model_fields}
-        self.placement = Placement(**{**fields, "physical_to_logical": rows})
-        self.blind_until = self.steps + len(moved) + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
-        reason = _joined(
-            say, f"{total} moves in {len(moved)} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
+        layers, transfer_us = len(travel.moves), travel.rounds * self.expert_bytes / self.policy.bytes_per_s * 1e6
+        cost_us = layers * self.policy.commit_us + self.policy.slowdown * transfer_us
+        self.moved_at[list(travel.layers)] = self.steps
+        self.placement = travel.placement
+        self.blind_until = self.steps + layers + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
+        text = f"{travel.num_moves} moves in {layers} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
+        return Decision(
+            self.placement,
+            travel.moves,
+            travel.num_moves,
+            gain_us,
+            cost_us,
+            _joined(say, text),
+            self.memories.drift,
+            imbalance,
+            changed,
         )
-        return Decision(self.placement, moved, total, gain_us, cost_us, reason, self.memories.drift, imbalance, changed)
 
 
 def _joined(*parts: str) -> str:
