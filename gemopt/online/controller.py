@@ -250,7 +250,7 @@ class Controller:
         memories = self.memories
         most = min(self.policy.plan_steps, max(TICK * TICK, WORK // memories.shape[1]))
         steps, weights = sample(np.repeat(memories.weights() / TICK, TICK), most)
-        pool_NLE = memories.counts.reshape(-1, *memories.shape)[steps]
+        pool_NLE = memories.counts.reshape(-1, *memories.shape)[steps].astype(np.int64)
         layers = range(memories.shape[0])
         return [self._problem(pool_NLE, layer, self.latencies, weights) for layer in layers], effective_steps(weights)
 
