@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.latency import Curve, FloatArray, Latency
+from gemopt.latency import FloatArray
 from gemopt.online.policy import Policy
 
 WINDOW = 32  # last usable steps that a rank is judged by
@@ -82,12 +82,3 @@ def _last_level(values: FloatArray) -> FloatArray:
         if strength > max(best, 2 * CERTAIN):
             best, cut = strength, at
     return values[cut:]
-
-
-def slower(latency: Latency, factor: float) -> Latency:
-    """The same latency, `factor` times as long at every load."""
-    if factor == 1:
-        return latency
-    return Latency(
-        tuple(tuple(Curve(curve.x, curve.y * factor, curve.slope * factor) for curve in term) for term in latency.terms)
-    )

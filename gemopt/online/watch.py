@@ -18,7 +18,8 @@ import numpy as np
 from gemopt.bounds import lower_bound
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import GemoptError, InputError
-from gemopt.online.controller import Controller, Decision
+from gemopt.online.controller import Controller
+from gemopt.online.decision import Decision
 from gemopt.online.follow import Follower
 from gemopt.online.metrics import Health, Metrics
 from gemopt.placement import Placement
