@@ -15,7 +15,7 @@ SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.
 TIERS = [
     ["exceptions", "documents"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
-    ["costs", "conflicts", "kernels", "migration"],
+    ["costs", "conflicts", "kernels", "migration", "moves"],
     ["problem", "evaluate", "result"],
     ["bounds", "solvers"],
     ["solve", "compare"],

@@ -29,6 +29,8 @@ class Supports:
     proves: bool = False
     improves: bool = False
     """Whether more time or a warm start can lead to a better answer."""
+    moves: bool = False
+    """Whether it heeds a price and limits of moves."""
 
 
 @dataclass
@@ -95,14 +97,18 @@ class Solver(Protocol):
 
 def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list[str]]) -> None:
     """Raise `UnsupportedError` when the problem needs what the solver cannot express."""
-    for need, needed in (("spare_slots", problem.spare_slots > 0), ("unequal_slots", not problem.equal_slots)):
+    slots = "/".join(map(str, sorted(set(problem.slots_per_rank.tolist()))))
+    needs = (
+        ("spare_slots", problem.spare_slots > 0, "slots_per_rank", slots),
+        ("unequal_slots", not problem.equal_slots, "slots_per_rank", slots),
+        ("moves", problem.moves is not None, "moves", "a price or a limit"),
+    )
+    for need, needed, field_name, value in needs:
         if needed and not getattr(solver.supports, need):
-            raise UnsupportedError(
-                "slots_per_rank",
-                "/".join(map(str, sorted(set(problem.slots_per_rank.tolist())))),
-                f"{solver.name} cannot use {need.replace('_', ' ')}",
-                f"use {' or '.join(alternatives(need))}",
+            can = (
+                "cannot heed a price or limits of moves" if need == "moves" else f"cannot use {need.replace('_', ' ')}"
             )
+            raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {' or '.join(alternatives(need))}")
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

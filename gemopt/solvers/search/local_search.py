@@ -12,7 +12,7 @@ from gemopt.evaluate import objective
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
-from gemopt.solvers.search.packing import lpt_row, replicate
+from gemopt.solvers.search.packing import copies_worth_trying, lpt_row, replicate
 
 BATCH_KICKS = 25
 NEVER = 2**62
@@ -24,11 +24,14 @@ class LocalSearch:
     """Descent by swaps and copies, then iterated local search."""
 
     name = "local-search"
-    supports = Supports(improves=True)
+    supports = Supports(improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. `options.patience` 0 ends after the descent."""
+        from gemopt.solvers.search.within import search_within
 
+        if problem.moves is not None:
+            return search_within(problem, options, warm_start, self.solve)
         search = _Search(problem, options)
         starts = [lpt_row(problem)] if warm_start is None else [warm_start]
         if problem.spare_slots and warm_start is None:
@@ -93,16 +96,16 @@ class _Search:
         from gemopt.solvers.search.copies import improve_copies, make_shares
         from gemopt.solvers.search.state import make_state
         from gemopt.solvers.search.swaps import EPSILON, descend
+        from gemopt.solvers.search.terms import free_terms
 
         problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
         shares = make_shares(problem)
         if shares is None:
             return
-        hottest = np.argsort(-problem.linearised[1].mean(axis=0), kind="stable")
-        candidates = hottest[: 16 + 2 * problem.spare_slots]
+        candidates = copies_worth_trying(problem)
         state = make_state(problem, row, self.costs)
         for _ in range(50):
-            made = improve_copies(self.costs, state, shares, candidates, EPSILON, True)
+            made = improve_copies(self.costs, state, shares, candidates, EPSILON, True, free_terms(problem))
             state = make_state(problem, state.content, self.costs)  # swaps move copies, which renumbers them
             descend(self.costs, state, ranks, False)
             before = self.value

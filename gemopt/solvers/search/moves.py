@@ -8,18 +8,18 @@ after 1, 2, 3, ... swaps a front of latency against moves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.evaluate import objective
 from gemopt.migration import held
+from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.search.gains import BLOCK, Pair, allowed, five_planes, make_pair, set_tangent
 from gemopt.solvers.search.state import Array, Costs, Number, State, lookup, make_costs, make_state
+from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
 from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
@@ -34,23 +34,9 @@ class Waypoint:
     moves: int
 
 
-class Terms(NamedTuple):
-    """What moves cost and how many there may be.
-
-    home_GE: [G, E] whether each rank holds each expert in the placement in force. price: microseconds per move.
-    least: gain that a swap must bring per move, beyond the price. most: moves in all. into_G: moves into each rank.
-    """
-
-    home_GE: Array
-    price: float
-    least: float
-    most: int
-    into_G: Array
-
-
 def few_moves(
     problem: Problem,
-    home: Row,
+    home: Row | NDArray[np.bool_],
     *,
     start: Row | None = None,
     price_us: float = 0.0,
@@ -65,7 +51,8 @@ def few_moves(
     Parameters
     ----------
     home, start
-        [P] placement in force, from which moves are counted, and where to begin (`home` when None).
+        [P] placement in force, from which moves are counted, and where to begin (`home` when None). Where ranks came or
+        went, `home` is [G, E] whether each rank holds each expert, and `start` must be given.
     price_us
         Microseconds of the objective that a move must pay for.
     least_us
@@ -79,19 +66,15 @@ def few_moves(
     """
     costs = make_costs(problem) if costs is None else costs
     row = home if start is None else start
-    home_GE = held(home, problem.slots_per_rank, problem.num_experts)
+    home_GE = held(home, problem.slots_per_rank, problem.num_experts) if home.ndim == 1 else home
+    terms = make_terms(problem, Moves(home_GE, price_us, max_moves, max_into_G), least_us=least_us)
     state = make_state(problem, row, costs)
-    most = problem.num_slots if max_moves is None else max_moves
-    into_G = problem.slots_per_rank if max_into_G is None else max_into_G
-    terms = Terms(home_GE, float(price_us), float(least_us), int(most), np.ascontiguousarray(into_G, dtype=np.int64))
     swaps = 4 * problem.num_slots if max_swaps is None else max_swaps
     room_SP = np.empty((swaps, problem.num_slots), np.int64)
     taken = take_best(costs, state, terms, room_SP)
-    rows = [row, *room_SP[:taken]]
-    now_GE = [held(each, problem.slots_per_rank, problem.num_experts) for each in rows]
     return [
-        Waypoint(each.copy(), objective(problem, each), int((now & ~home_GE).sum()))
-        for each, now in zip(rows, now_GE, strict=True)
+        Waypoint(each.copy(), objective(problem, each), int(count_into(problem, each, terms).sum()))
+        for each in (row, *room_SP[:taken])
     ]
 
 
@@ -112,14 +95,11 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array) -> int:
     pair = make_pair(state)
     best = np.zeros(1, np.float64)
     slots = np.zeros(4, np.int64)
-    moved_G = np.zeros(num_ranks, np.int64)
-    for g in range(num_ranks):
-        for e in range(state.holds.shape[1]):
-            moved_G[g] += state.holds[g, e] > 0 and not terms.home_GE[g, e]
+    moved_G = moved_into(state, terms)
     taken = 0
-    current = total_cost(state)
+    current = total_cost(state) + terms.price * moved_G.sum()
     while taken < rows_SP.shape[0]:
-        best[0] = max(terms.least, NOISE * abs(current))
+        best[0] = max(terms.least, NOISE * abs(current - terms.price * moved_G.sum()))
         slots[0] = -1
         order = promising_pairs(state, values, ranks)
         for n in range(order.shape[0]):
@@ -129,19 +109,44 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array) -> int:
         if slots[0] < 0:
             break
         a, b, i, j = number(slots[0]), number(slots[1]), number(slots[2]), number(slots[3])
-        into_a, into_b = extra_moves(state, terms, a, b, i, j)
-        apply_swap(costs, state, a, b, i, j)
-        renewed = total_cost(state)
-        if renewed + terms.price * (into_a + into_b) >= current - 0.5 * best[0]:  # float32 noise, not a gain
-            apply_swap(costs, state, a, b, i, j)
+        renewed = swap_for(costs, state, a, b, i, j, terms, moved_G, current, 0.5 * best[0])
+        if renewed >= current:
             break
-        moved_G[a] += into_a
-        moved_G[b] += into_b
         current = renewed
         refresh_three(state.times, values, ranks, a, b)
         rows_SP[taken] = state.content
         taken += 1
     return taken
+
+
+@njit(cache=True, nogil=True)
+def swap_for(
+    costs: Costs,
+    state: State,
+    a: Number,
+    b: Number,
+    i: Number,
+    j: Number,
+    terms: Terms,
+    moved_G: Array,
+    current: float,
+    gain: float,
+) -> Number:
+    """Swap where that gains at least so much of the current cost and price; returns what they are then.
+
+    Float32 noise can make a swap look better than it is: it is taken back.
+    """  # fmt: skip
+    into_a, into_b = extra_moves(state, terms, a, b, i, j)
+    apply_swap(costs, state, a, b, i, j)
+    moved_G[a] += into_a
+    moved_G[b] += into_b
+    renewed = total_cost(state) + terms.price * moved_G.sum()
+    if renewed < current - gain:
+        return renewed
+    apply_swap(costs, state, a, b, i, j)
+    moved_G[a] -= into_a
+    moved_G[b] -= into_b
+    return current
 
 
 @njit(cache=True, nogil=True)
@@ -159,21 +164,6 @@ def promising_pairs(state: State, values: Array, ranks: Array) -> Array:
             pairs[n], keys[n] = a * num_ranks + b, -(lead_G[a] + lead_G[b])
             n += 1
     return pairs[np.argsort(keys)]
-
-
-@njit(cache=True, nogil=True)
-def extra_moves(state: State, terms: Terms, a: Number, b: Number, i: Number, j: Number) -> tuple[int, int]:
-    """Moves into rank a and into rank b that swapping slot i of a with slot j of b adds (negative: refunds)."""
-    into_a: Number = 0
-    into_b: Number = 0
-    expert_i, expert_j = state.content[i], state.content[j]
-    if expert_i >= 0:
-        into_a -= 0 if terms.home_GE[a, expert_i] else 1
-        into_b += 0 if terms.home_GE[b, expert_i] else 1
-    if expert_j >= 0:
-        into_b -= 0 if terms.home_GE[b, expert_j] else 1
-        into_a += 0 if terms.home_GE[a, expert_j] else 1
-    return into_a, into_b
 
 
 @njit(cache=True, nogil=True)
@@ -195,13 +185,9 @@ def scan_pair(
             if not allowed(state, a, b, i, j):
                 continue
             into_a, into_b = extra_moves(state, terms, a, b, i, j)
+            if not permitted(terms, moved, moved_G, a, b, into_a, into_b):
+                continue
             added = into_a + into_b
-            if moved + added > terms.most and added > 0:
-                continue
-            if (into_a > 0 and moved_G[a] + into_a > terms.into_G[a]) or (
-                into_b > 0 and moved_G[b] + into_b > terms.into_G[b]
-            ):
-                continue
             goal = current - best[0] - terms.price * added
             cost = swap_cost(costs, state, a, b, i, j, pair, goal)
             if cost < goal:

@@ -34,6 +34,12 @@ def replicate(weight_E: FloatArray, spare: int, num_ranks: int) -> Row:
     return copies
 
 
+def copies_worth_trying(problem: Problem) -> Row:
+    """Experts that may deserve another copy, hottest first."""
+    hottest = np.argsort(-problem.linearised[1].mean(axis=0), kind="stable")
+    return hottest[: 16 + 2 * problem.spare_slots]
+
+
 def pack(items: Row, weight_GI: FloatArray, offset_G: FloatArray, slots_G: Row) -> Row:
     """[P] items (experts, repeated for copies), heaviest first, each to the allowed rank that finishes it first."""
     finish = np.array(offset_G, dtype=np.float64)
