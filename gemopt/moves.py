@@ -1,4 +1,4 @@
-"""What moving experts costs, and how many may move: the part of one layer's problem that looks at the placement in force.
+"""What moving experts costs and how many may move: what a layer's problem asks of the placement in force.
 
 A move is an expert that a rank receives and does not hold in the placement in force (`home`). The slot of an expert on
 its rank does not matter, and neither does what a rank gives up.

@@ -15,7 +15,7 @@ SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.
 TIERS = [
     ["exceptions", "documents"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
-    ["costs", "conflicts", "kernels", "migration", "moves"],
+    ["costs", "conflicts", "kernels", "migration", "moves", "resize"],
     ["problem", "evaluate", "result"],
     ["bounds", "solvers"],
     ["solve", "compare"],

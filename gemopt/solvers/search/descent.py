@@ -1,4 +1,4 @@
-"""Compiled descent and kicks under a price and limits of moves: as `swaps`, each swap paying for the experts it moves."""
+"""Compiled descent and kicks as in `swaps`, under a price and limits: each swap pays for the experts that it moves."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def settle_pair(
 
 
 @njit(cache=True, nogil=True)
-def settle(costs: Costs, state: State, terms: Terms, moved_G: Array, dirty: Array, full: bool) -> float:
+def settle(costs: Costs, state: State, terms: Terms, moved_G: Array, dirty: Array, full: bool) -> Number:
     """Swap until no pair of ranks pays; returns the weighted cost with the price of the moves.
 
     dirty: [G] ranks whose pairs are to be tried first. With `full`, ends only after all pairs were tried in vain: moves

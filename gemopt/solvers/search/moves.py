@@ -8,6 +8,7 @@ after 1, 2, 3, ... swaps a front of latency against moves.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -19,8 +20,8 @@ from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.search.gains import BLOCK, Pair, allowed, five_planes, make_pair, set_tangent
 from gemopt.solvers.search.state import Array, Costs, Number, State, lookup, make_costs, make_state
-from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
 from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
+from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
 
@@ -65,8 +66,10 @@ def few_moves(
         `make_costs(problem)` when it is at hand.
     """
     costs = make_costs(problem) if costs is None else costs
-    row = home if start is None else start
-    home_GE = held(home, problem.slots_per_rank, problem.num_experts) if home.ndim == 1 else home
+    row = np.asarray(home if start is None else start, dtype=np.int64)
+    home_GE = np.asarray(home, dtype=np.bool_)
+    if home.ndim == 1:
+        home_GE = held(np.asarray(home, dtype=np.int64), problem.slots_per_rank, problem.num_experts)
     terms = make_terms(problem, Moves(home_GE, price_us, max_moves, max_into_G), least_us=least_us)
     state = make_state(problem, row, costs)
     swaps = 4 * problem.num_slots if max_swaps is None else max_swaps
