@@ -42,7 +42,7 @@ def cost(problem: Problem, ranks_E: tuple[tuple[int, ...], ...]) -> float:
 
 
 def placements(problem: Problem) -> Iterator[tuple[float, np.ndarray]]:
-    """Total and moves into each rank of every placement, copies and empty slots included, whatever the limits of moves."""
+    """Total and moves into each rank of every placement, copies and empty slots included, whatever the limits."""
     most = min(problem.num_ranks, problem.spare_slots + 1)
     sets = [ranks for r in range(1, most + 1) for ranks in combinations(range(problem.num_ranks), r)]
     for ranks_E in product(sets, repeat=problem.num_experts):

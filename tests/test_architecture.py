@@ -18,7 +18,7 @@ TIERS = [
     ["costs", "conflicts", "kernels", "migration", "moves", "resize"],
     ["problem", "evaluate", "result"],
     ["bounds", "solvers"],
-    ["solve", "compare"],
+    ["solve", "compare", "moving"],
     ["predict", "online", "replay", "advise"],
     ["formats", "plotting", "report"],
     ["models", "profiling", "executor"],
