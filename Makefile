@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test engines quiet lint typecheck clean
+.PHONY: demo test engines fuzz quiet lint typecheck clean
 
 .venv/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,6 +38,12 @@ engines: .venv/.dev
 
 quiet: .venv/.dev
 	$(BIN)/python -m pytest -m quiet
+
+# Hours: every bound and solver against trying all placements, 1e5 random tiny problems in all.
+FUZZ_SEED ?= 1000000
+fuzz: .venv/.dev
+	for run in bounds:60000 local-search:5000 auto:5000 cpsat:15000 highs:10000 cbc:5000; do \
+		$(BIN)/python tests/fuzz/fuzz.py --solver $${run%:*} --n $${run#*:} --seed $(FUZZ_SEED) || exit 1; done
 
 clean:
 	rm -rf build out .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -18,10 +19,10 @@ from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact import cpsat, layer
 from gemopt.solvers.exact.cpsat import CpSat
-from gemopt.solvers.exact.cpsat_formulation import Formulation, TickLine
+from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation, TickLine
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.reduction import representative_steps
-from gemopt.solvers.exact.runs import convex_runs, hull
+from gemopt.solvers.exact.runs import LONGEST, convex_runs, hull
 from gemopt.solvers.search.packing import lpt_row
 
 
@@ -53,11 +54,13 @@ def staircase_problem(num_steps: int = 12, *, equal: bool = True) -> Problem:
 @pytest.mark.parametrize("spare", [False, True])
 def test_every_variable_has_a_hint_that_cpsat_calls_complete_and_feasible(spare: bool) -> None:
     accepted = 0
-    for seed in range(25):
+    for seed in range(60):
         problem = brute.random_problem(seed, spare=spare)
         search = Search.prepare(problem, options(), None, 1e9)
+        if search.done:
+            continue
         tick_us = cpsat.resolution(search)
-        formulation = Formulation(search.compact, tick_us, cpsat.canonical_hint(search))
+        formulation = CpSatFormulation(search.compact, tick_us, cpsat.canonical_start(search))
         lines: list[str] = []
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
@@ -69,15 +72,16 @@ def test_every_variable_has_a_hint_that_cpsat_calls_complete_and_feasible(spare:
         assert stated and all("is complete and is feasible." in line for line in stated), (seed, stated)
         ticks = float(stated[0].split("value is")[1].strip(" ."))
         lost = cpsat.RESOLUTION * abs(search.objective_us) + 1e-9
-        assert search.objective_us - lost <= ticks * tick_us <= search.objective_us + 1e-9
+        said = search.compact.base_us + ticks * tick_us
+        assert search.objective_us - lost <= said <= search.objective_us + 1e-9
         accepted += 1
-    assert accepted == 25
+    assert accepted >= 10
 
 
 @pytest.mark.parametrize("resolution", [1e-1, 1e-3])
 def test_a_coarse_resolution_never_lifts_the_bound(resolution: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpsat, "RESOLUTION", resolution)
-    monkeypatch.setattr(layer, "step_bounds", lambda problem: np.full(problem.num_steps, -100.0))
+    monkeypatch.setattr(layer, "step_bounds", lambda problem: np.zeros(problem.num_steps))
     for seed in range(50_000, 50_060):
         problem = brute.random_problem(seed)
         outcome = CpSat().solve(problem, options(), None)
@@ -92,30 +96,43 @@ def test_lines_in_ticks_are_never_above_and_lose_less_than_three() -> None:
     for _ in range(300):
         low = int(rng.integers(0, 50))
         high = low + int(rng.integers(0, 400))
-        line = (int(rng.integers(low, high + 1)), float(rng.uniform(0, 100)), float(rng.uniform(-3, 3)))
+        (x0, x1), (y0, y1) = sorted(rng.choice(np.arange(low, high + 2), 2, replace=False)), rng.uniform(0, 100, 2)
         scale = float(10 ** rng.uniform(-1, 5))
-        ticks = TickLine.below(line, low, high, scale)
+        ticks = TickLine.below((int(x0), y0), (int(x1), y1), low, high, scale)
         for load in range(low, high + 1):
-            exact_value = (line[1] + line[2] * (load - line[0])) * scale
+            exact_value = (y0 + (y1 - y0) / (x1 - x0) * (load - x0)) * scale
             assert exact_value - 3 < ticks.value(load) <= exact_value
 
 
-def test_runs_are_the_clipped_curve_and_convex() -> None:
+def test_runs_are_the_clipped_curve_and_convex_and_leave_out_what_takes_too_long() -> None:
     rng = np.random.default_rng(4)
     for _ in range(300):
         curve = brute.random_curve(rng, 30, str(rng.choice(["straight", "convex", "staircase", "jagged"])))
         low = int(rng.integers(0, 20))
         high = low + int(rng.integers(0, 30))
         at_least = float(rng.choice([-np.inf, rng.uniform(0, 40)]))
-        runs = convex_runs(curve, low, high, at_least)
-        assert [run.low for run in runs[1:]] == [run.high + 1 for run in runs[:-1]]
-        assert (runs[0].low, runs[-1].high) == (low, high)
+        at_most = float(rng.choice([np.inf, max(at_least, 0.0) + rng.uniform(0, 40)]))
+        runs = convex_runs(curve, low, high, at_least, at_most)
+        held = [load for run in runs for load in range(run.low, run.high + 1)]
+        assert held == [load for load in range(low, high + 1) if float(curve(load)) <= at_most]
+        below = hull(runs) if runs else []
         for run in runs:
+            slopes = [rise / length for length, rise in run.parts]
+            assert all(later > earlier - 1e-9 for earlier, later in pairwise(slopes))
             for load in range(run.low, run.high + 1):
                 wanted = max(float(curve(load)), at_least)
-                assert max(run.value(load), at_least) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
-                lines = hull(runs)
-                assert all(y + slope * (load - x) <= wanted + 1e-9 for x, y, slope in lines)
+                assert run.value(load) == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+                assert np.interp(load, *zip(*below, strict=True)) <= wanted + 1e-9
+
+
+def test_runs_do_not_draw_a_line_on_over_much_more_than_its_own_length() -> None:
+    cliff = Curve(np.array([0.0, 1.0, 1e6]), np.array([100.0, 5.0, 90.0]), 0.0)
+    runs = convex_runs(cliff, 0, 10**6)
+    assert [(run.low, run.high) for run in runs] == [(0, 1), (2, 10**6)]
+    for seed in range(200):
+        curve = brute.random_curve(np.random.default_rng(seed), 10**5, "jagged")
+        for run in convex_runs(curve, 0, 10**5):
+            assert run.high - run.low <= LONGEST * min([length for length, _ in run.parts], default=1)
 
 
 def test_same_seed_same_answer() -> None:

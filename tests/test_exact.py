@@ -43,7 +43,7 @@ def options(seconds: float = 60.0, **fields: object) -> Options:
 
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the formulations prove everything by themselves."""
-    monkeypatch.setattr(layer, "step_bounds", lambda problem: np.full(problem.num_steps, -100.0))
+    monkeypatch.setattr(layer, "step_bounds", lambda problem: np.zeros(problem.num_steps))
 
 
 def below(bound_us: float, optimum_us: float) -> bool:
@@ -142,7 +142,7 @@ def test_equal_ranks_may_be_relabelled() -> None:
 def test_canonical_changes_no_objective_and_is_a_fixed_point() -> None:
     for seed in range(60):
         problem = merged(brute.random_problem(seed, spare=False))
-        compact = Compact.of(problem, np.zeros(problem.num_steps))
+        compact = Compact.of(problem, np.zeros(problem.num_steps), objective(problem, lpt_row(problem)))
         held = compact.held(lpt_row(problem))
         canonical = compact.canonical(held)
         assert (compact.canonical(canonical) == canonical).all()
@@ -155,7 +155,7 @@ def test_canonical_changes_no_objective_and_is_a_fixed_point() -> None:
 
 def test_arrays_survive_the_file(tmp_path: Path) -> None:
     problem = merged(brute.random_problem(5, spare=True))
-    compact = Compact.of(problem, np.zeros(problem.num_steps))
+    compact = Compact.of(problem, np.zeros(problem.num_steps), objective(problem, lpt_row(problem)))
     compact.save(tmp_path / "compact.npz")
     loaded = Compact.load(tmp_path / "compact.npz")
     for t in range(compact.num_steps):

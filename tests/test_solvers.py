@@ -193,8 +193,8 @@ def test_lpt_weighs_speed() -> None:
 
 
 def test_eplb_replicates_by_load_per_copy_and_ignores_speed() -> None:
-    assert replicate(np.array([90.0, 10.0, 40.0]), 3, 8).tolist() == [3, 1, 2]
-    assert replicate(np.array([90.0, 10.0]), 6, 3).tolist() == [3, 3]
+    assert replicate(np.array([90.0, 10.0, 40.0]), np.array([1, 1, 1, 1, 1, 1, 0, 0])).tolist() == [3, 1, 2]
+    assert replicate(np.array([90.0, 10.0]), np.array([2, 2, 2])).tolist() == [3, 3]
     counts = np.tile([40, 30, 20, 10], (5, 1))
     for factors in ([1.0, 1.0], [1.0, 9.0]):
         problem = Problem.make(counts, (ASSIGNMENTS,), [latency("affine", f) for f in factors])

@@ -70,6 +70,11 @@ class Outcome:
 
     row: [P] expert of each slot, -1 empty, or None. bound_us: a lower bound valid for all placements on all steps of
     the problem, or None. history: incumbents with seconds on the `time.monotonic` clock. infeasible: proven.
+
+    Exact solvers also say what is theirs. start_us: objective of the placement they were given or began with.
+    own_bound_us: the bound that the solver itself claims for all steps, its word alone; None when it claims none or
+    what it claimed was refuted. stated_steps, distinct_steps: steps that were stated to it, of how many. reached:
+    whether the solver ran at all.
     """
 
     row: Row | None
@@ -78,6 +83,11 @@ class Outcome:
     history: list[Incumbent] = field(default_factory=list)
     note: str = ""
     infeasible: bool = False
+    start_us: float | None = None
+    own_bound_us: float | None = None
+    stated_steps: int | None = None
+    distinct_steps: int | None = None
+    reached: bool = True
 
 
 class Solver(Protocol):
@@ -109,6 +119,17 @@ def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list
                 "cannot heed a price or limits of moves" if need == "moves" else f"cannot use {need.replace('_', ' ')}"
             )
             raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {' or '.join(alternatives(need))}")
+
+
+def no_placement() -> Outcome:
+    """The outcome when the limits of moves are proven to allow no placement."""
+    note = "the limits of moves allow no placement"
+    return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note, reached=False)
+
+
+def within_limits(problem: Problem, row: Row | None) -> bool:
+    """Whether there is a row and it keeps to the limits of moves."""
+    return row is not None and (problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank))
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

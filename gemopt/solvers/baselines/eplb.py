@@ -56,7 +56,7 @@ class EplbHierarchical:
 
 def _balance(weight_E: FloatArray, experts: Row, slots_G: Row) -> Row:
     """Copies, then packing, of some experts onto some ranks."""
-    copies = replicate(weight_E[experts], int(slots_G.sum()) - len(experts), int((slots_G > 0).sum()))
+    copies = replicate(weight_E[experts], slots_G)
     return _pack(np.repeat(weight_E[experts] / copies, copies), np.repeat(experts, copies), slots_G)
 
 

@@ -16,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.latency import Curve, Curves, FloatArray, Latency
+from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.runs import Term, split_term
 
 IntArray = NDArray[np.int64]
+
+ROUNDING = 1e-9  # relative, by which a ceiling is rounded up
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +36,19 @@ class Compact:
         [F, T, Q] additive features of every column at every distinct step.
     expert_Q, copies_Q, index_Q
         [Q] column q is copy `index_Q[q]` of `copies_Q[q]` of expert `expert_Q[q]`.
-    weights_T, floor_T
-        [T] weight of each distinct step, and a lower bound on its makespan in microseconds.
+    weights_T, floor_T, ceiling_T
+        [T] weight of each distinct step, a lower bound on its makespan in microseconds, and the makespan above which
+        no placement is better than the incumbent.
     slots_G
         [G] slots of each rank.
     group_G
         [G] equal numbers for ranks that can be swapped without any change.
     order_E
         Experts, heaviest first: the order in which equal ranks are told apart.
+    moved_QG
+        [Q, G] whether holding a column is a move, for a rank that did not hold its expert.
+    price_us, most, most_into_G
+        Microseconds per move, and the moves allowed in all and into each rank [G].
     """
 
     features_FTQ: IntArray
@@ -49,20 +57,33 @@ class Compact:
     index_Q: IntArray
     weights_T: FloatArray
     floor_T: FloatArray
+    ceiling_T: FloatArray
     slots_G: IntArray
     group_G: IntArray
     order_E: IntArray
+    moved_QG: NDArray[np.bool_]
+    price_us: NDArray[np.float64]
+    most: IntArray
+    most_into_G: IntArray
     curves: Curves
 
     @classmethod
-    def of(cls, problem: Problem, floor_T: FloatArray) -> Compact:
-        """State a problem whose steps are distinct (`merged`), with lower bounds on the makespan of each step."""
+    def of(cls, problem: Problem, floor_T: FloatArray, open_us: float) -> Compact:
+        """State a problem whose steps are distinct (`merged`), with lower bounds on the makespan of each step.
+
+        open_us: how much all floors together, weighted, are below the incumbent. No step of a better placement
+        exceeds its own floor by more.
+        """
         most = min(problem.num_ranks, problem.spare_slots + 1)
         columns = [(e, r, i) for e in range(problem.num_experts) for r in range(1, most + 1) for i in range(r)]
         expert_Q, copies_Q, index_Q = np.array(columns, dtype=np.int64).T
         shares_TQ = (problem.counts_TE[:, expert_Q] + copies_Q - 1 - index_Q) // copies_Q
+        above_T = np.full(problem.num_steps, np.inf)
+        np.divide(open_us * (1 + ROUNDING), problem.weights_T, out=above_T, where=problem.weights_T > 0)
+        ceiling_T = floor_T + above_T + ROUNDING * np.abs(floor_T)
         group_G = np.arange(problem.num_ranks)
-        if most == 1:  # swapping ranks changes which copy takes the odd assignment
+        moves = problem.moves or Moves(np.ones((problem.num_ranks, problem.num_experts), dtype=bool))
+        if most == 1 and problem.moves is None:  # swapping ranks moves experts, and the odd assignment of copies
             for members in problem.equal_ranks:
                 group_G[members] = members[0]
         return cls(
@@ -72,9 +93,14 @@ class Compact:
             index_Q=index_Q,
             weights_T=problem.weights_T,
             floor_T=floor_T,
+            ceiling_T=ceiling_T,
             slots_G=problem.slots_per_rank,
             group_G=group_G,
             order_E=np.argsort(-problem.counts_TE.T @ problem.weights_T, kind="stable"),
+            moved_QG=~moves.home_GE.T[expert_Q],
+            price_us=np.array(moves.price_us),
+            most=np.array(problem.num_slots if moves.most is None else moves.most),
+            most_into_G=problem.slots_per_rank if moves.most_into_G is None else moves.most_into_G,
             curves=problem.curves,
         )
 
@@ -108,6 +134,17 @@ class Compact:
         return len(self.weights_T)
 
     @property
+    def open_us(self) -> float:
+        """Weighted microseconds between all floors together and the incumbent."""
+        weighty = self.weights_T > 0
+        return float((self.weights_T * (self.ceiling_T - self.floor_T))[weighty].max(initial=0.0))
+
+    @property
+    def base_us(self) -> float:
+        """Weighted microseconds of all floors together."""
+        return float(self.weights_T @ self.floor_T)
+
+    @property
     def with_copies(self) -> bool:
         """Whether there are spare slots, which may hold copies or stay empty."""
         return len(self.expert_Q) > self.num_experts
@@ -139,10 +176,10 @@ class Compact:
         return low[:, :, self.slots_G], largest[:, :, self.slots_G]
 
     def terms(self, step: int, rank: int) -> list[Term]:
-        """What the makespan of a step waits for on a rank, leaving out what never exceeds the step's floor."""
+        """What the makespan of a step waits for on a rank, within the step's floor and ceiling."""
         low_F, high_F = (loads[:, step, rank].tolist() for loads in self.load_range)
-        floor = float(self.floor_T[step])
-        split = (split_term(term, low_F, high_F, floor) for term in self.latencies[rank].terms)
+        floor, ceiling = float(self.floor_T[step]), float(self.ceiling_T[step])
+        split = (split_term(term, low_F, high_F, floor, ceiling) for term in self.latencies[rank].terms)
         return [term for term in split if term is not None]
 
     @property
@@ -152,7 +189,7 @@ class Compact:
         for step in range(self.num_steps):
             for rank in range(self.num_ranks):
                 for term in self.terms(step, rank):
-                    pieces = sum(len(run.lines) + 4 for _, runs in term.curved for run in runs)
+                    pieces = sum(len(run.points) + 4 for _, runs in term.curved for run in runs)
                     result += len(self.expert_Q) * (1 + len(term.curved)) + 3 * pieces
         return result
 

@@ -9,16 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
-from gemopt.exceptions import SolverError
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports
-from gemopt.solvers.exact.cpsat_formulation import SAFETY, Formulation
+from gemopt.solvers.base import Options, Outcome, Row, Supports, no_placement
+from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation
 from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.exact.runs import LONGEST
 
 RESOLUTION = 4e-7
 """Relative error that whole ticks may cause in the objective, all steps together."""
 COEFFICIENTS_PER_SECOND = 10_000
+EXACT = 2.0**53
+"""Whole numbers up to here are exact in float64, which CP-SAT's linear relaxation uses."""
 POLL_S = 0.02
 
 
@@ -26,34 +28,40 @@ class CpSat:
     """Exact for every cost model, unequal slots, empty slots and copies under the even split."""
 
     name = "cpsat"
-    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True)
+    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * options.remaining)
+        if search is None:
+            return no_placement()
         ended = search.ended()
         if ended is not None:
             return ended
-        tick_us = resolution(search)
+        outcome = self._search(search)
+        while outcome.stopped_by is StoppedBy.ITERATIONS and search.restate():
+            outcome = self._search(search)
+        return outcome
+
+    def _search(self, search: Search) -> Outcome:
+        tick_us, options = resolution(search), search.options
         try:
-            formulation = Formulation(search.compact, tick_us, canonical_hint(search), options.expired)
+            formulation = CpSatFormulation(search.compact, tick_us, canonical_start(search), options.expired)
         except TimeoutError as error:
-            return search.outcome(StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT, str(error))
+            return search.outcome(search.cut_short(), str(error), reached=False)
         solver = configured(options, formulation)
-        status = run(solver, formulation, search, tick_us)
-        if status in (cp_model.MODEL_INVALID, cp_model.INFEASIBLE):
-            raise SolverError(f"cpsat: the formulation is {solver.status_name(status)}")
-        if status != cp_model.UNKNOWN:
-            search.offer_bound(bound_us(solver.best_objective_bound, tick_us))
+        status = run(solver, formulation, search)
         note = f"resolution {tick_us:.3g} us"
-        if options.stop():
-            return search.outcome(StoppedBy.INTERRUPT, note)
-        if status == cp_model.OPTIMAL:
+        if status in (cp_model.MODEL_INVALID, cp_model.INFEASIBLE):  # the start is feasible, so this is not true
+            return search.outcome(StoppedBy.ITERATIONS, f"cpsat calls the formulation {solver.status_name(status)}")
+        if status != cp_model.UNKNOWN:
+            search.offer_bound(bound_us(solver.best_objective_bound, formulation))
+        if status == cp_model.OPTIMAL and not options.stop():
             return search.outcome(search.proof(), note)
-        return search.outcome(StoppedBy.TIME_LIMIT, note)
+        return search.outcome(search.cut_short(), note)
 
 
-def configured(options: Options, formulation: Formulation) -> cp_model.CpSolver:
+def configured(options: Options, formulation: CpSatFormulation) -> cp_model.CpSolver:
     """A solver with seed, limits and search.
 
     On one thread a formulation with many literals does best by plain propagation, heaviest expert first; one without
@@ -72,27 +80,33 @@ def configured(options: Options, formulation: Formulation) -> cp_model.CpSolver:
 
 
 def resolution(search: Search) -> float:
-    """Microseconds per tick, a power of ten: every column, curved part and constant may lose a tick or three."""
+    """Microseconds per tick: every column, curved part, constant and price may lose a tick or three.
+
+    Never so fine that a line's coefficients, which grow with the ticks that are open and with the loads that it is
+    drawn over, were beyond what float64 keeps exactly.
+    """
     compact = search.compact
     lost = int(compact.slots_G.max()) + 1 + 3 * compact.features_FTQ.shape[0]
-    tick_us: float = RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps)
-    return float(10.0 ** np.floor(np.log10(max(tick_us, 1e-12))))
+    priced = int(compact.slots_G.sum()) if compact.price_us else 0
+    wanted = RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps + priced)
+    divisor = 2.0 * (1 << int(compact.load_range[1].max()).bit_length())
+    return float(max(wanted, compact.open_us * divisor * LONGEST / EXACT, 1e-12 * compact.open_us))
 
 
-def canonical_hint(search: Search) -> NDArray[np.bool_]:
+def canonical_start(search: Search) -> NDArray[np.bool_]:
     """The best row so far, with equal ranks in the order of the formulation."""
     return search.compact.canonical(search.compact.held(search.row))
 
 
-def bound_us(ticks: float, tick_us: float) -> float:
-    """Microseconds that so many ticks prove."""
-    return float((ticks - SAFETY * abs(ticks)) * tick_us)
+def bound_us(ticks: float, formulation: CpSatFormulation) -> float:
+    """Microseconds that so many ticks above the floors prove."""
+    return formulation.compact.base_us + max(0.0, float(np.floor(ticks + 0.5) * formulation.unit_us))
 
 
-def run(solver: cp_model.CpSolver, formulation: Formulation, search: Search, tick_us: float) -> Any:
+def run(solver: cp_model.CpSolver, formulation: CpSatFormulation, search: Search) -> Any:
     """Solve in a thread, so that an interrupt and the deadline are seen while OR-Tools is busy."""
     with ThreadPoolExecutor(1) as pool:
-        status = pool.submit(solver.solve, formulation.model, _Incumbents(formulation, search, tick_us))
+        status = pool.submit(solver.solve, formulation.model, _Incumbents(formulation, search))
         try:
             while not wait([status], POLL_S).done:
                 if search.options.expired():
@@ -105,11 +119,11 @@ def run(solver: cp_model.CpSolver, formulation: Formulation, search: Search, tic
 class _Incumbents(cp_model.CpSolverSolutionCallback):
     """Scores every solution on the whole trace as it comes."""
 
-    def __init__(self, formulation: Formulation, search: Search, tick_us: float) -> None:
+    def __init__(self, formulation: CpSatFormulation, search: Search) -> None:
         super().__init__()
-        self._formulation, self._search, self._tick_us = formulation, search, tick_us
+        self._formulation, self._search = formulation, search
 
     def on_solution_callback(self) -> None:
         held = [[bool(self.value(variable)) for variable in ranks] for ranks in self._formulation.held]
-        self._search.offer_bound(bound_us(self.best_objective_bound, self._tick_us))
+        self._search.offer_bound(bound_us(self.best_objective_bound, self._formulation))
         self._search.offer_row(self._formulation.compact.row(np.array(held)))

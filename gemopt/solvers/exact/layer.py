@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gemopt.bounds.simple import step_bounds
-from gemopt.evaluate import objective
-from gemopt.exceptions import SolverError
+from gemopt.evaluate import total
+from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import Options, Outcome, Row, incumbent
+from gemopt.solvers.base import Options, Outcome, Row, incumbent, within_limits
 from gemopt.solvers.exact.compact import Compact, merged
 from gemopt.solvers.exact.reduction import representative_steps
 from gemopt.solvers.search.packing import lpt_row
 
 ROUNDING = 1e-9
+WORTH = 0.5
 SAMPLE = 5  # steps that tell how large a step's part of the formulation is
 
 
@@ -27,42 +28,52 @@ class Search:
     Attributes
     ----------
     problem
-        All distinct steps; objectives are always those of the whole trace.
-    compact
-        What is stated: all distinct steps, or representatives when they are too many for the time.
+        All distinct steps; objectives, with the price of moves, are always those of the whole trace.
+    stated, compact
+        The steps that are stated: all distinct ones, or representatives when they are too many for the time; and how.
     row, objective_us
-        Best placement so far.
-    bound_us
-        Best lower bound so far, valid for the whole trace.
+        Best placement so far, and what is minimised (`evaluate.total`) of it, whatever the solver says it is worth.
+    known_us
+        Lower bound for the whole trace that was known before the solver began: the simple bounds.
+    start_us
+        Objective of the row that the search began with.
+    own_bound_us
+        Best lower bound that the solver claims for the whole trace: its word. -inf when it claims none.
     """
 
     problem: Problem
     options: Options
+    stated: Problem
     compact: Compact
     row: Row
     objective_us: float
-    bound_us: float
+    known_us: float
+    start_us: float
+    own_bound_us: float = -np.inf
     history: list[Incumbent] = field(default_factory=list)
 
     @classmethod
-    def prepare(cls, problem: Problem, options: Options, warm_start: Row | None, budget: float) -> Search:
+    def prepare(cls, problem: Problem, options: Options, warm_start: Row | None, budget: float) -> Search | None:
         """Merge equal steps, start from the warm start or a greedy one, and reduce what is larger than the budget.
 
-        `budget` is the number of non-zero coefficients that the solver can take in the time it has.
+        `budget` is the number of non-zero coefficients that the solver can take in the time it has. None: the limits of
+        moves allow no placement.
         """
         problem = merged(problem)
         floor_T = step_bounds(problem)
-        row = lpt_row(problem) if warm_start is None else warm_start.copy()
-        bound = max(float(problem.weights_T @ floor_T), options.bound_us)
+        row = _start(problem, warm_start)
+        if row is None:
+            return None
+        start, base = total(problem, row), float(problem.weights_T @ floor_T)
         some = np.unique(np.linspace(0, problem.num_steps - 1, SAMPLE).round().astype(np.int64))
-        per_step = Compact.of(problem.select(some), floor_T[some]).size / len(some)
+        per_step = Compact.of(problem.select(some), floor_T[some], max(start - base, 0.0)).size / len(some)
         limit = int(min(budget / max(per_step, 1.0), problem.num_steps))
         if limit < problem.num_steps:  # a power of two: layers of one call say the same
             limit = 1 << max(limit, 1).bit_length() - 1
-        steps, weights_T = representative_steps(problem, limit)
-        compact = Compact.of(problem.select(steps, weights_T), floor_T[steps])
-        search = cls(problem, options, compact, row, objective(problem, row), bound)
-        search.history.append(incumbent(search.objective_us, bound))
+        stated = problem.select(*representative_steps(problem, limit))
+        compact = _stated(stated, floor_T if stated.num_steps == problem.num_steps else step_bounds(stated), row)
+        search = cls(problem, options, stated, compact, row, start, max(base, options.bound_us), start)
+        search.history.append(incumbent(start, search.known_us))
         return search
 
     @property
@@ -70,13 +81,22 @@ class Search:
         """Whether representatives stand for the steps, so that the solver's own bound does not hold."""
         return self.compact.num_steps < self.problem.num_steps
 
+    @property
+    def refuted(self) -> bool:
+        """Whether a placement is known that beats the bound which the solver claims."""
+        return self.own_bound_us > self.objective_us + ROUNDING * abs(self.objective_us)
+
+    @property
+    def bound_us(self) -> float:
+        """Best lower bound for the whole trace; of what the solver claims, only what nothing refutes."""
+        return self.known_us if self.refuted else max(self.known_us, self.own_bound_us)
+
     def ended(self) -> Outcome | None:
         """The outcome when nothing is left to do before the solver has begun."""
         if self.done:
-            return self.outcome(self.proof(), "bound from the simple bounds of all steps", started=False)
+            return self.outcome(self.proof(), "bound from the simple bounds of all steps", reached=False)
         if self.options.expired():
-            stopped_by = StoppedBy.INTERRUPT if self.options.stop() else StoppedBy.TIME_LIMIT
-            return self.outcome(stopped_by, "no time to solve", started=False)
+            return self.outcome(self.cut_short(), "no time to solve", reached=False)
         return None
 
     @property
@@ -86,33 +106,68 @@ class Search:
         return gap is not None and gap <= max(self.options.gap, OPTIMALITY_TOLERANCE)
 
     def offer_bound(self, bound_us: float) -> None:
-        """Take over a bound of the stated steps where it holds for all."""
+        """Take note of a bound of the stated steps where it holds for all."""
         if not self.reduced:
-            self.bound_us = max(self.bound_us, bound_us)
+            self.own_bound_us = max(self.own_bound_us, bound_us)
 
     def offer_row(self, row: Row) -> None:
-        """Take over a row that is better on the whole trace."""
-        value = objective(self.problem, row)
+        """Take over a row that is better on the whole trace and keeps to the limits of moves."""
+        if not within_limits(self.problem, row):
+            return
+        value = total(self.problem, row)
         if value < self.objective_us:
             self.row, self.objective_us = row, value
             self.history.append(incumbent(value, self.bound_us))
 
-    def outcome(self, stopped_by: StoppedBy, note: str, *, started: bool = True) -> Outcome:
-        """The best that was found.
+    def restate(self) -> bool:
+        """State again the little that a much better incumbent has left open; whether there is reason to.
 
-        Raises
-        ------
-        SolverError
-            When the bound is above an objective that was reached by more than rounding.
+        Solvers are exact to a part of what is open when they begin, which after a bad start is too much for a proof.
         """
-        if self.bound_us > self.objective_us + ROUNDING * abs(self.objective_us):
-            raise SolverError(f"bound {self.bound_us} us above the objective {self.objective_us} us of a placement")
-        if self.reduced and started:
+        again = _stated(self.stated, self.compact.floor_T, self.row)
+        if self.done or self.reduced or self.refuted or again.open_us > WORTH * self.compact.open_us:
+            return False
+        self.compact = again
+        return True
+
+    def outcome(self, stopped_by: StoppedBy, note: str, *, reached: bool = True) -> Outcome:
+        """The best that was found, and what is the solver's own in it.
+
+        A bound above the objective of a placement is wrong, and then nothing that this solver said here is believed.
+        """
+        own_bound_us = self.own_bound_us if np.isfinite(self.own_bound_us) and not self.refuted else None
+        if self.refuted:
+            note += (
+                f"; it claimed a bound of {self.own_bound_us:.9g} us above a placement of {self.objective_us:.9g} us, "
+                "so that its bound is not used"
+            )
+            self.history = [
+                point.model_copy(update={"bound_us": min(point.bound_us or -np.inf, self.known_us)})
+                for point in self.history
+            ]
+        elif own_bound_us is not None and own_bound_us > self.known_us:
+            note += "; the bound is the solver's word"
+        if self.reduced and reached:
             note += (
                 f"; placement from {self.compact.num_steps} weighted representatives of "
                 f"{self.problem.num_steps} distinct steps, bound from the simple bounds of all steps"
             )
-        return Outcome(self.row, stopped_by, min(self.bound_us, self.objective_us), self.history, note)
+        return Outcome(
+            self.row,
+            stopped_by,
+            min(self.bound_us, self.objective_us),
+            self.history,
+            note,
+            start_us=self.start_us,
+            own_bound_us=own_bound_us,
+            stated_steps=self.compact.num_steps,
+            distinct_steps=self.problem.num_steps,
+            reached=reached,
+        )
+
+    def cut_short(self) -> StoppedBy:
+        """Why a search has stopped that was not finished."""
+        return StoppedBy.INTERRUPT if self.options.stop() else StoppedBy.TIME_LIMIT
 
     def proof(self) -> StoppedBy:
         """Why a search that the solver calls finished has stopped."""
@@ -120,3 +175,14 @@ class Search:
         if gap is not None and gap <= OPTIMALITY_TOLERANCE:
             return StoppedBy.PROOF
         return StoppedBy.GAP if gap is not None and gap <= self.options.gap else StoppedBy.ITERATIONS
+
+
+def _start(problem: Problem, warm_start: Row | None) -> Row | None:
+    if warm_start is not None and within_limits(problem, warm_start):
+        return warm_start.copy()
+    return lpt_row(problem) if problem.moves is None else problem.moves.fewest(problem.slots_per_rank)
+
+
+def _stated(stated: Problem, floor_T: FloatArray, row: Row) -> Compact:
+    """The formulation of some steps, within what is open between their floors and a placement."""
+    return Compact.of(stated, floor_T, max(total(stated, row) - float(stated.weights_T @ floor_T), 0.0))

@@ -22,9 +22,9 @@ import numpy as np
 from gemopt.exceptions import SolverError
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.base import Options, Outcome, Row, Supports, no_placement
 from gemopt.solvers.exact.layer import Search
-from gemopt.solvers.exact.milp_worker import cbc_bound, proven_us
+from gemopt.solvers.exact.milp_worker import Scale, cbc_bound, proven_us
 
 COEFFICIENTS_PER_SECOND = 5_000
 START_S = 1.0
@@ -32,6 +32,10 @@ START_S = 1.0
 GRACE_S = 0.25
 """How long after the deadline the child may still report."""
 POLL_S = 0.02
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+"""What the child's libraries look at for how many threads to start."""
+FARTHEST = 1e7
+"""Loads up to here are kept apart by a solver with tolerances of 1e-9."""
 
 
 @dataclass
@@ -43,23 +47,40 @@ class Milp:
 
     backend: str = "auto"
     name = "milp"
-    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True)
+    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * (options.remaining - START_S))
+        if search is None:
+            return no_placement()
         ended = search.ended()
         if ended is not None:
             return ended
+        outcome = self._search(search)
+        while outcome.stopped_by is StoppedBy.ITERATIONS and search.restate():
+            outcome = self._search(search)
+        return outcome
+
+    def _search(self, search: Search) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="gemopt-milp-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             write_request(folder, search, backend=self.backend)
-            finished = watch(folder, search)
-            state = read_state(folder, search)
-        note = str(state.get("backend", "the solver was not reached in time"))
-        if finished and state.get("proven"):
-            return search.outcome(search.proof(), note)
-        return search.outcome(StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT, note)
+            return outcome_of(folder, search, finished=watch(folder, search))
+
+
+def outcome_of(folder: Path, search: Search, *, finished: bool) -> Outcome:
+    """The best that is known now, of which the child has written down its part."""
+    state = read_state(folder, search)
+    note = str(state.get("backend", "the solver was not reached in time"))
+    if not _kept_apart(search):
+        note += f"; loads beyond {FARTHEST:.0e} are not kept apart by its tolerances: no bound of its own"
+    proven = finished and state.get("proven")
+    return search.outcome(search.proof() if proven else search.cut_short(), note, reached=bool(state))
+
+
+def _kept_apart(search: Search) -> bool:
+    return bool(search.compact.load_range[1].max() <= FARTHEST)
 
 
 def write_request(folder: Path, search: Search, *, backend: str = "auto") -> None:
@@ -67,10 +88,10 @@ def write_request(folder: Path, search: Search, *, backend: str = "auto") -> Non
     compact, options = search.compact, search.options
     compact.save(folder / "compact.npz")
     np.save(folder / "start.npy", compact.canonical(compact.held(search.row)))
-    weight = float(search.problem.weights_T.sum())
     request = {
         "backend": backend,
-        "mean_makespan_us": abs(search.objective_us) / weight if weight and search.objective_us else 1.0,
+        "parent": os.getpid(),
+        "objective_us": search.objective_us,
         "deadline": time.time() + options.remaining,
         "gap": options.gap,
         "threads": options.threads,
@@ -87,7 +108,7 @@ def watch(folder: Path, search: Search) -> bool:
             stdin=subprocess.DEVNULL,
             stdout=errors,
             stderr=errors,
-            env={**os.environ, "TMPDIR": str(folder)},
+            env={**os.environ, "TMPDIR": str(folder), **dict.fromkeys(THREADS, str(search.options.threads))},
             start_new_session=True,
         )
     read = 0.0
@@ -126,9 +147,9 @@ def read_state(folder: Path, search: Search) -> dict[str, Any]:
     bounds = [state["bound_us"]]
     if state["backend"] == "cbc" and not state["finished"] and (folder / "solver.log").exists():
         log = (folder / "solver.log").read_text(errors="replace")  # CBC itself reports nothing before its end
-        bounds.append(proven_us(cbc_bound(log), state["scale"]))
+        bounds.append(proven_us(cbc_bound(log), Scale(*state["scale"])))
     for bound_us in bounds:
-        if bound_us is not None:
+        if bound_us is not None and _kept_apart(search):
             search.offer_bound(bound_us)
     if state["row"] is not None:
         search.offer_row(np.array(state["row"]))

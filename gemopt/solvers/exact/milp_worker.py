@@ -10,12 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,23 +28,38 @@ from gemopt.documents import write_text
 from gemopt.solvers.exact.compact import Compact
 
 if TYPE_CHECKING:
-    from gemopt.solvers.exact.milp_formulation import Formulation
+    from gemopt.solvers.exact.milp_formulation import MilpFormulation
 
 TOLERANCE = 1e-9
-MARGIN, LEAST_MARGIN = 5e-7, 1e-5
-"""What is given away of a bound, relatively and in thousandths of a makespan, for the solvers' tolerances."""
+MARGIN_OPEN, MARGIN = 2e-7, 2e-7
+"""What is given away of a bound for the solvers' tolerances, of what is open and of the whole objective."""
 UNIT_PARTS = 1000.0
+"""Units of time that what is open is divided into."""
+LEAST_OPEN = 1e-3
+"""Of the objective: the unit is not made from less than this, since makespans are stated with the same unit."""
 REPORT_S = 0.5
+WATCH_S = 0.2
+"""How often the child looks whether its parent still lives."""
 CBC_NUMBER = r"(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+
+
+class Scale(NamedTuple):
+    """How a bound in the formulation's units becomes one in microseconds."""
+
+    base_us: float
+    unit_us: float
+    margin_us: float
 
 
 class Answer:
     """What is known so far about one folder's problem, kept in its `state.json`."""
 
-    def __init__(self, folder: Path, formulation: Formulation, backend: str) -> None:
+    def __init__(self, folder: Path, formulation: MilpFormulation, objective_us: float, backend: str) -> None:
         self.folder = folder
         self.formulation = formulation
-        self.scale = formulation.unit_us * formulation.weight
+        compact = formulation.compact
+        margin_us = MARGIN_OPEN * compact.open_us + MARGIN * abs(objective_us)
+        self.scale = Scale(compact.base_us, formulation.unit_us, margin_us)
         self.state: dict[str, Any] = {"backend": backend, "scale": self.scale, "finished": False, "proven": False}
         self.state.update(bound_us=None, row=None)
         self._written = 0.0
@@ -69,33 +88,35 @@ class Answer:
         write_text(self.folder / "state.json", json.dumps(self.state))
 
 
-def proven_us(value: float, scale: float) -> float | None:
+def proven_us(value: float, scale: Scale) -> float | None:
     """Microseconds that a dual bound proves, less the margin for tolerances; None for a bound of no use."""
     if not math.isfinite(value) or abs(value) > 1e19:
         return None
-    return (value - MARGIN * abs(value) - LEAST_MARGIN) * scale
+    return scale.base_us + value * scale.unit_us - scale.margin_us
 
 
 def solve_folder(folder: Path) -> None:
     """Build and solve the problem of one folder."""
     import pulp
 
-    from gemopt.solvers.exact.milp_formulation import Formulation
+    from gemopt.solvers.exact.milp_formulation import MilpFormulation
 
     request = json.loads((folder / "request.json").read_text())
     compact = Compact.load(folder / "compact.npz")
-    formulation = Formulation(compact, request["mean_makespan_us"] / UNIT_PARTS, np.load(folder / "start.npy"))
+    objective_us = request["objective_us"]
+    unit_us = max(compact.open_us, LEAST_OPEN * abs(objective_us)) / UNIT_PARTS or 1.0
+    formulation = MilpFormulation(compact, unit_us, np.load(folder / "start.npy"))
     backend = request["backend"]
     if backend == "auto":
         backend = "highs" if pulp.HiGHS().available() else "cbc"
-    answer = Answer(folder, formulation, backend)
+    answer = Answer(folder, formulation, objective_us, backend)
     answer.write()
     seconds = (request["deadline"] - time.time()) * 0.98 - 0.1  # time to write the answer
     if seconds > 0:
         {"highs": _highs, "cbc": _cbc}[backend](formulation, answer, request, seconds)
 
 
-def _highs(formulation: Formulation, answer: Answer, request: dict[str, Any], seconds: float) -> None:
+def _highs(formulation: MilpFormulation, answer: Answer, request: dict[str, Any], seconds: float) -> None:
     import highspy
     import pulp
 
@@ -139,7 +160,7 @@ def _highs(formulation: Formulation, answer: Answer, request: dict[str, Any], se
     answer.finish(proven=model.getModelStatus() == highspy.HighsModelStatus.kOptimal)
 
 
-def _cbc(formulation: Formulation, answer: Answer, request: dict[str, Any], seconds: float) -> None:
+def _cbc(formulation: MilpFormulation, answer: Answer, request: dict[str, Any], seconds: float) -> None:
     import pulp
 
     options: dict[str, Any] = {
@@ -182,14 +203,32 @@ def cbc_bound(log: str) -> float:
     return max(bounds, default=-math.inf)
 
 
-def _values(formulation: Formulation) -> NDArray[np.bool_]:
+def _values(formulation: MilpFormulation) -> NDArray[np.bool_]:
     return np.array([[variable.varValue > 0.5 for variable in ranks] for ranks in formulation.held])
 
 
-def main(folders: list[str]) -> None:
+def end_with(parent: int, folders: list[Path]) -> None:
+    """Watch the parent: when it is gone, whatever killed it, so are these folders and all that was started here."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if os.getpgrp() == os.getpid():  # CBC is a process of its own in this group
+            os.killpg(os.getpgrp(), signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main(names: list[str]) -> None:
     """Solve the problems of all folders, one after the other."""
+    folders = [Path(name) for name in names]
+    (folders[0] / "pid").write_text(str(os.getpid()))
+    end_with(json.loads((folders[0] / "request.json").read_text())["parent"], folders)
     for folder in folders:
-        solve_folder(Path(folder))
+        solve_folder(folder)
 
 
 if __name__ == "__main__":

@@ -1,111 +1,166 @@
-"""A curve cut into convex runs over the whole loads that can occur: what needs a literal, and what does not."""
+"""A curve cut into convex runs over the whole loads that can occur: what needs a literal, and what does not.
+
+Only what lies between a step's floor and its ceiling is of interest: no makespan is below the floor, and none above the
+ceiling belongs to a placement better than the incumbent. So values are clipped below, loads that take too long are
+left out, and all that is stated lies within the range that is still open: numbers stay of one size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.latency import Curve, FloatArray
 
-Line = tuple[int, float, float]
-"""A load, the value there, and the slope."""
+Point = tuple[int, float]
+"""A load and the value there."""
 
 COLLINEAR = 1e-12  # slopes this close, relatively, are one line: an error far below any tolerance in use
+LONGEST = 64
+"""How many times longer than its shortest part a run may be: lines are drawn on over the whole run."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Loads `low` to `high`, on which the value is the maximum of `lines`."""
+    """Whole loads `low` to `high`, on which the value is convex and straight between `points`."""
 
-    low: int
-    high: int
-    lines: tuple[Line, ...]
+    points: tuple[Point, ...]
+
+    @property
+    def low(self) -> int:
+        """Smallest load."""
+        return self.points[0][0]
+
+    @property
+    def high(self) -> int:
+        """Largest load."""
+        return self.points[-1][0]
+
+    @property
+    def parts(self) -> list[tuple[int, float]]:
+        """(loads, rise) of each straight part."""
+        return [(x1 - x0, y1 - y0) for (x0, y0), (x1, y1) in pairwise(self.points)]
 
     def value(self, load: int) -> float:
         """Microseconds at a load of this run."""
-        return max(y + slope * (load - x) for x, y, slope in self.lines)
+        return float(np.interp(load, *zip(*self.points, strict=True)))
 
 
-def convex_runs(curve: Curve, low: int, high: int, at_least: float = -np.inf) -> list[Run]:
+def convex_runs(curve: Curve, low: int, high: int, at_least: float = -np.inf, at_most: float = np.inf) -> list[Run]:
     """Fewest convex runs, left to right, that give `max(curve, at_least)` at every whole load from low to high.
 
-    A value below `at_least` is of no interest where a step takes at least that long anyway: what lies below becomes
-    flat and its corners vanish. Cutting greedily from the left gives the fewest runs, as any part of a convex run
-    is convex.
+    Loads at which the curve is above `at_most` are in no run. Cutting greedily from the left gives the fewest runs, as
+    any part of a convex run is convex; runs much longer than one of their parts are cut for the sake of their numbers.
     """
-    if low == high or curve.linear:
-        value = float(curve(low))
-        return [Run(low, high, ((low, value, curve.slope if high > low else 0.0),))]
-    loads, values = _corners(curve, low, high, at_least)
-    slopes = np.diff(values) / np.diff(loads)
+    loads, values = _corners(curve, low, high, at_least, at_most)
     runs: list[Run] = []
-    start, lines = low, [(low, float(values[0]), float(slopes[0]))]
-    for x, y, slope in zip(loads[1:-1].tolist(), values[1:-1].tolist(), slopes[1:].tolist(), strict=True):
-        last = lines[-1][2]
-        close = COLLINEAR * (abs(slope) + abs(last))
-        if slope < last - close:
-            runs.append(Run(start, x, tuple(lines)))
-            start, lines = x + 1, [(x, y, slope)]
-        elif slope > last + close:
-            lines.append((x, y, slope))
-    return [*runs, Run(start, high, tuple(lines))]
+    for start, stop in _stretches(values <= at_most):
+        points = list(zip(loads[start:stop].tolist(), values[start:stop].tolist(), strict=True))
+        runs += _cut(points)
+    return runs
 
 
-def _corners(curve: Curve, low: int, high: int, at_least: float) -> tuple[NDArray[np.int64], FloatArray]:
-    """Whole loads between which the clipped curve is straight on whole loads, and its values there."""
+def _cut(points: list[Point]) -> list[Run]:
+    """Convex runs of one stretch of loads."""
+    runs, run, shortest = [], points[:1], np.inf
+    for (x0, y0), (x1, y1) in pairwise(points):
+        slope = (y1 - y0) / (x1 - x0)
+        if len(run) > 1:
+            (xa, ya), (xb, yb) = run[-2:]
+            last = (yb - ya) / (xb - xa)
+            close = COLLINEAR * (abs(slope) + abs(last))
+            if abs(slope - last) <= close:
+                run[-1] = (x1, y1)
+                continue
+            shortest = min(shortest, xb - xa)
+            if slope < last or x1 - run[0][0] > LONGEST * min(shortest, x1 - x0):
+                runs.append(Run(tuple(run)))
+                run, shortest = [(x0 + 1, y0 + slope)] if x0 + 1 < x1 else [], np.inf
+        run.append((x1, y1))
+    return [*runs, Run(tuple(run))]
+
+
+def _stretches(allowed: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """[start, stop) of each row of neighbours that are allowed."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], allowed, [False]]).astype(np.int8)))
+    return [(int(a), int(b)) for a, b in edges.reshape(-1, 2)]
+
+
+def _corners(
+    curve: Curve, low: int, high: int, at_least: float, at_most: float
+) -> tuple[NDArray[np.int64], FloatArray]:
+    """Whole loads between which the clipped curve is straight on whole loads, and its values there.
+
+    Where the curve crosses a level, the whole loads on either side are corners, with none between them.
+    """
     inside = curve.x[(curve.x > low) & (curve.x < high)]
-    points = np.concatenate([[low], inside, [high]])
-    values = curve(points) - at_least
-    with np.errstate(invalid="ignore", divide="ignore"):
-        crosses = values[:-1] * values[1:] < 0
-        at = points[:-1] + np.diff(points) * values[:-1] / (values[:-1] - values[1:])
-    both = np.concatenate([points, at[crosses]])
-    loads = np.unique(np.concatenate([np.floor(both), np.ceil(both)]).clip(low, high)).astype(np.int64)
+    points = np.unique(np.concatenate([[low], inside, [high]]))
+    both = [points]
+    for level in (at_least, at_most):
+        if np.isfinite(level):
+            values = curve(points) - level
+            crosses = values[:-1] * values[1:] < 0
+            before, after = values[:-1][crosses], values[1:][crosses]
+            both.append(points[:-1][crosses] + np.diff(points)[crosses] * before / (before - after))
+    around = np.concatenate(both)
+    loads = np.unique(np.concatenate([np.floor(around), np.ceil(around)]).clip(low, high)).astype(np.int64)
     return loads, np.maximum(curve(loads), at_least)
 
 
 @dataclass(frozen=True)
 class Term:
-    """Sum of curves of one rank at one step: a constant, straight parts, and curved parts as (feature, runs)."""
+    """Sum of curves of one rank at one step: a constant, straight parts, and curved parts as (feature, runs).
+
+    The least value of a curved part is 0; what it has more is in the constant.
+    """
 
     constant: float
     slopes_F: FloatArray
     curved: tuple[tuple[int, tuple[Run, ...]], ...]
 
 
-def split_term(curves: Sequence[Curve], low_F: Sequence[int], high_F: Sequence[int], floor: float) -> Term | None:
+def split_term(
+    curves: Sequence[Curve], low_F: Sequence[int], high_F: Sequence[int], floor: float, ceiling: float
+) -> Term | None:
     """Tell straight from curved parts within the loads that can occur; None when the sum never exceeds `floor`.
 
-    A curve is of interest only above what is left of `floor` when all the others are at their largest.
+    A curve is of interest only above what is left of `floor` when all the others are at their largest, and up to what
+    is left of `ceiling` when all the others are at their smallest.
     """
-    whole = [convex_runs(*given) for given in zip(curves, low_F, high_F, strict=True)]
-    tops = [max(max(run.value(run.low), run.value(run.high)) for run in runs) for runs in whole]
+    values = [_corners(*given, -np.inf, np.inf)[1] for given in zip(curves, low_F, high_F, strict=True)]
+    tops, bottoms = [float(value.max()) for value in values], [float(value.min()) for value in values]
     if sum(tops) <= floor:
         return None
     constant, slopes_F, curved = 0.0, np.zeros(len(curves)), []
     for f, curve in enumerate(curves):
-        runs = convex_runs(curve, low_F[f], high_F[f], floor - sum(tops) + tops[f])
-        if len(runs) > 1 or len(runs[0].lines) > 1:
-            curved.append((f, tuple(runs)))
+        low, high = low_F[f], high_F[f]
+        if low == high or curve.linear:
+            slopes_F[f] = curve.slope if high > low else 0.0
+            constant += float(curve(low)) - slopes_F[f] * low
             continue
-        load, value, slopes_F[f] = runs[0].lines[0]
-        constant += value - slopes_F[f] * load
+        above, below = floor - sum(tops) + tops[f], ceiling - sum(bottoms) + bottoms[f]
+        runs = convex_runs(curve, low, high, above, max(above, below))
+        if len(runs) == 1 and len(runs[0].points) == 2 and (runs[0].low, runs[0].high) == (low, high):
+            slopes_F[f] = runs[0].parts[0][1] / (high - low)
+            constant += runs[0].points[0][1] - slopes_F[f] * low
+            continue
+        least = min(y for run in runs for _, y in run.points)
+        constant += least
+        curved.append((f, tuple(Run(tuple((x, y - least) for x, y in run.points)) for run in runs)))
     return Term(constant, slopes_F, tuple(curved))
 
 
-def hull(runs: Sequence[Run]) -> list[Line]:
-    """Lines of the convex minorant of the runs: they hold whatever run is chosen."""
-    loads = np.unique([load for run in runs for load in (run.low, *(x for x, _, _ in run.lines), run.high)])
-    kept: list[tuple[int, float]] = []
-    for load in loads.tolist():
-        value = next(run for run in runs if load <= run.high).value(load)
+def hull(runs: Sequence[Run]) -> list[Point]:
+    """Corners of the convex minorant of the runs: what lies above it holds whatever run is chosen."""
+    kept: list[Point] = []
+    for load, value in (point for run in runs for point in run.points):
         while len(kept) > 1 and (kept[-1][1] - kept[-2][1]) * (load - kept[-1][0]) >= (value - kept[-1][1]) * (
             kept[-1][0] - kept[-2][0]
         ):
             kept.pop()
         kept.append((load, value))
-    pairs = zip(kept[:-1], kept[1:], strict=True)
-    return [(x0, y0, (y1 - y0) / (x1 - x0)) for (x0, y0), (x1, y1) in pairs]
+    return kept

@@ -36,7 +36,7 @@ class LocalSearch:
         starts = [lpt_row(problem)] if warm_start is None else [warm_start]
         if problem.spare_slots and warm_start is None:
             weight_E = problem.linearised[1].mean(axis=0)
-            copies_E = replicate(weight_E, problem.spare_slots, int((problem.slots_per_rank > 0).sum()))
+            copies_E = replicate(weight_E, problem.slots_per_rank)
             starts.append(lpt_row(problem, copies_E=copies_E))
         for start in starts:
             search.offer(start)

@@ -23,14 +23,19 @@ def lpt_row(problem: Problem, *, copies_E: Row | None = None, noise_E: FloatArra
     return pack(items, weight_GE[:, items] / copies[items], offset_G, problem.slots_per_rank)
 
 
-def replicate(weight_E: FloatArray, spare: int, num_ranks: int) -> Row:
-    """[E] copies: each spare slot to the expert with the most load per copy, at most one copy per rank (EPLB)."""
+def replicate(weight_E: FloatArray, slots_G: Row) -> Row:
+    """[E] copies: each spare slot to the expert with the most load per copy that can have one more (EPLB).
+
+    At most one copy per rank, and never more than fit: copies of several experts compete for the ranks with many slots.
+    """
     copies = np.ones(len(weight_E), dtype=np.int64)
-    for _ in range(spare):
-        open_experts = copies < num_ranks
-        if not open_experts.any():
-            break
-        copies[np.where(open_experts, weight_E / copies, -1.0).argmax()] += 1
+    open_experts = np.ones(len(weight_E), dtype=bool)
+    while copies.sum() < slots_G.sum() and open_experts.any():
+        hottest = np.where(open_experts, weight_E / copies, -1.0).argmax()
+        copies[hottest] += 1
+        if not placeable(copies, slots_G):  # more copies of others cannot make room
+            copies[hottest] -= 1
+            open_experts[hottest] = False
     return copies
 
 
@@ -38,6 +43,13 @@ def copies_worth_trying(problem: Problem) -> Row:
     """Experts that may deserve another copy, hottest first."""
     hottest = np.argsort(-problem.linearised[1].mean(axis=0), kind="stable")
     return hottest[: 16 + 2 * problem.spare_slots]
+
+
+def placeable(copies_E: Row, slots_G: Row) -> bool:
+    """Whether so many copies fit on different ranks each (Gale and Ryser): no k experts need more than k per rank."""
+    needed = np.cumsum(np.sort(copies_E)[::-1])
+    room = np.cumsum((slots_G[None] >= np.arange(1, len(copies_E) + 1)[:, None]).sum(axis=1))
+    return bool((needed <= room).all())
 
 
 def pack(items: Row, weight_GI: FloatArray, offset_G: FloatArray, slots_G: Row) -> Row:
@@ -61,13 +73,24 @@ def pack(items: Row, weight_GI: FloatArray, offset_G: FloatArray, slots_G: Row) 
 
 
 def _make_room(expert: int, held: list[list[int]], slots_G: Row) -> int:
-    """A rank without `expert` that has a free slot after one of its experts moved to the rank with room."""
-    roomy = next(g for g in range(len(held)) if len(held[g]) < slots_G[g])
-    for g, experts in enumerate(held):
-        if expert in experts or not slots_G[g]:
-            continue
-        for position, other in enumerate(experts):
-            if other not in held[roomy]:
-                held[roomy].append(experts.pop(position))
-                return g
-    raise AssertionError("copies never exceed the ranks with slots, so some rank lacks the expert")
+    """A rank without `expert` that has a free slot after others moved along, each to the next rank of a chain.
+
+    The shortest augmenting chain; there is one whenever all copies fit at all (`placeable`).
+    """
+    before: dict[int, int | None] = {g: None for g, some in enumerate(held) if slots_G[g] and expert not in some}
+    queue = list(before)
+    for g in queue:
+        if len(held[g]) < slots_G[g]:
+            break
+        for other in range(len(held)):
+            if other not in before and slots_G[other] and set(held[g]) - set(held[other]):
+                before[other] = g
+                queue.append(other)
+    else:
+        raise AssertionError("copies that are placeable always find room")
+    while (earlier := before[g]) is not None:
+        moved = next(each for each in held[earlier] if each not in held[g])
+        held[earlier].remove(moved)
+        held[g].append(moved)
+        g = earlier
+    return g

@@ -16,7 +16,7 @@ from gemopt.evaluate import total
 from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, incumbent, seeded
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, incumbent, no_placement, seeded, within_limits
 from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.packing import copies_worth_trying
 from gemopt.solvers.search.state import Costs, make_costs
@@ -34,7 +34,7 @@ def search_within(problem: Problem, options: Options, warm_start: Row | None, fr
     """Place one layer whose moves cost or are limited. `free` places it without heeding them."""
     home = homeward_start(problem)
     if home is None:
-        return Outcome(None, StoppedBy.PROOF, infeasible=True, note="the limits of moves allow no placement")
+        return no_placement()
     search = Within(problem, options)
     search.offer(home)
     search.walk(home)
@@ -64,7 +64,7 @@ class Within:
 
     def offer(self, row: Row) -> bool:
         """Take a row over when it keeps to the limits and is the best so far."""
-        if self.moves.excess(row, self.problem.slots_per_rank):
+        if not within_limits(self.problem, row):
             return False
         value = total(self.problem, row)
         if value >= self.value:
@@ -97,7 +97,7 @@ class Within:
             ):
                 self.offer(point.row)
                 row = point.row
-            if not self.moves.excess(row, self.problem.slots_per_rank) or not self.problem.spare_slots:
+            if within_limits(self.problem, row) or not self.problem.spare_slots:
                 return
             row = self.with_copies(row, homeward)
             self.offer(row)

@@ -1,0 +1,69 @@
+"""Thousands of random tiny problems against trying every placement; `make fuzz` tries 1e5."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+fuzz = _load("fuzz")
+
+RUNS = [
+    ("bounds", 2000),
+    *((name, 100) for name in fuzz.SIMPLE),
+    ("auto", 150),
+    ("cpsat", 250),
+    ("highs", 150),
+    ("cbc", 50),
+]
+
+
+@pytest.mark.parametrize(("name", "tries"), RUNS, ids=[name for name, _ in RUNS])
+def test_no_bound_or_answer_is_wrong(name: str, tries: int) -> None:
+    tally = fuzz.fuzz(name, range(tries))
+    assert not tally.faults, "\n".join(tally.faults)
+    assert tally.tried > tries // 4
+    if name in fuzz.EXACT:
+        assert tally.reached > tries // 8
+        assert tally.proven > 0.95 * tally.tried
+
+
+def test_the_kinds_of_problems_all_occur() -> None:
+    problems = [fuzz.random_problem(seed) for seed in range(400)]
+    assert any(problem.num_steps == 1 for problem in problems)
+    assert any(problem.num_experts == 1 for problem in problems)
+    assert any((problem.slots_per_rank == 0).any() for problem in problems)
+    assert any(not problem.equal_slots and problem.spare_slots for problem in problems)
+    assert any((problem.weights_T == 0).any() for problem in problems)
+    assert max(problem.counts_TE.max() for problem in problems) > 1e7
+    curves = [curve for problem in problems for latency in problem.latencies for t in latency.terms for curve in t]
+    assert any((np.diff(curve.y) < 0).any() for curve in curves)
+    assert min(curve.y.max() for curve in curves if curve.y.max() > 0) < 1e-2
+    assert max(curve.y.max() for curve in curves) > 1e9
+
+
+def test_the_fuzz_finds_a_bound_that_is_too_high_and_an_answer_that_is_not_optimal() -> None:
+    problem = fuzz.random_problem(2)
+    best = fuzz.optimum(problem)
+    right = fuzz.get("cpsat").solve(problem, fuzz.options_of(0), None)
+    assert not list(fuzz.faults(problem, best, right, None))
+    high = fuzz.Outcome(right.row, right.stopped_by, right.bound_us * 1.001)
+    assert ["above the optimum" in fault for fault in fuzz.faults(problem, best, high, None)] == [True]
+    rows = [fuzz.random_row(np.random.default_rng(seed), problem) for seed in range(50)]
+    worse = max(rows, key=lambda row: fuzz.objective(problem, row))
+    claimed = fuzz.Outcome(worse, right.stopped_by, right.bound_us)
+    assert any("called optimal" in fault for fault in fuzz.faults(problem, best, claimed, None))
