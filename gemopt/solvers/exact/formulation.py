@@ -1,7 +1,8 @@
 """The compact formulation, stated once for all solvers: variables, constraints, objective, and a complete start.
 
 What is stated is how far the makespan of each step lies above its floor, and the price of the moves, in units that the
-solver chooses, up to what is open between the floors and the incumbent. Solvers differ in how they round times and how they state a curve.
+solver chooses, up to what is open between the floors and the incumbent. Solvers differ in how they round times and how
+they state a curve.
 """
 
 from __future__ import annotations
