@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from gemopt import cores, interrupts
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import Evaluation, evaluate
 from gemopt.exceptions import SolverError, UnsupportedError
 from gemopt.placement import Placement
+from gemopt.problem import problems
 from gemopt.profile import Profile
-from gemopt.result import Result, Status, StoppedBy, relative_gap
+from gemopt.result import LayerResult, Result, Status, StoppedBy, relative_gap
 from gemopt.solve import solve
+from gemopt.solvers import get
+from gemopt.solvers.base import Options
 from gemopt.traces import Traces
 
 BASELINE = "linear"
 BOUND_TOLERANCE = 1e-6
+NOT_RUN = "not run: interrupted before"
 DEFAULT_SOLVERS = ("linear", "round-robin", "eplb", "lpt", "gem", "conflict", "local-search", "cpsat", "milp")
 
 
@@ -26,6 +32,11 @@ class Comparison(BaseModel):
     """One solver's row. Changes are fractions against contiguous placement; quantiles are of the scored steps.
 
     Scored steps are the held-out ones, or all when nothing is held out (`holdout_*` are None then).
+
+    Who earned it: the solver searched on `reached_layers` of `layers`; the other layers have a greedy placement or, of
+    exact solvers, that of the local search they start from. Exact solvers, over the layers reached: `start_us` before
+    them and `added_us` that they took off it, with `stated_steps` of `distinct_steps` stated, and `own_bound_us` where
+    they claim one of every layer.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,7 +54,38 @@ class Comparison(BaseModel):
     p50_us: float | None
     p90_us: float | None
     p99_us: float | None
+    outside: float = 0.0
+    layers: int = 0
+    reached_layers: int = 0
+    start_us: float | None = None
+    added_us: float | None = None
+    stated_steps: int | None = None
+    distinct_steps: int | None = None
+    own_bound_us: float | None = None
     note: str = ""
+
+    @property
+    def ran(self) -> bool:
+        """Whether any of the row is the solver's own; False as well where it only handed its start on."""
+        return self.objective_us is not None and (self.reached_layers > 0 or self.layers == 0)
+
+    def earned(self) -> str:
+        """What the solver did to deserve its row, where that needs saying."""
+        said = ["interrupted"] if self.stopped_by is StoppedBy.INTERRUPT and self.objective_us is not None else []
+        if self.start_us is None:
+            if self.reached_layers < self.layers:
+                said.append(f"cut before it searched on {self.layers - self.reached_layers} of {self.layers} layers")
+            return ", ".join(said)
+        if not self.ran:
+            return ", ".join([*said, "did not run"])
+        said.append(f"ran on {self.reached_layers} of {self.layers} layers")
+        if self.distinct_steps:
+            said.append(f"on {self.stated_steps} of {self.distinct_steps} distinct steps")
+        gain = 100 * (self.added_us or 0.0) / self.start_us if self.start_us else 0.0
+        said.append(f"{gain:.2f} % below its start" if gain >= 0.005 else "added nothing to its start")
+        own = self.own_bound_us
+        said.append("no bound of its own" if own is None else f"own bound {own / 1e3:.1f} ms")
+        return ", ".join(said)
 
 
 def compare(
@@ -63,26 +105,61 @@ def compare(
     holdout
         Share of the steps, the last ones, kept from the solvers and used to score; 0 scores the given steps.
     options
-        Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `seed`, `gap`, `patience`, `threads`.
+        Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `seed`, `gap`, `patience`, `threads`,
+        `allow_one_rank`, `notice`.
 
     Notes
     -----
     The contiguous baseline uses the same slots per rank. A solver that cannot express the request gives a row that
-    says so. The best bound proven by any solver holds for all of them and is what every gap is taken against.
+    says so. The best bound proven by any solver holds for all of them and is what every gap is taken against. Ctrl-C
+    ends the solver that runs with what it has, and leaves the ones after it out; their rows say so.
     """
     fitted = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
     given, held = traces.split(holdout) if holdout else (traces, None)
-    scored = held if held is not None else given
-    results: list[tuple[str, Result | None, str]] = []
-    for name in solvers:
-        try:
-            results.append((name, solve(profile, given, solver=name, cost=fitted, **options), ""))
-        except UnsupportedError as error:
-            results.append((name, None, error.limit))
-        if on_result is not None:
-            on_result(_row(*results[-1], None, None, 0.0), results[-1][1])
+    with interrupts.held() as interrupted, cores.at_most(options.get("threads") or cores.available()):
+        results: list[tuple[str, Result | None, str]] = []
+        for name in solvers:
+            results.append(_run(name, profile, given, fitted, interrupted, options))
+            if on_result is not None:
+                on_result(_row(*results[-1], None, None, 0.0), results[-1][1])
+        if interrupted.is_set() and all(result is None for _, result, _ in results):
+            raise KeyboardInterrupt
+        return _rows(results, profile, given, held, fitted, options)
+
+
+def _run(
+    name: str,
+    profile: Profile,
+    given: Traces,
+    cost: CostModel,
+    interrupted: threading.Event,
+    options: dict[str, Any],
+) -> tuple[str, Result | None, str]:
+    """One solver's name and result, or why there is none."""
+    if interrupted.is_set():
+        return name, None, NOT_RUN
+    try:
+        return name, solve(profile, given, solver=name, cost=cost, **options), ""
+    except UnsupportedError as error:
+        return name, None, error.limit
+    except KeyboardInterrupt:  # while it was being prepared
+        interrupted.set()
+        return name, None, NOT_RUN
+
+
+def _rows(
+    results: list[tuple[str, Result | None, str]],
+    profile: Profile,
+    given: Traces,
+    held: Traces | None,
+    fitted: CostModel,
+    options: dict[str, Any],
+) -> list[Comparison]:
     bound = _best_bound([result for _, result, _ in results if result is not None])
-    base_given, base_scored = _baseline(results, profile, given, scored, fitted, options)
+    scored = given if held is None else held
+    placement = _contiguous(profile, given, fitted, options.get("slots_per_rank"))
+    base_given = evaluate(placement, profile, given, cost=fitted).objective_us
+    base_scored = base_given if held is None else evaluate(placement, profile, scored, cost=fitted).objective_us
     rows = []
     for name, result, note in results:
         evaluation = None
@@ -109,32 +186,35 @@ def _best_bound(results: Sequence[Result]) -> float:
     return bound
 
 
-def _baseline(
-    results: list[tuple[str, Result | None, str]],
-    profile: Profile,
-    given: Traces,
-    scored: Traces,
-    cost: CostModel,
-    options: dict[str, Any],
-) -> tuple[float, float]:
-    """Objective of contiguous placement on the given and on the scored steps."""
-    placement = next((r.placement for name, r, _ in results if name == BASELINE and r is not None), None)
-    if placement is None:
-        slots = {key: options[key] for key in ("slots_per_rank",) if key in options}
-        placement = solve(profile, given, solver=BASELINE, cost=cost, **slots).placement
-    assert isinstance(placement, Placement)
-    on_given = evaluate(placement, profile, given, cost=cost).objective_us
-    return on_given, evaluate(placement, profile, scored, cost=cost).objective_us
+def _contiguous(profile: Profile, traces: Traces, cost: CostModel, slots_per_rank: object) -> Placement:
+    """Contiguous placement of all layers in the slots asked for; it looks at no step."""
+    first = problems(cost, traces.steps(slice(0, 1)), slots_per_rank)
+    rows = [get(BASELINE).solve(problem, Options(deadline=np.inf), None).row for problem in first]
+    return Placement(
+        physical_to_logical=np.stack([row for row in rows if row is not None]),
+        slots_per_rank=first[0].slots_per_rank,
+        num_experts=traces.num_experts,
+        layer_ids=list(traces.layer_ids),
+        num_hidden_layers=traces.num_hidden_layers,
+    )
 
 
 def _row(
     name: str, result: Result | None, note: str, evaluation: Evaluation | None, base: float | None, bound: float
 ) -> Comparison:
     if result is None:
-        nothing = dict.fromkeys(("objective_us", "change", "bound_us", "gap", "holdout_us", "holdout_change"))
-        quantiles = dict.fromkeys(("p50_us", "p90_us", "p99_us"))
+        nothing: dict[str, Any] = dict.fromkeys(
+            ("objective_us", "change", "bound_us", "gap", "holdout_us", "holdout_change")
+        )
+        quantiles: dict[str, Any] = dict.fromkeys(("p50_us", "p90_us", "p99_us"))
         return Comparison(
-            solver=name, status=Status.UNKNOWN, stopped_by=None, seconds=0.0, note=note, **nothing, **quantiles
+            solver=name,
+            status=Status.UNKNOWN,
+            stopped_by=StoppedBy.INTERRUPT if note == NOT_RUN else None,
+            seconds=0.0,
+            note=note,
+            **nothing,
+            **quantiles,
         )
     value = result.objective_us
     best = None if value is None else min(max(bound, result.bound_us or 0.0), value)
@@ -152,8 +232,28 @@ def _row(
         p50_us=_quantile(evaluation, 0.5),
         p90_us=_quantile(evaluation, 0.9),
         p99_us=_quantile(evaluation, 0.99),
+        outside=0.0 if evaluation is None else evaluation.outside,
         note="; ".join(result.notes) or note,
+        **_earned(result.per_layer),
     )
+
+
+def _earned(per_layer: Sequence[LayerResult]) -> dict[str, Any]:
+    """See `Comparison`."""
+    reached = [layer for layer in per_layer if layer.reached]
+    fields: dict[str, Any] = {"layers": len(per_layer), "reached_layers": len(reached)}
+    if all(layer.start_us is None for layer in per_layer):
+        return fields
+    started = [layer for layer in reached if layer.start_us is not None]
+    starts = [layer.start_us or 0.0 for layer in started]
+    own = [layer.own_bound_us for layer in per_layer]
+    return fields | {
+        "start_us": sum(starts),
+        "added_us": sum(starts) - sum(layer.objective_us or 0.0 for layer in started),
+        "stated_steps": sum(layer.stated_steps or 0 for layer in reached),
+        "distinct_steps": sum(layer.distinct_steps or 0 for layer in reached),
+        "own_bound_us": None if None in own else sum(bound for bound in own if bound is not None),
+    }
 
 
 def _quantile(evaluation: Evaluation | None, q: float) -> float | None:

@@ -215,15 +215,43 @@ CANDIDATES: tuple[Candidate, ...] = (
 
 @dataclass(frozen=True)
 class FitReport:
-    """Which cost model was chosen, and the cross-validated errors (mean relative) of all that were tried."""
+    """Which cost model was chosen, and how far all that were tried are off.
+
+    Errors are mean relative ones, NaN where the profile cannot tell: `errors` on points left out of the fit, `fits`
+    at the measured points themselves, of which one device has `num_points`.
+    """
 
     chosen: str
     errors: dict[str, float]
+    fits: dict[str, float] = field(default_factory=dict)
+    num_points: int = 0
 
     @property
     def error(self) -> float:
         """Cross-validated error of the chosen model; NaN when the profile has too few points to tell."""
         return self.errors[self.chosen]
+
+    def summary(self) -> str:
+        """One line: the model, how far it is off at its points and on points left out, and the best other one."""
+        if self.chosen not in self.fits:
+            return f"cost model {self.chosen}: its error is not known"
+        at_points = _exact_or(self.fits[self.chosen])
+        points = f"its {self.num_points} points" if self.num_points > 1 else "its only point"
+        left_out = "none could be left out" if np.isnan(self.error) else f"{_percent(self.error)} on points left out"
+        line = f"cost model {self.chosen}: {at_points} at {points}, {left_out}"
+        others = {name: error for name, error in self.errors.items() if name != self.chosen and not np.isnan(error)}
+        if not others:
+            return line
+        other = min(others, key=lambda name: others[name])
+        return f"{line} ({other}: {_percent(others[other])})"
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.1f} %"
+
+
+def _exact_or(error: float) -> str:
+    return "exact" if error < 5e-4 else f"{_percent(error)} off"
 
 
 def fit(
@@ -255,7 +283,14 @@ def fit(
     chosen = next((c for c in usable if errors[c.name] <= limit), usable[0])
     latencies = tuple(chosen.fit_device(table) for table in tables)
     cost = chosen.build(latencies, _measured(profile.devices, chosen.features))
-    return cost, FitReport(chosen.name, errors)
+    fits = {c.name: float(np.mean([_miss(c.fit_device(table), table) for table in kinds[:1]])) for c in usable}
+    return cost, FitReport(chosen.name, errors, fits, len(tables[0]))
+
+
+def _miss(latency: Latency, table: FloatArray) -> float:
+    """Mean relative error at the points of a table."""
+    loads = [table[:, 0], np.nan_to_num(table[:, 1])][: latency.num_features]
+    return float(np.abs(latency(loads) / table[:, 2].clip(1e-9) - 1).mean())
 
 
 def _cross_validated(candidate: Candidate, tables: list[FloatArray]) -> float:

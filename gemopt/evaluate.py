@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +16,6 @@ from gemopt.placement import EMPTY, Placement, Split, check_row
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.traces import Traces
-
-BLOCK_STEPS = 4096
 
 
 def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -52,14 +51,19 @@ def static_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64], weight
 
 def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> FloatArray:
     """[T, G, F] summed features of every rank, exact whole numbers."""
-    if weights_P is None:
-        shares_TP = even_shares(problem.counts_TE, row_P)
+    from gemopt.kernels import rank_loads
+
+    columns_P = row_P.astype(np.int64)
+    held = columns_P[columns_P != EMPTY]
+    if weights_P is None and len(np.unique(held)) == len(held):
+        features_FTN = problem.features_FTE
     else:
-        shares_TP = static_shares(problem.counts_TE, row_P, weights_P)
-    owner_PG = np.zeros((problem.num_slots, problem.num_ranks))
-    owner_PG[np.arange(problem.num_slots), problem.rank_of_slot] = 1.0
-    sums = [feature.of(shares_TP).astype(np.float64) @ owner_PG for feature in problem.features]
-    return np.ascontiguousarray(np.stack(sums, axis=2))
+        shares = even_shares if weights_P is None else partial(static_shares, weights_P=weights_P)
+        shares_TP = shares(problem.counts_TE, row_P)
+        features_FTN = np.stack([feature.of(shares_TP) for feature in problem.features]).astype(np.int64)
+        features_FTN.setflags(write=False)
+        columns_P = np.where(columns_P == EMPTY, EMPTY, np.arange(len(row_P)))
+    return np.asarray(rank_loads(features_FTN, columns_P, problem.rank_of_slot, problem.num_ranks))
 
 
 def rank_times(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> FloatArray:
@@ -171,13 +175,30 @@ def evaluate(
             "Placement.split", placement.split.value, "only even and static shares follow from counts", "use even"
         )
     weights_LP = placement.split_weights if placement.split is Split.STATIC else None
+    layers = (
+        Problem.make(traces.counts[:, layer], cost.features, cost.latencies, placement.slots_per_rank)
+        for layer in range(traces.num_layers)
+    )
+    return score(placement.physical_to_logical, layers, cost.measured, weights_LP=weights_LP)
+
+
+def score(
+    rows_LP: Sequence[NDArray[np.int64]],
+    layers: Iterable[Problem],
+    measured: FloatArray,
+    *,
+    weights_LP: Sequence[FloatArray] | None = None,
+) -> Evaluation:
+    """What rows cost on the problems of their layers; `measured` as in `CostModel`."""
+    from gemopt.kernels import rank_latencies
+
     makespans, stragglers, outside, idle = [], [], [], []
-    for layer in range(traces.num_layers):
-        weights_P = None if weights_LP is None else weights_LP[layer]
-        times_TG, loads_TGF = _layer_times(placement, traces, cost, layer, weights_P)
+    for layer, (problem, row_P) in enumerate(zip(layers, rows_LP, strict=True)):
+        loads_TGF = loads(problem, row_P, None if weights_LP is None else weights_LP[layer])
+        times_TG = np.asarray(rank_latencies(loads_TGF, problem.curves))
         makespans.append(times_TG.max(axis=1))
         stragglers.append(times_TG.argmax(axis=1))
-        outside.append(_outside(loads_TGF, cost.measured))
+        outside.append(_outside(loads_TGF, measured))
         idle.append(1 - times_TG.mean() / max(times_TG.max(axis=1).mean(), 1e-300))
     return Evaluation(
         makespan_TL=np.stack(makespans, axis=1),
@@ -185,17 +206,6 @@ def evaluate(
         outside=float(np.mean(outside)),
         idle_share=float(np.mean(idle)),
     )
-
-
-def _layer_times(
-    placement: Placement, traces: Traces, cost: CostModel, layer: int, weights_P: FloatArray | None
-) -> tuple[FloatArray, FloatArray]:
-    from gemopt.kernels import rank_latencies
-
-    counts_TE = traces.counts[:, layer].astype(np.int64)
-    problem = Problem.make(counts_TE, cost.features, cost.latencies, placement.slots_per_rank)
-    loads_TGF = loads(problem, placement.physical_to_logical[layer], weights_P)
-    return np.asarray(rank_latencies(loads_TGF, problem.curves)), loads_TGF
 
 
 def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:

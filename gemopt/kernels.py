@@ -70,3 +70,16 @@ def rank_latencies(loads_TGF: Array, curves: Curves) -> Array:
         for t in range(steps):
             out[t, g] = best_T[t]
     return out
+
+
+@njit(cache=True, nogil=True)
+def rank_loads(features_FTN: Array, column_P: Array, rank_P: Array, num_ranks: int) -> F64:
+    """[T, G, F] features of every rank: each slot's column of `features_FTN` (-1: none) added to its rank."""
+    features, steps = features_FTN.shape[:2]
+    out_TGF = np.zeros((steps, num_ranks, features))
+    for f in range(features):
+        for t in range(steps):
+            for p in range(len(column_P)):
+                if column_P[p] >= 0:
+                    out_TGF[t, rank_P[p], f] += features_FTN[f, t, column_P[p]]
+    return out_TGF

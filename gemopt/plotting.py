@@ -54,7 +54,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
 
 def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = None) -> Any:
     """Change of the summed step latency against contiguous placement, on fitted and on held-out steps."""
-    shown = [row for row in rows if row.change is not None and row.solver != BASELINE]
+    shown = [row for row in rows if row.change is not None and row.ran and row.solver != BASELINE]
     ax = _axes(ax, (8, 0.5 * len(shown) + 1.6))
     places = np.arange(len(shown))
     held = any(row.holdout_change is not None for row in shown)

@@ -68,10 +68,10 @@ class Problem:
         InputError
             Negative or non-integral counts, a slot total below the number of experts, or disagreeing shapes.
         """
-        counts = np.array(counts_TE)
+        counts = np.asarray(counts_TE)
         if counts.ndim != 2 or not counts.size or counts.dtype.kind not in "iu" or counts.min() < 0:
             raise InputError("counts_TE", f"{counts.dtype} {counts.shape}", "integers >= 0 [steps, experts], not empty")
-        if counts.sum(axis=1, dtype=np.float64).max() > LOAD_LIMIT:
+        if counts.max() > LOAD_LIMIT or counts.sum(axis=1, dtype=np.int64).max() > LOAD_LIMIT:
             raise InputError("counts_TE", int(counts.max()), f"at most {LOAD_LIMIT} assignments per step")
         counts = counts.astype(np.int64)
         if any(latency.num_features != len(features) for latency in latencies):
@@ -125,7 +125,9 @@ class Problem:
     @cached_property
     def features_FTE(self) -> NDArray[np.int64]:
         """[F, T, E] additive features of every expert held once."""
-        features = np.stack([feature.of(self.counts_TE) for feature in self.features]).astype(np.int64)
+        features = np.empty((len(self.features), *self.counts_TE.shape), np.int64)
+        for feature_TE, feature in zip(features, self.features, strict=True):
+            feature_TE[:] = feature.of(self.counts_TE)
         features.setflags(write=False)
         return features
 
@@ -151,7 +153,11 @@ class Problem:
         latency there: on a flat tread of a staircase the offsets alone would otherwise decide. Features share it in
         proportion to what half the mean load more or less of each changes, averaged over the ranks.
         """
-        mean_FE = np.einsum("t,fte->fe", self.weights_T, self.features_FTE) / max(self.weights_T.sum(), 1e-300)
+        if (self.weights_T == 1).all():
+            mean_FE = self.features_FTE.mean(axis=1)
+        else:
+            mean_FE = np.stack([self.weights_T @ feature_TE for feature_TE in self.features_FTE])
+            mean_FE /= max(self.weights_T.sum(), 1e-300)
         mean_F = mean_FE.sum(axis=1) / self.num_ranks
         scales = np.linspace(0.0, 2.5, 17)
         times_GS = np.array([latency(list(np.outer(mean_F, scales))) for latency in self.latencies])

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gemopt.bounds.simple import lower_bound, step_bounds
+from gemopt.bounds.simple import lower_bound, step_bounds, timed_step_bounds, weighted
 
-__all__ = ["lower_bound", "step_bounds"]
+__all__ = ["lower_bound", "step_bounds", "timed_step_bounds", "weighted"]

@@ -30,12 +30,17 @@ ALL_TOPS = 64  # up to so many experts, every number m of largest experts is tri
 SOME_TOPS = 16
 MAX_DIRECTIONS = 12
 MAX_COPIES = 6
-BLOCK_STEPS = 4096
+BLOCK_STEPS = 512
 
 
 def lower_bound(problem: Problem) -> float:
     """Lower bound of `evaluate.objective` over all feasible rows, in microseconds, rounded down by 1e-9 of itself."""
-    total = float((step_bounds(problem) * problem.weights_T).sum())
+    return weighted(problem, step_bounds(problem))
+
+
+def weighted(problem: Problem, bounds_T: FloatArray) -> float:
+    """Bound of the objective from bounds of its steps, rounded down by 1e-9 of itself."""
+    total = float((bounds_T * problem.weights_T).sum())
     return total - ROUNDING * abs(total)
 
 
@@ -44,12 +49,30 @@ def step_bounds(problem: Problem) -> FloatArray:
 
     The steps are bounded one by one: the placement behind one step's bound may differ from another's.
     """
-    blocks = range(0, problem.num_steps, BLOCK_STEPS)
-    bounds_T = np.concatenate([_block_bounds(problem, slice(first, first + BLOCK_STEPS)) for first in blocks])
-    return np.asarray(bounds_T - ROUNDING * np.abs(bounds_T))
+    return timed_step_bounds(problem, np.zeros(1, np.uint8))[0]
 
 
-def _block_bounds(problem: Problem, block: slice) -> FloatArray:
+def timed_step_bounds(problem: Problem, stop: NDArray[np.uint8]) -> tuple[FloatArray, int]:
+    """As `step_bounds`, and the number of steps bounded before `stop` [1] was not 0 (`Options.alarm`).
+
+    The others have what is known without work: their least loads in the block that was cut, the idle ranks after it.
+    """
+    from gemopt.kernels import rank_latencies
+
+    low = _shape(problem.latencies, problem.features).low
+    idle_GF = np.zeros((1, problem.num_ranks, len(problem.features)))
+    bounds_T = np.full(problem.num_steps, float(rank_latencies(idle_GF, low).max()))
+    done = 0
+    for first in range(0, problem.num_steps, BLOCK_STEPS):
+        if stop[0]:
+            break
+        block = slice(first, first + BLOCK_STEPS)
+        bounds_T[block], steps = _block_bounds(problem, block, stop)
+        done += steps
+    return np.asarray(bounds_T - ROUNDING * np.abs(bounds_T)), done
+
+
+def _block_bounds(problem: Problem, block: slice, stop: NDArray[np.uint8]) -> tuple[FloatArray, int]:
     from gemopt.bounds.steps import raise_bounds
     from gemopt.kernels import rank_latencies
 
@@ -67,8 +90,8 @@ def _block_bounds(problem: Problem, block: slice) -> FloatArray:
     ceiling_T = np.maximum(bounds_T, rank_latencies(total_TGF, shape.low).max(axis=1))
     lines = (shape.normals_DF, shape.slope_DGM, shape.shift_DGM, shape.wake_G)
     sums = (sums_RTIF, slots_G, whole_G, tops_RM, spent_R)
-    raise_bounds(bounds_T, ceiling_T, most_TGF, *sums, shape.low, shape.others, *lines)
-    return bounds_T
+    done = raise_bounds(bounds_T, ceiling_T, most_TGF, *sums, shape.low, shape.others, *lines, stop)
+    return bounds_T, int(done)
 
 
 def _range_bound(problem: Problem, shape: _Shape, least_TGF: FloatArray, most_TGF: FloatArray) -> FloatArray:

@@ -86,14 +86,17 @@ def raise_bounds(
     slope_DGM: Array,
     shift_DGM: Array,
     wake_G: Array,
-) -> None:
-    """Raise `known_T` in place. R: numbers of copies considered, D: directions.
+    stop: Array,
+) -> int:
+    """Raise `known_T` in place; returns the steps done before `stop` [1] was set. R: numbers of copies, D: directions.
 
     ceiling_T: a time in which any rank could hold the whole step. most_TGF: the most that slots allow a rank to hold.
     """
     kinds, steps, size, features = sums_RTIF.shape
     none_G = np.zeros_like(whole_G)
     for t in range(steps):
+        if stop[0] != 0:
+            return int(t)
         known, sums_IF, total_F = known_T[t], sums_RTIF[0, t], sums_RTIF[0, t, size - 1]
         for r in range(kinds):
             whole = whole_G if r == 0 else none_G
@@ -105,3 +108,4 @@ def raise_bounds(
         for f in range(features):
             known = single_bound(f, known, most_TGF[t], total_F[f], ceiling_T[t], others, low)
         known_T[t] = known
+    return int(steps)

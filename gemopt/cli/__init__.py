@@ -1,4 +1,4 @@
-"""Command line. Exit codes: 0 done, 2 bad input, 3 infeasible, 4 no solution within the limit."""
+"""Command line. Exit codes: 0 done, 2 bad input, 3 infeasible, 4 no solution within the limit, 130 interrupted."""
 
 from __future__ import annotations
 

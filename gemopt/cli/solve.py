@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from gemopt import cores, interrupts
 from gemopt.cli.app import app, console, errors, print_json, say
 
 if TYPE_CHECKING:
+    from gemopt.result import Result
     from gemopt.traces import Traces
 
 ProfilePath = Annotated[Path, typer.Argument(help="profile.json", show_default=False)]
@@ -30,11 +33,17 @@ Cost = Annotated[str, typer.Option("--cost", help="cost model: auto, staircase, 
 Task = Annotated[str | None, typer.Option("--task", help="use only the steps of this task")]
 PhaseName = Annotated[str | None, typer.Option("--phase", help="use only prefill or decode steps")]
 Patience = Annotated[int | None, typer.Option("--patience", help="tries without gain before giving up; 0: one descent")]
-Threads = Annotated[int | None, typer.Option("--threads", help="layers solved at once; default: all cores")]
+Threads = Annotated[int | None, typer.Option("--threads", help="cores used in all; default: every one")]
+OneRank = Annotated[bool, typer.Option("--allow-one-rank", help="solve even where the profile has only one device")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
+EXIT_INTERRUPTED = 130
+JSON_FIELDS = (
+    *("solver", "status", "stopped_by", "objective_us", "bound_us", "gap", "change", "seconds", "outside"),
+    *("cost", "cost_summary"),
+)
 
 
 def parse_slots(text: str | None) -> int | list[int] | None:
@@ -96,6 +105,7 @@ def solve_command(
     warm_start: Annotated[Path | None, typer.Option("--warm-start", help="placement.json to start from")] = None,
     patience: Patience = None,
     threads: Threads = None,
+    allow_one_rank: OneRank = False,
     result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -108,40 +118,60 @@ def solve_command(
     for path in (output, result_path):
         if path is not None:
             check_writable(path)
-    chosen = load_traces(traces, task, phase)
-    with layer_progress(f"{solver}: layers", quiet=as_json) as progress:
-        result = solve(
-            Profile.load(profile),
-            chosen,
-            slots_per_rank=parse_slots(slots_per_rank),
-            solver=solver,
-            time_limit=time_limit,
-            gap=gap,
-            seed=seed,
-            cost=cost,
-            warm_start=warm_start,
-            patience=patience,
-            threads=threads,
-            progress=progress,
-        )
-    if output is not None and result.placement is not None:
-        result.placement.save(output)
-    if result_path is not None:
-        result.save(result_path)
+    with whole_or_nothing(threads):
+        chosen = load_traces(traces, task, phase)
+        measured = Profile.load(profile)
+        with interrupts.held(), layer_progress(f"{solver}: layers", quiet=as_json) as progress:
+            result = solve(
+                measured,
+                chosen,
+                slots_per_rank=parse_slots(slots_per_rank),
+                solver=solver,
+                time_limit=time_limit,
+                gap=gap,
+                seed=seed,
+                cost=cost,
+                warm_start=warm_start,
+                patience=patience,
+                threads=threads,
+                allow_one_rank=allow_one_rank,
+                progress=progress,
+                notice=None if as_json else errors.print,
+            )
+            if output is not None and result.placement is not None:
+                result.placement.save(output)
+            if result_path is not None:
+                result.save(result_path)
     if as_json:
-        fields = ("solver", "status", "stopped_by", "objective_us", "bound_us", "gap", "seconds", "outside", "cost")
+        fields = (*JSON_FIELDS, "notes")
         print_json({name: getattr(result, name) for name in fields})
     else:
-        say(result.summary())
-        for note in result.notes:
-            say(note)
-        if result.outside > 0.01:
-            say(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
-        if output is not None and result.placement is not None:
-            say(f"wrote {output}")
+        _tell(result, output)
     if result.status is Status.INFEASIBLE:
         return EXIT_INFEASIBLE
     return 0 if result.placement is not None else EXIT_NO_SOLUTION
+
+
+def _tell(result: Result, output: Path | None) -> None:
+    """The result for people."""
+    say(result.summary())
+    for note in result.notes:
+        say(note)
+    if result.outside > 0.01:
+        say(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
+    if result.placement is not None:
+        say(f"wrote {output}" if output is not None else "not saved: give -o placement.json")
+
+
+@contextmanager
+def whole_or_nothing(threads: int | None) -> Iterator[None]:
+    """Within, at most so many threads; Ctrl-C before there is an answer ends the command with one line."""
+    try:
+        with cores.at_most(threads or cores.available()):
+            yield
+    except KeyboardInterrupt:
+        sys.stderr.write("gemopt: interrupted before there was an answer: nothing written\n")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @app.command("compare")
@@ -159,6 +189,7 @@ def compare_command(
     phase: PhaseName = None,
     patience: Patience = None,
     threads: Threads = None,
+    allow_one_rank: OneRank = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of the table")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -173,7 +204,7 @@ def compare_command(
         get(name)
     if plot is not None:
         check_picture(plot)
-    with layer_progress("solvers", quiet=as_json) as progress:
+    with whole_or_nothing(threads), layer_progress("solvers", quiet=as_json) as progress:
         done: list[str] = []
 
         def advance(row: Any, _: Any) -> None:
@@ -194,6 +225,8 @@ def compare_command(
             gap=gap,
             patience=patience,
             threads=threads,
+            allow_one_rank=allow_one_rank,
+            notice=None if as_json else errors.print,
         )
     if plot is not None:
         from gemopt.plotting import plot_comparison, save

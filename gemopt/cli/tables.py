@@ -17,21 +17,25 @@ if TYPE_CHECKING:
 def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) -> Table:
     """Objective over all given steps and layers; changes against contiguous placement. Fits 80 columns.
 
-    The best row (held out, where steps were) is bold; what a solver could not do stands below the table.
+    The best row (held out, where steps were) is bold. Below the table stands what a solver could not do, and what it
+    did to earn its row where that is marked `*`; one that did not run has no numbers, which would be another's.
     """
     held = any(row.holdout_us is not None for row in rows)
-    failed = [f"{row.solver}: {row.note or row.status.value}" for row in rows if row.objective_us is None]
+    said = [f"{row.solver}: {_said(row)}" for row in rows if _said(row)]
+    outside = max((row.outside for row in rows), default=0.0)
+    if outside > 0.01:
+        said.append(f"up to {100 * outside:.0f} % of the loads lie outside the measured range of the profile")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.title, table.title_justify = title, "left"
-    if failed:
-        table.caption, table.caption_justify = Text("\n".join(failed)), "left"
+    if said:
+        table.caption, table.caption_justify = Text("\n".join(said)), "left"
     table.add_column("solver", no_wrap=True)
     heads = ["total\nms", "change\n%", "bound\nms", "gap\n%", "time\ns", *(["held\nout %"] if held else [])]
     for head in [*heads, "p50\nus", "p90\nus", "p99\nus"]:
         table.add_column(head, justify="right", no_wrap=True)
     best = min((_key(row, held) for row in rows), default=0.0)
     for row in rows:
-        if row.objective_us is None:
+        if not row.ran:
             table.add_row(row.solver, "-", style="dim")
             continue
         cells = [
@@ -43,13 +47,18 @@ def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) ->
             *([_percent(row.holdout_change)] if held else []),
             *(f"{value:.0f}" if value is not None else "" for value in (row.p50_us, row.p90_us, row.p99_us)),
         ]
-        table.add_row(row.solver, *cells, style="bold" if _key(row, held) == best else None)
+        name = f"{row.solver} *" if _said(row) else row.solver
+        table.add_row(name, *cells, style="bold" if _key(row, held) == best else None)
     return table
+
+
+def _said(row: Comparison) -> str:
+    return row.note or row.status.value if row.objective_us is None else row.earned()
 
 
 def _key(row: Comparison, held: bool) -> float:
     value = row.holdout_us if held else row.objective_us
-    return float("inf") if value is None else value
+    return float("inf") if value is None or not row.ran else value
 
 
 def _percent(change: float | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ Row = NDArray[np.int64]
 
 DEFAULT_PATIENCE = 5
 """Kicks of local search, or restarts of GEM, in a row without gain, after which a call without a time limit ends."""
+POLL_S = 0.02
+"""How often the clock and the user are asked while a compiled kernel runs."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Options:
     """Give up after so many tries in a row without improvement; None: only the deadline ends the search."""
     bound_us: float = 0.0
     stop: Callable[[], bool] = field(default=lambda: False)
+    begun: object = None
+    """`Outcome.search` of an earlier call on the same problem, for the solver to go on from."""
 
     def expired(self) -> bool:
         """Whether the time is over or the user interrupted."""
@@ -63,6 +69,28 @@ class Options:
         """Seconds left, not below 0."""
         return max(0.0, self.deadline - time.monotonic())
 
+    @property
+    def cut_by(self) -> StoppedBy:
+        """What ended a search that `expired`."""
+        return StoppedBy.INTERRUPT if self.stop() else StoppedBy.TIME_LIMIT
+
+    @contextmanager
+    def alarm(self) -> Iterator[NDArray[np.uint8]]:
+        """An array [1] that turns 1 when the options expire: compiled kernels cannot ask a clock, but read this."""
+        flag, over = np.array([self.expired()], np.uint8), threading.Event()
+
+        def watch() -> None:
+            while not (flag[0] or over.wait(min(POLL_S, self.remaining))):
+                flag[0] = self.expired()
+
+        watcher = threading.Thread(target=watch, name="gemopt-alarm", daemon=True)
+        watcher.start()
+        try:
+            yield flag
+        finally:
+            over.set()
+            watcher.join()
+
 
 @dataclass
 class Outcome:
@@ -75,6 +103,8 @@ class Outcome:
     own_bound_us: the bound that the solver itself claims for all steps, its word alone; None when it claims none or
     what it claimed was refuted. stated_steps, distinct_steps: steps that were stated to it, of how many. reached:
     whether the solver ran at all.
+
+    search: what `Options.begun` takes, from solvers that can go on.
     """
 
     row: Row | None
@@ -88,6 +118,7 @@ class Outcome:
     stated_steps: int | None = None
     distinct_steps: int | None = None
     reached: bool = True
+    search: object = None
 
 
 class Solver(Protocol):

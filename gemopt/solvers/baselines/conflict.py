@@ -17,6 +17,7 @@ from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, seeded
+from gemopt.solvers.search.packing import lpt_row
 
 MAX_SWEEPS = 50
 LEAST_GAIN = 1e-9  # relative to the whole
@@ -32,14 +33,16 @@ class Conflict:
     supports = Supports()
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
-        """Place one layer; see `Solver`. A warm start is not used."""
+        """Place one layer; see `Solver`. A warm start is not used. Without the time for a graph the answer is LPT's."""
+        if options.expired():
+            return Outcome(lpt_row(problem), options.cut_by, note="no time to cut: speed-weighted LPT", reached=False)
         graph = cut_graph(problem)
         rank_I = _greedy(graph, problem.slots_per_rank)
         rng = seeded(options.seed, problem.num_experts)
         stopped_by = StoppedBy.ITERATIONS
         for _ in range(MAX_SWEEPS):
             if options.expired():
-                stopped_by = StoppedBy.TIME_LIMIT
+                stopped_by = options.cut_by
                 break
             if not _sweep(graph, rank_I, rng.permutation(problem.num_experts)):
                 break

@@ -14,17 +14,22 @@ Where the paper is silent we chose what helps it:
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from gemopt.conflicts import ExpertClass, classify
 from gemopt.evaluate import objective
-from gemopt.latency import FloatArray
+from gemopt.kernels import latency_value
+from gemopt.latency import Curves, FloatArray
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
 from gemopt.solvers.search.gains import make_pair
+from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.swaps import fix_others, improve_pair, refresh_three, slowest_three
 
@@ -40,59 +45,133 @@ class Gem:
     supports = Supports(improves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
-        """Place one layer; see `Solver`. A warm start is the first mapping. Spare slots stay empty."""
-        costs = make_costs(problem)
-        classes = classify(problem.counts_TE)
-        rng = seeded(options.seed, problem.num_experts, problem.num_ranks)
-        best, value, idle = None, np.inf, -1
-        history: list[Incumbent] = []
+        """Place one layer; see `Solver`. A warm start is the first mapping. Spare slots stay empty.
+
+        Without the time for a first mapping the answer is that of LPT, and says so.
+        """
+        search = options.begun
+        if not isinstance(search, _Search) or search.problem is not problem:
+            search = _Search(problem, options.seed, warm_start)
+        with options.alarm() as stop:
+            stopped_by = search.run(options, stop)
+        if search.row is None:
+            note = "no time to search: speed-weighted LPT"
+            return Outcome(lpt_row(problem), stopped_by, note=note, reached=False, search=search)
+        return Outcome(search.row, stopped_by, history=search.history, search=search)
+
+
+class _Search:
+    """The mappings of one layer so far, which a later call may go on from."""
+
+    def __init__(self, problem: Problem, seed: int, first: Row | None) -> None:
+        self.problem = problem
+        self.first = first
+        self.rng = seeded(seed, problem.num_experts, problem.num_ranks)
+        self.row: Row | None = None
+        self.value = np.inf
+        self.history: list[Incumbent] = []
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The latencies as the kernels read them."""
+        return make_costs(self.problem)
+
+    @cached_property
+    def classes(self) -> list[ExpertClass]:
+        """What kind each expert is."""
+        return classify(self.problem.counts_TE)
+
+    def run(self, options: Options, stop: NDArray[np.uint8]) -> StoppedBy:
+        """Map, relieve and restart until the deadline, the patience or an interrupt."""
+        idle = -1 if self.row is None else 0
         while not options.exhausted(idle):
-            noise_E = np.exp(NOISE * rng.standard_normal(problem.num_experts)) if best is not None else None
-            row = warm_start if warm_start is not None and best is None else _greedy(problem, classes, noise_E)
-            if best is None or not options.expired():
-                state = make_state(problem, row, costs)
-                relieve_stragglers(costs, state)
-                row = state.content
+            row = self._start(stop)
+            if row is None:
+                return options.cut_by
+            state = make_state(self.problem, row, self.costs, stop)
+            relieve_stragglers(self.costs, state)
             idle += 1
-            found = objective(problem, row)
-            if found < value:
-                best, value, idle = row.copy(), found, 0
-                history.append(incumbent(found))
-            if options.expired():
-                stopped = StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT
-                return Outcome(best, stopped, history=history)
-        return Outcome(best, StoppedBy.ITERATIONS, history=history)
+            found = objective(self.problem, state.content)
+            if found < self.value:
+                self.row, self.value, idle = state.content.copy(), found, 0
+                self.history.append(incumbent(found))
+            if stop[0]:
+                self.first = state.content  # to be gone on from
+                return options.cut_by
+        return StoppedBy.ITERATIONS
+
+    def _start(self, stop: NDArray[np.uint8]) -> Row | None:
+        """The mapping to begin with, or None when the time is over before it is made."""
+        row, self.first = self.first, None
+        if row is not None:
+            return row
+        if stop[0]:
+            return None
+        noise_E = np.ones(self.problem.num_experts)
+        if self.row is not None:
+            noise_E = np.exp(NOISE * self.rng.standard_normal(self.problem.num_experts))
+        row = greedy(self.problem, self.classes, noise_E, stop)
+        return None if stop[0] else row
 
 
-def _greedy(problem: Problem, classes: list[ExpertClass], noise_E: FloatArray | None) -> Row:
+def greedy(problem: Problem, classes: list[ExpertClass], noise_E: FloatArray, stop: NDArray[np.uint8]) -> Row:
     """[P] experts by class and heat, each on the rank that keeps the makespan of what is placed so far smallest."""
     steps = step_order(problem.num_steps)[:GREEDY_STEPS]
-    features_FTE, weights_T = problem.features_FTE[:, steps], problem.weights_T[steps]
-    heat_E = problem.linearised[1].mean(axis=0) * (1.0 if noise_E is None else noise_E)
+    features_EFT = np.ascontiguousarray(problem.features_FTE[:, steps].transpose(2, 0, 1), dtype=np.float64)
+    heat_E = problem.linearised[1].mean(axis=0) * noise_E
     order = sorted(range(problem.num_experts), key=lambda e: (ORDER.index(classes[e]), -heat_E[e]))
-    loads_GFT = np.zeros((problem.num_ranks, len(problem.features), len(steps)))
-    times_GT = np.stack([latency(list(loads_GFT[g])) for g, latency in enumerate(problem.latencies)])
-    left_G = problem.slots_per_rank.copy()
-    starts_G = np.cumsum(left_G) - left_G
-    row = np.full(problem.num_slots, EMPTY)
+    slots_G = problem.slots_per_rank.copy()
+    rank_E = map_in_order(features_EFT, np.array(order), slots_G, problem.weights_T[steps], problem.curves, stop)
+    row, used_G = np.full(problem.num_slots, EMPTY), np.cumsum(slots_G) - slots_G
     for expert in order:
-        tried: list[tuple[float, float, int, FloatArray]] = []
-        for rank in np.flatnonzero(left_G).tolist():
-            time_T = problem.latencies[rank](list(loads_GFT[rank] + features_FTE[:, :, expert]))
-            others_T = np.delete(times_GT, rank, axis=0).max(axis=0, initial=0.0)
-            score = float(np.maximum(others_T, time_T) @ weights_T)
-            tried.append((score, float(time_T @ weights_T), rank, time_T))
-        _, _, rank, time_T = min(tried, key=lambda each: each[:3])
-        loads_GFT[rank] += features_FTE[:, :, expert]
-        times_GT[rank] = time_T
-        row[starts_G[rank] + problem.slots_per_rank[rank] - left_G[rank]] = expert
-        left_G[rank] -= 1
+        row[used_G[rank_E[expert]]] = expert
+        used_G[rank_E[expert]] += 1
     return row
 
 
 @njit(cache=True, nogil=True)
+def map_in_order(
+    features_EFT: Array, order_E: Array, slots_G: Array, weights_T: Array, curves: Curves, stop: Array
+) -> Array:
+    """[E] rank of each expert: with room, and least makespan of what is placed so far, then least time of its own."""
+    experts, features, steps = features_EFT.shape
+    ranks = len(slots_G)
+    loads_GFT, times_GT = np.zeros((ranks, features, steps)), np.empty((ranks, steps))
+    rank_E, left_G, time_T, best_T = np.zeros(experts, np.int64), slots_G.copy(), np.empty(steps), np.empty(steps)
+    loads_F = np.zeros(features)
+    for g in range(ranks):
+        times_GT[g] = latency_value(g, loads_F, curves)
+    for expert in order_E:
+        if stop[0] != 0:
+            break
+        best, best_own = np.inf, np.inf
+        for g in range(ranks):
+            if left_G[g] == 0:
+                continue
+            score, own = 0.0, 0.0
+            for t in range(steps):
+                for f in range(features):
+                    loads_F[f] = loads_GFT[g, f, t] + features_EFT[expert, f, t]
+                time_T[t] = latency_value(g, loads_F, curves)
+                worst = time_T[t]
+                for other in range(ranks):
+                    if other != g:
+                        worst = max(worst, times_GT[other, t])
+                score += worst * weights_T[t]
+                own += time_T[t] * weights_T[t]
+            if score < best or (score == best and own < best_own):
+                best, best_own, rank_E[expert] = score, own, g
+                best_T[:] = time_T
+        g = rank_E[expert]
+        loads_GFT[g] += features_EFT[expert]
+        times_GT[g] = best_T
+        left_G[g] -= 1
+    return rank_E
+
+
+@njit(cache=True, nogil=True)
 def relieve_stragglers(costs: Costs, state: State) -> None:
-    """Swap experts of the worst straggler with any other rank's, then of the next worst, until nothing helps."""
+    """Swap experts of the worst straggler with any other rank's, then of the next worst, until none helps."""
     num_ranks, steps = state.times.shape
     if num_ranks < 2:
         return
@@ -105,7 +184,7 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
         blame = blamed(state, values, ranks)
         for a in np.argsort(-blame):
             for b in range(num_ranks):
-                if a == b:
+                if a == b or state.stop[0] != 0:
                     continue
                 fix_others(state, a, b, values, ranks, pair)
                 if improve_pair(costs, state, a, b, pair, False):

@@ -190,7 +190,7 @@ def improve_copies(
         rank = rank_of(state, p)
         for n in range(-1, candidates.shape[0]):
             old = state.content[p]
-            if old >= 0 and copies[old] < 2:
+            if state.stop[0] != 0 or (old >= 0 and copies[old] < 2):
                 break
             expert = -1 if n < 0 else candidates[n]
             if expert == old or (expert >= 0 and state.holds[rank, expert] > 0):

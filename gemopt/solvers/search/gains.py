@@ -1,8 +1,8 @@
 """Compiled scans: the first swap of a slot with any slot of another rank that costs less than a goal.
 
-One kernel per form of the latencies. The sum over the steps is left as soon as it reaches a limit (see `Pair`). Where
-latencies are convex the cost of a swap is convex in the loads it moves, so it is at least its tangent: swaps that the
-tangent does not let gain are skipped, which loses nothing.
+One scan, with a kernel for a block of steps per form of the latencies. The sum over the steps is left as soon as it
+reaches a limit (see `Pair`). Where latencies are convex the cost of a swap is convex in the loads it moves, so it is at
+least its tangent: swaps that the tangent does not let gain are skipped, which loses nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numba import njit
 from gemopt.solvers.search.state import Array, Costs, Number, State, lookup
 
 BLOCK = 256
+LINE, TABLE, ROOFLINE, GENERAL = range(4)  # forms of latencies with a kernel of their own
 
 
 class Pair(NamedTuple):
@@ -114,60 +115,33 @@ def allowed(state: State, a: int, b: int, i: int, j: int) -> bool:
     return not (expert_j >= 0 and state.holds[a, expert_j] > 0)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
-def affine_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
-    """First slot j >= `first` of rank b whose swap with i costs less than `goal`, or -1; lines of one feature."""
+@njit(cache=True, nogil=True, fastmath=True, inline="always")
+def line_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair: Pair, lo: int, hi: int) -> Number:
+    """Cost of the steps lo to hi after the swap of i and j; latencies are lines of one feature."""
     a1, b1 = costs.planes[a, 0, 1], costs.planes[b, 0, 1]
-    steps = state.items.shape[2]
-    for j in range(first, state.starts[b + 1]):
-        if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
-            continue
-        cost = 0.0
-        for block in range(pair.limits.shape[0]):
-            lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
-            item_i, item_j = state.items[i, 0, lo:hi], state.items[j, 0, lo:hi]
-            time_a, time_b = state.times[a, lo:hi], state.times[b, lo:hi]
-            others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
-            part = np.float32(0.0)
-            for t in range(item_i.shape[0]):  # views from 0: the compiler then knows the bounds and emits SIMD
-                d = item_i[t] - item_j[t]
-                value = max(time_a[t] - a1 * d, time_b[t] + b1 * d)
-                part += weights_T[t] * max(others_T[t], value)
-            cost += np.float64(part)
-            if cost >= pair.limits[block]:
-                cost = np.inf
-                break
-        if cost < goal:
-            return j
-    return -1
+    item_i, item_j = state.items[i, 0, lo:hi], state.items[j, 0, lo:hi]
+    time_a, time_b = state.times[a, lo:hi], state.times[b, lo:hi]
+    others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
+    part = np.float32(0.0)
+    for t in range(item_i.shape[0]):  # views from 0: the compiler then knows the bounds and emits SIMD
+        d = item_i[t] - item_j[t]
+        part += weights_T[t] * max(others_T[t], max(time_a[t] - a1 * d, time_b[t] + b1 * d))
+    return part
 
 
-@njit(cache=True, nogil=True, fastmath=True)
-def table_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
-    """As `affine_gain`, each latency being one table of one feature."""
+@njit(cache=True, nogil=True, fastmath=True, inline="always")
+def table_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair: Pair, lo: int, hi: int) -> Number:
+    """As `line_block`, each latency being one table of one feature."""
     table_a, table_b = costs.tables[costs.offsets[a, 0, 0] :], costs.tables[costs.offsets[b, 0, 0] :]
-    steps = state.items.shape[2]
-    for j in range(first, state.starts[b + 1]):
-        if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
-            continue
-        cost = 0.0
-        for block in range(pair.limits.shape[0]):
-            lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
-            item_i, item_j = state.items[i, 0, lo:hi], state.items[j, 0, lo:hi]
-            load_a, load_b = state.loads[a, 0, lo:hi], state.loads[b, 0, lo:hi]
-            others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
-            part = np.float32(0.0)
-            for t in range(item_i.shape[0]):
-                d = item_i[t] - item_j[t]
-                value = max(table_a[np.uint32(load_a[t] - d)], table_b[np.uint32(load_b[t] + d)])
-                part += weights_T[t] * max(others_T[t], value)
-            cost += np.float64(part)
-            if cost >= pair.limits[block]:
-                cost = np.inf
-                break
-        if cost < goal:
-            return j
-    return -1
+    item_i, item_j = state.items[i, 0, lo:hi], state.items[j, 0, lo:hi]
+    load_a, load_b = state.loads[a, 0, lo:hi], state.loads[b, 0, lo:hi]
+    others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
+    part = np.float32(0.0)
+    for t in range(item_i.shape[0]):
+        d = item_i[t] - item_j[t]
+        value = max(table_a[np.uint32(load_a[t] - d)], table_b[np.uint32(load_b[t] + d)])
+        part += weights_T[t] * max(others_T[t], value)
+    return part
 
 
 @njit(cache=True, nogil=True, fastmath=True, inline="always")
@@ -178,74 +152,74 @@ def five_planes(p: Array, x: float, y: float) -> Number:
     return max(max(low, mid), p[4, 0] + p[4, 1] * x + p[4, 2] * y)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
-def roofline_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
-    """As `affine_gain`, for maxima of up to five planes in two features."""
+@njit(cache=True, nogil=True, fastmath=True)  # inlined, it loses its SIMD
+def roofline_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair: Pair, lo: int, hi: int) -> Number:
+    """As `line_block`, for maxima of up to five planes in two features."""
     planes_a, planes_b = costs.planes[a], costs.planes[b]
-    steps = state.items.shape[2]
+    item_i0, item_i1 = state.items[i, 0, lo:hi], state.items[i, 1, lo:hi]
+    item_j0, item_j1 = state.items[j, 0, lo:hi], state.items[j, 1, lo:hi]
+    load_a0, load_a1 = state.loads[a, 0, lo:hi], state.loads[a, 1, lo:hi]
+    load_b0, load_b1 = state.loads[b, 0, lo:hi], state.loads[b, 1, lo:hi]
+    others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
+    part = np.float32(0.0)
+    for t in range(others_T.shape[0]):
+        d0, d1 = item_i0[t] - item_j0[t], item_i1[t] - item_j1[t]
+        time_a = five_planes(planes_a, load_a0[t] - d0, load_a1[t] - d1)
+        time_b = five_planes(planes_b, load_b0[t] + d0, load_b1[t] + d1)
+        part += weights_T[t] * max(others_T[t], max(time_a, time_b))
+    return part
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def general_block(costs: Costs, state: State, a: int, b: int, i: int, j: int, pair: Pair, lo: int, hi: int) -> Number:
+    """As `line_block`, for any latency, from tables."""
+    part = 0.0
+    for t in range(lo, hi):
+        worst = pair.others_T[t]
+        for side in range(2):
+            rank = a if side == 0 else b
+            sign = np.float32(-1.0) if side == 0 else np.float32(1.0)
+            for k in range(costs.num_terms[rank]):
+                value = np.float32(0.0)
+                for f in range(state.items.shape[1]):
+                    d = state.items[i, f, t] - state.items[j, f, t]
+                    value += lookup(costs, rank, k, f, state.loads[rank, f, t] + sign * d)
+                worst = max(worst, value)
+        part += np.float64(pair.weights_T[t] * worst)
+    return part
+
+
+@njit(cache=True, nogil=True, inline="always")
+def form_of(costs: Costs, state: State, a: int, b: int) -> int:
+    """Which of the block kernels fits the latencies of the ranks a and b."""
+    one = state.items.shape[1] == 1
+    if not costs.use_tables:
+        return LINE if one else ROOFLINE
+    plain = one and costs.strides[0] == 1 and costs.num_terms[a] == 1 and costs.num_terms[b] == 1
+    return TABLE if plain else GENERAL
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def find_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
+    """First slot j >= `first` of rank b whose swap with slot i of rank a costs less than `goal`, or -1."""
+    form, steps = form_of(costs, state, a, b), state.items.shape[2]
     for j in range(first, state.starts[b + 1]):
         if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
             continue
         cost = 0.0
         for block in range(pair.limits.shape[0]):
             lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
-            item_i0, item_i1 = state.items[i, 0, lo:hi], state.items[i, 1, lo:hi]
-            item_j0, item_j1 = state.items[j, 0, lo:hi], state.items[j, 1, lo:hi]
-            load_a0, load_a1 = state.loads[a, 0, lo:hi], state.loads[a, 1, lo:hi]
-            load_b0, load_b1 = state.loads[b, 0, lo:hi], state.loads[b, 1, lo:hi]
-            others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
-            part = np.float32(0.0)
-            for t in range(others_T.shape[0]):
-                d0, d1 = item_i0[t] - item_j0[t], item_i1[t] - item_j1[t]
-                time_a = five_planes(planes_a, load_a0[t] - d0, load_a1[t] - d1)
-                time_b = five_planes(planes_b, load_b0[t] + d0, load_b1[t] + d1)
-                part += weights_T[t] * max(others_T[t], max(time_a, time_b))
-            cost += np.float64(part)
+            if form == LINE:
+                cost += np.float64(line_block(costs, state, a, b, i, j, pair, lo, hi))
+            elif form == TABLE:
+                cost += np.float64(table_block(costs, state, a, b, i, j, pair, lo, hi))
+            elif form == ROOFLINE:
+                cost += np.float64(roofline_block(costs, state, a, b, i, j, pair, lo, hi))
+            else:
+                cost += general_block(costs, state, a, b, i, j, pair, lo, hi)
             if cost >= pair.limits[block]:
                 cost = np.inf
                 break
         if cost < goal:
             return j
     return -1
-
-
-@njit(cache=True, nogil=True, fastmath=True)
-def general_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
-    """As `affine_gain`, for any latency, from tables."""
-    features, steps = state.items.shape[1], state.items.shape[2]
-    for j in range(first, state.starts[b + 1]):
-        if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
-            continue
-        cost = 0.0
-        for block in range(pair.limits.shape[0]):
-            for t in range(block * BLOCK, min(steps, (block + 1) * BLOCK)):
-                worst = pair.others_T[t]
-                for side in range(2):
-                    rank = a if side == 0 else b
-                    sign = np.float32(-1.0) if side == 0 else np.float32(1.0)
-                    for k in range(costs.num_terms[rank]):
-                        value = np.float32(0.0)
-                        for f in range(features):
-                            d = state.items[i, f, t] - state.items[j, f, t]
-                            value += lookup(costs, rank, k, f, state.loads[rank, f, t] + sign * d)
-                        worst = max(worst, value)
-                cost += np.float64(pair.weights_T[t] * worst)
-            if cost >= pair.limits[block]:
-                cost = np.inf
-                break
-        if cost < goal:
-            return j
-    return -1
-
-
-@njit(cache=True, nogil=True)
-def find_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pair: Pair, goal: float) -> int:
-    """First slot j >= `first` of rank b whose swap with slot i of rank a costs less than `goal`, or -1."""
-    if costs.use_tables:
-        one = state.items.shape[1] == 1 and costs.strides[0] == 1
-        if one and costs.num_terms[a] == 1 and costs.num_terms[b] == 1:
-            return table_gain(costs, state, a, b, i, first, pair, goal)
-        return general_gain(costs, state, a, b, i, first, pair, goal)
-    if state.items.shape[1] == 1:
-        return affine_gain(costs, state, a, b, i, first, pair, goal)
-    return roofline_gain(costs, state, a, b, i, first, pair, goal)

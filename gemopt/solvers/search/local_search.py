@@ -2,17 +2,25 @@
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves. Spare slots start
 empty and, from a second start, full of copies; copies are added, moved and dropped where the true objective says so.
+Descents end with the deadline; what was cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
+from typing import TYPE_CHECKING
+
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt.evaluate import objective
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
 from gemopt.solvers.search.packing import copies_worth_trying, lpt_row, replicate
+
+if TYPE_CHECKING:
+    from gemopt.solvers.search.state import Costs, State
 
 BATCH_KICKS = 25
 NEVER = 2**62
@@ -27,37 +35,65 @@ class LocalSearch:
     supports = Supports(improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
-        """Place one layer; see `Solver`. `options.patience` 0 ends after the descent."""
+        """Place one layer; see `Solver`. `options.patience` 0 ends after the descent; `options.begun` goes on."""
         from gemopt.solvers.search.within import search_within
 
         if problem.moves is not None:
             return search_within(problem, options, warm_start, self.solve)
-        search = _Search(problem, options)
-        starts = [lpt_row(problem)] if warm_start is None else [warm_start]
-        if problem.spare_slots and warm_start is None:
-            weight_E = problem.linearised[1].mean(axis=0)
-            copies_E = replicate(weight_E, problem.slots_per_rank)
-            starts.append(lpt_row(problem, copies_E=copies_E))
-        for start in starts:
-            search.offer(start)
-            if not options.expired():
-                search.descend_from(start)
-        stopped_by = search.iterate()
-        return Outcome(search.row, stopped_by, history=search.history)
+        search = options.begun
+        if not isinstance(search, _Search) or search.problem is not problem:
+            search = _Search(problem, _starts(problem) if warm_start is None else [warm_start])
+        search.options = options
+        with options.alarm() as search.stop:
+            search.descend_from_starts()
+            stopped_by = search.iterate()
+        reached = search.searched
+        note = "" if reached else "no time to search: " + ("speed-weighted LPT" if warm_start is None else "warm start")
+        return Outcome(search.row, stopped_by, history=search.history, note=note, reached=reached, search=search)
+
+
+def _starts(problem: Problem) -> list[Row]:
+    """Speed-weighted LPT, with spare slots empty and, where there are any, full of copies."""
+    starts = [lpt_row(problem)]
+    if problem.spare_slots:
+        weight_E = problem.linearised[1].mean(axis=0)
+        copies_E = replicate(weight_E, problem.slots_per_rank)
+        starts.append(lpt_row(problem, copies_E=copies_E))
+    return starts
 
 
 class _Search:
-    """Incumbent and history of one layer's search."""
+    """One layer's search, which a later call may go on with: incumbent, history, and the starts still to descend from.
 
-    def __init__(self, problem: Problem, options: Options) -> None:
-        from gemopt.solvers.search.state import make_costs
+    searched: whether any descent began. stop: [1] see `Options.alarm`.
+    """
 
+    options: Options
+    stop: NDArray[np.uint8]
+
+    def __init__(self, problem: Problem, starts: list[Row]) -> None:
         self.problem = problem
-        self.options = options
-        self.costs = make_costs(problem)
         self.row: Row | None = None
         self.value = np.inf
         self.history: list[Incumbent] = []
+        self.searched = False
+        self.starts = starts
+        self.draws: np.random.Generator | None = None
+        for start in starts:
+            self.offer(start)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The latencies as the kernels read them."""
+        from gemopt.solvers.search.state import make_costs
+
+        return make_costs(self.problem)
+
+    def state(self, row: Row, costs: Costs | None = None) -> State:
+        """State of a row that ends with this call's time."""
+        from gemopt.solvers.search.state import make_state
+
+        return make_state(self.problem, row, self.costs if costs is None else costs, self.stop)
 
     def offer(self, row: Row) -> bool:
         """Take a row over when its exact objective is the best so far."""
@@ -73,65 +109,73 @@ class _Search:
         gap = relative_gap(self.value, self.options.bound_us)
         return gap is not None and self.options.bound_us > 0 and gap <= self.options.gap
 
-    def descend_from(self, start: Row) -> None:
-        """Descend on the hulls, then on the latencies, then over copies until nothing helps."""
-        from gemopt.solvers.search.state import hull_costs, make_state
+    def descend_from_starts(self) -> None:
+        """Descend from every start that no call before had the time for; one that was cut is gone on from."""
+        while self.starts and not self.options.expired():
+            self.searched = True
+            reached = self._descend(self.starts[0])
+            self.starts[:1] = [reached] if self.stop[0] else []
+
+    def _descend(self, start: Row) -> Row:
+        """Descend on the hulls, then on the latencies, then over copies until nothing helps; where that ended."""
+        from gemopt.solvers.search.state import hull_costs
         from gemopt.solvers.search.swaps import descend
 
-        problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
-        row = start
+        problem, ranks, row = self.problem, np.ones(self.problem.num_ranks, dtype=bool), start
         hulls = hull_costs(problem) if self.costs.use_tables else None
         if hulls is not None:
-            state = make_state(problem, start, hulls)
+            state = self.state(start, hulls)
             descend(hulls, state, ranks, False)
             self.offer(state.content)
             row = state.content if objective(problem, state.content) < objective(problem, start) else start
-        state = make_state(problem, row, self.costs)
+        state = self.state(row)
         descend(self.costs, state, ranks, True)
         self.offer(state.content)
-        if problem.spare_slots:
-            self._with_copies(state.content)
+        return self._with_copies(state.content) if problem.spare_slots else state.content
 
-    def _with_copies(self, row: Row) -> None:
+    def _with_copies(self, row: Row) -> Row:
         from gemopt.solvers.search.copies import improve_copies, make_shares
-        from gemopt.solvers.search.state import make_state
         from gemopt.solvers.search.swaps import EPSILON, descend
         from gemopt.solvers.search.terms import free_terms
 
         problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
         shares = make_shares(problem)
         if shares is None:
-            return
+            return row
         candidates = copies_worth_trying(problem)
-        state = make_state(problem, row, self.costs)
+        state = self.state(row)
         for _ in range(50):
             made = improve_copies(self.costs, state, shares, candidates, EPSILON, True, free_terms(problem))
-            state = make_state(problem, state.content, self.costs)  # swaps move copies, which renumbers them
+            state = self.state(state.content)  # swaps move copies, which renumbers them
             descend(self.costs, state, ranks, False)
             before = self.value
             improved = self.offer(state.content)
-            if not made or not improved or self.value > before * (1 - LEAST_GAIN) or self.options.expired():
+            if not made or not improved or self.value > before * (1 - LEAST_GAIN) or self.stop[0]:
                 break
-            state = make_state(problem, state.content, self.costs)
+            state = self.state(state.content)
+        return state.content
 
     def iterate(self) -> StoppedBy:
         """Kick and descend in batches until the deadline, the patience, the gap or an interrupt."""
-        from gemopt.solvers.search.state import make_state
         from gemopt.solvers.search.swaps import iterate, total_cost
 
         problem, options = self.problem, self.options
         patience = NEVER if options.patience is None else options.patience
         if self.row is None or problem.num_ranks < 2 or patience == 0:
-            return StoppedBy.GAP if self.good_enough() else StoppedBy.ITERATIONS
-        rng = seeded(options.seed, problem.num_experts, problem.num_ranks)
-        state = make_state(problem, self.row, self.costs)
-        best, idle, batch = total_cost(state), 0, 1
+            ended = options.cut_by if self.starts else StoppedBy.ITERATIONS
+            return StoppedBy.GAP if self.good_enough() else ended
+        if self.draws is None:
+            self.draws = seeded(options.seed, problem.num_experts, problem.num_ranks)
+        best, idle, batch, state = np.inf, 0, 1, None
         while idle < patience:
             if self.good_enough():
                 return StoppedBy.GAP
             if options.expired():
-                return StoppedBy.INTERRUPT if options.stop() else StoppedBy.TIME_LIMIT
-            draws = rng.random((batch, KICK_SWAPS, 2))
+                return options.cut_by
+            if state is None:
+                state = self.state(self.row)
+                best = total_cost(state)
+            draws = self.draws.random((batch, KICK_SWAPS, 2))
             renewed, idle, _ = iterate(self.costs, state, draws, best, patience, idle)
             if renewed < best:
                 best = renewed

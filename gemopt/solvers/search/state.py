@@ -37,7 +37,7 @@ class State(NamedTuple):
 
     content: [P] expert or -1; items: [P, F, T] its load; starts: [G + 1] first slot of each rank; loads: [G, F, T];
     times: [G, T]; holds: [G, E] copies of an expert on a rank; weights: [T]; log: [n, 2] slots of the last swaps, and
-    logged: [1] how many there were.
+    logged: [1] how many there were; stop: [1] not 0 as soon as the search is to end with what it has.
     """
 
     content: Array
@@ -49,6 +49,7 @@ class State(NamedTuple):
     weights: Array
     log: Array
     logged: Array
+    stop: Array
 
 
 def hull_costs(problem: Problem) -> Costs | None:
@@ -132,8 +133,8 @@ def step_order(num_steps: int) -> Array:
     return np.random.default_rng(0).permutation(num_steps)
 
 
-def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs) -> State:
-    """Search state of a placement row; copies carry their even share with them."""
+def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Array | None = None) -> State:
+    """Search state of a placement row; copies carry their even share with them. `stop`: as `Options.alarm` gives it."""
     from gemopt.evaluate import even_shares
 
     if problem.features_FTE.sum(axis=2).max() >= EXACT_FLOAT32:
@@ -155,7 +156,8 @@ def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs) -> State:
     times = np.zeros((problem.num_ranks, items.shape[2]), np.float32)
     weights = problem.weights_T[order].astype(np.float32)
     log, logged = np.zeros((LOG_SIZE, 2), np.int32), np.zeros(1, np.int64)
-    state = State(row.copy(), items, starts, loads, times, holds, weights, log, logged)
+    stop = np.zeros(1, np.uint8) if stop is None else stop
+    state = State(row.copy(), items, starts, loads, times, holds, weights, log, logged, stop)
     for rank in range(problem.num_ranks):
         rank_times(costs, rank, state.loads[rank], state.times[rank])
     return state

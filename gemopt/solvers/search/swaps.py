@@ -5,7 +5,8 @@ with an empty slot. For a pair of ranks let M[t] be the slowest of all other ran
 `sum_t w[t] max(M[t], latency_a(L_a - d), latency_b(L_b + d))`. The sum is left early once it plus the remaining M
 passes the current value, which loses nothing. While racing it is also left when the steps so far (in random order)
 cost more than they do now, which may lose a gain; a descent therefore ends with a sweep over all swaps without racing.
-Loads are whole numbers below 2**24, exact in float32.
+Loads are whole numbers below 2**24, exact in float32. `State.stop` is looked at before every scan of a slot: a search
+that is stopped ends with a feasible state, no dearer than the one it had.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def improve_pair(costs: Costs, state: State, a: int, b: int, pair: Pair, racing:
             break
         for i in range(state.starts[a], state.starts[a + 1]):
             j = state.starts[b] - 1
-            while True:
+            while state.stop[0] == 0:
                 goal = current * (1.0 - EPSILON)
                 j = find_gain(costs, state, a, b, i, j + 1, pair, goal)
                 if j < 0:
@@ -160,7 +161,7 @@ def improve_pair(costs: Costs, state: State, a: int, b: int, pair: Pair, racing:
 
 @njit(cache=True, nogil=True)
 def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
-    """Swap until no pair of ranks improves; returns the weighted cost.
+    """Swap until no pair of ranks improves, or until stopped; returns the weighted cost.
 
     dirty: [G] ranks whose pairs are to be tried first. With `full`, ends only after all pairs were tried in vain.
     """
@@ -179,6 +180,8 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
         improved = False
         for a in range(num_ranks):
             for b in range(a + 1, num_ranks):
+                if state.stop[0] != 0:
+                    return total_cost(state)
                 if not everything and tried_at[a, b] >= max(changed_at[a], changed_at[b]):
                     continue
                 clock += 1
@@ -217,7 +220,7 @@ def iterate(costs: Costs, state: State, draws: Array, best: float, patience: int
     done = 0
     everything = patience < 0  # never; a literal False would compile `descend` a second time
     for k in range(draws.shape[0]):
-        if idle >= patience:
+        if idle >= patience or state.stop[0] != 0:
             break
         done += 1
         state.logged[0] = 0

@@ -1,0 +1,22 @@
+"""How many cores a call may use: numerical libraries start a thread per core of the machine unless they are told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def available() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def at_most(threads: int) -> Iterator[None]:
+    """Within, BLAS and OpenMP libraries use at most so many threads; the limit is of the process, not of the caller."""
+    import numpy as np  # noqa: F401 (its BLAS must be loaded to be limited)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=threads):
+        yield

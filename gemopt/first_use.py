@@ -1,0 +1,63 @@
+"""Compiled kernels: made on first use, kept beside the sources afterwards. Making them takes long, so it is said."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from gemopt.bounds import lower_bound
+from gemopt.problem import Problem
+from gemopt.solvers import get
+from gemopt.solvers.base import Options, Solver
+
+NOTICE = "compiling kernels, once per installation: about 20 s (not counted in the time limit)"
+LOOK_S = 0.1
+
+
+def ready(solver: Solver, problem: Problem, notice: Callable[[str], None] | None = None) -> float:
+    """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
+
+    `notice` is told when compiling begins and how long it took.
+    """
+    begin, over = time.monotonic(), threading.Event()
+    before = _compiled()
+
+    def watch() -> None:
+        while not over.wait(LOOK_S):
+            if _compiled() > before and notice is not None:
+                notice(NOTICE)
+                return
+
+    watcher = threading.Thread(target=watch, name="gemopt-first-use", daemon=True)
+    watcher.start()
+    try:
+        _use(solver, problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:]))
+    finally:
+        over.set()
+        watcher.join()
+    elapsed = time.monotonic() - begin
+    if _compiled() == before:
+        return 0.0
+    if notice is not None:
+        notice(f"compiled in {elapsed:.0f} s")
+    return elapsed
+
+
+def _use(solver: Solver, tiny: Problem) -> None:
+    lower_bound(tiny)
+    options = Options(deadline=np.inf, patience=1)
+    get("linear").solve(tiny, options, None)
+    if solver.supports.improves or solver.supports.proves:
+        kernels = solver if solver.name == "gem" else get("local-search")
+        kernels.solve(tiny, options, None)
+
+
+def _compiled() -> int:
+    """Kernels that were not found in the cache so far."""
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("gemopt.")]
+    kernels = [value for module in modules for value in list(vars(module).values()) if hasattr(value, "py_func")]
+    return sum(sum(kernel.stats.cache_misses.values()) for kernel in kernels)

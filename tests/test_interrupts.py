@@ -1,0 +1,148 @@
+"""Ctrl-C at every phase boundary: a whole file with the best so far, or one line and no file; never a traceback.
+
+The signal is real; it is sent by a hook at the beginning of a phase, so that no test depends on timing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_inputs import gemopt, gemopt_json, profile, traces
+
+from gemopt import interrupts
+from gemopt.placement import Placement
+from gemopt.result import Result
+from gemopt.schedule import Run
+from gemopt.traces import Traces
+
+
+def inputs(folder: Path) -> tuple[Path, Path]:
+    profile(3).save(folder / "p.json")
+    traces(60, 4, 9).save(folder / "t.safetensors")
+    return folder / "p.json", folder / "t.safetensors"
+
+
+def press() -> None:
+    """Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, nth: int = 1) -> None:
+    """Press Ctrl-C when this function is called for the nth time, then let it do its work."""
+    real: Callable[..., Any] = getattr(owner, name)
+    calls: list[int] = []
+
+    def pressed(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == nth:
+            press()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, pressed)
+
+
+SOLVE = "gemopt.solve"
+
+
+@pytest.mark.parametrize(("module", "name"), [(SOLVE, "fit"), (SOLVE, "problems"), (SOLVE, "ready")])
+def test_before_there_is_an_answer_one_line_and_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    given = inputs(tmp_path)
+    at(monkeypatch, import_module(module), name)
+    code, out, err = gemopt(capsys, "solve", *given, "-o", tmp_path / "out.json", "--result", tmp_path / "r.json")
+    assert (code, out) == (130, "") and err == "gemopt: interrupted before there was an answer: nothing written\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.json", "t.safetensors"]
+
+
+def test_while_loading_one_line_and_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(tmp_path)
+    real = Traces.load
+
+    def load(path: Any) -> Traces:
+        press()
+        return real(path)
+
+    monkeypatch.setattr(Traces, "load", load)
+    code, out, err = gemopt(capsys, "solve", *given, "-o", tmp_path / "out.json")
+    assert (code, out) == (130, "") and err.startswith("gemopt: interrupted before") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("solver", ["lpt", "gem", "local-search", "cpsat"])
+@pytest.mark.parametrize(
+    ("owner", "name", "nth"),
+    [
+        (Run, "go", 1),
+        (Run, "_answer", 3),
+        (Run, "_bound", 1),
+        (Run, "_bound", 3),
+        (Run, "_deepen", 2),
+        (SOLVE, "score", 1),
+        (Placement, "save", 1),
+        (Result, "save", 1),
+    ],
+)
+def test_from_then_on_the_best_so_far_and_whole_files(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    solver: str,
+    owner: Any,
+    name: str,
+    nth: int,
+) -> None:
+    given = inputs(tmp_path)
+    at(monkeypatch, import_module(owner) if owner == SOLVE else owner, name, nth=nth)
+    files = ("-o", tmp_path / "out.json", "--result", tmp_path / "r.json")
+    limits = ("--time-limit", 300, "--patience", 3 if name in ("score", "save") or solver == "lpt" else 10**9)
+    code, out, err = gemopt(capsys, "solve", *given, "--solver", solver, *files, *limits, "--json", "--threads", 1)
+    assert (code, err) == (0, "")
+    found, whole = json.loads(out), Result.load(tmp_path / "r.json")
+    assert Placement.load(tmp_path / "out.json") == whole.placement and found["objective_us"] == whole.objective_us
+    if name in ("_answer", "_deepen") and solver != "lpt":
+        assert found["stopped_by"] == "interrupt"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_compare_stops_all_and_marks_what_was_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(tmp_path)
+    words = ("compare", *given, "--solvers", "linear,local-search,lpt,milp", "--time-limit", 300, "--threads", 1)
+    with monkeypatch.context() as patch:
+        at(patch, Run, "_deepen", nth=2)
+        rows = gemopt_json(capsys, *words)
+    assert [row["objective_us"] is not None for row in rows] == [True, True, False, False]
+    assert rows[0]["stopped_by"] != "interrupt" and all(row["stopped_by"] == "interrupt" for row in rows[1:])
+    with monkeypatch.context() as patch:
+        at(patch, Run, "_deepen", nth=2)
+        code, out, _ = gemopt(capsys, *words)
+    assert code == 0 and "local-search *" in out and "local-search: interrupted" in out and "milp: not run" in out
+    with monkeypatch.context() as patch:  # while the first solver is being prepared: nothing to show
+        at(patch, import_module(SOLVE), "problems")
+        code, out, err = gemopt(capsys, *words)
+    assert (code, out) == (130, "") and err.count("\n") == 1
+
+
+def test_the_second_press_raises_and_held_is_one_event() -> None:
+    with pytest.raises(KeyboardInterrupt), interrupts.held() as outer:
+        with interrupts.held() as inner:
+            assert inner is outer
+            press()
+        assert outer.is_set()
+        press()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with interrupts.held() as event, pytest.raises(KeyboardInterrupt), interrupts.raising(event):
+        press()

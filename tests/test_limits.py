@@ -1,0 +1,339 @@
+"""Limits: what is cut ends at once with a feasible answer and says so; what is not cut is as it would have been."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
+
+import gemopt
+from gemopt.bounds import step_bounds, timed_step_bounds
+from gemopt.compare import compare
+from gemopt.conflicts import classify
+from gemopt.evaluate import check, even_shares, loads, objective
+from gemopt.exceptions import InputError
+from gemopt.first_use import NOTICE, ready
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
+from gemopt.problem import Problem
+from gemopt.profile import Device, Profile, Sample
+from gemopt.result import StoppedBy
+from gemopt.schedule import Layer, Run
+from gemopt.solvers import get
+from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.baselines.gem import ORDER, greedy, relieve_stragglers
+from gemopt.solvers.search.copies import improve_copies, make_shares
+from gemopt.solvers.search.packing import lpt_row
+from gemopt.solvers.search.state import make_costs, make_state
+from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
+from gemopt.traces import Traces
+
+RUNG = np.array([1], np.uint8)
+
+
+def make(*, experts: int = 24, ranks: int = 4, steps: int = 60, slots: object = None, active: bool = False) -> Problem:
+    rng = np.random.default_rng(3)
+    counts = rng.poisson(rng.gamma(0.7, 9.0, experts) * rng.uniform(0.3, 1.7, (steps, 1)))
+    factors = rng.uniform(0.8, 1.3, ranks)
+    if active:
+        latencies = [Latency(((line(9 * f, 0.5 * f), line(0.0, 2 * f)),)) for f in factors]
+        return Problem.make(counts, (ASSIGNMENTS, ACTIVE), latencies, slots)
+    stairs = [Latency(((Curve([0, 1, 16, 17, 48], [4 * f, 9 * f, 10 * f, 17 * f, 30 * f], f),),)) for f in factors]
+    return Problem.make(counts, (ASSIGNMENTS,), stairs, slots)
+
+
+def devices(ranks: int = 3) -> Profile:
+    return Profile(
+        devices=[
+            Device(rank=g, samples=[Sample(assignments=n, latency_us=(9.0 + n) * (1 + g / 5)) for n in (0, 8, 40, 90)])
+            for g in range(ranks)
+        ]
+    )
+
+
+def traffic(*, steps: int = 20, layers: int = 4, experts: int = 9) -> Traces:
+    return Traces(counts=np.random.default_rng(7).integers(0, 30, (steps, layers, experts)))
+
+
+def forbidden(*_: object) -> None:
+    raise AssertionError("there was no time for this")
+
+
+@pytest.mark.parametrize("slots", [None, 7], ids=["just", "spare"])
+@pytest.mark.parametrize("name", ["gem", "conflict", "local-search"])
+def test_without_time_a_search_hands_on_a_greedy_row_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, name: str, slots: object
+) -> None:
+    monkeypatch.setattr("gemopt.solvers.search.swaps.descend", forbidden)
+    monkeypatch.setattr("gemopt.solvers.baselines.gem.relieve_stragglers", forbidden)
+    monkeypatch.setattr("gemopt.solvers.baselines.gem.map_in_order", forbidden)
+    monkeypatch.setattr("gemopt.solvers.baselines.conflict.cut_graph", forbidden)
+    problem = make(slots=slots)
+    outcome = get(name).solve(problem, Options(deadline=time.monotonic()), None)
+    assert outcome.row is not None
+    check(problem, outcome.row)
+    assert not outcome.reached and outcome.stopped_by is StoppedBy.TIME_LIMIT and "LPT" in outcome.note
+    assert objective(problem, outcome.row) <= objective(problem, lpt_row(problem))
+    stopped = get(name).solve(problem, Options(deadline=np.inf, stop=lambda: True), None)
+    assert stopped.stopped_by is StoppedBy.INTERRUPT and not stopped.reached
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["staircase", "roofline"])
+def test_compiled_searches_end_at_once_when_the_flag_is_set(active: bool) -> None:
+    problem = make(slots=7, active=active)
+    costs, row, rng = make_costs(problem), lpt_row(problem), np.random.default_rng(0)
+    state = make_state(problem, row, costs, RUNG)
+    before, shares = total_cost(state), make_shares(problem)
+    assert shares is not None
+    assert descend(costs, state, np.ones(4, bool), True) == pytest.approx(before)
+    relieve_stragglers(costs, state)
+    assert iterate(costs, state, rng.random((5, 2, 2)), before, 10, 0)[2] == 0
+    assert improve_copies(costs, state, shares, np.arange(24), EPSILON, True) == 0
+    assert (state.content == row).all() and total_cost(state) == before
+
+
+def test_a_search_stopped_in_the_middle_keeps_what_it_has() -> None:
+    """The flag rings while compiled code runs: it ends with a feasible row that costs no more than its start."""
+    problem = make(experts=128, ranks=4, steps=3000)
+    for name in ("local-search", "gem"):
+        looks = itertools.count()
+        outcome = get(name).solve(problem, Options(deadline=np.inf, stop=lambda: next(looks) > 6), None)  # noqa: B023
+        assert outcome.stopped_by is StoppedBy.INTERRUPT and outcome.row is not None
+        check(problem, outcome.row)
+        if name == "local-search":
+            assert objective(problem, outcome.row) <= objective(problem, lpt_row(problem))
+
+
+@pytest.mark.parametrize("slots", [None, 7], ids=["just", "spare"])
+@pytest.mark.parametrize("name", ["local-search", "gem"])
+def test_a_search_gone_on_with_is_as_if_never_cut(name: str, slots: object) -> None:
+    problem, solver = make(slots=slots), get(name)
+    whole = solver.solve(problem, Options(deadline=np.inf, patience=6), None)
+    first = solver.solve(problem, Options(deadline=np.inf, patience=0), None)
+    rest = solver.solve(problem, Options(deadline=np.inf, patience=6, begun=first.search), None)
+    assert whole.row is not None and rest.row is not None
+    assert (whole.row == rest.row).all()
+    assert [point.objective_us for point in whole.history] == [point.objective_us for point in rest.history]
+    nothing = solver.solve(problem, Options(deadline=time.monotonic(), patience=6), None)
+    late = solver.solve(problem, Options(deadline=np.inf, patience=6, begun=nothing.search), None)
+    assert late.reached and late.row is not None and (late.row == whole.row).all()
+
+
+def test_a_cut_bound_is_a_bound() -> None:
+    problem = make(steps=1200, active=True)
+    full_T = step_bounds(problem)
+    none_T, done = timed_step_bounds(problem, RUNG)
+    assert done == 0 and (none_T > 0).all() and (none_T <= full_T).all()
+
+    class Rings:
+        """A flag that turns between two blocks."""
+
+        looks = -1
+
+        def __getitem__(self, _: int) -> bool:
+            self.looks += 1
+            return self.looks > 0
+
+    from gemopt.bounds import simple
+
+    real = simple._block_bounds
+    try:
+        simple._block_bounds = lambda problem, block, _: real(problem, block, np.zeros(1, np.uint8))
+        some_T, done = timed_step_bounds(problem, Rings())  # type: ignore[arg-type]
+    finally:
+        simple._block_bounds = real
+    assert 0 < done < problem.num_steps
+    assert (some_T[:done] == full_T[:done]).all() and (some_T[done:] == none_T[done:]).all()
+
+
+def test_the_alarm_rings_at_the_deadline_and_when_stopped() -> None:
+    with Options(deadline=time.monotonic()).alarm() as flag:
+        assert flag[0] == 1
+    asked = threading.Event()
+    with Options(deadline=np.inf, stop=asked.is_set).alarm() as flag:
+        assert flag[0] == 0
+        asked.set()
+        while flag[0] == 0:
+            time.sleep(0.001)
+    with Options(deadline=time.monotonic() + 0.01).alarm() as flag:
+        while flag[0] == 0:
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["staircase", "roofline"])
+def test_greedy_puts_each_expert_where_the_makespan_so_far_is_least(active: bool) -> None:
+    problem = make(experts=11, ranks=3, steps=20, slots=[5, 4, 3], active=active)
+    classes, noise_E = classify(problem.counts_TE), np.linspace(0.5, 2.0, 11)
+    row = greedy(problem, classes, noise_E, np.zeros(1, np.uint8))
+    check(problem, row)
+    heat_E = problem.linearised[1].mean(axis=0) * noise_E
+    held: list[list[int]] = [[], [], []]
+
+    def times(rank: int, experts: list[int]) -> Any:
+        return problem.latencies[rank](list(problem.features_FTE[:, :, experts].sum(axis=2)))
+
+    for expert in sorted(range(11), key=lambda e: (ORDER.index(classes[e]), -heat_E[e])):
+        scores = [
+            (max_sum([times(g, [*held[g], expert] if g == rank else held[g]) for g in range(3)]), rank)
+            for rank in range(3)
+            if len(held[rank]) < problem.slots_per_rank[rank]
+        ]
+        chosen = int(problem.rank_of_slot[list(row).index(expert)])
+        assert {rank: score for score, rank in scores}[chosen] == pytest.approx(min(scores)[0])
+        held[chosen].append(expert)
+
+
+def max_sum(times_GT: list[Any]) -> float:
+    return float(np.max(times_GT, axis=0).sum())
+
+
+@pytest.mark.parametrize("slots", [None, 7])
+def test_loads_are_sums_over_the_slots(slots: object) -> None:
+    problem = make(slots=slots, active=True)
+    row = get("eplb").solve(problem, Options(deadline=np.inf), None).row
+    assert row is not None
+    shares_TP = even_shares(problem.counts_TE, row)
+    for f, feature in enumerate(problem.features):
+        for rank in range(4):
+            expected = feature.of(shares_TP)[:, problem.rank_of_slot == rank].sum(axis=1)
+            assert (loads(problem, row)[:, rank, f] == expected).all()
+
+
+class Recorder:
+    """A solver that notes when it was asked for what, and how many threads libraries had then."""
+
+    name = "recorder"
+
+    def __init__(self, *, improves: bool) -> None:
+        self.supports = Supports(improves=improves)
+        self.calls: list[tuple[int, int | None, float]] = []
+        self.threads: set[int] = set()
+
+    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+        self.calls.append((options.seed, options.patience, options.deadline))
+        self.threads |= {info["num_threads"] for info in threadpool_info()}
+        return Outcome(lpt_row(problem), StoppedBy.ITERATIONS)
+
+
+def test_every_layer_is_answered_before_any_is_deepened() -> None:
+    solver = Recorder(improves=True)
+    layers = [Layer(make(steps=9), None, seed) for seed in range(5)]
+    clock = time.monotonic()
+    Run(solver, layers, clock, 500.0).go()  # type: ignore[arg-type]
+    assert [(seed, patience) for seed, patience, _ in solver.calls] == [
+        *((seed, 0) for seed in range(5)),  # without any search
+        *((seed, 0) for seed in range(5)),
+        *((seed, None) for seed in range(5)),
+    ]
+    shares = [deadline - clock for _, _, deadline in solver.calls]
+    assert shares[:5] == [-np.inf] * 5
+    assert shares[5:10] == sorted(shares[5:10]) and shares[5] < 100 and 300 < shares[9] < 450 < shares[14] <= 500
+    assert all(layer.bounded_steps == 9 for layer in layers)
+
+
+def test_threads_bound_the_libraries_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {info["num_threads"] for info in threadpool_info()}
+    for threads, allowed in ((1, {1}), (8, {1, 2})):
+        solver = Recorder(improves=False)
+        monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda _, solver=solver: solver)
+        gemopt.solve(devices(), traffic(), threads=threads)
+        assert solver.threads and solver.threads <= allowed
+    assert {info["num_threads"] for info in threadpool_info()} == before
+
+
+@pytest.mark.parametrize("name", ["linear", "eplb", "lpt", "conflict", "gem", "local-search", "auto", "cpsat", "milp"])
+def test_a_limit_that_is_over_at_once_still_gives_a_placement(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    for path in ("cpsat:CpSat", "milp:Milp"):
+        module, solver = path.split(":")
+        monkeypatch.setattr(f"gemopt.solvers.exact.{module}.{solver}.solve", forbidden)
+    result = gemopt.solve(devices(), traffic(), solver=name, time_limit=1e-6)
+    assert result.placement is not None and result.change is not None
+    searching = name in ("conflict", "gem", "local-search", "auto", "cpsat", "milp")
+    assert all(layer.reached is not searching for layer in result.per_layer)
+    assert any("4 of 4 layers were cut before their search began" in note for note in result.notes) is searching
+    if name in ("cpsat", "milp"):
+        assert all(layer.start_us == pytest.approx(layer.objective_us) for layer in result.per_layer)
+        assert all("no time left to run" in layer.note for layer in result.per_layer)
+
+
+def test_the_change_is_against_contiguous_placement() -> None:
+    given, profile = traffic(), devices()
+    linear = gemopt.solve(profile, given, solver="linear")
+    found = gemopt.solve(profile, given, solver="lpt")
+    assert linear.change == 0 and linear.objective_us is not None and found.objective_us is not None
+    assert found.change == pytest.approx(found.objective_us / linear.objective_us - 1)
+    assert f"{100 * (found.change or 0):+.1f} % against contiguous placement" in found.summary()
+
+
+def test_one_rank_is_refused_unless_asked_for() -> None:
+    with pytest.raises(InputError, match="at least 2"):
+        gemopt.solve(devices(1), traffic(), solver="lpt")
+    with pytest.raises(InputError, match="at least 2"):
+        compare(devices(1), traffic(), solvers=["lpt"])
+    assert gemopt.solve(devices(1), traffic(), solver="lpt", allow_one_rank=True).gap == pytest.approx(0, abs=1e-6)
+
+
+def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    module = sys.modules["gemopt.first_use"]
+    monkeypatch.setattr(module, "_use", lambda *_: None)
+    assert ready(get("lpt"), make(steps=3), said.append) == 0.0 and not said
+    counts = itertools.count()
+    monkeypatch.setattr(module, "_compiled", lambda: next(counts))
+    monkeypatch.setattr(module, "_use", lambda *_: _wait_for(said))
+    assert ready(get("lpt"), make(steps=3), said.append) > 0
+    assert said[0] == NOTICE and said[1].startswith("compiled in ") and len(said) == 2
+
+
+def _wait_for(said: list[str]) -> None:
+    while not said:
+        time.sleep(0.01)
+
+
+class Partly:
+    """Stands in for an exact solver: reaches some of the layers."""
+
+    name = "partly"
+    supports = Supports(proves=True, improves=True)
+    reached: tuple[bool, ...] = ()
+
+    def __init__(self) -> None:
+        self.calls = itertools.count()
+
+    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+        assert warm_start is not None
+        start, reached = objective(problem, warm_start), self.reached[next(self.calls)]
+        return Outcome(
+            warm_start, StoppedBy.TIME_LIMIT, start_us=start, own_bound_us=0.5 * start if reached else None,
+            stated_steps=5, distinct_steps=10, reached=reached, note="" if reached else "no time",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reached", "words"),
+    [
+        ((False,) * 4, "did not run"),
+        ((True, False, True, False), "ran on 2 of 4 layers, on 10 of 20 distinct steps, added nothing to its start"),
+        ((True,) * 4, "ran on 4 of 4 layers, on 20 of 40 distinct steps, added nothing to its start, own bound"),
+    ],
+)
+def test_a_row_says_who_earned_it(monkeypatch: pytest.MonkeyPatch, reached: tuple[bool, ...], words: str) -> None:
+    from gemopt.cli.tables import comparison_table
+
+    real: Any = sys.modules["gemopt.solve"].get  # type: ignore[attr-defined]
+    monkeypatch.setattr(Partly, "reached", reached)
+    monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda name: Partly() if name == "partly" else real(name))
+    rows = compare(devices(), traffic(), solvers=["lpt", "partly"], holdout=0, time_limit=60, threads=1)
+    assert rows[0].ran and not rows[0].earned() and words in rows[1].earned()
+    assert rows[1].ran is any(reached)
+    table = comparison_table(rows)
+    names = [str(cell) for cell in table.columns[0].cells]
+    totals = [str(cell) for cell in table.columns[1].cells]
+    assert names == ["lpt", "partly *" if any(reached) else "partly"]
+    assert (totals[1] == "-") is not any(reached)
+    assert f"partly: {words[:11]}" in str(table.caption)
