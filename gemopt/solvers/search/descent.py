@@ -35,7 +35,7 @@ def settle_pair(
         slots[0] = -1
         fix_others(state, a, b, values, ranks, pair)
         scan_pair(costs, state, a, b, pair, terms, moved_G, best, slots)
-        if slots[0] < 0:
+        if slots[0] < 0 or state.stop[0] != 0:
             return changed
         if swap_for(costs, state, a, b, slots[2], slots[3], terms, moved_G, current, 0.5 * best[0]) >= current:
             return changed
@@ -45,7 +45,7 @@ def settle_pair(
 
 @njit(cache=True, nogil=True)
 def settle(costs: Costs, state: State, terms: Terms, moved_G: Array, dirty: Array, full: bool) -> Number:
-    """Swap until no pair of ranks pays; returns the weighted cost with the price of the moves.
+    """Swap until no pair of ranks pays, or until stopped; returns the weighted cost with the price of the moves.
 
     dirty: [G] ranks whose pairs are to be tried first. With `full`, ends only after all pairs were tried in vain: moves
     that were taken back make room for others elsewhere.
@@ -62,6 +62,8 @@ def settle(costs: Costs, state: State, terms: Terms, moved_G: Array, dirty: Arra
         improved = False
         for a in range(num_ranks):
             for b in range(a + 1, num_ranks):
+                if state.stop[0] != 0:
+                    return total_cost(state) + terms.price * moved_G.sum()
                 if not everything and tried_at[a, b] >= max(changed_at[a], changed_at[b]):
                     continue
                 clock += 1
@@ -121,7 +123,7 @@ def iterate_within(
     moved_G = moved_into(state, terms)
     everything = patience < 0  # never; a literal False would compile `settle` a second time
     for k in range(draws.shape[0]):
-        if idle >= patience:
+        if idle >= patience or state.stop[0] != 0:
             break
         state.logged[0] = 0
         before_G = moved_G.copy()

@@ -18,10 +18,25 @@ from gemopt.migration import held
 from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.search.gains import BLOCK, Pair, allowed, five_planes, make_pair, set_tangent
-from gemopt.solvers.search.state import Array, Costs, Number, State, lookup, make_costs, make_state
+from gemopt.solvers.search.gains import (
+    BLOCK,
+    LINE,
+    ROOFLINE,
+    TABLE,
+    Pair,
+    allowed,
+    form_of,
+    general_block,
+    line_block,
+    make_pair,
+    roofline_block,
+    set_tangent,
+    table_block,
+)
+from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state
 from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
 from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
+
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
 
@@ -46,6 +61,7 @@ def few_moves(
     max_into_G: NDArray[np.int64] | None = None,
     max_swaps: int | None = None,
     costs: Costs | None = None,
+    stop: NDArray[np.uint8] | None = None,
 ) -> list[Waypoint]:
     """Waypoints from `start`, in the order of the swaps; the first is the start itself.
 
@@ -64,6 +80,8 @@ def few_moves(
         Swaps taken at most.
     costs
         `make_costs(problem)` when it is at hand.
+    stop
+        [1] ends the walk when it turns 1, as `Options.alarm` gives it.
     """
     costs = make_costs(problem) if costs is None else costs
     row = np.asarray(home if start is None else start, dtype=np.int64)
@@ -71,7 +89,7 @@ def few_moves(
     if home.ndim == 1:
         home_GE = held(np.asarray(home, dtype=np.int64), problem.slots_per_rank, problem.num_experts)
     terms = make_terms(problem, Moves(home_GE, price_us, max_moves, max_into_G), least_us=least_us)
-    state = make_state(problem, row, costs)
+    state = make_state(problem, row, costs, stop)
     swaps = 4 * problem.num_slots if max_swaps is None else max_swaps
     room_SP = np.empty((swaps, problem.num_slots), np.int64)
     taken = take_best(costs, state, terms, room_SP)
@@ -101,7 +119,7 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array) -> int:
     moved_G = moved_into(state, terms)
     taken = 0
     current = total_cost(state) + terms.price * moved_G.sum()
-    while taken < rows_SP.shape[0]:
+    while taken < rows_SP.shape[0] and state.stop[0] == 0:
         best[0] = max(terms.least, NOISE * abs(current - terms.price * moved_G.sum()))
         slots[0] = -1
         order = promising_pairs(state, values, ranks)
@@ -182,6 +200,8 @@ def scan_pair(
     convex = not costs.use_tables
     moved = moved_G.sum()
     for i in range(state.starts[a], state.starts[a + 1]):
+        if state.stop[0] != 0:
+            return
         for j in range(state.starts[b], state.starts[b + 1]):
             if convex and pair.tilt[j] - pair.tilt[i] + refund <= best[0]:
                 continue
@@ -203,44 +223,18 @@ def swap_cost(
     costs: Costs, state: State, a: Number, b: Number, i: Number, j: Number, pair: Pair, goal: float
 ) -> Number:
     """Weighted makespan after a swap of slot i of rank a with slot j of rank b; infinity if not below `goal`."""
-    features, steps = state.items.shape[1], state.items.shape[2]
+    form, steps = form_of(costs, state, a, b), state.items.shape[2]
     cost = 0.0
     for block in range(pair.limits.shape[0]):
         lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
-        others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
-        part = np.float32(0.0)
-        if costs.use_tables:
-            for t in range(lo, hi):
-                worst = pair.others_T[t]
-                for side in range(2):
-                    rank = a if side == 0 else b
-                    sign = np.float32(-1.0) if side == 0 else np.float32(1.0)
-                    for k in range(costs.num_terms[rank]):
-                        value = np.float32(0.0)
-                        for f in range(features):
-                            d = state.items[i, f, t] - state.items[j, f, t]
-                            value += lookup(costs, rank, k, f, state.loads[rank, f, t] + sign * d)
-                        worst = max(worst, value)
-                part += pair.weights_T[t] * worst
-        elif features == 1:
-            a1, b1 = costs.planes[a, 0, 1], costs.planes[b, 0, 1]
-            item_i, item_j = state.items[i, 0, lo:hi], state.items[j, 0, lo:hi]
-            time_a, time_b = state.times[a, lo:hi], state.times[b, lo:hi]
-            for t in range(item_i.shape[0]):
-                d = item_i[t] - item_j[t]
-                part += weights_T[t] * max(others_T[t], max(time_a[t] - a1 * d, time_b[t] + b1 * d))
+        if form == LINE:
+            cost += np.float64(line_block(costs, state, a, b, i, j, pair, lo, hi))
+        elif form == TABLE:
+            cost += np.float64(table_block(costs, state, a, b, i, j, pair, lo, hi))
+        elif form == ROOFLINE:
+            cost += np.float64(roofline_block(costs, state, a, b, i, j, pair, lo, hi))
         else:
-            planes_a, planes_b = costs.planes[a], costs.planes[b]
-            item_i0, item_i1 = state.items[i, 0, lo:hi], state.items[i, 1, lo:hi]
-            item_j0, item_j1 = state.items[j, 0, lo:hi], state.items[j, 1, lo:hi]
-            load_a0, load_a1 = state.loads[a, 0, lo:hi], state.loads[a, 1, lo:hi]
-            load_b0, load_b1 = state.loads[b, 0, lo:hi], state.loads[b, 1, lo:hi]
-            for t in range(others_T.shape[0]):
-                d0, d1 = item_i0[t] - item_j0[t], item_i1[t] - item_j1[t]
-                after_a = five_planes(planes_a, load_a0[t] - d0, load_a1[t] - d1)
-                after_b = five_planes(planes_b, load_b0[t] + d0, load_b1[t] + d1)
-                part += weights_T[t] * max(others_T[t], max(after_a, after_b))
-        cost += np.float64(part)
+            cost += general_block(costs, state, a, b, i, j, pair, lo, hi)
         if cost + pair.rest[block + 1] >= goal:
             return np.inf
     return cost
