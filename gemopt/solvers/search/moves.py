@@ -37,7 +37,6 @@ from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs,
 from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
 from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
 
-
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
 
 

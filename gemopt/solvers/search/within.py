@@ -63,6 +63,32 @@ def search_within(problem: Problem, options: Options, warm_start: Row | None, fr
     return Outcome(search.row, stopped_by, history=search.history, note=note, reached=search.searched, search=search)
 
 
+def homeward(problem: Problem, start: Row, costs: Costs, stop: NDArray[np.uint8]) -> Row:
+    """Swaps that bring experts home, the least harmful first, until the limits of moves hold; else where they end.
+
+    Where swaps do not suffice, copies that are not at home are dropped.
+    """
+    assert problem.moves is not None
+    moves, row = Moves(problem.moves.home_GE, price_us=1e3 * (1.0 + total(problem, start))), start
+    for _ in range(2):
+        way = few_moves(problem, moves.home_GE, start=row, price_us=moves.price_us, costs=costs, stop=stop)
+        for point in way:
+            if within_limits(problem, point.row):
+                return point.row
+        row = _with_copies(problem, make_state(problem, way[-1].row, costs, stop), costs, moves)
+    return row
+
+
+def _with_copies(problem: Problem, state: State, costs: Costs, moves: Moves) -> Row:
+    """One round over the copies at a price and limits of moves."""
+    shares = make_shares(problem)
+    if shares is not None and problem.spare_slots:
+        at_home = np.flatnonzero(moves.home_GE.sum(axis=0) > 1)
+        candidates = np.union1d(copies_worth_trying(problem), at_home)
+        improve_copies(costs, state, shares, candidates, EPSILON, False, make_terms(problem, moves))
+    return state.content
+
+
 class _Search:
     """One layer's search, which a later call may go on with: incumbent, history, and what is still to be done.
 
@@ -133,7 +159,7 @@ class _Search:
         """Best swaps from a row; first towards home where it does not keep to the limits. Where that ended."""
         moves, row = self.moves, start
         if not within_limits(self.problem, row):
-            row = self._homeward(row)
+            row = homeward(self.problem, row, self.costs, self.stop)
         if not within_limits(self.problem, row):
             return row
         way = few_moves(
@@ -144,19 +170,6 @@ class _Search:
             self.offer(point.row)
         return way[-1].row
 
-    def _homeward(self, start: Row) -> Row:
-        """Swaps that bring experts home, the least harmful first, until the limits hold; dropped copies where need be."""
-        moves, row = Moves(self.moves.home_GE, price_us=1e3 * (1.0 + total(self.problem, start))), start
-        for _ in range(2):
-            way = few_moves(
-                self.problem, moves.home_GE, start=row, price_us=moves.price_us, costs=self.costs, stop=self.stop
-            )
-            for point in way:
-                if within_limits(self.problem, point.row):
-                    return point.row
-            row = self._with_copies(way[-1].row, moves)
-        return row
-
     def _without_moves(self) -> Row:
         """A placement that heeds no moves, from a share of the time."""
         options = self.options
@@ -166,16 +179,6 @@ class _Search:
         outcome = self.free(self.problem.with_moves(None), given, None)
         assert outcome.row is not None
         return outcome.row
-
-    def _with_copies(self, row: Row, moves: Moves) -> Row:
-        """One round over the copies at a price of moves."""
-        shares = make_shares(self.problem)
-        if shares is None or not self.problem.spare_slots:
-            return row
-        state, at_home = self.state(row), np.flatnonzero(moves.home_GE.sum(axis=0) > 1)
-        candidates = np.union1d(copies_worth_trying(self.problem), at_home)
-        improve_copies(self.costs, state, shares, candidates, EPSILON, False, make_terms(self.problem, moves))
-        return state.content
 
     def _improve(self) -> None:
         """Swaps between pairs of ranks, and copies, until nothing helps."""
@@ -188,7 +191,7 @@ class _Search:
             settle(self.costs, state, terms, moved_into(state, terms), ranks, True)
             self.offer(state.content)
             if self.problem.spare_slots:
-                self.offer(self._with_copies(self.row, self.moves))
+                self.offer(_with_copies(self.problem, self.state(self.row), self.costs, self.moves))
             if self.value >= before:
                 return
 
