@@ -15,7 +15,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, missing
 from gemopt.traces import Traces
 
 FloatArray = NDArray[np.float64]
@@ -177,8 +177,8 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     """
     try:
         import matplotlib as mpl
-    except ImportError:
-        raise InputError("--plot", "matplotlib", "is not installed", "pip install 'gemopt[report]'") from None
+    except ImportError as error:
+        raise missing(error, "drawing") from None
     if ax is None:
         mpl.use("Agg")
         from matplotlib import pyplot

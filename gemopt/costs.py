@@ -13,14 +13,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.cost_error import believed, is_curve, left_out, middles, noise
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, FloatArray, Latency, line
+from gemopt.max_affine import max_affine
 from gemopt.profile import Device, Profile
 
 FOLDS = 5
 MAX_PLANES = 4
-MAX_STEPS = 60  # of a refinement
 MAX_KINDS = 2  # devices of different names that are cross-validated
+FEW = 8  # points below which joining them is all that can be done
 TIE = 0.03  # of two models whose errors are this close, the simpler one is taken
 
 
@@ -56,8 +58,7 @@ class Staircase:
     @staticmethod
     def fit_device(table: FloatArray) -> Latency:
         """Latency through the points of one device; `table` [samples, 4] as `Device.table` gives it."""
-        loads, index = np.unique(table[:, 0], return_inverse=True)
-        medians = np.array([np.median(table[index == i, 2]) for i in range(len(loads))])
+        loads, medians = np.unique(table[:, 0]), middles(table)
         if loads[0] > 0:  # an idle rank costs its smallest measured load
             loads, medians = np.append(0.0, loads), np.append(medians[0], medians)
         return Latency(((Curve(loads, medians, _secant(loads, medians)),),))
@@ -86,7 +87,7 @@ class Roofline:
             return Latency(((line(float(np.median(idle[:, 2])), 0.0), line(0.0, 0.0)),))
         loads = np.nan_to_num(busy[:, :2], nan=0.0)
         some = _thinned(len(busy))
-        fitted_K3 = _max_affine(loads[some], busy[some, 2], planes)
+        fitted_K3 = max_affine(loads[some], busy[some, 2], planes)
         if len(idle):
             return _with_idle(fitted_K3, float(np.median(idle[:, 2])))
         smallest = busy[np.lexsort((np.nan_to_num(busy[:, 1]), busy[:, 0]))[0], 2]
@@ -122,79 +123,19 @@ def _secant(loads: FloatArray, values: FloatArray) -> float:
     return max(0.0, float((values[-1] - values[below]) / (loads[-1] - loads[below])))
 
 
-def _max_affine(loads: FloatArray, values: FloatArray, planes: int) -> FloatArray:
-    """[K, 3] planes with a, b, c >= 0 of small relative error, grown one plane at a time.
-
-    Each new plane starts on the most underestimated third of the points, or on the third where load or active experts
-    weigh most against the latency; then all planes are refined together by bounded least squares.
-    """
-    design = np.column_stack([np.ones(len(values)), loads])
-    scale = np.where(design.max(axis=0) > 0, design.max(axis=0), 1.0)
-    weighted = design / scale / values.clip(1e-9)[:, None]
-    rows = _nonnegative(weighted[None])
-    for _ in range(1, planes):
-        under = 1 - (weighted @ rows.T).max(axis=1)
-        keys = [under, weighted[:, 1], weighted[:, 2]]
-        subsets = [np.argsort(-key, kind="stable")[: max(3, len(values) // 3)] for key in keys]
-        grown = [_refine(weighted, np.vstack([rows, _nonnegative(weighted[None, chosen])])) for chosen in subsets]
-        rows = min(grown, key=lambda candidate: _squared_error(weighted, candidate))
-    return np.asarray(rows / scale)
-
-
-def _squared_error(weighted: FloatArray, rows: FloatArray) -> float:
-    return float(np.square((weighted @ rows.T).max(axis=1) - 1).sum())
-
-
-def _refine(weighted: FloatArray, rows: FloatArray) -> FloatArray:
-    """Local minimum of the squared error: every point pulls on the plane that covers it, with damped steps."""
-    error, damping = _squared_error(weighted, rows), 1e-3
-    for _ in range(MAX_STEPS):
-        covering = (weighted @ rows.T).argmax(axis=1) == np.arange(len(rows))[:, None]
-        candidate = _nonnegative(weighted * covering[:, :, None], near=rows, damping=damping)
-        renewed = _squared_error(weighted, candidate)
-        if renewed < error:
-            stalled = renewed > (1 - 1e-4) * error
-            rows, error, damping = candidate, renewed, damping / 3
-            if stalled:
-                break
-        elif damping > 1e3:
-            break
-        else:
-            damping *= 4
-    return rows
-
-
-def _nonnegative(design: FloatArray, *, near: FloatArray | None = None, damping: float = 0.0) -> FloatArray:
-    """[K, 3] non-negative x_k that minimise |design_k x_k - 1| for design [K, N, 3], rows of 0 left out.
-
-    With `damping`, plus damping times the squared distance from `near` [K, 3] in units of each column's weight.
-    3 columns have 7 sets of positive entries: all are tried at once.
-    """
-    gram, target = np.swapaxes(design, 1, 2) @ design, design.sum(axis=1)
-    weight = np.einsum("kii->ki", gram)
-    ridge = (1e-10 + damping) * weight + 1e-10 * (weight.sum(axis=1, keepdims=True) + 1e-300)
-    if near is not None:
-        target = target + damping * weight * near
-    full = gram + ridge[:, None, :] * np.eye(3)
-    matrices = np.where(_SUBSETS[:, :, None] & _SUBSETS[:, None, :], full[:, None], np.eye(3))
-    solutions = np.linalg.solve(matrices, (target[:, None] * _SUBSETS)[..., None])[..., 0]
-    gain = np.where((solutions >= 0).all(axis=2), np.einsum("ksi,ki->ks", solutions, target), -1.0)
-    best = gain.argmax(axis=1)
-    return np.asarray(solutions[np.arange(len(best)), best] * (gain.max(axis=1) >= 0)[:, None])
-
-
-_SUBSETS = np.array([[bool(bits >> i & 1) for i in range(3)] for bits in range(1, 8)])
-
-
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A cost model that `fit` may choose: how to fit one device, and whether its samples allow it."""
+    """A cost model that `fit` may choose: how to fit one device, and whether its samples suffice to choose it.
+
+    Asked for by its own name it needs only `least` samples of every device.
+    """
 
     name: str
     features: tuple[Feature, ...]
     fit_device: Callable[[FloatArray], Latency]
     build: Callable[[tuple[Latency, ...], FloatArray], CostModel]
     usable: Callable[[FloatArray], bool] = field(default=lambda table: True)
+    least: int = 1
 
 
 def _roofline(planes: int) -> Candidate:
@@ -204,6 +145,7 @@ def _roofline(planes: int) -> Candidate:
         fit_device=lambda table: Roofline.fit_device(table, planes=planes),
         build=lambda latencies, measured: Roofline(latencies, measured, name=f"roofline-{planes}"),
         usable=lambda table: len(table) >= 3 * planes,
+        least=3,
     )
 
 
@@ -217,8 +159,9 @@ CANDIDATES: tuple[Candidate, ...] = (
 class FitReport:
     """Which cost model was chosen, and how far all that were tried are off.
 
-    Errors are mean relative ones, NaN where the profile cannot tell: `errors` on points left out of the fit, `fits`
-    at the measured points themselves, of which one device has `num_points`.
+    Errors are mean relative ones, NaN where the profile cannot tell. `errors`: on points left out of the fit; of a
+    curve only for the chosen model, the staircase and the smoother one that fits best. `fits`: at the measured points
+    themselves, of which one device has `num_points`.
     """
 
     chosen: str
@@ -262,42 +205,82 @@ def fit(
     Parameters
     ----------
     model
-        `auto` (smallest cross-validated error), `staircase`, `roofline` (best number of planes) or a candidate's
-        own name, e.g. `roofline-2`.
+        `auto`, `staircase`, `roofline` (best number of planes) or a candidate's own name, e.g. `roofline-2`. Where
+        load alone may tell the latency, `auto` joins the points unless a smoother model explains them to 1 % or
+        within their noise at every size of load; of a surface it takes the smallest cross-validated error.
 
     Raises
     ------
     InputError
         When no candidate has that name or the profile has too few points for it.
     """
-    tables = [device.table() for device in profile.devices]
-    named = [c for c in candidates if model in ("auto", c.name, c.name.split("-")[0])]
-    usable = [c for c in named if all(c.usable(table) for table in tables)]
-    if not usable:
-        names = sorted({"auto", *(c.name.split("-")[0] for c in candidates)})
-        reason = "the profile has too few samples for it" if named else f"known: {', '.join(names)}"
-        raise InputError("cost model", model, reason)
-    kinds = list({device.name: table for device, table in zip(profile.devices, tables, strict=True)}.values())
-    errors = {c.name: _cross_validated(c, kinds[:: -(-len(kinds) // MAX_KINDS)]) for c in usable}
-    limit = (1 + TIE) * min((error for error in errors.values() if not np.isnan(error)), default=np.inf)
-    chosen = next((c for c in usable if errors[c.name] <= limit), usable[0])
+    tables = [_in_order(device.table()) for device in profile.devices]
+    usable = _usable(model, candidates, tables)
+    some = list({device.name: i for i, device in enumerate(profile.devices)}.values())
+    some = some[:: -(-len(some) // MAX_KINDS)]
+    kinds = [tables[i] for i in some]
+    misses = {c.name: [_misses(c, table) for table in kinds] for c in usable}
+    fits = {name: float(np.mean([each.mean() for each in of_kinds])) for name, of_kinds in misses.items()}
+    if "staircase" in fits and all(is_curve(table) for table in kinds):
+        noises = [noise(profile.devices[i].samples) for i in some]
+        smooth = [c for c in usable if c.name != "staircase"]
+        chosen = next((c for c in smooth if _explains(misses[c.name], kinds, noises)), usable[0])
+        judged = {chosen.name, *sorted((c.name for c in smooth), key=lambda name: fits[name])[:1]}
+        errors = {c.name: _left_out(c, kinds) for c in usable if c.name in judged or c.name == "staircase"}
+    else:
+        errors = {c.name: _left_out(c, kinds) for c in usable}
+        limit = (1 + TIE) * min((error for error in errors.values() if not np.isnan(error)), default=np.inf)
+        chosen = next((c for c in usable if errors[c.name] <= limit), usable[0])
     latencies = tuple(chosen.fit_device(table) for table in tables)
     cost = chosen.build(latencies, _measured(profile.devices, chosen.features))
-    fits = {c.name: float(np.mean([_miss(c.fit_device(table), table) for table in kinds[:1]])) for c in usable}
     return cost, FitReport(chosen.name, errors, fits, len(tables[0]))
 
 
-def _miss(latency: Latency, table: FloatArray) -> float:
-    """Mean relative error at the points of a table."""
+def _in_order(table: FloatArray) -> FloatArray:
+    return table[np.lexsort((np.nan_to_num(table[:, 1]), table[:, 0]))]
+
+
+def _usable(model: str, candidates: Sequence[Candidate], tables: list[FloatArray]) -> list[Candidate]:
+    """The candidates that the name stands for and the samples suffice for."""
+    named = [c for c in candidates if model in ("auto", c.name, c.name.split("-")[0])]
+    if not named:
+        names = sorted({"auto", *(c.name.split("-")[0] for c in candidates)})
+        raise InputError("cost model", model, f"known: {', '.join(names)}")
+    usable = [c for c in named if all(c.usable(table) for table in tables)]
+    usable = usable or [c for c in named if c.name == model and all(len(table) >= c.least for table in tables)]
+    if not usable:
+        fewest = min(range(len(tables)), key=lambda g: len(tables[g]))
+        limit = f"too few samples for it: rank {fewest} has {len(tables[fewest])}, {named[0].least} are needed"
+        raise InputError("cost model", model, limit, "measure more loads, or use --cost auto")
+    return usable
+
+
+def _misses(candidate: Candidate, table: FloatArray) -> FloatArray:
+    """Relative errors at the points that a model was fitted to."""
+    latency = candidate.fit_device(table)
     loads = [table[:, 0], np.nan_to_num(table[:, 1])][: latency.num_features]
-    return float(np.abs(latency(loads) / table[:, 2].clip(1e-9) - 1).mean())
+    return np.asarray(np.abs(latency(loads) / table[:, 2].clip(1e-9) - 1))
+
+
+def _explains(misses: list[FloatArray], tables: list[FloatArray], noises: list[float]) -> bool:
+    """Whether a model that smooths is as good as joining the points of curves."""
+    return all(
+        len(table) >= FEW and believed(missed, table[:, 0], sigma)
+        for missed, table, sigma in zip(misses, tables, noises, strict=True)
+    )
+
+
+def _left_out(candidate: Candidate, tables: list[FloatArray]) -> float:
+    """Error on points that were left out of the fit; NaN where none can be."""
+    if candidate.name == "staircase" and all(is_curve(table) for table in tables):
+        return float(np.mean([left_out(table) for table in tables]))
+    return _cross_validated(candidate, tables)
 
 
 def _cross_validated(candidate: Candidate, tables: list[FloatArray]) -> float:
     """Mean relative error over the held-out samples of some devices; NaN below four samples."""
     misses: list[FloatArray] = []
-    for unsorted in tables:
-        table = unsorted[np.lexsort((np.nan_to_num(unsorted[:, 1]), unsorted[:, 0]))]
+    for table in tables:
         fold = np.arange(len(table)) % FOLDS
         if len(table) < 4:
             return float("nan")

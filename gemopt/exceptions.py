@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class GemoptError(Exception):
     """Base of every error that gemopt raises on purpose."""
@@ -39,6 +41,51 @@ class InputError(GemoptError, ValueError):
 
 class UnsupportedError(InputError):
     """A solver, an engine or a format cannot express what was asked; the message names one that can."""
+
+
+# Optional package -> the extra of gemopt that brings it.
+EXTRAS = {
+    "torch": "torch",
+    "transformers": "torch",
+    "accelerate": "torch",
+    "matplotlib": "report",
+    "yaml": "yaml",
+    "highspy": "highs",
+}
+
+
+class MissingPackageError(InputError, ImportError):
+    """An optional package is not installed (exit code 2); the message is one line with the command that helps.
+
+    Parameters
+    ----------
+    package
+        As it is imported.
+    purpose
+        What needs it.
+    state
+        What is wrong with it.
+    """
+
+    def __init__(self, package: str, purpose: str, state: str = "not installed") -> None:
+        super().__init__(package, state, f"{purpose} needs it", install_hint(EXTRAS[package]))
+        self.args = (f"{package}: {state}; {self.limit}; {self.hint}",)
+        self.msg = self.args[0]
+        self.name = package
+
+
+def install_hint(extra: str) -> str:
+    """How to install an extra of gemopt, from an index or from a clone."""
+    return f"pip install 'gemopt[{extra}]' (from a clone: pip install '.[{extra}]')"
+
+
+def missing(error: ImportError, purpose: str) -> ImportError:
+    """The error to raise for an import that failed: one line where an extra of gemopt brings the package."""
+    package, _, part = (error.name or "").partition(".")
+    if package not in EXTRAS:
+        return error
+    old = part and find_spec(package) is not None
+    return MissingPackageError(package, purpose, f"has no {part}, perhaps too old" if old else "not installed")
 
 
 class SolverError(GemoptError, RuntimeError):

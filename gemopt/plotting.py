@@ -12,7 +12,7 @@ import numpy as np
 from gemopt.compare import BASELINE, Comparison
 from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, missing
 from gemopt.result import Result
 
 ACCENT, MUTED = "#d1495b", "#8d99ae"
@@ -21,8 +21,8 @@ ACCENT, MUTED = "#d1495b", "#8d99ae"
 def _pyplot() -> Any:
     try:
         import matplotlib as mpl
-    except ImportError:
-        raise InputError("--plot", "matplotlib", "is not installed", "pip install 'gemopt[report]'") from None
+    except ImportError as error:
+        raise missing(error, "drawing") from None
     mpl.use("Agg")
     from matplotlib import pyplot
 

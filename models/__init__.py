@@ -6,7 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemopt.models.families import FAMILIES, Family, TensorRole, family, renamed, tensor_role
+from gemopt.models.checkpoint_names import TensorRole, renamed, tensor_role
+from gemopt.models.families import FAMILIES, Family, family
 
 if TYPE_CHECKING:
     from gemopt.models.layers import MoeLayer, describe, find_moe_layers, num_hidden_layers

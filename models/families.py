@@ -7,7 +7,6 @@ layer's experts in one tensor in the others. Nothing here needs torch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -43,6 +42,9 @@ class Family:
         Names of the MoE block in checkpoint files, between `layers.N.` and the tensor's own name.
     checkpoint_tensors
         As `router_tensors`, as checkpoint files name them.
+    identity_experts
+        Name of the field with the number of experts that do nothing, numbered after the real ones; the number where
+        config.json leaves it out.
     """
 
     model_type: str
@@ -55,6 +57,7 @@ class Family:
     hash_tensors: tuple[str, ...] = ()
     checkpoint_blocks: tuple[str, ...] = ("mlp",)
     checkpoint_tensors: Mapping[str, int] = field(default_factory=lambda: GATE)
+    identity_experts: tuple[str, int] | None = None
 
 
 _TABLE = (
@@ -128,6 +131,7 @@ _TABLE = (
             "router.classifier.bias": 0,
             "router.e_score_correction_bias": 0,
         },
+        identity_experts=("zero_expert_num", 256),
     ),
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _TABLE}
@@ -145,45 +149,3 @@ def family(model_type: str) -> Family:
             "add a row to gemopt.models.families",
         )
     return found
-
-
-@dataclass(frozen=True)
-class TensorRole:
-    """What renumbering the experts of a layer means for one checkpoint tensor.
-
-    `router` and `stacked`: index the axis `dim` (a router may have more rows than experts: the rest stays).
-    `expert`: all of this tensor belongs to `expert`, so it gets a new name (`renamed`).
-    `hash`: the values are expert ids.
-    """
-
-    kind: Literal["router", "stacked", "expert", "hash"]
-    layer: int
-    dim: int = 0
-    expert: int = -1
-
-
-def tensor_role(family: Family, name: str) -> TensorRole | None:
-    """Role of a checkpoint tensor, None where experts have no part (attention, dense and shared layers, ...).
-
-    Quantisation companions (`..._scale_inv`, `..._blocks`, `..._scales`) have the role of the tensor they belong to.
-    `layer` counts as the file does; a multi-token-prediction layer comes after the last decoder layer.
-    """
-    place = re.fullmatch(rf"(?:.+\.)?layers\.(\d+)\.(?:{'|'.join(family.checkpoint_blocks)})\.(.+)", name)
-    if place is None:
-        return None
-    layer, rest = int(place[1]), place[2]
-    if rest in family.checkpoint_tensors:
-        return TensorRole("router", layer, dim=family.checkpoint_tensors[rest])
-    if rest in family.hash_tensors:
-        return TensorRole("hash", layer)
-    expert = re.match(r"experts\.(?:(\d+)\.)?", rest)
-    if expert is None:
-        return None
-    # Either form occurs in every family: files of some publishers stack the experts or take them apart.
-    return TensorRole("expert", layer, expert=int(expert[1])) if expert[1] else TensorRole("stacked", layer)
-
-
-def renamed(name: str, expert: int) -> str:
-    """Name of a per-expert checkpoint tensor when it becomes that of `expert`."""
-    head, tail = re.fullmatch(r"(.*\.experts\.)\d+(\..*)", name).groups()  # type: ignore[union-attr]
-    return f"{head}{expert}{tail}"

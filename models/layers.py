@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from gemopt.exceptions import InputError, missing
 
-from gemopt.exceptions import InputError
+try:
+    import torch
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.models.families import FAMILIES, Family, family
 from gemopt.profile import MoeShape
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from gemopt.exceptions import missing
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
 
 from gemopt.models.families import family
 from gemopt.models.layers import find_moe_layers

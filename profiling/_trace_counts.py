@@ -8,8 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from gemopt.exceptions import missing
+
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
 
 from gemopt.traces import Phase, Tokens, Traces
 

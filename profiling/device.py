@@ -15,9 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
+from gemopt.exceptions import InputError, missing
 
-from gemopt.exceptions import InputError
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 
 DEFAULT_CACHE_BYTES = 64 << 20  # where a device does not tell its last-level cache
 

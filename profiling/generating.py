@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from gemopt.exceptions import InputError, missing
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
 from safetensors import SafetensorError
 
 from gemopt.documents import read_bytes
-from gemopt.exceptions import InputError
 from gemopt.models import TINY_MOE, tiny_moe_path
 from gemopt.profiling.tracing import Tracer
 from gemopt.traces import Traces

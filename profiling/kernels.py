@@ -12,10 +12,14 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import torch
-from torch import Tensor
+from gemopt.exceptions import InputError, missing
 
-from gemopt.exceptions import InputError
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

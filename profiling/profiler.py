@@ -8,9 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from gemopt.exceptions import GemoptError, InputError
+from gemopt.exceptions import GemoptError, InputError, missing
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.profile import Device as Measured
 from gemopt.profile import Profile, Sample
 from gemopt.profiling.device import Device

@@ -17,10 +17,14 @@ from itertools import groupby
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from gemopt.exceptions import InputError, missing
 
-from gemopt.exceptions import InputError
+try:
+    import torch
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.models import describe, find_moe_layers, num_hidden_layers
 from gemopt.profiling._trace_counts import Part
 from gemopt.profiling._trace_files import TraceFolder, load_ranks

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from gemopt.exceptions import InputError, UnsupportedError, missing
 
-from gemopt.exceptions import InputError, UnsupportedError
+try:
+    import torch
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.profile import MoeShape
 from gemopt.profiling.device import Device
 from gemopt.profiling.kernels import Kernel, load_kernel

@@ -15,7 +15,7 @@ SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.
 TIERS = [
     ["exceptions", "documents", "cores", "interrupts"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
-    ["costs", "conflicts", "kernels", "migration", "moves", "resize"],
+    ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
     ["problem", "evaluate", "result"],
     ["bounds", "solvers"],
     ["solve", "compare", "moving", "schedule", "first_use"],

@@ -165,13 +165,15 @@ def test_the_comparison_fits_eighty_columns() -> None:
 
 
 @pytest.mark.parametrize(("ranks", "experts", "steps"), [(1, 4, 3), (2, 1, 3), (2, 4, 1), (4, 4, 2), (3, 4, 2)])
-@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("single", [False, True])
 def test_the_smallest_inputs_have_answers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: int, experts: int, steps: int, zero: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: int, experts: int, steps: int, single: bool
 ) -> None:
     measured, routed = profile(ranks), traces(steps, 1, experts)
-    if zero:
-        routed = Traces(counts=np.zeros_like(routed.counts))
+    if single:  # one assignment in all
+        counts = np.zeros_like(routed.counts)
+        counts[0, 0, 0] = 1
+        routed = Traces(counts=counts)
     measured.save(tmp_path / "p.json")
     routed.save(tmp_path / "t.safetensors")
     inputs = (tmp_path / "p.json", tmp_path / "t.safetensors")
@@ -188,9 +190,6 @@ def test_the_smallest_inputs_have_answers(
         found = evaluate(Placement.load(tmp_path / "out.json"), measured, routed)
         assert values[solver] == pytest.approx(found.objective_us)
     assert min(values.values()) == pytest.approx(values["cpsat"])
-    if zero:
-        idle = steps * 20.0 * (1 + (ranks - 1) / 10)
-        assert list(values.values()) == pytest.approx([idle] * len(values))
 
 
 def test_a_folder_of_traces_and_samples_out_of_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,7 +106,7 @@ def test_graph_finds_what_is_hot_together():
 
 
 def test_graph_of_nothing():
-    graph = conflict_graph(Traces(counts=np.zeros((2, 1, 3), int)), 0)
+    graph = conflict_graph(Traces(counts=np.zeros((2, 1, 3), int), allow_idle=True), 0)
     assert len(graph) == 3 and not graph.edges and not conflict_groups(graph)
     assert "conflicts: 0 of 3 pairs" in summary(graph)
     with pytest.raises(InputError, match="layer"):

@@ -22,7 +22,7 @@ from gemopt.solvers.exact.cpsat import CpSat
 from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation, TickLine
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.reduction import representative_steps
-from gemopt.solvers.exact.runs import LONGEST, convex_runs, hull
+from gemopt.solvers.exact.runs import STEEPEST, convex_runs, hull
 from gemopt.solvers.search.packing import lpt_row
 
 
@@ -125,14 +125,17 @@ def test_runs_are_the_clipped_curve_and_convex_and_leave_out_what_takes_too_long
                 assert np.interp(load, *zip(*below, strict=True)) <= wanted + 1e-9
 
 
-def test_runs_do_not_draw_a_line_on_over_much_more_than_its_own_length() -> None:
+def test_lines_are_not_drawn_on_far_beyond_what_the_curve_reaches() -> None:
     cliff = Curve(np.array([0.0, 1.0, 1e6]), np.array([100.0, 5.0, 90.0]), 0.0)
-    runs = convex_runs(cliff, 0, 10**6)
-    assert [(run.low, run.high) for run in runs] == [(0, 1), (2, 10**6)]
+    assert [(run.low, run.high) for run in convex_runs(cliff, 0, 10**6)] == [(0, 1), (2, 10**6)]
+    powers = Curve(np.array([0.0, 1, 2, 4, 8, 1024, 4096]), np.array([10.0, 11, 12.5, 16, 24, 3000, 13000]), 4.0)
+    assert len(convex_runs(powers, 0, 5000, 15.5)) == 1
     for seed in range(200):
         curve = brute.random_curve(np.random.default_rng(seed), 10**5, "jagged")
+        height = np.ptp(curve(np.append(curve.x[curve.x <= 10**5], 10**5)))
         for run in convex_runs(curve, 0, 10**5):
-            assert run.high - run.low <= LONGEST * min([length for length, _ in run.parts], default=1)
+            for length, rise in run.parts:
+                assert abs(rise) / length * (run.high - run.low) <= STEEPEST * height * (1 + 1e-9)
 
 
 def test_same_seed_same_answer() -> None:

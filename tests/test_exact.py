@@ -153,6 +153,61 @@ def test_canonical_changes_no_objective_and_is_a_fixed_point() -> None:
             assert first[0] <= first[1]
 
 
+def open_search() -> Search:
+    """A search that the simple bounds leave open, from a start that is not optimal."""
+    for seed in range(400):
+        problem = brute.random_problem(seed, spare=False)
+        search = Search.prepare(problem, options(), lpt_row(problem), np.inf)
+        best = brute.optimum(problem)
+        if search.known_us * 1.001 < best < search.objective_us * 0.99:
+            return search
+    raise AssertionError("no such problem")
+
+
+def test_a_bound_that_a_placement_refutes_is_not_used() -> None:
+    search = open_search()
+    claimed = search.objective_us * 0.999
+    search.offer_bound(claimed)
+    said = search.outcome(search.proof(), "solver")
+    assert said.bound_us == said.own_bound_us == claimed
+    assert said.note == "solver; the bound is the solver's word"
+    better = CpSat().solve(search.problem, options(), None).row
+    search.offer_row(better)
+    refuted = search.outcome(search.proof(), "solver")
+    assert refuted.own_bound_us is None
+    assert refuted.bound_us == search.known_us < claimed
+    assert "claimed a bound of" in refuted.note and "not used" in refuted.note
+    assert refuted.stopped_by is not StoppedBy.PROOF
+    assert all(point.bound_us == search.known_us for point in refuted.history)
+
+
+def test_a_row_that_does_not_fit_is_dropped() -> None:
+    search = open_search()
+    before = search.row.copy()
+    search.offer_row(np.full_like(before, -1))
+    search.offer_row(np.zeros_like(before))
+    assert (search.row == before).all()
+
+
+def test_an_outcome_says_what_the_solver_added_to_its_start() -> None:
+    search = open_search()
+    solved = CpSat().solve(search.problem, options(), lpt_row(search.problem))
+    assert solved.reached and solved.start_us == search.start_us > objective(search.problem, solved.row)
+    assert solved.stated_steps == solved.distinct_steps == search.problem.num_steps
+    assert solved.own_bound_us == pytest.approx(objective(search.problem, solved.row), rel=CLOSE)
+    late = CpSat().solve(search.problem, options(-1.0), lpt_row(search.problem))
+    assert not late.reached and late.own_bound_us is None and late.start_us == search.start_us
+
+
+def test_milp_claims_no_bound_where_its_tolerances_do_not_keep_loads_apart() -> None:
+    latencies = [brute.Latency(((brute.Curve(np.array([0.0, 1e8, 2e8]), np.array([1.0, 5, 7]), 0.0),),))] * 2
+    counts = [[10**8, 9 * 10**7, 3 * 10**7, 10**7]]
+    problem = Problem.make(counts, brute.random_problem(0).features[:1], latencies)
+    outcome = Milp("highs").solve(problem, options(), np.array([0, 1, 2, 3]))
+    assert outcome.own_bound_us is None and "no bound of its own" in outcome.note
+    assert objective(problem, outcome.row) == pytest.approx(brute.optimum(problem))
+
+
 def test_arrays_survive_the_file(tmp_path: Path) -> None:
     problem = merged(brute.random_problem(5, spare=True))
     compact = Compact.of(problem, np.zeros(problem.num_steps), objective(problem, lpt_row(problem)))

@@ -25,6 +25,7 @@ FAMILIES = [
     "minimax_m2",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen3_next",
     "olmoe",
     "deepseek_v2",
     "deepseek_v3",

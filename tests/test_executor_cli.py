@@ -48,7 +48,23 @@ def test_dry_run_from_a_placement_to_itself_and_to_other_slots(capsys, placement
     same = json.loads(run(capsys, placements["a"], "--current", placements["a"], "--dry-run", "--json")[1])
     assert same["stages"] == 0 and same["stay"] == 16 and same["estimate_s"] is None
     code, out, _ = run(capsys, placements["b"], "--current", placements["a"], "--dry-run")
-    assert code == 0 and "2 commits in 2 layers" in out
+    assert code == 0 and "2 commits in 2 layers; sizes are unknown: give --model or --expert-bytes" in out
+    assert "0.0" not in out, "an unknown size is not none"
+    report = json.loads(run(capsys, placements["b"], "--current", placements["a"], "--dry-run", "--json")[1])
+    assert set(report["bytes"].values()) == {None} and report["buffer_bytes"] is None and sum(report["moves"].values())
+
+
+def test_the_network_that_comes_with_gemopt_has_a_name(capsys, tmp_path):
+    rows = [np.roll(np.arange(64), 3)] * 4
+    Placement(physical_to_logical=rows, slots_per_rank=[32, 32], num_experts=64).save(tmp_path / "p.json")
+    report = json.loads(run(capsys, str(tmp_path / "p.json"), "--model", "tiny-moe", "--dry-run", "--json")[1])
+    assert report["bytes"]["node"] == 13824 * report["moves"]["node"] > 0
+
+
+def test_a_placement_for_other_ranks_is_refused_before_anything_is_loaded(capsys, placements, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, out, err = run(capsys, placements["a"], "--model", "nowhere")
+    assert (code, out) == (2, "") and "2 ranks; torchrun started 3; --nproc-per-node 2" in err
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from gemopt.evaluate import even_shares, static_shares
 
 pytestmark = pytest.mark.distributed
 EXACT = 5e-6  # relative, float32
+TIMEOUT_S = 40.0  # of a stage: long enough for a busy machine, since death is noticed at once and not by waiting
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def world():
     path = Path(__file__).with_name("executor_ranks.py")
     server = subprocess.Popen([sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(scenario, ranks, *, limit=120, **args):
+    def run(scenario, ranks, *, limit=300, **args):
         server.stdin.write(json.dumps({"scenario": scenario, "ranks": ranks, "args": args, "limit": limit}) + "\n")
         server.stdin.flush()
         reply = json.loads(server.stdout.readline())
@@ -33,7 +34,7 @@ def world():
 
     yield run
     server.stdin.close()
-    assert server.wait(timeout=60) == 0
+    assert server.wait(timeout=300) == 0
 
 
 def results(reply, *, dead=()):
@@ -183,24 +184,28 @@ def check_survivors(reply, victim, *, committed, layer, timeout):
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("what", EVENTS)
 def test_a_rank_of_two_dies(world, what, victim):
-    reply = world("dies", 2, family="qwen3_moe", victim=victim, what=what, layer=2, timeout=8.0)
+    reply = world("dies", 2, family="qwen3_moe", victim=victim, what=what, layer=2, timeout=TIMEOUT_S)
     assert reply["codes"][victim] == 9, "the rank died where it should"
+    # Half of the decision of rank 0 is in its own store and dies with it; rank 1 may not have heard its vote by then.
+    committed = None if (what, victim) == ("half decided", 0) else EVENTS[what]
     # the last layer: a rank that dies after its commit is noticed when everybody reports the end
-    check_survivors(reply, victim, committed=EVENTS[what], layer=2, timeout=8.0)
+    check_survivors(reply, victim, committed=committed, layer=2, timeout=TIMEOUT_S)
 
 
 @pytest.mark.parametrize("what", EVENTS)
 @pytest.mark.parametrize("kind", ["equal", "ragged"])
 def test_a_rank_of_four_dies(world, what, kind):
     victim = list(EVENTS).index(what) % 4
-    reply = world("dies", 4, family="mixtral", victim=victim, what=what, layer=1, kind=kind, timeout=10.0, how="kill")
+    reply = world(
+        "dies", 4, family="mixtral", victim=victim, what=what, layer=1, kind=kind, timeout=TIMEOUT_S, how="kill"
+    )
     assert reply["codes"][victim] == -9
-    check_survivors(reply, victim, committed=EVENTS[what], layer=1, timeout=10.0)
+    check_survivors(reply, victim, committed=EVENTS[what], layer=1, timeout=TIMEOUT_S)
 
 
 @pytest.mark.parametrize("what", ["check", "finish"])
 def test_a_rank_dies_before_the_first_layer_or_after_the_last(world, what):
-    reply = world("dies", 4, family="qwen3_moe", victim=2, what=what, layer=None, timeout=8.0)
+    reply = world("dies", 4, family="qwen3_moe", victim=2, what=what, layer=None, timeout=TIMEOUT_S)
     told = results(reply, dead=(2,))
     assert {answer["state"] for answer in told} == {0 if what == "check" else told[0]["last"]}
     for answer in told:  # a rank may have been too slow to read the last vote of the victim
@@ -209,19 +214,24 @@ def test_a_rank_dies_before_the_first_layer_or_after_the_last(world, what):
 
 
 def test_a_rank_dies_between_parts_of_a_layer(world):
-    reply = world("dies", 2, family="mixtral", victim=1, what="vote", layer=1, timeout=8.0, budget=6144)
+    reply = world("dies", 2, family="mixtral", victim=1, what="vote", layer=1, timeout=TIMEOUT_S, budget=6144)
     (answer,) = results(reply, dead=(1,))
     assert answer["stages"].count(1) > 1, "the budget cuts layers"
     assert answer["state"] == answer["stages"].index(1) and answer["error"]["layer"] == 1
 
 
 def test_a_silent_rank_counts_as_dead_after_the_timeout(world):
-    reply = world("dies", 4, family="qwen3_moe", victim=3, what="vote", layer=2, how="stop", timeout=4.0, limit=30)
-    assert reply["codes"][3] is None, "it was stopped, not dead"
+    """It also comes late, which is no reason to give it up: ranks take longer than `timeout` to load a model."""
+    timeout = 10.0
+    reply = world(
+        "dies", 4, family="qwen3_moe", victim=3, what="vote", layer=2, how="stop", timeout=timeout, late=timeout + 2
+    )
+    assert reply["codes"][3] is None, f"it was stopped, not dead: {reply['codes']}\n{reply['logs'][3]}"
     told = results(reply, dead=(3,))
     assert len({answer["state"] for answer in told}) == 1
     for answer in told:
-        assert answer["elapsed"] < 6.0 and "did not answer" in answer["error"]["text"]
+        assert "rank 3: did not answer" in answer["error"]["text"]
+        assert answer["elapsed"] > timeout / 2, "it had its time to answer"
 
 
 def test_a_failed_transfer_is_resumed(world):

@@ -58,3 +58,22 @@ def test_empty_slots_hold_zeros_in_used_memory():
     incoming = allocate(Stage(0, (), after, True), before, 0, weights, pool)
     assert incoming.tensors["up"].data_ptr() == used.data_ptr()
     assert incoming.tensors["up"][:2].tolist() == [[1, 2, 3], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(("shape", "refused"), [((8, 3), True), ((5, 4), True), ((1,), False), ((3,), False)])
+def test_companions_of_experts_that_are_not_sharded_with_them_are_refused(shape, refused):
+    """They would stay behind when experts move, on a rank with 4 of 8."""
+    pytest.importorskip("transformers")
+    from gemopt import InputError
+    from gemopt.executor.expert_parallel import SlotDispatch
+
+    dispatch = object.__new__(SlotDispatch)
+    dispatch.num_experts, dispatch.num_local_experts = 8, 4
+    dispatch.experts = torch.nn.Module()
+    dispatch.experts.register_parameter("down_proj", torch.nn.Parameter(torch.zeros(4, 2)))
+    dispatch.experts.register_buffer("gain", torch.zeros(shape))
+    if refused:
+        with pytest.raises(InputError, match=r"experts\.gain: got shape"):
+            dispatch._refuse_left_behind({"down_proj": dispatch.experts.down_proj})
+    else:
+        dispatch._refuse_left_behind({"down_proj": dispatch.experts.down_proj})

@@ -68,7 +68,7 @@ def test_a_rank_that_is_killed_while_measuring_is_named_and_nothing_is_written(t
     path, started = tmp_path / "profile.json", tmp_path / "started"
     process = torchrun(
         2, "-", str(started), "profile", "--shape", SHAPE, "--points=2000", "--max-assignments=2048",
-        "--target-error=0", "--seconds=0.05", "--max-drift=99", "--timeout=2", "-o", str(path),
+        "--target-error=0", "--seconds=0.05", "--max-drift=99", "--timeout=15", "-o", str(path),
     )  # fmt: skip
     end = time.monotonic() + 300
     while len(list(tmp_path.glob("started*"))) < 2 and process.poll() is None and time.monotonic() < end:

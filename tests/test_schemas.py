@@ -56,8 +56,9 @@ def test_documents_hold_no_key_that_schema_and_manual_leave_out(tmp_path: Path) 
 
 
 def test_the_manual_names_every_array_of_traces() -> None:
-    from gemopt.traces.document import STEP_ARRAYS, TOKEN_ARRAYS
+    from gemopt.traces.document import STEP_ARRAYS
+    from gemopt.traces.tokens import ARRAYS
 
     manual = (ROOT / "docs" / "formats.md").read_text()
-    for name in ("counts", *STEP_ARRAYS, *TOKEN_ARRAYS):
+    for name in ("counts", *STEP_ARRAYS, *ARRAYS):
         assert f"`{name}`" in manual

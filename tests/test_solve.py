@@ -65,7 +65,7 @@ def test_one_rank_and_one_expert_are_proven_at_once() -> None:
 
 
 def test_steps_without_work_cost_the_idle_latency() -> None:
-    idle = Traces(counts=np.zeros((5, 1, 4), dtype=int))
+    idle = Traces(counts=np.zeros((5, 1, 4), dtype=int), allow_idle=True)
     result = gemopt.solve(profile([1.0, 2.0]), idle, solver="local-search", patience=0)
     assert result.objective_us == pytest.approx(5 * 20.0)
     assert result.status is Status.OPTIMAL

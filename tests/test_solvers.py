@@ -15,7 +15,7 @@ from gemopt.result import StoppedBy
 from gemopt.solvers import Options, get, names, that_can
 from gemopt.solvers.base import require
 from gemopt.solvers.search.copies import improve_copies, make_shares
-from gemopt.solvers.search.packing import lpt_row, replicate
+from gemopt.solvers.search.packing import lpt_row, pack, placeable, replicate
 from gemopt.solvers.search.state import hull_costs, make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
@@ -201,6 +201,27 @@ def test_eplb_replicates_by_load_per_copy_and_ignores_speed() -> None:
         row = get("eplb").solve(problem, options(), None).row
         assert row is not None
         assert sorted(map(sorted, np.split(row, 2))) == [[0, 3], [1, 2]]
+
+
+def test_copies_for_unequal_slots_fit_and_are_packed_whatever_is_hot() -> None:
+    """Copies compete for the ranks with many slots: a rank with one slot takes a copy of one expert only."""
+    assert placeable(np.array([2, 2, 1]), np.array([3, 2])) and not placeable(np.array([3, 3, 1]), np.array([5, 1, 1]))
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        experts, ranks = int(rng.integers(1, 13)), int(rng.integers(1, 9))
+        slots = rng.integers(0, experts + 1, ranks)
+        if slots.sum() < experts:
+            continue
+        weight = rng.random(experts) * 10.0 ** rng.integers(0, 3, experts)
+        copies = replicate(weight, slots)
+        assert placeable(copies, slots)
+        more = copies + np.eye(experts, dtype=int)
+        assert copies.sum() == slots.sum() or not any(placeable(each, slots) for each in more)
+        items = np.repeat(np.arange(experts), copies)
+        row = pack(items, rng.random((ranks, 1)) * (weight / copies)[items], rng.random(ranks), slots)
+        assert np.bincount(row[row >= 0], minlength=experts).tolist() == copies.tolist()
+        held = np.split(row, np.cumsum(slots)[:-1])
+        assert all(len(set(some[some >= 0])) == (some >= 0).sum() for some in held)
 
 
 def test_hierarchical_eplb_keeps_copies_on_a_node() -> None:

@@ -212,7 +212,7 @@ def test_without_torch(tmp_path, capsys, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not there
     line = refusal(capsys, "trace", "--model", "tiny-moe", "--prompts", PROMPTS, "-o", tmp_path / "t")
-    assert "torch: got not installed" in line
+    assert "torch: not installed" in line and "(from a clone: pip install '.[torch]')" in line
 
 
 @pytest.mark.distributed

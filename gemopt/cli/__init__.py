@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit; bad input prints one line on standard error."""
     from gemopt.cli import apply, conflicts, export, profile, profile_import, solve, trace, trace_import  # noqa: F401 (commands register themselves)
     from gemopt.cli.app import app
-    from gemopt.exceptions import GemoptError, InputError
+    from gemopt.exceptions import EXTRAS, GemoptError, InputError, missing
 
     try:
         code = app(args=argv, standalone_mode=False, prog_name="gemopt")
@@ -19,6 +19,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_complain(error, 2))
     except GemoptError as error:
         sys.exit(_complain(error, 1))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRAS:
+            raise
+        sys.exit(_complain(missing(error, "this command"), 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", 130))
     except BrokenPipeError:  # the reader of a pipe has seen enough

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class LayoutName(StrEnum):
 @app.command(rich_help_panel="Deploy")
 def apply(
     placement: Annotated[Path, typer.Argument(help="placement.json to put in force")],
-    model: Annotated[Path | None, typer.Option(help="checkpoint folder")] = None,
+    model: Annotated[Path | None, typer.Option(help="checkpoint folder, or tiny-moe")] = None,
     current: Annotated[Path | None, typer.Option(help="placement.json in force; default: contiguous")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would move")] = False,
     at_load: Annotated[bool, typer.Option("--at-load", help="permute the checkpoint in memory while loading")] = False,
@@ -56,6 +57,8 @@ def apply(
     if dry_run and at_load:
         raise InputError("--at-load", "--dry-run", "one of the two", "nothing moves when loading permuted")
     budget_bytes = None if budget is None else int(budget * GIB)
+    if model is not None:
+        model = _folder(model)
     if dry_run:
         wanted = Placement.load(placement)
         steps = dry_plan(wanted, current, model, expert_bytes, ranks_per_node, budget_bytes)
@@ -67,6 +70,10 @@ def apply(
         raise InputError(
             "WORLD_SIZE", None, "ranks to run on", "start with torchrun --nproc-per-node N --no-python gemopt apply ..."
         )
+    ranks = Placement.load(placement).num_ranks
+    if str(ranks) != os.environ["WORLD_SIZE"]:
+        started = f"torchrun started {os.environ['WORLD_SIZE']}"
+        raise InputError("Placement.slots_per_rank", f"{ranks} ranks", started, f"--nproc-per-node {ranks}")
     with _quiet_exit():
         if at_load:
             report = _apply_at_load(placement, model, layout)
@@ -75,6 +82,13 @@ def apply(
             report = _apply_live(placement, current, model, layout, settings, (node_gbps, cross_gbps))
         if int(os.environ.get("RANK", "0")) == 0:
             _show(report, as_json, "loaded" if at_load else "moved")
+
+
+def _folder(model: Path) -> Path:
+    """Of the network that comes with gemopt, by its name; else what was given."""
+    from gemopt.models import TINY_MOE, tiny_moe_path
+
+    return tiny_moe_path() if str(model) == TINY_MOE and not model.exists() else model
 
 
 def dry_plan(
@@ -104,18 +118,18 @@ def dry_plan(
 
 
 def describe(steps: Plan, node_gbps: float, cross_gbps: float) -> dict[str, Any]:
-    """What a plan moves, in bytes, and how long that should take."""
+    """What a plan moves, in bytes, and how long that should take; None where the size of an expert is unknown."""
     from gemopt.migration import Link
 
-    count, size = steps.count(), steps.bytes()
+    count, size, known = steps.count(), steps.bytes(), any(steps.expert_bytes)
     return {
         "stay": steps.stays,
         "moves": {link.value: count[link] for link in Link},
-        "bytes": {link.value: size[link] for link in Link},
+        "bytes": {link.value: size[link] if known else None for link in Link},
         "stages": len(steps.stages),
         "layers": len({stage.layer for stage in steps.stages}),
-        "buffer_bytes": steps.buffer_bytes,
-        "estimate_s": steps.seconds(node_gbps=node_gbps, cross_gbps=cross_gbps) if any(steps.expert_bytes) else None,
+        "buffer_bytes": steps.buffer_bytes if known else None,
+        "estimate_s": steps.seconds(node_gbps=node_gbps, cross_gbps=cross_gbps) if known else None,
     }
 
 
@@ -148,12 +162,9 @@ def _apply_at_load(placement: Path, model: Path, layout: LayoutName) -> dict[str
     from gemopt.placement import Placement
 
     wanted = Placement.load(placement)
-    ranks = int(os.environ["WORLD_SIZE"])
-    if wanted.num_ranks != ranks:
-        raise InputError("Placement.slots_per_rank", f"{wanted.num_ranks} ranks", f"torchrun started {ranks}")
     outputs = []
     for permuted in (False, True):
-        config = loading.layout(layout.value, ranks, "auto")
+        config = loading.layout(layout.value, wanted.num_ranks, "auto")
         live = loading.load_permuted(model, wanted, config) if permuted else loading.load(model, config)
         with torch.no_grad():
             outputs.append(live(**_probe_batch(live)).logits)
@@ -180,10 +191,13 @@ def _quiet_exit() -> Iterator[None]:
     try:
         yield
     finally:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
+        dist = sys.modules.get("torch.distributed")
+        if dist is not None and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _mib(size: int | None) -> str:
+    return "?" if size is None else f"{size / 2**20:.1f}"
 
 
 def _show(report: dict[str, Any], as_json: bool, verb: str) -> None:
@@ -203,11 +217,13 @@ def _show(report: dict[str, Any], as_json: bool, verb: str) -> None:
             "relay": "a rank of the node that just received it",
         }
         for link, name in names.items():
-            table.add_row(name, str(report["moves"][link]), f"{report['bytes'][link] / 2**20:.1f}")
+            table.add_row(name, str(report["moves"][link]), _mib(report["bytes"][link]))
         console.print(table)
-        line = (
-            f"{report['stages']} commits in {report['layers']} layers, buffer {report['buffer_bytes'] / 2**20:.1f} MiB"
-        )
+        line = f"{report['stages']} commits in {report['layers']} layers"
+        if report["buffer_bytes"] is None:
+            line += "; sizes are unknown: give --model or --expert-bytes"
+        else:
+            line += f", buffer {_mib(report['buffer_bytes'])} MiB"
         if report["estimate_s"] is not None:
             line += f", estimated {report['estimate_s']:.3f} s"
         console.print(line)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gemopt.formats.engine import Engine, Export
     from gemopt.placement import Placement
 
-PERMUTED = ("checkpoint", "transformers")
+PERMUTED = ("checkpoint",)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 HiddenLayers = Annotated[int | None, typer.Option("--num-hidden-layers", min=1, help="Decoder layers of the network.")]
 
@@ -39,6 +39,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a placement for a serving engine and print the command that starts it."""
+    from gemopt.formats.registry import canonical
+
+    to = canonical(to)
     given = [(placement, None)] if decode is None else [(placement, "prefill"), (decode, "decode")]
     if decode is not None and to in PERMUTED:
         raise InputError("--decode", str(decode), "one placement per checkpoint", "export the two one after the other")
@@ -81,7 +84,7 @@ def _preparer(
     from gemopt.formats.registry import get
     from gemopt.placement import Placement
 
-    engine = get("checkpoint" if to in PERMUTED else to)
+    engine = get(to)
 
     def prepare(path: Path) -> tuple[Placement, list[str]]:
         placement = Placement.load(path)
@@ -256,7 +259,9 @@ def import_placement(
     from gemopt.formats.layers import parse_layers
     from gemopt.formats.registry import import_placement as read
 
+    notes: list[str] = []
     facts = Facts(
+        notes=notes,
         num_ranks=ep,
         num_experts=num_experts,
         layer_ids=parse_layers(layer_ids),
@@ -273,7 +278,8 @@ def import_placement(
         "slots": placement.num_slots,
     }
     if as_json:
-        print_json(sizes)
+        print_json({**sizes, "notes": notes})
         return
     text = "wrote {output}: {layers} layers, {experts} experts, {slots} slots on {ranks} ranks".format(**sizes)
-    console.print(text, markup=False, soft_wrap=True)
+    for line in [text, *(f"note: {note}" for note in notes)]:
+        console.print(line, markup=False, soft_wrap=True)

@@ -166,6 +166,8 @@ def _plot(profile: Any, path: Path) -> None:
 
 
 def _report(profile: Any, output: Path, *, as_json: bool) -> None:
+    from math import isnan
+
     from gemopt.costs import fit
     from gemopt.profiling.plots import slowest_rank
 
@@ -178,7 +180,7 @@ def _report(profile: Any, output: Path, *, as_json: bool) -> None:
         "ranks": profile.num_ranks,
         "points": len(profile.devices[0].samples),
         "fit": report.chosen,
-        "fit_error": round(report.error, 4),
+        "fit_error": None if isnan(report.error) else round(report.error, 4),
         "slowest_rank": slowest,
     }
     if as_json:
@@ -186,5 +188,5 @@ def _report(profile: Any, output: Path, *, as_json: bool) -> None:
         return
     console.print(
         f"{output}: {summary['points']} loads on {profile.num_ranks} ranks ({profile.mode}), kernel {profile.kernel}; "
-        f"slowest rank {slowest} ({profile.devices[slowest].name}); {report.chosen} fits to {report.error:.1%}"
+        f"slowest rank {slowest} ({profile.devices[slowest].name}); {report.summary()}"
     )

@@ -3,48 +3,84 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemopt.cli.app import profile_app, say
 
+if TYPE_CHECKING:
+    from gemopt.profile import Profile
+
+Columns = list[str] | None
+
 
 @profile_app.command("import")
 def import_table(
-    table: Annotated[Path, typer.Argument(help="CSV: tokens[,active_experts],latency_us[,rank]")],
+    table: Annotated[Path, typer.Argument(help="CSV or parquet with loads and times, or what benchmark_moe printed")],
     output: Annotated[Path, typer.Option("-o", "--output", help="profile.json to write")],
-    unit: Annotated[str, typer.Option(help="what the load column counts: assignments, tokens or group-tokens")] = (
-        "assignments"
-    ),
+    unit: Annotated[
+        str | None,
+        typer.Option(help="what the load column counts: assignments (default), tokens or group-tokens"),
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="experts per token")] = None,
     ep: Annotated[int | None, typer.Option(help="ranks of the measured group, for group-tokens")] = None,
+    where: Annotated[Columns, typer.Option(metavar="COLUMN=VALUE", help="only these rows; repeatable")] = None,
+    time_column: Annotated[str | None, typer.Option(metavar="NAME[:ms]", help="column with the layer's time")] = None,
+    device_column: Annotated[Columns, typer.Option(help="column that tells devices apart; repeatable")] = None,
+    repeat_column: Annotated[
+        Columns, typer.Option(help="column that only numbers repeats, or holds a result; repeatable")
+    ] = None,
     speeds: Annotated[Path | None, typer.Option(help="CSV with rel_time: draw a what-if cluster from it")] = None,
     fleet: Annotated[str | None, typer.Option(help="which dataset of the speeds, when it holds several")] = None,
     memory_fleet: Annotated[str | None, typer.Option(help="another dataset for the memory-bound part")] = None,
-    ranks: Annotated[int, typer.Option(help="devices to draw")] = 8,
+    ranks: Annotated[
+        int | None, typer.Option(help="devices: equal ones, or drawn from --speeds (then 8 unless given)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
     device: Annotated[str | None, typer.Option(help="name of the measured device")] = None,
     source: Annotated[str | None, typer.Option(help="where the table comes from, and its licence")] = None,
 ) -> None:
-    """Turn a kernel table into a profile, or into a cluster of differing devices."""
+    """Turn a kernel table into a profile, or into a cluster of equal or differing devices."""
     from gemopt.documents import check_writable
     from gemopt.exceptions import InputError
-    from gemopt.formats.kernel_table import Unit, read_fleet, read_table, what_if
+    from gemopt.formats.kernel_table import Unit, equal, read_fleet, read_table, what_if
 
     check_writable(output)
-    if unit not in list(Unit):
+    if unit is not None and unit not in list(Unit):
         raise InputError("--unit", unit, f"one of {', '.join(Unit)}")
-    profile = read_table(table, unit=Unit(unit), top_k=top_k, ep=ep)
+    profile = read_table(
+        table,
+        unit=None if unit is None else Unit(unit),
+        top_k=top_k,
+        ep=ep,
+        where=where or (),
+        time=time_column,
+        device=device_column or (),
+        repeat=repeat_column or (),
+    )
     if device is not None:
         named = [each.model_copy(update={"name": device}) for each in profile.devices]
         profile = profile.model_copy(update={"devices": named})
+    measured = profile.num_ranks
     if speeds is not None:
         memory = None if memory_fleet is None else read_fleet(speeds, memory_fleet)
-        profile = what_if(profile, read_fleet(speeds, fleet), ranks=ranks, seed=seed, memory=memory)
+        fleet_ranks = 8 if ranks is None else ranks
+        profile = what_if(profile, read_fleet(speeds, fleet), ranks=fleet_ranks, seed=seed, memory=memory)
     elif fleet or memory_fleet:
         raise InputError("--fleet", fleet or memory_fleet, "fleets are read from --speeds", "give --speeds")
+    elif ranks is not None:
+        profile = equal(profile, ranks)
     profile = profile.model_copy(update={"source": source or f"imported from {table.name}"})
     profile.save(output)
+    say(f"{output}: {_summary(profile, measured, drawn=speeds is not None)}")
+
+
+def _summary(profile: Profile, measured: int, *, drawn: bool) -> str:
     samples = sum(len(each.samples) for each in profile.devices)
-    say(f"{output}: {profile.num_ranks} devices, {samples} samples")
+    count = profile.num_ranks
+    if count == 1:
+        plural = "" if samples == 1 else "s"
+        return f"1 device, {samples} sample{plural}; a placement needs several: --ranks N makes N equal ones"
+    kind = "equal " if count > measured and not drawn else ""
+    return f"{count} {kind}devices, {samples} samples"

@@ -39,11 +39,7 @@ def trace(
         if value is None:
             raise InputError(option, "", "this option is needed", "see gemopt trace --help")
     assert model is not None and prompts is not None and output is not None
-    try:
-        from gemopt.profiling.generating import Destination, load_model, read_prompts, record
-    except ModuleNotFoundError as error:
-        name = error.name or "torch"
-        raise InputError(name, "not installed", "tracing needs it", "pip install 'gemopt[torch]'") from None
+    from gemopt.profiling.generating import Destination, load_model, read_prompts, record
 
     destination = Destination(output)
     first = int(os.environ.get("RANK", "0")) == 0

@@ -16,6 +16,7 @@ class PhaseName(StrEnum):
 
     PREFILL = "prefill"
     DECODE = "decode"
+    ALL = "all"
 
 
 @trace_app.command(name="import")
@@ -50,7 +51,7 @@ def import_command(
         model=model,
         batch_size=batch_size,
         prefill_tokens=prefill_tokens,
-        phase=Phase[phase.name],
+        phase=Phase.MIXED if phase is PhaseName.ALL else Phase[phase.name],
         keep_tokens=keep_tokens,
     )
     found = import_traces(paths, source=source, destination=output, options=options)

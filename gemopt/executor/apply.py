@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, missing
+
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.expert_parallel import NAME, SlotDispatch, dispatches
 from gemopt.executor.memory import free_bytes
 from gemopt.executor.plan import LayerRow, Plan, checksum, layer_rows, plan, slot_checksum
@@ -29,7 +34,8 @@ Probe = Mapping[str, Any] | Callable[[], Tensor]
 class Executor:
     """Applies placements to a model whose experts are served by `ep_implementation="gemopt"`.
 
-    Making one is collective: every rank of the expert-parallel group does it, and calls `apply` alike.
+    Making one is collective: every rank of the expert-parallel group does it, and calls `apply` alike. It waits up to
+    ten minutes for the others, whatever `timeout_s`: some ranks take longer to load a model.
 
     Parameters
     ----------
@@ -78,6 +84,7 @@ class Executor:
             dispatch.take_over()
             if dispatch.canaries is None:
                 dispatch.canaries = self._gather_canaries(dispatch)
+        self._runner.all_met()
 
     def _gather_canaries(self, dispatch: SlotDispatch) -> Tensor:
         mine = canaries(dispatch.weights())

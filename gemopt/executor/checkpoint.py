@@ -20,14 +20,15 @@ import numpy as np
 
 from gemopt.documents import read_json, write_text
 from gemopt.exceptions import InputError
+from gemopt.executor.configs import INDEX, other_files
 from gemopt.executor.permutation import IntArray, Permutation, check_coverage, permutation_of
-from gemopt.models.families import family, tensor_role
+from gemopt.models.checkpoint_names import tensor_role
+from gemopt.models.families import family
 from gemopt.placement import Placement
 
 CHUNK = 1 << 24
 MAX_HEADER = 1 << 27
 INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
-OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
 
 def export_checkpoint(
@@ -56,7 +57,8 @@ def export_checkpoint(
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(str(destination), "exists already", "a new or empty folder is needed")
     files = weight_files(source)
-    check_coverage(permutation, [(tensor.name, tensor.shape) for file in files for tensor in read_header(file)[0]])
+    check_coverage(permutation, (tensor for file in files for tensor in read_header(file)[0]))
+    rest = other_files(source, permutation)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}."))
@@ -65,7 +67,11 @@ def export_checkpoint(
     try:
         for file in files:
             _rewrite(file, folder / file.name, permutation)
-        _copy_rest(source, folder, permutation)
+        for name, content in rest.items():
+            if content is None:
+                shutil.copyfile(source / name, folder / name)
+            else:
+                write_text(folder / name, content)
         placement.save(folder / "gemopt_placement.json")
         folder.chmod(0o755)
         if destination.exists():
@@ -92,7 +98,7 @@ def weight_files(source: Path) -> list[Path]:
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise InputError(str(source), "no *.safetensors file", "a checkpoint in safetensors format is needed")
-    index = source / "model.safetensors.index.json"
+    index = source / INDEX
     if index.exists():
         named = {str(name) for name in dict(read_json(index).get("weight_map", {})).values()}
         missing = named - {file.name for file in files}
@@ -140,7 +146,8 @@ def read_header(file: Path) -> tuple[list[Tensor], dict[str, str], int]:
 
 def expert_sizes(source: str | os.PathLike[str], placement: Placement) -> list[int]:
     """[L] bytes of one expert of each layer of a placement, from the headers of a checkpoint."""
-    row = family(str((config := read_config(Path(source))).get("text_config", config).get("model_type", "")))
+    config = read_config(Path(source))
+    row = family(str(config.get("text_config", config).get("model_type", "")))
     sizes = dict.fromkeys(placement.layer_ids, 0)
     for tensor in (tensor for file in weight_files(Path(source)) for tensor in read_header(file)[0]):
         role = tensor_role(row, tensor.name)
@@ -176,21 +183,20 @@ def _rewrite(source: Path, target: Path, permutation: Permutation) -> None:
 def _data(reader: BinaryIO, tensor: Tensor, start: int, permutation: Permutation) -> Iterator[bytes]:
     """New bytes of a tensor, piece by piece."""
     role = permutation.role(tensor.name)
+    axis = None if role is None else permutation.axis(role, tensor)
     size = tensor.end - tensor.begin
-    if role is None or role.kind == "expert" or not size:
-        yield from _read(reader, start + tensor.begin, size)
-    elif role.kind == "hash":
+    if role is not None and role.kind == "hash":
         yield _translate(b"".join(_read(reader, start + tensor.begin, size)), tensor, permutation.slot_of(role.layer))
+    elif role is None or axis is None or not size:
+        yield from _read(reader, start + tensor.begin, size)
     else:
-        outer = int(np.prod(tensor.shape[: role.dim], dtype=np.int64))
-        width = tensor.shape[role.dim]
+        outer = int(np.prod(tensor.shape[:axis], dtype=np.int64))
+        width = tensor.shape[axis]
         row, rest = divmod(size, outer * width)
         if rest:
             raise InputError(tensor.name, f"{size} bytes", f"whole bytes for each of {width} experts")
-        order = permutation.expert_of[role.layer].tolist()
-        order += range(len(order), width)  # identity experts follow the real ones and stay
         for block in range(outer):
-            for expert in order:
+            for expert in permutation.order(role.layer, width).tolist():
                 yield from _read(reader, start + tensor.begin + (block * width + expert) * row, row)
 
 
@@ -211,30 +217,3 @@ def _translate(data: bytes, tensor: Tensor, slot_of_E: IntArray) -> bytes:
     known = (ids >= 0) & (ids < len(slot_of_E))
     ids[known] = slot_of_E[ids[known]]
     return ids.tobytes()
-
-
-def _copy_rest(source: Path, folder: Path, permutation: Permutation) -> None:
-    """Everything beside the weights; names of experts in the index and in the quantisation settings change too."""
-    for file in sorted(source.iterdir()):
-        if not file.is_file() or file.suffix in {".safetensors", *OTHER_WEIGHTS}:
-            continue
-        if file.name == "model.safetensors.index.json":
-            index = read_json(file)
-            index["weight_map"] = {permutation.new_name(name): part for name, part in index["weight_map"].items()}
-            write_text(folder / file.name, json.dumps(index, indent=2) + "\n")
-        elif file.name == "config.json" and "quantization_config" in (config := read_config(source)):
-            config["quantization_config"] = _rename_modules(config["quantization_config"], permutation)
-            write_text(folder / file.name, json.dumps(config, indent=2) + "\n")
-        else:
-            shutil.copyfile(file, folder / file.name)
-
-
-def _rename_modules(value: Any, permutation: Permutation) -> Any:
-    """Names of expert modules anywhere in a JSON value (lists of modules that are not quantised)."""
-    if isinstance(value, dict):
-        return {_rename_modules(key, permutation): _rename_modules(item, permutation) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rename_modules(item, permutation) for item in value]
-    if isinstance(value, str):
-        return permutation.new_name(value + ".").removesuffix(".")
-    return value

@@ -23,11 +23,17 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from gemopt.exceptions import missing
+
+try:
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import Store, TCPStore
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
 
 T = TypeVar("T")
 AUTHORITIES = 8
+SETUP_S = 600.0  # ranks come from loading a model, which takes some of them minutes longer than others
 RESIGNED = "!"
 
 
@@ -39,7 +45,7 @@ class Council:
     group
         Process group of the ranks; used once, to tell each other where the stores are.
     timeout_s
-        How long to wait for a rank that does not answer.
+        How long to wait for a rank that does not answer, once all have met: making a council waits `SETUP_S`.
     """
 
     def __init__(self, group: Any, timeout_s: float) -> None:
@@ -78,7 +84,9 @@ class Council:
             address = "127.0.0.1"
         elif address.startswith("127."):
             address = host
-        return TCPStore(address, port, None, False, timedelta(seconds=self.timeout_s))
+        store = TCPStore(address, port, None, False, timedelta(seconds=max(self.timeout_s, SETUP_S)))
+        store.set_timeout(timedelta(seconds=self.timeout_s))
+        return store
 
     def exchange(self, word: str, timeout_s: float | None = None) -> list[str | None]:
         """[G] what every rank said in this turn, None for ranks that are dead or silent (see `lost`).

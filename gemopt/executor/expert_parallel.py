@@ -11,13 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers.distributed.expert_parallel import AllToAllEP, EPImplementationInterface
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, missing
+
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+    from torch.distributed.tensor import DTensor
+    from transformers.distributed.expert_parallel import AllToAllEP, EPImplementationInterface
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.plan import LayerRow
 from gemopt.executor.splits import Assigned, Routing, positions
 
@@ -119,12 +124,25 @@ class SlotDispatch(AllToAllEP):
                 )
         if not local:
             raise InputError("experts", type(self.experts).__name__, "expert weights sharded by ep_plan")
+        self._refuse_left_behind(sharded)
         _release_from_fsdp(self.experts)
         for name, tensor in local.items():
             self.experts._parameters[name] = nn.Parameter(tensor.contiguous(), requires_grad=False)
         self._names = sorted(local)
         self.experts.register_state_dict_pre_hook(_refuse_state_dict)
         self.routing = self.routing_for(self.row)
+
+    def _refuse_left_behind(self, moved: Mapping[str, Tensor]) -> None:
+        """A companion of the experts that is not sharded with them would stay when they move."""
+        others = {**dict(self.experts.named_parameters()), **dict(self.experts.named_buffers())}
+        for name, tensor in others.items():
+            if name not in moved and {self.num_experts, self.num_local_experts} & set(tensor.shape) - {1}:
+                raise InputError(
+                    f"experts.{name}",
+                    f"shape {list(tensor.shape)}",
+                    "what has an axis of experts must be sharded with their weights by the ep_plan",
+                    "serve this model from a permuted checkpoint (gemopt export --to checkpoint)",
+                )
 
     def routing_for(self, row: LayerRow) -> Routing:
         """Tables for a placement of this layer."""

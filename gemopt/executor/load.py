@@ -6,15 +6,20 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.distributed.configuration_utils import DistributedConfig
+from gemopt.exceptions import InputError, missing
 
-from gemopt.exceptions import InputError
+try:
+    import torch
+    from torch import Tensor
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.checkpoint import read_config, read_header, weight_files
+from gemopt.executor.configs import other_files, renamed_modules
 from gemopt.executor.expert_parallel import NAME
-from gemopt.executor.permutation import Permutation, check_coverage, permutation_of
+from gemopt.executor.permutation import Permutation, TensorInfo, check_coverage, permutation_of
 from gemopt.placement import Placement
 
 Layout = Literal["shared", "own"]
@@ -54,7 +59,10 @@ def load_permuted(
     """
     folder = Path(source)
     permutation = permutation_of(placement, read_config(folder))
+    other_files(folder, permutation)
     config = AutoConfig.from_pretrained(folder)
+    if isinstance(told := getattr(config, "quantization_config", None), dict):
+        config.quantization_config = renamed_modules(told, "config.json", permutation)
     mapping: Any = AutoModelForCausalLM._model_mapping
     model_class: Any = mapping[type(config)]
     options = {"dtype": getattr(config, "dtype", None) or "auto", **options}
@@ -70,23 +78,25 @@ def permuted_state(folder: Path, permutation: Permutation) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     files = weight_files(folder)
-    check_coverage(permutation, [(tensor.name, tensor.shape) for file in files for tensor in read_header(file)[0]])
+    headers = {tensor.name: tensor for file in files for tensor in read_header(file)[0]}
+    check_coverage(permutation, headers.values())
     state: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                state[permutation.new_name(name)] = _permuted(tensors.get_tensor(name), name, permutation)
+                state[permutation.new_name(name)] = _permuted(tensors.get_tensor(name), headers[name], permutation)
     return state
 
 
-def _permuted(tensor: Tensor, name: str, permutation: Permutation) -> Tensor:
-    role = permutation.role(name)
-    if role is None or role.kind == "expert":
+def _permuted(tensor: Tensor, header: TensorInfo, permutation: Permutation) -> Tensor:
+    role = permutation.role(header.name)
+    if role is None:
         return tensor
-    order = torch.from_numpy(permutation.expert_of[role.layer].copy())
     if role.kind == "hash":
-        slot_of = torch.argsort(order)
-        known = (tensor >= 0) & (tensor < len(order))
-        return torch.where(known, slot_of[tensor.clamp(0, len(order) - 1).long()].to(tensor.dtype), tensor)
-    order = torch.cat([order, torch.arange(len(order), tensor.shape[role.dim])])
-    return tensor.index_select(role.dim, order)
+        slot_of = torch.from_numpy(permutation.slot_of(role.layer))
+        known = (tensor >= 0) & (tensor < len(slot_of))
+        return torch.where(known, slot_of[tensor.clamp(0, len(slot_of) - 1).long()].to(tensor.dtype), tensor)
+    axis = permutation.axis(role, header)
+    if axis is None:
+        return tensor
+    return tensor.index_select(axis, torch.from_numpy(permutation.order(role.layer, tensor.shape[axis])))

@@ -7,8 +7,13 @@ import math
 import mmap
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from gemopt.exceptions import missing
+
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
 
 HUGE_PAGE = 1 << 21
 

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.models.families import Family, TensorRole, family, renamed, tensor_role
+from gemopt.executor.following import Sizes, following_axis
+from gemopt.models.checkpoint_names import TensorRole, renamed, tensor_role
+from gemopt.models.families import Family, family
 from gemopt.placement import Placement
 
 IntArray = NDArray[np.int64]
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # transformers writes one name or another
-GROUP_DEFAULTS = {"deepseek_v3": (8, 4)}  # where config.json leaves them out
+GROUP_DEFAULTS = {"deepseek_v3": (8, 4), "glm4_moe": (1, 1)}  # where config.json leaves them out
+
+
+class TensorInfo(Protocol):
+    """What the header of a file says of a tensor; `dtype` as safetensors names types."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -25,13 +38,29 @@ class Permutation:
 
     family: Family
     expert_of: Mapping[int, IntArray]
+    sizes: Sizes
 
     def role(self, name: str) -> TensorRole | None:
         """Role of a tensor whose layer is permuted."""
         role = tensor_role(self.family, name)
-        if role is None or role.layer not in self.expert_of or role.expert >= len(self.expert_of[role.layer]):
+        if role is None or role.layer not in (-1, *self.expert_of):
+            return None
+        if self.sizes.experts <= role.expert < self.sizes.rows[1]:
             return None  # identity experts, numbered after the real ones, stay
+        if role.expert >= self.sizes.experts:
+            raise InputError(name, f"expert {role.expert}", f"the checkpoint has {self.sizes.experts} experts")
         return role
+
+    def axis(self, role: TensorRole, tensor: TensorInfo) -> int | None:
+        """Axis of a tensor on which `order` applies; None where its values stay as they are."""
+        if role.kind in ("expert", "hash"):
+            return None
+        return following_axis(role, tensor.name, tensor.shape, tensor.dtype, self.sizes)
+
+    def order(self, layer: int, rows: int) -> IntArray:
+        """[rows] old position of every new one along an axis of experts; identity experts stay."""
+        order = self.expert_of[layer]
+        return np.concatenate([order, np.arange(len(order), rows)])
 
     def slot_of(self, layer: int) -> IntArray:
         """[E] new slot of every expert."""
@@ -65,18 +94,23 @@ def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutati
     groups = _groups(text, row)
     rows = zip(placement.layer_ids, placement.physical_to_logical, strict=True)
     slots = int(placement.slots_per_rank[0])
-    return Permutation(row, {i: p if groups is None else _grouped(p, slots, groups, i) for i, p in rows})
+    order = {i: p if groups is None else _grouped(p, slots, groups, i) for i, p in rows}
+    field, missing = row.identity_experts or ("", 0)
+    return Permutation(row, order, Sizes.of(text, placement.num_experts, int(text.get(field, missing))))
 
 
 def _groups(config: Mapping[str, Any], row: Family) -> int | None:
     """Blocks of consecutive experts that routing chooses between; None where any expert can be chosen."""
-    groups, kept = (config.get(key) for key in ("n_group", "topk_group"))
-    if groups is None and row.groups == "n_group":
-        groups, kept = GROUP_DEFAULTS.get(row.model_type, (None, None))
-    limited = row.groups == "n_group" or (
-        row.groups == "topk_method" and config.get("topk_method") == "group_limited_greedy"
+    groups, kept = (
+        default if config.get(key) is None else config[key]
+        for key, default in zip(
+            ("n_group", "topk_group"), GROUP_DEFAULTS.get(row.model_type, (None, None)), strict=True
+        )
     )
-    return int(groups) if limited and groups and kept and groups > 1 and kept < groups else None
+    if row.groups == "topk_method" and config.get("topk_method") != "group_limited_greedy":
+        return None
+    # A family of which we know no groups, but whose config has some, is better off with its groups kept together.
+    return int(groups) if groups and kept and groups > 1 and kept < groups else None
 
 
 def _grouped(row_E: IntArray, slots: int, groups: int, layer: int) -> IntArray:
@@ -106,7 +140,7 @@ def _grouped(row_E: IntArray, slots: int, groups: int, layer: int) -> IntArray:
             f"routing is limited to the best of {groups} groups of {size} consecutive experts, "
             "so a checkpoint must keep each group together",
             "place whole groups on ranks, or use an engine that maps slots itself (gemopt export --to sglang, "
-            "trtllm, ascend) or gemopt apply",
+            "tensorrt-llm or vllm-ascend) or gemopt apply",
         )
     return result
 
@@ -117,26 +151,32 @@ def _mixed(row_E: IntArray, size: int) -> list[tuple[int, list[int]]]:
     return [(index, groups) for index, groups in enumerate(blocks) if len(groups) > 1]
 
 
-def check_coverage(permutation: Permutation, shapes: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-    """Refuse a checkpoint in which a layer's router or experts are not where the family has them."""
-    experts = {layer: len(order) for layer, order in permutation.expert_of.items()}
+def check_coverage(permutation: Permutation, tensors: Iterable[TensorInfo]) -> None:
+    """Refuse a checkpoint in which a layer's router or experts are not where the family has them, all of them."""
     routers: set[int] = set()
     stacked: set[int] = set()
-    single = {layer: Counter[int]() for layer in experts}
-    for name, shape in shapes:
-        role = permutation.role(name)
+    stacks: dict[int, set[str]] = {layer: set() for layer in permutation.expert_of}
+    modules: dict[int, dict[str, set[int]]] = {layer: {} for layer in permutation.expert_of}
+    for tensor in tensors:
+        role = permutation.role(tensor.name)
         if role is None:
             continue
+        permutation.axis(role, tensor)
+        if role.layer in stacks and role.kind != "unknown":
+            stacks[role.layer].add(role.stack)
         if role.kind == "expert":
-            single[role.layer][role.expert] += 1
-        elif role.kind in ("router", "stacked"):
-            size = shape[role.dim] if role.dim < len(shape) else 0
-            if size < experts[role.layer] or (role.kind == "stacked" and size > experts[role.layer]):
-                raise InputError(name, f"shape {shape}", f"{experts[role.layer]} along axis {role.dim}")
+            modules[role.layer].setdefault(role.module, set()).add(role.expert)
+        elif role.kind in ("router", "stacked") and role.is_weight:
             (routers if role.kind == "router" else stacked).add(role.layer)
-    for layer, count in experts.items():
-        whole = len(single[layer]) == count and len(set(single[layer].values())) == 1
-        if layer not in routers or not (whole or layer in stacked):
-            what = "no router" if layer not in routers else f"tensors of {len(single[layer])} experts"
-            model_type = permutation.family.model_type
-            raise InputError(f"layer {layer}", what, f"a router and {count} experts, named as {model_type} names them")
+    experts = permutation.sizes.experts
+    for layer, found in modules.items():
+        model_type = permutation.family.model_type
+        needed = f"a router and {experts} experts, named as {model_type} names them"
+        single = set().union(*found.values())
+        if layer not in routers:
+            raise InputError(f"layer {layer}", "no router", needed)
+        if any(len(held) != experts for held in found.values()) or not (found or layer in stacked):
+            raise InputError(f"layer {layer}", f"tensors of {len(single)} experts", needed)
+        if len(stacks[layer]) > 1:
+            where = f"below {' and '.join(sorted(stacks[layer]))}"
+            raise InputError(f"layer {layer}", where, "one stack of layers", "take the networks of a checkpoint apart")

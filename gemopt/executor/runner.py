@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
 
-import torch
-import torch.distributed as dist
-from torch import nn
+from gemopt.exceptions import GemoptError, missing
 
-from gemopt.exceptions import GemoptError
-from gemopt.executor.council import RESIGNED, Council
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from torch.distributed.distributed_c10d import _set_pg_timeout
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
+from gemopt.executor.council import RESIGNED, SETUP_S, Council
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.executor.plan import Stage, checksum, slot_checksum
 from gemopt.executor.splits import Routing
@@ -81,6 +86,7 @@ class StageRunner:
         self.on_event = on_event
         self._ranks = dist.get_process_group_ranks(layers[0].ep_mesh.get_group())
         self._links: Any = None
+        self._patience_s = max(timeout_s, SETUP_S)
         self._vote_by = 0.0
         self._pool = Pool()
         self._abandoned: list[Incoming] = []  # a late message may still be written to these
@@ -90,9 +96,14 @@ class StageRunner:
     def links(self) -> Any:
         """A process group for transfers alone: with their timeout, and made anew after a failure. Collective."""
         if self._links is None:
-            limit = timedelta(seconds=self.timeout_s)
+            limit = timedelta(seconds=self._patience_s)
             self._links = dist.new_group(self._ranks, timeout=limit, use_local_synchronization=True)
         return self._links
+
+    def all_met(self) -> None:
+        """End of the set-up, for which ranks wait longer: from here on silence of `timeout_s` counts as death."""
+        self._patience_s = self.timeout_s
+        _set_pg_timeout(timedelta(seconds=self.timeout_s), self.links)
 
     def checksum(self) -> str:
         """Digest of the placement in force on this rank."""

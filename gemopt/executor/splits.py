@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from gemopt.exceptions import UnsupportedError
+from gemopt.exceptions import UnsupportedError, missing
+
+try:
+    import torch
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.plan import LayerRow
 from gemopt.placement import EMPTY, Split
 

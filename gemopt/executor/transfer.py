@@ -9,9 +9,14 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from gemopt.exceptions import missing
+
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
 
 from gemopt.executor.memory import zeros
 from gemopt.executor.plan import LayerRow, Stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
+from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays
 
@@ -18,7 +20,9 @@ _ROWS = 64 << 20  # bytes handed on at once
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read arrays one after the other; a file with several needs one called `counts`."""
-    files = files_of(paths, *SUFFIXES)
+    if all(path.suffix == ".csv" for path in paths):
+        return count_csv.read_traces(paths, options)
+    files, notes = _distinct(files_of(paths, *SUFFIXES))
 
     def blocks() -> Iterator[IntArray]:
         for path in files:
@@ -30,7 +34,23 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
                 if used.any():
                     yield block if used.all() else block[used]
 
-    return Recording(blocks=blocks, layer_ids=options.layer_ids if _already_chosen(files, options) else None)
+    ids = options.layer_ids if _already_chosen(files, options) else None
+    return Recording(blocks=blocks, layer_ids=ids, notes=notes)
+
+
+def _distinct(files: list[Path]) -> tuple[list[Path], list[str]]:
+    """The files without those whose counts came before, and a note on each of these."""
+    kept: dict[bytes, Path] = {}
+    notes: list[str] = []
+    for path in files:
+        counts = _counts(path)
+        digest = hashlib.sha256(str(counts.shape).encode())
+        for step in counts:
+            digest.update(np.ascontiguousarray(step, dtype=np.int64).data)
+        first = kept.setdefault(digest.digest(), path)
+        if first is not path:
+            notes.append(f"{path.name} is {first.name} again: counted once")
+    return list(kept.values()), notes
 
 
 def _already_chosen(files: list[Path], options: TraceOptions) -> bool:
@@ -59,7 +79,7 @@ ENGINES = {
     "array": Engine(
         name="array",
         versions="any",
-        traces=("[steps, layers, experts] .npy, .npz, .pt, .safetensors",),
+        traces=("[steps, layers, experts] .npy, .npz, .pt, .safetensors", "layer_id,expert_id,count .csv"),
         note="counts only; placements: --to csv",
         read_traces=read_traces,
     )

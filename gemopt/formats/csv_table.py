@@ -10,6 +10,7 @@ import numpy as np
 
 from gemopt.documents import read_bytes, write_text
 from gemopt.exceptions import InputError
+from gemopt.formats import count_csv
 from gemopt.formats.engine import ALL_SPLITS, Engine, Export, Facts, WriteOptions
 from gemopt.formats.files import JSON_LIMIT
 from gemopt.placement import EMPTY, Placement, Split
@@ -97,6 +98,7 @@ ENGINES = {
         name="csv",
         versions="any",
         placement="layer,rank,slot,expert[,weight] .csv",
+        traces=("layer_id,expert_id,count",),
         replicas=True,
         unequal_slots=True,
         empty_slots=True,
@@ -105,5 +107,6 @@ ENGINES = {
         note="for other programs",
         write=write,
         read=read,
+        read_traces=count_csv.read_traces,
     )
 }

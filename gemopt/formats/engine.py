@@ -44,7 +44,10 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a foreign file leaves out: given by the user, or by the side file of an export."""
+    """What a foreign file leaves out: given by the user, or by the side file of an export.
+
+    `notes`: what the user should know of the file; grows while it is read.
+    """
 
     num_ranks: int | None = None
     num_experts: int | None = None
@@ -53,13 +56,15 @@ class Facts:
     model: str | None = None
     split: Split | None = None
     device_uuids: tuple[str | None, ...] | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceOptions:
     """How to read traces.
 
-    `batch_size`, `prefill_tokens`, `phase`: continuous batching of recorded requests. `keep_tokens`: keep the
+    `batch_size`, `prefill_tokens`, `phase`: continuous batching of recorded requests; phase MIXED takes all tokens, one
+    after the other. `keep_tokens`: keep the
     token-level record where there is one (in memory). `num_ranks`: how many ranks must have written.
     """
 
@@ -99,6 +104,14 @@ class Recording:
     top_k: int | None = None
     phase: IntArray | None = None
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A recording that is read as a whole, and what the user should know of it."""
+
+    traces: Traces
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +158,7 @@ class Engine:
     check: Callable[[Placement, WriteOptions], None] | None = None
     write: Callable[[Placement, Path, WriteOptions], Export] | None = None
     read: Callable[[Path, Facts], Placement] | None = None
-    read_traces: Callable[[Sequence[Path], TraceOptions], Recording | Traces] | None = None
+    read_traces: Callable[[Sequence[Path], TraceOptions], Recording | Loaded] | None = None
 
 
 def expert_rows(placement: Placement, *, num_rows: int) -> NDArray[np.int64]:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.documents import read_bytes, read_json
-from gemopt.exceptions import InputError
+from gemopt.documents import integer_array, read_bytes, read_json
+from gemopt.exceptions import InputError, missing
 
 JSON_LIMIT = 256 << 20
+YAML_LIMIT = 1 << 24
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library itself
 ARRAY_LIMIT = 1 << 36
 _DTYPES = {"U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"}
@@ -41,29 +42,59 @@ def bounded_json(path: Path, *, limit_bytes: int = JSON_LIMIT) -> Any:
 
 
 def bounded_yaml(path: Path, *, limit_bytes: int = 64 << 20) -> Any:
-    """Parse a YAML file of plain data. Anchors are refused: a few of them can stand for gigabytes."""
+    """Parse a YAML file of plain data. Anchors may stand for lists, but not for more than `YAML_LIMIT` values."""
     try:
         import yaml
-    except ImportError:
-        raise InputError(str(path), "no pyyaml", "YAML files need it", "pip install 'gemopt[yaml]'") from None
+    except ImportError as error:
+        raise missing(error, f"reading {path}") from None
     text = read_bytes(path, limit_bytes=limit_bytes)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=loader)):
-            raise InputError(str(path), "a YAML alias", "plain lists and numbers", "write the lists out")
-        return yaml.load(text, Loader=loader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _yaml_size(path, node, {})
+        return loader.construct_document(node)
     except InputError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise InputError(str(path), str(error), "a complete YAML document is needed") from None
+    finally:
+        loader.dispose()
+
+
+def _yaml_size(path: Path, node: Any, known: dict[int, int | None]) -> int:
+    """Values of a node with all anchors written out; `InputError` for too many, and for what would be lost."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise InputError(str(path), "an anchor inside itself", "plain lists and numbers")
+        return size
+    known[id(node)] = None
+    size = 1
+    if isinstance(node.value, list):
+        keys = [child[0].value for child in node.value if isinstance(child, tuple)]
+        if "<<" in keys:
+            raise InputError(str(path), "a merge key <<", "plain lists and numbers", "write the keys out")
+        names = [key for key in keys if isinstance(key, str)]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(str(path), twice, "every key once")
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                size += _yaml_size(path, part, known)
+    if size > YAML_LIMIT:
+        raise InputError(str(path), "anchors that stand for too much", f"at most {YAML_LIMIT} values")
+    known[id(node)] = size
+    return size
 
 
 def torch_module(purpose: str) -> Any:
     """PyTorch, which only .pt files need."""
     try:
         import torch
-    except ImportError:
-        raise InputError("torch", "not installed", f"{purpose} needs it", "pip install 'gemopt[torch]'") from None
+    except ImportError as error:
+        raise missing(error, purpose) from None
     return torch
 
 
@@ -117,6 +148,24 @@ def as_array(value: Any, *, name: str, ndim: int) -> NDArray[Any]:
     if array.ndim != ndim or array.dtype.kind not in "iu":
         raise InputError(name, f"{array.dtype} array of shape {array.shape}", f"whole numbers in {ndim} dimensions")
     return array
+
+
+def whole_numbers(value: Any, *, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
+    """Whole numbers, as integers or as floats without a fraction, in one of some numbers of dimensions."""
+    if hasattr(value, "numpy") and not value.is_sparse and value.is_floating_point():
+        value = value.double().numpy()
+    array = value if hasattr(value, "numpy") else _array(value, name, ndims)
+    ndim = next((n for n in ndims if n == array.ndim), ndims[-1])
+    if not hasattr(value, "numpy") and array.dtype.kind == "f":
+        return np.asarray(integer_array(array, name=name, ndim=ndim))
+    return as_array(array, name=name, ndim=ndim)
+
+
+def _array(value: Any, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, OverflowError):
+        raise InputError(name, value, f"whole numbers in {' or '.join(map(str, ndims))} dimensions") from None
 
 
 def safetensors_arrays(path: Path) -> dict[str, NDArray[Any]]:

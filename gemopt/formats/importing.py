@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 
 from gemopt.documents import replacing
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.formats.engine import IntArray, Recording, TraceOptions
+from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
+from gemopt.formats.findings import check_loads, check_steps, ranges
 from gemopt.formats.registry import engines, get
 from gemopt.placement import check_layer_ids
-from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION, Traces
+from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
 
 _HEADER_BYTES = 1 << 16
 _PIECE = 1 << 24  # bytes converted at once
@@ -51,18 +52,20 @@ def import_traces(
     options = options or TraceOptions()
     if engine.read_traces is None:
         names = ", ".join(e.name for e in engines() if e.read_traces is not None)
-        hint = f"its placements: gemopt placement import --from {source}" if engine.read is not None else ""
-        raise UnsupportedError("--from", source, f"it records no loads; traces of: {names}", hint)
+        hint = f"its placements: gemopt placement import --from {engine.name}" if engine.read is not None else ""
+        raise UnsupportedError("--from", engine.name, f"it records no loads; traces of: {names}", hint)
     found = engine.read_traces(paths, options)
-    if isinstance(found, Traces):
-        found.save(destination)
+    if isinstance(found, Loaded):
+        traces = found.traces
+        notes = check_loads(traces.counts.sum(axis=0, dtype=np.int64), traces.layer_ids)
+        traces.save(destination)
         return Imported(
-            num_steps=found.num_steps,
-            layer_ids=found.layer_ids,
-            num_experts=found.num_experts,
-            top_k=found.top_k,
-            assignments=int(found.counts.sum(dtype=np.int64)),
-            notes=(),
+            num_steps=traces.num_steps,
+            layer_ids=traces.layer_ids,
+            num_experts=traces.num_experts,
+            top_k=traces.top_k,
+            assignments=int(traces.counts.sum(dtype=np.int64)),
+            notes=(*found.notes, *notes),
         )
     for dtype in (np.uint16, np.int32):
         try:
@@ -85,6 +88,7 @@ def _stream(found: Recording, destination: Any, options: TraceOptions, dtype: np
         if writer is None:
             raise InputError("PATHS", "no step with any assignment", "a recording of at least one step")
         metadata = _metadata(writer, found, options)
+        notes = [*found.notes, *_dropped(writer, found, options), *writer.notes()]
         writer.finish(metadata, found.phase)
     return Imported(
         num_steps=writer.steps,
@@ -92,8 +96,16 @@ def _stream(found: Recording, destination: Any, options: TraceOptions, dtype: np
         num_experts=writer.experts,
         top_k=options.top_k or found.top_k,
         assignments=writer.assignments,
-        notes=tuple(found.notes),
+        notes=tuple(notes),
     )
+
+
+def _dropped(writer: _Writer, found: Recording, options: TraceOptions) -> list[str]:
+    """The note on decoder layers that were taken as dense because they had no counts."""
+    without = set(range(writer.recorded)) - set(writer.layer_ids)
+    if options.layer_ids is not None or found.layer_ids is not None or not without:
+        return []
+    return [f"layers {ranges(without)} have no counts: taken as layers without experts"]
 
 
 def _rows(block: IntArray, found: Recording, options: TraceOptions) -> tuple[list[int], tuple[int, ...]]:
@@ -126,6 +138,8 @@ class _Writer:
         self.kept, self.layer_ids = rows
         self.recorded, self.experts = shape[1], shape[2]
         self.steps = self.assignments = 0
+        self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
+        self.busy: list[IntArray] = []
         stream.write(bytes(8 + _HEADER_BYTES))
 
     def append(self, block: IntArray) -> None:
@@ -160,7 +174,13 @@ class _Writer:
                 "give --layer-ids with every MoE layer",
             )
         self.assignments += kept
+        self.load_LE += narrow.sum(axis=0, dtype=np.int64)
+        self.busy.append(np.asarray(narrow.any(axis=2)))
         self.stream.write(narrow.data)
+
+    def notes(self) -> list[str]:
+        """What the counts say about the recording; `InputError` for a layer without any."""
+        return check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.busy), self.layer_ids)
 
     def finish(self, metadata: dict[str, str], phase: NDArray[Any] | None) -> None:
         """Write the phases, then the header at the start."""

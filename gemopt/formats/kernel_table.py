@@ -1,26 +1,40 @@
-"""Read anyone's kernel table (CSV) as a profile, and draw a what-if cluster from a fleet's measured speeds."""
+"""Read anyone's kernel table as a profile: plain ones, aiconfigurator's, AMD aiter's, benchmark_moe's output."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 
-from gemopt.costs import Roofline
-from gemopt.documents import read_bytes
 from gemopt.exceptions import InputError
-from gemopt.latency import FloatArray
+from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
+from gemopt.formats.table_columns import (
+    HOSTS,
+    RANKS,
+    UUIDS,
+    by_device,
+    chosen_rows,
+    device_columns,
+    known,
+    plain,
+    refuse_mixtures,
+    time_column,
+    values,
+)
+from gemopt.formats.table_files import Row, Table, number, read, whole
 from gemopt.profile import Device, MoeShape, Profile, Sample
 
-LOAD_COLUMNS = ("tokens", "num_tokens", "assignments")
+__all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "what_if"]
+
+LOAD_COLUMNS = ("tokens", "num_tokens", "assignments", "token", "batch_size")
 ACTIVE_COLUMNS = ("active_experts", "activated_experts")
+TOP_K_COLUMNS = ("topk", "top_k", "num_experts_per_tok")
+EP_COLUMNS = ("moe_ep_size", "ep_size", "ep")
 LARGEST_LOAD, LARGEST_US = 2.0**31 - 1, 1e12  # as in a profile
-LATENCY_COLUMNS = {"latency_us": 1.0, "time_us": 1.0, "latency_ms": 1e3, "time_ms": 1e3, "latency_ns": 1e-3}
 
 
 class Unit(StrEnum):
@@ -37,67 +51,253 @@ class Unit(StrEnum):
 
 
 @dataclass(frozen=True)
-class Fleet:
-    """Relative times (1 = fleet median, larger is slower) of GPUs measured under one workload."""
+class Layout:
+    """A known kind of table: how it is told (`header`), its columns, what they count, and which are results.
+
+    `tuned` columns name the kernel that was found best for a load.
+    """
 
     name: str
-    gpus: list[str]
-    rel_time: FloatArray
+    header: frozenset[str]
+    load: str
+    unit: Unit
+    times: tuple[str, ...]  # the first that the table has, with its unit
+    tuned: frozenset[str] = frozenset()
+    devices: bool = True  # whether columns like `device` number devices, instead of naming their kind
 
-    def draw(self, ranks: int, seed: int) -> list[int]:
-        """Indices of `ranks` different GPUs."""
-        if ranks > len(self.gpus):
-            raise InputError("ranks", ranks, f"at most the {len(self.gpus)} GPUs of fleet {self.name}")
-        chosen = np.random.default_rng(seed).choice(len(self.gpus), size=ranks, replace=False)
-        return [int(i) for i in chosen]
+
+AICONFIGURATOR = Layout(
+    "aiconfigurator",
+    frozenset({"num_tokens", "topk", "moe_ep_size", "distribution"}),
+    "num_tokens",
+    Unit.GROUP_TOKENS,
+    ("latency_ms", "latency:ms"),
+    devices=False,
+)
+AITER = Layout(
+    "aiter",
+    frozenset({"token", "model_dim", "inter_dim", "expert", "topk", "us"}),
+    "token",
+    Unit.TOKENS,
+    ("us",),
+    frozenset({"block_m", "ksplit", "kernelId", "kernelName", "kernelName1", "kernelName2", "run_1stage", "xbf16"})
+    | {"flat", "_tag"},
+)
+BENCHMARK_MOE = Layout(
+    "benchmark_moe",
+    frozenset({"batch_size", "kernel_time_us", "config", "part"}),
+    "batch_size",
+    Unit.TOKENS,
+    ("kernel_time_us",),
+    frozenset({"config"}),
+)
+LAYOUTS = (AICONFIGURATOR, AITER, BENCHMARK_MOE)
 
 
 def read_table(
-    path: str | os.PathLike[str], *, unit: Unit = Unit.ASSIGNMENTS, top_k: int | None = None, ep: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    unit: Unit | None = None,
+    top_k: int | None = None,
+    ep: int | None = None,
+    where: Sequence[str] = (),
+    time: str | None = None,
+    device: Sequence[str] = (),
+    repeat: Sequence[str] = (),
 ) -> Profile:
-    """Profile from a CSV with columns `tokens[,active_experts],latency_us[,rank]`.
+    """Profile from a table of loads and times: CSV, parquet, or what benchmark_moe printed.
 
-    Rows of one load are merged: median latency, median absolute deviation, number of rows.
+    Rows of one load are merged: median latency, median absolute deviation, number of rows. Rows that differ in
+    something else than repeats and results are refused.
+
+    Parameters
+    ----------
+    unit
+        What the load column counts; default: what is known of the table's kind, else assignments.
+    top_k, ep
+        Experts per token and ranks of the measured group, where the table does not say.
+    where
+        `COLUMN=VALUE`, rows to read.
+    time
+        Column with the time, perhaps with its unit: `NAME:ms`.
+    device, repeat
+        Columns that tell devices apart; that only number repeats or hold results.
 
     Raises
     ------
     InputError
-        Naming the file, the row and the column that is wrong.
+        Naming the file, the line and the column that is wrong.
     """
-    factor = _assignments_per_load(unit, top_k, ep)
-    rows, header = _rows(path)
-    load_column = _column(path, header, LOAD_COLUMNS)
-    active_column = next((name for name in ACTIVE_COLUMNS if name in header), None)
-    latency_column = _column(path, header, tuple(LATENCY_COLUMNS))
-    merged: dict[int, dict[tuple[int, int | None], list[float]]] = defaultdict(lambda: defaultdict(list))
-    scale = LATENCY_COLUMNS[latency_column]
-    for line, row in rows:
-        load = _number(path, line, load_column, row[load_column], largest=LARGEST_LOAD / factor) * factor
-        latency = _number(path, line, latency_column, row[latency_column], largest=LARGEST_US / scale) * scale
-        active = None if active_column is None else _whole(path, line, active_column, row[active_column])
+    full = read(path)
+    layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
+    table = chosen_rows(full, where)
+    if layout is AITER:
+        table = _one_stage(table)
+    load_column = _load_column(table, layout, unit)
+    active_column = next((name for name in ACTIVE_COLUMNS if name in table.header), None)
+    reader = _Reader(table, load_column, active_column)
+    columns = device_columns(table, device) if device or layout is None or layout.devices else []
+    tables = by_device(table, columns)
+    repeats = [known(table, name, "--repeat-column") for name in repeat]
+    asked = None if time is None else time_column(table, time)
+    used = {load_column, active_column or "", *columns, *repeats, asked[0] if asked else ""}
+    refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
+    reader.latency, reader.scale = asked or _time(table, layout)
+    if layout is AICONFIGURATOR:
+        _refuse_skewed(table, where)
+    top_k = _given("--top-k", top_k, table, TOP_K_COLUMNS)
+    reader.factor = _factor(_unit(table, load_column, layout, unit, top_k), top_k, ep, table)
+    devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
+    return Profile(devices=devices, model=_shape(table, layout, top_k), kernel=_kernel(table), mode="table")
+
+
+@dataclass
+class _Reader:
+    """Load and time of a row."""
+
+    table: Table
+    load: str
+    active: str | None
+    latency: str = ""
+    scale: float = 1.0
+    factor: float = 1.0
+
+    def key(self, row: Row) -> tuple[float, ...]:
+        load = number(self.table, row, self.load, largest=LARGEST_LOAD)
+        return (load,) if self.active is None else (load, number(self.table, row, self.active, largest=LARGEST_LOAD))
+
+    def point(self, row: Row) -> tuple[float, int | None, float]:
+        """Assignments (perhaps a fraction), active experts, microseconds."""
+        load = number(self.table, row, self.load, largest=LARGEST_LOAD / self.factor) * self.factor
+        latency = number(self.table, row, self.latency, largest=LARGEST_US / self.scale) * self.scale
+        if load and not latency:
+            where, text = f"{self.table.path} {row.where}, {self.latency}", row.cells[self.latency]
+            raise InputError(where, text, "above 0: work takes time", "a failed run? leave the row out")
+        active = None if self.active is None else whole(self.table, row, self.active, largest=LARGEST_LOAD)
         if active is not None and active > np.ceil(load):
             raise InputError(
-                f"{path} line {line}, {active_column}",
+                f"{self.table.path} {row.where}, {self.active}",
                 active,
-                f"at most the {load:g} assignments of the line",
+                f"at most the {load:g} assignments of the {row.where.split()[0]}",
                 "does the load column count tokens? then give --unit and --top-k",
             )
-        rank = _whole(path, line, "rank", row["rank"]) if "rank" in header else 0
-        merged[rank][(_whole_load(load, active), active)].append(latency)
-    devices = [Device(rank=rank, samples=_samples(points)) for rank, points in sorted(merged.items())]
-    return Profile(devices=devices, model=MoeShape(top_k=top_k), mode="table")
+        return load, active, latency
 
 
-def _assignments_per_load(unit: Unit, top_k: int | None, ep: int | None) -> float:
+def _load_column(table: Table, layout: Layout | None, unit: Unit | None) -> str:
+    if layout is not None:
+        return layout.load
+    found = [name for name in LOAD_COLUMNS if name in table.header]
+    if not found:
+        limit = f"a column {' or '.join(LOAD_COLUMNS)} is needed"
+        raise InputError(table.path, f"columns {', '.join(table.header)}", limit)
+    counts_assignments = "assignments" in found and unit in (None, Unit.ASSIGNMENTS)
+    return "assignments" if counts_assignments else next((n for n in found if n != "assignments"), found[0])
+
+
+def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | None, top_k: int | None) -> Unit:
+    if layout is not None:
+        if unit not in (None, layout.unit):
+            limit = f"{layout.name} counts {layout.unit.value} in {load_column}"
+            raise InputError("--unit", unit.value if unit else "", limit, "leave --unit out")
+        return layout.unit
+    if unit is not None:
+        return unit
+    if load_column == "batch_size":
+        return Unit.TOKENS
+    if load_column != "assignments" and any(name in table.header for name in TOP_K_COLUMNS):
+        limit = f"the table has {top_k} experts per token: does {load_column} count tokens?"
+        raise InputError("--unit", "", limit, "give --unit tokens, group-tokens or assignments")
+    return Unit.ASSIGNMENTS
+
+
+def _time(table: Table, layout: Layout | None) -> tuple[str, float]:
+    times = layout.times if layout is not None else ()
+    return time_column(table, next((name for name in times if name.split(":")[0] in table.header), None))
+
+
+def _factor(unit: Unit, top_k: int | None, ep: int | None, table: Table) -> float:
+    """Assignments of a rank per unit of the load column."""
     if unit is Unit.ASSIGNMENTS:
         return 1.0
     if top_k is None or top_k < 1:
         raise InputError("--top-k", top_k, f"unit {unit.value} needs the experts per token, at least 1", "give --top-k")
     if unit is Unit.TOKENS:
         return float(top_k)
+    ep = _given("--ep", ep, table, EP_COLUMNS)
     if ep is None or ep < 1:
         raise InputError("--ep", ep, "unit group-tokens needs the ranks of the measured group, at least 1", "give --ep")
     return top_k / ep
+
+
+def _given(option: str, value: int | None, table: Table, columns: Collection[str]) -> int | None:
+    """What an option says, or a column of the table; both must agree."""
+    column = next((name for name in columns if name in table.header), None)
+    if column is None:
+        return value
+    read_value = whole(table, table.rows[0], column, largest=LARGEST_LOAD)
+    if value not in (None, read_value):
+        raise InputError(option, value, f"{column} is {read_value} in {table.path}", f"leave {option} out")
+    return read_value
+
+
+def _one_stage(table: Table) -> Table:
+    """aiter leaves `us` at 0 where one kernel does both stages; its time is in `us1`."""
+    rows = []
+    for row in table.rows:
+        one = row.cells.get("run_1stage") in ("1", "True") and row.cells["us"] in ("0", "0.0", "")
+        rows.append(Row(row.where, {**row.cells, "us": row.cells.get("us1", "0")}) if one else row)
+    return Table(table.path, table.header, rows)
+
+
+def _refuse_skewed(table: Table, where: Sequence[str]) -> None:
+    """aiconfigurator's skewed rows time the rank with most load, and do not say how much that is."""
+    found = values(table.rows, "distribution")[0]
+    asked = any(text.partition("=")[0].strip() == "distribution" for text in where)
+    if (
+        found not in ("balanced", "uniform")
+        and not asked
+        and any(row.cells["moe_ep_size"] != "1" for row in table.rows)
+    ):
+        raise InputError(
+            f"{table.path}, distribution",
+            found,
+            "balanced rows: others time the rank with the most load, which the table does not tell",
+            f"--where distribution=balanced; to take them as if balanced (too slow): --where distribution={found}",
+        )
+
+
+def _device(reader: _Reader, table: Table, columns: Sequence[str], rank: int) -> Device:
+    cells = table.rows[0].cells
+    labels = {plain(name): cells[name] for name in table.header if len(values(table.rows, name)) == 1}
+    own = next((name for name in columns if plain(name) in RANKS), None)
+    if own is not None:
+        rank = whole(table, table.rows[0], own, largest=LARGEST_LOAD)
+    told = ", ".join(f"{name} {cells[name]}" for name in columns if name != own)
+    name = next((labels[each] for each in ("device_name", "gpu_name", "device", "gpu") if labels.get(each)), "unknown")
+    return Device(
+        rank=rank,
+        name=name if own or not told or (name != "unknown" and not name.isdigit()) else told,
+        uuid=next((labels[each] for each in UUIDS if labels.get(each)), None),
+        node=next((labels[each] for each in HOSTS if labels.get(each)), None),
+        samples=_samples([reader.point(row) for row in table.rows]),
+    )
+
+
+def _samples(points: Sequence[tuple[float, int | None, float]]) -> list[Sample]:
+    """One sample per load. Of loads that round to the same assignments only the nearest is kept."""
+    merged: dict[tuple[int, int | None], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for load, active, latency in points:
+        merged[_whole_load(load, active), active][load].append(latency)
+    samples = []
+    for (load, active), by_load in sorted(merged.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        latencies = by_load[min(by_load, key=lambda each: abs(each - load))]
+        median = float(np.median(latencies))
+        spread = float(np.median(np.abs(np.array(latencies) - median))) if len(latencies) > 1 else None
+        samples.append(
+            Sample(assignments=load, active_experts=active, latency_us=median, spread_us=spread, repeats=len(latencies))
+        )
+    return samples
 
 
 def _whole_load(load: float, active: int | None) -> int:
@@ -105,125 +305,23 @@ def _whole_load(load: float, active: int | None) -> int:
     return max(round(load), active or 0, int(load > 0))
 
 
-def _samples(points: dict[tuple[int, int | None], list[float]]) -> list[Sample]:
-    samples = []
-    for (load, active), values in sorted(points.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
-        median = float(np.median(values))
-        spread = float(np.median(np.abs(np.array(values) - median))) if len(values) > 1 else None
-        samples.append(
-            Sample(assignments=load, active_experts=active, latency_us=median, spread_us=spread, repeats=len(values))
-        )
-    return samples
+def _kernel(table: Table) -> str | None:
+    """Engine, version and kernel, where the table names one of each."""
+    named = [values(table.rows, name) for name in ("framework", "version", "kernel_source") if name in table.header]
+    return " ".join(found[0] for found in named if len(found) == 1) or None
 
 
-def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
-    """Fleet from a CSV with `rel_time` and, where it holds several, `dataset`; `name` picks one."""
-    rows, header = _rows(path)
-    _column(path, header, ("rel_time",))
-    names = sorted({row["dataset"] for _, row in rows}) if "dataset" in header else [""]
-    if name is None and len(names) > 1:
-        raise InputError(str(path), f"{len(names)} fleets", f"one of {', '.join(names)}", "choose with --fleet")
-    if name is not None and name not in names:
-        raise InputError("--fleet", name, f"one of {', '.join(names)}")
-    chosen = name if name is not None else names[0]
-    kept = [(line, row) for line, row in rows if row.get("dataset", "") == chosen]
-    rel_time = np.array([_number(path, line, "rel_time", row["rel_time"], largest=1e3) for line, row in kept])
-    if (rel_time <= 0).any():
-        line, row = kept[int(rel_time.argmin())]
-        raise InputError(f"{path} line {line}, rel_time", row["rel_time"], "above 0 (1: as fast as the fleet's median)")
-    gpus = [row.get("gpu") or str(line) for line, row in kept]
-    return Fleet(chosen or os.path.basename(str(path)), gpus, rel_time)
-
-
-def what_if(profile: Profile, fleet: Fleet, *, ranks: int, seed: int = 0, memory: Fleet | None = None) -> Profile:
-    """Profile of `ranks` devices like the measured one, each as fast as a GPU drawn from a fleet.
-
-    The fleet's relative time scales the part of a latency that grows with assignments and, unless `memory` gives
-    another fleet, the rest (weights read, launches) too. The parts are told apart by a roofline fitted to the table.
-    """
-    if profile.num_ranks != 1:
-        raise InputError(
-            "--speeds", f"{profile.num_ranks} devices", "a table of one device", "leave out the rank column"
-        )
-    if ranks < 1:
-        raise InputError("--ranks", ranks, "at least 1")
-    source = profile.devices[0]
-    compute_share = _compute_share(source) if memory is not None else np.ones(len(source.samples))
-    drawn = fleet.draw(ranks, seed)
-    slower, names = [float(fleet.rel_time[i]) for i in drawn], [fleet.gpus[i] for i in drawn]
-    rest = slower if memory is None else [float(memory.rel_time[i]) for i in memory.draw(ranks, seed + 1)]
-    devices = []
-    for rank in range(ranks):
-        factors = compute_share * slower[rank] + (1 - compute_share) * rest[rank]
-        samples = [
-            sample.model_copy(update={"latency_us": sample.latency_us * float(factor)})
-            for sample, factor in zip(source.samples, factors, strict=True)
-        ]
-        state: dict[str, str | float | int | None] = {"rel_time": slower[rank], "rel_time_memory": rest[rank]}
-        devices.append(
-            Device(rank=rank, name=f"{source.name} as {fleet.name} {names[rank]}", samples=samples, state=state)
-        )
-    return profile.model_copy(update={"devices": devices, "mode": "what-if"})
-
-
-def _compute_share(device: Device) -> FloatArray:
-    """[samples] share of each latency that grows with assignments, after the largest plane of a fitted roofline."""
-    table = device.table()
-    planes_K3 = Roofline.fit_device(table, planes=2 if len(table) >= 6 else 1).planes()
-    design = np.column_stack([np.ones(len(table)), table[:, 0], np.nan_to_num(table[:, 1])])
-    values = design @ planes_K3.T
-    chosen = planes_K3[values.argmax(axis=1)]
-    return np.asarray(np.clip(chosen[:, 1] * table[:, 0] / np.maximum(values.max(axis=1), 1e-300), 0.0, 1.0))
-
-
-def slow_down(profile: Profile, rank: int, factor: float) -> Profile:
-    """The same profile with one rank `factor` times slower."""
-    if not 0 <= rank < profile.num_ranks:
-        raise InputError("rank", rank, f"0 to {profile.num_ranks - 1}")
-    if not 0 < factor <= 1e3:
-        raise InputError("factor", factor, "above 0; 1.3 is 30 % slower")
-    devices = list(profile.devices)
-    samples = [s.model_copy(update={"latency_us": s.latency_us * factor}) for s in devices[rank].samples]
-    devices[rank] = devices[rank].model_copy(update={"samples": samples})
-    return profile.model_copy(update={"devices": devices})
-
-
-def _rows(path: str | os.PathLike[str]) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
-    """Rows with the number of their line, and the header."""
-    try:
-        text = read_bytes(path).decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True)
-        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
-    if len(lines) < 2:
-        raise InputError(str(path), "no rows", "a header line and at least one row are needed")
-    header = lines[0][1]
-    for line, cells in lines:
-        if len(cells) != len(header):
-            raise InputError(f"{path} line {line}", f"{len(cells)} columns", f"{len(header)} columns, as in the header")
-    return [(line, dict(zip(header, cells, strict=True))) for line, cells in lines[1:]], header
-
-
-def _column(path: str | os.PathLike[str], header: list[str], accepted: tuple[str, ...]) -> str:
-    for name in accepted:
-        if name in header:
-            return name
-    raise InputError(str(path), f"columns {', '.join(header)}", f"a column {' or '.join(accepted)} is needed")
-
-
-def _number(path: str | os.PathLike[str], line: int, column: str, text: str, *, largest: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 <= value <= largest:
-        raise InputError(f"{path} line {line}, {column}", text, f"a number from 0 to {largest:.10g}")
-    return value
-
-
-def _whole(path: str | os.PathLike[str], line: int, column: str, text: str) -> int:
-    value = _number(path, line, column, text, largest=LARGEST_LOAD)
-    if value != int(value):
-        raise InputError(f"{path} line {line}, {column}", text, "a whole number")
-    return int(value)
+def _shape(table: Table, layout: Layout | None, top_k: int | None) -> MoeShape:
+    """The measured layer, as far as aiconfigurator's columns tell it."""
+    if layout is not AICONFIGURATOR or not {"hidden_size", "inter_size", "num_experts"} <= set(table.header):
+        return MoeShape(top_k=top_k)
+    cells = table.rows[0].cells
+    experts = int(cells["num_experts"])
+    return MoeShape(
+        hidden_size=int(cells["hidden_size"]),
+        intermediate_size=int(cells["inter_size"]),
+        num_experts=experts,
+        num_local_experts=max(1, experts // int(cells["moe_ep_size"])),
+        top_k=top_k,
+        dtype=cells.get("moe_dtype"),
+    )

@@ -21,6 +21,7 @@ from gemopt.formats.engine import (
     Engine,
     Export,
     Facts,
+    Loaded,
     TraceOptions,
     WriteOptions,
     files_of,
@@ -31,7 +32,6 @@ from gemopt.formats.engine import (
 )
 from gemopt.formats.files import bounded_json
 from gemopt.placement import Placement, Split
-from gemopt.traces import Traces
 
 
 def check(placement: Placement, options: WriteOptions) -> None:
@@ -110,7 +110,7 @@ def pack(loads: NDArray[np.int64], num_ranks: int) -> list[int]:
     return [expert for experts in held for expert in experts]
 
 
-def read_traces(paths: Sequence[Path], options: TraceOptions) -> Traces:
+def read_traces(paths: Sequence[Path], options: TraceOptions) -> Loaded:
     """Read responses with `routed_experts` (.json, .jsonl)."""
     return responses.read_traces(files_of(paths, ".json", ".jsonl"), options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +17,7 @@ _MODULES = {
     "sglang": "sglang",
     "tensorrt-llm": "tensorrt_llm",
     "vllm": "vllm",
+    "vllm-map": "vllm_map",
     "vllm-ascend": "vllm_ascend",
     "lmdeploy": "lmdeploy",
     "deepseek-eplb": "deepseek_eplb",
@@ -26,12 +28,34 @@ _MODULES = {
     "llama.cpp": "checkpoint",
 }
 NAMES = tuple(_MODULES)
+# How else people write the names, without case, "_", ".", "-" and blanks.
+_ALIASES = {
+    "sgl": "sglang",
+    "trtllm": "tensorrt-llm",
+    "trt": "tensorrt-llm",
+    "tensorrt": "tensorrt-llm",
+    "ascend": "vllm-ascend",
+    "deepseek": "deepseek-eplb",
+    "eplb": "deepseek-eplb",
+    "transformers": "checkpoint",
+    "huggingface": "checkpoint",
+    "hf": "checkpoint",
+    "numpy": "array",
+}
+
+
+def canonical(name: str) -> str:
+    """The name of an engine however it is written (`trtllm`, `vLLM_Ascend`); `InputError` names those there are."""
+    bare = re.sub(r"[-_. ]", "", name.casefold())
+    found = _ALIASES.get(bare) or next((n for n in NAMES if re.sub(r"[-_. ]", "", n) == bare), None)
+    if found is None:
+        raise InputError("engine", name, "one of " + ", ".join(NAMES))
+    return found
 
 
 def get(name: str) -> Engine:
-    """The engine called `name`; `InputError` names those there are."""
-    if name not in _MODULES:
-        raise InputError("engine", name, "one of " + ", ".join(NAMES))
+    """The engine called `name`, as `canonical` reads it."""
+    name = canonical(name)
     found: Engine = import_module(f"gemopt.formats.{_MODULES[name]}").ENGINES[name]
     return found
 
@@ -142,7 +166,8 @@ def import_placement(path: Path, *, source: str, facts: Facts | None = None) -> 
     engine = get(source)
     if engine.read is None:
         names = ", ".join(e.name for e in engines() if e.read is not None)
-        raise UnsupportedError("--from", source, engine.note or "has no placement to read", f"placements of: {names}")
+        hint = f"placements of: {names}"
+        raise UnsupportedError("--from", engine.name, engine.note or "has no placement to read", hint)
     return engine.read(path, _with_side_file(path, facts or Facts()))
 
 

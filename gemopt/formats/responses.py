@@ -1,199 +1,258 @@
 """`routed_experts` in the responses of SGLang, vLLM and LMDeploy, replayed as continuous batching.
 
 * vLLM 0.33.0: `choices[i].routed_experts`, base64 of .npy bytes [tokens, layers, top-k].
-* SGLang 0.5.23: `meta_info.routed_experts` or `sglext.routed_experts`, base64 of int32 without a shape, a row for every
-  decoder layer.
+* SGLang 0.5.23: `routed_experts` in `meta_info`, `sglext` or `sgl_ext`, base64 of int32 (or `routed_experts_dtype`)
+  without a shape, a row for every decoder layer.
 * LMDeploy 0.18: `choices[i].routed_experts`, nested lists [tokens, layers, top-k].
+* Dynamo: `nvext.routed_experts`, an object of data, shape, dtype and start.
 
 All hold logical ids for every token of the sequence but the last one, which is never fed back.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import IntArray, TraceOptions, check_sizes
-from gemopt.formats.files import as_array, bounded_json, size_of
-from gemopt.traces import Phase, Traces
+from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes
+from gemopt.formats.findings import guessed, ranges
+from gemopt.formats.response_bodies import Bodies, Response, Sample
+from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, has_shape, moe_layers, narrowed
+from gemopt.traces import Phase
 from gemopt.traces.batching import from_tokens
 
-LINE_LIMIT = 256 << 20
-MAX_EXPERTS = 8192
 
+def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool = False) -> Loaded:
+    """Traces from responses: .json holds one or a list of them, .jsonl one per line or the events of a stream.
 
-def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool = False) -> Traces:
-    """Traces from responses: .json holds one or a list of them, .jsonl one per line.
-
-    `--phase decode` takes the generated tokens, `prefill` those of the prompt; the responses' usage tells them apart.
+    `--phase decode` takes the generated tokens, `prefill` those of the prompt, `all` both; token counts in the
+    responses tell them apart.
     """
-    pieces: list[NDArray[np.int16 | np.int32]] = []
+    kept = _Kept(options=options, raw_int32=raw_int32)
+    bodies = Bodies()
     for path in files:
-        for number, response in _responses(path):
-            where = f"{path}: response {number}"
-            for encoded, generated in _choices(where, response):
-                ids = _decode(where, encoded, options, raw_int32=raw_int32)
-                piece = _of_phase(where, ids, generated, options.phase)
-                if len(piece):
-                    pieces.append(_smaller(where, piece))
-    if not pieces:
-        phase = options.phase.name.lower()
-        raise InputError("routed_experts", f"no {phase} token", "responses with routed_experts", "ask for them")
+        for response in bodies.read(path):
+            kept.add(response)
+    if not kept.pieces:
+        said = [f"no {_phase_name(options.phase)}token", *bodies.notes()]
+        found = "; ".join([*said, *([f"{kept.padding} tokens of padding"] if kept.padding else [])])
+        hint = "ask the engine to return routed experts" if not kept.samples else "ask for longer answers, or --phase"
+        raise InputError("routed_experts", found, "responses with routed_experts", hint)
+    pieces = kept.pieces
     if len({piece.shape[1:] for piece in pieces}) > 1:
         shapes = sorted({piece.shape[1:] for piece in pieces})
         raise InputError("routed_experts", shapes, "one number of layers and experts per token: one network")
     check_sizes(options, where="routed_experts", layers=pieces[0].shape[1], top_k=pieces[0].shape[2])
-    layers = _moe_layers(pieces, options)
-    ids = np.concatenate([piece[:, layers] for piece in pieces])
+    layers = moe_layers(pieces, options)
+    ids = np.concatenate([narrowed("PATHS", piece[:, layers]) for piece in pieces])
+    notes = [*bodies.notes(), *kept.notes(layers)]
+    if ids.shape[2] == 1:
+        notes += check_zero_tokens(ids)
     experts = options.num_experts or int(ids.max()) + 1
+    if options.num_experts is None:
+        notes.append(guessed(experts))
     if int(ids.max()) >= experts:
         raise InputError(
             "routed_experts", int(ids.max()), f"experts 0 to {experts - 1}", "give the right --num-experts"
         )
-    return from_tokens(
+    traces = from_tokens(
         ids,
         np.cumsum([0, *(len(piece) for piece in pieces)])[:-1],
         num_experts=experts,
         batch_size=options.batch_size,
-        phase=options.phase,
+        phase=Phase.DECODE if options.phase is Phase.MIXED else options.phase,
         prefill_tokens=options.prefill_tokens,
         layer_ids=tuple(layers),
         num_hidden_layers=pieces[0].shape[1],
         model=options.model,
     )
+    return Loaded(traces=traces, notes=tuple(notes))
 
 
-def _responses(path: Path) -> Iterator[tuple[int, Any]]:
-    if path.suffix == ".json":
-        data = bounded_json(path)
-        yield from enumerate(data if isinstance(data, list) else [data])
-        return
-    size_of(path)
-    with path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(LINE_LIMIT):
-            if len(line) >= LINE_LIMIT:
-                raise InputError(f"{path}: line {number + 1}", f"{len(line)} bytes", f"lines below {LINE_LIMIT} bytes")
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}: line {number + 1}", str(error), "one JSON response per line") from None
-            number += 1
+def _phase_name(phase: Phase) -> str:
+    return "" if phase is Phase.MIXED else f"{phase.name.lower()} "
 
 
-def _choices(where: str, response: Any) -> Iterator[tuple[Any, int | None]]:
-    """The encoded ids of each sequence in a response, and how many tokens it generated (None: unknown)."""
-    if not isinstance(response, dict):
-        raise InputError(where, type(response).__name__, "a JSON object, the body of a response")
-    meta = response.get("meta_info")
-    if isinstance(meta, dict):
-        yield meta.get("routed_experts"), _count(where, meta.get("completion_tokens"))
-        return
-    choices = response.get("choices")
-    usage = response.get("usage")
-    generated = _count(where, usage.get("completion_tokens")) if isinstance(usage, dict) else None
-    extension = response.get("sglext")
-    if isinstance(extension, dict) and extension.get("routed_experts") is not None:
-        yield extension["routed_experts"], generated
-        return
-    if not isinstance(choices, list) or not choices:
-        raise InputError(f"{where}.choices", choices, "choices, or meta_info, with routed_experts")
-    for choice in choices:
-        encoded = choice.get("routed_experts") if isinstance(choice, dict) else None
-        # Usage is a sum over the choices: it says nothing of one of several.
-        yield encoded, generated if len(choices) == 1 else None
+@dataclass
+class _Kept:
+    """The ids of the tokens that are wanted, a piece [N, layers, K] for each sample, and what was left out."""
+
+    options: TraceOptions
+    raw_int32: bool
+    pieces: list[NDArray[np.int16]] = field(default_factory=list)
+    samples: int = 0
+    padding: int = 0
+    uncounted: int = 0
+    again: int = 0
+    shared: int = 0
+    cut: int = 0
+    hinted: int = 0
+    confirmed: int = 0
+    digests: set[bytes] = field(default_factory=set)
+
+    def add(self, response: Response) -> None:
+        """Add the samples of a response, each aligned with its prompt and its answer."""
+        if response.name is not None:
+            text = json.dumps([response.name, [sample.encoded for sample in response.samples]])
+            digest = hashlib.sha256(text.encode()).digest()
+            if digest in self.digests:
+                self.again += len(response.samples)
+                return
+            self.digests.add(digest)
+        samples = [sample for sample in response.samples if sample.encoded]
+        arrays = [decode(sample, self.options, raw_int32=self.raw_int32) for sample in samples]
+        rows = [self._trimmed(sample, ids) for sample, ids in zip(samples, arrays, strict=True)]
+        one_prompt = _settle(response, samples, rows)
+        for number, (sample, ids) in enumerate(zip(samples, rows, strict=True)):
+            self._check_length(sample, ids)
+            self.samples += 1
+            if number and one_prompt and self.options.phase is Phase.PREFILL:
+                self.shared += 1
+                continue
+            wanted = _of_phase(sample, ids, self.options.phase)
+            blank = blank_tokens(wanted) if ids.shape[2] > 1 else (wanted < 0).all(axis=(1, 2))
+            self.padding += int(blank.sum())
+            if len(wanted := wanted[~blank] if blank.any() else wanted):
+                self.pieces.append(_checked(sample, wanted, self.options))
+
+    def _trimmed(self, sample: Sample, ids: IntArray) -> IntArray:
+        """Without the padding before or after the tokens there are."""
+        if not ids.size:
+            raise InputError(f"{sample.where}: routed_experts", f"shape {ids.shape}", "at least one token and layer")
+        if sample.prompt is None or sample.generated is None:
+            return ids
+        excess = len(ids) + (sample.start or 0) - max(sample.prompt + sample.generated - 1, 0)
+        if excess <= 0:
+            return ids
+        hinted = not has_shape(sample.encoded[-1])
+        blank = blank_tokens(ids)
+        for part, rest in ((blank[-excess:], ids[:-excess]), (blank[:excess], ids[excess:])):
+            if len(part) == excess and part.all():
+                self.padding += excess
+                return rest
+        if excess == 1 and not hinted:  # the count leaves out the token that ended the answer
+            self.uncounted += 1
+            sample.generated += 1
+            return ids
+        raise InputError(
+            f"{sample.where}: routed_experts",
+            f"{len(ids)} tokens",
+            f"at most the {sample.prompt} of the prompt + {sample.generated} of the answer - 1",
+            "give the right --num-hidden-layers and --top-k" if hinted else "",
+        )
+
+    def _check_length(self, sample: Sample, ids: IntArray) -> None:
+        hinted = not has_shape(sample.encoded[-1])
+        self.hinted += hinted
+        if sample.prompt is None or sample.generated is None:
+            return
+        missing = max(sample.prompt + sample.generated - 1, 0) - (sample.start or 0) - len(ids)
+        if missing > 0 and hinted:
+            raise InputError(
+                f"{sample.where}: routed_experts",
+                f"{len(ids)} tokens",
+                f"the {sample.prompt} of the prompt + {sample.generated} of the answer - 1",
+                "give the right --num-hidden-layers and --top-k; add routed_experts_start_len to it if it was set",
+            )
+        self.confirmed += hinted
+        self.cut += missing > 0 or bool(sample.start)
+
+    def notes(self, layers: list[int]) -> list[str]:
+        """What was left out or taken on trust."""
+        count, top_k = self.pieces[0].shape[1:]
+        dense = set(range(count)) - set(layers)
+        said = [
+            (self.again, f"{self.again} answers came twice: counted once"),
+            (self.shared, f"{self.shared} further samples of a prompt: it is counted once"),
+            (self.padding, f"{self.padding} tokens without any expert (padding) were left out"),
+            (
+                self.uncounted,
+                f"{self.uncounted} answers have a row more than tokens: taken as their last, uncounted one",
+            ),
+            (self.cut, f"{self.cut} answers have no rows for the start of their prompt"),
+            (self.hinted, f"read as tokens x {count} layers x {top_k} experts, as you say: " + self._trust()),
+            (
+                dense and self.options.layer_ids is None,
+                f"layers {ranges(dense)} repeat experts: taken as layers without experts",
+            ),
+            (self.options.phase is Phase.MIXED, "prompts are replayed as if they had been generated"),
+        ]
+        return [text for wanted, text in said if wanted]
+
+    def _trust(self) -> str:
+        if self.confirmed == self.hinted:
+            return "the number of tokens fits, but the same bytes would fit another split of layers and experts"
+        return "nothing in the responses confirms it"
 
 
-def _count(where: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if type(value) is not int or value < 0:
-        raise InputError(f"{where}: completion_tokens", value, "a whole number >= 0")
-    return value
+def _settle(response: Response, samples: list[Sample], rows: list[IntArray]) -> bool:
+    """Check several samples against the tokens of the whole response; whether they share one prompt."""
+    prompt = samples[0].prompt
+    if len(response.samples) == 1 or any(sample.prompt != prompt for sample in samples):
+        return False
+    counted = [sample.generated for sample in response.samples if sample.generated is not None]
+    if len(counted) == len(response.samples) and response.answered not in (None, sum(counted)):
+        found = f"{samples[0].where}: completion_tokens"
+        raise InputError(found, response.answered, f"{sum(counted)}, the token_ids of all choices")
+    if all(sample.generated is not None for sample in samples):
+        own = [len(ids) + (s.start or 0) - max((s.generated or 0) - 1, 0) for s, ids in zip(samples, rows, strict=True)]
+        if prompt is not None and len(samples) == len(response.samples) and sum(own) == prompt != own[0]:
+            for sample, tokens in zip(samples, own, strict=True):  # prompts of their own, sent as one request
+                sample.prompt = tokens
+            return False
+        return True
+    if prompt is None:
+        return True
+    answered = [len(ids) + (s.start or 0) - prompt + 1 for s, ids in zip(samples, rows, strict=True)]
+    whole = len(samples) == len(response.samples)
+    if min(answered) < 1 or (whole and response.answered not in (None, sum(answered))):
+        raise InputError(
+            f"{samples[0].where}: usage",
+            f"{prompt} tokens of the prompt and {response.answered} of all answers",
+            f"those of {len(samples)} samples of {', '.join(str(len(ids)) for ids in rows)} rows",
+            "ask the engine for token_ids (return_token_ids)",
+        )
+    for sample, tokens in zip(samples, answered, strict=True):
+        sample.generated = tokens
+    return True
 
 
-def _decode(where: str, encoded: Any, options: TraceOptions, *, raw_int32: bool) -> IntArray:
-    """[tokens, layers, K] ids of one sequence."""
-    name = f"{where}: routed_experts"
-    if isinstance(encoded, list):
-        return as_array(encoded, name=name, ndim=3)
-    if not isinstance(encoded, str):
-        raise InputError(name, encoded, "base64 text or nested lists", "ask the engine to return routed experts")
-    try:
-        data = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise InputError(name, str(error), "base64 text") from None
-    if data[:6] == b"\x93NUMPY":
-        try:
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-        except Exception as error:  # numpy's header parser lets errors of the tokenizer through
-            raise InputError(name, str(error), "a complete .npy array") from None
-        return as_array(array, name=name, ndim=3)
-    if not raw_int32:
-        raise InputError(name, f"{len(data)} bytes that are no .npy array", "base64 of an .npy array")
-    layers, top_k = options.num_hidden_layers, options.top_k
-    if layers is None or top_k is None:
-        raise InputError(name, "bytes without a shape", "layers and top-k", "give --num-hidden-layers and --top-k")
-    if not data or len(data) % (4 * layers * top_k):
-        raise InputError(name, f"{len(data)} bytes", f"a multiple of 4 x {layers} layers x {top_k} experts per token")
-    return np.frombuffer(data, "<i4").reshape(-1, layers, top_k)
-
-
-def _of_phase(where: str, ids: IntArray, generated: int | None, phase: Phase) -> IntArray:
+def _of_phase(sample: Sample, ids: IntArray, phase: Phase) -> IntArray:
     """The rows of one phase: the last `generated - 1` tokens were decoded, all before them were prompt."""
     if phase is Phase.MIXED:
-        raise InputError("--phase", "mixed", "prefill or decode")
-    if generated is None:
-        if phase is Phase.PREFILL:
-            raise InputError(f"{where}: usage", None, "completion_tokens, to tell the prompt from the answer")
         return ids
-    decoded = max(generated - 1, 0)
+    if sample.generated is None and sample.prompt is not None:
+        sample.generated = max(len(ids) + (sample.start or 0) - sample.prompt + 1, 0)
+    if sample.generated is None:
+        raise InputError(
+            f"{sample.where}: usage",
+            None,
+            "completion_tokens, prompt_tokens or token_ids, to tell the prompt from the answer",
+            "--phase all takes every token",
+        )
+    decoded = max(sample.generated - 1, 0)
     if decoded > len(ids):
-        raise InputError(f"{where}: completion_tokens", generated, f"at most the {len(ids)} recorded tokens + 1")
+        found = f"{sample.where}: completion_tokens"
+        raise InputError(found, sample.generated, f"at most the {len(ids)} recorded tokens + 1")
+    if sample.prompt is None and decoded and ids.shape[2] > 1 and blank_tokens(ids)[-1]:
+        raise InputError(
+            f"{sample.where}: routed_experts", "padded at the end", "prompt_tokens, to tell where it begins"
+        )
     cut = len(ids) - decoded
     return ids[cut:] if phase is Phase.DECODE else ids[:cut]
 
 
-def _smaller(where: str, ids: IntArray) -> NDArray[np.int16 | np.int32]:
-    low, high = int(ids.min()), int(ids.max())
-    if low < -1 or high >= MAX_EXPERTS:
-        raise InputError(f"{where}: routed_experts", low if low < -1 else high, f"experts below {MAX_EXPERTS}, or -1")
-    return ids.astype(np.int16 if high < 1 << 15 else np.int32)
-
-
-def _moe_layers(pieces: list[Any], options: TraceOptions) -> list[int]:
-    """Layers with experts: a router never picks an expert twice for a token, but the rows of dense layers repeat."""
-    layers = pieces[0].shape[1]
-    if options.layer_ids is not None:
-        return list(options.layer_ids)
-    tokens = sum(len(piece) for piece in pieces)
-    repeats = sum((_repeats(piece).sum(axis=0) for piece in pieces), start=np.zeros(layers, np.int64))
-    partly = (repeats > 0) & (repeats < tokens)
-    if partly.any():
-        layer = int(np.flatnonzero(partly)[0])
-        raise InputError(
-            "routed_experts",
-            f"layer {layer} repeats an expert in {int(repeats[layer])} of {tokens} tokens",
-            "distinct experts in a token",
-            "if it is dense, give --layer-ids",
-        )
-    found = [int(layer) for layer in np.flatnonzero(repeats == 0)]
-    if not found:
-        raise InputError("routed_experts", "every layer repeats experts", "at least one MoE layer", "give --layer-ids")
-    return found
-
-
-def _repeats(ids: IntArray) -> NDArray[np.bool_]:
-    """[tokens, layers] whether a token names an expert twice, or none at all."""
-    ordered = np.sort(ids, axis=2)
-    return np.asarray((np.diff(ordered, axis=2) == 0).any(axis=2) | (ordered[:, :, -1] < 0))
+def _checked(sample: Sample, ids: IntArray, options: TraceOptions) -> NDArray[np.int16]:
+    """The ids in a small type; those of layers that the user leaves out may be anything."""
+    if options.layer_ids is not None and max(options.layer_ids) < ids.shape[1]:
+        others = np.setdiff1d(np.arange(ids.shape[1]), options.layer_ids)
+        ids = ids.copy()
+        ids[:, others] = 0
+    return narrowed(sample.where, ids)

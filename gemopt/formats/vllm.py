@@ -12,9 +12,18 @@ from pathlib import Path
 
 from gemopt.exceptions import InputError
 from gemopt.formats import responses
-from gemopt.formats.engine import Engine, Export, Facts, TraceOptions, WriteOptions, files_of, model_name, quoted
+from gemopt.formats.engine import (
+    Engine,
+    Export,
+    Facts,
+    Loaded,
+    TraceOptions,
+    WriteOptions,
+    files_of,
+    model_name,
+    quoted,
+)
 from gemopt.placement import Placement, Split
-from gemopt.traces import Traces
 
 MAX_REDUNDANT = 1023  # vllm/distributed/eplb/eplb_state.py, MAX_EXPERT_REDUNDANCY
 # The first rearrangement comes after a quarter of the interval; later ones find nothing to move.
@@ -54,7 +63,7 @@ def read(path: Path, facts: Facts) -> Placement:
     return Placement.load(path)
 
 
-def read_traces(paths: Sequence[Path], options: TraceOptions) -> Traces:
+def read_traces(paths: Sequence[Path], options: TraceOptions) -> Loaded:
     """Read responses with `routed_experts` (.json, .jsonl)."""
     return responses.read_traces(files_of(paths, ".json", ".jsonl"), options)
 

@@ -1,17 +1,10 @@
 """Routing traces: the document, its files, and the replay of requests as batches."""
 
+from gemopt.traces.arrays import COUNT_LIMIT, count_assignments, one_hot
 from gemopt.traces.batching import from_tokens
-from gemopt.traces.document import (
-    COUNT_LIMIT,
-    SCHEMA_VERSION,
-    Phase,
-    Tokens,
-    Traces,
-    concatenate,
-    count_assignments,
-    one_hot,
-)
+from gemopt.traces.document import SCHEMA_VERSION, Phase, Traces, concatenate
 from gemopt.traces.files import IntArray
+from gemopt.traces.tokens import Tokens
 
 __all__ = [
     "COUNT_LIMIT",

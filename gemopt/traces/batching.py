@@ -9,8 +9,10 @@ import numpy as np
 
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
-from gemopt.traces.document import COUNT_LIMIT, Phase, Tokens, Traces, count_assignments
+from gemopt.traces.arrays import COUNT_LIMIT, count_assignments
+from gemopt.traces.document import Phase, Traces
 from gemopt.traces.files import IntArray
+from gemopt.traces.tokens import Tokens
 
 
 def from_tokens(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
 from gemopt.placement import check_layer_ids
-from gemopt.traces.files import IntArray, Part, read, write
+from gemopt.traces.arrays import check_counted, checked_counts, one_hot, widened
+from gemopt.traces.files import IntArray, Part, parsed, read, write
+from gemopt.traces.tokens import ARRAYS, Tokens, join
 
 SCHEMA_VERSION = 1
-COUNT_LIMIT = 2**31 - 1
 TOKEN_BLOCK = 4096
 STEP_ARRAYS = ("phase", "task", "pair_counts", "transitions")
-TOKEN_ARRAYS = ("ids", "step_of_token", "source_rank", "token_ids", "request")
 
 
 class Phase(IntEnum):
@@ -30,27 +30,6 @@ class Phase(IntEnum):
     PREFILL = 0
     DECODE = 1
     MIXED = 2
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """The token-level record behind the counts. N tokens, L layers, K experts per token.
-
-    Attributes
-    ----------
-    ids
-        [N, L, K] logical expert of each assignment; -1 where a token made fewer than K.
-    step_of_token
-        [N] step in which the token was computed, not decreasing.
-    source_rank, token_ids, request
-        [N] rank that held the token, vocabulary id, request it belongs to; None when not recorded.
-    """
-
-    ids: IntArray
-    step_of_token: IntArray
-    source_rank: IntArray | None = None
-    token_ids: IntArray | None = None
-    request: IntArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +52,8 @@ class Traces:
         [L-1, E, E] tokens that chose expert i in a layer and expert j in the next MoE layer.
     tokens
         The token-level record, when kept.
+    allow_idle
+        Whether there may be no assignment at all, as in a stretch of a longer recording; `InputError` otherwise.
     """
 
     counts: IntArray
@@ -87,9 +68,10 @@ class Traces:
     transitions: IntArray | None = None
     tokens: Tokens | None = None
     extra: Mapping[str, str] = field(default_factory=dict)
+    allow_idle: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
-        counts = _counts(self.counts)
+    def __post_init__(self, allow_idle: bool) -> None:
+        counts = checked_counts(self.counts)
         object.__setattr__(self, "counts", counts)
         given = integer_array(self.layer_ids, name="Traces.layer_ids", ndim=1) if len(self.layer_ids) else ()
         layer_ids = tuple(int(i) for i in given) or tuple(range(counts.shape[1]))
@@ -98,6 +80,14 @@ class Traces:
         self._check_tags()
         self._check_tokens()
         self._check_pairs()
+        if not allow_idle:
+            self._check_busy()
+
+    def _check_busy(self) -> None:
+        """A recorder that recorded nothing must not become an answer."""
+        if not self.counts.any():
+            found = f"no assignments in {self.num_steps} steps"
+            raise InputError("Traces.counts", found, "at least one assignment", "the recorder recorded nothing")
 
     def _check_tags(self) -> None:
         names = self.task_names
@@ -120,26 +110,13 @@ class Traces:
     def _check_tokens(self) -> None:
         if self.tokens is None:
             return
-        ids, steps = self.tokens.ids, self.tokens.step_of_token
-        if ids.ndim != 3 or ids.shape[1] != self.num_layers or ids.dtype.kind not in "iu":
-            raise InputError("Traces.ids", f"{ids.dtype} {ids.shape}", f"integers [tokens, {self.num_layers}, K]")
-        _check_ids(ids, self.num_experts)
-        for name in ("step_of_token", "source_rank", "token_ids", "request"):
-            array = getattr(self.tokens, name)
-            if array is not None and (array.shape != (len(ids),) or array.dtype.kind not in "iu"):
-                raise InputError(f"Traces.{name}", f"{array.dtype} {array.shape}", f"integers ({len(ids)},)")
-        wrong = steps[(steps < 0) | (steps >= self.num_steps)]
-        if len(wrong):
-            raise InputError("Traces.step_of_token", int(wrong[0]), f"steps 0 to {self.num_steps - 1}")
-        if (steps[1:] < steps[:-1]).any():
-            raise InputError(
-                "Traces.step_of_token", "steps out of order", "the tokens of step 0 first, then step 1, ..."
-            )
+        self.tokens.check(num_steps=self.num_steps, num_layers=self.num_layers, num_experts=self.num_experts)
 
     def _check_pairs(self) -> None:
         experts = self.num_experts
         for name, layers in (("pair_counts", self.num_layers), ("transitions", self.num_layers - 1)):
-            array = getattr(self, name)
+            array = widened(getattr(self, name))
+            object.__setattr__(self, name, array)
             if array is not None and (array.shape != (layers, experts, experts) or array.dtype.kind not in "iu"):
                 raise InputError(
                     f"Traces.{name}",
@@ -165,7 +142,8 @@ class Traces:
     def steps(self, selection: slice | Sequence[int] | NDArray[Any]) -> Traces:
         """Traces of some of the steps (a slice, a mask or indices, increasing).
 
-        Pair counts and transitions recorded without their tokens cannot be divided and are left out.
+        Pair counts and transitions recorded without their tokens cannot be divided and are left out. Some of the steps
+        may have no assignments at all.
         """
         try:
             chosen = np.arange(self.num_steps)[selection]
@@ -173,16 +151,6 @@ class Traces:
             raise InputError("steps", str(error), f"indices or a mask of the {self.num_steps} steps") from None
         if not len(chosen) or (np.diff(chosen) <= 0).any():
             raise InputError("steps", chosen, f"at least one of the {self.num_steps} steps, increasing")
-        tokens = None
-        if self.tokens is not None:
-            position = np.full(self.num_steps, -1)
-            position[chosen] = np.arange(len(chosen))
-            keep = position[self.tokens.step_of_token] >= 0
-            parts: dict[str, Any] = {
-                name: None if getattr(self.tokens, name) is None else getattr(self.tokens, name)[keep]
-                for name in ("ids", "source_rank", "token_ids", "request")
-            }
-            tokens = Tokens(step_of_token=position[self.tokens.step_of_token[keep]], **parts)
         return replace(
             self,
             counts=self.counts[chosen],
@@ -190,7 +158,8 @@ class Traces:
             task=None if self.task is None else self.task[chosen],
             pair_counts=None,
             transitions=None,
-            tokens=tokens,
+            tokens=None if self.tokens is None else self.tokens.of_steps(chosen, self.num_steps),
+            allow_idle=True,
         )
 
     def select(self, *, task: str | None = None, phase: Phase | None = None) -> Traces:
@@ -207,7 +176,9 @@ class Traces:
         if not mask.any():
             asked = " in ".join([phase.name.lower() if phase is not None else "any phase", task or "any task"])
             raise InputError("phase and task", asked, f"none of the {self.num_steps} steps is of it")
-        return self.steps(mask)
+        found = self.steps(mask)
+        found._check_busy()
+        return found
 
     def split(self, holdout: float) -> tuple[Traces, Traces]:
         """The first steps to fit on and the last `holdout` share (between 0 and 1) to score on."""
@@ -218,7 +189,10 @@ class Traces:
             raise InputError(
                 "holdout", holdout, f"{self.num_steps} steps cannot be split so", "give more steps, or hold none out"
             )
-        return self.steps(slice(0, cut)), self.steps(slice(cut, None))
+        parts = self.steps(slice(0, cut)), self.steps(slice(cut, None))
+        for part in parts:
+            part._check_busy()
+        return parts
 
     def windows(self, length: int) -> list[Traces]:
         """Consecutive windows of `length` steps; a shorter rest is left out."""
@@ -256,7 +230,7 @@ class Traces:
         """Write one safetensors file atomically."""
         arrays = {"counts": self.counts} | {name: getattr(self, name) for name in STEP_ARRAYS}
         if self.tokens is not None:
-            arrays |= {name: getattr(self.tokens, name) for name in TOKEN_ARRAYS}
+            arrays |= {name: getattr(self.tokens, name) for name in ARRAYS}
         write(path, {name: array for name, array in arrays.items() if array is not None}, _metadata(self))
 
     @classmethod
@@ -269,22 +243,20 @@ class Traces:
             One line naming the file and the array that is wrong.
         """
         parts = []
-        for part in read(path, ("counts", *STEP_ARRAYS, *TOKEN_ARRAYS)):
+        for part in read(path, ("counts", *STEP_ARRAYS, *ARRAYS)):
             try:
                 parts.append(_from_part(part))
             except InputError as error:
                 if not str(error).startswith(str(part.path)):
                     error.args = (f"{part.path}: {error}",)
                 raise
-        return concatenate(parts)
-
-
-def one_hot(ids: IntArray, num_experts: int) -> NDArray[np.float32]:
-    """[N, E] 1 where a token chose the expert; ids [N, K], -1 is skipped."""
-    hot = np.zeros((len(ids), num_experts), dtype=np.float32)
-    rows, cols = np.nonzero(ids >= 0)
-    hot[rows, ids[rows, cols].astype(np.int64)] = 1
-    return hot
+        found = concatenate(parts)
+        try:
+            found._check_busy()
+        except InputError as error:
+            error.args = (f"{path}: {error}",)
+            raise
+        return found
 
 
 def concatenate(parts: Sequence[Traces]) -> Traces:
@@ -310,61 +282,15 @@ def concatenate(parts: Sequence[Traces]) -> Traces:
         first,
         counts=np.concatenate([part.counts for part in parts]),
         task_names=names,
-        tokens=_join_tokens(parts),
+        tokens=_joined_tokens(parts),
+        allow_idle=True,
         **{"phase": None, "task": None, **joined},
     )
 
 
-def _join_tokens(parts: Sequence[Traces]) -> Tokens | None:
-    tokens = [part.tokens for part in parts if part.tokens is not None]
-    if len(tokens) < len(parts):
-        return None
-    offsets = np.cumsum([0, *(part.num_steps for part in parts)])
-    steps = [t.step_of_token.astype(np.int64) + o for t, o in zip(tokens, offsets, strict=False)]
-    widths = {t.ids.shape[2] for t in tokens}
-    if len(widths) > 1:
-        raise InputError("Traces.ids", f"{sorted(widths)} experts per token", "the parts must be of one network")
-    arrays: dict[str, Any] = {}
-    for name in ("source_rank", "token_ids", "request"):
-        values = [getattr(t, name) for t in tokens]
-        arrays[name] = None if any(v is None for v in values) else np.concatenate(values)
-    return Tokens(ids=np.concatenate([t.ids for t in tokens]), step_of_token=np.concatenate(steps), **arrays)
-
-
-def count_assignments(ids: IntArray, step: IntArray, num_steps: int, num_experts: int) -> IntArray:
-    """[T, L, E] assignments from token-level `ids` [N, L, K] and the step [N] of each token; -1 is skipped."""
-    _check_ids(ids, num_experts)
-    counts = np.empty((num_steps, ids.shape[1], num_experts), dtype=np.int32)
-    for layer in range(ids.shape[1]):
-        experts = ids[:, layer].astype(np.int64)
-        keys = (step[:, None] * num_experts + experts)[experts >= 0]
-        counts[:, layer] = np.bincount(keys, minlength=num_steps * num_experts).reshape(num_steps, num_experts)
-    return counts
-
-
-def _check_ids(ids: IntArray, num_experts: int) -> None:
-    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
-    if low < -1 or high >= num_experts:
-        raise InputError("Traces.ids", low if low < -1 else high, f"experts 0 to {num_experts - 1}, -1 for none")
-
-
-def _counts(value: object) -> IntArray:
-    array = np.asarray(value)
-    limit = "whole numbers >= 0 [steps, layers, experts]"
-    if array.ndim != 3 or array.dtype.kind not in "iuf":
-        raise InputError("Traces.counts", f"{array.dtype} array of shape {array.shape}", limit)
-    if not array.size:
-        raise InputError("Traces.counts", f"shape {array.shape}", "at least one step, layer and expert")
-    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.floor(array)).all()):
-        raise InputError("Traces.counts", "fractions or NaN", limit, "give assignments, not shares")
-    if array.min() < 0:
-        raise InputError("Traces.counts", int(array.min()), limit)
-    largest = float(array.sum(axis=2, dtype=np.float64).max())
-    if largest > COUNT_LIMIT:
-        raise InputError("Traces.counts", largest, f"at most {COUNT_LIMIT} assignments per step and layer")
-    result = np.array(array, dtype=np.int32, order="C")
-    result.setflags(write=False)
-    return result
+def _joined_tokens(parts: Sequence[Traces]) -> Tokens | None:
+    records = [part.tokens for part in parts if part.tokens is not None]
+    return join(records, [part.num_steps for part in parts]) if len(records) == len(parts) else None
 
 
 def _metadata(traces: Traces) -> dict[str, str]:
@@ -393,45 +319,19 @@ def _from_part(part: Part) -> Traces:
     if "ids" in arrays:
         if "step_of_token" not in arrays:
             raise InputError("Traces.step_of_token", None, "token-level ids need the step of each token")
-        tokens = Tokens(**{name: arrays[name] for name in TOKEN_ARRAYS if name in arrays})
+        tokens = Tokens(**{name: arrays[name] for name in ARRAYS if name in arrays})
     traces = Traces(
         counts=arrays["counts"],
-        layer_ids=tuple(_parse(metadata, "layer_ids", list) or ()),
-        num_hidden_layers=_parse(metadata, "num_hidden_layers", int),
-        top_k=_parse(metadata, "top_k", int),
+        layer_ids=tuple(parsed(metadata, "layer_ids", list) or ()),
+        num_hidden_layers=parsed(metadata, "num_hidden_layers", int),
+        top_k=parsed(metadata, "top_k", int),
         model=metadata.pop("model", None),
-        task_names=tuple(_parse(metadata, "task_names", list) or ()),
+        task_names=tuple(parsed(metadata, "task_names", list) or ()),
         tokens=tokens,
         extra=metadata,
+        allow_idle=True,  # a part may be: the whole is looked at when it is joined
         **{name: arrays[name] for name in STEP_ARRAYS if name in arrays},
     )
-    _check_consistent(traces)
+    if tokens is not None:
+        check_counted(traces.counts, tokens.ids, tokens.step_of_token)
     return traces
-
-
-def _check_consistent(traces: Traces) -> None:
-    if traces.tokens is None:
-        return
-    counted = count_assignments(traces.tokens.ids, traces.tokens.step_of_token, traces.num_steps, traces.num_experts)
-    wrong = np.argwhere(counted != traces.counts)
-    if len(wrong):
-        step, layer, expert = map(int, wrong[0])
-        raise InputError(
-            "Traces.counts",
-            int(traces.counts[step, layer, expert]),
-            f"the token-level ids make {counted[step, layer, expert]} at step {step}, layer {layer}, expert {expert}",
-            "leave the ids out, or count them again",
-        )
-
-
-def _parse(metadata: dict[str, str], key: str, kind: type) -> Any:
-    text = metadata.pop(key, None)
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, kind):
-        raise InputError(f"Traces.{key}", text, f"a JSON {kind.__name__} is needed")
-    return value

@@ -6,6 +6,7 @@ Nothing here knows what the arrays mean; see `docs/formats.md` for that.
 from __future__ import annotations
 
 import io
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,3 +98,17 @@ def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
     except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(str(path), str(error), "a complete safetensors file of integers is needed") from None
     return Part(path, arrays, names, metadata)
+
+
+def parsed(metadata: dict[str, str], key: str, kind: type) -> Any:
+    """Take a value out of the metadata, None when it is not there; `InputError` unless it is JSON of that kind."""
+    text = metadata.pop(key, None)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        raise InputError(f"Traces.{key}", text, f"a JSON {kind.__name__} is needed")
+    return value

@@ -119,9 +119,74 @@ def test_tensorrt_llm_rules(make_placement, tmp_path, mtp, experts, ranks, slots
     assert config.layer_updates_per_iter == 0
     assert [config.initial_global_assignments[i] for i in (3, 4)] == placement.physical_to_logical.tolist()
     extra = yaml.safe_load((tmp_path / "lb.options.yaml").read_text())
-    assert extra["moe_config"]["load_balancer"] == str(tmp_path / "lb.yaml")
+    assert extra == {"moe_config": {"load_balancer": str(tmp_path / "lb.yaml")}, "enable_attention_dp": True}
     assert f"--ep_size {ranks}" in result.command
+    for word in ("enable_attention_dp", "moe_cluster_size 1", "moe_model_arch_list", "WIDEEP was removed"):
+        assert word in " ".join(result.notes)
     assert import_placement(tmp_path / "lb.yaml", source="tensorrt-llm") == placement
+
+
+PLAIN = "num_slots: 4\ninitial_global_assignments:\n  3: [1, 2, 3, 0]\n  4: [1, 2, 3, 0]\nlayer_updates_per_iter: 0\n"
+
+
+@pytest.mark.parametrize(
+    "text,note",
+    [
+        (PLAIN, None),
+        (PLAIN.replace("3:", '"3":').replace("4:", "'4':"), None),
+        (PLAIN.replace("num_slots: 4", "num_slots: '4'").replace("[1, 2, 3, 0]", "['1', \"2\", 3, 0]"), None),
+        (PLAIN.replace("3: [1, 2, 3, 0]", "3: &id001 [1, 2, 3, 0]").replace("4: [1, 2, 3, 0]", "4: *id001"), None),
+        (PLAIN.replace("iter: 0", "iter: 2"), "this is the start only"),
+        (PLAIN.replace("layer_updates", "  9: [3, 2, 1, 0]\nlayer_updates"), "layers 9 are draft layers"),
+    ],
+)
+def test_tensorrt_llm_reads_what_the_engine_reads(tmp_path, text, note):
+    (tmp_path / "lb.yaml").write_text(text)
+    facts = Facts(num_ranks=4, num_hidden_layers=5)
+    placement = import_placement(tmp_path / "lb.yaml", source="trtllm", facts=facts)
+    assert placement.layer_ids == [3, 4]
+    assert placement.physical_to_logical.tolist() == [[1, 2, 3, 0]] * 2
+    assert [note in said for said in facts.notes] == ([True] if note else [])
+
+
+@pytest.mark.parametrize("experts,ranks,slots", [(8, 2, 4), (16, 4, 5), (256, 32, 9)])
+def test_vllm_map_is_the_physical_to_logical_map(make_placement, tmp_path, experts, ranks, slots):
+    """The JSON of vLLM's pull request 49572: [L][P], and the rules that it checks."""
+    placement = make_placement(
+        layers=3, experts=experts, ranks=ranks, slots=slots, layer_ids=[1, 2, 4], num_hidden_layers=5
+    )
+    result = export(placement, to="vllm-map", path=tmp_path / "map.json")
+    rows = json.loads((tmp_path / "map.json").read_text())
+    assert rows == placement.physical_to_logical.tolist()
+    assert all(set(row) == set(range(experts)) and len(row) == ranks * slots for row in rows)
+    words = shlex.split(result.command)
+    config = json.loads(words[words.index("--eplb-config") + 1])
+    assert config["initial_expert_map_path"] == str(tmp_path / "map.json")
+    assert config["num_redundant_experts"] == ranks * slots - experts
+    assert config["step_interval"] > 10**8
+    assert {"--enable-eplb", "--enable-expert-parallel"} <= set(words)
+    assert words[words.index("--tensor-parallel-size") + 1] == str(ranks)
+    assert "49572" in result.notes[0] and "in no release" in result.notes[0]
+    assert import_placement(tmp_path / "map.json", source="vllm-map") == placement
+
+
+def test_vllm_map_of_one_row_stands_for_every_layer(tmp_path):
+    (tmp_path / "map.json").write_text("[0, 1, 2, 3, 0, 1]")
+    with pytest.raises(InputError, match="--layer-ids"):
+        import_placement(tmp_path / "map.json", source="vllm-map", facts=Facts(num_ranks=2))
+    facts = Facts(num_ranks=2, layer_ids=(2, 5))
+    placement = import_placement(tmp_path / "map.json", source="vllm-map", facts=facts)
+    assert placement.physical_to_logical.tolist() == [[0, 1, 2, 3, 0, 1]] * 2
+    assert placement.layer_ids == [2, 5]
+
+
+@pytest.mark.parametrize("fields", [{"slots_per_rank": [3, 1]}, {"physical_to_logical": [[0, 1, 2, 3, -1, -1]]}])
+def test_vllm_map_refuses_what_it_cannot_say(tmp_path, fields):
+    given = {"physical_to_logical": [[0, 1, 2, 3]], "num_experts": 4, "layer_ids": [0], **fields}
+    given.setdefault("slots_per_rank", [len(given["physical_to_logical"][0]) // 2] * 2)
+    with pytest.raises(UnsupportedError, match="vllm-map needs"):
+        export(Placement(**given), to="vllm-map", path=tmp_path / "map.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_sglang_fills_dense_layers(make_placement, tmp_path):
@@ -316,6 +381,9 @@ def _ascend(lists, count=None):
     return json.dumps({"moe_layer_count": len(layers) if count is None else count, "layer_list": layers})
 
 
+# Eight levels of ten anchors each stand for 10^8 values.
+LAUGHS = "a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(8))
+
 BAD = [
     ("sglang", ".json", "{", "complete JSON"),
     ("sglang", ".json", "[]", "physical_to_logical_map"),
@@ -337,17 +405,25 @@ BAD = [
     ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,3]}\nep_size: 2\n", "ep_size"),
     ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2]}\n", "num_slots"),
     ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,2]}\n", "expert"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {a: [0,1,2,3]}\n", "layer numbers"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,x]}\n", "list of experts"),
-    ("tensorrt-llm", ".yaml", "a: &a [1]\nb: *a\n", "alias"),
-    ("tensorrt-llm", ".yaml", "a: [1\n", "complete YAML"),
-    ("tensorrt-llm", ".yaml", "!!python/object/apply:os.system ['true']", "YAML"),
+    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {a: [0,1,2,3]}\n", "a whole number"),
+    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,x]}\n", "got x; a whole number"),
+    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: 3}\n", "list of experts"),
+    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {-1: [0,1,2,3]}\n", "layer numbers"),
+    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {true: [0,1,2,3]}\n", "a whole number"),
+    ("tensorrt-llm", ".yaml", "num_slots: 4\nnum_slots: 8\ninitial_global_assignments: {}\n", "every key once"),
     (
         "tensorrt-llm",
         ".yaml",
-        "num_slots: 4\nlayer_updates_per_iter: 2\ninitial_global_assignments: {0: [0,1,2,3]}\n",
-        "static",
+        "num_slots: 4\ninitial_global_assignments: {3: [0,1,2,3], '3': [3,2,1,0]}\n",
+        "every key once",
     ),
+    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0x3: [0,1,2,3], '3': [0,1,2,3]}\n", "once"),
+    ("tensorrt-llm", ".yaml", "num_slots: 4\nlayer_updates_per_iter: x\ninitial_global_assignments: {}\n", "got x"),
+    ("tensorrt-llm", ".yaml", "a: &a [*a]\n", "inside itself"),
+    ("tensorrt-llm", ".yaml", "a: &a {b: 1}\nc: {<<: *a}\n", "merge key"),
+    ("tensorrt-llm", ".yaml", LAUGHS, "at most 16777216 values"),
+    ("tensorrt-llm", ".yaml", "a: [1\n", "complete YAML"),
+    ("tensorrt-llm", ".yaml", "!!python/object/apply:os.system ['true']", "YAML"),
     ("csv", ".csv", "", "CSV"),
     ("csv", ".csv", "a,b\n1,2\n", "layer,rank,slot,expert"),
     ("csv", ".csv", "layer,rank,slot,expert\n0,0,0,0\n0,0,0,1\n", "one for each"),
@@ -359,6 +435,11 @@ BAD = [
     ("deepseek-eplb", ".safetensors", "\0" * 4, "safetensors"),
     ("lmdeploy", ".json", "[[1, 2, 3]]", "--ep"),
     ("vllm", ".json", "{}", "Placement"),
+    ("vllm-map", ".json", "{}", "one per MoE layer"),
+    ("vllm-map", ".json", "[]", "one per MoE layer"),
+    ("vllm-map", ".json", "[[0, 1], 2]", "one per MoE layer"),
+    ("vllm-map", ".json", "[[0, 1, 2, 3], [0, 1]]", "rectangular"),
+    ("vllm-map", ".json", "[[0, 1, 3, 3]]", "expert"),
 ]
 
 
@@ -395,7 +476,7 @@ def test_eplb_tables_must_agree(make_placement, tmp_path):
         import_placement(path, source="deepseek-eplb", facts=Facts(num_ranks=2))
 
 
-@pytest.mark.parametrize("name", ["sglang", "tensorrt-llm", "vllm", "vllm-ascend", "lmdeploy"])
+@pytest.mark.parametrize("name", ["sglang", "tensorrt-llm", "vllm", "vllm-map", "vllm-ascend", "lmdeploy"])
 def test_commands_are_safe_to_paste(make_placement, tmp_path, name):
     folder = tmp_path / "a b'; echo"
     folder.mkdir()

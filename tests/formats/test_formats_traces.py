@@ -91,9 +91,9 @@ def test_sglang_stat(tmp_path):
     assert (traces.counts == np.concatenate([first, second])[:, 1:]).all()
     assert traces.layer_ids == (1, 2, 3)
     assert traces.num_hidden_layers == 4
-    assert len(notes) == 1
     assert "1700000010.25" in notes[0]
     assert "ring buffer" in notes[0]
+    assert notes[1:] == ("layers 0 have no counts: taken as layers without experts",)
 
 
 def test_sglang_stat_ring_in_time_order(tmp_path):
@@ -121,7 +121,7 @@ def test_sglang_per_pass(tmp_path):
     assert (traces.counts == truth[:, 1:]).all()
     assert traces.layer_ids == (1, 2)
     assert traces.phase is None
-    assert notes == ("4 forward passes of 3 ranks",)
+    assert notes == ("4 forward passes of 3 ranks", "layers 0 have no counts: taken as layers without experts")
 
 
 def test_sglang_ranks_that_saw_the_same_tokens_count_once(tmp_path):
@@ -216,8 +216,16 @@ def test_sglang_folder_problems(tmp_path):
     files[1].write_bytes(saved[: len(saved) // 2])
     refused("complete .pt")
     files[1].write_bytes(saved)
+    whole, _ = load(folder, "sglang", tmp_path)
     (folder / "expert_distribution_recorder_1700000099.5_1.pt").write_bytes(saved)
-    refused("twice")
+    again, notes = load(folder, "sglang", tmp_path)
+    assert (again.counts == whole.counts).all()
+    assert "4 records came twice: counted once" in notes
+    (tmp_path / "out.safetensors").unlink()
+    data = torch.load(folder / "expert_distribution_recorder_1700000099.5_1.pt")
+    data["records"][2]["global_physical_count"] += 1
+    torch.save(data, folder / "expert_distribution_recorder_1700000099.5_1.pt")
+    refused("twice, with other counts")
     (folder / "expert_distribution_recorder_1700000099.5_1.pt").unlink()
     write_stat(folder / "expert_distribution_recorder_1.5.pt", np.ones((2, 3, 6), np.int32))
     refused("import each kind apart")
@@ -283,7 +291,7 @@ def test_hostile_pt_files(tmp_path, capsys):
     # A view that repeats four bytes 2^50 times.
     torch.save({"logical_count": torch.zeros(1, dtype=torch.int32).expand(1 << 20, 1 << 20, 1 << 10)}, path)
     refused("at most the")
-    torch.save({"logical_count": torch.zeros(10, 10, 10)}, path)
+    torch.save({"logical_count": torch.full((10, 10, 10), 0.5)}, path)
     refused("whole numbers")
     torch.save(torch.zeros(3), path)
     refused("recorder dump")
@@ -375,17 +383,19 @@ def test_lmdeploy_responses(tmp_path):
     made = requests(np.random.default_rng(2))
     path = tmp_path / "r.json"
     path.write_text(json.dumps([{"choices": [{"routed_experts": ids.tolist()}]} for _, _, ids in made]))
-    traces, _ = load(path, "lmdeploy", tmp_path, batch_size=2, num_experts=8)
-    # Without usage nothing tells the prompt from the answer: all tokens count.
+    # Without usage nothing tells the prompt from the answer: all tokens count, or none.
+    traces, notes = load(path, "lmdeploy", tmp_path, batch_size=2, num_experts=8, phase=Phase.MIXED)
+    assert "as if they had been generated" in notes[0]
     assert (traces.counts == counted(expected_steps([ids for _, _, ids in made], 2), 3, 8)).all()
-    with pytest.raises(InputError, match="completion_tokens"):
-        load(path, "lmdeploy", tmp_path, phase=Phase.PREFILL)
+    for phase in (Phase.PREFILL, Phase.DECODE):
+        with pytest.raises(InputError, match=r"completion_tokens.*--phase all"):
+            load(path, "lmdeploy", tmp_path, phase=phase)
 
 
 @pytest.mark.parametrize(
     "body,word",
     [
-        ([], "no decode token"),
+        ([], "no token"),
         ([3], "JSON object"),
         ([{"choices": []}], "choices"),
         ([{"choices": [{"text": "x"}]}], "ask the engine"),
@@ -394,8 +404,9 @@ def test_lmdeploy_responses(tmp_path):
         ([{"choices": [{"routed_experts": base64.b64encode(b"\x93NUMPY\x01\x00").decode()}]}], r"complete \.npy"),
         ([{"choices": [{"routed_experts": [[[0, 1]], [[0]]]}]}], "whole numbers"),
         ([{"choices": [{"routed_experts": [[[0, 1]]]}, {"routed_experts": [[[0, 1], [0, 1]]]}]}], "one network"),
-        ([{"choices": [{"routed_experts": [[[0, 0]]]}]}], "every layer repeats"),
-        ([{"choices": [{"routed_experts": [[[0, 0]], [[0, 1]]]}]}], "1 of 2 tokens"),
+        ([{"choices": [{"routed_experts": [[[0, 0]]]}]}], "no token; 1 tokens of padding"),
+        ([{"choices": [{"routed_experts": [[[1, 1]]]}]}], "every layer repeats"),
+        ([{"choices": [{"routed_experts": [[[1, 1]], [[0, 1]]]}]}], "1 of 2 tokens"),
         ([{"choices": [{"routed_experts": [[[0, 1 << 40]]]}]}], "below 8192"),
         ([{"choices": [{"routed_experts": [[[0, 1]]]}], "usage": {"completion_tokens": 9}}], "at most the 1"),
         ([{"choices": [{"routed_experts": [[[0, 1]]]}], "usage": {"completion_tokens": "9"}}], "completion_tokens"),
@@ -404,7 +415,7 @@ def test_lmdeploy_responses(tmp_path):
 def test_bad_responses(tmp_path, body, word):
     (tmp_path / "r.json").write_text(json.dumps(body))
     with pytest.raises(InputError, match=word):
-        load(tmp_path / "r.json", "vllm", tmp_path)
+        load(tmp_path / "r.json", "vllm", tmp_path, phase=Phase.DECODE if "usage" in str(body) else Phase.MIXED)
 
 
 def test_hostile_npy_header(tmp_path):
@@ -475,7 +486,7 @@ def test_tensorrt_llm_folder_problems(tmp_path):
     write_statistic(folder, counts, [0, 1])
     arrays = load_file(folder / "rank2.safetensors")
     save_file({k: v for k, v in arrays.items() if k != "101_0"}, folder / "rank2.safetensors")
-    refused("mixes runs")
+    refused("7; 4 iterations x 2 layers")
     save_file({k: v[:4].copy() for k, v in arrays.items()}, folder / "rank2.safetensors")
     refused("num_experts in meta_info")
     save_file({**arrays, "raw": arrays["100_0"]}, folder / "rank2.safetensors")
@@ -628,7 +639,7 @@ def test_memory_is_that_of_one_file(tmp_path):
         folder = tmp_path / str(files)
         folder.mkdir()
         for number in range(files):
-            write_stat(folder / f"expert_distribution_recorder_{1000 + number}.pt", counts)
+            write_stat(folder / f"expert_distribution_recorder_{1000 + number}.pt", counts + number)
     target = tmp_path / "t.safetensors"
     command = [sys.executable, "-c", _PEAKS, str(target), str(tmp_path / "1"), str(tmp_path / "16")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -106,12 +106,12 @@ def fuzz_one(name: str, seeds: range, tally: Tally) -> None:
     solver = get(name)
     for seed in seeds:
         problem = random_problem(seed)
+        warm = warm_start_of(seed, problem) if solver.supports.improves else None
         try:
             require(solver, problem, that_can)
-        except UnsupportedError:
+            outcome = solver.solve(problem, options_of(seed), warm)
+        except UnsupportedError:  # refused in words: slots that differ, or counts too large for the search
             continue
-        warm = warm_start_of(seed, problem) if solver.supports.improves else None
-        outcome = solver.solve(problem, options_of(seed), warm)
         _judge(seed, problem, outcome, warm, tally)
 
 

@@ -39,7 +39,7 @@ def test_no_bound_or_answer_is_wrong(name: str, tries: int) -> None:
     assert tally.tried > tries // 4
     if name in fuzz.EXACT:
         assert tally.reached > tries // 8
-        assert tally.proven > 0.95 * tally.tried
+        assert tally.proven > 0.9 * tally.tried
 
 
 def test_the_kinds_of_problems_all_occur() -> None:

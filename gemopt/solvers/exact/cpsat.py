@@ -14,7 +14,7 @@ from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, no_placement
 from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation
 from gemopt.solvers.exact.layer import Search
-from gemopt.solvers.exact.runs import LONGEST
+from gemopt.solvers.exact.runs import STEEPEST
 
 RESOLUTION = 4e-7
 """Relative error that whole ticks may cause in the objective, all steps together."""
@@ -70,7 +70,8 @@ def configured(options: Options, formulation: CpSatFormulation) -> cp_model.CpSo
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = options.threads
     solver.parameters.random_seed = options.seed % 2**31
-    solver.parameters.relative_gap_limit = options.gap
+    compact = formulation.compact
+    solver.parameters.absolute_gap_limit = options.gap * max(compact.base_us, 0.0) / formulation.unit_us
     solver.parameters.max_time_in_seconds = max(0.01, options.remaining)
     solver.parameters.catch_sigint_signal = False
     if options.threads == 1 and formulation.curved:
@@ -90,7 +91,7 @@ def resolution(search: Search) -> float:
     priced = int(compact.slots_G.sum()) if compact.price_us else 0
     wanted = RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps + priced)
     divisor = 2.0 * (1 << int(compact.load_range[1].max()).bit_length())
-    return float(max(wanted, compact.open_us * divisor * LONGEST / EXACT, 1e-12 * compact.open_us))
+    return float(max(wanted, compact.open_us * divisor * STEEPEST / EXACT, 1e-12 * compact.open_us))
 
 
 def canonical_start(search: Search) -> NDArray[np.bool_]:

@@ -14,10 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
-from gemopt.solvers.exact.formulation import Formulation, Terms
-from gemopt.solvers.exact.runs import LONGEST, Point, Run, hull
-
-SAFETY = 1e-13  # relative: above what float64 can lose before a number is rounded down
+from gemopt.solvers.exact.formulation import SAFETY, Formulation, Terms
+from gemopt.solvers.exact.runs import STEEPEST, Point, Run, hull
 
 
 def down(value: float) -> int:
@@ -138,7 +136,8 @@ def tick_lines(points: list[Point], scale: float) -> list[TickLine]:
     """
     low, high = points[0][0], points[-1][0]
     ends = list(pairwise(points)) or [(points[0], points[0])]
-    near = [(first, last) for first, last in ends if high - low <= LONGEST * max(1, last[0] - first[0])]
+    height = max(y for _, y in points)
+    near = [(a, b) for a, b in ends if abs(b[1] - a[1]) * (high - low) <= STEEPEST * height * max(1, b[0] - a[0])]
     lines = [TickLine.below(first, last, low, high, scale) for first, last in near]
     return [line for line in lines if max(line.value(low), line.value(high)) > 0]
 

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from gemopt.solvers.exact.compact import Compact
 from gemopt.solvers.exact.runs import Run, Term
 
+SAFETY = 1e-13
+"""Relative: above what float64 can lose before a number is rounded down."""
+
 Terms = list[tuple[Any, Any]]
 """Variables of the solver with their coefficients."""
 
@@ -187,8 +190,12 @@ class Formulation(ABC):
 
     def _wait(self, t: int, g: int, term: Term) -> None:
         """Excess >= constant + straight parts + curved parts, each rounded down."""
-        above = term.constant - float(self.compact.floor_T[t])
-        constant = self.round_down(np.array([above * self.scale_T[t]])).tolist()[0]
+        floor = float(self.compact.floor_T[t])
+        size = (
+            abs(term.constant) + abs(floor) + sum(y for _, runs in term.curved for run in runs for _, y in run.points)
+        )
+        above = (term.constant - floor - SAFETY * size) * float(self.scale_T[t])
+        constant = self.round_down(np.array([above])).tolist()[0]
         per_column = self.round_down(self.scale_T[t] * (term.slopes_F @ self.compact.features_FTQ[:, t]))
         if (per_column >= 0).all():  # more than twice what is left keeps a column off the rank as well
             per_column = np.minimum(per_column, 2 * max(self.open_units - constant, 1))

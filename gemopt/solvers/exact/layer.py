@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gemopt.bounds.simple import step_bounds
-from gemopt.evaluate import total
+from gemopt.evaluate import check, total
+from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, StoppedBy, relative_gap
@@ -70,8 +71,9 @@ class Search:
         limit = int(min(budget / max(per_step, 1.0), problem.num_steps))
         if limit < problem.num_steps:  # a power of two: layers of one call say the same
             limit = 1 << max(limit, 1).bit_length() - 1
-        stated = problem.select(*representative_steps(problem, limit))
-        compact = _stated(stated, floor_T if stated.num_steps == problem.num_steps else step_bounds(stated), row)
+        steps, weights_T = representative_steps(problem, limit)
+        stated = problem.select(steps, weights_T)
+        compact = _stated(stated, floor_T[steps], row)
         search = cls(problem, options, stated, compact, row, start, max(base, options.bound_us), start)
         search.history.append(incumbent(start, search.known_us))
         return search
@@ -111,8 +113,10 @@ class Search:
             self.own_bound_us = max(self.own_bound_us, bound_us)
 
     def offer_row(self, row: Row) -> None:
-        """Take over a row that is better on the whole trace and keeps to the limits of moves."""
-        if not within_limits(self.problem, row):
+        """Take over a row that is feasible and better on the whole trace, whatever the solver says of it."""
+        try:
+            check(self.problem, row)
+        except InputError:
             return
         value = total(self.problem, row)
         if value < self.objective_us:
@@ -141,10 +145,7 @@ class Search:
                 f"; it claimed a bound of {self.own_bound_us:.9g} us above a placement of {self.objective_us:.9g} us, "
                 "so that its bound is not used"
             )
-            self.history = [
-                point.model_copy(update={"bound_us": min(point.bound_us or -np.inf, self.known_us)})
-                for point in self.history
-            ]
+            self.history = [point.model_copy(update={"bound_us": self.known_us}) for point in self.history]
         elif own_bound_us is not None and own_bound_us > self.known_us:
             note += "; the bound is the solver's word"
         if self.reduced and reached:

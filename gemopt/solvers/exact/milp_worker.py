@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from gemopt.solvers.exact.milp_formulation import MilpFormulation
 
 TOLERANCE = 1e-9
+LEAST_GAP = 1e-7
 MARGIN_OPEN, MARGIN = 2e-7, 2e-7
 """What is given away of a bound for the solvers' tolerances, of what is open and of the whole objective."""
 UNIT_PARTS = 1000.0
@@ -73,7 +74,9 @@ class Answer:
                 self.write()
 
     def solution(self, held_QG: NDArray[np.bool_]) -> None:
-        """Take over a placement."""
+        """Take over a placement; what is rounded to more experts than there are slots is none."""
+        if (held_QG.sum(axis=0) > self.formulation.compact.slots_G).any():
+            return
         self.state["row"] = self.formulation.compact.row(held_QG).tolist()
         self.write()
 
@@ -116,6 +119,12 @@ def solve_folder(folder: Path) -> None:
         {"highs": _highs, "cbc": _cbc}[backend](formulation, answer, request, seconds)
 
 
+def gap_units(formulation: MilpFormulation, request: dict[str, Any]) -> float:
+    """The gap asked for, a fraction of the objective, in units: the solver sees only what lies above the floors."""
+    gap = max(float(request["gap"]), LEAST_GAP)
+    return gap * max(formulation.compact.base_us, 0.0) / formulation.unit_us
+
+
 def _highs(formulation: MilpFormulation, answer: Answer, request: dict[str, Any], seconds: float) -> None:
     import highspy
     import pulp
@@ -141,8 +150,8 @@ def _highs(formulation: MilpFormulation, answer: Answer, request: dict[str, Any]
         msg=True,
         log_to_console=False,
         timeLimit=seconds,
-        gapRel=max(request["gap"], 1e-7),
-        gapAbs=0.0,
+        gapRel=LEAST_GAP,
+        gapAbs=gap_units(formulation, request),
         threads=request["threads"],
         callbackTuple=(listen, None),
         callbacksToActivate=[kinds.kCallbackMipImprovingSolution, kinds.kCallbackMipLogging],
@@ -166,8 +175,8 @@ def _cbc(formulation: MilpFormulation, answer: Answer, request: dict[str, Any], 
     options: dict[str, Any] = {
         "msg": False,
         "timeLimit": seconds,
-        "gapRel": max(request["gap"], 1e-7),
-        "gapAbs": 0.0,
+        "gapRel": LEAST_GAP,
+        "gapAbs": gap_units(formulation, request),
         "warmStart": True,
         "logPath": str(answer.folder / "solver.log"),
         "options": [

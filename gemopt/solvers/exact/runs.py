@@ -20,8 +20,8 @@ Point = tuple[int, float]
 """A load and the value there."""
 
 COLLINEAR = 1e-12  # slopes this close, relatively, are one line: an error far below any tolerance in use
-LONGEST = 64
-"""How many times longer than its shortest part a run may be: lines are drawn on over the whole run."""
+STEEPEST = 64
+"""How many times the height of a curve its lines may rise or fall over the run that they are drawn on over."""
 
 
 @dataclass(frozen=True)
@@ -47,39 +47,40 @@ class Run:
 
     def value(self, load: int) -> float:
         """Microseconds at a load of this run."""
-        return float(np.interp(load, *zip(*self.points, strict=True)))
+        return float(np.interp(load, [x for x, _ in self.points], [y for _, y in self.points]))
 
 
 def convex_runs(curve: Curve, low: int, high: int, at_least: float = -np.inf, at_most: float = np.inf) -> list[Run]:
     """Fewest convex runs, left to right, that give `max(curve, at_least)` at every whole load from low to high.
 
     Loads at which the curve is above `at_most` are in no run. Cutting greedily from the left gives the fewest runs, as
-    any part of a convex run is convex; runs much longer than one of their parts are cut for the sake of their numbers.
+    any part of a convex run is convex; a run is also cut where a line would leave the range of the others by far.
     """
     loads, values = _corners(curve, low, high, at_least, at_most)
     runs: list[Run] = []
-    for start, stop in _stretches(values <= at_most):
+    allowed = values <= at_most
+    height = float(np.ptp(values[allowed])) if allowed.any() else 0.0
+    for start, stop in _stretches(allowed):
         points = list(zip(loads[start:stop].tolist(), values[start:stop].tolist(), strict=True))
-        runs += _cut(points)
+        runs += _cut(points, height)
     return runs
 
 
-def _cut(points: list[Point]) -> list[Run]:
+def _cut(points: list[Point], height: float) -> list[Run]:
     """Convex runs of one stretch of loads."""
-    runs, run, shortest = [], points[:1], np.inf
+    runs, run, steepest = [], points[:1], 0.0
     for (x0, y0), (x1, y1) in pairwise(points):
         slope = (y1 - y0) / (x1 - x0)
         if len(run) > 1:
             (xa, ya), (xb, yb) = run[-2:]
             last = (yb - ya) / (xb - xa)
-            close = COLLINEAR * (abs(slope) + abs(last))
-            if abs(slope - last) <= close:
+            if abs(slope - last) <= COLLINEAR * (abs(slope) + abs(last)):
                 run[-1] = (x1, y1)
                 continue
-            shortest = min(shortest, xb - xa)
-            if slope < last or x1 - run[0][0] > LONGEST * min(shortest, x1 - x0):
+            steepest = max(steepest, abs(last))
+            if slope < last or max(steepest, abs(slope)) * (x1 - run[0][0]) > STEEPEST * height:
                 runs.append(Run(tuple(run)))
-                run, shortest = [(x0 + 1, y0 + slope)] if x0 + 1 < x1 else [], np.inf
+                run, steepest = [(x0 + 1, y0 + slope)] if x0 + 1 < x1 else [], 0.0
         run.append((x1, y1))
     return [*runs, Run(tuple(run))]
 

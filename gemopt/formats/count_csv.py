@@ -1,0 +1,205 @@
+"""Tables of counts, `layer_id,expert_id,count`: what SGLang's recorder wrote until May 2025, and others still do.
+
+A line for every expert that got tokens; absent lines are zeros. A table may hold several steps (a column `step`) and
+several ranks (a column `rank`); files named `..._rank0_...` hold a rank each, and the n-th files of all ranks make
+step n. Anything else that differs between the lines is refused: it might be what the counts must be split by.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from gemopt.exceptions import InputError
+from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
+from gemopt.formats.files import JSON_LIMIT, size_of
+from gemopt.formats.findings import guessed
+from gemopt.traces import COUNT_LIMIT
+
+COLUMNS = {
+    "layer": ("layer_id", "layer", "layer_idx", "layer_index", "moe_layer", "moe_layer_id"),
+    "expert": ("expert_id", "expert", "expert_idx", "expert_index", "logical_expert", "logical_expert_id"),
+    "count": ("count", "counts", "num_tokens", "token_count", "tokens", "num_assignments", "assignments"),
+    "step": ("step", "step_id", "iteration", "iter", "forward_pass_id", "forward_pass"),
+    "rank": ("rank", "ep_rank", "dp_rank", "tp_rank", "rank_id"),
+}
+_NEEDED = ("layer", "expert", "count")
+_LIMIT = {"layer": 4096, "expert": 1 << 16, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
+_RANK = re.compile(r"(?:^|[_.-])rank[_-]?(\d{1,5})(?=[_.-]|$)", re.IGNORECASE)
+_NUMBER = re.compile(r"\d{1,18}(?:\.0*)?", re.ASCII)
+Key = tuple[int, int, int]  # step, layer, expert
+
+
+@dataclass
+class _Table:
+    """Counts of a file by rank and by step, layer and expert."""
+
+    path: Path
+    ranks: dict[int, dict[Key, int]] = field(default_factory=dict)
+    has_steps: bool = False
+
+
+def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
+    """Read count tables, summed over the ranks."""
+    tables = [_read(path) for path in files_of(paths, ".csv")]
+    notes: list[str] = []
+    steps = _steps(tables, notes)
+    ranks = sorted({rank for step in steps for rank in step})
+    expected = options.num_ranks or ranks[-1] + 1
+    if ranks != list(range(expected)):
+        missing = sorted(set(range(expected)) - set(ranks))
+        hint = f"rank {missing[0]} is missing" if missing else "give the right --ep"
+        raise InputError("PATHS: ranks", ", ".join(map(str, ranks)), f"tables of each of the {expected} ranks", hint)
+    if any(_RANK.search(table.path.stem) for table in tables) and len(ranks) == 1:
+        notes.append(f"tables of rank {ranks[0]} alone: what other ranks recorded is not in them")
+    keys = [key for step in steps for counts in step.values() for key in counts]
+    layers = sorted({layer for _, layer, _ in keys})
+    experts = options.num_experts or max(expert for *_, expert in keys) + 1
+    if max(expert for *_, expert in keys) >= experts:
+        found = max(expert for *_, expert in keys)
+        raise InputError("PATHS: expert", found, f"experts 0 to {experts - 1}", "give the right --num-experts")
+    if options.num_experts is None:
+        notes.append(guessed(experts))
+    same = len(ranks) > 1 and all(step[rank] == step[ranks[0]] for step in steps for rank in step)
+    if same:
+        notes.append(f"all {len(ranks)} ranks recorded the same counts (they saw the same tokens): counted once")
+    total = _dense(steps, ranks[:1] if same else ranks, layers, experts)
+    used = total[total.any(axis=(1, 2))]
+    return Recording(blocks=lambda: iter([used] if len(used) else []), layer_ids=tuple(layers), notes=notes)
+
+
+def _dense(steps: list[dict[int, dict[Key, int]]], ranks: list[int], layers: list[int], experts: int) -> IntArray:
+    total = np.zeros((len(steps), len(layers), experts), np.int64)
+    row = {layer: i for i, layer in enumerate(layers)}
+    for i, step in enumerate(steps):
+        for rank in ranks:
+            for (_, layer, expert), count in step[rank].items():
+                total[i, row[layer], expert] += count
+    return total
+
+
+def _steps(tables: list[_Table], notes: list[str]) -> list[dict[int, dict[Key, int]]]:
+    """For each step the counts by rank."""
+    if any(table.has_steps for table in tables):
+        return _steps_of_column(tables, notes)
+    by_rank: dict[int, list[tuple[_Table, dict[Key, int]]]] = {}
+    for table in sorted(tables, key=_order):
+        for rank, counts in table.ranks.items():
+            earlier = [other.path.name for other, known in by_rank.get(rank, []) if known == counts]
+            if earlier:
+                notes.append(f"{table.path.name} is {earlier[0]} again: counted once")
+            else:
+                by_rank.setdefault(rank, []).append((table, counts))
+    lengths = {len(found) for found in by_rank.values()}
+    if len(lengths) > 1:
+        found = ", ".join(f"{len(found)} of rank {rank}" for rank, found in sorted(by_rank.items()))
+        raise InputError("PATHS", found, "as many tables of every rank", "a table is missing")
+    count = lengths.pop()
+    notes.append(
+        f"{count} steps, one for each table of a rank, in the order of their names"
+        if count > 1
+        else "counts added up: a single step, so how they vary in time is not known"
+    )
+    return [{rank: found[i][1] for rank, found in by_rank.items()} for i in range(count)]
+
+
+def _steps_of_column(tables: list[_Table], notes: list[str]) -> list[dict[int, dict[Key, int]]]:
+    merged: dict[int, dict[int, dict[Key, int]]] = {}
+    again = 0
+    for table in tables:
+        if not table.has_steps:
+            raise InputError(f"{table.path}: columns", "no step", "a column step in every table, or in none")
+        for rank, counts in table.ranks.items():
+            for key, count in counts.items():
+                known = merged.setdefault(key[0], {}).setdefault(rank, {})
+                again += key in known
+                if known.get(key, count) != count:
+                    where = f"step {key[0]}, layer {key[1]}, expert {key[2]} of rank {rank}"
+                    raise InputError(f"{table.path}: {where}", "twice, with other counts", "each once")
+                known[key] = count
+    if again:
+        notes.append(f"{again} lines are in several tables: counted once")
+    ranks = sorted({rank for step in merged.values() for rank in step})
+    return [{rank: step.get(rank, {}) for rank in ranks} for _, step in sorted(merged.items())]
+
+
+def _order(table: _Table) -> tuple[list[float], str]:
+    """Tables in the order of the numbers in their names, the rank left out."""
+    name = _RANK.sub("", table.path.stem)
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", name)], table.path.name
+
+
+def _read(path: Path) -> _Table:
+    if size_of(path) > JSON_LIMIT:
+        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
+    table = _Table(path)
+    named = _RANK.search(path.stem)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            rows = csv.reader(stream)
+            header = [cell.strip().casefold() for cell in next(rows, [])]
+            columns = _columns(path, header)
+            table.has_steps = "step" in columns
+            if named and "rank" in columns:
+                raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
+            others: dict[int, str] = {}
+            for number, row in enumerate(rows, start=2):
+                if row:
+                    _add(table, f"{path}: line {number}", row, header, columns, others, int(named[1]) if named else 0)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(str(path), str(error), "a CSV table") from None
+    if not table.ranks:
+        raise InputError(str(path), "no line with counts", "at least one line")
+    return table
+
+
+def _columns(path: Path, header: list[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for meaning, names in COLUMNS.items():
+        here = [i for i, name in enumerate(header) if name in names]
+        if len(here) > 1:
+            both = " and ".join(header[i] for i in here)
+            raise InputError(f"{path}: columns", both, f"one column for the {meaning}", "remove the others")
+        if here:
+            found[meaning] = here[0]
+    lacking = [meaning for meaning in _NEEDED if meaning not in found]
+    if lacking:
+        raise InputError(f"{path}: columns", ",".join(header)[:200], "layer_id, expert_id, count; perhaps step, rank")
+    return found
+
+
+def _add(
+    table: _Table,
+    where: str,
+    row: list[str],
+    header: list[str],
+    columns: dict[str, int],
+    others: dict[int, str],
+    rank: int,
+) -> None:
+    if len(row) != len(header):
+        raise InputError(where, ",".join(row)[:200], f"{len(header)} values: {','.join(header)[:200]}")
+    for i, text in enumerate(row):
+        if i not in columns.values() and others.setdefault(i, text) != text:
+            raise InputError(
+                f"{where}: {header[i]}",
+                text,
+                f"{others[i]}, as in the lines before: gemopt does not know the column",
+                "split the table by it, or remove it if the counts do not depend on it",
+            )
+    value = {}
+    for meaning, i in columns.items():
+        text = row[i].strip()
+        if not _NUMBER.fullmatch(text) or int(text.split(".")[0]) >= _LIMIT[meaning]:
+            raise InputError(f"{where}: {header[i]}", row[i], f"a whole number from 0 below {_LIMIT[meaning]}")
+        value[meaning] = int(text.split(".")[0])
+    key = (value.get("step", 0), value["layer"], value["expert"])
+    counts = table.ranks.setdefault(value.get("rank", rank), {})
+    if key in counts:
+        raise InputError(where, ",".join(row)[:200], "each layer and expert once")
+    counts[key] = value["count"]

@@ -1,0 +1,74 @@
+"""What the counts of a recording say about the recording itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from gemopt.exceptions import InputError
+from gemopt.formats.engine import IntArray
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5; at most eight pieces."""
+    pieces: list[list[int]] = []
+    for number in sorted(int(n) for n in numbers):
+        if pieces and number == pieces[-1][-1] + 1:
+            pieces[-1][1:] = [number]
+        else:
+            pieces.append([number])
+    texts = ["-".join(map(str, piece)) for piece in pieces]
+    return ", ".join([*texts[:8], *(["..."] if len(texts) > 8 else [])])
+
+
+def guessed(num_experts: int) -> str:
+    """The note for a number of experts that no file says."""
+    return f"{num_experts} experts, the highest id seen + 1; give --num-experts if the network has more"
+
+
+def check_loads(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
+    """Notes on the total assignments [L, E] of a recording: experts that were never chosen.
+
+    Raises
+    ------
+    InputError
+        A layer that was to be kept has none at all: it is dense, or belongs to a part that was not recorded.
+    """
+    idle = [layer for layer, row in zip(layer_ids, load_LE, strict=True) if not row.any()]
+    if idle:
+        busy = ranges(set(layer_ids) - set(idle)).replace(" ", "")
+        raise InputError(
+            f"counts: layer {idle[0]}",
+            "no assignments at any step",
+            "some in every MoE layer",
+            f"if {ranges(idle)} have no experts, give --layer-ids {busy}" if busy else "record again",
+        )
+    return _never_chosen(load_LE, layer_ids)
+
+
+def _never_chosen(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
+    experts = load_LE.shape[1]
+    never = np.flatnonzero(~load_LE.any(axis=0))
+    why = "a short recording, or only one rank's experts were counted"
+    if len(never):
+        return [f"{len(never)} of {experts} experts were never chosen in any layer ({ranges(never)}): {why}"]
+    used = (load_LE > 0).sum(axis=1)
+    few = np.flatnonzero(2 * used <= experts)
+    if not len(few):
+        return []
+    worst = int(few[used[few].argmin()])
+    layers = ranges(layer_ids[int(i)] for i in few)
+    return [f"layers {layers} use half of their {experts} experts or fewer ({int(used[worst])} at least): {why}"]
+
+
+def check_steps(busy_TL: IntArray, layer_ids: Sequence[int]) -> list[str]:
+    """Notes on steps that pass by some of the layers: every token of a step goes through all of them."""
+    partly = busy_TL.any(axis=1) & ~busy_TL.all(axis=1)
+    if not partly.any():
+        return []
+    layers = ranges(layer_ids[int(i)] for i in np.flatnonzero(~busy_TL[partly].all(axis=0)))
+    return [
+        f"in {int(partly.sum())} of {len(busy_TL)} steps layers {layers} have no assignments, though others have: "
+        "draft layers, or parts of a recording that do not belong to the same steps"
+    ]

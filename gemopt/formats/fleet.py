@@ -1,0 +1,117 @@
+"""Clusters that were not measured: equal devices, or what-if ones as fast as GPUs drawn from a measured fleet."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemopt.costs import Roofline
+from gemopt.exceptions import InputError
+from gemopt.formats.table_files import number, read
+from gemopt.latency import FloatArray
+from gemopt.profile import Device, Profile
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Relative times (1 = fleet median, larger is slower) of GPUs measured under one workload."""
+
+    name: str
+    gpus: list[str]
+    rel_time: FloatArray
+
+    def draw(self, ranks: int, seed: int) -> list[int]:
+        """Indices of `ranks` different GPUs."""
+        if ranks > len(self.gpus):
+            raise InputError("ranks", ranks, f"at most the {len(self.gpus)} GPUs of fleet {self.name}")
+        chosen = np.random.default_rng(seed).choice(len(self.gpus), size=ranks, replace=False)
+        return [int(i) for i in chosen]
+
+
+def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
+    """Fleet from a CSV with `rel_time` and, where it holds several, `dataset`; `name` picks one."""
+    table = read(path)
+    if "rel_time" not in table.header:
+        raise InputError(str(path), f"columns {', '.join(table.header)}", "a column rel_time is needed")
+    names = sorted({row.cells["dataset"] for row in table.rows}) if "dataset" in table.header else [""]
+    if name is None and len(names) > 1:
+        raise InputError(str(path), f"{len(names)} fleets", f"one of {', '.join(names)}", "choose with --fleet")
+    if name is not None and name not in names:
+        raise InputError("--fleet", name, f"one of {', '.join(names)}")
+    chosen = name if name is not None else names[0]
+    kept = [row for row in table.rows if row.cells.get("dataset", "") == chosen]
+    rel_time = np.array([number(table, row, "rel_time", largest=1e3) for row in kept])
+    if (rel_time <= 0).any():
+        row = kept[int(rel_time.argmin())]
+        limit = "above 0 (1: as fast as the fleet's median)"
+        raise InputError(f"{path} {row.where}, rel_time", row.cells["rel_time"], limit)
+    gpus = [row.cells.get("gpu") or row.where.split()[-1] for row in kept]
+    return Fleet(chosen or os.path.basename(str(path)), gpus, rel_time)
+
+
+def what_if(profile: Profile, fleet: Fleet, *, ranks: int, seed: int = 0, memory: Fleet | None = None) -> Profile:
+    """Profile of `ranks` devices like the measured one, each as fast as a GPU drawn from a fleet.
+
+    The fleet's relative time scales the part of a latency that grows with assignments and, unless `memory` gives
+    another fleet, the rest (weights read, launches) too. The parts are told apart by a roofline fitted to the table.
+    """
+    if profile.num_ranks != 1:
+        raise InputError(
+            "--speeds", f"{profile.num_ranks} devices", "a table of one device", "leave out the rank column"
+        )
+    if ranks < 1:
+        raise InputError("--ranks", ranks, "at least 1")
+    source = profile.devices[0]
+    compute_share = _compute_share(source) if memory is not None else np.ones(len(source.samples))
+    drawn = fleet.draw(ranks, seed)
+    slower, names = [float(fleet.rel_time[i]) for i in drawn], [fleet.gpus[i] for i in drawn]
+    rest = slower if memory is None else [float(memory.rel_time[i]) for i in memory.draw(ranks, seed + 1)]
+    devices = []
+    for rank in range(ranks):
+        factors = compute_share * slower[rank] + (1 - compute_share) * rest[rank]
+        samples = [
+            sample.model_copy(update={"latency_us": sample.latency_us * float(factor)})
+            for sample, factor in zip(source.samples, factors, strict=True)
+        ]
+        state: dict[str, str | float | int | None] = {"rel_time": slower[rank], "rel_time_memory": rest[rank]}
+        devices.append(
+            Device(rank=rank, name=f"{source.name} as {fleet.name} {names[rank]}", samples=samples, state=state)
+        )
+    return profile.model_copy(update={"devices": devices, "mode": "what-if"})
+
+
+def _compute_share(device: Device) -> FloatArray:
+    """[samples] share of each latency that grows with assignments, after the largest plane of a fitted roofline."""
+    table = device.table()
+    planes_K3 = Roofline.fit_device(table, planes=2 if len(table) >= 6 else 1).planes()
+    design = np.column_stack([np.ones(len(table)), table[:, 0], np.nan_to_num(table[:, 1])])
+    values = design @ planes_K3.T
+    chosen = planes_K3[values.argmax(axis=1)]
+    return np.asarray(np.clip(chosen[:, 1] * table[:, 0] / np.maximum(values.max(axis=1), 1e-300), 0.0, 1.0))
+
+
+def slow_down(profile: Profile, rank: int, factor: float) -> Profile:
+    """The same profile with one rank `factor` times slower."""
+    if not 0 <= rank < profile.num_ranks:
+        raise InputError("rank", rank, f"0 to {profile.num_ranks - 1}")
+    if not 0 < factor <= 1e3:
+        raise InputError("factor", factor, "above 0; 1.3 is 30 % slower")
+    devices = list(profile.devices)
+    samples = [s.model_copy(update={"latency_us": s.latency_us * factor}) for s in devices[rank].samples]
+    devices[rank] = devices[rank].model_copy(update={"samples": samples})
+    return profile.model_copy(update={"devices": devices})
+
+
+def equal(profile: Profile, ranks: int) -> Profile:
+    """Profile of `ranks` devices that are each exactly like the one measured."""
+    if ranks < 1:
+        raise InputError("--ranks", ranks, "at least 1")
+    if profile.num_ranks == ranks:
+        return profile
+    if profile.num_ranks != 1:
+        limit = f"the table has {profile.num_ranks} devices of its own"
+        raise InputError("--ranks", ranks, limit, "leave --ranks out, or choose one device with --where")
+    one = profile.devices[0].model_copy(update={"uuid": None, "node": None})
+    return profile.model_copy(update={"devices": [one.model_copy(update={"rank": rank}) for rank in range(ranks)]})

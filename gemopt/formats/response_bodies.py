@@ -1,0 +1,247 @@
+"""Responses as clients keep them: bodies, batch lines, streams and errors, one by one or many in a file.
+
+What may hold a body: a list, a line of JSON Lines, a line `data: ...` of an event stream, OpenAI's batch output
+(`response.body`). Chunks of a stream become one response again; responses that routed nothing are counted by reason.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemopt.exceptions import InputError
+from gemopt.formats.files import bounded_json, size_of
+
+LINE_LIMIT = 256 << 20
+_HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data")
+_WRAPPERS = ("response", "body", "result", "data")
+_STARTS = ("routed_experts_start_len", "routed_experts_prompt_start")
+
+
+@dataclass(kw_only=True)
+class Sample:
+    """One sampled answer of a response.
+
+    Attributes
+    ----------
+    encoded, dtype, start
+        `routed_experts` as they came (several when they were streamed), type of the numbers in raw bytes, and the
+        first token that has a row; None when not said.
+    prompt, generated
+        Tokens of the prompt, and of the answer (the last of which is never fed back); None when not said.
+    ended
+        Why it has no routing, when it has none.
+    """
+
+    where: str
+    encoded: list[Any]
+    dtype: str | None = None
+    start: int | None = None
+    prompt: int | None = None
+    generated: int | None = None
+    ended: str = ""
+
+
+@dataclass(kw_only=True)
+class Response:
+    """The samples of a response; `answered`: tokens of all their answers together, None when not said."""
+
+    name: str | None
+    samples: list[Sample]
+    answered: int | None = None
+
+
+@dataclass
+class Bodies:
+    """The bodies of some files; `skipped` counts the answers without routing by reason."""
+
+    seen: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def read(self, path: Path) -> Iterator[Response]:
+        """The responses of a file that have routing."""
+        streams: dict[str, _Stream] = {}
+        for number, body, streamed in _bodies(path):
+            where = f"{path}: response {number}"
+            for part in _unwrapped(where, body):
+                name = _name(part)
+                if name is not None and not _failed(part) and (name in streams or _is_chunk(part, streamed)):
+                    streams.setdefault(name, _Stream(where)).add(part)
+                else:
+                    yield from self._kept(where, part)
+        for stream in streams.values():
+            yield from self._kept(stream.where, stream.body)
+
+    def _kept(self, where: str, body: dict[str, Any]) -> Iterator[Response]:
+        if _failed(body):
+            self.seen += 1
+            self.skipped["error"] += 1
+            return
+        response = _response(where, body)
+        self.seen += len(response.samples)
+        self.skipped.update(sample.ended for sample in response.samples if not sample.encoded)
+        if any(sample.encoded for sample in response.samples):
+            yield response
+
+    def notes(self) -> list[str]:
+        """How many were skipped, and why."""
+        if not self.skipped:
+            return []
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+        return [f"skipped {self.skipped.total()} of {self.seen} answers: {reasons}"]
+
+
+def _bodies(path: Path) -> Iterator[tuple[int, Any, bool]]:
+    """Number, JSON value, and whether it came as a line of an event stream."""
+    if path.suffix == ".json":
+        data = bounded_json(path)
+        yield from ((i, body, False) for i, body in enumerate(data if isinstance(data, list) else [data]))
+        return
+    size_of(path)
+    with path.open("rb") as stream:
+        number = 0
+        while line := stream.readline(LINE_LIMIT):
+            if len(line) >= LINE_LIMIT:
+                raise InputError(f"{path}: line {number + 1}", f"{len(line)} bytes", f"lines below {LINE_LIMIT} bytes")
+            text, streamed = line.strip(), False
+            if text.startswith((b":", b"event:", b"id:", b"retry:")):
+                text = b""
+            elif text.startswith(b"data:"):
+                text, streamed = text[5:].strip(), True
+            if text and text != b"[DONE]":
+                try:
+                    yield number, json.loads(text), streamed
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{path}: line {number + 1}", str(error), "one JSON response per line") from None
+            number += 1
+
+
+def _unwrapped(where: str, body: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(body, list):
+        for part in body:
+            yield from _unwrapped(where, part)
+        return
+    if not isinstance(body, dict):
+        raise InputError(where, type(body).__name__, "a JSON object, the body of a response")
+    inside = [body[key] for key in _WRAPPERS if isinstance(body.get(key), dict | list)]
+    if "choices" not in body and "meta_info" not in body and len(inside) == 1 and not body.get("error"):
+        yield from _unwrapped(where, inside[0])
+    else:
+        yield body
+
+
+def _name(body: dict[str, Any]) -> str | None:
+    meta = body.get("meta_info")
+    name = meta.get("id") if isinstance(meta, dict) else body.get("id", body.get("request_id"))
+    return str(name) if isinstance(name, str | int) else None
+
+
+def _failed(body: dict[str, Any]) -> bool:
+    """Whether a body is an error instead of a response."""
+    if isinstance(body.get("meta_info"), dict) or body.get("choices"):
+        return False
+    status = body.get("status_code", body.get("code"))
+    wrong = bool(body.get("error")) or body.get("object") == "error" or "detail" in body
+    return wrong or (type(status) is int and status >= 400)
+
+
+def _is_chunk(body: dict[str, Any], streamed: bool) -> bool:
+    meta, choices = body.get("meta_info"), body.get("choices")
+    if streamed or str(body.get("object", "")).endswith(".chunk"):
+        return True
+    if isinstance(meta, dict):  # in SGLang's own stream only the last chunk says why it ended
+        return "finish_reason" in meta and meta["finish_reason"] is None
+    return isinstance(choices, list) and any(isinstance(choice, dict) and "delta" in choice for choice in choices)
+
+
+class _Stream:
+    """Chunks with one id, as the response they add up to: later values stand, lists of tokens go on."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.body: dict[str, Any] = {}
+        self.choices: dict[int, dict[str, Any]] = {}
+
+    def add(self, chunk: dict[str, Any]) -> None:
+        self.body.update({key: value for key, value in chunk.items() if key != "choices" and value is not None})
+        for choice in chunk.get("choices") or ():
+            if not isinstance(choice, dict) or type(choice.get("index", 0)) is not int:
+                raise InputError(f"{self.where}.choices", choice, "objects with an index")
+            whole = self.choices.setdefault(choice.get("index", 0), {"streamed": []})
+            encoded, *_ = _routed(choice)
+            whole["streamed"] += [] if encoded is None else [encoded]
+            tokens = choice.get("token_ids")
+            if isinstance(tokens, list):
+                whole["token_ids"] = [*whole.get("token_ids", []), *tokens]
+            whole.update({key: value for key, value in choice.items() if key != "token_ids" and value is not None})
+        self.body["choices"] = [self.choices[index] for index in sorted(self.choices)]
+
+
+def _routed(holder: dict[str, Any]) -> tuple[Any, str | None, Any]:
+    """`routed_experts` of an object or of an extension in it, the type of its numbers, and where its rows start."""
+    if holder.get("routed_experts") is not None:
+        start = next((holder[key] for key in _STARTS if holder.get(key) is not None), None)
+        return holder["routed_experts"], holder.get("routed_experts_dtype"), start
+    for key in _HOLDERS:
+        if isinstance(holder.get(key), dict):
+            found = _routed(holder[key])
+            if found[0] is not None:
+                return found
+    return None, None, None
+
+
+def _response(where: str, body: dict[str, Any]) -> Response:
+    meta, choices = body.get("meta_info"), body.get("choices")
+    if isinstance(meta, dict):
+        return Response(name=_name(body), samples=[_sample(where, meta, meta)])
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
+        raise InputError(f"{where}.choices", choices, "choices, or meta_info, with routed_experts")
+    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+    whole, *_ = _routed(body)
+    if whole is not None and len(choices) > 1:
+        raise InputError(f"{where}: routed_experts", f"one for {len(choices)} choices", "those of every choice")
+    samples = []
+    for choice in choices:
+        known = dict(usage or {})
+        if len(choices) > 1:  # a sum over the choices: it says nothing of one of them
+            known.pop("completion_tokens", None)
+        prompt = choice.get("prompt_token_ids", body.get("prompt_token_ids"))
+        if isinstance(prompt, list):
+            known["prompt_tokens"] = len(prompt)
+        samples.append(_sample(where, choice if whole is None else body, {**choice, **known}))
+    return Response(
+        name=_name(body), samples=samples, answered=_count(where, (usage or {}).get("completion_tokens"), "usage")
+    )
+
+
+def _sample(where: str, holder: dict[str, Any], known: dict[str, Any]) -> Sample:
+    encoded, dtype, start = _routed(holder)
+    generated = _count(where, known.get("completion_tokens"), "completion_tokens")
+    tokens = known.get("token_ids")
+    if isinstance(tokens, list):
+        if generated not in (None, len(tokens)):
+            raise InputError(f"{where}: completion_tokens", generated, f"{len(tokens)}, the token_ids there are")
+        generated = len(tokens)
+    reason = known.get("finish_reason")
+    reason = reason.get("type") if isinstance(reason, dict) else reason
+    return Sample(
+        where=where,
+        encoded=known.get("streamed") or ([] if encoded is None else [encoded]),
+        dtype=dtype,
+        start=_count(where, start, "start"),
+        prompt=_count(where, known.get("prompt_tokens"), "prompt_tokens"),
+        generated=generated,
+        ended="aborted" if reason == "abort" else "without routed_experts",
+    )
+
+
+def _count(where: str, value: Any, key: str) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int or value < 0:
+        raise InputError(f"{where}: {key}", value, "a whole number >= 0")
+    return value

@@ -1,0 +1,283 @@
+"""What the columns of a kernel table are: load, time, device, repeat, result; and which others vary.
+
+Rows that differ in something that is none of these are no repeats of one point, and their median means nothing: they
+are refused, with the columns, their values, and how to choose.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+from gemopt.exceptions import InputError
+from gemopt.formats.table_files import Row, Table
+
+RANKS = ("rank", "ep_rank", "global_rank")
+HOSTS = ("host", "hostname", "node", "node_id", "machine", "server", "instance")
+UUIDS = ("uuid", "gpu_uuid", "device_uuid")
+DEVICES = {
+    *RANKS, *HOSTS, *UUIDS, "device", "device_id", "device_index", "gpu", "gpu_id", "gpu_index", "npu", "npu_id", "xpu",
+    "slot", "local_rank", "serial", "serial_number", "bus_id", "pci_bus_id", "card", "accelerator", "worker",
+    "worker_id",
+}  # fmt: skip
+OF_A_DEVICE = {"gpu", "device", "sku", "arch", "driver", "vendor", "rack", "system", "chassis"}
+REPEATS = {
+    "run", "run_id", "run_index", "tp_run", "repeat", "repetition", "rep", "iter", "iteration", "trial", "attempt",
+    "sample", "seed",
+}  # fmt: skip
+STATISTICS = {
+    "min", "max", "mean", "avg", "average", "median", "std", "stdev", "stddev", "var", "mad", "spread", "cv", "ci",
+    "p10", "p20", "p50", "p80", "p90", "p95", "p99",
+}  # fmt: skip
+RESULTS = {
+    "err", "err1", "err2", "error", "errors", "tflops", "gflops", "flops", "bw", "bandwidth", "gbps", "tbps",
+    "throughput", "tps", "speedup", "efficiency", "utilization", "util", "mfu", "temp", "temperature", "energy",
+    "repeats", "latency", "time", "duration", "elapsed",
+}  # fmt: skip
+MOMENTS = {"timestamp", "datetime", "date"}
+STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency"}
+SHAPES = {
+    "hidden", "inter", "intermediate", "dim", "experts", "expert", "topk", "k", "n", "tp", "ep", "dp", "pp", "size",
+    "heads", "width", "layers", "block", "id",
+}  # fmt: skip
+LOADS = {"tokens", "token", "rows", "assignments", "batch", "per", "m"}
+TIME_UNITS = {"us": 1.0, "usec": 1.0, "ms": 1e3, "msec": 1e3, "ns": 1e-3, "nsec": 1e-3}
+UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
+SHOWN = 4
+LoadOf = Callable[[Row], tuple[float, ...]]
+ENOUGH = 3  # loads that a proportional column must go along with
+
+
+def plain(name: str) -> str:
+    """`Kernel Time (us)` as kernel_time_us."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def words(name: str) -> set[str]:
+    """Words of a column's name."""
+    return set(plain(name).split("_"))
+
+
+def values(rows: Iterable[Row], column: str) -> list[str]:
+    """Distinct values in order of appearance."""
+    return list(dict.fromkeys(row.cells[column] for row in rows))
+
+
+def known(table: Table, column: str, option: str) -> str:
+    """The column, or a refusal that lists what there is."""
+    if column not in table.header:
+        raise InputError(option, column, f"a column of {table.path}: {', '.join(table.header)}")
+    return column
+
+
+def chosen_rows(table: Table, where: Sequence[str]) -> Table:
+    """The rows that every `COLUMN=VALUE` allows; several for one column allow each of their values."""
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for text in where:
+        column, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise InputError("--where", text, "COLUMN=VALUE")
+        wanted[known(table, column, "--where")].append(value)
+    rows = table.rows
+    for column, allowed in wanted.items():
+        kept = [row for row in rows if any(_same(row.cells[column], value) for value in allowed)]
+        if not kept:
+            limit = f"one of {listed(values(rows, column), 12)}"
+            raise InputError("--where", f"{column}={' or '.join(allowed)}", limit, "as the rows chosen before have it")
+        rows = kept
+    return Table(table.path, table.header, rows)
+
+
+def _same(cell: str, value: str) -> bool:
+    if cell == value:
+        return True
+    try:
+        return float(cell) == float(value)
+    except ValueError:
+        return False
+
+
+def listed(found: Sequence[str], limit: int = SHOWN) -> str:
+    """The first values, and whether there are more."""
+    named = [value or "nothing" for value in found[:limit]]
+    return ", ".join(named) + (f", ... ({len(found)} in all)" if len(found) > limit else "")
+
+
+def time_column(table: Table, asked: str | None) -> tuple[str, float]:
+    """The column with the time of the whole layer, and microseconds per unit of it."""
+    if asked is not None:
+        name, _, unit = asked.rpartition(":") if asked not in table.header and ":" in asked else (asked, "", "")
+        known(table, name, "--time-column")
+        found = UNIT_AT_END.search(plain(name))
+        unit = unit or (found[1] if found else "")
+        if unit not in TIME_UNITS:
+            raise InputError("--time-column", asked, f"a unit: {', '.join(TIME_UNITS)}", f"--time-column '{name}:ms'")
+        return name, TIME_UNITS[unit]
+    timed = [name for name in table.header if UNIT_AT_END.search(plain(name))]
+    single = [name for name in timed if not words(name) & STATISTICS]
+    middle = [name for name in timed if words(name) & {"median", "p50"}]
+    mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
+    best = single or middle or mean
+    if len(best) == 1:
+        found = UNIT_AT_END.search(plain(best[0]))
+        return best[0], TIME_UNITS[found[1] if found else "us"]
+    if not best:
+        limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns), is needed"
+        raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
+    limit = "one column with the time of the whole layer"
+    raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: --time-column '{best[0]}'")
+
+
+def device_columns(table: Table, asked: Sequence[str]) -> list[str]:
+    """Columns that tell devices apart: those asked for, else those whose names say so; hosts first."""
+    if asked:
+        return [known(table, column, "--device-column") for column in asked]
+    named = [name for name in table.header if plain(name) in DEVICES]
+    ranks = [name for name in named if plain(name) in RANKS]
+    if ranks:
+        return ranks[:1]
+    varying = [name for name in named if len(values(table.rows, name)) > 1]
+    return sorted(varying, key=lambda name: plain(name) not in HOSTS)
+
+
+def by_device(table: Table, columns: Sequence[str]) -> list[Table]:
+    """Rows of each device, in the order of their numbers, else of appearance."""
+    orders = [_order(values(table.rows, column)) for column in columns]
+    groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
+    for row in table.rows:
+        groups[tuple(order[row.cells[name]] for name, order in zip(columns, orders, strict=True))].append(row)
+    return [Table(table.path, table.header, groups[key]) for key in sorted(groups)]
+
+
+def _order(found: list[str]) -> dict[str, int]:
+    numbers = all(value.isascii() and value.isdigit() for value in found)
+    return {value: i for i, value in enumerate(sorted(found, key=int) if numbers else found)}
+
+
+def refuse_mixtures(
+    devices: Sequence[Table],
+    load_of: LoadOf,
+    *,
+    used: Collection[str],
+    tuned: Collection[str] = (),
+) -> None:
+    """Raise when rows of one device, or devices, differ in what is neither used nor a repeat, a result or a load.
+
+    `tuned` columns name the best kernel found for each load: they may differ between loads, not within one.
+    """
+    table = Table(devices[0].path, devices[0].header, [row for device in devices for row in device.rows])
+    varying = [name for name in table.header if name not in used and len(values(table.rows, name)) > 1]
+    mixed = [name for name in varying if not _harmless(name, devices, load_of, tuned)]
+    mixed = [name for name in mixed if name not in tuned] or mixed  # a kernel follows from the rest
+    if not mixed:
+        return
+    kinds = "; ".join(f"{name}: {listed(values(table.rows, name))}" for name in mixed)
+    a, b = _clash([*devices, table], mixed, load_of)
+    choice = " ".join(f"--where {name}={a.cells[name]}" for name in mixed)
+    column = mixed[0] if len(mixed) == 1 else "NAME"
+    raise InputError(
+        f"{table.path} {a.where} and {b.where}",
+        f"rows that differ in {', '.join(mixed)}",
+        f"one curve needs rows of one kind: {kinds}",
+        f"choose, as in {choice}; or say what a column is: --device-column {column}, --repeat-column {column}",
+    )
+
+
+def _clash(groups: Sequence[Table], mixed: list[str], load_of: LoadOf) -> tuple[Row, Row]:
+    """Two rows that differ: of one device and load where there are such, else of one device, else of any two."""
+
+    def differ(a: Row, b: Row) -> bool:
+        return any(a.cells[name] != b.cells[name] for name in mixed)
+
+    for group in groups:
+        for same_load in (True, False):
+            first: dict[tuple[float, ...], Row] = {}
+            for row in group.rows:
+                before = first.setdefault(load_of(row) if same_load else (), row)
+                if differ(before, row):
+                    return before, row
+    raise AssertionError(f"no rows differ in {mixed}")
+
+
+def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Collection[str]) -> bool:
+    parts = words(name)
+    rows = [row for device in devices for row in device.rows]
+    if parts & OF_A_DEVICE or plain(name) in DEVICES:
+        return len(devices) > 1 and all(len(values(device.rows, name)) == 1 for device in devices)
+    if plain(name) in REPEATS or (parts & RESULTS and _numeric(rows, name)) or parts & MOMENTS:
+        return True
+    if UNIT_AT_END.search(plain(name)):
+        return True
+    if name in tuned:
+        return not _differs_within_a_load(name, devices, load_of)
+    if parts & STATISTICS and (parts <= STATISTICS or 2 * _fractions(rows, name) > len(values(rows, name))):
+        return True
+    if parts & STATES:
+        return not _differs_within_a_load(name, devices, load_of) and not _few(rows, name)
+    return _measured(rows, name, load_of) or (
+        _proportional(name, rows, load_of) and not _differs_within_a_load(name, devices, load_of)
+    )
+
+
+def _differs_within_a_load(name: str, devices: Sequence[Table], load_of: LoadOf) -> bool:
+    for device in devices:
+        seen: dict[tuple[float, ...], str] = {}
+        if any(seen.setdefault(load_of(row), row.cells[name]) != row.cells[name] for row in device.rows):
+            return True
+    return False
+
+
+def _numeric(rows: list[Row], name: str) -> bool:
+    try:
+        return all(float(value.removesuffix("%") or "nan") is not None for value in values(rows, name))
+    except ValueError:
+        return False
+
+
+def _few(rows: list[Row], name: str) -> bool:
+    return 4 * len(values(rows, name)) <= len(rows)
+
+
+def _fractions(rows: list[Row], name: str) -> int:
+    """How many distinct values are numbers with a fraction; 0 where some are no numbers."""
+    try:
+        return sum(float(value) != int(float(value)) for value in values(rows, name))
+    except (ValueError, OverflowError):
+        return 0
+
+
+def _measured(rows: list[Row], name: str, load_of: LoadOf) -> bool:
+    """Whether a column holds measurements: hardly any value comes twice, and they are fractions or far apart.
+
+    Numbers of devices are neither; and a shape comes with many loads.
+    """
+    found = values(rows, name)
+    if len(rows) < 2 * ENOUGH or 10 * len(found) < 9 * len(rows):
+        return False
+    if 2 * _fractions(rows, name) > len(found):
+        return True
+    whole = all(value.isascii() and value.isdigit() for value in found)
+    loads = {load_of(row) for row in rows}
+    return whole and len(rows) >= 20 and 4 * len(loads) >= len(rows) and _span(found) >= 4 * len(found)
+
+
+def _span(found: list[str]) -> int:
+    numbers = [int(value) for value in found]
+    return max(numbers) - min(numbers)
+
+
+def _proportional(name: str, rows: list[Row], load_of: LoadOf) -> bool:
+    """Whether a column counts the load in another unit (rows, bytes, tokens per expert), up to rounding."""
+    if words(name) & SHAPES and not words(name) & LOADS:
+        return False
+    try:
+        pairs = [(load_of(row)[0], float(row.cells[name])) for row in rows]
+    except ValueError:
+        return False
+    most = max(pairs)
+    loads, counts = {load for load, _ in pairs}, {value for _, value in pairs}
+    if len(loads) < ENOUGH or len(counts) < max(ENOUGH, len(loads) / 2) or most[0] <= 0:
+        return False
+    per_load = most[1] / most[0]
+    return per_load > 0 and all(abs(value - per_load * load) <= max(1.0, 0.01 * value) for load, value in pairs)

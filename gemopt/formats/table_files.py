@@ -1,0 +1,163 @@
+"""Rows of a kernel table, whatever file they come in: CSV, parquet, or what vLLM's and SGLang's benchmark_moe print."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import os
+import re
+from dataclasses import dataclass
+
+from gemopt.documents import read_bytes
+from gemopt.exceptions import InputError
+
+BATCH = re.compile(r"Batch size: (\d+), config: (.*)")
+KERNEL_TIME = re.compile(r"Kernel time: (\S+) us")
+ARGUMENTS = re.compile(r"Namespace\(.*\)\s*$")
+LOG_HEADER = ["batch_size", "kernel_time_us", "config", "part"]
+NO_MATTER = {"batch_size", "tune", "seed", "save_dir", "trust_remote_code"}  # arguments that change no kernel
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells by column, and where they stand: `line 7`, or `row 7` of a parquet file."""
+
+    where: str
+    cells: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one file; at least one."""
+
+    path: str
+    header: list[str]
+    rows: list[Row]
+
+
+def read(path: str | os.PathLike[str]) -> Table:
+    """Rows of a file, told apart by its content.
+
+    Raises
+    ------
+    InputError
+        Naming the file and the line that is wrong.
+    """
+    data = read_bytes(path)
+    if data[:4] == b"PAR1":
+        return _parquet(str(path), data)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
+    if text.lstrip()[:1] == "{":
+        limit = "a table with times; a benchmark_moe --tune file holds kernel settings only"
+        raise InputError(str(path), "JSON", limit, "run benchmark_moe without --tune and give what it prints")
+    if BATCH.search(text) or KERNEL_TIME.search(text):
+        return _log(str(path), text)
+    return _csv(str(path), text)
+
+
+def number(table: Table, row: Row, column: str, *, largest: float) -> float:
+    """A cell as a number from 0 to `largest`."""
+    try:
+        value = float(row.cells[column])
+    except ValueError:
+        value = float("nan")
+    if not 0 <= value <= largest:
+        where = f"{table.path} {row.where}, {column}"
+        raise InputError(where, row.cells[column], f"a number from 0 to {largest:.10g}")
+    return value
+
+
+def whole(table: Table, row: Row, column: str, *, largest: float) -> int:
+    """A cell as a whole number from 0 to `largest`."""
+    value = number(table, row, column, largest=largest)
+    if value != int(value):
+        raise InputError(f"{table.path} {row.where}, {column}", row.cells[column], "a whole number")
+    return int(value)
+
+
+def _csv(path: str, text: str) -> Table:
+    try:
+        reader = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True)
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
+    except csv.Error as error:
+        raise InputError(path, str(error), "a CSV file in UTF-8 is needed") from None
+    if len(lines) < 2:
+        raise InputError(path, "no rows", "a header line and at least one row are needed")
+    header = lines[0][1]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise InputError(path, f"columns {', '.join(twice)} twice", "each column once")
+    for line, cells in lines:
+        if len(cells) != len(header):
+            raise InputError(f"{path} line {line}", f"{len(cells)} columns", f"{len(header)} columns, as in the header")
+    rows = [Row(f"line {line}", dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
+    return Table(path, header, rows)
+
+
+def _parquet(path: str, data: bytes) -> Table:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(
+            path, "a parquet file", "reading it needs pyarrow", "pip install 'gemopt[tables]', or save it as CSV"
+        ) from None
+    try:
+        columns = pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict()
+    except pyarrow.ArrowException as error:
+        raise InputError(path, str(error), "a readable parquet file") from None
+    header = [str(name) for name in columns]
+    texts = [["" if value is None else str(value).strip() for value in values] for values in columns.values()]
+    rows = [
+        Row(f"row {i}", dict(zip(header, cells, strict=True))) for i, cells in enumerate(zip(*texts, strict=True), 1)
+    ]
+    if not rows:
+        raise InputError(path, "no rows", "at least one row is needed")
+    return Table(path, header, rows)
+
+
+def _log(path: str, text: str) -> Table:
+    """Each `Batch size: 8, config: {...}` with the `Kernel time: 61.20 us` after it; a new run is a new part."""
+    rows: list[Row] = []
+    arguments: dict[str, str] = {}
+    pending: dict[str, str] | None = None
+    part, seen, line = 1, set[str](), 0
+    for line, content in enumerate(text.splitlines(), 1):
+        batch, time, started = BATCH.search(content), KERNEL_TIME.search(content), ARGUMENTS.search(content)
+        if pending is not None and (batch or started):
+            break
+        if started:
+            arguments = _arguments(started[0])
+            part, seen = part + bool(seen), set()
+        elif batch:
+            if batch[1] in seen:
+                part, seen = part + 1, set()
+            seen.add(batch[1])
+            pending = {**arguments, "batch_size": batch[1], "config": batch[2].strip(), "part": str(part)}
+        elif time and pending is None:
+            raise InputError(f"{path} line {line}", content, "a line `Batch size: N, config: ...` before each time")
+        elif time and not time[1].replace(".", "", 1).isdigit():
+            raise InputError(f"{path} line {line}", content, "a time in microseconds")
+        elif time and pending is not None:
+            rows.append(Row(f"line {line}", {**pending, "kernel_time_us": time[1]}))
+            pending = None
+    if pending is not None:
+        found = f"no time for batch size {pending['batch_size']}"
+        raise InputError(f"{path} line {line}", found, "a line `Kernel time: N us` after each batch size")
+    header = list(dict.fromkeys([*LOG_HEADER, *(name for row in rows for name in row.cells)]))
+    return Table(path, header, [Row(row.where, {name: row.cells.get(name, "") for name in header}) for row in rows])
+
+
+def _arguments(text: str) -> dict[str, str]:
+    """Command line of a run, as Python prints it: `Namespace(model='...', tp_size=2)`."""
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        return {"arguments": text.strip()}
+    keywords = call.keywords if isinstance(call, ast.Call) else []
+    named = {word.arg: ast.unparse(word.value).strip("'\"") for word in keywords if word.arg}
+    return {name: value for name, value in named.items() if name not in NO_MATTER}

@@ -1,0 +1,177 @@
+"""TensorRT-LLM's expert statistic: one file per rank, logical counts, key `{iteration}_{layer}`.
+
+Format: `tensorrt_llm/_torch/expert_statistic.py`. With pipeline parallelism each rank records the layers of its stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import InputError
+from gemopt.formats.engine import IntArray, Recording, TraceOptions
+from gemopt.formats.files import bounded_json, safetensors_rows
+from gemopt.formats.findings import ranges
+from gemopt.traces import COUNT_LIMIT
+
+_KEY = re.compile(r"\d{1,15}_\d{1,6}", re.ASCII)
+
+
+def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
+    """Read a folder of expert statistics: `meta_info.json` and `rank{r}.safetensors`, summed over the ranks."""
+    if len(paths) != 1 or not paths[0].is_dir():
+        raise InputError("PATHS", ", ".join(map(str, paths)), "one folder, that of EXPERT_STATISTIC_PATH")
+    folder = paths[0]
+    meta = bounded_json(folder / "meta_info.json", limit_bytes=1 << 20)
+    experts, top_k = (_positive(folder, meta, key) for key in ("num_experts", "num_experts_per_token"))
+    stages = _stages(_rank_files(folder, options), experts)
+    first = stages[0].iterations
+    copies = [stage.copies for stage in stages]
+    if len({len(stage.files) for stage in stages}) > 1 or len(set(copies)) > 1:
+        found = "; ".join(f"{len(s.files)} ranks ({s.copies} alike) of layers {ranges(s.layers)}" for s in stages)
+        hint = "a file is missing, or the folder mixes runs: record again into an empty one"
+        raise InputError(f"{folder}: rank*.safetensors", found, "as many of every pipeline stage", hint)
+    layers = np.concatenate([stage.layers for stage in stages])
+    total = np.concatenate([stage.total // stage.copies for stage in stages], axis=1)
+    ranks = sum(len(stage.files) for stage in stages)
+    notes = [f"iterations {first[0]} to {first[-1]} of {ranks} ranks"]
+    if len(stages) > 1:
+        parts = "; ".join(ranges(stage.layers) for stage in stages)
+        notes.append(f"{len(stages)} pipeline stages joined by layer: {parts}")
+    if copies[0] > 1:
+        notes.append(f"all {copies[0]} ranks recorded the same counts (they saw the same tokens): counted once")
+    hidden = options.num_hidden_layers
+    target = layers < (layers[-1] + 1 if hidden is None else hidden)
+    if not target.all():
+        notes.append(f"layers from {hidden} on are draft layers: left out")
+    summed = total[:, target]
+    kept = summed[summed.any(axis=(1, 2))]
+    return Recording(
+        blocks=lambda: iter([kept] if len(kept) else []),
+        layer_ids=tuple(int(layer) for layer in layers[target]),
+        top_k=top_k,
+        num_hidden_layers=hidden,
+        notes=notes,
+    )
+
+
+@dataclass
+class _Stage:
+    """The files of the ranks of one pipeline stage, and their sum [iterations, layers, E]."""
+
+    iterations: IntArray
+    layers: IntArray
+    total: NDArray[np.int32]
+    files: list[Path] = field(default_factory=list)
+    agree: bool = True
+
+    @property
+    def copies(self) -> int:
+        """By how much the total is too large: all ranks recorded the same counts."""
+        return len(self.files) if self.agree else 1
+
+    def add(self, path: Path, experts: int) -> None:
+        names, rows_of, rows = safetensors_rows(path, experts)
+        order = _grid_order(path, _keys(path, names), self.iterations, self.layers)
+        self.agree = (
+            _add(path, rows, rows_of[order], self.total, seen=len(self.files) if self.agree else 0) and self.agree
+        )
+        self.files.append(path)
+
+
+def _stages(files: list[Path], experts: int) -> list[_Stage]:
+    """The pipeline stages in the order of their layers: ranks that recorded other layers are of another stage."""
+    stages: list[_Stage] = []
+    for path in files:
+        iterations, layers = _steps_and_layers(path, experts)
+        found = [stage for stage in stages if np.intersect1d(stage.layers, layers).size]
+        if not found:
+            if stages and not np.array_equal(iterations, stages[0].iterations):
+                raise InputError(
+                    f"{path}: iterations",
+                    f"{iterations[0]} to {iterations[-1]}",
+                    f"{stages[0].iterations[0]} to {stages[0].iterations[-1]}, as in {stages[0].files[0].name}",
+                    "the folder mixes runs: record again into an empty one",
+                )
+            shape = (len(iterations), len(layers), experts)
+            stages.append(_Stage(iterations, layers, np.zeros(shape, np.int32)))
+            found = stages[-1:]
+        found[0].add(path, experts)
+    stages.sort(key=lambda stage: int(stage.layers[0]))
+    if any(np.diff(np.concatenate([stage.layers for stage in stages])) <= 0):
+        parts = "; ".join(ranges(stage.layers) for stage in stages)
+        raise InputError(str(files[0].parent), f"layers {parts}", "pipeline stages one after the other")
+    return stages
+
+
+def _positive(folder: Path, meta: Any, key: str) -> int:
+    value = meta.get(key) if isinstance(meta, dict) else None
+    if type(value) is not int or not 0 < value < 1 << 20:
+        raise InputError(f"{folder / 'meta_info.json'}: {key}", value, "a whole number above 0")
+    return value
+
+
+def _rank_files(folder: Path, options: TraceOptions) -> list[Path]:
+    found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"rank(\d{1,5})\.safetensors", p.name))}
+    expected = options.num_ranks or max(found, default=0) + 1
+    missing = sorted(set(range(expected)) - set(found))
+    if missing or len(found) > expected:
+        ranks = ", ".join(map(str, sorted(found))) or "none"
+        hint = f"rank {missing[0]} is missing" if missing else "give the right --ep"
+        raise InputError(f"{folder}: rank*.safetensors", ranks, f"a file of each of the {expected} ranks", hint)
+    return [found[rank] for rank in sorted(found)]
+
+
+def _keys(path: Path, names: list[str]) -> IntArray:
+    """[N, 2] iteration and layer of each array."""
+    for name in names:
+        if not _KEY.fullmatch(name):
+            raise InputError(f"{path}: {name}", "a key", "keys of the form iteration_layer", "remove other files")
+    if not names:
+        raise InputError(str(path), "no counts", "at least one iteration")
+    return np.array([name.split("_") for name in names], dtype=np.int64)
+
+
+def _steps_and_layers(path: Path, experts: int) -> tuple[IntArray, IntArray]:
+    names, _, _ = safetensors_rows(path, experts)
+    keys = _keys(path, names)
+    iterations, layers = np.unique(keys[:, 0]), np.unique(keys[:, 1])
+    if iterations[-1] - iterations[0] + 1 != len(iterations):
+        raise InputError(f"{path}: iterations", f"{len(iterations)} with gaps", "consecutive iterations")
+    if len(keys) != len(iterations) * len(layers):
+        raise InputError(f"{path}: keys", f"{len(keys)}", f"{len(iterations)} iterations x {len(layers)} layers")
+    return iterations, layers
+
+
+def _grid_order(path: Path, keys: IntArray, iterations: IntArray, layers: IntArray) -> IntArray:
+    """Order of the keys by iteration and layer; they must be those of the first rank."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    wanted = np.stack(np.meshgrid(iterations, layers, indexing="ij"), axis=-1).reshape(-1, 2)
+    if not np.array_equal(keys[order], wanted):
+        raise InputError(
+            f"{path}: keys",
+            f"{len(keys)} of iterations {keys[:, 0].min()} to {keys[:, 0].max()}",
+            f"every layer of iterations {iterations[0]} to {iterations[-1]}, as the first rank has",
+            "the folder mixes runs: record again into an empty one",
+        )
+    return np.asarray(order)
+
+
+def _add(path: Path, rows: IntArray, order: IntArray, total: NDArray[np.int32], *, seen: int) -> bool:
+    """Add the counts of a rank, a megabyte at a time; whether they equal those of the `seen` ranks before."""
+    agree = True
+    flat, step = total.reshape(len(order), -1), max(1, (1 << 17) // rows.shape[1])
+    for start in range(0, len(order), step):
+        counts = rows[order[start : start + step]]
+        low, high = int(counts.min()), int(counts.max())
+        if low < 0 or high > COUNT_LIMIT // 4096:
+            raise InputError(f"{path}: counts", low if low < 0 else high, f"counts from 0 to {COUNT_LIMIT // 4096}")
+        agree = agree and (not seen or bool((flat[start : start + step] == seen * counts).all()))
+        flat[start : start + step] += counts.astype(np.int32)
+    return agree

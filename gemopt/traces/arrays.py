@@ -1,0 +1,87 @@
+"""The arithmetic and the checks of routing arrays, below the document.
+
+Files keep every array in the smallest integer type that holds it, and NumPy computes in the type of the array: a step
+of type uint8 times 256 experts wraps. So `widened` comes before any arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import InputError
+from gemopt.traces.files import IntArray
+
+COUNT_LIMIT = 2**31 - 1
+
+
+def widened(array: object, dtype: type[np.signedinteger[Any]] = np.int64) -> Any:
+    """Integers in a type whose sums and products do not wrap; anything else as it is, for the checks to refuse."""
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.dtype.itemsize < np.dtype(dtype).itemsize:
+        return array.astype(dtype)
+    if isinstance(array, np.ndarray) and array.dtype.kind == "u":  # uint64 minus anything is a float or wraps
+        return array.astype(np.int64)
+    return array
+
+
+def one_hot(ids: IntArray, num_experts: int) -> NDArray[np.float32]:
+    """[N, E] 1 where a token chose the expert; ids [N, K], -1 is skipped."""
+    hot = np.zeros((len(ids), num_experts), dtype=np.float32)
+    rows, cols = np.nonzero(ids >= 0)
+    hot[rows, ids[rows, cols].astype(np.int64)] = 1
+    return hot
+
+
+def count_assignments(ids: IntArray, step: IntArray, num_steps: int, num_experts: int) -> IntArray:
+    """[T, L, E] assignments from token-level `ids` [N, L, K] and the step [N] of each token; -1 is skipped."""
+    check_ids(ids, num_experts)
+    counts = np.empty((num_steps, ids.shape[1], num_experts), dtype=np.int32)
+    first_key = step.astype(np.int64) * num_experts
+    for layer in range(ids.shape[1]):
+        experts = ids[:, layer].astype(np.int64)
+        keys = (first_key[:, None] + experts)[experts >= 0]
+        counts[:, layer] = np.bincount(keys, minlength=num_steps * num_experts).reshape(num_steps, num_experts)
+    return counts
+
+
+def check_ids(ids: IntArray, num_experts: int) -> None:
+    """`InputError` for an id outside -1 to E-1."""
+    low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
+    if low < -1 or high >= num_experts:
+        raise InputError("Traces.ids", low if low < -1 else high, f"experts 0 to {num_experts - 1}, -1 for none")
+
+
+def checked_counts(value: object) -> IntArray:
+    """[T, L, E] counts as read-only int32; `InputError` unless they are whole numbers that fit."""
+    array = np.asarray(value)
+    limit = "whole numbers >= 0 [steps, layers, experts]"
+    if array.ndim != 3 or array.dtype.kind not in "iuf":
+        raise InputError("Traces.counts", f"{array.dtype} array of shape {array.shape}", limit)
+    if not array.size:
+        raise InputError("Traces.counts", f"shape {array.shape}", "at least one step, layer and expert")
+    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.floor(array)).all()):
+        raise InputError("Traces.counts", "fractions or NaN", limit, "give assignments, not shares")
+    if array.min() < 0:
+        raise InputError("Traces.counts", int(array.min()), limit)
+    largest = float(array.sum(axis=2, dtype=np.float64).max())
+    if largest > COUNT_LIMIT:
+        raise InputError("Traces.counts", largest, f"at most {COUNT_LIMIT} assignments per step and layer")
+    result = np.array(array, dtype=np.int32, order="C")
+    result.setflags(write=False)
+    return result
+
+
+def check_counted(counts: IntArray, ids: IntArray, step: IntArray) -> None:
+    """`InputError` unless the token-level record makes exactly the counts [T, L, E]."""
+    counted = count_assignments(ids, step, len(counts), counts.shape[2])
+    wrong = np.argwhere(counted != counts)
+    if len(wrong):
+        at, layer, expert = map(int, wrong[0])
+        raise InputError(
+            "Traces.counts",
+            int(counts[at, layer, expert]),
+            f"the token-level ids make {counted[at, layer, expert]} at step {at}, layer {layer}, expert {expert}",
+            "leave the ids out, or count them again",
+        )

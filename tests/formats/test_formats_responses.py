@@ -1,0 +1,400 @@
+"""Responses of every shape that clients keep; counts must equal the truth, and what was left out must be said."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemopt.cli import main
+from gemopt.exceptions import InputError
+from gemopt.formats.engine import TraceOptions
+from gemopt.formats.importing import import_traces
+from gemopt.traces import Phase, Traces
+
+PROMPT, ANSWER, LAYERS, EXPERTS, TOP_K = 10, 5, 2, 8, 2
+
+
+def routing(seed=0, *, tokens=PROMPT + ANSWER - 1, layers=LAYERS, experts=EXPERTS, top_k=TOP_K):
+    return np.random.default_rng(seed).random((tokens, layers, experts)).argsort(axis=2)[:, :, :top_k]
+
+
+def npy(ids, dtype=np.uint8) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, ids.astype(dtype))
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def body(ids, *, prompt=PROMPT, answer=ANSWER, **more):
+    usage = {"prompt_tokens": prompt, "completion_tokens": answer}
+    return {"choices": [{"index": 0, "routed_experts": npy(ids), "finish_reason": "stop"}], "usage": usage, **more}
+
+
+def counts(ids, experts=EXPERTS):
+    """[T, L, E] of tokens decoded one per step."""
+    return np.stack([[np.bincount(row, minlength=experts) for row in token] for token in ids])
+
+
+@pytest.fixture
+def load(tmp_path):
+    def call(bodies, source="vllm", suffix=".jsonl", **options):
+        path = tmp_path / f"responses{suffix}"
+        lines = bodies if isinstance(bodies, str) else "\n".join(map(json.dumps, bodies))
+        path.write_text(json.dumps(bodies) if suffix == ".json" else lines)
+        given = TraceOptions(**{"num_experts": EXPERTS, "batch_size": 1, **options})
+        found = import_traces([path], source=source, destination=tmp_path / "t.safetensors", options=given)
+        return Traces.load(tmp_path / "t.safetensors"), " | ".join(found.notes)
+
+    return call
+
+
+# Prompt and answer
+
+
+def test_several_samples_of_one_prompt(load):
+    """n=2: the prompt is in the rows of both, and usage adds up the answers."""
+    first, second = routing(0), routing(1, tokens=PROMPT + 7 - 1)
+    second[:PROMPT] = first[:PROMPT]
+    both = body(first, answer=ANSWER + 7)
+    both["choices"].append({"index": 1, "routed_experts": npy(second)})
+    traces, _ = load([both])
+    assert (traces.counts == counts(np.concatenate([first[PROMPT:], second[PROMPT:]]))).all()
+    prefill, notes = load([both], phase=Phase.PREFILL)
+    assert prefill.counts.sum() == PROMPT * LAYERS * TOP_K
+    assert "1 further samples of a prompt" in notes
+    both["usage"]["completion_tokens"] += 1
+    with pytest.raises(InputError, match="of all answers"):
+        load([both])
+    for choice, length in zip(both["choices"], (ANSWER, 7), strict=True):
+        choice["token_ids"] = [0] * length
+    with pytest.raises(InputError, match="completion_tokens"):
+        load([both])
+    both["usage"] = {"prompt_tokens": PROMPT}
+    assert (load([both])[0].counts == traces.counts).all()
+
+
+def test_several_prompts_in_one_request(load):
+    """Prompts of their own: usage adds up the prompts as well."""
+    first, second = routing(0), routing(1, tokens=4 + ANSWER - 1)
+    both = body(first, prompt=PROMPT + 4, answer=2 * ANSWER)
+    both["choices"].append({"index": 1, "routed_experts": npy(second)})
+    with pytest.raises(InputError, match="of all answers"):
+        load([both])
+    for choice in both["choices"]:
+        choice["token_ids"] = [0] * ANSWER
+    assert (load([both])[0].counts == counts(np.concatenate([first[PROMPT:], second[4:]]))).all()
+    prefill, notes = load([both], phase=Phase.PREFILL, batch_size=1)
+    assert prefill.counts.sum() == (PROMPT + 4) * LAYERS * TOP_K
+    assert "further samples" not in notes
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"usage": {"completion_tokens": ANSWER}},
+        {"usage": {"prompt_tokens": PROMPT}},
+        {"prompt_token_ids": [0] * PROMPT},
+        {"choices": {"token_ids": [0] * ANSWER}},
+        {"choices": {"prompt_token_ids": [0] * PROMPT}},
+    ],
+)
+def test_any_of_the_counts_tells_the_prompt_from_the_answer(load, known):
+    ids = routing()
+    whole = body(ids)
+    del whole["usage"]
+    whole["choices"][0].update(known.pop("choices", {}))
+    traces, _ = load([{**whole, **known}])
+    assert (traces.counts == counts(ids[PROMPT:])).all()
+
+
+def test_without_any_count_nothing_is_guessed(load):
+    ids = routing()
+    whole = body(ids)
+    del whole["usage"]
+    for phase in (Phase.DECODE, Phase.PREFILL):
+        with pytest.raises(InputError, match=r"tell the prompt from the answer; --phase all"):
+            load([whole], phase=phase)
+    traces, notes = load([whole], phase=Phase.MIXED)
+    assert (traces.counts == counts(ids)).all()
+    assert "as if they had been generated" in notes
+
+
+def test_rows_that_do_not_fit_the_counts(load):
+    ids = routing()
+    with pytest.raises(InputError, match="at most the 3 of the prompt"):
+        load([body(ids, prompt=3)])
+    traces, notes = load([body(ids, prompt=PROMPT + 20)])  # routed_experts_prompt_start, or a cached prefix
+    assert (traces.counts == counts(ids[PROMPT:])).all()
+    assert "1 answers have no rows for the start of their prompt" in notes
+    traces, notes = load([body(ids, answer=ANSWER - 1)])  # the token that ended the answer is not counted
+    assert (traces.counts == counts(ids[PROMPT:])).all()
+    assert "a row more than tokens" in notes
+
+
+# Containers
+
+
+def stream(ids, name="s", **final):
+    first = {"id": name, "object": "chat.completion.chunk", "choices": [{"index": 0, "delta": {"content": "a"}}]}
+    last = {"id": name, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "routed_experts": npy(ids)}]}
+    usage = {"id": name, "choices": [], "usage": {"prompt_tokens": PROMPT, "completion_tokens": ANSWER}}
+    return [first, last, {**usage, **final}]
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "batch", "list", "result", "stream", "events", "mixed streams", "json"])
+def test_wrapped_responses(load, wrapped):
+    a, b = routing(0), routing(1)
+    one, two = body(a, id="a"), body(b, id="b")
+    both = [*stream(a, "a"), *stream(b, "b")]
+    events = "\n\n".join(f"event: message\ndata: {json.dumps(line)}" for line in both)
+    lines = {
+        "plain": [one, two],
+        "json": [one, two],
+        "batch": [{"error": None, "response": {"status_code": 200, "body": each}} for each in (one, two)],
+        "list": [[one, two]],
+        "result": [{"result": one}, {"result": [two]}],
+        "stream": both,
+        "mixed streams": [line for pair in zip(stream(a, "a"), stream(b, "b"), strict=True) for line in pair],
+        "events": f": ping\n\n{events}\n\ndata: [DONE]\n",
+    }[wrapped]  # fmt: skip
+    traces, notes = load(lines, suffix=".json" if wrapped == "json" else ".jsonl")
+    assert (traces.counts == counts(np.concatenate([a[PROMPT:], b[PROMPT:]]))).all()
+    assert "skipped" not in notes
+
+
+def test_a_stream_that_repeats_what_it_sent(load):
+    ids = routing()
+    chunks = stream(ids)
+    chunks[0]["choices"][0]["routed_experts"] = npy(ids[:6])
+    assert (load(chunks)[0].counts == counts(ids[PROMPT:])).all()
+    chunks[0]["choices"][0]["routed_experts"] = npy((ids[:6] + 1) % EXPERTS)
+    with pytest.raises(InputError, match="2 chunks that differ"):
+        load(chunks)
+
+
+def test_sglang_streams_count_once(load):
+    ids = routing().astype(np.int32)
+    text = base64.b64encode(ids.tobytes()).decode()
+    meta = {"id": "r", "prompt_tokens": PROMPT, "completion_tokens": 2, "finish_reason": None}
+    part = base64.b64encode(ids[: PROMPT + 1].tobytes()).decode()
+    last = {**meta, "completion_tokens": ANSWER, "finish_reason": {"type": "stop"}, "routed_experts": text}
+    lines = [{"text": "a", "meta_info": {**meta, "routed_experts": part}}, {"text": "ab", "meta_info": last}]
+    traces, notes = load(lines, "sglang", num_hidden_layers=LAYERS, top_k=TOP_K)
+    assert (traces.counts == counts(ids[PROMPT:])).all()
+    assert "the number of tokens fits" in notes
+
+
+def test_what_has_no_tokens_is_skipped_and_counted(load):
+    ids = routing()
+    nothing = {"choices": [{"index": 0, "routed_experts": None, "finish_reason": "abort"}], "usage": {}}
+    lines = [
+        body(ids, id="a"),
+        nothing,
+        {"object": "error", "message": "too long", "code": 400},
+        {"id": "x", "response": {"status_code": 429, "body": {"error": {"message": "slow down"}}}, "error": None},
+        {"id": "y", "response": None, "error": {"code": "batch_expired"}},
+        {"detail": "not found"},
+        {"choices": [{"index": 0, "text": "x", "finish_reason": "stop"}], "usage": {"completion_tokens": 1}},
+        {"meta_info": {"id": "z", "completion_tokens": 0, "finish_reason": {"type": "abort", "message": "no"}}},
+        body(routing(1), id="b"),
+    ]
+    traces, notes = load(lines)
+    assert traces.num_steps == 2 * (ANSWER - 1)
+    assert "skipped 7 of 9 answers: 2 aborted, 4 error, 1 without routed_experts" in notes
+    with pytest.raises(InputError, match=r"no decode token; skipped 1 of 1 answers: 1 aborted.*ask the engine"):
+        load([nothing])
+
+
+def test_the_same_answer_twice_counts_once(load):
+    one, other = body(routing(), id="a"), body(routing(1), id="a")
+    traces, notes = load([one, other, one])
+    assert traces.num_steps == 2 * (ANSWER - 1)
+    assert "1 answers came twice: counted once" in notes
+    del one["id"]  # without a name two equal answers may be two requests
+    assert load([one, one])[0].num_steps == 2 * (ANSWER - 1)
+
+
+# Encodings
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "int64", None])
+def test_sglang_wire_types(load, dtype):
+    ids = routing()
+    meta = {"prompt_tokens": PROMPT, "completion_tokens": ANSWER, "routed_experts_dtype": dtype}
+    data = base64.b64encode(ids.astype(dtype or "int32").tobytes()).decode()
+    given = {"num_hidden_layers": LAYERS, "top_k": TOP_K}
+    for holder in (
+        {"meta_info": {**meta, "routed_experts": data}},
+        {"choices": [{"sgl_ext": {"routed_experts": data, "routed_experts_dtype": dtype}}], "usage": meta},
+        {"choices": [{}], "sglext": {"routed_experts": data, "routed_experts_dtype": dtype}, "usage": meta},
+    ):
+        assert (load([holder], "sglang", **given)[0].counts == counts(ids[PROMPT:])).all()
+    with pytest.raises(InputError, match="routed_experts_dtype: got float8"):
+        load([{"meta_info": {**meta, "routed_experts": data, "routed_experts_dtype": "float8"}}], "sglang", **given)
+
+
+@pytest.mark.parametrize("layers,top_k", [(1, 4), (4, 1), (4, 2), (2, 1), (1, 1), (8, 2)])
+def test_a_wrong_hint_makes_no_wrong_counts(load, layers, top_k):
+    """The bytes have no shape; any reading with another number of tokens is refused."""
+    data = base64.b64encode(routing().astype(np.int32).tobytes()).decode()
+    meta = {"prompt_tokens": PROMPT, "completion_tokens": ANSWER, "routed_experts": data}
+    given = {"num_hidden_layers": layers, "top_k": top_k}
+    if layers * top_k == LAYERS * TOP_K:  # as many tokens: only the note can tell
+        try:
+            assert "the same bytes would fit another split" in load([{"meta_info": meta}], "sglang", **given)[1]
+        except InputError as error:
+            assert any(word in str(error) for word in ("expert twice", "repeats experts", "expert 0"))
+        return
+    with pytest.raises(InputError, match="give the right --num-hidden-layers and --top-k"):
+        load([{"meta_info": meta}], "sglang", **given)
+
+
+@pytest.mark.parametrize("encode", [base64.b64encode, base64.b85encode])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32"])
+@pytest.mark.parametrize("start", [0, 4, None])
+def test_dynamo(load, encode, dtype, start):
+    ids = routing()
+    rows = ids[start or 0 :]
+    said = {"data": encode(rows.astype(dtype).tobytes()).decode(), "shape": list(rows.shape), "dtype": dtype}
+    response = body(ids)
+    del response["choices"][0]["routed_experts"]
+    for inside in ({"routed_experts": {**said, "start": start}}, {"engine_data": {"routed_experts": said}}):
+        assert (load([{**response, "nvext": inside}])[0].counts == counts(ids[PROMPT:])).all()
+    for wrong in (
+        {"shape": [14, 2]},
+        {"shape": [99, 2, 2]},
+        {"dtype": "x"},
+        {"dtype": None},
+        {"start": -1},
+        {"data": 3},
+    ):
+        with pytest.raises(InputError, match="routed_experts"):
+            load([{**response, "nvext": {"routed_experts": {**said, **wrong}}}])
+
+
+# What is routing, and what is not
+
+
+def test_padded_tokens_are_not_routing(load):
+    ids = routing()
+    padded = np.concatenate([ids, np.zeros((50, LAYERS, TOP_K), int)])
+    for rows in (padded, np.concatenate([padded[-50:], ids])):
+        traces, notes = load([body(rows)])
+        assert (traces.counts == counts(ids[PROMPT:])).all()
+        assert "50 tokens without any expert (padding)" in notes
+    ids[PROMPT + 1] = 0
+    for options in ({}, {"layer_ids": (0, 1)}):
+        traces, notes = load([body(ids)], **options)
+        assert (traces.counts == counts(np.delete(ids, PROMPT + 1, axis=0)[PROMPT:])).all()
+        assert "1 tokens without any expert (padding)" in notes
+    unknown = body(padded)
+    del unknown["usage"]["prompt_tokens"]
+    with pytest.raises(InputError, match="padded at the end"):
+        load([unknown])
+
+
+def test_a_layer_that_lacks_some_tokens_is_refused_whatever_the_hint(load):
+    ids = routing()
+    ids[PROMPT + 1, 1] = 0
+    for options in ({}, {"layer_ids": (0, 1)}, {"layer_ids": (1,)}):
+        with pytest.raises(InputError, match="layer 1 names an expert twice, or none, in 1 of 4"):
+            load([body(ids)], **options)
+    assert (load([body(ids)], layer_ids=(0,))[0].counts == counts(ids[PROMPT:, :1])).all()
+
+
+def test_dense_layers_may_hold_anything(load):
+    ids = routing()
+    ids[:, 0] = 3
+    traces, notes = load([body(ids)])
+    assert traces.layer_ids == (1,)
+    assert "layers 0 repeat experts" in notes
+    ids[:, 0] = [-1, 30000]
+    response = body(ids)
+    response["choices"][0]["routed_experts"] = npy(ids, np.int32)
+    assert (load([response], layer_ids=(1,))[0].counts == counts(ids[PROMPT:, 1:])).all()
+    with pytest.raises(InputError, match="below 8192"):
+        load([response])
+
+
+def test_top_1_with_dense_layers_is_never_guessed(load):
+    ids = routing(layers=4, top_k=1)
+    ids[:, 0] = ids[:, 2] = 0
+    with pytest.raises(InputError, match=r"layers 0, 2 name expert 0 in every token.*--layer-ids, for example 1, ?3"):
+        load([body(ids)])
+    traces, _ = load([body(ids)], layer_ids=(1, 3))
+    assert (traces.counts == counts(ids[PROMPT:, [1, 3]])).all()
+    assert traces.layer_ids == (1, 3)
+    everything, _ = load([body(ids)], layer_ids=(0, 1, 2, 3))  # a router that always takes expert 0, says the user
+    assert (everything.counts == counts(ids[PROMPT:])).all()
+    ids[:, 2] = -1  # no expert at all is no routing
+    response = body(ids)
+    response["choices"][0]["routed_experts"] = npy(ids, np.int8)
+    ids[:, 0] = 1
+    response["choices"][0]["routed_experts"] = npy(ids, np.int8)
+    assert load([response])[0].layer_ids == (0, 1, 3)
+
+
+def test_top_1_padding_is_refused_or_trimmed(load):
+    ids = routing(tokens=PROMPT + 20 - 1, layers=6, top_k=1)
+    padded = np.concatenate([ids, np.zeros((9, 6, 1), int)])
+    traces, notes = load([body(padded, answer=20)])
+    assert (traces.counts == counts(ids[PROMPT:])).all()
+    assert "9 tokens without any expert" in notes
+    inside = ids.copy()
+    inside[PROMPT + 2 : PROMPT + 5] = 0
+    for options in ({}, {"layer_ids": tuple(range(6))}):
+        with pytest.raises(InputError, match="look like padding"):
+            load([body(inside, answer=20)], **options)
+    few = routing(tokens=PROMPT + 200 - 1, layers=2, top_k=1)
+    few[PROMPT + 3] = 0  # two layers of eight experts: one token in 64 has expert 0 in both
+    traces, notes = load([body(few, answer=200)])
+    assert (traces.counts == counts(few[PROMPT:])).all()
+    assert "taken as routing, not as padding" in notes
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 3), st.integers(1, 20), st.integers(2, 20), st.data())
+def test_any_padding_and_any_dense_layers(tmp_path_factory, seed, layers, dense, prompt, answer, data):
+    """Zeros for dense layers and zeros around the tokens never change the counts of the others."""
+    tokens = prompt + answer - 1
+    ids = routing(seed, tokens=tokens, layers=layers + dense, top_k=3)
+    zeros = data.draw(st.permutations(range(layers + dense)))[:dense]
+    ids[:, zeros] = 0
+    left, right = data.draw(st.sampled_from([(0, 0), (7, 0), (0, 7)]))
+    rows = np.pad(ids, ((left, right), (0, 0), (0, 0)))
+    folder = tmp_path_factory.mktemp("padding")
+    (folder / "r.jsonl").write_text(json.dumps(body(rows, prompt=prompt, answer=answer)))
+    options = TraceOptions(num_experts=EXPERTS, batch_size=1)
+    found = import_traces([folder / "r.jsonl"], source="vllm", destination=folder / "t.safetensors", options=options)
+    kept = [layer for layer in range(layers + dense) if layer not in zeros]
+    assert found.layer_ids == tuple(kept)
+    assert (Traces.load(folder / "t.safetensors").counts == counts(ids[prompt:, kept])).all()
+
+
+def test_the_number_of_experts_is_not_guessed_without_a_word(load):
+    traces, notes = load([body(routing())], num_experts=None)
+    assert f"{traces.num_experts} experts, the highest id seen + 1; give --num-experts" in notes
+    _, notes = load([body(routing())], num_experts=64)
+    assert "highest id" not in notes
+    assert "of 64 experts were never chosen in any layer" in notes
+
+
+def test_the_command_says_it_all(tmp_path, capsys):
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, [body(routing()), {"error": "x"}])))
+    words = ["trace", "import", str(tmp_path / "r.jsonl"), "--from", "vLLM", "-o", str(tmp_path / "t.safetensors")]
+    for more, prefix in (([], "note: "), (["--json"], "")):
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, *more])
+        out = capsys.readouterr().out
+        assert stopped.value.code == 0
+        assert f"{prefix}skipped 1 of 2 answers: 1 error" in out
+        assert "8 experts, the highest id seen + 1" in out
+    assert "4 steps" in out or json.loads(out)["num_steps"] == ANSWER - 1
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--phase", "all", "--num-experts", "8"])
+    assert "14 steps" in capsys.readouterr().out

@@ -1,0 +1,442 @@
+"""Recordings in parts: pipeline stages, equal dumps, statistics in other forms, count tables; and what counts tell."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from gemopt.cli import main
+from gemopt.exceptions import InputError
+from gemopt.formats.engine import TraceOptions
+from gemopt.formats.findings import ranges
+from gemopt.formats.importing import import_traces
+from gemopt.traces import Traces
+
+torch = pytest.importorskip("torch")
+STEPS, LAYERS, EXPERTS = 6, 5, 16
+
+
+@pytest.fixture
+def load(tmp_path):
+    def call(paths, source="sglang", **options):
+        paths = paths if isinstance(paths, list) else [paths]
+        target = tmp_path / "out.safetensors"
+        found = import_traces(paths, source=source, destination=target, options=TraceOptions(**options))
+        return Traces.load(target), " | ".join(found.notes)
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "dumps").mkdir()
+    return tmp_path / "dumps"
+
+
+def truth(seed=0, steps=STEPS):
+    counts = np.random.default_rng(seed).integers(1, 50, (steps, LAYERS, EXPERTS)).astype(np.int32)
+    counts[:, 0] = 0  # a dense layer
+    return counts
+
+
+def only(counts, *layers):
+    kept = np.zeros_like(counts)
+    kept[:, list(layers)] = counts[:, list(layers)]
+    return kept
+
+
+def stat(path, counts):
+    torch.save({"rank": 0, "logical_count": torch.from_numpy(np.ascontiguousarray(counts))}, path)
+
+
+def per_pass(folder, time, rank, counts, *, first=1, **more):
+    records = [
+        {
+            "forward_pass_id": first + step,
+            "rank": rank,
+            "gatherer_key": "primary",
+            "global_physical_count": torch.from_numpy(np.ascontiguousarray(each)),
+            **{key: value(step) for key, value in more.items()},
+        }
+        for step, each in enumerate(counts)
+    ]
+    table = torch.arange(counts.shape[2]).repeat(counts.shape[1], 1)
+    data = {"records": records, "last_physical_to_logical_map": table}
+    torch.save(data, folder / f"expert_distribution_recorder_{time}_{rank}.pt")
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("suffix", [".json", ".pt"])
+@pytest.mark.parametrize("kind", [int, float])
+@pytest.mark.parametrize("steps", [None, STEPS])
+def test_statistics_in_every_form(load, tmp_path, suffix, kind, steps):
+    counts = truth() if steps else truth().sum(axis=0)
+    path = tmp_path / f"s{suffix}"
+    if suffix == ".json":
+        path.write_text(json.dumps({"logical_count": counts.astype(kind).tolist()}))
+    else:
+        tensor = torch.from_numpy(counts.astype(np.int64 if kind is int else np.float32))
+        torch.save({"logical_count": tensor}, path)
+    traces, notes = load(path)
+    assert (traces.counts == counts.reshape(-1, LAYERS, EXPERTS)[:, 1:]).all()
+    assert traces.layer_ids == (1, 2, 3, 4)
+    assert ("a single step" in notes) == (steps is None)
+
+
+def test_statistics_that_are_none(load, tmp_path):
+    path = tmp_path / "s.json"
+    for value, word in [
+        ([[0.5, 1], [1, 2]], "0.5"),
+        ([[1, -1], [1, 2]], "from 0"),
+        ([1, 2], "dimension"),
+        ([[1, 2], [3]], "whole numbers"),
+        ("x", "dimension"),
+        ([[0, 0], [0, 0]], "no step"),
+    ]:
+        path.write_text(json.dumps({"logical_count": value}))
+        with pytest.raises(InputError, match=word):
+            load(path)
+    path.write_text(json.dumps({"logical_count": [[1, 2], [2, 1]]}))
+    stat(tmp_path / "s.pt", truth())
+    with pytest.raises(InputError, match="different networks"):
+        load([path, tmp_path / "s.pt"])
+
+
+def test_equal_dumps_count_once(load, folder):
+    counts = truth()
+    for time in (100.5, 100.6, 101.5):
+        stat(folder / f"expert_distribution_recorder_{time}.pt", counts)
+    stat(folder / "expert_distribution_recorder_100.9.pt", truth(1))
+    traces, notes = load(folder)
+    assert (traces.counts == np.concatenate([counts, truth(1)])[:, 1:]).all()
+    assert notes.count("again: counted once") == 2
+    np.save(folder / "a.npy", counts)
+    np.savez(folder / "b.npz", counts=counts.astype(np.int64))
+    traces, notes = load([folder / "a.npy", folder / "b.npz"], "array")
+    assert traces.num_steps == STEPS
+    assert "b.npz is a.npy again: counted once" in notes
+
+
+def test_a_dump_that_begins_with_the_last_one(load, folder):
+    counts = truth(steps=9)
+    stat(folder / "expert_distribution_recorder_1.5.pt", counts[:6])
+    stat(folder / "expert_distribution_recorder_2.5.pt", counts[4:])
+    traces, notes = load(folder)
+    assert (traces.counts == counts[:, 1:]).all()
+    assert "the first 2 steps of expert_distribution_recorder_2.5.pt" in notes
+
+
+def test_stat_dumps_of_pipeline_stages(load, folder):
+    counts, later = truth(), truth(2)
+    for time, each in ((1, counts), (5, later)):
+        stat(folder / f"expert_distribution_recorder_{time}.1.pt", only(each, 1, 2))
+        stat(folder / f"expert_distribution_recorder_{time}.2.pt", only(each, 3, 4))
+    traces, notes = load(folder)
+    assert (traces.counts == np.concatenate([counts, later])[:, 1:]).all()
+    assert "2 pipeline stages joined by layer: 1-2; 3-4" in notes
+    (folder / "expert_distribution_recorder_5.2.pt").unlink()
+    with pytest.raises(InputError, match="as many dumps of every pipeline stage"):
+        load(folder)
+    stat(folder / "expert_distribution_recorder_5.2.pt", only(later, 3, 4)[:-1])
+    with pytest.raises(InputError, match="another stage of the pipeline"):
+        load(folder)
+    stat(folder / "expert_distribution_recorder_5.2.pt", only(later, 2, 3, 4))
+    with pytest.raises(InputError, match=r"2 pipeline stages|two pipeline stages"):
+        load(folder)
+
+
+# Forward passes of ranks and stages
+
+
+@pytest.mark.parametrize("numbered", ["stage", "world"])
+@pytest.mark.parametrize("same", [True, False])
+def test_pipeline_stages_of_forward_passes(load, folder, numbered, same):
+    parts = [truth(seed) for seed in range(2)]
+    parts = [parts[0], parts[0]] if same else parts
+    for stage, layers in enumerate([(1, 2), (3, 4)]):
+        for rank in range(2):
+            name = rank if numbered == "stage" else 2 * stage + rank
+            per_pass(folder, f"10{stage}.{rank}", name, only(parts[rank], *layers))
+    traces, notes = load(folder)
+    assert (traces.counts == (parts[0] if same else parts[0] + parts[1])[:, 1:]).all()
+    assert "2 pipeline stages joined by layer: 1-2; 3-4" in notes
+    assert ("counted once" in notes) == same
+    ranks = 2 if numbered == "stage" else 4
+    assert (load(folder, num_ranks=ranks)[0].counts == traces.counts).all()
+    with pytest.raises(InputError, match="rank"):
+        load(folder, num_ranks=5)
+    next(folder.glob("*101.1*")).unlink()
+    with pytest.raises(InputError, match="rank"):
+        load(folder)
+
+
+def test_stages_keep_the_steps_that_all_have(load, folder):
+    counts = truth()
+    per_pass(folder, "1.0", 0, only(counts, 1, 2))
+    per_pass(folder, "2.0", 0, only(counts, 3, 4)[2:], first=3)
+    traces, notes = load(folder)
+    assert (traces.counts == counts[2:, 1:]).all()
+    assert "2 passes that some ranks did not record" in notes
+
+
+def test_the_same_passes_twice(load, folder):
+    """Overlapping dumps of a rank: passes 1-6, then 4-9; equal ones count once, others are refused."""
+    counts = truth(steps=9)
+    per_pass(folder, "1.0", 0, counts[:6])
+    per_pass(folder, "2.0", 0, counts[3:], first=4)
+    traces, notes = load(folder)
+    assert (traces.counts == counts[:, 1:]).all()
+    assert "3 records came twice: counted once" in notes
+    per_pass(folder, "2.0", 0, counts[3:] + 1, first=4)
+    with pytest.raises(InputError, match="twice, with other counts"):
+        load(folder)
+
+
+def chosen(rng, tokens=5, layers=LAYERS, dense=1):
+    """[layers, N, 8] slots, four used."""
+    ids = np.full((layers, tokens, 8), -1, np.int32)
+    ids[dense:, :, :4] = rng.random((layers - dense, tokens, EXPERTS)).argsort(axis=2)[:, :, :4]
+    return ids
+
+
+def count(ids):
+    return np.stack([np.bincount(layer[layer >= 0], minlength=EXPERTS) for layer in ids]).astype(np.int32)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.int64])
+def test_records_without_counts_are_counted_from_their_ids(load, folder, dtype):
+    rng = np.random.default_rng(0)
+    ids = [chosen(rng) for _ in range(3)]
+    expected = np.stack([count(each) for each in ids])
+    more = {
+        "topk_ids_of_layer": lambda step: torch.from_numpy(ids[step].astype(dtype)),
+        "input_ids": lambda step: list(range(5)),
+        "global_physical_count": lambda step: None,
+    }
+    per_pass(folder, "1.0", 0, np.zeros_like(expected), **more)
+    traces, notes = load(folder)
+    assert (traces.counts == expected[:, 1:]).all()
+    assert "counted from topk_ids_of_layer" in notes
+    kept, _ = load(folder, keep_tokens=True)
+    assert (kept.counts == expected[:, 1:]).all()
+    assert kept.top_k == 4
+    ids[1][2, 3, :] = [3, 2, 1, 0, 0, 0, 0, 0]  # padded by zeros instead of -1
+    per_pass(folder, "1.0", 0, np.zeros_like(expected), **more)
+    with pytest.raises(InputError, match="a slot twice for token 3 in layer 2"):
+        load(folder)
+
+
+def test_tokens_of_pipeline_stages_are_joined(load, folder):
+    rng = np.random.default_rng(0)
+    whole = [chosen(rng) for _ in range(3)]
+    words = [11, 12, 13, 14, 15]
+    for stage, layers in enumerate([(1, 2), (3, 4)]):
+        ids = []
+        for each in whole:
+            part = np.full_like(each, -1)
+            part[list(layers)] = each[list(layers)]
+            ids.append(part)
+        more = {
+            "topk_ids_of_layer": lambda step, ids=ids: torch.from_numpy(ids[step]),
+            "input_ids": lambda step: words,
+        }
+        per_pass(folder, f"{stage}.0", 0, np.stack([count(each) for each in ids]), **more)
+    traces, _ = load(folder, keep_tokens=True)
+    expected = np.concatenate([each[1:, :, :4].transpose(1, 0, 2) for each in whole])
+    assert (traces.tokens.ids == expected).all()
+    assert traces.tokens.token_ids.tolist() == words * 3
+    words = [9, 9, 9, 9, 9]
+    per_pass(folder, "1.0", 0, np.stack([count(each) for each in ids]), **more)
+    with pytest.raises(InputError, match="the same tokens in every pipeline stage"):
+        load(folder, keep_tokens=True)
+
+
+# TensorRT-LLM
+
+
+def statistic(folder, rank, counts, layers, start=100):
+    from safetensors.numpy import save_file
+
+    arrays = {
+        f"{start + step}_{layer}": np.ascontiguousarray(each[i].astype(np.int64))
+        for step, each in enumerate(counts)
+        for i, layer in enumerate(layers)
+    }
+    (folder / "meta_info.json").write_text(json.dumps({"num_experts": EXPERTS, "num_experts_per_token": 4}))
+    save_file(arrays, folder / f"rank{rank}.safetensors")
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tensorrt_llm_stages(load, folder, same):
+    parts = [truth(seed)[:, 1:] for seed in range(2)]
+    parts = [parts[0], parts[0]] if same else parts
+    for stage, layers in enumerate([(3, 4), (5, 61)]):
+        for rank in range(2):
+            statistic(folder, 2 * stage + rank, parts[rank][:, 2 * stage : 2 * stage + 2], layers)
+    traces, notes = load(folder, "trtllm")
+    assert (traces.counts == (parts[0] if same else parts[0] + parts[1])).all()
+    assert traces.layer_ids == (3, 4, 5, 61)
+    assert "2 pipeline stages joined by layer: 3-4; 5, 61" in notes
+    assert ("counted once" in notes) == same
+    assert load(folder, "trtllm", num_hidden_layers=61)[0].layer_ids == (3, 4, 5)
+    statistic(folder, 3, parts[1][:, 2:], (5, 61), start=101)
+    with pytest.raises(InputError, match="mixes runs"):
+        load(folder, "trtllm")
+    statistic(folder, 3, parts[1][:, 2:], (4, 5))
+    with pytest.raises(InputError, match="mixes runs"):
+        load(folder, "trtllm")
+    (folder / "rank3.safetensors").unlink()
+    with pytest.raises(InputError, match="as many of every pipeline stage"):
+        load(folder, "trtllm")
+    statistic(folder, 2, parts[0][:, 2:], (2, 5))
+    with pytest.raises(InputError, match=r"one after the other|as many"):
+        load(folder, "trtllm")
+
+
+# Count tables
+
+
+def table(path, rows, header="layer_id,expert_id,count"):
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows), ""]))
+    return path
+
+
+def rows_of(counts, layers=(3, 4)):
+    return [(layer, e, n) for layer, row in zip(layers, counts, strict=True) for e, n in enumerate(row) if n]
+
+
+@pytest.mark.parametrize("source", ["sglang", "csv", "array"])
+def test_count_tables_of_ranks(load, folder, source):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 3, (2, 3, 2, 8)) * rng.integers(1, 30, (2, 3, 2, 8))  # [dumps, ranks, layers, experts]
+    for dump, ranks in enumerate(counts):
+        for rank, each in enumerate(ranks):
+            table(folder / f"expert_distribution_rank{rank}_timestamp{dump + 1}.{9 - rank}.csv", rows_of(each))
+    traces, notes = load(folder if source != "array" else sorted(folder.iterdir()), source, num_experts=8)
+    assert (traces.counts == counts.sum(axis=1)).all()
+    assert traces.layer_ids == (3, 4)
+    assert "2 steps, one for each table of a rank" in notes
+    sorted(folder.glob("*rank1*"))[0].unlink()
+    with pytest.raises(InputError, match="as many tables of every rank"):
+        load(folder, "csv")
+    for path in folder.glob("*rank1*"):
+        path.unlink()
+    with pytest.raises(InputError, match="rank 1 is missing"):
+        load(folder, "csv")
+
+
+def test_count_tables_say_what_they_lack(load, folder):
+    path = table(folder / "a.csv", [(3, 0, 5), (3, 5, 7), (4, 1, 9)])
+    traces, notes = load(path, "csv")
+    assert traces.counts.tolist() == [[[5, 0, 0, 0, 0, 7], [0, 9, 0, 0, 0, 0]]]
+    for word in ("6 experts, the highest id seen + 1", "a single step", "never chosen in any layer (2-4)"):
+        assert word in notes
+    with pytest.raises(InputError, match="experts 0 to 3"):
+        load(path, "csv", num_experts=4)
+    same = [table(folder / f"x_rank{rank}.csv", [(0, 0, 5), (0, 1, 6)]) for rank in range(3)]
+    traces, notes = load(same, "csv")
+    assert traces.counts.tolist() == [[[5, 6]]]
+    assert "all 3 ranks recorded the same counts" in notes
+    _, notes = load(same[0], "csv")
+    assert "rank 0 alone" in notes
+    traces, notes = load([path, table(folder / "b.csv", [(3, 0, 5), (3, 5, 7), (4, 1, 9)])], "csv")
+    assert traces.num_steps == 1
+    assert "b.csv is a.csv again: counted once" in notes
+
+
+def test_count_tables_with_steps_and_ranks(load, folder):
+    rng = np.random.default_rng(1)
+    counts = rng.integers(1, 30, (3, 2, 2, 4))  # [steps, ranks, layers, experts]
+    rows = [
+        (step + 7, rank, layer, expert, f"{counts[step, rank, layer, expert]}.0", "m")
+        for step in range(3)
+        for rank in range(2)
+        for layer in range(2)
+        for expert in range(4)
+    ]
+    rng.shuffle(rows)
+    head = "iteration, Rank ,layer,expert,num_tokens,model"
+    path = table(folder / "t.csv", rows, head)
+    traces, _ = load(path, "csv")
+    assert (traces.counts == counts.sum(axis=1)).all()
+    half = [table(folder / f"{name}.csv", part, head) for name, part in (("p", rows[:20]), ("q", rows[16:]))]
+    traces, notes = load(half, "csv")
+    assert (traces.counts == counts.sum(axis=1)).all()
+    assert "4 lines are in several tables: counted once" in notes
+
+
+@pytest.mark.parametrize(
+    "text,word",
+    [
+        ("", "layer_id, expert_id, count"),
+        ("layer_id,expert_id\n0,1\n", "layer_id, expert_id, count"),
+        ("layer_id,physical_expert_id,count\n0,1,2\n", "layer_id, expert_id, count"),
+        ("layer_id,expert_id,count\n", "at least one line"),
+        ("layer_id,expert_id,count\n0,1,2\n0,1,2\n", "line 3: got 0,1,2; each layer and expert once"),
+        ("layer_id,expert_id,count\n0,1,-2\n", "whole number"),
+        ("layer_id,expert_id,count\n0,1,2.5\n", "whole number"),
+        ("layer_id,expert_id,count\n0,1,1e3\n", "whole number"),
+        ("layer_id,expert_id,count\n0,1\n", "3 values"),
+        ("layer_id,expert_id,count\n0,99999999,3\n", "below 65536"),
+        ("layer_id,layer,expert_id,count\n0,0,1,3\n", "one column for the layer"),
+        ("layer_id,expert_id,count,phase\n0,1,3,prefill\n0,2,3,decode\n", "phase: got decode; prefill"),
+        ("layer_id,expert_id,count\n0,1,0\n", "no step"),
+        ("layer_id,expert_id,count\n0,1,0\n1,1,4\n", "if 0 have no experts, give --layer-ids 1"),
+        ("layer_id,expert_id,count\n\x00", "3 values"),
+    ],
+)
+def test_tables_that_are_refused(load, folder, text, word):
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=word) as caught:
+        load(folder / "t.csv", "csv")
+    assert "\n" not in str(caught.value)
+
+
+# What counts tell
+
+
+def test_findings(load, tmp_path):
+    counts = np.random.default_rng(0).integers(1, 9, (4, 3, 8))
+    counts[:, :, 4:] = 0
+    np.save(tmp_path / "a.npy", counts)
+    _, notes = load(tmp_path / "a.npy", "array")
+    assert "4 of 8 experts were never chosen in any layer (4-7): a short recording, or only one rank's" in notes
+    counts[:, 1] = counts[:, 1, ::-1]  # the block of one rank, another in each layer
+    np.save(tmp_path / "a.npy", counts)
+    assert "layers 0-2 use half of their 8 experts or fewer (4 at least)" in load(tmp_path / "a.npy", "array")[1]
+    counts += 1
+    counts[2, 1] = 0
+    np.save(tmp_path / "a.npy", counts)
+    _, notes = load(tmp_path / "a.npy", "array")
+    assert "in 1 of 4 steps layers 1 have no assignments" in notes
+    counts[:, 1] = 0
+    np.save(tmp_path / "a.npy", counts)
+    assert "layers 1 have no counts" in load(tmp_path / "a.npy", "array")[1]
+    with pytest.raises(InputError, match=r"layer 1.*if 1 have no experts, give --layer-ids 0,2"):
+        load(tmp_path / "a.npy", "array", layer_ids=(0, 1, 2))
+    counts[:] = 7
+    np.save(tmp_path / "a.npy", counts)
+    assert load(tmp_path / "a.npy", "array")[1] == ""
+
+
+def test_ranges():
+    assert ranges([5, 0, 2, 1]) == "0-2, 5"
+    assert ranges([]) == ""
+    assert ranges(range(0, 40, 2)) == "0, 2, 4, 6, 8, 10, 12, 14, ..."
+
+
+def test_nothing_recorded_is_refused_by_solve(tmp_path, capsys):
+    from gemopt.profile import Device, Profile, Sample
+
+    samples = [Sample(assignments=n, latency_us=10.0 + n) for n in (1, 100)]
+    Profile(devices=[Device(rank=rank, samples=samples) for rank in range(2)]).save(tmp_path / "p.json")
+    np.savez(tmp_path / "t.npz", counts=np.zeros((4, 2, 4), np.int32))
+    with pytest.raises(SystemExit) as stopped:
+        main(["solve", str(tmp_path / "p.json"), str(tmp_path / "t.npz"), "-o", str(tmp_path / "out.json")])
+    assert stopped.value.code == 2
+    assert "no assignments in 4 steps" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()

@@ -1,0 +1,154 @@
+"""Every command, module and class without torch: it works, or ends in one line with the command that helps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemopt import Placement
+from gemopt.exceptions import EXTRAS, MissingPackageError, install_hint, missing
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKED = "import sys; sys.modules.update(dict.fromkeys({names!r})); "
+SHAPE = "hidden=64,inter=32,experts=8,topk=2"
+
+
+def python(code: str, *arguments: str, without: tuple[str, ...] = ("torch", "transformers", "accelerate"), **env: str):
+    """A process in which some packages are not installed."""
+    command = [sys.executable, "-c", BLOCKED.format(names=without) + code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**env, **_CLEAN})
+
+
+_CLEAN = {"PYTHONPATH": "", "HOME": "/nonexistent", "PATH": ""}
+
+
+@pytest.fixture
+def files(tmp_path):
+    Placement.contiguous(2, 8, 2).save(tmp_path / "placement.json")
+    (tmp_path / "prompts.txt").write_text("hello\n")
+    (tmp_path / "record.pt").write_bytes(b"PK\x03\x04")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "profile.json").write_text(json.dumps(_profile()))
+    return tmp_path
+
+
+def _profile():
+    samples = [{"assignments": n, "active_experts": 1, "latency_us": 10.0 + n} for n in (1, 8, 64)]
+    return {
+        "schema_version": 1,
+        "devices": [{"rank": 0, "name": "cpu", "samples": samples}],
+    }
+
+
+COMMANDS = [
+    ["profile", "--shape", SHAPE, "-o", "{0}/out.json"],
+    ["profile", "--model", "{0}", "-o", "{0}/out.json"],
+    ["profile", "--shape", SHAPE, "--kernel", "per_expert", "-o", "{0}/out.json"],
+    ["profile", "check", "{0}/profile.json"],
+    ["apply", "{0}/placement.json", "--model", "{0}"],
+    ["apply", "{0}/placement.json", "--model", "{0}", "--at-load"],
+    ["trace", "--model", "tiny-moe", "--prompts", "{0}/prompts.txt", "-o", "{0}/out.safetensors"],
+    ["trace", "import", "{0}/record.pt", "--from", "sglang", "-o", "{0}/out.safetensors"],
+]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: " ".join(arguments[:3]))
+def test_a_command_ends_in_one_line(files, arguments):
+    before = sorted(files.iterdir())
+    done = python(
+        "from gemopt.cli import main; main()", *(part.format(files) for part in arguments), WORLD_SIZE="2", RANK="0"
+    )
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("gemopt: torch: not installed; ") and done.stderr.count("\n") == 1, done.stderr
+    assert "pip install 'gemopt[torch]' (from a clone: pip install '.[torch]')" in done.stderr
+    assert sorted(files.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["apply", "{0}/placement.json", "--dry-run", "--json"],
+        ["apply", "--help"],
+        ["profile", "--help"],
+        ["trace", "--help"],
+        ["engines"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_torch_works_without(files, arguments):
+    done = python("from gemopt.cli import main; main()", *(part.format(files) for part in arguments))
+    assert done.returncode == 0, done.stderr
+
+
+MODULES = sorted(
+    ".".join(["gemopt", *parts, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
+    for parts, folder in (([], ROOT / "gemopt"), (["models"], ROOT / "models"), (["profiling"], ROOT / "profiling"))
+    for path in folder.rglob("*.py")
+    if path.name != "__main__.py"
+)
+
+
+def test_every_module_imports_or_says_in_one_line_what_is_missing():
+    """In one process: a module that fails is not kept, so the order does not matter."""
+    code = (
+        "import importlib, json; from gemopt.exceptions import MissingPackageError\n"
+        "def tried(name):\n"
+        "    try: importlib.import_module(name)\n"
+        "    except MissingPackageError as error: return str(error)\n"
+        "    return ''\n"
+        "print(json.dumps({name: tried(name) for name in sys.argv[1:]}))"
+    )
+    done = python(code, *MODULES)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    refused = {name: line for name, line in said.items() if line}
+    assert {"gemopt.profiling.tracing", "gemopt.executor.apply", "gemopt.models.layers"} <= set(refused)
+    assert {"gemopt.executor.checkpoint", "gemopt.executor.plan", "gemopt.models.families"} <= set(said) - set(refused)
+    for name, line in refused.items():
+        assert line.startswith("torch: not installed; gemopt.") and "\n" not in line, (name, line)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("gemopt.executor", "Executor"),
+        ("gemopt.executor", "Background"),
+        ("gemopt.executor", "MigrationError"),
+        ("gemopt.models", "tiny"),
+        ("gemopt.models", "find_moe_layers"),
+        ("gemopt.profiling.tracing", "Tracer"),
+        ("gemopt.profiling.profiler", "Profiler"),
+    ],
+)
+def test_a_class_says_what_is_missing(module, name):
+    done = python(f"from {module} import {name}")
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "MissingPackageError: torch: not installed; gemopt." in last, done.stderr
+    assert "During handling" not in done.stderr
+    assert python(f"from {module} import nothing").returncode == 1
+
+
+def test_transformers_alone_may_be_missing():
+    done = python("from gemopt.executor import Executor", without=("transformers",))
+    assert "transformers: not installed; gemopt.executor.expert_parallel needs it" in done.stderr
+
+
+def test_the_error_is_one_of_import_and_of_input():
+    error = missing(ModuleNotFoundError("No module named 'yaml'", name="yaml"), "reading a.yaml")
+    assert isinstance(error, MissingPackageError) and isinstance(error, ImportError) and error.name == "yaml"
+    assert str(error) == f"yaml: not installed; reading a.yaml needs it; {install_hint('yaml')}"
+    old = missing(ModuleNotFoundError("", name="transformers.distributed"), "the executor")
+    assert str(old).startswith("transformers: has no distributed, perhaps too old; the executor needs it; pip install")
+    other = ModuleNotFoundError("No module named 'numpyy'", name="numpyy")
+    assert missing(other, "x") is other, "not ours to explain"
+
+
+def test_every_extra_exists():
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(EXTRAS.values()) <= set(extras)
