@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.costs import CostModel
+from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import InputError
 from gemopt.moves import Moves
@@ -169,6 +168,27 @@ class Moving:
             return list(layers)
         return [layer.with_moves(moves) for layer, moves in zip(layers, self.layer_limits, strict=True)]
 
+    def missing_slots(self, slots_per_rank: object) -> int:
+        """Slots that the experts lack, where ranks left and the slots are as asked for."""
+        slots, ranks = np.array(slots_per_rank), len(self.resized.old_rank)
+        if not self.resized.changed or slots.dtype.kind not in "iu" or (slots < 0).any():
+            return 0
+        return self.current.num_experts - int(slots.sum() if slots.ndim else slots * ranks)
+
+    def settled(self, rows: Sequence[Row], layers: Sequence[Problem]) -> list[Row]:
+        """The rows with the fewest moves at no larger objective: equal ranks change roles, what stays keeps its slot."""
+        old_G, slots_G = self.resized.old_rank, self.current.slots_per_rank
+        before_G = np.where(old_G < 0, 0, slots_G[old_G])
+        result = []
+        for row_P, home_GE, wanted, problem in zip(
+            self.current.physical_to_logical, self.resized.home_LGE, rows, layers, strict=True
+        ):
+            named = relabelled(problem, wanted, home_GE)
+            parts = np.split(row_P, np.cumsum(slots_G)[:-1])
+            before_P = np.concatenate([parts[rank] for rank in old_G if rank >= 0] or [row_P[:0]])
+            result.append(named[keep_in_place(before_P, named, before_G, problem.slots_per_rank)])
+        return result
+
     def report(
         self, rows: Sequence[Row], layers: Sequence[Problem], objective_us: float, before_us: float
     ) -> MovesReport:
@@ -199,27 +219,23 @@ class Moving:
             old_rank=self.resized.old_rank.tolist(),
         )
 
-    def before_us(self, traces: Traces, cost: str | CostModel) -> float:
-        """Objective of the placement in force, on the ranks that it was made for."""
-        return evaluate_current(self.current, self.measured, traces, cost)
-
-
-def evaluate_current(current: Placement, measured: Profile, traces: Traces, cost: str | CostModel) -> float:
-    """Objective of a placement in force on the first devices of a profile, in microseconds."""
-    from gemopt.costs import fit
-
-    devices = measured.devices[: current.num_ranks]
-    own = measured.model_copy(update={"devices": devices})
-    fitted: Any = fit(own, model=cost)[0] if isinstance(cost, str) else cost
-    return evaluate(current, own, traces, cost=fitted).objective_us
+    def before_us(self, traces: Traces, cost: CostModel) -> float:
+        """Objective of the placement in force on the ranks that it was made for, under the same kind of cost model."""
+        if self.resized.changed:
+            devices = self.measured.devices[: self.current.num_ranks]
+            cost = fit(self.measured.model_copy(update={"devices": devices}), model=cost.name)[0]
+        return evaluate(self.current, None, traces, cost=cost).objective_us
 
 
 def limited(problem: Problem, most: int | None = None, most_into_G: NDArray[np.int64] | None = None) -> Problem:
-    """The same layer with tighter limits."""
+    """The same layer with limits that are at least as tight."""
     moves = problem.moves
     assert moves is not None
-    most = moves.most if most is None else most
-    into_G = moves.most_into_G if most_into_G is None else most_into_G
+    if most is None or (moves.most is not None and moves.most < most):
+        most = moves.most
+    into_G = moves.most_into_G
+    if most_into_G is not None:
+        into_G = most_into_G if into_G is None else np.minimum(into_G, most_into_G)
     return problem.with_moves(replace(moves, most=most, most_into_G=into_G))
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -152,9 +152,14 @@ def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list
             raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {' or '.join(alternatives(need))}")
 
 
-def no_placement() -> Outcome:
-    """The outcome when the limits of moves are proven to allow no placement."""
-    note = "the limits of moves allow no placement"
+def no_placement(problem: Problem) -> Outcome:
+    """The outcome when the limits of moves are proven to allow no placement, and how many moves it takes."""
+    moves, slots = problem.moves, problem.slots_per_rank
+    assert moves is not None
+    row = replace(moves, most=None, most_into_G=None).fewest(slots)
+    needed = 0 if row is None else moves.count(row, slots)
+    limit = "into each rank" if moves.most is None or needed <= moves.most else f"{moves.most} in all"
+    note = f"infeasible: experts without a copy need {needed} moves, the limit allows fewer ({limit})"
     return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note, reached=False)
 
 

@@ -42,10 +42,11 @@ def point_of(problem: Problem, row: Row) -> Point:
 
 @dataclass(eq=False)
 class Front:
-    """What is known of one layer: points, and bounds as (moves allowed, microseconds)."""
+    """What is known of one layer: points, bounds as (moves allowed, microseconds), and the moves it may make anyway."""
 
     points: list[Point]
     bounds: list[tuple[int, float]] = field(default_factory=list)
+    own: int = 0
 
     def best(self, most: int) -> FloatArray:
         """[most + 1] smallest total of a point with at most so many moves; infinity where none has so few."""
@@ -68,7 +69,7 @@ class Front:
         return min(within, key=lambda point: (point.total_us, point.moves))
 
 
-def walk_front(problem: Problem, most: int) -> Front:
+def walk_front(problem: Problem, most: int, stop: NDArray[np.uint8] | None = None) -> Front:
     """Points that the best swaps from the row with the fewest moves lead through, up to `most` moves."""
     moves = problem.moves
     assert moves is not None
@@ -84,6 +85,7 @@ def walk_front(problem: Problem, most: int) -> Front:
         max_moves=limit,
         max_into_G=moves.most_into_G,
         max_swaps=2 * limit + problem.num_slots,
+        stop=stop,
     )
     return Front([point_of(problem, waypoint.row) for waypoint in way])
 

@@ -61,7 +61,7 @@ class Gem:
             if problem.moves is not None and not within_limits(problem, warm_start):
                 first = problem.moves.fewest(problem.slots_per_rank)
             if problem.moves is not None and first is None:
-                return no_placement()
+                return no_placement(problem)
             search = _Search(problem, options.seed, first)
         with options.alarm() as stop:
             stopped_by = search.run(options, stop)

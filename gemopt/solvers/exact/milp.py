@@ -53,7 +53,7 @@ class Milp:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * (options.remaining - START_S))
         if search is None:
-            return no_placement()
+            return no_placement(problem)
         ended = search.ended()
         if ended is not None:
             return ended

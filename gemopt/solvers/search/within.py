@@ -54,7 +54,7 @@ def search_within(problem: Problem, options: Options, warm_start: Row | None, fr
     if not isinstance(search, _Search) or search.problem is not problem:
         search = _Search(problem, warm_start, free)
     if search.row is None:
-        return no_placement()
+        return no_placement(problem)
     search.options = options
     with options.alarm() as search.stop:
         search.descend()
