@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import InputError
+from gemopt.migration import keep_in_place
 from gemopt.moves import Moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
@@ -21,6 +22,7 @@ from gemopt.profile import Profile
 from gemopt.resize import Resized, Source, resize
 from gemopt.result import MovesReport
 from gemopt.solvers.base import Row
+from gemopt.solvers.relabel import relabelled
 from gemopt.traces import Traces
 
 US_PER_GB_PER_S = 1e-3  # microseconds that a byte takes at 1 GB/s
@@ -176,7 +178,7 @@ class Moving:
         return self.current.num_experts - int(slots.sum() if slots.ndim else slots * ranks)
 
     def settled(self, rows: Sequence[Row], layers: Sequence[Problem]) -> list[Row]:
-        """The rows with the fewest moves at no larger objective: equal ranks change roles, what stays keeps its slot."""
+        """The rows with fewest moves at no larger objective: equal ranks change roles, what stays keeps its slot."""
         old_G, slots_G = self.resized.old_rank, self.current.slots_per_rank
         before_G = np.where(old_G < 0, 0, slots_G[old_G])
         result = []
