@@ -18,7 +18,7 @@ TIERS = [
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
     ["problem", "evaluate", "result"],
     ["bounds", "solvers"],
-    ["solve", "compare", "moving", "rounds", "answer", "schedule", "first_use"],
+    ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "first_use"],
     ["predict", "online", "replay", "advise"],
     ["formats", "plotting", "report"],
     ["models", "profiling", "executor"],

@@ -56,6 +56,11 @@ class Options:
     begun: object = None
     """`Outcome.search` of an earlier call on the same problem, for the solver to go on from."""
 
+    @classmethod
+    def lasting(cls, seconds: float) -> Options:
+        """Options that expire so many seconds from now."""
+        return cls(deadline=time.monotonic() + seconds)
+
     def expired(self) -> bool:
         """Whether the time is over or the user interrupted."""
         return time.monotonic() >= self.deadline or self.stop()
