@@ -200,7 +200,7 @@ def _without(layers: Sequence[Layer], fronts: Sequence[Front], *, proven: bool) 
         else:
             needed = sum(min(point.moves for point in front.points) for front in fronts)
             note = f"infeasible: experts without a copy need {needed} moves over all layers, the budget allows fewer"
-            layer.outcome = Outcome(None, StoppedBy.PROOF, infeasible=True, note=note, reached=False)
+            layer.outcome = Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
 
 
 def _has_placement(problem: Problem) -> bool:
