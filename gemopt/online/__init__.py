@@ -1,0 +1,6 @@
+"""Placements that follow the traffic: memories of past steps, measured speeds, and moves that pay for themselves."""
+
+from gemopt.online.controller import Controller, Decision
+from gemopt.online.policy import Policy
+
+__all__ = ["Controller", "Decision", "Policy"]
