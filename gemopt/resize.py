@@ -51,7 +51,7 @@ class Resized:
     @property
     def changed(self) -> bool:
         """Whether any rank left or came."""
-        return self.old_rank.tolist() != list(range(self.ranks_before))
+        return bool(self.old_rank.tolist() != list(range(self.ranks_before)))
 
     @property
     def missing_slots(self) -> int:
