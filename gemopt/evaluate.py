@@ -78,11 +78,25 @@ def objective(problem: Problem, row_P: NDArray[np.int64]) -> float:
     return float((rank_times(problem, row_P).max(axis=1) * problem.weights_T).sum())
 
 
+def moves_us(problem: Problem, row_P: NDArray[np.int64]) -> float:
+    """Price of the moves of a row, in microseconds; 0 when the placement in force does not matter."""
+    moves = problem.moves
+    return 0.0 if moves is None or not moves.price_us else moves.price_us * moves.count(row_P, problem.slots_per_rank)
+
+
+def total(problem: Problem, row_P: NDArray[np.int64]) -> float:
+    """What a solver minimises: the objective and the price of the moves, in microseconds."""
+    return objective(problem, row_P) + moves_us(problem, row_P)
+
+
 def check(problem: Problem, row_P: NDArray[np.int64], *, layer: int = 0) -> None:
-    """Raise `InputError` unless the row is feasible: every expert placed, never twice on a rank."""
+    """Raise `InputError` unless the row is feasible: every expert placed, never twice on a rank, moves in limits."""
     if row_P.shape != (problem.num_slots,):
         raise InputError("physical_to_logical", f"shape {row_P.shape}", f"{problem.num_slots} slots")
     check_row(row_P, problem.slots_per_rank, problem.num_experts, layer=layer)
+    excess = "" if problem.moves is None else problem.moves.excess(row_P, problem.slots_per_rank)
+    if excess:
+        raise InputError(f"physical_to_logical[layer {layer}]", excess, "the limits of moves hold for every layer")
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from gemopt.compare import BASELINE, Comparison
 from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError, missing
+from gemopt.fronts import SWAPS, FrontPoint
 from gemopt.result import Result
 
 ACCENT, MUTED = "#d1495b", "#8d99ae"
@@ -80,6 +81,26 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     ax.set_xlabel("summed step latency against contiguous placement, %")
     ax.set_title(title or "Placements compared", fontsize=10)
     ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    return ax.figure
+
+
+def plot_front(points: Sequence[FrontPoint], *, title: str = "", ax: Any = None) -> Any:
+    """Latency of a step against experts moved; solvers that heed no moves as single points."""
+    ax = _axes(ax, (7, 4))
+    swaps = [point for point in points if point.source == SWAPS]
+    ax.plot([p.moves for p in swaps], [p.step_us for p in swaps], "o-", color=MUTED, label="fitted on")
+    if all(point.holdout_us is not None for point in points):
+        ax.plot([p.moves for p in swaps], [p.holdout_us for p in swaps], "o-", color=ACCENT, label="held out")
+    for point in points:
+        if point.source != SWAPS:
+            value = point.step_us if point.holdout_us is None else point.holdout_us
+            ax.plot([point.moves], [value], "x", color="black")
+            ax.annotate(f" {point.source}", (point.moves, value), fontsize=8)
+    ax.set_xscale("symlog", linthresh=1)
+    ax.set_xlabel("experts moved from the placement in force")
+    ax.set_ylabel("latency of a step, us")
+    ax.set_title(title or "What moves gain", fontsize=10)
+    ax.legend(fontsize=8, frameon=False)
     return ax.figure
 
 

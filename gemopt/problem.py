@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel
 from gemopt.exceptions import InputError
 from gemopt.latency import Curves, Feature, FloatArray, Latency, pack
+from gemopt.moves import Moves
 from gemopt.placement import check_slots, default_slots
 from gemopt.traces import Traces
 
@@ -38,6 +39,8 @@ class Problem:
         [T] weight of each step in the objective; all 1 unless the steps represent others.
     node_of_rank
         [G] node of each rank.
+    moves
+        What moving experts costs and how many may move; None: the placement in force does not matter.
     """
 
     counts_TE: NDArray[np.int64]
@@ -46,6 +49,7 @@ class Problem:
     slots_per_rank: NDArray[np.int64]
     weights_T: FloatArray
     node_of_rank: NDArray[np.int64]
+    moves: Moves | None = None
 
     @classmethod
     def make(
@@ -172,6 +176,19 @@ class Problem:
             high[f], low[f] = 1.5 * mean, 0.5 * mean
             gain_F[f] = sum(max(0.0, float(each(list(high)) - each(list(low)))) for each in self.latencies)
         return np.asarray(gain_F / gain_F.sum() if gain_F.sum() > 0 else np.eye(len(mean_F))[0])
+
+    def with_moves(self, moves: Moves | None) -> Problem:
+        """The same problem with this price and these limits of moves.
+
+        Raises
+        ------
+        InputError
+            The placement in force has other ranks or experts.
+        """
+        shape = (self.num_ranks, self.num_experts)
+        if moves is not None and moves.home_GE.shape != shape:
+            raise InputError("home_GE", f"shape {moves.home_GE.shape}", f"[ranks, experts] = {shape}")
+        return replace(self, moves=moves)
 
     def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:
         """The same problem on some of its steps, reweighted when asked."""

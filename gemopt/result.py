@@ -13,6 +13,8 @@ from gemopt.placement import Placement
 OPTIMALITY_TOLERANCE = 1e-6
 """A gap at or below this relative size is called optimal: the exact solvers work with tolerances near 1e-7."""
 
+SHOWN_LAYERS = 4  # whose lost experts a summary lists
+
 
 class Status(StrEnum):
     """What is known."""
@@ -43,8 +45,71 @@ class Incumbent(BaseModel):
     bound_us: float | None = None
 
 
+class MovesReport(BaseModel):
+    """What changes against the placement in force.
+
+    Attributes
+    ----------
+    moves, bytes
+        Experts that a rank receives and did not hold, over all layers, and their weights (None: expert size unknown).
+    per_layer, into_rank
+        The same moves by layer and by rank.
+    makespan_before_us, gain_us
+        Objective of the placement in force on the same steps, and by how much it falls.
+    move_us
+        Microseconds that one move takes, once: the price, or bytes over bandwidth; None when neither was given.
+    price_us
+        Microseconds of the objective that each move had to pay for.
+    cost_us
+        `price_us` times the moves: `objective_us` and this are what was minimised.
+    paid_after_steps
+        Steps after which the moves have paid for themselves: what they take over the gain per step. None when that is
+        not known, or when nothing is gained.
+    from_checkpoint
+        By layer id, experts that no rank holds any more: their weights come from the checkpoint.
+    old_rank
+        For each rank its number in the placement in force, -1 for a new one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    moves: int
+    bytes: int | None
+    per_layer: list[int]
+    into_rank: list[int]
+    makespan_before_us: float
+    gain_us: float
+    move_us: float | None
+    price_us: float
+    cost_us: float
+    paid_after_steps: float | None
+    from_checkpoint: dict[int, list[int]] = Field(default_factory=dict)
+    old_rank: list[int] = Field(default_factory=list)
+
+    def summary(self, num_steps: int) -> str:
+        """One or two lines for people."""
+        size = "" if self.bytes is None else f" ({self.bytes / 1e9:.3g} GB)"
+        gain, before = self.gain_us / num_steps, self.makespan_before_us / num_steps
+        change = f"{abs(gain):.1f} us per step {'gained on' if gain >= 0 else 'more than'} the {before:.1f} us in force"
+        paid = "" if self.paid_after_steps is None else f"; paid for after {self.paid_after_steps:.0f} steps"
+        line = f"{self.moves} moves{size}, {change}{paid}"
+        lost = sum(map(len, self.from_checkpoint.values()))
+        if not lost:
+            return line
+        shown = [f"layer {layer}: {_listed(each)}" for layer, each in list(self.from_checkpoint.items())[:SHOWN_LAYERS]]
+        if len(self.from_checkpoint) > SHOWN_LAYERS:
+            shown.append(f"and {len(self.from_checkpoint) - SHOWN_LAYERS} layers more, see --result")
+        return f"{line}\n{lost} experts have no other copy and come from the checkpoint: {'; '.join(shown)}"
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 class LayerResult(BaseModel):
     """One MoE layer: objective, bound and gap over all steps; `note` says how a bound or placement was reached.
+
+    `moves_us` is the price of the layer's moves: bound and gap are those of `objective_us + moves_us`.
 
     reached: whether the solver searched at all; where not, the placement is that of a greedy start or of the search an
     exact solver starts from. start_us: objective of what an exact solver started from. own_bound_us: bound of its own.
@@ -67,6 +132,7 @@ class LayerResult(BaseModel):
     stated_steps: int | None = None
     distinct_steps: int | None = None
     bounded_steps: int | None = None
+    moves_us: float = 0.0
 
 
 class Result(Document):
@@ -76,10 +142,13 @@ class Result(Document):
     ----------
     status, stopped_by
         What is known; why it stopped.
-    objective_us, bound_us
-        Sum over all given steps and layers, in microseconds; a proven lower bound of it over all placements.
-    gap
-        `(objective_us - bound_us) / objective_us`.
+    objective_us
+        Summed makespan of the placement over all given steps and layers, in microseconds, as `evaluate` gives it.
+    bound_us, gap
+        Proven lower bound of `total_us` over all placements (within the limits of moves), in microseconds, and
+        `(total_us - bound_us) / total_us`. Without a price of moves `total_us` is `objective_us`.
+    moves
+        What changes against the placement in force; None when none was given.
     change
         `objective_us` against contiguous placement in the same slots, as a fraction: -0.065 is 6.5 % less.
     placement
@@ -113,6 +182,14 @@ class Result(Document):
     cost_error: float | None = None
     cost_summary: str = ""
     notes: list[str] = Field(default_factory=list)
+    moves: MovesReport | None = None
+
+    @property
+    def total_us(self) -> float | None:
+        """What was minimised: `objective_us` and the price of the moves, in microseconds."""
+        if self.objective_us is None or self.moves is None:
+            return self.objective_us
+        return self.objective_us + self.moves.cost_us
 
     def summary(self) -> str:
         """A few lines for people."""

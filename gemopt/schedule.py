@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gemopt.bounds import timed_step_bounds, weighted
-from gemopt.evaluate import objective
+from gemopt.evaluate import objective, total
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers import get
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, incumbent
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, incumbent, within_limits
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -148,8 +148,8 @@ class Run:
 
     def _answer(self, layer: Layer, deadline: float) -> None:
         """A first answer: one descent, or what an exact solver was given to start from."""
-        if layer.warm is not None and self.exact:
-            value = objective(layer.problem, layer.warm)
+        if layer.warm is not None and self.exact and within_limits(layer.problem, layer.warm):
+            value = total(layer.problem, layer.warm)
             layer.outcome = Outcome(layer.warm, StoppedBy.ITERATIONS, history=[incumbent(value)])
             return
         solver = get("local-search") if self.solver.supports.proves else self.solver

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gemopt import cores, interrupts
-from gemopt.costs import CostModel, FitReport, fit
-from gemopt.evaluate import Evaluation, check, check_agreement, objective, score
-from gemopt.exceptions import InputError, SolverError
+from gemopt.answer import answer
+from gemopt.costs import CostModel, fit
+from gemopt.evaluate import check_agreement
+from gemopt.exceptions import InputError
 from gemopt.first_use import ready
+from gemopt.moving import Asked, Moving
 from gemopt.placement import Placement
 from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
-from gemopt.result import OPTIMALITY_TOLERANCE, LayerResult, Result, Status, StoppedBy, relative_gap
-from gemopt.schedule import Layer, Progress, Run, history
+from gemopt.resize import Source
+from gemopt.result import Result, Status, StoppedBy
+from gemopt.rounds import solve_shared
+from gemopt.schedule import Layer, Progress, Run
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, require
 from gemopt.traces import Traces
 
 DEFAULT_TIME_LIMIT = 10.0
-ROUNDING = 1e-9
 ONE_RANK = "gemopt profile import --ranks N makes equal devices; --allow-one-rank if one is meant"
 
 
@@ -43,6 +45,16 @@ def solve(
     patience: int | None = None,
     threads: int | None = None,
     allow_one_rank: bool = False,
+    current: Placement | str | os.PathLike[str] | None = None,
+    move_price: float | None = None,
+    expert_bytes: int | None = None,
+    bandwidth: float | None = None,
+    horizon_steps: float | None = None,
+    max_moves: int | None = None,
+    max_moves_per_layer: int | None = None,
+    max_bytes_per_rank: float | None = None,
+    exclude_ranks: Sequence[int] = (),
+    add_ranks: Sequence[Source] = (),
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Result:
@@ -74,6 +86,26 @@ def solve(
         Cores used, by layers solved at once, numerical libraries and exact solvers together; all when None.
     allow_one_rank
         Place all experts on one rank where the profile has but one; refused otherwise, as it is seldom meant.
+    current
+        The placement in force. Its slots are the default of `slots_per_rank`. Without a price or a limit the answer is
+        found freely; then ranks of equal latency and slots change roles so that fewest experts move at no larger
+        objective, and experts that stay on their rank keep their slot. `Result.moves` says what changes.
+    move_price
+        Microseconds that moving one expert of one layer takes, once. It must be paid within the horizon: every move
+        adds this price times the given steps over `horizon_steps` to what is minimised.
+    expert_bytes, bandwidth
+        Bytes of one expert of one layer (default: what the profile says), and GB/s (10^9 bytes per second) at which a
+        rank receives them: instead of `move_price`, bytes over bandwidth.
+    horizon_steps
+        Steps that the placement is expected to serve; the given steps when None.
+    max_moves, max_moves_per_layer
+        Experts moved at most, over all layers (spent where they gain most) and in each layer.
+    max_bytes_per_rank
+        Bytes that each rank may receive, over all layers.
+    exclude_ranks, add_ranks
+        Ranks of `current` that serve no longer, and new ones: see `gemopt.resize`. Without a price or a limit each
+        layer then makes the moves that this asks for, and no more: experts without another copy, and as many as new
+        ranks have slots.
     progress
         Called with (layers done, layers) from the calling thread.
     notice
@@ -92,23 +124,63 @@ def solve(
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
     _check_numbers(time_limit, gap, threads, patience)
+    asked = Asked(
+        current, move_price, expert_bytes, bandwidth, horizon_steps,
+        max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
+    )  # fmt: skip
     chosen, threads = get(solver), threads or cores.available()
     with interrupts.held() as interrupted, cores.at_most(threads):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
             profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+            traces = traces if isinstance(traces, Traces) else Traces.load(traces)
+            moving = Moving.of(asked, profile, traces)
+            if moving is not None:
+                profile = moving.resized.profile
+                if slots_per_rank is None:
+                    slots_per_rank = moving.resized.slots_per_rank.tolist()
+                if (missing := moving.missing_slots(slots_per_rank)) > 0:
+                    return _without_slots(solver, clock, traces, moving, missing)
             if profile.num_ranks == 1 and not allow_one_rank:
                 raise InputError(
                     "Profile.devices", "1 device", "at least 2: on one every placement is the same", ONE_RANK
                 )
-            traces = traces if isinstance(traces, Traces) else Traces.load(traces)
             cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
-            layers = _layers(cost, profile, traces, slots_per_rank, warm_start, seed)
+            if len(cost.latencies) != profile.num_ranks:
+                raise InputError(
+                    "cost", f"{len(cost.latencies)} ranks", f"{profile.num_ranks} ranks serve", "fit it for them"
+                )
+            layers = _layers(cost, profile, traces, slots_per_rank, warm_start, seed, moving)
             require(chosen, layers[0].problem, that_can)
             clock += ready(chosen, layers[0].problem, notice)
+        bound_us = 0.0
         run = Run(chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted)
         with cores.at_most(max(1, threads // len(layers))):
-            run.go()
-        return _result(run, profile, traces, cost, report)
+            if moving is not None and moving.shared:
+                bound_us = solve_shared(run, moving)
+            else:
+                run.go()
+        return answer(run, profile, traces, cost, report, moving, bound_us)
+
+
+def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int) -> Result:
+    """The answer when the ranks have fewer slots than there are experts."""
+    ranks = len(moving.resized.old_rank)
+    note = (
+        f"infeasible: {traces.num_experts} experts need a slot each, the {ranks} ranks left have "
+        f"{traces.num_experts - missing}: {missing} slots are missing; more --slots-per-rank, or --add-rank"
+    )
+    return Result(
+        solver=solver,
+        status=Status.INFEASIBLE,
+        stopped_by=StoppedBy.PROOF,
+        objective_us=None,
+        bound_us=None,
+        gap=None,
+        seconds=time.monotonic() - clock,
+        num_steps=traces.num_steps,
+        placement=None,
+        notes=[note],
+    )
 
 
 def _check_numbers(time_limit: float, gap: float, threads: int | None, patience: int | None) -> None:
@@ -129,10 +201,13 @@ def _layers(
     slots_per_rank: int | Sequence[int] | None,
     warm_start: Placement | str | os.PathLike[str] | None,
     seed: int,
+    moving: Moving | None,
 ) -> list[Layer]:
     nodes = [device.node for device in profile.devices]
     node_of_rank = [sorted(map(str, nodes)).index(str(node)) for node in nodes]
     each = problems(cost, traces, slots_per_rank, node_of_rank=node_of_rank)
+    if moving is not None:
+        each = moving.apply(each)
     rows = _warm_rows(warm_start, each, traces)
     return [Layer(problem, row, seed + i) for i, (problem, row) in enumerate(zip(each, rows, strict=True))]
 
@@ -150,123 +225,3 @@ def _warm_rows(
             "warm_start", warm_start.slots_per_rank, f"slots per rank {layers[0].slots_per_rank.tolist()} are asked for"
         )
     return list(warm_start.physical_to_logical)
-
-
-def _result(run: Run, profile: Profile, traces: Traces, cost: CostModel, report: FitReport | None) -> Result:
-    rows = _rows(run, traces)
-    placement, scored, value = None, None, None
-    if rows is not None:
-        placement = Placement(
-            physical_to_logical=np.stack(rows),
-            slots_per_rank=run.layers[0].problem.slots_per_rank,
-            num_experts=traces.num_experts,
-            layer_ids=list(traces.layer_ids),
-            num_hidden_layers=traces.num_hidden_layers,
-            model=traces.model or profile.model.name,
-            device_uuids=profile.device_uuids if any(profile.device_uuids) else None,
-        )
-        scored = score(rows, [layer.problem for layer in run.layers], cost.measured)
-        value = scored.objective_us
-    per_layer = [_layer_result(run, index, traces.layer_ids[index], scored) for index in range(len(run.layers))]
-    bound = float(sum(layer.bound_us or 0.0 for layer in per_layer))
-    bound = bound if value is None else min(bound, value)
-    gap, base = relative_gap(value, bound), sum(layer.base_us for layer in run.layers)
-    return Result(
-        solver=run.solver.name,
-        status=_status(per_layer, gap),
-        stopped_by=_stopped_by(per_layer),
-        objective_us=value,
-        bound_us=bound,
-        gap=gap,
-        change=value / base - 1 if value is not None and base > 0 else None,
-        seconds=time.monotonic() - run.clock,
-        num_steps=traces.num_steps,
-        placement=placement,
-        history=history(run.layers, run.clock),
-        per_layer=per_layer,
-        outside=0.0 if scored is None else scored.outside,
-        cost=cost.name,
-        cost_error=None if report is None or np.isnan(report.error) else report.error,
-        cost_summary="" if report is None else report.summary(),
-        notes=_notes(run, per_layer),
-    )
-
-
-def _rows(run: Run, traces: Traces) -> list[Row] | None:
-    """The rows of all layers, each of them feasible, or None when one has none."""
-    rows: list[Row] = []
-    for layer, layer_id in zip(run.layers, traces.layer_ids, strict=True):
-        if layer.outcome is None:
-            raise SolverError(f"{run.solver.name} returned nothing for layer {layer_id}")
-        if layer.outcome.row is None:
-            continue
-        try:
-            check(layer.problem, layer.outcome.row, layer=layer_id)
-        except InputError as error:
-            raise SolverError(f"{run.solver.name} returned an infeasible row: {error}") from error
-        rows.append(layer.outcome.row)
-    return rows if len(rows) == len(run.layers) else None
-
-
-def _layer_result(run: Run, index: int, layer_id: int, scored: Evaluation | None) -> LayerResult:
-    layer = run.layers[index]
-    outcome = layer.outcome
-    assert outcome is not None
-    value, bound = None, max(layer.bound_us, outcome.bound_us or 0.0)
-    if outcome.row is not None:
-        value = objective(layer.problem, outcome.row) if scored is None else float(scored.per_layer_us[index])
-        if bound > value * (1 + 1e2 * ROUNDING) + ROUNDING:
-            raise SolverError(f"{run.solver.name}: bound {bound} above objective {value} in layer {layer_id}")
-        bound = min(bound, value)
-    gap = relative_gap(value, bound)
-    status = Status.INFEASIBLE if outcome.infeasible else Status.UNKNOWN if value is None else Status.FEASIBLE
-    stopped_by = outcome.stopped_by
-    if gap is not None and gap <= OPTIMALITY_TOLERANCE:
-        status, stopped_by = Status.OPTIMAL, StoppedBy.PROOF
-    return LayerResult(
-        layer_id=layer_id,
-        status=status,
-        stopped_by=stopped_by,
-        objective_us=value,
-        bound_us=bound,
-        gap=gap,
-        seconds=layer.seconds,
-        note=outcome.note,
-        reached=outcome.reached,
-        start_us=outcome.start_us,
-        own_bound_us=outcome.own_bound_us,
-        stated_steps=outcome.stated_steps,
-        distinct_steps=outcome.distinct_steps,
-        bounded_steps=max(0, layer.bounded_steps),
-    )
-
-
-def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:
-    """What people should know, each with the number of layers it is true of unless that is all of them."""
-    count, notes = len(per_layer), Counter(layer.note for layer in per_layer if layer.note)
-    said = [
-        text if number == count else f"{number} of {count} layers: {text}" for text, number in sorted(notes.items())
-    ]
-    missed = sum(not layer.reached for layer in per_layer)
-    if missed:
-        more = "" if _stopped_by(per_layer) is StoppedBy.INTERRUPT else ": more --time-limit would help"
-        said.insert(0, f"{missed} of {count} layers were cut before their search began{more}")
-    pairs = zip(run.layers, per_layer, strict=True)
-    weak = sum(layer.bound_cut and found.status is not Status.OPTIMAL for layer, found in pairs)
-    if weak:
-        said.append(f"the bounds of {weak} of {count} layers were cut short: the gap may be smaller than it says")
-    return said
-
-
-def _status(per_layer: list[LayerResult], gap: float | None) -> Status:
-    found = {layer.status for layer in per_layer}
-    for status in (Status.INFEASIBLE, Status.UNKNOWN):
-        if status in found:
-            return status
-    return Status.OPTIMAL if gap is not None and gap <= OPTIMALITY_TOLERANCE else Status.FEASIBLE
-
-
-def _stopped_by(per_layer: list[LayerResult]) -> StoppedBy:
-    reasons = {layer.stopped_by for layer in per_layer}
-    order = (StoppedBy.INTERRUPT, StoppedBy.TIME_LIMIT, StoppedBy.ITERATIONS, StoppedBy.GAP, StoppedBy.PROOF)
-    return next(reason for reason in order if reason in reasons)

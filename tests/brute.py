@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import combinations, product
 
 import numpy as np
 
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, tiles
+from gemopt.moves import Moves
 from gemopt.problem import Problem
 
 
@@ -39,16 +41,43 @@ def cost(problem: Problem, ranks_E: tuple[tuple[int, ...], ...]) -> float:
     return result
 
 
-def optimum(problem: Problem) -> float:
-    """Smallest objective over every feasible placement, copies and empty slots included."""
+def placements(problem: Problem) -> Iterator[tuple[float, np.ndarray]]:
+    """Total and moves into each rank of every placement, copies and empty slots included, whatever the limits."""
     most = min(problem.num_ranks, problem.spare_slots + 1)
     sets = [ranks for r in range(1, most + 1) for ranks in combinations(range(problem.num_ranks), r)]
-    best = np.inf
     for ranks_E in product(sets, repeat=problem.num_experts):
         used = np.bincount([rank for ranks in ranks_E for rank in ranks], minlength=problem.num_ranks)
-        if (used <= problem.slots_per_rank).all():
-            best = min(best, cost(problem, ranks_E))
+        if (used > problem.slots_per_rank).any():
+            continue
+        value, into = cost(problem, ranks_E), np.zeros(problem.num_ranks, dtype=np.int64)
+        if problem.moves is not None:
+            for expert, ranks in enumerate(ranks_E):
+                for rank in ranks:
+                    into[rank] += not problem.moves.home_GE[rank, expert]
+            value += problem.moves.price_us * int(into.sum())
+        yield value, into
+
+
+def optimum(problem: Problem) -> float:
+    """Smallest total over every placement within the limits of moves; infinity where there is none."""
+    moves, best = problem.moves, np.inf
+    for value, into in placements(problem):
+        if moves is not None and moves.most is not None and into.sum() > moves.most:
+            continue
+        if moves is not None and moves.most_into_G is not None and (into > moves.most_into_G).any():
+            continue
+        best = min(best, value)
     return float(best)
+
+
+def random_moves(seed: int, *, spare: bool | None = None) -> Problem:
+    """As `random_problem`, with a placement in force (some experts held twice, some by nobody), a price and limits."""
+    problem, rng = random_problem(seed, spare=spare), np.random.default_rng(seed + 10**6)
+    home = rng.random((problem.num_ranks, problem.num_experts)) < 0.5
+    price = float(rng.choice([0.0, 1.0, 10.0]))
+    most = None if rng.random() < 0.4 else int(rng.integers(0, 4))
+    into = None if rng.random() < 0.6 else rng.integers(0, 3, problem.num_ranks)
+    return problem.with_moves(Moves.make(home, price, most, into))
 
 
 def random_curve(rng: np.random.Generator, largest: int, shape: str) -> Curve:

@@ -15,10 +15,10 @@ SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.
 TIERS = [
     ["exceptions", "documents", "cores", "interrupts"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
-    ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration"],
+    ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
     ["problem", "evaluate", "result"],
     ["bounds", "solvers"],
-    ["solve", "compare", "schedule", "first_use"],
+    ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "first_use"],
     ["predict", "online", "replay", "advise"],
     ["formats", "plotting", "report"],
     ["models", "profiling", "executor"],

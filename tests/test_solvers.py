@@ -18,6 +18,7 @@ from gemopt.solvers.search.copies import improve_copies, make_shares
 from gemopt.solvers.search.packing import lpt_row, pack, placeable, replicate
 from gemopt.solvers.search.state import hull_costs, make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
+from gemopt.solvers.search.terms import free_terms
 
 HEURISTICS = ["linear", "round-robin", "eplb", "eplb-hierarchical", "lpt", "gem", "conflict", "local-search"]
 KINDS = ["affine", "staircase", "roofline", "kinked"]
@@ -125,7 +126,7 @@ def test_copies_kernel_agrees_with_evaluate(kind: str) -> None:
     assert shares is not None
     start = lpt_row(problem)
     state = make_state(problem, start, costs)
-    made = improve_copies(costs, state, shares, np.arange(12), EPSILON, False)
+    made = improve_copies(costs, state, shares, np.arange(12), EPSILON, False, free_terms(problem))
     check(problem, state.content)
     assert total_cost(state) == pytest.approx(objective(problem, state.content), rel=1e-5)
     assert (objective(problem, state.content) < objective(problem, start)) == (made > 0)

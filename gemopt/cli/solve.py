@@ -1,4 +1,4 @@
-"""Commands `gemopt solve`, `compare` and `evaluate`."""
+"""Commands `gemopt solve` and `evaluate`, and what `compare` shares with them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,27 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gemopt import cores, interrupts
 from gemopt.cli.app import app, console, errors, print_json, say
+from gemopt.cli.moves import (
+    Add,
+    Bandwidth,
+    Current,
+    Exclude,
+    ExpertBytes,
+    Horizon,
+    MaxBytes,
+    MaxMoves,
+    MaxPerLayer,
+    MovePrice,
+    parse_added,
+    parse_excluded,
+)
 
 if TYPE_CHECKING:
     from gemopt.result import Result
@@ -106,6 +120,16 @@ def solve_command(
     patience: Patience = None,
     threads: Threads = None,
     allow_one_rank: OneRank = False,
+    current: Current = None,
+    move_price: MovePrice = None,
+    expert_bytes: ExpertBytes = None,
+    bandwidth: Bandwidth = None,
+    horizon_steps: Horizon = None,
+    max_moves: MaxMoves = None,
+    max_moves_per_layer: MaxPerLayer = None,
+    max_bytes_per_rank: MaxBytes = None,
+    exclude_ranks: Exclude = None,
+    add_rank: Add = None,
     result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -135,6 +159,16 @@ def solve_command(
                 patience=patience,
                 threads=threads,
                 allow_one_rank=allow_one_rank,
+                current=current,
+                move_price=move_price,
+                expert_bytes=expert_bytes,
+                bandwidth=bandwidth,
+                horizon_steps=horizon_steps,
+                max_moves=max_moves,
+                max_moves_per_layer=max_moves_per_layer,
+                max_bytes_per_rank=max_bytes_per_rank,
+                exclude_ranks=parse_excluded(exclude_ranks),
+                add_ranks=parse_added(add_rank),
                 progress=progress,
                 notice=None if as_json else errors.print,
             )
@@ -143,8 +177,8 @@ def solve_command(
             if result_path is not None:
                 result.save(result_path)
     if as_json:
-        fields = (*JSON_FIELDS, "notes")
-        print_json({name: getattr(result, name) for name in fields})
+        moves = None if result.moves is None else result.moves.model_dump(mode="json")
+        print_json({name: getattr(result, name) for name in (*JSON_FIELDS, "notes")} | {"moves": moves})
     else:
         _tell(result, output)
     if result.status is Status.INFEASIBLE:
@@ -155,6 +189,8 @@ def solve_command(
 def _tell(result: Result, output: Path | None) -> None:
     """The result for people."""
     say(result.summary())
+    if result.moves is not None:
+        say(result.moves.summary(result.num_steps))
     for note in result.notes:
         say(note)
     if result.outside > 0.01:
@@ -172,73 +208,6 @@ def whole_or_nothing(threads: int | None) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("gemopt: interrupted before there was an answer: nothing written\n")
         raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-@app.command("compare")
-def compare_command(
-    profile: ProfilePath,
-    traces: TracesPath,
-    solvers: Annotated[str | None, typer.Option("--solvers", help="names separated by commas")] = None,
-    holdout: Annotated[float, typer.Option("--holdout", help="share of the steps kept to score on; 0: none")] = 0.5,
-    time_limit: Annotated[float, typer.Option("--time-limit", help="wall seconds for each solver")] = 10.0,
-    slots_per_rank: Slots = None,
-    seed: Seed = 0,
-    gap: Gap = 0.0,
-    cost: Cost = "auto",
-    task: Task = None,
-    phase: PhaseName = None,
-    patience: Patience = None,
-    threads: Threads = None,
-    allow_one_rank: OneRank = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of the table")] = None,
-    as_json: AsJson = False,
-) -> int:
-    """Exact against heuristic: every solver on the same input, scored on steps it did not see."""
-    from gemopt.compare import DEFAULT_SOLVERS, compare
-    from gemopt.plotting import check_picture
-    from gemopt.profile import Profile
-    from gemopt.solvers import get
-
-    names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
-    for name in names:
-        get(name)
-    if plot is not None:
-        check_picture(plot)
-    with whole_or_nothing(threads), layer_progress("solvers", quiet=as_json) as progress:
-        done: list[str] = []
-
-        def advance(row: Any, _: Any) -> None:
-            done.append(row.solver)
-            if progress is not None:
-                progress(len(done), len(names))
-
-        rows = compare(
-            Profile.load(profile),
-            load_traces(traces, task, phase),
-            solvers=names,
-            holdout=holdout,
-            cost=cost,
-            on_result=advance,
-            time_limit=time_limit,
-            slots_per_rank=parse_slots(slots_per_rank),
-            seed=seed,
-            gap=gap,
-            patience=patience,
-            threads=threads,
-            allow_one_rank=allow_one_rank,
-            notice=None if as_json else errors.print,
-        )
-    if plot is not None:
-        from gemopt.plotting import plot_comparison, save
-
-        save(plot_comparison(rows), plot)
-    if as_json:
-        print_json([row.model_dump(mode="json") for row in rows])
-    else:
-        from gemopt.cli.tables import comparison_table
-
-        console.print(comparison_table(rows))
-    return 0
 
 
 @app.command("evaluate")

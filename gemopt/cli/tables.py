@@ -12,6 +12,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from gemopt.compare import Comparison
     from gemopt.evaluate import Evaluation
+    from gemopt.fronts import FrontPoint
 
 
 def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) -> Table:
@@ -54,6 +55,22 @@ def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) ->
 
 def _said(row: Comparison) -> str:
     return row.note or row.status.value if row.objective_us is None else row.earned()
+
+
+def front_table(points: Sequence[FrontPoint]) -> Table:
+    """Latency per step against moves; changes against the placement in force."""
+    held = any(point.holdout_us is not None for point in points)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for head in ("moves", "GB", "step us", "change %", *(("held out us", "held out %") if held else ())):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("found by", no_wrap=True)
+    for point in points:
+        size = "" if point.bytes is None else f"{point.bytes / 1e9:.2f}"
+        cells = [str(point.moves), size, f"{point.step_us:.1f}", _percent(point.change)]
+        if held:
+            cells += ["" if point.holdout_us is None else f"{point.holdout_us:.1f}", _percent(point.holdout_change)]
+        table.add_row(*cells, point.source)
+    return table
 
 
 def _key(row: Comparison, held: bool) -> float:

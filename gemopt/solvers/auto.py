@@ -19,11 +19,11 @@ class Auto:
     """Local search; on small layers the rest of the time goes to CP-SAT, started from what was found."""
 
     name = "auto"
-    supports = Supports(proves=True, improves=True)
+    supports = Supports(proves=True, improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
-        from gemopt.evaluate import objective
+        from gemopt.evaluate import total
         from gemopt.solvers.exact.cpsat import CpSat
 
         if problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES:
@@ -33,7 +33,7 @@ class Auto:
         found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)
         if found.row is None:
             return found
-        gap = relative_gap(objective(problem, found.row), options.bound_us)
+        gap = relative_gap(total(problem, found.row), options.bound_us)
         if options.expired() or (gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE)):
             return found
         proven = CpSat().solve(problem, options, found.row)

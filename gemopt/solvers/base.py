@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +33,8 @@ class Supports:
     proves: bool = False
     improves: bool = False
     """Whether more time or a warm start can lead to a better answer."""
+    moves: bool = False
+    """Whether it heeds a price and limits of moves."""
 
 
 @dataclass
@@ -53,6 +55,11 @@ class Options:
     stop: Callable[[], bool] = field(default=lambda: False)
     begun: object = None
     """`Outcome.search` of an earlier call on the same problem, for the solver to go on from."""
+
+    @classmethod
+    def lasting(cls, seconds: float) -> Options:
+        """Options that expire so many seconds from now."""
+        return cls(deadline=time.monotonic() + seconds)
 
     def expired(self) -> bool:
         """Whether the time is over or the user interrupted."""
@@ -136,14 +143,34 @@ class Solver(Protocol):
 
 def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list[str]]) -> None:
     """Raise `UnsupportedError` when the problem needs what the solver cannot express."""
-    for need, needed in (("spare_slots", problem.spare_slots > 0), ("unequal_slots", not problem.equal_slots)):
+    slots = "/".join(map(str, sorted(set(problem.slots_per_rank.tolist()))))
+    needs = (
+        ("spare_slots", problem.spare_slots > 0, "slots_per_rank", slots),
+        ("unequal_slots", not problem.equal_slots, "slots_per_rank", slots),
+        ("moves", problem.moves is not None, "moves", "a price or a limit"),
+    )
+    for need, needed, field_name, value in needs:
         if needed and not getattr(solver.supports, need):
-            raise UnsupportedError(
-                "slots_per_rank",
-                "/".join(map(str, sorted(set(problem.slots_per_rank.tolist())))),
-                f"{solver.name} cannot use {need.replace('_', ' ')}",
-                f"use {' or '.join(alternatives(need))}",
+            can = (
+                "cannot heed a price or limits of moves" if need == "moves" else f"cannot use {need.replace('_', ' ')}"
             )
+            raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {' or '.join(alternatives(need))}")
+
+
+def no_placement(problem: Problem) -> Outcome:
+    """The outcome when the limits of moves are proven to allow no placement, and how many moves it takes."""
+    moves, slots = problem.moves, problem.slots_per_rank
+    assert moves is not None
+    row = replace(moves, most=None, most_into_G=None).fewest(slots)
+    needed = 0 if row is None else moves.count(row, slots)
+    limit = "into each rank" if moves.most is None or needed <= moves.most else f"{moves.most} in all"
+    note = f"infeasible: experts without a copy need {needed} moves, the limit allows fewer ({limit})"
+    return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
+
+
+def within_limits(problem: Problem, row: Row | None) -> bool:
+    """Whether there is a row and it keeps to the limits of moves."""
+    return row is not None and (problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank))
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

@@ -21,17 +21,20 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.conflicts import ExpertClass, classify
-from gemopt.evaluate import objective
+from gemopt.evaluate import total
 from gemopt.kernels import latency_value
 from gemopt.latency import Curves, FloatArray
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
+from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, no_placement, seeded, within_limits
+from gemopt.solvers.search.descent import settle_pair
 from gemopt.solvers.search.gains import make_pair
 from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.swaps import fix_others, improve_pair, refresh_three, slowest_three
+from gemopt.solvers.search.terms import Terms, make_terms, moved_into
+from gemopt.solvers.search.within import homeward
 
 ORDER = (ExpertClass.CONSISTENT, ExpertClass.TEMPORAL, ExpertClass.ORDINARY)
 NOISE = 0.3
@@ -42,21 +45,31 @@ class Gem:
     """Greedy mapping by class, straggler swaps, restarts."""
 
     name = "gem"
-    supports = Supports(improves=True)
+    supports = Supports(improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. A warm start is the first mapping. Spare slots stay empty.
+
+        Where moves cost or are limited the first mapping is the one with the fewest, every swap pays for its moves, and
+        the mappings of restarts are brought home until the limits hold.
 
         Without the time for a first mapping the answer is that of LPT, and says so.
         """
         search = options.begun
         if not isinstance(search, _Search) or search.problem is not problem:
-            search = _Search(problem, options.seed, warm_start)
+            first = warm_start
+            if problem.moves is not None and not within_limits(problem, warm_start):
+                first = problem.moves.fewest(problem.slots_per_rank)
+            if problem.moves is not None and first is None:
+                return no_placement(problem)
+            search = _Search(problem, options.seed, first)
         with options.alarm() as stop:
             stopped_by = search.run(options, stop)
         if search.row is None:
-            note = "no time to search: speed-weighted LPT"
-            return Outcome(lpt_row(problem), stopped_by, note=note, reached=False, search=search)
+            row, name = (
+                (lpt_row(problem), "speed-weighted LPT") if search.first is None else (search.first, "first mapping")
+            )
+            return Outcome(row, stopped_by, note=f"no time to search: {name}", reached=False, search=search)
         return Outcome(search.row, stopped_by, history=search.history, search=search)
 
 
@@ -89,16 +102,23 @@ class _Search:
             if row is None:
                 return options.cut_by
             state = make_state(self.problem, row, self.costs, stop)
-            relieve_stragglers(self.costs, state)
+            self._relieve(state)
             idle += 1
-            found = objective(self.problem, state.content)
-            if found < self.value:
+            found = total(self.problem, state.content)
+            if found < self.value and within_limits(self.problem, state.content):
                 self.row, self.value, idle = state.content.copy(), found, 0
                 self.history.append(incumbent(found))
             if stop[0]:
                 self.first = state.content  # to be gone on from
                 return options.cut_by
         return StoppedBy.ITERATIONS
+
+    def _relieve(self, state: State) -> None:
+        if self.problem.moves is None:
+            relieve_stragglers(self.costs, state)
+            return
+        terms = make_terms(self.problem, self.problem.moves)
+        relieve_within(self.costs, state, terms, moved_into(state, terms))
 
     def _start(self, stop: NDArray[np.uint8]) -> Row | None:
         """The mapping to begin with, or None when the time is over before it is made."""
@@ -111,6 +131,8 @@ class _Search:
         if self.row is not None:
             noise_E = np.exp(NOISE * self.rng.standard_normal(self.problem.num_experts))
         row = greedy(self.problem, self.classes, noise_E, stop)
+        if not within_limits(self.problem, row):
+            row = homeward(self.problem, row, self.costs, stop)
         return None if stop[0] else row
 
 
@@ -189,6 +211,29 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
                 fix_others(state, a, b, values, ranks, pair)
                 if improve_pair(costs, state, a, b, pair, False):
                     refresh_three(state.times, values, ranks, a, b)
+                    improved = True
+            if improved:
+                break
+
+
+@njit(cache=True, nogil=True)
+def relieve_within(costs: Costs, state: State, terms: Terms, moved_G: Array) -> None:
+    """As `relieve_stragglers`, the best swap of two ranks first, each paying for its moves."""
+    num_ranks, steps = state.times.shape
+    if num_ranks < 2:
+        return
+    values, ranks = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16)
+    pair, best, slots = make_pair(state), np.zeros(1, np.float64), np.zeros(4, np.int64)
+    slowest_three(state.times, values, ranks)
+    improved = True
+    while improved:
+        improved = False
+        blame = blamed(state, values, ranks)
+        for a in np.argsort(-blame):
+            for b in range(num_ranks):
+                if a == b or state.stop[0] != 0:
+                    continue
+                if settle_pair(costs, state, a, b, pair, terms, moved_G, best, slots, values, ranks):
                     improved = True
             if improved:
                 break

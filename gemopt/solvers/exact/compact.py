@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.latency import Curve, Curves, FloatArray, Latency
+from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.runs import Term, split_term
@@ -44,6 +45,10 @@ class Compact:
         [G] equal numbers for ranks that can be swapped without any change.
     order_E
         Experts, heaviest first: the order in which equal ranks are told apart.
+    moved_QG
+        [Q, G] whether holding a column is a move, for a rank that did not hold its expert.
+    price_us, most, most_into_G
+        Microseconds per move, and the moves allowed in all and into each rank [G].
     """
 
     features_FTQ: IntArray
@@ -56,6 +61,10 @@ class Compact:
     slots_G: IntArray
     group_G: IntArray
     order_E: IntArray
+    moved_QG: NDArray[np.bool_]
+    price_us: NDArray[np.float64]
+    most: IntArray
+    most_into_G: IntArray
     curves: Curves
 
     @classmethod
@@ -73,7 +82,8 @@ class Compact:
         np.divide(open_us * (1 + ROUNDING), problem.weights_T, out=above_T, where=problem.weights_T > 0)
         ceiling_T = floor_T + above_T + ROUNDING * np.abs(floor_T)
         group_G = np.arange(problem.num_ranks)
-        if most == 1:  # swapping ranks changes which copy takes the odd assignment
+        moves = problem.moves or Moves(np.ones((problem.num_ranks, problem.num_experts), dtype=bool))
+        if most == 1 and problem.moves is None:  # swapping ranks moves experts, and the odd assignment of copies
             for members in problem.equal_ranks:
                 group_G[members] = members[0]
         return cls(
@@ -87,6 +97,10 @@ class Compact:
             slots_G=problem.slots_per_rank,
             group_G=group_G,
             order_E=np.argsort(-problem.counts_TE.T @ problem.weights_T, kind="stable"),
+            moved_QG=~moves.home_GE.T[expert_Q],
+            price_us=np.array(moves.price_us),
+            most=np.array(problem.num_slots if moves.most is None else moves.most),
+            most_into_G=problem.slots_per_rank if moves.most_into_G is None else moves.most_into_G,
             curves=problem.curves,
         )
 

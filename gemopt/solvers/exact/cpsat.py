@@ -11,7 +11,7 @@ from ortools.sat.python import cp_model
 
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.base import Options, Outcome, Row, Supports, no_placement
 from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.runs import STEEPEST
@@ -28,11 +28,13 @@ class CpSat:
     """Exact for every cost model, unequal slots, empty slots and copies under the even split."""
 
     name = "cpsat"
-    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True)
+    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * options.remaining)
+        if search is None:
+            return no_placement(problem)
         ended = search.ended()
         if ended is not None:
             return ended
@@ -79,14 +81,15 @@ def configured(options: Options, formulation: CpSatFormulation) -> cp_model.CpSo
 
 
 def resolution(search: Search) -> float:
-    """Microseconds per tick: every column, curved part and constant may lose a tick or three.
+    """Microseconds per tick: every column, curved part, constant and price may lose a tick or three.
 
     Never so fine that a line's coefficients, which grow with the ticks that are open and with the loads that it is
     drawn over, were beyond what float64 keeps exactly.
     """
     compact = search.compact
     lost = int(compact.slots_G.max()) + 1 + 3 * compact.features_FTQ.shape[0]
-    wanted = RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps)
+    priced = int(compact.slots_G.sum()) if compact.price_us else 0
+    wanted = RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps + priced)
     divisor = 2.0 * (1 << int(compact.load_range[1].max()).bit_length())
     return float(max(wanted, compact.open_us * divisor * STEEPEST / EXACT, 1e-12 * compact.open_us))
 

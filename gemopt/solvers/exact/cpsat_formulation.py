@@ -68,11 +68,12 @@ class CpSatFormulation(Formulation):
         return bool(self._choices)
 
     def add_objective(self) -> None:
-        """Time of all steps, no more than the incumbent has, and what a fixed search decides first."""
+        """Time and price, no more than the incumbent has, and what a fixed search decides first."""
         for variable, start in zip(self.excess, self.excess_start, strict=True):
             self.model.add_hint(variable, start)
-        self.model.add(sum(self.excess) <= self.open_units)
-        self.model.minimize(sum(self.excess))
+        minimised = _sum(self.minimised)
+        self.model.add(minimised <= self.open_units)
+        self.model.minimize(minimised)
         columns = [q for expert in self.compact.order_E for q in self.columns(expert)]
         variables = [variable for q in columns for variable in self.held[q]]
         self.model.add_decision_strategy(variables, cp_model.CHOOSE_FIRST, cp_model.SELECT_MAX_VALUE)

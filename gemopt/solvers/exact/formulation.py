@@ -1,7 +1,8 @@
 """The compact formulation, stated once for all solvers: variables, constraints, objective, and a complete start.
 
-What is stated is how far the makespan of each step lies above its floor, in units that the solver chooses, up to what
-is open between the floors and the incumbent. Solvers differ in how they round times and how they state a curve.
+What is stated is how far the makespan of each step lies above its floor, and the price of the moves, in units that the
+solver chooses, up to what is open between the floors and the incumbent. Solvers differ in how they round times and how
+they state a curve.
 """
 
 from __future__ import annotations
@@ -79,7 +80,13 @@ class Formulation(ABC):
 
     @abstractmethod
     def add_objective(self) -> None:
-        """Smallest sum of `excess`, which begins at `excess_start`."""
+        """Smallest sum of `excess`, which begins at `excess_start`, and of the price of the moves."""
+
+    @property
+    def minimised(self) -> Terms:
+        """What is minimised: the excess of all steps, and the price of each column whose holding is a move."""
+        excess: Terms = [(variable, 1) for variable in self.excess]
+        return excess + [(variable, self.price_units) for variable in self.moved() if self.price_units]
 
     def one_of(self, variables: Sequence[Any]) -> None:
         """Exactly one literal holds."""
@@ -100,6 +107,8 @@ class Formulation(ABC):
         self.held = [[self.new(0, 1, start[q][g]) for g in range(num_ranks)] for q in range(num_columns)]
         self.held_by = list(zip(*self.held, strict=True))
         self.open_units = self.round_down(np.array([1.001 * self.compact.open_us / self.unit_us + 1.0])).tolist()[0]
+        price = self.round_down(np.array([float(self.compact.price_us) / self.unit_us])).tolist()[0]
+        self.price_units = min(price, self.open_units + 1)  # more than what is open keeps an expert at home as well
         self.excess = [self.new(0, self.open_units, 0, whole=False) for _ in range(self.compact.num_steps)]
         self.excess_start: list[Any] = [0] * self.compact.num_steps
 
@@ -112,6 +121,7 @@ class Formulation(ABC):
             self._copies_are_on_different_ranks()
             self._copies_are_in_slot_order()
         self._equal_ranks_are_ordered()
+        self._moves_are_limited()
         self._makespan_waits_for_every_rank()
 
     def columns(self, expert: int) -> list[int]:
@@ -155,6 +165,19 @@ class Formulation(ABC):
             for expert in self.compact.order_E:
                 self.implies_any(self.held[expert][later], before)
                 before.append(self.held[expert][earlier])
+
+    def moved(self, ranks: Sequence[int] | None = None) -> list[Any]:
+        """Literals of the columns whose holding by some of the ranks is a move."""
+        chosen = range(self.compact.num_ranks) if ranks is None else ranks
+        return [self.held[q][g] for g in chosen for q in np.flatnonzero(self.compact.moved_QG[:, g])]
+
+    def _moves_are_limited(self) -> None:
+        """Ranks receive no more experts that they do not hold at home than is allowed, in all and each."""
+        if len(moved := self.moved()) > int(self.compact.most):
+            self.row([(variable, 1) for variable in moved], None, int(self.compact.most))
+        for g, most in enumerate(self.compact.most_into_G.tolist()):
+            if len(moved := self.moved([g])) > most:
+                self.row([(variable, 1) for variable in moved], None, most)
 
     def _makespan_waits_for_every_rank(self) -> None:
         """A step ends no earlier than each term of each rank's latency."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gemopt.bounds.simple import step_bounds
-from gemopt.evaluate import check, objective
+from gemopt.evaluate import check, total
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import Options, Outcome, Row, incumbent
+from gemopt.solvers.base import Options, Outcome, Row, incumbent, within_limits
 from gemopt.solvers.exact.compact import Compact, merged
 from gemopt.solvers.exact.reduction import representative_steps
 from gemopt.solvers.search.packing import lpt_row
@@ -29,11 +29,11 @@ class Search:
     Attributes
     ----------
     problem
-        All distinct steps; objectives are always those of the whole trace.
+        All distinct steps; objectives, with the price of moves, are always those of the whole trace.
     stated, compact
         The steps that are stated: all distinct ones, or representatives when they are too many for the time; and how.
     row, objective_us
-        Best placement so far, scored by `evaluate.objective` whatever the solver says it is worth.
+        Best placement so far, and what is minimised (`evaluate.total`) of it, whatever the solver says it is worth.
     known_us
         Lower bound for the whole trace that was known before the solver began: the simple bounds.
     start_us
@@ -54,15 +54,18 @@ class Search:
     history: list[Incumbent] = field(default_factory=list)
 
     @classmethod
-    def prepare(cls, problem: Problem, options: Options, warm_start: Row | None, budget: float) -> Search:
+    def prepare(cls, problem: Problem, options: Options, warm_start: Row | None, budget: float) -> Search | None:
         """Merge equal steps, start from the warm start or a greedy one, and reduce what is larger than the budget.
 
-        `budget` is the number of non-zero coefficients that the solver can take in the time it has.
+        `budget` is the number of non-zero coefficients that the solver can take in the time it has. None: the limits of
+        moves allow no placement.
         """
         problem = merged(problem)
         floor_T = step_bounds(problem)
-        row = lpt_row(problem) if warm_start is None else warm_start.copy()
-        start, base = objective(problem, row), float(problem.weights_T @ floor_T)
+        row = _start(problem, warm_start)
+        if row is None:
+            return None
+        start, base = total(problem, row), float(problem.weights_T @ floor_T)
         some = np.unique(np.linspace(0, problem.num_steps - 1, SAMPLE).round().astype(np.int64))
         per_step = Compact.of(problem.select(some), floor_T[some], max(start - base, 0.0)).size / len(some)
         limit = int(min(budget / max(per_step, 1.0), problem.num_steps))
@@ -115,7 +118,7 @@ class Search:
             check(self.problem, row)
         except InputError:
             return
-        value = objective(self.problem, row)
+        value = total(self.problem, row)
         if value < self.objective_us:
             self.row, self.objective_us = row, value
             self.history.append(incumbent(value, self.bound_us))
@@ -175,6 +178,12 @@ class Search:
         return StoppedBy.GAP if gap is not None and gap <= self.options.gap else StoppedBy.ITERATIONS
 
 
+def _start(problem: Problem, warm_start: Row | None) -> Row | None:
+    if warm_start is not None and within_limits(problem, warm_start):
+        return warm_start.copy()
+    return lpt_row(problem) if problem.moves is None else problem.moves.fewest(problem.slots_per_rank)
+
+
 def _stated(stated: Problem, floor_T: FloatArray, row: Row) -> Compact:
     """The formulation of some steps, within what is open between their floors and a placement."""
-    return Compact.of(stated, floor_T, max(objective(stated, row) - float(stated.weights_T @ floor_T), 0.0))
+    return Compact.of(stated, floor_T, max(total(stated, row) - float(stated.weights_T @ floor_T), 0.0))

@@ -22,7 +22,7 @@ import numpy as np
 from gemopt.exceptions import SolverError
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.base import Options, Outcome, Row, Supports, no_placement
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.milp_worker import Scale, cbc_bound, proven_us
 
@@ -47,11 +47,13 @@ class Milp:
 
     backend: str = "auto"
     name = "milp"
-    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True)
+    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * (options.remaining - START_S))
+        if search is None:
+            return no_placement(problem)
         ended = search.ended()
         if ended is not None:
             return ended

@@ -49,10 +49,10 @@ class MilpFormulation(Formulation):
         return units
 
     def add_objective(self) -> None:
-        """Time of all steps."""
+        """Time and price."""
         for variable, start in zip(self.excess, self.excess_start, strict=True):
             variable.setInitialValue(start, check=False)
-        self.problem.setObjective(pulp.LpAffineExpression([(variable, 1.0) for variable in self.excess]))
+        self.problem.setObjective(pulp.LpAffineExpression(self.minimised))
 
     def curve(self, t: int, g: int, f: int, runs: tuple[Run, ...]) -> tuple[Terms, float]:
         """The chosen run's value where it begins, and what each straight part adds in so far as it is filled."""

@@ -13,6 +13,7 @@ from numba import njit
 from gemopt.problem import Problem
 from gemopt.solvers.search.gains import BLOCK
 from gemopt.solvers.search.state import Array, Costs, Number, State, lookup, rank_of, rank_times, step_order
+from gemopt.solvers.search.terms import Terms, moved_into, moves_of, permitted
 
 TABLE_LIMIT = 1 << 22
 
@@ -104,9 +105,9 @@ def time_of(costs: Costs, rank: int, loads_F: Array) -> Number:
 
 @njit(cache=True, nogil=True)
 def change_cost(
-    costs: Costs, state: State, shares: Shares, change: Change, limits: Array, group: Array, loads: Array
+    costs: Costs, state: State, shares: Shares, change: Change, limits: Array, price: float, group: Array, loads: Array
 ) -> Number:
-    """Weighted makespan after the change, or infinity as soon as a limit is reached."""
+    """Weighted makespan after the change, or infinity as soon as a limit is reached with the price of its moves."""
     num_ranks, steps = state.times.shape
     features = state.items.shape[1]
     group[:] = -1
@@ -134,7 +135,7 @@ def change_cost(
                 if group[g] >= 0:
                     worst = max(worst, time_of(costs, g, loads[group[g]]))
             cost += np.float64(worst * state.weights[t])
-        if cost >= limits[block]:
+        if cost + price >= limits[block]:
             return np.inf
     return cost
 
@@ -163,7 +164,9 @@ def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> 
 
 
 @njit(cache=True, nogil=True)
-def improve_copies(costs: Costs, state: State, shares: Shares, candidates: Array, epsilon: float, racing: bool) -> int:
+def improve_copies(
+    costs: Costs, state: State, shares: Shares, candidates: Array, epsilon: float, racing: bool, terms: Terms
+) -> int:
     """Try every change of a spare slot (empty, or a copy of an expert held elsewhere) once; returns changes made.
 
     candidates: experts worth another copy. With `racing` a change is given up once it costs more so far than now.
@@ -180,6 +183,7 @@ def improve_copies(costs: Costs, state: State, shares: Shares, candidates: Array
     for p in range(slots):
         if state.content[p] >= 0:
             copies[state.content[p]] += 1
+    moved_G = moved_into(state, terms)
     made = 0
     current = set_change_limits(state, limits, epsilon, racing)
     for p in range(slots):
@@ -191,11 +195,15 @@ def improve_copies(costs: Costs, state: State, shares: Shares, candidates: Array
             expert = -1 if n < 0 else candidates[n]
             if expert == old or (expert >= 0 and state.holds[rank, expert] > 0):
                 continue
+            added = moves_of(terms, rank, expert) - moves_of(terms, rank, old)
+            if not permitted(terms, moved_G.sum(), moved_G, rank, rank, added, 0):
+                continue
             list_change(state, p, expert, change)
-            cost = change_cost(costs, state, shares, change, limits, group, loads)
-            if cost >= current * (1.0 - epsilon):
+            cost = change_cost(costs, state, shares, change, limits, terms.price * added, group, loads)
+            if cost + terms.price * added >= current * (1.0 - epsilon):
                 continue
             apply_change(costs, state, shares, change)
+            moved_G[rank] += added
             if old >= 0:
                 copies[old] -= 1
             if expert >= 0:

@@ -17,7 +17,7 @@ from gemopt.evaluate import objective
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
-from gemopt.solvers.search.packing import lpt_row, replicate
+from gemopt.solvers.search.packing import copies_worth_trying, lpt_row, replicate
 
 if TYPE_CHECKING:
     from gemopt.solvers.search.state import Costs, State
@@ -32,10 +32,14 @@ class LocalSearch:
     """Descent by swaps and copies, then iterated local search."""
 
     name = "local-search"
-    supports = Supports(improves=True)
+    supports = Supports(improves=True, moves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. `options.patience` 0 ends after the descent; `options.begun` goes on."""
+        from gemopt.solvers.search.within import search_within
+
+        if problem.moves is not None:
+            return search_within(problem, options, warm_start, self.solve)
         search = options.begun
         if not isinstance(search, _Search) or search.problem is not problem:
             search = _Search(problem, _starts(problem) if warm_start is None else [warm_start])
@@ -132,16 +136,16 @@ class _Search:
     def _with_copies(self, row: Row) -> Row:
         from gemopt.solvers.search.copies import improve_copies, make_shares
         from gemopt.solvers.search.swaps import EPSILON, descend
+        from gemopt.solvers.search.terms import free_terms
 
         problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
         shares = make_shares(problem)
         if shares is None:
             return row
-        hottest = np.argsort(-problem.linearised[1].mean(axis=0), kind="stable")
-        candidates = hottest[: 16 + 2 * problem.spare_slots]
+        candidates = copies_worth_trying(problem)
         state = self.state(row)
         for _ in range(50):
-            made = improve_copies(self.costs, state, shares, candidates, EPSILON, True)
+            made = improve_copies(self.costs, state, shares, candidates, EPSILON, True, free_terms(problem))
             state = self.state(state.content)  # swaps move copies, which renumbers them
             descend(self.costs, state, ranks, False)
             before = self.value

@@ -8,7 +8,6 @@ after 1, 2, 3, ... swaps a front of latency against moves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -16,11 +15,27 @@ from numpy.typing import NDArray
 
 from gemopt.evaluate import objective
 from gemopt.migration import held
+from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.search.gains import BLOCK, Pair, allowed, five_planes, make_pair, set_tangent
-from gemopt.solvers.search.state import Array, Costs, Number, State, lookup, make_costs, make_state
+from gemopt.solvers.search.gains import (
+    BLOCK,
+    LINE,
+    ROOFLINE,
+    TABLE,
+    Pair,
+    allowed,
+    form_of,
+    general_block,
+    line_block,
+    make_pair,
+    roofline_block,
+    set_tangent,
+    table_block,
+)
+from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state
 from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
+from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
 
@@ -34,23 +49,9 @@ class Waypoint:
     moves: int
 
 
-class Terms(NamedTuple):
-    """What moves cost and how many there may be.
-
-    home_GE: [G, E] whether each rank holds each expert in the placement in force. price: microseconds per move.
-    least: gain that a swap must bring per move, beyond the price. most: moves in all. into_G: moves into each rank.
-    """
-
-    home_GE: Array
-    price: float
-    least: float
-    most: int
-    into_G: Array
-
-
 def few_moves(
     problem: Problem,
-    home: Row,
+    home: Row | NDArray[np.bool_],
     *,
     start: Row | None = None,
     price_us: float = 0.0,
@@ -59,13 +60,15 @@ def few_moves(
     max_into_G: NDArray[np.int64] | None = None,
     max_swaps: int | None = None,
     costs: Costs | None = None,
+    stop: NDArray[np.uint8] | None = None,
 ) -> list[Waypoint]:
     """Waypoints from `start`, in the order of the swaps; the first is the start itself.
 
     Parameters
     ----------
     home, start
-        [P] placement in force, from which moves are counted, and where to begin (`home` when None).
+        [P] placement in force, from which moves are counted, and where to begin (`home` when None). Where ranks came or
+        went, `home` is [G, E] whether each rank holds each expert, and `start` must be given.
     price_us
         Microseconds of the objective that a move must pay for.
     least_us
@@ -76,22 +79,22 @@ def few_moves(
         Swaps taken at most.
     costs
         `make_costs(problem)` when it is at hand.
+    stop
+        [1] ends the walk when it turns 1, as `Options.alarm` gives it.
     """
     costs = make_costs(problem) if costs is None else costs
-    row = home if start is None else start
-    home_GE = held(home, problem.slots_per_rank, problem.num_experts)
-    state = make_state(problem, row, costs)
-    most = problem.num_slots if max_moves is None else max_moves
-    into_G = problem.slots_per_rank if max_into_G is None else max_into_G
-    terms = Terms(home_GE, float(price_us), float(least_us), int(most), np.ascontiguousarray(into_G, dtype=np.int64))
+    row = np.asarray(home if start is None else start, dtype=np.int64)
+    home_GE = np.asarray(home, dtype=np.bool_)
+    if home.ndim == 1:
+        home_GE = held(np.asarray(home, dtype=np.int64), problem.slots_per_rank, problem.num_experts)
+    terms = make_terms(problem, Moves(home_GE, price_us, max_moves, max_into_G), least_us=least_us)
+    state = make_state(problem, row, costs, stop)
     swaps = 4 * problem.num_slots if max_swaps is None else max_swaps
     room_SP = np.empty((swaps, problem.num_slots), np.int64)
     taken = take_best(costs, state, terms, room_SP)
-    rows = [row, *room_SP[:taken]]
-    now_GE = [held(each, problem.slots_per_rank, problem.num_experts) for each in rows]
     return [
-        Waypoint(each.copy(), objective(problem, each), int((now & ~home_GE).sum()))
-        for each, now in zip(rows, now_GE, strict=True)
+        Waypoint(each.copy(), objective(problem, each), int(count_into(problem, each, terms).sum()))
+        for each in (row, *room_SP[:taken])
     ]
 
 
@@ -112,14 +115,11 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array) -> int:
     pair = make_pair(state)
     best = np.zeros(1, np.float64)
     slots = np.zeros(4, np.int64)
-    moved_G = np.zeros(num_ranks, np.int64)
-    for g in range(num_ranks):
-        for e in range(state.holds.shape[1]):
-            moved_G[g] += state.holds[g, e] > 0 and not terms.home_GE[g, e]
+    moved_G = moved_into(state, terms)
     taken = 0
-    current = total_cost(state)
-    while taken < rows_SP.shape[0]:
-        best[0] = max(terms.least, NOISE * abs(current))
+    current = total_cost(state) + terms.price * moved_G.sum()
+    while taken < rows_SP.shape[0] and state.stop[0] == 0:
+        best[0] = max(terms.least, NOISE * abs(current - terms.price * moved_G.sum()))
         slots[0] = -1
         order = promising_pairs(state, values, ranks)
         for n in range(order.shape[0]):
@@ -129,19 +129,44 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array) -> int:
         if slots[0] < 0:
             break
         a, b, i, j = number(slots[0]), number(slots[1]), number(slots[2]), number(slots[3])
-        into_a, into_b = extra_moves(state, terms, a, b, i, j)
-        apply_swap(costs, state, a, b, i, j)
-        renewed = total_cost(state)
-        if renewed + terms.price * (into_a + into_b) >= current - 0.5 * best[0]:  # float32 noise, not a gain
-            apply_swap(costs, state, a, b, i, j)
+        renewed = swap_for(costs, state, a, b, i, j, terms, moved_G, current, 0.5 * best[0])
+        if renewed >= current:
             break
-        moved_G[a] += into_a
-        moved_G[b] += into_b
         current = renewed
         refresh_three(state.times, values, ranks, a, b)
         rows_SP[taken] = state.content
         taken += 1
     return taken
+
+
+@njit(cache=True, nogil=True)
+def swap_for(
+    costs: Costs,
+    state: State,
+    a: Number,
+    b: Number,
+    i: Number,
+    j: Number,
+    terms: Terms,
+    moved_G: Array,
+    current: float,
+    gain: float,
+) -> Number:
+    """Swap where that gains at least so much of the current cost and price; returns what they are then.
+
+    Float32 noise can make a swap look better than it is: it is taken back.
+    """  # fmt: skip
+    into_a, into_b = extra_moves(state, terms, a, b, i, j)
+    apply_swap(costs, state, a, b, i, j)
+    moved_G[a] += into_a
+    moved_G[b] += into_b
+    renewed = total_cost(state) + terms.price * moved_G.sum()
+    if renewed < current - gain:
+        return renewed
+    apply_swap(costs, state, a, b, i, j)
+    moved_G[a] -= into_a
+    moved_G[b] -= into_b
+    return current
 
 
 @njit(cache=True, nogil=True)
@@ -162,21 +187,6 @@ def promising_pairs(state: State, values: Array, ranks: Array) -> Array:
 
 
 @njit(cache=True, nogil=True)
-def extra_moves(state: State, terms: Terms, a: Number, b: Number, i: Number, j: Number) -> tuple[int, int]:
-    """Moves into rank a and into rank b that swapping slot i of a with slot j of b adds (negative: refunds)."""
-    into_a: Number = 0
-    into_b: Number = 0
-    expert_i, expert_j = state.content[i], state.content[j]
-    if expert_i >= 0:
-        into_a -= 0 if terms.home_GE[a, expert_i] else 1
-        into_b += 0 if terms.home_GE[b, expert_i] else 1
-    if expert_j >= 0:
-        into_b -= 0 if terms.home_GE[b, expert_j] else 1
-        into_a += 0 if terms.home_GE[a, expert_j] else 1
-    return into_a, into_b
-
-
-@njit(cache=True, nogil=True)
 def scan_pair(
     costs: Costs, state: State, a: int, b: int, pair: Pair, terms: Terms, moved_G: Array, best: Array, slots: Array
 ) -> None:
@@ -189,19 +199,17 @@ def scan_pair(
     convex = not costs.use_tables
     moved = moved_G.sum()
     for i in range(state.starts[a], state.starts[a + 1]):
+        if state.stop[0] != 0:
+            return
         for j in range(state.starts[b], state.starts[b + 1]):
             if convex and pair.tilt[j] - pair.tilt[i] + refund <= best[0]:
                 continue
             if not allowed(state, a, b, i, j):
                 continue
             into_a, into_b = extra_moves(state, terms, a, b, i, j)
+            if not permitted(terms, moved, moved_G, a, b, into_a, into_b):
+                continue
             added = into_a + into_b
-            if moved + added > terms.most and added > 0:
-                continue
-            if (into_a > 0 and moved_G[a] + into_a > terms.into_G[a]) or (
-                into_b > 0 and moved_G[b] + into_b > terms.into_G[b]
-            ):
-                continue
             goal = current - best[0] - terms.price * added
             cost = swap_cost(costs, state, a, b, i, j, pair, goal)
             if cost < goal:
@@ -214,44 +222,18 @@ def swap_cost(
     costs: Costs, state: State, a: Number, b: Number, i: Number, j: Number, pair: Pair, goal: float
 ) -> Number:
     """Weighted makespan after a swap of slot i of rank a with slot j of rank b; infinity if not below `goal`."""
-    features, steps = state.items.shape[1], state.items.shape[2]
+    form, steps = form_of(costs, state, a, b), state.items.shape[2]
     cost = 0.0
     for block in range(pair.limits.shape[0]):
         lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
-        others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
-        part = np.float32(0.0)
-        if costs.use_tables:
-            for t in range(lo, hi):
-                worst = pair.others_T[t]
-                for side in range(2):
-                    rank = a if side == 0 else b
-                    sign = np.float32(-1.0) if side == 0 else np.float32(1.0)
-                    for k in range(costs.num_terms[rank]):
-                        value = np.float32(0.0)
-                        for f in range(features):
-                            d = state.items[i, f, t] - state.items[j, f, t]
-                            value += lookup(costs, rank, k, f, state.loads[rank, f, t] + sign * d)
-                        worst = max(worst, value)
-                part += pair.weights_T[t] * worst
-        elif features == 1:
-            a1, b1 = costs.planes[a, 0, 1], costs.planes[b, 0, 1]
-            item_i, item_j = state.items[i, 0, lo:hi], state.items[j, 0, lo:hi]
-            time_a, time_b = state.times[a, lo:hi], state.times[b, lo:hi]
-            for t in range(item_i.shape[0]):
-                d = item_i[t] - item_j[t]
-                part += weights_T[t] * max(others_T[t], max(time_a[t] - a1 * d, time_b[t] + b1 * d))
+        if form == LINE:
+            cost += np.float64(line_block(costs, state, a, b, i, j, pair, lo, hi))
+        elif form == TABLE:
+            cost += np.float64(table_block(costs, state, a, b, i, j, pair, lo, hi))
+        elif form == ROOFLINE:
+            cost += np.float64(roofline_block(costs, state, a, b, i, j, pair, lo, hi))
         else:
-            planes_a, planes_b = costs.planes[a], costs.planes[b]
-            item_i0, item_i1 = state.items[i, 0, lo:hi], state.items[i, 1, lo:hi]
-            item_j0, item_j1 = state.items[j, 0, lo:hi], state.items[j, 1, lo:hi]
-            load_a0, load_a1 = state.loads[a, 0, lo:hi], state.loads[a, 1, lo:hi]
-            load_b0, load_b1 = state.loads[b, 0, lo:hi], state.loads[b, 1, lo:hi]
-            for t in range(others_T.shape[0]):
-                d0, d1 = item_i0[t] - item_j0[t], item_i1[t] - item_j1[t]
-                after_a = five_planes(planes_a, load_a0[t] - d0, load_a1[t] - d1)
-                after_b = five_planes(planes_b, load_b0[t] + d0, load_b1[t] + d1)
-                part += weights_T[t] * max(others_T[t], max(after_a, after_b))
-        cost += np.float64(part)
+            cost += general_block(costs, state, a, b, i, j, pair, lo, hi)
         if cost + pair.rest[block + 1] >= goal:
             return np.inf
     return cost

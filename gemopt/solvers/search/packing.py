@@ -39,6 +39,12 @@ def replicate(weight_E: FloatArray, slots_G: Row) -> Row:
     return copies
 
 
+def copies_worth_trying(problem: Problem) -> Row:
+    """Experts that may deserve another copy, hottest first."""
+    hottest = np.argsort(-problem.linearised[1].mean(axis=0), kind="stable")
+    return hottest[: 16 + 2 * problem.spare_slots]
+
+
 def placeable(copies_E: Row, slots_G: Row) -> bool:
     """Whether so many copies fit on different ranks each (Gale and Ryser): no k experts need more than k per rank."""
     needed = np.cumsum(np.sort(copies_E)[::-1])

@@ -1,0 +1,180 @@
+"""From a call's run to its `Result`: every row re-checked, every bound held against its objective."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import numpy as np
+
+from gemopt.costs import CostModel, FitReport
+from gemopt.evaluate import Evaluation, check, moves_us, objective, score
+from gemopt.exceptions import InputError, SolverError
+from gemopt.moving import Moving
+from gemopt.placement import Placement
+from gemopt.profile import Profile
+from gemopt.result import OPTIMALITY_TOLERANCE, LayerResult, Result, Status, StoppedBy, relative_gap
+from gemopt.schedule import Run, history
+from gemopt.solvers.base import Row
+from gemopt.traces import Traces
+
+ROUNDING = 1e-9
+
+
+def answer(
+    run: Run,
+    profile: Profile,
+    traces: Traces,
+    cost: CostModel,
+    report: FitReport | None,
+    moving: Moving | None = None,
+    bound_us: float = 0.0,
+) -> Result:
+    """What the run found. `bound_us` is a bound on the total of all layers together, beyond those of each.
+
+    Raises
+    ------
+    SolverError
+        When a solver returned an infeasible row or a bound above what it bounds.
+    """
+    rows = _rows(run, traces)
+    if rows is not None and moving is not None:
+        rows = moving.settled(rows, [layer.problem for layer in run.layers])
+    placement, scored, value = None, None, None
+    if rows is not None:
+        placement = Placement(
+            physical_to_logical=np.stack(rows),
+            slots_per_rank=run.layers[0].problem.slots_per_rank,
+            num_experts=traces.num_experts,
+            layer_ids=list(traces.layer_ids),
+            num_hidden_layers=traces.num_hidden_layers,
+            model=traces.model or profile.model.name,
+            device_uuids=profile.device_uuids if any(profile.device_uuids) else None,
+        )
+        scored = score(rows, [layer.problem for layer in run.layers], cost.measured)
+        value = scored.objective_us
+    per_layer = [
+        _layer_result(run, index, traces.layer_ids[index], scored, None if rows is None else rows[index])
+        for index in range(len(run.layers))
+    ]
+    total = None if value is None else value + sum(layer.moves_us for layer in per_layer)
+    bound = _bound(run, per_layer, bound_us, total)
+    gap, base = relative_gap(total, bound), sum(layer.base_us for layer in run.layers)
+    report_of_moves = None
+    if moving is not None and rows is not None and value is not None:
+        before_us = moving.before_us(traces, cost)
+        report_of_moves = moving.report(rows, [layer.problem for layer in run.layers], value, before_us)
+    return Result(
+        solver=run.solver.name,
+        status=_status(per_layer, gap),
+        stopped_by=_stopped_by(per_layer),
+        objective_us=value,
+        bound_us=bound,
+        gap=gap,
+        change=value / base - 1 if value is not None and base > 0 else None,
+        seconds=time.monotonic() - run.clock,
+        num_steps=traces.num_steps,
+        placement=placement,
+        history=history(run.layers, run.clock),
+        per_layer=per_layer,
+        outside=0.0 if scored is None else scored.outside,
+        cost=cost.name,
+        cost_error=None if report is None or np.isnan(report.error) else report.error,
+        cost_summary="" if report is None else report.summary(),
+        notes=_notes(run, per_layer),
+        moves=report_of_moves,
+    )
+
+
+def _bound(run: Run, per_layer: list[LayerResult], bound_us: float, total: float | None) -> float:
+    """The larger of the layers' bounds together and the bound on all of them, never above the total."""
+    bound = max(float(sum(layer.bound_us or 0.0 for layer in per_layer)), bound_us)
+    if total is None:
+        return bound if np.isfinite(bound) else 0.0
+    if bound > total * (1 + 1e2 * ROUNDING) + ROUNDING:
+        raise SolverError(f"{run.solver.name}: bound {bound} above the total {total} of all layers")
+    return min(bound, total)
+
+
+def _rows(run: Run, traces: Traces) -> list[Row] | None:
+    """The rows of all layers, each of them feasible, or None when one has none."""
+    rows: list[Row] = []
+    for layer, layer_id in zip(run.layers, traces.layer_ids, strict=True):
+        if layer.outcome is None:
+            raise SolverError(f"{run.solver.name} returned nothing for layer {layer_id}")
+        if layer.outcome.row is None:
+            continue
+        try:
+            check(layer.problem, layer.outcome.row, layer=layer_id)
+        except InputError as error:
+            raise SolverError(f"{run.solver.name} returned an infeasible row: {error}") from error
+        rows.append(layer.outcome.row)
+    return rows if len(rows) == len(run.layers) else None
+
+
+def _layer_result(run: Run, index: int, layer_id: int, scored: Evaluation | None, row: Row | None) -> LayerResult:
+    layer = run.layers[index]
+    outcome = layer.outcome
+    assert outcome is not None
+    row = outcome.row if row is None else row
+    value, total, bound = None, None, max(layer.bound_us, outcome.bound_us or 0.0)
+    price_us = 0.0 if row is None else moves_us(layer.problem, row)
+    if row is not None:
+        value = objective(layer.problem, row) if scored is None else float(scored.per_layer_us[index])
+        total = value + price_us
+        if bound > total * (1 + 1e2 * ROUNDING) + ROUNDING:
+            raise SolverError(f"{run.solver.name}: bound {bound} above objective {total} in layer {layer_id}")
+        bound = min(bound, total)
+    gap = relative_gap(total, bound)
+    status = Status.INFEASIBLE if outcome.infeasible else Status.UNKNOWN if value is None else Status.FEASIBLE
+    stopped_by = outcome.stopped_by
+    if gap is not None and gap <= OPTIMALITY_TOLERANCE:
+        status, stopped_by = Status.OPTIMAL, StoppedBy.PROOF
+    return LayerResult(
+        layer_id=layer_id,
+        status=status,
+        stopped_by=stopped_by,
+        objective_us=value,
+        bound_us=bound,
+        gap=gap,
+        seconds=layer.seconds,
+        note=outcome.note,
+        reached=outcome.reached,
+        start_us=outcome.start_us,
+        own_bound_us=outcome.own_bound_us,
+        stated_steps=outcome.stated_steps,
+        distinct_steps=outcome.distinct_steps,
+        bounded_steps=max(0, layer.bounded_steps),
+        moves_us=price_us,
+    )
+
+
+def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:
+    """What people should know, each with the number of layers it is true of unless that is all of them."""
+    count, notes = len(per_layer), Counter(layer.note for layer in per_layer if layer.note)
+    said = [
+        text if number == count else f"{number} of {count} layers: {text}" for text, number in sorted(notes.items())
+    ]
+    missed = sum(not layer.reached for layer in per_layer)
+    if missed:
+        more = "" if _stopped_by(per_layer) is StoppedBy.INTERRUPT else ": more --time-limit would help"
+        said.insert(0, f"{missed} of {count} layers were cut before their search began{more}")
+    pairs = zip(run.layers, per_layer, strict=True)
+    weak = sum(layer.bound_cut and found.status is Status.FEASIBLE for layer, found in pairs)
+    if weak:
+        said.append(f"the bounds of {weak} of {count} layers were cut short: the gap may be smaller than it says")
+    return said
+
+
+def _status(per_layer: list[LayerResult], gap: float | None) -> Status:
+    found = {layer.status for layer in per_layer}
+    for status in (Status.INFEASIBLE, Status.UNKNOWN):
+        if status in found:
+            return status
+    return Status.OPTIMAL if gap is not None and gap <= OPTIMALITY_TOLERANCE else Status.FEASIBLE
+
+
+def _stopped_by(per_layer: list[LayerResult]) -> StoppedBy:
+    reasons = {layer.stopped_by for layer in per_layer}
+    order = (StoppedBy.INTERRUPT, StoppedBy.TIME_LIMIT, StoppedBy.ITERATIONS, StoppedBy.GAP, StoppedBy.PROOF)
+    return next(reason for reason in order if reason in reasons)

@@ -1,0 +1,134 @@
+"""Command `gemopt compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemopt.cli.app import app, console, errors, print_json
+from gemopt.cli.moves import Current, ExpertBytes
+from gemopt.cli.solve import (
+    AsJson,
+    Cost,
+    Gap,
+    OneRank,
+    Patience,
+    PhaseName,
+    ProfilePath,
+    Seed,
+    Slots,
+    Task,
+    Threads,
+    TracesPath,
+    layer_progress,
+    load_traces,
+    parse_slots,
+    whole_or_nothing,
+)
+
+if TYPE_CHECKING:
+    from gemopt.profile import Profile
+    from gemopt.traces import Traces
+
+
+@app.command("compare")
+def compare_command(
+    profile: ProfilePath,
+    traces: TracesPath,
+    solvers: Annotated[str | None, typer.Option("--solvers", help="names separated by commas")] = None,
+    holdout: Annotated[float, typer.Option("--holdout", help="share of the steps kept to score on; 0: none")] = 0.5,
+    time_limit: Annotated[float, typer.Option("--time-limit", help="wall seconds for each solver")] = 10.0,
+    slots_per_rank: Slots = None,
+    seed: Seed = 0,
+    gap: Gap = 0.0,
+    cost: Cost = "auto",
+    task: Task = None,
+    phase: PhaseName = None,
+    patience: Patience = None,
+    threads: Threads = None,
+    allow_one_rank: OneRank = False,
+    current: Current = None,
+    moves: Annotated[bool, typer.Option("--moves", help="latency against moves from --current instead")] = False,
+    expert_bytes: ExpertBytes = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of the table")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Exact against heuristic: every solver on the same input, scored on steps it did not see.
+
+    With --current and --moves: what moving 2, 4, 8, ... experts from a placement in force gains, and what the solvers
+    of --solvers find when moves are free.
+    """
+    from gemopt.compare import DEFAULT_SOLVERS, compare
+    from gemopt.fronts import check_request
+    from gemopt.plotting import check_picture
+    from gemopt.profile import Profile
+    from gemopt.solvers import get
+
+    names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
+    for name in names:
+        get(name)
+    check_request(current, moves)
+    if plot is not None:
+        check_picture(plot)
+    options: dict[str, Any] = {
+        "time_limit": time_limit,
+        "seed": seed,
+        "gap": gap,
+        "patience": patience,
+        "threads": threads,
+        "allow_one_rank": allow_one_rank,
+        "notice": None if as_json else errors.print,
+    }
+    if current is not None:
+        with whole_or_nothing(threads):
+            chosen, found_by = load_traces(traces, task, phase), names if solvers else []
+            return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
+                          cost=cost, expert_bytes=expert_bytes, **options)  # fmt: skip
+    with whole_or_nothing(threads), layer_progress("solvers", quiet=as_json) as progress:
+        done: list[str] = []
+
+        def advance(row: Any, _: Any) -> None:
+            done.append(row.solver)
+            if progress is not None:
+                progress(len(done), len(names))
+
+        rows = compare(
+            Profile.load(profile),
+            load_traces(traces, task, phase),
+            solvers=names,
+            holdout=holdout,
+            cost=cost,
+            on_result=advance,
+            slots_per_rank=parse_slots(slots_per_rank),
+            **options,
+        )
+    if plot is not None:
+        from gemopt.plotting import plot_comparison, save
+
+        save(plot_comparison(rows), plot)
+    if as_json:
+        print_json([row.model_dump(mode="json") for row in rows])
+    else:
+        from gemopt.cli.tables import comparison_table
+
+        console.print(comparison_table(rows))
+    return 0
+
+
+def _front(profile: Profile, traces: Traces, current: Path, plot: Path | None, as_json: bool, **options: Any) -> int:
+    """Print and draw latency against moves."""
+    from gemopt.cli.tables import front_table
+    from gemopt.fronts import moves_front
+    from gemopt.placement import Placement
+    from gemopt.plotting import plot_front, save
+
+    points = moves_front(profile, traces, Placement.load(current), **options)
+    if plot is not None:
+        save(plot_front(points), plot)
+    if as_json:
+        print_json([point.model_dump(mode="json") for point in points])
+    else:
+        console.print(front_table(points))
+    return 0

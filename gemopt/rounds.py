@@ -1,0 +1,213 @@
+"""One budget of moves for all layers of a call: divided, solved layer by layer, and divided again while that helps.
+
+The first division is along the fronts that best swaps lead through. Where a solver proves its layers, what it proved at
+so many moves holds for fewer, and dividing the bounds tells which layer at how many moves is to be solved next: that
+ends with the best division, proven. Otherwise the bound is what no layer falls below with the whole budget for itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.evaluate import total
+from gemopt.moving import Moving, limited
+from gemopt.problem import Problem
+from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
+from gemopt.schedule import Layer, Run
+from gemopt.solvers.base import Options, Outcome, no_placement
+from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
+
+FRONT_SHARE = 0.2  # of the time, for the fronts
+LEAST_SECONDS = 0.05
+
+
+def solve_shared(run: Run, moving: Moving) -> float:
+    """Solve the layers of a run that share a budget of moves; returns a bound on the total of all layers together.
+
+    On return every layer of the run has its answer, and its problem the limits that hold for it alone.
+    """
+    problems = [layer.problem for layer in run.layers]
+    fronts = _fronts(run, moving)
+    caps = None
+    if all(front.points for front in fronts):
+        if moving.into_G is not None:
+            caps = _by_rank(problems, fronts, moving)
+        elif moving.budget is not None:
+            caps = _by_moves(problems, fronts, moving.budget)
+    if caps is None:
+        _without(run.layers, fronts, proven=moving.into_G is None)
+        return 0.0
+    for layer, cap, front in zip(run.layers, caps, fronts, strict=True):
+        layer.problem = cap
+        layer.warm = front.at(_most(cap)).row if layer.warm is None else layer.warm
+    run.go()
+    if moving.into_G is None and moving.budget is not None:
+        return _refine(run, problems, fronts, moving.budget)
+    for layer, problem in zip(run.layers, problems, strict=True):
+        layer.problem = problem
+        _disclaim(layer, StoppedBy.ITERATIONS)
+    return 0.0
+
+
+def _most(problem: Problem) -> int:
+    assert problem.moves is not None
+    return problem.num_slots if problem.moves.most is None else problem.moves.most
+
+
+def _fronts(run: Run, moving: Moving) -> list[Front]:
+    """A front of each layer, within a share of the time."""
+    left = max(0.0, run.clock + run.time_limit - time.monotonic())
+    options = Options(deadline=time.monotonic() + FRONT_SHARE * left, stop=run.interrupted.is_set)
+    problems = [layer.problem for layer in run.layers]
+    if moving.into_G is not None:
+        problems = _rooms(problems, moving.into_G)
+    with options.alarm() as stop, ThreadPoolExecutor(run.threads) as pool:
+        return list(pool.map(lambda problem: walk_front(problem, _most(problem), stop), problems))
+
+
+def _rooms(problems: Sequence[Problem], into_G: NDArray[np.int64]) -> list[Problem]:
+    """The layers, each with what the fewest moves of the ones before leave of the budget per rank."""
+    left_G, result = into_G.copy(), []
+    for problem in problems:
+        own = limited(problem, most_into_G=left_G)
+        result.append(own)
+        assert own.moves is not None
+        row = own.moves.fewest(problem.slots_per_rank)
+        if row is not None:
+            left_G = left_G - own.moves.into(row, problem.slots_per_rank)
+    return result
+
+
+def _by_moves(problems: Sequence[Problem], fronts: Sequence[Front], budget: int) -> list[Problem] | None:
+    """The layers with their parts of the budget; what no front wants is shared out evenly."""
+    divided = divide([front.best(budget) for front in fronts], budget)
+    if divided is None:
+        return None
+    rest = budget - sum(divided[1])
+    extra = [rest // len(problems) + (index < rest % len(problems)) for index in range(len(problems))]
+    return [
+        limited(problem, most=min(_most(problem), moves + more))
+        for problem, moves, more in zip(problems, divided[1], extra, strict=True)
+    ]
+
+
+def _by_rank(problems: Sequence[Problem], fronts: Sequence[Front], moving: Moving) -> list[Problem] | None:
+    assert moving.into_G is not None
+    chosen = divide_by_rank(fronts, moving.budget, moving.into_G)
+    if chosen is None:
+        return None
+    count = len(problems)
+    left_G = moving.into_G - sum(point.into_G for point in chosen)
+    left = None if moving.budget is None else moving.budget - sum(point.moves for point in chosen)
+    result = []
+    for index, (problem, point) in enumerate(zip(problems, chosen, strict=True)):
+        into_G = point.into_G + left_G // count + (index < left_G % count)
+        most = _most(problem)
+        if left is not None:
+            most = min(most, point.moves + left // count + (index < left % count))
+        result.append(limited(problem, most=most, most_into_G=into_G))
+    return result
+
+
+def _refine(run: Run, problems: Sequence[Problem], fronts: Sequence[Front], budget: int) -> float:
+    """Solve layers at other numbers of moves while that can make the whole better; the bound on the whole.
+
+    Ends when placements reach what dividing the bounds gives, when a layer could not be proven, or with the time.
+    """
+    for problem, front in zip(problems, fronts, strict=True):
+        fewest = min(point.moves for point in front.points)
+        front.bounds.append((fewest - 1, np.inf))
+        front.own = min(budget, _most(problem))
+    found, solved = dict(enumerate(run.layers)), set()
+    while True:
+        for index, layer in found.items():
+            _learn(layer, fronts[index], budget)
+            solved.add((index, _most(layer.problem)))
+        values, bounds = [front.best(budget) for front in fronts], [front.bound(budget) for front in fronts]
+        best, lower = divide(values, budget), divide(bounds, budget)
+        assert best is not None and lower is not None
+        closed = best[0] - lower[0] <= OPTIMALITY_TOLERANCE * abs(best[0])
+        again = [] if closed else [index for index, most in enumerate(lower[1]) if (index, most) not in solved]
+        over = run.clock + run.time_limit - time.monotonic() < LEAST_SECONDS or run.interrupted.is_set()
+        proven = run.solver.supports.proves and all(_proven(layer) for layer in found.values())
+        if not again or over or not proven:
+            _take(run.layers, problems, fronts, best[1])
+            for layer in run.layers:
+                _disclaim(layer, StoppedBy.PROOF if closed else StoppedBy.TIME_LIMIT if over else StoppedBy.ITERATIONS)
+            return lower[0]
+        found = {
+            index: _limited_layer(run.layers[index], problems[index], fronts[index], lower[1][index]) for index in again
+        }
+        replace(run, layers=list(found.values()), progress=None).go()
+        for index, layer in found.items():
+            run.layers[index].seconds += layer.seconds
+
+
+def _limited_layer(layer: Layer, problem: Problem, front: Front, most: int) -> Layer:
+    return Layer(limited(problem, most=most), front.at(most).row, layer.seed, base_us=layer.base_us)
+
+
+def _learn(layer: Layer, front: Front, budget: int) -> None:
+    """Take over the placement of a round, and its bounds with the moves for which they hold."""
+    outcome = layer.outcome
+    assert outcome is not None and outcome.row is not None
+    front.points.append(point_of(layer.problem, outcome.row))
+    front.bounds.append((budget, layer.bound_us))  # of all placements
+    if outcome.bound_us is not None:
+        most = _most(layer.problem)
+        front.bounds.append((budget if most >= front.own else most, outcome.bound_us))
+
+
+def _disclaim(layer: Layer, stopped_by: StoppedBy) -> None:
+    """What was proven of a layer with a part of the budget is not proven of the layer; the whole has its own reason."""
+    outcome = layer.outcome
+    assert outcome is not None
+    known = stopped_by is StoppedBy.PROOF or outcome.stopped_by in (StoppedBy.PROOF, StoppedBy.GAP)
+    reason = stopped_by if known else outcome.stopped_by
+    layer.outcome = replace(outcome, bound_us=None, own_bound_us=None, stopped_by=reason)
+
+
+def _proven(layer: Layer) -> bool:
+    """Whether the layer's answer is the best within its own limits."""
+    outcome = layer.outcome
+    assert outcome is not None and outcome.row is not None
+    gap = relative_gap(total(layer.problem, outcome.row), max(layer.bound_us, outcome.bound_us or 0.0))
+    return gap is not None and gap <= OPTIMALITY_TOLERANCE
+
+
+def _take(layers: Sequence[Layer], problems: Sequence[Problem], fronts: Sequence[Front], moves: Sequence[int]) -> None:
+    """Give each layer the best placement with so many moves, and the bound of the whole budget for itself alone."""
+    for layer, problem, front, most in zip(layers, problems, fronts, moves, strict=True):
+        row, outcome = front.at(most).row, layer.outcome
+        assert outcome is not None
+        layer.problem = problem
+        layer.bound_us = float(front.bound(front.own)[front.own])
+        layer.outcome = replace(outcome, row=row, bound_us=None, own_bound_us=None)
+
+
+def _without(layers: Sequence[Layer], fronts: Sequence[Front], *, proven: bool) -> None:
+    """There is no placement: because a layer alone has none, or because the fewest moves of all are too many."""
+    alone = [layer.problem.moves is not None and not _has_placement(layer.problem) for layer in layers]
+    for layer, without in zip(layers, alone, strict=True):
+        if without:
+            layer.outcome = no_placement(layer.problem)
+        elif any(alone) or not proven:
+            note = (
+                "" if any(alone) else "the budget per rank leaves no placement to some layer in the order of the layers"
+            )
+            layer.outcome = Outcome(None, StoppedBy.ITERATIONS, note=note, reached=False)
+        else:
+            needed = sum(min(point.moves for point in front.points) for front in fronts)
+            note = f"infeasible: experts without a copy need {needed} moves over all layers, the budget allows fewer"
+            layer.outcome = Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
+
+
+def _has_placement(problem: Problem) -> bool:
+    assert problem.moves is not None
+    return problem.moves.fewest(problem.slots_per_rank) is not None

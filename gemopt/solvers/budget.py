@@ -1,0 +1,149 @@
+"""One budget of moves for several layers: spent where it gains most.
+
+A layer's points are placements with their moves and totals (objective and price); its bounds say what no placement
+with at most so many moves falls below. Dividing the budget is a knapsack with one choice per layer, solved exactly over
+the points by dynamic programming, and over the bounds for a bound on all layers together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.evaluate import total
+from gemopt.latency import FloatArray
+from gemopt.problem import Problem
+from gemopt.solvers.base import Row
+from gemopt.solvers.search.moves import few_moves
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A placement of one layer: [P] row, its total in microseconds, and the moves into each rank [G]."""
+
+    row: Row
+    total_us: float
+    into_G: NDArray[np.int64]
+
+    @property
+    def moves(self) -> int:
+        """Moves in all."""
+        return int(self.into_G.sum())
+
+
+def point_of(problem: Problem, row: Row) -> Point:
+    """The point of a row."""
+    assert problem.moves is not None
+    return Point(row, total(problem, row), problem.moves.into(row, problem.slots_per_rank))
+
+
+@dataclass(eq=False)
+class Front:
+    """What is known of one layer: points, bounds as (moves allowed, microseconds), and the moves it may make anyway."""
+
+    points: list[Point]
+    bounds: list[tuple[int, float]] = field(default_factory=list)
+    own: int = 0
+
+    def best(self, most: int) -> FloatArray:
+        """[most + 1] smallest total of a point with at most so many moves; infinity where none has so few."""
+        best_K = np.full(most + 1, np.inf)
+        for point in self.points:
+            if point.moves <= most:
+                best_K[point.moves] = min(best_K[point.moves], point.total_us)
+        return np.asarray(np.minimum.accumulate(best_K))
+
+    def bound(self, most: int) -> FloatArray:
+        """[most + 1] what at most so many moves do not fall below: a bound for more moves holds for fewer."""
+        bound_K = np.zeros(most + 1)
+        for moves, bound_us in self.bounds:
+            bound_K[: min(moves, most) + 1] = np.maximum(bound_K[: min(moves, most) + 1], bound_us)
+        return bound_K
+
+    def at(self, most: int) -> Point:
+        """The best point with at most so many moves, of equal ones that with the fewest."""
+        within = [point for point in self.points if point.moves <= most]
+        return min(within, key=lambda point: (point.total_us, point.moves))
+
+
+def walk_front(problem: Problem, most: int, stop: NDArray[np.uint8] | None = None) -> Front:
+    """Points that the best swaps from the row with the fewest moves lead through, up to `most` moves."""
+    moves = problem.moves
+    assert moves is not None
+    home = moves.fewest(problem.slots_per_rank)
+    if home is None:
+        return Front([])
+    limit = most if moves.most is None else min(most, moves.most)
+    way = few_moves(
+        problem,
+        moves.home_GE,
+        start=home,
+        price_us=moves.price_us,
+        max_moves=limit,
+        max_into_G=moves.most_into_G,
+        max_swaps=2 * limit + problem.num_slots,
+        stop=stop,
+    )
+    return Front([point_of(problem, waypoint.row) for waypoint in way])
+
+
+def divide(values_LK: Sequence[FloatArray], budget: int) -> tuple[float, list[int]] | None:
+    """Smallest sum of one value per layer with at most `budget` moves, and the moves of each layer; None: impossible.
+
+    `values_LK[l][k]` is what layer l costs with at most k moves; not increasing in k. Exact dynamic programme in
+    O(L * budget * K), vectorised over the budget; of equal divisions the one with the fewest moves.
+    """
+    best_B = np.zeros(budget + 1)
+    choices: list[NDArray[np.int64]] = []
+    for values_K in values_LK:
+        renewed_B = np.full(budget + 1, np.inf)
+        choice_B = np.zeros(budget + 1, dtype=np.int64)
+        drops = np.flatnonzero(values_K < np.append(np.inf, values_K[:-1]))  # only there do more moves gain
+        for k in drops[drops <= budget].tolist():
+            candidate_B = best_B[: budget + 1 - k] + values_K[k]
+            better = candidate_B < renewed_B[k:]
+            renewed_B[k:][better] = candidate_B[better]
+            choice_B[k:][better] = k
+        best_B = renewed_B
+        choices.append(choice_B)
+    if not np.isfinite(best_B[budget]):
+        return None
+    left, moves = budget, []
+    for choice_B in reversed(choices):
+        moves.append(int(choice_B[left]))
+        left -= moves[-1]
+    return float(best_B[budget]), moves[::-1]
+
+
+def divide_by_rank(fronts: Sequence[Front], budget: int | None, into_G: NDArray[np.int64]) -> list[Point] | None:
+    """One point per layer with at most so many moves into each rank over all layers (and in all); greedy.
+
+    Starts from each layer's fewest moves, and goes to the point that gains most per move while the budgets allow it.
+    """
+    chosen = [min(front.points, key=lambda p: (p.moves, p.total_us)) for front in fronts if front.points]
+    if len(chosen) < len(fronts):
+        return None
+    left_G = into_G - sum(point.into_G for point in chosen)
+    left = np.inf if budget is None else budget - sum(point.moves for point in chosen)
+    if (left_G < 0).any() or left < 0:
+        return None
+    while True:
+        best: tuple[float, int, Point] | None = None
+        for layer, front in enumerate(fronts):
+            now = chosen[layer]
+            for point in front.points:
+                gain, added_G = now.total_us - point.total_us, point.into_G - now.into_G
+                if gain <= 0 or (added_G > left_G).any() or added_G.sum() > left:
+                    continue
+                rate = gain / max(0.5, float(added_G.sum()))
+                if best is None or rate > best[0]:
+                    best = rate, layer, point
+        if best is None:
+            return chosen
+        _, layer, point = best
+        left_G = left_G - (point.into_G - chosen[layer].into_G)
+        left -= point.moves - chosen[layer].moves
+        chosen[layer] = point

@@ -1,0 +1,93 @@
+"""What moves cost, as the compiled kernels read it, and swaps that keep to it.
+
+`moved_G` counts the moves into each rank at present; every kernel that changes a placement keeps it up to date.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gemopt.moves import Moves
+from gemopt.problem import Problem
+from gemopt.solvers.search.state import Array, Number, State
+
+
+class Terms(NamedTuple):
+    """What moves cost and how many there may be.
+
+    home_GE: [G, E] whether each rank holds each expert in the placement in force. price: microseconds per move.
+    least: gain that a swap must bring, beyond the price. most: moves in all. into_G: moves into each rank.
+    """
+
+    home_GE: Array
+    price: float
+    least: float
+    most: int
+    into_G: Array
+
+
+def make_terms(problem: Problem, moves: Moves, *, least_us: float = 0.0) -> Terms:
+    """Terms of a problem's moves; no limit is as many moves as there are slots."""
+    most = problem.num_slots if moves.most is None else moves.most
+    into_G = problem.slots_per_rank if moves.most_into_G is None else moves.most_into_G
+    return Terms(
+        np.ascontiguousarray(moves.home_GE, dtype=np.bool_),
+        float(moves.price_us),
+        float(least_us),
+        int(most),
+        np.ascontiguousarray(into_G, dtype=np.int64),
+    )
+
+
+def free_terms(problem: Problem) -> Terms:
+    """Every expert is at home everywhere: nothing moves, nothing costs."""
+    shape = (problem.num_ranks, problem.num_experts)
+    return make_terms(problem, Moves(np.ones(shape, dtype=bool)))
+
+
+def count_into(problem: Problem, row: NDArray[np.int64], terms: Terms) -> Array:
+    """[G] moves into each rank under a row."""
+    return Moves(terms.home_GE).into(row, problem.slots_per_rank)
+
+
+@njit(cache=True, nogil=True)
+def moved_into(state: State, terms: Terms) -> Array:
+    """[G] moves into each rank at present."""
+    num_ranks, experts = state.holds.shape
+    moved_G = np.zeros(num_ranks, np.int64)
+    for g in range(num_ranks):
+        for e in range(experts):
+            moved_G[g] += state.holds[g, e] > 0 and not terms.home_GE[g, e]
+    return moved_G
+
+
+@njit(cache=True, nogil=True, inline="always")
+def moves_of(terms: Terms, rank: Number, expert: Number) -> Number:
+    """1 where a rank that holds an expert (-1: none) must have received it, else 0."""
+    return 0 if expert < 0 or terms.home_GE[rank, expert] else 1
+
+
+@njit(cache=True, nogil=True)
+def extra_moves(state: State, terms: Terms, a: Number, b: Number, i: Number, j: Number) -> tuple[int, int]:
+    """Moves into rank a and into rank b that swapping slot i of a with slot j of b adds (negative: refunds)."""
+    expert_i, expert_j = state.content[i], state.content[j]
+    into_a = moves_of(terms, a, expert_j) - moves_of(terms, a, expert_i)
+    into_b = moves_of(terms, b, expert_i) - moves_of(terms, b, expert_j)
+    return into_a, into_b
+
+
+@njit(cache=True, nogil=True, inline="always")
+def permitted(
+    terms: Terms, moved: Number, moved_G: Array, a: Number, b: Number, into_a: Number, into_b: Number
+) -> bool:
+    """Whether so many more moves into two ranks, on top of `moved` in all, break no limit that they add to."""
+    added = into_a + into_b
+    if added > 0 and moved + added > terms.most:
+        return False
+    if into_a > 0 and moved_G[a] + into_a > terms.into_G[a]:
+        return False
+    return not (into_b > 0 and moved_G[b] + into_b > terms.into_G[b])

@@ -1,0 +1,224 @@
+"""Search under a price and limits of moves: best swaps from home, free placements walked home, then kicks.
+
+Never worse than `few_moves` from the placement in force when there is the time for it: all its waypoints are offered.
+Everything that is offered is scored by `gemopt.evaluate.total` and keeps to the limits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.evaluate import total
+from gemopt.moves import Moves
+from gemopt.problem import Problem
+from gemopt.result import Incumbent, StoppedBy, relative_gap
+from gemopt.solvers.base import (
+    DEFAULT_PATIENCE,
+    Options,
+    Outcome,
+    Row,
+    incumbent,
+    no_placement,
+    seeded,
+    within_limits,
+)
+from gemopt.solvers.search.copies import improve_copies, make_shares
+from gemopt.solvers.search.descent import iterate_within, settle
+from gemopt.solvers.search.moves import few_moves
+from gemopt.solvers.search.packing import copies_worth_trying
+from gemopt.solvers.search.state import Costs, State, make_costs, make_state
+from gemopt.solvers.search.swaps import EPSILON, total_cost
+from gemopt.solvers.search.terms import make_terms, moved_into
+
+FREE_SHARE = 0.3  # of the time, for a placement that heeds no moves
+BATCH_KICKS = 25
+KICK_SWAPS = 2
+ROUNDS = 20  # of copies and swaps
+NEVER = 2**62
+
+FreeSearch = Callable[[Problem, Options, Row | None], Outcome]
+
+
+def search_within(problem: Problem, options: Options, warm_start: Row | None, free: FreeSearch) -> Outcome:
+    """Place one layer whose moves cost or are limited. `free` places it without heeding them.
+
+    With `options.patience` 0 that is left out: the search ends after the descents from home and from the warm start.
+    """
+    search = options.begun
+    if not isinstance(search, _Search) or search.problem is not problem:
+        search = _Search(problem, warm_start, free)
+    if search.row is None:
+        return no_placement(problem)
+    search.options = options
+    with options.alarm() as search.stop:
+        search.descend()
+        stopped_by = search.iterate()
+    note = "" if search.searched else "no time to search: the fewest moves"
+    return Outcome(search.row, stopped_by, history=search.history, note=note, reached=search.searched, search=search)
+
+
+def homeward(problem: Problem, start: Row, costs: Costs, stop: NDArray[np.uint8]) -> Row:
+    """Swaps that bring experts home, the least harmful first, until the limits of moves hold; else where they end.
+
+    Where swaps do not suffice, copies that are not at home are dropped.
+    """
+    assert problem.moves is not None
+    moves, row = Moves(problem.moves.home_GE, price_us=1e3 * (1.0 + total(problem, start))), start
+    for _ in range(2):
+        way = few_moves(problem, moves.home_GE, start=row, price_us=moves.price_us, costs=costs, stop=stop)
+        for point in way:
+            if within_limits(problem, point.row):
+                return point.row
+        row = copies_within(problem, make_state(problem, way[-1].row, costs, stop), costs, moves)
+    return row
+
+
+def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) -> Row:
+    """One round over the copies at a price and limits of moves."""
+    shares = make_shares(problem)
+    if shares is not None and problem.spare_slots:
+        at_home = np.flatnonzero(moves.home_GE.sum(axis=0) > 1)
+        candidates = np.union1d(copies_worth_trying(problem), at_home)
+        improve_copies(costs, state, shares, candidates, EPSILON, False, make_terms(problem, moves))
+    return state.content
+
+
+class _Search:
+    """One layer's search, which a later call may go on with: incumbent, history, and what is still to be done.
+
+    searched: whether anything was. stop: [1] see `Options.alarm`.
+    """
+
+    options: Options
+    stop: NDArray[np.uint8]
+
+    def __init__(self, problem: Problem, warm_start: Row | None, free: FreeSearch) -> None:
+        assert problem.moves is not None
+        self.problem, self.moves, self.free = problem, problem.moves, free
+        self.row: Row | None = None
+        self.value = np.inf
+        self.history: list[Incumbent] = []
+        self.searched = False
+        self.draws: np.random.Generator | None = None
+        self.starts: list[Row] = []
+        self.free_tried = False
+        home = self.moves.fewest(problem.slots_per_rank)
+        if home is not None:
+            self.starts = [home] if warm_start is None else [home, warm_start]
+            for start in self.starts:
+                self.offer(start)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The latencies as the kernels read them."""
+        return make_costs(self.problem)
+
+    def state(self, row: Row) -> State:
+        """State of a row that ends with this call's time."""
+        return make_state(self.problem, row, self.costs, self.stop)
+
+    def offer(self, row: Row) -> bool:
+        """Take a row over when it keeps to the limits and is the best so far."""
+        if not within_limits(self.problem, row):
+            return False
+        value = total(self.problem, row)
+        if value >= self.value:
+            return False
+        self.row, self.value = row.copy(), value
+        self.history.append(incumbent(value))
+        return True
+
+    def good_enough(self) -> bool:
+        """Whether the known bound proves the incumbent to the wanted gap."""
+        gap = relative_gap(self.value, self.options.bound_us)
+        return gap is not None and self.options.bound_us > 0 and gap <= self.options.gap
+
+    def descend(self) -> None:
+        """Everything that was not done by a call before: walks from all starts, then swaps and copies from the best."""
+        begun = False
+        while not self.options.expired() and not self.good_enough():
+            self.searched = True
+            if not self.starts and self.options.patience != 0 and not self.free_tried:
+                self.starts.append(self._without_moves())
+                self.free_tried = True
+            if not self.starts:
+                break
+            begun = True
+            reached = self._walk(self.starts[0])
+            self.starts[:1] = [reached] if self.stop[0] else []
+        if begun:
+            self._improve()
+
+    def _walk(self, start: Row) -> Row:
+        """Best swaps from a row; first towards home where it does not keep to the limits. Where that ended."""
+        moves, row = self.moves, start
+        if not within_limits(self.problem, row):
+            row = homeward(self.problem, row, self.costs, self.stop)
+        if not within_limits(self.problem, row):
+            return row
+        way = few_moves(
+            self.problem, moves.home_GE, start=row, price_us=moves.price_us, max_moves=moves.most,
+            max_into_G=moves.most_into_G, costs=self.costs, stop=self.stop,
+        )  # fmt: skip
+        for point in way:
+            self.offer(point.row)
+        return way[-1].row
+
+    def _without_moves(self) -> Row:
+        """A placement that heeds no moves, from a share of the time."""
+        options = self.options
+        deadline = time.monotonic() + FREE_SHARE * options.remaining
+        patience = DEFAULT_PATIENCE if options.patience is None else options.patience
+        given = replace(options, deadline=deadline, patience=patience, begun=None)
+        outcome = self.free(self.problem.with_moves(None), given, None)
+        assert outcome.row is not None
+        return outcome.row
+
+    def _improve(self) -> None:
+        """Swaps between pairs of ranks, and copies, until nothing helps."""
+        terms, ranks = make_terms(self.problem, self.moves), np.ones(self.problem.num_ranks, bool)
+        for _ in range(ROUNDS if self.problem.spare_slots else 1):
+            if self.options.expired():
+                return
+            assert self.row is not None
+            before, state = self.value, self.state(self.row)
+            settle(self.costs, state, terms, moved_into(state, terms), ranks, True)
+            self.offer(state.content)
+            if self.problem.spare_slots:
+                self.offer(copies_within(self.problem, self.state(self.row), self.costs, self.moves))
+            if self.value >= before:
+                return
+
+    def iterate(self) -> StoppedBy:
+        """Kick and settle in batches until the deadline, the patience, the gap or an interrupt."""
+        problem, options = self.problem, self.options
+        patience = NEVER if options.patience is None else options.patience
+        if problem.num_ranks < 2 or patience == 0:
+            ended = options.cut_by if self.starts else StoppedBy.ITERATIONS
+            return StoppedBy.GAP if self.good_enough() else ended
+        if self.draws is None:
+            self.draws = seeded(options.seed, problem.num_experts, problem.num_ranks)
+        terms, state = make_terms(problem, self.moves), None
+        best, idle, batch = np.inf, 0, 1
+        while idle < patience:
+            if self.good_enough():
+                return StoppedBy.GAP
+            if options.expired():
+                return options.cut_by
+            if state is None:
+                assert self.row is not None
+                state = self.state(self.row)
+                best = total_cost(state) + terms.price * moved_into(state, terms).sum()
+            draws = self.draws.random((batch, KICK_SWAPS, 3))
+            renewed, idle = iterate_within(self.costs, state, terms, draws, best, patience, idle)
+            if renewed < best:
+                best = renewed
+                self.offer(state.content)
+            batch = BATCH_KICKS if options.remaining > 1 else 1
+        return StoppedBy.ITERATIONS
