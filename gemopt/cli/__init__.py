@@ -8,7 +8,7 @@ import sys
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit; bad input prints one line on standard error."""
-    from gemopt.cli import apply, conflicts, export, profile, profile_import, solve, trace, trace_import  # noqa: F401 (commands register themselves)
+    from gemopt.cli import apply, conflicts, export, profile, profile_import, replay, solve, trace, trace_import  # noqa: F401 (commands register themselves)
     from gemopt.cli.app import app
     from gemopt.exceptions import GemoptError, InputError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
@@ -82,11 +83,12 @@ def replay(
         if on_track is not None:
             on_track(tracks[-1])
     base = next((track for track in tracks if track.strategy == BASELINE), None)
-    base_us = sum((base or Course(make([BASELINE])[0], world).run()).step_us)
+    base = base or Course(make([BASELINE])[0], world).run()
     phases = None if traces.phase is None else np.asarray(traces.phase[past.num_steps :])
     return ReplayResult(
-        rows=[_row(track, base_us, phases, non_moe_us) for track in tracks],
+        rows=[_row(track, sum(base.step_us), phases, non_moe_us) for track in tracks],
         timeline=tracks,
+        baseline_us=base.step_us,
         first_step=past.num_steps,
         num_steps=traces.num_steps,
         num_layers=traces.num_layers,
@@ -122,7 +124,7 @@ def _check_numbers(non_moe_us: float, noise: float) -> None:
         raise InputError("--noise", noise, "from 0 to 1; 0.02 is two per cent")
 
 
-def _row(track: Track, base_us: float, phases: np.ndarray[tuple[int], np.dtype[np.int64]] | None, non_moe_us: float) -> ReplayRow:
+def _row(track: Track, base_us: float, phases: NDArray[np.int64] | None, non_moe_us: float) -> ReplayRow:
     steps_us = np.array(track.step_us)
     whole_us, total = steps_us + non_moe_us, float(steps_us.sum())
     quantiles = [float(np.quantile(whole_us, q)) for q in (0.5, 0.9, 0.99)]

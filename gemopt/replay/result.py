@@ -89,12 +89,15 @@ class ReplayResult(Document):
     ----------
     first_step
         Of the traces, the first one that is scored; the tracks begin there.
+    baseline_us
+        MoE latency of every scored step under contiguous placement.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
 
     rows: list[ReplayRow]
     timeline: list[Track]
+    baseline_us: list[float]
     first_step: int
     num_steps: int
     num_layers: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from gemopt.evaluate import loads
 from gemopt.exceptions import InputError
 from gemopt.kernels import rank_latencies
-from gemopt.latency import FloatArray, pack
+from gemopt.latency import Curves, FloatArray, pack
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
@@ -60,8 +61,10 @@ class World:
         times_NG = np.asarray(rank_latencies(loads(problem, row), self.curves))
         return times_NG * self.schedule.factors(start, stop, len(slots_G))
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "curves", pack(self.context.cost.latencies))
+    @cached_property
+    def curves(self) -> Curves:
+        """The latencies as flat arrays, packed once."""
+        return pack(self.context.cost.latencies)
 
 
 class Course:

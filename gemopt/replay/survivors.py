@@ -28,18 +28,14 @@ def slots_without(slots_G: IntArray, rank: int, num_experts: int) -> IntArray:
     return slots
 
 
-def evacuate(
-    rows: Sequence[Row], slots_G: IntArray, rank: int, load_LE: FloatArray
-) -> tuple[list[Row], IntArray]:
+def evacuate(rows: Sequence[Row], slots_G: IntArray, rank: int, load_LE: FloatArray) -> tuple[list[Row], IntArray]:
     """Rows and slots after `rank` is gone: what only it held goes, heaviest first, to the rank with least load."""
     after_G = slots_without(slots_G, rank, load_LE.shape[1])
     return [_evacuated(row, slots_G, after_G, rank, load_LE[layer]) for layer, row in enumerate(rows)], after_G
 
 
-def readmit(
-    rows: Sequence[Row], slots_G: IntArray, before: Sequence[Row], before_G: IntArray, rank: int
-) -> list[Row]:
-    """Rows with the slots `before_G` again: what others hold beyond theirs goes to `rank`, first what it held before."""
+def readmit(rows: Sequence[Row], slots_G: IntArray, before: Sequence[Row], before_G: IntArray, rank: int) -> list[Row]:
+    """Rows with slots `before_G` again: what others hold beyond theirs goes to `rank`, first what it held before."""
     return [_readmitted(row, slots_G, old, before_G, rank) for row, old in zip(rows, before, strict=True)]
 
 
@@ -50,7 +46,9 @@ def contents(row: Row, slots_G: IntArray) -> list[list[int]]:
 
 
 def _row(held: list[list[int]], slots_G: IntArray) -> Row:
-    return np.concatenate([[*part, *[EMPTY] * (size - len(part))] for part, size in zip(held, slots_G.tolist(), strict=True)]).astype(np.int64)
+    return np.concatenate(
+        [[*part, *[EMPTY] * (size - len(part))] for part, size in zip(held, slots_G.tolist(), strict=True)]
+    ).astype(np.int64)
 
 
 def _evacuated(row: Row, slots_G: IntArray, after_G: IntArray, rank: int, load_E: FloatArray) -> Row:
