@@ -17,10 +17,10 @@ class Migration(BaseModel):
     """Cost of moving experts.
 
     A layer's transfer lasts `max over ranks of max(experts in, experts out) * expert_bytes / bytes_per_s`; layers
-    follow one another. Overlapped (`gemopt.executor`, vLLM's asynchronous EPLB): the old placement of a layer serves until
-    its transfer is done, a step takes `slowdown` longer for the part of it that overlaps with a transfer, and a commit
-    between two forward passes, at most one a pass, stalls `commit_us`. Stop-the-world (SGLang's EPLB): the next step
-    waits for all transfers and commits.
+    follow one another. Overlapped (`gemopt.executor`, vLLM's asynchronous EPLB): the old placement of a layer serves
+    until its transfer is done, a step takes `slowdown` longer for the part of it that overlaps with a transfer, and a
+    commit between two forward passes, at most one a pass, stalls `commit_us`. Stop-the-world (SGLang's EPLB): the next
+    step waits for all transfers and commits.
 
     Attributes
     ----------

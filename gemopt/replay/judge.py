@@ -73,9 +73,9 @@ def replay(
     schedule.check(profile.num_ranks, traces.num_steps, first_failure=past.num_steps)
     model = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
     slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
-    context = Context(profile, model, past, slots, window, seed)
-    noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
     migration = migration or Migration.of(profile)
+    context = Context(profile, model, past, slots, window, seed, migration)
+    noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
     world = World(context, traces, migration, schedule, non_moe_us, noise_TG)
     tracks = []
     for strategy in chosen:

@@ -88,7 +88,6 @@ class Course:
         begin = strategy.start(world.context)
         self._check(begin)
         self.slots_G, self.rows = np.asarray(begin.slots_per_rank), list(begin.physical_to_logical)
-        self.wanted = begin
         changes = deque(world.schedule.changes(first, end))
         seen = now = first
         call = now if strategy.eager else now + strategy.period
@@ -121,10 +120,6 @@ class Course:
             counts_NLE, latencies_NG = world.traces.counts[seen:now], self._past_latencies(seen, now)
         else:
             counts_NLE, latencies_NG = world.traces.counts[seen:now], self.latencies_NG[seen - first : now - first]
-        in_force = self._in_force()
-        if not np.array_equal(in_force.physical_to_logical, self.wanted.physical_to_logical):
-            self.strategy.confirm(in_force)
-            self.wanted = in_force
         latencies_NG = latencies_NG * world.noise_TG[seen:now]
         wanted = self.strategy.observe(counts_NLE, latencies_NG)
         if wanted is not None:
@@ -144,7 +139,7 @@ class Course:
     def _want(self, wanted: Placement, now: int) -> None:
         """Queue what differs; what an earlier decision wanted and has not begun is forgotten."""
         self._check(wanted)
-        self.wanted, at = wanted, now - self.world.first_step
+        at = now - self.world.first_step
         rows = list(self._in_force().physical_to_logical)
         moves = [count_moves(old, new, self.slots_G) for old, new in zip(rows, wanted.physical_to_logical, strict=True)]
         changed = [layer for layer, count in enumerate(moves) if count]
@@ -207,7 +202,6 @@ class Course:
         if moves:
             self.decisions.append(Decided(step=now, moves=moves, reason="knows the steps to come"))
         self.rows = list(wanted.physical_to_logical)
-        self.wanted = wanted
 
     def _change(self, now: int, rank: int, gone: bool) -> None:
         """A rank fails or returns: everything stops until its experts are elsewhere, or back."""
@@ -229,8 +223,7 @@ class Course:
         self.moves[now - world.first_step] += moved
         what = f"rank {rank} {'failed' if gone else 'returned'}"
         self.decisions.append(Decided(step=now, moves=moved, reason=what))
-        self.wanted = self._in_force()
-        self.strategy.confirm(self.wanted)
+        self.strategy.confirm(self._in_force())
 
     def _check(self, placement: Placement) -> None:
         known = getattr(self, "slots_G", self.world.context.slots_per_rank)

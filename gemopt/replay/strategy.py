@@ -17,6 +17,7 @@ from gemopt.latency import Curve, FloatArray, Latency
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
+from gemopt.replay.copying import Migration
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Row
 from gemopt.traces import Traces
@@ -54,7 +55,7 @@ class Strategy(Protocol):
         """The placement wanted from now on, from the steps since the last call; None: as it is."""
 
     def confirm(self, placement: Placement) -> None:
-        """What is in force, told before `observe` whenever it is not what was wanted last."""
+        """What is in force, told when it is not what was wanted: a rank failed or returned."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,7 @@ class Context:
     slots_per_rank: NDArray[np.int64]
     window: int
     seed: int
+    migration: Migration
 
     @cached_property
     def contiguous(self) -> Placement:
