@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
+from gemopt.online.controller import Controller
+from gemopt.online.policy import TICK, Policy
 from gemopt.placement import Placement
 from gemopt.replay.strategy import Context, IntArray, Scaled, Strategy, solve_rows
 from gemopt.solvers import get
@@ -163,6 +165,38 @@ class Clairvoyant(FittedOnce):
         return self.in_force
 
 
+class Controlled(FittedOnce):
+    """`gemopt.online.Controller`, asked every `every` steps, from the placement fitted once."""
+
+    eager = True
+
+    def __init__(self, name: str = "controller", *, policy: Policy | None = None, every: int = TICK) -> None:
+        super().__init__(name)
+        self.policy, self.period = policy, every
+
+    def start(self, context: Context) -> Placement:
+        """Learn from the past, of which the last window comes with the first call."""
+        begin, costs = super().start(context), context.migration
+        shared = ("expert_bytes", "bytes_per_s", "slowdown", "commit_us")
+        policy = self.policy or Policy(**{name: getattr(costs, name) for name in shared})
+        self.controller = Controller(context.cost, begin, policy)
+        known = max(0, context.past.num_steps - context.window)
+        if known:
+            self.controller.remember(context.past.counts[:known])
+        return begin
+
+    def observe(self, counts_NLE: IntArray, latencies_NG: FloatArray) -> Placement | None:
+        """What the controller decides."""
+        decision = self.controller.step(counts_NLE, latencies_NG)
+        self.reason = decision.reason
+        return decision.placement if decision.num_moves else None
+
+    def confirm(self, placement: Placement) -> None:
+        """Tell the controller."""
+        super().confirm(placement)
+        self.controller.confirm(placement)
+
+
 def _vllm() -> Strategy:
     return Eplb("eplb-vllm", window=VLLM_WINDOW, interval=VLLM_INTERVAL, first=VLLM_INTERVAL // 4, stops=False)
 
@@ -177,6 +211,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "eplb-vllm": _vllm,
     "eplb-sglang": _sglang,
     "free": Free,
+    "controller": Controlled,
     "clairvoyant": Clairvoyant,
 }
 
