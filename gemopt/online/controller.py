@@ -1,0 +1,367 @@
+"""The controller: counts and latencies of the last steps in, moves that pay for themselves out.
+
+Pure and deterministic: no threads, no clock, no randomness. The same calls give the same decisions, in a replay, in the
+executor or in an engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.costs import CostModel, fit
+from gemopt.documents import integer_array
+from gemopt.evaluate import objective, rank_times
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.latency import FloatArray, Latency
+from gemopt.migration import Move, held, keep_in_place, moves
+from gemopt.online import state
+from gemopt.online.memories import Memories
+from gemopt.online.planner import LEAST_AT, Prices, Proposal, choose, effective_steps, evacuate, propose, sample
+from gemopt.online.policy import TICK, Policy
+from gemopt.online.speeds import Speeds, slower
+from gemopt.placement import Placement, Split
+from gemopt.problem import LOAD_LIMIT, Problem
+from gemopt.profile import Profile
+from gemopt.solvers.search.state import Costs, hull_costs, make_costs
+
+EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
+FEWEST_STEPS = 8.0  # that a plan is judged by
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a step of the controller wants.
+
+    Attributes
+    ----------
+    placement
+        Wanted placement; the very object in force when nothing moves.
+    moves
+        By layer id, what travels; slots as in `gemopt.migration.Move`.
+    num_moves
+        Experts that some rank receives.
+    gain_us
+        Predicted gain per step, in microseconds summed over the layers.
+    cost_us
+        What the moves stall once, in microseconds: commits, and what transfers in the background slow down.
+    reason
+        Why, in one line.
+    drift
+        Distance of the last loads from what was predicted, 0 to 1.
+    imbalance
+        Slowest over mean rank of the last steps, over all layers; NaN where nothing was seen.
+    changed
+        Whether the traffic changed suddenly.
+    """
+
+    placement: Placement
+    moves: dict[int, list[Move]] = field(default_factory=dict)
+    num_moves: int = 0
+    gain_us: float = 0.0
+    cost_us: float = 0.0
+    reason: str = ""
+    drift: float = 0.0
+    imbalance: float = float("nan")
+    changed: bool = False
+
+
+class Controller:
+    """Decides now and then which experts to move.
+
+    Parameters
+    ----------
+    profile
+        Measured devices, or a fitted cost model.
+    placement
+        In force now.
+    policy
+        Knobs.
+
+    Raises
+    ------
+    InputError
+        When the placement is of another number of ranks than the profile.
+    UnsupportedError
+        For copies whose shares are not even.
+    """
+
+    def __init__(self, profile: Profile | CostModel, placement: Placement, policy: Policy | None = None) -> None:
+        known = profile.model.expert_bytes if isinstance(profile, Profile) else None
+        nodes = [device.node for device in profile.devices] if isinstance(profile, Profile) else []
+        self.cost = fit(profile)[0] if isinstance(profile, Profile) else profile
+        self.policy = policy = policy or Policy()
+        self.expert_bytes = float(policy.expert_bytes or known or EXPERT_BYTES)
+        self.nodes_G = np.unique([node or "" for node in nodes], return_inverse=True)[1] if nodes else None
+        self.memories = Memories(policy, placement.num_layers, placement.num_experts)
+        self.speeds = Speeds(policy, len(self.cost.latencies))
+        self.latencies = self.cost.latencies
+        self.pending = np.zeros((0, placement.num_layers, placement.num_experts), np.int64)
+        self.moved_at = np.full(placement.num_layers, -(2**40))
+        self.steps = self.blind_until = 0
+        self.now_s: float | None = None
+        self._tables: tuple[float, Costs] | None = None
+        self._check(placement)
+        self.placement = placement
+
+    def step(self, counts_NLE: object, latencies_NG: object = None, *, now_s: float | None = None) -> Decision:
+        """Take the last steps in, and decide.
+
+        Never raises for what it is given: what cannot be used leaves everything as it was and is the decision's reason.
+
+        Parameters
+        ----------
+        counts_NLE
+            [n, L, E] assignments of the last n steps.
+        latencies_NG
+            [n, G] measured microseconds of every rank at these steps, summed over the MoE layers; NaN or 0 where a rank
+            said nothing.
+        now_s
+            Seconds on the caller's clock, only to notice that it stands still or goes backwards.
+        """
+        try:
+            counts = self._counts(counts_NLE)
+            latencies = self._latencies(latencies_NG, len(counts))
+            self._clock(now_s)
+        except InputError as error:
+            return self._keep(f"refused: {error}")
+        times_LNG = self._times(counts)
+        news = self._listen(latencies, times_LNG.sum(axis=0))
+        changed = self._remember(counts)
+        if changed:
+            news.append("the traffic changed")
+        times_LNG = times_LNG * self.speeds.factors_G
+        mean = times_LNG.mean()
+        imbalance = float(times_LNG.max(axis=2).mean() / mean) if mean > 0 else float("nan")
+        return self._decide(news, changed, imbalance)
+
+    def remember(self, counts_NLE: object) -> None:
+        """Learn from [n, L, E] steps of the past without deciding: what the placement in force was fitted on.
+
+        Raises
+        ------
+        InputError
+            When they are of another network.
+        """
+        self._remember(self._counts(counts_NLE))
+        self.memories.changes = 0  # how fast traffic changes is learnt while serving
+
+    def confirm(self, placement: Placement) -> None:
+        """Go on from the placement that is really in force.
+
+        Raises
+        ------
+        InputError
+            When it is of another network or group.
+        """
+        self._check(placement)
+        if placement.physical_to_logical.shape[0] != self.memories.shape[0]:
+            raise InputError("placement", f"{placement.num_layers} layers", f"{self.memories.shape[0]} layers")
+        if placement.num_experts != self.memories.shape[1]:
+            raise InputError("placement", f"{placement.num_experts} experts", f"{self.memories.shape[1]} experts")
+        self.placement = placement
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was learnt, atomically; `InputError` where it cannot be written."""
+        state.save(self, path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on as the controller that wrote the file would; `InputError` when it is not of this network and policy."""
+        state.load(self, path)
+
+    def _check(self, placement: Placement) -> None:
+        if placement.num_ranks != len(self.cost.latencies):
+            limit = f"{len(self.cost.latencies)}, as the profile has devices"
+            raise InputError("Placement.slots_per_rank", f"{placement.num_ranks} ranks", limit)
+        if placement.has_copies and placement.split is not Split.EVEN:
+            limit = "the shares of moved copies follow from counts only for the even split"
+            raise UnsupportedError("Placement.split", placement.split.value, limit, "use even")
+
+    def _counts(self, given: object) -> NDArray[np.int64]:
+        counts = integer_array(given, name="counts", ndim=3)
+        if counts.shape[1:] != self.memories.shape:
+            layers, experts = self.memories.shape
+            raise InputError("counts", f"shape {counts.shape}", f"[steps, {layers} layers, {experts} experts]")
+        if not len(counts):
+            raise InputError("counts", "no steps", "at least one step")
+        if counts.min() < 0 or counts.sum(axis=2, dtype=np.float64).max() > LOAD_LIMIT:
+            raise InputError("counts", int(counts.min()), f"whole numbers >= 0, at most {LOAD_LIMIT} per layer")
+        return counts
+
+    def _latencies(self, given: object, steps: int) -> FloatArray | None:
+        if given is None:
+            return None
+        try:
+            latencies = np.array(given, dtype=np.float64)
+        except (ValueError, TypeError):
+            raise InputError("latencies", given, "numbers [steps, ranks]") from None
+        if latencies.shape != (steps, len(self.latencies)):
+            raise InputError("latencies", f"shape {latencies.shape}", f"[{steps} steps, {len(self.latencies)} ranks]")
+        if (latencies < 0).any():
+            raise InputError("latencies", float(np.nanmin(latencies)), "microseconds >= 0")
+        return latencies
+
+    def _clock(self, now_s: float | None) -> None:
+        if now_s is None:
+            return
+        if not np.isfinite(now_s) or (self.now_s is not None and now_s < self.now_s):
+            raise InputError("now_s", now_s, f"seconds that do not go back behind {self.now_s}")
+        self.now_s = float(now_s)
+
+    def _times(self, counts: NDArray[np.int64]) -> FloatArray:
+        """[L, n, G] time of every rank under its profile and the placement in force."""
+        rows = self.placement.physical_to_logical
+        problems = (self._problem(counts, layer, self.cost.latencies) for layer in range(len(rows)))
+        return np.stack([rank_times(problem, row) for problem, row in zip(problems, rows, strict=True)])
+
+    def _listen(self, latencies: FloatArray | None, predicted_NG: FloatArray) -> list[str]:
+        """Take latencies in; what is worth saying about them."""
+        sure = max(0, self.blind_until - self.steps)
+        self.steps += len(predicted_NG)
+        if latencies is None:
+            return []
+        failed_G = self.speeds.failed_G
+        self.speeds.listen(latencies)
+        news = [f"rank {g} reports again" for g in np.flatnonzero(failed_G & ~self.speeds.failed_G)]
+        news += [
+            f"rank {g} has failed (no latencies for {self.speeds.silent_G[g]} steps)"
+            for g in np.flatnonzero(self.speeds.failed_G & ~failed_G)
+        ]
+        changed = self.speeds.learn(latencies[sure:], predicted_NG[sure:])
+        if changed:
+            news += [f"rank {g} takes {self.speeds.factors_G[g]:.3f} times its profile" for g in changed]
+            self.rescale()
+        return news
+
+    def rescale(self) -> None:
+        pairs = zip(self.cost.latencies, self.speeds.factors_G, strict=True)
+        self.latencies = tuple(slower(latency, float(factor)) for latency, factor in pairs)
+        self._tables = None
+        self.moved_at[:] = -(2**40)  # other speeds: every layer may move at once
+
+    def _problem(
+        self,
+        counts: NDArray[np.int64],
+        layer: int,
+        latencies: Sequence[Latency],
+        weights: FloatArray | None = None,
+    ) -> Problem:
+        return Problem.make(
+            counts[:, layer],
+            self.cost.features,
+            latencies,
+            self.placement.slots_per_rank,
+            weights,
+        )
+
+    def _remember(self, counts: NDArray[np.int64]) -> bool:
+        """Whether the traffic changed suddenly within these steps."""
+        self.pending = np.concatenate([self.pending, counts])
+        changed = False
+        while len(self.pending) >= TICK:
+            changed = self.memories.add(self.pending[:TICK]) or changed
+            self.pending = self.pending[TICK:]
+        if changed:
+            self.moved_at[:] = -(2**40)
+        return changed
+
+    def _keep(self, reason: str, **fields: float | bool) -> Decision:
+        return Decision(self.placement, reason=reason, drift=self.memories.drift, **fields)  # type: ignore[arg-type]
+
+    def _decide(self, news: list[str], changed: bool, imbalance: float) -> Decision:
+        say = "; ".join(news)
+        if not self.memories.ticks:
+            return self._keep(_joined(say, f"waiting for {TICK - len(self.pending)} more steps"), imbalance=imbalance)
+        failed_G = self.speeds.failed_G
+        begin = self.placement.physical_to_logical
+        stranded = failed_G.any() and (begin[:, failed_G[self.placement.rank_of_slot]] >= 0).any()
+        rows = np.array(begin)
+        steps, weights = sample(np.repeat(self.memories.weights() / TICK, TICK), self.policy.plan_steps)
+        pool = self.memories.counts.reshape(-1, *self.memories.shape)[steps].astype(np.int64)
+        problems = [self._problem(pool, layer, self.latencies, weights) for layer in range(len(rows))]
+        if stranded:
+            for layer, problem in enumerate(problems):
+                row = evacuate(problem, rows[layer], failed_G)
+                if row is None:
+                    ranks = ", ".join(map(str, np.flatnonzero(failed_G)))
+                    room = int(self.placement.slots_per_rank[~failed_G].sum())
+                    need = f"{self.memories.shape[1]} experts need a slot, the others have {room}"
+                    return self._keep(_joined(say, f"infeasible without rank {ranks}: {need}"), imbalance=imbalance)
+                rows[layer] = row
+        proposals = self._proposals(problems, rows, effective_steps(weights))
+        for layer, waypoint in choose(proposals, self.policy.max_moves).items():
+            rows[layer] = waypoint.row
+        gain_us = sum(
+            objective(problem, old) - objective(problem, row)
+            for problem, old, row in zip(problems, begin, rows, strict=True)
+            if (old != row).any()
+        )
+        return self._decision(rows, gain_us, say, imbalance, changed)
+
+    def _proposals(self, problems: list[Problem], rows: NDArray[np.int64], trusted: float) -> list[Proposal]:
+        policy, lifetime = self.policy, self.memories.lifetime_steps
+        transfer_us = self.expert_bytes / policy.bytes_per_s * 1e6
+        least = policy.least_gain * float(np.sqrt(LEAST_AT / max(trusted, FEWEST_STEPS)))
+        prices = Prices(policy.slowdown * transfer_us / lifetime, policy.commit_us / lifetime, least)
+        into_G = np.where(self.speeds.failed_G, 0, self.placement.slots_per_rank)
+        found = []
+        for layer, problem in enumerate(problems):
+            if self.steps - self.moved_at[layer] < policy.cool_down_steps or not problem.counts_TE.any():
+                continue
+            proposal = propose(
+                problem,
+                layer,
+                rows[layer],
+                prices,
+                dead_zone=policy.dead_zone,
+                max_swaps=policy.max_swaps,
+                into_G=into_G,
+                costs=self._costs(problem),
+            )
+            if proposal is not None:
+                found.append(proposal)
+        return found
+
+    def _costs(self, problem: Problem) -> Costs | None:
+        """Tables for latencies without a compiled form of their own, made once for loads up to twice the largest."""
+        if hull_costs(problem) is not None:
+            return None
+        largest = float(problem.counts_TE.sum(axis=1).max())
+        if self._tables is None or self._tables[0] < largest:
+            counts_1E = np.zeros((1, problem.num_experts), np.int64)
+            counts_1E[0] = -(-2 * int(largest) // problem.num_experts)
+            limit = Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
+            self._tables = (float(counts_1E.sum()), make_costs(limit))
+        return self._tables[1]
+
+    def _decision(self, rows: NDArray[np.int64], gain_us: float, say: str, imbalance: float, changed: bool) -> Decision:
+        before, slots_G = self.placement, self.placement.slots_per_rank
+        moved: dict[int, list[Move]] = {}
+        total, transfers = 0, 0
+        for layer, (old, row) in enumerate(zip(before.physical_to_logical, rows, strict=True)):
+            if (old == row).all():
+                continue
+            rows[layer] = row[keep_in_place(old, row, slots_G)]
+            moved[before.layer_ids[layer]] = moves(old, rows[layer], slots_G, nodes=self.nodes_G)
+            new_GE = held(row, slots_G, before.num_experts) & ~held(old, slots_G, before.num_experts)
+            total, transfers = total + int(new_GE.sum()), transfers + int(new_GE.sum(axis=1).max())
+            self.moved_at[layer] = self.steps
+        if not moved:
+            return self._keep(_joined(say, "no swap pays"), imbalance=imbalance, changed=changed)
+        transfer_us = transfers * self.expert_bytes / self.policy.bytes_per_s * 1e6
+        cost_us = len(moved) * self.policy.commit_us + self.policy.slowdown * transfer_us
+        fields = {name: getattr(before, name) for name in type(before).model_fields}
+        self.placement = Placement(**{**fields, "physical_to_logical": rows})
+        self.blind_until = self.steps + len(moved) + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
+        reason = _joined(
+            say, f"{total} moves in {len(moved)} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
+        )
+        return Decision(self.placement, moved, total, gain_us, cost_us, reason, self.memories.drift, imbalance, changed)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)

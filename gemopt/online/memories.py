@@ -1,0 +1,158 @@
+"""What is remembered of past steps, and which of it describes the steps to come.
+
+Steps are kept in blocks of `TICK`. When there are too many, the two most alike of the old blocks become one, so that
+rare traffic is not forgotten. Four memories weigh the blocks: two that forget at different rates, one that does not,
+and one by likeness to the last steps, which brings back traffic that was seen before. Each predicts the next block's
+loads; how well it did lately decides its say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.latency import FloatArray
+from gemopt.online.policy import TICK, Policy
+
+Array = NDArray[Any]
+NAMES = ("fast", "slow", "all", "alike")
+SHARPNESS = 8.0  # a memory (a block) that is x times as far off has its weight multiplied by exp(-SHARPNESS (x - 1))
+SCORE_TICKS = 8.0  # time constant of the memories' scores
+USUAL_TICKS = 16.0  # of what is usual
+SUDDEN, CLEARLY = 6.0, 1.4  # a change: beyond the usual by so many mean deviations, and by this factor
+QUERY_TICKS = 4  # last blocks that are compared with past ones
+RECENT_TICKS = 32  # blocks that are not merged yet
+
+
+class Memories:
+    """Blocks of past steps with the weights that four memories give them.
+
+    counts: [B, TICK, L, E]; sums: [B, L * E] total of each block; steps: [B] how many it stands for; last: [B] index of
+    its newest tick. scores: [4] mean distance of what each memory predicted. usual, spread: the mean and the mean
+    deviation of the distance between a prediction and what came. changes: sudden changes so far.
+    """
+
+    def __init__(self, policy: Policy, num_layers: int, num_experts: int) -> None:
+        self.policy = policy
+        self.shape = (num_layers, num_experts)
+        size = num_layers * num_experts
+        self.counts = np.zeros((0, TICK, num_layers, num_experts), np.int32)
+        self.sums = np.zeros((0, size), np.float32)
+        self.roots = np.zeros((0, size), np.float32)
+        self.overlaps = np.zeros((0, 0), np.float32)
+        self.steps = np.zeros(0)
+        self.last = np.zeros(0, np.int64)
+        self.ticks = self.since = self.changes = 0
+        self.scores = np.zeros(len(NAMES))
+        self.usual = self.spread = self.drift = 0.0
+
+    @property
+    def say(self) -> FloatArray:
+        """[4] weight of each memory; sums to 1."""
+        best = self.scores.min()
+        weights = np.exp(-SHARPNESS * (self.scores / best - 1)) if best > 0 else (self.scores <= best).astype(float)
+        return np.asarray(weights / weights.sum())
+
+    @property
+    def lifetime_steps(self) -> float:
+        """Expected steps between sudden changes: the mean of those seen, begun with the policy's horizon."""
+        return (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
+
+    def add(self, counts_NLE: Array) -> bool:
+        """Remember TICK more steps; whether the traffic changed suddenly with them."""
+        sums = counts_NLE.sum(axis=0, dtype=np.float64).ravel().astype(np.float32)
+        changed = False
+        if self.ticks:
+            losses = self._misses(sums)
+            self.drift = float(losses @ self.say)
+            changed = self._judge(losses)
+        self._append(counts_NLE, sums)
+        if changed:
+            self.changes += 1
+            self.since = self.ticks
+            self.scores = self._misses(sums)  # only what describes the new traffic counts now
+        self.ticks += 1
+        while len(self.steps) * TICK > self.policy.keep_steps:
+            self._merge()
+        return changed
+
+    def weights(self) -> FloatArray:
+        """[B] weight of each block in the mixture of the memories; sums to 1."""
+        return np.asarray(self.say @ self._weights())
+
+    def _misses(self, sums: FloatArray) -> FloatArray:
+        """[4] distance of what each memory predicts from the loads [L * E]."""
+        predicted = np.stack([self._roots(each) for each in self._weights().astype(np.float32) @ self.sums])
+        return self._distances(np.asarray(predicted), self._roots(sums))
+
+    def _judge(self, losses: FloatArray) -> bool:
+        """Take the new distances into the scores and into what is usual; whether they are far beyond it."""
+        if self.ticks == 1:
+            self.scores, self.usual, self.spread = losses, self.drift, 0.5 * self.drift
+            return False
+        sudden = self.drift > max(self.usual + SUDDEN * self.spread, CLEARLY * self.usual) and self.ticks > 2
+        if sudden:
+            return True
+        pace = max(1 / SCORE_TICKS, 1 / self.ticks)
+        self.scores = (1 - pace) * self.scores + pace * losses
+        pace = max(1 / USUAL_TICKS, 1 / self.ticks)
+        self.spread += pace * (abs(self.drift - self.usual) - self.spread)
+        self.usual += pace * (self.drift - self.usual)
+        return False
+
+    def _weights(self) -> FloatArray:
+        """[4, B] weights of the blocks in each memory; every row sums to 1."""
+        age = (self.last[-1] - self.last) * TICK
+        rows = [self.steps * np.exp(-age / tau) for tau in (self.policy.fast_steps, self.policy.slow_steps)]
+        rows += [self.steps, self.steps * self._likeness()]
+        weights = np.stack(rows)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+    def _likeness(self) -> FloatArray:
+        """[B] how alike each block is to the last ones since the last change; 1 for the most alike."""
+        own = self.last >= max(self.since, self.last[-1] - QUERY_TICKS + 1)
+        far_B = self._distances(self.roots, self._roots(self.sums[own].sum(axis=0)))
+        far_B[own] = max(self.usual, 1e-9)  # they are part of what is asked for
+        return np.asarray(np.exp(-SHARPNESS * np.maximum(far_B / max(far_B.min(), self.usual, 1e-9) - 1, 0.0)))
+
+    def _roots(self, sums: Array) -> Array:
+        """[L * E] square roots of the load shares within each layer; equal shares where there is no load."""
+        loads_LE = sums.reshape(self.shape)
+        total_L1 = loads_LE.sum(axis=1, keepdims=True)
+        equal_LE = np.full_like(loads_LE, 1 / self.shape[1])
+        return np.asarray(np.sqrt(np.divide(loads_LE, total_L1, out=equal_LE, where=total_L1 > 0)).ravel())
+
+    def _distances(self, roots: Array, one: Array) -> FloatArray:
+        """[N] squared Hellinger distance of shares with roots [N, L * E] from those with `one`, mean over layers."""
+        return np.asarray(np.maximum(1 - (roots @ one).astype(np.float64) / self.shape[0], 0.0))
+
+    def _append(self, counts_NLE: Array, sums: FloatArray) -> None:
+        roots = self._roots(sums)
+        row = self.roots @ roots
+        self.counts = np.concatenate([self.counts, counts_NLE[None].astype(np.int32)])
+        self.sums = np.concatenate([self.sums, sums[None]])
+        self.roots = np.concatenate([self.roots, roots[None]])
+        self.overlaps = np.block([[self.overlaps, row[:, None]], [row[None], np.full((1, 1), -np.inf, np.float32)]])
+        self.steps = np.append(self.steps, float(TICK))
+        self.last = np.append(self.last, self.ticks)
+
+    def _merge(self) -> None:
+        """Make one block of the two old ones that are most alike, with steps of both in proportion."""
+        old = max(2, len(self.steps) - RECENT_TICKS)
+        a, b = sorted(divmod(int(self.overlaps[:old, :old].argmax()), old))
+        both = self.steps[a] + self.steps[b]
+        of_a = int(np.clip(round(TICK * self.steps[a] / both), 1, TICK - 1))
+        chosen_a, chosen_b = (np.linspace(0, TICK - 1, n).round().astype(int) for n in (of_a, TICK - of_a))
+        self.counts[b] = np.concatenate([self.counts[a, chosen_a], self.counts[b, chosen_b]])
+        self.sums[b] += self.sums[a]
+        self.roots[b] = self._roots(self.sums[b])
+        self.steps[b], self.last[b] = both, max(self.last[a], self.last[b])
+        row = self.roots @ self.roots[b]
+        row[b] = -np.inf
+        self.overlaps[b], self.overlaps[:, b] = row, row
+        keep = np.arange(len(self.steps)) != a
+        for name in ("counts", "sums", "roots", "steps", "last"):
+            setattr(self, name, getattr(self, name)[keep])
+        self.overlaps = self.overlaps[np.ix_(keep, keep)]
