@@ -21,8 +21,9 @@ from gemopt.latency import FloatArray, Latency
 from gemopt.migration import Move, held, keep_in_place, moves
 from gemopt.online import state
 from gemopt.online.memories import Memories
-from gemopt.online.planner import LEAST_AT, Prices, Proposal, choose, effective_steps, evacuate, propose, sample
+from gemopt.online.planner import Prices, Proposal, choose, effective_steps, evacuate, propose, sample
 from gemopt.online.policy import TICK, Policy
+from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds, slower
 from gemopt.placement import Placement, Split
 from gemopt.problem import LOAD_LIMIT, Problem
@@ -30,7 +31,6 @@ from gemopt.profile import Profile
 from gemopt.solvers.search.state import Costs, hull_costs, make_costs
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
-FEWEST_STEPS = 8.0  # that a plan is judged by
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,7 @@ class Controller:
         self.nodes_G = np.unique([node or "" for node in nodes], return_inverse=True)[1] if nodes else None
         self.memories = Memories(policy, placement.num_layers, placement.num_experts)
         self.speeds = Speeds(policy, len(self.cost.latencies))
+        self.promises = Promises(policy, placement.num_slots)
         self.latencies = self.cost.latencies
         self.pending = np.zeros((0, placement.num_layers, placement.num_experts), np.int64)
         self.moved_at = np.full(placement.num_layers, -(2**40))
@@ -129,12 +130,16 @@ class Controller:
             self._clock(now_s)
         except InputError as error:
             return self._keep(f"refused: {error}")
-        times_LNG = self._times(counts)
-        news = self._listen(latencies, times_LNG.sum(axis=0))
+        window = [self._problem(counts, layer, self.latencies) for layer in range(counts.shape[1])]
+        rows = self.placement.physical_to_logical
+        times_LNG = np.stack([rank_times(problem, row) for problem, row in zip(window, rows, strict=True)])
+        news = self._listen(latencies, times_LNG.sum(axis=0) / self.speeds.factors_G)
         changed = self._remember(counts)
         if changed:
             news.append("the traffic changed")
-        times_LNG = times_LNG * self.speeds.factors_G
+        else:
+            self.promises.check(window)
+        self.promises.forget(self.placement.num_slots)
         mean = times_LNG.mean()
         imbalance = float(times_LNG.max(axis=2).mean() / mean) if mean > 0 else float("nan")
         return self._decide(news, changed, imbalance)
@@ -211,12 +216,6 @@ class Controller:
         if not np.isfinite(now_s) or (self.now_s is not None and now_s < self.now_s):
             raise InputError("now_s", now_s, f"seconds that do not go back behind {self.now_s}")
         self.now_s = float(now_s)
-
-    def _times(self, counts: NDArray[np.int64]) -> FloatArray:
-        """[L, n, G] time of every rank under its profile and the placement in force."""
-        rows = self.placement.physical_to_logical
-        problems = (self._problem(counts, layer, self.cost.latencies) for layer in range(len(rows)))
-        return np.stack([rank_times(problem, row) for problem, row in zip(problems, rows, strict=True)])
 
     def _listen(self, latencies: FloatArray | None, predicted_NG: FloatArray) -> list[str]:
         """Take latencies in; what is worth saying about them."""
@@ -305,8 +304,8 @@ class Controller:
     def _proposals(self, problems: list[Problem], rows: NDArray[np.int64], trusted: float) -> list[Proposal]:
         policy, lifetime = self.policy, self.memories.lifetime_steps
         transfer_us = self.expert_bytes / policy.bytes_per_s * 1e6
-        least = policy.least_gain * float(np.sqrt(LEAST_AT / max(trusted, FEWEST_STEPS)))
-        prices = Prices(policy.slowdown * transfer_us / lifetime, policy.commit_us / lifetime, least)
+        shortfall = self.promises.least(trusted)
+        prices = Prices(policy.slowdown * transfer_us / lifetime, policy.commit_us / lifetime, shortfall)
         into_G = np.where(self.speeds.failed_G, 0, self.placement.slots_per_rank)
         found = []
         for layer, problem in enumerate(problems):
@@ -324,6 +323,9 @@ class Controller:
             )
             if proposal is not None:
                 found.append(proposal)
+                first, last, swaps = proposal.way[0], proposal.way[-1], len(proposal.way) - 1
+                gain = 1 - last.objective_us / first.objective_us
+                self.promises.make(layer, first.row, last.row, gain, swaps, trusted)
         return found
 
     def _costs(self, problem: Problem) -> Costs | None:

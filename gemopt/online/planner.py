@@ -16,17 +16,17 @@ from gemopt.solvers.base import Row
 from gemopt.solvers.search.moves import Waypoint, few_moves
 from gemopt.solvers.search.state import Costs, hull_costs
 
-LEAST_AT = 64.0  # effective steps at which `least_gain` holds; noise, and with it the least gain, goes with the root
+PROBE = 0.5  # swaps are looked for down to this part of what a swap must promise, to learn what they keep
 
 
 @dataclass(frozen=True)
 class Prices:
-    """What a plan must pay for, in microseconds per step: each move, each layer touched; and the least gain of a swap
-    as a fraction of the makespan."""
+    """What a plan must pay for: microseconds per step for each move and each layer touched, and the fraction of the
+    makespan by which a swap keeps less than it promises."""
 
     move_us: float
     layer_us: float
-    least: float
+    shortfall: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +41,9 @@ class Proposal:
         """Gain per step of going to a waypoint, less what it must pay for."""
         if index == 0:
             return 0.0
-        first, chosen = self.way[0], self.way[index]
-        return first.objective_us - chosen.objective_us - self.prices.move_us * chosen.moves - self.prices.layer_us
+        first, chosen, prices = self.way[0], self.way[index], self.prices
+        promised = first.objective_us - chosen.objective_us - index * prices.shortfall * first.objective_us
+        return promised - prices.move_us * chosen.moves - prices.layer_us
 
     def best(self, most_moves: int | None = None) -> int:
         """Waypoint of the largest net gain within a number of moves."""
@@ -79,7 +80,7 @@ def propose(
     costs: Costs | None = None,
     hint: Row | None = None,
 ) -> Proposal | None:
-    """Swaps of one layer that pay, or None.
+    """Swaps of one layer, most of which pay or nearly do; None when there are none.
 
     dead_zone: slowest over mean rank below which nothing is tried. into_G: [G] experts that each rank may receive.
     costs: for latencies whose hull is no line or roofline. hint: [P] a placement that served such steps before; taken
@@ -93,7 +94,7 @@ def propose(
     hull = hull_costs(problem)
     options = {
         "price_us": prices.move_us,
-        "least_us": prices.least * now_us,
+        "least_us": PROBE * prices.shortfall * now_us,
         "max_swaps": max_swaps,
         "max_into_G": into_G,
         "costs": costs if hull is None else hull,
@@ -104,7 +105,7 @@ def propose(
         other = Proposal(layer, [found.way[0], *way], prices)
         if other.net_us(other.best()) > found.net_us(found.best()):
             found = other
-    return found if found.net_us(found.best()) > 0 else None
+    return found if len(found.way) > 1 else None
 
 
 def choose(proposals: Sequence[Proposal], most_moves: int | None) -> dict[int, Waypoint]:

@@ -21,7 +21,8 @@ class Policy(BaseModel):
     horizon_steps
         Steps that a placement is expected to serve before any change of traffic was seen; what is seen takes over.
     least_gain
-        Fraction of a layer's makespan that a swap must gain when judged by 64 steps; more when judged by fewer.
+        Fraction of a layer's makespan by which a swap, judged by 64 steps, gains less than it promises; what is seen
+        while serving takes over. A swap must promise more.
     dead_zone
         Slowest over mean rank of a layer below which nothing moves.
     cool_down_steps
@@ -45,7 +46,7 @@ class Policy(BaseModel):
     slowdown: float = Field(default=0.05, ge=0, le=1)
     commit_us: float = Field(default=100.0, ge=0, le=1e9)
     horizon_steps: int = Field(default=256, ge=1, le=10**9)
-    least_gain: float = Field(default=0.005, ge=0, le=1)
+    least_gain: float = Field(default=0.008, ge=0, le=1)
     dead_zone: float = Field(default=1.03, ge=1, le=100)
     cool_down_steps: int = Field(default=32, ge=0, le=10**9)
     max_moves: int | None = Field(default=None, ge=0)
