@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,15 @@ from gemopt.replay.result import ReplayResult
 from gemopt.result import Result
 
 ACCENT, MUTED = "#d1495b", "#8d99ae"
+STRATEGY_COLOURS = {
+    "contiguous": "black",
+    "fitted-once": MUTED,
+    "eplb-vllm": "#2a9d8f",
+    "eplb-sglang": "#bc8a00",
+    "free": "#457b9d",
+    "controller": ACCENT,
+    "clairvoyant": "black",
+}
 
 
 def _pyplot() -> Any:
@@ -120,23 +130,27 @@ def plot_replay(result: ReplayResult, *, axes: Any = None) -> Any:
     if axes is None:
         _, axes = _pyplot().subplots(2, 1, figsize=(10, 6.5), sharex=True, height_ratios=(2, 1), layout="constrained")
     upper, lower = axes
-    colours = _pyplot().get_cmap("tab10")
     steps = np.arange(result.first_step, result.num_steps)
     cuts = np.arange(0, len(steps), result.window)
     base_us = np.add.reduceat(np.array(result.baseline_us), cuts)
     edges = np.append(steps[cuts], result.num_steps)
-    for index, track in enumerate(result.timeline):
-        colour = ACCENT if track.strategy == "controller" else colours(index)
-        style = {"color": colour, "linestyle": ":" if track.strategy == "clairvoyant" else "-", "linewidth": 1.4}
+    others = itertools.cycle(("#f4a261", "#6a4c93", "#606c38", "#b56576", "#00509d"))
+    for track in result.timeline:
+        ours, bound = track.strategy == "controller", track.strategy == "clairvoyant"
+        colour = STRATEGY_COLOURS.get(track.strategy) or next(others)
+        style = {"color": colour, "linestyle": ":" if bound else "-", "linewidth": 2.2 if ours else 1.3,
+                 "zorder": 3 if ours else 2}  # fmt: skip
         change = 100 * (np.add.reduceat(np.array(track.step_us), cuts) / base_us - 1)
         upper.stairs(change, edges, baseline=None, label=track.strategy, **style)
         lower.step(steps, np.cumsum(track.moves), where="post", **style)
         at = [decision.step for decision in track.decisions]
-        lower.plot(at, np.cumsum(track.moves)[np.array(at, int) - result.first_step], "|", color=colour, markersize=7)
+        moved = np.cumsum(track.moves)[np.array(at, int) - result.first_step]
+        lower.plot(at, moved, "|", color=colour, markersize=7, zorder=style["zorder"])
     _shade(axes, result)
     upper.set_ylabel("step latency\nagainst contiguous, %")
     lower.set_ylabel("experts moved")
-    lower.set_yscale("symlog")
+    lower.set_yscale("symlog", linthresh=10)
+    lower.set_ylim(bottom=0)
     lower.set_xlabel("step")
     lower.set_xlim(result.first_step, result.num_steps)
     upper.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=4, frameon=False)
