@@ -199,6 +199,15 @@ def test_eplb_rearranges_at_the_steps_of_the_engine(fit_share: float, due: list[
     assert result.timeline[0].step_us[-1] == pytest.approx(layer_us(traces, np.stack(rows))[-1].sum())  # type: ignore[arg-type]
 
 
+def test_engines_start_with_the_first_experts_again_in_spare_slots() -> None:
+    eplb = make(["eplb-vllm"])[0]
+    result = replay(profile(), shifting(), [eplb], window=WINDOW, slots_per_rank=3)
+    row = np.arange(3 * RANKS) % EXPERTS
+    placement = Placement(physical_to_logical=[row] * LAYERS, slots_per_rank=[3] * RANKS, num_experts=EXPERTS)
+    held = shifting().steps(slice(48, None))
+    assert result.rows[0].makespan_us == pytest.approx(evaluate(placement, profile(), held).objective_us)
+
+
 def test_engines_keep_their_published_periods() -> None:
     vllm, sglang = make(["eplb-vllm", "eplb-sglang"])
     assert isinstance(vllm, Eplb) and isinstance(sglang, Eplb)
@@ -312,6 +321,8 @@ def test_schedules_that_cannot_be(events: list[str], said: str) -> None:
         ({"fit_share": 0.999}, "cannot be split"),
         ({"non_moe_us": -1.0}, "microseconds from 0"),
         ({"noise": 2.0}, "from 0 to 1"),
+        ({"seed": -1}, "0 or more"),
+        ({"strategies": ["eplb-vllm"], "slots_per_rank": [3, 2, 2, 2]}, "same for every rank"),
         ({"strategies": ["free", "free"]}, "each once"),
         ({"strategies": ["fred"]}, "some of contiguous"),
         ({"strategies": []}, "at least one"),

@@ -69,7 +69,7 @@ def replay(
     """
     chosen, schedule = make(strategies), schedule or Schedule()
     past, _ = _split(traces, fit_share, window)
-    _check_numbers(non_moe_us, noise)
+    _check_numbers(non_moe_us, noise, seed)
     schedule.check(profile.num_ranks, traces.num_steps, first_failure=past.num_steps)
     model = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
     slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
@@ -117,7 +117,9 @@ def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Trace
     return traces.steps(slice(0, cut)), traces.steps(slice(cut, None))
 
 
-def _check_numbers(non_moe_us: float, noise: float) -> None:
+def _check_numbers(non_moe_us: float, noise: float, seed: int) -> None:
+    if seed < 0:
+        raise InputError("--seed", seed, "0 or more")
     if not 0 <= non_moe_us <= 1e9:
         raise InputError("--non-moe-us", non_moe_us, "microseconds from 0 to 1e9")
     if not 0 <= noise <= 1:

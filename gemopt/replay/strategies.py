@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.online.controller import Controller
 from gemopt.online.policy import TICK, Policy
@@ -110,12 +110,16 @@ class Eplb(Fixed):
 
     def first(self, context: Context) -> Placement:
         """What the engine has come to by now."""
+        slots_G = context.slots_per_rank
+        if (slots_G != slots_G[0]).any():
+            raise UnsupportedError("slots_per_rank", slots_G.tolist(), f"{self.name} needs the same for every rank")
         past, steps = np.asarray(context.past.counts), context.past.num_steps
         self.due = self.first_step
-        placement = context.contiguous
+        row = np.arange(int(slots_G.sum())) % context.past.num_experts  # spare slots: the first experts again
+        placement = context.placement([row] * context.past.num_layers)
         while self.due < steps:
             self.seen = past[: self.due]
-            placement = self._balance(context.slots_per_rank)
+            placement = self._balance(slots_G)
             self.due += self.interval
         self.seen = past
         self.period = max(1, self.due - steps)
