@@ -304,7 +304,8 @@ class Controller:
     def _proposals(self, problems: list[Problem], rows: NDArray[np.int64], trusted: float) -> list[Proposal]:
         policy, lifetime = self.policy, self.memories.lifetime_steps
         transfer_us = self.expert_bytes / policy.bytes_per_s * 1e6
-        shortfall = self.promises.least(trusted)
+        # What comes back was seen at length and will stay for a while: it is worth the best placement for it at once.
+        shortfall = 0.0 if self.memories.recalled else self.promises.least(trusted)
         prices = Prices(policy.slowdown * transfer_us / lifetime, policy.commit_us / lifetime, shortfall)
         into_G = np.where(self.speeds.failed_G, 0, self.placement.slots_per_rank)
         found = []

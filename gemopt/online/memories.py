@@ -18,12 +18,14 @@ from gemopt.online.policy import TICK, Policy
 
 Array = NDArray[Any]
 NAMES = ("fast", "slow", "all", "alike")
-SHARPNESS = 8.0  # a memory (a block) that is x times as far off has its weight multiplied by exp(-SHARPNESS (x - 1))
+SHARPNESS = 8.0  # a memory that is x times as far off has its weight multiplied by exp(-SHARPNESS (x - 1))
+FOCUS = 3.0  # the same for blocks in the memory by likeness
 SCORE_TICKS = 8.0  # time constant of the memories' scores
 USUAL_TICKS = 16.0  # of what is usual
 SUDDEN, CLEARLY = 6.0, 1.4  # a change: beyond the usual by so many mean deviations, and by this factor
 QUERY_TICKS = 4  # last blocks that are compared with past ones
 RECENT_TICKS = 32  # blocks that are not merged yet
+FRESH_TICKS = 8  # for which a change counts as recent
 
 
 class Memories:
@@ -59,6 +61,12 @@ class Memories:
     def lifetime_steps(self) -> float:
         """Expected steps between sudden changes: the mean of those seen, begun with the policy's horizon."""
         return (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
+
+    @property
+    def recalled(self) -> bool:
+        """Whether traffic that was seen before has just come back: most of what counts is from before the change."""
+        fresh = self.changes > 0 and self.ticks - self.since <= FRESH_TICKS
+        return fresh and float(self.weights()[self.last < self.since].sum()) > 0.5
 
     def add(self, counts_NLE: Array) -> bool:
         """Remember TICK more steps; whether the traffic changed suddenly with them."""
@@ -115,7 +123,7 @@ class Memories:
         own = self.last >= max(self.since, self.last[-1] - QUERY_TICKS + 1)
         far_B = self._distances(self.roots, self._roots(self.sums[own].sum(axis=0)))
         far_B[own] = max(self.usual, 1e-9)  # they are part of what is asked for
-        return np.asarray(np.exp(-SHARPNESS * np.maximum(far_B / max(far_B.min(), self.usual, 1e-9) - 1, 0.0)))
+        return np.asarray(np.exp(-FOCUS * np.maximum(far_B / max(far_B.min(), self.usual, 1e-9) - 1, 0.0)))
 
     def _roots(self, sums: Array) -> Array:
         """[L * E] square roots of the load shares within each layer; equal shares where there is no load."""

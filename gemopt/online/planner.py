@@ -78,13 +78,11 @@ def propose(
     max_swaps: int,
     into_G: NDArray[np.int64] | None = None,
     costs: Costs | None = None,
-    hint: Row | None = None,
 ) -> Proposal | None:
     """Swaps of one layer, most of which pay or nearly do; None when there are none.
 
     dead_zone: slowest over mean rank below which nothing is tried. into_G: [G] experts that each rank may receive.
-    costs: for latencies whose hull is no line or roofline. hint: [P] a placement that served such steps before; taken
-    as a start of its own.
+    costs: for latencies whose hull is no line or roofline.
     """
     times_TG = rank_times(problem, home)
     now_us = float(times_TG.max(axis=1) @ problem.weights_T)
@@ -100,11 +98,6 @@ def propose(
         "costs": costs if hull is None else hull,
     }
     found = Proposal(layer, few_moves(problem, home, **options), prices)  # type: ignore[arg-type]
-    if hint is not None and not (hint == home).all():
-        way = few_moves(problem, home, start=hint, **options)  # type: ignore[arg-type]
-        other = Proposal(layer, [found.way[0], *way], prices)
-        if other.net_us(other.best()) > found.net_us(found.best()):
-            found = other
     return found if len(found.way) > 1 else None
 
 
