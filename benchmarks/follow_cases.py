@@ -18,7 +18,7 @@ FLEETS = ("longhorn_sgemm", "longhorn_bert", "frontera_resnet")
 BASE_US, UNIT_US, UNIT = 60.0, 18.75, 16
 LARGEST = 16384
 PLAN = "A:256 B:256 A:256 B:256 C:256 A:256"
-LONG_PLAN = "A:1500 B:1500 A:1500 B:1500 C:1500 A:1500"
+LONG_PLAN = "A:800 B:800 A:800 B:800 C:800 A:800"
 
 
 def fleets(names: list[str]) -> list[Fleet]:
