@@ -36,7 +36,7 @@ MEMORIES = (64, 256, 2**30)
 SETTLE = 16
 CONDITIONS = (
     "Affine costs, (60 + 18.75 N / 16) us for N assignments, times the measured relative time of GPUs drawn from the "
-    "fleet; experts of 9.4 MB at 20 GB/s, copied beside serving (steps 5 % slower meanwhile, 100 us per committed layer, "
+    "fleet; experts of 9.4 MB, 20 GB/s, copied beside serving (steps 5 % slower meanwhile, 100 us per layer committed, "
     "one layer a step)."
 )
 

@@ -17,6 +17,7 @@ from gemopt.profile import Device, Profile, Sample
 from gemopt.replay import STRATEGIES, Context, Migration, Schedule, replay
 from gemopt.replay.copying import traffic
 from gemopt.replay.strategies import Eplb, Fixed, make
+from gemopt.replay.survivors import evacuate, readmit
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.traces import Traces
@@ -145,6 +146,58 @@ def test_stop_the_world_waits_for_everything() -> None:
     track = replay(profile(), traces, [Scripted({0: swapped(0, 1)}, stops=True)], window=WINDOW, migration=migration)
     assert track.timeline[0].copying_us[:2] == pytest.approx([2 * (500 + 7), 0])
     assert track.timeline[0].step_us == pytest.approx([after[0] + 1014, *after[1:]])
+
+
+def test_giving_up_a_copy_is_a_change_without_a_move() -> None:
+    slots = np.full(RANKS, 3)
+    held = [[0, 1, 2], [3, 4, 5], [6, 7, -1], [0, -1, -1]]
+    both = np.tile(np.concatenate(held), (LAYERS, 1))
+    one = both.copy()
+    one[:, 9] = -1
+
+    class Twice(Scripted):
+        def first(self, context: Context) -> Placement:
+            return context.placement(list(both))
+
+    traces = shifting()
+    track = replay(profile(), traces, [Twice({0: one})], window=WINDOW, slots_per_rank=3, migration=FREE).timeline[0]
+    placement = Placement(physical_to_logical=one, slots_per_rank=slots, num_experts=EXPERTS)
+    alone = evaluate(placement, profile(), traces.steps(slice(48, None))).step_us
+    assert track.step_us[2:] == pytest.approx(alone[2:].tolist())
+    assert sum(track.moves) == 0 and len(track.decisions) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_evacuation_and_return_keep_every_expert(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    slots = rng.integers(2, 5, RANKS)
+    held: list[list[int]] = [[] for _ in range(RANKS)]
+    for expert in rng.permutation(EXPERTS):
+        held[rng.choice([g for g in range(RANKS) if len(held[g]) < slots[g]])].append(int(expert))
+    for g in range(RANKS):  # some of the spare slots hold copies
+        other = [e for e in range(EXPERTS) if e not in held[g]]
+        held[g] += rng.choice(other, rng.integers(0, slots[g] - len(held[g]) + 1), replace=False).tolist()
+    row = np.concatenate([[*part, *[-1] * (size - len(part))] for part, size in zip(held, slots, strict=True)])
+    rank = int(rng.integers(RANKS))
+    rows, without = evacuate([row.astype(np.int64)], slots, rank, rng.random((1, EXPERTS)))
+    Placement(physical_to_logical=rows, slots_per_rank=without, num_experts=EXPERTS)
+    assert without[rank] == 0
+    back = readmit(rows, without, [row], slots, rank)
+    Placement(physical_to_logical=back, slots_per_rank=slots, num_experts=EXPERTS)
+    mixed = rng.permutation(rows[0])  # what a strategy may have made of it meanwhile, where that is a placement
+    try:
+        Placement(physical_to_logical=[mixed], slots_per_rank=without, num_experts=EXPERTS)
+    except InputError:
+        return
+    again = readmit([mixed], without, [row], slots, rank)
+    Placement(physical_to_logical=again, slots_per_rank=slots, num_experts=EXPERTS)
+
+
+def test_a_strategy_is_called_at_least_every_step_or_refused() -> None:
+    lazy = Scripted({})
+    lazy.period = 0
+    with pytest.raises(InputError, match="at least 1 step"):
+        replay(profile(), shifting(), [lazy], window=WINDOW)
 
 
 def test_a_later_decision_replaces_what_has_not_begun() -> None:

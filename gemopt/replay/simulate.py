@@ -90,7 +90,7 @@ class Course:
         self.slots_G, self.rows = np.asarray(begin.slots_per_rank), list(begin.physical_to_logical)
         changes = deque(world.schedule.changes(first, end))
         seen = now = first
-        call = now if strategy.eager else now + strategy.period
+        call = now if strategy.eager else now + self._period()
         while now < end:
             while changes and changes[0][0] == now:
                 self._change(now, *changes.popleft()[1:])
@@ -100,7 +100,7 @@ class Course:
                 self._ask(seen, now)
                 seen = now
             if call <= now:
-                call = now + strategy.period
+                call = now + self._period()
             stop = min(end, call, now + BLOCK_STEPS, *(step for step, _, _ in changes))
             self._advance(now, stop)
             now = stop
@@ -111,6 +111,11 @@ class Course:
             moves=self.moves.tolist(),
             decisions=self.decisions,
         )
+
+    def _period(self) -> int:
+        if self.strategy.period < 1:
+            raise InputError(f"{self.strategy.name}.period", self.strategy.period, "at least 1 step")
+        return self.strategy.period
 
     def _ask(self, seen: int, now: int) -> None:
         """Let the strategy decide on the steps from `seen` to before `now`; the window before the first scored step."""
@@ -140,11 +145,11 @@ class Course:
         """Queue what differs; what an earlier decision wanted and has not begun is forgotten."""
         self._check(wanted)
         at = now - self.world.first_step
-        rows = list(self._in_force().physical_to_logical)
-        moves = [count_moves(old, new, self.slots_G) for old, new in zip(rows, wanted.physical_to_logical, strict=True)]
-        changed = [layer for layer, count in enumerate(moves) if count]
-        self.queue = deque((layer, wanted.physical_to_logical[layer]) for layer in changed)
-        if changed:
+        pairs = list(zip(self._in_force().physical_to_logical, wanted.physical_to_logical, strict=True))
+        moves = [count_moves(old, new, self.slots_G) for old, new in pairs]
+        gone = [count_moves(new, old, self.slots_G) for old, new in pairs]  # copies given up: no move, but a change
+        self.queue = deque((layer, new) for layer, (_, new) in enumerate(pairs) if moves[layer] or gone[layer])
+        if self.queue:
             self.decisions.append(Decided(step=now, moves=sum(moves), reason=self.strategy.reason))
         if self.strategy.stops:
             for layer, row in self.queue:
