@@ -117,7 +117,8 @@ def shift(cells: Cells) -> None:
     print("## Shift traces\n\nChange against contiguous in per cent, copying included; moves of the scored half. "
           "`gain` is the controller's gain over fitted once as a share of the best free re-solve's.\n")  # fmt: skip
     table = Rows(["trace", "G", "fleet", "fitted once", "best free", "moves", "controller", "moves", "copying ms",
-                  "gain", "moves of free's", "holds", "free, copying at no cost", "gain of that", "clairvoyant"])  # fmt: skip
+                  "gain", "moves of free's", "holds", "free, copying at no cost", "gain of that",
+                  "clairvoyant"])  # fmt: skip
     for name, traces, fleet, profile in cells:
         result = replay(profile, traces, ["contiguous", "fitted-once", "controller", "clairvoyant"])
         table.beside_idle(result, f"{name} G={profile.num_ranks} {fleet}")
