@@ -22,6 +22,8 @@ BLOCK_STEPS = 4096
 def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
     """[T, P] assignments of each slot: copy i of r, in slot order, takes `(n + r - 1 - i) // r` of its expert's n."""
     copies_E = np.bincount(row_P[row_P != EMPTY], minlength=counts_TE.shape[1])
+    if copies_E.max() <= 1:
+        return np.where(row_P != EMPTY, counts_TE[:, row_P], 0).astype(np.int64, copy=False)
     seen = np.zeros(counts_TE.shape[1], dtype=np.int64)
     shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
     for slot, expert in enumerate(row_P):
@@ -52,6 +54,10 @@ def static_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64], weight
 
 def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> FloatArray:
     """[T, G, F] summed features of every rank, exact whole numbers."""
+    if int((row_P != EMPTY).sum()) == problem.num_experts:  # one copy each, whatever the split
+        from gemopt.kernels import sums_by_rank
+
+        return np.asarray(sums_by_rank(problem.features_FTE, row_P, problem.rank_of_slot, problem.num_ranks))
     if weights_P is None:
         shares_TP = even_shares(problem.counts_TE, row_P)
     else:

@@ -70,3 +70,16 @@ def rank_latencies(loads_TGF: Array, curves: Curves) -> Array:
         for t in range(steps):
             out[t, g] = best_T[t]
     return out
+
+
+@njit(cache=True, nogil=True)
+def sums_by_rank(features_FTE: Array, row_P: Array, rank_of_slot: Array, num_ranks: int) -> Array:
+    """[T, G, F] summed features of the experts on each rank, none of which has copies; whole numbers, so exact."""
+    features, steps = features_FTE.shape[:2]
+    out = np.zeros((steps, num_ranks, features))
+    for t in range(steps):
+        for f in range(features):
+            for p in range(row_P.shape[0]):
+                if row_P[p] >= 0:
+                    out[t, rank_of_slot[p], f] += features_FTE[f, t, row_P[p]]
+    return out

@@ -31,6 +31,7 @@ from gemopt.profile import Profile
 from gemopt.solvers.search.state import Costs, hull_costs, make_costs
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
+WORK = 1 << 15  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +106,7 @@ class Controller:
         self.moved_at = np.full(placement.num_layers, -(2**40))
         self.steps = self.blind_until = 0
         self.now_s: float | None = None
-        self._tables: tuple[float, Costs] | None = None
+        self._compiled: dict[int, Costs] = {}  # by mean load
         self._check(placement)
         self.placement = placement
 
@@ -239,7 +240,7 @@ class Controller:
     def rescale(self) -> None:
         pairs = zip(self.cost.latencies, self.speeds.factors_G, strict=True)
         self.latencies = tuple(slower(latency, float(factor)) for latency, factor in pairs)
-        self._tables = None
+        self._compiled = {}
         self.moved_at[:] = -(2**40)  # other speeds: every layer may move at once
 
     def _problem(
@@ -279,9 +280,7 @@ class Controller:
         begin = self.placement.physical_to_logical
         stranded = failed_G.any() and (begin[:, failed_G[self.placement.rank_of_slot]] >= 0).any()
         rows = np.array(begin)
-        steps, weights = sample(np.repeat(self.memories.weights() / TICK, TICK), self.policy.plan_steps)
-        pool = self.memories.counts.reshape(-1, *self.memories.shape)[steps].astype(np.int64)
-        problems = [self._problem(pool, layer, self.latencies, weights) for layer in range(len(rows))]
+        problems, trusted = self._remembered()
         if stranded:
             for layer, problem in enumerate(problems):
                 row = evacuate(problem, rows[layer], failed_G)
@@ -291,7 +290,7 @@ class Controller:
                     need = f"{self.memories.shape[1]} experts need a slot, the others have {room}"
                     return self._keep(_joined(say, f"infeasible without rank {ranks}: {need}"), imbalance=imbalance)
                 rows[layer] = row
-        proposals = self._proposals(problems, rows, effective_steps(weights))
+        proposals = self._proposals(problems, rows, trusted)
         for layer, waypoint in choose(proposals, self.policy.max_moves).items():
             rows[layer] = waypoint.row
         gain_us = sum(
@@ -300,6 +299,15 @@ class Controller:
             if (old != row).any()
         )
         return self._decision(rows, gain_us, say, imbalance, changed)
+
+    def _remembered(self) -> tuple[list[Problem], float]:
+        """(one problem per layer on the steps that count now, to how many equally weighted ones they amount)."""
+        memories = self.memories
+        most = min(self.policy.plan_steps, max(TICK * TICK, WORK // memories.shape[1]))
+        steps, weights = sample(np.repeat(memories.weights() / TICK, TICK), most)
+        pool_NLE = memories.counts.reshape(-1, *memories.shape)[steps]
+        layers = range(memories.shape[0])
+        return [self._problem(pool_NLE, layer, self.latencies, weights) for layer in layers], effective_steps(weights)
 
     def _proposals(self, problems: list[Problem], rows: NDArray[np.int64], trusted: float) -> list[Proposal]:
         policy, lifetime = self.policy, self.memories.lifetime_steps
@@ -329,17 +337,17 @@ class Controller:
                 self.promises.make(layer, first.row, last.row, gain, swaps, trusted)
         return found
 
-    def _costs(self, problem: Problem) -> Costs | None:
-        """Tables for latencies without a compiled form of their own, made once for loads up to twice the largest."""
-        if hull_costs(problem) is not None:
-            return None
-        largest = float(problem.counts_TE.sum(axis=1).max())
-        if self._tables is None or self._tables[0] < largest:
-            counts_1E = np.zeros((1, problem.num_experts), np.int64)
-            counts_1E[0] = -(-2 * int(largest) // problem.num_experts)
-            limit = Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
-            self._tables = (float(counts_1E.sum()), make_costs(limit))
-        return self._tables[1]
+    def _costs(self, problem: Problem) -> Costs:
+        """Latencies in compiled form: lines or planes where they are close, else tables, made once for all layers."""
+        loads_T = problem.counts_TE.sum(axis=1)
+        key = int(loads_T.mean())
+        if key not in self._compiled:
+            largest = 2 * int(loads_T.max()) + problem.num_experts
+            counts_1E = np.full((1, problem.num_experts), -(-largest // problem.num_experts))
+            beyond = Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
+            hull = hull_costs(problem)
+            self._compiled = {key: make_costs(beyond) if hull is None else hull}
+        return self._compiled[key]
 
     def _decision(self, rows: NDArray[np.int64], gain_us: float, say: str, imbalance: float, changed: bool) -> Decision:
         before, slots_G = self.placement, self.placement.slots_per_rank

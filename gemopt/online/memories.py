@@ -31,24 +31,29 @@ FRESH_TICKS = 8  # for which a change counts as recent
 class Memories:
     """Blocks of past steps with the weights that four memories give them.
 
-    counts: [B, TICK, L, E]; sums: [B, L * E] total of each block; steps: [B] how many it stands for; last: [B] index of
-    its newest tick. scores: [4] mean distance of what each memory predicted. usual, spread: the mean and the mean
-    deviation of the distance between a prediction and what came. changes: sudden changes so far.
+    counts: [B, TICK, L, E]; sums: [B, L * E] total of each block and roots: of its shares; overlaps: [B, B] of roots;
+    steps: [B] how many it stands for; last: [B] index of its newest tick, -1 where there is no block yet. scores: [4]
+    mean distance of what each memory predicted. usual, spread: mean and mean deviation of the distance between a
+    prediction and what came. since: first tick after the last sudden change; changes: how many there were.
     """
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int) -> None:
         self.policy = policy
         self.shape = (num_layers, num_experts)
-        size = num_layers * num_experts
-        self.counts = np.zeros((0, TICK, num_layers, num_experts), np.int32)
-        self.sums = np.zeros((0, size), np.float32)
-        self.roots = np.zeros((0, size), np.float32)
-        self.overlaps = np.zeros((0, 0), np.float32)
-        self.steps = np.zeros(0)
-        self.last = np.zeros(0, np.int64)
+        room, size = policy.keep_steps // TICK, num_layers * num_experts
+        self.counts = np.zeros((room, TICK, num_layers, num_experts), np.int32)
+        self.sums, self.roots = np.zeros((room, size), np.float32), np.zeros((room, size), np.float32)
+        self.overlaps = np.zeros((room, room), np.float32)
+        self.steps = np.zeros(room)
+        self.last = np.full(room, -1)
         self.ticks = self.since = self.changes = 0
         self.scores = np.zeros(len(NAMES))
         self.usual = self.spread = self.drift = 0.0
+
+    @property
+    def size(self) -> int:
+        """B, blocks so far."""
+        return min(self.ticks, len(self.last))
 
     @property
     def say(self) -> FloatArray:
@@ -66,7 +71,7 @@ class Memories:
     def recalled(self) -> bool:
         """Whether traffic that was seen before has just come back: most of what counts is from before the change."""
         fresh = self.changes > 0 and self.ticks - self.since <= FRESH_TICKS
-        return fresh and float(self.weights()[self.last < self.since].sum()) > 0.5
+        return fresh and float(self.weights()[self.last[: self.size] < self.since].sum()) > 0.5
 
     def add(self, counts_NLE: Array) -> bool:
         """Remember TICK more steps; whether the traffic changed suddenly with them."""
@@ -76,23 +81,23 @@ class Memories:
             losses = self._misses(sums)
             self.drift = float(losses @ self.say)
             changed = self._judge(losses)
-        self._append(counts_NLE, sums)
+        self._store(counts_NLE, sums)
+        self.ticks += 1
         if changed:
             self.changes += 1
-            self.since = self.ticks
+            self.since = self.ticks - 1
             self.scores = self._misses(sums)  # only what describes the new traffic counts now
-        self.ticks += 1
-        while len(self.steps) * TICK > self.policy.keep_steps:
-            self._merge()
         return changed
 
     def weights(self) -> FloatArray:
-        """[B] weight of each block in the mixture of the memories; sums to 1."""
+        """[B] weight of each block in the mixture of the memories, in order of storage; sums to 1."""
         return np.asarray(self.say @ self._weights())
 
     def _misses(self, sums: FloatArray) -> FloatArray:
         """[4] distance of what each memory predicts from the loads [L * E]."""
-        predicted = np.stack([self._roots(each) for each in self._weights().astype(np.float32) @ self.sums])
+        predicted = np.stack(
+            [self._roots(each) for each in self._weights().astype(np.float32) @ self.sums[: self.size]]
+        )
         return self._distances(np.asarray(predicted), self._roots(sums))
 
     def _judge(self, losses: FloatArray) -> bool:
@@ -112,16 +117,17 @@ class Memories:
 
     def _weights(self) -> FloatArray:
         """[4, B] weights of the blocks in each memory; every row sums to 1."""
-        age = (self.last[-1] - self.last) * TICK
-        rows = [self.steps * np.exp(-age / tau) for tau in (self.policy.fast_steps, self.policy.slow_steps)]
-        rows += [self.steps, self.steps * self._likeness()]
+        steps, age = self.steps[: self.size], (self.ticks - 1 - self.last[: self.size]) * TICK
+        rows = [steps * np.exp(-age / tau) for tau in (self.policy.fast_steps, self.policy.slow_steps)]
+        rows += [steps, steps * self._likeness()]
         weights = np.stack(rows)
         return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
     def _likeness(self) -> FloatArray:
         """[B] how alike each block is to the last ones since the last change; 1 for the most alike."""
-        own = self.last >= max(self.since, self.last[-1] - QUERY_TICKS + 1)
-        far_B = self._distances(self.roots, self._roots(self.sums[own].sum(axis=0)))
+        own = self.last[: self.size] >= max(self.since, self.ticks - QUERY_TICKS)
+        asked = self._roots(self.sums[: self.size][own].sum(axis=0))
+        far_B = self._distances(self.roots[: self.size], asked)
         far_B[own] = max(self.usual, 1e-9)  # they are part of what is asked for
         return np.asarray(np.exp(-FOCUS * np.maximum(far_B / max(far_B.min(), self.usual, 1e-9) - 1, 0.0)))
 
@@ -136,31 +142,28 @@ class Memories:
         """[N] squared Hellinger distance of shares with roots [N, L * E] from those with `one`, mean over layers."""
         return np.asarray(np.maximum(1 - (roots @ one).astype(np.float64) / self.shape[0], 0.0))
 
-    def _append(self, counts_NLE: Array, sums: FloatArray) -> None:
-        roots = self._roots(sums)
-        row = self.roots @ roots
-        self.counts = np.concatenate([self.counts, counts_NLE[None].astype(np.int32)])
-        self.sums = np.concatenate([self.sums, sums[None]])
-        self.roots = np.concatenate([self.roots, roots[None]])
-        self.overlaps = np.block([[self.overlaps, row[:, None]], [row[None], np.full((1, 1), -np.inf, np.float32)]])
-        self.steps = np.append(self.steps, float(TICK))
-        self.last = np.append(self.last, self.ticks)
+    def _store(self, counts_NLE: Array, sums: Array) -> None:
+        at = self.size if self.size < len(self.last) else self._merge()
+        self.counts[at], self.sums[at], self.roots[at] = counts_NLE, sums, self._roots(sums)
+        self.steps[at], self.last[at] = TICK, self.ticks
+        self._compare(at)
 
-    def _merge(self) -> None:
-        """Make one block of the two old ones that are most alike, with steps of both in proportion."""
-        old = max(2, len(self.steps) - RECENT_TICKS)
-        a, b = sorted(divmod(int(self.overlaps[:old, :old].argmax()), old))
+    def _compare(self, at: int) -> None:
+        row = self.roots @ self.roots[at]
+        self.overlaps[at], self.overlaps[:, at] = row, row
+        self.overlaps[at, at] = -np.inf
+
+    def _merge(self) -> int:
+        """Make one block of the two old ones that are most alike, with steps of both in proportion; the free index."""
+        old = np.flatnonzero(self.last < self.ticks - min(RECENT_TICKS, len(self.last) - 2))
+        first, second = divmod(int(self.overlaps[np.ix_(old, old)].argmax()), len(old))
+        a, b = sorted((int(old[first]), int(old[second])), key=lambda block: int(self.last[block]))
         both = self.steps[a] + self.steps[b]
         of_a = int(np.clip(round(TICK * self.steps[a] / both), 1, TICK - 1))
         chosen_a, chosen_b = (np.linspace(0, TICK - 1, n).round().astype(int) for n in (of_a, TICK - of_a))
         self.counts[b] = np.concatenate([self.counts[a, chosen_a], self.counts[b, chosen_b]])
         self.sums[b] += self.sums[a]
         self.roots[b] = self._roots(self.sums[b])
-        self.steps[b], self.last[b] = both, max(self.last[a], self.last[b])
-        row = self.roots @ self.roots[b]
-        row[b] = -np.inf
-        self.overlaps[b], self.overlaps[:, b] = row, row
-        keep = np.arange(len(self.steps)) != a
-        for name in ("counts", "sums", "roots", "steps", "last"):
-            setattr(self, name, getattr(self, name)[keep])
-        self.overlaps = self.overlaps[np.ix_(keep, keep)]
+        self.steps[b] = both
+        self._compare(b)
+        return a

@@ -14,7 +14,7 @@ from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.search.moves import Waypoint, few_moves
-from gemopt.solvers.search.state import Costs, hull_costs
+from gemopt.solvers.search.state import Costs
 
 PROBE = 0.5  # swaps are looked for down to this part of what a swap must promise, to learn what they keep
 
@@ -77,25 +77,24 @@ def propose(
     dead_zone: float,
     max_swaps: int,
     into_G: NDArray[np.int64] | None = None,
-    costs: Costs | None = None,
+    costs: Costs,
 ) -> Proposal | None:
     """Swaps of one layer, most of which pay or nearly do; None when there are none.
 
     dead_zone: slowest over mean rank below which nothing is tried. into_G: [G] experts that each rank may receive.
-    costs: for latencies whose hull is no line or roofline.
+    costs: the latencies in compiled form.
     """
     times_TG = rank_times(problem, home)
     now_us = float(times_TG.max(axis=1) @ problem.weights_T)
     mean_us = float(times_TG.mean(axis=1) @ problem.weights_T)
     if now_us <= dead_zone * mean_us or now_us - mean_us <= prices.layer_us:
         return None
-    hull = hull_costs(problem)
     options = {
         "price_us": prices.move_us,
         "least_us": PROBE * prices.shortfall * now_us,
         "max_swaps": max_swaps,
         "max_into_G": into_G,
-        "costs": costs if hull is None else hull,
+        "costs": costs,
     }
     found = Proposal(layer, few_moves(problem, home, **options), prices)  # type: ignore[arg-type]
     return found if len(found.way) > 1 else None
