@@ -47,6 +47,8 @@ def rows(name: str, profile: Profile) -> None:
 
 if __name__ == "__main__":
     print(f"## One decision, {LAYERS} layers x {EXPERTS} experts, {RANKS} ranks, {WINDOW} new steps\n")
-    print(f"{stamp('numpy', 'numba')}\n\n| cost | traffic | moves | decision ms | with plan ms |\n|---|---|---|---|---|")
+    print(
+        f"{stamp('numpy', 'numba')}\n\n| cost | traffic | moves | decision ms | with plan ms |\n|---|---|---|---|---|"
+    )
     rows("affine", affine_profile(speeds(RANKS)))
     rows("staircase", staircase_profile(speeds(RANKS)))

@@ -45,17 +45,21 @@ CONDITIONS = (
 
 @dataclass
 class Rows:
-    """A Markdown table and whether each required figure is reached."""
+    """A Markdown table, printed row by row, and whether each required figure is reached."""
 
     head: list[str]
-    body: list[list[str]] = field(default_factory=list)
+    begun: bool = False
     missed: list[str] = field(default_factory=list)
     checked: int = 0
     idle: dict[str, float] = field(default_factory=dict)
 
     def add(self, *cells: object) -> None:
-        """One row."""
-        self.body.append([str(cell) for cell in cells])
+        """Print one row."""
+        if not self.begun:
+            for row in (self.head, ["---"] * len(self.head)):
+                print("| " + " | ".join(row) + " |")
+        self.begun = True
+        print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
 
     def require(self, holds: bool, otherwise: str) -> str:
         """A mark, and a note of what was missed."""
@@ -69,9 +73,7 @@ class Rows:
         self.idle[where] = result.row("controller").makespan_us / result.row("fitted-once").makespan_us - 1
 
     def show(self) -> None:
-        """Print the table and what it misses."""
-        for row in (self.head, ["---"] * len(self.head), *self.body):
-            print("| " + " | ".join(row) + " |")
+        """Say what was missed, below the table."""
         print(f"\nHolds in {self.checked - len(self.missed)} of {self.checked}.", end=" ")
         print("Missed: " + "; ".join(self.missed) + "." if self.missed else "", end=" ")
         if self.idle:
@@ -116,6 +118,7 @@ def shift(cells: Cells) -> None:
     """Gain over fitted once, against the best free re-solve, with and without the cost of copying."""
     print("## Shift traces\n\nChange against contiguous in per cent, copying included; moves of the scored half. "
           "`gain` is the controller's gain over fitted once as a share of the best free re-solve's.\n")  # fmt: skip
+    print("Required: 90 % of the gain of the best free re-solve, with at most 12 % of its moves.\n")
     table = Rows(["trace", "G", "fleet", "fitted once", "best free", "moves", "controller", "moves", "copying ms",
                   "gain", "moves of free's", "holds", "free, copying at no cost", "gain of that",
                   "clairvoyant"])  # fmt: skip
@@ -132,13 +135,13 @@ def shift(cells: Cells) -> None:
                   ours.moves, f"{ours.migration_us / 1e3:.1f}", share(*gains[:2]), share(ours.moves, best.moves),
                   table.require(holds, said), changes[1], share(gains[0], gains[2]),
                   change(result, "clairvoyant"))  # fmt: skip
-    print("Required: 90 % of the gain of the best free re-solve, with at most 12 % of its moves.\n")
     table.show()
 
 
 def eplb(cells: Cells) -> None:
     """EPLB at the engines' own periods; a quarter to fit, so that what the engines do at 750 and 1000 is scored."""
     print("## EPLB at the engines' periods\n\nThe first quarter is fitted on; EPLB starts contiguous at step 0.\n")
+    print("Required: ahead of both in makespan and in moves.\n")
     table = Rows(["trace", "steps", "G", "fleet", "fitted once", "vLLM", "moves", "SGLang", "moves", "controller",
                   "moves", "ahead in makespan", "in moves"])  # fmt: skip
     for name, traces, fleet, profile in cells:
@@ -153,13 +156,13 @@ def eplb(cells: Cells) -> None:
                   change(result, "eplb-vllm"), peers[0].moves, change(result, "eplb-sglang"), peers[1].moves,
                   change(result, "controller"), ours.moves, table.require(faster, f"{where}: makespan"),
                   table.require(fewer, f"{where}: {ours.moves} moves"))  # fmt: skip
-    print("Required: ahead of both in makespan and in moves.\n")
     table.show()
 
 
 def steady(cells: Cells) -> None:
     """Never much worse than standing still, and hardly a move."""
     print("## Steady traces\n\nChange against contiguous in per cent, copying included.\n")
+    print("Required: at most 0.3 % worse than fitted once, at most 1 move per layer and 64 steps.\n")
     table = Rows(["trace", "G", "fleet", "fitted once", "controller", "against fitted once", "moves",
                   "per layer and 64 steps after two windows", "holds"])  # fmt: skip
     for name, traces, fleet, profile in cells:
@@ -173,7 +176,6 @@ def steady(cells: Cells) -> None:
         where = f"{name} G={profile.num_ranks} {fleet}: {100 * worse:+.2f} %, {rate:.2f} moves"
         table.add(name, profile.num_ranks, fleet, change(result, "fitted-once"), change(result, "controller"),
                   f"{100 * worse:+.2f} %", ours.moves, f"{rate:.2f}", table.require(holds, where))  # fmt: skip
-    print("Required: at most 0.3 % worse than fitted once, at most 1 move per layer and 64 steps.\n")
     table.show()
 
 
@@ -182,6 +184,7 @@ def recurring(cells: Cells) -> None:
     print(f"## Recurring regimes ({PLAN})\n\nRe-fitted: solved on all earlier steps of the regime. Gains are on the "
           f"steps from {SETTLE} after the switch to the end of the regime, against contiguous placement and against "
           "the placement fitted once on the steps before the switch.\n")  # fmt: skip
+    print("Required: at least 95 % of the re-fitted gain (over contiguous).\n")
     table = Rows(["trace", "G", "fleet", "switch at", "to", "re-fitted", "controller", "of the gain over contiguous",
                   "over the placement before", "holds"])  # fmt: skip
     for name, traces, fleet, profile in cells:
@@ -201,7 +204,6 @@ def recurring(cells: Cells) -> None:
                           f"{100 * (refit_us / base_us - 1):+.1f}", f"{100 * (ours_us / base_us - 1):+.1f}", gained,
                           share(stale_us - ours_us, stale_us - refit_us), table.require(holds, where))  # fmt: skip
             seen.add(regime.name)
-    print("Required: at least 95 % of the re-fitted gain (over contiguous).\n")
     table.show()
 
 
@@ -245,6 +247,7 @@ def throttle(cells: Cells) -> None:
     """One rank takes 1.3 times as long in the middle half of the scored steps."""
     print("## One rank throttles by 1.3, and recovers\n\nChange against contiguous on the same devices, in per cent: "
           "from 64 steps after the throttling to the recovery, and from 64 steps after that to the end.\n")  # fmt: skip
+    print("Required: at most 2 points above the placement fitted with the true speeds, and above fitted once after.\n")
     table = Rows(["trace", "G", "fleet", "fitted once", "with the true speeds", "controller", "points", "holds",
                   "recovered: fitted once", "controller", "points", "holds"])  # fmt: skip
     for name, traces, fleet, profile in cells:
@@ -266,7 +269,6 @@ def throttle(cells: Cells) -> None:
             cells_ += [f"{points[each]:+.1f}" for each in dict.fromkeys(("fitted-once", goal, "controller"))]
             cells_ += [f"{off:+.1f}", table.require(off <= 2, f"{where} {goal}: {off:+.1f} points")]
         table.add(name, profile.num_ranks, fleet, *cells_)
-    print("Required: at most 2 points above the placement fitted with the true speeds, and above fitted once after.\n")
     table.show()
 
 
