@@ -10,7 +10,6 @@ also on `gptoss20b_trace_*.npz`, `tinymoe_*.npz` (counts) and `gptoss20b_tokens.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +17,10 @@ from typing import Any
 
 import numpy as np
 from follow_cases import FLEETS, PLAN, devices, fleets, traffic
-from instances import affine_profile, routing, speeds
 from machine import stamp
 
 from gemopt.costs import fit
 from gemopt.formats.kernel_table import slow_down
-from gemopt.online.controller import Controller
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.replay import Context, Migration, ReplayResult, ReplayRow, Schedule, replay
@@ -272,35 +269,6 @@ def throttle(cells: Cells) -> None:
     table.show()
 
 
-def decision() -> None:
-    """Seconds of one decision."""
-    print("## One decision, 58 layers x 256 experts, G = 16\n")
-    traces, profile = routing(steps=256), affine_profile(speeds(16))
-    placement = Placement.contiguous(58, 256, 16)
-    begin = Controller(profile, placement)
-    took, planned = [], []
-    for index in range(8):
-        begin.placement = placement
-        start = time.perf_counter()
-        found = begin.step(traces.counts[32 * index : 32 * index + 32])
-        took.append(time.perf_counter() - start)
-        planned.append(_planned(placement, found.placement, took[-1]))
-    table = Rows(["", "first ms", "median ms", "largest ms", "limit ms", "holds"])
-    for name, seconds, limit in (("decision", took, 0.3), ("plan included", planned, 1.5)):
-        warm = seconds[1:]
-        table.add(name, f"{1e3 * seconds[0]:.0f}", f"{1e3 * np.median(warm):.0f}", f"{1e3 * max(warm):.0f}",
-                  f"{1e3 * limit:.0f}", table.require(float(np.median(warm)) <= limit, name))  # fmt: skip
-    table.show()
-
-
-def _planned(before: Placement, after: Placement, seconds: float) -> float:
-    from gemopt.executor.plan import layer_rows, plan
-
-    start = time.perf_counter()
-    plan(layer_rows(before), layer_rows(after), [int(9.4e6)] * before.num_layers)
-    return seconds + time.perf_counter() - start
-
-
 def main() -> None:
     """Print the tables asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -308,7 +276,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="4,8,16")
     parser.add_argument("--fleets", default=",".join(FLEETS))
     parser.add_argument("--layers", type=int, default=None)
-    parser.add_argument("--only", default="shift,eplb,steady,recurring,throttle,decision")
+    parser.add_argument("--only", default="shift,eplb,steady,recurring,throttle")
     asked = parser.parse_args()
     print(f"# Following the traffic\n\n{stamp('numpy', 'numba')}")
     limit = "all layers" if asked.layers is None else f"first {asked.layers} layers"
@@ -324,10 +292,7 @@ def main() -> None:
     tables: dict[str, Callable[[Any], None]] = {
         "shift": shift, "eplb": eplb, "steady": steady, "recurring": recurring, "throttle": throttle}  # fmt: skip
     for name in asked.only.split(","):
-        if name == "decision":
-            decision()
-        else:
-            tables[name](cells(name))
+        tables[name](cells(name))
 
 
 if __name__ == "__main__":
