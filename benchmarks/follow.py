@@ -280,7 +280,7 @@ def main() -> None:
     asked = parser.parse_args()
     print(f"# Following the traffic\n\n{stamp('numpy', 'numba')}")
     limit = "all layers" if asked.layers is None else f"first {asked.layers} layers"
-    print(f"Windows of {WINDOW}, second half scored, {limit}. {CONDITIONS}\n")
+    print(f"Windows of {WINDOW}; second half scored unless said otherwise; {limit}. {CONDITIONS}\n")
     sources = traffic(asked.data, asked.layers)
     ranks, chosen = [int(g) for g in asked.ranks.split(",")], fleets(asked.fleets.split(","))
 
