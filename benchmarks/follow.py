@@ -143,7 +143,7 @@ def eplb(cells: Cells) -> None:
                   "moves", "ahead in makespan", "in moves"])  # fmt: skip
     for name, traces, fleet, profile in cells:
         names = ["contiguous", "fitted-once", "eplb-vllm", "eplb-sglang", "controller"]
-        result = replay(profile, traces, names, fit_share=0.25)
+        result = replay(profile, traces, names, fit=0.25)
         table.beside_idle(result, f"{name} G={profile.num_ranks} {fleet}")
         ours, peers = result.row("controller"), [result.row("eplb-vllm"), result.row("eplb-sglang")]
         faster = all(ours.makespan_us < peer.makespan_us for peer in peers)
@@ -185,7 +185,7 @@ def recurring(cells: Cells) -> None:
     table = Rows(["trace", "G", "fleet", "switch at", "to", "re-fitted", "controller", "of the gain over contiguous",
                   "over the placement before", "holds"])  # fmt: skip
     for name, traces, fleet, profile in cells:
-        result = replay(profile, traces, ["contiguous", "fitted-once", "controller"], fit_share=256 / traces.num_steps)
+        result = replay(profile, traces, ["contiguous", "fitted-once", "controller"], fit=256 / traces.num_steps)
         table.beside_idle(result, f"{name} G={profile.num_ranks} {fleet}")
         seen: set[str] = set()
         for regime in result.regimes:
@@ -253,7 +253,7 @@ def throttle(cells: Cells) -> None:
         start, stop = first + scored // 4, first + 3 * scored // 4
         slow = Informed(slow_down(profile, rank, 1.3))
         result = replay(profile, traces, ["contiguous", "fitted-once", slow, "controller"],
-                        schedule=Schedule.parse([f"{rank}:1.3@{start}-{stop}"]))  # fmt: skip
+                        throttle=Schedule.parse([f"{rank}:1.3@{start}-{stop}"]))  # fmt: skip
         table.beside_idle(result, f"{name} G={profile.num_ranks} {fleet}")
         spans = slice(start + WINDOW - first, stop - first), slice(stop + WINDOW - first, scored)
         cells_, where = [], f"{name} G={profile.num_ranks} {fleet}"

@@ -83,7 +83,7 @@ def layer_us(traces: Traces, rows: np.ndarray) -> np.ndarray:
 
 def test_without_moves_the_makespan_is_that_of_evaluate() -> None:
     traces = shifting()
-    result = replay(profile(), traces, ["contiguous", "fitted-once"], window=WINDOW, fit_share=0.25)
+    result = replay(profile(), traces, ["contiguous", "fitted-once"], window=WINDOW, fit=0.25)
     held = traces.steps(slice(24, None))
     contiguous = Placement.contiguous(LAYERS, EXPERTS, RANKS)
     scored = evaluate(contiguous, profile(), held)
@@ -239,12 +239,12 @@ def test_same_seed_same_replay() -> None:
     assert first == again
 
 
-@pytest.mark.parametrize(("fit_share", "due"), [(0.5, [60, 90]), (0.25, [30, 60, 90])])
-def test_eplb_rearranges_at_the_steps_of_the_engine(fit_share: float, due: list[int]) -> None:
+@pytest.mark.parametrize(("fit", "due"), [(0.5, [60, 90]), (0.25, [30, 60, 90])])
+def test_eplb_rearranges_at_the_steps_of_the_engine(fit: float, due: list[int]) -> None:
     """Every 30 steps of the engine, on the last 20, whatever the part that others are fitted on."""
     traces = shifting()
     strategy = Eplb("eplb", window=20, interval=30, first=30, stops=False)
-    result = replay(profile(), traces, [strategy], window=WINDOW, fit_share=fit_share, migration=FREE)
+    result = replay(profile(), traces, [strategy], window=WINDOW, fit=fit, migration=FREE)
     assert [decision.step for decision in result.timeline[0].decisions] == due
     context = strategy.context
     problems = context.problems(traces.counts[70:90])
@@ -272,7 +272,7 @@ def test_throttling_is_in_the_makespan_and_in_what_strategies_measure() -> None:
     traces = shifting()
     strategy = Scripted({})
     schedule = Schedule.parse(["1:3@60-80"])
-    result = replay(profile(), traces, [strategy, "fitted-once", "clairvoyant"], window=WINDOW, schedule=schedule)
+    result = replay(profile(), traces, [strategy, "fitted-once", "clairvoyant"], window=WINDOW, throttle=schedule)
     calm = Scripted({})
     replay(profile(), traces, [calm], window=WINDOW)
     seen, usual = np.concatenate(strategy.latencies[1:]), np.concatenate(calm.latencies[1:])
@@ -296,7 +296,7 @@ def test_a_failed_rank_holds_nothing_until_it_returns() -> None:
     strategy = Scripted({})
     migration = Migration(expert_bytes=1e6, bytes_per_s=1e9, reload_bytes_per_s=1e8, commit_us=5)
     schedule = Schedule.parse(["2:fail@60-72"])
-    result = replay(profile(), traces, [strategy], window=WINDOW, schedule=schedule, migration=migration)
+    result = replay(profile(), traces, [strategy], window=WINDOW, throttle=schedule, migration=migration)
     without, again = strategy.told
     assert without.slots_per_rank.tolist() == [3, 3, 0, 2]
     back = zip(swapped(), again.physical_to_logical, strict=True)
@@ -318,7 +318,7 @@ def test_a_failed_rank_holds_nothing_until_it_returns() -> None:
 @pytest.mark.parametrize("slots", [None, 3])
 def test_every_strategy_survives_a_failure(slots: int | None) -> None:
     schedule = Schedule.parse(["0:fail@55-70", "3:1.5@60", "1:fail@80"])
-    result = replay(profile(), shifting(), window=WINDOW, slots_per_rank=slots, schedule=schedule, migration=FREE)
+    result = replay(profile(), shifting(), window=WINDOW, slots_per_rank=slots, throttle=schedule, migration=FREE)
     assert all(np.isfinite(track.step_us).all() and min(track.step_us) > 0 for track in result.timeline)
     assert {row.strategy for row in result.rows} == set(STRATEGIES)
 
@@ -360,7 +360,7 @@ def test_of_two_holders_the_idle_one_sends() -> None:
 )
 def test_schedules_that_cannot_be(events: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        replay(profile(), shifting(), ["contiguous"], window=WINDOW, schedule=Schedule.parse(events))
+        replay(profile(), shifting(), ["contiguous"], window=WINDOW, throttle=Schedule.parse(events))
 
 
 @pytest.mark.parametrize(
@@ -368,10 +368,10 @@ def test_schedules_that_cannot_be(events: list[str], said: str) -> None:
     [
         ({"window": 49}, "from 1 to the 48 steps"),
         ({"window": 0}, "from 1 to"),
-        ({"fit_share": 0.0}, "strictly between"),
-        ({"fit_share": 1.0}, "strictly between"),
-        ({"fit_share": float("nan")}, "strictly between"),
-        ({"fit_share": 0.999}, "cannot be split"),
+        ({"fit": 0.0}, "strictly between"),
+        ({"fit": 1.0}, "strictly between"),
+        ({"fit": float("nan")}, "strictly between"),
+        ({"fit": 0.999}, "cannot be split"),
         ({"non_moe_us": -1.0}, "microseconds from 0"),
         ({"noise": 2.0}, "from 0 to 1"),
         ({"seed": -1}, "0 or more"),

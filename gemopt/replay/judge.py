@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.costs import CostModel, fit
+from gemopt.costs import CostModel
+from gemopt.costs import fit as fit_cost
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.problem import slot_counts
@@ -31,10 +32,10 @@ def replay(
     strategies: Sequence[str | Strategy] = tuple(STRATEGIES),
     *,
     window: int = DEFAULT_WINDOW,
-    fit_share: float = DEFAULT_FIT,
+    fit: float = DEFAULT_FIT,
     slots_per_rank: int | Sequence[int] | None = None,
     migration: Migration | None = None,
-    schedule: Schedule | None = None,
+    throttle: Schedule | None = None,
     non_moe_us: float = 0.0,
     noise: float = 0.0,
     seed: int = 0,
@@ -49,11 +50,11 @@ def replay(
         Names from `STRATEGIES`, or objects that follow `Strategy`.
     window
         Steps between the decisions of `free` and `clairvoyant`, and what they solve on.
-    fit_share
+    fit
         Share of the steps, the first ones, that `fitted-once` may see and all may have seen; the rest is scored.
     migration
         Cost of copying; defaults with the expert size of the profile when None.
-    schedule
+    throttle
         Devices that throttle, fail and return; nobody is told, but latencies show it.
     non_moe_us
         Time of a step outside the MoE layers: in the quantiles, TTFT and TPOT, and transfers go on during it.
@@ -67,11 +68,11 @@ def replay(
     InputError
         For unknown strategies and for windows, shares and events that do not fit the traces.
     """
-    chosen, schedule = make(strategies), schedule or Schedule()
-    past, _ = _split(traces, fit_share, window)
+    chosen, schedule = make(strategies), throttle or Schedule()
+    past, _ = _split(traces, fit, window)
     _check_numbers(non_moe_us, noise, seed)
     schedule.check(profile.num_ranks, traces.num_steps, first_failure=past.num_steps)
-    model = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
+    model = fit_cost(profile, model=cost)[0] if isinstance(cost, str) else cost
     slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
     migration = migration or Migration.of(profile)
     context = Context(profile, model, past, slots, window, seed, migration)
@@ -94,7 +95,7 @@ def replay(
         num_layers=traces.num_layers,
         num_ranks=profile.num_ranks,
         window=window,
-        fit=fit_share,
+        fit=fit,
         seed=seed,
         noise=noise,
         non_moe_us=non_moe_us,
