@@ -8,67 +8,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit
-from gemopt.documents import integer_array
 from gemopt.evaluate import objective, rank_times
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray, Latency
-from gemopt.migration import Move, held, keep_in_place, moves
 from gemopt.online import state
+from gemopt.online.decision import Decision, travel_between
+from gemopt.online.inputs import counts_from, latencies_from
 from gemopt.online.memories import Memories
 from gemopt.online.planner import Prices, Proposal, choose, effective_steps, evacuate, propose, sample
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds, slower
 from gemopt.placement import Placement, Split
-from gemopt.problem import LOAD_LIMIT, Problem
+from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.solvers.search.state import Costs, hull_costs, make_costs
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
-WORK = 1 << 15  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
-
-
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """What a step of the controller wants.
-
-    Attributes
-    ----------
-    placement
-        Wanted placement; the very object in force when nothing moves.
-    moves
-        By layer id, what travels; slots as in `gemopt.migration.Move`.
-    num_moves
-        Experts that some rank receives.
-    gain_us
-        Predicted gain per step, in microseconds summed over the layers.
-    cost_us
-        What the moves stall once, in microseconds: commits, and what transfers in the background slow down.
-    reason
-        Why, in one line.
-    drift
-        Distance of the last loads from what was predicted, 0 to 1.
-    imbalance
-        Slowest over mean rank of the last steps, over all layers; NaN where nothing was seen.
-    changed
-        Whether the traffic changed suddenly.
-    """
-
-    placement: Placement
-    moves: dict[int, list[Move]] = field(default_factory=dict)
-    num_moves: int = 0
-    gain_us: float = 0.0
-    cost_us: float = 0.0
-    reason: str = ""
-    drift: float = 0.0
-    imbalance: float = float("nan")
-    changed: bool = False
+MOST_COMPILED = 16
+WORK = 1 << 14  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
 
 
 class Controller:
@@ -106,7 +69,7 @@ class Controller:
         self.moved_at = np.full(placement.num_layers, -(2**40))
         self.steps = self.blind_until = 0
         self.now_s: float | None = None
-        self._compiled: dict[int, Costs] = {}  # by mean load
+        self._compiled: dict[tuple[int, int], Costs] = {}  # by mean and largest load
         self._check(placement)
         self.placement = placement
 
@@ -126,8 +89,8 @@ class Controller:
             Seconds on the caller's clock, only to notice that it stands still or goes backwards.
         """
         try:
-            counts = self._counts(counts_NLE)
-            latencies = self._latencies(latencies_NG, len(counts))
+            counts = counts_from(counts_NLE, self.memories.shape)
+            latencies = latencies_from(latencies_NG, len(counts), len(self.latencies))
             self._clock(now_s)
         except InputError as error:
             return self._keep(f"refused: {error}")
@@ -135,15 +98,17 @@ class Controller:
         rows = self.placement.physical_to_logical
         times_LNG = np.stack([rank_times(problem, row) for problem, row in zip(window, rows, strict=True)])
         news = self._listen(latencies, times_LNG.sum(axis=0) / self.speeds.factors_G)
+        known = self.memories.ticks
         changed = self._remember(counts)
         if changed:
             news.append("the traffic changed")
         else:
             self.promises.check(window)
-        self.promises.forget(self.placement.num_slots)
+        if self.memories.ticks > known:
+            self.promises.forget(self.placement.num_slots)
         mean = times_LNG.mean()
         imbalance = float(times_LNG.max(axis=2).mean() / mean) if mean > 0 else float("nan")
-        return self._decide(news, changed, imbalance)
+        return self._decide(news, changed, imbalance, known)
 
     def remember(self, counts_NLE: object) -> None:
         """Learn from [n, L, E] steps of the past without deciding: what the placement in force was fitted on.
@@ -153,7 +118,7 @@ class Controller:
         InputError
             When they are of another network.
         """
-        self._remember(self._counts(counts_NLE))
+        self._remember(counts_from(counts_NLE, self.memories.shape))
         self.memories.changes = 0  # how fast traffic changes is learnt while serving
 
     def confirm(self, placement: Placement) -> None:
@@ -165,10 +130,13 @@ class Controller:
             When it is of another network or group.
         """
         self._check(placement)
-        if placement.physical_to_logical.shape[0] != self.memories.shape[0]:
-            raise InputError("placement", f"{placement.num_layers} layers", f"{self.memories.shape[0]} layers")
-        if placement.num_experts != self.memories.shape[1]:
-            raise InputError("placement", f"{placement.num_experts} experts", f"{self.memories.shape[1]} experts")
+        shape, given = self.memories.shape, (placement.num_layers, placement.num_experts)
+        if given != shape:
+            raise InputError(
+                "placement", f"{given[0]} layers, {given[1]} experts", f"{shape[0]} layers, {shape[1]} experts"
+            )
+        if (placement.slots_per_rank != self.placement.slots_per_rank).any():
+            self.promises.forget(placement.num_slots)
         self.placement = placement
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -186,30 +154,6 @@ class Controller:
         if placement.has_copies and placement.split is not Split.EVEN:
             limit = "the shares of moved copies follow from counts only for the even split"
             raise UnsupportedError("Placement.split", placement.split.value, limit, "use even")
-
-    def _counts(self, given: object) -> NDArray[np.int64]:
-        counts = integer_array(given, name="counts", ndim=3)
-        if counts.shape[1:] != self.memories.shape:
-            layers, experts = self.memories.shape
-            raise InputError("counts", f"shape {counts.shape}", f"[steps, {layers} layers, {experts} experts]")
-        if not len(counts):
-            raise InputError("counts", "no steps", "at least one step")
-        if counts.min() < 0 or counts.sum(axis=2, dtype=np.float64).max() > LOAD_LIMIT:
-            raise InputError("counts", int(counts.min()), f"whole numbers >= 0, at most {LOAD_LIMIT} per layer")
-        return counts
-
-    def _latencies(self, given: object, steps: int) -> FloatArray | None:
-        if given is None:
-            return None
-        try:
-            latencies = np.array(given, dtype=np.float64)
-        except (ValueError, TypeError):
-            raise InputError("latencies", given, "numbers [steps, ranks]") from None
-        if latencies.shape != (steps, len(self.latencies)):
-            raise InputError("latencies", f"shape {latencies.shape}", f"[{steps} steps, {len(self.latencies)} ranks]")
-        if (latencies < 0).any():
-            raise InputError("latencies", float(np.nanmin(latencies)), "microseconds >= 0")
-        return latencies
 
     def _clock(self, now_s: float | None) -> None:
         if now_s is None:
@@ -235,13 +179,14 @@ class Controller:
         if changed:
             news += [f"rank {g} takes {self.speeds.factors_G[g]:.3f} times its profile" for g in changed]
             self.rescale()
+            self.moved_at[:] = -(2**40)  # every layer may move at once
         return news
 
     def rescale(self) -> None:
+        """Take the speeds in force over into the latencies that plans are judged by."""
         pairs = zip(self.cost.latencies, self.speeds.factors_G, strict=True)
         self.latencies = tuple(slower(latency, float(factor)) for latency, factor in pairs)
         self._compiled = {}
-        self.moved_at[:] = -(2**40)  # other speeds: every layer may move at once
 
     def _problem(
         self,
@@ -272,9 +217,9 @@ class Controller:
     def _keep(self, reason: str, **fields: float | bool) -> Decision:
         return Decision(self.placement, reason=reason, drift=self.memories.drift, **fields)  # type: ignore[arg-type]
 
-    def _decide(self, news: list[str], changed: bool, imbalance: float) -> Decision:
+    def _decide(self, news: list[str], changed: bool, imbalance: float, known: int) -> Decision:
         say = "; ".join(news)
-        if not self.memories.ticks:
+        if not self.memories.ticks or (self.memories.ticks == known and not news):
             return self._keep(_joined(say, f"waiting for {TICK - len(self.pending)} more steps"), imbalance=imbalance)
         failed_G = self.speeds.failed_G
         begin = self.placement.physical_to_logical
@@ -305,7 +250,7 @@ class Controller:
         memories = self.memories
         most = min(self.policy.plan_steps, max(TICK * TICK, WORK // memories.shape[1]))
         steps, weights = sample(np.repeat(memories.weights() / TICK, TICK), most)
-        pool_NLE = memories.counts.reshape(-1, *memories.shape)[steps]
+        pool_NLE = memories.counts.reshape(-1, *memories.shape)[steps].astype(np.int64)
         layers = range(memories.shape[0])
         return [self._problem(pool_NLE, layer, self.latencies, weights) for layer in layers], effective_steps(weights)
 
@@ -340,38 +285,41 @@ class Controller:
     def _costs(self, problem: Problem) -> Costs:
         """Latencies in compiled form: lines or planes where they are close, else tables, made once for all layers."""
         loads_T = problem.counts_TE.sum(axis=1)
-        key = int(loads_T.mean())
+        key = (int(loads_T.mean()), 2 << int(loads_T.max()).bit_length())  # of the key alone, whatever came before
         if key not in self._compiled:
-            largest = 2 * int(loads_T.max()) + problem.num_experts
-            counts_1E = np.full((1, problem.num_experts), -(-largest // problem.num_experts))
-            beyond = Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
-            hull = hull_costs(problem)
-            self._compiled = {key: make_costs(beyond) if hull is None else hull}
+            hull = hull_costs(self._alike(problem, key[0]))
+            if len(self._compiled) >= MOST_COMPILED:
+                self._compiled.clear()
+            self._compiled[key] = make_costs(self._alike(problem, key[1])) if hull is None else hull
         return self._compiled[key]
 
+    @staticmethod
+    def _alike(problem: Problem, load: int) -> Problem:
+        """The same layer with one step of at least so many assignments."""
+        counts_1E = np.full((1, problem.num_experts), -(-load // problem.num_experts))
+        return Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
+
     def _decision(self, rows: NDArray[np.int64], gain_us: float, say: str, imbalance: float, changed: bool) -> Decision:
-        before, slots_G = self.placement, self.placement.slots_per_rank
-        moved: dict[int, list[Move]] = {}
-        total, transfers = 0, 0
-        for layer, (old, row) in enumerate(zip(before.physical_to_logical, rows, strict=True)):
-            if (old == row).all():
-                continue
-            rows[layer] = row[keep_in_place(old, row, slots_G)]
-            moved[before.layer_ids[layer]] = moves(old, rows[layer], slots_G, nodes=self.nodes_G)
-            new_GE = held(row, slots_G, before.num_experts) & ~held(old, slots_G, before.num_experts)
-            total, transfers = total + int(new_GE.sum()), transfers + int(new_GE.sum(axis=1).max())
-            self.moved_at[layer] = self.steps
-        if not moved:
+        travel = travel_between(self.placement, rows, self.nodes_G)
+        if not travel.moves:
             return self._keep(_joined(say, "no swap pays"), imbalance=imbalance, changed=changed)
-        transfer_us = transfers * self.expert_bytes / self.policy.bytes_per_s * 1e6
-        cost_us = len(moved) * self.policy.commit_us + self.policy.slowdown * transfer_us
-        fields = {name: getattr(before, name) for name in type(before).model_fields}
-        self.placement = Placement(**{**fields, "physical_to_logical": rows})
-        self.blind_until = self.steps + len(moved) + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
-        reason = _joined(
-            say, f"{total} moves in {len(moved)} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
+        layers, transfer_us = len(travel.moves), travel.rounds * self.expert_bytes / self.policy.bytes_per_s * 1e6
+        cost_us = layers * self.policy.commit_us + self.policy.slowdown * transfer_us
+        self.moved_at[list(travel.layers)] = self.steps
+        self.placement = travel.placement
+        self.blind_until = self.steps + layers + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
+        text = f"{travel.num_moves} moves in {layers} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
+        return Decision(
+            self.placement,
+            travel.moves,
+            travel.num_moves,
+            gain_us,
+            cost_us,
+            _joined(say, text),
+            self.memories.drift,
+            imbalance,
+            changed,
         )
-        return Decision(self.placement, moved, total, gain_us, cost_us, reason, self.memories.drift, imbalance, changed)
 
 
 def _joined(*parts: str) -> str:

@@ -95,9 +95,8 @@ class Memories:
 
     def _misses(self, sums: FloatArray) -> FloatArray:
         """[4] distance of what each memory predicts from the loads [L * E]."""
-        predicted = np.stack(
-            [self._roots(each) for each in self._weights().astype(np.float32) @ self.sums[: self.size]]
-        )
+        per_step = (self._weights() / self.steps[: self.size]).astype(np.float32)
+        predicted = np.stack([self._roots(each) for each in per_step @ self.sums[: self.size]])
         return self._distances(np.asarray(predicted), self._roots(sums))
 
     def _judge(self, losses: FloatArray) -> bool:

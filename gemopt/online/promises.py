@@ -59,7 +59,7 @@ class Promises:
         self.short, self.swaps = fade * self.short, fade * self.swaps
         seen = min(1.0, steps / AT_STEPS)
         for layer, (before, after), (promised, swaps, trusted) in zip(self.layers, self.rows, self.facts, strict=True):
-            problem = problems[layer]
+            problem = problems[int(layer)]
             base = objective(problem, before)
             if base > 0:
                 kept = 1 - objective(problem, after) / base

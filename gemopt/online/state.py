@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
 VERSION = 1
+KEY = "gemopt_online"
 MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
 SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG")
+PROMISE_ARRAYS = ("layers", "rows", "facts")
 OWN_ARRAYS = ("pending", "moved_at")
+SPEED_NUMBERS = ("step_us",)
+PROMISE_NUMBERS = ("short", "swaps")
 OWN_NUMBERS = ("steps", "blind_until", "now_s")
 
 
@@ -31,29 +35,22 @@ def save(controller: Controller, path: str | os.PathLike[str]) -> None:
         name: np.ascontiguousarray(getattr(owner, name)) for owner, names in _arrays(controller) for name in names
     }
     numbers = {name: getattr(owner, name) for owner, names in _numbers(controller) for name in names}
-    metadata = {
-        "gemopt_online": str(VERSION),
-        "numbers": json.dumps(numbers),
-        "step_us": repr(controller.speeds.step_us),
-        "policy": controller.policy.model_dump_json(),
-        "placement": controller.placement.model_dump_json(),
+    header = {
+        "version": VERSION,
+        "numbers": numbers,
+        "policy": controller.policy.model_dump(),
+        "placement": controller.placement.model_dump(),
     }
     with replacing(path) as stream:
-        stream.write(to_bytes(arrays, metadata=metadata))
+        stream.write(to_bytes(arrays, metadata={KEY: json.dumps(header)}))  # one key: their order would be arbitrary
 
 
 def load(controller: Controller, path: str | os.PathLike[str]) -> None:
     """Put a state into a controller of the same network, group and policy, or leave it as it was."""
-    arrays, metadata = _read(path)
-    if metadata.get("gemopt_online") != str(VERSION):
-        raise InputError(
-            str(path), metadata.get("gemopt_online", "no version"), f"the state of a controller, version {VERSION}"
-        )
-    if metadata["policy"] != controller.policy.model_dump_json():
-        raise InputError(
-            str(path), metadata["policy"], "the policy of this controller", "construct it with that policy"
-        )
-    placement = Placement(**json.loads(metadata["placement"]))
+    arrays, header = _read(path)
+    if header["policy"] != controller.policy.model_dump():
+        raise InputError(str(path), header["policy"], "the policy of this controller", "construct it with that policy")
+    placement = Placement(**header["placement"])
     now = controller.placement
     wanted, found = ((p.num_layers, p.num_experts, p.num_ranks) for p in (now, placement))
     if wanted != found:
@@ -61,34 +58,35 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> None:
     for owner, names in _arrays(controller):
         for name in names:
             setattr(owner, name, arrays[name])
-    numbers = json.loads(metadata["numbers"])
     for owner, names in _numbers(controller):
         for name in names:
-            setattr(owner, name, numbers[name])
-    controller.speeds.step_us = float(metadata["step_us"])
+            setattr(owner, name, header["numbers"][name])
     controller.placement = placement
     controller.rescale()
 
 
 def _arrays(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
-    return [(controller.memories, MEMORY_ARRAYS), (controller.speeds, SPEED_ARRAYS), (controller, OWN_ARRAYS)]
+    owners = (controller.memories, controller.speeds, controller.promises, controller)
+    return list(zip(owners, (MEMORY_ARRAYS, SPEED_ARRAYS, PROMISE_ARRAYS, OWN_ARRAYS), strict=True))
 
 
 def _numbers(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
-    return [(controller.memories, MEMORY_NUMBERS), (controller, OWN_NUMBERS)]
+    owners = (controller.memories, controller.speeds, controller.promises, controller)
+    return list(zip(owners, (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, OWN_NUMBERS), strict=True))
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors.numpy import load as from_bytes
 
     content = read_bytes(path)
+    limit = f"a file that a controller of state version {VERSION} has saved"
     try:
         arrays = {name: np.array(array) for name, array in from_bytes(content).items()}
         length = int.from_bytes(content[:8], "little")
-        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
     except Exception as error:  # safetensors has errors of its own, without a common base
-        raise InputError(str(path), str(error), "a file that a controller has saved") from None
-    needed = {*MEMORY_ARRAYS, *SPEED_ARRAYS, *OWN_ARRAYS}
-    if not needed <= set(arrays):
-        raise InputError(str(path), f"no {sorted(needed - set(arrays))[0]}", "a file that a controller has saved")
-    return arrays, metadata
+        raise InputError(str(path), f"{type(error).__name__}: {error}", limit) from None
+    needed = {*MEMORY_ARRAYS, *SPEED_ARRAYS, *PROMISE_ARRAYS, *OWN_ARRAYS}
+    if header.get("version") != VERSION or not needed <= set(arrays):
+        raise InputError(str(path), f"version {header.get('version')}", limit)
+    return arrays, header
