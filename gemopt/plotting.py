@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +15,19 @@ from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError, missing
 from gemopt.fronts import SWAPS, FrontPoint
+from gemopt.replay.result import ReplayResult
 from gemopt.result import Result
 
 ACCENT, MUTED = "#d1495b", "#8d99ae"
+STRATEGY_COLOURS = {
+    "contiguous": "black",
+    "fitted-once": MUTED,
+    "eplb-vllm": "#2a9d8f",
+    "eplb-sglang": "#bc8a00",
+    "free": "#457b9d",
+    "controller": ACCENT,
+    "clairvoyant": "black",
+}
 
 
 def _pyplot() -> Any:
@@ -133,3 +144,55 @@ def plot_stragglers(evaluation: Evaluation, num_ranks: int, *, title: str = "", 
     ax.set_title(title or "Share of steps in which a rank is the slowest")
     ax.figure.colorbar(drawn, ax=ax)
     return ax.figure
+
+
+def plot_replay(result: ReplayResult, *, axes: Any = None) -> Any:
+    """Makespan against contiguous placement and moves over time, window by window; decisions ticked, regimes shaded."""
+    if axes is None:
+        _, axes = _pyplot().subplots(2, 1, figsize=(10, 6.5), sharex=True, height_ratios=(2, 1), layout="constrained")
+    upper, lower = axes
+    steps = np.arange(result.first_step, result.num_steps)
+    cuts = np.arange(0, len(steps), result.window)
+    base_us = np.add.reduceat(np.array(result.baseline_us), cuts)
+    edges = np.append(steps[cuts], result.num_steps)
+    others = itertools.cycle(("#f4a261", "#6a4c93", "#606c38", "#b56576", "#00509d"))
+    for track in result.timeline:
+        ours, bound = track.strategy == "controller", track.strategy == "clairvoyant"
+        colour = STRATEGY_COLOURS.get(track.strategy) or next(others)
+        style = {"color": colour, "linestyle": ":" if bound else "-", "linewidth": 2.2 if ours else 1.3,
+                 "zorder": 3 if ours else 2}  # fmt: skip
+        change = 100 * (np.add.reduceat(np.array(track.step_us), cuts) / base_us - 1)
+        upper.stairs(change, edges, baseline=None, label=track.strategy, **style)
+        lower.step(steps, np.cumsum(track.moves), where="post", **style)
+        at = [decision.step for decision in track.decisions]
+        moved = np.cumsum(track.moves)[np.array(at, int) - result.first_step]
+        lower.plot(at, moved, "|", color=colour, markersize=7, zorder=style["zorder"])
+    _shade(axes, result)
+    upper.set_ylabel("step latency\nagainst contiguous, %")
+    lower.set_ylabel("experts moved")
+    lower.set_yscale("symlog", linthresh=10)
+    lower.set_ylim(bottom=0)
+    lower.set_xlabel("step")
+    lower.set_xlim(result.first_step, result.num_steps)
+    upper.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=4, frameon=False)
+    return upper.figure
+
+
+def _shade(axes: Any, result: ReplayResult) -> None:
+    """A tint per task, its name at the top, and a line where something happens to a device."""
+    names = sorted({regime.name for regime in result.regimes})
+    tints = _pyplot().get_cmap("Pastel1")
+    for regime in result.regimes:
+        start, stop = max(regime.start, result.first_step), regime.stop
+        if stop <= result.first_step:
+            continue
+        for ax in axes:
+            ax.axvspan(start, stop, color=tints(names.index(regime.name) % 9), alpha=0.35, linewidth=0)
+        if stop - start > 0.03 * (result.num_steps - result.first_step):
+            axes[0].annotate(regime.name, ((start + stop) / 2, 0.98), xycoords=("data", "axes fraction"),
+                             ha="center", va="top", fontsize=8)  # fmt: skip
+    for event in result.schedule.events:
+        for step in (event.start, event.stop):
+            if step is not None and step >= result.first_step:
+                for ax in axes:
+                    ax.axvline(step, color="black", linewidth=0.8, linestyle="--")

@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> None:
         export,
         profile,
         profile_import,
+        replay,
         solve,
         trace,
         trace_import,

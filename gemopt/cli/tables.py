@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gemopt.compare import Comparison
     from gemopt.evaluate import Evaluation
     from gemopt.fronts import FrontPoint
+    from gemopt.replay import ReplayResult
 
 
 def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) -> Table:
@@ -110,3 +111,47 @@ def evaluation_table(fields: dict[str, Any], num_steps: int) -> Table:
     table.add_row("ranks wait", f"{100 * fields['idle_share']:.1f} % of the time")
     table.add_row("outside the profile", f"{100 * fields['outside']:.1f} % of the loads")
     return table
+
+
+def replay_table(result: ReplayResult) -> Table:
+    """Strategies over the scored steps: the bound is the one who knows the future; the best other row is bold."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    scored = result.num_steps - result.first_step
+    table.title, table.title_justify = f"{scored} steps scored, fitted on {result.first_step}", "left"
+    table.caption, table.caption_justify = Text(_conditions(result)), "left"
+    table.add_column("strategy", no_wrap=True)
+    for head in (
+        "makespan\nms",
+        "change\n%",
+        "moves",
+        "copying\nms",
+        "p50\nus",
+        "p90\nus",
+        "p99\nus",
+        "TTFT\nms",
+        "TPOT\nms",
+    ):
+        table.add_column(head, justify="right", no_wrap=True)
+    best = min((row.makespan_us for row in result.rows if row.strategy != "clairvoyant"), default=0.0)
+    for row in result.rows:
+        cells = [
+            _milliseconds(row.makespan_us),
+            _percent(row.change),
+            str(row.moves),
+            _milliseconds(row.migration_us),
+            *(f"{value:.0f}" for value in (row.p50_us, row.p90_us, row.p99_us)),
+            *("-" if value is None else f"{value:.2f}" for value in (row.ttft_ms, row.tpot_ms)),
+        ]
+        table.add_row(row.strategy, *cells, style="bold" if row.makespan_us == best else None)
+    return table
+
+
+def _conditions(result: ReplayResult) -> str:
+    costs = result.migration
+    said = [
+        f"experts of {costs.expert_bytes / 1e6:.3g} MB at {costs.bytes_per_s / 1e9:.3g} GB/s; a transfer slows steps "
+        f"by {100 * costs.slowdown:.3g} %, a commit stalls {costs.commit_us:.3g} us",
+        f"quantiles, TTFT and TPOT with {result.non_moe_us:.0f} us a step outside the MoE layers",
+        *(str(event) for event in result.schedule.events),
+    ]
+    return "\n".join(said)

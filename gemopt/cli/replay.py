@@ -1,0 +1,151 @@
+"""Command `gemopt replay`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemopt.cli.app import app, console, print_json, say
+from gemopt.cli.solve import (
+    AsJson,
+    Cost,
+    PhaseName,
+    Seed,
+    Slots,
+    Task,
+    TracesPath,
+    layer_progress,
+    load_traces,
+    parse_slots,
+)
+
+if TYPE_CHECKING:
+    from gemopt.profile import Profile
+    from gemopt.replay import Migration
+    from gemopt.traces import Traces
+
+FIELDS = (
+    "strategy",
+    "makespan_us",
+    "change",
+    "moves",
+    "migration_us",
+    "p50_us",
+    "p90_us",
+    "p99_us",
+    "ttft_ms",
+    "tpot_ms",
+)
+
+
+@app.command("replay")
+def replay_command(
+    traces: TracesPath,
+    profile: Annotated[Path, typer.Option("--profile", help="profile.json", show_default=False)],
+    window: Annotated[int, typer.Option("--window", help="steps between decisions")] = 64,
+    fit: Annotated[float, typer.Option("--fit", help="share of the steps to fit on; the rest is scored")] = 0.5,
+    strategies: Annotated[str | None, typer.Option("--strategies", help="names separated by commas")] = None,
+    event: Annotated[
+        list[str] | None,
+        typer.Option("--event", help="3:1.3@400-800: rank 3 is 1.3 times slower in these steps; 3:fail@400-800"),
+    ] = None,
+    expert_bytes: Annotated[
+        float | None, typer.Option("--expert-bytes", help="default: the profile's, or 9.4e6")
+    ] = None,
+    bandwidth: Annotated[float, typer.Option("--gbps", help="GB/s that a rank sends and receives")] = 20.0,
+    slowdown: Annotated[float, typer.Option("--slowdown", help="by how much copying slows the step beside it")] = 0.05,
+    commit_us: Annotated[float, typer.Option("--commit-us", help="stall when a layer's new placement begins")] = 100.0,
+    non_moe_us: Annotated[float, typer.Option("--non-moe-us", help="time of a step outside the MoE layers")] = 0.0,
+    noise: Annotated[float, typer.Option("--noise", help="of measured latencies, e.g. 0.02")] = 0.0,
+    plan: Annotated[str | None, typer.Option("--plan", help="regimes from tagged steps: 'A:256 B:256 A:256'")] = None,
+    slots_per_rank: Slots = None,
+    seed: Seed = 0,
+    cost: Cost = "auto",
+    task: Task = None,
+    phase: PhaseName = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of makespan and moves over time")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="write rows and time line as JSON")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Judge strategies on recorded traffic: who follows it, at which makespan, with how many moves."""
+    from gemopt.documents import check_writable
+    from gemopt.profile import Profile
+    from gemopt.replay import STRATEGIES, Schedule, replay
+    from gemopt.replay.strategies import make
+
+    names = list(STRATEGIES) if strategies is None else [name.strip() for name in strategies.split(",")]
+    make(names)
+    schedule = Schedule.parse(event or [])
+    if output is not None:
+        check_writable(output)
+    if plot is not None:
+        from gemopt.plotting import check_picture
+
+        check_picture(plot)
+    measured = Profile.load(profile)
+    migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
+    chosen = _traffic(load_traces(traces, task, phase), plan)
+    with layer_progress("strategies", quiet=as_json) as progress:
+        done: list[str] = []
+
+        def advance(track: Any) -> None:
+            done.append(track.strategy)
+            if progress is not None:
+                progress(len(done), len(names))
+
+        result = replay(
+            measured,
+            chosen,
+            names,
+            window=window,
+            fit=fit,
+            slots_per_rank=parse_slots(slots_per_rank),
+            migration=migration,
+            throttle=schedule,
+            non_moe_us=non_moe_us,
+            noise=noise,
+            seed=seed,
+            cost=cost,
+            on_track=advance,
+        )
+    if output is not None:
+        result.save(output)
+    if plot is not None:
+        from gemopt.plotting import plot_replay, save
+
+        save(plot_replay(result), plot)
+    if as_json:
+        print_json([{name: getattr(row, name) for name in FIELDS} for row in result.rows])
+        return 0
+    from gemopt.cli.tables import replay_table
+
+    console.print(replay_table(result))
+    for path in (plot, output):
+        if path is not None:
+            say(f"wrote {path}")
+    return 0
+
+
+def _traffic(traces: Traces, plan: str | None) -> Traces:
+    from gemopt.replay.workloads import from_steps, parse_plan
+
+    return traces if plan is None else from_steps(traces, parse_plan(plan, traces.task_names))
+
+
+def _migration(profile: Profile, *, expert_bytes: float | None, gbps: float, **numbers: float) -> Migration:
+    from pydantic import ValidationError
+
+    from gemopt.exceptions import InputError
+    from gemopt.replay import Migration
+
+    given = {**Migration.of(profile).model_dump(), **numbers, "bytes_per_s": gbps * 1e9}
+    if expert_bytes is not None:
+        given["expert_bytes"] = expert_bytes
+    try:
+        return Migration(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = {"bytes_per_s": "--gbps"}.get(str(first["loc"][0]), "--" + str(first["loc"][0]).replace("_", "-"))
+        raise InputError(option, first["input"], first["msg"].lower()) from None

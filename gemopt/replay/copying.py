@@ -1,0 +1,75 @@
+"""What copying experts costs while a model serves: how long a transfer takes and what it stalls."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from gemopt.migration import held
+from gemopt.profile import Profile
+
+IntArray = NDArray[np.int64]
+EXPERT_BYTES = 9.4e6
+
+
+class Migration(BaseModel):
+    """Cost of moving experts.
+
+    A layer's transfer lasts `max over ranks of max(experts in, experts out) * expert_bytes / bytes_per_s`; layers
+    follow one another. Overlapped (`gemopt.executor`, vLLM's asynchronous EPLB): the old placement of a layer serves
+    until its transfer is done, a step takes `slowdown` longer for the part of it that overlaps with a transfer, and a
+    commit between two forward passes, at most one a pass, stalls `commit_us`. Stop-the-world (SGLang's EPLB): the next
+    step waits for all transfers and commits.
+
+    Attributes
+    ----------
+    expert_bytes
+        Weights of one expert of one layer. The default is an expert of Qwen3-30B-A3B in bf16.
+    bytes_per_s
+        What a rank sends, and at the same time receives.
+    slowdown
+        Fraction by which a transfer in the background slows the step it overlaps with: it shares memory and links.
+    commit_us
+        Agreement of the ranks and copy into place, per layer.
+    reload_bytes_per_s
+        What a rank reads from host memory or disk: experts of a failed rank that nobody else holds.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    expert_bytes: float = Field(default=EXPERT_BYTES, gt=0, le=1e12)
+    bytes_per_s: float = Field(default=20e9, gt=0, le=1e15)
+    slowdown: float = Field(default=0.05, ge=0, le=1)
+    commit_us: float = Field(default=100.0, ge=0, le=1e9)
+    reload_bytes_per_s: float = Field(default=2e9, gt=0, le=1e15)
+
+    @classmethod
+    def of(cls, profile: Profile) -> Migration:
+        """Defaults, with the size of an expert where the profile records it."""
+        known = profile.model.expert_bytes
+        return cls() if known is None else cls(expert_bytes=known)
+
+    def transfer_us(self, in_G: IntArray, out_G: IntArray) -> float:
+        """Microseconds until every rank has sent and received its experts of one layer."""
+        return float(max(in_G.max(), out_G.max())) * self.expert_bytes / self.bytes_per_s * 1e6
+
+    def reload_us(self, in_G: IntArray) -> float:
+        """Microseconds until every rank has read its experts from storage."""
+        return float(in_G.max()) * self.expert_bytes / self.reload_bytes_per_s * 1e6
+
+
+def traffic(
+    before_P: IntArray, after_P: IntArray, slots_before: IntArray, slots_after: IntArray
+) -> tuple[IntArray, IntArray]:
+    """([G] experts that each rank receives, [G] that it sends); of several holders the one that sent least sends."""
+    experts = int(max(before_P.max(), after_P.max())) + 1
+    before_GE, after_GE = held(before_P, slots_before, experts), held(after_P, slots_after, experts)
+    new_GE = after_GE & ~before_GE
+    out_G = np.zeros(len(slots_before), dtype=np.int64)
+    wanted_E = new_GE.sum(axis=0)
+    for expert in sorted(np.flatnonzero(wanted_E), key=lambda e: int(before_GE[:, e].sum())):
+        holders = np.flatnonzero(before_GE[:, expert])
+        for _ in range(int(wanted_E[expert]) if len(holders) else 0):
+            out_G[holders[out_G[holders].argmin()]] += 1
+    return new_GE.sum(axis=1), out_G

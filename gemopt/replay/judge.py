@@ -1,0 +1,160 @@
+"""`gemopt.replay.replay`: recorded traffic under named strategies, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.costs import CostModel
+from gemopt.costs import fit as fit_cost
+from gemopt.exceptions import InputError
+from gemopt.latency import FloatArray
+from gemopt.problem import slot_counts
+from gemopt.profile import Profile
+from gemopt.replay.copying import Migration
+from gemopt.replay.result import Regime, ReplayResult, ReplayRow, Track
+from gemopt.replay.schedule import Schedule
+from gemopt.replay.simulate import Course, World
+from gemopt.replay.strategies import STRATEGIES, make
+from gemopt.replay.strategy import Context, Strategy
+from gemopt.traces import Phase, Traces
+
+BASELINE = "contiguous"
+DEFAULT_WINDOW = 64
+DEFAULT_FIT = 0.5
+
+
+def replay(
+    profile: Profile,
+    traces: Traces,
+    strategies: Sequence[str | Strategy] = tuple(STRATEGIES),
+    *,
+    window: int = DEFAULT_WINDOW,
+    fit: float = DEFAULT_FIT,
+    slots_per_rank: int | Sequence[int] | None = None,
+    migration: Migration | None = None,
+    throttle: Schedule | None = None,
+    non_moe_us: float = 0.0,
+    noise: float = 0.0,
+    seed: int = 0,
+    cost: str | CostModel = "auto",
+    on_track: Callable[[Track], None] | None = None,
+) -> ReplayResult:
+    """Play the last steps of recorded traffic under every strategy.
+
+    Parameters
+    ----------
+    strategies
+        Names from `STRATEGIES`, or objects that follow `Strategy`.
+    window
+        Steps between the decisions of `free` and `clairvoyant`, and what they solve on.
+    fit
+        Share of the steps, the first ones, that `fitted-once` may see and all may have seen; the rest is scored.
+    migration
+        Cost of copying; defaults with the expert size of the profile when None.
+    throttle
+        Devices that throttle, fail and return; nobody is told, but latencies show it.
+    non_moe_us
+        Time of a step outside the MoE layers: in the quantiles, TTFT and TPOT, and transfers go on during it.
+    noise
+        Standard deviation of the logarithm of the measured latencies that strategies are given; seeded.
+    on_track
+        Called as soon as a strategy is through.
+
+    Raises
+    ------
+    InputError
+        For unknown strategies and for windows, shares and events that do not fit the traces.
+    """
+    chosen, schedule = make(strategies), throttle or Schedule()
+    past, _ = _split(traces, fit, window)
+    _check_numbers(non_moe_us, noise, seed)
+    schedule.check(profile.num_ranks, traces.num_steps, first_failure=past.num_steps)
+    model = fit_cost(profile, model=cost)[0] if isinstance(cost, str) else cost
+    slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
+    migration = migration or Migration.of(profile)
+    context = Context(profile, model, past, slots, window, seed, migration)
+    noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
+    world = World(context, traces, migration, schedule, non_moe_us, noise_TG)
+    tracks = []
+    for strategy in chosen:
+        tracks.append(Course(strategy, world).run())
+        if on_track is not None:
+            on_track(tracks[-1])
+    base = next((track for track in tracks if track.strategy == BASELINE), None)
+    base = base or Course(make([BASELINE])[0], world).run()
+    phases = None if traces.phase is None else np.asarray(traces.phase[past.num_steps :])
+    return ReplayResult(
+        rows=[_row(track, sum(base.step_us), phases, non_moe_us) for track in tracks],
+        timeline=tracks,
+        baseline_us=base.step_us,
+        first_step=past.num_steps,
+        num_steps=traces.num_steps,
+        num_layers=traces.num_layers,
+        num_ranks=profile.num_ranks,
+        window=window,
+        fit=fit,
+        seed=seed,
+        noise=noise,
+        non_moe_us=non_moe_us,
+        cost=model.name,
+        migration=migration,
+        schedule=schedule,
+        regimes=regimes(traces),
+    )
+
+
+def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Traces]:
+    if not 0 < fit_share < 1:
+        raise InputError("--fit", fit_share, "a share strictly between 0 and 1", "for example 0.5")
+    cut = round(traces.num_steps * fit_share)
+    if not 0 < cut < traces.num_steps:
+        raise InputError("--fit", fit_share, f"{traces.num_steps} steps cannot be split so", "give longer traces")
+    if not 1 <= window <= traces.num_steps - cut:
+        limit = f"from 1 to the {traces.num_steps - cut} steps that are scored"
+        raise InputError("--window", window, limit, "a shorter window, a smaller --fit or longer traces")
+    return traces.steps(slice(0, cut)), traces.steps(slice(cut, None))
+
+
+def _check_numbers(non_moe_us: float, noise: float, seed: int) -> None:
+    if seed < 0:
+        raise InputError("--seed", seed, "0 or more")
+    if not 0 <= non_moe_us <= 1e9:
+        raise InputError("--non-moe-us", non_moe_us, "microseconds from 0 to 1e9")
+    if not 0 <= noise <= 1:
+        raise InputError("--noise", noise, "from 0 to 1; 0.02 is two per cent")
+
+
+def _row(track: Track, base_us: float, phases: NDArray[np.int64] | None, non_moe_us: float) -> ReplayRow:
+    steps_us = np.array(track.step_us)
+    whole_us, total = steps_us + non_moe_us, float(steps_us.sum())
+    quantiles = [float(np.quantile(whole_us, q)) for q in (0.5, 0.9, 0.99)]
+    prompts = np.zeros(len(whole_us), bool) if phases is None else phases != Phase.DECODE
+    nexts = np.ones(len(whole_us), bool) if phases is None else phases != Phase.PREFILL
+    return ReplayRow(
+        strategy=track.strategy,
+        makespan_us=total,
+        change=total / base_us - 1 if base_us else None,
+        moves=sum(track.moves),
+        migration_us=float(sum(track.copying_us)),
+        p50_us=quantiles[0],
+        p90_us=quantiles[1],
+        p99_us=quantiles[2],
+        ttft_ms=_mean_ms(whole_us[prompts]),
+        tpot_ms=_mean_ms(whole_us[nexts]),
+    )
+
+
+def _mean_ms(steps_us: FloatArray) -> float | None:
+    return float(steps_us.mean()) / 1e3 if len(steps_us) else None
+
+
+def regimes(traces: Traces) -> list[Regime]:
+    """Stretches of steps of one task."""
+    if traces.task is None:
+        return []
+    cuts = [0, *(np.flatnonzero(np.diff(traces.task)) + 1).tolist(), traces.num_steps]
+    found = [(int(traces.task[start]), start, stop) for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [Regime(name=traces.task_names[task], start=a, stop=b) for task, a, b in found if task >= 0]

@@ -1,0 +1,121 @@
+"""What a replay found: one row per strategy, and what happened step by step; `replay.json`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gemopt.documents import Document
+from gemopt.replay.copying import Migration
+from gemopt.replay.schedule import Schedule
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ReplayRow(BaseModel):
+    """One strategy over the scored steps.
+
+    Attributes
+    ----------
+    makespan_us
+        Sum over steps and MoE layers of the slowest rank, plus what copying added. Without the non-MoE time.
+    change
+        Fraction against contiguous placement.
+    moves
+        Experts that some rank received, all layers.
+    migration_us
+        The part of `makespan_us` that copying added: stalls and slower steps, not the wait for a better placement.
+    p50_us, p90_us, p99_us
+        Quantiles of the step latency: MoE layers, copying and the non-MoE time.
+    ttft_ms, tpot_ms
+        Mean latency of the steps with prompts, and of those with next tokens; None where there are none.
+    """
+
+    model_config = _STRICT
+
+    strategy: str
+    makespan_us: float
+    change: float | None
+    moves: int
+    migration_us: float
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    ttft_ms: float | None
+    tpot_ms: float | None
+
+
+class Decided(BaseModel):
+    """A decision that changed the wanted placement, at a step of the traces."""
+
+    model_config = _STRICT
+
+    step: int
+    moves: int
+    reason: str = ""
+
+
+class Track(BaseModel):
+    """One strategy step by step.
+
+    `step_us`: MoE latency with what copying added; `copying_us`: that part; `moves`: experts on their way from this
+    step on.
+    """
+
+    model_config = _STRICT
+
+    strategy: str
+    step_us: list[float]
+    copying_us: list[float]
+    moves: list[int]
+    decisions: list[Decided] = Field(default_factory=list)
+
+
+class Regime(BaseModel):
+    """Steps `start` to before `stop` of the traces are of one task."""
+
+    model_config = _STRICT
+
+    name: str
+    start: int
+    stop: int
+
+
+class ReplayResult(Document):
+    """Answer of `gemopt.replay.replay`.
+
+    Attributes
+    ----------
+    first_step
+        Of the traces, the first one that is scored; the tracks begin there.
+    baseline_us
+        MoE latency of every scored step under contiguous placement.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    rows: list[ReplayRow]
+    timeline: list[Track]
+    baseline_us: list[float]
+    first_step: int
+    num_steps: int
+    num_layers: int
+    num_ranks: int
+    window: int
+    fit: float
+    seed: int
+    noise: float
+    non_moe_us: float
+    cost: str
+    migration: Migration
+    schedule: Schedule
+    regimes: list[Regime] = Field(default_factory=list)
+
+    def row(self, strategy: str) -> ReplayRow:
+        """The row of one strategy."""
+        return next(row for row in self.rows if row.strategy == strategy)
+
+    def track(self, strategy: str) -> Track:
+        """One strategy step by step."""
+        return next(track for track in self.timeline if track.strategy == strategy)

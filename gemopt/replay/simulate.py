@@ -1,0 +1,238 @@
+"""One strategy's way through recorded steps: decisions, transfers, commits and stalls."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.evaluate import loads
+from gemopt.exceptions import InputError
+from gemopt.kernels import rank_latencies
+from gemopt.latency import Curves, FloatArray, pack
+from gemopt.migration import count_moves
+from gemopt.placement import Placement
+from gemopt.problem import Problem
+from gemopt.replay.copying import Migration, traffic
+from gemopt.replay.result import Decided, Track
+from gemopt.replay.schedule import Schedule
+from gemopt.replay.strategy import Context, Foreseeing, Strategy
+from gemopt.replay.survivors import evacuate, readmit
+from gemopt.solvers.base import Row
+from gemopt.traces import Traces
+
+BLOCK_STEPS = 256
+
+
+@dataclass
+class Transfer:
+    """A layer's experts on their way: the row to commit, and microseconds left."""
+
+    layer: int
+    row: Row
+    left_us: float
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """What happens whatever anybody decides: traffic, devices, cost of copying. noise_TG: on measured latencies."""
+
+    context: Context
+    traces: Traces
+    migration: Migration
+    schedule: Schedule
+    non_moe_us: float
+    noise_TG: FloatArray
+
+    @property
+    def first_step(self) -> int:
+        """First step that is scored."""
+        return self.context.past.num_steps
+
+    def times(self, start: int, stop: int, layer: int, row: Row, slots_G: NDArray[np.int64]) -> FloatArray:
+        """[steps, G] microseconds of every rank at one layer, as slow as the ranks are then."""
+        cost, counts_NE = self.context.cost, self.traces.counts[start:stop, layer].astype(np.int64)
+        nobody = np.zeros(len(slots_G), dtype=np.int64)
+        problem = Problem(counts_NE, cost.features, cost.latencies, slots_G, np.ones(len(counts_NE)), nobody)
+        times_NG = np.asarray(rank_latencies(loads(problem, row), self.curves))
+        return times_NG * self.schedule.factors(start, stop, len(slots_G))
+
+    @cached_property
+    def curves(self) -> Curves:
+        """The latencies as flat arrays, packed once."""
+        return pack(self.context.cost.latencies)
+
+
+class Course:
+    """One strategy in the world. `run` plays all scored steps."""
+
+    def __init__(self, strategy: Strategy, world: World) -> None:
+        self.strategy, self.world = strategy, world
+        steps = world.traces.num_steps - world.first_step
+        self.step_us, self.copying_us = np.zeros(steps), np.zeros(steps)
+        self.moves = np.zeros(steps, dtype=np.int64)
+        self.latencies_NG = np.zeros((steps, world.context.profile.num_ranks))
+        self.decisions: list[Decided] = []
+        self.queue: deque[tuple[int, Row]] = deque()
+        self.going: Transfer | None = None
+        self.stall_us = 0.0
+
+    def run(self) -> Track:
+        """All scored steps under the strategy."""
+        world, strategy = self.world, self.strategy
+        first, end = world.first_step, world.traces.num_steps
+        begin = strategy.start(world.context)
+        self._check(begin)
+        self.slots_G, self.rows = np.asarray(begin.slots_per_rank), list(begin.physical_to_logical)
+        changes = deque(world.schedule.changes(first, end))
+        seen = now = first
+        call = now if strategy.eager else now + self._period()
+        while now < end:
+            while changes and changes[0][0] == now:
+                self._change(now, *changes.popleft()[1:])
+            if hasattr(strategy, "foresee"):
+                self._foresee(now, min(call if call > now else now + strategy.period, end))
+            elif call == now:
+                self._ask(seen, now)
+                seen = now
+            if call <= now:
+                call = now + self._period()
+            stop = min(end, call, now + BLOCK_STEPS, *(step for step, _, _ in changes))
+            self._advance(now, stop)
+            now = stop
+        return Track(
+            strategy=strategy.name,
+            step_us=self.step_us.tolist(),
+            copying_us=self.copying_us.tolist(),
+            moves=self.moves.tolist(),
+            decisions=self.decisions,
+        )
+
+    def _period(self) -> int:
+        if self.strategy.period < 1:
+            raise InputError(f"{self.strategy.name}.period", self.strategy.period, "at least 1 step")
+        return self.strategy.period
+
+    def _ask(self, seen: int, now: int) -> None:
+        """Let the strategy decide on the steps from `seen` to before `now`; the window before the first scored step."""
+        world, first = self.world, self.world.first_step
+        if now == first:
+            seen = max(0, first - world.context.window)
+            counts_NLE, latencies_NG = world.traces.counts[seen:now], self._past_latencies(seen, now)
+        else:
+            counts_NLE, latencies_NG = world.traces.counts[seen:now], self.latencies_NG[seen - first : now - first]
+        latencies_NG = latencies_NG * world.noise_TG[seen:now]
+        wanted = self.strategy.observe(counts_NLE, latencies_NG)
+        if wanted is not None:
+            self._want(wanted, now)
+
+    def _past_latencies(self, seen: int, now: int) -> FloatArray:
+        each = [self.world.times(seen, now, layer, row, self.slots_G) for layer, row in enumerate(self.rows)]
+        return np.asarray(np.sum(each, axis=0))
+
+    def _in_force(self) -> Placement:
+        """What is in force, counting what is on its way: a transfer that has begun is committed."""
+        rows = list(self.rows)
+        if self.going is not None:
+            rows[self.going.layer] = self.going.row
+        return self.world.context.placement(rows, self.slots_G)
+
+    def _want(self, wanted: Placement, now: int) -> None:
+        """Queue what differs; what an earlier decision wanted and has not begun is forgotten."""
+        self._check(wanted)
+        at = now - self.world.first_step
+        pairs = list(zip(self._in_force().physical_to_logical, wanted.physical_to_logical, strict=True))
+        moves = [count_moves(old, new, self.slots_G) for old, new in pairs]
+        gone = [count_moves(new, old, self.slots_G) for old, new in pairs]  # copies given up: no move, but a change
+        self.queue = deque((layer, new) for layer, (_, new) in enumerate(pairs) if moves[layer] or gone[layer])
+        if self.queue:
+            self.decisions.append(Decided(step=now, moves=sum(moves), reason=self.strategy.reason))
+        if self.strategy.stops:
+            for layer, row in self.queue:
+                self.stall_us += self._transfer_us(layer, row) + self.world.migration.commit_us
+                self.rows[layer] = row
+            self.moves[at] += sum(moves)
+            self.queue.clear()
+
+    def _transfer_us(self, layer: int, row: Row) -> float:
+        return self.world.migration.transfer_us(*traffic(self.rows[layer], row, self.slots_G, self.slots_G))
+
+    def _advance(self, start: int, stop: int) -> None:
+        """Play the steps from `start` to before `stop`."""
+        world, at = self.world, start - self.world.first_step
+        times_NLG = np.stack(
+            [world.times(start, stop, layer, row, self.slots_G) for layer, row in enumerate(self.rows)], axis=1
+        )
+        for n in range(stop - start):
+            if self.going is None and not self.queue and not self.stall_us:
+                self.step_us[at + n : at + stop - start] = times_NLG[n:].max(axis=2).sum(axis=1)
+                break
+            added, self.stall_us = self.stall_us, 0.0
+            if self.going is not None and self.going.left_us <= 0:
+                layer, self.rows[layer] = self.going.layer, self.going.row
+                times_NLG[n:, layer] = world.times(start + n, stop, layer, self.going.row, self.slots_G)
+                added, self.going = added + world.migration.commit_us, None
+            if self.going is None and self.queue:
+                layer, row = self.queue.popleft()
+                self.going = Transfer(layer, row, self._transfer_us(layer, row))
+                self.moves[at + n] += count_moves(self.rows[layer], row, self.slots_G)
+            moe_us = float(times_NLG[n].max(axis=1).sum())
+            added += self._progress(moe_us + world.non_moe_us)
+            self.step_us[at + n], self.copying_us[at + n] = moe_us + added, added
+        self.latencies_NG[at : at + stop - start] = times_NLG.sum(axis=1)
+
+    def _progress(self, work_us: float) -> float:
+        """Let the transfer go on while a step does `work_us`; by how much the step takes longer."""
+        if self.going is None:
+            return 0.0
+        slower = self.world.migration.slowdown
+        beside_us = min(work_us, self.going.left_us / (1 + slower))
+        self.going.left_us -= beside_us * (1 + slower)
+        if self.going.left_us < 1e-9 * work_us:
+            self.going.left_us = 0.0
+        return beside_us * slower
+
+    def _foresee(self, now: int, stop: int) -> None:
+        """Put in force, at no cost, what is best for the steps to come."""
+        world, strategy = self.world, cast(Foreseeing, self.strategy)
+        factors_NG = world.schedule.factors(now, stop, len(self.slots_G))
+        wanted = strategy.foresee(world.traces.counts[now:stop], factors_NG, self.slots_G)
+        self._check(wanted)
+        moves = sum(map(lambda a, b: count_moves(a, b, self.slots_G), self.rows, wanted.physical_to_logical))
+        self.moves[now - world.first_step] += moves
+        if moves:
+            self.decisions.append(Decided(step=now, moves=moves, reason="knows the steps to come"))
+        self.rows = list(wanted.physical_to_logical)
+
+    def _change(self, now: int, rank: int, gone: bool) -> None:
+        """A rank fails or returns: everything stops until its experts are elsewhere, or back."""
+        world, migration = self.world, self.world.migration
+        before, before_G = self.rows, self.slots_G
+        if gone:
+            load_LE = world.traces.counts[max(0, now - world.context.window) : now].mean(axis=0)
+            self.left, self.left_G = before, before_G
+            self.rows, self.slots_G = evacuate(before, before_G, rank, load_LE)
+        else:
+            self.rows, self.slots_G = readmit(before, before_G, self.left, self.left_G, rank), self.left_G
+        moved = 0
+        for old, new in zip(before, self.rows, strict=True):
+            in_G, out_G = traffic(old, new, before_G, self.slots_G)
+            moved += int(in_G.sum())
+            self.stall_us += migration.reload_us(in_G) if gone else migration.transfer_us(in_G, out_G)
+        self.stall_us += migration.commit_us
+        self.going, self.queue = None, deque()
+        self.moves[now - world.first_step] += moved
+        what = f"rank {rank} {'failed' if gone else 'returned'}"
+        self.decisions.append(Decided(step=now, moves=moved, reason=what))
+        self.strategy.confirm(self._in_force())
+
+    def _check(self, placement: Placement) -> None:
+        known = getattr(self, "slots_G", self.world.context.slots_per_rank)
+        if not np.array_equal(placement.slots_per_rank, known):
+            raise InputError(
+                self.strategy.name, placement.slots_per_rank, f"a placement with slots per rank {known.tolist()}"
+            )

@@ -1,0 +1,132 @@
+"""What a strategy is, what it may know, and the re-solving that several share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.costs import CostModel
+from gemopt.latency import FloatArray
+from gemopt.placement import Placement
+from gemopt.problem import Problem
+from gemopt.profile import Profile
+from gemopt.replay.copying import Migration
+from gemopt.solvers import get
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Row
+from gemopt.traces import Traces
+
+IntArray = NDArray[Any]
+
+
+class Strategy(Protocol):
+    """Decides on placements from what has happened; the replay applies them with the cost of copying.
+
+    Attributes
+    ----------
+    name
+        As in tables and `--strategies`.
+    period
+        Steps until the next call of `observe`; read after `start` and after every call.
+    eager
+        Whether `observe` is also called at the first scored step, with the window of steps before it.
+    stops
+        Whether the group stops while experts are copied; otherwise copying overlaps with serving.
+    reason
+        One line on the last decision.
+    """
+
+    name: str
+    period: int
+    eager: bool
+    stops: bool
+    reason: str
+
+    def start(self, context: Context) -> Placement:
+        """Placement in force at the first scored step."""
+
+    def observe(self, counts_NLE: IntArray, latencies_NG: FloatArray) -> Placement | None:
+        """The placement wanted from now on, from the steps since the last call; None: as it is."""
+
+    def confirm(self, placement: Placement) -> None:
+        """What is in force, told when it is not what was wanted: a rank failed or returned."""
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """What a strategy may know when it starts: devices as profiled, and the steps before those that are scored."""
+
+    profile: Profile
+    cost: CostModel
+    past: Traces
+    slots_per_rank: NDArray[np.int64]
+    window: int
+    seed: int
+    migration: Migration
+
+    @cached_property
+    def contiguous(self) -> Placement:
+        """Experts in order, as engines start; spare slots stay empty."""
+        outcome = get("linear").solve(self.problems(self.past.counts[:1])[0], Options(deadline=np.inf), None)
+        assert outcome.row is not None
+        return self.placement([outcome.row] * self.past.num_layers)
+
+    @cached_property
+    def fitted(self) -> Placement:
+        """Solved on all of the past."""
+        return self.placement(solve_rows(self.problems(self.past.counts), patience=DEFAULT_PATIENCE, seed=self.seed))
+
+    def problems(
+        self,
+        counts_NLE: IntArray,
+        *,
+        slots: NDArray[np.int64] | None = None,
+        cost: CostModel | None = None,
+        weights_N: FloatArray | None = None,
+    ) -> list[Problem]:
+        """One problem per layer on the given steps."""
+        cost, slots = cost or self.cost, self.slots_per_rank if slots is None else slots
+        return [
+            Problem.make(counts_NLE[:, layer], cost.features, cost.latencies, slots, weights_N)
+            for layer in range(counts_NLE.shape[1])
+        ]
+
+    def placement(self, rows: Sequence[Row], slots: NDArray[np.int64] | None = None) -> Placement:
+        """A placement of this network from one row per layer."""
+        return Placement(
+            physical_to_logical=np.stack(rows),
+            slots_per_rank=self.slots_per_rank if slots is None else slots,
+            num_experts=self.past.num_experts,
+            layer_ids=list(self.past.layer_ids),
+            num_hidden_layers=self.past.num_hidden_layers,
+            model=self.past.model,
+        )
+
+
+class Foreseeing(Strategy, Protocol):
+    """A strategy that is shown the steps to come: a bound for the others, not something to run."""
+
+    def foresee(self, counts_NLE: IntArray, factors_NG: FloatArray, slots_per_rank: NDArray[np.int64]) -> Placement:
+        """Placement for the next `period` steps, given them and how slow each rank is going to be."""
+
+
+def solve_rows(
+    problems: Sequence[Problem], *, patience: int = 0, seed: int = 0, starts: Sequence[Row] | None = None
+) -> list[Row]:
+    """One local search per layer, on all cores; the same whatever the machine is doing."""
+    solver = get("local-search")
+
+    def one(index: int) -> Row:
+        options = Options(deadline=np.inf, patience=patience, seed=seed + index)
+        row = solver.solve(problems[index], options, None if starts is None else starts[index]).row
+        assert row is not None
+        return row
+
+    with ThreadPoolExecutor(min(len(problems), os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, range(len(problems))))

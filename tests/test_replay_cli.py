@@ -1,0 +1,113 @@
+"""`gemopt replay` as a user meets it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_inputs import gemopt, gemopt_json, profile
+
+from gemopt.replay import STRATEGIES, ReplayResult
+from gemopt.traces import Traces
+
+FIELDS = {
+    "strategy",
+    "makespan_us",
+    "change",
+    "moves",
+    "migration_us",
+    "p50_us",
+    "p90_us",
+    "p99_us",
+    "ttft_ms",
+    "tpot_ms",
+}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Any]:
+    """The words `replay TRACES --profile P --window 8`."""
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.ones(6), size=(2, 2))
+    counts = np.stack([rng.multinomial(64, share[t // 20 % 2]) for t in range(60)])
+    tasks = {"task": np.arange(60) // 20 % 2, "task_names": ("maths", "code")}
+    Traces(counts=counts, **tasks).save(tmp_path / "traces.safetensors")  # type: ignore[arg-type]
+    profile(3).save(tmp_path / "profile.json")
+    return ["replay", tmp_path / "traces.safetensors", "--profile", tmp_path / "profile.json", "--window", 8]
+
+
+def test_rows_for_machines(inputs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    rows = gemopt_json(capsys, *inputs)
+    assert [row["strategy"] for row in rows] == list(STRATEGIES)
+    assert all(set(row) == FIELDS for row in rows)
+    assert rows[0]["change"] == 0 and rows[0]["ttft_ms"] is None
+    again = gemopt_json(capsys, *inputs, "--strategies", "clairvoyant,free")
+    assert again == [rows[-1], rows[4]]
+
+
+def test_table_picture_and_file(inputs: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    wanted = [
+        "--plot",
+        tmp_path / "out.png",
+        "-o",
+        tmp_path / "out.json",
+        "--event",
+        "1:1.5@35-50",
+        "--non-moe-us",
+        500,
+    ]
+    code, out, err = gemopt(capsys, *inputs, *wanted)
+    assert (code, err) == (0, "")
+    assert all(name in out for name in STRATEGIES) and "1:1.5@35-50" in out and "500 us" in out
+    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    result = ReplayResult.load(tmp_path / "out.json")
+    assert [(regime.name, regime.start, regime.stop) for regime in result.regimes] == [
+        ("maths", 0, 20),
+        ("code", 20, 40),
+        ("maths", 40, 60),
+    ]
+    assert len(result.track("controller").step_us) == 30
+    assert result.non_moe_us == 500
+
+
+def test_a_plan_rearranges_tagged_steps(inputs: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.json"
+    words = ["--plan", "A:20 code:12 A:16", "--strategies", "contiguous", "-o", out]
+    gemopt_json(capsys, *inputs, *words)
+    result = ReplayResult.load(out)
+    assert [(r.name, r.stop - r.start) for r in result.regimes] == [("maths", 20), ("code", 12), ("maths", 16)]
+    assert result.first_step == 24
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--strategies", "fred"], "--strategies: got fred"),
+        (["--window", "31"], "--window: got 31; from 1 to the 30 steps"),
+        (["--fit", "1"], "--fit: got 1.0"),
+        (["--event", "3:1.3@40"], "--event: got 3:1.3@40; ranks 0 to 2"),
+        (["--event", "fast"], "--event: got fast"),
+        (["--gbps", "0"], "--gbps: got 0.0"),
+        (["--expert-bytes", "nan"], "--expert-bytes: got nan"),
+        (["--slowdown", "3"], "--slowdown: got 3.0"),
+        (["--noise", "-1"], "--noise: got -1.0"),
+        (["--plan", "physics:5"], "--plan: got physics"),
+        (["--plot", "out.docx"], "--plot: got out.docx"),
+        (["-o", "/no/such/folder/out.json"], "no such folder"),
+        (["--slots-per-rank", "1"], "slots"),
+    ],
+)
+def test_bad_input_is_one_line(
+    inputs: list[Any], words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--plot" in words:
+        pytest.importorskip("matplotlib")
+    code, out, err = gemopt(capsys, *inputs, *words)
+    assert (code, out) == (2, "")
+    assert err.startswith("gemopt: ") and err.count("\n") == 1 and said in err
