@@ -96,12 +96,12 @@ def solve(
     with interrupts.held() as interrupted, cores.at_most(threads):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
             profile = profile if isinstance(profile, Profile) else Profile.load(profile)
+            traces = traces if isinstance(traces, Traces) else Traces.load(traces)
+            cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
             if profile.num_ranks == 1 and not allow_one_rank:
                 raise InputError(
                     "Profile.devices", "1 device", "at least 2: on one every placement is the same", ONE_RANK
                 )
-            traces = traces if isinstance(traces, Traces) else Traces.load(traces)
-            cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
             layers = _layers(cost, profile, traces, slots_per_rank, warm_start, seed)
             require(chosen, layers[0].problem, that_can)
             clock += ready(chosen, layers[0].problem, notice)
