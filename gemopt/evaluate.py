@@ -21,6 +21,8 @@ from gemopt.traces import Traces
 def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
     """[T, P] assignments of each slot: copy i of r, in slot order, takes `(n + r - 1 - i) // r` of its expert's n."""
     copies_E = np.bincount(row_P[row_P != EMPTY], minlength=counts_TE.shape[1])
+    if copies_E.max(initial=0) <= 1:
+        return np.where(row_P != EMPTY, counts_TE[:, row_P], 0).astype(np.int64, copy=False)
     seen = np.zeros(counts_TE.shape[1], dtype=np.int64)
     shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
     for slot, expert in enumerate(row_P):
@@ -54,8 +56,8 @@ def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | No
     from gemopt.kernels import rank_loads
 
     columns_P = row_P.astype(np.int64)
-    held = columns_P[columns_P != EMPTY]
-    if weights_P is None and len(np.unique(held)) == len(held):
+    copies_E = np.bincount(columns_P[columns_P != EMPTY], minlength=problem.num_experts)
+    if copies_E.max() <= 1:  # the shares of single copies are known, whatever the split
         features_FTN = problem.features_FTE
     else:
         shares = even_shares if weights_P is None else partial(static_shares, weights_P=weights_P)

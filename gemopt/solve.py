@@ -140,11 +140,11 @@ def solve(
                     slots_per_rank = moving.resized.slots_per_rank.tolist()
                 if (missing := moving.missing_slots(slots_per_rank)) > 0:
                     return _without_slots(solver, clock, traces, moving, missing)
+            cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
             if profile.num_ranks == 1 and not allow_one_rank:
                 raise InputError(
                     "Profile.devices", "1 device", "at least 2: on one every placement is the same", ONE_RANK
                 )
-            cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
             if len(cost.latencies) != profile.num_ranks:
                 raise InputError(
                     "cost", f"{len(cost.latencies)} ranks", f"{profile.num_ranks} ranks serve", "fit it for them"
