@@ -80,3 +80,16 @@ def test_refunds() -> None:
     way = few_moves(layer, home, start=start, price_us=1e7)
     assert way[0].moves == count_moves(home, start, layer.slots_per_rank) > 0
     assert way[-1].moves == 0
+
+
+@pytest.mark.parametrize("kind", ["line", "roofline", "staircase"])
+@pytest.mark.parametrize("slots", [None, [5, 5, 4], [7, 6, 5]])
+def test_waypoints_are_worth_what_evaluate_says(kind: str, slots: object) -> None:
+    layer = problem(kind, 5, slots)
+    rng = np.random.default_rng(0)
+    home = np.full(layer.num_slots, -1)
+    home[rng.permutation(layer.num_slots)[:EXPERTS]] = rng.permutation(EXPERTS)
+    way = few_moves(layer, home)
+    assert len(way) > 3
+    for each in way:
+        assert each.objective_us == objective(layer, each.row)

@@ -13,9 +13,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.evaluate import objective
+from gemopt.evaluate import loads, objective
+from gemopt.kernels import latency_value, rank_latencies
+from gemopt.latency import Curves
 from gemopt.migration import held
 from gemopt.moves import Moves
+from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.search.gains import (
@@ -92,10 +95,52 @@ def few_moves(
     swaps = 4 * problem.num_slots if max_swaps is None else max_swaps
     room_SP = np.empty((swaps, problem.num_slots), np.int64)
     taken = take_best(costs, state, terms, room_SP)
+    rows = np.concatenate([row[None], room_SP[:taken]])
     return [
-        Waypoint(each.copy(), objective(problem, each), int(count_into(problem, each, terms).sum()))
-        for each in (row, *room_SP[:taken])
+        Waypoint(each.copy(), value, int(count_into(problem, each, terms).sum()))
+        for each, value in zip(rows, _objectives(problem, rows), strict=True)
     ]
+
+
+def _objectives(problem: Problem, rows_NP: NDArray[np.int64]) -> list[float]:
+    """`objective` of every row; of rows that differ in few slots, without copies, only what changes is looked at."""
+    if (np.bincount(rows_NP[0][rows_NP[0] != EMPTY], minlength=problem.num_experts) > 1).any():
+        return [objective(problem, row) for row in rows_NP]
+    times_NT = walk_makespans(
+        loads(problem, rows_NP[0]), rows_NP, problem.rank_of_slot, problem.features_FTE, problem.curves
+    )
+    return [float((times_T * problem.weights_T).sum()) for times_T in times_NT]
+
+
+@njit(cache=True, nogil=True)
+def walk_makespans(loads_TGF: Array, rows_NP: Array, rank_P: Array, features_FTE: Array, curves: Curves) -> Array:
+    """[N, T] slowest rank under each row, given the loads of the first, which are changed on the way."""
+    steps, ranks, features = loads_TGF.shape
+    times_TG = rank_latencies(loads_TGF, curves)
+    out = np.empty((rows_NP.shape[0], steps))
+    touched = np.zeros(ranks, np.bool_)
+    for n in range(rows_NP.shape[0]):
+        touched[:] = False
+        for p in range(rows_NP.shape[1]):
+            before, after = rows_NP[max(n - 1, 0), p], rows_NP[n, p]
+            if before == after:
+                continue
+            touched[rank_P[p]] = True
+            for f in range(features):
+                for t in range(steps):
+                    gone = features_FTE[f, t, before] if before >= 0 else 0
+                    come = features_FTE[f, t, after] if after >= 0 else 0
+                    loads_TGF[t, rank_P[p], f] += come - gone
+        for g in range(ranks):
+            if touched[g]:
+                for t in range(steps):
+                    times_TG[t, g] = latency_value(g, loads_TGF[t, g], curves)
+        for t in range(steps):
+            worst = times_TG[t, 0]
+            for g in range(1, ranks):
+                worst = max(worst, times_TG[t, g])
+            out[n, t] = worst
+    return out
 
 
 @njit(cache=True, nogil=True, inline="always")
