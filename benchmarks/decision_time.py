@@ -11,7 +11,7 @@ from instances import affine_profile, routing, speeds, staircase_profile
 from machine import stamp
 
 from gemopt.executor.plan import layer_rows, plan
-from gemopt.online.controller import Controller, Decision
+from gemopt.online import Controller, Decision, Policy
 from gemopt.profile import Profile
 from gemopt.solve import solve
 
@@ -19,35 +19,39 @@ LAYERS, EXPERTS, RANKS, WINDOW, WINDOWS = 58, 256, 16, 64, 6
 FITTED = 256  # steps before the first decision
 
 
-def decide(controller: Controller, counts: object) -> tuple[Decision, float, float]:
-    """(decision, CPU seconds it took, CPU seconds with the plan of its moves); it runs on one core."""
-    before, begin = controller.placement, time.process_time()
+def decide(controller: Controller, counts: object) -> tuple[Decision, float, float, float]:
+    """(decision, its CPU and wall seconds, wall seconds with the plan of its moves)."""
+    before, begin, cpu = controller.placement, time.perf_counter(), time.process_time()
     decision = controller.step(counts)
-    middle = time.process_time()
+    middle, cpu = time.perf_counter(), time.process_time() - cpu
     plan(layer_rows(before), layer_rows(decision.placement), [9_400_000] * LAYERS)
-    return decision, middle - begin, time.process_time() - begin
+    return decision, cpu, middle - begin, time.perf_counter() - begin
 
 
-def rows(name: str, profile: Profile) -> None:
+def rows(name: str, profile: Profile, threads: int) -> None:
     """Windows of drifting traffic from a fitted placement, then one whose experts are others."""
     traces = routing(layers=LAYERS, experts=EXPERTS, steps=FITTED + WINDOWS * WINDOW)
     fitted = solve(profile, traces.steps(slice(0, FITTED)), solver="lpt", time_limit=600)
     assert fitted.placement is not None
-    controller = Controller(profile, fitted.placement)
+    controller = Controller(profile, fitted.placement, Policy(threads=threads))
     controller.remember(traces.counts[:FITTED])
     for index in range(WINDOWS):
         window = traces.counts[FITTED + index * WINDOW :][:WINDOW]
         title = "drift"
         if index == WINDOWS - 1:
             window, title = window[:, :, ::-1], "all experts change places"
-        decision, alone, planned = decide(controller, window)
+        decision, cpu, wall, planned = decide(controller, window)
         if index:  # the first compiles
-            print(f"| {name} | {title} | {decision.num_moves} | {1e3 * alone:.0f} | {1e3 * planned:.0f} |")
+            facts = " | ".join(f"{1e3 * seconds:.0f}" for seconds in (cpu, wall, planned))
+            print(f"| {name} | {threads} | {title} | {decision.num_moves} | {facts} |", flush=True)
 
 
 if __name__ == "__main__":
     print(f"## One decision, {LAYERS} layers x {EXPERTS} experts, {RANKS} ranks, {WINDOW} new steps\n")
     print(f"{stamp('numpy', 'numba')}\n")
-    print("| cost | traffic | moves | decision CPU ms | with plan CPU ms |\n|---|---|---|---|---|")
-    rows("affine", affine_profile(speeds(RANKS)))
-    rows("staircase", staircase_profile(speeds(RANKS)))
+    print(
+        "| cost | threads | traffic | moves | decision, CPU ms | decision, ms | with plan, ms |\n|---|---|---|---|---|---|---|"
+    )
+    for threads in (1, 2):
+        rows("affine", affine_profile(speeds(RANKS)), threads)
+        rows("staircase", staircase_profile(speeds(RANKS)), threads)

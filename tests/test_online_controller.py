@@ -281,3 +281,13 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             follower.load(tmp_path / "broken")
     assert follower.step(traffic(0, TICK)).reason
+
+
+def test_threads_change_no_decision() -> None:
+    alone, together = (controller(Policy(expert_bytes=1e5, threads=threads)) for threads in (1, 3))
+    moved = 0
+    for seed in range(4):
+        one, other = (each.step(traffic(seed % 2, 48, seed=seed)) for each in (alone, together))
+        assert same(one, other)
+        moved += one.num_moves
+    assert moved > 0

@@ -7,7 +7,8 @@ executor or in an engine.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -262,25 +263,22 @@ class Controller:
         shortfall = 0.0 if self.memories.recalled else self.promises.least(trusted)
         prices = Prices(policy.slowdown * transfer_us / lifetime, policy.commit_us / lifetime, shortfall)
         into_G = np.where(self.speeds.failed_G, 0, self.placement.slots_per_rank)
-        found = []
-        for layer, problem in enumerate(problems):
-            if self.steps - self.moved_at[layer] < policy.cool_down_steps or not problem.counts_TE.any():
-                continue
-            proposal = propose(
-                problem,
-                layer,
-                rows[layer],
-                prices,
-                dead_zone=policy.dead_zone,
-                max_swaps=policy.max_swaps,
-                into_G=into_G,
-                costs=self._costs(problem),
-            )
-            if proposal is not None:
-                found.append(proposal)
-                first, last, swaps = proposal.way[0], proposal.way[-1], len(proposal.way) - 1
-                gain = 1 - last.objective_us / first.objective_us
-                self.promises.make(layer, first.row, last.row, gain, swaps, trusted)
+        free = [
+            layer
+            for layer, problem in enumerate(problems)
+            if self.steps - self.moved_at[layer] >= policy.cool_down_steps and problem.counts_TE.any()
+        ]
+        costs = {layer: self._costs(problems[layer]) for layer in free}
+
+        def one(layer: int) -> Proposal | None:
+            limits = {"dead_zone": policy.dead_zone, "max_swaps": policy.max_swaps, "into_G": into_G}
+            return propose(problems[layer], layer, rows[layer], prices, costs=costs[layer], **limits)
+
+        found = [proposal for proposal in _mapped(one, free, policy.threads) if proposal is not None]
+        for proposal in found:
+            first, last, swaps = proposal.way[0], proposal.way[-1], len(proposal.way) - 1
+            gain = 1 - last.objective_us / first.objective_us
+            self.promises.make(proposal.layer, first.row, last.row, gain, swaps, trusted)
         return found
 
     def _costs(self, problem: Problem) -> Costs:
@@ -321,6 +319,14 @@ class Controller:
             imbalance,
             changed,
         )
+
+
+def _mapped(one: Callable[[int], Proposal | None], layers: Sequence[int], threads: int) -> list[Proposal | None]:
+    """In order, whatever the number of threads, which have ended when it returns."""
+    if threads == 1 or len(layers) < 2:
+        return [one(layer) for layer in layers]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(one, layers))
 
 
 def _joined(*parts: str) -> str:

@@ -33,6 +33,9 @@ class Policy(BaseModel):
         Time constants of the two memories that forget.
     keep_steps, plan_steps
         Steps kept in memory, and at most how many of them a plan is judged by.
+    threads
+        Layers planned at once while a step is decided, which has ended before `step` returns; decisions do not depend
+        on it.
     speed_tolerance
         Relative change of a rank's speed that is acted upon.
     dead_after_steps
@@ -55,5 +58,6 @@ class Policy(BaseModel):
     slow_steps: int = Field(default=192, ge=1, le=10**9)
     keep_steps: int = Field(default=1024, ge=64, le=2**20)
     plan_steps: int = Field(default=256, ge=16, le=2**20)
+    threads: int = Field(default=1, ge=1, le=1024)
     speed_tolerance: float = Field(default=0.02, gt=0, le=1)
     dead_after_steps: int = Field(default=64, ge=1, le=10**9)
