@@ -49,9 +49,8 @@ def rows(name: str, profile: Profile, threads: int) -> None:
 if __name__ == "__main__":
     print(f"## One decision, {LAYERS} layers x {EXPERTS} experts, {RANKS} ranks, {WINDOW} new steps\n")
     print(f"{stamp('numpy', 'numba')}\n")
-    print(
-        "| cost | threads | traffic | moves | decision, CPU ms | decision, ms | with plan, ms |\n|---|---|---|---|---|---|---|"
-    )
+    print("| cost | threads | traffic | moves | decision, CPU ms | decision, ms | with plan, ms |")
+    print("|---|---|---|---|---|---|---|")
     for threads in (1, 2):
         rows("affine", affine_profile(speeds(RANKS)), threads)
         rows("staircase", staircase_profile(speeds(RANKS)), threads)
