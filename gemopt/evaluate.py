@@ -13,7 +13,7 @@ from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY, Placement, Split, check_row
-from gemopt.problem import Problem
+from gemopt.problem import Problem, stacked
 from gemopt.profile import Profile
 from gemopt.traces import Traces
 
@@ -60,8 +60,7 @@ def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | No
     else:
         shares = even_shares if weights_P is None else partial(static_shares, weights_P=weights_P)
         shares_TP = shares(problem.counts_TE, row_P)
-        features_FTN = np.stack([feature.of(shares_TP) for feature in problem.features]).astype(np.int64)
-        features_FTN.setflags(write=False)
+        features_FTN = stacked([feature.of(shares_TP) for feature in problem.features])
         columns_P = np.where(columns_P == EMPTY, EMPTY, np.arange(len(row_P)))
     return np.asarray(rank_loads(features_FTN, columns_P, problem.rank_of_slot, problem.num_ranks))
 
