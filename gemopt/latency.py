@@ -26,7 +26,7 @@ class Feature:
     """An additive load: `of(n)` of each expert's assignments n, summed over the experts of a rank.
 
     `of` maps integer arrays to integer arrays of the same shape, whose values fit in 31 bits. Bounds rely on
-    `of(0) == 0`, on `of` not decreasing, and on `of(a) + of(b) >= of(a + b)` (splitting an expert never lowers the load).
+    `of(0) == 0`, on `of` not decreasing, and on `of(a) + of(b) >= of(a + b)` (splitting never lowers the load).
     """
 
     name: str

@@ -162,6 +162,8 @@ class Problem:
 
     def _feature_shares(self, mean_F: FloatArray) -> FloatArray:
         """[F] share of each feature in what a rank's latency gains with load; sums to 1."""
+        if len(mean_F) == 1:
+            return np.ones(1)
         gain_F = np.zeros(len(mean_F))
         for f, mean in enumerate(mean_F):
             high, low = mean_F.copy(), mean_F.copy()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gemopt.bounds.simple import step_bounds
+from gemopt.bounds import timed_step_bounds
 from gemopt.evaluate import check, objective
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
@@ -60,7 +60,8 @@ class Search:
         `budget` is the number of non-zero coefficients that the solver can take in the time it has.
         """
         problem = merged(problem)
-        floor_T = step_bounds(problem)
+        with options.alarm() as stop:
+            floor_T, _ = timed_step_bounds(problem, stop)
         row = lpt_row(problem) if warm_start is None else warm_start.copy()
         start, base = objective(problem, row), float(problem.weights_T @ floor_T)
         some = np.unique(np.linspace(0, problem.num_steps - 1, SAMPLE).round().astype(np.int64))
@@ -68,7 +69,7 @@ class Search:
         limit = int(min(budget / max(per_step, 1.0), problem.num_steps))
         if limit < problem.num_steps:  # a power of two: layers of one call say the same
             limit = 1 << max(limit, 1).bit_length() - 1
-        steps, weights_T = representative_steps(problem, limit)
+        steps, weights_T = representative_steps(problem, limit, options.expired)
         stated = problem.select(steps, weights_T)
         compact = _stated(stated, floor_T[steps], row)
         search = cls(problem, options, stated, compact, row, start, max(base, options.bound_us), start)
