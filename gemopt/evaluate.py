@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from gemopt.profile import Profile
 from gemopt.traces import Traces
 
 
-def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
+def even_shares(counts_TE: NDArray[Any], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
     """[T, P] assignments of each slot: copy i of r, in slot order, takes `(n + r - 1 - i) // r` of its expert's n."""
     copies_E = np.bincount(row_P[row_P != EMPTY], minlength=counts_TE.shape[1])
     seen = np.zeros(counts_TE.shape[1], dtype=np.int64)
@@ -33,7 +34,7 @@ def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArr
     return shares_TP
 
 
-def static_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64], weights_P: FloatArray) -> NDArray[np.int64]:
+def static_shares(counts_TE: NDArray[Any], row_P: NDArray[np.int64], weights_P: FloatArray) -> NDArray[np.int64]:
     """[T, P] assignments of each slot in proportion to its weight: rounded cumulative parts, in slot order."""
     taken_E = np.zeros(counts_TE.shape[1])
     shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)

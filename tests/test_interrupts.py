@@ -88,7 +88,7 @@ def test_while_loading_one_line_and_no_file(
         (Run, "_answer", 3),
         (Run, "_bound", 1),
         (Run, "_bound", 3),
-        (Run, "_deepen", 2),
+        (Run, "_deepen", 1),
         (SOLVE, "score", 1),
         (Placement, "save", 1),
         (Result, "save", 1),
@@ -122,12 +122,12 @@ def test_compare_stops_all_and_marks_what_was_cut(
     given = inputs(tmp_path)
     words = ("compare", *given, "--solvers", "linear,local-search,lpt,milp", "--time-limit", 300, "--threads", 1)
     with monkeypatch.context() as patch:
-        at(patch, Run, "_deepen", nth=2)
+        at(patch, Run, "_deepen")
         rows = gemopt_json(capsys, *words)
     assert [row["objective_us"] is not None for row in rows] == [True, True, False, False]
     assert rows[0]["stopped_by"] != "interrupt" and all(row["stopped_by"] == "interrupt" for row in rows[1:])
     with monkeypatch.context() as patch:
-        at(patch, Run, "_deepen", nth=2)
+        at(patch, Run, "_deepen")
         code, out, _ = gemopt(capsys, *words)
     assert code == 0 and "local-search *" in out and "local-search: interrupted" in out and "milp: not run" in out
     with monkeypatch.context() as patch:  # while the first solver is being prepared: nothing to show
