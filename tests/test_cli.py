@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -217,34 +215,6 @@ def test_a_warm_start_is_never_made_worse(tmp_path: Path, capsys: pytest.Capture
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "gemopt", *map(str, words)]
-
-
-def test_an_interrupt_returns_the_incumbent(tmp_path: Path) -> None:
-    profile(4).save(tmp_path / "p.json")
-    traces(200, 2, 32).save(tmp_path / "t.safetensors")
-    out = tmp_path / "placement.json"
-    words = ("solve", tmp_path / "p.json", tmp_path / "t.safetensors", "-o", out, "--solver", "local-search")
-    more = ("--time-limit", 100, "--patience", 10**9, "--json")
-    process = subprocess.Popen(command(*words, *more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while not _searching(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    shown, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
-    found = json.loads(shown)
-    assert found["stopped_by"] == "interrupt" and found["objective_us"] > 0
-    assert Placement.load(out).num_ranks == 4
-
-
-def _searching(pid: int) -> bool:
-    """Whether the process has started the threads that solve layers (it loads its inputs in one)."""
-    try:
-        names = [Path(f"/proc/{pid}/task/{task}/comm").read_text() for task in os.listdir(f"/proc/{pid}/task")]
-    except OSError:
-        return False
-    return len(names) >= 3
 
 
 def test_help_and_a_closed_pipe(tmp_path: Path) -> None:
