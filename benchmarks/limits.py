@@ -41,7 +41,7 @@ def measure(folder: Path, steps: int, solver: str, limit: float) -> dict[str, fl
     wall, after = time.monotonic() - begin, os.times()
     spent = sum(after[:4]) - sum(before[:4])
     reached = sum(layer.reached for layer in result.per_layer)
-    return {"wall": wall, "cpu": spent, "reached": reached, "change": result.change or 0.0}
+    return {"wall": wall, "cpu": spent, "reached": reached, "change": result.change or 0.0, "busy": os.getloadavg()[0]}
 
 
 def child(folder: Path, steps: int, solver: str, limit: float) -> dict[str, float]:
@@ -59,7 +59,7 @@ def row(steps: int, solver: str, limit: float, found: dict[str, float], *, busy:
     over = " (over)" if (cpu if busy else wall) > allowed else ""
     return (
         f"| {steps} | {limit:g} | {solver} | {wall:.1f}{over} | {wall / limit:.2f} | {cpu:.1f} | {cpu / wall:.2f} "
-        f"| {found['reached']:.0f} of 58 | {100 * found['change']:+.1f} |"
+        f"| {found['reached']:.0f} of 58 | {100 * found['change']:+.1f} | {found['busy']:.1f} |"
     )
 
 
@@ -80,9 +80,13 @@ def main() -> None:
     lines = ["# Wall and CPU time against the limit", "", stamp("numpy", "numba", "ortools")]
     if arguments.busy:
         lines.append("Other work shared the cores: wall seconds are upper bounds, CPU / wall a lower bound.")
-    lines += ["", "58 layers, 256 experts, 16 ranks, `threads=1`. `reached`: layers that were searched.", ""]
-    lines += ["| steps | limit s | solver | wall s | wall / limit | CPU s | CPU / wall | reached | change % |"]
-    lines += ["|---:|---:|---|---:|---:|---:|---:|---:|---:|"]
+    lines += [
+        "",
+        "58 layers, 256 experts, 16 ranks, `threads=1`. `reached`: layers that were searched; `load`: load average.",
+        "",
+    ]
+    lines += ["| steps | limit s | solver | wall s | wall / limit | CPU s | CPU / wall | reached | change % | load |"]
+    lines += ["|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         staircase_profile(speeds(16)).save(folder / "profile.json")

@@ -23,7 +23,7 @@ from gemopt.traces import Traces
 DATA = Path(__file__).resolve().parent / "data"
 SOLVERS = ("linear", "eplb", "lpt", "gem", "conflict", "local-search")
 EXACT = ("linear", "lpt", "local-search", "cpsat", "milp")
-SMALL_RANKS, SMALL_LAYERS, SMALL_STEPS = 4, 2, 32
+SMALL_RANKS, SMALL_STEPS = 4, 16
 RANKS = 8
 SLOW_RANK, SLOWER = 3, 1.3
 
@@ -48,7 +48,8 @@ def cases() -> list[Case]:
     cluster = what_if(h100, fleet, ranks=RANKS, seed=0)
     roofline = what_if(surface, fleet, ranks=RANKS, seed=0, memory=memory)
     mixed = Traces.load(DATA / "gptoss20b_trace_mixed_b64.npz")
-    few = Traces(counts=mixed.counts[:SMALL_STEPS, :SMALL_LAYERS])
+    small = slow_down(what_if(surface, fleet, ranks=SMALL_RANKS, seed=0, memory=memory), 0, SLOWER)
+    few = Traces(counts=mixed.counts[:SMALL_STEPS, :1])
     shift = Traces.load(DATA / "gptoss20b_trace_shift_b32.npz")
     return [
         Case("mixed traffic, eight H100 as fast as eight GPUs of a fleet", cluster, mixed),
@@ -56,8 +57,8 @@ def cases() -> list[Case]:
         Case("traffic that shifts from one domain to the next", cluster, shift),
         Case("latency by assignments and activated experts (RTX PRO 6000), one GPU 30 % slower",
              slow_down(roofline, SLOW_RANK, SLOWER), mixed),
-        Case(f"{SMALL_LAYERS} layers and {SMALL_STEPS} steps of mixed traffic on {SMALL_RANKS} GPUs, for exact solvers",
-             what_if(h100, fleet, ranks=SMALL_RANKS, seed=0), few, EXACT, 8.0),
+        Case(f"for exact solvers: one layer, {SMALL_STEPS} steps, {SMALL_RANKS} such GPUs, one 30 % slower",
+             small, few, EXACT, 8.0),
     ]  # fmt: skip
 
 

@@ -84,7 +84,9 @@ class Comparison(BaseModel):
         gain = 100 * (self.added_us or 0.0) / self.start_us if self.start_us else 0.0
         said.append(f"{gain:.2f} % below its start" if gain >= 0.005 else "added nothing to its start")
         own = self.own_bound_us
-        said.append("no bound of its own" if own is None else f"own bound {own / 1e3:.1f} ms")
+        said.append("no bound of its own" if own is None else f"own bound {own / 1e3:.4g} ms")
+        if own is not None and self.status is Status.OPTIMAL:
+            said[-1] += ", which proves the optimum"
         return ", ".join(said)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,12 @@ from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY, Placement, Split, check_row
-from gemopt.problem import Problem
+from gemopt.problem import Problem, stacked
 from gemopt.profile import Profile
 from gemopt.traces import Traces
 
 
-def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
+def even_shares(counts_TE: NDArray[Any], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
     """[T, P] assignments of each slot: copy i of r, in slot order, takes `(n + r - 1 - i) // r` of its expert's n."""
     copies_E = np.bincount(row_P[row_P != EMPTY], minlength=counts_TE.shape[1])
     if copies_E.max(initial=0) <= 1:
@@ -35,7 +36,7 @@ def even_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64]) -> NDArr
     return shares_TP
 
 
-def static_shares(counts_TE: NDArray[np.int64], row_P: NDArray[np.int64], weights_P: FloatArray) -> NDArray[np.int64]:
+def static_shares(counts_TE: NDArray[Any], row_P: NDArray[np.int64], weights_P: FloatArray) -> NDArray[np.int64]:
     """[T, P] assignments of each slot in proportion to its weight: rounded cumulative parts, in slot order."""
     taken_E = np.zeros(counts_TE.shape[1])
     shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
@@ -62,8 +63,7 @@ def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | No
     else:
         shares = even_shares if weights_P is None else partial(static_shares, weights_P=weights_P)
         shares_TP = shares(problem.counts_TE, row_P)
-        features_FTN = np.stack([feature.of(shares_TP) for feature in problem.features]).astype(np.int64)
-        features_FTN.setflags(write=False)
+        features_FTN = stacked([feature.of(shares_TP) for feature in problem.features])
         columns_P = np.where(columns_P == EMPTY, EMPTY, np.arange(len(row_P)))
     return np.asarray(rank_loads(features_FTN, columns_P, problem.rank_of_slot, problem.num_ranks))
 

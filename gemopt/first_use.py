@@ -15,7 +15,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import Options, Solver
 from gemopt.solvers.budget import walk_front
 
-NOTICE = "compiling kernels, once per installation: about 20 s (not counted in the time limit)"
+NOTICE = "compiling kernels, once per installation: 20 s to a minute (not counted in the time limit)"
 LOOK_S = 0.1
 
 

@@ -24,14 +24,12 @@ def curve_value(curves: Curves, g: int, k: int, f: int, load: float) -> float:
     last = start + curves.length[g, k, f] - 1
     if load >= x[last]:
         return float(y[last] + curves.slope[g, k, f] * (load - x[last]))
-    low, high = start, last
-    while high - low > 1:
-        middle = (low + high) // 2
-        if x[middle] <= load:
-            low = middle
-        else:
-            high = middle
-    return float(y[low] + (y[high] - y[low]) / (x[high] - x[low]) * (load - x[low]))
+    low, width = start, last - start
+    while width > 1:  # without a branch: loads are as good as random to a processor that guesses
+        half = width >> 1
+        low += half * (x[low + half] <= load)
+        width -= half
+    return float(y[low] + (y[low + 1] - y[low]) / (x[low + 1] - x[low]) * (load - x[low]))
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -74,12 +72,21 @@ def rank_latencies(loads_TGF: Array, curves: Curves) -> Array:
 
 @njit(cache=True, nogil=True)
 def rank_loads(features_FTN: Array, column_P: Array, rank_P: Array, num_ranks: int) -> F64:
-    """[T, G, F] features of every rank: each slot's column of `features_FTN` (-1: none) added to its rank."""
+    """[T, G, F] features of every rank: each slot's column of `features_FTN` (-1: none) added to its rank.
+
+    rank_P does not decrease.
+    """
     features, steps = features_FTN.shape[:2]
-    out_TGF = np.zeros((steps, num_ranks, features))
+    held = column_P[column_P >= 0]
+    ends_G = np.searchsorted(rank_P[column_P >= 0], np.arange(num_ranks), side="right")
+    out_TGF = np.empty((steps, num_ranks, features))
     for f in range(features):
         for t in range(steps):
-            for p in range(len(column_P)):
-                if column_P[p] >= 0:
-                    out_TGF[t, rank_P[p], f] += features_FTN[f, t, column_P[p]]
+            items_N, p = features_FTN[f, t], 0
+            for g in range(num_ranks):
+                total = np.int64(0)
+                while p < ends_G[g]:
+                    total += items_N[held[p]]
+                    p += 1
+                out_TGF[t, g, f] = total
     return out_TGF

@@ -25,8 +25,8 @@ FloatArray = NDArray[np.float64]
 class Feature:
     """An additive load: `of(n)` of each expert's assignments n, summed over the experts of a rank.
 
-    `of` maps integer arrays to integer arrays of the same shape. Bounds rely on `of(0) == 0`, on `of` not
-    decreasing, and on `of(a) + of(b) >= of(a + b)` (splitting an expert never lowers the load).
+    `of` maps integer arrays to integer arrays of the same shape, whose values fit in 31 bits. Bounds rely on
+    `of(0) == 0`, on `of` not decreasing, and on `of(a) + of(b) >= of(a + b)` (splitting never lowers the load).
     """
 
     name: str
@@ -49,7 +49,8 @@ def tiles(tile_tokens: int) -> Feature:
     """Tiles of a grouped GEMM, which rounds each expert up by itself: `ceil(n / tile_tokens)`."""
     if tile_tokens < 1:
         raise InputError("tile_tokens", tile_tokens, "at least 1")
-    return Feature(f"tiles@{tile_tokens}", lambda n: -(-n // tile_tokens))
+    size = min(tile_tokens, 2**31 - 1)  # beyond any count, so that it fits in their type
+    return Feature(f"tiles@{tile_tokens}", lambda n: -(-n // size))
 
 
 @dataclass(frozen=True, eq=False)

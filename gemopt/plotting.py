@@ -77,7 +77,8 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     for index, (label, values, colour) in enumerate(bars):
         percent = [100 * (value or 0.0) for value in values]
         drawn = ax.barh(places + index * height, percent, height, label=label, color=colour)
-        ax.bar_label(drawn, fmt="%+.1f", padding=3, fontsize=8)
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a bound must not strike a number out
+        ax.bar_label(drawn, fmt="%+.1f", padding=3, fontsize=8, bbox=behind, zorder=4)
     known = [row for row in rows if row.bound_us and row.objective_us is not None]
     if known:
         best = max(known, key=lambda row: row.bound_us or 0.0)

@@ -28,7 +28,7 @@ class Problem:
     Attributes
     ----------
     counts_TE
-        [T, E] int64 assignments of each expert at each step.
+        [T, E] int32 assignments of each expert at each step; so are their sums, but not every product of them.
     features
         F additive features whose sums over a rank its latency depends on.
     latencies
@@ -43,7 +43,7 @@ class Problem:
         What moving experts costs and how many may move; None: the placement in force does not matter.
     """
 
-    counts_TE: NDArray[np.int64]
+    counts_TE: NDArray[np.int32]
     features: tuple[Feature, ...]
     latencies: tuple[Latency, ...]
     slots_per_rank: NDArray[np.int64]
@@ -73,7 +73,7 @@ class Problem:
             raise InputError("counts_TE", f"{counts.dtype} {counts.shape}", "integers >= 0 [steps, experts], not empty")
         if counts.max() > LOAD_LIMIT or counts.sum(axis=1, dtype=np.int64).max() > LOAD_LIMIT:
             raise InputError("counts_TE", int(counts.max()), f"at most {LOAD_LIMIT} assignments per step")
-        counts = counts.astype(np.int64)
+        counts = np.array(counts, dtype=np.int32, order="C")
         if any(latency.num_features != len(features) for latency in latencies):
             raise InputError("latencies", len(features), "one curve per feature in every term")
         slots = slot_counts(slots_per_rank, counts.shape[1], len(latencies))
@@ -123,13 +123,9 @@ class Problem:
         return np.repeat(np.arange(self.num_ranks), self.slots_per_rank)
 
     @cached_property
-    def features_FTE(self) -> NDArray[np.int64]:
-        """[F, T, E] additive features of every expert held once."""
-        features = np.empty((len(self.features), *self.counts_TE.shape), np.int64)
-        for feature_TE, feature in zip(features, self.features, strict=True):
-            feature_TE[:] = feature.of(self.counts_TE)
-        features.setflags(write=False)
-        return features
+    def features_FTE(self) -> NDArray[np.int32]:
+        """[F, T, E] additive features of every expert held once; of one feature, without a copy of the counts."""
+        return stacked([feature.of(self.counts_TE) for feature in self.features])
 
     @cached_property
     def curves(self) -> Curves:
@@ -154,7 +150,7 @@ class Problem:
         proportion to what half the mean load more or less of each changes, averaged over the ranks.
         """
         if (self.weights_T == 1).all():
-            mean_FE = self.features_FTE.mean(axis=1)
+            mean_FE = self.features_FTE.sum(axis=1, dtype=np.int64) / self.num_steps
         else:
             mean_FE = np.stack([self.weights_T @ feature_TE for feature_TE in self.features_FTE])
             mean_FE /= max(self.weights_T.sum(), 1e-300)
@@ -170,6 +166,8 @@ class Problem:
 
     def _feature_shares(self, mean_F: FloatArray) -> FloatArray:
         """[F] share of each feature in what a rank's latency gains with load; sums to 1."""
+        if len(mean_F) == 1:
+            return np.ones(1)
         gain_F = np.zeros(len(mean_F))
         for f, mean in enumerate(mean_F):
             high, low = mean_F.copy(), mean_F.copy()
@@ -195,6 +193,17 @@ class Problem:
         weights = self.weights_T[steps] if weights_T is None else weights_T
         chosen = replace(self, counts_TE=self.counts_TE[steps], weights_T=weights)
         return chosen
+
+
+def stacked(features: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
+    """[F, ...] read-only int32 of arrays [...] of integers, one per feature."""
+    for each in features:
+        if each.dtype.itemsize > 4 and each.size and each.max() > LOAD_LIMIT:
+            raise InputError("features", int(each.max()), f"at most {LOAD_LIMIT} of one expert at one step")
+    arrays = [np.ascontiguousarray(each, dtype=np.int32) for each in features]
+    found = arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+    found.setflags(write=False)
+    return found
 
 
 def slot_counts(slots_per_rank: object, num_experts: int, num_ranks: int) -> NDArray[np.int64]:

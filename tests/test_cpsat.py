@@ -81,7 +81,7 @@ def test_every_variable_has_a_hint_that_cpsat_calls_complete_and_feasible(spare:
 @pytest.mark.parametrize("resolution", [1e-1, 1e-3])
 def test_a_coarse_resolution_never_lifts_the_bound(resolution: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpsat, "RESOLUTION", resolution)
-    monkeypatch.setattr(layer, "step_bounds", lambda problem: np.zeros(problem.num_steps))
+    monkeypatch.setattr(layer, "timed_step_bounds", lambda problem, stop: (np.zeros(problem.num_steps), 0))
     for seed in range(50_000, 50_060):
         problem = brute.random_problem(seed)
         outcome = CpSat().solve(problem, options(), None)

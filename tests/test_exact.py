@@ -43,7 +43,9 @@ def options(seconds: float = 60.0, **fields: object) -> Options:
 
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the formulations prove everything by themselves."""
-    monkeypatch.setattr(layer, "step_bounds", lambda problem: np.zeros(problem.num_steps))
+    monkeypatch.setattr(
+        layer, "timed_step_bounds", lambda problem, stop: (np.zeros(problem.num_steps), problem.num_steps)
+    )
 
 
 def below(bound_us: float, optimum_us: float) -> bool:

@@ -104,7 +104,7 @@ def test_a_child_that_is_ended_leaves_its_incumbent_and_a_valid_bound(
 
     def count(folder: Path, search: Search) -> dict[str, object]:
         state = read_state(folder, search)
-        seen.extend([1] * bool(state.get("row") or (folder / "solver.log").exists()))
+        seen.extend([1] * bool(state.get("rows") or (folder / "solver.log").exists()))
         return state
 
     monkeypatch.setattr(milp, "read_state", count)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gemopt.bounds.simple import step_bounds
+from gemopt.bounds import timed_step_bounds
 from gemopt.evaluate import check, total
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
@@ -40,6 +40,8 @@ class Search:
         Objective of the row that the search began with.
     own_bound_us
         Best lower bound that the solver claims for the whole trace: its word. -inf when it claims none.
+    offered
+        How many of the rows that a child process has written down were taken over.
     """
 
     problem: Problem
@@ -52,6 +54,7 @@ class Search:
     start_us: float
     own_bound_us: float = -np.inf
     history: list[Incumbent] = field(default_factory=list)
+    offered: int = 0
 
     @classmethod
     def prepare(cls, problem: Problem, options: Options, warm_start: Row | None, budget: float) -> Search | None:
@@ -61,7 +64,8 @@ class Search:
         moves allow no placement.
         """
         problem = merged(problem)
-        floor_T = step_bounds(problem)
+        with options.alarm() as stop:
+            floor_T, _ = timed_step_bounds(problem, stop)
         row = _start(problem, warm_start)
         if row is None:
             return None
@@ -71,7 +75,7 @@ class Search:
         limit = int(min(budget / max(per_step, 1.0), problem.num_steps))
         if limit < problem.num_steps:  # a power of two: layers of one call say the same
             limit = 1 << max(limit, 1).bit_length() - 1
-        steps, weights_T = representative_steps(problem, limit)
+        steps, weights_T = representative_steps(problem, limit, options.expired)
         stated = problem.select(steps, weights_T)
         compact = _stated(stated, floor_T[steps], row)
         search = cls(problem, options, stated, compact, row, start, max(base, options.bound_us), start)

@@ -86,6 +86,7 @@ def _kept_apart(search: Search) -> bool:
 def write_request(folder: Path, search: Search, *, backend: str = "auto") -> None:
     """Everything the child needs."""
     compact, options = search.compact, search.options
+    search.offered = 0
     compact.save(folder / "compact.npz")
     np.save(folder / "start.npy", compact.canonical(compact.held(search.row)))
     request = {
@@ -151,6 +152,7 @@ def read_state(folder: Path, search: Search) -> dict[str, Any]:
     for bound_us in bounds:
         if bound_us is not None and _kept_apart(search):
             search.offer_bound(bound_us)
-    if state["row"] is not None:
-        search.offer_row(np.array(state["row"]))
+    for row in state["rows"][search.offered :]:
+        search.offer_row(np.array(row))
+    search.offered = len(state["rows"])
     return state

@@ -62,7 +62,7 @@ class Answer:
         margin_us = MARGIN_OPEN * compact.open_us + MARGIN * abs(objective_us)
         self.scale = Scale(compact.base_us, formulation.unit_us, margin_us)
         self.state: dict[str, Any] = {"backend": backend, "scale": self.scale, "finished": False, "proven": False}
-        self.state.update(bound_us=None, row=None)
+        self.state.update(bound_us=None, rows=[])
         self._written = 0.0
 
     def bound(self, value: float) -> None:
@@ -74,10 +74,13 @@ class Answer:
                 self.write()
 
     def solution(self, held_QG: NDArray[np.bool_]) -> None:
-        """Take over a placement; what is rounded to more experts than there are slots is none."""
+        """Keep a placement; what is rounded to more experts than there are slots is none.
+
+        All are kept, in order: which of equally good ones is taken must not depend on when the parent looks.
+        """
         if (held_QG.sum(axis=0) > self.formulation.compact.slots_G).any():
             return
-        self.state["row"] = self.formulation.compact.row(held_QG).tolist()
+        self.state["rows"].append(self.formulation.compact.row(held_QG).tolist())
         self.write()
 
     def finish(self, *, proven: bool) -> None:

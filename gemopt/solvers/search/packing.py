@@ -56,14 +56,18 @@ def pack(items: Row, weight_GI: FloatArray, offset_G: FloatArray, slots_G: Row) 
     """[P] items (experts, repeated for copies), heaviest first, each to the allowed rank that finishes it first."""
     finish = np.array(offset_G, dtype=np.float64)
     held: list[list[int]] = [[] for _ in slots_G]
+    copied, full_G = np.bincount(items) > 1, slots_G == 0
     for index in np.argsort(-weight_GI.mean(axis=0), kind="stable"):
         expert = int(items[index])
-        ready = finish + weight_GI[:, index]
-        order = np.argsort(ready, kind="stable")
-        rank = next((int(g) for g in order if len(held[g]) < slots_G[g] and expert not in held[g]), None)
-        if rank is None:
+        ready = np.where(full_G, np.inf, finish + weight_GI[:, index])
+        if copied[expert]:
+            ready[[expert in some for some in held]] = np.inf
+        rank = int(ready.argmin())
+        if ready[rank] == np.inf:
             rank = _make_room(expert, held, slots_G)
+            full_G = np.array([len(some) for some in held]) >= slots_G  # others were moved
         held[rank].append(expert)
+        full_G[rank] = len(held[rank]) >= slots_G[rank]
         finish[rank] += weight_GI[rank, index]
     row = np.full(int(slots_G.sum()), EMPTY)
     starts = np.cumsum(slots_G) - slots_G
