@@ -90,7 +90,7 @@ def test_while_loading_one_line_and_no_file(
         (Run, "_bound", 1),
         (Run, "_bound", 3),
         (Run, "_deepen", 1),
-        (SOLVE, "score", 1),
+        ("gemopt.answer", "score", 1),
         (Placement, "save", 1),
         (Result, "save", 1),
     ],

@@ -14,11 +14,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from gemopt.exceptions import GemoptError, InputError
+from gemopt.exceptions import GemoptError, InputError, missing
+
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.placement import Placement
 

@@ -271,8 +271,16 @@ class Controller:
         costs = {layer: self._costs(problems[layer]) for layer in free}
 
         def one(layer: int) -> Proposal | None:
-            limits = {"dead_zone": policy.dead_zone, "max_swaps": policy.max_swaps, "into_G": into_G}
-            return propose(problems[layer], layer, rows[layer], prices, costs=costs[layer], **limits)
+            return propose(
+                problems[layer],
+                layer,
+                rows[layer],
+                prices,
+                dead_zone=policy.dead_zone,
+                max_swaps=policy.max_swaps,
+                into_G=into_G,
+                costs=costs[layer],
+            )
 
         found = [proposal for proposal in _mapped(one, free, policy.threads) if proposal is not None]
         for proposal in found:
