@@ -105,7 +105,7 @@ def test_from_then_on_the_best_so_far_and_whole_files(
     nth: int,
 ) -> None:
     given = inputs(tmp_path)
-    at(monkeypatch, import_module(owner) if owner == SOLVE else owner, name, nth=nth)
+    at(monkeypatch, import_module(owner) if isinstance(owner, str) else owner, name, nth=nth)
     files = ("-o", tmp_path / "out.json", "--result", tmp_path / "r.json")
     limits = ("--time-limit", 300, "--patience", 3 if name in ("score", "save") or solver == "lpt" else 10**9)
     code, out, err = gemopt(capsys, "solve", *given, "--solver", solver, *files, *limits, "--json", "--threads", 1)
