@@ -27,10 +27,12 @@ from gemopt.schedule import Layer, Run
 from gemopt.solvers import get
 from gemopt.solvers.base import Options, Outcome, Row, Supports
 from gemopt.solvers.baselines.gem import ORDER, greedy, relieve_stragglers
-from gemopt.solvers.search.copies import improve_copies, make_shares
+from gemopt.solvers.search.copies import improve_copies
+from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
+from gemopt.solvers.search.terms import free_terms
 from gemopt.traces import Traces
 
 RUNG = np.array([1], np.uint8)
@@ -93,7 +95,7 @@ def test_compiled_searches_end_at_once_when_the_flag_is_set(active: bool) -> Non
     assert descend(costs, state, np.ones(4, bool), True) == pytest.approx(before)
     relieve_stragglers(costs, state)
     assert iterate(costs, state, rng.random((5, 2, 2)), before, 10, 0)[2] == 0
-    assert improve_copies(costs, state, shares, np.arange(24), EPSILON, True) == 0
+    assert improve_copies(costs, state, shares, np.arange(24), EPSILON, True, free_terms(problem)) == 0
     assert (state.content == row).all() and total_cost(state) == before
 
 

@@ -14,7 +14,8 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import Options, get, names, that_can
 from gemopt.solvers.base import require
-from gemopt.solvers.search.copies import improve_copies, make_shares
+from gemopt.solvers.search.copies import improve_copies
+from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.packing import lpt_row, pack, placeable, replicate
 from gemopt.solvers.search.state import hull_costs, make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
