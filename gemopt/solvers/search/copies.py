@@ -26,10 +26,9 @@ from gemopt.solvers.search.terms import Terms, moved_into, moves_of, permitted
 
 TRIED = 8  # experts for each slot
 
+
 @njit(cache=True, nogil=True)
-def time_after(
-    costs: Costs, state: State, shares: Shares, change: Change, rank: int, t: int, loads_F: Array
-) -> Number:
+def time_after(costs: Costs, state: State, shares: Shares, change: Change, rank: int, t: int, loads_F: Array) -> Number:
     """Latency of a rank at a step after a change."""
     for f in range(loads_F.shape[0]):
         loads_F[f] = state.loads[rank, f, t]
@@ -154,7 +153,7 @@ def promising(
         added = moves_of(terms, rank, expert) - moves_of(terms, rank, old)
         gain = -base - terms.price * added
         if expert >= 0:
-            gain -= search.joins[expert] + search.tilt[2, rank, expert]
+            gain -= search.joins[expert] + search.tilt[expert, 2, rank]
         if gain <= least or (count == experts.shape[0] and gain <= gains[count - 1]):
             continue
         if not permitted(terms, moved, moved_G, rank, rank, added, 0):

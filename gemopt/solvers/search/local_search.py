@@ -1,8 +1,8 @@
 """Local search: speed-weighted LPT, swaps under the true per-step objective, then iterated until the limit.
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves. Spare slots start
-empty or full of copies, whichever is better, then the other way; copies are added, moved and dropped where the true objective says so.
-Descents end with the deadline; what was cut goes on where it ended when there is more time.
+empty or full of copies, whichever is better, then the other way; copies are added, moved and dropped where the true
+objective says so. Descents end with the deadline; what was cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BATCH_KICKS = 25
 NEVER = 2**62
 LEAST_GAIN = 1e-4  # of a round over all copies
 KICK_SWAPS = 2
+HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
 
 
 class LocalSearch:
@@ -128,6 +129,8 @@ class _Search:
             descend(hulls, state, ranks, False)
             self.offer(state.content)
             row = state.content if objective(problem, state.content) < objective(problem, start) else start
+            if objective(problem, row) > HOPELESS * self.value:  # what another start led to
+                return row
         state = self.state(row)
         descend(self.costs, state, ranks, True)
         self.offer(state.content)

@@ -80,7 +80,7 @@ class Search(NamedTuple):
     copies: [E] slots that hold each expert; where: [E, G] those slots in order. limits: [blocks] see `set_limits`.
     slowest, ranks: [3, T] see `slowest_three`; first, order: [G + 1], [T] steps by slowest rank: those of rank g are
     `order[first[g]:first[g + 1]]`. group: [G] place of a rank among those that a change affects, or -1; affected: [G]
-    those ranks. tilt: [3, G, E] what the slowest ranks would change by with a share of an expert more, if it had one
+    those ranks. tilt: [E, 3, G] what the slowest ranks would change by with a share of an expert more, if it had one
     copy less than now, as many, or one more; joins: [E] what they would change by if it had one copy more, for what
     its present copies do.
     """
@@ -107,7 +107,7 @@ def make_search(state: State) -> Search:
         np.zeros(experts, np.int64), np.zeros((experts, num_ranks), np.int64), np.empty(blocks, np.float64),
         np.empty((3, steps), np.float32), np.empty((3, steps), np.int16),
         np.zeros(num_ranks + 1, np.int64), np.zeros(steps, np.int64),
-        np.full(num_ranks, -1, np.int64), np.zeros(num_ranks, np.int64), np.zeros((3, num_ranks, experts)),
+        np.full(num_ranks, -1, np.int64), np.zeros(num_ranks, np.int64), np.zeros((experts, 3, num_ranks)),
         np.zeros(experts),
     )  # fmt: skip
 
@@ -141,8 +141,7 @@ def refresh(costs: Costs, state: State, shares: Shares, search: Search, epsilon:
 def set_tilts(costs: Costs, state: State, shares: Shares, search: Search) -> None:
     """Fill `tilt` and `joins`: slopes of the slowest ranks about their loads, times the shares of every expert."""
     features, steps = state.items.shape[1:]
-    loads_F, slopes_F = np.empty(features, np.float32), np.empty(features, np.float32)
-    search.tilt[:] = 0.0
+    loads_F, slopes_FT = np.empty(features, np.float32), np.empty((features, steps), np.float32)
     for t in range(steps):
         g = search.ranks[0, t]
         held = max(1, state.starts[g + 1] - state.starts[g])
@@ -151,21 +150,23 @@ def set_tilts(costs: Costs, state: State, shares: Shares, search: Search) -> Non
             width = max(np.float32(1.0), np.floor(min(loads_F[f], state.loads[g, f, t] / held)))
             high, low = state.loads[g, f, t] + width, max(np.float32(0.0), state.loads[g, f, t] - width)
             loads_F[f] = high
-            slopes_F[f] = time_of(costs, g, loads_F)
+            above = time_of(costs, g, loads_F)
             loads_F[f] = low
-            slopes_F[f] = (slopes_F[f] - time_of(costs, g, loads_F)) / (high - low) * state.weights[t]
-        for e in range(search.copies.shape[0]):
-            for k in range(3):
-                r = search.copies[e] + k - 1
+            slopes_FT[f, t] = (above - time_of(costs, g, loads_F)) / (high - low) * state.weights[t]
+    search.tilt[:] = 0.0
+    for e in range(search.copies.shape[0]):
+        for k in range(3):
+            r, sums_G = max(1, search.copies[e] + k - 1), search.tilt[e, k]
+            for t in range(steps):
                 share = (shares.counts_ET[e, t] + r - 1) // r if r > 1 else shares.counts_ET[e, t]
                 for f in range(features):
-                    search.tilt[k, g, e] += np.float64(slopes_F[f] * shares.table_FN[f, share])
+                    sums_G[search.ranks[0, t]] += np.float64(slopes_FT[f, t] * shares.table_FN[f, share])
     search.joins[:] = 0.0
     for p in range(state.content.shape[0]):
         e = state.content[p]
         if e >= 0:
             g = rank_of(state, p)
-            search.joins[e] += search.tilt[2, g, e] - search.tilt[1, g, e]
+            search.joins[e] += search.tilt[e, 2, g] - search.tilt[e, 1, g]
 
 
 @njit(cache=True, nogil=True)
@@ -174,11 +175,11 @@ def leaving(state: State, search: Search, slot: int) -> float:
     expert, rank = state.content[slot], rank_of(state, slot)
     if expert < 0:
         return 0.0
-    change = -search.tilt[1, rank, expert]
+    change = -search.tilt[expert, 1, rank]
     for k in range(search.copies[expert]):
         if search.where[expert, k] != slot:
             g = rank_of(state, search.where[expert, k])
-            change += search.tilt[0, g, expert] - search.tilt[1, g, expert]
+            change += search.tilt[expert, 0, g] - search.tilt[expert, 1, g]
     return change
 
 
