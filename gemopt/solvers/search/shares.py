@@ -170,7 +170,7 @@ def set_tilts(costs: Costs, state: State, shares: Shares, search: Search) -> Non
 
 
 @njit(cache=True, nogil=True)
-def leaving(state: State, search: Search, slot: int) -> float:
+def leaving(state: State, search: Search, slot: int) -> Number:
     """What the slowest ranks change by, to first order, when a slot is emptied and the other copies take its share."""
     expert, rank = state.content[slot], rank_of(state, slot)
     if expert < 0:
