@@ -39,7 +39,7 @@ engines: .venv/.dev
 quiet: .venv/.dev
 	$(BIN)/python -m pytest -m quiet
 
-# Hours: every bound and solver against trying all placements, 1e5 random tiny problems in all.
+# About an hour of one core: bounds and solvers against trying all placements, 1e5 random tiny problems in all.
 FUZZ_SEED ?= 1000000
 fuzz: .venv/.dev
 	for run in bounds:60000 local-search:5000 auto:5000 cpsat:15000 highs:10000 cbc:5000; do \

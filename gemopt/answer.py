@@ -160,7 +160,7 @@ def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:
         more = "" if _stopped_by(per_layer) is StoppedBy.INTERRUPT else ": more --time-limit would help"
         said.insert(0, f"{missed} of {count} layers were cut before their search began{more}")
     pairs = zip(run.layers, per_layer, strict=True)
-    weak = sum(layer.bound_cut and found.status is not Status.OPTIMAL for layer, found in pairs)
+    weak = sum(layer.bound_cut and found.status is Status.FEASIBLE for layer, found in pairs)
     if weak:
         said.append(f"the bounds of {weak} of {count} layers were cut short: the gap may be smaller than it says")
     return said

@@ -181,7 +181,7 @@ def _best_bound(results: Sequence[Result]) -> float:
     best = max(results, key=lambda result: result.bound_us or 0.0, default=None)
     bound = 0.0 if best is None else best.bound_us or 0.0
     for result in results:
-        if result.objective_us is not None and bound > result.objective_us * (1 + BOUND_TOLERANCE):
+        if result.total_us is not None and bound > result.total_us * (1 + BOUND_TOLERANCE):
             raise SolverError(f"the bound {bound} of {best and best.solver} is above {result.solver}'s objective")
     return bound
 
@@ -216,8 +216,8 @@ def _row(
             **nothing,
             **quantiles,
         )
-    value = result.objective_us
-    best = None if value is None else min(max(bound, result.bound_us or 0.0), value)
+    value, total = result.objective_us, result.total_us
+    best = None if total is None else min(max(bound, result.bound_us or 0.0), total)
     return Comparison(
         solver=name,
         status=result.status,
@@ -225,7 +225,7 @@ def _row(
         objective_us=value,
         change=None if value is None or not base else value / base - 1,
         bound_us=best,
-        gap=relative_gap(value, best),
+        gap=relative_gap(total, best),
         seconds=result.seconds,
         holdout_us=None,
         holdout_change=None,

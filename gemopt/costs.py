@@ -124,6 +124,22 @@ def _secant(loads: FloatArray, values: FloatArray) -> float:
 
 
 @dataclass(frozen=True, eq=False)
+class Scaled:
+    """A cost model whose ranks have other speeds than when they were measured; see `scaled`."""
+
+    name: str
+    features: tuple[Feature, ...]
+    latencies: tuple[Latency, ...]
+    measured: FloatArray
+
+
+def scaled(cost: CostModel, factors_G: FloatArray) -> CostModel:
+    """The cost model with the latencies of each rank times its factor; loads and their measured ranges stay."""
+    latencies = tuple(latency.times(float(f)) for latency, f in zip(cost.latencies, factors_G, strict=True))
+    return Scaled(cost.name, cost.features, latencies, cost.measured)
+
+
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A cost model that `fit` may choose: how to fit one device, and whether its samples suffice to choose it.
 

@@ -13,6 +13,7 @@ from gemopt.bounds import lower_bound
 from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solvers.base import Options, Solver
+from gemopt.solvers.budget import walk_front
 
 NOTICE = "compiling kernels, once per installation: about 20 s (not counted in the time limit)"
 LOOK_S = 0.1
@@ -54,6 +55,8 @@ def _use(solver: Solver, tiny: Problem) -> None:
     if solver.supports.improves or solver.supports.proves:
         kernels = solver if solver.name == "gem" else get("local-search")
         kernels.solve(tiny, options, None)
+    if tiny.moves is not None:
+        walk_front(tiny, 2)
 
 
 def _compiled() -> int:

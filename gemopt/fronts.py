@@ -15,7 +15,7 @@ from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import InputError
 from gemopt.migration import count_moves, held
 from gemopt.moves import Moves
-from gemopt.placement import Placement
+from gemopt.placement import Placement, Split
 from gemopt.problem import problems
 from gemopt.profile import Profile
 from gemopt.solve import solve
@@ -80,7 +80,8 @@ def moves_front(
         divided = divide([front.best(budget) for front in fronts], budget)
         assert divided is not None  # every front begins with no moves at all
         rows = [front.at(most).row for front, most in zip(fronts, divided[1], strict=True)]
-        placements.append((SWAPS, current.model_copy(update={"physical_to_logical": np.stack(rows)})))
+        changes = {"physical_to_logical": np.stack(rows), "split": Split.EVEN, "split_weights": None}
+        placements.append((SWAPS, current.model_copy(update=changes)))
     for name in solvers:
         result = solve(profile, given, solver=name, cost=fitted, current=current, time_limit=time_limit, **options)
         if result.placement is not None:

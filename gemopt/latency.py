@@ -183,6 +183,12 @@ class Latency:
         """A latency that is nowhere above and does not decrease in any load."""
         return Latency(tuple(tuple(curve.low for curve in term) for term in self.terms))
 
+    def times(self, factor: float) -> Latency:
+        """The same latency, `factor` times as long under every load: a device of another speed."""
+        if factor == 1:
+            return self
+        return Latency(tuple(tuple(Curve(c.x, c.y * factor, c.slope * factor) for c in term) for term in self.terms))
+
     def planes(self, limit: int = 8) -> FloatArray:
         """[K, 1 + F] planes (intercept, slope per feature) whose maximum is a convex minorant.
 

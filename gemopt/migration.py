@@ -84,6 +84,8 @@ def keep_in_place(
 
 
 def _order_on_rank(old_S: IntArray, new_S: IntArray) -> IntArray:
+    if (old_S == new_S).all():
+        return np.arange(len(new_S))
     slot_of = {int(expert): slot for slot, expert in enumerate(old_S) if expert != EMPTY}
     order_S = np.full(len(new_S), -1)
     waiting = []
@@ -136,14 +138,16 @@ def moves(
     ranks_before, ranks_after = (np.repeat(np.arange(len(s)), s) for s in (slots_before, slots_after))
     nodes_G = np.zeros(len(slots_before), dtype=np.int64) if nodes is None else np.asarray(nodes)
     holders: dict[int, list[int]] = {}
-    for slot, expert in enumerate(before_P):
+    for slot, expert in enumerate(before_P.tolist()):
         if expert != EMPTY:
             holders.setdefault(int(expert), []).append(slot)
     local_before, local_after = _local(slots_before), _local(slots_after)
+    same_slots = np.array_equal(slots_before, slots_after)
+    candidates = np.flatnonzero(before_P != after_P) if same_slots else np.arange(len(after_P))
     changed = [
         slot
-        for slot, expert in enumerate(after_P)
-        if expert != EMPTY
+        for slot in candidates.tolist()
+        if (expert := after_P[slot]) != EMPTY
         and not any(
             ranks_before[s] == ranks_after[slot] and local_before[s] == local_after[slot] for s in holders[int(expert)]
         )

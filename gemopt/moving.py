@@ -178,14 +178,17 @@ class Moving:
         return self.current.num_experts - int(slots.sum() if slots.ndim else slots * ranks)
 
     def settled(self, rows: Sequence[Row], layers: Sequence[Problem]) -> list[Row]:
-        """The rows with fewest moves at no larger objective: equal ranks change roles, what stays keeps its slot."""
+        """The rows with fewest moves at no larger objective: equal ranks change roles, what stays keeps its slot.
+
+        Roles stay where each rank has a limit of its own, which other roles might break.
+        """
         old_G, slots_G = self.resized.old_rank, self.current.slots_per_rank
         before_G = np.where(old_G < 0, 0, slots_G[old_G])
         result = []
         for row_P, home_GE, wanted, problem in zip(
             self.current.physical_to_logical, self.resized.home_LGE, rows, layers, strict=True
         ):
-            named = relabelled(problem, wanted, home_GE)
+            named = wanted if self.into_G is not None else relabelled(problem, wanted, home_GE)
             parts = np.split(row_P, np.cumsum(slots_G)[:-1])
             before_P = np.concatenate([parts[rank] for rank in old_G if rank >= 0] or [row_P[:0]])
             result.append(named[keep_in_place(before_P, named, before_G, problem.slots_per_rank)])

@@ -38,17 +38,20 @@ class Resized:
         [L, G, E] whether each rank holds each expert already.
     old_rank
         [G] rank in the placement in force, -1 for a new one.
+    ranks_before
+        Ranks of the placement in force.
     """
 
     profile: Profile
     slots_per_rank: NDArray[np.int64]
     home_LGE: NDArray[np.bool_]
     old_rank: NDArray[np.int64]
+    ranks_before: int
 
     @property
     def changed(self) -> bool:
         """Whether any rank left or came."""
-        return len(self.old_rank) == 0 or bool((self.old_rank != np.arange(len(self.old_rank))).any())
+        return bool(self.old_rank.tolist() != list(range(self.ranks_before)))
 
     @property
     def missing_slots(self) -> int:
@@ -116,6 +119,7 @@ def resize(current: Placement, profile: Profile, *, exclude: Sequence[int] = (),
         slots_per_rank=slots.astype(np.int64),
         home_LGE=np.concatenate([home_LGE, fresh], axis=1),
         old_rank=np.array(kept + [NEW] * len(joining), dtype=np.int64),
+        ranks_before=ranks,
     )
 
 

@@ -13,6 +13,8 @@ from gemopt.placement import Placement
 OPTIMALITY_TOLERANCE = 1e-6
 """A gap at or below this relative size is called optimal: the exact solvers work with tolerances near 1e-7."""
 
+SHOWN_LAYERS = 4  # whose lost experts a summary lists
+
 
 class Status(StrEnum):
     """What is known."""
@@ -85,20 +87,19 @@ class MovesReport(BaseModel):
     old_rank: list[int] = Field(default_factory=list)
 
     def summary(self, num_steps: int) -> str:
-        """Up to three lines for people."""
+        """One or two lines for people."""
         size = "" if self.bytes is None else f" ({self.bytes / 1e9:.3g} GB)"
-        before = self.makespan_before_us / num_steps
-        gain = self.gain_us / num_steps
-        line = (
-            f"{self.moves} moves{size}, {gain:.1f} us per step gained on the {before:.1f} us of the placement in force"
-        )
-        if self.paid_after_steps is not None:
-            line += f"; paid for after {self.paid_after_steps:.0f} steps"
+        gain, before = self.gain_us / num_steps, self.makespan_before_us / num_steps
+        change = f"{abs(gain):.1f} us per step {'gained on' if gain >= 0 else 'more than'} the {before:.1f} us in force"
+        paid = "" if self.paid_after_steps is None else f"; paid for after {self.paid_after_steps:.0f} steps"
+        line = f"{self.moves} moves{size}, {change}{paid}"
         lost = sum(map(len, self.from_checkpoint.values()))
-        if lost:
-            layers = "; ".join(f"layer {layer}: {_listed(each)}" for layer, each in self.from_checkpoint.items())
-            line += f"\n{lost} experts have no other copy and come from the checkpoint: {layers}"
-        return line
+        if not lost:
+            return line
+        shown = [f"layer {layer}: {_listed(each)}" for layer, each in list(self.from_checkpoint.items())[:SHOWN_LAYERS]]
+        if len(self.from_checkpoint) > SHOWN_LAYERS:
+            shown.append(f"and {len(self.from_checkpoint) - SHOWN_LAYERS} layers more, see --result")
+        return f"{line}\n{lost} experts have no other copy and come from the checkpoint: {'; '.join(shown)}"
 
 
 def _listed(numbers: list[int]) -> str:

@@ -15,9 +15,10 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.evaluate import total
 from gemopt.moving import Moving, limited
 from gemopt.problem import Problem
-from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy
+from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.schedule import Layer, Run
 from gemopt.solvers.base import Options, Outcome, no_placement
 from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
@@ -137,9 +138,8 @@ def _refine(run: Run, problems: Sequence[Problem], fronts: Sequence[Front], budg
         proven = run.solver.supports.proves and all(_proven(layer) for layer in found.values())
         if not again or over or not proven:
             _take(run.layers, problems, fronts, best[1])
-            if not closed:
-                for layer in run.layers:
-                    _disclaim(layer, StoppedBy.TIME_LIMIT if over else StoppedBy.ITERATIONS)
+            for layer in run.layers:
+                _disclaim(layer, StoppedBy.PROOF if closed else StoppedBy.TIME_LIMIT if over else StoppedBy.ITERATIONS)
             return lower[0]
         found = {
             index: _limited_layer(run.layers[index], problems[index], fronts[index], lower[1][index]) for index in again
@@ -165,15 +165,20 @@ def _learn(layer: Layer, front: Front, budget: int) -> None:
 
 
 def _disclaim(layer: Layer, stopped_by: StoppedBy) -> None:
-    """What was proven of a layer with a part of the budget is not proven of the whole."""
+    """What was proven of a layer with a part of the budget is not proven of the layer; the whole has its own reason."""
     outcome = layer.outcome
     assert outcome is not None
-    reason = stopped_by if outcome.stopped_by in (StoppedBy.PROOF, StoppedBy.GAP) else outcome.stopped_by
+    known = stopped_by is StoppedBy.PROOF or outcome.stopped_by in (StoppedBy.PROOF, StoppedBy.GAP)
+    reason = stopped_by if known else outcome.stopped_by
     layer.outcome = replace(outcome, bound_us=None, own_bound_us=None, stopped_by=reason)
 
 
 def _proven(layer: Layer) -> bool:
-    return layer.outcome is not None and layer.outcome.stopped_by is StoppedBy.PROOF
+    """Whether the layer's answer is the best within its own limits."""
+    outcome = layer.outcome
+    assert outcome is not None and outcome.row is not None
+    gap = relative_gap(total(layer.problem, outcome.row), max(layer.bound_us, outcome.bound_us or 0.0))
+    return gap is not None and gap <= OPTIMALITY_TOLERANCE
 
 
 def _take(layers: Sequence[Layer], problems: Sequence[Problem], fronts: Sequence[Front], moves: Sequence[int]) -> None:
@@ -200,7 +205,7 @@ def _without(layers: Sequence[Layer], fronts: Sequence[Front], *, proven: bool) 
         else:
             needed = sum(min(point.moves for point in front.points) for front in fronts)
             note = f"infeasible: experts without a copy need {needed} moves over all layers, the budget allows fewer"
-            layer.outcome = Outcome(None, StoppedBy.PROOF, infeasible=True, note=note, reached=False)
+            layer.outcome = Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
 
 
 def _has_placement(problem: Problem) -> bool:

@@ -87,6 +87,7 @@ class Part:
             pair_counts=None if self._pairs is None else self._pairs[:, :-1, :-1].cpu().numpy(),
             transitions=None if self._transitions is None else self._transitions[:, :-1, :-1].cpu().numpy(),
             tokens=tokens,
+            allow_idle=True,  # a part of a trace
             **metadata,
         )
 

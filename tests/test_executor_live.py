@@ -270,3 +270,35 @@ def test_a_rank_that_dies_in_the_background_stops_all(world):
 def test_a_probe_that_changes_rolls_back(world):
     for answer in results(world("probes", 2, family="qwen3_moe")):
         assert answer["moved"] and answer["back"] and "probe: rank 0: output differs" in answer["error"]
+
+
+# A controller in charge.
+
+
+@pytest.mark.parametrize(("ranks", "where"), [(2, "shared"), (2, "own"), (4, "mixed")])
+def test_decisions_are_applied_while_serving(world, ranks, where):
+    told = results(world("follow", ranks, family="qwen3_moe", where=where))
+    assert max(error for answer in told for error in answer["errors"]) < EXACT
+    assert len({answer["checksum"] for answer in told}) == 1
+    assert all(answer["decisions"] == told[0]["decisions"] for answer in told)
+    assert told[0]["decisions"][:2] == ["window 1", "window 2"]
+    assert told[0]["windows"] >= 2
+    assert all(all(answer["meters"]) for answer in told)
+
+
+@pytest.mark.parametrize(("ranks", "where"), [(2, "shared"), (2, "own"), (4, "mixed")])
+def test_the_controller_sees_every_assignment_once(world, ranks, where):
+    told = results(world("follow", ranks, family="qwen3_moe", where=where, passes=8))
+    counts, timed = told[0]["seen"]
+    batches = {"shared": told[:1], "own": told, "mixed": told[::2]}[where]
+    assert timed
+    np.testing.assert_array_equal(counts, np.sum([answer["asked"] for answer in batches], axis=0))
+
+
+def test_a_controller_that_fails_or_asks_the_impossible_changes_nothing(world):
+    told = results(world("follow", 2, family="qwen3_moe", where="own", fail_at=0, wrong=True))
+    assert max(error for answer in told for error in answer["errors"]) < EXACT
+    assert told[0]["decisions"][0] == "RuntimeError: no idea"
+    assert any(text.startswith("not applied: ") for text in told[0]["decisions"])
+    assert told[0]["confirmed"] == 1
+    assert len({answer["checksum"] for answer in told}) == 1

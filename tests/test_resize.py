@@ -35,6 +35,7 @@ def test_an_excluded_rank_takes_its_experts_with_it() -> None:
     assert np.flatnonzero(resized.home_LGE[0, 1]).tolist() == [3, 4]
     assert resized.missing_slots == 1
     assert resized.changed
+    assert resize(placement(), profile(), exclude=[3]).changed
 
 
 def test_an_added_rank_is_empty_and_like_its_source(tmp_path: Path) -> None:

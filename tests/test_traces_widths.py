@@ -134,3 +134,20 @@ def test_a_recorder_that_recorded_nothing_is_refused_everywhere(tmp_path: Path) 
     (folder / "000001.safetensors").unlink()
     with pytest.raises(InputError, match="recorded nothing"):
         Traces.load(folder)
+
+
+def test_times_of_ranks_go_with_their_steps(tmp_path: Path) -> None:
+    rank_us = np.array([[1.0, 2.0], [np.nan, 4.0], [5.0, 6.0]])
+    traces = Traces(counts=np.ones((3, 1, 4), np.int64), rank_us=rank_us)
+    traces.save(tmp_path / "t.safetensors")
+    read = Traces.load(tmp_path / "t.safetensors")
+    np.testing.assert_array_equal(read.rank_us, rank_us)
+    np.testing.assert_array_equal(read.steps([0, 2]).rank_us, rank_us[[0, 2]])
+    np.testing.assert_array_equal(concatenate([read, read]).rank_us, np.concatenate([rank_us, rank_us]))
+    assert concatenate([read, Traces(counts=traces.counts)]).rank_us is None
+
+
+@pytest.mark.parametrize("wrong", [np.ones((2, 2)), np.ones(3), np.full((3, 2), -1.0), np.ones((3, 2), np.int64)])
+def test_times_that_cannot_be(wrong: np.ndarray) -> None:
+    with pytest.raises(InputError, match="rank_us"):
+        Traces(counts=np.ones((3, 1, 4), np.int64), rank_us=wrong)

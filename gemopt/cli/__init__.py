@@ -8,7 +8,18 @@ import sys
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit; bad input prints one line on standard error."""
-    from gemopt.cli import apply, compare, conflicts, export, profile, profile_import, solve, trace, trace_import  # noqa: F401 (commands register themselves)
+    from gemopt.cli import (  # noqa: F401 (commands register themselves)
+        apply,
+        compare,
+        conflicts,
+        export,
+        profile,
+        profile_import,
+        solve,
+        trace,
+        trace_import,
+        watch,
+    )
     from gemopt.cli.app import app
     from gemopt.exceptions import EXTRAS, GemoptError, InputError, missing
 

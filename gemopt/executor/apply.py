@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,10 @@ from gemopt.executor.runner import Background, Event, MigrationError, StageRunne
 from gemopt.executor.splits import check_split
 from gemopt.executor.transfer import canaries, wrong_rows
 from gemopt.placement import EMPTY, Placement
+
+if TYPE_CHECKING:
+    from gemopt.executor.follow import Follow
+    from gemopt.online import Controller
 
 __all__ = ["Background", "Executor", "MigrationError"]
 Probe = Mapping[str, Any] | Callable[[], Tensor]
@@ -203,6 +207,24 @@ class Executor:
         self._template = fields
         self._background = Background(self._runner, steps.stages, self.model)
         return self._background
+
+    def follow(
+        self, controller: Controller | None, *, window: int = 64, log: Callable[[str], None] | None = None
+    ) -> Follow:
+        """Let a controller (of rank 0) follow the traffic: its decisions are applied between forward passes.
+
+        Parameters
+        ----------
+        controller
+            `gemopt.online.Controller` with the placement in force; other ranks may give None.
+        window
+            Forward passes between two decisions.
+        log
+            Called with the reason of every decision.
+        """
+        from gemopt.executor.follow import Follow
+
+        return Follow(self, controller, window, log)
 
     def _agree_to(self, given: Placement | Path | str) -> tuple[Plan, dict[str, Any]]:
         """Plan, and refuse on every rank what any rank would refuse."""

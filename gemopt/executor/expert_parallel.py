@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +27,16 @@ from gemopt.executor.plan import LayerRow
 from gemopt.executor.splits import Assigned, Routing, positions
 
 NAME = "gemopt"
+
+
+class Meter(Protocol):
+    """Sees every dispatch: logical experts chosen, and the time in which this rank's experts compute."""
+
+    def begin(self, dispatch: SlotDispatch, top_k_index: Tensor) -> Any:
+        """Before the experts compute; what it returns goes to `end`."""
+
+    def end(self, dispatch: SlotDispatch, clock: Any) -> None:
+        """After they have (on a GPU: after they are queued)."""
 
 
 class SlotDispatch(AllToAllEP):
@@ -48,6 +58,7 @@ class SlotDispatch(AllToAllEP):
         self.row = LayerRow(np.arange(self.num_experts), slots)
         self.routing: Routing | None = None
         self.canaries: Tensor | None = None
+        self.meter: Meter | None = None
         experts.__dict__["gemopt_dispatch"] = self
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -57,8 +68,11 @@ class SlotDispatch(AllToAllEP):
             return untouched
         slots = self._slots(self.routing, top_k_index)
         tokens, slot_ids, weights, state = base._dispatch_tokens(hidden_states, slots, top_k_weights)
+        clock = None if self.meter is None else self.meter.begin(self, top_k_index)
         # A rank without rows has nothing to compute, and possibly no slot to compute it with.
         computed = self.experts_forward(tokens, slot_ids, weights) if tokens.shape[0] else tokens
+        if self.meter is not None:
+            self.meter.end(self, clock)
         output: Tensor = base._combine_tokens(computed, state)
         return output
 

@@ -1,6 +1,8 @@
-"""vLLM plugin (`vllm.general_plugins`): serves the placement of `GEMOPT_PLACEMENT` as vLLM's EPLB policy.
+"""vLLM plugin (`vllm.general_plugins`): serves a placement, or lets the controller decide, as vLLM's EPLB policy.
 
-vLLM loads it in every process. Without the variable it does nothing and imports nothing.
+vLLM loads it in every process. `GEMOPT_PLACEMENT` names a placement that is served as it is; `GEMOPT_PROFILE` names a
+profile with which the controller moves few experts at each rearrangement. Without either it does nothing and imports
+nothing.
 """
 
 from __future__ import annotations
@@ -10,24 +12,34 @@ import os
 from importlib import import_module
 from typing import Any
 
-VARIABLE = "GEMOPT_PLACEMENT"
+VARIABLE, PROFILE = "GEMOPT_PLACEMENT", "GEMOPT_PROFILE"
 logger = logging.getLogger("vllm.gemopt")
 
 
 def register() -> None:
-    """Replace vLLM's default EPLB policy when `GEMOPT_PLACEMENT` names a placement.
+    """Replace vLLM's default EPLB policy when `GEMOPT_PLACEMENT` or `GEMOPT_PROFILE` is set.
 
     Raises
     ------
     InputError
-        The placement cannot be read or served; vLLM then stops at once instead of serving with another layout.
+        Both are set, or the file cannot be read or served; vLLM then stops at once instead of serving otherwise.
     """
-    path = os.environ.get(VARIABLE)
-    if not path:
+    path, profile = os.environ.get(VARIABLE), os.environ.get(PROFILE)
+    if not path and not profile:
         return
+    if path and profile:
+        from gemopt.exceptions import InputError
+
+        raise InputError(PROFILE, profile, f"{VARIABLE} is set too", "set one: a fixed placement, or the controller")
     policies = import_module("vllm.distributed.eplb.policy").EPLB_POLICIES
-    policies["default"] = fixed_policy(path, policies["default"])
-    logger.info("EPLB serves the placement %s", path)
+    if path:
+        policies["default"] = fixed_policy(path, policies["default"])
+        logger.info("EPLB serves the placement %s", path)
+    elif profile:
+        from gemopt.formats.vllm_controller import controlled_policy
+
+        policies["default"] = controlled_policy(profile, policies["default"])
+        logger.info("EPLB moves few experts at a time, by the profile %s", profile)
 
 
 def fixed_policy(path: str, base: type[Any]) -> type[Any]:

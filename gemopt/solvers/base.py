@@ -165,7 +165,7 @@ def no_placement(problem: Problem) -> Outcome:
     needed = 0 if row is None else moves.count(row, slots)
     limit = "into each rank" if moves.most is None or needed <= moves.most else f"{moves.most} in all"
     note = f"infeasible: experts without a copy need {needed} moves, the limit allows fewer ({limit})"
-    return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note, reached=False)
+    return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
 
 
 def within_limits(problem: Problem, row: Row | None) -> bool:

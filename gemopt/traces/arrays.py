@@ -15,6 +15,7 @@ from gemopt.exceptions import InputError
 from gemopt.traces.files import IntArray
 
 COUNT_LIMIT = 2**31 - 1
+FloatArray = NDArray[np.float64]
 
 
 def widened(array: object, dtype: type[np.signedinteger[Any]] = np.int64) -> Any:
@@ -71,6 +72,21 @@ def checked_counts(value: object) -> IntArray:
     result = np.array(array, dtype=np.int32, order="C")
     result.setflags(write=False)
     return result
+
+
+def checked_times(value: object, num_steps: int) -> FloatArray | None:
+    """[T, G] microseconds as they are; `InputError` unless there is a row per step, of numbers >= 0 or NaN."""
+    if value is None:
+        return None
+    array = np.asarray(value)
+    if array.ndim != 2 or array.dtype.kind != "f" or len(array) != num_steps or not array.shape[1]:
+        found = f"{array.dtype} array of shape {array.shape}"
+        raise InputError("Traces.rank_us", found, f"floats [{num_steps} steps, ranks]")
+    if (array < 0).any() or np.isinf(array).any():
+        raise InputError(
+            "Traces.rank_us", "negative or infinite", "microseconds >= 0, or NaN where a rank said nothing"
+        )
+    return array.astype(np.float64)
 
 
 def check_counted(counts: IntArray, ids: IntArray, step: IntArray) -> None:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
 from gemopt.placement import check_layer_ids
-from gemopt.traces.arrays import check_counted, checked_counts, one_hot, widened
+from gemopt.traces.arrays import FloatArray, check_counted, checked_counts, checked_times, one_hot, widened
 from gemopt.traces.files import IntArray, Part, parsed, read, write
 from gemopt.traces.tokens import ARRAYS, Tokens, join
 
 SCHEMA_VERSION = 1
 TOKEN_BLOCK = 4096
-STEP_ARRAYS = ("phase", "task", "pair_counts", "transitions")
+STEP_ARRAYS = ("phase", "task", "rank_us", "pair_counts", "transitions")
 
 
 class Phase(IntEnum):
@@ -46,6 +46,8 @@ class Traces:
         Experts per token and name of the network, when known.
     phase, task, task_names
         [T] `Phase` of each step; [T] index into `task_names`, -1 for none; None when not recorded.
+    rank_us
+        [T, G] measured microseconds of each rank's experts, over all MoE layers; NaN where a rank said nothing.
     pair_counts
         [L, E, E] tokens that chose both experts in a layer; diagonal: tokens that chose the expert.
     transitions
@@ -64,6 +66,7 @@ class Traces:
     phase: IntArray | None = None
     task: IntArray | None = None
     task_names: tuple[str, ...] = ()
+    rank_us: FloatArray | None = None
     pair_counts: IntArray | None = None
     transitions: IntArray | None = None
     tokens: Tokens | None = None
@@ -78,6 +81,7 @@ class Traces:
         object.__setattr__(self, "layer_ids", layer_ids)
         check_layer_ids(layer_ids, counts.shape[1], self.num_hidden_layers)
         self._check_tags()
+        object.__setattr__(self, "rank_us", checked_times(self.rank_us, self.num_steps))
         self._check_tokens()
         self._check_pairs()
         if not allow_idle:
@@ -156,6 +160,7 @@ class Traces:
             counts=self.counts[chosen],
             phase=None if self.phase is None else self.phase[chosen],
             task=None if self.task is None else self.task[chosen],
+            rank_us=None if self.rank_us is None else self.rank_us[chosen],
             pair_counts=None,
             transitions=None,
             tokens=None if self.tokens is None else self.tokens.of_steps(chosen, self.num_steps),
@@ -275,6 +280,9 @@ def concatenate(parts: Sequence[Traces]) -> Traces:
     if all(part.task is not None for part in parts):
         maps = [np.array([*(names.index(n) for n in part.task_names), -1]) for part in parts]
         joined["task"] = np.concatenate([m[p.task] for m, p in zip(maps, parts, strict=True) if p.task is not None])
+    times = [part.rank_us for part in parts if part.rank_us is not None]
+    if len({each.shape[1] for each in times}) == 1 and len(times) == len(parts):
+        joined["rank_us"] = np.concatenate(times)
     for name in ("pair_counts", "transitions"):
         arrays = [getattr(part, name) for part in parts]
         joined[name] = None if any(a is None for a in arrays) else np.sum(arrays, axis=0, dtype=np.int64)
@@ -284,7 +292,7 @@ def concatenate(parts: Sequence[Traces]) -> Traces:
         task_names=names,
         tokens=_joined_tokens(parts),
         allow_idle=True,
-        **{"phase": None, "task": None, **joined},
+        **{"phase": None, "task": None, "rank_us": None, **joined},
     )
 
 

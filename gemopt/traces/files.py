@@ -41,7 +41,9 @@ def write(path: str | os.PathLike[str], arrays: dict[str, IntArray], metadata: d
 
 
 def smallest(array: IntArray) -> IntArray:
-    """The same numbers in the smallest integer type that holds them."""
+    """The same numbers in the smallest integer type that holds them; floats in 32 bits."""
+    if array.dtype.kind == "f":
+        return np.ascontiguousarray(array, dtype=np.float32)
     low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
     kinds = (np.uint8, np.uint16, np.int32) if low >= 0 else (np.int8, np.int16, np.int32)
     for kind in kinds:

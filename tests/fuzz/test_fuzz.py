@@ -23,11 +23,11 @@ def _load(name: str) -> ModuleType:
 fuzz = _load("fuzz")
 
 RUNS = [
-    ("bounds", 2000),
+    ("bounds", 1500),
     *((name, 100) for name in fuzz.SIMPLE),
     ("auto", 150),
-    ("cpsat", 250),
-    ("highs", 150),
+    ("cpsat", 300),
+    ("highs", 100),
     ("cbc", 50),
 ]
 

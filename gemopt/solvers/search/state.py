@@ -151,8 +151,8 @@ def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Arr
     held = row != EMPTY
     np.add.at(holds, (problem.rank_of_slot[held], row[held]), 1)
     loads = np.zeros((problem.num_ranks, items.shape[1], items.shape[2]), np.float32)
-    for slot, rank in enumerate(problem.rank_of_slot):
-        loads[rank] += items[slot]
+    busy = problem.slots_per_rank > 0
+    loads[busy] = np.add.reduceat(items, starts[:-1][busy], axis=0)
     times = np.zeros((problem.num_ranks, items.shape[2]), np.float32)
     weights = problem.weights_T[order].astype(np.float32)
     log, logged = np.zeros((LOG_SIZE, 2), np.int32), np.zeros(1, np.int64)

@@ -76,11 +76,11 @@ def homeward(problem: Problem, start: Row, costs: Costs, stop: NDArray[np.uint8]
         for point in way:
             if within_limits(problem, point.row):
                 return point.row
-        row = _with_copies(problem, make_state(problem, way[-1].row, costs, stop), costs, moves)
+        row = copies_within(problem, make_state(problem, way[-1].row, costs, stop), costs, moves)
     return row
 
 
-def _with_copies(problem: Problem, state: State, costs: Costs, moves: Moves) -> Row:
+def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) -> Row:
     """One round over the copies at a price and limits of moves."""
     shares = make_shares(problem)
     if shares is not None and problem.spare_slots:
@@ -192,7 +192,7 @@ class _Search:
             settle(self.costs, state, terms, moved_into(state, terms), ranks, True)
             self.offer(state.content)
             if self.problem.spare_slots:
-                self.offer(_with_copies(self.problem, self.state(self.row), self.costs, self.moves))
+                self.offer(copies_within(self.problem, self.state(self.row), self.costs, self.moves))
             if self.value >= before:
                 return
 

@@ -1,0 +1,188 @@
+"""A controller in charge of a live model, against the placement fitted once: text changes kind, and a rank slows down.
+
+Four ranks under CPU quotas serve the shipped model, its experts widened as in `live.py`. Placements are fitted on the
+first kind of text. Then the text goes on, changes to another kind, and to a third; halfway through, one rank gets 1.3
+times slower. Round after round the same text is served in turn with the placement fitted once and with
+`Executor.follow`; what is compared is the measured makespan (slowest rank's experts, summed over layers and steps), and
+the logits, which must not change.
+
+    torchrun --standalone --nproc-per-node 4 benchmarks/follow_live.py -o follow_live.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import pydoc_data.topics
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from live import PROMPT, QUOTAS, Stopwatch, change, decode, find_width, from_rank_0, measure_profile, quota_of, say
+from machine import stamp
+from transformers import AutoTokenizer, logging
+
+from gemopt import Placement, Profile, Traces, solve
+from gemopt.executor import Executor
+from gemopt.executor.expert_parallel import dispatches
+from gemopt.executor.load import layout, load
+from gemopt.models import tiny_moe_path
+from gemopt.online import Controller
+from gemopt.profiling.throttle import cpu_quota
+
+SLOW_RANK, SLOWER = 1, 1.3
+KINDS = ("code", "code", "prose", "prose", "tables", "tables")
+SLOW_FROM = 3  # segment
+
+
+def corpus(kind: str) -> str:
+    """Text that every Python carries: its library, its manual, its tables of characters."""
+    if kind == "prose":
+        return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    pattern = "encodings/*.py" if kind == "tables" else "*.py"
+    files = sorted(glob.glob(os.path.join(os.path.dirname(os.__file__), pattern)))
+    return "".join(Path(name).read_text(errors="ignore")[2000:8000] for name in files)
+
+
+def segment(kind: str, sequences: int, steps: int, part: int, parts: int) -> torch.Tensor:
+    """[sequences, PROMPT + steps] tokens of one kind of text; parts have no text in common."""
+    text = corpus(kind)
+    share = len(text) // parts
+    length = PROMPT + steps
+    tokenizer = AutoTokenizer.from_pretrained(tiny_moe_path())
+    ids = tokenizer(text[part * share : (part + 1) * share], add_special_tokens=False)["input_ids"]
+    starts = np.linspace(0, len(ids) - length, sequences).astype(int)
+    return torch.tensor([ids[start : start + length] for start in starts])
+
+
+@contextlib.contextmanager
+def quota_at(rank: int, number: int) -> Iterator[None]:
+    """This rank's share of a core while a segment is served."""
+    slow = rank == SLOW_RANK and number >= SLOW_FROM
+    with cpu_quota(QUOTAS[rank] / (SLOWER if slow else 1.0)):
+        yield
+
+
+@torch.no_grad()
+def fingerprint(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a few tokens."""
+    logits: torch.Tensor = model(tokens[:2, : PROMPT + 1]).logits
+    return logits.float().clone()
+
+
+def serve(model: Any, watch: Stopwatch, texts: list[torch.Tensor], rank: int) -> tuple[list[float], list[torch.Tensor]]:
+    """Measured makespan in microseconds of every segment, and its fingerprint after it."""
+    spans, prints = [], []
+    for number, tokens in enumerate(texts):
+        with quota_at(rank, number):
+            spans.append(float(decode(model, tokens, watch).makespan_TL.sum()))
+        prints.append(fingerprint(model, tokens))
+    return spans, prints
+
+
+def arguments() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=48, help="of a segment; there are six")
+    parser.add_argument("--training-steps", type=int, default=192)
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--points", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Serve, and compare."""
+    options = arguments()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if ranks != len(QUOTAS):
+        raise SystemExit(f"start it on {len(QUOTAS)} ranks")
+    model = load(tiny_moe_path(), layout("shared", ranks), dtype=torch.float32)
+    layers = [dispatch for _, dispatch in dispatches(model)]
+    for dispatch in layers:
+        dispatch.take_over()
+    parts = len(KINDS) + 1
+    train = segment(KINDS[0], options.sequences, options.training_steps, 0, parts)
+    texts = [segment(kind, options.sequences, options.steps, n + 1, parts) for n, kind in enumerate(KINDS)]
+    watch = Stopwatch(layers)
+    counts = decode(model, train, watch).counts_TLE
+    width = find_width(model, train, watch, quota_of(rank))
+    executor = Executor(model, timeout_s=300)
+    ids, experts = executor.layer_ids, layers[0].num_experts
+
+    doubled = [list(range(16 * r, 16 * r + 32)) for r in range(ranks)]
+    rows = [[expert % experts for part in doubled for expert in part]] * len(ids)
+    executor.apply(Placement(physical_to_logical=rows, slots_per_rank=[32] * ranks, num_experts=experts, layer_ids=ids))
+    with quota_of(rank):
+        profile: Profile = measure_profile(watch, width, 2 * options.sequences * 4, options.points, 0.5)
+    traces = Traces(counts=counts, layer_ids=tuple(ids), top_k=4)
+    once = from_rank_0(solve(profile, traces, time_limit=options.seconds).placement if rank == 0 else None)
+
+    spans: dict[str, list[list[float]]] = {"fitted once": [], "followed": []}
+    decisions: list[str] = []
+    worst = 0.0
+    for _ in range(options.rounds):
+        executor.apply(once)
+        fixed, before = serve(model, watch, texts, rank)
+        executor.apply(once)
+        follow = executor.follow(Controller(profile, once) if rank == 0 else None, window=options.window)
+        followed, after = serve(model, watch, texts, rank)
+        follow.close()
+        decisions = follow.decisions
+        spans["fitted once"].append(fixed)
+        spans["followed"].append(followed)
+        differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True)]
+        worst = max(worst, *differences)
+    if rank == 0:
+        report(options, width, spans, decisions, worst)
+    dist.destroy_process_group()
+
+
+def report(
+    options: argparse.Namespace, width: int, spans: dict[str, list[list[float]]], decisions: list[str], worst: float
+) -> None:
+    """Print, and write, what came out."""
+    totals = {name: [sum(each) for each in rounds] for name, rounds in spans.items()}
+    overall = change(totals["followed"], totals["fitted once"])
+    print(f"\n| segment | {' | '.join(f'{n + 1} {kind}' for n, kind in enumerate(KINDS))} | all |")
+    print(f"|---|{'---|' * (len(KINDS) + 1)}")
+    for name, rounds in spans.items():
+        medians = [statistics.median(column) / 1e3 for column in zip(*rounds, strict=True)]
+        total = statistics.median(totals[name]) / 1e3
+        print(f"| {name}, ms | {' | '.join(f'{value:.0f}' for value in medians)} | {total:.0f} |")
+    by_segment = [
+        change([r[n] for r in spans["followed"]], [r[n] for r in spans["fitted once"]])["median"]
+        for n in range(len(KINDS))
+    ]
+    print(f"| change, % | {' | '.join(f'{100 * c:+.1f}' for c in by_segment)} | {100 * overall['median']:+.1f} |")
+    print(f"\nrank {SLOW_RANK} is {SLOWER} times slower from segment {SLOW_FROM + 1} on; largest relative difference "
+          f"of logits {worst:.1e}")  # fmt: skip
+    for line in decisions:
+        say(f"    {line}")
+    if options.output:
+        facts: dict[str, Any] = {
+            "measured": stamp("torch", "transformers"), "quotas": QUOTAS, "width": width, "kinds": KINDS,
+            "slow": {"rank": SLOW_RANK, "factor": SLOWER, "from_segment": SLOW_FROM + 1},
+            "steps": options.steps, "window": options.window, "sequences": options.sequences,
+            "makespan_us": spans, "change": overall, "change_by_segment": by_segment, "decisions": decisions,
+            "largest_logit_difference": worst,
+        }  # fmt: skip
+        options.output.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

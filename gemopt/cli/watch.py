@@ -1,0 +1,162 @@
+"""`gemopt watch`: follow a growing trace folder and keep the placement right."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemopt.cli.app import app, say
+from gemopt.exceptions import InputError
+
+if TYPE_CHECKING:
+    from gemopt.online.controller import Controller
+    from gemopt.online.policy import Policy
+    from gemopt.placement import Placement
+    from gemopt.traces import Traces
+
+
+@app.command(rich_help_panel="Follow the traffic")
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Folder that grows: numbered traces, or an engine's dumps (--from).")],
+    profile: Annotated[Path, typer.Option(help="profile.json")],
+    placement: Annotated[Path, typer.Option(help="The placement in force; a new one replaces it, unless -o.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where new placements go instead.")] = None,
+    to: Annotated[list[str] | None, typer.Option("--to", help="Also export: ENGINE, or ENGINE=FILE.")] = None,
+    source: Annotated[str | None, typer.Option("--from", help="Engine whose dumps the folder gets.")] = None,
+    on_change: Annotated[str | None, typer.Option(help="Command after a change; {placement} is its file.")] = None,
+    command_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds the command may take.")] = 60.0,
+    policy: Annotated[
+        Path | None, typer.Option(help="policy.json: the controller's knobs; see docs/online.md.")
+    ] = None,
+    state: Annotated[Path | None, typer.Option(help="File that keeps what was learnt over a restart.")] = None,
+    window: Annotated[int, typer.Option(min=1, help="Most steps of one decision.")] = 64,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks at the folder.")] = 5.0,
+    port: Annotated[int | None, typer.Option(help="Serve /metrics (Prometheus) and /healthz; 0: any port.")] = None,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    once: Annotated[bool, typer.Option("--once", help="One look, one decision, and out.")] = False,
+) -> None:
+    """Follow a growing trace folder: decide, write the placement, export it, run a command, serve metrics.
+
+    Example: gemopt watch traces/ --profile profile.json --placement placement.json --to sglang --port 9400
+    """
+    from gemopt.documents import check_writable
+    from gemopt.online.follow import Follower
+    from gemopt.online.metrics import Health, Metrics, serve
+    from gemopt.online.watch import Actions, Watch
+
+    target = output or placement
+    check_writable(target)
+    controller = _controller(profile, placement, policy, state)
+    metrics = None if port is None else Metrics()
+    health = Health(stale_after_s=max(60.0, 10 * interval))
+    server = None if metrics is None or port is None else serve(metrics, health, port, host)
+    if server is not None:
+        _log(f"serving http://{host}:{server.server_port}/metrics and /healthz")
+    actions = Actions(target, _writer(target, to or []), _words(on_change), command_timeout)
+    follower = Follower(folder, None if source is None else _reader(source, controller.placement))
+    watched = Watch(controller, follower, actions, _log, metrics, health, state, window)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        watched.run(interval, stop, once=once)
+    finally:
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+
+def _log(text: str) -> None:
+    say(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}")
+
+
+def _words(command: str | None) -> Sequence[str]:
+    if command is None:
+        return ()
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError("--on-change", command, str(error), "quote it as for a shell") from None
+    if not words:
+        raise InputError("--on-change", command, "a command")
+    return words
+
+
+def _controller(profile: Path, placement: Path, policy: Path | None, state: Path | None) -> Controller:
+    from gemopt.online.controller import Controller
+    from gemopt.online.policy import Policy
+    from gemopt.placement import Placement
+    from gemopt.profile import Profile
+
+    in_force = Placement.load(placement)
+    controller = Controller(Profile.load(profile), in_force, Policy() if policy is None else _policy(policy))
+    if state is not None and state.exists():
+        controller.load(state)
+        controller.confirm(in_force)
+    return controller
+
+
+def _policy(path: Path) -> Policy:
+    from pydantic import ValidationError
+
+    from gemopt.documents import read_json
+    from gemopt.online.policy import Policy
+
+    content = read_json(path)
+    try:
+        return Policy.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {where or 'policy'}", first["input"], first["msg"], "see docs/online.md") from None
+
+
+def _writer(target: Path, to: Sequence[str]) -> Callable[[Placement], None]:
+    """Saves a placement and its exports; names of engines are checked now."""
+    from gemopt.formats.engine import WriteOptions
+    from gemopt.formats.registry import export, get
+
+    exports = []
+    for each in to:
+        name, _, file = each.partition("=")
+        engine = get(name)
+        suffix = engine.suffixes[0] if engine.suffixes else ".json"
+        exports.append((name, Path(file) if file else target.with_name(f"{target.stem}.{name}{suffix}")))
+
+    def write(placement: Placement) -> None:
+        for name, path in exports:  # what an engine cannot take is refused before anything is replaced
+            export(placement, to=name, path=path, options=WriteOptions())
+        placement.save(target)
+
+    return write
+
+
+def _reader(source: str, placement: Placement) -> Callable[[Sequence[Path]], Traces]:
+    """Reads an engine's new files through its importer."""
+    from gemopt.formats.engine import TraceOptions
+    from gemopt.formats.importing import import_traces
+    from gemopt.formats.registry import get
+    from gemopt.traces import Traces
+
+    get(source)
+    options = TraceOptions(
+        num_experts=placement.num_experts,
+        layer_ids=tuple(placement.layer_ids),
+        num_hidden_layers=placement.num_hidden_layers,
+    )
+
+    def read(files: Sequence[Path]) -> Traces:
+        with tempfile.TemporaryDirectory(prefix="gemopt-watch-") as scratch:
+            path = Path(scratch) / "traces.safetensors"
+            import_traces(list(files), source=source, destination=path, options=options)
+            return Traces.load(path)
+
+    return read

@@ -1,0 +1,210 @@
+"""Let a controller follow the traffic of a live model: measure, decide on one rank, move in the background.
+
+All ranks count their assignments and time their experts. Every `window` forward passes they gather both; rank 0 decides
+in a thread of its own, while the model serves, and the others learn of it between two later forward passes, all between
+the same ones. What has been decided is applied by `Executor.start`.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gemopt.exceptions import GemoptError, InputError
+from gemopt.executor.expert_parallel import SlotDispatch
+from gemopt.placement import Placement
+
+if TYPE_CHECKING:
+    from gemopt.executor.apply import Executor
+    from gemopt.online import Controller
+
+NOTHING, PENDING, KEPT, MOVE = range(4)
+ASK_EVERY = 4  # forward passes between two looks at whether rank 0 has decided
+EMPTY = b"{}"
+
+
+class Gauge:
+    """Counts and times of the forward passes of one window on this rank.
+
+    counts_WLE: [W, L, E] assignments that this rank's batch made; times_WL: [W, L] microseconds of its experts.
+    """
+
+    def __init__(self, layers: list[SlotDispatch], window: int) -> None:
+        self._index = {id(dispatch): layer for layer, dispatch in enumerate(layers)}
+        self._cuda = layers[0].device.type == "cuda"
+        shape = (window, len(layers), layers[0].num_experts)
+        self.counts_WLE = torch.zeros(shape, dtype=torch.int64, device=layers[0].device)
+        self.times_WL = np.full(shape[:2], np.nan)
+        self._events: list[tuple[int, int, Any, Any]] = []
+        self.passes = 0
+
+    def begin(self, dispatch: SlotDispatch, top_k_index: Tensor) -> Any:
+        """See `Meter`."""
+        layer = self._index[id(dispatch)]
+        self.counts_WLE[self.passes, layer] += torch.bincount(top_k_index.reshape(-1), minlength=dispatch.num_experts)
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def end(self, dispatch: SlotDispatch, clock: Any) -> None:
+        """See `Meter`."""
+        layer = self._index[id(dispatch)]
+        if not self._cuda:
+            self._add(self.passes, layer, 1e6 * (time.perf_counter() - clock))
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append((self.passes, layer, clock, event))
+
+    def _add(self, step: int, layer: int, microseconds: float) -> None:
+        self.times_WL[step, layer] = np.nan_to_num(self.times_WL[step, layer]) + microseconds
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Counts [W, L, E] on the CPU and times [W] in microseconds; starts the next window."""
+        for step, layer, begin, end in self._events:
+            end.synchronize()
+            self._add(step, layer, 1e3 * begin.elapsed_time(end))
+        counts, times = self.counts_WLE.to("cpu", copy=True), torch.from_numpy(self.times_WL.sum(axis=1))
+        self.counts_WLE.zero_()
+        self.times_WL[:] = np.nan
+        self._events.clear()
+        self.passes = 0
+        return counts, times
+
+
+class Follow:
+    """A controller in charge of a live model, until `close`. Made and closed by every rank alike.
+
+    Attributes
+    ----------
+    decisions
+        One line for each decision, on every rank: the reasons.
+    """
+
+    def __init__(
+        self, executor: Executor, controller: Controller | None, window: int, log: Callable[[str], None] | None
+    ) -> None:
+        if window < 1:
+            raise InputError("window", window, "forward passes, at least 1")
+        if executor.rank == 0 and controller is None:
+            raise InputError("controller", None, "rank 0 decides, and needs one")
+        self.executor = executor
+        self.controller = controller
+        self.window = window
+        self.decisions: list[str] = []
+        self._log = log
+        self._gauge = Gauge(executor.layers, window)
+        ranks = dist.get_process_group_ranks(executor.layers[0].ep_mesh.get_group())
+        self._root = ranks[0]
+        self._group: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        self._thread: threading.Thread | None = None
+        self._word: tuple[int, bytes] = (NOTHING, EMPTY)
+        self._waiting = 0
+        self._background: Any = None
+        for dispatch in executor.layers:
+            dispatch.meter = self._gauge
+        self._hooks = [
+            executor.model.register_forward_pre_hook(lambda *_: self._before(), prepend=True),
+            executor.model.register_forward_hook(lambda *_: self._after()),
+        ]
+
+    def _after(self) -> None:
+        self._gauge.passes += 1
+        if self._gauge.passes == self.window:
+            self._gather()
+
+    def _gather(self) -> None:
+        counts, times = self._gauge.read()
+        layer = self.executor.layers[0]
+        share = layer.tp_mesh.size()  # ranks that share a batch count it alike
+        if layer.rank % share:
+            counts.zero_()
+        dist.all_reduce(counts, group=self._group)
+        times_G = times.new_empty(layer.num_ranks, len(times))
+        dist.all_gather(list(times_G), times, group=self._group)
+        moving = self._background is not None and not self._background.done
+        if moving or self._waiting:
+            return  # one decision at a time; the next window sees what this one would have
+        self._waiting = ASK_EVERY
+        if self.controller is not None and self.executor.rank == 0:
+            self._word = (PENDING, EMPTY)
+            work = (counts.numpy(), times_G.numpy().T.copy())
+            self._thread = threading.Thread(target=self._decide, args=work, daemon=True)
+            self._thread.start()
+
+    def _decide(self, counts_NLE: Any, latencies_NG: Any) -> None:
+        controller = self.controller
+        assert controller is not None
+        try:
+            decision = controller.step(counts_NLE, latencies_NG)
+        except Exception as error:  # whatever it is, the model goes on serving
+            self._word = (KEPT, json.dumps({"reason": f"{type(error).__name__}: {error}"}).encode())
+            return
+        said: dict[str, Any] = {"reason": decision.reason}
+        if decision.num_moves:
+            said["placement"] = decision.placement.model_dump_json()
+        self._word = (MOVE if decision.num_moves else KEPT, json.dumps(said).encode())
+
+    def _before(self) -> None:
+        if not self._waiting:
+            return
+        self._waiting -= 1
+        if self._waiting:
+            return
+        state, text = self._hear()
+        if state == PENDING:
+            self._waiting = ASK_EVERY
+            return
+        said = json.loads(text)
+        self._say(said["reason"])
+        if state == MOVE:
+            self._move(Placement.model_validate_json(said["placement"]))
+
+    def _hear(self) -> tuple[int, bytes]:
+        """What rank 0 has decided so far; every rank asks before the same forward pass."""
+        word = self._word
+        header = torch.tensor([word[0], len(word[1])])
+        dist.broadcast(header, self._root, group=self._group)
+        state, size = (int(value) for value in header)
+        if state == PENDING:
+            return state, EMPTY
+        body = torch.zeros(size, dtype=torch.uint8)
+        if self.executor.rank == 0:
+            body = torch.frombuffer(bytearray(word[1]), dtype=torch.uint8)
+        dist.broadcast(body, self._root, group=self._group)
+        return state, bytes(body.numpy())
+
+    def _move(self, placement: Placement) -> None:
+        old = self.executor.placement
+        try:
+            self._background = self.executor.start(placement)
+        except GemoptError as error:  # refused on every rank alike: what is in force stays
+            self._say(f"not applied: {error}")
+            if self.controller is not None:
+                self.controller.confirm(old)
+
+    def _say(self, text: str) -> None:
+        self.decisions.append(text)
+        if self._log is not None:
+            self._log(text)
+
+    def close(self) -> None:
+        """Finish what is moving and take the hooks away; collective."""
+        for hook in self._hooks:
+            hook.remove()
+        for dispatch in self.executor.layers:
+            dispatch.meter = None
+        if self._background is not None:
+            self._background.wait()
+        if self._thread is not None:
+            self._thread.join()

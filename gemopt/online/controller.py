@@ -1,0 +1,327 @@
+"""The controller: counts and latencies of the last steps in, moves that pay for themselves out.
+
+Pure and deterministic: no threads, no clock, no randomness. The same calls give the same decisions, in a replay, in the
+executor or in an engine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.costs import CostModel, fit, scaled
+from gemopt.evaluate import objective, rank_times
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.latency import FloatArray, Latency
+from gemopt.online import state
+from gemopt.online.decision import Decision, travel_between
+from gemopt.online.inputs import counts_from, latencies_from
+from gemopt.online.memories import Memories
+from gemopt.online.planner import Prices, Proposal, choose, effective_steps, evacuate, propose, sample
+from gemopt.online.policy import TICK, Policy
+from gemopt.online.promises import Promises
+from gemopt.online.speeds import Speeds
+from gemopt.placement import Placement, Split
+from gemopt.problem import Problem
+from gemopt.profile import Profile
+from gemopt.solvers.search.state import Costs, hull_costs, make_costs
+
+EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
+MOST_COMPILED = 16
+WORK = 1 << 14  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
+
+
+class Controller:
+    """Decides now and then which experts to move.
+
+    Parameters
+    ----------
+    profile
+        Measured devices, or a fitted cost model.
+    placement
+        In force now.
+    policy
+        Knobs.
+
+    Raises
+    ------
+    InputError
+        When the placement is of another number of ranks than the profile.
+    UnsupportedError
+        For copies whose shares are not even.
+    """
+
+    def __init__(self, profile: Profile | CostModel, placement: Placement, policy: Policy | None = None) -> None:
+        known = profile.model.expert_bytes if isinstance(profile, Profile) else None
+        nodes = [device.node for device in profile.devices] if isinstance(profile, Profile) else []
+        self.cost = fit(profile)[0] if isinstance(profile, Profile) else profile
+        self.policy = policy = policy or Policy()
+        self.expert_bytes = float(policy.expert_bytes or known or EXPERT_BYTES)
+        self.nodes_G = np.unique([node or "" for node in nodes], return_inverse=True)[1] if nodes else None
+        self.memories = Memories(policy, placement.num_layers, placement.num_experts)
+        self.speeds = Speeds(policy, len(self.cost.latencies))
+        self.promises = Promises(policy, placement.num_slots)
+        self.scaled = self.cost  # with every rank as fast as it is now
+        self.pending = np.zeros((0, placement.num_layers, placement.num_experts), np.int64)
+        self.moved_at = np.full(placement.num_layers, -(2**40))
+        self.steps = self.blind_until = 0
+        self.now_s: float | None = None
+        self._compiled: dict[tuple[int, int], Costs] = {}  # by mean and largest load
+        self._check(placement)
+        self.placement = placement
+
+    def step(self, counts_NLE: object, latencies_NG: object = None, *, now_s: float | None = None) -> Decision:
+        """Take the last steps in, and decide.
+
+        Never raises for what it is given: what cannot be used leaves everything as it was and is the decision's reason.
+
+        Parameters
+        ----------
+        counts_NLE
+            [n, L, E] assignments of the last n steps.
+        latencies_NG
+            [n, G] measured microseconds of every rank at these steps, summed over the MoE layers; NaN or 0 where a rank
+            said nothing.
+        now_s
+            Seconds on the caller's clock, only to notice that it stands still or goes backwards.
+        """
+        try:
+            counts = counts_from(counts_NLE, self.memories.shape)
+            latencies = latencies_from(latencies_NG, len(counts), len(self.scaled.latencies))
+            self._clock(now_s)
+        except InputError as error:
+            return self._keep(f"refused: {error}")
+        window = [self._problem(counts, layer, self.scaled.latencies) for layer in range(counts.shape[1])]
+        rows = self.placement.physical_to_logical
+        times_LNG = np.stack([rank_times(problem, row) for problem, row in zip(window, rows, strict=True)])
+        news = self._listen(latencies, times_LNG.sum(axis=0) / self.speeds.factors_G)
+        known = self.memories.ticks
+        changed = self._remember(counts)
+        if changed:
+            news.append("the traffic changed")
+        else:
+            self.promises.check(window)
+        if self.memories.ticks > known:
+            self.promises.forget(self.placement.num_slots)
+        mean = times_LNG.mean()
+        imbalance = float(times_LNG.max(axis=2).mean() / mean) if mean > 0 else float("nan")
+        return self._decide(news, changed, imbalance, known)
+
+    def remember(self, counts_NLE: object) -> None:
+        """Learn from [n, L, E] steps of the past without deciding: what the placement in force was fitted on.
+
+        Raises
+        ------
+        InputError
+            When they are of another network.
+        """
+        self._remember(counts_from(counts_NLE, self.memories.shape))
+        self.memories.changes = 0  # how fast traffic changes is learnt while serving
+
+    def confirm(self, placement: Placement) -> None:
+        """Go on from the placement that is really in force.
+
+        Raises
+        ------
+        InputError
+            When it is of another network or group.
+        """
+        self._check(placement)
+        shape, given = self.memories.shape, (placement.num_layers, placement.num_experts)
+        if given != shape:
+            raise InputError(
+                "placement", f"{given[0]} layers, {given[1]} experts", f"{shape[0]} layers, {shape[1]} experts"
+            )
+        if (placement.slots_per_rank != self.placement.slots_per_rank).any():
+            self.promises.forget(placement.num_slots)
+        self.placement = placement
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what was learnt, atomically; `InputError` where it cannot be written."""
+        state.save(self, path)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on as the controller that wrote the file would; `InputError` when it is not of this network and policy."""
+        state.load(self, path)
+
+    def _check(self, placement: Placement) -> None:
+        if placement.num_ranks != len(self.cost.latencies):
+            limit = f"{len(self.cost.latencies)}, as the profile has devices"
+            raise InputError("Placement.slots_per_rank", f"{placement.num_ranks} ranks", limit)
+        if placement.has_copies and placement.split is not Split.EVEN:
+            limit = "the shares of moved copies follow from counts only for the even split"
+            raise UnsupportedError("Placement.split", placement.split.value, limit, "use even")
+
+    def _clock(self, now_s: float | None) -> None:
+        if now_s is None:
+            return
+        if not np.isfinite(now_s) or (self.now_s is not None and now_s < self.now_s):
+            raise InputError("now_s", now_s, f"seconds that do not go back behind {self.now_s}")
+        self.now_s = float(now_s)
+
+    def _listen(self, latencies: FloatArray | None, predicted_NG: FloatArray) -> list[str]:
+        """Take latencies in; what is worth saying about them."""
+        sure = max(0, self.blind_until - self.steps)
+        self.steps += len(predicted_NG)
+        if latencies is None:
+            return []
+        failed_G = self.speeds.failed_G
+        self.speeds.listen(latencies)
+        news = [f"rank {g} reports again" for g in np.flatnonzero(failed_G & ~self.speeds.failed_G)]
+        news += [
+            f"rank {g} has failed (no latencies for {self.speeds.silent_G[g]} steps)"
+            for g in np.flatnonzero(self.speeds.failed_G & ~failed_G)
+        ]
+        changed = self.speeds.learn(latencies[sure:], predicted_NG[sure:])
+        if changed:
+            news += [f"rank {g} takes {self.speeds.factors_G[g]:.3f} times its profile" for g in changed]
+            self.rescale()
+            self.moved_at[:] = -(2**40)  # every layer may move at once
+        return news
+
+    def rescale(self) -> None:
+        """Take the speeds in force over into the latencies that plans are judged by."""
+        self.scaled = scaled(self.cost, self.speeds.factors_G)
+        self._compiled = {}
+
+    def _problem(
+        self,
+        counts: NDArray[np.int64],
+        layer: int,
+        latencies: Sequence[Latency],
+        weights: FloatArray | None = None,
+    ) -> Problem:
+        return Problem.make(
+            counts[:, layer],
+            self.cost.features,
+            latencies,
+            self.placement.slots_per_rank,
+            weights,
+        )
+
+    def _remember(self, counts: NDArray[np.int64]) -> bool:
+        """Whether the traffic changed suddenly within these steps."""
+        self.pending = np.concatenate([self.pending, counts])
+        changed = False
+        while len(self.pending) >= TICK:
+            changed = self.memories.add(self.pending[:TICK]) or changed
+            self.pending = self.pending[TICK:]
+        if changed:
+            self.moved_at[:] = -(2**40)
+        return changed
+
+    def _keep(self, reason: str, **fields: float | bool) -> Decision:
+        return Decision(self.placement, reason=reason, drift=self.memories.drift, **fields)  # type: ignore[arg-type]
+
+    def _decide(self, news: list[str], changed: bool, imbalance: float, known: int) -> Decision:
+        say = "; ".join(news)
+        if not self.memories.ticks or (self.memories.ticks == known and not news):
+            return self._keep(_joined(say, f"waiting for {TICK - len(self.pending)} more steps"), imbalance=imbalance)
+        failed_G = self.speeds.failed_G
+        begin = self.placement.physical_to_logical
+        stranded = failed_G.any() and (begin[:, failed_G[self.placement.rank_of_slot]] >= 0).any()
+        rows = np.array(begin)
+        problems, trusted = self._remembered()
+        if stranded:
+            for layer, problem in enumerate(problems):
+                row = evacuate(problem, rows[layer], failed_G)
+                if row is None:
+                    ranks = ", ".join(map(str, np.flatnonzero(failed_G)))
+                    room = int(self.placement.slots_per_rank[~failed_G].sum())
+                    need = f"{self.memories.shape[1]} experts need a slot, the others have {room}"
+                    return self._keep(_joined(say, f"infeasible without rank {ranks}: {need}"), imbalance=imbalance)
+                rows[layer] = row
+        proposals = self._proposals(problems, rows, trusted)
+        for layer, waypoint in choose(proposals, self.policy.max_moves).items():
+            rows[layer] = waypoint.row
+        gain_us = sum(
+            objective(problem, old) - objective(problem, row)
+            for problem, old, row in zip(problems, begin, rows, strict=True)
+            if (old != row).any()
+        )
+        return self._decision(rows, gain_us, say, imbalance, changed)
+
+    def _remembered(self) -> tuple[list[Problem], float]:
+        """(one problem per layer on the steps that count now, to how many equally weighted ones they amount)."""
+        memories = self.memories
+        most = min(self.policy.plan_steps, max(TICK * TICK, WORK // memories.shape[1]))
+        steps, weights = sample(np.repeat(memories.weights() / TICK, TICK), most)
+        pool_NLE = memories.counts.reshape(-1, *memories.shape)[steps].astype(np.int64)
+        layers = range(memories.shape[0])
+        return [self._problem(pool_NLE, layer, self.scaled.latencies, weights) for layer in layers], effective_steps(
+            weights
+        )
+
+    def _proposals(self, problems: list[Problem], rows: NDArray[np.int64], trusted: float) -> list[Proposal]:
+        policy, lifetime = self.policy, self.memories.lifetime_steps
+        transfer_us = self.expert_bytes / policy.bytes_per_s * 1e6
+        # What comes back was seen at length and will stay for a while: it is worth the best placement for it at once.
+        shortfall = 0.0 if self.memories.recalled else self.promises.least(trusted)
+        prices = Prices(policy.slowdown * transfer_us / lifetime, policy.commit_us / lifetime, shortfall)
+        into_G = np.where(self.speeds.failed_G, 0, self.placement.slots_per_rank)
+        found = []
+        for layer, problem in enumerate(problems):
+            if self.steps - self.moved_at[layer] < policy.cool_down_steps or not problem.counts_TE.any():
+                continue
+            proposal = propose(
+                problem,
+                layer,
+                rows[layer],
+                prices,
+                dead_zone=policy.dead_zone,
+                max_swaps=policy.max_swaps,
+                into_G=into_G,
+                costs=self._costs(problem),
+            )
+            if proposal is not None:
+                found.append(proposal)
+                first, last, swaps = proposal.way[0], proposal.way[-1], len(proposal.way) - 1
+                gain = 1 - last.objective_us / first.objective_us
+                self.promises.make(layer, first.row, last.row, gain, swaps, trusted)
+        return found
+
+    def _costs(self, problem: Problem) -> Costs:
+        """Latencies in compiled form: lines or planes where they are close, else tables, made once for all layers."""
+        loads_T = problem.counts_TE.sum(axis=1)
+        key = (int(loads_T.mean()), 2 << int(loads_T.max()).bit_length())  # of the key alone, whatever came before
+        if key not in self._compiled:
+            hull = hull_costs(self._alike(problem, key[0]))
+            if len(self._compiled) >= MOST_COMPILED:
+                self._compiled.clear()
+            self._compiled[key] = make_costs(self._alike(problem, key[1])) if hull is None else hull
+        return self._compiled[key]
+
+    @staticmethod
+    def _alike(problem: Problem, load: int) -> Problem:
+        """The same layer with one step of at least so many assignments."""
+        counts_1E = np.full((1, problem.num_experts), -(-load // problem.num_experts))
+        return Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
+
+    def _decision(self, rows: NDArray[np.int64], gain_us: float, say: str, imbalance: float, changed: bool) -> Decision:
+        travel = travel_between(self.placement, rows, self.nodes_G)
+        if not travel.moves:
+            return self._keep(_joined(say, "no swap pays"), imbalance=imbalance, changed=changed)
+        layers, transfer_us = len(travel.moves), travel.rounds * self.expert_bytes / self.policy.bytes_per_s * 1e6
+        cost_us = layers * self.policy.commit_us + self.policy.slowdown * transfer_us
+        self.moved_at[list(travel.layers)] = self.steps
+        self.placement = travel.placement
+        self.blind_until = self.steps + layers + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
+        text = f"{travel.num_moves} moves in {layers} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
+        return Decision(
+            self.placement,
+            travel.moves,
+            travel.num_moves,
+            gain_us,
+            cost_us,
+            _joined(say, text),
+            self.memories.drift,
+            imbalance,
+            changed,
+        )
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)

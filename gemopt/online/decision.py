@@ -1,0 +1,80 @@
+"""What the controller answers, and the moves behind a wanted placement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.migration import Move, held, keep_in_place, moves
+from gemopt.placement import Placement
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What a step of the controller wants.
+
+    Attributes
+    ----------
+    placement
+        Wanted placement; the very object in force when nothing moves.
+    moves
+        By layer id, what travels; slots as in `gemopt.migration.Move`.
+    num_moves
+        Experts that some rank receives.
+    gain_us
+        Predicted gain per step, in microseconds summed over the layers.
+    cost_us
+        What the moves stall once, in microseconds: commits, and what transfers in the background slow down.
+    reason
+        Why, in one line.
+    drift
+        Distance of the last loads from what was predicted, 0 to 1.
+    imbalance
+        Slowest over mean rank of the last steps, over all layers; NaN where nothing was seen.
+    changed
+        Whether the traffic changed suddenly.
+    """
+
+    placement: Placement
+    moves: dict[int, list[Move]] = field(default_factory=dict)
+    num_moves: int = 0
+    gain_us: float = 0.0
+    cost_us: float = 0.0
+    reason: str = ""
+    drift: float = 0.0
+    imbalance: float = float("nan")
+    changed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Travel:
+    """The way to a wanted placement, its slots in the order that moves fewest experts.
+
+    layers: indices of those that change; moves: by layer id; num_moves: experts received in all; rounds: experts that
+    the busiest rank of each layer receives, summed, which is how long transfers last.
+    """
+
+    placement: Placement
+    layers: tuple[int, ...]
+    moves: dict[int, list[Move]]
+    num_moves: int
+    rounds: int
+
+
+def travel_between(before: Placement, wanted_LP: NDArray[np.int64], nodes_G: NDArray[np.int64] | None) -> Travel:
+    """From the placement in force to the wanted rows."""
+    slots_G, rows = before.slots_per_rank, np.array(wanted_LP)
+    changed = np.flatnonzero((before.physical_to_logical != rows).any(axis=1))
+    moved: dict[int, list[Move]] = {}
+    total = rounds = 0
+    for layer in changed:
+        old, row = before.physical_to_logical[layer], rows[layer]
+        rows[layer] = row[keep_in_place(old, row, slots_G)]
+        moved[before.layer_ids[layer]] = moves(old, rows[layer], slots_G, nodes=nodes_G)
+        new_GE = held(row, slots_G, before.num_experts) & ~held(old, slots_G, before.num_experts)
+        total, rounds = total + int(new_GE.sum()), rounds + int(new_GE.sum(axis=1).max())
+    fields = {name: getattr(before, name) for name in type(before).model_fields}
+    placement = Placement(**{**fields, "physical_to_logical": rows}) if moved else before
+    return Travel(placement, tuple(map(int, changed)), moved, total, rounds)

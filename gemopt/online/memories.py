@@ -1,0 +1,168 @@
+"""What is remembered of past steps, and which of it describes the steps to come.
+
+Steps are kept in blocks of `TICK`. When there are too many, the two most alike of the old blocks become one, so that
+rare traffic is not forgotten. Four memories weigh the blocks: two that forget at different rates, one that does not,
+and one by likeness to the last steps, which brings back traffic that was seen before. Each predicts the next block's
+loads; how well it did lately decides its say.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.latency import FloatArray
+from gemopt.online.policy import TICK, Policy
+
+Array = NDArray[Any]
+NAMES = ("fast", "slow", "all", "alike")
+SHARPNESS = 8.0  # a memory that is x times as far off has its weight multiplied by exp(-SHARPNESS (x - 1))
+FOCUS = 3.0  # the same for blocks in the memory by likeness
+SCORE_TICKS = 8.0  # time constant of the memories' scores
+USUAL_TICKS = 16.0  # of what is usual
+SUDDEN, CLEARLY = 6.0, 1.4  # a change: beyond the usual by so many mean deviations, and by this factor
+QUERY_TICKS = 4  # last blocks that are compared with past ones
+RECENT_TICKS = 32  # blocks that are not merged yet
+FRESH_TICKS = 8  # for which a change counts as recent
+
+
+class Memories:
+    """Blocks of past steps with the weights that four memories give them.
+
+    counts: [B, TICK, L, E]; sums: [B, L * E] total of each block and roots: of its shares; overlaps: [B, B] of roots;
+    steps: [B] how many it stands for; last: [B] index of its newest tick, -1 where there is no block yet. scores: [4]
+    mean distance of what each memory predicted. usual, spread: mean and mean deviation of the distance between a
+    prediction and what came. since: first tick after the last sudden change; changes: how many there were.
+    """
+
+    def __init__(self, policy: Policy, num_layers: int, num_experts: int) -> None:
+        self.policy = policy
+        self.shape = (num_layers, num_experts)
+        room, size = policy.keep_steps // TICK, num_layers * num_experts
+        self.counts = np.zeros((room, TICK, num_layers, num_experts), np.int32)
+        self.sums, self.roots = np.zeros((room, size), np.float32), np.zeros((room, size), np.float32)
+        self.overlaps = np.zeros((room, room), np.float32)
+        self.steps = np.zeros(room)
+        self.last = np.full(room, -1)
+        self.ticks = self.since = self.changes = 0
+        self.scores = np.zeros(len(NAMES))
+        self.usual = self.spread = self.drift = 0.0
+
+    @property
+    def size(self) -> int:
+        """B, blocks so far."""
+        return min(self.ticks, len(self.last))
+
+    @property
+    def say(self) -> FloatArray:
+        """[4] weight of each memory; sums to 1."""
+        best = self.scores.min()
+        weights = np.exp(-SHARPNESS * (self.scores / best - 1)) if best > 0 else (self.scores <= best).astype(float)
+        return np.asarray(weights / weights.sum())
+
+    @property
+    def lifetime_steps(self) -> float:
+        """Expected steps between sudden changes: the mean of those seen, begun with the policy's horizon."""
+        return (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
+
+    @property
+    def recalled(self) -> bool:
+        """Whether traffic that was seen before has just come back: most of what counts is from before the change."""
+        fresh = self.changes > 0 and self.ticks - self.since <= FRESH_TICKS
+        return fresh and float(self.weights()[self.last[: self.size] < self.since].sum()) > 0.5
+
+    def add(self, counts_NLE: Array) -> bool:
+        """Remember TICK more steps; whether the traffic changed suddenly with them."""
+        sums = counts_NLE.sum(axis=0, dtype=np.float64).ravel().astype(np.float32)
+        changed = False
+        if self.ticks:
+            losses = self._misses(sums)
+            self.drift = float(losses @ self.say)
+            changed = self._judge(losses)
+        self._store(counts_NLE, sums)
+        self.ticks += 1
+        if changed:
+            self.changes += 1
+            self.since = self.ticks - 1
+            self.scores = self._misses(sums)  # only what describes the new traffic counts now
+        return changed
+
+    def weights(self) -> FloatArray:
+        """[B] weight of each block in the mixture of the memories, in order of storage; sums to 1."""
+        return np.asarray(self.say @ self._weights())
+
+    def _misses(self, sums: FloatArray) -> FloatArray:
+        """[4] distance of what each memory predicts from the loads [L * E]."""
+        per_step = (self._weights() / self.steps[: self.size]).astype(np.float32)
+        predicted = np.stack([self._roots(each) for each in per_step @ self.sums[: self.size]])
+        return self._distances(np.asarray(predicted), self._roots(sums))
+
+    def _judge(self, losses: FloatArray) -> bool:
+        """Take the new distances into the scores and into what is usual; whether they are far beyond it."""
+        if self.ticks == 1:
+            self.scores, self.usual, self.spread = losses, self.drift, 0.5 * self.drift
+            return False
+        sudden = self.drift > max(self.usual + SUDDEN * self.spread, CLEARLY * self.usual) and self.ticks > 2
+        if sudden:
+            return True
+        pace = max(1 / SCORE_TICKS, 1 / self.ticks)
+        self.scores = (1 - pace) * self.scores + pace * losses
+        pace = max(1 / USUAL_TICKS, 1 / self.ticks)
+        self.spread += pace * (abs(self.drift - self.usual) - self.spread)
+        self.usual += pace * (self.drift - self.usual)
+        return False
+
+    def _weights(self) -> FloatArray:
+        """[4, B] weights of the blocks in each memory; every row sums to 1."""
+        steps, age = self.steps[: self.size], (self.ticks - 1 - self.last[: self.size]) * TICK
+        rows = [steps * np.exp(-age / tau) for tau in (self.policy.fast_steps, self.policy.slow_steps)]
+        rows += [steps, steps * self._likeness()]
+        weights = np.stack(rows)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+    def _likeness(self) -> FloatArray:
+        """[B] how alike each block is to the last ones since the last change; 1 for the most alike."""
+        own = self.last[: self.size] >= max(self.since, self.ticks - QUERY_TICKS)
+        asked = self._roots(self.sums[: self.size][own].sum(axis=0))
+        far_B = self._distances(self.roots[: self.size], asked)
+        far_B[own] = max(self.usual, 1e-9)  # they are part of what is asked for
+        return np.asarray(np.exp(-FOCUS * np.maximum(far_B / max(far_B.min(), self.usual, 1e-9) - 1, 0.0)))
+
+    def _roots(self, sums: Array) -> Array:
+        """[L * E] square roots of the load shares within each layer; equal shares where there is no load."""
+        loads_LE = sums.reshape(self.shape)
+        total_L1 = loads_LE.sum(axis=1, keepdims=True)
+        equal_LE = np.full_like(loads_LE, 1 / self.shape[1])
+        return np.asarray(np.sqrt(np.divide(loads_LE, total_L1, out=equal_LE, where=total_L1 > 0)).ravel())
+
+    def _distances(self, roots: Array, one: Array) -> FloatArray:
+        """[N] squared Hellinger distance of shares with roots [N, L * E] from those with `one`, mean over layers."""
+        return np.asarray(np.maximum(1 - (roots @ one).astype(np.float64) / self.shape[0], 0.0))
+
+    def _store(self, counts_NLE: Array, sums: Array) -> None:
+        at = self.size if self.size < len(self.last) else self._merge()
+        self.counts[at], self.sums[at], self.roots[at] = counts_NLE, sums, self._roots(sums)
+        self.steps[at], self.last[at] = TICK, self.ticks
+        self._compare(at)
+
+    def _compare(self, at: int) -> None:
+        row = self.roots @ self.roots[at]
+        self.overlaps[at], self.overlaps[:, at] = row, row
+        self.overlaps[at, at] = -np.inf
+
+    def _merge(self) -> int:
+        """Make one block of the two old ones that are most alike, with steps of both in proportion; the free index."""
+        old = np.flatnonzero(self.last < self.ticks - min(RECENT_TICKS, len(self.last) - 2))
+        first, second = divmod(int(self.overlaps[np.ix_(old, old)].argmax()), len(old))
+        a, b = sorted((int(old[first]), int(old[second])), key=lambda block: int(self.last[block]))
+        both = self.steps[a] + self.steps[b]
+        of_a = int(np.clip(round(TICK * self.steps[a] / both), 1, TICK - 1))
+        chosen_a, chosen_b = (np.linspace(0, TICK - 1, n).round().astype(int) for n in (of_a, TICK - of_a))
+        self.counts[b] = np.concatenate([self.counts[a, chosen_a], self.counts[b, chosen_b]])
+        self.sums[b] += self.sums[a]
+        self.roots[b] = self._roots(self.sums[b])
+        self.steps[b] = both
+        self._compare(b)
+        return a

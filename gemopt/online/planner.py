@@ -1,0 +1,143 @@
+"""Which moves pay: few swaps from the placement in force, judged on weighted past steps. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.evaluate import rank_times
+from gemopt.latency import FloatArray
+from gemopt.placement import EMPTY
+from gemopt.problem import Problem
+from gemopt.solvers.base import Row
+from gemopt.solvers.search.moves import Waypoint, few_moves
+from gemopt.solvers.search.state import Costs
+
+PROBE = 0.5  # swaps are looked for down to this part of what a swap must promise, to learn what they keep
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What a plan must pay for: microseconds per step for each move and each layer touched, and the fraction of the
+    makespan by which a swap keeps less than it promises."""
+
+    move_us: float
+    layer_us: float
+    shortfall: float
+
+
+@dataclass(frozen=True, eq=False)
+class Proposal:
+    """What one layer could do: waypoints after 0, 1, 2, ... swaps, the first being what is in force."""
+
+    layer: int
+    way: Sequence[Waypoint]
+    prices: Prices
+
+    def net_us(self, index: int) -> float:
+        """Gain per step of going to a waypoint, less what it must pay for."""
+        if index == 0:
+            return 0.0
+        first, chosen, prices = self.way[0], self.way[index], self.prices
+        promised = first.objective_us - chosen.objective_us - index * prices.shortfall * first.objective_us
+        return promised - prices.move_us * chosen.moves - prices.layer_us
+
+    def best(self, most_moves: int | None = None) -> int:
+        """Waypoint of the largest net gain within a number of moves."""
+        within = [k for k, each in enumerate(self.way) if most_moves is None or each.moves <= most_moves]
+        return max(within, key=self.net_us)
+
+
+def sample(weights_N: FloatArray, most: int) -> tuple[NDArray[np.int64], FloatArray]:
+    """(indices, weights) of at most `most` of N weighted steps that stand for all: systematic resampling."""
+    chosen = np.flatnonzero(weights_N > 1e-3 * weights_N.max())
+    if len(chosen) <= most:
+        weights = weights_N[chosen]
+        return chosen, weights / weights.sum()
+    cumulative = np.cumsum(weights_N[chosen]) / weights_N[chosen].sum()
+    picks = np.searchsorted(cumulative, (np.arange(most) + 0.5) / most)
+    index, times = np.unique(np.minimum(picks, len(chosen) - 1), return_counts=True)
+    return chosen[index], times / most
+
+
+def effective_steps(weights_N: FloatArray) -> float:
+    """How many equally weighted steps tell as much."""
+    return float(weights_N.sum() ** 2 / (weights_N**2).sum())
+
+
+def propose(
+    problem: Problem,
+    layer: int,
+    home: Row,
+    prices: Prices,
+    *,
+    dead_zone: float,
+    max_swaps: int,
+    into_G: NDArray[np.int64] | None = None,
+    costs: Costs,
+) -> Proposal | None:
+    """Swaps of one layer, most of which pay or nearly do; None when there are none.
+
+    dead_zone: slowest over mean rank below which nothing is tried. into_G: [G] experts that each rank may receive.
+    costs: the latencies in compiled form.
+    """
+    times_TG = rank_times(problem, home)
+    now_us = float(times_TG.max(axis=1) @ problem.weights_T)
+    mean_us = float(times_TG.mean(axis=1) @ problem.weights_T)
+    if now_us <= dead_zone * mean_us or now_us - mean_us <= prices.layer_us:
+        return None
+    options = {
+        "price_us": prices.move_us,
+        "least_us": PROBE * prices.shortfall * now_us,
+        "max_swaps": max_swaps,
+        "max_into_G": into_G,
+        "costs": costs,
+    }
+    found = Proposal(layer, few_moves(problem, home, **options), prices)  # type: ignore[arg-type]
+    return found if len(found.way) > 1 else None
+
+
+def choose(proposals: Sequence[Proposal], most_moves: int | None) -> dict[int, Waypoint]:
+    """Waypoint of each layer that moves; where moves are limited, those layers first that gain most per move."""
+    left = most_moves
+    chosen: dict[int, Waypoint] = {}
+
+    def worth(each: Proposal) -> float:
+        index = each.best()
+        return each.net_us(index) / max(each.way[index].moves, 1)
+
+    for each in sorted(proposals, key=lambda one: (-worth(one), one.layer)):
+        index = each.best(left)
+        if each.net_us(index) <= 0:
+            continue
+        chosen[each.layer] = each.way[index]
+        left = None if left is None else left - each.way[index].moves
+    return chosen
+
+
+def evacuate(problem: Problem, home: Row, dead_G: NDArray[np.bool_]) -> Row | None:
+    """The row with the experts of dead ranks in slots of the others, heaviest first to the rank that ends first; None
+    when the slots do not suffice. Copies give way where no slot is empty."""
+    row = home.copy()
+    dead_P = dead_G[problem.rank_of_slot]
+    row[dead_P] = EMPTY
+    experts = np.arange(problem.num_experts)
+    weight_E = problem.weights_T @ problem.counts_TE
+    missing = experts[~np.isin(experts, row)]
+    for expert in missing[np.argsort(-weight_E[missing], kind="stable")]:
+        free_P = (row == EMPTY) & ~dead_P
+        if not free_P.any():
+            copies_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
+            free_P = ~dead_P & (copies_E[row] > 1)
+            if not free_P.any():
+                return None
+            spare = np.flatnonzero(free_P)
+            free_P = np.zeros_like(free_P)
+            free_P[spare[weight_E[row[spare]].argmin()]] = True
+        times_G = problem.weights_T @ rank_times(problem, row)
+        slots = np.flatnonzero(free_P)
+        row[slots[times_G[problem.rank_of_slot[slots]].argmin()]] = expert
+    return row

@@ -1,0 +1,59 @@
+"""What the controller may do and what it assumes: every knob, with its unit."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TICK = 8  # steps that are remembered, compared and forgotten together
+
+
+class Policy(BaseModel):
+    """Knobs of `Controller`.
+
+    Attributes
+    ----------
+    expert_bytes, bytes_per_s
+        Weights of one expert of one layer, and what a rank receives while it sends as much. None: of the profile where
+        it records it, else 9.4 MB (an expert of Qwen3-30B-A3B in bf16).
+    slowdown, commit_us
+        A transfer in the background makes the steps it overlaps with longer by this fraction; changing the placement of
+        a layer stalls the group once for this many microseconds.
+    horizon_steps
+        Steps that a placement is expected to serve before any change of traffic was seen; what is seen takes over.
+    least_gain
+        Fraction of a layer's makespan by which a swap, judged by 64 steps, gains less than it promises; what is seen
+        while serving takes over. A swap must promise more.
+    dead_zone
+        Slowest over mean rank of a layer below which nothing moves.
+    cool_down_steps
+        Steps for which a layer that moved stays as it is, unless the traffic changes.
+    max_moves, max_swaps
+        Experts moved per decision, those that gain most first; swaps per layer and decision.
+    fast_steps, slow_steps
+        Time constants of the two memories that forget.
+    keep_steps, plan_steps
+        Steps kept in memory, and at most how many of them a plan is judged by.
+    speed_tolerance
+        Relative change of a rank's speed that is acted upon.
+    dead_after_steps
+        Steps without a latency of a rank, while others report, after which it is treated as failed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    expert_bytes: float | None = Field(default=None, gt=0, le=1e12)
+    bytes_per_s: float = Field(default=20e9, gt=0, le=1e15)
+    slowdown: float = Field(default=0.05, ge=0, le=1)
+    commit_us: float = Field(default=100.0, ge=0, le=1e9)
+    horizon_steps: int = Field(default=256, ge=1, le=10**9)
+    least_gain: float = Field(default=0.008, ge=0, le=1)
+    dead_zone: float = Field(default=1.03, ge=1, le=100)
+    cool_down_steps: int = Field(default=32, ge=0, le=10**9)
+    max_moves: int | None = Field(default=None, ge=0)
+    max_swaps: int = Field(default=64, ge=1, le=10**6)
+    fast_steps: int = Field(default=32, ge=1, le=10**9)
+    slow_steps: int = Field(default=192, ge=1, le=10**9)
+    keep_steps: int = Field(default=1024, ge=64, le=2**20)
+    plan_steps: int = Field(default=256, ge=16, le=2**20)
+    speed_tolerance: float = Field(default=0.02, gt=0, le=1)
+    dead_after_steps: int = Field(default=64, ge=1, le=10**9)

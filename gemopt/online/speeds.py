@@ -1,0 +1,84 @@
+"""How slow each rank is against its profile, from latencies measured while serving; the shape of its curve is kept."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.latency import FloatArray
+from gemopt.online.policy import Policy
+
+WINDOW = 32  # last usable steps that a rank is judged by
+FEWEST = 6  # steps from which on a rank is judged at all
+CERTAIN = 5.0  # a change is believed when it exceeds so many standard errors of a median
+
+
+class Speeds:
+    """Time factor of every rank, relative to the fleet.
+
+    A step's ratio of measured to predicted time, over the median of the ranks so that what all share cancels, is one
+    observation. The median of the last ones replaces the factor in force when it is off by more than the tolerance and
+    by more than its noise allows; smaller differences are left alone, so that noise moves nothing.
+
+    factors_G: in force, 1 = as profiled. step_us: how long a step takes, roughly. silent_G: steps for which a rank has
+    said nothing.
+    """
+
+    def __init__(self, policy: Policy, num_ranks: int) -> None:
+        self.policy = policy
+        self.factors_G = np.ones(num_ranks)
+        self.silent_G = np.zeros(num_ranks, np.int64)
+        self.step_us = np.inf  # median of the last latencies
+        self.recent_NG = np.zeros((0, num_ranks))  # log ratios; NaN where a rank said nothing
+
+    @property
+    def failed_G(self) -> NDArray[np.bool_]:
+        """[G] ranks that have said nothing for too long."""
+        return np.asarray(self.silent_G >= self.policy.dead_after_steps)
+
+    def listen(self, latencies_NG: FloatArray) -> None:
+        """Count the steps for which each rank has been silent; a step in which all are says nothing."""
+        heard_NG = np.isfinite(latencies_NG) & (latencies_NG > 0)
+        for heard_G in heard_NG[heard_NG.any(axis=1)]:
+            self.silent_G = np.where(heard_G, 0, self.silent_G + 1)
+        if heard_NG.any():
+            self.step_us = float(np.median(latencies_NG[heard_NG]))
+
+    def learn(self, measured_NG: FloatArray, predicted_NG: FloatArray) -> list[int]:
+        """Take steps under a known placement into account; the ranks whose factor changed."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log_NG = np.log(measured_NG) - np.log(predicted_NG)
+        log_NG = np.where(np.isfinite(log_NG), log_NG, np.nan)
+        log_NG = log_NG[np.isfinite(log_NG).sum(axis=1) > 1]
+        if not len(log_NG):
+            return []
+        log_NG -= np.nanmedian(log_NG, axis=1, keepdims=True)
+        self.recent_NG = np.concatenate([self.recent_NG, log_NG])[-WINDOW:]
+        return [rank for rank in range(len(self.factors_G)) if self._update(rank)]
+
+    def _update(self, rank: int) -> bool:
+        known = self.recent_NG[:, rank]
+        known = known[np.isfinite(known)]
+        if len(known) < FEWEST:
+            return False
+        jump = _last_level(known)
+        level, noise = float(np.median(jump)), 1.4826 * float(np.median(np.abs(jump - np.median(jump))))
+        least = max(np.log1p(self.policy.speed_tolerance), CERTAIN * 1.2533 * noise / np.sqrt(len(jump)))
+        if abs(level - np.log(self.factors_G[rank])) <= least:
+            return False
+        self.factors_G = self.factors_G.copy()
+        self.factors_G[rank] = np.exp(level)
+        return True
+
+
+def _last_level(values: FloatArray) -> FloatArray:
+    """The last values of one level: all of them, or those after a jump that splits them cleanly."""
+    noise = 1.4826 * float(np.median(np.abs(np.diff(values)))) / np.sqrt(2) if len(values) > 1 else 0.0
+    best, cut = 0.0, 0
+    for at in range(FEWEST, len(values) - FEWEST + 1):
+        before, after = values[:at], values[at:]
+        gap = abs(float(np.median(after) - np.median(before)))
+        strength = gap / (max(noise, 1e-6) * np.sqrt(1 / len(before) + 1 / len(after)))
+        if strength > max(best, 2 * CERTAIN):
+            best, cut = strength, at
+    return values[cut:]

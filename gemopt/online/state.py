@@ -1,0 +1,92 @@
+"""What a controller has learnt, as one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemopt.documents import read_bytes, replacing
+from gemopt.exceptions import InputError
+from gemopt.placement import Placement
+
+if TYPE_CHECKING:
+    from gemopt.online.controller import Controller
+
+VERSION = 1
+KEY = "gemopt_online"
+MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores")
+MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
+SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG")
+PROMISE_ARRAYS = ("layers", "rows", "facts")
+OWN_ARRAYS = ("pending", "moved_at")
+SPEED_NUMBERS = ("step_us",)
+PROMISE_NUMBERS = ("short", "swaps")
+OWN_NUMBERS = ("steps", "blind_until", "now_s")
+
+
+def save(controller: Controller, path: str | os.PathLike[str]) -> None:
+    """Write the state of a controller atomically (safetensors)."""
+    from safetensors.numpy import save as to_bytes
+
+    arrays = {
+        name: np.ascontiguousarray(getattr(owner, name)) for owner, names in _arrays(controller) for name in names
+    }
+    numbers = {name: getattr(owner, name) for owner, names in _numbers(controller) for name in names}
+    header = {
+        "version": VERSION,
+        "numbers": numbers,
+        "policy": controller.policy.model_dump(),
+        "placement": controller.placement.model_dump(),
+    }
+    with replacing(path) as stream:
+        stream.write(to_bytes(arrays, metadata={KEY: json.dumps(header)}))  # one key: their order would be arbitrary
+
+
+def load(controller: Controller, path: str | os.PathLike[str]) -> None:
+    """Put a state into a controller of the same network, group and policy, or leave it as it was."""
+    arrays, header = _read(path)
+    if header["policy"] != controller.policy.model_dump():
+        raise InputError(str(path), header["policy"], "the policy of this controller", "construct it with that policy")
+    placement = Placement(**header["placement"])
+    now = controller.placement
+    wanted, found = ((p.num_layers, p.num_experts, p.num_ranks) for p in (now, placement))
+    if wanted != found:
+        raise InputError(str(path), f"{found} layers, experts, ranks", f"those of this controller, {wanted}")
+    for owner, names in _arrays(controller):
+        for name in names:
+            setattr(owner, name, arrays[name])
+    for owner, names in _numbers(controller):
+        for name in names:
+            setattr(owner, name, header["numbers"][name])
+    controller.placement = placement
+    controller.rescale()
+
+
+def _arrays(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
+    owners = (controller.memories, controller.speeds, controller.promises, controller)
+    return list(zip(owners, (MEMORY_ARRAYS, SPEED_ARRAYS, PROMISE_ARRAYS, OWN_ARRAYS), strict=True))
+
+
+def _numbers(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
+    owners = (controller.memories, controller.speeds, controller.promises, controller)
+    return list(zip(owners, (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, OWN_NUMBERS), strict=True))
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    from safetensors.numpy import load as from_bytes
+
+    content = read_bytes(path)
+    limit = f"a file that a controller of state version {VERSION} has saved"
+    try:
+        arrays = {name: np.array(array) for name, array in from_bytes(content).items()}
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
+    except Exception as error:  # safetensors has errors of its own, without a common base
+        raise InputError(str(path), f"{type(error).__name__}: {error}", limit) from None
+    needed = {*MEMORY_ARRAYS, *SPEED_ARRAYS, *PROMISE_ARRAYS, *OWN_ARRAYS}
+    if header.get("version") != VERSION or not needed <= set(arrays):
+        raise InputError(str(path), f"version {header.get('version')}", limit)
+    return arrays, header

@@ -1,0 +1,185 @@
+"""Follow a growing trace folder: decide, write the placement, tell the engine and the monitoring.
+
+Whatever goes wrong (half a file, counts of another shape, a command that fails, a full disk) is one line in the log and
+a count in the metrics; the placement in force stays, and the watch goes on.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from gemopt.bounds import lower_bound
+from gemopt.evaluate import evaluate
+from gemopt.exceptions import GemoptError, InputError
+from gemopt.online.controller import Controller
+from gemopt.online.decision import Decision
+from gemopt.online.follow import Follower
+from gemopt.online.metrics import Health, Metrics
+from gemopt.placement import Placement
+from gemopt.problem import problems
+from gemopt.result import relative_gap
+from gemopt.traces import Traces
+
+Log = Callable[[str], None]
+Write = Callable[[Placement], None]
+
+WINDOW = 64
+BOUND_STEPS = 64  # of the last steps, on which the gap is certified
+
+
+@dataclass
+class Actions:
+    """What a changed placement leads to, in this order; the first that fails ends it, and the old placement stays.
+
+    write: saves the placement (and exports it) atomically. command: run afterwards with `{placement}` replaced by the
+    path, for at most `command_timeout_s`; an exit code other than 0 means that the placement is not in force.
+    """
+
+    path: Path
+    write: Write
+    command: Sequence[str] = ()
+    command_timeout_s: float = 60.0
+
+    def carry_out(self, placement: Placement, old: Placement) -> None:
+        """Raise `InputError` with the reason when the placement did not come into force."""
+        self.write(placement)
+        if not self.command:
+            return
+        try:
+            self._run()
+        except InputError:
+            self.write(old)
+            raise
+
+    def _run(self) -> None:
+        words = [word.replace("{placement}", str(self.path)) for word in self.command]
+        name = f"--on-change {words[0]}"
+        try:
+            done = subprocess.run(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=self.command_timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise InputError(name, f"still running after {self.command_timeout_s:g} s", "ended") from None
+        except OSError as error:
+            raise InputError(name, error.strerror or str(error), "a command that can be run") from None
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise InputError(name, f"exit code {done.returncode}", said[-1] if said else "0 is needed")
+
+
+@dataclass
+class Watch:
+    """One folder, one controller, one placement in force."""
+
+    controller: Controller
+    follower: Follower
+    actions: Actions
+    log: Log
+    metrics: Metrics | None = None
+    health: Health = field(default_factory=lambda: Health(60.0))
+    state: Path | None = None
+    window: int = WINDOW
+    _recent: Traces | None = None
+    _before: Placement | None = None
+
+    def run(self, interval_s: float, stop: threading.Event, *, once: bool = False) -> None:
+        """Look every `interval_s` seconds until `stop` is set, or once."""
+        first = True
+        while not stop.is_set():
+            begin = time.monotonic()
+            self.look(history=first)
+            first = False
+            if once:
+                return
+            stop.wait(max(0.0, interval_s - (time.monotonic() - begin)))
+
+    def look(self, *, history: bool = False) -> Decision | None:
+        """One look at the folder; the decision on what was new, if anything was.
+
+        With `history` all but the last window are only learnt from: they lie in the past.
+        """
+        news = self.follower.look()
+        for fault in news.faults:
+            self._fault("file", fault)
+        self.health.looked()
+        if news.traces is None:
+            return None
+        try:
+            return self._steps(news.traces, history=history)
+        except GemoptError as error:
+            self._fault("window", str(error))
+            return None
+
+    def _steps(self, traces: Traces, *, history: bool) -> Decision | None:
+        decision = None
+        starts = range(0, traces.num_steps, self.window)
+        for start in starts:
+            part = traces.steps(slice(start, start + self.window))
+            if history and start != starts[-1]:
+                self.controller.remember(part.counts)
+                continue
+            in_force = self.controller.placement
+            decision = self.controller.step(part.counts, part.rank_us)
+            self._measure(part, in_force)
+            self._decided(decision, in_force)
+        if self.state is not None:
+            self.controller.save(self.state)
+        return decision
+
+    def _decided(self, decision: Decision, in_force: Placement) -> None:
+        kind = "moved" if decision.num_moves else "kept"
+        if decision.num_moves:
+            try:
+                self.actions.carry_out(decision.placement, in_force)
+                self._before = in_force
+            except GemoptError as error:
+                kind = "failed"
+                self.controller.confirm(in_force)
+                self._fault("action", f"{error}; the placement in force stays")
+        self.log(f"{kind}: {decision.reason}")
+        self.health.looked(decision=kind, reason=decision.reason)
+        if self.metrics is None:
+            return
+        self.metrics.decisions.labels(kind=kind).inc()
+        self.metrics.drift.set(decision.drift)
+        if kind == "moved":
+            self.metrics.moves.inc(decision.num_moves)
+            self.metrics.predicted.set(decision.gain_us)
+
+    def _measure(self, part: Traces, in_force: Placement) -> None:
+        """What the placement in force did with the steps that have just come, as far as costs tell."""
+        if self.metrics is None:
+            return
+        cost = self.controller.scaled
+        scored = evaluate(in_force, None, part, cost=cost)
+        self.metrics.steps.inc(part.num_steps)
+        self.metrics.last.set(time.time())
+        self.metrics.makespan.set(float(scored.step_us.mean()))
+        self.metrics.imbalance.set(1.0 / max(1e-9, 1.0 - scored.idle_share))
+        share_G = np.bincount(scored.straggler_TL.ravel(), minlength=in_force.num_ranks) / scored.straggler_TL.size
+        self.metrics.ranks(self.metrics.straggler, share_G)
+        self.metrics.ranks(self.metrics.speed, self.controller.speeds.factors_G)
+        if self._before is not None:
+            old = evaluate(self._before, None, part, cost=cost)
+            self.metrics.realised.set(float(old.step_us.mean() - scored.step_us.mean()))
+        last = part if part.num_steps <= BOUND_STEPS else part.steps(slice(part.num_steps - BOUND_STEPS, None))
+        bound_us = sum(lower_bound(layer) for layer in problems(cost, last, in_force.slots_per_rank.tolist()))
+        gap = relative_gap(evaluate(in_force, None, last, cost=cost).objective_us, bound_us)
+        self.metrics.gap.set(gap or 0.0)
+
+    def _fault(self, kind: str, text: str) -> None:
+        self.log(f"warning: {text}")
+        if self.metrics is not None:
+            self.metrics.faults.labels(kind=kind).inc()

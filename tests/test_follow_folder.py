@@ -1,0 +1,137 @@
+"""Folders that grow, break and lose files while they are followed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemopt.exceptions import InputError
+from gemopt.online.follow import Follower
+from gemopt.traces import Traces
+
+
+def part(folder: Path, number: int, steps: int = 2) -> Traces:
+    traces = Traces(counts=np.full((steps, 1, 4), number + 1))
+    traces.save(folder / f"{number:06d}.safetensors")
+    return traces
+
+
+def counts(follower: Follower) -> list[int]:
+    found = follower.look().traces
+    return [] if found is None else found.counts[:, 0, 0].tolist()
+
+
+def test_every_part_comes_once_and_in_order(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    assert follower.look().traces is None
+    part(tmp_path, 0)
+    part(tmp_path, 1)
+    assert counts(follower) == [1, 1, 2, 2]
+    assert counts(follower) == []
+    part(tmp_path, 2)
+    (tmp_path / ".000003.safetensors.tmp").write_bytes(b"half")
+    assert counts(follower) == [3, 3]
+
+
+def test_parts_that_were_read_may_vanish(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    part(tmp_path, 0)
+    assert counts(follower) == [1, 1]
+    (tmp_path / "000000.safetensors").unlink()
+    part(tmp_path, 1)
+    assert counts(follower) == [2, 2]
+
+
+def test_half_a_file_is_waited_for(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    part(tmp_path, 0)
+    whole = (tmp_path / "000000.safetensors").read_bytes()
+    (tmp_path / "000000.safetensors").write_bytes(whole[:-5])
+    news = follower.look()
+    assert news.traces is None
+    assert "000000.safetensors" in news.faults[0]
+    (tmp_path / "000000.safetensors").write_bytes(whole)
+    assert counts(follower) == [1, 1]
+
+
+def test_what_stays_broken_or_missing_is_left_out(tmp_path: Path) -> None:
+    follower = Follower(tmp_path, patience=3)
+    (tmp_path / "000000.safetensors").write_bytes(b"nothing of use")
+    part(tmp_path, 1)
+    part(tmp_path, 3)
+    faults: list[str] = []
+    seen: list[int] = []
+    for _ in range(6):
+        news = follower.look()
+        faults += news.faults
+        seen += [] if news.traces is None else news.traces.counts[:, 0, 0].tolist()
+    assert seen == [2, 2, 4, 4]
+    assert any("left out after 3 tries" in fault for fault in faults)
+    assert any("000002 to 000002 are missing" in fault for fault in faults)
+
+
+def test_a_folder_that_vanishes(tmp_path: Path) -> None:
+    follower = Follower(tmp_path / "gone")
+    assert "No such file" in follower.look().faults[0]
+    (tmp_path / "gone").mkdir()
+    part(tmp_path / "gone", 0)
+    assert counts(follower) == [1, 1]
+
+
+def test_another_network_in_the_same_folder(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    part(tmp_path, 0)
+    Traces(counts=np.full((1, 2, 8), 9)).save(tmp_path / "000001.safetensors")
+    news = follower.look()
+    assert news.traces is not None
+    assert news.traces.num_experts == 8
+    assert "one network" in news.faults[0]
+
+
+def test_files_of_an_engine_are_read_together_once_they_rest(tmp_path: Path) -> None:
+    groups: list[list[str]] = []
+
+    def read(files: Sequence[Path]) -> Traces:
+        groups.append([file.name for file in files])
+        if any(file.read_bytes() == b"bad" for file in files):
+            raise InputError("dump", "bad", "good")
+        return Traces(counts=np.full((1, 1, 4), len(files)))
+
+    follower = Follower(tmp_path, read, patience=2)
+    (tmp_path / "dump_0.pt").write_bytes(b"a")
+    assert counts(follower) == []  # may still be written
+    (tmp_path / "dump_1.pt").write_bytes(b"b")
+    assert counts(follower) == []
+    assert counts(follower) == [2]
+    assert groups == [["dump_0.pt", "dump_1.pt"]]
+    assert counts(follower) == []
+    (tmp_path / "dump_2.pt").write_bytes(b"bad")
+    assert follower.look().faults == []
+    assert "dump" in follower.look().faults[0]
+    assert "left out after 2 tries" in follower.look().faults[1]
+    (tmp_path / "dump_3.pt").write_bytes(b"c")
+    follower.look()
+    assert counts(follower) == [1]
+    assert groups[-1] == ["dump_3.pt"]
+
+
+def test_a_dump_that_is_written_again_counts_again(tmp_path: Path) -> None:
+    follower = Follower(tmp_path, lambda files: Traces(counts=np.full((1, 1, 4), len(files))))
+    dump = tmp_path / "stat.pt"
+    dump.write_bytes(b"1")
+    follower.look()
+    assert counts(follower) == [1]
+    dump.write_bytes(b"12")
+    follower.look()
+    assert counts(follower) == [1]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "x1.safetensors"])
+def test_other_files_are_none_of_its_business(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("hello")
+    news = Follower(tmp_path).look()
+    assert news.traces is None
+    assert not news.faults

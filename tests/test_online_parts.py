@@ -1,0 +1,141 @@
+"""Memories, speeds, promises and sampling, each by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemopt.latency import Latency, line
+from gemopt.online.memories import NAMES, Memories
+from gemopt.online.planner import effective_steps, sample
+from gemopt.online.policy import TICK, Policy
+from gemopt.online.promises import Promises
+from gemopt.online.speeds import Speeds
+from gemopt.problem import Problem
+
+LAYERS, EXPERTS = 2, 12
+FAST, SLOW, ALL, ALIKE = range(len(NAMES))
+
+
+def tick(regime: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    shares_LE = np.random.default_rng(regime).dirichlet(np.full(EXPERTS, 0.6), size=LAYERS)
+    return np.stack([rng.multinomial(300, share, size=TICK) for share in shares_LE], axis=1)
+
+
+def memories(order: str, policy: Policy | None = None) -> tuple[Memories, list[int]]:
+    """Memories of 20 ticks of each regime in turn, and the ticks at which a change was seen."""
+    made, rng = Memories(policy or Policy(), LAYERS, EXPERTS), np.random.default_rng(0)
+    changes = [n for n in range(20 * len(order)) if made.add(tick(ord(order[n // 20]), rng))]
+    return made, changes
+
+
+def test_changes_are_seen_at_once_and_only_then() -> None:
+    assert memories("aaaaa")[1] == []
+    assert memories("abacb")[1] == [20, 40, 60, 80]
+
+
+def test_what_comes_back_is_remembered() -> None:
+    made, rng = memories("abb")[0], np.random.default_rng(9)
+    assert made.add(tick(ord("a"), rng)) and made.recalled
+    assert made.say[ALIKE] > 0.9
+    of_a = made.last[: made.size] < 20
+    assert made.weights()[of_a].sum() > 0.8
+    assert memories("ab")[0].recalled is False
+
+
+def test_of_settled_traffic_all_memories_tell_and_the_long_ones_best() -> None:
+    say = memories("aaaaaa")[0].say
+    assert say.sum() == pytest.approx(1) and say[ALL] > say[FAST] > 0
+
+
+def test_merged_blocks_keep_rare_traffic() -> None:
+    policy = Policy(keep_steps=40 * TICK)
+    made = memories("b" + 9 * "a", policy)[0]
+    assert made.size == 40 and made.steps.sum() == 200 * TICK
+    rng = np.random.default_rng(5)
+    made.add(tick(ord("b"), rng))
+    assert made.recalled
+    wanted = tick(ord("b"), rng).sum(axis=0).ravel() / (300 * TICK)
+    found = made.weights() @ (made.sums[: made.size] / (300 * made.steps[: made.size, None]))
+    assert np.abs(found - wanted).sum() < 0.2 * LAYERS
+    assert made.counts.sum(axis=(1, 3)).max() == 300 * TICK  # steps of a merged block are whole steps
+
+
+def test_a_merged_block_predicts_as_its_steps_did() -> None:
+    """What a block stands for is in its weight, not in its loads as well."""
+    some, many = memories("ab"), memories("ab", Policy(keep_steps=64))
+    assert many[0].size == 8 < some[0].size
+    rng = np.random.default_rng(3)
+    sums = tick(ord("a"), rng).sum(axis=0).ravel().astype(np.float32)
+    assert many[0]._misses(sums)[ALL] == pytest.approx(some[0]._misses(sums)[ALL], rel=0.1)
+
+
+def test_lifetime_is_learnt_from_changes() -> None:
+    assert memories("aaaa")[0].lifetime_steps > 3 * memories("abab")[0].lifetime_steps
+
+
+def measured(factors: object, steps: int, rng: np.random.Generator, noise: float = 0.03) -> np.ndarray[Any, Any]:
+    return 100.0 * np.asarray(factors) * np.exp(noise * rng.standard_normal((steps, 4)))
+
+
+def test_noise_moves_no_speed() -> None:
+    speeds, rng = Speeds(Policy(), 4), np.random.default_rng(0)
+    for steps in (8, 64, 3, 1, 16) * 10:
+        common = rng.uniform(0.7, 1.5)  # what all ranks share says nothing about any of them
+        assert speeds.learn(common * measured([1, 1, 1, 1], steps, rng), np.full((steps, 4), 100.0)) == []
+
+
+@pytest.mark.parametrize("steps", [4, 16, 64])
+def test_throttling_is_seen_soon_and_forgotten_soon(steps: int) -> None:
+    speeds, rng = Speeds(Policy(), 4), np.random.default_rng(1)
+    for factor in (1.0, 1.3, 1.0):
+        for _ in range(-(-64 // steps)):
+            speeds.learn(measured([1, factor, 1, 1], steps, rng), np.full((steps, 4), 100.0))
+        assert speeds.factors_G == pytest.approx([1, factor, 1, 1], rel=0.03)
+
+
+def test_silence_counts_only_while_others_speak() -> None:
+    speeds = Speeds(Policy(dead_after_steps=4), 3)
+    speeds.listen(np.full((9, 3), np.nan))
+    assert not speeds.failed_G.any()
+    speeds.listen(np.array([[1.0, np.nan, 1.0]] * 3))
+    assert not speeds.failed_G.any()
+    speeds.listen(np.array([[1.0, 0.0, 1.0]]))
+    assert speeds.failed_G.tolist() == [False, True, False]
+
+
+def test_slower_keeps_the_shape() -> None:
+    latency = Latency(((line(10.0, 0.5),), (line(20.0, 0.1),)))
+    loads = [np.arange(100.0)]
+    assert latency.times(1.3)(loads) == pytest.approx(1.3 * latency(loads))
+
+
+def test_a_sample_stands_for_the_whole() -> None:
+    weights = np.random.default_rng(0).dirichlet(np.full(500, 0.3))
+    index, found = sample(weights, 64)
+    assert len(index) <= 64 and found.sum() == pytest.approx(1)
+    values = np.sin(np.arange(500) / 40)
+    assert values[index] @ found == pytest.approx(values @ weights, abs=0.05)
+    assert effective_steps(np.ones(7)) == pytest.approx(7)
+    assert sample(np.ones(5), 64)[1] == pytest.approx(np.full(5, 0.2))
+
+
+def test_broken_promises_raise_what_a_swap_must_promise() -> None:
+    policy = Policy(least_gain=0.01)
+    promises, rng = Promises(policy, 4), np.random.default_rng(0)
+    problem = Problem.make(rng.integers(1, 9, (64, 4)), [_assignments()], [Latency(((line(9.0, 1.0),),))] * 2)
+    assert promises.least(64) == pytest.approx(0.01)
+    assert promises.least(16) == pytest.approx(0.02)
+    for _ in range(40):
+        promises.forget(4)
+        promises.make(0, [0, 1, 2, 3], [0, 1, 2, 3], 0.05, 2, 64.0)  # keeps nothing of 5 %
+        promises.check([problem])
+    assert 0.0125 < promises.least(64) < 0.025  # 2.5 % per swap, weighed against the policy's 1 %
+
+
+def _assignments() -> Any:
+    from gemopt.latency import ASSIGNMENTS
+
+    return ASSIGNMENTS
