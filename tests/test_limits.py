@@ -27,8 +27,9 @@ from gemopt.schedule import Layer, Run
 from gemopt.solvers import get
 from gemopt.solvers.base import Options, Outcome, Row, Supports
 from gemopt.solvers.baselines.gem import ORDER, greedy, relieve_stragglers
-from gemopt.solvers.search.copies import improve_copies, make_shares
+from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.packing import lpt_row
+from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms

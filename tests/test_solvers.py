@@ -14,8 +14,10 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import Options, get, names, that_can
 from gemopt.solvers.base import require
-from gemopt.solvers.search.copies import improve_copies, make_shares
+from gemopt.solvers.search.copies import improve_copies
+from gemopt.solvers.search.local_search import _starts
 from gemopt.solvers.search.packing import lpt_row, pack, placeable, replicate
+from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import hull_costs, make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
@@ -246,3 +248,46 @@ def test_unknown_solver_is_named() -> None:
     with pytest.raises(InputError, match=r"known solvers: .*local-search"):
         get("simplex")
     assert "cpsat" in names()
+
+
+def test_search_starts_with_copies_where_they_pay_and_without_where_they_do_not() -> None:
+    rng = np.random.default_rng(3)
+    heavy = rng.poisson(rng.gamma(0.3, 40.0, 16), (60, 16))
+    pays = Problem.make(heavy, (ASSIGNMENTS,), [latency("affine", 1.0)] * 4, 6)
+    stays = Problem.make(
+        rng.poisson(1.5, (60, 16)), (ASSIGNMENTS, ACTIVE), [Latency(((line(1.0, 0.001), line(0.0, 3.0)),))] * 4, 6
+    )
+    for problem, copies in ((pays, True), (stays, False)):
+        first = _starts(problem)[0]
+        assert (np.bincount(first[first >= 0]).max() > 1) == copies
+        row = get("local-search").solve(problem, options(patience=0), None).row
+        assert row is not None
+        alone = get("local-search").solve(problem, options(patience=0), _starts(problem)[1 if copies else 0]).row
+        assert alone is not None
+        assert objective(problem, row) <= objective(problem, alone) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("slots", [[7, 5, 3, 2], [9, 8, 0, 4]], ids=["unequal", "empty rank"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_search_over_copies_heeds_slots_and_repeats_itself(kind: str, slots: list[int]) -> None:
+    problem = make(kind, slots=slots, steps=300, seed=5)
+    rows = [get("local-search").solve(problem, options(seed=3), None).row for _ in range(2)]
+    assert rows[0] is not None and rows[1] is not None
+    assert (rows[0] == rows[1]).all()
+    check(problem, rows[0])  # never two copies on a rank
+    assert objective(problem, rows[0]) <= min(objective(problem, start) for start in _starts(problem))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_over_copies_never_costs_and_finds_a_copy_of_the_one_hot_expert(kind: str) -> None:
+    counts = np.ones((300, 12), dtype=int)
+    counts[:, 7] = np.random.default_rng(0).integers(40, 60, 300)
+    features = (ASSIGNMENTS,) if kind in ("affine", "staircase") else (ASSIGNMENTS, ACTIVE)
+    problem = Problem.make(counts, features, [latency(kind, f) for f in (1.0, 1.1, 0.9, 1.0)], 4)
+    costs, shares, start = make_costs(problem), make_shares(problem), lpt_row(problem)
+    assert shares is not None
+    state = make_state(problem, start, costs)
+    assert improve_copies(costs, state, shares, np.arange(12), EPSILON, False, free_terms(problem)) > 0
+    check(problem, state.content)
+    assert (state.content == 7).sum() > 1
+    assert objective(problem, state.content) < objective(problem, start)

@@ -1,142 +1,114 @@
 """Compiled search over copies: change what one slot holds (a copy more here, one fewer there) under the true objective.
 
-The copies of an expert share it evenly: copy i of r, in slot order, takes `(n + r - 1 - i) // r` assignments.
+For every slot the experts are ranked by what they promise to first order; the best of them are tried exactly.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
-from gemopt.problem import Problem
 from gemopt.solvers.search.gains import BLOCK
-from gemopt.solvers.search.state import Array, Costs, Number, State, lookup, rank_of, rank_times, step_order
+from gemopt.solvers.search.shares import (
+    Change,
+    Search,
+    Shares,
+    leaving,
+    list_affected,
+    list_change,
+    make_search,
+    refresh,
+    share_of,
+    time_of,
+)
+from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of, rank_times
 from gemopt.solvers.search.terms import Terms, moved_into, moves_of, permitted
 
-TABLE_LIMIT = 1 << 22
-
-
-class Shares(NamedTuple):
-    """counts_ET: assignments in the state's step order; table_FN: features of n assignments."""
-
-    counts_ET: Array
-    table_FN: Array
-
-
-class Change(NamedTuple):
-    """Slots whose load changes: expert, copies and position among them afterwards; `size[0]` of the rows are in use."""
-
-    slots: Array
-    experts: Array
-    copies: Array
-    position: Array
-    size: Array
-
-
-def make_shares(problem: Problem) -> Shares | None:
-    """Arrays for `improve_copies`; None when counts are too large to tabulate."""
-    largest = int(problem.counts_TE.max())
-    if largest >= TABLE_LIMIT:
-        return None
-    grid = np.arange(largest + 2)
-    table_FN = np.stack([feature.of(grid) for feature in problem.features]).astype(np.float32)
-    counts_ET = np.ascontiguousarray(problem.counts_TE[step_order(problem.num_steps)].T, dtype=np.int32)
-    return Shares(counts_ET, table_FN)
+TRIED = 8  # experts for each slot
 
 
 @njit(cache=True, nogil=True)
-def list_change(state: State, slot: int, expert: int, change: Change) -> None:
-    """Fill `change` for giving `slot` to `expert` (-1: emptying it): all copies of both experts change."""
-    old = state.content[slot]
-    size = 1
-    change.slots[0], change.experts[0], change.copies[0], change.position[0] = slot, expert, 1, 0
-    for side in range(2):
-        subject = old if side == 0 else expert
-        if subject < 0:
-            continue
-        copies = 0
-        for p in range(state.content.shape[0]):
-            if state.content[p] == subject:
-                copies += 1
-        copies += -1 if side == 0 else 1
-        index = 0
-        for p in range(state.content.shape[0]):
-            if p == slot:
-                if side == 1:
-                    change.copies[0], change.position[0] = copies, index
-                    index += 1
-                continue
-            if state.content[p] == subject:
-                change.slots[size], change.experts[size] = p, subject
-                change.copies[size], change.position[size] = copies, index
-                size, index = size + 1, index + 1
-    change.size[0] = size
-
-
-@njit(cache=True, nogil=True, inline="always")
-def share_of(shares: Shares, change: Change, c: int, f: int, t: int) -> Number:
-    """Feature of a changed slot's share at a step."""
-    if change.experts[c] < 0:
-        return np.float32(0.0)
-    r = change.copies[c]
-    return shares.table_FN[f, (shares.counts_ET[change.experts[c], t] + r - 1 - change.position[c]) // r]
-
-
-@njit(cache=True, nogil=True)
-def time_of(costs: Costs, rank: int, loads_F: Array) -> Number:
-    """Latency of one rank under one load vector."""
-    best = np.float32(-1e30)
-    if costs.use_tables:
-        for k in range(costs.num_terms[rank]):
-            value = np.float32(0.0)
+def time_after(costs: Costs, state: State, shares: Shares, change: Change, rank: int, t: int, loads_F: Array) -> Number:
+    """Latency of a rank at a step after a change."""
+    for f in range(loads_F.shape[0]):
+        loads_F[f] = state.loads[rank, f, t]
+    for c in range(change.size[0]):
+        p = change.slots[c]
+        if state.starts[rank] <= p < state.starts[rank + 1]:
             for f in range(loads_F.shape[0]):
-                value += lookup(costs, rank, k, f, loads_F[f])
-            best = max(best, value)
-        return best
-    for k in range(costs.planes.shape[1]):
-        value = costs.planes[rank, k, 0]
-        for f in range(loads_F.shape[0]):
-            value += costs.planes[rank, k, 1 + f] * loads_F[f]
-        best = max(best, value)
-    return best
+                loads_F[f] += share_of(shares, change, c, f, t) - state.items[p, f, t]
+    return time_of(costs, rank, loads_F)
+
+
+@njit(cache=True, nogil=True)
+def least_cost(
+    costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, goal: float, loads_F: Array
+) -> float:
+    """What the makespans after a change cost at least, from the present `goal` on.
+
+    Each step costs at least what its slowest rank of now takes afterwards, and only where that rank is affected is it
+    not what it takes now; nor less than its second, where that one is not affected.
+    """
+    for n in range(count):
+        rank = search.affected[n]
+        for k in range(search.first[rank], search.first[rank + 1]):
+            t = search.order[k]
+            after = time_after(costs, state, shares, change, rank, t, loads_F)
+            if search.ranks[1, t] >= 0 and search.group[search.ranks[1, t]] < 0:
+                after = max(after, search.slowest[1, t])
+            goal += np.float64((after - search.slowest[0, t]) * state.weights[t])
+    return goal
+
+
+@njit(cache=True, nogil=True)
+def slowest_unaffected(state: State, search: Search, t: int) -> Number:
+    """Latency of the slowest rank at a step that a change leaves alone."""
+    for k in range(3):
+        rank = search.ranks[k, t]
+        if rank < 0:
+            return np.float32(-1e30)
+        if search.group[rank] < 0:
+            return search.slowest[k, t]
+    worst = np.float32(-1e30)
+    for g in range(state.times.shape[0]):
+        if search.group[g] < 0:
+            worst = max(worst, state.times[g, t])
+    return worst
 
 
 @njit(cache=True, nogil=True)
 def change_cost(
-    costs: Costs, state: State, shares: Shares, change: Change, limits: Array, price: float, group: Array, loads: Array
-) -> Number:
+    costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, price: float, loads_F: Array
+) -> float:
     """Weighted makespan after the change, or infinity as soon as a limit is reached with the price of its moves."""
-    num_ranks, steps = state.times.shape
-    features = state.items.shape[1]
-    group[:] = -1
-    affected = 0
-    for c in range(change.size[0]):
-        rank = rank_of(state, change.slots[c])
-        if group[rank] < 0:
-            group[rank] = affected
-            affected += 1
-    cost = 0.0
-    for block in range(limits.shape[0]):
+    steps, cost = state.times.shape[1], 0.0
+    for block in range(search.limits.shape[0]):
         for t in range(block * BLOCK, min(steps, (block + 1) * BLOCK)):
-            worst = np.float32(-1e30)
-            for g in range(num_ranks):
-                if group[g] < 0:
-                    worst = max(worst, state.times[g, t])
-                else:
-                    for f in range(features):
-                        loads[group[g], f] = state.loads[g, f, t]
-            for c in range(change.size[0]):
-                slot = group[rank_of(state, change.slots[c])]
-                for f in range(features):
-                    loads[slot, f] += share_of(shares, change, c, f, t) - state.items[change.slots[c], f, t]
-            for g in range(num_ranks):
-                if group[g] >= 0:
-                    worst = max(worst, time_of(costs, g, loads[group[g]]))
+            worst = slowest_unaffected(state, search, t)
+            for n in range(count):
+                worst = max(worst, time_after(costs, state, shares, change, search.affected[n], t, loads_F))
             cost += np.float64(worst * state.weights[t])
-        if cost + price >= limits[block]:
+        if cost + price >= search.limits[block]:
             return np.inf
+    return cost
+
+
+@njit(cache=True, nogil=True)
+def cost_after(
+    costs: Costs, state: State, shares: Shares, change: Change, search: Search, current: float, price: float,
+    loads_F: Array,
+) -> float:  # fmt: skip
+    """Weighted makespan after the change, or infinity where it does not pay with the price of its moves."""
+    count = list_affected(state, search, change)
+    cost = current
+    if 2 * count < state.times.shape[0]:  # else it takes as long as the cost itself
+        cost = least_cost(costs, state, shares, change, search, count, current, loads_F)
+    if cost + price < search.limits[-1] or 2 * count >= state.times.shape[0]:
+        cost = change_cost(costs, state, shares, change, search, count, price, loads_F)
+    else:
+        cost = np.inf
+    for n in range(count):
+        search.group[search.affected[n]] = -1
     return cost
 
 
@@ -164,68 +136,67 @@ def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> 
 
 
 @njit(cache=True, nogil=True)
-def improve_copies(
-    costs: Costs, state: State, shares: Shares, candidates: Array, epsilon: float, racing: bool, terms: Terms
-) -> int:
-    """Try every change of a spare slot (empty, or a copy of an expert held elsewhere) once; returns changes made.
+def promising(
+    state: State, search: Search, slot: int, candidates: Array, terms: Terms, moved_G: Array, least: float,
+    experts: Array, gains: Array,
+) -> int:  # fmt: skip
+    """Fill `experts` with those (-1: none) that promise most in a slot, best first; returns how many.
 
-    candidates: experts worth another copy. With `racing` a change is given up once it costs more so far than now.
+    The promise is the change of cost to first order, with the price of the moves; it must be more than `least`.
     """
-    num_ranks, steps = state.times.shape
-    slots, experts = state.content.shape[0], state.holds.shape[1]
-    change = Change(
-        np.empty(2 * num_ranks + 2, np.int64), np.empty(2 * num_ranks + 2, np.int64),
-        np.empty(2 * num_ranks + 2, np.int64), np.empty(2 * num_ranks + 2, np.int64), np.zeros(1, np.int64),
-    )  # fmt: skip
-    limits = np.empty((steps + BLOCK - 1) // BLOCK, np.float64)
-    group, loads = np.empty(num_ranks, np.int64), np.empty((num_ranks, state.items.shape[1]), np.float32)
-    copies = np.zeros(experts, np.int64)
-    for p in range(slots):
-        if state.content[p] >= 0:
-            copies[state.content[p]] += 1
-    moved_G = moved_into(state, terms)
-    made = 0
-    current = set_change_limits(state, limits, epsilon, racing)
-    for p in range(slots):
-        rank = rank_of(state, p)
-        for n in range(-1, candidates.shape[0]):
-            old = state.content[p]
-            if state.stop[0] != 0 or (old >= 0 and copies[old] < 2):
-                break
-            expert = -1 if n < 0 else candidates[n]
-            if expert == old or (expert >= 0 and state.holds[rank, expert] > 0):
-                continue
-            added = moves_of(terms, rank, expert) - moves_of(terms, rank, old)
-            if not permitted(terms, moved_G.sum(), moved_G, rank, rank, added, 0):
-                continue
-            list_change(state, p, expert, change)
-            cost = change_cost(costs, state, shares, change, limits, terms.price * added, group, loads)
-            if cost + terms.price * added >= current * (1.0 - epsilon):
-                continue
-            apply_change(costs, state, shares, change)
-            moved_G[rank] += added
-            if old >= 0:
-                copies[old] -= 1
-            if expert >= 0:
-                copies[expert] += 1
-            current = set_change_limits(state, limits, epsilon, racing)
-            made += 1
-    return made
+    rank, old, moved, count = rank_of(state, slot), state.content[slot], moved_G.sum(), 0
+    base = leaving(state, search, slot)
+    for n in range(-1, candidates.shape[0]):
+        expert = -1 if n < 0 else candidates[n]
+        if expert == old or (expert >= 0 and state.holds[rank, expert] > 0):
+            continue
+        added = moves_of(terms, rank, expert) - moves_of(terms, rank, old)
+        gain = -base - terms.price * added
+        if expert >= 0:
+            gain -= search.joins[expert] + search.tilt[expert, 2, rank]
+        if gain <= least or (count == experts.shape[0] and gain <= gains[count - 1]):
+            continue
+        if not permitted(terms, moved, moved_G, rank, rank, added, 0):
+            continue
+        place = min(count, experts.shape[0] - 1)
+        while place > 0 and gains[place - 1] < gain:
+            gains[place], experts[place] = gains[place - 1], experts[place - 1]
+            place -= 1
+        gains[place], experts[place] = gain, expert
+        count = min(count + 1, experts.shape[0])
+    return count
 
 
 @njit(cache=True, nogil=True)
-def set_change_limits(state: State, limits: Array, epsilon: float, racing: bool) -> Number:
-    """Limits a change must stay below: the present cost up to each block, or only in all."""
-    num_ranks, steps = state.times.shape
-    total = 0.0
-    for block in range(limits.shape[0]):
-        for t in range(block * BLOCK, min(steps, (block + 1) * BLOCK)):
-            worst = state.times[0, t]
-            for g in range(1, num_ranks):
-                worst = max(worst, state.times[g, t])
-            total += np.float64(worst * state.weights[t])
-        limits[block] = total
-    goal = total * (1.0 - epsilon)
-    for block in range(limits.shape[0]):
-        limits[block] = min(goal, limits[block]) if racing else goal
-    return total
+def improve_copies(
+    costs: Costs, state: State, shares: Shares, candidates: Array, epsilon: float, racing: bool, terms: Terms
+) -> int:
+    """Try for every spare slot (empty, or a copy of an expert held elsewhere) what promises most; returns changes made.
+
+    candidates: experts worth another copy. With `racing` a change is given up once it costs more so far than now.
+    """
+    size = 2 * state.times.shape[0] + 2
+    change = Change(
+        np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64),
+        np.zeros(1, np.int64),
+    )  # fmt: skip
+    loads_F, search = np.empty(state.items.shape[1], np.float32), make_search(state)
+    experts, gains = np.empty(TRIED, np.int64), np.empty(TRIED, np.float64)
+    moved_G, made = moved_into(state, terms), 0
+    current = refresh(costs, state, shares, search, epsilon, racing)
+    for p in range(state.content.shape[0]):
+        old, rank = state.content[p], rank_of(state, p)
+        if state.stop[0] != 0 or (old >= 0 and search.copies[old] < 2):
+            continue
+        count = promising(state, search, p, candidates, terms, moved_G, epsilon * current, experts, gains)
+        for n in range(count):
+            added = moves_of(terms, rank, experts[n]) - moves_of(terms, rank, old)
+            list_change(state, search, p, experts[n], change)
+            cost = cost_after(costs, state, shares, change, search, current, terms.price * added, loads_F)
+            if cost + terms.price * added < current * (1.0 - epsilon):
+                apply_change(costs, state, shares, change)
+                moved_G[rank] += added
+                current = refresh(costs, state, shares, search, epsilon, racing)
+                made += 1
+                break
+    return made

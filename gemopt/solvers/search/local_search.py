@@ -1,8 +1,8 @@
 """Local search: speed-weighted LPT, swaps under the true per-step objective, then iterated until the limit.
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves. Spare slots start
-empty and, from a second start, full of copies; copies are added, moved and dropped where the true objective says so.
-Descents end with the deadline; what was cut goes on where it ended when there is more time.
+empty or full of copies, whichever is better, then the other way; copies are added, moved and dropped where the true
+objective says so. Descents end with the deadline; what was cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gemopt.evaluate import objective
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
-from gemopt.solvers.search.packing import copies_worth_trying, lpt_row, replicate
+from gemopt.solvers.search.packing import copies_worth_trying, lpt_row, peak_load, replicate
 
 if TYPE_CHECKING:
     from gemopt.solvers.search.state import Costs, State
@@ -26,6 +26,7 @@ BATCH_KICKS = 25
 NEVER = 2**62
 LEAST_GAIN = 1e-4  # of a round over all copies
 KICK_SWAPS = 2
+HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
 
 
 class LocalSearch:
@@ -53,12 +54,12 @@ class LocalSearch:
 
 
 def _starts(problem: Problem) -> list[Row]:
-    """Speed-weighted LPT, with spare slots empty and, where there are any, full of copies."""
+    """Speed-weighted LPT, with spare slots empty and, where there are any, full of copies; the better one first."""
     starts = [lpt_row(problem)]
     if problem.spare_slots:
-        weight_E = problem.linearised[1].mean(axis=0)
-        copies_E = replicate(weight_E, problem.slots_per_rank)
+        copies_E = replicate(peak_load(problem), problem.slots_per_rank)
         starts.append(lpt_row(problem, copies_E=copies_E))
+        starts.sort(key=lambda row: objective(problem, row))
     return starts
 
 
@@ -128,13 +129,16 @@ class _Search:
             descend(hulls, state, ranks, False)
             self.offer(state.content)
             row = state.content if objective(problem, state.content) < objective(problem, start) else start
+            if objective(problem, row) > HOPELESS * self.value:  # what another start led to
+                return row
         state = self.state(row)
         descend(self.costs, state, ranks, True)
         self.offer(state.content)
         return self._with_copies(state.content) if problem.spare_slots else state.content
 
     def _with_copies(self, row: Row) -> Row:
-        from gemopt.solvers.search.copies import improve_copies, make_shares
+        from gemopt.solvers.search.copies import improve_copies
+        from gemopt.solvers.search.shares import make_shares
         from gemopt.solvers.search.swaps import EPSILON, descend
         from gemopt.solvers.search.terms import free_terms
 

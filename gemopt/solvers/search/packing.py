@@ -39,6 +39,15 @@ def replicate(weight_E: FloatArray, slots_G: Row) -> Row:
     return copies
 
 
+def peak_load(problem: Problem) -> FloatArray:
+    """[E] mean load and one standard deviation over the steps, in microseconds: bursts are what makes stragglers."""
+    weights_T = problem.weights_T / max(problem.weights_T.sum(), 1e-300)
+    mean_E = weights_T @ problem.counts_TE
+    spread_E = np.sqrt(np.maximum(weights_T @ problem.counts_TE.astype(np.float64) ** 2 - mean_E**2, 0.0))
+    varying_E = np.divide(spread_E, mean_E, out=np.zeros_like(mean_E), where=mean_E > 0)
+    return np.asarray(problem.linearised[1].mean(axis=0) * (1.0 + varying_E))
+
+
 def copies_worth_trying(problem: Problem) -> Row:
     """Experts that may deserve another copy, hottest first."""
     hottest = np.argsort(-problem.linearised[1].mean(axis=0), kind="stable")

@@ -28,10 +28,11 @@ from gemopt.solvers.base import (
     seeded,
     within_limits,
 )
-from gemopt.solvers.search.copies import improve_copies, make_shares
+from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.descent import iterate_within, settle
 from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.packing import copies_worth_trying
+from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, total_cost
 from gemopt.solvers.search.terms import make_terms, moved_into

@@ -1,0 +1,134 @@
+"""Copies in spare slots: held-out change against contiguous placement with the same slots, beside the peers.
+
+python benchmarks/copies.py [--flashlb policy_flashlb.py] [--ranks 8,16,32,64] [--limit 20]
+
+58 layers x 256 experts, 500 steps to fit and 500 to score, staircase costs, even split, 288 slots (320 on 64 ranks).
+`policy_flashlb.py` is vllm-ascend's file of that name, as in its published wheel; needs numba and scipy, no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import resource
+import sys
+import time
+import types
+from collections.abc import Callable
+
+import numpy as np
+from instances import routing, speeds, staircase_profile
+from machine import stamp
+
+import gemopt
+from gemopt.evaluate import evaluate
+from gemopt.placement import Placement
+from gemopt.profile import Profile
+from gemopt.traces import Traces
+
+Place = Callable[[], Placement]
+
+
+def slots(ranks: int) -> int:
+    """Slots per rank: 288 in all where that divides, else the next that leaves a spare slot on every rank."""
+    return 288 // ranks if 288 % ranks == 0 else 256 // ranks + 1
+
+
+def flashlb(path: str) -> type:
+    """FlashLB's class from its file; what it imports of torch, vllm and vllm-ascend is stood in for."""
+    package = types.ModuleType("peer")
+    package.__path__ = []
+    abstract = types.ModuleType("peer.policy_abstract")
+    abstract.EplbPolicy = object
+    torch = types.ModuleType("torch")
+    torch.Tensor = np.ndarray
+    logger = types.ModuleType("vllm.logger")
+    logger.logger = types.SimpleNamespace(info=lambda *_: None)
+    state = types.ModuleType("vllm_ascend.distributed.parallel_state")
+    state.get_dynamic_eplb_group = lambda: types.SimpleNamespace(world_size=64)
+    names = ("vllm", "vllm_ascend", "vllm_ascend.distributed")
+    sys.modules.update({name: types.ModuleType(name) for name in names})
+    sys.modules.update({each.__name__: each for each in (package, abstract, torch, logger, state)})
+    spec = importlib.util.spec_from_file_location("peer.policy_flashlb", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.FlashLB
+
+
+def by_flashlb(policy: type, given: Traces, ranks: int, per_rank: int) -> Placement:
+    """FlashLB's placement, from the first experts once more in the spare slots."""
+    experts, size = given.num_experts, ranks * per_rank
+    table_P = np.arange(size) % experts
+    counts_TLP = given.counts[:, :, table_P].astype(np.int64)
+    copies_P = np.bincount(table_P, minlength=experts)[table_P]
+    counts_TLP = counts_TLP // copies_P
+    table = np.tile(table_P.reshape(ranks, per_rank), (given.num_layers, 1, 1))
+    shape = (given.num_steps, given.num_layers, ranks, per_rank)
+    _, _, found = policy().rebalance_experts(table, counts_TLP.reshape(shape))
+    rows = [once_per_rank(row.reshape(ranks, per_rank)) for row in found]
+    return Placement(
+        physical_to_logical=np.stack(rows), slots_per_rank=np.full(ranks, per_rank), layer_ids=given.layer_ids,
+        num_experts=experts,
+    )  # fmt: skip
+
+
+def once_per_rank(table: np.ndarray) -> np.ndarray:
+    """A second copy of an expert on one rank gains nothing and is left out."""
+    for held in table:
+        _, first = np.unique(held, return_index=True)
+        held[np.setdiff1d(np.arange(len(held)), first)] = -1
+    return table.ravel()
+
+
+def contenders(profile: Profile, given: Traces, per_rank: int, limit: float, peer: type | None) -> dict[str, Place]:
+    """What is compared, by name."""
+
+    def ours(**options: object) -> Placement:
+        found = gemopt.solve(profile, given, slots_per_rank=per_rank, cost="staircase", threads=1, **options).placement
+        assert found is not None
+        return found
+
+    table: dict[str, Place] = {
+        "contiguous": lambda: ours(solver="linear"),
+        "eplb": lambda: ours(solver="eplb"),
+        "local-search, descents alone": lambda: ours(solver="local-search", patience=0, time_limit=limit),
+        "local-search, whole limit": lambda: ours(solver="local-search", time_limit=limit),
+    }
+    if peer is not None:
+        table["FlashLB"] = lambda: by_flashlb(peer, given, profile.num_ranks, per_rank)
+    return table
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--flashlb")
+    parser.add_argument("--ranks", default="8,16,32,64")
+    parser.add_argument("--limit", type=float, default=20.0)
+    asked = parser.parse_args()
+    peer = flashlb(asked.flashlb) if asked.flashlb else None
+    traces = routing()
+    given, held = traces.split(0.5)
+    print(f"{stamp('numpy', 'numba')}; limit {asked.limit:g} s, one thread\n")
+    print("| G | slots | solver | held-out change | fitted | seconds | CPU s | peak memory GB |\n|" + "---|" * 8)
+    for ranks in map(int, asked.ranks.split(",")):
+        profile, per_rank = staircase_profile(speeds(ranks)), slots(ranks)
+        for place in contenders(profile, given.steps(slice(0, 20)), per_rank, 0.1, peer).values():
+            place()  # compiles
+        base: list[float] = []
+        for name, place in contenders(profile, given, per_rank, asked.limit, peer).items():
+            wall, cpu = time.monotonic(), time.process_time()
+            found = place()
+            wall, cpu = time.monotonic() - wall, time.process_time() - cpu
+            score = [evaluate(found, profile, steps).objective_us for steps in (held, given)]
+            base = base or score
+            change = " | ".join(f"{100 * (a / b - 1):+.1f} %" for a, b in zip(score, base, strict=True))
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            row = f"| {ranks} | {ranks * per_rank} | {name} | {change} | {wall:.1f} | {cpu:.1f} | {memory:.2f} |"
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
