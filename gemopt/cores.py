@@ -20,3 +20,10 @@ def at_most(threads: int) -> Iterator[None]:
 
     with threadpool_limits(limits=threads):
         yield
+
+
+def in_this_thread(threads: int) -> None:
+    """The same for OpenMP in a thread made within `at_most`: OpenMP keeps its limit thread by thread."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(limits=threads, user_api="openmp")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from gemopt import cores
 from gemopt.bounds import timed_step_bounds, weighted
 from gemopt.evaluate import objective, total
 from gemopt.problem import Problem
@@ -73,7 +74,9 @@ class Run:
         """Solve all layers; on an interrupt, every layer still ends with what it has."""
         end = self.clock + self.time_limit - self._scoring()
         left = max(0.0, end - time.monotonic())
-        with ThreadPoolExecutor(min(self.threads, len(self.layers))) as pool:
+        share = max(1, self.threads // len(self.layers))
+        workers = min(self.threads, len(self.layers))
+        with ThreadPoolExecutor(workers, initializer=cores.in_this_thread, initargs=(share,)) as pool:
             if not self.solver.supports.improves:
                 self._phase(pool, self._solve, end)
             else:

@@ -238,7 +238,9 @@ def test_every_layer_is_answered_before_any_is_deepened() -> None:
     assert all(layer.bounded_steps == 9 for layer in layers)
 
 
-def test_threads_bound_the_libraries_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("library", ["numpy", "torch"])  # OpenBLAS is limited as a whole, OpenMP thread by thread
+def test_threads_bound_the_libraries_too(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    pytest.importorskip(library)
     before = {info["num_threads"] for info in threadpool_info()}
     for threads, allowed in ((1, {1}), (8, {1, 2})):
         solver = Recorder(improves=False)
