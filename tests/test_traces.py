@@ -270,6 +270,7 @@ def any_traces(draw: st.DrawFn) -> Traces:
     largest = draw(st.sampled_from([1, 255, 256, 65535, 65536, (2**31 - 1) // experts]))
     names = tuple(draw(st.lists(st.text(max_size=5), max_size=3, unique=True)))
     counts = rng.integers(0, largest + 1, (steps, layers, experts))
+    counts[0, 0, 0] = largest  # a trace of nothing is refused
     tokens = None
     if draw(st.booleans()):
         count = draw(st.integers(1, 6))
