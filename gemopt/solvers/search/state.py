@@ -135,7 +135,7 @@ def step_order(num_steps: int) -> Array:
 
 def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Array | None = None) -> State:
     """Search state of a placement row; copies carry their even share with them. `stop`: as `Options.alarm` gives it."""
-    from gemopt.evaluate import even_shares
+    from gemopt.splits import even_shares
 
     if problem.features_FTE.sum(axis=2).max() >= EXACT_FLOAT32:
         raise UnsupportedError(
