@@ -150,7 +150,12 @@ class Problem:
 
     @cached_property
     def equal_ranks(self) -> list[list[int]]:
-        """Groups of ranks that have the same latency and slots, so that swapping them changes nothing."""
+        """Groups of ranks that have the same latency and slots, so that swapping them changes nothing.
+
+        To copies under the nearest split no rank is like another one.
+        """
+        if self.split is Split.NEAREST and self.spare_slots:
+            return [[rank] for rank in range(self.num_ranks)]
         groups: dict[Any, list[int]] = {}
         for rank, latency in enumerate(self.latencies):
             curves = tuple((c.x.tobytes(), c.y.tobytes(), c.slope) for term in latency.terms for c in term)
