@@ -18,7 +18,7 @@ TIERS = [
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
     ["problem", "splits", "evaluate", "result"],
     ["bounds", "solvers"],
-    ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "first_use"],
+    ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "memory", "first_use"],
     ["predict", "online", "replay", "advise"],
     ["formats", "plotting", "report"],
     ["models", "profiling", "executor"],
