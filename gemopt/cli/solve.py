@@ -29,6 +29,7 @@ from gemopt.cli.moves import (
 )
 
 if TYPE_CHECKING:
+    from gemopt.profile import Profile
     from gemopt.result import Result
     from gemopt.traces import Traces
 
@@ -100,7 +101,12 @@ def parse_budget(text: str | None) -> float | list[float] | None:
 
 
 def heeded(
-    engine: str | None, slots: int | list[int] | None, split: str | None, num_experts: int, num_ranks: int
+    engine: str | None,
+    slots: int | list[int] | None,
+    split: str | None,
+    traces: Traces,
+    profile: Profile,
+    current: Path | None,
 ) -> tuple[int | list[int] | None, str | None, bool]:
     """Slots, split and whether all slots must be full, as asked for and as the engine can take them.
 
@@ -112,8 +118,13 @@ def heeded(
     if engine is None:
         return slots, split, False
     from gemopt.formats.registry import get, within_engine
+    from gemopt.placement import Placement
 
-    limits = within_engine(get(engine), slots, split, num_experts, num_ranks)
+    used: int | list[int] | None = slots
+    if slots is None and current is not None:
+        used = Placement.load(current).slots_per_rank.tolist()
+    ranks = len(used) if isinstance(used, list) else profile.num_ranks
+    limits = within_engine(get(engine), used, split, traces.num_experts, ranks)
     return slots, limits.split, limits.full
 
 
@@ -193,7 +204,7 @@ def solve_command(
     with whole_or_nothing(threads):
         chosen = load_traces(traces, task, phase)
         measured = Profile.load(profile)
-        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen.num_experts, measured.num_ranks)
+        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen, measured, current)
         with interrupts.held(), layer_progress(f"{solver}: layers", quiet=as_json) as progress:
             result = solve(
                 measured,
