@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
         profile,
         profile_import,
         replay,
+        report,
         solve,
         trace,
         trace_import,
