@@ -8,6 +8,8 @@ here are ours.
 
 from __future__ import annotations
 
+import os
+import sys
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -174,13 +176,15 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     """Draw the graph on a circle, experts that are hot together side by side.
 
     Area is the share of an expert, colour its class; lines are the strongest conflicts, three per expert on average.
+    Returns the matplotlib axes.
     """
     try:
         import matplotlib as mpl
     except ImportError as error:
         raise missing(error, "drawing") from None
     if ax is None:
-        mpl.use("Agg")
+        if "matplotlib.pyplot" not in sys.modules and "MPLBACKEND" not in os.environ:
+            mpl.use("Agg")  # nobody has asked for windows
         from matplotlib import pyplot
 
         ax = pyplot.subplots(figsize=(7, 7), layout="constrained")[1]
@@ -210,4 +214,4 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     ax.set_title(f"layer {graph.graph['layer_id']}: experts hot in the same steps")
     ax.legend(loc="lower left", fontsize=8, markerscale=0.5)
     ax.set_axis_off()
-    return ax.figure
+    return ax

@@ -76,7 +76,7 @@ def _places(classes: list[ExpertClass], pairs: IntArray, correlations: FloatArra
     place_E2 = np.full((len(classes), 2), np.nan)
     graph: Any = nx.Graph()
     graph.add_weighted_edges_from((int(i), int(j), float(c)) for (i, j), c in zip(pairs, correlations, strict=True))
-    for expert, at in nx.spring_layout(graph, seed=0, iterations=60).items():
+    for expert, at in nx.spring_layout(graph, k=0.4, weight=None, seed=0, iterations=60).items():
         place_E2[expert] = at
     alone = [e for e, kind in enumerate(classes) if kind is not ExpertClass.ORDINARY and e not in graph]
     angle = 2 * np.pi * np.arange(len(alone)) / max(1, len(alone))
@@ -117,8 +117,8 @@ def conflicts(inputs: Inputs, layers: list[LayerConflicts]) -> Section:
                    yaxis=hidden, margin={"l": 8, "r": 8, "t": 28, "b": 8})  # fmt: skip
     text = (
         "Lines join experts that are loaded in the same steps beyond chance: on one rank they make a straggler. "
-        f"The {EDGES} strongest are drawn; hot experts without one stand around, other ordinary ones are left out. Size is "
-        f"the share of the load. Without a layer chosen this is {names[worst]}, "
+        f"The {EDGES} strongest are drawn; hot experts without one stand around, other ordinary ones are left out. Size "
+        f"is the share of the load. Without a layer chosen this is {names[worst]}, "
         f"which has the most such pairs ({layers[worst].num_pairs})."
     )
     return Section("conflicts", "Conflict graph", text, shown, choices, "layer")
@@ -137,15 +137,15 @@ def _graph(layer: LayerConflicts, placement: Placement, index: int) -> list[Any]
         traces.append(go.Scatter(x=small(path[:, 0]), y=small(path[:, 1]), mode="lines", name=name, hoverinfo="skip",
                                  opacity=0.6, line={"width": width, "color": colour}))  # fmt: skip
     holders = _holders(placement, index)
+    told = "expert %{customdata[0]} on rank %{text}: %{customdata[1]:.1f} times an equal share<extra>"
     for kind, (colour, symbol, _) in LOOKS.items():
         mine = np.array([expert for expert in np.flatnonzero(drawn_E) if layer.classes[expert] is kind], dtype=np.int64)
         known = np.stack([mine, layer.share_E[mine]], axis=1)
         size = np.clip(4 + 5 * np.sqrt(layer.share_E[mine]), 5, 24)
         traces.append(go.Scatter(x=small(place_E2[mine, 0]), y=small(place_E2[mine, 1]), mode="markers",
-                                 text=[holders[e] for e in mine], customdata=small(known), name=f"{kind.value} ({len(mine)})",
-                                 marker={"color": colour, "symbol": symbol, "size": small(size)},
-                                 hovertemplate="expert %{customdata[0]} on rank %{text}: %{customdata[1]:.1f} times an equal "
-                                 "share<extra>" + kind.value + "</extra>"))  # fmt: skip
+                                 text=[holders[e] for e in mine], customdata=small(known),
+                                 name=f"{kind.value} ({len(mine)})", marker={"color": colour, "symbol": symbol, "size": small(size)},
+                                 hovertemplate=told + kind.value + "</extra>"))  # fmt: skip
     return traces
 
 

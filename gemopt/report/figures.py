@@ -49,7 +49,7 @@ def makespan(inputs: Inputs, before: Side, after: Side, bound: Bounds) -> Sectio
         go.Bar(x=names, y=small(old), name="before", width=0.9, marker={"color": BEFORE, "pattern": hatch}),
         go.Bar(x=names, y=small(new), name="after", width=0.5, marker={"color": AFTER}),
         go.Scatter(x=names, y=small(low), name="bound", mode="lines",
-                   line={"color": BOUND, "shape": "hvh", "width": 2, "dash": "dot"}),
+                   line={"color": BOUND, "shape": "hvh", "width": 2.5}),
     ]  # fmt: skip
     for trace in traces:
         trace.update(hovertemplate=hover)
@@ -103,8 +103,8 @@ def _empty_heat_maps(inputs: Inputs, edges: IntArray, low: float, high: float) -
     for axis, name in (("y2", "before"), ("y3", "after")):
         told = f"{name}, step %{{x:.0f}}, rank %{{y}}: works %{{z}} % of the makespan, %{{customdata}} assignments"
         traces += [
-            go.Heatmap(x=middle, y=every, zmin=low, zmax=min(high, 100.0), colorscale=SCALE, hovertemplate=told + "<extra></extra>",
-                       xaxis="x", yaxis=axis, showscale=axis == "y2",
+            go.Heatmap(x=middle, y=every, zmin=low, zmax=min(high, 100.0), colorscale=SCALE,
+                       hovertemplate=told + "<extra></extra>", xaxis="x", yaxis=axis, showscale=axis == "y2",
                        colorbar={"title": {"text": "% busy", "side": "right"}, "len": 0.7, "y": 0.35, "thickness": 12}),
             go.Scatter(x=middle, mode="markers", marker={"size": 4, "color": "#000000",
                        "line": {"color": "#ffffff", "width": 1}}, showlegend=False, xaxis="x", yaxis=axis,
@@ -112,7 +112,7 @@ def _empty_heat_maps(inputs: Inputs, edges: IntArray, low: float, high: float) -
                        "<extra></extra>"),
         ]  # fmt: skip
     height = int(np.clip(460 + 5 * len(every), 520, 900))
-    rank = {"autorange": "reversed", "dtick": max(1, len(every) // 8), "title": "rank"}
+    rank = {"range": [len(every) - 0.5, -0.5], "dtick": max(1, len(every) // 8), "title": "rank"}
     return figure(
         *traces, height=height, margin={"l": 64, "r": 8, "t": 28, "b": 48},
         xaxis={"title": "step", "anchor": "y3"}, yaxis={"title": "us per step", "domain": [0.74, 1.0]},
@@ -156,8 +156,8 @@ def search(inputs: Inputs) -> Section:
         at = [*known, (result.seconds, result.bound_us)] if known else [(float(seconds[0]), result.bound_us)]
         at = at if known else [*at, (result.seconds, result.bound_us)]
         x, y = np.array(at).T
-        traces.append(go.Scatter(x=x, y=y / per_step, name="bound", line={"color": BOUND, "dash": "dot", "shape": "hv"}, mode="lines",
-                                 hovertemplate="%{y:.4f} ms per step<extra>bound</extra>"))  # fmt: skip
+        traces.append(go.Scatter(x=x, y=y / per_step, name="bound", line={"color": BOUND, "dash": "dot", "shape": "hv"},
+                                 mode="lines", hovertemplate="%{y:.4f} ms per step<extra>bound</extra>"))  # fmt: skip
     shown = figure(*traces, xaxis={"title": "seconds"}, yaxis={"title": "ms per step"}, height=340)
     gap = "" if result.gap is None else f" At the end no placement can be better by more than {100 * result.gap:.2f} %."
     text = (
@@ -177,7 +177,8 @@ def latency(inputs: Inputs, old_us: FloatArray, new_us: FloatArray) -> Section:
         values, spread = np.quantile(step_us, levels), numbers.intervals(step_us)
         traces.append(go.Scatter(x=small(np.quantile(step_us, at)), y=small(at), name=name, mode="lines",
                                  line={"color": colour, "dash": dash},
-                                 hovertemplate="%{y:.3f} of the steps take at most %{x:.0f} us<extra></extra>"))  # fmt: skip
+                                 hovertemplate="%{y:.3f} of the steps take at most %{x:.0f} us<extra></extra>",
+                                 ))  # fmt: skip
         bars = None if spread is None else {
             "type": "data", "symmetric": False, "array": spread[:, 1] - values, "arrayminus": values - spread[:, 0],
             "color": colour, "thickness": 2.5, "width": 6,
@@ -214,7 +215,7 @@ def moves(inputs: Inputs) -> Section:
     if not total:
         return Section(name, title, f"Nothing moves: the ranks hold the experts of {inputs.before_name}.")
     layers = {ALL_LAYERS: sent_LGG.sum(axis=0)}
-    if (each_layer := sent_LGG.size <= MOST_PAIRS):
+    if each_layer := sent_LGG.size <= MOST_PAIRS:
         layers |= dict(zip(layer_names(inputs), sent_LGG, strict=True))
     told = "rank %{y} to rank %{x}: %{z} experts<extra></extra>"
     every = np.arange(sent_LGG.shape[1])
@@ -222,8 +223,8 @@ def moves(inputs: Inputs) -> Section:
                       hovertemplate=told, xgap=1, ygap=1,
                       colorbar={"title": {"text": "experts", "side": "right"}, "thickness": 12})  # fmt: skip
     tick = {"dtick": max(1, len(every) // 8), "constrain": "domain"}
-    shown = figure(heat, height=460, xaxis={**tick, "title": "to rank", "scaleanchor": "y"},
-                   yaxis={**tick, "title": "from rank", "autorange": "reversed"})  # fmt: skip
+    shown = figure(heat, height=460, xaxis={**tick, "title": "to rank", "scaleanchor": "y",
+                                            "range": [-0.5, len(every) - 0.5]}, yaxis={**tick, "title": "from rank", "range": [len(every) - 0.5, -0.5]})  # fmt: skip
     weight = "" if size is None else f", {total * size / 1e9:.3g} GB"
     text = (
         f"From {inputs.before_name} to this placement {total} experts move over all layers{weight}; each comes from "

@@ -75,7 +75,8 @@
     const change = {};
     for (const name of Object.keys(target._fullLayout).filter((key) => /^[xy]axis\d*$/.test(key))) {
       if (event.key === "0") {
-        change[name + ".autorange"] = started(target, name).autorange || true;
+        const range = started(target, name).range;
+        change[name + (range ? ".range" : ".autorange")] = range || true;
         continue;
       }
       const [a, b] = target._fullLayout[name].range.map(Number);

@@ -83,7 +83,7 @@ def _shared_picker(sections: Sequence[Section]) -> str:
     if choices is None:
         return ""
     step = '<button type="button" data-step="{0}" data-for="layer" aria-label="{1} layer">{2}</button>'
-    return _select(SHARED, "Layer", choices) + step.format(-1, "previous", "‹") + step.format(1, "next", "›")
+    return _select(SHARED, "Layer", choices) + step.format(-1, "previous", "\u2039") + step.format(1, "next", "\u203a")
 
 
 def _select(picker: str, label: str, choices: dict[str, Any]) -> str:

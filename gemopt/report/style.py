@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from gemopt.exceptions import missing
 
 # Okabe and Ito's palette, safe for colour-blind readers; the page maps each to a lighter one on dark ground.
-BEFORE, AFTER, BOUND, SLOWEST = "#b35900", "#0072b2", "#4d4d4d", "#d55e00"
+BEFORE, AFTER, BOUND, SLOWEST = "#b35900", "#0072b2", "#111111", "#d55e00"
 GREEN, PURPLE, SKY, YELLOW = "#009e73", "#a3568c", "#3d95c7", "#b8860b"
 ON_DARK = {
     BEFORE: "#f0a33e",
     AFTER: "#5ab4f0",
-    BOUND: "#c9c9c9",
+    BOUND: "#f5f5f5",
     SLOWEST: "#ff8c42",
     GREEN: "#35c79c",
     PURPLE: "#dd94c5",
