@@ -153,8 +153,9 @@ class Evaluation:
             pandas is not installed.
         """
         steps, layers = np.indices(self.makespan_TL.shape)
-        columns = {"step": steps, "layer": layers, "makespan_us": self.makespan_TL, "straggler": self.straggler_TL}
-        return frame({name: np.ravel(values) for name, values in columns.items()})
+        columns: dict[str, NDArray[Any]] = {"step": steps, "layer": layers, "makespan_us": self.makespan_TL}
+        columns["straggler"] = self.straggler_TL
+        return frame({name: values.ravel() for name, values in columns.items()})
 
     def plot_steps(self, *, ax: Any = None) -> Any:
         """Latency of every step with p50, p90 and p99; returns the matplotlib axes."""

@@ -165,9 +165,9 @@ class Placement(Document):
             pandas is not installed.
         """
         layers, slots = np.indices(self.physical_to_logical.shape)
-        columns = {"layer_id": np.array(self.layer_ids)[layers], "rank": self.rank_of_slot[slots], "slot": slots,
+        columns: dict[str, NDArray[Any]] = {"layer_id": np.array(self.layer_ids)[layers], "rank": self.rank_of_slot[slots], "slot": slots,
                    "expert": self.physical_to_logical}  # fmt: skip
-        return frame({name: np.ravel(values) for name, values in columns.items()})
+        return frame({name: values.ravel() for name, values in columns.items()})
 
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_ranks: int, **fields: Any) -> Placement:

@@ -20,7 +20,7 @@ TIERS = [
     ["bounds", "solvers"],
     ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "first_use", "testing"],
     ["predict", "online", "replay", "advise"],
-    ["formats", "plotting", "report"],
+    ["formats", "plotting", "report", "jobs"],
     ["models", "profiling", "executor"],
     ["cli", "__main__"],
 ]

@@ -17,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         profile_import,
         replay,
         report,
+        run,
         solve,
         trace,
         trace_import,

@@ -119,8 +119,8 @@ def _headline(inputs: Inputs, before: Side, after: Side, bound: Bounds, held: fl
         held is not None and inputs.held is not None) else ""  # fmt: skip
     return (
         f"This placement takes {_words(change)} than {inputs.before_name} over {inputs.fitted.num_steps} steps of "
-        f"{inputs.fitted.num_layers} MoE layers{seen}, and it is proven that none can take more than "
-        f"{100 * _gap(inputs, after, bound):.1f} % less."
+        f"{inputs.fitted.num_layers} MoE layers{seen}; it is proven that no placement can take more "
+        f"than {100 * _gap(inputs, after, bound):.1f} % less time than this one."
     )
 
 

@@ -117,8 +117,8 @@ def conflicts(inputs: Inputs, layers: list[LayerConflicts]) -> Section:
                    yaxis=hidden, margin={"l": 8, "r": 8, "t": 28, "b": 8})  # fmt: skip
     text = (
         "Lines join experts that are loaded in the same steps beyond chance: on one rank they make a straggler. "
-        f"The {EDGES} strongest are drawn; hot experts without one stand around, other ordinary ones are left out. Size "
-        f"is the share of the load. Without a layer chosen this is {names[worst]}, "
+        f"The {EDGES} strongest are drawn; hot experts without one stand around, other ordinary ones are left out. "
+        f"Size is the share of the load. Without a layer chosen this is {names[worst]}, "
         f"which has the most such pairs ({layers[worst].num_pairs})."
     )
     return Section("conflicts", "Conflict graph", text, shown, choices, "layer")
@@ -144,7 +144,8 @@ def _graph(layer: LayerConflicts, placement: Placement, index: int) -> list[Any]
         size = np.clip(4 + 5 * np.sqrt(layer.share_E[mine]), 5, 24)
         traces.append(go.Scatter(x=small(place_E2[mine, 0]), y=small(place_E2[mine, 1]), mode="markers",
                                  text=[holders[e] for e in mine], customdata=small(known),
-                                 name=f"{kind.value} ({len(mine)})", marker={"color": colour, "symbol": symbol, "size": small(size)},
+                                 name=f"{kind.value} ({len(mine)})",
+                                 marker={"color": colour, "symbol": symbol, "size": small(size)},
                                  hovertemplate=told + kind.value + "</extra>"))  # fmt: skip
     return traces
 

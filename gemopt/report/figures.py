@@ -223,8 +223,9 @@ def moves(inputs: Inputs) -> Section:
                       hovertemplate=told, xgap=1, ygap=1,
                       colorbar={"title": {"text": "experts", "side": "right"}, "thickness": 12})  # fmt: skip
     tick = {"dtick": max(1, len(every) // 8), "constrain": "domain"}
-    shown = figure(heat, height=460, xaxis={**tick, "title": "to rank", "scaleanchor": "y",
-                                            "range": [-0.5, len(every) - 0.5]}, yaxis={**tick, "title": "from rank", "range": [len(every) - 0.5, -0.5]})  # fmt: skip
+    across, down = [-0.5, len(every) - 0.5], [len(every) - 0.5, -0.5]
+    shown = figure(heat, height=460, xaxis={**tick, "title": "to rank", "scaleanchor": "y", "range": across},
+                   yaxis={**tick, "title": "from rank", "range": down})  # fmt: skip
     weight = "" if size is None else f", {total * size / 1e9:.3g} GB"
     text = (
         f"From {inputs.before_name} to this placement {total} experts move over all layers{weight}; each comes from "
