@@ -30,22 +30,31 @@ def _placed(value: Any) -> Any:
     return Path(os.path.abspath(folder / Path(value).expanduser()))
 
 
-def _spelt(pattern: str, limit: str) -> Any:
+def _spelt(field: str, pattern: str, limit: str) -> AfterValidator:
     """A text that matches; the error says in words what would."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise InputError("name", text, limit)
+            raise InputError(field, text, limit)
         return text
 
-    return Annotated[str, AfterValidator(check), Field(json_schema_extra={"pattern": f"^{pattern}$"})]
+    return AfterValidator(check)
 
 
 PATH, MADE = "path", "made"  # a document that is there, or how to make one
 Placed = Annotated[Path, BeforeValidator(_placed)]
-FileName = _spelt(r"[A-Za-z0-9][-._A-Za-z0-9]*", "the name of a file in the folder: letters, digits, dots and dashes")
-DnsName = _spelt(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", "a Kubernetes name: lower-case letters, digits, dashes, dots")
-DnsLabel = _spelt(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "a Kubernetes namespace: lower-case letters, digits, dashes")
+FileName = Annotated[
+    str, _spelt("exports.file", r"[A-Za-z0-9][-._A-Za-z0-9]*", "a name in the folder: letters, digits, dots, dashes")
+]
+DnsName = Annotated[
+    str,
+    _spelt(
+        "kubernetes.config_map", r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", "lower-case letters, digits, dashes, dots"
+    ),
+]
+DnsLabel = Annotated[
+    str, _spelt("kubernetes.namespace", r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "lower-case letters, digits, dashes")
+]
 
 
 def _kind(value: Any) -> str:
