@@ -3,7 +3,8 @@
 python benchmarks/versions.py OLD_PYTHON NEW_PYTHON [--rounds 5] [--only NAME ...]
 
 Each argument is the interpreter of an environment in which one version is installed. Every measurement is a process of
-its own, warm (its first call is not counted), on one core; shown are the medians and the spread of the ratio by rounds.
+its own, warm (its first call is not counted), on one core. Shown are CPU seconds, which other work on the machine
+disturbs less than the clock: medians, and the spread of the ratio by rounds.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from gemopt.evaluate import evaluate
 from gemopt.profile import Profile
 from gemopt.traces import Traces
 
-Measured = tuple[float, float]  # seconds, and the figure that must stay the same
+Measured = tuple[float, float]  # CPU seconds of the process, and the figure that must stay the same
 
 
 def solved(profile: Profile, traces: Traces, solver: str, cost: str, **options: int) -> Measured:
     """One call, warm; 600 s are more than any of them takes, so nothing is cut."""
     words = {"solver": solver, "cost": cost, "time_limit": 600.0, "threads": 1, **options}
     gemopt.solve(profile, traces.steps(slice(0, 20)), **words)  # type: ignore[arg-type]
-    begin = time.monotonic()
+    begin = time.process_time()
     found = gemopt.solve(profile, traces, **words)  # type: ignore[arg-type]
-    return time.monotonic() - begin, found.objective_us or 0.0
+    return time.process_time() - begin, found.objective_us or 0.0
 
 
 def evaluated() -> Measured:
@@ -40,9 +41,9 @@ def evaluated() -> Measured:
     profile, traces = staircase_profile(speeds(16)), routing()
     placement = gemopt.solve(profile, traces.steps(slice(0, 20)), solver="linear", cost="staircase").placement
     assert placement is not None
-    begin = time.monotonic()
+    begin = time.process_time()
     score = evaluate(placement, profile, traces).objective_us
-    return time.monotonic() - begin, score
+    return time.process_time() - begin, score
 
 
 SOLVES: dict[str, tuple[int, Callable[..., Profile], str, str]] = {
