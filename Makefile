@@ -7,7 +7,7 @@ export PYTHONSAFEPATH = 1
 
 .venv/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[highs,report]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[exact,report]'
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt

@@ -191,6 +191,10 @@ class Result(Document):
             return self.objective_us
         return self.objective_us + self.moves.cost_us
 
+    def brief(self) -> str:
+        """The first two lines of `summary` in one."""
+        return ", ".join(self.summary().splitlines()[: 1 if self.objective_us is None else 2])
+
     def summary(self) -> str:
         """A few lines for people."""
         if self.objective_us is None:

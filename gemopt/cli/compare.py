@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +62,7 @@ def compare_command(
     of --solvers find when moves are free.
     """
     from gemopt.compare import DEFAULT_SOLVERS, compare
+    from gemopt.exceptions import MissingPackageError
     from gemopt.fronts import check_request
     from gemopt.plotting import check_picture
     from gemopt.profile import Profile
@@ -68,7 +70,8 @@ def compare_command(
 
     names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
     for name in names:
-        get(name)
+        with suppress(MissingPackageError) if solvers is None else nullcontext():
+            get(name)
     check_request(current, moves)
     if plot is not None:
         check_picture(plot)
