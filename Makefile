@@ -16,7 +16,7 @@ export PYTHONSAFEPATH = 1
 	touch .venv/.core $@
 
 demo: .venv/.core
-	$(BIN)/python examples/demo.py
+	$(BIN)/gemopt demo
 
 test: lint typecheck
 	$(BIN)/python -m pytest

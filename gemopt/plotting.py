@@ -42,7 +42,13 @@ def _pyplot() -> Any:
 
 
 def _axes(ax: Any, size: tuple[float, float]) -> Any:
-    return _pyplot().subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+    return subplots(size=size)[1] if ax is None else ax
+
+
+def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes, off any screen."""
+    figure, axes = _pyplot().subplots(rows, columns, figsize=size, layout="constrained")
+    return figure, axes
 
 
 def check_picture(path: str | os.PathLike[str]) -> str:

@@ -12,6 +12,8 @@ def main(argv: list[str] | None = None) -> None:
         apply,
         compare,
         conflicts,
+        demo,
+        doctor,
         export,
         profile,
         profile_import,
@@ -21,11 +23,11 @@ def main(argv: list[str] | None = None) -> None:
         trace_import,
         watch,
     )
-    from gemopt.cli.app import app
+    from gemopt.cli.app import make
     from gemopt.exceptions import EXTRAS, GemoptError, InputError, missing
 
     try:
-        code = app(args=argv, standalone_mode=False, prog_name="gemopt")
+        code = make()(args=argv, standalone_mode=False, prog_name="gemopt")
         sys.stdout.flush()
     except InputError as error:
         sys.exit(_complain(error, 2))
