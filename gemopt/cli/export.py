@@ -190,7 +190,7 @@ def _report(placement: Placement, result: Export, notes: list[str], role: str | 
 def _show(report: dict[str, Any]) -> None:
     if report["role"]:
         say(f"{report['role']}:")
-    line("wrote " + ", ".join(report["files"]))
+    say("wrote " + ", ".join(report["files"]))
     if report["command"]:
         say("start: " + report["command"])
     if report["devices"]:

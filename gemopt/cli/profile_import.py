@@ -19,7 +19,8 @@ Columns = list[str] | None
 @profile_app.command(
     "import",
     epilog=examples(
-        "gemopt profile import h100_vllm_gptoss20b_ep8.csv --unit group-tokens --top-k 4 --ep 8 --ranks 8 -o profile.json",
+        "gemopt profile import h100_vllm_gptoss20b_ep8.csv --unit group-tokens --top-k 4 --ep 8 --ranks 8 "
+        "-o profile.json",
         "gemopt profile import table.csv --where dtype=bf16 --time-column 'kernel_time:ms' -o profile.json",
     ),
 )

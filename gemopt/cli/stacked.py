@@ -15,15 +15,15 @@ def stacked(table: Table, console: Console) -> RenderableType | None:
     if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
         return None
     heads = [_plain(column.header).split("\n") for column in table.columns]
-    cells = [list(column.cells) for column in table.columns]
+    rows = [list(column.cells) for column in table.columns]
     parts: list[RenderableType] = [] if table.title is None else [Text(_plain(table.title))]
     for number, row in enumerate(table.rows):
         words = []
-        for head, column in zip(heads[1:], cells[1:], strict=True):
-            value = _plain(column[number])
+        for head, cells in zip(heads[1:], rows[1:], strict=True):
+            value = _plain(cells[number])
             if value:
                 words.append("\u00a0".join([head[0], value, *head[1:]]).replace(" ", "\u00a0"))
-        parts.append(Text(_plain(cells[0][number]), style=row.style or ""))
+        parts.append(Text(_plain(rows[0][number]), style=row.style or ""))
         if words:
             parts.append(Padding(Text("  ".join(words), style=row.style or ""), (0, 0, 0, 2)))
     if table.caption is not None:
