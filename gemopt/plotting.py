@@ -51,6 +51,13 @@ def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> t
     return figure, axes
 
 
+def _below(ax: Any, points: float) -> Any:
+    """Axes coordinates, shifted down by so many points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return ax.transAxes + ScaledTranslation(0, -points / 72, ax.figure.dpi_scale_trans)
+
+
 def check_picture(path: str | os.PathLike[str]) -> str:
     """The format a picture's ending asks for; `InputError` when it is unknown or the file could not be written."""
     kind = os.path.splitext(path)[1].lstrip(".") or "png"
@@ -73,7 +80,11 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
 def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = None) -> Any:
     """Change of the summed step latency against contiguous placement, on fitted and on held-out steps."""
     shown = [row for row in rows if row.change is not None and row.ran and row.solver != BASELINE]
-    ax = _axes(ax, (8, 0.5 * len(shown) + 1.6))
+    ax = _axes(ax, (8, 0.5 * len(shown) + 1.9))
+    if not shown:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "only contiguous placement: nothing to compare", ha="center", transform=ax.transAxes)
+        return ax.figure
     places = np.arange(len(shown))
     held = any(row.holdout_change is not None for row in shown)
     bars = [("fitted on", [row.change for row in shown], MUTED)]
@@ -82,7 +93,8 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     height = 0.8 / len(bars)
     for index, (label, values, colour) in enumerate(bars):
         percent = [100 * (value or 0.0) for value in values]
-        drawn = ax.barh(places + index * height, percent, height, label=label, color=colour)
+        hatch = "//" if index else None  # tells the bars apart in grey print
+        drawn = ax.barh(places + index * height, percent, height, label=label, color=colour, hatch=hatch, ec="white")
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a bound must not strike a number out
         ax.bar_label(drawn, fmt="%+.1f", padding=3, fontsize=8, bbox=behind, zorder=4)
     known = [row for row in rows if row.bound_us and row.objective_us is not None]
@@ -98,7 +110,8 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlabel("summed step latency against contiguous placement, %")
     ax.set_title(title or "Placements compared", fontsize=10)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    below = {"bbox_to_anchor": (0.5, 0), "bbox_transform": _below(ax, 34)}  # of the x label, whatever the height
+    ax.legend(fontsize=8, loc="upper center", ncols=3, frameon=False, **below)
     return ax.figure
 
 

@@ -6,9 +6,9 @@ import os
 import sys
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit; bad input prints one line on standard error."""
-    from gemopt.cli import (  # noqa: F401 (commands register themselves)
+def load() -> None:
+    """Import the commands, which register themselves."""
+    from gemopt.cli import (  # noqa: F401
         apply,
         compare,
         conflicts,
@@ -23,9 +23,14 @@ def main(argv: list[str] | None = None) -> None:
         trace_import,
         watch,
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit; bad input prints one line on standard error."""
     from gemopt.cli.app import make
     from gemopt.exceptions import EXTRAS, GemoptError, InputError, missing
 
+    load()
     try:
         code = make()(args=argv, standalone_mode=False, prog_name="gemopt")
         sys.stdout.flush()

@@ -29,7 +29,7 @@ CGROUP_FILES = {
 OK, MISSING, BROKEN = "ok", "missing", "broken"
 
 
-@app.command("doctor", epilog=examples("gemopt doctor", "gemopt doctor --json > doctor.json"))
+@app.command("doctor", epilog=examples("gemopt doctor", "gemopt doctor --json"))
 def doctor_command(as_json: AsJson = False) -> None:
     """Say which versions, solvers and devices there are, what is missing and how to get it.
 
