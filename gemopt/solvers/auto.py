@@ -34,12 +34,14 @@ class Auto:
         if found.row is None:
             return found
         gap = relative_gap(total(problem, found.row), options.bound_us)
-        if options.expired() or (gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE)):
+        if gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE):
             return found
         try:
             from gemopt.solvers.exact.cpsat import CpSat
         except ModuleNotFoundError as error:
             found.note = f"no proof was tried: {missing(error, 'CP-SAT')}"
+            return found
+        if options.expired():
             return found
         proven = CpSat().solve(problem, options, found.row)
         proven.history = found.history + proven.history
