@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -114,6 +115,12 @@ class Evaluation:
     outside: float
     idle_share: float
 
+    def __repr__(self) -> str:
+        steps, layers = self.makespan_TL.shape
+        mean, tail = self.objective_us / steps, self.quantile_us(0.99)
+        said = f"{steps} steps, {layers} layers, {mean:.1f} us per step, p99 {tail:.1f} us"
+        return f"Evaluation({said}, ranks wait {self.idle_share:.1%}, {self.outside:.1%} outside the profile)"
+
     @property
     def objective_us(self) -> float:
         """Sum over all steps and layers."""
@@ -149,14 +156,18 @@ def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> Non
 
 
 def evaluate(
-    placement: Placement, profile: Profile | None, traces: Traces, *, cost: CostModel | None = None
+    placement: Placement | str | os.PathLike[str],
+    profile: Profile | str | os.PathLike[str] | None,
+    traces: Traces | str | os.PathLike[str],
+    *,
+    cost: CostModel | None = None,
 ) -> Evaluation:
     """Score a placement on every step of the traces.
 
     Parameters
     ----------
-    profile
-        Measured devices; may be None when `cost` is given.
+    placement, profile, traces
+        Objects or paths. The profile may be None when `cost` is given.
     cost
         A fitted cost model; fitted from the profile when absent.
 
@@ -170,7 +181,8 @@ def evaluate(
     if cost is None:
         if profile is None:
             raise InputError("profile", None, "a profile or a fitted cost model is needed")
-        cost = fit(profile)[0]
+        cost = fit(Profile.of(profile))[0]
+    placement, traces = Placement.of(placement), Traces.of(traces)
     check_agreement(placement, traces, len(cost.latencies))
     if placement.split not in (Split.EVEN, Split.STATIC) and placement.has_copies:
         raise UnsupportedError(

@@ -50,7 +50,11 @@ EXTRAS = {
     "accelerate": "torch",
     "matplotlib": "report",
     "yaml": "yaml",
-    "highspy": "highs",
+    "ortools": "exact",
+    "pulp": "exact",
+    "highspy": "exact",
+    "pyarrow": "tables",
+    "prometheus_client": "watch",
 }
 
 

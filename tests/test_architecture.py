@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.profiling": ROOT / "profiling"}
 TIERS = [
-    ["exceptions", "documents", "cores", "interrupts"],
+    ["exceptions", "foreign", "documents", "cores", "interrupts"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
     ["problem", "evaluate", "result"],
