@@ -9,6 +9,7 @@ here are ours.
 from __future__ import annotations
 
 import os
+import sys
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -176,13 +177,15 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     """Draw the graph on a circle, experts that are hot together side by side.
 
     Area is the share of an expert, colour its class; lines are the strongest conflicts, three per expert on average.
+    Returns the matplotlib axes.
     """
     try:
         import matplotlib as mpl
     except ImportError as error:
         raise missing(error, "drawing") from None
     if ax is None:
-        mpl.use("Agg")
+        if "matplotlib.pyplot" not in sys.modules and "MPLBACKEND" not in os.environ:
+            mpl.use("Agg")  # nobody has asked for windows
         from matplotlib import pyplot
 
         ax = pyplot.subplots(figsize=(7, 7), layout="constrained")[1]
@@ -214,4 +217,4 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     told = f"area: share of the load; width: correlation, strongest {len(widths)} of {len(positive)} conflicts"
     ax.text(0.5, -0.02, told, transform=ax.transAxes, ha="center", va="top", fontsize=8)
     ax.set_axis_off()
-    return ax.figure
+    return ax

@@ -17,6 +17,7 @@ from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY, Placement, Split, check_row
 from gemopt.problem import Problem, stacked
 from gemopt.profile import Profile
+from gemopt.tables import frame, html_table
 from gemopt.traces import Traces
 
 
@@ -139,6 +140,44 @@ class Evaluation:
     def quantile_us(self, q: float) -> float:
         """Quantile of the step latency, e.g. 0.99."""
         return float(np.quantile(self.step_us, q))
+
+    def _repr_html_(self) -> str:
+        steps, layers = self.makespan_TL.shape
+        facts = {
+            "per step": f"{self.objective_us / steps:.1f} us over {steps} steps of {layers} layers",
+            "p50, p90, p99": ", ".join(f"{self.quantile_us(q):.0f}" for q in (0.5, 0.9, 0.99)) + " us",
+            "ranks wait": f"{100 * self.idle_share:.1f} % of the time",
+            "outside the profile": f"{100 * self.outside:.1f} % of the loads",
+        }
+        return html_table("gemopt: evaluation", facts)
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row per step and layer (by index): `makespan_us` and `straggler`.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        steps, layers = np.indices(self.makespan_TL.shape)
+        columns: dict[str, NDArray[Any]] = {"step": steps, "layer": layers, "makespan_us": self.makespan_TL}
+        columns["straggler"] = self.straggler_TL
+        return frame({name: values.ravel() for name, values in columns.items()})
+
+    def plot_steps(self, *, ax: Any = None) -> Any:
+        """Latency of every step with p50, p90 and p99; returns the matplotlib axes."""
+        from gemopt.plotting import plot_steps
+
+        return plot_steps(self, ax=ax)
+
+    def plot_stragglers(self, *, num_ranks: int | None = None, ax: Any = None) -> Any:
+        """How often each rank is the slowest, per layer; returns the matplotlib axes.
+
+        `num_ranks`: ranks to show; up to the last one that ever was the slowest when None.
+        """
+        from gemopt.plotting import plot_stragglers
+
+        return plot_stragglers(self, num_ranks, ax=ax)
 
 
 def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> None:

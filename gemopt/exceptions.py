@@ -49,6 +49,8 @@ EXTRAS = {
     "transformers": "torch",
     "accelerate": "torch",
     "matplotlib": "report",
+    "plotly": "report",
+    "pandas": "tables",
     "yaml": "yaml",
     "ortools": "exact",
     "pulp": "exact",

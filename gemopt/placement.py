@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from gemopt.documents import Document, FloatMatrix, IntMatrix, IntVector
 from gemopt.exceptions import InputError
+from gemopt.tables import frame
 
 EMPTY = -1
 
@@ -162,6 +163,23 @@ class Placement(Document):
         return np.stack(
             [np.bincount(row[row != EMPTY], minlength=self.num_experts) for row in self.physical_to_logical]
         )
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row per slot: `layer_id`, `rank`, `slot`, `expert` (-1: empty).
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        layers, slots = np.indices(self.physical_to_logical.shape)
+        columns: dict[str, NDArray[Any]] = {
+            "layer_id": np.array(self.layer_ids)[layers],
+            "rank": self.rank_of_slot[slots],
+            "slot": slots,
+            "expert": self.physical_to_logical,
+        }
+        return frame({name: values.ravel() for name, values in columns.items()})
 
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_ranks: int, **fields: Any) -> Placement:

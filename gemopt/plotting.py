@@ -1,10 +1,11 @@
-"""Pictures of results. Every function takes an optional `ax` and returns the figure."""
+"""Pictures of results. Every function takes an optional `ax` and returns the axes it drew on."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ def _pyplot() -> Any:
         import matplotlib as mpl
     except ImportError as error:
         raise missing(error, "drawing") from None
-    mpl.use("Agg")
+    if "matplotlib.pyplot" not in sys.modules and "MPLBACKEND" not in os.environ:
+        mpl.use("Agg")  # nobody has asked for windows
     from matplotlib import pyplot
 
     return pyplot
@@ -68,11 +70,11 @@ def check_picture(path: str | os.PathLike[str]) -> str:
     return kind
 
 
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write the picture atomically; the format follows the ending."""
+def save(ax: Any, path: str | os.PathLike[str]) -> None:
+    """Write the whole figure of these axes (or a figure) atomically; the format follows the ending."""
     kind = check_picture(path)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format=kind)
+    getattr(ax, "figure", ax).savefig(buffer, dpi=150, format=kind)
     with replacing(path) as stream:
         stream.write(buffer.getvalue())
 
@@ -112,7 +114,7 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     ax.set_title(title or "Placements compared", fontsize=10)
     below = {"bbox_to_anchor": (0.5, 0), "bbox_transform": _below(ax, 34)}  # of the x label, whatever the height
     ax.legend(fontsize=8, loc="upper center", ncols=3, frameon=False, **below)
-    return ax.figure
+    return ax
 
 
 def plot_front(points: Sequence[FrontPoint], *, title: str = "", ax: Any = None) -> Any:
@@ -132,7 +134,7 @@ def plot_front(points: Sequence[FrontPoint], *, title: str = "", ax: Any = None)
     ax.set_ylabel("latency of a step, us")
     ax.set_title(title or "What moves gain", fontsize=10)
     ax.legend(fontsize=8, frameon=False)
-    return ax.figure
+    return ax
 
 
 def plot_history(result: Result, *, ax: Any = None) -> Any:
@@ -149,12 +151,49 @@ def plot_history(result: Result, *, ax: Any = None) -> Any:
     ax.set_title(result.solver)
     if ax.lines:
         ax.legend()
-    return ax.figure
+    return ax
 
 
-def plot_stragglers(evaluation: Evaluation, num_ranks: int, *, title: str = "", ax: Any = None) -> Any:
+def plot_layers(result: Result, *, ax: Any = None) -> Any:
+    """Makespan of every layer, mean per step, with the proven bound."""
+    ax = _axes(ax, (8, 4))
+    names = [str(layer.layer_id) for layer in result.per_layer]
+    nan = float("nan")
+    value, bound = (
+        np.array([nan if each is None else each / result.num_steps for each in column])
+        for column in zip(*((layer.objective_us, layer.bound_us) for layer in result.per_layer), strict=True)
+    )
+    ax.bar(names, value, color=MUTED, label=result.solver)
+    ax.plot(names, bound, "_", color="black", markersize=min(14, 300 / len(names)), label="bound")
+    ax.set_xlabel("MoE layer")
+    ax.set_ylabel("makespan, us per step")
+    _thin_labels(ax, len(names))
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def _thin_labels(ax: Any, count: int, most: int = 24) -> None:
+    """Leave out names that would run into each other."""
+    step = -(-count // most)
+    ax.set_xticks(range(0, count, step))
+
+
+def plot_steps(evaluation: Evaluation, *, ax: Any = None) -> Any:
+    """Latency of every step over time, with p50, p90 and p99."""
+    ax = _axes(ax, (8, 4))
+    ax.plot(evaluation.step_us, color=MUTED, linewidth=1)
+    for q, style in ((0.5, ":"), (0.9, "--"), (0.99, "-")):
+        ax.axhline(evaluation.quantile_us(q), color=ACCENT, linestyle=style, label=f"p{100 * q:.0f}")
+    ax.set_xlabel("step")
+    ax.set_ylabel("latency of all MoE layers, us")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def plot_stragglers(evaluation: Evaluation, num_ranks: int | None = None, *, title: str = "", ax: Any = None) -> Any:
     """How often each rank is the one the others wait for, per layer."""
     ax = _axes(ax, (7, 4))
+    num_ranks = int(evaluation.straggler_TL.max()) + 1 if num_ranks is None else num_ranks
     share_LG = np.stack(
         [np.bincount(column, minlength=num_ranks) / len(column) for column in evaluation.straggler_TL.T]
     )
@@ -163,7 +202,7 @@ def plot_stragglers(evaluation: Evaluation, num_ranks: int, *, title: str = "", 
     ax.set_ylabel("MoE layer")
     ax.set_title(title or "Share of steps in which a rank is the slowest")
     ax.figure.colorbar(drawn, ax=ax)
-    return ax.figure
+    return ax
 
 
 def plot_replay(result: ReplayResult, *, axes: Any = None) -> Any:
@@ -195,7 +234,7 @@ def plot_replay(result: ReplayResult, *, axes: Any = None) -> Any:
     lower.set_xlabel("step")
     lower.set_xlim(result.first_step, result.num_steps)
     upper.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=4, frameon=False)
-    return upper.figure
+    return axes
 
 
 def _shade(axes: Any, result: ReplayResult) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gemopt.documents import Document
 from gemopt.exceptions import InputError
+from gemopt.tables import frame
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -132,6 +133,19 @@ class Profile(Document):
     def device_uuids(self) -> list[str | None]:
         """Device of each rank."""
         return [device.uuid for device in self.devices]
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row per sample: `rank`, `name`, and what `Sample` holds.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        rows = [(device.rank, device.name, *(value for _, value in sample))
+                for device in self.devices for sample in device.samples]  # fmt: skip
+        names = ("rank", "name", *Sample.model_fields)
+        return frame(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 def _check_samples(device: Device) -> None:

@@ -18,6 +18,8 @@ def load() -> None:
         profile,
         profile_import,
         replay,
+        report,
+        run,
         solve,
         trace,
         trace_import,

@@ -78,11 +78,17 @@ def parse_slots(text: str | None) -> int | list[int] | None:
 
 
 def load_traces(path: Path, task: str | None, phase: str | None) -> Traces:
-    """Traces, restricted to a task and a phase."""
-    from gemopt.exceptions import InputError
-    from gemopt.traces import Phase, Traces
+    """Traces of a file, restricted to a task and a phase."""
+    from gemopt.traces import Traces
 
-    traces = Traces.load(path)
+    return select_steps(Traces.load(path), task, phase)
+
+
+def select_steps(traces: Traces, task: str | None, phase: str | None) -> Traces:
+    """The steps of a task and a phase."""
+    from gemopt.exceptions import InputError
+    from gemopt.traces import Phase
+
     if task is None and phase is None:
         return traces
     known = {each.name.lower(): each for each in Phase}
