@@ -134,6 +134,12 @@ class Profile(Document):
         """Device of each rank."""
         return [device.uuid for device in self.devices]
 
+    @property
+    def node_of_rank(self) -> list[int]:
+        """A number for the node of each rank."""
+        nodes = [str(device.node) for device in self.devices]
+        return [sorted(nodes).index(node) for node in nodes]
+
     def to_dataframe(self) -> Any:
         """A pandas data frame with a row per sample: `rank`, `name`, and what `Sample` holds.
 

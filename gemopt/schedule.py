@@ -21,6 +21,7 @@ from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, incumbent, within_limits
+from gemopt.solvers.search.packing import filled
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -144,6 +145,8 @@ class Run:
         """All there is to do for a solver that more time does not help."""
         self._base(layer)
         layer.outcome = self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm)
+        if layer.problem.full and layer.outcome.row is not None:
+            layer.outcome.row = filled(layer.problem, layer.outcome.row)
 
     def _start(self, layer: Layer, deadline: float) -> None:
         """What there is without any search, so that every layer has something however short the time."""

@@ -16,7 +16,7 @@ TIERS = [
     ["exceptions", "foreign", "tables", "documents", "cores", "interrupts"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
-    ["problem", "evaluate", "result"],
+    ["problem", "splits", "evaluate", "result"],
     ["bounds", "solvers"],
     ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "first_use", "testing"],
     ["predict", "online", "replay", "advise"],

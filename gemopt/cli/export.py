@@ -222,11 +222,11 @@ def engines_command(as_json: Json = False) -> None:
         "dense": "dense_rows",
         "groups": "group_limits",
     }
-    table = Table("engine", *flags, box=None, pad_edge=False)
+    table = Table("engine", *flags, "split", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     for row in rows:
         marks = ["yes" if row[flag] else "-" for flag in flags.values()]
-        table.add_row(row["name"], *marks)
+        table.add_row(row["name"], *marks, row["splits"][0] if row["splits"] and row["replicas"] else "-")
     show(table)
     for row in rows:
         splits = "copies share the load as " + ", ".join(row["splits"]) if row["replicas"] else ""
@@ -238,7 +238,7 @@ def _capabilities(engine: Engine) -> dict[str, Any]:
     names = ("name", "versions", "placement", "replicas", "unequal_slots", "empty_slots", "dense_rows", "group_limits")
     return {
         **{name: getattr(engine, name) for name in names},
-        "splits": sorted(engine.splits),
+        "splits": list(engine.splits),
         "writes": engine.write is not None or engine.name in PERMUTED,
         "reads": engine.read is not None,
         "traces": list(engine.traces),

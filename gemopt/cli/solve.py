@@ -41,6 +41,15 @@ TimeLimit = Annotated[
     ),
 ]
 Slots = Annotated[str | None, typer.Option("--slots-per-rank", help="one number, or one per rank: 5,5,4,4")]
+SplitName = Annotated[
+    str | None, typer.Option("--split", help="how copies share: even, static, nearest, optimal", show_default=False)
+]
+SendersName = Annotated[
+    str | None, typer.Option("--senders", help="who sends, for the nearest split: traces, uniform", show_default=False)
+]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="heed an engine's limits and split; see gemopt engines")
+]
 Seed = Annotated[int, typer.Option("--seed", help="seed of the random choices")]
 Gap = Annotated[float, typer.Option("--gap", help="stop once this close to the optimum is proven, e.g. 0.01")]
 Cost = Annotated[str, typer.Option("--cost", metavar="auto|staircase|roofline", help="cost model")]
@@ -75,6 +84,24 @@ def parse_slots(text: str | None) -> int | list[int] | None:
     except ValueError:
         raise InputError("--slots-per-rank", text, "a whole number, or one per rank separated by commas") from None
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def heeded(
+    engine: str | None, slots: int | list[int] | None, split: str | None, num_experts: int, num_ranks: int
+) -> tuple[int | list[int] | None, str | None, bool]:
+    """Slots, split and whether all slots must be full, as asked for and as the engine can take them.
+
+    Raises
+    ------
+    UnsupportedError
+        What the engine cannot express, with what it can.
+    """
+    if engine is None:
+        return slots, split, False
+    from gemopt.formats.registry import get, within_engine
+
+    limits = within_engine(get(engine), slots, split, num_experts, num_ranks)
+    return slots, limits.split, limits.full
 
 
 def load_traces(path: Path, task: str | None, phase: str | None) -> Traces:
@@ -112,6 +139,9 @@ def solve_command(
     solver: Annotated[str, typer.Option("--solver", help=SOLVERS)] = "auto",
     time_limit: TimeLimit = None,
     slots_per_rank: Slots = None,
+    split: SplitName = None,
+    senders: SendersName = None,
+    engine: EngineName = None,
     seed: Seed = 0,
     gap: Gap = 0.0,
     cost: Cost = "auto",
@@ -147,12 +177,16 @@ def solve_command(
     with whole_or_nothing(threads):
         chosen = load_traces(traces, task, phase)
         measured = Profile.load(profile)
+        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen.num_experts, measured.num_ranks)
         detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
         with interrupts.held(), shown(f"{solver}: layers", limit_s=limit_s, hidden=as_json) as progress:
             result = solve(
                 measured,
                 chosen,
-                slots_per_rank=parse_slots(slots_per_rank),
+                slots_per_rank=slots,
+                split=split,
+                senders=senders,
+                full_slots=full,
                 solver=solver,
                 time_limit=time_limit,
                 gap=gap,
@@ -223,6 +257,7 @@ def evaluate_command(
     cost: Cost = "auto",
     task: Task = None,
     phase: PhaseName = None,
+    senders: SendersName = None,
     as_json: AsJson = False,
 ) -> int:
     """Score a placement on every step of the traces, with no solver involved."""
@@ -236,7 +271,7 @@ def evaluate_command(
     measured = Profile.load(profile)
     model, _ = fit(measured, model=cost)
     loaded = Placement.load(placement)
-    evaluation = evaluate(loaded, measured, chosen, cost=model)
+    evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders)
     contiguous = Placement.contiguous(
         chosen.num_layers, chosen.num_experts, measured.num_ranks, layer_ids=list(chosen.layer_ids)
     )

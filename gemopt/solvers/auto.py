@@ -6,6 +6,7 @@ import time
 from dataclasses import replace
 
 from gemopt.exceptions import missing
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports
@@ -26,7 +27,9 @@ class Auto:
         """Place one layer; see `Solver`."""
         from gemopt.evaluate import total
 
-        if problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES:
+        other = problem.spare_slots > 0 and (problem.split is not Split.EVEN or problem.full)
+        large = problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES
+        if other or large:
             return LocalSearch().solve(problem, options, warm_start)
         deadline = time.monotonic() + SEARCH_SHARE * options.remaining
         patience = DEFAULT_PATIENCE if options.patience is None else options.patience
