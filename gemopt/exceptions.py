@@ -52,7 +52,11 @@ EXTRAS = {
     "plotly": "report",
     "pandas": "tables",
     "yaml": "yaml",
-    "highspy": "highs",
+    "ortools": "exact",
+    "pulp": "exact",
+    "highspy": "exact",
+    "pyarrow": "tables",
+    "prometheus_client": "watch",
 }
 
 

@@ -130,6 +130,14 @@ class Placement(Document):
         """G, ranks of the expert-parallel group."""
         return int(self.slots_per_rank.shape[0])
 
+    def brief(self) -> str:
+        """Sizes, in one line."""
+        slots = f"{self.num_slots} slots on {self.num_ranks} ranks"
+        told = [f"{self.num_layers} layers", f"{self.num_experts} experts in {slots}"]
+        told += ["with copies"] * self.has_copies + ["with empty slots"] * self.has_empty_slots
+        told += ["unequal slots"] * (not self.equal_slots)
+        return ", ".join(told)
+
     @property
     def rank_of_slot(self) -> NDArray[np.int64]:
         """[P] rank that owns each slot."""

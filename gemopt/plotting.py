@@ -44,7 +44,20 @@ def _pyplot() -> Any:
 
 
 def _axes(ax: Any, size: tuple[float, float]) -> Any:
-    return _pyplot().subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+    return subplots(size=size)[1] if ax is None else ax
+
+
+def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes, off any screen."""
+    figure, axes = _pyplot().subplots(rows, columns, figsize=size, layout="constrained")
+    return figure, axes
+
+
+def _below(ax: Any, points: float) -> Any:
+    """Axes coordinates, shifted down by so many points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return ax.transAxes + ScaledTranslation(0, -points / 72, ax.figure.dpi_scale_trans)
 
 
 def check_picture(path: str | os.PathLike[str]) -> str:
@@ -69,7 +82,11 @@ def save(ax: Any, path: str | os.PathLike[str]) -> None:
 def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = None) -> Any:
     """Change of the summed step latency against contiguous placement, on fitted and on held-out steps."""
     shown = [row for row in rows if row.change is not None and row.ran and row.solver != BASELINE]
-    ax = _axes(ax, (8, 0.5 * len(shown) + 1.6))
+    ax = _axes(ax, (8, 0.5 * len(shown) + 1.9))
+    if not shown:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "only contiguous placement: nothing to compare", ha="center", transform=ax.transAxes)
+        return ax.figure
     places = np.arange(len(shown))
     held = any(row.holdout_change is not None for row in shown)
     bars = [("fitted on", [row.change for row in shown], MUTED)]
@@ -78,7 +95,8 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     height = 0.8 / len(bars)
     for index, (label, values, colour) in enumerate(bars):
         percent = [100 * (value or 0.0) for value in values]
-        drawn = ax.barh(places + index * height, percent, height, label=label, color=colour)
+        hatch = "//" if index else None  # tells the bars apart in grey print
+        drawn = ax.barh(places + index * height, percent, height, label=label, color=colour, hatch=hatch, ec="white")
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a bound must not strike a number out
         ax.bar_label(drawn, fmt="%+.1f", padding=3, fontsize=8, bbox=behind, zorder=4)
     known = [row for row in rows if row.bound_us and row.objective_us is not None]
@@ -94,7 +112,8 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlabel("summed step latency against contiguous placement, %")
     ax.set_title(title or "Placements compared", fontsize=10)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    below = {"bbox_to_anchor": (0.5, 0), "bbox_transform": _below(ax, 34)}  # of the x label, whatever the height
+    ax.legend(fontsize=8, loc="upper center", ncols=3, frameon=False, **below)
     return ax
 
 

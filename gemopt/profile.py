@@ -120,10 +120,25 @@ class Profile(Document):
         """G, ranks of the expert-parallel group."""
         return len(self.devices)
 
+    def brief(self) -> str:
+        """Devices and what was measured of them, in one line."""
+        names = sorted({device.name for device in self.devices})
+        loads = [sample.assignments for device in self.devices for sample in device.samples]
+        listed = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        plural = "s" if self.num_ranks > 1 else ""
+        measured = f"{len(loads)} samples of {min(loads)} to {max(loads)} assignments"
+        return f"{self.num_ranks} device{plural} ({listed}), {measured}"
+
     @property
     def device_uuids(self) -> list[str | None]:
         """Device of each rank."""
         return [device.uuid for device in self.devices]
+
+    @property
+    def node_of_rank(self) -> list[int]:
+        """A number for the node of each rank."""
+        nodes = [str(device.node) for device in self.devices]
+        return [sorted(nodes).index(node) for node in nodes]
 
     def to_dataframe(self) -> Any:
         """A pandas data frame with a row per sample: `rank`, `name`, and what `Sample` holds.

@@ -135,6 +135,13 @@ class LayerResult(BaseModel):
     bounded_steps: int | None = None
     moves_us: float = 0.0
 
+    def line(self) -> str:
+        """The layer in one line."""
+        value = "no placement" if self.objective_us is None else f"{self.objective_us:.1f} us"
+        gap = "" if self.gap is None else f", gap {100 * self.gap:.2f} %"
+        note = f"; {self.note}" if self.note else ""
+        return f"layer {self.layer_id}: {value}{gap}, {self.stopped_by.value} after {self.seconds:.2f} s{note}"
+
 
 class Result(Document):
     """Answer of `gemopt.solve`; `result.json`.
@@ -191,6 +198,10 @@ class Result(Document):
         if self.objective_us is None or self.moves is None:
             return self.objective_us
         return self.objective_us + self.moves.cost_us
+
+    def brief(self) -> str:
+        """The first two lines of `summary` in one."""
+        return ", ".join(self.summary().splitlines()[: 1 if self.objective_us is None else 2])
 
     def summary(self) -> str:
         """A few lines for people."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from gemopt.evaluate import check_agreement
 from gemopt.exceptions import InputError
 from gemopt.first_use import ready
 from gemopt.moving import Asked, Moving
-from gemopt.placement import Placement
+from gemopt.placement import Placement, Split
 from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.resize import Source
@@ -25,6 +24,7 @@ from gemopt.rounds import solve_shared
 from gemopt.schedule import Layer, Progress, Run
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, require
+from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
 DEFAULT_TIME_LIMIT = 10.0
@@ -36,6 +36,9 @@ def solve(
     traces: Traces | str | os.PathLike[str],
     *,
     slots_per_rank: int | Sequence[int] | None = None,
+    split: Split | str | None = None,
+    senders: Senders | str | None = None,
+    full_slots: bool = False,
     solver: str = "auto",
     time_limit: float | None = None,
     gap: float = 0.0,
@@ -66,6 +69,13 @@ def solve(
         Objects or paths. Every step given is used; select or split beforehand.
     slots_per_rank
         One number for all ranks or one per rank; just enough for one slot per expert when None.
+    split
+        How copies share their expert's assignments: `even`, `static` (weights chosen here), `nearest` or `optimal`
+        (anew at every step). Default: that of `current`, else even.
+    senders
+        Who sends the assignments, for `nearest`: `traces` (the default) or `uniform`; see `gemopt.evaluate`.
+    full_slots
+        Whether every slot must hold an expert, as most engines want it; slots that do not help stay empty otherwise.
     solver
         `auto` or a name from `gemopt.solvers.names()`.
     time_limit
@@ -131,8 +141,7 @@ def solve(
     chosen, threads = get(solver), threads or cores.available()
     with interrupts.held() as interrupted, cores.at_most(threads):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
-            profile = profile if isinstance(profile, Profile) else Profile.load(profile)
-            traces = traces if isinstance(traces, Traces) else Traces.load(traces)
+            profile, traces = Profile.of(profile), Traces.of(traces)
             moving = Moving.of(asked, profile, traces)
             if moving is not None:
                 profile = moving.resized.profile
@@ -149,7 +158,12 @@ def solve(
                 raise InputError(
                     "cost", f"{len(cost.latencies)} ranks", f"{profile.num_ranks} ranks serve", "fit it for them"
                 )
-            layers = _layers(cost, profile, traces, slots_per_rank, warm_start, seed, moving)
+            policy, senders = _policy(split, moving), Senders.of(senders)
+            each = problems(
+                cost, traces, slots_per_rank,
+                node_of_rank=profile.node_of_rank, split=policy, senders=senders, full=full_slots,
+            )  # fmt: skip
+            layers = _layers(each if moving is None else moving.apply(each), traces, warm_start, seed)
             require(chosen, layers[0].problem, that_can)
             clock += ready(chosen, layers[0].problem, notice)
         bound_us = 0.0
@@ -159,7 +173,7 @@ def solve(
                 bound_us = solve_shared(run, moving)
             else:
                 run.go()
-        return answer(run, profile, traces, cost, report, moving, bound_us)
+        return answer(run, profile, traces, cost, report, moving, bound_us, senders)
 
 
 def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int) -> Result:
@@ -194,20 +208,19 @@ def _check_numbers(time_limit: float, gap: float, threads: int | None, patience:
         raise InputError("patience", patience, "at least 0")
 
 
+def _policy(split: Split | str | None, moving: Moving | None) -> Split:
+    """The split asked for, else that of the placement in force, else even."""
+    if split is None:
+        return Split.EVEN if moving is None else moving.current.split
+    try:
+        return Split(split)
+    except ValueError:
+        raise InputError("split", split, "one of " + ", ".join(Split)) from None
+
+
 def _layers(
-    cost: CostModel,
-    profile: Profile,
-    traces: Traces,
-    slots_per_rank: int | Sequence[int] | None,
-    warm_start: Placement | str | os.PathLike[str] | None,
-    seed: int,
-    moving: Moving | None,
+    each: list[Problem], traces: Traces, warm_start: Placement | str | os.PathLike[str] | None, seed: int
 ) -> list[Layer]:
-    nodes = [device.node for device in profile.devices]
-    node_of_rank = [sorted(map(str, nodes)).index(str(node)) for node in nodes]
-    each = problems(cost, traces, slots_per_rank, node_of_rank=node_of_rank)
-    if moving is not None:
-        each = moving.apply(each)
     rows = _warm_rows(warm_start, each, traces)
     return [Layer(problem, row, seed + i) for i, (problem, row) in enumerate(zip(each, rows, strict=True))]
 
@@ -217,8 +230,7 @@ def _warm_rows(
 ) -> list[Row | None]:
     if warm_start is None:
         return [None] * len(layers)
-    if not isinstance(warm_start, Placement):
-        warm_start = Placement.load(Path(warm_start))
+    warm_start = Placement.of(warm_start, "warm_start")
     check_agreement(warm_start, traces, layers[0].num_ranks)
     if (warm_start.slots_per_rank != layers[0].slots_per_rank).any():
         raise InputError(

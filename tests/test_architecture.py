@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.profiling": ROOT / "profiling"}
 TIERS = [
-    ["exceptions", "tables", "documents", "cores", "interrupts"],
+    ["exceptions", "foreign", "tables", "documents", "cores", "interrupts"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
-    ["problem", "evaluate", "result"],
+    ["problem", "splits", "evaluate", "result"],
     ["bounds", "solvers"],
     ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "first_use", "testing"],
     ["predict", "online", "replay", "advise"],

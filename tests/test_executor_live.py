@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from gemopt.evaluate import even_shares, static_shares
+from gemopt.splits import even_shares, static_shares
 
 pytestmark = pytest.mark.distributed
 EXACT = 5e-6  # relative, float32

@@ -10,7 +10,8 @@ import typer
 
 from gemopt import interrupts
 from gemopt.cli.app import app, errors, print_json, say
-from gemopt.cli.solve import EXIT_INFEASIBLE, EXIT_NO_SOLUTION, AsJson, layer_progress, whole_or_nothing
+from gemopt.cli.progress import progress as shown_progress
+from gemopt.cli.solve import EXIT_INFEASIBLE, EXIT_NO_SOLUTION, AsJson, whole_or_nothing
 
 
 @app.command("run")
@@ -43,7 +44,7 @@ def run_command(
     with (
         whole_or_nothing(wanted.solver.threads),
         interrupts.held(),
-        layer_progress(title, quiet=as_json) as progress,
+        shown_progress(title, limit_s=wanted.solver.time_limit, hidden=as_json) as progress,
     ):
         done = run_job(wanted, command=command_of(job, changes), progress=progress, notice=notice)
     if as_json:

@@ -235,7 +235,7 @@ class Executor:
         try:
             if self._background is not None and not self._background.done:
                 raise InputError("placement", "a migration is running", "one at a time", "wait for it first")
-            placement = given if isinstance(given, Placement) else Placement.load(given)
+            placement = Placement.of(given)
             steps, fields = self.plan(placement), _kept_fields(placement)
             self._check_memory(steps)
             word = {

@@ -133,16 +133,21 @@ def step_order(num_steps: int) -> Array:
     return np.random.default_rng(0).permutation(num_steps)
 
 
-def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Array | None = None) -> State:
-    """Search state of a placement row; copies carry their even share with them. `stop`: as `Options.alarm` gives it."""
-    from gemopt.evaluate import even_shares
+def make_state(
+    problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Array | None = None, shares_TP: Array | None = None
+) -> State:
+    """Search state of a placement row; copies carry their share with them, the even one unless given [T, P].
+
+    `stop`: as `Options.alarm` gives it.
+    """
+    from gemopt.splits import even_shares
 
     if problem.features_FTE.sum(axis=2).max() >= EXACT_FLOAT32:
         raise UnsupportedError(
             "counts", int(problem.counts_TE.sum(axis=1).max()), f"the search takes steps below {EXACT_FLOAT32} loads"
         )
     order = step_order(problem.num_steps)
-    shares = even_shares(problem.counts_TE[order], row)
+    shares = even_shares(problem.counts_TE[order], row) if shares_TP is None else shares_TP[order]
     items = np.ascontiguousarray(
         np.stack([feature.of(shares) for feature in problem.features]).transpose(2, 0, 1), dtype=np.float32
     )
