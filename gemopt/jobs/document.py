@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from gemopt.documents import Document
 from gemopt.exceptions import InputError
 from gemopt.formats.kernel_table import Unit
+from gemopt.placement import Split
+from gemopt.splits.senders import Senders
 
 FOLDER: ContextVar[Path] = ContextVar("FOLDER", default=Path())  # of the job file: its relative paths begin there
 
@@ -121,6 +123,9 @@ class Constraints(Part):
     """
 
     slots_per_rank: int | list[int] | None = None
+    split: Split | None = None
+    senders: Senders | None = None
+    full_slots: bool = False
     current: Literal["contiguous"] | Placed | None = None
     move_price: float | None = None
     expert_bytes: int | None = None

@@ -237,12 +237,14 @@ class _Writer:
         return [Path(each) for each in made.files if not each.endswith(".gemopt.json")]
 
     def _cost(self, placement: Placement) -> float:
-        return evaluate(placement, self.profile, self.traces).objective_us
+        senders = self.job.constraints.senders
+        return evaluate(placement, self.profile, self.traces, senders=senders).objective_us
 
     def _report(self, command: str) -> str:
         settings = self.job.report
         before = settings.baseline or self.before
-        made = report(self.result, self.profile, self.traces, baseline=before, replay=settings.replay, command=command)
+        made = report(self.result, self.profile, self.traces, baseline=before, replay=settings.replay, command=command,
+                      senders=self.job.constraints.senders)  # fmt: skip
         self._save("report.html", made.save)
         return made.headline
 

@@ -46,9 +46,7 @@ def devices(inputs: Inputs) -> Section:
 
 
 def _outside(inputs: Inputs) -> str:
-    from gemopt.evaluate import evaluate
-
-    share = evaluate(inputs.placement, None, inputs.fitted, cost=inputs.cost).outside
+    share = inputs.evaluate(inputs.placement, inputs.fitted).outside
     return f"{100 * share:.1f} % of the loads of this placement lie outside the measured range."
 
 
