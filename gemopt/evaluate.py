@@ -131,9 +131,9 @@ class Evaluation:
         MissingPackageError
             pandas is not installed.
         """
-        steps, layers = np.indices(self.makespan_TL.shape)
-        columns: dict[str, NDArray[Any]] = {"step": steps, "layer": layers, "makespan_us": self.makespan_TL}
-        columns["straggler"] = self.straggler_TL
+        index: NDArray[Any] = np.indices(self.makespan_TL.shape)
+        columns: dict[str, NDArray[Any]] = {"step": index[0], "layer": index[1]}
+        columns |= {"makespan_us": self.makespan_TL, "straggler": self.straggler_TL}
         return frame({name: values.ravel() for name, values in columns.items()})
 
     def plot_steps(self, *, ax: Any = None) -> Any:

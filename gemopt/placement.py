@@ -172,13 +172,10 @@ class Placement(Document):
         MissingPackageError
             pandas is not installed.
         """
-        layers, slots = np.indices(self.physical_to_logical.shape)
-        columns: dict[str, NDArray[Any]] = {
-            "layer_id": np.array(self.layer_ids)[layers],
-            "rank": self.rank_of_slot[slots],
-            "slot": slots,
-            "expert": self.physical_to_logical,
-        }
+        index: NDArray[Any] = np.indices(self.physical_to_logical.shape)
+        layers, slots = index[0], index[1]
+        columns: dict[str, NDArray[Any]] = {"layer_id": np.array(self.layer_ids)[layers]}
+        columns |= {"rank": self.rank_of_slot[slots], "slot": slots, "expert": self.physical_to_logical}
         return frame({name: values.ravel() for name, values in columns.items()})
 
     @classmethod

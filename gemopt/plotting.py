@@ -86,7 +86,7 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     if not shown:
         ax.set_axis_off()
         ax.text(0.5, 0.5, "only contiguous placement: nothing to compare", ha="center", transform=ax.transAxes)
-        return ax.figure
+        return ax
     places = np.arange(len(shown))
     held = any(row.holdout_change is not None for row in shown)
     bars = [("fitted on", [row.change for row in shown], MUTED)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,11 @@ FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-extensions"),
     *("--remote-debugging-pipe", "--hide-scrollbars", "--mute-audio", "--disable-quic", "--force-color-profile=srgb"),
+)
+
+# Chromium speaks on descriptors 3 and 4; a shell may not know ours, of two digits.
+BECOME = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execv(sys.argv[3], sys.argv[3:])"
 )
 
 
@@ -108,12 +115,14 @@ def browser(folder: Path) -> Iterator[Browser]:
     """A fresh Chromium with its profile in `folder`; gone afterwards."""
     path = find()
     assert path is not None
-    (theirs, to), (back, ours) = os.pipe(), os.pipe()
-    command = ["/bin/sh", "-c", f'exec "$@" 3<&{theirs} 4>&{ours}', "sh", path, *FLAGS, f"--user-data-dir={folder}"]
+    (near, to), (back, far) = os.pipe(), os.pipe()
+    theirs, ours = (fcntl.fcntl(each, fcntl.F_DUPFD, 10) for each in (near, far))  # clear of 3 and 4, which they become
+    words = [sys.executable, "-c", BECOME, str(theirs), str(ours)]
+    command = [*words, path, *FLAGS, f"--user-data-dir={folder}"]
     process = subprocess.Popen(
         command, pass_fds=(theirs, ours), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    for descriptor in (theirs, ours):
+    for descriptor in (near, far, theirs, ours):
         os.close(descriptor)
     try:
         yield Browser(to, back)

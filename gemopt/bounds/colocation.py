@@ -96,7 +96,8 @@ class Programme:
         least_GF, most_GF = _load_ranges(features_FTE, slots_G, spare)
         probes_NF = _probes(features_FTE, len(busy))
         planes = [
-            _rank_planes(problem.latencies[g], spare > 0, least_GF[i], most_GF[i], probes_NF) for i, g in enumerate(busy)
+            _rank_planes(problem.latencies[g], spare > 0, least_GF[i], most_GF[i], probes_NF)
+            for i, g in enumerate(busy)
         ]
         most = min(MOST_GROUPS, MOST_PAIRS // problem.num_experts**2)
         group_G, factor_G, bases = _groups(planes, slots_G, apart, most)

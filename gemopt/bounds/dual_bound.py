@@ -50,7 +50,9 @@ def feasible(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatA
     """Multipliers within their ranges: what is not finite or negative becomes 0, sums that are too large shrink."""
     mu = np.maximum(np.nan_to_num(mu_TKE, nan=0.0, posinf=0.0), 0.0)
     total_T = mu.sum(axis=(1, 2))
-    shrink_T = np.where(total_T > p.weights_T * (1 - 1e-12), p.weights_T * (1 - 1e-12) / np.maximum(total_T, 1e-300), 1.0)
+    shrink_T = np.where(
+        total_T > p.weights_T * (1 - 1e-12), p.weights_T * (1 - 1e-12) / np.maximum(total_T, 1e-300), 1.0
+    )
     v = np.nan_to_num(v_CE, nan=0.0, posinf=0.0, neginf=0.0)
     return mu * shrink_T[:, None, None], np.maximum(v, 0.0) if p.spare else v
 

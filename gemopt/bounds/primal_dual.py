@@ -319,9 +319,7 @@ class PrimalDual:
 
     def _restart(self) -> None:
         """Go on from the image, with the primal weight that the distances travelled ask for."""
-        apart = {
-            name: float(((self.image[name] - self.anchor[name]) ** 2).sum()) / self.step[name] for name in self.z
-        }
+        apart = {name: float(((self.image[name] - self.anchor[name]) ** 2).sum()) / self.step[name] for name in self.z}
         primal, dual = apart["x"] + apart["u"], apart["mu"] + apart["v"] + apart["y"] + apart["rho"]
         if primal > 1e-20 and dual > 1e-20:
             wanted = np.sqrt(dual / primal)

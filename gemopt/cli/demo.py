@@ -1,7 +1,7 @@
 """Command `gemopt demo`: real routing of gpt-oss-20b on eight GPUs as fast as GPUs of a measured fleet.
 
-Fits every solver on the first half of the steps, scores it on the second half, prints one table per case and writes a
-picture. Exact solvers stand in the last case only, the one of a size at which they answer in seconds.
+Fits every solver on the first half of the steps, scores it on the second half, prints one table per case, and writes a
+picture of all and a page about one. Exact solvers stand in the last case only, the one of a size at which they answer in seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gemopt.exceptions import EXTRAS, InputError, MissingPackageError, install_h
 if TYPE_CHECKING:
     from gemopt.compare import Comparison
     from gemopt.profile import Profile
+    from gemopt.result import Result
     from gemopt.traces import Traces
 
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -30,6 +31,7 @@ EXACT = ("linear", "lpt", "local-search", "cpsat", "milp")
 SMALL_RANKS, SMALL_STEPS = 4, 16
 RANKS = 8
 SLOW_RANK, SLOWER = 3, 1.3
+REPORTED = 2  # the case that the page is about: one GPU is slower
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def plot(tables: list[tuple[str, list[Comparison]]], path: Path) -> None:
 
 @app.command("demo", epilog=examples("gemopt demo", "gemopt demo --files ."))
 def demo_command(
-    out: Annotated[Path, typer.Option("--out", help="folder for the picture and the placements")] = Path("out"),
+    out: Annotated[Path, typer.Option("--out", help="folder for the page, the picture and the placements")] = Path(
+        "out"
+    ),
     files: Annotated[
         Path | None,
         typer.Option("--files", metavar="FOLDER", help="solve nothing; write the data there, to try commands on"),
@@ -129,14 +133,15 @@ def main(out: Path, *, quick: bool = False) -> None:
     notice("compiling kernels on the first run: 20 s to a minute")
     _warm_up()
     begin = time.monotonic()
-    tables = []
+    tables: list[tuple[str, list[Comparison]]] = []
+    results: dict[int, Result] = {}
     for number, case in enumerate(cases(), start=1):
         console.print(f"\n[bold]{number}. {case.title}[/bold]")
 
-        def keep(row: Comparison, result: object, number: int = number) -> None:
-            placement = getattr(result, "placement", None)
-            if row.solver == "local-search" and placement is not None:
-                placement.save(out / f"placement_{number}.json")
+        def keep(row: Comparison, result: Result | None, number: int = number) -> None:
+            if row.solver == "local-search" and result is not None and result.placement is not None:
+                result.placement.save(out / f"placement_{number}.json")
+                results[number] = result
 
         time_limit = 1.0 if quick else case.time_limit
         rows = compare(case.profile, case.traces, solvers=case.solvers, time_limit=time_limit, on_result=keep)
@@ -150,6 +155,26 @@ def main(out: Path, *, quick: bool = False) -> None:
         say(f"wrote {out}/demo.png")
     except MissingPackageError:
         say(f"no picture: {install_hint(EXTRAS['matplotlib'])}")
+    _report(cases()[REPORTED - 1], results.get(REPORTED), out)
+
+
+def _report(case: Case, result: Result | None, out: Path) -> None:
+    """The page about one case, for a browser; `out` keeps what `gemopt report` needs to make it again."""
+    if result is None:  # interrupted before
+        return
+    from gemopt.report import report
+
+    result.save(out / "result.json")
+    case.profile.save(out / "profile.json")
+    case.traces.save(out / "traces.safetensors")
+    files = [out / name for name in ("result.json", "profile.json", "traces.safetensors", "report.html")]
+    line = "gemopt report {} --profile {} --traces {} -o {}".format(*map(str, files))
+    try:
+        made = report(*files[:3], command=line)
+        made.save(files[3])
+        say(f"{made.headline}\nwrote {files[3]}: open it in a browser")
+    except MissingPackageError:
+        say(f"no page: {install_hint(EXTRAS['plotly'])}")
 
 
 def _warm_up() -> None:

@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import app, print_json, say
-from gemopt.cli.solve import AsJson, PhaseName, Task, select_steps
+from gemopt.cli.app import app, examples, print_json, say
+from gemopt.cli.solve import AsJson, PhaseName, SendersName, Task, select_steps
 
 if TYPE_CHECKING:
     from gemopt.traces import Traces
 
 
-@app.command("report")
+@app.command(
+    "report",
+    epilog=examples(
+        "gemopt report result.json --profile profile.json --traces traces.safetensors -o report.html",
+        "gemopt report placement.json --profile profile.json --traces traces.safetensors --baseline p.json -o r.html",
+    ),
+)
 def report_command(
     answer: Annotated[Path, typer.Argument(help="result.json or placement.json", show_default=False)],
     profile: Annotated[Path, typer.Option("--profile", help="profile.json", show_default=False)],
@@ -29,14 +35,12 @@ def report_command(
     cost: Annotated[
         str | None, typer.Option("--cost", help="cost model: auto, staircase, roofline; default: the result's")
     ] = None,
+    senders: SendersName = None,
     task: Task = None,
     phase: PhaseName = None,
     as_json: AsJson = False,
 ) -> int:
-    """One self-contained page about a placement: what it gains, what is proven, who waits for whom.
-
-    Example: gemopt report result.json --profile profile.json --traces traces.safetensors -o report.html
-    """
+    """One self-contained page about a placement: what it gains, what is proven, who waits for whom."""
     from gemopt.documents import check_writable
     from gemopt.report import report
 
@@ -53,6 +57,7 @@ def report_command(
         holdout=holdout,
         replay=replay,
         cost=cost,
+        senders=senders,
         choose=choose,
         command=_command(),
     )

@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from gemopt import interrupts
-from gemopt.cli.app import app, errors, print_json, say
+from gemopt.cli.app import app, examples, notice, print_json, say
 from gemopt.cli.progress import progress as shown_progress
 from gemopt.cli.solve import EXIT_INFEASIBLE, EXIT_NO_SOLUTION, AsJson, whole_or_nothing
 
 
-@app.command("run")
+@app.command(
+    "run",
+    epilog=examples("gemopt run examples/jobs/slow_gpu.yaml", "gemopt run job.yaml --set solver.time_limit=5 -o out"),
+)
 def run_command(
     job: Annotated[Path, typer.Argument(help="job.yaml (or .json)", show_default=False)],
     change: Annotated[
@@ -27,10 +30,7 @@ def run_command(
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Run a job file: profile and traces in, a folder with placement, exports, report and launch commands out.
-
-    Example: gemopt run examples/jobs/slow_gpu.yaml --set solver.time_limit=5 -o out/slow
-    """
+    """Run a job file: profile and traces in, a folder with placement, exports, report and launch commands out."""
     from gemopt.jobs import read_job, run_job, shown
     from gemopt.jobs.running import command_of
     from gemopt.result import Status
@@ -40,13 +40,13 @@ def run_command(
     if print_config:
         sys.stdout.write(shown(wanted, as_json=as_json))
         return 0
-    notice, title = None if as_json else errors.print, f"{wanted.solver.name}: layers"
+    title = f"{wanted.solver.name}: layers"
     with (
         whole_or_nothing(wanted.solver.threads),
         interrupts.held(),
         shown_progress(title, limit_s=wanted.solver.time_limit, hidden=as_json) as progress,
     ):
-        done = run_job(wanted, command=command_of(job, changes), progress=progress, notice=notice)
+        done = run_job(wanted, command=command_of(job, changes), progress=progress, notice=None if as_json else notice)
     if as_json:
         print_json({
             "folder": str(done.folder), "status": done.result.status.value, "objective_us": done.result.objective_us,

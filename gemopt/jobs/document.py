@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from gemopt.documents import Document
 from gemopt.exceptions import InputError
 from gemopt.formats.kernel_table import Unit
+from gemopt.placement import Split
+from gemopt.splits.senders import Senders
 
 FOLDER: ContextVar[Path] = ContextVar("FOLDER", default=Path())  # of the job file: its relative paths begin there
 
@@ -30,22 +32,31 @@ def _placed(value: Any) -> Any:
     return Path(os.path.abspath(folder / Path(value).expanduser()))
 
 
-def _spelt(pattern: str, limit: str) -> Any:
+def _spelt(field: str, pattern: str, limit: str) -> AfterValidator:
     """A text that matches; the error says in words what would."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
-            raise InputError("name", text, limit)
+            raise InputError(field, text, limit)
         return text
 
-    return Annotated[str, AfterValidator(check), Field(json_schema_extra={"pattern": f"^{pattern}$"})]
+    return AfterValidator(check)
 
 
 PATH, MADE = "path", "made"  # a document that is there, or how to make one
 Placed = Annotated[Path, BeforeValidator(_placed)]
-FileName = _spelt(r"[A-Za-z0-9][-._A-Za-z0-9]*", "the name of a file in the folder: letters, digits, dots and dashes")
-DnsName = _spelt(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", "a Kubernetes name: lower-case letters, digits, dashes, dots")
-DnsLabel = _spelt(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "a Kubernetes namespace: lower-case letters, digits, dashes")
+FileName = Annotated[
+    str, _spelt("exports.file", r"[A-Za-z0-9][-._A-Za-z0-9]*", "a name in the folder: letters, digits, dots, dashes")
+]
+DnsName = Annotated[
+    str,
+    _spelt(
+        "kubernetes.config_map", r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", "lower-case letters, digits, dashes, dots"
+    ),
+]
+DnsLabel = Annotated[
+    str, _spelt("kubernetes.namespace", r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "lower-case letters, digits, dashes")
+]
 
 
 def _kind(value: Any) -> str:
@@ -112,6 +123,9 @@ class Constraints(Part):
     """
 
     slots_per_rank: int | list[int] | None = None
+    split: Split | None = None
+    senders: Senders | None = None
+    full_slots: bool = False
     current: Literal["contiguous"] | Placed | None = None
     move_price: float | None = None
     expert_bytes: int | None = None

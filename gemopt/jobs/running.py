@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemopt.documents import check_writable, write_text
+from gemopt.documents import write_text
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.formats.approximate import approximate
@@ -28,6 +29,8 @@ from gemopt.report.style import graph_objects
 from gemopt.result import Result
 from gemopt.solve import solve
 from gemopt.traces import Phase, Traces
+
+EXISTS = ("a folder that does not exist yet", "give another with -o")
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,26 @@ def run_job(
     given, _ = traces.split(job.steps.holdout) if job.steps.holdout else (traces, None)
     settings, constraints = job.solver, job.constraints
     current = _current(constraints.current, traces, profile)
-    result = solve(
-        profile,
-        given,
-        solver=settings.name,
-        progress=progress,
-        notice=notice,
-        **settings.model_dump(exclude={"name"}),
-        **{**constraints.model_dump(), "current": current},
-    )
-    job.output.mkdir(parents=True)
+    options = {**settings.model_dump(exclude={"name"}), **constraints.model_dump(), "current": current}
+    with _folder(job.output):
+        result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
     return _Writer(job, profile, traces, result, current).write(command)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make the folder before the search, so that its answer has a place; away with it where there is no answer."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError("output", str(path), *EXISTS) from None
+    except OSError as error:
+        raise InputError("output", f"{path}: {error.strerror}", "a folder that can be made") from None
+    try:
+        yield
+    except BaseException:
+        path.rmdir()
+        raise
 
 
 def _current(given: str | Path | None, traces: Traces, profile: Profile) -> Placement | None:
@@ -95,8 +107,7 @@ def _current(given: str | Path | None, traces: Traces, profile: Profile) -> Plac
 def _check(job: Job) -> None:
     """Refuse before the search what could only fail after it."""
     if job.output.exists():
-        raise InputError("output", str(job.output), "a folder that does not exist yet", "--set output=ANOTHER")
-    check_writable(next(each for each in (job.output, *job.output.parents) if each.parent.exists()))
+        raise InputError("output", str(job.output), *EXISTS)
     for wanted in job.exports:
         engine = get(wanted.engine)
         if engine.write is None:
@@ -226,12 +237,14 @@ class _Writer:
         return [Path(each) for each in made.files if not each.endswith(".gemopt.json")]
 
     def _cost(self, placement: Placement) -> float:
-        return evaluate(placement, self.profile, self.traces).objective_us
+        senders = self.job.constraints.senders
+        return evaluate(placement, self.profile, self.traces, senders=senders).objective_us
 
     def _report(self, command: str) -> str:
         settings = self.job.report
         before = settings.baseline or self.before
-        made = report(self.result, self.profile, self.traces, baseline=before, replay=settings.replay, command=command)
+        made = report(self.result, self.profile, self.traces, baseline=before, replay=settings.replay, command=command,
+                      senders=self.job.constraints.senders)  # fmt: skip
         self._save("report.html", made.save)
         return made.headline
 

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import gemopt
 from gemopt.documents import write_text
-from gemopt.evaluate import evaluate
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.replay.result import ReplayResult
@@ -20,6 +19,7 @@ from gemopt.report.numbers import Bounds, Side
 from gemopt.report.page import render
 from gemopt.report.style import Section, graph_objects
 from gemopt.result import Result
+from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
 PACKAGES = ("numpy", "numba", "scipy", "ortools", "plotly")
@@ -53,6 +53,7 @@ def report(
     holdout: Traces | Source | None = None,
     replay: ReplayResult | Source | None = None,
     cost: str | None = None,
+    senders: Senders | str | None = None,
     choose: Callable[[Traces], Traces] = lambda traces: traces,
     command: str = "",
 ) -> Report:
@@ -72,13 +73,13 @@ def report(
     """
     graph_objects()
     inputs = gather(answer, profile, traces, baseline=baseline, holdout=holdout, replay=replay, cost=cost,
-                    choose=choose)  # fmt: skip
+                    senders=senders, choose=choose)  # fmt: skip
     edges = numbers.windows(inputs.fitted.num_steps, inputs.placement.num_ranks)
-    before, after = (numbers.side(each, inputs.fitted, inputs.cost, edges)
+    before, after = (numbers.side(inputs, each, edges)
                      for each in (inputs.before, inputs.placement))  # fmt: skip
     bound = numbers.bounds(inputs)
     judged = inputs.fitted if inputs.held is None else inputs.held
-    old_us, new_us = (evaluate(each, None, judged, cost=inputs.cost).step_us
+    old_us, new_us = (inputs.evaluate(each, judged).step_us
                       for each in (inputs.before, inputs.placement))  # fmt: skip
     layers = [experts.layer_conflicts(inputs.fitted.counts[:, i]) for i in range(inputs.fitted.num_layers)]
     sections = [

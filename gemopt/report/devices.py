@@ -24,10 +24,13 @@ def devices(inputs: Inputs) -> Section:
     """Latency against assignments: the fit of every rank, or one rank's fit with all its points."""
     tables = [device.table() for device in inputs.profile.devices]
     pairs = list(zip(inputs.profile.devices, inputs.cost.latencies, tables, strict=True))
-    choices: dict[str, list[dict[str, Any]]] = {ALL: changes(*_every(pairs))}
+    everyone = _every(pairs)
+    choices: dict[str, list[dict[str, Any]]] = {ALL: changes(*everyone)}
     for device, latency, table in pairs:
-        choices[f"rank {device.rank}: {device.name}"] = changes(*_one(latency, table))
-    shown = figure(*_every(pairs), height=440, xaxis={"title": "assignments on the rank", "rangemode": "tozero"},
+        alone = _one(latency, table)
+        hidden = [graph_objects().Scatter(visible=False)] * (len(everyone) - len(alone))
+        choices[f"rank {device.rank}: {device.name}"] = changes(*alone, *hidden)
+    shown = figure(*everyone, height=440, xaxis={"title": "assignments on the rank", "rangemode": "tozero"},
                    yaxis={"title": "latency, us", "rangemode": "tozero"})  # fmt: skip
     surface = np.isfinite(tables[0][:, 1]).all()
     text = (
@@ -43,9 +46,7 @@ def devices(inputs: Inputs) -> Section:
 
 
 def _outside(inputs: Inputs) -> str:
-    from gemopt.evaluate import evaluate
-
-    share = evaluate(inputs.placement, None, inputs.fitted, cost=inputs.cost).outside
+    share = inputs.evaluate(inputs.placement, inputs.fitted).outside
     return f"{100 * share:.1f} % of the loads of this placement lie outside the measured range."
 
 

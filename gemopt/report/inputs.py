@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from gemopt.costs import CostModel, fit
 from gemopt.documents import Document, read_json, sha256
-from gemopt.evaluate import check_agreement, evaluate
+from gemopt.evaluate import Evaluation, check_agreement, evaluate
 from gemopt.exceptions import InputError
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.replay.result import ReplayResult
 from gemopt.result import Result
+from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
 AGREES = 1e-6  # relative: a result's objective is that of its own traces to this much
 Source = str | os.PathLike[str]
-Read = TypeVar("Read", Profile, Traces, Placement, ReplayResult)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +40,8 @@ class Inputs:
         The cost model of all latencies here, and how far it is off.
     replay
         A replay of strategies on recorded traffic, when one was given.
+    senders
+        Whose the assignments are, for copies that share by the `nearest` split.
     digests
         sha256 of every file, or of the canonical form of a document that came as an object, by name.
     """
@@ -56,7 +57,12 @@ class Inputs:
     cost: CostModel
     cost_summary: str
     replay: ReplayResult | None = None
+    senders: Senders | str | None = None
     digests: dict[str, str] = field(default_factory=dict)
+
+    def evaluate(self, placement: Placement, traces: Traces) -> Evaluation:
+        """What a placement costs on these steps, on these devices."""
+        return evaluate(placement, self.profile, traces, cost=self.cost, senders=self.senders)
 
 
 def gather(
@@ -68,6 +74,7 @@ def gather(
     holdout: Traces | Source | None = None,
     replay: ReplayResult | Source | None = None,
     cost: str | None = None,
+    senders: Senders | str | None = None,
     choose: Callable[[Traces], Traces] = lambda traces: traces,
 ) -> Inputs:
     """Read what was given and refuse what does not belong together.
@@ -80,6 +87,8 @@ def gather(
         Steps that the solver did not see. Where a result was made on the first of the given steps, the others are.
     cost
         Cost model; that of the result, or `auto`, when None.
+    senders
+        Who sends the assignments, where copies share by the `nearest` split; see `gemopt.evaluate`.
     choose
         Applied to both traces: the steps of one task or phase.
 
@@ -90,12 +99,12 @@ def gather(
     """
     digests = _digests(answer=answer, profile=profile, traces=traces, baseline=baseline, holdout=holdout, replay=replay)
     found, placement = read_answer(answer)
-    measured, steps = read(Profile, profile), choose(read(Traces, traces))
+    measured, steps = Profile.of(profile), choose(Traces.of(traces))
     check_agreement(placement, steps, measured.num_ranks)
     chosen = cost or ((found.cost if found is not None else "") or "auto")
     model, report = fit(measured, model=chosen)
-    fitted, rest = (steps, None) if found is None else _own_steps(found, placement, measured, steps, model, str(answer))
-    held = rest if holdout is None else choose(read(Traces, holdout))
+    fitted, rest = (steps, None) if found is None else _own_steps(found, placement, measured, steps, model, senders)
+    held = rest if holdout is None else choose(Traces.of(holdout))
     if held is not None:
         check_agreement(placement, held, measured.num_ranks)
     before, name = _before(baseline, steps, placement, measured)
@@ -110,17 +119,10 @@ def gather(
         before_name=name,
         cost=model,
         cost_summary=report.summary(),
-        replay=None if replay is None else read(ReplayResult, replay),
+        replay=None if replay is None else ReplayResult.of(replay),
+        senders=senders,
         digests=digests,
     )
-
-
-def read(kind: type[Read], given: Read | Source) -> Read:
-    """The document itself, or the one at that path."""
-    if isinstance(given, kind):
-        return given
-    found: Read = kind.load(given)  # type: ignore[arg-type]
-    return found
 
 
 def read_answer(given: Result | Placement | Source) -> tuple[Result | None, Placement]:
@@ -142,7 +144,12 @@ def read_answer(given: Result | Placement | Source) -> tuple[Result | None, Plac
 
 
 def _own_steps(
-    result: Result, placement: Placement, profile: Profile, traces: Traces, cost: CostModel, name: str
+    result: Result,
+    placement: Placement,
+    profile: Profile,
+    traces: Traces,
+    cost: CostModel,
+    senders: Senders | str | None,
 ) -> tuple[Traces, Traces | None]:
     """The steps that a result was made on, and those after them; refused where they are not among the given ones."""
     if not 1 <= result.num_steps <= traces.num_steps:
@@ -150,11 +157,11 @@ def _own_steps(
         raise InputError("result.num_steps", result.num_steps, limit, "give the traces that it was solved on")
     cut = result.num_steps
     fitted = traces if cut == traces.num_steps else traces.steps(slice(0, cut))
-    found = evaluate(placement, profile, fitted, cost=cost).objective_us
+    found = evaluate(placement, profile, fitted, cost=cost, senders=senders).objective_us
     expected = result.objective_us or 0.0
     if abs(found - expected) > AGREES * max(expected, 1e-300):
         raise InputError(
-            f"{name}: objective_us" if len(name) < 80 else "result.objective_us",
+            "result.objective_us",
             f"{expected:.1f}",
             f"its placement takes {found:.1f} us on these {cut} steps and devices: it is of other traces or profiles",
             "give the profile, traces, --task, --phase and --cost that it was solved with",
@@ -182,10 +189,3 @@ def _digests(**given: Document | Traces | Source | None) -> dict[str, str]:
         elif isinstance(each, Document):
             found[f"{name} (in memory)"] = each.digest()
     return {name: digest for name, digest in found.items() if digest}
-
-
-def command_line(words: Sequence[str]) -> str:
-    """The words as a shell takes them."""
-    import shlex
-
-    return shlex.join(words)

@@ -11,14 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.bounds import timed_step_bounds, weighted
-from gemopt.costs import CostModel
-from gemopt.evaluate import Evaluation, evaluate, loads, rank_times
+from gemopt.evaluate import Evaluation, loads, rank_times
 from gemopt.latency import ASSIGNMENTS, FloatArray
 from gemopt.migration import Link, moves, relabel
 from gemopt.placement import Placement, Split
-from gemopt.problem import problems
+from gemopt.problem import Problem, each_problem
 from gemopt.report.inputs import Inputs
-from gemopt.traces import Traces
+from gemopt.splits.senders import Senders
 
 IntArray = NDArray[np.int64]
 CELLS = 3000  # of a heat map: ranks times windows
@@ -61,13 +60,25 @@ def windows(num_steps: int, num_ranks: int) -> IntArray:
     return np.append(np.arange(0, num_steps, length), num_steps)
 
 
-def side(placement: Placement, traces: Traces, cost: CostModel, edges: IntArray) -> Side:
+def layers(inputs: Inputs, placement: Placement) -> Iterator[Problem]:
+    """The layers' problems on the fitted steps, copies sharing as the placement says."""
+    return each_problem(
+        inputs.cost,
+        inputs.fitted,
+        placement.slots_per_rank,
+        node_of_rank=inputs.profile.node_of_rank,
+        split=placement.split if placement.has_copies else Split.EVEN,
+        senders=Senders.of(inputs.senders),
+    )
+
+
+def side(inputs: Inputs, placement: Placement, edges: IntArray) -> Side:
     """See `Side`."""
-    weights_LP = placement.split_weights if placement.split is Split.STATIC else None
-    which = [feature.name for feature in cost.features].index(ASSIGNMENTS.name)
-    sizes_W = np.diff(edges)
+    static = placement.split is Split.STATIC and placement.has_copies
+    weights_LP = placement.split_weights if static else None
+    which = [feature.name for feature in inputs.cost.features].index(ASSIGNMENTS.name)
     times, load, slowest = [], [], []
-    for layer, problem in enumerate(problems(cost, traces, placement.slots_per_rank)):
+    for layer, problem in enumerate(layers(inputs, placement)):
         row_P, weights_P = placement.physical_to_logical[layer], None if weights_LP is None else weights_LP[layer]
         times_TG = rank_times(problem, row_P, weights_P)
         load_TG = loads(problem, row_P, weights_P)[:, :, which]
@@ -78,9 +89,8 @@ def side(placement: Placement, traces: Traces, cost: CostModel, edges: IntArray)
         slowest.append(_means(hit_TG, edges))
     times_LWG, load_LWG, slowest_LWG = (_with_all(each, mean) for each, mean in _three(times, load, slowest))
     top_LW1 = times_LWG[..., -1:]
-    assert len(sizes_W) == times_LWG.shape[1]
     return Side(
-        evaluation=evaluate(placement, None, traces, cost=cost),
+        evaluation=inputs.evaluate(placement, inputs.fitted),
         busy=times_LWG[..., :-1] / np.maximum(top_LW1, 1e-300),
         load=load_LWG,
         makespan_us=top_LW1[..., 0],
@@ -114,16 +124,15 @@ def bounds(inputs: Inputs) -> Bounds:
         if any(layer.moves_us for layer in result.per_layer):
             said += "; of the makespan and the price of the moves together"
         return Bounds(np.array([layer.bound_us for layer in result.per_layer], dtype=np.float64), said)
-    layers = problems(inputs.cost, inputs.fitted, inputs.placement.slots_per_rank)
     found, steps = [], 0
     with _alarm(BOUND_SECONDS) as stop:
-        for problem in layers:
+        for problem in layers(inputs, inputs.placement):
             bounds_T, done = timed_step_bounds(problem, stop)
             found.append(weighted(problem, bounds_T))
             steps += done
     said = "fluid and pigeonhole bounds, proven for every placement in these slots"
-    if steps < len(layers) * inputs.fitted.num_steps:
-        share = 100 * steps / (len(layers) * inputs.fitted.num_steps)
+    if steps < inputs.fitted.num_steps * inputs.fitted.num_layers:
+        share = 100 * steps / (inputs.fitted.num_steps * inputs.fitted.num_layers)
         said += f"; cut after {BOUND_SECONDS:.0f} s, {share:.0f} % of the steps bounded in full: the truth lies higher"
     return Bounds(np.array(found), said)
 
