@@ -132,7 +132,7 @@ def describe(steps: Plan, node_gbps: float, cross_gbps: float) -> dict[str, Any]
         "bytes": {link.value: size[link] if known else None for link in Link},
         "stages": len(steps.stages),
         "layers": len({stage.layer for stage in steps.stages}),
-        "buffer_bytes": steps.buffer_bytes if known else None,
+        "buffer_bytes": steps.buffer_bytes() if known else None,
         "estimate_s": steps.seconds(node_gbps=node_gbps, cross_gbps=cross_gbps) if known else None,
     }
 
