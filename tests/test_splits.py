@@ -19,7 +19,8 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, tiles
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.splits import TABLE_LIMIT, shares, static_shares
+from gemopt.splits import shares, static_shares
+from gemopt.splits.optimal import TABLE_LIMIT
 from gemopt.splits.rules import nearest_copies
 from gemopt.splits.senders import senders_of
 from gemopt.splits.weights import static_weights

@@ -47,6 +47,10 @@ SplitName = Annotated[
 SendersName = Annotated[
     str | None, typer.Option("--senders", help="who sends, for the nearest split: traces, uniform", show_default=False)
 ]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option("--memory-budget", help="bytes of experts per device over all layers: 40e9, or one per rank"),
+]
 EngineName = Annotated[
     str | None, typer.Option("--engine", help="heed an engine's limits and split; see gemopt engines")
 ]
@@ -83,6 +87,19 @@ def parse_slots(text: str | None) -> int | list[int] | None:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise InputError("--slots-per-rank", text, "a whole number, or one per rank separated by commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def parse_budget(text: str | None) -> float | list[float] | None:
+    """`40e9` or `40e9,40e9,20e9,20e9`."""
+    from gemopt.exceptions import InputError
+
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--memory-budget", text, "bytes, or one number per rank separated by commas") from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 
@@ -142,6 +159,7 @@ def solve_command(
     split: SplitName = None,
     senders: SendersName = None,
     engine: EngineName = None,
+    memory_budget: MemoryBudget = None,
     seed: Seed = 0,
     gap: Gap = 0.0,
     cost: Cost = "auto",
@@ -187,6 +205,7 @@ def solve_command(
                 split=split,
                 senders=senders,
                 full_slots=full,
+                memory_budget=parse_budget(memory_budget),
                 solver=solver,
                 time_limit=time_limit,
                 gap=gap,
