@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,13 @@ class World:
     def curves(self) -> Curves:
         """The latencies as flat arrays, packed once."""
         return pack(self.context.cost.latencies)
+
+
+class Playing(Strategy, Protocol):
+    """A strategy that decides batch by batch and says itself what that takes; it decides before it looks at a step."""
+
+    def play(self, world: World) -> Track:
+        """All scored steps."""
 
 
 class Course:
