@@ -9,6 +9,7 @@ import sys
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit; bad input prints one line on standard error."""
     from gemopt.cli import (  # noqa: F401 (commands register themselves)
+        advise,
         apply,
         compare,
         conflicts,

@@ -92,7 +92,13 @@ class Duplicated(Fixed):
             self.predictor.observe(
                 world.traces.counts[t], -1 if world.traces.task is None else int(world.traces.task[t])
             )
-        return Track(strategy=self.name, step_us=step_us.tolist(), copying_us=copying.tolist(), moves=moves.tolist())
+        return Track(
+            strategy=self.name,
+            step_us=step_us.tolist(),
+            copying_us=copying.tolist(),
+            moves=moves.tolist(),
+            setup_moves=context.setup_moves(begin),
+        )
 
     def _plans(self, since: int) -> bool:
         return self.predictor.per_token or self.method == "greedy" or since % TICK == 0
@@ -137,7 +143,7 @@ class _Layer:
         self.recent: deque[NDArray[np.int64]] = deque(maxlen=RECENT)
 
     def step(self, expected_E: Any, counts_E: NDArray[Any], factor_G: Any) -> tuple[float, float, int]:
-        """(makespan, what copying adds, experts copied) of a batch of `counts_E`, of which `expected_E` was expected."""
+        """(makespan, what copying adds, experts copied) of a batch of `counts_E` when `expected_E` was expected."""
         from gemopt.replay.spreading import spread, times_of
 
         counts_E, used_GE = counts_E.astype(np.int64), None

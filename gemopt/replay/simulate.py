@@ -117,6 +117,7 @@ class Course:
             copying_us=self.copying_us.tolist(),
             moves=self.moves.tolist(),
             decisions=self.decisions,
+            setup_moves=world.context.setup_moves(begin),
         )
 
     def _period(self) -> int:

@@ -214,4 +214,4 @@ def saved_us(
             x_GE, _ = spread(counts_ME[m], home_E, held_GE, slots_G, False, price, table_FN, curves)
             worst = times_of(x_GE, table_FN, curves).max()
             total += -worst if kind else worst
-    return total / max(1, counts_ME.shape[0])
+    return float(total / max(1, counts_ME.shape[0]))
