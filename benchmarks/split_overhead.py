@@ -3,7 +3,7 @@
 python benchmarks/split_overhead.py [--repeats 200]
 
 256 experts in 288 slots (320 on 64 ranks), copies of the hottest; every rank routes 4096 x 8 / G assignments of a
-skewed step. Positions and totals, which an all-gather of 256 counts precedes, are given. CPU tensors, splits turn by turn.
+skewed step. Positions and totals, which an all-gather of 256 counts precedes, are given. CPU tensors, splits in turn.
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,7 @@ from gemopt.problem import Problem, each_problem, stacked
 from gemopt.profile import Profile
 from gemopt.splits import shares
 from gemopt.splits.senders import Senders
+from gemopt.tables import frame, html_table
 from gemopt.traces import Traces
 
 
@@ -85,6 +88,12 @@ class Evaluation:
     outside: float
     idle_share: float
 
+    def __repr__(self) -> str:
+        steps, layers = self.makespan_TL.shape
+        mean, tail = self.objective_us / steps, self.quantile_us(0.99)
+        said = f"{steps} steps, {layers} layers, {mean:.1f} us per step, p99 {tail:.1f} us"
+        return f"Evaluation({said}, ranks wait {self.idle_share:.1%}, {self.outside:.1%} outside the profile)"
+
     @property
     def objective_us(self) -> float:
         """Sum over all steps and layers."""
@@ -104,6 +113,44 @@ class Evaluation:
         """Quantile of the step latency, e.g. 0.99."""
         return float(np.quantile(self.step_us, q))
 
+    def _repr_html_(self) -> str:
+        steps, layers = self.makespan_TL.shape
+        facts = {
+            "per step": f"{self.objective_us / steps:.1f} us over {steps} steps of {layers} layers",
+            "p50, p90, p99": ", ".join(f"{self.quantile_us(q):.0f}" for q in (0.5, 0.9, 0.99)) + " us",
+            "ranks wait": f"{100 * self.idle_share:.1f} % of the time",
+            "outside the profile": f"{100 * self.outside:.1f} % of the loads",
+        }
+        return html_table("gemopt: evaluation", facts)
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row per step and layer (by index): `makespan_us` and `straggler`.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        index: NDArray[Any] = np.indices(self.makespan_TL.shape)
+        columns: dict[str, NDArray[Any]] = {"step": index[0], "layer": index[1]}
+        columns |= {"makespan_us": self.makespan_TL, "straggler": self.straggler_TL}
+        return frame({name: values.ravel() for name, values in columns.items()})
+
+    def plot_steps(self, *, ax: Any = None) -> Any:
+        """Latency of every step with p50, p90 and p99; returns the matplotlib axes."""
+        from gemopt.plotting import plot_steps
+
+        return plot_steps(self, ax=ax)
+
+    def plot_stragglers(self, *, num_ranks: int | None = None, ax: Any = None) -> Any:
+        """How often each rank is the slowest, per layer; returns the matplotlib axes.
+
+        `num_ranks`: ranks to show; up to the last one that ever was the slowest when None.
+        """
+        from gemopt.plotting import plot_stragglers
+
+        return plot_stragglers(self, num_ranks, ax=ax)
+
 
 def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> None:
     """Refuse a placement, traces and a profile that are not of one network and group of ranks."""
@@ -120,9 +167,9 @@ def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> Non
 
 
 def evaluate(
-    placement: Placement,
-    profile: Profile | None,
-    traces: Traces,
+    placement: Placement | str | os.PathLike[str],
+    profile: Profile | str | os.PathLike[str] | None,
+    traces: Traces | str | os.PathLike[str],
     *,
     cost: CostModel | None = None,
     senders: Senders | str | None = None,
@@ -131,8 +178,8 @@ def evaluate(
 
     Parameters
     ----------
-    profile
-        Measured devices; may be None when `cost` is given.
+    placement, profile, traces
+        Objects or paths. The profile may be None when `cost` is given.
     cost
         A fitted cost model; fitted from the profile when absent.
     senders
@@ -144,10 +191,12 @@ def evaluate(
     InputError
         When placement, traces and devices disagree, or the split needs senders or nodes that are not known.
     """
+    profile = None if profile is None else Profile.of(profile)
     if cost is None:
         if profile is None:
             raise InputError("profile", None, "a profile or a fitted cost model is needed")
         cost = fit(profile)[0]
+    placement, traces = Placement.of(placement), Traces.of(traces)
     check_agreement(placement, traces, len(cost.latencies))
     split = placement.split if placement.has_copies else Split.EVEN
     if split is Split.NEAREST and profile is None:

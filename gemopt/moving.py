@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,7 +121,7 @@ class Moving:
         asked.check()
         if asked.current is None:
             return None
-        current = asked.current if isinstance(asked.current, Placement) else Placement.load(Path(asked.current))
+        current = Placement.of(asked.current, "current")
         check_agreement(current, traces, current.num_ranks)
         resized = resize(current, profile, exclude=asked.exclude_ranks, add=asked.add_ranks)
         expert_bytes = asked.expert_bytes or profile.model.expert_bytes

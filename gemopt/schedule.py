@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import timed_step_bounds, weighted
+from gemopt.bounds import timed_step_bounds, together_bound, weighted
 from gemopt.evaluate import objective, total
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
@@ -167,14 +167,23 @@ class Run:
         layer.base_us = 0.0 if row is None else objective(layer.problem, row)
 
     def _bound(self, layer: Layer, deadline: float) -> None:
-        """The simple bounds of as many steps as there is time for, unless known."""
+        """The simple bounds of as many steps as there is time for, unless known; then who must share a rank.
+
+        The second is for calls that search: it costs more than a greedy placement or a single descent is worth.
+        """
         options = self._options(layer, deadline)
         if not layer.bound_cut or (options.expired() and layer.bounded_steps >= 0):
             return
         with options.alarm() as stop:
             bounds_T, steps = timed_step_bounds(layer.problem, stop)
-        layer.bound_us = max(layer.bound_us, weighted(layer.problem, bounds_T))
-        layer.bounded_steps = max(layer.bounded_steps, steps)
+            layer.bound_us = max(layer.bound_us, weighted(layer.problem, bounds_T))
+            layer.bounded_steps = max(layer.bounded_steps, steps)
+            if self.solver.supports.improves and self.patience != 0 and not layer.bound_cut:
+                value = None if layer.outcome is None else _value(layer.outcome)
+                target_us = np.inf if value is None else value * (1 - self.gap)
+                if layer.bound_us < target_us:
+                    found = together_bound(layer.problem, bounds_T, stop, target_us=target_us)
+                    layer.bound_us = max(layer.bound_us, found.bound_us)
 
     def _deepen(self, layer: Layer, deadline: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -150,8 +149,7 @@ def solve(
     chosen, threads = get(solver), threads or cores.available()
     with interrupts.held() as interrupted, cores.at_most(threads):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
-            profile = profile if isinstance(profile, Profile) else Profile.load(profile)
-            traces = traces if isinstance(traces, Traces) else Traces.load(traces)
+            profile, traces = Profile.of(profile), Traces.of(traces)
             moving = Moving.of(asked, profile, traces)
             if moving is not None:
                 profile = moving.resized.profile
@@ -249,8 +247,7 @@ def _warm_rows(
 ) -> list[Row | None]:
     if warm_start is None:
         return [None] * len(layers)
-    if not isinstance(warm_start, Placement):
-        warm_start = Placement.load(Path(warm_start))
+    warm_start = Placement.of(warm_start, "warm_start")
     check_agreement(warm_start, traces, layers[0].num_ranks)
     if (warm_start.slots_per_rank != layers[0].slots_per_rank).any():
         raise InputError(
