@@ -29,6 +29,7 @@ from gemopt.cli.moves import (
 from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
+    from gemopt.profile import Profile
     from gemopt.result import Result
     from gemopt.traces import Traces
 
@@ -104,7 +105,12 @@ def parse_budget(text: str | None) -> float | list[float] | None:
 
 
 def heeded(
-    engine: str | None, slots: int | list[int] | None, split: str | None, num_experts: int, num_ranks: int
+    engine: str | None,
+    slots: int | list[int] | None,
+    split: str | None,
+    traces: Traces,
+    profile: Profile,
+    current: Path | None,
 ) -> tuple[int | list[int] | None, str | None, bool]:
     """Slots, split and whether all slots must be full, as asked for and as the engine can take them.
 
@@ -116,8 +122,13 @@ def heeded(
     if engine is None:
         return slots, split, False
     from gemopt.formats.registry import get, within_engine
+    from gemopt.placement import Placement
 
-    limits = within_engine(get(engine), slots, split, num_experts, num_ranks)
+    used: int | list[int] | None = slots
+    if slots is None and current is not None:
+        used = Placement.load(current).slots_per_rank.tolist()
+    ranks = len(used) if isinstance(used, list) else profile.num_ranks
+    limits = within_engine(get(engine), used, split, traces.num_experts, ranks)
     return slots, limits.split, limits.full
 
 
@@ -195,7 +206,7 @@ def solve_command(
     with whole_or_nothing(threads):
         chosen = load_traces(traces, task, phase)
         measured = Profile.load(profile)
-        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen.num_experts, measured.num_ranks)
+        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen, measured, current)
         detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
         with interrupts.held(), shown(f"{solver}: layers", limit_s=limit_s, hidden=as_json) as progress:
             result = solve(
