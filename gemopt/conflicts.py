@@ -9,6 +9,7 @@ here are ours.
 from __future__ import annotations
 
 import os
+import sys
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -182,7 +183,8 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     except ImportError as error:
         raise missing(error, "drawing") from None
     if ax is None:
-        mpl.use("Agg")
+        if "matplotlib.pyplot" not in sys.modules and "MPLBACKEND" not in os.environ:
+            mpl.use("Agg")  # nobody has asked for windows
         from matplotlib import pyplot
 
         ax = pyplot.subplots(figsize=(7, 7), layout="constrained")[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ def _pyplot() -> Any:
         import matplotlib as mpl
     except ImportError as error:
         raise missing(error, "drawing") from None
-    mpl.use("Agg")
+    if "matplotlib.pyplot" not in sys.modules and "MPLBACKEND" not in os.environ:
+        mpl.use("Agg")  # nobody has asked for windows
     from matplotlib import pyplot
 
     return pyplot
