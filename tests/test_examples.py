@@ -71,15 +71,8 @@ def test_live_apply(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / "live_apply.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = {
-        "cwd": tmp_path,
-        "capture_output": True,
-        "text": True,
-        "env": environment,
-        "timeout": 300,
-        "check": False,
-    }
-    done = subprocess.run([sys.executable, *command], **options)
+    options: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "env": environment}
+    done = subprocess.run([sys.executable, *command], check=False, timeout=300, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     moved, error = re.search(r"moved (\d+) experts .* differ by ([\d.e+-]+)", done.stdout).groups()
     assert int(moved) > 100 and float(error) < 1e-2 and "unequal slots" in done.stdout
