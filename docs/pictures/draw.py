@@ -40,7 +40,6 @@ def bars(ax: Any, times_G: np.ndarray, title: str) -> None:
     ax.barh(range(len(times_G)), waiting, left=times_G, color="none", edgecolor=MUTED, hatch="///", linewidth=0)
     ax.axvline(times_G.max(), color=ACCENT, linewidth=1.5)
     ax.set_yticks(range(len(times_G)), [f"rank {rank}" for rank in range(len(times_G))])
-    ax.invert_yaxis()
     ax.set_title(
         f"{title}: {times_G.max():.0f} us, ranks wait {100 * waiting.mean() / times_G.max():.0f} %", fontsize=10
     )
@@ -61,6 +60,7 @@ def main() -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), sharex=True, sharey=True, layout="constrained")
     bars(axes[0], times[0][STEP], "experts in order")
     bars(axes[1], times[1][STEP], "placed by gemopt")
+    axes[0].invert_yaxis()  # the other shares it
     figure.supxlabel("time of the rank's experts in one layer at one step, us (hatched: waiting)", fontsize=10)
     save(figure, "straggler")
 
@@ -99,7 +99,7 @@ def main() -> None:
         )
     ax.set(xlabel="step", ylabel="slowest rank, us")
     ax.legend(frameon=False, fontsize=9, ncols=2, loc="upper left")
-    ax.margins(y=0.25)
+    ax.set_ylim(0, 1.25 * times[0].max())
     save(figure, "objective")
 
 
