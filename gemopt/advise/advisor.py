@@ -123,6 +123,8 @@ def advise(
     case, notes = _case(profile, traces, horizon, memory_bytes, shape_from(model), migration, non_moe_us, window, seed,
                         cost)  # fmt: skip
     spare = bool((case.full_G > case.bare_G).any())
+    if predictors is not None and not spare:
+        raise InputError("--predictors", ", ".join(predictors), "no slot to spare for copies", "more --memory")
     chosen = _predictors(traces, round(traces.num_steps * case.fit), predictors) if spare else []
     follow = ["controller", "free", *(PREFIX + name for name in chosen), BOUND]
     total = len(follow) + 2 + spare + (len(POWERS) + 1 if sweep else 0)
@@ -299,8 +301,10 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
         notes.append(f"the horizon is {horizon} steps, {steps // 2} could be scored: drift beyond them is not in this")
     if best.strategy.startswith(PREFIX):
         able = min((each for each in options if each.strategy in PLAIN), key=lambda each: each.change)
-        notes.append("duplication per batch is judged by replay only: neither our executor nor an engine runs it as it is "
-                     f"judged; of what they run, {able.strategy} changes {100 * able.change:+.1f} %")  # fmt: skip
+        notes.append(
+            "duplication per batch is judged by replay only, our executor and engines do not run it so; "
+            f"of what they run, {able.strategy} changes {100 * able.change:+.1f} %"
+        )
     return notes
 
 
