@@ -88,8 +88,8 @@ def main() -> None:
     """Claims, then the region of the 23 %."""
     systems = {gbps: System(gbps, attention_us()) for gbps in GBPS}
     fast, slow = systems[2000.0].scatter_us(1), systems[32.0].scatter_us(1)
-    print(f"A layer, balanced: attention {attention_us():.0f} us by the roofline ({NOTED_ATTENTION_US:.0f} by the notes), "
-          f"experts {experts_us():.0f}, a scatter {fast:.1f} at 2 TB/s and {slow:.0f} at 32 GB/s. "
+    print(f"A layer, balanced: attention {attention_us():.0f} us by the roofline ({NOTED_ATTENTION_US:.0f} as noted), "
+          f"experts {experts_us():.0f}, a scatter {fast:.1f} at 2 TB/s, {slow:.0f} at 32 GB/s. "
           f"The published predictor takes {mlp_us():.1f} us.\n")  # fmt: skip
     claims(systems)
     region(systems)

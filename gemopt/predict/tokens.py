@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.predict.base import Batch, IntArray, positions, require
 from gemopt.traces import Traces
@@ -39,6 +40,8 @@ class Frequency:
         """Count."""
         require(history, self.needs, self.name)
         assert history.tokens is not None
+        if not len(history.tokens.ids):
+            raise InputError("history", "no token", f"the predictor {self.name} learns from tokens")
         self.experts, self.top_k = history.num_experts, history.tokens.ids.shape[2]
         chosen_LE = np.asarray(history.counts).sum(axis=0, dtype=np.float64) + 1e-9
         self.base_LE = chosen_LE / chosen_LE.sum(axis=1, keepdims=True)
