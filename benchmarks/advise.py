@@ -83,7 +83,8 @@ def main() -> None:
             traces = traces.steps(slice(0, min(options.steps, traces.num_steps) // 2 * 2))
             half = traces.num_steps // 2
             migration = Migration(expert_bytes=EXPERT_BYTES, bytes_per_s=system.gbps * 1e9)
-            shared = {"migration": migration, "non_moe_us": NON_MOE_US * options.layers}
+            shared = {"migration": migration, "non_moe_us": NON_MOE_US * options.layers,
+                      "window": min(64, half // 4)}  # fmt: skip
             memory = 1.01 * system.spare * EXPERT_BYTES * options.layers
             advice = advise(profile, traces.steps(slice(0, half)), memory_bytes=memory, sweep=False, **shared)
             found = {}

@@ -34,6 +34,7 @@ WORTH = 0.003  # a simpler strategy is taken unless another gains more than this
 CLOSE = 0.01
 RESAMPLES = 1000
 BLOCKS = 8  # at least, in the bootstrap
+DRIFTS = 0.05
 PLAIN = ("contiguous", "fitted-once", "copies", "controller", "free")  # from the simplest on; duplication after them
 DISTRIBUTIONS = {"all-past": 1, "window": 64, "dirichlet": 32}  # history that each needs, in steps
 BOUND = "clairvoyant"
@@ -123,6 +124,8 @@ def advise(
     case, notes = _case(profile, traces, horizon, memory_bytes, shape_from(model), migration, non_moe_us, window, seed,
                         cost)  # fmt: skip
     spare = bool((case.full_G > case.bare_G).any())
+    if predictors is not None and not spare:
+        raise InputError("--predictors", ", ".join(predictors), "no slot to spare for copies", "more --memory")
     chosen = _predictors(traces, round(traces.num_steps * case.fit), predictors) if spare else []
     follow = ["controller", "free", *(PREFIX + name for name in chosen), BOUND]
     total = len(follow) + 2 + spare + (len(POWERS) + 1 if sweep else 0)
@@ -279,28 +282,34 @@ def _document(
     contiguous = Placement.contiguous(
         traces.num_layers, traces.num_experts, case.profile.num_ranks, layer_ids=list(traces.layer_ids)
     )
-    notes = [*notes, *_warnings(best, options, traces.num_steps, horizon)]
+    moved = drift(traces.counts, plain.first_step, case.seed)
+    notes = [*notes, *_warnings(best, options, traces.num_steps, horizon, moved)]
     return Advice(
         recommended=best.strategy, predicted_change=best.change, confidence=best.best_share, low=best.low,
         high=best.high, strategies=options, ceiling=bound_us / base_us - 1,
         clairvoyant=results[-1][0].row(BOUND).makespan_us / base_us - 1,
         fitted_steps=plain.first_step, scored_steps=past.num_steps,
         horizon_steps=horizon or past.num_steps, window=case.window, seed=case.seed, skew=skewness(traces.counts),
-        drift=drift(traces.counts, plain.first_step, case.seed),
+        drift=moved,
         assignments=float(np.asarray(traces.counts).sum(axis=2).mean()),
         outside=evaluate(contiguous, None, past, cost=case.cost).outside, non_moe_us=case.non_moe_us,
         migration=case.migration, worth=WORTH, commands=_commands(case, best, names), notes=notes, **found,
     )  # fmt: skip
 
 
-def _warnings(best: Option, options: list[Option], steps: int, horizon: int | None) -> list[str]:
+def _warnings(best: Option, options: list[Option], steps: int, horizon: int | None, moved: float) -> list[str]:
     notes = []
+    if moved > DRIFTS:
+        notes.append("the traffic changed while it was recorded: how much is gained in regimes to come is not known, "
+                     "and may be outside of what is given")  # fmt: skip
     if horizon is not None and horizon > steps // 2:
         notes.append(f"the horizon is {horizon} steps, {steps // 2} could be scored: drift beyond them is not in this")
     if best.strategy.startswith(PREFIX):
         able = min((each for each in options if each.strategy in PLAIN), key=lambda each: each.change)
-        notes.append("duplication per batch is judged by replay only: neither our executor nor an engine runs it as it is "
-                     f"judged; of what they run, {able.strategy} changes {100 * able.change:+.1f} %")  # fmt: skip
+        notes.append(
+            "duplication per batch is judged by replay only, our executor and engines do not run it so; "
+            f"of what they run, {able.strategy} changes {100 * able.change:+.1f} %"
+        )
     return notes
 
 

@@ -77,7 +77,7 @@ class ModelShape(BaseModel):
         for name, other, who in known:
             ours = getattr(self, name)
             if ours is not None and other is not None and ours != other:
-                raise InputError(f"--model {name}", ours, f"{who} has {other}", "the shape of the measured network")
+                raise InputError(f"--model {name}", ours, f"{other} in {who}", "the shape of the measured network")
 
     @property
     def expert_bytes(self) -> float | None:

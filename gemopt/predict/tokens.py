@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.predict.base import Batch, IntArray, positions, require
 from gemopt.traces import Traces
@@ -39,6 +40,8 @@ class Frequency:
         """Count."""
         require(history, self.needs, self.name)
         assert history.tokens is not None
+        if not len(history.tokens.ids):
+            raise InputError("history", "no token", f"the predictor {self.name} learns from tokens")
         self.experts, self.top_k = history.num_experts, history.tokens.ids.shape[2]
         chosen_LE = np.asarray(history.counts).sum(axis=0, dtype=np.float64) + 1e-9
         self.base_LE = chosen_LE / chosen_LE.sum(axis=1, keepdims=True)
@@ -106,7 +109,7 @@ def octave(position_N: IntArray) -> IntArray:
 
 
 class Previous(Frequency):
-    """The experts of the layers just before, taken as independent signs (naive Bayes)."""
+    """The experts of the layers just before, chosen and not chosen, taken as independent signs (naive Bayes)."""
 
     def __init__(self, name: str = "previous", *, depth: int = DEPTH) -> None:
         super().__init__(name)
@@ -118,11 +121,10 @@ class Previous(Frequency):
         return BYTES * self.experts * self.top_k * self.depth
 
     def learn(self, history: Traces) -> None:
-        """For each pair of layers, [E, E] log of how much likelier an expert is after one of an earlier layer."""
+        """For each pair of layers, [E, E] what having chosen an expert before adds to the log-odds of one now."""
         assert history.tokens is not None
         ids, layers, experts = history.tokens.ids, history.num_layers, self.experts
-        self.lift: dict[tuple[int, int], Any] = {}
-        pairs = [(before, layer) for layer in range(layers) for before in range(max(0, layer - self.depth), layer)]
+        pairs = [(before, layer) for layer in range(layers) for before in self._before(layer)]
         joint = {pair: np.zeros((experts, experts), dtype=np.float64) for pair in pairs}
         chosen_LE = np.zeros((layers, experts))
         for start in range(0, len(ids), BLOCK):
@@ -131,16 +133,26 @@ class Previous(Frequency):
             for before, layer in pairs:
                 joint[before, layer] += hot[before].T @ hot[layer]
         rate_LE = (chosen_LE + 0.5) / (len(ids) + 1.0)  # of the tokens
-        self.log_LE = np.log(rate_LE)
+        self.log_LE = np.log(rate_LE / (1 - rate_LE))
+        self.weight: dict[tuple[int, int], Any] = {}
         for before, layer in pairs:
-            after = (joint[before, layer] + PRIOR * rate_LE[layer]) / (chosen_LE[before] + PRIOR)[:, None]
-            self.lift[before, layer] = np.log(after / rate_LE[layer])
+            prior_E1 = PRIOR * rate_LE[before][:, None]
+            with_EE = (joint[before, layer] + prior_E1) / (chosen_LE[layer] + PRIOR)
+            without_EE = chosen_LE[before][:, None] - joint[before, layer]
+            without_EE = (without_EE + prior_E1) / (len(ids) - chosen_LE[layer] + PRIOR)
+            absent_EE = np.log((1 - with_EE) / (1 - without_EE))
+            self.weight[before, layer] = np.log(with_EE / without_EE) - absent_EE
+            self.log_LE[layer] += absent_EE.sum(axis=0) / len(self._before(layer))
+
+    def _before(self, layer: int) -> range:
+        return range(max(0, layer - self.depth), layer)
 
     def scores(self, context: Batch) -> FloatArray:
-        """[N, E] log of the odds."""
+        """[N, E] log-odds, the layers before weighing as one."""
         assert context.previous is not None
         layer = context.layer
         total_NE = np.tile(self.log_LE[layer], (len(context.previous), 1))
-        for before in range(max(0, layer - self.depth), layer):
-            total_NE += one_hot(context.previous[:, before], self.experts) @ self.lift[before, layer] / self.depth
+        for before in self._before(layer):
+            hot_NE = one_hot(context.previous[:, before], self.experts)
+            total_NE += hot_NE @ self.weight[before, layer] / len(self._before(layer))
         return total_NE

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PREFIX = "duplication-"
 LIFE = 64.0  # batches that a copy is expected to serve
-RECENT = 8  # batches on which new copies must save time
+RECENT = 16  # batches on which new copies must save time
 TICK = 8  # batches between plans from a distribution, which changes slowly
 TABLE_LIMIT = 1 << 24
 
