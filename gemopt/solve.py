@@ -11,7 +11,9 @@ import numpy as np
 
 from gemopt import cores, interrupts
 from gemopt.answer import answer
+from gemopt.certify import certify
 from gemopt.costs import CostModel, fit
+from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
 from gemopt.exceptions import InputError
 from gemopt.first_use import ready
@@ -57,6 +59,7 @@ def solve(
     add_ranks: Sequence[Source] = (),
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    certificate: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Place the experts of every MoE layer so that the summed makespan over all steps and layers is smallest.
 
@@ -110,6 +113,8 @@ def solve(
         Called with (layers done, layers) from the calling thread.
     notice
         Called with a line when kernels are being compiled.
+    certificate
+        Where to write what was proved (`gemopt.certificate`), for `gemopt verify`; its multipliers go beside it.
 
     Raises
     ------
@@ -124,6 +129,8 @@ def solve(
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
     _check_numbers(time_limit, gap, threads, patience)
+    if certificate is not None:
+        check_writable(certificate)
     asked = Asked(
         current, move_price, expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
@@ -159,7 +166,11 @@ def solve(
                 bound_us = solve_shared(run, moving)
             else:
                 run.go()
-        return answer(run, profile, traces, cost, report, moving, bound_us)
+        result = answer(run, profile, traces, cost, report, moving, bound_us)
+        if certificate is not None and result.placement is not None:
+            statement, duals = certify(result, layers, profile, traces, cost)
+            statement.write(certificate, duals)
+        return result
 
 
 def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int) -> Result:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gemopt.certificate import Certificate
 from gemopt.documents import Document, write_text
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
 
 FOLDER = Path(__file__).resolve().parent
-DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result)
+DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Certificate)
 
 
 def schema(document: type[Document]) -> str:

@@ -2,8 +2,8 @@
 
 Reflected Halpern iterations with restarts and an adaptive primal weight (Lu and Yang, Restarted Halpern PDHG for
 linear programming, 2024), in float32: nothing here has to be right, as `dual_bound` makes a bound of any multipliers.
-Steps are scaled block by block (Pock and Chambolle, 2011) and by the norm of what is left. Without spare slots loads are
-taken from their mean of the step, which changes no solution, as the sums of U are known.
+Steps are scaled block by block (Pock and Chambolle, 2011) and by the norm of what is left. Without spare slots loads
+are taken from their mean of the step, which changes no solution, as the sums of U are known.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def project(values: Array, weight: float, total: float) -> None:
             if values[n] > cut:
                 total += values[n]
                 kept += 1
-        if kept == 0 or kept == count:
+        if kept in (0, count):
             break
         cut, count = (total - weight) / F32(kept), kept
     for n in range(size):
@@ -131,7 +131,7 @@ class PrimalDual:
 
     def __init__(self, programme: Programme) -> None:
         self.programme = p = programme
-        features, steps, experts = p.features_FTE.shape
+        _, steps, experts = p.features_FTE.shape
         groups, kinds = p.num_groups, p.planes_CKF.shape[1]
         unit = max(float(p.weights_T @ p.floor_T) / max(float(p.weights_T.sum()), 1e-300), 1e-12)
         self.weight = (p.weights_T / p.weights_T.mean()).astype(F32)
@@ -319,9 +319,7 @@ class PrimalDual:
 
     def _restart(self) -> None:
         """Go on from the image, with the primal weight that the distances travelled ask for."""
-        apart = {
-            name: float(((self.image[name] - self.anchor[name]) ** 2).sum()) / self.step[name] for name in self.z
-        }
+        apart = {name: float(((self.image[name] - self.anchor[name]) ** 2).sum()) / self.step[name] for name in self.z}
         primal, dual = apart["x"] + apart["u"], apart["mu"] + apart["v"] + apart["y"] + apart["rho"]
         if primal > 1e-20 and dual > 1e-20:
             wanted = np.sqrt(dual / primal)

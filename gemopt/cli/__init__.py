@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> None:
         solve,
         trace,
         trace_import,
+        verify,
         watch,
     )
     from gemopt.cli.app import app
