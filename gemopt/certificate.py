@@ -27,8 +27,9 @@ IntArray = NDArray[np.int64]
 class Proof(StrEnum):
     """How a layer's bound can be checked.
 
-    `dual`: multipliers of the co-location programme, checked in full. `tree`: the solver has searched every placement;
-    the verifier searches again, up to a number of nodes. `claimed`: a solver's word, or a bound only it can compute.
+    `dual`: multipliers of the co-location programme, and floors of the steps, checked in full. `tree`: the solver has
+    searched every placement; the verifier searches again, up to a number of nodes. `claimed`: a solver's word, or a
+    bound that only it can compute.
     """
 
     DUAL = "dual"

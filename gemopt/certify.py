@@ -15,7 +15,7 @@ from gemopt.profile import Profile
 from gemopt.result import Result
 from gemopt.schedule import Layer
 from gemopt.traces import Traces
-from gemopt.verify import PS, SAME, Case, objective_us
+from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
 from gemopt.verify_dual import check_dual, slack, units
 
 
@@ -50,6 +50,9 @@ def certify(
         )
         if layer.together is not None and not layer.problem.spare_slots:
             proof = _with_dual(case, proof, layer.together, duals)
+        checked_us = max(proof.dual_us or 0.0, floor_bound_us(case))
+        if proof.proof is Proof.CLAIMED and checked_us >= proof.bound_us * (1 - 1e2 * SAME):
+            proof = proof.model_copy(update={"proof": Proof.DUAL})
         proofs.append(proof)
     total, bound = sum(p.objective_us for p in proofs), sum(p.bound_us for p in proofs)
     certificate = Certificate(
@@ -95,5 +98,4 @@ def _with_dual(case: Case, proof: LayerProof, known: Together, duals: dict[str, 
     dual_us = check_dual(case, stated, mine)
     duals.update(mine)
     best = max(proof.bound_us, min(dual_us, proof.objective_us))
-    kind = Proof.DUAL if proof.proof is Proof.CLAIMED and dual_us >= proof.bound_us * (1 - 1e2 * SAME) else proof.proof
-    return stated.model_copy(update={"dual_us": dual_us, "bound_us": best, "proof": kind})
+    return stated.model_copy(update={"dual_us": dual_us, "bound_us": best})

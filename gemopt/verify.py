@@ -175,6 +175,11 @@ def _least_from(curve: Curve, table: FloatArray) -> FloatArray:
     return np.asarray(np.minimum.accumulate(np.append(table, least)[::-1])[::-1][:-1])
 
 
+def floor_bound_us(case: Case) -> float:
+    """What the floors of the steps prove, in microseconds; rounded down."""
+    return float(case.floors_T.sum()) / PS * (1 - SAME)
+
+
 def objective_us(case: Case, row_P: IntArray) -> float:
     """Summed makespan of a row in microseconds; copies share evenly, the first ones taking what is left over."""
     owner_P = np.repeat(np.arange(len(case.slots_G)), case.slots_G)
@@ -257,7 +262,7 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
         )
     if layer.bound_us > found_us * (1 + SAME):
         raise InputError(f"{name}.bound_us", layer.bound_us, f"at most the objective, {found_us!r}")
-    checked_us, note = float(case.floors_T.sum()) / PS * (1 - SAME), "step by step"
+    checked_us, note = floor_bound_us(case), "step by step"
     if layer.dual_us is not None:
         dual_us = check_dual(case, layer, duals)
         if abs(dual_us - layer.dual_us) > SAME * max(abs(dual_us), 1.0):
@@ -266,8 +271,8 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
             raise InputError(f"{name}.dual_us", dual_us, f"at most the objective, {found_us!r}")
         if dual_us > checked_us:
             checked_us, note = dual_us, "multipliers checked"
-    elif layer.proof is Proof.DUAL:
-        raise InputError(f"{name}.dual_us", "nothing", "a dual proof has multipliers")
+    if layer.proof is Proof.DUAL and layer.bound_us > checked_us * (1 + 1e3 * SAME):
+        raise InputError(f"{name}.bound_us", layer.bound_us, f"{checked_us!r}, which is proven", "it was edited")
     if layer.proof is Proof.TREE:
         nodes, better = no_better(case, layer.bound_us, most_nodes)
         if better is not None:

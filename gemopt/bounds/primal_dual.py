@@ -221,7 +221,7 @@ class PrimalDual:
         p = self.programme
         features, experts = len(p.features_FTE), p.num_experts
         loads = np.abs(self.data[:, : features * experts]).reshape(len(self.data), features, experts)
-        slope_F = self.slope_CKF.mean(axis=(0, 1))
+        slope_F = np.abs(self.slope_CKF).mean(axis=(0, 1))
         kinds = p.planes_CKF.shape[1]
         row = float((loads.sum(axis=2).mean(axis=0) * slope_F).sum()) + 1.0
         column = 2 * kinds * float((loads.mean(axis=2).sum(axis=0) * slope_F).sum()) + 4.0

@@ -41,7 +41,7 @@ class Tables(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Where the search is: loads [G, F, T]; near [G, E], cost of each expert with those on a rank; slots free and used."""
+    """Where the search is: loads [G, F, T]; near [G, E], cost of experts with those on a rank; slots free, used."""
 
     loads: Array
     near: Array
