@@ -9,7 +9,7 @@ import numpy as np
 from gemopt.bounds import Together
 from gemopt.bounds.dual_bound import prices
 from gemopt.certificate import UNIT, Certificate, IntArray, LayerProof, Proof, counts_digest
-from gemopt.costs import CostModel
+from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
 from gemopt.profile import Profile
 from gemopt.result import Result
@@ -33,6 +33,7 @@ def certify(
         raise InputError(
             "certificate", "moves" if result.placement else "no placement", "placements without moves only"
         )
+    _check_cost(profile, cost)
     slots_G = result.placement.slots_per_rank
     proofs: list[LayerProof] = []
     duals: dict[str, IntArray] = {}
@@ -66,6 +67,19 @@ def certify(
         traces_sha256=counts_digest(traces),
     )
     return certificate, duals
+
+
+def _check_cost(profile: Profile, cost: CostModel) -> None:
+    """Refuse a cost model that nobody can make of the profile again."""
+    try:
+        again, _ = fit(profile, model=cost.name)
+    except InputError:
+        again = None
+    points = [(c.x.tobytes(), c.y.tobytes(), c.slope) for each in cost.latencies for term in each.terms for c in term]
+    if again is None or points != [
+        (c.x.tobytes(), c.y.tobytes(), c.slope) for each in again.latencies for term in each.terms for c in term
+    ]:
+        raise InputError("certificate", cost.name, "a cost model as fitted to the profile", "name one, as --cost does")
 
 
 def _with_dual(case: Case, proof: LayerProof, known: Together, duals: dict[str, IntArray]) -> LayerProof:

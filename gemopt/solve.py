@@ -131,6 +131,8 @@ def solve(
     _check_numbers(time_limit, gap, threads, patience)
     if certificate is not None:
         check_writable(certificate)
+        if current is not None:
+            raise InputError("certificate", "current", "it says nothing of moves", "solve without a placement in force")
     asked = Asked(
         current, move_price, expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,

@@ -280,7 +280,7 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
                 f"{name}.bound_us", layer.bound_us, f"a placement of {better!r} us exists", "it is no bound"
             )
         if nodes < most_nodes:
-            checked_us, note = layer.bound_us, f"searched again, {nodes} nodes"
+            checked_us, note = layer.bound_us * (1 - SAME), f"searched again, {nodes} nodes"
         else:
             note += f"; the search did not end within {most_nodes} nodes"
     return LayerCheck(layer.layer_id, layer.proof, found_us, min(checked_us, found_us), layer.bound_us, note)

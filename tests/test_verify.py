@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile, Trace
 
 def test_a_dual_proof_is_checked_in_full(made: tuple[Path, Profile, Traces]) -> None:
     path, measured, counts = made
-    stated, found = Certificate.load(path), verify(*made)
+    stated, found = Certificate.load(path), verify(path, measured, counts)
     assert {layer.proof.value for layer in stated.layers} == {"dual"}
     assert any(layer.dual_us for layer in stated.layers)
     assert found.checked_us == pytest.approx(stated.bound_us, rel=1e-6)
@@ -75,7 +75,7 @@ def test_a_tree_proof_is_searched_again(tmp_path: Path, kind: str) -> None:
 
 def test_spare_slots_are_only_claimed_beyond_the_floors(tmp_path: Path) -> None:
     counts = traces(experts=8, layers=1)
-    solve(profile(), counts, solver="local-search", slots_per_rank=4, certificate=tmp_path / "c.json", patience=1)
+    solve(profile(), counts, solver="lpt", slots_per_rank=4, certificate=tmp_path / "c.json")
     found = verify(tmp_path / "c.json", profile(), counts)
     assert found.checked_us <= found.claimed_us <= found.objective_us
 
