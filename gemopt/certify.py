@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from gemopt.bounds.dual_bound import prices
 from gemopt.certificate import UNIT, Certificate, IntArray, LayerProof, Proof, counts_digest
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
+from gemopt.placement import Split
 from gemopt.profile import Profile
 from gemopt.result import Result
 from gemopt.schedule import Layer
@@ -19,20 +22,34 @@ from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
 from gemopt.verify_dual import check_dual, slack, units
 
 
-def certify(
-    result: Result, layers: Sequence[Layer], profile: Profile, traces: Traces, cost: CostModel
-) -> tuple[Certificate, dict[str, IntArray]]:
+@dataclass(frozen=True)
+class Certified:
+    """A certificate and the multipliers that go beside it."""
+
+    certificate: Certificate
+    duals: dict[str, IntArray]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write both files."""
+        self.certificate.write(path, self.duals)
+
+
+def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: Traces, cost: CostModel) -> Certified:
     """The certificate of a result, and the multipliers that go beside it.
 
     Raises
     ------
     InputError
-        There is no placement, moves have a price or limits, or the cost model is none that `fit` makes of the profile.
+        There is no placement, moves have a price or limits, copies do not share evenly, or the cost model is none that
+        `fit` makes of the profile.
     """
     if result.placement is None or any(layer.problem.moves is not None for layer in layers):
         raise InputError(
             "certificate", "moves" if result.placement else "no placement", "placements without moves only"
         )
+    first = layers[0].problem
+    if first.spare_slots and first.split is not Split.EVEN:
+        raise InputError("certificate", first.split.value, "copies that share evenly, or none", "use --split even")
     _check_cost(profile, cost)
     slots_G = result.placement.slots_per_rank
     proofs: list[LayerProof] = []
@@ -66,7 +83,7 @@ def certify(
         profile_sha256=profile.digest(),
         traces_sha256=counts_digest(traces),
     )
-    return certificate, duals
+    return Certified(certificate, duals)
 
 
 def _check_cost(profile: Profile, cost: CostModel) -> None:

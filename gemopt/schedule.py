@@ -21,6 +21,7 @@ from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, incumbent, within_limits
+from gemopt.solvers.search.packing import filled
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -147,7 +148,7 @@ class Run:
     def _solve(self, layer: Layer, deadline: float) -> None:
         """All there is to do for a solver that more time does not help."""
         self._base(layer)
-        layer.outcome = self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm)
+        layer.outcome = _full(layer, self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm))
 
     def _start(self, layer: Layer, deadline: float) -> None:
         """What there is without any search, so that every layer has something however short the time."""
@@ -163,7 +164,7 @@ class Run:
         solver = get("local-search") if self.solver.supports.proves else self.solver
         patience = DEFAULT_PATIENCE if self.exact else 0
         options = replace(self._options(layer, deadline), patience=patience)
-        layer.outcome = solver.solve(layer.problem, options, layer.warm)
+        layer.outcome = _full(layer, solver.solve(layer.problem, options, layer.warm))
 
     def _base(self, layer: Layer) -> None:
         row = get("linear").solve(layer.problem, self._options(layer, np.inf), None).row
@@ -199,13 +200,20 @@ class Run:
             if self.exact:
                 first.reached, first.start_us, first.note = False, _value(first), "no time left to run"
             return
-        layer.outcome = self.solver.solve(layer.problem, options, first.row)
+        layer.outcome = _full(layer, self.solver.solve(layer.problem, options, first.row))
         if layer.outcome.search is None or layer.outcome.search is not first.search:
             layer.outcome.history = first.history + layer.outcome.history
         if self.exact and layer.outcome.start_us is None:
             layer.outcome.start_us = _value(first)
         if not self.exact:  # what it began with was its own
             layer.outcome.reached |= first.reached
+
+
+def _full(layer: Layer, outcome: Outcome) -> Outcome:
+    """The outcome with copies in empty slots, from solvers that leave some where none may be."""
+    if layer.problem.full and outcome.row is not None:
+        outcome.row = filled(layer.problem, outcome.row)
+    return outcome
 
 
 def _cut(outcome: Outcome) -> bool:

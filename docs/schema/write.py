@@ -7,12 +7,13 @@ from pathlib import Path
 
 from gemopt.certificate import Certificate
 from gemopt.documents import Document, write_text
+from gemopt.jobs import Job
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
 
 FOLDER = Path(__file__).resolve().parent
-DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Certificate)
+DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Job, Certificate)
 
 
 def schema(document: type[Document]) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import dual_bound
 from gemopt.latency import FloatArray
+from gemopt.placement import Split
 from gemopt.problem import Problem
 
 FIRST_LOOK = 40  # iterations
@@ -43,7 +44,8 @@ def together_bound(
     target_us
         Objective of a placement: at a bound that reaches it there is nothing left to prove.
 
-    Valid for every placement with one copy of each expert, and for copies under the even split.
+    Valid for every placement with one copy of each expert, and for copies under the even split; where copies share
+    otherwise it is the bound of the floors.
     """
     from gemopt.bounds.primal_dual import PrimalDual
 
@@ -69,7 +71,9 @@ def together_bound(
 
 
 def _worthwhile(problem: Problem, base: float) -> bool:
-    """Whether experts can share ranks at all, and there is something to bound."""
+    """Whether experts can share ranks at all, there is something to bound, and copies (if any) share evenly."""
+    if problem.spare_slots and problem.split is not Split.EVEN:
+        return False
     sharing = (problem.slots_per_rank > 1).any() and (problem.slots_per_rank > 0).sum() > 1
     return bool(sharing and base > 0 and problem.counts_TE.any())
 

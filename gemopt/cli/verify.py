@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from gemopt.cli.app import app, console, print_json
+from gemopt.cli.app import app, examples, print_json, show
 from gemopt.cli.solve import AsJson, PhaseName, Task, load_traces
 
+EXAMPLE = "gemopt verify cert.json --profile profile.json --traces traces.safetensors"
 
-@app.command("verify")
+
+@app.command("verify", epilog=examples(EXAMPLE))
 def verify_command(
     certificate: Annotated[Path, typer.Argument(help="certificate.json", show_default=False)],
     profile: Annotated[Path, typer.Option("--profile", help="profile.json that it is about", show_default=False)],
@@ -49,5 +51,5 @@ def verify_command(
     else:
         from gemopt.cli.tables import verified_table
 
-        console.print(verified_table(found))
+        show(verified_table(found))
     return 0

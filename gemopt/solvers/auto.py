@@ -6,15 +6,17 @@ import time
 from dataclasses import replace
 from math import factorial, log2
 
+from gemopt.exceptions import missing
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, Supports
 from gemopt.solvers.search.local_search import LocalSearch
 
 PROVABLE_EXPERTS = 16
 PROVABLE_TIMES = 4000
 BRANCHED_EXPERTS = 24  # on few ranks, without copies and moves: by branch and bound
-BRANCHED_WAYS = 48.0  # bits of the number of ways to place them
+BRANCHED_WAYS = 44.0  # bits of the number of ways to place them
 SEARCH_SHARE = 0.4
 
 
@@ -27,12 +29,11 @@ class Auto:
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
         from gemopt.evaluate import total
-        from gemopt.solvers.exact.branch import Branch
-        from gemopt.solvers.exact.cpsat import CpSat
 
         branched = branches(problem)
-        times = problem.num_steps * problem.num_ranks
-        if not branched and (problem.num_experts > PROVABLE_EXPERTS or times > PROVABLE_TIMES):
+        other = problem.spare_slots > 0 and (problem.split is not Split.EVEN or problem.full)
+        large = problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES
+        if other or (large and not branched):
             return LocalSearch().solve(problem, options, warm_start)
         deadline = time.monotonic() + SEARCH_SHARE * options.remaining
         patience = DEFAULT_PATIENCE if options.patience is None or branched else options.patience
@@ -40,15 +41,32 @@ class Auto:
         if found.row is None:
             return found
         gap = relative_gap(total(problem, found.row), options.bound_us)
-        if options.expired() or (gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE)):
+        if gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE):
             return found
-        exact = Branch() if branched else CpSat()
+        try:
+            exact = exact_solver(branched=branched)
+        except ModuleNotFoundError as error:
+            found.note = f"no proof was tried: {missing(error, 'CP-SAT')}"
+            return found
+        if options.expired():
+            return found
         proven = exact.solve(problem, options, found.row)
         proven.history = found.history + proven.history
         proven.reached |= found.reached
         if proven.row is None:
             proven.row = found.row
         return proven
+
+
+def exact_solver(*, branched: bool) -> Solver:
+    """Who proves a layer."""
+    if branched:
+        from gemopt.solvers.exact.branch import Branch
+
+        return Branch()
+    from gemopt.solvers.exact.cpsat import CpSat
+
+    return CpSat()
 
 
 def branches(problem: Problem) -> bool:
