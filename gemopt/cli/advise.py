@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemopt.cli.app import app, console, print_json, say
-from gemopt.cli.solve import AsJson, Cost, PhaseName, ProfilePath, Seed, Task, TracesPath, layer_progress, load_traces
+from gemopt.cli.app import app, print_json, say, show
+from gemopt.cli.progress import progress as shown
+from gemopt.cli.solve import AsJson, Cost, PhaseName, ProfilePath, Seed, Task, TracesPath, load_traces
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +68,7 @@ def advise_command(
     if not 0 <= memory <= 1e6:
         raise InputError("--memory", memory, "GB from 0 to 1e6")
     measured = Profile.load(profile)
-    with layer_progress("replays", quiet=as_json) as progress:
+    with shown("replays", hidden=as_json) as progress:
         advice = advise(
             measured,
             load_traces(traces, task, phase),
@@ -130,7 +131,7 @@ def _tell(advice: Advice) -> None:
         f"{_percent(advice.clairvoyant)}")  # fmt: skip
     say(f"hottest expert {advice.skew:.2f} times the mean; {100 * advice.drift:.1f} % of the traffic goes elsewhere in "
         f"the {advice.scored_steps} scored steps than in the {advice.fitted_steps} fitted ones")  # fmt: skip
-    console.print(_table(advice))
+    show(_table(advice))
     for each in advice.sweeps:
         say(_threshold(each))
     for note in advice.notes:

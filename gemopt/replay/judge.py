@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -28,8 +29,8 @@ DEFAULT_FIT = 0.5
 
 
 def replay(
-    profile: Profile,
-    traces: Traces,
+    profile: Profile | str | os.PathLike[str],
+    traces: Traces | str | os.PathLike[str],
     strategies: Sequence[str | Strategy] = tuple(STRATEGIES),
     *,
     window: int = DEFAULT_WINDOW,
@@ -47,6 +48,8 @@ def replay(
 
     Parameters
     ----------
+    profile, traces
+        Objects or paths.
     strategies
         Names from `STRATEGIES`, or objects that follow `Strategy`.
     window
@@ -69,6 +72,7 @@ def replay(
     InputError
         For unknown strategies and for windows, shares and events that do not fit the traces.
     """
+    profile, traces = Profile.of(profile), Traces.of(traces)
     chosen, schedule = make(strategies), throttle or Schedule()
     past, _ = _split(traces, fit, window)
     _check_numbers(non_moe_us, noise, seed)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemopt.documents import Document
 from gemopt.replay.copying import Migration
 from gemopt.replay.schedule import Schedule
+from gemopt.tables import frame
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -120,3 +121,13 @@ class ReplayResult(Document):
     def track(self, strategy: str) -> Track:
         """One strategy step by step."""
         return next(track for track in self.timeline if track.strategy == strategy)
+
+    def to_dataframe(self) -> Any:
+        """`rows` as a pandas data frame, one per strategy.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        return frame({name: [getattr(row, name) for row in self.rows] for name in ReplayRow.model_fields})

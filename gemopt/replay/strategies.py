@@ -27,6 +27,7 @@ class Fixed:
 
     eager = False
     stops = False
+    layerwise = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -116,8 +117,10 @@ class Eplb(Fixed):
     """EPLB as an engine runs it: from contiguous placement, the sum of the last counts, every `interval` steps.
 
     The engine's clock starts with the traces, so that it has rearranged in the part that others are fitted on, too.
-    Device speeds play no role.
+    Device speeds play no role. vLLM's asynchronous mover has a buffer for one layer, SGLang's stops everything.
     """
+
+    layerwise = True
 
     def __init__(self, name: str, *, window: int, interval: int, first: int, stops: bool) -> None:
         super().__init__(name)

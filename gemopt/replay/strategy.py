@@ -39,6 +39,8 @@ class Strategy(Protocol):
         Whether `observe` is also called at the first scored step, with the window of steps before it.
     stops
         Whether the group stops while experts are copied; otherwise copying overlaps with serving.
+    layerwise
+        Whether layers are copied and committed one after the other; otherwise together, as `gemopt.executor` does.
     reason
         One line on the last decision.
     """
@@ -47,6 +49,7 @@ class Strategy(Protocol):
     period: int
     eager: bool
     stops: bool
+    layerwise: bool
     reason: str
 
     def start(self, context: Context) -> Placement:
