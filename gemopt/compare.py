@@ -110,8 +110,8 @@ def compare(
     holdout
         Share of the steps, the last ones, kept from the solvers and used to score; 0 scores the given steps.
     options
-        Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `seed`, `gap`, `patience`, `threads`,
-        `allow_one_rank`, `notice`.
+        Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `split`, `senders`, `seed`, `gap`, `patience`,
+        `threads`, `allow_one_rank`, `notice`.
 
     Notes
     -----
@@ -172,7 +172,7 @@ def _rows(
     for name, result, note in results:
         evaluation = None
         if result is not None and result.placement is not None:
-            evaluation = evaluate(result.placement, profile, scored, cost=fitted)
+            evaluation = evaluate(result.placement, profile, scored, cost=fitted, senders=options.get("senders"))
         row = _row(name, result, note, evaluation, base_given, bound)
         if held is not None and evaluation is not None:
             update = {

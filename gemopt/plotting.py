@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gemopt.advise.document import Advice
 from gemopt.compare import BASELINE, Comparison
 from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
@@ -255,3 +256,24 @@ def _shade(axes: Any, result: ReplayResult) -> None:
             if step is not None and step >= result.first_step:
                 for ax in axes:
                     ax.axvline(step, color="black", linewidth=0.8, linestyle="--")
+
+
+def plot_strategy_map(advice: Advice, *, ax: Any = None) -> Any:
+    """Best strategy by skewness and bandwidth, with what it changes against contiguous placement."""
+    drawn = advice.map
+    if drawn is None:
+        raise InputError("--plot", "advice without a map", "advice from a sweep", "advise without --no-sweep")
+    ax = _axes(ax, (7, 4))
+    names = sorted({name for row in drawn.best for name in row})
+    colours = _pyplot().get_cmap("Set2")
+    ax.imshow([[names.index(name) for name in row] for row in drawn.best], cmap=colours, vmin=0, vmax=7,
+              aspect="auto", origin="lower")  # fmt: skip
+    for y, (row, changes) in enumerate(zip(drawn.best, drawn.changes, strict=True)):
+        for x, (name, change) in enumerate(zip(row, changes, strict=True)):
+            ax.annotate(f"{name}\n{100 * change:+.1f} %", (x, y), ha="center", va="center", fontsize=7)
+    ax.set_xticks(range(len(drawn.gbps)), [f"{each:g}" for each in drawn.gbps])
+    ax.set_yticks(range(len(drawn.skews)), [f"{each:.2f}" for each in drawn.skews])
+    ax.set_xlabel("bandwidth of a rank, GB/s")
+    ax.set_ylabel("hottest expert over mean")
+    ax.set_title("Best strategy, and its change of the makespan against contiguous", fontsize=10)
+    return ax.figure

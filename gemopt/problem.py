@@ -100,7 +100,7 @@ class Problem:
             array.setflags(write=False)
         return cls(
             counts, tuple(features), tuple(latencies), slots, weights, nodes,
-            split=split, senders_TGE=senders_TGE, full=full,
+            split=Split(split), senders_TGE=senders_TGE, full=full,
         )  # fmt: skip
 
     @property

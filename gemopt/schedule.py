@@ -144,9 +144,7 @@ class Run:
     def _solve(self, layer: Layer, deadline: float) -> None:
         """All there is to do for a solver that more time does not help."""
         self._base(layer)
-        layer.outcome = self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm)
-        if layer.problem.full and layer.outcome.row is not None:
-            layer.outcome.row = filled(layer.problem, layer.outcome.row)
+        layer.outcome = _full(layer, self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm))
 
     def _start(self, layer: Layer, deadline: float) -> None:
         """What there is without any search, so that every layer has something however short the time."""
@@ -162,7 +160,7 @@ class Run:
         solver = get("local-search") if self.solver.supports.proves else self.solver
         patience = DEFAULT_PATIENCE if self.exact else 0
         options = replace(self._options(layer, deadline), patience=patience)
-        layer.outcome = solver.solve(layer.problem, options, layer.warm)
+        layer.outcome = _full(layer, solver.solve(layer.problem, options, layer.warm))
 
     def _base(self, layer: Layer) -> None:
         row = get("linear").solve(layer.problem, self._options(layer, np.inf), None).row
@@ -198,13 +196,20 @@ class Run:
             if self.exact:
                 first.reached, first.start_us, first.note = False, _value(first), "no time left to run"
             return
-        layer.outcome = self.solver.solve(layer.problem, options, first.row)
+        layer.outcome = _full(layer, self.solver.solve(layer.problem, options, first.row))
         if layer.outcome.search is None or layer.outcome.search is not first.search:
             layer.outcome.history = first.history + layer.outcome.history
         if self.exact and layer.outcome.start_us is None:
             layer.outcome.start_us = _value(first)
         if not self.exact:  # what it began with was its own
             layer.outcome.reached |= first.reached
+
+
+def _full(layer: Layer, outcome: Outcome) -> Outcome:
+    """The outcome with copies in empty slots, from solvers that leave some where none may be."""
+    if layer.problem.full and outcome.row is not None:
+        outcome.row = filled(layer.problem, outcome.row)
+    return outcome
 
 
 def _cut(outcome: Outcome) -> bool:

@@ -12,11 +12,12 @@ from gemopt import cores, interrupts
 from gemopt.answer import answer
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.first_use import ready
+from gemopt.memory import check_budget, experts_within, most_slots, solve_within
 from gemopt.moving import Asked, Moving
 from gemopt.placement import Placement, Split
-from gemopt.problem import Problem, problems
+from gemopt.problem import Problem, problems, slot_counts
 from gemopt.profile import Profile
 from gemopt.resize import Source
 from gemopt.result import Result, Status, StoppedBy
@@ -39,6 +40,7 @@ def solve(
     split: Split | str | None = None,
     senders: Senders | str | None = None,
     full_slots: bool = False,
+    memory_budget: float | Sequence[float] | None = None,
     solver: str = "auto",
     time_limit: float | None = None,
     gap: float = 0.0,
@@ -76,6 +78,9 @@ def solve(
         Who sends the assignments, for `nearest`: `traces` (the default) or `uniform`; see `gemopt.evaluate`.
     full_slots
         Whether every slot must hold an expert, as most engines want it; slots that do not help stay empty otherwise.
+    memory_budget
+        Bytes of experts that each device may hold over all layers, one number or one per rank. Spent on the copies that
+        gain most; `slots_per_rank` is then the most that one layer may use. Needs `expert_bytes`.
     solver
         `auto` or a name from `gemopt.solvers.names()`.
     time_limit
@@ -134,8 +139,11 @@ def solve(
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
     _check_numbers(time_limit, gap, threads, patience)
+    if memory_budget is not None and (current is not None or full_slots):
+        other = "current" if current is not None else "full_slots"
+        raise UnsupportedError("memory_budget", memory_budget, f"it does not go together with {other}")
     asked = Asked(
-        current, move_price, expert_bytes, bandwidth, horizon_steps,
+        current, move_price, None if memory_budget is not None else expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
     )  # fmt: skip
     chosen, threads = get(solver), threads or cores.available()
@@ -158,6 +166,13 @@ def solve(
                 raise InputError(
                     "cost", f"{len(cost.latencies)} ranks", f"{profile.num_ranks} ranks serve", "fit it for them"
                 )
+            held_G = None
+            if memory_budget is not None:
+                held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
+                if slots_per_rank is None:
+                    slots_per_rank = most_slots(held_G, traces.num_layers, traces.num_experts).tolist()
+                slots_G = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
+                check_budget(held_G, slots_G, traces.num_layers, traces.num_experts)
             policy, senders = _policy(split, moving), Senders.of(senders)
             each = problems(
                 cost, traces, slots_per_rank,
@@ -169,7 +184,9 @@ def solve(
         bound_us = 0.0
         run = Run(chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted)
         with cores.at_most(max(1, threads // len(layers))):
-            if moving is not None and moving.shared:
+            if held_G is not None:
+                solve_within(run, held_G)
+            elif moving is not None and moving.shared:
                 bound_us = solve_shared(run, moving)
             else:
                 run.go()

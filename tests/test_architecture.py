@@ -18,7 +18,7 @@ TIERS = [
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
     ["problem", "splits", "evaluate", "result"],
     ["bounds", "solvers"],
-    ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "first_use", "testing"],
+    ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "memory", "first_use", "testing"],
     ["predict", "online", "replay", "advise"],
     ["formats", "plotting", "report", "jobs"],
     ["models", "profiling", "executor"],

@@ -9,6 +9,7 @@ import sys
 def load() -> None:
     """Import the commands, which register themselves."""
     from gemopt.cli import (  # noqa: F401
+        advise,
         apply,
         compare,
         conflicts,

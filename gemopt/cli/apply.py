@@ -50,13 +50,16 @@ def apply(
     node_gbps: Annotated[float, typer.Option(min=1e-3, help="GB/s of a rank inside a node, for the estimate")] = 50.0,
     cross_gbps: Annotated[float, typer.Option(min=1e-3, help="GB/s of a rank between nodes, for the estimate")] = 10.0,
     timeout: Annotated[float, typer.Option(min=1, help="seconds a layer may take")] = 60.0,
+    profile: Annotated[Path | None, typer.Option(help="profile.json of the ranks, for the optimal split")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
     """Move experts of a live model to a placement; with --dry-run say what would move, and stop.
 
     Without --dry-run, start it on every rank.
     """
+    from gemopt.costs import fit
     from gemopt.placement import Placement
+    from gemopt.profile import Profile
 
     if dry_run and at_load:
         raise InputError("--at-load", "--dry-run", "one of the two", "nothing moves when loading permuted")
@@ -82,7 +85,10 @@ def apply(
         if at_load:
             report = _apply_at_load(placement, model, layout)
         else:
-            settings = {"timeout_s": timeout, "ranks_per_node": ranks_per_node, "budget_bytes": budget_bytes}
+            cost = None if profile is None else fit(Profile.load(profile))[0]
+            settings = {
+                "timeout_s": timeout, "ranks_per_node": ranks_per_node, "budget_bytes": budget_bytes, "cost": cost
+            }  # fmt: skip
             report = _apply_live(placement, current, model, layout, settings, (node_gbps, cross_gbps))
         if int(os.environ.get("RANK", "0")) == 0:
             _show(report, as_json, "loaded" if at_load else "moved")
@@ -132,7 +138,7 @@ def describe(steps: Plan, node_gbps: float, cross_gbps: float) -> dict[str, Any]
         "bytes": {link.value: size[link] if known else None for link in Link},
         "stages": len(steps.stages),
         "layers": len({stage.layer for stage in steps.stages}),
-        "buffer_bytes": steps.buffer_bytes if known else None,
+        "buffer_bytes": steps.buffer_bytes() if known else None,
         "estimate_s": steps.seconds(node_gbps=node_gbps, cross_gbps=cross_gbps) if known else None,
     }
 

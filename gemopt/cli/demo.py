@@ -1,8 +1,8 @@
 """Command `gemopt demo`: real routing of gpt-oss-20b on eight GPUs as fast as GPUs of a measured fleet.
 
 Fits every solver on the first half of the steps, scores it on the second half, prints one table per case, and writes a
-picture of all of them and a page about one. Exact solvers stand in the last case only, the one of a size at which they
-answer in seconds.
+picture of all and a page about one. Exact solvers stand in the last case only, the one of a size at which they answer
+in seconds.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, notice, placement_app, print_json, say, show, tell
+from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def _permuter(source: Path | None) -> Write:
     def write(placement: Placement, path: Path, role: str | None, dry: bool) -> Export | None:
         if dry:
             return None
-        export_checkpoint(placement, source, path)
+        with shown("files of weights") as progress:
+            export_checkpoint(placement, source, path, progress=progress)
         note = f"Load it with {placement.num_ranks} expert-parallel ranks, experts split in order."
         return Export(files=(str(path),), command="", notes=(note,))
 

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gemopt.cli.app import Voice, errors
 
-Advance = Callable[[int, int], None]
+Advance = Callable[[int, int | None], None]
 
 
 class TimeLeft(ProgressColumn):
@@ -44,7 +44,7 @@ def progress(
     with Progress(*columns, TimeLeft(limit_s), console=errors, transient=True) as bar:
         task = bar.add_task(title, total=total)
 
-        def advance(done: int, total: int) -> None:
+        def advance(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=total)
 
         yield advance

@@ -29,6 +29,7 @@ from gemopt.cli.moves import (
 from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
+    from gemopt.profile import Profile
     from gemopt.result import Result
     from gemopt.traces import Traces
 
@@ -46,6 +47,10 @@ SplitName = Annotated[
 ]
 SendersName = Annotated[
     str | None, typer.Option("--senders", help="who sends, for the nearest split: traces, uniform", show_default=False)
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option("--memory-budget", help="bytes of experts per device over all layers: 40e9, or one per rank"),
 ]
 EngineName = Annotated[
     str | None, typer.Option("--engine", help="heed an engine's limits and split; see gemopt engines")
@@ -86,8 +91,26 @@ def parse_slots(text: str | None) -> int | list[int] | None:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+def parse_budget(text: str | None) -> float | list[float] | None:
+    """`40e9` or `40e9,40e9,20e9,20e9`."""
+    from gemopt.exceptions import InputError
+
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--memory-budget", text, "bytes, or one number per rank separated by commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def heeded(
-    engine: str | None, slots: int | list[int] | None, split: str | None, num_experts: int, num_ranks: int
+    engine: str | None,
+    slots: int | list[int] | None,
+    split: str | None,
+    traces: Traces,
+    profile: Profile,
+    current: Path | None,
 ) -> tuple[int | list[int] | None, str | None, bool]:
     """Slots, split and whether all slots must be full, as asked for and as the engine can take them.
 
@@ -99,8 +122,13 @@ def heeded(
     if engine is None:
         return slots, split, False
     from gemopt.formats.registry import get, within_engine
+    from gemopt.placement import Placement
 
-    limits = within_engine(get(engine), slots, split, num_experts, num_ranks)
+    used: int | list[int] | None = slots
+    if slots is None and current is not None:
+        used = Placement.load(current).slots_per_rank.tolist()
+    ranks = len(used) if isinstance(used, list) else profile.num_ranks
+    limits = within_engine(get(engine), used, split, traces.num_experts, ranks)
     return slots, limits.split, limits.full
 
 
@@ -142,6 +170,7 @@ def solve_command(
     split: SplitName = None,
     senders: SendersName = None,
     engine: EngineName = None,
+    memory_budget: MemoryBudget = None,
     seed: Seed = 0,
     gap: Gap = 0.0,
     cost: Cost = "auto",
@@ -177,7 +206,7 @@ def solve_command(
     with whole_or_nothing(threads):
         chosen = load_traces(traces, task, phase)
         measured = Profile.load(profile)
-        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen.num_experts, measured.num_ranks)
+        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen, measured, current)
         detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
         with interrupts.held(), shown(f"{solver}: layers", limit_s=limit_s, hidden=as_json) as progress:
             result = solve(
@@ -187,6 +216,7 @@ def solve_command(
                 split=split,
                 senders=senders,
                 full_slots=full,
+                memory_budget=parse_budget(memory_budget),
                 solver=solver,
                 time_limit=time_limit,
                 gap=gap,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import examples, print_json, say, trace_app
+from gemopt.cli.progress import progress as shown
 
 
 class PhaseName(StrEnum):
@@ -60,7 +61,9 @@ def import_command(
         phase=Phase.MIXED if phase is PhaseName.ALL else Phase[phase.name],
         keep_tokens=keep_tokens,
     )
-    found = import_traces(paths, source=source, destination=output, options=options)
+    with shown("steps read", hidden=as_json) as bar:
+        told = None if bar is None else lambda steps: bar(steps, None)
+        found = import_traces(paths, source=source, destination=output, options=options, progress=told)
     if as_json:
         print_json({"output": str(output), **vars(found)})
         return

@@ -61,7 +61,7 @@ class Track(BaseModel):
     """One strategy step by step.
 
     `step_us`: MoE latency with what copying added; `copying_us`: that part; `moves`: experts on their way from this
-    step on.
+    step on; `setup_moves`: from contiguous placement to the first one, which the makespan does not pay for.
     """
 
     model_config = _STRICT
@@ -71,6 +71,7 @@ class Track(BaseModel):
     copying_us: list[float]
     moves: list[int]
     decisions: list[Decided] = Field(default_factory=list)
+    setup_moves: int = 0
 
 
 class Regime(BaseModel):

@@ -12,17 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import UnsupportedError
-from gemopt.latency import ASSIGNMENTS, FloatArray, pack
+from gemopt.latency import ASSIGNMENTS, FloatArray
 from gemopt.placement import Split
 from gemopt.splits.rules import even_shares, even_weights, nearest_shares, nearest_weights, static_shares
 
 if TYPE_CHECKING:
     from gemopt.problem import Problem
 
-TABLE_LIMIT = 1 << 22
-
-__all__ = ["Split", "chosen_weights", "even_shares", "even_weights", "feature_table", "shares", "static_shares"]
+__all__ = ["Split", "chosen_weights", "even_shares", "even_weights", "shares", "static_shares"]
 
 
 def shares(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> NDArray[np.int64]:
@@ -62,33 +59,9 @@ def plain(problem: Problem) -> bool:
 
 def optimal_shares(problem: Problem, row_P: NDArray[np.int64]) -> NDArray[np.int64]:
     """[T, P] assignments of each slot with which the slowest rank of every step ends first; see the module."""
-    from gemopt.kernels import rank_loads
-    from gemopt.splits.flow import find_copies, fluid_times, spread_steps
-    from gemopt.splits.parts import part_steps
+    from gemopt.splits.optimal import OptimalSplit
 
-    shares_TP = even_shares(problem.counts_TE, row_P)
-    copies = find_copies(row_P, problem.rank_of_slot, problem.num_experts, problem.num_ranks)
-    if not len(copies.experts):
-        return shares_TP
-    curves = pack([latency.high for latency in problem.latencies])
-    alone_P = np.where(np.isin(np.arange(len(row_P)), copies.slot), -1, row_P)
-    alone_TGF = rank_loads(problem.features_FTE, alone_P, problem.rank_of_slot, problem.num_ranks)
-    parts_TC = np.ascontiguousarray(shares_TP[:, copies.slot])
-    if plain(problem):
-        alone_TG = np.ascontiguousarray(alone_TGF[:, :, 0]).astype(np.int64)
-        fluid_T = fluid_times(curves, problem.counts_TE.sum(axis=1, dtype=np.int64))
-        spread_steps(curves, alone_TG, copies, parts_TC, fluid_T)
-    else:
-        counts_TR = problem.counts_TE[:, copies.experts].astype(np.int64)
-        part_steps(curves, alone_TGF, copies, counts_TR, feature_table(problem), parts_TC)
-    shares_TP[:, copies.slot] = parts_TC
+    shares_TP = np.where(row_P >= 0, problem.counts_TE[:, row_P], 0).astype(np.int64)
+    split = OptimalSplit(row_P, problem.rank_of_slot, problem.num_experts, problem.features, problem.latencies)
+    shares_TP[:, split.copies.slot] = split.parts(problem.counts_TE)
     return shares_TP
-
-
-def feature_table(problem: Problem) -> FloatArray:
-    """[F, N] features of 0, 1, ... assignments, up to the most that an expert has at a step."""
-    largest = int(problem.counts_TE.max())
-    if largest >= TABLE_LIMIT:
-        limit = f"the {problem.split.value} split takes experts below {TABLE_LIMIT} assignments per step"
-        raise UnsupportedError("counts_TE", largest, limit, "use even")
-    return np.stack([feature.of(np.arange(largest + 1)) for feature in problem.features]).astype(np.float64)

@@ -10,7 +10,7 @@ flows, weighted means of cuts, and fractional combinatorial optimization", in Co
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -20,6 +20,7 @@ from gemopt.kernels import SLACK, Array, curve_capacity, latency_value
 from gemopt.latency import Curves
 
 IntArray = NDArray[np.int64]
+Number = Any  # what a compiled function returns or takes, as far as a type checker can tell
 TIGHT = 1e-10  # a level is known to this much of itself
 
 
@@ -81,7 +82,7 @@ def make_room(num_ranks: int) -> Room:
 
 
 @njit(cache=True, nogil=True)
-def capacity(curves: Curves, g: int, time: float, total: int) -> int:
+def capacity(curves: Curves, g: Number, time: float, total: int) -> Number:
     """Largest whole load up to `total` of a rank within a time; curves do not decrease."""
     most = np.inf
     for k in range(curves.num_terms[g]):
@@ -90,7 +91,7 @@ def capacity(curves: Curves, g: int, time: float, total: int) -> int:
 
 
 @njit(cache=True, nogil=True)
-def held_within(curves: Curves, members: IntArray, time: float, total: int) -> int:
+def held_within(curves: Curves, members: IntArray, time: float, total: Number) -> Number:
     """Load that some ranks hold together within a time."""
     held = 0
     for g in members:
@@ -99,7 +100,7 @@ def held_within(curves: Curves, members: IntArray, time: float, total: int) -> i
 
 
 @njit(cache=True, nogil=True)
-def level(curves: Curves, members: IntArray, load: int, known: float) -> float:
+def level(curves: Curves, members: IntArray, load: Number, known: float) -> Number:
     """Least time, within `TIGHT`, in which some ranks hold a load together; never below `known`, never too short."""
     below, held = known, held_within(curves, members, known, load)
     if held >= load:
@@ -125,7 +126,7 @@ def level(curves: Curves, members: IntArray, load: int, known: float) -> float:
 
 
 @njit(cache=True, nogil=True)
-def relieve(copies: Copies, room: Room, parts_C: IntArray, full: int) -> int:
+def relieve(copies: Copies, room: Room, parts_C: IntArray, full: Number) -> Number:
     """Send load of an overfull rank along copies to one with room, as long as there is one; returns the ranks reached.
 
     0: the rank is not overfull any more.

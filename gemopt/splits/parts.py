@@ -3,6 +3,7 @@
 Then every copy in use costs something by itself, and which to use is a choice like that of a placement. It is found by
 descent: every expert whole on one copy, heaviest first, where it ends first; then, for the slowest rank, the best of
 taking away all of an expert or as much as levels two ranks, until nothing helps. Copies that do not help stay unused.
+Where the split to start from (the even one) was better than what that leads to, it is the start itself.
 """
 
 from __future__ import annotations
@@ -86,17 +87,23 @@ def place_whole(
 
 
 @njit(cache=True, nogil=True)
+def slowest_rank(curves: Curves, load_GF: Array) -> tuple[int, float]:
+    """The rank that ends last, and when."""
+    slowest, g = -np.inf, 0
+    for each in range(len(load_GF)):
+        time = float(latency_value(each, load_GF[each], curves))
+        if time > slowest:
+            slowest, g = time, each
+    return g, slowest
+
+
+@njit(cache=True, nogil=True)
 def level_out(
     curves: Curves, copies: Copies, parts_C: IntArray, load_GF: Array, table_FN: Array, room_F: Array
 ) -> None:
     """Take from the slowest rank what helps most, until nothing helps."""
-    num_ranks = len(load_GF)
     while True:
-        slowest, g = -np.inf, 0
-        for each in range(num_ranks):
-            time = float(latency_value(each, load_GF[each], curves))
-            if time > slowest:
-                slowest, g = time, each
+        g, slowest = slowest_rank(curves, load_GF)
         best, gives, takes, amount = slowest * (1.0 - LEAST), -1, -1, 0
         for n in range(copies.start[g], copies.start[g + 1]):
             c = copies.by_rank[n]
@@ -118,9 +125,15 @@ def level_out(
 def part_steps(
     curves: Curves, alone_TGF: Array, copies: Copies, counts_TR: IntArray, table_FN: Array, parts_TC: IntArray
 ) -> None:
-    """Fill `parts_TC` [T, C] for every step. alone_TGF: features of the experts with one copy."""
+    """Bring `parts_TC` [T, C] to something as good or better at every step. alone_TGF: features of single copies."""
     room_F = np.empty(alone_TGF.shape[2])
     for t in range(len(alone_TGF)):
-        load_GF = alone_TGF[t].copy()
+        given_C, given_GF, load_GF = parts_TC[t].copy(), alone_TGF[t].copy(), alone_TGF[t].copy()
+        for c in range(len(given_C)):
+            for f in range(len(room_F)):
+                given_GF[copies.rank[c], f] += table_FN[f, given_C[c]]
         place_whole(curves, copies, counts_TR[t], parts_TC[t], load_GF, table_FN, room_F)
         level_out(curves, copies, parts_TC[t], load_GF, table_FN, room_F)
+        if slowest_rank(curves, given_GF)[1] < slowest_rank(curves, load_GF)[1]:
+            level_out(curves, copies, given_C, given_GF, table_FN, room_F)
+            parts_TC[t] = given_C

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gemopt.kernels import Array, latency_value
 from gemopt.latency import Curves, FloatArray
 from gemopt.splits.flow import Copies, IntArray, find_copies
+from gemopt.splits.optimal import feature_table
 from gemopt.splits.rules import even_weights
 
 if TYPE_CHECKING:
@@ -116,18 +117,18 @@ def static_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
     the speeds of the ranks. Never dearer than even weights.
     """
     from gemopt.evaluate import loads
-    from gemopt.splits import feature_table
 
     weights_P = even_weights(row_P, problem.num_experts)
     copies = find_copies(row_P, problem.rank_of_slot, problem.num_experts, problem.num_ranks)
     if not len(copies.experts):
         return weights_P
     load_TGF = loads(problem, row_P, weights_P)
+    table_FN = feature_table(problem.features, int(problem.counts_TE.max()))
     ends_C = np.concatenate(
         [np.cumsum(weights_P[copies.slot[a:b]]) for a, b in zip(copies.first, copies.first[1:], strict=False)]
     )
     ends_C[copies.first[1:] - 1] = 1.0
-    given = (problem.curves, problem.counts_TE, copies, ends_C, load_TGF, feature_table(problem), problem.weights_T)
+    given = (problem.curves, problem.counts_TE, copies, ends_C, load_TGF, table_FN, problem.weights_T)
     before = np.inf
     for _ in range(ROUNDS):
         cost = improve_weights(*given)

@@ -200,3 +200,25 @@ def improve_copies(
                 made += 1
                 break
     return made
+
+
+@njit(cache=True, nogil=True)
+def removal_costs(costs: Costs, state: State, shares: Shares, search: Search, cost_P: Array) -> None:
+    """Fill `cost_P` with the weighted makespan when a slot's copy is gone; infinity where it is the only one."""
+    size = 2 * state.times.shape[0] + 2
+    change = Change(
+        np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64),
+        np.zeros(1, np.int64),
+    )  # fmt: skip
+    loads_F = np.empty(state.items.shape[1], np.float32)
+    refresh(costs, state, shares, search, 0.0, False)
+    search.limits[:] = np.inf
+    for p in range(state.content.shape[0]):
+        cost_P[p] = np.inf
+        if state.content[p] < 0 or search.copies[state.content[p]] < 2:
+            continue
+        list_change(state, search, p, -1, change)
+        count = list_affected(state, search, change)
+        cost_P[p] = change_cost(costs, state, shares, change, search, count, 0.0, loads_F)
+        for n in range(count):
+            search.group[search.affected[n]] = -1

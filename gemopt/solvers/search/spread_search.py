@@ -19,6 +19,7 @@ from gemopt.solvers.search.spreading import Look, Looks
 ROUNDS = 12  # in which spare slots are filled
 RUIN = 6  # one copy in so many is taken away at first
 FADE = 0.3  # what a promise is worth when another copy of the expert was just added
+GUIDED_SHARE = 0.7  # of the swaps
 LEAST_SHARE = 0.25  # of the best promise: what is added with it
 Stop = Callable[[], bool]
 
@@ -76,12 +77,15 @@ class SpreadSearch:
         return row
 
     def step(self, stop: Stop) -> bool:
-        """Try one change of many copies, or of some experts' ranks; whether it was for the better."""
-        if self.draws.random() < 0.5:
-            better = self.take(self.fill(self._ruin(), stop))
+        """Take copies away, swap experts' ranks, or both, and fill up again; whether that was for the better."""
+        ruin, swap = ((True, False), (False, True), (True, True))[int(self.draws.integers(3))]
+        look = self._ruin() if ruin else self.best
+        if swap:
+            look = self._swap(look, guided=self.draws.random() < GUIDED_SHARE)
+        better = self.take(self.fill(look, stop))
+        if ruin:
             self.ruined = self._next(self.ruined, better, max(1, self.problem.spare_slots // 2))
-        else:
-            better = self.take(self.fill(self._swap(), stop))
+        if swap:
             self.swaps = self._next(self.swaps, better, self.problem.num_ranks)
         return better
 
@@ -103,24 +107,25 @@ class SpreadSearch:
                 left -= 1
         return self.looks.at(row, self.best)
 
-    def _swap(self) -> Look:
-        """The best row with some experts of one copy swapped across the cuts, by what that promises."""
-        row, rank_of_slot = self.best.row.copy(), self.problem.rank_of_slot
-        single = np.ones(len(row), dtype=bool)
-        single[self.best.copies.slot] = False
-        slots = np.flatnonzero(single & (row != EMPTY))
-        held, ranks = row[slots], rank_of_slot[slots]
-        tilt_IG = self.best.tilt_EG[held]
-        here_I, there_IJ = tilt_IG[np.arange(len(slots)), ranks], tilt_IG[:, ranks]
-        gain_IJ = here_I[:, None] + here_I[None] - there_IJ - there_IJ.T
-        gain_IJ *= self.draws.uniform(0.4, 1.6, gain_IJ.shape) * (ranks[:, None] < ranks[None])
+    def _swap(self, look: Look, *, guided: bool) -> Look:
+        """A look with some slots of different ranks swapped: by what that promises across the cuts, or any."""
+        row, ranks = look.row.copy(), self.problem.rank_of_slot
+        size = len(row), len(row)
+        gain_IJ = self.draws.uniform(0.4, 1.6, size)
+        if guided:
+            number_E = np.maximum(np.bincount(row[row != EMPTY], minlength=self.problem.num_experts), 1)
+            tilt_IG = np.where((row != EMPTY)[:, None], look.tilt_EG[row] / number_E[row][:, None], 0.0)
+            here_I, there_IJ = tilt_IG[np.arange(len(row)), ranks], tilt_IG[:, ranks]
+            gain_IJ *= here_I[:, None] + here_I[None] - there_IJ - there_IJ.T
+        holds_IG = self.looks.holds(row)[row] & (row != EMPTY)[:, None]
+        gain_IJ[holds_IG[:, ranks] | holds_IG[:, ranks].T | (ranks[:, None] >= ranks[None])] = 0.0
         touched: NDArray[np.bool_] = np.zeros(self.problem.num_ranks, dtype=bool)
-        for _ in range(self.swaps):
+        for _ in range(self.swaps if guided else 1):
             i, j = np.unravel_index(gain_IJ.argmax(), gain_IJ.shape)
             if gain_IJ[i, j] <= 0:
                 break
-            row[slots[i]], row[slots[j]] = row[slots[j]], row[slots[i]]
+            row[i], row[j] = row[j], row[i]
             touched[[ranks[i], ranks[j]]] = True
             gain_IJ[touched[ranks]] = 0.0
             gain_IJ[:, touched[ranks]] = 0.0
-        return self.looks.at(row, self.best)
+        return self.looks.at(row, look)
