@@ -131,7 +131,7 @@ class _Search:
         return make_state(self.problem, row, self.costs, self.stop)
 
     def offer(self, row: Row) -> bool:
-        """Take a row over when it keeps to the limits, leaves no slot empty that must be full, and is the best so far."""
+        """Take a row over when it keeps to the limits, fills what must be full, and is the best so far."""
         if not within_limits(self.problem, row) or (self.problem.full and (row == EMPTY).any()):
             return False
         value = total(self.problem, row)
