@@ -10,6 +10,7 @@ import numpy as np
 from gemopt.bounds import Together, step_bounds, together_bound
 from gemopt.bounds.dual_bound import pair_costs
 from gemopt.evaluate import objective
+from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
@@ -61,7 +62,7 @@ class Branch:
         return replace(outcome, own_bound_us=bound if done else None, searched_nodes=nodes if done else None)
 
 
-def _multipliers(problem: Problem, floor_T: np.ndarray, options: Options, value: float) -> Together:  # type: ignore[type-arg]
+def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value: float) -> Together:
     """The co-location bound within its share of the time."""
     limited = replace(options, deadline=min(options.deadline, time.monotonic() + BOUND_SHARE * options.remaining))
     with limited.alarm() as stop:

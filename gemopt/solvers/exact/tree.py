@@ -25,6 +25,7 @@ from gemopt.latency import Latency
 from gemopt.problem import Problem
 
 Array = NDArray[Any]
+Number = Any  # what a compiled function returns, as far as a type checker can tell
 TABLE_LIMIT = 1 << 20
 CLOSE = 1e-9  # relative: a node this close to the incumbent is cut
 BLOCK = 64  # steps looked at together
@@ -180,7 +181,7 @@ def expand(tree: Tree, depth: int, node: Node, limit: float, suffix: Array, boun
 
 
 @njit(cache=True, nogil=True)
-def pair_bound(tree: Tree, depth: int, g: int, placed: float, node: Node) -> float:
+def pair_bound(tree: Tree, depth: int, g: int, placed: float, node: Node) -> Number:
     """Bound by its pairs of the child that puts the expert of this depth on rank g; placed: what the node costs."""
     total = tree.fixed + placed + tree.left[depth + 1] + tree.alone[g, depth] + node.near[g, depth]
     for i in range(depth + 1, node.near.shape[1]):
