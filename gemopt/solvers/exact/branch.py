@@ -59,7 +59,10 @@ class Branch:
         bound = value * (1 - 2 * CLOSE) if done else min(known.bound_us, value)
         note = "" if done else f"{nodes} nodes of the search did not prove the optimum"
         outcome = Outcome(row, StoppedBy.PROOF if done else options.cut_by, bound, history, note, start_us=start)
-        return replace(outcome, own_bound_us=bound if done else None, searched_nodes=nodes if done else None)
+        outcome.stated_steps = outcome.distinct_steps = small.num_steps
+        if done:
+            outcome.own_bound_us, outcome.searched_nodes = bound, nodes
+        return outcome
 
 
 def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value: float) -> Together:
