@@ -26,10 +26,12 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from gemopt import InputError, Placement
+from gemopt.costs import Staircase
 from gemopt.executor import Executor, MigrationError
 from gemopt.executor.plan import checksum as checksum_of_any
 from gemopt.executor.plan import layer_rows
 from gemopt.executor.plan import slot_checksum as checksum
+from gemopt.latency import Curve, Latency
 from gemopt.migration import BATCH_BYTES
 from gemopt.models import find_moe_layers, tiny
 
@@ -193,11 +195,17 @@ def traced(rank, world, family, kind):
     return {"counts": counts, "layers": [[x.num_experts, x.num_local_experts, x.expert_bytes] for x in layers]}
 
 
+def sloped(world: int) -> Staircase:
+    """Ranks of different speeds."""
+    latencies = [Latency(((Curve(np.zeros(1), np.array([10.0]), 1.0 + 0.3 * rank),),)) for rank in range(world)]
+    return Staircase(tuple(latencies), np.full((world, 1, 2), np.nan))
+
+
 @scenario
 def counts(rank, world, family, where, kind, split):
     """Assignments each slot really got, and those of the logical experts, per layer, in one forward pass."""
     model = load(family, world, where)
-    executor = Executor(model, timeout_s=60)
+    executor = Executor(model, timeout_s=60, cost=sloped(world))
     placement = random_placement(5, 8, executor.layer_ids, slots_of(kind, 8, world), split=split)
     executor.apply(placement)
     local, logical = [], []

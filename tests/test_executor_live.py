@@ -13,7 +13,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from gemopt.evaluate import even_shares, static_shares
+from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.problem import Problem
+from gemopt.splits import even_shares, shares, static_shares
 
 pytestmark = pytest.mark.distributed
 EXACT = 5e-6  # relative, float32
@@ -103,6 +105,17 @@ def test_every_copy_gets_what_evaluate_assumes(world, where, split, kind):
         assert copies.max() > 1, "the case has copies to share between"
 
 
+def test_the_optimal_split_is_that_of_evaluate(world):
+    told = results(world("counts", 2, family="qwen3_moe", where="own", kind="copies", split="optimal"))
+
+    latencies = [Latency(((line(10.0, 1.0 + 0.3 * rank),),)) for rank in range(2)]
+    for layer, row in enumerate(told[0]["rows"]):
+        logical = sum(np.array(answer["logical"][layer]) for answer in told)
+        problem = Problem.make(logical[None], (ASSIGNMENTS,), latencies, told[0]["slots"], split="optimal")
+        got = np.concatenate([answer["local"][layer] for answer in told])
+        assert got.tolist() == shares(problem, np.array(row))[0].tolist()
+
+
 @pytest.mark.parametrize("where", ["shared", "own"])
 def test_nearest_uses_the_copy_of_the_sending_rank(world, where):
     told = results(world("counts", 2, family="qwen3_moe", where=where, kind="copies", split="nearest"))
@@ -140,7 +153,7 @@ def test_bad_input_is_refused_alike_on_every_rank(world):
         "layers": "layer_ids",
         "experts": "num_experts",
         "ranks": "3 ranks",
-        "split": "even, static, nearest",
+        "split": "latencies of the ranks",
         "model": "Another-Model",
         "differs": "different ones on ranks [0] and [1]",
         "broken on one rank": "(rank 1)",

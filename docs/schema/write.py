@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 from gemopt.documents import Document, write_text
+from gemopt.jobs import Job
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
 
 FOLDER = Path(__file__).resolve().parent
-DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result)
+DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Job)
 
 
 def schema(document: type[Document]) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemopt.costs import CostModel
 from gemopt.exceptions import InputError, missing
 
 try:
@@ -25,7 +26,7 @@ from gemopt.executor.expert_parallel import NAME, SlotDispatch, dispatches
 from gemopt.executor.memory import free_bytes
 from gemopt.executor.plan import LayerRow, Plan, checksum, layer_rows, plan, slot_checksum
 from gemopt.executor.runner import Event, MigrationError, StageRunner
-from gemopt.executor.splits import check_split
+from gemopt.executor.splits import check_cost, check_split, digest
 from gemopt.executor.transfer import canaries, wrong_rows
 from gemopt.migration import BATCH_BYTES
 from gemopt.placement import EMPTY, Placement
@@ -58,6 +59,8 @@ class Executor:
         layers together up to 64 MiB (`gemopt.migration.BATCH_BYTES`), or one layer where that needs more.
     on_event
         Called with (what, id of the decoder layer or None) as a migration proceeds.
+    cost
+        Latencies of the ranks, the same on every rank, which placements with the optimal split ask for.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Executor:
         ranks_per_node: int | None = None,
         budget_bytes: int | None = None,
         on_event: Event | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         found = dispatches(model)
         if not found:
@@ -84,11 +88,11 @@ class Executor:
         self.layer_ids = [_layer_id(path) for path, _ in found]
         self.budget_bytes = budget_bytes
         self.nodes = np.arange(self.layers[0].num_ranks) // (ranks_per_node or self.layers[0].num_ranks)
-        self._template: dict[str, Any] = {}
+        self.cost, self._template = check_cost(cost, len(self.nodes)), dict[str, Any]()
         self._background: Background | None = None
         self._runner = StageRunner(self.layers, self.layer_ids, timeout_s, on_event)
         for dispatch in self.layers:
-            dispatch.nodes = self.nodes.tolist()
+            dispatch.nodes, dispatch.cost = self.nodes.tolist(), cost
             dispatch.take_over()
             if dispatch.canaries is None:
                 dispatch.canaries = self._gather_canaries(dispatch)
@@ -159,7 +163,7 @@ class Executor:
             raise InputError(
                 "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the model runs on {len(self.nodes)} ranks"
             )
-        check_split(placement.split)
+        check_split(placement.split, self.cost)
         config = self.model.config
         path = str(getattr(config, "_name_or_path", "") or "")
         names = {_bare(path), _bare(str(config.model_type))} - {""}
@@ -246,7 +250,7 @@ class Executor:
         try:
             if self._background is not None and not self._background.done:
                 raise InputError("placement", "a migration is running", "one at a time", "wait for it first")
-            placement = given if isinstance(given, Placement) else Placement.load(given)
+            placement = Placement.of(given)
             steps, fields = self.plan(placement), _kept_fields(placement)
             self._check_memory(steps, batch_bytes)
             word = {
@@ -254,6 +258,7 @@ class Executor:
                 "placement in force": slot_checksum(self.rows),
                 "budget_bytes": str(self.budget_bytes),
                 "ranks_per_node": str(self.nodes.tolist()),
+                "cost": digest(self.cost),
             }
         except InputError as error:
             shown = error.value if isinstance(error.value, str) else repr(error.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,13 @@ class World:
         return pack(self.context.cost.latencies)
 
 
+class Playing(Strategy, Protocol):
+    """A strategy that decides batch by batch and says itself what that takes; it decides before it looks at a step."""
+
+    def play(self, world: World) -> Track:
+        """All scored steps."""
+
+
 class Course:
     """One strategy in the world. `run` plays all scored steps."""
 
@@ -109,6 +116,7 @@ class Course:
             copying_us=self.copying_us.tolist(),
             moves=self.moves.tolist(),
             decisions=self.decisions,
+            setup_moves=world.context.setup_moves(begin),
         )
 
     def _period(self) -> int:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel
 from gemopt.latency import FloatArray
+from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
@@ -84,6 +85,11 @@ class Context:
     def fitted(self) -> Placement:
         """Solved on all of the past."""
         return self.placement(solve_rows(self.problems(self.past.counts), patience=DEFAULT_PATIENCE, seed=self.seed))
+
+    def setup_moves(self, first: Placement) -> int:
+        """Experts to move from contiguous placement before a strategy can begin."""
+        rows = zip(self.contiguous.physical_to_logical, first.physical_to_logical, strict=True)
+        return sum(count_moves(old, new, self.slots_per_rank) for old, new in rows)
 
     def problems(
         self,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+from gemopt.exceptions import missing
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports
@@ -24,9 +26,10 @@ class Auto:
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
         from gemopt.evaluate import total
-        from gemopt.solvers.exact.cpsat import CpSat
 
-        if problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES:
+        other = problem.spare_slots > 0 and (problem.split is not Split.EVEN or problem.full)
+        large = problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES
+        if other or large:
             return LocalSearch().solve(problem, options, warm_start)
         deadline = time.monotonic() + SEARCH_SHARE * options.remaining
         patience = DEFAULT_PATIENCE if options.patience is None else options.patience
@@ -34,7 +37,14 @@ class Auto:
         if found.row is None:
             return found
         gap = relative_gap(total(problem, found.row), options.bound_us)
-        if options.expired() or (gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE)):
+        if gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE):
+            return found
+        try:
+            from gemopt.solvers.exact.cpsat import CpSat
+        except ModuleNotFoundError as error:
+            found.note = f"no proof was tried: {missing(error, 'CP-SAT')}"
+            return found
+        if options.expired():
             return found
         proven = CpSat().solve(problem, options, found.row)
         proven.history = found.history + proven.history

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
+from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 
@@ -35,6 +36,8 @@ class Supports:
     """Whether more time or a warm start can lead to a better answer."""
     moves: bool = False
     """Whether it heeds a price and limits of moves."""
+    policies: bool = True
+    """Whether it takes copies that do not share evenly, and slots that may not stay empty."""
 
 
 @dataclass
@@ -148,12 +151,13 @@ def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list
         ("spare_slots", problem.spare_slots > 0, "slots_per_rank", slots),
         ("unequal_slots", not problem.equal_slots, "slots_per_rank", slots),
         ("moves", problem.moves is not None, "moves", "a price or a limit"),
+        ("policies", problem.spare_slots > 0 and problem.split is not Split.EVEN, "split", problem.split.value),
+        ("policies", problem.spare_slots > 0 and problem.full, "slots_per_rank", f"{slots}, all full"),
     )
+    cannot = {"moves": "heed a price or limits of moves", "policies": "do but with copies that share evenly, or none"}
     for need, needed, field_name, value in needs:
         if needed and not getattr(solver.supports, need):
-            can = (
-                "cannot heed a price or limits of moves" if need == "moves" else f"cannot use {need.replace('_', ' ')}"
-            )
+            can = f"cannot {cannot.get(need, 'use ' + need.replace('_', ' '))}"
             raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {' or '.join(alternatives(need))}")
 
 
@@ -169,8 +173,10 @@ def no_placement(problem: Problem) -> Outcome:
 
 
 def within_limits(problem: Problem, row: Row | None) -> bool:
-    """Whether there is a row and it keeps to the limits of moves."""
-    return row is not None and (problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank))
+    """Whether there is a row and it keeps to the limits of moves, with no empty slot where none may be."""
+    if row is None or (problem.full and (row == EMPTY).any()):
+        return False
+    return problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank)
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

@@ -100,11 +100,23 @@ def make_costs(problem: Problem) -> Costs:
         if (features == 1 and most == 1) or (features == 2 and most <= UNROLLED_PLANES):
             return _plane_costs(rows)
     largest = problem.features_FTE.sum(axis=2).max(axis=1) if not problem.spare_slots else _largest_with_copies(problem)
+    return _tables(problem.latencies, tuple(_rounded_up(int(n)) for n in largest))
+
+
+def _rounded_up(number: int) -> int:
+    """At most a sixteenth more, so that layers of about equal loads share their tables."""
+    step = 1 << max(0, number.bit_length() - 5)
+    return -(-number // step) * step
+
+
+@lru_cache(maxsize=4)
+def _tables(latencies: tuple[Latency, ...], largest: tuple[int, ...]) -> Costs:
+    """Costs from tables up to these loads."""
     strides = np.array([1 << max(0, int(np.ceil(np.log2((n + 1) / TABLE_LIMIT)))) for n in largest], np.int64)
     grids = [np.arange(int(n) // int(s) + 3) * int(s) for n, s in zip(largest, strides, strict=True)]
-    curves = [_table_terms(latency, grids) for latency in problem.latencies]
+    curves = [_table_terms(latency, grids) for latency in latencies]
     terms = np.array([len(each) for each in curves], np.int64)
-    offsets = np.zeros((problem.num_ranks, int(terms.max()), features), np.int64)
+    offsets = np.zeros((len(latencies), int(terms.max()), len(largest)), np.int64)
     tables: list[Array] = []
     position = 0
     for g, each in enumerate(curves):
@@ -113,7 +125,7 @@ def make_costs(problem: Problem) -> Costs:
                 offsets[g, k, f] = position
                 tables.append(table.astype(np.float32))
                 position += len(table)
-    planes = np.zeros((problem.num_ranks, 1, 1 + features), np.float32)
+    planes = np.zeros((len(latencies), 1, 1 + len(largest)), np.float32)
     return Costs(planes, np.concatenate(tables), offsets, strides, terms, True)
 
 
@@ -137,28 +149,33 @@ def step_order(num_steps: int) -> Array:
     return order
 
 
-def _items(problem: Problem, row: NDArray[np.int64], order: Array) -> Array:
+def _items(problem: Problem, row: NDArray[np.int64], order: Array, shares_TP: Array | None) -> Array:
     """[P, F, T] load of each slot at the steps in order."""
-    from gemopt.evaluate import even_shares
+    from gemopt.splits import even_shares
 
     held = row != EMPTY
-    if np.bincount(row[held], minlength=1).max() <= 1:  # what an expert held once brings is known
-        items = problem.features_FTE.transpose(2, 0, 1)[row][:, :, order].astype(np.float32)
+    if np.bincount(row[held], minlength=1).max() <= 1:  # what an expert held once brings is known, whatever the split
+        items = np.ascontiguousarray(problem.features_FTE[:, order].transpose(2, 0, 1)[row], dtype=np.float32)
         items[~held] = 0
         return items
-    shares = even_shares(problem.counts_TE[order], row)
+    shares = even_shares(problem.counts_TE[order], row) if shares_TP is None else shares_TP[order]
     stacked = np.stack([feature.of(shares) for feature in problem.features])
     return np.ascontiguousarray(stacked.transpose(2, 0, 1), dtype=np.float32)
 
 
-def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Array | None = None) -> State:
-    """Search state of a placement row; copies carry their even share with them. `stop`: as `Options.alarm` gives it."""
+def make_state(
+    problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Array | None = None, shares_TP: Array | None = None
+) -> State:
+    """Search state of a placement row; copies carry their share with them, the even one unless given [T, P].
+
+    `stop`: as `Options.alarm` gives it.
+    """
     if problem.features_FTE.sum(axis=2).max() >= EXACT_FLOAT32:
         raise UnsupportedError(
             "counts", int(problem.counts_TE.sum(axis=1).max()), f"the search takes steps below {EXACT_FLOAT32} loads"
         )
     order = step_order(problem.num_steps)
-    items = _items(problem, row, order)
+    items = _items(problem, row, order, shares_TP)
     starts = np.concatenate([[0], np.cumsum(problem.slots_per_rank)])
     holds = np.zeros((problem.num_ranks, problem.num_experts), np.int32)
     held = row != EMPTY
