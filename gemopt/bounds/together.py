@@ -54,10 +54,10 @@ def together_bound(
     if not _worthwhile(problem, base) or stop[0]:
         return found
     found.programme = Programme.of(problem, floor_T)
-    search = PrimalDual(found.programme)
+    search = PrimalDual(found.programme, stop)
     look = FIRST_LOOK
     while not stop[0]:
-        search.iterate(look - search.iterations, stop)
+        search.iterate(look - search.iterations)
         multipliers = search.multipliers()
         value = dual_bound(found.programme, *multipliers)
         if value > found.bound_us:

@@ -112,7 +112,8 @@ class Outcome:
     what it claimed was refuted. stated_steps, distinct_steps: steps that were stated to it, of how many. reached:
     whether the solver ran at all.
 
-    search: what `Options.begun` takes, from solvers that can go on.
+    search: what `Options.begun` takes, from solvers that can go on. searched_nodes: nodes of a search of all placements
+    that ended, so that it can be repeated; None where there was none.
     """
 
     row: Row | None
@@ -127,6 +128,7 @@ class Outcome:
     distinct_steps: int | None = None
     reached: bool = True
     search: object = None
+    searched_nodes: int | None = None
 
 
 class Solver(Protocol):
