@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import timed_step_bounds, together_bound, weighted
+from gemopt.bounds import Together, timed_step_bounds, together_bound, weighted
 from gemopt.evaluate import objective, total
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
@@ -34,7 +34,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Layer:
-    """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases."""
+    """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases.
+
+    together: the co-location bound with its multipliers, which a certificate states.
+    """
 
     problem: Problem
     warm: Row | None
@@ -44,6 +47,7 @@ class Layer:
     bounded_steps: int = -1
     base_us: float = 0.0
     seconds: float = 0.0
+    together: Together | None = None
 
     @property
     def bound_cut(self) -> bool:
@@ -182,8 +186,8 @@ class Run:
                 value = None if layer.outcome is None else _value(layer.outcome)
                 target_us = np.inf if value is None else value * (1 - self.gap)
                 if layer.bound_us < target_us:
-                    found = together_bound(layer.problem, bounds_T, stop, target_us=target_us)
-                    layer.bound_us = max(layer.bound_us, found.bound_us)
+                    layer.together = together_bound(layer.problem, bounds_T, stop, target_us=target_us)
+                    layer.bound_us = max(layer.bound_us, layer.together.bound_us)
 
     def _deepen(self, layer: Layer, deadline: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""

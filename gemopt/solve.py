@@ -10,7 +10,9 @@ import numpy as np
 
 from gemopt import cores, interrupts
 from gemopt.answer import answer
+from gemopt.certify import certify
 from gemopt.costs import CostModel, fit
+from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.first_use import ready
@@ -62,6 +64,7 @@ def solve(
     add_ranks: Sequence[Source] = (),
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    certificate: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Place the experts of every MoE layer so that the summed makespan over all steps and layers is smallest.
 
@@ -125,6 +128,8 @@ def solve(
         Called with (layers done, layers) from the calling thread.
     notice
         Called with a line when kernels are being compiled.
+    certificate
+        Where to write what was proved (`gemopt.certificate`), for `gemopt verify`; its multipliers go beside it.
 
     Raises
     ------
@@ -142,6 +147,8 @@ def solve(
     if memory_budget is not None and (current is not None or full_slots):
         other = "current" if current is not None else "full_slots"
         raise UnsupportedError("memory_budget", memory_budget, f"it does not go together with {other}")
+    if certificate is not None:
+        _check_certificate(certificate, "current" if current is not None else memory_budget and "memory_budget")
     asked = Asked(
         current, move_price, None if memory_budget is not None else expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
@@ -190,7 +197,17 @@ def solve(
                 bound_us = solve_shared(run, moving)
             else:
                 run.go()
-        return answer(run, profile, traces, cost, report, moving, bound_us, senders)
+        result = answer(run, profile, traces, cost, report, moving, bound_us, senders)
+        if certificate is not None and result.placement is not None:
+            certify(result, layers, profile, traces, cost).write(certificate)
+        return result
+
+
+def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
+    """Refuse what cannot be certified, or written, before it is solved."""
+    check_writable(path)
+    if other:
+        raise UnsupportedError("certificate", other, "it says nothing of moves or memory", "solve without it")
 
 
 def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int) -> Result:

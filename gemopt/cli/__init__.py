@@ -24,6 +24,7 @@ def load() -> None:
         solve,
         trace,
         trace_import,
+        verify,
         watch,
     )
 

@@ -191,6 +191,9 @@ def solve_command(
     exclude_ranks: Exclude = None,
     add_rank: Add = None,
     result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option("--certificate", help="write what was proved, for gemopt verify")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Place the experts: profile and traces in, placement out."""
@@ -199,7 +202,7 @@ def solve_command(
     from gemopt.result import Status
     from gemopt.solve import DEFAULT_TIME_LIMIT, solve
 
-    for path in (output, result_path):
+    for path in (output, result_path, certificate):
         if path is not None:
             check_writable(path)
     limit_s = DEFAULT_TIME_LIMIT if time_limit is None else time_limit
@@ -238,6 +241,7 @@ def solve_command(
                 add_ranks=parse_added(add_rank),
                 progress=progress,
                 notice=None if as_json else notice,
+                certificate=certificate,
             )
             if output is not None and result.placement is not None:
                 result.placement.save(output)

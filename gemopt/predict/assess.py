@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,19 +76,20 @@ def assess(predictor: Predictor, traces: Traces, *, holdout: float = 0.25, seed:
 
 def held_out(tokens: Tokens, share: float, seed: int) -> NDArray[np.bool_]:
     """[N] whether a token's request is held out: whole requests, drawn by the seed."""
-    requests = np.unique(tokens.request)
+    request_N: Any = tokens.request
+    requests = np.unique(request_N)
     count = round(share * len(requests))
     if not 0 < count < len(requests):
         limit = f"a share that holds out some, but not all, of {len(requests)} requests"
         raise InputError("holdout", share, limit, "traces with more requests")
     drawn = np.random.default_rng(seed).permutation(requests)[:count]
-    return np.asarray(np.isin(tokens.request, drawn))
+    return np.asarray(np.isin(request_N, drawn))
 
 
 def _of(traces: Traces, tokens: Tokens, keep_N: NDArray[np.bool_]) -> Traces:
     """The traces as if only some of the tokens had been there; steps that only others were in are left out."""
     arrays = {n: getattr(tokens, n) for n in ("ids", "source_rank", "token_ids", "request")}
-    kept = {name: None if array is None else array[keep_N] for name, array in arrays.items()}
+    kept: dict[str, Any] = {name: None if array is None else array[keep_N] for name, array in arrays.items()}
     steps, step_N = np.unique(tokens.step_of_token[keep_N], return_inverse=True)
     return replace(
         traces.steps(steps),

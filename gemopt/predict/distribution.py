@@ -32,7 +32,7 @@ class _Shares:
     @property
     def bytes_per_token(self) -> float:
         """Bytes of one layer's shares; nothing depends on the tokens."""
-        return BYTES * self.weight_LE.shape[1]
+        return float(BYTES * self.weight_LE.shape[1])
 
     def predict(self, context: Batch) -> FloatArray:
         """[E] shares, uniform where nothing is known."""
@@ -124,7 +124,7 @@ class Dirichlet(_Shares):
         for strength in STRENGTHS:
             mixed = strength * size_L * past_WLE + now_WLE + 1e-9
             likely_SL.append((next_WLE * np.log(mixed / mixed.sum(axis=2, keepdims=True))).sum(axis=(0, 2)))
-        return np.asarray(STRENGTHS)[np.argmax(likely_SL, axis=0)]
+        return np.asarray(np.array(STRENGTHS)[np.argmax(likely_SL, axis=0)])
 
     def observe(self, counts_LE: IntArray, task: int = -1) -> None:
         """Both remember it."""
@@ -141,7 +141,7 @@ class PerTask:
     """One distribution-only predictor for each task; steps of no or of an unknown task have that of all steps."""
 
     per_token = False
-    needs = ("task",)
+    needs: tuple[str, ...] = ("task",)
 
     def __init__(self, name: str = "task", *, each: Callable[[], Predictor] | None = None) -> None:
         self.name = name

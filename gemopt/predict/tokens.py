@@ -27,6 +27,8 @@ class Frequency:
 
     per_token = True
     needs: tuple[str, ...] = ("ids",)
+    experts: int
+    top_k: int
 
     def __init__(self, name: str = "frequency") -> None:
         self.name = name
@@ -85,7 +87,8 @@ class Alike(Frequency):
         """[L, keys, E] choices."""
         tokens = history.tokens
         assert tokens is not None
-        keys_N = self.key(positions(tokens) if self.field == "position" else getattr(tokens, self.field))
+        found: Any = positions(tokens) if self.field == "position" else getattr(tokens, self.field)
+        keys_N = self.key(found)
         self.keys, row_N = np.unique(keys_N, return_inverse=True)
         shape = (len(self.keys), self.experts)
         self.chosen_LKE = np.empty((history.num_layers, *shape), dtype=np.float32)

@@ -19,6 +19,7 @@ REGISTRY = {
     "conflict": "gemopt.solvers.baselines.conflict:Conflict",
     "local-search": "gemopt.solvers.search.local_search:LocalSearch",
     "cpsat": "gemopt.solvers.exact.cpsat:CpSat",
+    "branch": "gemopt.solvers.exact.branch:Branch",
     "milp": "gemopt.solvers.exact.milp:Milp",
     "auto": "gemopt.solvers.auto:Auto",
 }
