@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
+from gemopt.links import Communication, Exchange, Links
 from gemopt.placement import EMPTY, Placement, Split, check_row
 from gemopt.problem import Problem, stacked
 from gemopt.profile import Profile
@@ -221,3 +222,13 @@ def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:
 def total_objective(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.int64]]) -> float:
     """Summed objective of the layers, in microseconds."""
     return float(sum(objective(problem, row) for problem, row in zip(problems, rows_LP, strict=True)))
+
+
+def linked_total(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.int64]], links: Links) -> float:
+    """What a search over links minimises: weighted makespans and what the links add to them, in microseconds."""
+    makespan_TL = np.stack(
+        [rank_times(problem, row).max(axis=1) for problem, row in zip(problems, rows_LP, strict=True)], axis=1
+    )
+    sent = links.communication(rows_LP, problems[0].slots_per_rank)
+    added_TL = sent.exposed(makespan_TL, overlap=links.exchange.overlap)
+    return float((problems[0].weights_T @ (makespan_TL + added_TL)).sum())
