@@ -106,7 +106,8 @@ class _Layers:
             )
         flow = links.flows(0, rows, slots_G)[0]
         self.nothing = _nothing(flow, position_T, self.rank_LQ[0])
-        self.scratches: dict[tuple[int, int], Scratch] = {}
+        self.scratches: dict[tuple[int, int, int], Scratch] = {}
+        self.rooms: dict[tuple[int, ...], NDArray[np.float64]] = {}
 
     def rows(self) -> Rows:
         """The rows at present."""
@@ -134,8 +135,10 @@ class _Layers:
             slowest(self.states[layer + 1], -1, -1, makespan_T)
             combine_T = self.streams[layer + 1][1].times
         price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
-        room = Room(np.empty_like(state.loads[0]), *(np.empty(steps, np.float32) for _ in range(3)))
         streams = (self.streams[layer][0], second, after)
+        three = (np.empty(steps, np.float32) for _ in range(3))
+        slopes = (self.slopes(stream, place) for place, stream in enumerate(streams))
+        room = Room(np.empty_like(state.loads[0]), *three, np.empty(steps), *slopes)
         scratches = tuple(self.scratch(stream, place) for place, stream in enumerate(streams))
         return int(
             descend_linked(
@@ -143,6 +146,14 @@ class _Layers:
                 EPSILON, sweeps,
             )
         )  # fmt: skip
+
+    def slopes(self, stream: Stream, place: int) -> NDArray[np.float64]:
+        """[T, C, D] room, shared by streams of its size."""
+        senders = (len(stream.start) - 1) // stream.destinations
+        shape = (len(stream.times), senders, stream.destinations)
+        if (place, *shape) not in self.rooms:
+            self.rooms[place, *shape] = np.empty(shape)
+        return self.rooms[place, *shape]
 
     def scratch(self, stream: Stream, place: int) -> Scratch:
         """Room for a stream, shared by those of its size."""

@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from gemopt.solvers.search.gains import allowed
+from gemopt.solvers.search.linked_tangents import add_promises
 from gemopt.solvers.search.state import Array, Costs, Number, State, rank_times
 from gemopt.solvers.search.streams import (
     Scratch,
@@ -40,12 +41,20 @@ class Price(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Arrays that are written anew for every swap: loads [F, T], times of two ranks [T], slowest other rank [T]."""
+    """Arrays that are written anew for every swap or sweep.
+
+    loads: [F, T]; time_a, time_b: [T] of two ranks; others: [T] slowest other rank; shares: [T] of makespans in the
+    cost; slopes: [T, C, D] of each stream.
+    """
 
     loads: Array
     time_a: Array
     time_b: Array
     others: Array
+    shares: Array
+    slopes_own: Array
+    slopes_second: Array
+    slopes_later: Array
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -102,6 +111,37 @@ def links_after(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int
 
 
 @njit(cache=True, nogil=True)
+def promises(
+    price: Price, room: Room, weights_T: Array, streams: tuple[Stream, Stream, Stream], moved: Array, paired: Array
+) -> float:  # fmt: skip
+    """Fill `moved` and `paired`, and what of each step's cost is the makespan's; returns what is the links' now.
+
+    `room.others` holds the makespans. Where communication hides, a step counts by the longer of both as it is now: the
+    larger of two numbers is never below any mean of them.
+    """
+    own, second, later = streams
+    moved[:] = 0.0
+    paired[:] = 0.0
+    base, links_T, later_T = 0.0, np.empty(weights_T.shape[0]), np.zeros(weights_T.shape[0])
+    for t in range(weights_T.shape[0]):
+        time = own.times[t] + second.times[t]
+        hidden = price.overlap and price.compute * room.others[t] > time
+        links_T[t] = 0.0 if hidden else weights_T[t]
+        room.shares[t] = price.compute * weights_T[t] * (1.0 if hidden or not price.overlap else 0.0)
+        base += links_T[t] * time
+        if price.later:
+            time = later.times[t] + price.later_combine[t]
+            makespan = price.compute * np.float64(price.later_makespan[t])
+            hidden = price.overlap and makespan > time
+            later_T[t] = 0.0 if hidden else weights_T[t]
+            base += later_T[t] * time + (weights_T[t] * makespan if hidden or not price.overlap else 0.0)
+    add_promises(own, links_T, room.slopes_own, moved, paired, True)
+    add_promises(second, links_T, room.slopes_second, moved, paired, True)
+    add_promises(later, later_T, room.slopes_later, moved, paired, False)
+    return base
+
+
+@njit(cache=True, nogil=True)
 def descend_linked(
     costs: Costs, state: State, item_P: Array, rank_Q: Array, streams: tuple[Stream, Stream, Stream],
     scratches: tuple[Scratch, Scratch, Scratch], price: Price, room: Room, epsilon: float, sweeps: int,
@@ -109,15 +149,18 @@ def descend_linked(
     """Take every swap that lowers the cost of this layer (and the next one's dispatch); returns the swaps taken.
 
     streams: own dispatch (with combine where senders stay), own combine, the next layer's dispatch; two may be empty.
-    item_P: [P] item in each slot, -1 for none. rank_Q: [Q] rank of each item.
+    item_P: [P] item in each slot, -1 for none. rank_Q: [Q] rank of each item. Promises are those at the beginning of a
+    sweep, so the last one, which takes nothing, leaves out no swap that would gain.
     """
     own, second, later = streams
     scratch_own, scratch_second, scratch_later = scratches
     num_ranks, taken = state.times.shape[0], 0
-    slowest(state, -1, -1, room.others)
-    current = step_costs(price, state.weights, room.others, own.times, second.times, later.times)
+    moved, paired = np.empty((rank_Q.shape[0], num_ranks)), np.empty((rank_Q.shape[0], rank_Q.shape[0]))
     for _ in range(sweeps):
         before = taken
+        slowest(state, -1, -1, room.others)
+        current = step_costs(price, state.weights, room.others, own.times, second.times, later.times)
+        base = promises(price, room, state.weights, streams, moved, paired)
         for a in range(num_ranks):
             for b in range(a + 1, num_ranks):
                 slowest(state, a, b, room.others)
@@ -128,7 +171,18 @@ def descend_linked(
                         if not allowed(state, a, b, i, j):
                             continue
                         x, y = item_P[i], item_P[j]
+                        least = base
+                        if x >= 0:
+                            least += moved[x, b]
+                        if y >= 0:
+                            least += moved[y, a] + (paired[x, y] if x >= 0 else 0.0)
+                        if least >= current * (1.0 - epsilon):
+                            continue
                         makespans_after(costs, state, room, a, b, i, j)
+                        for t in range(room.shares.shape[0]):
+                            least += room.shares[t] * room.time_a[t]
+                        if least >= current * (1.0 - epsilon):
+                            continue
                         links_after(own, scratch_own, x, y, a, b, True)
                         links_after(second, scratch_second, x, y, a, b, True)
                         links_after(later, scratch_later, x, y, a, b, False)

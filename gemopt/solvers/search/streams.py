@@ -24,7 +24,8 @@ class Stream(NamedTuple):
 
     items: [N, K]; step, sender: [N]; number: [N] how many such tokens. to_start, to: tokens of each item; from_start,
     from_: tokens whose sender is where an item is, follows: [N] that item or -1. itself: whether it is of this layer.
-    rank: [Q] of each item. node: [G]. start, port, bytes: sparse rows [C * D]. ends: [directions + 1] ports of each.
+    rank: [Q] of each item. node: [G]. start, port, bytes: sparse rows [C * D];
+    by_port [R + 1], row_of, bytes_of: the same by port. ends: [directions + 1] ports of each.
     lines: [lines, 2, R] microseconds of a port: the largest of intercept + slope * bytes. loads: [T, R]; times: [T].
     """
 
@@ -45,6 +46,9 @@ class Stream(NamedTuple):
     start: Array
     port: Array
     bytes: Array
+    by_port: Array
+    row_of: Array
+    bytes_of: Array
     ends: Array
     lines: Array
     loads: Array
@@ -75,7 +79,8 @@ def make_stream(flow: Flow, position_T: Array, rank_Q: Array, *, itself: bool) -
     follows = np.full(len(items), -1, np.int32) if flow.follow_N is None else flow.follow_N.astype(np.int32)
     known = np.flatnonzero(follows >= 0)
     from_start, from_ = _lists(follows[known], known, size)
-    start, port, size_bytes = _joined(flow)
+    table = _joined(flow)
+    by_port = table.tocsc()
     ends = np.concatenate([[0], np.cumsum([each.num_ports for each in flow.routes])]).astype(np.int64)
     bytes_TR = np.empty((flow.num_steps, int(ends[-1])))
     for n, (found, _) in enumerate(flow.parts()):
@@ -84,7 +89,7 @@ def make_stream(flow: Flow, position_T: Array, rank_Q: Array, *, itself: bool) -
     stream = Stream(
         items, step, flow.sender_N.astype(np.int32, copy=True), flow.weight_N.astype(np.int32), to_start, to, from_start, from_,
         follows, itself, rank_Q, route.node_of_rank.astype(np.int32), route.destinations,
-        route.destinations > len(route.node_of_rank), start, port, size_bytes, ends, lines, bytes_TR,
+        route.destinations > len(route.node_of_rank), *_arrays(table), *_arrays(by_port), ends, lines, bytes_TR,
         np.zeros(flow.num_steps),
     )  # fmt: skip
     scratch = make_scratch(stream)
@@ -101,12 +106,15 @@ def _lists(item: Array, token: Array, size: int) -> tuple[Array, Array]:
     return start.astype(np.int64), token[order].astype(np.int32)
 
 
-def _joined(flow: Flow) -> tuple[Array, Array, Array]:
+def _joined(flow: Flow) -> Any:
     """One sparse row per sender and destination with the ports of all directions."""
     from scipy.sparse import hstack
 
-    joined = hstack([each.matrix[:, : each.num_ports] for each in flow.routes], format="csr")
-    return joined.indptr.astype(np.int64), joined.indices.astype(np.int32), joined.data.astype(np.float64)
+    return hstack([each.matrix[:, : each.num_ports] for each in flow.routes], format="csr")
+
+
+def _arrays(table: Any) -> tuple[Array, Array, Array]:
+    return table.indptr.astype(np.int64), table.indices.astype(np.int32), table.data.astype(np.float64)
 
 
 def _lines(curves: list[Curve]) -> Array:
