@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from gemopt.links import Communication, Exchange, Links
 from gemopt.placement import EMPTY, Placement, Split, check_row
 from gemopt.problem import Problem, stacked
 from gemopt.profile import Profile
+from gemopt.topology import Topology
 from gemopt.traces import Traces
 
 
@@ -108,27 +110,41 @@ class Evaluation:
 
     makespan_TL: [T, L] microseconds of the slowest rank. straggler_TL: [T, L] that rank. outside: share of the
     evaluated rank loads that lie outside the measured range. idle_share: mean share of the makespan that ranks wait.
+    communication: what dispatch and combine take, with a topology. exposed_TL: [T, L] microseconds of it that a step
+    waits for: all, or what computing does not hide.
     """
 
     makespan_TL: FloatArray
     straggler_TL: NDArray[np.int64]
     outside: float
     idle_share: float
+    communication: Communication | None = None
+    exposed_TL: FloatArray | None = None
+
+    @property
+    def total_TL(self) -> FloatArray:
+        """[T, L] microseconds of the slowest rank, and of the communication that a step waits for."""
+        return self.makespan_TL if self.exposed_TL is None else self.makespan_TL + self.exposed_TL
 
     @property
     def objective_us(self) -> float:
         """Sum over all steps and layers."""
+        return float(self.total_TL.sum(axis=0).sum())
+
+    @property
+    def compute_us(self) -> float:
+        """The makespans' part of it."""
         return float(self.makespan_TL.sum(axis=0).sum())
 
     @property
     def per_layer_us(self) -> FloatArray:
         """[L] sum over the steps."""
-        return np.asarray(self.makespan_TL.sum(axis=0))
+        return np.asarray(self.total_TL.sum(axis=0))
 
     @property
     def step_us(self) -> FloatArray:
         """[T] latency of each step: the sum over its layers."""
-        return np.asarray(self.makespan_TL.sum(axis=1))
+        return np.asarray(self.total_TL.sum(axis=1))
 
     def quantile_us(self, q: float) -> float:
         """Quantile of the step latency, e.g. 0.99."""
@@ -150,7 +166,13 @@ def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> Non
 
 
 def evaluate(
-    placement: Placement, profile: Profile | None, traces: Traces, *, cost: CostModel | None = None
+    placement: Placement,
+    profile: Profile | None,
+    traces: Traces,
+    *,
+    cost: CostModel | None = None,
+    topology: Topology | str | os.PathLike[str] | None = None,
+    exchange: Exchange | None = None,
 ) -> Evaluation:
     """Score a placement on every step of the traces.
 
@@ -160,11 +182,14 @@ def evaluate(
         Measured devices; may be None when `cost` is given.
     cost
         A fitted cost model; fitted from the profile when absent.
+    topology, exchange
+        Links between the ranks (a document, its path, or a name such as `2x8-ib400`) and how tokens are exchanged over
+        them: the objective then holds what dispatch and combine add.
 
     Raises
     ------
     InputError
-        When placement, traces and devices disagree.
+        When placement, traces, devices and topology disagree.
     UnsupportedError
         For the `nearest` and `optimal` splits, whose loads depend on more than the counts.
     """
@@ -182,7 +207,27 @@ def evaluate(
         Problem.make(traces.counts[:, layer], cost.features, cost.latencies, placement.slots_per_rank)
         for layer in range(traces.num_layers)
     )
-    return score(placement.physical_to_logical, layers, cost.measured, weights_LP=weights_LP)
+    scored = score(placement.physical_to_logical, layers, cost.measured, weights_LP=weights_LP)
+    if topology is None:
+        return scored
+    links = Links.of(topology, traces, placement.num_ranks, profile=profile, exchange=exchange)
+    return with_links(
+        scored, links, placement.physical_to_logical, placement.slots_per_rank, placement.split, weights_LP
+    )
+
+
+def with_links(
+    scored: Evaluation,
+    links: Links,
+    rows_LP: Sequence[NDArray[np.int64]],
+    slots_G: NDArray[np.int64],
+    split: Split = Split.EVEN,
+    weights_LP: Sequence[FloatArray] | None = None,
+) -> Evaluation:
+    """The same with what dispatch and combine take."""
+    sent = links.communication(rows_LP, slots_G, split, weights_LP)
+    exposed_TL = sent.exposed(scored.makespan_TL, overlap=links.exchange.overlap)
+    return replace(scored, communication=sent, exposed_TL=exposed_TL)
 
 
 def score(

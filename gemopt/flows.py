@@ -76,9 +76,7 @@ def routes(topology: Topology, *, per_node: bool, token_bytes: int, back: bool) 
     used = np.where((source != target)[:, :, None], ports.of_pair[source, target], NONE)
     num_ports = len(ports.names)
     crossing = topology.node_of_rank[source] != topology.node_of_rank[target]
-    extra = np.stack(
-        [np.where(crossing, num_ports, NONE), np.where(source != target, num_ports + 1, NONE)], axis=2
-    )
+    extra = np.stack([np.where(crossing, num_ports, NONE), np.where(source != target, num_ports + 1, NONE)], axis=2)
     used = np.concatenate([used, extra], axis=2).reshape(source.size, -1)
     start = np.concatenate([[0], np.cumsum((used != NONE).sum(axis=1))])
     port = used[used != NONE].astype(np.int32)
@@ -207,7 +205,6 @@ def from_counts(
         raise UnsupportedError("Placement.split", split.value, "links know the even and the static split", "use even")
     step, slot = np.nonzero(shares_TP)
     return slot.astype(np.int32)[:, None], step.astype(np.int32), shares_TP[step, slot].astype(np.int32)
-
 
 
 def first_slot(slot_NK: IntArray) -> NDArray[np.int32]:

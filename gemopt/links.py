@@ -82,6 +82,39 @@ class Communication:
         return np.maximum(self.time_TL - makespan_TL, 0.0) if overlap else self.time_TL
 
 
+class LinksReport(BaseModel):
+    """What the exchanges of a placement take over all steps and layers; `exposed_us` of it a step waits for.
+
+    The first fields say what was assumed: see `Exchange`. Bytes are those of dispatch and combine together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    topology: str | None
+    once_per: str
+    senders: str
+    overlap: bool
+    dispatch_bytes: int
+    combine_bytes: int
+    dispatch_us: float
+    combine_us: float
+    exposed_us: float
+    cross_node_bytes: float
+    cross_rank_bytes: float
+    fullest_bytes: dict[str, float]
+    fullest_port: str
+
+    def summary(self, num_steps: int) -> str:
+        """One line for people."""
+        sent = (self.dispatch_us + self.combine_us) / num_steps
+        hidden = f", {self.exposed_us / num_steps:.1f} us of it exposed" if self.overlap else ""
+        return (
+            f"{sent:.1f} us per step to exchange tokens over {self.topology or 'the links'}{hidden}: once per "
+            f"{self.once_per}, senders {self.senders}, {self.cross_node_bytes / 1e9:.3g} GB between nodes, "
+            f"fullest port {self.fullest_port}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Links:
     """A topology, how tokens are exchanged over it, and which tokens: what couples ranks, and layers, beside `Problem`.
@@ -120,9 +153,8 @@ class Links:
         dispatch = exchange.dispatch_bytes or exchange.combine_bytes or size
         combine = exchange.combine_bytes or exchange.dispatch_bytes or size
         if dispatch is None or combine is None:
-            raise InputError(
-                "token_bytes", None, "bytes of a token's activations; the profile says no hidden size and type of 2 or 4 bytes"
-            )  # fmt: skip
+            limit = "bytes of a token's activations: the profile says no hidden size and type of 2 or 4 bytes"
+            raise InputError("token_bytes", None, limit)
         tokens = traces.tokens
         source = None if tokens is None else tokens.source_rank
         senders = exchange.senders or ("uniform" if source is None else "recorded")
@@ -134,17 +166,36 @@ class Links:
             )  # fmt: skip
         if senders == "recorded" and source is None:
             raise InputError("Traces.source_rank", None, "the rank of every token is not recorded", "uniform senders")
-        if source is not None and len(source) and not (0 <= source.min() and source.max() < num_ranks):
+        if source is not None and len(source) and not (source.min() >= 0 and source.max() < num_ranks):
             worst = int(source.max()) if source.max() >= num_ranks else int(source.min())
             raise InputError("Traces.source_rank", worst, f"ranks 0 to {num_ranks - 1}")
         return cls(topology, exchange, traces, senders, dispatch, combine)
 
     def on(self, traces: Traces) -> Links:
         """The same links under other steps."""
-        exchange = self.exchange.model_copy(update={"senders": self.senders})
-        given = {"dispatch_bytes": self.dispatch_bytes, "combine_bytes": self.combine_bytes}
-        exchange = exchange.model_copy(update=given)
+        decided = {
+            "senders": self.senders, "dispatch_bytes": self.dispatch_bytes, "combine_bytes": self.combine_bytes,
+        }  # fmt: skip
+        exchange = self.exchange.model_copy(update=decided)
         return Links.of(self.topology, traces, self.topology.num_ranks, exchange=exchange)
+
+    def report(self, sent: Communication, exposed_us: float) -> LinksReport:
+        """What is said of it in a result."""
+        return LinksReport(
+            topology=self.topology.name,
+            once_per=self.exchange.once_per,
+            senders=self.senders,
+            overlap=self.exchange.overlap,
+            dispatch_bytes=self.dispatch_bytes,
+            combine_bytes=self.combine_bytes,
+            dispatch_us=float(sent.dispatch_TL.sum()),
+            combine_us=float(sent.combine_TL.sum()),
+            exposed_us=exposed_us,
+            cross_node_bytes=sent.cross_node_bytes,
+            cross_rank_bytes=sent.cross_rank_bytes,
+            fullest_bytes=sent.fullest_bytes,
+            fullest_port=sent.fullest_port,
+        )
 
     @property
     def coupled(self) -> bool:
@@ -200,7 +251,8 @@ class Links:
         weight_N = np.ones(len(step_N), np.int32)
         if self.exchange.once_per == "assignment":
             token, place = np.nonzero(slot_NK >= 0)
-            slot_NK, step_N, weight_N, sender_N = slot_NK[token, place][:, None], step_N[token], weight_N[token], sender_N[token]
+            slot_NK, step_N = slot_NK[token, place][:, None], step_N[token]
+            weight_N, sender_N = weight_N[token], sender_N[token]
             first_N, follow_N = (None if each is None else each[token] for each in (first_N, follow_N))
         if first_N is None:
             return [Flow(slot_NK, step_N, weight_N, sender_N, rank_P, (out, back), steps)]

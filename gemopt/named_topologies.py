@@ -29,7 +29,10 @@ NETWORK = {
     "ib400": (Level(bandwidth_gbs=47.0, latency_us=22.0), f"{NIC}; {DEEPEP}"),
     "ib200": (Level(bandwidth_gbs=23.5, latency_us=22.0), f"{SCALED}; {DEEPEP}"),
     "ib100": (Level(bandwidth_gbs=11.75, latency_us=22.0), f"{SCALED}; {DEEPEP}"),
-    "shared-ib400": (Level(bandwidth_gbs=47.0, latency_us=22.0, port_of="node"), f"one NIC for a node; {NIC}; {DEEPEP}"),
+    "shared-ib400": (
+        Level(bandwidth_gbs=47.0, latency_us=22.0, port_of="node"),
+        f"one NIC for a node; {NIC}; {DEEPEP}",
+    ),
     "shared-eth100": (Level(bandwidth_gbs=10.6, latency_us=50.0, port_of="node"), "assumed: 85 % of 100 Gb/s, TCP"),
 }
 EXAMPLES = "nvlink-8, pcie4-4, 2x8-ib400, 4x8-ib200-nvlink3, 2x4-shared-eth100-pcie4"
@@ -50,8 +53,9 @@ def named(name: str) -> Topology:
     elif many:
         nodes, size, inside, network = int(many[1]), int(many[2]), many[4] or "nvlink", many[3]
     else:
-        limit = f"a file ending in .json, or INSIDE-RANKS or NODESxRANKS-NETWORK[-INSIDE] with INSIDE of {', '.join(INSIDE)}"
-        raise InputError("topology", name, f"{limit} and NETWORK of {', '.join(NETWORK)}", f"for example {EXAMPLES}")
+        known = f"INSIDE of {', '.join(INSIDE)} and NETWORK of {', '.join(NETWORK)}"
+        limit = f"a file ending in .json, or INSIDE-RANKS or NODESxRANKS-NETWORK[-INSIDE] with {known}"
+        raise InputError("topology", name, limit, f"for example {EXAMPLES}")
     if nodes < 1 or size < 1 or nodes * size > 1 << 16:
         raise InputError("topology", name, "1 to 65536 ranks")
     within, source = INSIDE[inside]

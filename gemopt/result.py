@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemopt.documents import Document
+from gemopt.links import LinksReport
 from gemopt.placement import Placement
 
 OPTIMALITY_TOLERANCE = 1e-6
@@ -149,6 +150,8 @@ class Result(Document):
         `(total_us - bound_us) / total_us`. Without a price of moves `total_us` is `objective_us`.
     moves
         What changes against the placement in force; None when none was given.
+    links
+        With a topology, what exchanging tokens takes; `objective_us` holds it then, beside the makespans.
     change
         `objective_us` against contiguous placement in the same slots, as a fraction: -0.065 is 6.5 % less.
     placement
@@ -183,6 +186,7 @@ class Result(Document):
     cost_summary: str = ""
     notes: list[str] = Field(default_factory=list)
     moves: MovesReport | None = None
+    links: LinksReport | None = None
 
     @property
     def total_us(self) -> float | None:

@@ -12,9 +12,11 @@ import numpy as np
 from gemopt import cores, interrupts
 from gemopt.answer import answer
 from gemopt.costs import CostModel, fit
+from gemopt.coupled import go_coupled, refuse_moves
 from gemopt.evaluate import check_agreement
 from gemopt.exceptions import InputError
 from gemopt.first_use import ready
+from gemopt.links import Exchange, Links
 from gemopt.moving import Asked, Moving
 from gemopt.placement import Placement
 from gemopt.problem import Problem, problems
@@ -25,6 +27,7 @@ from gemopt.rounds import solve_shared
 from gemopt.schedule import Layer, Progress, Run
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, require
+from gemopt.topology import Topology
 from gemopt.traces import Traces
 
 DEFAULT_TIME_LIMIT = 10.0
@@ -55,6 +58,8 @@ def solve(
     max_bytes_per_rank: float | None = None,
     exclude_ranks: Sequence[int] = (),
     add_ranks: Sequence[Source] = (),
+    topology: Topology | str | os.PathLike[str] | None = None,
+    exchange: Exchange | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> Result:
@@ -106,6 +111,9 @@ def solve(
         Ranks of `current` that serve no longer, and new ones: see `gemopt.resize`. Without a price or a limit each
         layer then makes the moves that this asks for, and no more: experts without another copy, and as many as new
         ranks have slots.
+    topology, exchange
+        Links between the ranks (a document, its path, or a name such as `2x8-ib400`), and how tokens are exchanged over
+        them. What is minimised then holds what dispatch and combine add; see `gemopt.links` and `Result.links`.
     progress
         Called with (layers done, layers) from the calling thread.
     notice
@@ -128,12 +136,15 @@ def solve(
         current, move_price, expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
     )  # fmt: skip
-    chosen, threads = get(solver), threads or cores.available()
+    chosen, threads, links = get(solver), threads or cores.available(), None
     with interrupts.held() as interrupted, cores.at_most(threads):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
             profile = profile if isinstance(profile, Profile) else Profile.load(profile)
             traces = traces if isinstance(traces, Traces) else Traces.load(traces)
             moving = Moving.of(asked, profile, traces)
+            if topology is not None:
+                refuse_moves(moving is not None)
+                links = Links.of(topology, traces, profile.num_ranks, profile=profile, exchange=exchange)
             if moving is not None:
                 profile = moving.resized.profile
                 if slots_per_rank is None:
@@ -157,6 +168,8 @@ def solve(
         with cores.at_most(max(1, threads // len(layers))):
             if moving is not None and moving.shared:
                 bound_us = solve_shared(run, moving)
+            elif links is not None:
+                go_coupled(run, links)
             else:
                 run.go()
         return answer(run, profile, traces, cost, report, moving, bound_us)

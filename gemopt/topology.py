@@ -51,7 +51,8 @@ class Level(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Level:
         if (self.bandwidth_gbs is None) == (self.points is None):
-            raise InputError("Topology.bandwidth_gbs", self.bandwidth_gbs, "a bandwidth or measured points, one of them")
+            given = "both" if self.points is not None else "nothing"
+            raise InputError("Topology.bandwidth_gbs", given, "a bandwidth or measured points, one of them")
         if self.bandwidth_gbs is not None and self.bandwidth_gbs <= 0:
             raise InputError("Topology.bandwidth_gbs", self.bandwidth_gbs, "GB/s above 0")
         if self.points is not None:
@@ -82,6 +83,7 @@ class Ports:
 
     of_pair: [G, G, M] ports that a message from a rank to another uses, -1 for none; empty on the diagonal.
     names: what each port is. curve_of: [R] index into `curves`. level_of: [R] index into `LEVELS`, 3 for pairs.
+    into: [R] whether bytes come in there (a pair's link: yes).
     """
 
     of_pair: NDArray[np.int32]
@@ -89,6 +91,7 @@ class Ports:
     curves: list[Curve]
     curve_of: NDArray[np.int64]
     level_of: NDArray[np.int64]
+    into: NDArray[np.bool_]
 
 
 class Topology(Document):
@@ -220,7 +223,10 @@ class Topology(Document):
             columns.append(numbers)
         shape = (len(ranks), len(ranks), len(columns))
         table = np.stack(columns, axis=2) if columns else np.full(shape, NONE)
-        return Ports(table.astype(np.int32), names, curves, np.array(curve_of, np.int64), np.array(level_of, np.int64))
+        into = np.array([" out of " not in name for name in names], dtype=bool)
+        return Ports(
+            table.astype(np.int32), names, curves, np.array(curve_of, np.int64), np.array(level_of, np.int64), into
+        )  # fmt: skip
 
     def check_ranks(self, num_ranks: int) -> None:
         """`InputError` unless it is of so many ranks."""

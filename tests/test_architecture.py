@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.profiling": ROOT / "profiling"}
 TIERS = [
     ["exceptions", "documents", "cores", "interrupts"],
-    ["latency", "profile", "placement", "traces", "topology", "rules"],
+    ["latency", "profile", "placement", "traces", "topology", "named_topologies", "rules"],
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
-    ["problem", "evaluate", "result"],
+    ["flows", "links", "problem", "evaluate", "result"],
     ["bounds", "solvers"],
-    ["solve", "compare", "moving", "rounds", "answer", "fronts", "schedule", "first_use"],
+    ["solve", "compare", "moving", "rounds", "answer", "coupled", "fronts", "schedule", "first_use"],
     ["predict", "online", "replay", "advise"],
     ["formats", "plotting", "report"],
     ["models", "profiling", "executor"],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
+from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.search.local_search import LocalSearch
 
 PROVABLE_EXPERTS = 16
@@ -19,7 +21,11 @@ class Auto:
     """Local search; on small layers the rest of the time goes to CP-SAT, started from what was found."""
 
     name = "auto"
-    supports = Supports(proves=True, improves=True, moves=True)
+    supports = Supports(proves=True, improves=True, moves=True, links=True)
+
+    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
+        """As local search; see `LinkedSolver`."""
+        return LocalSearch().solve_linked(problems, links, rows, options)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""

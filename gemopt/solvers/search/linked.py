@@ -8,9 +8,7 @@ that is offered is scored by `linked_total`; the kernels see the convex hulls of
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +18,9 @@ from gemopt.flows import Flow
 from gemopt.links import Links
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
-from gemopt.result import Incumbent, StoppedBy
-from gemopt.solvers.base import Options, Row, incumbent, seeded
-from gemopt.solvers.search.linked_swaps import Price, Room, descend_linked, slowest
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded
+from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
 
@@ -31,17 +29,8 @@ SWEEPS = 12  # over all layers, at most
 FEW = 0.02  # of the swaps of the first sweep over all layers: the last one
 SAMPLE_TOKENS = 8000  # of a descent before that on all steps
 LEAST_STEPS = 16
+LATER = 2  # place of the next layer's dispatch among the streams of a layer
 Rows = list[Row]
-
-
-@dataclass
-class Linked:
-    """What a search over all layers found: rows, their total in microseconds, incumbents, and why it ended."""
-
-    rows: Rows
-    total_us: float
-    stopped_by: StoppedBy
-    history: list[Incumbent] = field(default_factory=list)
 
 
 def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options: Options) -> Linked:
@@ -107,7 +96,6 @@ class _Layers:
         flow = links.flows(0, rows, slots_G)[0]
         self.nothing = _nothing(flow, position_T, self.rank_LQ[0])
         self.scratches: dict[tuple[int, int, int], Scratch] = {}
-        self.rooms: dict[tuple[int, ...], NDArray[np.float64]] = {}
 
     def rows(self) -> Rows:
         """The rows at present."""
@@ -122,7 +110,7 @@ class _Layers:
             if taken <= FEW * most or self.stop[0] or not self.links.coupled:
                 return
 
-    def layer(self, layer: int, *, compute: float = 1.0, sweeps: int = SWEEPS) -> int:
+    def layer(self, layer: int, *, compute: float = 1.0) -> int:
         """Swaps of one layer."""
         state, problem = self.states[layer], self.problems[layer]
         steps, later = problem.num_steps, self.links.coupled and layer + 1 < len(self.problems)
@@ -137,29 +125,24 @@ class _Layers:
         price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
         streams = (self.streams[layer][0], second, after)
         three = (np.empty(steps, np.float32) for _ in range(3))
-        slopes = (self.slopes(stream, place) for place, stream in enumerate(streams))
-        room = Room(np.empty_like(state.loads[0]), *three, np.empty(steps), *slopes)
+        room = Room(np.empty_like(state.loads[0]), *three, np.empty((3, steps)))
         scratches = tuple(self.scratch(stream, place) for place, stream in enumerate(streams))
-        return int(
-            descend_linked(
+        total = 0
+        for _ in range(SWEEPS):
+            taken = sweep_linked(
                 self.costs[layer], state, self.item_LP[layer], self.rank_LQ[layer], streams, scratches, price, room,
-                EPSILON, sweeps,
-            )
-        )  # fmt: skip
-
-    def slopes(self, stream: Stream, place: int) -> NDArray[np.float64]:
-        """[T, C, D] room, shared by streams of its size."""
-        senders = (len(stream.start) - 1) // stream.destinations
-        shape = (len(stream.times), senders, stream.destinations)
-        if (place, *shape) not in self.rooms:
-            self.rooms[place, *shape] = np.empty(shape)
-        return self.rooms[place, *shape]
+                EPSILON,
+            )  # fmt: skip
+            total += int(taken)
+            if not taken:
+                break
+        return total
 
     def scratch(self, stream: Stream, place: int) -> Scratch:
         """Room for a stream, shared by those of its size."""
         key = (place, len(stream.start), stream.loads.shape[1])
         if key not in self.scratches:
-            self.scratches[key] = make_scratch(stream)
+            self.scratches[key] = make_scratch(stream, own=place < LATER)
         return self.scratches[key]
 
 
@@ -168,4 +151,3 @@ def _nothing(flow: Flow, position_T: NDArray[np.int64], rank_Q: NDArray[np.int32
     none = np.zeros(0, np.int32)
     empty = Flow(np.zeros((0, 1), np.int32), none, none, none, flow.rank_P, flow.routes[:1], flow.num_steps)
     return make_stream(empty, position_T, rank_Q, itself=False)
-

@@ -43,8 +43,8 @@ class Price(NamedTuple):
 class Room(NamedTuple):
     """Arrays that are written anew for every swap or sweep.
 
-    loads: [F, T]; time_a, time_b: [T] of two ranks; others: [T] slowest other rank; shares: [T] of makespans in the
-    cost; slopes: [T, C, D] of each stream.
+    loads: [F, T]; time_a, time_b: [T] of two ranks; others: [T] slowest other rank; shares: [3, T] of makespans, of the
+    links of this layer and of the next layer's in the cost.
     """
 
     loads: Array
@@ -52,9 +52,6 @@ class Room(NamedTuple):
     time_b: Array
     others: Array
     shares: Array
-    slopes_own: Array
-    slopes_second: Array
-    slopes_later: Array
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -83,7 +80,7 @@ def slowest(state: State, without_a: int, without_b: int, out_T: Array) -> None:
     """[T] latency of the slowest rank but two (-1: none)."""
     out_T[:] = np.float32(-1e30)
     for g in range(state.times.shape[0]):
-        if g != without_a and g != without_b:
+        if g not in (without_a, without_b):
             for t in range(out_T.shape[0]):
                 out_T[t] = max(out_T[t], state.times[g, t])
 
@@ -103,18 +100,22 @@ def makespans_after(costs: Costs, state: State, room: Room, a: int, b: int, i: i
 
 
 @njit(cache=True, nogil=True)
-def links_after(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int, own: bool) -> None:
-    """Fill `scratch.times` for a stream after items x and y change places."""
-    list_swap(stream, scratch, x, y, a, b, own)
-    to_ports(stream, scratch, a, b, own)
-    set_times(stream, scratch)
+def links_after(
+    streams: tuple[Stream, Stream, Stream], scratches: tuple[Scratch, Scratch, Scratch], x: int, y: int, a: int, b: int
+) -> None:
+    """Fill the scratches' times for items x and y having changed places."""
+    for k in range(3):
+        list_swap(streams[k], scratches[k], x, y, a, b)
+        to_ports(streams[k], scratches[k], a, b)
+        set_times(streams[k], scratches[k])
 
 
 @njit(cache=True, nogil=True)
 def promises(
-    price: Price, room: Room, weights_T: Array, streams: tuple[Stream, Stream, Stream], moved: Array, paired: Array
+    price: Price, room: Room, weights_T: Array, streams: tuple[Stream, Stream, Stream],
+    scratches: tuple[Scratch, Scratch, Scratch], moved: Array, paired: Array,
 ) -> float:  # fmt: skip
-    """Fill `moved` and `paired`, and what of each step's cost is the makespan's; returns what is the links' now.
+    """Fill `moved`, `paired` and the shares of each step's cost; returns what is the links' in it now.
 
     `room.others` holds the makespans. Where communication hides, a step counts by the longer of both as it is now: the
     larger of two numbers is never below any mean of them.
@@ -122,90 +123,92 @@ def promises(
     own, second, later = streams
     moved[:] = 0.0
     paired[:] = 0.0
-    base, links_T, later_T = 0.0, np.empty(weights_T.shape[0]), np.zeros(weights_T.shape[0])
+    base = 0.0
     for t in range(weights_T.shape[0]):
-        time = own.times[t] + second.times[t]
+        weight, time = weights_T[t], own.times[t] + second.times[t]
         hidden = price.overlap and price.compute * room.others[t] > time
-        links_T[t] = 0.0 if hidden else weights_T[t]
-        room.shares[t] = price.compute * weights_T[t] * (1.0 if hidden or not price.overlap else 0.0)
-        base += links_T[t] * time
+        room.shares[0, t] = price.compute * weight if hidden or not price.overlap else 0.0
+        room.shares[1, t] = 0.0 if hidden else weight
+        base += room.shares[1, t] * time
+        room.shares[2, t] = 0.0
         if price.later:
             time = later.times[t] + price.later_combine[t]
             makespan = price.compute * np.float64(price.later_makespan[t])
             hidden = price.overlap and makespan > time
-            later_T[t] = 0.0 if hidden else weights_T[t]
-            base += later_T[t] * time + (weights_T[t] * makespan if hidden or not price.overlap else 0.0)
-    add_promises(own, links_T, room.slopes_own, moved, paired, True)
-    add_promises(second, links_T, room.slopes_second, moved, paired, True)
-    add_promises(later, later_T, room.slopes_later, moved, paired, False)
+            room.shares[2, t] = 0.0 if hidden else weight
+            base += room.shares[2, t] * time + (weight * makespan if hidden or not price.overlap else 0.0)
+    for k in range(3):
+        add_promises(streams[k], scratches[k], room.shares[1 if k < 2 else 2], moved, paired)
     return base
 
 
 @njit(cache=True, nogil=True)
-def descend_linked(
+def cost_after(
+    costs: Costs, state: State, streams: tuple[Stream, Stream, Stream], scratches: tuple[Scratch, Scratch, Scratch],
+    price: Price, room: Room, a: int, b: int, i: int, j: int, x: int, y: int, least: float, goal: float,
+) -> float:  # fmt: skip
+    """Cost after a swap, or infinity where its promise shows that it is not below the goal.
+
+    least: what the links cost at least afterwards. What was listed in the scratches is left there.
+    """
+    makespans_after(costs, state, room, a, b, i, j)
+    for t in range(room.shares.shape[1]):
+        least += room.shares[0, t] * room.time_a[t]
+    if least >= goal:
+        return np.inf
+    links_after(streams, scratches, x, y, a, b)
+    return step_costs(
+        price, state.weights, room.time_a, scratches[0].times, scratches[1].times, scratches[2].times
+    )  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def sweep_linked(
     costs: Costs, state: State, item_P: Array, rank_Q: Array, streams: tuple[Stream, Stream, Stream],
-    scratches: tuple[Scratch, Scratch, Scratch], price: Price, room: Room, epsilon: float, sweeps: int,
+    scratches: tuple[Scratch, Scratch, Scratch], price: Price, room: Room, epsilon: float,
 ) -> int:  # fmt: skip
     """Take every swap that lowers the cost of this layer (and the next one's dispatch); returns the swaps taken.
 
     streams: own dispatch (with combine where senders stay), own combine, the next layer's dispatch; two may be empty.
-    item_P: [P] item in each slot, -1 for none. rank_Q: [Q] rank of each item. Promises are those at the beginning of a
-    sweep, so the last one, which takes nothing, leaves out no swap that would gain.
+    item_P: [P] item in each slot, -1 for none. rank_Q: [Q] rank of each item. Promises are those at the beginning, so a
+    sweep that takes nothing has left out no swap that would gain.
     """
-    own, second, later = streams
-    scratch_own, scratch_second, scratch_later = scratches
     num_ranks, taken = state.times.shape[0], 0
     moved, paired = np.empty((rank_Q.shape[0], num_ranks)), np.empty((rank_Q.shape[0], rank_Q.shape[0]))
-    for _ in range(sweeps):
-        before = taken
-        slowest(state, -1, -1, room.others)
-        current = step_costs(price, state.weights, room.others, own.times, second.times, later.times)
-        base = promises(price, room, state.weights, streams, moved, paired)
-        for a in range(num_ranks):
-            for b in range(a + 1, num_ranks):
-                slowest(state, a, b, room.others)
-                for i in range(state.starts[a], state.starts[a + 1]):
-                    for j in range(state.starts[b], state.starts[b + 1]):
-                        if state.stop[0] != 0:
-                            return taken
-                        if not allowed(state, a, b, i, j):
-                            continue
-                        x, y = item_P[i], item_P[j]
-                        least = base
-                        if x >= 0:
-                            least += moved[x, b]
-                        if y >= 0:
-                            least += moved[y, a] + (paired[x, y] if x >= 0 else 0.0)
-                        if least >= current * (1.0 - epsilon):
-                            continue
-                        makespans_after(costs, state, room, a, b, i, j)
-                        for t in range(room.shares.shape[0]):
-                            least += room.shares[t] * room.time_a[t]
-                        if least >= current * (1.0 - epsilon):
-                            continue
-                        links_after(own, scratch_own, x, y, a, b, True)
-                        links_after(second, scratch_second, x, y, a, b, True)
-                        links_after(later, scratch_later, x, y, a, b, False)
-                        cost = step_costs(
-                            price, state.weights, room.time_a, scratch_own.times, scratch_second.times,
-                            scratch_later.times,
-                        )  # fmt: skip
-                        if cost >= current * (1.0 - epsilon):
-                            forget(scratch_own)
-                            forget(scratch_second)
-                            forget(scratch_later)
-                            continue
-                        commit(own, scratch_own, x, y, a, b, True)
-                        commit(second, scratch_second, x, y, a, b, True)
-                        commit(later, scratch_later, x, y, a, b, False)
-                        apply_swap(costs, state, a, b, i, j)
-                        item_P[i], item_P[j] = y, x
-                        if x >= 0:
-                            rank_Q[x] = b
-                        if y >= 0:
-                            rank_Q[y] = a
-                        current = cost
-                        taken += 1
-        if taken == before:
-            break
+    slowest(state, -1, -1, room.others)
+    current = step_costs(price, state.weights, room.others, streams[0].times, streams[1].times, streams[2].times)
+    base = promises(price, room, state.weights, streams, scratches, moved, paired)
+    for a in range(num_ranks):
+        for b in range(a + 1, num_ranks):
+            slowest(state, a, b, room.others)
+            for i in range(state.starts[a], state.starts[a + 1]):
+                for j in range(state.starts[b], state.starts[b + 1]):
+                    if state.stop[0] != 0:
+                        return taken
+                    if not allowed(state, a, b, i, j):
+                        continue
+                    x, y, least, goal = item_P[i], item_P[j], base, current * (1.0 - epsilon)
+                    least += (moved[x, b] if x >= 0 else 0.0) + (moved[y, a] if y >= 0 else 0.0)
+                    least += paired[x, y] if x >= 0 and y >= 0 else 0.0
+                    if least >= goal:
+                        continue
+                    cost = cost_after(
+                        costs, state, streams, scratches, price, room, a, b, i, j, x, y, least, goal
+                    )  # fmt: skip
+                    gains = cost < goal
+                    for k in range(3):
+                        if gains:
+                            commit(streams[k], scratches[k], x, y, a, b)
+                        elif cost < np.inf:
+                            forget(scratches[k])
+                    if not gains:
+                        continue
+                    apply_swap(costs, state, a, b, i, j)
+                    item_P[i], item_P[j] = y, x
+                    if x >= 0:
+                        rank_Q[x] = b
+                    if y >= 0:
+                        rank_Q[y] = a
+                    current = cost
+                    taken += 1
     return taken

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from gemopt.solvers.search.state import Array
-from gemopt.solvers.search.streams import Stream
+from gemopt.solvers.search.streams import NOWHERE, Scratch, Stream
 
 
 @njit(cache=True, nogil=True)
@@ -102,38 +102,45 @@ def add_items(stream: Stream, slopes: Array, moved: Array, paired: Array) -> Non
 
 @njit(cache=True, nogil=True)
 def add_senders(stream: Stream, slopes: Array, moved: Array, paired: Array, own: bool) -> None:
-    """What the tokens promise whose sender goes with an item. own: their destinations may go as well."""
+    """What the tokens promise whose sender goes with an item. own: their destinations may go as well.
+
+    For each token the places of its sender's item x and, where both go, of another of its items y: neither, x alone,
+    y alone, both.
+    """
     items, ranks, num_ranks = stream.items, stream.rank, stream.node.shape[0]
+    value = np.zeros(4)
     for n in range(items.shape[0]):
-        x = stream.follows[n]
+        x = np.int64(stream.follows[n])
         if x < 0:
             continue
-        t, a, number = stream.step[n], stream.sender[n], stream.number[n]
-        now = worth(stream, slopes[t, a], n, -2, 0, -2, 0)
-        goes = x if own else -2
-        for b in range(num_ranks):
-            if b != a:
-                moved[x, b] += number * (worth(stream, slopes[t, b], n, goes, b, -2, 0) - now)
-        for k in range(items.shape[1] if own else 0):
-            y = items[n, k]
-            if y < 0 or y == x or ranks[y] == a:
+        t, a, number = stream.step[n], np.int64(stream.sender[n]), stream.number[n]
+        for k in range(-1, items.shape[1] if own else 0):
+            y = NOWHERE if k < 0 else np.int64(items[n, k])
+            if k >= 0 and (y < 0 or y == x or ranks[y] == a):
                 continue
-            b = ranks[y]
-            both = worth(stream, slopes[t, b], n, x, b, y, a)
-            x_alone = worth(stream, slopes[t, b], n, x, b, -2, 0)
-            y_alone = worth(stream, slopes[t, a], n, -2, 0, y, a) - now
-            more = number * (both - x_alone - y_alone)
-            paired[x, y] += more
-            paired[y, x] += more
+            for there in range(num_ranks):
+                b = np.int64(there)
+                if b == a or (k >= 0 and b != ranks[y]):
+                    continue
+                for case in range(4 if k >= 0 else 2):
+                    of_x = x if own and case % 2 == 1 else NOWHERE
+                    of_y = y if case >= 2 else NOWHERE
+                    value[case] = worth(stream, slopes[t, b if case % 2 == 1 else a], n, of_x, b, of_y, a)
+                if k < 0:
+                    moved[x, b] += number * (value[1] - value[0])
+                    continue
+                more = number * (value[3] - value[1] - value[2] + value[0])
+                paired[x, y] += more
+                paired[y, x] += more
 
 
 @njit(cache=True, nogil=True)
-def add_promises(stream: Stream, weights_T: Array, slopes: Array, moved: Array, paired: Array, own: bool) -> None:
+def add_promises(stream: Stream, scratch: Scratch, weights_T: Array, moved: Array, paired: Array) -> None:
     """Add what a stream promises; weights_T: of its time in the cost of each step."""
     if stream.items.shape[0] == 0:
         return
-    set_slopes(stream, weights_T, slopes)
-    if own:
-        add_items(stream, slopes, moved, paired)
-    if stream.itself or not own:
-        add_senders(stream, slopes, moved, paired, own)
+    set_slopes(stream, weights_T, scratch.slopes)
+    if scratch.own:
+        add_items(stream, scratch.slopes, moved, paired)
+    if stream.itself or not scratch.own:
+        add_senders(stream, scratch.slopes, moved, paired, scratch.own)

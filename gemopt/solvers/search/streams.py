@@ -14,9 +14,10 @@ from numba import njit
 
 from gemopt.flows import Flow
 from gemopt.latency import Curve
-from gemopt.solvers.search.state import Array, Number
+from gemopt.solvers.search.state import Array
 
 MOST_LINES = 6
+NOWHERE = np.int64(-2)  # no item; a literal would compile its callers a second time
 
 
 class Stream(NamedTuple):
@@ -58,15 +59,18 @@ class Stream(NamedTuple):
 class Scratch(NamedTuple):
     """Room for one swap of ranks a and b: what changes, and the times [T] afterwards.
 
+    own: whether the items that are swapped are those the stream goes to, else only its senders are where they are.
     columns: [T, 4, C] tokens of each sender to a, b, and their nodes. rows: [T, 2, D] tokens of senders a and b to each
-    destination. loads: [T, R]. changed: [T] steps.
+    destination. loads: [T, R]. changed: [T] steps. slopes: [T, C, D], see `linked_tangents`.
     """
 
+    own: bool
     columns: Array
     rows: Array
     loads: Array
     changed: Array
     times: Array
+    slopes: Array
 
 
 def make_stream(flow: Flow, position_T: Array, rank_Q: Array, *, itself: bool) -> Stream:
@@ -87,12 +91,12 @@ def make_stream(flow: Flow, position_T: Array, rank_Q: Array, *, itself: bool) -
         bytes_TR[position_T, ends[n] : ends[n + 1]] = found[:, : flow.routes[n].num_ports]
     lines = _lines([each.curves[k] for each in flow.routes for k in each.curve_of])
     stream = Stream(
-        items, step, flow.sender_N.astype(np.int32, copy=True), flow.weight_N.astype(np.int32), to_start, to, from_start, from_,
+        items, step, flow.sender_N.astype(np.int32), flow.weight_N.astype(np.int32), to_start, to, from_start, from_,
         follows, itself, rank_Q, route.node_of_rank.astype(np.int32), route.destinations,
         route.destinations > len(route.node_of_rank), *_arrays(table), *_arrays(by_port), ends, lines, bytes_TR,
         np.zeros(flow.num_steps),
     )  # fmt: skip
-    scratch = make_scratch(stream)
+    scratch = make_scratch(stream, own=True)
     scratch.changed[:] = 1
     set_times(stream, scratch)
     stream.times[:] = scratch.times
@@ -129,13 +133,14 @@ def _lines(curves: list[Curve]) -> Array:
     return np.ascontiguousarray(found[:, :used].transpose(1, 2, 0))
 
 
-def make_scratch(stream: Stream) -> Scratch:
+def make_scratch(stream: Stream, *, own: bool) -> Scratch:
     """Room for the changes of one stream."""
     steps, ports = stream.loads.shape
     senders = (len(stream.start) - 1) // stream.destinations
     return Scratch(
-        np.zeros((steps, 4, senders), np.int32), np.zeros((steps, 2, stream.destinations), np.int32),
+        own, np.zeros((steps, 4, senders), np.int32), np.zeros((steps, 2, stream.destinations), np.int32),
         np.zeros((steps, ports)), np.zeros(steps, np.uint8), np.zeros(steps),
+        np.zeros((steps, senders, stream.destinations)),
     )  # fmt: skip
 
 
@@ -178,7 +183,7 @@ def list_item(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int, 
 
 @njit(cache=True, nogil=True)
 def list_token(stream: Stream, scratch: Scratch, n: int, row: int, sign: int, x: int, y: int, a: int, b: int) -> None:
-    """Add or take away all destinations of a token, from sender a (row 0) or b; x: on b, y: on a (-2: nothing moved)."""
+    """Add or take away all destinations of a token, from sender a (row 0) or b; x: on b, y: on a (-2: not moved)."""
     items, ranks, node, rows, t = stream.items, stream.rank, stream.node, scratch.rows, stream.step[n]
     size = sign * stream.number[n]
     for k in range(items.shape[1]):
@@ -200,38 +205,31 @@ def list_token(stream: Stream, scratch: Scratch, n: int, row: int, sign: int, x:
 
 
 @njit(cache=True, nogil=True)
-def list_senders(
-    stream: Stream, scratch: Scratch, item: int, before: int, x: int, y: int, a: int, b: int
-) -> None:
-    """Changes of the tokens whose sender is where an item is; before: its row (0: rank a) before x and y swap."""
-    for at in range(stream.from_start[item], stream.from_start[item + 1]):
-        n = stream.from_[at]
-        list_token(stream, scratch, n, before, -1, -2, -2, a, b)
-        list_token(stream, scratch, n, 1 - before, 1, x, y, a, b)
-        scratch.changed[stream.step[n]] = 1
+def list_swap(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int) -> None:
+    """All that changes when item x (-1: none) of rank a and y of b change places."""
+    there_x, there_y = (x, y) if scratch.own else (NOWHERE, NOWHERE)
+    for side in range(2):
+        item, other, here, there = (x, y, a, b) if side == 0 else (y, x, b, a)
+        if item < 0:
+            continue
+        if scratch.own:
+            list_item(stream, scratch, item, other, here, there, side)
+        if scratch.own and not stream.itself:
+            continue
+        for at in range(stream.from_start[item], stream.from_start[item + 1]):
+            n = stream.from_[at]
+            for after in range(2):
+                to_x, to_y = (there_x, there_y) if after == 1 else (NOWHERE, NOWHERE)
+                list_token(stream, scratch, n, side if after == 0 else 1 - side, 2 * after - 1, to_x, to_y, a, b)
+            scratch.changed[stream.step[n]] = 1
 
 
 @njit(cache=True, nogil=True)
-def list_swap(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int, own: bool) -> None:
-    """All that changes when item x (-1: none) of rank a and y of b change places. own: they are of the stream's layer."""
-    if own and x >= 0:
-        list_item(stream, scratch, x, y, a, b, 0)
-    if own and y >= 0:
-        list_item(stream, scratch, y, x, b, a, 1)
-    if stream.itself or not own:
-        there_x, there_y = (x, y) if own else (-2, -2)
-        if x >= 0:
-            list_senders(stream, scratch, x, 0, there_x, there_y, a, b)
-        if y >= 0:
-            list_senders(stream, scratch, y, 1, there_x, there_y, a, b)
-
-
-@njit(cache=True, nogil=True)
-def to_ports(stream: Stream, scratch: Scratch, a: int, b: int, own: bool) -> None:
+def to_ports(stream: Stream, scratch: Scratch, a: int, b: int) -> None:
     """Bytes on ports of what was listed for a swap between the ranks a and b."""
     columns, rows, loads, changed = scratch.columns, scratch.rows, scratch.loads, scratch.changed
     start, port, size, wide = stream.start, stream.port, stream.bytes, stream.destinations
-    num_ranks, moved = stream.node.shape[0], stream.itself or not own
+    num_ranks, own = stream.node.shape[0], scratch.own
     for t in range(changed.shape[0]):
         if changed[t] == 0:
             continue
@@ -245,7 +243,7 @@ def to_ports(stream: Stream, scratch: Scratch, a: int, b: int, own: bool) -> Non
                         columns[t, column, c] = 0
                         for k in range(start[c * wide + d], start[c * wide + d + 1]):
                             loads[t, port[k]] += tokens * size[k]
-        if moved:
+        if stream.itself or not own:
             for row in range(2):
                 first = (a if row == 0 else b) * wide
                 for d in range(wide):
@@ -302,14 +300,14 @@ def forget(scratch: Scratch) -> None:
 
 
 @njit(cache=True, nogil=True)
-def commit(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int, own: bool) -> None:
+def commit(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int) -> None:
     """Carry out what was listed. The ranks of the items are the caller's."""
     for t in range(scratch.times.shape[0]):
         if scratch.changed[t] != 0:
             for r in range(stream.loads.shape[1]):
                 stream.loads[t, r] += scratch.loads[t, r]
             stream.times[t] = scratch.times[t]
-    if stream.itself or not own:
+    if stream.itself or not scratch.own:
         for side in range(2):
             item, rank = (x, b) if side == 0 else (y, a)
             if item >= 0:
