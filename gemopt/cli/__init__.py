@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> None:
         compare,
         conflicts,
         export,
+        links,
         profile,
         profile_import,
         replay,
