@@ -16,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
         links,
         profile,
         profile_import,
+        profile_links,
         replay,
         solve,
         trace,

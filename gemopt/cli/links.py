@@ -84,14 +84,15 @@ def topology_command(
     if as_json:
         print_json(found.model_dump(mode="json"))
         return 0
-    for line in _described(found):
+    for line in described(found):
         console.print(line, highlight=False)
     if output is not None:
         console.print(f"wrote {output}")
     return 0
 
 
-def _described(topology: Topology) -> list[str]:
+def described(topology: Topology) -> list[str]:
+    """Lines for people."""
     from gemopt.topology import LEVELS
 
     lines = [f"{topology.name or 'topology'}: {topology.num_ranks} ranks on {topology.num_nodes} nodes"]
@@ -99,8 +100,9 @@ def _described(topology: Topology) -> list[str]:
         level = getattr(topology, name)
         if level is None:
             continue
-        speed = f"{level.bandwidth_gbs:g} GB/s, {level.latency_us:g} us"
-        if level.points is not None:
+        if level.points is None:
+            speed = f"{level.bandwidth_gbs:g} GB/s, {level.latency_us:g} us"
+        else:
             (low, first), (high, last) = level.points[0], level.points[-1]
             speed = f"{len(level.points)} points, {first:g} us for {low:g} bytes to {last:g} us for {high:g}"
         lines.append(f"{name.replace('_', ' ')}: {speed}, a port per {level.port_of}")
