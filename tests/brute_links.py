@@ -26,7 +26,9 @@ def random_topology(rng: np.random.Generator, ranks: int) -> Topology:
         if rng.random() < 0.3:
             points = np.sort(rng.integers(1, 200, (3, 2)), axis=0).cumsum(axis=0)
             return Level(points=[(float(a), float(b)) for a, b in points], port_of=port_of)
-        return Level(bandwidth_gbs=float(rng.choice([0.01, 0.1])), latency_us=float(rng.integers(0, 5)), port_of=port_of)
+        return Level(
+            bandwidth_gbs=float(rng.choice([0.01, 0.1])), latency_us=float(rng.integers(0, 5)), port_of=port_of
+        )
 
     fields: dict[str, object] = {
         "within_node": level("rank"),

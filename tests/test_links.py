@@ -26,7 +26,6 @@ from gemopt.solvers.search.linked import _Layers, search_linked
 from gemopt.solvers.search.state import step_order
 
 
-
 def _load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
     assert spec is not None and spec.loader is not None
