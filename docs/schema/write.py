@@ -9,9 +9,10 @@ from gemopt.documents import Document, write_text
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
+from gemopt.topology import Topology
 
 FOLDER = Path(__file__).resolve().parent
-DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result)
+DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Topology)
 
 
 def schema(document: type[Document]) -> str:
