@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test engines fuzz quiet lint typecheck clean
+.PHONY: demo test packages docs engines fuzz quiet lint typecheck clean
 
 .venv/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[highs,report]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[exact,report]'
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt
@@ -16,7 +16,7 @@ export PYTHONSAFEPATH = 1
 	touch .venv/.core $@
 
 demo: .venv/.core
-	$(BIN)/python examples/demo.py
+	$(BIN)/gemopt demo
 
 test: lint typecheck
 	$(BIN)/python -m pytest
@@ -32,6 +32,14 @@ typecheck: .venv/.dev
 	cp -rs $(CURDIR)/models build/typecheck/gemopt/models
 	cp -rs $(CURDIR)/profiling build/typecheck/gemopt/profiling
 	$(BIN)/mypy build/typecheck/gemopt
+
+# Wheel and sdist in clean environments, one per Python on the path.
+packages:
+	.ci/packages
+
+# The site, with warnings as errors, in build/site.
+docs: .venv/.dev
+	$(BIN)/mkdocs build --strict
 
 engines: .venv/.dev
 	$(BIN)/python -m pytest -m engines

@@ -1,8 +1,11 @@
 """Copies in spare slots: held-out change against contiguous placement with the same slots, beside the peers.
 
-python benchmarks/copies.py [--flashlb policy_flashlb.py] [--ranks 8,16,32,64] [--limit 20]
+python benchmarks/copies.py [--flashlb policy_flashlb.py] [--ranks 8,16,32,64] [--limit 20] [--splits even,optimal]
+    [--case synthetic|gptoss] [--spare 1] [--layers 58] [--seed 0] [--share 0.75] [--patience 5]
 
-58 layers x 256 experts, 500 steps to fit and 500 to score, staircase costs, even split, 288 slots (320 on 64 ranks).
+Synthetic: 58 layers x 256 experts, 500 steps to fit and 500 to score, tiles of 128, 288 slots (320 on 64 ranks) unless
+`--spare` says how many more than needed each rank has. gptoss: the shipped trace of gpt-oss-20b (24 x 32), second half
+scored, tiles of 16, GPUs of a measured fleet. `--share`: as well a memory budget of this share of all copies.
 `policy_flashlb.py` is vllm-ascend's file of that name, as in its published wheel; needs numba and scipy, no torch.
 """
 
@@ -15,15 +18,20 @@ import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+from follow_cases import SHIPPED, fleets
 from instances import routing, speeds, staircase_profile
 from machine import stamp
 
 import gemopt
+from gemopt.costs import fit
 from gemopt.evaluate import evaluate
+from gemopt.latency import pack
 from gemopt.placement import Placement
 from gemopt.profile import Profile
+from gemopt.splits.flow import fluid_times
 from gemopt.traces import Traces
 
 Place = Callable[[], Placement]
@@ -82,11 +90,30 @@ def once_per_rank(table: np.ndarray) -> np.ndarray:
     return table.ravel()
 
 
-def contenders(profile: Profile, given: Traces, per_rank: int, limit: float, peer: type | None) -> dict[str, Place]:
+def case(name: str, layers: int, seed: int) -> tuple[Traces, Callable[[int], Profile]]:
+    """Traces, and the devices of so many ranks."""
+    if name == "synthetic":
+        return routing(layers=layers, seed=seed), lambda ranks: staircase_profile(speeds(ranks, seed=seed))
+    fleet = fleets(["longhorn_sgemm"])[0]
+    traces = Traces.load(SHIPPED / "gptoss20b_trace_mixed_b64.npz")
+    return traces, lambda ranks: staircase_profile(1 / fleet.rel_time[fleet.draw(ranks, seed)], largest=2048, tile=16)
+
+
+def contenders(
+    profile: Profile,
+    given: Traces,
+    per_rank: int,
+    limit: float,
+    peer: type | None,
+    splits: list[str],
+    share: float,
+    patience: int | None,
+) -> dict[str, Place]:
     """What is compared, by name."""
 
     def ours(**options: object) -> Placement:
-        found = gemopt.solve(profile, given, slots_per_rank=per_rank, cost="staircase", threads=1, **options).placement
+        options = {"slots_per_rank": per_rank, **options}
+        found = gemopt.solve(profile, given, cost="staircase", threads=1, **options).placement
         assert found is not None
         return found
 
@@ -94,11 +121,26 @@ def contenders(profile: Profile, given: Traces, per_rank: int, limit: float, pee
         "contiguous": lambda: ours(solver="linear"),
         "eplb": lambda: ours(solver="eplb"),
         "local-search, descents alone": lambda: ours(solver="local-search", patience=0, time_limit=limit),
-        "local-search, whole limit": lambda: ours(solver="local-search", time_limit=limit),
     }
+    for split in splits:
+        search = partial(ours, solver="local-search", time_limit=limit, split=split, patience=patience)
+        table[f"local-search, {split}"] = search
+        if share:
+            spare = per_rank * profile.num_ranks - given.num_experts
+            held = given.num_layers * (given.num_experts + share * spare) / profile.num_ranks
+            budget = {"memory_budget": held, "expert_bytes": 1, "slots_per_rank": 2 * per_rank}
+            table[f"local-search, {split}, {100 * share:.0f} % of the copies' bytes"] = partial(search, **budget)
     if peer is not None:
         table["FlashLB"] = lambda: by_flashlb(peer, given, profile.num_ranks, per_rank)
     return table
+
+
+def fluid(profile: Profile, given: Traces) -> float:
+    """What all ranks together need for the fitted steps, in microseconds."""
+    latencies = fit(profile, model="staircase")[0].latencies
+    curves = pack([latency.low for latency in latencies])
+    totals_TL = given.counts.sum(axis=2, dtype=np.int64)
+    return sum(float(fluid_times(curves, totals_T).sum()) for totals_T in totals_TL.T)
 
 
 def main() -> None:
@@ -107,18 +149,29 @@ def main() -> None:
     parser.add_argument("--flashlb")
     parser.add_argument("--ranks", default="8,16,32,64")
     parser.add_argument("--limit", type=float, default=20.0)
+    parser.add_argument("--splits", default="even", type=lambda text: text.split(","))
+    parser.add_argument("--case", choices=["synthetic", "gptoss"], default="synthetic")
+    parser.add_argument("--spare", type=int)
+    parser.add_argument("--layers", type=int, default=58)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--share", type=float, default=0.0)
+    parser.add_argument("--patience", type=int, help="tries without gain that end a layer, however busy the machine")
     asked = parser.parse_args()
     peer = flashlb(asked.flashlb) if asked.flashlb else None
-    traces = routing()
+    traces, devices = case(asked.case, asked.layers, asked.seed)
     given, held = traces.split(0.5)
-    print(f"{stamp('numpy', 'numba')}; limit {asked.limit:g} s, one thread\n")
-    print("| G | slots | solver | held-out change | fitted | seconds | CPU s | peak memory GB |\n|" + "---|" * 8)
+    print(f"{stamp('numpy', 'numba')}; limit {asked.limit:g} s, one thread, {given.num_layers} layers\n")
+    columns = "| G | slots | solver | held-out change | fitted | above fluid | seconds | CPU s | peak memory GB |"
+    print(f"{columns}\n|" + "---|" * 9)
     for ranks in map(int, asked.ranks.split(",")):
-        profile, per_rank = staircase_profile(speeds(ranks)), slots(ranks)
-        for place in contenders(profile, given.steps(slice(0, 20)), per_rank, 0.1, peer).values():
+        profile = devices(ranks)
+        per_rank = slots(ranks) if asked.spare is None else given.num_experts // ranks + asked.spare
+        rest = (peer, asked.splits, asked.share, asked.patience)
+        for place in contenders(profile, given.steps(slice(0, 20)), per_rank, 0.1, *rest).values():
             place()  # compiles
         base: list[float] = []
-        for name, place in contenders(profile, given, per_rank, asked.limit, peer).items():
+        fluid_us = fluid(profile, given)
+        for name, place in contenders(profile, given, per_rank, asked.limit, *rest).items():
             wall, cpu = time.monotonic(), time.process_time()
             found = place()
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu
@@ -126,8 +179,9 @@ def main() -> None:
             base = base or score
             change = " | ".join(f"{100 * (a / b - 1):+.1f} %" for a, b in zip(score, base, strict=True))
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            row = f"| {ranks} | {ranks * per_rank} | {name} | {change} | {wall:.1f} | {cpu:.1f} | {memory:.2f} |"
-            print(row, flush=True)
+            above = f"{100 * (score[1] / fluid_us - 1):.1f} %"
+            took = f"{wall:.1f} | {cpu:.1f} | {memory:.2f}"
+            print(f"| {ranks} | {ranks * per_rank} | {name} | {change} | {above} | {took} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,11 @@ def speeds(ranks: int, *, seed: int = 0, slow: float | None = None) -> NDArray[n
     return drawn
 
 
-def staircase_profile(speed_G: NDArray[np.float64], *, largest: int = 32768) -> Profile:
-    """(60 + 18.75 ceil(N / 128)) us / speed, sampled on both sides of every tile boundary."""
-    edges = np.arange(0, largest + 1, TILE)
+def staircase_profile(speed_G: NDArray[np.float64], *, largest: int = 32768, tile: int = TILE) -> Profile:
+    """(60 + 18.75 ceil(N / tile)) us / speed, sampled on both sides of every tile boundary."""
+    edges = np.arange(0, largest + 1, tile)
     loads = np.unique(np.concatenate([edges, edges + 1]))
-    return _profile(speed_G, loads, BASE_US + TILE_US * np.ceil(loads / TILE))
+    return _profile(speed_G, loads, BASE_US + TILE_US * np.ceil(loads / tile))
 
 
 def affine_profile(speed_G: NDArray[np.float64], *, largest: int = 32768) -> Profile:

@@ -24,13 +24,33 @@ _HOME = {
     "Status": "result",
     "StoppedBy": "result",
     "Traces": "traces",
+    "compare": "compare",
     "evaluate": "evaluate",
     "solve": "solve",
 }
+# Modules that are reached as attributes of the package, without an import of their own.
+_MODULES = frozenset(
+    (
+        "conflicts",
+        "costs",
+        "executor",
+        "formats",
+        "migration",
+        "models",
+        "online",
+        "plotting",
+        "profiling",
+        "replay",
+        "solvers",
+        "traces",
+    )
+)
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"gemopt.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'gemopt' has no attribute {name!r}")
     value = getattr(import_module(f"gemopt.{_HOME[name]}"), name)
@@ -39,11 +59,11 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])
 
 
 class _Package(ModuleType):
-    """Keeps `gemopt.solve` and `gemopt.evaluate` the functions, though modules of the same names hold them.
+    """Keeps `gemopt.solve`, `compare` and `evaluate` the functions, though modules of the same names hold them.
 
     The import system would otherwise replace the attribute by the module as soon as anyone imports it.
     """

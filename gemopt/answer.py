@@ -10,13 +10,17 @@ import numpy as np
 from gemopt.costs import CostModel, FitReport
 from gemopt.evaluate import Evaluation, check, moves_us, objective, score, with_links
 from gemopt.exceptions import InputError, SolverError
+from gemopt.latency import FloatArray
 from gemopt.links import LinksReport
 from gemopt.moving import Moving
-from gemopt.placement import Placement
+from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, LayerResult, Result, Status, StoppedBy, relative_gap
 from gemopt.schedule import Run, history
 from gemopt.solvers.base import Row
+from gemopt.splits import plain
+from gemopt.splits.senders import Senders
+from gemopt.splits.weights import static_weights
 from gemopt.traces import Traces
 
 ROUNDING = 1e-9
@@ -30,6 +34,7 @@ def answer(
     report: FitReport | None,
     moving: Moving | None = None,
     bound_us: float = 0.0,
+    senders: Senders = Senders.TRACES,
 ) -> Result:
     """What the run found. `bound_us` is a bound on the total of all layers together, beyond those of each.
 
@@ -43,16 +48,19 @@ def answer(
         rows = moving.settled(rows, [layer.problem for layer in run.layers])
     placement, scored, value = None, None, None
     if rows is not None:
+        first, weights_LP = run.layers[0].problem, _weights(run, rows)
         placement = Placement(
             physical_to_logical=np.stack(rows),
-            slots_per_rank=run.layers[0].problem.slots_per_rank,
+            slots_per_rank=first.slots_per_rank,
+            split=first.split,
+            split_weights=None if weights_LP is None else np.stack(weights_LP),
             num_experts=traces.num_experts,
             layer_ids=list(traces.layer_ids),
             num_hidden_layers=traces.num_hidden_layers,
             model=traces.model or profile.model.name,
             device_uuids=profile.device_uuids if any(profile.device_uuids) else None,
         )
-        scored = score(rows, [layer.problem for layer in run.layers], cost.measured)
+        scored = score(rows, [layer.problem for layer in run.layers], cost.measured, weights_LP=weights_LP)
         if run.coupling is not None:
             scored = with_links(scored, run.coupling.links, rows, run.layers[0].problem.slots_per_rank)
         value = scored.objective_us
@@ -66,7 +74,7 @@ def answer(
     base += 0.0 if run.coupling is None else float(run.coupling.base_L.sum())
     report_of_moves = None
     if moving is not None and rows is not None and value is not None:
-        before_us = moving.before_us(traces, cost)
+        before_us = moving.before_us(traces, cost, senders)
         report_of_moves = moving.report(rows, [layer.problem for layer in run.layers], value, before_us)
     return Result(
         solver=run.solver.name,
@@ -91,6 +99,13 @@ def answer(
     )
 
 
+def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
+    """What a placement with static weights stores; None for the other policies, which need none."""
+    if run.layers[0].problem.split is not Split.STATIC:
+        return None
+    return [static_weights(layer.problem, row) for layer, row in zip(run.layers, rows, strict=True)]
+
+
 def _links(run: Run, scored: Evaluation | None) -> LinksReport | None:
     if run.coupling is None or scored is None or scored.communication is None or scored.exposed_TL is None:
         return None
@@ -101,9 +116,7 @@ def _history(run: Run) -> list[Incumbent]:
     """Totals over time; with links, of what was found since they count."""
     if run.coupling is None:
         return history(run.layers, run.clock)
-    return [
-        point.model_copy(update={"seconds": point.seconds - run.clock}) for point in run.coupling.history
-    ]  # fmt: skip
+    return [point.model_copy(update={"seconds": point.seconds - run.clock}) for point in run.coupling.history]
 
 
 def _bound(run: Run, per_layer: list[LayerResult], bound_us: float, total: float | None) -> float:
@@ -182,6 +195,9 @@ def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:
         more = "" if _stopped_by(per_layer) is StoppedBy.INTERRUPT else ": more --time-limit would help"
         said.insert(0, f"{missed} of {count} layers were cut before their search began{more}")
     pairs = zip(run.layers, per_layer, strict=True)
+    first = run.layers[0].problem
+    if first.split is Split.OPTIMAL and first.spare_slots and not plain(first):
+        said.append("with activated experts the optimal split is found by descent: another one may be better")
     weak = sum(layer.bound_cut and found.status is Status.FEASIBLE for layer, found in pairs)
     if weak:
         said.append(f"the bounds of {weak} of {count} layers were cut short: the gap may be smaller than it says")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from gemopt import cores, interrupts
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import Evaluation, evaluate
-from gemopt.exceptions import SolverError, UnsupportedError
+from gemopt.exceptions import MissingPackageError, SolverError, UnsupportedError
 from gemopt.placement import Placement
 from gemopt.problem import problems
 from gemopt.profile import Profile
@@ -91,8 +92,8 @@ class Comparison(BaseModel):
 
 
 def compare(
-    profile: Profile,
-    traces: Traces,
+    profile: Profile | str | os.PathLike[str],
+    traces: Traces | str | os.PathLike[str],
     *,
     solvers: Sequence[str] = DEFAULT_SOLVERS,
     holdout: float = 0.5,
@@ -104,11 +105,13 @@ def compare(
 
     Parameters
     ----------
+    profile, traces
+        Objects or paths.
     holdout
         Share of the steps, the last ones, kept from the solvers and used to score; 0 scores the given steps.
     options
-        Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `seed`, `gap`, `patience`, `threads`,
-        `allow_one_rank`, `notice`, `topology`, `exchange`.
+        Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `split`, `senders`, `seed`, `gap`, `patience`,
+        `threads`, `allow_one_rank`, `notice`, `topology`, `exchange`.
 
     Notes
     -----
@@ -116,6 +119,7 @@ def compare(
     says so. The best bound proven by any solver holds for all of them and is what every gap is taken against. Ctrl-C
     ends the solver that runs with what it has, and leaves the ones after it out; their rows say so.
     """
+    profile, traces = Profile.of(profile), Traces.of(traces)
     fitted = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
     given, held = traces.split(holdout) if holdout else (traces, None)
     with interrupts.held() as interrupted, cores.at_most(options.get("threads") or cores.available()):
@@ -144,6 +148,8 @@ def _run(
         return name, solve(profile, given, solver=name, cost=cost, **options), ""
     except UnsupportedError as error:
         return name, None, error.limit
+    except MissingPackageError as error:
+        return name, None, f"not run: {error}"
     except KeyboardInterrupt:  # while it was being prepared
         interrupted.set()
         return name, None, NOT_RUN
@@ -169,7 +175,9 @@ def _rows(
     for name, result, note in results:
         evaluation = None
         if result is not None and result.placement is not None:
-            evaluation = evaluate(result.placement, profile, scored, cost=fitted, **wired)
+            evaluation = evaluate(
+                result.placement, profile, scored, cost=fitted, senders=options.get("senders"), **wired
+            )
         row = _row(name, result, note, evaluation, base_given, bound)
         if held is not None and evaluation is not None:
             update = {

@@ -8,6 +8,8 @@ here are ours.
 
 from __future__ import annotations
 
+import os
+import sys
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -98,13 +100,14 @@ def classify(counts_TE: NDArray[Any], *, window: int | None = None) -> list[Expe
     return [ExpertClass(str(name)) for name in names]
 
 
-def conflict_graph(traces: Traces, layer: int, *, window: int | None = None) -> Graph:
-    """Conflict graph of one layer (an index, not a layer id).
+def conflict_graph(traces: Traces | str | os.PathLike[str], layer: int, *, window: int | None = None) -> Graph:
+    """Conflict graph of one layer (an index, not a layer id) of traces or of the traces at a path.
 
     Nodes are experts with `share` (1: an equal share of the load) and `expert_class`. Edges are significant pairs with
     `excess` (assignments squared per step; negative for experts that take turns) and `correlation`. The graph itself
     carries `layer_id` and `num_steps`.
     """
+    traces = Traces.of(traces)
     if not 0 <= layer < traces.num_layers:
         raise InputError("layer", layer, f"from 0 to {traces.num_layers - 1}")
     counts_TE = traces.counts[:, layer]
@@ -174,13 +177,15 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     """Draw the graph on a circle, experts that are hot together side by side.
 
     Area is the share of an expert, colour its class; lines are the strongest conflicts, three per expert on average.
+    Returns the matplotlib axes.
     """
     try:
         import matplotlib as mpl
     except ImportError as error:
         raise missing(error, "drawing") from None
     if ax is None:
-        mpl.use("Agg")
+        if "matplotlib.pyplot" not in sys.modules and "MPLBACKEND" not in os.environ:
+            mpl.use("Agg")  # nobody has asked for windows
         from matplotlib import pyplot
 
         ax = pyplot.subplots(figsize=(7, 7), layout="constrained")[1]
@@ -209,5 +214,7 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     nx.draw_networkx_labels(drawn, place, ax=ax, font_size=7)
     ax.set_title(f"layer {graph.graph['layer_id']}: experts hot in the same steps")
     ax.legend(loc="lower left", fontsize=8, markerscale=0.5)
+    told = f"area: share of the load; width: correlation, strongest {len(widths)} of {len(positive)} conflicts"
+    ax.text(0.5, -0.02, told, transform=ax.transAxes, ha="center", va="top", fontsize=8)
     ax.set_axis_off()
-    return ax.figure
+    return ax

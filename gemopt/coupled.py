@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import cast
 
@@ -10,10 +11,13 @@ import numpy as np
 from gemopt.bounds.links import links_bound
 from gemopt.evaluate import rank_times
 from gemopt.exceptions import UnsupportedError
-from gemopt.links import Links
+from gemopt.links import Exchange, Links
+from gemopt.profile import Profile
 from gemopt.schedule import Coupling, Layer, Run
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Row
+from gemopt.topology import Topology
+from gemopt.traces import Traces
 
 LAYER_SHARE = 0.4  # of the time goes to the layers one by one
 
@@ -72,9 +76,17 @@ def _take(layer: Layer, row: Row, seconds: float) -> None:
     layer.seconds += seconds
 
 
-def refuse_moves(asked: bool) -> None:
-    """Moves and links together are not searched."""
-    if asked:
-        raise UnsupportedError(
-            "topology", "with a placement in force", "moves are not weighed against links", "give one"
-        )
+def links_of(
+    topology: Topology | str | os.PathLike[str] | None, traces: Traces, profile: Profile, exchange: Exchange | None
+) -> Links | None:
+    """The links that a call asks for; None without a topology."""
+    if topology is None:
+        return None
+    return Links.of(topology, traces, profile.num_ranks, profile=profile, exchange=exchange)
+
+
+def refuse_with_links(topology: object, **asked: object) -> None:
+    """With a topology, what is not weighed against links is refused by its name."""
+    for name, value in asked.items():
+        if topology is not None and value is not None:
+            raise UnsupportedError("topology", f"with {name}", f"{name} is not weighed against links", "leave one out")

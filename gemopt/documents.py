@@ -26,6 +26,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from gemopt import foreign
 from gemopt.exceptions import InputError
 
 Self = TypeVar("Self", bound="Document")
@@ -115,6 +116,9 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # ValueError: syntax, encoding, or a number of thousands of digits
+        found, way_out = foreign.of_file(path)
+        if found and not found.startswith("a text"):
+            raise InputError(str(path), found, "a JSON document is needed", way_out) from None
         raise InputError(str(path), str(error), "a complete JSON document is needed") from None
 
 
@@ -148,7 +152,16 @@ class Document(BaseModel):
         try:
             super().__init__(**data)
         except ValidationError as error:
-            raise _one_line(error, type(self).__name__) from None
+            raise foreign.one_line(error, type(self)) from None
+
+    @classmethod
+    def of(cls: type[Self], value: object, name: str = "") -> Self:
+        """The document itself, or the one at a path; `InputError` for anything else, `name` being what it is for."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, (str, os.PathLike)):
+            return cls.load(value)
+        raise foreign.not_a(cls.__name__, value, name or cls.__name__.lower())
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
@@ -165,6 +178,10 @@ class Document(BaseModel):
         try:
             return cls(**data)
         except InputError as error:
+            found, way_out = foreign.of_object(data)
+            if found and not found.startswith(f"a {cls.__name__.lower()} "):
+                needed = f"a {cls.__name__.lower()} is needed"
+                raise InputError(str(path), found, needed, way_out) from None
             error.args = (f"{path}: {error}",)
             raise
 
@@ -182,16 +199,15 @@ class Document(BaseModel):
     def __hash__(self) -> int:
         return hash(self.digest())
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.brief()})"
 
-def _one_line(error: ValidationError, document: str) -> InputError:
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return cause
-    where = ".".join(str(part) for part in first["loc"]) or document
-    rest = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    found = "nothing" if first["type"] == "missing" else first["input"]
-    return InputError(f"{document}.{where}", found, first["msg"].lower() + rest)
+    __str__ = __repr__
+
+    def brief(self) -> str:
+        """A line on what is in it; the short values, unless a document knows better."""
+        short = {name: value for name, value in self if isinstance(value, (str, int, float)) and name[:6] != "schema"}
+        return ", ".join(f"{name}={value!r}" for name, value in short.items())
 
 
 def integer_array(value: object, *, name: str, ndim: int, maximum: int = 2**31 - 1) -> np.ndarray[Any, Any]:

@@ -5,58 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.links import Communication, Exchange, Links
 from gemopt.placement import EMPTY, Placement, Split, check_row
-from gemopt.problem import Problem, stacked
+from gemopt.problem import Problem, each_problem, stacked
 from gemopt.profile import Profile
+from gemopt.splits import shares
+from gemopt.splits.senders import Senders
+from gemopt.tables import frame, html_table
 from gemopt.topology import Topology
 from gemopt.traces import Traces
 
 
-def even_shares(counts_TE: NDArray[Any], row_P: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[T, P] assignments of each slot: copy i of r, in slot order, takes `(n + r - 1 - i) // r` of its expert's n."""
-    copies_E = np.bincount(row_P[row_P != EMPTY], minlength=counts_TE.shape[1])
-    if copies_E.max(initial=0) <= 1:
-        return np.where(row_P != EMPTY, counts_TE[:, row_P], 0).astype(np.int64, copy=False)
-    seen = np.zeros(counts_TE.shape[1], dtype=np.int64)
-    shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
-    for slot, expert in enumerate(row_P):
-        if expert == EMPTY:
-            continue
-        copies, index = copies_E[expert], seen[expert]
-        seen[expert] += 1
-        counts_T = counts_TE[:, expert]
-        shares_TP[:, slot] = counts_T if copies == 1 else (counts_T + copies - 1 - index) // copies
-    return shares_TP
-
-
-def static_shares(counts_TE: NDArray[Any], row_P: NDArray[np.int64], weights_P: FloatArray) -> NDArray[np.int64]:
-    """[T, P] assignments of each slot in proportion to its weight: rounded cumulative parts, in slot order."""
-    taken_E = np.zeros(counts_TE.shape[1])
-    shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
-    last = {int(expert): slot for slot, expert in enumerate(row_P) if expert != EMPTY}
-    for slot, expert in enumerate(row_P):
-        if expert == EMPTY:
-            continue
-        counts_T = counts_TE[:, expert]
-        before = taken_E[expert]
-        taken_E[expert] = 1.0 if slot == last[int(expert)] else min(1.0, before + weights_P[slot])
-        upper, lower = np.floor(counts_T * taken_E[expert] + 0.5), np.floor(counts_T * before + 0.5)
-        shares_TP[:, slot] = (upper - lower).astype(np.int64)
-    return shares_TP
-
-
 def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> FloatArray:
-    """[T, G, F] summed features of every rank, exact whole numbers."""
+    """[T, G, F] summed features of every rank, exact whole numbers; copies share as the problem's policy says.
+
+    weights_P: static weights of the copies, instead of that policy.
+    """
     from gemopt.kernels import rank_loads
 
     columns_P = row_P.astype(np.int64)
@@ -64,8 +36,7 @@ def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | No
     if copies_E.max() <= 1:  # the shares of single copies are known, whatever the split
         features_FTN = problem.features_FTE
     else:
-        shares = even_shares if weights_P is None else partial(static_shares, weights_P=weights_P)
-        shares_TP = shares(problem.counts_TE, row_P)
+        shares_TP = shares(problem, row_P, weights_P)
         features_FTN = stacked([feature.of(shares_TP) for feature in problem.features])
         columns_P = np.where(columns_P == EMPTY, EMPTY, np.arange(len(row_P)))
     return np.asarray(rank_loads(features_FTN, columns_P, problem.rank_of_slot, problem.num_ranks))
@@ -99,6 +70,8 @@ def check(problem: Problem, row_P: NDArray[np.int64], *, layer: int = 0) -> None
     if row_P.shape != (problem.num_slots,):
         raise InputError("physical_to_logical", f"shape {row_P.shape}", f"{problem.num_slots} slots")
     check_row(row_P, problem.slots_per_rank, problem.num_experts, layer=layer)
+    if problem.full and (row_P == EMPTY).any():
+        raise InputError(f"physical_to_logical[layer {layer}]", "an empty slot", "every slot must hold an expert")
     excess = "" if problem.moves is None else problem.moves.excess(row_P, problem.slots_per_rank)
     if excess:
         raise InputError(f"physical_to_logical[layer {layer}]", excess, "the limits of moves hold for every layer")
@@ -126,6 +99,12 @@ class Evaluation:
         """[T, L] microseconds of the slowest rank, and of the communication that a step waits for."""
         return self.makespan_TL if self.exposed_TL is None else self.makespan_TL + self.exposed_TL
 
+    def __repr__(self) -> str:
+        steps, layers = self.makespan_TL.shape
+        mean, tail = self.objective_us / steps, self.quantile_us(0.99)
+        said = f"{steps} steps, {layers} layers, {mean:.1f} us per step, p99 {tail:.1f} us"
+        return f"Evaluation({said}, ranks wait {self.idle_share:.1%}, {self.outside:.1%} outside the profile)"
+
     @property
     def objective_us(self) -> float:
         """Sum over all steps and layers."""
@@ -150,6 +129,44 @@ class Evaluation:
         """Quantile of the step latency, e.g. 0.99."""
         return float(np.quantile(self.step_us, q))
 
+    def _repr_html_(self) -> str:
+        steps, layers = self.makespan_TL.shape
+        facts = {
+            "per step": f"{self.objective_us / steps:.1f} us over {steps} steps of {layers} layers",
+            "p50, p90, p99": ", ".join(f"{self.quantile_us(q):.0f}" for q in (0.5, 0.9, 0.99)) + " us",
+            "ranks wait": f"{100 * self.idle_share:.1f} % of the time",
+            "outside the profile": f"{100 * self.outside:.1f} % of the loads",
+        }
+        return html_table("gemopt: evaluation", facts)
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row per step and layer (by index): `makespan_us` and `straggler`.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        index: NDArray[Any] = np.indices(self.makespan_TL.shape)
+        columns: dict[str, NDArray[Any]] = {"step": index[0], "layer": index[1]}
+        columns |= {"makespan_us": self.makespan_TL, "straggler": self.straggler_TL}
+        return frame({name: values.ravel() for name, values in columns.items()})
+
+    def plot_steps(self, *, ax: Any = None) -> Any:
+        """Latency of every step with p50, p90 and p99; returns the matplotlib axes."""
+        from gemopt.plotting import plot_steps
+
+        return plot_steps(self, ax=ax)
+
+    def plot_stragglers(self, *, num_ranks: int | None = None, ax: Any = None) -> Any:
+        """How often each rank is the slowest, per layer; returns the matplotlib axes.
+
+        `num_ranks`: ranks to show; up to the last one that ever was the slowest when None.
+        """
+        from gemopt.plotting import plot_stragglers
+
+        return plot_stragglers(self, num_ranks, ax=ax)
+
 
 def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> None:
     """Refuse a placement, traces and a profile that are not of one network and group of ranks."""
@@ -166,22 +183,26 @@ def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> Non
 
 
 def evaluate(
-    placement: Placement,
-    profile: Profile | None,
-    traces: Traces,
+    placement: Placement | str | os.PathLike[str],
+    profile: Profile | str | os.PathLike[str] | None,
+    traces: Traces | str | os.PathLike[str],
     *,
     cost: CostModel | None = None,
+    senders: Senders | str | None = None,
     topology: Topology | str | os.PathLike[str] | None = None,
     exchange: Exchange | None = None,
 ) -> Evaluation:
-    """Score a placement on every step of the traces.
+    """Score a placement on every step of the traces, its copies sharing as its policy says.
 
     Parameters
     ----------
-    profile
-        Measured devices; may be None when `cost` is given.
+    placement, profile, traces
+        Objects or paths. The profile may be None when `cost` is given.
     cost
         A fitted cost model; fitted from the profile when absent.
+    senders
+        Who sends the assignments, which copies under the `nearest` split ask for: `traces` (the default, needs a
+        token-level record with ranks) or `uniform`.
     topology, exchange
         Links between the ranks (a document, its path, or a name such as `2x8-ib400`) and how tokens are exchanged over
         them: the objective then holds what dispatch and combine add.
@@ -189,31 +210,32 @@ def evaluate(
     Raises
     ------
     InputError
-        When placement, traces, devices and topology disagree.
-    UnsupportedError
-        For the `nearest` and `optimal` splits, whose loads depend on more than the counts.
+        When placement, traces, devices and topology disagree, or the split needs senders or nodes that are not known.
     """
+    profile = None if profile is None else Profile.of(profile)
     if cost is None:
         if profile is None:
             raise InputError("profile", None, "a profile or a fitted cost model is needed")
         cost = fit(profile)[0]
+    placement, traces = Placement.of(placement), Traces.of(traces)
     check_agreement(placement, traces, len(cost.latencies))
-    if placement.split not in (Split.EVEN, Split.STATIC) and placement.has_copies:
-        raise UnsupportedError(
-            "Placement.split", placement.split.value, "only even and static shares follow from counts", "use even"
-        )
-    weights_LP = placement.split_weights if placement.split is Split.STATIC else None
-    layers = (
-        Problem.make(traces.counts[:, layer], cost.features, cost.latencies, placement.slots_per_rank)
-        for layer in range(traces.num_layers)
+    split = placement.split if placement.has_copies else Split.EVEN
+    if split is Split.NEAREST and profile is None:
+        raise InputError("profile", None, "the nearest split asks for the node of every rank")
+    layers = each_problem(
+        cost,
+        traces,
+        placement.slots_per_rank,
+        node_of_rank=None if profile is None else profile.node_of_rank,
+        split=split,
+        senders=Senders.of(senders),
     )
+    weights_LP = placement.split_weights if split is Split.STATIC else None
     scored = score(placement.physical_to_logical, layers, cost.measured, weights_LP=weights_LP)
     if topology is None:
         return scored
     links = Links.of(topology, traces, placement.num_ranks, profile=profile, exchange=exchange)
-    return with_links(
-        scored, links, placement.physical_to_logical, placement.slots_per_rank, placement.split, weights_LP
-    )
+    return with_links(scored, links, placement.physical_to_logical, placement.slots_per_rank, split, weights_LP)
 
 
 def with_links(
@@ -237,7 +259,7 @@ def score(
     *,
     weights_LP: Sequence[FloatArray] | None = None,
 ) -> Evaluation:
-    """What rows cost on the problems of their layers; `measured` as in `CostModel`."""
+    """What rows cost on the problems of their layers; `measured` as in `CostModel`; weights: of the static split."""
     from gemopt.kernels import rank_latencies
 
     makespans, stragglers, outside, idle = [], [], [], []

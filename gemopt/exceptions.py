@@ -49,8 +49,14 @@ EXTRAS = {
     "transformers": "torch",
     "accelerate": "torch",
     "matplotlib": "report",
+    "plotly": "report",
+    "pandas": "tables",
     "yaml": "yaml",
-    "highspy": "highs",
+    "ortools": "exact",
+    "pulp": "exact",
+    "highspy": "exact",
+    "pyarrow": "tables",
+    "prometheus_client": "watch",
 }
 
 

@@ -9,9 +9,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gemopt.bounds import lower_bound
+from gemopt.bounds import lower_bound, step_bounds, together_bound
+from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.problem import Problem
 from gemopt.solvers import get
+from gemopt.solvers.auto import branches
 from gemopt.solvers.base import Options, Solver
 from gemopt.solvers.budget import walk_front
 
@@ -55,6 +57,10 @@ def _use(solver: Solver, tiny: Problem) -> None:
     if solver.supports.improves or solver.supports.proves:
         kernels = solver if solver.name == "gem" else get("local-search")
         kernels.solve(tiny, options, None)
+        two_ranks = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS,), [Latency(((line(1, s),),)) for s in (1, 2)])
+        together_bound(two_ranks, step_bounds(two_ranks), np.zeros(1, np.uint8))
+        if solver.name == "branch" or (solver.name == "auto" and branches(tiny)):
+            get("branch").solve(two_ranks, options, None)
     if tiny.moves is not None:
         walk_front(tiny, 2)
 

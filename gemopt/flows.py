@@ -195,7 +195,7 @@ def from_counts(
     counts_TE: IntArray, row_P: IntArray, split: Split, weights_P: FloatArray | None
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """Slots [N, 1], steps [N] and numbers [N] of assignments, each of which is sent by itself."""
-    from gemopt.evaluate import even_shares, static_shares
+    from gemopt.splits import even_shares, static_shares
 
     if split is Split.STATIC and weights_P is not None:
         shares_TP = static_shares(counts_TE, row_P, weights_P)

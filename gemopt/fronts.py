@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from gemopt import cores
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement, evaluate
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.migration import count_moves, held
 from gemopt.moves import Moves
 from gemopt.placement import Placement, Split
@@ -73,6 +73,9 @@ def moves_front(
     """
     fitted = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
     check_agreement(current, traces, profile.num_ranks)
+    if current.has_copies and current.split is not Split.EVEN:
+        limit = "fronts of moves know copies that share evenly"
+        raise UnsupportedError("Placement.split", current.split.value, limit, "use gemopt solve --max-moves")
     given, kept = traces.split(holdout) if holdout else (traces, None)
     fronts = _fronts(fitted, given, current, time_limit, options.get("threads"))
     placements = [(SWAPS, current)]

@@ -15,6 +15,7 @@ from gemopt.latency import Curves
 
 F64 = NDArray[np.float64]
 Array = NDArray[Any]
+SLACK = 1e-10  # capacities are overstated by this much, relatively, so that float error never understates one
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -30,6 +31,25 @@ def curve_value(curves: Curves, g: int, k: int, f: int, load: float) -> float:
         low += half * (x[low + half] <= load)
         width -= half
     return float(y[low] + (y[low + 1] - y[low]) / (x[low + 1] - x[low]) * (load - x[low]))
+
+
+@njit(cache=True, nogil=True, inline="always")
+def curve_capacity(curves: Curves, g: int, k: int, f: int, time: float) -> float:
+    """Largest load that a non-decreasing curve allows within `time`; -1 when even 0 takes longer."""
+    x, y, start, slope = curves.x, curves.y, curves.start[g, k, f], curves.slope[g, k, f]
+    last = start + curves.length[g, k, f] - 1
+    if y[start] > time:
+        return -1.0
+    if y[last] <= time:
+        return float(x[last] + (time - y[last]) / slope) if slope > 0 else np.inf
+    low, high = start, last
+    while high - low > 1:
+        middle = (low + high) // 2
+        if y[middle] <= time:
+            low = middle
+        else:
+            high = middle
+    return float(x[low] + (x[high] - x[low]) * ((time - y[low]) / (y[high] - y[low])))
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -117,6 +117,26 @@ class Curve:
         return Curve(np.array(xs[::-1]), np.array(ys[::-1]), self.slope)
 
     @cached_property
+    def high(self) -> Curve:
+        """Smallest non-decreasing curve that is nowhere below: the largest value up to each load."""
+        if self.slope >= 0 and (np.diff(self.y) >= 0).all():
+            return self
+        xs, ys = [self.x[0]], [self.y[0]]
+        for x0, y0, x1, y1 in zip(self.x, self.y, self.x[1:], self.y[1:], strict=False):
+            if y1 <= ys[-1]:
+                continue
+            cross = x0 + max(0.0, ys[-1] - y0) * (x1 - x0) / (y1 - y0)
+            if xs[-1] < cross < x1:
+                xs.append(cross)
+                ys.append(ys[-1])
+            xs.append(x1)
+            ys.append(y1)
+        if self.slope > 0 and (cross := self.x[-1] + (ys[-1] - self.y[-1]) / self.slope) > xs[-1]:
+            xs.append(cross)
+            ys.append(ys[-1])
+        return Curve(np.array(xs), np.array(ys), max(self.slope, 0.0))
+
+    @cached_property
     def hull(self) -> Curve:
         """Convex minorant: the largest convex curve that is nowhere above."""
         points: list[tuple[float, float]] = []
@@ -183,6 +203,11 @@ class Latency:
     def low(self) -> Latency:
         """A latency that is nowhere above and does not decrease in any load."""
         return Latency(tuple(tuple(curve.low for curve in term) for term in self.terms))
+
+    @cached_property
+    def high(self) -> Latency:
+        """A latency that is nowhere below and does not decrease in any load."""
+        return Latency(tuple(tuple(curve.high for curve in term) for term in self.terms))
 
     def times(self, factor: float) -> Latency:
         """The same latency, `factor` times as long under every load: a device of another speed."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gemopt.placement import EMPTY, Placement
 
 IntArray = NDArray[np.int64]
+BATCH_BYTES = 1 << 26  # that layers copied beside serving, and committed together, may take of a rank at once
 
 
 class Link(StrEnum):
@@ -179,6 +180,30 @@ def _source(holders: list[int], rank: int, rank_of: IntArray, nodes_G: IntArray,
     best = min(holders, key=cost)
     other_rank, other_node, _, _ = cost(best)
     return best, Link.CROSS if other_node else Link.NODE if other_rank else Link.LOCAL
+
+
+def batches(layers: Sequence[int], bytes_NG: Sequence[IntArray], limit_bytes: float) -> list[list[int]]:
+    """Indices of consecutive parts that are copied, agreed on and committed together.
+
+    As many as fit: no rank receives more than `limit_bytes` in a batch of several, and none is of a layer twice.
+
+    Parameters
+    ----------
+    layers
+        [N] layer of each part.
+    bytes_NG
+        [N, G] what each rank receives.
+    """
+    found: list[list[int]] = []
+    full_G, seen = np.zeros(0), set[int]()
+    for index, (layer, bytes_G) in enumerate(zip(layers, bytes_NG, strict=True)):
+        if not found or layer in seen or (full_G + bytes_G).max(initial=0) > limit_bytes:
+            found.append([])
+            full_G, seen = np.zeros(len(bytes_G)), set()
+        found[-1].append(index)
+        full_G = full_G + bytes_G
+        seen.add(layer)
+    return found
 
 
 def match_ranks(before_P: IntArray, wanted_P: IntArray, slots_per_rank: IntArray, groups: Sequence[int]) -> IntArray:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from gemopt.resize import Resized, Source, resize
 from gemopt.result import MovesReport
 from gemopt.solvers.base import Row
 from gemopt.solvers.relabel import relabelled
+from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
 US_PER_GB_PER_S = 1e-3  # microseconds that a byte takes at 1 GB/s
@@ -121,7 +121,7 @@ class Moving:
         asked.check()
         if asked.current is None:
             return None
-        current = asked.current if isinstance(asked.current, Placement) else Placement.load(Path(asked.current))
+        current = Placement.of(asked.current, "current")
         check_agreement(current, traces, current.num_ranks)
         resized = resize(current, profile, exclude=asked.exclude_ranks, add=asked.add_ranks)
         expert_bytes = asked.expert_bytes or profile.model.expert_bytes
@@ -224,12 +224,13 @@ class Moving:
             old_rank=self.resized.old_rank.tolist(),
         )
 
-    def before_us(self, traces: Traces, cost: CostModel) -> float:
+    def before_us(self, traces: Traces, cost: CostModel, senders: Senders) -> float:
         """Objective of the placement in force on the ranks that it was made for, under the same kind of cost model."""
+        profile = self.measured
         if self.resized.changed:
-            devices = self.measured.devices[: self.current.num_ranks]
-            cost = fit(self.measured.model_copy(update={"devices": devices}), model=cost.name)[0]
-        return evaluate(self.current, None, traces, cost=cost).objective_us
+            profile = profile.model_copy(update={"devices": profile.devices[: self.current.num_ranks]})
+            cost = fit(profile, model=cost.name)[0]
+        return evaluate(self.current, profile, traces, cost=cost, senders=senders).objective_us
 
 
 def limited(problem: Problem, most: int | None = None, most_into_G: NDArray[np.int64] | None = None) -> Problem:

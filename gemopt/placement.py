@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from gemopt.documents import Document, FloatMatrix, IntMatrix, IntVector
 from gemopt.exceptions import InputError
+from gemopt.tables import frame
 
 EMPTY = -1
 
@@ -129,6 +130,14 @@ class Placement(Document):
         """G, ranks of the expert-parallel group."""
         return int(self.slots_per_rank.shape[0])
 
+    def brief(self) -> str:
+        """Sizes, in one line."""
+        slots = f"{self.num_slots} slots on {self.num_ranks} ranks"
+        told = [f"{self.num_layers} layers", f"{self.num_experts} experts in {slots}"]
+        told += ["with copies"] * self.has_copies + ["with empty slots"] * self.has_empty_slots
+        told += ["unequal slots"] * (not self.equal_slots)
+        return ", ".join(told)
+
     @property
     def rank_of_slot(self) -> NDArray[np.int64]:
         """[P] rank that owns each slot."""
@@ -154,6 +163,20 @@ class Placement(Document):
         return np.stack(
             [np.bincount(row[row != EMPTY], minlength=self.num_experts) for row in self.physical_to_logical]
         )
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row per slot: `layer_id`, `rank`, `slot`, `expert` (-1: empty).
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        index: NDArray[Any] = np.indices(self.physical_to_logical.shape)
+        layers, slots = index[0], index[1]
+        columns: dict[str, NDArray[Any]] = {"layer_id": np.array(self.layer_ids)[layers]}
+        columns |= {"rank": self.rank_of_slot[slots], "slot": slots, "expert": self.physical_to_logical}
+        return frame({name: values.ravel() for name, values in columns.items()})
 
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_ranks: int, **fields: Any) -> Placement:

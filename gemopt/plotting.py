@@ -1,15 +1,17 @@
-"""Pictures of results. Every function takes an optional `ax` and returns the figure."""
+"""Pictures of results. Every function takes an optional `ax` and returns the axes it drew on."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from gemopt.advise.document import Advice
 from gemopt.compare import BASELINE, Comparison
 from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
@@ -35,14 +37,28 @@ def _pyplot() -> Any:
         import matplotlib as mpl
     except ImportError as error:
         raise missing(error, "drawing") from None
-    mpl.use("Agg")
+    if "matplotlib.pyplot" not in sys.modules and "MPLBACKEND" not in os.environ:
+        mpl.use("Agg")  # nobody has asked for windows
     from matplotlib import pyplot
 
     return pyplot
 
 
 def _axes(ax: Any, size: tuple[float, float]) -> Any:
-    return _pyplot().subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+    return subplots(size=size)[1] if ax is None else ax
+
+
+def subplots(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A figure and its axes, off any screen."""
+    figure, axes = _pyplot().subplots(rows, columns, figsize=size, layout="constrained")
+    return figure, axes
+
+
+def _below(ax: Any, points: float) -> Any:
+    """Axes coordinates, shifted down by so many points."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return ax.transAxes + ScaledTranslation(0, -points / 72, ax.figure.dpi_scale_trans)
 
 
 def check_picture(path: str | os.PathLike[str]) -> str:
@@ -55,11 +71,11 @@ def check_picture(path: str | os.PathLike[str]) -> str:
     return kind
 
 
-def save(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write the picture atomically; the format follows the ending."""
+def save(ax: Any, path: str | os.PathLike[str]) -> None:
+    """Write the whole figure of these axes (or a figure) atomically; the format follows the ending."""
     kind = check_picture(path)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format=kind)
+    getattr(ax, "figure", ax).savefig(buffer, dpi=150, format=kind)
     with replacing(path) as stream:
         stream.write(buffer.getvalue())
 
@@ -67,7 +83,11 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
 def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = None) -> Any:
     """Change of the summed step latency against contiguous placement, on fitted and on held-out steps."""
     shown = [row for row in rows if row.change is not None and row.ran and row.solver != BASELINE]
-    ax = _axes(ax, (8, 0.5 * len(shown) + 1.6))
+    ax = _axes(ax, (8, 0.5 * len(shown) + 1.9))
+    if not shown:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "only contiguous placement: nothing to compare", ha="center", transform=ax.transAxes)
+        return ax
     places = np.arange(len(shown))
     held = any(row.holdout_change is not None for row in shown)
     bars = [("fitted on", [row.change for row in shown], MUTED)]
@@ -76,7 +96,8 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     height = 0.8 / len(bars)
     for index, (label, values, colour) in enumerate(bars):
         percent = [100 * (value or 0.0) for value in values]
-        drawn = ax.barh(places + index * height, percent, height, label=label, color=colour)
+        hatch = "//" if index else None  # tells the bars apart in grey print
+        drawn = ax.barh(places + index * height, percent, height, label=label, color=colour, hatch=hatch, ec="white")
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a bound must not strike a number out
         ax.bar_label(drawn, fmt="%+.1f", padding=3, fontsize=8, bbox=behind, zorder=4)
     known = [row for row in rows if row.bound_us and row.objective_us is not None]
@@ -92,8 +113,9 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_xlabel("summed step latency against contiguous placement, %")
     ax.set_title(title or "Placements compared", fontsize=10)
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
-    return ax.figure
+    below = {"bbox_to_anchor": (0.5, 0), "bbox_transform": _below(ax, 34)}  # of the x label, whatever the height
+    ax.legend(fontsize=8, loc="upper center", ncols=3, frameon=False, **below)
+    return ax
 
 
 def plot_front(points: Sequence[FrontPoint], *, title: str = "", ax: Any = None) -> Any:
@@ -113,7 +135,7 @@ def plot_front(points: Sequence[FrontPoint], *, title: str = "", ax: Any = None)
     ax.set_ylabel("latency of a step, us")
     ax.set_title(title or "What moves gain", fontsize=10)
     ax.legend(fontsize=8, frameon=False)
-    return ax.figure
+    return ax
 
 
 def plot_history(result: Result, *, ax: Any = None) -> Any:
@@ -130,12 +152,49 @@ def plot_history(result: Result, *, ax: Any = None) -> Any:
     ax.set_title(result.solver)
     if ax.lines:
         ax.legend()
-    return ax.figure
+    return ax
 
 
-def plot_stragglers(evaluation: Evaluation, num_ranks: int, *, title: str = "", ax: Any = None) -> Any:
+def plot_layers(result: Result, *, ax: Any = None) -> Any:
+    """Makespan of every layer, mean per step, with the proven bound."""
+    ax = _axes(ax, (8, 4))
+    names = [str(layer.layer_id) for layer in result.per_layer]
+    nan = float("nan")
+    value, bound = (
+        np.array([nan if each is None else each / result.num_steps for each in column])
+        for column in zip(*((layer.objective_us, layer.bound_us) for layer in result.per_layer), strict=True)
+    )
+    ax.bar(names, value, color=MUTED, label=result.solver)
+    ax.plot(names, bound, "_", color="black", markersize=min(14, 300 / len(names)), label="bound")
+    ax.set_xlabel("MoE layer")
+    ax.set_ylabel("makespan, us per step")
+    _thin_labels(ax, len(names))
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def _thin_labels(ax: Any, count: int, most: int = 24) -> None:
+    """Leave out names that would run into each other."""
+    step = -(-count // most)
+    ax.set_xticks(range(0, count, step))
+
+
+def plot_steps(evaluation: Evaluation, *, ax: Any = None) -> Any:
+    """Latency of every step over time, with p50, p90 and p99."""
+    ax = _axes(ax, (8, 4))
+    ax.plot(evaluation.step_us, color=MUTED, linewidth=1)
+    for q, style in ((0.5, ":"), (0.9, "--"), (0.99, "-")):
+        ax.axhline(evaluation.quantile_us(q), color=ACCENT, linestyle=style, label=f"p{100 * q:.0f}")
+    ax.set_xlabel("step")
+    ax.set_ylabel("latency of all MoE layers, us")
+    ax.legend(fontsize=8, frameon=False)
+    return ax
+
+
+def plot_stragglers(evaluation: Evaluation, num_ranks: int | None = None, *, title: str = "", ax: Any = None) -> Any:
     """How often each rank is the one the others wait for, per layer."""
     ax = _axes(ax, (7, 4))
+    num_ranks = int(evaluation.straggler_TL.max()) + 1 if num_ranks is None else num_ranks
     share_LG = np.stack(
         [np.bincount(column, minlength=num_ranks) / len(column) for column in evaluation.straggler_TL.T]
     )
@@ -144,7 +203,7 @@ def plot_stragglers(evaluation: Evaluation, num_ranks: int, *, title: str = "", 
     ax.set_ylabel("MoE layer")
     ax.set_title(title or "Share of steps in which a rank is the slowest")
     ax.figure.colorbar(drawn, ax=ax)
-    return ax.figure
+    return ax
 
 
 def plot_replay(result: ReplayResult, *, axes: Any = None) -> Any:
@@ -176,7 +235,7 @@ def plot_replay(result: ReplayResult, *, axes: Any = None) -> Any:
     lower.set_xlabel("step")
     lower.set_xlim(result.first_step, result.num_steps)
     upper.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=4, frameon=False)
-    return upper.figure
+    return axes
 
 
 def _shade(axes: Any, result: ReplayResult) -> None:
@@ -197,3 +256,24 @@ def _shade(axes: Any, result: ReplayResult) -> None:
             if step is not None and step >= result.first_step:
                 for ax in axes:
                     ax.axvline(step, color="black", linewidth=0.8, linestyle="--")
+
+
+def plot_strategy_map(advice: Advice, *, ax: Any = None) -> Any:
+    """Best strategy by skewness and bandwidth, with what it changes against contiguous placement."""
+    drawn = advice.map
+    if drawn is None:
+        raise InputError("--plot", "advice without a map", "advice from a sweep", "advise without --no-sweep")
+    ax = _axes(ax, (7, 4))
+    names = sorted({name for row in drawn.best for name in row})
+    colours = _pyplot().get_cmap("Set2")
+    ax.imshow([[names.index(name) for name in row] for row in drawn.best], cmap=colours, vmin=0, vmax=7,
+              aspect="auto", origin="lower")  # fmt: skip
+    for y, (row, changes) in enumerate(zip(drawn.best, drawn.changes, strict=True)):
+        for x, (name, change) in enumerate(zip(row, changes, strict=True)):
+            ax.annotate(f"{name}\n{100 * change:+.1f} %", (x, y), ha="center", va="center", fontsize=7)
+    ax.set_xticks(range(len(drawn.gbps)), [f"{each:g}" for each in drawn.gbps])
+    ax.set_yticks(range(len(drawn.skews)), [f"{each:.2f}" for each in drawn.skews])
+    ax.set_xlabel("bandwidth of a rank, GB/s")
+    ax.set_ylabel("hottest expert over mean")
+    ax.set_title("Best strategy, and its change of the makespan against contiguous", fontsize=10)
+    return ax.figure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,8 @@ from gemopt.costs import CostModel
 from gemopt.exceptions import InputError
 from gemopt.latency import Curves, Feature, FloatArray, Latency, pack
 from gemopt.moves import Moves
-from gemopt.placement import check_slots, default_slots
+from gemopt.placement import Split, check_slots, default_slots
+from gemopt.splits.senders import Senders, check_senders, senders_of
 from gemopt.traces import Traces
 
 LOAD_LIMIT = 2**31 - 1
@@ -41,6 +42,12 @@ class Problem:
         [G] node of each rank.
     moves
         What moving experts costs and how many may move; None: the placement in force does not matter.
+    split
+        How copies share their expert's assignments; see `gemopt.splits`. Weights of `static` belong to the answer.
+    senders_TGE
+        [T, G, E] assignments by the rank that sends them, which only `nearest` asks for; None: all ranks send alike.
+    full
+        Whether every slot must hold an expert, as most engines want it.
     """
 
     counts_TE: NDArray[np.int32]
@@ -50,6 +57,9 @@ class Problem:
     weights_T: FloatArray
     node_of_rank: NDArray[np.int64]
     moves: Moves | None = None
+    split: Split = Split.EVEN
+    senders_TGE: NDArray[np.int32] | None = None
+    full: bool = False
 
     @classmethod
     def make(
@@ -60,6 +70,9 @@ class Problem:
         slots_per_rank: object = None,
         weights_T: object = None,
         node_of_rank: object = None,
+        split: Split = Split.EVEN,
+        senders_TGE: NDArray[np.int32] | None = None,
+        full: bool = False,
     ) -> Problem:
         """Validate and freeze.
 
@@ -85,7 +98,10 @@ class Problem:
             raise InputError("node_of_rank", f"shape {nodes.shape}", f"one node per rank ({len(latencies)})")
         for array in (counts, slots, weights, nodes):
             array.setflags(write=False)
-        return cls(counts, tuple(features), tuple(latencies), slots, weights, nodes)
+        return cls(
+            counts, tuple(features), tuple(latencies), slots, weights, nodes,
+            split=Split(split), senders_TGE=senders_TGE, full=full,
+        )  # fmt: skip
 
     @property
     def num_steps(self) -> int:
@@ -134,7 +150,12 @@ class Problem:
 
     @cached_property
     def equal_ranks(self) -> list[list[int]]:
-        """Groups of ranks that have the same latency and slots, so that swapping them changes nothing."""
+        """Groups of ranks that have the same latency and slots, so that swapping them changes nothing.
+
+        To copies under the nearest split no rank is like another one.
+        """
+        if self.split is Split.NEAREST and self.spare_slots:
+            return [[rank] for rank in range(self.num_ranks)]
         groups: dict[Any, list[int]] = {}
         for rank, latency in enumerate(self.latencies):
             curves = tuple((c.x.tobytes(), c.y.tobytes(), c.slope) for term in latency.terms for c in term)
@@ -191,8 +212,8 @@ class Problem:
     def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:
         """The same problem on some of its steps, reweighted when asked."""
         weights = self.weights_T[steps] if weights_T is None else weights_T
-        chosen = replace(self, counts_TE=self.counts_TE[steps], weights_T=weights)
-        return chosen
+        senders = None if self.senders_TGE is None else self.senders_TGE[steps]
+        return replace(self, counts_TE=self.counts_TE[steps], weights_T=weights, senders_TGE=senders)
 
 
 def stacked(features: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
@@ -222,11 +243,41 @@ def slot_counts(slots_per_rank: object, num_experts: int, num_ranks: int) -> NDA
     return slots
 
 
-def problems(
-    cost: CostModel, traces: Traces, slots_per_rank: object = None, *, node_of_rank: object = None
-) -> list[Problem]:
-    """One problem per MoE layer."""
-    return [
-        Problem.make(traces.counts[:, layer], cost.features, cost.latencies, slots_per_rank, node_of_rank=node_of_rank)
-        for layer in range(traces.num_layers)
-    ]
+def problems(cost: CostModel, traces: Traces, slots_per_rank: object = None, **options: Any) -> list[Problem]:
+    """One problem per MoE layer; see `each_problem`."""
+    return list(each_problem(cost, traces, slots_per_rank, **options))
+
+
+def each_problem(
+    cost: CostModel,
+    traces: Traces,
+    slots_per_rank: object = None,
+    *,
+    node_of_rank: object = None,
+    split: Split = Split.EVEN,
+    senders: Senders = Senders.TRACES,
+    full: bool = False,
+) -> Iterator[Problem]:
+    """The MoE layers' problems one after the other. `senders`: whose the assignments are that `nearest` shares out.
+
+    Raises
+    ------
+    InputError
+        As `Problem.make`; and traces that do not know the senders which the split needs.
+    """
+    num_ranks = len(cost.latencies)
+    spare = slot_counts(slots_per_rank, traces.num_experts, num_ranks).sum() > traces.num_experts
+    recorded = split is Split.NEAREST and senders is Senders.TRACES and bool(spare)
+    if recorded:
+        check_senders(traces, num_ranks)
+    for layer in range(traces.num_layers):
+        yield Problem.make(
+            traces.counts[:, layer],
+            cost.features,
+            cost.latencies,
+            slots_per_rank,
+            node_of_rank=node_of_rank,
+            split=split,
+            senders_TGE=senders_of(traces, layer, num_ranks) if recorded else None,
+            full=full,
+        )

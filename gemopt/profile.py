@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gemopt.documents import Document
 from gemopt.exceptions import InputError
+from gemopt.tables import frame
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -119,10 +120,38 @@ class Profile(Document):
         """G, ranks of the expert-parallel group."""
         return len(self.devices)
 
+    def brief(self) -> str:
+        """Devices and what was measured of them, in one line."""
+        names = sorted({device.name for device in self.devices})
+        loads = [sample.assignments for device in self.devices for sample in device.samples]
+        listed = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        plural = "s" if self.num_ranks > 1 else ""
+        measured = f"{len(loads)} samples of {min(loads)} to {max(loads)} assignments"
+        return f"{self.num_ranks} device{plural} ({listed}), {measured}"
+
     @property
     def device_uuids(self) -> list[str | None]:
         """Device of each rank."""
         return [device.uuid for device in self.devices]
+
+    @property
+    def node_of_rank(self) -> list[int]:
+        """A number for the node of each rank."""
+        nodes = [str(device.node) for device in self.devices]
+        return [sorted(nodes).index(node) for node in nodes]
+
+    def to_dataframe(self) -> Any:
+        """A pandas data frame with a row per sample: `rank`, `name`, and what `Sample` holds.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        rows = [(device.rank, device.name, *(value for _, value in sample))
+                for device in self.devices for sample in device.samples]  # fmt: skip
+        names = ("rank", "name", *Sample.model_fields)
+        return frame(dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 def _check_samples(device: Device) -> None:

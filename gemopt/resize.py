@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,7 +148,7 @@ def _joining(add: Sequence[Source], profile: Profile, ranks: int) -> tuple[list[
             else:  # a device like it: the same latency, but another one
                 joining.append(device.model_copy(update={"uuid": None}))
             continue
-        other = source if isinstance(source, Profile) else Profile.load(Path(source))
+        other = Profile.of(source, "add_ranks")
         joining += other.devices
     return joining, used
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemopt.documents import Document
 from gemopt.links import LinksReport
 from gemopt.placement import Placement
+from gemopt.tables import frame, html_table
 
 OPTIMALITY_TOLERANCE = 1e-6
 """A gap at or below this relative size is called optimal: the exact solvers work with tolerances near 1e-7."""
@@ -135,6 +136,13 @@ class LayerResult(BaseModel):
     bounded_steps: int | None = None
     moves_us: float = 0.0
 
+    def line(self) -> str:
+        """The layer in one line."""
+        value = "no placement" if self.objective_us is None else f"{self.objective_us:.1f} us"
+        gap = "" if self.gap is None else f", gap {100 * self.gap:.2f} %"
+        note = f"; {self.note}" if self.note else ""
+        return f"layer {self.layer_id}: {value}{gap}, {self.stopped_by.value} after {self.seconds:.2f} s{note}"
+
 
 class Result(Document):
     """Answer of `gemopt.solve`; `result.json`.
@@ -195,6 +203,10 @@ class Result(Document):
             return self.objective_us
         return self.objective_us + self.moves.cost_us
 
+    def brief(self) -> str:
+        """The first two lines of `summary` in one."""
+        return ", ".join(self.summary().splitlines()[: 1 if self.objective_us is None else 2])
+
     def summary(self) -> str:
         """A few lines for people."""
         if self.objective_us is None:
@@ -208,6 +220,40 @@ class Result(Document):
             f"stopped by {self.stopped_by.value} after {self.seconds:.2f} s\n"
             f"{self.cost_summary or f'cost model {self.cost}'}"
         )
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "status": f"{self.status.value}, stopped by {self.stopped_by.value} after {self.seconds:.2f} s",
+            "per step": "-" if self.objective_us is None else f"{self.objective_us / self.num_steps:.1f} us",
+            "against contiguous": "-" if self.change is None else f"{100 * self.change:+.1f} %",
+            "proven gap": "-" if self.gap is None else f"{100 * self.gap:.2f} %",
+            "layers, steps": f"{len(self.per_layer)}, {self.num_steps}",
+            "cost model": self.cost_summary or self.cost,
+        }
+        return html_table(f"gemopt: {self.solver}", facts)
+
+    def to_dataframe(self) -> Any:
+        """`per_layer` as a pandas data frame, one row per MoE layer.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        rows = [layer.model_dump(mode="json") for layer in self.per_layer]
+        return frame({name: [row[name] for row in rows] for name in LayerResult.model_fields})
+
+    def plot_history(self, *, ax: Any = None) -> Any:
+        """Incumbent over time with the proven bound; returns the matplotlib axes."""
+        from gemopt.plotting import plot_history
+
+        return plot_history(self, ax=ax)
+
+    def plot_layers(self, *, ax: Any = None) -> Any:
+        """Makespan of every layer with its bound; returns the matplotlib axes."""
+        from gemopt.plotting import plot_layers
+
+        return plot_layers(self, ax=ax)
 
 
 def relative_gap(objective_us: float | None, bound_us: float | None) -> float | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import timed_step_bounds, weighted
+from gemopt.bounds import Together, timed_step_bounds, together_bound, weighted
 from gemopt.evaluate import objective, total
 from gemopt.latency import FloatArray
 from gemopt.links import Links
@@ -23,6 +23,7 @@ from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, incumbent, within_limits
+from gemopt.solvers.search.packing import filled
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -35,7 +36,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Layer:
-    """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases."""
+    """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases.
+
+    together: the co-location bound with its multipliers, which a certificate states.
+    """
 
     problem: Problem
     warm: Row | None
@@ -45,6 +49,7 @@ class Layer:
     bounded_steps: int = -1
     base_us: float = 0.0
     seconds: float = 0.0
+    together: Together | None = None
 
     @property
     def bound_cut(self) -> bool:
@@ -164,7 +169,7 @@ class Run:
     def _solve(self, layer: Layer, deadline: float) -> None:
         """All there is to do for a solver that more time does not help."""
         self._base(layer)
-        layer.outcome = self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm)
+        layer.outcome = _full(layer, self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm))
 
     def _start(self, layer: Layer, deadline: float) -> None:
         """What there is without any search, so that every layer has something however short the time."""
@@ -180,21 +185,30 @@ class Run:
         solver = get("local-search") if self.solver.supports.proves else self.solver
         patience = DEFAULT_PATIENCE if self.exact else 0
         options = replace(self._options(layer, deadline), patience=patience)
-        layer.outcome = solver.solve(layer.problem, options, layer.warm)
+        layer.outcome = _full(layer, solver.solve(layer.problem, options, layer.warm))
 
     def _base(self, layer: Layer) -> None:
         row = get("linear").solve(layer.problem, self._options(layer, np.inf), None).row
         layer.base_us = 0.0 if row is None else objective(layer.problem, row)
 
     def _bound(self, layer: Layer, deadline: float) -> None:
-        """The simple bounds of as many steps as there is time for, unless known."""
+        """The simple bounds of as many steps as there is time for, unless known; then who must share a rank.
+
+        The second is for calls that search: it costs more than a greedy placement or a single descent is worth.
+        """
         options = self._options(layer, deadline)
         if not layer.bound_cut or (options.expired() and layer.bounded_steps >= 0):
             return
         with options.alarm() as stop:
             bounds_T, steps = timed_step_bounds(layer.problem, stop)
-        layer.bound_us = max(layer.bound_us, weighted(layer.problem, bounds_T))
-        layer.bounded_steps = max(layer.bounded_steps, steps)
+            layer.bound_us = max(layer.bound_us, weighted(layer.problem, bounds_T))
+            layer.bounded_steps = max(layer.bounded_steps, steps)
+            if self.solver.supports.improves and self.patience != 0 and not layer.bound_cut:
+                value = None if layer.outcome is None else _value(layer.outcome)
+                target_us = np.inf if value is None else value * (1 - self.gap)
+                if layer.bound_us < target_us:
+                    layer.together = together_bound(layer.problem, bounds_T, stop, target_us=target_us)
+                    layer.bound_us = max(layer.bound_us, layer.together.bound_us)
 
     def _deepen(self, layer: Layer, deadline: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""
@@ -207,13 +221,20 @@ class Run:
             if self.exact:
                 first.reached, first.start_us, first.note = False, _value(first), "no time left to run"
             return
-        layer.outcome = self.solver.solve(layer.problem, options, first.row)
+        layer.outcome = _full(layer, self.solver.solve(layer.problem, options, first.row))
         if layer.outcome.search is None or layer.outcome.search is not first.search:
             layer.outcome.history = first.history + layer.outcome.history
         if self.exact and layer.outcome.start_us is None:
             layer.outcome.start_us = _value(first)
         if not self.exact:  # what it began with was its own
             layer.outcome.reached |= first.reached
+
+
+def _full(layer: Layer, outcome: Outcome) -> Outcome:
+    """The outcome with copies in empty slots, from solvers that leave some where none may be."""
+    if layer.problem.full and outcome.row is not None:
+        outcome.row = filled(layer.problem, outcome.row)
+    return outcome
 
 
 def _cut(outcome: Outcome) -> bool:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt import cores, interrupts
 from gemopt.answer import answer
+from gemopt.certify import certify
 from gemopt.costs import CostModel, fit
-from gemopt.coupled import go_coupled, refuse_moves
+from gemopt.coupled import go_coupled, links_of, refuse_with_links
+from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.first_use import ready
 from gemopt.links import Exchange, Links
+from gemopt.memory import check_budget, experts_within, most_slots, solve_within
 from gemopt.moving import Asked, Moving
-from gemopt.placement import Placement
-from gemopt.problem import Problem, problems
+from gemopt.placement import Placement, Split
+from gemopt.problem import Problem, problems, slot_counts
 from gemopt.profile import Profile
 from gemopt.resize import Source
 from gemopt.result import Result, Status, StoppedBy
@@ -27,6 +30,7 @@ from gemopt.rounds import solve_shared
 from gemopt.schedule import Layer, Progress, Run
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, require
+from gemopt.splits.senders import Senders
 from gemopt.topology import Topology
 from gemopt.traces import Traces
 
@@ -39,6 +43,10 @@ def solve(
     traces: Traces | str | os.PathLike[str],
     *,
     slots_per_rank: int | Sequence[int] | None = None,
+    split: Split | str | None = None,
+    senders: Senders | str | None = None,
+    full_slots: bool = False,
+    memory_budget: float | Sequence[float] | None = None,
     solver: str = "auto",
     time_limit: float | None = None,
     gap: float = 0.0,
@@ -62,6 +70,7 @@ def solve(
     exchange: Exchange | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    certificate: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Place the experts of every MoE layer so that the summed makespan over all steps and layers is smallest.
 
@@ -71,6 +80,16 @@ def solve(
         Objects or paths. Every step given is used; select or split beforehand.
     slots_per_rank
         One number for all ranks or one per rank; just enough for one slot per expert when None.
+    split
+        How copies share their expert's assignments: `even`, `static` (weights chosen here), `nearest` or `optimal`
+        (anew at every step). Default: that of `current`, else even.
+    senders
+        Who sends the assignments, for `nearest`: `traces` (the default) or `uniform`; see `gemopt.evaluate`.
+    full_slots
+        Whether every slot must hold an expert, as most engines want it; slots that do not help stay empty otherwise.
+    memory_budget
+        Bytes of experts that each device may hold over all layers, one number or one per rank. Spent on the copies that
+        gain most; `slots_per_rank` is then the most that one layer may use. Needs `expert_bytes`.
     solver
         `auto` or a name from `gemopt.solvers.names()`.
     time_limit
@@ -118,6 +137,8 @@ def solve(
         Called with (layers done, layers) from the calling thread.
     notice
         Called with a line when kernels are being compiled.
+    certificate
+        Where to write what was proved (`gemopt.certificate`), for `gemopt verify`; its multipliers go beside it.
 
     Raises
     ------
@@ -132,19 +153,22 @@ def solve(
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
     _check_numbers(time_limit, gap, threads, patience)
+    if memory_budget is not None and (current is not None or full_slots):
+        other = "current" if current is not None else "full_slots"
+        raise UnsupportedError("memory_budget", memory_budget, f"it does not go together with {other}")
+    if certificate is not None:
+        _check_certificate(certificate, "current" if current is not None else memory_budget and "memory_budget")
     asked = Asked(
-        current, move_price, expert_bytes, bandwidth, horizon_steps,
+        current, move_price, None if memory_budget is not None else expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
     )  # fmt: skip
-    chosen, threads, links = get(solver), threads or cores.available(), None
+    chosen, threads = get(solver), threads or cores.available()
     with interrupts.held() as interrupted, cores.at_most(threads):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
-            profile = profile if isinstance(profile, Profile) else Profile.load(profile)
-            traces = traces if isinstance(traces, Traces) else Traces.load(traces)
+            profile, traces = Profile.of(profile), Traces.of(traces)
             moving = Moving.of(asked, profile, traces)
-            if topology is not None:
-                refuse_moves(moving is not None)
-                links = Links.of(topology, traces, profile.num_ranks, profile=profile, exchange=exchange)
+            refuse_with_links(topology, current=current, memory_budget=memory_budget, certificate=certificate)
+            links = links_of(topology, traces, profile, exchange)
             if moving is not None:
                 profile = moving.resized.profile
                 if slots_per_rank is None:
@@ -160,19 +184,50 @@ def solve(
                 raise InputError(
                     "cost", f"{len(cost.latencies)} ranks", f"{profile.num_ranks} ranks serve", "fit it for them"
                 )
-            layers = _layers(cost, profile, traces, slots_per_rank, warm_start, seed, moving)
+            held_G = None
+            if memory_budget is not None:
+                held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
+                if slots_per_rank is None:
+                    slots_per_rank = most_slots(held_G, traces.num_layers, traces.num_experts).tolist()
+                slots_G = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
+                check_budget(held_G, slots_G, traces.num_layers, traces.num_experts)
+            policy, senders = _policy(split, moving), Senders.of(senders)
+            each = problems(
+                cost, traces, slots_per_rank,
+                node_of_rank=profile.node_of_rank, split=policy, senders=senders, full=full_slots,
+            )  # fmt: skip
+            layers = _layers(each if moving is None else moving.apply(each), traces, warm_start, seed)
             require(chosen, layers[0].problem, that_can)
+            uneven = policy.value if layers[0].problem.spare_slots and policy is not Split.EVEN else None
+            refuse_with_links(topology, split=uneven)
             clock += ready(chosen, layers[0].problem, notice)
-        bound_us = 0.0
         run = Run(chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted)
         with cores.at_most(max(1, threads // len(layers))):
-            if moving is not None and moving.shared:
-                bound_us = solve_shared(run, moving)
-            elif links is not None:
-                go_coupled(run, links)
-            else:
-                run.go()
-        return answer(run, profile, traces, cost, report, moving, bound_us)
+            bound_us = _go(run, held_G, moving, links)
+        result = answer(run, profile, traces, cost, report, moving, bound_us, senders)
+        if certificate is not None and result.placement is not None:
+            certify(result, layers, profile, traces, cost).write(certificate)
+        return result
+
+
+def _go(run: Run, held_G: NDArray[np.int64] | None, moving: Moving | None, links: Links | None) -> float:
+    """Solve the layers by what couples them, if anything; returns a bound on their total beyond those of each."""
+    if held_G is not None:
+        solve_within(run, held_G)
+    elif moving is not None and moving.shared:
+        return solve_shared(run, moving)
+    elif links is not None:
+        go_coupled(run, links)
+    else:
+        run.go()
+    return 0.0
+
+
+def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
+    """Refuse what cannot be certified, or written, before it is solved."""
+    check_writable(path)
+    if other:
+        raise UnsupportedError("certificate", other, "it says nothing of moves or memory", "solve without it")
 
 
 def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int) -> Result:
@@ -207,20 +262,19 @@ def _check_numbers(time_limit: float, gap: float, threads: int | None, patience:
         raise InputError("patience", patience, "at least 0")
 
 
+def _policy(split: Split | str | None, moving: Moving | None) -> Split:
+    """The split asked for, else that of the placement in force, else even."""
+    if split is None:
+        return Split.EVEN if moving is None else moving.current.split
+    try:
+        return Split(split)
+    except ValueError:
+        raise InputError("split", split, "one of " + ", ".join(Split)) from None
+
+
 def _layers(
-    cost: CostModel,
-    profile: Profile,
-    traces: Traces,
-    slots_per_rank: int | Sequence[int] | None,
-    warm_start: Placement | str | os.PathLike[str] | None,
-    seed: int,
-    moving: Moving | None,
+    each: list[Problem], traces: Traces, warm_start: Placement | str | os.PathLike[str] | None, seed: int
 ) -> list[Layer]:
-    nodes = [device.node for device in profile.devices]
-    node_of_rank = [sorted(map(str, nodes)).index(str(node)) for node in nodes]
-    each = problems(cost, traces, slots_per_rank, node_of_rank=node_of_rank)
-    if moving is not None:
-        each = moving.apply(each)
     rows = _warm_rows(warm_start, each, traces)
     return [Layer(problem, row, seed + i) for i, (problem, row) in enumerate(zip(each, rows, strict=True))]
 
@@ -230,8 +284,7 @@ def _warm_rows(
 ) -> list[Row | None]:
     if warm_start is None:
         return [None] * len(layers)
-    if not isinstance(warm_start, Placement):
-        warm_start = Placement.load(Path(warm_start))
+    warm_start = Placement.of(warm_start, "warm_start")
     check_agreement(warm_start, traces, layers[0].num_ranks)
     if (warm_start.slots_per_rank != layers[0].slots_per_rank).any():
         raise InputError(

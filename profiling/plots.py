@@ -33,11 +33,13 @@ def plot_profile(profile: Profile, *, model: str = "auto", ax: Any = None) -> An
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
     cost, report = fit(profile, model=model)
-    slowest = slowest_rank(profile)
+    slowest, left_out = slowest_rank(profile), 0
     for device, latency in zip(profile.devices, cost.latencies, strict=True):
         table = device.table()
         active = np.nan_to_num(table[:, 1], nan=1.0)
-        table = table[(active == active.max()) | np.isnan(table[:, 1])]
+        drawn = (active == active.max()) | np.isnan(table[:, 1])
+        left_out += int((~drawn).sum())
+        table = table[drawn]
         loads = np.linspace(table[:, 0].min(), table[:, 0].max(), 1000)
         features = [loads, np.minimum(loads, active.max())][: latency.num_features]
         marked = device.rank == slowest and profile.num_ranks > 1
@@ -48,7 +50,8 @@ def plot_profile(profile: Profile, *, model: str = "auto", ax: Any = None) -> An
     ax.set_xlabel("assignments")
     ax.set_ylabel("latency (us)")
     title = profile.model.name or profile.kernel or "profile"
-    ax.set_title(f"{title}: measured points and {report.chosen} fit")
+    fewer = f"\n{left_out} points with fewer active experts are not drawn" if left_out else ""
+    ax.set_title(f"{title}: measured points and {report.chosen} fit{fewer}", fontsize=10)
     ax.set_ylim(bottom=0)
     ax.legend(fontsize="small")
     return ax

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -126,6 +127,7 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int, dtype: str
 
     from gemopt.models import describe, family, find_moe_layers
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line at the end, not one for each retry
     try:
         config: Any = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds here

@@ -26,8 +26,13 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from gemopt import InputError, Placement
+from gemopt.costs import Staircase
 from gemopt.executor import Executor, MigrationError
+from gemopt.executor.plan import checksum as checksum_of_any
+from gemopt.executor.plan import layer_rows
 from gemopt.executor.plan import slot_checksum as checksum
+from gemopt.latency import Curve, Latency
+from gemopt.migration import BATCH_BYTES
 from gemopt.models import find_moe_layers, tiny
 
 SCRATCH = Path(tempfile.mkdtemp(prefix="gemopt-ranks-"))
@@ -190,11 +195,17 @@ def traced(rank, world, family, kind):
     return {"counts": counts, "layers": [[x.num_experts, x.num_local_experts, x.expert_bytes] for x in layers]}
 
 
+def sloped(world: int) -> Staircase:
+    """Ranks of different speeds."""
+    latencies = [Latency(((Curve(np.zeros(1), np.array([10.0]), 1.0 + 0.3 * rank),),)) for rank in range(world)]
+    return Staircase(tuple(latencies), np.full((world, 1, 2), np.nan))
+
+
 @scenario
 def counts(rank, world, family, where, kind, split):
     """Assignments each slot really got, and those of the logical experts, per layer, in one forward pass."""
     model = load(family, world, where)
-    executor = Executor(model, timeout_s=60)
+    executor = Executor(model, timeout_s=60, cost=sloped(world))
     placement = random_placement(5, 8, executor.layer_ids, slots_of(kind, 8, world), split=split)
     executor.apply(placement)
     local, logical = [], []
@@ -281,6 +292,13 @@ def refuse(rank, world, family):
     return {"said": said, "unchanged": unchanged}
 
 
+def serve_until_done(job):
+    """Forward passes, as far as a migration can tell."""
+    while not job.done:
+        job.poll()
+        time.sleep(0.005)
+
+
 def states_of(current, steps):
     """Checksums before and after every stage of a plan."""
     states, rows = [checksum(current)], list(steps.current)
@@ -290,9 +308,38 @@ def states_of(current, steps):
     return states
 
 
+def arm(what, layer, council, seen, end):
+    """End in the middle of a decision, or of a transfer."""
+    if what == "half decided":
+        inner, calls = council._call, []
+
+        def call(*args):
+            if seen and seen[-1][0] == "decide" and ["decide", layer] in seen:
+                calls.append(1)
+                if len(calls) == 2:
+                    end()
+            return inner(*args)
+
+        council._call = call
+    if what == "half sent":
+        batch_of = dist.batch_isend_irecv
+
+        def half(operations):
+            if seen and seen[-1][0] == "transfer" and ["transfer", layer] in seen:
+                batch_of(operations[: len(operations) // 2])
+                time.sleep(0.2)
+                end()
+            return batch_of(operations)
+
+        dist.batch_isend_irecv = half
+
+
 @scenario
-def dies(rank, world, family, victim, what, layer, kind="equal", how="exit", timeout=40.0, budget=None, late=0.0):
-    """Rank `victim` ends at an event; what the others then say and hold."""
+def dies(
+    rank, world, family, victim, what, layer, kind="equal", how="exit", timeout=40.0, budget=None, late=0.0,
+    together=False,
+):  # fmt: skip
+    """Rank `victim` ends at an event; what the others then say and hold. together: all layers at once, in passing."""
 
     def end():
         if how == "stop":
@@ -317,35 +364,23 @@ def dies(rank, world, family, victim, what, layer, kind="equal", how="exit", tim
     placement = random_placement(2, 8, executor.layer_ids, slots_of(kind, 8, world))
     steps = executor.plan(placement)
     states = states_of(executor.rows, steps)
-    council = executor._runner.council
-    if rank == victim and what == "half decided":
-        inner, calls = council._call, []
-
-        def call(*args):
-            if seen and seen[-1] == ["decide", layer]:
-                calls.append(1)
-                if len(calls) == 2:
-                    end()
-            return inner(*args)
-
-        council._call = call
-    if rank == victim and what == "half sent":
-        batch_of = dist.batch_isend_irecv
-
-        def half(operations):
-            if seen and seen[-1] == ["transfer", layer]:
-                batch_of(operations[: len(operations) // 2])
-                time.sleep(0.2)
-                end()
-            return batch_of(operations)
-
-        dist.batch_isend_irecv = half
+    if rank == victim:
+        arm(what, layer, executor._runner.council, seen, end)
     start = time.monotonic()
     error = None
     try:
-        executor.apply(placement)
+        if together:
+            serve_until_done(executor.start(placement))
+        else:
+            executor.apply(placement)
     except MigrationError as caught:
-        error = {"stage": caught.stage, "layer": caught.layer, "ranks": caught.ranks, "text": str(caught)}
+        error = {
+            "stage": caught.stage,
+            "layer": caught.layer,
+            "layers": caught.layers,
+            "ranks": caught.ranks,
+            "text": str(caught),
+        }
     elapsed = time.monotonic() - start
     executor.verify()
     del before
@@ -437,10 +472,128 @@ def background(rank, world, family, where):
         "worst": max([*errors, last, waited]),
         "passes": passes,
         "seen": seen,
+        "committed": sorted(committed[: len(executor.layers)]),
+        "layers": executor.layer_ids,
+        "buffer": executor.plan(placement).buffer_bytes(BATCH_BYTES),
         "done": job.done,
         "checksum": executor.checksum(),
         "slots": executor.placement.slots_per_rank.tolist(),
     }
+
+
+@scenario
+def batches(rank, world, family, budget):
+    """Which layers are committed by one vote, how much memory receives them, and the outputs all along."""
+    votes, worst = [], []
+
+    def on_event(name, where):
+        if name == "decide":
+            if not votes or votes[-1][0] == "committed":
+                votes.append(["decide", []])
+            votes[-1][1].append(where)
+        if name == "committed":
+            votes[-1][0] = name
+
+    model = load(family, world)
+    tokens = batch(rank, "shared")
+    executor = Executor(model, timeout_s=60, on_event=on_event)
+    if budget is not None:
+        executor.budget_bytes = executor.layers[0].expert_bytes * budget
+    placement = random_placement(3, 8, executor.layer_ids, slots_of("equal", 8, world))
+    needed = executor.plan(placement).buffer_bytes(executor._batch_bytes)
+    with torch.no_grad():
+        reference = model(tokens).logits
+        job = executor.start(placement)
+        while not job.done:
+            worst.append(relative(model(tokens).logits, reference))
+        worst.append(relative(model(tokens).logits, reference))
+    executor.verify()
+    pool = executor._runner._pool
+    rows = sum(buffer.numel() * buffer.element_size() for buffer in pool._buffers.values())
+    assert rows <= needed, (rows, needed)
+    return {
+        "batches": [layers for _, layers in votes],
+        "worst": max(worst),
+        "buffer": needed,
+        "checksum": executor.checksum(),
+    }
+
+
+@scenario
+def batch_fails(rank, world, family, fault):
+    """One layer of a batch cannot be had, or an interrupt comes while it is committed; then it is tried again."""
+    armed = [rank == 1]
+
+    def on_event(name, where):
+        if fault == "exception" and (name, where) == ("verify", 2) and armed[0]:
+            armed[0] = False
+            raise OSError("the cable came loose")
+
+    model = load(family, world)
+    tokens = batch(rank, "shared")
+    executor = Executor(model, timeout_s=30, on_event=on_event)
+    placement = random_placement(2, 8, executor.layer_ids, slots_of("equal", 8, world))
+    before, layer = executor.checksum(), executor.layers[1]
+    weight = next(iter(layer.weights().values()))
+    undo = weight.clone()
+    with torch.no_grad():
+        reference = model(tokens).logits
+    if fault == "wrong weights" and rank == 0:
+        weight += 1
+    if fault == "interrupt" and rank == 1:
+        real = layer.commit
+
+        def pressed(*work):
+            if armed[0]:
+                armed[0] = False
+                raise KeyboardInterrupt("pressed")
+            real(*work)
+
+        layer.commit = pressed
+    error = ""
+    try:
+        serve_until_done(executor.start(placement))
+    except (MigrationError, KeyboardInterrupt) as caught:
+        error = str(caught)
+    half_way = executor.checksum()
+    if fault == "wrong weights" and rank == 0:
+        weight.copy_(undo)
+    with torch.no_grad():
+        between = relative(model(tokens).logits, reference)
+    if fault != "interrupt":
+        serve_until_done(executor.start(placement))
+    executor.verify()
+    with torch.no_grad():
+        after = relative(model(tokens).logits, reference)
+    there = executor.checksum() == checksum_of_any(layer_rows(placement))
+    return {
+        "error": error,
+        "half_way": half_way,
+        "moved": half_way != before,
+        "between": between,
+        "after": after,
+        "there": there,
+    }
+
+
+@scenario
+def cuts(rank, world, family):
+    """Three batches of one layer; after the first has begun, nothing more is wanted."""
+    model = load(family, world)
+    tokens = batch(rank, "shared")
+    executor = Executor(model, timeout_s=60)
+    executor.budget_bytes = max(dispatch.expert_bytes for dispatch in executor.layers) * 4
+    before = executor.placement.physical_to_logical
+    worst = []
+    with torch.no_grad():
+        reference = model(tokens).logits
+        job = executor.start(random_placement(3, 8, executor.layer_ids, slots_of("equal", 8, world)))
+        job.cut()
+        while not job.done:
+            worst.append(relative(model(tokens).logits, reference))
+    executor.verify()
+    rows = executor.placement.physical_to_logical
+    return {"rows": rows.tolist(), "changed": (rows != before).any(axis=1).tolist(), "worst": max(worst)}
 
 
 @scenario

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from gemopt.bounds import lower_bound, step_bounds
+from gemopt.bounds import lower_bound, step_bounds, together_bound
 from gemopt.evaluate import objective, rank_times
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, Latency, line, tiles
+from gemopt.placement import Split
 from gemopt.problem import Problem
 
 TOLERANCE = 1e-9
@@ -237,3 +239,14 @@ def test_relabelling_ranks_changes_nothing():
                 problem.slots_per_rank[order],
             )
             np.testing.assert_allclose(step_bounds(problem), step_bounds(turned), rtol=1e-6)
+
+
+def test_the_colocation_bound_is_of_the_even_split_only() -> None:
+    counts = np.random.default_rng(0).poisson(np.linspace(1, 40, 8), (20, 8))
+    latencies = [Latency(((line(10.0, speed),),)) for speed in (1.0, 1.1, 1.2, 1.3)]
+    even = Problem.make(counts, (ASSIGNMENTS,), latencies, slots_per_rank=3)
+    floor_T = step_bounds(even)
+    for split in Split:
+        found = together_bound(replace(even, split=split), floor_T, np.zeros(1, np.uint8))
+        assert (found.programme is not None) == (split is Split.EVEN)
+        assert found.bound_us <= lower_bound(even) * (1 + 1e-9) or split is Split.EVEN

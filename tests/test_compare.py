@@ -108,15 +108,15 @@ def test_pictures_show_every_solver(inputs: tuple[Profile, Traces]) -> None:
     from gemopt.solve import solve
 
     rows = compare(*inputs, solvers=("linear", "lpt", "eplb"), time_limit=2)
-    figure = plot_comparison(rows)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["lpt", "eplb"]  # against contiguous
-    widths = sorted(round(patch.get_width(), 6) for patch in figure.axes[0].patches)
+    axes = plot_comparison(rows)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["lpt", "eplb"]  # against contiguous
+    widths = sorted(round(patch.get_width(), 6) for patch in axes.patches)
     assert widths == sorted(round(100 * (v or 0.0), 6) for row in rows[1:] for v in (row.change, row.holdout_change))
     result = solve(*inputs, solver="local-search", patience=2)
-    assert len(plot_history(result).axes[0].lines) == 2
+    assert len(plot_history(result).lines) == 2
     empty = result.model_copy(update={"history": [], "bound_us": None})
-    assert plot_history(empty).axes
+    assert not plot_history(empty).lines
     assert result.placement is not None
     evaluation = evaluate(result.placement, *inputs)
-    drawn = plot_stragglers(evaluation, 2).axes[0].images[0].get_array()
+    drawn = plot_stragglers(evaluation, 2).images[0].get_array()
     np.testing.assert_allclose(drawn.sum(axis=1), 1.0)

@@ -117,8 +117,7 @@ def test_graph_of_nothing():
 
 def test_plot_draws_every_expert():
     graph = conflict_graph(Traces(counts=bursts(np.random.default_rng(6))[:, None]), 0)
-    figure = plot_conflicts(graph)
-    axes = figure.axes[0]
+    axes = plot_conflicts(graph)
     assert len(axes.texts) == 16
     assert next(text.get_text() for text in axes.get_legend().get_texts()) == "consistent (2)"
 

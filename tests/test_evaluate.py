@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemopt.costs import Roofline, Staircase
-from gemopt.evaluate import check, evaluate, even_shares, objective, rank_times, static_shares
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.costs import Roofline, Staircase, fit
+from gemopt.evaluate import check, evaluate, objective, rank_times
+from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, tiles
 from gemopt.placement import Placement
 from gemopt.problem import Problem, slot_counts
 from gemopt.profile import Device, Profile, Sample
+from gemopt.splits import even_shares, static_shares
 from gemopt.traces import Traces
 
 FEATURES = (ASSIGNMENTS, ACTIVE, tiles(4))
@@ -192,13 +193,18 @@ def test_what_disagrees_is_refused(placement: Placement, named: str) -> None:
         evaluate(Placement.contiguous(1, 4, 2), None, traces)
 
 
-@pytest.mark.parametrize("split", ["nearest", "optimal"])
-def test_splits_that_need_more_than_counts(split: str) -> None:
+def test_a_split_that_needs_senders_says_so() -> None:
     traces, profile = Traces(counts=np.ones((2, 1, 2), int)), flat_profile(2)
-    copies = Placement(physical_to_logical=[[0, 1, 1, 0]], slots_per_rank=[2, 2], num_experts=2, split=split)
-    with pytest.raises(UnsupportedError, match="even and static"):
+    table = {"slots_per_rank": [2, 2], "num_experts": 2, "split": "nearest"}
+    copies = Placement(physical_to_logical=[[0, 1, 1, 0]], **table)
+    with pytest.raises(InputError, match="token-level record"):
         evaluate(copies, profile, traces)
-    without = Placement(physical_to_logical=[[0, 1]], slots_per_rank=[1, 1], num_experts=2, split=split)
+    with pytest.raises(InputError, match="node of every rank"):
+        evaluate(copies, None, traces, cost=fit(profile)[0], senders="uniform")
+    with pytest.raises(InputError, match="one of traces, uniform"):
+        evaluate(copies, profile, traces, senders="everybody")
+    assert evaluate(copies, profile, traces, senders="uniform").objective_us > 0
+    without = Placement(**{**table, "physical_to_logical": [[0, 1]], "slots_per_rank": [1, 1]})
     assert evaluate(without, profile, traces).objective_us == pytest.approx(22.0)
 
 

@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch")
 
 from gemopt.executor.plan import LayerRow, Stage  # noqa: E402
 from gemopt.executor.transfer import Pool, allocate  # noqa: E402
+from gemopt.migration import moves  # noqa: E402
 from gemopt.placement import EMPTY, Split  # noqa: E402
 
 
@@ -55,9 +56,29 @@ def test_empty_slots_hold_zeros_in_used_memory():
     pool.take_back({"up": used})
     before = LayerRow(np.array([0, 1]), np.array([2]), Split.EVEN)
     after = LayerRow(np.array([0, EMPTY, 1]), np.array([3]), Split.EVEN)
-    incoming = allocate(Stage(0, (), after, True), before, 0, weights, pool)
+    (incoming,) = allocate([Stage(0, (), after, True)], [(before, weights)], 0, pool)
     assert incoming.tensors["up"].data_ptr() == used.data_ptr()
     assert incoming.tensors["up"][:2].tolist() == [[1, 2, 3], [0, 0, 0]]
+
+
+def test_layers_that_travel_together_have_rows_of_their_own():
+    """Two layers, of which this rank receives two rows and one; a third alone then has the same memory."""
+    pool = Pool()
+    layers = [{"up": torch.zeros(2, 3), "down": torch.zeros(2, 2)} for _ in range(2)]
+    before = LayerRow(np.array([0, 1, 2, 3]), np.array([2, 2]), Split.EVEN)
+    stages = []
+    for layer, row in enumerate(([2, 3, 0, 1], [2, 1, 0, 3])):
+        after = LayerRow(np.array(row), before.slots_per_rank, Split.EVEN)
+        listed = moves(before.row_P, after.row_P, before.slots_per_rank)
+        stages.append(Stage(layer, tuple(listed), after, False))
+    together = allocate(stages, [(before, weights) for weights in layers], 0, pool)
+    assert [part.slots for part in together] == [[0, 1], [0]]
+    for number, part in enumerate(together):
+        for tensor in part.tensors.values():
+            tensor.fill_(number + 1)
+    assert [part.tensors[name].unique().tolist() for part in together for name in part.tensors] == [[1], [1], [2], [2]]
+    (alone,) = allocate(stages[1:], [(before, layers[1])], 0, pool)
+    assert alone.tensors["up"].data_ptr() == together[0].tensors["up"].data_ptr()
 
 
 @pytest.mark.parametrize(("shape", "refused"), [((8, 3), True), ((5, 4), True), ((1,), False), ((3,), False)])

@@ -16,7 +16,7 @@ import gemopt
 from gemopt.bounds import step_bounds, timed_step_bounds
 from gemopt.compare import compare
 from gemopt.conflicts import classify
-from gemopt.evaluate import check, even_shares, loads, objective
+from gemopt.evaluate import check, loads, objective
 from gemopt.exceptions import InputError
 from gemopt.first_use import NOTICE, ready
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
@@ -33,6 +33,7 @@ from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
+from gemopt.splits import even_shares
 from gemopt.traces import Traces
 
 RUNG = np.array([1], np.uint8)

@@ -108,7 +108,9 @@ def test_copying_lags_slows_and_stalls() -> None:
     first, slower, commit_us = 48, 0.25, 7.0
     work = before[first:].sum(axis=1)
     transfer_us = 1.25 * (work[0] + work[1] + 0.5 * work[2])
-    migration = Migration(expert_bytes=transfer_us, bytes_per_s=1e6, slowdown=slower, commit_us=commit_us)
+    migration = Migration(
+        expert_bytes=transfer_us, bytes_per_s=1e6, slowdown=slower, commit_us=commit_us, batch_bytes=0
+    )
     strategy = Scripted({0: swapped(0, 1)})
     result = replay(profile(), traces, [strategy], window=WINDOW, migration=migration)
     track = result.timeline[0]
@@ -124,6 +126,24 @@ def test_copying_lags_slows_and_stalls() -> None:
     assert result.rows[0].migration_us == pytest.approx(sum(track.copying_us))
     assert sum(track.copying_us) == pytest.approx(2 * commit_us + 2 * transfer_us * slower / (1 + slower))
     assert [decision.step for decision in track.decisions] == [first]
+
+
+def test_layers_that_fit_are_copied_together_and_committed_at_once() -> None:
+    """Each rank of two receives one expert in each of two layers: two experts' time, one commit. An engine that has
+    room for one layer takes as long, and commits twice."""
+    traces = shifting()
+    before, after = layer_us(traces, swapped())[48:], layer_us(traces, swapped(0, 1))[48:]
+    migration = Migration(expert_bytes=50, bytes_per_s=1e6, slowdown=0, commit_us=7.0, batch_bytes=100)
+    strategies = [Scripted({0: swapped(0, 1)}, name=name) for name in ("together", "layerwise")]
+    strategies[1].layerwise = True
+    result = replay(profile(), traces, strategies, window=WINDOW, migration=migration)
+    track = result.track("together")
+    assert before[0].sum() >= 100, "both arrive within the first step"
+    assert track.moves[:3] == [4, 0, 0] and track.copying_us[:3] == pytest.approx([0, 7, 0])
+    assert track.step_us[:3] == pytest.approx([before[0].sum(), after[1].sum() + 7, after[2].sum()])
+    other = result.track("layerwise")
+    assert other.moves[:3] == [2, 2, 0] and other.copying_us[:4] == pytest.approx([0, 7, 7, 0])
+    assert other.step_us[1] == pytest.approx(after[1, 0] + before[1, 1] + 7)
 
 
 def test_transfers_go_on_during_the_time_outside_the_moe_layers() -> None:
@@ -203,7 +223,7 @@ def test_a_strategy_is_called_at_least_every_step_or_refused() -> None:
 def test_a_later_decision_replaces_what_has_not_begun() -> None:
     """Layer 0 is on its way when layer 1, still waiting, is called off."""
     traces = shifting()
-    migration = Migration(expert_bytes=1e4, bytes_per_s=1e6, slowdown=0, commit_us=0)
+    migration = Migration(expert_bytes=1e4, bytes_per_s=1e6, slowdown=0, commit_us=0, batch_bytes=0)
     result = replay(
         profile(), traces, [Scripted({0: swapped(0, 1), 1: swapped(0)})], window=WINDOW, migration=migration
     )

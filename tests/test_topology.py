@@ -191,7 +191,7 @@ def test_solve_puts_together_what_goes_together() -> None:
 def test_moves_and_links_are_not_mixed() -> None:
     traces, devices = token_traces(), profile(4)
     current = Placement.contiguous(2, 8, 4)
-    with pytest.raises(UnsupportedError, match="moves are not weighed"):
+    with pytest.raises(UnsupportedError, match="current is not weighed"):
         solve(devices, traces, current=current, topology="2x2-ib400", exchange=EXCHANGE)
 
 
@@ -258,7 +258,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("--topology", "2x2-ib400", "--token-bytes", "0"), "--token-bytes"),
         (("--topology", "2x4-ib400", "--token-bytes", "9"), "4 devices"),
         (("--topology", "nowhere", "--token-bytes", "9"), "nvlink"),
-        (("--topology", "2x2-ib400", "--token-bytes", "9", "--senders", "me"), "--senders"),
+        (("--topology", "2x2-ib400", "--token-bytes", "9", "--tokens-from", "me"), "--tokens-from"),
     ],
 )
 def test_commands_refuse_in_one_line(

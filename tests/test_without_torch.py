@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gemopt import Placement
+from gemopt import Placement, Traces
 from gemopt.exceptions import EXTRAS, MissingPackageError, install_hint, missing
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,3 +154,29 @@ def test_every_extra_exists():
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(EXTRAS.values()) <= set(extras)
+
+
+def test_without_the_exact_solvers_the_search_answers_and_says_so(files):
+    """`auto` and `compare` go on without ortools and pulp; who asks for an exact solver by name is told what to do."""
+    samples = [{"assignments": n, "latency_us": 10.0 + n} for n in (1, 8, 64)]
+    devices = [{"rank": rank, "samples": samples} for rank in (0, 1)]
+    (files / "two.json").write_text(json.dumps({"schema_version": 1, "devices": devices}))
+    counts = np.random.default_rng(0).integers(1, 30, (6, 1, 8))
+    Traces(counts=counts).save(files / "traces.safetensors")
+    code = (
+        "from gemopt.cli import main\n"
+        "for line in sys.stdin.read().splitlines():\n"
+        "    try: main(line.split())\n"
+        "    except SystemExit as end: print('exit', end.code, flush=True)\n"
+    )
+    given = f"{files / 'two.json'} {files / 'traces.safetensors'}"
+    commands = f"solve {given}\nsolve {given} --solver milp\ncompare {given} --time-limit 1 --patience 1\n"
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED.format(names=("ortools", "pulp", "highspy")) + code],
+        capture_output=True, text=True, timeout=300, check=False, input=commands, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    hint = "pip install 'gemopt[exact]' (from a clone: pip install '.[exact]')"
+    assert done.stdout.count("exit 0") == 2 and done.stdout.count("exit 2") == 1, done.stdout + done.stderr
+    assert f"no proof was tried: ortools: not installed; CP-SAT needs it; {hint}" in done.stdout
+    assert f"gemopt: pulp: not installed; solver milp needs it; {hint}\n" in done.stderr
+    assert "cpsat: not run: ortools: not installed" in done.stdout and "milp: not run: pulp" in done.stdout

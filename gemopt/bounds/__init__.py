@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from gemopt.bounds.simple import lower_bound, step_bounds, timed_step_bounds, weighted
+from gemopt.bounds.together import Together, together_bound
 
-__all__ = ["lower_bound", "step_bounds", "timed_step_bounds", "weighted"]
+__all__ = ["Together", "lower_bound", "step_bounds", "timed_step_bounds", "together_bound", "weighted"]

@@ -9,29 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gemopt.kernels import Array, curve_value
+from gemopt.kernels import SLACK, Array, curve_capacity, curve_value
 from gemopt.latency import Curves
-
-SLACK = 1e-10  # capacities are overstated by this much, relatively, so that float error never understates one
-
-
-@njit(cache=True, nogil=True, inline="always")
-def curve_capacity(curves: Curves, g: int, k: int, f: int, time: float) -> float:
-    """Largest load that a non-decreasing curve allows within `time`; -1 when even 0 takes longer."""
-    x, y, start, slope = curves.x, curves.y, curves.start[g, k, f], curves.slope[g, k, f]
-    last = start + curves.length[g, k, f] - 1
-    if y[start] > time:
-        return -1.0
-    if y[last] <= time:
-        return float(x[last] + (time - y[last]) / slope) if slope > 0 else np.inf
-    low, high = start, last
-    while high - low > 1:
-        middle = (low + high) // 2
-        if y[middle] <= time:
-            low = middle
-        else:
-            high = middle
-    return float(x[low] + (x[high] - x[low]) * ((time - y[low]) / (y[high] - y[low])))
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -6,28 +6,39 @@ import os
 import sys
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit; bad input prints one line on standard error."""
-    from gemopt.cli import (  # noqa: F401 (commands register themselves)
+def load() -> None:
+    """Import the commands, which register themselves."""
+    from gemopt.cli import (  # noqa: F401
+        advise,
         apply,
         compare,
         conflicts,
+        demo,
+        doctor,
         export,
         links,
         profile,
         profile_import,
         profile_links,
         replay,
+        report,
+        run,
         solve,
         trace,
         trace_import,
+        verify,
         watch,
     )
-    from gemopt.cli.app import app
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit; bad input prints one line on standard error."""
+    from gemopt.cli.app import make
     from gemopt.exceptions import EXTRAS, GemoptError, InputError, missing
 
+    load()
     try:
-        code = app(args=argv, standalone_mode=False, prog_name="gemopt")
+        code = make()(args=argv, standalone_mode=False, prog_name="gemopt")
         sys.stdout.flush()
     except InputError as error:
         sys.exit(_complain(error, 2))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemopt.cli.app import app, console, print_json
+from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +30,13 @@ class LayoutName(StrEnum):
     OWN = "own"
 
 
-@app.command(rich_help_panel="Deploy")
+@app.command(
+    rich_help_panel="Deploy",
+    epilog=examples(
+        "gemopt apply placement.json --model tiny-moe --dry-run",
+        "torchrun --nproc-per-node 4 --no-python gemopt apply placement.json --model CHECKPOINT",
+    ),
+)
 def apply(
     placement: Annotated[Path, typer.Argument(help="placement.json to put in force")],
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, or tiny-moe")] = None,
@@ -44,15 +50,16 @@ def apply(
     node_gbps: Annotated[float, typer.Option(min=1e-3, help="GB/s of a rank inside a node, for the estimate")] = 50.0,
     cross_gbps: Annotated[float, typer.Option(min=1e-3, help="GB/s of a rank between nodes, for the estimate")] = 10.0,
     timeout: Annotated[float, typer.Option(min=1, help="seconds a layer may take")] = 60.0,
+    profile: Annotated[Path | None, typer.Option(help="profile.json of the ranks, for the optimal split")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
     """Move experts of a live model to a placement; with --dry-run say what would move, and stop.
 
-    Without --dry-run, start it on every rank:
-
-    torchrun --nproc-per-node 4 --no-python gemopt apply placement.json --model CHECKPOINT
+    Without --dry-run, start it on every rank.
     """
+    from gemopt.costs import fit
     from gemopt.placement import Placement
+    from gemopt.profile import Profile
 
     if dry_run and at_load:
         raise InputError("--at-load", "--dry-run", "one of the two", "nothing moves when loading permuted")
@@ -78,7 +85,10 @@ def apply(
         if at_load:
             report = _apply_at_load(placement, model, layout)
         else:
-            settings = {"timeout_s": timeout, "ranks_per_node": ranks_per_node, "budget_bytes": budget_bytes}
+            cost = None if profile is None else fit(Profile.load(profile))[0]
+            settings = {
+                "timeout_s": timeout, "ranks_per_node": ranks_per_node, "budget_bytes": budget_bytes, "cost": cost
+            }  # fmt: skip
             report = _apply_live(placement, current, model, layout, settings, (node_gbps, cross_gbps))
         if int(os.environ.get("RANK", "0")) == 0:
             _show(report, as_json, "loaded" if at_load else "moved")
@@ -128,7 +138,7 @@ def describe(steps: Plan, node_gbps: float, cross_gbps: float) -> dict[str, Any]
         "bytes": {link.value: size[link] if known else None for link in Link},
         "stages": len(steps.stages),
         "layers": len({stage.layer for stage in steps.stages}),
-        "buffer_bytes": steps.buffer_bytes if known else None,
+        "buffer_bytes": steps.buffer_bytes() if known else None,
         "estimate_s": steps.seconds(node_gbps=node_gbps, cross_gbps=cross_gbps) if known else None,
     }
 
@@ -218,7 +228,7 @@ def _show(report: dict[str, Any], as_json: bool, verb: str) -> None:
         }
         for link, name in names.items():
             table.add_row(name, str(report["moves"][link]), _mib(report["bytes"][link]))
-        console.print(table)
+        show(table)
         line = f"{report['stages']} commits in {report['layers']} layers"
         if report["buffer_bytes"] is None:
             line += "; sizes are unknown: give --model or --expert-bytes"
@@ -226,8 +236,8 @@ def _show(report: dict[str, Any], as_json: bool, verb: str) -> None:
             line += f", buffer {_mib(report['buffer_bytes'])} MiB"
         if report["estimate_s"] is not None:
             line += f", estimated {report['estimate_s']:.3f} s"
-        console.print(line)
+        say(line)
     if "probe_error" in report:
-        console.print(f"{report['layers']} layers {verb} permuted; outputs differ by {report['probe_error']:.1e}")
+        say(f"{report['layers']} layers {verb} permuted; outputs differ by {report['probe_error']:.1e}")
     if "checksum" in report:
-        console.print(f"took {report['elapsed_s']:.3f} s with two probes; placement in force {report['checksum'][:12]}")
+        say(f"took {report['elapsed_s']:.3f} s with two probes; placement in force {report['checksum'][:12]}")

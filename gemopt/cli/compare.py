@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemopt.cli.app import app, console, errors, print_json
-from gemopt.cli.links import OncePer, Overlap, Senders, TokenBytes, TopologyName, parse_exchange
+from gemopt.cli.app import app, examples, notice, print_json, show
+from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
 from gemopt.cli.moves import Current, ExpertBytes
+from gemopt.cli.progress import progress as shown
 from gemopt.cli.solve import (
+    SOLVERS,
     AsJson,
     Cost,
     Gap,
@@ -23,7 +26,6 @@ from gemopt.cli.solve import (
     Task,
     Threads,
     TracesPath,
-    layer_progress,
     load_traces,
     parse_slots,
     whole_or_nothing,
@@ -34,11 +36,18 @@ if TYPE_CHECKING:
     from gemopt.traces import Traces
 
 
-@app.command("compare")
+@app.command(
+    "compare",
+    epilog=examples(
+        "gemopt compare profile.json traces.safetensors --plot compare.png",
+        "gemopt compare profile.json traces.safetensors --solvers linear,eplb,local-search --time-limit 5",
+        "gemopt compare profile.json traces.safetensors --current placement.json --moves",
+    ),
+)
 def compare_command(
     profile: ProfilePath,
     traces: TracesPath,
-    solvers: Annotated[str | None, typer.Option("--solvers", help="names separated by commas")] = None,
+    solvers: Annotated[str | None, typer.Option("--solvers", help=f"separated by commas: {SOLVERS}")] = None,
     holdout: Annotated[float, typer.Option("--holdout", help="share of the steps kept to score on; 0: none")] = 0.5,
     time_limit: Annotated[float, typer.Option("--time-limit", help="wall seconds for each solver")] = 10.0,
     slots_per_rank: Slots = None,
@@ -55,7 +64,7 @@ def compare_command(
     expert_bytes: ExpertBytes = None,
     topology: TopologyName = None,
     once_per: OncePer = None,
-    senders: Senders = None,
+    tokens_from: TokensFrom = None,
     token_bytes: TokenBytes = None,
     overlap: Overlap = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of the table")] = None,
@@ -67,6 +76,7 @@ def compare_command(
     of --solvers find when moves are free.
     """
     from gemopt.compare import DEFAULT_SOLVERS, compare
+    from gemopt.exceptions import MissingPackageError
     from gemopt.fronts import check_request
     from gemopt.plotting import check_picture
     from gemopt.profile import Profile
@@ -74,7 +84,8 @@ def compare_command(
 
     names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
     for name in names:
-        get(name)
+        with suppress(MissingPackageError) if solvers is None else nullcontext():
+            get(name)
     check_request(current, moves)
     if plot is not None:
         check_picture(plot)
@@ -86,8 +97,8 @@ def compare_command(
         "threads": threads,
         "allow_one_rank": allow_one_rank,
         "topology": topology,
-        "exchange": parse_exchange(topology, once_per, senders, token_bytes, overlap),
-        "notice": None if as_json else errors.print,
+        "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
+        "notice": None if as_json else notice,
     }
     if current is not None:
         if topology is not None:
@@ -99,7 +110,10 @@ def compare_command(
             chosen, found_by = load_traces(traces, task, phase), names if solvers else []
             return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
                           cost=cost, expert_bytes=expert_bytes, **options)  # fmt: skip
-    with whole_or_nothing(threads), layer_progress("solvers", quiet=as_json) as progress:
+    with (
+        whole_or_nothing(threads),
+        shown("solvers", total=len(names), limit_s=time_limit * len(names), hidden=as_json) as progress,
+    ):
         done: list[str] = []
 
         def advance(row: Any, _: Any) -> None:
@@ -126,7 +140,7 @@ def compare_command(
     else:
         from gemopt.cli.tables import comparison_table
 
-        console.print(comparison_table(rows))
+        show(comparison_table(rows))
     return 0
 
 
@@ -143,5 +157,5 @@ def _front(profile: Profile, traces: Traces, current: Path, plot: Path | None, a
     if as_json:
         print_json([point.model_dump(mode="json") for point in points])
     else:
-        console.print(front_table(points))
+        show(front_table(points))
     return 0

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from gemopt.cli.app import app, console, print_json
+from gemopt.cli.app import app, examples, print_json, tell
 from gemopt.cli.solve import AsJson, PhaseName, Task, TracesPath, load_traces
 
 
-@app.command("conflicts")
+@app.command("conflicts", epilog=examples("gemopt conflicts traces.safetensors --layer 12 --plot layer12.png"))
 def conflicts_command(
     traces: TracesPath,
     layer: Annotated[int | None, typer.Option("--layer", help="layer id; default: all layers")] = None,
@@ -42,4 +42,4 @@ def conflicts_command(
         print_json([as_dict(graph) for graph in graphs])
         return
     for graph in graphs:
-        console.print(summary(graph), soft_wrap=True, markup=False)
+        tell(summary(graph))

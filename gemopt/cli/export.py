@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemopt.cli.app import app, console, errors, placement_app, print_json
+from gemopt.cli.app import app, examples, notice, placement_app, print_json, say, show, tell
+from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
@@ -16,26 +17,33 @@ if TYPE_CHECKING:
     from gemopt.placement import Placement
 
 PERMUTED = ("checkpoint",)
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-HiddenLayers = Annotated[int | None, typer.Option("--num-hidden-layers", min=1, help="Decoder layers of the network.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
+HiddenLayers = Annotated[int | None, typer.Option("--num-hidden-layers", min=1, help="decoder layers of the network")]
 
 
-@app.command(rich_help_panel="Engines")
+@app.command(
+    rich_help_panel="Engines",
+    epilog=examples(
+        "gemopt export placement.json --to sglang -o map.json",
+        "gemopt export placement.json --to vllm-ascend --approximate -o map.json",
+        "gemopt export placement.json --to checkpoint --source MODEL -o PERMUTED",
+    ),
+)
 def export(
     placement: Annotated[Path, typer.Argument(help="placement.json")],
-    to: Annotated[str, typer.Option("--to", help="Engine; see `gemopt engines`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write (a folder for checkpoints).")],
+    to: Annotated[str, typer.Option("--to", help="engine; see `gemopt engines`")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="file to write (a folder for checkpoints)")],
     decode: Annotated[
-        Path | None, typer.Option(help="Placement of the decode servers; the first one is then that of prefill.")
+        Path | None, typer.Option(help="placement of the decode servers; the first one is then that of prefill")
     ] = None,
-    ep: Annotated[int | None, typer.Option("--ep", min=1, help="Ranks to export for; refused if they differ.")] = None,
+    ep: Annotated[int | None, typer.Option("--ep", min=1, help="ranks to export for; refused if they differ")] = None,
     num_hidden_layers: HiddenLayers = None,
-    mtp_layers: Annotated[int, typer.Option(min=0, max=64, help="Draft (MTP) layers of the network.")] = 0,
-    approximate: Annotated[bool, typer.Option("--approximate", help="Convert what the engine cannot express.")] = False,
-    profile: Annotated[Path | None, typer.Option(help="Price the conversion: profile.json.")] = None,
-    traces: Annotated[Path | None, typer.Option(help="Price the conversion: traces.")] = None,
-    devices: Annotated[str | None, typer.Option(help="Uuids of the ranks' devices now, comma separated.")] = None,
-    source: Annotated[Path | None, typer.Option(help="Checkpoint to permute (--to checkpoint).")] = None,
+    mtp_layers: Annotated[int, typer.Option(min=0, max=64, help="draft (MTP) layers of the network")] = 0,
+    approximate: Annotated[bool, typer.Option("--approximate", help="convert what the engine cannot express")] = False,
+    profile: Annotated[Path | None, typer.Option(help="price the conversion: profile.json")] = None,
+    traces: Annotated[Path | None, typer.Option(help="price the conversion: traces")] = None,
+    devices: Annotated[str | None, typer.Option(help="uuids of the ranks' devices now, comma separated")] = None,
+    source: Annotated[Path | None, typer.Option(help="checkpoint to permute (--to checkpoint)")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a placement for a serving engine and print the command that starts it."""
@@ -148,7 +156,8 @@ def _permuter(source: Path | None) -> Write:
     def write(placement: Placement, path: Path, role: str | None, dry: bool) -> Export | None:
         if dry:
             return None
-        export_checkpoint(placement, source, path)
+        with shown("files of weights") as progress:
+            export_checkpoint(placement, source, path, progress=progress)
         note = f"Load it with {placement.num_ranks} expert-parallel ranks, experts split in order."
         return Export(files=(str(path),), command="", notes=(note,))
 
@@ -181,23 +190,20 @@ def _report(placement: Placement, result: Export, notes: list[str], role: str | 
 
 
 def _show(report: dict[str, Any]) -> None:
-    def line(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
     if report["role"]:
-        line(f"{report['role']}:")
-    line("wrote " + ", ".join(report["files"]))
+        say(f"{report['role']}:")
+    say("wrote " + ", ".join(report["files"]))
     if report["command"]:
-        line("start: " + report["command"])
+        say("start: " + report["command"])
     if report["devices"]:
-        line("ranks: " + ", ".join(f"{rank} = {uuid or 'unknown'}" for rank, uuid in enumerate(report["devices"])))
+        say("ranks: " + ", ".join(f"{rank} = {uuid or 'unknown'}" for rank, uuid in enumerate(report["devices"])))
     for text in report["changes"]:
-        (errors if text.startswith("warning") else console).print(text, markup=False, soft_wrap=True)
+        (notice if text.startswith("warning") else say)(text)
     for text in report["notes"]:
-        line("note: " + text)
+        say("note: " + text)
 
 
-@app.command(name="engines", rich_help_panel="Engines")
+@app.command(name="engines", rich_help_panel="Engines", epilog=examples("gemopt engines --json"))
 def engines_command(as_json: Json = False) -> None:
     """What each serving engine can express, take and record."""
     from rich.table import Table
@@ -218,23 +224,23 @@ def engines_command(as_json: Json = False) -> None:
         "dense": "dense_rows",
         "groups": "group_limits",
     }
-    table = Table("engine", *flags, box=None, pad_edge=False)
+    table = Table("engine", *flags, "split", box=None, pad_edge=False)
     table.columns[0].no_wrap = True
     for row in rows:
         marks = ["yes" if row[flag] else "-" for flag in flags.values()]
-        table.add_row(row["name"], *marks)
-    console.print(table)
+        table.add_row(row["name"], *marks, row["splits"][0] if row["splits"] and row["replicas"] else "-")
+    show(table)
     for row in rows:
         splits = "copies share the load as " + ", ".join(row["splits"]) if row["replicas"] else ""
         said = [row["versions"], row["placement"], *row["traces"], splits, row["note"]]
-        console.print(f"{row['name']}: " + "; ".join(text for text in said if text), markup=False, soft_wrap=True)
+        tell(f"{row['name']}: " + "; ".join(text for text in said if text))
 
 
 def _capabilities(engine: Engine) -> dict[str, Any]:
     names = ("name", "versions", "placement", "replicas", "unequal_slots", "empty_slots", "dense_rows", "group_limits")
     return {
         **{name: getattr(engine, name) for name in names},
-        "splits": sorted(engine.splits),
+        "splits": list(engine.splits),
         "writes": engine.write is not None or engine.name in PERMUTED,
         "reads": engine.read is not None,
         "traces": list(engine.traces),
@@ -242,16 +248,18 @@ def _capabilities(engine: Engine) -> dict[str, Any]:
     }
 
 
-@placement_app.command(name="import")
+@placement_app.command(
+    name="import", epilog=examples("gemopt placement import map.json --from sglang --ep 8 -o placement.json")
+)
 def import_placement(
-    path: Annotated[Path, typer.Argument(help="The engine's placement file.")],
-    source: Annotated[str, typer.Option("--from", help="Engine that it is written for; see `gemopt engines`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="placement.json to write.")],
-    ep: Annotated[int | None, typer.Option("--ep", min=1, help="Ranks that share the slots.")] = None,
-    num_experts: Annotated[int | None, typer.Option(min=1, help="Experts of a layer.")] = None,
-    layer_ids: Annotated[str | None, typer.Option(help="Decoder layers with experts, like 3-60.")] = None,
+    path: Annotated[Path, typer.Argument(help="the engine's placement file")],
+    source: Annotated[str, typer.Option("--from", help="engine that it is written for; see `gemopt engines`")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="placement.json to write")],
+    ep: Annotated[int | None, typer.Option("--ep", min=1, help="ranks that share the slots")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="experts of a layer")] = None,
+    layer_ids: Annotated[str | None, typer.Option(help="decoder layers with experts, like 3-60")] = None,
     num_hidden_layers: HiddenLayers = None,
-    model: Annotated[str | None, typer.Option(help="Name of the network.")] = None,
+    model: Annotated[str | None, typer.Option(help="name of the network")] = None,
     as_json: Json = False,
 ) -> None:
     """Read the placement of a serving engine."""
@@ -282,4 +290,4 @@ def import_placement(
         return
     text = "wrote {output}: {layers} layers, {experts} experts, {slots} slots on {ranks} ranks".format(**sizes)
     for line in [text, *(f"note: {note}" for note in notes)]:
-        console.print(line, markup=False, soft_wrap=True)
+        say(line)

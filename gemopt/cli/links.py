@@ -18,7 +18,9 @@ TopologyName = Annotated[
     str | None, typer.Option("--topology", help="links between ranks: topology.json, or a name such as 2x8-ib400")
 ]
 OncePer = Annotated[str | None, typer.Option("--once-per", help="a token goes to each assignment, rank or node once")]
-Senders = Annotated[str | None, typer.Option("--senders", help="where tokens start: recorded, uniform or previous")]
+TokensFrom = Annotated[
+    str | None, typer.Option("--tokens-from", help="where tokens start: recorded, uniform or previous")
+]
 TokenBytes = Annotated[
     str | None, typer.Option("--token-bytes", help="bytes of a token, or of dispatch and combine: 2880,5760")
 ]
@@ -26,12 +28,17 @@ Overlap = Annotated[bool, typer.Option("--overlap", help="communication hides be
 
 
 def parse_exchange(
-    topology: str | None, once_per: str | None, senders: str | None, token_bytes: str | None, overlap: bool
+    topology: str | None, once_per: str | None, tokens_from: str | None, token_bytes: str | None, overlap: bool
 ) -> Exchange | None:
     """How tokens are exchanged; None without a topology, which all of it needs."""
     from gemopt.links import Exchange
 
-    given = {"--once-per": once_per, "--senders": senders, "--token-bytes": token_bytes, "--overlap": overlap or None}
+    given = {
+        "--once-per": once_per,
+        "--tokens-from": tokens_from,
+        "--token-bytes": token_bytes,
+        "--overlap": overlap or None,
+    }
     if topology is None:
         for name, value in given.items():
             if value is not None:
@@ -39,7 +46,7 @@ def parse_exchange(
         return None
     for name, value, known in (
         ("--once-per", once_per, ("assignment", "rank", "node")),
-        ("--senders", senders, ("recorded", "uniform", "previous")),
+        ("--tokens-from", tokens_from, ("recorded", "uniform", "previous")),
     ):
         if value is not None and value not in known:
             raise InputError(name, value, f"one of {', '.join(known)}")
@@ -57,7 +64,7 @@ def parse_exchange(
             "dispatch_bytes": sizes[0],
             "combine_bytes": sizes[1],
             "once_per": once_per or "rank",
-            "senders": senders,
+            "senders": tokens_from,
             "overlap": overlap,
         }
     )

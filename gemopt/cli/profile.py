@@ -7,42 +7,51 @@ from typing import Annotated, Any
 
 import typer
 
-from gemopt.cli.app import console, errors, print_json, profile_app
+from gemopt.cli.app import examples, print_json, profile_app, say, tell
+from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
-Model = Annotated[str | None, typer.Option(help="Folder or hub name of a transformers model; its config is enough.")]
+Model = Annotated[str | None, typer.Option(help="folder or hub name of a transformers model; its config is enough")]
 Shape = Annotated[str | None, typer.Option(help="hidden=2048,inter=768,experts=128,topk=8[,dtype=bfloat16]")]
 KernelName = Annotated[
-    str | None, typer.Option("--kernel", help="vllm, sglang, per_expert or module:callable; needs --shape.")
+    str | None, typer.Option("--kernel", help="vllm, sglang, per_expert or module:callable; needs --shape")
 ]
-DeviceKind = Annotated[str, typer.Option(help="auto: the accelerator of the local rank, else cpu.")]
-EpSize = Annotated[int | None, typer.Option(min=1, help="Ranks that share the experts; default: ranks started.")]
-InTurn = Annotated[bool, typer.Option("--in-turn", help="One rank at a time, instead of all at once.")]
-BlockMs = Annotated[float | None, typer.Option(help="Time per timing; default 1 on accelerators, 10 on CPUs.")]
-Seconds = Annotated[float, typer.Option(min=0.0, help="Least time per point.")]
-TimeoutS = Annotated[float, typer.Option(min=2.0, help="Silence after which a rank counts as dead, seconds.")]
+DeviceKind = Annotated[str, typer.Option(help="auto: the accelerator of the local rank, else cpu")]
+EpSize = Annotated[int | None, typer.Option(min=1, help="ranks that share the experts; default: ranks started")]
+InTurn = Annotated[bool, typer.Option("--in-turn", help="one rank at a time, instead of all at once")]
+BlockMs = Annotated[float | None, typer.Option(help="time per timing; default 1 on accelerators, 10 on CPUs")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="least time per point")]
+TimeoutS = Annotated[float, typer.Option(min=2.0, help="silence after which a rank counts as dead, seconds")]
 
 
-@profile_app.callback(invoke_without_command=True)
+@profile_app.callback(
+    invoke_without_command=True,
+    epilog=examples(
+        "gemopt profile --shape hidden=64,inter=32,experts=8,topk=2,dtype=float32 -o profile.json",
+        "torchrun --nproc-per-node 8 --no-python gemopt profile --model MODEL -o profile.json",
+    ),
+)
 def profile(
     context: typer.Context,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="profile.json to write.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="profile.json to write")] = None,
     model: Model = None,
     shape: Shape = None,
     kernel: KernelName = None,
     device: DeviceKind = "auto",
     ep_size: EpSize = None,
-    points: Annotated[int, typer.Option(help="Most loads to measure.")] = 100,
-    target_error: Annotated[float, typer.Option(min=0.0, help="Stop a curve at this expected mean error.")] = 0.01,
-    max_assignments: Annotated[int, typer.Option(help="Largest load of a rank.")] = 4096,
-    sweep: Annotated[str, typer.Option(help="surface: load x active experts; load: all experts active.")] = "surface",
+    points: Annotated[int, typer.Option(help="most loads to measure, 16 or more")] = 100,
+    target_error: Annotated[float, typer.Option(min=0.0, help="stop a curve at this expected mean error")] = 0.01,
+    max_assignments: Annotated[int, typer.Option(help="largest load of a rank")] = 4096,
+    sweep: Annotated[
+        str, typer.Option(metavar="surface|load", help="load x active experts, or all experts active")
+    ] = "surface",
     in_turn: InTurn = False,
     block_ms: BlockMs = None,
     seconds: Seconds = 0.1,
-    max_drift: Annotated[float, typer.Option(min=0.0, help="Refuse when the reference load drifts more.")] = 0.1,
+    max_drift: Annotated[float, typer.Option(min=0.0, help="refuse when the reference load drifts more")] = 0.1,
     timeout: TimeoutS = 10.0,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the curves, fit and slowest rank (.png, .svg).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="also draw the curves, fit and slowest rank (.png, .svg)")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
     """Measure devices, import a kernel table, check a profile."""
     if context.invoked_subcommand is not None:
@@ -71,8 +80,9 @@ def profile(
         if group.rank:
             group.serve(rank.answer)
             return
-        with _progress(points) as advance:
-            measured = Profiler(rank, progress=advance).run()
+        with shown("loads", total=points, hidden=as_json) as bar:
+            progress = None if bar is None else lambda done: bar(done, points)
+            measured = Profiler(rank, progress=progress).run()
         measured.save(output)
         if plot is not None:
             _plot(measured, plot)
@@ -80,18 +90,18 @@ def profile(
     _report(measured, output, as_json=as_json)
 
 
-@profile_app.command()
+@profile_app.command(epilog=examples("gemopt profile check profile.json --model MODEL"))
 def check(
-    path: Annotated[Path, typer.Argument(metavar="PROFILE", help="profile.json to check.")],
+    path: Annotated[Path, typer.Argument(metavar="PROFILE", help="profile.json to check")],
     model: Model = None,
     kernel: KernelName = None,
     device: DeviceKind = "auto",
-    points: Annotated[int, typer.Option(min=1, help="Loads to measure again.")] = 5,
-    tolerance: Annotated[float, typer.Option(min=0.0, help="Change that still counts as holding.")] = 0.05,
+    points: Annotated[int, typer.Option(min=1, help="loads to measure again")] = 5,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="change that still counts as holding")] = 0.05,
     block_ms: BlockMs = None,
     seconds: Seconds = 0.5,
     timeout: TimeoutS = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
     """Measure a few points of a profile again and say whether it still holds; exit code 1 when it does not."""
     from gemopt.profile import Profile
@@ -114,12 +124,12 @@ def check(
         print_json({"holds": good, "tolerance": tolerance, "devices": [vars(drift) for drift in drifts]})
     else:
         for drift, share in zip(drifts, relative(drifts), strict=True):
-            console.print(
+            tell(
                 f"rank {drift.rank} ({drift.name}): {drift.ratio - 1:+.1%} in the median, "
                 f"{drift.worst - 1:+.1%} at worst, {share - 1:+.1%} against the other ranks"
             )
         verdict = "still holds" if good else "no longer holds: measure it again"
-        console.print(f"{path}: {verdict} (tolerance {tolerance:.0%})")
+        tell(f"{path}: {verdict} (tolerance {tolerance:.0%})")
     if not good:
         raise typer.Exit(1)
 
@@ -135,20 +145,6 @@ def _rank(group: Any, source: dict[str, Any], options: dict[str, Any], block_ms:
     workload = find_workload(**source, device=device, rank=group.rank, num_ranks=group.size)
     block_us = Timing.suited(device).block_us if block_ms is None else block_ms * 1e3
     return Rank(workload, device, group, Options(**options, timing=Timing(block_us=block_us, seconds=seconds)))
-
-
-def _progress(points: int) -> Any:
-    from contextlib import contextmanager
-
-    from rich.progress import Progress
-
-    @contextmanager
-    def bar() -> Any:
-        with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-            row = progress.add_task("loads", total=points)
-            yield lambda done: progress.update(row, completed=done)
-
-    return bar()
 
 
 def _plot(profile: Any, path: Path) -> None:
@@ -186,7 +182,7 @@ def _report(profile: Any, output: Path, *, as_json: bool) -> None:
     if as_json:
         print_json(summary)
         return
-    console.print(
+    say(
         f"{output}: {summary['points']} loads on {profile.num_ranks} ranks ({profile.mode}), kernel {profile.kernel}; "
         f"slowest rank {slowest} ({profile.devices[slowest].name}); {report.summary()}"
     )

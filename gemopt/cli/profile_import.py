@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import profile_app, say
+from gemopt.cli.app import examples, print_json, profile_app, say
+from gemopt.cli.solve import AsJson
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile
@@ -15,7 +16,14 @@ if TYPE_CHECKING:
 Columns = list[str] | None
 
 
-@profile_app.command("import")
+@profile_app.command(
+    "import",
+    epilog=examples(
+        "gemopt profile import h100_vllm_gptoss20b_ep8.csv --unit group-tokens --top-k 4 --ep 8 --ranks 8 "
+        "-o profile.json",
+        "gemopt profile import table.csv --where dtype=bf16 --time-column 'kernel_time:ms' -o profile.json",
+    ),
+)
 def import_table(
     table: Annotated[Path, typer.Argument(help="CSV or parquet with loads and times, or what benchmark_moe printed")],
     output: Annotated[Path, typer.Option("-o", "--output", help="profile.json to write")],
@@ -40,6 +48,11 @@ def import_table(
     seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
     device: Annotated[str | None, typer.Option(help="name of the measured device")] = None,
     source: Annotated[str | None, typer.Option(help="where the table comes from, and its licence")] = None,
+    model: Annotated[str | None, typer.Option(help="name of the network")] = None,
+    expert_bytes: Annotated[
+        int | None, typer.Option(min=1, help="weights of one expert, for the price of moves")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a kernel table into a profile, or into a cluster of equal or differing devices."""
     from gemopt.documents import check_writable
@@ -72,7 +85,14 @@ def import_table(
     elif ranks is not None:
         profile = equal(profile, ranks)
     profile = profile.model_copy(update={"source": source or f"imported from {table.name}"})
+    told = {"name": model, "expert_bytes": expert_bytes, "top_k": top_k}
+    known = {key: value for key, value in told.items() if value is not None}
+    profile = profile.model_copy(update={"model": profile.model.model_copy(update=known)})
     profile.save(output)
+    if as_json:
+        samples = sum(len(each.samples) for each in profile.devices)
+        print_json({"output": str(output), "devices": profile.num_ranks, "samples": samples})
+        return
     say(f"{output}: {_summary(profile, measured, drawn=speeds is not None)}")
 
 

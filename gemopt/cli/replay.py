@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemopt.cli.app import app, console, print_json, say
+from gemopt.cli.app import app, examples, print_json, say, show
+from gemopt.cli.progress import progress as shown
 from gemopt.cli.solve import (
     AsJson,
     Cost,
@@ -16,7 +17,6 @@ from gemopt.cli.solve import (
     Slots,
     Task,
     TracesPath,
-    layer_progress,
     load_traces,
     parse_slots,
 )
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from gemopt.replay import Migration
     from gemopt.traces import Traces
 
+STRATEGY_NAMES = "contiguous, fitted-once, eplb-vllm, eplb-sglang, free, controller, clairvoyant"
 FIELDS = (
     "strategy",
     "makespan_us",
@@ -40,13 +41,21 @@ FIELDS = (
 )
 
 
-@app.command("replay")
+@app.command(
+    "replay",
+    epilog=examples(
+        "gemopt replay traces.safetensors --profile profile.json --plot replay.png",
+        "gemopt replay traces.safetensors --profile profile.json --event 3:1.3@600-800 --json",
+    ),
+)
 def replay_command(
     traces: TracesPath,
     profile: Annotated[Path, typer.Option("--profile", help="profile.json", show_default=False)],
     window: Annotated[int, typer.Option("--window", help="steps between decisions")] = 64,
     fit: Annotated[float, typer.Option("--fit", help="share of the steps to fit on; the rest is scored")] = 0.5,
-    strategies: Annotated[str | None, typer.Option("--strategies", help="names separated by commas")] = None,
+    strategies: Annotated[
+        str | None, typer.Option("--strategies", help=f"separated by commas: {STRATEGY_NAMES}")
+    ] = None,
     event: Annotated[
         list[str] | None,
         typer.Option("--event", help="3:1.3@400-800: rank 3 is 1.3 times slower in these steps; 3:fail@400-800"),
@@ -87,7 +96,7 @@ def replay_command(
     measured = Profile.load(profile)
     migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
     chosen = _traffic(load_traces(traces, task, phase), plan)
-    with layer_progress("strategies", quiet=as_json) as progress:
+    with shown("strategies", total=len(names), hidden=as_json) as progress:
         done: list[str] = []
 
         def advance(track: Any) -> None:
@@ -121,7 +130,7 @@ def replay_command(
         return 0
     from gemopt.cli.tables import replay_table
 
-    console.print(replay_table(result))
+    show(replay_table(result))
     for path in (plot, output):
         if path is not None:
             say(f"wrote {path}")

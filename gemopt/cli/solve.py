@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gemopt import cores, interrupts
-from gemopt.cli.app import app, console, errors, print_json, say
-from gemopt.cli.links import OncePer, Overlap, Senders, TokenBytes, TopologyName, parse_exchange
+from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, warn
+from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
 from gemopt.cli.moves import (
     Add,
     Bandwidth,
@@ -28,8 +27,10 @@ from gemopt.cli.moves import (
     parse_added,
     parse_excluded,
 )
+from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
+    from gemopt.profile import Profile
     from gemopt.result import Result
     from gemopt.traces import Traces
 
@@ -42,16 +43,33 @@ TimeLimit = Annotated[
     ),
 ]
 Slots = Annotated[str | None, typer.Option("--slots-per-rank", help="one number, or one per rank: 5,5,4,4")]
+SplitName = Annotated[
+    str | None, typer.Option("--split", help="how copies share: even, static, nearest, optimal", show_default=False)
+]
+SendersName = Annotated[
+    str | None, typer.Option("--senders", help="who sends, for the nearest split: traces, uniform", show_default=False)
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option("--memory-budget", help="bytes of experts per device over all layers: 40e9, or one per rank"),
+]
+EngineName = Annotated[
+    str | None, typer.Option("--engine", help="heed an engine's limits and split; see gemopt engines")
+]
 Seed = Annotated[int, typer.Option("--seed", help="seed of the random choices")]
 Gap = Annotated[float, typer.Option("--gap", help="stop once this close to the optimum is proven, e.g. 0.01")]
-Cost = Annotated[str, typer.Option("--cost", help="cost model: auto, staircase, roofline")]
+Cost = Annotated[str, typer.Option("--cost", metavar="auto|staircase|roofline", help="cost model")]
 Task = Annotated[str | None, typer.Option("--task", help="use only the steps of this task")]
-PhaseName = Annotated[str | None, typer.Option("--phase", help="use only prefill or decode steps")]
+PhaseName = Annotated[str | None, typer.Option("--phase", metavar="prefill|decode|mixed", help="use only these steps")]
 Patience = Annotated[int | None, typer.Option("--patience", help="tries without gain before giving up; 0: one descent")]
 Threads = Annotated[int | None, typer.Option("--threads", help="cores used in all; default: every one")]
 OneRank = Annotated[bool, typer.Option("--allow-one-rank", help="solve even where the profile has only one device")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 
+SOLVERS = (
+    "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, conflict, local-search; with the extra exact: "
+    "cpsat, milp"
+)
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
 EXIT_INTERRUPTED = 130
@@ -74,12 +92,59 @@ def parse_slots(text: str | None) -> int | list[int] | None:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
-def load_traces(path: Path, task: str | None, phase: str | None) -> Traces:
-    """Traces, restricted to a task and a phase."""
+def parse_budget(text: str | None) -> float | list[float] | None:
+    """`40e9` or `40e9,40e9,20e9,20e9`."""
     from gemopt.exceptions import InputError
-    from gemopt.traces import Phase, Traces
 
-    traces = Traces.load(path)
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError("--memory-budget", text, "bytes, or one number per rank separated by commas") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def heeded(
+    engine: str | None,
+    slots: int | list[int] | None,
+    split: str | None,
+    traces: Traces,
+    profile: Profile,
+    current: Path | None,
+) -> tuple[int | list[int] | None, str | None, bool]:
+    """Slots, split and whether all slots must be full, as asked for and as the engine can take them.
+
+    Raises
+    ------
+    UnsupportedError
+        What the engine cannot express, with what it can.
+    """
+    if engine is None:
+        return slots, split, False
+    from gemopt.formats.registry import get, within_engine
+    from gemopt.placement import Placement
+
+    used: int | list[int] | None = slots
+    if slots is None and current is not None:
+        used = Placement.load(current).slots_per_rank.tolist()
+    ranks = len(used) if isinstance(used, list) else profile.num_ranks
+    limits = within_engine(get(engine), used, split, traces.num_experts, ranks)
+    return slots, limits.split, limits.full
+
+
+def load_traces(path: Path, task: str | None, phase: str | None) -> Traces:
+    """Traces of a file, restricted to a task and a phase."""
+    from gemopt.traces import Traces
+
+    return select_steps(Traces.load(path), task, phase)
+
+
+def select_steps(traces: Traces, task: str | None, phase: str | None) -> Traces:
+    """The steps of a task and a phase."""
+    from gemopt.exceptions import InputError
+    from gemopt.traces import Phase
+
     if task is None and phase is None:
         return traces
     known = {each.name.lower(): each for each in Phase}
@@ -88,30 +153,25 @@ def load_traces(path: Path, task: str | None, phase: str | None) -> Traces:
     return traces.select(task=task, phase=None if phase is None else known[phase])
 
 
-@contextmanager
-def layer_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar over the layers on standard error; nothing for machines."""
-    if quiet or not errors.is_terminal:
-        yield None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield advance
-
-
-@app.command("solve")
+@app.command(
+    "solve",
+    epilog=examples(
+        "gemopt solve profile.json traces.safetensors -o placement.json",
+        "gemopt solve profile.json traces.safetensors --slots-per-rank 5 --time-limit 30 -o placement.json",
+        "gemopt solve profile.json traces.safetensors --current placement.json --max-moves 64 -o next.json",
+    ),
+)
 def solve_command(
     profile: ProfilePath,
     traces: TracesPath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="placement.json to write")] = None,
-    solver: Annotated[str, typer.Option("--solver", help="auto, or a solver's name (see gemopt compare)")] = "auto",
+    solver: Annotated[str, typer.Option("--solver", help=SOLVERS)] = "auto",
     time_limit: TimeLimit = None,
     slots_per_rank: Slots = None,
+    split: SplitName = None,
+    senders: SendersName = None,
+    engine: EngineName = None,
+    memory_budget: MemoryBudget = None,
     seed: Seed = 0,
     gap: Gap = 0.0,
     cost: Cost = "auto",
@@ -133,30 +193,40 @@ def solve_command(
     add_rank: Add = None,
     topology: TopologyName = None,
     once_per: OncePer = None,
-    senders: Senders = None,
+    tokens_from: TokensFrom = None,
     token_bytes: TokenBytes = None,
     overlap: Overlap = False,
     result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option("--certificate", help="write what was proved, for gemopt verify")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Place the experts: profile and traces in, placement out."""
     from gemopt.documents import check_writable
     from gemopt.profile import Profile
     from gemopt.result import Status
-    from gemopt.solve import solve
+    from gemopt.solve import DEFAULT_TIME_LIMIT, solve
 
-    exchange = parse_exchange(topology, once_per, senders, token_bytes, overlap)
-    for path in (output, result_path):
+    exchange = parse_exchange(topology, once_per, tokens_from, token_bytes, overlap)
+    for path in (output, result_path, certificate):
         if path is not None:
             check_writable(path)
+    limit_s = DEFAULT_TIME_LIMIT if time_limit is None else time_limit
     with whole_or_nothing(threads):
         chosen = load_traces(traces, task, phase)
         measured = Profile.load(profile)
-        with interrupts.held(), layer_progress(f"{solver}: layers", quiet=as_json) as progress:
+        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen, measured, current)
+        detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
+        with interrupts.held(), shown(f"{solver}: layers", limit_s=limit_s, hidden=as_json) as progress:
             result = solve(
                 measured,
                 chosen,
-                slots_per_rank=parse_slots(slots_per_rank),
+                slots_per_rank=slots,
+                split=split,
+                senders=senders,
+                full_slots=full,
+                memory_budget=parse_budget(memory_budget),
                 solver=solver,
                 time_limit=time_limit,
                 gap=gap,
@@ -179,7 +249,8 @@ def solve_command(
                 topology=topology,
                 exchange=exchange,
                 progress=progress,
-                notice=None if as_json else errors.print,
+                notice=None if as_json else notice,
+                certificate=certificate,
             )
             if output is not None and result.placement is not None:
                 result.placement.save(output)
@@ -205,8 +276,10 @@ def _tell(result: Result, output: Path | None) -> None:
         say(result.links.summary(result.num_steps))
     for note in result.notes:
         say(note)
+    for layer in result.per_layer:
+        detail(layer.line())
     if result.outside > 0.01:
-        say(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
+        warn(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
     if result.placement is not None:
         say(f"wrote {output}" if output is not None else "not saved: give -o placement.json")
 
@@ -222,7 +295,7 @@ def whole_or_nothing(threads: int | None) -> Iterator[None]:
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
-@app.command("evaluate")
+@app.command("evaluate", epilog=examples("gemopt evaluate placement.json profile.json traces.safetensors"))
 def evaluate_command(
     placement: Annotated[Path, typer.Argument(help="placement.json", show_default=False)],
     profile: ProfilePath,
@@ -232,9 +305,10 @@ def evaluate_command(
     phase: PhaseName = None,
     topology: TopologyName = None,
     once_per: OncePer = None,
-    senders: Senders = None,
+    tokens_from: TokensFrom = None,
     token_bytes: TokenBytes = None,
     overlap: Overlap = False,
+    senders: SendersName = None,
     as_json: AsJson = False,
 ) -> int:
     """Score a placement on every step of the traces, with no solver involved."""
@@ -250,9 +324,9 @@ def evaluate_command(
     loaded = Placement.load(placement)
     wired: dict[str, Any] = {
         "topology": topology,
-        "exchange": parse_exchange(topology, once_per, senders, token_bytes, overlap),
+        "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
     }
-    evaluation = evaluate(loaded, measured, chosen, cost=model, **wired)
+    evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders, **wired)
     contiguous = Placement.contiguous(
         chosen.num_layers, chosen.num_experts, measured.num_ranks, layer_ids=list(chosen.layer_ids)
     )
@@ -261,5 +335,5 @@ def evaluate_command(
     if as_json:
         print_json(fields)
     else:
-        console.print(evaluation_table(fields, chosen.num_steps))
+        show(evaluation_table(fields, chosen.num_steps))
     return 0

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gemopt.evaluate import Evaluation
     from gemopt.fronts import FrontPoint
     from gemopt.replay import ReplayResult
+    from gemopt.verify import Verified
 
 
 def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) -> Table:
@@ -51,6 +52,31 @@ def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) ->
         ]
         name = f"{row.solver} *" if _said(row) else row.solver
         table.add_row(name, *cells, style="bold" if _key(row, held) == best else None)
+    return table
+
+
+def verified_table(found: Verified) -> Table:
+    """What was checked beside what is only claimed, layer by layer and in all."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.caption = Text("certified is what was checked here; claimed is what the solver says")
+    table.caption_justify = "left"
+    rows = [("all", "", found.objective_us, found.checked_us, found.claimed_us, "")]
+    rows += [
+        (str(each.layer_id), each.proof.value, each.objective_us, each.checked_us, each.claimed_us, each.note)
+        for each in found.layers
+    ]
+    for head, right in (
+        ("layer", 0),
+        ("proof", 0),
+        ("total ms", 1),
+        ("certified gap %", 1),
+        ("claimed gap %", 1),
+        ("", 0),
+    ):
+        table.add_column(head, justify="right" if right else "left")
+    for layer, proof, objective, checked, claimed, note in rows:
+        gaps = [f"{100 * (1 - bound / max(objective, 1e-300)):.3f}" for bound in (checked, claimed)]
+        table.add_row(layer, proof, _milliseconds(objective), *gaps, note, style="bold" if layer == "all" else None)
     return table
 
 

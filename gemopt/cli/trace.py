@@ -8,29 +8,33 @@ from typing import Annotated, Any
 
 import typer
 
-from gemopt.cli.app import console, errors, print_json, trace_app
+from gemopt.cli.app import examples, print_json, say, trace_app
+from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
 
-@trace_app.callback(invoke_without_command=True)
+@trace_app.callback(
+    invoke_without_command=True,
+    epilog=examples("gemopt trace --model tiny-moe --prompts prompts.jsonl --batch 32 -o traces.safetensors"),
+)
 def trace(
     context: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Folder of a transformers model, or tiny-moe.")] = None,
+    model: Annotated[str | None, typer.Option(help="folder of a transformers model, or tiny-moe")] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help='Text, one prompt a line; or .jsonl of {"prompt": ..., "task": ...}.')
+        Path | None, typer.Option(help='text, one prompt a line; or .jsonl of {"prompt": ..., "task": ...}')
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="traces.safetensors, or a folder of numbered files.")
+        Path | None, typer.Option("--output", "-o", help="traces.safetensors, or a folder of numbered files")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences in a batch.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate; 0: prompts only.")] = 32,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longer prompts are cut.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token, always.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
-    task: Annotated[str | None, typer.Option(help="Tag of prompts that name none.")] = None,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Also keep the experts of every token.")] = False,
-    device: Annotated[str | None, typer.Option(help="Torch device; default: the accelerator, or cpu.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="sequences in a batch")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="tokens to generate; 0: prompts only")] = 32,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="longer prompts are cut")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token, always")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of sampling")] = 0,
+    task: Annotated[str | None, typer.Option(help="tag of prompts that name none")] = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="also keep the experts of every token")] = False,
+    device: Annotated[str | None, typer.Option(help="torch device; default: the accelerator, or cpu")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
     """Record routing traces of a model, or import those of a serving engine."""
     if context.invoked_subcommand is not None:
@@ -47,7 +51,15 @@ def trace(
         destination.check()
     requests = read_prompts(prompts, task=task)
     network, tokenizer = load_model(model, device=device)
-    with _progress(len(requests), show=first) as advance:
+    done = 0
+    with shown("prompts", total=len(requests), hidden=as_json or not first) as bar:
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if bar is not None:
+                bar(done, len(requests))
+
         num_cut = record(
             network,
             tokenizer,
@@ -63,20 +75,6 @@ def trace(
         )
     if first:
         _report(destination, num_cut, len(requests), as_json=as_json)
-
-
-def _progress(total: int, *, show: bool) -> Any:
-    from contextlib import contextmanager
-
-    from rich.progress import Progress
-
-    @contextmanager
-    def bar() -> Any:
-        with Progress(console=errors, transient=True, disable=not (show and errors.is_terminal)) as progress:
-            row = progress.add_task("prompts", total=total)
-            yield lambda count: progress.advance(row, count)
-
-    return bar()
 
 
 def _report(destination: Any, num_cut: int, num_prompts: int, *, as_json: bool) -> None:
@@ -101,15 +99,13 @@ def _report(destination: Any, num_cut: int, num_prompts: int, *, as_json: bool) 
     if as_json:
         print_json(summary)
         return
-    console.print(
+    say(
         f"{destination.path}: {num_prompts} prompts, {steps['prefill']} prefill and {steps['decode']} decode steps, "
-        f"{traces.num_layers} MoE layers of {traces.num_experts} experts, {int(load_LE.sum()):,} assignments",
-        soft_wrap=True,
+        f"{traces.num_layers} MoE layers of {traces.num_experts} experts, {int(load_LE.sum()):,} assignments"
     )
-    console.print(
+    say(
         "hottest expert of each layer, times the mean: "
-        + " ".join(f"{ratio:.1f}" for ratio in summary["hottest_expert_to_mean"]),
-        soft_wrap=True,
+        + " ".join(f"{ratio:.1f}" for ratio in summary["hottest_expert_to_mean"])
     )
     if num_cut:
-        console.print(f"{num_cut} prompts were cut: --max-prompt-tokens")
+        say(f"{num_cut} prompts were cut: --max-prompt-tokens")

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from gemopt.cli.app import console, print_json, trace_app
+from gemopt.cli.app import examples, print_json, say, trace_app
+from gemopt.cli.progress import progress as shown
 
 
 class PhaseName(StrEnum):
@@ -19,22 +20,28 @@ class PhaseName(StrEnum):
     ALL = "all"
 
 
-@trace_app.command(name="import")
+@trace_app.command(
+    name="import",
+    epilog=examples(
+        "gemopt trace import dumps/ --from sglang -o traces.safetensors",
+        "gemopt trace import counts.npy --from array -o traces.safetensors",
+    ),
+)
 def import_command(
-    paths: Annotated[list[Path], typer.Argument(help="Recorded files, or their folder.")],
-    source: Annotated[str, typer.Option("--from", help="Engine that recorded; see `gemopt engines`.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="traces.safetensors to write.")],
-    ep: Annotated[int | None, typer.Option("--ep", min=1, help="Ranks that must have recorded.")] = None,
-    num_experts: Annotated[int | None, typer.Option(min=1, help="Experts of a layer.")] = None,
-    layer_ids: Annotated[str | None, typer.Option(help="Decoder layers with experts, like 3-60.")] = None,
-    num_hidden_layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the network.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Experts per token.")] = None,
-    model: Annotated[str | None, typer.Option(help="Name of the network.")] = None,
-    phase: Annotated[PhaseName, typer.Option(help="Responses: which tokens.")] = PhaseName.DECODE,
-    batch_size: Annotated[int, typer.Option(min=1, help="Responses: sequences in flight.")] = 64,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="Responses: prompt tokens of a step.")] = 4096,
-    keep_tokens: Annotated[bool, typer.Option("--keep-tokens", help="Keep token-level ids (in memory).")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    paths: Annotated[list[Path], typer.Argument(help="recorded files, or their folder")],
+    source: Annotated[str, typer.Option("--from", help="engine that recorded; see `gemopt engines`")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="traces.safetensors to write")],
+    ep: Annotated[int | None, typer.Option("--ep", min=1, help="ranks that must have recorded")] = None,
+    num_experts: Annotated[int | None, typer.Option(min=1, help="experts of a layer")] = None,
+    layer_ids: Annotated[str | None, typer.Option(help="decoder layers with experts, like 3-60")] = None,
+    num_hidden_layers: Annotated[int | None, typer.Option(min=1, help="decoder layers of the network")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="experts per token")] = None,
+    model: Annotated[str | None, typer.Option(help="name of the network")] = None,
+    phase: Annotated[PhaseName, typer.Option(help="responses: which tokens")] = PhaseName.DECODE,
+    batch_size: Annotated[int, typer.Option(min=1, help="responses: sequences in flight")] = 64,
+    prefill_tokens: Annotated[int, typer.Option(min=1, help="responses: prompt tokens of a step")] = 4096,
+    keep_tokens: Annotated[bool, typer.Option("--keep-tokens", help="keep token-level ids (in memory)")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
     """Read routing traces that a serving engine recorded."""
     from gemopt.formats.engine import TraceOptions
@@ -54,12 +61,14 @@ def import_command(
         phase=Phase.MIXED if phase is PhaseName.ALL else Phase[phase.name],
         keep_tokens=keep_tokens,
     )
-    found = import_traces(paths, source=source, destination=output, options=options)
+    with shown("steps read", hidden=as_json) as bar:
+        told = None if bar is None else lambda steps: bar(steps, None)
+        found = import_traces(paths, source=source, destination=output, options=options, progress=told)
     if as_json:
         print_json({"output": str(output), **vars(found)})
         return
     layers = f"{len(found.layer_ids)} MoE layers ({found.layer_ids[0]} to {found.layer_ids[-1]})"
     sizes = f"{found.num_steps} steps, {layers}, {found.num_experts} experts, {found.assignments} assignments"
-    console.print(f"wrote {output}: {sizes}", markup=False, soft_wrap=True)
+    say(f"wrote {output}: {sizes}")
     for note in found.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        say(f"note: {note}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import app, say
+from gemopt.cli.app import app, examples, say
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
@@ -23,30 +23,31 @@ if TYPE_CHECKING:
     from gemopt.traces import Traces
 
 
-@app.command(rich_help_panel="Follow the traffic")
+@app.command(
+    rich_help_panel="Follow the traffic",
+    epilog=examples(
+        "gemopt watch traces/ --profile profile.json --placement placement.json --once",
+        "gemopt watch traces/ --profile profile.json --placement placement.json --to sglang --port 9400",
+    ),
+)
 def watch(
-    folder: Annotated[Path, typer.Argument(help="Folder that grows: numbered traces, or an engine's dumps (--from).")],
+    folder: Annotated[Path, typer.Argument(help="folder that grows: numbered traces, or an engine's dumps (--from)")],
     profile: Annotated[Path, typer.Option(help="profile.json")],
-    placement: Annotated[Path, typer.Option(help="The placement in force; a new one replaces it, unless -o.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Where new placements go instead.")] = None,
-    to: Annotated[list[str] | None, typer.Option("--to", help="Also export: ENGINE, or ENGINE=FILE.")] = None,
-    source: Annotated[str | None, typer.Option("--from", help="Engine whose dumps the folder gets.")] = None,
-    on_change: Annotated[str | None, typer.Option(help="Command after a change; {placement} is its file.")] = None,
-    command_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds the command may take.")] = 60.0,
-    policy: Annotated[
-        Path | None, typer.Option(help="policy.json: the controller's knobs; see docs/online.md.")
-    ] = None,
-    state: Annotated[Path | None, typer.Option(help="File that keeps what was learnt over a restart.")] = None,
-    window: Annotated[int, typer.Option(min=1, help="Most steps of one decision.")] = 64,
-    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between two looks at the folder.")] = 5.0,
-    port: Annotated[int | None, typer.Option(help="Serve /metrics (Prometheus) and /healthz; 0: any port.")] = None,
-    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
-    once: Annotated[bool, typer.Option("--once", help="One look, one decision, and out.")] = False,
+    placement: Annotated[Path, typer.Option(help="the placement in force; a new one replaces it, unless -o")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="where new placements go instead")] = None,
+    to: Annotated[list[str] | None, typer.Option("--to", help="also export: ENGINE, or ENGINE=FILE")] = None,
+    source: Annotated[str | None, typer.Option("--from", help="engine whose dumps the folder gets")] = None,
+    on_change: Annotated[str | None, typer.Option(help="command after a change; {placement} is its file")] = None,
+    command_timeout: Annotated[float, typer.Option(min=0.1, help="seconds the command may take")] = 60.0,
+    policy: Annotated[Path | None, typer.Option(help="policy.json: the controller's knobs; see docs/online.md")] = None,
+    state: Annotated[Path | None, typer.Option(help="file that keeps what was learnt over a restart")] = None,
+    window: Annotated[int, typer.Option(min=1, help="most steps of one decision")] = 64,
+    interval: Annotated[float, typer.Option(min=0.05, help="seconds between two looks at the folder")] = 5.0,
+    port: Annotated[int | None, typer.Option(help="serve /metrics (Prometheus) and /healthz; 0: any port")] = None,
+    host: Annotated[str, typer.Option(help="address to serve on")] = "127.0.0.1",
+    once: Annotated[bool, typer.Option("--once", help="one look, one decision, and out")] = False,
 ) -> None:
-    """Follow a growing trace folder: decide, write the placement, export it, run a command, serve metrics.
-
-    Example: gemopt watch traces/ --profile profile.json --placement placement.json --to sglang --port 9400
-    """
+    """Follow a growing trace folder: decide, write the placement, export it, run a command, serve metrics."""
     from gemopt.documents import check_writable
     from gemopt.online.follow import Follower
     from gemopt.online.metrics import Health, Metrics, serve

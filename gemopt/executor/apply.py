@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemopt.costs import CostModel
 from gemopt.exceptions import InputError, missing
 
 try:
@@ -19,12 +20,15 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
+from gemopt.executor.background import Background
+from gemopt.executor.council import refuse_together
 from gemopt.executor.expert_parallel import NAME, SlotDispatch, dispatches
 from gemopt.executor.memory import free_bytes
 from gemopt.executor.plan import LayerRow, Plan, checksum, layer_rows, plan, slot_checksum
-from gemopt.executor.runner import Background, Event, MigrationError, StageRunner
-from gemopt.executor.splits import check_split
+from gemopt.executor.runner import Event, MigrationError, StageRunner
+from gemopt.executor.splits import check_cost, check_split, digest
 from gemopt.executor.transfer import canaries, wrong_rows
+from gemopt.migration import BATCH_BYTES
 from gemopt.placement import EMPTY, Placement
 
 if TYPE_CHECKING:
@@ -51,9 +55,12 @@ class Executor:
     ranks_per_node
         Ranks of a node, consecutive; all on one node when absent.
     budget_bytes
-        Most memory for what a rank receives at a time; one layer when absent.
+        Most memory for what a rank receives at a time. When absent, `apply` takes one layer at a time, and `start`
+        layers together up to 64 MiB (`gemopt.migration.BATCH_BYTES`), or one layer where that needs more.
     on_event
         Called with (what, id of the decoder layer or None) as a migration proceeds.
+    cost
+        Latencies of the ranks, the same on every rank, which placements with the optimal split ask for.
     """
 
     def __init__(
@@ -64,6 +71,7 @@ class Executor:
         ranks_per_node: int | None = None,
         budget_bytes: int | None = None,
         on_event: Event | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         found = dispatches(model)
         if not found:
@@ -80,11 +88,11 @@ class Executor:
         self.layer_ids = [_layer_id(path) for path, _ in found]
         self.budget_bytes = budget_bytes
         self.nodes = np.arange(self.layers[0].num_ranks) // (ranks_per_node or self.layers[0].num_ranks)
-        self._template: dict[str, Any] = {}
+        self.cost, self._template = check_cost(cost, len(self.nodes)), dict[str, Any]()
         self._background: Background | None = None
         self._runner = StageRunner(self.layers, self.layer_ids, timeout_s, on_event)
         for dispatch in self.layers:
-            dispatch.nodes = self.nodes.tolist()
+            dispatch.nodes, dispatch.cost = self.nodes.tolist(), cost
             dispatch.take_over()
             if dispatch.canaries is None:
                 dispatch.canaries = self._gather_canaries(dispatch)
@@ -155,7 +163,7 @@ class Executor:
             raise InputError(
                 "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the model runs on {len(self.nodes)} ranks"
             )
-        check_split(placement.split)
+        check_split(placement.split, self.cost)
         config = self.model.config
         path = str(getattr(config, "_name_or_path", "") or "")
         names = {_bare(path), _bare(str(config.model_type))} - {""}
@@ -202,11 +210,18 @@ class Executor:
         return steps
 
     def start(self, placement: Placement | Path | str) -> Background:
-        """As `apply`, but weights travel while the model serves; layers are committed between forward passes."""
-        steps, fields = self._agree_to(placement)
+        """As `apply`, but weights travel while the model serves; layers are committed between forward passes.
+
+        Layers travel and are committed together, as many as keep what a rank receives at once within `budget_bytes`.
+        """
+        steps, fields = self._agree_to(placement, self._batch_bytes)
         self._template = fields
-        self._background = Background(self._runner, steps.stages, self.model)
+        self._background = Background(self._runner, steps.batches(self._batch_bytes), self.model)
         return self._background
+
+    @property
+    def _batch_bytes(self) -> int:
+        return BATCH_BYTES if self.budget_bytes is None else self.budget_bytes
 
     def follow(
         self, controller: Controller | None, *, window: int = 64, log: Callable[[str], None] | None = None
@@ -226,8 +241,8 @@ class Executor:
 
         return Follow(self, controller, window, log)
 
-    def _agree_to(self, given: Placement | Path | str) -> tuple[Plan, dict[str, Any]]:
-        """Plan, and refuse on every rank what any rank would refuse."""
+    def _agree_to(self, given: Placement | Path | str, batch_bytes: int = 0) -> tuple[Plan, dict[str, Any]]:
+        """Plan, and refuse on every rank what any rank would refuse. batch_bytes: of layers that travel together."""
         steps: Plan | None = None
         fields: dict[str, Any] = {}
         word: dict[str, Any]
@@ -235,14 +250,15 @@ class Executor:
         try:
             if self._background is not None and not self._background.done:
                 raise InputError("placement", "a migration is running", "one at a time", "wait for it first")
-            placement = given if isinstance(given, Placement) else Placement.load(given)
+            placement = Placement.of(given)
             steps, fields = self.plan(placement), _kept_fields(placement)
-            self._check_memory(steps)
+            self._check_memory(steps, batch_bytes)
             word = {
                 "placement": checksum(layer_rows(placement)),
                 "placement in force": slot_checksum(self.rows),
                 "budget_bytes": str(self.budget_bytes),
                 "ranks_per_node": str(self.nodes.tolist()),
+                "cost": digest(self.cost),
             }
         except InputError as error:
             shown = error.value if isinstance(error.value, str) else repr(error.value)
@@ -254,13 +270,13 @@ class Executor:
         assert steps is not None
         return steps, fields
 
-    def _check_memory(self, steps: Plan) -> None:
-        free = free_bytes(self.layers[0].device)
-        if free is not None and steps.buffer_bytes > free:
+    def _check_memory(self, steps: Plan, batch_bytes: int) -> None:
+        free, needed = free_bytes(self.layers[0].device), steps.buffer_bytes(batch_bytes)
+        if free is not None and needed > free:
             raise InputError(
                 "memory",
                 f"{free} bytes free",
-                f"a buffer of {steps.buffer_bytes} bytes is needed",
+                f"a buffer of {needed} bytes is needed",
                 f"give budget_bytes of at least {max(steps.expert_bytes)}, the bytes of one expert",
             )
 
@@ -280,7 +296,7 @@ class Executor:
             wrong = wrong_rows(dispatch.weights(), held, dispatch.canaries)
             if wrong:
                 raise MigrationError(
-                    "verify", self.layer_ids[layer], {self.rank: f"wrong weights of {wrong}"}, self.checksum()
+                    "verify", [self.layer_ids[layer]], {self.rank: f"wrong weights of {wrong}"}, self.checksum()
                 )
 
     @torch.no_grad()
@@ -298,22 +314,7 @@ class Executor:
         }
         if bad:
             self._runner.run(self._plan(old).stages)
-            raise MigrationError("probe", None, bad, self.checksum())
-
-
-def refuse_together(said: Sequence[Mapping[str, Any]]) -> None:
-    """Raise the same error on every rank when one rank has one, or when ranks were given different things."""
-    errors = {rank: answer["error"] for rank, answer in enumerate(said) if "error" in answer}
-    if errors:
-        rank, (field, value, limit, hint) = next(iter(errors.items()))
-        raise InputError(field, value, limit + ("" if len(errors) == len(said) else f" (rank {rank})"), hint)
-    for key in said[0]:
-        ranks: dict[str, list[int]] = {}
-        for rank, answer in enumerate(said):
-            ranks.setdefault(answer[key], []).append(rank)
-        if len(ranks) > 1:
-            groups = " and ".join(str(group) for group in ranks.values())
-            raise InputError(key, f"different ones on ranks {groups}", "the same is needed on every rank")
+            raise MigrationError("probe", [], bad, self.checksum())
 
 
 def _bare(name: str) -> str:

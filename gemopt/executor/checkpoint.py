@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +32,11 @@ INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
 
 
 def export_checkpoint(
-    placement: Placement, source: str | os.PathLike[str], destination: str | os.PathLike[str]
+    placement: Placement,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a permuted copy of a safetensors checkpoint.
 
@@ -44,6 +48,8 @@ def export_checkpoint(
         Folder with `config.json` and `*.safetensors`.
     destination
         New folder. It appears complete or not at all.
+    progress
+        Called with (files of weights written, of how many).
 
     Raises
     ------
@@ -65,8 +71,10 @@ def export_checkpoint(
     except OSError as error:
         raise InputError(str(destination), error.strerror or str(error), "a folder that can be written") from None
     try:
-        for file in files:
+        for number, file in enumerate(files, start=1):
             _rewrite(file, folder / file.name, permutation)
+            if progress is not None:
+                progress(number, len(files))
         for name, content in rest.items():
             if content is None:
                 shutil.copyfile(source / name, folder / name)

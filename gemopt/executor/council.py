@@ -18,12 +18,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
 
-from gemopt.exceptions import missing
+from gemopt.exceptions import InputError, missing
 
 try:
     import torch.distributed as dist
@@ -172,3 +172,18 @@ def _address() -> str:
             return str(probe.getsockname()[0])
     except OSError:
         return socket.gethostname()
+
+
+def refuse_together(said: Sequence[Mapping[str, Any]]) -> None:
+    """Raise the same error on every rank when one rank has one, or when ranks were given different things."""
+    errors = {rank: answer["error"] for rank, answer in enumerate(said) if "error" in answer}
+    if errors:
+        rank, (field, value, limit, hint) = next(iter(errors.items()))
+        raise InputError(field, value, limit + ("" if len(errors) == len(said) else f" (rank {rank})"), hint)
+    for key in said[0]:
+        ranks: dict[str, list[int]] = {}
+        for rank, answer in enumerate(said):
+            ranks.setdefault(answer[key], []).append(rank)
+        if len(ranks) > 1:
+            groups = " and ".join(str(group) for group in ranks.values())
+            raise InputError(key, f"different ones on ranks {groups}", "the same is needed on every rank")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gemopt.costs import CostModel
 from gemopt.exceptions import InputError, missing
 
 try:
@@ -56,6 +57,7 @@ class SlotDispatch(AllToAllEP):
         self.nodes: list[int] = [0] * self.num_ranks
         slots = np.full(self.num_ranks, self.num_local_experts)
         self.row = LayerRow(np.arange(self.num_experts), slots)
+        self.cost: CostModel | None = None
         self.routing: Routing | None = None
         self.canaries: Tensor | None = None
         self.meter: Meter | None = None
@@ -160,7 +162,7 @@ class SlotDispatch(AllToAllEP):
 
     def routing_for(self, row: LayerRow) -> Routing:
         """Tables for a placement of this layer."""
-        return Routing(row, self.num_experts, self.nodes, self.device)
+        return Routing(row, self.num_experts, self.nodes, self.device, self.cost)
 
     def commit(
         self, row: LayerRow, routing: Routing, tensors: Mapping[str, Tensor], slots: Sequence[int] | None

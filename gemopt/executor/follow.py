@@ -2,7 +2,8 @@
 
 All ranks count their assignments and time their experts. Every `window` forward passes they gather both; rank 0 decides
 in a thread of its own, while the model serves, and the others learn of it between two later forward passes, all between
-the same ones. What has been decided is applied by `Executor.start`.
+the same ones. What has been decided is applied by `Executor.start`; what an earlier decision wanted and has not begun
+to travel is forgotten then.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 NOTHING, PENDING, KEPT, MOVE = range(4)
 ASK_EVERY = 4  # forward passes between two looks at whether rank 0 has decided
 EMPTY = b"{}"
+UNSEEN_STEPS = 1024  # that are kept for a controller which is busy; older ones are lost to it
 
 
 class Gauge:
@@ -115,7 +118,9 @@ class Follow:
         self._thread: threading.Thread | None = None
         self._word: tuple[int, bytes] = (NOTHING, EMPTY)
         self._waiting = 0
+        self._unseen: deque[tuple[Any, Any]] = deque(maxlen=max(1, UNSEEN_STEPS // window))
         self._background: Any = None
+        self._wanted: Placement | None = None  # as soon as the batch that is on its way has been committed
         for dispatch in executor.layers:
             dispatch.meter = self._gauge
         self._hooks = [
@@ -137,13 +142,16 @@ class Follow:
         dist.all_reduce(counts, group=self._group)
         times_G = times.new_empty(layer.num_ranks, len(times))
         dist.all_gather(list(times_G), times, group=self._group)
-        moving = self._background is not None and not self._background.done
-        if moving or self._waiting:
-            return  # one decision at a time; the next window sees what this one would have
+        deciding = self.controller is not None and self.executor.rank == 0
+        if deciding:
+            self._unseen.append((counts.numpy(), times_G.numpy().T.copy()))
+        if self._waiting or self._wanted is not None:
+            return  # one decision at a time; the next sees these steps, too
         self._waiting = ASK_EVERY
-        if self.controller is not None and self.executor.rank == 0:
+        if deciding:
             self._word = (PENDING, EMPTY)
-            work = (counts.numpy(), times_G.numpy().T.copy())
+            work = [np.concatenate(each) for each in zip(*self._unseen, strict=True)]
+            self._unseen.clear()
             self._thread = threading.Thread(target=self._decide, args=work, daemon=True)
             self._thread.start()
 
@@ -161,6 +169,9 @@ class Follow:
         self._word = (MOVE if decision.num_moves else KEPT, json.dumps(said).encode())
 
     def _before(self) -> None:
+        if self._wanted is not None and self._background.done:
+            wanted, self._wanted = self._wanted, None
+            self._move(wanted)
         if not self._waiting:
             return
         self._waiting -= 1
@@ -190,6 +201,10 @@ class Follow:
         return state, bytes(body.numpy())
 
     def _move(self, placement: Placement) -> None:
+        if self._background is not None and not self._background.done:
+            self._background.cut()
+            self._wanted = placement
+            return
         old = self.executor.placement
         try:
             self._background = self.executor.start(placement)
@@ -213,3 +228,5 @@ class Follow:
             self._background.wait()
         if self._thread is not None:
             self._thread.join()
+        if self.controller is not None and (self._waiting or self._wanted is not None):
+            self.controller.confirm(self.executor.placement)  # what it last wanted never came into force

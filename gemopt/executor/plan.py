@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.executor.untangle import Untangle
-from gemopt.migration import Link, Move, keep_in_place, moves
+from gemopt.migration import Link, Move, batches, keep_in_place, moves
 from gemopt.placement import EMPTY, Placement, Split
 
 IntArray = NDArray[np.int64]
@@ -131,16 +131,26 @@ class Plan:
             last[stage.layer] = stage.after
         return int(sum((row.row_P != EMPTY).sum() for row in last)) - sum(self.count().values())
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Extra memory on the rank that needs most."""
-        peak = 0
-        for stage in self.stages:
-            ranks = stage.after.rank_of_slot
-            rows = np.bincount([ranks[m.dst_slot] for m in stage.moves], minlength=1)
-            most = stage.after.slots_per_rank.max() if stage.rebuild else rows.max(initial=0)
-            peak = max(peak, int(most) * self.expert_bytes[stage.layer])
-        return peak
+    def buffer_bytes(self, batch_bytes: int = 0) -> int:
+        """Extra memory on the rank that needs most: one stage at a time, or batches of up to `batch_bytes`."""
+        whole = [sum(self._room(stage) for stage in batch) for batch in self.batches(batch_bytes)]
+        return max((int(np.max(room_G)) for room_G in whole), default=0)
+
+    def _room(self, stage: Stage) -> IntArray:
+        """[G] bytes that each rank receives into."""
+        slots_G = stage.after.slots_per_rank
+        into = [stage.after.rank_of_slot[move.dst_slot] for move in stage.moves]
+        rows_G = slots_G if stage.rebuild else np.bincount(into, minlength=len(slots_G))
+        return np.asarray(rows_G * self.expert_bytes[stage.layer], dtype=np.int64)
+
+    def batches(self, limit_bytes: int) -> list[tuple[Stage, ...]]:
+        """Stages that are carried out together: as many as leave no rank more than so many bytes to receive at once.
+
+        A stage that needs more is a batch of its own. No batch changes a layer twice.
+        """
+        rooms = [self._room(stage) for stage in self.stages]
+        grouped = batches([stage.layer for stage in self.stages], rooms, limit_bytes)
+        return [tuple(self.stages[index] for index in group) for group in grouped]
 
     def seconds(self, *, node_gbps: float, cross_gbps: float, latency_s: float = 1e-3) -> float:
         """Estimated time: per stage and round the busiest rank's bytes over its links, plus a fixed latency.

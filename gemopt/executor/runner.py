@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -15,9 +13,7 @@ from typing import Any, NoReturn
 from gemopt.exceptions import GemoptError, missing
 
 try:
-    import torch
     import torch.distributed as dist
-    from torch import nn
     from torch.distributed.distributed_c10d import _set_pg_timeout
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
@@ -29,7 +25,7 @@ from gemopt.executor.splits import Routing
 from gemopt.executor.transfer import Incoming, Pool, allocate, synchronize, transfer, wrong_rows
 from gemopt.placement import EMPTY
 
-COMMIT, PENDING = "commit", "pending"
+COMMIT = "commit"
 Event = Callable[[str, int | None], None]
 
 
@@ -40,19 +36,25 @@ class MigrationError(GemoptError, RuntimeError):
     ----------
     stage
         `check`, `allocate`, `transfer`, `verify`, `vote`, `finish` or `probe`.
-    layer
-        Id of the decoder layer; None outside layers.
+    layers
+        Ids of the decoder layers that were to change together; empty outside layers.
     ranks
         What went wrong, by rank of the expert-parallel group.
     checksum
         Of the placement in force.
     """
 
-    def __init__(self, stage: str, layer: int | None, ranks: Mapping[int, str], checksum: str) -> None:
-        self.stage, self.layer, self.ranks, self.checksum = stage, layer, dict(ranks), checksum
-        where = stage if layer is None else f"{stage}, layer {layer}"
+    def __init__(self, stage: str, layers: Sequence[int], ranks: Mapping[int, str], checksum: str) -> None:
+        self.stage, self.layers, self.ranks, self.checksum = stage, tuple(layers), dict(ranks), checksum
+        named = ", ".join(map(str, layers))
+        where = f"{stage}, layer{'s' if len(self.layers) > 1 else ''} {named}" if named else stage
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(self.ranks.items()))
         super().__init__(f"migration stopped at {where}: {reasons}; placement in force {checksum[:12]}")
+
+    @property
+    def layer(self) -> int | None:
+        """Id of the first of these layers."""
+        return self.layers[0] if self.layers else None
 
 
 @dataclass
@@ -64,13 +66,8 @@ class Prepared:
     routing: Routing
 
     def commit(self, dispatch: SlotDispatch) -> None:
-        """Put it in force; an interrupt meanwhile is raised after the commit is complete."""
-        work = (self.stage.after, self.routing, self.incoming.tensors, self.incoming.slots)
-        try:
-            dispatch.commit(*work)
-        except BaseException:
-            dispatch.commit(*work)
-            raise
+        """Put it in force; doing so again changes nothing."""
+        dispatch.commit(self.stage.after, self.routing, self.incoming.tensors, self.incoming.slots)
 
 
 class StageRunner:
@@ -109,35 +106,36 @@ class StageRunner:
         """Digest of the placement in force on this rank."""
         return checksum([dispatch.row for dispatch in self.layers])
 
-    def event(self, what: str, stage: Stage | None = None) -> None:
-        """Tell the observer."""
+    def _events(self, what: str, stages: Sequence[Stage]) -> None:
+        """Tell the observer, layer by layer."""
         if self.on_event is not None:
-            self.on_event(what, None if stage is None else self.layer_ids[stage.layer])
+            for stage in stages:
+                self.on_event(what, self.layer_ids[stage.layer])
 
     def run(self, stages: Sequence[Stage]) -> None:
         """All stages, one after the other."""
         for stage in stages:
-            self.settle(stage, *self.prepare(stage))
+            self.settle([stage], *self.prepare([stage]))
         self.finish()
 
-    def prepare(self, stage: Stage) -> tuple[Prepared | None, str]:
-        """Everything that can fail, up to the vote: (what to commit, what went wrong)."""
-        dispatch, what, incoming = self.layers[stage.layer], "allocate", None
+    def prepare(self, stages: Sequence[Stage]) -> tuple[list[Prepared], str]:
+        """Everything that can fail, up to the vote, of stages that go together: (what to commit, what went wrong)."""
+        what, incoming = "allocate", list[Incoming]()
         deadline = self._begin()
         try:
-            self.event(what, stage)
-            incoming = allocate(stage, dispatch.row, self.rank, dispatch.weights(), self._pool)
-            routing = dispatch.routing_for(stage.after)
-            self.event(what := "transfer", stage)
-            transfer(stage, dispatch.row, dispatch.weights(), incoming, group=self.links, deadline=deadline)
-            self.event(what := "verify", stage)
-            self._prove(stage, incoming)
-            return Prepared(stage, incoming, routing), ""
+            self._events(what, stages)
+            layers = [(self.layers[stage.layer].row, self.layers[stage.layer].weights()) for stage in stages]
+            incoming = allocate(stages, layers, self.rank, self._pool)
+            routing = [self.layers[stage.layer].routing_for(stage.after) for stage in stages]
+            self._events(what := "transfer", stages)
+            transfer(incoming, group=self.links, deadline=deadline)
+            self._events(what := "verify", stages)
+            for stage, part in zip(stages, incoming, strict=True):
+                self._prove(stage, part)
+            return [Prepared(*each) for each in zip(stages, incoming, routing, strict=True)], ""
         except Exception as error:
-            if incoming is not None:
-                self._abandoned.append(incoming)
-                self._pool = Pool()
-            return None, f"{what}: {_short(error)}"
+            self._abandoned += incoming
+            return [], f"{what}: {_short(error)}"
 
     def _begin(self) -> float:
         """Start the clock of a stage: half of the timeout to transfer, so that a rank that failed hears the others."""
@@ -154,36 +152,50 @@ class StageRunner:
             raise RuntimeError(f"the weights that arrived for experts {wrong} are not theirs")
 
     def settle(
-        self, stage: Stage, prepared: Prepared | None, problem: str, words: Sequence[str | None] | None = None
+        self,
+        stages: Sequence[Stage],
+        prepared: Sequence[Prepared],
+        problem: str,
+        words: Sequence[str | None] | None = None,
     ) -> None:
-        """Vote, decide, and commit on all ranks or on none.
+        """Vote, decide, and commit all of these stages on all ranks, or none on any.
 
         A rank proposes to commit only when every rank has said that it is prepared, so a decision to commit can be
         carried out by all; and the decision is common to all that survive it.
         """
         if words is None:
-            self.event("vote", stage)
+            self._events("vote", stages)
             words = self.council.exchange(problem, self._vote_by - time.monotonic())
         faults = self._faults(words, bool)
         where = next((word.partition(":")[0] for word in words if word and not word.startswith(RESIGNED)), "vote")
-        self.event("decide", stage)
+        self._events("decide", stages)
         decision = self.council.decide(json.dumps({"where": where, "faults": faults}) if faults else COMMIT)
         if decision == COMMIT:
-            assert prepared is not None, "commit is only proposed when every rank is prepared"
-            self.event("commit", stage)
-            dispatch = self.layers[stage.layer]
-            before = dispatch.weights()
-            prepared.commit(dispatch)
-            synchronize(dispatch.device)  # buffers are used again, perhaps from another stream
-            if stage.rebuild:
-                self._pool.take_back(before)
-            self.event("committed", stage)
+            assert len(prepared) == len(stages), "commit is only proposed when every rank is prepared"
+            self._events("commit", stages)
+            self._commit(prepared)
+            self._events("committed", stages)
         elif not faults:
             told = json.loads(decision)
             where, faults = told["where"], {int(rank): why for rank, why in told["faults"].items()}
         if faults:
             self._links = None
-            self._give_up(where, faults, stage)
+            self._pool = Pool()  # a transfer may still be writing to the old one
+            self._give_up(where, faults, stages)
+
+    def _commit(self, prepared: Sequence[Prepared]) -> None:
+        """Put everything in force that was decided; an interrupt meanwhile is raised when that is complete."""
+        replaced = [self.layers[each.stage.layer].weights() for each in prepared if each.stage.rebuild]
+        try:
+            for each in prepared:
+                each.commit(self.layers[each.stage.layer])
+        except BaseException:
+            for each in prepared:
+                each.commit(self.layers[each.stage.layer])
+            raise
+        synchronize(self.layers[0].device)  # buffers are used again, perhaps from another stream
+        for weights in replaced:
+            self._pool.take_back(weights)
 
     def _faults(self, words: Sequence[str | None], is_fault: Callable[[str], object]) -> dict[int, str]:
         """What is wrong, by rank: lost, resigned, or a word that `is_fault`."""
@@ -193,10 +205,9 @@ class StageRunner:
             if word is None or word.startswith(RESIGNED) or is_fault(word)
         }
 
-    def _give_up(self, where: str, faults: Mapping[int, str], stage: Stage | None = None) -> NoReturn:
+    def _give_up(self, where: str, faults: Mapping[int, str], stages: Sequence[Stage] = ()) -> NoReturn:
         """Raise, and let no other rank wait for this one."""
-        layer = None if stage is None else self.layer_ids[stage.layer]
-        error = MigrationError(where, layer, faults, self.checksum())
+        error = MigrationError(where, [self.layer_ids[stage.layer] for stage in stages], faults, self.checksum())
         self.council.resign(f"gave up at {where}")
         raise error
 
@@ -216,7 +227,8 @@ class StageRunner:
 
     def exchange(self, stage: str, word: str) -> list[str]:
         """[G] what every rank said; raises when one is gone."""
-        self.event(stage)
+        if self.on_event is not None:
+            self.on_event(stage, None)
         words = self.council.exchange(word)
         faults = self._faults(words, lambda _: False)
         if faults:
@@ -228,77 +240,3 @@ def _short(error: Exception) -> str:
     """First sentence of an error, without the source lines that gloo and NCCL put in front."""
     text = re.sub(r"\[[^\]]*\.(cc|cpp|h):\d+\] ?", "", " ".join(str(error).split()))
     return text.partition(". ")[0][:200] or type(error).__name__
-
-
-class Background:
-    """A migration that overlaps with serving.
-
-    Weights travel in a thread, on a process group of their own. Each forward pass of the model first looks whether
-    all ranks have received the next stage, and commits it then. All ranks run forward passes alike, as expert
-    parallelism needs anyway.
-    """
-
-    def __init__(self, runner: StageRunner, stages: Sequence[Stage], model: nn.Module) -> None:
-        self._runner = runner
-        self._stages = list(stages)
-        self._thread: threading.Thread | None = None
-        self._result: tuple[Prepared | None, str] = (None, "")
-        self._hook = model.register_forward_pre_hook(lambda *_: self.poll(), prepend=True)
-        self._start()
-
-    @property
-    def done(self) -> bool:
-        """Whether everything is committed, or the migration has failed."""
-        return self._thread is None
-
-    def _start(self) -> None:
-        """Begin the next stage, or end."""
-        if not self._stages:
-            self._end()
-            self._runner.finish()
-            return
-        stage = self._stages[0]
-
-        def work() -> None:
-            with _side_stream(self._runner.layers[stage.layer].device):
-                self._result = self._runner.prepare(stage)
-
-        self._thread = threading.Thread(target=work, daemon=True)
-        self._thread.start()
-
-    def _end(self) -> None:
-        self._thread = None
-        self._hook.remove()
-
-    def poll(self) -> None:
-        """Commit the next stage if all ranks are ready; every rank calls this between the same forward passes."""
-        if self._thread is None:
-            return
-        alive = self._thread.is_alive()
-        prepared, problem = (None, PENDING) if alive else self._result
-        words = self._runner.council.exchange(problem)
-        if PENDING in words and set(words) <= {PENDING, ""}:
-            return
-        try:
-            stage = self._stages.pop(0)
-            self._runner.settle(stage, prepared, problem, ["" if word == PENDING else word for word in words])
-        except BaseException:
-            self._end()
-            raise
-        self._start()
-
-    def wait(self) -> None:
-        """Finish without further forward passes; every rank calls this alike."""
-        while self._thread is not None:
-            self._thread.join()
-            self.poll()
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU, work beside the stream that serves."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-        yield

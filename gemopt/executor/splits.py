@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import UnsupportedError, missing
+from gemopt.costs import CostModel
+from gemopt.exceptions import InputError, missing
 
 try:
     import torch
@@ -18,7 +20,12 @@ except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
 from gemopt.executor.plan import LayerRow
+from gemopt.latency import pack
 from gemopt.placement import EMPTY, Split
+from gemopt.splits.optimal import OptimalSplit
+from gemopt.splits.rules import nearest_copies
+
+NEVER = 2**62  # no position is as far
 
 
 @dataclass(frozen=True)
@@ -93,17 +100,56 @@ class Nearest:
         return self.copy_GE[assigned.sender, assigned.expert]
 
 
+class Optimal:
+    """What lets the slowest rank end first under the step's counts, as `evaluate` has it; found on the CPU."""
+
+    needs_counts = True
+
+    def __init__(self, copies: Copies, device: torch.device) -> None:
+        assert copies.optimal is not None
+        self.split, self.ends_EC = copies.optimal, np.full(copies.slot_EC.shape, NEVER)
+
+    def choose(self, assigned: Assigned) -> Tensor:
+        assert assigned.position is not None and assigned.total_E is not None
+        at, first_R = self.split.index_C, self.split.copies.first[:-1]
+        parts_C = self.split.parts(assigned.total_E.cpu().numpy()[None])[0]
+        ends_C = np.cumsum(parts_C)
+        ends_C -= (ends_C - parts_C)[first_R][self.split.copies.owner]
+        inner = at < self.split.number_C - 1
+        self.ends_EC[self.split.expert_C[inner], at[inner]] = ends_C[inner]
+        ends_EC = torch.from_numpy(self.ends_EC).to(assigned.expert.device)
+        return (assigned.position[:, None] >= ends_EC[assigned.expert]).sum(dim=1)
+
+
 RULES: Mapping[Split, Callable[[Copies, torch.device], SplitRule]] = {
     Split.EVEN: Even,
     Split.STATIC: Static,
     Split.NEAREST: Nearest,
+    Split.OPTIMAL: Optimal,
 }
 
 
-def check_split(split: Split) -> None:
-    """Refuse a split that has no rule."""
-    if split not in RULES:
-        raise UnsupportedError("Placement.split", split.value, "the executor shares " + ", ".join(RULES), "use even")
+def check_split(split: Split, cost: CostModel | None) -> None:
+    """Refuse a split that asks for more than is known."""
+    if split is Split.OPTIMAL and cost is None:
+        limit, hint = "needs the latencies of the ranks", "make the Executor with cost=fit(profile)[0] (--profile)"
+        raise InputError("Placement.split", split.value, limit, hint)
+
+
+def check_cost(cost: CostModel | None, num_ranks: int) -> CostModel | None:
+    """Refuse a cost model of other ranks; what was given otherwise."""
+    if cost is not None and len(cost.latencies) != num_ranks:
+        raise InputError("cost", f"{len(cost.latencies)} ranks", f"the model runs on {num_ranks} ranks")
+    return cost
+
+
+def digest(cost: CostModel | None) -> str:
+    """Tells cost models apart: ranks must split alike."""
+    if cost is None:
+        return ""
+    names = ",".join(feature.name for feature in cost.features).encode()
+    arrays = [np.ascontiguousarray(part).tobytes() for part in pack(cost.latencies)]
+    return hashlib.sha256(b"|".join([names, *arrays])).hexdigest()
 
 
 class Copies:
@@ -113,7 +159,9 @@ class Copies:
     the owner of slot s is rank s // stride also where ranks hold different numbers of slots.
     """
 
-    def __init__(self, row: LayerRow, num_experts: int, nodes: Sequence[int] | NDArray[np.int64]) -> None:
+    def __init__(
+        self, row: LayerRow, num_experts: int, nodes: Sequence[int] | NDArray[np.int64], cost: CostModel | None = None
+    ) -> None:
         slots = row.slots_per_rank
         self.stride = max(1, int(slots.max()))
         local_P = np.arange(len(row.row_P)) - np.repeat(np.cumsum(slots) - slots, slots)
@@ -133,18 +181,15 @@ class Copies:
                 taken = min(1.0, taken + float(weights_P[slot]))
                 self.cumulative_EC[expert, copy] = taken
         self.nearest_GE = self._nearest(np.asarray(nodes))
+        self.optimal: OptimalSplit | None = None
+        if cost is not None and row.split is Split.OPTIMAL:
+            self.optimal = OptimalSplit(row.row_P, row.rank_of_slot, num_experts, cost.features, cost.latencies)
 
     def _nearest(self, nodes_G: NDArray[np.int64]) -> NDArray[np.int64]:
         result_GE = np.zeros((len(nodes_G), len(self.count_E)), dtype=np.int64)
         for expert in np.flatnonzero(self.count_E > 1):
             owners = self.slot_EC[expert, : self.count_E[expert]] // self.stride
-            for rank, node in enumerate(nodes_G):
-                near = np.flatnonzero(owners == rank)
-                if not len(near):
-                    near = np.flatnonzero(nodes_G[owners] == node)
-                if not len(near):
-                    near = np.arange(len(owners))
-                result_GE[rank, expert] = near[rank % len(near)]
+            result_GE[:, expert] = nearest_copies(owners, nodes_G)
         return result_GE
 
 
@@ -152,10 +197,15 @@ class Routing:
     """From logical experts to padded slots for one layer."""
 
     def __init__(
-        self, row: LayerRow, num_experts: int, nodes: Sequence[int] | NDArray[np.int64], device: torch.device
+        self,
+        row: LayerRow,
+        num_experts: int,
+        nodes: Sequence[int] | NDArray[np.int64],
+        device: torch.device,
+        cost: CostModel | None = None,
     ) -> None:
-        check_split(row.split)
-        copies = Copies(row, num_experts, nodes)
+        check_split(row.split, cost)
+        copies = Copies(row, num_experts, nodes, cost)
         self.stride = copies.stride
         self.num_experts = num_experts
         self.slot_EC = torch.from_numpy(copies.slot_EC).to(device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -28,12 +28,16 @@ CANARY_VALUES = 64
 
 @dataclass
 class Incoming:
-    """What one rank receives in a stage, aside from the weights in force.
+    """What one rank receives in a stage, aside from the weights in force, and sends of those.
 
     `tensors[name]` has one row per received expert (`slots`: the local slots they are for), or, where the number of
-    slots changes, one row per new slot (`slots` None). `row_of` maps a slot of the new placement to its row.
+    slots changes, one row per new slot (`slots` None). `row_of` maps a slot of the new placement to its row. `before`
+    and `weights`: in force on this rank.
     """
 
+    stage: Stage
+    before: LayerRow
+    weights: Mapping[str, Tensor]
     tensors: dict[str, Tensor]
     slots: list[int] | None
     row_of: dict[int, int]
@@ -51,13 +55,21 @@ class Pool:
         self._spare: dict[tuple[str, torch.dtype, torch.Size], Tensor] = {}
         self._lent: dict[int, Tensor] = {}  # by address
 
-    def rows(self, name: str, count: int, like: Tensor) -> Tensor:
-        """[count, ...] rows to receive a tensor's in; the next call may return the same memory."""
-        key = (name, like.dtype, like.shape[1:])
-        buffer = self._buffers.get(key)
-        if buffer is None or len(buffer) < count:
-            buffer = self._buffers[key] = zeros(count, like)
-        return buffer[:count]
+    def rows(self, wanted: Sequence[tuple[str, int, Tensor]]) -> list[Tensor]:
+        """For each (name, count, like) [count, ...] rows to receive a tensor's in, none twice; the next call may return
+        the same memory."""
+        keys = [(name, like.dtype, like.shape[1:]) for name, _, like in wanted]
+        starts, ends = [], dict.fromkeys(keys, 0)
+        for key, (_, count, _) in zip(keys, wanted, strict=True):
+            starts.append(ends[key])
+            ends[key] += count
+        for key, (_, _, like) in zip(keys, wanted, strict=True):
+            if key not in self._buffers or len(self._buffers[key]) < ends[key]:
+                self._buffers[key] = zeros(ends[key], like)
+        return [
+            self._buffers[key][start : start + count]
+            for key, start, (_, count, _) in zip(keys, starts, wanted, strict=True)
+        ]
 
     def lend(self, name: str, count: int, like: Tensor) -> Tensor:
         """[count, ...] rows of any content that become the weights of a layer."""
@@ -83,15 +95,40 @@ class Pool:
         self._lent = {address: buffer for address, buffer in self._lent.items() if address in known}
 
 
-def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Tensor], pool: Pool) -> Incoming:
-    """Make room for what `rank` receives; rows that stay are copied where tensors are made anew."""
+def allocate(
+    stages: Sequence[Stage], layers: Sequence[tuple[LayerRow, Mapping[str, Tensor]]], rank: int, pool: Pool
+) -> list[Incoming]:
+    """Make room for what `rank` receives in stages that are carried out together.
+
+    layers: for each stage, the row and this rank's weights in force.
+    """
+    arriving = [
+        [m.dst_slot for m, (_, dst) in zip(stage.moves, stage.ranks(before), strict=True) if dst == rank]
+        for stage, (before, _) in zip(stages, layers, strict=True)
+    ]
+    wanted = [
+        (name, len(slots), weight)
+        for stage, (_, weights), slots in zip(stages, layers, arriving, strict=True)
+        for name, weight in weights.items()
+        if not stage.rebuild
+    ]
+    rows = iter(pool.rows(wanted))
+    result = []
+    for stage, (before, weights), slots in zip(stages, layers, arriving, strict=True):
+        if stage.rebuild:
+            result.append(_rebuilt(stage, before, weights, rank, pool))
+            continue
+        start = int(stage.after.slots_per_rank[:rank].sum())
+        tensors = {name: next(rows) for name in weights}
+        row_of = {slot: row for row, slot in enumerate(slots)}
+        result.append(Incoming(stage, before, weights, tensors, [slot - start for slot in slots], row_of))
+    return result
+
+
+def _rebuilt(stage: Stage, before: LayerRow, weights: Mapping[str, Tensor], rank: int, pool: Pool) -> Incoming:
+    """Tensors that replace those of the layer, with copies of the rows that stay."""
     after = stage.after
-    mine = [m.dst_slot for m, (_, dst) in zip(stage.moves, stage.ranks(before), strict=True) if dst == rank]
-    start = int(after.slots_per_rank[:rank].sum())
-    if not stage.rebuild:
-        tensors = {name: pool.rows(name, len(mine), weight) for name, weight in weights.items()}
-        return Incoming(tensors, [slot - start for slot in mine], {slot: row for row, slot in enumerate(mine)})
-    size = int(after.slots_per_rank[rank])
+    start, size = int(after.slots_per_rank[:rank].sum()), int(after.slots_per_rank[rank])
     tensors = {name: pool.lend(name, size, weight) for name, weight in weights.items()}
     for row in (after.row_P[start : start + size] == EMPTY).nonzero()[0].tolist():
         for tensor in tensors.values():
@@ -101,50 +138,51 @@ def allocate(stage: Stage, before: LayerRow, rank: int, weights: Mapping[str, Te
         if after.row_P[start + row] == before.row_P[old + row] != EMPTY:
             for name, tensor in tensors.items():
                 tensor[row].copy_(weights[name][row])
-    return Incoming(tensors, None, {slot: slot - start for slot in range(start, start + size)})
+    row_of = {slot: slot - start for slot in range(start, start + size)}
+    return Incoming(stage, before, weights, tensors, None, row_of)
 
 
-def transfer(
-    stage: Stage,
-    before: LayerRow,
-    weights: Mapping[str, Tensor],
-    incoming: Incoming,
-    *,
-    group: Any,
-    deadline: float,
-) -> None:
-    """Send and receive what a stage moves; returns when this rank's part is complete.
+def transfer(parts: Sequence[Incoming], *, group: Any, deadline: float) -> None:
+    """Send and receive what some stages move, all at once; returns when this rank's part is complete.
 
     Raises
     ------
     RuntimeError
         When a peer is gone or `deadline` (of `time.monotonic`) passes.
     """
-    rank = dist.get_rank(group)
-    local = int(before.slots_per_rank[:rank].sum())
     for relays in (False, True):
         receives: list[dist.P2POp] = []  # posted first, so that what a faster rank sends has a place to go
         sends: list[dist.P2POp] = []
-        for move, (src, dst) in zip(stage.moves, stage.ranks(before), strict=True):
-            if (move.link is Link.RELAY) is not relays or rank not in (src, dst):
-                continue
-            for name, weight in weights.items():
-                source = incoming.tensors[name] if relays else weight
-                if src == rank:
-                    row = source[incoming.row_of[move.src_slot] if relays else move.src_slot - local]
-                    if dst == rank:
-                        incoming.tensors[name][incoming.row_of[move.dst_slot]].copy_(row)
-                        continue
-                    sends.append(dist.P2POp(dist.isend, row, dist.get_global_rank(group, dst), group))
-                else:
-                    row = incoming.tensors[name][incoming.row_of[move.dst_slot]]
-                    receives.append(dist.P2POp(dist.irecv, row, dist.get_global_rank(group, src), group))
-        if receives or sends:
-            incoming.works = dist.batch_isend_irecv([*receives, *sends])
-        for work in incoming.works:
+        for part in parts:
+            _post(part, relays, group, receives, sends)
+        works = dist.batch_isend_irecv([*receives, *sends]) if receives or sends else []
+        for part in parts:
+            part.works = works  # alive as long as the rows they write to
+        for work in works:
             work.wait(timedelta(seconds=max(0.01, deadline - time.monotonic())))
-        incoming.works = []
-    synchronize(next(iter(weights.values())).device)
+        for part in parts:
+            part.works = []
+    synchronize(next(iter(parts[0].weights.values())).device)
+
+
+def _post(part: Incoming, relays: bool, group: Any, receives: list[dist.P2POp], sends: list[dist.P2POp]) -> None:
+    """Add one stage's messages of one round; what stays on this rank is copied."""
+    stage, before, incoming = part.stage, part.before, part.tensors
+    rank = dist.get_rank(group)
+    local = int(before.slots_per_rank[:rank].sum())
+    for move, (src, dst) in zip(stage.moves, stage.ranks(before), strict=True):
+        if (move.link is Link.RELAY) is not relays or rank not in (src, dst):
+            continue
+        for name, weight in part.weights.items():
+            if src == rank:
+                row = incoming[name][part.row_of[move.src_slot]] if relays else weight[move.src_slot - local]
+                if dst == rank:
+                    incoming[name][part.row_of[move.dst_slot]].copy_(row)
+                    continue
+                sends.append(dist.P2POp(dist.isend, row, dist.get_global_rank(group, dst), group))
+            else:
+                row = incoming[name][part.row_of[move.dst_slot]]
+                receives.append(dist.P2POp(dist.irecv, row, dist.get_global_rank(group, src), group))
 
 
 def synchronize(device: torch.device) -> None:

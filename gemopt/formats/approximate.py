@@ -66,7 +66,7 @@ def approximate(
             )
     split = placement.split
     if "splits" in lacking or split is Split.STATIC:
-        split = Split.EVEN if Split.EVEN in engine.splits else sorted(engine.splits)[0]
+        split = engine.splits[0]
         notes.append(f"split {placement.split.value} became {split.value}")
     candidates = [(_rebuild(placement, t, split), said) for t, said in options or [(table, "")]]
     chosen, said = min(candidates, key=lambda c: cost(c[0])) if cost and len(candidates) > 1 else candidates[0]

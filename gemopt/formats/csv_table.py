@@ -11,7 +11,7 @@ import numpy as np
 from gemopt.documents import read_bytes, write_text
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
-from gemopt.formats.engine import ALL_SPLITS, Engine, Export, Facts, WriteOptions
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
 from gemopt.formats.files import JSON_LIMIT
 from gemopt.placement import EMPTY, Placement, Split
 
@@ -102,7 +102,7 @@ ENGINES = {
         replicas=True,
         unequal_slots=True,
         empty_slots=True,
-        splits=ALL_SPLITS,
+        splits=tuple(Split),
         suffixes=(".csv",),
         note="for other programs",
         write=write,

@@ -17,7 +17,6 @@ from gemopt.placement import EMPTY, Placement, Split
 from gemopt.traces import Phase, Traces
 
 IntArray = NDArray[Any]
-ALL_SPLITS = frozenset(Split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +132,7 @@ class Engine:
     group_limits
         Whether group-limited routing restricts the order of experts.
     splits
-        How the engine can share an expert's assignments among its copies.
+        How the engine can share an expert's assignments among its copies; the first is what it does unless told.
     suffixes
         How the name of its file must end.
     side_file
@@ -151,7 +150,7 @@ class Engine:
     empty_slots: bool = False
     dense_rows: bool = False
     group_limits: bool = False
-    splits: frozenset[Split] = frozenset()
+    splits: tuple[Split, ...] = ()
     suffixes: tuple[str, ...] = ()
     side_file: bool = True
     note: str = ""

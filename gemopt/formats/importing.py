@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,11 +37,17 @@ class Imported:
 
 
 def import_traces(
-    paths: Sequence[Path], *, source: str, destination: str | os.PathLike[str], options: TraceOptions | None = None
+    paths: Sequence[Path],
+    *,
+    source: str,
+    destination: str | os.PathLike[str],
+    options: TraceOptions | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Imported:
     """Read what the engine `source` recorded into one traces file.
 
     Layers without experts are dropped; `options.layer_ids` says which rows to keep where the counts do not.
+    `progress` is called with the steps read so far; how many there are is known at the end only.
 
     Raises
     ------
@@ -69,7 +75,7 @@ def import_traces(
         )
     for dtype in (np.uint16, np.int32):
         try:
-            return _stream(found, destination, options, np.dtype(dtype))
+            return _stream(found, destination, options, np.dtype(dtype), progress)
         except _TooNarrowError:
             continue
     raise AssertionError("int32 holds every count that passed the checks")
@@ -79,12 +85,20 @@ class _TooNarrowError(Exception):
     """A count does not fit the chosen type; start again with a wider one."""
 
 
-def _stream(found: Recording, destination: Any, options: TraceOptions, dtype: np.dtype[Any]) -> Imported:
+def _stream(
+    found: Recording,
+    destination: Any,
+    options: TraceOptions,
+    dtype: np.dtype[Any],
+    progress: Callable[[int], None] | None,
+) -> Imported:
     writer: _Writer | None = None
     with replacing(destination) as stream:
         for block in found.blocks():
             writer = writer or _Writer(stream, _rows(block, found, options), block.shape, dtype)
             writer.append(block)
+            if progress is not None:
+                progress(writer.steps)
         if writer is None:
             raise InputError("PATHS", "no step with any assignment", "a recording of at least one step")
         metadata = _metadata(writer, found, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
@@ -12,6 +12,7 @@ from gemopt.documents import Document, IntVector, sha256
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
 from gemopt.placement import Placement, Split
+from gemopt.problem import slot_counts
 
 _MODULES = {
     "sglang": "sglang",
@@ -97,9 +98,45 @@ def obstacles(placement: Placement, engine: Engine) -> list[tuple[str, str, str,
     if placement.has_copies and not engine.replicas:
         found.append(("replicas", "physical_to_logical", "copies of an expert", "holds every expert once"))
     if placement.has_copies and engine.replicas and placement.split not in engine.splits:
-        can = ", ".join(sorted(engine.splits))
+        can = ", ".join(engine.splits)
         found.append(("splits", "split", placement.split.value, f"shares the load among copies as: {can}"))
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a placement for an engine keeps to: how copies share, and whether every slot must hold an expert."""
+
+    split: Split
+    full: bool
+
+
+def within_engine(
+    engine: Engine, slots_per_rank: object, split: str | None, num_experts: int, num_ranks: int
+) -> Limits:
+    """What solving for an engine must keep to.
+
+    Raises
+    ------
+    UnsupportedError
+        It takes no placement, or cannot have such slots, copies or that split.
+    """
+    if engine.write is None and engine.name != "checkpoint":  # which is written by permuting weights
+        raise UnsupportedError("--engine", engine.name, engine.note or "takes no placement", "see gemopt engines")
+    slots_G = slot_counts(slots_per_rank, num_experts, num_ranks)
+    spare = int(slots_G.sum()) > num_experts
+    if not engine.unequal_slots and len(set(slots_G.tolist())) > 1:
+        slots, hint = ", ".join(map(str, slots_G.tolist())), f"use --slots-per-rank {slots_G.max()}"
+        raise UnsupportedError("slots_per_rank", slots, f"{engine.name} needs as many slots on every rank", hint)
+    if spare and not engine.replicas:
+        raise UnsupportedError("slots_per_rank", int(slots_G.sum()), f"{engine.name} holds every expert once")
+    if not spare:
+        return Limits(split=Split.EVEN, full=False)
+    policy = split or engine.splits[0]
+    if policy not in engine.splits:
+        can = ", ".join(engine.splits)
+        raise UnsupportedError("split", policy, f"{engine.name} shares the load among copies as: {can}")
+    return Limits(split=Split(policy), full=not engine.empty_slots)
 
 
 def able(placement: Placement) -> list[str]:

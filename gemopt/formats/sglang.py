@@ -113,7 +113,7 @@ ENGINES = {
         ),
         replicas=True,
         dense_rows=True,
-        splits=frozenset(DISPATCH),
+        splits=(Split.EVEN, Split.NEAREST, Split.OPTIMAL),
         suffixes=(".json", ".pt"),
         note="--ep-dispatch-algorithm dynamic is even, static is nearest, lp is optimal",
         check=check,

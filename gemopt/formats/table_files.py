@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from gemopt.documents import read_bytes
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, install_hint
 
 BATCH = re.compile(r"Batch size: (\d+), config: (.*)")
 KERNEL_TIME = re.compile(r"Kernel time: (\S+) us")
@@ -104,7 +104,7 @@ def _parquet(path: str, data: bytes) -> Table:
         import pyarrow.parquet
     except ImportError:
         raise InputError(
-            path, "a parquet file", "reading it needs pyarrow", "pip install 'gemopt[tables]', or save it as CSV"
+            path, "a parquet file", "reading it needs pyarrow", f"{install_hint('tables')}, or save it as CSV"
         ) from None
     try:
         columns = pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict()

@@ -19,7 +19,9 @@ from gemopt.online.policy import TICK, Policy
 Array = NDArray[Any]
 NAMES = ("fast", "slow", "all", "alike")
 SHARPNESS = 8.0  # a memory that is x times as far off has its weight multiplied by exp(-SHARPNESS (x - 1))
-FOCUS = 3.0  # the same for blocks in the memory by likeness
+FOCUS = 3.0  # a block that is x noises further off than sampling explains has exp(-FOCUS (x - ALLOWED)) of its weight
+ALLOWED = 0.25  # noises that a block may be further off
+RESOLUTION = 1e-6  # of distances in float32
 SCORE_TICKS = 8.0  # time constant of the memories' scores
 USUAL_TICKS = 16.0  # of what is usual
 SUDDEN, CLEARLY = 6.0, 1.4  # a change: beyond the usual by so many mean deviations, and by this factor
@@ -123,12 +125,18 @@ class Memories:
         return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
     def _likeness(self) -> FloatArray:
-        """[B] how alike each block is to the last ones since the last change; 1 for the most alike."""
+        """[B] how alike each block is to the last ones since the last change; 1 for traffic that cannot be told apart.
+
+        Two samples of the same traffic differ, too: a tick by as much as is usual, a block of several ticks by less.
+        What counts is how much further off a block is, in units of that.
+        """
         own = self.last[: self.size] >= max(self.since, self.ticks - QUERY_TICKS)
         asked = self._roots(self.sums[: self.size][own].sum(axis=0))
-        far_B = self._distances(self.roots[: self.size], asked)
-        far_B[own] = max(self.usual, 1e-9)  # they are part of what is asked for
-        return np.asarray(np.exp(-FOCUS * np.maximum(far_B / max(far_B.min(), self.usual, 1e-9) - 1, 0.0)))
+        noise = max(self.usual, RESOLUTION)
+        sampled_B = 1 / own.sum() + TICK / self.steps[: self.size]
+        excess_B = self._distances(self.roots[: self.size], asked) / noise - sampled_B
+        excess_B[own] = 0.0  # they are part of what is asked for
+        return np.asarray(np.exp(-FOCUS * np.maximum(excess_B - ALLOWED, 0.0)))
 
     def _roots(self, sums: Array) -> Array:
         """[L * E] square roots of the load shares within each layer; equal shares where there is no load."""

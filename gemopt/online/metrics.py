@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, install_hint
 
 Start = Callable[[str, list[tuple[str, str]]], object]
 
@@ -26,7 +26,7 @@ class Metrics:
             import prometheus_client as prometheus
         except ImportError:
             raise InputError(
-                "--port", "prometheus_client: not installed", "the extra `watch`", "pip install 'gemopt[watch]'"
+                "--port", "prometheus_client: not installed", "the extra `watch`", install_hint("watch")
             ) from None
         self.registry = prometheus.CollectorRegistry()
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from gemopt.migration import held
+from gemopt.migration import BATCH_BYTES, held
 from gemopt.profile import Profile
 
 IntArray = NDArray[np.int64]
@@ -16,11 +16,12 @@ EXPERT_BYTES = 9.4e6
 class Migration(BaseModel):
     """Cost of moving experts.
 
-    A layer's transfer lasts `max over ranks of max(experts in, experts out) * expert_bytes / bytes_per_s`; layers
-    follow one another. Overlapped (`gemopt.executor`, vLLM's asynchronous EPLB): the old placement of a layer serves
-    until its transfer is done, a step takes `slowdown` longer for the part of it that overlaps with a transfer, and a
-    commit between two forward passes, at most one a pass, stalls `commit_us`. Stop-the-world (SGLang's EPLB): the next
-    step waits for all transfers and commits.
+    A transfer lasts `max over ranks of max(experts in, experts out) * expert_bytes / bytes_per_s`. Overlapped: the old
+    placement of a layer serves until its transfer is done, a step takes `slowdown` longer for the part of it that
+    overlaps with a transfer, and a commit between two forward passes, at most one a pass, stalls `commit_us`.
+    `gemopt.executor` transfers and commits layers together, as many as keep what a rank receives within `batch_bytes`;
+    vLLM's asynchronous EPLB one after the other. Stop-the-world (SGLang's EPLB): the next step waits for the transfers
+    and commits of all layers, one after the other.
 
     Attributes
     ----------
@@ -31,7 +32,9 @@ class Migration(BaseModel):
     slowdown
         Fraction by which a transfer in the background slows the step it overlaps with: it shares memory and links.
     commit_us
-        Agreement of the ranks and copy into place, per layer.
+        Agreement of the ranks and copy into place, per commit.
+    batch_bytes
+        What a rank receives at most of layers that are copied together; a layer that needs more goes alone.
     reload_bytes_per_s
         What a rank reads from host memory or disk: experts of a failed rank that nobody else holds.
     """
@@ -42,6 +45,7 @@ class Migration(BaseModel):
     bytes_per_s: float = Field(default=20e9, gt=0, le=1e15)
     slowdown: float = Field(default=0.05, ge=0, le=1)
     commit_us: float = Field(default=100.0, ge=0, le=1e9)
+    batch_bytes: float = Field(default=BATCH_BYTES, ge=0, le=1e15)
     reload_bytes_per_s: float = Field(default=2e9, gt=0, le=1e15)
 
     @classmethod
@@ -51,7 +55,7 @@ class Migration(BaseModel):
         return cls() if known is None else cls(expert_bytes=known)
 
     def transfer_us(self, in_G: IntArray, out_G: IntArray) -> float:
-        """Microseconds until every rank has sent and received its experts of one layer."""
+        """Microseconds until every rank has sent and received its experts."""
         return float(max(in_G.max(), out_G.max())) * self.expert_bytes / self.bytes_per_s * 1e6
 
     def reload_us(self, in_G: IntArray) -> float:

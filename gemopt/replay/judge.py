@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from gemopt.profile import Profile
 from gemopt.replay.copying import Migration
 from gemopt.replay.result import Regime, ReplayResult, ReplayRow, Track
 from gemopt.replay.schedule import Schedule
-from gemopt.replay.simulate import Course, World
+from gemopt.replay.simulate import Course, Playing, World
 from gemopt.replay.strategies import STRATEGIES, make
 from gemopt.replay.strategy import Context, Strategy
 from gemopt.traces import Phase, Traces
@@ -27,8 +29,8 @@ DEFAULT_FIT = 0.5
 
 
 def replay(
-    profile: Profile,
-    traces: Traces,
+    profile: Profile | str | os.PathLike[str],
+    traces: Traces | str | os.PathLike[str],
     strategies: Sequence[str | Strategy] = tuple(STRATEGIES),
     *,
     window: int = DEFAULT_WINDOW,
@@ -46,6 +48,8 @@ def replay(
 
     Parameters
     ----------
+    profile, traces
+        Objects or paths.
     strategies
         Names from `STRATEGIES`, or objects that follow `Strategy`.
     window
@@ -68,6 +72,7 @@ def replay(
     InputError
         For unknown strategies and for windows, shares and events that do not fit the traces.
     """
+    profile, traces = Profile.of(profile), Traces.of(traces)
     chosen, schedule = make(strategies), throttle or Schedule()
     past, _ = _split(traces, fit, window)
     _check_numbers(non_moe_us, noise, seed)
@@ -80,7 +85,7 @@ def replay(
     world = World(context, traces, migration, schedule, non_moe_us, noise_TG)
     tracks = []
     for strategy in chosen:
-        tracks.append(Course(strategy, world).run())
+        tracks.append(_play(strategy, world))
         if on_track is not None:
             on_track(tracks[-1])
     base = next((track for track in tracks if track.strategy == BASELINE), None)
@@ -104,6 +109,10 @@ def replay(
         schedule=schedule,
         regimes=regimes(traces),
     )
+
+
+def _play(strategy: Strategy, world: World) -> Track:
+    return cast(Playing, strategy).play(world) if hasattr(strategy, "play") else Course(strategy, world).run()
 
 
 def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Traces]:

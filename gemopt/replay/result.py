@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemopt.documents import Document
 from gemopt.replay.copying import Migration
 from gemopt.replay.schedule import Schedule
+from gemopt.tables import frame
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -60,7 +61,7 @@ class Track(BaseModel):
     """One strategy step by step.
 
     `step_us`: MoE latency with what copying added; `copying_us`: that part; `moves`: experts on their way from this
-    step on.
+    step on; `setup_moves`: from contiguous placement to the first one, which the makespan does not pay for.
     """
 
     model_config = _STRICT
@@ -70,6 +71,7 @@ class Track(BaseModel):
     copying_us: list[float]
     moves: list[int]
     decisions: list[Decided] = Field(default_factory=list)
+    setup_moves: int = 0
 
 
 class Regime(BaseModel):
@@ -119,3 +121,13 @@ class ReplayResult(Document):
     def track(self, strategy: str) -> Track:
         """One strategy step by step."""
         return next(track for track in self.timeline if track.strategy == strategy)
+
+    def to_dataframe(self) -> Any:
+        """`rows` as a pandas data frame, one per strategy.
+
+        Raises
+        ------
+        MissingPackageError
+            pandas is not installed.
+        """
+        return frame({name: [getattr(row, name) for row in self.rows] for name in ReplayRow.model_fields})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from gemopt.evaluate import loads
 from gemopt.exceptions import InputError
 from gemopt.kernels import rank_latencies
 from gemopt.latency import Curves, FloatArray, pack
-from gemopt.migration import count_moves
+from gemopt.migration import batches, count_moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.replay.copying import Migration, traffic
@@ -30,10 +30,9 @@ BLOCK_STEPS = 256
 
 @dataclass
 class Transfer:
-    """A layer's experts on their way: the row to commit, and microseconds left."""
+    """Experts on their way: the rows to commit together, by layer, and microseconds left."""
 
-    layer: int
-    row: Row
+    rows: dict[int, Row]
     left_us: float
 
 
@@ -65,6 +64,13 @@ class World:
     def curves(self) -> Curves:
         """The latencies as flat arrays, packed once."""
         return pack(self.context.cost.latencies)
+
+
+class Playing(Strategy, Protocol):
+    """A strategy that decides batch by batch and says itself what that takes; it decides before it looks at a step."""
+
+    def play(self, world: World) -> Track:
+        """All scored steps."""
 
 
 class Course:
@@ -110,6 +116,7 @@ class Course:
             copying_us=self.copying_us.tolist(),
             moves=self.moves.tolist(),
             decisions=self.decisions,
+            setup_moves=world.context.setup_moves(begin),
         )
 
     def _period(self) -> int:
@@ -138,7 +145,7 @@ class Course:
         """What is in force, counting what is on its way: a transfer that has begun is committed."""
         rows = list(self.rows)
         if self.going is not None:
-            rows[self.going.layer] = self.going.row
+            rows = [self.going.rows.get(layer, row) for layer, row in enumerate(rows)]
         return self.world.context.placement(rows, self.slots_G)
 
     def _want(self, wanted: Placement, now: int) -> None:
@@ -153,13 +160,23 @@ class Course:
             self.decisions.append(Decided(step=now, moves=sum(moves), reason=self.strategy.reason))
         if self.strategy.stops:
             for layer, row in self.queue:
-                self.stall_us += self._transfer_us(layer, row) + self.world.migration.commit_us
+                self.stall_us += self._transfer({layer: row}).left_us + self.world.migration.commit_us
                 self.rows[layer] = row
             self.moves[at] += sum(moves)
             self.queue.clear()
 
-    def _transfer_us(self, layer: int, row: Row) -> float:
-        return self.world.migration.transfer_us(*traffic(self.rows[layer], row, self.slots_G, self.slots_G))
+    def _transfer(self, rows: dict[int, Row]) -> Transfer:
+        """Rows that go together, and how long that takes."""
+        both = [traffic(self.rows[layer], row, self.slots_G, self.slots_G) for layer, row in rows.items()]
+        return Transfer(rows, self.world.migration.transfer_us(*np.sum(both, axis=0)))
+
+    def _next(self) -> Transfer:
+        """The layers that go next: those at the head of the queue that the executor would take together."""
+        limit = 0.0 if self.strategy.layerwise else self.world.migration.batch_bytes
+        layers = [layer for layer, _ in self.queue]
+        into_NG = [traffic(self.rows[layer], row, self.slots_G, self.slots_G)[0] for layer, row in self.queue]
+        head = batches(layers, [in_G * self.world.migration.expert_bytes for in_G in into_NG], limit)[0]
+        return self._transfer(dict(self.queue.popleft() for _ in head))
 
     def _advance(self, start: int, stop: int) -> None:
         """Play the steps from `start` to before `stop`."""
@@ -173,13 +190,14 @@ class Course:
                 break
             added, self.stall_us = self.stall_us, 0.0
             if self.going is not None and self.going.left_us <= 0:
-                layer, self.rows[layer] = self.going.layer, self.going.row
-                times_NLG[n:, layer] = world.times(start + n, stop, layer, self.going.row, self.slots_G)
+                for layer, row in self.going.rows.items():
+                    self.rows[layer] = row
+                    times_NLG[n:, layer] = world.times(start + n, stop, layer, row, self.slots_G)
                 added, self.going = added + world.migration.commit_us, None
             if self.going is None and self.queue:
-                layer, row = self.queue.popleft()
-                self.going = Transfer(layer, row, self._transfer_us(layer, row))
-                self.moves[at + n] += count_moves(self.rows[layer], row, self.slots_G)
+                self.going = self._next()
+                for layer, row in self.going.rows.items():
+                    self.moves[at + n] += count_moves(self.rows[layer], row, self.slots_G)
             moe_us = float(times_NLG[n].max(axis=1).sum())
             added += self._progress(moe_us + world.non_moe_us)
             self.step_us[at + n], self.copying_us[at + n] = moe_us + added, added

@@ -27,6 +27,7 @@ class Fixed:
 
     eager = False
     stops = False
+    layerwise = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -70,6 +71,20 @@ class FittedOnce(Fixed):
         return context.fitted
 
 
+class Copies(FittedOnce):
+    """As fitted once, and refuses to run where no slot is spare: what memory for copies is worth."""
+
+    def __init__(self, name: str = "copies") -> None:
+        super().__init__(name)
+
+    def first(self, context: Context) -> Placement:
+        """Solved on all of the past, spare slots holding copies."""
+        slots, experts = int(context.slots_per_rank.sum()), context.past.num_experts
+        if slots == experts:
+            raise InputError("slots_per_rank", slots, f"{self.name} needs more slots than {experts} experts")
+        return super().first(context)
+
+
 class Free(FittedOnce):
     """Solved from afresh every window on the last `memory` steps (a window when None), whatever that moves."""
 
@@ -102,8 +117,10 @@ class Eplb(Fixed):
     """EPLB as an engine runs it: from contiguous placement, the sum of the last counts, every `interval` steps.
 
     The engine's clock starts with the traces, so that it has rearranged in the part that others are fitted on, too.
-    Device speeds play no role.
+    Device speeds play no role. vLLM's asynchronous mover has a buffer for one layer, SGLang's stops everything.
     """
+
+    layerwise = True
 
     def __init__(self, name: str, *, window: int, interval: int, first: int, stops: bool) -> None:
         super().__init__(name)
@@ -221,14 +238,22 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
 }
 
 
+def _by_name_only() -> dict[str, Callable[[], Strategy]]:
+    """Strategies for spare slots, which run only when named."""
+    from gemopt.replay.duplication import strategies
+
+    return {"copies": Copies, **strategies()}
+
+
 def make(chosen: Sequence[str | Strategy]) -> list[Strategy]:
     """Strategies by name, or given as they are; `InputError` for unknown names and for one given twice."""
     found: list[Strategy] = []
+    known = STRATEGIES | _by_name_only()
     for each in chosen:
         if isinstance(each, str):
-            if each not in STRATEGIES:
-                raise InputError("--strategies", each, f"some of {', '.join(STRATEGIES)}")
-            found.append(STRATEGIES[each]())
+            if each not in known:
+                raise InputError("--strategies", each, f"some of {', '.join(known)}")
+            found.append(known[each]())
         else:
             found.append(each)
     names = [strategy.name for strategy in found]

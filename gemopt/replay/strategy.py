@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel
 from gemopt.latency import FloatArray
+from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
@@ -38,6 +39,8 @@ class Strategy(Protocol):
         Whether `observe` is also called at the first scored step, with the window of steps before it.
     stops
         Whether the group stops while experts are copied; otherwise copying overlaps with serving.
+    layerwise
+        Whether layers are copied and committed one after the other; otherwise together, as `gemopt.executor` does.
     reason
         One line on the last decision.
     """
@@ -46,6 +49,7 @@ class Strategy(Protocol):
     period: int
     eager: bool
     stops: bool
+    layerwise: bool
     reason: str
 
     def start(self, context: Context) -> Placement:
@@ -81,6 +85,11 @@ class Context:
     def fitted(self) -> Placement:
         """Solved on all of the past."""
         return self.placement(solve_rows(self.problems(self.past.counts), patience=DEFAULT_PATIENCE, seed=self.seed))
+
+    def setup_moves(self, first: Placement) -> int:
+        """Experts to move from contiguous placement before a strategy can begin."""
+        rows = zip(self.contiguous.physical_to_logical, first.physical_to_logical, strict=True)
+        return sum(count_moves(old, new, self.slots_per_rank) for old, new in rows)
 
     def problems(
         self,

@@ -1,24 +1,29 @@
-"""The default: local search on every layer, then CP-SAT where the layer is small enough to be proven."""
+"""The default: local search on every layer, then a proof where the layer is small enough for one."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from math import factorial, log2
 
+from gemopt.exceptions import missing
 from gemopt.links import Links
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Supports
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Solver, Supports
 from gemopt.solvers.search.local_search import LocalSearch
 
 PROVABLE_EXPERTS = 16
 PROVABLE_TIMES = 4000
+BRANCHED_EXPERTS = 24  # on few ranks, without copies and moves: by branch and bound
+BRANCHED_WAYS = 44.0  # bits of the number of ways to place them
 SEARCH_SHARE = 0.4
 
 
 class Auto:
-    """Local search; on small layers the rest of the time goes to CP-SAT, started from what was found."""
+    """Local search; on small layers the rest of the time goes to an exact solver, started from what was found."""
 
     name = "auto"
     supports = Supports(proves=True, improves=True, moves=True, links=True)
@@ -30,20 +35,49 @@ class Auto:
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
         from gemopt.evaluate import total
-        from gemopt.solvers.exact.cpsat import CpSat
 
-        if problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES:
+        branched = branches(problem)
+        other = problem.spare_slots > 0 and (problem.split is not Split.EVEN or problem.full)
+        large = problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES
+        if other or (large and not branched):
             return LocalSearch().solve(problem, options, warm_start)
         deadline = time.monotonic() + SEARCH_SHARE * options.remaining
-        patience = DEFAULT_PATIENCE if options.patience is None else options.patience
+        patience = DEFAULT_PATIENCE if options.patience is None or branched else options.patience
         found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)
         if found.row is None:
             return found
         gap = relative_gap(total(problem, found.row), options.bound_us)
-        if options.expired() or (gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE)):
+        if gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE):
             return found
-        proven = CpSat().solve(problem, options, found.row)
+        try:
+            exact = exact_solver(branched=branched)
+        except ModuleNotFoundError as error:
+            found.note = f"no proof was tried: {missing(error, 'CP-SAT')}"
+            return found
+        if options.expired():
+            return found
+        proven = exact.solve(problem, options, found.row)
         proven.history = found.history + proven.history
+        proven.reached |= found.reached
         if proven.row is None:
             proven.row = found.row
         return proven
+
+
+def exact_solver(*, branched: bool) -> Solver:
+    """Who proves a layer."""
+    if branched:
+        from gemopt.solvers.exact.branch import Branch
+
+        return Branch()
+    from gemopt.solvers.exact.cpsat import CpSat
+
+    return CpSat()
+
+
+def branches(problem: Problem) -> bool:
+    """Whether branch and bound has a chance: few experts and ranks, neither copies nor moves."""
+    if problem.spare_slots or problem.moves is not None or problem.num_experts > BRANCHED_EXPERTS:
+        return False
+    ways = problem.num_experts * log2(problem.num_ranks)
+    return ways - sum(log2(factorial(len(group))) for group in problem.equal_ranks) <= BRANCHED_WAYS

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
 from gemopt.links import Links
+from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 
@@ -38,6 +39,8 @@ class Supports:
     """Whether it heeds a price and limits of moves."""
     links: bool = False
     """Whether it heeds links between ranks: a `LinkedSolver`."""
+    policies: bool = True
+    """Whether it takes copies that do not share evenly, and slots that may not stay empty."""
 
 
 @dataclass
@@ -112,7 +115,8 @@ class Outcome:
     what it claimed was refuted. stated_steps, distinct_steps: steps that were stated to it, of how many. reached:
     whether the solver ran at all.
 
-    search: what `Options.begun` takes, from solvers that can go on.
+    search: what `Options.begun` takes, from solvers that can go on. searched_nodes: nodes of a search of all placements
+    that ended, so that it can be repeated; None where there was none.
     """
 
     row: Row | None
@@ -127,6 +131,7 @@ class Outcome:
     distinct_steps: int | None = None
     reached: bool = True
     search: object = None
+    searched_nodes: int | None = None
 
 
 class Solver(Protocol):
@@ -169,12 +174,13 @@ def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list
         ("spare_slots", problem.spare_slots > 0, "slots_per_rank", slots),
         ("unequal_slots", not problem.equal_slots, "slots_per_rank", slots),
         ("moves", problem.moves is not None, "moves", "a price or a limit"),
+        ("policies", problem.spare_slots > 0 and problem.split is not Split.EVEN, "split", problem.split.value),
+        ("policies", problem.spare_slots > 0 and problem.full, "slots_per_rank", f"{slots}, all full"),
     )
+    cannot = {"moves": "heed a price or limits of moves", "policies": "do but with copies that share evenly, or none"}
     for need, needed, field_name, value in needs:
         if needed and not getattr(solver.supports, need):
-            can = (
-                "cannot heed a price or limits of moves" if need == "moves" else f"cannot use {need.replace('_', ' ')}"
-            )
+            can = f"cannot {cannot.get(need, 'use ' + need.replace('_', ' '))}"
             raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {' or '.join(alternatives(need))}")
 
 
@@ -190,8 +196,10 @@ def no_placement(problem: Problem) -> Outcome:
 
 
 def within_limits(problem: Problem, row: Row | None) -> bool:
-    """Whether there is a row and it keeps to the limits of moves."""
-    return row is not None and (problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank))
+    """Whether there is a row and it keeps to the limits of moves, with no empty slot where none may be."""
+    if row is None or (problem.full and (row == EMPTY).any()):
+        return False
+    return problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank)
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

@@ -2,8 +2,9 @@
 
 from gemopt.traces.arrays import COUNT_LIMIT, count_assignments, one_hot
 from gemopt.traces.batching import from_tokens
-from gemopt.traces.document import SCHEMA_VERSION, Phase, Traces, concatenate
+from gemopt.traces.document import SCHEMA_VERSION, Phase, Traces
 from gemopt.traces.files import IntArray
+from gemopt.traces.joining import concatenate
 from gemopt.traces.tokens import Tokens
 
 __all__ = [

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt import foreign
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
 from gemopt.placement import check_layer_ids
 from gemopt.traces.arrays import FloatArray, check_counted, checked_counts, checked_times, one_hot, widened
 from gemopt.traces.files import IntArray, Part, parsed, read, write
-from gemopt.traces.tokens import ARRAYS, Tokens, join
+from gemopt.traces.joining import concatenate
+from gemopt.traces.tokens import ARRAYS, Tokens
 
 SCHEMA_VERSION = 1
 TOKEN_BLOCK = 4096
@@ -143,6 +145,13 @@ class Traces:
         """E, logical experts of a layer."""
         return int(self.counts.shape[2])
 
+    def __repr__(self) -> str:
+        top = "" if self.top_k is None else f", top-{self.top_k}"
+        model = "" if self.model is None else f" of {self.model}"
+        total = int(self.counts.sum(dtype=np.int64))
+        sizes = f"{self.num_steps} steps, {self.num_layers} layers, {self.num_experts} experts{top}"
+        return f"Traces({sizes}, {total:,} assignments{model})"
+
     def steps(self, selection: slice | Sequence[int] | NDArray[Any]) -> Traces:
         """Traces of some of the steps (a slice, a mask or indices, increasing).
 
@@ -239,6 +248,15 @@ class Traces:
         write(path, {name: array for name, array in arrays.items() if array is not None}, _metadata(self))
 
     @classmethod
+    def of(cls, value: object, name: str = "traces") -> Traces:
+        """The traces themselves, or those at a path; `InputError` for anything else."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, (str, os.PathLike)):
+            return cls.load(value)
+        raise foreign.not_a("Traces", value, name)
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Traces:
         """Read a safetensors file, a folder of numbered ones, or an `.npz` with `counts`.
 
@@ -262,43 +280,6 @@ class Traces:
             error.args = (f"{path}: {error}",)
             raise
         return found
-
-
-def concatenate(parts: Sequence[Traces]) -> Traces:
-    """Join traces of one network along the steps; what only some parts recorded is left out."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    for name in ("layer_ids", "num_experts", "top_k", "num_hidden_layers", "model"):
-        values = {getattr(part, name) for part in parts}
-        if len(values) > 1:
-            raise InputError(f"Traces.{name}", sorted(map(str, values)), "the parts must be of one network")
-    names = tuple(dict.fromkeys(name for part in parts for name in part.task_names))
-    joined: dict[str, Any] = {}
-    if all(part.phase is not None for part in parts):
-        joined["phase"] = np.concatenate([part.phase for part in parts if part.phase is not None])
-    if all(part.task is not None for part in parts):
-        maps = [np.array([*(names.index(n) for n in part.task_names), -1]) for part in parts]
-        joined["task"] = np.concatenate([m[p.task] for m, p in zip(maps, parts, strict=True) if p.task is not None])
-    times = [part.rank_us for part in parts if part.rank_us is not None]
-    if len({each.shape[1] for each in times}) == 1 and len(times) == len(parts):
-        joined["rank_us"] = np.concatenate(times)
-    for name in ("pair_counts", "transitions"):
-        arrays = [getattr(part, name) for part in parts]
-        joined[name] = None if any(a is None for a in arrays) else np.sum(arrays, axis=0, dtype=np.int64)
-    return replace(
-        first,
-        counts=np.concatenate([part.counts for part in parts]),
-        task_names=names,
-        tokens=_joined_tokens(parts),
-        allow_idle=True,
-        **{"phase": None, "task": None, "rank_us": None, **joined},
-    )
-
-
-def _joined_tokens(parts: Sequence[Traces]) -> Tokens | None:
-    records = [part.tokens for part in parts if part.tokens is not None]
-    return join(records, [part.num_steps for part in parts]) if len(records) == len(parts) else None
 
 
 def _metadata(traces: Traces) -> dict[str, str]:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt import foreign
 from gemopt.documents import read_bytes, replacing
 from gemopt.exceptions import InputError
 
 IntArray = NDArray[Any]
+PLAIN = ("num_hidden_layers", "top_k", "model")  # what an .npz may say of the network, beside layer_ids
 
 
 @dataclass
@@ -78,11 +80,15 @@ def _read_npz(path: Path) -> Part:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = arrays.files
             counts = arrays["counts"] if "counts" in found else None
+            metadata = {name: str(arrays[name]) for name in PLAIN if name in found}
+            if "layer_ids" in found:
+                metadata["layer_ids"] = json.dumps(arrays["layer_ids"].tolist())
     except Exception as error:  # zipfile, zlib, numpy and struct each have their own
+        _refuse_foreign(path, ".npz")
         raise InputError(str(path), str(error), "a complete .npz file of plain arrays is needed") from None
     if counts is None:
         raise InputError(str(path), ", ".join(found), "an array named counts is needed")
-    return Part(path, {"counts": counts}, set(found), {})
+    return Part(path, {"counts": counts}, set(found), metadata)
 
 
 def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
@@ -98,8 +104,16 @@ def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
     except OSError as error:
         raise InputError(str(path), error.strerror or str(error), "a readable safetensors file is needed") from None
     except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
+        _refuse_foreign(path, "safetensors")
         raise InputError(str(path), str(error), "a complete safetensors file of integers is needed") from None
     return Part(path, arrays, names, metadata)
+
+
+def _refuse_foreign(path: Path, kind: str) -> None:
+    """Name what a file is that is no traces at all."""
+    found, way_out = foreign.of_file(path)
+    if found and kind not in found and not found.startswith("traces"):
+        raise InputError(str(path), found, "traces are needed: .safetensors, a folder of them, or .npz", way_out)
 
 
 def parsed(metadata: dict[str, str], key: str, kind: type) -> Any:

@@ -28,7 +28,7 @@ class CpSat:
     """Exact for every cost model, unequal slots, empty slots and copies under the even split."""
 
     name = "cpsat"
-    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True, moves=True)
+    supports = Supports(proves=True, improves=True, moves=True, policies=False)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""

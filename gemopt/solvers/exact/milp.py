@@ -47,7 +47,7 @@ class Milp:
 
     backend: str = "auto"
     name = "milp"
-    supports = Supports(spare_slots=True, unequal_slots=True, proves=True, improves=True, moves=True)
+    supports = Supports(proves=True, improves=True, moves=True, policies=False)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""

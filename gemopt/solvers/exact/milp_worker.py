@@ -163,6 +163,7 @@ def _highs(formulation: MilpFormulation, answer: Answer, request: dict[str, Any]
         dual_feasibility_tolerance=TOLERANCE,
         mip_feasibility_tolerance=TOLERANCE,
         log_file=str(answer.folder / "solver.log"),
+        presolve="off",  # its substitutions lose small loads beside large latencies, and with them the optimum
     )
     formulation.problem.solve(solver)
     model = formulation.problem.solverModel

@@ -137,16 +137,16 @@ def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> 
 
 @njit(cache=True, nogil=True)
 def promising(
-    state: State, search: Search, slot: int, candidates: Array, terms: Terms, moved_G: Array, least: float,
+    state: State, search: Search, slot: int, candidates: Array, first: int, terms: Terms, moved_G: Array, least: float,
     experts: Array, gains: Array,
 ) -> int:  # fmt: skip
-    """Fill `experts` with those (-1: none) that promise most in a slot, best first; returns how many.
+    """Fill `experts` with those that promise most in a slot, best first; returns how many. `first` -1: none is one too.
 
     The promise is the change of cost to first order, with the price of the moves; it must be more than `least`.
     """
     rank, old, moved, count = rank_of(state, slot), state.content[slot], moved_G.sum(), 0
     base = leaving(state, search, slot)
-    for n in range(-1, candidates.shape[0]):
+    for n in range(first, candidates.shape[0]):
         expert = -1 if n < 0 else candidates[n]
         if expert == old or (expert >= 0 and state.holds[rank, expert] > 0):
             continue
@@ -182,13 +182,13 @@ def improve_copies(
     )  # fmt: skip
     loads_F, search = np.empty(state.items.shape[1], np.float32), make_search(state)
     experts, gains = np.empty(TRIED, np.int64), np.empty(TRIED, np.float64)
-    moved_G, made = moved_into(state, terms), 0
+    moved_G, made, first = moved_into(state, terms), 0, 0 if shares.full else -1
     current = refresh(costs, state, shares, search, epsilon, racing)
     for p in range(state.content.shape[0]):
         old, rank = state.content[p], rank_of(state, p)
         if state.stop[0] != 0 or (old >= 0 and search.copies[old] < 2):
             continue
-        count = promising(state, search, p, candidates, terms, moved_G, epsilon * current, experts, gains)
+        count = promising(state, search, p, candidates, first, terms, moved_G, epsilon * current, experts, gains)
         for n in range(count):
             added = moves_of(terms, rank, experts[n]) - moves_of(terms, rank, old)
             list_change(state, search, p, experts[n], change)
@@ -200,3 +200,25 @@ def improve_copies(
                 made += 1
                 break
     return made
+
+
+@njit(cache=True, nogil=True)
+def removal_costs(costs: Costs, state: State, shares: Shares, search: Search, cost_P: Array) -> None:
+    """Fill `cost_P` with the weighted makespan when a slot's copy is gone; infinity where it is the only one."""
+    size = 2 * state.times.shape[0] + 2
+    change = Change(
+        np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64),
+        np.zeros(1, np.int64),
+    )  # fmt: skip
+    loads_F = np.empty(state.items.shape[1], np.float32)
+    refresh(costs, state, shares, search, 0.0, False)
+    search.limits[:] = np.inf
+    for p in range(state.content.shape[0]):
+        cost_P[p] = np.inf
+        if state.content[p] < 0 or search.copies[state.content[p]] < 2:
+            continue
+        list_change(state, search, p, -1, change)
+        count = list_affected(state, search, change)
+        cost_P[p] = change_cost(costs, state, shares, change, search, count, 0.0, loads_F)
+        for n in range(count):
+            search.group[search.affected[n]] = -1

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from gemopt.evaluate import objective
 from gemopt.links import Links
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, incumbent, seeded
-from gemopt.solvers.search.packing import copies_worth_trying, lpt_row, peak_load, replicate
+from gemopt.solvers.search.packing import copies_worth_trying, filled, lpt_row, peak_load, replicate
 
 if TYPE_CHECKING:
     from gemopt.solvers.search.state import Costs, State
@@ -45,13 +46,16 @@ class LocalSearch:
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. `options.patience` 0 ends after the descent; `options.begun` goes on."""
+        from gemopt.solvers.search.policies import search_policy
         from gemopt.solvers.search.within import search_within
 
         if problem.moves is not None:
             return search_within(problem, options, warm_start, self.solve)
+        if problem.spare_slots and problem.split is not Split.EVEN:
+            return search_policy(problem, options, warm_start, self.solve)
         search = options.begun
         if not isinstance(search, _Search) or search.problem is not problem:
-            search = _Search(problem, _starts(problem) if warm_start is None else [warm_start])
+            search = _Search(problem, _starts(problem) if warm_start is None else [_completed(problem, warm_start)])
         search.options = options
         with options.alarm() as search.stop:
             search.descend_from_starts()
@@ -68,7 +72,11 @@ def _starts(problem: Problem) -> list[Row]:
         copies_E = replicate(peak_load(problem), problem.slots_per_rank)
         starts.append(lpt_row(problem, copies_E=copies_E))
         starts.sort(key=lambda row: objective(problem, row))
-    return starts
+    return [_completed(problem, row) for row in starts]
+
+
+def _completed(problem: Problem, row: Row) -> Row:
+    return filled(problem, row) if problem.full else row
 
 
 class _Search:

@@ -54,6 +54,23 @@ def copies_worth_trying(problem: Problem) -> Row:
     return hottest[: 16 + 2 * problem.spare_slots]
 
 
+def filled(problem: Problem, row: Row) -> Row:
+    """The row with copies in its empty slots: hottest experts first, by load per copy, one of each on a rank."""
+    row, (offset_G, weight_GE) = row.copy(), problem.linearised
+    copies_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
+    held_GE = np.zeros(weight_GE.shape, dtype=bool)
+    held_GE[problem.rank_of_slot[row != EMPTY], row[row != EMPTY]] = True
+    load_G = offset_G + (held_GE * weight_GE / copies_E).sum(axis=1)
+    empty = np.flatnonzero(row == EMPTY)
+    for slot in empty[np.argsort(load_G[problem.rank_of_slot[empty]], kind="stable")]:
+        rank = problem.rank_of_slot[slot]
+        expert = int(np.where(held_GE[rank], -1.0, weight_GE.mean(axis=0) / copies_E).argmax())
+        row[slot] = expert
+        held_GE[rank, expert] = True
+        copies_E[expert] += 1
+    return row
+
+
 def placeable(copies_E: Row, slots_G: Row) -> bool:
     """Whether so many copies fit on different ranks each (Gale and Ryser): no k experts need more than k per rank."""
     needed = np.cumsum(np.sort(copies_E)[::-1])

@@ -19,10 +19,11 @@ TABLE_LIMIT = 1 << 22
 
 
 class Shares(NamedTuple):
-    """counts_ET: assignments in the state's step order; table_FN: features of n assignments."""
+    """counts_ET: assignments in the state's step order; table_FN: features of n of them; full: no slot is emptied."""
 
     counts_ET: Array
     table_FN: Array
+    full: bool
 
 
 class Change(NamedTuple):
@@ -43,7 +44,7 @@ def make_shares(problem: Problem) -> Shares | None:
     grid = np.arange(largest + 2)
     table_FN = np.stack([feature.of(grid) for feature in problem.features]).astype(np.float32)
     counts_ET = np.ascontiguousarray(problem.counts_TE[step_order(problem.num_steps)].T, dtype=np.int32)
-    return Shares(counts_ET, table_FN)
+    return Shares(counts_ET, table_FN, problem.full)
 
 
 @njit(cache=True, nogil=True, inline="always")

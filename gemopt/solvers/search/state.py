@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,11 +100,23 @@ def make_costs(problem: Problem) -> Costs:
         if (features == 1 and most == 1) or (features == 2 and most <= UNROLLED_PLANES):
             return _plane_costs(rows)
     largest = problem.features_FTE.sum(axis=2).max(axis=1) if not problem.spare_slots else _largest_with_copies(problem)
+    return _tables(problem.latencies, tuple(_rounded_up(int(n)) for n in largest))
+
+
+def _rounded_up(number: int) -> int:
+    """At most a sixteenth more, so that layers of about equal loads share their tables."""
+    step = 1 << max(0, number.bit_length() - 5)
+    return -(-number // step) * step
+
+
+@lru_cache(maxsize=4)
+def _tables(latencies: tuple[Latency, ...], largest: tuple[int, ...]) -> Costs:
+    """Costs from tables up to these loads."""
     strides = np.array([1 << max(0, int(np.ceil(np.log2((n + 1) / TABLE_LIMIT)))) for n in largest], np.int64)
     grids = [np.arange(int(n) // int(s) + 3) * int(s) for n, s in zip(largest, strides, strict=True)]
-    curves = [_table_terms(latency, grids) for latency in problem.latencies]
+    curves = [_table_terms(latency, grids) for latency in latencies]
     terms = np.array([len(each) for each in curves], np.int64)
-    offsets = np.zeros((problem.num_ranks, int(terms.max()), features), np.int64)
+    offsets = np.zeros((len(latencies), int(terms.max()), len(largest)), np.int64)
     tables: list[Array] = []
     position = 0
     for g, each in enumerate(curves):
@@ -112,7 +125,7 @@ def make_costs(problem: Problem) -> Costs:
                 offsets[g, k, f] = position
                 tables.append(table.astype(np.float32))
                 position += len(table)
-    planes = np.zeros((problem.num_ranks, 1, 1 + features), np.float32)
+    planes = np.zeros((len(latencies), 1, 1 + len(largest)), np.float32)
     return Costs(planes, np.concatenate(tables), offsets, strides, terms, True)
 
 
@@ -133,16 +146,21 @@ def step_order(num_steps: int) -> Array:
     return np.random.default_rng(0).permutation(num_steps)
 
 
-def make_state(problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Array | None = None) -> State:
-    """Search state of a placement row; copies carry their even share with them. `stop`: as `Options.alarm` gives it."""
-    from gemopt.evaluate import even_shares
+def make_state(
+    problem: Problem, row: NDArray[np.int64], costs: Costs, stop: Array | None = None, shares_TP: Array | None = None
+) -> State:
+    """Search state of a placement row; copies carry their share with them, the even one unless given [T, P].
+
+    `stop`: as `Options.alarm` gives it.
+    """
+    from gemopt.splits import even_shares
 
     if problem.features_FTE.sum(axis=2).max() >= EXACT_FLOAT32:
         raise UnsupportedError(
             "counts", int(problem.counts_TE.sum(axis=1).max()), f"the search takes steps below {EXACT_FLOAT32} loads"
         )
     order = step_order(problem.num_steps)
-    shares = even_shares(problem.counts_TE[order], row)
+    shares = even_shares(problem.counts_TE[order], row) if shares_TP is None else shares_TP[order]
     items = np.ascontiguousarray(
         np.stack([feature.of(shares) for feature in problem.features]).transpose(2, 0, 1), dtype=np.float32
     )

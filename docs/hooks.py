@@ -1,0 +1,89 @@
+"""What the site needs beyond MkDocs: formulas as MathML, the command reference, pages that nobody listed."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ARITHMATEX = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
+COMMANDS = "<!-- commands -->"
+
+
+def _copy_sources(root: Path) -> None:
+    """One tree of the three source folders, as they are installed, for the API reference."""
+    tree = root / "build" / "api"
+    shutil.rmtree(tree, ignore_errors=True)
+    ignored = shutil.ignore_patterns("__pycache__", "data", "tiny_moe")
+    for package, folder in (("gemopt", "gemopt"), ("gemopt/models", "models"), ("gemopt/profiling", "profiling")):
+        shutil.copytree(root / folder, tree / package, ignore=ignored)
+
+
+def on_config(config: Any) -> Any:
+    """Pages that nobody put into the navigation come last, so that none is lost."""
+    docs = Path(config["docs_dir"])
+    _copy_sources(docs.parent)
+    named = set(_paths(config["nav"]))
+    others = sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))
+    forgotten = [path for path in others if path not in named]
+    if forgotten:
+        config["nav"].append({"More": forgotten})
+    return config
+
+
+def _paths(nav: Any) -> Iterator[str]:
+    for entry in nav:
+        value = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        yield from [value] if isinstance(value, str) else _paths(value)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the commands in where a page asks for them."""
+    return markdown.replace(COMMANDS, "\n".join(_commands())) if COMMANDS in markdown else markdown
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas become MathML, which browsers draw by themselves."""
+    from latex2mathml.converter import convert
+
+    def drawn(found: re.Match[str]) -> str:
+        inline, block = found.group(2), found.group(3)
+        return convert(html.unescape(inline or block), display="inline" if inline else "block")
+
+    return ARITHMATEX.sub(drawn, content)
+
+
+def _commands() -> Iterator[str]:
+    """Every command: what it does, its arguments and options, its examples."""
+    from gemopt.cli import load
+    from gemopt.cli.app import make
+
+    load()
+    yield from _command((), make())
+
+
+def _command(words: tuple[str, ...], command: Any) -> Iterator[str]:
+    inner = getattr(command, "commands", {})
+    if words and (not inner or getattr(command, "invoke_without_command", False)):
+        name = " ".join(("gemopt", *words))
+        yield f"\n## {name}\n\n{(command.help or '').strip()}\n"
+        lines = [line.strip() for line in (command.epilog or "").split("\n\n")[1:]]
+        yield "\n".join(["```console", *(f"$ {line}" for line in lines), "```", "", "| | | |", "|---|---|---|"])
+        for parameter in command.params:
+            if parameter.name not in ("help", "quiet", "verbose"):
+                yield _row(parameter)
+    for name in sorted(inner):
+        yield from _command((*words, name), inner[name])
+
+
+def _row(parameter: Any) -> str:
+    options = getattr(parameter, "opts", [])
+    flags = ", ".join(f"`{each}`" for each in options) if options[0].startswith("-") else f"`{parameter.name.upper()}`"
+    default = parameter.default
+    plain = isinstance(default, (int, float, str)) and not isinstance(default, bool) and default != ""
+    shown = f"default {default}" if plain else "required" if parameter.required else ""
+    text = (getattr(parameter, "help", "") or "").replace("|", "\\|").replace("<", "&lt;")
+    return f"| {flags} | {text} | {shown} |"

@@ -1,0 +1,88 @@
+"""The co-location bound within a time: the iteration, looked at now and then, until it stops paying."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.bounds.colocation import Programme
+from gemopt.bounds.dual_bound import dual_bound
+from gemopt.latency import FloatArray
+from gemopt.placement import Split
+from gemopt.problem import Problem
+
+FIRST_LOOK = 40  # iterations
+GROWTH = 1.25  # from one look to the next
+LEAST_GAIN = 0.01  # of what is open between bound and incumbent, in the last half of the iterations
+TOLERANCE = 1e-9  # relative: nothing is open
+
+
+@dataclass(eq=False)
+class Together:
+    """What is known: the bound in microseconds, and multipliers (mu [T, K, E], v [C, E]) that prove it."""
+
+    bound_us: float
+    programme: Programme | None = None
+    multipliers: tuple[FloatArray, FloatArray] | None = None
+    iterations: int = 0
+    looks: list[tuple[int, float]] = field(default_factory=list)
+
+
+def together_bound(
+    problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8], *, target_us: float = np.inf
+) -> Together:
+    """Lower bound of the objective in microseconds, at least that of the floors, better the longer it runs.
+
+    Parameters
+    ----------
+    floor_T
+        [T] lower bounds of the steps' makespans in microseconds, as `step_bounds` gives them.
+    stop
+        [1] turns 1 when there is no more time (`Options.alarm`); without it the iteration ends when it stops paying.
+    target_us
+        Objective of a placement: at a bound that reaches it there is nothing left to prove.
+
+    Valid for every placement with one copy of each expert, and for copies under the even split; where copies share
+    otherwise it is the bound of the floors.
+    """
+    from gemopt.bounds.primal_dual import PrimalDual
+
+    base = float(problem.weights_T @ floor_T)
+    found = Together(base - TOLERANCE * abs(base))
+    if not _worthwhile(problem, base) or stop[0]:
+        return found
+    found.programme = Programme.of(problem, floor_T)
+    search = PrimalDual(found.programme, stop)
+    look = FIRST_LOOK
+    while not stop[0]:
+        search.iterate(look - search.iterations)
+        multipliers = search.multipliers()
+        value = dual_bound(found.programme, *multipliers)
+        if value > found.bound_us:
+            found.bound_us, found.multipliers = value, multipliers
+        found.iterations = search.iterations
+        found.looks.append((search.iterations, found.bound_us))
+        if found.bound_us >= target_us * (1 - TOLERANCE) or _stalled(found, target_us):
+            break
+        look = int(GROWTH * look) + 1
+    return found
+
+
+def _worthwhile(problem: Problem, base: float) -> bool:
+    """Whether experts can share ranks at all, there is something to bound, and copies (if any) share evenly."""
+    if problem.spare_slots and problem.split is not Split.EVEN:
+        return False
+    sharing = (problem.slots_per_rank > 1).any() and (problem.slots_per_rank > 0).sum() > 1
+    return bool(sharing and base > 0 and problem.counts_TE.any())
+
+
+def _stalled(found: Together, target_us: float) -> bool:
+    """Whether the last half of the iterations gained next to nothing of what is open."""
+    now, bound = found.looks[-1]
+    before = [value for count, value in found.looks if count <= now / 2]
+    if not before:
+        return False
+    open_us = (target_us if np.isfinite(target_us) else 1.1 * bound) - bound
+    return bound - before[-1] <= LEAST_GAIN * max(open_us, 0.0)

@@ -1,0 +1,172 @@
+"""Command `gemopt advise`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemopt.cli.app import app, print_json, say, show
+from gemopt.cli.progress import progress as shown
+from gemopt.cli.solve import AsJson, Cost, PhaseName, ProfilePath, Seed, Task, TracesPath, load_traces
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from gemopt.advise import Advice, Sweep
+    from gemopt.profile import Profile
+    from gemopt.replay import Migration
+
+UNITS = {"skew": "x mean", "bandwidth": "GB/s", "batch": "assignments", "drift": "of experts"}
+
+
+@app.command("advise")
+def advise_command(
+    profile: ProfilePath,
+    traces: TracesPath,
+    memory: Annotated[float, typer.Option("--memory", help="GB free for copies on each rank, all layers")] = 0.0,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="shape.json, or hidden_size=..,heads=..,kv_heads=..,head_dim=..,context=..,..."),
+    ] = None,
+    horizon: Annotated[int | None, typer.Option("--horizon", help="steps that the decision has to hold")] = None,
+    bandwidth: Annotated[float, typer.Option("--bandwidth", help="GB/s that a rank sends and receives")] = 20.0,
+    non_moe_us: Annotated[
+        float | None, typer.Option("--non-moe-us", help="time of a step outside the MoE layers; default: of --model")
+    ] = None,
+    expert_bytes: Annotated[
+        float | None, typer.Option("--expert-bytes", help="default: the profile's, the model's, or 9.4e6")
+    ] = None,
+    predictors: Annotated[
+        str | None, typer.Option("--predictors", help="to duplicate by, separated by commas; default: all that can run")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="steps between decisions")] = 64,
+    sweep: Annotated[bool, typer.Option("--sweep/--no-sweep", help="look for what it depends on")] = True,
+    seed: Seed = 0,
+    cost: Cost = "auto",
+    task: Task = None,
+    phase: PhaseName = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="write the strategy map, skew by bandwidth")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="write the advice as JSON")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what pays on these devices and this traffic: placing once, copies, following, duplicating, or nothing."""
+    from gemopt.advise import advise
+    from gemopt.documents import check_writable
+    from gemopt.exceptions import InputError
+    from gemopt.profile import Profile
+
+    if output is not None:
+        check_writable(output)
+    if plot is not None:
+        from gemopt.plotting import check_picture
+
+        check_picture(plot)
+        if not sweep:
+            raise InputError("--plot", str(plot), "the map needs the sweep", "leave --no-sweep out")
+    if not 0 <= memory <= 1e6:
+        raise InputError("--memory", memory, "GB from 0 to 1e6")
+    measured = Profile.load(profile)
+    with shown("replays", hidden=as_json) as progress:
+        advice = advise(
+            measured,
+            load_traces(traces, task, phase),
+            horizon=horizon,
+            memory_bytes=memory * 1e9,
+            model=model,
+            migration=_migration(measured, expert_bytes, bandwidth),
+            non_moe_us=non_moe_us,
+            predictors=None if predictors is None else [name.strip() for name in predictors.split(",")],
+            window=window,
+            seed=seed,
+            cost=cost,
+            sweep=sweep,
+            names=(str(profile), str(traces)),
+            progress=progress,
+        )
+    if output is not None:
+        advice.save(output)
+    if plot is not None:
+        from gemopt.plotting import plot_strategy_map, save
+
+        save(plot_strategy_map(advice), plot)
+    if as_json:
+        print_json(advice.model_dump(mode="json"))
+        return 0
+    _tell(advice)
+    for path in (plot, output):
+        if path is not None:
+            say(f"wrote {path}")
+    return 0
+
+
+def _migration(profile: Profile, expert_bytes: float | None, bandwidth: float) -> Migration:
+    """Cost of copying over links of one bandwidth. A topology document would give each rank's here."""
+    from pydantic import ValidationError
+
+    from gemopt.exceptions import InputError
+    from gemopt.replay import Migration
+
+    known: dict[str, Any] = {"expert_bytes": expert_bytes or profile.model.expert_bytes}
+    if expert_bytes is not None:
+        known["expert_bytes"] = expert_bytes
+    try:
+        return Migration(
+            bytes_per_s=bandwidth * 1e9, **{key: value for key, value in known.items() if value is not None}
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--bandwidth" if first["loc"][0] == "bytes_per_s" else "--expert-bytes"
+        raise InputError(option, first["input"], first["msg"].lower()) from None
+
+
+def _tell(advice: Advice) -> None:
+    """The advice for people."""
+    best = advice.option(advice.recommended)
+    say(f"use {advice.recommended}: {_percent(advice.predicted_change)} of the MoE time against contiguous placement, "
+        f"{_percent(advice.low)} to {_percent(advice.high)}; sure to {100 * advice.confidence:.0f} %")  # fmt: skip
+    say(f"that is {_percent(best.step_change)} of a whole step with {advice.non_moe_us:.0f} us outside the MoE layers")
+    say(f"no placement can pass {_percent(advice.ceiling)} (proven); one that knew each window would reach "
+        f"{_percent(advice.clairvoyant)}")  # fmt: skip
+    say(f"hottest expert {advice.skew:.2f} times the mean; {100 * advice.drift:.1f} % of the traffic goes elsewhere in "
+        f"the {advice.scored_steps} scored steps than in the {advice.fitted_steps} fitted ones")  # fmt: skip
+    show(_table(advice))
+    for each in advice.sweeps:
+        say(_threshold(each))
+    for note in advice.notes:
+        say(note)
+    if advice.outside > 0.01:
+        say(f"{100 * advice.outside:.0f} % of the loads lie outside the measured range of the profile")
+    say("next:")
+    for command in advice.commands:
+        say(f"  {command}")
+
+
+def _table(advice: Advice) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    table.add_column("strategy", no_wrap=True)
+    for head in ("change\n%", "5 to 95 %", "step\n%", "best\n%", "moves", "GB\nsent", "first\nmoves", "GB\nheld"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for each in sorted(advice.strategies, key=lambda option: option.change):
+        table.add_row(
+            each.strategy, f"{100 * each.change:+.1f}", f"{100 * each.low:+.1f} {100 * each.high:+.1f}",
+            f"{100 * each.step_change:+.1f}", f"{100 * each.best_share:.0f}", str(each.moves),
+            f"{each.traffic_bytes / 1e9:.2g}", str(each.setup_moves), f"{each.memory_bytes / 1e9:.2g}",
+            style="bold" if each.strategy == advice.recommended else None,
+        )  # fmt: skip
+    return table
+
+
+def _threshold(sweep: Sweep) -> str:
+    unit, values = UNITS[sweep.what], [f"{each:.3g}" for each in sweep.values]
+    steps = ", ".join(f"{value} {best}" for value, best in zip(values, sweep.best, strict=True))
+    pays = "pays nowhere" if sweep.pays_from is None else f"pays from {sweep.pays_from:.3g} on"
+    return f"{sweep.what} ({unit}) {pays}: {steps}"
+
+
+def _percent(change: float) -> str:
+    return f"{100 * change:+.1f} %"

@@ -1,0 +1,187 @@
+"""Command `gemopt demo`: real routing of gpt-oss-20b on eight GPUs as fast as GPUs of a measured fleet.
+
+Fits every solver on the first half of the steps, scores it on the second half, prints one table per case, and writes a
+picture of all and a page about one. Exact solvers stand in the last case only, the one of a size at which they answer
+in seconds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemopt.cli.app import app, console, examples, notice, say, show
+from gemopt.documents import check_writable
+from gemopt.exceptions import EXTRAS, InputError, MissingPackageError, install_hint
+
+if TYPE_CHECKING:
+    from gemopt.compare import Comparison
+    from gemopt.profile import Profile
+    from gemopt.result import Result
+    from gemopt.traces import Traces
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+TABLES = ("h100_vllm_gptoss20b_ep8.csv", "moe_block_rtxpro6000_qwen3_30b.csv", "gpu_variability.csv", "prompts.jsonl")
+SOLVERS = ("linear", "eplb", "lpt", "gem", "conflict", "local-search")
+EXACT = ("linear", "lpt", "local-search", "cpsat", "milp")
+SMALL_RANKS, SMALL_STEPS = 4, 16
+RANKS = 8
+SLOW_RANK, SLOWER = 3, 1.3
+REPORTED = 2  # the case that the page is about: one GPU is slower
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table: what is asked, on which devices, with which traffic, of whom, within how many seconds each."""
+
+    title: str
+    profile: Profile
+    traces: Traces
+    solvers: tuple[str, ...] = SOLVERS
+    time_limit: float = 2.0
+
+
+def cases() -> list[Case]:
+    """The cases, from the measured tables that come with gemopt."""
+    from gemopt.formats.kernel_table import Unit, read_fleet, read_table, slow_down, what_if
+    from gemopt.traces import Traces
+
+    fleet = read_fleet(DATA / "gpu_variability.csv", "longhorn_sgemm")
+    memory = read_fleet(DATA / "gpu_variability.csv", "longhorn_bert")
+    h100 = read_table(DATA / "h100_vllm_gptoss20b_ep8.csv", unit=Unit.GROUP_TOKENS, top_k=4, ep=RANKS)
+    surface = read_table(DATA / "moe_block_rtxpro6000_qwen3_30b.csv", unit=Unit.TOKENS, top_k=8)
+    cluster = what_if(h100, fleet, ranks=RANKS, seed=0)
+    roofline = what_if(surface, fleet, ranks=RANKS, seed=0, memory=memory)
+    mixed = Traces.load(DATA / "gptoss20b_trace_mixed_b64.npz")
+    small = slow_down(what_if(surface, fleet, ranks=SMALL_RANKS, seed=0, memory=memory), 0, SLOWER)
+    few = Traces(counts=mixed.counts[:SMALL_STEPS, :1])
+    shift = Traces.load(DATA / "gptoss20b_trace_shift_b32.npz")
+    return [
+        Case("mixed traffic, eight H100 as fast as eight GPUs of a fleet", cluster, mixed),
+        Case("the same, and one GPU is 30 % slower", slow_down(cluster, SLOW_RANK, SLOWER), mixed),
+        Case("traffic that shifts from one domain to the next", cluster, shift),
+        Case("latency by assignments and activated experts (RTX PRO 6000), one GPU 30 % slower",
+             slow_down(roofline, SLOW_RANK, SLOWER), mixed),
+        Case(f"for exact solvers: one layer, {SMALL_STEPS} steps, {SMALL_RANKS} such GPUs, one 30 % slower",
+             small, few, EXACT, 8.0),
+    ]  # fmt: skip
+
+
+def plot(tables: list[tuple[str, list[Comparison]]], path: Path) -> None:
+    """One panel per case."""
+    from gemopt.plotting import plot_comparison, save, subplots
+
+    figure, axes = subplots(3, 2, size=(15, 15))
+    for ax in axes.flat[len(tables) :]:
+        ax.set_axis_off()
+    for ax, (title, rows) in zip(axes.flat, tables, strict=False):
+        plot_comparison(rows, title=title, ax=ax)
+    save(figure, path)
+
+
+@app.command("demo", epilog=examples("gemopt demo", "gemopt demo --files ."))
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", help="folder for the page, the picture and the placements")] = Path(
+        "out"
+    ),
+    files: Annotated[
+        Path | None,
+        typer.Option("--files", metavar="FOLDER", help="solve nothing; write the data there, to try commands on"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="one second per solver, for tests")] = False,
+) -> None:
+    """Solve five cases on real routing and measured GPUs, or write that data to try commands on."""
+    if files is not None:
+        for path in write_files(files):
+            say(f"wrote {path}")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    main(out, quick=quick)
+
+
+def write_files(folder: Path) -> list[Path]:
+    """A profile, traces and the tables behind them; `InputError` when one of them is there already."""
+    first, _, shifting, *_ = cases()
+    folder.mkdir(parents=True, exist_ok=True)
+    of_network = {"top_k": 4, "num_hidden_layers": 24, "model": "gpt-oss-20b"}
+    documents = {
+        "profile.json": first.profile,
+        "traces.safetensors": replace(first.traces, **of_network),
+        "shifting.safetensors": replace(shifting.traces, **of_network),
+    }
+    paths = [folder / name for name in (*documents, *TABLES)]
+    for path in paths:
+        check_writable(path)
+        if path.exists():
+            raise InputError("--files", str(path), "a folder without files of these names", "give another folder")
+    for name, document in documents.items():
+        document.save(folder / name)
+    for name in TABLES:
+        shutil.copyfile(DATA / name, folder / name)
+    return paths
+
+
+def main(out: Path, *, quick: bool = False) -> None:
+    """Solve all cases and print."""
+    from gemopt.cli.tables import comparison_table
+    from gemopt.compare import compare
+
+    notice("compiling kernels on the first run: 20 s to a minute")
+    _warm_up()
+    begin = time.monotonic()
+    tables: list[tuple[str, list[Comparison]]] = []
+    results: dict[int, Result] = {}
+    for number, case in enumerate(cases(), start=1):
+        console.print(f"\n[bold]{number}. {case.title}[/bold]")
+
+        def keep(row: Comparison, result: Result | None, number: int = number) -> None:
+            if row.solver == "local-search" and result is not None and result.placement is not None:
+                result.placement.save(out / f"placement_{number}.json")
+                results[number] = result
+
+        time_limit = 1.0 if quick else case.time_limit
+        rows = compare(case.profile, case.traces, solvers=case.solvers, time_limit=time_limit, on_result=keep)
+        show(comparison_table(rows))
+        tables.append((case.title, rows))
+    say(f"\n{time.monotonic() - begin:.0f} s of solving. Changes are against contiguous placement; "
+        f"held-out is the second half of each trace.")  # fmt: skip
+    say(f"wrote {out}/placement_[1-{len(tables)}].json")
+    try:
+        plot(tables, out / "demo.png")
+        say(f"wrote {out}/demo.png")
+    except MissingPackageError:
+        say(f"no picture: {install_hint(EXTRAS['matplotlib'])}")
+    _report(cases()[REPORTED - 1], results.get(REPORTED), out)
+
+
+def _report(case: Case, result: Result | None, out: Path) -> None:
+    """The page about one case, for a browser; `out` keeps what `gemopt report` needs to make it again."""
+    if result is None:  # interrupted before
+        return
+    from gemopt.report import report
+
+    result.save(out / "result.json")
+    case.profile.save(out / "profile.json")
+    case.traces.save(out / "traces.safetensors")
+    files = [out / name for name in ("result.json", "profile.json", "traces.safetensors", "report.html")]
+    line = "gemopt report {} --profile {} --traces {} -o {}".format(*map(str, files))
+    try:
+        made = report(*files[:3], command=line)
+        made.save(files[3])
+        say(f"{made.headline}\nwrote {files[3]}: open it in a browser")
+    except MissingPackageError:
+        say(f"no page: {install_hint(EXTRAS['plotly'])}")
+
+
+def _warm_up() -> None:
+    """Compile the kernels once, so that the seconds below are of solving."""
+    from gemopt.compare import compare
+
+    first, *_, surface, _ = cases()
+    for case in (first, surface):
+        compare(case.profile, case.traces.steps(slice(0, 8)), solvers=["local-search", "gem"], patience=1)

@@ -1,0 +1,79 @@
+"""Command `gemopt report`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemopt.cli.app import app, examples, print_json, say
+from gemopt.cli.solve import AsJson, PhaseName, SendersName, Task, select_steps
+
+if TYPE_CHECKING:
+    from gemopt.traces import Traces
+
+
+@app.command(
+    "report",
+    epilog=examples(
+        "gemopt report result.json --profile profile.json --traces traces.safetensors -o report.html",
+        "gemopt report placement.json --profile profile.json --traces traces.safetensors --baseline p.json -o r.html",
+    ),
+)
+def report_command(
+    answer: Annotated[Path, typer.Argument(help="result.json or placement.json", show_default=False)],
+    profile: Annotated[Path, typer.Option("--profile", help="profile.json", show_default=False)],
+    traces: Annotated[Path, typer.Option("--traces", help="traces that it was solved on", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="page to write", show_default=False)],
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="placement or result to compare with; default: contiguous")
+    ] = None,
+    holdout: Annotated[Path | None, typer.Option("--holdout", help="traces that the solver did not see")] = None,
+    replay: Annotated[Path | None, typer.Option("--replay", help="what gemopt replay -o wrote")] = None,
+    cost: Annotated[
+        str | None, typer.Option("--cost", help="cost model: auto, staircase, roofline; default: the result's")
+    ] = None,
+    senders: SendersName = None,
+    task: Task = None,
+    phase: PhaseName = None,
+    as_json: AsJson = False,
+) -> int:
+    """One self-contained page about a placement: what it gains, what is proven, who waits for whom."""
+    from gemopt.documents import check_writable
+    from gemopt.report import report
+
+    check_writable(output)
+
+    def choose(given: Traces) -> Traces:
+        return select_steps(given, task, phase)
+
+    made = report(
+        answer,
+        profile,
+        traces,
+        baseline=baseline,
+        holdout=holdout,
+        replay=replay,
+        cost=cost,
+        senders=senders,
+        choose=choose,
+        command=_command(),
+    )
+    made.save(output)
+    if as_json:
+        left_out = {each.name: each.text for each in made.sections if each.figure is None}
+        print_json({"headline": made.headline, "key_figures": made.key_figures, "output": str(output),
+                    "left_out": left_out})  # fmt: skip
+    else:
+        say(made.headline)
+        say(f"wrote {output}")
+    return 0
+
+
+def _command() -> str:
+    """What was typed, by the program's own name."""
+    import shlex
+
+    return shlex.join(["gemopt", *sys.argv[1:]])

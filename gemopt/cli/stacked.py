@@ -1,0 +1,35 @@
+"""Tables on narrow terminals: a row becomes a name and a paragraph, so that no number is cut."""
+
+from __future__ import annotations
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+
+def stacked(table: Table, console: Console) -> RenderableType | None:
+    """The rows one below the other; None when the table fits as it is."""
+    for column in table.columns:
+        column.no_wrap = True
+    if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+        return None
+    heads = [_plain(column.header).split("\n") for column in table.columns]
+    rows = [list(column.cells) for column in table.columns]
+    parts: list[RenderableType] = [] if table.title is None else [Text(_plain(table.title))]
+    for number, row in enumerate(table.rows):
+        words = []
+        for head, cells in zip(heads[1:], rows[1:], strict=True):
+            value = _plain(cells[number])
+            if value:
+                words.append("\u00a0".join([head[0], value, *head[1:]]).replace(" ", "\u00a0"))
+        parts.append(Text(_plain(rows[0][number]), style=row.style or ""))
+        if words:
+            parts.append(Padding(Text("  ".join(words), style=row.style or ""), (0, 0, 0, 2)))
+    if table.caption is not None:
+        parts.append(Text(_plain(table.caption)))
+    return Group(*parts)
+
+
+def _plain(value: object) -> str:
+    return value.plain if isinstance(value, Text) else str(value)

@@ -1,0 +1,131 @@
+"""What was given instead of what was asked for: its name, what it seems to be, and what reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from gemopt.exceptions import InputError
+
+HEAD_BYTES = 1 << 20
+SWAPPED = "were arguments swapped?"
+IMPORT_TRACES = "gemopt trace import reads what engines record (--from array for plain arrays)"
+IMPORT_PLACEMENT = "gemopt placement import reads the placements of engines"
+IMPORT_TABLE = "gemopt profile import reads kernel tables"
+
+# Keys that tell a JSON object, most telling first, what it is then, and the way out.
+_OBJECTS = (
+    ({"physical_to_logical", "slots_per_rank"}, "a placement of gemopt", SWAPPED),
+    ({"solver", "stopped_by", "per_layer"}, "a result of gemopt", "its placement is what solve -o writes"),
+    ({"devices", "schema_version"}, "a profile of gemopt", SWAPPED),
+    ({"bound_us", "digests"}, "a certificate of gemopt", SWAPPED),
+    ({"physical_to_logical_map"}, "a placement of SGLang", IMPORT_PLACEMENT),
+    ({"moe_layer_count", "layer_list"}, "a placement of vllm-ascend", IMPORT_PLACEMENT),
+    ({"logical_count"}, "statistics of SGLang", IMPORT_TRACES),
+    ({"choices"}, "a response of a serving engine", IMPORT_TRACES),
+    ({"model_type"}, "the config.json of a network", "--model takes its folder"),
+)
+
+
+def of_object(data: Mapping[Any, Any]) -> tuple[str, str]:
+    """What a JSON object seems to be, and the way out; empty when nothing is known of it."""
+    for keys, name, way_out in _OBJECTS:
+        if keys <= data.keys():
+            return name, way_out
+    return "", ""
+
+
+def of_file(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """What a file seems to be by its first bytes, and the way out; empty when nothing is known of it."""
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(HEAD_BYTES)
+    except OSError:
+        return "", ""
+    if head.startswith(b"\x93NUMPY"):
+        return "a NumPy array (.npy)", IMPORT_TRACES
+    if head.startswith(b"PK\x03\x04"):
+        archive = "an archive of NumPy arrays (.npz)" if b".npy" in head else "a file of torch (.pt)"
+        return archive, IMPORT_TRACES
+    if head[:2] == b"\x80\x02" or Path(path).suffix in (".pt", ".pkl"):
+        return "a pickled file", IMPORT_TRACES
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return ("traces of gemopt", SWAPPED) if b'"counts"' in head else ("a safetensors file", "")
+    return _of_text(path, head)
+
+
+def _of_text(path: str | os.PathLike[str], head: bytes) -> tuple[str, str]:
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:  # not just a letter that the end cut in two
+            return "", ""
+        text = head[: error.start].decode()
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            data = json.loads(Path(path).read_text())
+        except (ValueError, OSError, RecursionError):
+            return "a text that begins like JSON", "it may be cut short"
+        name, way_out = of_object(data) if isinstance(data, dict) else ("", "")
+        return name or "a JSON document", way_out
+    first = text.split("\n", 1)[0]
+    if "," in first and any(word in first.lower() for word in ("latency", "time", "_us", "_ms")):
+        return "a table of latencies", IMPORT_TABLE
+    if "," in first:
+        return "a table (.csv)", IMPORT_TRACES
+    return "", ""
+
+
+def not_a(kind: str, value: object, name: str) -> InputError:
+    """The error for an argument that is neither a document of that kind nor a path."""
+    found = type(value).__name__
+    if isinstance(value, dict):
+        hint = f"gemopt.{kind}(**...) makes one of a dict"
+    elif kind == "Traces" and hasattr(value, "__array__"):
+        hint = "gemopt.Traces(counts=array) makes them of an array [steps, layers, experts]"
+    else:
+        hint = SWAPPED if hasattr(value, "save") else ""
+    return InputError(
+        name, f"{'an' if found[0] in 'AEIOUaeiou' else 'a'} {found}", f"a {kind} or the path of one", hint
+    )
+
+
+def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
+    """The first fault of a document as one line."""
+    faults = error.errors()
+    unknown = [fault for fault in faults if fault["type"] == "extra_forbidden"]
+    first = (unknown or faults)[0]  # a misspelt key is also missing: its name says more
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    where = ".".join([document.__name__, *(str(part) for part in first["loc"])])
+    rest = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
+    if unknown:
+        known = _keys_at(document, first["loc"][:-1])
+        close = get_close_matches(str(first["loc"][-1]), known, n=1)
+        return InputError(where, first["input"], "no such key" + rest, f"did you mean {close[0]}?" if close else "")
+    found = "nothing" if first["type"] == "missing" else first["input"]
+    return InputError(where, found, first["msg"].lower() + rest)
+
+
+def _keys_at(document: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys known at a place in a document."""
+    for part in path:
+        if isinstance(part, str) and part in document.model_fields:
+            inner = _model_in(document.model_fields[part].annotation)
+            if inner is None:
+                return []
+            document = inner
+    return list(document.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)

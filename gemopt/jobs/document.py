@@ -1,0 +1,208 @@
+"""The job file as a document; its JSON Schema is `docs/schema/job.json`."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+from gemopt.documents import Document
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import Unit
+from gemopt.placement import Split
+from gemopt.splits.senders import Senders
+
+FOLDER: ContextVar[Path] = ContextVar("FOLDER", default=Path())  # of the job file: its relative paths begin there
+
+
+class Typed(str):
+    """A text from the command line, whose relative paths begin at the current folder."""
+
+    __slots__ = ()
+
+
+def _placed(value: Any) -> Any:
+    if not isinstance(value, (str, Path)):
+        return value
+    folder = Path.cwd() if isinstance(value, Typed) else FOLDER.get()
+    return Path(os.path.abspath(folder / Path(value).expanduser()))
+
+
+def _spelt(field: str, pattern: str, limit: str) -> AfterValidator:
+    """A text that matches; the error says in words what would."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise InputError(field, text, limit)
+        return text
+
+    return AfterValidator(check)
+
+
+PATH, MADE = "path", "made"  # a document that is there, or how to make one
+Placed = Annotated[Path, BeforeValidator(_placed)]
+FileName = Annotated[
+    str, _spelt("exports.file", r"[A-Za-z0-9][-._A-Za-z0-9]*", "a name in the folder: letters, digits, dots, dashes")
+]
+DnsName = Annotated[
+    str,
+    _spelt(
+        "kubernetes.config_map", r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?", "lower-case letters, digits, dashes, dots"
+    ),
+]
+DnsLabel = Annotated[
+    str, _spelt("kubernetes.namespace", r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "lower-case letters, digits, dashes")
+]
+
+
+def _kind(value: Any) -> str:
+    return PATH if isinstance(value, (str, Path)) else MADE
+
+
+class Part(BaseModel):
+    """A part of a job; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TableSource(Part):
+    """A profile from a kernel table, as `gemopt profile import` makes it.
+
+    `slower`: factor of the latency by rank, to ask what a slow device would do.
+    """
+
+    table: Placed
+    unit: Unit | None = None
+    top_k: int | None = None
+    ep: int | None = None
+    where: list[str] = Field(default_factory=list)
+    time_column: str | None = None
+    device_column: list[str] = Field(default_factory=list)
+    repeat_column: list[str] = Field(default_factory=list)
+    speeds: Placed | None = None
+    fleet: str | None = None
+    memory_fleet: str | None = None
+    ranks: int | None = Field(default=None, ge=1)
+    seed: int = 0
+    device: str | None = None
+    expert_bytes: int | None = Field(default=None, ge=1)
+    slower: dict[int, float] = Field(default_factory=dict)
+
+
+class RecordedSource(Part):
+    """Traces that a serving engine recorded, as `gemopt trace import` reads them."""
+
+    engine: str
+    files: list[Placed] = Field(min_length=1)
+    ep: int | None = Field(default=None, ge=1)
+    num_experts: int | None = Field(default=None, ge=1)
+    layer_ids: str | None = None
+    num_hidden_layers: int | None = Field(default=None, ge=1)
+    top_k: int | None = Field(default=None, ge=1)
+    model: str | None = None
+    batch_size: int = Field(default=64, ge=1)
+    prefill_tokens: int = Field(default=4096, ge=1)
+
+
+class Steps(Part):
+    """Which steps are used: of a task or phase, and the share at the end that only judges."""
+
+    task: str | None = None
+    phase: str | None = None
+    holdout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Constraints(Part):
+    """Slots, the placement in force, and what moving from it costs; as the options of `gemopt solve`.
+
+    `current`: a path, or `contiguous` for what engines start with.
+    """
+
+    slots_per_rank: int | list[int] | None = None
+    split: Split | None = None
+    senders: Senders | None = None
+    full_slots: bool = False
+    current: Literal["contiguous"] | Placed | None = None
+    move_price: float | None = None
+    expert_bytes: int | None = None
+    bandwidth: float | None = None
+    horizon_steps: float | None = None
+    max_moves: int | None = None
+    max_moves_per_layer: int | None = None
+    max_bytes_per_rank: float | None = None
+    exclude_ranks: list[int] = Field(default_factory=list)
+    add_ranks: list[int] = Field(default_factory=list)
+
+
+class SolverSettings(Part):
+    """Who searches, and for how long; as the options of `gemopt solve`."""
+
+    name: str = "auto"
+    time_limit: float | None = None
+    gap: float = 0.0
+    seed: int = 0
+    patience: int | None = None
+    threads: int | None = None
+    cost: str = "auto"
+    warm_start: Placed | None = None
+    allow_one_rank: bool = False
+
+
+class ExportTo(Part):
+    """A file for one engine; `file` defaults to the engine's name and the ending that it wants."""
+
+    engine: str
+    file: FileName | None = None
+    approximate: bool = False
+    mtp_layers: int = Field(default=0, ge=0, le=64)
+
+
+class ReportSettings(Part):
+    """The page; compared with `baseline`, else with the placement in force, else with contiguous placement."""
+
+    page: bool = True
+    baseline: Placed | None = None
+    replay: Placed | None = None
+
+
+class Kubernetes(Part):
+    """A ConfigMap that carries the exported maps."""
+
+    config_map: DnsName = "gemopt-placement"
+    namespace: DnsLabel | None = None
+    labels: dict[str, str] = Field(default_factory=dict)
+
+
+class Job(Document):
+    """One job: profile and traces in, a folder with placement, exports and report out.
+
+    Attributes
+    ----------
+    profile, traces
+        A path, or how to make them of a table and of what an engine recorded.
+    output
+        Folder to write; it must not exist yet.
+    num_hidden_layers
+        Decoder layers of the network, where the traces do not say and an engine wants to know.
+    exports
+        Engines to write for.
+    kubernetes
+        null: no ConfigMap.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    profile: Annotated[Annotated[Placed, Tag(PATH)] | Annotated[TableSource, Tag(MADE)], Discriminator(_kind)]
+    traces: Annotated[Annotated[Placed, Tag(PATH)] | Annotated[RecordedSource, Tag(MADE)], Discriminator(_kind)]
+    output: Placed
+    num_hidden_layers: int | None = Field(default=None, ge=1)
+    steps: Steps = Field(default_factory=Steps)
+    constraints: Constraints = Field(default_factory=Constraints)
+    solver: SolverSettings = Field(default_factory=SolverSettings)
+    exports: list[ExportTo] = Field(default_factory=list)
+    report: ReportSettings = Field(default_factory=ReportSettings)
+    kubernetes: Kubernetes | None = Field(default_factory=Kubernetes)

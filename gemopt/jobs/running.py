@@ -1,0 +1,262 @@
+"""Run a job: read, solve, and write the folder."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemopt.documents import write_text
+from gemopt.evaluate import evaluate
+from gemopt.exceptions import InputError
+from gemopt.formats.approximate import approximate
+from gemopt.formats.engine import Export, TraceOptions, WriteOptions
+from gemopt.formats.importing import import_traces
+from gemopt.formats.kernel_table import Unit, equal, read_fleet, read_table, slow_down, what_if
+from gemopt.formats.layers import parse_layers
+from gemopt.formats.registry import canonical, export, get
+from gemopt.jobs.document import ExportTo, Job, Kubernetes, RecordedSource, TableSource
+from gemopt.jobs.kubernetes import config_map
+from gemopt.jobs.reading import shown
+from gemopt.placement import Placement
+from gemopt.profile import Profile
+from gemopt.report import report
+from gemopt.report.style import graph_objects
+from gemopt.result import Result
+from gemopt.solve import solve
+from gemopt.traces import Phase, Traces
+
+EXISTS = ("a folder that does not exist yet", "give another with -o")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job made: the result, the files by name in the folder, and what to know.
+
+    `failed`: exports that the placement cannot be written for, in words; everything else is there.
+    """
+
+    result: Result
+    folder: Path
+    files: list[str]
+    commands: dict[str, str]
+    headline: str = ""
+    notes: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+
+def run_job(
+    job: Job,
+    *,
+    command: str = "",
+    progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Solve and write `job.output`. Nothing is written before there is an answer.
+
+    Parameters
+    ----------
+    command
+        What was typed, for the report.
+
+    Raises
+    ------
+    InputError
+        The folder exists, an engine is unknown or takes no placement, an input cannot be used.
+    """
+    _check(job)
+    profile, traces = _profile(job.profile), _steps(job, _traces(job.traces))
+    given, _ = traces.split(job.steps.holdout) if job.steps.holdout else (traces, None)
+    settings, constraints = job.solver, job.constraints
+    current = _current(constraints.current, traces, profile)
+    options = {**settings.model_dump(exclude={"name"}), **constraints.model_dump(), "current": current}
+    with _folder(job.output):
+        result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
+    return _Writer(job, profile, traces, result, current).write(command)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make the folder before the search, so that its answer has a place; away with it where there is no answer."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise InputError("output", str(path), *EXISTS) from None
+    except OSError as error:
+        raise InputError("output", f"{path}: {error.strerror}", "a folder that can be made") from None
+    try:
+        yield
+    except BaseException:
+        path.rmdir()
+        raise
+
+
+def _current(given: str | Path | None, traces: Traces, profile: Profile) -> Placement | None:
+    if given is None:
+        return None
+    if isinstance(given, Path):
+        return Placement.load(given)
+    shape = (traces.num_layers, traces.num_experts, profile.num_ranks)
+    return Placement.contiguous(*shape, layer_ids=list(traces.layer_ids))
+
+
+def _check(job: Job) -> None:
+    """Refuse before the search what could only fail after it."""
+    if job.output.exists():
+        raise InputError("output", str(job.output), *EXISTS)
+    for wanted in job.exports:
+        engine = get(wanted.engine)
+        if engine.write is None:
+            raise InputError("exports.engine", wanted.engine, engine.note or "takes no placement file")
+        if wanted.file is not None and engine.suffixes and Path(wanted.file).suffix not in engine.suffixes:
+            raise InputError("exports.file", wanted.file, f"{engine.name} wants {' or '.join(engine.suffixes)}")
+    names = [_file(wanted) for wanted in job.exports]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError("exports.file", twice, "one name per file", "give each of them a file")
+    if job.report.page:
+        graph_objects()
+
+
+def _file(wanted: ExportTo) -> str:
+    suffix = (get(wanted.engine).suffixes or ("",))[0]
+    return wanted.file or f"{canonical(wanted.engine)}{suffix}"
+
+
+def _profile(source: Path | TableSource) -> Profile:
+    if isinstance(source, Path):
+        return Profile.load(source)
+    unit = None if source.unit is None else Unit(source.unit)
+    found = read_table(source.table, unit=unit, top_k=source.top_k, ep=source.ep, where=source.where,
+                       time=source.time_column, device=source.device_column, repeat=source.repeat_column)  # fmt: skip
+    if source.device is not None:
+        named = [each.model_copy(update={"name": source.device}) for each in found.devices]
+        found = found.model_copy(update={"devices": named})
+    if source.speeds is not None:
+        memory = None if source.memory_fleet is None else read_fleet(source.speeds, source.memory_fleet)
+        fleet = read_fleet(source.speeds, source.fleet)
+        found = what_if(found, fleet, ranks=source.ranks or 8, seed=source.seed, memory=memory)
+    elif source.fleet or source.memory_fleet:
+        raise InputError(
+            "profile.fleet", source.fleet or source.memory_fleet, "read from speeds", "give profile.speeds"
+        )
+    elif source.ranks is not None:
+        found = equal(found, source.ranks)
+    for rank, factor in source.slower.items():
+        if not 0 <= rank < found.num_ranks:
+            raise InputError("profile.slower", rank, f"ranks 0 to {found.num_ranks - 1}")
+        found = slow_down(found, rank, factor)
+    if source.expert_bytes is not None:
+        found = found.model_copy(update={"model": found.model.model_copy(update={"expert_bytes": source.expert_bytes})})
+    return found.model_copy(update={"source": f"imported from {source.table.name}"})
+
+
+def _traces(source: Path | RecordedSource) -> Traces:
+    if isinstance(source, Path):
+        return Traces.load(source)
+    fields = source.model_dump(exclude={"engine", "files", "ep", "layer_ids"})
+    options = TraceOptions(**fields, num_ranks=source.ep, layer_ids=parse_layers(source.layer_ids))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "traces.safetensors"
+        import_traces(source.files, source=source.engine, destination=path, options=options)
+        return Traces.load(path)
+
+
+def _steps(job: Job, traces: Traces) -> Traces:
+    phases = {each.name.lower(): each for each in Phase}
+    if job.steps.phase is not None and job.steps.phase not in phases:
+        raise InputError("steps.phase", job.steps.phase, f"one of {', '.join(phases)}")
+    if job.steps.task is None and job.steps.phase is None:
+        return traces
+    return traces.select(task=job.steps.task, phase=None if job.steps.phase is None else phases[job.steps.phase])
+
+
+class _Writer:
+    """Everything that goes into the folder of one job."""
+
+    def __init__(self, job: Job, profile: Profile, traces: Traces, result: Result, before: Placement | None) -> None:
+        self.job, self.profile, self.traces, self.result, self.before = job, profile, traces, result, before
+        self.files: list[str] = []
+        self.notes = list(result.notes)
+        self.failed: list[str] = []
+        self.commands: dict[str, str] = {}
+
+    def write(self, command: str) -> Outcome:
+        """Answer first, then what is made of it."""
+        self._save("result.json", self.result.save)
+        self._text("job.json", shown(self.job, as_json=True))
+        self._save("profile.json", self.profile.save)
+        headline = ""
+        if self.result.placement is not None:
+            placement = self._placement(self.result.placement)
+            self._save("placement.json", placement.save)
+            maps = [each for wanted in self.job.exports for each in self._export(placement, wanted)]
+            if self.job.kubernetes is not None and maps:
+                self._config_map(self.job.kubernetes, maps)
+            if self.job.report.page:
+                headline = self._report(command)
+        return Outcome(self.result, self.job.output, self.files, self.commands, headline, self.notes, self.failed)
+
+    def _config_map(self, settings: Kubernetes, maps: list[Path]) -> None:
+        text, note = config_map(settings, maps)
+        self.notes += [note] if note else []
+        if text:
+            self._text("configmap.yaml", text)
+
+    def _placement(self, found: Placement) -> Placement:
+        known = self.job.num_hidden_layers
+        if known is None or found.num_hidden_layers is not None:
+            return found
+        return Placement(**{**dict(found), "num_hidden_layers": known})
+
+    def _export(self, placement: Placement, wanted: ExportTo) -> list[Path]:
+        """The engine's files; where it cannot express the placement that is kept for the end."""
+        path = self.job.output / _file(wanted)
+        engine = get(wanted.engine)
+        try:
+            if wanted.approximate:
+                placement, changes = approximate(placement, engine, loads=self.traces.counts.mean(axis=0),
+                                                 cost=self._cost)  # fmt: skip
+                self.notes += [f"{engine.name}: {each}" for each in changes]
+            made: Export = export(
+                placement, to=engine.name, path=path, options=WriteOptions(mtp_layers=wanted.mtp_layers)
+            )
+        except InputError as error:
+            self.failed.append(f"exports, {engine.name}: {error}")
+            return []
+        self.files += [Path(each).name for each in made.files]
+        self.notes += [f"{engine.name}: {each}" for each in made.notes]
+        if made.command:
+            self.commands[engine.name] = made.command
+            text = "#!/bin/sh\n# " + "\n# ".join(["Starts the engine with this placement.", *made.notes])
+            self._text(f"launch-{Path(path).stem}.sh", f"{text}\n{made.command}\n")
+        return [Path(each) for each in made.files if not each.endswith(".gemopt.json")]
+
+    def _cost(self, placement: Placement) -> float:
+        senders = self.job.constraints.senders
+        return evaluate(placement, self.profile, self.traces, senders=senders).objective_us
+
+    def _report(self, command: str) -> str:
+        settings = self.job.report
+        before = settings.baseline or self.before
+        made = report(self.result, self.profile, self.traces, baseline=before, replay=settings.replay, command=command,
+                      senders=self.job.constraints.senders)  # fmt: skip
+        self._save("report.html", made.save)
+        return made.headline
+
+    def _save(self, name: str, save: Callable[[Path], None]) -> None:
+        save(self.job.output / name)
+        self.files.append(name)
+
+    def _text(self, name: str, text: str) -> None:
+        self._save(name, lambda path: write_text(path, text))
+
+
+def command_of(path: Path, overrides: Sequence[str]) -> str:
+    """The command that runs a job again."""
+    words: list[Any] = ["gemopt", "run", str(path), *(word for each in overrides for word in ("--set", each))]
+    return shlex.join(words)

@@ -1,0 +1,195 @@
+"""Experts duplicated per batch, where a predictor says that the next one goes (MoE-GPS, arXiv:2506.07366)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.latency import pack
+from gemopt.placement import EMPTY, Placement, default_slots
+from gemopt.predict import PREDICTORS, shares_of
+from gemopt.predict import make as make_predictor
+from gemopt.predict.base import Batch, Steps, require
+from gemopt.replay.moe_gps import as_planned, greedy
+from gemopt.replay.result import Track
+from gemopt.replay.strategies import Fixed
+from gemopt.replay.strategy import Context
+
+if TYPE_CHECKING:
+    from gemopt.replay.simulate import World
+
+PREFIX = "duplication-"
+LIFE = 64.0  # batches that a copy is expected to serve
+RECENT = 16  # batches on which new copies must save time
+TICK = 8  # batches between plans from a distribution, which changes slowly
+TABLE_LIMIT = 1 << 24
+
+
+class Duplicated(Fixed):
+    """Before each layer of each batch, copies for what a predictor expects; they stay until others need their slot.
+
+    Parameters
+    ----------
+    predictor
+        Name in `gemopt.predict.PREDICTORS`.
+    method
+        `latency`: copies by the latencies of the ranks and the price of copying, and the batch, once routed, split over
+        them by the same latencies. `greedy`: MoE-GPS's algorithm on assignments alone; all that it wants is copied, and
+        the batch is split in the proportions that were planned.
+    hide
+        Whether transfers go on beside a layer's share of the non-MoE time.
+    contiguous
+        Whether to begin with the experts in order and no copies, rather than with what is best on the past.
+    """
+
+    def __init__(
+        self, predictor: str, *, method: str = "latency", hide: bool = True, contiguous: bool = False, name: str = ""
+    ) -> None:
+        super().__init__(name or PREFIX + predictor)
+        if method not in ("latency", "greedy"):
+            raise InputError("method", method, "latency or greedy")
+        self.predictor, self.method, self.hide = make_predictor(predictor), method, hide
+        self.in_order = contiguous
+
+    def first(self, context: Context) -> Placement:
+        """With copies where they are best on the past, or in order."""
+        bare_G, slots_G = default_slots(context.past.num_experts, len(context.slots_per_rank)), context.slots_per_rank
+        if slots_G.sum() == bare_G.sum() or (self.in_order and (bare_G > slots_G).any()):
+            limit = f"{self.name} needs more than {bare_G.tolist()}, for copies"
+            raise InputError("slots_per_rank", slots_G.tolist(), limit, "more --slots-per-rank")
+        if not self.in_order:
+            return context.fitted
+        row = np.full(int(slots_G.sum()), EMPTY)
+        starts_G = np.cumsum(slots_G) - slots_G
+        row[np.concatenate([start + np.arange(n) for start, n in zip(starts_G, bare_G, strict=True)])] = np.arange(
+            context.past.num_experts
+        )
+        return context.placement([row] * context.past.num_layers)
+
+    def play(self, world: World) -> Track:
+        """All scored steps. A step is shown to the predictor once it has been timed."""
+        context, first = world.context, world.first_step
+        self._check(world)
+        begin = self.start(context)
+        self.predictor.fit(context.past)
+        steps = world.traces.num_steps - first
+        step_us, copying, moves = np.zeros(steps), np.zeros(steps), np.zeros(steps, np.int64)
+        batches = Steps(world.traces)
+        layers = [_Layer(self, world, begin, layer) for layer in range(world.traces.num_layers)]
+        for t in range(first, world.traces.num_steps):
+            factor_G = world.schedule.factors(t, t + 1, context.profile.num_ranks)[0]
+            for layer, each in enumerate(layers):
+                expected_E = self._expected(batches.batch(t, layer), each.experts) if self._plans(t - first) else None
+                moe_us, added_us, copied = each.step(expected_E, world.traces.counts[t, layer], factor_G)
+                step_us[t - first] += moe_us + added_us
+                copying[t - first] += added_us
+                moves[t - first] += copied
+            self.predictor.observe(
+                world.traces.counts[t], -1 if world.traces.task is None else int(world.traces.task[t])
+            )
+        return Track(
+            strategy=self.name,
+            step_us=step_us.tolist(),
+            copying_us=copying.tolist(),
+            moves=moves.tolist(),
+            setup_moves=context.setup_moves(begin),
+        )
+
+    def _plans(self, since: int) -> bool:
+        return self.predictor.per_token or self.method == "greedy" or since % TICK == 0
+
+    def _expected(self, batch: Batch, experts: int) -> NDArray[np.int64]:
+        share_E = shares_of(self.predictor.predict(batch), self.predictor.per_token, experts)
+        return np.rint(share_E * batch.size).astype(np.int64)
+
+    def _check(self, world: World) -> None:
+        require(world.traces, self.predictor.needs, self.predictor.name)
+        if any(event.fails for event in world.schedule.events):
+            raise UnsupportedError("--event", "fail", f"{self.name} does not play failures", "use controller")
+        largest = int(world.traces.counts.sum(axis=2, dtype=np.int64).max())
+        if largest >= TABLE_LIMIT:
+            raise UnsupportedError(
+                "Traces.counts", largest, f"{self.name} takes less than {TABLE_LIMIT} a layer and step"
+            )
+
+
+class _Layer:
+    """One layer from batch to batch: which copies are in memory, and what a batch takes."""
+
+    def __init__(self, strategy: Duplicated, world: World, start: Placement, layer: int) -> None:
+        from gemopt.replay.spreading import Price
+
+        cost, migration = world.context.cost, world.migration
+        self.method, self.experts = strategy.method, start.num_experts
+        row_P, rank_P = start.physical_to_logical[layer], start.rank_of_slot
+        held = row_P != EMPTY
+        self.present_GE = np.zeros((start.num_ranks, self.experts), dtype=np.bool_)
+        self.present_GE[rank_P[held], row_P[held]] = True
+        self.home_E = self.present_GE.argmax(axis=0)  # of several holders the first
+        self.present_GE[self.home_E, np.arange(self.experts)] = False
+        self.spare_G = start.slots_per_rank - np.bincount(self.home_E, minlength=start.num_ranks)
+        largest = int(world.traces.counts[:, layer].sum(axis=1).max())
+        grid = np.arange(largest + 2)
+        table_FN = np.stack([feature.of(grid) for feature in cost.features]).astype(np.float64)
+        hidden_us = world.non_moe_us / world.traces.num_layers if strategy.hide else 0.0
+        expert_us = migration.expert_bytes / migration.bytes_per_s * 1e6
+        price = Price(expert_us, hidden_us, migration.slowdown, migration.commit_us, LIFE)
+        self.given = (price, table_FN, pack(cost.latencies))
+        self.recent: deque[NDArray[np.int64]] = deque(maxlen=RECENT)
+
+    def step(self, expected_E: Any, counts_E: NDArray[Any], factor_G: Any) -> tuple[float, float, int]:
+        """(makespan, what copying adds, experts copied) of a batch of `counts_E` when `expected_E` was expected."""
+        from gemopt.replay.spreading import spread, times_of
+
+        counts_E, used_GE = counts_E.astype(np.int64), None
+        if self.method == "greedy":
+            plan_GE, used_GE = greedy(expected_E, self.home_E, self.spare_G)
+            x_GE = as_planned(counts_E, plan_GE, self.home_E)
+        elif expected_E is not None:
+            _, used_GE = spread(expected_E, self.home_E, self.present_GE, self.spare_G, True, *self.given)
+            used_GE = used_GE if self._pays(used_GE, expected_E) else None
+        added_us, copied = (0.0, 0) if used_GE is None else self._cost(used_GE)
+        if used_GE is not None:
+            self.present_GE = self._kept(used_GE, expected_E)
+        if self.method == "latency":
+            x_GE, _ = spread(counts_E, self.home_E, self.present_GE, self.spare_G, False, *self.given)
+            self.recent.append(counts_E)
+        return float((times_of(x_GE, *self.given[1:]) * factor_G).max()), added_us, copied
+
+    def _pays(self, used_GE: NDArray[np.bool_], expected_E: NDArray[np.int64]) -> bool:
+        """Whether copies save more than they cost: in this batch as expected, then in `LIFE` as in the last ones."""
+        from gemopt.replay.spreading import saved_us
+
+        if not (used_GE & ~self.present_GE).any():
+            return False
+        sides = (self.home_E, self.present_GE, self._kept(used_GE, expected_E), self.spare_G, *self.given)
+        cost_us, now_us = self._cost(used_GE)[0], saved_us(expected_E[None], *sides)
+        if not cost_us or not self.recent:
+            return bool(now_us > cost_us)
+        return bool(now_us + LIFE * saved_us(np.stack(self.recent), *sides) > cost_us)
+
+    def _cost(self, used_GE: NDArray[np.bool_]) -> tuple[float, int]:
+        """(microseconds that copying adds, copies made) for those that are not present."""
+        from gemopt.replay.spreading import copying_us
+
+        new_GE = used_GE & ~self.present_GE
+        out_G = np.bincount(self.home_E, weights=new_GE.sum(axis=0), minlength=len(self.spare_G)).astype(np.int64)
+        return float(copying_us(new_GE.sum(axis=1), out_G, self.given[0])), int(new_GE.sum())
+
+    def _kept(self, used_GE: NDArray[np.bool_], expected_E: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[G, E] copies in memory from now on: those used, and of the others that were there the hottest that fit."""
+        kept_GE = used_GE.copy()
+        for g, room in enumerate(self.spare_G - used_GE.sum(axis=1)):
+            idle = np.flatnonzero(self.present_GE[g] & ~used_GE[g])
+            kept_GE[g, idle[np.argsort(-expected_E[idle], kind="stable")[:room]]] = True
+        return kept_GE
+
+
+def strategies() -> dict[str, Callable[[], Duplicated]]:
+    """`duplication-<predictor>` for every predictor."""
+    return {PREFIX + name: (lambda name=name: Duplicated(name)) for name in PREDICTORS}  # type: ignore[misc]

@@ -1,0 +1,128 @@
+"""Picture of the devices: measured points and the fitted cost model that everything else is computed with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.latency import FloatArray, Latency
+from gemopt.profile import Device
+from gemopt.report.inputs import Inputs
+from gemopt.report.style import AFTER, DASHES, GREEN, MANY, SKY, SLOWEST, Section, changes, figure, graph_objects, small
+
+ALL = "all ranks"
+POINTS = 1500  # of one device
+LEVELS = 5  # numbers of active experts that have a curve
+POINT = {"size": 5, "color": AFTER, "symbol": "circle-open"}
+FEW = 12  # ranks that have a colour each
+ON_CURVE, ON_CURVES = 240, 16_000  # points of one curve, and of those of all ranks
+
+
+def devices(inputs: Inputs) -> Section:
+    """Latency against assignments: the fit of every rank, or one rank's fit with all its points."""
+    tables = [device.table() for device in inputs.profile.devices]
+    pairs = list(zip(inputs.profile.devices, inputs.cost.latencies, tables, strict=True))
+    everyone = _every(pairs)
+    choices: dict[str, list[dict[str, Any]]] = {ALL: changes(*everyone)}
+    for device, latency, table in pairs:
+        alone = _one(latency, table)
+        hidden = [graph_objects().Scatter(visible=False)] * (len(everyone) - len(alone))
+        choices[f"rank {device.rank}: {device.name}"] = changes(*alone, *hidden)
+    shown = figure(*everyone, height=440, xaxis={"title": "assignments on the rank", "rangemode": "tozero"},
+                   yaxis={"title": "latency, us", "rangemode": "tozero"})  # fmt: skip
+    surface = np.isfinite(tables[0][:, 1]).all()
+    text = (
+        f"{len(pairs)} devices, {sum(map(len, tables))} measured points"
+        f"{', ' + inputs.profile.kernel if inputs.profile.kernel else ''}; {inputs.cost_summary}. "
+        + ("Latency depends on the activated experts too: curves of all ranks are at the most that were measured; "
+           "choose one rank for all its points. " if surface else "Choose one rank for all its points. ")
+        + _outside(inputs)
+    )  # fmt: skip
+    if max(map(len, tables)) > POINTS:
+        text += f" Of each rank {POINTS} points, evenly spread, are drawn."
+    return Section("devices", "Devices: measured and fitted", text, shown, choices, "devices")
+
+
+def _outside(inputs: Inputs) -> str:
+    share = inputs.evaluate(inputs.placement, inputs.fitted).outside
+    return f"{100 * share:.1f} % of the loads of this placement lie outside the measured range."
+
+
+def _every(pairs: list[tuple[Device, Latency, FloatArray]]) -> list[Any]:
+    """One curve per rank, at the most active experts that were measured, and the points there while they are few."""
+    go = graph_objects()
+    found = []
+    at_mean = [float(latency(_features(latency, table[:, :1].mean(axis=0), _most(table)))[0])
+               for _, latency, table in pairs]  # fmt: skip
+    marked = {int(np.argmax(at_mean)): ("slowest", SLOWEST), int(np.argmin(at_mean)): ("fastest", GREEN)}
+    few = len(pairs) <= FEW
+    for number, (device, latency, table) in enumerate(pairs):
+        loads, name = _grid(table, ON_CURVES // len(pairs)), f"rank {device.rank}"
+        style = {"color": MANY[number % len(MANY)] if few else SKY, "width": 1.5 if few else 1.0,
+                 "dash": DASHES[number // len(MANY) % len(DASHES)] if few else "solid"}  # fmt: skip
+        if number in marked and not few:
+            name, style = f"{name} ({marked[number][0]})", {"color": marked[number][1], "width": 3, "dash": "solid"}
+        found.append(go.Scatter(x=small(loads), y=small(latency(_features(latency, loads, _most(table)))), mode="lines",
+                                name=name, line=style, visible=True, showlegend=few or number in marked,
+                                hovertemplate=name + ": %{x:.0f} assignments, %{y:.1f} us<extra></extra>"))  # fmt: skip
+    full = np.concatenate([table[~(table[:, 1] < _most(table)), :3:2] for _, _, table in pairs])
+    points = full if len(full) <= POINTS else full[:0]
+    found.append(go.Scatter(x=small(points[:, 0]), y=small(points[:, 1]), mode="markers", name="measured",
+                            visible=True, showlegend=bool(len(points)), marker=POINT,
+                            hovertemplate="%{x:.0f} assignments: %{y:.1f} us<extra>measured</extra>"))  # fmt: skip
+    empty = [go.Scatter(x=[], y=[], visible=False)] * max(0, LEVELS + 1 - len(found))
+    return found + empty  # as many traces as one rank needs
+
+
+def _most(table: FloatArray) -> float:
+    """The most active experts of a device's points; 0 where they are not known."""
+    return float(table[:, 1].max()) if np.isfinite(table[:, 1]).all() else 0.0
+
+
+def _one(latency: Latency, table: FloatArray) -> list[Any]:
+    """The points of one rank, and a curve for each of some numbers of active experts."""
+    go = graph_objects()
+    surface = np.isfinite(table[:, 1]).all()
+    some = table[_spread_evenly(len(table), POINTS)]
+    levels = np.unique(table[:, 1]) if surface else np.zeros(1)
+    levels = levels[levels > 0] if surface and (levels > 0).any() else levels
+    levels = levels[_spread_evenly(len(levels), LEVELS)]
+    told = "%{x:.0f} assignments: %{y:.1f} us" + (", %{customdata:.0f} active experts" if surface else "")
+    found = [go.Scatter(x=small(some[:, 0]), y=small(some[:, 2]), customdata=small(np.nan_to_num(some[:, 1])),
+                        mode="markers", name="measured", marker=POINT,
+                        visible=True, showlegend=True, hovertemplate=told + "<extra>measured</extra>",
+                        error_y=_spread(some))]  # fmt: skip
+    loads = _grid(table)
+    for number, active in enumerate(levels):
+        name = f"fit, {active:.0f} active" if surface else "fit"
+        found.append(go.Scatter(x=small(loads), y=small(latency(_features(latency, loads, float(active)))), name=name,
+                                mode="lines", line={"color": MANY[(number + 1) % len(MANY)], "width": 2,
+                                                    "dash": DASHES[number % len(DASHES)]},
+                                visible=True, showlegend=True,
+                                hovertemplate="%{x:.0f} assignments: %{y:.1f} us<extra>%{fullData.name}</extra>",
+                                ))  # fmt: skip
+    return found
+
+
+def _spread(table: FloatArray) -> dict[str, Any] | None:
+    """Bars of the measured spread, where it was."""
+    if not np.isfinite(table[:, 3]).all() or not table[:, 3].any():
+        return None
+    return {"type": "data", "array": small(table[:, 3]), "thickness": 1, "width": 0}
+
+
+def _grid(table: FloatArray, most: int = ON_CURVE) -> FloatArray:
+    """Loads of a curve: the measured ones and evenly spread ones between."""
+    loads = np.unique(np.append(table[:, 0], np.linspace(0.0, table[:, 0].max(), ON_CURVE // 2)))
+    return np.asarray(loads[_spread_evenly(len(loads), min(most, ON_CURVE))])
+
+
+def _spread_evenly(size: int, most: int) -> NDArray[np.int64]:
+    """At most so many of the indices of an array, the first and the last among them."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
+
+
+def _features(latency: Latency, loads: FloatArray, active: float) -> list[FloatArray]:
+    return [loads, np.minimum(loads, active)][: latency.num_features]

@@ -1,0 +1,191 @@
+"""Search over copies that do not share evenly: from the even split's answer, or under the optimal split of plain loads.
+
+Static weights, nearest copies and splits with activated experts take the placement found for the even split further:
+swaps with every slot's share as it is, shares chosen anew, and so on. Every row is judged by the policy's objective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.evaluate import objective
+from gemopt.placement import EMPTY, Split
+from gemopt.problem import Problem
+from gemopt.result import Incumbent, StoppedBy, relative_gap
+from gemopt.solvers.base import Options, Outcome, Row, incumbent, seeded
+from gemopt.solvers.search.packing import filled, lpt_row
+from gemopt.solvers.search.spread_search import SpreadSearch
+from gemopt.solvers.search.state import Costs, State, hull_costs, make_costs, make_state
+from gemopt.solvers.search.swaps import descend, iterate, total_cost
+from gemopt.splits import plain, shares
+
+EVEN_SHARE = 0.5  # of the time, for the even split
+ROUNDS = 6  # of swaps and shares
+BATCH_KICKS = 10
+BATCH_STEPS = 10
+KICK_SWAPS = 2
+NEVER = 2**62
+
+EvenSearch = Callable[[Problem, Options, Row | None], Outcome]
+
+
+def search_policy(problem: Problem, options: Options, warm_start: Row | None, even: EvenSearch) -> Outcome:
+    """Place one layer with spare slots whose copies share by another policy. `even` places it for the even split."""
+    search = options.begun
+    if not isinstance(search, _Search) or search.problem is not problem:
+        kind = _Spreading if problem.split is Split.OPTIMAL and plain(problem) else _Sharing
+        search = kind(problem, warm_start, even)
+    search.options = options
+    with options.alarm() as search.stop:
+        search.descend()
+        stopped_by = search.iterate()
+    note = (
+        ""
+        if search.searched
+        else "no time to search: " + ("speed-weighted LPT" if warm_start is None else "warm start")
+    )
+    return Outcome(search.row, stopped_by, history=search.history, note=note, reached=search.searched, search=search)
+
+
+class _Search:
+    """One layer's search, which a later call may go on with: incumbent, history, and whether anything was searched."""
+
+    options: Options
+    stop: NDArray[np.uint8]
+
+    def __init__(self, problem: Problem, warm_start: Row | None, even: EvenSearch) -> None:
+        self.problem, self.even, self.warm = problem, even, warm_start
+        self.row: Row | None = None
+        self.value = np.inf
+        self.history: list[Incumbent] = []
+        self.searched = self.descended = False
+        self.draws: np.random.Generator | None = None
+        self.offer(lpt_row(problem) if warm_start is None else warm_start)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The latencies as the kernels read them."""
+        return make_costs(self.problem)
+
+    def offer(self, row: Row) -> bool:
+        """Take a row over when its exact objective is the best so far; empty slots are filled where none may be."""
+        row = filled(self.problem, row) if self.problem.full else row
+        value = objective(self.problem, row)
+        if value >= self.value:
+            return False
+        self.row, self.value = row.copy(), value
+        self.history.append(incumbent(value))
+        return True
+
+    def good_enough(self) -> bool:
+        """Whether the known bound proves the incumbent to the wanted gap."""
+        gap = relative_gap(self.value, self.options.bound_us)
+        return gap is not None and self.options.bound_us > 0 and gap <= self.options.gap
+
+    def descend(self) -> None:
+        """What every search begins with, unless it was done before."""
+        if self.descended or self.options.expired():
+            return
+        self.searched = True
+        self.begin()
+        self.descended = not self.stop[0]
+
+    def begin(self) -> None:
+        """The first descent."""
+        raise NotImplementedError
+
+    def improve(self) -> bool:
+        """One more try; whether it helped."""
+        raise NotImplementedError
+
+    def iterate(self) -> StoppedBy:
+        """Try until the deadline, the patience, the gap or an interrupt."""
+        options = self.options
+        patience = NEVER if options.patience is None else options.patience
+        if self.problem.num_ranks < 2 or patience == 0:
+            ended = StoppedBy.ITERATIONS if self.descended else options.cut_by
+            return StoppedBy.GAP if self.good_enough() else ended
+        self.draws = self.draws or seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
+        idle = 0
+        while idle < patience:
+            if self.good_enough():
+                return StoppedBy.GAP
+            if options.expired():
+                return options.cut_by
+            idle = 0 if self.improve() else idle + 1
+        return StoppedBy.ITERATIONS
+
+
+class _Spreading(_Search):
+    """The optimal split of plain loads; see `SpreadSearch`."""
+
+    def begin(self) -> None:
+        start = lpt_row(self.problem) if self.warm is None else self.warm
+        costs = hull_costs(self.problem) or self.costs
+        state = make_state(self.problem, start, costs, self.stop)
+        if (np.bincount(start[start != EMPTY]) < 2).all():
+            descend(costs, state, np.ones(self.problem.num_ranks, dtype=bool), False)
+        options = self.options
+        draws = seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
+        self.spread = SpreadSearch(self.problem, state.content, draws)
+        self.spread.take(self.spread.fill(self.spread.best, options.expired))
+        self.offer(self.spread.best.row)
+
+    def improve(self) -> bool:
+        if not self.descended:
+            return False
+        for _ in range(BATCH_STEPS):
+            if not self.options.expired() and self.spread.step(self.options.expired):
+                return self.offer(self.spread.best.row)
+        return False
+
+
+class _Sharing(_Search):
+    """Any policy, from the placement that the even split has."""
+
+    def __init__(self, problem: Problem, warm_start: Row | None, even: EvenSearch) -> None:
+        super().__init__(problem, warm_start, even)
+        self.evenly = replace(problem, split=Split.EVEN, senders_TGE=None)
+        self.begun: object = None
+
+    def begin(self) -> None:
+        deadline = time.monotonic() + EVEN_SHARE * self.options.remaining
+        options = replace(self.options, deadline=deadline, patience=0, begun=self.begun, bound_us=0.0)
+        outcome = self.even(self.evenly, options, self.warm)
+        self.begun = outcome.search
+        assert outcome.row is not None and self.row is not None
+        for row in (outcome.row, filled(self.problem, outcome.row)):
+            if self.options.expired():
+                return
+            self.offer(row)
+        self.settle(self.row)
+
+    def settle(self, row: Row) -> None:
+        """Swaps with shares as they are, then shares anew, while that helps."""
+        for _ in range(ROUNDS):
+            if self.options.expired():
+                return
+            state = self.state(row)
+            descend(self.costs, state, np.ones(self.problem.num_ranks, dtype=bool), False)
+            row = state.content
+            if not self.offer(row):
+                return
+
+    def state(self, row: Row) -> State:
+        """State of a row whose slots keep their present shares."""
+        return make_state(self.problem, row, self.costs, self.stop, shares(self.problem, row))
+
+    def improve(self) -> bool:
+        assert self.row is not None and self.draws is not None
+        state, before = self.state(self.row), self.value
+        draws = self.draws.random((BATCH_KICKS, KICK_SWAPS, 2))
+        iterate(self.costs, state, draws, total_cost(state), BATCH_KICKS, 0)
+        if self.offer(state.content):
+            self.settle(state.content)
+        return self.value < before

@@ -1,0 +1,141 @@
+"""Static weights: the shares of copies that cost least over all steps of a problem, one expert after the other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gemopt.kernels import Array, latency_value
+from gemopt.latency import Curves, FloatArray
+from gemopt.splits.flow import Copies, IntArray, find_copies
+from gemopt.splits.optimal import feature_table
+from gemopt.splits.rules import even_weights
+
+if TYPE_CHECKING:
+    from gemopt.problem import Problem
+
+ROUNDS = 4
+LEAST_GAIN = 1e-4  # of a round over all experts
+GRID = 8  # shares of two copies that are tried first; then twice as fine around the best, so often:
+FINER = 4
+
+
+@njit(cache=True, nogil=True)
+def cost_with(
+    curves: Curves, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array, table_FN: Array,
+    others_T: Array, weights_T: Array,
+) -> float:  # fmt: skip
+    """Weighted makespan when the copies of one expert end at these cumulative weights; see `static_shares`."""
+    room_F, total = np.empty(alone_TCF.shape[2]), 0.0
+    for t in range(len(counts_T)):
+        worst, before = others_T[t], 0
+        for c in range(len(ranks_C)):
+            end = int(np.floor(counts_T[t] * ends_C[c] + 0.5))
+            for f in range(len(room_F)):
+                room_F[f] = alone_TCF[t, c, f] + table_FN[f, end - before]
+            worst = max(worst, latency_value(ranks_C[c], room_F, curves))
+            before = end
+        total += worst * weights_T[t]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def best_ends(
+    curves: Curves, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array, table_FN: Array,
+    others_T: Array, weights_T: Array,
+) -> None:  # fmt: skip
+    """Move the ends of the copies' shares, one at a time, to where they cost least."""
+    best = cost_with(curves, counts_T, ranks_C, ends_C, alone_TCF, table_FN, others_T, weights_T)
+    for c in range(len(ends_C) - 1):
+        low = ends_C[c - 1] if c > 0 else 0.0
+        high, kept = ends_C[c + 1], ends_C[c]
+        width = (high - low) / GRID
+        for level in range(1 + FINER):
+            middle, size = (low, GRID) if level == 0 else (kept - width, 2)
+            for n in range(size + 1):
+                ends_C[c] = min(high, max(low, middle + n * width))
+                cost = cost_with(curves, counts_T, ranks_C, ends_C, alone_TCF, table_FN, others_T, weights_T)
+                if cost < best:
+                    best, kept = cost, ends_C[c]
+            width *= 0.5
+        ends_C[c] = kept
+
+
+@njit(cache=True, nogil=True)
+def improve_weights(
+    curves: Curves,
+    counts_TE: IntArray,
+    copies: Copies,
+    ends_C: Array,
+    load_TGF: Array,
+    table_FN: Array,
+    weights_T: Array,
+) -> float:
+    """One round over the experts with several copies; brings `ends_C` and `load_TGF` up to date, returns the cost."""
+    steps, num_ranks, features = load_TGF.shape
+    others_T, room_F, total = np.empty(steps), np.empty(features), 0.0
+    for r in range(len(copies.experts)):
+        first, last = copies.first[r], copies.first[r + 1]
+        ranks_C, mine_C, counts_T = copies.rank[first:last], ends_C[first:last], counts_TE[:, copies.experts[r]]
+        alone_TCF, hosts = np.empty((steps, last - first, features)), np.zeros(num_ranks, np.bool_)
+        hosts[ranks_C] = True
+        for t in range(steps):
+            others_T[t], before = -np.inf, 0
+            for g in range(num_ranks):
+                if not hosts[g]:
+                    others_T[t] = max(others_T[t], latency_value(g, load_TGF[t, g], curves))
+            for c in range(last - first):
+                end = int(np.floor(counts_T[t] * mine_C[c] + 0.5))
+                for f in range(features):
+                    alone_TCF[t, c, f] = load_TGF[t, ranks_C[c], f] - table_FN[f, end - before]
+                before = end
+        best_ends(curves, counts_T, ranks_C, mine_C, alone_TCF, table_FN, others_T, weights_T)
+        for t in range(steps):
+            before = 0
+            for c in range(last - first):
+                end = int(np.floor(counts_T[t] * mine_C[c] + 0.5))
+                for f in range(features):
+                    load_TGF[t, ranks_C[c], f] = alone_TCF[t, c, f] + table_FN[f, end - before]
+                before = end
+    for t in range(steps):
+        worst = -np.inf
+        for g in range(num_ranks):
+            for f in range(features):
+                room_F[f] = load_TGF[t, g, f]
+            worst = max(worst, latency_value(g, room_F, curves))
+        total += worst * weights_T[t]
+    return total
+
+
+def static_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
+    """[P] weights of the copies of a row that cost least on the steps of the problem, 0 for empty slots.
+
+    Found by descent from even ones: one boundary between two copies at a time, under the true objective. They carry
+    the speeds of the ranks. Never dearer than even weights.
+    """
+    from gemopt.evaluate import loads
+
+    weights_P = even_weights(row_P, problem.num_experts)
+    copies = find_copies(row_P, problem.rank_of_slot, problem.num_experts, problem.num_ranks)
+    if not len(copies.experts):
+        return weights_P
+    load_TGF = loads(problem, row_P, weights_P)
+    table_FN = feature_table(problem.features, int(problem.counts_TE.max()))
+    ends_C = np.concatenate(
+        [np.cumsum(weights_P[copies.slot[a:b]]) for a, b in zip(copies.first, copies.first[1:], strict=False)]
+    )
+    ends_C[copies.first[1:] - 1] = 1.0
+    given = (problem.curves, problem.counts_TE, copies, ends_C, load_TGF, table_FN, problem.weights_T)
+    before = np.inf
+    for _ in range(ROUNDS):
+        cost = improve_weights(*given)
+        if cost > before * (1 - LEAST_GAIN):
+            break
+        before = cost
+    starts_C = np.append(0.0, ends_C[:-1])
+    starts_C[copies.first[:-1]] = 0.0
+    weights_P[copies.slot] = ends_C - starts_C
+    return weights_P

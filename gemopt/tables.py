@@ -1,0 +1,31 @@
+"""Small tables for notebooks: HTML, and pandas where it is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from gemopt.exceptions import missing
+
+
+def html_table(title: str, facts: Mapping[str, object]) -> str:
+    """Two columns under a title, for `_repr_html_`."""
+    rows = "".join(f"<tr><th style='text-align:left'>{escape(k)}</th><td>{escape(str(v))}</td></tr>"
+                   for k, v in facts.items())  # fmt: skip
+    return f"<table><caption>{escape(title)}</caption>{rows}</table>"
+
+
+def frame(columns: Mapping[str, Sequence[Any] | Any]) -> Any:
+    """A pandas data frame of these columns.
+
+    Raises
+    ------
+    MissingPackageError
+        pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise missing(error, "to_dataframe()") from None
+    return pd.DataFrame(dict(columns))

@@ -1,0 +1,52 @@
+"""Traces of one network, recorded in parts, become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemopt.exceptions import InputError
+from gemopt.traces.tokens import Tokens, join
+
+if TYPE_CHECKING:
+    from gemopt.traces.document import Traces
+
+
+def concatenate(parts: Sequence[Traces]) -> Traces:
+    """Join traces of one network along the steps; what only some parts recorded is left out."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    for name in ("layer_ids", "num_experts", "top_k", "num_hidden_layers", "model"):
+        values = {getattr(part, name) for part in parts}
+        if len(values) > 1:
+            raise InputError(f"Traces.{name}", sorted(map(str, values)), "the parts must be of one network")
+    names = tuple(dict.fromkeys(name for part in parts for name in part.task_names))
+    joined: dict[str, Any] = {}
+    if all(part.phase is not None for part in parts):
+        joined["phase"] = np.concatenate([part.phase for part in parts if part.phase is not None])
+    if all(part.task is not None for part in parts):
+        maps = [np.array([*(names.index(n) for n in part.task_names), -1]) for part in parts]
+        joined["task"] = np.concatenate([m[p.task] for m, p in zip(maps, parts, strict=True) if p.task is not None])
+    times = [part.rank_us for part in parts if part.rank_us is not None]
+    if len({each.shape[1] for each in times}) == 1 and len(times) == len(parts):
+        joined["rank_us"] = np.concatenate(times)
+    for name in ("pair_counts", "transitions"):
+        arrays = [getattr(part, name) for part in parts]
+        joined[name] = None if any(a is None for a in arrays) else np.sum(arrays, axis=0, dtype=np.int64)
+    return replace(
+        first,
+        counts=np.concatenate([part.counts for part in parts]),
+        task_names=names,
+        tokens=_joined_tokens(parts),
+        allow_idle=True,
+        **{"phase": None, "task": None, "rank_us": None, **joined},
+    )
+
+
+def _joined_tokens(parts: Sequence[Traces]) -> Tokens | None:
+    records = [part.tokens for part in parts if part.tokens is not None]
+    return join(records, [part.num_steps for part in parts]) if len(records) == len(parts) else None

@@ -1,0 +1,227 @@
+"""Advice: what it says, on which steps it is judged, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_inputs import gemopt, gemopt_json
+
+from gemopt.advise import Advice, ModelShape, advise
+from gemopt.advise.variants import drift, rounded, skewness, with_batch, with_change, with_skew
+from gemopt.profile import Device, MoeShape, Profile, Sample
+from gemopt.replay import Migration, replay
+from gemopt.traces import Tokens, Traces
+
+EXPERTS, RANKS = 8, 4
+SHAPE = "hidden_size=64,heads=4,kv_heads=2,head_dim=16,context=128,tflops=100,memory_gbps=1000"
+
+
+def profile(ranks: int = RANKS, **model: Any) -> Profile:
+    return Profile(
+        model=MoeShape(**model),
+        devices=[
+            Device(rank=g, samples=[Sample(assignments=n, latency_us=(10.0 + n) * (1 + g / 10)) for n in (0, 500)])
+            for g in range(ranks)
+        ],
+    )
+
+
+def skewed(steps: int = 64, layers: int = 2, seed: int = 0) -> Traces:
+    rng = np.random.default_rng(seed)
+    share = np.array([8, 6, 1, 1, 1, 1, 1, 1]) / 20
+    return Traces(counts=np.stack([rng.multinomial(256, np.tile(share, (layers, 1))) for _ in range(steps)]), top_k=2)
+
+
+def even(steps: int = 64) -> Traces:
+    return Traces(counts=np.full((steps, 1, EXPERTS), 8), top_k=2)
+
+
+def test_nothing_pays_where_nothing_is_uneven() -> None:
+    same = Profile(devices=[replace_rank(profile().devices[0], g) for g in range(RANKS)])
+    found = advise(same, even(), window=8, sweep=False)
+    assert (found.recommended, found.predicted_change, found.confidence) == ("contiguous", 0.0, 1.0)
+    assert found.ceiling == pytest.approx(0, abs=1e-8) and found.skew == 1 and found.drift == 0
+
+
+def replace_rank(device: Device, rank: int) -> Device:
+    return device.model_copy(update={"rank": rank})
+
+
+def test_advice_is_what_replay_measures_and_what_bounds_allow() -> None:
+    traces = skewed()
+    found = advise(profile(), traces, window=8, sweep=False, non_moe_us=100.0)
+    names = [each.strategy for each in found.strategies]
+    assert names == ["contiguous", "fitted-once", "controller", "free"]
+    rows = {row.strategy: row for row in replay(profile(), traces, names, window=8, non_moe_us=100.0).rows}
+    for option in found.strategies:
+        assert option.change == pytest.approx(rows[option.strategy].change)
+        assert option.low <= option.change + 0.02 and option.high >= option.change - 0.02
+        assert found.ceiling <= option.change + 1e-9
+        assert abs(option.step_change) <= abs(option.change)
+    best = min(option.change for option in found.strategies)
+    assert found.predicted_change <= (1 + found.worth) * (1 + best) - 1
+    assert found.recommended == "fitted-once" and found.confidence > 0.9
+    assert found.option("fitted-once").setup_moves > 0 and found.option("contiguous").setup_moves == 0
+    assert any("gemopt solve" in command for command in found.commands)
+
+
+def test_strategies_see_no_step_that_is_scored() -> None:
+    traces = skewed()
+    later = np.array(traces.counts)
+    later[32:] = later[32:][:, :, ::-1]  # another regime, in the scored half only
+    stale = advise(profile(), Traces(counts=later, top_k=2), window=8, sweep=False)
+    calm = advise(profile(), traces, window=8, sweep=False)
+    assert stale.drift > 0.3
+    assert calm.drift < 0.05
+    once = {name: found.option("fitted-once") for name, found in (("stale", stale), ("calm", calm))}
+    assert once["stale"].setup_moves == once["calm"].setup_moves  # the same placement, solved on the same half
+    behind = [found.option("fitted-once").change - found.clairvoyant for found in (stale, calm)]
+    assert behind[0] > behind[1] + 0.05
+
+
+def test_memory_buys_copies_and_duplication() -> None:
+    traces = skewed()
+    size = 1e6
+    found = advise(profile(), traces, window=8, memory_bytes=1.5 * 2 * size, migration=Migration(expert_bytes=size),
+                   non_moe_us=500.0, sweep=False)  # fmt: skip
+    names = [each.strategy for each in found.strategies]
+    assert names[:4] == ["contiguous", "fitted-once", "copies", "controller"]
+    assert {"duplication-all-past", "duplication-dirichlet"} <= set(names) and "duplication-window" not in names
+    copies = found.option("copies")
+    assert copies.slots_per_rank == [3] * RANKS and copies.memory_bytes == 2 * size
+    assert copies.change < found.option("fitted-once").change - 0.02
+    assert all(found.ceiling <= each.change + 1e-9 for each in found.strategies)
+    assert any("copies" in note or "duplication" in note for note in found.notes) or found.recommended == "copies"
+
+
+def test_what_does_not_pay_for_its_first_placement_in_time_is_not_recommended() -> None:
+    dear = Migration(expert_bytes=1e9, bytes_per_s=1e8, slowdown=0.5)
+    found = advise(profile(), skewed(), window=8, horizon=20, migration=dear, sweep=False)
+    assert found.scored_steps == 20 and found.fitted_steps == 44
+    assert found.recommended == "contiguous"
+    once = found.option("fitted-once")
+    assert once.change < -0.05 and (once.breakeven_steps or 0) > 20
+
+
+def test_the_map_knows_skew_and_bandwidth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    for module in ("sweep", "advisor"):
+        monkeypatch.setattr(f"gemopt.advise.{module}.POWERS", (0.25, 1.0, 2.0))
+    monkeypatch.setattr("gemopt.advise.sweep.GBPS", (8.0, 32.0))
+    from gemopt.plotting import plot_strategy_map, save
+
+    told: list[tuple[int, int]] = []
+    found = advise(profile(), skewed(layers=1), window=8, progress=lambda *at: told.append(at))
+    assert told == sorted(told) and told[-1][0] == told[-1][1]
+    assert [each.what for each in found.sweeps] == ["skew", "bandwidth", "batch", "drift"]
+    skew = found.sweeps[0]
+    assert skew.values == sorted(skew.values) and skew.pays_from is not None
+    gains = [min(changes[i] for changes in skew.changes.values()) for i in range(len(skew.values))]
+    assert gains[-1] < gains[0] - 0.05
+    once = found.sweeps[3].changes["fitted-once"]
+    assert once[-1] > once[0]  # stale once all experts have exchanged their traffic
+    assert found.map is not None and len(found.map.best) == 3
+    save(plot_strategy_map(found), tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+    found.save(tmp_path / "advice.json")
+    assert Advice.load(tmp_path / "advice.json") == found
+
+
+def test_variants_of_traffic_keep_what_they_should() -> None:
+    traces = skewed()
+    counts = np.asarray(traces.counts)
+    flat, sharp = (with_skew(traces, power) for power in (0.0, 2.0))
+    assert skewness(flat.counts) < 1.1 < skewness(counts) < skewness(sharp.counts)
+    for each in (flat, sharp, with_change(traces, 1.0, 32)):
+        assert (np.asarray(each.counts).sum(axis=2) == counts.sum(axis=2)).all()
+    assert np.array_equal(with_skew(traces, 1.0).counts, counts)
+    assert (np.asarray(with_batch(traces, 0.25).counts).sum(axis=2) == 64).all()
+    assert (np.asarray(with_batch(traces, 4.0).counts).sum(axis=2) == 1024).all()
+    assert drift(np.asarray(with_change(traces, 1.0, 32).counts), 32) > 0.3
+    assert rounded(np.array([[1.0, 1.0, 1.0], [0, 0, 0]]), np.array([5, 3])).tolist() == [[2, 2, 1], [0, 0, 0]]
+
+
+def test_a_shape_times_the_rest_of_a_step() -> None:
+    shape = ModelShape.parse(SHAPE)
+    us = shape.non_moe_us(tokens=64, assignments=128, ranks=4, layers=2, link_gbps=10)
+    assert us == pytest.approx(2 * shape.non_moe_us(tokens=64, assignments=128, ranks=4, layers=1, link_gbps=10))
+    links = shape.non_moe_us(tokens=64, assignments=128, ranks=4, layers=1, link_gbps=5) - us / 2
+    assert links == pytest.approx(2 * 128 / 4 * 3 / 4 * 64 * 2 / 10e3)  # both all-to-alls again
+    found = advise(profile(), even(), window=8, model=SHAPE, sweep=False)
+    assert found.non_moe_us > 0 and any("roofline" in note for note in found.notes)
+    sized = advise(profile(), even(), window=8, model=SHAPE + ",intermediate_size=32", sweep=False)
+    assert sized.migration.expert_bytes == 3 * 64 * 32 * 2
+
+
+def test_tokens_bring_predictors_of_tokens() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.stack([rng.permutation(EXPERTS)[:2] for _ in range(64 * 16 * 2)]).reshape(64 * 16, 2, 2)
+    steps = np.repeat(np.arange(64), 16)
+    counts = np.zeros((64, 2, EXPERTS), int)
+    np.add.at(counts, (steps[:, None, None], np.arange(2)[None, :, None], ids), 1)
+    tokens = Tokens(ids=ids, step_of_token=steps, request=np.arange(64 * 16) % 16)
+    traces = Traces(counts=counts, top_k=2, tokens=tokens)
+    found = advise(profile(), traces, window=8, memory_bytes=1e9, sweep=False, predictors=["previous"])
+    assert [each.strategy for each in found.strategies][-1] == "duplication-previous"
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> list[Any]:
+    skewed(steps=48, layers=1).save(tmp_path / "traces.safetensors")
+    profile(hidden_size=64, top_k=2).save(tmp_path / "profile.json")
+    return ["advise", tmp_path / "profile.json", tmp_path / "traces.safetensors", "--window", 8, "--no-sweep"]
+
+
+def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = gemopt_json(capsys, *words)
+    assert {"recommended", "predicted_change", "confidence", "strategies", "ceiling", "commands"} <= set(found)
+    assert found["recommended"] in [each["strategy"] for each in found["strategies"]]
+    code, out, err = gemopt(capsys, *words, "--non-moe-us", 50, "-o", tmp_path / "advice.json")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"use {found['recommended']}: ") and "proven" in out and "gemopt replay" in out
+    assert json.loads((tmp_path / "advice.json").read_text())["non_moe_us"] == 50
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (
+            ["--model", SHAPE.replace("hidden_size=64", "hidden_size=65")],
+            "--model hidden_size: got 65; 64 in the profile",
+        ),
+        (["--model", SHAPE + ",num_experts=16"], "--model num_experts: got 16; 8 in the traces"),
+        (["--model", "heads=4"], "--model hidden_size: got nothing"),
+        (["--model", "/no/such/shape.json"], "/no/such/shape.json"),
+        (["--window", "25"], "--window: got 25; from 1 to the 24 steps"),
+        (["--horizon", "0"], "--horizon: got 0"),
+        (["--memory", "-1"], "--memory: got -1.0"),
+        (["--memory", "nan"], "--memory: got nan"),
+        (["--bandwidth", "0"], "--bandwidth: got 0.0"),
+        (["--expert-bytes", "0"], "--expert-bytes: got 0.0"),
+        (["--non-moe-us", "-2"], "--non-moe-us: got -2.0"),
+        (["--memory", "1", "--predictors", "token"], "Traces.ids: got None; the predictor token needs it"),
+        (
+            ["--memory", "1", "--predictors", "window"],
+            "history: got 24 steps; the window of the predictor window is 64",
+        ),
+        (["--memory", "1", "--predictors", "tarot"], "predictor: got tarot"),
+        (["--predictors", "window"], "--predictors: got window; no slot to spare for copies"),
+        (["--plot", "map.png"], "--plot: got map.png; the map needs the sweep"),
+        (["-o", "/no/such/folder/out.json"], "no such folder"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: list[Any], more: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "--plot" in more:
+        pytest.importorskip("matplotlib")
+    code, out, err = gemopt(capsys, *words, *more)
+    assert (code, out) == (2, "")
+    assert err.startswith("gemopt: ") and err.count("\n") == 1 and said in err

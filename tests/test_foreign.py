@@ -1,0 +1,160 @@
+"""What a user mixed up is named: swapped files, documents of another kind, misspelt keys, wrong arguments."""
+
+from __future__ import annotations
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_inputs import gemopt, profile, traces, write_inputs
+
+from gemopt import InputError, Placement, Profile, Traces, compare, evaluate, foreign, solve
+from gemopt.replay import replay
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> tuple[Path, Path, Path]:
+    measured, routed = write_inputs(tmp_path)
+    Placement.contiguous(2, 4, 2).save(tmp_path / "placement.json")
+    return Path(measured), Path(routed), tmp_path / "placement.json"
+
+
+def test_swapped_files_are_named(inputs: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    measured, routed, placement = inputs
+    for words, wrong, found, needed in (
+        (("solve", routed, measured), measured, "a profile of gemopt", "traces are needed"),
+        (("solve", routed, routed), routed, "traces of gemopt", "a JSON document is needed"),
+        (("solve", placement, routed), placement, "a placement of gemopt", "a profile is needed"),
+        (("evaluate", measured, placement, routed), placement, "a placement of gemopt", "a profile is needed"),
+        (("evaluate", placement, routed, measured), measured, "a profile of gemopt", "traces are needed"),
+        (("evaluate", measured, measured, routed), measured, "a profile of gemopt", "a placement is needed"),
+    ):
+        code, out, err = gemopt(capsys, *words)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert err.startswith(f"gemopt: {wrong}: got {found}; {needed}"), err
+        assert err.endswith("; were arguments swapped?\n")
+
+
+def _write(path: Path, content: object) -> Path:
+    if isinstance(content, np.ndarray):
+        with path.open("wb") as stream:
+            np.save(stream, content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found", "way_out"),
+    [
+        ("a.npy", np.ones((3, 2, 4), int), "a NumPy array", "gemopt trace import"),
+        ("a.safetensors", np.ones(3), "a NumPy array", "gemopt trace import"),
+        ("a.csv", "layer_id,expert_id,count\n0,0,3\n", "a table", "gemopt trace import"),
+        ("a.csv", "num_tokens,latency_us\n1,3.5\n", "a table of latencies", "gemopt profile import"),
+        ("a.json", {"logical_count": [[1]]}, "statistics of SGLang", "gemopt trace import"),
+        ("a.json", {"physical_to_logical_map": [[0]]}, "a placement of SGLang", "gemopt placement import"),
+        ("a.jsonl", '{"choices": []}\n{"choices": []}\n', "a text that begins like JSON", ""),
+        ("a.json", {"anything": 1}, "a JSON document", ""),
+    ],
+)
+def test_a_file_that_is_no_traces_is_named(
+    tmp_path: Path, name: str, content: object, found: str, way_out: str
+) -> None:
+    path = _write(tmp_path / name, content)
+    with pytest.raises(InputError) as caught:
+        Traces.load(path)
+    assert str(caught.value).startswith(f"{path}: got {found}") and way_out in str(caught.value)
+
+
+def test_a_torch_file_is_told_from_an_archive_of_arrays(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02")
+    assert foreign.of_file(tmp_path / "a.pt")[0] == "a file of torch (.pt)"
+    np.savez(tmp_path / "a.npz", counts=np.ones((1, 1, 1), int))
+    assert ".npz" in foreign.of_file(tmp_path / "a.npz")[0]
+    assert foreign.of_file(tmp_path / "missing") == ("", "") == foreign.of_file(tmp_path)
+
+
+def test_a_broken_file_of_the_right_kind_is_not_called_another(tmp_path: Path) -> None:
+    traces().save(tmp_path / "t.safetensors")
+    whole = (tmp_path / "t.safetensors").read_bytes()
+    (tmp_path / "t.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="a complete safetensors file"):
+        Traces.load(tmp_path / "t.safetensors")
+    (tmp_path / "p.json").write_text('{"devices": [')
+    with pytest.raises(InputError, match="a complete JSON document is needed"):
+        Profile.load(tmp_path / "p.json")
+
+
+def test_a_misspelt_key_is_named_with_the_right_one(tmp_path: Path) -> None:
+    good = json.loads(profile().model_dump_json())
+    sample = good["devices"][0]["samples"][1]
+    sample["latency_ms"] = sample.pop("latency_us")
+    (tmp_path / "p.json").write_text(json.dumps(good))
+    with pytest.raises(InputError) as caught:
+        Profile.load(tmp_path / "p.json")
+    assert "Profile.devices.0.samples.1.latency_ms: got " in str(caught.value)
+    assert str(caught.value).endswith("did you mean latency_us?")
+    with pytest.raises(InputError, match=r"Placement\.num_expert: got 4; no such key.*; did you mean num_experts\?"):
+        Placement(physical_to_logical=[[0, 1, 2, 3]], slots_per_rank=[2, 2], num_expert=4)
+    with pytest.raises(InputError, match=r"Profile\.colour: got red; no such key$"):
+        Profile(devices=profile().devices, colour="red")
+
+
+def test_calls_take_paths_and_objects_alike_and_name_what_they_cannot_take(inputs: tuple[Path, Path, Path]) -> None:
+    measured, routed, placement = inputs
+    objects = Profile.load(measured), Traces.load(routed)
+    assert evaluate(placement, measured, str(routed)).objective_us == pytest.approx(
+        evaluate(Placement.load(placement), *objects).objective_us
+    )
+    rows = [compare(*given, solvers=["lpt"]) for given in ((str(measured), routed), objects)]
+    assert rows[0][0].objective_us == rows[1][0].objective_us
+    options = {"strategies": ["contiguous"], "window": 4}
+    assert replay(measured, routed, **options).rows == replay(*objects, **options).rows
+    for call, said in (
+        (lambda: solve(measured, objects[1].counts), "traces: got a ndarray; .*gemopt.Traces\\(counts=array\\)"),
+        (lambda: solve(objects[1], objects[0]), "profile: got a Traces; .*were arguments swapped"),
+        (lambda: solve({}, routed), "profile: got a dict; .*gemopt.Profile\\(\\*\\*"),
+        (lambda: evaluate(objects[0], objects[0], objects[1]), "placement: got a Profile; .*swapped"),
+        (lambda: compare(None, routed), "profile: got a NoneType; a Profile or the path of one$"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+
+
+def test_objects_show_themselves_in_a_line() -> None:
+    measured, routed = profile(), traces()
+    big = Traces(counts=np.ones((300, 24, 128), int), top_k=4, model="net")
+    found = solve(measured, routed, solver="linear")
+    assert repr(big) == "Traces(300 steps, 24 layers, 128 experts, top-4, 921,600 assignments of net)"
+    assert repr(measured) == "Profile(2 devices (unknown), 12 samples of 0 to 64 assignments)" == str(measured)
+    assert repr(found.placement) == "Placement(2 layers, 4 experts in 4 slots on 2 ranks)"
+    assert repr(found).startswith("Result(linear: feasible, ") and "above the optimum" in repr(found)
+    score = evaluate(found.placement, measured, routed)
+    assert repr(score).startswith("Evaluation(12 steps, 2 layers, ")
+    for each in (big, measured, found, found.placement, score):
+        assert len(repr(each)) < 200 and "\n" not in repr(each)
+
+
+def test_an_npz_may_say_what_network_it_is_of(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", counts=np.ones((2, 2, 4), int), layer_ids=[1, 2], num_hidden_layers=3, model="net")
+    found = Traces.load(tmp_path / "t.npz")
+    assert (found.layer_ids, found.num_hidden_layers, found.model, found.top_k) == ((1, 2), 3, "net", None)
+
+
+def test_modules_are_attributes_of_the_package() -> None:
+    import subprocess
+
+    code = (
+        "import gemopt; print(gemopt.conflicts.conflict_graph.__name__, gemopt.plotting.save.__name__,"
+        " gemopt.compare.__name__, gemopt.migration.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["conflict_graph", "save", "compare", "gemopt.migration"]

@@ -1,0 +1,125 @@
+"""Pictures, tables and checks from Python: for notebooks and for the tests of others."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_inputs import profile, traces
+
+from gemopt import evaluate, solve
+from gemopt.evaluate import Evaluation
+from gemopt.placement import Placement
+from gemopt.profile import Profile
+from gemopt.result import Result
+from gemopt.testing import assert_bound_holds, assert_feasible
+from gemopt.traces import Traces
+
+
+@pytest.fixture(scope="module")
+def solved() -> tuple[Profile, Traces, Result, Evaluation]:
+    measured, routed = profile(), traces()
+    result = solve(measured, routed, solver="local-search", patience=2)
+    assert result.placement is not None
+    return measured, routed, result, evaluate(result.placement, measured, routed)
+
+
+def test_pictures_are_drawn_on_the_axes_given(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    *_, result, evaluation = solved
+    figure, axes = pyplot.subplots(2, 2)
+    drawn = [result.plot_history(ax=axes[0, 0]), result.plot_layers(ax=axes[0, 1])]
+    drawn += [evaluation.plot_steps(ax=axes[1, 0]), evaluation.plot_stragglers(num_ranks=2, ax=axes[1, 1])]
+    assert drawn == list(axes.flat)
+    heights = [patch.get_height() for patch in drawn[1].patches]
+    np.testing.assert_allclose(heights, [layer.objective_us / result.num_steps for layer in result.per_layer])
+    np.testing.assert_allclose(drawn[1].lines[0].get_ydata(), [x.bound_us / result.num_steps for x in result.per_layer])
+    np.testing.assert_allclose(drawn[2].lines[0].get_ydata(), evaluation.step_us)
+    assert drawn[3].images[0].get_array().shape == (2, 2)
+    pyplot.close(figure)
+    alone = result.plot_layers()
+    assert alone.figure is not figure
+    pyplot.close("all")
+
+
+def test_tables_hold_what_the_documents_hold(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:
+    pytest.importorskip("pandas")
+    measured, _, result, evaluation = solved
+    assert result.placement is not None
+    layers = result.to_dataframe()
+    assert layers["objective_us"].sum() == pytest.approx(result.objective_us)
+    assert list(layers["layer_id"]) == [layer.layer_id for layer in result.per_layer]
+    steps = evaluation.to_dataframe()
+    assert steps["makespan_us"].sum() == pytest.approx(evaluation.objective_us)
+    last = (evaluation.makespan_TL[-1, -1], evaluation.straggler_TL[-1, -1])
+    assert tuple(steps.iloc[-1][["makespan_us", "straggler"]]) == last
+    slots = result.placement.to_dataframe()
+    assert sorted(slots[(slots.layer_id == 1) & (slots["rank"] == 1)].expert) == sorted(
+        result.placement.physical_to_logical[1, 2:]
+    )
+    samples = measured.to_dataframe()
+    of_one = samples[samples["rank"] == 1]
+    assert list(of_one.latency_us) == [sample.latency_us for sample in measured.devices[1].samples]
+
+
+def test_notebooks_show_a_table_without_markup_of_the_user(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:
+    *_, result, evaluation = solved
+    shown = result.model_copy(update={"cost_summary": "<script>"})._repr_html_()
+    assert f"{result.objective_us / result.num_steps:.1f} us" in shown and "<script>" not in shown
+    assert f"{evaluation.quantile_us(0.99):.0f}" in evaluation._repr_html_()
+
+
+@pytest.mark.parametrize(("package", "call"), [("pandas", "to_dataframe()"), ("matplotlib", "plot_layers()")])
+def test_what_is_missing_is_said_in_one_line(tmp_path: Path, package: str, call: str,
+                                             solved: tuple[Profile, Traces, Result, Evaluation]) -> None:  # fmt: skip
+    solved[2].save(tmp_path / "result.json")
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\nfrom gemopt import Result\n"
+        "from gemopt.exceptions import InputError\n"
+        f"try: Result.load({str(tmp_path / 'result.json')!r}).{call}\nexcept InputError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1 and "pip install" in done.stdout and package in done.stdout
+
+
+def test_right_answers_pass(solved: tuple[Profile, Traces, Result, Evaluation], tmp_path: Path) -> None:
+    measured, routed, result, _ = solved
+    assert result.placement is not None
+    assert_feasible(result.placement, measured, routed)
+    assert_bound_holds(result, measured, routed)
+    result.save(tmp_path / "r.json")
+    result.placement.save(tmp_path / "p.json")
+    measured.save(tmp_path / "m.json")
+    routed.save(tmp_path / "t.safetensors")
+    assert_feasible(tmp_path / "p.json", tmp_path / "m.json", tmp_path / "t.safetensors")
+    assert_bound_holds(tmp_path / "r.json", tmp_path / "m.json", tmp_path / "t.safetensors")
+
+
+def test_wrong_answers_fail(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:
+    measured, routed, result, evaluation = solved
+    other = Placement.contiguous(2, 4, 4)
+    with pytest.raises(AssertionError, match="has 2"):
+        assert_feasible(other, measured)
+    with pytest.raises(AssertionError, match="experts"):
+        assert_feasible(Placement.contiguous(2, 6, 2), measured, routed)
+    spoilt = Placement.contiguous(2, 4, 2)
+    twice = np.array(spoilt.physical_to_logical)
+    twice[1] = [0, 0, 1, 2]
+    object.__setattr__(spoilt, "physical_to_logical", twice)  # past the checks of the constructor
+    with pytest.raises(AssertionError, match="no slot for expert 3"):
+        assert_feasible(spoilt)
+    with pytest.raises(AssertionError, match="bound"):
+        assert_bound_holds(result.model_copy(update={"bound_us": 2 * evaluation.objective_us}), measured, routed)
+    layers = [result.per_layer[0].model_copy(update={"bound_us": result.per_layer[0].objective_us * 1.2}),
+              *result.per_layer[1:]]  # fmt: skip
+    with pytest.raises(AssertionError, match="layer 0"):
+        assert_bound_holds(result.model_copy(update={"per_layer": layers}), measured, routed)
+    with pytest.raises(AssertionError, match="objective"):
+        assert_bound_holds(result.model_copy(update={"objective_us": 1.0}), measured, routed)
+    with pytest.raises(AssertionError, match="steps"):
+        assert_bound_holds(result, measured, routed.steps(slice(0, 5)))

@@ -1,0 +1,191 @@
+"""Job files: read, changed, refused, run; every example runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_inputs import gemopt, gemopt_json, write_inputs
+
+from gemopt.evaluate import evaluate
+from gemopt.jobs import read_job
+from gemopt.jobs.document import Kubernetes, SolverSettings
+from gemopt.jobs.kubernetes import LIMIT_BYTES, config_map
+from gemopt.placement import Placement
+from gemopt.profile import Profile
+from gemopt.result import Result
+from gemopt.traces import Traces
+
+yaml = pytest.importorskip("yaml")
+EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples" / "jobs").glob("*.yaml"))
+JOB: dict[str, Any] = {
+    "profile": "profile.json",
+    "traces": "traces.safetensors",
+    "num_hidden_layers": 2,
+    "steps": {"holdout": 0.5},
+    "solver": {"name": "local-search", "time_limit": 20, "patience": 1},
+    "exports": [{"engine": "sglang"}, {"engine": "CSV", "file": "map.csv"}],
+    "output": "out/job",
+}
+
+
+def write_job(folder: Path, name: str = "job.yaml", **changes: Any) -> Path:
+    write_inputs(folder)
+    path = folder / name
+    job = {**JOB, "report": {"page": False}, **changes}
+    path.write_text(json.dumps(job) if name.endswith("json") else yaml.safe_dump(job))
+    return path
+
+
+def test_a_job_writes_the_whole_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    job, out = write_job(tmp_path, report={"page": True}), tmp_path / "out" / "job"
+    found = gemopt_json(capsys, "run", job)
+    assert sorted(found["files"]) == sorted(path.name for path in out.iterdir())
+    placement, profile = Placement.load(out / "placement.json"), Profile.load(out / "profile.json")
+    given, _ = Traces.load(tmp_path / "traces.safetensors").split(0.5)
+    assert evaluate(placement, profile, given).objective_us == pytest.approx(found["objective_us"])
+    assert Result.load(out / "result.json").placement is not None and placement.num_hidden_layers == 2
+    sglang = json.loads((out / "sglang.json").read_text())["physical_to_logical_map"]
+    assert sglang == placement.physical_to_logical.tolist()
+    launch = (out / "launch-sglang.sh").read_text()
+    assert found["commands"]["sglang"] in launch and str(out / "sglang.json") in shlex.split(launch, comments=True)
+    manifest = yaml.safe_load((out / "configmap.yaml").read_text())
+    assert manifest["kind"] == "ConfigMap" and manifest["metadata"]["name"] == "gemopt-placement"
+    assert manifest["data"] == {name: (out / name).read_text() for name in ("sglang.json", "map.csv")}
+    assert found["headline"] in (out / "report.html").read_text() and "6 steps it did not see" in found["headline"]
+
+
+def test_the_written_job_is_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = write_job(tmp_path)
+    first = gemopt_json(capsys, "run", job, "--set", "solver.seed=3")
+    again = gemopt_json(capsys, "run", tmp_path / "out/job/job.json", "-o", tmp_path / "again")
+    assert again["objective_us"] == first["objective_us"]
+    assert (tmp_path / "again/placement.json").read_bytes() == (tmp_path / "out/job/placement.json").read_bytes()
+
+
+def test_every_key_can_be_changed_and_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    job = write_job(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    words = ("--set", "solver.time_limit=5", "--set", "exports.1.engine=vllm-ascend", "--set", "traces=t.npz",
+             "--set", "exports.1.file=m.json", "--set", 'constraints.slots_per_rank=[3,1]', "-o", "here",
+             "--set", "kubernetes=null", "--set", "constraints.current=contiguous")  # fmt: skip
+    code, out, err = gemopt(capsys, "run", job, "--print-config", *words)
+    assert (code, err) == (0, "")
+    shown = yaml.safe_load(out)
+    told = {"name": "local-search", "time_limit": 5.0, "patience": 1}
+    assert shown["solver"] == SolverSettings().model_dump() | told
+    assert shown["exports"][1]["engine"] == "vllm-ascend" and shown["exports"][1]["file"] == "m.json"
+    assert shown["constraints"]["slots_per_rank"] == [3, 1] and shown["kubernetes"] is None
+    assert shown["constraints"]["current"] == "contiguous"
+    assert shown["profile"] == str(tmp_path / "profile.json")  # beside the job
+    assert shown["traces"] == str(elsewhere / "t.npz") and shown["output"] == str(elsewhere / "here")  # typed here
+    assert gemopt_json(capsys, "run", job, "--print-config", *words) == shown
+    (tmp_path / "shown.json").write_text(json.dumps(shown))
+    assert read_job(tmp_path / "shown.json") == read_job(job, [w for w in words if "=" in w] + ["output=here"])
+
+
+BAD = {
+    "an unknown key": ({"solver": {"time_limt": 3}}, (), ("solver.time_limt", "did you mean time_limit?")),
+    "an unknown key at the top": ({"profil": "p"}, (), ("profil", "profile")),
+    "an unknown key of an export": ({"exports": [{"engine": "csv", "fil": "a"}]}, (), ("exports.0.fil", "file")),
+    "no traces": ({"traces": None}, (), ("traces",)),
+    "a word for a number": ({}, ("--set", "solver.time_limit=long"), ("solver.time_limit", "long")),
+    "an unknown engine": ({"exports": [{"engine": "magic"}]}, (), ("magic", "sglang")),
+    "an engine without placements": ({"exports": [{"engine": "xllm"}]}, (), ("xllm", "no placement")),
+    "the wrong ending": ({"exports": [{"engine": "sglang", "file": "a.csv"}]}, (), ("a.csv", ".json")),
+    "a file outside": ({"exports": [{"engine": "sglang", "file": "../a.json"}]}, (), ("exports.file", "../a.json")),
+    "one name twice": ({"exports": [{"engine": "csv"}, {"engine": "csv"}]}, (), ("csv.csv", "one name")),
+    "a bad name for Kubernetes": ({"kubernetes": {"config_map": "Big_Map"}}, (), ("kubernetes.config_map", "Big_Map")),
+    "a holdout of all": ({}, ("--set", "steps.holdout=1"), ("steps.holdout",)),
+    "no such item": ({}, ("--set", "exports.7.engine=csv"), ("exports.7", "2 items")),
+    "no value": ({}, ("--set", "output"), ("KEY=VALUE",)),
+    "a key inside a value": ({}, ("--set", "traces.engine=sglang"), ("traces holds a value",)),
+    "traces of no file": ({"traces": {"engine": "sglang", "files": []}}, (), ("traces.files",)),
+    "a solver that is none": ({}, ("--set", "solver.name=magic"), ("magic", "local-search")),
+    "an output that cannot be": ({"output": "/proc/none/here"}, (), ("output", "/proc/none/here")),
+    "an output that is a file": ({"output": "profile.json"}, (), ("output", "does not exist yet", "-o")),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_jobs_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    changes, words, named = BAD[case]
+    job = write_job(tmp_path, **changes)
+    code, out, err = gemopt(capsys, "run", job, *words)
+    assert (code, out) == (2, "") and err.startswith("gemopt: ") and err.count("\n") == 1, err
+    for each in named:
+        assert each in err
+    assert not (tmp_path / "out" / "job").exists()
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job, out = write_job(tmp_path), tmp_path / "out" / "job"
+    out.mkdir(parents=True)
+    (out / "placement.json").write_text("mine")
+    code, _, err = gemopt(capsys, "run", job)
+    assert code == 2 and str(out) in err and err.count("\n") == 1
+    assert [path.read_text() for path in out.iterdir()] == ["mine"]
+
+
+def test_what_an_engine_cannot_express_costs_nobody_the_answer(tmp_path: Path,
+                                                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    job = write_job(tmp_path, constraints={"slots_per_rank": [3, 1]})
+    code, out, err = gemopt(capsys, "run", job)
+    assert code == 2 and err.count("\n") == 1 and "slots_per_rank" in err and "sglang" in err
+    written = {path.name for path in (tmp_path / "out/job").iterdir()}
+    assert {"placement.json", "result.json", "map.csv", "configmap.yaml"} <= written and "sglang.json" not in written
+    assert "map.csv" in out
+
+
+def test_json_jobs_and_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = write_job(tmp_path, "job.json")
+    assert gemopt_json(capsys, "run", job, "--print-config")["output"] == str(tmp_path / "out/job")
+    for text, named in (("profile: a\nprofile: b\n", "every key once"), ("- a\n", "keys and values"), ("a: [", "YAML")):
+        (tmp_path / "bad.yaml").write_text(text)
+        code, _, err = gemopt(capsys, "run", tmp_path / "bad.yaml")
+        assert code == 2 and named in err and err.count("\n") == 1
+
+
+def test_a_config_map_takes_what_kubernetes_takes(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1]\n")
+    (tmp_path / "b.pt").write_bytes(b"\xff\x00")
+    text, note = config_map(
+        Kubernetes(namespace="moe", labels={"model": "m"}), [tmp_path / "a.json", tmp_path / "b.pt"]
+    )
+    manifest = yaml.safe_load(text)
+    assert manifest["data"] == {"a.json": "[1]\n"} and manifest["binaryData"] == {"b.pt": "/wA="} and note == ""
+    assert manifest["metadata"]["namespace"] == "moe" and manifest["metadata"]["labels"]["model"] == "m"
+    (tmp_path / "big").write_bytes(b"x" * (LIMIT_BYTES + 1))
+    text, note = config_map(Kubernetes(), [tmp_path / "big"])
+    assert text == "" and str(LIMIT_BYTES) in note
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    quick = ("--set", "solver.name=lpt", "--set", "solver.time_limit=1", "--set", "report.page=false")
+    few = path.stem == "few_moves"
+    if few:
+        quick = ("--set", "solver.time_limit=60", "--set", "solver.patience=0", *quick[4:], "--set",
+                 "steps.holdout=0.97")  # fmt: skip
+    if path.stem == "copies":
+        quick = ("--set", "solver.name=eplb", *quick[2:])
+    job = read_job(path)
+    assert job.output.parent == path.parents[2] / "out" and str(path.name) in path.read_text()
+    found = gemopt_json(capsys, "run", path, *quick, "-o", tmp_path / "out")
+    assert found["failed"] == [] and "configmap.yaml" in found["files"]
+    moves = Result.load(tmp_path / "out" / "result.json").moves
+    assert found["change"] < 0 and (moves is not None and 0 < moves.moves <= 64 if few else moves is None)
+    for wanted in job.exports:
+        assert wanted.engine in {*found["commands"], "csv"}
+    assert os.listdir(tmp_path) == ["out"]

@@ -1,0 +1,330 @@
+"""The report page: its numbers, what it leaves out and refuses, and how it behaves in a browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("plotly")
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import Browser, browser, find
+from cli_inputs import gemopt, gemopt_json, profile, traces
+
+from gemopt import solve
+from gemopt.conflicts import conflict_graph
+from gemopt.evaluate import evaluate
+from gemopt.migration import count_moves
+from gemopt.placement import Placement
+from gemopt.profile import Device, Profile, Sample
+from gemopt.replay import replay
+from gemopt.report import Report, report
+from gemopt.report.experts import layer_conflicts
+from gemopt.report.numbers import intervals, moved, windows
+from gemopt.traces import Traces
+
+RANKS, LAYERS, EXPERTS, STEPS, FITTED = 4, 3, 12, 60, 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Profile, traces, a result on the first of their steps, another placement, and a replay, on disk."""
+    path = tmp_path_factory.mktemp("report")
+    measured, routed = profile(RANKS), traces(STEPS, LAYERS, EXPERTS, layer_ids=(2, 3, 5))
+    result = solve(measured, routed.steps(slice(0, FITTED)), solver="local-search", patience=1)
+    assert result.placement is not None
+    measured.save(path / "profile.json")
+    routed.save(path / "traces.safetensors")
+    result.save(path / "result.json")
+    result.placement.save(path / "placement.json")
+    rows = np.random.default_rng(5).permuted(np.tile(np.arange(EXPERTS), (LAYERS, 1)), axis=1)
+    other = Placement(physical_to_logical=rows, slots_per_rank=[3] * RANKS, num_experts=EXPERTS, layer_ids=[2, 3, 5])
+    other.save(path / "other.json")
+    replay(measured, routed, ["contiguous", "fitted-once"], window=10).save(path / "replay.json")
+    return path
+
+
+def words(folder: Path, answer: str = "result.json", *more: object) -> tuple[object, ...]:
+    given = ("--profile", folder / "profile.json", "--traces", folder / "traces.safetensors")
+    return ("report", folder / answer, *given, *more)
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> Report:
+    given = [folder / name for name in ("result.json", "profile.json", "traces.safetensors")]
+    return report(*given, baseline=folder / "other.json", replay=folder / "replay.json", command="gemopt report <b>")
+
+
+def section(page: Report, name: str) -> Any:
+    return next(each for each in page.sections if each.name == name)
+
+
+def array(value: Any) -> np.ndarray:
+    """An array, also where it is written as plotly takes it: type, base64 and shape."""
+    if not isinstance(value, dict):
+        return np.asarray(value)
+    flat = np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"])
+    return flat.reshape([int(each) for each in value["shape"].split(",")]) if "shape" in value else flat
+
+
+def test_the_headline_is_what_evaluate_finds(folder: Path, made: Report) -> None:
+    routed, measured = Traces.load(folder / "traces.safetensors"), Profile.load(folder / "profile.json")
+    before, after = Placement.load(folder / "other.json"), Placement.load(folder / "placement.json")
+    change = [
+        evaluate(after, measured, steps).objective_us / evaluate(before, measured, steps).objective_us - 1
+        for steps in (routed.steps(slice(0, FITTED)), routed.steps(slice(FITTED, None)))
+    ]
+    said = [float(number) for number in re.findall(r"([0-9.]+) %", made.headline)]
+    assert said[:2] == [round(100 * abs(each), 1) for each in change] and change[0] < 0
+    assert f"over {FITTED} steps" in made.headline and f"on {STEPS - FITTED} steps it did not see" in made.headline
+    assert made.headline.count(".") - len(re.findall(r"\d\.\d", made.headline)) == 1  # one sentence
+
+
+def test_layers_ranks_and_latencies_are_those_of_evaluate(folder: Path, made: Report) -> None:
+    routed, measured = Traces.load(folder / "traces.safetensors"), Profile.load(folder / "profile.json")
+    given = routed.steps(slice(0, FITTED))
+    found = evaluate(Placement.load(folder / "placement.json"), measured, given)
+    bars = section(made, "makespan").figure.data
+    np.testing.assert_allclose(bars[1].y, found.per_layer_us / FITTED, rtol=1e-6)
+    assert (np.array(bars[2].y) <= np.array(bars[1].y) * (1 + 1e-6)).all() and list(bars[1].x) == ["2", "3", "5"]
+    heat = section(made, "ranks").figure.data
+    np.testing.assert_allclose(array(heat[1].y), found.step_us, rtol=1e-6)  # few steps: a window each
+    busy, load = array(heat[4].z), array(heat[4].customdata)
+    assert busy.shape == (RANKS, FITTED) and 50 < busy.max() <= 100 and (busy.max(axis=0) > 30).all()
+    assert (load.sum(axis=0) == given.counts.sum(axis=(1, 2))).all()
+    held = evaluate(Placement.load(folder / "placement.json"), measured, routed.steps(slice(FITTED, None)))
+    np.testing.assert_allclose(
+        section(made, "latency").figure.data[3].x, [held.quantile_us(q) for q in (0.5, 0.9, 0.99)]
+    )
+
+
+def test_moves_add_up(folder: Path, made: Report) -> None:
+    before, after = Placement.load(folder / "other.json"), Placement.load(folder / "placement.json")
+    sent_LGG = moved(before, after)
+    rows = zip(before.physical_to_logical, after.physical_to_logical, strict=True)
+    assert sent_LGG.sum(axis=(1, 2)).tolist() == [count_moves(a, b, before.slots_per_rank) for a, b in rows]
+    assert (np.array(section(made, "moves").figure.data[0].z) == sent_LGG.sum(axis=0)).all()
+
+
+def test_classes_and_conflicts_are_those_of_the_conflict_graph(folder: Path) -> None:
+    routed = Traces.load(folder / "traces.safetensors")
+    for layer in range(LAYERS):
+        graph, found = conflict_graph(routed, layer), layer_conflicts(routed.counts[:, layer])
+        assert [kind for _, kind in graph.nodes(data="expert_class")] == found.classes
+        positive = {(i, j) for i, j, c in graph.edges(data="correlation") if c > 0}
+        assert {tuple(pair) for pair in found.pairs.tolist()} == positive and found.num_pairs == len(positive)
+
+
+def test_intervals_cover_the_quantiles_of_what_they_are_drawn_from() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(60):
+        found = intervals(rng.normal(100, 10, 200))
+        assert found is not None and (found[:, 0] <= found[:, 1]).all()
+        hits += bool(found[0, 0] <= 100 <= found[0, 1])
+    assert 46 <= hits <= 60  # nominally 57; blocks make it a little less
+    assert intervals(np.ones(5)) is None
+
+
+@pytest.mark.parametrize(("steps", "ranks"), [(1, 1), (7, 300), (1000, 8), (10**5, 64)])
+def test_windows_cover_every_step_once(steps: int, ranks: int) -> None:
+    edges = windows(steps, ranks)
+    assert edges[0] == 0 and edges[-1] == steps and (np.diff(edges) > 0).all() and len(edges) <= 121
+
+
+def test_a_placement_file_leaves_out_what_it_does_not_hold(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "p.html"
+    found = gemopt_json(capsys, *words(folder, "placement.json", "-o", out))
+    assert set(found["left_out"]) == {"search"} and "placement file" in found["left_out"]["search"]
+    assert "does not say on which of them" in out.read_text() and "did not see" not in found["headline"]
+    assert "held out" not in found["key_figures"]
+
+
+def test_steps_that_were_kept_apart_are_held_out(folder: Path, tmp_path: Path,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    Traces.load(folder / "traces.safetensors").steps(slice(50, None)).save(tmp_path / "kept.safetensors")
+    found = gemopt_json(capsys, *words(folder, "result.json", "--holdout", tmp_path / "kept.safetensors",
+                                       "-o", tmp_path / "r.html"))  # fmt: skip
+    assert "on 10 steps it did not see" in found["headline"]
+
+
+def other_traces(folder: Path) -> None:
+    traces(STEPS, LAYERS, EXPERTS, layer_ids=(2, 3, 5)).steps(slice(1, None)).save(folder / "traces.safetensors")
+
+
+def fewer_traces(folder: Path) -> None:
+    traces(20, LAYERS, EXPERTS, layer_ids=(2, 3, 5)).save(folder / "traces.safetensors")
+
+
+def other_profile(folder: Path) -> None:
+    samples = [Sample(assignments=n, latency_us=30.0 + n) for n in (0, 40, 80)]
+    Profile(devices=[Device(rank=g, samples=samples) for g in range(RANKS)]).save(folder / "profile.json")
+
+
+def other_network(folder: Path) -> None:
+    traces(STEPS, LAYERS, EXPERTS + 4, layer_ids=(2, 3, 5)).save(folder / "traces.safetensors")
+
+
+def no_placement(folder: Path) -> None:
+    document = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(document | {"placement": None}))
+
+
+BAD = {
+    "other traces": (other_traces, (), ("objective_us", "other traces")),
+    "fewer steps": (fewer_traces, (), ("num_steps", "20 steps")),
+    "another profile": (other_profile, (), ("objective_us", "other traces or profiles")),
+    "another network": (other_network, (), ("num_experts",)),
+    "no placement": (no_placement, (), ("placement",)),
+    "no such file": (lambda folder: (folder / "result.json").unlink(), (), ("result.json", "No such file")),
+    "a baseline of other ranks": (
+        lambda folder: Placement.contiguous(3, 12, 2, layer_ids=[2, 3, 5]).save(folder / "b.json"),
+        ("--baseline", "b.json"), ("2 ranks", "4 devices"),
+    ),
+    "no folder for the page": (lambda folder: None, ("-o", "none/r.html"), ("none/r.html", "no such folder")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    spoil, options, named = BAD[case]
+    for name in ("result.json", "profile.json", "traces.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    spoil(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = gemopt(capsys, *words(tmp_path, "result.json", "-o", "page.html", *options))
+    assert (code, out) == (2, "") and err.startswith("gemopt: ") and err.count("\n") == 1, err
+    for each in named:
+        assert each in err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_without_plotly_there_is_one_line(folder: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['plotly'] = None; from gemopt.cli import main; main(sys.argv[1:])"
+    line = [sys.executable, "-c", code, *map(str, words(folder, "result.json", "-o", tmp_path / "r.html"))]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install 'gemopt[report]'" in done.stderr
+
+
+def test_text_of_others_cannot_become_markup(made: Report) -> None:
+    assert "gemopt report &lt;b&gt;" in made.html and "gemopt report <b>" not in made.html
+
+
+def test_the_page_of_a_large_network_is_small() -> None:
+    rng = np.random.default_rng(2)
+    counts = rng.poisson(rng.gamma(0.8, 120, (58, 256)), (120, 58, 256))
+    loads = np.arange(0, 8192, 64)
+    devices = [Device(rank=g, samples=[Sample(assignments=int(n), latency_us=60 + 0.15 * n) for n in loads])
+               for g in range(32)]  # fmt: skip
+    placement = Placement(
+        physical_to_logical=rng.permuted(np.tile(np.arange(256), (58, 1)), axis=1),
+        slots_per_rank=[8] * 32,
+        num_experts=256,
+    )
+    page = report(placement, Profile(devices=devices), Traces(counts=counts))
+    assert len(page.html.encode()) < 8e6 and all(each.figure for each in page.sections if each.name != "search")
+
+
+@pytest.fixture(scope="module")
+def seen(made: Report, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The page in a browser; the tests below leave it as they found it."""
+    if find() is None:
+        pytest.skip("no Chromium: apt-get install chromium, or set CHROMIUM")
+    made.save(folder / "page.html")
+    with browser(tmp_path_factory.mktemp("chromium")) as opened:
+        opened.screen(1366, 768)
+        opened.open(folder / "page.html")
+        yield opened
+
+
+def values(seen: Browser, plot: str, trace: int, key: str = "y") -> list[float]:
+    found: list[float] = seen.js(f"Array.from(document.getElementById('plot-{plot}')._fullData[{trace}].{key})")
+    return found
+
+
+def choose(seen: Browser, picker: str, choice: str) -> None:
+    seen.js(
+        f"(() => {{ const s = document.querySelector('select[data-picker={picker}]'); s.value = {json.dumps(choice)};"
+        " s.dispatchEvent(new Event('change')); })()"
+    )
+
+
+@pytest.mark.browser
+def test_every_plot_is_drawn_without_complaint_or_network(seen: Browser, made: Report) -> None:
+    drawn = seen.js(
+        "[...document.querySelectorAll('.plot')].map(each => [each.id, each._fullData.length, each.querySelectorAll("
+        "'.main-svg .trace path, .main-svg .hm image, .main-svg .points path').length,"
+        " each.getBoundingClientRect().height])"
+    )
+    assert [row[0] for row in drawn] == [f"plot-{each.name}" for each in made.sections if each.figure is not None]
+    assert len(drawn) == 9
+    for name, traces_, shapes, height in drawn:
+        assert traces_ > 0 and shapes > 0 and height >= 250, name
+    assert seen.complaints == []
+    assert {url.partition(":")[0] for url in seen.asked} <= {"file", "data", "blob"}
+    assert not seen.js("[...document.querySelectorAll('.modebar-btn')].some(b => /cloud|share/i.test(b.dataset.title))")
+
+
+@pytest.mark.browser
+def test_the_picker_shows_one_layer(seen: Browser, folder: Path) -> None:
+    routed, measured = Traces.load(folder / "traces.safetensors"), Profile.load(folder / "profile.json")
+    found = evaluate(Placement.load(folder / "placement.json"), measured, routed.steps(slice(0, FITTED)))
+    whole = values(seen, "ranks", 1)
+    np.testing.assert_allclose(whole, found.step_us, rtol=1e-6)
+    choose(seen, "layer", "layer 3")
+    np.testing.assert_allclose(values(seen, "ranks", 1), found.makespan_TL[:, 1], rtol=1e-6)
+    seen.js("document.querySelector('button[data-step=\"1\"]').click()")
+    np.testing.assert_allclose(values(seen, "ranks", 1), found.makespan_TL[:, 2], rtol=1e-6)
+    choose(seen, "layer", "all layers")
+    assert values(seen, "ranks", 1) == whole
+    curves = seen.js("document.getElementById('plot-devices')._fullData.filter(t => t.visible).length")
+    choose(seen, "devices", "rank 1: unknown")
+    assert seen.js("document.getElementById('plot-devices')._fullData.filter(t => t.visible).length") == 2 < curves
+    assert values(seen, "devices", 0, "x") == [0, 4, 8, 16, 32, 64]
+    choose(seen, "devices", "all ranks")
+    assert seen.complaints == []
+
+
+@pytest.mark.browser
+def test_keys_zoom_and_theme_and_hover(seen: Browser) -> None:
+    ranges = "document.getElementById('plot-search')._fullLayout.xaxis.range.map(Number)"
+    press = "document.getElementById('plot-search').dispatchEvent(new KeyboardEvent('keydown', {key: '%s'}))"
+    low, high = seen.js(ranges)
+    seen.js(press % "+")
+    assert np.diff(seen.js(ranges))[0] == pytest.approx(0.7 * (high - low))
+    seen.js(press % "ArrowRight")
+    assert seen.js(ranges)[0] > low
+    seen.js(press % "0")
+    assert seen.js(ranges) == pytest.approx([low, high])
+    ink = "getComputedStyle(document.querySelector('#plot-makespan .xtitle')).fill"
+    light, ground = seen.js(ink), seen.js("getComputedStyle(document.body).backgroundColor")
+    seen.js("document.getElementById('theme').click()")
+    assert seen.js(ink) != light and seen.js("getComputedStyle(document.body).backgroundColor") != ground
+    seen.js("document.getElementById('theme').click()")
+    assert seen.js(ink) == light
+    seen.js("Plotly.Fx.hover('plot-makespan', [{curveNumber: 1, pointNumber: 1}])")
+    assert "us" in seen.js("document.querySelector('#plot-makespan .hoverlayer').textContent")
+    assert seen.complaints == []
+
+
+@pytest.mark.browser
+def test_it_fits_a_phone_and_paper(seen: Browser, folder: Path) -> None:
+    seen.screen(390, 844, phone=True, dark=True)
+    seen.open(folder / "page.html")
+    assert seen.js("document.documentElement.scrollWidth") <= 390
+    assert seen.js("[...document.querySelectorAll('.plot')].every(p => p.getBoundingClientRect().width <= 390)")
+    assert seen.js("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+    seen.screen(1366, 768)
+    seen.open(folder / "page.html")
+    seen.pdf(folder / "page.pdf")
+    assert (folder / "page.pdf").read_bytes().startswith(b"%PDF")
+    assert seen.js("document.getElementById('plot-makespan')._fullLayout.width") > 700  # as before printing
+    assert seen.complaints == []

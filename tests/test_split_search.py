@@ -1,0 +1,204 @@
+"""Searching under a split policy: against all placements and splits, engines' limits, memory budgets, bad input."""
+
+from __future__ import annotations
+
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+from scipy.optimize import linprog
+
+import gemopt
+from gemopt.bounds import lower_bound
+from gemopt.costs import Staircase
+from gemopt.evaluate import evaluate, objective
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.formats.registry import get as engine
+from gemopt.formats.registry import within_engine
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
+from gemopt.memory import experts_within, most_slots, thinned
+from gemopt.placement import EMPTY, Placement, Split
+from gemopt.problem import Problem
+from gemopt.profile import Device, Profile, Sample
+from gemopt.result import Status
+from gemopt.solvers import get
+from gemopt.solvers.base import Options
+from gemopt.traces import Traces
+
+
+def sloped(*slopes: float, offset: float = 5.0) -> list[Latency]:
+    return [Latency(((line(offset, slope),),)) for slope in slopes]
+
+
+def measured(*slopes: float) -> Profile:
+    return Profile(
+        devices=[
+            Device(rank=rank, samples=[Sample(assignments=n, latency_us=5 + slope * n) for n in (0, 1000)])
+            for rank, slope in enumerate(slopes)
+        ]
+    )
+
+
+def traces(layers: int = 2, experts: int = 6, steps: int = 12, seed: int = 0) -> Traces:
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.full(experts, 0.6), size=layers)
+    return Traces(counts=np.stack([[rng.multinomial(120, p) for p in shares] for _ in range(steps)]))
+
+
+def by_linear_programme(problem: Problem, ranks_E: tuple[tuple[int, ...], ...]) -> float:
+    """Sum over the steps of the least makespan over all splits into real numbers."""
+    pairs = [(e, g) for e, ranks in enumerate(ranks_E) for g in ranks]
+    slopes = [latency.terms[0][0].slope for latency in problem.latencies]
+    offsets = [float(latency.terms[0][0].y[0]) for latency in problem.latencies]
+    upper = np.array([[slopes[g] * (at == g) for _, at in pairs] + [-1.0] for g in range(problem.num_ranks)])
+    equal = np.array([[float(of == e) for of, _ in pairs] + [0.0] for e in range(problem.num_experts)])
+    goal = np.append(np.zeros(len(pairs)), 1.0)
+    solved = [linprog(goal, A_ub=upper, b_ub=-np.array(offsets), A_eq=equal, b_eq=n) for n in problem.counts_TE]
+    return float(sum(each.fun for each in solved))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_finds_the_best_of_all_placements_and_splits(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    slopes = rng.uniform(0.5, 2, 3)
+    counts = rng.integers(0, 60, (2, 4))
+    problem = Problem.make(counts, (ASSIGNMENTS,), sloped(*slopes), [2, 2, 1], split=Split.OPTIMAL)
+    sets = [ranks for size in (1, 2) for ranks in combinations(range(3), size)]
+    best = np.inf
+    for ranks_E in product(sets, repeat=4):
+        used = np.bincount([g for ranks in ranks_E for g in ranks], minlength=3)
+        if (used <= problem.slots_per_rank).all():
+            best = min(best, by_linear_programme(problem, ranks_E))
+    outcome = get("local-search").solve(problem, _patient(), None)
+    assert outcome.row is not None
+    value = objective(problem, outcome.row)
+    assert lower_bound(problem) <= value + 1e-9
+    assert best - 1e-6 <= value <= best + len(counts) * slopes.max() + 1e-6, "whole assignments cost at most one each"
+
+
+def _patient() -> Options:
+    return Options(deadline=np.inf, patience=40)
+
+
+@pytest.mark.parametrize("split", list(Split))
+def test_what_is_solved_is_what_evaluate_says(split: Split) -> None:
+    profile, given = measured(1.0, 1.5, 0.7), traces()
+    result = gemopt.solve(
+        profile, given, slots_per_rank=3, split=split, senders="uniform", patience=2, time_limit=60, threads=1
+    )
+    placement = result.placement
+    assert placement is not None and placement.split is split and placement.has_copies
+    assert (placement.split_weights is not None) == (split is Split.STATIC)
+    again = Placement.model_validate_json(placement.model_dump_json())
+    assert evaluate(again, profile, given, senders="uniform").objective_us == pytest.approx(result.objective_us)
+    assert result.bound_us <= result.objective_us * (1 + 1e-9)
+    plain = gemopt.solve(profile, given, solver="lpt", patience=0, threads=1)
+    assert result.objective_us <= plain.objective_us, "copies are never worse than none"
+
+
+def test_exact_solvers_know_copies_that_share_evenly_alone() -> None:
+    with pytest.raises(UnsupportedError, match="share evenly"):
+        gemopt.solve(measured(1, 2), traces(1), slots_per_rank=4, split="optimal", solver="cpsat")
+    with pytest.raises(InputError, match="one of even, static, nearest, optimal"):
+        gemopt.solve(measured(1, 2), traces(1), slots_per_rank=4, split="odd")
+    with pytest.raises(InputError, match="--senders uniform"):
+        gemopt.solve(measured(1, 2), traces(1), slots_per_rank=4, split="nearest")
+    without = gemopt.solve(measured(1, 2), traces(1), split="optimal", solver="cpsat", time_limit=20)
+    assert without.status is Status.OPTIMAL, "without spare slots every split is the same"
+
+
+def test_with_activated_experts_a_copy_may_stay_unused() -> None:
+    latencies = [Latency(((line(10.0, 0.01), line(0.0, 50.0)),))] * 2
+    problem = Problem.make([[4, 3]], (ASSIGNMENTS, ACTIVE), latencies, 2, split=Split.OPTIMAL)
+    even = Problem.make([[4, 3]], (ASSIGNMENTS, ACTIVE), latencies, 2)
+    row = np.array([0, 1, 1, 0])
+    assert objective(problem, row) == pytest.approx(60.04)
+    assert objective(even, row) > 110
+
+
+def test_an_engine_that_wants_every_slot_full_gets_that() -> None:
+    for split in ("even", "static", "optimal"):
+        result = gemopt.solve(
+            measured(1.0, 1.5, 0.7), traces(), slots_per_rank=4, split=split, full_slots=True, patience=1, threads=1
+        )
+        assert result.placement is not None and not result.placement.has_empty_slots
+    for solver in ("lpt", "linear", "gem"):
+        result = gemopt.solve(measured(1, 2), traces(), slots_per_rank=5, full_slots=True, solver=solver, patience=1)
+        assert result.placement is not None and not result.placement.has_empty_slots
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "split", "said"),
+    [
+        ("sglang", [4, 3], None, "as many slots on every rank"),
+        ("sglang", 4, "static", "even, nearest, optimal"),
+        ("vllm-ascend", 4, "optimal", "as: even"),
+        ("checkpoint", 4, None, "every expert once"),
+        ("llama.cpp", 3, None, "llama.cpp"),
+    ],
+)
+def test_what_an_engine_cannot_have_is_refused(name: str, slots: object, split: str | None, said: str) -> None:
+    with pytest.raises(UnsupportedError, match=said):
+        within_engine(engine(name), slots, split, 6, 2)
+
+
+def test_an_engine_says_how_copies_share() -> None:
+    limits = within_engine(engine("trtllm"), 4, None, 6, 2)
+    assert limits.split is Split.EVEN and limits.full
+    assert within_engine(engine("sglang"), 4, "optimal", 6, 2).split is Split.OPTIMAL
+    assert not within_engine(engine("csv"), [4, 3], "static", 6, 2).full
+    assert not within_engine(engine("sglang"), None, "optimal", 6, 2).full, "nothing is spare"
+
+
+def test_a_memory_budget_holds_for_every_device_and_is_spent() -> None:
+    profile, given = measured(1.0, 1.0, 1.0), traces(layers=3)
+    budget = [80.0, 90.0, 70.0]
+    result = gemopt.solve(
+        profile, given, slots_per_rank=4, memory_budget=budget, expert_bytes=10, patience=1, threads=1, time_limit=60
+    )
+    assert result.placement is not None
+    held = (result.placement.physical_to_logical != EMPTY).sum(axis=0)
+    per_rank = np.bincount(result.placement.rank_of_slot, weights=held)
+    assert (per_rank <= [8, 9, 7]).all() and per_rank.sum() == 24, "copies of plain loads always help here"
+    assert evaluate(result.placement, profile, given).objective_us == pytest.approx(result.objective_us)
+    assert result.bound_us <= result.objective_us
+    tight = gemopt.solve(profile, given, memory_budget=60, expert_bytes=10, patience=1, threads=1)
+    assert tight.placement is not None and not tight.placement.has_copies
+
+
+def test_thinning_moves_experts_where_a_rank_holds_too_much_without_copies() -> None:
+    problem = Problem.make([[9, 5, 4, 1]], (ASSIGNMENTS,), sloped(1, 1, 1), 3)
+    row = np.array([0, 1, 2, 3, EMPTY, EMPTY, 0, EMPTY, EMPTY])
+    (kept,) = thinned([problem], [row], np.array([1, 2, 1]))
+    assert np.bincount(problem.rank_of_slot[kept != EMPTY], minlength=3).tolist() == [1, 2, 1]
+    assert sorted(kept[kept != EMPTY].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"memory_budget": 50.0, "expert_bytes": 10}, "need room for 12"),
+        ({"memory_budget": 100.0}, "size of an expert"),
+        ({"memory_budget": [100.0], "expert_bytes": 10}, "one for each of 2"),
+        ({"memory_budget": -1.0, "expert_bytes": 10}, "bytes per device"),
+        ({"slots_per_rank": 7}, "never holds two copies of one expert"),
+    ],
+)
+def test_memory_that_cannot_hold_the_experts_is_refused(change: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        gemopt.solve(measured(1, 2), traces(), **change)
+
+
+def test_a_budget_counts_whole_experts() -> None:
+    assert experts_within(39.0, 10, 2).tolist() == [3, 3]
+    assert most_slots(np.array([12, 12]), 2, 8).tolist() == [8, 8]
+    assert most_slots(np.array([9, 9]), 2, 8).tolist() == [6, 6]
+
+
+def test_a_falling_staircase_is_split_by_the_one_above() -> None:
+    curve = Curve(np.array([0.0, 10, 11, 20]), np.array([5.0, 30, 20, 40]), 2.0)
+    assert curve.high(np.array([10.0, 11, 15, 20])).tolist() == pytest.approx([30, 30, 30, 40])
+    cost = Staircase((Latency(((curve,),)),) * 2, np.full((2, 1, 2), np.nan))
+    placement = Placement(physical_to_logical=[[0, 0]], slots_per_rank=[1, 1], num_experts=1, split="optimal")
+    found = evaluate(placement, None, Traces(counts=np.array([[[20]]])), cost=cost)
+    assert found.objective_us == pytest.approx(30.0)
