@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gemopt.exceptions import missing
+from gemopt.links import Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, Supports
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Solver, Supports
 from gemopt.solvers.search.local_search import LocalSearch
 from gemopt.solvers.size import branches
 
@@ -22,7 +24,11 @@ class Auto:
     """Local search; on small layers the rest of the time goes to an exact solver, started from what was found."""
 
     name = "auto"
-    supports = Supports(proves=True, improves=True, moves=True)
+    supports = Supports(proves=True, improves=True, moves=True, links=True)
+
+    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
+        """As local search; see `LinkedSolver`."""
+        return LocalSearch().solve_linked(problems, links, rows, options)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
