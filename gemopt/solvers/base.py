@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
 from gemopt.links import Links
-from gemopt.placement import EMPTY, Split
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 

@@ -124,9 +124,9 @@ class _Layers:
             combine_T = self.streams[layer + 1][1].times
         price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
         streams = (self.streams[layer][0], second, after)
-        three = (np.empty(steps, np.float32) for _ in range(3))
-        room = Room(np.empty_like(state.loads[0]), *three, np.empty((3, steps)))
-        scratches = tuple(self.scratch(stream, place) for place, stream in enumerate(streams))
+        time_a, time_b, others = (np.empty(steps, np.float32) for _ in range(3))
+        room = Room(np.empty_like(state.loads[0]), time_a, time_b, others, np.empty((3, steps)))
+        scratches = (self.scratch(streams[0], 0), self.scratch(streams[1], 1), self.scratch(streams[2], 2))
         total = 0
         for _ in range(SWEEPS):
             taken = sweep_linked(
