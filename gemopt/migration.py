@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,7 +203,7 @@ def _source(holders: list[int], rank: int, rank_of: IntArray, nodes_G: IntArray,
     return best, Link.CROSS if other_node else Link.NODE if other_rank else Link.LOCAL
 
 
-def batches(layers: Iterable[int], bytes_NG: Sequence[IntArray], limit_bytes: float) -> list[list[int]]:
+def batches(layers: Iterable[int], bytes_NG: Sequence[NDArray[Any]], limit_bytes: float) -> list[list[int]]:
     """Indices of consecutive parts that are copied, agreed on and committed together.
 
     As many as fit: no rank receives more than `limit_bytes` in a batch of several, and none is of a layer twice.

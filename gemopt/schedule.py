@@ -17,6 +17,8 @@ import numpy as np
 from gemopt import cores
 from gemopt.bounds import Together, timed_step_bounds, together_bound, weighted
 from gemopt.evaluate import objective, total
+from gemopt.latency import FloatArray
+from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers import get
@@ -56,6 +58,24 @@ class Layer:
 
 
 @dataclass
+class Coupling:
+    """What links add to a run whose layers were solved one by one; bound_L, base_L: [L] microseconds of the links.
+
+    bound_L: at least, whatever the placement. base_L: what they add under contiguous placement.
+    """
+
+    links: Links
+    bound_L: FloatArray
+    base_L: FloatArray
+    history: list[Incumbent] = field(default_factory=list)
+
+    def bound(self, layer: int, compute_us: float) -> float:
+        """Bound of a layer with its links from one without."""
+        links_us = float(self.bound_L[layer])
+        return max(compute_us, links_us) if self.links.exchange.overlap else compute_us + links_us
+
+
+@dataclass
 class Run:
     """One call: `threads` layers at a time until `clock + time_limit`, or until interrupted."""
 
@@ -69,6 +89,7 @@ class Run:
     progress: Progress | None = None
     interrupted: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    coupling: Coupling | None = None
 
     @property
     def exact(self) -> bool:

@@ -11,9 +11,10 @@ from gemopt.jobs import Job
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
+from gemopt.topology import Topology
 
 FOLDER = Path(__file__).resolve().parent
-DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Job, Certificate)
+DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Job, Certificate, Topology)
 
 
 def schema(document: type[Document]) -> str:

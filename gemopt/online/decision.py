@@ -80,7 +80,8 @@ def travel_between(
         moved[before.layer_ids[layer]] = moves(old, rows[layer], slots_G, nodes=nodes_G)
         new_GE = held(row, slots_G, before.num_experts) & ~old_GE
         into_NG.append(new_GE.sum(axis=1))
-    rounds = [int(sum(into_NG[n] for n in group).max()) for group in batches(moved, into_NG, batch_experts)]  # type: ignore[union-attr]
+    grouped = batches(moved, into_NG, batch_experts)
+    rounds = [int(np.sum([into_NG[n] for n in group], axis=0).max()) for group in grouped]
     total = int(sum(into_G.sum() for into_G in into_NG))
     fields = {name: getattr(before, name) for name in type(before).model_fields}
     placement = Placement(**{**fields, "physical_to_logical": rows}) if moved else before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
-from gemopt.placement import Split
+from gemopt.links import Links
+from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 
@@ -36,6 +37,8 @@ class Supports:
     """Whether more time or a warm start can lead to a better answer."""
     moves: bool = False
     """Whether it heeds a price and limits of moves."""
+    links: bool = False
+    """Whether it heeds links between ranks: a `LinkedSolver`."""
     policies: bool = True
     """Whether it takes copies that do not share evenly, and slots that may not stay empty."""
 
@@ -144,6 +147,24 @@ class Solver(Protocol):
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer. A warm start is a hint: feasible, and never worsened by solvers that improve."""
+
+
+@dataclass
+class Linked:
+    """What a search over all layers found: rows, their total in microseconds, incumbents, and why it ended."""
+
+    rows: list[Row]
+    total_us: float
+    stopped_by: StoppedBy
+    history: list[Incumbent] = field(default_factory=list)
+    note: str = ""
+
+
+class LinkedSolver(Protocol):
+    """A solver that goes on from what it found layer by layer, over all layers and with what links take."""
+
+    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
+        """Place all layers under `gemopt.evaluate.linked_total`."""
 
 
 def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list[str]]) -> None:
