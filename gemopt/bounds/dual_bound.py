@@ -51,7 +51,7 @@ def dual_bound(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> float:
 def _rounding(p: Programme, size: float) -> float:
     """What rounding takes at most from sums of terms that are `size` in all."""
     terms = p.features_FTE.shape[1] + 4.0 * p.num_experts + 64.0
-    return ULP * terms * (size + float(p.weights_T @ np.abs(p.floor_T)))
+    return float(ULP * terms * (size + float(p.weights_T @ np.abs(p.floor_T))))
 
 
 def feasible(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatArray, FloatArray]:
