@@ -1,7 +1,7 @@
 """Copies in spare slots: held-out change against contiguous placement with the same slots, beside the peers.
 
 python benchmarks/copies.py [--flashlb policy_flashlb.py] [--ranks 8,16,32,64] [--limit 20] [--splits even,optimal]
-    [--case synthetic|gptoss] [--spare 1] [--layers 58] [--seed 0] [--share 0.75]
+    [--case synthetic|gptoss] [--spare 1] [--layers 58] [--seed 0] [--share 0.75] [--patience 5]
 
 Synthetic: 58 layers x 256 experts, 500 steps to fit and 500 to score, tiles of 128, 288 slots (320 on 64 ranks) unless
 `--spare` says how many more than needed each rank has. gptoss: the shipped trace of gpt-oss-20b (24 x 32), second half
@@ -100,7 +100,14 @@ def case(name: str, layers: int, seed: int) -> tuple[Traces, Callable[[int], Pro
 
 
 def contenders(
-    profile: Profile, given: Traces, per_rank: int, limit: float, peer: type | None, splits: list[str], share: float
+    profile: Profile,
+    given: Traces,
+    per_rank: int,
+    limit: float,
+    peer: type | None,
+    splits: list[str],
+    share: float,
+    patience: int | None,
 ) -> dict[str, Place]:
     """What is compared, by name."""
 
@@ -116,7 +123,7 @@ def contenders(
         "local-search, descents alone": lambda: ours(solver="local-search", patience=0, time_limit=limit),
     }
     for split in splits:
-        search = partial(ours, solver="local-search", time_limit=limit, split=split)
+        search = partial(ours, solver="local-search", time_limit=limit, split=split, patience=patience)
         table[f"local-search, {split}"] = search
         if share:
             spare = per_rank * profile.num_ranks - given.num_experts
@@ -148,6 +155,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=58)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", type=float, default=0.0)
+    parser.add_argument("--patience", type=int, help="tries without gain that end a layer, however busy the machine")
     asked = parser.parse_args()
     peer = flashlb(asked.flashlb) if asked.flashlb else None
     traces, devices = case(asked.case, asked.layers, asked.seed)
@@ -158,7 +166,7 @@ def main() -> None:
     for ranks in map(int, asked.ranks.split(",")):
         profile = devices(ranks)
         per_rank = slots(ranks) if asked.spare is None else given.num_experts // ranks + asked.spare
-        rest = (peer, asked.splits, asked.share)
+        rest = (peer, asked.splits, asked.share, asked.patience)
         for place in contenders(profile, given.steps(slice(0, 20)), per_rank, 0.1, *rest).values():
             place()  # compiles
         base: list[float] = []

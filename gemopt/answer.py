@@ -8,13 +8,14 @@ from collections import Counter
 import numpy as np
 
 from gemopt.costs import CostModel, FitReport
-from gemopt.evaluate import Evaluation, check, moves_us, objective, score
+from gemopt.evaluate import Evaluation, check, moves_us, objective, score, with_links
 from gemopt.exceptions import InputError, SolverError
 from gemopt.latency import FloatArray
+from gemopt.links import LinksReport
 from gemopt.moving import Moving
 from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
-from gemopt.result import OPTIMALITY_TOLERANCE, LayerResult, Result, Status, StoppedBy, relative_gap
+from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, LayerResult, Result, Status, StoppedBy, relative_gap
 from gemopt.schedule import Run, history
 from gemopt.solvers.base import Row
 from gemopt.splits import plain
@@ -60,6 +61,8 @@ def answer(
             device_uuids=profile.device_uuids if any(profile.device_uuids) else None,
         )
         scored = score(rows, [layer.problem for layer in run.layers], cost.measured, weights_LP=weights_LP)
+        if run.coupling is not None:
+            scored = with_links(scored, run.coupling.links, rows, run.layers[0].problem.slots_per_rank)
         value = scored.objective_us
     per_layer = [
         _layer_result(run, index, traces.layer_ids[index], scored, None if rows is None else rows[index])
@@ -68,6 +71,7 @@ def answer(
     total = None if value is None else value + sum(layer.moves_us for layer in per_layer)
     bound = _bound(run, per_layer, bound_us, total)
     gap, base = relative_gap(total, bound), sum(layer.base_us for layer in run.layers)
+    base += 0.0 if run.coupling is None else float(run.coupling.base_L.sum())
     report_of_moves = None
     if moving is not None and rows is not None and value is not None:
         before_us = moving.before_us(traces, cost, senders)
@@ -83,14 +87,15 @@ def answer(
         seconds=time.monotonic() - run.clock,
         num_steps=traces.num_steps,
         placement=placement,
-        history=history(run.layers, run.clock),
+        history=_history(run),
         per_layer=per_layer,
         outside=0.0 if scored is None else scored.outside,
         cost=cost.name,
         cost_error=None if report is None or np.isnan(report.error) else report.error,
         cost_summary="" if report is None else report.summary(),
-        notes=_notes(run, per_layer),
+        notes=[*_notes(run, per_layer), *_division(moving)],
         moves=report_of_moves,
+        links=_links(run, scored),
     )
 
 
@@ -99,6 +104,19 @@ def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
     if run.layers[0].problem.split is not Split.STATIC:
         return None
     return [static_weights(layer.problem, row) for layer, row in zip(run.layers, rows, strict=True)]
+
+
+def _links(run: Run, scored: Evaluation | None) -> LinksReport | None:
+    if run.coupling is None or scored is None or scored.communication is None or scored.exposed_TL is None:
+        return None
+    return run.coupling.links.report(scored.communication, float(scored.exposed_TL.sum()))
+
+
+def _history(run: Run) -> list[Incumbent]:
+    """Totals over time; with links, of what was found since they count."""
+    if run.coupling is None:
+        return history(run.layers, run.clock)
+    return [point.model_copy(update={"seconds": point.seconds - run.clock}) for point in run.coupling.history]
 
 
 def _bound(run: Run, per_layer: list[LayerResult], bound_us: float, total: float | None) -> float:
@@ -133,6 +151,8 @@ def _layer_result(run: Run, index: int, layer_id: int, scored: Evaluation | None
     assert outcome is not None
     row = outcome.row if row is None else row
     value, total, bound = None, None, max(layer.bound_us, outcome.bound_us or 0.0)
+    if run.coupling is not None:
+        bound = run.coupling.bound(index, bound)
     price_us = 0.0 if row is None else moves_us(layer.problem, row)
     if row is not None:
         value = objective(layer.problem, row) if scored is None else float(scored.per_layer_us[index])
@@ -162,6 +182,16 @@ def _layer_result(run: Run, index: int, layer_id: int, scored: Evaluation | None
         bounded_steps=max(0, layer.bounded_steps),
         moves_us=price_us,
     )
+
+
+def _division(moving: Moving | None) -> list[str]:
+    """What is to be known about a budget that layers share."""
+    if moving is None or not moving.shared or moving.into_G is None:
+        return []
+    return [
+        "max_bytes_per_rank is divided among the layers by a heuristic: another division may be better; the bound is "
+        "that of each layer with all of it"
+    ]
 
 
 def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:

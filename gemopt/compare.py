@@ -111,7 +111,7 @@ def compare(
         Share of the steps, the last ones, kept from the solvers and used to score; 0 scores the given steps.
     options
         Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `split`, `senders`, `seed`, `gap`, `patience`,
-        `threads`, `allow_one_rank`, `notice`.
+        `threads`, `allow_one_rank`, `notice`, `topology`, `exchange`.
 
     Notes
     -----
@@ -166,13 +166,18 @@ def _rows(
     bound = _best_bound([result for _, result, _ in results if result is not None])
     scored = given if held is None else held
     placement = _contiguous(profile, given, fitted, options.get("slots_per_rank"))
-    base_given = evaluate(placement, profile, given, cost=fitted).objective_us
-    base_scored = base_given if held is None else evaluate(placement, profile, scored, cost=fitted).objective_us
+    wired = {name: options.get(name) for name in ("topology", "exchange")}
+    base_given = evaluate(placement, profile, given, cost=fitted, **wired).objective_us
+    base_scored = (
+        base_given if held is None else evaluate(placement, profile, scored, cost=fitted, **wired).objective_us
+    )
     rows = []
     for name, result, note in results:
         evaluation = None
         if result is not None and result.placement is not None:
-            evaluation = evaluate(result.placement, profile, scored, cost=fitted, senders=options.get("senders"))
+            evaluation = evaluate(
+                result.placement, profile, scored, cost=fitted, senders=options.get("senders"), **wired
+            )
         row = _row(name, result, note, evaluation, base_given, bound)
         if held is not None and evaluation is not None:
             update = {

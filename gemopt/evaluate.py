@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
+from gemopt.links import Communication, Exchange, Links
 from gemopt.placement import EMPTY, Placement, Split, check_row
 from gemopt.problem import Problem, each_problem, stacked
 from gemopt.profile import Profile
 from gemopt.splits import shares
 from gemopt.splits.senders import Senders
 from gemopt.tables import frame, html_table
+from gemopt.topology import Topology
 from gemopt.traces import Traces
 
 
@@ -81,12 +83,21 @@ class Evaluation:
 
     makespan_TL: [T, L] microseconds of the slowest rank. straggler_TL: [T, L] that rank. outside: share of the
     evaluated rank loads that lie outside the measured range. idle_share: mean share of the makespan that ranks wait.
+    communication: what dispatch and combine take, with a topology. exposed_TL: [T, L] microseconds of it that a step
+    waits for: all, or what computing does not hide.
     """
 
     makespan_TL: FloatArray
     straggler_TL: NDArray[np.int64]
     outside: float
     idle_share: float
+    communication: Communication | None = None
+    exposed_TL: FloatArray | None = None
+
+    @property
+    def total_TL(self) -> FloatArray:
+        """[T, L] microseconds of the slowest rank, and of the communication that a step waits for."""
+        return self.makespan_TL if self.exposed_TL is None else self.makespan_TL + self.exposed_TL
 
     def __repr__(self) -> str:
         steps, layers = self.makespan_TL.shape
@@ -97,17 +108,22 @@ class Evaluation:
     @property
     def objective_us(self) -> float:
         """Sum over all steps and layers."""
+        return float(self.total_TL.sum(axis=0).sum())
+
+    @property
+    def compute_us(self) -> float:
+        """The makespans' part of it."""
         return float(self.makespan_TL.sum(axis=0).sum())
 
     @property
     def per_layer_us(self) -> FloatArray:
         """[L] sum over the steps."""
-        return np.asarray(self.makespan_TL.sum(axis=0))
+        return np.asarray(self.total_TL.sum(axis=0))
 
     @property
     def step_us(self) -> FloatArray:
         """[T] latency of each step: the sum over its layers."""
-        return np.asarray(self.makespan_TL.sum(axis=1))
+        return np.asarray(self.total_TL.sum(axis=1))
 
     def quantile_us(self, q: float) -> float:
         """Quantile of the step latency, e.g. 0.99."""
@@ -173,6 +189,8 @@ def evaluate(
     *,
     cost: CostModel | None = None,
     senders: Senders | str | None = None,
+    topology: Topology | str | os.PathLike[str] | None = None,
+    exchange: Exchange | None = None,
 ) -> Evaluation:
     """Score a placement on every step of the traces, its copies sharing as its policy says.
 
@@ -185,11 +203,14 @@ def evaluate(
     senders
         Who sends the assignments, which copies under the `nearest` split ask for: `traces` (the default, needs a
         token-level record with ranks) or `uniform`.
+    topology, exchange
+        Links between the ranks (a document, its path, or a name such as `2x8-ib400`) and how tokens are exchanged over
+        them: the objective then holds what dispatch and combine add.
 
     Raises
     ------
     InputError
-        When placement, traces and devices disagree, or the split needs senders or nodes that are not known.
+        When placement, traces, devices and topology disagree, or the split needs senders or nodes that are not known.
     """
     profile = None if profile is None else Profile.of(profile)
     if cost is None:
@@ -210,7 +231,25 @@ def evaluate(
         senders=Senders.of(senders),
     )
     weights_LP = placement.split_weights if split is Split.STATIC else None
-    return score(placement.physical_to_logical, layers, cost.measured, weights_LP=weights_LP)
+    scored = score(placement.physical_to_logical, layers, cost.measured, weights_LP=weights_LP)
+    if topology is None:
+        return scored
+    links = Links.of(topology, traces, placement.num_ranks, profile=profile, exchange=exchange)
+    return with_links(scored, links, placement.physical_to_logical, placement.slots_per_rank, split, weights_LP)
+
+
+def with_links(
+    scored: Evaluation,
+    links: Links,
+    rows_LP: Sequence[NDArray[np.int64]],
+    slots_G: NDArray[np.int64],
+    split: Split = Split.EVEN,
+    weights_LP: Sequence[FloatArray] | None = None,
+) -> Evaluation:
+    """The same with what dispatch and combine take."""
+    sent = links.communication(rows_LP, slots_G, split, weights_LP)
+    exposed_TL = sent.exposed(scored.makespan_TL, overlap=links.exchange.overlap)
+    return replace(scored, communication=sent, exposed_TL=exposed_TL)
 
 
 def score(
@@ -250,3 +289,13 @@ def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:
 def total_objective(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.int64]]) -> float:
     """Summed objective of the layers, in microseconds."""
     return float(sum(objective(problem, row) for problem, row in zip(problems, rows_LP, strict=True)))
+
+
+def linked_total(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.int64]], links: Links) -> float:
+    """What a search over links minimises: weighted makespans and what the links add to them, in microseconds."""
+    makespan_TL = np.stack(
+        [rank_times(problem, row).max(axis=1) for problem, row in zip(problems, rows_LP, strict=True)], axis=1
+    )
+    sent = links.communication(rows_LP, problems[0].slots_per_rank)
+    added_TL = sent.exposed(makespan_TL, overlap=links.exchange.overlap)
+    return float((problems[0].weights_T @ (makespan_TL + added_TL)).sum())

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemopt.documents import Document
+from gemopt.links import LinksReport
 from gemopt.placement import Placement
 from gemopt.tables import frame, html_table
 
@@ -157,6 +158,8 @@ class Result(Document):
         `(total_us - bound_us) / total_us`. Without a price of moves `total_us` is `objective_us`.
     moves
         What changes against the placement in force; None when none was given.
+    links
+        With a topology, what exchanging tokens takes; `objective_us` holds it then, beside the makespans.
     change
         `objective_us` against contiguous placement in the same slots, as a fraction: -0.065 is 6.5 % less.
     placement
@@ -191,6 +194,7 @@ class Result(Document):
     cost_summary: str = ""
     notes: list[str] = Field(default_factory=list)
     moves: MovesReport | None = None
+    links: LinksReport | None = None
 
     @property
     def total_us(self) -> float | None:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import timed_step_bounds, together_bound, weighted
+from gemopt.bounds import Together, timed_step_bounds, together_bound, weighted
 from gemopt.evaluate import objective, total
+from gemopt.latency import FloatArray
+from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers import get
@@ -34,7 +36,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class Layer:
-    """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases."""
+    """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases.
+
+    together: the co-location bound with its multipliers, which a certificate states.
+    """
 
     problem: Problem
     warm: Row | None
@@ -44,11 +49,30 @@ class Layer:
     bounded_steps: int = -1
     base_us: float = 0.0
     seconds: float = 0.0
+    together: Together | None = None
 
     @property
     def bound_cut(self) -> bool:
         """Whether some steps have no more than what is known without work."""
         return self.bounded_steps < self.problem.num_steps
+
+
+@dataclass
+class Coupling:
+    """What links add to a run whose layers were solved one by one; bound_L, base_L: [L] microseconds of the links.
+
+    bound_L: at least, whatever the placement. base_L: what they add under contiguous placement.
+    """
+
+    links: Links
+    bound_L: FloatArray
+    base_L: FloatArray
+    history: list[Incumbent] = field(default_factory=list)
+
+    def bound(self, layer: int, compute_us: float) -> float:
+        """Bound of a layer with its links from one without."""
+        links_us = float(self.bound_L[layer])
+        return max(compute_us, links_us) if self.links.exchange.overlap else compute_us + links_us
 
 
 @dataclass
@@ -65,6 +89,7 @@ class Run:
     progress: Progress | None = None
     interrupted: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    coupling: Coupling | None = None
 
     @property
     def exact(self) -> bool:
@@ -182,8 +207,8 @@ class Run:
                 value = None if layer.outcome is None else _value(layer.outcome)
                 target_us = np.inf if value is None else value * (1 - self.gap)
                 if layer.bound_us < target_us:
-                    found = together_bound(layer.problem, bounds_T, stop, target_us=target_us)
-                    layer.bound_us = max(layer.bound_us, found.bound_us)
+                    layer.together = together_bound(layer.problem, bounds_T, stop, target_us=target_us)
+                    layer.bound_us = max(layer.bound_us, layer.together.bound_us)
 
     def _deepen(self, layer: Layer, deadline: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""

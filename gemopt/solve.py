@@ -7,13 +7,18 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt import cores, interrupts
 from gemopt.answer import answer
+from gemopt.certify import certify
 from gemopt.costs import CostModel, fit
+from gemopt.coupled import go_coupled, links_of, refuse_with_links
+from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.first_use import ready
+from gemopt.links import Exchange, Links
 from gemopt.memory import check_budget, experts_within, most_slots, solve_within
 from gemopt.moving import Asked, Moving
 from gemopt.placement import Placement, Split
@@ -26,6 +31,7 @@ from gemopt.schedule import Layer, Progress, Run
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, require
 from gemopt.splits.senders import Senders
+from gemopt.topology import Topology
 from gemopt.traces import Traces
 
 DEFAULT_TIME_LIMIT = 10.0
@@ -60,8 +66,11 @@ def solve(
     max_bytes_per_rank: float | None = None,
     exclude_ranks: Sequence[int] = (),
     add_ranks: Sequence[Source] = (),
+    topology: Topology | str | os.PathLike[str] | None = None,
+    exchange: Exchange | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
+    certificate: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Place the experts of every MoE layer so that the summed makespan over all steps and layers is smallest.
 
@@ -121,10 +130,15 @@ def solve(
         Ranks of `current` that serve no longer, and new ones: see `gemopt.resize`. Without a price or a limit each
         layer then makes the moves that this asks for, and no more: experts without another copy, and as many as new
         ranks have slots.
+    topology, exchange
+        Links between the ranks (a document, its path, or a name such as `2x8-ib400`), and how tokens are exchanged over
+        them. What is minimised then holds what dispatch and combine add; see `gemopt.links` and `Result.links`.
     progress
         Called with (layers done, layers) from the calling thread.
     notice
         Called with a line when kernels are being compiled.
+    certificate
+        Where to write what was proved (`gemopt.certificate`), for `gemopt verify`; its multipliers go beside it.
 
     Raises
     ------
@@ -142,6 +156,8 @@ def solve(
     if memory_budget is not None and (current is not None or full_slots):
         other = "current" if current is not None else "full_slots"
         raise UnsupportedError("memory_budget", memory_budget, f"it does not go together with {other}")
+    if certificate is not None:
+        _check_certificate(certificate, "current" if current is not None else memory_budget and "memory_budget")
     asked = Asked(
         current, move_price, None if memory_budget is not None else expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
@@ -151,6 +167,8 @@ def solve(
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
             profile, traces = Profile.of(profile), Traces.of(traces)
             moving = Moving.of(asked, profile, traces)
+            refuse_with_links(topology, current=current, memory_budget=memory_budget, certificate=certificate)
+            links = links_of(topology, traces, profile, exchange)
             if moving is not None:
                 profile = moving.resized.profile
                 if slots_per_rank is None:
@@ -180,17 +198,36 @@ def solve(
             )  # fmt: skip
             layers = _layers(each if moving is None else moving.apply(each), traces, warm_start, seed)
             require(chosen, layers[0].problem, that_can)
+            uneven = policy.value if layers[0].problem.spare_slots and policy is not Split.EVEN else None
+            refuse_with_links(topology, split=uneven)
             clock += ready(chosen, layers[0].problem, notice)
-        bound_us = 0.0
         run = Run(chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted)
         with cores.at_most(max(1, threads // len(layers))):
-            if held_G is not None:
-                solve_within(run, held_G)
-            elif moving is not None and moving.shared:
-                bound_us = solve_shared(run, moving)
-            else:
-                run.go()
-        return answer(run, profile, traces, cost, report, moving, bound_us, senders)
+            bound_us = _go(run, held_G, moving, links)
+        result = answer(run, profile, traces, cost, report, moving, bound_us, senders)
+        if certificate is not None and result.placement is not None:
+            certify(result, layers, profile, traces, cost).write(certificate)
+        return result
+
+
+def _go(run: Run, held_G: NDArray[np.int64] | None, moving: Moving | None, links: Links | None) -> float:
+    """Solve the layers by what couples them, if anything; returns a bound on their total beyond those of each."""
+    if held_G is not None:
+        solve_within(run, held_G)
+    elif moving is not None and moving.shared:
+        return solve_shared(run, moving)
+    elif links is not None:
+        go_coupled(run, links)
+    else:
+        run.go()
+    return 0.0
+
+
+def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
+    """Refuse what cannot be certified, or written, before it is solved."""
+    check_writable(path)
+    if other:
+        raise UnsupportedError("certificate", other, "it says nothing of moves or memory", "solve without it")
 
 
 def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int) -> Result:

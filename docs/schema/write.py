@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from gemopt.certificate import Certificate
 from gemopt.documents import Document, write_text
 from gemopt.jobs import Job
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
+from gemopt.topology import Topology
 
 FOLDER = Path(__file__).resolve().parent
-DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Job)
+DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Job, Certificate, Topology)
 
 
 def schema(document: type[Document]) -> str:

@@ -11,9 +11,9 @@ No rank is named where ranks are alike, so nothing is lost to symmetry. A group 
 tightest; ranks whose planes are multiples of one another may share a group.
 
 With spare slots an expert may have r copies with a share of 1 / r each (the even split; it does not hold for others):
-then q and U are made of shares y, `q_ic = sum_g s_g y_ig` and `U_cij = sum_g s_g y_ig y_jg`. A rank has a mass of at least
-S - spare, so `sum_j U_cij >= (S_c - spare) q_ic` with `U_cii = q_ic / r`; and as shares are whole numbers, the load of
-a rank is at most `deficit_FT` less than its shares say. `dual_bound` says what both cost.
+then q and U are made of shares y, `q_ic = sum_g s_g y_ig` and `U_cij = sum_g s_g y_ig y_jg`. A rank has a mass of at
+least S - spare, so `sum_j U_cij >= (S_c - spare) q_ic` with `U_cii = q_ic / r`; and as shares are whole numbers, the
+load of a rank is at most `deficit_FT` less than its shares say. `dual_bound` says what both cost.
 """
 
 from __future__ import annotations

@@ -19,18 +19,21 @@ i pay of `d_ic = sum_kf b_ckf M_kfii - v_ci` only `d_ic / r`: the most that so m
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from gemopt.bounds.colocation import Programme
 from gemopt.latency import FloatArray
 
+IntArray = NDArray[np.int64]
 ULP = 2.0**-52
 
 
 def dual_bound(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> float:
     """Lower bound in microseconds of the weighted makespan of the programme's steps, for any finite multipliers."""
     mu_TKE, v_CE = feasible(p, mu_TKE, v_CE)
-    kappa_CE, size_CE = node_costs(p, mu_TKE, v_CE)
+    kappa_CE, pair_CEE, size_CE = _costs(p, mu_TKE, v_CE)
+    kappa_CE += 0.5 * np.minimum(pair_CEE, 0.0).sum(axis=2)
     saved = _saved_by_copies(p, mu_TKE, v_CE)
     left_T = p.weights_T - mu_TKE.sum(axis=(1, 2))
     fixed = float(left_T @ p.floor_T)
@@ -42,8 +45,13 @@ def dual_bound(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> float:
         experts, slots = linear_sum_assignment(cost_EG[:, slot_rank])
         value = float(cost_EG[experts, slot_rank[slots]].sum())
         error = float((size_CE[p.group_G].T * p.factor_G).max(axis=1).sum())
+    return float(fixed + value - saved - _rounding(p, error + abs(fixed)))
+
+
+def _rounding(p: Programme, size: float) -> float:
+    """What rounding takes at most from sums of terms that are `size` in all."""
     terms = p.features_FTE.shape[1] + 4.0 * p.num_experts + 64.0
-    return fixed + value - saved - ULP * terms * (error + abs(fixed) + float(p.weights_T @ np.abs(p.floor_T)))
+    return float(ULP * terms * (size + float(p.weights_T @ np.abs(p.floor_T))))
 
 
 def feasible(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -57,8 +65,8 @@ def feasible(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatA
     return mu * shrink_T[:, None, None], np.maximum(v, 0.0) if p.spare else v
 
 
-def node_costs(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """([C, E] kappa, [C, E] sums of the absolute values that went into it)."""
+def _costs(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """([C, E] kappa without the pairs, [C, E, E] R, [C, E] sums of the absolute values that went into both)."""
     groups, kinds = p.planes_CKF.shape[:2]
     experts = p.num_experts
     pair_CEE = np.zeros((groups, experts, experts))
@@ -78,8 +86,8 @@ def node_costs(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[Floa
     pair_CEE -= v_CE[:, :, None] + v_CE[:, None, :]
     diagonal = np.arange(experts)
     pair_CEE[:, diagonal, diagonal] = 0.0
-    kappa_CE += (p.slots_C - 1 - p.spare)[:, None] * v_CE + 0.5 * np.minimum(pair_CEE, 0.0).sum(axis=2)
-    return kappa_CE, size_CE
+    kappa_CE += (p.slots_C - 1 - p.spare)[:, None] * v_CE
+    return kappa_CE, pair_CEE, size_CE
 
 
 def _saved_by_copies(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> float:
@@ -94,3 +102,45 @@ def _saved_by_copies(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> floa
     copies_R = np.arange(1, p.most_copies)
     savings = np.sort((cost_E[:, None] / (copies_R * (copies_R + 1))).ravel())[::-1]
     return float(savings[: p.spare].sum()) * (1 + 1e-9)
+
+
+def pair_costs(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[float, FloatArray, FloatArray]:
+    """(fixed, alone [G, E], pair [G, E, E]) in microseconds: without spare slots no placement costs less than these.
+
+    fixed and, of each expert, its cost alone on its rank, and of each two on one rank their cost. Rounded down in all
+    by putting the whole error into `fixed`. Ranks are those of the programme, which have slots.
+    """
+    assert not p.spare
+    mu_TKE, v_CE = feasible(p, mu_TKE, v_CE)
+    kappa_CE, pair_CEE, size_CE = _costs(p, mu_TKE, v_CE)
+    alone_GE = kappa_CE[p.group_G] * p.factor_G[:, None]
+    prices_G = prices(p, mu_TKE, v_CE)
+    left_T = p.weights_T - mu_TKE.sum(axis=(1, 2))
+    fixed = float(left_T @ p.floor_T) + float(p.slots_G @ prices_G)
+    error = float((size_CE[p.group_G] * p.factor_G[:, None]).max(axis=0).sum()) + p.num_experts * np.abs(prices_G).max()
+    fixed -= _rounding(p, error + abs(fixed))
+    return fixed, alone_GE - prices_G[:, None], pair_CEE[p.group_G] * p.factor_G[:, None, None]
+
+
+def prices(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> FloatArray:
+    """[G] prices in microseconds of a slot of each rank, at which the assignment of `dual_bound` costs what it does."""
+    kappa_CE, pair_CEE, _ = _costs(p, *feasible(p, mu_TKE, v_CE))
+    kappa_CE += 0.5 * np.minimum(pair_CEE, 0.0).sum(axis=2)
+    cost_GE = kappa_CE[p.group_G] * p.factor_G[:, None]
+    slot_rank = np.repeat(np.arange(len(p.slots_G)), p.slots_G)
+    experts, slots = linear_sum_assignment(cost_GE.T[:, slot_rank])
+    return slot_prices(cost_GE, slot_rank[slots][np.argsort(experts)])
+
+
+def slot_prices(cost_GE: FloatArray, rank_E: IntArray) -> FloatArray:
+    """[G] prices y <= 0 of slots at which every expert's rank in a best assignment is its cheapest, `cost - y`."""
+    ranks = len(cost_GE)
+    step_GG = np.full((ranks, ranks), np.inf)
+    for g in range(ranks):
+        mine = np.flatnonzero(rank_E == g)
+        if len(mine):
+            step_GG[g] = (cost_GE[:, mine] - cost_GE[g, mine]).min(axis=1)
+    prices_G = np.zeros(ranks)
+    for _ in range(ranks):  # Bellman and Ford
+        prices_G = np.minimum(prices_G, (prices_G[:, None] + step_GG).min(axis=0))
+    return prices_G

@@ -2,8 +2,8 @@
 
 Reflected Halpern iterations with restarts and an adaptive primal weight (Lu and Yang, Restarted Halpern PDHG for
 linear programming, 2024), in float32: nothing here has to be right, as `dual_bound` makes a bound of any multipliers.
-Steps are scaled block by block (Pock and Chambolle, 2011) and by the norm of what is left. Without spare slots loads are
-taken from their mean of the step, which changes no solution, as the sums of U are known.
+Steps are scaled block by block (Pock and Chambolle, 2011) and by the norm of what is left. Without spare slots loads
+are taken from their mean of the step, which changes no solution, as the sums of U are known.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from gemopt.bounds.colocation import Programme
 from gemopt.latency import FloatArray
 
 Array = NDArray[Any]
+Real = Any  # float32 in the kernels
 F32 = np.float32
 NORM_ROUNDS = 10
 SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # when to restart: decay of the fixed-point error, share of all iterations
@@ -25,7 +26,7 @@ SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # when to restart: decay of the fi
 
 @njit(cache=True, nogil=True, fastmath=True)
 def step_together(
-    u: Array, rho: Array, v: Array, bar_q: Array, pull: Array, slope: Array, most: float, tau: float, sigma: float,
+    u: Array, rho: Array, v: Array, bar_q: Array, pull: Array, slope: Array, most: Real, tau: Real, sigma: Real,
     new_u: Array, new_rho: Array, mix: Array, sums: Array,
 ) -> None:  # fmt: skip
     """Gradient step of U, then of the multipliers rho of `U <= q` (none: `U <= most`).
@@ -59,7 +60,7 @@ def step_together(
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def step_rows(mu: Array, rows: Array, floor: Array, weight: Array, sigma: float, new_mu: Array) -> None:
+def step_rows(mu: Array, rows: Array, floor: Array, weight: Array, sigma: Real, new_mu: Array) -> None:
     """Gradient step of the rows' multipliers, [T, N] at least 0 and of sum at most `weight` [T] for each step."""
     steps, size = mu.shape
     for t in range(steps):
@@ -74,7 +75,7 @@ def step_rows(mu: Array, rows: Array, floor: Array, weight: Array, sigma: float,
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def project(values: Array, weight: float, total: float) -> None:
+def project(values: Array, weight: Real, total: Real) -> None:
     """Projection of values >= 0 of sum `total` onto the simplex of sum `weight` (Michelot)."""
     size = len(values)
     cut, count = (total - weight) / F32(size), size
@@ -84,7 +85,7 @@ def project(values: Array, weight: float, total: float) -> None:
             if values[n] > cut:
                 total += values[n]
                 kept += 1
-        if kept == 0 or kept == count:
+        if kept in (0, count):
             break
         cut, count = (total - weight) / F32(kept), kept
     for n in range(size):
@@ -92,7 +93,7 @@ def project(values: Array, weight: float, total: float) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def step_ranks(x: Array, cost: Array, tau: float, new_x: Array) -> None:
+def step_ranks(x: Array, cost: Array, tau: Real, new_x: Array) -> None:
     """Gradient step of x [E, G], each row on the simplex."""
     experts, ranks = x.shape
     for i in range(experts):
@@ -112,7 +113,7 @@ def step_ranks(x: Array, cost: Array, tau: float, new_x: Array) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def halpern(z: Array, image: Array, anchor: Array, part: float) -> float:
+def halpern(z: Array, image: Array, anchor: Array, part: Real) -> float:
     """z becomes `part (2 image - z) + (1 - part) anchor`; returns the squared distance of z and image."""
     total = F32(0)
     for n in range(len(z)):
@@ -129,9 +130,9 @@ class PrimalDual:
     the sums of u, y [G] of the slots, rho [C, E, E] of `u <= q`. Units: the mean floor is 1.
     """
 
-    def __init__(self, programme: Programme) -> None:
+    def __init__(self, programme: Programme, stop: NDArray[np.uint8] | None = None) -> None:
         self.programme = p = programme
-        features, steps, experts = p.features_FTE.shape
+        _, steps, experts = p.features_FTE.shape
         groups, kinds = p.num_groups, p.planes_CKF.shape[1]
         unit = max(float(p.weights_T @ p.floor_T) / max(float(p.weights_T.sum()), 1e-300), 1e-12)
         self.weight = (p.weights_T / p.weights_T.mean()).astype(F32)
@@ -158,6 +159,7 @@ class PrimalDual:
         self.iterations = 0
         self.balance = 1.0
         self.z, self.anchor, self.image = self._point(), self._point(), self._point()
+        self.stop = np.zeros(1, np.uint8) if stop is None else stop
         self._start()
         self._steps()
 
@@ -221,7 +223,7 @@ class PrimalDual:
         p = self.programme
         features, experts = len(p.features_FTE), p.num_experts
         loads = np.abs(self.data[:, : features * experts]).reshape(len(self.data), features, experts)
-        slope_F = self.slope_CKF.mean(axis=(0, 1))
+        slope_F = np.abs(self.slope_CKF).mean(axis=(0, 1))
         kinds = p.planes_CKF.shape[1]
         row = float((loads.sum(axis=2).mean(axis=0) * slope_F).sum()) + 1.0
         column = 2 * kinds * float((loads.mean(axis=2).sum(axis=0) * slope_F).sum()) + 4.0
@@ -237,6 +239,8 @@ class PrimalDual:
         x = rng.random(self.shapes["x"], dtype=F32) * (not self.alike)
         norm = 1.0
         for _ in range(NORM_ROUNDS):
+            if self.stop[0]:
+                return
             size = F32(max(np.sqrt(float((u**2).sum()) + float((x**2).sum())), 1e-20))
             u, x = u / size, x / size
             u, x = self._squared(u, x)
@@ -264,14 +268,14 @@ class PrimalDual:
         new_x = cost_CE.T @ self.factor_GC.T + F32(step["y"]) * x.sum(axis=0)
         return root_u * new_u, root_x * new_x * (not self.alike)
 
-    def iterate(self, rounds: int, stop: NDArray[np.uint8] | None = None) -> None:
+    def iterate(self, rounds: int) -> None:
         """So many iterations, fewer when `stop` [1] is set."""
         p, z, image = self.programme, self.z, self.image
         flat_CN = np.ascontiguousarray(self.slope_CKF.reshape(p.num_groups, -1))
         mix = np.empty((flat_CN.shape[1], p.num_experts, p.num_experts), F32)
         sums = np.empty((p.num_groups, p.num_experts), F32)
         for _ in range(rounds):
-            if stop is not None and stop[0]:
+            if self.stop[0]:
                 break
             down = {name: F32(self.step[name] / self.balance) for name in ("u", "x")}
             up = {name: F32(self.step[name] * self.balance) for name in ("mu", "v", "y", "rho")}

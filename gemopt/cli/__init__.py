@@ -16,14 +16,17 @@ def load() -> None:
         demo,
         doctor,
         export,
+        links,
         profile,
         profile_import,
+        profile_links,
         replay,
         report,
         run,
         solve,
         trace,
         trace_import,
+        verify,
         watch,
     )
 

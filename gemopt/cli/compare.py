@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, notice, print_json, show
+from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
 from gemopt.cli.moves import Current, ExpertBytes
 from gemopt.cli.progress import progress as shown
 from gemopt.cli.solve import (
@@ -61,6 +62,11 @@ def compare_command(
     current: Current = None,
     moves: Annotated[bool, typer.Option("--moves", help="latency against moves from --current instead")] = False,
     expert_bytes: ExpertBytes = None,
+    topology: TopologyName = None,
+    once_per: OncePer = None,
+    tokens_from: TokensFrom = None,
+    token_bytes: TokenBytes = None,
+    overlap: Overlap = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of the table")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -90,9 +96,16 @@ def compare_command(
         "patience": patience,
         "threads": threads,
         "allow_one_rank": allow_one_rank,
+        "topology": topology,
+        "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
         "notice": None if as_json else notice,
     }
     if current is not None:
+        if topology is not None:
+            from gemopt.exceptions import InputError
+
+            raise InputError("--topology", topology, "moves are not weighed against links", "leave out --current")
+        del options["topology"], options["exchange"]
         with whole_or_nothing(threads):
             chosen, found_by = load_traces(traces, task, phase), names if solvers else []
             return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,

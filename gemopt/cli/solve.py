@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemopt import cores, interrupts
 from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, warn
+from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
 from gemopt.cli.moves import (
     Add,
     Bandwidth,
@@ -65,10 +66,7 @@ Threads = Annotated[int | None, typer.Option("--threads", help="cores used in al
 OneRank = Annotated[bool, typer.Option("--allow-one-rank", help="solve even where the profile has only one device")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 
-SOLVERS = (
-    "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, conflict, local-search; with the extra exact: "
-    "cpsat, milp"
-)
+SOLVERS = "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, conflict, local-search, branch, cpsat, milp"
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
 EXIT_INTERRUPTED = 130
@@ -190,7 +188,15 @@ def solve_command(
     max_bytes_per_rank: MaxBytes = None,
     exclude_ranks: Exclude = None,
     add_rank: Add = None,
+    topology: TopologyName = None,
+    once_per: OncePer = None,
+    tokens_from: TokensFrom = None,
+    token_bytes: TokenBytes = None,
+    overlap: Overlap = False,
     result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option("--certificate", help="write what was proved, for gemopt verify")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Place the experts: profile and traces in, placement out."""
@@ -199,7 +205,8 @@ def solve_command(
     from gemopt.result import Status
     from gemopt.solve import DEFAULT_TIME_LIMIT, solve
 
-    for path in (output, result_path):
+    exchange = parse_exchange(topology, once_per, tokens_from, token_bytes, overlap)
+    for path in (output, result_path, certificate):
         if path is not None:
             check_writable(path)
     limit_s = DEFAULT_TIME_LIMIT if time_limit is None else time_limit
@@ -236,8 +243,11 @@ def solve_command(
                 max_bytes_per_rank=max_bytes_per_rank,
                 exclude_ranks=parse_excluded(exclude_ranks),
                 add_ranks=parse_added(add_rank),
+                topology=topology,
+                exchange=exchange,
                 progress=progress,
                 notice=None if as_json else notice,
+                certificate=certificate,
             )
             if output is not None and result.placement is not None:
                 result.placement.save(output)
@@ -245,7 +255,8 @@ def solve_command(
                 result.save(result_path)
     if as_json:
         moves = None if result.moves is None else result.moves.model_dump(mode="json")
-        print_json({name: getattr(result, name) for name in (*JSON_FIELDS, "notes")} | {"moves": moves})
+        more = {"moves": moves} | ({} if result.links is None else {"links": result.links.model_dump(mode="json")})
+        print_json({name: getattr(result, name) for name in (*JSON_FIELDS, "notes")} | more)
     else:
         _tell(result, output)
     if result.status is Status.INFEASIBLE:
@@ -258,6 +269,8 @@ def _tell(result: Result, output: Path | None) -> None:
     say(result.summary())
     if result.moves is not None:
         say(result.moves.summary(result.num_steps))
+    if result.links is not None:
+        say(result.links.summary(result.num_steps))
     for note in result.notes:
         say(note)
     for layer in result.per_layer:
@@ -287,6 +300,11 @@ def evaluate_command(
     cost: Cost = "auto",
     task: Task = None,
     phase: PhaseName = None,
+    topology: TopologyName = None,
+    once_per: OncePer = None,
+    tokens_from: TokensFrom = None,
+    token_bytes: TokenBytes = None,
+    overlap: Overlap = False,
     senders: SendersName = None,
     as_json: AsJson = False,
 ) -> int:
@@ -301,11 +319,15 @@ def evaluate_command(
     measured = Profile.load(profile)
     model, _ = fit(measured, model=cost)
     loaded = Placement.load(placement)
-    evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders)
+    wired: dict[str, Any] = {
+        "topology": topology,
+        "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
+    }
+    evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders, **wired)
     contiguous = Placement.contiguous(
         chosen.num_layers, chosen.num_experts, measured.num_ranks, layer_ids=list(chosen.layer_ids)
     )
-    base = evaluate(contiguous, measured, chosen, cost=model)
+    base = evaluate(contiguous, measured, chosen, cost=model, **wired)
     fields = evaluation_fields(evaluation, base)
     if as_json:
         print_json(fields)

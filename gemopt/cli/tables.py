@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gemopt.evaluate import Evaluation
     from gemopt.fronts import FrontPoint
     from gemopt.replay import ReplayResult
+    from gemopt.verify import Verified
 
 
 def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) -> Table:
@@ -51,6 +52,31 @@ def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) ->
         ]
         name = f"{row.solver} *" if _said(row) else row.solver
         table.add_row(name, *cells, style="bold" if _key(row, held) == best else None)
+    return table
+
+
+def verified_table(found: Verified) -> Table:
+    """What was checked beside what is only claimed, layer by layer and in all."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.caption = Text("certified is what was checked here; claimed is what the solver says")
+    table.caption_justify = "left"
+    rows = [("all", "", found.objective_us, found.checked_us, found.claimed_us, "")]
+    rows += [
+        (str(each.layer_id), each.proof.value, each.objective_us, each.checked_us, each.claimed_us, each.note)
+        for each in found.layers
+    ]
+    for head, right in (
+        ("layer", 0),
+        ("proof", 0),
+        ("total ms", 1),
+        ("certified gap %", 1),
+        ("claimed gap %", 1),
+        ("", 0),
+    ):
+        table.add_column(head, justify="right" if right else "left")
+    for layer, proof, objective, checked, claimed, note in rows:
+        gaps = [f"{100 * (1 - bound / max(objective, 1e-300)):.3f}" for bound in (checked, claimed)]
+        table.add_row(layer, proof, _milliseconds(objective), *gaps, note, style="bold" if layer == "all" else None)
     return table
 
 
@@ -98,6 +124,22 @@ def evaluation_fields(evaluation: Evaluation, base: Evaluation) -> dict[str, Any
         "idle_share": evaluation.idle_share,
         "outside": evaluation.outside,
         "per_layer_us": evaluation.per_layer_us.tolist(),
+    } | _link_fields(evaluation)
+
+
+def _link_fields(evaluation: Evaluation) -> dict[str, Any]:
+    """What exchanging tokens takes; nothing without a topology."""
+    sent = evaluation.communication
+    if sent is None:
+        return {}
+    return {
+        "compute_us": evaluation.compute_us,
+        "dispatch_us": float(sent.dispatch_TL.sum()),
+        "combine_us": float(sent.combine_TL.sum()),
+        "cross_node_bytes": sent.cross_node_bytes,
+        "cross_rank_bytes": sent.cross_rank_bytes,
+        "fullest_bytes": sent.fullest_bytes,
+        "fullest_port": sent.fullest_port,
     }
 
 
@@ -109,6 +151,11 @@ def evaluation_table(fields: dict[str, Any], num_steps: int) -> Table:
     table.add_row("against contiguous", "" if fields["change"] is None else f"{_percent(fields['change'])} %")
     table.add_row("step p50, p90, p99", " / ".join(f"{fields[q]:.0f}" for q in ("p50_us", "p90_us", "p99_us")) + " us")
     table.add_row("ranks wait", f"{100 * fields['idle_share']:.1f} % of the time")
+    if "dispatch_us" in fields:
+        parts = " + ".join(f"{fields[name] / num_steps:.1f}" for name in ("compute_us", "dispatch_us", "combine_us"))
+        table.add_row("compute + dispatch + combine", f"{parts} us per step")
+        table.add_row("between nodes", f"{fields['cross_node_bytes'] / 1e9:.3g} GB")
+        table.add_row("fullest port", fields["fullest_port"])
     table.add_row("outside the profile", f"{100 * fields['outside']:.1f} % of the loads")
     return table
 

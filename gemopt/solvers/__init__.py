@@ -16,9 +16,11 @@ REGISTRY = {
     "eplb-hierarchical": "gemopt.solvers.baselines.eplb:EplbHierarchical",
     "lpt": "gemopt.solvers.baselines.lpt:Lpt",
     "gem": "gemopt.solvers.baselines.gem:Gem",
+    "moetuner": "gemopt.solvers.baselines.moetuner:MoeTuner",
     "conflict": "gemopt.solvers.baselines.conflict:Conflict",
     "local-search": "gemopt.solvers.search.local_search:LocalSearch",
     "cpsat": "gemopt.solvers.exact.cpsat:CpSat",
+    "branch": "gemopt.solvers.exact.branch:Branch",
     "milp": "gemopt.solvers.exact.milp:Milp",
     "auto": "gemopt.solvers.auto:Auto",
 }

@@ -1,16 +1,19 @@
-"""The default: local search on every layer, then CP-SAT where the layer is small enough to be proven."""
+"""The default: local search on every layer, then a proof where the layer is small enough for one."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from gemopt.exceptions import missing
+from gemopt.links import Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Supports
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Solver, Supports
 from gemopt.solvers.search.local_search import LocalSearch
+from gemopt.solvers.size import branches
 
 PROVABLE_EXPERTS = 16
 PROVABLE_TIMES = 4000
@@ -18,21 +21,26 @@ SEARCH_SHARE = 0.4
 
 
 class Auto:
-    """Local search; on small layers the rest of the time goes to CP-SAT, started from what was found."""
+    """Local search; on small layers the rest of the time goes to an exact solver, started from what was found."""
 
     name = "auto"
-    supports = Supports(proves=True, improves=True, moves=True)
+    supports = Supports(proves=True, improves=True, moves=True, links=True)
+
+    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
+        """As local search; see `LinkedSolver`."""
+        return LocalSearch().solve_linked(problems, links, rows, options)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
         from gemopt.evaluate import total
 
+        branched = branches(problem)
         other = problem.spare_slots > 0 and (problem.split is not Split.EVEN or problem.full)
         large = problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES
-        if other or large:
+        if other or (large and not branched):
             return LocalSearch().solve(problem, options, warm_start)
         deadline = time.monotonic() + SEARCH_SHARE * options.remaining
-        patience = DEFAULT_PATIENCE if options.patience is None else options.patience
+        patience = DEFAULT_PATIENCE if options.patience is None or branched else options.patience
         found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)
         if found.row is None:
             return found
@@ -40,14 +48,26 @@ class Auto:
         if gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE):
             return found
         try:
-            from gemopt.solvers.exact.cpsat import CpSat
+            exact = exact_solver(branched=branched)
         except ModuleNotFoundError as error:
             found.note = f"no proof was tried: {missing(error, 'CP-SAT')}"
             return found
         if options.expired():
             return found
-        proven = CpSat().solve(problem, options, found.row)
+        proven = exact.solve(problem, options, found.row)
         proven.history = found.history + proven.history
+        proven.reached |= found.reached
         if proven.row is None:
             proven.row = found.row
         return proven
+
+
+def exact_solver(*, branched: bool) -> Solver:
+    """Who proves a layer."""
+    if branched:
+        from gemopt.solvers.exact.branch import Branch
+
+        return Branch()
+    from gemopt.solvers.exact.cpsat import CpSat
+
+    return CpSat()

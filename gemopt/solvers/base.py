@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
-from gemopt.placement import EMPTY, Split
+from gemopt.links import Links
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 
@@ -36,6 +37,8 @@ class Supports:
     """Whether more time or a warm start can lead to a better answer."""
     moves: bool = False
     """Whether it heeds a price and limits of moves."""
+    links: bool = False
+    """Whether it heeds links between ranks: a `LinkedSolver`."""
     policies: bool = True
     """Whether it takes copies that do not share evenly, and slots that may not stay empty."""
 
@@ -112,7 +115,8 @@ class Outcome:
     what it claimed was refuted. stated_steps, distinct_steps: steps that were stated to it, of how many. reached:
     whether the solver ran at all.
 
-    search: what `Options.begun` takes, from solvers that can go on.
+    search: what `Options.begun` takes, from solvers that can go on. searched_nodes: nodes of a search of all placements
+    that ended, so that it can be repeated; None where there was none.
     """
 
     row: Row | None
@@ -127,6 +131,7 @@ class Outcome:
     distinct_steps: int | None = None
     reached: bool = True
     search: object = None
+    searched_nodes: int | None = None
 
 
 class Solver(Protocol):
@@ -142,6 +147,24 @@ class Solver(Protocol):
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer. A warm start is a hint: feasible, and never worsened by solvers that improve."""
+
+
+@dataclass
+class Linked:
+    """What a search over all layers found: rows, their total in microseconds, incumbents, and why it ended."""
+
+    rows: list[Row]
+    total_us: float
+    stopped_by: StoppedBy
+    history: list[Incumbent] = field(default_factory=list)
+    note: str = ""
+
+
+class LinkedSolver(Protocol):
+    """A solver that goes on from what it found layer by layer, over all layers and with what links take."""
+
+    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
+        """Place all layers under `gemopt.evaluate.linked_total`."""
 
 
 def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list[str]]) -> None:
@@ -173,10 +196,8 @@ def no_placement(problem: Problem) -> Outcome:
 
 
 def within_limits(problem: Problem, row: Row | None) -> bool:
-    """Whether there is a row and it keeps to the limits of moves, with no empty slot where none may be."""
-    if row is None or (problem.full and (row == EMPTY).any()):
-        return False
-    return problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank)
+    """Whether there is a row and it keeps to the limits of moves."""
+    return row is not None and (problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank))
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

@@ -171,10 +171,10 @@ def relieve(copies: Copies, room: Room, parts_C: IntArray, full: Number) -> Numb
 def fluid_times(curves: Curves, total_T: IntArray) -> Array:
     """[T] time in which all ranks together hold a load, however it is cut into whole assignments."""
     times_T, everyone, idle, loads_F = np.empty(len(total_T)), np.arange(len(curves.num_terms)), 0.0, np.zeros(1)
-    for g in everyone:
+    for g in range(len(everyone)):
         idle = max(idle, latency_value(g, loads_F, curves))
     for t in range(len(total_T)):
-        times_T[t] = level(curves, everyone, total_T[t], idle)
+        times_T[t] = level(curves, everyone, int(total_T[t]), idle)
     return times_T
 
 

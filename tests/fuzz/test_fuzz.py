@@ -21,11 +21,13 @@ def _load(name: str) -> ModuleType:
 
 
 fuzz = _load("fuzz")
+fuzz_bounds = sys.modules["fuzz_bounds"]
 
 RUNS = [
-    ("bounds", 1500),
+    ("bounds", 600),
     *((name, 100) for name in fuzz.SIMPLE),
     ("auto", 150),
+    ("branch", 300),
     ("cpsat", 300),
     ("highs", 100),
     ("cbc", 50),

@@ -7,6 +7,7 @@ objective says so. Descents end with the deadline; what was cut goes on where it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.evaluate import objective
+from gemopt.links import Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded
+from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, incumbent, seeded
 from gemopt.solvers.search.packing import copies_worth_trying, filled, lpt_row, peak_load, replicate
 
 if TYPE_CHECKING:
@@ -34,7 +36,13 @@ class LocalSearch:
     """Descent by swaps and copies, then iterated local search."""
 
     name = "local-search"
-    supports = Supports(improves=True, moves=True)
+    supports = Supports(improves=True, moves=True, links=True)
+
+    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
+        """All layers under makespans and links; see `LinkedSolver`."""
+        from gemopt.solvers.search.linked import search_linked
+
+        return search_linked(problems, links, rows, options)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. `options.patience` 0 ends after the descent; `options.begun` goes on."""

@@ -1,0 +1,141 @@
+"""What a call proved, for anyone to check: `certificate.json`, and its multipliers in a safetensors file beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from gemopt.documents import Document, read_bytes, replacing
+from gemopt.exceptions import InputError
+from gemopt.traces import Traces
+
+UNIT = 1 << 24  # multipliers, planes and factors are whole numbers of 1 / UNIT
+ENDING = ".duals.safetensors"
+IntArray = NDArray[np.int64]
+
+
+class Proof(StrEnum):
+    """How a layer's bound can be checked.
+
+    `dual`: multipliers of the co-location programme, and floors of the steps, checked in full. `tree`: the solver has
+    searched every placement; the verifier searches again, up to a number of nodes. `claimed`: a solver's word, or a
+    bound that only it can compute.
+    """
+
+    DUAL = "dual"
+    TREE = "tree"
+    CLAIMED = "claimed"
+
+
+class LayerProof(BaseModel):
+    """One layer: its placement [P], what it is worth, what no placement falls below, and why.
+
+    bound_us: the solver's bound, which the tree proves. dual_us: what the multipliers prove, None where there are none.
+    planes: [C, K, 1 + F] intercept and slopes of each group in 2^-24 picoseconds; group, factor: [G] of each rank that
+    has slots, the factor in 2^-24. See docs/certificates.md.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    layer_id: int
+    proof: Proof
+    row: list[int]
+    objective_us: float = Field(ge=0)
+    bound_us: float
+    dual_us: float | None = None
+    planes: list[list[list[int]]] = Field(default_factory=list)
+    group: list[int] = Field(default_factory=list)
+    factor: list[int] = Field(default_factory=list)
+
+
+class Certificate(Document):
+    """What was proved of a placement on some traces; `certificate.json`.
+
+    Attributes
+    ----------
+    objective_us, bound_us, gap
+        Sums over the layers, in microseconds, and `(objective - bound) / objective`: the solvers' word.
+    cost
+        Cost model fitted to the profile, as `--cost` names it.
+    slots_per_rank
+        [G] slots of each rank.
+    profile_sha256, traces_sha256, duals_sha256, own_sha256
+        Digests of the profile, of the counts, of the file of multipliers ("" without one), and of all the rest here.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    objective_us: float = Field(ge=0)
+    bound_us: float
+    gap: float
+    cost: str
+    slots_per_rank: list[int]
+    layers: list[LayerProof] = Field(min_length=1)
+    profile_sha256: str
+    traces_sha256: str
+    duals_sha256: str = ""
+    own_sha256: str = ""
+
+    def own_digest(self) -> str:
+        """Digest of everything but itself."""
+        return self.model_copy(update={"own_sha256": ""}).digest()
+
+    def write(self, path: str | os.PathLike[str], duals: dict[str, IntArray]) -> None:
+        """Write the document, and the multipliers (`mu.0`, `v.0`, `y.0`, ... by layer id) beside it first."""
+        content = save(duals) if duals else b""
+        digest = hashlib.sha256(content).hexdigest() if duals else ""
+        if duals:
+            with replacing(duals_path(path)) as stream:
+                stream.write(content)
+        signed = self.model_copy(update={"duals_sha256": digest, "own_sha256": ""})
+        signed.model_copy(update={"own_sha256": signed.own_digest()}).save(path)
+
+    def duals(self, path: str | os.PathLike[str]) -> dict[str, IntArray]:
+        """The multipliers beside the certificate at `path`.
+
+        Raises
+        ------
+        InputError
+            The file is missing, not whole, of another certificate, or holds what is no whole number.
+        """
+        if not self.duals_sha256:
+            return {}
+        where = duals_path(path)
+        content = read_bytes(where)
+        if hashlib.sha256(content).hexdigest() != self.duals_sha256:
+            raise InputError(
+                str(where),
+                f"{len(content)} bytes",
+                "the multipliers that the certificate names (sha256)",
+                "write both again",
+            )
+        try:
+            found = load(content)
+        except (SafetensorError, json.JSONDecodeError, ValueError) as error:
+            raise InputError(str(where), str(error), "a complete safetensors file is needed") from None
+        for name, array in found.items():
+            if array.dtype != np.int64:
+                raise InputError(f"{where}: {name}", str(array.dtype), "whole numbers (int64)")
+        return found
+
+
+def duals_path(path: str | os.PathLike[str]) -> Path:
+    """Where the multipliers of a certificate lie."""
+    return Path(path).with_name(Path(path).stem + ENDING)
+
+
+def counts_digest(traces: Traces) -> str:
+    """Hex sha256 of what a placement is scored on: the counts, their shape and the layers' ids."""
+    digest = hashlib.sha256(json.dumps([list(traces.counts.shape), list(traces.layer_ids)]).encode())
+    digest.update(np.ascontiguousarray(traces.counts, dtype="<i4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,132 @@
+"""From a call's run to its certificate: placements, bounds, and multipliers as whole numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemopt.bounds import Together
+from gemopt.bounds.dual_bound import prices
+from gemopt.certificate import UNIT, Certificate, IntArray, LayerProof, Proof, counts_digest
+from gemopt.costs import CostModel, fit
+from gemopt.exceptions import InputError
+from gemopt.placement import Split
+from gemopt.profile import Profile
+from gemopt.result import Result
+from gemopt.schedule import Layer
+from gemopt.traces import Traces
+from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
+from gemopt.verify_dual import check_dual, slack, units
+
+
+@dataclass(frozen=True)
+class Certified:
+    """A certificate and the multipliers that go beside it."""
+
+    certificate: Certificate
+    duals: dict[str, IntArray]
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write both files."""
+        self.certificate.write(path, self.duals)
+
+
+def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: Traces, cost: CostModel) -> Certified:
+    """The certificate of a result, and the multipliers that go beside it.
+
+    Raises
+    ------
+    InputError
+        There is no placement, moves have a price or limits, copies do not share evenly, or the cost model is none that
+        `fit` makes of the profile.
+    """
+    if result.placement is None or any(layer.problem.moves is not None for layer in layers):
+        raise InputError(
+            "certificate", "moves" if result.placement else "no placement", "placements without moves only"
+        )
+    first = layers[0].problem
+    if first.spare_slots and first.split is not Split.EVEN:
+        raise InputError("certificate", first.split.value, "copies that share evenly, or none", "use --split even")
+    _check_cost(profile, cost)
+    slots_G = result.placement.slots_per_rank
+    proofs: list[LayerProof] = []
+    duals: dict[str, IntArray] = {}
+    for index, (layer, found) in enumerate(zip(layers, result.per_layer, strict=True)):
+        row = result.placement.physical_to_logical[index]
+        case = Case(traces.counts[:, index].astype(np.int64), cost, slots_G)
+        value, outcome = objective_us(case, row), layer.outcome
+        searched = outcome is not None and outcome.searched_nodes is not None
+        proof = LayerProof(
+            layer_id=found.layer_id,
+            proof=Proof.TREE if searched else Proof.CLAIMED,
+            row=row.tolist(),
+            objective_us=value,
+            bound_us=min(found.bound_us or 0.0, value),
+        )
+        if layer.together is not None and not layer.problem.spare_slots:
+            proof = _with_dual(case, proof, layer.together, duals)
+        checked_us = max(proof.dual_us or 0.0, floor_bound_us(case))
+        if proof.proof is Proof.CLAIMED and checked_us >= proof.bound_us * (1 - 1e2 * SAME):
+            proof = proof.model_copy(update={"proof": Proof.DUAL})
+        proofs.append(proof)
+    total, bound = sum(p.objective_us for p in proofs), sum(p.bound_us for p in proofs)
+    certificate = Certificate(
+        objective_us=total,
+        bound_us=bound,
+        gap=1 - bound / max(total, 1e-300),
+        cost=cost.name,
+        slots_per_rank=slots_G.tolist(),
+        layers=proofs,
+        profile_sha256=profile.digest(),
+        traces_sha256=counts_digest(traces),
+    )
+    return Certified(certificate, duals)
+
+
+def _check_cost(profile: Profile, cost: CostModel) -> None:
+    """Refuse a cost model that nobody can make of the profile again."""
+    try:
+        again, _ = fit(profile, model=cost.name)
+    except InputError:
+        again = None
+    points = [(c.x.tobytes(), c.y.tobytes(), c.slope) for each in cost.latencies for term in each.terms for c in term]
+    if again is None or points != [
+        (c.x.tobytes(), c.y.tobytes(), c.slope) for each in again.latencies for term in each.terms for c in term
+    ]:
+        raise InputError("certificate", cost.name, "a cost model as fitted to the profile", "name one, as --cost does")
+
+
+def _with_dual(case: Case, proof: LayerProof, known: Together, duals: dict[str, IntArray]) -> LayerProof:
+    """The proof with its multipliers, rounded; as it was where there are none or they prove nothing."""
+    p, found = known.programme, known.multipliers
+    if p is None or found is None or len(p.weights_T) < len(case.counts_TE) or (p.weights_T != 1).any():
+        return proof
+    mu_TKE, v_CE = found
+    exact = {
+        "mu": np.floor(np.maximum(mu_TKE, 0.0) * UNIT).astype(np.int64),
+        "v": np.round(v_CE * (PS * UNIT)).astype(np.int64),
+        "y": np.round(prices(p, mu_TKE, v_CE) * (PS * UNIT)).astype(np.int64),
+    }
+    over_T = np.maximum(exact["mu"].sum(axis=(1, 2)) - UNIT, 0)
+    for t in np.flatnonzero(over_T):
+        heaviest = np.unravel_index(exact["mu"][t].argmax(), exact["mu"][t].shape)
+        exact["mu"][(t, *heaviest)] -= over_T[t]
+    if (exact["mu"] < 0).any():
+        return proof
+    factor = [units(float(each)) for each in p.factor_G]
+    planes = [[[units(float(x) * PS) for x in plane] for plane in group] for group in p.planes_CKF]
+    busy = np.flatnonzero(case.slots_G)
+    for index, g in enumerate(busy):
+        for plane in planes[p.group_G[index]]:
+            low = slack(case, int(g), plane, factor[index])
+            if low < 0:  # rounding has put it above: lower it by as much, and one more
+                plane[0] -= int(-low * UNIT * UNIT / factor[index]) + 1
+    mine = {f"{name}.{proof.layer_id}": array for name, array in exact.items()}
+    stated = proof.model_copy(update={"planes": planes, "group": p.group_G.tolist(), "factor": factor})
+    dual_us = check_dual(case, stated, mine)
+    duals.update(mine)
+    best = max(proof.bound_us, min(dual_us, proof.objective_us))
+    return stated.model_copy(update={"dual_us": dual_us, "bound_us": best})

@@ -1,0 +1,120 @@
+"""Options of commands that take links between ranks, and the command `gemopt topology`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gemopt.cli.app import app, console, print_json
+from gemopt.exceptions import InputError
+
+if TYPE_CHECKING:
+    from gemopt.links import Exchange
+    from gemopt.topology import Topology
+
+TopologyName = Annotated[
+    str | None, typer.Option("--topology", help="links between ranks: topology.json, or a name such as 2x8-ib400")
+]
+OncePer = Annotated[str | None, typer.Option("--once-per", help="a token goes to each assignment, rank or node once")]
+TokensFrom = Annotated[
+    str | None, typer.Option("--tokens-from", help="where tokens start: recorded, uniform or previous")
+]
+TokenBytes = Annotated[
+    str | None, typer.Option("--token-bytes", help="bytes of a token, or of dispatch and combine: 2880,5760")
+]
+Overlap = Annotated[bool, typer.Option("--overlap", help="communication hides behind computing")]
+
+
+def parse_exchange(
+    topology: str | None, once_per: str | None, tokens_from: str | None, token_bytes: str | None, overlap: bool
+) -> Exchange | None:
+    """How tokens are exchanged; None without a topology, which all of it needs."""
+    from gemopt.links import Exchange
+
+    given = {
+        "--once-per": once_per,
+        "--tokens-from": tokens_from,
+        "--token-bytes": token_bytes,
+        "--overlap": overlap or None,
+    }
+    if topology is None:
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(name, value, "says how tokens go over links", "give --topology")
+        return None
+    for name, value, known in (
+        ("--once-per", once_per, ("assignment", "rank", "node")),
+        ("--tokens-from", tokens_from, ("recorded", "uniform", "previous")),
+    ):
+        if value is not None and value not in known:
+            raise InputError(name, value, f"one of {', '.join(known)}")
+    sizes: list[int | None] = [None, None]
+    if token_bytes is not None:
+        try:
+            numbers = [int(part) for part in token_bytes.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) not in (1, 2) or min(numbers) <= 0:
+            raise InputError("--token-bytes", token_bytes, "one whole number above 0, or two: dispatch,combine")
+        sizes = [numbers[0], numbers[-1]]
+    return Exchange.model_validate(
+        {
+            "dispatch_bytes": sizes[0],
+            "combine_bytes": sizes[1],
+            "once_per": once_per or "rank",
+            "senders": tokens_from,
+            "overlap": overlap,
+        }
+    )
+
+
+@app.command("topology")
+def topology_command(
+    source: Annotated[str, typer.Argument(help="a name such as 2x8-ib400, or a file", show_default=False)],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="topology.json to write")] = None,
+    like: Annotated[
+        str | None, typer.Option("--like", help="named topology whose speeds a rank_cost_matrix takes on")
+    ] = None,
+    inside: Annotated[
+        str | None, typer.Option("--inside", help="named topology for within a node, where nccl-tests ran between them")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the document")] = False,
+) -> int:
+    """Show, write or import links: a name, topology.json, nccl-tests output, SGLang's rank_cost_matrix."""
+    from gemopt.formats.links import read_links
+
+    found = read_links(source, like=like, inside=inside)
+    if output is not None:
+        found.save(output)
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return 0
+    for line in described(found):
+        console.print(line, highlight=False)
+    if output is not None:
+        console.print(f"wrote {output}")
+    return 0
+
+
+def described(topology: Topology) -> list[str]:
+    """Lines for people."""
+    from gemopt.topology import LEVELS
+
+    lines = [f"{topology.name or 'topology'}: {topology.num_ranks} ranks on {topology.num_nodes} nodes"]
+    for name in LEVELS:
+        level = getattr(topology, name)
+        if level is None:
+            continue
+        if level.points is None:
+            speed = f"{level.bandwidth_gbs:g} GB/s, {level.latency_us:g} us"
+        else:
+            (low, first), (high, last) = level.points[0], level.points[-1]
+            speed = f"{len(level.points)} points, {first:g} us for {low:g} bytes to {last:g} us for {high:g}"
+        lines.append(f"{name.replace('_', ' ')}: {speed}, a port per {level.port_of}")
+    if topology.pair_bandwidth_gbs is not None:
+        lines.append("a link from every rank to every other")
+    if topology.source:
+        lines.append(f"source: {topology.source}")
+    return lines

@@ -1,0 +1,154 @@
+"""Links that others measured or declared: nccl-tests text, SGLang's `rank_cost_matrix`; `topology.json`; names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.documents import read_bytes, read_json
+from gemopt.exceptions import InputError
+from gemopt.named_topologies import named
+from gemopt.topology import LEVELS, Level, Topology
+
+RANK_LINE = re.compile(r"^#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device", re.MULTILINE)
+TEST_LINE = re.compile(r"^# Collective test starting: (\w+?)(?:_perf)?\s*$", re.MULTILINE)
+ROW = re.compile(r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+(?:\w+\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+\s", re.MULTILINE)
+USED = ("alltoall", "sendrecv")
+
+
+def read_links(source: str, *, like: str | None = None, inside: str | None = None) -> Topology:
+    """A topology from a name or a file.
+
+    Parameters
+    ----------
+    like
+        Named topology whose speeds a `rank_cost_matrix`, which only orders the ranks, takes on.
+    inside
+        Named topology whose speed within a node is added to nccl-tests that ran between nodes.
+
+    Raises
+    ------
+    InputError
+        What was given is none of these, or not enough.
+    """
+    path = Path(source)
+    if path.suffix != ".json" and not path.exists():
+        return named(source)
+    if path.suffix != ".json":
+        return from_nccl_tests(read_bytes(path).decode(errors="replace"), source, inside=inside)
+    data = read_json(path)
+    if isinstance(data, list) or (isinstance(data, dict) and "rank_cost_matrix" in data):
+        return from_cost_matrix(data, source, like=like)
+    return Topology.load(path)
+
+
+def from_cost_matrix(data: Any, source: str, *, like: str | None) -> Topology:
+    """Nodes and racks from SGLang's costs, of which only the order counts, with the speeds of a named topology."""
+    if isinstance(data, dict) and set(data) != {"rank_cost_matrix"}:
+        raise InputError(source, sorted(set(data) - {"rank_cost_matrix"}), "one key, rank_cost_matrix")
+    rows = data["rank_cost_matrix"] if isinstance(data, dict) else data
+    try:
+        cost = np.array(rows, dtype=np.float64)
+    except (ValueError, TypeError):
+        raise InputError(f"{source}: rank_cost_matrix", rows, "a square of numbers") from None
+    field = f"{source}: rank_cost_matrix"
+    if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not cost.size:
+        raise InputError(field, f"shape {cost.shape}", "every rank to every other")
+    if not np.isfinite(cost).all() or (cost < 0).any() or np.diag(cost).any():
+        raise InputError(field, "a negative or infinite cost, or one from a rank to itself", "costs >= 0, 0 to itself")
+    if (cost != cost.T).any():
+        g, h = np.argwhere(cost != cost.T)[0].tolist()
+        raise InputError(f"{field}[{g}][{h}]", float(cost[g, h]), f"symmetric: {cost[h, g]:g} the other way")
+    levels = np.unique(cost[~np.eye(len(cost), dtype=bool)])
+    if len(levels) > len(LEVELS):
+        raise InputError(field, f"{len(levels)} different costs", f"at most {len(LEVELS)}: node, rack, racks")
+    if like is None:
+        raise InputError("--like", None, "only the order of the costs counts, so speeds must be said", "2x8-ib400")
+    speeds = named(like)
+    groups = [_groups(cost <= value, field) for value in levels]
+    node_of_rank = groups[0] if groups else np.zeros(len(cost), np.int64)
+    nodes = int(node_of_rank.max()) + 1
+    racks = groups[1] if len(levels) == len(LEVELS) else None
+    if racks is not None:
+        racks = np.array([racks[np.flatnonzero(node_of_rank == node)[0]] for node in range(nodes)])
+    between = speeds.between_nodes
+    if nodes > 1 and between is None:
+        raise InputError("--like", like, "the costs tell several nodes, and this is one", "2x8-ib400")
+    return Topology(
+        name=f"{Path(source).stem} like {like}",
+        node_of_rank=node_of_rank,
+        rack_of_node=racks,
+        within_node=speeds.within_node,
+        between_nodes=between if nodes > 1 else None,
+        between_racks=between if racks is not None else None,
+        source=f"groups from {source}; speeds: {speeds.source}",
+    )
+
+
+def _groups(near: NDArray[np.bool_], field: str) -> NDArray[np.int64]:
+    """[G] group of each rank, numbered by their first; whoever is near one of a group is near them all."""
+    group = np.argmax(near, axis=1)
+    if (near != (group[:, None] == group[None])).any():
+        g, h = np.argwhere(near != (group[:, None] == group[None]))[0].tolist()
+        raise InputError(f"{field}[{g}][{h}]", "no groups of ranks", "who is near one of a node is near all of it")
+    return np.asarray(np.unique(group, return_inverse=True)[1], dtype=np.int64)
+
+
+def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
+    """Measured points of `alltoall_perf` or `sendrecv_perf`: within a node, or between nodes where it ran on several.
+
+    Out-of-place times. Of an all-to-all of S bytes per rank each peer gets S / n, so S (n - node) / n go between nodes,
+    or S (n - 1) / n within one; of a send each rank's port carries S.
+    """
+    ranks = RANK_LINE.findall(text)
+    tests = set(TEST_LINE.findall(text))
+    rows = ROW.findall(text)
+    if not ranks or not rows:
+        raise InputError(source, f"{len(ranks)} ranks, {len(rows)} rows", "the whole output of nccl-tests")
+    test = tests.pop() if len(tests) == 1 else _told_by_name(source)
+    if test not in USED:
+        raise InputError(source, test or "an unnamed test", f"the output of {' or '.join(t + '_perf' for t in USED)}")
+    numbers = [int(rank) for rank, _ in ranks]
+    if numbers != list(range(len(ranks))):
+        raise InputError(source, numbers, "ranks 0, 1, ... once each")
+    hosts = list(dict.fromkeys(host for _, host in ranks))
+    node_of_rank = np.array([hosts.index(host) for _, host in ranks])
+    size, total = int(np.bincount(node_of_rank).max()), len(ranks)
+    several = len(hosts) > 1
+    share = 1.0 if test == "sendrecv" else (total - size) / total if several else (total - 1) / total
+    points = sorted({(float(row[0]) * share, float(row[3])) for row in rows if int(row[0]) > 0})
+    level = Level(points=_rising(points, source))
+    within = None if several else level
+    if several and size > 1:
+        if inside is None:
+            raise InputError("--inside", None, "the test ran between nodes; say how fast one is inside", "nvlink-8")
+        within = named(inside).within_node
+    return Topology(
+        name=Path(source).stem,
+        node_of_rank=node_of_rank,
+        within_node=within,
+        between_nodes=level if several else None,
+        source=f"{test}_perf of nccl-tests on {total} GPUs of {len(hosts)} nodes, {source}",
+    )
+
+
+def _told_by_name(source: str) -> str:
+    """The test that a file is named after, as older outputs do not say it."""
+    return next((test for test in USED if test in Path(source).name.replace("_", "").lower()), "")
+
+
+def _rising(points: list[tuple[float, float]], source: str) -> list[tuple[float, float]]:
+    """One time per size, none below that of fewer bytes: noise, which would make more bytes take less."""
+    found: list[tuple[float, float]] = []
+    for size in sorted({size for size, _ in points}):
+        time = float(np.median([t for s, t in points if s == size]))
+        found.append((size, max(time, found[-1][1] if found else 0.0)))
+    if len(found) < 2:
+        raise InputError(
+            source, f"{len(found)} sizes", "two or more, to tell latency and bandwidth", "-b 1K -e 1G -f 2"
+        )
+    return found

@@ -1,0 +1,153 @@
+"""Search under makespans and links together, over all layers: sweeps of swaps, layer by layer, from two starts.
+
+One start is the placement that heeds makespans alone; the other is what swaps under the links alone make of it. From
+both, every layer in turn takes the swaps that lower its cost and, where senders follow experts, that of the next
+layer's dispatch, until a sweep over all layers gains nothing. Whole ranks of equal speed change places as well. All
+that is offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.evaluate import linked_total
+from gemopt.flows import Flow
+from gemopt.links import Links
+from gemopt.placement import EMPTY
+from gemopt.problem import Problem
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded
+from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
+from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
+from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
+
+EPSILON = 1e-6
+SWEEPS = 12  # over all layers, at most
+FEW = 0.02  # of the swaps of the first sweep over all layers: the last one
+SAMPLE_TOKENS = 8000  # of a descent before that on all steps
+LEAST_STEPS = 16
+LATER = 2  # place of the next layer's dispatch among the streams of a layer
+Rows = list[Row]
+
+
+def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options: Options) -> Linked:
+    """Improve the rows of all layers under the joint objective; never worse than what is given."""
+    value = linked_total(problems, rows, links)
+    found = Linked(list(rows), value, StoppedBy.ITERATIONS, [incumbent(value)])
+    sample = _sampled(problems, links, options.seed)
+    with options.alarm() as stop:
+        for compute in (1.0, 0.0):
+            start = rows
+            for some, some_links in (sample, (problems, links)):
+                search = _Layers(some, some_links, start, stop)
+                if compute == 0.0 and start is rows:
+                    search.settle(compute=0.0)
+                search.settle()
+                start = search.rows()
+                if some is problems or len(some[0].counts_TE) == len(problems[0].counts_TE):
+                    break
+            _offer(found, problems, links, start)
+    if options.expired():
+        found.stopped_by = options.cut_by
+    return found
+
+
+def _offer(found: Linked, problems: Sequence[Problem], links: Links, rows: Rows) -> None:
+    value = linked_total(problems, rows, links)
+    if value < found.total_us:
+        found.rows, found.total_us = rows, value
+        found.history.append(incumbent(value))
+
+
+def _sampled(problems: Sequence[Problem], links: Links, seed: int) -> tuple[Sequence[Problem], Links]:
+    """Some of the steps, drawn at random, where there are many more tokens than a descent needs."""
+    steps, tokens = problems[0].num_steps, links.traces.tokens
+    size = len(tokens.step_of_token) if tokens is not None else int((links.traces.counts[:, 0] > 0).sum())
+    keep = max(LEAST_STEPS, int(steps * SAMPLE_TOKENS / max(1, size)))
+    if 2 * keep > steps:
+        return problems, links
+    chosen = np.sort(seeded(seed, steps).choice(steps, keep, replace=False))
+    return [problem.select(chosen) for problem in problems], links.on(links.traces.steps(chosen))
+
+
+class _Layers:
+    """All layers under search. Items are what slots held at the beginning, see `streams`."""
+
+    def __init__(self, problems: Sequence[Problem], links: Links, rows: Rows, stop: NDArray[np.uint8]) -> None:
+        self.problems, self.links, self.stop = problems, links, stop
+        self.costs: list[Costs] = [make_costs(problem) for problem in problems]
+        self.states: list[State] = [
+            make_state(problem, row, costs, stop)
+            for problem, row, costs in zip(problems, rows, self.costs, strict=True)
+        ]
+        self.item_LP = [np.where(row != EMPTY, np.arange(len(row)), -1) for row in rows]
+        self.rank_LQ = [problem.rank_of_slot.astype(np.int32) for problem in problems]
+        position_T = np.argsort(step_order(problems[0].num_steps))
+        slots_G = problems[0].slots_per_rank
+        self.streams: list[list[Stream]] = []
+        for layer in range(len(problems)):
+            flows = links.flows(layer, rows, slots_G)
+            self.streams.append(
+                [make_stream(flow, position_T, self.rank_LQ[layer], itself=n == 1) for n, flow in enumerate(flows)]
+            )
+        flow = links.flows(0, rows, slots_G)[0]
+        self.nothing = _nothing(flow, position_T, self.rank_LQ[0])
+        self.scratches: dict[tuple[int, int, int], Scratch] = {}
+
+    def rows(self) -> Rows:
+        """The rows at present."""
+        return [state.content.copy() for state in self.states]
+
+    def settle(self, *, compute: float = 1.0) -> None:
+        """Sweeps over all layers until one takes next to nothing."""
+        most = None
+        for _ in range(SWEEPS):
+            taken = sum(self.layer(layer, compute=compute) for layer in range(len(self.problems)) if not self.stop[0])
+            most = taken if most is None else most
+            if taken <= FEW * most or self.stop[0] or not self.links.coupled:
+                return
+
+    def layer(self, layer: int, *, compute: float = 1.0) -> int:
+        """Swaps of one layer."""
+        state, problem = self.states[layer], self.problems[layer]
+        steps, later = problem.num_steps, self.links.coupled and layer + 1 < len(self.problems)
+        second = self.streams[layer][1] if self.links.coupled else self.nothing
+        after = self.streams[layer + 1][0] if later else self.nothing
+        none_T = np.zeros(steps, np.float32)
+        makespan_T, combine_T = none_T, np.zeros(steps)
+        if later:
+            makespan_T = np.empty(steps, np.float32)
+            slowest(self.states[layer + 1], -1, -1, makespan_T)
+            combine_T = self.streams[layer + 1][1].times
+        price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
+        streams = (self.streams[layer][0], second, after)
+        time_a, time_b, others = (np.empty(steps, np.float32) for _ in range(3))
+        room = Room(np.empty_like(state.loads[0]), time_a, time_b, others, np.empty((3, steps)))
+        scratches = (self.scratch(streams[0], 0), self.scratch(streams[1], 1), self.scratch(streams[2], 2))
+        total = 0
+        for _ in range(SWEEPS):
+            taken = sweep_linked(
+                self.costs[layer], state, self.item_LP[layer], self.rank_LQ[layer], streams, scratches, price, room,
+                EPSILON,
+            )  # fmt: skip
+            total += int(taken)
+            if not taken:
+                break
+        return total
+
+    def scratch(self, stream: Stream, place: int) -> Scratch:
+        """Room for a stream, shared by those of its size."""
+        key = (place, len(stream.start), stream.loads.shape[1])
+        if key not in self.scratches:
+            self.scratches[key] = make_scratch(stream, own=place < LATER)
+        return self.scratches[key]
+
+
+def _nothing(flow: Flow, position_T: NDArray[np.int64], rank_Q: NDArray[np.int32]) -> Stream:
+    """A stream without tokens, for what a layer does not have."""
+    none = np.zeros(0, np.int32)
+    empty = Flow(np.zeros((0, 1), np.int32), none, none, none, flow.rank_P, flow.routes[:1], flow.num_steps)
+    return make_stream(empty, position_T, rank_Q, itself=False)

@@ -1,0 +1,253 @@
+"""How ranks are wired: nodes, racks, and how long each link takes for its bytes; `topology.json`.
+
+A message from one rank to another goes out of a port and into another; ranks of one node use the ports of
+`within_node`, others those of `between_nodes` and, between racks, also those of `between_racks`. A port belongs to a
+rank, or is shared by a node or a rack. Besides or instead, every ordered pair of ranks may be a link of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gemopt.documents import Document, FloatMatrix, IntVector
+from gemopt.exceptions import InputError
+from gemopt.latency import Curve
+
+US_PER_BYTE = 1e-3  # at 1 GB/s
+LEVELS = ("within_node", "between_nodes", "between_racks")
+NONE = -1
+
+
+class Level(BaseModel):
+    """Ports of one level: bandwidth and latency, or measured points.
+
+    Attributes
+    ----------
+    bandwidth_gbs, latency_us
+        10^9 bytes per second out of a port, and as many into it at the same time; microseconds of an exchange however
+        little it carries.
+    points
+        Instead: measured (bytes through a port, microseconds), increasing in both; straight lines between them, and
+        beyond the last with the slope of the upper half of their range.
+    port_of
+        Who owns a port: every `rank`, or all ranks of a `node` or of a `rack` together.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    bandwidth_gbs: float | None = None
+    latency_us: float = Field(default=0.0, ge=0, le=1e9)
+    points: list[tuple[float, float]] | None = None
+    port_of: Literal["rank", "node", "rack"] = "rank"
+
+    @model_validator(mode="after")
+    def _check(self) -> Level:
+        if (self.bandwidth_gbs is None) == (self.points is None):
+            given = "both" if self.points is not None else "nothing"
+            raise InputError("Topology.bandwidth_gbs", given, "a bandwidth or measured points, one of them")
+        if self.bandwidth_gbs is not None and self.bandwidth_gbs <= 0:
+            raise InputError("Topology.bandwidth_gbs", self.bandwidth_gbs, "GB/s above 0")
+        if self.points is not None:
+            table = np.array(self.points, dtype=np.float64)
+            rising = len(table) > 1 and (np.diff(table[:, 0]) > 0).all() and (np.diff(table[:, 1]) >= 0).all()
+            if not rising or table[0].min() < 0 or table[-1, 1] <= 0:
+                raise InputError("Topology.points", self.points, "two or more (bytes, us), bytes and us increasing")
+        return self
+
+    @cached_property
+    def curve(self) -> Curve:
+        """Microseconds of a port for its bytes."""
+        if self.points is None:
+            assert self.bandwidth_gbs is not None
+            return Curve(np.zeros(1), np.array([self.latency_us]), US_PER_BYTE / self.bandwidth_gbs)
+        x, y = np.array(self.points, dtype=np.float64).T
+        half = int(np.searchsorted(x, x[-1] / 2, side="right")) - 1
+        half = min(max(half, 0), len(x) - 2)
+        slope = (y[-1] - y[half]) / (x[-1] - x[half])
+        if x[0] > 0:
+            x, y = np.append(0.0, x), np.append(y[0], y)
+        return Curve(x, y, float(slope))
+
+
+@dataclass(frozen=True, eq=False)
+class Ports:
+    """Everything that bytes go through. R ports, G ranks.
+
+    of_pair: [G, G, M] ports that a message from a rank to another uses, -1 for none; empty on the diagonal.
+    names: what each port is. curve_of: [R] index into `curves`. level_of: [R] index into `LEVELS`, 3 for pairs.
+    into: [R] whether bytes come in there (a pair's link: yes).
+    """
+
+    of_pair: NDArray[np.int32]
+    names: list[str]
+    curves: list[Curve]
+    curve_of: NDArray[np.int64]
+    level_of: NDArray[np.int64]
+    into: NDArray[np.bool_]
+
+
+class Topology(Document):
+    """Ranks, nodes and racks, and what their links carry.
+
+    Attributes
+    ----------
+    node_of_rank
+        [G] node of each rank, 0, 1, ...
+    rack_of_node
+        Rack of each node; all in one when absent.
+    within_node, between_nodes, between_racks
+        Ports between ranks of a node, between nodes, and (besides the latter) between racks.
+    pair_bandwidth_gbs, pair_latency_us
+        [G, G] links of their own from each rank to each other; the diagonal does not count. They need not be symmetric.
+    name, source
+        What it is, and where its figures come from.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    node_of_rank: IntVector
+    rack_of_node: IntVector | None = None
+    within_node: Level | None = None
+    between_nodes: Level | None = None
+    between_racks: Level | None = None
+    pair_bandwidth_gbs: FloatMatrix | None = None
+    pair_latency_us: FloatMatrix | None = None
+    name: str | None = None
+    source: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Topology:
+        _check_groups("Topology.node_of_rank", self.node_of_rank)
+        if self.rack_of_node is not None:
+            _check_groups("Topology.rack_of_node", self.rack_of_node)
+            if len(self.rack_of_node) != self.num_nodes:
+                raise InputError("Topology.rack_of_node", self.rack_of_node, f"one rack per node, {self.num_nodes}")
+        self._check_pairs()
+        if self.pair_bandwidth_gbs is None:
+            largest = int(np.bincount(self.node_of_rank).max())
+            needed = (largest > 1, self.num_nodes > 1, self.num_racks > 1)
+            for name, need in zip(LEVELS, needed, strict=True):
+                if need and getattr(self, name) is None:
+                    raise InputError(f"Topology.{name}", None, "ranks are linked so, and nothing says how fast")
+        return self
+
+    def _check_pairs(self) -> None:
+        shape, own = (self.num_ranks, self.num_ranks), np.eye(self.num_ranks, dtype=bool)
+        for name, least in (("pair_bandwidth_gbs", 0.0), ("pair_latency_us", -1e-300)):
+            matrix = getattr(self, name)
+            if matrix is None:
+                continue
+            if matrix.shape != shape:
+                raise InputError(f"Topology.{name}", f"shape {matrix.shape}", f"every rank to every other, {shape}")
+            bad = np.argwhere((matrix <= least) & ~own)
+            if len(bad):
+                g, h = bad[0].tolist()
+                limit = "above 0" if least == 0 else "at least 0"
+                raise InputError(f"Topology.{name}[{g}][{h}]", float(matrix[g, h]), limit)
+        if self.pair_latency_us is not None and self.pair_bandwidth_gbs is None:
+            raise InputError("Topology.pair_bandwidth_gbs", None, "latencies of pairs need their bandwidths")
+
+    @property
+    def num_ranks(self) -> int:
+        """G, ranks."""
+        return len(self.node_of_rank)
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes."""
+        return int(self.node_of_rank.max()) + 1
+
+    @property
+    def num_racks(self) -> int:
+        """Racks."""
+        return 1 if self.rack_of_node is None else int(self.rack_of_node.max()) + 1
+
+    @cached_property
+    def rack_of_rank(self) -> NDArray[np.int64]:
+        """[G] rack of each rank."""
+        racks = np.zeros(self.num_nodes, np.int64) if self.rack_of_node is None else self.rack_of_node
+        return np.asarray(racks[self.node_of_rank])
+
+    @cached_property
+    def gates(self) -> NDArray[np.int64]:
+        """[G, nodes] rank of a node through which a rank's messages to it go: the one at the same place in its node."""
+        members = [np.flatnonzero(self.node_of_rank == node) for node in range(self.num_nodes)]
+        place = np.zeros(self.num_ranks, np.int64)
+        for ranks in members:
+            place[ranks] = np.arange(len(ranks))
+        return np.stack([ranks[place % len(ranks)] for ranks in members], axis=1)
+
+    @cached_property
+    def ports(self) -> Ports:
+        """All ports, and which of them a message from one rank to another uses."""
+        ranks = np.arange(self.num_ranks)
+        same_node = self.node_of_rank[:, None] == self.node_of_rank[None]
+        same_rack = self.rack_of_rank[:, None] == self.rack_of_rank[None]
+        used = (same_node & ~np.eye(len(ranks), dtype=bool), ~same_node, ~same_rack)
+        owners = {"rank": ranks, "node": self.node_of_rank, "rack": self.rack_of_rank}
+        columns: list[NDArray[np.int64]] = []
+        names: list[str] = []
+        curves: list[Curve] = []
+        curve_of: list[int] = []
+        level_of: list[int] = []
+        for index, (name, use) in enumerate(zip(LEVELS, used, strict=True)):
+            level: Level | None = getattr(self, name)
+            if level is None or not use.any():
+                continue
+            owner = owners[level.port_of]
+            size = int(owner.max()) + 1
+            for side, across in (("out of", owner[:, None]), ("into", owner[None])):
+                columns.append(np.where(use, len(names) + across, NONE))
+                names += [f"{name} {side} {level.port_of} {k}" for k in range(size)]
+                curve_of += [len(curves)] * size
+                level_of += [index] * size
+            curves.append(level.curve)
+        if self.pair_bandwidth_gbs is not None:
+            numbers = np.full((len(ranks), len(ranks)), NONE)
+            for g, h in np.argwhere(~np.eye(len(ranks), dtype=bool)).tolist():
+                numbers[g, h] = len(names)
+                names.append(f"link from rank {g} to rank {h}")
+                curve_of.append(len(curves))
+                level_of.append(len(LEVELS))
+                latency = 0.0 if self.pair_latency_us is None else float(self.pair_latency_us[g, h])
+                slope = US_PER_BYTE / float(self.pair_bandwidth_gbs[g, h])
+                curves.append(Curve(np.zeros(1), np.array([latency]), slope))
+            columns.append(numbers)
+        shape = (len(ranks), len(ranks), len(columns))
+        table = np.stack(columns, axis=2) if columns else np.full(shape, NONE)
+        into = np.array([" out of " not in name for name in names], dtype=bool)
+        return Ports(
+            table.astype(np.int32), names, curves, np.array(curve_of, np.int64), np.array(level_of, np.int64), into
+        )  # fmt: skip
+
+    def check_ranks(self, num_ranks: int) -> None:
+        """`InputError` unless it is of so many ranks."""
+        if self.num_ranks != num_ranks:
+            raise InputError(
+                "topology", f"{self.num_ranks} ranks", f"the profile has {num_ranks} devices, and each needs its links"
+            )
+
+
+def _check_groups(field: str, group_of: NDArray[np.int64]) -> None:
+    if not len(group_of) or group_of.min() < 0 or (np.bincount(group_of) == 0).any():
+        raise InputError(field, group_of, "numbers 0, 1, ... without gaps")
+
+
+def load(topology: Topology | str | os.PathLike[str]) -> Topology:
+    """A topology as it is, by its name, or from its file."""
+    from gemopt.named_topologies import named
+
+    if isinstance(topology, Topology):
+        return topology
+    text = os.fspath(topology)
+    if Path(text).suffix != ".json" and not Path(text).exists():
+        return named(text)
+    return Topology.load(text)

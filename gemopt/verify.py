@@ -1,0 +1,301 @@
+"""Check a certificate from the documents alone, sharing no code with what made it.
+
+What the cost model says of the profile is the question, not the answer: it is fitted again by `gemopt.costs`. All
+else, loads, latencies, floors, bounds and search, is written here, in `verify_dual` and in `verify_tree` once more.
+Times are whole picoseconds, rounded down for bounds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.certificate import Certificate, LayerProof, Proof, counts_digest
+from gemopt.costs import CostModel, fit
+from gemopt.exceptions import InputError
+from gemopt.latency import Curve
+from gemopt.profile import Profile
+from gemopt.traces import Traces
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+PS = 1e6  # picoseconds in a microsecond
+SAFE = 1e-12  # relative: latencies are lowered by more than float64 is off
+SAME = 1e-9  # relative: two computations of one number
+MOST_NODES = 200_000
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer: objective, the bound checked here and the one that is only claimed, and how it was checked."""
+
+    layer_id: int
+    proof: Proof
+    objective_us: float
+    checked_us: float
+    claimed_us: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What holds: sums over the layers, in microseconds."""
+
+    layers: list[LayerCheck]
+
+    @property
+    def objective_us(self) -> float:
+        """Summed makespan of the placement, computed here."""
+        return sum(layer.objective_us for layer in self.layers)
+
+    @property
+    def checked_us(self) -> float:
+        """What no placement falls below, checked here."""
+        return sum(layer.checked_us for layer in self.layers)
+
+    @property
+    def checked_gap(self) -> float:
+        """`(objective - checked bound) / objective`: what may be called certified."""
+        return 1 - self.checked_us / max(self.objective_us, 1e-300)
+
+    @property
+    def claimed_gap(self) -> float:
+        """The same of the bound that is claimed."""
+        return 1 - self.claimed_us / max(self.objective_us, 1e-300)
+
+    @property
+    def claimed_us(self) -> float:
+        """What the solvers say no placement falls below."""
+        return sum(layer.claimed_us for layer in self.layers)
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One layer of the question: counts [T, E], the cost model, slots [G].
+
+    loads_FTE: features of every expert. low_ps, exact_us: see `tables`.
+    """
+
+    counts_TE: IntArray
+    cost: CostModel
+    slots_G: IntArray
+
+    @cached_property
+    def loads_FTE(self) -> IntArray:
+        """[F, T, E] features of every expert."""
+        return np.stack([feature.of(self.counts_TE).astype(np.int64) for feature in self.cost.features])
+
+    @cached_property
+    def spare(self) -> int:
+        """Slots beyond one per expert."""
+        return int(self.slots_G.sum()) - int(self.counts_TE.shape[1])
+
+    @cached_property
+    def most_F(self) -> IntArray:
+        """[F] no rank can carry more at any step."""
+        return np.asarray(self.loads_FTE.sum(axis=2).max(axis=1) + self.spare)
+
+    def terms(self, g: int, *, low: bool) -> list[list[FloatArray]]:
+        """Values in microseconds of every curve of rank g at every whole load; low: of the least of any larger load."""
+        return self._low_terms[g] if low else self._exact_terms[g]
+
+    @cached_property
+    def _exact_terms(self) -> list[list[list[FloatArray]]]:
+        grids = [np.arange(int(most) + 1) for most in self.most_F]
+        return [
+            [[value(curve, grid) for curve, grid in zip(term, grids, strict=True)] for term in latency.terms]
+            for latency in self.cost.latencies
+        ]
+
+    @cached_property
+    def _low_terms(self) -> list[list[list[FloatArray]]]:
+        """Down from what the curve reaches beyond the last whole load: it may still fall to its last point there."""
+        found = []
+        for latency, terms in zip(self.cost.latencies, self._exact_terms, strict=True):
+            rank = []
+            for term, values in zip(latency.terms, terms, strict=True):
+                rank.append([_least_from(curve, table) for curve, table in zip(term, values, strict=True)])
+            found.append(rank)
+        return found
+
+    def times_us(self, g: int, loads_F: IntArray, *, low: bool = False) -> FloatArray:
+        """Latency of rank g under loads [F, ...] of whole numbers."""
+        sums = [
+            sum(table[loads] for table, loads in zip(term, loads_F, strict=True)) for term in self.terms(g, low=low)
+        ]
+        return np.asarray(np.max(np.stack([np.asarray(each) for each in sums]), axis=0))
+
+    def floor_ps(self, times_us: FloatArray) -> IntArray:
+        """Whole picoseconds that are surely not above."""
+        return np.floor((times_us - SAFE * np.abs(times_us)) * PS).astype(np.int64)
+
+    @cached_property
+    def floors_T(self) -> IntArray:
+        """[T] picoseconds that no placement's slowest rank stays below: what all ranks hold, and who must share one."""
+        ranks = [g for g in range(len(self.slots_G)) if self.slots_G[g]]
+        first = np.arange(int(self.most_F[0]) + 1)
+        rest = [np.zeros_like(first)] * (len(self.most_F) - 1)
+        alone = [self.floor_ps(self.times_us(g, np.stack([first, *rest]), low=True)) for g in ranks]
+        total_T = self.loads_FTE[0].sum(axis=1)
+        held = np.sort(np.concatenate([table[1:] for table in alone])) if len(first) > 1 else first
+        idle = max(int(table[0]) for table in alone)
+        floors_T = (
+            np.where(total_T > 0, np.maximum(held[np.maximum(total_T, 1) - 1], idle), idle) if len(held) else None
+        )
+        floors_T = np.full(len(total_T), idle) if floors_T is None else floors_T
+        if self.spare == 0 and len({int(self.slots_G[g]) for g in ranks}) == 1:
+            floors_T = np.maximum(floors_T, self._shared_T(np.min(alone, axis=0), len(ranks)))
+        return floors_T
+
+    def _shared_T(self, fastest: IntArray, ranks: int) -> IntArray:
+        """Of the (q - 1) G + 1 largest experts, q share a rank, which is full of the smallest of the others."""
+        size, sorted_TE = int(self.slots_G.max()), np.sort(self.loads_FTE[0], axis=1)
+        best_T = np.zeros(len(sorted_TE), np.int64)
+        for q in range(1, size + 1):
+            top_TM = sorted_TE[:, sorted_TE.shape[1] - ((q - 1) * ranks + 1) :]
+            load_T = top_TM[:, :q].sum(axis=1) + sorted_TE[:, : size - q].sum(axis=1)
+            best_T = np.maximum(best_T, fastest[load_T])
+        return best_T
+
+
+def value(curve: Curve, loads: IntArray) -> FloatArray:
+    """A piecewise-linear curve at whole loads, and beyond its last point along its slope."""
+    inside = np.interp(loads, curve.x, curve.y)
+    return np.asarray(np.where(loads > curve.x[-1], curve.y[-1] + curve.slope * (loads - curve.x[-1]), inside))
+
+
+def _least_from(curve: Curve, table: FloatArray) -> FloatArray:
+    beyond = curve.y[curve.x >= len(table) - 1]
+    least = min(float(table[-1]), float(beyond.min()) if len(beyond) else np.inf)
+    return np.asarray(np.minimum.accumulate(np.append(table, least)[::-1])[::-1][:-1])
+
+
+def floor_bound_us(case: Case) -> float:
+    """What the floors of the steps prove, in microseconds; rounded down."""
+    return float(case.floors_T.sum()) / PS * (1 - SAME)
+
+
+def objective_us(case: Case, row_P: IntArray) -> float:
+    """Summed makespan of a row in microseconds; copies share evenly, the first ones taking what is left over."""
+    owner_P = np.repeat(np.arange(len(case.slots_G)), case.slots_G)
+    loads_GFT = np.zeros((len(case.slots_G), *case.loads_FTE.shape[:2]), np.int64)
+    for expert in range(case.counts_TE.shape[1]):
+        holders = owner_P[row_P == expert]
+        for index, g in enumerate(holders):
+            share_T = (case.counts_TE[:, expert] + len(holders) - 1 - index) // len(holders)
+            for f, feature in enumerate(case.cost.features):
+                loads_GFT[g, f] += feature.of(share_T).astype(np.int64)
+    return float(np.max([case.times_us(g, loads_GFT[g]) for g in range(len(case.slots_G))], axis=0).sum())
+
+
+def verify(
+    path: str | os.PathLike[str],
+    profile: Profile,
+    traces: Traces,
+    *,
+    most_nodes: int = MOST_NODES,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Verified:
+    """Check a certificate against the profile and the traces it is about.
+
+    Raises
+    ------
+    InputError
+        Naming the check that failed: a file that is not whole, another problem's certificate, an edited one, a
+        placement that is not feasible, an objective or a bound that is not what it says.
+    """
+    certificate = Certificate.load(path)
+    _check_digests(certificate, profile, traces)
+    duals = certificate.duals(path)
+    cost, _ = fit(profile, model=certificate.cost)
+    slots_G = np.array(certificate.slots_per_rank, dtype=np.int64)
+    ids = [layer.layer_id for layer in certificate.layers]
+    if ids != list(traces.layer_ids) or len(slots_G) != len(cost.latencies):
+        raise InputError(
+            "Certificate.layers",
+            ids,
+            f"layers {list(traces.layer_ids)} on {len(cost.latencies)} ranks",
+            "another problem's",
+        )
+    checks: list[LayerCheck] = []
+    for index, layer in enumerate(certificate.layers):
+        case = Case(traces.counts[:, index].astype(np.int64), cost, slots_G)
+        checks.append(_check_layer(case, layer, duals, most_nodes))
+        progress(f"layer {layer.layer_id}: {checks[-1].proof.value}")
+    found = Verified(checks)
+    for name, said, here in (
+        ("objective_us", certificate.objective_us, found.objective_us),
+        ("bound_us", certificate.bound_us, found.claimed_us),
+        ("gap", certificate.gap, 1 - found.claimed_us / max(found.objective_us, 1e-300)),
+    ):
+        if abs(said - here) > SAME * max(abs(here), 1.0):
+            raise InputError(f"Certificate.{name}", said, f"{here!r}, from its layers", "the certificate was edited")
+    return found
+
+
+def _check_digests(certificate: Certificate, profile: Profile, traces: Traces) -> None:
+    for name, said, here in (
+        ("profile_sha256", certificate.profile_sha256, profile.digest()),
+        ("traces_sha256", certificate.traces_sha256, counts_digest(traces)),
+    ):
+        if said != here:
+            raise InputError(f"Certificate.{name}", said, f"{here} is what was given", "it is of another problem")
+    if certificate.own_sha256 != certificate.own_digest():
+        raise InputError("Certificate.own_sha256", certificate.own_sha256, "the digest of its content", "it was edited")
+
+
+def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most_nodes: int) -> LayerCheck:
+    from gemopt.verify_dual import check_dual
+    from gemopt.verify_tree import no_better
+
+    row_P = _feasible(case, layer)
+    found_us = objective_us(case, row_P)
+    name = f"Certificate.layers[{layer.layer_id}]"
+    if abs(found_us - layer.objective_us) > SAME * max(found_us, 1.0):
+        raise InputError(
+            f"{name}.objective_us", layer.objective_us, f"{found_us!r}, from the placement", "it was edited"
+        )
+    if layer.bound_us > found_us * (1 + SAME):
+        raise InputError(f"{name}.bound_us", layer.bound_us, f"at most the objective, {found_us!r}")
+    checked_us, note = floor_bound_us(case), "step by step"
+    if layer.dual_us is not None:
+        dual_us = check_dual(case, layer, duals)
+        if abs(dual_us - layer.dual_us) > SAME * max(abs(dual_us), 1.0):
+            raise InputError(f"{name}.dual_us", layer.dual_us, f"{dual_us!r}, from the multipliers", "it was edited")
+        if dual_us > found_us:
+            raise InputError(f"{name}.dual_us", dual_us, f"at most the objective, {found_us!r}")
+        if dual_us > checked_us:
+            checked_us, note = dual_us, "multipliers checked"
+    if layer.proof is Proof.DUAL and layer.bound_us > checked_us * (1 + 1e3 * SAME):
+        raise InputError(f"{name}.bound_us", layer.bound_us, f"{checked_us!r}, which is proven", "it was edited")
+    if layer.proof is Proof.TREE:
+        nodes, better = no_better(case, layer.bound_us, most_nodes)
+        if better is not None:
+            raise InputError(
+                f"{name}.bound_us", layer.bound_us, f"a placement of {better!r} us exists", "it is no bound"
+            )
+        if nodes < most_nodes:
+            checked_us, note = layer.bound_us * (1 - SAME), f"searched again, {nodes} nodes"
+        else:
+            note += f"; the search did not end within {most_nodes} nodes"
+    return LayerCheck(layer.layer_id, layer.proof, found_us, min(checked_us, found_us), layer.bound_us, note)
+
+
+def _feasible(case: Case, layer: LayerProof) -> IntArray:
+    """The row, when it holds every expert and none twice on a rank."""
+    name, row_P = f"Certificate.layers[{layer.layer_id}].row", np.array(layer.row, dtype=np.int64)
+    owner_P = np.repeat(np.arange(len(case.slots_G)), case.slots_G)
+    experts = case.counts_TE.shape[1]
+    if row_P.shape != owner_P.shape or (row_P < -1).any() or (row_P >= experts).any():
+        raise InputError(name, f"{len(row_P)} slots", f"{len(owner_P)} slots of experts below {experts}, or -1")
+    held = row_P >= 0
+    if set(row_P[held].tolist()) != set(range(experts)):
+        raise InputError(name, "an expert is missing", "every expert has a slot")
+    if len(set(zip(owner_P[held].tolist(), row_P[held].tolist(), strict=True))) < held.sum():
+        raise InputError(name, "an expert twice on a rank", "at most one copy of an expert per rank")
+    return row_P

@@ -1,0 +1,70 @@
+"""Every bound against brute force: simple, co-location from the iteration and from multipliers drawn at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gemopt.bounds import lower_bound, step_bounds, together_bound
+from gemopt.bounds.colocation import Programme
+from gemopt.bounds.dual_bound import dual_bound, pair_costs
+from gemopt.problem import Problem
+
+CLOSE = 1e-9
+
+
+def bound_faults(problem: Problem, best_us: float, makespan_T: np.ndarray, seed: int) -> Iterator[str]:
+    """Bounds of the whole and of each step above what is possible."""
+    limit = best_us * (1 + CLOSE)
+    if lower_bound(problem) > limit:
+        yield f"simple bound {lower_bound(problem)!r} above the optimum {best_us!r}"
+    floor_T = step_bounds(problem)
+    over = floor_T > makespan_T * (1 + CLOSE)
+    if over.any():
+        yield f"bounds of steps {np.flatnonzero(over).tolist()} above their least makespan"
+    for name, value in together_values(problem, floor_T, best_us, seed):
+        if not value <= limit:
+            yield f"{name} bound {value!r} above the optimum {best_us!r}"
+
+
+def together_values(problem: Problem, floor_T: np.ndarray, best_us: float, seed: int) -> Iterator[tuple[str, float]]:
+    """(name, bound in microseconds) of the iteration, and of what must be a bound as well: any multipliers."""
+    rng, stop = np.random.default_rng([seed, 2]), np.zeros(1, np.uint8)
+    yield "together", together_bound(problem, floor_T, stop, target_us=best_us).bound_us
+    if not (problem.weights_T > 0).any():
+        return
+    for apart in (False, True):
+        programme = Programme.of(problem, floor_T, apart=apart)
+        for multipliers in (_drawn(rng, programme, best_us), _one_pair(rng, programme, best_us)):
+            yield f"dual (apart: {apart})", dual_bound(programme, *multipliers)
+
+
+def _drawn(rng: np.random.Generator, programme: Programme, best_us: float) -> tuple[np.ndarray, np.ndarray]:
+    """Multipliers of all rows, and of the sums in the size of what an expert costs."""
+    steps, experts = len(programme.weights_T), programme.num_experts
+    mu = rng.random((steps, programme.planes_CKF.shape[1], experts)) ** 3
+    mu *= (programme.weights_T * rng.random(steps) * 1.5 / mu.sum(axis=(1, 2)))[:, None, None]
+    scale = best_us / experts * rng.choice([0.0, 0.01, 0.3, 3.0])
+    return mu, rng.normal(size=(programme.num_groups, experts)) * scale
+
+
+def _one_pair(rng: np.random.Generator, programme: Programme, best_us: float) -> tuple[np.ndarray, np.ndarray]:
+    """All weight on one expert and plane of every step; the other extreme."""
+    mu = np.zeros((len(programme.weights_T), programme.planes_CKF.shape[1], programme.num_experts))
+    for t, weight in enumerate(programme.weights_T):
+        mu[t, rng.integers(mu.shape[1]), rng.integers(mu.shape[2])] = weight
+    return mu, np.full((programme.num_groups, programme.num_experts), best_us * rng.choice([-0.1, 0.0, 0.1]))
+
+
+def pair_value(problem: Problem, floor_T: np.ndarray, rank_E: np.ndarray, seed: int) -> float:
+    """What the pair costs that cut a branch and bound say of a placement (rank of each expert), or -inf."""
+    if problem.spare_slots or (problem.slots_per_rank == 0).any() or not (problem.weights_T > 0).any():
+        return -np.inf
+    programme = Programme.of(problem, floor_T)
+    mu, v = _drawn(np.random.default_rng([seed, 3]), programme, float(problem.weights_T @ floor_T))
+    fixed, alone_GE, pair_GEE = pair_costs(programme, mu, v)
+    value = fixed
+    for i, g in enumerate(rank_E):
+        value += alone_GE[g, i] + sum(pair_GEE[g, i, j] for j in range(i) if rank_E[j] == g)
+    return float(value)

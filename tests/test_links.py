@@ -1,0 +1,180 @@
+"""What links take: against brute force over tokens and hops, bounds against all placements, the search against both."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from gemopt.bounds import lower_bound
+from gemopt.bounds.links import links_bound
+from gemopt.evaluate import linked_total
+from gemopt.exceptions import InputError
+from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.links import Exchange, Links
+from gemopt.placement import Split
+from gemopt.problem import Problem
+from gemopt.solvers.base import Options
+from gemopt.solvers.search.linked import _Layers, search_linked
+from gemopt.solvers.search.state import step_order
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+brute = _load("brute_links")
+random_links, placements, exchange_times = brute.random_links, brute.placements, brute.exchange_times
+SLOTS = np.array([2, 1, 1])
+
+
+def problems_of(links: Links, slots: np.ndarray, seed: int) -> list[Problem]:
+    rng = np.random.default_rng(seed)
+    latencies = [Latency(((line(rng.uniform(0, 9), rng.uniform(0, 2)),),)) for _ in slots]
+    counts = links.traces.counts
+    return [Problem.make(counts[:, k], (ASSIGNMENTS,), latencies, slots) for k in range(counts.shape[1])]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_times_are_those_of_every_token_hop_by_hop(seed: int) -> None:
+    links = random_links(seed)
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation(4), rng.permutation(4)]
+    found = links.communication(rows, SLOTS)
+    expected = exchange_times(links, rows, SLOTS)
+    np.testing.assert_allclose(np.stack([found.dispatch_TL, found.combine_TL], axis=2), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_bound_is_below_every_placement_and_search_never_below_it(seed: int) -> None:
+    links = random_links(seed + 1000)
+    problems = problems_of(links, SLOTS, seed)
+    bound_L, rows = links_bound(problems, links), placements(4, SLOTS)
+    compute_L = np.array([lower_bound(problem) for problem in problems])
+    together = np.maximum(bound_L, compute_L) if links.exchange.overlap else bound_L + compute_L
+    chosen = [rows[k] for k in np.random.default_rng(seed).choice(len(rows), 6, replace=False)]
+    values = {}
+    for pair in product(range(6), repeat=2):
+        picked = [chosen[k] for k in pair]
+        sent = links.communication(picked, SLOTS).time_TL.sum(axis=0)
+        assert (bound_L <= sent * (1 + 1e-12)).all(), (links.exchange, bound_L, sent)
+        values[pair] = linked_total(problems, picked, links)
+    assert together.sum() <= min(values.values()) * (1 + 1e-12)
+
+
+def test_search_finds_the_best_of_all_placements_nearly_always() -> None:
+    met = 0
+    for seed in range(12):
+        links = random_links(seed + 50, steps=4)
+        problems = problems_of(links, SLOTS, seed)
+        rows = placements(4, SLOTS)
+        best = min(linked_total(problems, list(pair), links) for pair in product(rows, repeat=2))
+        start = [np.arange(4), np.arange(4)]
+        found = search_linked(problems, links, start, Options.lasting(30))
+        assert found.total_us == pytest.approx(linked_total(problems, found.rows, links))
+        assert best * (1 - 1e-12) <= found.total_us <= linked_total(problems, start, links)
+        met += found.total_us <= best * (1 + 1e-6)
+    assert met >= 8  # a descent by swaps is no proof
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_kernels_count_what_evaluate_counts_after_many_swaps(seed: int) -> None:
+    links = random_links(seed + 300, experts=6, layers=3, steps=5)
+    slots = np.array([3, 2, 3])  # two slots stay empty
+    problems = problems_of(links, slots, seed)
+    rng = np.random.default_rng(seed)
+    rows = [rng.permutation([0, 1, 2, 3, 4, 5, -1, -1]) for _ in problems]
+    search = _Layers(problems, links, rows, np.zeros(1, np.uint8))
+    search.settle()
+    found = links.communication(search.rows(), slots)
+    position = np.argsort(step_order(5))
+    linear = all(curve.hull.slope == curve.slope and curve.linear for curve in links.topology.ports.curves)
+    for layer, streams in enumerate(search.streams):
+        times = sum(stream.times for stream in streams)[position]
+        if linear:
+            np.testing.assert_allclose(times, found.time_TL[:, layer], rtol=1e-9, atol=1e-9)
+        else:
+            assert (times <= found.time_TL[:, layer] + 1e-6).all()  # convex hulls are nowhere above
+    for problem, row in zip(problems, search.rows(), strict=True):
+        assert sorted(row[row >= 0].tolist()) == list(range(problem.num_experts))
+
+
+def test_copies_serve_the_tokens_that_evaluate_counts() -> None:
+    links = random_links(7, experts=4, layers=1)
+    links = replace(links, exchange=links.exchange.model_copy(update={"once_per": "assignment"}))
+    row = np.array([0, 1, 2, 0, 3, 0])
+    flow = links.flows(0, [row], np.array([2, 2, 2]))[0]
+    from gemopt.evaluate import even_shares
+
+    shares = even_shares(links.traces.counts[:, 0], row)
+    served = np.zeros_like(shares)
+    np.add.at(served, (flow.step_N, flow.slot_NK[:, 0]), flow.weight_N)
+    np.testing.assert_array_equal(served, shares)
+
+
+def test_counts_alone_are_enough_for_uniform_senders_once_per_assignment() -> None:
+    links = random_links(11)
+    exchange = Exchange(dispatch_bytes=5, combine_bytes=3, once_per="assignment", senders="uniform")
+    rows = [np.arange(4), np.array([3, 1, 0, 2])]
+    with_tokens = Links.of(links.topology, links.traces, 3, exchange=exchange)
+    counts_only = Links.of(links.topology, replace(links.traces, tokens=None), 3, exchange=exchange)
+    first, second = with_tokens.communication(rows, SLOTS), counts_only.communication(rows, SLOTS)
+    np.testing.assert_allclose(first.time_TL, second.time_TL)
+    np.testing.assert_allclose(first.bytes_R, second.bytes_R)
+    static = np.array([[0.25, 0.5, 1.0, 0.75, 0.5, 1.0]])
+    row = np.array([[0, 1, 2, 0, 1, 3]])
+    slots = np.array([2, 2, 2])
+    first = with_tokens.communication(row, slots, Split.STATIC, static)
+    second = counts_only.communication(row, slots, Split.STATIC, static)
+    np.testing.assert_allclose(first.time_TL, second.time_TL)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "Traces.ids"),
+        ({"once_per": "assignment", "senders": "recorded"}, "Traces.ids"),
+        ({"once_per": "assignment", "senders": "previous"}, "Traces.ids"),
+    ],
+)
+def test_what_needs_token_ids_says_so(asked: dict[str, str], said: str) -> None:
+    links = random_links(3)
+    bare = replace(links.traces, tokens=None)
+    with pytest.raises(InputError, match=said):
+        Links.of(links.topology, bare, 3, exchange=Exchange(dispatch_bytes=1, **asked))
+
+
+def test_other_bad_links() -> None:
+    links = random_links(3)
+    with pytest.raises(InputError, match="the profile has 4 devices"):
+        Links.of(links.topology, links.traces, 4, exchange=Exchange(dispatch_bytes=1))
+    with pytest.raises(InputError, match="token_bytes"):
+        Links.of(links.topology, links.traces, 3)
+    tokens = replace(links.traces.tokens, source_rank=None)
+    with pytest.raises(InputError, match="source_rank"):
+        asked = Exchange(dispatch_bytes=1, senders="recorded")
+        Links.of(links.topology, replace(links.traces, tokens=tokens), 3, exchange=asked)
+    tokens = replace(links.traces.tokens, source_rank=links.traces.tokens.source_rank + 3)
+    with pytest.raises(InputError, match="ranks 0 to 2"):
+        Links.of(links.topology, replace(links.traces, tokens=tokens), 3, exchange=Exchange(dispatch_bytes=1))
+
+
+def test_search_stops_when_told() -> None:
+    links = random_links(5)
+    problems = problems_of(links, SLOTS, 5)
+    rows = [np.arange(4), np.arange(4)]
+    options = Options(deadline=time.monotonic() - 1)
+    found = search_linked(problems, links, rows, options)
+    assert found.stopped_by is options.cut_by
+    assert found.total_us == linked_total(problems, rows, links)

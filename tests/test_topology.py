@@ -1,0 +1,283 @@
+"""Topologies: documents, names, what others measured; solve, compare and the commands under them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_inputs import gemopt, gemopt_json, profile
+
+from gemopt.compare import compare
+from gemopt.evaluate import evaluate
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.formats.links import read_links
+from gemopt.links import Exchange
+from gemopt.named_topologies import INSIDE, NETWORK, named
+from gemopt.placement import Placement
+from gemopt.solve import solve
+from gemopt.solvers.base import Options
+from gemopt.solvers.baselines.moetuner import MoeTuner, fullest, solve_child
+from gemopt.topology import Level, Topology
+from gemopt.traces import Traces
+from gemopt.traces.arrays import count_assignments
+from gemopt.traces.tokens import Tokens
+
+EXCHANGE = Exchange(dispatch_bytes=4000)
+HALF, OTHER = frozenset({0, 4, 1, 5}), frozenset({2, 6, 3, 7})
+
+
+def token_traces(*, steps: int = 12, layers: int = 2, experts: int = 8, ranks: int = 4) -> Traces:
+    """Experts 0-3 are chosen together, and 4-7; tokens come from all ranks."""
+    rng = np.random.default_rng(3)
+    count = 10 * steps
+    half = rng.integers(0, 2, count)[:, None, None] * 4
+    ids = np.stack([[rng.permutation(4)[:2] for _ in range(layers)] for _ in range(count)]) + half
+    ids = np.array([0, 4, 1, 5, 2, 6, 3, 7])[ids]  # interleaved, so that contiguous placement tears them apart
+    step = np.repeat(np.arange(steps), 10)
+    counts = count_assignments(ids, step, steps, experts)
+    return Traces(counts=counts, tokens=Tokens(ids, step, source_rank=rng.integers(0, ranks, count)))
+
+
+def test_names_say_what_they_are_and_where_figures_come_from() -> None:
+    two = named("2x8-ib400")
+    assert (two.num_ranks, two.num_nodes) == (16, 2)
+    assert two.gates[3].tolist() == [3, 11] and two.gates[11].tolist() == [3, 11]
+    out, into, *_ = two.ports.of_pair[0, 1]
+    assert two.ports.names[out] == "within_node out of rank 0" and two.ports.names[into] == "within_node into rank 1"
+    assert (two.ports.of_pair[5, 5] == -1).all()
+    assert named("nvlink-8").between_nodes is None
+    for inside in INSIDE:
+        assert named(f"{inside}-2").source
+    for network in NETWORK:
+        assert "between: " in (named(f"2x2-{network}-pcie4").source or "")
+    shared = named("2x4-shared-ib400").ports
+    assert len({int(shared.of_pair[g, 4 + h, k]) for g in range(4) for h in range(4) for k in range(4)} - {-1}) == 2
+    for wrong in ("2x8-wifi", "nvlink", "0x8-ib400", "8"):
+        with pytest.raises(InputError, match="topology"):
+            named(wrong)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    topology = Topology(
+        node_of_rank=[0, 0, 1], within_node=Level(points=[(10, 3.0), (100, 5.0)]), name="mine",
+        between_nodes=Level(bandwidth_gbs=10, port_of="node"), pair_bandwidth_gbs=np.full((3, 3), 2.0),
+    )  # fmt: skip
+    topology.save(tmp_path / "t.json")
+    again = Topology.load(tmp_path / "t.json")
+    assert again == topology
+    curve = again.within_node.curve  # type: ignore[union-attr]
+    assert curve([0, 10, 55, 100, 190]).tolist() == pytest.approx([3, 3, 4, 5, 7])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"node_of_rank": [0, 2]}, "without gaps"),
+        ({"node_of_rank": [0, 1]}, "between_nodes"),
+        ({"rack_of_node": [0, 1]}, "one rack per node"),
+        ({"within_node": {"bandwidth_gbs": 0}}, "above 0"),
+        ({"within_node": {"bandwidth_gbs": -3}}, "above 0"),
+        ({"within_node": {}}, "measured points"),
+        ({"within_node": {"points": [[1, 5], [2, 4]]}}, "increasing"),
+        ({"within_node": {"points": [[1, 5]]}}, "two or more"),
+        ({"within_node": {"bandwidth_gbs": 1, "latency_us": -1}}, "latency_us"),
+        ({"pair_bandwidth_gbs": [[1, 1]]}, "every rank to every other"),
+        ({"pair_bandwidth_gbs": [[0, 1], [0, 0]]}, "above 0"),
+        ({"pair_latency_us": [[0, 1], [1, 0]]}, "need their bandwidths"),
+        ({"speed": 3}, "speed"),
+    ],
+)
+def test_documents_that_cannot_be(change: dict[str, object], said: str, tmp_path: Path) -> None:
+    data = {"node_of_rank": [0, 0], "within_node": {"bandwidth_gbs": 1}} | change
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=said) as error:
+        Topology.load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cost_matrix_makes_groups_and_takes_speeds(tmp_path: Path) -> None:
+    node = np.array([0, 1, 0, 1])
+    cost = np.where(node[:, None] == node[None], 1.0, 7.5)
+    np.fill_diagonal(cost, 0)
+    path = tmp_path / "cost.json"
+    path.write_text(json.dumps({"rank_cost_matrix": cost.tolist()}))
+    found = read_links(str(path), like="2x8-ib400")
+    assert found.node_of_rank.tolist() == [0, 1, 0, 1] and found.between_nodes == NETWORK["ib400"][0]
+    with pytest.raises(InputError, match="--like"):
+        read_links(str(path))
+    for change, said in (((0, 1, 8.0), "symmetric"), ((0, 0, 1.0), "itself"), ((0, 1, -1.0), "negative")):
+        wrong = cost.copy()
+        wrong[change[0], change[1]] = change[2]
+        path.write_text(json.dumps(wrong.tolist()))
+        with pytest.raises(InputError, match=said):
+            read_links(str(path), like="2x8-ib400")
+    torn = cost.copy()
+    torn[0, 1] = torn[1, 0] = 1.0  # 0 is near 1 and 2, which are not near each other
+    path.write_text(json.dumps(torn.tolist()))
+    with pytest.raises(InputError, match="no groups"):
+        read_links(str(path), like="2x8-ib400")
+
+
+NCCL = """# nccl-tests version 2.17.8 nccl-headers=23004 nccl-library=23004
+# Collective test starting: {test}_perf
+# nThread 1 nGpus 1 minBytes 1024 maxBytes 4096 step: 2(factor) warmup iters: 1 iters: 10 agg iters: 1 validation: 1
+#
+# Using devices
+#  Rank  0 Group  0 Pid 2380523 on    Node1 device  0 [0000:4e:00] NVIDIA H100 80GB HBM3
+#  Rank  1 Group  0 Pid 2380524 on    {host} device  1 [0000:5f:00] NVIDIA H100 80GB HBM3
+#
+#                                                              out-of-place                       in-place
+#       size         count      type   redop    root     time   algbw   busbw  #wrong     time   algbw   busbw  #wrong
+#        (B)    (elements)                               (us)  (GB/s)  (GB/s)             (us)  (GB/s)  (GB/s)
+        1024           128     float    none      -1    12.50    0.08    0.04       0    12.00    0.08    0.04    N/A
+        2048           256     float    none      -1    12.25    0.17    0.08       0    12.00    0.17    0.08    N/A
+        4096           512     float    none      -1    20.00    0.20    0.10       0    19.00    0.20    0.10    N/A
+# Out of bounds values : 0 OK
+# Avg bus bandwidth    : 0.1
+"""
+
+
+def test_nccl_tests_output(tmp_path: Path) -> None:
+    path = tmp_path / "run.txt"
+    path.write_text(NCCL.format(test="alltoall", host="Node1"))
+    one = read_links(str(path))
+    assert one.within_node is not None and one.num_nodes == 1
+    assert one.within_node.points == [(512.0, 12.5), (1024.0, 12.5), (2048.0, 20.0)]  # half of a buffer leaves a rank
+    path.write_text(NCCL.format(test="sendrecv", host="Node2"))
+    two = read_links(str(path))
+    assert two.between_nodes is not None and two.num_nodes == 2
+    assert two.between_nodes.points == [(1024.0, 12.5), (2048.0, 12.5), (4096.0, 20.0)]
+    path.write_text(NCCL.format(test="all_reduce", host="Node2"))
+    with pytest.raises(InputError, match="alltoall_perf or sendrecv_perf"):
+        read_links(str(path))
+    path.write_text("nothing of the kind")
+    with pytest.raises(InputError, match="whole output"):
+        read_links(str(path))
+
+
+def test_solve_puts_together_what_goes_together() -> None:
+    traces, devices = token_traces(), profile(4)
+    slow = named("2x2-ib100-pcie4")
+    given = {"cost": "staircase", "time_limit": 20.0, "patience": 1, "seed": 1}
+    exchange = EXCHANGE.model_copy(update={"once_per": "node", "dispatch_bytes": 400_000})
+    blind = solve(devices, traces, solver="local-search", **given)
+    joint = solve(devices, traces, solver="local-search", topology=slow, exchange=exchange, **given)
+    assert blind.placement is not None and joint.placement is not None and joint.links is not None
+    scored = [
+        evaluate(p, devices, traces, cost=None, topology=slow, exchange=exchange)
+        for p in (blind.placement, joint.placement)
+    ]
+    assert joint.objective_us == pytest.approx(scored[1].objective_us)
+    assert scored[1].objective_us < scored[0].objective_us
+    assert scored[1].communication.cross_node_bytes < scored[0].communication.cross_node_bytes  # type: ignore[union-attr]
+    assert joint.bound_us is not None and 0 < joint.bound_us <= joint.objective_us
+    assert joint.links.exposed_us == pytest.approx(joint.objective_us - scored[1].compute_us)
+    assert "between nodes" in joint.links.summary(traces.num_steps)
+    for row in joint.placement.physical_to_logical:  # each token's experts on one node
+        assert {frozenset(row[:4].tolist()), frozenset(row[4:].tolist())} == {HALF, OTHER}
+    for solver in ("linear", "moetuner", "auto"):
+        found = solve(devices, traces, solver=solver, topology=slow, exchange=exchange, **given)
+        assert found.objective_us is not None and found.bound_us is not None
+        assert found.bound_us <= joint.objective_us * (1 + 1e-9)
+
+
+def test_moves_and_links_are_not_mixed() -> None:
+    traces, devices = token_traces(), profile(4)
+    current = Placement.contiguous(2, 8, 4)
+    with pytest.raises(UnsupportedError, match="current is not weighed"):
+        solve(devices, traces, current=current, topology="2x2-ib400", exchange=EXCHANGE)
+
+
+def test_a_topology_that_misses_ranks_is_refused() -> None:
+    with pytest.raises(InputError, match="8 ranks; the profile has 4 devices"):
+        solve(profile(4), token_traces(), topology="nvlink-8", exchange=EXCHANGE)
+
+
+def test_compare_counts_links_for_everybody() -> None:
+    traces, devices = token_traces(steps=16), profile(4)
+    rows = compare(
+        devices, traces, solvers=("linear", "moetuner", "local-search"), topology="2x2-ib400", exchange=EXCHANGE,
+        time_limit=8.0, patience=0, cost="staircase",
+    )  # fmt: skip
+    bare = compare(devices, traces, solvers=("linear",), time_limit=8.0, cost="staircase")
+    assert rows[0].holdout_us is not None and bare[0].holdout_us is not None
+    assert rows[0].holdout_us > bare[0].holdout_us and rows[0].change == pytest.approx(0)
+    assert all(row.objective_us is not None and row.bound_us is not None for row in rows)
+
+
+@pytest.mark.parametrize("backend", ["highs", "cbc"])
+def test_moetuner_places_clusters_where_their_traffic_goes(backend: str) -> None:
+    solver, options = MoeTuner(backend), Options.lasting(300)
+    request = {"kind": "clusters", "loads": [5, 4, 3, 3, 2, 1], "slots": [2, 2, 2], "gap": 0.0}
+    found = solve_child(request, backend, options)
+    assert found is not None
+    loads = np.bincount(found["cluster"], weights=[5, 4, 3, 3, 2, 1])
+    assert loads.tolist() == [6, 6, 6]
+    flow = np.array([[0, 9, 1], [9, 0, 1], [1, 1, 8]])
+    cost = np.array([[0.0, 1, 4], [1, 0, 4], [4, 4, 0]])
+    request = {"kind": "ranks", "flows": [flow.tolist()] * 2, "cost": cost.tolist(), "slots": [2, 2, 2], "gap": 0.0}
+    found = solve_child(request | {"first": None}, backend, options)
+    assert found is not None
+    best = fullest([flow, flow], cost, [np.array(each) for each in found["ranks"]])
+    from itertools import permutations, product
+
+    every = [np.array(p) for p in permutations(range(3))]
+    assert best == pytest.approx(min(fullest([flow, flow], cost, list(way)) for way in product(every, repeat=3)))
+    assert solver.supports.links
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile(4).save(tmp_path / "profile.json")
+    token_traces().save(tmp_path / "traces.safetensors")
+    inputs = (tmp_path / "profile.json", tmp_path / "traces.safetensors")
+    written = tmp_path / "topology.json"
+    assert gemopt(capsys, "topology", "2x2-ib400", "-o", written)[0] == 0
+    wired = ("--topology", written, "--token-bytes", "4000,8000", "--once-per", "node")
+    out = gemopt_json(
+        capsys, "solve", *inputs, "--solver", "linear", *wired, "--cost", "staircase", "-o", tmp_path / "p.json"
+    )
+    assert out["links"]["combine_bytes"] == 8000 and out["links"]["once_per"] == "node"
+    scored = gemopt_json(capsys, "evaluate", tmp_path / "p.json", *inputs, *wired, "--cost", "staircase")
+    assert scored["objective_us"] == pytest.approx(out["objective_us"])
+    assert scored["cross_node_bytes"] == out["links"]["cross_node_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--once-per", "node"), "--topology"),
+        (("--topology", "2x2-ib400"), "token_bytes"),
+        (("--topology", "2x2-ib400", "--once-per", "token"), "assignment, rank, node"),
+        (("--topology", "2x2-ib400", "--token-bytes", "0"), "--token-bytes"),
+        (("--topology", "2x4-ib400", "--token-bytes", "9"), "4 devices"),
+        (("--topology", "nowhere", "--token-bytes", "9"), "nvlink"),
+        (("--topology", "2x2-ib400", "--token-bytes", "9", "--tokens-from", "me"), "--tokens-from"),
+    ],
+)
+def test_commands_refuse_in_one_line(
+    words: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile(4).save(tmp_path / "profile.json")
+    token_traces().save(tmp_path / "traces.safetensors")
+    code, _, err = gemopt(capsys, "solve", tmp_path / "profile.json", tmp_path / "traces.safetensors", *words)
+    assert code == 2 and said in err and err.count("\n") == 1
+
+
+@pytest.mark.distributed
+def test_links_are_measured_under_torchrun(tmp_path: Path) -> None:
+    path = tmp_path / "topology.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "gemopt"]
+    words = ["profile", "links", "-o", str(path), "--max-bytes", "65536", "--repeats", "2", "--device", "cpu"]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = Topology.load(path)
+    assert found.num_ranks == 2 and found.within_node is not None and found.within_node.points is not None
+    assert [size for size, _ in found.within_node.points] == [1024, 4096, 16384, 65536]
+    assert (found.ports.curves[0]([1024, 65536]) > 0).all()

@@ -1,0 +1,201 @@
+"""Certificates: what is proved is checked again from the documents, and every edit is found."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gemopt.certificate import Certificate, duals_path
+from gemopt.cli import main
+from gemopt.exceptions import InputError
+from gemopt.profile import Device, Profile, Sample
+from gemopt.solve import solve
+from gemopt.traces import Traces
+from gemopt.verify import verify
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def profile(*, active: bool = False, tile: int = 1) -> Profile:
+    devices = []
+    for rank, speed in enumerate((1.0, 1.0, 1.07)):
+        points = [(n, a) for n in (0, 40, 41, 80, 400) for a in ((1, 4, 8) if active and n else (0,)) if a <= n]
+        samples = [
+            Sample(
+                assignments=n,
+                active_experts=a if active else None,
+                latency_us=(5 + tile * -(-n // tile) + 3 * a) * speed,
+            )
+            for n, a in points
+        ]
+        devices.append(Device(rank=rank, samples=samples))
+    return Profile(devices=devices)
+
+
+def traces(*, steps: int = 24, experts: int = 9, layers: int = 2, seed: int = 0) -> Traces:
+    rng = np.random.default_rng(seed)
+    mean = rng.gamma(1.0, 8.0, (layers, experts))
+    return Traces(counts=rng.poisson(mean * rng.gamma(2.0, 0.5, (steps, 1, experts))).astype(np.int64))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile, Traces]:
+    """A certificate with multipliers, of a search that is not a proof of its own."""
+    path = tmp_path_factory.mktemp("certificate") / "cert.json"
+    solve(profile(), traces(), solver="local-search", certificate=path)
+    return path, profile(), traces()
+
+
+def test_a_dual_proof_is_checked_in_full(made: tuple[Path, Profile, Traces]) -> None:
+    path, measured, counts = made
+    stated, found = Certificate.load(path), verify(path, measured, counts)
+    assert {layer.proof.value for layer in stated.layers} == {"dual"}
+    assert any(layer.dual_us for layer in stated.layers)
+    assert found.checked_us == pytest.approx(stated.bound_us, rel=1e-6)
+    assert found.checked_us <= found.objective_us == pytest.approx(stated.objective_us, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["staircase", "tiles", "roofline"])
+def test_a_tree_proof_is_searched_again(tmp_path: Path, kind: str) -> None:
+    measured = profile(active=kind == "roofline", tile=16 if kind == "tiles" else 1)
+    cost, counts = "roofline-1" if kind == "roofline" else "staircase", traces(experts=6, layers=1)
+    result = solve(measured, counts, solver="branch", certificate=tmp_path / "c.json", cost=cost)
+    assert result.status.value == "optimal"
+    found = verify(tmp_path / "c.json", measured, counts)
+    assert found.layers[0].proof.value == "tree" and "searched again" in found.layers[0].note
+    assert found.checked_us == pytest.approx(found.objective_us, rel=1e-6)
+    given_up = verify(tmp_path / "c.json", measured, counts, most_nodes=3)
+    assert given_up.checked_us < found.checked_us == pytest.approx(given_up.claimed_us, rel=1e-6)
+
+
+def test_spare_slots_are_only_claimed_beyond_the_floors(tmp_path: Path) -> None:
+    counts = traces(experts=8, layers=1)
+    solve(profile(), counts, solver="lpt", slots_per_rank=4, certificate=tmp_path / "c.json")
+    found = verify(tmp_path / "c.json", profile(), counts)
+    assert found.checked_us <= found.claimed_us <= found.objective_us
+
+
+EDITS = {
+    "row": lambda c: c["layers"][0]["row"].reverse(),
+    "missing expert": lambda c: c["layers"][1]["row"].__setitem__(0, c["layers"][1]["row"][1]),
+    "objective": lambda c: c["layers"][0].update(objective_us=0.999 * c["layers"][0]["objective_us"]),
+    "bound": lambda c: c["layers"][0].update(bound_us=1.00001 * c["layers"][0]["bound_us"]),
+    "dual": lambda c: c["layers"][0].update(dual_us=1.00001 * (c["layers"][0]["dual_us"] or 1.0)),
+    "total": lambda c: c.update(objective_us=1.001 * c["objective_us"]),
+    "total bound": lambda c: c.update(bound_us=1.001 * c["bound_us"]),
+    "gap": lambda c: c.update(gap=0.5 * c["gap"]),
+    "plane": lambda c: c["layers"][0]["planes"][0][0].__setitem__(0, c["layers"][0]["planes"][0][0][0] + (1 << 44)),
+    "factor": lambda c: c["layers"][0]["factor"].__setitem__(0, 2 * c["layers"][0]["factor"][0]),
+    "cost": lambda c: c.update(cost="roofline-1"),
+}
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["digest kept", "digest made anew"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_every_edit_is_found(made: tuple[Path, Profile, Traces], tmp_path: Path, edit: str, signed: bool) -> None:
+    path, measured, counts = made
+    content = json.loads(path.read_text())
+    EDITS[edit](content)
+    copy = tmp_path / "cert.json"
+    duals_path(copy).write_bytes(duals_path(path).read_bytes())
+    changed = Certificate(**content)
+    if signed:
+        changed = changed.model_copy(update={"own_sha256": changed.own_digest()})
+    changed.save(copy)
+    with pytest.raises(InputError, match="Certificate"):
+        verify(copy, measured, counts)
+
+
+def test_edited_multipliers_are_found(made: tuple[Path, Profile, Traces], tmp_path: Path) -> None:
+    path, measured, counts = made
+    copy = tmp_path / "cert.json"
+    copy.write_bytes(path.read_bytes())
+    duals = load_file(duals_path(path))
+    name = next(name for name in duals if name.startswith("mu"))
+    changed = {key: value.copy() for key, value in duals.items()}
+    changed[name].ravel()[changed[name].argmax()] -= 1
+    save_file(changed, duals_path(copy))
+    with pytest.raises(InputError, match="sha256"):
+        verify(copy, measured, counts)
+    for values, said in ((changed[name] + (1 << 24), "sum to at most"), (-changed[name] - 1, ">= 0")):
+        Certificate.load(path).write(copy, changed | {name: values})
+        with pytest.raises(InputError, match=said):
+            verify(copy, measured, counts)
+    Certificate.load(path).write(copy, {key: value for key, value in duals.items() if key != name})
+    with pytest.raises(InputError, match="must have them"):
+        verify(copy, measured, counts)
+    not_numbers = {key: value.astype(np.float64) * np.nan for key, value in duals.items()}
+    Certificate.load(path).write(copy, not_numbers)
+    with pytest.raises(InputError, match="int64"):
+        verify(copy, measured, counts)
+
+
+def test_truncated_files_and_other_problems_are_refused(made: tuple[Path, Profile, Traces], tmp_path: Path) -> None:
+    path, measured, counts = made
+    copy = tmp_path / "cert.json"
+    copy.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(InputError, match="complete JSON"):
+        verify(copy, measured, counts)
+    copy.write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="No such file"):
+        verify(copy, measured, counts)
+    duals_path(copy).write_bytes(duals_path(path).read_bytes()[:-8])
+    with pytest.raises(InputError, match="sha256"):
+        verify(copy, measured, counts)
+    with pytest.raises(InputError, match="traces_sha256"):
+        verify(path, measured, traces(seed=1))
+    with pytest.raises(InputError, match="profile_sha256"):
+        verify(path, profile(tile=16), counts)
+
+
+def test_a_false_bound_of_a_search_is_found(tmp_path: Path) -> None:
+    """A tree proof whose placement is not the best: the search again finds a better one."""
+    counts = traces(experts=6, layers=1)
+    solve(profile(), counts, solver="branch", certificate=tmp_path / "c.json")
+    stated = Certificate.load(tmp_path / "c.json")
+    worse = solve(profile(), counts, solver="linear", certificate=tmp_path / "w.json")
+    poor = Certificate.load(tmp_path / "w.json").layers[0]
+    assert worse.objective_us is not None and poor.objective_us > 1.01 * stated.objective_us
+    layer = poor.model_copy(update={"proof": stated.layers[0].proof, "bound_us": poor.objective_us, "dual_us": None})
+    lie = stated.model_copy(
+        update={"layers": [layer], "objective_us": layer.objective_us, "bound_us": layer.bound_us, "gap": 0.0}
+    )
+    lie.write(tmp_path / "lie.json", {})
+    with pytest.raises(InputError, match="a placement of"):
+        verify(tmp_path / "lie.json", profile(), counts)
+
+
+def test_the_command_prints_both_bounds_and_exits_2_on_a_fault(
+    made: tuple[Path, Profile, Traces], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, measured, counts = made
+    measured.save(tmp_path / "p.json")
+    counts.save(tmp_path / "t.safetensors")
+    words = ["verify", str(path), "--profile", str(tmp_path / "p.json"), "--traces", str(tmp_path / "t.safetensors")]
+    with pytest.raises(SystemExit) as done:
+        main([*words, "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert done.value.code == 0 and said["checked_us"] <= said["objective_us"] and len(said["layers"]) == 2
+    with pytest.raises(SystemExit) as done:
+        main(words)
+    assert done.value.code == 0 and "certified gap" in capsys.readouterr().out
+    broken = tmp_path / "broken.json"
+    broken.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(SystemExit) as done:
+        main(["verify", str(broken), *words[2:]])
+    assert done.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_verifier_knows_no_solver() -> None:
+    """It shares only documents, the features and the fit of the cost model with what it checks."""
+    allowed = {"certificate", "costs", "documents", "exceptions", "latency", "profile", "traces"}
+    for name in ("verify", "verify_dual", "verify_tree", "certificate"):
+        tree = ast.parse((ROOT / "gemopt" / f"{name}.py").read_text())
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        rooms = {module.split(".")[1] for module in modules if module.startswith("gemopt.")}
+        assert rooms <= allowed | {"verify", "verify_dual", "verify_tree"}, (name, rooms)
