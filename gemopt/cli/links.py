@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import app, console, print_json
+from gemopt.cli.app import app, console, examples, print_json
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def parse_exchange(
     )
 
 
-@app.command("topology")
+@app.command(
+    "topology",
+    epilog=examples("gemopt topology 2x8-ib400", "gemopt topology 2x8-ib400 -o topology.json"),
+)
 def topology_command(
     source: Annotated[str, typer.Argument(help="a name such as 2x8-ib400, or a file", show_default=False)],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="topology.json to write")] = None,
@@ -80,7 +83,7 @@ def topology_command(
     inside: Annotated[
         str | None, typer.Option("--inside", help="named topology for within a node, where nccl-tests ran between them")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the document")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> int:
     """Show, write or import links: a name, topology.json, nccl-tests output, SGLang's rank_cost_matrix."""
     from gemopt.formats.links import read_links

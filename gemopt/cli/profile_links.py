@@ -7,19 +7,21 @@ from typing import Annotated
 
 import typer
 
-from gemopt.cli.app import console, print_json, profile_app
+from gemopt.cli.app import console, examples, print_json, profile_app
 from gemopt.documents import check_writable
 from gemopt.exceptions import InputError
 
 
-@profile_app.command("links")
+@profile_app.command(
+    "links", epilog=examples("torchrun --nproc-per-node 8 --no-python gemopt profile links -o topology.json")
+)
 def profile_links(
     output: Annotated[Path, typer.Option("-o", "--output", help="topology.json to write", show_default=False)],
     least: Annotated[int, typer.Option("--min-bytes", min=1, help="through a port, at least")] = 1 << 10,
     most: Annotated[int, typer.Option("--max-bytes", min=2, help="through a port, at most")] = 1 << 26,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="exchanges per size")] = 10,
     device: Annotated[str, typer.Option("--device", help="auto: the accelerator of the local rank, else cpu")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="print the document")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> int:
     """Measure links: all-to-all within nodes and between them. Start with torchrun, one process per rank."""
     if least >= most:
