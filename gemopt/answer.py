@@ -93,7 +93,7 @@ def answer(
         cost=cost.name,
         cost_error=None if report is None or np.isnan(report.error) else report.error,
         cost_summary="" if report is None else report.summary(),
-        notes=_notes(run, per_layer),
+        notes=[*_notes(run, per_layer), *_division(moving)],
         moves=report_of_moves,
         links=_links(run, scored),
     )
@@ -182,6 +182,16 @@ def _layer_result(run: Run, index: int, layer_id: int, scored: Evaluation | None
         bounded_steps=max(0, layer.bounded_steps),
         moves_us=price_us,
     )
+
+
+def _division(moving: Moving | None) -> list[str]:
+    """What is to be known about a budget that layers share."""
+    if moving is None or not moving.shared or moving.into_G is None:
+        return []
+    return [
+        "max_bytes_per_rank is divided among the layers by a heuristic: another division may be better; the bound is "
+        "that of each layer with all of it"
+    ]
 
 
 def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:

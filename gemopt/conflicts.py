@@ -212,9 +212,8 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
             label=f"{kind.value} ({len(nodes)})",
         )
     nx.draw_networkx_labels(drawn, place, ax=ax, font_size=7)
-    ax.set_title(f"layer {graph.graph['layer_id']}: experts hot in the same steps")
-    ax.legend(loc="lower left", fontsize=8, markerscale=0.5)
     told = f"area: share of the load; width: correlation, strongest {len(widths)} of {len(positive)} conflicts"
-    ax.text(0.5, -0.02, told, transform=ax.transAxes, ha="center", va="top", fontsize=8)
+    ax.set_title(f"layer {graph.graph['layer_id']}: experts hot in the same steps\n{told}", fontsize=10)
+    ax.legend(loc="lower left", fontsize=8, markerscale=0.5)
     ax.set_axis_off()
     return ax

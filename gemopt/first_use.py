@@ -13,9 +13,9 @@ from gemopt.bounds import lower_bound, step_bounds, together_bound
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.problem import Problem
 from gemopt.solvers import get
-from gemopt.solvers.auto import branches
 from gemopt.solvers.base import Options, Solver
 from gemopt.solvers.budget import walk_front
+from gemopt.solvers.size import branches
 
 NOTICE = "compiling kernels, once per installation: 20 s to a minute (not counted in the time limit)"
 LOOK_S = 0.1

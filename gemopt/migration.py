@@ -7,9 +7,10 @@ number of experts that must travel is a property of the two placements, and `kee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,12 +139,14 @@ def moves(
     slots_after = slots_before if slots_after is None else slots_after
     ranks_before, ranks_after = (np.repeat(np.arange(len(s)), s) for s in (slots_before, slots_after))
     nodes_G = np.zeros(len(slots_before), dtype=np.int64) if nodes is None else np.asarray(nodes)
+    same_slots = np.array_equal(slots_before, slots_after)
+    if same_slots and _single(before_P) and _single(after_P):
+        return _exchanged(before_P, after_P, ranks_before, nodes_G)
     holders: dict[int, list[int]] = {}
     for slot, expert in enumerate(before_P.tolist()):
         if expert != EMPTY:
             holders.setdefault(int(expert), []).append(slot)
     local_before, local_after = _local(slots_before), _local(slots_after)
-    same_slots = np.array_equal(slots_before, slots_after)
     candidates = np.flatnonzero(before_P != after_P) if same_slots else np.arange(len(after_P))
     changed = [
         slot
@@ -172,6 +175,24 @@ def moves(
     return sorted(result, key=lambda move: (move.link is Link.RELAY, move.dst_slot))
 
 
+def _single(row_P: IntArray) -> bool:
+    """Whether no expert has copies."""
+    return bool(np.bincount(row_P[row_P != EMPTY], minlength=1).max() <= 1)
+
+
+def _exchanged(before_P: IntArray, after_P: IntArray, ranks_P: IntArray, nodes_G: IntArray) -> list[Move]:
+    """The moves where every expert has one source and one target."""
+    where_E = np.full(int(max(before_P.max(), after_P.max())) + 1, -1)
+    full = np.flatnonzero(before_P != EMPTY)
+    where_E[before_P[full]] = full
+    targets = np.flatnonzero((before_P != after_P) & (after_P != EMPTY))
+    sources, nodes_P = where_E[after_P[targets]], nodes_G[ranks_P]
+    cross, local = nodes_P[sources] != nodes_P[targets], ranks_P[sources] == ranks_P[targets]
+    links = [Link.CROSS if far else Link.LOCAL if near else Link.NODE for far, near in zip(cross, local, strict=True)]
+    listed = zip(sources.tolist(), targets.tolist(), after_P[targets].tolist(), links, strict=True)
+    return [Move(*each) for each in listed]
+
+
 def _source(holders: list[int], rank: int, rank_of: IntArray, nodes_G: IntArray, sent_G: IntArray) -> tuple[int, Link]:
     def cost(slot: int) -> tuple[bool, bool, int, int]:
         owner = rank_of[slot]
@@ -182,7 +203,7 @@ def _source(holders: list[int], rank: int, rank_of: IntArray, nodes_G: IntArray,
     return best, Link.CROSS if other_node else Link.NODE if other_rank else Link.LOCAL
 
 
-def batches(layers: Sequence[int], bytes_NG: Sequence[IntArray], limit_bytes: float) -> list[list[int]]:
+def batches(layers: Iterable[int], bytes_NG: Sequence[NDArray[Any]], limit_bytes: float) -> list[list[int]]:
     """Indices of consecutive parts that are copied, agreed on and committed together.
 
     As many as fit: no rank receives more than `limit_bytes` in a batch of several, and none is of a layer twice.

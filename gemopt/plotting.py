@@ -72,10 +72,11 @@ def check_picture(path: str | os.PathLike[str]) -> str:
 
 
 def save(ax: Any, path: str | os.PathLike[str]) -> None:
-    """Write the whole figure of these axes (or a figure) atomically; the format follows the ending."""
+    """Write the whole figure of these axes (one, several, or a figure) atomically; the format follows the ending."""
     kind = check_picture(path)
     buffer = io.BytesIO()
-    getattr(ax, "figure", ax).savefig(buffer, dpi=150, format=kind)
+    first = np.ravel(ax)[0]
+    getattr(first, "figure", first).savefig(buffer, dpi=150, format=kind)
     with replacing(path) as stream:
         stream.write(buffer.getvalue())
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel
 from gemopt.exceptions import InputError
-from gemopt.latency import Curves, Feature, FloatArray, Latency, pack
+from gemopt.latency import Curves, Feature, FloatArray, Latency, pack_shared
 from gemopt.moves import Moves
 from gemopt.placement import Split, check_slots, default_slots
 from gemopt.splits.senders import Senders, check_senders, senders_of
@@ -146,7 +146,7 @@ class Problem:
     @cached_property
     def curves(self) -> Curves:
         """The latencies as flat arrays for the compiled kernels."""
-        return pack(self.latencies)
+        return pack_shared(self.latencies)
 
     @cached_property
     def equal_ranks(self) -> list[list[int]]:

@@ -93,7 +93,7 @@ class Case:
     @cached_property
     def spare(self) -> int:
         """Slots beyond one per expert."""
-        return int(self.slots_G.sum()) - self.counts_TE.shape[1]
+        return int(self.slots_G.sum()) - int(self.counts_TE.shape[1])
 
     @cached_property
     def most_F(self) -> IntArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 
@@ -59,7 +60,7 @@ class _Search:
 
     better: float | None
 
-    def time(self, g: int, depth: int) -> np.ndarray:  # type: ignore[type-arg]
+    def time(self, g: int, depth: int) -> NDArray[np.float64]:
         """[T] what rank g takes at least, once it is full."""
         return self.case.times_us(g, self.loads_GFT[g] + self.rest[depth][self.free[g]], low=self.free[g] > 0)
 

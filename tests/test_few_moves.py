@@ -16,12 +16,12 @@ from gemopt.solvers.search.moves import few_moves
 EXPERTS, RANKS, STEPS = 12, 3, 20
 
 
-def problem(kind: str, seed: int, slots: object = None) -> Problem:
+def problem(kind: str, seed: int, slots: object = None, ranks: int = RANKS) -> Problem:
     rng = np.random.default_rng(seed)
     share_E = rng.dirichlet(np.full(EXPERTS, 0.5))
     counts_TE = rng.multinomial(256, share_E, size=STEPS)
     features: tuple[Feature, ...] = (ASSIGNMENTS,)
-    speeds = rng.uniform(0.8, 1.2, RANKS)
+    speeds = rng.uniform(0.8, 1.2, ranks)
     if kind == "line":
         latencies = [Latency(((line(60.0, s),),)) for s in speeds]
     elif kind == "roofline":
@@ -36,8 +36,10 @@ def problem(kind: str, seed: int, slots: object = None) -> Problem:
 @pytest.mark.parametrize("kind", ["line", "roofline", "staircase"])
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("price", [0.0, 3.0])
-def test_every_swap_is_the_best_one(kind: str, seed: int, price: float) -> None:
-    layer = problem(kind, seed)
+@pytest.mark.parametrize("ranks", [RANKS, 6])
+def test_every_swap_is_the_best_one(kind: str, seed: int, price: float, ranks: int) -> None:
+    """Also with pairs of ranks that the swaps before left alone."""
+    layer = problem(kind, seed, ranks=ranks)
     home = np.random.default_rng(seed).permutation(EXPERTS)
     way = few_moves(layer, home, price_us=price)
     assert way[0].moves == 0

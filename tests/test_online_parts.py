@@ -50,6 +50,14 @@ def test_of_settled_traffic_all_memories_tell_and_the_long_ones_best() -> None:
     assert say.sum() == pytest.approx(1) and say[ALL] > say[FAST] > 0
 
 
+def test_all_of_what_comes_back_counts() -> None:
+    """Not the few blocks that happen to lie nearest, and not the one that merging made largest."""
+    for policy, blocks in ((None, 30), (Policy(keep_steps=40 * TICK), 5)):
+        made, rng = memories("abab", policy)[0], np.random.default_rng(9)
+        assert made.add(tick(ord("a"), rng)) and made.recalled
+        assert 1 / (made.weights() ** 2).sum() > blocks
+
+
 def test_merged_blocks_keep_rare_traffic() -> None:
     policy = Policy(keep_steps=40 * TICK)
     made = memories("b" + 9 * "a", policy)[0]

@@ -45,7 +45,7 @@ def dual_bound(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> float:
         experts, slots = linear_sum_assignment(cost_EG[:, slot_rank])
         value = float(cost_EG[experts, slot_rank[slots]].sum())
         error = float((size_CE[p.group_G].T * p.factor_G).max(axis=1).sum())
-    return fixed + value - saved - _rounding(p, error + abs(fixed))
+    return float(fixed + value - saved - _rounding(p, error + abs(fixed)))
 
 
 def _rounding(p: Programme, size: float) -> float:

@@ -18,6 +18,7 @@ from gemopt.bounds.colocation import Programme
 from gemopt.latency import FloatArray
 
 Array = NDArray[Any]
+Real = Any  # float32 in the kernels
 F32 = np.float32
 NORM_ROUNDS = 10
 SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # when to restart: decay of the fixed-point error, share of all iterations
@@ -25,7 +26,7 @@ SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # when to restart: decay of the fi
 
 @njit(cache=True, nogil=True, fastmath=True)
 def step_together(
-    u: Array, rho: Array, v: Array, bar_q: Array, pull: Array, slope: Array, most: float, tau: float, sigma: float,
+    u: Array, rho: Array, v: Array, bar_q: Array, pull: Array, slope: Array, most: Real, tau: Real, sigma: Real,
     new_u: Array, new_rho: Array, mix: Array, sums: Array,
 ) -> None:  # fmt: skip
     """Gradient step of U, then of the multipliers rho of `U <= q` (none: `U <= most`).
@@ -59,7 +60,7 @@ def step_together(
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def step_rows(mu: Array, rows: Array, floor: Array, weight: Array, sigma: float, new_mu: Array) -> None:
+def step_rows(mu: Array, rows: Array, floor: Array, weight: Array, sigma: Real, new_mu: Array) -> None:
     """Gradient step of the rows' multipliers, [T, N] at least 0 and of sum at most `weight` [T] for each step."""
     steps, size = mu.shape
     for t in range(steps):
@@ -74,7 +75,7 @@ def step_rows(mu: Array, rows: Array, floor: Array, weight: Array, sigma: float,
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def project(values: Array, weight: float, total: float) -> None:
+def project(values: Array, weight: Real, total: Real) -> None:
     """Projection of values >= 0 of sum `total` onto the simplex of sum `weight` (Michelot)."""
     size = len(values)
     cut, count = (total - weight) / F32(size), size
@@ -92,7 +93,7 @@ def project(values: Array, weight: float, total: float) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def step_ranks(x: Array, cost: Array, tau: float, new_x: Array) -> None:
+def step_ranks(x: Array, cost: Array, tau: Real, new_x: Array) -> None:
     """Gradient step of x [E, G], each row on the simplex."""
     experts, ranks = x.shape
     for i in range(experts):
@@ -112,7 +113,7 @@ def step_ranks(x: Array, cost: Array, tau: float, new_x: Array) -> None:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def halpern(z: Array, image: Array, anchor: Array, part: float) -> float:
+def halpern(z: Array, image: Array, anchor: Array, part: Real) -> float:
     """z becomes `part (2 image - z) + (1 - part) anchor`; returns the squared distance of z and image."""
     total = F32(0)
     for n in range(len(z)):

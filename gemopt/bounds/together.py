@@ -14,6 +14,7 @@ from gemopt.placement import Split
 from gemopt.problem import Problem
 
 FIRST_LOOK = 40  # iterations
+FEWEST = 500  # iterations before it may stop for gaining nothing: the first ones are below the floors
 GROWTH = 1.25  # from one look to the next
 LEAST_GAIN = 0.01  # of what is open between bound and incumbent, in the last half of the iterations
 TOLERANCE = 1e-9  # relative: nothing is open
@@ -82,7 +83,7 @@ def _stalled(found: Together, target_us: float) -> bool:
     """Whether the last half of the iterations gained next to nothing of what is open."""
     now, bound = found.looks[-1]
     before = [value for count, value in found.looks if count <= now / 2]
-    if not before:
+    if not before or now < FEWEST:
         return False
     open_us = (target_us if np.isfinite(target_us) else 1.1 * bound) - bound
     return bound - before[-1] <= LEAST_GAIN * max(open_us, 0.0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemopt.cli.app import app, print_json, say, show
+from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.cli.progress import progress as shown
 from gemopt.cli.solve import AsJson, Cost, PhaseName, ProfilePath, Seed, Task, TracesPath, load_traces
 
@@ -21,14 +21,20 @@ if TYPE_CHECKING:
 UNITS = {"skew": "x mean", "bandwidth": "GB/s", "batch": "assignments", "drift": "of experts"}
 
 
-@app.command("advise")
+@app.command(
+    "advise",
+    epilog=examples(
+        "gemopt advise profile.json traces.safetensors",
+        "gemopt advise profile.json traces.safetensors --memory 2 --bandwidth 50 --plot map.png",
+    ),
+)
 def advise_command(
     profile: ProfilePath,
     traces: TracesPath,
     memory: Annotated[float, typer.Option("--memory", help="GB free for copies on each rank, all layers")] = 0.0,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="shape.json, or hidden_size=..,heads=..,kv_heads=..,head_dim=..,context=..,..."),
+        typer.Option("--model", help="shape.json, or hidden_size=..,heads=..,kv_heads=..,head_dim=.. and so on"),
     ] = None,
     horizon: Annotated[int | None, typer.Option("--horizon", help="steps that the decision has to hold")] = None,
     bandwidth: Annotated[float, typer.Option("--bandwidth", help="GB/s that a rank sends and receives")] = 20.0,

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -108,8 +108,8 @@ def write_files(folder: Path) -> list[Path]:
     """A profile, traces and the tables behind them; `InputError` when one of them is there already."""
     first, _, shifting, *_ = cases()
     folder.mkdir(parents=True, exist_ok=True)
-    of_network = {"top_k": 4, "num_hidden_layers": 24, "model": "gpt-oss-20b"}
-    documents = {
+    of_network: dict[str, Any] = {"top_k": 4, "num_hidden_layers": 24, "model": "gpt-oss-20b"}
+    documents: dict[str, Any] = {
         "profile.json": first.profile,
         "traces.safetensors": replace(first.traces, **of_network),
         "shifting.safetensors": replace(shifting.traces, **of_network),

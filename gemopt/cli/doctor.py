@@ -158,7 +158,8 @@ def _torch() -> Lines:
 
         available = torch.accelerator.is_available()
         count = torch.accelerator.device_count() if available else 0
-        kind = torch.accelerator.current_accelerator().type if available else "cpu"
+        current: Any = torch.accelerator.current_accelerator() if available else None
+        kind = current.type if available else "cpu"
     except Exception as error:  # a driver that does not fit, a wheel of another Python
         yield "devices", _line(f"{type(error).__name__}: {error}", BROKEN, "install a torch that fits the driver")
         return

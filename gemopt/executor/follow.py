@@ -118,6 +118,7 @@ class Follow:
         self._thread: threading.Thread | None = None
         self._word: tuple[int, bytes] = (NOTHING, EMPTY)
         self._waiting = 0
+        self._unsettled: list[bool] = []  # passes of this window with something else in force than is wanted
         self._unseen: deque[tuple[Any, Any]] = deque(maxlen=max(1, UNSEEN_STEPS // window))
         self._background: Any = None
         self._wanted: Placement | None = None  # as soon as the batch that is on its way has been committed
@@ -129,6 +130,8 @@ class Follow:
         ]
 
     def _after(self) -> None:
+        moving = self._wanted is not None or (self._background is not None and not self._background.done)
+        self._unsettled.append(moving or self._waiting > 0)
         self._gauge.passes += 1
         if self._gauge.passes == self.window:
             self._gather()
@@ -144,7 +147,10 @@ class Follow:
         dist.all_gather(list(times_G), times, group=self._group)
         deciding = self.controller is not None and self.executor.rank == 0
         if deciding:
-            self._unseen.append((counts.numpy(), times_G.numpy().T.copy()))
+            times_WG = times_G.numpy().T.copy()
+            times_WG[self._unsettled] = np.nan  # says nothing about how fast a rank is
+            self._unseen.append((counts.numpy(), times_WG))
+        self._unsettled = []
         if self._waiting or self._wanted is not None:
             return  # one decision at a time; the next sees these steps, too
         self._waiting = ASK_EVERY

@@ -235,14 +235,15 @@ class Controller:
                     need = f"{self.memories.shape[1]} experts need a slot, the others have {room}"
                     return self._keep(_joined(say, f"infeasible without rank {ranks}: {need}"), imbalance=imbalance)
                 rows[layer] = row
-        proposals = self._proposals(problems, rows, trusted)
-        for layer, waypoint in choose(proposals, self.policy.max_moves).items():
-            rows[layer] = waypoint.row
         gain_us = sum(
             objective(problem, old) - objective(problem, row)
             for problem, old, row in zip(problems, begin, rows, strict=True)
             if (old != row).any()
         )
+        proposals = {each.layer: each for each in self._proposals(problems, rows, trusted)}
+        for layer, waypoint in choose(list(proposals.values()), self.policy.max_moves).items():
+            rows[layer] = waypoint.row
+            gain_us += proposals[layer].way[0].objective_us - waypoint.objective_us
         return self._decision(rows, gain_us, say, imbalance, changed)
 
     def _remembered(self) -> tuple[list[Problem], float]:
@@ -307,14 +308,15 @@ class Controller:
         return Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
 
     def _decision(self, rows: NDArray[np.int64], gain_us: float, say: str, imbalance: float, changed: bool) -> Decision:
-        travel = travel_between(self.placement, rows, self.nodes_G)
+        travel = travel_between(self.placement, rows, self.nodes_G, self.policy.batch_bytes / self.expert_bytes)
         if not travel.moves:
             return self._keep(_joined(say, "no swap pays"), imbalance=imbalance, changed=changed)
-        layers, transfer_us = len(travel.moves), travel.rounds * self.expert_bytes / self.policy.bytes_per_s * 1e6
-        cost_us = layers * self.policy.commit_us + self.policy.slowdown * transfer_us
+        layers, commits = len(travel.moves), len(travel.rounds)
+        transfer_us = sum(travel.rounds) * self.expert_bytes / self.policy.bytes_per_s * 1e6
+        cost_us = commits * self.policy.commit_us + self.policy.slowdown * transfer_us
         self.moved_at[list(travel.layers)] = self.steps
         self.placement = travel.placement
-        self.blind_until = self.steps + layers + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
+        self.blind_until = self.steps + commits + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
         text = f"{travel.num_moves} moves in {layers} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
         return Decision(
             self.placement,

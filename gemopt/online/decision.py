@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.migration import Move, held, keep_in_place, moves
-from gemopt.placement import Placement
+from gemopt.migration import Move, batches, held, keep_in_place, moves
+from gemopt.placement import EMPTY, Placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,29 +52,37 @@ class Decision:
 class Travel:
     """The way to a wanted placement, its slots in the order that moves fewest experts.
 
-    layers: indices of those that change; moves: by layer id; num_moves: experts received in all; rounds: experts that
-    the busiest rank of each layer receives, summed, which is how long transfers last.
+    layers: indices of those that change; moves: by layer id; num_moves: experts received in all; rounds: of each batch
+    of layers that travel together, experts that the busiest rank receives, which is how long it takes.
     """
 
     placement: Placement
     layers: tuple[int, ...]
     moves: dict[int, list[Move]]
     num_moves: int
-    rounds: int
+    rounds: list[int]
 
 
-def travel_between(before: Placement, wanted_LP: NDArray[np.int64], nodes_G: NDArray[np.int64] | None) -> Travel:
-    """From the placement in force to the wanted rows."""
+def travel_between(
+    before: Placement, wanted_LP: NDArray[np.int64], nodes_G: NDArray[np.int64] | None, batch_experts: float
+) -> Travel:
+    """From the placement in force to the wanted rows; a rank receives at most `batch_experts` at once, or one layer."""
     slots_G, rows = before.slots_per_rank, np.array(wanted_LP)
     changed = np.flatnonzero((before.physical_to_logical != rows).any(axis=1))
     moved: dict[int, list[Move]] = {}
-    total = rounds = 0
+    into_NG: list[NDArray[np.int64]] = []
     for layer in changed:
         old, row = before.physical_to_logical[layer], rows[layer]
-        rows[layer] = row[keep_in_place(old, row, slots_G)]
+        old_GE = held(old, slots_G, before.num_experts)
+        differs = np.flatnonzero((old != row) & (row != EMPTY))
+        if old_GE[before.rank_of_slot[differs], row[differs]].any():  # an expert that stays is in another slot
+            rows[layer] = row[keep_in_place(old, row, slots_G)]
         moved[before.layer_ids[layer]] = moves(old, rows[layer], slots_G, nodes=nodes_G)
-        new_GE = held(row, slots_G, before.num_experts) & ~held(old, slots_G, before.num_experts)
-        total, rounds = total + int(new_GE.sum()), rounds + int(new_GE.sum(axis=1).max())
+        new_GE = held(row, slots_G, before.num_experts) & ~old_GE
+        into_NG.append(new_GE.sum(axis=1))
+    grouped = batches(moved, into_NG, batch_experts)
+    rounds = [int(np.sum([into_NG[n] for n in group], axis=0).max()) for group in grouped]
+    total = int(sum(into_G.sum() for into_G in into_NG))
     fields = {name: getattr(before, name) for name in type(before).model_fields}
     placement = Placement(**{**fields, "physical_to_logical": rows}) if moved else before
     return Travel(placement, tuple(map(int, changed)), moved, total, rounds)

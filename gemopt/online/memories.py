@@ -161,9 +161,15 @@ class Memories:
         self.overlaps[at, at] = -np.inf
 
     def _merge(self) -> int:
-        """Make one block of the two old ones that are most alike, with steps of both in proportion; the free index."""
+        """Make one block of the two old ones by which least is lost, with steps of both in proportion; the free index.
+
+        What is lost is Ward's: the distance times a b / (a + b) of their steps. By distance alone large blocks, which
+        are less noisy and so more alike, would swallow all others, and with them most of the steps that are kept.
+        """
         old = np.flatnonzero(self.last < self.ticks - min(RECENT_TICKS, len(self.last) - 2))
-        first, second = divmod(int(self.overlaps[np.ix_(old, old)].argmax()), len(old))
+        steps, far = self.steps[old], 1 - self.overlaps[np.ix_(old, old)] / self.shape[0]
+        lost = far * (steps * steps[:, None] / (steps + steps[:, None]))
+        first, second = divmod(int(lost.argmin()), len(old))
         a, b = sorted((int(old[first]), int(old[second])), key=lambda block: int(self.last[block]))
         both = self.steps[a] + self.steps[b]
         of_a = int(np.clip(round(TICK * self.steps[a] / both), 1, TICK - 1))

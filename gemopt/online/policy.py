@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gemopt.migration import BATCH_BYTES
+
 TICK = 8  # steps that are remembered, compared and forgotten together
 
 
@@ -16,8 +18,10 @@ class Policy(BaseModel):
         Weights of one expert of one layer, and what a rank receives while it sends as much. None: of the profile where
         it records it, else 9.4 MB (an expert of Qwen3-30B-A3B in bf16).
     slowdown, commit_us
-        A transfer in the background makes the steps it overlaps with longer by this fraction; changing the placement of
-        a layer stalls the group once for this many microseconds.
+        A transfer in the background makes the steps it overlaps with longer by this fraction; putting layers in force
+        stalls the group once for this many microseconds. Every layer that moves must pay for as much by itself.
+    batch_bytes
+        What a rank receives at most of layers that travel and are put in force together.
     horizon_steps
         Steps that a placement is expected to serve before any change of traffic was seen; what is seen takes over.
     least_gain
@@ -48,6 +52,7 @@ class Policy(BaseModel):
     bytes_per_s: float = Field(default=20e9, gt=0, le=1e15)
     slowdown: float = Field(default=0.05, ge=0, le=1)
     commit_us: float = Field(default=100.0, ge=0, le=1e9)
+    batch_bytes: float = Field(default=BATCH_BYTES, ge=0, le=1e15)
     horizon_steps: int = Field(default=256, ge=1, le=10**9)
     least_gain: float = Field(default=0.008, ge=0, le=1)
     dead_zone: float = Field(default=1.03, ge=1, le=100)

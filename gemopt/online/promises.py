@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemopt.evaluate import objective
 from gemopt.online.policy import Policy
 from gemopt.problem import Problem
+from gemopt.solvers.search.moves import objectives
 
 AT_STEPS = 64.0  # effective steps at which `Policy.least_gain` is stated
 PRIOR_SWAPS = 64.0  # how many swaps of experience the policy's figure counts for
@@ -59,10 +59,9 @@ class Promises:
         self.short, self.swaps = fade * self.short, fade * self.swaps
         seen = min(1.0, steps / AT_STEPS)
         for layer, (before, after), (promised, swaps, trusted) in zip(self.layers, self.rows, self.facts, strict=True):
-            problem = problems[int(layer)]
-            base = objective(problem, before)
+            base, changed = objectives(problems[int(layer)], np.stack([before, after]))
             if base > 0:
-                kept = 1 - objective(problem, after) / base
+                kept = 1 - changed / base
                 self.short += seen * (promised - kept) / _scale(trusted)
                 self.swaps += seen * swaps
 

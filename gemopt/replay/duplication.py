@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from gemopt.replay.simulate import World
 
 PREFIX = "duplication-"
-LIFE = 64.0  # batches that a copy is expected to serve
-RECENT = 16  # batches on which new copies must save time
+LIFE = 256.0  # batches that the price of a copy is spread over where one is proposed
+RECENT = 16  # batches on which new copies must have saved time
 TICK = 8  # batches between plans from a distribution, which changes slowly
 TABLE_LIMIT = 1 << 24
 
@@ -141,6 +141,7 @@ class _Layer:
         price = Price(expert_us, hidden_us, migration.slowdown, migration.commit_us, LIFE)
         self.given = (price, table_FN, pack(cost.latencies))
         self.recent: deque[NDArray[np.int64]] = deque(maxlen=RECENT)
+        self.missed_us, self.since = 0.0, 0
 
     def step(self, expected_E: Any, counts_E: NDArray[Any], factor_G: Any) -> tuple[float, float, int]:
         """(makespan, what copying adds, experts copied) of a batch of `counts_E` when `expected_E` was expected."""
@@ -159,19 +160,28 @@ class _Layer:
         if self.method == "latency":
             x_GE, _ = spread(counts_E, self.home_E, self.present_GE, self.spare_G, False, *self.given)
             self.recent.append(counts_E)
+            self.since += 1
         return float((times_of(x_GE, *self.given[1:]) * factor_G).max()), added_us, copied
 
     def _pays(self, used_GE: NDArray[np.bool_], expected_E: NDArray[np.int64]) -> bool:
-        """Whether copies save more than they cost: in this batch as expected, then in `LIFE` as in the last ones."""
+        """Whether to make copies: once they save what they cost, in this batch as expected and in those before.
+
+        Nobody knows for how long copies are of use. As with renting or buying skis, they are made when so much has been
+        missed without them as they cost; what the last batches would have saved stands for all since the last plan.
+        """
         from gemopt.replay.spreading import saved_us
 
+        since, self.since = self.since, 0
         if not (used_GE & ~self.present_GE).any():
             return False
         sides = (self.home_E, self.present_GE, self._kept(used_GE, expected_E), self.spare_G, *self.given)
         cost_us, now_us = self._cost(used_GE)[0], saved_us(expected_E[None], *sides)
-        if not cost_us or not self.recent:
-            return bool(now_us > cost_us)
-        return bool(now_us + LIFE * saved_us(np.stack(self.recent), *sides) > cost_us)
+        if cost_us and self.recent:
+            self.missed_us = max(0.0, self.missed_us + since * saved_us(np.stack(self.recent), *sides))
+        if now_us + self.missed_us <= cost_us:
+            return False
+        self.missed_us = 0.0
+        return True
 
     def _cost(self, used_GE: NDArray[np.bool_]) -> tuple[float, int]:
         """(microseconds that copying adds, copies made) for those that are not present."""

@@ -199,7 +199,7 @@ class Controlled(FittedOnce):
     def start(self, context: Context) -> Placement:
         """Learn from the past, of which the last window comes with the first call."""
         begin, costs = super().start(context), context.migration
-        shared = ("expert_bytes", "bytes_per_s", "slowdown", "commit_us")
+        shared = ("expert_bytes", "bytes_per_s", "slowdown", "commit_us", "batch_bytes")
         policy = self.policy or Policy(**{name: getattr(costs, name) for name in shared})
         self.controller = Controller(context.cost, begin, policy)
         known = max(0, context.past.num_steps - context.window)

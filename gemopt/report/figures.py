@@ -19,6 +19,7 @@ from gemopt.report.style import (
     DASHES,
     MANY,
     SCALE,
+    SLOWEST,
     Section,
     Table,
     changes,
@@ -170,25 +171,15 @@ def search(inputs: Inputs) -> Section:
 
 def latency(inputs: Inputs, old_us: FloatArray, new_us: FloatArray) -> Section:
     """Distribution of the step latency on the steps that count, with intervals of its quantiles."""
-    go = graph_objects()
-    traces, rows, levels = [], [], np.array(numbers.QUANTILES)
+    traces, rows = [], []
     for name, step_us, colour, dash in (("before", old_us, BEFORE, "dash"), ("after", new_us, AFTER, "solid")):
-        at = np.linspace(0, 1, min(400, len(step_us)))
-        values, spread = np.quantile(step_us, levels), numbers.intervals(step_us)
-        traces.append(go.Scatter(x=small(np.quantile(step_us, at)), y=small(at), name=name, mode="lines",
-                                 line={"color": colour, "dash": dash},
-                                 hovertemplate="%{y:.3f} of the steps take at most %{x:.0f} us<extra></extra>",
-                                 ))  # fmt: skip
-        bars = None if spread is None else {
-            "type": "data", "symmetric": False, "array": spread[:, 1] - values, "arrayminus": values - spread[:, 0],
-            "color": colour, "thickness": 2.5, "width": 6,
-        }  # fmt: skip
-        traces.append(go.Scatter(x=values, y=levels, mode="markers", marker={"color": colour, "size": 8}, error_x=bars,
-                                 showlegend=False, text=[f"p{100 * q:.0f}" for q in levels],
-                                 hovertemplate=name + " %{text}: %{x:.0f} us<extra></extra>"))  # fmt: skip
-        between = ["" if spread is None else f"{microseconds(a)} to {microseconds(b)}" for a, b in spread] if (
-            spread is not None) else [""] * len(levels)  # fmt: skip
-        rows += [(name, f"p{100 * q:.0f}", microseconds(v), b) for q, v, b in zip(levels, values, between, strict=True)]
+        values, spread = np.quantile(step_us, numbers.QUANTILES), numbers.intervals(step_us)
+        traces += _distribution(name, step_us, values, spread, {"color": colour, "dash": dash})
+        between = [""] * len(values)
+        if spread is not None:
+            between = [f"{microseconds(low)} to {microseconds(high)}" for low, high in spread]
+        for q, value, interval in zip(numbers.QUANTILES, values, between, strict=True):
+            rows.append((name, f"p{100 * q:.0f}", microseconds(value), interval))
     shown = figure(*traces, xaxis={"title": "latency of a step, all MoE layers, us"},
                    yaxis={"title": "share of the steps", "tickvals": [0, 0.25, 0.5, 0.75, 0.9, 0.99]})  # fmt: skip
     if inputs.held is not None:
@@ -197,11 +188,31 @@ def latency(inputs: Inputs, old_us: FloatArray, new_us: FloatArray) -> Section:
         of = f"the {len(new_us)} steps that the placement was made for; none were held out"
     else:
         of = f"all {len(new_us)} steps; the file does not say on which of them it was made"
-    how = "bars are 95 % intervals (moving-block bootstrap)" if len(new_us) >= numbers.LEAST_STEPS else (
-        f"below {numbers.LEAST_STEPS} steps there are no intervals")  # fmt: skip
+    how = "bars are 95 % intervals (moving-block bootstrap)"
+    if len(new_us) < numbers.LEAST_STEPS:
+        how = f"below {numbers.LEAST_STEPS} steps there are no intervals"
     text = f"Of {of}. Points are p50, p90 and p99; {how}."
     head = ("placement", "quantile", "us", "95 % interval, us")
     return Section("latency", "Latency of a step", text, shown, table=Table(head, rows))
+
+
+def _distribution(
+    name: str, step_us: FloatArray, values: FloatArray, spread: FloatArray | None, line: dict[str, str]
+) -> list[Any]:
+    """The cumulative distribution as a line, and its quantiles as points with bars."""
+    go, bars = graph_objects(), None
+    at = np.linspace(0, 1, min(400, len(step_us)))
+    if spread is not None:
+        bars = {"type": "data", "symmetric": False, "array": spread[:, 1] - values, "arrayminus": values - spread[:, 0],
+                "color": line["color"], "thickness": 2.5, "width": 6}  # fmt: skip
+    told = "%{y:.3f} of the steps take at most %{x:.0f} us<extra></extra>"
+    return [
+        go.Scatter(x=small(np.quantile(step_us, at)), y=small(at), name=name, mode="lines", line=line,
+                   hovertemplate=told),
+        go.Scatter(x=values, y=numbers.QUANTILES, mode="markers", marker={"color": line["color"], "size": 8},
+                   error_x=bars, showlegend=False, text=[f"p{100 * q:.0f}" for q in numbers.QUANTILES],
+                   hovertemplate=name + " %{text}: %{x:.0f} us<extra></extra>"),
+    ]  # fmt: skip
 
 
 def moves(inputs: Inputs) -> Section:
@@ -239,32 +250,44 @@ def moves(inputs: Inputs) -> Section:
 
 def replay(result: ReplayResult) -> Section:
     """Change of the makespan against contiguous placement and moves over time, by strategy."""
-    go = graph_objects()
-    steps = np.arange(result.first_step, result.num_steps)
-    cuts = np.arange(0, len(steps), result.window)
-    base_us = np.add.reduceat(np.array(result.baseline_us), cuts)
-    traces = []
-    for number, track in enumerate(result.timeline):
-        style = {"color": MANY[number % len(MANY)], "dash": DASHES[number % len(DASHES)],
-                 "width": 3 if track.strategy == "controller" else 1.5, "shape": "hv"}  # fmt: skip
-        change = 100 * (np.add.reduceat(np.array(track.step_us), cuts) / base_us - 1)
-        kind = {"name": track.strategy, "legendgroup": track.strategy, "line": style, "mode": "lines"}
-        told = "from step %{x}: %{y:.1f} " + "<extra>%{fullData.name}</extra>"
-        traces.append(go.Scatter(x=steps[cuts], y=small(change), hovertemplate=told.replace("%{y:.1f} ", "%{y:.1f} %"),
-                                 **kind))  # fmt: skip
-        moved = np.add.reduceat(np.array(track.moves), cuts).cumsum()
-        traces.append(go.Scatter(x=steps[cuts], y=moved, yaxis="y2", showlegend=False,
-                                 hovertemplate=told.replace(".1f", ".0f") + "moves", **kind))  # fmt: skip
-    shown = figure(*traces, height=520, xaxis={"title": "step", "anchor": "y2"},
+    shown = figure(*_tracks(result), height=520, xaxis={"title": "step", "anchor": "y2"},
                    yaxis={"title": "makespan against contiguous, %", "domain": [0.4, 1.0]},
                    yaxis2={"title": "experts moved", "domain": [0.0, 0.32], "rangemode": "tozero"})  # fmt: skip
+    events = [str(event) for event in result.schedule.events]
+    at = {step for event in result.schedule.events for step in (event.start, event.stop) if step is not None}
+    for step in sorted(each for each in at if each >= result.first_step):
+        shown.add_shape(type="line", x0=step, x1=step, y0=0, y1=1, yref="paper",
+                        line={"color": SLOWEST, "width": 1, "dash": "dash"})  # fmt: skip
     rows = [(row.strategy, f"{row.makespan_us / 1e3:,.1f}", "" if row.change is None else f"{100 * row.change:+.1f}",
              str(row.moves), *(f"{q:.0f}" for q in (row.p50_us, row.p90_us, row.p99_us)))
             for row in result.rows]  # fmt: skip
     text = (
         f"Recorded traffic replayed step by step: fitted on the first {result.first_step} steps, scored on the "
         f"{result.num_steps - result.first_step} after them, in windows of {result.window}. clairvoyant knows the "
-        "future."
+        f"future. {'Dashed lines: ' + '; '.join(events) + '.' if events else ''}"
     )
     head = ("strategy", "makespan, ms", "change, %", "moves", "p50, us", "p90, us", "p99, us")
-    return Section("replay", "Following the traffic", text, shown, table=Table(head, rows))
+    return Section("replay", "Following the traffic", text.rstrip(), shown, table=Table(head, rows))
+
+
+def _tracks(result: ReplayResult) -> list[Any]:
+    """Two curves per strategy, window by window; the last window ends with the traces."""
+    go = graph_objects()
+    steps = np.arange(result.first_step, result.num_steps)
+    cuts = np.arange(0, len(steps), result.window)
+    edges = np.append(steps[cuts], result.num_steps)
+    base_us = np.add.reduceat(np.array(result.baseline_us), cuts)
+    traces = []
+    for number, track in enumerate(result.timeline):
+        style = {"color": MANY[number % len(MANY)], "dash": DASHES[number % len(DASHES)],
+                 "width": 3 if track.strategy == "controller" else 1.5, "shape": "hv"}  # fmt: skip
+        kind = {"x": edges, "name": track.strategy, "legendgroup": track.strategy, "line": style, "mode": "lines"}
+        change = 100 * (np.add.reduceat(np.array(track.step_us), cuts) / base_us - 1)
+        moved = np.add.reduceat(np.array(track.moves), cuts).cumsum()
+        traces.append(go.Scatter(y=small(np.append(change, change[-1])), **kind,
+                                 hovertemplate="from step %{x}: %{y:.1f} %<extra>%{fullData.name}</extra>",
+                                 ))  # fmt: skip
+        traces.append(go.Scatter(y=small(np.append(moved, moved[-1])), **kind, yaxis="y2", showlegend=False,
+                                 hovertemplate="from step %{x}: %{y} moved<extra>%{fullData.name}</extra>",
+                                 ))  # fmt: skip
+    return traces

@@ -1,7 +1,8 @@
 "use strict";
 // Draws every section, again when a picker, the theme or the paper changes. What is drawn comes from Python.
 (() => {
-  const report = JSON.parse(document.getElementById("report-data").textContent);
+  const read = (name) => JSON.parse(document.getElementById("data-" + name).textContent);
+  const report = { ...read("looks"), sections: [...document.querySelectorAll(".plot")].map(lazily) };
   const root = document.documentElement;
   const touch = matchMedia("(pointer: coarse)").matches;
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -9,6 +10,20 @@
   let paper = false;
 
   const theme = () => (paper ? "light" : root.dataset.theme || (dark.matches ? "dark" : "light"));
+
+  // A section by its picture; the figure is read when it is first asked for, so that the first one is there soon.
+  function lazily(target) {
+    const name = target.id.replace("plot-", "");
+    let found = null;
+    const whole = () => (found = found || read(name));
+    return {
+      name,
+      picker: target.dataset.picker,
+      get figure() { return whole().figure; },
+      get choices() { return whole().choices; },
+    };
+  }
+
   const place = (section) => document.getElementById("plot-" + section.name);
 
   // A deep copy with colours of this theme; typed arrays stay text until plotly decodes them.

@@ -47,18 +47,20 @@ def _resource(name: str) -> str:
 
 
 def _data(sections: Sequence[Section]) -> str:
-    """Figures and what pickers change in them; arrays are base64, and no text can close the script."""
+    """The looks of the themes, then each figure and what a picker changes in it, each read when it is drawn."""
+    looks = {"dark": ON_DARK, "templates": {theme: _template(*ink) for theme, ink in INK.items()}}
+    parts = {"looks": looks}
+    for each in sections:
+        figure = each.figure.to_dict()
+        parts[each.name] = {"choices": each.choices, "figure": figure}
+    return "\n".join(f'<script type="application/json" id="data-{k}">{_json(v)}</script>' for k, v in parts.items())
+
+
+def _json(value: Any) -> str:
+    """JSON with arrays in base64, and no text that could close the script."""
     from plotly.utils import PlotlyJSONEncoder
 
-    found = {
-        "sections": [
-            {"name": each.name, "picker": each.picker, "choices": each.choices, "figure": each.figure.to_dict()}
-            for each in sections
-        ],
-        "dark": ON_DARK,
-        "templates": {theme: _template(*ink) for theme, ink in INK.items()},
-    }
-    return json.dumps(found, cls=PlotlyJSONEncoder, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(value, cls=PlotlyJSONEncoder, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _template(ink: str, line: str, ground: str) -> Any:
@@ -99,7 +101,8 @@ def _section(section: Section) -> str:
     if section.figure is not None:
         height = section.figure.layout.height
         plot = (
-            f'<div class="plot" id="plot-{name}" tabindex="0" role="figure" aria-labelledby="title-{name}" '
+            f'<div class="plot" id="plot-{name}" data-picker="{section.picker}" tabindex="0" role="figure" '
+            f'aria-labelledby="title-{name}" '
             f'aria-describedby="text-{name}" style="min-height:{height}px"></div>'
         )
     return (

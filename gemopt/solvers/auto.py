@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from math import factorial, log2
 
 from gemopt.exceptions import missing
 from gemopt.links import Links
@@ -14,11 +13,10 @@ from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
 from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Solver, Supports
 from gemopt.solvers.search.local_search import LocalSearch
+from gemopt.solvers.size import branches
 
 PROVABLE_EXPERTS = 16
 PROVABLE_TIMES = 4000
-BRANCHED_EXPERTS = 24  # on few ranks, without copies and moves: by branch and bound
-BRANCHED_WAYS = 44.0  # bits of the number of ways to place them
 SEARCH_SHARE = 0.4
 
 
@@ -73,11 +71,3 @@ def exact_solver(*, branched: bool) -> Solver:
     from gemopt.solvers.exact.cpsat import CpSat
 
     return CpSat()
-
-
-def branches(problem: Problem) -> bool:
-    """Whether branch and bound has a chance: few experts and ranks, neither copies nor moves."""
-    if problem.spare_slots or problem.moves is not None or problem.num_experts > BRANCHED_EXPERTS:
-        return False
-    ways = problem.num_experts * log2(problem.num_ranks)
-    return ways - sum(log2(factorial(len(group))) for group in problem.equal_ranks) <= BRANCHED_WAYS

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
 from gemopt.links import Links
-from gemopt.placement import EMPTY, Split
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 
@@ -196,10 +196,8 @@ def no_placement(problem: Problem) -> Outcome:
 
 
 def within_limits(problem: Problem, row: Row | None) -> bool:
-    """Whether there is a row and it keeps to the limits of moves, with no empty slot where none may be."""
-    if row is None or (problem.full and (row == EMPTY).any()):
-        return False
-    return problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank)
+    """Whether there is a row and it keeps to the limits of moves."""
+    return row is not None and (problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank))
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

@@ -174,7 +174,7 @@ def fluid_times(curves: Curves, total_T: IntArray) -> Array:
     for g in everyone:
         idle = max(idle, latency_value(g, loads_F, curves))
     for t in range(len(total_T)):
-        times_T[t] = level(curves, everyone, total_T[t], idle)
+        times_T[t] = level(curves, everyone, int(total_T[t]), idle)
     return times_T
 
 

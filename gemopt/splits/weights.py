@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import njit
@@ -67,7 +67,7 @@ def best_ends(
 @njit(cache=True, nogil=True)
 def improve_weights(
     curves: Curves,
-    counts_TE: IntArray,
+    counts_TE: NDArray[Any],
     copies: Copies,
     ends_C: Array,
     load_TGF: Array,
@@ -128,10 +128,9 @@ def static_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
         [np.cumsum(weights_P[copies.slot[a:b]]) for a, b in zip(copies.first, copies.first[1:], strict=False)]
     )
     ends_C[copies.first[1:] - 1] = 1.0
-    given = (problem.curves, problem.counts_TE, copies, ends_C, load_TGF, table_FN, problem.weights_T)
     before = np.inf
     for _ in range(ROUNDS):
-        cost = improve_weights(*given)
+        cost = improve_weights(problem.curves, problem.counts_TE, copies, ends_C, load_TGF, table_FN, problem.weights_T)
         if cost > before * (1 - LEAST_GAIN):
             break
         before = cost

@@ -121,7 +121,7 @@ def test_export_refuses(run, files):
         ([good, "--to", "checkpoint", "-o", files / "x"], "--source"),
         ([good, "--to", "xllm", "-o", files / "x"], "sglang"),
         ([files / "absent.json", "--to", "sglang", "-o", files / "x.json"], "absent.json"),
-        ([files / "profile.json", "--to", "sglang", "-o", files / "x.json"], "Placement"),
+        ([files / "profile.json", "--to", "sglang", "-o", files / "x.json"], "a placement is needed"),
         ([good, "--to", "sglang"], "--output"),
     ]:
         assert named in run("export", *words, code=2)
@@ -187,7 +187,7 @@ def test_placement_import(run, files):
 @pytest.mark.parametrize("name", ["checkpoint", "transformers"])
 def test_checkpoints_go_to_the_executor(run, files, monkeypatch, name):
     taken = []
-    monkeypatch.setattr("gemopt.executor.checkpoint.export_checkpoint", lambda *given: taken.append(given))
+    monkeypatch.setattr("gemopt.executor.checkpoint.export_checkpoint", lambda *given, **_: taken.append(given))
     out = run("export", files / "equal.json", "--to", name, "--source", files / "in", "-o", files / "out")
     assert taken == [(Placement.load(files / "equal.json"), files / "in", files / "out")]
     assert "2 expert-parallel ranks" in out

@@ -10,6 +10,7 @@ import numpy as np
 from gemopt.bounds import Together, step_bounds, together_bound
 from gemopt.bounds.dual_bound import pair_costs
 from gemopt.evaluate import objective
+from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
@@ -58,10 +59,13 @@ class Branch:
         bound = value * (1 - 2 * CLOSE) if done else min(known.bound_us, value)
         note = "" if done else f"{nodes} nodes of the search did not prove the optimum"
         outcome = Outcome(row, StoppedBy.PROOF if done else options.cut_by, bound, history, note, start_us=start)
-        return replace(outcome, own_bound_us=bound if done else None, searched_nodes=nodes if done else None)
+        outcome.stated_steps = outcome.distinct_steps = small.num_steps
+        if done:
+            outcome.own_bound_us, outcome.searched_nodes = bound, nodes
+        return outcome
 
 
-def _multipliers(problem: Problem, floor_T: np.ndarray, options: Options, value: float) -> Together:  # type: ignore[type-arg]
+def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value: float) -> Together:
     """The co-location bound within its share of the time."""
     limited = replace(options, deadline=min(options.deadline, time.monotonic() + BOUND_SHARE * options.remaining))
     with limited.alarm() as stop:

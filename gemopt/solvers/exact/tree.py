@@ -25,6 +25,7 @@ from gemopt.latency import Latency
 from gemopt.problem import Problem
 
 Array = NDArray[Any]
+Number = Any  # what a compiled function returns, as far as a type checker can tell
 TABLE_LIMIT = 1 << 20
 CLOSE = 1e-9  # relative: a node this close to the incumbent is cut
 BLOCK = 64  # steps looked at together
@@ -41,7 +42,10 @@ class Tables(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Where the search is: loads [G, F, T]; near [G, E], cost of experts with those on a rank; slots free, used."""
+    """Where the search is: loads [G, F, T], whole numbers; slots free, used [G].
+
+    near: [E + 1, G, E] cost of each expert with those on a rank, for every depth anew, so that no error adds up.
+    """
 
     loads: Array
     near: Array
@@ -180,14 +184,14 @@ def expand(tree: Tree, depth: int, node: Node, limit: float, suffix: Array, boun
 
 
 @njit(cache=True, nogil=True)
-def pair_bound(tree: Tree, depth: int, g: int, placed: float, node: Node) -> float:
+def pair_bound(tree: Tree, depth: int, g: int, placed: float, node: Node) -> Number:
     """Bound by its pairs of the child that puts the expert of this depth on rank g; placed: what the node costs."""
-    total = tree.fixed + placed + tree.left[depth + 1] + tree.alone[g, depth] + node.near[g, depth]
-    for i in range(depth + 1, node.near.shape[1]):
+    total = tree.fixed + placed + tree.left[depth + 1] + tree.alone[g, depth] + node.near[depth, g, depth]
+    for i in range(depth + 1, node.near.shape[2]):
         cheapest = np.inf
         for h in range(len(node.free)):
             if node.free[h] > (h == g):
-                cost = tree.alone[h, i] + node.near[h, i]
+                cost = tree.alone[h, i] + node.near[depth, h, i]
                 if h == g:
                     cost += tree.pair[g, depth, i]
                 cheapest = min(cheapest, cost)
@@ -203,7 +207,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
     """
     experts, features, steps = tree.features.shape
     ranks = len(tree.slots)
-    loads, near = np.zeros((ranks, features, steps), np.int32), np.zeros((ranks, experts))
+    loads, near = np.zeros((ranks, features, steps), np.int32), np.zeros((experts + 1, ranks, experts))
     node = Node(loads, near, tree.slots.copy(), np.zeros(ranks, np.int64))
     rank, placed = np.full(experts, -1, np.int64), np.zeros(experts + 1)
     bounds, z = np.full((experts, ranks), np.inf), np.empty((experts, ranks, steps))
@@ -242,7 +246,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
             continue
         for t in range(steps - 1, -1, -1):
             suffix[depth + 1, t] = suffix[depth + 1, t + 1] + tree.weights[t] * z[depth, chosen, t]
-        placed[depth + 1] = placed[depth] + tree.alone[chosen, depth] + node.near[chosen, depth]
+        placed[depth + 1] = placed[depth] + tree.alone[chosen, depth] + node.near[depth, chosen, depth]
         move(tree, depth, chosen, 1, node)
         depth += 1
         fresh = True
@@ -266,7 +270,10 @@ def move(tree: Tree, expert: int, g: int, sign: int, node: Node) -> None:
     for f in range(features.shape[0]):
         for t in range(features.shape[1]):
             node.loads[g, f, t] += sign * features[f, t]
-    for i in range(expert + 1, node.near.shape[1]):
-        node.near[g, i] += sign * tree.pair[g, expert, i]
+    if sign > 0:
+        for h in range(len(node.free)):
+            for i in range(expert + 1, node.near.shape[2]):
+                more = tree.pair[g, expert, i] if h == g else 0.0
+                node.near[expert + 1, h, i] = node.near[expert, h, i] + more
     node.free[g] -= sign
     node.used[g] += sign

@@ -7,6 +7,8 @@ moving x there changes (`moved`); per pair: what the tokens that go to both chan
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -39,7 +41,7 @@ def set_slopes(stream: Stream, weights_T: Array, slopes: Array) -> None:
 
 
 @njit(cache=True, nogil=True)
-def worth(stream: Stream, slopes_D: Array, n: int, x: int, b: int, y: int, a: int) -> float:
+def worth(stream: Stream, slopes_D: Array, n: int, x: Any, b: Any, y: Any, a: Any) -> float:
     """Slopes of the destinations of a token together, x being on rank b and y on rank a (-2: as they are)."""
     items, ranks, node, total = stream.items, stream.rank, stream.node, 0.0
     for k in range(items.shape[1]):

@@ -33,14 +33,15 @@ from gemopt.solvers.search.gains import (
     line_block,
     make_pair,
     roofline_block,
-    set_tangent,
     table_block,
 )
+from gemopt.solvers.search.reach import extend, number, promising_pairs, pull_of, tilt_pair
 from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state
 from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
 from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
+KEPT = 0.5  # a pair of ranks is searched for gains down to this part of the best so far, to be left alone for longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,16 +94,17 @@ def few_moves(
     terms = make_terms(problem, Moves(home_GE, price_us, max_moves, max_into_G), least_us=least_us)
     state = make_state(problem, row, costs, stop)
     swaps = 4 * problem.num_slots if max_swaps is None else max_swaps
-    room_SP = np.empty((swaps, problem.num_slots), np.int64)
-    taken = take_best(costs, state, terms, room_SP)
+    room_SP, moved_S = np.empty((swaps, problem.num_slots), np.int64), np.empty(swaps, np.int64)
+    taken = take_best(costs, state, terms, room_SP, moved_S)
     rows = np.concatenate([row[None], room_SP[:taken]])
+    moved = [int(count_into(problem, row, terms).sum()), *moved_S[:taken].tolist()]
     return [
-        Waypoint(each.copy(), value, int(count_into(problem, each, terms).sum()))
-        for each, value in zip(rows, _objectives(problem, rows), strict=True)
+        Waypoint(each.copy(), value, moves)
+        for each, value, moves in zip(rows, objectives(problem, rows), moved, strict=True)
     ]
 
 
-def _objectives(problem: Problem, rows_NP: NDArray[np.int64]) -> list[float]:
+def objectives(problem: Problem, rows_NP: NDArray[np.int64]) -> list[float]:
     """`objective` of every row; of rows that differ in few slots, without copies, only what changes is looked at."""
     if (np.bincount(rows_NP[0][rows_NP[0] != EMPTY], minlength=problem.num_experts) > 1).any():
         return [objective(problem, row) for row in rows_NP]
@@ -143,45 +145,75 @@ def walk_makespans(loads_TGF: Array, rows_NP: Array, rank_P: Array, features_FTE
     return out
 
 
-@njit(cache=True, nogil=True, inline="always")
-def number(value: Number) -> Number:
-    """The same, for a type checker."""
-    return value
-
-
 @njit(cache=True, nogil=True)
-def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array) -> int:
-    """Take the best swap while one pays; fills `rows_SP` with the placement after each and returns how many."""
+def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S: Array) -> int:
+    """Take the best swap while one pays; fills in the placement and the moves after each, and returns how many."""
     num_ranks, steps = state.times.shape
     if num_ranks < 2:
         return 0
     values, ranks = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16)
     slowest_three(state.times, values, ranks)
     pair = make_pair(state)
-    best = np.zeros(1, np.float64)
+    reach = np.full((num_ranks, num_ranks), np.inf)
     slots = np.zeros(4, np.int64)
     moved_G = moved_into(state, terms)
     taken = 0
     current = total_cost(state) + terms.price * moved_G.sum()
     while taken < rows_SP.shape[0] and state.stop[0] == 0:
-        best[0] = max(terms.least, NOISE * abs(current - terms.price * moved_G.sum()))
-        slots[0] = -1
-        order = promising_pairs(state, values, ranks)
-        for n in range(order.shape[0]):
-            a, b = number(order[n] // num_ranks), number(order[n] % num_ranks)
-            fix_others(state, a, b, values, ranks, pair)
-            scan_pair(costs, state, a, b, pair, terms, moved_G, best, slots)
+        floor = max(terms.least, NOISE * abs(current - terms.price * moved_G.sum()))
+        if terms.most < state.content.shape[0]:
+            reach[:] = np.inf  # what a pair may do depends on what all others did
+        best = find_best(costs, state, terms, moved_G, floor, values, ranks, reach, pair, slots)
         if slots[0] < 0:
             break
         a, b, i, j = number(slots[0]), number(slots[1]), number(slots[2]), number(slots[3])
-        renewed = swap_for(costs, state, a, b, i, j, terms, moved_G, current, 0.5 * best[0])
+        renewed = swap_for(costs, state, a, b, i, j, terms, moved_G, current, 0.5 * best)
         if renewed >= current:
             break
         current = renewed
+        before, who = values.copy(), ranks.copy()
         refresh_three(state.times, values, ranks, a, b)
-        rows_SP[taken] = state.content
+        extend(reach, before, who, values, ranks, state.weights)
+        reach[a], reach[:, a], reach[b], reach[:, b] = np.inf, np.inf, np.inf, np.inf
+        rows_SP[taken], moved_S[taken] = state.content, moved_G.sum()
         taken += 1
     return taken
+
+
+@njit(cache=True, nogil=True)
+def find_best(
+    costs: Costs,
+    state: State,
+    terms: Terms,
+    moved_G: Array,
+    floor: float,
+    values: Array,
+    ranks: Array,
+    reach: Array,
+    pair: Pair,
+    slots: Array,
+) -> Number:
+    """Gain of the best swap, above `floor`; sets `slots` to its (a, b, i, j), -1 where there is none.
+
+    reach: [G, G], a < b: no swap of the pair gains more; brought up to date.
+    """
+    best, num_ranks = floor, state.times.shape[0]
+    here, found = np.zeros(4, np.int64), np.zeros(1, np.float64)
+    slots[0] = -1
+    order, pull = promising_pairs(state, values, ranks), pull_of(costs, state, ranks)
+    for n in range(order.shape[0]):
+        a, b = number(order[n] // num_ranks), number(order[n] % num_ranks)
+        refund = terms.price * min(2, moved_G[a] + moved_G[b])
+        reach[a, b] = min(reach[a, b], tilt_pair(costs, state, a, b, pull, pair) + refund)
+        if reach[a, b] <= best:
+            continue
+        fix_others(state, a, b, values, ranks, pair)
+        here[0], found[0] = -1, max(floor, KEPT * best)
+        scan_pair(costs, state, a, b, pair, terms, moved_G, found, here)
+        reach[a, b] = found[0]
+        if here[0] >= 0 and found[0] > best:
+            best, slots[:] = found[0], here
+    return best
 
 
 @njit(cache=True, nogil=True)
@@ -215,23 +247,6 @@ def swap_for(
 
 
 @njit(cache=True, nogil=True)
-def promising_pairs(state: State, values: Array, ranks: Array) -> Array:
-    """Pairs `a * G + b` of ranks, a < b, those first whose being slowest costs most: only they can gain."""
-    num_ranks, steps = state.times.shape
-    lead_G = np.zeros(num_ranks, np.float64)
-    for t in range(steps):
-        lead_G[ranks[0, t]] += np.float64((values[0, t] - values[1, t]) * state.weights[t])
-    pairs = np.empty(num_ranks * (num_ranks - 1) // 2, np.int64)
-    keys = np.empty(len(pairs), np.float64)
-    n = 0
-    for a in range(num_ranks):
-        for b in range(a + 1, num_ranks):
-            pairs[n], keys[n] = a * num_ranks + b, -(lead_G[a] + lead_G[b])
-            n += 1
-    return pairs[np.argsort(keys)]
-
-
-@njit(cache=True, nogil=True)
 def scan_pair(
     costs: Costs, state: State, a: int, b: int, pair: Pair, terms: Terms, moved_G: Array, best: Array, slots: Array
 ) -> None:
@@ -240,7 +255,6 @@ def scan_pair(
     refund = terms.price * min(2, moved_G[a] + moved_G[b])
     if current - pair.rest[0] + refund <= best[0]:
         return
-    set_tangent(costs, state, a, b, pair)
     convex = not costs.use_tables
     moved = moved_G.sum()
     for i in range(state.starts[a], state.starts[a + 1]):

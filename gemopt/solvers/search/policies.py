@@ -95,6 +95,8 @@ class _Search:
         self.searched = True
         self.begin()
         self.descended = not self.stop[0]
+        if not self.descended:  # what was cut goes on where it ended
+            self.warm = self.row
 
     def begin(self) -> None:
         """The first descent."""

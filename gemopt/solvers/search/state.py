@@ -141,9 +141,26 @@ def _largest_with_copies(problem: Problem) -> Array:
     return np.asarray(problem.features_FTE.sum(axis=2).max(axis=1) + problem.num_experts)
 
 
+@lru_cache(maxsize=64)
 def step_order(num_steps: int) -> Array:
-    """[T] the fixed random order in which the search goes through the steps."""
-    return np.random.default_rng(0).permutation(num_steps)
+    """[T] the fixed random order in which the search goes through the steps; not to be written to."""
+    order = np.random.default_rng(0).permutation(num_steps)
+    order.setflags(write=False)
+    return order
+
+
+def _items(problem: Problem, row: NDArray[np.int64], order: Array, shares_TP: Array | None) -> Array:
+    """[P, F, T] load of each slot at the steps in order."""
+    from gemopt.splits import even_shares
+
+    held = row != EMPTY
+    if np.bincount(row[held], minlength=1).max() <= 1:  # what an expert held once brings is known, whatever the split
+        items = np.ascontiguousarray(problem.features_FTE[:, order].transpose(2, 0, 1)[row], dtype=np.float32)
+        items[~held] = 0
+        return items
+    shares = even_shares(problem.counts_TE[order], row) if shares_TP is None else shares_TP[order]
+    stacked = np.stack([feature.of(shares) for feature in problem.features])
+    return np.ascontiguousarray(stacked.transpose(2, 0, 1), dtype=np.float32)
 
 
 def make_state(
@@ -153,17 +170,12 @@ def make_state(
 
     `stop`: as `Options.alarm` gives it.
     """
-    from gemopt.splits import even_shares
-
     if problem.features_FTE.sum(axis=2).max() >= EXACT_FLOAT32:
         raise UnsupportedError(
             "counts", int(problem.counts_TE.sum(axis=1).max()), f"the search takes steps below {EXACT_FLOAT32} loads"
         )
     order = step_order(problem.num_steps)
-    shares = even_shares(problem.counts_TE[order], row) if shares_TP is None else shares_TP[order]
-    items = np.ascontiguousarray(
-        np.stack([feature.of(shares) for feature in problem.features]).transpose(2, 0, 1), dtype=np.float32
-    )
+    items = _items(problem, row, order, shares_TP)
     starts = np.concatenate([[0], np.cumsum(problem.slots_per_rank)])
     holds = np.zeros((problem.num_ranks, problem.num_experts), np.int32)
     held = row != EMPTY

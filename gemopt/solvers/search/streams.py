@@ -182,7 +182,7 @@ def list_item(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int, 
 
 
 @njit(cache=True, nogil=True)
-def list_token(stream: Stream, scratch: Scratch, n: int, row: int, sign: int, x: int, y: int, a: int, b: int) -> None:
+def list_token(stream: Stream, scratch: Scratch, n: int, row: int, sign: int, x: Any, y: Any, a: int, b: int) -> None:
     """Add or take away all destinations of a token, from sender a (row 0) or b; x: on b, y: on a (-2: not moved)."""
     items, ranks, node, rows, t = stream.items, stream.rank, stream.node, scratch.rows, stream.step[n]
     size = sign * stream.number[n]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from gemopt.evaluate import total
 from gemopt.exceptions import UnsupportedError
 from gemopt.moves import Moves
+from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import (
@@ -130,8 +131,8 @@ class _Search:
         return make_state(self.problem, row, self.costs, self.stop)
 
     def offer(self, row: Row) -> bool:
-        """Take a row over when it keeps to the limits and is the best so far."""
-        if not within_limits(self.problem, row):
+        """Take a row over when it keeps to the limits, fills what must be full, and is the best so far."""
+        if not within_limits(self.problem, row) or (self.problem.full and (row == EMPTY).any()):
             return False
         value = total(self.problem, row)
         if value >= self.value:

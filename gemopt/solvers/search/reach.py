@@ -1,0 +1,94 @@
+"""What swaps of a pair of ranks gain at most, so that most pairs need not be searched again after every swap."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from gemopt.solvers.search.gains import Pair, steepest
+from gemopt.solvers.search.state import Array, Costs, Number, State
+
+
+@njit(cache=True, nogil=True, inline="always")
+def number(value: Number) -> Number:
+    """The same, for a type checker."""
+    return value
+
+
+@njit(cache=True, nogil=True)
+def pull_of(costs: Costs, state: State, ranks: Array) -> Array:
+    """[G, P] cost that what each slot holds adds to each rank, by its slope where it is slowest; 0 where tables say it.
+
+    A swap of i from a and j from b gains at most `pull[a, i] - pull[b, i] - pull[a, j] + pull[b, j]`: its tangent.
+    """
+    num_ranks, features = state.times.shape[0], state.items.shape[1]
+    slots, steps = state.items.shape[0], state.items.shape[2]
+    pull_GP = np.zeros((num_ranks, slots))
+    if costs.use_tables:
+        return pull_GP
+    slopes = np.zeros((features, steps))
+    for t in range(steps):
+        g = number(ranks[0, t])
+        plane = steepest(costs, g, state.loads[g, :, t])
+        for f in range(features):
+            slopes[f, t] = costs.planes[g, plane, 1 + f] * state.weights[t]
+    for p in range(slots):
+        for f in range(features):
+            item_T, slope_T = state.items[p, f], slopes[f]
+            for t in range(steps):
+                pull_GP[ranks[0, t], p] += slope_T[t] * item_T[t]
+    return pull_GP
+
+
+@njit(cache=True, nogil=True)
+def tilt_pair(costs: Costs, state: State, a: int, b: int, pull_GP: Array, pair: Pair) -> float:
+    """Fill `pair.tilt` for swaps between two ranks; the most that the tangent lets one gain, infinity with tables."""
+    if costs.use_tables:
+        return np.inf
+    low, high = np.inf, -np.inf
+    for i in range(state.starts[a], state.starts[a + 1]):
+        pair.tilt[i] = pull_GP[b, i] - pull_GP[a, i]
+        low = min(low, pair.tilt[i])
+    for j in range(state.starts[b], state.starts[b + 1]):
+        pair.tilt[j] = pull_GP[b, j] - pull_GP[a, j]
+        high = max(high, pair.tilt[j])
+    return high - low
+
+
+@njit(cache=True, nogil=True)
+def extend(reach: Array, before: Array, who: Array, values: Array, ranks: Array, weights_T: Array) -> None:
+    """Add to what swaps of each pair of ranks gain at most, since others became faster.
+
+    reach: [G, G], a < b. before, who; values, ranks: [3, T] the three slowest ranks of each step, then and now. A pair
+    that is as it was gains at most what it stands out by, and no more than before but for what it stands out further.
+    """
+    num_ranks, steps = reach.shape[0], weights_T.shape[0]
+    for t in range(steps):
+        c = number(ranks[0, t])
+        for d in range(num_ranks):
+            if d == c:
+                continue
+            now = values[0, t] - (values[2, t] if ranks[1, t] == d else values[1, t])
+            was = np.float32(0.0)
+            if who[0, t] == c or who[0, t] == d:
+                second = who[1, t] == c or who[1, t] == d
+                was = before[0, t] - (before[2, t] if second else before[1, t])
+            if now > was:
+                reach[min(c, d), max(c, d)] += np.float64(weights_T[t] * (now - was))
+
+
+@njit(cache=True, nogil=True)
+def promising_pairs(state: State, values: Array, ranks: Array) -> Array:
+    """Pairs `a * G + b` of ranks, a < b, those first whose being slowest costs most: only they can gain."""
+    num_ranks, steps = state.times.shape
+    lead_G = np.zeros(num_ranks, np.float64)
+    for t in range(steps):
+        lead_G[ranks[0, t]] += np.float64((values[0, t] - values[1, t]) * state.weights[t])
+    pairs = np.empty(num_ranks * (num_ranks - 1) // 2, np.int64)
+    keys = np.empty(len(pairs), np.float64)
+    n = 0
+    for a in range(num_ranks):
+        for b in range(a + 1, num_ranks):
+            pairs[n], keys[n] = a * num_ranks + b, -(lead_G[a] + lead_G[b])
+            n += 1
+    return pairs[np.argsort(keys)]
