@@ -228,6 +228,14 @@ class Topology(Document):
             table.astype(np.int32), names, curves, np.array(curve_of, np.int64), np.array(level_of, np.int64), into
         )  # fmt: skip
 
+    def byte_times(self) -> NDArray[np.float64]:
+        """[G, G] microseconds of one byte more on the slowest port from each rank to each other; 0 on a rank itself."""
+        ports = self.ports
+        if not ports.names:
+            return np.zeros((self.num_ranks, self.num_ranks))
+        slope = np.array([curve.slope for curve in ports.curves])[ports.curve_of]
+        return np.asarray(np.where(ports.of_pair >= 0, slope[ports.of_pair], 0.0).max(axis=2))
+
     def check_ranks(self, num_ranks: int) -> None:
         """`InputError` unless it is of so many ranks."""
         if self.num_ranks != num_ranks:

@@ -78,9 +78,12 @@ def _measured(place: Device, sizes: Sequence[int], repeats: int, backend: str) -
         return None
     source = f"all-to-all of {size} ranks on {len(names)} nodes over {backend}, {place.name}, gemopt profile links"
     return Topology(
-        name="measured", node_of_rank=node_of_rank, source=source,
-        within_node=levels["within_node"], between_nodes=levels["between_nodes"],
-    )  # fmt: skip
+        name="measured",
+        node_of_rank=node_of_rank,
+        within_node=levels["within_node"],
+        between_nodes=levels["between_nodes"],
+        source=source,
+    )
 
 
 def _exchange(place: Device, amount: int, peers: Any, size: int, repeats: int) -> float:

@@ -115,7 +115,7 @@ def test_copies_serve_the_tokens_that_evaluate_counts() -> None:
     links = replace(links, exchange=links.exchange.model_copy(update={"once_per": "assignment"}))
     row = np.array([0, 1, 2, 0, 3, 0])
     flow = links.flows(0, [row], np.array([2, 2, 2]))[0]
-    from gemopt.evaluate import even_shares
+    from gemopt.splits import even_shares
 
     shares = even_shares(links.traces.counts[:, 0], row)
     served = np.zeros_like(shares)

@@ -68,7 +68,7 @@ class MoeTuner:
     def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
         """Clusters on ranks; see `LinkedSolver`."""
         slots_G = problems[0].slots_per_rank
-        cost_GG = byte_times(links)
+        cost_GG = links.topology.byte_times()
         traffic = links.traces.transition_counts().astype(np.float64)
         held = [_held(row, slots_G, problems[0].num_experts) for row in rows]
         between = [held[k].T @ traffic[k] @ held[k + 1] for k in range(len(traffic))]
@@ -97,13 +97,6 @@ def fullest(between: list[FloatArray], cost_GG: FloatArray, ranks: list[Any]) ->
     """The paper's second objective: the sum over layers of the fullest link between clusters' ranks."""
     pairs = zip(between, ranks[:-1], ranks[1:], strict=True)
     return float(sum((flow_CC * cost_GG[np.ix_(here, there)]).max() for flow_CC, here, there in pairs))
-
-
-def byte_times(links: Links) -> FloatArray:
-    """[G, G] microseconds of one byte on the slowest port from each rank to each other; 0 on a rank itself."""
-    ports = links.topology.ports
-    slope = np.array([curve.slope for curve in ports.curves])[ports.curve_of] if len(ports.names) else np.zeros(1)
-    return np.asarray(np.where(ports.of_pair >= 0, slope[ports.of_pair], 0.0).max(axis=2))
 
 
 def _greedy(mean_E: FloatArray, slots_G: Any) -> Any:

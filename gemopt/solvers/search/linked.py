@@ -1,9 +1,9 @@
-"""Search under makespans and links together, over all layers: sweeps of swaps, layer by layer, from two starts.
+"""Search under makespans and links together, over all layers: sweeps of swaps, layer by layer, from several starts.
 
-One start is the placement that heeds makespans alone; the other is what swaps under the links alone make of it. From
-both, every layer in turn takes the swaps that lower its cost and, where senders follow experts, that of the next
-layer's dispatch, until a sweep over all layers gains nothing. Whole ranks of equal speed change places as well. All
-that is offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
+One start is the placement that heeds makespans alone, another what swaps under the links alone make of it, and, where
+senders follow experts, a third has whole ranks renamed along the transitions. From each, every layer in turn takes the
+swaps that lower its cost and that of the next layer's dispatch, until a sweep takes next to nothing. All that is
+offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from gemopt.evaluate import linked_total
 from gemopt.flows import Flow
@@ -20,6 +21,7 @@ from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded
+from gemopt.solvers.relabel import renamed
 from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
@@ -39,11 +41,14 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
     found = Linked(list(rows), value, StoppedBy.ITERATIONS, [incumbent(value)])
     sample = _sampled(problems, links, options.seed)
     with options.alarm() as stop:
-        for compute in (1.0, 0.0):
-            start = rows
+        starts = [(rows, 1.0), (rows, 0.0)]
+        if links.coupled:
+            starts.insert(0, (aligned(problems, links, rows), 1.0))
+        for given, compute in starts:
+            start = given
             for some, some_links in (sample, (problems, links)):
                 search = _Layers(some, some_links, start, stop)
-                if compute == 0.0 and start is rows:
+                if compute == 0.0 and start is given:
                     search.settle(compute=0.0)
                 search.settle()
                 start = search.rows()
@@ -52,6 +57,25 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
             _offer(found, problems, links, start)
     if options.expired():
         found.stopped_by = options.cut_by
+    return found
+
+
+def aligned(problems: Sequence[Problem], links: Links, rows: Rows) -> Rows:
+    """The rows with whole ranks renamed, layer after layer, so that tokens have a short way from the layer before.
+
+    An assignment problem for each layer: bytes between the ranks before and the contents of each rank, times what a
+    byte takes. Only ranks with as many slots change places; speeds are left to the swaps that follow.
+    """
+    slots_G, found = problems[0].slots_per_rank, list(rows)
+    byte_GG, other = links.topology.byte_times(), slots_G[:, None] != slots_G[None]
+    for layer in range(1, len(rows)):
+        flow = links.flows(layer, found, slots_G)[0]
+        visits = sum(flow.visits(t, t + 1) for t in range(flow.num_steps)).reshape(flow.routes[0].senders, -1)
+        cost_GG = visits[:, : len(slots_G)].T @ byte_GG
+        contents, ranks = linear_sum_assignment(np.where(other, 1e3 * (1.0 + cost_GG.sum()), cost_GG))
+        roles_G = np.empty(len(slots_G), np.int64)
+        roles_G[ranks] = contents
+        found[layer] = renamed(problems[layer], found[layer], roles_G)
     return found
 
 
@@ -124,9 +148,9 @@ class _Layers:
             combine_T = self.streams[layer + 1][1].times
         price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
         streams = (self.streams[layer][0], second, after)
-        time_a, time_b, others = (np.empty(steps, np.float32) for _ in range(3))
+        time_a, time_b, others = np.empty((3, steps), np.float32)
         room = Room(np.empty_like(state.loads[0]), time_a, time_b, others, np.empty((3, steps)))
-        scratches = (self.scratch(streams[0], 0), self.scratch(streams[1], 1), self.scratch(streams[2], 2))
+        scratches = (self.scratch(streams[0], 0), self.scratch(streams[1], 1), self.scratch(streams[2], LATER))
         total = 0
         for _ in range(SWEEPS):
             taken = sweep_linked(

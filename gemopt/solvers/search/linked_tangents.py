@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from gemopt.solvers.search.state import Array
+from gemopt.solvers.search.state import Array, Number
 from gemopt.solvers.search.streams import NOWHERE, Scratch, Stream
 
 
@@ -112,21 +112,22 @@ def add_senders(stream: Stream, slopes: Array, moved: Array, paired: Array, own:
     items, ranks, num_ranks = stream.items, stream.rank, stream.node.shape[0]
     value = np.zeros(4)
     for n in range(items.shape[0]):
-        x = np.int64(stream.follows[n])
+        x: Number = np.int64(stream.follows[n])
         if x < 0:
             continue
-        t, a, number = stream.step[n], np.int64(stream.sender[n]), stream.number[n]
+        a: Number = np.int64(stream.sender[n])
+        t, number = stream.step[n], stream.number[n]
         for k in range(-1, items.shape[1] if own else 0):
-            y = NOWHERE if k < 0 else np.int64(items[n, k])
+            y: Number = NOWHERE if k < 0 else np.int64(items[n, k])
             if k >= 0 and (y < 0 or y == x or ranks[y] == a):
                 continue
             for there in range(num_ranks):
-                b = np.int64(there)
+                b: Number = np.int64(there)
                 if b == a or (k >= 0 and b != ranks[y]):
                     continue
                 for case in range(4 if k >= 0 else 2):
-                    of_x = x if own and case % 2 == 1 else NOWHERE
-                    of_y = y if case >= 2 else NOWHERE
+                    of_x: Number = x if own and case % 2 == 1 else NOWHERE
+                    of_y: Number = y if case >= 2 else NOWHERE
                     value[case] = worth(stream, slopes[t, b if case % 2 == 1 else a], n, of_x, b, of_y, a)
                 if k < 0:
                     moved[x, b] += number * (value[1] - value[0])

@@ -14,10 +14,10 @@ from numba import njit
 
 from gemopt.flows import Flow
 from gemopt.latency import Curve
-from gemopt.solvers.search.state import Array
+from gemopt.solvers.search.state import Array, Number
 
 MOST_LINES = 6
-NOWHERE = np.int64(-2)  # no item; a literal would compile its callers a second time
+NOWHERE: Number = np.int64(-2)  # no item; a literal would compile its callers a second time
 
 
 class Stream(NamedTuple):
