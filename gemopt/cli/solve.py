@@ -66,7 +66,9 @@ Threads = Annotated[int | None, typer.Option("--threads", help="cores used in al
 OneRank = Annotated[bool, typer.Option("--allow-one-rank", help="solve even where the profile has only one device")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 
-SOLVERS = "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, moetuner, conflict, local-search, branch, cpsat, milp"
+SOLVERS = (
+    "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, moetuner, conflict, local-search, branch, cpsat, milp"
+)
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
 EXIT_INTERRUPTED = 130
