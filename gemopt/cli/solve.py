@@ -67,7 +67,8 @@ OneRank = Annotated[bool, typer.Option("--allow-one-rank", help="solve even wher
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 
 SOLVERS = (
-    "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, moetuner, conflict, local-search, branch, cpsat, milp"
+    "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, moetuner, conflict, local-search, "
+    "branch, cpsat, milp"
 )
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
