@@ -14,9 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import gemopt, gemopt_json
 
 from gemopt.advise import Advice, ModelShape, advise
+from gemopt.advise.links import slowest_gbps
 from gemopt.advise.variants import drift, rounded, skewness, with_batch, with_change, with_skew
 from gemopt.profile import Device, MoeShape, Profile, Sample
 from gemopt.replay import Migration, replay
+from gemopt.topology import Level, Topology
 from gemopt.traces import Tokens, Traces
 
 EXPERTS, RANKS = 8, 4
@@ -160,6 +162,20 @@ def test_a_shape_times_the_rest_of_a_step() -> None:
     assert sized.migration.expert_bytes == 3 * 64 * 32 * 2
 
 
+def test_the_slowest_port_of_a_topology_is_what_copies_go_through() -> None:
+    inside = Level(bandwidth_gbs=100)
+    flat = Topology(node_of_rank=np.zeros(4, int), within_node=inside)
+    assert slowest_gbps(flat, 4, 1e7) == pytest.approx(100)
+    cards = Topology(node_of_rank=np.array([0, 0, 1, 1]), within_node=inside, between_nodes=Level(bandwidth_gbs=25))
+    assert slowest_gbps(cards, 4, 1e7) == pytest.approx(25)
+    shared = Topology(node_of_rank=np.array([0, 0, 1, 1]), within_node=inside,
+                      between_nodes=Level(bandwidth_gbs=25, port_of="node"))  # fmt: skip
+    assert slowest_gbps(shared, 4, 1e7) == pytest.approx(12.5)  # two ranks at once
+    pairs = np.full((4, 4), 50.0)
+    pairs[1, 2] = 5.0
+    assert slowest_gbps(Topology(node_of_rank=np.zeros(4, int), pair_bandwidth_gbs=pairs), 4, 1e7) == pytest.approx(5)
+
+
 def test_tokens_bring_predictors_of_tokens() -> None:
     rng = np.random.default_rng(0)
     ids = np.stack([rng.permutation(EXPERTS)[:2] for _ in range(64 * 16 * 2)]).reshape(64 * 16, 2, 2)
@@ -176,6 +192,9 @@ def test_tokens_bring_predictors_of_tokens() -> None:
 def words(tmp_path: Path) -> list[Any]:
     skewed(steps=48, layers=1).save(tmp_path / "traces.safetensors")
     profile(hidden_size=64, top_k=2).save(tmp_path / "profile.json")
+    node = {"within_node": {"bandwidth_gbs": 100}}
+    (tmp_path / "links.json").write_text(json.dumps({"node_of_rank": [0, 0, 1, 1], **node}))
+    (tmp_path / "wrong.json").write_text(json.dumps({"node_of_rank": [0, 0], **node}))
     return ["advise", tmp_path / "profile.json", tmp_path / "traces.safetensors", "--window", 8, "--no-sweep"]
 
 
@@ -204,6 +223,9 @@ def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.Captu
         (["--memory", "-1"], "--memory: got -1.0"),
         (["--memory", "nan"], "--memory: got nan"),
         (["--bandwidth", "0"], "--bandwidth: got 0.0"),
+        (["--bandwidth", "5", "--topology", "1x4-nvlink4"], "--bandwidth: got 5.0; the topology says it"),
+        (["--topology", "links.json"], "Topology.between_nodes: got None"),
+        (["--topology", "wrong.json"], "topology: got 2 ranks; the profile has 4 devices"),
         (["--expert-bytes", "0"], "--expert-bytes: got 0.0"),
         (["--non-moe-us", "-2"], "--non-moe-us: got -2.0"),
         (["--memory", "1", "--predictors", "token"], "Traces.ids: got None; the predictor token needs it"),
@@ -222,6 +244,9 @@ def test_bad_input_is_one_line(
 ) -> None:
     if "--plot" in more:
         pytest.importorskip("matplotlib")
+    more = [
+        str(words[1].parent / word) if word.endswith("s.json") or word.endswith("g.json") else word for word in more
+    ]
     code, out, err = gemopt(capsys, *words, *more)
     assert (code, out) == (2, "")
     assert err.startswith("gemopt: ") and err.count("\n") == 1 and said in err

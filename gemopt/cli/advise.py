@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
+from gemopt.cli.links import TopologyName
 from gemopt.cli.progress import progress as shown
 from gemopt.cli.solve import AsJson, Cost, PhaseName, ProfilePath, Seed, Task, TracesPath, load_traces
 
@@ -37,7 +38,10 @@ def advise_command(
         typer.Option("--model", help="shape.json, or hidden_size=..,heads=..,kv_heads=..,head_dim=.. and so on"),
     ] = None,
     horizon: Annotated[int | None, typer.Option("--horizon", help="steps that the decision has to hold")] = None,
-    bandwidth: Annotated[float, typer.Option("--bandwidth", help="GB/s that a rank sends and receives")] = 20.0,
+    bandwidth: Annotated[
+        float | None, typer.Option("--bandwidth", help="GB/s that a rank sends and receives; default: 20")
+    ] = None,
+    topology: TopologyName = None,
     non_moe_us: Annotated[
         float | None, typer.Option("--non-moe-us", help="time of a step outside the MoE layers; default: of --model")
     ] = None,
@@ -81,7 +85,7 @@ def advise_command(
             horizon=horizon,
             memory_bytes=memory * 1e9,
             model=model,
-            migration=_migration(measured, expert_bytes, bandwidth),
+            migration=_migration(measured, expert_bytes, bandwidth, topology),
             non_moe_us=non_moe_us,
             predictors=None if predictors is None else [name.strip() for name in predictors.split(",")],
             window=window,
@@ -107,24 +111,32 @@ def advise_command(
     return 0
 
 
-def _migration(profile: Profile, expert_bytes: float | None, bandwidth: float) -> Migration:
-    """Cost of copying over links of one bandwidth. A topology document would give each rank's here."""
+def _migration(
+    profile: Profile, expert_bytes: float | None, bandwidth: float | None, topology: str | None
+) -> Migration:
+    """Cost of copying, over links of one bandwidth or the slowest ones of a topology."""
     from pydantic import ValidationError
 
     from gemopt.exceptions import InputError
     from gemopt.replay import Migration
 
-    known: dict[str, Any] = {"expert_bytes": expert_bytes or profile.model.expert_bytes}
-    if expert_bytes is not None:
-        known["expert_bytes"] = expert_bytes
+    if bandwidth is not None and topology is not None:
+        raise InputError("--bandwidth", bandwidth, "the topology says it", "leave one of them out")
+    known = expert_bytes if expert_bytes is not None else profile.model.expert_bytes
+    given: dict[str, Any] = {} if known is None else {"expert_bytes": known}
+    given |= {} if bandwidth is None else {"bytes_per_s": bandwidth * 1e9}
     try:
-        return Migration(
-            bytes_per_s=bandwidth * 1e9, **{key: value for key, value in known.items() if value is not None}
-        )
+        found = Migration(**given)
     except ValidationError as error:
         first = error.errors()[0]
         option = "--bandwidth" if first["loc"][0] == "bytes_per_s" else "--expert-bytes"
         raise InputError(option, first["input"], first["msg"].lower()) from None
+    if topology is None:
+        return found
+    from gemopt.advise.links import slowest_gbps
+
+    slowest = slowest_gbps(topology, profile.num_ranks, found.expert_bytes)
+    return Migration(**given, bytes_per_s=slowest * 1e9)
 
 
 def _tell(advice: Advice) -> None:
