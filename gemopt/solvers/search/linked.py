@@ -70,7 +70,8 @@ def aligned(problems: Sequence[Problem], links: Links, rows: Rows) -> Rows:
     byte_GG, other = links.topology.byte_times(), slots_G[:, None] != slots_G[None]
     for layer in range(1, len(rows)):
         flow = links.flows(layer, found, slots_G)[0]
-        visits = sum(flow.visits(t, t + 1) for t in range(flow.num_steps)).reshape(flow.routes[0].senders, -1)
+        all_visits = sum((flow.visits(t, t + 1) for t in range(flow.num_steps)), start=np.zeros(1))
+        visits = all_visits.reshape(flow.routes[0].senders, -1)
         cost_GG = visits[:, : len(slots_G)].T @ byte_GG
         contents, ranks = linear_sum_assignment(np.where(other, 1e3 * (1.0 + cost_GG.sum()), cost_GG))
         roles_G = np.empty(len(slots_G), np.int64)
