@@ -30,6 +30,7 @@ BOUND_REST = 0.4
 WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts from
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
+FUTILE_LAYERS = 3
 
 Progress = Callable[[int, int], None]
 
@@ -203,12 +204,19 @@ class Run:
             bounds_T, steps = timed_step_bounds(layer.problem, stop)
             layer.bound_us = max(layer.bound_us, weighted(layer.problem, bounds_T))
             layer.bounded_steps = max(layer.bounded_steps, steps)
-            if self.solver.supports.improves and self.patience != 0 and not layer.bound_cut:
+            if self._worth_together() and not layer.bound_cut:
                 value = None if layer.outcome is None else _value(layer.outcome)
                 target_us = np.inf if value is None else value * (1 - self.gap)
                 if layer.bound_us < target_us:
                     layer.together = together_bound(layer.problem, bounds_T, stop, target_us=target_us)
                     layer.bound_us = max(layer.bound_us, layer.together.bound_us)
+
+    def _worth_together(self) -> bool:
+        """Whether the co-location bound is worth its time: not for greedy answers, nor where the first layers, which
+        are much like the others, gained nothing in shares that are too short for it."""
+        tried = [layer.together for layer in self.layers if layer.together is not None]
+        futile = len(tried) >= FUTILE_LAYERS and not any(each.multipliers is not None for each in tried)
+        return self.solver.supports.improves and self.patience != 0 and not futile
 
     def _deepen(self, layer: Layer, deadline: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""
