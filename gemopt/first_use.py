@@ -6,22 +6,31 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
 from gemopt.bounds import lower_bound, step_bounds, together_bound
+from gemopt.bounds.links import links_bound
 from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.links import Links
+from gemopt.named_topologies import named
 from gemopt.problem import Problem
 from gemopt.solvers import get
-from gemopt.solvers.base import Options, Solver
+from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
 from gemopt.solvers.size import branches
+from gemopt.traces import Tokens, Traces
+from gemopt.traces.arrays import count_assignments
 
 NOTICE = "compiling kernels, once per installation: 20 s to a minute (not counted in the time limit)"
 LOOK_S = 0.1
 
 
-def ready(solver: Solver, problem: Problem, notice: Callable[[str], None] | None = None) -> float:
+def ready(
+    solver: Solver, problem: Problem, notice: Callable[[str], None] | None = None, links: Links | None = None
+) -> float:
     """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
 
     `notice` is told when compiling begins and how long it took.
@@ -39,6 +48,8 @@ def ready(solver: Solver, problem: Problem, notice: Callable[[str], None] | None
     watcher.start()
     try:
         _use(solver, problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:]))
+        if links is not None:
+            _use_links(solver, problem, links)
     finally:
         over.set()
         watcher.join()
@@ -63,6 +74,22 @@ def _use(solver: Solver, tiny: Problem) -> None:
             get("branch").solve(two_ranks, options, None)
     if tiny.moves is not None:
         walk_front(tiny, 2)
+
+
+def _use_links(solver: Solver, problem: Problem, links: Links) -> None:
+    """Two layers of four experts on two ranks, whose tokens are given as those of `links` are."""
+    ids, step = np.array([[[0, 2], [1, 3]], [[2, 3], [0, 1]], [[1, 3], [0, 2]]]), np.array([0, 0, 1])
+    tokens = None
+    if links.traces.tokens is not None:
+        tokens = Tokens(ids, step, source_rank=np.array([0, 1, 1]) if links.senders == "recorded" else None)
+    traces = Traces(counts=count_assignments(ids, step, 2, 4), tokens=tokens)
+    few = replace(links, topology=named("nvlink-2"), traces=traces, _cache={})
+    pair = [Problem.make(traces.counts[:, n], problem.features, problem.latencies[:2], 2) for n in range(2)]
+    rows = [get("linear").solve(each, Options(deadline=np.inf), None).row for each in pair]
+    links_bound(pair, few)
+    if solver.supports.links:
+        found = [row for row in rows if row is not None]
+        cast(LinkedSolver, solver).solve_linked(pair, few, found, Options(deadline=np.inf, patience=1))
 
 
 def _compiled() -> int:

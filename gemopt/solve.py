@@ -200,7 +200,7 @@ def solve(
             require(chosen, layers[0].problem, that_can)
             uneven = policy.value if layers[0].problem.spare_slots and policy is not Split.EVEN else None
             refuse_with_links(topology, split=uneven)
-            clock += ready(chosen, layers[0].problem, notice)
+            clock += ready(chosen, layers[0].problem, notice, links)
         run = Run(chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted)
         with cores.at_most(max(1, threads // len(layers))):
             bound_us = _go(run, held_G, moving, links)
