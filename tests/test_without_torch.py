@@ -171,7 +171,9 @@ def test_without_the_exact_solvers_the_search_answers_and_says_so(files):
         "    except SystemExit as end: print('exit', end.code, flush=True)\n"
     )
     given = f"{files / 'two.json'} {files / 'traces.safetensors'}"
-    commands = f"solve {given} --slots-per-rank 5\nsolve {given} --solver milp\ncompare {given} --time-limit 1 --patience 1\n"
+    commands = (
+        f"solve {given} --slots-per-rank 5\nsolve {given} --solver milp\ncompare {given} --time-limit 1 --patience 1\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED.format(names=("ortools", "pulp", "highspy")) + code],
         capture_output=True, text=True, timeout=300, check=False, input=commands, env={**os.environ, "COLUMNS": "200"},
