@@ -22,10 +22,14 @@ def _copy_sources(root: Path) -> None:
         shutil.copytree(root / folder, tree / package, ignore=ignored)
 
 
+def on_startup(**_: Any) -> None:
+    """Before any plugin looks for the sources."""
+    _copy_sources(Path(__file__).resolve().parents[1])
+
+
 def on_config(config: Any) -> Any:
     """Pages that nobody put into the navigation come last, so that none is lost."""
     docs = Path(config["docs_dir"])
-    _copy_sources(docs.parent)
     named = set(_paths(config["nav"]))
     others = sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))
     forgotten = [path for path in others if path not in named]
