@@ -606,7 +606,7 @@ def background_dies(rank, world, family, victim):
         if rank == victim and (name, where) == ("transfer", 2):
             os._exit(9)
 
-    executor = Executor(model, timeout_s=40, on_event=on_event)
+    executor, job = Executor(model, timeout_s=40, on_event=on_event), None
     with torch.no_grad():
         model(tokens)
         try:
@@ -618,7 +618,8 @@ def background_dies(rank, world, family, victim):
         except MigrationError as caught:
             error = str(caught)
     executor.verify()
-    return {"error": error, "checksum": executor.checksum(), "done": job.done}
+    started = job is not None  # a late rank may find the others gone while it is still starting
+    return {"error": error, "checksum": executor.checksum(), "started": started, "done": not started or job.done}
 
 
 @scenario

@@ -10,6 +10,7 @@ import numpy as np
 from gemopt.bounds import Together, step_bounds, together_bound
 from gemopt.bounds.dual_bound import pair_costs
 from gemopt.evaluate import objective
+from gemopt.exceptions import UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy, relative_gap
@@ -29,7 +30,16 @@ class Branch:
     supports = Supports(spare_slots=False, proves=True, improves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
-        """Place one layer; see `Solver`. A search that is cut short proves nothing of its own."""
+        """Place one layer; see `Solver`. A search that is cut short proves nothing of its own.
+
+        Raises
+        ------
+        UnsupportedError
+            Spare slots or moves: the tree knows one copy of each expert and no price but time.
+        """
+        if problem.spare_slots or problem.moves is not None:
+            asked = f"{problem.spare_slots} spare slots" if problem.spare_slots else "moves"
+            raise UnsupportedError("solver branch", asked, "one copy of each expert, and no moves", "use cpsat or milp")
         row = lpt_row(problem) if warm_start is None else warm_start.copy()
         value = objective(problem, row)
         history = [incumbent(value, options.bound_us)]
