@@ -8,18 +8,17 @@ objective says so. Descents end with the deadline; what was cut goes on where it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemopt.evaluate import objective
 from gemopt.links import Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.result import Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, incumbent, seeded
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, seeded
+from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.packing import copies_worth_trying, filled, lpt_row, peak_load, replicate
 
 if TYPE_CHECKING:
@@ -79,32 +78,17 @@ def _completed(problem: Problem, row: Row) -> Row:
     return filled(problem, row) if problem.full else row
 
 
-class _Search:
+class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and the starts still to descend from.
 
     searched: whether any descent began. stop: [1] see `Options.alarm`.
     """
 
-    options: Options
-    stop: NDArray[np.uint8]
-
     def __init__(self, problem: Problem, starts: list[Row]) -> None:
-        self.problem = problem
-        self.row: Row | None = None
-        self.value = np.inf
-        self.history: list[Incumbent] = []
-        self.searched = False
+        super().__init__(problem)
         self.starts = starts
-        self.draws: np.random.Generator | None = None
         for start in starts:
             self.offer(start)
-
-    @cached_property
-    def costs(self) -> Costs:
-        """The latencies as the kernels read them."""
-        from gemopt.solvers.search.state import make_costs
-
-        return make_costs(self.problem)
 
     def state(self, row: Row, costs: Costs | None = None) -> State:
         """State of a row that ends with this call's time."""
@@ -114,17 +98,7 @@ class _Search:
 
     def offer(self, row: Row) -> bool:
         """Take a row over when its exact objective is the best so far."""
-        value = objective(self.problem, row)
-        if value >= self.value:
-            return False
-        self.row, self.value = row.copy(), value
-        self.history.append(incumbent(value))
-        return True
-
-    def good_enough(self) -> bool:
-        """Whether the known bound proves the incumbent to the wanted gap."""
-        gap = relative_gap(self.value, self.options.bound_us)
-        return gap is not None and self.options.bound_us > 0 and gap <= self.options.gap
+        return self.keep(row, objective(self.problem, row))
 
     def descend_from_starts(self) -> None:
         """Descend from every start that no call before had the time for; one that was cut is gone on from."""

@@ -7,21 +7,21 @@ swaps with every slot's share as it is, shares chosen anew, and so on. Every row
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemopt.evaluate import objective
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
-from gemopt.result import Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import Options, Outcome, Row, incumbent, seeded
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Options, Outcome, Row, seeded
+from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.packing import filled, lpt_row
 from gemopt.solvers.search.spread_search import SpreadSearch
-from gemopt.solvers.search.state import Costs, State, hull_costs, make_costs, make_state
+from gemopt.solvers.search.state import State, hull_costs, make_state
 from gemopt.solvers.search.swaps import descend, iterate, total_cost
 from gemopt.splits import plain, shares
 
@@ -53,40 +53,18 @@ def search_policy(problem: Problem, options: Options, warm_start: Row | None, ev
     return Outcome(search.row, stopped_by, history=search.history, note=note, reached=search.searched, search=search)
 
 
-class _Search:
+class _Search(Best, ABC):
     """One layer's search, which a later call may go on with: incumbent, history, and whether anything was searched."""
 
-    options: Options
-    stop: NDArray[np.uint8]
-
     def __init__(self, problem: Problem, warm_start: Row | None, even: EvenSearch) -> None:
-        self.problem, self.even, self.warm = problem, even, warm_start
-        self.row: Row | None = None
-        self.value = np.inf
-        self.history: list[Incumbent] = []
-        self.searched = self.descended = False
-        self.draws: np.random.Generator | None = None
+        super().__init__(problem)
+        self.even, self.warm, self.descended = even, warm_start, False
         self.offer(lpt_row(problem) if warm_start is None else warm_start)
-
-    @cached_property
-    def costs(self) -> Costs:
-        """The latencies as the kernels read them."""
-        return make_costs(self.problem)
 
     def offer(self, row: Row) -> bool:
         """Take a row over when its exact objective is the best so far; empty slots are filled where none may be."""
         row = filled(self.problem, row) if self.problem.full else row
-        value = objective(self.problem, row)
-        if value >= self.value:
-            return False
-        self.row, self.value = row.copy(), value
-        self.history.append(incumbent(value))
-        return True
-
-    def good_enough(self) -> bool:
-        """Whether the known bound proves the incumbent to the wanted gap."""
-        gap = relative_gap(self.value, self.options.bound_us)
-        return gap is not None and self.options.bound_us > 0 and gap <= self.options.gap
+        return self.keep(row, objective(self.problem, row))
 
     def descend(self) -> None:
         """What every search begins with, unless it was done before."""
@@ -98,13 +76,13 @@ class _Search:
         if not self.descended:  # what was cut goes on where it ended
             self.warm = self.row
 
+    @abstractmethod
     def begin(self) -> None:
         """The first descent."""
-        raise NotImplementedError
 
+    @abstractmethod
     def improve(self) -> bool:
         """One more try; whether it helped."""
-        raise NotImplementedError
 
     def iterate(self) -> StoppedBy:
         """Try until the deadline, the patience, the gap or an interrupt."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,23 +18,23 @@ from gemopt.exceptions import UnsupportedError
 from gemopt.moves import Moves
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
-from gemopt.result import Incumbent, StoppedBy, relative_gap
+from gemopt.result import StoppedBy
 from gemopt.solvers.base import (
     DEFAULT_PATIENCE,
     Options,
     Outcome,
     Row,
-    incumbent,
     no_placement,
     seeded,
     within_limits,
 )
+from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.descent import iterate_within, settle
 from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.packing import copies_worth_trying, filled
 from gemopt.solvers.search.shares import make_shares
-from gemopt.solvers.search.state import Costs, State, make_costs, make_state
+from gemopt.solvers.search.state import Costs, State, make_state
 from gemopt.solvers.search.swaps import EPSILON, total_cost
 from gemopt.solvers.search.terms import make_terms, moved_into
 
@@ -92,23 +91,16 @@ def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) ->
     return state.content
 
 
-class _Search:
+class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and what is still to be done.
 
     searched: whether anything was. stop: [1] see `Options.alarm`.
     """
 
-    options: Options
-    stop: NDArray[np.uint8]
-
     def __init__(self, problem: Problem, warm_start: Row | None, free: FreeSearch) -> None:
         assert problem.moves is not None
-        self.problem, self.moves, self.free = problem, problem.moves, free
-        self.row: Row | None = None
-        self.value = np.inf
-        self.history: list[Incumbent] = []
-        self.searched = False
-        self.draws: np.random.Generator | None = None
+        super().__init__(problem)
+        self.moves, self.free = problem.moves, free
         self.starts: list[Row] = []
         self.free_tried = False
         home = self.moves.fewest(problem.slots_per_rank)
@@ -121,11 +113,6 @@ class _Search:
                 limit = "filling the empty slots of the placement in force takes more moves than that"
                 raise UnsupportedError("moves", "a limit", limit, "allow more, or leave slots empty")
 
-    @cached_property
-    def costs(self) -> Costs:
-        """The latencies as the kernels read them."""
-        return make_costs(self.problem)
-
     def state(self, row: Row) -> State:
         """State of a row that ends with this call's time."""
         return make_state(self.problem, row, self.costs, self.stop)
@@ -134,17 +121,7 @@ class _Search:
         """Take a row over when it keeps to the limits, fills what must be full, and is the best so far."""
         if not within_limits(self.problem, row) or (self.problem.full and (row == EMPTY).any()):
             return False
-        value = total(self.problem, row)
-        if value >= self.value:
-            return False
-        self.row, self.value = row.copy(), value
-        self.history.append(incumbent(value))
-        return True
-
-    def good_enough(self) -> bool:
-        """Whether the known bound proves the incumbent to the wanted gap."""
-        gap = relative_gap(self.value, self.options.bound_us)
-        return gap is not None and self.options.bound_us > 0 and gap <= self.options.gap
+        return self.keep(row, total(self.problem, row))
 
     def descend(self) -> None:
         """Everything that was not done by a call before: walks from all starts, then swaps and copies from the best."""

@@ -1,0 +1,54 @@
+"""What every search of one layer keeps: the problem, this call's options, and the best row so far."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.problem import Problem
+from gemopt.result import Incumbent, relative_gap
+from gemopt.solvers.base import Options, Row, incumbent
+
+if TYPE_CHECKING:
+    from gemopt.solvers.search.state import Costs
+
+
+class Best:
+    """The incumbent of a search that a later call may go on with.
+
+    searched: whether anything was. stop: [1] see `Options.alarm`.
+    """
+
+    options: Options
+    stop: NDArray[np.uint8]
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.row: Row | None = None
+        self.value = np.inf
+        self.history: list[Incumbent] = []
+        self.searched = False
+        self.draws: np.random.Generator | None = None
+
+    @cached_property
+    def costs(self) -> Costs:
+        """The latencies as the kernels read them."""
+        from gemopt.solvers.search.state import make_costs
+
+        return make_costs(self.problem)
+
+    def keep(self, row: Row, value: float) -> bool:
+        """Take a row over that is worth `value`, when that is the best so far."""
+        if value >= self.value:
+            return False
+        self.row, self.value = row.copy(), value
+        self.history.append(incumbent(value))
+        return True
+
+    def good_enough(self) -> bool:
+        """Whether the known bound proves the incumbent to the wanted gap."""
+        gap = relative_gap(self.value, self.options.bound_us)
+        return gap is not None and self.options.bound_us > 0 and gap <= self.options.gap
