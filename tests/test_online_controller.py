@@ -87,6 +87,18 @@ def test_moves_are_limited_and_the_best_come_first() -> None:
     assert few.gain_us / few.num_moves > free.gain_us / free.num_moves
 
 
+def test_the_rate_of_moves_is_kept_and_what_is_not_used_is_saved() -> None:
+    rate = 100.0  # LAYERS * EXPERTS would move freely when the regime changes
+    follower, moves, steps = controller(Policy(moves_per_1000_steps=rate)), 0, 0
+    for regime in (0, 1):
+        for start in range(0, 192, 8):
+            moves += follower.step(traffic(regime, 192)[start : start + 8]).num_moves
+            steps += 8
+            assert moves <= rate * steps / 1000
+    assert moves > 0.5 * rate * steps / 1000
+    assert controller(Policy(moves_per_1000_steps=0)).step(traffic(0, 64)).num_moves == 0
+
+
 def test_traffic_that_comes_back_is_served_at_once() -> None:
     follower = controller()
     changes = 0

@@ -68,7 +68,7 @@ class Controller:
         self.scaled = self.cost  # with every rank as fast as it is now
         self.pending = np.zeros((0, placement.num_layers, placement.num_experts), np.int64)
         self.moved_at = np.full(placement.num_layers, -(2**40))
-        self.steps = self.blind_until = 0
+        self.steps = self.blind_until = self.moved = 0
         self.now_s: float | None = None
         self._compiled: dict[tuple[int, int], Costs] = {}  # by mean and largest load
         self._check(placement)
@@ -241,10 +241,17 @@ class Controller:
             if (old != row).any()
         )
         proposals = {each.layer: each for each in self._proposals(problems, rows, trusted)}
-        for layer, waypoint in choose(list(proposals.values()), self.policy.max_moves).items():
+        for layer, waypoint in choose(list(proposals.values()), self._most_moves()).items():
             rows[layer] = waypoint.row
             gain_us += proposals[layer].way[0].objective_us - waypoint.objective_us
         return self._decision(rows, gain_us, say, imbalance, changed)
+
+    def _most_moves(self) -> int | None:
+        policy, most = self.policy, self.policy.max_moves
+        if policy.moves_per_1000_steps is None:
+            return most
+        saved = max(0, int(policy.moves_per_1000_steps * self.steps / 1000) - self.moved)
+        return saved if most is None else min(most, saved)
 
     def _remembered(self) -> tuple[list[Problem], float]:
         """(one problem per layer on the steps that count now, to how many equally weighted ones they amount)."""
@@ -315,6 +322,7 @@ class Controller:
         transfer_us = sum(travel.rounds) * self.expert_bytes / self.policy.bytes_per_s * 1e6
         cost_us = commits * self.policy.commit_us + self.policy.slowdown * transfer_us
         self.moved_at[list(travel.layers)] = self.steps
+        self.moved += travel.num_moves
         self.placement = travel.placement
         self.blind_until = self.steps + commits + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
         text = f"{travel.num_moves} moves in {layers} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"

@@ -33,6 +33,8 @@ class Policy(BaseModel):
         Steps for which a layer that moved stays as it is, unless the traffic changes.
     max_moves, max_swaps
         Experts moved per decision, those that gain most first; swaps per layer and decision.
+    moves_per_1000_steps
+        Experts moved over all steps so far, at most; what is not used is saved. A rank that fails is left all the same.
     fast_steps, slow_steps
         Time constants of the two memories that forget.
     keep_steps, plan_steps
@@ -58,6 +60,7 @@ class Policy(BaseModel):
     dead_zone: float = Field(default=1.03, ge=1, le=100)
     cool_down_steps: int = Field(default=32, ge=0, le=10**9)
     max_moves: int | None = Field(default=None, ge=0)
+    moves_per_1000_steps: float | None = Field(default=None, ge=0, le=1e9)
     max_swaps: int = Field(default=64, ge=1, le=10**6)
     fast_steps: int = Field(default=32, ge=1, le=10**9)
     slow_steps: int = Field(default=192, ge=1, le=10**9)

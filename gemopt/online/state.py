@@ -15,7 +15,7 @@ from gemopt.placement import Placement
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
-VERSION = 1
+VERSION = 2
 KEY = "gemopt_online"
 MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
@@ -24,7 +24,7 @@ PROMISE_ARRAYS = ("layers", "rows", "facts")
 OWN_ARRAYS = ("pending", "moved_at")
 SPEED_NUMBERS = ("step_us",)
 PROMISE_NUMBERS = ("short", "swaps")
-OWN_NUMBERS = ("steps", "blind_until", "now_s")
+OWN_NUMBERS = ("steps", "blind_until", "moved", "now_s")
 
 
 def save(controller: Controller, path: str | os.PathLike[str]) -> None:
