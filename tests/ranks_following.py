@@ -1,0 +1,73 @@
+"""Scenarios: a controller is in charge."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from ranks_common import batch, checkpoint, load, random_placement, relative, scenario, slots_of
+from transformers import AutoModelForCausalLM
+
+from gemopt.executor import Executor
+
+
+class Scripted:
+    """A controller that wants these placements one after the other, and remembers what it was shown."""
+
+    def __init__(self, placements, fail_at=None):
+        self.script, self.fail_at = list(placements), fail_at
+        self.seen, self.confirmed = [], []
+
+    def step(self, counts_NLE, latencies_NG):
+        from types import SimpleNamespace
+
+        self.seen.append([counts_NLE.tolist(), bool(np.isfinite(latencies_NG).all() and (latencies_NG > 0).any())])
+        if len(self.seen) - 1 == self.fail_at:
+            raise RuntimeError("no idea")
+        wanted = self.script.pop(0) if self.script else None
+        return SimpleNamespace(
+            placement=wanted, num_moves=0 if wanted is None else 8, reason=f"window {len(self.seen)}"
+        )
+
+    def confirm(self, placement):
+        self.confirmed.append(placement)
+
+
+@scenario
+def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=False):
+    """Serve under a controller: outputs all along, what it saw, and what is in force in the end."""
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint(family)).eval()
+    model = load(family, world, where)
+    executor = Executor(model, timeout_s=30)
+    experts = executor.layers[0].num_experts
+    wanted = [random_placement(n, experts, executor.layer_ids, slots_of("equal", experts, world)) for n in range(2)]
+    if wrong:
+        wanted[0] = random_placement(0, experts, executor.layer_ids, slots_of("equal", experts, 2 * world))
+    controller = Scripted(wanted, fail_at) if rank == 0 else None
+    follow = executor.follow(controller, window=window)
+    errors, asked = [], []
+    with torch.no_grad():
+        for n in range(passes):
+            tokens = batch(rank, where, seed=n)
+            reference = whole(tokens).logits
+            errors.append(relative(model(tokens).logits, reference))
+            if n < window:
+                asked.append(counted_by_hand(whole, tokens))
+    follow.close()
+    executor.verify()
+    return {
+        "errors": errors,
+        "decisions": follow.decisions,
+        "checksum": executor.checksum(),
+        "meters": [dispatch.meter is None for dispatch in executor.layers],
+        "seen": None if controller is None else controller.seen[0],
+        "windows": 0 if controller is None else len(controller.seen),
+        "confirmed": 0 if controller is None else len(controller.confirmed),
+        "asked": asked,
+    }
+
+
+def counted_by_hand(whole, tokens):
+    """[L, E] assignments of one batch."""
+    logits = whole(tokens, output_router_logits=True).router_logits
+    top_k = whole.config.num_experts_per_tok
+    return [np.bincount(each.topk(top_k).indices.flatten(), minlength=each.shape[1]).tolist() for each in logits]
