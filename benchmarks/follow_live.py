@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from live import PROMPT, QUOTAS, Stopwatch, change, decode, find_width, from_rank_0, measure_profile, quota_of, say
+from live import PROMPT, QUOTAS, Stopwatch, change, decode, from_rank_0, measure_profile, quota_of, say, widen
 from machine import stamp
 from transformers import AutoTokenizer, logging
 
@@ -98,6 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--width", type=int, default=4608, help="of the experts; their share of a step does not matter")
     return parser.parse_args()
 
 
@@ -120,7 +121,8 @@ def main() -> None:
     texts = [segment(kind, options.sequences, options.steps, n + 1, parts) for n, kind in enumerate(KINDS)]
     watch = Stopwatch(layers)
     counts = decode(model, train, watch).counts_TLE
-    width = find_width(model, train, watch, quota_of(rank))
+    width = options.width
+    widen(layers, width)
     executor = Executor(model, timeout_s=300)
     ids, experts = executor.layer_ids, layers[0].num_experts
 
@@ -145,6 +147,7 @@ def main() -> None:
         decisions = follow.decisions
         spans["fitted once"].append(fixed)
         spans["followed"].append(followed)
+        say(f"round {len(spans['followed'])}: {change([sum(followed)], [sum(fixed)])['median']:+.3f}")
         differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True)]
         worst = max(worst, *differences)
     if rank == 0:
