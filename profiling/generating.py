@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 
 from gemopt.documents import read_bytes
 from gemopt.models import TINY_MOE, tiny_moe_path
-from gemopt.profiling.tracing import Tracer
-from gemopt.traces import Traces
+from gemopt.profiling._trace_hidden import hidden_bytes
+from gemopt.profiling.tracing import HiddenSample, Tracer
+from gemopt.traces import Traces, hidden_path
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,14 @@ def record(
     temperature: float = 0.0,
     seed: int = 0,
     tokens: bool = False,
+    hidden: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> int:
     """Generate from all prompts while tracing to the folder `path`; returns the number of prompts cut short.
 
     Every batch is one prefill step and up to `max_new_tokens - 1` decode steps: the last new token is not fed back.
-    With `max_new_tokens` 0 only the prompts are computed.
+    With `max_new_tokens` 0 only the prompts are computed. `hidden` above 0 also keeps the tokens, and what entered the
+    routers of whole requests drawn by the seed, which have at most so many tokens together.
 
     Raises
     ------
@@ -156,11 +159,14 @@ def record(
         raise InputError("max_new_tokens", max_new_tokens, f"below the model's context of {context} tokens")
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    num_cut = 0
-    with Tracer(model, path, ids=tokens) as tracer, torch.inference_mode():
-        for group in batches(prompts, batch_size):
-            rows = [_encoded(tokenizer, prompt.text, model.get_input_embeddings().num_embeddings) for prompt in group]
-            num_cut += sum(len(row) > limit for row in rows)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    groups = list(batches(prompts, batch_size))
+    encoded = [[_encoded(tokenizer, prompt.text, vocabulary) for prompt in group] for group in groups]
+    num_cut = sum(len(row) > limit for rows in encoded for row in rows)
+    sizes = [min(len(row), limit) + max(0, max_new_tokens - 1) for rows in encoded for row in rows]
+    sample = HiddenSample.draw(sizes, hidden, seed) if hidden else None
+    with Tracer(model, path, ids=tokens, hidden=sample) as tracer, torch.inference_mode():
+        for group, rows in zip(groups, encoded, strict=True):
             pad = next(p for p in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if p is not None)
             inputs = _left_padded([row[:limit] for row in rows], pad, model.device)
             with tracer.task(group[0].task):
@@ -200,6 +206,19 @@ class Destination:
         """The folder that grows while the model runs."""
         return self.path.with_name(self.path.name + ".parts") if self.path.suffix == ".safetensors" else self.path
 
+    @property
+    def hidden(self) -> Path:
+        """Where hidden states go."""
+        return hidden_path(self.path)
+
+    def room_for_hidden(self, model: Any, tokens: int) -> int:
+        """Bytes of the hidden states of so many tokens; `InputError` when the disk has fewer free."""
+        size, free = hidden_bytes(model, tokens), shutil.disk_usage(self.path.absolute().parent).free
+        if size > free:
+            found = f"{tokens} tokens, {size / 1e6:.0f} MB"
+            raise InputError("hidden", found, f"at most the {free / 1e6:.0f} MB that are free", "fewer tokens")
+        return size
+
     def check(self) -> None:
         """`InputError` when the destination cannot be what it should, before any work is done."""
         if self.path.suffix not in ("", ".safetensors"):
@@ -221,6 +240,8 @@ class Destination:
         traces = Traces.load(self.folder)
         if self.folder != self.path:
             traces.save(self.path)
+            if hidden_path(self.folder).exists():
+                hidden_path(self.folder).replace(hidden_path(self.path))
             shutil.rmtree(self.folder)
         return traces
 

@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from types import TracebackType
 from typing import Any
@@ -28,42 +27,13 @@ except ModuleNotFoundError as error:
 from gemopt.models import describe, find_moe_layers, num_hidden_layers
 from gemopt.profiling._trace_counts import Part
 from gemopt.profiling._trace_files import TraceFolder, load_ranks
-from gemopt.traces import Phase
+from gemopt.profiling._trace_hidden import Hidden, HiddenSample
+from gemopt.profiling._trace_pending import Pending, Step, mark_real, requests_of
+from gemopt.traces import Phase, Traces, hidden_path, save_hidden
 
-__all__ = ["Tracer", "load_ranks"]
+__all__ = ["HiddenSample", "Tracer", "load_ranks"]
 
 PENDING_BYTES = 8 << 20
-
-
-@dataclass(slots=True)
-class _Step:
-    """One forward: where its tokens lie in the buffers, how many each router saw, and where it writes ids_NK."""
-
-    shape: tuple[int, int]
-    phase: Phase
-    starts: bool
-    task: int
-    begin: int
-    end: int
-    has_token_ids: bool
-    seen: list[int | None]
-    targets: tuple[Tensor, ...]
-
-
-class _Pending:
-    """Tokens of the steps not yet counted: expert ids_LCK, which are real (no padding), vocabulary ids."""
-
-    def __init__(self, num_layers: int, top_k: int, capacity: int, device: torch.device) -> None:
-        with torch.inference_mode(False):  # a tensor made under inference mode could not be written to outside of it
-            self.ids_LCK = torch.empty((num_layers, capacity, top_k), dtype=torch.int32, device=device)
-            self.real_C = torch.empty(capacity, dtype=torch.bool, device=device)
-            self.token_ids_C = torch.empty(capacity, dtype=torch.int64, device=device)
-        self.capacity = capacity
-        self.steps: list[_Step] = []
-
-    @property
-    def used(self) -> int:
-        return self.steps[-1].end if self.steps else 0
 
 
 class Tracer:
@@ -90,6 +60,9 @@ class Tracer:
         moment loses at most what came after the last one.
     ids
         Also keep every token: its experts, step, vocabulary id and request.
+    hidden
+        Also keep, of these requests, what entered the routers, and `ids`: in memory until the block ends, then in
+        `hidden.safetensors` of the folder (`gemopt.traces.with_hidden`).
     pairs
         Also count pairs of experts within a token and transitions between consecutive MoE layers.
     seconds, steps_per_file
@@ -110,6 +83,7 @@ class Tracer:
         path: str | os.PathLike[str],
         *,
         ids: bool = False,
+        hidden: HiddenSample | None = None,
         pairs: bool = True,
         seconds: float = 10.0,
         steps_per_file: int = 4096,
@@ -125,7 +99,9 @@ class Tracer:
         self._rank, records, own_batch = _ranks(model)
         self.path = path
         self._folder = TraceFolder(path, rank=self._rank if own_batch else None) if records else None
-        self._keep_ids, self._pairs = ids, pairs
+        if hidden is not None and own_batch:
+            raise InputError("hidden", "ranks with batches of their own", "hidden states need ranks that share a batch")
+        self._keep_ids, self._pairs = ids or hidden is not None, pairs
         self._seconds, self._steps_per_file = seconds, steps_per_file
         self._eos = _eos_tokens(model) if eos_token_ids is None else list(eos_token_ids)
         self._metadata = {
@@ -137,10 +113,11 @@ class Tracer:
         self._task, self._task_names = -1, list[str]()
         self._alive: Tensor | None = None
         self._first_request = self._last_batch = 0
-        self._step: _Step | None = None
-        self._pending: _Pending | None = None
+        self._step: Step | None = None
+        self._pending: Pending | None = None
         self._handles: list[Any] = []
         self._part = Part()
+        self._hidden = None if hidden is None else Hidden(hidden, len(self._layers), self._layers[0].hidden_size)
         self.num_steps = 0
 
     def __enter__(self) -> Tracer:
@@ -150,6 +127,8 @@ class Tracer:
             self._handles = [hook, self._decoder.register_forward_hook(self._end)]
             for index, layer in enumerate(self._layers):
                 self._handles.append(layer.router.register_forward_hook(self._router_hook(index)))
+                if self._hidden is not None:
+                    self._handles.append(layer.router.register_forward_pre_hook(self._hidden_hook(index)))
         return self
 
     def __exit__(
@@ -161,6 +140,8 @@ class Tracer:
             self._write()
             if kind is None and not self.num_steps:
                 raise InputError("model", "no forward", "at least one forward of the traced model", "is it compiled?")
+            if self._hidden is not None and self._folder is not None and self.num_steps:
+                save_hidden(hidden_path(self._folder.path), Traces.load(self._folder.path), *self._hidden.arrays())
 
     @contextmanager
     def task(self, name: str | None) -> Iterator[None]:
@@ -186,24 +167,27 @@ class Tracer:
         phase = Phase.DECODE if length == 1 and not starts else Phase.PREFILL
         if given.get("cu_seq_lens_q") is not None:
             phase = Phase.MIXED
+        request = self._first_request + (self._last_batch if starts or rows != self._last_batch else 0)
         pending = self._room(rows * length, shaped.device)
         begin, size = pending.used, rows * length
-        _mark_real(pending.real_C.narrow(0, begin, size).view(rows, length), given.get("attention_mask"))
+        real_BS = pending.real_C.narrow(0, begin, size).view(rows, length)
+        mark_real(real_BS, given.get("attention_mask"))
+        picked = None if self._hidden is None else self._hidden.pick(real_BS, request)
         if token_ids is not None:
             pending.token_ids_C.narrow(0, begin, size).view(rows, length).copy_(token_ids)
         targets = pending.ids_LCK.narrow(1, begin, size).unbind()
         seen: list[int | None] = [None] * self._num_layers
         has_ids, end = token_ids is not None, begin + size
-        self._step = _Step((rows, length), phase, starts, self._task, begin, end, has_ids, seen, targets)
+        self._step = Step((rows, length), phase, request, self._task, begin, end, has_ids, seen, targets, picked)
 
-    def _room(self, tokens: int, device: torch.device) -> _Pending:
+    def _room(self, tokens: int, device: torch.device) -> Pending:
         """Buffers with room for a step of so many tokens; what was pending is counted first where it must be."""
         if self._pending is not None and self._pending.used + tokens > self._pending.capacity:
             self._digest()
         if self._pending is None or self._pending.capacity < tokens:
             top_k = self._layers[0].top_k
             capacity = max(tokens, PENDING_BYTES // (4 * self._num_layers * top_k))
-            self._pending = _Pending(self._num_layers, top_k, capacity, device)
+            self._pending = Pending(self._num_layers, top_k, capacity, device)
         return self._pending
 
     def _router_hook(self, index: int) -> Any:
@@ -221,6 +205,13 @@ class Tracer:
 
         return hook
 
+    def _hidden_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if self._step is not None and self._step.picked is not None:
+                self._step.picked.take(index, _plain(args[0]))
+
+        return hook
+
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         step, self._step = self._step, None
         if step is None or self._pending is None:
@@ -234,6 +225,7 @@ class Tracer:
                     "load the model without fused MoE kernels and without compiling it",
                 )
         self._pending.steps.append(step)
+        self._first_request, self._last_batch = step.request, step.shape[0]
         self.num_steps += 1
         waiting = len(self._pending.steps) + self._part.num_steps
         if waiting >= self._steps_per_file or time.monotonic() - self._last_write > self._seconds:
@@ -267,22 +259,24 @@ class Tracer:
         sizes = torch.tensor([step.end - step.begin for step in steps], device=device)
         columns = [torch.repeat_interleave(torch.arange(len(steps), device=device), sizes)]
         if self._keep_ids:
-            columns.append(torch.cat([self._requests(step, device) for step in steps]))
+            columns.append(torch.cat([requests_of(step, device) for step in steps]))
             if all(step.has_token_ids for step in steps):
                 columns.append(pending.token_ids_C[:N])
         for _, run in groupby(steps, lambda step: step.shape if self._may_end(step) else None):
             self._drop_ended(list(run), pending)
         keep_N = pending.real_C[:N]
+        if self._hidden is not None:
+            self._hidden.add([(step.begin, step.picked) for step in steps], keep_N)
         if not bool(keep_N.all()):
             ids_LKN, columns = ids_LKN[:, :, keep_N], [column[keep_N] for column in columns]
         self._part.add(ids_LKN, columns[0], [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
         if self._keep_ids:
             self._part.keep(ids_LKN, *columns, rank=self._rank, num_experts=self._num_experts)
 
-    def _may_end(self, step: _Step) -> bool:
+    def _may_end(self, step: Step) -> bool:
         return step.phase is Phase.DECODE and step.has_token_ids and bool(self._eos)
 
-    def _drop_ended(self, run: list[_Step], pending: _Pending) -> None:
+    def _drop_ended(self, run: list[Step], pending: Pending) -> None:
         """Mark what lies behind the end of its sequence as not real, in consecutive steps of one batch of B rows."""
         if not self._may_end(run[0]):
             self._alive = None
@@ -294,29 +288,6 @@ class Tracer:
             alive_TB &= self._alive
         self._alive = alive_TB[-1]
         pending.real_C.narrow(0, begin, size).logical_and_(alive_TB.view(-1))
-
-    def _requests(self, step: _Step, device: torch.device) -> Tensor:
-        """[B * S] request of each token: every row of a batch that starts with an empty cache is a new one."""
-        rows, length = step.shape
-        if step.starts or rows != self._last_batch:
-            self._first_request += self._last_batch
-            self._last_batch = rows
-        return torch.arange(rows, device=device).repeat_interleave(length) + self._first_request
-
-
-def _mark_real(real_BS: Tensor, mask: Any) -> None:
-    """Mark the real tokens of this forward; the mask also covers cached ones. None: no padding."""
-    if mask is None:
-        real_BS.fill_(True)
-        return
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise InputError(
-            "attention_mask",
-            type(mask).__name__ if not isinstance(mask, Tensor) else f"{mask.ndim} dimensions",
-            "a mask [batch, tokens] is needed to leave out padding",
-            "generate with the dynamic cache",
-        )
-    real_BS.copy_(mask[:, -real_BS.shape[1] :])
 
 
 def _plain(tensor: Tensor) -> Tensor:

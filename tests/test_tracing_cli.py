@@ -18,7 +18,7 @@ from gemopt.cli import main  # noqa: E402
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import describe, find_moe_layers, tiny, tiny_moe_path  # noqa: E402
 from gemopt.profiling.generating import Prompt, batches, load_model, read_prompts, record  # noqa: E402
-from gemopt.traces import Phase, Traces  # noqa: E402
+from gemopt.traces import Phase, Traces, with_hidden  # noqa: E402
 
 PROMPTS = Path(__file__).parent.parent / "examples" / "data" / "prompts.jsonl"
 
@@ -130,8 +130,27 @@ def test_a_folder_of_traces(folder, tmp_path, capsys):
     options = ("--model", folder, "--prompts", prompts, "-o", output, "--batch", 2, "--max-new-tokens", 2)
     assert run("trace", *options, "--device", "cpu") == 0
     assert "6 prompts, 3 prefill and 3 decode steps" in capsys.readouterr().out.replace("\n", " ")
-    assert Traces.load(output).num_steps == 6
+    assert Traces.load(output).num_steps == 6 and len(list(output.iterdir())) == 1
     assert "new or empty folder" in refusal(capsys, "trace", *options, "--device", "cpu")
+
+
+def test_hidden_states_lie_beside_the_trace(folder, tmp_path, capsys):
+    prompts, output = tmp_path / "p.txt", tmp_path / "t.safetensors"
+    prompts.write_text("first\nsecond\nthird\n")
+    options = ("trace", "--model", folder, "--prompts", prompts, "--device", "cpu", "--max-new-tokens", 3, "-o")
+    assert run(*options, output, "--hidden", 20) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    width = describe(load_model(str(folder), device="cpu")[0]).hidden_size
+    assert f"at most 20 tokens: {20 * 3 * width * 2 / 1e6:.1f} MB" in said
+    assert said.index("hidden states") < said.index("3 prompts")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.txt", "t.hidden.safetensors", "t.safetensors"]
+    found = with_hidden(Traces.load(output), tmp_path / "t.hidden.safetensors")
+    assert found.tokens.hidden.shape[1:] == (3, width) and len(set(found.tokens.request)) == 2
+    assert run(*options, tmp_path / "folder", "--hidden", 99, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["hidden"] == str(tmp_path / "folder" / "hidden.safetensors")
+    assert "hidden: got 2; at least" in refusal(capsys, *options, tmp_path / "u.safetensors", "--hidden", 2)
+    assert "MB that are free" in refusal(capsys, *options, tmp_path / "u.safetensors", "--hidden", 10**15)
+    assert not (tmp_path / "u.safetensors").exists()
 
 
 def test_sampling_follows_its_seed(folder, tmp_path):
@@ -220,7 +239,8 @@ def test_torchrun_shares_the_experts(folder, tmp_path):
     """Two ranks, half of the experts each, write the traces one process writes."""
     prompts = tmp_path / "p.txt"
     prompts.write_text("first line\nsecond\n")
-    options = ["trace", "--model", folder, "--prompts", prompts, "--max-new-tokens", 3, "--device", "cpu", "-o"]
+    options = ["trace", "--model", folder, "--prompts", prompts, "--max-new-tokens", 3, "--device", "cpu"]
+    options += ["--hidden", 99, "-o"]
     assert run(*options, tmp_path / "one.safetensors") == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "gemopt", *map(str, options), str(tmp_path / "two.safetensors")]
@@ -229,3 +249,5 @@ def test_torchrun_shares_the_experts(folder, tmp_path):
     assert done.stdout.count("2 prompts") == 1
     one, two = (Traces.load(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
     np.testing.assert_array_equal(one.counts, two.counts)
+    hidden = [with_hidden(each, tmp_path / f"{name}.hidden.safetensors") for each, name in ((one, "one"), (two, "two"))]
+    np.testing.assert_allclose(*(each.tokens.hidden.astype(float) for each in hidden), atol=0.02)

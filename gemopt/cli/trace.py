@@ -33,6 +33,9 @@ def trace(
     seed: Annotated[int, typer.Option(min=0, help="of sampling")] = 0,
     task: Annotated[str | None, typer.Option(help="tag of prompts that name none")] = None,
     tokens: Annotated[bool, typer.Option("--tokens", help="also keep the experts of every token")] = False,
+    hidden: Annotated[
+        int, typer.Option(min=0, help="also keep what enters the routers, of requests with at most so many tokens")
+    ] = 0,
     device: Annotated[str | None, typer.Option(help="torch device; default: the accelerator, or cpu")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
@@ -51,6 +54,10 @@ def trace(
         destination.check()
     requests = read_prompts(prompts, task=task)
     network, tokenizer = load_model(model, device=device)
+    if hidden and first:
+        size = destination.room_for_hidden(network, hidden)
+        if not as_json:
+            say(f"hidden states of at most {hidden:,} tokens: {size / 1e6:,.1f} MB, then in {destination.hidden}")
     done = 0
     with shown("prompts", total=len(requests), hidden=as_json or not first) as bar:
 
@@ -71,13 +78,14 @@ def trace(
             temperature=temperature,
             seed=seed,
             tokens=tokens,
+            hidden=hidden,
             progress=advance,
         )
     if first:
-        _report(destination, num_cut, len(requests), as_json=as_json)
+        _report(destination, num_cut, len(requests), hidden=hidden > 0, as_json=as_json)
 
 
-def _report(destination: Any, num_cut: int, num_prompts: int, *, as_json: bool) -> None:
+def _report(destination: Any, num_cut: int, num_prompts: int, *, hidden: bool, as_json: bool) -> None:
     from gemopt.traces import Phase
 
     traces = destination.finish()
@@ -85,6 +93,7 @@ def _report(destination: Any, num_cut: int, num_prompts: int, *, as_json: bool) 
     steps = {phase.name.lower(): int((traces.phase == phase).sum()) for phase in Phase}
     summary = {
         "output": str(destination.path),
+        "hidden": str(destination.hidden) if hidden else None,
         "model": traces.model,
         "prompts": num_prompts,
         "prompts_cut": num_cut,

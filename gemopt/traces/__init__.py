@@ -4,6 +4,7 @@ from gemopt.traces.arrays import COUNT_LIMIT, count_assignments, one_hot
 from gemopt.traces.batching import from_tokens
 from gemopt.traces.document import SCHEMA_VERSION, Phase, Traces
 from gemopt.traces.files import IntArray
+from gemopt.traces.hidden import hidden_path, of_tokens, save_hidden, with_hidden
 from gemopt.traces.joining import concatenate
 from gemopt.traces.tokens import Tokens
 
@@ -17,5 +18,9 @@ __all__ = [
     "concatenate",
     "count_assignments",
     "from_tokens",
+    "hidden_path",
+    "of_tokens",
     "one_hot",
+    "save_hidden",
+    "with_hidden",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.traces.arrays import check_ids, widened
@@ -25,6 +26,9 @@ class Tokens:
         [N] step in which the token was computed, not decreasing.
     source_rank, token_ids, request
         [N] rank that held the token, vocabulary id, request it belongs to; None when not recorded.
+    hidden
+        [N, L, D] float16 what entered the routers; kept in a file of its own (`gemopt.traces.with_hidden`), None
+        without it.
     """
 
     ids: IntArray
@@ -32,6 +36,7 @@ class Tokens:
     source_rank: IntArray | None = None
     token_ids: IntArray | None = None
     request: IntArray | None = None
+    hidden: NDArray[np.float16] | None = None
 
     def __post_init__(self) -> None:
         # ids are many: int32 holds every product of two experts; the others are one number per token.
@@ -49,6 +54,10 @@ class Tokens:
             array = getattr(self, name)
             if array is not None and (array.shape != (len(ids),) or array.dtype.kind not in "iu"):
                 raise InputError(f"Traces.{name}", f"{array.dtype} {array.shape}", f"integers ({len(ids)},)")
+        hidden = self.hidden
+        if hidden is not None and (hidden.ndim != 3 or hidden.shape[:2] != ids.shape[:2] or hidden.dtype != np.float16):
+            found = f"{hidden.dtype} {hidden.shape}"
+            raise InputError("Traces.hidden", found, f"float16 [{len(ids)}, {num_layers}, D]")
         wrong = steps[(steps < 0) | (steps >= num_steps)]
         if len(wrong):
             raise InputError("Traces.step_of_token", int(wrong[0]), f"steps 0 to {num_steps - 1}")
@@ -61,12 +70,16 @@ class Tokens:
         """The tokens of some of `num_steps` steps, which become steps 0, 1, ..."""
         position = np.full(num_steps, -1)
         position[chosen] = np.arange(len(chosen))
-        keep = position[self.step_of_token] >= 0
-        kept = {name: getattr(self, name)[keep] for name in ARRAYS if getattr(self, name) is not None}
-        return replace(self, **{**kept, "step_of_token": position[kept["step_of_token"]]})
+        kept = self.where(position[self.step_of_token] >= 0)
+        return replace(kept, step_of_token=position[kept.step_of_token])
+
+    def where(self, keep_N: NDArray[np.bool_]) -> Tokens:
+        """Some of the tokens, of the steps they were of."""
+        kept = {name: getattr(self, name)[keep_N] for name in (*ARRAYS, "hidden") if getattr(self, name) is not None}
+        return Tokens(**kept)
 
 
-ARRAYS = tuple(each.name for each in fields(Tokens))
+ARRAYS = tuple(each.name for each in fields(Tokens) if each.name != "hidden")  # of the document
 PER_TOKEN = ARRAYS[1:]
 
 
