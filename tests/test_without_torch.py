@@ -125,6 +125,7 @@ def test_every_module_imports_or_says_in_one_line_what_is_missing():
         ("gemopt.models", "find_moe_layers"),
         ("gemopt.profiling.tracing", "Tracer"),
         ("gemopt.profiling.profiler", "Profiler"),
+        ("gemopt.predict.networks", "Mlp"),
     ],
 )
 def test_a_class_says_what_is_missing(module, name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.predict.base import IntArray, Predictor, known, positions, require, shares_of
-from gemopt.traces import Tokens, Traces, count_assignments
+from gemopt.traces import Tokens, Traces, of_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,9 +27,8 @@ class Assessment:
         [L] mean over the experts of |p^ - p| E (MoE-GPS), p the shares of all held-out tokens. 0.02 is two per cent.
     us_per_token
         Microseconds for each token and layer on this machine, as it was then.
-    bytes_per_token
-        What is read for each token and layer (a batch, for a distribution); over the bandwidth of a device's memory
-        that is the time on the device.
+    bytes_per_token, bytes_per_batch
+        What the prediction of a layer reads for each token, and once for all of them.
     """
 
     name: str
@@ -37,6 +36,11 @@ class Assessment:
     error_L: FloatArray
     us_per_token: float
     bytes_per_token: float
+    bytes_per_batch: float
+
+    def device_us(self, tokens: int, memory_gbps: float) -> float:
+        """Microseconds of a layer on a device whose memory gives so many GB/s: reading, which is most of it."""
+        return (self.bytes_per_batch + tokens * self.bytes_per_token) / (memory_gbps * 1e3)
 
 
 def assess(predictor: Predictor, traces: Traces, *, holdout: float = 0.25, seed: int = 0) -> Assessment:
@@ -51,7 +55,7 @@ def assess(predictor: Predictor, traces: Traces, *, holdout: float = 0.25, seed:
     tokens = traces.tokens
     assert tokens is not None
     held_N = held_out(tokens, holdout, seed)
-    predictor.fit(_of(traces, tokens, ~held_N))
+    predictor.fit(of_tokens(traces, ~held_N))
     position, task_N = positions(tokens), _tasks(traces, tokens)
     accuracy_L, error_L = np.zeros(traces.num_layers), np.zeros(traces.num_layers)
     spent = 0.0
@@ -71,7 +75,8 @@ def assess(predictor: Predictor, traces: Traces, *, holdout: float = 0.25, seed:
         accuracy_L[layer] = hits / truth_E.sum()
         error_L[layer] = np.abs(named_E / named_E.sum() - truth_E / truth_E.sum()).sum()
     seconds = spent / (held_N.sum() * traces.num_layers)
-    return Assessment(predictor.name, accuracy_L, error_L, seconds * 1e6, predictor.bytes_per_token)
+    read = (predictor.bytes_per_token, predictor.bytes_per_batch)
+    return Assessment(predictor.name, accuracy_L, error_L, seconds * 1e6, *read)
 
 
 def held_out(tokens: Tokens, share: float, seed: int) -> NDArray[np.bool_]:
@@ -84,19 +89,6 @@ def held_out(tokens: Tokens, share: float, seed: int) -> NDArray[np.bool_]:
         raise InputError("holdout", share, limit, "traces with more requests")
     drawn = np.random.default_rng(seed).permutation(requests)[:count]
     return np.asarray(np.isin(request_N, drawn))
-
-
-def _of(traces: Traces, tokens: Tokens, keep_N: NDArray[np.bool_]) -> Traces:
-    """The traces as if only some of the tokens had been there; steps that only others were in are left out."""
-    arrays = {n: getattr(tokens, n) for n in ("ids", "source_rank", "token_ids", "request")}
-    kept: dict[str, Any] = {name: None if array is None else array[keep_N] for name, array in arrays.items()}
-    steps, step_N = np.unique(tokens.step_of_token[keep_N], return_inverse=True)
-    return replace(
-        traces.steps(steps),
-        counts=count_assignments(kept["ids"], step_N, len(steps), traces.num_experts),
-        tokens=Tokens(step_of_token=step_N, **kept),
-        rank_us=None,
-    )
 
 
 def _tasks(traces: Traces, tokens: Tokens) -> IntArray:

@@ -14,6 +14,7 @@ from gemopt.latency import FloatArray
 from gemopt.traces import Tokens, Traces
 
 IntArray = NDArray[Any]
+HINTS = {"task": "tag the steps with tasks", "hidden": "gemopt trace --hidden, then gemopt.traces.with_hidden"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class Batch:
         [N, layer, K] experts that the N tokens chose in the layers before; None without a token-level record.
     position, token_ids
         [N] place of each token in its request, and its vocabulary id; None where not recorded.
+    hidden
+        [N, layer, D] float16 what entered the routers of the layers before; None where not recorded.
     """
 
     layer: int
@@ -36,6 +39,7 @@ class Batch:
     previous: IntArray | None = None
     position: IntArray | None = None
     token_ids: IntArray | None = None
+    hidden: NDArray[np.float16] | None = None
 
 
 class Predictor(Protocol):
@@ -48,9 +52,9 @@ class Predictor(Protocol):
     per_token
         Whether `predict` gives experts per token rather than one distribution.
     needs
-        What must be recorded: `task`, `ids`, `request`, `token_ids`.
-    bytes_per_token
-        What one prediction reads for each token (for a batch, when not `per_token`), once fitted.
+        What must be recorded: `task`, `ids`, `request`, `token_ids`, `hidden`.
+    bytes_per_token, bytes_per_batch
+        What the prediction of a layer reads for each token, and once for all of them, when fitted.
     """
 
     name: str
@@ -59,6 +63,9 @@ class Predictor(Protocol):
 
     @property
     def bytes_per_token(self) -> float: ...
+
+    @property
+    def bytes_per_batch(self) -> float: ...
 
     def fit(self, history: Traces) -> None:
         """Learn from steps that are over; forgets what was learnt before."""
@@ -75,7 +82,7 @@ def require(traces: Traces, needs: tuple[str, ...], who: str) -> None:
     for need in needs:
         holder = traces if need == "task" else traces.tokens
         if holder is None or getattr(holder, need) is None:
-            hint = "tag the steps with tasks" if need == "task" else "trace with the token-level record"
+            hint = HINTS.get(need, "trace with the token-level record")
             raise InputError(f"Traces.{need}", None, f"the predictor {who} needs it", hint)
 
 
@@ -129,6 +136,7 @@ def known(tokens: Tokens, position: IntArray | None, of: Any, layer: int, size: 
         previous=tokens.ids[of, :layer],
         position=None if position is None else position[of],
         token_ids=None if tokens.token_ids is None else tokens.token_ids[of],
+        hidden=None if tokens.hidden is None else tokens.hidden[of, :layer],
     )
 
 

@@ -29,9 +29,11 @@ class _Shares:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    bytes_per_token = 0.0
+
     @property
-    def bytes_per_token(self) -> float:
-        """Bytes of one layer's shares; nothing depends on the tokens."""
+    def bytes_per_batch(self) -> float:
+        """One layer's shares."""
         return float(BYTES * self.weight_LE.shape[1])
 
     def predict(self, context: Batch) -> FloatArray:
@@ -147,10 +149,12 @@ class PerTask:
         self.name = name
         self.each = each or (lambda: Smoothing(half_life=64))
 
+    bytes_per_token = 0.0
+
     @property
-    def bytes_per_token(self) -> float:
+    def bytes_per_batch(self) -> float:
         """As of one of them."""
-        return self.all.bytes_per_token
+        return self.all.bytes_per_batch
 
     def fit(self, history: Traces) -> None:
         """Fit one to the steps of each task."""

@@ -19,7 +19,17 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "token": lambda: Alike("token", lambda ids_N: ids_N, "token_ids"),
     "position": lambda: Alike("position", octave, "position"),
     "previous": Previous,
+    "mlp": lambda: _network("Mlp"),
+    "lstm": lambda: _network("Lstm"),
 }
+
+
+def _network(name: str) -> Predictor:
+    """Needs torch, which a plain installation lacks."""
+    from gemopt.predict import networks
+
+    found: Predictor = getattr(networks, name)()
+    return found
 
 
 def make(name: str) -> Predictor:

@@ -38,6 +38,11 @@ class Frequency:
         """Nothing depends on the token."""
         return 0.0
 
+    @property
+    def bytes_per_batch(self) -> float:
+        """Nothing is shared by all tokens."""
+        return 0.0
+
     def fit(self, history: Traces) -> None:
         """Count."""
         require(history, self.needs, self.name)
