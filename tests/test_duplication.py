@@ -107,6 +107,16 @@ def test_copies_that_cost_nothing_beat_the_plain_algorithm_where_ranks_differ() 
     assert ours.migration_us < 1e-9 and ours.moves > 0
 
 
+def test_knowing_the_batch_is_worth_something_and_both_split_by_latency() -> None:
+    traces, uneven = skewed(), profile(1.0, 1.0, 1.5, 1.0)
+    three = [Duplicated("all-past", method=m, contiguous=True, name=m) for m in ("greedy", "planned", "latency")]
+    theirs, planned, ours = replay(uneven, traces, three, window=16, slots_per_rank=3, migration=FREE).rows
+    assert ours.makespan_us < planned.makespan_us < theirs.makespan_us
+    assert planned.moves == ours.moves
+    with pytest.raises(InputError, match="method: got best; one of latency, planned, greedy"):
+        Duplicated("all-past", method="best")
+
+
 def test_copying_is_charged_and_then_avoided() -> None:
     traces, even = skewed(), profile(1.0, 1.0, 1.0, 1.0)
     slow = Migration(bytes_per_s=1e8)

@@ -27,6 +27,7 @@ PREFIX = "duplication-"
 LIFE = 256.0  # batches that the price of a copy is spread over where one is proposed
 RECENT = 16  # batches on which new copies must have saved time
 TICK = 8  # batches between plans from a distribution, which changes slowly
+METHODS = ("latency", "planned", "greedy")
 TABLE_LIMIT = 1 << 24
 
 
@@ -39,8 +40,9 @@ class Duplicated(Fixed):
         Name in `gemopt.predict.PREDICTORS`.
     method
         `latency`: copies by the latencies of the ranks and the price of copying, and the batch, once routed, split over
-        them by the same latencies. `greedy`: MoE-GPS's algorithm on assignments alone; all that it wants is copied, and
-        the batch is split in the proportions that were planned.
+        them by the same latencies. `planned`: the same copies; the batch is split in the proportions that were best for
+        what was expected. `greedy`: MoE-GPS's algorithm on assignments alone; all that it wants is copied, and the
+        batch is split in the proportions that were planned.
     hide
         Whether transfers go on beside a layer's share of the non-MoE time.
     contiguous
@@ -51,8 +53,8 @@ class Duplicated(Fixed):
         self, predictor: str, *, method: str = "latency", hide: bool = True, contiguous: bool = False, name: str = ""
     ) -> None:
         super().__init__(name or PREFIX + predictor)
-        if method not in ("latency", "greedy"):
-            raise InputError("method", method, "latency or greedy")
+        if method not in METHODS:
+            raise InputError("method", method, f"one of {', '.join(METHODS)}")
         self.predictor, self.method, self.hide = make_predictor(predictor), method, hide
         self.in_order = contiguous
 
@@ -157,11 +159,22 @@ class _Layer:
         added_us, copied = (0.0, 0) if used_GE is None else self._cost(used_GE)
         if used_GE is not None:
             self.present_GE = self._kept(used_GE, expected_E)
-        if self.method == "latency":
-            x_GE, _ = spread(counts_E, self.home_E, self.present_GE, self.spare_G, False, *self.given)
+        if self.method == "planned":
+            self.plan_GE = self.plan_GE if expected_E is None else self._split(expected_E)
+            x_GE = as_planned(counts_E, self.plan_GE, self.home_E)
+        elif self.method == "latency":
+            x_GE = self._split(counts_E)
+        if self.method != "greedy":
             self.recent.append(counts_E)
             self.since += 1
         return float((times_of(x_GE, *self.given[1:]) * factor_G).max()), added_us, copied
+
+    def _split(self, counts_E: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[G, E] over the copies that are there, by latency."""
+        from gemopt.replay.spreading import spread
+
+        x_GE: NDArray[np.int64] = spread(counts_E, self.home_E, self.present_GE, self.spare_G, False, *self.given)[0]
+        return x_GE
 
     def _pays(self, used_GE: NDArray[np.bool_], expected_E: NDArray[np.int64]) -> bool:
         """Whether to make copies: once they save what they cost, in this batch as expected and in those before.
