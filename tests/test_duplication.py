@@ -117,6 +117,23 @@ def test_knowing_the_batch_is_worth_something_and_both_split_by_latency() -> Non
         Duplicated("all-past", method="best")
 
 
+def test_copies_travel_beside_the_steps_and_are_there_when_they_have_arrived() -> None:
+    """Links that take as long for a copy as for many steps: the old copies serve, every step a little slower."""
+    traces, uneven = skewed(400, layers=1), profile(1.0, 1.0, 1.5, 1.0)
+    slow = Migration(expert_bytes=1e6, bytes_per_s=1e9, slowdown=0.05, commit_us=7.0)  # 1000 us an expert
+    result = replay(uneven, traces, [Duplicated("all-past", contiguous=True)], window=16, slots_per_rank=3,
+                    migration=slow)  # fmt: skip
+    (track,) = result.timeline
+    step_us, copying_us, base_us = map(np.array, (track.step_us, track.copying_us, result.baseline_us))
+    began = int(np.flatnonzero(track.moves)[0])
+    arrived = began + int(np.flatnonzero(copying_us[began:] >= 7.0)[0])
+    assert base_us[began:arrived].sum() > 0.9 * 1000 * track.moves[began] / 4 and arrived > began + 3
+    np.testing.assert_allclose((step_us - copying_us)[:arrived], base_us[:arrived])  # nothing is gained before
+    assert np.allclose(copying_us[began : arrived - 1], 0.05 * base_us[began : arrived - 1])
+    assert (step_us - copying_us)[arrived:].sum() < 0.9 * base_us[arrived:].sum()
+    assert result.rows[0].change is not None and result.rows[0].change < -0.05
+
+
 def test_copying_is_charged_and_then_avoided() -> None:
     traces, even = skewed(), profile(1.0, 1.0, 1.0, 1.0)
     slow = Migration(bytes_per_s=1e8)

@@ -63,6 +63,13 @@ class Migration(BaseModel):
         return float(in_G.max()) * self.expert_bytes / self.reload_bytes_per_s * 1e6
 
 
+def beside(left_us: float, work_us: float, slowdown: float) -> tuple[float, float]:
+    """(what is left of a transfer after a step of `work_us`, by how much the step takes longer)."""
+    beside_us = min(work_us, left_us / (1 + slowdown))
+    left_us -= beside_us * (1 + slowdown)
+    return (0.0 if left_us < 1e-9 * work_us else left_us), beside_us * slowdown
+
+
 def traffic(
     before_P: IntArray, after_P: IntArray, slots_before: IntArray, slots_after: IntArray
 ) -> tuple[IntArray, IntArray]:

@@ -15,6 +15,7 @@ from gemopt.placement import EMPTY, Placement, default_slots
 from gemopt.predict import PREDICTORS, shares_of
 from gemopt.predict import make as make_predictor
 from gemopt.predict.base import Batch, Steps, require
+from gemopt.replay.copying import beside
 from gemopt.replay.moe_gps import as_planned, greedy
 from gemopt.replay.result import Track
 from gemopt.replay.strategies import Fixed
@@ -44,7 +45,8 @@ class Duplicated(Fixed):
         what was expected. `greedy`: MoE-GPS's algorithm on assignments alone; all that it wants is copied, and the
         batch is split in the proportions that were planned.
     hide
-        Whether transfers go on beside a layer's share of the non-MoE time.
+        Whether transfers go on beside the steps. Those of `greedy` are needed at once: what a layer's share of the
+        non-MoE time does not cover stalls. Ours begin when the links are free, and the copies are there once they end.
     contiguous
         Whether to begin with the experts in order and no copies, rather than with what is best on the past.
     """
@@ -82,7 +84,8 @@ class Duplicated(Fixed):
         steps = world.traces.num_steps - first
         step_us, copying, moves = np.zeros(steps), np.zeros(steps), np.zeros(steps, np.int64)
         batches = Steps(world.traces)
-        layers = [_Layer(self, world, begin, layer) for layer in range(world.traces.num_layers)]
+        link = _Link(world.migration.slowdown)
+        layers = [_Layer(self, world, begin, layer, link) for layer in range(world.traces.num_layers)]
         for t in range(first, world.traces.num_steps):
             factor_G = world.schedule.factors(t, t + 1, context.profile.num_ranks)[0]
             for layer, each in enumerate(layers):
@@ -91,6 +94,9 @@ class Duplicated(Fixed):
                 step_us[t - first] += moe_us + added_us
                 copying[t - first] += added_us
                 moves[t - first] += copied
+            slower_us = link.progress(step_us[t - first] + world.non_moe_us)
+            step_us[t - first] += slower_us
+            copying[t - first] += slower_us
             self.predictor.observe(
                 world.traces.counts[t], -1 if world.traces.task is None else int(world.traces.task[t])
             )
@@ -120,10 +126,29 @@ class Duplicated(Fixed):
             )
 
 
-class _Layer:
-    """One layer from batch to batch: which copies are in memory, and what a batch takes."""
+class _Link:
+    """The transfer that goes on beside the steps: one at a time, for all layers share the links."""
 
-    def __init__(self, strategy: Duplicated, world: World, start: Placement, layer: int) -> None:
+    def __init__(self, slowdown: float) -> None:
+        self.slowdown, self.left_us, self.free = slowdown, 0.0, True
+
+    def begin(self, transfer_us: float) -> None:
+        """Take the links."""
+        self.left_us, self.free = transfer_us, False
+
+    def progress(self, work_us: float) -> float:
+        """By how much a step of `work_us` takes longer."""
+        self.left_us, slower_us = beside(self.left_us, work_us, self.slowdown)
+        return slower_us
+
+
+class _Layer:
+    """One layer from batch to batch: which copies are in memory, and what a batch takes.
+
+    coming_GE: those there will be once what is on the links has arrived.
+    """
+
+    def __init__(self, strategy: Duplicated, world: World, start: Placement, layer: int, link: _Link) -> None:
         from gemopt.replay.spreading import Price
 
         cost, migration = world.context.cost, world.migration
@@ -138,9 +163,12 @@ class _Layer:
         largest = int(world.traces.counts[:, layer].sum(axis=1).max())
         grid = np.arange(largest + 2)
         table_FN = np.stack([feature.of(grid) for feature in cost.features]).astype(np.float64)
-        hidden_us = world.non_moe_us / world.traces.num_layers if strategy.hide else 0.0
+        share_us = world.non_moe_us / world.traces.num_layers if strategy.hide else 0.0
+        self.beside = strategy.hide and strategy.method != "greedy"
+        hidden_us = np.inf if self.beside else share_us
         expert_us = migration.expert_bytes / migration.bytes_per_s * 1e6
         price = Price(expert_us, hidden_us, migration.slowdown, migration.commit_us, LIFE)
+        self.link, self.share_us, self.coming_GE = link, share_us, None
         self.given = (price, table_FN, pack(cost.latencies))
         self.recent: deque[NDArray[np.int64]] = deque(maxlen=RECENT)
         self.missed_us, self.since = 0.0, 0
@@ -149,19 +177,20 @@ class _Layer:
         """(makespan, what copying adds, experts copied) of a batch of `counts_E` when `expected_E` was expected."""
         from gemopt.replay.spreading import spread, times_of
 
-        counts_E, used_GE = counts_E.astype(np.int64), None
+        counts_E = counts_E.astype(np.int64)
+        added_us, copied = self._arrived(), 0
         if self.method == "greedy":
             plan_GE, used_GE = greedy(expected_E, self.home_E, self.spare_G)
             x_GE = as_planned(counts_E, plan_GE, self.home_E)
-        elif expected_E is not None:
+            added_us, copied = self._copy(used_GE, expected_E)
+        elif expected_E is not None and self.link.free:
             _, used_GE = spread(expected_E, self.home_E, self.present_GE, self.spare_G, True, *self.given)
-            used_GE = used_GE if self._pays(used_GE, expected_E) else None
-        added_us, copied = (0.0, 0) if used_GE is None else self._cost(used_GE)
-        if used_GE is not None:
-            self.present_GE = self._kept(used_GE, expected_E)
+            if self._pays(used_GE, expected_E):
+                stall_us, copied = self._copy(used_GE, expected_E)
+                added_us += stall_us
         if self.method == "planned":
-            self.plan_GE = self.plan_GE if expected_E is None else self._split(expected_E)
-            x_GE = as_planned(counts_E, self.plan_GE, self.home_E)
+            self.expected_E = self.expected_E if expected_E is None else expected_E
+            x_GE = as_planned(counts_E, self._split(self.expected_E), self.home_E)
         elif self.method == "latency":
             x_GE = self._split(counts_E)
         if self.method != "greedy":
@@ -188,7 +217,7 @@ class _Layer:
         if not (used_GE & ~self.present_GE).any():
             return False
         sides = (self.home_E, self.present_GE, self._kept(used_GE, expected_E), self.spare_G, *self.given)
-        cost_us, now_us = self._cost(used_GE)[0], saved_us(expected_E[None], *sides)
+        cost_us, now_us = self._cost(used_GE), saved_us(expected_E[None], *sides)
         if cost_us and self.recent:
             self.missed_us = max(0.0, self.missed_us + since * saved_us(np.stack(self.recent), *sides))
         if now_us + self.missed_us <= cost_us:
@@ -196,13 +225,36 @@ class _Layer:
         self.missed_us = 0.0
         return True
 
-    def _cost(self, used_GE: NDArray[np.bool_]) -> tuple[float, int]:
-        """(microseconds that copying adds, copies made) for those that are not present."""
+    def _copy(self, used_GE: NDArray[np.bool_], expected_E: NDArray[np.int64]) -> tuple[float, int]:
+        """(microseconds that copying adds now, copies made); those that the links take longer for come later."""
+        (in_G, out_G), added_us = self._traffic(used_GE), self._cost(used_GE)
+        transfer_us = max(in_G.max(), out_G.max()) * self.given[0].expert_us
+        kept_GE = self._kept(used_GE, expected_E)
+        if self.beside and transfer_us > self.share_us:
+            self.link.begin(transfer_us)
+            self.coming_GE, added_us = kept_GE, 0.0
+        else:
+            self.present_GE = kept_GE
+        return added_us, int(in_G.sum())
+
+    def _arrived(self) -> float:
+        """Commit what has arrived; microseconds of that."""
+        if self.coming_GE is None or self.link.left_us > 0:
+            return 0.0
+        self.present_GE, self.coming_GE, self.link.free = self.coming_GE, None, True
+        return float(self.given[0].commit_us)
+
+    def _cost(self, used_GE: NDArray[np.bool_]) -> float:
+        """Microseconds that making the copies that are not present adds."""
         from gemopt.replay.spreading import copying_us
 
+        return float(copying_us(*self._traffic(used_GE), self.given[0]))
+
+    def _traffic(self, used_GE: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """([G] copies received, [G] copies sent)."""
         new_GE = used_GE & ~self.present_GE
         out_G = np.bincount(self.home_E, weights=new_GE.sum(axis=0), minlength=len(self.spare_G)).astype(np.int64)
-        return float(copying_us(new_GE.sum(axis=1), out_G, self.given[0])), int(new_GE.sum())
+        return new_GE.sum(axis=1), out_G
 
     def _kept(self, used_GE: NDArray[np.bool_], expected_E: NDArray[np.int64]) -> NDArray[np.bool_]:
         """[G, E] copies in memory from now on: those used, and of the others that were there the hottest that fit."""

@@ -17,7 +17,7 @@ from gemopt.latency import Curves, FloatArray, pack
 from gemopt.migration import batches, count_moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
-from gemopt.replay.copying import Migration, traffic
+from gemopt.replay.copying import Migration, beside, traffic
 from gemopt.replay.result import Decided, Track
 from gemopt.replay.schedule import Schedule
 from gemopt.replay.strategy import Context, Foreseeing, Strategy
@@ -207,12 +207,8 @@ class Course:
         """Let the transfer go on while a step does `work_us`; by how much the step takes longer."""
         if self.going is None:
             return 0.0
-        slower = self.world.migration.slowdown
-        beside_us = min(work_us, self.going.left_us / (1 + slower))
-        self.going.left_us -= beside_us * (1 + slower)
-        if self.going.left_us < 1e-9 * work_us:
-            self.going.left_us = 0.0
-        return beside_us * slower
+        self.going.left_us, slower_us = beside(self.going.left_us, work_us, self.world.migration.slowdown)
+        return slower_us
 
     def _foresee(self, now: int, stop: int) -> None:
         """Put in force, at no cost, what is best for the steps to come."""
