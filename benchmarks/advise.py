@@ -5,8 +5,9 @@ python benchmarks/advise.py [--data FOLDER] [--layers 2] [--steps 1024] [--only 
 Each system is a number of ranks drawn from a fleet of measured GPUs (affine costs as in follow.py), memory for copies
 and a bandwidth. `gemopt.advise` gets the first half of a trace. Then `gemopt.replay` plays the second half under every
 strategy, fitted on the first: the recommended one must be within 1 % of the best, and its predicted change within three
-points of what replay finds. `drift`: share of the traffic that goes elsewhere in the scored half of what advice is given;
-above 5 % it says that what is gained in regimes to come is not known. Without --data, on the two traces that the repository ships.
+points of what replay finds. `drift`: share of the traffic that goes elsewhere in the half of its traces that the advice
+scores; above 5 % it says that what is gained in regimes to come is not known. Without --data, on the two traces that
+the repository ships.
 """
 
 from __future__ import annotations

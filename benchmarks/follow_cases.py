@@ -32,9 +32,9 @@ def fleets(names: list[str]) -> list[Fleet]:
     return [read_fleet(SHIPPED / "gpu_variability.csv", name) for name in names]
 
 
-def devices(fleet: Fleet, ranks: int) -> Profile:
+def devices(fleet: Fleet, ranks: int, seed: int = 0) -> Profile:
     """Affine latencies times the relative time of GPUs drawn from a fleet."""
-    drawn = fleet.rel_time[fleet.draw(ranks, 0)]
+    drawn = fleet.rel_time[fleet.draw(ranks, seed)]
     return Profile(
         devices=[
             Device(
