@@ -38,6 +38,7 @@ class _Network(Frequency):
 
     needs = ("ids", "hidden")
     net: Any
+    width: int
 
     def __init__(self, name: str, *, ahead: int = 1, seed: int = 0) -> None:
         super().__init__(name)
@@ -159,7 +160,7 @@ def _descend(net: nn.Module, tokens: int, loss: Callable[[Tensor], Tensor]) -> N
     """Minimise the loss of batches of tokens, given by their indices."""
     optimiser = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
     for _ in range(EPOCHS):
-        for at in torch.randperm(tokens).split(BATCH):
+        for at in torch.randperm(tokens).split(BATCH):  # type: ignore[no-untyped-call]
             optimiser.zero_grad()
             loss(at).backward()  # type: ignore[no-untyped-call]
             optimiser.step()

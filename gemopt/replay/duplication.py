@@ -145,8 +145,10 @@ class _Link:
 class _Layer:
     """One layer from batch to batch: which copies are in memory, and what a batch takes.
 
-    coming_GE: those there will be once what is on the links has arrived.
+    coming_GE: those there will be once what is on the links has arrived. expected_E: as last planned for.
     """
+
+    expected_E: NDArray[np.int64]
 
     def __init__(self, strategy: Duplicated, world: World, start: Placement, layer: int, link: _Link) -> None:
         from gemopt.replay.spreading import Price
@@ -168,7 +170,8 @@ class _Layer:
         hidden_us = np.inf if self.beside else share_us
         expert_us = migration.expert_bytes / migration.bytes_per_s * 1e6
         price = Price(expert_us, hidden_us, migration.slowdown, migration.commit_us, LIFE)
-        self.link, self.share_us, self.coming_GE = link, share_us, None
+        self.link, self.share_us = link, share_us
+        self.coming_GE: NDArray[np.bool_] | None = None
         self.given = (price, table_FN, pack(cost.latencies))
         self.recent: deque[NDArray[np.int64]] = deque(maxlen=RECENT)
         self.missed_us, self.since = 0.0, 0
