@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+sys.path.insert(0, str(Path(__file__).parent))
+from cli_inputs import gemopt, gemopt_json  # noqa: E402
+
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import FAMILIES, find_moe_layers, tiny  # noqa: E402
 from gemopt.predict import Batch, assess, make  # noqa: E402
 from gemopt.predict.networks import Lstm, Mlp  # noqa: E402
+from gemopt.profile import Profile  # noqa: E402
 from gemopt.profiling._trace_hidden import hidden_bytes  # noqa: E402
 from gemopt.profiling.generating import load_model, read_prompts, record  # noqa: E402
 from gemopt.profiling.tracing import HiddenSample, Tracer  # noqa: E402
@@ -155,6 +160,26 @@ def test_nothing_later_is_read(recorded, kind):
         shown = Batch(3, 40, previous=sampled.tokens.ids[:10, :3], hidden=states[:10, :3])
         seen.append(network.predict(shown))
     np.testing.assert_array_equal(*seen)
+
+
+def test_hidden_states_on_the_command_line(recorded, tmp_path, capsys):
+    """What was recorded is replayed and advised on; the commands to run next name both files."""
+    whole, sampled = recorded
+    whole.save(tmp_path / "t.safetensors")
+    rows = np.flatnonzero(np.isin(whole.tokens.request, sampled.tokens.request))
+    save_hidden(tmp_path / "h.safetensors", whole, rows, sampled.tokens.hidden)
+    samples = [{"assignments": n, "latency_us": 10.0 + n} for n in (1, 8, 4000)]
+    Profile(devices=[{"rank": rank, "samples": samples} for rank in range(4)]).save(tmp_path / "p.json")
+    given = (tmp_path / "p.json", tmp_path / "t.safetensors", "--hidden", tmp_path / "h.safetensors")
+    found = gemopt_json(capsys, "advise", *given, "--memory", 0.04, "--no-sweep", "--window", 4)
+    named = {each["strategy"] for each in found["strategies"]}
+    assert {"duplication-mlp", "duplication-lstm", "duplication-previous"} <= named
+    assert found["scored_steps"] == sampled.num_steps // 2
+    assert f"--hidden {tmp_path / 'h.safetensors'}" in found["commands"][0]
+    code, _, line = gemopt(capsys, *found["commands"][0].split()[1:])
+    assert code == 0, line
+    code, _, line = gemopt(capsys, "advise", *given[:2], "--predictors", "mlp", "--memory", 0.04, "--no-sweep")
+    assert code == 2 and "Traces.hidden: got None" in line
 
 
 def test_what_networks_cannot_learn_from_is_said(recorded):

@@ -87,7 +87,7 @@ def advise(
     seed: int = 0,
     cost: str | CostModel = "auto",
     sweep: bool = True,
-    names: tuple[str, str] = ("profile.json", "traces.safetensors"),
+    names: tuple[str, ...] = ("profile.json", "traces.safetensors"),
     progress: Callable[[int, int], None] | None = None,
 ) -> Advice:
     """Compare strategies on the last steps of recorded traffic, of which none has seen any.
@@ -110,7 +110,7 @@ def advise(
     sweep
         Whether to look for the skew, bandwidth, batch and drift from which on it pays.
     names
-        Of profile and traces in the commands.
+        Of profile, traces and, where there are any, hidden states in the commands.
 
     Raises
     ------
@@ -191,6 +191,7 @@ def _predictors(traces: Traces, past_steps: int, wanted: Sequence[str] | None) -
     if traces.tokens is not None:
         found.append("previous")
         found += [] if traces.tokens.token_ids is None else ["token"]
+        found += [] if traces.tokens.hidden is None else ["mlp", "lstm"]
     return [name for name in PREDICTORS if name in found]
 
 
@@ -272,7 +273,7 @@ def _document(
     best: Option,
     horizon: int | None,
     notes: list[str],
-    names: tuple[str, str],
+    names: tuple[str, ...],
     found: dict[str, Any],
 ) -> Advice:
     plain, traces = results[0][0], case.traces
@@ -313,15 +314,16 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
     return notes
 
 
-def _commands(case: _Case, best: Option, names: tuple[str, str]) -> list[str]:
+def _commands(case: _Case, best: Option, names: tuple[str, ...]) -> list[str]:
     """What to run next."""
-    profile, traces = names
+    profile, traces, *hidden = names
     slots = best.slots_per_rank
     spare = f" --slots-per-rank {','.join(map(str, slots))}" if slots != case.bare_G.tolist() else ""
-    again = f"gemopt replay {traces} --profile {profile} --strategies contiguous,{best.strategy} --fit {case.fit:.6g}"
+    tried = ",".join(dict.fromkeys(("contiguous", best.strategy)))
+    again = f"gemopt replay {traces} --profile {profile} --strategies {tried} --fit {case.fit:.6g}"
     costs = case.migration
     again += f" --window {case.window} --gbps {costs.bytes_per_s / 1e9:.6g} --non-moe-us {case.non_moe_us:.6g}"
-    again += f" --expert-bytes {costs.expert_bytes:.10g}{spare}"
+    again += f" --expert-bytes {costs.expert_bytes:.10g}{spare}" + "".join(f" --hidden {path}" for path in hidden)
     if best.strategy == "contiguous":
         return [again]
     solve = f"gemopt solve {profile} {traces} -o placement.json{spare}"

@@ -10,7 +10,7 @@ import typer
 from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.cli.links import TopologyName
 from gemopt.cli.progress import progress as shown
-from gemopt.cli.solve import AsJson, Cost, PhaseName, ProfilePath, Seed, Task, TracesPath, load_traces
+from gemopt.cli.solve import AsJson, Cost, Hidden, PhaseName, ProfilePath, Seed, Task, TracesPath, load_traces
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,6 +57,7 @@ def advise_command(
     cost: Cost = "auto",
     task: Task = None,
     phase: PhaseName = None,
+    hidden: Hidden = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write the strategy map, skew by bandwidth")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the advice as JSON")] = None,
     as_json: AsJson = False,
@@ -81,7 +82,7 @@ def advise_command(
     with shown("replays", hidden=as_json) as progress:
         advice = advise(
             measured,
-            load_traces(traces, task, phase),
+            load_traces(traces, task, phase, hidden),
             horizon=horizon,
             memory_bytes=memory * 1e9,
             model=model,
@@ -92,7 +93,7 @@ def advise_command(
             seed=seed,
             cost=cost,
             sweep=sweep,
-            names=(str(profile), str(traces)),
+            names=(str(profile), str(traces), *([] if hidden is None else [str(hidden)])),
             progress=progress,
         )
     if output is not None:

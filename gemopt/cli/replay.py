@@ -12,6 +12,7 @@ from gemopt.cli.progress import progress as shown
 from gemopt.cli.solve import (
     AsJson,
     Cost,
+    Hidden,
     PhaseName,
     Seed,
     Slots,
@@ -74,6 +75,7 @@ def replay_command(
     cost: Cost = "auto",
     task: Task = None,
     phase: PhaseName = None,
+    hidden: Hidden = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of makespan and moves over time")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write rows and time line as JSON")] = None,
     as_json: AsJson = False,
@@ -95,7 +97,7 @@ def replay_command(
         check_picture(plot)
     measured = Profile.load(profile)
     migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
-    chosen = _traffic(load_traces(traces, task, phase), plan)
+    chosen = _traffic(load_traces(traces, task, phase, hidden), plan)
     with shown("strategies", total=len(names), hidden=as_json) as progress:
         done: list[str] = []
 

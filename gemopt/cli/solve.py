@@ -61,6 +61,9 @@ Gap = Annotated[float, typer.Option("--gap", help="stop once this close to the o
 Cost = Annotated[str, typer.Option("--cost", metavar="auto|staircase|roofline", help="cost model")]
 Task = Annotated[str | None, typer.Option("--task", help="use only the steps of this task")]
 PhaseName = Annotated[str | None, typer.Option("--phase", metavar="prefill|decode|mixed", help="use only these steps")]
+Hidden = Annotated[
+    Path | None, typer.Option("--hidden", help="hidden states of gemopt trace --hidden: only the requests drawn there")
+]
 Patience = Annotated[int | None, typer.Option("--patience", help="tries without gain before giving up; 0: one descent")]
 Threads = Annotated[int | None, typer.Option("--threads", help="cores used in all; default: every one")]
 OneRank = Annotated[bool, typer.Option("--allow-one-rank", help="solve even where the profile has only one device")]
@@ -133,11 +136,12 @@ def heeded(
     return slots, limits.split, limits.full
 
 
-def load_traces(path: Path, task: str | None, phase: str | None) -> Traces:
-    """Traces of a file, restricted to a task and a phase."""
-    from gemopt.traces import Traces
+def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | None = None) -> Traces:
+    """Traces of a file, restricted to a task and a phase, and to the requests whose hidden states are in another."""
+    from gemopt.traces import Traces, with_hidden
 
-    return select_steps(Traces.load(path), task, phase)
+    loaded = Traces.load(path)
+    return select_steps(loaded if hidden is None else with_hidden(loaded, hidden), task, phase)
 
 
 def select_steps(traces: Traces, task: str | None, phase: str | None) -> Traces:
