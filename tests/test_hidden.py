@@ -178,7 +178,7 @@ def test_hidden_states_on_the_command_line(recorded, tmp_path, capsys):
     assert f"--hidden {tmp_path / 'h.safetensors'}" in found["commands"][0]
     code, _, line = gemopt(capsys, *found["commands"][0].split()[1:])
     assert code == 0, line
-    code, _, line = gemopt(capsys, "advise", *given[:2], "--predictors", "mlp", "--memory", 0.04, "--no-sweep")
+    code, _, line = gemopt(capsys, "advise", *given[:2], "--predictors", "mlp", "--memory", 0.04, "--window", 4)
     assert code == 2 and "Traces.hidden: got None" in line
 
 
