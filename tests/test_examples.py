@@ -54,6 +54,13 @@ def test_copies() -> None:
     assert times[5] < 0.9 * times[4]
 
 
+def test_two_nodes() -> None:
+    scores = main("two_nodes")()
+    blind, aware = scores["loads alone"], scores["loads and links"]
+    assert aware.objective_us < 0.95 * min(blind.objective_us, scores["contiguous"].objective_us)
+    assert aware.communication.cross_node_bytes < 0.5 * blind.communication.cross_node_bytes
+
+
 def test_sglang_to_sglang(tmp_path: Path) -> None:
     rows = main("sglang_to_sglang")(tmp_path)
     assert len(rows) == 3 and rows[0] == list(range(16)), "the dense layer has its experts in order"
