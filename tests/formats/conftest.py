@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from fnmatch import fnmatch
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +11,7 @@ import pytest
 
 from gemopt.placement import Placement
 
-CACHE = Path(__file__).parents[2] / ".cache" / "engines"
-# Wheel, files taken out of it. The versions are those whose formats were read.
-WHEELS = {
-    "sglang": ("sglang==0.5.23", ("sglang/srt/eplb/*.py",)),
-    "vllm-ascend": ("vllm-ascend==0.23.0", ("vllm_ascend/eplb/core/eplb_utils.py",)),
-    "lmdeploy": ("lmdeploy==0.18.0", ("lmdeploy/pytorch/nn/eplb.py",)),
-    "vllm": (
-        "vllm==0.33.0",
-        (
-            "vllm/distributed/eplb/*.py",
-            "vllm/distributed/eplb/policy/*.py",
-            "vllm/plugins/__init__.py",
-            "vllm/utils/serial_utils.py",
-        ),
-    ),
-}
+WHEELS = Path(__file__).parents[2] / "benchmarks" / "engine_wheels.py"
 
 
 @pytest.fixture
@@ -58,37 +39,16 @@ def make_placement():
 
 
 @pytest.fixture(scope="session")
-def engine_files():
+def engine_files() -> Callable[[str], Path]:
     """Folder with the files of an engine's published wheel, downloaded once."""
+    spec = importlib.util.spec_from_file_location("engine_wheels", WHEELS)
+    wheels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(wheels)
 
     def files(name: str) -> Path:
-        requirement, patterns = WHEELS[name]
-        folder = CACHE / requirement.replace("==", "-")
-        if not all(any(folder.glob(pattern)) for pattern in patterns):
-            _fetch(requirement, patterns, folder)
-        return folder
+        try:
+            return wheels.engine_files(name)
+        except OSError as error:
+            pytest.skip(str(error))
 
     return files
-
-
-def _fetch(requirement: str, patterns: tuple[str, ...], folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        command += ["--implementation", "cp", "--python-version", "3.11", "--abi", "cp311", "--abi", "abi3"]
-        command += ["--abi", "none"]
-        for glibc in ("2_28", "2_34"):
-            command += ["--platform", f"manylinux_{glibc}_x86_64"]
-        done = subprocess.run(
-            [*command, "--dest", scratch, requirement], capture_output=True, text=True, timeout=1800, check=False
-        )
-        if done.returncode:
-            pytest.skip(f"{requirement} cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
-        wheel = next(Path(scratch).glob("*.whl"))
-        unpacked = Path(scratch) / "files"
-        with zipfile.ZipFile(wheel) as archive:
-            for member in archive.namelist():
-                if any(fnmatch(member, pattern) for pattern in patterns):
-                    archive.extract(member, unpacked)
-        shutil.rmtree(folder, ignore_errors=True)
-        unpacked.rename(folder)
