@@ -15,7 +15,7 @@ from gemopt.links import LinksReport
 from gemopt.moving import Moving
 from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
-from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, LayerResult, Result, Status, StoppedBy, relative_gap
+from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, LayerResult, Origin, Result, Status, StoppedBy, relative_gap
 from gemopt.schedule import Run, history
 from gemopt.solvers.base import Row
 from gemopt.splits import plain
@@ -32,9 +32,10 @@ def answer(
     traces: Traces,
     cost: CostModel,
     report: FitReport | None,
-    moving: Moving | None = None,
-    bound_us: float = 0.0,
-    senders: Senders = Senders.TRACES,
+    moving: Moving | None,
+    bound_us: float,
+    senders: Senders,
+    made: Origin,
 ) -> Result:
     """What the run found. `bound_us` is a bound on the total of all layers together, beyond those of each.
 
@@ -96,6 +97,7 @@ def answer(
         notes=[*_notes(run, per_layer), *_division(moving)],
         moves=report_of_moves,
         links=_links(run, scored),
+        origin=made,
     )
 
 

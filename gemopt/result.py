@@ -108,6 +108,27 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
+class Origin(BaseModel):
+    """How an answer was made.
+
+    Attributes
+    ----------
+    call
+        The command, or the call in Python with what differs from the defaults.
+    versions
+        Of gemopt, Python and the packages that answers and bounds depend on.
+    profile_sha256, traces_sha256
+        Of the profile and the steps solved on, as in certificates.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    call: str
+    versions: str
+    profile_sha256: str
+    traces_sha256: str
+
+
 class LayerResult(BaseModel):
     """One MoE layer: objective, bound and gap over all steps; `note` says how a bound or placement was reached.
 
@@ -172,6 +193,8 @@ class Result(Document):
         The same in one line for people; empty when the cost model was given.
     notes
         What people should know: what was cut, and how placements and bounds were reached.
+    origin
+        What it takes to make the answer again.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -195,6 +218,11 @@ class Result(Document):
     notes: list[str] = Field(default_factory=list)
     moves: MovesReport | None = None
     links: LinksReport | None = None
+    origin: Origin | None = None
+
+    def made_by(self, command: str) -> Result:
+        """The same, with this command as what made it."""
+        return self.model_copy(update={"origin": self.origin and self.origin.model_copy(update={"call": command})})
 
     @property
     def total_us(self) -> float | None:

@@ -21,11 +21,12 @@ from gemopt.first_use import ready
 from gemopt.links import Exchange, Links
 from gemopt.memory import check_budget, experts_within, most_slots, solve_within
 from gemopt.moving import Asked, Moving
+from gemopt.origin import origin
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem, problems, slot_counts
 from gemopt.profile import Profile
 from gemopt.resize import Source
-from gemopt.result import Result, Status, StoppedBy
+from gemopt.result import Origin, Result, Status, StoppedBy
 from gemopt.rounds import solve_shared
 from gemopt.schedule import Layer, Progress, Run
 from gemopt.solvers import get, that_can
@@ -149,7 +150,7 @@ def solve(
     KeyboardInterrupt
         On Ctrl-C while there is no answer yet; from then on it ends the call with what was found.
     """
-    clock = time.monotonic()
+    given, clock = dict(locals()), time.monotonic()
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
     _check_numbers(time_limit, gap, threads, patience)
@@ -166,6 +167,7 @@ def solve(
     with interrupts.held() as interrupted, cores.at_most(threads):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
             profile, traces = Profile.of(profile), Traces.of(traces)
+            made = origin(solve, given, profile, traces)
             moving = Moving.of(asked, profile, traces)
             refuse_with_links(topology, current=current, memory_budget=memory_budget, certificate=certificate)
             links = links_of(topology, traces, profile, exchange)
@@ -174,7 +176,7 @@ def solve(
                 if slots_per_rank is None:
                     slots_per_rank = moving.resized.slots_per_rank.tolist()
                 if (missing := moving.missing_slots(slots_per_rank)) > 0:
-                    return _without_slots(solver, clock, traces, moving, missing)
+                    return _without_slots(solver, clock, traces, moving, missing, made)
             cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
             if profile.num_ranks == 1 and not allow_one_rank:
                 raise InputError(
@@ -204,7 +206,7 @@ def solve(
         run = Run(chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted)
         with cores.at_most(max(1, threads // len(layers))):
             bound_us = _go(run, held_G, moving, links)
-        result = answer(run, profile, traces, cost, report, moving, bound_us, senders)
+        result = answer(run, profile, traces, cost, report, moving, bound_us, senders, made)
         if certificate is not None and result.placement is not None:
             certify(result, layers, profile, traces, cost).write(certificate)
         return result
@@ -230,7 +232,7 @@ def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
         raise UnsupportedError("certificate", other, "it says nothing of moves or memory", "solve without it")
 
 
-def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int) -> Result:
+def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int, made: Origin) -> Result:
     """The answer when the ranks have fewer slots than there are experts."""
     ranks = len(moving.resized.old_rank)
     note = (
@@ -248,6 +250,7 @@ def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, mi
         num_steps=traces.num_steps,
         placement=None,
         notes=[note],
+        origin=made,
     )
 
 

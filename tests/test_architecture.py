@@ -34,6 +34,7 @@ TIERS = [
             "solve",
             "compare",
             "moving",
+            "origin",
             "rounds",
             "answer",
             "coupled",

@@ -12,7 +12,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import profile, traces
 
+import gemopt
 from gemopt import evaluate, solve
+from gemopt.cli import main
 from gemopt.evaluate import Evaluation
 from gemopt.placement import Placement
 from gemopt.profile import Profile
@@ -123,3 +125,25 @@ def test_wrong_answers_fail(solved: tuple[Profile, Traces, Result, Evaluation]) 
         assert_bound_holds(result.model_copy(update={"objective_us": 1.0}), measured, routed)
     with pytest.raises(AssertionError, match="steps"):
         assert_bound_holds(result, measured, routed.steps(slice(0, 5)))
+
+
+def test_an_answer_says_how_to_make_it_again(
+    solved: tuple[Profile, Traces, Result, Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, routed, *_ = solved
+    made = solve(measured, routed, solver="lpt", slots_per_rank=[3, 4], notice=print, gap=0)
+    assert made.origin is not None
+    assert made.origin.call == "gemopt.solve(profile, traces, slots_per_rank=[3, 4], solver='lpt')"
+    again = eval(made.origin.call, {"gemopt": gemopt, "profile": measured, "traces": routed})
+    assert again.placement == made.placement and again.origin.traces_sha256 == made.origin.traces_sha256
+    assert solve(measured, routed.steps(slice(1)), solver="lpt").origin.traces_sha256 != made.origin.traces_sha256
+    measured.save(tmp_path / "p.json")
+    routed.save(tmp_path / "t.safetensors")
+    words = ["solve", str(tmp_path / "p.json"), str(tmp_path / "t.safetensors"), "--solver", "lpt", "--result"]
+    monkeypatch.setattr("sys.argv", ["/somewhere/gemopt", *words, "a file.json"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main([*words, "a file.json"])
+    read = Result.load("a file.json").origin
+    assert read is not None and read.call == f"gemopt {' '.join(words)} 'a file.json'"
+    assert read.profile_sha256 == measured.digest() and f"gemopt {gemopt.__version__}" in read.versions

@@ -84,6 +84,10 @@ def test_the_headline_is_what_evaluate_finds(folder: Path, made: Report) -> None
     ]
     said = [float(number) for number in re.findall(r"([0-9.]+) %", made.headline)]
     assert said[:2] == [round(100 * abs(each), 1) for each in change] and change[0] < 0
+    assert (
+        "<dt>answer: call</dt><dd>gemopt.solve(profile, traces, solver=&#x27;local-search&#x27;, patience=1)"
+        in made.html
+    )
     assert f"over {FITTED} steps" in made.headline and f"on {STEPS - FITTED} steps it did not see" in made.headline
     assert made.headline.count(".") - len(re.findall(r"\d\.\d", made.headline)) == 1  # one sentence
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -105,6 +106,11 @@ def _add(command: Any, options: list[Any]) -> None:
     command.params += options
     for inner in getattr(command, "commands", {}).values():
         _add(inner, options)
+
+
+def typed() -> str:
+    """What was typed, by the program's own name."""
+    return shlex.join(["gemopt", *sys.argv[1:]])
 
 
 def print_json(value: Any) -> None:

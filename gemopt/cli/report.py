@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import app, examples, print_json, say
+from gemopt.cli.app import app, examples, print_json, say, typed
 from gemopt.cli.solve import AsJson, PhaseName, SendersName, Task, select_steps
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def report_command(
         cost=cost,
         senders=senders,
         choose=choose,
-        command=_command(),
+        command=typed(),
     )
     made.save(output)
     if as_json:
@@ -70,10 +69,3 @@ def report_command(
         say(made.headline)
         say(f"wrote {output}")
     return 0
-
-
-def _command() -> str:
-    """What was typed, by the program's own name."""
-    import shlex
-
-    return shlex.join(["gemopt", *sys.argv[1:]])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt import cores, interrupts
-from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, warn
+from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, typed, warn
 from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
 from gemopt.cli.moves import (
     Add,
@@ -255,7 +255,7 @@ def solve_command(
                 progress=progress,
                 notice=None if as_json else notice,
                 certificate=certificate,
-            )
+            ).made_by(typed())
             if output is not None and result.placement is not None:
                 result.placement.save(output)
             if result_path is not None:

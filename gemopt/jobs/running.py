@@ -61,7 +61,7 @@ def run_job(
     Parameters
     ----------
     command
-        What was typed, for the report.
+        What was typed, for the result and the report.
 
     Raises
     ------
@@ -76,6 +76,7 @@ def run_job(
     options = {**settings.model_dump(exclude={"name"}), **constraints.model_dump(), "current": current}
     with _folder(job.output):
         result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
+        result = result.made_by(command) if command else result
     return _Writer(job, profile, traces, result, current).write(command)
 
 

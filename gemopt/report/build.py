@@ -150,6 +150,8 @@ def _repeat(inputs: Inputs, command: str) -> dict[str, str]:
     if inputs.result is not None:
         result = inputs.result
         found["answer"] = f"solver {result.solver}, {result.seconds:.1f} s, cost model {result.cost}"
+        if result.origin is not None:
+            found |= {f"answer: {name}": value for name, value in result.origin.model_dump().items()}
     found["versions"] = ", ".join(
         [f"gemopt {gemopt.__version__}", f"Python {platform.python_version()}", *map(_versioned, PACKAGES)]
     )
