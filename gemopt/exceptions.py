@@ -6,7 +6,9 @@ from importlib.util import find_spec
 
 
 class GemoptError(Exception):
-    """Base of every error that gemopt raises on purpose."""
+    """Base of every error that gemopt raises on purpose. `told`: another rank says it, so that this one need not."""
+
+    told = False
 
 
 class InputError(GemoptError, ValueError):

@@ -45,7 +45,7 @@ def call(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
         value = given[name]
         if parameter.default is parameter.empty:
             words.append(_shown(name, value))
-        elif name not in SILENT and not (value is parameter.default or _plain(value) and value == parameter.default):
+        elif name not in SILENT and not (value is parameter.default or (_plain(value) and value == parameter.default)):
             words.append(f"{name}={_shown(name, value)}")
     return f"gemopt.{function.__name__}({', '.join(words)})"
 

@@ -23,11 +23,16 @@ from gemopt.exceptions import GemoptError, InputError
 
 START_S = 300.0  # a slow rank may still be importing its libraries
 SLICE_S = 0.5  # time between two looks for dead ranks
+SAME_S = 2.0  # how much later rank 0 may meet an error that all ranks meet
 LONGEST_PAUSE_S = 0.02  # between two looks for an answer: how far apart ranks may start on a load
 
 
 class RankLostError(GemoptError, RuntimeError):
-    """A rank died, failed or does not answer; the message names it."""
+    """A rank died, failed or does not answer; the message names it. `told`: by that rank, or by rank 0."""
+
+    def __init__(self, message: str, *, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 class _TerminatedError(BaseException):
@@ -84,7 +89,10 @@ class Group:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Tell the others when this rank fails; turn being ended because of another rank into its name."""
+        """Tell the others when this rank fails; turn being ended because of another rank into its name.
+
+        What all ranks meet alike is for rank 0 to say, and what one rank meets for that rank.
+        """
         if self.size == 1:
             yield
             return
@@ -94,16 +102,29 @@ class Group:
         except _TerminatedError:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._store.set(f"leaving/{self.rank}", "ended")
-            raise RankLostError(self._name_the_dead()) from None
+            raise self._name_the_dead() from None
         except RankLostError:
             self._store.set(f"leaving/{self.rank}", "ended")
             raise
         except BaseException as error:
-            self._store.set(f"failed/{self.rank}", " ".join(str(error).split()) or type(error).__name__)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self._store.set(f"failed/{self.rank}", reason)
+            if isinstance(error, GemoptError):
+                error.told = self.rank > 0 and self._said_by_the_first(reason)
             raise
         finally:
             self._stop.set()
             signal.signal(signal.SIGTERM, before)
+
+    def _said_by_the_first(self, reason: str) -> bool:
+        end = time.monotonic() + SAME_S
+        with suppress(RuntimeError):  # the store is gone
+            while time.monotonic() < end:
+                if self._store.check(["failed/0"]):
+                    return bool(self._store.get("failed/0").decode() == reason)
+                time.sleep(LONGEST_PAUSE_S)
+        return False
 
     def ask(self, question: Any, answer: Callable[[Any], Any]) -> list[Any]:
         """Rank 0: put a question to all ranks and collect their answers, this rank's own from `answer`."""
@@ -144,13 +165,13 @@ class Group:
             except RuntimeError as error:
                 raise RankLostError(f"the store of the ranks is gone: {str(error).splitlines()[0]}") from None
             if dead is not None:
-                raise RankLostError(dead)
+                raise dead
             if time.monotonic() > end:
                 raise RankLostError(f"rank {whose} has not answered for {self.answer_s:.0f} s; nothing was written")
             time.sleep(pause)
             pause = min(1.5 * pause, LONGEST_PAUSE_S)
 
-    def _dead(self) -> str | None:
+    def _dead(self) -> RankLostError | None:
         """What happened to the first rank that failed or is silent, None while all live."""
         now = time.monotonic()
         for rank in range(self.size):
@@ -158,7 +179,7 @@ class Group:
                 continue
             if self._store.check([f"failed/{rank}"]):
                 reason = self._store.get(f"failed/{rank}").decode()
-                return f"rank {rank} failed: {reason}; nothing was written"
+                return RankLostError(f"rank {rank} failed: {reason}; nothing was written", told=True)
             if self._store.check([f"leaving/{rank}"]):
                 continue
             beat = self._store.get(f"beat/{rank}").decode() if self._store.check([f"beat/{rank}"]) else ""
@@ -167,12 +188,14 @@ class Group:
                 self._seen[rank] = (beat, now)
             elif beat and now - since > self.timeout_s:
                 _, host, process = beat.split()
-                return f"rank {rank} ({host}, process {process}) died while measuring; nothing was written"
+                died = f"rank {rank} ({host}, process {process}) died while measuring; nothing was written"
+                return RankLostError(died, told=0 not in (rank, self.rank))
             elif not beat and now - since > START_S:
-                return f"rank {rank} has not started within {START_S:.0f} s; nothing was written"
+                late = f"rank {rank} has not started within {START_S:.0f} s; nothing was written"
+                return RankLostError(late, told=0 not in (rank, self.rank))
         return None
 
-    def _name_the_dead(self) -> str:
+    def _name_the_dead(self) -> RankLostError:
         """After SIGTERM: look for a silent rank; torchrun waits 30 s before it kills."""
         self.timeout_s = 3 * self.beat_s
         self._seen.clear()
@@ -183,7 +206,7 @@ class Group:
                 if dead is not None:
                     return dead
             time.sleep(self.beat_s / 2)
-        return "ended from outside (SIGTERM); nothing was written"
+        return RankLostError("ended from outside (SIGTERM); nothing was written")
 
 
 def _terminated(number: int, frame: Any) -> None:

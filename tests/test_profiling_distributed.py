@@ -82,12 +82,37 @@ def test_a_rank_that_is_killed_while_measuring_is_named_and_nothing_is_written(t
     assert [found.name for found in tmp_path.iterdir() if not found.name.startswith("started")] == []
 
 
-def test_bad_input_of_a_rank_ends_all_with_one_line_each(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "line"), [("--points=3", "--points: got 3; at least 16"), ("--sweep=no", "--sweep: got no; surface")]
+)
+def test_bad_input_of_all_ranks_is_said_once(tmp_path: Path, option: str, line: str) -> None:
     path = tmp_path / "profile.json"
-    with torchrun(2, "-", "-", "profile", "--shape", SHAPE, "--points=3", "-o", str(path)) as process:
+    with torchrun(2, "-", "-", "profile", "--shape", SHAPE, option, "-o", str(path)) as process:
         _, err = process.communicate(timeout=300)
     assert process.returncode != 0 and not list(tmp_path.iterdir())
-    assert "gemopt: --points: got 3; at least 16" in err
+    said = [line for line in err.splitlines() if line.startswith("gemopt: ")]
+    assert len(said) == 1 and line in said[0]
+
+
+def test_bad_input_of_one_rank_is_said_once(tmp_path: Path) -> None:
+    """Rank 1 fails alone: it says so itself, rank 0 leaves it at that."""
+    script = tmp_path / "one.py"
+    script.write_text(
+        "import sys\n"
+        "from gemopt.exceptions import GemoptError, InputError\n"
+        "from gemopt.profiling.group import Group\n"
+        "group = Group()\n"
+        "try:\n"
+        "    with group.watch():\n"
+        "        if group.rank:\n"
+        "            raise InputError('device', 'none', 'one per rank')\n"
+        "        group.ask('?', lambda question: None)\n"
+        "except GemoptError as error:\n"
+        "    print('told' if error.told else 'tells', error, file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert "tells device: got none" in done.stderr and "told rank 1 failed: device: got none" in done.stderr
 
 
 def test_a_process_can_profile_twice(tmp_path: Path) -> None:

@@ -40,10 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         code = make()(args=argv, standalone_mode=False, prog_name="gemopt")
         sys.stdout.flush()
-    except InputError as error:
-        sys.exit(_complain(error, 2))
     except GemoptError as error:
-        sys.exit(_complain(error, 1))
+        code = 2 if isinstance(error, InputError) else 1
+        sys.exit(code if error.told else _complain(error, code))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise

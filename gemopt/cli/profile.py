@@ -56,12 +56,6 @@ def profile(
     """Measure devices, import a kernel table, check a profile."""
     if context.invoked_subcommand is not None:
         return
-    if output is None:
-        raise InputError("--output", "", "this option is needed", "see gemopt profile --help")
-    if sweep not in ("surface", "load"):
-        raise InputError("--sweep", sweep, "surface or load")
-    if not output.parent.is_dir():
-        raise InputError("--output", str(output), "a file in an existing folder")
     source = {"model": model, "shape": shape, "kernel": kernel, "device": device, "ep_size": ep_size}
     options = {
         "points": points,
@@ -72,10 +66,17 @@ def profile(
         "max_drift": max_drift,
     }
     from gemopt.profiling.group import Group
-    from gemopt.profiling.profiler import Profiler
 
     group = Group(timeout_s=timeout)
     with group.watch():
+        if output is None:
+            raise InputError("--output", "", "this option is needed", "see gemopt profile --help")
+        if sweep not in ("surface", "load"):
+            raise InputError("--sweep", sweep, "surface or load")
+        if not output.parent.is_dir():
+            raise InputError("--output", str(output), "a file in an existing folder")
+        from gemopt.profiling.profiler import Profiler
+
         rank = _rank(group, source, options, block_ms, seconds)
         if group.rank:
             group.serve(rank.answer)
