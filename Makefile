@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PYTHONSAFEPATH = 1
 
-.PHONY: demo test packages docs engines fuzz quiet lint typecheck clean
+.PHONY: demo test packages docs engines fuzz peers quiet lint typecheck clean
 
 .venv/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -43,6 +43,10 @@ docs: .venv/.dev
 
 engines: .venv/.dev
 	$(BIN)/python -m pytest -m engines
+
+# The public benchmark, cell by cell: stop and start it at will. About an hour of one core; 400 MB of wheels, once.
+peers: .venv/.dev
+	$(BIN)/python benchmarks/peers/run.py
 
 quiet: .venv/.dev
 	$(BIN)/python -m pytest -m quiet

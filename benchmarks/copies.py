@@ -1,24 +1,24 @@
 """Copies in spare slots: held-out change against contiguous placement with the same slots, beside the peers.
 
-python benchmarks/copies.py [--flashlb policy_flashlb.py] [--ranks 8,16,32,64] [--limit 20] [--splits even,optimal]
+python benchmarks/copies.py [--flashlb] [--ranks 8,16,32,64] [--limit 20] [--splits even,optimal]
     [--case synthetic|gptoss] [--spare 1] [--layers 58] [--seed 0] [--share 0.75] [--patience 5]
 
 Synthetic: 58 layers x 256 experts, 500 steps to fit and 500 to score, tiles of 128, 288 slots (320 on 64 ranks) unless
 `--spare` says how many more than needed each rank has. gptoss: the shipped trace of gpt-oss-20b (24 x 32), second half
 scored, tiles of 16, GPUs of a measured fleet. `--share`: as well a memory budget of this share of all copies.
-`policy_flashlb.py` is vllm-ascend's file of that name, as in its published wheel; needs numba and scipy, no torch.
+`--flashlb`: vllm-ascend's FlashLB beside, from its published wheel (`benchmarks/peers/`; needs torch).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import resource
 import sys
 import time
-import types
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from follow_cases import SHIPPED, fleets
@@ -34,6 +34,10 @@ from gemopt.profile import Profile
 from gemopt.splits.flow import fluid_times
 from gemopt.traces import Traces
 
+sys.path.append(str(Path(__file__).parent / "peers"))
+if TYPE_CHECKING:
+    from balancers import Balance
+
 Place = Callable[[], Placement]
 
 
@@ -42,52 +46,12 @@ def slots(ranks: int) -> int:
     return 288 // ranks if 288 % ranks == 0 else 256 // ranks + 1
 
 
-def flashlb(path: str) -> type:
-    """FlashLB's class from its file; what it imports of torch, vllm and vllm-ascend is stood in for."""
-    package = types.ModuleType("peer")
-    package.__path__ = []
-    abstract = types.ModuleType("peer.policy_abstract")
-    abstract.EplbPolicy = object
-    torch = types.ModuleType("torch")
-    torch.Tensor = np.ndarray
-    logger = types.ModuleType("vllm.logger")
-    logger.logger = types.SimpleNamespace(info=lambda *_: None)
-    state = types.ModuleType("vllm_ascend.distributed.parallel_state")
-    state.get_dynamic_eplb_group = lambda: types.SimpleNamespace(world_size=64)
-    names = ("vllm", "vllm_ascend", "vllm_ascend.distributed")
-    sys.modules.update({name: types.ModuleType(name) for name in names})
-    sys.modules.update({each.__name__: each for each in (package, abstract, torch, logger, state)})
-    spec = importlib.util.spec_from_file_location("peer.policy_flashlb", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.FlashLB
+def by_flashlb(balance: Balance, given: Traces, ranks: int, per_rank: int) -> Placement:
+    """FlashLB's placement, from the next rank's first experts in the spare slots."""
+    from balancers import Table
 
-
-def by_flashlb(policy: type, given: Traces, ranks: int, per_rank: int) -> Placement:
-    """FlashLB's placement, from the first experts once more in the spare slots."""
-    experts, size = given.num_experts, ranks * per_rank
-    table_P = np.arange(size) % experts
-    counts_TLP = given.counts[:, :, table_P].astype(np.int64)
-    copies_P = np.bincount(table_P, minlength=experts)[table_P]
-    counts_TLP = counts_TLP // copies_P
-    table = np.tile(table_P.reshape(ranks, per_rank), (given.num_layers, 1, 1))
-    shape = (given.num_steps, given.num_layers, ranks, per_rank)
-    _, _, found = policy().rebalance_experts(table, counts_TLP.reshape(shape))
-    rows = [once_per_rank(row.reshape(ranks, per_rank)) for row in found]
-    return Placement(
-        physical_to_logical=np.stack(rows), slots_per_rank=np.full(ranks, per_rank), layer_ids=given.layer_ids,
-        num_experts=experts,
-    )  # fmt: skip
-
-
-def once_per_rank(table: np.ndarray) -> np.ndarray:
-    """A second copy of an expert on one rank gains nothing and is left out."""
-    for held in table:
-        _, first = np.unique(held, return_index=True)
-        held[np.setdiff1d(np.arange(len(held)), first)] = -1
-    return table.ravel()
+    table = Table(given, ranks, per_rank)
+    return table.placement(balance(table.counts_TLE, table.spread))
 
 
 def case(name: str, layers: int, seed: int) -> tuple[Traces, Callable[[int], Profile]]:
@@ -104,7 +68,7 @@ def contenders(
     given: Traces,
     per_rank: int,
     limit: float,
-    peer: type | None,
+    peer: Callable[[], Balance] | None,
     splits: list[str],
     share: float,
     patience: int | None,
@@ -131,7 +95,7 @@ def contenders(
             budget = {"memory_budget": held, "expert_bytes": 1, "slots_per_rank": 2 * per_rank}
             table[f"local-search, {split}, {100 * share:.0f} % of the copies' bytes"] = partial(search, **budget)
     if peer is not None:
-        table["FlashLB"] = lambda: by_flashlb(peer, given, profile.num_ranks, per_rank)
+        table["FlashLB"] = lambda: by_flashlb(peer(), given, profile.num_ranks, per_rank)
     return table
 
 
@@ -146,7 +110,7 @@ def fluid(profile: Profile, given: Traces) -> float:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--flashlb")
+    parser.add_argument("--flashlb", action="store_true")
     parser.add_argument("--ranks", default="8,16,32,64")
     parser.add_argument("--limit", type=float, default=20.0)
     parser.add_argument("--splits", default="even", type=lambda text: text.split(","))
@@ -157,7 +121,11 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.0)
     parser.add_argument("--patience", type=int, help="tries without gain that end a layer, however busy the machine")
     asked = parser.parse_args()
-    peer = flashlb(asked.flashlb) if asked.flashlb else None
+    peer = None
+    if asked.flashlb:
+        from balancers import published
+
+        peer = published()["FlashLB"]
     traces, devices = case(asked.case, asked.layers, asked.seed)
     given, held = traces.split(0.5)
     print(f"{stamp('numpy', 'numba')}; limit {asked.limit:g} s, one thread, {given.num_layers} layers\n")

@@ -8,11 +8,14 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import gemopt
+
 
 def stamp(*packages: str) -> str:
     """Date, versions of gemopt, Python and the packages, and the machine, in one line."""
-    versions = ", ".join(f"{package} {version(package)}" for package in ("gemopt", *packages))
-    return f"{date.today()}, Python {platform.python_version()}, {versions}, {os.cpu_count()} CPUs ({_cpu()})"
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    ours = f"gemopt {gemopt.__version__}"
+    return f"{date.today()}, Python {platform.python_version()}, {ours}, {versions}, {os.cpu_count()} CPUs ({_cpu()})"
 
 
 def _cpu() -> str:

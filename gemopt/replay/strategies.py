@@ -137,7 +137,7 @@ class Eplb(Fixed):
         placement = context.placement([row] * context.past.num_layers)
         while self.due < steps:
             self.seen = past[: self.due]
-            placement = self._balance(slots_G)
+            placement = self.balance(slots_G)
             self.due += self.interval
         self.seen = past
         self.period = max(1, self.due - steps)
@@ -150,10 +150,11 @@ class Eplb(Fixed):
             self.seen = np.concatenate([self.seen, counts_NLE])
         self.eager, self.period = False, self.interval
         self.reason = f"EPLB on the last {min(self.window, len(self.seen))} steps"
-        self.in_force = self._balance(self.slots)
+        self.in_force = self.balance(self.slots)
         return self.in_force
 
-    def _balance(self, slots_G: NDArray[np.int64]) -> Placement:
+    def balance(self, slots_G: NDArray[np.int64]) -> Placement:
+        """EPLB of the last `window` steps seen."""
         self.seen = self.seen[-self.window :]
         problems = self.context.problems(self.seen, slots=slots_G)
         rows = [get("eplb").solve(problem, Options(deadline=np.inf), None).row for problem in problems]
