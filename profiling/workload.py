@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any, Protocol
 
 from gemopt.exceptions import InputError, UnsupportedError, missing
@@ -113,6 +114,14 @@ def _weights(size: tuple[int, ...], dtype: torch.dtype, device: Device) -> Tenso
     return torch.empty(size, dtype=dtype, device=device.torch_device).normal_(std=size[-1] ** -0.5)
 
 
+def _ask_once(path: str) -> None:
+    """Raise what the hub says of a name that is not here; transformers asks for half a minute where none answers."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if not Path(path).exists() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
+        get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=10)
+
+
 def from_model(path: str, device: Device, *, ep_size: int, rank: int, dtype: str | None = None) -> Experts:
     """The experts module of a transformers model's first MoE layer, with this rank's experts and random weights.
 
@@ -129,6 +138,7 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int, dtype: str
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line at the end, not one for each retry
     try:
+        _ask_once(path)
         config: Any = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many kinds here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

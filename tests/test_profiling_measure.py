@@ -120,6 +120,21 @@ def test_either_a_model_or_a_shape_is_needed() -> None:
         find_workload(model="/nonexistent", device=device, rank=0, num_ranks=1)
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers, hub = pytest.importorskip("transformers"), pytest.importorskip("huggingface_hub")
+    asked: list[str] = []
+
+    def silent(url: str, **_: object) -> None:
+        asked.append(url)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", silent)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_: pytest.fail("asked again"))
+    with pytest.raises(InputError, match=r"--model: got nobody/nothing; .* no answer"):
+        find_workload(model="nobody/nothing", device=Device("cpu"), rank=0, num_ranks=1)
+    assert len(asked) == 1 and "nobody/nothing" in asked[0]
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 def test_a_models_own_experts_run_with_the_experts_of_one_rank(model_type: str, tmp_path: Path) -> None:
     tiny(model_type).config.save_pretrained(tmp_path)

@@ -51,7 +51,7 @@ class CpSat:
             return search.outcome(search.cut_short(), str(error), reached=False)
         solver = configured(options, formulation)
         status = run(solver, formulation, search)
-        note = f"resolution {tick_us:.3g} us"
+        note = f"CP-SAT counts in steps of {tick_us:.0e} us"
         if status in (cp_model.MODEL_INVALID, cp_model.INFEASIBLE):  # the start is feasible, so this is not true
             return search.outcome(StoppedBy.ITERATIONS, f"cpsat calls the formulation {solver.status_name(status)}")
         if status != cp_model.UNKNOWN:

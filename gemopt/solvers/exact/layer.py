@@ -154,7 +154,8 @@ class Search:
             note += "; the bound is the solver's word"
         if self.reduced and reached:
             note += (
-                f"; placement from {self.compact.num_steps} weighted representatives of "
+                f"; placement from {self.compact.num_steps} weighted "
+                f"representative{'s' * (self.compact.num_steps != 1)} of "
                 f"{self.problem.num_steps} distinct steps, bound from the simple bounds of all steps"
             )
         return Outcome(

@@ -34,6 +34,7 @@ GRACE_S = 0.25
 POLL_S = 0.02
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 """What the child's libraries look at for how many threads to start."""
+NAMES = {"highs": "HiGHS", "cbc": "CBC"}
 FARTHEST = 1e7
 """Loads up to here are kept apart by a solver with tolerances of 1e-9."""
 
@@ -72,7 +73,7 @@ class Milp:
 def outcome_of(folder: Path, search: Search, *, finished: bool) -> Outcome:
     """The best that is known now, of which the child has written down its part."""
     state = read_state(folder, search)
-    note = str(state.get("backend", "the solver was not reached in time"))
+    note = f"solved by {NAMES[state['backend']]}" if state else "the solver was not reached in time"
     if not _kept_apart(search):
         note += f"; loads beyond {FARTHEST:.0e} are not kept apart by its tolerances: no bound of its own"
     proven = finished and state.get("proven")
