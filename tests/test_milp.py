@@ -24,7 +24,7 @@ from gemopt.solvers.base import Options
 from gemopt.solvers.exact import milp
 from gemopt.solvers.exact.cpsat import CpSat
 from gemopt.solvers.exact.layer import Search
-from gemopt.solvers.exact.milp import Milp, read_state, write_request
+from gemopt.solvers.exact.milp import NAMES, Milp, read_state, write_request
 from gemopt.solvers.exact.milp_worker import cbc_bound
 
 
@@ -81,7 +81,7 @@ def test_agrees_with_cpsat_where_brute_force_is_out_of_reach(backend: str) -> No
     assert ours.stopped_by is theirs.stopped_by is StoppedBy.PROOF
     assert objective(problem, ours.row) == pytest.approx(objective(problem, theirs.row), rel=2e-6)
     assert ours.bound_us <= objective(problem, theirs.row)
-    assert ours.note.startswith(backend)
+    assert ours.note.startswith(f"solved by {NAMES[backend]}")
 
 
 def test_same_seed_same_answer() -> None:
