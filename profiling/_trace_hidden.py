@@ -51,7 +51,10 @@ class Picked:
 
     def take(self, layer: int, states: Tensor) -> None:
         """Copy what entered the router of a layer, [..., D] of all tokens, to the host."""
-        self.states[layer] = states.reshape(-1, states.shape[-1])[self.at.to(states.device)].to("cpu", torch.float16)
+        kept = states.reshape(-1, states.shape[-1])[self.at.to(states.device)].to("cpu", torch.float16)
+        if not bool(kept.isfinite().all()):
+            raise InputError(f"hidden states of MoE layer {layer}", "infinite or NaN", "within +-65504: float16")
+        self.states[layer] = kept
 
 
 class Hidden:
@@ -71,11 +74,14 @@ class Hidden:
         chosen_BS = torch.zeros(real_BS.shape, dtype=torch.bool)
         chosen_BS[rows] = real_BS.cpu()[rows]
         at = chosen_BS.flatten().nonzero().squeeze(1)
-        self._tokens += len(at)
-        if self._tokens > self.sample.tokens:
+        if self._tokens + len(at) > self.sample.tokens:
             limit = f"at most {self.sample.tokens} tokens of the drawn requests"
-            raise InputError("hidden", f"{self._tokens} tokens", limit, "a larger HiddenSample.tokens")
+            raise InputError("hidden", f"{self._tokens + len(at)} tokens", limit, "a larger HiddenSample.tokens")
         return Picked(at, torch.empty((self._shape[0], len(at), self._shape[1]), dtype=torch.float16))
+
+    def count(self, picked: Picked | None) -> None:
+        """A forward is over and will be added."""
+        self._tokens += 0 if picked is None else len(picked.at)
 
     def add(self, parts: Sequence[tuple[int, Picked | None]], keep_N: Tensor) -> None:
         """Forwards that begin at these of N tokens, of which `keep_N` go into the token-level record."""

@@ -225,6 +225,8 @@ class Tracer:
                     "load the model without fused MoE kernels and without compiling it",
                 )
         self._pending.steps.append(step)
+        if self._hidden is not None:
+            self._hidden.count(step.picked)
         self._first_request, self._last_batch = step.request, step.shape[0]
         self.num_steps += 1
         waiting = len(self._pending.steps) + self._part.num_steps

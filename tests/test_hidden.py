@@ -20,7 +20,7 @@ from gemopt.models import FAMILIES, find_moe_layers, tiny  # noqa: E402
 from gemopt.predict import Batch, assess, make  # noqa: E402
 from gemopt.predict.networks import Lstm, Mlp  # noqa: E402
 from gemopt.profile import Profile  # noqa: E402
-from gemopt.profiling._trace_hidden import hidden_bytes  # noqa: E402
+from gemopt.profiling._trace_hidden import Picked, hidden_bytes  # noqa: E402
 from gemopt.profiling.generating import load_model, read_prompts, record  # noqa: E402
 from gemopt.profiling.tracing import HiddenSample, Tracer  # noqa: E402
 from gemopt.traces import Traces, save_hidden, with_hidden  # noqa: E402
@@ -107,6 +107,17 @@ def test_the_bound_holds_and_nothing_is_kept_unasked(tmp_path):
         assert not any(layer.router._forward_pre_hooks for layer in find_moe_layers(network))
         network(input_ids=IDS, attention_mask=MASK)
     assert [path.name for path in (tmp_path / "u").iterdir()] == ["000000.safetensors"]
+
+
+def test_what_float16_does_not_hold_is_refused_at_once_and_a_failed_forward_counts_not(tmp_path):
+    with pytest.raises(InputError, match="hidden states of MoE layer 1: got infinite or NaN"):
+        Picked(torch.tensor([1]), torch.empty(2, 1, 1, dtype=torch.float16)).take(1, torch.tensor([[0.0], [1e6]]))
+    network = tiny("olmoe")
+    with Tracer(network, tmp_path / "t", hidden=HiddenSample(frozenset({0}), 3)), torch.no_grad():
+        with pytest.raises(IndexError):
+            network(input_ids=torch.full((1, 3), 10_000))
+        network(input_ids=IDS, attention_mask=MASK)
+    assert len(with_hidden(Traces.load(tmp_path / "t"), tmp_path / "t" / "hidden.safetensors").tokens.ids) == 3
 
 
 def test_a_wrong_pairing_is_refused(recorded, tmp_path):

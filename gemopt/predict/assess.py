@@ -39,7 +39,7 @@ class Assessment:
     bytes_per_batch: float
 
     def device_us(self, tokens: int, memory_gbps: float) -> float:
-        """Microseconds of a layer on a device whose memory gives so many GB/s: reading, which is most of it."""
+        """Microseconds of a layer on a device whose memory gives so many GB/s; operations are left out."""
         return (self.bytes_per_batch + tokens * self.bytes_per_token) / (memory_gbps * 1e3)
 
 
