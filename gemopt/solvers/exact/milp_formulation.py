@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from gemopt.solvers.exact.formulation import Formulation, Terms, loads_of
 from gemopt.solvers.exact.runs import Run
 
+GRID = 1e-6
+"""Times are stated in whole steps of so many units, of which a thousand are what is open."""
 Choice = list[tuple[Any, list[Any]]]
 """For each run its literal (None when it is the only one) and how far its straight parts are filled."""
 
@@ -45,8 +47,9 @@ class MilpFormulation(Formulation):
         self.problem += pulp.LpConstraint(pulp.LpAffineExpression(terms), sense=sense, rhs=right)
 
     def round_down(self, units: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Floats are as they are."""
-        return units
+        """Whole steps of `GRID`: what is far below what is open only confuses a solver's tolerances (CBC calls such
+        problems infeasible, and then whatever it started from optimal)."""
+        return np.asarray(np.floor(units / GRID) * GRID)
 
     def add_objective(self) -> None:
         """Time and price."""
@@ -59,8 +62,8 @@ class MilpFormulation(Formulation):
         load, scale = int(self.start_loads_FTG[f, t, g]), float(self.scale_T[t])
         terms: Terms = []
         for run, (chosen, fills) in zip(runs, self._choice(t, g, f, runs), strict=True):
-            terms.append((chosen, scale * run.points[0][1]))
-            terms += [(fill, scale * rise) for fill, (_, rise) in zip(fills, run.parts, strict=True)]
+            units = self.round_down(scale * np.array([run.points[0][1], *(rise for _, rise in run.parts)]))
+            terms += list(zip([chosen, *fills], units.tolist(), strict=True))
         start = next(run for run in runs if run.low <= load <= run.high).value(load) * scale
         return [(variable, number) for variable, number in terms if number], start
 
