@@ -149,11 +149,11 @@ def test_nccl_tests_output(tmp_path: Path) -> None:
     path.write_text(NCCL.format(test="alltoall", host="Node1"))
     one = read_links(str(path))
     assert one.within_node is not None and one.num_nodes == 1
-    assert one.within_node.points == [(512.0, 12.5), (1024.0, 12.5), (2048.0, 20.0)]  # half of a buffer leaves a rank
+    assert one.within_node.points == [(512.0, 12.375), (1024.0, 12.375), (2048.0, 20.0)]  # half leaves a rank
     path.write_text(NCCL.format(test="sendrecv", host="Node2"))
     two = read_links(str(path))
     assert two.between_nodes is not None and two.num_nodes == 2
-    assert two.between_nodes.points == [(1024.0, 12.5), (2048.0, 12.5), (4096.0, 20.0)]
+    assert two.between_nodes.points == [(1024.0, 12.375), (2048.0, 12.375), (4096.0, 20.0)]
     path.write_text(NCCL.format(test="all_reduce", host="Node2"))
     with pytest.raises(InputError, match="alltoall_perf or sendrecv_perf"):
         read_links(str(path))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gemopt.links import Exchange
     from gemopt.topology import Topology
 
+ONCE_PER = ("assignment", "rank", "node")
 TopologyName = Annotated[
     str | None, typer.Option("--topology", help="links between ranks: topology.json, or a name such as 2x8-ib400")
 ]
@@ -45,7 +46,7 @@ def parse_exchange(
                 raise InputError(name, value, "says how tokens go over links", "give --topology")
         return None
     for name, value, known in (
-        ("--once-per", once_per, ("assignment", "rank", "node")),
+        ("--once-per", once_per, ONCE_PER),
         ("--tokens-from", tokens_from, ("recorded", "uniform", "previous")),
     ):
         if value is not None and value not in known:
@@ -72,7 +73,12 @@ def parse_exchange(
 
 @app.command(
     "topology",
-    epilog=examples("gemopt topology 2x8-ib400", "gemopt topology 2x8-ib400 -o topology.json"),
+    epilog=examples(
+        "gemopt topology 2x8-ib400",
+        "gemopt topology 2x8-ib400 -o topology.json",
+        "gemopt topology wideep_deepep_ll_perf.parquet --where node_num=2 --where hidden_size=7168 --where num_topk=8 "
+        "--where num_experts=256 --where phase=combine --inside nvlink-8 -o topology.json",
+    ),
 )
 def topology_command(
     source: Annotated[str, typer.Argument(help="a name such as 2x8-ib400, or a file", show_default=False)],
@@ -81,14 +87,23 @@ def topology_command(
         str | None, typer.Option("--like", help="named topology whose speeds a rank_cost_matrix takes on")
     ] = None,
     inside: Annotated[
-        str | None, typer.Option("--inside", help="named topology for within a node, where nccl-tests ran between them")
+        str | None, typer.Option("--inside", help="topology for within a node, where something ran between them")
     ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="only these rows of a table; repeatable")
+    ] = None,
+    token_bytes: Annotated[
+        int | None, typer.Option("--token-bytes", min=1, help="of a token as measured, where a table does not tell")
+    ] = None,
+    once_per: OncePer = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> int:
-    """Show, write or import links: a name, topology.json, nccl-tests output, SGLang's rank_cost_matrix."""
+    """Show, write or import links: a name, topology.json, nccl-tests output, rank_cost_matrix, measured tables."""
     from gemopt.formats.links import read_links
 
-    found = read_links(source, like=like, inside=inside)
+    if once_per is not None and once_per not in ONCE_PER:
+        raise InputError("--once-per", once_per, f"one of {', '.join(ONCE_PER)}")
+    found = read_links(source, like=like, inside=inside, where=where or (), token_bytes=token_bytes, once_per=once_per)
     if output is not None:
         found.save(output)
     if as_json:

@@ -1,8 +1,9 @@
-"""Links that others measured or declared: nccl-tests text, SGLang's `rank_cost_matrix`; `topology.json`; names."""
+"""Links that others measured or declared: nccl-tests text, SGLang's `rank_cost_matrix`, tables; documents; names."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from gemopt.documents import read_bytes, read_json
 from gemopt.exceptions import InputError
+from gemopt.formats.link_tables import from_table, rising
 from gemopt.named_topologies import named
-from gemopt.topology import LEVELS, Level, Topology
+from gemopt.topology import LEVELS, Level, Topology, load
 
 RANK_LINE = re.compile(r"^#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device", re.MULTILINE)
 TEST_LINE = re.compile(r"^# Collective test starting: (\w+?)(?:_perf)?\s*$", re.MULTILINE)
@@ -20,7 +22,10 @@ ROW = re.compile(r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+(?:\w+\s+)?(?:-?\d+\s+)?([\d.]+)\
 USED = ("alltoall", "sendrecv")
 
 
-def read_links(source: str, *, like: str | None = None, inside: str | None = None) -> Topology:
+def read_links(
+    source: str, *, like: str | None = None, inside: str | None = None, where: Sequence[str] = (),
+    token_bytes: int | None = None, once_per: str | None = None,
+) -> Topology:  # fmt: skip
     """A topology from a name or a file.
 
     Parameters
@@ -28,22 +33,41 @@ def read_links(source: str, *, like: str | None = None, inside: str | None = Non
     like
         Named topology whose speeds a `rank_cost_matrix`, which only orders the ranks, takes on.
     inside
-        Named topology whose speed within a node is added to nccl-tests that ran between nodes.
+        Topology (name or file) whose speed within a node is added to what was measured between nodes.
+    where, token_bytes, once_per
+        Of tables: see `link_tables.from_table`.
 
     Raises
     ------
     InputError
         What was given is none of these, or not enough.
     """
+    of_table = {"--where": " ".join(where) or None, "--token-bytes": token_bytes, "--once-per": once_per}
     path = Path(source)
     if path.suffix != ".json" and not path.exists():
+        _unused(source, {"--like": like, "--inside": inside, **of_table})
         return named(source)
     if path.suffix != ".json":
-        return from_nccl_tests(read_bytes(path).decode(errors="replace"), source, inside=inside)
-    data = read_json(path)
-    if isinstance(data, list) or (isinstance(data, dict) and "rank_cost_matrix" in data):
-        return from_cost_matrix(data, source, like=like)
+        _unused(source, {"--like": like})
+        data = read_bytes(path)
+        text = data.decode(errors="replace")
+        if data[:4] == b"PAR1" or ("," in text.partition("\n")[0] and not RANK_LINE.search(text)):
+            return from_table(path, where=where, token_bytes=token_bytes, once_per=once_per, inside=inside)
+        _unused(source, of_table)
+        return from_nccl_tests(text, source, inside=inside)
+    content = read_json(path)
+    _unused(source, {"--inside": inside, **of_table})
+    if isinstance(content, list) or (isinstance(content, dict) and "rank_cost_matrix" in content):
+        return from_cost_matrix(content, source, like=like)
+    _unused(source, {"--like": like})
     return Topology.load(path)
+
+
+def _unused(source: str, options: Mapping[str, object]) -> None:
+    """Refuse options that say nothing of this source."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(name, value, f"does not apply to {source}", "leave it out")
 
 
 def from_cost_matrix(data: Any, source: str, *, like: str | None) -> Topology:
@@ -121,12 +145,14 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
     several = len(hosts) > 1
     share = 1.0 if test == "sendrecv" else (total - size) / total if several else (total - 1) / total
     points = sorted({(float(row[0]) * share, float(row[3])) for row in rows if int(row[0]) > 0})
-    level = Level(points=_rising(points, source))
+    level = Level(points=rising(points, source))
     within = None if several else level
+    if inside is not None and not (several and size > 1):
+        _unused(source, {"--inside": inside})
     if several and size > 1:
         if inside is None:
             raise InputError("--inside", None, "the test ran between nodes; say how fast one is inside", "nvlink-8")
-        within = named(inside).within_node
+        within = load(inside).within_node
     return Topology(
         name=Path(source).stem,
         node_of_rank=node_of_rank,
@@ -139,16 +165,3 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
 def _told_by_name(source: str) -> str:
     """The test that a file is named after, as older outputs do not say it."""
     return next((test for test in USED if test in Path(source).name.replace("_", "").lower()), "")
-
-
-def _rising(points: list[tuple[float, float]], source: str) -> list[tuple[float, float]]:
-    """One time per size, none below that of fewer bytes: noise, which would make more bytes take less."""
-    found: list[tuple[float, float]] = []
-    for size in sorted({size for size, _ in points}):
-        time = float(np.median([t for s, t in points if s == size]))
-        found.append((size, max(time, found[-1][1] if found else 0.0)))
-    if len(found) < 2:
-        raise InputError(
-            source, f"{len(found)} sizes", "two or more, to tell latency and bandwidth", "-b 1K -e 1G -f 2"
-        )
-    return found

@@ -161,10 +161,12 @@ def refuse_mixtures(
     *,
     used: Collection[str],
     tuned: Collection[str] = (),
+    else_say: str = "; or say what a column is: --device-column {0}, --repeat-column {0}",
 ) -> None:
     """Raise when rows of one device, or devices, differ in what is neither used nor a repeat, a result or a load.
 
-    `tuned` columns name the best kernel found for each load: they may differ between loads, not within one.
+    `tuned` columns name the best kernel found for each load: they may differ between loads, not within one. else_say:
+    what helps besides choosing rows.
     """
     table = Table(devices[0].path, devices[0].header, [row for device in devices for row in device.rows])
     varying = [name for name in table.header if name not in used and len(values(table.rows, name)) > 1]
@@ -180,7 +182,7 @@ def refuse_mixtures(
         f"{table.path} {a.where} and {b.where}",
         f"rows that differ in {', '.join(mixed)}",
         f"one curve needs rows of one kind: {kinds}",
-        f"choose, as in {choice}; or say what a column is: --device-column {column}, --repeat-column {column}",
+        f"choose, as in {choice}{else_say.format(column)}",
     )
 
 
