@@ -16,18 +16,22 @@ from gemopt.profile import Profile
 from gemopt.schedule import Coupling, Layer, Run
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Row
+from gemopt.solvers.exact.joint import check_stated
 from gemopt.topology import Topology
 from gemopt.traces import Traces
 
 LAYER_SHARE = 0.4  # of the time goes to the layers one by one
 
 
-def go_coupled(run: Run, links: Links) -> None:
-    """Solve a run, and couple its layers. On return every layer has its answer, and the run its `coupling`.
+def go_coupled(run: Run, links: Links) -> float:
+    """Solve a run, and couple its layers; returns a bound on the total.
 
-    Solvers that do not heed links are only scored with them.
+    On return every layer has its answer, and the run its `coupling`. Solvers that do not heed links are only scored
+    with them.
     """
     limit, heeds = run.time_limit, run.solver.supports.links
+    if heeds and run.exact:
+        check_stated(run.solver.name, [layer.problem for layer in run.layers], links)
     run.time_limit = LAYER_SHARE * limit if heeds else limit
     run.go()
     run.time_limit = limit
@@ -40,15 +44,14 @@ def go_coupled(run: Run, links: Links) -> None:
         sent = links.communication(base_rows, problems[0].slots_per_rank)
         base_L = sent.exposed(makespan_TL, overlap=links.exchange.overlap).sum(axis=0)
     run.coupling = Coupling(links, links_bound(problems, links), base_L)
-    if heeds:
-        _together(run, links)
+    return _together(run, links) if heeds else 0.0
 
 
-def _together(run: Run, links: Links) -> None:
-    """The search over all layers, from what each found alone."""
+def _together(run: Run, links: Links) -> float:
+    """The search over all layers, from what each found alone; returns what it proved of the total."""
     rows = [layer.outcome.row for layer in run.layers if layer.outcome is not None and layer.outcome.row is not None]
     if len(rows) < len(run.layers) or run.coupling is None:
-        return
+        return 0.0
     problems = [layer.problem for layer in run.layers]
     options = Options(
         deadline=run.clock + run.time_limit,
@@ -56,6 +59,7 @@ def _together(run: Run, links: Links) -> None:
         seed=run.layers[0].seed,
         threads=run.threads,
         patience=run.patience,
+        bound_us=sum(run.coupling.bound(n, layer.bound_us) for n, layer in enumerate(run.layers)),
         stop=run.interrupted.is_set,
     )
     begin = time.monotonic()
@@ -65,6 +69,7 @@ def _together(run: Run, links: Links) -> None:
         _take(layer, row, (time.monotonic() - begin) / len(rows))
         assert layer.outcome is not None
         layer.outcome.stopped_by, layer.outcome.note = found.stopped_by, found.note
+    return found.bound_us
 
 
 def _take(layer: Layer, row: Row, seconds: float) -> None:

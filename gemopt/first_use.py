@@ -89,7 +89,8 @@ def _use_links(solver: Solver, problem: Problem, links: Links) -> None:
     links_bound(pair, few)
     if solver.supports.links:
         found = [row for row in rows if row is not None]
-        cast(LinkedSolver, solver).solve_linked(pair, few, found, Options(deadline=np.inf, patience=1))
+        search = solver if not solver.supports.proves else get("local-search")
+        cast(LinkedSolver, search).solve_linked(pair, few, found, Options(deadline=np.inf, patience=1))
 
 
 def _compiled() -> int:

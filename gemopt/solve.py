@@ -219,7 +219,7 @@ def _go(run: Run, held_G: NDArray[np.int64] | None, moving: Moving | None, links
     elif moving is not None and moving.shared:
         return solve_shared(run, moving)
     elif links is not None:
-        go_coupled(run, links)
+        return go_coupled(run, links)
     else:
         run.go()
     return 0.0

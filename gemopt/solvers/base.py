@@ -151,13 +151,17 @@ class Solver(Protocol):
 
 @dataclass
 class Linked:
-    """What a search over all layers found: rows, their total in microseconds, incumbents, and why it ended."""
+    """What a search over all layers found: rows, their total in microseconds, incumbents, and why it ended.
+
+    bound_us: of the total, where something was proved.
+    """
 
     rows: list[Row]
     total_us: float
     stopped_by: StoppedBy
     history: list[Incumbent] = field(default_factory=list)
     note: str = ""
+    bound_us: float = 0.0
 
 
 class LinkedSolver(Protocol):

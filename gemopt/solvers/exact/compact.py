@@ -106,16 +106,25 @@ class Compact:
 
     def save(self, path: Path) -> None:
         """Write all arrays to one npz file."""
+        np.savez(path, **self.arrays())
+
+    def arrays(self) -> dict[str, Any]:
+        """All that there is, by name."""
         arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         curves = arrays.pop("curves")
-        np.savez(path, **arrays, **{f"curves_{name}": value for name, value in curves._asdict().items()})
+        return arrays | {f"curves_{name}": value for name, value in curves._asdict().items()}
 
     @classmethod
     def load(cls, path: Path) -> Compact:
         """Read what `save` wrote."""
         with np.load(path) as arrays:
-            curves = {name: arrays[f"curves_{name}"] for name in Curves._fields}
-            own = {name: arrays[name] for name in arrays if not name.startswith("curves_")}
+            return cls.of_arrays(dict(arrays))
+
+    @classmethod
+    def of_arrays(cls, arrays: dict[str, Any]) -> Compact:
+        """From what `arrays` gave."""
+        curves = {name: arrays[f"curves_{name}"] for name in Curves._fields}
+        own = {name: value for name, value in arrays.items() if not name.startswith("curves_")}
         return cls(**own, curves=Curves(**curves))
 
     @property
@@ -138,6 +147,21 @@ class Compact:
         """Weighted microseconds between all floors together and the incumbent."""
         weighty = self.weights_T > 0
         return float((self.weights_T * (self.ceiling_T - self.floor_T))[weighty].max(initial=0.0))
+
+    @property
+    def roundings(self) -> int:
+        """How many columns, curved parts, constants and prices a solution rounds to whole units."""
+        a_rank = int(self.slots_G.max()) + 1 + 3 * self.features_FTQ.shape[0]
+        return a_rank * self.num_steps + (int(self.slots_G.sum()) * bool(self.price_us))
+
+    @property
+    def most_load(self) -> int:
+        """Largest load of any rank."""
+        return int(self.load_range[1].max())
+
+    def fits(self, held_QG: NDArray[np.bool_]) -> bool:
+        """Whether no rank holds more than it has slots."""
+        return bool((held_QG.sum(axis=0) <= self.slots_G).all())
 
     @property
     def base_us(self) -> float:

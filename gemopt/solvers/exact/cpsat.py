@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
+from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports, no_placement
-from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation
+from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, no_placement
+from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation, CpSatJoint
+from gemopt.solvers.exact.joint import JointCompact
+from gemopt.solvers.exact.joint_search import solve_joint
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.runs import STEEPEST
 
@@ -28,16 +32,20 @@ class CpSat:
     """Exact for every cost model, unequal slots, empty slots and copies under the even split."""
 
     name = "cpsat"
-    supports = Supports(proves=True, improves=True, moves=True, policies=False)
+    supports = Supports(proves=True, improves=True, moves=True, links=True, policies=False)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * options.remaining)
         if search is None:
             return no_placement(problem)
-        ended = search.ended()
-        if ended is not None:
-            return ended
+        return search.ended() or self._prove(search)
+
+    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
+        """Place all layers under makespans and links; see `LinkedSolver`."""
+        return solve_joint(problems, links, rows, options, self._prove)
+
+    def _prove(self, search: Search) -> Outcome:
         outcome = self._search(search)
         while outcome.stopped_by is StoppedBy.ITERATIONS and search.restate():
             outcome = self._search(search)
@@ -46,7 +54,8 @@ class CpSat:
     def _search(self, search: Search) -> Outcome:
         tick_us, options = resolution(search), search.options
         try:
-            formulation = CpSatFormulation(search.compact, tick_us, canonical_start(search), options.expired)
+            kind = CpSatJoint if isinstance(search.compact, JointCompact) else CpSatFormulation
+            formulation = kind(search.compact, tick_us, canonical_start(search), options.expired)
         except TimeoutError as error:
             return search.outcome(search.cut_short(), str(error), reached=False)
         solver = configured(options, formulation)
@@ -87,10 +96,8 @@ def resolution(search: Search) -> float:
     drawn over, were beyond what float64 keeps exactly.
     """
     compact = search.compact
-    lost = int(compact.slots_G.max()) + 1 + 3 * compact.features_FTQ.shape[0]
-    priced = int(compact.slots_G.sum()) if compact.price_us else 0
-    wanted = RESOLUTION * abs(search.objective_us) / (lost * compact.num_steps + priced)
-    divisor = 2.0 * (1 << int(compact.load_range[1].max()).bit_length())
+    wanted = RESOLUTION * abs(search.objective_us) / compact.roundings
+    divisor = 2.0 * (1 << compact.most_load.bit_length())
     return float(max(wanted, compact.open_us * divisor * STEEPEST / EXACT, 1e-12 * compact.open_us))
 
 

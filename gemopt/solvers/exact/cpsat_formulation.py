@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
 from gemopt.solvers.exact.formulation import SAFETY, Formulation, Terms
+from gemopt.solvers.exact.joint_formulation import JointFormulation
 from gemopt.solvers.exact.runs import STEEPEST, Point, Run, hull
 
 
@@ -26,9 +27,12 @@ def down(value: float) -> int:
 class CpSatFormulation(Formulation):
     """Variables, constraints and objective in ticks; `unit_us` is the tick."""
 
-    def add_variables(self) -> None:
+    def begin(self) -> None:
         """See `Formulation`."""
         self.model = cp_model.CpModel()
+
+    def add_variables(self) -> None:
+        """See `Formulation`."""
         self._loads: dict[tuple[int, int, int], Any] = {}
         self._choices: dict[tuple[object, ...], list[Any]] = {}
         super().add_variables()
@@ -74,9 +78,11 @@ class CpSatFormulation(Formulation):
         minimised = _sum(self.minimised)
         self.model.add(minimised <= self.open_units)
         self.model.minimize(minimised)
-        columns = [q for expert in self.compact.order_E for q in self.columns(expert)]
-        variables = [variable for q in columns for variable in self.held[q]]
-        self.model.add_decision_strategy(variables, cp_model.CHOOSE_FIRST, cp_model.SELECT_MAX_VALUE)
+        self.model.add_decision_strategy(self.in_order(), cp_model.CHOOSE_FIRST, cp_model.SELECT_MAX_VALUE)
+
+    def in_order(self) -> list[Any]:
+        """Who holds what, heaviest expert first."""
+        return [variable for e in self.compact.order_E for q in self.columns(e) for variable in self.held[q]]
 
     def curve(self, t: int, g: int, f: int, runs: tuple[Run, ...]) -> tuple[Terms, int]:
         """A variable at least the curve's value, rounded down: lines, enforced where a literal chooses their run."""
@@ -122,6 +128,22 @@ class CpSatFormulation(Formulation):
                 self.model.add_linear_constraint(load, run.low, run.high).only_enforce_if(literal)
             self._choices[key] = literals
         return self._choices[key]
+
+
+class CpSatJoint(JointFormulation, CpSatFormulation):
+    """All layers with their links."""
+
+    curved = False  # what is linear in the links needs the relaxation, whatever the latencies are
+
+    def in_order(self) -> list[Any]:
+        """Layer after layer."""
+        return [
+            variable
+            for part in self.parts
+            for expert in part.compact.order_E
+            for q in part.columns(expert)
+            for variable in part.held[q]
+        ]
 
 
 def _sum(terms: Terms) -> Any:

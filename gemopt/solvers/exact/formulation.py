@@ -52,15 +52,24 @@ class Formulation(ABC):
         start_QG: NDArray[np.bool_],
         expired: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.compact = compact
         self.unit_us = unit_us
-        self.start_QG = start_QG
         self.expired = expired
-        self.scale_T = compact.weights_T / unit_us
+        self.begin()
+        self.state(compact, start_QG)
+        self.add_objective()
+
+    def state(self, compact: Compact, start_QG: NDArray[np.bool_]) -> None:
+        """Variables and constraints of one layer."""
+        self.compact = compact
+        self.start_QG = start_QG
+        self.scale_T = compact.weights_T / self.unit_us
         self.start_loads_FTG = compact.features_FTQ @ start_QG
         self.add_variables()
         self.add_constraints()
-        self.add_objective()
+
+    @abstractmethod
+    def begin(self) -> None:
+        """An empty model."""
 
     @abstractmethod
     def new(self, low: Any, high: Any, start: Any, *, whole: bool = True) -> Any:

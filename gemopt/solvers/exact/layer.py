@@ -132,11 +132,15 @@ class Search:
 
         Solvers are exact to a part of what is open when they begin, which after a bad start is too much for a proof.
         """
-        again = _stated(self.stated, self.compact.floor_T, self.row)
+        again = self.stated_anew()
         if self.done or self.reduced or self.refuted or again.open_us > WORTH * self.compact.open_us:
             return False
         self.compact = again
         return True
+
+    def stated_anew(self) -> Compact:
+        """What is open between the floors and the best row now."""
+        return _stated(self.stated, self.compact.floor_T, self.row)
 
     def outcome(self, stopped_by: StoppedBy, note: str, *, reached: bool = True) -> Outcome:
         """The best that was found, and what is the solver's own in it.

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import SolverError
+from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports, no_placement
+from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, no_placement
+from gemopt.solvers.exact.joint_search import solve_joint
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.milp_worker import Scale, cbc_bound, proven_us
 
@@ -48,16 +51,20 @@ class Milp:
 
     backend: str = "auto"
     name = "milp"
-    supports = Supports(proves=True, improves=True, moves=True, policies=False)
+    supports = Supports(proves=True, improves=True, moves=True, links=True, policies=False)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
         search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * (options.remaining - START_S))
         if search is None:
             return no_placement(problem)
-        ended = search.ended()
-        if ended is not None:
-            return ended
+        return search.ended() or self._prove(search)
+
+    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
+        """Place all layers under makespans and links; see `LinkedSolver`."""
+        return solve_joint(problems, links, rows, options, self._prove)
+
+    def _prove(self, search: Search) -> Outcome:
         outcome = self._search(search)
         while outcome.stopped_by is StoppedBy.ITERATIONS and search.restate():
             outcome = self._search(search)
@@ -81,7 +88,7 @@ def outcome_of(folder: Path, search: Search, *, finished: bool) -> Outcome:
 
 
 def _kept_apart(search: Search) -> bool:
-    return bool(search.compact.load_range[1].max() <= FARTHEST)
+    return search.compact.most_load <= FARTHEST
 
 
 def write_request(folder: Path, search: Search, *, backend: str = "auto") -> None:

@@ -8,6 +8,7 @@ lines that start far from where they are used and cancel each other.
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import pulp
 from numpy.typing import NDArray
 
 from gemopt.solvers.exact.formulation import Formulation, Terms, loads_of
+from gemopt.solvers.exact.joint_formulation import JointFormulation
 from gemopt.solvers.exact.runs import Run
 
 GRID = 1e-6
@@ -26,17 +28,19 @@ Choice = list[tuple[Any, list[Any]]]
 class MilpFormulation(Formulation):
     """Variables, constraints and objective of one layer in `problem`."""
 
-    def add_variables(self) -> None:
+    def begin(self) -> None:
         """See `Formulation`."""
         self.problem = pulp.LpProblem("placement", pulp.LpMinimize)
-        self._number = 0
+        self._numbers = count(1)
+
+    def add_variables(self) -> None:
+        """See `Formulation`."""
         self._choices: dict[tuple[object, ...], Choice] = {}
         super().add_variables()
 
     def new(self, low: float, high: float, start: float, *, whole: bool = True) -> Any:
         """See `Formulation`."""
-        self._number += 1
-        variable = pulp.LpVariable(f"v{self._number}", low, high, pulp.LpInteger if whole else pulp.LpContinuous)
+        variable = pulp.LpVariable(f"v{next(self._numbers)}", low, high, pulp.LpInteger if whole else pulp.LpContinuous)
         variable.setInitialValue(start, check=False)
         return variable
 
@@ -93,3 +97,7 @@ class MilpFormulation(Formulation):
         self.row(terms, 0, 0)
         self._choices[key] = choice
         return choice
+
+
+class MilpJoint(JointFormulation, MilpFormulation):
+    """All layers with their links."""

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.documents import write_text
-from gemopt.solvers.exact.compact import Compact
+from gemopt.solvers.exact.joint import JointCompact, load_compact
 
 if TYPE_CHECKING:
     from gemopt.solvers.exact.milp_formulation import MilpFormulation
@@ -78,7 +78,7 @@ class Answer:
 
         All are kept, in order: which of equally good ones is taken must not depend on when the parent looks.
         """
-        if (held_QG.sum(axis=0) > self.formulation.compact.slots_G).any():
+        if not self.formulation.compact.fits(held_QG):
             return
         self.state["rows"].append(self.formulation.compact.row(held_QG).tolist())
         self.write()
@@ -105,13 +105,17 @@ def solve_folder(folder: Path) -> None:
     """Build and solve the problem of one folder."""
     import pulp
 
-    from gemopt.solvers.exact.milp_formulation import MilpFormulation
+    from gemopt.solvers.exact.milp_formulation import MilpFormulation, MilpJoint
 
     request = json.loads((folder / "request.json").read_text())
-    compact = Compact.load(folder / "compact.npz")
+    compact, start_QG = load_compact(folder / "compact.npz"), np.load(folder / "start.npy")
     objective_us = request["objective_us"]
     unit_us = max(compact.open_us, LEAST_OPEN * abs(objective_us)) / UNIT_PARTS or 1.0
-    formulation = MilpFormulation(compact, unit_us, np.load(folder / "start.npy"))
+    formulation: MilpFormulation
+    if isinstance(compact, JointCompact):
+        formulation = MilpJoint(compact, unit_us, start_QG)
+    else:
+        formulation = MilpFormulation(compact, unit_us, start_QG)
     backend = request["backend"]
     if backend == "auto":
         backend = "highs" if pulp.HiGHS().available() else "cbc"

@@ -1,0 +1,101 @@
+"""What CP-SAT and MILP share when they state all layers with their links."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from gemopt.bounds import timed_step_bounds
+from gemopt.evaluate import check, linked_total
+from gemopt.exceptions import InputError
+from gemopt.latency import FloatArray
+from gemopt.links import Links
+from gemopt.problem import Problem
+from gemopt.solvers.base import Linked, Options, Outcome, Row, incumbent
+from gemopt.solvers.exact.compact import Compact
+from gemopt.solvers.exact.joint import JointCompact, Sending, sendings
+from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.search.linked import search_linked
+
+SEARCH_SHARE = 0.4  # of the time, for the search that the proof starts from
+
+
+@dataclass(eq=False)
+class JointSearch(Search):
+    """All layers being solved; `row` [L * P] holds theirs one after the other, objectives are `linked_total`.
+
+    floors_LT: lower bounds on the makespans. sendings: what is stated of the links.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    links: Links | None = None
+    floors_LT: list[FloatArray] = field(default_factory=list)
+    sendings: list[Sending] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> JointSearch:
+        """Start from rows; `options.bound_us` is known of the total."""
+        with options.alarm() as stop:
+            floors_LT = [timed_step_bounds(problem, stop)[0] for problem in problems]
+        sent = sendings(links, len(problems), problems[0].slots_per_rank)
+        row, value, base = np.concatenate(rows), linked_total(problems, rows, links), float(np.sum(floors_LT))
+        compact = _stated(problems, floors_LT, sent, links, value)
+        known = max(base, options.bound_us)
+        search = cls(
+            problems[0], options, problems[0], compact, row, value, known, value, history=[incumbent(value, known)],
+            problems=list(problems), links=links, floors_LT=floors_LT, sendings=sent,
+        )  # fmt: skip
+        return search
+
+    @property
+    def rows(self) -> list[Row]:
+        """The best row of each layer."""
+        return list(np.split(self.row, len(self.problems)))
+
+    def offer_row(self, row: Row) -> None:
+        """See `Search`."""
+        assert self.links is not None
+        rows = np.split(row, len(self.problems))
+        try:
+            for problem, each in zip(self.problems, rows, strict=True):
+                check(problem, each)
+        except InputError:
+            return
+        value = linked_total(self.problems, rows, self.links)
+        if value < self.objective_us:
+            self.row, self.objective_us = row, value
+            self.history.append(incumbent(value, self.bound_us))
+
+    def stated_anew(self) -> Compact:
+        """See `Search`."""
+        assert self.links is not None
+        return _stated(self.problems, self.floors_LT, self.sendings, self.links, self.objective_us)
+
+
+def _stated(
+    problems: Sequence[Problem], floors_LT: list[FloatArray], sent: list[Sending], links: Links, value: float
+) -> Compact:
+    """All layers, each with what is open between all floors and a placement; links tell equal ranks apart."""
+    open_us = max(value - float(np.sum(floors_LT)), 0.0)
+    layers = [Compact.of(problem, floor_T, open_us) for problem, floor_T in zip(problems, floors_LT, strict=True)]
+    layers = [replace(layer, group_G=np.arange(layer.num_ranks)) for layer in layers]
+    return JointCompact(layers, sent, links.exchange.overlap)  # type: ignore[return-value]
+
+
+def solve_joint(
+    problems: Sequence[Problem],
+    links: Links,
+    rows: list[Row],
+    options: Options,
+    prove: Callable[[Search], Outcome],
+) -> Linked:
+    """The search over all layers, then a proof from what it found."""
+    deadline = time.monotonic() + SEARCH_SHARE * options.remaining
+    found = search_linked(problems, links, rows, replace(options, deadline=deadline))
+    search = JointSearch.of(problems, links, found.rows, options)
+    outcome = search.ended() or prove(search)
+    history = found.history + outcome.history
+    return Linked(search.rows, search.objective_us, outcome.stopped_by, history, outcome.note, search.bound_us)

@@ -1,0 +1,86 @@
+"""Exact solvers under makespans and links of all layers together: against brute force."""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from brute_links import placements, random_links
+from cli_inputs import profile
+
+from gemopt.evaluate import linked_total
+from gemopt.exceptions import UnsupportedError
+from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.links import Links
+from gemopt.problem import Problem
+from gemopt.solve import solve
+from gemopt.solvers.base import LinkedSolver, Options
+from gemopt.solvers.exact import joint
+from gemopt.solvers.exact.cpsat import CpSat
+from gemopt.solvers.exact.joint_search import JointSearch
+from gemopt.solvers.exact.milp import Milp
+
+SLOTS = np.array([2, 1, 1])
+
+
+def problems_of(links: Links, seed: int) -> list[Problem]:
+    rng = np.random.default_rng(seed)
+    latencies = [Latency(((line(rng.uniform(0, 9), rng.uniform(0, 2)),),)) for _ in SLOTS]
+    return [Problem.make(counts, (ASSIGNMENTS,), latencies, SLOTS) for counts in links.traces.counts.swapaxes(0, 1)]
+
+
+def best_of_all(problems: list[Problem], links: Links) -> float:
+    return min(linked_total(problems, list(pair), links) for pair in product(placements(4, SLOTS), repeat=2))
+
+
+def agrees(solver: LinkedSolver, seed: int) -> bool:
+    """Checks one instance; whether all that is stated is exact there."""
+    links = random_links(seed)
+    problems = problems_of(links, seed)
+    best, start = best_of_all(problems, links), [np.arange(4), np.arange(4)]
+    found = solver.solve_linked(problems, links, start, Options.lasting(600))
+    assert found.total_us == pytest.approx(linked_total(problems, found.rows, links))
+    assert found.bound_us <= best * (1 + 1e-9) <= found.total_us * (1 + 2e-9)
+    curves = links.topology.ports.curves
+    convex = all(curve.hull.x.tolist() == curve.x.tolist() for curve in curves)
+    if convex:
+        assert found.total_us == pytest.approx(best) and found.bound_us == pytest.approx(best, rel=1e-5)
+    return convex
+
+
+def test_cpsat_proves_what_brute_force_finds() -> None:
+    assert sum(agrees(CpSat(), seed) for seed in range(2000, 2014)) >= 5
+
+
+@pytest.mark.parametrize("backend", ["highs", "cbc"])
+def test_milp_proves_what_brute_force_finds(backend: str) -> None:
+    assert sum(agrees(Milp(backend), seed) for seed in range(2004, 2006)) >= 1
+
+
+def test_the_statement_survives_a_file(tmp_path: Path) -> None:
+    links = random_links(2001)
+    problems = problems_of(links, 1)
+    search = JointSearch.of(problems, links, [np.arange(4), np.arange(4)], Options.lasting(9))
+    search.compact.save(tmp_path / "compact.npz")
+    again = joint.load_compact(tmp_path / "compact.npz")
+    assert isinstance(again, joint.JointCompact) and again.base_us == search.compact.base_us
+    assert [each.terms for each in again.sendings] == [each.terms for each in search.sendings]
+
+
+def test_solve_proves_small_cases_and_refuses_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    links = random_links(2003)
+    given = {"topology": links.topology, "exchange": links.exchange, "cost": "staircase", "time_limit": 6.0}
+    found = solve(profile(3), links.traces, solver="cpsat", slots_per_rank=[2, 1, 1], **given)
+    other = solve(profile(3), links.traces, solver="local-search", slots_per_rank=[2, 1, 1], **given)
+    assert found.objective_us is not None and other.objective_us is not None and found.bound_us is not None
+    assert found.objective_us <= other.objective_us * (1 + 1e-9) and found.bound_us >= (other.bound_us or 0.0)
+    with pytest.raises(UnsupportedError, match="without spare slots"):
+        solve(profile(3), links.traces, solver="cpsat", slots_per_rank=2, **given)
+    monkeypatch.setattr(joint, "MOST_TERMS", 10)
+    with pytest.raises(UnsupportedError, match="states up to 10"):
+        solve(profile(3), links.traces, solver="milp", slots_per_rank=[2, 1, 1], **given)
