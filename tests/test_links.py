@@ -178,3 +178,42 @@ def test_search_stops_when_told() -> None:
     found = search_linked(problems, links, rows, options)
     assert found.stopped_by is options.cut_by
     assert found.total_us == linked_total(problems, rows, links)
+
+
+def with_copies(links: Links, seed: int) -> tuple[list[Problem], list[np.ndarray]]:
+    """Problems of one spare slot on every rank but one, and every row."""
+    slots = np.array([2, 2, 1])
+    problems = problems_of(links, slots, seed)
+    rows = [
+        np.array(row)
+        for row in product(range(-1, 3), repeat=5)
+        if {0, 1, 2} <= set(row) and row[0] < row[1] and row[2] < row[3]  # one order of a rank's slots
+    ]
+    return problems, rows
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_with_copies_bounds_hold_and_the_search_is_near_the_best(seed: int) -> None:
+    links = random_links(seed + 700, experts=3, layers=1, steps=3)
+    problems, rows = with_copies(links, seed)
+    bound, values = links_bound(problems, links)[0], []
+    for row in rows:
+        sent = links.communication([row], problems[0].slots_per_rank)
+        assert bound <= sent.time_TL.sum() * (1 + 1e-12)
+        values.append(linked_total(problems, [row], links))
+    start = rows[seed % len(rows)]
+    found = search_linked(problems, links, [start], Options.lasting(300))
+    assert found.total_us == pytest.approx(linked_total(problems, found.rows, links))
+    assert min(values) * (1 - 1e-12) <= found.total_us <= linked_total(problems, [start], links)
+    assert found.total_us <= np.median(values)
+
+
+def test_copies_that_cost_more_to_reach_than_they_save_are_dropped() -> None:
+    links = random_links(5, experts=3, layers=2, steps=3)
+    exchange = Exchange(dispatch_bytes=4000, combine_bytes=4000, senders="previous", overlap=False)
+    links = Links.of(links.topology, links.traces, 3, exchange=exchange)
+    problems, _ = with_copies(links, 5)
+    start = [np.array([0, 1, 1, 2, 0]), np.array([0, 2, 0, 1, 2])]
+    found = search_linked(problems, links, start, Options.lasting(300))
+    assert found.total_us < linked_total(problems, start, links)
+    assert min(int((row >= 0).sum()) for row in found.rows) < 5

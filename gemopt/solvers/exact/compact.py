@@ -152,7 +152,7 @@ class Compact:
     def roundings(self) -> int:
         """How many columns, curved parts, constants and prices a solution rounds to whole units."""
         a_rank = int(self.slots_G.max()) + 1 + 3 * self.features_FTQ.shape[0]
-        return a_rank * self.num_steps + (int(self.slots_G.sum()) * bool(self.price_us))
+        return a_rank * self.num_steps + int(self.slots_G.sum()) * int(bool(self.price_us))
 
     @property
     def most_load(self) -> int:

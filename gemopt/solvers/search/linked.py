@@ -2,13 +2,16 @@
 
 One start is the placement that heeds makespans alone, another what swaps under the links alone make of it, and, where
 senders follow experts, a third has whole ranks renamed along the transitions. From each, every layer in turn takes the
-swaps that lower its cost and that of the next layer's dispatch, until a sweep takes next to nothing. All that is
-offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
+swaps that lower its cost and that of the next layer's dispatch, until a sweep takes next to nothing. Of the best,
+copies are then changed and swapped once more. All that is offered is scored by `linked_total`; the kernels see the
+convex hulls of the ports' curves.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +25,13 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded
 from gemopt.solvers.relabel import renamed
+from gemopt.solvers.search.linked_copies import search_copies
 from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
 
 EPSILON = 1e-6
+SWAP_SHARE = 0.6  # of the time, where there are copies to change afterwards
 SWEEPS = 12  # over all layers, at most
 FEW = 0.02  # of the swaps of the first sweep over all layers: the last one
 SAMPLE_TOKENS = 8000  # of a descent before that on all steps
@@ -40,7 +45,9 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
     value = linked_total(problems, rows, links)
     found = Linked(list(rows), value, StoppedBy.ITERATIONS, [incumbent(value)])
     sample = _sampled(problems, links, options.seed)
-    with options.alarm() as stop:
+    copies = problems[0].spare_slots > 0
+    deadline = time.monotonic() + (SWAP_SHARE if copies else 1.0) * options.remaining
+    with replace(options, deadline=deadline).alarm() as stop:
         starts = [(rows, 1.0), (rows, 0.0)]
         if links.coupled:
             starts.insert(0, (aligned(problems, links, rows), 1.0))
@@ -55,6 +62,13 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
                 if some is problems or len(some[0].counts_TE) == len(problems[0].counts_TE):
                     break
             _offer(found, problems, links, start)
+    if copies and not options.expired():
+        changed = search_copies(problems, links, found.rows, options)
+        _offer(found, problems, links, changed)
+        with options.alarm() as stop:
+            search = _Layers(problems, links, changed, stop)
+            search.settle()
+        _offer(found, problems, links, search.rows())
     if options.expired():
         found.stopped_by = options.cut_by
     return found

@@ -1,0 +1,78 @@
+"""Copies under makespans and links together: dropped, added and replaced while that lowers the joint objective.
+
+Another copy changes which tokens go where, so every change is judged by evaluating the layer and, where senders follow
+experts, the next one. Experts are tried by how much load another copy would take off one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from gemopt.evaluate import rank_times
+from gemopt.links import Links
+from gemopt.placement import EMPTY
+from gemopt.problem import Problem
+from gemopt.solvers.base import Options, Row
+
+FEW = 8  # experts that are tried in a slot
+EPSILON = 1e-9
+
+
+def search_copies(problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> list[Row]:
+    """Rows with other copies, layer after layer until no change helps or the time ends; never worse."""
+    rows, helped = list(rows), True
+    while helped and not options.expired():
+        helped = False
+        for layer in range(len(rows)):
+            while (better := _better(problems, links, rows, layer, options)) is not None:
+                rows[layer], helped = better, True
+    return rows
+
+
+def _better(problems: Sequence[Problem], links: Links, rows: list[Row], layer: int, options: Options) -> Row | None:
+    """The first change of a layer that lowers its cost, and that of the next layer where senders follow experts."""
+    touched = range(layer, min(layer + 1 + links.coupled, len(rows)))
+    goal = sum(_cost(problems, links, rows, n) for n in touched) * (1 - EPSILON)
+    for row in _changes(problems[layer], rows[layer]):
+        if options.expired():
+            return None
+        tried = [*rows[:layer], row, *rows[layer + 1 :]]
+        if sum(_cost(problems, links, tried, n) for n in touched) < goal:
+            return row
+    return None
+
+
+def _cost(problems: Sequence[Problem], links: Links, rows: list[Row], layer: int) -> float:
+    """Microseconds of one layer, over all steps."""
+    problem = problems[layer]
+    makespan_T = rank_times(problem, rows[layer]).max(axis=1)
+    flows = links.flows(layer, rows, problem.slots_per_rank)
+    sent_T = np.sum([time_T for flow in flows for _, time_T in flow.parts()], axis=0)
+    both_T = np.maximum(makespan_T, sent_T) if links.exchange.overlap else makespan_T + sent_T
+    return float(problem.weights_T @ both_T)
+
+
+def _changes(problem: Problem, row: Row) -> Iterator[Row]:
+    """Rows with one copy less, one more, or another one, the most promising first."""
+    ranks, load_E = problem.rank_of_slot, problem.weights_T @ problem.counts_TE
+    number_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
+    holds_EG = np.zeros((problem.num_experts, problem.num_ranks), dtype=bool)
+    holds_EG[row[row != EMPTY], ranks[row != EMPTY]] = True
+    wanted = np.argsort(-load_E / (number_E * (number_E + 1)), kind="stable")
+    copies = np.flatnonzero((row != EMPTY) & (number_E[row] > 1))
+    copies = copies[np.argsort(load_E[row[copies]] / (number_E[row[copies]] * (number_E[row[copies]] - 1)))]
+    empty = np.flatnonzero(row == EMPTY)
+    _, first = np.unique(ranks[empty], return_index=True)  # empty slots of a rank are alike
+    for slot in [] if problem.full else copies:
+        yield _with(row, slot, EMPTY)
+    for slot in (*empty[first], *copies):
+        for expert in [e for e in wanted if not holds_EG[e, ranks[slot]]][:FEW]:
+            yield _with(row, slot, expert)
+
+
+def _with(row: Row, slot: int, expert: int) -> Row:
+    changed = row.copy()
+    changed[slot] = expert
+    return changed
