@@ -151,8 +151,8 @@ class Compact:
     @property
     def roundings(self) -> int:
         """How many columns, curved parts, constants and prices a solution rounds to whole units."""
-        a_rank = int(self.slots_G.max()) + 1 + 3 * self.features_FTQ.shape[0]
-        return a_rank * self.num_steps + int(self.slots_G.sum()) * int(bool(self.price_us))
+        a_rank = int(self.slots_G.max()) + 1 + 3 * int(self.features_FTQ.shape[0])
+        return a_rank * self.num_steps + (int(self.slots_G.sum()) if self.price_us else 0)
 
     @property
     def most_load(self) -> int:

@@ -65,10 +65,10 @@ def _changes(problem: Problem, row: Row) -> Iterator[Row]:
     copies = copies[np.argsort(load_E[row[copies]] / (number_E[row[copies]] * (number_E[row[copies]] - 1)))]
     empty = np.flatnonzero(row == EMPTY)
     _, first = np.unique(ranks[empty], return_index=True)  # empty slots of a rank are alike
-    for slot in [] if problem.full else copies:
+    for slot in [] if problem.full else copies.tolist():
         yield _with(row, slot, EMPTY)
-    for slot in (*empty[first], *copies):
-        for expert in [e for e in wanted if not holds_EG[e, ranks[slot]]][:FEW]:
+    for slot in (*empty[first].tolist(), *copies.tolist()):
+        for expert in [e for e in wanted.tolist() if not holds_EG[e, ranks[slot]]][:FEW]:
             yield _with(row, slot, expert)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from gemopt.solvers.search.state import Array, Number
-from gemopt.solvers.search.streams import NOWHERE, Scratch, Stream
+from gemopt.solvers.search.streams import NOWHERE, Scratch, Stream, goes
 
 
 @njit(cache=True, nogil=True)
@@ -43,19 +43,9 @@ def set_slopes(stream: Stream, weights_T: Array, slopes: Array) -> None:
 @njit(cache=True, nogil=True)
 def worth(stream: Stream, slopes_D: Array, n: int, x: Any, b: Any, y: Any, a: Any) -> float:
     """Slopes of the destinations of a token together, x being on rank b and y on rank a (-2: as they are)."""
-    items, ranks, node, total = stream.items, stream.rank, stream.node, 0.0
-    for k in range(items.shape[1]):
-        item = items[n, k]
-        if item < 0:
-            continue
-        rank = b if item == x else a if item == y else ranks[item]
-        new_rank, new_node = True, stream.per_node
-        for m in range(k):
-            other = items[n, m]
-            if other >= 0:
-                place = b if other == x else a if other == y else ranks[other]
-                new_rank = new_rank and place != rank
-                new_node = new_node and node[place] != node[rank]
+    node, total = stream.node, 0.0
+    for k in range(stream.items.shape[1]):
+        rank, new_rank, new_node = goes(stream, n, k, x, b, y, a)
         if new_rank:
             total += slopes_D[rank]
         if new_node:

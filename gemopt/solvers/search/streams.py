@@ -18,6 +18,7 @@ from gemopt.solvers.search.state import Array, Number
 
 MOST_LINES = 6
 NOWHERE: Number = np.int64(-2)  # no item; a literal would compile its callers a second time
+NOBODY: Number = np.int64(-1)
 
 
 class Stream(NamedTuple):
@@ -181,23 +182,34 @@ def list_item(stream: Stream, scratch: Scratch, x: int, y: int, a: int, b: int, 
             columns[t, 2 + second, c] += size
 
 
+@njit(cache=True, nogil=True, inline="always")
+def goes(stream: Stream, n: int, k: int, x: Any, b: Any, y: Any, a: Any) -> tuple[Any, bool, bool]:
+    """Rank of item k of token n (-1: no item), and whether no item before it is on this rank, and on this node.
+
+    x: on b, y: on a (-2: as they are). Nodes count where `per_node`.
+    """
+    items, ranks, node = stream.items, stream.rank, stream.node
+    item = items[n, k]
+    if item < 0:
+        return NOBODY, False, False
+    rank: Number = b if item == x else a if item == y else np.int64(ranks[item])
+    new_rank, new_node = True, stream.per_node
+    for m in range(k):
+        other = items[n, m]
+        if other >= 0:
+            place = b if other == x else a if other == y else np.int64(ranks[other])
+            new_rank = new_rank and place != rank
+            new_node = new_node and node[place] != node[rank]
+    return rank, new_rank, new_node
+
+
 @njit(cache=True, nogil=True)
 def list_token(stream: Stream, scratch: Scratch, n: int, row: int, sign: int, x: Any, y: Any, a: int, b: int) -> None:
     """Add or take away all destinations of a token, from sender a (row 0) or b; x: on b, y: on a (-2: not moved)."""
-    items, ranks, node, rows, t = stream.items, stream.rank, stream.node, scratch.rows, stream.step[n]
+    node, rows, t = stream.node, scratch.rows, stream.step[n]
     size = sign * stream.number[n]
-    for k in range(items.shape[1]):
-        item = items[n, k]
-        if item < 0:
-            continue
-        rank = b if item == x else a if item == y else ranks[item]
-        new_rank, new_node = True, stream.per_node
-        for m in range(k):
-            other = items[n, m]
-            if other >= 0:
-                place = b if other == x else a if other == y else ranks[other]
-                new_rank = new_rank and place != rank
-                new_node = new_node and node[place] != node[rank]
+    for k in range(stream.items.shape[1]):
+        rank, new_rank, new_node = goes(stream, n, k, x, b, y, a)
         if new_rank:
             rows[t, row, rank] += size
         if new_node:
