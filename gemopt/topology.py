@@ -8,10 +8,11 @@ rank, or is shared by a node or a rack. Besides or instead, every ordered pair o
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,18 @@ LEVELS = ("within_node", "between_nodes", "between_racks")
 NONE = -1
 
 
-class Level(BaseModel):
+class Wired(BaseModel):
+    """What computes things from its fields once; a copy with other fields computes them anew."""
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, without what was computed."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in copy.__dict__.keys() - type(copy).model_fields.keys():
+            del copy.__dict__[name]
+        return copy
+
+
+class Level(Wired):
     """Ports of one level: bandwidth and latency, or measured points.
 
     Attributes
@@ -94,7 +106,7 @@ class Ports:
     into: NDArray[np.bool_]
 
 
-class Topology(Document):
+class Topology(Wired, Document):
     """Ranks, nodes and racks, and what their links carry.
 
     Attributes

@@ -75,6 +75,16 @@ def test_round_trip(tmp_path: Path) -> None:
     assert curve([0, 10, 55, 100, 190]).tolist() == pytest.approx([3, 3, 4, 5, 7])
 
 
+def test_copies_with_other_speeds_forget_what_was_computed() -> None:
+    fast = named("2x2-ib400")
+    assert fast.between_nodes is not None and fast.between_nodes.curve.slope == pytest.approx(1e-3 / 47)
+    assert len(fast.ports.curves) == 2
+    level = fast.between_nodes.model_copy(update={"bandwidth_gbs": 1.0})
+    slow = fast.model_copy(update={"between_nodes": level})
+    assert level.curve.slope == slow.ports.curves[1].slope == pytest.approx(1e-3)
+    assert fast.ports.curves[1].slope == pytest.approx(1e-3 / 47)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
