@@ -23,13 +23,15 @@ import numpy as np
 from machine import stamp
 
 import gemopt
-from gemopt.costs import fit
+from gemopt.costs import CostModel, fit
 from gemopt.evaluate import Evaluation, evaluate
 from gemopt.formats.kernel_table import Unit, read_fleet, read_table, what_if
-from gemopt.links import Exchange
+from gemopt.links import Exchange, Links
 from gemopt.named_topologies import named
 from gemopt.placement import Placement
+from gemopt.problem import problems
 from gemopt.profile import Profile
+from gemopt.solvers.search.linked import _Layers
 from gemopt.topology import Topology
 from gemopt.traces import Phase, Traces
 from gemopt.traces.batching import from_tokens
@@ -85,6 +87,15 @@ def slower(topology: Topology) -> Topology:
     return topology.model_copy(update={"between_nodes": level})
 
 
+def fewest_bytes(start: Placement, cost: CostModel, given: Traces, links: Links) -> Placement:
+    """What swaps make of a placement when bytes alone count, every one of them."""
+    search = _Layers(
+        problems(cost, given), replace(links, even=True), list(start.physical_to_logical), np.zeros(1, np.uint8)
+    )
+    search.settle(compute=0.0)
+    return start.model_copy(update={"physical_to_logical": np.stack(search.rows())})
+
+
 def run(case: Case, path: str, layers: slice, limit: float, moetuner: float) -> None:
     """Print the rows of one case."""
     given, held = traces_of(path, case, layers).split(0.5)
@@ -101,6 +112,7 @@ def run(case: Case, path: str, layers: slice, limit: float, moetuner: float) -> 
         return place
 
     wired: dict[str, object] = {"topology": topology, "exchange": exchange}
+    links = Links.of(topology, given, case.ranks, exchange=exchange)
     table = {
         "contiguous": ours(limit, solver="linear"),
         "blind to links": ours(limit, solver="local-search", patience=5),
@@ -108,6 +120,7 @@ def run(case: Case, path: str, layers: slice, limit: float, moetuner: float) -> 
         f"joint, network {SLOWER:g} times slower": ours(
             limit, solver="local-search", patience=5, topology=slower(topology), exchange=exchange
         ),
+        "fewest bytes": lambda: fewest_bytes(ours(limit, solver="local-search", patience=5)(), cost, given, links),
         "moetuner": ours(moetuner, solver="moetuner", **wired),
     }
     for name, place in table.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -101,6 +101,18 @@ def uniform(each: Routes) -> Routes:
         1, destinations, each.num_ports, found.indptr.astype(np.int64), found.indices.astype(np.int32), found.data,
         each.curves, each.curve_of, each.node_of_rank,
     )  # fmt: skip
+
+
+def evenly(each: Routes, kind_R: NDArray[np.int64]) -> Routes:
+    """The same as if all ports of a kind carried as much: one port for them all. kind_R: [R] 0, 1, ... without gaps."""
+    kinds = int(kind_R.max()) + 1 if len(kind_R) else 0
+    column = np.concatenate([kind_R, [kinds, kinds + 1]])[each.port].astype(np.int32)
+    curves = []
+    for kind in range(kinds):
+        ports = np.flatnonzero(kind_R == kind)
+        curve = each.curves[each.curve_of[ports[0]]]
+        curves.append(Curve(curve.x * len(ports), curve.y, curve.slope / len(ports)))
+    return replace(each, num_ports=kinds, port=column, curves=curves, curve_of=np.arange(kinds))
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemopt.exceptions import InputError
-from gemopt.flows import Flow, Routes, deal, first_slot, from_counts, routes, uniform
+from gemopt.flows import Flow, Routes, deal, evenly, first_slot, from_counts, routes, uniform
 from gemopt.latency import FloatArray
 from gemopt.placement import Split
 from gemopt.profile import Profile
@@ -119,7 +119,8 @@ class LinksReport(BaseModel):
 class Links:
     """A topology, how tokens are exchanged over it, and which tokens: what couples ranks, and layers, beside `Problem`.
 
-    traces: whose tokens are sent. senders: as in `Exchange`, decided. dispatch_bytes, combine_bytes: decided.
+    traces: whose tokens are sent. senders: as in `Exchange`, decided. dispatch_bytes, combine_bytes: decided. even: as
+    if all ports of a kind carried as much; for searches, which so see every byte instead of those of the fullest port.
     """
 
     topology: Topology
@@ -128,6 +129,7 @@ class Links:
     senders: str
     dispatch_bytes: int
     combine_bytes: int
+    even: bool = False
     _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -212,6 +214,10 @@ class Links:
         if spread not in self._cache:
             out = routes(self.topology, per_node=self.per_node, token_bytes=self.dispatch_bytes, back=False)
             back = routes(self.topology, per_node=self.per_node, token_bytes=self.combine_bytes, back=True)
+            if self.even:
+                kinds = np.stack([self.topology.ports.level_of, self.topology.ports.into], axis=1)
+                kind_R = np.unique(kinds, axis=0, return_inverse=True)[1].ravel()
+                out, back = evenly(out, kind_R), evenly(back, kind_R)
             self._cache[spread] = (uniform(out), uniform(back)) if spread else (out, back)
         found: tuple[Routes, Routes] = self._cache[spread]
         return found

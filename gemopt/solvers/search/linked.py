@@ -1,10 +1,10 @@
 """Search under makespans and links together, over all layers: sweeps of swaps, layer by layer, from several starts.
 
-One start is the placement that heeds makespans alone, another what swaps under the links alone make of it, and, where
-senders follow experts, a third has whole ranks renamed along the transitions. From each, every layer in turn takes the
-swaps that lower its cost and that of the next layer's dispatch, until a sweep takes next to nothing. Of the best,
-copies are then changed and swapped once more. All that is offered is scored by `linked_total`; the kernels see the
-convex hulls of the ports' curves.
+Starts are the placement that heeds makespans alone, what swaps make of it under the links alone or as if all ports of a
+kind carried as much (which every byte changes, not only those of the fullest), and, where senders follow experts, whole
+ranks renamed along the transitions. From each, every layer in turn takes the swaps that lower its cost and that of the
+next layer's dispatch, until a sweep takes next to nothing. Of the best, copies are then changed and swapped once more.
+All that is offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,16 @@ LATER = 2  # place of the next layer's dispatch among the streams of a layer
 Rows = list[Row]
 
 
+class Prelude(NamedTuple):
+    """A descent before: weight of makespans, and whether every byte counts instead of the fullest port's."""
+
+    compute: float
+    even: bool
+
+
+PRELUDES = (Prelude(1.0, True), None, Prelude(0.0, False), Prelude(0.0, True))
+
+
 def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options: Options) -> Linked:
     """Improve the rows of all layers under the joint objective; never worse than what is given."""
     value = linked_total(problems, rows, links)
@@ -48,15 +59,17 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
     copies = problems[0].spare_slots > 0
     deadline = time.monotonic() + (SWAP_SHARE if copies else 1.0) * options.remaining
     with replace(options, deadline=deadline).alarm() as stop:
-        starts = [(rows, 1.0), (rows, 0.0)]
+        starts: list[tuple[Rows, Prelude | None]] = [(rows, each) for each in PRELUDES]
         if links.coupled:
-            starts.insert(0, (aligned(problems, links, rows), 1.0))
-        for given, compute in starts:
+            starts.insert(0, (aligned(problems, links, rows), None))
+        for given, prelude in starts:
             start = given
             for some, some_links in (sample, (problems, links)):
+                if prelude is not None and start is given:
+                    before = _Layers(some, replace(some_links, even=prelude.even, _cache={}), start, stop)
+                    before.settle(compute=prelude.compute)
+                    start = before.rows()
                 search = _Layers(some, some_links, start, stop)
-                if compute == 0.0 and start is given:
-                    search.settle(compute=0.0)
                 search.settle()
                 start = search.rows()
                 if some is problems or len(some[0].counts_TE) == len(problems[0].counts_TE):
