@@ -21,6 +21,7 @@ _HOME = {
     "Placement": "placement",
     "Profile": "profile",
     "Result": "result",
+    "Rules": "rules",
     "Status": "result",
     "StoppedBy": "result",
     "Traces": "traces",

@@ -111,7 +111,7 @@ def compare(
         Share of the steps, the last ones, kept from the solvers and used to score; 0 scores the given steps.
     options
         Passed on to `gemopt.solve`: `time_limit`, `slots_per_rank`, `split`, `senders`, `seed`, `gap`, `patience`,
-        `threads`, `allow_one_rank`, `notice`, `topology`, `exchange`.
+        `threads`, `allow_one_rank`, `notice`, `topology`, `exchange`, `rules`.
 
     Notes
     -----

@@ -13,14 +13,16 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
+from gemopt.layer_rules import layer_rules
 from gemopt.links import Communication, Exchange, Links
 from gemopt.placement import EMPTY, Placement, Split, check_row
 from gemopt.problem import Problem, each_problem, stacked
 from gemopt.profile import Profile
+from gemopt.rules import Rules
 from gemopt.splits import shares
 from gemopt.splits.senders import Senders
 from gemopt.tables import frame, html_table
-from gemopt.topology import Topology
+from gemopt.topology import Topology, load
 from gemopt.traces import Traces
 
 
@@ -66,7 +68,7 @@ def total(problem: Problem, row_P: NDArray[np.int64]) -> float:
 
 
 def check(problem: Problem, row_P: NDArray[np.int64], *, layer: int = 0) -> None:
-    """Raise `InputError` unless the row is feasible: every expert placed, never twice on a rank, moves in limits."""
+    """Raise `InputError` unless a row is feasible: all experts placed, none twice on a rank, rules and limits kept."""
     if row_P.shape != (problem.num_slots,):
         raise InputError("physical_to_logical", f"shape {row_P.shape}", f"{problem.num_slots} slots")
     check_row(row_P, problem.slots_per_rank, problem.num_experts, layer=layer)
@@ -75,6 +77,9 @@ def check(problem: Problem, row_P: NDArray[np.int64], *, layer: int = 0) -> None
     excess = "" if problem.moves is None else problem.moves.excess(row_P, problem.slots_per_rank)
     if excess:
         raise InputError(f"physical_to_logical[layer {layer}]", excess, "the limits of moves hold for every layer")
+    broken = None if problem.rules is None else problem.rules.broken(row_P, problem.slots_per_rank)
+    if broken is not None:
+        raise InputError(f"physical_to_logical[layer {layer}]", *broken)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,6 +196,7 @@ def evaluate(
     senders: Senders | str | None = None,
     topology: Topology | str | os.PathLike[str] | None = None,
     exchange: Exchange | None = None,
+    rules: Rules | str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """Score a placement on every step of the traces, its copies sharing as its policy says.
 
@@ -206,11 +212,14 @@ def evaluate(
     topology, exchange
         Links between the ranks (a document, its path, or a name such as `2x8-ib400`) and how tokens are exchanged over
         them: the objective then holds what dispatch and combine add.
+    rules
+        What the placement must keep (`gemopt.Rules`, or its path).
 
     Raises
     ------
     InputError
-        When placement, traces, devices and topology disagree, or the split needs senders or nodes that are not known.
+        When placement, traces, devices and topology disagree, the split needs senders or nodes that are not known, or
+        the placement breaks a rule.
     """
     profile = None if profile is None else Profile.of(profile)
     if cost is None:
@@ -219,6 +228,8 @@ def evaluate(
         cost = fit(profile)[0]
     placement, traces = Placement.of(placement), Traces.of(traces)
     check_agreement(placement, traces, len(cost.latencies))
+    if rules is not None:
+        check_rules(placement, rules, profile, topology)
     split = placement.split if placement.has_copies else Split.EVEN
     if split is Split.NEAREST and profile is None:
         raise InputError("profile", None, "the nearest split asks for the node of every rank")
@@ -236,6 +247,25 @@ def evaluate(
         return scored
     links = Links.of(topology, traces, placement.num_ranks, profile=profile, exchange=exchange)
     return with_links(scored, links, placement.physical_to_logical, placement.slots_per_rank, split, weights_LP)
+
+
+def check_rules(
+    placement: Placement,
+    rules: Rules | str | os.PathLike[str],
+    profile: Profile | None = None,
+    topology: Topology | str | os.PathLike[str] | None = None,
+) -> None:
+    """Raise `InputError` unless a placement keeps the rules; nodes are the topology's, without one the profile's."""
+    nodes: object = np.zeros(placement.num_ranks) if profile is None else profile.node_of_rank
+    if topology is not None:
+        wired = load(topology)
+        wired.check_ranks(placement.num_ranks)
+        nodes = wired.node_of_rank
+    each = layer_rules(Rules.of(rules), placement.layer_ids, placement.num_experts, placement.num_ranks, nodes)
+    for asked, layer_id, row in zip(each, placement.layer_ids, placement.physical_to_logical, strict=True):
+        broken = None if asked is None else asked.broken(row, placement.slots_per_rank)
+        if broken is not None:
+            raise InputError(f"physical_to_logical[layer {layer_id}]", *broken)
 
 
 def with_links(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel
 from gemopt.exceptions import InputError
 from gemopt.latency import Curves, Feature, FloatArray, Latency, pack_shared
+from gemopt.layer_rules import LayerRules
 from gemopt.moves import Moves
 from gemopt.placement import Split, check_slots, default_slots
 from gemopt.splits.senders import Senders, check_senders, senders_of
@@ -48,6 +49,8 @@ class Problem:
         [T, G, E] assignments by the rank that sends them, which only `nearest` asks for; None: all ranks send alike.
     full
         Whether every slot must hold an expert, as most engines want it.
+    rules
+        What people demand of a placement; None: nothing.
     """
 
     counts_TE: NDArray[np.int32]
@@ -60,6 +63,7 @@ class Problem:
     split: Split = Split.EVEN
     senders_TGE: NDArray[np.int32] | None = None
     full: bool = False
+    rules: LayerRules | None = None
 
     @classmethod
     def make(
@@ -150,16 +154,18 @@ class Problem:
 
     @cached_property
     def equal_ranks(self) -> list[list[int]]:
-        """Groups of ranks that have the same latency and slots, so that swapping them changes nothing.
+        """Groups of ranks that have the same latency, slots and rules, so that swapping them changes nothing.
 
         To copies under the nearest split no rank is like another one.
         """
         if self.split is Split.NEAREST and self.spare_slots:
             return [[rank] for rank in range(self.num_ranks)]
         groups: dict[Any, list[int]] = {}
+        role_G = np.zeros(self.num_ranks, np.int64) if self.rules is None else self.rules.role_G
         for rank, latency in enumerate(self.latencies):
             curves = tuple((c.x.tobytes(), c.y.tobytes(), c.slope) for term in latency.terms for c in term)
-            groups.setdefault((len(latency.terms), curves, int(self.slots_per_rank[rank])), []).append(rank)
+            key = (len(latency.terms), curves, int(self.slots_per_rank[rank]), int(role_G[rank]))
+            groups.setdefault(key, []).append(rank)
         return list(groups.values())
 
     @cached_property

@@ -20,8 +20,9 @@ from gemopt.moving import Moving, limited
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.schedule import Layer, Run
-from gemopt.solvers.base import Options, Outcome, no_placement
+from gemopt.solvers.base import Options, Outcome
 from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
+from gemopt.solvers.placing import fewest_row, no_placement
 
 FRONT_SHARE = 0.2  # of the time, for the fronts
 LEAST_SECONDS = 0.05
@@ -78,7 +79,7 @@ def _rooms(problems: Sequence[Problem], into_G: NDArray[np.int64]) -> list[Probl
         own = limited(problem, most_into_G=left_G)
         result.append(own)
         assert own.moves is not None
-        row = own.moves.fewest(problem.slots_per_rank)
+        row = fewest_row(own)
         if row is not None:
             left_G = left_G - own.moves.into(row, problem.slots_per_rank)
     return result
@@ -209,5 +210,4 @@ def _without(layers: Sequence[Layer], fronts: Sequence[Front], *, proven: bool) 
 
 
 def _has_placement(problem: Problem) -> bool:
-    assert problem.moves is not None
-    return problem.moves.fewest(problem.slots_per_rank) is not None
+    return fewest_row(problem) is not None

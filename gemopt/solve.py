@@ -28,9 +28,11 @@ from gemopt.profile import Profile
 from gemopt.resize import Source
 from gemopt.result import Origin, Result, Status, StoppedBy
 from gemopt.rounds import solve_shared
+from gemopt.ruled import contradiction, keeping, refuse_with_rules, ruled
+from gemopt.rules import Rules
 from gemopt.schedule import Layer, Progress, Run
 from gemopt.solvers import get, that_can
-from gemopt.solvers.base import DEFAULT_PATIENCE, Row, require
+from gemopt.solvers.base import DEFAULT_PATIENCE, Row, Solver, require
 from gemopt.splits.senders import Senders
 from gemopt.topology import Topology
 from gemopt.traces import Traces
@@ -69,6 +71,7 @@ def solve(
     add_ranks: Sequence[Source] = (),
     topology: Topology | str | os.PathLike[str] | None = None,
     exchange: Exchange | None = None,
+    rules: Rules | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     notice: Callable[[str], None] | None = None,
     certificate: str | os.PathLike[str] | None = None,
@@ -134,6 +137,10 @@ def solve(
     topology, exchange
         Links between the ranks (a document, its path, or a name such as `2x8-ib400`), and how tokens are exchanged over
         them. What is minimised then holds what dispatch and combine add; see `gemopt.links` and `Result.links`.
+    rules
+        What every placement must keep (`gemopt.Rules`): experts pinned, kept off, apart or together. Rules that cannot
+        be kept make the result infeasible, and `Result.notes` name those in conflict. A warm start is changed until it
+        keeps them.
     progress
         Called with (layers done, layers) from the calling thread.
     notice
@@ -155,8 +162,9 @@ def solve(
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
     _check_numbers(time_limit, gap, threads, patience)
     if memory_budget is not None and (current is not None or full_slots):
-        other = "current" if current is not None else "full_slots"
-        raise UnsupportedError("memory_budget", memory_budget, f"it does not go together with {other}")
+        raise UnsupportedError(
+            "memory_budget", memory_budget, f"not together with {'full_slots' if current is None else 'current'}"
+        )
     if certificate is not None:
         _check_certificate(certificate, "current" if current is not None else memory_budget and "memory_budget")
     asked = Asked(
@@ -169,6 +177,10 @@ def solve(
             profile, traces = Profile.of(profile), Traces.of(traces)
             made = origin(solve, given, profile, traces)
             moving = Moving.of(asked, profile, traces)
+            refuse_with_rules(
+                rules, memory_budget=memory_budget, certificate=certificate,
+                ranks=None if moving is None or not moving.resized.changed else "others than those of current",
+            )  # fmt: skip
             refuse_with_links(topology, current=current, memory_budget=memory_budget, certificate=certificate)
             links = links_of(topology, traces, profile, exchange)
             if moving is not None:
@@ -176,7 +188,7 @@ def solve(
                 if slots_per_rank is None:
                     slots_per_rank = moving.resized.slots_per_rank.tolist()
                 if (missing := moving.missing_slots(slots_per_rank)) > 0:
-                    return _without_slots(solver, clock, traces, moving, missing, made)
+                    return _infeasible(solver, clock, traces, _without_slots(traces, moving, missing), made)
             cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
             if profile.num_ranks == 1 and not allow_one_rank:
                 raise InputError(
@@ -194,14 +206,16 @@ def solve(
                 slots_G = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
                 check_budget(held_G, slots_G, traces.num_layers, traces.num_experts)
             policy, senders = _policy(split, moving), Senders.of(senders)
-            each = problems(
+            free = problems(
                 cost, traces, slots_per_rank,
                 node_of_rank=profile.node_of_rank, split=policy, senders=senders, full=full_slots,
             )  # fmt: skip
-            layers = _layers(each if moving is None else moving.apply(each), traces, warm_start, seed)
-            require(chosen, layers[0].problem, that_can)
-            uneven = policy.value if layers[0].problem.spare_slots and policy is not Split.EVEN else None
-            refuse_with_links(topology, split=uneven)
+            each = ruled(free if moving is None else moving.apply(free), rules, traces, profile, links)
+            if note := contradiction(each, traces.layer_ids, clock + time_limit):
+                return _infeasible(solver, clock, traces, note, made)
+            layers = _layers(chosen, each, traces, warm_start, seed)
+            uneven = policy is not Split.EVEN and layers[0].problem.spare_slots > 0
+            refuse_with_links(topology, split=policy.value if uneven else None)
             clock += ready(chosen, layers[0].problem, notice, links)
         run = Run(chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted)
         with cores.at_most(max(1, threads // len(layers))):
@@ -232,13 +246,17 @@ def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
         raise UnsupportedError("certificate", other, "it says nothing of moves or memory", "solve without it")
 
 
-def _without_slots(solver: str, clock: float, traces: Traces, moving: Moving, missing: int, made: Origin) -> Result:
-    """The answer when the ranks have fewer slots than there are experts."""
+def _without_slots(traces: Traces, moving: Moving, missing: int) -> str:
+    """That the ranks have fewer slots than there are experts."""
     ranks = len(moving.resized.old_rank)
-    note = (
+    return (
         f"infeasible: {traces.num_experts} experts need a slot each, the {ranks} ranks left have "
         f"{traces.num_experts - missing}: {missing} slots are missing; more --slots-per-rank, or --add-rank"
     )
+
+
+def _infeasible(solver: str, clock: float, traces: Traces, note: str, made: Origin) -> Result:
+    """The answer where there can be none."""
     return Result(
         solver=solver,
         status=Status.INFEASIBLE,
@@ -276,8 +294,15 @@ def _policy(split: Split | str | None, moving: Moving | None) -> Split:
 
 
 def _layers(
-    each: list[Problem], traces: Traces, warm_start: Placement | str | os.PathLike[str] | None, seed: int
+    solver: Solver,
+    each: list[Problem],
+    traces: Traces,
+    warm_start: Placement | str | os.PathLike[str] | None,
+    seed: int,
 ) -> list[Layer]:
+    """The layers, each with its warm start, of problems that the solver can express."""
+    for problem in each:
+        require(solver, problem, that_can)
     rows = _warm_rows(warm_start, each, traces)
     return [Layer(problem, row, seed + i) for i, (problem, row) in enumerate(zip(each, rows, strict=True))]
 
@@ -293,4 +318,4 @@ def _warm_rows(
         raise InputError(
             "warm_start", warm_start.slots_per_rank, f"slots per rank {layers[0].slots_per_rank.tolist()} are asked for"
         )
-    return list(warm_start.physical_to_logical)
+    return [keeping(problem, row) for problem, row in zip(layers, warm_start.physical_to_logical, strict=True)]

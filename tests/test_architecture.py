@@ -15,7 +15,7 @@ SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.
 TIERS = [
     ["exceptions", "foreign", "tables", "documents", "cores", "interrupts"],
     ["latency", "profile", "placement", "traces", "topology", "named_topologies", "rules"],
-    ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize"],
+    ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize", "layer_rules"],
     [
         "flows",
         "links",
@@ -42,6 +42,7 @@ TIERS = [
             "schedule",
             "memory",
             "first_use",
+            "ruled",
             "testing",
         ),
         "certify",

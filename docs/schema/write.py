@@ -11,10 +11,11 @@ from gemopt.jobs import Job
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
+from gemopt.rules import Rules
 from gemopt.topology import Topology
 
 FOLDER = Path(__file__).resolve().parent
-DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Job, Certificate, Topology)
+DOCUMENTS: tuple[type[Document], ...] = (Profile, Placement, Result, Job, Certificate, Topology, Rules)
 
 
 def schema(document: type[Document]) -> str:

@@ -21,6 +21,7 @@ from gemopt.cli.solve import (
     Patience,
     PhaseName,
     ProfilePath,
+    RulesPath,
     Seed,
     Slots,
     Task,
@@ -30,6 +31,7 @@ from gemopt.cli.solve import (
     parse_slots,
     whole_or_nothing,
 )
+from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile
@@ -67,6 +69,7 @@ def compare_command(
     tokens_from: TokensFrom = None,
     token_bytes: TokenBytes = None,
     overlap: Overlap = False,
+    rules: RulesPath = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of the table")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -98,14 +101,14 @@ def compare_command(
         "allow_one_rank": allow_one_rank,
         "topology": topology,
         "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
+        "rules": rules,
         "notice": None if as_json else notice,
     }
     if current is not None:
-        if topology is not None:
-            from gemopt.exceptions import InputError
-
-            raise InputError("--topology", topology, "moves are not weighed against links", "leave out --current")
-        del options["topology"], options["exchange"]
+        for option, value in (("--topology", topology), ("--rules", rules)):
+            if value is not None:
+                raise InputError(option, str(value), "moves are not weighed with it", "leave out --current")
+        del options["topology"], options["exchange"], options["rules"]
         with whole_or_nothing(threads):
             chosen, found_by = load_traces(traces, task, phase), names if solvers else []
             return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,

@@ -53,6 +53,9 @@ MemoryBudget = Annotated[
     str | None,
     typer.Option("--memory-budget", help="bytes of experts per device over all layers: 40e9, or one per rank"),
 ]
+RulesPath = Annotated[
+    Path | None, typer.Option("--rules", help="rules.json: experts pinned, kept off, apart or together")
+]
 EngineName = Annotated[
     str | None, typer.Option("--engine", help="heed an engine's limits and split; see gemopt engines")
 ]
@@ -200,6 +203,7 @@ def solve_command(
     tokens_from: TokensFrom = None,
     token_bytes: TokenBytes = None,
     overlap: Overlap = False,
+    rules: RulesPath = None,
     result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
     certificate: Annotated[
         Path | None, typer.Option("--certificate", help="write what was proved, for gemopt verify")
@@ -252,6 +256,7 @@ def solve_command(
                 add_ranks=parse_added(add_rank),
                 topology=topology,
                 exchange=exchange,
+                rules=rules,
                 progress=progress,
                 notice=None if as_json else notice,
                 certificate=certificate,
@@ -313,6 +318,7 @@ def evaluate_command(
     token_bytes: TokenBytes = None,
     overlap: Overlap = False,
     senders: SendersName = None,
+    rules: RulesPath = None,
     as_json: AsJson = False,
 ) -> int:
     """Score a placement on every step of the traces, with no solver involved."""
@@ -330,7 +336,7 @@ def evaluate_command(
         "topology": topology,
         "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
     }
-    evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders, **wired)
+    evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders, rules=rules, **wired)
     contiguous = Placement.contiguous(
         chosen.num_layers, chosen.num_experts, measured.num_ranks, layer_ids=list(chosen.layer_ids)
     )

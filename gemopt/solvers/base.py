@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,6 +41,8 @@ class Supports:
     """Whether it heeds links between ranks: a `LinkedSolver`."""
     policies: bool = True
     """Whether it takes copies that do not share evenly, and slots that may not stay empty."""
+    rules: bool = False
+    """Whether it keeps rules."""
 
 
 @dataclass
@@ -180,28 +182,24 @@ def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list
         ("moves", problem.moves is not None, "moves", "a price or a limit"),
         ("policies", problem.spare_slots > 0 and problem.split is not Split.EVEN, "split", problem.split.value),
         ("policies", problem.spare_slots > 0 and problem.full, "slots_per_rank", f"{slots}, all full"),
+        ("rules", problem.rules is not None, "rules", ", ".join(problem.rules.names if problem.rules else [])),
     )
-    cannot = {"moves": "heed a price or limits of moves", "policies": "do but with copies that share evenly, or none"}
+    cannot = {
+        "moves": "heed a price or limits of moves",
+        "policies": "do but with copies that share evenly, or none",
+        "rules": "keep rules",
+    }
     for need, needed, field_name, value in needs:
         if needed and not getattr(solver.supports, need):
             can = f"cannot {cannot.get(need, 'use ' + need.replace('_', ' '))}"
             raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {' or '.join(alternatives(need))}")
 
 
-def no_placement(problem: Problem) -> Outcome:
-    """The outcome when the limits of moves are proven to allow no placement, and how many moves it takes."""
-    moves, slots = problem.moves, problem.slots_per_rank
-    assert moves is not None
-    row = replace(moves, most=None, most_into_G=None).fewest(slots)
-    needed = 0 if row is None else moves.count(row, slots)
-    limit = "into each rank" if moves.most is None or needed <= moves.most else f"{moves.most} in all"
-    note = f"infeasible: experts without a copy need {needed} moves, the limit allows fewer ({limit})"
-    return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
-
-
 def within_limits(problem: Problem, row: Row | None) -> bool:
-    """Whether there is a row and it keeps to the limits of moves."""
-    return row is not None and (problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank))
+    """Whether there is a row and it keeps to the limits of moves and the rules."""
+    if row is None or (problem.rules is not None and problem.rules.broken(row, problem.slots_per_rank)):
+        return False
+    return problem.moves is None or not problem.moves.excess(row, problem.slots_per_rank)
 
 
 def incumbent(objective_us: float, bound_us: float | None = None) -> Incumbent:

@@ -17,6 +17,8 @@ from gemopt.evaluate import total
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
+from gemopt.solvers.placing import fewest_row
+from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.moves import few_moves
 
 
@@ -73,12 +75,12 @@ def walk_front(problem: Problem, most: int, stop: NDArray[np.uint8] | None = Non
     """Points that the best swaps from the row with the fewest moves lead through, up to `most` moves."""
     moves = problem.moves
     assert moves is not None
-    home = moves.fewest(problem.slots_per_rank)
+    home = fewest_row(problem)
     if home is None:
         return Front([])
     limit = most if moves.most is None else min(most, moves.most)
     way = few_moves(
-        problem,
+        settled(problem, home),
         moves.home_GE,
         start=home,
         price_us=moves.price_us,

@@ -27,7 +27,8 @@ from gemopt.latency import Curves, FloatArray
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, no_placement, seeded, within_limits
+from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded, within_limits
+from gemopt.solvers.placing import no_placement
 from gemopt.solvers.search.descent import settle_pair
 from gemopt.solvers.search.gains import make_pair
 from gemopt.solvers.search.packing import lpt_row

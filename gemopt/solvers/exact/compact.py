@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.latency import Curve, Curves, FloatArray, Latency
+from gemopt.layer_rules import LayerRules
 from gemopt.moves import Moves
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
@@ -49,6 +50,10 @@ class Compact:
         [Q, G] whether holding a column is a move, for a rank that did not hold its expert.
     price_us, most, most_into_G
         Microseconds per move, and the moves allowed in all and into each rank [G].
+    closed_GE, apart_AE
+        [G, E] which rank may not hold which expert, and [A, E] sets of experts of which no rank holds two.
+    bloc_BE, unit_BG
+        [B, E] sets of experts that one unit of ranks holds, and [B, G] unit of each rank.
     """
 
     features_FTQ: IntArray
@@ -65,6 +70,10 @@ class Compact:
     price_us: NDArray[np.float64]
     most: IntArray
     most_into_G: IntArray
+    closed_GE: NDArray[np.bool_]
+    apart_AE: NDArray[np.bool_]
+    bloc_BE: NDArray[np.bool_]
+    unit_BG: IntArray
     curves: Curves
 
     @classmethod
@@ -83,6 +92,8 @@ class Compact:
         ceiling_T = floor_T + above_T + ROUNDING * np.abs(floor_T)
         group_G = np.arange(problem.num_ranks)
         moves = problem.moves or Moves(np.ones((problem.num_ranks, problem.num_experts), dtype=bool))
+        rules = problem.rules or LayerRules((), problem.num_ranks, problem.num_experts)
+        blocs = len(rules.blocs)
         if most == 1 and problem.moves is None:  # swapping ranks moves experts, and the odd assignment of copies
             for members in problem.equal_ranks:
                 group_G[members] = members[0]
@@ -101,6 +112,10 @@ class Compact:
             price_us=np.array(moves.price_us),
             most=np.array(problem.num_slots if moves.most is None else moves.most),
             most_into_G=problem.slots_per_rank if moves.most_into_G is None else moves.most_into_G,
+            closed_GE=rules.closed_GE,
+            apart_AE=rules.apart_AE,
+            bloc_BE=np.array([members for members, _ in rules.blocs], bool).reshape(blocs, problem.num_experts),
+            unit_BG=np.array([unit_G for _, unit_G in rules.blocs], np.int64).reshape(blocs, problem.num_ranks),
             curves=problem.curves,
         )
 

@@ -13,12 +13,13 @@ from ortools.sat.python import cp_model
 from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, no_placement
+from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation, CpSatJoint
 from gemopt.solvers.exact.joint import JointCompact
 from gemopt.solvers.exact.joint_search import solve_joint
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.runs import STEEPEST
+from gemopt.solvers.placing import no_placement
 
 RESOLUTION = 4e-7
 """Relative error that whole ticks may cause in the objective, all steps together."""
@@ -32,7 +33,7 @@ class CpSat:
     """Exact for every cost model, unequal slots, empty slots and copies under the even split."""
 
     name = "cpsat"
-    supports = Supports(proves=True, improves=True, moves=True, links=True, policies=False)
+    supports = Supports(proves=True, improves=True, moves=True, links=True, policies=False, rules=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""

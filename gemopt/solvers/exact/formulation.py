@@ -129,6 +129,7 @@ class Formulation(ABC):
             self._copies_are_complete()
             self._copies_are_on_different_ranks()
             self._copies_are_in_slot_order()
+        self._rules_are_kept()
         self._equal_ranks_are_ordered()
         self._moves_are_limited()
         self._makespan_waits_for_every_rank()
@@ -166,6 +167,24 @@ class Formulation(ABC):
             for g in range(self.compact.num_ranks):
                 later, earlier = self.held[q][: g + 1], self.held[q - 1][:g]
                 self.row([*((v, 1) for v in later), *((v, -1) for v in earlier)], None, 0)
+
+    def _rules_are_kept(self) -> None:
+        """No expert where it may not be, no two on a rank that are kept apart, every bloc on one unit."""
+        compact = self.compact
+        for q, expert in enumerate(compact.expert_Q):
+            for g in np.flatnonzero(compact.closed_GE[:, expert]):
+                self.row([(self.held[q][g], 1)], None, 0)
+        for members_E in compact.apart_AE:
+            for held in self.held_by:
+                self.at_most_one_of([held[q] for q in np.flatnonzero(members_E[compact.expert_Q])])
+        for members_E, unit_G in zip(compact.bloc_BE, compact.unit_BG, strict=True):
+            columns = np.flatnonzero(members_E[compact.expert_Q])
+            start = unit_G[self.start_QG[columns].any(axis=0)][0]
+            chosen = [self.new(0, 1, int(unit == start)) for unit in range(int(unit_G.max()) + 1)]
+            self.one_of(chosen)
+            for column in columns.tolist():
+                for held, unit in zip(self.held[column], unit_G.tolist(), strict=True):
+                    self.implies_any(held, [chosen[unit]])
 
     def _equal_ranks_are_ordered(self) -> None:
         """An expert is on a rank only if one that comes before it is on the equal rank before."""

@@ -15,6 +15,7 @@ from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, StoppedBy, relative_g
 from gemopt.solvers.base import Options, Outcome, Row, incumbent, within_limits
 from gemopt.solvers.exact.compact import Compact, merged
 from gemopt.solvers.exact.reduction import representative_steps
+from gemopt.solvers.placing import fewest_row
 from gemopt.solvers.search.packing import lpt_row
 
 ROUNDING = 1e-9
@@ -190,7 +191,7 @@ class Search:
 def _start(problem: Problem, warm_start: Row | None) -> Row | None:
     if warm_start is not None and within_limits(problem, warm_start):
         return warm_start.copy()
-    return lpt_row(problem) if problem.moves is None else problem.moves.fewest(problem.slots_per_rank)
+    return lpt_row(problem) if problem.moves is None else fewest_row(problem)
 
 
 def _stated(stated: Problem, floor_T: FloatArray, row: Row) -> Compact:

@@ -24,10 +24,11 @@ from gemopt.exceptions import SolverError
 from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, no_placement
+from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.exact.joint_search import solve_joint
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.milp_worker import Scale, cbc_bound, proven_us
+from gemopt.solvers.placing import no_placement
 
 COEFFICIENTS_PER_SECOND = 5_000
 START_S = 1.0
@@ -51,7 +52,7 @@ class Milp:
 
     backend: str = "auto"
     name = "milp"
-    supports = Supports(proves=True, improves=True, moves=True, links=True, policies=False)
+    supports = Supports(proves=True, improves=True, moves=True, links=True, policies=False, rules=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""

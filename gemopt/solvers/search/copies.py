@@ -21,7 +21,7 @@ from gemopt.solvers.search.shares import (
     share_of,
     time_of,
 )
-from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of, rank_times
+from gemopt.solvers.search.state import Array, Costs, Number, State, bar_clashes, freed, rank_of, rank_times
 from gemopt.solvers.search.terms import Terms, moved_into, moves_of, permitted
 
 TRIED = 8  # experts for each slot
@@ -118,9 +118,11 @@ def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> 
     slot, expert = change.slots[0], change.experts[0]
     rank, old = rank_of(state, slot), state.content[slot]
     if old >= 0:
-        state.holds[rank, old] -= 1
+        state.barred[rank, old] -= 1
     if expert >= 0:
-        state.holds[rank, expert] += 1
+        state.barred[rank, expert] += 1
+    bar_clashes(state, rank, old, -1)
+    bar_clashes(state, rank, expert, 1)
     state.content[slot] = expert
     for c in range(change.size[0]):
         p = change.slots[c]
@@ -148,7 +150,7 @@ def promising(
     base = leaving(state, search, slot)
     for n in range(first, candidates.shape[0]):
         expert = -1 if n < 0 else candidates[n]
-        if expert == old or (expert >= 0 and state.holds[rank, expert] > 0):
+        if expert == old or (expert >= 0 and state.barred[rank, expert] > 0 and not freed(state, rank, expert, old)):
             continue
         added = moves_of(terms, rank, expert) - moves_of(terms, rank, old)
         gain = -base - terms.price * added

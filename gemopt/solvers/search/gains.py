@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from gemopt.solvers.search.state import Array, Costs, Number, State, lookup
+from gemopt.solvers.search.state import Array, Costs, Number, State, freed, lookup
 
 BLOCK = 256
 LINE, TABLE, ROOFLINE, GENERAL = range(4)  # forms of latencies with a kernel of their own
@@ -106,13 +106,13 @@ def tilt_of(slope_T: Array, item_T: Array) -> float:
 
 @njit(cache=True, nogil=True)
 def allowed(state: State, a: int, b: int, i: int, j: int) -> bool:
-    """Whether a swap changes anything and keeps at most one copy of an expert on each rank."""
+    """Whether a swap changes anything and each rank may take what it gets."""
     expert_i, expert_j = state.content[i], state.content[j]
     if expert_i == expert_j:
         return False
-    if expert_i >= 0 and state.holds[b, expert_i] > 0:
+    if expert_i >= 0 and state.barred[b, expert_i] > 0 and not freed(state, b, expert_i, expert_j):
         return False
-    return not (expert_j >= 0 and state.holds[a, expert_j] > 0)
+    return not (expert_j >= 0 and state.barred[a, expert_j] > 0 and not freed(state, a, expert_j, expert_i))
 
 
 @njit(cache=True, nogil=True, fastmath=True, inline="always")

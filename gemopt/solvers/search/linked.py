@@ -91,11 +91,14 @@ def aligned(problems: Sequence[Problem], links: Links, rows: Rows) -> Rows:
     """The rows with whole ranks renamed, layer after layer, so that tokens have a short way from the layer before.
 
     An assignment problem for each layer: bytes between the ranks before and the contents of each rank, times what a
-    byte takes. Only ranks with as many slots change places; speeds are left to the swaps that follow.
+    byte takes. Only ranks with as many slots and equal rules change places; speeds are left to the swaps that follow.
     """
     slots_G, found = problems[0].slots_per_rank, list(rows)
-    byte_GG, other = links.topology.byte_times(), slots_G[:, None] != slots_G[None]
+    byte_GG = links.topology.byte_times()
     for layer in range(1, len(rows)):
+        rules = problems[layer].rules
+        kind_GN = np.column_stack([slots_G] if rules is None else [slots_G, rules.role_G])
+        other = (kind_GN[:, None] != kind_GN[None]).any(axis=2)
         flow = links.flows(layer, found, slots_G)[0]
         all_visits = sum((flow.visits(t, t + 1) for t in range(flow.num_steps)), start=np.zeros(1))
         visits = all_visits.reshape(flow.routes[0].senders, -1)

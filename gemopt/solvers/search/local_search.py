@@ -35,19 +35,24 @@ class LocalSearch:
     """Descent by swaps and copies, then iterated local search."""
 
     name = "local-search"
-    supports = Supports(improves=True, moves=True, links=True)
+    supports = Supports(improves=True, moves=True, links=True, rules=True)
 
     def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
         """All layers under makespans and links; see `LinkedSolver`."""
+        from gemopt.solvers.search.blocs import settled
         from gemopt.solvers.search.linked import search_linked
 
+        problems = [settled(problem, row) for problem, row in zip(problems, rows, strict=True)]
         return search_linked(problems, links, rows, options)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. `options.patience` 0 ends after the descent; `options.begun` goes on."""
+        from gemopt.solvers.search.blocs import search_blocs
         from gemopt.solvers.search.policies import search_policy
         from gemopt.solvers.search.within import search_within
 
+        if problem.rules is not None and problem.rules.blocs:
+            return search_blocs(problem, options, warm_start, self.solve)
         if problem.moves is not None:
             return search_within(problem, options, warm_start, self.solve)
         if problem.spare_slots and problem.split is not Split.EVEN:
@@ -69,7 +74,8 @@ def _starts(problem: Problem) -> list[Row]:
     starts = [lpt_row(problem)]
     if problem.spare_slots:
         copies_E = replicate(peak_load(problem), problem.slots_per_rank)
-        starts.append(lpt_row(problem, copies_E=copies_E))
+        ruled = problem.rules is not None
+        starts.append(filled(problem, starts[0]) if ruled else lpt_row(problem, copies_E=copies_E))
         starts.sort(key=lambda row: objective(problem, row))
     return [_completed(problem, row) for row in starts]
 

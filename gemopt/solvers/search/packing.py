@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from gemopt.exceptions import SolverError
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
+from gemopt.solvers.placing import first_row, nearest_row
 
 
 def lpt_row(problem: Problem, *, copies_E: Row | None = None, noise_E: FloatArray | None = None) -> Row:
     """[P] speed-weighted LPT: heaviest first, each to the rank that would finish it first.
 
     copies_E: [E] copies of each expert (default one each); noise_E: [E] factors on the weights, for varied starts.
+    Under rules: `first_row`.
     """
+    if problem.rules is not None:
+        return first_row(problem)
     offset_G, weight_GE = problem.linearised
     if noise_E is not None:
         weight_GE = weight_GE * noise_E
@@ -55,8 +60,11 @@ def copies_worth_trying(problem: Problem) -> Row:
 
 
 def filled(problem: Problem, row: Row) -> Row:
-    """The row with copies in its empty slots: hottest experts first, by load per copy, one of each on a rank."""
-    row, (offset_G, weight_GE) = row.copy(), problem.linearised
+    """The row with copies in its empty slots: hottest experts first, by load per copy, one of each on a rank.
+
+    Under rules a slot that no expert may have stays empty; if none may, the row is changed until all are full.
+    """
+    row, rules, (offset_G, weight_GE) = row.copy(), problem.rules, problem.linearised
     copies_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
     held_GE = np.zeros(weight_GE.shape, dtype=bool)
     held_GE[problem.rank_of_slot[row != EMPTY], row[row != EMPTY]] = True
@@ -64,10 +72,20 @@ def filled(problem: Problem, row: Row) -> Row:
     empty = np.flatnonzero(row == EMPTY)
     for slot in empty[np.argsort(load_G[problem.rank_of_slot[empty]], kind="stable")]:
         rank = problem.rank_of_slot[slot]
-        expert = int(np.where(held_GE[rank], -1.0, weight_GE.mean(axis=0) / copies_E).argmax())
+        barred_E = held_GE[rank]
+        if rules is not None:
+            barred_E = barred_E | rules.closed_GE[rank] | rules.clash_EE[held_GE[rank]].any(axis=0)
+            if barred_E.all():
+                continue
+        expert = int(np.where(barred_E, -1.0, weight_GE.mean(axis=0) / copies_E).argmax())
         row[slot] = expert
         held_GE[rank, expert] = True
         copies_E[expert] += 1
+    if rules is not None and problem.full and (row == EMPTY).any():
+        found = nearest_row(problem, row)
+        if found is None:
+            raise SolverError("no row that keeps the rules with every slot full was found in time")
+        return found
     return row
 
 

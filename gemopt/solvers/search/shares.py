@@ -103,7 +103,7 @@ class Search(NamedTuple):
 def make_search(state: State) -> Search:
     """Room for `Search`, to be filled by `refresh`."""
     num_ranks, steps = state.times.shape
-    experts, blocks = state.holds.shape[1], (steps + BLOCK - 1) // BLOCK
+    experts, blocks = state.barred.shape[1], (steps + BLOCK - 1) // BLOCK
     return Search(
         np.zeros(experts, np.int64), np.zeros((experts, num_ranks), np.int64), np.empty(blocks, np.float64),
         np.empty((3, steps), np.float32), np.empty((3, steps), np.int16),

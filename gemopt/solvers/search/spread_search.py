@@ -59,7 +59,7 @@ class SpreadSearch:
         return look
 
     def _added(self, look: Look, batch: int) -> Row:
-        row, gain_EG = look.row.copy(), np.where(self.looks.holds(look.row), -1.0, look.gain_EG)
+        row, gain_EG = look.row.copy(), np.where(self.looks.barred(look.row), -1.0, look.gain_EG)
         rank_of_slot = self.problem.rank_of_slot
         room_G = np.bincount(rank_of_slot[row == EMPTY], minlength=self.problem.num_ranks)
         gain_EG[:, room_G == 0] = -1.0
@@ -74,6 +74,8 @@ class SpreadSearch:
             gain_EG[expert] *= FADE
             gain_EG[:, rank] *= 0.5 if room_G[rank] else 0.0
             gain_EG[expert, rank] = -1.0
+            if self.problem.rules is not None:
+                gain_EG[self.problem.rules.clash_EE[expert], rank] = -1.0
         return row
 
     def step(self, stop: Stop) -> bool:
@@ -117,8 +119,8 @@ class SpreadSearch:
             tilt_IG = np.where((row != EMPTY)[:, None], look.tilt_EG[row] / number_E[row][:, None], 0.0)
             here_I, there_IJ = tilt_IG[np.arange(len(row)), ranks], tilt_IG[:, ranks]
             gain_IJ *= here_I[:, None] + here_I[None] - there_IJ - there_IJ.T
-        holds_IG = self.looks.holds(row)[row] & (row != EMPTY)[:, None]
-        gain_IJ[holds_IG[:, ranks] | holds_IG[:, ranks].T | (ranks[:, None] >= ranks[None])] = 0.0
+        barred_IG = self.looks.barred(row)[row] & (row != EMPTY)[:, None]
+        gain_IJ[barred_IG[:, ranks] | barred_IG[:, ranks].T | (ranks[:, None] >= ranks[None])] = 0.0
         touched: NDArray[np.bool_] = np.zeros(self.problem.num_ranks, dtype=bool)
         for _ in range(self.swaps if guided else 1):
             i, j = np.unravel_index(gain_IJ.argmax(), gain_IJ.shape)

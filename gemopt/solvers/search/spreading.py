@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.kernels import Array, rank_loads
 from gemopt.latency import Curves, FloatArray, pack
+from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
@@ -128,9 +129,9 @@ class Looks:
             shares_TP[:, slots] = near.shares_TP[:, slots]
         return shares_TP
 
-    def holds(self, row: Row) -> NDArray[np.bool_]:
-        """[E, G] whether a rank holds an expert."""
-        result = np.zeros((self.problem.num_experts, self.problem.num_ranks), dtype=bool)
-        held = row != EMPTY
-        result[row[held], self.problem.rank_of_slot[held]] = True
-        return result
+    def barred(self, row: Row) -> NDArray[np.bool_]:
+        """[E, G] whether a rank may not get an expert: it holds one, or rules forbid it."""
+        problem = self.problem
+        if problem.rules is not None:
+            return problem.rules.barred_EG(row, problem.slots_per_rank)
+        return held(row, problem.slots_per_rank, problem.num_experts).T

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
 from gemopt.latency import Latency
+from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 
@@ -37,8 +38,9 @@ class State(NamedTuple):
     """A placement under search. P slots, G ranks, F features, T steps.
 
     content: [P] expert or -1; items: [P, F, T] its load; starts: [G + 1] first slot of each rank; loads: [G, F, T];
-    times: [G, T]; holds: [G, E] copies of an expert on a rank; weights: [T]; log: [n, 2] slots of the last swaps, and
-    logged: [1] how many there were; stop: [1] not 0 as soon as the search is to end with what it has.
+    times: [G, T]; barred: [G, E] what keeps an expert off a rank: its copy there, rules, those it is kept apart from;
+    clashes: [E, n] the experts that each is kept apart from, then -1; weights: [T]; log: [n, 2] slots of the last
+    swaps, and logged: [1] how many there were; stop: [1] not 0 as soon as the search is to end with what it has.
     """
 
     content: Array
@@ -46,7 +48,8 @@ class State(NamedTuple):
     starts: Array
     loads: Array
     times: Array
-    holds: Array
+    barred: Array
+    clashes: Array
     weights: Array
     log: Array
     logged: Array
@@ -153,10 +156,10 @@ def _items(problem: Problem, row: NDArray[np.int64], order: Array, shares_TP: Ar
     """[P, F, T] load of each slot at the steps in order."""
     from gemopt.splits import even_shares
 
-    held = row != EMPTY
-    if np.bincount(row[held], minlength=1).max() <= 1:  # what an expert held once brings is known, whatever the split
+    full = row != EMPTY
+    if np.bincount(row[full], minlength=1).max() <= 1:  # what an expert held once brings is known, whatever the split
         items = np.ascontiguousarray(problem.features_FTE[:, order].transpose(2, 0, 1)[row], dtype=np.float32)
-        items[~held] = 0
+        items[~full] = 0
         return items
     shares = even_shares(problem.counts_TE[order], row) if shares_TP is None else shares_TP[order]
     stacked = np.stack([feature.of(shares) for feature in problem.features])
@@ -177,9 +180,7 @@ def make_state(
     order = step_order(problem.num_steps)
     items = _items(problem, row, order, shares_TP)
     starts = np.concatenate([[0], np.cumsum(problem.slots_per_rank)])
-    holds = np.zeros((problem.num_ranks, problem.num_experts), np.int32)
-    held = row != EMPTY
-    np.add.at(holds, (problem.rank_of_slot[held], row[held]), 1)
+    barred, clashes = _barred(problem, row)
     loads = np.zeros((problem.num_ranks, items.shape[1], items.shape[2]), np.float32)
     busy = problem.slots_per_rank > 0
     loads[busy] = np.add.reduceat(items, starts[:-1][busy], axis=0)
@@ -187,10 +188,43 @@ def make_state(
     weights = problem.weights_T[order].astype(np.float32)
     log, logged = np.zeros((LOG_SIZE, 2), np.int32), np.zeros(1, np.int64)
     stop = np.zeros(1, np.uint8) if stop is None else stop
-    state = State(row.copy(), items, starts, loads, times, holds, weights, log, logged, stop)
+    state = State(
+        row.copy(), items, starts, loads, times, barred, clashes, weights, log, logged, stop
+    )  # fmt: skip
     for rank in range(problem.num_ranks):
         rank_times(costs, rank, state.loads[rank], state.times[rank])
     return state
+
+
+def _barred(problem: Problem, row: NDArray[np.int64]) -> tuple[Array, Array]:
+    """`State.barred` and `State.clashes`. Blocs are not known here: see `blocs`."""
+    barred = held(row, problem.slots_per_rank, problem.num_experts).astype(np.int32)
+    if problem.rules is None:
+        return barred, np.zeros((problem.num_experts, 0), np.int64)
+    clash_EE = problem.rules.clash_EE
+    clashes = np.full((problem.num_experts, int(clash_EE.sum(axis=1).max())), -1)
+    for expert, clash_E in enumerate(clash_EE):
+        clashes[expert, : clash_E.sum()] = np.flatnonzero(clash_E)
+    barred += problem.rules.closed_GE + barred @ clash_EE.astype(np.int32)
+    return barred, clashes
+
+
+@njit(cache=True, nogil=True)
+def bar_clashes(state: State, rank: int, expert: int, change: int) -> None:
+    """Bring `barred` up to date for the clashes of an expert (-1: none) that a rank got (1) or lost (-1)."""
+    if expert >= 0:
+        for n in range(state.clashes.shape[1]):
+            if state.clashes[expert, n] >= 0:
+                state.barred[rank, state.clashes[expert, n]] += change
+
+
+@njit(cache=True, nogil=True)
+def freed(state: State, rank: int, expert: int, leaving: int) -> bool:
+    """Whether nothing keeps an expert off a rank but one that leaves it (-1: none does)."""
+    reasons = 0
+    for n in range(state.clashes.shape[1]):
+        reasons += leaving >= 0 and state.clashes[expert, n] == leaving
+    return bool(state.barred[rank, expert] == reasons)
 
 
 @njit(cache=True, nogil=True, fastmath=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from gemopt.solvers.search.gains import BLOCK, Pair, allowed, find_gain, make_pair, set_tangent
-from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of, rank_times
+from gemopt.solvers.search.state import Array, Costs, Number, State, bar_clashes, rank_of, rank_times
 
 EPSILON = 2e-6
 
@@ -28,11 +28,15 @@ def apply_swap(costs: Costs, state: State, a: int, b: int, i: int, j: int) -> No
     state.logged[0] += 1
     expert_i, expert_j = state.content[i], state.content[j]
     if expert_i >= 0:
-        state.holds[a, expert_i] -= 1
-        state.holds[b, expert_i] += 1
+        state.barred[a, expert_i] -= 1
+        state.barred[b, expert_i] += 1
     if expert_j >= 0:
-        state.holds[b, expert_j] -= 1
-        state.holds[a, expert_j] += 1
+        state.barred[b, expert_j] -= 1
+        state.barred[a, expert_j] += 1
+    if state.clashes.shape[1] > 0:
+        for expert, old, new in ((expert_i, a, b), (expert_j, b, a)):
+            bar_clashes(state, old, expert, -1)
+            bar_clashes(state, new, expert, 1)
     state.content[i], state.content[j] = expert_j, expert_i
     for f in range(state.items.shape[1]):
         for t in range(state.items.shape[2]):

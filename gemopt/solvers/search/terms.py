@@ -54,21 +54,20 @@ def count_into(problem: Problem, row: NDArray[np.int64], terms: Terms) -> Array:
     return Moves(terms.home_GE).into(row, problem.slots_per_rank)
 
 
-@njit(cache=True, nogil=True)
-def moved_into(state: State, terms: Terms) -> Array:
-    """[G] moves into each rank at present."""
-    num_ranks, experts = state.holds.shape
-    moved_G = np.zeros(num_ranks, np.int64)
-    for g in range(num_ranks):
-        for e in range(experts):
-            moved_G[g] += state.holds[g, e] > 0 and not terms.home_GE[g, e]
-    return moved_G
-
-
 @njit(cache=True, nogil=True, inline="always")
 def moves_of(terms: Terms, rank: Number, expert: Number) -> Number:
     """1 where a rank that holds an expert (-1: none) must have received it, else 0."""
     return 0 if expert < 0 or terms.home_GE[rank, expert] else 1
+
+
+@njit(cache=True, nogil=True)
+def moved_into(state: State, terms: Terms) -> Array:
+    """[G] moves into each rank at present."""
+    moved_G = np.zeros(len(state.starts) - 1, np.int64)
+    for g in range(len(moved_G)):
+        for p in range(state.starts[g], state.starts[g + 1]):
+            moved_G[g] += moves_of(terms, g, state.content[p])
+    return moved_G
 
 
 @njit(cache=True, nogil=True)

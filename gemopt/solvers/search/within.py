@@ -24,10 +24,10 @@ from gemopt.solvers.base import (
     Options,
     Outcome,
     Row,
-    no_placement,
     seeded,
     within_limits,
 )
+from gemopt.solvers.placing import fewest_row, no_placement
 from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.descent import iterate_within, settle
@@ -103,7 +103,7 @@ class _Search(Best):
         self.moves, self.free = problem.moves, free
         self.starts: list[Row] = []
         self.free_tried = False
-        home = self.moves.fewest(problem.slots_per_rank)
+        home = fewest_row(problem)
         if home is not None:
             home = filled(problem, home) if problem.full else home
             self.starts = [home] if warm_start is None else [home, warm_start]

@@ -1,0 +1,96 @@
+"""What people demand of a placement, whatever it costs: experts pinned, kept off, apart or together; `rules.json`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gemopt.documents import Document
+from gemopt.exceptions import InputError
+
+
+class Rule(BaseModel):
+    """A rule on some layers. `layers`: their ids; null: all."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: list[int] | None = Field(default=None, min_length=1)
+
+
+class Pinned(Rule):
+    """The experts are on these ranks only."""
+
+    experts: list[int] = Field(min_length=1)
+    ranks: list[int] = Field(min_length=1)
+
+
+class KeptOff(Rule):
+    """The experts are on none of these ranks."""
+
+    experts: list[int] = Field(min_length=1)
+    ranks: list[int] = Field(min_length=1)
+
+
+class Reserved(Rule):
+    """The ranks hold none but these experts, as a slow tier would."""
+
+    ranks: list[int] = Field(min_length=1)
+    experts: list[int] = Field(min_length=1)
+
+
+class Apart(Rule):
+    """No rank holds two of the experts."""
+
+    experts: list[int] = Field(min_length=2)
+
+
+class Together(Rule):
+    """One rank, or one node, holds all of the experts, and no other holds any: on a rank they have no copies."""
+
+    experts: list[int] = Field(min_length=1)
+    on: Literal["rank", "node"] = "rank"
+
+
+class Groups(Rule):
+    """The experts are `num_groups` groups of equally many neighbours (`n_group` of DeepSeek), each on one node."""
+
+    num_groups: int = Field(ge=1)
+
+
+class Rules(Document):
+    """What every placement must keep; rules of all kinds hold together.
+
+    Attributes
+    ----------
+    pinned, kept_off, reserved, apart, together, groups
+        The rules of each kind. Messages name a rule by its kind and place, as `apart[0]`.
+    """
+
+    SCHEMA_VERSION: ClassVar[int] = 1
+
+    pinned: list[Pinned] = Field(default_factory=list)
+    kept_off: list[KeptOff] = Field(default_factory=list)
+    reserved: list[Reserved] = Field(default_factory=list)
+    apart: list[Apart] = Field(default_factory=list)
+    together: list[Together] = Field(default_factory=list)
+    groups: list[Groups] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _check(self) -> Rules:
+        for name, rule in self.named():
+            for field in ("layers", "experts", "ranks"):
+                numbers = getattr(rule, field, None) or []
+                if min(numbers, default=0) < 0 or len(set(numbers)) < len(numbers):
+                    raise InputError(f"Rules.{name}.{field}", numbers, "numbers from 0, each once")
+        return self
+
+    def named(self) -> list[tuple[str, Rule]]:
+        """Every rule with its name."""
+        kinds = ("pinned", "kept_off", "reserved", "apart", "together", "groups")
+        return [(f"{kind}[{n}]", rule) for kind in kinds for n, rule in enumerate(getattr(self, kind))]
+
+    def brief(self) -> str:
+        """How many rules there are of each kind."""
+        counts = {kind: len(getattr(self, kind)) for kind in type(self).model_fields if kind != "schema_version"}
+        return ", ".join(f"{number} {kind}" for kind, number in counts.items() if number) or "no rules"

@@ -1,0 +1,243 @@
+"""Rows that keep the rules, and rules that no row keeps, by CP-SAT.
+
+Only experts that some rule is about are variables: the others are alike, and fit in wherever there are slots left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import SolverError
+from gemopt.layer_rules import LayerRules
+from gemopt.migration import held
+from gemopt.placement import EMPTY
+from gemopt.problem import Problem
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Outcome, Row
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
+
+BALANCING = 0.5  # CP-SAT's deterministic seconds for a better row than any
+LIMIT_S = 60.0  # for any row at all
+UNITS = 1 << 20  # that the load of all ruled experts is counted in
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(eq=False)
+class _Rows:
+    """Rows of some experts that keep the rules; the other experts get what slots are left.
+
+    held: by expert and rank, a literal where the rank may hold the expert.
+    """
+
+    model: cp_model.CpModel
+    held: dict[tuple[int, int], Any]
+
+    @classmethod
+    def of(cls, rules: LayerRules, slots_G: Row, experts: Row, *, full: bool, single: bool) -> _Rows:
+        """`full`: every slot is used. `single`: every expert of these is held once."""
+        from ortools.sat.python import cp_model
+
+        model, ranks = cp_model.CpModel(), range(rules.num_ranks)
+        closed_GE, others = rules.closed_GE, rules.num_experts - len(experts)
+        held = {(e, g): model.new_bool_var("") for e in experts.tolist() for g in ranks if not closed_GE[g, e]}
+        result = cls(model, held)
+        for e in experts.tolist():
+            literals = [held[e, g] for g in ranks if (e, g) in held]
+            (model.add_exactly_one if single else model.add_bool_or)(literals)
+        for g, slots in enumerate(slots_G.tolist()):
+            mine = result.on(g, experts)
+            model.add_linear_constraint(sum(mine), slots - others if full else 0, slots)
+        model.add(sum(held.values()) <= int(slots_G.sum()) - others)
+        for members_E in rules.apart_AE:
+            for g in ranks:
+                model.add_at_most_one(result.on(g, np.flatnonzero(members_E)))
+        for members_E, unit_G in rules.blocs:
+            chosen = [model.new_bool_var("") for _ in range(int(unit_G.max()) + 1)]
+            model.add_exactly_one(chosen)
+            for g in ranks:
+                for literal in result.on(g, np.flatnonzero(members_E)):
+                    model.add_implication(literal, chosen[unit_G[g]])
+        return result
+
+    def on(self, rank: int, experts: Row) -> list[Any]:
+        """Literals of experts on a rank."""
+        return [self.held[e, rank] for e in experts.tolist() if (e, rank) in self.held]
+
+    def solve(self, seconds: float, deterministic: float = np.inf) -> tuple[list[tuple[int, int]] | None, bool]:
+        """(expert, rank) pairs of the best row found, or None; and whether it is proven that there is none better."""
+        from ortools.sat.python import cp_model
+
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = 1
+        solver.parameters.catch_sigint_signal = False
+        solver.parameters.max_time_in_seconds = max(seconds, 0.01)
+        solver.parameters.max_deterministic_time = deterministic
+        status = solver.solve(self.model)
+        proven = bool(status in (cp_model.OPTIMAL, cp_model.INFEASIBLE))
+        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
+            return None, proven
+        return [pair for pair, literal in self.held.items() if solver.boolean_value(literal)], proven
+
+
+def first_row(problem: Problem) -> Row:
+    """[P] a row that keeps the rules: ruled experts balanced by CP-SAT, the others where they finish first.
+
+    Raises
+    ------
+    SolverError
+        None was found; `conflict` tells beforehand whether there is one.
+    """
+    rules, slots_G = _rules(problem), problem.slots_per_rank
+    experts = np.flatnonzero(rules.ruled_E)
+    offset_G, weight_GE = problem.linearised
+    held_GE = _held(problem, _balanced(problem, rules, experts))
+    finish_G = offset_G + (held_GE * weight_GE).sum(axis=1)
+    others = np.flatnonzero(~rules.ruled_E)
+    for expert in others[np.argsort(-weight_GE[:, others].mean(axis=0), kind="stable")]:
+        ready_G = np.where(held_GE.sum(axis=1) < slots_G, finish_G + weight_GE[:, expert], np.inf)
+        rank = int(ready_G.argmin())
+        held_GE[rank, expert] = True
+        finish_G[rank] = ready_G[rank]
+    return row_of(held_GE, slots_G)
+
+
+def _balanced(problem: Problem, rules: LayerRules, experts: Row) -> list[tuple[int, int]]:
+    """(expert, rank) pairs whose fullest rank, by the linearised latencies, is about as empty as can be."""
+    offset_G, weight_GE = problem.linearised
+    scale = UNITS / max(float(weight_GE[:, experts].max(axis=0).sum() + np.ptp(offset_G)), 1e-9)
+    weight_GE = np.ceil(weight_GE * scale).astype(np.int64)
+    offset_G = np.floor((offset_G - offset_G.min()) * scale).astype(np.int64)
+    for single in (True, False):
+        rows = _Rows.of(rules, problem.slots_per_rank, experts, full=problem.full, single=single)
+        peak = rows.model.new_int_var(0, int(offset_G.max() + weight_GE[:, experts].max(axis=0).sum()) + 1, "")
+        for g in range(problem.num_ranks):
+            load = sum(weight_GE[g, e].item() * rows.held[e, g] for e in experts.tolist() if (e, g) in rows.held)
+            rows.model.add(peak >= load + offset_G[g].item())
+        rows.model.minimize(peak)
+        pairs, _ = rows.solve(LIMIT_S, BALANCING)
+        if pairs is None:
+            rows.model.minimize(0)
+            pairs, _ = rows.solve(LIMIT_S)
+        if pairs is not None:
+            return pairs
+        if not problem.full:
+            break
+    raise SolverError(f"no row that keeps the rules was found in {LIMIT_S:.0f} s")
+
+
+def nearest_row(problem: Problem, row: Row, seconds: float = LIMIT_S) -> Row | None:
+    """[P] the row that keeps the rules with the fewest changes to another one; None where that was not found."""
+    rules, experts = _rules(problem), np.arange(problem.num_experts)
+    near_GE = held(row, problem.slots_per_rank, problem.num_experts)
+    rows = _Rows.of(rules, problem.slots_per_rank, experts, full=problem.full, single=False)
+    rows.model.maximize(sum((1 if near_GE[g, e] else -2) * literal for (e, g), literal in rows.held.items()))
+    for pair, literal in rows.held.items():
+        rows.model.add_hint(literal, bool(near_GE[pair[::-1]]))
+    pairs, _ = rows.solve(seconds)
+    return None if pairs is None else row_of(_held(problem, pairs), problem.slots_per_rank)
+
+
+def fewest_row(problem: Problem) -> Row | None:
+    """[P] the row with the fewest moves, and most copies at home; None when limits and rules allow no row, proven.
+
+    Raises
+    ------
+    SolverError
+        Neither a row nor that there is none was proven in time.
+    """
+    moves, slots_G = problem.moves, problem.slots_per_rank
+    assert moves is not None
+    if problem.rules is None:
+        return moves.fewest(slots_G)
+    rows = _Rows.of(problem.rules, slots_G, np.arange(problem.num_experts), full=problem.full, single=False)
+    into_G: list[list[Any]] = [[] for _ in slots_G]
+    for (expert, rank), literal in rows.held.items():
+        into_G[rank] += [literal] * (not moves.home_GE[rank, expert])
+    moved = sum(map(sum, into_G))
+    if moves.most is not None:
+        rows.model.add(moved <= moves.most)
+    for rank, most in enumerate([] if moves.most_into_G is None else moves.most_into_G.tolist()):
+        rows.model.add(sum(into_G[rank]) <= most)
+    rows.model.minimize((problem.num_slots + 1) * moved - sum(rows.held.values()))
+    pairs, proven = rows.solve(LIMIT_S)
+    if not proven:
+        raise SolverError(f"the fewest moves that keep the rules were not found in {LIMIT_S:.0f} s")
+    return None if pairs is None else row_of(_held(problem, pairs), slots_G)
+
+
+def no_placement(problem: Problem) -> Outcome:
+    """The outcome when the limits of moves are proven to allow no placement, and how many moves it takes."""
+    moves, slots = problem.moves, problem.slots_per_rank
+    assert moves is not None
+    row = fewest_row(problem.with_moves(replace(moves, most=None, most_into_G=None)))
+    needed = 0 if row is None else moves.count(row, slots)
+    limit = "into each rank" if moves.most is None or needed <= moves.most else f"{moves.most} in all"
+    who = "experts without a copy" if problem.rules is None else "rules, and experts without a copy,"
+    note = f"infeasible: {who} need {needed} moves, the limit allows fewer ({limit})"
+    return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
+
+
+def _held(problem: Problem, pairs: list[tuple[int, int]]) -> BoolArray:
+    """[G, E] whether a rank holds an expert, from (expert, rank)."""
+    held_GE = np.zeros((problem.num_ranks, problem.num_experts), dtype=bool)
+    for expert, rank in pairs:
+        held_GE[rank, expert] = True
+    return held_GE
+
+
+def row_of(held_GE: BoolArray, slots_G: Row) -> Row:
+    """[P] the row in which ranks hold these experts, in increasing order, then their empty slots."""
+    row = np.full(int(slots_G.sum()), EMPTY)
+    for start, held_E in zip(np.cumsum(slots_G) - slots_G, held_GE, strict=True):
+        experts = np.flatnonzero(held_E)
+        row[start : start + len(experts)] = experts
+    return row
+
+
+def conflict(rules: LayerRules, slots_G: Row, *, full: bool, deadline: float) -> list[str]:
+    """Names of rules that no placement keeps together, while it could keep any but one of them; none: all can be kept.
+
+    Once the deadline (of `time.monotonic`) has passed, what is not known counts as possible, so that rules may be named
+    that could be left out.
+    """
+
+    @cache
+    def possible(names: tuple[str, ...]) -> bool:
+        some = rules.only(names)
+        rows = _Rows.of(some, slots_G, np.flatnonzero(some.ruled_E), full=full, single=False)
+        return rows.solve(deadline - time.monotonic()) != (None, True)
+
+    names = tuple(rules.names)
+    return [] if possible(names) else list(_explained(possible, (), (), names))
+
+
+def _explained(
+    possible: Callable[[tuple[str, ...]], bool], kept: tuple[str, ...], added: Sequence[str], open_: tuple[str, ...]
+) -> tuple[str, ...]:
+    """A smallest part of `open_` that cannot be kept beside `kept` (QuickXplain: Junker, AAAI 2004).
+
+    added: those of `kept` that were not there when it was last known to be possible.
+    """
+    if added and not possible(kept):
+        return ()
+    if len(open_) == 1:
+        return open_
+    first, second = open_[: len(open_) // 2], open_[len(open_) // 2 :]
+    of_second = _explained(possible, kept + first, first, second)
+    of_first = _explained(possible, kept + of_second, of_second, first)
+    return of_first + of_second
+
+
+def _rules(problem: Problem) -> LayerRules:
+    """The rules of a problem that has some."""
+    assert problem.rules is not None
+    return problem.rules
