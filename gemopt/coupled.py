@@ -10,7 +10,7 @@ import numpy as np
 
 from gemopt.bounds.links import links_bound
 from gemopt.evaluate import rank_times
-from gemopt.exceptions import UnsupportedError
+from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.links import Exchange, Links
 from gemopt.profile import Profile
 from gemopt.schedule import Coupling, Layer, Run
@@ -86,6 +86,8 @@ def links_of(
 ) -> Links | None:
     """The links that a call asks for; None without a topology."""
     if topology is None:
+        if exchange is not None:
+            raise InputError("exchange", repr(exchange), "says how tokens go over links", "give a topology")
         return None
     return Links.of(topology, traces, profile.num_ranks, profile=profile, exchange=exchange)
 

@@ -148,6 +148,32 @@ def test_what_an_engine_cannot_express_costs_nobody_the_answer(tmp_path: Path,
     assert "map.csv" in out
 
 
+def test_rules_topology_and_memory_are_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rules.json").write_text('{"pinned": [{"experts": [0, 3], "ranks": [1]}]}')
+    job = write_job(
+        tmp_path,
+        constraints={"rules": "rules.json", "slots_per_rank": 3},
+        topology="2x1-ib400",
+        exchange={"dispatch_bytes": 64, "combine_bytes": 64, "once_per": "assignment", "senders": "uniform"},
+        exports=[],
+    )
+    gemopt_json(capsys, "run", job)
+    result = Result.load(tmp_path / "out/job/result.json")
+    assert result.links is not None and result.placement is not None
+    assert not {0, 3} & set(result.placement.physical_to_logical[:, :3].ravel().tolist())
+    assert gemopt(capsys, "run", job, "-o", "one", "--set", 'constraints.rules="none.json"')[0] == 2
+    (tmp_path / "rules.json").write_text('{"together": [{"experts": [0, 1, 2, 3]}]}')
+    code, out, err = gemopt(capsys, "run", job, "-o", tmp_path / "none")
+    assert code == 3 and "together[0]: experts 0, 1, 2, 3 all on one rank" in out + err
+    memory = {"memory_budget": 60, "expert_bytes": 10}
+    job = write_job(tmp_path, "memory.yaml", constraints=memory, output="out/memory", exports=[])
+    gemopt_json(capsys, "run", job)
+    held = Placement.load(tmp_path / "out/memory/placement.json")
+    assert all((held.physical_to_logical[:, held.rank_of_slot == rank] >= 0).sum() <= 6 for rank in range(2))
+    code, _, err = gemopt(capsys, "run", job, "-o", tmp_path / "x", "--set", "exchange.once_per=rank")
+    assert code == 2 and "give a topology" in err
+
+
 def test_json_jobs_and_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(tmp_path, "job.json")
     assert gemopt_json(capsys, "run", job, "--print-config")["output"] == str(tmp_path / "out/job")

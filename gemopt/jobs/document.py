@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Dis
 from gemopt.documents import Document
 from gemopt.exceptions import InputError
 from gemopt.formats.kernel_table import Unit
+from gemopt.links import Exchange
 from gemopt.placement import Split
 from gemopt.splits.senders import Senders
 
@@ -41,6 +42,11 @@ def _spelt(field: str, pattern: str, limit: str) -> AfterValidator:
         return text
 
     return AfterValidator(check)
+
+
+def _wired(value: Any) -> Any:
+    """A file of a topology; any other text is the name of one."""
+    return str(_placed(value)) if isinstance(value, str) and Path(value).suffix == ".json" else value
 
 
 PATH, MADE = "path", "made"  # a document that is there, or how to make one
@@ -117,7 +123,7 @@ class Steps(Part):
 
 
 class Constraints(Part):
-    """Slots, the placement in force, and what moving from it costs; as the options of `gemopt solve`.
+    """Slots, rules, the placement in force, and what moving from it costs; as the options of `gemopt solve`.
 
     `current`: a path, or `contiguous` for what engines start with.
     """
@@ -126,6 +132,8 @@ class Constraints(Part):
     split: Split | None = None
     senders: Senders | None = None
     full_slots: bool = False
+    memory_budget: float | list[float] | None = None
+    rules: Placed | None = None
     current: Literal["contiguous"] | Placed | None = None
     move_price: float | None = None
     expert_bytes: int | None = None
@@ -188,6 +196,8 @@ class Job(Document):
         Folder to write; it must not exist yet.
     num_hidden_layers
         Decoder layers of the network, where the traces do not say and an engine wants to know.
+    topology, exchange
+        Links between the ranks, as a file or by name (`2x8-ib400`), and how tokens are exchanged over them.
     exports
         Engines to write for.
     kubernetes
@@ -202,6 +212,8 @@ class Job(Document):
     num_hidden_layers: int | None = Field(default=None, ge=1)
     steps: Steps = Field(default_factory=Steps)
     constraints: Constraints = Field(default_factory=Constraints)
+    topology: Annotated[str, BeforeValidator(_wired)] | None = None
+    exchange: Exchange | None = None
     solver: SolverSettings = Field(default_factory=SolverSettings)
     exports: list[ExportTo] = Field(default_factory=list)
     report: ReportSettings = Field(default_factory=ReportSettings)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemopt.documents import write_text
-from gemopt.evaluate import evaluate
+from gemopt.evaluate import check_rules, evaluate
 from gemopt.exceptions import InputError
 from gemopt.formats.approximate import approximate
 from gemopt.formats.engine import Export, TraceOptions, WriteOptions
@@ -74,6 +74,7 @@ def run_job(
     settings, constraints = job.solver, job.constraints
     current = _current(constraints.current, traces, profile)
     options = {**settings.model_dump(exclude={"name"}), **constraints.model_dump(), "current": current}
+    options |= {"topology": job.topology, "exchange": job.exchange}
     with _folder(job.output):
         result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
         result = result.made_by(command) if command else result
@@ -183,6 +184,8 @@ class _Writer:
         self.job, self.profile, self.traces, self.result, self.before = job, profile, traces, result, before
         self.files: list[str] = []
         self.notes = list(result.notes)
+        if job.topology is not None and job.report.page:
+            self.notes.append("the report counts what ranks compute, not what links take; result.json has both")
         self.failed: list[str] = []
         self.commands: dict[str, str] = {}
 
@@ -223,6 +226,8 @@ class _Writer:
                 placement, changes = approximate(placement, engine, loads=self.traces.counts.mean(axis=0),
                                                  cost=self._cost)  # fmt: skip
                 self.notes += [f"{engine.name}: {each}" for each in changes]
+                if self.job.constraints.rules is not None:
+                    check_rules(placement, self.job.constraints.rules, self.profile, self.job.topology)
             made: Export = export(
                 placement, to=engine.name, path=path, options=WriteOptions(mtp_layers=wanted.mtp_layers)
             )
@@ -238,8 +243,11 @@ class _Writer:
         return [Path(each) for each in made.files if not each.endswith(".gemopt.json")]
 
     def _cost(self, placement: Placement) -> float:
-        senders = self.job.constraints.senders
-        return evaluate(placement, self.profile, self.traces, senders=senders).objective_us
+        job = self.job
+        return evaluate(
+            placement, self.profile, self.traces, senders=job.constraints.senders, topology=job.topology,
+            exchange=job.exchange,
+        ).objective_us  # fmt: skip
 
     def _report(self, command: str) -> str:
         settings = self.job.report
