@@ -20,7 +20,7 @@ from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
-from gemopt.solvers.size import branches
+from gemopt.solvers.size import prover
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
 
@@ -70,8 +70,9 @@ def _use(solver: Solver, tiny: Problem) -> None:
         kernels.solve(tiny, options, None)
         two_ranks = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS,), [Latency(((line(1, s),),)) for s in (1, 2)])
         together_bound(two_ranks, step_bounds(two_ranks), np.zeros(1, np.uint8))
-        if solver.name == "branch" or (solver.name == "auto" and branches(tiny)):
-            get("branch").solve(two_ranks, options, None)
+        for name in ("branch", "columns"):
+            if solver.name == name or (solver.name == "auto" and prover(tiny) == name):
+                get(name).solve(two_ranks, options, None)
     if tiny.moves is not None:
         walk_front(tiny, 2)
 

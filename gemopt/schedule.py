@@ -24,6 +24,7 @@ from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, incumbent, within_limits
 from gemopt.solvers.search.packing import filled
+from gemopt.solvers.size import prover
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -212,8 +213,11 @@ class Run:
                     layer.bound_us = max(layer.bound_us, layer.together.bound_us)
 
     def _worth_together(self) -> bool:
-        """Whether the co-location bound is worth its time: not for greedy answers, nor where the first layers, which
-        are much like the others, gained nothing in shares that are too short for it."""
+        """Whether the co-location bound is worth its time: not for greedy answers, nor where all contents of ranks will
+        be listed, nor where the first layers, which are much like the others, gained nothing in shares that are too
+        short for it."""
+        if self.solver.name in ("auto", "columns") and prover(self.layers[0].problem) == "columns":
+            return False
         tried = [layer.together for layer in self.layers if layer.together is not None]
         futile = len(tried) >= FUTILE_LAYERS and not any(each.multipliers is not None for each in tried)
         return self.solver.supports.improves and self.patience != 0 and not futile

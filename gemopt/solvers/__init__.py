@@ -21,6 +21,7 @@ REGISTRY = {
     "local-search": "gemopt.solvers.search.local_search:LocalSearch",
     "cpsat": "gemopt.solvers.exact.cpsat:CpSat",
     "branch": "gemopt.solvers.exact.branch:Branch",
+    "columns": "gemopt.solvers.exact.columns:Columns",
     "milp": "gemopt.solvers.exact.milp:Milp",
     "auto": "gemopt.solvers.auto:Auto",
 }

@@ -6,18 +6,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gemopt.exceptions import missing
+from gemopt.exceptions import MissingPackageError, missing
 from gemopt.links import Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.result import OPTIMALITY_TOLERANCE, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Solver, Supports
+from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
+from gemopt.solvers import get
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.search.local_search import LocalSearch
-from gemopt.solvers.size import branches
+from gemopt.solvers.size import prover
 
 PROVABLE_EXPERTS = 16
 PROVABLE_TIMES = 4000
 SEARCH_SHARE = 0.4
+FIRST_SHARE = 0.2  # where contents of ranks are listed, which finds better placements as well
+FIRST_PATIENCE = 50  # kicks
 
 
 class Auto:
@@ -34,13 +37,16 @@ class Auto:
         """Place one layer; see `Solver`."""
         from gemopt.evaluate import total
 
-        branched = branches(problem)
+        by = prover(problem)
         other = problem.spare_slots > 0 and (problem.split is not Split.EVEN or problem.full)
         large = problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES
-        if other or (large and not branched):
+        if other or (large and by is None):
             return LocalSearch().solve(problem, options, warm_start)
-        deadline = time.monotonic() + SEARCH_SHARE * options.remaining
-        patience = DEFAULT_PATIENCE if options.patience is None or branched else options.patience
+        patience = DEFAULT_PATIENCE if options.patience is None or by else options.patience
+        share = SEARCH_SHARE
+        if by == "columns" and options.patience is None:
+            patience, share = FIRST_PATIENCE, FIRST_SHARE
+        deadline = time.monotonic() + share * options.remaining
         found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)
         if found.row is None:
             return found
@@ -48,8 +54,8 @@ class Auto:
         if gap is not None and gap <= max(options.gap, OPTIMALITY_TOLERANCE):
             return found
         try:
-            exact = exact_solver(branched=branched)
-        except ModuleNotFoundError as error:
+            exact = get(by or "cpsat")
+        except MissingPackageError as error:
             found.note = f"no proof was tried: {missing(error, 'CP-SAT')}"
             return found
         if options.expired():
@@ -59,15 +65,14 @@ class Auto:
         proven.reached |= found.reached
         if proven.row is None:
             proven.row = found.row
+        if by == "columns" and options.patience is None and proven.stopped_by is StoppedBy.ITERATIONS:
+            return _searched_on(problem, options, proven)
         return proven
 
 
-def exact_solver(*, branched: bool) -> Solver:
-    """Who proves a layer."""
-    if branched:
-        from gemopt.solvers.exact.branch import Branch
-
-        return Branch()
-    from gemopt.solvers.exact.cpsat import CpSat
-
-    return CpSat()
+def _searched_on(problem: Problem, options: Options, proven: Outcome) -> Outcome:
+    """What was proven, and a better placement from the time that is left."""
+    more = LocalSearch().solve(problem, options, proven.row)
+    proven.row, proven.stopped_by, proven.search = more.row, more.stopped_by, more.search
+    proven.history = proven.history + more.history
+    return proven

@@ -118,7 +118,8 @@ class Outcome:
     whether the solver ran at all.
 
     search: what `Options.begun` takes, from solvers that can go on. searched_nodes: nodes of a search of all placements
-    that ended, so that it can be repeated; None where there was none.
+    that ended, so that it can be repeated; None where there was none. columns: multipliers of a bound over all contents
+    of a rank (`Proven`), None without.
     """
 
     row: Row | None
@@ -134,6 +135,7 @@ class Outcome:
     reached: bool = True
     search: object = None
     searched_nodes: int | None = None
+    columns: object = None
 
 
 class Solver(Protocol):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from math import factorial, log2
+from math import comb, factorial, log2
 
 from gemopt.problem import Problem
 
 BRANCHED_EXPERTS = 24  # by branch and bound, on few ranks, without copies, moves and rules
 BRANCHED_WAYS = 44.0  # bits of the number of ways to place them
+FEW_COLUMNS = 20_000  # contents of ranks, up to which listing them beats branch and bound
+MOST_COLUMNS = 400_000
+MOST_ENTRIES = 2e8  # columns x steps: latencies looked up when all are priced
+MOST_EXPERTS = 64  # a column is a word of bits
 
 
 def branches(problem: Problem) -> bool:
@@ -17,3 +21,23 @@ def branches(problem: Problem) -> bool:
         return False
     ways = problem.num_experts * log2(problem.num_ranks)
     return ways - sum(log2(factorial(len(group))) for group in problem.equal_ranks) <= BRANCHED_WAYS
+
+
+def num_columns(problem: Problem) -> int | None:
+    """How many contents the ranks can have, of equal ranks those of one; None where they are too many to list.
+
+    Or where copies or moves make more of a placement than these.
+    """
+    if problem.spare_slots or problem.moves is not None or problem.num_experts > MOST_EXPERTS:
+        return None
+    sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
+    columns = sum(comb(problem.num_experts, size) for size in sizes if size)
+    return columns if columns <= MOST_COLUMNS and columns * problem.num_steps <= MOST_ENTRIES else None
+
+
+def prover(problem: Problem) -> str | None:
+    """The solver of ours that has the best chance to prove a layer; None where none has any."""
+    columns, branched = num_columns(problem), branches(problem)
+    if columns is not None and (columns <= FEW_COLUMNS or not branched):
+        return "columns"
+    return "branch" if branched else None

@@ -31,7 +31,7 @@ from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import Options, Outcome, Row, require
 
-EXACT = ("branch", "cpsat", "highs", "cbc")
+EXACT = ("branch", "columns", "cpsat", "highs", "cbc")
 SIMPLE = ("linear", "round-robin", "lpt", "eplb", "eplb-hierarchical", "conflict", "gem", "local-search")
 CLOSE = 1e-9
 BATCH = 50

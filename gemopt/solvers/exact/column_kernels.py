@@ -1,0 +1,261 @@
+"""Compiled loops over columns, the contents of a rank: latencies, prices, one step of the master, and the search.
+
+Shapes: N columns of M = L T entries, one per level and step; K kinds of ranks; S experts of a column.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gemopt.solvers.exact.tree import CLOSE, FAST, Tables
+
+Array = NDArray[Any]
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def latency_row(tables: Tables, g: int, loads_FT: Array, out_T: Array) -> None:
+    """Latency of rank g under whole loads."""
+    for k in range(tables.terms[g]):
+        for t in range(loads_FT.shape[1]):
+            total = 0.0
+            for f in range(len(loads_FT)):
+                total += tables.values[tables.offset[g, k, f] + loads_FT[f, t]]
+            out_T[t] = total if k == 0 else max(out_T[t], total)
+
+
+@njit(cache=True, nogil=True)
+def rows_of(features_EFT: Array, sets_NS: Array, ranks_N: Array, tables: Tables, out_NT: Array) -> None:
+    """Latencies of columns at every step."""
+    loads = np.empty(features_EFT.shape[1:], np.int32)
+    for n in range(len(sets_NS)):
+        loads[:] = 0
+        for e in sets_NS[n]:
+            loads += features_EFT[e]
+        latency_row(tables, ranks_N[n], loads, out_NT[n])
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def cut_rows(rows_NT: Array, levels_LT: Array, out_NM: Array) -> None:
+    """What of each latency lies in each level."""
+    levels, steps = levels_LT.shape[0] - 1, rows_NT.shape[1]
+    for n in range(len(rows_NT)):
+        for i in range(levels):
+            for t in range(steps):
+                part = min(rows_NT[n, t], levels_LT[i + 1, t]) - levels_LT[i, t]
+                out_NM[n, i * steps + t] = max(0.0, part)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def price(
+    features_EFT: Array, sets_NS: Array, ranks_K: Array, tables: Tables, levels_LT: Array, mu_ELT: Array,
+    out_KN: Array, stop: Array,
+) -> bool:  # fmt: skip
+    """Sum over steps and levels of each column's multipliers times what it has there; False when stopped."""
+    levels, steps = mu_ELT.shape[1:]
+    loads, row = np.empty(features_EFT.shape[1:], np.int32), np.empty(steps)
+    mass = np.empty((levels, steps))
+    for n in range(len(sets_NS)):
+        if n % 256 == 0 and stop[0] != 0:
+            return False
+        loads[:] = 0
+        mass[:] = 0.0
+        for e in sets_NS[n]:
+            loads += features_EFT[e]
+            for i in range(levels):
+                for t in range(steps):
+                    mass[i, t] += mu_ELT[e, i, t]
+        for k in range(len(ranks_K)):
+            latency_row(tables, ranks_K[k], loads, row)
+            total = 0.0
+            for i in range(levels):
+                for t in range(steps):
+                    total += mass[i, t] * max(0.0, min(row[t], levels_LT[i + 1, t]) - levels_LT[i, t])
+            out_KN[k, n] = total
+    return True
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def step_columns(
+    parts_NM: Array, sets_NS: Array, sizes_N: Array, kind_N: Array, x_N: Array, mu_EM: Array, pi_E: Array, y_K: Array,
+    size: Array, out_N: Array, cost_EM: Array, held_E: Array, used_K: Array,
+) -> None:  # fmt: skip
+    """Half a primal-dual step: columns go down their reduced costs; what twice the new less the old ones hold."""
+    cost_EM[:] = 0
+    held_E[:] = 0
+    used_K[:] = 0
+    for n in range(len(x_N)):
+        total = -y_K[kind_N[n]]
+        for s in range(sizes_N[n]):
+            e = sets_NS[n, s]
+            part = np.float32(0)
+            for j in range(parts_NM.shape[1]):
+                part += parts_NM[n, j] * mu_EM[e, j]
+            total += part - pi_E[e]
+        out_N[n] = max(np.float32(0), x_N[n] - size[0] * total)
+        over = 2 * out_N[n] - x_N[n]
+        if over != 0:
+            used_K[kind_N[n]] += over
+            for s in range(sizes_N[n]):
+                e = sets_NS[n, s]
+                held_E[e] += over
+                for j in range(parts_NM.shape[1]):
+                    cost_EM[e, j] += over * parts_NM[n, j]
+
+
+@njit(cache=True, nogil=True)
+def project(mu_EM: Array, most_M: Array, out_EM: Array) -> None:
+    """Nearest multipliers >= 0 whose sum over the experts is at most `most_M` (Michelot's method)."""
+    experts = len(mu_EM)
+    for j in range(len(most_M)):
+        total, count = np.float32(0), 0
+        for e in range(experts):
+            if mu_EM[e, j] > 0:
+                total += mu_EM[e, j]
+                count += 1
+        level = np.float32(0)
+        while total > most_M[j] + level * count and count > 0:
+            level = (total - most_M[j]) / np.float32(count)
+            kept, total, count = count, np.float32(0), 0
+            for e in range(experts):
+                if mu_EM[e, j] > level:
+                    total += mu_EM[e, j]
+                    count += 1
+            if count == kept:
+                break
+        for e in range(experts):
+            out_EM[e, j] = max(np.float32(0), mu_EM[e, j] - level)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def slower(z_T: Array, row_T: Array, weights_T: Array, out_T: Array) -> float:
+    """Weighted sum of the larger of two latencies, which goes into `out_T`."""
+    total = 0.0
+    for t in range(len(z_T)):
+        out_T[t] = max(z_T[t], row_T[t])
+        total += weights_T[t] * out_T[t]
+    return total
+
+
+@njit(cache=True, nogil=True)
+def narrow(
+    list_N: Array, count: int, masks_N: Array, kind_N: Array, extra_N: Array, size_N: Array, used: int, left_K: Array,
+    room: float, share_E: Array, ways_E: Array, out_N: Array,
+) -> int:  # fmt: skip
+    """The columns of a list that can still complete a partition within `room` of reduced cost, or none; how many.
+
+    Every expert pays its share of the reduced cost of its column, at least `share_E` of those in the list.
+    """
+    experts, kept, total = len(share_E), 0, 0.0
+    share_E[:] = np.inf
+    for p in range(count):
+        n = list_N[p]
+        if masks_N[n] & used == 0 and left_K[kind_N[n]] > 0 and extra_N[n] < room:
+            out_N[kept] = n
+            kept += 1
+            for e in range(experts):
+                if masks_N[n] >> np.uint64(e) & np.uint64(1):
+                    share_E[e] = min(share_E[e], extra_N[n] / size_N[n])
+    for e in range(experts):
+        if not used >> np.uint64(e) & np.uint64(1):
+            total += share_E[e]
+    if not total < room:
+        return 0
+    ways_E[:] = 0
+    last, kept = kept, 0
+    for p in range(last):
+        n = out_N[p]
+        others = total
+        for e in range(experts):
+            if masks_N[n] >> np.uint64(e) & np.uint64(1):
+                others -= share_E[e]
+        if extra_N[n] + others < room:
+            out_N[kept] = n
+            kept += 1
+            for e in range(experts):
+                ways_E[e] += masks_N[n] >> np.uint64(e) & np.uint64(1)
+    return kept
+
+
+@njit(cache=True, nogil=True)
+def rarest(ways_E: Array, used: int) -> int:
+    """The expert with the fewest columns left; -1 when one has none."""
+    chosen, fewest = -1, 2**62
+    for e in range(len(ways_E)):
+        if not used >> np.uint64(e) & np.uint64(1) and ways_E[e] < fewest:
+            chosen, fewest = e, ways_E[e]
+    return chosen if fewest > 0 else -1
+
+
+@njit(cache=True, nogil=True)
+def search_columns(
+    rows_NT: Array, masks_N: Array, kind_N: Array, extra_N: Array, size_N: Array, left_K: Array, weights_T: Array,
+    floor_T: Array, base: float, best: float, chosen_G: Array, most_nodes: int, stop: Array,
+) -> tuple[float, int, bool]:  # fmt: skip
+    """(objective of the best partition into columns, nodes looked at, whether all were searched).
+
+    Columns are in order of their reduced costs `extra_N`, which add up to what a partition has above `base` at least.
+    A node is cut by these, and by the slowest of its columns at every step. chosen_G: columns of a better partition.
+    """
+    columns, steps, ranks, experts = len(masks_N), len(floor_T), len(chosen_G), 0
+    every = np.uint64(0)
+    for n in range(columns):
+        every |= masks_N[n]
+    while experts < 64 and every >> np.uint64(experts):
+        experts += 1
+    lists, counts = np.empty((ranks + 1, columns), np.int32), np.zeros(ranks + 1, np.int64)
+    z, at = np.empty((ranks + 1, steps)), np.zeros(ranks + 1, np.int64)
+    pivot, spent = np.zeros(ranks + 1, np.int64), np.zeros(ranks + 1)
+    used, trail = np.zeros(ranks + 1, np.uint64), np.zeros(ranks + 1, np.int64)
+    share, ways, left = np.empty(experts), np.empty(experts, np.int64), left_K.copy()
+    z[0] = floor_T
+    for n in range(columns):
+        lists[0, n] = n
+    counts[0] = narrow(
+        lists[0], columns, masks_N, kind_N, extra_N, size_N, used[0], left, best * (1 - CLOSE) - base, share, ways,
+        lists[0],
+    )  # fmt: skip
+    pivot[0] = rarest(ways, used[0]) if counts[0] else -1
+    depth, nodes = 0, 0
+    while depth >= 0:
+        limit = best * (1 - CLOSE)
+        found = -1
+        while pivot[depth] >= 0 and at[depth] < counts[depth]:
+            n = lists[depth, at[depth]]
+            at[depth] += 1
+            if base + spent[depth] + extra_N[n] >= limit:
+                at[depth] = counts[depth]
+            elif masks_N[n] >> np.uint64(pivot[depth]) & np.uint64(1):
+                found = n
+                break
+        if found < 0:
+            depth -= 1
+            if depth >= 0:
+                left[kind_N[trail[depth]]] += 1
+            continue
+        nodes += 1
+        if nodes >= most_nodes or stop[0] != 0:
+            return best, nodes, False
+        value = slower(z[depth], rows_NT[found], weights_T, z[depth + 1])
+        if value >= limit:
+            continue
+        trail[depth] = found
+        used[depth + 1] = used[depth] | masks_N[found]
+        spent[depth + 1] = spent[depth] + extra_N[found]
+        if used[depth + 1] == every:
+            best = value
+            chosen_G[:] = -1
+            chosen_G[: depth + 1] = trail[: depth + 1]
+            continue
+        left[kind_N[found]] -= 1
+        depth += 1
+        at[depth] = 0
+        counts[depth] = narrow(
+            lists[depth - 1], counts[depth - 1], masks_N, kind_N, extra_N, size_N, used[depth], left,
+            limit - base - spent[depth], share, ways, lists[depth],
+        )  # fmt: skip
+        pivot[depth] = rarest(ways, used[depth]) if counts[depth] else -1
+    return best, nodes, True

@@ -1,0 +1,135 @@
+"""The master programme over some of the columns: a primal-dual iteration in float32 that can stop at any time.
+
+    min sum_tl w_t z_tl,   z_tl >= sum of x_kC part_tl(k, C) over columns that hold i  for all i, t, l
+    every expert in one column, count_k columns of kind k, x >= 0
+
+Its dual solutions are the multipliers and prices of `Space.prove`. Reflected Halpern steps with restarts, as in
+`gemopt.bounds.primal_dual`, from no column in use: from the incumbent's alone the iteration stays there for long. Times are in units of the incumbent's objective.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.latency import FloatArray
+from gemopt.solvers.exact.column_kernels import cut_rows, project, step_columns
+from gemopt.solvers.exact.column_space import IntArray, Space
+
+F32 = np.float32
+Floats = NDArray[np.float32]
+
+MOST_ROOM = 2e7  # entries of the columns' parts
+POWER_STEPS = 12
+STEP = 0.67  # of the norm of either kind of rows, below the root of a half
+PRIMAL_WEIGHT = 30.0
+SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # of the fixed-point error, and of the iterations, at a restart
+
+
+class Master:
+    """Columns known so far and where the iteration is."""
+
+    def __init__(self, space: Space, value_us: float) -> None:
+        self.space, self.unit = space, value_us
+        self.levels_LT = space.levels(value_us)
+        self.ends_LT = np.vstack([self.levels_LT, np.full((1, self.levels_LT.shape[1]), np.inf)])
+        experts, levels = space.problem.num_experts, len(self.levels_LT)
+        self.weight = max(float(space.problem.weights_T.mean()), 1e-300)  # the unit of multipliers
+        self.most_M = np.tile(space.problem.weights_T / self.weight, levels).astype(F32)
+        self.most_columns = int(MOST_ROOM / len(self.most_M))
+        self.ids, self.ratio = np.zeros(0, np.int64), F32(1)
+        self.z: dict[str, Floats] = {
+            "x": np.zeros(0, F32),
+            "mu": np.tile(self.most_M / experts, (experts, 1)).astype(F32),
+            "pi": np.zeros(experts, F32),
+            "y": np.zeros(len(space.count_K), F32),
+        }
+        self.iterations = 0
+
+    @property
+    def used(self) -> IntArray:
+        """Columns in use."""
+        return self.ids[self.image["x"] > 0]
+
+    def hold(self, ids: IntArray) -> None:
+        """Go on with these columns, as many as there is room for, and no others."""
+        ids = np.unique(ids[: self.most_columns])
+        x = np.zeros(len(ids), F32)
+        _, mine, theirs = np.intersect1d(ids, self.ids, assume_unique=True, return_indices=True)
+        x[mine] = self.z["x"][theirs]
+        self.z["x"], self.ids = x, ids
+        self.parts = np.empty((len(ids), len(self.most_M)), F32)
+        scale = self.weight / self.unit
+        cut_rows(self.space.rows(ids) * scale, self.ends_LT * scale, self.parts)
+        self.sets, self.kind = self.space.members(ids), self.space.kind(ids)
+        self.sizes = self.space.size_K[self.kind]
+        self._scale()
+
+    def _scale(self) -> None:
+        """Step sizes from the norms of both kinds of rows, which are scaled to be alike."""
+        held = np.zeros((self.space.problem.num_experts, len(self.ids)), F32)
+        for s in range(self.sets.shape[1]):
+            mine = np.flatnonzero(self.sizes > s)
+            held[self.sets[mine, s], mine] = 1.0
+        rng = np.random.default_rng(0)
+        x, y = rng.random((2, len(self.ids)), dtype=F32)
+        for _ in range(POWER_STEPS):
+            x = (held * (((held * x) @ self.parts) @ self.parts.T)).sum(axis=0)
+            y = held.T @ (held @ y) + np.bincount(self.kind, y, len(self.space.count_K))[self.kind].astype(F32)
+            norms = float(np.linalg.norm(x)), float(np.linalg.norm(y))
+            x, y = x / F32(max(norms[0], 1e-30)), y / F32(norms[1])
+        self.norm = max(np.sqrt(norms[0]), 1e-12)
+        ratio = F32(self.norm / np.sqrt(norms[1]))
+        for name in ("pi", "y"):
+            self.z[name] *= self.ratio / ratio
+        self.ratio = ratio
+        self._restart(self.z)
+
+    def _restart(self, start: dict[str, Floats]) -> None:
+        self.z = {name: part.copy() for name, part in start.items()}
+        self.anchor = {name: part.copy() for name, part in start.items()}
+        self.image = {name: part.copy() for name, part in start.items()}
+        self.since, self.first, self.last = 0, 0.0, np.inf
+
+    def iterate(self, count: int, stop: Any) -> None:
+        """So many steps, unless stopped."""
+        cost, held, used = (np.empty_like(self.z[name]) for name in ("mu", "pi", "y"))
+        for _ in range(count):
+            if stop[0]:
+                return
+            z, image, ratio = self.z, self.image, self.ratio
+            down, up = F32(STEP / self.norm / PRIMAL_WEIGHT), F32(STEP / self.norm * PRIMAL_WEIGHT)
+            step_columns(
+                self.parts, self.sets, self.sizes, self.kind, z["x"], z["mu"], ratio * z["pi"], ratio * z["y"],
+                np.array([down]), image["x"], cost, held, used,
+            )  # fmt: skip
+            cost *= up
+            cost += z["mu"]
+            project(cost, self.most_M, image["mu"])
+            image["pi"][...] = z["pi"] + up * ratio * (1 - held)
+            image["y"][...] = z["y"] + up * ratio * (self.space.count_K.astype(F32) - used)
+            self._advance(down, up)
+
+    def _advance(self, down: np.float32, up: np.float32) -> None:
+        self.iterations += 1
+        self.since += 1
+        apart = {name: float(((self.image[name] - self.z[name]) ** 2).sum()) for name in self.z}
+        error = np.sqrt(apart["x"] / down + (apart["mu"] + apart["pi"] + apart["y"]) / up)
+        if self.since == 1:
+            self.first = error
+        fallen = error <= SUFFICIENT * self.first or (error <= NECESSARY * self.first and error > self.last)
+        if fallen or self.since > max(20, LONG * self.iterations):
+            self._restart(self.image)
+            return
+        part = F32(self.since / (self.since + 1))
+        for name, z in self.z.items():
+            z[...] = self.anchor[name] * (1 - part) + part * (2 * self.image[name] - z)
+        self.last = error
+
+    def multipliers(self) -> tuple[FloatArray, FloatArray]:
+        """(mu [L, E, T], pi [E] in microseconds), as `Space.prove` takes them."""
+        experts, levels = len(self.z["mu"]), len(self.levels_LT)
+        mu = self.image["mu"].reshape(experts, levels, -1).transpose(1, 0, 2) * self.weight
+        return mu, self.image["pi"] * float(self.ratio) * self.unit

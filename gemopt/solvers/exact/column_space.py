@@ -1,0 +1,178 @@
+"""All contents that ranks can have, what they take at every step, and the bound that prices of experts prove.
+
+A column (k, C) puts the S_k experts of C on a rank of kind k. The latency f_k(C, t) is cut at levels `b_0t < b_1t < ...`,
+of which b_0 is a floor that no placement falls below. In every level the slowest rank takes as much as any other does, so
+for multipliers `mu_tli >= 0` with `sum_i mu_tli <= w_t` and any prices pi of experts no placement is below
+
+    sum_t w_t b_0t  +  sum_i pi_i  +  sum_k count_k min_C ( cost_k(C) - sum_{i in C} pi_i )
+    cost_k(C) = sum_tl (sum_{i in C} mu_tli) max(0, min(f_k(C, t), b_{l+1,t}) - b_lt)
+
+since the columns of a placement share each `sum_i mu_tli`. Latencies are exact here, whatever the cost model. What a
+column has above the least of its kind is its reduced cost: those of a placement add up to at most what is open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.latency import FloatArray
+from gemopt.problem import Problem
+from gemopt.solvers.exact.column_kernels import price, rows_of
+from gemopt.solvers.exact.tree import Tables, tables_of
+from gemopt.solvers.size import num_columns
+
+IntArray = NDArray[np.int64]
+
+LEVELS = (0.0, 0.6, 1.5)  # of what is open in the mean step, above its floor
+SAFE = 1e-11  # relative: sums of a few thousand terms in float64 are off by less
+
+
+class Proven(NamedTuple):
+    """A bound in microseconds, what proves it, and the reduced costs [columns] it leaves.
+
+    levels: [L, T] microseconds, the last level has no end. mu: [L, E, T]. pi: [E] microseconds.
+    """
+
+    bound_us: float
+    levels_LT: FloatArray
+    mu_LET: FloatArray
+    pi_E: FloatArray
+    extra_N: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Columns of a problem without spare slots, kind by kind; see `of`.
+
+    ranks_K, count_K, size_K: of each kind of ranks that have slots the first one, how many there are, and their slots.
+    sets: [N, S] experts of the columns of ranks with S slots. first_K: where the columns of a kind begin.
+    """
+
+    problem: Problem
+    floor_T: FloatArray
+    features_EFT: NDArray[np.int32]
+    tables: Tables
+    ranks_K: IntArray
+    count_K: IntArray
+    size_K: IntArray
+    sets: dict[int, NDArray[np.uint8]]
+    first_K: IntArray
+
+    @classmethod
+    def of(cls, problem: Problem, floor_T: FloatArray) -> Space | None:
+        """The columns of a problem with floors of its steps in microseconds; None where there are too many."""
+        kinds = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
+        ranks_K = np.array([group[0] for group in kinds], np.int64)
+        size_K, features_FTE = problem.slots_per_rank[ranks_K], problem.features_FTE
+        if num_columns(problem) is None:
+            return None
+        tables = tables_of(problem.latencies, features_FTE.sum(axis=2).max(axis=1))
+        if tables is None:
+            return None
+        idle = [
+            float(problem.latencies[g]([0] * len(features_FTE))) for g in np.flatnonzero(problem.slots_per_rank == 0)
+        ]
+        sets = {
+            int(size): np.array(list(combinations(range(problem.num_experts), int(size))), np.uint8)
+            for size in np.unique(size_K)
+        }
+        first_K = np.cumsum([0, *(len(sets[int(size)]) for size in size_K)])[:-1]
+        return cls(
+            problem=problem,
+            floor_T=np.maximum(floor_T, max(idle, default=0.0)),
+            features_EFT=np.ascontiguousarray(features_FTE.transpose(2, 0, 1)),
+            tables=tables,
+            ranks_K=ranks_K,
+            count_K=np.array([len(group) for group in kinds]),
+            size_K=size_K,
+            sets=sets,
+            first_K=first_K,
+        )
+
+    def __len__(self) -> int:
+        return int(self.first_K[-1]) + len(self.sets[int(self.size_K[-1])])
+
+    def kind(self, ids: IntArray) -> IntArray:
+        """Kinds of some columns."""
+        return np.searchsorted(self.first_K, ids, side="right") - 1
+
+    def members(self, ids: IntArray) -> NDArray[np.uint8]:
+        """[n, most slots] experts of some columns, then zeros."""
+        out, kind = np.zeros((len(ids), int(self.size_K.max())), np.uint8), self.kind(ids)
+        for k in np.unique(kind):
+            mine, size = kind == k, int(self.size_K[k])
+            out[mine, :size] = self.sets[size][ids[mine] - self.first_K[k]]
+        return out
+
+    def masks(self, ids: IntArray) -> NDArray[np.uint64]:
+        """Experts of some columns as bits."""
+        bits, size_N = np.uint64(1) << self.members(ids).astype(np.uint64), self.size_K[self.kind(ids)]
+        bits[np.arange(bits.shape[1]) >= size_N[:, None]] = 0
+        return np.asarray(np.bitwise_or.reduce(bits, axis=1))
+
+    def rows(self, ids: IntArray) -> FloatArray:
+        """[n, T] latencies of some columns in microseconds."""
+        out, kind, members = np.empty((len(ids), self.problem.num_steps)), self.kind(ids), self.members(ids)
+        for size in self.sets:
+            mine = np.flatnonzero(self.size_K[kind] == size)
+            part = np.empty((len(mine), out.shape[1]))
+            sets = np.ascontiguousarray(members[mine, :size])
+            rows_of(self.features_EFT, sets, self.ranks_K[kind[mine]], self.tables, part)
+            out[mine] = part
+        return out
+
+    def ids(self, row: IntArray) -> IntArray:
+        """Columns of a placement [P]."""
+        found = []
+        for k, rank in enumerate(self.ranks_K):
+            size = int(self.size_K[k])
+            group = next(group for group in self.problem.equal_ranks if rank in group)
+            for g in group:
+                held = np.sort(row[self.problem.rank_of_slot == g]).astype(np.uint8)
+                found.append(int(self.first_K[k] + np.flatnonzero((self.sets[size] == held).all(axis=1))[0]))
+        return np.array(found)
+
+    def row(self, ids: IntArray) -> IntArray:
+        """[P] the placement of some columns that hold every expert once."""
+        row = np.full(self.problem.num_slots, -1)
+        left = {int(rank): list(g) for rank in self.ranks_K for g in self.problem.equal_ranks if rank in g}
+        for k, members in zip(self.kind(ids), self.members(ids), strict=True):
+            g = left[int(self.ranks_K[k])].pop()
+            row[self.problem.rank_of_slot == g] = members[: int(self.size_K[k])]
+        return row
+
+    def levels(self, value_us: float) -> FloatArray:
+        """[L, T] where latencies are cut, given a placement's objective in microseconds."""
+        total = float(self.problem.weights_T.sum())
+        open_us = max(0.0, value_us - float(self.problem.weights_T @ self.floor_T)) / max(total, 1e-300)
+        cuts = LEVELS if open_us > 0 else LEVELS[:1]
+        return np.stack([self.floor_T + cut * open_us for cut in cuts])
+
+    def prove(self, levels_LT: FloatArray, mu_LET: FloatArray, pi_E: FloatArray, stop: Any) -> Proven | None:
+        """The bound of any multipliers and prices, which are made feasible first; None when stopped."""
+        weights_T = self.problem.weights_T
+        mu = np.maximum(np.nan_to_num(mu_LET.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
+        pi = np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        mu *= np.minimum(1.0, weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=1), 1e-300))[:, None]
+        ends = np.vstack([levels_LT, np.full((1, len(weights_T)), np.inf)])
+        mu_ELT = np.ascontiguousarray(mu.transpose(1, 0, 2))
+        extra = np.empty(len(self))
+        bound = float(weights_T @ self.floor_T) + float(pi.sum())
+        size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum()) * 3
+        for width, sets in self.sets.items():
+            kinds = np.flatnonzero(self.size_K == width)
+            cost_KN = np.empty((len(kinds), len(sets)))
+            if not price(self.features_EFT, sets, self.ranks_K[kinds], self.tables, ends, mu_ELT, cost_KN, stop):
+                return None
+            net_KN = cost_KN - pi[sets].sum(axis=1)
+            for k, net_N, cost_N in zip(kinds, net_KN, cost_KN, strict=True):
+                least = int(net_N.argmin())
+                bound += self.count_K[k] * float(net_N[least])
+                size += self.count_K[k] * float(cost_N[least])
+                extra[self.first_K[k] : self.first_K[k] + len(sets)] = net_N - net_N[least]
+        return Proven(bound - SAFE * size, levels_LT, mu, pi, extra)

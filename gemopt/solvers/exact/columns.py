@@ -1,0 +1,173 @@
+"""Set partitioning over the contents of ranks: bounds and proves layers of few slots per rank, every cost model alike.
+
+The master programme over some columns (`column_master`) gives multipliers, all columns are priced with them
+(`column_space`), which is a bound, and the cheapest join the master. In between, the columns that the bound leaves are
+searched (`search_columns`): first those in use, for better placements; then all, for a proof.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from gemopt.bounds import step_bounds
+from gemopt.evaluate import objective
+from gemopt.exceptions import UnsupportedError
+from gemopt.problem import Problem
+from gemopt.result import StoppedBy, relative_gap
+from gemopt.solvers import get
+from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
+from gemopt.solvers.exact.column_kernels import search_columns
+from gemopt.solvers.exact.column_master import Master
+from gemopt.solvers.exact.column_space import IntArray, Proven, Space
+from gemopt.solvers.exact.tree import CLOSE
+from gemopt.solvers.search.packing import lpt_row
+
+ITERATIONS = 50  # of the master between two looks at all columns
+HELD = 1024  # cheapest columns in the master, beside those in use
+IN_USE = 0.003  # of a column in the master: it may be part of a good placement
+DIVE_NODES = 2_000
+FIRST_NODES = 200_000  # of the first search for a proof; each next one may look at twice as many
+MOST_ROWS = 3e7  # entries of the rows of columns that are searched
+LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
+NEVER = 2**62
+
+
+class Columns:
+    """Column generation over all contents of a rank, reduced-cost enumeration, and a search of what is left."""
+
+    name = "columns"
+    supports = Supports(spare_slots=False, proves=True, improves=True)
+
+    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+        """Place one layer; see `Solver`.
+
+        Raises
+        ------
+        UnsupportedError
+            Spare slots or moves: a column holds one copy of each of its experts and has no price but time.
+        """
+        if problem.spare_slots or problem.moves is not None:
+            asked = f"{problem.spare_slots} spare slots" if problem.spare_slots else "moves"
+            raise UnsupportedError(
+                "solver columns", asked, "one copy of each expert, and no moves", "use cpsat or milp"
+            )
+        row = lpt_row(problem) if warm_start is None else warm_start.copy()
+        value = objective(problem, row)
+        history = [incumbent(value, options.bound_us)]
+        gap = relative_gap(value, options.bound_us)
+        if gap is not None and options.bound_us > 0 and gap <= options.gap:
+            return Outcome(row, StoppedBy.GAP, options.bound_us, history, start_us=value, reached=False)
+        if options.expired():
+            return Outcome(row, options.cut_by, None, history, "no time to solve", start_us=value, reached=False)
+        space = Space.of(problem, step_bounds(problem))
+        if space is None:
+            note = "too many contents of a rank to list them"
+            return Outcome(row, StoppedBy.ITERATIONS, None, history, note, start_us=value, reached=False)
+        with options.alarm() as stop:
+            search = _Search(space, row, value, options, stop)
+            stopped_by = search.go()
+        outcome = Outcome(search.row, stopped_by, search.bound_us, history + search.history, start_us=value)
+        outcome.stated_steps = outcome.distinct_steps = problem.num_steps
+        outcome.own_bound_us, outcome.columns = search.bound_us, search.proven
+        if stopped_by is not StoppedBy.PROOF:
+            outcome.note = f"{len(search.left())} of {len(space)} contents of a rank may be part of a better placement"
+        return outcome
+
+
+class _Search:
+    """What is known of a layer: the best placement, the best bound and the columns that it leaves."""
+
+    def __init__(self, space: Space, row: Row, value: float, options: Options, stop: Any) -> None:
+        self.space, self.row, self.value, self.options, self.stop = space, row, value, options, stop
+        self.history: list[Any] = []
+        self.proven: Proven | None = None
+        self.done = False
+        self.nodes = FIRST_NODES
+        self.looks: list[tuple[int, float]] = []
+
+    @property
+    def bound_us(self) -> float:
+        """The best bound so far, which a search to the end has made the placement itself."""
+        if self.done:
+            return self.value * (1 - 2 * CLOSE)
+        known = 0.0 if self.proven is None else self.proven.bound_us
+        return min(self.value, max(known, float(self.space.problem.weights_T @ self.space.floor_T) * (1 - CLOSE)))
+
+    def go(self) -> StoppedBy:
+        """Until proven, within the gap, out of time, or without progress."""
+        master = Master(self.space, max(self.value, 1e-300))
+        master.hold(self._around())
+        while not (self.stop[0] or self._closed()):
+            master.iterate(ITERATIONS, self.stop)
+            found = self.space.prove(master.levels_LT, *master.multipliers(), self.stop)
+            if found is None:
+                break
+            if self.proven is None or found.bound_us > self.proven.bound_us:
+                self.proven = found
+            self.looks.append((master.iterations, self.proven.bound_us))
+            self._look_through(master.ids[master.image["x"] > IN_USE], DIVE_NODES)
+            self._look_through(self.left(), self.nodes)
+            if self._stalled():
+                break
+            cheapest = np.argpartition(found.extra_N, min(HELD, len(self.space) - 1))[:HELD]
+            master.hold(np.concatenate([self.space.ids(self.row), master.used, cheapest]))
+        if not self._closed():
+            self._look_through(self.left(), NEVER)
+        if self._closed():
+            return StoppedBy.PROOF if self.done or self.value <= self.bound_us * (1 + 2 * CLOSE) else StoppedBy.GAP
+        return self.options.cut_by if self.stop[0] else StoppedBy.ITERATIONS
+
+    def left(self) -> IntArray:
+        """Columns that may be part of a better placement, the likeliest first."""
+        if self.proven is None:
+            return np.arange(len(self.space))
+        ids = np.flatnonzero(self.proven.extra_N < self.value * (1 - CLOSE) - self.proven.bound_us)
+        return ids[np.argsort(self.proven.extra_N[ids], kind="stable")]
+
+    def _closed(self) -> bool:
+        gap = relative_gap(self.value, self.bound_us)
+        return self.done or (gap is not None and gap <= max(self.options.gap, 2 * CLOSE))
+
+    def _stalled(self) -> bool:
+        """Whether the last half of the iterations gained next to nothing of what is open."""
+        now, bound = self.looks[-1]
+        before = [value for count, value in self.looks if count <= now / 2]
+        return len(before) > 3 and bound - before[-1] <= LEAST_GAIN * (self.value - bound)
+
+    def _look_through(self, ids: IntArray, most_nodes: int) -> bool:
+        """Search partitions into some columns; whether a better one was found. All of `left` to the end: a proof."""
+        assert self.proven is not None
+        space, problem = self.space, self.space.problem
+        if len(ids) * problem.num_steps > MOST_ROWS:
+            return False
+        extra_N, kind = self.proven.extra_N[ids], space.kind(ids)
+        order = np.argsort(extra_N, kind="stable")
+        ids, extra_N, kind = ids[order], extra_N[order], kind[order]
+        chosen = np.full(int(space.count_K.sum()), -1)
+        whole = most_nodes >= FIRST_NODES
+        best, nodes, ended = search_columns(
+            space.rows(ids), space.masks(ids), kind, extra_N, space.size_K[kind].astype(np.float64), space.count_K,
+            problem.weights_T, space.floor_T, self.proven.bound_us, self.value, chosen, most_nodes, self.stop,
+        )  # fmt: skip
+        self.done |= whole and ended
+        if whole and nodes >= most_nodes:
+            self.nodes *= 2
+        if not best < self.value * (1 - CLOSE):
+            return False
+        polished = get("local-search").solve(problem, replace(self.options, patience=0), space.row(ids[chosen]))
+        assert polished.row is not None
+        self.row, self.value = polished.row, objective(problem, polished.row)
+        self.history.append(incumbent(self.value, self.proven.bound_us))
+        return True
+
+    def _around(self) -> IntArray:
+        """Columns of the placement, and those one swap away."""
+        space, found = self.space, [space_ids := self.space.ids(self.row)]
+        for k, members in zip(space.kind(space_ids), space.members(space_ids), strict=True):
+            size = int(space.size_K[k])
+            held_E = np.isin(np.arange(space.problem.num_experts), members[:size])
+            found.append(space.first_K[k] + np.flatnonzero(held_E[space.sets[size]].sum(axis=1) == size - 1))
+        return np.concatenate(found)
