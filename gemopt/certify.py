@@ -17,8 +17,10 @@ from gemopt.placement import Split
 from gemopt.profile import Profile
 from gemopt.result import Result
 from gemopt.schedule import Layer
+from gemopt.solvers.exact.column_space import Proven
 from gemopt.traces import Traces
 from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
+from gemopt.verify_columns import PART_BITS, check_columns
 from gemopt.verify_dual import check_dual, slack, units
 
 
@@ -68,6 +70,8 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
         )
         if layer.together is not None and not layer.problem.spare_slots:
             proof = _with_dual(case, proof, layer.together, duals)
+        if outcome is not None and isinstance(outcome.columns, Proven):
+            proof = _with_columns(case, proof, outcome.columns, duals)
         checked_us = max(proof.dual_us or 0.0, floor_bound_us(case))
         if proof.proof is Proof.CLAIMED and checked_us >= proof.bound_us * (1 - 1e2 * SAME):
             proof = proof.model_copy(update={"proof": Proof.DUAL})
@@ -97,6 +101,21 @@ def _check_cost(profile: Profile, cost: CostModel) -> None:
         (c.x.tobytes(), c.y.tobytes(), c.slope) for each in again.latencies for term in each.terms for c in term
     ]:
         raise InputError("certificate", cost.name, "a cost model as fitted to the profile", "name one, as --cost does")
+
+
+def _with_columns(case: Case, proof: LayerProof, known: Proven, duals: dict[str, IntArray]) -> LayerProof:
+    """The proof with its multipliers of all contents of a rank, rounded."""
+    levels = np.maximum.accumulate(np.floor(known.levels_LT * PS).astype(np.int64))
+    levels[0] = np.minimum(levels[0], case.floors_T)
+    mine = {
+        f"level.{proof.layer_id}": levels,
+        f"share.{proof.layer_id}": np.ascontiguousarray(np.floor(known.mu_LET * UNIT), np.int64),
+        f"price.{proof.layer_id}": np.round(known.pi_E * PS * (1 << PART_BITS)).astype(np.int64),
+    }
+    columns_us = check_columns(case, proof, mine).bound_us
+    duals.update(mine)
+    best = max(proof.bound_us, min(columns_us, proof.objective_us))
+    return proof.model_copy(update={"proof": Proof.COLUMNS, "columns_us": columns_us, "bound_us": best})
 
 
 def _with_dual(case: Case, proof: LayerProof, known: Together, duals: dict[str, IntArray]) -> LayerProof:

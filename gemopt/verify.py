@@ -1,8 +1,8 @@
 """Check a certificate from the documents alone, sharing no code with what made it.
 
 What the cost model says of the profile is the question, not the answer: it is fitted again by `gemopt.costs`. All
-else, loads, latencies, floors, bounds and search, is written here, in `verify_dual` and in `verify_tree` once more.
-Times are whole picoseconds, rounded down for bounds.
+else, loads, latencies, floors, bounds and search, is written here and in `verify_dual`, `verify_columns` and
+`verify_tree` once more. Times are whole picoseconds, rounded down for bounds.
 """
 
 from __future__ import annotations
@@ -250,6 +250,7 @@ def _check_digests(certificate: Certificate, profile: Profile, traces: Traces) -
 
 
 def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most_nodes: int) -> LayerCheck:
+    from gemopt.verify_columns import check_columns, no_better_contents
     from gemopt.verify_dual import check_dual
     from gemopt.verify_tree import no_better
 
@@ -265,16 +266,23 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
     checked_us, note = floor_bound_us(case), "step by step"
     if layer.dual_us is not None:
         dual_us = check_dual(case, layer, duals)
-        if abs(dual_us - layer.dual_us) > SAME * max(abs(dual_us), 1.0):
-            raise InputError(f"{name}.dual_us", layer.dual_us, f"{dual_us!r}, from the multipliers", "it was edited")
-        if dual_us > found_us:
-            raise InputError(f"{name}.dual_us", dual_us, f"at most the objective, {found_us!r}")
+        _check_bound(f"{name}.dual_us", layer.dual_us, dual_us, found_us)
         if dual_us > checked_us:
             checked_us, note = dual_us, "multipliers checked"
     if layer.proof is Proof.DUAL and layer.bound_us > checked_us * (1 + 1e3 * SAME):
         raise InputError(f"{name}.bound_us", layer.bound_us, f"{checked_us!r}, which is proven", "it was edited")
-    if layer.proof is Proof.TREE:
-        nodes, better = no_better(case, layer.bound_us, most_nodes)
+    search: tuple[int, float | None] | None = None
+    if layer.columns_us is not None:
+        contents = check_columns(case, layer, duals)
+        _check_bound(f"{name}.columns_us", layer.columns_us, contents.bound_us, found_us)
+        if contents.bound_us > checked_us:
+            checked_us, note = contents.bound_us, "contents of ranks priced again"
+        if layer.bound_us > checked_us * (1 + 1e3 * SAME):
+            search = no_better_contents(case, contents, layer.bound_us, most_nodes)
+    elif layer.proof is Proof.TREE:
+        search = no_better(case, layer.bound_us, most_nodes)
+    if search is not None:
+        nodes, better = search
         if better is not None:
             raise InputError(
                 f"{name}.bound_us", layer.bound_us, f"a placement of {better!r} us exists", "it is no bound"
@@ -284,6 +292,14 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
         else:
             note += f"; the search did not end within {most_nodes} nodes"
     return LayerCheck(layer.layer_id, layer.proof, found_us, min(checked_us, found_us), layer.bound_us, note)
+
+
+def _check_bound(name: str, said_us: float, here_us: float, found_us: float) -> None:
+    """What multipliers prove is what was said, and no more than the placement is worth."""
+    if abs(here_us - said_us) > SAME * max(abs(here_us), 1.0):
+        raise InputError(name, said_us, f"{here_us!r}, from the multipliers", "it was edited")
+    if here_us > found_us:
+        raise InputError(name, here_us, f"at most the objective, {found_us!r}")
 
 
 def _feasible(case: Case, layer: LayerProof) -> IntArray:

@@ -26,6 +26,7 @@ TIERS = [
         "certificate",
         "verify",
         "verify_dual",
+        "verify_columns",
         "verify_tree",
     ],
     ["bounds", "solvers"],

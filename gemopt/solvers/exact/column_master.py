@@ -4,7 +4,8 @@
     every expert in one column, count_k columns of kind k, x >= 0
 
 Its dual solutions are the multipliers and prices of `Space.prove`. Reflected Halpern steps with restarts, as in
-`gemopt.bounds.primal_dual`, from no column in use: from the incumbent's alone the iteration stays there for long. Times are in units of the incumbent's objective.
+`gemopt.bounds.primal_dual`, from no column in use: from the incumbent's alone the iteration stays there for long.
+Times are in units of the incumbent's objective.
 """
 
 from __future__ import annotations

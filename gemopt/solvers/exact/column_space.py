@@ -1,8 +1,8 @@
 """All contents that ranks can have, what they take at every step, and the bound that prices of experts prove.
 
-A column (k, C) puts the S_k experts of C on a rank of kind k. The latency f_k(C, t) is cut at levels `b_0t < b_1t < ...`,
-of which b_0 is a floor that no placement falls below. In every level the slowest rank takes as much as any other does, so
-for multipliers `mu_tli >= 0` with `sum_i mu_tli <= w_t` and any prices pi of experts no placement is below
+A column (k, C) puts the S_k experts of C on a rank of kind k. Its latency f_k(C, t) is cut at levels `b_0t < b_1t ...`,
+of which b_0 is a floor that no placement falls below. In every level the slowest rank has at least what any other has,
+so for multipliers `mu_tli >= 0` with `sum_i mu_tli <= w_t` and any prices pi of experts no placement is below
 
     sum_t w_t b_0t  +  sum_i pi_i  +  sum_k count_k min_C ( cost_k(C) - sum_{i in C} pi_i )
     cost_k(C) = sum_tl (sum_{i in C} mu_tli) max(0, min(f_k(C, t), b_{l+1,t}) - b_lt)

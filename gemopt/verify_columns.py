@@ -1,0 +1,225 @@
+"""What multipliers over all contents of a rank prove, in whole numbers, and a plain search of the contents they leave.
+
+The formula is that of docs/certificates.md. Multipliers are in 2^-24, levels in picoseconds, prices and costs in 2^-12
+picoseconds; every product is rounded down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import combinations
+from math import comb
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.certificate import UNIT, IntArray, LayerProof
+from gemopt.exceptions import InputError
+from gemopt.verify_dual import below
+
+if TYPE_CHECKING:
+    from gemopt.verify import Case
+
+PS = 10**6
+PART_BITS = 12
+LONGEST_PS = 1 << 38  # of a level: what is longer counts as this long, so that products and sums fit in 63 bits
+LARGEST_PRICE = 1 << 52
+MOST_COLUMNS = 400_000
+MOST_ENTRIES = 2e8  # columns x steps
+BATCH = 1 << 20  # entries looked at together
+MOST_ROWS = 3e7
+CLOSE = 1e-9  # relative
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is proven in microseconds, and of every kind of ranks the contents [N, S] and reduced costs [N]."""
+
+    bound_us: float
+    ranks: list[list[int]]
+    sets: list[NDArray[np.int64]]
+    extra_us: list[NDArray[np.float64]]
+
+
+def check_columns(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> Contents:
+    """The bound by the multipliers of all contents of a rank, each of which is listed and priced here.
+
+    Raises
+    ------
+    InputError
+        Multipliers missing, of other shapes, negative or of too large sums; levels that fall or begin above the floor
+        of a step; too many contents.
+    """
+    name = f"Certificate.layers[{layer.layer_id}]"
+    levels_LT, mu_LET, price_E = _arrays(case, layer, duals, name)
+    ranks = _kinds(case)
+    total = (int(levels_LT[0].sum()) << PART_BITS) + sum(int(price) for price in price_E)
+    sets, extras = [], []
+    for group in ranks:
+        size = int(case.slots_G[group[0]])
+        members = np.array(list(combinations(range(len(price_E)), size)), np.int64)
+        net_N = np.concatenate([_costs(case, group[0], part, levels_LT, mu_LET) for part in _batches(case, members)])
+        net_N -= price_E[members].sum(axis=1)
+        least = int(net_N.min())
+        total += len(group) * least
+        sets.append(members)
+        extras.append((net_N - least) / float(PS << PART_BITS))
+    return Contents(below(Fraction(total, PS << PART_BITS)), ranks, sets, extras)
+
+
+def _arrays(
+    case: Case, layer: LayerProof, duals: dict[str, IntArray], name: str
+) -> tuple[IntArray, IntArray, IntArray]:
+    """(levels [L, T], multipliers [L, E, T], prices [E]) when they are what the bound needs."""
+    steps, experts = case.counts_TE.shape
+    try:
+        levels_LT, mu_LET, price_E = (duals[f"{part}.{layer.layer_id}"] for part in ("level", "share", "price"))
+    except KeyError as error:
+        raise InputError(f"multipliers {error}", "nothing", "the file beside the certificate must have them") from None
+    shapes = levels_LT.shape, mu_LET.shape, price_E.shape
+    levels = len(levels_LT) if levels_LT.ndim else 0
+    if not levels or shapes != ((levels, steps), (levels, experts, steps), (experts,)):
+        raise InputError(f"{name}: multipliers", str(shapes), "levels and one for every level, expert and step; prices")
+    if case.spare:
+        raise InputError(f"{name}.proof", "columns", "contents of ranks prove nothing where slots are spare")
+    columns = sum(comb(experts, int(case.slots_G[group[0]])) for group in _kinds(case))
+    if columns > MOST_COLUMNS or columns * steps > MOST_ENTRIES:
+        raise InputError(f"{name}.proof", f"{columns} contents of ranks", f"at most {MOST_COLUMNS}, for all steps 2e8")
+    if (mu_LET < 0).any() or (mu_LET > UNIT).any() or (mu_LET.sum(axis=1) > UNIT).any():
+        raise InputError(
+            f"{name}: share", int(mu_LET.max()), f"multipliers >= 0 that sum to at most {UNIT} for each step"
+        )
+    if (levels_LT[0] > case.floors_T).any() or (np.diff(levels_LT, axis=0) < 0).any() or levels_LT.min() < -LONGEST_PS:
+        raise InputError(f"{name}: level", int(levels_LT.max()), "levels that rise from at most the floor of each step")
+    if np.abs(price_E).max() > LARGEST_PRICE:
+        raise InputError(f"{name}: price", int(np.abs(price_E).max()), f"at most {LARGEST_PRICE}")
+    return levels_LT, mu_LET, price_E
+
+
+def _kinds(case: Case) -> list[list[int]]:
+    """Ranks with slots, those together that have the same latency and slots."""
+    found: dict[object, list[int]] = {}
+    for g in np.flatnonzero(case.slots_G):
+        terms = case.cost.latencies[g].terms
+        key = (int(case.slots_G[g]), tuple(tuple((*c.x, None, *c.y, c.slope) for c in term) for term in terms))
+        found.setdefault(key, []).append(int(g))
+    return list(found.values())
+
+
+def _batches(case: Case, members: IntArray) -> Iterator[IntArray]:
+    count = max(1, BATCH // len(case.counts_TE))
+    for first in range(0, len(members), count):
+        yield members[first : first + count]
+
+
+def _held(experts: int, members: IntArray) -> NDArray[np.float64]:
+    """[E, n] ones where an expert is in a content: products with it are sums of whole numbers, exact in float64."""
+    held_EN = np.zeros((experts, len(members)))
+    held_EN[members.T, np.arange(len(members))] = 1.0
+    return held_EN
+
+
+def _rows(case: Case, g: int, members: IntArray) -> NDArray[np.float64]:
+    """[T, n] microseconds that rank g takes with these contents."""
+    held_EN = _held(case.counts_TE.shape[1], members)
+    return case.times_us(g, np.stack([loads_TE @ held_EN for loads_TE in case.loads_FTE]).astype(np.int64))
+
+
+def _costs(case: Case, g: int, members: IntArray, levels_LT: IntArray, mu_LET: IntArray) -> IntArray:
+    """[n] what the multipliers make of each content, in 2^-12 picoseconds, rounded down."""
+    rows_TN = case.floor_ps(_rows(case, g, members))
+    held_EN, total_N = _held(mu_LET.shape[1], members), np.zeros(len(members), np.int64)
+    longest = min(LONGEST_PS, (1 << 49) // levels_LT.size)
+    for index, low_T in enumerate(levels_LT):
+        most_T = np.full(len(low_T), longest)
+        if index + 1 < len(levels_LT):
+            most_T = np.minimum(most_T, levels_LT[index + 1] - low_T)
+        part_TN = np.clip(rows_TN - low_T[:, None], 0, most_T[:, None])
+        mass_TN = (mu_LET[index].T @ held_EN).astype(np.int64)
+        total_N += ((mass_TN * part_TN) >> (UNIT.bit_length() - 1 - PART_BITS)).sum(axis=0)
+    return total_N
+
+
+class _SpentError(Exception):
+    """The nodes are spent."""
+
+
+def no_better_contents(case: Case, contents: Contents, bound_us: float, most_nodes: int) -> tuple[int, float | None]:
+    """As `verify_tree.no_better`, over the contents that the multipliers leave for a placement below the bound."""
+    search = _Search(case, contents, bound_us, most_nodes)
+    if len(search.extra_N) * len(case.counts_TE) > MOST_ROWS:
+        return most_nodes, None
+    try:
+        search.begin()
+    except _SpentError:
+        return most_nodes, None
+    return search.nodes, search.better
+
+
+class _Search:
+    """Expert by expert, the one with the fewest contents left first; all contents that hold it at once."""
+
+    better: float | None
+
+    def __init__(self, case: Case, contents: Contents, bound_us: float, most_nodes: int) -> None:
+        self.case, self.most_nodes, self.nodes, self.better = case, most_nodes, 0, None
+        self.limit_us = bound_us * (1 - CLOSE)
+        self.room_us = self.limit_us - contents.bound_us + CLOSE * abs(bound_us)
+        self.contents = contents
+        self.left = [np.flatnonzero(extra_N <= self.room_us) for extra_N in contents.extra_us]
+        self.kind_N = np.repeat(np.arange(len(self.left)), [len(ids) for ids in self.left])
+        self.extra_N = np.concatenate([extra[ids] for extra, ids in zip(contents.extra_us, self.left, strict=True)])
+
+    def begin(self) -> None:
+        """Search all placements of the contents that are left."""
+        case, contents = self.case, self.contents
+        experts = case.counts_TE.shape[1]
+        self.held_NE = np.zeros((len(self.extra_N), experts), bool)
+        self.rows_NT = np.empty((len(self.extra_N), len(case.counts_TE)))
+        for k, (sets, ids) in enumerate(zip(contents.sets, self.left, strict=True)):
+            mine, first = np.flatnonzero(self.kind_N == k), 0
+            for part in _batches(case, sets[ids]):
+                some = mine[first : first + len(part)]
+                self.held_NE[some] = _held(experts, part).T > 0
+                self.rows_NT[some] = _rows(case, contents.ranks[k][0], part).T
+                first += len(part)
+        self.share_N = self.extra_N / np.maximum(self.held_NE.sum(axis=1), 1)
+        idle = [
+            case.times_us(g, np.zeros((len(case.loads_FTE), 1), np.int64)) for g in np.flatnonzero(case.slots_G == 0)
+        ]
+        z_T = np.full(len(case.counts_TE), max((float(each.max()) for each in idle), default=-np.inf))
+        counts = np.array([len(group) for group in contents.ranks])
+        floor_T = np.maximum(z_T, case.floors_T / PS * (1 - CLOSE))
+        self.go(np.arange(len(self.extra_N)), np.zeros(experts, bool), counts, floor_T, self.room_us)
+
+    def go(
+        self, ids: IntArray, used_E: NDArray[np.bool_], left_K: IntArray, z_T: NDArray[np.float64], room_us: float
+    ) -> None:
+        """All ways to complete what is used by contents `ids`, whose reduced costs may add up to `room_us`."""
+        fits = (left_K[self.kind_N[ids]] > 0) & (self.extra_N[ids] <= room_us)
+        ids = ids[fits & ~self.held_NE[ids][:, used_E].any(axis=1)]
+        open_E = np.flatnonzero(~used_E)
+        held = self.held_NE[np.ix_(ids, open_E)]
+        if not len(ids) or not held.any(axis=0).all():
+            return
+        least_E = np.where(held, self.share_N[ids][:, None], np.inf).min(axis=0)
+        keeps = self.extra_N[ids] + held @ -least_E + least_E.sum() <= room_us
+        ids, held = ids[keeps], held[keeps]
+        children = ids[held[:, held.sum(axis=0).argmin()]] if len(ids) else ids
+        self.nodes += len(children)
+        if self.nodes >= self.most_nodes:
+            raise _SpentError
+        values = np.maximum(self.rows_NT[children], z_T).sum(axis=1)
+        for n in children[values < self.limit_us]:
+            used, left = used_E | self.held_NE[n], left_K.copy()
+            left[self.kind_N[n]] -= 1
+            slowest_T = np.maximum(z_T, self.rows_NT[n])
+            if used.all():
+                self.better = float(slowest_T.sum())
+            else:
+                self.go(ids, used, left, slowest_T, room_us - float(self.extra_N[n]))
+            if self.better is not None:
+                return

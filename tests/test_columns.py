@@ -1,0 +1,145 @@
+"""Columns: placements proven over all contents of ranks, and certificates of them that are checked again."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from gemopt.bounds import step_bounds
+from gemopt.certificate import Certificate, duals_path
+from gemopt.costs import fit
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.problem import Problem, problems
+from gemopt.profile import Profile
+from gemopt.result import StoppedBy
+from gemopt.solve import solve
+from gemopt.solvers import get
+from gemopt.solvers.base import Options
+from gemopt.solvers.exact.column_space import Space
+from gemopt.solvers.size import prover
+from gemopt.traces import Traces
+from gemopt.verify import verify
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+optimum = _load("brute").optimum
+_verify = _load("test_verify")
+profile, traces = _verify.profile, _verify.traces
+NEVER = np.zeros(1, np.uint8)
+
+
+def one(experts: int, slots: object = None, *, tile: int = 1) -> Problem:
+    cost, _ = fit(profile(tile=tile), model="staircase")
+    return problems(cost, traces(experts=experts, layers=1), slots)[0]
+
+
+@pytest.mark.parametrize(("experts", "slots", "tile"), [(6, None, 1), (7, [2, 2, 3], 16), (5, [0, 3, 2], 1)])
+def test_the_optimum_is_found_and_proven(experts: int, slots: object, tile: int) -> None:
+    problem = one(experts, slots, tile=tile)
+    best_us = optimum(problem)
+    outcome = get("columns").solve(problem, Options(deadline=np.inf), None)
+    assert outcome.stopped_by is StoppedBy.PROOF
+    assert outcome.history[-1].objective_us == pytest.approx(best_us, rel=1e-9)
+    assert outcome.bound_us is not None and best_us * (1 - 1e-8) <= outcome.bound_us <= best_us
+
+
+def test_any_multipliers_prove_a_bound() -> None:
+    problem = one(6, [2, 2, 2], tile=16)
+    space, best_us = Space.of(problem, step_bounds(problem)), optimum(problem)
+    assert space is not None
+    rng = np.random.default_rng(0)
+    for size in (0.0, 0.1, 1.0, 100.0):
+        levels = space.levels(best_us * rng.uniform(0.9, 1.5))
+        mu = rng.random((len(levels), 6, problem.num_steps)) ** 3 * size
+        found = space.prove(levels, mu, rng.normal(size=6) * size * best_us / 6, NEVER)
+        assert found is not None and found.bound_us <= best_us
+
+
+def test_columns_and_rows_are_one_placement() -> None:
+    problem = one(7, [2, 2, 3])
+    space = Space.of(problem, step_bounds(problem))
+    assert space is not None
+    row = get("lpt").solve(problem, Options(deadline=np.inf), None).row
+    assert row is not None
+    back = space.row(space.ids(row))
+    for group in problem.equal_ranks:
+        sets = [{frozenset(r[problem.rank_of_slot == g].tolist()) for g in group} for r in (row, back)]
+        assert sets[0] == sets[1]
+
+
+def test_what_columns_cannot_do_is_refused_or_said() -> None:
+    with pytest.raises(UnsupportedError, match="spare slots"):
+        get("columns").solve(one(6, [3, 3, 3]), Options(deadline=np.inf), None)
+    wide = one(60)
+    assert prover(wide) is None
+    outcome = get("columns").solve(wide, Options(deadline=np.inf), None)
+    assert "too many contents" in outcome.note and outcome.bound_us is None
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile, Traces]:
+    path = tmp_path_factory.mktemp("columns") / "cert.json"
+    result = solve(profile(tile=16), traces(experts=6), solver="columns", certificate=path)
+    assert result.status.value == "optimal"
+    return path, profile(tile=16), traces(experts=6)
+
+
+def test_a_columns_proof_is_repeated(made: tuple[Path, Profile, Traces]) -> None:
+    path, measured, counts = made
+    found = verify(path, measured, counts)
+    assert {layer.proof.value for layer in found.layers} == {"columns"}
+    assert found.checked_us == pytest.approx(found.objective_us, rel=1e-6)
+    given_up = verify(path, measured, counts, most_nodes=1)
+    assert given_up.checked_us <= found.checked_us <= found.objective_us
+    said = [layer.columns_us or 0.0 for layer in Certificate.load(path).layers]
+    assert given_up.checked_us >= sum(said) * (1 - 1e-9)
+
+
+def test_edited_multipliers_of_contents_are_found(made: tuple[Path, Profile, Traces], tmp_path: Path) -> None:
+    path, measured, counts = made
+    stated, duals = Certificate.load(path), load_file(duals_path(path))
+    higher = duals["price.0"].copy()
+    higher[0] += 10**10
+    edits = {
+        "share.0": ((duals["share.0"] + (1 << 24), "sum to at most"), (-duals["share.0"] - 1, ">= 0")),
+        "level.0": ((duals["level.0"] + 10**9, "floor of each step"), (duals["level.0"][::-1], "levels that rise")),
+        "price.0": ((higher, "from the multipliers"), (duals["price.0"] + (1 << 60), "at most")),
+    }
+    for name, tries in edits.items():
+        for values, said in tries:
+            stated.write(tmp_path / "c.json", duals | {name: np.ascontiguousarray(values)})
+            with pytest.raises(InputError, match=said):
+                verify(tmp_path / "c.json", measured, counts)
+        stated.write(tmp_path / "c.json", {key: value for key, value in duals.items() if key != name})
+        with pytest.raises(InputError, match="must have them"):
+            verify(tmp_path / "c.json", measured, counts)
+
+
+def test_a_false_bound_over_contents_is_found(made: tuple[Path, Profile, Traces], tmp_path: Path) -> None:
+    """The placement of another solver, called optimal with the multipliers of the best one."""
+    path, measured, counts = made
+    stated, duals = Certificate.load(path), load_file(duals_path(path))
+    solve(measured, counts, solver="linear", certificate=tmp_path / "w.json")
+    poor = Certificate.load(tmp_path / "w.json").layers
+    assert poor[0].objective_us > 1.01 * stated.layers[0].objective_us
+    layers = [
+        good.model_copy(update={"row": bad.row, "objective_us": bad.objective_us, "bound_us": bad.objective_us})
+        for good, bad in zip(stated.layers, poor, strict=True)
+    ]
+    total = sum(layer.objective_us for layer in layers)
+    lie = stated.model_copy(update={"layers": layers, "objective_us": total, "bound_us": total, "gap": 0.0})
+    lie.write(tmp_path / "lie.json", duals)
+    with pytest.raises(InputError, match="a placement of"):
+        verify(tmp_path / "lie.json", measured, counts)
