@@ -72,7 +72,7 @@ class Auto:
 
 def _searched_on(problem: Problem, options: Options, proven: Outcome) -> Outcome:
     """What was proven, and a better placement from the time that is left."""
-    more = LocalSearch().solve(problem, options, proven.row)
+    more = LocalSearch().solve(problem, replace(options, begun=None), proven.row)
     proven.row, proven.stopped_by, proven.search = more.row, more.stopped_by, more.search
     proven.history = proven.history + more.history
     return proven

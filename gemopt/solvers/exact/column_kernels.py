@@ -193,19 +193,15 @@ def rarest(ways_E: Array, used: int) -> int:
 @njit(cache=True, nogil=True)
 def search_columns(
     rows_NT: Array, masks_N: Array, kind_N: Array, extra_N: Array, size_N: Array, left_K: Array, weights_T: Array,
-    floor_T: Array, base: float, best: float, chosen_G: Array, most_nodes: int, stop: Array,
+    floor_T: Array, experts: int, base: float, best: float, chosen_G: Array, most_nodes: int, stop: Array,
 ) -> tuple[float, int, bool]:  # fmt: skip
     """(objective of the best partition into columns, nodes looked at, whether all were searched).
 
     Columns are in order of their reduced costs `extra_N`, which add up to what a partition has above `base` at least.
     A node is cut by these, and by the slowest of its columns at every step. chosen_G: columns of a better partition.
     """
-    columns, steps, ranks, experts = len(masks_N), len(floor_T), len(chosen_G), 0
-    every = np.uint64(0)
-    for n in range(columns):
-        every |= masks_N[n]
-    while experts < 64 and every >> np.uint64(experts):
-        experts += 1
+    columns, steps, ranks = len(masks_N), len(floor_T), len(chosen_G)
+    every = ~np.uint64(0) >> np.uint64(64 - experts)
     lists, counts = np.empty((ranks + 1, columns), np.int32), np.zeros(ranks + 1, np.int64)
     z, at = np.empty((ranks + 1, steps)), np.zeros(ranks + 1, np.int64)
     pivot, spent = np.zeros(ranks + 1, np.int64), np.zeros(ranks + 1)

@@ -137,12 +137,12 @@ class _Search:
         before = [value for count, value in self.looks if count <= now / 2]
         return len(before) > 3 and bound - before[-1] <= LEAST_GAIN * (self.value - bound)
 
-    def _look_through(self, ids: IntArray, most_nodes: int) -> bool:
-        """Search partitions into some columns; whether a better one was found. All of `left` to the end: a proof."""
+    def _look_through(self, ids: IntArray, most_nodes: int) -> None:
+        """Search partitions into some columns for better placements. All of `left` to the end: a proof."""
         assert self.proven is not None
         space, problem = self.space, self.space.problem
         if len(ids) * problem.num_steps > MOST_ROWS:
-            return False
+            return
         extra_N, kind = self.proven.extra_N[ids], space.kind(ids)
         order = np.argsort(extra_N, kind="stable")
         ids, extra_N, kind = ids[order], extra_N[order], kind[order]
@@ -150,18 +150,23 @@ class _Search:
         whole = most_nodes >= FIRST_NODES
         best, nodes, ended = search_columns(
             space.rows(ids), space.masks(ids), kind, extra_N, space.size_K[kind].astype(np.float64), space.count_K,
-            problem.weights_T, space.floor_T, self.proven.bound_us, self.value, chosen, most_nodes, self.stop,
+            problem.weights_T, space.floor_T, problem.num_experts, self.proven.bound_us, self.value, chosen,
+            most_nodes, self.stop,
         )  # fmt: skip
+        if best < self.value * (1 - CLOSE):
+            self._take(space.row(ids[chosen]))
         self.done |= whole and ended
-        if whole and nodes >= most_nodes:
+        if whole and not ended:
             self.nodes *= 2
-        if not best < self.value * (1 - CLOSE):
-            return False
-        polished = get("local-search").solve(problem, replace(self.options, patience=0), space.row(ids[chosen]))
-        assert polished.row is not None
-        self.row, self.value = polished.row, objective(problem, polished.row)
-        self.history.append(incumbent(self.value, self.proven.bound_us))
-        return True
+
+    def _take(self, row: Row) -> None:
+        """Keep a better placement, after a descent from it."""
+        problem, options = self.space.problem, replace(self.options, patience=0, begun=None)
+        descended = get("local-search").solve(problem, options, row).row
+        rows = [row] if descended is None else [row, descended]
+        self.row = min(rows, key=lambda each: objective(problem, each))
+        self.value = objective(problem, self.row)
+        self.history.append(incumbent(self.value, self.bound_us))
 
     def _around(self) -> IntArray:
         """Columns of the placement, and those one swap away."""
