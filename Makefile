@@ -54,7 +54,7 @@ quiet: .venv/.dev
 # About an hour of one core: bounds and solvers against trying all placements, 1e5 random tiny problems in all.
 FUZZ_SEED ?= 1000000
 fuzz: .venv/.dev
-	for run in bounds:60000 local-search:5000 auto:5000 cpsat:15000 highs:10000 cbc:5000 branch:5000; do \
+	for run in bounds:60000 local-search:5000 auto:5000 cpsat:15000 highs:10000 cbc:5000 branch:5000 columns:5000; do \
 		$(BIN)/python tests/fuzz/fuzz.py --solver $${run%:*} --n $${run#*:} --seed $(FUZZ_SEED) || exit 1; done
 
 clean:

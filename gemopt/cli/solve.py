@@ -74,7 +74,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 
 SOLVERS = (
     "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, moetuner, conflict, local-search, "
-    "branch, cpsat, milp"
+    "branch, columns, cpsat, milp"
 )
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4

@@ -28,6 +28,7 @@ RUNS = [
     *((name, 100) for name in fuzz.SIMPLE),
     ("auto", 150),
     ("branch", 300),
+    ("columns", 300),
     ("cpsat", 300),
     ("highs", 100),
     ("cbc", 50),

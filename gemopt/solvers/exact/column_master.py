@@ -26,6 +26,7 @@ MOST_ROOM = 2e7  # entries of the columns' parts
 POWER_STEPS = 12
 STEP = 0.67  # of the norm of either kind of rows, below the root of a half
 PRIMAL_WEIGHT = 30.0
+HIGHEST = 10.0  # times the incumbent's objective: a step that takes longer counts as this
 SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # of the fixed-point error, and of the iterations, at a restart
 
 
@@ -35,7 +36,7 @@ class Master:
     def __init__(self, space: Space, value_us: float) -> None:
         self.space, self.unit = space, value_us
         self.levels_LT = space.levels(value_us)
-        self.ends_LT = np.vstack([self.levels_LT, np.full((1, self.levels_LT.shape[1]), np.inf)])
+        self.ends_LT = np.vstack([self.levels_LT, np.full((1, self.levels_LT.shape[1]), HIGHEST * value_us)])
         experts, levels = space.problem.num_experts, len(self.levels_LT)
         self.weight = max(float(space.problem.weights_T.mean()), 1e-300)  # the unit of multipliers
         self.most_M = np.tile(space.problem.weights_T / self.weight, levels).astype(F32)

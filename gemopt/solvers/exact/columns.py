@@ -114,7 +114,7 @@ class _Search:
                 break
             cheapest = np.argpartition(found.extra_N, min(HELD, len(self.space) - 1))[:HELD]
             master.hold(np.concatenate([self.space.ids(self.row), master.used, cheapest]))
-        if not self._closed():
+        if self.proven is not None and not self._closed():
             self._look_through(self.left(), NEVER)
         if self._closed():
             return StoppedBy.PROOF if self.done or self.value <= self.bound_us * (1 + 2 * CLOSE) else StoppedBy.GAP
@@ -148,7 +148,7 @@ class _Search:
         ids, extra_N, kind = ids[order], extra_N[order], kind[order]
         chosen = np.full(int(space.count_K.sum()), -1)
         whole = most_nodes >= FIRST_NODES
-        best, nodes, ended = search_columns(
+        best, _, ended = search_columns(
             space.rows(ids), space.masks(ids), kind, extra_N, space.size_K[kind].astype(np.float64), space.count_K,
             problem.weights_T, space.floor_T, problem.num_experts, self.proven.bound_us, self.value, chosen,
             most_nodes, self.stop,
