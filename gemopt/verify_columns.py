@@ -188,7 +188,8 @@ class _Search:
                 first += len(part)
         self.share_N = self.extra_N / np.maximum(self.held_NE.sum(axis=1), 1)
         idle = [
-            case.times_us(g, np.zeros((len(case.loads_FTE), 1), np.int64)) for g in np.flatnonzero(case.slots_G == 0)
+            case.times_us(g, np.zeros((len(case.loads_FTE), 1), np.int64))
+            for g in np.flatnonzero(case.slots_G == 0).tolist()
         ]
         z_T = np.full(len(case.counts_TE), max((float(each.max()) for each in idle), default=-np.inf))
         counts = np.array([len(group) for group in contents.ranks])

@@ -5,7 +5,8 @@
 
 Its dual solutions are the multipliers and prices of `Space.prove`. Reflected Halpern steps with restarts, as in
 `gemopt.bounds.primal_dual`, from no column in use: from the incumbent's alone the iteration stays there for long.
-Times are in units of the incumbent's objective.
+It begins with one level, which costs least and takes it nearly all the way. Times are in units of the incumbent's
+objective.
 """
 
 from __future__ import annotations
@@ -35,20 +36,25 @@ class Master:
 
     def __init__(self, space: Space, value_us: float) -> None:
         self.space, self.unit = space, value_us
-        self.levels_LT = space.levels(value_us)
-        self.ends_LT = np.vstack([self.levels_LT, np.full((1, self.levels_LT.shape[1]), HIGHEST * value_us)])
-        experts, levels = space.problem.num_experts, len(self.levels_LT)
         self.weight = max(float(space.problem.weights_T.mean()), 1e-300)  # the unit of multipliers
-        self.most_M = np.tile(space.problem.weights_T / self.weight, levels).astype(F32)
-        self.most_columns = int(MOST_ROOM / len(self.most_M))
         self.ids, self.ratio = np.zeros(0, np.int64), F32(1)
+        most_T, experts = space.problem.weights_T / self.weight, space.problem.num_experts
         self.z: dict[str, Floats] = {
             "x": np.zeros(0, F32),
-            "mu": np.tile(self.most_M / experts, (experts, 1)).astype(F32),
+            "mu": np.tile(most_T / experts, (experts, 1)).astype(F32),
             "pi": np.zeros(experts, F32),
             "y": np.zeros(len(space.count_K), F32),
         }
         self.iterations = 0
+        self.cut(space.floor_T[None])
+
+    def cut(self, levels_LT: FloatArray) -> None:
+        """Cut latencies at these levels instead of one, before the next `hold`; multipliers are those of the one."""
+        self.levels_LT, steps = levels_LT, len(self.space.problem.weights_T)
+        self.ends_LT = np.vstack([levels_LT, np.full((1, steps), HIGHEST * self.unit)])
+        self.most_M = np.tile(self.space.problem.weights_T / self.weight, len(levels_LT)).astype(F32)
+        self.most_columns = int(MOST_ROOM / len(self.most_M))
+        self.z["mu"] = np.tile(self.z["mu"], (1, len(levels_LT)))
 
     @property
     def used(self) -> IntArray:
@@ -133,5 +139,5 @@ class Master:
     def multipliers(self) -> tuple[FloatArray, FloatArray]:
         """(mu [L, E, T], pi [E] in microseconds), as `Space.prove` takes them."""
         experts, levels = len(self.z["mu"]), len(self.levels_LT)
-        mu = self.image["mu"].reshape(experts, levels, -1).transpose(1, 0, 2) * self.weight
-        return mu, self.image["pi"] * float(self.ratio) * self.unit
+        mu = self.image["mu"].astype(np.float64).reshape(experts, levels, -1).transpose(1, 0, 2) * self.weight
+        return mu, self.image["pi"].astype(np.float64) * float(self.ratio) * self.unit

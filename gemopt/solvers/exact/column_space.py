@@ -29,7 +29,7 @@ from gemopt.solvers.size import num_columns
 IntArray = NDArray[np.int64]
 
 LEVELS = (0.0, 0.6, 1.5)  # of what is open in the mean step, above its floor
-SAFE = 1e-11  # relative: sums of a few thousand terms in float64 are off by less
+ULP = 2.0**-52
 
 
 class Proven(NamedTuple):
@@ -163,7 +163,7 @@ class Space:
         mu_ELT = np.ascontiguousarray(mu.transpose(1, 0, 2))
         extra = np.empty(len(self))
         bound = float(weights_T @ self.floor_T) + float(pi.sum())
-        size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum()) * 3
+        size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum())
         for width, sets in self.sets.items():
             kinds = np.flatnonzero(self.size_K == width)
             cost_KN = np.empty((len(kinds), len(sets)))
@@ -173,6 +173,6 @@ class Space:
             for k, net_N, cost_N in zip(kinds, net_KN, cost_KN, strict=True):
                 least = int(net_N.argmin())
                 bound += self.count_K[k] * float(net_N[least])
-                size += self.count_K[k] * float(cost_N[least])
+                size += self.count_K[k] * float(cost_N[least] + np.abs(pi[sets[least]]).sum())
                 extra[self.first_K[k] : self.first_K[k] + len(sets)] = net_N - net_N[least]
-        return Proven(bound - SAFE * size, levels_LT, mu, pi, extra)
+        return Proven(bound - ULP * (mu.size / len(pi) + len(pi) + 64) * size, levels_LT, mu, pi, extra)

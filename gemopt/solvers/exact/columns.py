@@ -26,11 +26,12 @@ from gemopt.solvers.exact.tree import CLOSE
 from gemopt.solvers.search.packing import lpt_row
 
 ITERATIONS = 50  # of the master between two looks at all columns
+COARSE = 400  # iterations with one level
 HELD = 1024  # cheapest columns in the master, beside those in use
 IN_USE = 0.003  # of a column in the master: it may be part of a good placement
 DIVE_NODES = 2_000
-FIRST_NODES = 200_000  # of the first search for a proof; each next one may look at twice as many
-MOST_ROWS = 3e7  # entries of the rows of columns that are searched
+FIRST_NODES = 60_000  # of the first search for a proof; the second one may look at twice as many, and so on
+MOST_ROWS = 2e7  # entries of the rows of columns that are searched
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
 NEVER = 2**62
 
@@ -85,7 +86,6 @@ class _Search:
         self.history: list[Any] = []
         self.proven: Proven | None = None
         self.done = False
-        self.nodes = FIRST_NODES
         self.looks: list[tuple[int, float]] = []
 
     @property
@@ -109,9 +109,11 @@ class _Search:
                 self.proven = found
             self.looks.append((master.iterations, self.proven.bound_us))
             self._look_through(master.ids[master.image["x"] > IN_USE], DIVE_NODES)
-            self._look_through(self.left(), self.nodes)
+            self._look_through(self.left(), FIRST_NODES * len(self.looks))
             if self._stalled():
                 break
+            if master.iterations == COARSE:
+                master.cut(self.space.levels(self.value))
             cheapest = np.argpartition(found.extra_N, min(HELD, len(self.space) - 1))[:HELD]
             master.hold(np.concatenate([self.space.ids(self.row), master.used, cheapest]))
         if self.proven is not None and not self._closed():
@@ -121,11 +123,10 @@ class _Search:
         return self.options.cut_by if self.stop[0] else StoppedBy.ITERATIONS
 
     def left(self) -> IntArray:
-        """Columns that may be part of a better placement, the likeliest first."""
+        """Columns that may be part of a better placement."""
         if self.proven is None:
             return np.arange(len(self.space))
-        ids = np.flatnonzero(self.proven.extra_N < self.value * (1 - CLOSE) - self.proven.bound_us)
-        return ids[np.argsort(self.proven.extra_N[ids], kind="stable")]
+        return np.flatnonzero(self.proven.extra_N < self.value * (1 - CLOSE) - self.proven.bound_us)
 
     def _closed(self) -> bool:
         gap = relative_gap(self.value, self.bound_us)
@@ -143,9 +144,8 @@ class _Search:
         space, problem = self.space, self.space.problem
         if len(ids) * problem.num_steps > MOST_ROWS:
             return
+        ids = ids[np.argsort(self.proven.extra_N[ids], kind="stable")]
         extra_N, kind = self.proven.extra_N[ids], space.kind(ids)
-        order = np.argsort(extra_N, kind="stable")
-        ids, extra_N, kind = ids[order], extra_N[order], kind[order]
         chosen = np.full(int(space.count_K.sum()), -1)
         whole = most_nodes >= FIRST_NODES
         best, _, ended = search_columns(
@@ -156,17 +156,16 @@ class _Search:
         if best < self.value * (1 - CLOSE):
             self._take(space.row(ids[chosen]))
         self.done |= whole and ended
-        if whole and not ended:
-            self.nodes *= 2
 
     def _take(self, row: Row) -> None:
-        """Keep a better placement, after a descent from it."""
+        """Keep a placement when it is better, after a descent from it."""
         problem, options = self.space.problem, replace(self.options, patience=0, begun=None)
         descended = get("local-search").solve(problem, options, row).row
-        rows = [row] if descended is None else [row, descended]
-        self.row = min(rows, key=lambda each: objective(problem, each))
-        self.value = objective(problem, self.row)
-        self.history.append(incumbent(self.value, self.bound_us))
+        for each in [row] if descended is None else [row, descended]:
+            value = objective(problem, each)
+            if value < self.value * (1 - CLOSE):
+                self.row, self.value = each, value
+                self.history.append(incumbent(value, self.bound_us))
 
     def _around(self) -> IntArray:
         """Columns of the placement, and those one swap away."""
