@@ -114,9 +114,14 @@ def test_edited_multipliers_of_contents_are_found(made: tuple[Path, Profile, Tra
     higher[0] += 10**10
     edits = {
         "share.0": ((duals["share.0"] + (1 << 24), "sum to at most"), (-duals["share.0"] - 1, ">= 0")),
-        "level.0": ((duals["level.0"] + 10**9, "floor of each step"), (duals["level.0"][::-1], "levels that rise")),
+        "level.0": ((duals["level.0"] + 10**9, "floor of each step"), (duals["level.0"][:, :-1], "levels and one for")),
         "price.0": ((higher, "from the multipliers"), (duals["price.0"] + (1 << 60), "at most")),
     }
+    falling = np.vstack([duals["level.0"], duals["level.0"][-1:] - 1])
+    more = np.vstack([duals["share.0"], duals["share.0"][-1:]])
+    stated.write(tmp_path / "c.json", duals | {"level.0": falling, "share.0": more})
+    with pytest.raises(InputError, match="levels that rise"):
+        verify(tmp_path / "c.json", measured, counts)
     for name, tries in edits.items():
         for values, said in tries:
             stated.write(tmp_path / "c.json", duals | {name: np.ascontiguousarray(values)})

@@ -5,7 +5,7 @@ Shapes: N columns of M = L T entries, one per level and step; K kinds of ranks; 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -14,6 +14,21 @@ from numpy.typing import NDArray
 from gemopt.solvers.exact.tree import CLOSE, FAST, Tables
 
 Array = NDArray[Any]
+LOOK = 8  # the work of looking at a column once more, in steps
+
+
+class Found(NamedTuple):
+    """Columns to search, by their reduced costs `extra` [N].
+
+    rows: [N, T] latencies. masks, sets, sizes: experts as bits [N], listed [N, S], and how many [N]. kind: [N].
+    """
+
+    rows: Array
+    masks: Array
+    sets: Array
+    sizes: Array
+    kind: Array
+    extra: Array
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -142,24 +157,24 @@ def slower(z_T: Array, row_T: Array, weights_T: Array, out_T: Array) -> float:
 
 @njit(cache=True, nogil=True)
 def narrow(
-    list_N: Array, count: int, masks_N: Array, kind_N: Array, extra_N: Array, size_N: Array, used: int, left_K: Array,
-    room: float, share_E: Array, ways_E: Array, out_N: Array,
+    list_N: Array, count: int, columns: Found, used: int, left_K: Array, room: float, share_E: Array, ways_E: Array,
+    out_N: Array,
 ) -> int:  # fmt: skip
     """The columns of a list that can still complete a partition within `room` of reduced cost, or none; how many.
 
     Every expert pays its share of the reduced cost of its column, at least `share_E` of those in the list.
     """
-    experts, kept, total = len(share_E), 0, 0.0
+    kept, total = 0, 0.0
     share_E[:] = np.inf
     for p in range(count):
         n = list_N[p]
-        if masks_N[n] & used == 0 and left_K[kind_N[n]] > 0 and extra_N[n] < room:
+        if columns.masks[n] & used == 0 and left_K[columns.kind[n]] > 0 and columns.extra[n] < room:
             out_N[kept] = n
             kept += 1
-            for e in range(experts):
-                if masks_N[n] >> np.uint64(e) & np.uint64(1):
-                    share_E[e] = min(share_E[e], extra_N[n] / size_N[n])
-    for e in range(experts):
+            for s in range(columns.sizes[n]):
+                e = columns.sets[n, s]
+                share_E[e] = min(share_E[e], columns.extra[n] / columns.sizes[n])
+    for e in range(len(share_E)):
         if not used >> np.uint64(e) & np.uint64(1):
             total += share_E[e]
     if not total < room:
@@ -169,14 +184,13 @@ def narrow(
     for p in range(last):
         n = out_N[p]
         others = total
-        for e in range(experts):
-            if masks_N[n] >> np.uint64(e) & np.uint64(1):
-                others -= share_E[e]
-        if extra_N[n] + others < room:
+        for s in range(columns.sizes[n]):
+            others -= share_E[columns.sets[n, s]]
+        if columns.extra[n] + others < room:
             out_N[kept] = n
             kept += 1
-            for e in range(experts):
-                ways_E[e] += masks_N[n] >> np.uint64(e) & np.uint64(1)
+            for s in range(columns.sizes[n]):
+                ways_E[columns.sets[n, s]] += 1
     return kept
 
 
@@ -192,66 +206,63 @@ def rarest(ways_E: Array, used: int) -> int:
 
 @njit(cache=True, nogil=True)
 def search_columns(
-    rows_NT: Array, masks_N: Array, kind_N: Array, extra_N: Array, size_N: Array, left_K: Array, weights_T: Array,
-    floor_T: Array, experts: int, base: float, best: float, chosen_G: Array, most_nodes: int, stop: Array,
-) -> tuple[float, int, bool]:  # fmt: skip
-    """(objective of the best partition into columns, nodes looked at, whether all were searched).
+    columns: Found, left_K: Array, weights_T: Array, floor_T: Array, experts: int, base: float, best: float,
+    chosen_G: Array, most_work: int, stop: Array,
+) -> tuple[float, bool]:  # fmt: skip
+    """(objective of the best partition into columns, whether all were searched).
 
-    Columns are in order of their reduced costs `extra_N`, which add up to what a partition has above `base` at least.
-    A node is cut by these, and by the slowest of its columns at every step. chosen_G: columns of a better partition.
+    Reduced costs add up to what a partition has above `base` at least. A node is cut by these, and by the slowest of
+    its columns at every step. chosen_G: columns of a better partition. most_work: steps and columns looked at.
     """
-    columns, steps, ranks = len(masks_N), len(floor_T), len(chosen_G)
+    steps, ranks = len(floor_T), len(chosen_G)
     every = ~np.uint64(0) >> np.uint64(64 - experts)
-    lists, counts = np.empty((ranks + 1, columns), np.int32), np.zeros(ranks + 1, np.int64)
+    lists, counts = np.empty((ranks + 1, len(columns.masks)), np.int32), np.zeros(ranks + 1, np.int64)
     z, at = np.empty((ranks + 1, steps)), np.zeros(ranks + 1, np.int64)
     pivot, spent = np.zeros(ranks + 1, np.int64), np.zeros(ranks + 1)
     used, trail = np.zeros(ranks + 1, np.uint64), np.zeros(ranks + 1, np.int64)
     share, ways, left = np.empty(experts), np.empty(experts, np.int64), left_K.copy()
     z[0] = floor_T
-    for n in range(columns):
+    for n in range(len(columns.masks)):
         lists[0, n] = n
-    counts[0] = narrow(
-        lists[0], columns, masks_N, kind_N, extra_N, size_N, used[0], left, best * (1 - CLOSE) - base, share, ways,
-        lists[0],
-    )  # fmt: skip
+    limit = best * (1 - CLOSE)
+    counts[0] = narrow(lists[0], len(columns.masks), columns, used[0], left, limit - base, share, ways, lists[0])
     pivot[0] = rarest(ways, used[0]) if counts[0] else -1
-    depth, nodes = 0, 0
+    depth, work = 0, 0
     while depth >= 0:
-        limit = best * (1 - CLOSE)
         found = -1
         while pivot[depth] >= 0 and at[depth] < counts[depth]:
             n = lists[depth, at[depth]]
             at[depth] += 1
-            if base + spent[depth] + extra_N[n] >= limit:
+            if base + spent[depth] + columns.extra[n] >= limit:
                 at[depth] = counts[depth]
-            elif masks_N[n] >> np.uint64(pivot[depth]) & np.uint64(1):
+            elif columns.masks[n] >> np.uint64(pivot[depth]) & np.uint64(1):
                 found = n
                 break
         if found < 0:
             depth -= 1
             if depth >= 0:
-                left[kind_N[trail[depth]]] += 1
+                left[columns.kind[trail[depth]]] += 1
             continue
-        nodes += 1
-        if nodes >= most_nodes or stop[0] != 0:
-            return best, nodes, False
-        value = slower(z[depth], rows_NT[found], weights_T, z[depth + 1])
+        work += steps
+        if work >= most_work or stop[0] != 0:
+            return best, False
+        value = slower(z[depth], columns.rows[found], weights_T, z[depth + 1])
         if value >= limit:
             continue
         trail[depth] = found
-        used[depth + 1] = used[depth] | masks_N[found]
-        spent[depth + 1] = spent[depth] + extra_N[found]
+        used[depth + 1] = used[depth] | columns.masks[found]
+        spent[depth + 1] = spent[depth] + columns.extra[found]
         if used[depth + 1] == every:
-            best = value
-            chosen_G[:] = -1
-            chosen_G[: depth + 1] = trail[: depth + 1]
+            best, limit = value, value * (1 - CLOSE)
+            chosen_G[:] = trail[:ranks]
             continue
-        left[kind_N[found]] -= 1
+        left[columns.kind[found]] -= 1
         depth += 1
         at[depth] = 0
+        work += LOOK * counts[depth - 1]
         counts[depth] = narrow(
-            lists[depth - 1], counts[depth - 1], masks_N, kind_N, extra_N, size_N, used[depth], left,
-            limit - base - spent[depth], share, ways, lists[depth],
+            lists[depth - 1], counts[depth - 1], columns, used[depth], left, limit - base - spent[depth], share, ways,
+            lists[depth],
         )  # fmt: skip
         pivot[depth] = rarest(ways, used[depth]) if counts[depth] else -1
-    return best, nodes, True
+    return best, True

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.solvers.exact.column_kernels import price, rows_of
+from gemopt.solvers.exact.column_kernels import Found, price, rows_of
 from gemopt.solvers.exact.tree import Tables, tables_of
 from gemopt.solvers.size import num_columns
 
@@ -114,6 +114,11 @@ class Space:
         bits, size_N = np.uint64(1) << self.members(ids).astype(np.uint64), self.size_K[self.kind(ids)]
         bits[np.arange(bits.shape[1]) >= size_N[:, None]] = 0
         return np.asarray(np.bitwise_or.reduce(bits, axis=1))
+
+    def found(self, ids: IntArray, extra_N: FloatArray) -> Found:
+        """Some columns, by their reduced costs, for `search_columns`."""
+        kind = self.kind(ids)
+        return Found(self.rows(ids), self.masks(ids), self.members(ids), self.size_K[kind], kind, extra_N)
 
     def rows(self, ids: IntArray) -> FloatArray:
         """[n, T] latencies of some columns in microseconds."""

@@ -29,8 +29,8 @@ ITERATIONS = 50  # of the master between two looks at all columns
 COARSE = 400  # iterations with one level
 HELD = 1024  # cheapest columns in the master, beside those in use
 IN_USE = 0.003  # of a column in the master: it may be part of a good placement
-DIVE_NODES = 2_000
-FIRST_NODES = 60_000  # of the first search for a proof; the second one may look at twice as many, and so on
+DIVE_WORK = 10**6  # steps and columns that a search of the columns in use may look at
+FIRST_WORK = 5 * 10**7  # of the first search for a proof; the second one may do twice as much, and so on
 MOST_ROWS = 2e7  # entries of the rows of columns that are searched
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
 NEVER = 2**62
@@ -108,8 +108,8 @@ class _Search:
             if self.proven is None or found.bound_us > self.proven.bound_us:
                 self.proven = found
             self.looks.append((master.iterations, self.proven.bound_us))
-            self._look_through(master.ids[master.image["x"] > IN_USE], DIVE_NODES)
-            self._look_through(self.left(), FIRST_NODES * len(self.looks))
+            self._look_through(master.ids[master.image["x"] > IN_USE], DIVE_WORK)
+            self._look_through(self.left(), FIRST_WORK * len(self.looks))
             if self._stalled():
                 break
             if master.iterations == COARSE:
@@ -138,24 +138,22 @@ class _Search:
         before = [value for count, value in self.looks if count <= now / 2]
         return len(before) > 3 and bound - before[-1] <= LEAST_GAIN * (self.value - bound)
 
-    def _look_through(self, ids: IntArray, most_nodes: int) -> None:
+    def _look_through(self, ids: IntArray, most_work: int) -> None:
         """Search partitions into some columns for better placements. All of `left` to the end: a proof."""
         assert self.proven is not None
         space, problem = self.space, self.space.problem
         if len(ids) * problem.num_steps > MOST_ROWS:
             return
         ids = ids[np.argsort(self.proven.extra_N[ids], kind="stable")]
-        extra_N, kind = self.proven.extra_N[ids], space.kind(ids)
+        columns = space.found(ids, self.proven.extra_N[ids])
         chosen = np.full(int(space.count_K.sum()), -1)
-        whole = most_nodes >= FIRST_NODES
-        best, _, ended = search_columns(
-            space.rows(ids), space.masks(ids), kind, extra_N, space.size_K[kind].astype(np.float64), space.count_K,
-            problem.weights_T, space.floor_T, problem.num_experts, self.proven.bound_us, self.value, chosen,
-            most_nodes, self.stop,
+        best, ended = search_columns(
+            columns, space.count_K, problem.weights_T, space.floor_T, problem.num_experts, self.proven.bound_us,
+            self.value, chosen, most_work, self.stop,
         )  # fmt: skip
         if best < self.value * (1 - CLOSE):
             self._take(space.row(ids[chosen]))
-        self.done |= whole and ended
+        self.done |= ended and most_work > DIVE_WORK
 
     def _take(self, row: Row) -> None:
         """Keep a placement when it is better, after a descent from it."""
