@@ -160,7 +160,7 @@ def no_better_contents(case: Case, contents: Contents, bound_us: float, most_nod
 
 
 class _Search:
-    """Expert by expert, the one with the fewest contents left first; all contents that hold it at once."""
+    """Expert by expert, the one with the fewest contents left first; a node looks at all that hold it at once."""
 
     better: float | None
 
@@ -210,7 +210,7 @@ class _Search:
         keeps = self.extra_N[ids] + held @ -least_E + least_E.sum() <= room_us
         ids, held = ids[keeps], held[keeps]
         children = ids[held[:, held.sum(axis=0).argmin()]] if len(ids) else ids
-        self.nodes += len(children)
+        self.nodes += 1
         if self.nodes >= self.most_nodes:
             raise _SpentError
         values = np.maximum(self.rows_NT[children], z_T).sum(axis=1)
