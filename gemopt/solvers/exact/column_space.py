@@ -14,6 +14,7 @@ column has above the least of its kind is its reduced cost: those of a placement
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -30,6 +31,14 @@ IntArray = NDArray[np.int64]
 
 LEVELS = (0.0, 0.6, 1.5)  # of what is open in the mean step, above its floor
 ULP = 2.0**-52
+
+
+@lru_cache(maxsize=4)
+def subsets(experts: int, size: int) -> NDArray[np.uint8]:
+    """[N, size] all sets of so many experts, which the layers of a network share."""
+    found = np.array(list(combinations(range(experts), size)), np.uint8)
+    found.setflags(write=False)
+    return found
 
 
 class Proven(NamedTuple):
@@ -77,10 +86,7 @@ class Space:
         idle = [
             float(problem.latencies[g]([0] * len(features_FTE))) for g in np.flatnonzero(problem.slots_per_rank == 0)
         ]
-        sets = {
-            int(size): np.array(list(combinations(range(problem.num_experts), int(size))), np.uint8)
-            for size in np.unique(size_K)
-        }
+        sets = {size: subsets(problem.num_experts, size) for size in np.unique(size_K).tolist()}
         first_K = np.cumsum([0, *(len(sets[int(size)]) for size in size_K)])[:-1]
         return cls(
             problem=problem,
