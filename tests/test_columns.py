@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from gemopt.bounds import step_bounds
-from gemopt.certificate import Certificate, duals_path
+from gemopt.certificate import UNIT, Certificate, LayerProof, Proof, duals_path
 from gemopt.costs import fit
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.problem import Problem, problems
@@ -23,7 +23,8 @@ from gemopt.solvers.base import Options
 from gemopt.solvers.exact.column_space import Space
 from gemopt.solvers.size import prover
 from gemopt.traces import Traces
-from gemopt.verify import verify
+from gemopt.verify import Case, verify
+from gemopt.verify_columns import check_columns
 
 
 def _load(name: str) -> ModuleType:
@@ -130,6 +131,26 @@ def test_edited_multipliers_of_contents_are_found(made: tuple[Path, Profile, Tra
         stated.write(tmp_path / "c.json", {key: value for key, value in duals.items() if key != name})
         with pytest.raises(InputError, match="must have them"):
             verify(tmp_path / "c.json", measured, counts)
+
+
+@pytest.mark.parametrize(("slots", "tile"), [([2, 2, 2], 1), ([2, 1, 3], 16), ([0, 4, 2], 16)])
+def test_any_whole_multipliers_prove_a_bound(slots: list[int], tile: int) -> None:
+    counts, rng = traces(experts=6, layers=1), np.random.default_rng(1)
+    cost, _ = fit(profile(tile=tile), model="staircase")
+    case = Case(counts.counts[:, 0].astype(np.int64), cost, np.array(slots))
+    best_us = optimum(problems(cost, counts, slots)[0])
+    layer = LayerProof(layer_id=0, proof=Proof.COLUMNS, row=list(range(6)), objective_us=best_us, bound_us=0.0)
+    highest = 0.0
+    for size in (0.0, 0.02, 0.2, 2.0) * 5:
+        share = rng.dirichlet(np.full(6, 0.3), (2, len(case.counts_TE))).transpose(0, 2, 1)
+        rise = rng.integers(0, 10**8, len(case.counts_TE))
+        duals = {
+            "level.0": np.stack([case.floors_T, case.floors_T + rise]),
+            "share.0": np.floor(share * UNIT).astype(np.int64),
+            "price.0": np.round(rng.normal(size=6) * size * best_us * 1e6 * 2**12 / 6).astype(np.int64),
+        }
+        highest = max(highest, check_columns(case, layer, duals).bound_us / best_us)
+    assert 0.5 < highest <= 1
 
 
 def test_a_false_bound_over_contents_is_found(made: tuple[Path, Profile, Traces], tmp_path: Path) -> None:
