@@ -100,7 +100,7 @@ class _Search:
         """Until proven, within the gap, out of time, or without progress."""
         master = Master(self.space, max(self.value, 1e-300))
         master.hold(self._around())
-        while not (self.stop[0] or self._closed()):
+        while not (self.stop[0] or self._within(self.options.gap)):
             master.iterate(ITERATIONS, self.stop)
             found = self.space.prove(master.levels_LT, *master.multipliers(), self.stop)
             if found is None:
@@ -116,10 +116,10 @@ class _Search:
                 master.cut(self.space.levels(self.value))
             cheapest = np.argpartition(found.extra_N, min(HELD, len(self.space) - 1))[:HELD]
             master.hold(np.concatenate([self.space.ids(self.row), master.used, cheapest]))
-        if self.proven is not None and not self._closed():
+        if self.proven is not None and not self._within(self.options.gap):
             self._look_through(self.left(), NEVER)
-        if self._closed():
-            return StoppedBy.PROOF if self.done or self.value <= self.bound_us * (1 + 2 * CLOSE) else StoppedBy.GAP
+        if self._within(self.options.gap):
+            return StoppedBy.PROOF if self._within(0.0) else StoppedBy.GAP
         return self.options.cut_by if self.stop[0] else StoppedBy.ITERATIONS
 
     def left(self) -> IntArray:
@@ -128,9 +128,10 @@ class _Search:
             return np.arange(len(self.space))
         return np.flatnonzero(self.proven.extra_N < self.value * (1 - CLOSE) - self.proven.bound_us)
 
-    def _closed(self) -> bool:
+    def _within(self, limit: float) -> bool:
+        """Whether the gap is at most this, or nothing but rounding."""
         gap = relative_gap(self.value, self.bound_us)
-        return self.done or (gap is not None and gap <= max(self.options.gap, 2 * CLOSE))
+        return self.done or (gap is not None and gap <= max(limit, 3 * CLOSE))
 
     def _stalled(self) -> bool:
         """Whether the last half of the iterations gained next to nothing of what is open."""
