@@ -42,7 +42,8 @@ class Proof(StrEnum):
 class LayerProof(BaseModel):
     """One layer: its placement [P], what it is worth, what no placement falls below, and why.
 
-    bound_us: the solver's bound, which the tree proves. dual_us, columns_us: what the multipliers of the co-location
+    bound_us: the solver's bound, which the tree proves; that of the multipliers where contents were not searched to the
+    end. dual_us, columns_us: what the multipliers of the co-location
     programme and of the contents of ranks prove, None where there are none.
     planes: [C, K, 1 + F] intercept and slopes of each group in 2^-24 picoseconds; group, factor: [G] of each rank that
     has slots, the factor in 2^-24. See docs/certificates.md.

@@ -15,7 +15,7 @@ from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
 from gemopt.placement import Split
 from gemopt.profile import Profile
-from gemopt.result import Result
+from gemopt.result import Result, StoppedBy
 from gemopt.schedule import Layer
 from gemopt.solvers.exact.column_space import Proven
 from gemopt.traces import Traces
@@ -71,6 +71,10 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
         if layer.together is not None and not layer.problem.spare_slots:
             proof = _with_dual(case, proof, layer.together, duals)
         if outcome is not None and isinstance(outcome.columns, Proven):
+            if outcome.stopped_by is not StoppedBy.PROOF:  # without a search to repeat, the multipliers say it all
+                proof = proof.model_copy(
+                    update={"bound_us": max(proof.dual_us or 0.0, min(floor_bound_us(case), value))}
+                )
             proof = _with_columns(case, proof, outcome.columns, duals)
         checked_us = max(proof.dual_us or 0.0, floor_bound_us(case))
         if proof.proof is Proof.CLAIMED and checked_us >= proof.bound_us * (1 - 1e2 * SAME):
