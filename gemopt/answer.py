@@ -11,12 +11,13 @@ from gemopt.costs import CostModel, FitReport
 from gemopt.evaluate import Evaluation, check, moves_us, objective, score, with_links
 from gemopt.exceptions import InputError, SolverError
 from gemopt.latency import FloatArray
+from gemopt.layers import history
 from gemopt.links import LinksReport
 from gemopt.moving import Moving
 from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, LayerResult, Origin, Result, Status, StoppedBy, relative_gap
-from gemopt.schedule import Run, history
+from gemopt.schedule import Run
 from gemopt.solvers.base import Row
 from gemopt.splits import plain
 from gemopt.splits.senders import Senders

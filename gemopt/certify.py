@@ -13,10 +13,10 @@ from gemopt.bounds.dual_bound import prices
 from gemopt.certificate import UNIT, Certificate, IntArray, LayerProof, Proof, counts_digest
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
+from gemopt.layers import Layer
 from gemopt.placement import Split
 from gemopt.profile import Profile
 from gemopt.result import Result, StoppedBy
-from gemopt.schedule import Layer
 from gemopt.solvers.exact.column_space import Proven
 from gemopt.traces import Traces
 from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us

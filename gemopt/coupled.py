@@ -11,9 +11,10 @@ import numpy as np
 from gemopt.bounds.links import links_bound
 from gemopt.evaluate import rank_times
 from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.layers import Coupling, Layer
 from gemopt.links import Exchange, Links
 from gemopt.profile import Profile
-from gemopt.schedule import Coupling, Layer, Run
+from gemopt.schedule import Run
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Row
 from gemopt.solvers.exact.joint import check_stated

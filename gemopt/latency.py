@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,10 @@ def _active(n: NDArray[Any]) -> NDArray[Any]:
     return (n > 0).astype(n.dtype)
 
 
+def _tiles(size: int, n: NDArray[Any]) -> NDArray[Any]:
+    return -(-n // size)
+
+
 ASSIGNMENTS = Feature("assignments", _assignments)
 ACTIVE = Feature("active", _active)
 
@@ -50,7 +54,7 @@ def tiles(tile_tokens: int) -> Feature:
     if tile_tokens < 1:
         raise InputError("tile_tokens", tile_tokens, "at least 1")
     size = min(tile_tokens, 2**31 - 1)  # beyond any count, so that it fits in their type
-    return Feature(f"tiles@{tile_tokens}", lambda n: -(-n // size))
+    return Feature(f"tiles@{tile_tokens}", partial(_tiles, size))
 
 
 @dataclass(frozen=True, eq=False)

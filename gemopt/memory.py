@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
+from gemopt.layers import Layer
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
-from gemopt.schedule import Layer, Run
+from gemopt.schedule import Run
 from gemopt.solvers.base import Row
 
 FIRST_SHARE = 0.5  # of the time, with all slots

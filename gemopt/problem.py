@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -106,6 +106,15 @@ class Problem:
             counts, tuple(features), tuple(latencies), slots, weights, nodes,
             split=Split(split), senders_TGE=senders_TGE, full=full,
         )  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As made: compiled kernels tell what is read-only from what is not."""
+        vars(self).update(state)
+        for array in (self.counts_TE, self.slots_per_rank, self.weights_T, self.node_of_rank):
+            array.setflags(write=False)
 
     @property
     def num_steps(self) -> int:

@@ -1,85 +1,51 @@
 """All layers of one call within one time: greedy answers, one descent each, bounds, deeper searches, in fair shares.
 
 A layer's share of a phase is what is left of it over the layers still to come, so time that one does not need goes to
-the others. Nothing here knows a solver by more than its name and what it supports.
+the others; the co-location bound takes the layers where most is open first, and lends them what others are due where it
+gains faster. Workers beyond one per layer search it again from other seeds. Nothing here knows a solver by more than
+its name and what it supports.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import Together, timed_step_bounds, together_bound, weighted
+from gemopt.bounds import timed_step_bounds, together_bound, weighted
+from gemopt.cluster import Cluster, packed, unpacked
 from gemopt.evaluate import objective, total
-from gemopt.latency import FloatArray
-from gemopt.links import Links
+from gemopt.layers import Coupling, Layer, on_this_clock, value_of
 from gemopt.problem import Problem
-from gemopt.result import Incumbent, StoppedBy
+from gemopt.result import StoppedBy
 from gemopt.solvers import get
-from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, Solver, incumbent, within_limits
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Solver, incumbent, within_limits
 from gemopt.solvers.search.packing import filled
-from gemopt.solvers.size import prover
+from gemopt.solvers.size import provable, prover
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
 WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts from
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
-FUTILE_LAYERS = 3
+
+FAR = ("_answer", "_bound", "_together", "_deepen")  # what goes to a cluster
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass
-class Layer:
-    """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases.
-
-    together: the co-location bound with its multipliers, which a certificate states.
-    """
-
-    problem: Problem
-    warm: Row | None
-    seed: int
-    outcome: Outcome | None = None
-    bound_us: float = 0.0
-    bounded_steps: int = -1
-    base_us: float = 0.0
-    seconds: float = 0.0
-    together: Together | None = None
-
-    @property
-    def bound_cut(self) -> bool:
-        """Whether some steps have no more than what is known without work."""
-        return self.bounded_steps < self.problem.num_steps
-
-
-@dataclass
-class Coupling:
-    """What links add to a run whose layers were solved one by one; bound_L, base_L: [L] microseconds of the links.
-
-    bound_L: at least, whatever the placement. base_L: what they add under contiguous placement.
-    """
-
-    links: Links
-    bound_L: FloatArray
-    base_L: FloatArray
-    history: list[Incumbent] = field(default_factory=list)
-
-    def bound(self, layer: int, compute_us: float) -> float:
-        """Bound of a layer with its links from one without."""
-        links_us = float(self.bound_L[layer])
-        return max(compute_us, links_us) if self.links.exchange.overlap else compute_us + links_us
+Times = Callable[[], tuple[float, float]]  # seconds that are a layer's share of a phase, and left of it
 
 
 @dataclass
 class Run:
-    """One call: `threads` layers at a time until `clock + time_limit`, or until interrupted."""
+    """One call: `threads` layers at a time until `clock + time_limit`, or until interrupted; on a cluster, if one is in
+    force, as many as it has workers."""
 
     solver: Solver
     layers: list[Layer]
@@ -92,6 +58,12 @@ class Run:
     interrupted: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
     coupling: Coupling | None = None
+    cluster: Cluster | None = None
+
+    @property
+    def workers(self) -> int:
+        """Layers worked on at once."""
+        return self.threads if self.cluster is None else self.cluster.count
 
     @property
     def exact(self) -> bool:
@@ -103,18 +75,18 @@ class Run:
         end = self.clock + self.time_limit - self._scoring()
         left = max(0.0, end - time.monotonic())
         share = max(1, self.threads // len(self.layers))
-        workers = min(self.threads, len(self.layers))
-        with ThreadPoolExecutor(workers, initializer=cores.in_this_thread, initargs=(share,)) as pool:
+        with ThreadPoolExecutor(self.threads, initializer=cores.in_this_thread, initargs=(share,)) as pool:
             if not self.solver.supports.improves:
-                self._phase(pool, self._solve, end)
+                self._phase(pool, "_solve", end)
             else:
-                self._phase(pool, self._start, end)
-                self._phase(pool, self._answer, end - left * (WARM_SHARE if self.exact else BOUND_SHARE))
+                self._phase(pool, "_start", end)
+                self._phase(pool, "_answer", end - left * (WARM_SHARE if self.exact else BOUND_SHARE))
                 now = time.monotonic()
                 rest = max(BOUND_SHARE * left, BOUND_REST * max(0.0, end - now))
-                self._phase(pool, self._bound, min(end, now + rest))
-                self._phase(pool, self._deepen, end)
-            self._phase(pool, self._bound, end)
+                self._phase(pool, "_bound", min(end, now + rest))
+                self._bound_together(pool, min(end, now + rest))
+                self._search(pool, end)
+            self._phase(pool, "_bound", end)
 
     def _scoring(self) -> float:
         """Seconds to keep for scoring the answer of all layers, from how long one takes."""
@@ -126,20 +98,35 @@ class Run:
         objective(first.problem, row)
         return min(SCORE_SHARE * self.time_limit, 1.5 * len(self.layers) * (time.monotonic() - begin))
 
-    def _phase(self, pool: ThreadPoolExecutor, work: Callable[[Layer, float], None], end: float) -> None:
-        """Do something to every layer, each with its share of the time until `end`."""
+    def _phase(self, pool: ThreadPoolExecutor, work: str, end: float, layers: Sequence[Layer] | None = None) -> None:
+        """Do something to every layer, each with its share of the time until `end`; one work may lend more."""
+        layers = self.layers if layers is None else layers
         begun = 0
 
-        def one(layer: Layer) -> None:
+        def times() -> tuple[float, float]:
             nonlocal begun
             with self.lock:
                 begun += 1
-                waves = -(-(len(self.layers) - begun + 1) // self.threads)
-            begin = time.monotonic()
-            work(layer, begin + max(0.0, end - begin) / waves)
-            layer.seconds += time.monotonic() - begin
+                waves = -(-(len(layers) - begun + 1) // self.workers)
+            left = max(0.0, end - time.monotonic())
+            return left / waves, left
 
-        open_layers: set[Future[None]] = {pool.submit(one, layer) for layer in self.layers}
+        there = self.cluster is not None and work in FAR
+        some = self._there(layers, work, times) if there else self._here(pool, layers, work, times)
+        try:
+            with closing(some) as done:
+                for count, _ in enumerate(done, 1):
+                    if self.progress is not None and work in ("_solve", "_deepen"):
+                        self.progress(count, len(layers))
+        except BaseException:
+            self.interrupted.set()
+            raise
+
+    def _here(
+        self, pool: ThreadPoolExecutor, layers: Sequence[Layer], work: str, times: Times
+    ) -> Generator[None, None, None]:
+        """The work of a phase in threads; says when a layer is done."""
+        open_layers: set[Future[None]] = {pool.submit(self._one, layer, work, times) for layer in layers}
         try:
             while open_layers:
                 try:
@@ -148,13 +135,40 @@ class Run:
                     self.interrupted.set()
                     continue
                 for future in done:
-                    future.result()
-                if self.progress is not None and done and work in (self._solve, self._deepen):
-                    self.progress(len(self.layers) - len(open_layers), len(self.layers))
+                    yield future.result()
         except BaseException:
             self.interrupted.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+    def _one(self, layer: Layer, work: str, times: Times) -> None:
+        begin = time.monotonic()
+        share_s, left_s = times()
+        if work == "_together":
+            self._together(layer, begin + share_s, begin + left_s)
+        else:
+            getattr(self, work)(layer, begin + share_s)
+        layer.seconds += time.monotonic() - begin
+
+    def _there(self, layers: Sequence[Layer], work: str, times: Times) -> Generator[None, None, None]:
+        """The work of a phase on the cluster. Layers that an interrupt leaves there end here with what they had."""
+        assert self.cluster is not None
+        settings = (self.solver, self.gap, self.patience)
+        tasks = (
+            (number, layer.problem, packed((layer, time.monotonic()), layer.problem), settings, work, times())
+            for number, layer in enumerate(layers)
+        )
+        left = set(range(len(layers)))
+        try:
+            for number, data in self.cluster.each(_at_work, tasks, self.interrupted):
+                found = on_this_clock(*unpacked(data, layers[number].problem))
+                vars(layers[number]).update(vars(found))
+                left.remove(number)
+                yield
+        except KeyboardInterrupt:  # where somebody else handles the signal
+            self.interrupted.set()
+        for number in left:
+            self._one(layers[number], work, lambda: (-np.inf, -np.inf))
 
     def _options(self, layer: Layer, deadline: float) -> Options:
         return Options(
@@ -194,33 +208,48 @@ class Run:
         layer.base_us = 0.0 if row is None else objective(layer.problem, row)
 
     def _bound(self, layer: Layer, deadline: float) -> None:
-        """The simple bounds of as many steps as there is time for, unless known; then who must share a rank.
-
-        The second is for calls that search: it costs more than a greedy placement or a single descent is worth.
-        """
+        """The simple bounds of as many steps as there is time for, unless known."""
         options = self._options(layer, deadline)
         if not layer.bound_cut or (options.expired() and layer.bounded_steps >= 0):
             return
         with options.alarm() as stop:
-            bounds_T, steps = timed_step_bounds(layer.problem, stop)
-            layer.bound_us = max(layer.bound_us, weighted(layer.problem, bounds_T))
-            layer.bounded_steps = max(layer.bounded_steps, steps)
-            if self._worth_together() and not layer.bound_cut:
-                value = None if layer.outcome is None else _value(layer.outcome)
-                target_us = np.inf if value is None else value * (1 - self.gap)
-                if layer.bound_us < target_us:
-                    layer.together = together_bound(layer.problem, bounds_T, stop, target_us=target_us)
-                    layer.bound_us = max(layer.bound_us, layer.together.bound_us)
+            layer.floor_T, steps = timed_step_bounds(layer.problem, stop)
+        layer.bound_us = max(layer.bound_us, weighted(layer.problem, layer.floor_T))
+        layer.bounded_steps = max(layer.bounded_steps, steps)
 
-    def _worth_together(self) -> bool:
-        """Whether the co-location bound is worth its time: not for greedy answers, nor where all contents of ranks will
-        be listed, nor where the first layers, which are much like the others, gained nothing in shares that are too
-        short for it."""
+    def _bound_together(self, pool: ThreadPoolExecutor, end: float) -> None:
+        """The co-location bound, where most is open first: a few layers for long gain more than all for short.
+
+        It is for calls that search, where the contents of ranks are not listed: it costs more than a greedy placement or a
+        single descent is worth.
+        """
         if self.solver.name in ("auto", "columns") and prover(self.layers[0].problem) == "columns":
-            return False
-        tried = [layer.together for layer in self.layers if layer.together is not None]
-        futile = len(tried) >= FUTILE_LAYERS and not any(each.multipliers is not None for each in tried)
-        return self.solver.supports.improves and self.patience != 0 and not futile
+            return
+        layers = [layer for layer in self.layers if layer.floor_T is not None and not layer.bound_cut]
+        if self.patience != 0:
+            self._phase(pool, "_together", end, sorted(layers, key=lambda layer: -layer.open_us))
+
+    def _together(self, layer: Layer, deadline: float, end: float) -> None:
+        options = self._options(layer, end)
+        assert layer.floor_T is not None
+        target_us = np.inf if layer.outcome is None else (layer.open_us + layer.bound_us) * (1 - self.gap)
+        if layer.bound_us >= target_us or options.expired():
+            return
+        share_s, left_s = deadline - time.monotonic(), options.remaining
+        with options.alarm() as stop:
+            layer.together = together_bound(
+                layer.problem, layer.floor_T, stop, target_us=target_us, share_s=share_s, left_s=left_s
+            )
+        layer.bound_us = max(layer.bound_us, layer.together.bound_us)
+
+    def _search(self, pool: ThreadPoolExecutor, end: float) -> None:
+        """Deeper searches; with more workers than layers each from several seeds, of which the best counts."""
+        proves = self.solver.supports.proves and (self.exact or provable(self.layers[0].problem))
+        more = 0 if proves or self.patience == 0 else self.workers // len(self.layers) - 1
+        others = [(layer, layer.again(number)) for number in range(1, 1 + more) for layer in self.layers]
+        self._phase(pool, "_deepen", end, [*self.layers, *(other for _, other in others)])
+        for layer, other in others:
+            layer.take(other)
 
     def _deepen(self, layer: Layer, deadline: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""
@@ -231,15 +260,30 @@ class Run:
         if options.expired():
             first.stopped_by = options.cut_by
             if self.exact:
-                first.reached, first.start_us, first.note = False, _value(first), "no time left to run"
+                first.reached, first.start_us, first.note = False, value_of(first), "no time left to run"
             return
         layer.outcome = _full(layer, self.solver.solve(layer.problem, options, first.row))
         if layer.outcome.search is None or layer.outcome.search is not first.search:
             layer.outcome.history = first.history + layer.outcome.history
         if self.exact and layer.outcome.start_us is None:
-            layer.outcome.start_us = _value(first)
+            layer.outcome.start_us = value_of(first)
         if not self.exact:  # what it began with was its own
             layer.outcome.reached |= first.reached
+
+
+def _at_work(
+    number: int, problem: Problem, known: bytes, settings: Any, work: str, times: tuple[float, float]
+) -> tuple[int, bytes]:
+    """Work of a phase on one layer, where a worker of a cluster is: see `Run._there`."""
+    layer: Layer = on_this_clock(*unpacked(known, problem))
+    solver, gap, patience = settings
+    with cores.at_most(1):
+        Run(solver, [layer], time.monotonic(), times[1], gap, patience)._one(layer, work, lambda: times)
+    return number, packed((layer, time.monotonic()), problem)
+
+
+def _cut(outcome: Outcome) -> bool:
+    return outcome.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
 
 
 def _full(layer: Layer, outcome: Outcome) -> Outcome:
@@ -247,30 +291,3 @@ def _full(layer: Layer, outcome: Outcome) -> Outcome:
     if layer.problem.full and outcome.row is not None:
         outcome.row = filled(layer.problem, outcome.row)
     return outcome
-
-
-def _cut(outcome: Outcome) -> bool:
-    return outcome.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
-
-
-def _value(outcome: Outcome) -> float | None:
-    return outcome.history[-1].objective_us if outcome.history else None
-
-
-def history(layers: list[Layer], clock: float) -> list[Incumbent]:
-    """Total objective over time, from when every layer has an incumbent."""
-    events = sorted(
-        (point.seconds, index, point.objective_us)
-        for index, layer in enumerate(layers)
-        if layer.outcome is not None
-        for point in layer.outcome.history
-    )
-    best: dict[int, float] = {}
-    found: list[Incumbent] = []
-    for seconds, index, value in events:
-        best[index] = min(value, best.get(index, np.inf))
-        if len(best) == len(layers):
-            total = float(sum(best.values()))
-            if not found or total < found[-1].objective_us:
-                found.append(Incumbent(seconds=seconds - clock, objective_us=total))
-    return found

@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from gemopt import cores, interrupts
 from gemopt.answer import answer
 from gemopt.certify import certify
+from gemopt.cluster import Cluster
 from gemopt.costs import CostModel, fit
 from gemopt.coupled import go_coupled, links_of, refuse_with_links
 from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.first_use import ready
+from gemopt.layers import Layer
 from gemopt.links import Exchange, Links
 from gemopt.memory import check_budget, experts_within, most_slots, solve_within
 from gemopt.moving import Asked, Moving
@@ -30,7 +32,7 @@ from gemopt.result import Origin, Result, Status, StoppedBy
 from gemopt.rounds import solve_shared
 from gemopt.ruled import contradiction, keeping, refuse_with_rules, ruled
 from gemopt.rules import Rules
-from gemopt.schedule import Layer, Progress, Run
+from gemopt.schedule import Progress, Run
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, Solver, require
 from gemopt.splits.senders import Senders
@@ -111,7 +113,8 @@ def solve(
     patience
         Tries without improvement after which iterated solvers end a layer; 0 ends after one descent.
     threads
-        Cores used, by layers solved at once, numerical libraries and exact solvers together; all when None.
+        Cores used, by layers solved at once, numerical libraries and exact solvers together; all when None. Within
+        `joblib.parallel_config("dask")` and the like, layers go to the workers of that backend instead.
     allow_one_rank
         Place all experts on one rank where the profile has but one; refused otherwise, as it is seldom meant.
     current
@@ -171,7 +174,7 @@ def solve(
         current, move_price, None if memory_budget is not None else expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
     )  # fmt: skip
-    chosen, threads = get(solver), threads or cores.available()
+    chosen, threads, cluster = get(solver), threads or cores.available(), Cluster.in_force()
     with interrupts.held() as interrupted, cores.at_most(threads):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
             profile, traces = Profile.of(profile), Traces.of(traces)
@@ -217,7 +220,10 @@ def solve(
             uneven = policy is not Split.EVEN and layers[0].problem.spare_slots > 0
             refuse_with_links(topology, split=policy.value if uneven else None)
             clock += ready(chosen, layers[0].problem, notice, links)
-        run = Run(chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted)
+            clock += 0.0 if cluster is None else cluster.ready(chosen, layers[0].problem, interrupted)
+        run = Run(
+            chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted, cluster=cluster
+        )  # fmt: skip
         with cores.at_most(max(1, threads // len(layers))):
             bound_us = _go(run, held_G, moving, links)
         result = answer(run, profile, traces, cost, report, moving, bound_us, senders, made)

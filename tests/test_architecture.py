@@ -42,6 +42,8 @@ TIERS = [
             "fronts",
             "schedule",
             "memory",
+            "cluster",
+            "layers",
             "first_use",
             "ruled",
             "testing",

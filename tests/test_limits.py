@@ -20,10 +20,11 @@ from gemopt.evaluate import check, loads, objective
 from gemopt.exceptions import InputError
 from gemopt.first_use import NOTICE, ready
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
+from gemopt.layers import Layer
 from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
 from gemopt.result import StoppedBy
-from gemopt.schedule import Layer, Run
+from gemopt.schedule import Run
 from gemopt.solvers import get
 from gemopt.solvers.base import Options, Outcome, Row, Supports
 from gemopt.solvers.baselines.gem import ORDER, greedy, relieve_stragglers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ FEWEST = 500  # iterations before it may stop for gaining nothing: the first one
 GROWTH = 1.25  # from one look to the next
 LEAST_GAIN = 0.01  # of what is open between bound and incumbent, in the last half of the iterations
 TOLERANCE = 1e-9  # relative: nothing is open
+RISEN = 1000  # iterations after which a layer has gained what it gains fast: 250 to 600 go by before it gains at all
 
 
 @dataclass(eq=False)
@@ -29,10 +31,19 @@ class Together:
     multipliers: tuple[FloatArray, FloatArray] | None = None
     iterations: int = 0
     looks: list[tuple[int, float]] = field(default_factory=list)
+    """(iterations, bound) now and then."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each look, since the beginning."""
 
 
 def together_bound(
-    problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8], *, target_us: float = np.inf
+    problem: Problem,
+    floor_T: FloatArray,
+    stop: NDArray[np.uint8],
+    *,
+    target_us: float = np.inf,
+    share_s: float = np.inf,
+    left_s: float = np.inf,
 ) -> Together:
     """Lower bound of the objective in microseconds, at least that of the floors, better the longer it runs.
 
@@ -44,13 +55,17 @@ def together_bound(
         [1] turns 1 when there is no more time (`Options.alarm`); without it the iteration ends when it stops paying.
     target_us
         Objective of a placement: at a bound that reaches it there is nothing left to prove.
+    share_s, left_s
+        Seconds that are this layer's own, and seconds until `stop` where more is lent it: the bound rises late, then
+        fast, then slowly, so that a few layers for long gain more than all for short. Once its share is over it goes on
+        as long as it gains faster than on average, and gives up what cannot rise in time.
 
     Valid for every placement with one copy of each expert, and for copies under the even split; where copies share
     otherwise it is the bound of the floors.
     """
     from gemopt.bounds.primal_dual import PrimalDual
 
-    base = float(problem.weights_T @ floor_T)
+    begin, base = time.monotonic(), float(problem.weights_T @ floor_T)
     found = Together(base - TOLERANCE * abs(base))
     if not _worthwhile(problem, base) or stop[0]:
         return found
@@ -65,7 +80,10 @@ def together_bound(
             found.bound_us, found.multipliers = value, multipliers
         found.iterations = search.iterations
         found.looks.append((search.iterations, found.bound_us))
+        found.seconds.append(time.monotonic() - begin)
         if found.bound_us >= target_us * (1 - TOLERANCE) or _stalled(found, target_us):
+            break
+        if found.seconds[-1] >= share_s and not _pays(found, base, left_s):
             break
         look = int(GROWTH * look) + 1
     return found
@@ -77,6 +95,17 @@ def _worthwhile(problem: Problem, base: float) -> bool:
         return False
     sharing = (problem.slots_per_rank > 1).any() and (problem.slots_per_rank > 0).sum() > 1
     return bool(sharing and base > 0 and problem.counts_TE.any())
+
+
+def _pays(found: Together, base: float, left_s: float) -> bool:
+    """Whether a layer that has had its share gains faster than it did on average, or may still begin to."""
+    seconds, (iterations, bound) = found.seconds[-1], found.looks[-1]
+    if found.multipliers is None:
+        return seconds * RISEN <= left_s * iterations
+    if len(found.looks) < 2:
+        return True
+    rate = (bound - found.looks[-2][1]) / max(seconds - found.seconds[-2], 1e-9)
+    return rate > (bound - base) / max(seconds, 1e-9)
 
 
 def _stalled(found: Together, target_us: float) -> bool:

@@ -8,16 +8,13 @@ from dataclasses import replace
 
 from gemopt.exceptions import MissingPackageError, missing
 from gemopt.links import Links
-from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.search.local_search import LocalSearch
-from gemopt.solvers.size import prover
+from gemopt.solvers.size import provable, prover
 
-PROVABLE_EXPERTS = 16
-PROVABLE_TIMES = 4000
 SEARCH_SHARE = 0.4
 FIRST_SHARE = 0.2  # where contents of ranks are listed, which finds better placements as well
 FIRST_PATIENCE = 50  # kicks
@@ -38,9 +35,7 @@ class Auto:
         from gemopt.evaluate import total
 
         by = prover(problem)
-        other = problem.spare_slots > 0 and (problem.split is not Split.EVEN or problem.full)
-        large = problem.num_experts > PROVABLE_EXPERTS or problem.num_steps * problem.num_ranks > PROVABLE_TIMES
-        if other or (large and by is None):
+        if not provable(problem):
             return LocalSearch().solve(problem, options, warm_start)
         patience = DEFAULT_PATIENCE if options.patience is None or by else options.patience
         share = SEARCH_SHARE

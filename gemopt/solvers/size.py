@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from math import comb, factorial, log2
 
+from gemopt.placement import Split
 from gemopt.problem import Problem
 
+PROVABLE_EXPERTS = 16
+PROVABLE_TIMES = 4000
 BRANCHED_EXPERTS = 24  # by branch and bound, on few ranks, without copies, moves and rules
 BRANCHED_WAYS = 44.0  # bits of the number of ways to place them
 FEW_COLUMNS = 20_000  # contents of ranks, up to which listing them beats branch and bound
@@ -26,9 +29,10 @@ def branches(problem: Problem) -> bool:
 def num_columns(problem: Problem) -> int | None:
     """How many contents the ranks can have, of equal ranks those of one; None where they are too many to list.
 
-    Or where copies or moves make more of a placement than these.
+    Or where copies, moves or rules make more of a placement than these.
     """
-    if problem.spare_slots or problem.moves is not None or problem.num_experts > MOST_EXPERTS:
+    other = problem.moves is not None or problem.rules is not None
+    if other or problem.spare_slots or problem.num_experts > MOST_EXPERTS:
         return None
     sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
     columns = sum(comb(problem.num_experts, size) for size in sizes if size)
@@ -41,3 +45,11 @@ def prover(problem: Problem) -> str | None:
     if columns is not None and (columns <= FEW_COLUMNS or not branched):
         return "columns"
     return "branch" if branched else None
+
+
+def provable(problem: Problem) -> bool:
+    """Whether `auto` tries a proof: by a solver of ours, or by CP-SAT where experts and steps are few."""
+    if problem.spare_slots and (problem.split is not Split.EVEN or problem.full):
+        return False
+    few = problem.num_experts <= PROVABLE_EXPERTS and problem.num_steps * problem.num_ranks <= PROVABLE_TIMES
+    return few or prover(problem) is not None

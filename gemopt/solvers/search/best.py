@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,10 @@ class Best:
         self.history: list[Incumbent] = []
         self.searched = False
         self.draws: np.random.Generator | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a call on another machine goes on from: neither this call's options nor what is made anew."""
+        return {name: value for name, value in vars(self).items() if name not in ("options", "stop", "costs")}
 
     @cached_property
     def costs(self) -> Costs:

@@ -1,0 +1,119 @@
+"""A layer of a call: its problem and what is known of it so far, by the phases of `schedule`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from gemopt.bounds import Together
+from gemopt.latency import FloatArray
+from gemopt.links import Links
+from gemopt.problem import Problem
+from gemopt.result import Incumbent
+from gemopt.solvers.base import Outcome, Row
+
+SEEDS = 1_000_003  # from one search of a layer to the next
+
+
+@dataclass
+class Layer:
+    """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases.
+
+    floor_T: [T] simple bounds of the steps in microseconds. together: the co-location bound with its multipliers, which
+    a certificate states.
+    """
+
+    problem: Problem
+    warm: Row | None
+    seed: int
+    outcome: Outcome | None = None
+    bound_us: float = 0.0
+    bounded_steps: int = -1
+    floor_T: FloatArray | None = None
+    base_us: float = 0.0
+    seconds: float = 0.0
+    together: Together | None = None
+
+    @property
+    def bound_cut(self) -> bool:
+        """Whether some steps have no more than what is known without work."""
+        return self.bounded_steps < self.problem.num_steps
+
+    @property
+    def open_us(self) -> float:
+        """Microseconds between the objective and the bound; infinite without a placement."""
+        value = None if self.outcome is None else value_of(self.outcome)
+        return np.inf if value is None else max(0.0, value - self.bound_us)
+
+    def again(self, number: int) -> Layer:
+        """The same layer with the same answer, to be searched from another seed."""
+        assert self.outcome is not None
+        begun = replace(self.outcome, history=[], search=None)
+        return replace(self, warm=self.outcome.row, seed=self.seed + SEEDS * number, outcome=begun, seconds=0.0)
+
+    def take(self, other: Layer) -> None:
+        """What another search of this layer found, where it is better."""
+        assert self.outcome is not None and other.outcome is not None
+        mine, theirs = value_of(self.outcome), value_of(other.outcome)
+        self.seconds += other.seconds
+        self.outcome.reached |= other.outcome.reached
+        if theirs is not None and (mine is None or theirs < mine):
+            self.outcome.row, self.outcome.search = other.outcome.row, None
+            self.outcome.history = [*self.outcome.history, *other.outcome.history]
+
+
+@dataclass
+class Coupling:
+    """What links add to a run whose layers were solved one by one; bound_L, base_L: [L] microseconds of the links.
+
+    bound_L: at least, whatever the placement. base_L: what they add under contiguous placement.
+    """
+
+    links: Links
+    bound_L: FloatArray
+    base_L: FloatArray
+    history: list[Incumbent] = field(default_factory=list)
+
+    def bound(self, layer: int, compute_us: float) -> float:
+        """Bound of a layer with its links from one without."""
+        links_us = float(self.bound_L[layer])
+        return max(compute_us, links_us) if self.links.exchange.overlap else compute_us + links_us
+
+
+def value_of(outcome: Outcome) -> float | None:
+    """Objective of an outcome's last incumbent, in microseconds."""
+    return outcome.history[-1].objective_us if outcome.history else None
+
+
+def on_this_clock(layer: Layer, now: float) -> Layer:
+    """A layer from another machine, whose clock showed `now` a moment ago, with incumbents by the clock of this one."""
+    later = time.monotonic() - now
+    if layer.outcome is not None:
+        for found in {id(each): each for each in _histories(layer.outcome)}.values():
+            found[:] = [point.model_copy(update={"seconds": point.seconds + later}) for point in found]
+    return layer
+
+
+def _histories(outcome: Outcome) -> list[list[Incumbent]]:
+    return [outcome.history, getattr(outcome.search, "history", outcome.history)]
+
+
+def history(layers: list[Layer], clock: float) -> list[Incumbent]:
+    """Total objective over time, from when every layer has an incumbent."""
+    events = sorted(
+        (point.seconds, index, point.objective_us)
+        for index, layer in enumerate(layers)
+        if layer.outcome is not None
+        for point in layer.outcome.history
+    )
+    best: dict[int, float] = {}
+    found: list[Incumbent] = []
+    for seconds, index, value in events:
+        best[index] = min(value, best.get(index, np.inf))
+        if len(best) == len(layers):
+            total = float(sum(best.values()))
+            if not found or total < found[-1].objective_us:
+                found.append(Incumbent(seconds=seconds - clock, objective_us=total))
+    return found
