@@ -199,6 +199,11 @@ class Latency:
         return np.asarray(np.max(np.stack([np.asarray(value) for value in sums]), axis=0))
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """What is equal for latencies that are."""
+        return tuple(tuple((c.x.tobytes(), c.y.tobytes(), c.slope) for c in term) for term in self.terms)
+
+    @property
     def max_affine(self) -> bool:
         """Whether every curve is straight, so that the latency is a maximum of planes."""
         return all(curve.linear for term in self.terms for curve in term)

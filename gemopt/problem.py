@@ -172,9 +172,7 @@ class Problem:
         groups: dict[Any, list[int]] = {}
         role_G = np.zeros(self.num_ranks, np.int64) if self.rules is None else self.rules.role_G
         for rank, latency in enumerate(self.latencies):
-            curves = tuple((c.x.tobytes(), c.y.tobytes(), c.slope) for term in latency.terms for c in term)
-            key = (len(latency.terms), curves, int(self.slots_per_rank[rank]), int(role_G[rank]))
-            groups.setdefault(key, []).append(rank)
+            groups.setdefault((latency.key, int(self.slots_per_rank[rank]), int(role_G[rank])), []).append(rank)
         return list(groups.values())
 
     @cached_property

@@ -220,8 +220,8 @@ class Run:
     def _bound_together(self, pool: ThreadPoolExecutor, end: float) -> None:
         """The co-location bound, where most is open first: a few layers for long gain more than all for short.
 
-        It is for calls that search, where the contents of ranks are not listed: it costs more than a greedy placement or a
-        single descent is worth.
+        It is for calls that search, where the contents of ranks are not listed: it costs more than a greedy placement
+        or a single descent is worth.
         """
         if self.solver.name in ("auto", "columns") and prover(self.layers[0].problem) == "columns":
             return

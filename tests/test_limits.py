@@ -31,7 +31,7 @@ from gemopt.solvers.baselines.gem import ORDER, greedy, relieve_stragglers
 from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.shares import make_shares
-from gemopt.solvers.search.state import make_costs, make_state
+from gemopt.solvers.search.state import make_costs, make_state, most_loaded
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
 from gemopt.splits import even_shares
@@ -343,3 +343,18 @@ def test_a_row_says_who_earned_it(monkeypatch: pytest.MonkeyPatch, reached: tupl
     assert names == ["lpt", "partly *" if any(reached) else "partly"]
     assert (totals[1] == "-") is not any(reached)
     assert f"partly: {words[:11]}" in str(table.caption)
+
+
+def test_tables_reach_what_a_rank_may_hold_and_one_expert_more() -> None:
+    """The search looks up slopes above the loads that there are; what lies beyond a table is another rank's."""
+    counts = np.array([[0, 900, 0, 3], [40, 0, 70, 0]])
+    curve = Curve([0, 1, 16, 17, 48], [4.0, 9, 10, 17, 30], 1.0)
+    steep = [Latency(((Curve(curve.x, curve.y * factor, factor),),)) for factor in (1.0, 2.0, 1.0)]
+    problem = Problem.make(counts, (ASSIGNMENTS,), steep, [1, 2, 1])
+    assert most_loaded(problem) >= 1800  # 900 on a rank of one slot, and as much again
+    costs = make_costs(problem)
+    reach = int(most_loaded(problem)[0])
+    for rank, latency in enumerate(steep):
+        known = costs.tables[costs.offsets[rank, 0, 0] :][: reach + 1]
+        np.testing.assert_allclose(known, latency([np.arange(reach + 1)]), rtol=1e-6)
+    assert costs.offsets[0, 0, 0] == costs.offsets[2, 0, 0] != costs.offsets[1, 0, 0]  # equal ranks share theirs

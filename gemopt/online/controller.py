@@ -305,7 +305,9 @@ class Controller:
             hull = hull_costs(self._alike(problem, key[0]))
             if len(self._compiled) >= MOST_COMPILED:
                 self._compiled.clear()
-            self._compiled[key] = make_costs(self._alike(problem, key[1])) if hull is None else hull
+            alike = self._alike(problem, key[1])
+            most_F = alike.features_FTE.sum(axis=2).max(axis=1)
+            self._compiled[key] = make_costs(alike, most_F) if hull is None else hull
         return self._compiled[key]
 
     @staticmethod

@@ -94,22 +94,28 @@ def _plane_costs(rows: list[Array]) -> Costs:
     return Costs(planes, np.zeros(1, np.float32), none, none[0, 0], none[0, 0], False)
 
 
-def make_costs(problem: Problem) -> Costs:
-    """The latencies themselves: planes where they are few enough, else tables (interpolated beyond 262144 loads)."""
+def make_costs(problem: Problem, largest_F: Array | None = None) -> Costs:
+    """The latencies themselves: planes where they are few enough, else tables (interpolated beyond 262144 loads).
+
+    largest_F: [F] loads that the tables reach, where they are for more than this problem.
+    """
     features = len(problem.features)
     if all(latency.max_affine for latency in problem.latencies):
         rows = [latency.planes() for latency in problem.latencies]
         most = max(map(len, rows))
         if (features == 1 and most == 1) or (features == 2 and most <= UNROLLED_PLANES):
             return _plane_costs(rows)
-    largest = problem.features_FTE.sum(axis=2).max(axis=1) if not problem.spare_slots else _largest_with_copies(problem)
-    return _tables(problem.latencies, tuple(_rounded_up(int(n)) for n in largest))
+    largest_F = most_loaded(problem) if largest_F is None else largest_F
+    return _tables(problem.latencies, tuple((1 << int(n).bit_length()) - 1 for n in largest_F))  # layers share them
 
 
-def _rounded_up(number: int) -> int:
-    """At most a sixteenth more, so that layers of about equal loads share their tables."""
-    step = 1 << max(0, number.bit_length() - 5)
-    return -(-number // step) * step
+def most_loaded(problem: Problem) -> Array:
+    """[F] no rank is loaded more, whatever it holds, even with one more of the experts that it holds."""
+    held = problem.slots_per_rank[problem.slots_per_rank > 0]
+    total_FT = problem.features_FTE.sum(axis=2, dtype=np.int64)
+    most_FT = problem.features_FTE.max(axis=2).astype(np.int64)
+    once_more_FT = np.minimum((held.max() + 1) * most_FT, total_FT + total_FT // held.min())
+    return np.asarray(once_more_FT.max(axis=1) + problem.num_experts)
 
 
 @lru_cache(maxsize=4)
@@ -117,13 +123,17 @@ def _tables(latencies: tuple[Latency, ...], largest: tuple[int, ...]) -> Costs:
     """Costs from tables up to these loads."""
     strides = np.array([1 << max(0, int(np.ceil(np.log2((n + 1) / TABLE_LIMIT)))) for n in largest], np.int64)
     grids = [np.arange(int(n) // int(s) + 3) * int(s) for n, s in zip(largest, strides, strict=True)]
-    curves = [_table_terms(latency, grids) for latency in latencies]
-    terms = np.array([len(each) for each in curves], np.int64)
+    terms = np.array([len(latency.terms) if len(largest) > 1 else 1 for latency in latencies], np.int64)
     offsets = np.zeros((len(latencies), int(terms.max()), len(largest)), np.int64)
     tables: list[Array] = []
+    known: dict[Any, int] = {}
     position = 0
-    for g, each in enumerate(curves):
-        for k, term in enumerate(each):
+    for g, latency in enumerate(latencies):
+        same = known.setdefault(latency.key, g)  # ranks that are alike share their tables
+        if same != g:
+            offsets[g] = offsets[same]
+            continue
+        for k, term in enumerate(_table_terms(latency, grids)):
             for f, table in enumerate(term):
                 offsets[g, k, f] = position
                 tables.append(table.astype(np.float32))
@@ -137,11 +147,6 @@ def _table_terms(latency: Latency, grids: list[Array]) -> list[list[Array]]:
     if len(grids) == 1:
         return [[latency([grids[0]])]]
     return [[curve(grid) for curve, grid in zip(term, grids, strict=True)] for term in latency.terms]
-
-
-def _largest_with_copies(problem: Problem) -> Array:
-    """[F] no rank can be loaded above the sum over all experts, whatever the copies."""
-    return np.asarray(problem.features_FTE.sum(axis=2).max(axis=1) + problem.num_experts)
 
 
 @lru_cache(maxsize=64)
