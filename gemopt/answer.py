@@ -16,7 +16,17 @@ from gemopt.links import LinksReport
 from gemopt.moving import Moving
 from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
-from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, LayerResult, Origin, Result, Status, StoppedBy, relative_gap
+from gemopt.result import (
+    OPTIMALITY_TOLERANCE,
+    Ceiling,
+    Incumbent,
+    LayerResult,
+    Origin,
+    Result,
+    Status,
+    StoppedBy,
+    relative_gap,
+)
 from gemopt.schedule import Run
 from gemopt.solvers.base import Row
 from gemopt.splits import plain
@@ -99,7 +109,14 @@ def answer(
         moves=report_of_moves,
         links=_links(run, scored),
         origin=made,
+        ceiling=None if total is None else Ceiling.of(total, bound, _spread(run)),
     )
+
+
+def _spread(run: Run) -> float:
+    """What all layers take at least with any number of copies."""
+    each = [layer.spread_us for layer in run.layers]
+    return sum(each) if run.coupling is None else sum(run.coupling.bound(n, us) for n, us in enumerate(each))
 
 
 def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:

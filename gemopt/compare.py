@@ -11,13 +11,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from gemopt import cores, interrupts
+from gemopt.bounds import spread_bound
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import Evaluation, evaluate
 from gemopt.exceptions import MissingPackageError, SolverError, UnsupportedError
 from gemopt.placement import Placement
 from gemopt.problem import problems
 from gemopt.profile import Profile
-from gemopt.result import LayerResult, Result, Status, StoppedBy, relative_gap
+from gemopt.result import Ceiling, LayerResult, Result, Status, StoppedBy, relative_gap
 from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
@@ -37,7 +38,7 @@ class Comparison(BaseModel):
     Who earned it: the solver searched on `reached_layers` of `layers`; the other layers have a greedy placement or, of
     exact solvers, that of the local search they start from. Exact solvers, over the layers reached: `start_us` before
     them and `added_us` that they took off it, with `stated_steps` of `distinct_steps` stated, and `own_bound_us` where
-    they claim one of every layer.
+    they claim one of every layer. `ceiling`: what is left to gain, by the best bound, and what held-out steps lost.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,6 +64,7 @@ class Comparison(BaseModel):
     stated_steps: int | None = None
     distinct_steps: int | None = None
     own_bound_us: float | None = None
+    ceiling: Ceiling | None = None
     note: str = ""
 
     @property
@@ -171,6 +173,7 @@ def _rows(
     base_scored = (
         base_given if held is None else evaluate(placement, profile, scored, cost=fitted, **wired).objective_us
     )
+    spread_us = None if held is None or wired["topology"] is not None else _spread(held, fitted)
     rows = []
     for name, result, note in results:
         evaluation = None
@@ -180,13 +183,21 @@ def _rows(
             )
         row = _row(name, result, note, evaluation, base_given, bound)
         if held is not None and evaluation is not None:
-            update = {
+            update: dict[str, Any] = {
                 "holdout_us": evaluation.objective_us,
                 "holdout_change": evaluation.objective_us / base_scored - 1 if base_scored else None,
             }
+            if row.ceiling is not None and spread_us is not None:
+                update["ceiling"] = row.ceiling.on(evaluation.objective_us, spread_us)
             row = row.model_copy(update=update)
         rows.append(row)
     return rows
+
+
+def _spread(traces: Traces, cost: CostModel) -> float:
+    """What any number of copies take at least on these steps, in microseconds."""
+    never = np.zeros(1, np.uint8)
+    return sum(spread_bound(problem, never) for problem in problems(cost, traces))
 
 
 def _best_bound(results: Sequence[Result]) -> float:
@@ -231,6 +242,9 @@ def _row(
         )
     value, total = result.objective_us, result.total_us
     best = None if total is None else min(max(bound, result.bound_us or 0.0), total)
+    ceiling = None
+    if total is not None and best is not None and result.ceiling is not None:
+        ceiling = Ceiling.of(total, best, result.ceiling.spread_us)
     return Comparison(
         solver=name,
         status=result.status,
@@ -246,6 +260,7 @@ def _row(
         p90_us=_quantile(evaluation, 0.9),
         p99_us=_quantile(evaluation, 0.99),
         outside=0.0 if evaluation is None else evaluation.outside,
+        ceiling=ceiling,
         note="; ".join(result.notes) or note,
         **_earned(result.per_layer),
     )

@@ -21,8 +21,8 @@ SEEDS = 1_000_003  # from one search of a layer to the next
 class Layer:
     """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases.
 
-    floor_T: [T] simple bounds of the steps in microseconds. together: the co-location bound with its multipliers, which
-    a certificate states.
+    floor_T: [T] simple bounds of the steps in microseconds. spread_us: bound with any number of copies. together: the
+    co-location bound with its multipliers, which a certificate states.
     """
 
     problem: Problem
@@ -32,6 +32,7 @@ class Layer:
     bound_us: float = 0.0
     bounded_steps: int = -1
     floor_T: FloatArray | None = None
+    spread_us: float = 0.0
     base_us: float = 0.0
     seconds: float = 0.0
     together: Together | None = None

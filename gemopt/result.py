@@ -129,6 +129,58 @@ class Origin(BaseModel):
     traces_sha256: str
 
 
+class Ceiling(BaseModel):
+    """What is left to gain on an objective, and what could gain it, in microseconds.
+
+    Attributes
+    ----------
+    unknown_us
+        Objective above the bound: at most so much is left to more solving. Whether it is there is not known.
+    copies_us
+        Bound above what any number of copies must take, each rank holding every expert: proven out of reach in these
+        slots; at most so much is left to more slots.
+    spread_us
+        The rest: nothing that moves or splits experts goes below.
+    lost_us
+        On steps that the placement was not made for: what they take beyond the same ratio to their own `spread_us`;
+        what planning anew could bring. Negative where they suit it better; None without such steps.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    unknown_us: float
+    copies_us: float
+    spread_us: float
+    lost_us: float | None = None
+
+    @classmethod
+    def of(cls, objective_us: float, bound_us: float, spread_us: float) -> Ceiling:
+        """Split an objective at its bound and at the bound with any number of copies."""
+        bound_us = min(bound_us, objective_us)
+        spread_us = min(spread_us, bound_us)
+        return cls(unknown_us=objective_us - bound_us, copies_us=bound_us - spread_us, spread_us=spread_us)
+
+    @property
+    def objective_us(self) -> float:
+        """What is split."""
+        return self.unknown_us + self.copies_us + self.spread_us
+
+    def on(self, held_out_us: float, held_out_spread_us: float) -> Ceiling:
+        """With what is lost on other steps, whose objective and `spread_us` are given."""
+        ratio = self.objective_us / self.spread_us if self.spread_us > 0 else 1.0
+        return self.model_copy(update={"lost_us": held_out_us - ratio * held_out_spread_us})
+
+    def summary(self, held_out_us: float | None = None) -> str:
+        """One line for people; `lost_us` as a share of the objective on the other steps."""
+        parts = (self.unknown_us, self.copies_us)
+        unknown, copies = (f"{100 * part / max(self.objective_us, 1e-300):.1f} %" for part in parts)
+        line = f"left to gain, at most: {unknown} by solving on, {copies} more by more copies"
+        if self.lost_us is None or not held_out_us:
+            return line
+        lost = 100 * self.lost_us / held_out_us
+        return f"{line}; the change of traffic " + (f"cost {lost:.1f} %" if lost >= 0.05 else "cost nothing")
+
+
 class LayerResult(BaseModel):
     """One MoE layer: objective, bound and gap over all steps; `note` says how a bound or placement was reached.
 
@@ -179,6 +231,8 @@ class Result(Document):
         `(total_us - bound_us) / total_us`. Without a price of moves `total_us` is `objective_us`.
     moves
         What changes against the placement in force; None when none was given.
+    ceiling
+        What of `total_us` is left to more solving and to more copies; None without a placement.
     links
         With a topology, what exchanging tokens takes; `objective_us` holds it then, beside the makespans.
     change
@@ -219,6 +273,7 @@ class Result(Document):
     moves: MovesReport | None = None
     links: LinksReport | None = None
     origin: Origin | None = None
+    ceiling: Ceiling | None = None
 
     def made_by(self, command: str) -> Result:
         """The same, with this command as what made it."""
@@ -242,12 +297,14 @@ class Result(Document):
         mean = self.objective_us / self.num_steps
         proven = "no bound" if self.gap is None else f"at most {100 * self.gap:.2f} % above the optimum"
         change = "" if self.change is None else f"{100 * self.change:+.1f} % against contiguous placement, "
-        return (
-            f"{self.solver}: {self.status.value}, {mean:.1f} us per step over {len(self.per_layer)} layers\n"
-            f"{change}{proven}\n"
-            f"stopped by {self.stopped_by.value} after {self.seconds:.2f} s\n"
-            f"{self.cost_summary or f'cost model {self.cost}'}"
-        )
+        lines = [
+            f"{self.solver}: {self.status.value}, {mean:.1f} us per step over {len(self.per_layer)} layers",
+            f"{change}{proven}",
+            *([] if self.ceiling is None else [self.ceiling.summary()]),
+            f"stopped by {self.stopped_by.value} after {self.seconds:.2f} s",
+            self.cost_summary or f"cost model {self.cost}",
+        ]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         facts = {

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import timed_step_bounds, together_bound, weighted
+from gemopt.bounds import spread_bound, timed_step_bounds, together_bound, weighted
 from gemopt.cluster import Cluster, packed, unpacked
 from gemopt.evaluate import objective, total
 from gemopt.layers import Coupling, Layer, on_this_clock, value_of
@@ -214,6 +214,7 @@ class Run:
             return
         with options.alarm() as stop:
             layer.floor_T, steps = timed_step_bounds(layer.problem, stop)
+            layer.spread_us = max(layer.spread_us, spread_bound(layer.problem, stop))
         layer.bound_us = max(layer.bound_us, weighted(layer.problem, layer.floor_T))
         layer.bounded_steps = max(layer.bounded_steps, steps)
 

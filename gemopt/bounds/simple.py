@@ -72,6 +72,28 @@ def timed_step_bounds(problem: Problem, stop: NDArray[np.uint8]) -> tuple[FloatA
     return np.asarray(bounds_T - ROUNDING * np.abs(bounds_T)), done
 
 
+def spread_bound(problem: Problem, stop: NDArray[np.uint8]) -> float:
+    """Lower bound of the objective in microseconds over all placements with any number of copies under any split.
+
+    The fluid bound alone, with room for every expert on every rank; steps that `stop` cuts have nothing.
+    """
+    from gemopt.bounds.steps import raise_bounds
+    from gemopt.kernels import rank_latencies
+
+    shape, ranks = _shape(problem.latencies, problem.features), problem.num_ranks
+    total_TF = problem.features_FTE.sum(axis=2, dtype=np.float64).T
+    total_TGF = np.repeat(total_TF[:, None], ranks, axis=1)
+    bounds_T = rank_latencies(np.zeros_like(total_TGF), shape.low).max(axis=1)
+    ceiling_T = np.maximum(bounds_T, rank_latencies(total_TGF, shape.low).max(axis=1))
+    none_G, none_M = np.zeros(ranks, np.int64), np.zeros((1, 0), np.int64)
+    raise_bounds(
+        bounds_T, ceiling_T, total_TGF, np.ascontiguousarray(total_TF[None, :, None]), none_G, none_G, none_M,
+        np.zeros(1, np.int64), shape.low, shape.others, shape.normals_DF, shape.slope_DGM, shape.shift_DGM,
+        shape.wake_G, stop,
+    )  # fmt: skip
+    return weighted(problem, bounds_T - ROUNDING * np.abs(bounds_T))
+
+
 def _block_bounds(problem: Problem, block: slice, stop: NDArray[np.uint8]) -> tuple[FloatArray, int]:
     from gemopt.bounds.steps import raise_bounds
     from gemopt.kernels import rank_latencies

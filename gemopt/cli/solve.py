@@ -268,6 +268,7 @@ def solve_command(
     if as_json:
         moves = None if result.moves is None else result.moves.model_dump(mode="json")
         more = {"moves": moves} | ({} if result.links is None else {"links": result.links.model_dump(mode="json")})
+        more |= {"ceiling": None if result.ceiling is None else result.ceiling.model_dump(mode="json")}
         print_json({name: getattr(result, name) for name in (*JSON_FIELDS, "notes")} | more)
     else:
         _tell(result, output)

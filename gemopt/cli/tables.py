@@ -28,6 +28,9 @@ def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) ->
     outside = max((row.outside for row in rows), default=0.0)
     if outside > 0.01:
         said.append(f"up to {100 * outside:.0f} % of the loads lie outside the measured range of the profile")
+    best = min((_key(row, held) for row in rows), default=0.0)
+    said += [f"{row.solver}: {row.ceiling.summary(row.holdout_us)}" for row in rows
+             if row.ceiling is not None and row.ran and _key(row, held) == best][:1]  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.title, table.title_justify = title, "left"
     if said:
@@ -36,7 +39,6 @@ def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) ->
     heads = ["total\nms", "change\n%", "bound\nms", "gap\n%", "time\ns", *(["held\nout %"] if held else [])]
     for head in [*heads, "p50\nus", "p90\nus", "p99\nus"]:
         table.add_column(head, justify="right", no_wrap=True)
-    best = min((_key(row, held) for row in rows), default=0.0)
     for row in rows:
         if not row.ran:
             table.add_row(row.solver, "-", style="dim")

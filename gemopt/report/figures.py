@@ -161,6 +161,7 @@ def search(inputs: Inputs) -> Section:
                                  mode="lines", hovertemplate="%{y:.4f} ms per step<extra>bound</extra>"))  # fmt: skip
     shown = figure(*traces, xaxis={"title": "seconds"}, yaxis={"title": "ms per step"}, height=340)
     gap = "" if result.gap is None else f" At the end no placement can be better by more than {100 * result.gap:.2f} %."
+    gap += "" if result.ceiling is None else f" What is {result.ceiling.summary()}."
     text = (
         f"{result.solver}: {result.status.value}, stopped by {result.stopped_by.value} after {result.seconds:.1f} s."
         f"{gap} The curve begins when every layer has a placement"
