@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,13 @@ from gemopt.result import Incumbent
 from gemopt.solvers.base import Outcome, Row
 
 SEEDS = 1_000_003  # from one search of a layer to the next
+
+
+class Standing(NamedTuple):
+    """How a layer stands while it is being solved, in microseconds; no objective before it has a placement."""
+
+    objective_us: float | None
+    bound_us: float
 
 
 @dataclass
@@ -41,6 +49,14 @@ class Layer:
     def bound_cut(self) -> bool:
         """Whether some steps have no more than what is known without work."""
         return self.bounded_steps < self.problem.num_steps
+
+    @property
+    def standing(self) -> Standing:
+        """What is known at present; safe to ask while the layer is being worked on."""
+        outcome = self.outcome
+        if outcome is None:
+            return Standing(None, self.bound_us)
+        return Standing(value_of(outcome), max(self.bound_us, outcome.bound_us or 0.0))
 
     @property
     def open_us(self) -> float:

@@ -81,7 +81,7 @@ def solve_within(run: Run, held_G: IntArray) -> None:
         Layer(each.problem, each.warm, each.seed, bounded_steps=each.problem.num_steps)  # bounded already
         for each in run.layers
     ]
-    replace(run, layers=again).go()
+    replace(run, layers=again, on_layers=None).go()  # without bounds of their own
     for layer, found, problem, row in zip(run.layers, again, whole, rows, strict=True):
         outcome, padded = found.outcome, row.copy()
         assert outcome is not None and outcome.row is not None

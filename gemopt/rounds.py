@@ -146,7 +146,7 @@ def _refine(run: Run, problems: Sequence[Problem], fronts: Sequence[Front], budg
         found = {
             index: _limited_layer(run.layers[index], problems[index], fronts[index], lower[1][index]) for index in again
         }
-        replace(run, layers=list(found.values()), progress=None).go()
+        replace(run, layers=list(found.values()), progress=None, on_layers=None).go()
         for index, layer in found.items():
             run.layers[index].seconds += layer.seconds
 

@@ -22,7 +22,7 @@ from gemopt import cores
 from gemopt.bounds import spread_bound, timed_step_bounds, together_bound, weighted
 from gemopt.cluster import Cluster, packed, unpacked
 from gemopt.evaluate import objective, total
-from gemopt.layers import Coupling, Layer, on_this_clock, value_of
+from gemopt.layers import Coupling, Layer, Standing, on_this_clock, value_of
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
@@ -39,6 +39,7 @@ WAIT_S = 0.2
 FAR = ("_answer", "_bound", "_together", "_deepen")  # what goes to a cluster
 
 Progress = Callable[[int, int], None]
+OnLayers = Callable[[list[Standing]], None]
 Times = Callable[[], tuple[float, float]]  # seconds that are a layer's share of a phase, and left of it
 
 
@@ -59,6 +60,7 @@ class Run:
     lock: threading.Lock = field(default_factory=threading.Lock)
     coupling: Coupling | None = None
     cluster: Cluster | None = None
+    on_layers: OnLayers | None = None
 
     @property
     def workers(self) -> int:
@@ -101,7 +103,7 @@ class Run:
     def _phase(self, pool: ThreadPoolExecutor, work: str, end: float, layers: Sequence[Layer] | None = None) -> None:
         """Do something to every layer, each with its share of the time until `end`; one work may lend more."""
         layers = self.layers if layers is None else layers
-        begun = 0
+        begun = count = 0
 
         def times() -> tuple[float, float]:
             nonlocal begun
@@ -115,17 +117,20 @@ class Run:
         some = self._there(layers, work, times) if there else self._here(pool, layers, work, times)
         try:
             with closing(some) as done:
-                for count, _ in enumerate(done, 1):
-                    if self.progress is not None and work in ("_solve", "_deepen"):
+                for finished in done:
+                    count += finished
+                    if finished and self.progress is not None and work in ("_solve", "_deepen"):
                         self.progress(count, len(layers))
+                    if self.on_layers is not None:
+                        self.on_layers([layer.standing for layer in self.layers])
         except BaseException:
             self.interrupted.set()
             raise
 
     def _here(
         self, pool: ThreadPoolExecutor, layers: Sequence[Layer], work: str, times: Times
-    ) -> Generator[None, None, None]:
-        """The work of a phase in threads; says when a layer is done."""
+    ) -> Generator[bool, None, None]:
+        """The work of a phase in threads; says when a layer is done, and now and then that none is."""
         open_layers: set[Future[None]] = {pool.submit(self._one, layer, work, times) for layer in layers}
         try:
             while open_layers:
@@ -135,7 +140,10 @@ class Run:
                     self.interrupted.set()
                     continue
                 for future in done:
-                    yield future.result()
+                    future.result()
+                    yield True
+                if not done:
+                    yield False
         except BaseException:
             self.interrupted.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -150,7 +158,7 @@ class Run:
             getattr(self, work)(layer, begin + share_s)
         layer.seconds += time.monotonic() - begin
 
-    def _there(self, layers: Sequence[Layer], work: str, times: Times) -> Generator[None, None, None]:
+    def _there(self, layers: Sequence[Layer], work: str, times: Times) -> Generator[bool, None, None]:
         """The work of a phase on the cluster. Layers that an interrupt leaves there end here with what they had."""
         assert self.cluster is not None
         settings = (self.solver, self.gap, self.patience)
@@ -164,7 +172,7 @@ class Run:
                 found = on_this_clock(*unpacked(data, layers[number].problem))
                 vars(layers[number]).update(vars(found))
                 left.remove(number)
-                yield
+                yield True
         except KeyboardInterrupt:  # where somebody else handles the signal
             self.interrupted.set()
         for number in left:

@@ -32,7 +32,7 @@ from gemopt.result import Origin, Result, Status, StoppedBy
 from gemopt.rounds import solve_shared
 from gemopt.ruled import contradiction, keeping, refuse_with_rules, ruled
 from gemopt.rules import Rules
-from gemopt.schedule import Progress, Run
+from gemopt.schedule import OnLayers, Progress, Run
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, Solver, require
 from gemopt.splits.senders import Senders
@@ -75,6 +75,7 @@ def solve(
     exchange: Exchange | None = None,
     rules: Rules | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    on_layers: OnLayers | None = None,
     notice: Callable[[str], None] | None = None,
     certificate: str | os.PathLike[str] | None = None,
 ) -> Result:
@@ -146,6 +147,9 @@ def solve(
         keeps them.
     progress
         Called with (layers done, layers) from the calling thread.
+    on_layers
+        Called now and then from the calling thread with how each layer stands: its objective so far (None before there
+        is one) and its bound, in microseconds.
     notice
         Called with a line when kernels are being compiled.
     certificate
@@ -222,7 +226,8 @@ def solve(
             clock += ready(chosen, layers[0].problem, notice, links)
             clock += 0.0 if cluster is None else cluster.ready(chosen, layers[0].problem, interrupted)
         run = Run(
-            chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted, cluster=cluster
+            chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted,
+            cluster=cluster, on_layers=on_layers,
         )  # fmt: skip
         with cores.at_most(max(1, threads // len(layers))):
             bound_us = _go(run, held_G, moving, links)

@@ -23,9 +23,10 @@ from cli_inputs import gemopt, gemopt_json, write_inputs
 
 import gemopt as package
 from gemopt import Placement
-from gemopt.cli.progress import TimeLeft
+from gemopt.cli.progress import TimeLeft, layers_table
 from gemopt.cli.stacked import stacked
 from gemopt.compare import Comparison
+from gemopt.layers import Standing
 from gemopt.plotting import plot_comparison
 from gemopt.result import Status, StoppedBy
 from gemopt.solvers import names
@@ -144,6 +145,25 @@ def test_no_color_is_honoured() -> None:
     assert colours.search(in_a_terminal(words))
     plain = in_a_terminal(words, NO_COLOR="1")
     assert not colours.search(plain) and "--time-limit" in re.sub(r"\x1b\[[0-9;]*m", "", plain)
+
+
+def test_layers_are_shown_while_they_are_solved_on_terminals_only(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "gemopt", "solve", *map(str, write_inputs(tmp_path)), "--time-limit", "2"]
+    more = ["--solver", "local-search", "--slots-per-rank", "3"]
+    live, quiet = in_a_terminal([*words, *more]), in_a_terminal([*words, *more, "--quiet"])
+    assert "gap %" in live and " all" in live and "of 2 s" in live
+    assert "gap %" not in quiet and " all" not in quiet
+
+
+def test_the_table_of_layers_shows_what_is_open() -> None:
+    layers = [Standing(100.0, 90.0), Standing(200.0, 100.0), Standing(None, 0.0), Standing(50.0, 50.0)]
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    console.print(layers_table("auto", layers, [3, 4, 5, 6], 10, 2))
+    shown = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ["4", "20.00", "10.00", "50.00"] in shown and ["5", "-", "-", "-"] in shown
+    assert ["..."] in shown and ["all", "-", "24.00", "-"] in shown and not any(line[:1] == ["3"] for line in shown)
+    console.print(layers_table("auto", [layers[0], layers[3]], [3, 6], 10, 9))
+    assert "all 15.00 14.00 6.67" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 def test_tables_of_narrow_terminals_lose_nothing() -> None:

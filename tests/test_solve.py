@@ -11,6 +11,7 @@ import pytest
 
 import gemopt
 from gemopt.exceptions import InputError, SolverError, UnsupportedError
+from gemopt.layers import Standing
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
 from gemopt.result import Result, Status, StoppedBy
@@ -141,6 +142,25 @@ def test_an_interrupt_ends_with_what_was_found(monkeypatch: pytest.MonkeyPatch) 
     assert result.placement is not None
     assert result.stopped_by is StoppedBy.INTERRUPT
     assert time.monotonic() - begin < 250
+
+
+def test_layers_are_told_of_while_they_get_better() -> None:
+    told: list[list[Standing]] = []
+    threads: set[int] = set()
+
+    def on_layers(layers: list[Standing]) -> None:
+        told.append(layers)
+        threads.add(threading.get_ident())
+
+    given = traces(experts=16, layers=3)
+    result = gemopt.solve(profile([1, 1.1, 1.2, 0.9]), given, patience=3, time_limit=60, on_layers=on_layers)
+    assert threads == {threading.get_ident()} and {len(each) for each in told} == {3}
+    for before, after in zip(told, told[1:], strict=False):
+        for old, new in zip(before, after, strict=True):
+            assert old.bound_us <= new.bound_us
+            assert old.objective_us is None or (new.objective_us or 0) <= old.objective_us
+    assert sum(each.objective_us or 0 for each in told[-1]) == pytest.approx(result.objective_us)
+    assert sum(each.bound_us for each in told[-1]) == pytest.approx(result.bound_us)
 
 
 class _Liar:

@@ -27,7 +27,7 @@ from gemopt.cli.moves import (
     parse_added,
     parse_excluded,
 )
-from gemopt.cli.progress import progress as shown
+from gemopt.cli.progress import layers_shown
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile
@@ -226,7 +226,8 @@ def solve_command(
         measured = Profile.load(profile)
         slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen, measured, current)
         detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
-        with interrupts.held(), shown(f"{solver}: layers", limit_s=limit_s, hidden=as_json) as progress:
+        ids, steps = chosen.layer_ids, chosen.num_steps
+        with interrupts.held(), layers_shown(solver, ids, steps, limit_s=limit_s, hidden=as_json) as on_layers:
             result = solve(
                 measured,
                 chosen,
@@ -257,7 +258,7 @@ def solve_command(
                 topology=topology,
                 exchange=exchange,
                 rules=rules,
-                progress=progress,
+                on_layers=on_layers,
                 notice=None if as_json else notice,
                 certificate=certificate,
             ).made_by(typed())
