@@ -63,6 +63,8 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
         if links.coupled:
             starts.insert(0, (aligned(problems, links, rows), None))
         for given, prelude in starts:
+            if stop[0]:
+                break
             start = given
             for some, some_links in (sample, (problems, links)):
                 if prelude is not None and start is given:
@@ -140,17 +142,33 @@ class _Layers:
         ]
         self.item_LP = [np.where(row != EMPTY, np.arange(len(row)), -1) for row in rows]
         self.rank_LQ = [problem.rank_of_slot.astype(np.int32) for problem in problems]
-        position_T = np.argsort(step_order(problems[0].num_steps))
-        slots_G = problems[0].slots_per_rank
-        self.streams: list[list[Stream]] = []
-        for layer in range(len(problems)):
-            flows = links.flows(layer, rows, slots_G)
-            self.streams.append(
-                [make_stream(flow, position_T, self.rank_LQ[layer], itself=n == 1) for n, flow in enumerate(flows)]
-            )
-        flow = links.flows(0, rows, slots_G)[0]
-        self.nothing = _nothing(flow, position_T, self.rank_LQ[0])
+        self.begun, self.made = rows, {0: self._streams(rows, 0)}
+        if links.coupled:  # what one layer takes depends on the swaps of the one before
+            self.made |= {layer: self._streams(rows, layer) for layer in range(1, len(problems))}
+        self.nothing = self._nothing(links.flows(0, rows, problems[0].slots_per_rank)[0])
         self.scratches: dict[tuple[int, int, int], Scratch] = {}
+
+    @property
+    def position_T(self) -> NDArray[np.int64]:
+        """[T] place of each step in the search."""
+        return np.argsort(step_order(self.problems[0].num_steps))
+
+    def _streams(self, rows: Rows, layer: int) -> list[Stream]:
+        flows = self.links.flows(layer, rows, self.problems[0].slots_per_rank)
+        ranks = self.rank_LQ[layer]
+        return [make_stream(flow, self.position_T, ranks, itself=n == 1) for n, flow in enumerate(flows)]
+
+    def _nothing(self, flow: Flow) -> Stream:
+        """A stream without tokens, for what a layer does not have."""
+        none = np.zeros(0, np.int32)
+        empty = Flow(np.zeros((0, 1), np.int32), none, none, none, flow.rank_P, flow.routes[:1], flow.num_steps)
+        return make_stream(empty, self.position_T, self.rank_LQ[0], itself=False)
+
+    def streams(self, layer: int) -> list[Stream]:
+        """The streams of a layer, made when it is first looked at."""
+        if layer not in self.made:
+            self.made[layer] = self._streams(self.begun, layer)
+        return self.made[layer]
 
     def rows(self) -> Rows:
         """The rows at present."""
@@ -169,16 +187,16 @@ class _Layers:
         """Swaps of one layer."""
         state, problem = self.states[layer], self.problems[layer]
         steps, later = problem.num_steps, self.links.coupled and layer + 1 < len(self.problems)
-        second = self.streams[layer][1] if self.links.coupled else self.nothing
-        after = self.streams[layer + 1][0] if later else self.nothing
+        second = self.streams(layer)[1] if self.links.coupled else self.nothing
+        after = self.streams(layer + 1)[0] if later else self.nothing
         none_T = np.zeros(steps, np.float32)
         makespan_T, combine_T = none_T, np.zeros(steps)
         if later:
             makespan_T = np.empty(steps, np.float32)
             slowest(self.states[layer + 1], -1, -1, makespan_T)
-            combine_T = self.streams[layer + 1][1].times
+            combine_T = self.streams(layer + 1)[1].times
         price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
-        streams = (self.streams[layer][0], second, after)
+        streams = (self.streams(layer)[0], second, after)
         time_a, time_b, others = np.empty((3, steps), np.float32)
         room = Room(np.empty_like(state.loads[0]), time_a, time_b, others, np.empty((3, steps)))
         scratches = (self.scratch(streams[0], 0), self.scratch(streams[1], 1), self.scratch(streams[2], LATER))
@@ -199,10 +217,3 @@ class _Layers:
         if key not in self.scratches:
             self.scratches[key] = make_scratch(stream, own=place < LATER)
         return self.scratches[key]
-
-
-def _nothing(flow: Flow, position_T: NDArray[np.int64], rank_Q: NDArray[np.int32]) -> Stream:
-    """A stream without tokens, for what a layer does not have."""
-    none = np.zeros(0, np.int32)
-    empty = Flow(np.zeros((0, 1), np.int32), none, none, none, flow.rank_P, flow.routes[:1], flow.num_steps)
-    return make_stream(empty, position_T, rank_Q, itself=False)

@@ -7,12 +7,13 @@ whose sender is where an item is.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-from gemopt.flows import Flow
+from gemopt.flows import Flow, Routes
 from gemopt.latency import Curve
 from gemopt.solvers.search.state import Array, Number
 
@@ -84,17 +85,14 @@ def make_stream(flow: Flow, position_T: Array, rank_Q: Array, *, itself: bool) -
     follows = np.full(len(items), -1, np.int32) if flow.follow_N is None else flow.follow_N.astype(np.int32)
     known = np.flatnonzero(follows >= 0)
     from_start, from_ = _lists(follows[known], known, size)
-    table = _joined(flow)
-    by_port = table.tocsc()
-    ends = np.concatenate([[0], np.cumsum([each.num_ports for each in flow.routes])]).astype(np.int64)
+    ways, ends, lines = _ways(flow.routes)
     bytes_TR = np.empty((flow.num_steps, int(ends[-1])))
     for n, (found, _) in enumerate(flow.parts()):
         bytes_TR[position_T, ends[n] : ends[n + 1]] = found[:, : flow.routes[n].num_ports]
-    lines = _lines([each.curves[k] for each in flow.routes for k in each.curve_of])
     stream = Stream(
         items, step, flow.sender_N.astype(np.int32), flow.weight_N.astype(np.int32), to_start, to, from_start, from_,
         follows, itself, rank_Q, route.node_of_rank.astype(np.int32), route.destinations,
-        route.destinations > len(route.node_of_rank), *_arrays(table), *_arrays(by_port), ends, lines, bytes_TR,
+        route.destinations > len(route.node_of_rank), *ways, ends, lines, bytes_TR,
         np.zeros(flow.num_steps),
     )  # fmt: skip
     scratch = make_scratch(stream, own=True)
@@ -111,11 +109,18 @@ def _lists(item: Array, token: Array, size: int) -> tuple[Array, Array]:
     return start.astype(np.int64), token[order].astype(np.int32)
 
 
-def _joined(flow: Flow) -> Any:
-    """One sparse row per sender and destination with the ports of all directions."""
+@lru_cache(maxsize=4)
+def _ways(routes: tuple[Routes, ...]) -> tuple[tuple[Array, ...], Array, Array]:
+    """One sparse row per sender and destination with the ports of all directions, the same by port; `ends`, `lines`.
+
+    The streams of all layers share them.
+    """
     from scipy.sparse import hstack
 
-    return hstack([each.matrix[:, : each.num_ports] for each in flow.routes], format="csr")
+    table = hstack([each.matrix[:, : each.num_ports] for each in routes], format="csr")
+    ends = np.concatenate([[0], np.cumsum([each.num_ports for each in routes])]).astype(np.int64)
+    lines = _lines([each.curves[k] for each in routes for k in each.curve_of])
+    return (*_arrays(table), *_arrays(table.tocsc())), ends, lines
 
 
 def _arrays(table: Any) -> tuple[Array, Array, Array]:
