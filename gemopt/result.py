@@ -138,7 +138,7 @@ class Ceiling(BaseModel):
         Objective above the bound: at most so much is left to more solving. Whether it is there is not known.
     copies_us
         Bound above what any number of copies must take, each rank holding every expert: proven out of reach in these
-        slots; at most so much is left to more slots.
+        slots (and limits of moves); at most so much is left to more slots.
     spread_us
         The rest: nothing that moves or splits experts goes below.
     lost_us

@@ -120,7 +120,7 @@ class Run:
                 for finished in done:
                     count += finished
                     if finished and self.progress is not None and work in ("_solve", "_deepen"):
-                        self.progress(count, len(layers))
+                        self.progress(min(count, len(self.layers)), len(self.layers))
                     if self.on_layers is not None:
                         self.on_layers([layer.standing for layer in self.layers])
         except BaseException:
