@@ -197,14 +197,7 @@ def solve(
                 if (missing := moving.missing_slots(slots_per_rank)) > 0:
                     return _infeasible(solver, clock, traces, _without_slots(traces, moving, missing), made)
             cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
-            if profile.num_ranks == 1 and not allow_one_rank:
-                raise InputError(
-                    "Profile.devices", "1 device", "at least 2: on one every placement is the same", ONE_RANK
-                )
-            if len(cost.latencies) != profile.num_ranks:
-                raise InputError(
-                    "cost", f"{len(cost.latencies)} ranks", f"{profile.num_ranks} ranks serve", "fit it for them"
-                )
+            _check_ranks(profile, cost, allow_one_rank=allow_one_rank)
             held_G = None
             if memory_budget is not None:
                 held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
@@ -292,6 +285,13 @@ def _check_numbers(time_limit: float, gap: float, threads: int | None, patience:
         raise InputError("threads", threads, "at least 1")
     if patience is not None and patience < 0:
         raise InputError("patience", patience, "at least 0")
+
+
+def _check_ranks(profile: Profile, cost: CostModel, *, allow_one_rank: bool) -> None:
+    if profile.num_ranks == 1 and not allow_one_rank:
+        raise InputError("Profile.devices", "1 device", "at least 2: on one every placement is the same", ONE_RANK)
+    if len(cost.latencies) != profile.num_ranks:
+        raise InputError("cost", f"{len(cost.latencies)} ranks", f"{profile.num_ranks} ranks serve", "fit it for them")
 
 
 def _policy(split: Split | str | None, moving: Moving | None) -> Split:
