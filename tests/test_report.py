@@ -29,6 +29,7 @@ from gemopt.replay import replay
 from gemopt.report import Report, report
 from gemopt.report.experts import layer_conflicts
 from gemopt.report.numbers import intervals, moved, windows
+from gemopt.report.sketch import sketch
 from gemopt.traces import Traces
 
 RANKS, LAYERS, EXPERTS, STEPS, FITTED = 4, 3, 12, 60, 40
@@ -108,6 +109,17 @@ def test_layers_ranks_and_latencies_are_those_of_evaluate(folder: Path, made: Re
     np.testing.assert_allclose(
         section(made, "latency").figure.data[3].x, [held.quantile_us(q) for q in (0.5, 0.9, 0.99)]
     )
+
+
+def test_the_first_picture_stands_before_the_scripts(made: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    svg = sketch(section(made, "makespan").figure)
+    assert svg.startswith("<svg") and svg.count("fill: light-dark(#0072b2, #5ab4f0)") == LAYERS + 1  # and the legend's
+    assert "<style" not in svg and all(f">{text}</text>" in svg for text in ("before", "after", "bound", "2", "3", "5"))
+    assert 0 < made.html.index(svg.partition("<g")[0]) < made.html.index("<script")
+    assert made.html.count('class="sketch"') == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert sketch(section(made, "makespan").figure) == ""
 
 
 def test_moves_add_up(folder: Path, made: Report) -> None:
@@ -269,7 +281,7 @@ def test_every_plot_is_drawn_without_complaint_or_network(seen: Browser, made: R
         " each.getBoundingClientRect().height])"
     )
     assert [row[0] for row in drawn] == [f"plot-{each.name}" for each in made.sections if each.figure is not None]
-    assert len(drawn) == 9
+    assert len(drawn) == 9 and not seen.js("document.querySelector('.sketch')")
     for name, traces_, shapes, height in drawn:
         assert traces_ > 0 and shapes > 0 and height >= 250, name
     assert seen.complaints == []

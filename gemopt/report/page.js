@@ -58,6 +58,7 @@
       modeBarButtons: [["toImage", "zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
       toImageButtonOptions: { filename: "gemopt-" + section.name, scale: 2 },
     };
+    target.querySelector(".sketch")?.remove();
     return Plotly.react(target, narrowed(data, narrow), layout, config);
   }
 

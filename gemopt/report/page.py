@@ -8,9 +8,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from gemopt.report.style import ON_DARK, Section, Table, graph_objects
+from gemopt.report.sketch import sketch
+from gemopt.report.style import INK, ON_DARK, Section, Table, graph_objects
 
-INK = {"light": ("#1a1d21", "#e3e7ec", "#ffffff"), "dark": ("#e8eaed", "#363d45", "#14171a")}
 SHARED = "layer"  # this picker stands above all sections
 
 
@@ -27,7 +27,7 @@ def render(
         "facts": "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()),
         "controls": _shared_picker(drawn),
         "contents": "".join(f'<a href="#{each.name}">{escape(each.title)}</a>' for each in sections),
-        "sections": "\n".join(map(_section, sections)),
+        "sections": "\n".join(_section(each, sketch(each.figure) if each is drawn[0] else "") for each in sections),
         "repeat": "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in repeat.items()),
         "css": _resource("page.css"),
         "data": _data(drawn),
@@ -93,7 +93,7 @@ def _select(picker: str, label: str, choices: dict[str, Any]) -> str:
     return f'<label>{label} <select data-picker="{picker}">{options}</select></label>'
 
 
-def _section(section: Section) -> str:
+def _section(section: Section, first_seen: str) -> str:
     name = section.name
     own = section.picker not in ("", SHARED)
     picker = f'<div class="picker">{_select(section.picker, "Show", section.choices)}</div>' if own else ""
@@ -103,7 +103,7 @@ def _section(section: Section) -> str:
         plot = (
             f'<div class="plot" id="plot-{name}" data-picker="{section.picker}" tabindex="0" role="figure" '
             f'aria-labelledby="title-{name}" '
-            f'aria-describedby="text-{name}" style="min-height:{height}px"></div>'
+            f'aria-describedby="text-{name}" style="min-height:{height}px">{first_seen}</div>'
         )
     return (
         f'<section id="{name}"><h2 id="title-{name}">{escape(section.title)}</h2>'

@@ -24,6 +24,7 @@ ON_DARK = {
     SKY: "#8fd0f5",
     YELLOW: "#f0e442",
 }
+INK = {"light": ("#1a1d21", "#e3e7ec", "#ffffff"), "dark": ("#e8eaed", "#363d45", "#14171a")}  # and lines, ground
 MANY = (AFTER, BEFORE, GREEN, PURPLE, SKY, YELLOW, SLOWEST, BOUND)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SCALE = "Cividis"
