@@ -145,5 +145,5 @@ def duals_path(path: str | os.PathLike[str]) -> Path:
 def counts_digest(traces: Traces) -> str:
     """Hex sha256 of what a placement is scored on: the counts, their shape and the layers' ids."""
     digest = hashlib.sha256(json.dumps([list(traces.counts.shape), list(traces.layer_ids)]).encode())
-    digest.update(np.ascontiguousarray(traces.counts, dtype="<i4").reshape(-1))
+    digest.update(np.ascontiguousarray(traces.counts, dtype="<i4").reshape(-1).data)
     return digest.hexdigest()
