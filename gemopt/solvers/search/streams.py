@@ -20,6 +20,7 @@ from gemopt.solvers.search.state import Array, Number
 MOST_LINES = 6
 NOWHERE: Number = np.int64(-2)  # no item; a literal would compile its callers a second time
 NOBODY: Number = np.int64(-1)
+Ways = tuple[Array, Array, Array, Array, Array, Array]  # `start` to `bytes_of` of a stream
 
 
 class Stream(NamedTuple):
@@ -110,7 +111,7 @@ def _lists(item: Array, token: Array, size: int) -> tuple[Array, Array]:
 
 
 @lru_cache(maxsize=4)
-def _ways(routes: tuple[Routes, ...]) -> tuple[tuple[Array, ...], Array, Array]:
+def _ways(routes: tuple[Routes, ...]) -> tuple[Ways, Array, Array]:
     """One sparse row per sender and destination with the ports of all directions, the same by port; `ends`, `lines`.
 
     The streams of all layers share them.
