@@ -24,7 +24,7 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.layer_rules import layer_rules
 from gemopt.links import Exchange
 from gemopt.moves import Moves
-from gemopt.placement import Placement, Split
+from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
 from gemopt.result import Status
 from gemopt.rules import Rules
@@ -32,6 +32,7 @@ from gemopt.solve import solve
 from gemopt.solvers import get, names
 from gemopt.solvers.base import Options, require
 from gemopt.solvers.placing import conflict, first_row, nearest_row
+from gemopt.solvers.search.linked_copies import _changes
 from gemopt.solvers.search.local_search import LocalSearch
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.swaps import descend, iterate, total_cost
@@ -414,6 +415,16 @@ def test_links_and_groups_together() -> None:
     assert result.placement is not None and result.links is not None
     check_rules(result.placement, rules, topology="2x2-ib400")
     assert all(set(row[:4]) == {4, 5, 6, 7} for row in result.placement.physical_to_logical.tolist())
+
+
+def test_copies_under_links_keep_the_rules() -> None:
+    problem = larger(apart=RULES["apart"], pinned=RULES["pinned"], reserved=[{"ranks": [0], "experts": list(range(9))}])
+    row = np.array([0, 4, 6, 8, EMPTY, EMPTY, EMPTY, EMPTY, 1, 2, 9, 15, 3, 5, 10, 14, 7, 11, 12, 13])
+    check(problem, row)
+    changes = list(_changes(problem, row))
+    assert changes
+    for changed in changes:
+        check(problem, changed)
 
 
 def test_few_moves_under_rules() -> None:

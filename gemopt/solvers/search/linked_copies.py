@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gemopt.evaluate import rank_times
+from gemopt.layer_rules import LayerRules
 from gemopt.links import Links
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
@@ -58,8 +59,8 @@ def _changes(problem: Problem, row: Row) -> Iterator[Row]:
     """Rows with one copy less, one more, or another one, the most promising first."""
     ranks, load_E = problem.rank_of_slot, problem.weights_T @ problem.counts_TE
     number_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
-    holds_EG = np.zeros((problem.num_experts, problem.num_ranks), dtype=bool)
-    holds_EG[row[row != EMPTY], ranks[row != EMPTY]] = True
+    rules = problem.rules or LayerRules((), problem.num_ranks, problem.num_experts)
+    barred_EG = rules.barred_EG(row, problem.slots_per_rank)
     wanted = np.argsort(-load_E / (number_E * (number_E + 1)), kind="stable")
     copies = np.flatnonzero((row != EMPTY) & (number_E[row] > 1))
     copies = copies[np.argsort(load_E[row[copies]] / (number_E[row[copies]] * (number_E[row[copies]] - 1)))]
@@ -68,7 +69,7 @@ def _changes(problem: Problem, row: Row) -> Iterator[Row]:
     for slot in [] if problem.full else copies.tolist():
         yield _with(row, slot, EMPTY)
     for slot in (*empty[first].tolist(), *copies.tolist()):
-        for expert in [e for e in wanted.tolist() if not holds_EG[e, ranks[slot]]][:FEW]:
+        for expert in [e for e in wanted.tolist() if not barred_EG[e, ranks[slot]]][:FEW]:
             yield _with(row, slot, expert)
 
 
