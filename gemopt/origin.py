@@ -17,7 +17,7 @@ from gemopt.result import Origin
 from gemopt.traces import Traces
 
 PACKAGES = ("numpy", "numba", "scipy", "ortools", "highspy")  # what answers and bounds depend on
-SILENT = ("progress", "notice")  # change nothing in the answer
+SILENT = ("progress", "on_layers", "notice")  # change nothing in the answer
 
 
 def origin(function: Callable[..., Any], given: Mapping[str, Any], profile: Profile, traces: Traces) -> Origin:
