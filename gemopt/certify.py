@@ -13,15 +13,15 @@ from gemopt.bounds.dual_bound import prices
 from gemopt.certificate import UNIT, Certificate, IntArray, LayerProof, Proof, counts_digest
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
-from gemopt.layers import Layer
 from gemopt.placement import Split
 from gemopt.profile import Profile
 from gemopt.result import Result, StoppedBy
 from gemopt.solvers.exact.column_space import Proven
+from gemopt.solving.layers import Layer
 from gemopt.traces import Traces
 from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
-from gemopt.verify_columns import PART_BITS, check_columns
-from gemopt.verify_dual import check_dual, slack, units
+from gemopt.verify.columns import PART_BITS, check_columns
+from gemopt.verify.dual import check_dual, slack, units
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from gemopt.compare import BASELINE, Comparison
 from gemopt.documents import check_writable, replacing
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError, missing
-from gemopt.fronts import SWAPS, FrontPoint
 from gemopt.replay.result import ReplayResult
 from gemopt.result import Result
+from gemopt.solving.fronts import SWAPS, FrontPoint
 
 ACCENT, MUTED = "#d1495b", "#8d99ae"
 STRATEGY_COLOURS = {

@@ -10,31 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt import cores, interrupts
-from gemopt.answer import answer
 from gemopt.certify import certify
-from gemopt.cluster import Cluster
 from gemopt.costs import CostModel, fit
-from gemopt.coupled import go_coupled, links_of, refuse_with_links
 from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.first_use import ready
-from gemopt.layers import Layer
 from gemopt.links import Exchange, Links
-from gemopt.memory import check_budget, experts_within, most_slots, solve_within
-from gemopt.moving import Asked, Moving
-from gemopt.origin import origin
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem, problems, slot_counts
 from gemopt.profile import Profile
 from gemopt.resize import Source
 from gemopt.result import Origin, Result, Status, StoppedBy
-from gemopt.rounds import solve_shared
-from gemopt.ruled import contradiction, keeping, refuse_with_rules, ruled
 from gemopt.rules import Rules
-from gemopt.schedule import OnLayers, Progress, Run
 from gemopt.solvers import get, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, Solver, require
+from gemopt.solving.answer import answer
+from gemopt.solving.cluster import Cluster
+from gemopt.solving.coupled import go_coupled, links_of, refuse_with_links
+from gemopt.solving.layers import Layer
+from gemopt.solving.memory import check_budget, experts_within, most_slots, solve_within
+from gemopt.solving.moving import Asked, Moving
+from gemopt.solving.origin import origin
+from gemopt.solving.rounds import solve_shared
+from gemopt.solving.ruled import contradiction, keeping, refuse_with_rules, ruled
+from gemopt.solving.schedule import OnLayers, Progress, Run
 from gemopt.splits.senders import Senders
 from gemopt.topology import Topology
 from gemopt.traces import Traces

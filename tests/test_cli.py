@@ -221,7 +221,7 @@ def command(*words: object) -> list[str]:
 SAYS_WHEN_IT_SEARCHES = """
 import os
 from gemopt.cli import main
-from gemopt.schedule import Run
+from gemopt.solving.schedule import Run
 deepen = Run._deepen
 def said(*arguments):
     os.write(2, b"searching\\n")  # whole, though both layers' threads say it at once

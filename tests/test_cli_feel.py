@@ -26,10 +26,10 @@ from gemopt import Placement
 from gemopt.cli.progress import TimeLeft, layers_table
 from gemopt.cli.stacked import stacked
 from gemopt.compare import Comparison
-from gemopt.layers import Standing
 from gemopt.plotting import plot_comparison
 from gemopt.result import Status, StoppedBy
 from gemopt.solvers import names
+from gemopt.solving.layers import Standing
 
 
 def commands() -> dict[str, Any]:

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 import gemopt
-from gemopt.cluster import Cluster, packed, unpacked
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Latency, line, tiles
-from gemopt.layers import Layer
 from gemopt.moves import Moves
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
 from gemopt.result import StoppedBy
-from gemopt.schedule import Run
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
+from gemopt.solving.cluster import Cluster, packed, unpacked
+from gemopt.solving.layers import Layer
+from gemopt.solving.schedule import Run
 from gemopt.traces import Traces
 
 

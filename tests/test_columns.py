@@ -24,7 +24,7 @@ from gemopt.solvers.exact.column_space import Space
 from gemopt.solvers.size import prover
 from gemopt.traces import Traces
 from gemopt.verify import Case, verify
-from gemopt.verify_columns import check_columns
+from gemopt.verify.columns import check_columns
 
 
 def _load(name: str) -> ModuleType:

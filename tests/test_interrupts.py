@@ -22,7 +22,7 @@ from cli_inputs import gemopt, gemopt_json, profile, traces
 from gemopt import interrupts
 from gemopt.placement import Placement
 from gemopt.result import Result
-from gemopt.schedule import Run
+from gemopt.solving.schedule import Run
 from gemopt.traces import Traces
 
 
@@ -90,7 +90,7 @@ def test_while_loading_one_line_and_no_file(
         (Run, "_bound", 1),
         (Run, "_bound", 3),
         (Run, "_deepen", 1),
-        ("gemopt.answer", "score", 1),
+        ("gemopt.solving.answer", "score", 1),
         (Placement, "save", 1),
         (Result, "save", 1),
     ],

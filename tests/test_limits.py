@@ -20,11 +20,9 @@ from gemopt.evaluate import check, loads, objective
 from gemopt.exceptions import InputError
 from gemopt.first_use import NOTICE, ready
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
-from gemopt.layers import Layer
 from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
 from gemopt.result import StoppedBy
-from gemopt.schedule import Run
 from gemopt.solvers import get
 from gemopt.solvers.base import Options, Outcome, Row, Supports
 from gemopt.solvers.baselines.gem import ORDER, greedy, relieve_stragglers
@@ -34,6 +32,8 @@ from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import make_costs, make_state, most_loaded
 from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
+from gemopt.solving.layers import Layer
+from gemopt.solving.schedule import Run
 from gemopt.splits import even_shares
 from gemopt.traces import Traces
 

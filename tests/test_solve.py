@@ -11,12 +11,12 @@ import pytest
 
 import gemopt
 from gemopt.exceptions import InputError, SolverError, UnsupportedError
-from gemopt.layers import Standing
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
 from gemopt.result import Result, Status, StoppedBy
 from gemopt.solvers import REGISTRY
 from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solving.layers import Standing
 from gemopt.traces import Traces
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
@@ -125,9 +125,9 @@ def test_an_interrupt_ends_with_what_was_found(monkeypatch: pytest.MonkeyPatch) 
     """Ctrl-C while layers are being solved: every layer still returns its incumbent."""
     import sys
 
-    import gemopt.schedule
+    import gemopt.solving.schedule
 
-    module = sys.modules["gemopt.schedule"]
+    module = sys.modules["gemopt.solving.schedule"]
     real, fired = module.wait, threading.Event()
 
     def interrupted(*arguments: object, **keywords: object) -> object:

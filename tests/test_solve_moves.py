@@ -10,12 +10,12 @@ import pytest
 from gemopt.costs import fit
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.fronts import SWAPS, moves_front
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.profile import Device, MoeShape, Profile, Sample
 from gemopt.result import Result, Status, StoppedBy
 from gemopt.solve import solve
+from gemopt.solving.fronts import SWAPS, moves_front
 from gemopt.traces import Traces
 
 SLOTS = [3, 2]

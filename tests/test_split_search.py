@@ -16,13 +16,13 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.registry import get as engine
 from gemopt.formats.registry import within_engine
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
-from gemopt.memory import experts_within, most_slots, thinned
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
 from gemopt.result import Status
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
+from gemopt.solving.memory import experts_within, most_slots, thinned
 from gemopt.traces import Traces
 
 

@@ -80,10 +80,10 @@ def compare_command(
     """
     from gemopt.compare import DEFAULT_SOLVERS, compare
     from gemopt.exceptions import MissingPackageError
-    from gemopt.fronts import check_request
     from gemopt.plotting import check_picture
     from gemopt.profile import Profile
     from gemopt.solvers import get
+    from gemopt.solving.fronts import check_request
 
     names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
     for name in names:
@@ -150,9 +150,9 @@ def compare_command(
 def _front(profile: Profile, traces: Traces, current: Path, plot: Path | None, as_json: bool, **options: Any) -> int:
     """Print and draw latency against moves."""
     from gemopt.cli.tables import front_table
-    from gemopt.fronts import moves_front
     from gemopt.placement import Placement
     from gemopt.plotting import plot_front, save
+    from gemopt.solving.fronts import moves_front
 
     points = moves_front(profile, traces, Placement.load(current), **options)
     if plot is not None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from gemopt.cli.app import Voice, errors
 
 if TYPE_CHECKING:
-    from gemopt.layers import Standing
+    from gemopt.solving.layers import Standing
 
 Advance = Callable[[int, int | None], None]
 OTHER_LINES = 9  # of a screen, around the rows of a table

@@ -12,8 +12,8 @@ from rich.text import Text
 if TYPE_CHECKING:
     from gemopt.compare import Comparison
     from gemopt.evaluate import Evaluation
-    from gemopt.fronts import FrontPoint
     from gemopt.replay import ReplayResult
+    from gemopt.solving.fronts import FrontPoint
     from gemopt.verify import Verified
 
 

@@ -250,9 +250,9 @@ def _check_digests(certificate: Certificate, profile: Profile, traces: Traces) -
 
 
 def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most_nodes: int) -> LayerCheck:
-    from gemopt.verify_columns import check_columns, no_better_contents
-    from gemopt.verify_dual import check_dual
-    from gemopt.verify_tree import no_better
+    from gemopt.verify.columns import check_columns, no_better_contents
+    from gemopt.verify.dual import check_dual
+    from gemopt.verify.tree import no_better
 
     row_P = _feasible(case, layer)
     found_us = objective_us(case, row_P)

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.evaluate import total
-from gemopt.layers import Layer
-from gemopt.moving import Moving, limited
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
-from gemopt.schedule import Run
 from gemopt.solvers.base import Options, Outcome
 from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
 from gemopt.solvers.placing import fewest_row, no_placement
+from gemopt.solving.layers import Layer
+from gemopt.solving.moving import Moving, limited
+from gemopt.solving.schedule import Run
 
 FRONT_SHARE = 0.2  # of the time, for the fronts
 LEAST_SECONDS = 0.05

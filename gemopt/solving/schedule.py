@@ -20,15 +20,15 @@ import numpy as np
 
 from gemopt import cores
 from gemopt.bounds import spread_bound, timed_step_bounds, together_bound, weighted
-from gemopt.cluster import Cluster, packed, unpacked
 from gemopt.evaluate import objective, total
-from gemopt.layers import Coupling, Layer, Standing, on_this_clock, value_of
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Solver, incumbent, within_limits
 from gemopt.solvers.search.packing import filled
 from gemopt.solvers.size import provable, prover
+from gemopt.solving.cluster import Cluster, packed, unpacked
+from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4

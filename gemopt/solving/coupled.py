@@ -11,13 +11,13 @@ import numpy as np
 from gemopt.bounds.links import links_bound
 from gemopt.evaluate import rank_times
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.layers import Coupling, Layer
 from gemopt.links import Exchange, Links
 from gemopt.profile import Profile
-from gemopt.schedule import Run
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Row
 from gemopt.solvers.exact.joint import check_stated
+from gemopt.solving.layers import Coupling, Layer
+from gemopt.solving.schedule import Run
 from gemopt.topology import Topology
 from gemopt.traces import Traces
 

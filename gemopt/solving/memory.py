@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
-from gemopt.layers import Layer
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
-from gemopt.schedule import Run
 from gemopt.solvers.base import Row
+from gemopt.solving.layers import Layer
+from gemopt.solving.schedule import Run
 
 FIRST_SHARE = 0.5  # of the time, with all slots
 IntArray = NDArray[np.int64]

@@ -11,9 +11,7 @@ from gemopt.costs import CostModel, FitReport
 from gemopt.evaluate import Evaluation, check, moves_us, objective, score, with_links
 from gemopt.exceptions import InputError, SolverError
 from gemopt.latency import FloatArray
-from gemopt.layers import history
 from gemopt.links import LinksReport
-from gemopt.moving import Moving
 from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
 from gemopt.result import (
@@ -27,8 +25,10 @@ from gemopt.result import (
     StoppedBy,
     relative_gap,
 )
-from gemopt.schedule import Run
 from gemopt.solvers.base import Row
+from gemopt.solving.layers import history
+from gemopt.solving.moving import Moving
+from gemopt.solving.schedule import Run
 from gemopt.splits import plain
 from gemopt.splits.senders import Senders
 from gemopt.splits.weights import static_weights

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
-from gemopt.verify_dual import below
+from gemopt.verify.dual import below
 
 if TYPE_CHECKING:
     from gemopt.verify import Case
