@@ -26,6 +26,7 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded
 from gemopt.solvers.relabel import renamed
+from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.linked_copies import search_copies
 from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
@@ -52,7 +53,8 @@ PRELUDES = (Prelude(1.0, True), None, Prelude(0.0, False), Prelude(0.0, True))
 
 
 def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options: Options) -> Linked:
-    """Improve the rows of all layers under the joint objective; never worse than what is given."""
+    """Improve the rows of all layers under the joint objective; never worse than what is given. Blocs stay."""
+    problems = [settled(problem, row) for problem, row in zip(problems, rows, strict=True)]
     value = linked_total(problems, rows, links)
     found = Linked(list(rows), value, StoppedBy.ITERATIONS, [incumbent(value)])
     sample = _sampled(problems, links, options.seed)

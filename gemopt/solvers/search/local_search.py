@@ -39,10 +39,8 @@ class LocalSearch:
 
     def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
         """All layers under makespans and links; see `LinkedSolver`."""
-        from gemopt.solvers.search.blocs import settled
         from gemopt.solvers.search.linked import search_linked
 
-        problems = [settled(problem, row) for problem, row in zip(problems, rows, strict=True)]
         return search_linked(problems, links, rows, options)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
