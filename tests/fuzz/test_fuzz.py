@@ -45,10 +45,10 @@ def test_no_bound_or_answer_is_wrong(name: str, tries: int) -> None:
         assert tally.proven > 0.9 * tally.tried
 
 
-@pytest.mark.parametrize(("name", "seed"), [("highs", 1004673), ("highs", 1009009), ("cbc", 2000570)])
+@pytest.mark.parametrize(("name", "seed"), [("highs", 1004673), ("highs", 1009009), ("cbc", 2000570), ("cbc", 2002148)])
 def test_what_was_wrong_once_is_right(name: str, seed: int) -> None:
     """HiGHS with presolve called 68e9 us optimal where 22e9 are possible, and 1.9e14 where 2e10 are; CBC called its
-    start, 2e10, optimal where 6.1e9 are."""
+    start, 2e10, optimal where 6.1e9 are, and after substitutions claimed a bound 3 % above an optimum."""
     tally = fuzz.fuzz(name, range(seed, seed + 1))
     assert tally.reached == 1 and not tally.faults, "\n".join(tally.faults)
 

@@ -190,6 +190,7 @@ def _cbc(formulation: MilpFormulation, answer: Answer, request: dict[str, Any], 
         "options": [
             *(f"{name} {TOLERANCE}" for name in ("primalT", "dualT", "integerT", "increment")),
             f"randomCbcSeed {request['seed']}",
+            "preprocess off",  # as HiGHS's presolve: its substitutions lose the optimum
         ],
     }
     if request["threads"] > 1:
