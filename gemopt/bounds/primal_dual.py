@@ -123,6 +123,11 @@ def halpern(z: Array, image: Array, anchor: Array, part: Real) -> float:
     return float(total)
 
 
+def _length(*parts: Array) -> float:
+    """Euclidean length, in float64: squares of large entries overflow float32."""
+    return float(np.sqrt(sum(np.square(part, dtype=np.float64).sum() for part in parts)))
+
+
 class PrimalDual:
     """The iteration on one programme; `iterate` until told to stop, `multipliers` whenever asked.
 
@@ -241,10 +246,10 @@ class PrimalDual:
         for _ in range(NORM_ROUNDS):
             if self.stop[0]:
                 return
-            size = F32(max(np.sqrt(float((u**2).sum()) + float((x**2).sum())), 1e-20))
+            size = F32(max(_length(u, x), 1e-20))
             u, x = u / size, x / size
             u, x = self._squared(u, x)
-            norm = np.sqrt(np.sqrt(float((u**2).sum()) + float((x**2).sum())))
+            norm = np.sqrt(_length(u, x))
         self.step = {name: 0.9 / max(norm, 1e-6) * value for name, value in self.step.items()}
 
     def _squared(self, u: Array, x: Array) -> tuple[Array, Array]:
