@@ -1,7 +1,7 @@
 """A controller in charge of a live model, against the placement fitted once: text changes kind, and a rank slows down.
 
 Four ranks under CPU quotas serve the shipped model, its experts widened as in `live.py`. Placements are fitted on the
-first kind of text. Then the text goes on, changes to another kind, and to a third; halfway through, one rank gets 1.3
+first kind of text. Then the text goes on, changes to another kind, and to a third; halfway through, one rank gets 1.5
 times slower. Round after round the same text is served in turn with the placement fitted once and with
 `Executor.follow`; what is compared is the measured makespan (slowest rank's experts, summed over layers and steps), and
 the logits, which must not change.
@@ -37,16 +37,16 @@ from gemopt.models import tiny_moe_path
 from gemopt.online import Controller
 from gemopt.profiling.throttle import cpu_quota
 
-SLOW_RANK, SLOWER = 1, 1.3
-KINDS = ("code", "code", "prose", "prose", "tables", "tables")
+SLOW_RANK, SLOWER = 1, 1.5
+KINDS = ("code", "maths", "maths", "prose", "prose", "maths")
 SLOW_FROM = 3  # segment
 
 
 def corpus(kind: str) -> str:
-    """Text that every Python carries: its library, its manual, its tables of characters."""
+    """Text that every Python carries: its library, its manual, its tables of decimal arithmetic."""
     if kind == "prose":
         return "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
-    pattern = "encodings/*.py" if kind == "tables" else "*.py"
+    pattern = "test/decimaltestdata/*.decTest" if kind == "maths" else "*.py"
     files = sorted(glob.glob(os.path.join(os.path.dirname(os.__file__), pattern)))
     return "".join(Path(name).read_text(errors="ignore")[2000:8000] for name in files)
 
@@ -92,13 +92,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=48, help="of a segment; there are six")
-    parser.add_argument("--training-steps", type=int, default=192)
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=64, help="of a segment; there are six")
+    parser.add_argument("--training-steps", type=int, default=128)
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--width", type=int, default=4608, help="of the experts; their share of a step does not matter")
+    parser.add_argument("--width", type=int, default=1536, help="of the experts; their share of a step does not matter")
     return parser.parse_args()
 
 
