@@ -219,11 +219,14 @@ def _grouped(
     size_G = np.maximum(np.abs(table_GKF).sum(axis=(1, 2)), 1e-300)
     group_G, factor_G = np.zeros(len(size_G), np.int64), np.ones(len(size_G))
     firsts: list[int] = []
+    widest = min(max(widest, 1 + close), 1e100)  # a rank that takes no time is no multiple of one that does
     for g in np.argsort(size_G, kind="stable").tolist():
         for c, first in enumerate(firsts):
+            if slots_G[g] != slots_G[first] or size_G[g] > size_G[first] * widest:
+                continue
             base, factor = table_GKF[first], size_G[g] / size_G[first]
             within = (np.abs(table_GKF[g] - factor * base) <= close * factor * np.abs(base).max(axis=0)).all()
-            if within and slots_G[g] == slots_G[first] and factor <= max(widest, 1 + close):
+            if within:
                 group_G[g], factor_G[g] = c, 1.0 if factor <= 1 + ALIKE else factor
                 break
         else:
