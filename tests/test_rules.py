@@ -442,3 +442,12 @@ def test_few_moves_under_rules() -> None:
         assert result.placement is not None and result.moves is not None
         check_rules(result.placement, rules)
         assert result.moves.moves == 4 or not fields
+
+
+@pytest.mark.parametrize("name", ["branch", "columns"])
+def test_provers_without_rules_refuse_them_also_when_called_directly(name: str) -> None:
+    problem = random_problem(3, spare=False)
+    rules = Rules(pinned=[{"experts": [0], "ranks": [0]}])
+    (asked,) = layer_rules(rules, [0], problem.num_experts, problem.num_ranks, NODES[: problem.num_ranks])
+    with pytest.raises(UnsupportedError, match="rules"):
+        get(name).solve(replace(problem, rules=asked), Options(deadline=np.inf), None)

@@ -7,6 +7,7 @@ read and get the most frequent experts. Trained on one CPU thread: the same hist
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,7 +34,7 @@ EPOCHS, BATCH, RATE, DECAY = 10, 128, 1e-3, 1e-2
 FLOAT, HALF = 4.0, 2.0  # bytes
 
 
-class _Network(Frequency):
+class _Network(Frequency, ABC):
     """What both have in common: what may be read, training, naming the K best."""
 
     needs = ("ids", "hidden")
@@ -65,13 +66,13 @@ class _Network(Frequency):
         with _alone(self.seed):
             self.train(states, labels)
 
+    @abstractmethod
     def train(self, states: list[Tensor], labels: list[Tensor]) -> None:
         """Fit `net` to states [N, D] and labels [N, E], a pair for each layer that is read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, states: list[Tensor]) -> Tensor:
         """[N, E] from the states [N, D] of the layers that may be read."""
-        raise NotImplementedError
 
     def scores(self, context: Batch) -> FloatArray:
         """[N, E] logits; frequencies where there is nothing to read."""

@@ -10,14 +10,13 @@ import numpy as np
 from gemopt.bounds import Together, step_bounds, together_bound
 from gemopt.bounds.dual_bound import pair_costs
 from gemopt.evaluate import objective
-from gemopt.exceptions import UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.result import StoppedBy, relative_gap
+from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.compact import merged
+from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tree
-from gemopt.solvers.search.packing import lpt_row
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
 NEVER = 2**62
@@ -35,19 +34,13 @@ class Branch:
         Raises
         ------
         UnsupportedError
-            Spare slots or moves: the tree knows one copy of each expert and no price but time.
+            Spare slots, moves or rules: the tree knows one copy of each expert and no price but time.
         """
-        if problem.spare_slots or problem.moves is not None:
-            asked = f"{problem.spare_slots} spare slots" if problem.spare_slots else "moves"
-            raise UnsupportedError("solver branch", asked, "one copy of each expert, and no moves", "use cpsat or milp")
-        row = lpt_row(problem) if warm_start is None else warm_start.copy()
-        value = objective(problem, row)
-        history = [incumbent(value, options.bound_us)]
-        gap = relative_gap(value, options.bound_us)
-        if gap is not None and options.bound_us > 0 and gap <= options.gap:
-            return Outcome(row, StoppedBy.GAP, options.bound_us, history, start_us=value, reached=False)
-        if options.expired():
-            return Outcome(row, options.cut_by, None, history, "no time to solve", start_us=value, reached=False)
+        begun = begin(self.name, problem, options, warm_start)
+        if not begun.reached:
+            return begun
+        assert begun.row is not None and begun.start_us is not None
+        row, value, history = begun.row, begun.start_us, begun.history
         small = merged(problem)
         floor_T = step_bounds(small)
         known = _multipliers(small, floor_T, options, value)

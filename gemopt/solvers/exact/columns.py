@@ -14,7 +14,6 @@ import numpy as np
 
 from gemopt.bounds import step_bounds
 from gemopt.evaluate import objective
-from gemopt.exceptions import UnsupportedError
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy, relative_gap
 from gemopt.solvers import get
@@ -22,8 +21,8 @@ from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.column_kernels import search_columns
 from gemopt.solvers.exact.column_master import Master
 from gemopt.solvers.exact.column_space import IntArray, Proven, Space
+from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.tree import CLOSE
-from gemopt.solvers.search.packing import lpt_row
 
 ITERATIONS = 50  # of the master between two looks at all columns
 COARSE = 400  # iterations with one level
@@ -48,21 +47,13 @@ class Columns:
         Raises
         ------
         UnsupportedError
-            Spare slots or moves: a column holds one copy of each of its experts and has no price but time.
+            Spare slots, moves or rules: a column holds one copy of each of its experts and has no price but time.
         """
-        if problem.spare_slots or problem.moves is not None:
-            asked = f"{problem.spare_slots} spare slots" if problem.spare_slots else "moves"
-            raise UnsupportedError(
-                "solver columns", asked, "one copy of each expert, and no moves", "use cpsat or milp"
-            )
-        row = lpt_row(problem) if warm_start is None else warm_start.copy()
-        value = objective(problem, row)
-        history = [incumbent(value, options.bound_us)]
-        gap = relative_gap(value, options.bound_us)
-        if gap is not None and options.bound_us > 0 and gap <= options.gap:
-            return Outcome(row, StoppedBy.GAP, options.bound_us, history, start_us=value, reached=False)
-        if options.expired():
-            return Outcome(row, options.cut_by, None, history, "no time to solve", start_us=value, reached=False)
+        begun = begin(self.name, problem, options, warm_start)
+        if not begun.reached:
+            return begun
+        assert begun.row is not None and begun.start_us is not None
+        row, value, history = begun.row, begun.start_us, begun.history
         space = Space.of(problem, step_bounds(problem))
         if space is None:
             note = "too many contents of a rank to list them"
