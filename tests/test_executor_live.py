@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ TIMEOUT_S = 40.0  # of a stage: long enough for a busy machine, since death is n
 @pytest.fixture(scope="module")
 def world():
     path = Path(__file__).with_name("executor_ranks.py")
-    server = subprocess.Popen([sys.executable, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = os.environ | {"PYTHONPATH": str(path.parent)}  # where its scenarios lie, PYTHONSAFEPATH or not
+    server = subprocess.Popen([sys.executable, str(path)], env=environment, **pipes)
 
     def run(scenario, ranks, *, limit=300, **args):
         server.stdin.write(json.dumps({"scenario": scenario, "ranks": ranks, "args": args, "limit": limit}) + "\n")
