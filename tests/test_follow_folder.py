@@ -130,8 +130,10 @@ def test_a_dump_that_is_written_again_counts_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "x1.safetensors"])
-def test_other_files_are_none_of_its_business(tmp_path: Path, name: str) -> None:
+def test_other_files_are_named_once_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("hello")
-    news = Follower(tmp_path).look()
+    follower = Follower(tmp_path)
+    news = follower.look()
     assert news.traces is None
-    assert not news.faults
+    assert [name in line for line in news.faults] == [True]
+    assert not follower.look().faults

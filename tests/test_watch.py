@@ -124,6 +124,21 @@ def test_bad_windows_are_lines_in_the_log(folder: Path) -> None:
     assert 'gemopt_faults_total{kind="file"} 1.0' in metrics.page().decode()
 
 
+def test_files_that_are_no_parts_are_named_once(folder: Path) -> None:
+    watched, log = watch(folder)
+    (folder / "traces").mkdir(exist_ok=True)
+    (folder / "traces" / "expert_distribution_recorder_1.pt").write_bytes(b"dump")
+    (folder / "traces" / "hidden.safetensors").write_bytes(b"beside the parts")
+    watched.look(history=True)
+    watched.look()
+    named = [line for line in log if "expert_distribution_recorder_1.pt" in line]
+    assert len(named) == 1 and "--from" in named[0] and "hidden" not in named[0]
+    assert any("no steps yet" in line for line in log)
+    grow(folder, 0, traffic(hot=0))
+    watched.look()
+    assert Placement.load(folder / "placement.json") != contiguous()
+
+
 def fetch(port: int, path: str) -> tuple[int, str]:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:

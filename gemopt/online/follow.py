@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemopt.exceptions import InputError
-from gemopt.traces import Traces, concatenate
+from gemopt.traces import Traces, concatenate, hidden_path
 
 Read = Callable[[Sequence[Path]], Traces]
 Stamp = tuple[int, int]  # size and time of the last change
@@ -36,6 +36,7 @@ class Follower:
     def __init__(self, folder: Path, read: Read | None = None, *, patience: int = PATIENCE) -> None:
         self.folder, self.read, self.patience = folder, read, patience
         self._next = 0
+        self._strange: set[str] = set()
         self._done: dict[Path, Stamp] = {}
         self._seen: dict[Path, Stamp] = {}
         self._tries = 0
@@ -50,7 +51,7 @@ class Follower:
 
     def _numbered(self, files: Sequence[Path]) -> News:
         parts = {int(path.stem): path for path in files if path.suffix == ".safetensors" and path.stem.isdecimal()}
-        news, found = News(), []
+        news, found = News(faults=self._strangers(files, parts.values())), []
         while any(number >= self._next for number in parts):
             if self._next not in parts:
                 if not self._give_up():
@@ -70,6 +71,19 @@ class Follower:
             self._tries = 0
         news.traces = self._joined(found, news)
         return news
+
+    def _strangers(self, files: Sequence[Path], parts: Iterable[Path]) -> list[str]:
+        """A line, once, on files that are no parts: an engine's dumps without their reader would never be seen."""
+        known = self._strange | {path.name for path in parts} | {hidden_path(self.folder).name}
+        new = [path.name for path in files if path.name not in known]
+        self._strange |= set(new)
+        if not new:
+            return []
+        names = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+        return [
+            f"{self.folder}: got {names}; parts are called 000000.safetensors, 000001.safetensors, ...: left unread; "
+            "--from ENGINE reads an engine's dumps"
+        ]
 
     def _grouped(self, files: Sequence[Path], read: Read) -> News:
         stamps = {}

@@ -115,6 +115,8 @@ class Watch:
             self._fault("file", fault)
         self.health.looked()
         if news.traces is None:
+            if history:
+                self.log(f"{self.follower.folder}: no steps yet")
             return None
         try:
             return self._steps(news.traces, history=history)
