@@ -98,6 +98,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--slots", type=int, default=20, help="of every rank, for 64 experts on 4 ranks")
     parser.add_argument("--width", type=int, default=1536, help="of the experts; their share of a step does not matter")
     return parser.parse_args()
 
@@ -132,7 +133,10 @@ def main() -> None:
     with quota_of(rank):
         profile: Profile = measure_profile(watch, width, 2 * options.sequences * 4, options.points, 0.5)
     traces = Traces(counts=counts, layer_ids=tuple(ids), top_k=4)
-    once = from_rank_0(solve(profile, traces, time_limit=options.seconds).placement if rank == 0 else None)
+    once = None
+    if rank == 0:
+        once = solve(profile, traces, slots_per_rank=options.slots, time_limit=options.seconds).placement
+    once = from_rank_0(once)
 
     spans: dict[str, list[list[float]]] = {"fitted once": [], "followed": []}
     decisions: list[str] = []
@@ -180,7 +184,7 @@ def report(
         facts: dict[str, Any] = {
             "measured": stamp("torch", "transformers"), "quotas": QUOTAS, "width": width, "kinds": KINDS,
             "slow": {"rank": SLOW_RANK, "factor": SLOWER, "from_segment": SLOW_FROM + 1},
-            "steps": options.steps, "window": options.window, "sequences": options.sequences,
+            "slots": options.slots, "steps": options.steps, "window": options.window, "sequences": options.sequences,
             "makespan_us": spans, "change": overall, "change_by_segment": by_segment, "decisions": decisions,
             "largest_logit_difference": worst,
         }  # fmt: skip
