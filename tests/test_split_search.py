@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import numpy as np
@@ -16,12 +17,15 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.registry import get as engine
 from gemopt.formats.registry import within_engine
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
+from gemopt.layer_rules import layer_rules
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
 from gemopt.result import Status
+from gemopt.rules import Rules
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
+from gemopt.solvers.search import copies
 from gemopt.solving.memory import experts_within, most_slots, thinned
 from gemopt.traces import Traces
 
@@ -172,6 +176,32 @@ def test_thinning_moves_experts_where_a_rank_holds_too_much_without_copies() -> 
     (kept,) = thinned([problem], [row], np.array([1, 2, 1]))
     assert np.bincount(problem.rank_of_slot[kept != EMPTY], minlength=3).tolist() == [1, 2, 1]
     assert sorted(kept[kept != EMPTY].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("looks", [0, 1, 4, 7])
+def test_thinning_looks_at_the_objective_only_while_it_has_the_time(
+    looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem.make([[9, 5, 4, 1]], (ASSIGNMENTS,), sloped(1, 1, 1), 3)
+    row = np.array([0, 1, 2, 0, 1, 3, 0, 2, 3])
+    asked, exact = [], []
+    counted = copies.removal_costs
+    monkeypatch.setattr(copies, "removal_costs", lambda *given: (exact.append(1), counted(*given)))
+    late = lambda: asked.append(1) or len(asked) > looks  # noqa: E731
+    kept = thinned([problem] * 2, [row] * 2, np.array([3, 3, 2]), late)
+    assert len(exact) <= looks
+    assert sum((each != EMPTY).sum() for each in kept) == 8
+    assert all(set(each) - {EMPTY} == {0, 1, 2, 3} for each in kept)
+
+
+def test_what_nothing_can_be_done_about_is_said() -> None:
+    problem = Problem.make([[9, 5, 4, 1]], (ASSIGNMENTS,), sloped(1, 1, 1), 3)
+    (pinned,) = layer_rules(Rules(pinned=[{"experts": [0, 1], "ranks": [0]}]), [0], 4, 3, [0, 0, 0])
+    row = np.array([0, 1, EMPTY, 2, 3, EMPTY, EMPTY, EMPTY, EMPTY])
+    with pytest.raises(InputError, match="1 experts too many on rank 0; no placement within it that keeps the rules"):
+        thinned([replace(problem, rules=pinned)], [row], np.array([1, 2, 1]))
+    (kept,) = thinned([replace(problem, rules=pinned)], [row], np.array([2, 1, 1]))
+    assert pinned is not None and pinned.broken(kept, problem.slots_per_rank) is None
 
 
 @pytest.mark.parametrize(

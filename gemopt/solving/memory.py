@@ -3,13 +3,15 @@
 All layers are placed with the most slots that one may use. Then the copy that costs least to lose goes, on a rank that
 holds too much, over all layers, until every rank keeps to its budget (CRAFT, arXiv:2603.28768, spends memory on the
 layers that gain most, by a benefit per layer and number of copies; here it is the objective of every single copy, under
-the even split). What is left is searched once more, each layer in the slots that it kept.
+the even split). Once its share of the time is over, the copies with least load go without that. What is left is
+searched once more, each layer in the slots that it kept.
+Losing copies breaks no rules; experts move where rules let them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +26,7 @@ from gemopt.solving.layers import Layer
 from gemopt.solving.schedule import Run
 
 FIRST_SHARE = 0.5  # of the time, with all slots
+THINNING_SHARE = 0.1  # to choose copies by what each costs to lose
 IntArray = NDArray[np.int64]
 
 
@@ -71,7 +74,8 @@ def solve_within(run: Run, held_G: IntArray) -> None:
     whole = [layer.problem for layer in run.layers]
     left = max(0.0, run.clock + run.time_limit - time.monotonic())
     replace(run, time_limit=run.time_limit - (1 - FIRST_SHARE) * left, progress=None).go()
-    rows = thinned(whole, [_row(layer) for layer in run.layers], held_G)
+    deadline = run.clock + run.time_limit - (1 - FIRST_SHARE - THINNING_SHARE) * left
+    rows = thinned(whole, [_row(layer) for layer in run.layers], held_G, lambda: time.monotonic() > deadline)
     for layer, problem, row in zip(run.layers, whole, rows, strict=True):
         kept = row != EMPTY
         slots_G = np.bincount(problem.rank_of_slot[kept], minlength=problem.num_ranks)
@@ -96,62 +100,89 @@ def _row(layer: Layer) -> Row:
 
 
 class _Thinning:
-    """One layer's row that loses copies; `loss_P`: what each copy's loss costs, infinity where it is the only one."""
+    """One layer's row that loses copies; `loss_P`: microseconds that each copy's loss costs, infinity where it is the
+    only one. exact: whether that is the objective's word, else a guess by its load."""
 
-    def __init__(self, problem: Problem, row: Row) -> None:
+    def __init__(self, problem: Problem, row: Row, *, exact: bool) -> None:
         from gemopt.solvers.search.shares import make_search, make_shares
         from gemopt.solvers.search.state import make_costs
 
         self.problem = replace(problem, split=Split.EVEN, senders_TGE=None, moves=None, full=False)
-        self.costs, self.shares, self.row = make_costs(self.problem), make_shares(self.problem), row.copy()
-        self.loss_P = np.full(len(row), np.inf)
-        self._make_search = make_search
+        self.row, self._make_search = row.copy(), make_search
+        self.shares = make_shares(self.problem) if exact else None  # None too where counts are too many to tabulate
+        self.costs = make_costs(self.problem) if exact else None
         self.look()
 
     def look(self) -> None:
-        """Bring the losses up to date; where counts are too many to tabulate, the coldest copies go first."""
+        """Bring the losses up to date."""
         from gemopt.solvers.search.copies import removal_costs
         from gemopt.solvers.search.state import make_state
         from gemopt.solvers.search.swaps import total_cost
 
-        if self.shares is None:
-            self.loss_P = self._cold()
+        self.loss_P = self._guessed()
+        if self.shares is None or self.costs is None:
             return
         state = make_state(self.problem, self.row, self.costs)
         removal_costs(self.costs, state, self.shares, self._make_search(state), self.loss_P)
         self.loss_P -= total_cost(state)
 
-    def _cold(self) -> FloatArray:
-        copies_E = np.bincount(self.row[self.row != EMPTY], minlength=self.problem.num_experts)
-        load_E = self.problem.counts_TE.sum(axis=0, dtype=np.int64) / copies_E
-        return np.where((self.row != EMPTY) & (copies_E[self.row] > 1), load_E[self.row], np.inf)
-
-    def drop(self, slot: int) -> None:
-        """Empty a slot."""
-        self.row[slot] = EMPTY
+    def guess(self) -> None:
+        """From now on, losses are guessed."""
+        self.shares = None
         self.look()
 
+    def _guessed(self) -> FloatArray:
+        """[P] what the load of each copy takes, by itself."""
+        copies_E = np.bincount(self.row[self.row != EMPTY], minlength=self.problem.num_experts)
+        load_E = self.problem.num_steps * self.problem.linearised[1].mean(axis=0) / copies_E
+        return np.where((self.row != EMPTY) & (copies_E[self.row] > 1), load_E[self.row], np.inf)
 
-def thinned(problems: Sequence[Problem], rows: Sequence[Row], held_G: IntArray) -> list[Row]:
+    def keeps_rules(self, slot: int, target: int) -> bool:
+        """Whether the content of a slot may go to an empty one."""
+        if self.problem.rules is None:
+            return True
+        row = self.row.copy()
+        row[target], row[slot] = row[slot], EMPTY
+        return self.problem.rules.broken(row, self.problem.slots_per_rank) is None
+
+
+def thinned(
+    problems: Sequence[Problem], rows: Sequence[Row], held_G: IntArray, late: Callable[[], bool] = lambda: False
+) -> list[Row]:
     """The rows without the copies that cost least to lose, until no rank holds more than `held_G` over all layers.
 
-    Where a rank holds too much but no copies, its coldest expert goes to a rank with room.
+    Where a rank holds too much but no copies, its coldest expert goes to a rank with room. `late`: whether the time to
+    choose by the objective is over; asked before every look at it.
+
+    Raises
+    ------
+    InputError
+        A rank holds too much that nothing can be done about, as rules may have it.
     """
-    layers = [_Thinning(problem, row) for problem, row in zip(problems, rows, strict=True)]
+    layers = [_Thinning(problem, row, exact=not late()) for problem, row in zip(problems, rows, strict=True)]
     rank_of_slot = problems[0].rank_of_slot
-    over_G = -held_G.copy()
+    over_G, guessing = -held_G.copy(), False
     for layer in layers:
         over_G += np.bincount(rank_of_slot[layer.row != EMPTY], minlength=len(held_G))
     while (over_G > 0).any():
+        if not guessing and late():
+            guessing = True
+            for layer in layers:
+                layer.guess()
         loss_LP = np.stack([layer.loss_P for layer in layers])
         on_full_P = (over_G > 0)[rank_of_slot]
         if not np.isfinite(loss_LP[:, on_full_P]).any():
-            if (over_G < 0).any() and _moved(layers, over_G):
+            if _moved(layers, over_G):
                 continue
             on_full_P[:] = True  # a copy elsewhere makes room
         loss_LP[:, ~on_full_P] = np.inf
         index, slot = np.unravel_index(loss_LP.argmin(), loss_LP.shape)
-        layers[index].drop(int(slot))
+        if not np.isfinite(loss_LP[index, slot]):
+            rank, rules = int(over_G.argmax()), any(problem.rules is not None for problem in problems)
+            limit = f"no placement within it{' that keeps the rules' if rules else ''} was found"
+            raise InputError("memory_budget", f"{over_G[rank]} experts too many on rank {rank}", limit, "more memory")
+        layers[index].row[slot] = EMPTY
+        layers[index].look()
         over_G[rank_of_slot[slot]] -= 1
     return [layer.row for layer in layers]
 
@@ -162,14 +193,18 @@ def _moved(layers: Sequence[_Thinning], over_G: IntArray) -> bool:
     best: tuple[float, _Thinning, int, int] | None = None
     for layer in layers:
         ranks, row = layer.problem.rank_of_slot, layer.row
+        load_E = layer.problem.counts_TE.sum(axis=0, dtype=np.int64)
         empty = np.flatnonzero((row == EMPTY) & (over_G < 0)[ranks])
         mine = np.flatnonzero((ranks == source) & (row != EMPTY))
-        if not len(empty) or not len(mine):
-            continue
-        slot = mine[layer.problem.counts_TE.sum(axis=0, dtype=np.int64)[row[mine]].argmin()]
-        load = float(layer.problem.counts_TE[:, row[slot]].sum())
-        if best is None or load < best[0]:
-            best = load, layer, int(slot), int(empty[over_G[ranks[empty]].argmin()])
+        pairs = (
+            (slot, target)
+            for slot in mine[np.argsort(load_E[row[mine]], kind="stable")].tolist()
+            for target in empty[np.argsort(over_G[ranks[empty]], kind="stable")].tolist()
+            if layer.keeps_rules(slot, target)
+        )
+        slot, target = next(pairs, (-1, -1))
+        if slot >= 0 and (best is None or load_E[row[slot]] < best[0]):
+            best = float(load_E[row[slot]]), layer, slot, target
     if best is None:
         return False
     _, layer, slot, target = best
