@@ -15,7 +15,7 @@ from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
 from gemopt.placement import Split
 from gemopt.profile import Profile
-from gemopt.result import Result, StoppedBy
+from gemopt.result import LayerResult, Result, StoppedBy
 from gemopt.solvers.exact.column_space import Proven
 from gemopt.solving.layers import Layer
 from gemopt.traces import Traces
@@ -38,6 +38,8 @@ class Certified:
 
 def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: Traces, cost: CostModel) -> Certified:
     """The certificate of a result, and the multipliers that go beside it.
+
+    It is one of all placements: under rules, what the solver proved of those that keep them is not in it.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
             proof=Proof.TREE if searched else Proof.CLAIMED,
             row=row.tolist(),
             objective_us=value,
-            bound_us=min(found.bound_us or 0.0, value),
+            bound_us=min(_of_all_placements(layer, found), value),
         )
         if layer.together is not None and not layer.problem.spare_slots:
             proof = _with_dual(case, proof, layer.together, duals)
@@ -92,6 +94,11 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
         traces_sha256=counts_digest(traces),
     )
     return Certified(certificate, duals)
+
+
+def _of_all_placements(layer: Layer, found: LayerResult) -> float:
+    """A bound in microseconds of placements that keep rules and of those that do not, as a certificate states it."""
+    return found.bound_us or 0.0 if layer.problem.rules is None else layer.bound_us
 
 
 def _check_cost(profile: Profile, cost: CostModel) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
-from gemopt.layer_rules import layer_rules
+from gemopt.layer_rules import check_kept, layer_rules
 from gemopt.links import Communication, Exchange, Links
 from gemopt.placement import EMPTY, Placement, Split, check_row
 from gemopt.problem import Problem, each_problem, stacked
@@ -261,11 +261,9 @@ def check_rules(
         wired = load(topology)
         wired.check_ranks(placement.num_ranks)
         nodes = wired.node_of_rank
-    each = layer_rules(Rules.of(rules), placement.layer_ids, placement.num_experts, placement.num_ranks, nodes)
-    for asked, layer_id, row in zip(each, placement.layer_ids, placement.physical_to_logical, strict=True):
-        broken = None if asked is None else asked.broken(row, placement.slots_per_rank)
-        if broken is not None:
-            raise InputError(f"physical_to_logical[layer {layer_id}]", *broken)
+    check_kept(
+        placement, layer_rules(Rules.of(rules), placement.layer_ids, placement.num_experts, placement.num_ranks, nodes)
+    )
 
 
 def with_links(

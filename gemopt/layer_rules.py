@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.migration import held
+from gemopt.placement import Placement
 from gemopt.rules import Apart, Groups, KeptOff, Pinned, Reserved, Rule, Rules, Together
 
 IntArray = NDArray[np.int64]
@@ -170,6 +171,22 @@ def layer_rules(
             shared[held_by] = LayerRules(chosen, num_ranks, num_experts)
         found.append(shared[held_by] if shared[held_by].demands else None)
     return found
+
+
+def rules_of(placement: Placement) -> list[LayerRules | None]:
+    """What the rules of a placement ask of every layer; None where that is nothing. Errors as of `layer_rules`."""
+    ranks, nodes = placement.num_ranks, placement.node_of_rank
+    nodes = np.zeros(ranks) if nodes is None else nodes
+    return layer_rules(placement.rules or Rules(), placement.layer_ids, placement.num_experts, ranks, nodes)
+
+
+def check_kept(placement: Placement, each: Sequence[LayerRules | None] | None = None) -> None:
+    """Raise `InputError` unless a placement keeps the rules of each layer (None: its own)."""
+    each = rules_of(placement) if each is None else each
+    for asked, layer_id, row in zip(each, placement.layer_ids, placement.physical_to_logical, strict=True):
+        broken = None if asked is None else asked.broken(row, placement.slots_per_rank)
+        if broken is not None:
+            raise InputError(f"physical_to_logical[layer {layer_id}]", *broken)
 
 
 def _check_numbers(field: str, numbers: Sequence[int], known: Sequence[int], limit: str) -> None:

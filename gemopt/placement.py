@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from gemopt.documents import Document, FloatMatrix, IntMatrix, IntVector
 from gemopt.exceptions import InputError
+from gemopt.rules import Rules
 from gemopt.tables import frame
 
 EMPTY = -1
@@ -49,6 +50,8 @@ class Placement(Document):
         Name of the network.
     device_uuids
         Device of each rank when the placement was made; a placement is only right for that device order.
+    rules, node_of_rank
+        What every placement that follows this one must keep, and the [G] node of each rank, which rules may ask for.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -62,6 +65,8 @@ class Placement(Document):
     num_hidden_layers: int | None = Field(default=None, ge=1)
     model: str | None = None
     device_uuids: list[str | None] | None = None
+    rules: Rules | None = None
+    node_of_rank: IntVector | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +94,8 @@ class Placement(Document):
         self._check_split()
         if self.device_uuids is not None and len(self.device_uuids) != self.num_ranks:
             raise InputError("Placement.device_uuids", self.device_uuids, f"one per rank, {self.num_ranks}")
+        if self.node_of_rank is not None and len(self.node_of_rank) != self.num_ranks:
+            raise InputError("Placement.node_of_rank", self.node_of_rank, f"one per rank, {self.num_ranks}")
         return self
 
     def _check_split(self) -> None:
@@ -136,6 +143,7 @@ class Placement(Document):
         told = [f"{self.num_layers} layers", f"{self.num_experts} experts in {slots}"]
         told += ["with copies"] * self.has_copies + ["with empty slots"] * self.has_empty_slots
         told += ["unequal slots"] * (not self.equal_slots)
+        told += [] if self.rules is None else [f"rules: {self.rules.brief()}"]
         return ", ".join(told)
 
     @property
@@ -163,6 +171,12 @@ class Placement(Document):
         return np.stack(
             [np.bincount(row[row != EMPTY], minlength=self.num_experts) for row in self.physical_to_logical]
         )
+
+    def under(self, rules: Rules | None, node_of_rank: object) -> Placement:
+        """The same with these rules (none are None), whether it keeps them or not; nodes where rules ask for them."""
+        rules = rules if rules is not None and rules.named() else None
+        asked = rules is not None and rules.about_nodes
+        return Placement(**{**dict(self), "rules": rules, "node_of_rank": node_of_rank if asked else None})
 
     def to_dataframe(self) -> Any:
         """A pandas data frame with a row per slot: `layer_id`, `rank`, `slot`, `expert` (-1: empty).

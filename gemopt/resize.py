@@ -1,11 +1,12 @@
 """A rank less or a rank more: the placement in force and the profile, seen from the ranks that are to serve.
 
-Ranks keep their order; new ones come last. On the way in they are numbered as in the placement in force, on the way out
-anew from 0 (`Resized.old_rank`).
+Ranks keep their order; new ones come last. On the way in they are numbered as in the placement in force, new ones after
+those; on the way out anew from 0 (`Resized.old_rank`).
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ class Resized:
     def changed(self) -> bool:
         """Whether any rank left or came."""
         return bool(self.old_rank.tolist() != list(range(self.ranks_before)))
+
+    @property
+    def numbers(self) -> list[int]:
+        """Number of each rank on the way in: as in the placement in force, new ones after those."""
+        new = itertools.count(self.ranks_before)
+        return [next(new) if rank == NEW else rank for rank in self.old_rank.tolist()]
 
     @property
     def missing_slots(self) -> int:

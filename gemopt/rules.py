@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -89,6 +90,31 @@ class Rules(Document):
         """Every rule with its name."""
         kinds = ("pinned", "kept_off", "reserved", "apart", "together", "groups")
         return [(f"{kind}[{n}]", rule) for kind in kinds for n, rule in enumerate(getattr(self, kind))]
+
+    @property
+    def about_nodes(self) -> bool:
+        """Whether any rule asks which ranks share a node."""
+        return bool(self.groups) or any(rule.on == "node" for rule in self.together)
+
+    def homeless(self, numbers: Sequence[int]) -> str:
+        """Name of a rule that pins experts to ranks none of which is among these; empty where there is none."""
+        pinned = [(name, rule) for name, rule in self.named() if isinstance(rule, Pinned)]
+        return next((name for name, rule in pinned if not set(rule.ranks) & set(numbers)), "")
+
+    def renumbered(self, numbers: Sequence[int]) -> Rules:
+        """The same where ranks left, came or changed places; no rule may be `homeless`.
+
+        Parameters
+        ----------
+        numbers
+            Of each rank that serves, the number that the rules have for it. What they say of other ranks is left out.
+        """
+        data = self.model_dump()
+        for kind in ("pinned", "kept_off", "reserved"):
+            for rule in data[kind]:
+                rule["ranks"] = [new for new, old in enumerate(numbers) if old in rule["ranks"]]
+            data[kind] = [rule for rule in data[kind] if rule["ranks"]]
+        return Rules(**data)
 
     def brief(self) -> str:
         """How many rules there are of each kind."""

@@ -33,7 +33,7 @@ from gemopt.solving.memory import check_budget, experts_within, most_slots, solv
 from gemopt.solving.moving import Asked, Moving
 from gemopt.solving.origin import origin
 from gemopt.solving.rounds import solve_shared
-from gemopt.solving.ruled import contradiction, keeping, refuse_with_rules, ruled
+from gemopt.solving.ruled import Ruled, contradiction, keeping
 from gemopt.solving.schedule import OnLayers, Progress, Run
 from gemopt.splits.senders import Senders
 from gemopt.topology import Topology
@@ -142,9 +142,10 @@ def solve(
         Links between the ranks (a document, its path, or a name such as `2x8-ib400`), and how tokens are exchanged over
         them. What is minimised then holds what dispatch and combine add; see `gemopt.links` and `Result.links`.
     rules
-        What every placement must keep (`gemopt.Rules`): experts pinned, kept off, apart or together. Rules that cannot
-        be kept make the result infeasible, and `Result.notes` name those in conflict. A warm start is changed until it
-        keeps them.
+        What every placement must keep (`gemopt.Rules`): experts pinned, kept off, apart or together. Default: those of
+        `current`, else of `warm_start`; `Rules()` are none. The placement keeps a copy of them. Rules that cannot be
+        kept make the result infeasible, and `Result.notes` name those in conflict. A warm start is changed until it
+        keeps them. With `exclude_ranks` and `add_ranks` they name ranks as `current` does, new ones after those.
     progress
         Called with (layers done, layers) from the calling thread.
     on_layers
@@ -184,10 +185,6 @@ def solve(
             profile, traces = Profile.of(profile), Traces.of(traces)
             made = origin(solve, given, profile, traces)
             moving = Moving.of(asked, profile, traces)
-            refuse_with_rules(
-                rules, memory_budget=memory_budget, certificate=certificate,
-                ranks=None if moving is None or not moving.resized.changed else "others than those of current",
-            )  # fmt: skip
             refuse_with_links(topology, current=current, memory_budget=memory_budget, certificate=certificate)
             links = links_of(topology, traces, profile, exchange)
             if moving is not None:
@@ -210,9 +207,13 @@ def solve(
                 cost, traces, slots_per_rank,
                 node_of_rank=profile.node_of_rank, split=policy, senders=senders, full=full_slots,
             )  # fmt: skip
-            each = ruled(free if moving is None else moving.apply(free), rules, traces, profile, links)
+            asked_rules = Ruled.of(rules, moving, warm_start, profile, links)
+            if asked_rules.impossible:
+                return _infeasible(solver, clock, traces, asked_rules.impossible, made)
+            each = asked_rules.apply(free if moving is None else moving.apply(free), traces)
             if note := contradiction(each, traces.layer_ids, clock + time_limit):
                 return _infeasible(solver, clock, traces, note, made)
+            each = each if moving is None else moving.eased(each)
             layers = _layers(chosen, each, traces, warm_start, seed)
             uneven = policy is not Split.EVEN and layers[0].problem.spare_slots > 0
             refuse_with_links(topology, split=policy.value if uneven else None)
@@ -224,7 +225,7 @@ def solve(
         )  # fmt: skip
         with cores.at_most(max(1, threads // len(layers))):
             bound_us = _go(run, held_G, moving, links)
-        result = answer(run, profile, traces, cost, report, moving, bound_us, senders, made)
+        result = asked_rules.stamped(answer(run, profile, traces, cost, report, moving, bound_us, senders, made))
         if certificate is not None and result.placement is not None:
             certify(result, layers, profile, traces, cost).write(certificate)
         return result

@@ -327,6 +327,7 @@ def evaluate_command(
     from gemopt.cli.tables import evaluation_fields, evaluation_table
     from gemopt.costs import fit
     from gemopt.evaluate import evaluate
+    from gemopt.layer_rules import check_kept
     from gemopt.placement import Placement
     from gemopt.profile import Profile
 
@@ -334,6 +335,8 @@ def evaluate_command(
     measured = Profile.load(profile)
     model, _ = fit(measured, model=cost)
     loaded = Placement.load(placement)
+    if rules is None:
+        check_kept(loaded)
     wired: dict[str, Any] = {
         "topology": topology,
         "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemopt.documents import write_text
-from gemopt.evaluate import check_rules, evaluate
+from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.formats.approximate import approximate
 from gemopt.formats.engine import Export, TraceOptions, WriteOptions
@@ -226,8 +226,6 @@ class _Writer:
                 placement, changes = approximate(placement, engine, loads=self.traces.counts.mean(axis=0),
                                                  cost=self._cost)  # fmt: skip
                 self.notes += [f"{engine.name}: {each}" for each in changes]
-                if self.job.constraints.rules is not None:
-                    check_rules(placement, self.job.constraints.rules, self.profile, self.job.topology)
             made: Export = export(
                 placement, to=engine.name, path=path, options=WriteOptions(mtp_layers=wanted.mtp_layers)
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,17 @@ from gemopt import cores
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.layer_rules import rules_of
 from gemopt.migration import count_moves, held
 from gemopt.moves import Moves
 from gemopt.placement import Placement, Split
 from gemopt.problem import problems
 from gemopt.profile import Profile
+from gemopt.rules import Rules
 from gemopt.solve import solve
 from gemopt.solvers.base import Options
 from gemopt.solvers.budget import Front, divide, walk_front
+from gemopt.solving.ruled import contradiction
 from gemopt.traces import Traces
 
 SWAPS = "best swaps"
@@ -58,6 +62,9 @@ def moves_front(
 ) -> list[FrontPoint]:
     """The front of best swaps from a placement in force, budgets doubling, then what solvers find when moves are free.
 
+    All keep the rules given in `options`, else those of `current`. Where that breaks some, the front begins with the
+    fewest moves that keep them.
+
     Parameters
     ----------
     holdout
@@ -73,6 +80,8 @@ def moves_front(
     """
     fitted = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
     check_agreement(current, traces, profile.num_ranks)
+    if options.get("rules") is not None:
+        current = current.under(Rules.of(options["rules"]), profile.node_of_rank)
     if current.has_copies and current.split is not Split.EVEN:
         limit = "fronts of moves know copies that share evenly"
         raise UnsupportedError("Placement.split", current.split.value, limit, "use gemopt solve --max-moves")
@@ -81,7 +90,7 @@ def moves_front(
     placements = [(SWAPS, current)]
     for budget in _budgets(fronts):
         divided = divide([front.best(budget) for front in fronts], budget)
-        assert divided is not None  # every front begins with no moves at all
+        assert divided is not None  # no budget is below what every front begins with
         rows = [front.at(most).row for front, most in zip(fronts, divided[1], strict=True)]
         changes = {"physical_to_logical": np.stack(rows), "split": Split.EVEN, "split_weights": None}
         placements.append((SWAPS, current.model_copy(update=changes)))
@@ -99,18 +108,21 @@ def moves_front(
 def _fronts(cost: CostModel, traces: Traces, current: Placement, time_limit: float, threads: int | None) -> list[Front]:
     layers = problems(cost, traces, current.slots_per_rank)
     layers = [
-        layer.with_moves(Moves.make(held(row, current.slots_per_rank, current.num_experts)))
-        for layer, row in zip(layers, current.physical_to_logical, strict=True)
+        replace(layer, rules=asked).with_moves(Moves.make(held(row, current.slots_per_rank, current.num_experts)))
+        for layer, row, asked in zip(layers, current.physical_to_logical, rules_of(current), strict=True)
     ]
     options = Options.lasting(time_limit)
+    if note := contradiction(layers, current.layer_ids, options.deadline):
+        raise InputError("rules", current.rules, note)
     with options.alarm() as stop, ThreadPoolExecutor(threads or cores.available()) as pool:
         return list(pool.map(lambda layer: walk_front(layer, layer.num_slots, stop), layers))
 
 
 def _budgets(fronts: Sequence[Front]) -> list[int]:
-    """2, 4, 8, ... moves, and as many as any front asks for."""
-    most = sum(max(point.moves for point in front.points) for front in fronts)
-    return [1 << n for n in range(1, max(most, 1).bit_length()) if 1 << n < most] + [most] * (most > 0)
+    """As few moves as rules let there be, 2, 4, 8, ... beyond those, and as many as any front asks for."""
+    least, most = (sum(some(point.moves for point in front.points) for front in fronts) for some in (min, max))
+    doubled = [1 << n for n in range(1, max(most, 1).bit_length()) if least < 1 << n < most]
+    return [least] * (least > 0) + doubled + [most] * (most > least)
 
 
 def _step_us(placement: Placement, cost: CostModel, traces: Traces) -> float:

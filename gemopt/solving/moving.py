@@ -21,6 +21,7 @@ from gemopt.profile import Profile
 from gemopt.resize import Resized, Source, resize
 from gemopt.result import MovesReport
 from gemopt.solvers.base import Row
+from gemopt.solvers.placing import fewest_row
 from gemopt.solvers.relabel import relabelled
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
@@ -94,7 +95,7 @@ class Moving:
     budget
         Moves that all layers share; None: any number.
     per_layer
-        [L] moves that each layer may make, or None.
+        [L] moves that each layer may make, or None; asked_by_ranks: they are those that lost and new ranks ask for.
     into_G
         [G] moves into each rank that all layers share, or None.
     """
@@ -108,6 +109,7 @@ class Moving:
     budget: int | None
     per_layer: NDArray[np.int64] | None
     into_G: NDArray[np.int64] | None
+    asked_by_ranks: bool = False
 
     @classmethod
     def of(cls, asked: Asked, profile: Profile, traces: Traces) -> Moving | None:
@@ -135,13 +137,13 @@ class Moving:
         if asked.max_bytes_per_rank is not None:
             size = _known(expert_bytes, "max_bytes_per_rank", asked.max_bytes_per_rank)
             into_G = np.full(len(resized.old_rank), int(asked.max_bytes_per_rank // size))
-        per_layer = None
+        per_layer, by_ranks = None, False
         if asked.max_moves_per_layer is not None:
             per_layer = np.full(current.num_layers, int(asked.max_moves_per_layer))
         elif resized.changed and price_us is None and asked.max_moves is None and into_G is None:
-            per_layer = _asked_by_ranks(resized)
+            per_layer, by_ranks = _asked_by_ranks(resized), True
         budget = None if asked.max_moves is None else int(asked.max_moves)
-        return cls(current, profile, resized, expert_bytes, move_us, price_us, budget, per_layer, into_G)
+        return cls(current, profile, resized, expert_bytes, move_us, price_us, budget, per_layer, into_G, by_ranks)
 
     @property
     def heeded(self) -> bool:
@@ -169,6 +171,12 @@ class Moving:
         if not self.heeded:
             return list(layers)
         return [layer.with_moves(moves) for layer, moves in zip(layers, self.layer_limits, strict=True)]
+
+    def eased(self, layers: Sequence[Problem]) -> list[Problem]:
+        """The layers with room for the moves that rules ask for, where nobody but lost and new ranks set a limit."""
+        if not self.asked_by_ranks:
+            return list(layers)
+        return [layer if layer.rules is None else _eased(layer) for layer in layers]
 
     def missing_slots(self, slots_per_rank: object) -> int:
         """Slots that the experts lack, where ranks left and the slots are as asked for."""
@@ -250,6 +258,14 @@ def _asked_by_ranks(resized: Resized) -> NDArray[np.int64]:
     lost_L = (~resized.home_LGE.any(axis=1)).sum(axis=1)
     fresh = int(resized.slots_per_rank[resized.old_rank < 0].sum())
     return np.asarray(lost_L + fresh, dtype=np.int64)
+
+
+def _eased(problem: Problem) -> Problem:
+    moves = problem.moves
+    assert moves is not None and moves.most is not None
+    row = fewest_row(problem.with_moves(moves.at_most(None)))
+    needed = 0 if row is None else moves.count(row, problem.slots_per_rank)
+    return problem.with_moves(moves.at_most(max(moves.most, needed)))
 
 
 def _known(expert_bytes: int | None, field: str, value: float) -> int:

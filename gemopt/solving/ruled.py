@@ -4,46 +4,119 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
-from gemopt.exceptions import InputError, UnsupportedError
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import InputError
 from gemopt.layer_rules import LayerRules, layer_rules
 from gemopt.links import Links
+from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
+from gemopt.result import Result
 from gemopt.rules import Rules
 from gemopt.solvers.base import Row
 from gemopt.solvers.placing import conflict, nearest_row
+from gemopt.solving.moving import Moving
 from gemopt.traces import Traces
 
-
-def refuse_with_rules(rules: object, **asked: Any) -> None:
-    """Refuse what cannot keep rules, by its name."""
-    for name, value in asked.items():
-        if rules is not None and value not in (None, ()):
-            raise UnsupportedError("rules", f"with {name}", "the two do not go together", "leave one out")
+IntArray = NDArray[np.int64]
 
 
-def ruled(
-    layers: list[Problem],
-    rules: Rules | str | os.PathLike[str] | None,
-    traces: Traces,
-    profile: Profile,
-    links: Links | None,
-) -> list[Problem]:
-    """The layers with their rules; nodes are those of the topology, without one those of the profile.
+@dataclass(frozen=True, eq=False)
+class Ruled:
+    """The rules of a call, by the ranks that serve.
 
-    Raises
-    ------
-    InputError
-        See `gemopt.layer_rules.layer_rules`.
+    Attributes
+    ----------
+    rules, nodes_G
+        What every placement must keep (None: nothing), and the [G] node of each rank.
+    note
+        Whose they are, where the call did not give them.
+    impossible
+        Why no placement keeps them, where ranks that left show that at once.
     """
-    if rules is None:
-        return layers
-    nodes = profile.node_of_rank if links is None else links.topology.node_of_rank
-    found = layer_rules(Rules.of(rules), traces.layer_ids, traces.num_experts, profile.num_ranks, nodes)
-    return [replace(problem, rules=each) for problem, each in zip(layers, found, strict=True)]
+
+    rules: Rules | None
+    nodes_G: IntArray
+    note: str = ""
+    impossible: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        given: Rules | str | os.PathLike[str] | None,
+        moving: Moving | None,
+        warm_start: Placement | str | os.PathLike[str] | None,
+        profile: Profile,
+        links: Links | None,
+    ) -> Ruled:
+        """The rules given, else those of the placement in force, else of the warm start.
+
+        They name ranks as the placement in force does, new ranks after them. Nodes are those of the topology, else of
+        the placement that the rules come from, else of the profile.
+
+        Raises
+        ------
+        InputError
+            Rules on nodes, of which the profile knows others than the placement they come from.
+        """
+        nodes_G = np.asarray(profile.node_of_rank if links is None else links.topology.node_of_rank, np.int64)
+        source = None
+        if given is None and (moving is not None or warm_start is not None):
+            name = "warm_start" if moving is None else "current"
+            source = Placement.of(warm_start if moving is None else moving.current, name)
+        rules = Rules.of(given) if given is not None else None if source is None else source.rules
+        if rules is None or not rules.named():
+            return cls(None, nodes_G)
+        note = "" if source is None else f"keeps the rules of {name}: {rules.brief()}"
+        if source is not None and source.node_of_rank is not None and links is None:
+            nodes_G = _nodes(source.node_of_rank, nodes_G, moving)
+        if moving is None or not moving.resized.changed:
+            return cls(rules, nodes_G, note)
+        numbers = moving.resized.numbers
+        if found := rules.homeless(numbers):
+            return cls(rules, nodes_G, note, f"infeasible: {found} asks for ranks none of which is left")
+        return cls(rules.renumbered(numbers), nodes_G, note)
+
+    def apply(self, layers: list[Problem], traces: Traces) -> list[Problem]:
+        """The layers with their rules.
+
+        Raises
+        ------
+        InputError
+            See `gemopt.layer_rules.layer_rules`.
+        """
+        if self.rules is None:
+            return layers
+        found = layer_rules(self.rules, traces.layer_ids, traces.num_experts, len(self.nodes_G), self.nodes_G)
+        return [replace(problem, rules=each) for problem, each in zip(layers, found, strict=True)]
+
+    def stamped(self, result: Result) -> Result:
+        """The result whose placement says which rules it keeps."""
+        if self.rules is None or result.placement is None:
+            return result
+        notes = [*result.notes, self.note] if self.note else result.notes
+        placement = result.placement.under(self.rules, self.nodes_G)
+        return result.model_copy(update={"placement": placement, "notes": notes})
+
+
+def _nodes(before_G: IntArray, known_G: IntArray, moving: Moving | None) -> IntArray:
+    """[G] nodes of the ranks that serve, from those of a placement; with new ranks from what the profile knows."""
+    if moving is None or not moving.resized.changed:
+        return before_G
+    old_G = moving.resized.old_rank
+    stays = old_G >= 0
+    if stays.all():
+        return before_G[old_G]
+    pairs = np.unique(np.stack([before_G[old_G[stays]], known_G[stays]]), axis=1).shape[1]
+    alike = pairs == len(np.unique(before_G[old_G[stays]])) == len(np.unique(known_G[stays]))
+    if not alike:
+        limit = "the profile knows others, and where new ranks are is known from it alone"
+        raise InputError("current.node_of_rank", before_G.tolist(), limit, "name the devices' nodes in the profile")
+    return known_G
 
 
 def contradiction(layers: Sequence[Problem], layer_ids: Sequence[int], deadline: float) -> str:
