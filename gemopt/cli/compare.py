@@ -105,10 +105,9 @@ def compare_command(
         "notice": None if as_json else notice,
     }
     if current is not None:
-        for option, value in (("--topology", topology), ("--rules", rules)):
-            if value is not None:
-                raise InputError(option, str(value), "moves are not weighed with it", "leave out --current")
-        del options["topology"], options["exchange"], options["rules"]
+        if topology is not None:
+            raise InputError("--topology", topology, "moves are not weighed with it", "leave out --current")
+        del options["topology"], options["exchange"]
         with whole_or_nothing(threads):
             chosen, found_by = load_traces(traces, task, phase), names if solvers else []
             return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,

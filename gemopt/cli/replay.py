@@ -14,6 +14,7 @@ from gemopt.cli.solve import (
     Cost,
     Hidden,
     PhaseName,
+    RulesPath,
     Seed,
     Slots,
     Task,
@@ -76,6 +77,7 @@ def replay_command(
     task: Task = None,
     phase: PhaseName = None,
     hidden: Hidden = None,
+    rules: RulesPath = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of makespan and moves over time")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write rows and time line as JSON")] = None,
     as_json: AsJson = False,
@@ -119,6 +121,7 @@ def replay_command(
             noise=noise,
             seed=seed,
             cost=cost,
+            rules=rules,
             on_track=advance,
         )
     if output is not None:
@@ -133,6 +136,8 @@ def replay_command(
     from gemopt.cli.tables import replay_table
 
     show(replay_table(result))
+    if rules is not None:
+        say("contiguous and eplb-* know no rules")
     for path in (plot, output):
         if path is not None:
             say(f"wrote {path}")

@@ -39,6 +39,7 @@ def watch(
     source: Annotated[str | None, typer.Option("--from", help="engine whose dumps the folder gets")] = None,
     on_change: Annotated[str | None, typer.Option(help="command after a change; {placement} is its file")] = None,
     command_timeout: Annotated[float, typer.Option(min=0.1, help="seconds the command may take")] = 60.0,
+    rules: Annotated[Path | None, typer.Option(help="rules.json to keep; default: those of the placement")] = None,
     policy: Annotated[Path | None, typer.Option(help="policy.json: the controller's knobs; see docs/online.md")] = None,
     state: Annotated[Path | None, typer.Option(help="file that keeps what was learnt over a restart")] = None,
     window: Annotated[int, typer.Option(min=1, help="most steps of one decision")] = 64,
@@ -55,7 +56,7 @@ def watch(
 
     target = output or placement
     check_writable(target)
-    controller = _controller(profile, placement, policy, state)
+    controller = _controller(profile, placement, rules, policy, state)
     metrics = None if port is None else Metrics()
     health = Health(stale_after_s=max(60.0, 10 * interval))
     server = None if metrics is None or port is None else serve(metrics, health, port, host)
@@ -91,14 +92,21 @@ def _words(command: str | None) -> Sequence[str]:
     return words
 
 
-def _controller(profile: Path, placement: Path, policy: Path | None, state: Path | None) -> Controller:
+def _controller(
+    profile: Path, placement: Path, rules: Path | None, policy: Path | None, state: Path | None
+) -> Controller:
     from gemopt.online.controller import Controller
     from gemopt.online.policy import Policy
     from gemopt.placement import Placement
     from gemopt.profile import Profile
+    from gemopt.rules import Rules
 
-    in_force = Placement.load(placement)
-    controller = Controller(Profile.load(profile), in_force, Policy() if policy is None else _policy(policy))
+    in_force, measured = Placement.load(placement), Profile.load(profile)
+    if rules is not None:
+        in_force = in_force.under(Rules.load(rules), measured.node_of_rank)
+    if in_force.rules is not None:
+        _log(f"keeps rules: {in_force.rules.brief()}")
+    controller = Controller(measured, in_force, Policy() if policy is None else _policy(policy))
     if state is not None and state.exists():
         controller.load(state)
         controller.confirm(in_force)

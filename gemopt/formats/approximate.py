@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.engine import Engine
 from gemopt.formats.registry import obstacles
+from gemopt.layer_rules import check_kept, rules_of
 from gemopt.placement import EMPTY, Placement, Split
 
 Table = list[list[list[int]]]  # experts by layer and rank
 Cost = Callable[[Placement], float]
+BARRED = 1e30  # load of an expert that rules keep off a rank: it is there only where no other may be
 
 
 def approximate(
@@ -26,7 +28,8 @@ def approximate(
     """Convert `placement` into one that `engine` can express.
 
     Ranks are made equally full either by more copies (of the experts with least load) or by moving experts; with
-    `cost`, the cheaper of the two is taken, else the one that changes fewer slots.
+    `cost`, the cheaper of the two is taken, else the one that changes fewer slots. Only what keeps the rules of the
+    placement counts.
 
     Parameters
     ----------
@@ -34,6 +37,11 @@ def approximate(
         [L, E] mean assignments, which decide whom to copy, move or drop; equal loads when None.
     cost
         Microseconds of a placement.
+
+    Raises
+    ------
+    InputError
+        The engine takes none, cannot hold the experts evenly, or no conversion keeps the rules.
 
     Returns
     -------
@@ -69,6 +77,7 @@ def approximate(
         split = engine.splits[0]
         notes.append(f"split {placement.split.value} became {split.value}")
     candidates = [(_rebuild(placement, t, split), said) for t, said in options or [(table, "")]]
+    candidates = _kept(candidates)
     chosen, said = min(candidates, key=lambda c: cost(c[0])) if cost and len(candidates) > 1 else candidates[0]
     return chosen, [*notes, *([said] if said else [])]
 
@@ -116,7 +125,7 @@ def _levelled(
         found.append((count, moved, f"{count} experts moved, so that every rank holds {experts // ranks}"))
     if copies_allowed:
         width = max(len(held) for layer in table for held in layer)
-        filled, count = _fill(table, loads_LE, width)
+        filled, count = _fill(table, placement, loads_LE, width)
         found.append((count, filled, f"{count} slots added or filled with copies, so that every rank holds {width}"))
     return [(t, said) for _, t, said in sorted(found, key=lambda option: option[0])]
 
@@ -133,14 +142,32 @@ def _move(table: Table, loads_LE: NDArray[np.float64], size: int) -> tuple[Table
     return result, count
 
 
-def _fill(table: Table, loads_LE: NDArray[np.float64], width: int) -> tuple[Table, int]:
+def _kept(candidates: list[tuple[Placement, str]]) -> list[tuple[Placement, str]]:
+    """Those that keep the rules; `InputError` of the last where there are none."""
+    found = []
+    for candidate in candidates:
+        try:
+            check_kept(candidate[0])
+            found.append(candidate)
+        except InputError as error:
+            broken = error
+    if not found:
+        raise InputError(f"--approximate, {broken.field}", broken.value, broken.limit, "solve with --engine")
+    return found
+
+
+def _fill(table: Table, placement: Placement, loads_LE: NDArray[np.float64], width: int) -> tuple[Table, int]:
     """Fill every rank up to `width` slots with copies of the experts with least load per copy it does not hold."""
     result, count = [[list(held) for held in layer] for layer in table], 0
-    for layer, loads in zip(result, loads_LE, strict=True):
+    each = zip(result, placement.physical_to_logical, rules_of(placement), loads_LE, strict=True)
+    for layer, row, rules, loads in each:
         copies = np.bincount(_flat(layer), minlength=len(loads))
-        for held in layer:
+        kept = None if rules is None else rules.settled(rules.units(row, placement.slots_per_rank))
+        for rank, held in enumerate(layer):
             while len(held) < width:
                 share = np.where(np.isin(np.arange(len(loads)), held), np.inf, loads / copies)
+                if kept is not None:
+                    share += np.where(kept.closed_GE[rank] | kept.clash_EE[held].any(axis=0), BARRED, 0.0)
                 expert = int(share.argmin())
                 held.append(expert)
                 copies[expert] += 1

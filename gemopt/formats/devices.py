@@ -54,6 +54,8 @@ def follow(placement: Placement, devices: Sequence[str]) -> tuple[Placement, lis
         "physical_to_logical": placement.physical_to_logical[:, order],
         "slots_per_rank": placement.slots_per_rank[old_rank],
         "device_uuids": [known[old] for old in old_rank],
+        "rules": placement.rules and placement.rules.renumbered(old_rank),
+        "node_of_rank": None if placement.node_of_rank is None else placement.node_of_rank[old_rank],
     }
     return Placement(**fields), notes
 

@@ -13,6 +13,7 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
 from gemopt.placement import Placement, Split
 from gemopt.problem import slot_counts
+from gemopt.rules import Rules
 
 _MODULES = {
     "sglang": "sglang",
@@ -79,6 +80,8 @@ class SideFile(Document):
     split: Split = Split.EVEN
     model: str | None = None
     device_uuids: list[str | None] | None = None
+    rules: Rules | None = None
+    node_of_rank: IntVector | None = None
 
 
 def side_path(path: Path) -> Path:
@@ -190,6 +193,8 @@ def export(placement: Placement, *, to: str, path: Path, options: WriteOptions |
         split=placement.split,
         model=placement.model,
         device_uuids=placement.device_uuids,
+        rules=placement.rules,
+        node_of_rank=placement.node_of_rank,
     )
     side.save(side_path(path))
     return replace(result, files=(*result.files, str(side_path(path))))
@@ -205,12 +210,15 @@ def import_placement(path: Path, *, source: str, facts: Facts | None = None) -> 
         names = ", ".join(e.name for e in engines() if e.read is not None)
         hint = f"placements of: {names}"
         raise UnsupportedError("--from", engine.name, engine.note or "has no placement to read", hint)
-    return engine.read(path, _with_side_file(path, facts or Facts()))
+    facts, side = facts or Facts(), _side_file(path)
+    if side is None:
+        return engine.read(path, facts)
+    return engine.read(path, _with_side_file(side, facts)).under(side.rules, side.node_of_rank)
 
 
-def _with_side_file(path: Path, facts: Facts) -> Facts:
+def _side_file(path: Path) -> SideFile | None:
     if not side_path(path).is_file():
-        return facts
+        return None
     side = SideFile.load(side_path(path))
     if side.file_sha256 != sha256(path):
         raise InputError(
@@ -219,6 +227,10 @@ def _with_side_file(path: Path, facts: Facts) -> Facts:
             f"it describes another version of {path.name}",
             "remove it, and give --ep, --num-hidden-layers and --layer-ids instead",
         )
+    return side
+
+
+def _with_side_file(side: SideFile, facts: Facts) -> Facts:
     known = Facts(
         num_ranks=len(side.slots_per_rank),
         num_experts=side.num_experts,

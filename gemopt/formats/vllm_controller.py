@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import total
 from gemopt.exceptions import InputError
+from gemopt.layer_rules import LayerRules
 from gemopt.migration import held, keep_in_place
 from gemopt.moves import Moves
 from gemopt.online.controller import Controller
@@ -24,11 +26,14 @@ from gemopt.online.policy import Policy
 from gemopt.placement import EMPTY, Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
+from gemopt.rules import Rules
+from gemopt.solvers.placing import conflict, nearest_row
+from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.within import copies_within
 
-PROFILE, WINDOW = "GEMOPT_PROFILE", "GEMOPT_WINDOW_STEPS"
+PROFILE, RULES, WINDOW = "GEMOPT_PROFILE", "GEMOPT_RULES", "GEMOPT_WINDOW_STEPS"
 WINDOW_STEPS = 1000  # vLLM's default `window_size`
 STEPS = 64  # that stand for a window
 GOLDEN = 0.6180339887498949
@@ -37,17 +42,21 @@ IntArray = NDArray[np.int64]
 logger = logging.getLogger("vllm.gemopt")
 
 
-def controlled_policy(path: str, base: type[Any]) -> type[Any]:
-    """A policy class that lets a controller with the profile of `path` decide.
+def controlled_policy(path: str, base: type[Any], rules_path: str | None = None) -> type[Any]:
+    """A policy class that lets a controller with the profile of `path` decide, under the rules of `rules_path`.
 
     Raises
     ------
     InputError
-        The profile or the size of the window cannot be used.
+        The profile, the rules or the size of the window cannot be used.
     """
     import torch
 
-    profile = Profile.load(path)
+    profile, rules = Profile.load(path), None if rules_path is None else Rules.load(rules_path)
+    if rules is not None and any(rule.layers for _, rule in rules.named()):
+        raise InputError(
+            f"{RULES}={rules_path}", "layers", "vLLM does not say which layers its rows are of", "name none"
+        )
     cost, window = fit(profile)[0], window_steps()
     deciders: dict[tuple[int, ...], Decider] = {}
 
@@ -69,7 +78,7 @@ def controlled_policy(path: str, base: type[Any]) -> type[Any]:
             loads_LE = weight.cpu().double().numpy()
             key = (*loads_LE.shape, num_replicas)
             if key not in deciders:
-                deciders[key] = Decider(cost, profile, num_replicas, window)
+                deciders[key] = Decider(cost, profile, num_replicas, window, rules)
             old = None if old_global_expert_indices is None else old_global_expert_indices.cpu().numpy()
             return torch.from_numpy(deciders[key].decide(loads_LE, old))
 
@@ -87,10 +96,12 @@ def window_steps() -> int:
 class Decider:
     """The controller of one network, and the copies, which it leaves alone."""
 
-    def __init__(self, cost: CostModel, profile: Profile, num_slots: int, window: int) -> None:
+    def __init__(
+        self, cost: CostModel, profile: Profile, num_slots: int, window: int, rules: Rules | None = None
+    ) -> None:
         size = profile.model.expert_bytes
         self.policy = Policy() if size is None else Policy(expert_bytes=float(size))
-        self.cost, self.window = cost, window
+        self.cost, self.window, self.rules, self.nodes = cost, window, rules, profile.node_of_rank
         self.slots_G = np.full(profile.num_ranks, num_slots // profile.num_ranks)
         self.controller: Controller | None = None
 
@@ -99,8 +110,10 @@ class Decider:
         layers, experts = loads_LE.shape
         rows = np.stack([self._feasible(None if old is None else old[layer], experts) for layer in range(layers)])
         placement = Placement(physical_to_logical=rows, slots_per_rank=self.slots_G, num_experts=experts)
+        placement = placement.under(self.rules, self.nodes)
         if self.controller is None:
             self.controller = Controller(self.cost, placement, self.policy)
+            self._check_rules(self.controller.rules[0])
             self._compile(rows[0], experts)
         else:
             self.controller.confirm(placement)
@@ -111,11 +124,20 @@ class Decider:
         wanted = np.array(decision.placement.physical_to_logical)
         if int(self.slots_G.sum()) > experts:
             wanted = np.stack(
-                [self._copies(counts_NLE[:, layer], rows[layer], wanted[layer]) for layer in range(layers)]
+                [
+                    self._copies(counts_NLE[:, layer], rows[layer], wanted[layer], rules)
+                    for layer, rules in enumerate(self.controller.rules)
+                ]
             )
         order = [keep_in_place(before, after, self.slots_G) for before, after in zip(rows, wanted, strict=True)]
         logger.info("EPLB: %d moves: %s", decision.num_moves, decision.reason)
         return np.take_along_axis(wanted, np.stack(order), axis=1)
+
+    def _check_rules(self, rules: LayerRules | None) -> None:
+        """Refuse rules that no map keeps, since vLLM wants every slot full."""
+        names = [] if rules is None else conflict(rules, self.slots_G, full=True, deadline=np.inf)
+        if names:
+            raise InputError(RULES, ", ".join(names), "no map with every slot full keeps them together")
 
     def _feasible(self, old_P: IntArray | None, experts: int) -> IntArray:
         """[P] a row near the old one: every expert somewhere, none twice on a rank, no slot empty."""
@@ -143,18 +165,30 @@ class Decider:
             copies_E[row[slot]] += 1
         return row
 
-    def _copies(self, counts_TE: IntArray, home: IntArray, row: IntArray) -> IntArray:
-        """The row with its copies where they gain more than their moves cost and than a swap must promise."""
+    def _copies(self, counts_TE: IntArray, home: IntArray, row: IntArray, rules: LayerRules | None = None) -> IntArray:
+        """The row, full, with its copies where they gain more than their moves cost and than a swap must promise."""
         policy, experts = self.policy, counts_TE.shape[1]
         home_GE = held(home, self.slots_G, experts)
         move_us = (policy.expert_bytes or 0.0) / policy.bytes_per_s * 1e6 * policy.slowdown / policy.horizon_steps
-        problem = Problem.make(counts_TE, self.cost.features, self.cost.latencies, self.slots_G)
-        problem = problem.with_moves(Moves.make(home_GE, move_us * len(counts_TE)))
+        problem = Problem.make(
+            counts_TE, self.cost.features, self.cost.latencies, self.slots_G, full=rules is not None
+        )  # fmt: skip
+        row = self._full(replace(problem, rules=rules), row, home)
+        problem = settled(replace(problem, rules=rules), row).with_moves(Moves.make(home_GE, move_us * len(counts_TE)))
         costs = make_costs(problem)
         assert problem.moves is not None
         found = copies_within(problem, make_state(problem, row, costs), costs, problem.moves)
-        found, now_us = self._filled(found, held(row, self.slots_G, experts)), total(problem, row)
+        found, now_us = self._full(problem, found, row), total(problem, row)
         return found if total(problem, found) < (1 - policy.least_gain) * now_us else row
+
+    def _full(self, problem: Problem, row: IntArray, home: IntArray) -> IntArray:
+        """The row with a copy in every empty slot: by the rules, or one that its rank had at home."""
+        if problem.rules is None:
+            return self._filled(row, held(home, self.slots_G, problem.num_experts))
+        found = nearest_row(problem, row) if (row == EMPTY).any() else row
+        if found is None:
+            raise InputError(RULES, "rules", "no map with every slot full that keeps them was found")
+        return found
 
     def _compile(self, row: IntArray, experts: int) -> None:
         """Kernels are compiled while vLLM starts, not at the first rearrangement."""

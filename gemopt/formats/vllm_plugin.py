@@ -1,8 +1,8 @@
 """vLLM plugin (`vllm.general_plugins`): serves a placement, or lets the controller decide, as vLLM's EPLB policy.
 
 vLLM loads it in every process. `GEMOPT_PLACEMENT` names a placement that is served as it is; `GEMOPT_PROFILE` names a
-profile with which the controller moves few experts at each rearrangement. Without either it does nothing and imports
-nothing.
+profile with which the controller moves few experts at each rearrangement, and `GEMOPT_RULES` rules that it keeps.
+Without either it does nothing and imports nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-VARIABLE, PROFILE = "GEMOPT_PLACEMENT", "GEMOPT_PROFILE"
+VARIABLE, PROFILE, RULES = "GEMOPT_PLACEMENT", "GEMOPT_PROFILE", "GEMOPT_RULES"
 logger = logging.getLogger("vllm.gemopt")
 
 
@@ -22,9 +22,14 @@ def register() -> None:
     Raises
     ------
     InputError
-        Both are set, or the file cannot be read or served; vLLM then stops at once instead of serving otherwise.
+        Both are set, rules without a profile are, or a file cannot be read or served; vLLM then stops at once instead
+        of serving otherwise.
     """
-    path, profile = os.environ.get(VARIABLE), os.environ.get(PROFILE)
+    path, profile, rules = (os.environ.get(name) or None for name in (VARIABLE, PROFILE, RULES))
+    if rules and not profile:
+        from gemopt.exceptions import InputError
+
+        raise InputError(RULES, rules, f"only the controller keeps rules: {PROFILE} is not set", "set it too")
     if not path and not profile:
         return
     if path and profile:
@@ -38,7 +43,7 @@ def register() -> None:
     elif profile:
         from gemopt.formats.vllm_controller import controlled_policy
 
-        policies["default"] = controlled_policy(profile, policies["default"])
+        policies["default"] = controlled_policy(profile, policies["default"], rules)
         logger.info("EPLB moves few experts at a time, by the profile %s", profile)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,12 @@ from gemopt.costs import CostModel, fit, scaled
 from gemopt.evaluate import objective, rank_times
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray, Latency
+from gemopt.layer_rules import rules_of
 from gemopt.online import state
 from gemopt.online.decision import Decision, travel_between
 from gemopt.online.inputs import counts_from, latencies_from
 from gemopt.online.memories import Memories
-from gemopt.online.planner import Prices, Proposal, choose, effective_steps, evacuate, propose, sample
+from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose, sample, settle
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds
@@ -43,14 +45,15 @@ class Controller:
     profile
         Measured devices, or a fitted cost model.
     placement
-        In force now.
+        In force now. Its rules hold for every placement that follows, whatever they cost: where it breaks some itself,
+        the first decision moves what they ask for.
     policy
         Knobs.
 
     Raises
     ------
     InputError
-        When the placement is of another number of ranks than the profile.
+        When the placement is of another number of ranks than the profile, or its rules are about what there is not.
     UnsupportedError
         For copies whose shares are not even.
     """
@@ -72,6 +75,7 @@ class Controller:
         self.now_s: float | None = None
         self._compiled: dict[tuple[int, int], Costs] = {}  # by mean and largest load
         self._check(placement)
+        self.rules = rules_of(placement)
         self.placement = placement
 
     def step(self, counts_NLE: object, latencies_NG: object = None, *, now_s: float | None = None) -> Decision:
@@ -123,7 +127,7 @@ class Controller:
         self.memories.changes = 0  # how fast traffic changes is learnt while serving
 
     def confirm(self, placement: Placement) -> None:
-        """Go on from the placement that is really in force.
+        """Go on from the placement that is really in force, under the rules of before.
 
         Raises
         ------
@@ -138,7 +142,12 @@ class Controller:
             )
         if (placement.slots_per_rank != self.placement.slots_per_rank).any():
             self.promises.forget(placement.num_slots)
-        self.placement = placement
+        self.placement = self.ruled(placement)
+
+    def ruled(self, placement: Placement) -> Placement:
+        """A placement of the same network with the rules in force."""
+        rules = self.placement.rules
+        return placement if placement.rules == rules else placement.under(rules, self.placement.node_of_rank)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what was learnt, atomically; `InputError` where it cannot be written."""
@@ -223,18 +232,11 @@ class Controller:
             return self._keep(_joined(say, f"waiting for {TICK - len(self.pending)} more steps"), imbalance=imbalance)
         failed_G = self.speeds.failed_G
         begin = self.placement.physical_to_logical
-        stranded = failed_G.any() and (begin[:, failed_G[self.placement.rank_of_slot]] >= 0).any()
-        rows = np.array(begin)
-        problems, trusted = self._remembered()
-        if stranded:
-            for layer, problem in enumerate(problems):
-                row = evacuate(problem, rows[layer], failed_G)
-                if row is None:
-                    ranks = ", ".join(map(str, np.flatnonzero(failed_G)))
-                    room = int(self.placement.slots_per_rank[~failed_G].sum())
-                    need = f"{self.memories.shape[1]} experts need a slot, the others have {room}"
-                    return self._keep(_joined(say, f"infeasible without rank {ranks}: {need}"), imbalance=imbalance)
-                rows[layer] = row
+        remembered, trusted = self._remembered()
+        problems, rows, said = settle(remembered, begin, failed_G)
+        say = _joined(say, said)
+        if said.startswith("infeasible"):
+            return self._keep(say, imbalance=imbalance)
         gain_us = sum(
             objective(problem, old) - objective(problem, row)
             for problem, old, row in zip(problems, begin, rows, strict=True)
@@ -259,10 +261,11 @@ class Controller:
         most = min(self.policy.plan_steps, max(TICK * TICK, WORK // memories.shape[1]))
         steps, weights = sample(np.repeat(memories.weights() / TICK, TICK), most)
         pool_NLE = memories.counts.reshape(-1, *memories.shape)[steps].astype(np.int64)
-        layers = range(memories.shape[0])
-        return [self._problem(pool_NLE, layer, self.scaled.latencies, weights) for layer in layers], effective_steps(
-            weights
-        )
+        problems = [
+            replace(self._problem(pool_NLE, layer, self.scaled.latencies, weights), rules=rules)
+            for layer, rules in enumerate(self.rules)
+        ]
+        return problems, effective_steps(weights)
 
     def _proposals(self, problems: list[Problem], rows: NDArray[np.int64], trusted: float) -> list[Proposal]:
         policy, lifetime = self.policy, self.memories.lifetime_steps

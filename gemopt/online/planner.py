@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.evaluate import rank_times
 from gemopt.latency import FloatArray
+from gemopt.layer_rules import Demand
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
+from gemopt.solvers.placing import conflict, nearest_row
+from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.moves import Waypoint, few_moves
 from gemopt.solvers.search.state import Costs
 
@@ -116,6 +119,63 @@ def choose(proposals: Sequence[Proposal], most_moves: int | None) -> dict[int, W
         chosen[each.layer] = each.way[index]
         left = None if left is None else left - each.way[index].moves
     return chosen
+
+
+def settle(
+    problems: Sequence[Problem], rows_LP: NDArray[np.int64], dead_G: NDArray[np.bool_]
+) -> tuple[list[Problem], NDArray[np.int64], str]:
+    """What must move whatever it costs: off dead ranks, and under the rules.
+
+    Returns
+    -------
+    list of Problem, array, str
+        The layers, whose sets of experts stay on the rank or node that they are on now; rows; and what to say: why
+        there are no such rows when it begins with `infeasible`.
+    """
+    rows, held_to, said = np.array(rows_LP), list(problems), ""
+    without = f" without rank {', '.join(map(str, np.flatnonzero(dead_G)))}" if dead_G.any() else ""
+    for layer, problem in enumerate(problems):
+        if problem.rules is not None:
+            row = _keep_rules(problem, rows[layer], dead_G)
+            if row is None:
+                return held_to, rows, f"infeasible{without}: {_in_conflict(problem, dead_G)}"
+            said = "rules ask for moves" if (row != rows[layer]).any() else said
+            held_to[layer] = settled(problem, row)
+        else:
+            row = evacuate(problem, rows[layer], dead_G) if without else rows[layer]
+            if row is None:
+                room = int(problem.slots_per_rank[~dead_G].sum())
+                need = f"{problem.num_experts} experts need a slot, the others have {room}"
+                return held_to, rows, f"infeasible{without}: {need}"
+        rows[layer] = row
+    return held_to, rows, said
+
+
+def _keep_rules(problem: Problem, home: Row, dead_G: NDArray[np.bool_]) -> Row | None:
+    """The row with the fewest changes that keeps the rules and leaves dead ranks empty; None where none was found."""
+    bound = _without(problem, dead_G)
+    assert bound.rules is not None
+    return nearest_row(bound, home) if bound.rules.broken(home, problem.slots_per_rank) else home
+
+
+def _in_conflict(problem: Problem, dead_G: NDArray[np.bool_]) -> str:
+    """The rules that no row without dead ranks keeps together, in words."""
+    rules = _without(problem, dead_G).rules
+    assert rules is not None
+    names = conflict(rules, problem.slots_per_rank, full=False, deadline=np.inf)
+    says = {demand.name: demand.says for demand in rules.demands}
+    return "no placement was found that keeps " + "; ".join(f"{name}: {says[name]}" for name in names)
+
+
+def _without(problem: Problem, dead_G: NDArray[np.bool_]) -> Problem:
+    """A problem with rules, whose dead ranks are closed to all experts by one more."""
+    rules = problem.rules
+    assert rules is not None
+    if not dead_G.any():
+        return problem
+    closed_GE = np.repeat(dead_G[:, None], problem.num_experts, axis=1)
+    failed = Demand("failed ranks", "they hold nothing", closed_GE=closed_GE)
+    return replace(problem, rules=replace(rules, demands=(*rules.demands, failed)))
 
 
 def evacuate(problem: Problem, home: Row, dead_G: NDArray[np.bool_]) -> Row | None:

@@ -61,7 +61,7 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> None:
     for owner, names in _numbers(controller):
         for name in names:
             setattr(owner, name, header["numbers"][name])
-    controller.placement = placement
+    controller.placement = controller.ruled(placement)
     controller.rescale()
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel
 from gemopt.costs import fit as fit_cost
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.problem import slot_counts
 from gemopt.profile import Profile
@@ -21,6 +21,7 @@ from gemopt.replay.schedule import Schedule
 from gemopt.replay.simulate import Course, Playing, World
 from gemopt.replay.strategies import STRATEGIES, make
 from gemopt.replay.strategy import Context, Strategy
+from gemopt.rules import Rules
 from gemopt.traces import Phase, Traces
 
 BASELINE = "contiguous"
@@ -42,6 +43,7 @@ def replay(
     noise: float = 0.0,
     seed: int = 0,
     cost: str | CostModel = "auto",
+    rules: Rules | str | os.PathLike[str] | None = None,
     on_track: Callable[[Track], None] | None = None,
 ) -> ReplayResult:
     """Play the last steps of recorded traffic under every strategy.
@@ -64,13 +66,17 @@ def replay(
         Time of a step outside the MoE layers: in the quantiles, TTFT and TPOT, and transfers go on during it.
     noise
         Standard deviation of the logarithm of the measured latencies that strategies are given; seeded.
+    rules
+        What placements must keep, except those of `contiguous` and `eplb-*`, which know no rules; nodes are those of
+        the profile.
     on_track
         Called as soon as a strategy is through.
 
     Raises
     ------
     InputError
-        For unknown strategies and for windows, shares and events that do not fit the traces.
+        For unknown strategies, for windows, shares and events that do not fit the traces, and for rules that cannot be
+        kept, or with ranks that fail or experts duplicated per batch, which do not heed them.
     """
     profile, traces = Profile.of(profile), Traces.of(traces)
     chosen, schedule = make(strategies), throttle or Schedule()
@@ -80,7 +86,7 @@ def replay(
     model = fit_cost(profile, model=cost)[0] if isinstance(cost, str) else cost
     slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
     migration = migration or Migration.of(profile)
-    context = Context(profile, model, past, slots, window, seed, migration)
+    context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen, schedule))
     noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
     world = World(context, traces, migration, schedule, non_moe_us, noise_TG)
     tracks = []
@@ -125,6 +131,18 @@ def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Trace
         limit = f"from 1 to the {traces.num_steps - cut} steps that are scored"
         raise InputError("--window", window, limit, "a shorter window, a smaller --fit or longer traces")
     return traces.steps(slice(0, cut)), traces.steps(slice(cut, None))
+
+
+def _rules(
+    given: Rules | str | os.PathLike[str] | None, chosen: Sequence[Strategy], schedule: Schedule
+) -> Rules | None:
+    if given is None:
+        return None
+    deaf = [strategy.name for strategy in chosen if hasattr(strategy, "play")]
+    deaf += ["ranks that fail"] * any(event.fails for event in schedule.events)
+    if deaf:
+        raise UnsupportedError("rules", f"with {deaf[0]}", "the two do not go together", "leave one out")
+    return Rules.of(given)
 
 
 def _check_numbers(non_moe_us: float, noise: float, seed: int) -> None:

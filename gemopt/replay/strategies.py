@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,7 +157,7 @@ class Eplb(Fixed):
     def balance(self, slots_G: NDArray[np.int64]) -> Placement:
         """EPLB of the last `window` steps seen."""
         self.seen = self.seen[-self.window :]
-        problems = self.context.problems(self.seen, slots=slots_G)
+        problems = [replace(each, rules=None) for each in self.context.problems(self.seen, slots=slots_G)]
         rows = [get("eplb").solve(problem, Options(deadline=np.inf), None).row for problem in problems]
         return self.context.placement([row for row in rows if row is not None], slots_G)
 

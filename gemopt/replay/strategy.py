@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -13,14 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel
+from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
+from gemopt.layer_rules import LayerRules, layer_rules
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.replay.copying import Migration
+from gemopt.rules import Rules
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Row
+from gemopt.solvers.placing import conflict
 from gemopt.traces import Traces
 
 IntArray = NDArray[Any]
@@ -64,7 +68,10 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a strategy may know when it starts: devices as profiled, and the steps before those that are scored."""
+    """What a strategy may know when it starts: devices as profiled, and the steps before those that are scored.
+
+    rules: what placements must keep, except those of engines and contiguous ones, which know none.
+    """
 
     profile: Profile
     cost: CostModel
@@ -73,18 +80,40 @@ class Context:
     window: int
     seed: int
     migration: Migration
+    rules: Rules | None = None
 
     @cached_property
     def contiguous(self) -> Placement:
         """Experts in order, as engines start; spare slots stay empty."""
-        outcome = get("linear").solve(self.problems(self.past.counts[:1])[0], Options(deadline=np.inf), None)
+        problem = replace(self.problems(self.past.counts[:1])[0], rules=None)
+        outcome = get("linear").solve(problem, Options(deadline=np.inf), None)
         assert outcome.row is not None
         return self.placement([outcome.row] * self.past.num_layers)
 
     @cached_property
+    def ruled(self) -> list[LayerRules | None]:
+        """What the rules ask of every layer.
+
+        Raises
+        ------
+        InputError
+            See `gemopt.layer_rules.layer_rules`; or no placement keeps them.
+        """
+        found = layer_rules(
+            self.rules or Rules(), self.past.layer_ids, self.past.num_experts, self.profile.num_ranks,
+            self.profile.node_of_rank,
+        )  # fmt: skip
+        for layer_id, rules in zip(self.past.layer_ids, found, strict=True):
+            names = rules and conflict(rules, self.slots_per_rank, full=False, deadline=np.inf)
+            if names:
+                raise InputError("rules", ", ".join(names), f"no placement of layer {layer_id} keeps them together")
+        return found
+
+    @cached_property
     def fitted(self) -> Placement:
         """Solved on all of the past."""
-        return self.placement(solve_rows(self.problems(self.past.counts), patience=DEFAULT_PATIENCE, seed=self.seed))
+        rows = solve_rows(self.problems(self.past.counts), patience=DEFAULT_PATIENCE, seed=self.seed)
+        return self.placement(rows).under(self.rules, self.profile.node_of_rank)
 
     def setup_moves(self, first: Placement) -> int:
         """Experts to move from contiguous placement before a strategy can begin."""
@@ -99,11 +128,11 @@ class Context:
         cost: CostModel | None = None,
         weights_N: FloatArray | None = None,
     ) -> list[Problem]:
-        """One problem per layer on the given steps."""
+        """One problem per layer on the given steps, with the rules."""
         cost, slots = cost or self.cost, self.slots_per_rank if slots is None else slots
         return [
-            Problem.make(counts_NLE[:, layer], cost.features, cost.latencies, slots, weights_N)
-            for layer in range(counts_NLE.shape[1])
+            replace(Problem.make(counts_NLE[:, layer], cost.features, cost.latencies, slots, weights_N), rules=rules)
+            for layer, rules in enumerate(self.ruled)
         ]
 
     def placement(self, rows: Sequence[Row], slots: NDArray[np.int64] | None = None) -> Placement:
