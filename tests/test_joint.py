@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +42,11 @@ def agrees(solver: LinkedSolver, seed: int) -> bool:
     """Checks one instance; whether all that is stated is exact there."""
     links = random_links(seed)
     problems = problems_of(links, seed)
-    best, start = best_of_all(problems, links), [np.arange(4), np.arange(4)]
+    return proves(solver, problems, links, best_of_all(problems, links), np.arange(4))
+
+
+def proves(solver: LinkedSolver, problems: list[Problem], links: Links, best: float, row: np.ndarray) -> bool:
+    start = [row, row]
     found = solver.solve_linked(problems, links, start, Options.lasting(600))
     assert found.total_us == pytest.approx(linked_total(problems, found.rows, links))
     assert found.bound_us <= best * (1 + 1e-9) <= found.total_us * (1 + 2e-9)
@@ -62,6 +66,45 @@ def test_milp_proves_what_brute_force_finds(backend: str) -> None:
     assert sum(agrees(Milp(backend), seed) for seed in range(2004, 2006)) >= 1
 
 
+def rows_with_copies(experts: int, slots_G: np.ndarray) -> list[np.ndarray]:
+    """Every row, up to the order of slots on a rank."""
+    ranks, found = range(len(slots_G)), []
+    some = [held for size in ranks for held in combinations(ranks, size + 1)]
+    for ranks_E in product(some, repeat=experts):
+        held = [[e for e in range(experts) if g in ranks_E[e]] for g in ranks]
+        if all(len(mine) <= size for mine, size in zip(held, slots_G, strict=True)):
+            found.append(np.array([e for g in ranks for e in [*held[g], *[-1] * (slots_G[g] - len(held[g]))]]))
+    return found
+
+
+@pytest.mark.parametrize(("slots", "seeds"), [([2, 1, 1], [0, 5, 8, 9, 11, 13]), ([2, 2, 1], [0, 11])])
+def test_copies_take_turns_in_what_is_stated(slots: list[int], seeds: list[int]) -> None:
+    """Three experts: one spare slot, and two, so that three copies are possible and all share six turns."""
+    copied = 0
+    for seed in seeds:
+        links = random_links(3000 + seed, experts=3, layers=2, steps=2)
+        rng, slots_G = np.random.default_rng(seed), np.array(slots)
+        latencies = [Latency(((line(rng.uniform(0, 9), rng.uniform(0, 2)),),)) for _ in slots]
+        layers = links.traces.counts.swapaxes(0, 1)
+        problems = [Problem.make(counts, (ASSIGNMENTS,), latencies, slots_G) for counts in layers]
+        pairs = list(product(rows_with_copies(3, slots_G), repeat=2))
+        totals = [linked_total(problems, list(pair), links) for pair in pairs]
+        copied += max((row >= 0).sum() for row in pairs[int(np.argmin(totals))]) > 3
+        row = np.array([0, 1, *[-1] * (slots[0] - 2), 2, *[-1] * (sum(slots[1:]) - 1)])
+        assert proves(CpSat(), problems, links, min(totals), row)
+    assert copied >= len(seeds) - 1
+
+
+def test_milp_states_copies_too() -> None:
+    links = random_links(3004, experts=3, layers=2, steps=2)
+    problems = [
+        Problem.make(counts, (ASSIGNMENTS,), [Latency(((line(3, 1),),))] * 3, SLOTS)
+        for counts in links.traces.counts.swapaxes(0, 1)
+    ]
+    best = min(linked_total(problems, list(p), links) for p in product(rows_with_copies(3, SLOTS), repeat=2))
+    proves(Milp("highs"), problems, links, best, np.array([0, 1, 2, -1]))
+
+
 def test_the_statement_survives_a_file(tmp_path: Path) -> None:
     links = random_links(2001)
     problems = problems_of(links, 1)
@@ -79,7 +122,10 @@ def test_solve_proves_small_cases_and_refuses_others(monkeypatch: pytest.MonkeyP
     other = solve(profile(3), links.traces, solver="local-search", slots_per_rank=[2, 1, 1], **given)
     assert found.objective_us is not None and other.objective_us is not None and found.bound_us is not None
     assert found.objective_us <= other.objective_us * (1 + 1e-9) and found.bound_us >= (other.bound_us or 0.0)
-    with pytest.raises(UnsupportedError, match="without spare slots"):
+    spare = solve(profile(3), links.traces, solver="cpsat", slots_per_rank=2, **given)
+    assert spare.objective_us is not None and spare.objective_us <= found.objective_us * (1 + 1e-9)
+    monkeypatch.setattr(joint, "MOST_COPIES", 2)
+    with pytest.raises(UnsupportedError, match="up to 2 copies"):
         solve(profile(3), links.traces, solver="cpsat", slots_per_rank=2, **given)
     monkeypatch.setattr(joint, "MOST_TERMS", 10)
     with pytest.raises(UnsupportedError, match="states up to 10"):

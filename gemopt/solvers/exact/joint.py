@@ -1,11 +1,14 @@
 """All layers with their links as plain arrays: what CP-SAT and MILP state of what tokens take on their way.
 
 Tokens with the same step, sender and experts are one with a number. A set of experts is on a destination where any of
-them is; the sender is a rank, or the one that has an expert of this layer or of the one before.
+them is; the sender is a rank, or the one that has an expert of this layer or of the one before. Copies of an expert
+take turns: with r copies, the n-th of its tokens in a step goes to copy n mod r, and so all with the same n mod `turns`
+do, which every r divides. What is called an expert of a token here is `expert * turns + n mod turns`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +26,7 @@ from gemopt.solvers.base import Row
 from gemopt.solvers.exact.compact import Compact
 
 IntArray = NDArray[np.int64]
+MOST_COPIES = 6
 MOST_TERMS = 200_000
 """Ways of tokens that are stated at most, over all steps, layers and destinations."""
 
@@ -59,13 +63,22 @@ class Sending:
         return int(senders.sum()) * len(self.inside_DG)
 
 
-def sendings(links: Links, layers: int, slots_G: IntArray) -> list[Sending]:
-    """Dispatch and combine of every layer, whatever the placement, without copies."""
-    experts = links.traces.num_experts
-    rows = [np.concatenate([np.arange(experts), np.full(int(slots_G.sum()) - experts, -1)])] * layers
+def most_copies(problem: Problem) -> int:
+    """Copies that an expert can have."""
+    return min(problem.num_ranks, problem.spare_slots + 1)
+
+
+def turns_of(problem: Problem) -> int:
+    """What every number of copies that an expert may have divides."""
+    return math.lcm(*range(1, 1 + most_copies(problem)))
+
+
+def sendings(links: Links, layers: int, turns: int) -> list[Sending]:
+    """Dispatch and combine of every layer, whatever the placement: as if every expert had a copy for each turn."""
+    rows = [np.repeat(np.arange(links.traces.num_experts), turns)] * layers
     found = []
     for layer in range(layers):
-        flows = links.flows(layer, rows, slots_G)
+        flows = links.flows(layer, rows, np.array([len(rows[0])]))
         for number, flow in enumerate(flows):
             follow_layer = layer if number else layer - 1
             found += [_sending(flow, side, layer, follow_layer) for side in range(len(flow.routes))]
@@ -73,7 +86,7 @@ def sendings(links: Links, layers: int, slots_G: IntArray) -> list[Sending]:
 
 
 def _sending(flow: Flow, side: int, layer: int, follow_layer: int) -> Sending:
-    """Slots are experts here."""
+    """Slots are turns of experts here."""
     route = flow.routes[side]
     sets_SK, set_N = np.unique(np.sort(flow.slot_NK, axis=1)[:, ::-1], axis=0, return_inverse=True)
     follow_N = np.full(len(flow.slot_NK), -1) if flow.follow_N is None else flow.follow_N
@@ -98,12 +111,13 @@ def _sending(flow: Flow, side: int, layer: int, follow_layer: int) -> Sending:
 def check_stated(name: str, problems: Sequence[Problem], links: Links) -> None:
     """`UnsupportedError` where an exact solver does not state the links."""
     instead = "use local-search, or leave the topology out"
-    if problems[0].spare_slots:
+    if most_copies(problems[0]) > MOST_COPIES:
         slots = "/".join(map(str, problems[0].slots_per_rank.tolist()))
-        raise UnsupportedError("slots_per_rank", slots, f"{name} states links without spare slots only", instead)
+        limit = f"{name} states links with up to {MOST_COPIES} copies of an expert"
+        raise UnsupportedError("slots_per_rank", slots, limit, instead)
     if any((problem.weights_T != 1).any() for problem in problems):
         raise UnsupportedError("topology", "weighted steps", f"{name} states links of plain steps only", instead)
-    terms = sum(each.terms for each in sendings(links, len(problems), problems[0].slots_per_rank))
+    terms = sum(each.terms for each in sendings(links, len(problems), turns_of(problems[0])))
     if terms > MOST_TERMS:
         limit = f"{name} states up to {MOST_TERMS} (fewer steps or layers)"
         raise UnsupportedError("topology", f"{terms} ways of tokens", limit, instead)
@@ -115,11 +129,12 @@ class JointCompact:
 
     layers: list[Compact]
     sendings: list[Sending]
+    turns: int
     overlap: bool
 
     def save(self, path: Path) -> None:
         """Write all arrays to one npz file."""
-        arrays: dict[str, Any] = {"overlap": self.overlap}
+        arrays: dict[str, Any] = {"overlap": self.overlap, "turns": self.turns}
         for n, compact in enumerate(self.layers):
             arrays |= {f"layer {n} {name}": value for name, value in compact.arrays().items()}
         for n, sending in enumerate(self.sendings):
@@ -130,14 +145,14 @@ class JointCompact:
     def of_arrays(cls, arrays: dict[str, Any]) -> JointCompact:
         """From what `save` wrote."""
         groups: dict[str, dict[int, dict[str, Any]]] = {"layer": {}, "sending": {}}
-        overlap = bool(arrays.pop("overlap"))
+        overlap, turns = bool(arrays.pop("overlap")), int(arrays.pop("turns"))
         for key, value in arrays.items():
             kind, n, name = key.split(" ")
             groups[kind].setdefault(int(n), {})[name] = value
         layers, sent = ([group[n] for n in sorted(group)] for group in groups.values())
         for each in sent:
             each.update(layer=int(each["layer"]), follow_layer=int(each["follow_layer"]))
-        return cls([Compact.of_arrays(each) for each in layers], [Sending(**each) for each in sent], overlap)
+        return cls([Compact.of_arrays(each) for each in layers], [Sending(**each) for each in sent], turns, overlap)
 
     @property
     def open_us(self) -> float:

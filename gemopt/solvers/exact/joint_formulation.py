@@ -125,13 +125,19 @@ class JointFormulation(Formulation):
             found += [(cell, way) for cell, way in zip(cells, ways, strict=False) if _carries(sending, cell)]
         return found
 
+    def _held(self, layer: int, expert: int, rank: int) -> list[Known]:
+        """Columns, of which at most one is held anywhere, that take this turn of an expert, on a rank."""
+        part, (owner, turn) = self.parts[layer], divmod(expert, self.joint.turns)
+        compact = part.compact
+        mine = [q for q in part.columns(owner) if turn % int(compact.copies_Q[q]) == compact.index_Q[q]]
+        return [(part.held[q][rank], int(part.start_QG[q, rank])) for q in mine]
+
     def _visit(self, layer: int, experts: tuple[int, ...], ranks: tuple[int, ...]) -> Known:
         """Whether some of these ranks holds some of these experts."""
         key = (layer, experts, ranks)
         if key not in self._visits:
-            part = self.parts[layer]
-            held = [[(part.held[e][g], int(part.start_QG[e, g])) for g in ranks] for e in experts]
-            if len(experts) == len(ranks) == 1:
+            held = [[known for g in ranks for known in self._held(layer, e, g)] for e in experts]
+            if len(held) == len(held[0]) == 1:
                 self._visits[key] = held[0][0]
             else:
                 start = int(any(begun for places in held for _, begun in places))
@@ -154,12 +160,12 @@ class JointFormulation(Formulation):
         key = (sending.follow_layer, expert, sending.layer, experts, ranks)
         if key not in self._ways:
             visit, visited = self._visit(sending.layer, experts, ranks)
-            part = self.parts[sending.follow_layer]
-            begun = (part.start_QG[expert] * visited).astype(int).tolist()
+            held = [self._held(sending.follow_layer, expert, g) for g in range(sending.inside_DG.shape[1])]
+            begun = [visited * sum(start for _, start in some) for some in held]
             ways = [self.new(0, 1, start) for start in begun]
             self.row([*((way, 1) for way in ways), (visit, -1)], 0, 0)
-            for way, held in zip(ways, part.held[expert], strict=True):
-                self.row([(way, 1), (held, -1)], None, 0)
+            for way, some in zip(ways, held, strict=True):
+                self.row([(way, 1), *((each, -1) for each, _ in some)], None, 0)
             self._ways[key] = list(zip(ways, begun, strict=True))
         return self._ways[key]
 

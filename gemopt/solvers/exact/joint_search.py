@@ -16,7 +16,7 @@ from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.solvers.base import Linked, Options, Outcome, Row, incumbent
 from gemopt.solvers.exact.compact import Compact
-from gemopt.solvers.exact.joint import JointCompact, Sending, sendings
+from gemopt.solvers.exact.joint import JointCompact, Sending, sendings, turns_of
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.search.linked import search_linked
 
@@ -40,7 +40,7 @@ class JointSearch(Search):
         """Start from rows; `options.bound_us` is known of the total."""
         with options.alarm() as stop:
             floors_LT = [timed_step_bounds(problem, stop)[0] for problem in problems]
-        sent = sendings(links, len(problems), problems[0].slots_per_rank)
+        sent = sendings(links, len(problems), turns_of(problems[0]))
         row, value, base = np.concatenate(rows), linked_total(problems, rows, links), float(np.sum(floors_LT))
         compact = _stated(problems, floors_LT, sent, links, value)
         known = max(base, options.bound_us)
@@ -82,7 +82,7 @@ def _stated(
     open_us = max(value - float(np.sum(floors_LT)), 0.0)
     layers = [Compact.of(problem, floor_T, open_us) for problem, floor_T in zip(problems, floors_LT, strict=True)]
     layers = [replace(layer, group_G=np.arange(layer.num_ranks)) for layer in layers]
-    return JointCompact(layers, sent, links.exchange.overlap)  # type: ignore[return-value]
+    return JointCompact(layers, sent, turns_of(problems[0]), links.exchange.overlap)  # type: ignore[return-value]
 
 
 def solve_joint(
