@@ -51,9 +51,9 @@ def rank_times(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray
     return np.asarray(rank_latencies(loads(problem, row_P, weights_P), problem.curves))
 
 
-def objective(problem: Problem, row_P: NDArray[np.int64]) -> float:
-    """Weighted sum over the steps of the makespan (slowest rank), in microseconds."""
-    return float((rank_times(problem, row_P).max(axis=1) * problem.weights_T).sum())
+def objective(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> float:
+    """Weighted sum over the steps of the makespan (slowest rank), in microseconds; see `loads` for `weights_P`."""
+    return float((rank_times(problem, row_P, weights_P).max(axis=1) * problem.weights_T).sum())
 
 
 def moves_us(problem: Problem, row_P: NDArray[np.int64]) -> float:

@@ -14,6 +14,7 @@ from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds
 from gemopt.problem import Problem
+from gemopt.solvers.search.moves import Waypoint
 
 LAYERS, EXPERTS = 2, 12
 FAST, SLOW, ALL, ALIKE = range(len(NAMES))
@@ -138,7 +139,8 @@ def test_broken_promises_raise_what_a_swap_must_promise() -> None:
     assert promises.least(16) == pytest.approx(0.02)
     for _ in range(40):
         promises.forget(4)
-        promises.make(0, [0, 1, 2, 3], [0, 1, 2, 3], 0.05, 2, 64.0)  # keeps nothing of 5 %
+        point = Waypoint(np.arange(4), 0.0, 0)
+        promises.make(0, point, point, 0.05, 2, 64.0)  # keeps nothing of 5 %
         promises.check([problem])
     assert 0.0125 < promises.least(64) < 0.025  # 2.5 % per swap, weighed against the policy's 1 %
 

@@ -44,7 +44,7 @@ def test_documents_hold_no_key_that_schema_and_manual_leave_out(tmp_path: Path) 
     traces = Traces(counts=np.random.default_rng(0).integers(0, 9, (6, 1, 4)))
     result = solve(profile, traces, solver="local-search", patience=1)
     assert result.placement is not None and result.history
-    manual = (ROOT / "docs" / "formats.md").read_text()
+    manual = "".join((ROOT / "docs" / name).read_text() for name in ("formats.md", "rules.md"))
     for document in (profile, result.placement, result):
         path = tmp_path / "document.json"
         document.save(path)

@@ -20,20 +20,21 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray, Latency
 from gemopt.layer_rules import rules_of
 from gemopt.online import state
+from gemopt.online.compiled import Compiled
 from gemopt.online.decision import Decision, travel_between
 from gemopt.online.inputs import counts_from, latencies_from
 from gemopt.online.memories import Memories
-from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose, sample, settle
+from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose, rechosen, sample, settle
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
-from gemopt.solvers.search.state import Costs, hull_costs, make_costs
+from gemopt.splits import chosen_weights
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
-MOST_COMPILED = 16
+Weights = list[FloatArray | None]
 WORK = 1 << 14  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
 
 
@@ -55,7 +56,7 @@ class Controller:
     InputError
         When the placement is of another number of ranks than the profile, or its rules are about what there is not.
     UnsupportedError
-        For copies whose shares are not even.
+        For copies of the nearest split.
     """
 
     def __init__(self, profile: Profile | CostModel, placement: Placement, policy: Policy | None = None) -> None:
@@ -73,7 +74,7 @@ class Controller:
         self.moved_at = np.full(placement.num_layers, -(2**40))
         self.steps = self.blind_until = self.moved = 0
         self.now_s: float | None = None
-        self._compiled: dict[tuple[int, int], Costs] = {}  # by mean and largest load
+        self._compiled = Compiled()
         self._check(placement)
         self.rules = rules_of(placement)
         self.placement = placement
@@ -101,7 +102,7 @@ class Controller:
             return self._keep(f"refused: {error}")
         window = [self._problem(counts, layer, self.scaled.latencies) for layer in range(counts.shape[1])]
         rows = self.placement.physical_to_logical
-        times_LNG = np.stack([rank_times(problem, row) for problem, row in zip(window, rows, strict=True)])
+        times_LNG = np.stack([rank_times(*each) for each in zip(window, rows, self.weights, strict=True)])
         news = self._listen(latencies, times_LNG.sum(axis=0) / self.speeds.factors_G)
         known = self.memories.ticks
         changed = self._remember(counts)
@@ -161,9 +162,9 @@ class Controller:
         if placement.num_ranks != len(self.cost.latencies):
             limit = f"{len(self.cost.latencies)}, as the profile has devices"
             raise InputError("Placement.slots_per_rank", f"{placement.num_ranks} ranks", limit)
-        if placement.has_copies and placement.split is not Split.EVEN:
-            limit = "the shares of moved copies follow from counts only for the even split"
-            raise UnsupportedError("Placement.split", placement.split.value, limit, "use even")
+        if placement.has_copies and placement.split is Split.NEAREST:
+            limit = "who sends to moved copies does not follow from counts"
+            raise UnsupportedError("Placement.split", placement.split.value, limit, "use even, static or optimal")
 
     def _clock(self, now_s: float | None) -> None:
         if now_s is None:
@@ -195,7 +196,7 @@ class Controller:
     def rescale(self) -> None:
         """Take the speeds in force over into the latencies that plans are judged by."""
         self.scaled = scaled(self.cost, self.speeds.factors_G)
-        self._compiled = {}
+        self._compiled = Compiled()
 
     def _problem(
         self,
@@ -210,6 +211,7 @@ class Controller:
             latencies,
             self.placement.slots_per_rank,
             weights,
+            split=self.placement.split,
         )
 
     def _remember(self, counts: NDArray[np.int64]) -> bool:
@@ -222,6 +224,14 @@ class Controller:
         if changed:
             self.moved_at[:] = -(2**40)
         return changed
+
+    @property
+    def weights(self) -> Weights:
+        """Of every layer in force, the [P] static weights of its copies; None under another split."""
+        placement = self.placement
+        if placement.split is not Split.STATIC or placement.split_weights is None:
+            return [None] * placement.num_layers
+        return list(placement.split_weights)
 
     def _keep(self, reason: str, **fields: float | bool) -> Decision:
         return Decision(self.placement, reason=reason, drift=self.memories.drift, **fields)  # type: ignore[arg-type]
@@ -237,16 +247,18 @@ class Controller:
         say = _joined(say, said)
         if said.startswith("infeasible"):
             return self._keep(say, imbalance=imbalance)
-        gain_us = sum(
-            objective(problem, old) - objective(problem, row)
-            for problem, old, row in zip(problems, begin, rows, strict=True)
-            if (old != row).any()
-        )
-        proposals = {each.layer: each for each in self._proposals(problems, rows, trusted)}
+        weights, gain_us = self.weights, 0.0
+        for layer in np.flatnonzero((rows != begin).any(axis=1)):
+            problem, row = problems[layer], rows[layer]
+            gain_us += objective(problem, begin[layer], weights[layer])
+            weights[layer] = chosen_weights(problem, row)
+            gain_us -= objective(problem, row, weights[layer])
+        proposals = {each.layer: each for each in self._proposals(problems, rows, weights, trusted)}
         for layer, waypoint in choose(list(proposals.values()), self._most_moves()).items():
             rows[layer] = waypoint.row
-            gain_us += proposals[layer].way[0].objective_us - waypoint.objective_us
-        return self._decision(rows, gain_us, say, imbalance, changed)
+            weights[layer], after_us = rechosen(problems[layer], waypoint)
+            gain_us += proposals[layer].way[0].objective_us - after_us
+        return self._decision(rows, weights, gain_us, say, imbalance, changed)
 
     def _most_moves(self) -> int | None:
         policy, most = self.policy, self.policy.max_moves
@@ -267,7 +279,9 @@ class Controller:
         ]
         return problems, effective_steps(weights)
 
-    def _proposals(self, problems: list[Problem], rows: NDArray[np.int64], trusted: float) -> list[Proposal]:
+    def _proposals(
+        self, problems: list[Problem], rows: NDArray[np.int64], weights: Weights, trusted: float
+    ) -> list[Proposal]:
         policy, lifetime = self.policy, self.memories.lifetime_steps
         transfer_us = self.expert_bytes / policy.bytes_per_s * 1e6
         # What comes back was seen at length and will stay for a while: it is worth the best placement for it at once.
@@ -279,7 +293,7 @@ class Controller:
             for layer, problem in enumerate(problems)
             if self.steps - self.moved_at[layer] >= policy.cool_down_steps and problem.counts_TE.any()
         ]
-        costs = {layer: self._costs(problems[layer]) for layer in free}
+        costs = {layer: self._compiled.of(problems[layer]) for layer in free}
 
         def one(layer: int) -> Proposal | None:
             return propose(
@@ -291,36 +305,21 @@ class Controller:
                 max_swaps=policy.max_swaps,
                 into_G=into_G,
                 costs=costs[layer],
+                weights_P=weights[layer],
             )
 
         found = [proposal for proposal in _mapped(one, free, policy.threads) if proposal is not None]
         for proposal in found:
             first, last, swaps = proposal.way[0], proposal.way[-1], len(proposal.way) - 1
             gain = 1 - last.objective_us / first.objective_us
-            self.promises.make(proposal.layer, first.row, last.row, gain, swaps, trusted)
+            self.promises.make(proposal.layer, first, last, gain, swaps, trusted)
         return found
 
-    def _costs(self, problem: Problem) -> Costs:
-        """Latencies in compiled form: lines or planes where they are close, else tables, made once for all layers."""
-        loads_T = problem.counts_TE.sum(axis=1)
-        key = (int(loads_T.mean()), 2 << int(loads_T.max()).bit_length())  # of the key alone, whatever came before
-        if key not in self._compiled:
-            hull = hull_costs(self._alike(problem, key[0]))
-            if len(self._compiled) >= MOST_COMPILED:
-                self._compiled.clear()
-            alike = self._alike(problem, key[1])
-            most_F = alike.features_FTE.sum(axis=2).max(axis=1)
-            self._compiled[key] = make_costs(alike, most_F) if hull is None else hull
-        return self._compiled[key]
-
-    @staticmethod
-    def _alike(problem: Problem, load: int) -> Problem:
-        """The same layer with one step of at least so many assignments."""
-        counts_1E = np.full((1, problem.num_experts), -(-load // problem.num_experts))
-        return Problem.make(counts_1E, problem.features, problem.latencies, problem.slots_per_rank)
-
-    def _decision(self, rows: NDArray[np.int64], gain_us: float, say: str, imbalance: float, changed: bool) -> Decision:
-        travel = travel_between(self.placement, rows, self.nodes_G, self.policy.batch_bytes / self.expert_bytes)
+    def _decision(
+        self, rows: NDArray[np.int64], weights: Weights, gain_us: float, say: str, imbalance: float, changed: bool
+    ) -> Decision:
+        batch, weights_LP = self.policy.batch_bytes / self.expert_bytes, [each for each in weights if each is not None]
+        travel = travel_between(self.placement, rows, self.nodes_G, batch, np.array(weights_LP) if weights_LP else None)
         if not travel.moves:
             return self._keep(_joined(say, "no swap pays"), imbalance=imbalance, changed=changed)
         layers, commits = len(travel.moves), len(travel.rounds)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.latency import FloatArray
 from gemopt.migration import Move, batches, held, keep_in_place, moves
 from gemopt.placement import EMPTY, Placement
 
@@ -64,10 +65,18 @@ class Travel:
 
 
 def travel_between(
-    before: Placement, wanted_LP: NDArray[np.int64], nodes_G: NDArray[np.int64] | None, batch_experts: float
+    before: Placement,
+    wanted_LP: NDArray[np.int64],
+    nodes_G: NDArray[np.int64] | None,
+    batch_experts: float,
+    weights_LP: FloatArray | None = None,
 ) -> Travel:
-    """From the placement in force to the wanted rows; a rank receives at most `batch_experts` at once, or one layer."""
+    """From the placement in force to the wanted rows; a rank receives at most `batch_experts` at once, or one layer.
+
+    weights_LP: [L, P] static weights of the wanted rows.
+    """
     slots_G, rows = before.slots_per_rank, np.array(wanted_LP)
+    weights = None if weights_LP is None else np.array(weights_LP)
     changed = np.flatnonzero((before.physical_to_logical != rows).any(axis=1))
     moved: dict[int, list[Move]] = {}
     into_NG: list[NDArray[np.int64]] = []
@@ -76,7 +85,10 @@ def travel_between(
         old_GE = held(old, slots_G, before.num_experts)
         differs = np.flatnonzero((old != row) & (row != EMPTY))
         if old_GE[before.rank_of_slot[differs], row[differs]].any():  # an expert that stays is in another slot
-            rows[layer] = row[keep_in_place(old, row, slots_G)]
+            order = keep_in_place(old, row, slots_G)
+            rows[layer] = row[order]
+            if weights is not None:
+                weights[layer] = weights[layer][order]
         moved[before.layer_ids[layer]] = moves(old, rows[layer], slots_G, nodes=nodes_G)
         new_GE = held(row, slots_G, before.num_experts) & ~old_GE
         into_NG.append(new_GE.sum(axis=1))
@@ -84,5 +96,6 @@ def travel_between(
     rounds = [int(np.sum([into_NG[n] for n in group], axis=0).max()) for group in grouped]
     total = int(sum(into_G.sum() for into_G in into_NG))
     fields = {name: getattr(before, name) for name in type(before).model_fields}
-    placement = Placement(**{**fields, "physical_to_logical": rows}) if moved else before
+    fields |= {"physical_to_logical": rows, "split_weights": weights}
+    placement = Placement(**fields) if moved else before
     return Travel(placement, tuple(map(int, changed)), moved, total, rounds)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.evaluate import rank_times
+from gemopt.evaluate import objective, rank_times
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import Demand
 from gemopt.placement import EMPTY
@@ -18,6 +18,7 @@ from gemopt.solvers.placing import conflict, nearest_row
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.moves import Waypoint, few_moves
 from gemopt.solvers.search.state import Costs
+from gemopt.splits import chosen_weights
 
 PROBE = 0.5  # swaps are looked for down to this part of what a swap must promise, to learn what they keep
 
@@ -81,13 +82,14 @@ def propose(
     max_swaps: int,
     into_G: NDArray[np.int64] | None = None,
     costs: Costs,
+    weights_P: FloatArray | None = None,
 ) -> Proposal | None:
     """Swaps of one layer, most of which pay or nearly do; None when there are none.
 
     dead_zone: slowest over mean rank below which nothing is tried. into_G: [G] experts that each rank may receive.
-    costs: the latencies in compiled form.
+    costs: the latencies in compiled form. weights_P: [P] static weights of the copies, which travel with them.
     """
-    times_TG = rank_times(problem, home)
+    times_TG = rank_times(problem, home, weights_P)
     now_us = float(times_TG.max(axis=1) @ problem.weights_T)
     mean_us = float(times_TG.mean(axis=1) @ problem.weights_T)
     if now_us <= dead_zone * mean_us or now_us - mean_us <= prices.layer_us:
@@ -98,9 +100,20 @@ def propose(
         "max_swaps": max_swaps,
         "max_into_G": into_G,
         "costs": costs,
+        "weights_P": weights_P,
     }
     found = Proposal(layer, few_moves(problem, home, **options), prices)  # type: ignore[arg-type]
     return found if len(found.way) > 1 else None
+
+
+def rechosen(problem: Problem, waypoint: Waypoint) -> tuple[FloatArray | None, float]:
+    """[P] static weights of the copies of a waypoint, chosen anew where that is better (None under another split), and
+    the objective with them in microseconds."""
+    if waypoint.weights is None:
+        return None, waypoint.objective_us
+    found = chosen_weights(problem, waypoint.row)
+    value = objective(problem, waypoint.row, found)
+    return (found, value) if value < waypoint.objective_us else (waypoint.weights, waypoint.objective_us)
 
 
 def choose(proposals: Sequence[Proposal], most_moves: int | None) -> dict[int, Waypoint]:

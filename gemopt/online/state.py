@@ -15,12 +15,12 @@ from gemopt.placement import Placement
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
-VERSION = 2
+VERSION = 3
 KEY = "gemopt_online"
 MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
 SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG")
-PROMISE_ARRAYS = ("layers", "rows", "facts")
+PROMISE_ARRAYS = ("layers", "rows", "weights", "facts")
 OWN_ARRAYS = ("pending", "moved_at")
 SPEED_NUMBERS = ("step_us",)
 PROMISE_NUMBERS = ("short", "swaps")

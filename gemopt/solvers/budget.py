@@ -24,11 +24,15 @@ from gemopt.solvers.search.moves import few_moves
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A placement of one layer: [P] row, its total in microseconds, and the moves into each rank [G]."""
+    """A placement of one layer: [P] row, its total in microseconds, and the moves into each rank [G].
+
+    weights: [P] static weights of its copies, where they are not to be chosen.
+    """
 
     row: Row
     total_us: float
     into_G: NDArray[np.int64]
+    weights: FloatArray | None = None
 
     @property
     def moves(self) -> int:
@@ -71,11 +75,19 @@ class Front:
         return min(within, key=lambda point: (point.total_us, point.moves))
 
 
-def walk_front(problem: Problem, most: int, stop: NDArray[np.uint8] | None = None) -> Front:
-    """Points that the best swaps from the row with the fewest moves lead through, up to `most` moves."""
+def walk_front(
+    problem: Problem,
+    most: int,
+    stop: NDArray[np.uint8] | None = None,
+    begin: tuple[Row, FloatArray | None] | None = None,
+) -> Front:
+    """Points that the best swaps lead through, up to `most` moves.
+
+    They begin with `begin`, a row that needs no moves and its static weights, else with the row of the fewest moves.
+    """
     moves = problem.moves
     assert moves is not None
-    home = fewest_row(problem)
+    home, weights_P = (fewest_row(problem), None) if begin is None else begin
     if home is None:
         return Front([])
     limit = most if moves.most is None else min(most, moves.most)
@@ -88,8 +100,19 @@ def walk_front(problem: Problem, most: int, stop: NDArray[np.uint8] | None = Non
         max_into_G=moves.most_into_G,
         max_swaps=2 * limit + problem.num_slots,
         stop=stop,
+        weights_P=weights_P,
     )
-    return Front([point_of(problem, waypoint.row) for waypoint in way])
+    return Front(
+        [
+            Point(
+                point.row,
+                point.objective_us + moves.price_us * point.moves,
+                moves.into(point.row, problem.slots_per_rank),
+                point.weights,
+            )
+            for point in way
+        ]
+    )
 
 
 def divide(values_LK: Sequence[FloatArray], budget: int) -> tuple[float, list[int]] | None:

@@ -13,18 +13,20 @@ from pydantic import BaseModel, ConfigDict
 from gemopt import cores
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement, evaluate
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import InputError
 from gemopt.layer_rules import rules_of
 from gemopt.migration import count_moves, held
 from gemopt.moves import Moves
 from gemopt.placement import Placement, Split
-from gemopt.problem import problems
+from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.rules import Rules
 from gemopt.solve import solve
 from gemopt.solvers.base import Options
-from gemopt.solvers.budget import Front, divide, walk_front
+from gemopt.solvers.budget import Front, Point, divide, walk_front
 from gemopt.solving.ruled import contradiction
+from gemopt.splits import chosen_weights
+from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
 SWAPS = "best swaps"
@@ -82,40 +84,75 @@ def moves_front(
     check_agreement(current, traces, profile.num_ranks)
     if options.get("rules") is not None:
         current = current.under(Rules.of(options["rules"]), profile.node_of_rank)
-    if current.has_copies and current.split is not Split.EVEN:
-        limit = "fronts of moves know copies that share evenly"
-        raise UnsupportedError("Placement.split", current.split.value, limit, "use gemopt solve --max-moves")
     given, kept = traces.split(holdout) if holdout else (traces, None)
-    fronts = _fronts(fitted, given, current, time_limit, options.get("threads"))
+    senders = Senders.of(options.get("senders"))
+    layers = _layers(fitted, given, current, profile, senders)
+    fronts = _fronts(layers, current, time_limit, options.get("threads"))
     placements = [(SWAPS, current)]
     for budget in _budgets(fronts):
         divided = divide([front.best(budget) for front in fronts], budget)
         assert divided is not None  # no budget is below what every front begins with
-        rows = [front.at(most).row for front, most in zip(fronts, divided[1], strict=True)]
-        changes = {"physical_to_logical": np.stack(rows), "split": Split.EVEN, "split_weights": None}
-        placements.append((SWAPS, current.model_copy(update=changes)))
+        chosen = [front.at(most) for front, most in zip(fronts, divided[1], strict=True)]
+        placements.append((SWAPS, _moved(current, layers, chosen)))
     for name in solvers:
         result = solve(profile, given, solver=name, cost=fitted, current=current, time_limit=time_limit, **options)
         if result.placement is not None:
             placements.append((name, result.placement))
     size = expert_bytes or profile.model.expert_bytes
-    base = _step_us(current, fitted, given), None if kept is None else _step_us(current, fitted, kept)
-    points = [_point(source, placement, current, fitted, given, kept, size, base) for source, placement in placements]
+
+    def per_step(placement: Placement) -> list[float]:
+        scored = [
+            evaluate(placement, profile, some, cost=fitted, senders=senders)
+            for some in (given, kept)
+            if some is not None
+        ]
+        return [each.objective_us / len(each.step_us) for each in scored]
+
+    base = per_step(current)
+    points = [_point(source, placement, current, per_step(placement), base, size) for source, placement in placements]
     swaps = {point.moves: point for point in points if point.source == SWAPS}  # budgets may lead to the same placement
     return [*swaps.values(), *(point for point in points if point.source != SWAPS)]
 
 
-def _fronts(cost: CostModel, traces: Traces, current: Placement, time_limit: float, threads: int | None) -> list[Front]:
-    layers = problems(cost, traces, current.slots_per_rank)
-    layers = [
-        replace(layer, rules=asked).with_moves(Moves.make(held(row, current.slots_per_rank, current.num_experts)))
+def _layers(cost: CostModel, traces: Traces, current: Placement, profile: Profile, senders: Senders) -> list[Problem]:
+    """The layers with their rules, and moves counted from the placement in force."""
+    split = current.split if current.has_copies or current.split is Split.STATIC else Split.EVEN
+    nodes, slots_G = profile.node_of_rank, current.slots_per_rank
+    layers = problems(cost, traces, slots_G, node_of_rank=nodes, split=split, senders=senders)
+    return [
+        replace(layer, rules=asked).with_moves(Moves.make(held(row, slots_G, current.num_experts)))
         for layer, row, asked in zip(layers, current.physical_to_logical, rules_of(current), strict=True)
     ]
+
+
+def _fronts(layers: Sequence[Problem], current: Placement, time_limit: float, threads: int | None) -> list[Front]:
+    """The front of every layer, from its row in force where that keeps the rules."""
     options = Options.lasting(time_limit)
     if note := contradiction(layers, current.layer_ids, options.deadline):
         raise InputError("rules", current.rules, note)
+    weights = current.split_weights if current.split is Split.STATIC else None
+
+    def one(index: int) -> Front:
+        layer, row = layers[index], current.physical_to_logical[index]
+        broken = layer.rules is not None and layer.rules.broken(row, layer.slots_per_rank)
+        begin = None if broken else (row, None if weights is None else weights[index])
+        return walk_front(layer, layer.num_slots, stop, begin)
+
     with options.alarm() as stop, ThreadPoolExecutor(threads or cores.available()) as pool:
-        return list(pool.map(lambda layer: walk_front(layer, layer.num_slots, stop), layers))
+        return list(pool.map(one, range(len(layers))))
+
+
+def _moved(current: Placement, layers: Sequence[Problem], chosen: Sequence[Point]) -> Placement:
+    """The placement in force with these rows; static weights travel with their copies."""
+    changes: dict[str, Any] = {"physical_to_logical": np.stack([point.row for point in chosen]), "split_weights": None}
+    if current.split is Split.STATIC:
+        changes["split_weights"] = np.stack(
+            [
+                chosen_weights(layer, point.row) if point.weights is None else point.weights
+                for layer, point in zip(layers, chosen, strict=True)
+            ]
+        )
+    return Placement(**{**dict(current), **changes})
 
 
 def _budgets(fronts: Sequence[Front]) -> list[int]:
@@ -125,34 +162,23 @@ def _budgets(fronts: Sequence[Front]) -> list[int]:
     return [least] * (least > 0) + doubled + [most] * (most > least)
 
 
-def _step_us(placement: Placement, cost: CostModel, traces: Traces) -> float:
-    return evaluate(placement, None, traces, cost=cost).objective_us / traces.num_steps
-
-
 def _point(
-    source: str,
-    placement: Placement,
-    current: Placement,
-    cost: CostModel,
-    given: Traces,
-    kept: Traces | None,
-    expert_bytes: int | None,
-    base: tuple[float, float | None],
+    source: str, placement: Placement, current: Placement, us: list[float], base_us: list[float], size: int | None
 ) -> FrontPoint:
+    """us, base_us: per step, of this placement and of the one in force, on the given and perhaps on kept steps."""
     moves = sum(
         count_moves(before, after, current.slots_per_rank, placement.slots_per_rank)
         for before, after in zip(current.physical_to_logical, placement.physical_to_logical, strict=True)
     )
-    step_us = _step_us(placement, cost, given)
-    held_us = None if kept is None else _step_us(placement, cost, kept)
+    changes = [mine / theirs - 1 if theirs else 0.0 for mine, theirs in zip(us, base_us, strict=True)]
     return FrontPoint(
         source=source,
         moves=moves,
-        bytes=None if expert_bytes is None else moves * expert_bytes,
-        step_us=step_us,
-        change=step_us / base[0] - 1 if base[0] else 0.0,
-        holdout_us=held_us,
-        holdout_change=None if held_us is None or not base[1] else held_us / base[1] - 1,
+        bytes=None if size is None else moves * size,
+        step_us=us[0],
+        change=changes[0],
+        holdout_us=us[1] if len(us) > 1 else None,
+        holdout_change=changes[1] if len(us) > 1 else None,
     )
 
 

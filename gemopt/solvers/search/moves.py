@@ -7,6 +7,7 @@ after 1, 2, 3, ... swaps a front of latency against moves.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemopt.evaluate import loads, objective
 from gemopt.kernels import latency_value, rank_latencies
-from gemopt.latency import Curves
+from gemopt.latency import Curves, FloatArray
 from gemopt.migration import held
 from gemopt.moves import Moves
 from gemopt.placement import EMPTY
@@ -39,6 +40,7 @@ from gemopt.solvers.search.reach import extend, number, promising_pairs, pull_of
 from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state
 from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
 from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
+from gemopt.splits import static_shares
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
 KEPT = 0.5  # a pair of ranks is searched for gains down to this part of the best so far, to be left alone for longer
@@ -46,11 +48,15 @@ KEPT = 0.5  # a pair of ranks is searched for gains down to this part of the bes
 
 @dataclass(frozen=True, eq=False)
 class Waypoint:
-    """A placement on the way: [P] row, its exact objective in microseconds, and experts moved from the start."""
+    """A placement on the way: [P] row, its exact objective in microseconds, and experts moved from the start.
+
+    weights: [P] static weights of its copies, where the walk began with some.
+    """
 
     row: Row
     objective_us: float
     moves: int
+    weights: FloatArray | None = None
 
 
 def few_moves(
@@ -65,6 +71,7 @@ def few_moves(
     max_swaps: int | None = None,
     costs: Costs | None = None,
     stop: NDArray[np.uint8] | None = None,
+    weights_P: FloatArray | None = None,
 ) -> list[Waypoint]:
     """Waypoints from `start`, in the order of the swaps; the first is the start itself.
 
@@ -85,6 +92,8 @@ def few_moves(
         `make_costs(problem)` when it is at hand.
     stop
         [1] ends the walk when it turns 1, as `Options.alarm` gives it.
+    weights_P
+        [P] static weights of the copies at the start. Copies take theirs along; they are the split then.
     """
     costs = make_costs(problem) if costs is None else costs
     row = np.asarray(home if start is None else start, dtype=np.int64)
@@ -92,22 +101,39 @@ def few_moves(
     if home.ndim == 1:
         home_GE = held(np.asarray(home, dtype=np.int64), problem.slots_per_rank, problem.num_experts)
     terms = make_terms(problem, Moves(home_GE, price_us, max_moves, max_into_G), least_us=least_us)
-    state = make_state(problem, row, costs, stop)
+    shares_TP = None if weights_P is None else static_shares(problem.counts_TE, row, weights_P)
+    state = make_state(problem, row, costs, stop, shares_TP)
     swaps = 4 * problem.num_slots if max_swaps is None else max_swaps
     room_SP, moved_S = np.empty((swaps, problem.num_slots), np.int64), np.empty(swaps, np.int64)
     taken = take_best(costs, state, terms, room_SP, moved_S)
     rows = np.concatenate([row[None], room_SP[:taken]])
     moved = [int(count_into(problem, row, terms).sum()), *moved_S[:taken].tolist()]
-    return [
-        Waypoint(each.copy(), value, moves)
-        for each, value, moves in zip(rows, objectives(problem, rows), moved, strict=True)
-    ]
+    weights = [None] * len(rows) if weights_P is None else carried(rows, weights_P)
+    values = objectives(problem, rows, weights)
+    return [Waypoint(row.copy(), *each) for row, *each in zip(rows, values, moved, weights, strict=True)]
 
 
-def objectives(problem: Problem, rows_NP: NDArray[np.int64]) -> list[float]:
-    """`objective` of every row; of rows that differ in few slots, without copies, only what changes is looked at."""
+def carried(rows_NP: NDArray[np.int64], weights_P: FloatArray) -> list[FloatArray | None]:
+    """Weights of every row, each of which exchanges the contents of two slots of the one before."""
+    found: list[FloatArray | None] = [weights_P]
+    for before, after in zip(rows_NP, rows_NP[1:], strict=False):
+        weights_P = weights_P.copy()
+        changed = np.flatnonzero(before != after)
+        weights_P[changed] = weights_P[changed[::-1]]
+        found.append(weights_P)
+    return found
+
+
+def objectives(
+    problem: Problem, rows_NP: NDArray[np.int64], weights_NP: Sequence[FloatArray | None] | None = None
+) -> list[float]:
+    """`objective` of every row; of rows that differ in few slots, without copies, only what changes is looked at.
+
+    weights_NP: static weights of each row's copies, where they are not to be chosen.
+    """
     if (np.bincount(rows_NP[0][rows_NP[0] != EMPTY], minlength=problem.num_experts) > 1).any():
-        return [objective(problem, row) for row in rows_NP]
+        weights = [None] * len(rows_NP) if weights_NP is None else weights_NP
+        return [objective(problem, *each) for each in zip(rows_NP, weights, strict=True)]
     times_NT = walk_makespans(
         loads(problem, rows_NP[0]), rows_NP, problem.rank_of_slot, problem.features_FTE, problem.curves
     )
