@@ -248,7 +248,7 @@ class Controller:
         if said.startswith("infeasible"):
             return self._keep(say, imbalance=imbalance)
         weights, gain_us = self.weights, 0.0
-        for layer in np.flatnonzero((rows != begin).any(axis=1)):
+        for layer in np.flatnonzero((rows != begin).any(axis=1)).tolist():
             problem, row = problems[layer], rows[layer]
             gain_us += objective(problem, begin[layer], weights[layer])
             weights[layer] = chosen_weights(problem, row)

@@ -69,7 +69,7 @@ class Promises:
             self.layers, self.rows, self.weights, self.facts, strict=True
         ):
             problem = problems[int(layer)]
-            base, changed = objectives(problem, rows, weights if problem.split is Split.STATIC else None)
+            base, changed = objectives(problem, rows, list(weights) if problem.split is Split.STATIC else None)
             if base > 0:
                 kept = 1 - changed / base
                 self.short += seen * (promised - kept) / _scale(trusted)

@@ -146,12 +146,9 @@ def _moved(current: Placement, layers: Sequence[Problem], chosen: Sequence[Point
     """The placement in force with these rows; static weights travel with their copies."""
     changes: dict[str, Any] = {"physical_to_logical": np.stack([point.row for point in chosen]), "split_weights": None}
     if current.split is Split.STATIC:
-        changes["split_weights"] = np.stack(
-            [
-                chosen_weights(layer, point.row) if point.weights is None else point.weights
-                for layer, point in zip(layers, chosen, strict=True)
-            ]
-        )
+        pairs = zip(layers, chosen, strict=True)
+        weights = [chosen_weights(layer, p.row) if p.weights is None else p.weights for layer, p in pairs]
+        changes["split_weights"] = np.array(weights)
     return Placement(**{**dict(current), **changes})
 
 
