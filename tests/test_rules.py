@@ -21,8 +21,10 @@ from gemopt.bounds import lower_bound
 from gemopt.costs import fit
 from gemopt.evaluate import check, check_rules, evaluate, objective, total
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.layer_rules import check_kept, layer_rules
+from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.layer_rules import check_kept, layer_rules, rules_of
 from gemopt.links import Exchange
+from gemopt.migration import held as held_by
 from gemopt.moves import Moves
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
@@ -31,7 +33,7 @@ from gemopt.rules import Rules
 from gemopt.solve import solve
 from gemopt.solvers import get, names
 from gemopt.solvers.base import Options, require
-from gemopt.solvers.placing import conflict, first_row, nearest_row
+from gemopt.solvers.placing import conflict, fewest_row, first_row, nearest_row
 from gemopt.solvers.search.linked_copies import _changes
 from gemopt.solvers.search.local_search import LocalSearch
 from gemopt.solvers.search.state import make_costs, make_state
@@ -519,6 +521,23 @@ def test_few_moves_under_rules() -> None:
         assert result.placement is not None and result.moves is not None
         check_rules(result.placement, rules)
         assert result.moves.moves == 4 or not fields
+
+
+def test_the_fewest_moves_are_proven_for_many_experts() -> None:
+    """128 experts at random places, which groups put on two nodes: about half of them must change their node."""
+    row = np.random.default_rng(0).permutation(128)
+    placed = Placement(physical_to_logical=[row], slots_per_rank=np.full(8, 16), num_experts=128)
+    (asked,) = rules_of(
+        placed.under(Rules(groups=[{"num_groups": 8}], apart=[{"experts": [1, 2, 3]}]), [0] * 4 + [1] * 4)
+    )
+    problem = replace(
+        Problem.make(np.ones((1, 128), int), (ASSIGNMENTS,), [Latency(((line(1, 1),),))] * 8, 16), rules=asked
+    )
+    moves = Moves(held_by(row, problem.slots_per_rank, 128))
+    fewest, nearest = fewest_row(problem.with_moves(moves)), nearest_row(problem, row)
+    assert asked is not None and fewest is not None and nearest is not None
+    assert asked.broken(fewest, problem.slots_per_rank) is None
+    assert 40 < moves.count(fewest, problem.slots_per_rank) == moves.count(nearest, problem.slots_per_rank) < 70
 
 
 @pytest.mark.parametrize("name", ["branch", "columns"])

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 BALANCING = 0.5  # CP-SAT's deterministic seconds for a better row than any
 LIMIT_S = 60.0  # for any row at all
+ASSIGNMENT = (
+    2  # linearization level: fewest changes are nearly an assignment problem, which a relaxation all but solves
+)
 UNITS = 1 << 20  # that the load of all ruled experts is counted in
 BoolArray = NDArray[np.bool_]
 
@@ -63,21 +66,30 @@ class _Rows:
         for members_E, unit_G in rules.blocs:
             chosen = [model.new_bool_var("") for _ in range(int(unit_G.max()) + 1)]
             model.add_exactly_one(chosen)
-            for g in ranks:
-                for literal in result.on(g, np.flatnonzero(members_E)):
-                    model.add_implication(literal, chosen[unit_G[g]])
+            for e in np.flatnonzero(members_E).tolist():
+                for unit, literal in enumerate(chosen):
+                    there = [held[e, g] for g in np.flatnonzero(unit_G == unit).tolist() if (e, g) in held]
+                    model.add_bool_or([*there, ~literal])
+                    for each in there:
+                        model.add_implication(each, literal)
         return result
 
     def on(self, rank: int, experts: Row) -> list[Any]:
         """Literals of experts on a rank."""
         return [self.held[e, rank] for e in experts.tolist() if (e, rank) in self.held]
 
-    def solve(self, seconds: float, deterministic: float = np.inf) -> tuple[list[tuple[int, int]] | None, bool]:
-        """(expert, rank) pairs of the best row found, or None; and whether it is proven that there is none better."""
+    def solve(
+        self, seconds: float, deterministic: float = np.inf, level: int = 1
+    ) -> tuple[list[tuple[int, int]] | None, bool]:
+        """(expert, rank) pairs of the best row found, or None; and whether it is proven that there is none better.
+
+        level: CP-SAT's linearization level.
+        """
         from ortools.sat.python import cp_model
 
         solver = cp_model.CpSolver()
         solver.parameters.num_workers = 1
+        solver.parameters.linearization_level = level
         solver.parameters.catch_sigint_signal = False
         solver.parameters.max_time_in_seconds = max(seconds, 0.01)
         solver.parameters.max_deterministic_time = deterministic
@@ -142,7 +154,7 @@ def nearest_row(problem: Problem, row: Row, seconds: float = LIMIT_S) -> Row | N
     rows.model.maximize(sum((1 if near_GE[g, e] else -2) * literal for (e, g), literal in rows.held.items()))
     for pair, literal in rows.held.items():
         rows.model.add_hint(literal, bool(near_GE[pair[::-1]]))
-    pairs, _ = rows.solve(seconds)
+    pairs, _ = rows.solve(seconds, level=ASSIGNMENT)
     return None if pairs is None else row_of(_held(problem, pairs), problem.slots_per_rank)
 
 
@@ -168,7 +180,7 @@ def fewest_row(problem: Problem) -> Row | None:
     for rank, most in enumerate([] if moves.most_into_G is None else moves.most_into_G.tolist()):
         rows.model.add(sum(into_G[rank]) <= most)
     rows.model.minimize((problem.num_slots + 1) * moved - sum(rows.held.values()))
-    pairs, proven = rows.solve(LIMIT_S)
+    pairs, proven = rows.solve(LIMIT_S, level=ASSIGNMENT)
     if not proven:
         raise SolverError(f"the fewest moves that keep the rules were not found in {LIMIT_S:.0f} s")
     return None if pairs is None else row_of(_held(problem, pairs), slots_G)
