@@ -15,6 +15,7 @@ from gemopt.executor.plan import checksum as checksum_of_any
 from gemopt.executor.plan import layer_rows
 from gemopt.executor.plan import slot_checksum as checksum
 from gemopt.migration import BATCH_BYTES
+from gemopt.rules import Rules
 
 
 def serve_until_done(job):
@@ -312,13 +313,20 @@ def cuts(rank, world, family):
     worst = []
     with torch.no_grad():
         reference = model(tokens).logits
-        job = executor.start(random_placement(3, 8, executor.layer_ids, slots_of("equal", 8, world)))
+        wanted = random_placement(3, 8, executor.layer_ids, slots_of("equal", 8, world))
+        job = executor.start(wanted.under(Rules(together=[{"experts": [0], "on": "node"}]), range(world)))
         job.cut()
         while not job.done:
             worst.append(relative(model(tokens).logits, reference))
     executor.verify()
     rows = executor.placement.physical_to_logical
-    return {"rows": rows.tolist(), "changed": (rows != before).any(axis=1).tolist(), "worst": max(worst)}
+    kept = executor.placement
+    return {
+        "rows": rows.tolist(),
+        "changed": (rows != before).any(axis=1).tolist(),
+        "worst": max(worst),
+        "rules": [kept.rules.brief(), kept.node_of_rank.tolist()],
+    }
 
 
 @scenario

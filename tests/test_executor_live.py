@@ -325,6 +325,7 @@ def test_what_has_not_begun_is_forgotten_when_something_else_is_wanted(world):
     assert told[0]["rows"] == told[1]["rows"]
     for answer in told:
         assert answer["changed"] == [True, False, False] and answer["worst"] < EXACT
+        assert answer["rules"] == ["1 together", [0, 1]], "what follows keeps the rules of what was wanted"
 
 
 def test_a_rank_that_dies_in_the_background_stops_all(world):

@@ -333,7 +333,8 @@ def _even_weights(row_P: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _kept_fields(placement: Placement) -> dict[str, Any]:
-    return {name: getattr(placement, name) for name in ("model", "num_hidden_layers", "device_uuids")}
+    names = ("model", "num_hidden_layers", "device_uuids", "rules", "node_of_rank")
+    return {name: getattr(placement, name) for name in names}
 
 
 def _check_devices(placement: Placement, rank: int) -> None:
