@@ -463,6 +463,9 @@ def test_ranks_leave_and_join_under_rules() -> None:
     check_rules(found.placement, asked)
     without = solve(profile(4), traces(), current=current, exclude_ranks=[1, 3], rules=rules, time_limit=2)
     assert without.status is Status.INFEASIBLE and "pinned[0] asks for ranks none of which is left" in without.notes[0]
+    with pytest.raises(InputError, match=r"rules.kept_off\[0\].ranks: got \[4\]; ranks 0 to 3"):
+        solve(profile(4), traces(), current=current, exclude_ranks=[1],
+              rules=Rules(kept_off=[{"experts": [0], "ranks": [4]}]))  # fmt: skip
     joined = solve(
         profile(5), traces(), current=current, add_ranks=[4], exclude_ranks=[0], time_limit=2, patience=1,
         rules=Rules(pinned=[{"experts": [1], "ranks": [4]}, {"experts": [3], "ranks": [0, 2]}]),

@@ -61,7 +61,8 @@ class Ruled:
         Raises
         ------
         InputError
-            Rules on nodes, of which the profile knows others than the placement they come from.
+            Rules on ranks that there are not, or on nodes of which the profile knows others than the placement that the
+            rules come from.
         """
         nodes_G = np.asarray(profile.node_of_rank if links is None else links.topology.node_of_rank, np.int64)
         source = None
@@ -77,6 +78,11 @@ class Ruled:
         if moving is None or not moving.resized.changed:
             return cls(rules, nodes_G, note)
         numbers = moving.resized.numbers
+        known = max(moving.resized.ranks_before, 1 + max(numbers))
+        for name, rule in rules.named():
+            ranks = getattr(rule, "ranks", [0])
+            if max(ranks) >= known:
+                raise InputError(f"rules.{name}.ranks", ranks, f"ranks 0 to {known - 1}, as current and new ones")
         if found := rules.homeless(numbers):
             return cls(rules, nodes_G, note, f"infeasible: {found} asks for ranks none of which is left")
         return cls(rules.renumbered(numbers), nodes_G, note)
