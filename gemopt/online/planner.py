@@ -177,7 +177,8 @@ def _in_conflict(problem: Problem, dead_G: NDArray[np.bool_]) -> str:
     assert rules is not None
     names = conflict(rules, problem.slots_per_rank, full=False, deadline=np.inf)
     says = {demand.name: demand.says for demand in rules.demands}
-    return "no placement was found that keeps " + "; ".join(f"{name}: {says[name]}" for name in names)
+    told = "; ".join(f"{name}: {says[name]}" for name in names)
+    return f"no placement was found that keeps {told or 'the rules'}"
 
 
 def _without(problem: Problem, dead_G: NDArray[np.bool_]) -> Problem:

@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 BALANCING = 0.5  # CP-SAT's deterministic seconds for a better row than any
 LIMIT_S = 60.0  # for any row at all
-ASSIGNMENT = (
-    2  # linearization level: fewest changes are nearly an assignment problem, which a relaxation all but solves
-)
+ASSIGNMENT = 2  # linearization level: fewest changes are nearly an assignment problem, all but solved by its relaxation
 UNITS = 1 << 20  # that the load of all ruled experts is counted in
 BoolArray = NDArray[np.bool_]
 
