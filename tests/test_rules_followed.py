@@ -243,25 +243,40 @@ def test_evaluate_refuses_a_placement_that_breaks_its_own_rules(
     assert code == 2 and "pinned[0]: expert 0 only on rank 1" in err
 
 
+def noting(strategy: Fixed, kept: list[Placement]) -> Fixed:
+    """A strategy whose placements are noted, those included that come into force where a rank fails or returns."""
+    start, observe, confirm = strategy.start, strategy.observe, strategy.confirm
+    strategy.start = lambda context: kept.append(start(context)) or kept[-1]
+    strategy.observe = lambda *given: (kept.append(found) if (found := observe(*given)) else None) or found
+    strategy.confirm = lambda placement: kept.append(placement) or confirm(placement)
+    return strategy
+
+
 def test_replay_judges_under_rules() -> None:
     """What is solved, and what the controller decides, keeps them; all slots are full, so that moving is exchanging."""
     rules = Rules(pinned=[{"experts": [0, 4], "ranks": [3]}], apart=[{"experts": [1, 2]}])
     seen = Traces(counts=np.concatenate([traffic(0, 96), traffic(1, 96)]))
     kept: list[Placement] = []
-
-    def noting(strategy: Fixed) -> Fixed:
-        start, observe = strategy.start, strategy.observe
-        strategy.start = lambda context: kept.append(start(context)) or kept[-1]
-        strategy.observe = lambda *given: (kept.append(found) if (found := observe(*given)) else None) or found
-        return strategy
-
-    chosen = [noting(make([name])[0]) for name in ("fitted-once", "free", "controller")]
+    chosen = [noting(make([name])[0], kept) for name in ("fitted-once", "free", "controller")]
     result = replay(profile(RANKS), seen, [*chosen, "clairvoyant", "contiguous"], rules=rules, window=32)
     assert len(kept) > 5 and all(row.makespan_us > 0 for row in result.rows)
     for placement in kept:
         check_rules(placement, rules)
-    for fields in ({"strategies": ["duplication-window"]}, {"throttle": Schedule.parse(["1:fail@150"])}):
-        with pytest.raises(UnsupportedError, match="rules: got with"):
-            replay(profile(RANKS), seen, rules=rules, window=32, **fields)
+    with pytest.raises(UnsupportedError, match="rules: got with"):
+        replay(profile(RANKS), seen, ["duplication-window"], rules=rules, window=32)
     with pytest.raises(InputError, match=r"pinned\[0\].* no placement of layer 0"):
         replay(profile(RANKS), seen, rules=Rules(pinned=[{"experts": list(range(5)), "ranks": [0]}]), window=32)
+
+
+def test_replay_keeps_rules_where_a_rank_fails_and_returns() -> None:
+    rules = Rules(pinned=[{"experts": [0, 4], "ranks": [1, 3]}], apart=[{"experts": [1, 2]}])
+    seen, kept = Traces(counts=np.concatenate([traffic(0, 96), traffic(1, 96)])), list[Placement]()
+    chosen = [noting(make([name])[0], kept) for name in ("fitted-once", "free", "controller")]
+    fails = {"throttle": Schedule.parse(["1:fail@120-150"]), "window": 32, "slots_per_rank": 5}
+    replay(profile(RANKS), seen, [*chosen, "clairvoyant"], rules=rules, **fails)
+    assert any(placement.slots_per_rank[1] == 0 for placement in kept)
+    for placement in kept:
+        check_rules(placement, rules)
+    alone = Rules(pinned=[{"experts": [0], "ranks": [1]}])
+    with pytest.raises(InputError, match="rules: got rank 1 failed; no placement that keeps them"):
+        replay(profile(RANKS), seen, ["fitted-once"], rules=alone, **fails)

@@ -76,7 +76,7 @@ def replay(
     ------
     InputError
         For unknown strategies, for windows, shares and events that do not fit the traces, and for rules that cannot be
-        kept, or with ranks that fail or experts duplicated per batch, which do not heed them.
+        kept, without a rank that fails, or with experts duplicated per batch.
     """
     profile, traces = Profile.of(profile), Traces.of(traces)
     chosen, schedule = make(strategies), throttle or Schedule()
@@ -86,7 +86,7 @@ def replay(
     model = fit_cost(profile, model=cost)[0] if isinstance(cost, str) else cost
     slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
     migration = migration or Migration.of(profile)
-    context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen, schedule))
+    context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen))
     noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
     world = World(context, traces, migration, schedule, non_moe_us, noise_TG)
     tracks = []
@@ -133,13 +133,10 @@ def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Trace
     return traces.steps(slice(0, cut)), traces.steps(slice(cut, None))
 
 
-def _rules(
-    given: Rules | str | os.PathLike[str] | None, chosen: Sequence[Strategy], schedule: Schedule
-) -> Rules | None:
+def _rules(given: Rules | str | os.PathLike[str] | None, chosen: Sequence[Strategy]) -> Rules | None:
     if given is None:
         return None
     deaf = [strategy.name for strategy in chosen if hasattr(strategy, "play")]
-    deaf += ["ranks that fail"] * any(event.fails for event in schedule.events)
     if deaf:
         raise UnsupportedError("rules", f"with {deaf[0]}", "the two do not go together", "leave one out")
     return Rules.of(given)

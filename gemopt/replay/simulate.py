@@ -23,6 +23,7 @@ from gemopt.replay.schedule import Schedule
 from gemopt.replay.strategy import Context, Foreseeing, Strategy
 from gemopt.replay.survivors import evacuate, readmit
 from gemopt.solvers.base import Row
+from gemopt.solvers.placing import nearest_row
 from gemopt.traces import Traces
 
 BLOCK_STEPS = 256
@@ -93,6 +94,7 @@ class Course:
         first, end = world.first_step, world.traces.num_steps
         begin = strategy.start(world.context)
         self._check(begin)
+        self.ruled = begin.rules is not None
         self.slots_G, self.rows = np.asarray(begin.slots_per_rank), list(begin.physical_to_logical)
         changes = deque(world.schedule.changes(first, end))
         seen = now = first
@@ -232,6 +234,9 @@ class Course:
             self.rows, self.slots_G = evacuate(before, before_G, rank, load_LE)
         else:
             self.rows, self.slots_G = readmit(before, before_G, self.left, self.left_G, rank), self.left_G
+        what = f"rank {rank} {'failed' if gone else 'returned'}"
+        if self.ruled:
+            self.rows = self._kept(what)
         moved = 0
         for old, new in zip(before, self.rows, strict=True):
             in_G, out_G = traffic(old, new, before_G, self.slots_G)
@@ -240,9 +245,20 @@ class Course:
         self.stall_us += migration.commit_us
         self.going, self.queue = None, deque()
         self.moves[now - world.first_step] += moved
-        what = f"rank {rank} {'failed' if gone else 'returned'}"
         self.decisions.append(Decided(step=now, moves=moved, reason=what))
         self.strategy.confirm(self._in_force())
+
+    def _kept(self, what: str) -> list[Row]:
+        """The rows with as few changes as make them keep the rules, in the slots that there are now."""
+        problems = self.world.context.problems(self.world.traces.counts[:1], slots=self.slots_G)
+        rows = []
+        for problem, row in zip(problems, self.rows, strict=True):
+            broken = problem.rules is not None and problem.rules.broken(row, self.slots_G)
+            found = nearest_row(problem, row) if broken else row
+            if found is None:
+                raise InputError("rules", what, "no placement that keeps them was found then")
+            rows.append(found)
+        return rows
 
     def _check(self, placement: Placement) -> None:
         known = getattr(self, "slots_G", self.world.context.slots_per_rank)
