@@ -127,6 +127,9 @@ def test_solve_proves_small_cases_and_refuses_others(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(joint, "MOST_COPIES", 2)
     with pytest.raises(UnsupportedError, match="up to 2 copies"):
         solve(profile(3), links.traces, solver="cpsat", slots_per_rank=2, **given)
+    monkeypatch.setattr(joint, "MOST_COPIES", 6)
     monkeypatch.setattr(joint, "MOST_TERMS", 10)
+    with pytest.raises(UnsupportedError, match="states up to 10 with copies"):
+        solve(profile(3), links.traces, solver="cpsat", slots_per_rank=2, **given)
     with pytest.raises(UnsupportedError, match="states up to 10"):
         solve(profile(3), links.traces, solver="milp", slots_per_rank=[2, 1, 1], **given)

@@ -117,6 +117,10 @@ def check_stated(name: str, problems: Sequence[Problem], links: Links) -> None:
         raise UnsupportedError("slots_per_rank", slots, limit, instead)
     if any((problem.weights_T != 1).any() for problem in problems):
         raise UnsupportedError("topology", "weighted steps", f"{name} states links of plain steps only", instead)
+    tokens = 0 if links.traces.tokens is None else len(links.traces.tokens.step_of_token) * len(problems)
+    if problems[0].spare_slots and tokens > MOST_TERMS:  # before they are told apart by their turns, which takes long
+        limit = f"{name} states up to {MOST_TERMS} with copies (fewer steps or layers)"
+        raise UnsupportedError("topology", f"{tokens} tokens in all layers", limit, instead)
     terms = sum(each.terms for each in sendings(links, len(problems), turns_of(problems[0])))
     if terms > MOST_TERMS:
         limit = f"{name} states up to {MOST_TERMS} (fewer steps or layers)"
