@@ -82,7 +82,7 @@ class Follower:
         names = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
         return [
             f"{self.folder}: got {names}; parts are called 000000.safetensors, 000001.safetensors, ...: left unread; "
-            "--from ENGINE reads an engine's dumps"
+            "dumps of an engine need --from, as in --from sglang"
         ]
 
     def _grouped(self, files: Sequence[Path], read: Read) -> News:
