@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from gemopt.exceptions import InputError
 from gemopt.latency import ASSIGNMENTS, Latency, line, pack
+from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
 from gemopt.replay import Migration, Schedule, replay
-from gemopt.replay.duplication import Duplicated
+from gemopt.replay.duplication import Duplicated, homes
 from gemopt.replay.moe_gps import as_planned, greedy
 from gemopt.replay.spreading import Price, copying_us, saved_us, spread, times_of
 from gemopt.traces import Traces
@@ -144,6 +145,15 @@ def test_copying_is_charged_and_then_avoided() -> None:
     assert theirs.moves > 0 and theirs.migration_us >= theirs.moves / 6 * slow.expert_bytes / slow.bytes_per_s * 1e6 / 6
     assert ours.makespan_us <= sum(result.baseline_us)
     assert theirs.makespan_us > sum(result.baseline_us)
+
+
+def test_of_several_holders_one_with_little_at_home_is_home() -> None:
+    """The split starts there: with every expert everywhere, all would start on the first rank."""
+    slow = [Latency(((line(10.0, s),),)) for s in (1.0, 1.0, 2.0)]
+    problem = Problem.make(np.array([[60, 30, 20, 10]]), (ASSIGNMENTS,), slow, [4, 4, 4])
+    assert homes(np.ones((3, 4), bool), problem).tolist() == [0, 1, 2, 1]
+    only_last = np.array([[0, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 0]], bool)
+    assert homes(only_last, problem).tolist() == [2, 0, 1, 1]
 
 
 @pytest.mark.parametrize("predictor", ["window", "smoothing"])

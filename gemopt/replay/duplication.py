@@ -15,6 +15,7 @@ from gemopt.placement import EMPTY, Placement, default_slots
 from gemopt.predict import PREDICTORS, shares_of
 from gemopt.predict import make as make_predictor
 from gemopt.predict.base import Batch, Steps, require
+from gemopt.problem import Problem
 from gemopt.replay.copying import beside
 from gemopt.replay.moe_gps import as_planned, greedy
 from gemopt.replay.result import Track
@@ -159,7 +160,8 @@ class _Layer:
         held = row_P != EMPTY
         self.present_GE = np.zeros((start.num_ranks, self.experts), dtype=np.bool_)
         self.present_GE[rank_P[held], row_P[held]] = True
-        self.home_E = self.present_GE.argmax(axis=0)  # of several holders the first
+        past_TE = world.context.past.counts[:, layer]
+        self.home_E = homes(self.present_GE, Problem.make(past_TE, cost.features, cost.latencies, start.slots_per_rank))
         self.present_GE[self.home_E, np.arange(self.experts)] = False
         self.spare_G = start.slots_per_rank - np.bincount(self.home_E, minlength=start.num_ranks)
         largest = int(world.traces.counts[:, layer].sum(axis=1).max())
@@ -266,6 +268,16 @@ class _Layer:
             idle = np.flatnonzero(self.present_GE[g] & ~used_GE[g])
             kept_GE[g, idle[np.argsort(-expected_E[idle], kind="stable")[:room]]] = True
         return kept_GE
+
+
+def homes(held_GE: NDArray[np.bool_], problem: Problem) -> NDArray[np.int64]:
+    """[E] a holder of each expert, so that no rank is home to much: those with fewest holders first, then the hottest."""
+    finish_G, weight_GE = problem.linearised
+    home_E, finish_G = np.zeros(problem.num_experts, np.int64), finish_G.copy()
+    for e in np.lexsort((-weight_GE.mean(axis=0), held_GE.sum(axis=0))):
+        home_E[e] = np.where(held_GE[:, e], finish_G + weight_GE[:, e], np.inf).argmin()
+        finish_G[home_E[e]] += weight_GE[home_E[e], e]
+    return home_E
 
 
 def strategies() -> dict[str, Callable[[], Duplicated]]:
