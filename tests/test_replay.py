@@ -14,7 +14,7 @@ from gemopt.exceptions import InputError
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
-from gemopt.replay import STRATEGIES, Context, Migration, Schedule, replay
+from gemopt.replay import STRATEGIES, Context, Migration, Schedule, replay, strategy
 from gemopt.replay.copying import traffic
 from gemopt.replay.strategies import Eplb, Fixed, make
 from gemopt.replay.survivors import evacuate, readmit
@@ -252,6 +252,24 @@ def test_foresight_is_best_and_following_helps() -> None:
     assert min(cost, key=lambda name: cost[name]) == "clairvoyant"
     assert cost["free"] < cost["fitted-once"]
     assert result.row("free").moves > 0
+
+
+def test_what_one_replay_solved_the_next_does_not_search_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, asked = ("contiguous", "fitted-once", "free", "clairvoyant"), []
+    solve_rows = strategy.solve_rows
+    monkeypatch.setattr(strategy, "solve_rows", lambda problems, **how: asked.append(0) or solve_rows(problems, **how))
+    alone = {name: replay(profile(), shifting(), [name], window=WINDOW).timeline[0] for name in names}
+    apart, solved = len(asked), {}
+    asked.clear()
+    first = replay(profile(), shifting(), names, window=WINDOW, solved=solved)
+    assert 0 < len(asked) < apart - 2 and {track.strategy: track for track in first.timeline} == alone
+    asked.clear()
+    slower = replay(profile(), shifting(), names, window=WINDOW, solved=solved, migration=Migration(bytes_per_s=1e6))
+    assert not asked and slower.row("free").makespan_us != first.row("free").makespan_us
+    replay(profile(), shifting(seed=1), ["fitted-once"], window=WINDOW, solved=solved)
+    replay(profile(), shifting(), ["fitted-once"], window=WINDOW, solved=solved, slots_per_rank=3)
+    replay(profile(), shifting(), ["fitted-once"], window=WINDOW, solved=solved, seed=1)
+    assert len(asked) == 3
 
 
 def test_same_seed_same_replay() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from gemopt.advise.variants import skewness, with_batch, with_change, with_skew
 from gemopt.costs import CostModel
 from gemopt.profile import Profile
 from gemopt.replay import Migration, replay
+from gemopt.replay.strategy import Solved
 from gemopt.traces import Traces
 
 POWERS = (0.25, 0.5, 1.0, 1.5, 2.0)
@@ -34,6 +35,7 @@ class Bench:
     migration: Migration
     non_moe_us: float
     seed: int
+    solved: Solved = field(default_factory=dict)
 
     def changes(self, traces: Traces, names: Sequence[str], gbps: float | None = None) -> dict[str, float]:
         """Change of each strategy on the second half of the traces."""
@@ -51,6 +53,7 @@ class Bench:
                 non_moe_us=self.non_moe_us,
                 seed=self.seed,
                 cost=self.cost,
+                solved=self.solved,
             )
             found |= {row.strategy: row.change or 0.0 for row in result.rows}
         return found

@@ -271,7 +271,7 @@ class _Layer:
 
 
 def homes(held_GE: NDArray[np.bool_], problem: Problem) -> NDArray[np.int64]:
-    """[E] a holder of each expert, so that no rank is home to much: those with fewest holders first, then the hottest."""
+    """[E] a holder of each expert, so that no rank has much at home: fewest holders first, then the hottest."""
     finish_G, weight_GE = problem.linearised
     home_E, finish_G = np.zeros(problem.num_experts, np.int64), finish_G.copy()
     for e in np.lexsort((-weight_GE.mean(axis=0), held_GE.sum(axis=0))):

@@ -20,7 +20,7 @@ from gemopt.replay.result import Regime, ReplayResult, ReplayRow, Track
 from gemopt.replay.schedule import Schedule
 from gemopt.replay.simulate import Course, Playing, World
 from gemopt.replay.strategies import STRATEGIES, make
-from gemopt.replay.strategy import Context, Strategy
+from gemopt.replay.strategy import Context, Solved, Strategy
 from gemopt.rules import Rules
 from gemopt.traces import Phase, Traces
 
@@ -45,6 +45,7 @@ def replay(
     cost: str | CostModel = "auto",
     rules: Rules | str | os.PathLike[str] | None = None,
     on_track: Callable[[Track], None] | None = None,
+    solved: Solved | None = None,
 ) -> ReplayResult:
     """Play the last steps of recorded traffic under every strategy.
 
@@ -71,6 +72,8 @@ def replay(
         the profile.
     on_track
         Called as soon as a strategy is through.
+    solved
+        Kept and added to: placements that other replays have solved, which are not searched for again.
 
     Raises
     ------
@@ -86,7 +89,8 @@ def replay(
     model = fit_cost(profile, model=cost)[0] if isinstance(cost, str) else cost
     slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
     migration = migration or Migration.of(profile)
-    context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen))
+    known = {} if solved is None else solved
+    context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen), known)
     noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
     world = World(context, traces, migration, schedule, non_moe_us, noise_TG)
     tracks = []

@@ -14,7 +14,7 @@ from gemopt.latency import FloatArray
 from gemopt.online.controller import Controller
 from gemopt.online.policy import TICK, Policy
 from gemopt.placement import Placement
-from gemopt.replay.strategy import Context, IntArray, Strategy, solve_rows
+from gemopt.replay.strategy import Context, IntArray, Strategy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 
@@ -110,7 +110,7 @@ class Free(FittedOnce):
         self.seen = self.seen[-min(self.memory or self.context.window, len(self.seen)) :]
         problems = self.context.problems(self.seen, slots=self.slots)
         self.reason = f"solved on the last {len(self.seen)} steps"
-        self.in_force = self.context.placement(solve_rows(problems), self.slots)
+        self.in_force = self.context.placement(self.context.solve(problems), self.slots)
         return self.in_force
 
 
@@ -180,9 +180,9 @@ class Clairvoyant(FittedOnce):
         assert self.in_force is not None
         cost = scaled(self.context.cost, factors_NG.mean(axis=0))
         problems = self.context.problems(counts_NLE, slots=slots_per_rank, cost=cost)
-        rows = solve_rows(problems)
+        rows = self.context.solve(problems)
         if (self.in_force.slots_per_rank == slots_per_rank).all():
-            from_there = solve_rows(problems, starts=list(self.in_force.physical_to_logical))
+            from_there = self.context.solve(problems, starts=list(self.in_force.physical_to_logical))
             pairs = zip(problems, rows, from_there, strict=True)
             rows = [min(pair, key=lambda row: objective(problem, row)) for problem, *pair in pairs]
         self.in_force = self.context.placement(rows, slots_per_rank)

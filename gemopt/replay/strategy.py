@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import pickle
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -28,6 +30,7 @@ from gemopt.solvers.placing import conflict
 from gemopt.traces import Traces
 
 IntArray = NDArray[Any]
+Solved = dict[Any, Row]  # what was asked -> its answer; whoever asks the same again, in whatever replay, gets it
 
 
 class Strategy(Protocol):
@@ -81,6 +84,7 @@ class Context:
     seed: int
     migration: Migration
     rules: Rules | None = None
+    solved: Solved = field(default_factory=dict)
 
     @cached_property
     def contiguous(self) -> Placement:
@@ -112,8 +116,19 @@ class Context:
     @cached_property
     def fitted(self) -> Placement:
         """Solved on all of the past."""
-        rows = solve_rows(self.problems(self.past.counts), patience=DEFAULT_PATIENCE, seed=self.seed)
+        rows = self.solve(self.problems(self.past.counts), patience=DEFAULT_PATIENCE, seed=self.seed)
         return self.placement(rows).under(self.rules, self.profile.node_of_rank)
+
+    def solve(
+        self, problems: Sequence[Problem], *, patience: int = 0, seed: int = 0, starts: Sequence[Row] | None = None
+    ) -> list[Row]:
+        """One local search per layer, unless it has been made before; see `solve_rows`."""
+        asked = [_key(problem, patience, seed + index, None if starts is None else starts[index])
+                 for index, problem in enumerate(problems)]  # fmt: skip
+        if any(key not in self.solved for key in asked):
+            rows = solve_rows(problems, patience=patience, seed=seed, starts=starts)
+            self.solved.update(zip(asked, rows, strict=True))
+        return [self.solved[key].copy() for key in asked]
 
     def setup_moves(self, first: Placement) -> int:
         """Experts to move from contiguous placement before a strategy can begin."""
@@ -152,6 +167,17 @@ class Foreseeing(Strategy, Protocol):
 
     def foresee(self, counts_NLE: IntArray, factors_NG: FloatArray, slots_per_rank: NDArray[np.int64]) -> Placement:
         """Placement for the next `period` steps, given them and how slow each rank is going to be."""
+
+
+def _key(problem: Problem, patience: int, seed: int, start: Row | None) -> tuple[Any, ...]:
+    """What the answer of a search without limits depends on, in a replay: copies are split evenly."""
+    digest = hashlib.blake2b(problem.counts_TE)
+    digest.update(problem.weights_T)
+    return (
+        problem.counts_TE.shape, digest.digest(), problem.features, tuple(each.key for each in problem.latencies),
+        problem.slots_per_rank.tobytes(), patience, seed if patience else 0, None if start is None else start.tobytes(),
+        pickle.dumps(problem.rules),
+    )  # fmt: skip
 
 
 def solve_rows(
