@@ -103,6 +103,17 @@ def test_memory_buys_copies_and_duplication() -> None:
     assert any("copies" in note or "duplication" in note for note in found.notes) or found.recommended == "copies"
 
 
+def test_memory_is_used_as_far_as_it_gains() -> None:
+    costs = {"window": 8, "migration": Migration(expert_bytes=1e6), "non_moe_us": 500.0, "sweep": False}
+    little, much = (advise(profile(), skewed(), memory_bytes=2e6 * slots, **costs) for slots in (1, 6))
+    assert much.option("copies").slots_per_rank[0] > little.option("copies").slots_per_rank[0] == 3
+    assert much.predicted_change < little.predicted_change and much.ceiling <= little.ceiling
+    same = Profile(devices=[replace_rank(profile().devices[0], g) for g in range(RANKS)])
+    idle = advise(same, even(), memory_bytes=6e6, **costs)
+    assert idle.option("copies").slots_per_rank == [3] * RANKS and idle.recommended == "contiguous"
+    assert any(note.startswith("1 of the 6 slots") for note in idle.notes)
+
+
 def test_what_does_not_pay_for_its_first_placement_in_time_is_not_recommended() -> None:
     dear = Migration(expert_bytes=1e9, bytes_per_s=1e8, slowdown=0.5)
     found = advise(profile(), skewed(), window=8, horizon=20, migration=dear, sweep=False)

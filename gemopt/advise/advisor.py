@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gemopt.advise.document import Advice, Option
 from gemopt.advise.shape import ModelShape, shape_from
-from gemopt.advise.sweep import POWERS, Bench, sample, sweeps
+from gemopt.advise.sweep import POWERS, SCOUTS, WORTH, Bench, sample, slots_that_gain, sweeps
 from gemopt.advise.variants import drift, skewness
 from gemopt.bounds import lower_bound
 from gemopt.costs import CostModel
@@ -30,7 +30,6 @@ from gemopt.replay.duplication import PREFIX
 from gemopt.traces import Traces
 
 DEFAULT_WINDOW = 64
-WORTH = 0.003  # a simpler strategy is taken unless another gains more than this
 CLOSE = 0.01
 RESAMPLES = 1000
 BLOCKS = 8  # at least, in the bootstrap
@@ -43,7 +42,7 @@ Results = list[tuple[ReplayResult, NDArray[np.int64]]]  # each with the slots it
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """What the replays share. bare_G, full_G: slots without and with room for copies."""
+    """What the replays share. Slots, bare_G: one per expert; full_G: with copies; room_G: all that memory allows."""
 
     profile: Profile
     traces: Traces
@@ -55,6 +54,7 @@ class _Case:
     seed: int
     bare_G: NDArray[np.int64]
     full_G: NDArray[np.int64]
+    room_G: NDArray[np.int64]
 
     def replay(self, names: Sequence[str], slots_G: NDArray[np.int64], advance: Callable[[], None]) -> ReplayResult:
         """Strategies on the scored steps."""
@@ -175,8 +175,17 @@ def _case(profile: Profile, traces: Traces, horizon: int | None, memory_bytes: f
         notes.append(f"no copies: a slot more per rank and layer takes {per_slot / 1e9:.3g} GB of --memory")
     scored = traces.num_steps // 2 if horizon is None else min(horizon, traces.num_steps // 2)
     fit = (traces.num_steps - scored) / traces.num_steps
-    case = _Case(profile, traces, fitted, migration, non_moe_us, fit, window, seed, bare_G, bare_G + max(0, spare))
-    return case, notes
+    case = _Case(
+        profile, traces, fitted, migration, non_moe_us, fit, window, seed, bare_G, bare_G, bare_G + max(0, spare)
+    )
+    if spare <= 0:
+        return case, notes
+    bench = Bench(profile, fitted, dict.fromkeys(SCOUTS, bare_G), migration, non_moe_us, seed)
+    more = slots_that_gain(bench, traces.steps(slice(0, round(traces.num_steps * fit))), spare)
+    if more < spare:
+        notes.append(f"{more} of the {spare} slots for copies on each rank that --memory allows are used: "
+                     "with twice as many nothing was gained on the fitted steps")  # fmt: skip
+    return replace(case, full_G=bare_G + more), notes
 
 
 def _predictors(traces: Traces, past_steps: int, wanted: Sequence[str] | None) -> list[str]:
@@ -278,7 +287,7 @@ def _document(
 ) -> Advice:
     plain, traces = results[0][0], case.traces
     past = traces.steps(slice(plain.first_step, None))
-    bound_us = sum(map(lower_bound, problems(case.cost, past, case.full_G)))
+    bound_us = sum(map(lower_bound, problems(case.cost, past, case.room_G)))
     base_us = sum(plain.baseline_us)
     contiguous = Placement.contiguous(
         traces.num_layers, traces.num_experts, case.profile.num_ranks, layer_ids=list(traces.layer_ids)

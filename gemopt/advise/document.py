@@ -92,7 +92,8 @@ class Advice(Document):
     confidence
         Share of resampled recordings (blocks of consecutive steps) in which it is within 1 % of the best strategy.
     ceiling
-        No placement, changed before every step and with these slots, changes the makespan by more than this: proven.
+        No placement, changed before every step and with all slots that memory allows, changes the makespan by more than
+        this: proven.
     clairvoyant
         Change of one that knows each window beforehand and copies at no cost.
     skew, drift, assignments, outside

@@ -13,6 +13,7 @@ from gemopt.advise.variants import skewness, with_batch, with_change, with_skew
 from gemopt.costs import CostModel
 from gemopt.profile import Profile
 from gemopt.replay import Migration, replay
+from gemopt.replay.duplication import PREFIX
 from gemopt.replay.strategy import Solved
 from gemopt.traces import Traces
 
@@ -23,6 +24,8 @@ SHARES = (0.0, 0.25, 0.5, 1.0)
 LAYERS, STEPS, WINDOW = 3, 256, 32
 STILL = ("contiguous", "fitted-once", "copies")  # no link plays a role once they are in force
 PAYS = 0.01
+WORTH = 0.003  # less is not worth another strategy, or more memory
+SCOUTS = ("copies", PREFIX + "all-past")  # tell how many slots for copies gain
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,22 @@ def sample(traces: Traces) -> Traces:
     last = traces.steps(slice(-min(STEPS, traces.num_steps), None))
     return replace(last, counts=last.counts[:, layers], layer_ids=(), num_hidden_layers=None, tokens=None,
                    rank_us=None, allow_idle=True)  # fmt: skip
+
+
+def slots_that_gain(bench: Bench, past: Traces, spare: int) -> int:
+    """Slots for copies on each rank: 1, 2, 4 and so on as long as twice as many gain `WORTH`; at most `spare`.
+
+    bench: with the slots of `SCOUTS` when there are no copies.
+    """
+    best: dict[str, float] = {}
+    slots, shown = 1, sample(past)
+    for more in [*(2**i for i in range(spare.bit_length()) if 2**i < spare), spare] if spare > 1 else []:
+        with_copies = replace(bench, slots={name: bare_G + more for name, bare_G in bench.slots.items()})
+        found = with_copies.changes(shown, SCOUTS)
+        if best and all(found[name] > best[name] - WORTH for name in SCOUTS):
+            break
+        slots, best = more, {name: min(found[name], best.get(name, 0.0)) for name in SCOUTS}
+    return slots
 
 
 def sweeps(

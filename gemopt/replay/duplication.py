@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.latency import pack
+from gemopt.latency import FloatArray, pack
 from gemopt.placement import EMPTY, Placement, default_slots
 from gemopt.predict import PREDICTORS, shares_of
 from gemopt.predict import make as make_predictor
@@ -155,7 +155,7 @@ class _Layer:
         from gemopt.replay.spreading import Price
 
         cost, migration = world.context.cost, world.migration
-        self.method, self.experts = strategy.method, start.num_experts
+        self.method, self.experts, self.known = strategy.method, start.num_experts, world.split_us
         row_P, rank_P = start.physical_to_logical[layer], start.rank_of_slot
         held = row_P != EMPTY
         self.present_GE = np.zeros((start.num_ranks, self.experts), dtype=np.bool_)
@@ -196,12 +196,20 @@ class _Layer:
         if self.method == "planned":
             self.expected_E = self.expected_E if expected_E is None else expected_E
             x_GE = as_planned(counts_E, self._split(self.expected_E), self.home_E)
-        elif self.method == "latency":
-            x_GE = self._split(counts_E)
         if self.method != "greedy":
             self.recent.append(counts_E)
             self.since += 1
-        return float((times_of(x_GE, *self.given[1:]) * factor_G).max()), added_us, copied
+        times_G = self._times(counts_E) if self.method == "latency" else times_of(x_GE, *self.given[1:])
+        return float((times_G * factor_G).max()), added_us, copied
+
+    def _times(self, counts_E: NDArray[np.int64]) -> FloatArray:
+        """[G] of a batch split by latency; strategies that hold the same copies ask only once."""
+        from gemopt.replay.spreading import times_of
+
+        asked = (counts_E.tobytes(), self.home_E.tobytes(), self.present_GE.tobytes())
+        if asked not in self.known:
+            self.known[asked] = times_of(self._split(counts_E), *self.given[1:])
+        return self.known[asked]
 
     def _split(self, counts_E: NDArray[np.int64]) -> NDArray[np.int64]:
         """[G, E] over the copies that are there, by latency."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, cast
 
@@ -39,7 +39,10 @@ class Transfer:
 
 @dataclass(frozen=True, eq=False)
 class World:
-    """What happens whatever anybody decides: traffic, devices, cost of copying. noise_TG: on measured latencies."""
+    """What happens whatever anybody decides: traffic, devices, cost of copying.
+
+    noise_TG: on measured latencies; split_us: a batch and where its experts are -> what the ranks take, for all to use.
+    """
 
     context: Context
     traces: Traces
@@ -47,6 +50,7 @@ class World:
     schedule: Schedule
     non_moe_us: float
     noise_TG: FloatArray
+    split_us: dict[tuple[bytes, ...], FloatArray] = field(default_factory=dict)
 
     @property
     def first_step(self) -> int:

@@ -19,6 +19,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import Options
 
 NEVER = 2**31 - 1
+AS_GOOD = 1.02  # times a placement found afresh: what is in force is worth a search from there
 VLLM_WINDOW, VLLM_INTERVAL = 1000, 3000  # vLLM 0.33, EPLBConfig; the first rearrangement after a quarter
 SGLANG_INTERVAL = 1000  # SGLang 0.5.23, --eplb-rebalance-num-iterations; the recorder keeps as many steps
 
@@ -174,7 +175,7 @@ class Clairvoyant(FittedOnce):
         return super().start(context)
 
     def foresee(self, counts_NLE: IntArray, factors_NG: FloatArray, slots_per_rank: NDArray[np.int64]) -> Placement:
-        """Solve on the steps to come, from afresh and from what is in force; the better one, layer by layer."""
+        """Solve on the steps to come, afresh and, where that is as good, from what is in force; the better of both."""
         from gemopt.evaluate import objective
 
         assert self.in_force is not None
@@ -182,9 +183,11 @@ class Clairvoyant(FittedOnce):
         problems = self.context.problems(counts_NLE, slots=slots_per_rank, cost=cost)
         rows = self.context.solve(problems)
         if (self.in_force.slots_per_rank == slots_per_rank).all():
-            from_there = self.context.solve(problems, starts=list(self.in_force.physical_to_logical))
-            pairs = zip(problems, rows, from_there, strict=True)
-            rows = [min(pair, key=lambda row: objective(problem, row)) for problem, *pair in pairs]
+            held, found = self.in_force.physical_to_logical, list(map(objective, problems, rows))
+            near = [n for n, each in enumerate(problems) if objective(each, held[n]) <= AS_GOOD * found[n]]
+            again = self.context.solve([problems[n] for n in near], starts=[held[n] for n in near])
+            for n, row in zip(near, again, strict=True):
+                rows[n] = row if objective(problems[n], row) < found[n] else rows[n]
         self.in_force = self.context.placement(rows, slots_per_rank)
         return self.in_force
 
