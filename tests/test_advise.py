@@ -88,6 +88,21 @@ def test_strategies_see_no_step_that_is_scored() -> None:
     assert behind[0] > behind[1] + 0.05
 
 
+def test_where_traffic_drifts_both_ways_are_played() -> None:
+    traces = skewed()
+    counts = np.array(traces.counts)
+    counts[32:] = counts[32:][:, :, [1, 0, 2, 3, 4, 5, 7, 6]] + np.eye(8, dtype=int)[0] * 128
+    drifting = Traces(counts=counts, top_k=2)
+    found = advise(profile(), drifting, window=8, sweep=False)
+    turned = Traces(counts=np.concatenate([counts[32:], counts[:32]]), top_k=2)
+    there, back = (replay(profile(), each, [found.recommended], window=8).rows[0].change for each in (drifting, turned))
+    assert found.drift > 0.05 and there is not None and back is not None and abs(there - back) > 0.01
+    assert found.option(found.recommended).change == pytest.approx(there)
+    assert found.predicted_change == pytest.approx((there + back) / 2)
+    assert found.low <= min(there, back) and found.high >= max(there, back)
+    assert any(f"{100 * back:+.1f} % there" in note for note in found.notes)
+
+
 def test_memory_buys_copies_and_duplication() -> None:
     traces = skewed()
     size = 1e6

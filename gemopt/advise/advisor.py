@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.advise.case import Case, make_case
 from gemopt.advise.document import Advice, Option
 from gemopt.advise.shape import ModelShape, shape_from
-from gemopt.advise.sweep import POWERS, SCOUTS, WORTH, Bench, sample, slots_that_gain, sweeps
+from gemopt.advise.sweep import POWERS, WORTH, Bench, sample, sweeps
 from gemopt.advise.variants import drift, skewness
 from gemopt.bounds import lower_bound
 from gemopt.costs import CostModel
-from gemopt.costs import fit as fit_cost
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
-from gemopt.placement import Placement, default_slots
+from gemopt.placement import Placement
 from gemopt.predict import PREDICTORS
 from gemopt.predict import make as make_predictor
 from gemopt.problem import problems
 from gemopt.profile import Profile
-from gemopt.replay import Migration, ReplayResult, replay
+from gemopt.replay import Migration, ReplayResult
 from gemopt.replay.duplication import PREFIX
-from gemopt.traces import Traces
+from gemopt.traces import Traces, concatenate
 
 DEFAULT_WINDOW = 64
 CLOSE = 0.01
@@ -38,39 +38,6 @@ PLAIN = ("contiguous", "fitted-once", "copies", "controller", "free")  # from th
 DISTRIBUTIONS = {"all-past": 1, "window": 64, "dirichlet": 32}  # history that each needs, in steps
 BOUND = "clairvoyant"
 Results = list[tuple[ReplayResult, NDArray[np.int64]]]  # each with the slots it ran on
-
-
-@dataclass(frozen=True, eq=False)
-class _Case:
-    """What the replays share. Slots, bare_G: one per expert; full_G: with copies; room_G: all that memory allows."""
-
-    profile: Profile
-    traces: Traces
-    cost: CostModel
-    migration: Migration
-    non_moe_us: float
-    fit: float
-    window: int
-    seed: int
-    bare_G: NDArray[np.int64]
-    full_G: NDArray[np.int64]
-    room_G: NDArray[np.int64]
-
-    def replay(self, names: Sequence[str], slots_G: NDArray[np.int64], advance: Callable[[], None]) -> ReplayResult:
-        """Strategies on the scored steps."""
-        return replay(
-            self.profile,
-            self.traces,
-            names,
-            window=self.window,
-            fit=self.fit,
-            slots_per_rank=slots_G.tolist(),
-            migration=self.migration,
-            non_moe_us=self.non_moe_us,
-            seed=self.seed,
-            cost=self.cost,
-            on_track=lambda _: advance(),
-        )
 
 
 def advise(
@@ -121,8 +88,8 @@ def advise(
         raise InputError("traces", f"{traces.num_steps} steps", "at least 4: half are fitted on, half are scored")
     if horizon is not None and horizon < 1:
         raise InputError("--horizon", horizon, "at least 1 step")
-    case, notes = _case(profile, traces, horizon, memory_bytes, shape_from(model), migration, non_moe_us, window, seed,
-                        cost)  # fmt: skip
+    case, notes = make_case(profile, traces, horizon, memory_bytes, shape_from(model), migration, non_moe_us, window,
+                            seed, cost)  # fmt: skip
     spare = bool((case.full_G > case.bare_G).any())
     if predictors is not None and not spare:
         raise InputError("--predictors", ", ".join(predictors), "no slot to spare for copies", "more --memory")
@@ -146,48 +113,6 @@ def advise(
     return _document(case, results, options, best, horizon, notes, names, found)
 
 
-def _case(profile: Profile, traces: Traces, horizon: int | None, memory_bytes: float, shape: ModelShape | None,
-          migration: Migration | None, non_moe_us: float | None, window: int, seed: int,
-          cost: str | CostModel) -> tuple[_Case, list[str]]:  # fmt: skip
-    notes = []
-    if not 0 <= memory_bytes < 1e15:
-        raise InputError("--memory", memory_bytes, "bytes from 0 to 1e15")
-    migration = migration or Migration.of(profile)
-    if shape is not None:
-        shape.check(profile, traces)
-        if shape.expert_bytes is not None and "expert_bytes" not in migration.model_fields_set:
-            migration = migration.model_copy(update={"expert_bytes": shape.expert_bytes})
-    fitted = cost if not isinstance(cost, str) else fit_cost(profile, model=cost)[0]
-    assignments = float(np.asarray(traces.counts).sum(axis=2).mean())
-    if non_moe_us is None and shape is not None:
-        tokens = assignments / (traces.top_k or shape.top_k or 1)
-        non_moe_us = shape.non_moe_us(
-            tokens, assignments, profile.num_ranks, traces.num_layers, migration.bytes_per_s / 1e9
-        )
-        notes.append(f"{non_moe_us:.0f} us a step outside the MoE layers, from --model: a roofline, not a measurement")
-    if non_moe_us is None:
-        non_moe_us = 0.0
-        notes.append("nothing known of the time outside the MoE layers: no transfer hides there; give --non-moe-us")
-    bare_G = default_slots(traces.num_experts, profile.num_ranks)
-    per_slot = migration.expert_bytes * traces.num_layers
-    spare = min(int(memory_bytes // per_slot), traces.num_experts - int(bare_G.max()))
-    if spare <= 0:
-        notes.append(f"no copies: a slot more per rank and layer takes {per_slot / 1e9:.3g} GB of --memory")
-    scored = traces.num_steps // 2 if horizon is None else min(horizon, traces.num_steps // 2)
-    fit = (traces.num_steps - scored) / traces.num_steps
-    case = _Case(
-        profile, traces, fitted, migration, non_moe_us, fit, window, seed, bare_G, bare_G, bare_G + max(0, spare)
-    )
-    if spare <= 0:
-        return case, notes
-    bench = Bench(profile, fitted, dict.fromkeys(SCOUTS, bare_G), migration, non_moe_us, seed)
-    more = slots_that_gain(bench, traces.steps(slice(0, round(traces.num_steps * fit))), spare)
-    if more < spare:
-        notes.append(f"{more} of the {spare} slots for copies on each rank that --memory allows are used: "
-                     "with twice as many nothing was gained on the fitted steps")  # fmt: skip
-    return replace(case, full_G=bare_G + more), notes
-
-
 def _predictors(traces: Traces, past_steps: int, wanted: Sequence[str] | None) -> list[str]:
     """Those asked for; else distributions that have enough history, and what is recorded of tokens and tasks."""
     if wanted is not None:
@@ -204,7 +129,7 @@ def _predictors(traces: Traces, past_steps: int, wanted: Sequence[str] | None) -
     return [name for name in PREDICTORS if name in found]
 
 
-def _options(case: _Case, results: Results) -> list[Option]:
+def _options(case: Case, results: Results) -> list[Option]:
     """One per strategy, `clairvoyant` left out: nobody can run it."""
     tracks = [(track, slots_G) for result, slots_G in results for track in result.timeline if track.strategy != BOUND]
     base_T = np.array(results[0][0].baseline_us)
@@ -230,7 +155,15 @@ def _options(case: _Case, results: Results) -> list[Option]:
     return found
 
 
-def _setup_us(case: _Case, moves: int) -> float:
+def _exchanged(case: Case, best: Option) -> Option:
+    """The same strategy on as many first steps, fitted on all others."""
+    scored = case.traces.num_steps - round(case.traces.num_steps * case.fit)
+    turned = concatenate([case.traces.steps(slice(scored, None)), case.traces.steps(slice(0, scored))])
+    slots_G, other = np.array(best.slots_per_rank), replace(case, traces=turned)
+    return _options(other, [(other.replay([best.strategy], slots_G, lambda: None), slots_G)])[0]
+
+
+def _setup_us(case: Case, moves: int) -> float:
     """What moving to a first placement beside serving costs: shared evenly by the ranks, a commit per layer."""
     if not moves:
         return 0.0
@@ -259,7 +192,7 @@ def _recommended(options: list[Option], horizon: int | None) -> Option:
     return min(near, key=lambda each: (order.get(each.strategy, len(PLAIN)), each.change))
 
 
-def _sweeps(case: _Case, options: list[Option], best: Option, advance: Callable[[], None]) -> dict[str, Any]:
+def _sweeps(case: Case, options: list[Option], best: Option, advance: Callable[[], None]) -> dict[str, Any]:
     """Sweeps of what moves once, what follows, and the best duplication that needs no tokens."""
     half = sample(case.traces).num_steps // 2
     duplicated = [each for each in options if each.strategy.startswith(PREFIX)
@@ -276,7 +209,7 @@ def _sweeps(case: _Case, options: list[Option], best: Option, advance: Callable[
 
 
 def _document(
-    case: _Case,
+    case: Case,
     results: Results,
     options: list[Option],
     best: Option,
@@ -293,10 +226,15 @@ def _document(
         traces.num_layers, traces.num_experts, case.profile.num_ranks, layer_ids=list(traces.layer_ids)
     )
     moved = drift(traces.counts, plain.first_step, case.seed)
-    notes = [*notes, *_warnings(best, options, traces.num_steps, horizon, moved)]
+    seen, apart = [best], 0.0
+    if moved > DRIFTS and best.strategy != "contiguous":
+        seen.append(_exchanged(case, best))
+        apart = abs(seen[0].change - seen[1].change)
+    notes = [*notes, *_warnings(seen, options, traces.num_steps, horizon, moved)]
     return Advice(
-        recommended=best.strategy, predicted_change=best.change, confidence=best.best_share, low=best.low,
-        high=best.high, strategies=options, ceiling=bound_us / base_us - 1,
+        recommended=best.strategy, predicted_change=float(np.mean([each.change for each in seen])),
+        confidence=best.best_share, low=min(each.low for each in seen) - apart / 2,
+        high=max(each.high for each in seen) + apart / 2, strategies=options, ceiling=bound_us / base_us - 1,
         clairvoyant=results[-1][0].row(BOUND).makespan_us / base_us - 1,
         fitted_steps=plain.first_step, scored_steps=past.num_steps,
         horizon_steps=horizon or past.num_steps, window=case.window, seed=case.seed, skew=skewness(traces.counts),
@@ -307,11 +245,15 @@ def _document(
     )  # fmt: skip
 
 
-def _warnings(best: Option, options: list[Option], steps: int, horizon: int | None, moved: float) -> list[str]:
-    notes = []
+def _warnings(seen: list[Option], options: list[Option], steps: int, horizon: int | None, moved: float) -> list[str]:
+    best, notes = seen[0], []
     if moved > DRIFTS:
         notes.append("the traffic changed while it was recorded: how much is gained in regimes to come is not known, "
                      "and may be outside of what is given")  # fmt: skip
+    if len(seen) > 1:
+        found = f"{100 * seen[1].change:+.1f} % there, {100 * best.change:+.1f} % on the last"
+        notes.append(f"so {best.strategy} was played on the first steps too, fitted on the others: {found}; "
+                     "the mean is predicted")  # fmt: skip
     if horizon is not None and horizon > steps // 2:
         notes.append(f"the horizon is {horizon} steps, {steps // 2} could be scored: drift beyond them is not in this")
     if best.strategy.startswith(PREFIX):
@@ -323,7 +265,7 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
     return notes
 
 
-def _commands(case: _Case, best: Option, names: tuple[str, ...]) -> list[str]:
+def _commands(case: Case, best: Option, names: tuple[str, ...]) -> list[str]:
     """What to run next."""
     profile, traces, *hidden = names
     slots = best.slots_per_rank

@@ -87,8 +87,10 @@ class Advice(Document):
     ----------
     recommended
         A strategy of `gemopt replay`: the simplest of those within `worth` of the best.
-    predicted_change
-        Of the makespan against contiguous placement, as a fraction, on steps that no strategy had seen.
+    predicted_change, low, high
+        Of the makespan against contiguous placement, as a fraction, on steps that no strategy had seen: those of the
+        recommended option. Where the traffic drifts, the mean of that and of the same strategy on the first steps,
+        fitted on the others; then `low` and `high` hold the intervals of both and half of what they are apart more.
     confidence
         Share of resampled recordings (blocks of consecutive steps) in which it is within 1 % of the best strategy.
     ceiling

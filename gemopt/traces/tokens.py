@@ -91,7 +91,7 @@ def join(records: Sequence[Tokens], num_steps: Sequence[int]) -> Tokens:
     offsets = np.cumsum([0, *num_steps])
     steps = [record.step_of_token + offset for record, offset in zip(records, offsets, strict=False)]
     arrays: dict[str, Any] = {"step_of_token": np.concatenate(steps)}
-    for name in ("ids", "source_rank", "token_ids", "request"):
+    for name in ("ids", "source_rank", "token_ids", "request", "hidden"):
         values = [getattr(record, name) for record in records]
         arrays[name] = None if any(v is None for v in values) else np.concatenate(values)
     return Tokens(**arrays)

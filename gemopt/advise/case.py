@@ -1,0 +1,95 @@
+"""What all replays of an advice share, made from what the user gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.advise.shape import ModelShape
+from gemopt.advise.sweep import SCOUTS, Bench, slots_that_gain
+from gemopt.costs import CostModel
+from gemopt.costs import fit as fit_cost
+from gemopt.exceptions import InputError
+from gemopt.placement import default_slots
+from gemopt.profile import Profile
+from gemopt.replay import Migration, ReplayResult, replay
+from gemopt.traces import Traces
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """What the replays share. Slots, bare_G: one per expert; full_G: with copies; room_G: all that memory allows."""
+
+    profile: Profile
+    traces: Traces
+    cost: CostModel
+    migration: Migration
+    non_moe_us: float
+    fit: float
+    window: int
+    seed: int
+    bare_G: NDArray[np.int64]
+    full_G: NDArray[np.int64]
+    room_G: NDArray[np.int64]
+
+    def replay(self, names: Sequence[str], slots_G: NDArray[np.int64], advance: Callable[[], None]) -> ReplayResult:
+        """Strategies on the scored steps."""
+        return replay(
+            self.profile,
+            self.traces,
+            names,
+            window=self.window,
+            fit=self.fit,
+            slots_per_rank=slots_G.tolist(),
+            migration=self.migration,
+            non_moe_us=self.non_moe_us,
+            seed=self.seed,
+            cost=self.cost,
+            on_track=lambda _: advance(),
+        )
+
+
+def make_case(profile: Profile, traces: Traces, horizon: int | None, memory_bytes: float, shape: ModelShape | None,
+          migration: Migration | None, non_moe_us: float | None, window: int, seed: int,
+          cost: str | CostModel) -> tuple[Case, list[str]]:  # fmt: skip
+    """The case, and what to tell of how it was made."""
+    notes = []
+    if not 0 <= memory_bytes < 1e15:
+        raise InputError("--memory", memory_bytes, "bytes from 0 to 1e15")
+    migration = migration or Migration.of(profile)
+    if shape is not None:
+        shape.check(profile, traces)
+        if shape.expert_bytes is not None and "expert_bytes" not in migration.model_fields_set:
+            migration = migration.model_copy(update={"expert_bytes": shape.expert_bytes})
+    fitted = cost if not isinstance(cost, str) else fit_cost(profile, model=cost)[0]
+    assignments = float(np.asarray(traces.counts).sum(axis=2).mean())
+    if non_moe_us is None and shape is not None:
+        tokens = assignments / (traces.top_k or shape.top_k or 1)
+        non_moe_us = shape.non_moe_us(
+            tokens, assignments, profile.num_ranks, traces.num_layers, migration.bytes_per_s / 1e9
+        )
+        notes.append(f"{non_moe_us:.0f} us a step outside the MoE layers, from --model: a roofline, not a measurement")
+    if non_moe_us is None:
+        non_moe_us = 0.0
+        notes.append("nothing known of the time outside the MoE layers: no transfer hides there; give --non-moe-us")
+    bare_G = default_slots(traces.num_experts, profile.num_ranks)
+    per_slot = migration.expert_bytes * traces.num_layers
+    spare = min(int(memory_bytes // per_slot), traces.num_experts - int(bare_G.max()))
+    if spare <= 0:
+        notes.append(f"no copies: a slot more per rank and layer takes {per_slot / 1e9:.3g} GB of --memory")
+    scored = traces.num_steps // 2 if horizon is None else min(horizon, traces.num_steps // 2)
+    fit = (traces.num_steps - scored) / traces.num_steps
+    case = Case(
+        profile, traces, fitted, migration, non_moe_us, fit, window, seed, bare_G, bare_G, bare_G + max(0, spare)
+    )
+    if spare <= 0:
+        return case, notes
+    bench = Bench(profile, fitted, dict.fromkeys(SCOUTS, bare_G), migration, non_moe_us, seed)
+    more = slots_that_gain(bench, traces.steps(slice(0, round(traces.num_steps * fit))), spare)
+    if more < spare:
+        notes.append(f"{more} of the {spare} slots for copies on each rank that --memory allows are used: "
+                     "with twice as many nothing was gained on the fitted steps")  # fmt: skip
+    return replace(case, full_G=bare_G + more), notes
