@@ -88,6 +88,19 @@ def test_strategies_see_no_step_that_is_scored() -> None:
     assert behind[0] > behind[1] + 0.05
 
 
+def test_other_recordings_of_the_traffic_lie_between_low_and_high() -> None:
+    inside, solved = 0, {}
+    for seed in range(4):
+        first = skewed(seed=seed)
+        found = advise(profile(), first, window=8, sweep=False)
+        for other in range(100 * seed + 100, 100 * seed + 115):
+            counts = np.concatenate([first.counts[:32], skewed(seed=other).counts[32:]])
+            again = replay(profile(), Traces(counts=counts, top_k=2), [found.recommended], window=8, solved=solved)
+            assert again.rows[0].change is not None
+            inside += found.low <= again.rows[0].change <= found.high
+    assert 50 <= inside < 60  # 54 expected; 40 between the quantiles of the resampled
+
+
 def test_where_traffic_drifts_both_ways_are_played() -> None:
     traces = skewed()
     counts = np.array(traces.counts)

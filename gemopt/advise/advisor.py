@@ -134,7 +134,7 @@ def _options(case: Case, results: Results) -> list[Option]:
     tracks = [(track, slots_G) for result, slots_G in results for track in result.timeline if track.strategy != BOUND]
     base_T = np.array(results[0][0].baseline_us)
     steps_ST = np.array([track.step_us for track, _ in tracks])
-    sums_RS, base_R = _resampled(steps_ST, base_T, case.window, case.seed)
+    sums_RS, base_R, wider = _resampled(steps_ST, base_T, case.window, case.seed)
     changes_RS = sums_RS / base_R[:, None] - 1
     close_S = (sums_RS <= (1 + CLOSE) * sums_RS.min(axis=1, keepdims=True)).mean(axis=0)
     base_us, rest_us, size = float(base_T.sum()), case.non_moe_us * len(base_T), case.migration.expert_bytes
@@ -143,10 +143,11 @@ def _options(case: Case, results: Results) -> list[Option]:
         total_us = float(steps_ST[s].sum())
         setup_us = _setup_us(case, track.setup_moves)
         saved_us = (base_us - total_us) / len(base_T)
-        low, high = np.quantile(changes_RS[:, s], (0.05, 0.95)).tolist()
+        change = total_us / base_us - 1
+        low, high = (change + wider * (np.quantile(changes_RS[:, s], (0.05, 0.95)) - change)).tolist()
         paid = 0.0 if not setup_us else setup_us / saved_us if saved_us > 0 else None
         found.append(Option(
-            strategy=track.strategy, slots_per_rank=slots_G.tolist(), change=total_us / base_us - 1, low=low, high=high,
+            strategy=track.strategy, slots_per_rank=slots_G.tolist(), change=change, low=low, high=high,
             step_change=(total_us + rest_us) / (base_us + rest_us) - 1, best_share=float(close_S[s]),
             moves=sum(track.moves), traffic_bytes=sum(track.moves) * size, setup_moves=track.setup_moves,
             setup_bytes=track.setup_moves * size, breakeven_steps=paid,
@@ -172,14 +173,24 @@ def _setup_us(case: Case, moves: int) -> float:
     return costs.slowdown * transfer_us + costs.commit_us * case.traces.num_layers
 
 
-def _resampled(steps_ST: FloatArray, base_T: FloatArray, window: int, seed: int) -> tuple[FloatArray, FloatArray]:
-    """Sums over recordings made of blocks of consecutive steps, drawn with replacement; the same for all strategies."""
+def _resampled(
+    steps_ST: FloatArray, base_T: FloatArray, window: int, seed: int
+) -> tuple[FloatArray, FloatArray, float]:
+    """Sums over recordings made of blocks of consecutive steps, drawn with replacement; the same for all strategies.
+
+    And how much wider than their spread is that of another recording of N blocks around this one: both vary, and few
+    blocks show too little of it: sqrt(2 N / (N - 1)) and Student's quantile over the normal one.
+    """
+    from scipy.special import ndtri, stdtrit
+
     steps = steps_ST.shape[1]
     length = max(1, min(window, steps // BLOCKS))
     cuts = np.arange(0, steps, length)
+    free = max(1, len(cuts) - 1)
     blocks_SB, base_B = np.add.reduceat(steps_ST, cuts, axis=1), np.add.reduceat(base_T, cuts)
     drawn_RB = np.random.default_rng(seed).integers(0, len(cuts), (RESAMPLES, len(cuts)))
-    return blocks_SB[:, drawn_RB].sum(axis=2).T, base_B[drawn_RB].sum(axis=1)
+    wider = float(np.sqrt(2 * len(cuts) / free) * stdtrit(free, 0.95) / ndtri(0.95))
+    return blocks_SB[:, drawn_RB].sum(axis=2).T, base_B[drawn_RB].sum(axis=1), wider
 
 
 def _recommended(options: list[Option], horizon: int | None) -> Option:

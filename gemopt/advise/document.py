@@ -20,8 +20,8 @@ class Option(BaseModel):
     strategy, slots_per_rank
         As `gemopt replay` takes them.
     change, low, high
-        Of the makespan, copying included, against contiguous placement, as a fraction; 90 % of resampled recordings
-        lie between `low` and `high`.
+        Of the makespan, copying included, against contiguous placement, as a fraction; 90 % of other recordings as long
+        and of the same traffic lie between `low` and `high` (from blocks of consecutive steps).
     step_change
         Of whole steps, with the time outside the MoE layers.
     best_share

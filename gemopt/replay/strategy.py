@@ -171,8 +171,8 @@ class Foreseeing(Strategy, Protocol):
 
 def _key(problem: Problem, patience: int, seed: int, start: Row | None) -> tuple[Any, ...]:
     """What the answer of a search without limits depends on, in a replay: copies are split evenly."""
-    digest = hashlib.blake2b(problem.counts_TE)
-    digest.update(problem.weights_T)
+    digest = hashlib.blake2b(problem.counts_TE.data)
+    digest.update(problem.weights_T.data)
     return (
         problem.counts_TE.shape, digest.digest(), problem.features, tuple(each.key for each in problem.latencies),
         problem.slots_per_rank.tobytes(), patience, seed if patience else 0, None if start is None else start.tobytes(),
