@@ -109,8 +109,11 @@ def advise(
         results.append((case.replay(["copies", *follow], case.full_G, advance), case.full_G))
     options = _options(case, results)
     best = _recommended(options, horizon)
+    moved = drift(traces.counts, results[0][0].first_step, seed)
+    seen = [best, _exchanged(case, best)] if moved > DRIFTS and best.strategy != "contiguous" else [best]
+    notes += _warnings(seen, options, traces.num_steps, horizon, moved)
     found = _sweeps(case, options, best, advance) if sweep else {}
-    return _document(case, results, options, best, horizon, notes, names, found)
+    return _document(case, results, options, seen, moved, horizon, notes, names, found)
 
 
 def _predictors(traces: Traces, past_steps: int, wanted: Sequence[str] | None) -> list[str]:
@@ -223,7 +226,8 @@ def _document(
     case: Case,
     results: Results,
     options: list[Option],
-    best: Option,
+    seen: list[Option],
+    moved: float,
     horizon: int | None,
     notes: list[str],
     names: tuple[str, ...],
@@ -236,16 +240,11 @@ def _document(
     contiguous = Placement.contiguous(
         traces.num_layers, traces.num_experts, case.profile.num_ranks, layer_ids=list(traces.layer_ids)
     )
-    moved = drift(traces.counts, plain.first_step, case.seed)
-    seen, apart = [best], 0.0
-    if moved > DRIFTS and best.strategy != "contiguous":
-        seen.append(_exchanged(case, best))
-        apart = abs(seen[0].change - seen[1].change)
-    notes = [*notes, *_warnings(seen, options, traces.num_steps, horizon, moved)]
+    best, apart = seen[0], seen[-1].change - seen[0].change
     return Advice(
         recommended=best.strategy, predicted_change=float(np.mean([each.change for each in seen])),
-        confidence=best.best_share, low=min(each.low for each in seen) - apart / 2,
-        high=max(each.high for each in seen) + apart / 2, strategies=options, ceiling=bound_us / base_us - 1,
+        confidence=best.best_share, low=min(each.low for each in seen) - abs(apart) / 2,
+        high=max(each.high for each in seen) + abs(apart) / 2, strategies=options, ceiling=bound_us / base_us - 1,
         clairvoyant=results[-1][0].row(BOUND).makespan_us / base_us - 1,
         fitted_steps=plain.first_step, scored_steps=past.num_steps,
         horizon_steps=horizon or past.num_steps, window=case.window, seed=case.seed, skew=skewness(traces.counts),
