@@ -3,7 +3,8 @@
 python benchmarks/predictors.py [--data FOLDER] [--requests 120] [--hidden 20000]
 
 A quarter of the requests is held out, never single tokens. First the token-level record of gpt-oss-20b in the folder
-(`gptoss20b_tokens.npz`), then a recording made here with the shipped tiny-moe and its prompts, with hidden states.
+(`gptoss20b_tokens.npz`), then recordings made here of the shipped prompts, with hidden states: through the shipped
+tiny-moe (of Qwen3's family, trained), and through networks of other families and the same size with random weights.
 Layer 0 has nothing before it: the networks and `previous` fall back on frequencies there.
 """
 
@@ -23,6 +24,9 @@ from gemopt.predict import PREDICTORS, Assessment, Predictor, assess, make
 from gemopt.predict.networks import Lstm, Mlp
 from gemopt.traces import Traces, from_tokens, with_hidden
 
+FAMILIES = ("olmoe", "deepseek_v3")
+SIZES = {"num_layers": 5, "num_experts": 64, "top_k": 4, "hidden_size": 96, "intermediate_size": 24, "vocab_size": 264,
+         "initializer_range": 0.2}  # fmt: skip
 TOKENS, MEMORY_GBPS = 512, 3350.0  # of a batch on a rank; an H100
 
 
@@ -34,13 +38,16 @@ def shared(path: Path, requests: int) -> Traces:
         return from_tokens(file["ids"][: ends[-1]], ends[:-1], num_experts=32, batch_size=32, request_tasks=tasks)
 
 
-def tiny(hidden: int) -> Traces:
-    """The shipped prompts through the shipped network: its drawn requests with their hidden states."""
+def recorded(hidden: int, family: str | None = None) -> Traces:
+    """The shipped prompts through the shipped network, or a random one: drawn requests with their hidden states."""
+    from gemopt.models import tiny
     from gemopt.profiling.generating import load_model, read_prompts, record
 
+    model, tokenizer = load_model("tiny-moe", device="cpu")
+    model = model if family is None else tiny(family, **SIZES)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "t"
-        record(*load_model("tiny-moe", device="cpu"), read_prompts(SHIPPED / "prompts.jsonl"), path, hidden=hidden)
+        record(model, tokenizer, read_prompts(SHIPPED / "prompts.jsonl"), path, hidden=hidden)
         return with_hidden(Traces.load(path), path / "hidden.safetensors")
 
 
@@ -82,7 +89,7 @@ def main() -> None:
         print(f"\n### gpt-oss-20b, {options.requests} requests, top 4 of 32\n")
         table(shared(options.data / "gptoss20b_tokens.npz", options.requests),
               {name: (lambda n=name: make(n)) for name in PREDICTORS})  # type: ignore[misc]  # fmt: skip
-    traces = tiny(options.hidden)
+    traces = recorded(options.hidden)
     assert traces.tokens is not None and traces.tokens.request is not None
     drawn, tokens = len(np.unique(traces.tokens.request)), len(traces.tokens.ids)
     print(f"\n### tiny-moe, {drawn} requests, {tokens} tokens, top 4 of 64\n")
@@ -90,6 +97,9 @@ def main() -> None:
     print("\n### tiny-moe, known more layers ahead\n")
     table(traces, {f"{kind.__name__.lower()}, {k} ahead": (lambda c=kind, k=k: c(ahead=k))  # type: ignore[misc]
                    for kind in (Mlp, Lstm) for k in (1, 2, 3)})  # fmt: skip
+    for family in FAMILIES:
+        print(f"\n### {family}, random weights, top 4 of 64\n")
+        table(recorded(options.hidden, family), {name: (lambda n=name: make(n)) for name in PREDICTORS})  # type: ignore[misc]
 
 
 if __name__ == "__main__":

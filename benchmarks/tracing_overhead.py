@@ -1,12 +1,13 @@
 """What tracing costs: the same generation with and without a tracer, in turn, as a ratio.
 
-    python benchmarks/tracing_overhead.py -o benchmarks/results/tracing_overhead.json
+    python benchmarks/tracing_overhead.py [--hidden] -o benchmarks/results/tracing_overhead.json
 
 A block repeats a batch of 32 prompts, prefill alone or with 63 decode steps, for some seconds of CPU time; a traced
 block opens one tracer and writes its files. Blocks come in pairs, traced first in every other one, and the median of
 the pairs' ratios is reported with its quartiles. On CPU one thread is used, and two figures stand beside the ratio of
 wall times that notice less of what else runs on the machine: the ratio of CPU times, and the share of the traced
-blocks' CPU time that is spent inside the tracer (hooks, counting, writing; not torch's calling of hooks).
+blocks' CPU time that is spent inside the tracer (hooks, counting, writing; not torch's calling of hooks). --hidden: the
+tracer also keeps every token and what entered the routers, of all requests.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from machine import stamp
 from gemopt.documents import write_text
 from gemopt.models import describe, tiny, tiny_moe_path
 from gemopt.profiling.generating import default_device
-from gemopt.profiling.tracing import Tracer
+from gemopt.profiling.tracing import HiddenSample, Tracer
 
 BATCH, PROMPT, NEW = 32, 128, 64
 
@@ -84,24 +86,33 @@ def batch(device: str) -> dict[str, torch.Tensor]:
 
 
 def block(
-    model: Any, folder: Path | None, device: str, *, new_tokens: int, repeats: int, kind: type[Tracer] = Tracer
+    model: Any,
+    folder: Path | None,
+    device: str,
+    *,
+    new_tokens: int,
+    repeats: int,
+    hidden: bool,
+    kind: type[Tracer] = Tracer,
 ) -> tuple[float, ...]:
     """Seconds of one block: wall, CPU, and CPU inside the tracer if that is `Timed`, where there is a folder."""
-    inputs = batch(device)
+    inputs, requests = batch(device), frozenset(range(BATCH * repeats))
+    kept = HiddenSample(requests, len(requests) * (PROMPT + new_tokens)) if hidden else None
     synchronize = getattr(torch, device).synchronize if device != "cpu" else lambda: None
     synchronize()
     begin, cpu = time.perf_counter(), time.process_time()
-    with kind(model, folder) if folder is not None else nullcontext() as tracer:
+    with kind(model, folder, hidden=kept) if folder is not None else nullcontext() as tracer:
         for _ in range(repeats):
             model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
     synchronize()
     return time.perf_counter() - begin, time.process_time() - cpu, getattr(tracer, "inside", 0.0)
 
 
-def compare(model: Any, device: str, *, new_tokens: int, pairs: int, seconds: float) -> dict[str, Any]:
+def compare(model: Any, device: str, *, new_tokens: int, pairs: int, seconds: float, hidden: bool) -> dict[str, Any]:
     """Ratios of traced to untraced blocks. Each generation of n tokens is n steps, the prefill step included."""
-    block(model, None, device, new_tokens=new_tokens, repeats=1)
-    once = block(model, None, device, new_tokens=new_tokens, repeats=1)[1]  # CPU time, whatever else runs
+    play = partial(block, model, device=device, new_tokens=new_tokens, hidden=hidden)
+    play(None, repeats=1)
+    once = play(None, repeats=1)[1]  # CPU time, whatever else runs
     repeats = max(1, round(seconds / once))
     ratios: list[tuple[float, ...]] = []
     plain: list[float] = []
@@ -109,10 +120,10 @@ def compare(model: Any, device: str, *, new_tokens: int, pairs: int, seconds: fl
         for number in range(pairs):
             traced = Path(scratch) / str(number)
             order = [traced, None] if number % 2 else [None, traced]
-            times = {f: block(model, f, device, new_tokens=new_tokens, repeats=repeats) for f in order}
+            times = {f: play(f, repeats=repeats) for f in order}
             on, off = times[traced], times[None]
             folder = Path(scratch) / f"{number}-timed"  # a block of its own: timing every hook costs several per cent
-            timed = block(model, folder, device, new_tokens=new_tokens, repeats=repeats, kind=Timed)
+            timed = play(folder, repeats=repeats, kind=Timed)
             ratios.append((on[0] / off[0], on[1] / off[1], timed[2] / (timed[1] - timed[2])))
             plain.append(times[None][0])
     steps = new_tokens * repeats
@@ -130,21 +141,27 @@ def main() -> None:
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=3.0, help="CPU time of a block")
+    parser.add_argument("--hidden", action="store_true", help="keep hidden states of all requests, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU, 1 thread"
     results: dict[str, Any] = {"measured": stamp("torch", "transformers"), "device": name}
-    results |= {"batch": BATCH, "prompt_tokens": PROMPT}
+    results |= {"batch": BATCH, "prompt_tokens": PROMPT, "hidden": arguments.hidden}
     for network, model in networks(arguments.device).items():
         shape = describe(model)
         rows = {
             "layers": model.config.num_hidden_layers,
             **shape.model_dump(include={"hidden_size", "num_experts", "top_k"}),
-            "prefill": compare(model, arguments.device, new_tokens=1, pairs=arguments.pairs, seconds=arguments.seconds),
-            "generation": compare(
-                model, arguments.device, new_tokens=NEW, pairs=arguments.pairs, seconds=arguments.seconds
-            ),
         }
+        for kind, new_tokens in (("prefill", 1), ("generation", NEW)):
+            rows[kind] = compare(
+                model,
+                arguments.device,
+                new_tokens=new_tokens,
+                pairs=arguments.pairs,
+                seconds=arguments.seconds,
+                hidden=arguments.hidden,
+            )
         results[network] = rows
         for kind in ("prefill", "generation"):
             wall, cpu, inside = (rows[kind][key]["median"] for key in ("wall_ratio", "cpu_ratio", "inside_share"))

@@ -32,7 +32,7 @@ from gemopt.traces import Traces, concatenate
 DEFAULT_WINDOW = 64
 CLOSE = 0.01
 RESAMPLES = 1000
-BLOCKS = 8  # at least, in the bootstrap
+BLOCKS = 4  # at least, in the bootstrap: long ones, for steps that follow each other are alike
 DRIFTS = 0.05
 PLAIN = ("contiguous", "fitted-once", "copies", "controller", "free")  # from the simplest on; duplication after them
 DISTRIBUTIONS = {"all-past": 1, "window": 64, "dirichlet": 32}  # history that each needs, in steps
