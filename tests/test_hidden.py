@@ -23,7 +23,7 @@ from gemopt.profile import Profile  # noqa: E402
 from gemopt.profiling._trace_hidden import Picked, hidden_bytes  # noqa: E402
 from gemopt.profiling.generating import load_model, read_prompts, record  # noqa: E402
 from gemopt.profiling.tracing import HiddenSample, Tracer  # noqa: E402
-from gemopt.traces import Traces, save_hidden, with_hidden  # noqa: E402
+from gemopt.traces import Traces, concatenate, save_hidden, with_hidden  # noqa: E402
 
 PROMPTS = Path(__file__).parent.parent / "examples" / "data" / "prompts.jsonl"
 IDS = torch.tensor([[0, 0, 5, 9, 11], [0, 40, 41, 7, 3], [77, 3, 90, 12, 8]])
@@ -81,6 +81,13 @@ def test_ended_sequences_and_many_batches(tmp_path, monkeypatch):
         chosen = [router(torch.from_numpy(found.hidden[:, i]).float())[-1] for i, router in enumerate(routers)]
     same = np.sort(torch.stack(chosen, dim=1).numpy()) == np.sort(found.ids)
     assert same.mean() > 0.98  # float16 decides a tie otherwise now and then
+
+
+def test_parts_that_are_joined_keep_them(recorded):
+    whole, sampled = recorded
+    first, then = sampled.steps(slice(0, 9)), sampled.steps(slice(9, None))
+    np.testing.assert_array_equal(concatenate([first, then]).tokens.hidden, sampled.tokens.hidden)
+    assert concatenate([first, whole.steps(slice(9, None))]).tokens.hidden is None
 
 
 def test_whole_requests_within_the_bound():
