@@ -18,6 +18,7 @@ from gemopt.replay import STRATEGIES, Context, Migration, Schedule, replay, stra
 from gemopt.replay.copying import traffic
 from gemopt.replay.strategies import Eplb, Fixed, make
 from gemopt.replay.survivors import evacuate, readmit
+from gemopt.rules import Rules
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.traces import Traces
@@ -270,6 +271,10 @@ def test_what_one_replay_solved_the_next_does_not_search_for(monkeypatch: pytest
     replay(profile(), shifting(), ["fitted-once"], window=WINDOW, solved=solved, slots_per_rank=3)
     replay(profile(), shifting(), ["fitted-once"], window=WINDOW, solved=solved, seed=1)
     assert len(asked) == 3
+    for _ in range(2):
+        apart = Rules(apart=[{"experts": [0, 1]}])
+        replay(profile(), shifting(), ["fitted-once"], window=WINDOW, solved=solved, rules=apart)
+    assert len(asked) == 4
 
 
 def test_same_seed_same_replay() -> None:
