@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ BAD_TABLES = {
     "empty": ("", "no rows"),
     "header only": ("tokens,latency_us\n", "no rows"),
     "no load": ("batch,latency_us\n1,2\n", "tokens or num_tokens or assignments"),
-    "no latency": ("tokens,seconds\n1,2\n", "latency_us or time_us"),
+    "no latency": ("tokens,speed\n1,2\n", "latency_us or time_us"),
     "text": ("tokens,latency_us\n1,fast\n", "line 2, latency_us: got fast"),
     "NaN": ("tokens,latency_us\n1,2\n2,nan\n", "line 3, latency_us"),
     "infinite": ("tokens,latency_us\n1,inf\n", "line 2"),
@@ -78,9 +79,28 @@ BAD_TABLES = {
     "no time": ("tokens,latency_us\n1,5\n2,52.7\n2,0\n4,61.9\n", "line 4, latency_us: got 0; above 0: work takes time"),
     "one column twice": ("tokens,latency_us,latency_us\n1,5,6\n", "columns latency_us twice"),
     "two times": ("tokens,latency_us,kernel_time_us\n1,5,6\n", "--time-column 'latency_us'"),
-    "a time without a unit": ("tokens,latency\n1,5\n", "--time-column 'NAME:ms'"),
+    "a time without a unit": ("tokens,latency\n1,5\n", "--time-column 'latency:ms'"),
     "tokens as assignments": ("num_tokens,topk,latency_us\n1,8,5\n", "--unit tokens, group-tokens or assignments"),
     "batches without top-k": ("batch_size,kernel_time_us\n1,5\n", "--top-k"),
+    "tokens beside ranks": ("num_tokens,ep_size,latency_us\n1,8,5\n", "--unit tokens, group-tokens or assignments"),
+    "thousands as fractions": ("assignments,latency_us\n1,5\n1.024,6\n", "line 3, assignments: got 1.024"),
+    "decimal commas": ("assignments;latency_us\n1;5,5\n", "line 2, latency_us: got 5,5"),
+    "a column per device": (
+        "tokens,latency_us,latency_us_rank1\n1,5,6\n",
+        "columns latency_us_rank1; one line per device",
+    ),
+    "a second time without a unit": ("tokens,latency_us,latency_1\n1,5,6\n", "times latency_us, latency_1"),
+    "a second time in micro signs": ("tokens,latency (\u00b5s),total (ms)\n1,5,6\n", "latency (\u00b5s), total (ms)"),
+    "an unnamed device": ("gpu,tokens,latency_us\n0,1,5\n,2,6\n1,1,7\n,2,8\n", "line 3, gpu: got nothing"),
+    "a nameless column": (
+        ",tokens,latency_us\n0,1,5\n0,2,6\n1,1,7\n1,2,8\n",
+        "line 2 and line 4: got rows that differ",
+    ),
+    "a flag": ("tokens,error,latency_us\n1,0,5\n2,0,6\n4,1,1\n", "line 2 and line 4: got rows that differ in error"),
+    "a swept statistic": (
+        "tokens,cv,latency_us\n" + "".join(f"{n},{cv},{n + 9 * cv}\n" for n in (1, 2, 4, 8) for cv in (0, 0.5, 1.2)),
+        "differ in cv; one curve needs rows of one kind: cv: 0, 0.5, 1.2",
+    ),
     "tuned settings": ('{"1": {"BLOCK_SIZE_M": 16}}', "run benchmark_moe without --tune"),
     "a log that was cut": ("Batch size: 8, config: {}\n", "line 1: got no time for batch size 8"),
     "two batches, one time": (
@@ -110,6 +130,36 @@ def test_a_wrong_table_names_its_line(tmp_path: Path, case: str) -> None:
     with pytest.raises(InputError) as error:
         read_table(written(tmp_path, text))
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (",tokens,latency_us\n0,8,2.5\n1,16,4\n", [2.5, 4]),
+        ("Unnamed: 0;tokens;latency_us\n0;8;2.5\n1;16;4\n", [2.5, 4]),
+        ("tokens\tlatency (\u00b5s)\n8\t2.5\n16\t4\n", [2.5, 4]),
+        ("tokens,latency_s,throughput_per_s\n8,2.5e-6,3e6\n16,4e-6,4e6\n", [2.5, 4]),
+    ],
+)
+def test_indices_separators_and_units_that_people_write(tmp_path: Path, text: str, expected: list[float]) -> None:
+    assert loads(read_table(written(tmp_path, text))) == [
+        (n, None, pytest.approx(us)) for n, us in zip((8, 16), expected, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "named"),
+    [
+        ("tokens,latency_us\n1,5\n", {"top_k": 8}, "8 experts per token, does tokens count tokens?"),
+        ("tokens,latency_us\n1,5\n", {"ep": 8}, "--ep: got 8; assignments are those of one rank"),
+        ("tokens,latency_us\n1,5\n", {"ep": 8, "top_k": 2, "unit": Unit.TOKENS}, "--ep: got 8"),
+        ("assignments,latency_us\n1,5\n", {"top_k": 8, "unit": Unit.TOKENS}, "counts assignments"),
+    ],
+)
+def test_units_that_contradict_are_refused(tmp_path: Path, text: str, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(written(tmp_path, text), **options)
+    assert named in str(error.value)
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def read_table(
     tables = by_device(table, columns)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
     asked = None if time is None else time_column(table, time)
-    used = {load_column, active_column or "", *columns, *repeats, asked[0] if asked else ""}
+    used = {load_column, active_column, *columns, *repeats, asked and asked[0]} - {None}
     refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
     reader.latency, reader.scale = asked or _time(table, layout)
     if layout is AICONFIGURATOR:
@@ -168,7 +168,7 @@ class _Reader:
 
     def point(self, row: Row) -> tuple[float, int | None, float]:
         """Assignments (perhaps a fraction), active experts, microseconds."""
-        load = number(self.table, row, self.load, largest=LARGEST_LOAD / self.factor) * self.factor
+        load = whole(self.table, row, self.load, largest=LARGEST_LOAD / self.factor) * self.factor
         latency = number(self.table, row, self.latency, largest=LARGEST_US / self.scale) * self.scale
         if load and not latency:
             where, text = f"{self.table.path} {row.where}, {self.latency}", row.cells[self.latency]
@@ -201,12 +201,16 @@ def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | No
             limit = f"{layout.name} counts {layout.unit.value} in {load_column}"
             raise InputError("--unit", unit.value if unit else "", limit, "leave --unit out")
         return layout.unit
+    if unit not in (None, Unit.ASSIGNMENTS) and load_column == "assignments":
+        raise InputError("--unit", unit, f"{table.path} counts assignments", "leave --unit out")
     if unit is not None:
         return unit
     if load_column == "batch_size":
         return Unit.TOKENS
-    if load_column != "assignments" and any(name in table.header for name in TOP_K_COLUMNS):
-        limit = f"the table has {top_k} experts per token: does {load_column} count tokens?"
+    grouped = any(name in table.header for name in EP_COLUMNS)
+    if load_column != "assignments" and (top_k is not None or grouped):
+        told = "ranks of a group" if top_k is None else f"{top_k} experts per token"
+        limit = f"with {told}, does {load_column} count tokens?"
         raise InputError("--unit", "", limit, "give --unit tokens, group-tokens or assignments")
     return Unit.ASSIGNMENTS
 
@@ -218,6 +222,10 @@ def _time(table: Table, layout: Layout | None) -> tuple[str, float]:
 
 def _factor(unit: Unit, top_k: int | None, ep: int | None, table: Table) -> float:
     """Assignments of a rank per unit of the load column."""
+    if ep is not None and unit is not Unit.GROUP_TOKENS:
+        raise InputError(
+            "--ep", ep, f"{unit.value} are those of one rank", "leave --ep out, or give --unit group-tokens"
+        )
     if unit is Unit.ASSIGNMENTS:
         return 1.0
     if top_k is None or top_k < 1:

@@ -35,6 +35,7 @@ RESULTS = {
     "throughput", "tps", "speedup", "efficiency", "utilization", "util", "mfu", "temp", "temperature", "energy",
     "repeats", "latency", "time", "duration", "elapsed",
 }  # fmt: skip
+FLAGS = {"0", "1"}  # a row that failed, and no result
 MOMENTS = {"timestamp", "datetime", "date"}
 STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency"}
 SHAPES = {
@@ -42,7 +43,15 @@ SHAPES = {
     "heads", "width", "layers", "block", "id",
 }  # fmt: skip
 LOADS = {"tokens", "token", "rows", "assignments", "batch", "per", "m"}
-TIME_UNITS = {"us": 1.0, "usec": 1.0, "ms": 1e3, "msec": 1e3, "ns": 1e-3, "nsec": 1e-3}
+TIMES = {"latency", "time", "duration", "elapsed"}
+TIME_UNITS = {
+    "us": 1.0, "usec": 1.0, "microseconds": 1.0, "ms": 1e3, "msec": 1e3, "milliseconds": 1e3, "ns": 1e-3, "nsec": 1e-3,
+    "nanoseconds": 1e-3, "s": 1e6, "sec": 1e6, "seconds": 1e6,
+}  # fmt: skip
+ONE_DEVICE = re.compile(
+    r"(?:^|_)(?:(?:ep_)?rank|(?:g|n|x)pu|device|card|host|node|worker)_?\d+(?:_|$)"
+)  # gpu0_us, rank_1
+INDEX = {"", "index", "unnamed_0", "row", "row_id", "no"}
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 SHOWN = 4
 LoadOf = Callable[[Row], tuple[float, ...]]
@@ -50,13 +59,21 @@ ENOUGH = 3  # loads that a proportional column must go along with
 
 
 def plain(name: str) -> str:
-    """`Kernel Time (us)` as kernel_time_us."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+    """`Kernel Time (µs)` as kernel_time_us."""
+    return re.sub(r"[^a-z0-9]+", "_", re.sub("[\u00b5\u03bc]", "u", name.lower())).strip("_")
 
 
 def words(name: str) -> set[str]:
     """Words of a column's name."""
     return set(plain(name).split("_"))
+
+
+def unit_of(name: str) -> str | None:
+    """The unit of time that a column's name ends in; `tokens_per_s` and `gb_s` are none."""
+    found = UNIT_AT_END.search(plain(name))
+    if found is None or "per" in words(name) or (found[1] == "s" and not words(name) & TIMES):
+        return None
+    return found[1]
 
 
 def values(rows: Iterable[Row], column: str) -> list[str]:
@@ -109,24 +126,30 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     if asked is not None:
         name, _, unit = asked.rpartition(":") if asked not in table.header and ":" in asked else (asked, "", "")
         known(table, name, "--time-column")
-        found = UNIT_AT_END.search(plain(name))
-        unit = unit or (found[1] if found else "")
+        unit = unit or unit_of(name) or ""
         if unit not in TIME_UNITS:
             raise InputError("--time-column", asked, f"a unit: {', '.join(TIME_UNITS)}", f"--time-column '{name}:ms'")
         return name, TIME_UNITS[unit]
-    timed = [name for name in table.header if UNIT_AT_END.search(plain(name))]
+    apart = [name for name in table.header if ONE_DEVICE.search(plain(name))]
+    if apart:
+        limit = "one line per device and load, and a column rank"
+        raise InputError(
+            table.path, f"columns {', '.join(apart)}", limit, f"for one alone: --time-column '{apart[0]}:us'"
+        )
+    timed = [name for name in table.header if unit_of(name) or (words(name) & TIMES and _numeric(table.rows, name))]
     single = [name for name in timed if not words(name) & STATISTICS]
     middle = [name for name in timed if words(name) & {"median", "p50"}]
     mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
     best = single or middle or mean
-    if len(best) == 1:
-        found = UNIT_AT_END.search(plain(best[0]))
-        return best[0], TIME_UNITS[found[1] if found else "us"]
+    unit = unit_of(best[0]) if best else None
+    if len(best) == 1 and unit is not None:
+        return best[0], TIME_UNITS[unit]
     if not best:
-        limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns), is needed"
+        limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
-    limit = "one column with the time of the whole layer"
-    raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: --time-column '{best[0]}'")
+    limit = "one column with the time of the whole layer, and its unit"
+    hint = f"say which: --time-column '{best[0]}{'' if unit else ':ms'}'"
+    raise InputError(table.path, f"times {', '.join(best)}", limit, hint)
 
 
 def device_columns(table: Table, asked: Sequence[str]) -> list[str]:
@@ -143,6 +166,10 @@ def device_columns(table: Table, asked: Sequence[str]) -> list[str]:
 
 def by_device(table: Table, columns: Sequence[str]) -> list[Table]:
     """Rows of each device, in the order of their numbers, else of appearance."""
+    for row in table.rows:
+        empty = next((name for name in columns if not row.cells[name]), None)
+        if empty is not None:
+            raise InputError(f"{table.path} {row.where}, {empty}", "", "the device of every row")
     orders = [_order(values(table.rows, column)) for column in columns]
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in table.rows:
@@ -207,9 +234,15 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
     rows = [row for device in devices for row in device.rows]
     if parts & OF_A_DEVICE or plain(name) in DEVICES:
         return len(devices) > 1 and all(len(values(device.rows, name)) == 1 for device in devices)
-    if plain(name) in REPEATS or (parts & RESULTS and _numeric(rows, name)) or parts & MOMENTS:
+    if plain(name) in REPEATS:
         return True
-    if UNIT_AT_END.search(plain(name)):
+    if plain(name) in INDEX:
+        return _numbers_rows(rows, name, load_of)
+    if _swept(name, rows, load_of):
+        return False
+    if (parts & RESULTS and _numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
+        return True
+    if unit_of(name):
         return True
     if name in tuned:
         return not _differs_within_a_load(name, devices, load_of)
@@ -220,6 +253,20 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
     return _measured(rows, name, load_of) or (
         _proportional(name, rows, load_of) and not _differs_within_a_load(name, devices, load_of)
     )
+
+
+def _numbers_rows(rows: list[Row], name: str, load_of: LoadOf) -> bool:
+    """Whether a column only numbers rows of different loads, as an index that was saved with the table."""
+    found = values(rows, name)
+    return len(found) == len(rows) == len({load_of(row) for row in rows}) and _numeric(rows, name)
+
+
+def _swept(name: str, rows: list[Row], load_of: LoadOf) -> bool:
+    """Whether each of a column's values comes with every load: it was set, not measured."""
+    found = values(rows, name)
+    loads = {load_of(row) for row in rows}
+    pairs = {(load_of(row), row.cells[name]) for row in rows}
+    return len(found) > 1 and len(loads) >= ENOUGH and len(pairs) == len(loads) * len(found)
 
 
 def _differs_within_a_load(name: str, devices: Sequence[Table], load_of: LoadOf) -> bool:

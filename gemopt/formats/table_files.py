@@ -81,7 +81,9 @@ def whole(table: Table, row: Row, column: str, *, largest: float) -> int:
 
 def _csv(path: str, text: str) -> Table:
     try:
-        reader = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True)
+        first = text.lstrip().partition("\n")[0]
+        delimiter = max(",;\t", key=first.count)
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     except csv.Error as error:
         raise InputError(path, str(error), "a CSV file in UTF-8 is needed") from None
