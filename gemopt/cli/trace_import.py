@@ -37,9 +37,9 @@ def import_command(
     num_hidden_layers: Annotated[int | None, typer.Option(min=1, help="decoder layers of the network")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="experts per token")] = None,
     model: Annotated[str | None, typer.Option(help="name of the network")] = None,
-    phase: Annotated[PhaseName, typer.Option(help="responses: which tokens")] = PhaseName.DECODE,
-    batch_size: Annotated[int, typer.Option(min=1, help="responses: sequences in flight")] = 64,
-    prefill_tokens: Annotated[int, typer.Option(min=1, help="responses: prompt tokens of a step")] = 4096,
+    phase: Annotated[PhaseName | None, typer.Option(help="responses: which tokens (decode)")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="responses: sequences in flight (64)")] = None,
+    prefill_tokens: Annotated[int | None, typer.Option(min=1, help="responses: prompt tokens of a step (4096)")] = None,
     keep_tokens: Annotated[bool, typer.Option("--keep-tokens", help="keep token-level ids (in memory)")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
@@ -58,7 +58,7 @@ def import_command(
         model=model,
         batch_size=batch_size,
         prefill_tokens=prefill_tokens,
-        phase=Phase.MIXED if phase is PhaseName.ALL else Phase[phase.name],
+        phase=None if phase is None else Phase.MIXED if phase is PhaseName.ALL else Phase[phase.name],
         keep_tokens=keep_tokens,
     )
     with shown("steps read", hidden=as_json) as bar:

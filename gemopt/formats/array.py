@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays
+from gemopt.traces.document import STEP_ARRAYS
+from gemopt.traces.files import PLAIN
+from gemopt.traces.tokens import ARRAYS
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
+MOST_LAYERS = 256  # of any network known
 _ROWS = 64 << 20  # bytes handed on at once
 
 
@@ -22,7 +28,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read arrays one after the other; a file with several needs one called `counts`."""
     if all(path.suffix == ".csv" for path in paths):
         return count_csv.read_traces(paths, options)
-    files, notes = _distinct(files_of(paths, *SUFFIXES))
+    options.refuse_unused("arrays of counts")
+    files, notes = _distinct(files_of(paths, *SUFFIXES), options)
 
     def blocks() -> Iterator[IntArray]:
         for path in files:
@@ -38,12 +45,13 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     return Recording(blocks=blocks, layer_ids=ids, notes=notes)
 
 
-def _distinct(files: list[Path]) -> tuple[list[Path], list[str]]:
+def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], list[str]]:
     """The files without those whose counts came before, and a note on each of these."""
     kept: dict[bytes, Path] = {}
     notes: list[str] = []
     for path in files:
-        counts = _counts(path)
+        counts = _counts(path, notes)
+        _check_axes(path, counts, options)
         digest = hashlib.sha256(str(counts.shape).encode())
         for step in counts:
             digest.update(np.ascontiguousarray(step, dtype=np.int64).data)
@@ -59,7 +67,8 @@ def _already_chosen(files: list[Path], options: TraceOptions) -> bool:
     return ids is not None and len(ids) == _counts(files[0]).shape[1]
 
 
-def _counts(path: Path) -> IntArray:
+def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
+    """[T, L, E] the counts of a file; what else it holds is refused, or goes to the notes."""
     data: Any
     if path.suffix in (".npy", ".npz"):
         data = numpy_arrays(path)
@@ -68,11 +77,50 @@ def _counts(path: Path) -> IntArray:
     if isinstance(data, dict):
         if "counts" not in data and len(data) != 1:
             raise InputError(str(path), ", ".join(map(str, data)) or "no array", "one array, or one called counts")
+        others = [str(name) for name in data if name != "counts"] if "counts" in data else []
+        known = [name for name in others if name in TRACES]
+        if known:
+            limit = "counts alone: what they say would be lost"
+            raise InputError(str(path), f"{', '.join(known)} beside counts", limit, "an .npz of them is traces already")
+        if others and notes is not None:
+            notes.append(f"{path.name}: {', '.join(others)} left unread")
         data = data["counts"] if "counts" in data else next(iter(data.values()))
     counts = as_array(data, name=f"{path}: counts", ndim=3)
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
     return counts
+
+
+def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
+    """Refuse an array whose numbers say that its axes are in another order, unless options tell their lengths.
+
+    Every layer of a step has as many assignments, and steps differ: where that holds for another order alone, that is
+    the order.
+    """
+    told = options.layer_ids is not None or options.num_hidden_layers is not None
+    if told and options.num_experts is not None:
+        return
+    axes = "steps", "layers", "experts"
+    right, *others = permutations(range(3))
+    order = None if _fits(counts, *right) else next((each for each in others if _fits(counts, *each)), None)
+    if order is None and (told or counts.shape[1] <= MOST_LAYERS):
+        return
+    found = f"{counts.shape[1]} layers"
+    if order is not None:
+        found = f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
+    raise InputError(
+        f"{path}: counts",
+        found,
+        "[steps, layers, experts]",
+        "transpose it, or give --num-experts and --num-hidden-layers",
+    )
+
+
+def _fits(counts: IntArray, step: int, layer: int, expert: int) -> bool:
+    """Whether every layer of a step has as many assignments, where that says anything."""
+    sums = counts.sum(axis=expert, dtype=np.int64)
+    by_step = sums if step < layer else sums.T
+    return min(by_step.shape) > 1 and bool((by_step == by_step[:, :1]).all())
 
 
 ENGINES = {

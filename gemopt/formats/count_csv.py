@@ -46,6 +46,7 @@ class _Table:
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables, summed over the ranks."""
+    options.refuse_unused("tables of counts", "num_ranks")
     tables = [_read(path) for path in files_of(paths, ".csv")]
     notes: list[str] = []
     steps = _steps(tables, notes)

@@ -62,9 +62,9 @@ class Facts:
 class TraceOptions:
     """How to read traces.
 
-    `batch_size`, `prefill_tokens`, `phase`: continuous batching of recorded requests; phase MIXED takes all tokens, one
-    after the other. `keep_tokens`: keep the
-    token-level record where there is one (in memory). `num_ranks`: how many ranks must have written.
+    `batch_size` (64), `prefill_tokens` (4096), `phase` (decode): continuous batching of recorded requests; phase MIXED
+    takes all tokens, one after the other. `keep_tokens`: keep the token-level record where there is one (in memory).
+    `num_ranks`: how many ranks must have written.
     """
 
     num_ranks: int | None = None
@@ -73,10 +73,19 @@ class TraceOptions:
     num_hidden_layers: int | None = None
     top_k: int | None = None
     model: str | None = None
-    batch_size: int = 64
-    prefill_tokens: int = 4096
-    phase: Phase = Phase.DECODE
+    batch_size: int | None = None
+    prefill_tokens: int | None = None
+    phase: Phase | None = None
     keep_tokens: bool = False
+
+    def refuse_unused(self, recording: str, *used: str) -> None:
+        """Refuse options that some recordings heed, and this one does not."""
+        for name in ("num_ranks", "batch_size", "prefill_tokens", "phase", "keep_tokens"):
+            value = getattr(self, name)
+            if name not in used and value is not None and value is not False:
+                option = "--ep" if name == "num_ranks" else "--" + name.replace("_", "-")
+                shown = value.name.lower() if isinstance(value, Phase) else value
+                raise InputError(option, shown, f"does not apply to {recording}", "leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from gemopt.placement import check_layer_ids
 from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
 
 _HEADER_BYTES = 1 << 16
+MANY_STEPS = 4
 _PIECE = 1 << 24  # bytes converted at once
 
 
@@ -95,7 +96,7 @@ def _stream(
     writer: _Writer | None = None
     with replacing(destination) as stream:
         for block in found.blocks():
-            writer = writer or _Writer(stream, _rows(block, found, options), block.shape, dtype)
+            writer = writer or _Writer(stream, _rows(block, found, options), found, block.shape, dtype)
             writer.append(block)
             if progress is not None:
                 progress(writer.steps)
@@ -108,7 +109,7 @@ def _stream(
         num_steps=writer.steps,
         layer_ids=writer.layer_ids,
         num_experts=writer.experts,
-        top_k=options.top_k or found.top_k,
+        top_k=found.top_k or options.top_k,
         assignments=writer.assignments,
         notes=tuple(notes),
     )
@@ -146,14 +147,21 @@ class _Writer:
     """Appends counts to a safetensors file whose header is written last, into room left for it."""
 
     def __init__(
-        self, stream: BinaryIO, rows: tuple[list[int], tuple[int, ...]], shape: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        stream: BinaryIO,
+        rows: tuple[list[int], tuple[int, ...]],
+        found: Recording,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
     ) -> None:
-        self.stream, self.dtype = stream, dtype
+        self.stream, self.found, self.dtype = stream, found, dtype
         self.kept, self.layer_ids = rows
         self.recorded, self.experts = shape[1], shape[2]
         self.steps = self.assignments = 0
         self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
         self.busy: list[IntArray] = []
+        self.last: IntArray | None = None
+        self.rising = True  # from step to step some counts rise and none falls
         stream.write(bytes(8 + _HEADER_BYTES))
 
     def append(self, block: IntArray) -> None:
@@ -180,21 +188,31 @@ class _Writer:
         narrow = np.ascontiguousarray(piece if whole else piece[:, self.kept], dtype=self.dtype)
         kept = int(narrow.sum(dtype=np.int64))
         if not whole and kept != int(piece.sum(dtype=np.int64)):
-            layers = np.setdiff1d(np.flatnonzero(piece.any(axis=(0, 2))), self.kept)
+            row = int(np.setdiff1d(np.flatnonzero(piece.any(axis=(0, 2))), self.kept)[0])
+            layer = row if self.found.layer_ids is None else self.found.layer_ids[row]
             raise InputError(
                 "counts",
-                f"assignments in layer {int(layers[0])}, which had none before or is not in --layer-ids",
+                f"assignments in layer {layer}, which had none before or is not in --layer-ids",
                 "all MoE layers",
                 "give --layer-ids with every MoE layer",
             )
         self.assignments += kept
         self.load_LE += narrow.sum(axis=0, dtype=np.int64)
         self.busy.append(np.asarray(narrow.any(axis=2)))
+        known = narrow if self.last is None else np.concatenate([self.last, narrow])
+        falls, rises = known[1:] < known[:-1], known[1:] > known[:-1]
+        self.rising = self.rising and not falls.any() and bool(rises.any(axis=(1, 2)).all())
+        self.last = narrow[-1:].copy()
         self.stream.write(narrow.data)
 
     def notes(self) -> list[str]:
         """What the counts say about the recording; `InputError` for a layer without any."""
-        return check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.busy), self.layer_ids)
+        found = check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.busy), self.layer_ids)
+        if self.rising and self.steps >= MANY_STEPS:
+            found.append(
+                "no count falls from any step to the next: counters that add up? then import their differences"
+            )
+        return found
 
     def finish(self, metadata: dict[str, str], phase: NDArray[Any] | None) -> None:
         """Write the phases, then the header at the start."""
@@ -218,7 +236,11 @@ def _metadata(writer: _Writer, found: Recording, options: TraceOptions) -> dict[
     hidden = options.num_hidden_layers or found.num_hidden_layers
     if hidden is None and found.layer_ids is None:
         hidden = writer.recorded
-    known = {"num_hidden_layers": hidden, "top_k": options.top_k or found.top_k, "model": options.model}
+    top_k = found.top_k or options.top_k
+    if top_k is not None and (top_k > writer.experts or options.top_k not in (None, top_k)):
+        limit = f"{found.top_k} experts per token" if found.top_k else f"at most the {writer.experts} experts"
+        raise InputError("--top-k", options.top_k or top_k, limit)
+    known = {"num_hidden_layers": hidden, "top_k": top_k, "model": options.model}
     if options.num_experts is not None and options.num_experts != writer.experts:
         raise InputError("experts", writer.experts, f"--num-experts is {options.num_experts}")
     return {

@@ -28,6 +28,8 @@ from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, h
 from gemopt.traces import Phase
 from gemopt.traces.batching import from_tokens
 
+BATCH_SIZE, PREFILL_TOKENS = 64, 4096
+
 
 def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool = False) -> Loaded:
     """Traces from responses: .json holds one or a list of them, .jsonl one per line or the events of a stream.
@@ -35,13 +37,15 @@ def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     `--phase decode` takes the generated tokens, `prefill` those of the prompt, `all` both; token counts in the
     responses tell them apart.
     """
-    kept = _Kept(options=options, raw_int32=raw_int32)
+    options.refuse_unused("responses", "batch_size", "prefill_tokens", "phase", "keep_tokens")
+    phase = Phase.DECODE if options.phase is None else options.phase
+    kept = _Kept(options=options, phase=phase, raw_int32=raw_int32)
     bodies = Bodies()
     for path in files:
         for response in bodies.read(path):
             kept.add(response)
     if not kept.pieces:
-        said = [f"no {_phase_name(options.phase)}token", *bodies.notes()]
+        said = [f"no {_phase_name(phase)}token", *bodies.notes()]
         found = "; ".join([*said, *([f"{kept.padding} tokens of padding"] if kept.padding else [])])
         hint = "ask the engine to return routed experts" if not kept.samples else "ask for longer answers, or --phase"
         raise InputError("routed_experts", found, "responses with routed_experts", hint)
@@ -66,9 +70,9 @@ def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool
         ids,
         np.cumsum([0, *(len(piece) for piece in pieces)])[:-1],
         num_experts=experts,
-        batch_size=options.batch_size,
-        phase=Phase.DECODE if options.phase is Phase.MIXED else options.phase,
-        prefill_tokens=options.prefill_tokens,
+        batch_size=options.batch_size or BATCH_SIZE,
+        phase=Phase.DECODE if phase is Phase.MIXED else phase,
+        prefill_tokens=options.prefill_tokens or PREFILL_TOKENS,
         layer_ids=tuple(layers),
         num_hidden_layers=pieces[0].shape[1],
         model=options.model,
@@ -85,6 +89,7 @@ class _Kept:
     """The ids of the tokens that are wanted, a piece [N, layers, K] for each sample, and what was left out."""
 
     options: TraceOptions
+    phase: Phase
     raw_int32: bool
     pieces: list[NDArray[np.int16]] = field(default_factory=list)
     samples: int = 0
@@ -113,10 +118,10 @@ class _Kept:
         for number, (sample, ids) in enumerate(zip(samples, rows, strict=True)):
             self._check_length(sample, ids)
             self.samples += 1
-            if number and one_prompt and self.options.phase is Phase.PREFILL:
+            if number and one_prompt and self.phase is Phase.PREFILL:
                 self.shared += 1
                 continue
-            wanted = _of_phase(sample, ids, self.options.phase)
+            wanted = _of_phase(sample, ids, self.phase)
             blank = blank_tokens(wanted) if ids.shape[2] > 1 else (wanted < 0).all(axis=(1, 2))
             self.padding += int(blank.sum())
             if len(wanted := wanted[~blank] if blank.any() else wanted):
@@ -182,7 +187,7 @@ class _Kept:
                 dense and self.options.layer_ids is None,
                 f"layers {ranges(dense)} repeat experts: taken as layers without experts",
             ),
-            (self.options.phase is Phase.MIXED, "prompts are replayed as if they had been generated"),
+            (self.phase is Phase.MIXED, "prompts are replayed as if they had been generated"),
         ]
         return [text for wanted, text in said if wanted]
 

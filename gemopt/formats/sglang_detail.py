@@ -83,6 +83,7 @@ class _Stage:
 
 def read_detail(files: list[Path], options: TraceOptions) -> Recording | Loaded:
     """Read the dumps of all ranks and stages of one run."""
+    options.refuse_unused("dumps, whose steps say their phase", "num_ranks", "keep_tokens")
     stages: list[_Stage] = []
     idle: list[tuple[Path, list[tuple[Any, IntArray]]]] = []
     map_LP: NDArray[np.int64] | None = None
@@ -248,6 +249,8 @@ def _with_tokens(
     layers = list(options.layer_ids or np.flatnonzero(counts.any(axis=(0, 2))).tolist())
     ids = np.concatenate([rows[:, layers] for _, (rows, _) in kept])
     width = int((ids >= 0).any(axis=(0, 1)).sum())
+    if options.top_k not in (None, width):
+        raise InputError("topk_ids_of_layer", f"{width} experts per token", f"--top-k is {options.top_k}")
     sizes = [len(words) for _, (_, words) in kept]
     step = np.repeat([position[number] for (number, _), _ in kept], sizes)
     tokens = Tokens(
@@ -262,7 +265,7 @@ def _with_tokens(
         counts=counts[:, layers],
         layer_ids=tuple(layers),
         num_hidden_layers=counts.shape[1],
-        top_k=options.top_k or width,
+        top_k=width,
         model=options.model,
         phase=phase,
         tokens=tokens,

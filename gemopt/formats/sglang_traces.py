@@ -41,6 +41,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
         case "count tables":
             return count_csv.read_traces(files, options)
         case "stat dumps":
+            options.refuse_unused("stat dumps, which count all ranks together")
             return _read_stat(files)
     return read_detail(files, options)
 

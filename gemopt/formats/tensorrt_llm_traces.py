@@ -25,6 +25,7 @@ _KEY = re.compile(r"\d{1,15}_\d{1,6}", re.ASCII)
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read a folder of expert statistics: `meta_info.json` and `rank{r}.safetensors`, summed over the ranks."""
+    options.refuse_unused("expert statistics", "num_ranks")
     if len(paths) != 1 or not paths[0].is_dir():
         raise InputError("PATHS", ", ".join(map(str, paths)), "one folder, that of EXPERT_STATISTIC_PATH")
     folder = paths[0]

@@ -110,8 +110,8 @@ class RecordedSource(Part):
     num_hidden_layers: int | None = Field(default=None, ge=1)
     top_k: int | None = Field(default=None, ge=1)
     model: str | None = None
-    batch_size: int = Field(default=64, ge=1)
-    prefill_tokens: int = Field(default=4096, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    prefill_tokens: int | None = Field(default=None, ge=1)
 
 
 class Steps(Part):

@@ -59,7 +59,7 @@ def read(path: str | os.PathLike[str], wanted: tuple[str, ...]) -> list[Part]:
     source = Path(path)
     if source.is_dir():
         return [part for each in numbered_files(source) for part in read(each, wanted)]
-    return [_read_npz(source) if source.suffix == ".npz" else _read_safetensors(source, wanted)]
+    return [_read_npz(source, wanted) if source.suffix == ".npz" else _read_safetensors(source, wanted)]
 
 
 def numbered_files(folder: Path) -> list[Path]:
@@ -74,21 +74,21 @@ def numbered_files(folder: Path) -> list[Path]:
     return parts
 
 
-def _read_npz(path: Path) -> Part:
+def _read_npz(path: Path, wanted: tuple[str, ...]) -> Part:
     content = read_bytes(path)
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = arrays.files
-            counts = arrays["counts"] if "counts" in found else None
+            kept = {name: arrays[name] for name in wanted if name in found}
             metadata = {name: str(arrays[name]) for name in PLAIN if name in found}
             if "layer_ids" in found:
                 metadata["layer_ids"] = json.dumps(arrays["layer_ids"].tolist())
     except Exception as error:  # zipfile, zlib, numpy and struct each have their own
         _refuse_foreign(path, ".npz")
         raise InputError(str(path), str(error), "a complete .npz file of plain arrays is needed") from None
-    if counts is None:
+    if "counts" not in kept:
         raise InputError(str(path), ", ".join(found), "an array named counts is needed")
-    return Part(path, {"counts": counts}, set(found), metadata)
+    return Part(path, kept, set(found), metadata)
 
 
 def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:

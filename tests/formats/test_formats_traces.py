@@ -547,9 +547,80 @@ def test_arrays(tmp_path, suffix, high):
     traces, _ = load(path, "array", tmp_path, top_k=2, model="m")
     assert (traces.counts == counts[[0, 1, 3, 4, 5]]).all()
     assert (traces.top_k, traces.model) == (2, "m")
+    if suffix == ".npz":
+        assert "counts.npz: other left unread" in load(path, "array", tmp_path)[1]
     named, _ = load(path, "array", tmp_path, layer_ids=(3, 4, 7), num_hidden_layers=9)
     assert named.layer_ids == (3, 4, 7)
     assert (named.counts == traces.counts).all()
+
+
+def routed(tokens_T, layers=5, experts=8):
+    """[T, L, E] counts of top-2 routing, so many tokens a step."""
+    rng = np.random.default_rng(1)
+    share = [np.arange(1, experts + 1) / (experts * (experts + 1) / 2)] * layers
+    return np.stack([2 * rng.multinomial(tokens, share) for tokens in tokens_T])
+
+
+@pytest.mark.parametrize(
+    ("order", "named"),
+    [
+        ((1, 0, 2), "layers, steps, experts"),
+        ((0, 2, 1), "steps, experts, layers"),
+        ((2, 0, 1), "experts, steps, layers"),
+    ],
+)
+@pytest.mark.parametrize("steps", [5, 9])
+def test_axes_in_another_order_are_refused(tmp_path, order, named, steps):
+    counts = routed(range(20, 20 + steps))
+    np.save(tmp_path / "right.npy", counts)
+    assert (load(tmp_path / "right.npy", "array", tmp_path)[0].counts == counts).all()
+    np.save(tmp_path / "wrong.npy", counts.transpose(order))
+    with pytest.raises(InputError) as error:
+        load(tmp_path / "wrong.npy", "array", tmp_path)
+    assert f"axes that look like [{named}]" in str(error.value)
+    layers, experts = counts.transpose(order).shape[1:]
+    sizes = {"num_hidden_layers": layers, "num_experts": experts}
+    assert load(tmp_path / "wrong.npy", "array", tmp_path, **sizes)[0].num_layers == layers
+
+
+def test_more_layers_than_networks_have_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((2, 300, 4), int))
+    with pytest.raises(InputError, match="300 layers"):
+        load(tmp_path / "a.npy", "array", tmp_path)
+
+
+def test_counters_that_add_up_are_named(tmp_path):
+    np.save(tmp_path / "a.npy", routed([9] * 6).cumsum(axis=0))
+    assert "counters that add up" in " ".join(load(tmp_path / "a.npy", "array", tmp_path)[1])
+
+
+def test_what_an_array_file_says_beside_its_counts_is_not_lost(tmp_path):
+    path, counts = tmp_path / "a.npz", routed([9] * 4)
+    phase = np.array([0, 1, 1, 0])
+    np.savez(path, counts=counts, layer_ids=np.arange(3, 8), phase=phase)
+    with pytest.raises(InputError, match="layer_ids, phase beside counts"):
+        load(path, "array", tmp_path)
+    traces = Traces.load(path)
+    assert traces.layer_ids == (3, 4, 5, 6, 7) and (traces.phase == phase).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_ranks": 4}, "--ep: got 4; does not apply to arrays"),
+        ({"keep_tokens": True}, "--keep-tokens"),
+        ({"phase": Phase.PREFILL}, "--phase: got prefill"),
+        ({"phase": Phase.DECODE}, "--phase: got decode"),
+        ({"batch_size": 64}, "--batch-size"),
+        ({"prefill_tokens": 64}, "--prefill-tokens"),
+        ({"top_k": 9}, "--top-k: got 9; at most the 8 experts"),
+    ],
+)
+def test_options_that_a_recording_does_not_heed_are_refused(tmp_path, options, named):
+    np.save(tmp_path / "a.npy", routed([9] * 4))
+    with pytest.raises(InputError) as error:
+        load(tmp_path / "a.npy", "array", tmp_path, **options)
+    assert named in str(error.value)
 
 
 def test_wider_counts_appear_late(tmp_path):
