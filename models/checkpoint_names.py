@@ -44,6 +44,11 @@ _STACKED = re.compile(rf"{_PROJECTION}(?:[._]{_STACKED_COMPANION})?")
 _SINGLE = re.compile(r"(?:[A-Za-z_]\w*\.)?(\d+)\.(.*)")
 _PREDICTION = re.compile(r"(?:^|\.)\w*(?:mtp|nextn|eagle)\w*\.")
 _ABOUT_EXPERTS = re.compile(r"expert|router|e_score|tid2eid|moe")
+_SHARED = re.compile(r"shared_(?:expert|mlp|head)\w*")
+_MIXERS = re.compile(
+    r"attn|attention|norm|mixer|mamba|conv|rotary"
+)  # parts of a layer that have nothing to do with experts
+_ROUTING = re.compile(r"rout|correction|gate|top_?k")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class TensorRole:
     `expert`: all of this tensor belongs to `expert`, so it gets a new name (`renamed`).
     `hash`: the values are expert ids.
     `unknown`: beside the router or the experts, of no known meaning.
+    `outside`: in the layer but not beside them, of no known meaning.
 
     Attributes
     ----------
@@ -69,7 +75,7 @@ class TensorRole:
         What stands before `layers.N`: which stack of layers of a network of several parts.
     """
 
-    kind: Literal["router", "stacked", "expert", "hash", "unknown"]
+    kind: Literal["router", "stacked", "expert", "hash", "unknown", "outside"]
     layer: int
     axes: tuple[int, ...] = (0,)
     expert: int = -1
@@ -95,7 +101,7 @@ def tensor_role(family: Family, name: str) -> TensorRole | None:
     if place is None:
         return _elsewhere(name)
     stack, layer, rest = place[1], int(place[2]), place[3]
-    if rest.startswith("shared_"):
+    if _SHARED.match(rest):
         return None
     if rest in family.hash_tensors:
         return TensorRole("hash", layer, stack=stack)
@@ -105,10 +111,14 @@ def tensor_role(family: Family, name: str) -> TensorRole | None:
 
 
 def _elsewhere(name: str) -> TensorRole | None:
-    """A tensor outside the MoE blocks that has something to do with experts by its name."""
+    """A tensor outside the MoE blocks that has something to do with experts, by its name or perhaps its shape."""
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    own = re.sub(r"shared_\w+", "", name[layer.end() :] if layer else name)  # what stands before is of the network
-    return TensorRole("unknown", int(layer[1]) if layer else -1) if _ABOUT_EXPERTS.search(own) else None
+    own = _SHARED.sub("", name[layer.end() :] if layer else name)  # what stands before is of the network
+    if _ABOUT_EXPERTS.search(own):
+        return TensorRole("unknown", int(layer[1]) if layer else -1)
+    if not _MIXERS.search(own) and (layer or _ROUTING.search(own)):
+        return TensorRole("outside", int(layer[1]) if layer else -1)
+    return None
 
 
 def _of_experts(rest: str, layer: int, stack: str) -> TensorRole:

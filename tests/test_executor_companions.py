@@ -153,6 +153,10 @@ REFUSED = {
     "either axis": ("{router}.scales", (E, E), "f4"),
     "a table of all layers": ("model.expert_bias", (2, E), "f4"),
     "beside the block": (f"model.layers.{LAYER}.router_gain", (E,), "f4"),
+    "beside the block, of another name": (f"model.layers.{LAYER}.correction_bias", (E,), "f4"),
+    "a gate beside the block": (f"model.layers.{LAYER}.choice.gate.bias", (1, E), "f4"),
+    "shared by name, one for each by shape": ("{block}.shared_bias", (E,), "f4"),
+    "outside the layers": ("model.routing_bias", (E,), "f4"),
     "another name of the experts": ("{block}.switch_mlp.up_proj.weight", (E, 4, 3), "f4"),
     "invented, beside stacked experts": ("{block}.experts.down_proj_gain", (E, 3), "f4"),
     "flattened stacked experts": ("{block}.experts.up_proj", (E * 6, 1), "u1"),
@@ -189,6 +193,10 @@ def test_a_flattened_router_is_not_taken_for_rows(export):
         ("{block}.scale", (1,)),
         ("some_moe.model.layers.1.self_attn.k_proj.weight", (E, HIDDEN)),
         ("model.layers.0.mlp.gate.temperature", (E,)),
+        ("model.layers.1.self_attn.sinks", (E,)),
+        ("model.layers.1.post_attention_layernorm.weight", (E,)),
+        ("model.layers.1.hc_scale", (HIDDEN,)),
+        ("model.layers.1.mlp.shared_experts.up_proj.bias", (E,)),
         ("model.mtp.layers.1.mlp.gate.weight", (E, HIDDEN)),
         ("mtp.layers.1.mlp.experts.3.down_proj.weight", (HIDDEN, INNER)),
         ("model.layers.2.mlp.gate.weight", (E, HIDDEN)),
@@ -283,12 +291,23 @@ def test_names_in_settings_follow(export):
         ({"expert_bits": [4] * E}, "expert_bits"),
         ({"bits_of_experts": [[4] * E, [4] * E]}, "bits_of_experts"),
         ({"expert_map": {str(e): e for e in range(E)}}, "expert_map"),
+        ({"router_bias": [0.5] * E}, "router_bias"),
     ],
 )
 def test_settings_of_single_experts_that_cannot_be_renumbered(export, settings, words):
     row = FAMILIES["qwen3_moe"]
     with pytest.raises(InputError, match=rf"config\.json: .*{words}"):
         export(row, network(row), **settings)
+    assert not export.out.exists()
+
+
+@pytest.mark.parametrize("name", ["expert_map.json", "routing_bias.npy", "experts.yaml"])
+def test_files_about_experts_are_not_copied_as_they_are(export, tmp_path, name):
+    row = FAMILIES["qwen3_moe"]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_text(json.dumps(list(range(E))))
+    with pytest.raises(InputError, match=name):
+        export(row, network(row))
     assert not export.out.exists()
 
 

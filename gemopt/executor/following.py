@@ -49,7 +49,7 @@ class Sizes:
 
 
 def following_axis(role: TensorRole, name: str, shape: tuple[int, ...], dtype: str, sizes: Sizes) -> int | None:
-    """Axis of experts of a `router`, `stacked` or `unknown` tensor; None for one that has nothing to do with them.
+    """Axis of experts of a tensor; None for one that has nothing to do with them.
 
     Raises
     ------
@@ -58,6 +58,10 @@ def following_axis(role: TensorRole, name: str, shape: tuple[int, ...], dtype: s
     """
     limit = f"{sizes.experts} experts" + (f" and {sizes.identity} identity experts" if sizes.identity else "")
     shown = f"shape {list(shape)} {dtype}"
+    if role.kind == "outside":
+        if math.prod(shape) in sizes.rows and math.prod(shape) not in sizes.known:
+            raise InputError(name, shown, f"no known meaning, and as many numbers as there are experts: {limit}", HINT)
+        return None
     if role.kind == "unknown":
         if may_have_experts(shape, dtype, sizes):
             raise InputError(name, shown, f"no known meaning, and it may be one for each of {limit}", HINT)

@@ -162,7 +162,7 @@ def check_coverage(permutation: Permutation, tensors: Iterable[TensorInfo]) -> N
         if role is None:
             continue
         permutation.axis(role, tensor)
-        if role.layer in stacks and role.kind != "unknown":
+        if role.layer in stacks and role.kind not in ("unknown", "outside"):
             stacks[role.layer].add(role.stack)
         if role.kind == "expert":
             modules[role.layer].setdefault(role.module, set()).add(role.expert)
