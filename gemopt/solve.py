@@ -23,7 +23,7 @@ from gemopt.profile import Profile
 from gemopt.resize import Source
 from gemopt.result import Origin, Result, Status, StoppedBy
 from gemopt.rules import Rules
-from gemopt.solvers import get, that_can
+from gemopt.solvers import get, names, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Row, Solver, require
 from gemopt.solving.answer import answer
 from gemopt.solving.cluster import Cluster
@@ -202,7 +202,8 @@ def solve(
                     slots_per_rank = most_slots(held_G, traces.num_layers, traces.num_experts).tolist()
                 slots_G = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
                 check_budget(held_G, slots_G, traces.num_layers, traces.num_experts)
-            policy, senders = _policy(split, moving), Senders.of(senders)
+            policy = _policy(split, moving)
+            senders = Senders.asked_by(senders, policy)
             free = problems(
                 cost, traces, slots_per_rank,
                 node_of_rank=profile.node_of_rank, split=policy, senders=senders, full=full_slots,
@@ -315,6 +316,9 @@ def _layers(
     """The layers, each with its warm start, of problems that the solver can express."""
     for problem in each:
         require(solver, problem, that_can)
+    if warm_start is not None and not solver.supports.improves:
+        can = [name for name in names() if get(name).supports.improves]
+        raise InputError("warm_start", solver.name, "a solver that starts from a placement", f"use {' or '.join(can)}")
     rows = _warm_rows(warm_start, each, traces)
     return [Layer(problem, row, seed + i) for i, (problem, row) in enumerate(zip(each, rows, strict=True))]
 

@@ -108,6 +108,12 @@ OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "absent phase": (("--phase", "mixed"), "none of the 12 steps"),
     "unknown option": (("--speed", 3), "--speed"),
     "missing warm start": (("--warm-start", "none.json"), "none.json"),
+    "a warm start that is not heeded": (("--solver", "lpt", "--warm-start", "out.json"), "use gem or local-search"),
+    "senders of an even split": (("--senders", "uniform"), "the even split does not ask who sends"),
+    "a budget for full slots": (
+        ("--engine", "sglang", "--memory-budget", 9, "--expert-bytes", 1),
+        "sglang needs an expert in every slot",
+    ),
     "unequal slots of eplb": (("--solver", "eplb", "--slots-per-rank", "3,1"), "use linear"),
 }
 
@@ -164,6 +170,8 @@ def test_wrong_options(tmp_path: Path, capsys: pytest.CaptureFixture[str], case:
         (("--solvers", "linear,"), "solver"),
         (("--plot", "picture.xyz"), "png"),
         (("--plot", "nowhere/picture.png"), "nowhere"),
+        (("--expert-bytes", 5), "--moves"),
+        (("--moves", "--current", "p.json", "--slots-per-rank", 3), "--slots-per-rank: got 3"),
     ],
 )
 def test_wrong_options_of_compare(
@@ -218,6 +226,18 @@ def test_a_wrong_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     ):
         path.write_text(json.dumps({**good, **change}))
         refused(tmp_path, capsys, ("evaluate", path, *inputs), named, "p.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(("--source", "checkpoint"), "--to checkpoint"), (("--profile", "profile.json"), "give --approximate")],
+)
+def test_options_of_an_export_that_it_would_not_heed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[object, ...], named: str
+) -> None:
+    Placement.contiguous(2, 4, 2).save(tmp_path / "p.json")
+    words = ("export", tmp_path / "p.json", "--to", "csv", "-o", tmp_path / "out.csv", *options)
+    refused(tmp_path, capsys, words, named)
 
 
 def test_experts_that_do_not_divide_have_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,6 +204,10 @@ BAD = {
         lambda folder: Placement.contiguous(3, 12, 2, layer_ids=[2, 3, 5]).save(folder / "b.json"),
         ("--baseline", "b.json"), ("2 ranks", "4 devices"),
     ),
+    "steps held out that were solved on": (
+        lambda folder: None, ("--holdout", "traces.safetensors"), ("--holdout", "steps that the solver did not see"),
+    ),
+    "senders of an even split": (lambda folder: None, ("--senders", "uniform"), ("does not ask who sends",)),
     "no folder for the page": (lambda folder: None, ("-o", "none/r.html"), ("none/r.html", "no such folder")),
 }  # fmt: skip
 

@@ -232,6 +232,25 @@ def test_command_line(folder: Path, run: Callable[..., tuple[int, str]]) -> None
     assert code == 0, output
 
 
+def test_one_look_reads_an_engines_files(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    np.save(folder / "traces" / "counts.npy", traffic(hot=0).counts)
+    code, output = run("--from", "array", "--interval", "0.05")
+    assert code == 0 and "moved: " in output, output
+
+
+def test_one_look_that_fails_ends_with_an_error(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    grow(folder, 0, traffic(hot=0))
+    code, output = run("--on-change", "false")
+    assert code == 1 and "failed: " in output, output
+
+
+def test_what_an_engine_cannot_take_is_refused_at_the_start(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    Placement.contiguous(LAYERS, EXPERTS, RANKS).save(folder / "placement.json")
+    grow(folder, 0, traffic(hot=0))
+    code, output = run("--to", "sglang")
+    assert code == 2 and "num_hidden_layers" in output, output
+
+
 def test_command_line_with_bad_input(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
     policy = folder / "policy.json"
     policy.write_text('{"dead_zone": 0.5}')

@@ -90,6 +90,8 @@ def compare_command(
         with suppress(MissingPackageError) if solvers is None else nullcontext():
             get(name)
     check_request(current, moves)
+    if expert_bytes is not None and not moves:
+        raise InputError("--expert-bytes", expert_bytes, "moves are weighed with --moves", "add --current and --moves")
     if plot is not None:
         check_picture(plot)
     options: dict[str, Any] = {
@@ -105,8 +107,9 @@ def compare_command(
         "notice": None if as_json else notice,
     }
     if current is not None:
-        if topology is not None:
-            raise InputError("--topology", topology, "moves are not weighed with it", "leave out --current")
+        for option, value in (("--topology", topology), ("--slots-per-rank", slots_per_rank)):
+            if value is not None:
+                raise InputError(option, str(value), "moves are not weighed with it", "leave out --current")
         del options["topology"], options["exchange"]
         with whole_or_nothing(threads):
             chosen, found_by = load_traces(traces, task, phase), names if solvers else []

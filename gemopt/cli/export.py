@@ -50,6 +50,10 @@ def export(
     from gemopt.formats.registry import canonical
 
     to = canonical(to)
+    if source is not None and to not in PERMUTED:
+        raise InputError("--source", str(source), f"{to} takes no checkpoint", "leave it out, or give --to checkpoint")
+    if (profile or traces) and not approximate:
+        raise InputError("--profile, --traces", str(profile or traces), "they price a conversion", "give --approximate")
     given = [(placement, None)] if decode is None else [(placement, "prefill"), (decode, "decode")]
     if decode is not None and to in PERMUTED:
         raise InputError("--decode", str(decode), "one placement per checkpoint", "export the two one after the other")

@@ -118,6 +118,7 @@ def heeded(
     traces: Traces,
     profile: Profile,
     current: Path | None,
+    memory_budget: str | None = None,
 ) -> tuple[int | list[int] | None, str | None, bool]:
     """Slots, split and whether all slots must be full, as asked for and as the engine can take them.
 
@@ -128,15 +129,19 @@ def heeded(
     """
     if engine is None:
         return slots, split, False
+    from gemopt.exceptions import UnsupportedError
     from gemopt.formats.registry import get, within_engine
     from gemopt.placement import Placement
 
+    if memory_budget is not None and not get(engine).empty_slots:
+        limit = f"{engine} needs an expert in every slot, and a budget leaves each layer its own"
+        raise UnsupportedError("memory_budget", memory_budget, limit, "give --slots-per-rank")
     used: int | list[int] | None = slots
     if slots is None and current is not None:
         used = Placement.load(current).slots_per_rank.tolist()
     ranks = len(used) if isinstance(used, list) else profile.num_ranks
     limits = within_engine(get(engine), used, split, traces.num_experts, ranks)
-    return slots, limits.split, limits.full
+    return slots, split if memory_budget is not None else limits.split, limits.full
 
 
 def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | None = None) -> Traces:
@@ -224,7 +229,9 @@ def solve_command(
     with whole_or_nothing(threads):
         chosen = load_traces(traces, task, phase)
         measured = Profile.load(profile)
-        slots, split, full = heeded(engine, parse_slots(slots_per_rank), split, chosen, measured, current)
+        slots, split, full = heeded(
+            engine, parse_slots(slots_per_rank), split, chosen, measured, current, memory_budget
+        )
         detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
         ids, steps = chosen.layer_ids, chosen.num_steps
         with interrupts.held(), layers_shown(solver, ids, steps, limit_s=limit_s, hidden=as_json) as on_layers:
@@ -330,6 +337,7 @@ def evaluate_command(
     from gemopt.layer_rules import check_kept
     from gemopt.placement import Placement
     from gemopt.profile import Profile
+    from gemopt.splits.senders import Senders
 
     chosen = load_traces(traces, task, phase)
     measured = Profile.load(profile)
@@ -337,6 +345,7 @@ def evaluate_command(
     loaded = Placement.load(placement)
     if rules is None:
         check_kept(loaded)
+    Senders.asked_by(senders, loaded.split)
     wired: dict[str, Any] = {
         "topology": topology,
         "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),

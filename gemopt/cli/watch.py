@@ -62,7 +62,7 @@ def watch(
     server = None if metrics is None or port is None else serve(metrics, health, port, host)
     if server is not None:
         _log(f"serving http://{host}:{server.server_port}/metrics and /healthz")
-    actions = Actions(target, _writer(target, to or []), _words(on_change), command_timeout)
+    actions = Actions(target, _writer(target, to or [], controller.placement), _words(on_change), command_timeout)
     follower = Follower(folder, None if source is None else _reader(source, controller.placement))
     watched = Watch(controller, follower, actions, _log, metrics, health, state, window)
     stop = threading.Event()
@@ -74,6 +74,8 @@ def watch(
         if server is not None:
             server.shutdown()
             server.server_close()
+    if once and watched.failed:
+        raise typer.Exit(1)
 
 
 def _log(text: str) -> None:
@@ -128,10 +130,10 @@ def _policy(path: Path) -> Policy:
         raise InputError(f"{path}: {where or 'policy'}", first["input"], first["msg"], "see docs/online.md") from None
 
 
-def _writer(target: Path, to: Sequence[str]) -> Callable[[Placement], None]:
-    """Saves a placement and its exports; names of engines are checked now."""
+def _writer(target: Path, to: Sequence[str], in_force: Placement) -> Callable[[Placement], None]:
+    """Saves a placement and its exports; what an engine cannot take of the one in force is refused now."""
     from gemopt.formats.engine import WriteOptions
-    from gemopt.formats.registry import export, get
+    from gemopt.formats.registry import check, export, get
 
     exports = []
     for each in to:
@@ -139,6 +141,7 @@ def _writer(target: Path, to: Sequence[str]) -> Callable[[Placement], None]:
         engine = get(name)
         suffix = engine.suffixes[0] if engine.suffixes else ".json"
         exports.append((name, Path(file) if file else target.with_name(f"{target.stem}.{name}{suffix}")))
+        check(in_force, engine, path=exports[-1][1], options=WriteOptions())
 
     def write(placement: Placement) -> None:
         for name, path in exports:  # what an engine cannot take is refused before anything is replaced

@@ -91,12 +91,15 @@ class Watch:
     health: Health = field(default_factory=lambda: Health(60.0))
     state: Path | None = None
     window: int = WINDOW
-    _recent: Traces | None = None
+    failed: bool = False  # whether what the last decision asked for did not come into force
     _before: Placement | None = None
 
     def run(self, interval_s: float, stop: threading.Event, *, once: bool = False) -> None:
-        """Look every `interval_s` seconds until `stop` is set, or once."""
+        """Look every `interval_s` seconds until `stop` is set, or once: an engine's files then rest for one look."""
         first = True
+        if once and self.follower.read is not None:
+            self.follower.look()
+            stop.wait(interval_s)
         while not stop.is_set():
             begin = time.monotonic()
             self.look(history=first)
@@ -141,13 +144,13 @@ class Watch:
         return decision
 
     def _decided(self, decision: Decision, in_force: Placement) -> None:
-        kind = "moved" if decision.num_moves else "kept"
+        kind, self.failed = "moved" if decision.num_moves else "kept", False
         if decision.num_moves:
             try:
                 self.actions.carry_out(decision.placement, in_force)
                 self._before = in_force
             except GemoptError as error:
-                kind = "failed"
+                kind, self.failed = "failed", True
                 self.controller.confirm(in_force)
                 self._fault("action", f"{error}; the placement in force stays")
         self.log(f"{kind}: {decision.reason}")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from gemopt.costs import CostModel, fit
 from gemopt.documents import Document, read_json, sha256
 from gemopt.evaluate import Evaluation, check_agreement, evaluate
@@ -104,9 +106,13 @@ def gather(
     chosen = cost or ((found.cost if found is not None else "") or "auto")
     model, report = fit(measured, model=chosen)
     fitted, rest = (steps, None) if found is None else _own_steps(found, placement, measured, steps, model, senders)
+    Senders.asked_by(senders, placement.split)
     held = rest if holdout is None else choose(Traces.of(holdout))
     if held is not None:
         check_agreement(placement, held, measured.num_ranks)
+    if holdout is not None and held is not None and (known := _known(held, fitted)) * 2 > held.num_steps:
+        found = f"{known} of {held.num_steps} steps are among those given as --traces"
+        raise InputError("--holdout", found, "steps that the solver did not see")
     before, name = _before(baseline, steps, placement, measured)
     return Inputs(
         placement=placement,
@@ -167,6 +173,12 @@ def _own_steps(
             "give the profile, traces, --task, --phase and --cost that it was solved with",
         )
     return fitted, None if cut == traces.num_steps else traces.steps(slice(cut, None))
+
+
+def _known(held: Traces, fitted: Traces) -> int:
+    """How many steps have the counts of a fitted one."""
+    seen = {step.tobytes() for step in fitted.counts.astype(np.int64)}
+    return sum(step.tobytes() in seen for step in held.counts.astype(np.int64))
 
 
 def _before(

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
+from gemopt.placement import Split
 from gemopt.traces import Traces
 
 
@@ -25,6 +26,13 @@ class Senders(StrEnum):
             return cls.TRACES if name is None else cls(str(name))
         except ValueError:
             raise InputError("senders", name, "one of " + ", ".join(cls)) from None
+
+    @classmethod
+    def asked_by(cls, name: object, split: Split) -> Senders:
+        """As `of`; refused where it is given for a split that does not ask who sends."""
+        if name is not None and split is not Split.NEAREST:
+            raise InputError("senders", name, f"the {split.value} split does not ask who sends", "leave it out")
+        return cls.of(name)
 
 
 def check_senders(traces: Traces, num_ranks: int) -> None:
