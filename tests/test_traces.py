@@ -491,3 +491,16 @@ def test_small_types_are_written_and_counts_are_frozen(tmp_path: Path) -> None:
     assert traces.counts.dtype == np.int32
     with pytest.raises(ValueError, match="read-only"):
         traces.counts[0, 0, 0] = 2
+
+
+@pytest.mark.parametrize("steps", [5, 9])
+def test_an_npz_with_its_axes_in_another_order_is_refused(tmp_path: Path, steps: int) -> None:
+    rng = np.random.default_rng(1)
+    counts = np.stack([rng.multinomial(tokens, [[0.1, 0.2, 0.3, 0.4]] * 5) for tokens in range(20, 20 + steps)])
+    np.savez(tmp_path / "right.npz", counts=counts)
+    assert (Traces.load(tmp_path / "right.npz").counts == counts).all()
+    np.savez(tmp_path / "wrong.npz", counts=counts.transpose(1, 0, 2))
+    with pytest.raises(InputError, match=r"wrong.npz: Traces.counts.*\[layers, steps, experts\]"):
+        Traces.load(tmp_path / "wrong.npz")
+    np.savez(tmp_path / "told.npz", counts=counts.transpose(1, 0, 2), layer_ids=np.arange(steps))
+    assert Traces.load(tmp_path / "told.npz").num_layers == steps

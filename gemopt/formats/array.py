@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays
+from gemopt.traces.arrays import other_order
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import PLAIN
 from gemopt.traces.tokens import ARRAYS
@@ -92,35 +92,19 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
 
 
 def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
-    """Refuse an array whose numbers say that its axes are in another order, unless options tell their lengths.
-
-    Every layer of a step has as many assignments, and steps differ: where that holds for another order alone, that is
-    the order.
-    """
+    """Refuse an array whose numbers say that its axes are in another order, unless options tell their lengths."""
     told = options.layer_ids is not None or options.num_hidden_layers is not None
     if told and options.num_experts is not None:
         return
-    axes = "steps", "layers", "experts"
-    right, *others = permutations(range(3))
-    order = None if _fits(counts, *right) else next((each for each in others if _fits(counts, *each)), None)
-    if order is None and (told or counts.shape[1] <= MOST_LAYERS):
+    found = other_order(counts)
+    if found is None and (told or counts.shape[1] <= MOST_LAYERS):
         return
-    found = f"{counts.shape[1]} layers"
-    if order is not None:
-        found = f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
     raise InputError(
         f"{path}: counts",
-        found,
+        found or f"{counts.shape[1]} layers",
         "[steps, layers, experts]",
         "transpose it, or give --num-experts and --num-hidden-layers",
     )
-
-
-def _fits(counts: IntArray, step: int, layer: int, expert: int) -> bool:
-    """Whether every layer of a step has as many assignments, where that says anything."""
-    sums = counts.sum(axis=expert, dtype=np.int64)
-    by_step = sums if step < layer else sums.T
-    return min(by_step.shape) > 1 and bool((by_step == by_step[:, :1]).all())
 
 
 ENGINES = {

@@ -6,6 +6,7 @@ of type uint8 times 256 experts wraps. So `widened` comes before any arithmetic.
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,22 @@ def check_counted(counts: IntArray, ids: IntArray, step: IntArray) -> None:
             f"the token-level ids make {counted[at, layer, expert]} at step {at}, layer {layer}, expert {expert}",
             "leave the ids out, or count them again",
         )
+
+
+def other_order(counts: NDArray[Any]) -> str | None:
+    """In which order the axes of counts [T, L, E] seem to be; None where that is the right one, or they do not tell.
+
+    Every layer of a step has as many assignments, and steps differ: where that holds for another order alone, that is
+    the order.
+    """
+    axes = "steps", "layers", "experts"
+    right, *others = permutations(range(3))
+    order = None if _fits(counts, *right) else next((each for each in others if _fits(counts, *each)), None)
+    return None if order is None else f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
+
+
+def _fits(counts: NDArray[Any], step: int, layer: int, expert: int) -> bool:
+    """Whether every layer of a step has as many assignments, where that says anything."""
+    sums = counts.sum(axis=expert, dtype=np.int64)
+    by_step = sums if step < layer else sums.T
+    return min(by_step.shape) > 1 and bool((by_step == by_step[:, :1]).all())
