@@ -96,7 +96,7 @@ def _stream(
     writer: _Writer | None = None
     with replacing(destination) as stream:
         for block in found.blocks():
-            writer = writer or _Writer(stream, _rows(block, found, options), found, block.shape, dtype)
+            writer = writer or _Writer(stream, _rows(block, found, options), found, block.shape, dtype, options.top_k)
             writer.append(block)
             if progress is not None:
                 progress(writer.steps)
@@ -153,8 +153,10 @@ class _Writer:
         found: Recording,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
+        top_k: int | None,
     ) -> None:
-        self.stream, self.found, self.dtype = stream, found, dtype
+        self.stream, self.found, self.dtype, self.top_k = stream, found, dtype, top_k or found.top_k or 1
+        self.uneven = 0  # steps whose assignments are no multiple of top_k
         self.kept, self.layer_ids = rows
         self.recorded, self.experts = shape[1], shape[2]
         self.steps = self.assignments = 0
@@ -203,6 +205,7 @@ class _Writer:
         falls, rises = known[1:] < known[:-1], known[1:] > known[:-1]
         self.rising = self.rising and not falls.any() and bool(rises.any(axis=(1, 2)).all())
         self.last = narrow[-1:].copy()
+        self.uneven += int((narrow.sum(axis=2, dtype=np.int64) % self.top_k).any(axis=1).sum())
         self.stream.write(narrow.data)
 
     def notes(self) -> list[str]:
@@ -211,6 +214,11 @@ class _Writer:
         if self.rising and self.steps >= MANY_STEPS:
             found.append(
                 "no count falls from any step to the next: counters that add up? then import their differences"
+            )
+        if self.uneven:
+            left = "tokens that chose fewer, ranks that did not record, or another --top-k"
+            found.append(
+                f"{self.uneven} of {self.steps} steps are no multiple of {self.top_k} experts per token: {left}"
             )
         return found
 
@@ -237,9 +245,10 @@ def _metadata(writer: _Writer, found: Recording, options: TraceOptions) -> dict[
     if hidden is None and found.layer_ids is None:
         hidden = writer.recorded
     top_k = found.top_k or options.top_k
-    if top_k is not None and (top_k > writer.experts or options.top_k not in (None, top_k)):
-        limit = f"{found.top_k} experts per token" if found.top_k else f"at most the {writer.experts} experts"
-        raise InputError("--top-k", options.top_k or top_k, limit)
+    if options.top_k not in (None, top_k):
+        raise InputError("--top-k", options.top_k, f"{top_k} experts per token, as the files say", "leave it out")
+    if top_k is not None and top_k > writer.experts:
+        raise InputError("--top-k", top_k, f"at most the {writer.experts} experts")
     known = {"num_hidden_layers": hidden, "top_k": top_k, "model": options.model}
     if options.num_experts is not None and options.num_experts != writer.experts:
         raise InputError("experts", writer.experts, f"--num-experts is {options.num_experts}")

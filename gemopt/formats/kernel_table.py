@@ -140,7 +140,8 @@ def read_table(
     tables = by_device(table, columns)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
     asked = None if time is None else time_column(table, time)
-    used = {load_column, active_column, *columns, *repeats, asked and asked[0]} - {None}
+    own = [load_column, active_column, asked and asked[0]]
+    used = {*columns, *repeats, *(name for name in own if name is not None)}
     refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
     reader.latency, reader.scale = asked or _time(table, layout)
     if layout is AICONFIGURATOR:

@@ -141,14 +141,14 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     middle = [name for name in timed if words(name) & {"median", "p50"}]
     mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
     best = single or middle or mean
-    unit = unit_of(best[0]) if best else None
-    if len(best) == 1 and unit is not None:
-        return best[0], TIME_UNITS[unit]
+    known_unit = unit_of(best[0]) if best else None
+    if len(best) == 1 and known_unit is not None:
+        return best[0], TIME_UNITS[known_unit]
     if not best:
         limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
-    hint = f"say which: --time-column '{best[0]}{'' if unit else ':ms'}'"
+    hint = f"say which: --time-column '{best[0]}{'' if known_unit else ':ms'}'"
     raise InputError(table.path, f"times {', '.join(best)}", limit, hint)
 
 
