@@ -111,8 +111,8 @@ def gather(
     if held is not None:
         check_agreement(placement, held, measured.num_ranks)
     if holdout is not None and held is not None and (known := _known(held, fitted)) * 2 > held.num_steps:
-        found = f"{known} of {held.num_steps} steps are among those given as --traces"
-        raise InputError("--holdout", found, "steps that the solver did not see")
+        said = f"{known} of {held.num_steps} steps are among those given as --traces"
+        raise InputError("--holdout", said, "steps that the solver did not see")
     before, name = _before(baseline, steps, placement, measured)
     return Inputs(
         placement=placement,
