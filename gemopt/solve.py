@@ -202,8 +202,7 @@ def solve(
                     slots_per_rank = most_slots(held_G, traces.num_layers, traces.num_experts).tolist()
                 slots_G = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
                 check_budget(held_G, slots_G, traces.num_layers, traces.num_experts)
-            policy = _policy(split, moving)
-            senders = Senders.asked_by(senders, policy)
+            policy, senders = _policy(split, senders, moving)
             free = problems(
                 cost, traces, slots_per_rank,
                 node_of_rank=profile.node_of_rank, split=policy, senders=senders, full=full_slots,
@@ -296,14 +295,15 @@ def _check_ranks(profile: Profile, cost: CostModel, *, allow_one_rank: bool) -> 
         raise InputError("cost", f"{len(cost.latencies)} ranks", f"{profile.num_ranks} ranks serve", "fit it for them")
 
 
-def _policy(split: Split | str | None, moving: Moving | None) -> Split:
-    """The split asked for, else that of the placement in force, else even."""
-    if split is None:
-        return Split.EVEN if moving is None else moving.current.split
+def _policy(split: Split | str | None, senders: object, moving: Moving | None) -> tuple[Split, Senders]:
+    """The split asked for, else that of the placement in force, else even; and who sends."""
     try:
-        return Split(split)
+        chosen = Split.EVEN if split is None else Split(split)
     except ValueError:
         raise InputError("split", split, "one of " + ", ".join(Split)) from None
+    if split is None and moving is not None:
+        chosen = moving.current.split
+    return chosen, Senders.asked_by(senders, chosen)
 
 
 def _layers(

@@ -108,7 +108,6 @@ OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "absent phase": (("--phase", "mixed"), "none of the 12 steps"),
     "unknown option": (("--speed", 3), "--speed"),
     "missing warm start": (("--warm-start", "none.json"), "none.json"),
-    "a warm start that is not heeded": (("--solver", "lpt", "--warm-start", "out.json"), "use gem or local-search"),
     "senders of an even split": (("--senders", "uniform"), "the even split does not ask who sends"),
     "a budget for full slots": (
         ("--engine", "sglang", "--memory-budget", 9, "--expert-bytes", 1),
@@ -212,6 +211,13 @@ def test_placements_profiles_and_traces_that_disagree(
     placement.save(tmp_path / "p.json")
     refused(tmp_path, capsys, ("evaluate", tmp_path / "p.json", *inputs), named)
     refused(tmp_path, capsys, ("solve", *inputs, "--warm-start", tmp_path / "p.json"), named)
+
+
+def test_a_warm_start_that_the_solver_would_not_heed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = write_inputs(tmp_path)
+    Placement.contiguous(2, 4, 2).save(tmp_path / "p.json")
+    words = ("solve", *inputs, "--solver", "lpt", "--warm-start", tmp_path / "p.json")
+    refused(tmp_path, capsys, words, "use gem or local-search")
 
 
 def test_a_wrong_placement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
