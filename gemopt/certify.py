@@ -136,10 +136,12 @@ def _with_dual(case: Case, proof: LayerProof, known: Together, duals: dict[str, 
         return proof
     mu_TKE, v_CE = found
     exact = {
-        "mu": np.floor(np.maximum(mu_TKE, 0.0) * UNIT).astype(np.int64),
+        "mu": np.ascontiguousarray(np.floor(np.maximum(mu_TKE, 0.0) * UNIT), np.int64),
         "v": np.round(v_CE * (PS * UNIT)).astype(np.int64),
         "y": np.round(prices(p, mu_TKE, v_CE) * (PS * UNIT)).astype(np.int64),
     }
+    if known.prices_E is not None:
+        exact["pi"] = np.round(known.prices_E * (PS * UNIT)).astype(np.int64)
     over_T = np.maximum(exact["mu"].sum(axis=(1, 2)) - UNIT, 0)
     for t in np.flatnonzero(over_T):
         heaviest = np.unravel_index(exact["mu"][t].argmax(), exact["mu"][t].shape)

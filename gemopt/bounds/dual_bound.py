@@ -32,7 +32,7 @@ ULP = 2.0**-52
 def dual_bound(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> float:
     """Lower bound in microseconds of the weighted makespan of the programme's steps, for any finite multipliers."""
     mu_TKE, v_CE = feasible(p, mu_TKE, v_CE)
-    kappa_CE, pair_CEE, size_CE = _costs(p, mu_TKE, v_CE)
+    kappa_CE, pair_CEE, size_CE = costs(p, mu_TKE, v_CE)
     kappa_CE += 0.5 * np.minimum(pair_CEE, 0.0).sum(axis=2)
     saved = _saved_by_copies(p, mu_TKE, v_CE)
     left_T = p.weights_T - mu_TKE.sum(axis=(1, 2))
@@ -45,10 +45,10 @@ def dual_bound(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> float:
         experts, slots = linear_sum_assignment(cost_EG[:, slot_rank])
         value = float(cost_EG[experts, slot_rank[slots]].sum())
         error = float((size_CE[p.group_G].T * p.factor_G).max(axis=1).sum())
-    return float(fixed + value - saved - _rounding(p, error + abs(fixed)))
+    return float(fixed + value - saved - rounding(p, error + abs(fixed)))
 
 
-def _rounding(p: Programme, size: float) -> float:
+def rounding(p: Programme, size: float) -> float:
     """What rounding takes at most from sums of terms that are `size` in all."""
     terms = p.features_FTE.shape[1] + 4.0 * p.num_experts + 64.0
     return float(ULP * terms * (size + float(p.weights_T @ np.abs(p.floor_T))))
@@ -65,8 +65,11 @@ def feasible(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatA
     return mu * shrink_T[:, None, None], np.maximum(v, 0.0) if p.spare else v
 
 
-def _costs(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """([C, E] kappa without the pairs, [C, E, E] R, [C, E] sums of the absolute values that went into both)."""
+def costs(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """([C, E] kappa without the pairs, [C, E, E] R, [C, E] sums of the absolute values that went into both).
+
+    Of multipliers that are feasible.
+    """
     groups, kinds = p.planes_CKF.shape[:2]
     experts = p.num_experts
     pair_CEE = np.zeros((groups, experts, experts))
@@ -112,19 +115,19 @@ def pair_costs(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> tuple[floa
     """
     assert not p.spare
     mu_TKE, v_CE = feasible(p, mu_TKE, v_CE)
-    kappa_CE, pair_CEE, size_CE = _costs(p, mu_TKE, v_CE)
+    kappa_CE, pair_CEE, size_CE = costs(p, mu_TKE, v_CE)
     alone_GE = kappa_CE[p.group_G] * p.factor_G[:, None]
     prices_G = prices(p, mu_TKE, v_CE)
     left_T = p.weights_T - mu_TKE.sum(axis=(1, 2))
     fixed = float(left_T @ p.floor_T) + float(p.slots_G @ prices_G)
     error = float((size_CE[p.group_G] * p.factor_G[:, None]).max(axis=0).sum()) + p.num_experts * np.abs(prices_G).max()
-    fixed -= _rounding(p, error + abs(fixed))
+    fixed -= rounding(p, error + abs(fixed))
     return fixed, alone_GE - prices_G[:, None], pair_CEE[p.group_G] * p.factor_G[:, None, None]
 
 
 def prices(p: Programme, mu_TKE: FloatArray, v_CE: FloatArray) -> FloatArray:
     """[G] prices in microseconds of a slot of each rank, at which the assignment of `dual_bound` costs what it does."""
-    kappa_CE, pair_CEE, _ = _costs(p, *feasible(p, mu_TKE, v_CE))
+    kappa_CE, pair_CEE, _ = costs(p, *feasible(p, mu_TKE, v_CE))
     kappa_CE += 0.5 * np.minimum(pair_CEE, 0.0).sum(axis=2)
     cost_GE = kappa_CE[p.group_G] * p.factor_G[:, None]
     slot_rank = np.repeat(np.arange(len(p.slots_G)), p.slots_G)

@@ -24,11 +24,15 @@ RISEN = 1000  # iterations after which a layer has gained what it gains fast: 25
 
 @dataclass(eq=False)
 class Together:
-    """What is known: the bound in microseconds, and multipliers (mu [T, K, E], v [C, E]) that prove it."""
+    """What is known: the bound in microseconds, and multipliers (mu [T, K, E], v [C, E]) that prove it.
+
+    prices_E: [E] microseconds, where all contents of ranks were priced with them (`gemopt.solvers.exact.contents`).
+    """
 
     bound_us: float
     programme: Programme | None = None
     multipliers: tuple[FloatArray, FloatArray] | None = None
+    prices_E: FloatArray | None = None
     iterations: int = 0
     looks: list[tuple[int, float]] = field(default_factory=list)
     """(iterations, bound) now and then."""
@@ -67,7 +71,7 @@ def together_bound(
 
     begin, base = time.monotonic(), float(problem.weights_T @ floor_T)
     found = Together(base - TOLERANCE * abs(base))
-    if not _worthwhile(problem, base) or stop[0]:
+    if not worthwhile(problem, base) or stop[0]:
         return found
     found.programme = Programme.of(problem, floor_T)
     search = PrimalDual(found.programme, stop)
@@ -89,7 +93,7 @@ def together_bound(
     return found
 
 
-def _worthwhile(problem: Problem, base: float) -> bool:
+def worthwhile(problem: Problem, base: float) -> bool:
     """Whether experts can share ranks at all, there is something to bound, and copies (if any) share evenly."""
     if problem.spare_slots and problem.split is not Split.EVEN:
         return False

@@ -15,6 +15,8 @@ FEW_COLUMNS = 20_000  # contents of ranks, up to which listing them beats branch
 MOST_COLUMNS = 400_000
 MOST_ENTRIES = 2e8  # columns x steps: latencies looked up when all are priced
 MOST_EXPERTS = 64  # a column is a word of bits
+MOST_PAIRED = 5e7  # contents of ranks that differ, when pairs of experts price them
+MOST_PAIRED_EXPERTS = 256  # numbered in a byte
 
 
 def branches(problem: Problem) -> bool:
@@ -37,6 +39,14 @@ def num_columns(problem: Problem) -> int | None:
     sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
     columns = sum(comb(problem.num_experts, size) for size in sizes if size)
     return columns if columns <= MOST_COLUMNS and columns * problem.num_steps <= MOST_ENTRIES else None
+
+
+def paired(problem: Problem) -> bool:
+    """Whether all contents of ranks can be priced by pairs of experts: several on a rank, none with a copy."""
+    if problem.spare_slots or problem.num_experts > MOST_PAIRED_EXPERTS or problem.slots_per_rank.max() < 2:
+        return False
+    sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
+    return sum(comb(problem.num_experts, size) for size in sizes if size) <= MOST_PAIRED
 
 
 def prover(problem: Problem) -> str | None:

@@ -25,14 +25,16 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Solver, incumbent, within_limits
+from gemopt.solvers.exact.contents import contents_bound
 from gemopt.solvers.search.packing import filled
-from gemopt.solvers.size import provable, prover
+from gemopt.solvers.size import paired, provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
 WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts from
+PAIRED_S = 3.0  # of a layer's share, from which all contents of ranks rise above pairs of experts
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
 
@@ -245,10 +247,14 @@ class Run:
         if layer.bound_us >= target_us or options.expired():
             return
         share_s, left_s = deadline - time.monotonic(), options.remaining
-        with options.alarm() as stop:
-            layer.together = together_bound(
-                layer.problem, layer.floor_T, stop, target_us=target_us, share_s=share_s, left_s=left_s
-            )
+        if share_s >= PAIRED_S and paired(layer.problem):
+            with replace(options, deadline=deadline).alarm() as stop:
+                layer.together = contents_bound(layer.problem, layer.floor_T, stop, target_us)
+        else:
+            with options.alarm() as stop:
+                layer.together = together_bound(
+                    layer.problem, layer.floor_T, stop, target_us=target_us, share_s=share_s, left_s=left_s
+                )
         layer.bound_us = max(layer.bound_us, layer.together.bound_us)
 
     def _search(self, pool: ThreadPoolExecutor, end: float) -> None:

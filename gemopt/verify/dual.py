@@ -55,6 +55,11 @@ def check_dual(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> flo
             if slack(case, int(g), plane, layer.factor[index]) < 0:
                 raise InputError(f"{name}.planes", plane, f"nowhere above the latency of rank {g}")
     fixed = sum(int(left) * int(low) for left, low in zip(UNIT - total_T, case.floors_T, strict=True)) * UNIT**2
+    pi = duals.get(f"pi.{layer.layer_id}")
+    if pi is not None:
+        if pi.shape != (experts,):
+            raise InputError(f"{name}: pi", str(pi.shape), f"a price of each of {experts} experts")
+        return _bound_of_contents(case, layer, mu_TKE, [int(price) for price in pi], slots_C, fixed)
     return _bound(case, layer, mu_TKE, v_CE, price_G, slots_C, fixed)
 
 
@@ -76,11 +81,9 @@ def _slots(case: Case, layer: LayerProof, ranks: IntArray, name: str) -> list[in
     return [each.pop() for each in found]
 
 
-def _bound(
-    case: Case, layer: LayerProof, mu_TKE: IntArray, v_CE: IntArray, price_G: IntArray, slots_C: list[int], fixed: int
-) -> float:
-    """fixed: 2^-72 picoseconds of the steps' floors."""
-    groups, experts = v_CE.shape
+def _pairs(case: Case, layer: LayerProof, mu_TKE: IntArray) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """([C][E] what experts cost alone, [C][E][j < i] what two together cost), in 2^-48 picoseconds."""
+    groups, experts = len(layer.planes), mu_TKE.shape[2]
     together = [[[0] * experts for _ in range(experts)] for _ in range(groups)]
     alone = [[0] * experts for _ in range(groups)]
     for k in range(mu_TKE.shape[1]):
@@ -95,6 +98,33 @@ def _bound(
                     mine = together[c][i]
                     for j in range(i):
                         mine[j] += slope * (product[i][j] + product[j][i])
+    return alone, together
+
+
+def _bound_of_contents(
+    case: Case, layer: LayerProof, mu_TKE: IntArray, pi: list[int], slots_C: list[int], fixed: int
+) -> float:
+    """With prices of experts in 2^-24 picoseconds, and every content of a rank at what it costs."""
+    from gemopt.verify.contents import least_content
+
+    alone, together = _pairs(case, layer, mu_TKE)
+    least: dict[tuple[int, int], int] = {}
+    total = fixed + sum(pi) * UNIT**2
+    for c, factor in zip(layer.group, layer.factor, strict=True):
+        if (c, factor) not in least:
+            mine = [factor * cost - price * UNIT**2 for cost, price in zip(alone[c], pi, strict=True)]
+            pairs = [[factor * cost for cost in row] for row in together[c]]
+            least[c, factor] = least_content(mine, pairs, slots_C[c], f"Certificate.layers[{layer.layer_id}]")
+        total += least[c, factor]
+    return below(Fraction(total, UNIT**3 * PS))
+
+
+def _bound(
+    case: Case, layer: LayerProof, mu_TKE: IntArray, v_CE: IntArray, price_G: IntArray, slots_C: list[int], fixed: int
+) -> float:
+    """fixed: 2^-72 picoseconds of the steps' floors."""
+    groups, experts = v_CE.shape
+    alone, together = _pairs(case, layer, mu_TKE)
     twice = [
         [2 * (alone[c][i] + (slots_C[c] - 1) * int(v_CE[c, i]) * UNIT) for i in range(experts)] for c in range(groups)
     ]

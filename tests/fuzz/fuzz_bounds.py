@@ -8,8 +8,10 @@ import numpy as np
 
 from gemopt.bounds import lower_bound, step_bounds, together_bound
 from gemopt.bounds.colocation import Programme
-from gemopt.bounds.dual_bound import dual_bound, pair_costs
+from gemopt.bounds.dual_bound import dual_bound, feasible, pair_costs
 from gemopt.problem import Problem
+from gemopt.solvers.exact.contents import Contents, contents_bound
+from gemopt.solvers.size import paired
 
 CLOSE = 1e-9
 
@@ -34,10 +36,17 @@ def together_values(problem: Problem, floor_T: np.ndarray, best_us: float, seed:
     yield "together", together_bound(problem, floor_T, stop, target_us=best_us).bound_us
     if not (problem.weights_T > 0).any():
         return
+    if seed % 10 == 0 and paired(problem):  # thousands of iterations
+        yield "contents", contents_bound(problem, floor_T, stop, best_us).bound_us
     for apart in (False, True):
         programme = Programme.of(problem, floor_T, apart=apart)
         for multipliers in (_drawn(rng, programme, best_us), _one_pair(rng, programme, best_us)):
             yield f"dual (apart: {apart})", dual_bound(programme, *multipliers)
+            if paired(problem):
+                mu, v = feasible(programme, *multipliers)
+                priced = Contents.of(programme).price(mu, v[0] + rng.normal(size=len(v[0])) * best_us, 9, stop)
+                assert priced is not None
+                yield f"contents (apart: {apart})", priced.bound_us
 
 
 def _drawn(rng: np.random.Generator, programme: Programme, best_us: float) -> tuple[np.ndarray, np.ndarray]:

@@ -11,14 +11,17 @@ objective.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
-from gemopt.solvers.exact.column_kernels import cut_rows, project, step_columns
+from gemopt.solvers.exact.column_kernels import project, step_columns
 from gemopt.solvers.exact.column_space import IntArray, Space
+
+if TYPE_CHECKING:
+    from gemopt.solvers.exact.contents import Contents
 
 F32 = np.float32
 Floats = NDArray[np.float32]
@@ -34,18 +37,18 @@ SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # of the fixed-point error, and of
 class Master:
     """Columns known so far and where the iteration is."""
 
-    def __init__(self, space: Space, value_us: float) -> None:
+    def __init__(self, space: Space | Contents, value_us: float) -> None:
         self.space, self.unit = space, value_us
         self.weight = max(float(space.problem.weights_T.mean()), 1e-300)  # the unit of multipliers
         self.ids, self.ratio = np.zeros(0, np.int64), F32(1)
         most_T, experts = space.problem.weights_T / self.weight, space.problem.num_experts
         self.z: dict[str, Floats] = {
             "x": np.zeros(0, F32),
-            "mu": np.tile(most_T / experts, (experts, 1)).astype(F32),
+            "mu": np.tile(most_T / (experts * space.planes), (experts, space.planes)).astype(F32),
             "pi": np.zeros(experts, F32),
             "y": np.zeros(len(space.count_K), F32),
         }
-        self.iterations = 0
+        self.image, self.iterations = self.z, 0
         self.cut(space.floor_T[None])
 
     def cut(self, levels_LT: FloatArray) -> None:
@@ -53,8 +56,8 @@ class Master:
         self.levels_LT, steps = levels_LT, len(self.space.problem.weights_T)
         self.ends_LT = np.vstack([levels_LT, np.full((1, steps), HIGHEST * self.unit)])
         self.most_M = np.tile(self.space.problem.weights_T / self.weight, len(levels_LT)).astype(F32)
-        self.most_columns = int(MOST_ROOM / len(self.most_M))
         self.z["mu"] = np.tile(self.z["mu"], (1, len(levels_LT)))
+        self.most_columns = int(MOST_ROOM / self.z["mu"].shape[1])
 
     @property
     def used(self) -> IntArray:
@@ -68,9 +71,8 @@ class Master:
         _, mine, theirs = np.intersect1d(ids, self.ids, assume_unique=True, return_indices=True)
         x[mine] = self.z["x"][theirs]
         self.z["x"], self.ids = x, ids
-        self.parts = np.empty((len(ids), len(self.most_M)), F32)
-        scale = self.weight / self.unit
-        cut_rows(self.space.rows(ids) * scale, self.ends_LT * scale, self.parts)
+        self.parts = self.space.parts(ids, self.ends_LT)
+        self.parts *= F32(self.weight / self.unit)
         self.sets, self.kind = self.space.members(ids), self.space.kind(ids)
         self.sizes = self.space.size_K[self.kind]
         self._scale()
@@ -115,7 +117,8 @@ class Master:
             )  # fmt: skip
             cost *= up
             cost += z["mu"]
-            project(cost, self.most_M, image["mu"])
+            wide = (-1, len(self.most_M))  # planes of a latency share what the multipliers of a step may sum to
+            project(cost.reshape(wide), self.most_M, image["mu"].reshape(wide))
             image["pi"][...] = z["pi"] + up * ratio * (1 - held)
             image["y"][...] = z["y"] + up * ratio * (self.space.count_K.astype(F32) - used)
             self._advance(down, up)

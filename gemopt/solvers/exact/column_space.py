@@ -16,14 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.solvers.exact.column_kernels import Found, price, rows_of
+from gemopt.solvers.exact.column_kernels import Found, cut_rows, price, rows_of
 from gemopt.solvers.exact.tree import Tables, tables_of
 from gemopt.solvers.size import num_columns
 
@@ -71,6 +71,8 @@ class Space:
     size_K: IntArray
     sets: dict[int, NDArray[np.uint8]]
     first_K: IntArray
+
+    planes: ClassVar[int] = 1
 
     @classmethod
     def of(cls, problem: Problem, floor_T: FloatArray) -> Space | None:
@@ -135,6 +137,12 @@ class Space:
             sets = np.ascontiguousarray(members[mine, :size])
             rows_of(self.features_EFT, sets, self.ranks_K[kind[mine]], self.tables, part)
             out[mine] = part
+        return out
+
+    def parts(self, ids: IntArray, ends_LT: FloatArray) -> NDArray[np.float32]:
+        """[n, L T] what the latencies of some columns have between the ends of each level."""
+        out = np.empty((len(ids), (len(ends_LT) - 1) * ends_LT.shape[1]), np.float32)
+        cut_rows(self.rows(ids), ends_LT, out)
         return out
 
     def ids(self, row: IntArray) -> IntArray:
