@@ -29,7 +29,7 @@ Floats = NDArray[np.float32]
 MOST_ROOM = 2e7  # entries of the columns' parts
 POWER_STEPS = 12
 STEP = 0.67  # of the norm of either kind of rows, below the root of a half
-PRIMAL_WEIGHT = 30.0
+PRIMAL_WEIGHT = 12.0
 HIGHEST = 10.0  # times the incumbent's objective: a step that takes longer counts as this
 SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # of the fixed-point error, and of the iterations, at a restart
 
