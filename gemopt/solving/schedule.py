@@ -34,7 +34,8 @@ from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, valu
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
 WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts from
-PAIRED_S = 3.0  # of a layer's share, from which all contents of ranks rise above pairs of experts
+PAIRED_S = 3.0  # of a layer's share, from which all contents of ranks are priced after the co-location bound,
+PAIRS_SHARE = 0.4  # which then has at most this much of it
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
 
@@ -247,14 +248,17 @@ class Run:
         if layer.bound_us >= target_us or options.expired():
             return
         share_s, left_s = deadline - time.monotonic(), options.remaining
-        if share_s >= PAIRED_S and paired(layer.problem):
+        both = share_s >= PAIRED_S and paired(layer.problem)
+        if both:
+            share_s = left_s = PAIRS_SHARE * share_s
+        with replace(options, deadline=time.monotonic() + left_s).alarm() as stop:
+            layer.together = together_bound(
+                layer.problem, layer.floor_T, stop, target_us=target_us, share_s=share_s, left_s=left_s
+            )
+        if both and layer.together.bound_us < target_us:
             with replace(options, deadline=deadline).alarm() as stop:
-                layer.together = contents_bound(layer.problem, layer.floor_T, stop, target_us)
-        else:
-            with options.alarm() as stop:
-                layer.together = together_bound(
-                    layer.problem, layer.floor_T, stop, target_us=target_us, share_s=share_s, left_s=left_s
-                )
+                higher = contents_bound(layer.problem, layer.floor_T, stop, target_us)
+            layer.together = max(layer.together, higher, key=lambda found: found.bound_us)
         layer.bound_us = max(layer.bound_us, layer.together.bound_us)
 
     def _search(self, pool: ThreadPoolExecutor, end: float) -> None:

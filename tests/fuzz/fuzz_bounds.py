@@ -44,9 +44,9 @@ def together_values(problem: Problem, floor_T: np.ndarray, best_us: float, seed:
             yield f"dual (apart: {apart})", dual_bound(programme, *multipliers)
             if paired(problem):
                 mu, v = feasible(programme, *multipliers)
-                priced = Contents.of(programme).price(mu, v[0] + rng.normal(size=len(v[0])) * best_us, 9, stop)
+                priced = Contents.of(programme).price(mu, v[0] + rng.normal(size=len(v[0])) * best_us, stop)
                 assert priced is not None
-                yield f"contents (apart: {apart})", priced.bound_us
+                yield f"contents (apart: {apart})", priced[0]
 
 
 def _drawn(rng: np.random.Generator, programme: Programme, best_us: float) -> tuple[np.ndarray, np.ndarray]:

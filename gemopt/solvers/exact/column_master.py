@@ -71,8 +71,7 @@ class Master:
         _, mine, theirs = np.intersect1d(ids, self.ids, assume_unique=True, return_indices=True)
         x[mine] = self.z["x"][theirs]
         self.z["x"], self.ids = x, ids
-        self.parts = self.space.parts(ids, self.ends_LT)
-        self.parts *= F32(self.weight / self.unit)
+        self.parts = self.space.parts(ids, self.ends_LT, self.weight / self.unit)
         self.sets, self.kind = self.space.members(ids), self.space.kind(ids)
         self.sizes = self.space.size_K[self.kind]
         self._scale()

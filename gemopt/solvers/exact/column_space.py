@@ -139,10 +139,10 @@ class Space:
             out[mine] = part
         return out
 
-    def parts(self, ids: IntArray, ends_LT: FloatArray) -> NDArray[np.float32]:
-        """[n, L T] what the latencies of some columns have between the ends of each level."""
+    def parts(self, ids: IntArray, ends_LT: FloatArray, scale: float) -> NDArray[np.float32]:
+        """[n, L T] `scale` times what the latencies of some columns have between the ends of each level."""
         out = np.empty((len(ids), (len(ends_LT) - 1) * ends_LT.shape[1]), np.float32)
-        cut_rows(self.rows(ids), ends_LT, out)
+        cut_rows(self.rows(ids) * scale, ends_LT * scale, out)
         return out
 
     def ids(self, row: IntArray) -> IntArray:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from math import comb
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,8 @@ from gemopt.solvers.exact.column_master import Master
 
 IntArray = NDArray[np.int64]
 
-ITERATIONS = 30  # of the master between two looks at all contents
+ITERATIONS = 40  # of the master between two looks at all contents
+EXACT = 3  # looks, of which one is a bound
 HELD = 800  # cheapest contents in the master, beside those in use
 FEWEST = 3000  # iterations before it may stop without having risen above the floors
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
@@ -43,15 +44,7 @@ class Half(NamedTuple):
     """Sets of some experts of one half of all: listed [N, size], and as ones [N, experts of that half]."""
 
     sets: NDArray[np.uint8]
-    held: FloatArray
-
-
-class Priced(NamedTuple):
-    """A bound in microseconds and the cheapest contents, with what they cost beyond the least of their kind."""
-
-    bound_us: float
-    ids: IntArray
-    extra_N: FloatArray
+    held: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +115,8 @@ class Contents:
                 first = last
         return out
 
-    def parts(self, ids: IntArray, ends_LT: FloatArray) -> NDArray[np.float32]:
-        """[n, K T] what each plane has above the floors, or below them."""
+    def parts(self, ids: IntArray, ends_LT: FloatArray, scale: float) -> NDArray[np.float32]:
+        """[n, K T] `scale` times what each plane has above the floors, or below them."""
         p, members, kind_N = self.problem, self.members(ids), self.kind(ids)
         out = np.empty((len(ids), self.planes * len(p.weights_T)), np.float32)
         for k in range(len(self.size_K)):
@@ -131,56 +124,59 @@ class Contents:
             loads_FTN = p.features_FTE[:, :, members[mine, : self.size_K[k]]].sum(axis=3)
             planes_KF = p.planes_CKF[self.group_K[k]] * self.factor_K[k]
             times_KTN = planes_KF[:, 0, None, None] + np.tensordot(planes_KF[:, 1:], loads_FTN, 1)
-            out[mine] = (times_KTN - ends_LT[0, :, None]).reshape(-1, len(mine)).T
+            out[mine] = (times_KTN - ends_LT[0, :, None]).reshape(-1, len(mine)).T * scale
         return out
 
-    def price(self, mu_TKE: FloatArray, pi_E: FloatArray, most: int, stop: NDArray[np.uint8]) -> Priced | None:
-        """The bound of feasible multipliers and any prices, and about the cheapest contents; None when stopped."""
-        p, middle = self.problem, self.problem.num_experts // 2
+    def price(
+        self, mu_TKE: FloatArray, pi_E: FloatArray, stop: NDArray[np.uint8], *, exact: bool = True
+    ) -> tuple[float, IntArray] | None:
+        """(bound of feasible multipliers and any prices, about the cheapest contents); None when stopped.
+
+        Not exact: in float32, which is faster and no bound.
+        """
+        p, kind = self.problem, np.float64 if exact else np.float32
         alone_CE, pair_CEE, size_CE = costs(p, mu_TKE, np.zeros((p.num_groups, p.num_experts)))
-        fixed = float((p.weights_T - mu_TKE.sum(axis=(1, 2))) @ p.floor_T) + float(pi_E.sum())
-        size = abs(fixed) + 2 * float(np.abs(pi_E).sum()) * (1 + int(self.count_K.sum()))
-        ids, extras = [], []
+        value = float((p.weights_T - mu_TKE.sum(axis=(1, 2))) @ p.floor_T) + float(pi_E.sum())
+        size = abs(value) + 2 * float(np.abs(pi_E).sum()) * (1 + int(self.count_K.sum()))
+        found = []
         for k, (c, factor) in enumerate(zip(self.group_K, self.factor_K, strict=True)):
             if stop[0]:
                 return None
             alone_E, pair_EE = factor * alone_CE[c] - pi_E, factor * pair_CEE[c]
-            values, found, first = [], [], int(self.first_K[k])
-            for left, right in self.halves[int(self.size_K[k])]:
-                left_A = _inside(left, alone_E[:middle], pair_EE[:middle, :middle])
-                right_B = _inside(right, alone_E[middle:], pair_EE[middle:, middle:])
-                across_AE, ones_A, ones_B = (
-                    left.held @ pair_EE[:middle, middle:],
-                    np.ones(len(left_A)),
-                    np.ones(len(right_B)),
-                )
-                cost_AB = (
-                    np.column_stack([across_AE, left_A, ones_A]) @ np.column_stack([right.held, ones_B, right_B]).T
-                )
-                best_A = cost_AB.argmin(axis=1)
-                values.append(cost_AB[np.arange(len(best_A)), best_A])
-                found.append(first + np.arange(len(best_A)) * len(right.sets) + best_A)
-                first += cost_AB.size
-            value_A = np.concatenate(values)
-            least = float(value_A.min())
-            fixed += int(self.count_K[k]) * least
+            cost_N, ids = self._cheapest(k, alone_E.astype(kind), pair_EE.astype(kind))
+            least = float(cost_N.min())
+            value += int(self.count_K[k]) * least
             size += int(self.count_K[k]) * (factor * float(size_CE[c].sum()) + abs(least))
-            cheapest = np.argsort(value_A)[: most // len(self.size_K) + 1]
-            ids.append(np.concatenate(found)[cheapest])
-            extras.append(value_A[cheapest] - least)
-        return Priced(fixed - rounding(p, size), np.concatenate(ids), np.concatenate(extras))
+            found.append(ids[np.argsort(cost_N)[: HELD // len(self.size_K) + 1]])
+        return value - rounding(p, size) if exact else -np.inf, np.concatenate(found)
+
+    def _cheapest(self, k: int, alone_E: NDArray[Any], pair_EE: NDArray[Any]) -> tuple[NDArray[Any], IntArray]:
+        """(cost, number) of the cheapest content of kind k with each left half."""
+        middle, first = len(alone_E) // 2, int(self.first_K[k])
+        parts, ids = [], []
+        for left, right in self.halves[int(self.size_K[k])]:
+            left_AE, right_BE = left.held.astype(alone_E.dtype), right.held.astype(alone_E.dtype)
+            left_A = _inside(left_AE, alone_E[:middle], pair_EE[:middle, :middle])
+            right_B = _inside(right_BE, alone_E[middle:], pair_EE[middle:, middle:])
+            across_AE = np.column_stack([left_AE @ pair_EE[:middle, middle:], left_A, np.ones_like(left_A)])
+            cost_AB = across_AE @ np.column_stack([right_BE, np.ones_like(right_B), right_B]).T
+            best_A = cost_AB.argmin(axis=1)
+            parts.append(cost_AB[np.arange(len(best_A)), best_A])
+            ids.append(first + np.arange(len(best_A)) * len(right.sets) + best_A)
+            first += cost_AB.size
+        return np.concatenate(parts), np.concatenate(ids)
 
 
 def _half(experts: range, size: int) -> Half:
     sets = np.array(list(combinations(experts, size)), np.uint8).reshape(comb(len(experts), size), size)
-    held = np.zeros((len(sets), len(experts)))
+    held = np.zeros((len(sets), len(experts)), np.float32)
     np.put_along_axis(held, sets.astype(np.int64) - experts.start, 1.0, axis=1)
     return Half(sets, held)
 
 
-def _inside(half: Half, alone_E: FloatArray, pair_EE: FloatArray) -> FloatArray:
-    """[N] cost of the experts of a half alone and with one another."""
-    return np.asarray(half.held @ alone_E + 0.5 * ((half.held @ pair_EE) * half.held).sum(axis=1))
+def _inside(held_NE: NDArray[Any], alone_E: NDArray[Any], pair_EE: NDArray[Any]) -> NDArray[Any]:
+    """[N] cost of the experts of sets alone and with one another."""
+    return np.asarray(held_NE @ alone_E + ((held_NE @ pair_EE) * held_NE).sum(axis=1) / 2)
 
 
 def contents_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8], target_us: float) -> Together:
@@ -198,17 +194,20 @@ def contents_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8
         mu_TKE = mu[0].reshape(problem.num_experts, space.planes, -1).transpose(2, 1, 0)
         mu_TKE, v_CE = feasible(found.programme, mu_TKE, np.zeros((space.problem.num_groups, problem.num_experts)))
         pi_E = np.nan_to_num(pi_E + space.floor_T @ mu_TKE.sum(axis=1), nan=0.0, posinf=0.0, neginf=0.0)
-        priced = space.price(mu_TKE, pi_E, HELD, stop)
+        exact = master.iterations % (EXACT * ITERATIONS) == 0
+        priced = space.price(mu_TKE, pi_E, stop, exact=exact)
         if priced is None:
             break
-        if priced.bound_us > found.bound_us:
-            found.bound_us, found.multipliers, found.prices_E = priced.bound_us, (mu_TKE, v_CE), pi_E
+        bound_us, cheapest = priced
+        if bound_us > found.bound_us:
+            found.bound_us, found.multipliers, found.prices_E = bound_us, (mu_TKE, v_CE), pi_E
         found.iterations = master.iterations
-        found.looks.append((master.iterations, found.bound_us))
-        found.seconds.append(time.monotonic() - begin)
-        if found.bound_us >= unit * (1 - TOLERANCE) or _stalled(found, unit):
-            break
-        master.hold(np.concatenate([master.used, priced.ids]))
+        if exact:
+            found.looks.append((master.iterations, found.bound_us))
+            found.seconds.append(time.monotonic() - begin)
+            if found.bound_us >= unit * (1 - TOLERANCE) or _stalled(found, unit):
+                break
+        master.hold(np.concatenate([master.used, cheapest]))
         master.iterate(ITERATIONS, stop)
     return found
 
