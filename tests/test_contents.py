@@ -68,6 +68,10 @@ def test_every_content_is_priced(experts: int, slots: list[int]) -> None:
             )
         assert priced[0] == pytest.approx(expected, rel=1e-9)
         members = space.members(priced[1])
+        parts = space.parts(priced[1][:1], programme.floor_T[None], 2.0)
+        loads_T = programme.features_FTE[0][:, members[0, : space.size_K[0]]].sum(axis=1)
+        a, b = programme.planes_CKF[space.group_K[0], 0] * space.factor_K[0]
+        assert parts[0, : problem.num_steps] == pytest.approx(2 * (a + b * loads_T - programme.floor_T), rel=1e-5)
         assert all(
             len(set(row[:n].tolist())) == n for row, n in zip(members, space.size_K[space.kind(priced[1])], strict=True)
         )

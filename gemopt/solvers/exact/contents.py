@@ -124,7 +124,7 @@ class Contents:
             loads_FTN = p.features_FTE[:, :, members[mine, : self.size_K[k]]].sum(axis=3)
             planes_KF = p.planes_CKF[self.group_K[k]] * self.factor_K[k]
             times_KTN = planes_KF[:, 0, None, None] + np.tensordot(planes_KF[:, 1:], loads_FTN, 1)
-            out[mine] = (times_KTN - ends_LT[0, :, None]).reshape(-1, len(mine)).T * scale
+            out[mine] = (times_KTN - ends_LT[0, :, None]).reshape(out.shape[1], len(mine)).T * scale
         return out
 
     def price(
