@@ -63,6 +63,8 @@ class Options:
     stop: Callable[[], bool] = field(default=lambda: False)
     begun: object = None
     """`Outcome.search` of an earlier call on the same problem, for the solver to go on from."""
+    start_by: float = -np.inf
+    """Until when a greedy start that takes longer may be made, though the deadline is over."""
 
     @classmethod
     def lasting(cls, seconds: float) -> Options:
@@ -72,6 +74,10 @@ class Options:
     def expired(self) -> bool:
         """Whether the time is over or the user interrupted."""
         return time.monotonic() >= self.deadline or self.stop()
+
+    def may_start(self) -> bool:
+        """Whether there is time for a greedy start that takes longer than the quickest."""
+        return not self.stop() and time.monotonic() < max(self.deadline, self.start_by)
 
     def exhausted(self, idle: int) -> bool:
         """Whether so many tries in a row without improvement are enough."""

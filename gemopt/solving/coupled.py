@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
@@ -11,13 +12,15 @@ import numpy as np
 from gemopt.bounds.links import links_bound
 from gemopt.evaluate import rank_times
 from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.latency import FloatArray
 from gemopt.links import Exchange, Links
+from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Row
 from gemopt.solvers.exact.joint import check_stated
 from gemopt.solving.layers import Coupling, Layer
-from gemopt.solving.schedule import Run
+from gemopt.solving.schedule import SCORE_SHARE, Run
 from gemopt.topology import Topology
 from gemopt.traces import Traces
 
@@ -30,32 +33,40 @@ def go_coupled(run: Run, links: Links) -> float:
     On return every layer has its answer, and the run its `coupling`. Solvers that do not heed links are only scored
     with them.
     """
-    limit, heeds = run.time_limit, run.solver.supports.links
+    limit, heeds, begin = run.time_limit, run.solver.supports.links, time.monotonic()
+    problems = [layer.problem for layer in run.layers]
     if heeds and run.exact:
-        check_stated(run.solver.name, [layer.problem for layer in run.layers], links)
-    run.time_limit = LAYER_SHARE * limit if heeds else limit
+        check_stated(run.solver.name, problems, links)
+    base_L, bound_L = _base(problems, links), links_bound(problems, links)
+    now = time.monotonic()
+    kept = min(SCORE_SHARE * limit, 2 * (now - begin))  # to count what is found last, and what the answer then is
+    left = max(0.0, run.clock + limit - kept - now)
+    run.time_limit = now - run.clock + (LAYER_SHARE if heeds else 1.0) * left
     run.go()
     run.time_limit = limit
-    problems = [layer.problem for layer in run.layers]
-    base = [get("linear").solve(problem, Options(deadline=np.inf), None).row for problem in problems]
-    base_rows = [row for row in base if row is not None]
-    base_L = np.zeros(len(problems))
-    if len(base_rows) == len(problems):
-        makespan_TL = np.stack([rank_times(p, row).max(axis=1) for p, row in zip(problems, base_rows, strict=True)], 1)
-        sent = links.communication(base_rows, problems[0].slots_per_rank)
-        base_L = sent.exposed(makespan_TL, overlap=links.exchange.overlap).sum(axis=0)
-    run.coupling = Coupling(links, links_bound(problems, links), base_L)
-    return _together(run, links) if heeds else 0.0
+    run.coupling = Coupling(links, bound_L, base_L)
+    return _together(run, links, run.clock + limit - kept) if heeds else 0.0
 
 
-def _together(run: Run, links: Links) -> float:
+def _base(problems: Sequence[Problem], links: Links) -> FloatArray:
+    """[L] microseconds that the links add to contiguous placement."""
+    found = [get("linear").solve(problem, Options(deadline=np.inf), None).row for problem in problems]
+    rows = [row for row in found if row is not None]
+    if len(rows) < len(problems):
+        return np.zeros(len(problems))
+    makespan_TL = np.stack([rank_times(p, row).max(axis=1) for p, row in zip(problems, rows, strict=True)], 1)
+    sent = links.communication(rows, problems[0].slots_per_rank)
+    return np.asarray(sent.exposed(makespan_TL, overlap=links.exchange.overlap).sum(axis=0))
+
+
+def _together(run: Run, links: Links, deadline: float) -> float:
     """The search over all layers, from what each found alone; returns what it proved of the total."""
     rows = [layer.outcome.row for layer in run.layers if layer.outcome is not None and layer.outcome.row is not None]
     if len(rows) < len(run.layers) or run.coupling is None:
         return 0.0
     problems = [layer.problem for layer in run.layers]
     options = Options(
-        deadline=run.clock + run.time_limit,
+        deadline=deadline,
         gap=run.gap,
         seed=run.layers[0].seed,
         threads=run.threads,

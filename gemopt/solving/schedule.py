@@ -201,9 +201,9 @@ class Run:
     def _start(self, layer: Layer, deadline: float) -> None:
         """What there is without any search, so that every layer has something however short the time."""
         self._base(layer)
-        self._answer(layer, -np.inf)
+        self._answer(layer, -np.inf, start_by=deadline)
 
-    def _answer(self, layer: Layer, deadline: float) -> None:
+    def _answer(self, layer: Layer, deadline: float, *, start_by: float = -np.inf) -> None:
         """A first answer: one descent, or what an exact solver was given to start from."""
         if layer.warm is not None and self.exact and within_limits(layer.problem, layer.warm):
             value = total(layer.problem, layer.warm)
@@ -211,7 +211,7 @@ class Run:
             return
         solver = get("local-search") if self.solver.supports.proves else self.solver
         patience = DEFAULT_PATIENCE if self.exact else 0
-        options = replace(self._options(layer, deadline), patience=patience)
+        options = replace(self._options(layer, deadline), patience=patience, start_by=start_by)
         layer.outcome = _full(layer, solver.solve(layer.problem, options, layer.warm))
 
     def _base(self, layer: Layer) -> None:

@@ -35,7 +35,7 @@ class Best:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a call on another machine goes on from: neither this call's options nor what is made anew."""
-        return {name: value for name, value in vars(self).items() if name not in ("options", "stop", "costs")}
+        return {name: value for name, value in vars(self).items() if name not in ("options", "stop", "costs", "hulls")}
 
     @cached_property
     def costs(self) -> Costs:

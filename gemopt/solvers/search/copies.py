@@ -16,97 +16,113 @@ from gemopt.solvers.search.shares import (
     leaving,
     list_affected,
     list_change,
+    make_change,
     make_search,
     refresh,
     share_of,
-    time_of,
 )
-from gemopt.solvers.search.state import Array, Costs, Number, State, bar_clashes, freed, rank_of, rank_times
+from gemopt.solvers.search.state import Array, Costs, State, bar_clashes, freed, rank_of, rank_times
 from gemopt.solvers.search.terms import Terms, moved_into, moves_of, permitted
 
 TRIED = 8  # experts for each slot
 
 
 @njit(cache=True, nogil=True)
-def time_after(costs: Costs, state: State, shares: Shares, change: Change, rank: int, t: int, loads_F: Array) -> Number:
-    """Latency of a rank at a step after a change."""
-    for f in range(loads_F.shape[0]):
-        loads_F[f] = state.loads[rank, f, t]
-    for c in range(change.size[0]):
-        p = change.slots[c]
-        if state.starts[rank] <= p < state.starts[rank + 1]:
-            for f in range(loads_F.shape[0]):
-                loads_F[f] += share_of(shares, change, c, f, t) - state.items[p, f, t]
-    return time_of(costs, rank, loads_F)
+def times_after(
+    costs: Costs, state: State, shares: Shares, change: Change, search: Search, n: int, steps_N: Array
+) -> Array:
+    """[N] latencies of the n-th rank that a change affects, after it, at some steps."""
+    rank, row, size = search.affected[n], search.row[n], len(steps_N)
+    loads_FN, after_N = search.loads[:, :size], search.after[:size]
+    for f in range(loads_FN.shape[0]):
+        load_T = state.loads[rank, f]
+        for k in range(size):
+            loads_FN[f, k] = load_T[steps_N[k]]
+    while row >= 0:
+        for f in range(loads_FN.shape[0]):
+            item_T = state.items[change.slots[row], f]
+            for k in range(size):
+                loads_FN[f, k] += share_of(shares, change, row, f, steps_N[k]) - item_T[steps_N[k]]
+        row = change.after[row]
+    rank_times(costs, rank, loads_FN, after_N)
+    return after_N
 
 
 @njit(cache=True, nogil=True)
 def least_cost(
-    costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, goal: float, loads_F: Array
+    costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, goal: float
 ) -> float:
-    """What the makespans after a change cost at least, from the present `goal` on.
+    """What the makespans after a change cost at least, from the present `goal` on; fills `worst` with them.
 
-    Each step costs at least what its slowest rank of now takes afterwards, and only where that rank is affected is it
+    Each step takes at least what its slowest rank of now takes afterwards, and only where that rank is affected is it
     not what it takes now; nor less than its second, where that one is not affected.
     """
+    search.worst[:] = search.slowest[0]
     for n in range(count):
         rank = search.affected[n]
-        for k in range(search.first[rank], search.first[rank + 1]):
-            t = search.order[k]
-            after = time_after(costs, state, shares, change, rank, t, loads_F)
+        steps_N = search.order[search.first[rank] : search.first[rank + 1]]
+        if len(steps_N) == 0:
+            continue
+        after_N = times_after(costs, state, shares, change, search, n, steps_N)
+        for k in range(len(steps_N)):
+            t, after = steps_N[k], after_N[k]
             if search.ranks[1, t] >= 0 and search.group[search.ranks[1, t]] < 0:
                 after = max(after, search.slowest[1, t])
             goal += np.float64((after - search.slowest[0, t]) * state.weights[t])
+            search.worst[t] = after
     return goal
 
 
 @njit(cache=True, nogil=True)
-def slowest_unaffected(state: State, search: Search, t: int) -> Number:
-    """Latency of the slowest rank at a step that a change leaves alone."""
-    for k in range(3):
-        rank = search.ranks[k, t]
-        if rank < 0:
-            return np.float32(-1e30)
-        if search.group[rank] < 0:
-            return search.slowest[k, t]
-    worst = np.float32(-1e30)
-    for g in range(state.times.shape[0]):
-        if search.group[g] < 0:
-            worst = max(worst, state.times[g, t])
-    return worst
+def raise_to_unaffected(state: State, search: Search, lo: int, hi: int) -> None:
+    """Raise `worst` to the slowest rank that a change leaves alone, from one step up to another."""
+    for t in range(lo, hi):
+        k = 0
+        while k < 3 and search.ranks[k, t] >= 0 and search.group[search.ranks[k, t]] >= 0:
+            k += 1
+        if k < 3:
+            search.worst[t] = max(search.worst[t], search.slowest[k, t])
+            continue
+        for g in range(state.times.shape[0]):
+            if search.group[g] < 0:
+                search.worst[t] = max(search.worst[t], state.times[g, t])
 
 
 @njit(cache=True, nogil=True)
 def change_cost(
-    costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, price: float, loads_F: Array
+    costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, least: float, price: float
 ) -> float:
-    """Weighted makespan after the change, or infinity as soon as a limit is reached with the price of its moves."""
+    """Weighted makespan after the change, or infinity as soon as a limit is reached with the price of its moves.
+
+    `worst` holds what every step takes at least, in all `least`: see `least_cost`.
+    """
     steps, cost = state.times.shape[1], 0.0
     for block in range(search.limits.shape[0]):
-        for t in range(block * BLOCK, min(steps, (block + 1) * BLOCK)):
-            worst = slowest_unaffected(state, search, t)
-            for n in range(count):
-                worst = max(worst, time_after(costs, state, shares, change, search.affected[n], t, loads_F))
-            cost += np.float64(worst * state.weights[t])
-        if cost + price >= search.limits[block]:
-            return np.inf
+        lo, hi, part = block * BLOCK, min(steps, (block + 1) * BLOCK), 0.0
+        for t in range(lo, hi):
+            least -= np.float64(search.worst[t] * state.weights[t])
+        raise_to_unaffected(state, search, lo, hi)
+        for n in range(count):  # those that get load are the first
+            after_N, part = times_after(costs, state, shares, change, search, n, search.steps[lo:hi]), 0.0
+            for t in range(lo, hi):
+                search.worst[t] = max(search.worst[t], after_N[t - lo])
+                part += np.float64(search.worst[t] * state.weights[t])
+            so_far = cost + part + price
+            if so_far >= search.limits[block] or so_far + least >= search.limits[-1]:
+                return np.inf
+        cost += part
     return cost
 
 
 @njit(cache=True, nogil=True)
 def cost_after(
-    costs: Costs, state: State, shares: Shares, change: Change, search: Search, current: float, price: float,
-    loads_F: Array,
-) -> float:  # fmt: skip
+    costs: Costs, state: State, shares: Shares, change: Change, search: Search, current: float, price: float
+) -> float:
     """Weighted makespan after the change, or infinity where it does not pay with the price of its moves."""
-    count = list_affected(state, search, change)
-    cost = current
-    if 2 * count < state.times.shape[0]:  # else it takes as long as the cost itself
-        cost = least_cost(costs, state, shares, change, search, count, current, loads_F)
-    if cost + price < search.limits[-1] or 2 * count >= state.times.shape[0]:
-        cost = change_cost(costs, state, shares, change, search, count, price, loads_F)
-    else:
-        cost = np.inf
+    count, cost = list_affected(state, search, change), np.inf
+    least = least_cost(costs, state, shares, change, search, count, current)
+    if least + price < search.limits[-1]:
+        cost = change_cost(costs, state, shares, change, search, count, least, price)
     for n in range(count):
         search.group[search.affected[n]] = -1
     return cost
@@ -115,8 +131,8 @@ def cost_after(
 @njit(cache=True, nogil=True)
 def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> None:
     """Carry the change out."""
-    slot, expert = change.slots[0], change.experts[0]
-    rank, old = rank_of(state, slot), state.content[slot]
+    slot, old, expert = change.slots[0], change.experts[0], change.experts[1]
+    rank = rank_of(state, slot)
     if old >= 0:
         state.barred[rank, old] -= 1
     if expert >= 0:
@@ -177,12 +193,7 @@ def improve_copies(
 
     candidates: experts worth another copy. With `racing` a change is given up once it costs more so far than now.
     """
-    size = 2 * state.times.shape[0] + 2
-    change = Change(
-        np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64),
-        np.zeros(1, np.int64),
-    )  # fmt: skip
-    loads_F, search = np.empty(state.items.shape[1], np.float32), make_search(state)
+    search, change = make_search(state), make_change(state)
     experts, gains = np.empty(TRIED, np.int64), np.empty(TRIED, np.float64)
     moved_G, made, first = moved_into(state, terms), 0, 0 if shares.full else -1
     current = refresh(costs, state, shares, search, epsilon, racing)
@@ -193,8 +204,8 @@ def improve_copies(
         count = promising(state, search, p, candidates, first, terms, moved_G, epsilon * current, experts, gains)
         for n in range(count):
             added = moves_of(terms, rank, experts[n]) - moves_of(terms, rank, old)
-            list_change(state, search, p, experts[n], change)
-            cost = cost_after(costs, state, shares, change, search, current, terms.price * added, loads_F)
+            list_change(state, shares, search, p, experts[n], change)
+            cost = cost_after(costs, state, shares, change, search, current, terms.price * added)
             if cost + terms.price * added < current * (1.0 - epsilon):
                 apply_change(costs, state, shares, change)
                 moved_G[rank] += added
@@ -207,20 +218,11 @@ def improve_copies(
 @njit(cache=True, nogil=True)
 def removal_costs(costs: Costs, state: State, shares: Shares, search: Search, cost_P: Array) -> None:
     """Fill `cost_P` with the weighted makespan when a slot's copy is gone; infinity where it is the only one."""
-    size = 2 * state.times.shape[0] + 2
-    change = Change(
-        np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64),
-        np.zeros(1, np.int64),
-    )  # fmt: skip
-    loads_F = np.empty(state.items.shape[1], np.float32)
-    refresh(costs, state, shares, search, 0.0, False)
+    change = make_change(state)
+    current = refresh(costs, state, shares, search, 0.0, False)
     search.limits[:] = np.inf
     for p in range(state.content.shape[0]):
         cost_P[p] = np.inf
-        if state.content[p] < 0 or search.copies[state.content[p]] < 2:
-            continue
-        list_change(state, search, p, -1, change)
-        count = list_affected(state, search, change)
-        cost_P[p] = change_cost(costs, state, shares, change, search, count, 0.0, loads_F)
-        for n in range(count):
-            search.group[search.affected[n]] = -1
+        if state.content[p] >= 0 and search.copies[state.content[p]] > 1:
+            list_change(state, shares, search, p, -1, change)
+            cost_P[p] = cost_after(costs, state, shares, change, search, current, 0.0)

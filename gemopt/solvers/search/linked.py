@@ -57,6 +57,9 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
     problems = [settled(problem, row) for problem, row in zip(problems, rows, strict=True)]
     value = linked_total(problems, rows, links)
     found = Linked(list(rows), value, StoppedBy.ITERATIONS, [incumbent(value)])
+    if options.expired():
+        found.stopped_by = options.cut_by
+        return found
     sample = _sampled(problems, links, options.seed)
     copies = problems[0].spare_slots > 0
     deadline = time.monotonic() + (SWAP_SHARE if copies else 1.0) * options.remaining
@@ -76,16 +79,17 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
                 search = _Layers(some, some_links, start, stop)
                 search.settle()
                 start = search.rows()
-                if some is problems or len(some[0].counts_TE) == len(problems[0].counts_TE):
+                if stop[0] or some is problems or len(some[0].counts_TE) == len(problems[0].counts_TE):
                     break
             _offer(found, problems, links, start)
     if copies and not options.expired():
         changed = search_copies(problems, links, found.rows, options)
         _offer(found, problems, links, changed)
-        with options.alarm() as stop:
-            search = _Layers(problems, links, changed, stop)
-            search.settle()
-        _offer(found, problems, links, search.rows())
+        if not options.expired():
+            with options.alarm() as stop:
+                search = _Layers(problems, links, changed, stop)
+                search.settle()
+            _offer(found, problems, links, search.rows())
     if options.expired():
         found.stopped_by = options.cut_by
     return found
@@ -138,10 +142,7 @@ class _Layers:
     def __init__(self, problems: Sequence[Problem], links: Links, rows: Rows, stop: NDArray[np.uint8]) -> None:
         self.problems, self.links, self.stop = problems, links, stop
         self.costs: list[Costs] = [make_costs(problem) for problem in problems]
-        self.states: list[State] = [
-            make_state(problem, row, costs, stop)
-            for problem, row, costs in zip(problems, rows, self.costs, strict=True)
-        ]
+        self.states: dict[int, State] = {}
         self.item_LP = [np.where(row != EMPTY, np.arange(len(row)), -1) for row in rows]
         self.rank_LQ = [problem.rank_of_slot.astype(np.int32) for problem in problems]
         self.begun, self.made = rows, {0: self._streams(rows, 0)}
@@ -174,7 +175,13 @@ class _Layers:
 
     def rows(self) -> Rows:
         """The rows at present."""
-        return [state.content.copy() for state in self.states]
+        return [self.states[n].content.copy() if n in self.states else row.copy() for n, row in enumerate(self.begun)]
+
+    def state(self, layer: int) -> State:
+        """The state of a layer, made when it is first looked at."""
+        if layer not in self.states:
+            self.states[layer] = make_state(self.problems[layer], self.begun[layer], self.costs[layer], self.stop)
+        return self.states[layer]
 
     def settle(self, *, compute: float = 1.0) -> None:
         """Sweeps over all layers until one takes next to nothing."""
@@ -187,7 +194,7 @@ class _Layers:
 
     def layer(self, layer: int, *, compute: float = 1.0) -> int:
         """Swaps of one layer."""
-        state, problem = self.states[layer], self.problems[layer]
+        state, problem = self.state(layer), self.problems[layer]
         steps, later = problem.num_steps, self.links.coupled and layer + 1 < len(self.problems)
         second = self.streams(layer)[1] if self.links.coupled else self.nothing
         after = self.streams(layer + 1)[0] if later else self.nothing
@@ -195,7 +202,7 @@ class _Layers:
         makespan_T, combine_T = none_T, np.zeros(steps)
         if later:
             makespan_T = np.empty(steps, np.float32)
-            slowest(self.states[layer + 1], -1, -1, makespan_T)
+            slowest(self.state(layer + 1), -1, -1, makespan_T)
             combine_T = self.streams(layer + 1)[1].times
         price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
         streams = (self.streams(layer)[0], second, after)

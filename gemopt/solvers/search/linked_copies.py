@@ -34,6 +34,8 @@ def search_copies(problems: Sequence[Problem], links: Links, rows: list[Row], op
 
 def _better(problems: Sequence[Problem], links: Links, rows: list[Row], layer: int, options: Options) -> Row | None:
     """The first change of a layer that lowers its cost, and that of the next layer where senders follow experts."""
+    if options.expired():
+        return None
     touched = range(layer, min(layer + 1 + links.coupled, len(rows)))
     goal = sum(_cost(problems, links, rows, n) for n in touched) * (1 - EPSILON)
     for row in _changes(problems[layer], rows[layer]):

@@ -8,6 +8,7 @@ objective says so. Descents end with the deadline; what was cut goes on where it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,7 +58,7 @@ class LocalSearch:
             return search_policy(problem, options, warm_start, self.solve)
         search = options.begun
         if not isinstance(search, _Search) or search.problem is not problem:
-            search = _Search(problem, _starts(problem) if warm_start is None else [_completed(problem, warm_start)])
+            search = _Search(problem, warm_start)
         search.options = options
         with options.alarm() as search.stop:
             search.descend_from_starts()
@@ -67,15 +68,11 @@ class LocalSearch:
         return Outcome(search.row, stopped_by, history=search.history, note=note, reached=reached, search=search)
 
 
-def _starts(problem: Problem) -> list[Row]:
-    """Speed-weighted LPT, with spare slots empty and, where there are any, full of copies; the better one first."""
-    starts = [lpt_row(problem)]
-    if problem.spare_slots:
-        copies_E = replicate(peak_load(problem), problem.slots_per_rank)
-        ruled = problem.rules is not None
-        starts.append(filled(problem, starts[0]) if ruled else lpt_row(problem, copies_E=copies_E))
-        starts.sort(key=lambda row: objective(problem, row))
-    return [_completed(problem, row) for row in starts]
+def _with_copies(problem: Problem, row: Row) -> Row:
+    """Speed-weighted LPT with spare slots full of copies; under rules, the row given with copies in its empty slots."""
+    if problem.rules is not None:
+        return filled(problem, row)
+    return lpt_row(problem, copies_E=replicate(peak_load(problem), problem.slots_per_rank))
 
 
 def _completed(problem: Problem, row: Row) -> Row:
@@ -85,14 +82,22 @@ def _completed(problem: Problem, row: Row) -> Row:
 class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and the starts still to descend from.
 
-    searched: whether any descent began. stop: [1] see `Options.alarm`.
+    searched: whether any descent began. stop: [1] see `Options.alarm`. greedy: whether the start with copies is still
+    to be made, which takes longer than the one without.
     """
 
-    def __init__(self, problem: Problem, starts: list[Row]) -> None:
+    def __init__(self, problem: Problem, warm_start: Row | None) -> None:
         super().__init__(problem)
-        self.starts = starts
-        for start in starts:
-            self.offer(start)
+        self.greedy = warm_start is None and problem.spare_slots > 0
+        self.starts = [_completed(problem, lpt_row(problem) if warm_start is None else warm_start)]
+        self.offer(self.starts[0])
+
+    @cached_property
+    def hulls(self) -> Costs | None:
+        """Convex hulls of the latencies, where a descent on them is quicker and they are not the latencies."""
+        from gemopt.solvers.search.state import hull_costs
+
+        return hull_costs(self.problem) if self.costs.use_tables else None
 
     def state(self, row: Row, costs: Costs | None = None) -> State:
         """State of a row that ends with this call's time."""
@@ -106,6 +111,10 @@ class _Search(Best):
 
     def descend_from_starts(self) -> None:
         """Descend from every start that no call before had the time for; one that was cut is gone on from."""
+        if self.greedy and self.options.may_start():
+            copied = _completed(self.problem, _with_copies(self.problem, self.starts[0]))
+            self.starts.insert(0 if self.offer(copied) else 1, copied)  # the better one first
+            self.greedy = False
         while self.starts and not self.options.expired():
             self.searched = True
             reached = self._descend(self.starts[0])
@@ -113,24 +122,23 @@ class _Search(Best):
 
     def _descend(self, start: Row) -> Row:
         """Descend on the hulls, then on the latencies, then over copies until nothing helps; where that ended."""
-        from gemopt.solvers.search.state import hull_costs
         from gemopt.solvers.search.swaps import descend
 
         problem, ranks, row = self.problem, np.ones(self.problem.num_ranks, dtype=bool), start
-        hulls = hull_costs(problem) if self.costs.use_tables else None
-        if hulls is not None:
-            state = self.state(start, hulls)
-            descend(hulls, state, ranks, False)
-            self.offer(state.content)
-            row = state.content if objective(problem, state.content) < objective(problem, start) else start
-            if objective(problem, row) > HOPELESS * self.value:  # what another start led to
+        if self.hulls is not None:
+            state = self.state(start, self.hulls)
+            descend(self.hulls, state, ranks, False)
+            value, before = objective(problem, state.content), objective(problem, start)
+            self.keep(state.content, value)
+            row = state.content if value < before else start
+            if min(value, before) > HOPELESS * self.value:  # what another start led to
                 return row
         state = self.state(row)
         descend(self.costs, state, ranks, True)
         self.offer(state.content)
-        return self._with_copies(state.content) if problem.spare_slots else state.content
+        return self._over_copies(state.content) if problem.spare_slots else state.content
 
-    def _with_copies(self, row: Row) -> Row:
+    def _over_copies(self, row: Row) -> Row:
         from gemopt.solvers.search.copies import improve_copies
         from gemopt.solvers.search.shares import make_shares
         from gemopt.solvers.search.swaps import EPSILON, descend

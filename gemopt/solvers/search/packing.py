@@ -35,10 +35,11 @@ def replicate(weight_E: FloatArray, slots_G: Row) -> Row:
     """
     copies = np.ones(len(weight_E), dtype=np.int64)
     open_experts = np.ones(len(weight_E), dtype=bool)
+    room_E = _room(slots_G, len(weight_E))
     while copies.sum() < slots_G.sum() and open_experts.any():
         hottest = np.where(open_experts, weight_E / copies, -1.0).argmax()
         copies[hottest] += 1
-        if not placeable(copies, slots_G):  # more copies of others cannot make room
+        if not _fit(copies, room_E):  # more copies of others cannot make room
             copies[hottest] -= 1
             open_experts[hottest] = False
     return copies
@@ -91,9 +92,16 @@ def filled(problem: Problem, row: Row) -> Row:
 
 def placeable(copies_E: Row, slots_G: Row) -> bool:
     """Whether so many copies fit on different ranks each (Gale and Ryser): no k experts need more than k per rank."""
-    needed = np.cumsum(np.sort(copies_E)[::-1])
-    room = np.cumsum((slots_G[None] >= np.arange(1, len(copies_E) + 1)[:, None]).sum(axis=1))
-    return bool((needed <= room).all())
+    return _fit(copies_E, _room(slots_G, len(copies_E)))
+
+
+def _room(slots_G: Row, experts: int) -> Row:
+    """[E] slots that the first 1, 2, ... experts can use, one on each rank."""
+    return np.asarray(np.cumsum((slots_G[None] >= np.arange(1, experts + 1)[:, None]).sum(axis=1)))
+
+
+def _fit(copies_E: Row, room_E: Row) -> bool:
+    return bool((np.cumsum(np.sort(copies_E)[::-1]) <= room_E).all())
 
 
 def pack(items: Row, weight_GI: FloatArray, offset_G: FloatArray, slots_G: Row) -> Row:

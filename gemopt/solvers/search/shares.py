@@ -27,13 +27,21 @@ class Shares(NamedTuple):
 
 
 class Change(NamedTuple):
-    """Slots whose load changes: expert, copies and position among them afterwards; `size[0]` of the rows are in use."""
+    """Slots whose load changes: the first gets another expert, so that all copies of both share anew.
+
+    slots, sides, position: of each row in use, of which there are `size[0]`: whether it then holds the old expert (0),
+    the new one (1) or none (-1), as which of the copies. after: the next row on the same rank, or -1.
+    experts: [2] old and new; quotient, rest: [2, T] what each copy of theirs gets, and how many get one more.
+    """
 
     slots: Array
-    experts: Array
-    copies: Array
+    sides: Array
     position: Array
+    after: Array
     size: Array
+    experts: Array
+    quotient: Array
+    rest: Array
 
 
 def make_shares(problem: Problem) -> Shares | None:
@@ -47,13 +55,23 @@ def make_shares(problem: Problem) -> Shares | None:
     return Shares(counts_ET, table_FN, problem.full)
 
 
+@njit(cache=True, nogil=True)
+def make_change(state: State) -> Change:
+    """Room for `Change`, to be filled by `list_change` and `list_affected`."""
+    size, steps = 2 * state.times.shape[0] + 2, state.times.shape[1]
+    return Change(
+        np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, np.int64),
+        np.zeros(1, np.int64), np.empty(2, np.int64), np.empty((2, steps), np.int32), np.empty((2, steps), np.int32),
+    )  # fmt: skip
+
+
 @njit(cache=True, nogil=True, inline="always")
 def share_of(shares: Shares, change: Change, c: int, f: int, t: int) -> Number:
     """Feature of a changed slot's share at a step."""
-    if change.experts[c] < 0:
+    side = change.sides[c]
+    if side < 0:
         return np.float32(0.0)
-    r = change.copies[c]
-    return shares.table_FN[f, (shares.counts_ET[change.experts[c], t] + r - 1 - change.position[c]) // r]
+    return shares.table_FN[f, change.quotient[side, t] + (change.position[c] < change.rest[side, t])]
 
 
 @njit(cache=True, nogil=True)
@@ -79,11 +97,12 @@ class Search(NamedTuple):
     """What the scans over changes know besides the state.
 
     copies: [E] slots that hold each expert; where: [E, G] those slots in order. limits: [blocks] see `set_limits`.
-    slowest, ranks: [3, T] see `slowest_three`; first, order: [G + 1], [T] steps by slowest rank: those of rank g are
-    `order[first[g]:first[g + 1]]`. group: [G] place of a rank among those that a change affects, or -1; affected: [G]
-    those ranks. tilt: [E, 3, G] what the slowest ranks would change by with a share of an expert more, if it had one
-    copy less than now, as many, or one more; joins: [E] what they would change by if it had one copy more, for what
-    its present copies do.
+    slowest, ranks: [3, T] see `slowest_three`; steps: [T] all of them; first, order: [G + 1], [T] the same by slowest
+    rank: those of rank g are `order[first[g]:first[g + 1]]`. group: [G] place of a rank among those that a change
+    affects, or -1; affected: [G] those ranks; row: [G] the first row of the change on each of them. loads: [F, T];
+    after, worst: [T] room for what a rank, and the slowest one, have and take after a change. tilt: [E, 3, G] what the
+    slowest ranks would change by with a share of an expert more, if it had one copy less than now, as many, or one
+    more; joins: [E] what they would change by if it had one copy more, for what its present copies do.
     """
 
     copies: Array
@@ -91,10 +110,15 @@ class Search(NamedTuple):
     limits: Array
     slowest: Array
     ranks: Array
+    steps: Array
     first: Array
     order: Array
     group: Array
     affected: Array
+    row: Array
+    loads: Array
+    after: Array
+    worst: Array
     tilt: Array
     joins: Array
 
@@ -106,10 +130,11 @@ def make_search(state: State) -> Search:
     experts, blocks = state.barred.shape[1], (steps + BLOCK - 1) // BLOCK
     return Search(
         np.zeros(experts, np.int64), np.zeros((experts, num_ranks), np.int64), np.empty(blocks, np.float64),
-        np.empty((3, steps), np.float32), np.empty((3, steps), np.int16),
+        np.empty((3, steps), np.float32), np.empty((3, steps), np.int16), np.arange(steps),
         np.zeros(num_ranks + 1, np.int64), np.zeros(steps, np.int64),
-        np.full(num_ranks, -1, np.int64), np.zeros(num_ranks, np.int64), np.zeros((experts, 3, num_ranks)),
-        np.zeros(experts),
+        np.full(num_ranks, -1, np.int64), np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64),
+        np.empty(state.items.shape[1:], np.float32), np.empty(steps, np.float32), np.empty(steps, np.float32),
+        np.zeros((experts, 3, num_ranks)), np.zeros(experts),
     )  # fmt: skip
 
 
@@ -199,38 +224,45 @@ def set_limits(state: State, search: Search, epsilon: float, racing: bool) -> fl
 
 
 @njit(cache=True, nogil=True)
-def list_change(state: State, search: Search, slot: int, expert: int, change: Change) -> None:
+def list_change(state: State, shares: Shares, search: Search, slot: int, expert: int, change: Change) -> None:
     """Fill `change` for giving `slot` to `expert` (-1: emptying it): all copies of both experts change."""
-    old = state.content[slot]
-    size = 1
-    change.slots[0], change.experts[0], change.copies[0], change.position[0] = slot, expert, 1, 0
-    if old >= 0:
-        copies, index = search.copies[old] - 1, 0
-        for k in range(search.copies[old]):
-            if search.where[old, k] != slot:
-                change.slots[size], change.experts[size] = search.where[old, k], old
-                change.copies[size], change.position[size] = copies, index
-                size, index = size + 1, index + 1
-    if expert >= 0:
-        copies, before = search.copies[expert] + 1, 0
-        for k in range(search.copies[expert]):
-            p = search.where[expert, k]
-            before += p < slot
-            change.slots[size], change.experts[size] = p, expert
-            change.copies[size], change.position[size] = copies, k + (p > slot)
-            size += 1
-        change.copies[0], change.position[0] = copies, before
+    old, size = state.content[slot], 1
+    change.slots[0], change.sides[0], change.position[0] = slot, -1, 0
+    change.experts[0], change.experts[1] = old, expert
+    for side in range(2):
+        if change.experts[side] < 0:
+            continue
+        position = 0
+        for k in range(search.copies[change.experts[side]]):
+            p = search.where[change.experts[side], k]
+            if side == 0 and p == slot:
+                continue
+            if side == 1 and p > slot and change.sides[0] < 0:
+                change.sides[0], change.position[0] = 1, position
+                position += 1
+            change.slots[size], change.sides[size], change.position[size] = p, side, position
+            size, position = size + 1, position + 1
+        if side == 1 and change.sides[0] < 0:
+            change.sides[0], change.position[0] = 1, position
+            position += 1
+        for t in range(change.rest.shape[1]):
+            count = shares.counts_ET[change.experts[side], t]
+            change.quotient[side, t] = count // max(1, position)
+            change.rest[side, t] = count - change.quotient[side, t] * position
     change.size[0] = size
 
 
 @njit(cache=True, nogil=True)
 def list_affected(state: State, search: Search, change: Change) -> int:
-    """Fill `affected` and `group` with the ranks that a change affects; returns how many."""
+    """Fill `affected`, `group` and `row` with the ranks that a change affects; returns how many."""
     count = 0
     for c in range(change.size[0]):
-        rank = rank_of(state, change.slots[c])
+        rank, change.after[c] = rank_of(state, change.slots[c]), -1
         if search.group[rank] < 0:
             search.group[rank] = count
-            search.affected[count] = rank
+            search.affected[count], search.row[count] = rank, c
             count += 1
+        else:
+            change.after[c] = search.row[search.group[rank]]
+            search.row[search.group[rank]] = c
     return count

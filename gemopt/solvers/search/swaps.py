@@ -83,6 +83,14 @@ def refresh_three(times_GT: Array, values: Array, ranks: Array, a: int, b: int) 
 
 
 @njit(cache=True, nogil=True)
+def mark_slowest(ranks: Array, slowest_G: Array) -> None:
+    """[G] whether a rank is the slowest of any step: swaps of two that never are gain nothing."""
+    slowest_G[:] = False
+    for t in range(ranks.shape[1]):
+        slowest_G[ranks[0, t]] = True
+
+
+@njit(cache=True, nogil=True)
 def total_cost(state: State) -> float:
     """Weighted sum of the makespans."""
     total = 0.0
@@ -176,6 +184,8 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
     if num_ranks < 2:
         return total_cost(state)
     slowest_three(state.times, values, ranks)
+    slowest_G = np.empty(num_ranks, np.bool_)
+    mark_slowest(ranks, slowest_G)
     clock = 1
     changed_at = np.where(dirty, 1, 0)
     tried_at = np.zeros((num_ranks, num_ranks), np.int64)
@@ -189,12 +199,15 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
                 if not everything and tried_at[a, b] >= max(changed_at[a], changed_at[b]):
                     continue
                 clock += 1
+                tried_at[a, b] = clock
+                if not slowest_G[a] and not slowest_G[b]:
+                    continue
                 fix_others(state, a, b, values, ranks, pair)
                 if improve_pair(costs, state, a, b, pair, not everything):
                     refresh_three(state.times, values, ranks, a, b)
+                    mark_slowest(ranks, slowest_G)
                     changed_at[a] = changed_at[b] = clock
                     improved = True
-                tried_at[a, b] = clock
         if improved:
             everything = False
         elif everything or not full:
