@@ -52,6 +52,21 @@ def curve_capacity(curves: Curves, g: int, k: int, f: int, time: float) -> float
     return float(x[low] + (x[high] - x[low]) * ((time - y[low]) / (y[high] - y[low])))
 
 
+@njit(cache=True, nogil=True)
+def next_corner(curves: Curves, g: int, k: int, f: int, time: float) -> float:
+    """The first latency above `time` of the corners of a non-decreasing curve; infinity beyond the last."""
+    y, low = curves.y, curves.start[g, k, f] - 1
+    high = low + 1 + curves.length[g, k, f]
+    end = high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if y[middle] <= time:
+            low = middle
+        else:
+            high = middle
+    return float(y[high]) if high < end else np.inf
+
+
 @njit(cache=True, nogil=True, inline="always")
 def latency_value(rank: int, loads: Array, curves: Curves) -> float:
     """Latency of one rank under `loads` [F]."""

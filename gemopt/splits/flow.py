@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import SLACK, Array, curve_capacity, latency_value
+from gemopt.kernels import SLACK, Array, curve_capacity, latency_value, next_corner
 from gemopt.latency import Curves
 
 IntArray = NDArray[np.int64]
@@ -117,12 +117,26 @@ def level(curves: Curves, members: IntArray, load: Number, known: float) -> Numb
             break
         share = missing / (missing + surplus + 1.0) if i % 2 == 0 else 0.5
         time = below + (above - below) * min(0.999, max(0.001, share))
-        value = held_within(curves, members, time, load) - load
-        if value >= 0:
-            above, surplus = time, value
-        else:
-            below, missing = time, -value
+        corner = next_time(curves, members, below)
+        for tried in (corner, corner * (1 - 0.5 * TIGHT), time):
+            if not below < tried < above:
+                continue
+            value = held_within(curves, members, tried, load) - load
+            if value >= 0:
+                above, surplus = tried, value
+            else:
+                below, missing = tried, -value
     return above
+
+
+@njit(cache=True, nogil=True)
+def next_time(curves: Curves, members: IntArray, time: float) -> Number:
+    """The next time at which a corner of some ranks' curves is reached: in between, staircases hold what they held."""
+    found = np.inf
+    for g in members:
+        for k in range(curves.num_terms[g]):
+            found = min(found, next_corner(curves, g, k, 0, time + SLACK * abs(time)))
+    return found / (1 + SLACK) * (1 + 1e-15)
 
 
 @njit(cache=True, nogil=True)

@@ -28,7 +28,7 @@ from gemopt.splits import plain, shares
 EVEN_SHARE = 0.5  # of the time, for the even split
 ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
-BATCH_STEPS = 10
+BATCH_STEPS = 20
 KICK_SWAPS = 2
 NEVER = 2**62
 

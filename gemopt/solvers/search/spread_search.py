@@ -47,19 +47,22 @@ class SpreadSearch:
         return True
 
     def fill(self, look: Look, stop: Stop) -> Look:
-        """Put copies into empty slots, the most promising first, a share of them between looks."""
-        empty = int((look.row == EMPTY).sum())
+        """A look with copies in empty slots, the most promising first, a share of them between looks."""
+        return self.looks.at(self._filled(look, stop, self.looks.at), look)
+
+    def _filled(self, look: Look, stop: Stop, look_at: Callable[[Row, Look], Look]) -> Row:
+        row, empty = look.row, int((look.row == EMPTY).sum())
         batch = max(2, -(-empty // ROUNDS))
         while empty and not stop():
             row = self._added(look, batch)
             left = int((row == EMPTY).sum())
-            if left == empty:
+            if left in (0, empty):
                 break
-            look, empty = self.looks.at(row, look), left
-        return look
+            look, empty = look_at(row, look), left
+        return row
 
     def _added(self, look: Look, batch: int) -> Row:
-        row, gain_EG = look.row.copy(), np.where(self.looks.barred(look.row), -1.0, look.gain_EG)
+        row, gain_EG = look.row.copy(), np.where(self.looks.barred(look.row), -1.0, look.promise.gain_EG)
         rank_of_slot = self.problem.rank_of_slot
         room_G = np.bincount(rank_of_slot[row == EMPTY], minlength=self.problem.num_ranks)
         gain_EG[:, room_G == 0] = -1.0
@@ -81,10 +84,14 @@ class SpreadSearch:
     def step(self, stop: Stop) -> bool:
         """Take copies away, swap experts' ranks, or both, and fill up again; whether that was for the better."""
         ruin, swap = ((True, False), (False, True), (True, True))[int(self.draws.integers(3))]
-        look = self._ruin() if ruin else self.best
+        look = self.looks.glance(self._ruined(), self.best) if ruin else self.best
+        row = look.row
         if swap:
-            look = self._swap(look, guided=self.draws.random() < GUIDED_SHARE)
-        better = self.take(self.fill(look, stop))
+            row = self._swapped(look, guided=self.draws.random() < GUIDED_SHARE)
+        if (row == EMPTY).any():
+            look = self.looks.glance(row, look) if swap else look
+            row = self._filled(look, stop, self.looks.glance)
+        better = self.take(self.looks.at(row, look))
         if ruin:
             self.ruined = self._next(self.ruined, better, max(1, self.problem.spare_slots // 2))
         if swap:
@@ -97,20 +104,20 @@ class SpreadSearch:
             return min(most, size + 1)
         return size // 2 if size > 1 else int(self.draws.integers(1, 1 + max(1, most // 3)))
 
-    def _ruin(self) -> Look:
+    def _ruined(self) -> Row:
         """The best row without the copies that let least through, by a noisy measure."""
         copies, row = self.best.copies, self.best.row.copy()
         number_R = np.diff(copies.first)
         left = self.ruined
-        for c in np.argsort((self.best.used_C + 1e-9) * self.draws.uniform(0.2, 1.8, len(copies.slot))):
+        for c in np.argsort((self.best.promise.used_C + 1e-9) * self.draws.uniform(0.2, 1.8, len(copies.slot))):
             if left and number_R[copies.owner[c]] > 1:
                 row[copies.slot[c]] = EMPTY
                 number_R[copies.owner[c]] -= 1
                 left -= 1
-        return self.looks.at(row, self.best)
+        return row
 
-    def _swap(self, look: Look, *, guided: bool) -> Look:
-        """A look with some slots of different ranks swapped: by what that promises across the cuts, or any."""
+    def _swapped(self, look: Look, *, guided: bool) -> Row:
+        """The row with some slots of different ranks swapped: by what that promises across the cuts, or any."""
         row, ranks = look.row.copy(), self.problem.rank_of_slot
         size = len(row), len(row)
         gain_IJ = self.draws.uniform(0.4, 1.6, size)
@@ -130,4 +137,4 @@ class SpreadSearch:
             touched[[ranks[i], ranks[j]]] = True
             gain_IJ[touched[ranks]] = 0.0
             gain_IJ[:, touched[ranks]] = 0.0
-        return self.looks.at(row, look)
+        return row

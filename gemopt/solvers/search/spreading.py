@@ -7,6 +7,8 @@ A copy of one of its experts on a rank outside lets load through, a swap of expe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -18,74 +20,123 @@ from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
+from gemopt.solvers.search.state import step_order
 from gemopt.splits import even_shares
 from gemopt.splits.flow import Copies, capacity, find_copies, fluid_times, held_within, make_room, spread
 
 NARROW = 1e-9  # of a time: a cut that costs less does not bind
+GLANCE, FEWEST = 4, 128  # one step in so many says what changes promise, though not fewer than so many
 
 
 @njit(cache=True, nogil=True)
-def look_through(
-    curves: Curves, counts_TE: Array, weights_T: Array, alone_TG: Array, home_E: Array, copies: Copies,
-    parts_TC: Array, fluid_T: Array, gain_EG: Array, tilt_EG: Array, used_C: Array,
-) -> float:  # fmt: skip
-    """Weighted time of the best splits, to which `parts_TC` is brought; fills the arrays of `Look` by every step's cut.
+def spread_through(
+    curves: Curves, alone_TG: Array, copies: Copies, parts_TC: Array, fluid_T: Array, chosen: Array, times_T: Array,
+    cut_TG: Array, load_TG: Array,
+) -> None:  # fmt: skip
+    """Bring `parts_TC` to the best splits of the chosen steps; fills in their times, cuts and loads."""
+    room = make_room(alone_TG.shape[1])
+    for t in chosen:
+        times_T[t] = spread(curves, alone_TG[t], copies, parts_TC[t], room, fluid_T[t])
+        cut_TG[t], load_TG[t] = room.cut, room.load
+
+
+@njit(cache=True, nogil=True)
+def promise_through(
+    curves: Curves, counts_TE: Array, home_E: Array, copies: Copies, parts_TC: Array, fluid_T: Array, times_T: Array,
+    cut_TG: Array, load_TG: Array, slope_T: Array, gain_EG: Array, used_C: Array,
+) -> None:  # fmt: skip
+    """Fill `gain_EG` and `used_C` of `Promise`. slope_T: weights, which become microseconds per load inside the cut.
 
     home_E: rank of an expert with one copy, else -1 less its number among those with several.
     """
-    num_ranks, experts = gain_EG.shape[1], len(home_E)
-    room, slack_G, total = make_room(num_ranks), np.empty(num_ranks, np.int64), 0.0
+    num_ranks = gain_EG.shape[1]
+    members, outside, slack_G = np.empty((3, num_ranks), np.int64)
     for t in range(len(counts_TE)):
-        time = spread(curves, alone_TG[t], copies, parts_TC[t], room, fluid_T[t])
-        total += time * weights_T[t]
-        inside, size = 0, 0
+        inside, size, cut_G, weight = 0, 0, cut_TG[t], slope_T[t]
         for g in range(num_ranks):
-            if room.cut[g]:
-                inside += room.load[g]
-                room.queue[size] = g
+            if cut_G[g]:
+                inside += load_TG[t, g]
+                members[size] = g
                 size += 1
-        if size == num_ranks or time <= fluid_T[t] * (1.0 + NARROW):
+        slope_T[t] = 0.0
+        if size == num_ranks or times_T[t] <= fluid_T[t] * (1.0 + NARROW):
             continue
-        excess = inside - held_within(curves, room.queue[:size], fluid_T[t], inside)
+        excess = inside - held_within(curves, members[:size], fluid_T[t], inside)
         if excess <= 0:
             continue
-        slope, half = (time - fluid_T[t]) / excess * weights_T[t], 0.5 * (time + fluid_T[t])
+        slope, half, wide = (times_T[t] - fluid_T[t]) / excess * weight, 0.5 * (times_T[t] + fluid_T[t]), 0
+        slope_T[t] = slope
         for g in range(num_ranks):
-            slack_G[g] = 0 if room.cut[g] else max(0, capacity(curves, g, half, inside) - room.load[g])
+            slack = 0 if cut_G[g] else min(excess, capacity(curves, g, half, inside) - load_TG[t, g])
+            if slack > 0:
+                outside[wide], slack_G[wide] = g, slack
+                wide += 1
         for c in range(len(used_C)):
-            if not room.cut[copies.rank[c]]:
+            if not cut_G[copies.rank[c]]:
                 used_C[c] += slope * parts_TC[t, c]
-        for e in range(experts):
+        for e in range(len(home_E)):
             r, load = home_E[e], 0
             if r >= 0:
-                load = counts_TE[t, e] if room.cut[r] else 0
+                load = counts_TE[t, e] if cut_G[r] else 0
             else:
                 for c in range(copies.first[-1 - r], copies.first[-r]):
-                    load += parts_TC[t, c] if room.cut[copies.rank[c]] else 0
-            for g in range(num_ranks):
-                if room.cut[g]:
-                    tilt_EG[e, g] += slope * counts_TE[t, e]
-                elif slack_G[g] > 0:
-                    gain_EG[e, g] += slope * min(load, excess, slack_G[g])
-    return total
+                    load += parts_TC[t, c] if cut_G[copies.rank[c]] else 0
+            if load > 0:
+                for k in range(wide):
+                    gain_EG[e, outside[k]] += slope * min(load, slack_G[k])
+
+
+class Promise(NamedTuple):
+    """What changes of a row promise, in microseconds.
+
+    used_C: [C] what each copy lets through where a cut binds. gain_EG: [E, G] of one more copy of an expert on a rank.
+    slope_T: [T] of a load less inside the cut.
+    """
+
+    used_C: FloatArray
+    gain_EG: FloatArray
+    slope_T: FloatArray
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """A row under the optimal split.
+    """A row under the optimal split, of all steps or at a glance.
 
-    value_us: weighted time. shares_TP: the split. copies: where; used_C: [C] what each lets through where a cut binds.
-    gain_EG: [E, G] what one more copy of an expert on a rank promises; tilt_EG: [E, G] what an expert costs where it is
-    inside of the cuts. Both in microseconds.
+    value_us: weighted time; times_T: of each step, the fluid one where it was not looked at. shares_TP: the split.
+    copies: where. cut_TG, load_TG: the ranks that prove each step's time, and what ranks have then.
     """
 
+    looks: Looks
     row: Row
     value_us: float
+    times_T: FloatArray
     shares_TP: NDArray[np.int64]
     copies: Copies
-    used_C: FloatArray
-    gain_EG: FloatArray
-    tilt_EG: FloatArray
+    cut_TG: NDArray[np.bool_]
+    load_TG: NDArray[np.int64]
+
+    @cached_property
+    def promise(self) -> Promise:
+        """What changes promise, by every step's cut; most looks are not asked."""
+        problem, copies = self.looks.problem, self.copies
+        alone_P = self.row.copy()
+        alone_P[copies.slot] = EMPTY
+        home_E, alone = np.full(problem.num_experts, -1), alone_P != EMPTY
+        home_E[alone_P[alone]] = problem.rank_of_slot[alone]
+        home_E[copies.experts] = -1 - np.arange(len(copies.experts))
+        used_C, gain_EG = np.zeros(len(copies.slot)), np.zeros((problem.num_experts, problem.num_ranks))
+        slope_T = problem.weights_T.copy()
+        promise_through(
+            self.looks.curves, problem.counts_TE, home_E, copies, np.ascontiguousarray(self.shares_TP[:, copies.slot]),
+            self.looks.fluid_T, self.times_T, self.cut_TG, self.load_TG, slope_T, gain_EG, used_C,
+        )  # fmt: skip
+        return Promise(used_C, gain_EG, slope_T)
+
+    @cached_property
+    def tilt_EG(self) -> FloatArray:
+        """[E, G] microseconds that an expert costs where it is inside of the cuts."""
+        tilt_GE = (self.cut_TG * self.promise.slope_T[:, None]).T @ self.looks.float_counts_TE
+        return np.asarray(tilt_GE.T)
 
 
 class Looks:
@@ -96,37 +147,41 @@ class Looks:
         self.curves = pack([latency.high for latency in problem.latencies])
         self.fluid_T = fluid_times(self.curves, problem.counts_TE.sum(axis=1, dtype=np.int64))
         self.fluid_us = float((self.fluid_T * problem.weights_T).sum())
+        self.float_counts_TE = problem.counts_TE.astype(np.float64)
+        self.order = step_order(problem.num_steps)
 
-    def at(self, row: Row, near: Look | None = None) -> Look:
-        """Look at a row; `near` has almost the same copies."""
+    def glance(self, row: Row, near: Look) -> Look:
+        """Look at some steps of a row, enough to say what changes promise."""
+        return self.at(row, near, self.order[: max(FEWEST, self.problem.num_steps // GLANCE)])
+
+    def at(self, row: Row, near: Look | None = None, chosen: NDArray[np.int64] | None = None) -> Look:
+        """Look at a row, on all steps unless some are chosen; `near` has almost the same copies."""
         problem = self.problem
         copies = find_copies(row, problem.rank_of_slot, problem.num_experts, problem.num_ranks)
-        shares_TP = self._shares(row, near)
+        shares_TP = even_shares(problem.counts_TE, row) if near is None else self._shares(row, near)
         alone_P = row.copy()
         alone_P[copies.slot] = EMPTY
         alone_TG = rank_loads(problem.features_FTE, alone_P, problem.rank_of_slot, problem.num_ranks)[:, :, 0]
-        home_E, held = np.full(problem.num_experts, -1), alone_P != EMPTY
-        home_E[alone_P[held]] = problem.rank_of_slot[held]
-        home_E[copies.experts] = -1 - np.arange(len(copies.experts))
         parts_TC = np.ascontiguousarray(shares_TP[:, copies.slot])
-        shape = (problem.num_experts, problem.num_ranks)
-        gain_EG, tilt_EG, used_C = np.zeros(shape), np.zeros(shape), np.zeros(len(copies.slot))
-        value = look_through(
-            self.curves, problem.counts_TE, problem.weights_T, np.ascontiguousarray(alone_TG).astype(np.int64), home_E,
-            copies, parts_TC, self.fluid_T, gain_EG, tilt_EG, used_C,
+        cut_TG, load_TG = np.ones(alone_TG.shape, np.bool_), np.zeros(alone_TG.shape, np.int64)
+        times_T = self.fluid_T.copy()
+        spread_through(
+            self.curves, np.ascontiguousarray(alone_TG).astype(np.int64), copies, parts_TC, self.fluid_T,
+            self.order if chosen is None else chosen, times_T, cut_TG, load_TG,
         )  # fmt: skip
         shares_TP[:, copies.slot] = parts_TC
-        return Look(row.copy(), value, shares_TP, copies, used_C, gain_EG, tilt_EG)
+        value_us = float(times_T @ problem.weights_T)
+        return Look(self, row.copy(), value_us, times_T, shares_TP, copies, cut_TG, load_TG)
 
-    def _shares(self, row: Row, near: Look | None) -> NDArray[np.int64]:
-        """Even shares, but those of before for experts that are where they were."""
-        shares_TP = even_shares(self.problem.counts_TE, row)
-        if near is not None:
-            changed = np.flatnonzero(row != near.row)
-            touched = np.union1d(row[changed], near.row[changed])
-            same = np.isin(near.copies.slot, np.flatnonzero(~np.isin(row, touched)))
-            slots = near.copies.slot[same]
-            shares_TP[:, slots] = near.shares_TP[:, slots]
+    def _shares(self, row: Row, near: Look) -> NDArray[np.int64]:
+        """The shares of before, but even ones for experts that are not where they were."""
+        shares_TP, changed = near.shares_TP.copy(), row != near.row
+        shares_TP[:, changed] = 0
+        for expert in np.union1d(row[changed], near.row[changed]).tolist():
+            slots = np.flatnonzero(row == expert)
+            if expert != EMPTY and len(slots):
+                counts_T = self.problem.counts_TE[:, expert, None].astype(np.int64)
+                shares_TP[:, slots] = (counts_T + len(slots) - 1 - np.arange(len(slots))) // len(slots)
         return shares_TP
 
     def barred(self, row: Row) -> NDArray[np.bool_]:
