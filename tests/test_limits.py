@@ -101,6 +101,17 @@ def test_compiled_searches_end_at_once_when_the_flag_is_set(active: bool) -> Non
     assert (state.content == row).all() and total_cost(state) == before
 
 
+def test_greedy_copies_are_made_by_the_deadline_or_while_a_start_may_be_made() -> None:
+    problem = make(slots=7)
+    search = get("local-search").solve
+    rows = [
+        search(problem, Options(deadline=-np.inf, start_by=by, stop=lambda stop=stop: stop), None).row
+        for by, stop in ((-np.inf, False), (np.inf, False), (np.inf, True))
+    ]
+    assert all(row is not None for row in rows)
+    assert [int((row >= 0).sum()) for row in rows if row is not None] == [24, 28, 24]
+
+
 def test_a_search_stopped_in_the_middle_keeps_what_it_has() -> None:
     """The flag rings while compiled code runs: it ends with a feasible row that costs no more than its start."""
     problem = make(experts=128, ranks=4, steps=3000)

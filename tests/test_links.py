@@ -170,6 +170,19 @@ def test_other_bad_links() -> None:
         Links.of(links.topology, replace(links.traces, tokens=tokens), 3, exchange=Exchange(dispatch_bytes=1))
 
 
+def test_layers_are_counted_again_only_when_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    links, counted = random_links(3), []
+    flows = Links.flows
+    monkeypatch.setattr(Links, "flows", lambda self, layer, *rest: counted.append(layer) or flows(self, layer, *rest))
+    rows, other = [np.arange(4), np.arange(4)], np.array([1, 0, 2, 3])
+    first = links.communication(rows, SLOTS).time_TL
+    assert (links.communication([row.copy() for row in rows], SLOTS).time_TL == first).all()
+    assert counted == [0, 1]
+    links.communication([rows[0], other], SLOTS)
+    links.communication([rows[0], other], SLOTS[::-1].copy())
+    assert counted == [0, 1, 1, 0, 1]
+
+
 def test_search_stops_when_told() -> None:
     links = random_links(5)
     problems = problems_of(links, SLOTS, 5)

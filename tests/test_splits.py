@@ -16,10 +16,11 @@ from scipy.optimize import linprog
 from gemopt.bounds import step_bounds
 from gemopt.evaluate import objective, rank_times
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, tiles
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, pack, tiles
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.splits import shares, static_shares
+from gemopt.splits.flow import held_within, level
 from gemopt.splits.optimal import TABLE_LIMIT
 from gemopt.splits.rules import nearest_copies
 from gemopt.splits.senders import senders_of
@@ -39,6 +40,23 @@ def cut(n: int, parts: int) -> Iterator[tuple[int, ...]]:
     for first in range(n + 1):
         for rest in cut(n - first, parts - 1):
             yield (first, *rest)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_level_is_the_least_time_that_holds_a_load(seed: int) -> None:
+    """Curves with jumps between whole loads, ramps and plateaus; ranks that are alike and not."""
+    rng = np.random.default_rng(seed)
+    latencies = []
+    for _ in range(rng.integers(1, 5)):
+        x = np.sort(rng.choice(np.arange(1, 60), 6, replace=False))
+        x = np.unique(np.concatenate([[0], x, x + 1]))
+        curve = Curve(x.tolist(), (1 + np.cumsum(rng.choice([0.0, 0.5, 3.0], len(x)))).tolist(), rng.uniform(0.1, 1))
+        latencies += [Latency(((curve,),))] * int(rng.integers(1, 3))
+    curves, members = pack(latencies), np.arange(len(latencies))
+    for load in range(0, 90, 7):
+        time = level(curves, members, load, 1.0)
+        assert held_within(curves, members, time, load) >= load
+        assert time == 1.0 or held_within(curves, members, time * (1 - 1e-8), load) < load
 
 
 def best_split(problem: Problem, row: np.ndarray, step: int) -> float:
