@@ -16,6 +16,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,14 +25,14 @@ from machine import stamp
 
 import gemopt
 from gemopt.costs import CostModel, fit
-from gemopt.evaluate import Evaluation, evaluate
+from gemopt.evaluate import Evaluation, evaluate, total_objective
 from gemopt.formats.kernel_table import Unit, read_fleet, read_table, what_if
 from gemopt.links import Exchange, Links
 from gemopt.named_topologies import named
 from gemopt.placement import Placement
 from gemopt.problem import problems
 from gemopt.profile import Profile
-from gemopt.solvers.search.linked import _Layers
+from gemopt.solvers.search.linked import _Layers, aligned
 from gemopt.topology import Topology
 from gemopt.traces import Phase, Traces
 from gemopt.traces.batching import from_tokens
@@ -39,6 +40,7 @@ from gemopt.traces.batching import from_tokens
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 TOKEN_BYTES, STRETCH, DECODE_BATCH = 5760, 128, 512
 SLOWER = 4.0
+MOST_COMPUTE, WEIGHTS = 0.005, (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 class Case(NamedTuple):
@@ -90,10 +92,32 @@ def slower(topology: Topology) -> Topology:
 def fewest_bytes(start: Placement, cost: CostModel, given: Traces, links: Links) -> Placement:
     """What swaps make of a placement when bytes alone count, every one of them."""
     search = _Layers(
-        problems(cost, given), replace(links, even=True), list(start.physical_to_logical), np.zeros(1, np.uint8)
+        problems(cost, given),
+        replace(links, even=True, _cache={}),
+        list(start.physical_to_logical),
+        np.zeros(1, np.uint8),
     )
     search.settle(compute=0.0)
     return start.model_copy(update={"physical_to_logical": np.stack(search.rows())})
+
+
+def near_blind(start: Placement, cost: CostModel, given: Traces, links: Links) -> Placement:
+    """What swaps make of a placement with compute weighed so much that it rises by `MOST_COMPUTE` at most, as fitted.
+
+    From all starts of the weights that keep to that, the one with the fewest bytes between nodes.
+    """
+    layers, rows = problems(cost, given), list(start.physical_to_logical)
+    slots_G = layers[0].slots_per_rank
+    limit = (1 + MOST_COMPUTE) * total_objective(layers, rows)
+    begins = [rows, aligned(layers, links, rows)] if links.coupled else [rows]
+    best, fewest = rows, np.inf
+    for begin, weight, even in product(begins, WEIGHTS, (True, False)):
+        search = _Layers(layers, replace(links, even=even, _cache={}), begin, np.zeros(1, np.uint8))
+        search.settle(compute=weight)
+        sent = links.communication(search.rows(), slots_G).cross_node_bytes
+        if sent < fewest and total_objective(layers, search.rows()) <= limit:
+            best, fewest = search.rows(), sent
+    return start.model_copy(update={"physical_to_logical": np.stack(best)})
 
 
 def run(case: Case, path: str, layers: slice, limit: float, moetuner: float) -> None:
@@ -117,6 +141,10 @@ def run(case: Case, path: str, layers: slice, limit: float, moetuner: float) -> 
         "contiguous": ours(limit, solver="linear"),
         "blind to links": ours(limit, solver="local-search", patience=5),
         "joint": ours(limit, solver="local-search", patience=5, **wired),
+        "joint, one descent": ours(limit, solver="local-search", patience=0, **wired),
+        f"joint, at most {MOST_COMPUTE:.1%} of compute": lambda: near_blind(
+            ours(limit, solver="local-search", patience=5)(), cost, given, links
+        ),
         f"joint, network {SLOWER:g} times slower": ours(
             limit, solver="local-search", patience=5, topology=slower(topology), exchange=exchange
         ),

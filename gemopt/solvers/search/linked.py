@@ -53,7 +53,10 @@ PRELUDES = (Prelude(1.0, True), None, Prelude(0.0, False), Prelude(0.0, True))
 
 
 def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options: Options) -> Linked:
-    """Improve the rows of all layers under the joint objective; never worse than what is given. Blocs stay."""
+    """Improve the rows of all layers under the joint objective; never worse than what is given. Blocs stay.
+
+    `options.patience` 0: from the first start alone.
+    """
     problems = [settled(problem, row) for problem, row in zip(problems, rows, strict=True)]
     value = linked_total(problems, rows, links)
     found = Linked(list(rows), value, StoppedBy.ITERATIONS, [incumbent(value)])
@@ -67,7 +70,7 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
         starts: list[tuple[Rows, Prelude | None]] = [(rows, each) for each in PRELUDES]
         if links.coupled:
             starts.insert(0, (aligned(problems, links, rows), None))
-        for given, prelude in starts:
+        for given, prelude in starts[:1] if options.patience == 0 else starts:
             if stop[0]:
                 break
             start = given

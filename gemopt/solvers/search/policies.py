@@ -59,6 +59,8 @@ class _Search(Best, ABC):
     def __init__(self, problem: Problem, warm_start: Row | None, even: EvenSearch) -> None:
         super().__init__(problem)
         self.even, self.warm, self.descended = even, warm_start, False
+        self.evenly = replace(problem, split=Split.EVEN, senders_TGE=None)
+        self.begun: object = None
         self.offer(lpt_row(problem) if warm_start is None else warm_start)
 
     def offer(self, row: Row) -> bool:
@@ -75,6 +77,15 @@ class _Search(Best, ABC):
         self.descended = not self.stop[0]
         if not self.descended:  # what was cut goes on where it ended
             self.warm = self.row
+
+    def even_row(self) -> Row:
+        """Where the descent under the even split ends, with its share of the time."""
+        deadline = time.monotonic() + EVEN_SHARE * self.options.remaining
+        options = replace(self.options, deadline=deadline, patience=0, begun=self.begun, bound_us=0.0)
+        outcome = self.even(self.evenly, options, self.warm)
+        self.begun = outcome.search
+        assert outcome.row is not None
+        return outcome.row
 
     @abstractmethod
     def begin(self) -> None:
@@ -103,7 +114,7 @@ class _Search(Best, ABC):
 
 
 class _Spreading(_Search):
-    """The optimal split of plain loads; see `SpreadSearch`."""
+    """The optimal split of plain loads, from copies added by promise or the even split's answer; see `SpreadSearch`."""
 
     def begin(self) -> None:
         start = lpt_row(self.problem) if self.warm is None else self.warm
@@ -115,6 +126,8 @@ class _Spreading(_Search):
         draws = seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
         self.spread = SpreadSearch(self.problem, state.content, draws)
         self.spread.take(self.spread.fill(self.spread.best, options.expired))
+        if not options.expired():
+            self.spread.take(self.spread.looks.at(self.even_row()))
         self.offer(self.spread.best.row)
 
     def improve(self) -> bool:
@@ -129,18 +142,10 @@ class _Spreading(_Search):
 class _Sharing(_Search):
     """Any policy, from the placement that the even split has."""
 
-    def __init__(self, problem: Problem, warm_start: Row | None, even: EvenSearch) -> None:
-        super().__init__(problem, warm_start, even)
-        self.evenly = replace(problem, split=Split.EVEN, senders_TGE=None)
-        self.begun: object = None
-
     def begin(self) -> None:
-        deadline = time.monotonic() + EVEN_SHARE * self.options.remaining
-        options = replace(self.options, deadline=deadline, patience=0, begun=self.begun, bound_us=0.0)
-        outcome = self.even(self.evenly, options, self.warm)
-        self.begun = outcome.search
-        assert outcome.row is not None and self.row is not None
-        for row in (outcome.row, filled(self.problem, outcome.row)):
+        even_row = self.even_row()
+        assert self.row is not None
+        for row in (even_row, filled(self.problem, even_row)):
             if self.options.expired():
                 return
             self.offer(row)
