@@ -12,7 +12,7 @@ import pytest
 import gemopt
 from gemopt.exceptions import InputError, SolverError, UnsupportedError
 from gemopt.placement import Placement
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Device, MoeShape, Profile, Sample
 from gemopt.result import Result, Status, StoppedBy
 from gemopt.solvers import REGISTRY
 from gemopt.solvers.base import Options, Outcome, Row, Supports
@@ -219,6 +219,15 @@ def test_bad_options_name_themselves(changes: dict[str, object], message: str) -
 def test_refusals_are_their_own_kind() -> None:
     with pytest.raises(UnsupportedError):
         gemopt.solve(profile([1, 1]), traces(experts=5), solver="eplb")
+
+
+def test_a_profile_of_another_network_is_named() -> None:
+    def notes(**model: int) -> list[str]:
+        measured = profile([1, 2]).model_copy(update={"model": MoeShape(**model)})
+        return gemopt.solve(measured, traces(experts=4), solver="linear").notes
+
+    assert any("experts: 64, not 4" in note for note in notes(num_experts=64))
+    assert not any("another network" in note for note in [*notes(num_experts=4, top_k=2), *notes()])
 
 
 def test_real_traces_on_real_latencies() -> None:

@@ -105,12 +105,22 @@ def answer(
         cost=cost.name,
         cost_error=None if report is None or np.isnan(report.error) else report.error,
         cost_summary="" if report is None else report.summary(),
-        notes=[*_notes(run, per_layer), *_division(moving)],
+        notes=[*_notes(run, per_layer), *_division(moving), *_other_network(profile, traces)],
         moves=report_of_moves,
         links=_links(run, scored),
         origin=made,
         ceiling=None if total is None else Ceiling.of(total, bound, _spread(run)),
     )
+
+
+def _other_network(profile: Profile, traces: Traces) -> list[str]:
+    """That the latencies were measured for other experts than the traces are of, where both say so."""
+    model = profile.model
+    pairs = {"experts": (model.num_experts, traces.num_experts), "top-k": (model.top_k, traces.top_k)}
+    differ = [
+        f"{name}: {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs and ours and theirs != ours
+    ]
+    return [f"the profile was measured for another network than the traces ({'; '.join(differ)})"] if differ else []
 
 
 def _spread(run: Run) -> float:
