@@ -15,6 +15,7 @@ from cli_inputs import gemopt, gemopt_json
 
 from gemopt.advise import Advice, ModelShape, advise
 from gemopt.advise.links import slowest_gbps
+from gemopt.advise.options import _spread
 from gemopt.advise.variants import drift, rounded, skewness, with_batch, with_change, with_skew
 from gemopt.profile import Device, MoeShape, Profile, Sample
 from gemopt.replay import Migration, replay
@@ -102,19 +103,39 @@ def test_other_recordings_of_the_traffic_lie_between_low_and_high() -> None:
     assert inside >= 50  # of 60; 40 lie between the quantiles of the resampled
 
 
-def test_where_traffic_drifts_both_ways_are_played() -> None:
-    traces = skewed()
-    counts = np.array(traces.counts)
+def drifting() -> Traces:
+    counts = np.array(skewed().counts)
     counts[32:] = counts[32:][:, :, [1, 0, 2, 3, 4, 5, 7, 6]] + np.eye(8, dtype=int)[0] * 128
-    drifting = Traces(counts=counts, top_k=2)
-    found = advise(profile(), drifting, window=8, sweep=False)
-    turned = Traces(counts=np.concatenate([counts[32:], counts[:32]]), top_k=2)
-    there, back = (replay(profile(), each, [found.recommended], window=8).rows[0].change for each in (drifting, turned))
-    assert found.drift > 0.05 and there is not None and back is not None and abs(there - back) > 0.01
-    assert found.option(found.recommended).change == pytest.approx(there)
-    assert found.predicted_change == pytest.approx((there + back) / 2)
-    assert found.low <= min(there, back) and found.high >= max(there, back)
-    assert any(f"{100 * back:+.1f} % there" in note for note in found.notes)
+    return Traces(counts=counts, top_k=2)
+
+
+def test_where_traffic_drifts_both_ways_are_played() -> None:
+    traces, told = drifting(), []
+    found = advise(profile(), traces, window=8, sweep=False, progress=lambda *at: told.append(at))
+    turned = Traces(counts=np.concatenate([traces.counts[32:], traces.counts[:32]]), top_k=2)
+    names = [each.strategy for each in found.strategies]
+    ways = [replay(profile(), each, [*names, "clairvoyant"], window=8).rows for each in (traces, turned)]
+    assert found.drift > 0.05 and told[-1] == (2 * (len(names) + 1),) * 2
+    for option, *rows in zip(found.strategies, *ways, strict=False):
+        assert option.changes == pytest.approx([row.change for row in rows])
+        assert option.change == pytest.approx(np.mean(option.changes))
+        assert option.low <= min(option.changes) and option.high >= max(option.changes)
+        assert found.ceiling <= option.change
+    best = found.option(found.recommended)
+    assert abs(best.changes[0] - best.changes[1]) > 0.01 and found.predicted_change == best.change
+    assert best.change <= (1 + found.worth) * (1 + min(each.change for each in found.strategies)) - 1
+    assert found.clairvoyant == pytest.approx(np.mean([rows[-1].change for rows in ways]))
+    assert any(f"{100 * best.changes[1]:+.1f} % on the first" in note for note in found.notes)
+
+
+def test_two_ways_that_disagree_are_never_certain() -> None:
+    stay, leave = np.ones((2, 1, 64)), np.ones((2, 1, 64))
+    stay[0], leave[1] = 0.8, 0.9  # the first gains more on the last steps, and loses on the first ones
+    low_S, high_S, share_S = _spread(np.concatenate([stay, leave], axis=1), np.ones((2, 64)), 8, 0)
+    assert share_S == pytest.approx([0.75, 0.25], abs=0.05)
+    assert (low_S <= [-0.2, -0.1]).all() and (high_S >= 0).all()
+    *_, one_S = _spread(np.concatenate([stay, leave], axis=1)[:1], np.ones((1, 64)), 8, 0)
+    assert one_S.tolist() == [1, 0]
 
 
 def test_memory_buys_copies_and_duplication() -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemopt.advise.case import Case, make_case
 from gemopt.advise.document import Advice, Option
+from gemopt.advise.options import BOUND, CLOSE, Played, options_of
 from gemopt.advise.shape import ModelShape, shape_from
 from gemopt.advise.sweep import POWERS, WORTH, Bench, sample, sweeps
 from gemopt.advise.variants import drift, skewness
@@ -19,25 +18,19 @@ from gemopt.bounds import lower_bound
 from gemopt.costs import CostModel
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
-from gemopt.latency import FloatArray
 from gemopt.placement import Placement
 from gemopt.predict import PREDICTORS
 from gemopt.predict import make as make_predictor
 from gemopt.problem import problems
 from gemopt.profile import Profile
-from gemopt.replay import Migration, ReplayResult
+from gemopt.replay import Migration
 from gemopt.replay.duplication import PREFIX
-from gemopt.traces import Traces, concatenate
+from gemopt.traces import Traces
 
 DEFAULT_WINDOW = 64
-CLOSE = 0.01
-RESAMPLES = 1000
-BLOCKS = 4  # at least, in the bootstrap: long ones, for steps that follow each other are alike
 DRIFTS = 0.05
 PLAIN = ("contiguous", "fitted-once", "copies", "controller", "free")  # from the simplest on; duplication after them
 DISTRIBUTIONS = {"all-past": 1, "window": 64, "dirichlet": 32}  # history that each needs, in steps
-BOUND = "clairvoyant"
-Results = list[tuple[ReplayResult, NDArray[np.int64]]]  # each with the slots it ran on
 
 
 def advise(
@@ -90,12 +83,14 @@ def advise(
         raise InputError("--horizon", horizon, "at least 1 step")
     case, notes = make_case(profile, traces, horizon, memory_bytes, shape_from(model), migration, non_moe_us, window,
                             seed, cost)  # fmt: skip
-    spare = bool((case.full_G > case.bare_G).any())
-    if predictors is not None and not spare:
+    if predictors is not None and not case.spare:
         raise InputError("--predictors", ", ".join(predictors), "no slot to spare for copies", "more --memory")
-    chosen = _predictors(traces, round(traces.num_steps * case.fit), predictors) if spare else []
-    follow = ["controller", "free", *(PREFIX + name for name in chosen), BOUND]
-    total = len(follow) + 2 + spare + (len(POWERS) + 1 if sweep else 0)
+    cut = round(traces.num_steps * case.fit)
+    chosen = _predictors(traces, cut, predictors) if case.spare else []
+    moved = drift(traces.counts, cut, seed)
+    ways = [case, case.turned()] if moved > DRIFTS else [case]
+    still, follow = ["contiguous", "fitted-once"], ["controller", "free", *(PREFIX + name for name in chosen), BOUND]
+    total = len(ways) * (len(still) + len(follow) + case.spare) + (len(POWERS) + 1 if sweep else 0)
     done = [0]
 
     def advance() -> None:
@@ -103,17 +98,20 @@ def advise(
         if progress is not None:
             progress(min(done[0], total), total)
 
-    still = ["contiguous", "fitted-once"]
-    results = [(case.replay(still if spare else still + follow, case.bare_G, advance), case.bare_G)]
-    if spare:
-        results.append((case.replay(["copies", *follow], case.full_G, advance), case.full_G))
-    options = _options(case, results)
+    played = [_play(way, still, ["copies", *follow] if case.spare else follow, advance) for way in ways]
+    options = options_of(case, played)
     best = _recommended(options, horizon)
-    moved = drift(traces.counts, results[0][0].first_step, seed)
-    seen = [best, _exchanged(case, best)] if moved > DRIFTS and best.strategy != "contiguous" else [best]
-    notes += _warnings(seen, options, traces.num_steps, horizon, moved)
+    notes += _warnings(best, options, traces.num_steps, horizon, moved)
     found = _sweeps(case, options, best, advance) if sweep else {}
-    return _document(case, results, options, seen, moved, horizon, notes, names, found)
+    return _document(ways, played, options, best, moved, horizon, notes, names, found)
+
+
+def _play(case: Case, still: list[str], follow: list[str], advance: Callable[[], None]) -> Played:
+    """The first ones always without copies, to show what memory for copies buys."""
+    if not case.spare:
+        return [(case.replay(still + follow, case.bare_G, advance), case.bare_G)]
+    return [(case.replay(names, slots_G, advance), slots_G)
+            for names, slots_G in ((still, case.bare_G), (follow, case.full_G))]  # fmt: skip
 
 
 def _predictors(traces: Traces, past_steps: int, wanted: Sequence[str] | None) -> list[str]:
@@ -130,70 +128,6 @@ def _predictors(traces: Traces, past_steps: int, wanted: Sequence[str] | None) -
         found += [] if traces.tokens.token_ids is None else ["token"]
         found += [] if traces.tokens.hidden is None else ["mlp", "lstm"]
     return [name for name in PREDICTORS if name in found]
-
-
-def _options(case: Case, results: Results) -> list[Option]:
-    """One per strategy, `clairvoyant` left out: nobody can run it."""
-    tracks = [(track, slots_G) for result, slots_G in results for track in result.timeline if track.strategy != BOUND]
-    base_T = np.array(results[0][0].baseline_us)
-    steps_ST = np.array([track.step_us for track, _ in tracks])
-    sums_RS, base_R, wider = _resampled(steps_ST, base_T, case.window, case.seed)
-    changes_RS = sums_RS / base_R[:, None] - 1
-    close_S = (sums_RS <= (1 + CLOSE) * sums_RS.min(axis=1, keepdims=True)).mean(axis=0)
-    base_us, rest_us, size = float(base_T.sum()), case.non_moe_us * len(base_T), case.migration.expert_bytes
-    found = []
-    for s, (track, slots_G) in enumerate(tracks):
-        total_us = float(steps_ST[s].sum())
-        setup_us = _setup_us(case, track.setup_moves)
-        saved_us = (base_us - total_us) / len(base_T)
-        change = total_us / base_us - 1
-        low, high = (change + wider * (np.quantile(changes_RS[:, s], (0.05, 0.95)) - change)).tolist()
-        paid = 0.0 if not setup_us else setup_us / saved_us if saved_us > 0 else None
-        found.append(Option(
-            strategy=track.strategy, slots_per_rank=slots_G.tolist(), change=change, low=low, high=high,
-            step_change=(total_us + rest_us) / (base_us + rest_us) - 1, best_share=float(close_S[s]),
-            moves=sum(track.moves), traffic_bytes=sum(track.moves) * size, setup_moves=track.setup_moves,
-            setup_bytes=track.setup_moves * size, breakeven_steps=paid,
-            memory_bytes=float((slots_G - case.bare_G).max()) * size * case.traces.num_layers,
-        ))  # fmt: skip
-    return found
-
-
-def _exchanged(case: Case, best: Option) -> Option:
-    """The same strategy on as many first steps, fitted on all others."""
-    scored = case.traces.num_steps - round(case.traces.num_steps * case.fit)
-    turned = concatenate([case.traces.steps(slice(scored, None)), case.traces.steps(slice(0, scored))])
-    slots_G, other = np.array(best.slots_per_rank), replace(case, traces=turned)
-    return _options(other, [(other.replay([best.strategy], slots_G, lambda: None), slots_G)])[0]
-
-
-def _setup_us(case: Case, moves: int) -> float:
-    """What moving to a first placement beside serving costs: shared evenly by the ranks, a commit per layer."""
-    if not moves:
-        return 0.0
-    costs = case.migration
-    transfer_us = moves / case.profile.num_ranks * costs.expert_bytes / costs.bytes_per_s * 1e6
-    return costs.slowdown * transfer_us + costs.commit_us * case.traces.num_layers
-
-
-def _resampled(
-    steps_ST: FloatArray, base_T: FloatArray, window: int, seed: int
-) -> tuple[FloatArray, FloatArray, float]:
-    """Sums over recordings made of blocks of consecutive steps, drawn with replacement; the same for all strategies.
-
-    And how much wider than their spread is that of another recording of N blocks around this one: both vary, and few
-    blocks show too little of it: sqrt(2 N / (N - 1)) and Student's quantile over the normal one.
-    """
-    from scipy.special import ndtri, stdtrit
-
-    steps = steps_ST.shape[1]
-    length = max(1, min(window, steps // BLOCKS))
-    cuts = np.arange(0, steps, length)
-    free = max(1, len(cuts) - 1)
-    blocks_SB, base_B = np.add.reduceat(steps_ST, cuts, axis=1), np.add.reduceat(base_T, cuts)
-    drawn_RB = np.random.default_rng(seed).integers(0, len(cuts), (RESAMPLES, len(cuts)))
-    wider = float(np.sqrt(2 * len(cuts) / free) * stdtrit(free, 0.95) / ndtri(0.95))
-    return blocks_SB[:, drawn_RB].sum(axis=2).T, base_B[drawn_RB].sum(axis=1), wider
 
 
 def _recommended(options: list[Option], horizon: int | None) -> Option:
@@ -223,47 +157,54 @@ def _sweeps(case: Case, options: list[Option], best: Option, advance: Callable[[
 
 
 def _document(
-    case: Case,
-    results: Results,
+    ways: list[Case],
+    played: list[Played],
     options: list[Option],
-    seen: list[Option],
+    best: Option,
     moved: float,
     horizon: int | None,
     notes: list[str],
     names: tuple[str, ...],
     found: dict[str, Any],
 ) -> Advice:
-    plain, traces = results[0][0], case.traces
-    past = traces.steps(slice(plain.first_step, None))
-    bound_us = sum(map(lower_bound, problems(case.cost, past, case.room_G)))
-    base_us = sum(plain.baseline_us)
+    case, plain, traces = ways[0], played[0][0][0], ways[0].traces
+    last = traces.steps(slice(plain.first_step, None))
     contiguous = Placement.contiguous(
         traces.num_layers, traces.num_experts, case.profile.num_ranks, layer_ids=list(traces.layer_ids)
     )
-    best, apart = seen[0], seen[-1].change - seen[0].change
     return Advice(
-        recommended=best.strategy, predicted_change=float(np.mean([each.change for each in seen])),
-        confidence=best.best_share, low=min(each.low for each in seen) - abs(apart) / 2,
-        high=max(each.high for each in seen) + abs(apart) / 2, strategies=options, ceiling=bound_us / base_us - 1,
-        clairvoyant=results[-1][0].row(BOUND).makespan_us / base_us - 1,
-        fitted_steps=plain.first_step, scored_steps=past.num_steps,
-        horizon_steps=horizon or past.num_steps, window=case.window, seed=case.seed, skew=skewness(traces.counts),
+        recommended=best.strategy, predicted_change=best.change, confidence=best.best_share, low=best.low,
+        high=best.high, strategies=options, ceiling=float(np.mean(list(map(_ceiling, ways, played)))),
+        clairvoyant=float(np.mean([result.row(BOUND).makespan_us / sum(result.baseline_us) - 1
+                                   for *_, (result, _) in played])),
+        fitted_steps=plain.first_step, scored_steps=last.num_steps,
+        horizon_steps=horizon or last.num_steps, window=case.window, seed=case.seed, skew=skewness(traces.counts),
         drift=moved,
         assignments=float(np.asarray(traces.counts).sum(axis=2).mean()),
-        outside=evaluate(contiguous, None, past, cost=case.cost).outside, non_moe_us=case.non_moe_us,
+        outside=evaluate(contiguous, None, last, cost=case.cost).outside, non_moe_us=case.non_moe_us,
         migration=case.migration, worth=WORTH, commands=_commands(case, best, names), notes=notes, **found,
     )  # fmt: skip
 
 
-def _warnings(seen: list[Option], options: list[Option], steps: int, horizon: int | None, moved: float) -> list[str]:
-    best, notes = seen[0], []
+def _ceiling(case: Case, played: Played) -> float:
+    """Change that no placement can pass on the scored steps."""
+    plain = played[0][0]
+    scored = case.traces.steps(slice(plain.first_step, None))
+    return sum(map(lower_bound, problems(case.cost, scored, case.room_G))) / sum(plain.baseline_us) - 1
+
+
+def _warnings(best: Option, options: list[Option], steps: int, horizon: int | None, moved: float) -> list[str]:
+    notes = []
     if moved > DRIFTS:
         notes.append("the traffic changed while it was recorded: how much is gained in regimes to come is not known, "
                      "and may be outside of what is given")  # fmt: skip
-    if len(seen) > 1:
-        found = f"{100 * seen[1].change:+.1f} % there, {100 * best.change:+.1f} % on the last"
-        notes.append(f"so {best.strategy} was played on the first steps too, fitted on the others: {found}; "
-                     "the mean is predicted")  # fmt: skip
+        notes.append("so all strategies were played on the first steps too, fitted on the others; changes are means of "
+                     f"both, {best.strategy} {100 * best.changes[0]:+.1f} % on the last, "
+                     f"{100 * best.changes[1]:+.1f} % on the first")  # fmt: skip
+        for way, where in enumerate(("last", "first")):
+            first = min(options, key=lambda each: each.changes[way])
+            if 1 + best.changes[way] > (1 + CLOSE) * (1 + first.changes[way]):
+                notes.append(f"on the {where} steps {first.strategy} is best: {100 * first.changes[way]:+.1f} %")
     if horizon is not None and horizon > steps // 2:
         notes.append(f"the horizon is {horizon} steps, {steps // 2} could be scored: drift beyond them is not in this")
     if best.strategy.startswith(PREFIX):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ from gemopt.exceptions import InputError
 from gemopt.placement import default_slots
 from gemopt.profile import Profile
 from gemopt.replay import Migration, ReplayResult, replay
-from gemopt.traces import Traces
+from gemopt.replay.strategy import Solved
+from gemopt.traces import Traces, concatenate
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,18 @@ class Case:
     bare_G: NDArray[np.int64]
     full_G: NDArray[np.int64]
     room_G: NDArray[np.int64]
+    solved: Solved = field(default_factory=dict)
+
+    @property
+    def spare(self) -> bool:
+        """Whether there are slots for copies."""
+        return bool((self.full_G > self.bare_G).any())
+
+    def turned(self) -> Case:
+        """As many first steps scored, all others fitted on."""
+        scored = self.traces.num_steps - round(self.traces.num_steps * self.fit)
+        parts = [self.traces.steps(slice(scored, None)), self.traces.steps(slice(0, scored))]
+        return replace(self, traces=concatenate(parts))
 
     def replay(self, names: Sequence[str], slots_G: NDArray[np.int64], advance: Callable[[], None]) -> ReplayResult:
         """Strategies on the scored steps."""
@@ -49,6 +62,7 @@ class Case:
             seed=self.seed,
             cost=self.cost,
             on_track=lambda _: advance(),
+            solved=self.solved,
         )
 
 

@@ -19,15 +19,18 @@ class Option(BaseModel):
     ----------
     strategy, slots_per_rank
         As `gemopt replay` takes them.
-    change, low, high
-        Of the makespan, copying included, against contiguous placement, as a fraction; 90 % of other recordings as long
-        and of the same traffic lie between `low` and `high` (from blocks of consecutive steps).
+    change, changes, low, high
+        Of the makespan, copying included, against contiguous placement, as a fraction. `changes`: on the last steps
+        and, where the traffic drifts, on the first ones, fitted on the others; `change` is their mean. 90 % of other
+        recordings as long and of the same traffic lie between `low` and `high` (from blocks of consecutive steps),
+        which hold the intervals of both playings and half of what these are apart more.
     step_change
-        Of whole steps, with the time outside the MoE layers.
+        The same of whole steps, with the time outside the MoE layers.
     best_share
-        Of the resampled recordings, how many have it within 1 % of their best strategy.
+        Of the resampled recordings, how many have it within 1 % of their best strategy. Where two playings were made,
+        a recording is drawn from one of them, the other or both.
     moves, traffic_bytes
-        Copied over links in the scored steps.
+        Copied over links in the last steps.
     setup_moves, setup_bytes, breakeven_steps
         From contiguous placement to the first one, which the makespan does not pay for, and after how many steps that
         has paid for itself; None: never.
@@ -40,6 +43,7 @@ class Option(BaseModel):
     strategy: str
     slots_per_rank: list[int]
     change: float
+    changes: list[float]
     low: float
     high: float
     step_change: float
@@ -89,15 +93,14 @@ class Advice(Document):
         A strategy of `gemopt replay`: the simplest of those within `worth` of the best.
     predicted_change, low, high
         Of the makespan against contiguous placement, as a fraction, on steps that no strategy had seen: those of the
-        recommended option. Where the traffic drifts, the mean of that and of the same strategy on the first steps,
-        fitted on the others; then `low` and `high` hold the intervals of both and half of what they are apart more.
+        recommended option.
     confidence
         Share of resampled recordings (blocks of consecutive steps) in which it is within 1 % of the best strategy.
     ceiling
         No placement, changed before every step and with all slots that memory allows, changes the makespan by more than
         this: proven.
     clairvoyant
-        Change of one that knows each window beforehand and copies at no cost.
+        Change of one that knows each window beforehand and copies at no cost. Both, too, are means of both playings.
     skew, drift, assignments, outside
         Of the traffic: hottest expert over mean; share of assignments that go elsewhere in the scored part than in the
         fitted one, beyond chance; mean per step and layer; share of rank loads outside the measured range.

@@ -1,0 +1,85 @@
+"""What each strategy of an advice does in the replays, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.advise.case import Case
+from gemopt.advise.document import Option
+from gemopt.latency import FloatArray
+from gemopt.replay import ReplayResult
+
+CLOSE = 0.01
+RESAMPLES = 1000
+BLOCKS = 4  # at least, in the bootstrap: long ones, for steps that follow each other are alike
+BOUND = "clairvoyant"
+Played = list[tuple[ReplayResult, NDArray[np.int64]]]  # replays of the same steps, each with the slots it ran on
+
+
+def options_of(case: Case, ways: Sequence[Played]) -> list[Option]:
+    """One per strategy, `clairvoyant` left out: nobody can run it. ways: the last steps played, and any others."""
+    tracks = [[(track, slots_G) for result, slots_G in played for track in result.timeline if track.strategy != BOUND]
+              for played in ways]  # fmt: skip
+    steps_WST = np.array([[track.step_us for track, _ in each] for each in tracks])
+    base_WT = np.array([played[0][0].baseline_us for played in ways])
+    base_W1, rest_us = base_WT.sum(axis=1)[:, None], case.non_moe_us * base_WT.shape[1]
+    changes_WS = steps_WST.sum(axis=2) / base_W1 - 1
+    step_S = (changes_WS * base_W1 / (base_W1 + rest_us)).mean(axis=0)
+    saved_S = -(changes_WS * base_W1).mean(axis=0) / base_WT.shape[1]
+    low_S, high_S, share_S = _spread(steps_WST, base_WT, case.window, case.seed)
+    size, found = case.migration.expert_bytes, []
+    for s, (track, slots_G) in enumerate(tracks[0]):
+        setup_us = _setup_us(case, track.setup_moves)
+        paid = 0.0 if not setup_us else setup_us / float(saved_S[s]) if saved_S[s] > 0 else None
+        found.append(Option(
+            strategy=track.strategy, slots_per_rank=slots_G.tolist(), change=float(changes_WS[:, s].mean()),
+            changes=changes_WS[:, s].tolist(), low=float(low_S[s]), high=float(high_S[s]),
+            step_change=float(step_S[s]), best_share=float(share_S[s]),
+            moves=sum(track.moves), traffic_bytes=sum(track.moves) * size, setup_moves=track.setup_moves,
+            setup_bytes=track.setup_moves * size, breakeven_steps=paid,
+            memory_bytes=float((slots_G - case.bare_G).max()) * size * case.traces.num_layers,
+        ))  # fmt: skip
+    return found
+
+
+def _setup_us(case: Case, moves: int) -> float:
+    """What moving to a first placement beside serving costs: shared evenly by the ranks, a commit per layer."""
+    if not moves:
+        return 0.0
+    costs = case.migration
+    transfer_us = moves / case.profile.num_ranks * costs.expert_bytes / costs.bytes_per_s * 1e6
+    return costs.slowdown * transfer_us + costs.commit_us * case.traces.num_layers
+
+
+def _spread(
+    steps_WST: FloatArray, base_WT: FloatArray, window: int, seed: int
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """[S] low and high ends of the changes of other recordings, and the share in which a strategy is close to the best.
+
+    A recording is made of blocks of consecutive steps, drawn with replacement, the same for all strategies. Where there
+    are W ways, W of them are drawn with replacement first, each then filled with blocks of its own: two ways that
+    disagree are not made certain by many blocks. The ends are those of each way, and half of what they are apart more.
+    Another recording of N blocks varies as this one does, and few blocks show too little of it: the spread is widened
+    by sqrt(2 N / (N - 1)) and Student's quantile over the normal one.
+    """
+    from scipy.special import ndtri, stdtrit
+
+    ways, _, steps = steps_WST.shape
+    cuts = np.arange(0, steps, max(1, min(window, steps // BLOCKS)))
+    free = max(1, len(cuts) - 1)
+    wider = float(np.sqrt(2 * len(cuts) / free) * stdtrit(free, 0.95) / ndtri(0.95))
+    blocks_WSB, base_WB = np.add.reduceat(steps_WST, cuts, axis=2), np.add.reduceat(base_WT, cuts, axis=1)
+    rng = np.random.default_rng(seed)
+    drawn_RWB = rng.integers(0, len(cuts), (RESAMPLES, ways, len(cuts)))
+    each_WSRW = np.stack([blocks_SB[:, drawn_RWB].sum(axis=3) / base_B[drawn_RWB].sum(axis=2)
+                          for blocks_SB, base_B in zip(blocks_WSB, base_WB, strict=True)])  # fmt: skip
+    way_RW = rng.integers(0, ways, (RESAMPLES, ways))
+    drawn_SR = np.take_along_axis(each_WSRW, way_RW[None, None], axis=0)[0].mean(axis=2)
+    share_S = (drawn_SR <= (1 + CLOSE) * drawn_SR.min(axis=0)).mean(axis=1)
+    mean_WS = steps_WST.sum(axis=2) / base_WT.sum(axis=1)[:, None]
+    ends_2WS = mean_WS + wider * (np.quantile(each_WSRW, (0.05, 0.95), axis=(2, 3)) - mean_WS)
+    apart_S = np.ptp(mean_WS, axis=0)
+    return ends_2WS[0].min(axis=0) - apart_S / 2 - 1, ends_2WS[1].max(axis=0) + apart_S / 2 - 1, share_S
