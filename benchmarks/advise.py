@@ -6,7 +6,7 @@ Each system is a number of ranks drawn from a fleet of measured GPUs (affine cos
 and a bandwidth. `gemopt.advise` gets the first half of a trace. Then `gemopt.replay` plays the second half under every
 strategy, fitted on the first: the recommended one must be within 1 % of the best, and its predicted change within three
 points of what replay finds. `drift`: share of the traffic that goes elsewhere in the half of its traces that the advice
-scores; above 5 % it plays the strategy the other way, too. Without --data, on the two traces that the repository ships.
+scores; above 5 % it plays them the other way, too. Without --data, on the two traces that the repository ships.
 --regimes: other traffic, in which the kind of text changes three times: twice in the half that the advice gets.
 """
 
@@ -117,7 +117,7 @@ def main() -> None:
             behind = ours.makespan_us / best.makespan_us - 1
             missed = 100 * abs(advice.predicted_change - (ours.change or 0.0))
             cells, right, close = cells + 1, right + (behind <= 0.01), close + (missed <= 3)
-            alone += abs(advice.option(advice.recommended).change - (ours.change or 0.0)) <= 0.03
+            alone += abs(advice.option(advice.recommended).changes[0] - (ours.change or 0.0)) <= 0.03
             inside += advice.low <= (ours.change or 0.0) <= advice.high
             both += behind <= 0.01 and missed <= 3
             print(f"| {system.name} | {name} | {advice.recommended} | {100 * advice.predicted_change:+.1f} | "

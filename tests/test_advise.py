@@ -129,13 +129,17 @@ def test_where_traffic_drifts_both_ways_are_played() -> None:
 
 
 def test_two_ways_that_disagree_are_never_certain() -> None:
-    stay, leave = np.ones((2, 1, 64)), np.ones((2, 1, 64))
-    stay[0], leave[1] = 0.8, 0.9  # the first gains more on the last steps, and loses on the first ones
-    low_S, high_S, share_S = _spread(np.concatenate([stay, leave], axis=1), np.ones((2, 64)), 8, 0)
-    assert share_S == pytest.approx([0.75, 0.25], abs=0.05)
-    assert (low_S <= [-0.2, -0.1]).all() and (high_S >= 0).all()
-    *_, one_S = _spread(np.concatenate([stay, leave], axis=1)[:1], np.ones((1, 64)), 8, 0)
-    assert one_S.tolist() == [1, 0]
+    last, base = np.ones((3, 64)), np.ones((2, 64))
+    last[0], last[1] = 0.8, 0.9
+    first = last[[2, 1, 0]]  # who gains most on the last steps gains nothing on the first ones
+    low_S, high_S, share_S = _spread(np.stack([last, first]), base, 8, 0)
+    assert share_S == pytest.approx([0.5, 0, 0.5], abs=0.1)
+    assert low_S == pytest.approx([-0.3, -0.1, -0.3]) and high_S == pytest.approx([0.1, -0.1, 0.1])
+    *_, agreed_S = _spread(np.stack([last, last]), base, 8, 0)
+    *_, one_S = _spread(last[None], base[:1], 8, 0)
+    assert agreed_S.tolist() == one_S.tolist() == [1, 0, 0]
+    *_, nearly_S = _spread(np.stack([last, 0.5 + last / 2]), base, 8, 0)
+    assert 0.6 < nearly_S[0] < 1  # the same is best, but gains half as much there
 
 
 def test_memory_buys_copies_and_duplication() -> None:

@@ -28,7 +28,7 @@ class Option(BaseModel):
         The same of whole steps, with the time outside the MoE layers.
     best_share
         Of the resampled recordings, how many have it within 1 % of their best strategy. Where two playings were made,
-        a recording is drawn from one of them, the other or both.
+        of a regime that may differ from both as they do from each other.
     moves, traffic_bytes
         Copied over links in the last steps.
     setup_moves, setup_bytes, breakeven_steps
@@ -95,7 +95,8 @@ class Advice(Document):
         Of the makespan against contiguous placement, as a fraction, on steps that no strategy had seen: those of the
         recommended option.
     confidence
-        Share of resampled recordings (blocks of consecutive steps) in which it is within 1 % of the best strategy.
+        Share of resampled recordings (blocks of consecutive steps) in which it is within 1 % of the best strategy:
+        its `best_share`.
     ceiling
         No placement, changed before every step and with all slots that memory allows, changes the makespan by more than
         this: proven.

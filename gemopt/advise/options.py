@@ -59,27 +59,29 @@ def _spread(
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """[S] low and high ends of the changes of other recordings, and the share in which a strategy is close to the best.
 
-    A recording is made of blocks of consecutive steps, drawn with replacement, the same for all strategies. Where there
-    are W ways, W of them are drawn with replacement first, each then filled with blocks of its own: two ways that
-    disagree are not made certain by many blocks. The ends are those of each way, and half of what they are apart more.
-    Another recording of N blocks varies as this one does, and few blocks show too little of it: the spread is widened
-    by sqrt(2 N / (N - 1)) and Student's quantile over the normal one.
+    A recording is made of blocks of consecutive steps, drawn with replacement, the same for all strategies. Two ways
+    are two regimes: in logarithms the next one is at their mean and sqrt(3) t times half of what they are apart, t of
+    Student's distribution with one degree of freedom (the prediction from two observations: it is as likely beyond
+    either of them as between them). The ends are those of each way, and half of what they are apart more. Another
+    recording of N blocks varies as this one does, and few blocks show too little of it: the spread is widened by
+    sqrt(2 N / (N - 1)) and Student's quantile over the normal one.
     """
     from scipy.special import ndtri, stdtrit
 
-    ways, _, steps = steps_WST.shape
+    steps = steps_WST.shape[2]
     cuts = np.arange(0, steps, max(1, min(window, steps // BLOCKS)))
     free = max(1, len(cuts) - 1)
     wider = float(np.sqrt(2 * len(cuts) / free) * stdtrit(free, 0.95) / ndtri(0.95))
     blocks_WSB, base_WB = np.add.reduceat(steps_WST, cuts, axis=2), np.add.reduceat(base_WT, cuts, axis=1)
     rng = np.random.default_rng(seed)
-    drawn_RWB = rng.integers(0, len(cuts), (RESAMPLES, ways, len(cuts)))
-    each_WSRW = np.stack([blocks_SB[:, drawn_RWB].sum(axis=3) / base_B[drawn_RWB].sum(axis=2)
-                          for blocks_SB, base_B in zip(blocks_WSB, base_WB, strict=True)])  # fmt: skip
-    way_RW = rng.integers(0, ways, (RESAMPLES, ways))
-    drawn_SR = np.take_along_axis(each_WSRW, way_RW[None, None], axis=0)[0].mean(axis=2)
-    share_S = (drawn_SR <= (1 + CLOSE) * drawn_SR.min(axis=0)).mean(axis=1)
+    each_WSR = []
+    for blocks_SB, base_B in zip(blocks_WSB, base_WB, strict=True):
+        drawn_RB = rng.integers(0, len(cuts), (RESAMPLES, len(cuts)))
+        each_WSR.append(blocks_SB[:, drawn_RB].sum(axis=2) / base_B[drawn_RB].sum(axis=1))
+    first_SR, then_SR = np.log(each_WSR[0]), np.log(each_WSR[-1])
+    next_SR = first_SR + (then_SR - first_SR) * (1 + np.sqrt(3) * rng.standard_cauchy(RESAMPLES)) / 2
+    share_S = (next_SR <= next_SR.min(axis=0) + np.log(1 + CLOSE)).mean(axis=1)
     mean_WS = steps_WST.sum(axis=2) / base_WT.sum(axis=1)[:, None]
-    ends_2WS = mean_WS + wider * (np.quantile(each_WSRW, (0.05, 0.95), axis=(2, 3)) - mean_WS)
+    ends_2WS = mean_WS + wider * (np.quantile(each_WSR, (0.05, 0.95), axis=2) - mean_WS)
     apart_S = np.ptp(mean_WS, axis=0)
     return ends_2WS[0].min(axis=0) - apart_S / 2 - 1, ends_2WS[1].max(axis=0) + apart_S / 2 - 1, share_S
