@@ -301,6 +301,7 @@ def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.Captu
         (["--memory", "1", "--predictors", "tarot"], "predictor: got tarot"),
         (["--predictors", "window"], "--predictors: got window; no slot to spare for copies"),
         (["--plot", "map.png"], "--plot: got map.png; the map needs the sweep"),
+        (["--rules", "rules.json"], "No such option: --rules"),
         (["-o", "/no/such/folder/out.json"], "no such folder"),
     ],
 )
