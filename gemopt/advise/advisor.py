@@ -52,6 +52,8 @@ def advise(
 ) -> Advice:
     """Compare strategies on the last steps of recorded traffic, of which none has seen any.
 
+    Where the traffic drifts, on the first steps as well, fitted on the others; then the mean decides.
+
     Parameters
     ----------
     horizon
