@@ -1,10 +1,10 @@
 """A controller in charge of a live model, against the placement fitted once: text changes kind, and a rank slows down.
 
 Four ranks under CPU quotas serve the shipped model, its experts widened as in `live.py`. Placements are fitted on the
-first kind of text. Then the text goes on, changes to another kind, and to a third; halfway through, one rank gets 1.5
-times slower. Round after round the same text is served in turn with the placement fitted once and with
-`Executor.follow`; what is compared is the measured makespan (slowest rank's experts, summed over layers and steps), and
-the logits, which must not change.
+first kind of text. Then the text goes on, changes to another kind, and to a third; halfway through, one rank gets
+slower. Round after round the same text is served in turn with the placement fitted once and with `Executor.follow`;
+what is compared is the measured makespan (slowest rank's experts, summed over layers and steps), and the logits, which
+must not change.
 
     torchrun --standalone --nproc-per-node 4 benchmarks/follow_live.py -o follow_live.json
 """
@@ -37,7 +37,7 @@ from gemopt.models import tiny_moe_path
 from gemopt.online import Controller
 from gemopt.profiling.throttle import cpu_quota
 
-SLOW_RANK, SLOWER = 1, 1.5
+SLOW_RANK = 1
 KINDS = ("code", "maths", "maths", "prose", "prose", "maths")
 SLOW_FROM = 3  # segment
 
@@ -63,10 +63,10 @@ def segment(kind: str, sequences: int, steps: int, part: int, parts: int) -> tor
 
 
 @contextlib.contextmanager
-def quota_at(rank: int, number: int) -> Iterator[None]:
+def quota_at(rank: int, number: int, slower: float) -> Iterator[None]:
     """This rank's share of a core while a segment is served."""
     slow = rank == SLOW_RANK and number >= SLOW_FROM
-    with cpu_quota(QUOTAS[rank] / (SLOWER if slow else 1.0)):
+    with cpu_quota(QUOTAS[rank] / (slower if slow else 1.0)):
         yield
 
 
@@ -77,11 +77,13 @@ def fingerprint(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return logits.float().clone()
 
 
-def serve(model: Any, watch: Stopwatch, texts: list[torch.Tensor], rank: int) -> tuple[list[float], list[torch.Tensor]]:
+def serve(
+    model: Any, watch: Stopwatch, texts: list[torch.Tensor], rank: int, slower: float
+) -> tuple[list[float], list[torch.Tensor]]:
     """Measured makespan in microseconds of every segment, and its fingerprint after it."""
     spans, prints = [], []
     for number, tokens in enumerate(texts):
-        with quota_at(rank, number):
+        with quota_at(rank, number, slower):
             spans.append(float(decode(model, tokens, watch).makespan_TL.sum()))
         prints.append(fingerprint(model, tokens))
     return spans, prints
@@ -99,6 +101,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--slots", type=int, default=20, help="of every rank, for 64 experts on 4 ranks")
+    parser.add_argument("--slower", type=float, default=1.5, help="times, of the rank that slows down halfway")
     parser.add_argument("--width", type=int, default=1536, help="of the experts; their share of a step does not matter")
     return parser.parse_args()
 
@@ -143,10 +146,10 @@ def main() -> None:
     worst = 0.0
     for _ in range(options.rounds):
         executor.apply(once)
-        fixed, before = serve(model, watch, texts, rank)
+        fixed, before = serve(model, watch, texts, rank, options.slower)
         executor.apply(once)
         follow = executor.follow(Controller(profile, once) if rank == 0 else None, window=options.window)
-        followed, after = serve(model, watch, texts, rank)
+        followed, after = serve(model, watch, texts, rank, options.slower)
         follow.close()
         decisions = follow.decisions
         spans["fitted once"].append(fixed)
@@ -176,14 +179,14 @@ def report(
         for n in range(len(KINDS))
     ]
     print(f"| change, % | {' | '.join(f'{100 * c:+.1f}' for c in by_segment)} | {100 * overall['median']:+.1f} |")
-    print(f"\nrank {SLOW_RANK} is {SLOWER} times slower from segment {SLOW_FROM + 1} on; largest relative difference "
-          f"of logits {worst:.1e}")  # fmt: skip
+    slow = f"rank {SLOW_RANK} is {options.slower} times slower from segment {SLOW_FROM + 1} on"
+    print(f"\n{slow}; largest relative difference of logits {worst:.1e}")
     for line in decisions:
         say(f"    {line}")
     if options.output:
         facts: dict[str, Any] = {
             "measured": stamp("torch", "transformers"), "quotas": QUOTAS, "width": width, "kinds": KINDS,
-            "slow": {"rank": SLOW_RANK, "factor": SLOWER, "from_segment": SLOW_FROM + 1},
+            "slow": {"rank": SLOW_RANK, "factor": options.slower, "from_segment": SLOW_FROM + 1},
             "slots": options.slots, "steps": options.steps, "window": options.window, "sequences": options.sequences,
             "makespan_us": spans, "change": overall, "change_by_segment": by_segment, "decisions": decisions,
             "largest_logit_difference": worst,
