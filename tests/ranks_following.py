@@ -17,6 +17,9 @@ class Scripted:
         self.script, self.fail_at = list(placements), fail_at
         self.seen, self.confirmed = [], []
 
+    def warm(self):
+        """Nothing is compiled here."""
+
     def step(self, counts_NLE, latencies_NG):
         from types import SimpleNamespace
 

@@ -74,6 +74,18 @@ def test_settled_traffic_moves_nothing() -> None:
     assert moved <= 4 * LAYERS
 
 
+def test_warming_up_changes_nothing(tmp_path: Path) -> None:
+    first, second = controller(), controller()
+    first.save(tmp_path / "before.npz")
+    first.warm()
+    first.save(tmp_path / "after.npz")
+    assert (tmp_path / "before.npz").read_bytes() == (tmp_path / "after.npz").read_bytes()
+    for start in (0, 64, 128):
+        window = traffic(0, 64, seed=start)
+        warmed, plain = first.step(window), second.step(window)
+        assert (warmed.reason, warmed.placement) == (plain.reason, plain.placement)
+
+
 def test_dear_moves_are_not_made() -> None:
     follower = controller(Policy(commit_us=1e9))
     assert follower.step(traffic(0, 64)).num_moves == 0

@@ -104,8 +104,10 @@ class Follow:
     ) -> None:
         if window < 1:
             raise InputError("window", window, "forward passes, at least 1")
-        if executor.rank == 0 and controller is None:
-            raise InputError("controller", None, "rank 0 decides, and needs one")
+        if executor.rank == 0:
+            if controller is None:
+                raise InputError("controller", None, "rank 0 decides, and needs one")
+            controller.warm()  # compiling takes a minute of the core that serves
         self.executor = executor
         self.controller = controller
         self.window = window

@@ -6,6 +6,7 @@ executor or in an engine.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -115,6 +116,17 @@ class Controller:
         mean = times_LNG.mean()
         imbalance = float(times_LNG.max(axis=2).mean() / mean) if mean > 0 else float("nan")
         return self._decide(news, changed, imbalance, known)
+
+    def warm(self) -> None:
+        """Load or compile the kernels of decisions before serving, once per installation up to a minute; else changes
+        nothing."""
+        twin = copy.deepcopy(self)
+        rows, first = self.placement.physical_to_logical, self.placement.rank_of_slot == 0
+        counts_NLE = np.ones((2 * TICK, *self.memories.shape), np.int64)
+        for layer, row in enumerate(rows):
+            counts_NLE[:, layer, row[first & (row >= 0)]] = 99
+        for _ in range(2):  # the second decision looks back at what the first one promised
+            twin.step(counts_NLE)
 
     def remember(self, counts_NLE: object) -> None:
         """Learn from [n, L, E] steps of the past without deciding: what the placement in force was fitted on.
