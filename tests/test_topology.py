@@ -167,6 +167,9 @@ def test_nccl_tests_output(tmp_path: Path) -> None:
     path.write_text(NCCL.format(test="all_reduce", host="Node2"))
     with pytest.raises(InputError, match="alltoall_perf or sendrecv_perf"):
         read_links(str(path))
+    path.write_text(NCCL.format(test="alltoall", host="Node1").replace("0.20    0.10       0", "0.20    0.10       7"))
+    with pytest.raises(InputError, match="#wrong 7 at 4096 bytes"):
+        read_links(str(path))
     path.write_text("nothing of the kind")
     with pytest.raises(InputError, match="whole output"):
         read_links(str(path))

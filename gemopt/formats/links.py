@@ -18,7 +18,9 @@ from gemopt.topology import LEVELS, Level, Topology, load
 
 RANK_LINE = re.compile(r"^#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device", re.MULTILINE)
 TEST_LINE = re.compile(r"^# Collective test starting: (\w+?)(?:_perf)?\s*$", re.MULTILINE)
-ROW = re.compile(r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+(?:\w+\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+\s", re.MULTILINE)
+ROW = re.compile(
+    r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+(?:\w+\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+(?:[^\S\n]+(\S+))?", re.MULTILINE
+)
 USED = ("alltoall", "sendrecv")
 
 
@@ -133,6 +135,9 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
     rows = ROW.findall(text)
     if not ranks or not rows:
         raise InputError(source, f"{len(ranks)} ranks, {len(rows)} rows", "the whole output of nccl-tests")
+    for row in rows:
+        if row[4] not in {"", "0", "0e+00", "N/A"}:
+            raise InputError(source, f"#wrong {row[4]} at {row[0]} bytes", "0: what was received is not what was sent")
     test = tests.pop() if len(tests) == 1 else _told_by_name(source)
     if test not in USED:
         raise InputError(source, test or "an unnamed test", f"the output of {' or '.join(t + '_perf' for t in USED)}")
