@@ -79,6 +79,9 @@ def test_a_placement_for_other_ranks_is_refused_before_anything_is_loaded(capsys
         (["a", "--model", "."], "torchrun"),
         (["missing.json", "--dry-run"], "missing.json"),
         (["a", "--dry-run", "--node-gbps", "0"], "node-gbps"),
+        (["a", "--dry-run", "--profile", "p.json"], "optimal split"),
+        (["a", "--at-load", "--model", ".", "--current", "four"], "nothing moves"),
+        (["a", "--dry-run", "--model", ".", "--expert-bytes", "100"], "their own size"),
     ],
 )
 def test_bad_input_is_one_line(capsys, placements, monkeypatch, arguments, words):

@@ -58,16 +58,22 @@ def apply(
     Without --dry-run, start it on every rank.
     """
     from gemopt.costs import fit
-    from gemopt.placement import Placement
+    from gemopt.placement import Placement, Split
     from gemopt.profile import Profile
 
     if dry_run and at_load:
         raise InputError("--at-load", "--dry-run", "one of the two", "nothing moves when loading permuted")
     budget_bytes = None if budget is None else int(budget * GIB)
+    wanted = Placement.load(placement)
+    if at_load:
+        moving = {"--current": current, "--budget": budget, "--ranks-per-node": ranks_per_node}
+        _unused(moving, "not with --at-load: nothing moves")
+    if dry_run or at_load or wanted.split is not Split.OPTIMAL:
+        _unused({"--profile": profile}, "for ranks that serve copies under the optimal split")
     if model is not None:
+        _unused({"--expert-bytes": expert_bytes}, "without --model, whose experts have their own size")
         model = _folder(model)
     if dry_run:
-        wanted = Placement.load(placement)
         steps = dry_plan(wanted, current, model, expert_bytes, ranks_per_node, budget_bytes)
         _show(describe(steps, node_gbps, cross_gbps), as_json, "would move")
         return
@@ -77,7 +83,7 @@ def apply(
         raise InputError(
             "WORLD_SIZE", None, "ranks to run on", "start with torchrun --nproc-per-node N --no-python gemopt apply ..."
         )
-    ranks = Placement.load(placement).num_ranks
+    ranks = wanted.num_ranks
     if str(ranks) != os.environ["WORLD_SIZE"]:
         started = f"torchrun started {os.environ['WORLD_SIZE']}"
         raise InputError("Placement.slots_per_rank", f"{ranks} ranks", started, f"--nproc-per-node {ranks}")
@@ -92,6 +98,13 @@ def apply(
             report = _apply_live(placement, current, model, layout, settings, (node_gbps, cross_gbps))
         if int(os.environ.get("RANK", "0")) == 0:
             _show(report, as_json, "loaded" if at_load else "moved")
+
+
+def _unused(options: dict[str, object], limit: str) -> None:
+    """Refuse options that say nothing here."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(name, value, limit, "leave it out")
 
 
 def _folder(model: Path) -> Path:
