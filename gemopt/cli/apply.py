@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -100,7 +100,7 @@ def apply(
             _show(report, as_json, "loaded" if at_load else "moved")
 
 
-def _unused(options: dict[str, object], limit: str) -> None:
+def _unused(options: Mapping[str, object], limit: str) -> None:
     """Refuse options that say nothing here."""
     for name, value in options.items():
         if value is not None:
