@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 
@@ -39,6 +40,13 @@ class InputError(GemoptError, ValueError):
             shown = shown[:117] + "..."
         message = f"{field}: got {shown or 'nothing'}; {limit}"
         super().__init__(" ".join(f"{message}; {hint}".split()) if hint else message)
+
+
+def refuse_unused(options: Mapping[str, object], limit: str) -> None:
+    """Refuse options that were given (are not None) and say nothing here: an option is never ignored."""
+    for name, value in options.items():
+        if value is not None:
+            raise InputError(name, value, limit, "leave it out")
 
 
 class UnsupportedError(InputError):

@@ -34,6 +34,18 @@ def curve_value(curves: Curves, g: int, k: int, f: int, load: float) -> float:
 
 
 @njit(cache=True, nogil=True, inline="always")
+def _last_within(y: Array, low: int, high: int, time: float) -> int:
+    """The last of the rising corners low + 1 to high - 1 that takes at most `time`, else `low`."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        if y[middle] <= time:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@njit(cache=True, nogil=True, inline="always")
 def curve_capacity(curves: Curves, g: int, k: int, f: int, time: float) -> float:
     """Largest load that a non-decreasing curve allows within `time`; -1 when even 0 takes longer."""
     x, y, start, slope = curves.x, curves.y, curves.start[g, k, f], curves.slope[g, k, f]
@@ -42,29 +54,17 @@ def curve_capacity(curves: Curves, g: int, k: int, f: int, time: float) -> float
         return -1.0
     if y[last] <= time:
         return float(x[last] + (time - y[last]) / slope) if slope > 0 else np.inf
-    low, high = start, last
-    while high - low > 1:
-        middle = (low + high) // 2
-        if y[middle] <= time:
-            low = middle
-        else:
-            high = middle
-    return float(x[low] + (x[high] - x[low]) * ((time - y[low]) / (y[high] - y[low])))
+    low = _last_within(y, start, last, time)
+    return float(x[low] + (x[low + 1] - x[low]) * ((time - y[low]) / (y[low + 1] - y[low])))
 
 
 @njit(cache=True, nogil=True)
 def next_corner(curves: Curves, g: int, k: int, f: int, time: float) -> float:
     """The first latency above `time` of the corners of a non-decreasing curve; infinity beyond the last."""
-    y, low = curves.y, curves.start[g, k, f] - 1
-    high = low + 1 + curves.length[g, k, f]
-    end = high
-    while high - low > 1:
-        middle = (low + high) // 2
-        if y[middle] <= time:
-            low = middle
-        else:
-            high = middle
-    return float(y[high]) if high < end else np.inf
+    y, start = curves.y, curves.start[g, k, f]
+    end = start + curves.length[g, k, f]
+    corner = _last_within(y, start - 1, end, time) + 1
+    return float(y[corner]) if corner < end else np.inf
 
 
 @njit(cache=True, nogil=True, inline="always")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, refuse_unused
 
 if TYPE_CHECKING:
     from gemopt.executor.plan import Plan
@@ -67,11 +67,11 @@ def apply(
     wanted = Placement.load(placement)
     if at_load:
         moving = {"--current": current, "--budget": budget, "--ranks-per-node": ranks_per_node}
-        _unused(moving, "not with --at-load: nothing moves")
+        refuse_unused(moving, "not with --at-load: nothing moves")
     if dry_run or at_load or wanted.split is not Split.OPTIMAL:
-        _unused({"--profile": profile}, "for ranks that serve copies under the optimal split")
+        refuse_unused({"--profile": profile}, "for ranks that serve copies under the optimal split")
     if model is not None:
-        _unused({"--expert-bytes": expert_bytes}, "without --model, whose experts have their own size")
+        refuse_unused({"--expert-bytes": expert_bytes}, "without --model, whose experts have their own size")
         model = _folder(model)
     if dry_run:
         steps = dry_plan(wanted, current, model, expert_bytes, ranks_per_node, budget_bytes)
@@ -98,13 +98,6 @@ def apply(
             report = _apply_live(placement, current, model, layout, settings, (node_gbps, cross_gbps))
         if int(os.environ.get("RANK", "0")) == 0:
             _show(report, as_json, "loaded" if at_load else "moved")
-
-
-def _unused(options: Mapping[str, object], limit: str) -> None:
-    """Refuse options that say nothing here."""
-    for name, value in options.items():
-        if value is not None:
-            raise InputError(name, value, limit, "leave it out")
 
 
 def _folder(model: Path) -> Path:

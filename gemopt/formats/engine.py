@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, refuse_unused
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.traces import Phase, Traces
 
@@ -80,12 +80,13 @@ class TraceOptions:
 
     def refuse_unused(self, recording: str, *used: str) -> None:
         """Refuse options that some recordings heed, and this one does not."""
-        for name in ("num_ranks", "batch_size", "prefill_tokens", "phase", "keep_tokens"):
-            value = getattr(self, name)
-            if name not in used and value is not None and value is not False:
-                option = "--ep" if name == "num_ranks" else "--" + name.replace("_", "-")
-                shown = value.name.lower() if isinstance(value, Phase) else value
-                raise InputError(option, shown, f"does not apply to {recording}", "leave it out")
+        given = {
+            "num_ranks": self.num_ranks, "batch_size": self.batch_size, "prefill_tokens": self.prefill_tokens,
+            "phase": None if self.phase is None else self.phase.name.lower(), "keep_tokens": self.keep_tokens or None,
+        }  # fmt: skip
+        options = {"--ep" if name == "num_ranks" else "--" + name.replace("_", "-"): value
+                   for name, value in given.items() if name not in used}  # fmt: skip
+        refuse_unused(options, f"does not apply to {recording}")
 
 
 @dataclass(frozen=True, kw_only=True)

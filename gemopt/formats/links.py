@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.documents import read_bytes, read_json
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, refuse_unused
 from gemopt.formats.link_tables import from_table, rising
 from gemopt.named_topologies import named
 from gemopt.topology import LEVELS, Level, Topology, load
@@ -47,29 +47,22 @@ def read_links(
     of_table = {"--where": " ".join(where) or None, "--token-bytes": token_bytes, "--once-per": once_per}
     path = Path(source)
     if path.suffix != ".json" and not path.exists():
-        _unused(source, {"--like": like, "--inside": inside, **of_table})
+        refuse_unused({"--like": like, "--inside": inside, **of_table}, f"does not apply to {source}")
         return named(source)
     if path.suffix != ".json":
-        _unused(source, {"--like": like})
+        refuse_unused({"--like": like}, f"does not apply to {source}")
         data = read_bytes(path)
         text = data.decode(errors="replace")
         if data[:4] == b"PAR1" or ("," in text.partition("\n")[0] and not RANK_LINE.search(text)):
             return from_table(path, where=where, token_bytes=token_bytes, once_per=once_per, inside=inside)
-        _unused(source, of_table)
+        refuse_unused(of_table, f"does not apply to {source}")
         return from_nccl_tests(text, source, inside=inside)
     content = read_json(path)
-    _unused(source, {"--inside": inside, **of_table})
+    refuse_unused({"--inside": inside, **of_table}, f"does not apply to {source}")
     if isinstance(content, list) or (isinstance(content, dict) and "rank_cost_matrix" in content):
         return from_cost_matrix(content, source, like=like)
-    _unused(source, {"--like": like})
+    refuse_unused({"--like": like}, f"does not apply to {source}")
     return Topology.load(path)
-
-
-def _unused(source: str, options: Mapping[str, object]) -> None:
-    """Refuse options that say nothing of this source."""
-    for name, value in options.items():
-        if value is not None:
-            raise InputError(name, value, f"does not apply to {source}", "leave it out")
 
 
 def from_cost_matrix(data: Any, source: str, *, like: str | None) -> Topology:
@@ -153,7 +146,7 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
     level = Level(points=rising(points, source))
     within = None if several else level
     if inside is not None and not (several and size > 1):
-        _unused(source, {"--inside": inside})
+        refuse_unused({"--inside": inside}, f"does not apply to {source}")
     if several and size > 1:
         if inside is None:
             raise InputError("--inside", None, "the test ran between nodes; say how fast one is inside", "nvlink-8")

@@ -29,7 +29,6 @@ from gemopt.profile import Profile
 from gemopt.rules import Rules
 from gemopt.solvers.placing import conflict, nearest_row
 from gemopt.solvers.search.blocs import settled
-from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.within import copies_within
 
@@ -192,11 +191,10 @@ class Decider:
 
     def _compile(self, row: IntArray, experts: int) -> None:
         """Kernels are compiled while vLLM starts, not at the first rearrangement."""
-        counts = np.ones((2, experts), dtype=np.int64)
-        problem = Problem.make(counts, self.cost.features, self.cost.latencies, self.slots_G)
-        few_moves(problem, row, max_swaps=1)
+        assert self.controller is not None
+        self.controller.warm()
         if int(self.slots_G.sum()) > experts:
-            self._copies(counts, row, row)
+            self._copies(np.ones((2, experts), dtype=np.int64), row, row)
 
 
 def mean_steps(mean_LE: NDArray[np.float64], steps: int) -> IntArray:
