@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from brute import optimum
 from safetensors.numpy import load_file
+from test_verify import profile, traces
 
 from gemopt.bounds import step_bounds
 from gemopt.certificate import UNIT, Certificate, LayerProof, Proof, duals_path
@@ -26,18 +26,6 @@ from gemopt.traces import Traces
 from gemopt.verify import Case, verify
 from gemopt.verify.columns import check_columns
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-optimum = _load("brute").optimum
-_verify = _load("test_verify")
-profile, traces = _verify.profile, _verify.traces
 NEVER = np.zeros(1, np.uint8)
 
 

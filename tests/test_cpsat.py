@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 
+import brute
 import numpy as np
 import pytest
 from ortools.sat.python import cp_model
@@ -24,17 +22,6 @@ from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.reduction import representative_steps
 from gemopt.solvers.exact.runs import STEEPEST, convex_runs, hull
 from gemopt.solvers.search.packing import lpt_row
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-brute = _load("brute")
 
 
 def options(seconds: float = 60.0, **fields: object) -> Options:

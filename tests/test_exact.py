@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
+import brute
 import numpy as np
 import pytest
 
@@ -24,17 +23,6 @@ from gemopt.solvers.exact.milp import Milp, read_state, write_request
 from gemopt.solvers.search.packing import lpt_row
 
 CLOSE = 1e-6
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-brute = _load("brute")
 
 
 def options(seconds: float = 60.0, **fields: object) -> Options:

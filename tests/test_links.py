@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from brute_links import exchange_times, placements, random_links
 
 from gemopt.bounds import lower_bound
 from gemopt.bounds.links import links_bound
@@ -25,17 +22,6 @@ from gemopt.solvers.base import Options
 from gemopt.solvers.search.linked import _Layers, search_linked
 from gemopt.solvers.search.state import step_order
 
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-brute = _load("brute_links")
-random_links, placements, exchange_times = brute.random_links, brute.placements, brute.exchange_times
 SLOTS = np.array([2, 1, 1])
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from itertools import product
-from pathlib import Path
-from types import ModuleType
 
+import brute
 import numpy as np
 import pytest
 
@@ -24,17 +22,6 @@ from gemopt.solvers.relabel import relabelled
 from gemopt.solvers.search.moves import few_moves
 
 CLOSE = 1e-6
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-brute = _load("brute")
 
 
 def options(**changes: object) -> Options:
