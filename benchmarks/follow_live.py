@@ -148,7 +148,7 @@ def main() -> None:
         executor.apply(once)
         fixed, before = serve(model, watch, texts, rank, options.slower)
         executor.apply(once)
-        follow = executor.follow(Controller(profile, once) if rank == 0 else None, window=options.window)
+        follow = executor.follow(informed(profile, once, counts) if rank == 0 else None, window=options.window)
         followed, after = serve(model, watch, texts, rank, options.slower)
         follow.close()
         decisions = follow.decisions
@@ -160,6 +160,13 @@ def main() -> None:
     if rank == 0:
         report(options, width, spans, decisions, worst)
     dist.destroy_process_group()
+
+
+def informed(profile: Profile, once: Placement, counts: np.ndarray) -> Controller:
+    """A controller that knows the steps which the placement in force was fitted on."""
+    controller = Controller(profile, once)
+    controller.remember(counts)
+    return controller
 
 
 def report(
