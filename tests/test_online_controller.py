@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from gemopt.costs import Staircase
 from gemopt.evaluate import evaluate
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import InputError
 from gemopt.latency import Latency, line
 from gemopt.migration import count_moves
 from gemopt.online.controller import Controller, Decision
 from gemopt.online.policy import TICK, Policy
-from gemopt.placement import Placement, Split
+from gemopt.placement import Placement
 from gemopt.traces import Traces
 
 LAYERS, EXPERTS, RANKS = 3, 16, 4
@@ -237,12 +237,6 @@ def test_everything_silent_is_not_a_failure() -> None:
 def test_what_cannot_be_followed_is_refused() -> None:
     with pytest.raises(InputError, match="3 ranks"):
         controller(placement=Placement.contiguous(LAYERS, EXPERTS, 3))
-    rows = np.tile(np.append(np.arange(EXPERTS), [0, -1, -1, -1]), (LAYERS, 1))
-    copied = Placement(
-        physical_to_logical=rows, slots_per_rank=np.full(RANKS, 5), num_experts=EXPERTS, split=Split.NEAREST
-    )
-    with pytest.raises(UnsupportedError, match="even"):
-        controller(placement=copied)
     follower = controller()
     with pytest.raises(InputError, match="2 layers"):
         follower.confirm(Placement.contiguous(2, EXPERTS, RANKS))

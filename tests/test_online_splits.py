@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_online_controller import EXPERTS, LAYERS, RANKS, cost, same, times, traffic
 
 from gemopt.evaluate import evaluate, objective
+from gemopt.exceptions import InputError
 from gemopt.online.controller import Controller
 from gemopt.online.policy import Policy
 from gemopt.placement import EMPTY, Placement, Split
@@ -21,7 +22,7 @@ from gemopt.solvers.search.moves import few_moves
 from gemopt.solving.fronts import moves_front
 from gemopt.traces import Traces
 
-COPIED = [Split.STATIC, Split.OPTIMAL]
+COPIED = [Split.STATIC, Split.OPTIMAL, Split.NEAREST]
 
 
 def copied(split: Split, seed: int = 0, slots: int = 6) -> Placement:
@@ -44,8 +45,21 @@ def copied(split: Split, seed: int = 0, slots: int = 6) -> Placement:
     )
 
 
+def profile(slow: float = 1.0) -> Profile:
+    """Of the same devices as `cost`, two on a node."""
+    samples = [[Sample(assignments=n, latency_us=s * (30.0 + n)) for n in (0, 100, 1000)] for s in (1.0, slow)]
+    return Profile(devices=[Device(rank=g, node=f"node-{g // 2}", samples=samples[g == 1]) for g in range(RANKS)])
+
+
+def follow(placement: Placement, policy: Policy, slow: float = 1.0) -> Controller:
+    nearest = placement.split is Split.NEAREST
+    return Controller(
+        profile(slow) if nearest else cost(slow), placement, policy, senders="uniform" if nearest else None
+    )
+
+
 def total(placement: Placement, counts: np.ndarray, slow: float = 1.0) -> float:
-    return evaluate(placement, None, Traces(counts=counts), cost=cost(slow)).objective_us
+    return evaluate(placement, profile(slow), Traces(counts=counts), cost=cost(slow), senders="uniform").objective_us
 
 
 @pytest.mark.parametrize("split", COPIED)
@@ -53,7 +67,7 @@ def total(placement: Placement, counts: np.ndarray, slow: float = 1.0) -> float:
 def test_decisions_gain_what_evaluate_says(split: Split, seed: int) -> None:
     """On one window, which is then all that is remembered, in force and promised are what `evaluate` makes of them."""
     before, counts = copied(split, seed), traffic(0, 64, seed)
-    controller = Controller(cost(1.2), before, Policy(expert_bytes=1e4, plan_steps=1024))
+    controller = follow(before, Policy(expert_bytes=1e4, plan_steps=1024), 1.2)
     decision = controller.step(counts)
     assert decision.num_moves > 0 and decision.placement.split is split
     gained = (total(before, counts, 1.2) - total(decision.placement, counts, 1.2)) / 64
@@ -78,7 +92,7 @@ def test_static_weights_travel_with_their_copies() -> None:
 
 @pytest.mark.parametrize("split", COPIED)
 def test_a_rank_that_fails_is_left(split: Split) -> None:
-    controller = Controller(cost(), copied(split, slots=8), Policy(dead_after_steps=8))
+    controller = follow(copied(split, slots=8), Policy(dead_after_steps=8))
     counts = traffic(0, 16)
     silent = times(Placement.contiguous(LAYERS, EXPERTS, RANKS), counts)
     silent[:, 2] = np.nan
@@ -107,15 +121,28 @@ def test_static_weights_without_copies_are_no_obstacle() -> None:
     assert Controller(cost(), given, Policy(expert_bytes=1e4)).step(traffic(0, 64)).num_moves > 0
 
 
+def test_who_sends_to_nearest_copies_must_be_said(tmp_path: Path) -> None:
+    given = copied(Split.NEAREST)
+    with pytest.raises(InputError, match=r"counts do not say who sends.*--senders uniform"):
+        Controller(profile(), given)
+    with pytest.raises(InputError, match="node of every rank"):
+        Controller(cost(), given, senders="uniform")
+    with pytest.raises(InputError, match="even split does not ask"):
+        Controller(profile(), copied(Split.EVEN), senders="uniform")
+    with pytest.raises(InputError, match="counts do not say who sends"):
+        Controller(profile(), copied(Split.EVEN)).confirm(given)
+    Controller(profile(), given, senders="uniform").save(tmp_path / "state")
+    with pytest.raises(InputError, match="counts do not say who sends"):
+        Controller(profile(), copied(Split.EVEN)).load(tmp_path / "state")
+
+
 @pytest.mark.parametrize("split", list(Split))
 def test_fronts_of_moves_under_every_split(split: Split) -> None:
     """The best points are never dearer than the placement in force, which moves nothing; senders are taken as alike."""
-    samples = [Sample(assignments=n, latency_us=30.0 + n) for n in (0, 1000)]
-    devices = [Device(rank=rank, samples=samples, node=f"node-{rank // 2}") for rank in range(RANKS)]
     current, seen = copied(split), Traces(counts=traffic(0, 24))
-    points = moves_front(Profile(devices=devices), seen, current, holdout=0, time_limit=20, senders="uniform")
+    points = moves_front(profile(), seen, current, holdout=0, time_limit=20, senders="uniform")
     assert points[0].moves == 0 and len(points) > 2
-    expected = evaluate(current, Profile(devices=devices), seen, senders="uniform").objective_us / 24
+    expected = evaluate(current, profile(), seen, senders="uniform").objective_us / 24
     assert points[0].step_us == pytest.approx(expected)
     assert all(
         later.step_us <= earlier.step_us * (1 + 1e-9) for earlier, later in zip(points, points[1:], strict=False)

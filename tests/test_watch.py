@@ -264,3 +264,17 @@ def test_command_line_with_bad_input(folder: Path, run: Callable[..., tuple[int,
         code, output = run(*words)
         assert code == 2, output
         assert said in output
+
+
+def test_nearest_copies_are_followed_once_it_is_said_who_sends(
+    folder: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    rows = np.tile(np.append(np.arange(EXPERTS).reshape(RANKS, -1), [[8], [12], [0], [4]], axis=1).ravel(), (LAYERS, 1))
+    fields = {"slots_per_rank": [EXPERTS // RANKS + 1] * RANKS, "num_experts": EXPERTS, "split": "nearest"}
+    Placement(physical_to_logical=rows, num_hidden_layers=LAYERS, **fields).save(folder / "placement.json")
+    grow(folder, 0, traffic(hot=0))
+    code, output = run()
+    assert code == 2 and "--senders uniform" in output, output
+    code, output = run("--senders", "uniform", "--port", "0")
+    assert code == 0 and "moved: " in output and "warning" not in output, output
+    assert Placement.load(folder / "placement.json").split == "nearest"

@@ -40,6 +40,7 @@ def watch(
     on_change: Annotated[str | None, typer.Option(help="command after a change; {placement} is its file")] = None,
     command_timeout: Annotated[float, typer.Option(min=0.1, help="seconds the command may take")] = 60.0,
     rules: Annotated[Path | None, typer.Option(help="rules.json to keep; default: those of the placement")] = None,
+    senders: Annotated[str | None, typer.Option(help="who sends to copies of the nearest split: uniform")] = None,
     policy: Annotated[Path | None, typer.Option(help="policy.json: the controller's knobs; see docs/online.md")] = None,
     state: Annotated[Path | None, typer.Option(help="file that keeps what was learnt over a restart")] = None,
     window: Annotated[int, typer.Option(min=1, help="most steps of one decision")] = 64,
@@ -56,7 +57,7 @@ def watch(
 
     target = output or placement
     check_writable(target)
-    controller = _controller(profile, placement, rules, policy, state)
+    controller = _controller(profile, placement, rules, senders, policy, state)
     metrics = None if port is None else Metrics()
     health = Health(stale_after_s=max(60.0, 10 * interval))
     server = None if metrics is None or port is None else serve(metrics, health, port, host)
@@ -95,7 +96,7 @@ def _words(command: str | None) -> Sequence[str]:
 
 
 def _controller(
-    profile: Path, placement: Path, rules: Path | None, policy: Path | None, state: Path | None
+    profile: Path, placement: Path, rules: Path | None, senders: str | None, policy: Path | None, state: Path | None
 ) -> Controller:
     from gemopt.online.controller import Controller
     from gemopt.online.policy import Policy
@@ -108,7 +109,7 @@ def _controller(
         in_force = in_force.under(Rules.load(rules), measured.node_of_rank)
     if in_force.rules is not None:
         _log(f"keeps rules: {in_force.rules.brief()}")
-    controller = Controller(measured, in_force, Policy() if policy is None else _policy(policy))
+    controller = Controller(measured, in_force, Policy() if policy is None else _policy(policy), senders=senders)
     if state is not None and state.exists():
         controller.load(state)
         controller.confirm(in_force)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,15 +16,15 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit, scaled
 from gemopt.evaluate import objective, rank_times
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray, Latency
 from gemopt.layer_rules import rules_of
 from gemopt.online import state
 from gemopt.online.compiled import Compiled
 from gemopt.online.decision import Decision, travel_between
-from gemopt.online.inputs import counts_from, latencies_from
+from gemopt.online.inputs import check_clock, check_placement, counts_from, latencies_from
 from gemopt.online.memories import Memories
-from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose, rechosen, sample, settle
+from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, sample, settle
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds
@@ -33,6 +32,7 @@ from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.splits import chosen_weights
+from gemopt.splits.senders import Senders
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
 Weights = list[FloatArray | None]
@@ -51,22 +51,31 @@ class Controller:
         the first decision moves what they ask for.
     policy
         Knobs.
+    senders
+        Who sends to copies of the nearest split: `uniform`, since counts do not say.
 
     Raises
     ------
     InputError
-        When the placement is of another number of ranks than the profile, or its rules are about what there is not.
-    UnsupportedError
-        For copies of the nearest split.
+        When the placement is of another number of ranks than the profile, its rules are about what there is not, or it
+        has copies of the nearest split whose senders, or whose ranks' nodes, are not known.
     """
 
-    def __init__(self, profile: Profile | CostModel, placement: Placement, policy: Policy | None = None) -> None:
-        known = profile.model.expert_bytes if isinstance(profile, Profile) else None
-        nodes = [device.node for device in profile.devices] if isinstance(profile, Profile) else []
+    def __init__(
+        self,
+        profile: Profile | CostModel,
+        placement: Placement,
+        policy: Policy | None = None,
+        *,
+        senders: Senders | str | None = None,
+    ) -> None:
+        self.profile = profile if isinstance(profile, Profile) else None
+        known = None if self.profile is None else self.profile.model.expert_bytes
         self.cost = fit(profile)[0] if isinstance(profile, Profile) else profile
+        self.senders = Senders.asked_by(senders, placement.split)
         self.policy = policy = policy or Policy()
         self.expert_bytes = float(policy.expert_bytes or known or EXPERT_BYTES)
-        self.nodes_G = np.unique([node or "" for node in nodes], return_inverse=True)[1] if nodes else None
+        self.nodes_G = None if self.profile is None else np.array(self.profile.node_of_rank)
         self.memories = Memories(policy, placement.num_layers, placement.num_experts)
         self.speeds = Speeds(policy, len(self.cost.latencies))
         self.promises = Promises(policy, placement.num_slots)
@@ -76,7 +85,7 @@ class Controller:
         self.steps = self.blind_until = self.moved = 0
         self.now_s: float | None = None
         self._compiled = Compiled()
-        self._check(placement)
+        self.check(placement)
         self.rules = rules_of(placement)
         self.placement = placement
 
@@ -98,7 +107,7 @@ class Controller:
         try:
             counts = counts_from(counts_NLE, self.memories.shape)
             latencies = latencies_from(latencies_NG, len(counts), len(self.scaled.latencies))
-            self._clock(now_s)
+            self.now_s = check_clock(now_s, self.now_s)
         except InputError as error:
             return self._keep(f"refused: {error}")
         window = [self._problem(counts, layer, self.scaled.latencies) for layer in range(counts.shape[1])]
@@ -147,7 +156,7 @@ class Controller:
         InputError
             When it is of another network or group.
         """
-        self._check(placement)
+        self.check(placement)
         shape, given = self.memories.shape, (placement.num_layers, placement.num_experts)
         if given != shape:
             raise InputError(
@@ -156,6 +165,10 @@ class Controller:
         if (placement.slots_per_rank != self.placement.slots_per_rank).any():
             self.promises.forget(placement.num_slots)
         self.placement = self.ruled(placement)
+
+    def check(self, placement: Placement) -> None:
+        """Raise `InputError` unless this placement can be followed."""
+        check_placement(placement, len(self.cost.latencies), self.nodes_G, self.senders)
 
     def ruled(self, placement: Placement) -> Placement:
         """A placement of the same network with the rules in force."""
@@ -169,21 +182,6 @@ class Controller:
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on as the controller that wrote the file would; `InputError` when it is not of this network and policy."""
         state.load(self, path)
-
-    def _check(self, placement: Placement) -> None:
-        if placement.num_ranks != len(self.cost.latencies):
-            limit = f"{len(self.cost.latencies)}, as the profile has devices"
-            raise InputError("Placement.slots_per_rank", f"{placement.num_ranks} ranks", limit)
-        if placement.has_copies and placement.split is Split.NEAREST:
-            limit = "who sends to moved copies does not follow from counts"
-            raise UnsupportedError("Placement.split", placement.split.value, limit, "use even, static or optimal")
-
-    def _clock(self, now_s: float | None) -> None:
-        if now_s is None:
-            return
-        if not np.isfinite(now_s) or (self.now_s is not None and now_s < self.now_s):
-            raise InputError("now_s", now_s, f"seconds that do not go back behind {self.now_s}")
-        self.now_s = float(now_s)
 
     def _listen(self, latencies: FloatArray | None, predicted_NG: FloatArray) -> list[str]:
         """Take latencies in; what is worth saying about them."""
@@ -223,7 +221,8 @@ class Controller:
             latencies,
             self.placement.slots_per_rank,
             weights,
-            split=self.placement.split,
+            self.nodes_G,
+            self.placement.split,
         )
 
     def _remember(self, counts: NDArray[np.int64]) -> bool:
@@ -305,22 +304,7 @@ class Controller:
             for layer, problem in enumerate(problems)
             if self.steps - self.moved_at[layer] >= policy.cool_down_steps and problem.counts_TE.any()
         ]
-        costs = {layer: self._compiled.of(problems[layer]) for layer in free}
-
-        def one(layer: int) -> Proposal | None:
-            return propose(
-                problems[layer],
-                layer,
-                rows[layer],
-                prices,
-                dead_zone=policy.dead_zone,
-                max_swaps=policy.max_swaps,
-                into_G=into_G,
-                costs=costs[layer],
-                weights_P=weights[layer],
-            )
-
-        found = [proposal for proposal in _mapped(one, free, policy.threads) if proposal is not None]
+        found = propose_all(problems, free, rows, weights, prices, policy, into_G, self._compiled)
         for proposal in found:
             first, last, swaps = proposal.way[0], proposal.way[-1], len(proposal.way) - 1
             gain = 1 - last.objective_us / first.objective_us
@@ -353,14 +337,6 @@ class Controller:
             imbalance,
             changed,
         )
-
-
-def _mapped(one: Callable[[int], Proposal | None], layers: Sequence[int], threads: int) -> list[Proposal | None]:
-    """In order, whatever the number of threads, which have ended when it returns."""
-    if threads == 1 or len(layers) < 2:
-        return [one(layer) for layer in layers]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(one, layers))
 
 
 def _joined(*parts: str) -> str:

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
+from gemopt.placement import Placement, Split
 from gemopt.solvers.search.state import EXACT_FLOAT32
+from gemopt.splits.senders import Senders
 
 
 def counts_from(given: object, shape: tuple[int, int]) -> NDArray[np.int64]:
@@ -39,3 +41,26 @@ def latencies_from(given: object, steps: int, ranks: int) -> FloatArray | None:
     if (latencies < 0).any():
         raise InputError("latencies", float(np.nanmin(latencies)), "microseconds >= 0")
     return latencies
+
+
+def check_clock(now_s: float | None, before_s: float | None) -> float | None:
+    """The seconds now, which are not before the last ones; the last ones where nothing is said."""
+    if now_s is None:
+        return before_s
+    if not np.isfinite(now_s) or (before_s is not None and now_s < before_s):
+        raise InputError("now_s", now_s, f"seconds that do not go back behind {before_s}")
+    return float(now_s)
+
+
+def check_placement(placement: Placement, num_ranks: int, nodes_G: NDArray[np.int64] | None, senders: Senders) -> None:
+    """Refuse a placement of other ranks, and copies of the nearest split of which nobody knows who sends to them."""
+    if placement.num_ranks != num_ranks:
+        limit = f"{num_ranks}, as the profile has devices"
+        raise InputError("Placement.slots_per_rank", f"{placement.num_ranks} ranks", limit)
+    if not placement.has_copies or placement.split is not Split.NEAREST:
+        return
+    if senders is not Senders.UNIFORM:
+        limit = "counts do not say who sends to copies of the nearest split"
+        raise InputError("senders", senders.value, limit, "say that all ranks send alike: --senders uniform")
+    if nodes_G is None:
+        raise InputError("profile", None, "the nearest split asks for the node of every rank")

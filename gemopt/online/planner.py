@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from gemopt.evaluate import objective, rank_times
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import Demand
+from gemopt.online.compiled import Compiled
+from gemopt.online.policy import Policy
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
@@ -104,6 +107,40 @@ def propose(
     }
     found = Proposal(layer, few_moves(problem, home, **options), prices)  # type: ignore[arg-type]
     return found if len(found.way) > 1 else None
+
+
+def propose_all(
+    problems: Sequence[Problem],
+    layers: Sequence[int],
+    rows: NDArray[np.int64],
+    weights: Sequence[FloatArray | None],
+    prices: Prices,
+    policy: Policy,
+    into_G: NDArray[np.int64],
+    compiled: Compiled,
+) -> list[Proposal]:
+    """`propose` for these layers, in their order whatever the number of threads, which have ended when it returns."""
+    costs = {layer: compiled.of(problems[layer]) for layer in layers}
+
+    def one(layer: int) -> Proposal | None:
+        return propose(
+            problems[layer],
+            layer,
+            rows[layer],
+            prices,
+            dead_zone=policy.dead_zone,
+            max_swaps=policy.max_swaps,
+            into_G=into_G,
+            costs=costs[layer],
+            weights_P=weights[layer],
+        )
+
+    if policy.threads == 1 or len(layers) < 2:
+        found = [one(layer) for layer in layers]
+    else:
+        with ThreadPoolExecutor(policy.threads) as pool:
+            found = list(pool.map(one, layers))
+    return [proposal for proposal in found if proposal is not None]
 
 
 def rechosen(problem: Problem, waypoint: Waypoint) -> tuple[FloatArray | None, float]:

@@ -55,6 +55,7 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> None:
     wanted, found = ((p.num_layers, p.num_experts, p.num_ranks) for p in (now, placement))
     if wanted != found:
         raise InputError(str(path), f"{found} layers, experts, ranks", f"those of this controller, {wanted}")
+    controller.check(placement)
     for owner, names in _arrays(controller):
         for name in names:
             setattr(owner, name, arrays[name])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.bounds import lower_bound
-from gemopt.evaluate import evaluate
+from gemopt.evaluate import Evaluation, evaluate
 from gemopt.exceptions import GemoptError, InputError
 from gemopt.online.controller import Controller
 from gemopt.online.decision import Decision
@@ -167,8 +167,7 @@ class Watch:
         """What the placement in force did with the steps that have just come, as far as costs tell."""
         if self.metrics is None:
             return
-        cost = self.controller.scaled
-        scored = evaluate(in_force, None, part, cost=cost)
+        scored = self._scored(in_force, part)
         self.metrics.steps.inc(part.num_steps)
         self.metrics.last.set(time.time())
         self.metrics.makespan.set(float(scored.step_us.mean()))
@@ -177,12 +176,18 @@ class Watch:
         self.metrics.ranks(self.metrics.straggler, share_G)
         self.metrics.ranks(self.metrics.speed, self.controller.speeds.factors_G)
         if self._before is not None:
-            old = evaluate(self._before, None, part, cost=cost)
+            old = self._scored(self._before, part)
             self.metrics.realised.set(float(old.step_us.mean() - scored.step_us.mean()))
         last = part if part.num_steps <= BOUND_STEPS else part.steps(slice(part.num_steps - BOUND_STEPS, None))
-        bound_us = sum(lower_bound(layer) for layer in problems(cost, last, in_force.slots_per_rank.tolist()))
-        gap = relative_gap(evaluate(in_force, None, last, cost=cost).objective_us, bound_us)
+        layers = problems(self.controller.scaled, last, in_force.slots_per_rank.tolist())
+        bound_us = sum(lower_bound(layer) for layer in layers)  # under every split
+        gap = relative_gap(self._scored(in_force, last).objective_us, bound_us)
         self.metrics.gap.set(gap or 0.0)
+
+    def _scored(self, placement: Placement, part: Traces) -> Evaluation:
+        """With every rank as fast as it is now."""
+        known = self.controller
+        return evaluate(placement, known.profile, part, cost=known.scaled, senders=known.senders)
 
     def _fault(self, kind: str, text: str) -> None:
         self.log(f"warning: {text}")
