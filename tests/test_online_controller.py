@@ -198,9 +198,13 @@ BAD: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("latencies", (GOOD, np.ones((15, 4))), {}),
     ("latencies", (GOOD, -np.ones((16, 4))), {}),
     ("latencies", (GOOD, [["x"]]), {}),
+    ("latencies", (GOOD, np.where(np.arange(4) == 1, 1e300, np.ones((16, 4)))), {}),
+    ("latencies", (GOOD, np.where(np.arange(4) == 1, 1e-320, np.ones((16, 4)))), {}),
     ("counts", (GOOD * 2**20,), {}),
     ("now_s", (GOOD,), {"now_s": 1.0}),
     ("now_s", (GOOD,), {"now_s": float("nan")}),
+    ("now_s", (GOOD,), {"now_s": "noon"}),
+    ("now_s", (GOOD,), {"now_s": [1.0, 2.0]}),
 ]
 
 
@@ -212,7 +216,7 @@ def test_what_cannot_be_used_is_said_and_changes_nothing(
     follower.step(traffic(0, 8), now_s=2.0)
     follower.save(tmp_path / "before")
     decision = follower.step(*args, **kwargs)
-    assert decision.reason.startswith(f"refused: {field}") and "\n" not in decision.reason
+    assert decision.refused and decision.reason.startswith(f"refused: {field}") and "\n" not in decision.reason
     assert decision.num_moves == 0 and decision.placement is follower.placement
     follower.save(tmp_path / "after")
     assert (tmp_path / "before").read_bytes() == (tmp_path / "after").read_bytes()
@@ -238,8 +242,12 @@ def test_what_cannot_be_followed_is_refused() -> None:
     with pytest.raises(InputError, match="3 ranks"):
         controller(placement=Placement.contiguous(LAYERS, EXPERTS, 3))
     follower = controller()
-    with pytest.raises(InputError, match="2 layers"):
+    with pytest.raises(InputError, match=r"layers \[0, 1\]"):
         follower.confirm(Placement.contiguous(2, EXPERTS, RANKS))
+    with pytest.raises(InputError, match=r"layers \[1, 2, 3\]"):
+        follower.confirm(Placement.contiguous(LAYERS, EXPERTS, RANKS, layer_ids=[1, 2, 3]))
+    with pytest.raises(InputError, match="a Placement or the path of one"):
+        follower.confirm(None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="shape"):
         follower.remember(GOOD[:, :1])
 
@@ -293,8 +301,15 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
     other = Controller(cost(), Placement.contiguous(2, EXPERTS, RANKS))
     with pytest.raises(InputError, match="those of this controller"):
         other.load(tmp_path / "state")
+    with pytest.raises(InputError, match="those of this controller"):
+        controller(placement=Placement.contiguous(LAYERS, EXPERTS, RANKS, layer_ids=[1, 2, 3])).load(tmp_path / "state")
+    with pytest.raises(InputError, match="another profile"):
+        Controller(cost(1.5), follower.placement).load(tmp_path / "state")
     content = (tmp_path / "state").read_bytes()
-    for broken in (content[:-9], content[:40], b"", b"nonsense" * 9):
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    renamed = content.replace(b"ticks", b"tocks")
+    listed = content.replace(b"gemopt_online", b"gemopt_onlime")
+    for broken in (content[:-9], content[:40], b"", b"nonsense" * 9, flipped, renamed, listed):
         (tmp_path / "broken").write_bytes(broken)
         with pytest.raises(InputError):
             follower.load(tmp_path / "broken")

@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from gemopt.layer_rules import rules_of
 from gemopt.online import state
 from gemopt.online.compiled import Compiled
 from gemopt.online.decision import Decision, travel_between
-from gemopt.online.inputs import check_clock, check_placement, counts_from, latencies_from
+from gemopt.online.inputs import check_clock, check_network, check_placement, counts_from, latencies_from
 from gemopt.online.memories import Memories
 from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, sample, settle
 from gemopt.online.policy import TICK, Policy
@@ -45,10 +46,10 @@ class Controller:
     Parameters
     ----------
     profile
-        Measured devices, or a fitted cost model.
+        Measured devices (or their path), or a fitted cost model.
     placement
-        In force now. Its rules hold for every placement that follows, whatever they cost: where it breaks some itself,
-        the first decision moves what they ask for.
+        In force now (or its path). Its rules hold for every placement that follows, whatever they cost: where it breaks
+        some itself, the first decision moves what they ask for.
     policy
         Knobs.
     senders
@@ -63,15 +64,20 @@ class Controller:
 
     def __init__(
         self,
-        profile: Profile | CostModel,
-        placement: Placement,
+        profile: Profile | CostModel | str | os.PathLike[str],
+        placement: Placement | str | os.PathLike[str],
         policy: Policy | None = None,
         *,
         senders: Senders | str | None = None,
     ) -> None:
-        self.profile = profile if isinstance(profile, Profile) else None
+        self.profile: Profile | None = None
+        if isinstance(profile, (Profile, str, os.PathLike)):
+            self.profile = profile = Profile.of(profile)
+            self.cost = fit(profile)[0]
+        else:
+            self.cost = profile
+        placement = Placement.of(placement)
         known = None if self.profile is None else self.profile.model.expert_bytes
-        self.cost = fit(profile)[0] if isinstance(profile, Profile) else profile
         self.senders = Senders.asked_by(senders, placement.split)
         self.policy = policy = policy or Policy()
         self.expert_bytes = float(policy.expert_bytes or known or EXPERT_BYTES)
@@ -102,14 +108,14 @@ class Controller:
             [n, G] measured microseconds of every rank at these steps, summed over the MoE layers; NaN or 0 where a rank
             said nothing.
         now_s
-            Seconds on the caller's clock, only to notice that it stands still or goes backwards.
+            Seconds on the caller's clock, only to notice that it goes backwards.
         """
         try:
             counts = counts_from(counts_NLE, self.memories.shape)
             latencies = latencies_from(latencies_NG, len(counts), len(self.scaled.latencies))
             self.now_s = check_clock(now_s, self.now_s)
         except InputError as error:
-            return self._keep(f"refused: {error}")
+            return self._keep(f"refused: {error}", refused=True)
         window = [self._problem(counts, layer, self.scaled.latencies) for layer in range(counts.shape[1])]
         rows = self.placement.physical_to_logical
         times_LNG = np.stack([rank_times(*each) for each in zip(window, rows, self.weights, strict=True)])
@@ -156,12 +162,8 @@ class Controller:
         InputError
             When it is of another network or group.
         """
-        self.check(placement)
-        shape, given = self.memories.shape, (placement.num_layers, placement.num_experts)
-        if given != shape:
-            raise InputError(
-                "placement", f"{given[0]} layers, {given[1]} experts", f"{shape[0]} layers, {shape[1]} experts"
-            )
+        self.check(Placement.of(placement))
+        check_network(placement, self.placement)
         if (placement.slots_per_rank != self.placement.slots_per_rank).any():
             self.promises.forget(placement.num_slots)
         self.placement = self.ruled(placement)
@@ -175,13 +177,19 @@ class Controller:
         rules = self.placement.rules
         return placement if placement.rules == rules else placement.under(rules, self.placement.node_of_rank)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what was learnt, atomically; `InputError` where it cannot be written."""
-        state.save(self, path)
+    def save(self, path: str | os.PathLike[str], notes: dict[str, Any] | None = None) -> None:
+        """Write what was learnt, and notes (JSON), atomically; `InputError` where it cannot be written."""
+        state.save(self, path, notes or {})
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on as the controller that wrote the file would; `InputError` when it is not of this network and policy."""
-        state.load(self, path)
+    def load(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Go on as the controller that wrote the file would; its notes.
+
+        Raises
+        ------
+        InputError
+            When the file was changed, or is not of this network, these devices and this policy.
+        """
+        return state.load(self, path)
 
     def _listen(self, latencies: FloatArray | None, predicted_NG: FloatArray) -> list[str]:
         """Take latencies in; what is worth saying about them."""

@@ -36,6 +36,8 @@ class Decision:
         Slowest over mean rank of the last steps, over all layers; NaN where nothing was seen.
     changed
         Whether the traffic changed suddenly.
+    refused
+        Whether the steps could not be used.
     """
 
     placement: Placement
@@ -47,6 +49,7 @@ class Decision:
     drift: float = 0.0
     imbalance: float = float("nan")
     changed: bool = False
+    refused: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ from gemopt.placement import Placement, Split
 from gemopt.solvers.search.state import EXACT_FLOAT32
 from gemopt.splits.senders import Senders
 
+LEAST_US, MOST_US = 1e-3, 1e12  # of a rank in a step
+
 
 def counts_from(given: object, shape: tuple[int, int]) -> NDArray[np.int64]:
     """[n, L, E] assignments of at least one step of a network of `shape` (layers, experts)."""
@@ -38,8 +40,10 @@ def latencies_from(given: object, steps: int, ranks: int) -> FloatArray | None:
         raise InputError("latencies", given, "numbers [steps, ranks]") from None
     if latencies.shape != (steps, ranks):
         raise InputError("latencies", f"shape {latencies.shape}", f"[{steps} steps, {ranks} ranks]")
-    if (latencies < 0).any():
-        raise InputError("latencies", float(np.nanmin(latencies)), "microseconds >= 0")
+    said = latencies[np.isfinite(latencies) & (latencies != 0)]
+    wrong = said[(said < LEAST_US) | (said > MOST_US)]
+    if len(wrong):
+        raise InputError("latencies", float(wrong[0]), f"microseconds from {LEAST_US:g} to {MOST_US:g}, or 0")
     return latencies
 
 
@@ -47,9 +51,17 @@ def check_clock(now_s: float | None, before_s: float | None) -> float | None:
     """The seconds now, which are not before the last ones; the last ones where nothing is said."""
     if now_s is None:
         return before_s
-    if not np.isfinite(now_s) or (before_s is not None and now_s < before_s):
+    known = isinstance(now_s, (int, float, np.number)) and np.isfinite(now_s)
+    if not known or (before_s is not None and now_s < before_s):
         raise InputError("now_s", now_s, f"seconds that do not go back behind {before_s}")
     return float(now_s)
+
+
+def check_network(placement: Placement, now: Placement) -> None:
+    """Refuse a placement of other layers or experts than the one in force."""
+    if (placement.layer_ids, placement.num_experts) != (now.layer_ids, now.num_experts):
+        found, limit = (f"layers {each.layer_ids}, {each.num_experts} experts" for each in (placement, now))
+        raise InputError("placement", found, limit)
 
 
 def check_placement(placement: Placement, num_ranks: int, nodes_G: NDArray[np.int64] | None, senders: Senders) -> None:

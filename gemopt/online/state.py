@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from gemopt.placement import Placement
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
-VERSION = 3
+VERSION = 4
 KEY = "gemopt_online"
 MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
@@ -27,34 +28,39 @@ PROMISE_NUMBERS = ("short", "swaps")
 OWN_NUMBERS = ("steps", "blind_until", "moved", "now_s")
 
 
-def save(controller: Controller, path: str | os.PathLike[str]) -> None:
-    """Write the state of a controller atomically (safetensors)."""
+def save(controller: Controller, path: str | os.PathLike[str], notes: dict[str, Any]) -> None:
+    """Write the state of a controller, and what its caller notes beside it, atomically (safetensors)."""
     from safetensors.numpy import save as to_bytes
 
     arrays = {
         name: np.ascontiguousarray(getattr(owner, name)) for owner, names in _arrays(controller) for name in names
     }
     numbers = {name: getattr(owner, name) for owner, names in _numbers(controller) for name in names}
-    header = {
+    header: dict[str, Any] = {
         "version": VERSION,
         "numbers": numbers,
         "policy": controller.policy.model_dump(),
         "placement": controller.placement.model_dump(),
+        "devices": _devices(controller),
+        "notes": notes,
     }
+    header["sha256"] = _digest(arrays, header)
     with replacing(path) as stream:
         stream.write(to_bytes(arrays, metadata={KEY: json.dumps(header)}))  # one key: their order would be arbitrary
 
 
-def load(controller: Controller, path: str | os.PathLike[str]) -> None:
-    """Put a state into a controller of the same network, group and policy, or leave it as it was."""
+def load(controller: Controller, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Put a state into a controller of the same network, devices and policy, or leave it as it was; the notes."""
     arrays, header = _read(path)
     if header["policy"] != controller.policy.model_dump():
         raise InputError(str(path), header["policy"], "the policy of this controller", "construct it with that policy")
     placement = Placement(**header["placement"])
     now = controller.placement
-    wanted, found = ((p.num_layers, p.num_experts, p.num_ranks) for p in (now, placement))
+    wanted, found = ((p.layer_ids, p.num_experts, p.num_ranks) for p in (now, placement))
     if wanted != found:
-        raise InputError(str(path), f"{found} layers, experts, ranks", f"those of this controller, {wanted}")
+        raise InputError(str(path), f"layer ids, experts, ranks {found}", f"those of this controller, {wanted}")
+    if header["devices"] != _devices(controller):
+        raise InputError(str(path), "learnt with another profile", "the profile of this controller", "begin anew")
     controller.check(placement)
     for owner, names in _arrays(controller):
         for name in names:
@@ -64,6 +70,7 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> None:
             setattr(owner, name, header["numbers"][name])
     controller.placement = controller.ruled(placement)
     controller.rescale()
+    return dict(header["notes"])
 
 
 def _arrays(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
@@ -76,6 +83,21 @@ def _numbers(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
     return list(zip(owners, (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, OWN_NUMBERS), strict=True))
 
 
+def _devices(controller: Controller) -> str:
+    """What speeds that were learnt are relative to."""
+    if controller.profile is not None:
+        return controller.profile.digest()
+    return hashlib.sha256(repr([latency.key for latency in controller.cost.latencies]).encode()).hexdigest()
+
+
+def _digest(arrays: dict[str, Any], header: dict[str, Any]) -> str:
+    """Of all that is saved."""
+    digest = hashlib.sha256(json.dumps(header).encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors.numpy import load as from_bytes
 
@@ -84,10 +106,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]
     try:
         arrays = {name: np.array(array) for name, array in from_bytes(content).items()}
         length = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
+        header = dict(json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY]))
     except Exception as error:  # safetensors has errors of its own, without a common base
         raise InputError(str(path), f"{type(error).__name__}: {error}", limit) from None
-    needed = {*MEMORY_ARRAYS, *SPEED_ARRAYS, *PROMISE_ARRAYS, *OWN_ARRAYS}
-    if header.get("version") != VERSION or not needed <= set(arrays):
+    if header.get("version") != VERSION:
         raise InputError(str(path), f"version {header.get('version')}", limit)
+    if header.pop("sha256", None) != _digest(arrays, header):
+        raise InputError(str(path), "a file that was changed", limit, "begin anew")
     return arrays, header
