@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -137,3 +138,70 @@ def test_other_files_are_named_once_and_left_alone(tmp_path: Path, name: str) ->
     assert news.traces is None
     assert [name in line for line in news.faults] == [True]
     assert not follower.look().faults
+
+
+def test_a_recording_that_begins_anew_is_read_from_its_beginning(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    for number in range(3):
+        part(tmp_path, number)
+    assert counts(follower) == [1, 1, 2, 2, 3, 3]
+    Traces(counts=np.full((1, 1, 4), 9)).save(tmp_path / "000000.safetensors")
+    news = follower.look()
+    assert news.traces is not None and news.traces.counts[:, 0, 0].tolist() == [9]
+    assert "another recording has begun" in news.faults[0]
+    assert counts(follower) == []  # parts 1 and 2 are left over
+    Traces(counts=np.full((1, 1, 4), 8)).save(tmp_path / "000001.safetensors")
+    assert counts(follower) == [8]
+
+
+def test_who_resumes_reads_what_is_new(tmp_path: Path) -> None:
+    numbered, engine = (
+        Follower(tmp_path),
+        Follower(tmp_path, lambda files: Traces(counts=np.ones((len(files), 1, 4), int))),
+    )
+    part(tmp_path, 0)
+    numbered.look(), engine.look(), engine.look()
+    part(tmp_path, 1)
+    for read in (numbered, engine):
+        position = json.loads(json.dumps(read.position))
+        again = Follower(tmp_path, read.read)
+        again.resume(position)
+        again.look() if read.read else None
+        assert len(counts(again)) == (1 if read.read else 2)
+        other = Follower(tmp_path, read.read)
+        other.resume({**position, "folder": "/elsewhere"})
+        other.look() if read.read else None
+        assert len(counts(other)) == (2 if read.read else 4)
+
+
+def test_whatever_a_reader_trips_over_is_a_line(tmp_path: Path) -> None:
+    def read(files: Sequence[Path]) -> Traces:
+        raise KeyError("layers")
+
+    (tmp_path / "dump.pt").write_bytes(b"?")
+    follower = Follower(tmp_path, read, patience=2)
+    faults = [line for _ in range(5) for line in follower.look().faults]
+    assert faults == ["KeyError: 'layers'", "KeyError: 'layers'", "dump.pt: left out after 2 tries"]
+
+
+def test_a_dump_that_never_rests_is_named(tmp_path: Path) -> None:
+    follower = Follower(tmp_path, lambda files: Traces(counts=np.ones((1, 1, 4), int)), patience=3)
+    faults: list[str] = []
+    for size in range(6):
+        (tmp_path / "dump.pt").write_bytes(b"x" * size)
+        faults += follower.look().faults
+    assert len(faults) == 1 and "dump.pt changed at each of 3 looks" in faults[0]
+    assert len(counts(follower)) == 1
+
+
+def test_idle_parts_and_times_that_stop(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    Traces(counts=np.zeros((2, 1, 4), int), rank_us=np.ones((2, 2)), allow_idle=True).save(
+        tmp_path / "000000.safetensors"
+    )
+    assert counts(follower) == [0, 0]
+    Traces(counts=np.ones((1, 1, 4), int), rank_us=np.ones((1, 2))).save(tmp_path / "000001.safetensors")
+    Traces(counts=np.ones((1, 1, 4), int), rank_us=np.ones((1, 3))).save(tmp_path / "000002.safetensors")
+    news = follower.look()
+    assert news.traces is not None and news.traces.num_steps == 2
+    assert "differ in their ranks' times" in news.faults[0]

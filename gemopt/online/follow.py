@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import GemoptError, InputError
 from gemopt.traces import Traces, concatenate, hidden_path
 
 Read = Callable[[Sequence[Path]], Traces]
@@ -30,16 +32,29 @@ class Follower:
     together, since an engine may write one file per rank.
 
     A file that cannot be read is tried again at the next looks; after `patience` of them it is left out, with its
-    reason. Files may vanish; a missing number is waited for as long, then skipped.
+    reason. Files may vanish; a missing number is waited for as long, then skipped. A part 0 that is newer than the part
+    read last begins another recording; older parts are left over from the one before.
     """
 
     def __init__(self, folder: Path, read: Read | None = None, *, patience: int = PATIENCE) -> None:
         self.folder, self.read, self.patience = folder, read, patience
-        self._next = 0
+        self._next = self._newest = self._since = 0  # part; times of change of the last one read, and of part 0, in ns
         self._strange: set[str] = set()
-        self._done: dict[Path, Stamp] = {}
-        self._seen: dict[Path, Stamp] = {}
-        self._tries = 0
+        self._done: dict[str, Stamp] = {}
+        self._seen: dict[str, Stamp] = {}
+        self._tries = self._restless = 0
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """What was read so far, for `resume`."""
+        read = {"next": self._next, "newest": self._newest, "since": self._since, "done": self._done}
+        return {"folder": str(self.folder.resolve()), **read}
+
+    def resume(self, position: dict[str, Any]) -> None:
+        """Go on behind what was read of this folder; all of it is new where the position is of another one."""
+        if position.get("folder") == str(self.folder.resolve()):
+            self._next, self._newest, self._since = (position[name] for name in ("next", "newest", "since"))
+            self._done = {name: (size, time) for name, (size, time) in position["done"].items()}
 
     def look(self) -> News:
         """Everything that is new since the last look."""
@@ -50,23 +65,32 @@ class Follower:
         return self._numbered(files) if self.read is None else self._grouped(files, self.read)
 
     def _numbered(self, files: Sequence[Path]) -> News:
-        parts = {int(path.stem): path for path in files if path.suffix == ".safetensors" and path.stem.isdecimal()}
-        news, found = News(faults=self._strangers(files, parts.values())), []
+        stamps = _stamps(files)
+        every = {int(path.stem): path for path in stamps if path.suffix == ".safetensors" and path.stem.isdecimal()}
+        news, found = News(faults=self._strangers(files, every.values())), []
+        first = stamps[every[0]][1] if 0 in every else 0
+        if self._next and first > self._newest:
+            news.faults.append(f"{every[0]}: newer than what was read last: another recording has begun")
+            self._next, self._since = 0, first
+        parts = {number: path for number, path in every.items() if stamps[path][1] >= self._since}
         while any(number >= self._next for number in parts):
             if self._next not in parts:
-                if not self._give_up():
-                    break
                 later = min(number for number in parts if number >= self._next)
-                news.faults.append(f"{self.folder}: parts {self._next:06d} to {later - 1:06d} are missing: left out")
+                gap = f"{self.folder}: parts {self._next:06d} to {later - 1:06d} are missing"
+                if not self._give_up():
+                    news.faults += [f"{gap}: waited for"] * (self._tries == 1)
+                    break
+                news.faults.append(f"{gap}: left out")
                 self._next = later
                 continue
             try:
-                found.append(Traces.load(parts[self._next]))
-            except InputError as error:
-                news.faults.append(str(error))
+                found.append(Traces.load(parts[self._next], allow_idle=True))
+            except Exception as error:  # whatever a damaged file leads to
+                news.faults.append(told(error))
                 if not self._give_up():
                     break
                 news.faults.append(f"{parts[self._next].name}: left out after {self.patience} tries")
+            self._newest = max(self._newest, stamps[parts[self._next]][1])
             self._next += 1
             self._tries = 0
         news.traces = self._joined(found, news)
@@ -79,37 +103,28 @@ class Follower:
         self._strange |= set(new)
         if not new:
             return []
-        names = ", ".join(new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
-        return [
-            f"{self.folder}: got {names}; parts are called 000000.safetensors, 000001.safetensors, ...: left unread; "
-            "dumps of an engine need --from, as in --from sglang"
-        ]
+        named = "parts are called 000000.safetensors, 000001.safetensors, ...: left unread"
+        return [f"{self.folder}: got {_some(new)}; {named}; dumps of an engine need --from, as in --from sglang"]
 
     def _grouped(self, files: Sequence[Path], read: Read) -> News:
-        stamps = {}
-        for path in files:
-            try:
-                stat = path.stat()
-            except OSError:  # gone since the folder was listed
-                continue
-            stamps[path] = (stat.st_size, stat.st_mtime_ns)
-        fresh = {path: stamp for path, stamp in stamps.items() if self._done.get(path) != stamp}
-        settled = fresh and all(self._seen.get(path) == stamp for path, stamp in fresh.items())
-        self._seen = stamps
-        if not settled:
-            return News()
-        news = News()
+        stamps = {path.name: stamp for path, stamp in _stamps(files).items()}
+        fresh = {name: stamp for name, stamp in stamps.items() if self._done.get(name) != stamp}
+        restless = [name for name, stamp in fresh.items() if self._seen.get(name) != stamp]
+        self._seen, news = stamps, News()
+        self._restless = self._restless + 1 if restless else 0
+        if self._restless == self.patience > 1:
+            news.faults.append(f"{self.folder}: {_some(restless)} changed at each of {self.patience} looks: waited for")
+        if restless or not fresh:
+            return news
         try:
-            news.traces = read(sorted(fresh))
-        except InputError as error:
-            news.faults.append(str(error))
+            news.traces = read([self.folder / name for name in sorted(fresh)])
+        except Exception as error:  # whatever a damaged file leads to
+            news.faults.append(told(error))
             if not self._give_up():
                 return news
-            news.faults.append(
-                f"{', '.join(path.name for path in sorted(fresh))}: left out after {self.patience} tries"
-            )
+            news.faults.append(f"{', '.join(sorted(fresh))}: left out after {self.patience} tries")
         self._done |= fresh
-        self._done = {path: stamp for path, stamp in self._done.items() if path in stamps}
+        self._done = {name: stamp for name, stamp in self._done.items() if name in stamps}
         self._tries = 0
         return news
 
@@ -125,7 +140,29 @@ class Follower:
         if not found:
             return None
         try:
-            return concatenate(found)
+            joined = concatenate(found)
         except InputError as error:  # another network: what comes last is what is served now
             news.faults.append(f"{self.folder}: {error}")
             return found[-1]
+        if joined.rank_us is None and any(part.rank_us is not None for part in found):
+            news.faults.append(f"{self.folder}: parts differ in their ranks' times: left out")
+        return joined
+
+
+def told(error: Exception) -> str:
+    """A line: what gemopt refuses in its words, anything else with its name."""
+    return str(error) if isinstance(error, GemoptError) else f"{type(error).__name__}: {error}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _stamps(files: Sequence[Path]) -> dict[Path, Stamp]:
+    """Of the files that have not gone since the folder was listed."""
+    stamps = {}
+    for path in files:
+        with suppress(OSError):
+            stat = path.stat()
+            stamps[path] = (stat.st_size, stat.st_mtime_ns)
+    return stamps

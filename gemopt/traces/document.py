@@ -257,8 +257,8 @@ class Traces:
         raise foreign.not_a("Traces", value, name)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Traces:
-        """Read a safetensors file, a folder of numbered ones, or an `.npz` with `counts`.
+    def load(cls, path: str | os.PathLike[str], *, allow_idle: bool = False) -> Traces:
+        """Read a safetensors file, a folder of numbered ones, or an `.npz` with `counts`. allow_idle: as of the class.
 
         Raises
         ------
@@ -275,7 +275,8 @@ class Traces:
                 raise
         found = concatenate(parts)
         try:
-            found._check_busy()
+            if not allow_idle:
+                found._check_busy()
         except InputError as error:
             error.args = (f"{path}: {error}",)
             raise
