@@ -18,6 +18,7 @@ from gemopt.cli import main
 from gemopt.online import Controller, Policy
 from gemopt.online.follow import Follower
 from gemopt.online.metrics import Health, Metrics, serve
+from gemopt.online.sole import sole
 from gemopt.online.watch import Actions, Watch
 from gemopt.profile import Device, Sample
 
@@ -55,7 +56,7 @@ def watch(folder: Path, *, command: tuple[str, ...] = (), metrics: Metrics | Non
     log: list[str] = []
     path = folder / "placement.json"
     controller = Controller(profile(), Placement.load(path), Policy(expert_bytes=1e6))
-    actions = Actions(path, lambda placement: placement.save(path), command)
+    actions = Actions(path, [lambda placement: placement.save(path)], command)
     return Watch(controller, Follower(folder / "traces"), actions, log.append, metrics), log
 
 
@@ -260,6 +261,11 @@ def test_command_line_with_bad_input(folder: Path, run: Callable[..., tuple[int,
         (["--on-change", "'"], "--on-change"),
         (["-o", "/no/such/folder/x.json"], "no such folder"),
         (["--from", "nobody"], "engine"),
+        (["--state", str(folder / "placement.json")], "--placement"),
+        (["--state", "/no/such/folder/state"], "no such folder"),
+        (["-o", str(folder / "profile.json")], "--profile"),
+        (["--to", "sglang=" + str(folder / "placement.json")], "--placement"),
+        (["--interval", "inf"], "--interval"),
     ]:
         code, output = run(*words)
         assert code == 2, output
@@ -278,3 +284,66 @@ def test_nearest_copies_are_followed_once_it_is_said_who_sends(
     code, output = run("--senders", "uniform", "--port", "0")
     assert code == 0 and "moved: " in output and "warning" not in output, output
     assert Placement.load(folder / "placement.json").split == "nearest"
+
+
+def test_steps_of_other_layers_are_refused(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    grow(folder, 0, Traces(counts=traffic(hot=0).counts, layer_ids=(3, 4)))
+    code, output = run()
+    assert code == 1 and "warning: Placement.layer_ids" in output, output
+    assert Placement.load(folder / "placement.json") == contiguous()
+
+
+def test_two_watches_of_one_file_are_refused(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    grow(folder, 0, traffic(hot=0))
+    with sole(folder / "placement.json"):
+        code, output = run()
+        assert code == 2 and "another watch writes it" in output, output
+        code, output = run("-o", str(folder / "other.json"))
+        assert code == 0, output
+    assert run()[0] == 0
+
+
+def test_a_restart_learns_nothing_twice(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    for number in range(3):
+        grow(folder, number, traffic(hot=0, seed=number))
+    state = folder / "state"
+    run("--state", str(state))
+    saved = state.read_bytes()
+    code, output = run("--state", str(state))
+    assert code == 0 and "no steps yet" in output and state.read_bytes() == saved, output
+    grow(folder, 3, traffic(hot=1))
+    code, output = run("--state", str(state))
+    assert code == 0 and "moved: " in output, output
+
+
+def test_what_was_written_before_a_failure_is_put_back(folder: Path) -> None:
+    """Two exports, of which the second fails at the new placement."""
+    watched, log = watch(folder)
+    first, second = folder / "first.json", folder / "second.json"
+
+    def refuses(placement: Placement) -> None:
+        if placement != contiguous():
+            raise KeyError("no such thing")
+
+    watched.actions.writes = [lambda each: each.save(first), refuses, lambda each: each.save(second)]
+    grow(folder, 0, traffic(hot=0))
+    watched.look()
+    assert watched.failed and watched.controller.placement == contiguous()
+    assert Placement.load(first) == contiguous() and not second.exists()
+    assert any("KeyError: 'no such thing'; the placement in force stays" in line for line in log)
+
+
+def test_nothing_unforeseen_ends_the_watch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    watched, log = watch(folder, metrics=metrics)
+    grow(folder, 0, traffic(hot=0))
+    monkeypatch.setattr(watched.controller, "step", lambda *_: 1 / 0)
+    watched.look()
+    assert any("ZeroDivisionError" in line for line in log) and watched.failed
+    assert 'gemopt_faults_total{kind="window"} 1.0' in metrics.page().decode()
+    monkeypatch.undo()
+    monkeypatch.setattr(watched, "_scored", lambda *_: 1 / 0)
+    grow(folder, 1, traffic(hot=0))
+    watched.look()
+    assert Placement.load(folder / "placement.json") == watched.controller.placement != contiguous()
+    assert 'gemopt_faults_total{kind="metrics"} 1.0' in metrics.page().decode()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import app, examples, say
+from gemopt.cli.app import app, examples, say, warn
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
@@ -38,49 +41,74 @@ def watch(
     to: Annotated[list[str] | None, typer.Option("--to", help="also export: ENGINE, or ENGINE=FILE")] = None,
     source: Annotated[str | None, typer.Option("--from", help="engine whose dumps the folder gets")] = None,
     on_change: Annotated[str | None, typer.Option(help="command after a change; {placement} is its file")] = None,
-    command_timeout: Annotated[float, typer.Option(min=0.1, help="seconds the command may take")] = 60.0,
+    command_timeout: Annotated[float, typer.Option(min=0.1, max=1e6, help="seconds the command may take")] = 60.0,
     rules: Annotated[Path | None, typer.Option(help="rules.json to keep; default: those of the placement")] = None,
     senders: Annotated[str | None, typer.Option(help="who sends to copies of the nearest split: uniform")] = None,
     policy: Annotated[Path | None, typer.Option(help="policy.json: the controller's knobs; see docs/online.md")] = None,
     state: Annotated[Path | None, typer.Option(help="file that keeps what was learnt over a restart")] = None,
     window: Annotated[int, typer.Option(min=1, help="most steps of one decision")] = 64,
-    interval: Annotated[float, typer.Option(min=0.05, help="seconds between two looks at the folder")] = 5.0,
+    interval: Annotated[float, typer.Option(min=0.05, max=1e6, help="seconds between two looks at the folder")] = 5.0,
     port: Annotated[int | None, typer.Option(help="serve /metrics (Prometheus) and /healthz; 0: any port")] = None,
     host: Annotated[str, typer.Option(help="address to serve on")] = "127.0.0.1",
     once: Annotated[bool, typer.Option("--once", help="one look, one decision, and out")] = False,
 ) -> None:
     """Follow a growing trace folder: decide, write the placement, export it, run a command, serve metrics."""
-    from gemopt.documents import check_writable
-    from gemopt.online.follow import Follower
+    from gemopt.online.follow import PATIENCE, Follower
     from gemopt.online.metrics import Health, Metrics, serve
+    from gemopt.online.sole import sole
     from gemopt.online.watch import Actions, Watch
 
     target = output or placement
-    check_writable(target)
-    controller = _controller(profile, placement, rules, senders, policy, state)
-    metrics = None if port is None else Metrics()
-    health = Health(stale_after_s=max(60.0, 10 * interval))
-    server = None if metrics is None or port is None else serve(metrics, health, port, host)
-    if server is not None:
-        _log(f"serving http://{host}:{server.server_port}/metrics and /healthz")
-    actions = Actions(target, _writer(target, to or [], controller.placement), _words(on_change), command_timeout)
-    follower = Follower(folder, None if source is None else _reader(source, controller.placement))
-    watched = Watch(controller, follower, actions, _log, metrics, health, state, window)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    try:
+    exports = _exports(target, to or [])
+    written = [("--output", target), ("--state", state), *((f"--to {name}", path) for name, path in exports)]
+    _check_files(
+        written, [("--profile", profile), ("--rules", rules), ("--policy", policy), ("--placement", placement)]
+    )
+    with ExitStack() as held:
+        for path in (target, state):
+            if path is not None:
+                held.enter_context(sole(path))
+        controller = _controller(profile, placement, rules, senders, policy)
+        read = None if source is None else _reader(source, controller.placement)
+        follower = Follower(folder, read, patience=1 if once else PATIENCE)
+        if state is not None and state.exists():
+            in_force = controller.placement
+            follower.resume(controller.load(state))
+            controller.confirm(in_force)
+        writes = _writes(target, exports, controller.placement)
+        actions = Actions(target, writes, _words(on_change), command_timeout)
+        metrics = None if port is None else Metrics()
+        health = Health(stale_after_s=max(60.0, 10 * interval))
+        if metrics is not None and port is not None:
+            server = serve(metrics, health, port, host)
+            held.callback(server.server_close)
+            held.callback(server.shutdown)
+            _log(f"serving http://{host}:{server.server_port}/metrics and /healthz")
+        watched = Watch(controller, follower, actions, _log, metrics, health, state, window)
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         watched.run(interval, stop, once=once)
-    finally:
-        if server is not None:
-            server.shutdown()
-            server.server_close()
     if once and watched.failed:
         raise typer.Exit(1)
 
 
 def _log(text: str) -> None:
-    say(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}")
+    (warn if text.startswith("warning") else say)(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}")
+
+
+def _check_files(written: Sequence[tuple[str, Path | None]], read: Sequence[tuple[str, Path | None]]) -> None:
+    """Refuse what cannot be written, and two options of one file; the placement is both read and written."""
+    from gemopt.documents import check_writable
+
+    taken = {os.path.realpath(path): name for name, path in read if path is not None}
+    for name, path in written:
+        if path is None:
+            continue
+        check_writable(path)
+        other = taken.setdefault(os.path.realpath(path), name)
+        if other != name and (name, other) != ("--output", "--placement"):
+            raise InputError(name, str(path), f"also the file of {other}", "give each its own")
 
 
 def _words(command: str | None) -> Sequence[str]:
@@ -96,7 +124,7 @@ def _words(command: str | None) -> Sequence[str]:
 
 
 def _controller(
-    profile: Path, placement: Path, rules: Path | None, senders: str | None, policy: Path | None, state: Path | None
+    profile: Path, placement: Path, rules: Path | None, senders: str | None, policy: Path | None
 ) -> Controller:
     from gemopt.online.controller import Controller
     from gemopt.online.policy import Policy
@@ -109,11 +137,7 @@ def _controller(
         in_force = in_force.under(Rules.load(rules), measured.node_of_rank)
     if in_force.rules is not None:
         _log(f"keeps rules: {in_force.rules.brief()}")
-    controller = Controller(measured, in_force, Policy() if policy is None else _policy(policy), senders=senders)
-    if state is not None and state.exists():
-        controller.load(state)
-        controller.confirm(in_force)
-    return controller
+    return Controller(measured, in_force, Policy() if policy is None else _policy(policy), senders=senders)
 
 
 def _policy(path: Path) -> Policy:
@@ -131,25 +155,32 @@ def _policy(path: Path) -> Policy:
         raise InputError(f"{path}: {where or 'policy'}", first["input"], first["msg"], "see docs/online.md") from None
 
 
-def _writer(target: Path, to: Sequence[str], in_force: Placement) -> Callable[[Placement], None]:
-    """Saves a placement and its exports; what an engine cannot take of the one in force is refused now."""
+def _exports(target: Path, to: Sequence[str]) -> list[tuple[str, Path]]:
+    """Engines and their files, which lie beside the placement unless named."""
+    from gemopt.formats.registry import get
+
+    found = []
+    for each in to:
+        name, _, file = each.partition("=")
+        suffixes = get(name).suffixes
+        beside = target.with_name(f"{target.stem}.{name}{suffixes[0] if suffixes else '.json'}")
+        found.append((name, Path(file) if file else beside))
+    return found
+
+
+def _writes(
+    target: Path, exports: Sequence[tuple[str, Path]], in_force: Placement
+) -> list[Callable[[Placement], object]]:
+    """What saves a placement: its exports, then itself; what an engine cannot take of the one in force is refused."""
     from gemopt.formats.engine import WriteOptions
     from gemopt.formats.registry import check, export, get
 
-    exports = []
-    for each in to:
-        name, _, file = each.partition("=")
-        engine = get(name)
-        suffix = engine.suffixes[0] if engine.suffixes else ".json"
-        exports.append((name, Path(file) if file else target.with_name(f"{target.stem}.{name}{suffix}")))
-        check(in_force, engine, path=exports[-1][1], options=WriteOptions())
-
-    def write(placement: Placement) -> None:
-        for name, path in exports:  # what an engine cannot take is refused before anything is replaced
-            export(placement, to=name, path=path, options=WriteOptions())
-        placement.save(target)
-
-    return write
+    for name, path in exports:
+        check(in_force, get(name), path=path, options=WriteOptions())
+    writes: list[Callable[[Placement], object]] = [
+        partial(export, to=name, path=path, options=WriteOptions()) for name, path in exports
+    ]
+    return [*writes, lambda placement: placement.save(target)]
 
 
 def _reader(source: str, placement: Placement) -> Callable[[Sequence[Path]], Traces]:

@@ -39,6 +39,7 @@ class Metrics:
         self.imbalance = gauge("imbalance_ratio", "Slowest over mean rank time, over the last steps and all layers")
         self.straggler = gauge("straggler_share", "Share of layers and steps in which the rank ended last", ["rank"])
         self.speed = gauge("rank_time_factor", "Latency of the rank over that of its profile", ["rank"])
+        self.silent = gauge("rank_silent_steps", "Steps since the rank last reported, while others did", ["rank"])
         self.drift = gauge("drift_ratio", "Distance of the last steps' loads from those before, 0 to 1")
         self.predicted = gauge("predicted_gain_us", "Microseconds per step that the last decision promised")
         self.realised = gauge("realised_gain_us", "Microseconds per step that it gained on the steps since")
@@ -47,7 +48,7 @@ class Metrics:
         self.moves = counter("moves", "Experts moved into a rank")
         self.decisions = counter("decisions", "Decisions by what they did", ["kind"])
         self.steps = counter("steps", "Steps seen")
-        self.faults = counter("faults", "Files, commands and windows that failed", ["kind"])
+        self.faults = counter("faults", "What went wrong, by kind", ["kind"])
         self.last = gauge("last_step_timestamp_seconds", "When the last steps came in, Unix time")
 
     def ranks(self, gauge: Any, values_G: Iterable[float]) -> None:

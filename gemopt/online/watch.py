@@ -9,18 +9,19 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from gemopt.bounds import lower_bound
-from gemopt.evaluate import Evaluation, evaluate
-from gemopt.exceptions import GemoptError, InputError
+from gemopt.evaluate import Evaluation, check_agreement, evaluate
+from gemopt.exceptions import InputError
 from gemopt.online.controller import Controller
 from gemopt.online.decision import Decision
-from gemopt.online.follow import Follower
+from gemopt.online.follow import Follower, News, told
 from gemopt.online.metrics import Health, Metrics
 from gemopt.placement import Placement
 from gemopt.problem import problems
@@ -28,7 +29,7 @@ from gemopt.result import relative_gap
 from gemopt.traces import Traces
 
 Log = Callable[[str], None]
-Write = Callable[[Placement], None]
+Write = Callable[[Placement], object]
 
 WINDOW = 64
 BOUND_STEPS = 64  # of the last steps, on which the gap is certified
@@ -38,27 +39,32 @@ BOUND_STEPS = 64  # of the last steps, on which the gap is certified
 class Actions:
     """What a changed placement leads to, in this order; the first that fails ends it, and the old placement stays.
 
-    write: saves the placement (and exports it) atomically. command: run afterwards with `{placement}` replaced by the
-    path, for at most `command_timeout_s`; an exit code other than 0 means that the placement is not in force.
+    writes: each replaces one file, an export or the placement itself, atomically. command: run afterwards with
+    `{placement}` replaced by the path, for at most `command_timeout_s`; an exit code other than 0 means that the
+    placement is not in force.
     """
 
     path: Path
-    write: Write
+    writes: Sequence[Write]
     command: Sequence[str] = ()
     command_timeout_s: float = 60.0
 
-    def carry_out(self, placement: Placement, old: Placement) -> None:
-        """Raise `InputError` with the reason when the placement did not come into force."""
-        self.write(placement)
-        if not self.command:
-            return
+    def carry_out(self, placement: Placement, old: Placement) -> str:
+        """Why the placement did not come into force, which leaves the files as they were; nothing when it did."""
+        done: list[Write] = []
         try:
+            for write in self.writes:
+                write(placement)
+                done.append(write)
             self._run()
-        except InputError:
-            self.write(old)
-            raise
+        except Exception as error:
+            left = [reason for write in done if (reason := _failure(write, old))]
+            return "; ".join([told(error), "the placement in force stays", *(f"not put back: {each}" for each in left)])
+        return ""
 
     def _run(self) -> None:
+        if not self.command:
+            return
         words = [word.replace("{placement}", str(self.path)) for word in self.command]
         name = f"--on-change {words[0]}"
         try:
@@ -72,11 +78,20 @@ class Actions:
             )
         except subprocess.TimeoutExpired:
             raise InputError(name, f"still running after {self.command_timeout_s:g} s", "ended") from None
-        except OSError as error:
-            raise InputError(name, error.strerror or str(error), "a command that can be run") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise InputError(name, reason, "a command that can be run") from None
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise InputError(name, f"exit code {done.returncode}", said[-1] if said else "0 is needed")
+
+
+def _failure(write: Write, placement: Placement) -> str:
+    try:
+        write(placement)
+    except Exception as error:
+        return told(error)
+    return ""
 
 
 @dataclass
@@ -91,7 +106,7 @@ class Watch:
     health: Health = field(default_factory=lambda: Health(60.0))
     state: Path | None = None
     window: int = WINDOW
-    failed: bool = False  # whether what the last decision asked for did not come into force
+    failed: bool = False  # whether the last look met a fault, and no decision came into force after it
     _before: Placement | None = None
 
     def run(self, interval_s: float, stop: threading.Event, *, once: bool = False) -> None:
@@ -113,7 +128,10 @@ class Watch:
 
         With `history` all but the last window are only learnt from: they lie in the past.
         """
-        news = self.follower.look()
+        decision, self.failed = None, False
+        news = News()
+        with self._guard("file"):
+            news = self.follower.look()
         for fault in news.faults:
             self._fault("file", fault)
         self.health.looked()
@@ -121,39 +139,49 @@ class Watch:
             if history:
                 self.log(f"{self.follower.folder}: no steps yet")
             return None
-        try:
-            return self._steps(news.traces, history=history)
-        except GemoptError as error:
-            self._fault("window", str(error))
-            return None
+        with self._guard("window"):
+            check_agreement(self.controller.placement, news.traces, self.controller.placement.num_ranks)
+            decision = self._steps(news.traces, history=history)
+        if self.state is not None:
+            with self._guard("state"):
+                self.controller.save(self.state, self.follower.position)
+        return decision
 
     def _steps(self, traces: Traces, *, history: bool) -> Decision | None:
         decision = None
         starts = range(0, traces.num_steps, self.window)
         for start in starts:
             part = traces.steps(slice(start, start + self.window))
-            if history and start != starts[-1]:
-                self.controller.remember(part.counts)
-                continue
-            in_force = self.controller.placement
-            decision = self.controller.step(part.counts, part.rank_us)
-            self._measure(part, in_force)
-            self._decided(decision, in_force)
-        if self.state is not None:
-            self.controller.save(self.state)
+            with self._guard("window"):
+                if history and start != starts[-1]:
+                    self.controller.remember(part.counts)
+                else:
+                    decision = self._window(part)
+        return decision
+
+    def _window(self, part: Traces) -> Decision:
+        in_force, before = self.controller.placement, self._before
+        decision = self.controller.step(part.counts, part.rank_us)
+        self._decided(decision, in_force)
+        with self._guard("metrics"):
+            self._measure(part, in_force, before)
         return decision
 
     def _decided(self, decision: Decision, in_force: Placement) -> None:
-        kind, self.failed = "moved" if decision.num_moves else "kept", False
+        kind = "refused" if decision.refused else "moved" if decision.num_moves else "kept"
+        self.failed = False
         if decision.num_moves:
-            try:
-                self.actions.carry_out(decision.placement, in_force)
-                self._before = in_force
-            except GemoptError as error:
-                kind, self.failed = "failed", True
+            reason = self.actions.carry_out(decision.placement, in_force)
+            if reason:
+                kind = "failed"
                 self.controller.confirm(in_force)
-                self._fault("action", f"{error}; the placement in force stays")
-        self.log(f"{kind}: {decision.reason}")
+                self._fault("action", reason)
+            else:
+                self._before = in_force
+        if decision.refused:
+            self._fault("window", decision.reason)
+        else:
+            self.log(f"{kind}: {decision.reason}")
         self.health.looked(decision=kind, reason=decision.reason)
         if self.metrics is None:
             return
@@ -163,8 +191,11 @@ class Watch:
             self.metrics.moves.inc(decision.num_moves)
             self.metrics.predicted.set(decision.gain_us)
 
-    def _measure(self, part: Traces, in_force: Placement) -> None:
-        """What the placement in force did with the steps that have just come, as far as costs tell."""
+    def _measure(self, part: Traces, in_force: Placement, before: Placement | None) -> None:
+        """What the placement in force did with the steps that have just come, as far as costs tell.
+
+        before: what was in force before that.
+        """
         if self.metrics is None:
             return
         scored = self._scored(in_force, part)
@@ -175,8 +206,9 @@ class Watch:
         share_G = np.bincount(scored.straggler_TL.ravel(), minlength=in_force.num_ranks) / scored.straggler_TL.size
         self.metrics.ranks(self.metrics.straggler, share_G)
         self.metrics.ranks(self.metrics.speed, self.controller.speeds.factors_G)
-        if self._before is not None:
-            old = self._scored(self._before, part)
+        self.metrics.ranks(self.metrics.silent, self.controller.speeds.silent_G)
+        if before is not None:
+            old = self._scored(before, part)
             self.metrics.realised.set(float(old.step_us.mean() - scored.step_us.mean()))
         last = part if part.num_steps <= BOUND_STEPS else part.steps(slice(part.num_steps - BOUND_STEPS, None))
         layers = problems(self.controller.scaled, last, in_force.slots_per_rank.tolist())
@@ -189,7 +221,16 @@ class Watch:
         known = self.controller
         return evaluate(placement, known.profile, part, cost=known.scaled, senders=known.senders)
 
+    @contextmanager
+    def _guard(self, kind: str) -> Iterator[None]:
+        """Nothing that goes wrong inside ends the watch."""
+        try:
+            yield
+        except Exception as error:
+            self._fault(kind, told(error))
+
     def _fault(self, kind: str, text: str) -> None:
+        self.failed = True
         self.log(f"warning: {text}")
         if self.metrics is not None:
             self.metrics.faults.labels(kind=kind).inc()
