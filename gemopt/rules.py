@@ -101,6 +101,15 @@ class Rules(Document):
         pinned = [(name, rule) for name, rule in self.named() if isinstance(rule, Pinned)]
         return next((name for name, rule in pinned if not set(rule.ranks) & set(numbers)), "")
 
+    def on_layers(self, layer_ids: Sequence[int]) -> Rules:
+        """What they ask of these layers alone."""
+        data = self.model_dump()
+        for kind in {name.partition("[")[0] for name, _ in self.named()}:
+            for rule in data[kind]:
+                rule["layers"] = rule["layers"] and [layer for layer in rule["layers"] if layer in layer_ids]
+            data[kind] = [rule for rule in data[kind] if rule["layers"] != []]
+        return Rules(**data)
+
     def renumbered(self, numbers: Sequence[int]) -> Rules:
         """The same where ranks left, came or changed places; no rule may be `homeless`.
 

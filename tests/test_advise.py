@@ -19,6 +19,7 @@ from gemopt.advise.options import _spread
 from gemopt.advise.variants import drift, rounded, skewness, with_batch, with_change, with_skew
 from gemopt.profile import Device, MoeShape, Profile, Sample
 from gemopt.replay import Migration, replay
+from gemopt.rules import Rules
 from gemopt.topology import Level, Topology
 from gemopt.traces import Tokens, Traces
 
@@ -253,6 +254,23 @@ def test_tokens_bring_predictors_of_tokens() -> None:
     assert [each.strategy for each in found.strategies][-1] == "duplication-previous"
 
 
+def test_rules_are_kept_by_all_that_is_advised() -> None:
+    """The two hot experts may not part, on a rank that contiguous placement does not have them on."""
+    size = 1e6
+    traces = Traces(counts=skewed(layers=5).counts, layer_ids=(1, 3, 5, 7, 9), top_k=2)
+    rules = Rules(together=[{"experts": [0, 1]}], pinned=[{"experts": [0], "ranks": [3], "layers": [3, 5]}])
+    costs = {"window": 8, "migration": Migration(expert_bytes=size), "non_moe_us": 500.0}
+    free, ruled = (advise(profile(), traces, rules=each, memory_bytes=5 * size, **costs) for each in (None, rules))
+    names = [each.strategy for each in ruled.strategies]
+    assert names == ["contiguous", "fitted-once", "copies", "controller", "free"]
+    assert ruled.recommended != "contiguous" and ruled.predicted_change > free.predicted_change + 0.05
+    assert all(ruled.option(name).change > free.option(name).change + 0.05 for name in names[1:])
+    assert "contiguous" not in {name for row in ruled.map.best for name in row}
+    assert any("pinned[0]" in note and "no choice" in note for note in ruled.notes)
+    assert any("duplication per batch knows no rules" in note for note in ruled.notes)
+    assert all("--rules rules.json" in command for command in ruled.commands if "watch" not in command)
+
+
 @pytest.fixture
 def words(tmp_path: Path) -> list[Any]:
     skewed(steps=48, layers=1).save(tmp_path / "traces.safetensors")
@@ -260,6 +278,7 @@ def words(tmp_path: Path) -> list[Any]:
     node = {"within_node": {"bandwidth_gbs": 100}}
     (tmp_path / "links.json").write_text(json.dumps({"node_of_rank": [0, 0, 1, 1], **node}))
     (tmp_path / "wrong.json").write_text(json.dumps({"node_of_rank": [0, 0], **node}))
+    Rules(together=[{"experts": [0, 1, 2]}]).save(tmp_path / "tights.json")
     return ["advise", tmp_path / "profile.json", tmp_path / "traces.safetensors", "--window", 8, "--no-sweep"]
 
 
@@ -301,7 +320,9 @@ def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.Captu
         (["--memory", "1", "--predictors", "tarot"], "predictor: got tarot"),
         (["--predictors", "window"], "--predictors: got window; no slot to spare for copies"),
         (["--plot", "map.png"], "--plot: got map.png; the map needs the sweep"),
-        (["--rules", "rules.json"], "No such option: --rules"),
+        (["--rules", "rules.json"], "rules.json: got No such file"),
+        (["--rules", "tights.json"], "rules: got together[0]; no placement of layer 0 keeps them together"),
+        (["--rules", "tights.json", "--predictors", "window"], "--predictors: got window; duplication knows no rules"),
         (["-o", "/no/such/folder/out.json"], "no such folder"),
     ],
 )

@@ -16,15 +16,15 @@ from gemopt.advise.sweep import POWERS, WORTH, Bench, sample, sweeps
 from gemopt.advise.variants import drift, skewness
 from gemopt.bounds import lower_bound
 from gemopt.costs import CostModel
-from gemopt.evaluate import evaluate
+from gemopt.evaluate import check_rules, evaluate
 from gemopt.exceptions import InputError
-from gemopt.placement import Placement
 from gemopt.predict import PREDICTORS
 from gemopt.predict import make as make_predictor
 from gemopt.problem import problems
 from gemopt.profile import Profile
 from gemopt.replay import Migration
 from gemopt.replay.duplication import PREFIX
+from gemopt.rules import Rules
 from gemopt.traces import Traces
 
 DEFAULT_WINDOW = 64
@@ -46,6 +46,7 @@ def advise(
     window: int = DEFAULT_WINDOW,
     seed: int = 0,
     cost: str | CostModel = "auto",
+    rules: Rules | str | os.PathLike[str] | None = None,
     sweep: bool = True,
     names: tuple[str, ...] = ("profile.json", "traces.safetensors"),
     progress: Callable[[int, int], None] | None = None,
@@ -69,6 +70,9 @@ def advise(
         Time of a step outside the MoE layers, in place of what `model` gives; 0 without either.
     predictors
         Names in `gemopt.predict.PREDICTORS` to duplicate by; those that the traces allow when None.
+    rules
+        What placements must keep (`gemopt.Rules`, or its path). Duplication per batch, which knows none, is left out;
+        contiguous is not recommended where it breaks one.
     sweep
         Whether to look for the skew, bandwidth, batch and drift from which on it pays.
     names
@@ -77,18 +81,22 @@ def advise(
     Raises
     ------
     InputError
-        Too few steps for the window; a model that is not the measured one; a predictor without what it needs.
+        Too few steps for the window; a model that is not the measured one; a predictor without what it needs, or with
+        rules; rules that no placement keeps with a slot for each expert.
     """
     if traces.num_steps < 4:
         raise InputError("traces", f"{traces.num_steps} steps", "at least 4: half are fitted on, half are scored")
     if horizon is not None and horizon < 1:
         raise InputError("--horizon", horizon, "at least 1 step")
+    asked = None if rules is None else Rules.of(rules)
+    if predictors is not None and asked is not None:
+        raise InputError("--predictors", ", ".join(predictors), "duplication knows no rules", "leave one out")
     case, notes = make_case(profile, traces, horizon, memory_bytes, shape_from(model), migration, non_moe_us, window,
-                            seed, cost)  # fmt: skip
+                            seed, cost, asked)  # fmt: skip
     if predictors is not None and not case.spare:
         raise InputError("--predictors", ", ".join(predictors), "no slot to spare for copies", "more --memory")
     cut = round(traces.num_steps * case.fit)
-    chosen = _predictors(traces, cut, predictors) if case.spare else []
+    chosen = _predictors(traces, cut, predictors) if case.spare and asked is None else []
     moved = drift(traces.counts, cut, seed)
     ways = [case, case.turned()] if moved > DRIFTS else [case]
     still, follow = ["contiguous", "fitted-once"], ["controller", "free", *(PREFIX + name for name in chosen), BOUND]
@@ -101,11 +109,15 @@ def advise(
             progress(min(done[0], total), total)
 
     played = [_play(way, still, ["copies", *follow] if case.spare else follow, advance) for way in ways]
-    options = options_of(case, played)
-    best = _recommended(options, horizon)
-    notes += _warnings(best, options, traces.num_steps, horizon, moved)
-    found = _sweeps(case, options, best, advance) if sweep else {}
-    return _document(ways, played, options, best, moved, horizon, notes, names, found)
+    broken = _broken_in_order(case)
+    options = options_of(case, played, first=int(bool(broken)))
+    choices = options[bool(broken) :]
+    best = _recommended(choices, horizon)
+    notes += _warnings(best, choices, traces.num_steps, horizon, moved) + _about_rules(case, broken)
+    found = _sweeps(case, choices, best, advance) if sweep else {}
+    by = [] if rules is None else ["rules.json" if isinstance(rules, Rules) else os.fspath(rules)]
+    commands = _commands(case, best, names, "".join(f" --rules {path}" for path in by))
+    return _document(ways, played, options, best, moved, horizon, notes, commands, found)
 
 
 def _play(case: Case, still: list[str], follow: list[str], advance: Callable[[], None]) -> Played:
@@ -132,6 +144,26 @@ def _predictors(traces: Traces, past_steps: int, wanted: Sequence[str] | None) -
     return [name for name in PREDICTORS if name in found]
 
 
+def _broken_in_order(case: Case) -> str:
+    """The rule that contiguous placement breaks; empty where it keeps all."""
+    try:
+        if case.rules is not None:
+            check_rules(case.contiguous, case.rules, case.profile)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _about_rules(case: Case, broken: str) -> list[str]:
+    if case.rules is None:
+        return []
+    notes = [
+        f"rules are kept ({case.rules.brief()}), but by contiguous, which knows none; the ceiling is of all placements"
+    ]
+    notes += ["duplication per batch knows no rules and is left out"] * case.spare
+    return notes + [f"contiguous is no choice, changes are against it all the same: {broken}"] * bool(broken)
+
+
 def _recommended(options: list[Option], horizon: int | None) -> Option:
     """The simplest within `WORTH` of the best of those that pay for their first placement in time."""
     able = [each for each in options if horizon is None or (each.breakeven_steps or 0.0) <= horizon]
@@ -153,7 +185,7 @@ def _sweeps(case: Case, options: list[Option], best: Option, advance: Callable[[
     slots = {each.strategy: np.array(each.slots_per_rank) for each in shown}
     slots = {name: each for name, each in slots.items()
              if not name.startswith(PREFIX) or name in {d.strategy for d in duplicated}}  # fmt: skip
-    bench = Bench(case.profile, case.cost, slots, case.migration, case.non_moe_us, case.seed)
+    bench = Bench(case.profile, case.cost, slots, case.migration, case.non_moe_us, case.seed, case.rules)
     found, drawn = sweeps(bench, case.traces, list(slots), advance)
     return {"sweeps": found, "map": drawn}
 
@@ -166,14 +198,11 @@ def _document(
     moved: float,
     horizon: int | None,
     notes: list[str],
-    names: tuple[str, ...],
+    commands: list[str],
     found: dict[str, Any],
 ) -> Advice:
     case, plain, traces = ways[0], played[0][0][0], ways[0].traces
     last = traces.steps(slice(plain.first_step, None))
-    contiguous = Placement.contiguous(
-        traces.num_layers, traces.num_experts, case.profile.num_ranks, layer_ids=list(traces.layer_ids)
-    )
     return Advice(
         recommended=best.strategy, predicted_change=best.change, confidence=best.best_share, low=best.low,
         high=best.high, strategies=options, ceiling=float(np.mean(list(map(_ceiling, ways, played)))),
@@ -183,8 +212,8 @@ def _document(
         horizon_steps=horizon or last.num_steps, window=case.window, seed=case.seed, skew=skewness(traces.counts),
         drift=moved,
         assignments=float(np.asarray(traces.counts).sum(axis=2).mean()),
-        outside=evaluate(contiguous, None, last, cost=case.cost).outside, non_moe_us=case.non_moe_us,
-        migration=case.migration, worth=WORTH, commands=_commands(case, best, names), notes=notes, **found,
+        outside=evaluate(case.contiguous, None, last, cost=case.cost).outside, non_moe_us=case.non_moe_us,
+        migration=case.migration, worth=WORTH, commands=commands, notes=notes, **found,
     )  # fmt: skip
 
 
@@ -218,8 +247,8 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
     return notes
 
 
-def _commands(case: Case, best: Option, names: tuple[str, ...]) -> list[str]:
-    """What to run next."""
+def _commands(case: Case, best: Option, names: tuple[str, ...], ruled: str) -> list[str]:
+    """What to run next. ruled: the option with the rules."""
     profile, traces, *hidden = names
     slots = best.slots_per_rank
     spare = f" --slots-per-rank {','.join(map(str, slots))}" if slots != case.bare_G.tolist() else ""
@@ -227,10 +256,12 @@ def _commands(case: Case, best: Option, names: tuple[str, ...]) -> list[str]:
     again = f"gemopt replay {traces} --profile {profile} --strategies {tried} --fit {case.fit:.6g}"
     costs = case.migration
     again += f" --window {case.window} --gbps {costs.bytes_per_s / 1e9:.6g} --non-moe-us {case.non_moe_us:.6g}"
-    again += f" --expert-bytes {costs.expert_bytes:.10g}{spare}" + "".join(f" --hidden {path}" for path in hidden)
+    again += f" --expert-bytes {costs.expert_bytes:.10g}{spare}{ruled}" + "".join(
+        f" --hidden {path}" for path in hidden
+    )
     if best.strategy == "contiguous":
         return [again]
-    solve = f"gemopt solve {profile} {traces} -o placement.json{spare}"
+    solve = f"gemopt solve {profile} {traces} -o placement.json{spare}{ruled}"
     if best.strategy == "controller":
         return [again, solve, f"gemopt watch TRACES_FOLDER --profile {profile} --placement placement.json"]
     return [again, solve]

@@ -13,10 +13,11 @@ from gemopt.advise.sweep import SCOUTS, Bench, slots_that_gain
 from gemopt.costs import CostModel
 from gemopt.costs import fit as fit_cost
 from gemopt.exceptions import InputError
-from gemopt.placement import default_slots
+from gemopt.placement import Placement, default_slots
 from gemopt.profile import Profile
 from gemopt.replay import Migration, ReplayResult, replay
 from gemopt.replay.strategy import Solved
+from gemopt.rules import Rules
 from gemopt.traces import Traces, concatenate
 
 
@@ -35,12 +36,21 @@ class Case:
     bare_G: NDArray[np.int64]
     full_G: NDArray[np.int64]
     room_G: NDArray[np.int64]
+    rules: Rules | None = None
     solved: Solved = field(default_factory=dict)
 
     @property
     def spare(self) -> bool:
         """Whether there are slots for copies."""
         return bool((self.full_G > self.bare_G).any())
+
+    @property
+    def contiguous(self) -> Placement:
+        """Experts in order."""
+        traces = self.traces
+        return Placement.contiguous(
+            traces.num_layers, traces.num_experts, self.profile.num_ranks, layer_ids=list(traces.layer_ids)
+        )
 
     def turned(self) -> Case:
         """As many first steps scored, all others fitted on."""
@@ -61,6 +71,7 @@ class Case:
             non_moe_us=self.non_moe_us,
             seed=self.seed,
             cost=self.cost,
+            rules=self.rules,
             on_track=lambda _: advance(),
             solved=self.solved,
         )
@@ -68,7 +79,7 @@ class Case:
 
 def make_case(profile: Profile, traces: Traces, horizon: int | None, memory_bytes: float, shape: ModelShape | None,
           migration: Migration | None, non_moe_us: float | None, window: int, seed: int,
-          cost: str | CostModel) -> tuple[Case, list[str]]:  # fmt: skip
+          cost: str | CostModel, rules: Rules | None) -> tuple[Case, list[str]]:  # fmt: skip
     """The case, and what to tell of how it was made."""
     notes = []
     if not 0 <= memory_bytes < 1e15:
@@ -97,11 +108,12 @@ def make_case(profile: Profile, traces: Traces, horizon: int | None, memory_byte
     scored = traces.num_steps // 2 if horizon is None else min(horizon, traces.num_steps // 2)
     fit = (traces.num_steps - scored) / traces.num_steps
     case = Case(
-        profile, traces, fitted, migration, non_moe_us, fit, window, seed, bare_G, bare_G, bare_G + max(0, spare)
+        profile, traces, fitted, migration, non_moe_us, fit, window, seed, bare_G, bare_G, bare_G + max(0, spare), rules
     )
     if spare <= 0:
         return case, notes
-    bench = Bench(profile, fitted, dict.fromkeys(SCOUTS, bare_G), migration, non_moe_us, seed)
+    scouts = SCOUTS if rules is None else SCOUTS[:1]
+    bench = Bench(profile, fitted, dict.fromkeys(scouts, bare_G), migration, non_moe_us, seed, rules)
     more = slots_that_gain(bench, traces.steps(slice(0, round(traces.num_steps * fit))), spare)
     if more < spare:
         notes.append(f"{more} of the {spare} slots for copies on each rank that --memory allows are used: "

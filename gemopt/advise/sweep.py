@@ -15,6 +15,7 @@ from gemopt.profile import Profile
 from gemopt.replay import Migration, replay
 from gemopt.replay.duplication import PREFIX
 from gemopt.replay.strategy import Solved
+from gemopt.rules import Rules
 from gemopt.traces import Traces
 
 POWERS = (0.25, 0.5, 1.0, 1.5, 2.0)
@@ -38,6 +39,7 @@ class Bench:
     migration: Migration
     non_moe_us: float
     seed: int
+    rules: Rules | None = None
     solved: Solved = field(default_factory=dict)
 
     def changes(self, traces: Traces, names: Sequence[str], gbps: float | None = None) -> dict[str, float]:
@@ -56,6 +58,7 @@ class Bench:
                 non_moe_us=self.non_moe_us,
                 seed=self.seed,
                 cost=self.cost,
+                rules=self.rules and self.rules.on_layers(traces.layer_ids),
                 solved=self.solved,
             )
             found |= {row.strategy: row.change or 0.0 for row in result.rows}
@@ -66,23 +69,24 @@ def sample(traces: Traces) -> Traces:
     """The last steps of some of the layers, evenly spread."""
     layers = np.unique(np.linspace(0, traces.num_layers - 1, LAYERS).round().astype(int))
     last = traces.steps(slice(-min(STEPS, traces.num_steps), None))
-    return replace(last, counts=last.counts[:, layers], layer_ids=(), num_hidden_layers=None, tokens=None,
+    ids = tuple(np.array(traces.layer_ids)[layers].tolist())
+    return replace(last, counts=last.counts[:, layers], layer_ids=ids, num_hidden_layers=None, tokens=None,
                    rank_us=None, allow_idle=True)  # fmt: skip
 
 
 def slots_that_gain(bench: Bench, past: Traces, spare: int) -> int:
     """Slots for copies on each rank: 1, 2, 4 and so on as long as twice as many gain `WORTH`; at most `spare`.
 
-    bench: with the slots of `SCOUTS` when there are no copies.
+    bench: with the slots of those of `SCOUTS` that are tried, when there are no copies.
     """
     best: dict[str, float] = {}
     slots, shown = 1, sample(past)
     for more in [*(2**i for i in range(spare.bit_length()) if 2**i < spare), spare] if spare > 1 else []:
         with_copies = replace(bench, slots={name: bare_G + more for name, bare_G in bench.slots.items()})
-        found = with_copies.changes(shown, SCOUTS)
-        if best and all(found[name] > best[name] - WORTH for name in SCOUTS):
+        found = with_copies.changes(shown, list(bench.slots))
+        if best and all(found[name] > best[name] - WORTH for name in found):
             break
-        slots, best = more, {name: min(found[name], best.get(name, 0.0)) for name in SCOUTS}
+        slots, best = more, {name: min(found[name], best.get(name, 0.0)) for name in found}
     return slots
 
 

@@ -10,7 +10,18 @@ import typer
 from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.cli.links import TopologyName
 from gemopt.cli.progress import progress as shown
-from gemopt.cli.solve import AsJson, Cost, Hidden, PhaseName, ProfilePath, Seed, Task, TracesPath, load_traces
+from gemopt.cli.solve import (
+    AsJson,
+    Cost,
+    Hidden,
+    PhaseName,
+    ProfilePath,
+    RulesPath,
+    Seed,
+    Task,
+    TracesPath,
+    load_traces,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,6 +69,7 @@ def advise_command(
     task: Task = None,
     phase: PhaseName = None,
     hidden: Hidden = None,
+    rules: RulesPath = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write the strategy map, skew by bandwidth")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the advice as JSON")] = None,
     as_json: AsJson = False,
@@ -92,6 +104,7 @@ def advise_command(
             window=window,
             seed=seed,
             cost=cost,
+            rules=rules,
             sweep=sweep,
             names=(str(profile), str(traces), *([] if hidden is None else [str(hidden)])),
             progress=progress,
