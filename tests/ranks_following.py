@@ -7,7 +7,12 @@ import torch
 from ranks_common import batch, checkpoint, load, random_placement, relative, scenario, slots_of
 from transformers import AutoModelForCausalLM
 
+from gemopt.costs import Staircase
+from gemopt.exceptions import InputError
 from gemopt.executor import Executor
+from gemopt.latency import Latency, line
+from gemopt.online import Controller
+from gemopt.placement import Placement
 
 
 class Scripted:
@@ -67,6 +72,23 @@ def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=
         "confirmed": 0 if controller is None else len(controller.confirmed),
         "asked": asked,
     }
+
+
+@scenario
+def follow_refused(rank, world, family):
+    """What every rank is told where one cannot go on."""
+    executor = Executor(load(family, world, "shared"), timeout_s=30)
+    rows = executor.placement.physical_to_logical
+    costs = Staircase(tuple(Latency(((line(1.0, 1.0),),)) for _ in range(world)), np.full((world, 1, 2), np.nan))
+    layers = Placement.contiguous(len(rows) + 1, executor.layers[0].num_experts, world)
+    told = []
+    for controller, window in [(None, 4), (Controller(costs, layers), 4), (Scripted([]), 4 + rank), (Scripted([]), 0)]:
+        try:
+            executor.follow(controller if rank == 0 else None, window=window)
+            told.append("")
+        except InputError as error:
+            told.append(str(error))
+    return told
 
 
 def counted_by_hand(whole, tokens):

@@ -364,10 +364,21 @@ def test_the_controller_sees_every_assignment_once(world, ranks, where):
     np.testing.assert_array_equal(counts, np.sum([answer["asked"] for answer in batches], axis=0))
 
 
+def test_what_cannot_be_followed_is_refused_on_every_rank(world):
+    for told in results(world("follow_refused", 2, family="qwen3_moe")):
+        said = [
+            "controller: got None; rank 0 decides",
+            "placement: got layers",
+            "window: got different ones",
+            "window: got 0",
+        ]
+        assert all(each.startswith(start) for each, start in zip(told, said, strict=True)), told
+
+
 def test_a_controller_that_fails_or_asks_the_impossible_changes_nothing(world):
     told = results(world("follow", 2, family="qwen3_moe", where="own", fail_at=0, wrong=True))
     assert max(error for answer in told for error in answer["errors"]) < EXACT
     assert told[0]["decisions"][0] == "RuntimeError: no idea"
     assert any(text.startswith("not applied: ") for text in told[0]["decisions"])
-    assert told[0]["confirmed"] >= 1
+    assert told[0]["confirmed"] >= 2, "at the start, and when what it asked for was not applied"
     assert len({answer["checksum"] for answer in told}) == 1

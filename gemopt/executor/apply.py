@@ -243,32 +243,38 @@ class Executor:
 
     def _agree_to(self, given: Placement | Path | str, batch_bytes: int = 0) -> tuple[Plan, dict[str, Any]]:
         """Plan, and refuse on every rank what any rank would refuse. batch_bytes: of layers that travel together."""
-        steps: Plan | None = None
-        fields: dict[str, Any] = {}
-        word: dict[str, Any]
-        self._runner.council.begin()
-        try:
+        found: list[tuple[Plan, dict[str, Any]]] = []
+
+        def look() -> dict[str, str]:
             if self._background is not None and not self._background.done:
                 raise InputError("placement", "a migration is running", "one at a time", "wait for it first")
             placement = Placement.of(given)
             steps, fields = self.plan(placement), _kept_fields(placement)
             self._check_memory(steps, batch_bytes)
-            word = {
+            found.append((steps, fields))
+            return {
                 "placement": checksum(layer_rows(placement)),
                 "placement in force": slot_checksum(self.rows),
                 "budget_bytes": str(self.budget_bytes),
                 "ranks_per_node": str(self.nodes.tolist()),
                 "cost": digest(self.cost),
             }
+
+        self.agree("placement", look)
+        return found[0]
+
+    def agree(self, field: str, look: Callable[[], dict[str, str]]) -> None:
+        """Refuse on every rank what `look` refuses on any, and what it answers differently; collective."""
+        self._runner.council.begin()
+        word: dict[str, Any]
+        try:
+            word = look()
         except InputError as error:
             shown = error.value if isinstance(error.value, str) else repr(error.value)
             word = {"error": [error.field, shown, error.limit, error.hint]}
         except Exception as error:
-            word = {"error": ["placement", f"{type(error).__name__}: {error}", "a plan could not be made", ""]}
-        said = [json.loads(other) for other in self._runner.exchange("check", json.dumps(word))]
-        refuse_together(said)
-        assert steps is not None
-        return steps, fields
+            word = {"error": [field, f"{type(error).__name__}: {error}", "it could not be looked at", ""]}
+        refuse_together([json.loads(other) for other in self._runner.exchange("check", json.dumps(word))])
 
     def _check_memory(self, steps: Plan, batch_bytes: int) -> None:
         free, needed = free_bytes(self.layers[0].device), steps.buffer_bytes(batch_bytes)

@@ -102,15 +102,12 @@ class Follow:
     def __init__(
         self, executor: Executor, controller: Controller | None, window: int, log: Callable[[str], None] | None
     ) -> None:
-        if window < 1:
-            raise InputError("window", window, "forward passes, at least 1")
-        if executor.rank == 0:
-            if controller is None:
-                raise InputError("controller", None, "rank 0 decides, and needs one")
-            controller.warm()  # compiling takes a minute of the core that serves
         self.executor = executor
         self.controller = controller
         self.window = window
+        executor.agree("controller", self._ready)
+        if executor.rank == 0 and controller is not None:
+            controller.warm()  # compiling takes a minute of the core that serves
         self.decisions: list[str] = []
         self._log = log
         self._gauge = Gauge(executor.layers, window)
@@ -130,6 +127,16 @@ class Follow:
             executor.model.register_forward_pre_hook(lambda *_: self._before(), prepend=True),
             executor.model.register_forward_hook(lambda *_: self._after()),
         ]
+
+    def _ready(self) -> dict[str, str]:
+        """Refuse what cannot be followed; a controller goes on from what is in force."""
+        if self.window < 1:
+            raise InputError("window", self.window, "forward passes, at least 1")
+        if self.controller is not None:
+            self.controller.confirm(self.executor.placement)
+        elif self.executor.rank == 0:
+            raise InputError("controller", None, "rank 0 decides, and needs one")
+        return {"window": str(self.window)}
 
     def _after(self) -> None:
         moving = self._wanted is not None or (self._background is not None and not self._background.done)
