@@ -12,7 +12,7 @@ from gemopt.costs import fit
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.migration import count_moves
-from gemopt.placement import Placement
+from gemopt.placement import Placement, Split
 from gemopt.profile import Device, Profile, Sample
 from gemopt.replay import STRATEGIES, Context, Migration, Schedule, replay, strategy
 from gemopt.replay.copying import traffic
@@ -437,3 +437,37 @@ def test_a_strategy_that_wants_other_slots_is_refused() -> None:
 
     with pytest.raises(InputError, match="slots per rank"):
         replay(profile(), shifting(), [Greedy({})], window=WINDOW)
+
+
+def test_copies_may_share_by_who_is_nearest() -> None:
+    """What is in force is scored as `evaluate` scores it, by every strategy that decides as well."""
+    nodes = Profile(devices=[each.model_copy(update={"node": f"node-{each.rank // 2}"}) for each in profile().devices])
+    traces, nearest = shifting(), {"split": "nearest", "senders": "uniform"}
+    names = ["contiguous", "copies", "controller", "free", "clairvoyant", "eplb-sglang"]
+    options = {"window": WINDOW, "fit": 0.25, "slots_per_rank": 3, "migration": FREE}
+    result = replay(nodes, traces, names, throttle=Schedule.parse(["1:fail@60-70"]), **options, **nearest)
+    assert all(row.makespan_us > 0 for row in result.rows)
+    result = replay(nodes, traces, names, **options, **nearest)
+    cost, held = fit(nodes)[0], traces.steps(slice(24, None))
+    context = Context(nodes, cost, traces.steps(slice(0, 24)), np.full(RANKS, 3), WINDOW, 0, FREE, split=Split.NEAREST)
+    assert context.fitted.has_copies and context.fitted.split is Split.NEAREST
+    scored = evaluate(context.fitted, nodes, held, cost=cost, senders="uniform")
+    assert result.row("copies").makespan_us == pytest.approx(scored.objective_us)
+    assert result.row("clairvoyant").makespan_us < min(result.row(name).makespan_us for name in names[1:4])
+    assert result.row("controller").moves > 0
+    assert replay(nodes, traces, ["copies"], **options).rows[0].makespan_us != result.row("copies").makespan_us
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"split": "nearest"}, "senders: got None; strategies see counts"),
+        ({"split": "nearest", "senders": "traces"}, "senders: got traces"),
+        ({"senders": "uniform"}, "senders: got uniform; the even split does not ask"),
+        ({"split": "optimal"}, "split: got optimal; replay shares copies even or nearest"),
+        ({"split": "nearest", "senders": "uniform", "strategies": ["duplication-all-past"]}, "split of its own"),
+    ],
+)
+def test_other_splits_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        replay(profile(), shifting(), **{"strategies": ["copies"], "slots_per_rank": 3, **options})

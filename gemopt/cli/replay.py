@@ -78,6 +78,8 @@ def replay_command(
     phase: PhaseName = None,
     hidden: Hidden = None,
     rules: RulesPath = None,
+    split: Annotated[str, typer.Option("--split", help="how copies share: even, nearest")] = "even",
+    senders: Annotated[str | None, typer.Option("--senders", help="who sends, for the nearest split: uniform")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of makespan and moves over time")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write rows and time line as JSON")] = None,
     as_json: AsJson = False,
@@ -122,6 +124,8 @@ def replay_command(
             seed=seed,
             cost=cost,
             rules=rules,
+            split=split,
+            senders=senders,
             on_track=advance,
         )
     if output is not None:

@@ -52,6 +52,8 @@ class Controller:
         some itself, the first decision moves what they ask for.
     policy
         Knobs.
+    cost
+        A fitted cost model; fitted from the profile when absent.
     senders
         Who sends to copies of the nearest split: `uniform`, since counts do not say.
 
@@ -68,14 +70,14 @@ class Controller:
         placement: Placement | str | os.PathLike[str],
         policy: Policy | None = None,
         *,
+        cost: CostModel | None = None,
         senders: Senders | str | None = None,
     ) -> None:
         self.profile: Profile | None = None
         if isinstance(profile, (Profile, str, os.PathLike)):
             self.profile = profile = Profile.of(profile)
-            self.cost = fit(profile)[0]
-        else:
-            self.cost = profile
+            profile = cost or fit(profile)[0]
+        self.cost = profile
         placement = Placement.of(placement)
         known = None if self.profile is None else self.profile.model.expert_bytes
         self.senders = Senders.asked_by(senders, placement.split)

@@ -13,6 +13,7 @@ from gemopt.costs import CostModel
 from gemopt.costs import fit as fit_cost
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
+from gemopt.placement import Split
 from gemopt.problem import slot_counts
 from gemopt.profile import Profile
 from gemopt.replay.copying import Migration
@@ -22,6 +23,7 @@ from gemopt.replay.simulate import Course, Playing, World
 from gemopt.replay.strategies import STRATEGIES, make
 from gemopt.replay.strategy import Context, Solved, Strategy
 from gemopt.rules import Rules
+from gemopt.splits.senders import Senders
 from gemopt.traces import Phase, Traces
 
 BASELINE = "contiguous"
@@ -44,6 +46,8 @@ def replay(
     seed: int = 0,
     cost: str | CostModel = "auto",
     rules: Rules | str | os.PathLike[str] | None = None,
+    split: Split | str = Split.EVEN,
+    senders: Senders | str | None = None,
     on_track: Callable[[Track], None] | None = None,
     solved: Solved | None = None,
 ) -> ReplayResult:
@@ -70,6 +74,9 @@ def replay(
     rules
         What placements must keep, except those of `contiguous` and `eplb-*`, which know no rules; nodes are those of
         the profile.
+    split, senders
+        How copies share under every strategy: `even`, or `nearest` with the senders `uniform`, since strategies see
+        counts, which do not say who sends.
     on_track
         Called as soon as a strategy is through.
     solved
@@ -78,11 +85,12 @@ def replay(
     Raises
     ------
     InputError
-        For unknown strategies, for windows, shares and events that do not fit the traces, and for rules that cannot be
-        kept, without a rank that fails, or with experts duplicated per batch.
+        For unknown strategies, for windows, shares and events that do not fit the traces, for rules that cannot be
+        kept, without a rank that fails, or with experts duplicated per batch, and for other splits and senders.
     """
     profile, traces = Profile.of(profile), Traces.of(traces)
     chosen, schedule = make(strategies), throttle or Schedule()
+    shared = _shared(split, senders, chosen)
     past, _ = _split(traces, fit, window)
     _check_numbers(non_moe_us, noise, seed)
     schedule.check(profile.num_ranks, traces.num_steps, first_failure=past.num_steps)
@@ -90,7 +98,7 @@ def replay(
     slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
     migration = migration or Migration.of(profile)
     known = {} if solved is None else solved
-    context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen), known)
+    context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen), shared, known)
     noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
     world = World(context, traces, migration, schedule, non_moe_us, noise_TG)
     tracks = []
@@ -135,6 +143,19 @@ def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Trace
         limit = f"from 1 to the {traces.num_steps - cut} steps that are scored"
         raise InputError("--window", window, limit, "a shorter window, a smaller --fit or longer traces")
     return traces.steps(slice(0, cut)), traces.steps(slice(cut, None))
+
+
+def _shared(given: Split | str, senders: Senders | str | None, chosen: Sequence[Strategy]) -> Split:
+    """How copies share."""
+    if given not in (Split.EVEN, Split.NEAREST):
+        raise InputError("split", given, "replay shares copies even or nearest")
+    split = Split(given)
+    if Senders.asked_by(senders, split) is not Senders.UNIFORM and split is Split.NEAREST:
+        raise InputError("senders", senders, "strategies see counts, which do not say who sends", "--senders uniform")
+    deaf = [strategy.name for strategy in chosen if hasattr(strategy, "play")]
+    if deaf and split is not Split.EVEN:
+        raise UnsupportedError("split", split.value, f"{deaf[0]} has a split of its own", "leave one out")
+    return split
 
 
 def _rules(given: Rules | str | os.PathLike[str] | None, chosen: Sequence[Strategy]) -> Rules | None:

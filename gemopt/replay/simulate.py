@@ -60,8 +60,10 @@ class World:
     def times(self, start: int, stop: int, layer: int, row: Row, slots_G: NDArray[np.int64]) -> FloatArray:
         """[steps, G] microseconds of every rank at one layer, as slow as the ranks are then."""
         cost, counts_NE = self.context.cost, self.traces.counts[start:stop, layer]
-        nobody = np.zeros(len(slots_G), dtype=np.int64)
-        problem = Problem(counts_NE, cost.features, cost.latencies, slots_G, np.ones(len(counts_NE)), nobody)
+        problem = Problem(
+            counts_NE, cost.features, cost.latencies, slots_G, np.ones(len(counts_NE)), self.context.nodes_G,
+            split=self.context.split,
+        )  # fmt: skip
         times_NG = np.asarray(rank_latencies(loads(problem, row), self.curves))
         return times_NG * self.schedule.factors(start, stop, len(slots_G))
 

@@ -13,10 +13,11 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.online.controller import Controller
 from gemopt.online.policy import TICK, Policy
-from gemopt.placement import Placement
+from gemopt.placement import Placement, Split
 from gemopt.replay.strategy import Context, IntArray, Strategy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
+from gemopt.splits.senders import Senders
 
 NEVER = 2**31 - 1
 AS_GOOD = 1.02  # times a placement found afresh: what is in force is worth a search from there
@@ -206,7 +207,8 @@ class Controlled(FittedOnce):
         begin, costs = super().start(context), context.migration
         shared = ("expert_bytes", "bytes_per_s", "slowdown", "commit_us", "batch_bytes")
         policy = self.policy or Policy(**{name: getattr(costs, name) for name in shared})
-        self.controller = Controller(context.cost, begin, policy)
+        senders = Senders.UNIFORM if context.split is Split.NEAREST else None
+        self.controller = Controller(context.profile, begin, policy, cost=context.cost, senders=senders)
         known = max(0, context.past.num_steps - context.window)
         if known:
             self.controller.remember(context.past.counts[:known])

@@ -19,7 +19,7 @@ from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import LayerRules, layer_rules
 from gemopt.migration import count_moves
-from gemopt.placement import Placement
+from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.replay.copying import Migration
@@ -73,7 +73,8 @@ class Strategy(Protocol):
 class Context:
     """What a strategy may know when it starts: devices as profiled, and the steps before those that are scored.
 
-    rules: what placements must keep, except those of engines and contiguous ones, which know none.
+    rules: what placements must keep, except those of engines and contiguous ones, which know none. split: how copies
+    share, even or nearest with all ranks sending alike.
     """
 
     profile: Profile
@@ -84,6 +85,7 @@ class Context:
     seed: int
     migration: Migration
     rules: Rules | None = None
+    split: Split = Split.EVEN
     solved: Solved = field(default_factory=dict)
 
     @cached_property
@@ -146,9 +148,19 @@ class Context:
         """One problem per layer on the given steps, with the rules."""
         cost, slots = cost or self.cost, self.slots_per_rank if slots is None else slots
         return [
-            replace(Problem.make(counts_NLE[:, layer], cost.features, cost.latencies, slots, weights_N), rules=rules)
+            replace(
+                Problem.make(
+                    counts_NLE[:, layer], cost.features, cost.latencies, slots, weights_N, self.nodes_G, self.split
+                ),
+                rules=rules,
+            )
             for layer, rules in enumerate(self.ruled)
         ]
+
+    @cached_property
+    def nodes_G(self) -> NDArray[np.int64]:
+        """[G] node of each rank."""
+        return np.array(self.profile.node_of_rank)
 
     def placement(self, rows: Sequence[Row], slots: NDArray[np.int64] | None = None) -> Placement:
         """A placement of this network from one row per layer."""
@@ -159,6 +171,7 @@ class Context:
             layer_ids=list(self.past.layer_ids),
             num_hidden_layers=self.past.num_hidden_layers,
             model=self.past.model,
+            split=self.split,
         )
 
 
@@ -170,13 +183,13 @@ class Foreseeing(Strategy, Protocol):
 
 
 def _key(problem: Problem, patience: int, seed: int, start: Row | None) -> tuple[Any, ...]:
-    """What the answer of a search without limits depends on, in a replay: copies are split evenly."""
+    """What the answer of a search without limits depends on, in a replay."""
     digest = hashlib.blake2b(problem.counts_TE.data)
     digest.update(problem.weights_T.data)
     return (
         problem.counts_TE.shape, digest.digest(), problem.features, tuple(each.key for each in problem.latencies),
         problem.slots_per_rank.tobytes(), patience, seed if patience else 0, None if start is None else start.tobytes(),
-        pickle.dumps(problem.rules),
+        pickle.dumps(problem.rules), problem.split, problem.node_of_rank.tobytes(),
     )  # fmt: skip
 
 
