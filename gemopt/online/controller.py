@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit, scaled
 from gemopt.evaluate import objective, rank_times
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, refuse_unused
 from gemopt.latency import FloatArray, Latency
 from gemopt.layer_rules import rules_of
 from gemopt.online import state
@@ -75,9 +75,11 @@ class Controller:
     ) -> None:
         self.profile: Profile | None = None
         if isinstance(profile, (Profile, str, os.PathLike)):
-            self.profile = profile = Profile.of(profile)
-            profile = cost or fit(profile)[0]
-        self.cost = profile
+            self.profile = Profile.of(profile)
+            self.cost = cost or fit(self.profile)[0]
+        else:
+            refuse_unused({"cost": cost}, "the profile is a fitted cost model")
+            self.cost = profile
         placement = Placement.of(placement)
         known = None if self.profile is None else self.profile.model.expert_bytes
         self.senders = Senders.asked_by(senders, placement.split)

@@ -151,7 +151,7 @@ class Follower:
 
 def told(error: Exception) -> str:
     """A line: what gemopt refuses in its words, anything else with its name."""
-    return str(error) if isinstance(error, GemoptError) else f"{type(error).__name__}: {error}"
+    return " ".join((str(error) if isinstance(error, GemoptError) else f"{type(error).__name__}: {error}").split())
 
 
 def _some(names: Sequence[str]) -> str:
