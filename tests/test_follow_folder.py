@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -205,3 +206,17 @@ def test_idle_parts_and_times_that_stop(tmp_path: Path) -> None:
     news = follower.look()
     assert news.traces is not None and news.traces.num_steps == 2
     assert "differ in their ranks' times" in news.faults[0]
+
+
+def test_only_dumps_of_the_engine_are_read(tmp_path: Path) -> None:
+    """A log that grows beside them is named once, and no dump waits for it."""
+    follower = Follower(tmp_path, lambda files: Traces(counts=np.full((1, 1, 4), len(files))), suffixes=(".pt", ".csv"))
+    faults: list[str] = []
+    for size in range(3):
+        (tmp_path / "dump.pt").write_bytes(b"1")
+        os.utime(tmp_path / "dump.pt", ns=(0, 0))
+        (tmp_path / "server.log").write_bytes(b"x" * size)
+        news = follower.look()
+        faults += news.faults
+        assert (news.traces is not None) == (size == 1)
+    assert len(faults) == 1 and "server.log; dumps end in .pt or .csv: left unread" in faults[0]

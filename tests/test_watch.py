@@ -239,6 +239,12 @@ def test_one_look_reads_an_engines_files(folder: Path, run: Callable[..., tuple[
     assert code == 0 and "moved: " in output, output
 
 
+def test_one_look_says_what_it_does_not_read(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    np.save(folder / "traces" / "counts.npy", traffic(hot=0).counts)
+    code, output = run("--from", "csv", "--interval", "0.05")
+    assert code == 1 and "counts.npy; dumps end in .csv" in output and "no steps yet" in output, output
+
+
 def test_one_look_that_fails_ends_with_an_error(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
     grow(folder, 0, traffic(hot=0))
     code, output = run("--on-change", "false")
@@ -261,6 +267,7 @@ def test_command_line_with_bad_input(folder: Path, run: Callable[..., tuple[int,
         (["--on-change", "'"], "--on-change"),
         (["-o", "/no/such/folder/x.json"], "no such folder"),
         (["--from", "nobody"], "engine"),
+        (["--from", "vllm-ascend"], "it records no loads"),
         (["--state", str(folder / "placement.json")], "--placement"),
         (["--state", "/no/such/folder/state"], "no such folder"),
         (["-o", str(folder / "profile.json")], "--profile"),

@@ -69,8 +69,8 @@ def watch(
             if path is not None:
                 held.enter_context(sole(path))
         controller = _controller(profile, placement, rules, senders, policy)
-        read = None if source is None else _reader(source, controller.placement)
-        follower = Follower(folder, read, patience=1 if once else PATIENCE)
+        read, suffixes = (None, ()) if source is None else _reader(source, controller.placement)
+        follower = Follower(folder, read, suffixes=suffixes, patience=1 if once else PATIENCE)
         if state is not None and state.exists():
             in_force = controller.placement
             follower.resume(controller.load(state))
@@ -183,14 +183,12 @@ def _writes(
     return [*writes, lambda placement: placement.save(target)]
 
 
-def _reader(source: str, placement: Placement) -> Callable[[Sequence[Path]], Traces]:
-    """Reads an engine's new files through its importer."""
+def _reader(source: str, placement: Placement) -> tuple[Callable[[Sequence[Path]], Traces], Sequence[str]]:
+    """What reads an engine's new files through its importer, and how their names end."""
     from gemopt.formats.engine import TraceOptions
-    from gemopt.formats.importing import import_traces
-    from gemopt.formats.registry import get
+    from gemopt.formats.importing import import_traces, recorder
     from gemopt.traces import Traces
 
-    get(source)
     options = TraceOptions(
         num_experts=placement.num_experts,
         layer_ids=tuple(placement.layer_ids),
@@ -203,4 +201,4 @@ def _reader(source: str, placement: Placement) -> Callable[[Sequence[Path]], Tra
             import_traces(list(files), source=source, destination=path, options=options)
             return Traces.load(path)
 
-    return read
+    return read, recorder(source).dumps

@@ -113,6 +113,7 @@ ENGINES = {
         versions="any",
         traces=("[steps, layers, experts] .npy, .npz, .pt, .safetensors", "layer_id,expert_id,count .csv"),
         note="counts only; placements: --to csv",
+        dumps=SUFFIXES,
         read_traces=read_traces,
     )
 }

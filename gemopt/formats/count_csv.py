@@ -21,6 +21,7 @@ from gemopt.formats.files import JSON_LIMIT, size_of
 from gemopt.formats.findings import guessed
 from gemopt.traces import COUNT_LIMIT
 
+SUFFIXES = (".csv",)
 COLUMNS = {
     "layer": ("layer_id", "layer", "layer_idx", "layer_index", "moe_layer", "moe_layer_id"),
     "expert": ("expert_id", "expert", "expert_idx", "expert_index", "logical_expert", "logical_expert_id"),
@@ -47,7 +48,7 @@ class _Table:
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables, summed over the ranks."""
     options.refuse_unused("tables of counts", "num_ranks")
-    tables = [_read(path) for path in files_of(paths, ".csv")]
+    tables = [_read(path) for path in files_of(paths, *SUFFIXES)]
     notes: list[str] = []
     steps = _steps(tables, notes)
     ranks = sorted({rank for step in steps for rank in step})

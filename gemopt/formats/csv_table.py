@@ -107,6 +107,7 @@ ENGINES = {
         note="for other programs",
         write=write,
         read=read,
+        dumps=count_csv.SUFFIXES,
         read_traces=count_csv.read_traces,
     )
 }

@@ -143,6 +143,8 @@ class Engine:
         Whether group-limited routing restricts the order of experts.
     splits
         How the engine can share an expert's assignments among its copies; the first is what it does unless told.
+    dumps
+        How the names of its recordings end.
     suffixes
         How the name of its file must end.
     side_file
@@ -155,6 +157,7 @@ class Engine:
     versions: str
     placement: str = ""
     traces: tuple[str, ...] = ()
+    dumps: tuple[str, ...] = ()
     replicas: bool = False
     unequal_slots: bool = False
     empty_slots: bool = False

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.documents import replacing
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
+from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import check_loads, check_steps, ranges
 from gemopt.formats.registry import engines, get
 from gemopt.placement import check_layer_ids
@@ -37,6 +37,16 @@ class Imported:
     notes: tuple[str, ...]
 
 
+def recorder(source: str) -> Engine:
+    """The engine, whose recordings can be read; `UnsupportedError` where it makes none."""
+    engine = get(source)
+    if engine.read_traces is None:
+        names = ", ".join(e.name for e in engines() if e.read_traces is not None)
+        hint = f"its placements: gemopt placement import --from {engine.name}" if engine.read is not None else ""
+        raise UnsupportedError("--from", engine.name, f"it records no loads; traces of: {names}", hint)
+    return engine
+
+
 def import_traces(
     paths: Sequence[Path],
     *,
@@ -55,13 +65,9 @@ def import_traces(
     InputError
         One line naming the file and the field that is wrong; the destination is then untouched.
     """
-    engine = get(source)
-    options = options or TraceOptions()
-    if engine.read_traces is None:
-        names = ", ".join(e.name for e in engines() if e.read_traces is not None)
-        hint = f"its placements: gemopt placement import --from {engine.name}" if engine.read is not None else ""
-        raise UnsupportedError("--from", engine.name, f"it records no loads; traces of: {names}", hint)
-    found = engine.read_traces(paths, options)
+    options, read = options or TraceOptions(), recorder(source).read_traces
+    assert read is not None
+    found = read(paths, options)
     if isinstance(found, Loaded):
         traces = found.traces
         notes = check_loads(traces.counts.sum(axis=0, dtype=np.int64), traces.layer_ids)

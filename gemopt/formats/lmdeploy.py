@@ -112,7 +112,7 @@ def pack(loads: NDArray[np.int64], num_ranks: int) -> list[int]:
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Loaded:
     """Read responses with `routed_experts` (.json, .jsonl)."""
-    return responses.read_traces(files_of(paths, ".json", ".jsonl"), options)
+    return responses.read_traces(files_of(paths, *responses.SUFFIXES), options)
 
 
 ENGINES = {
@@ -120,6 +120,7 @@ ENGINES = {
         name="lmdeploy",
         versions="LMDeploy 0.18.0",
         placement="LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE .json",
+        dumps=responses.SUFFIXES,
         traces=("routed_experts responses",),
         dense_rows=True,
         splits=(Split.EVEN,),

@@ -28,6 +28,8 @@ from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, h
 from gemopt.traces import Phase
 from gemopt.traces.batching import from_tokens
 
+SUFFIXES = (".json", ".jsonl")
+
 BATCH_SIZE, PREFILL_TOKENS = 64, 4096
 
 

@@ -102,6 +102,7 @@ ENGINES = {
         name="sglang",
         versions="SGLang 0.5.23",
         placement="--init-expert-location .json or .pt",
+        dumps=sglang_traces.SUFFIXES,
         traces=(
             "stat",
             "stat_approx",

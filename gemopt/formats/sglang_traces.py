@@ -24,11 +24,12 @@ from gemopt.formats.findings import ranges
 from gemopt.formats.sglang_detail import read_detail
 
 KEY = "logical_count"
+SUFFIXES = (".pt", ".csv", ".json", ".jsonl")
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
     """Read dumps (.pt files or their folder), statistics (.json), count tables (.csv) or responses (.json, .jsonl)."""
-    files = files_of(paths, ".pt", ".csv", ".json", ".jsonl", prefer="expert_distribution_recorder_")
+    files = files_of(paths, *SUFFIXES, prefer="expert_distribution_recorder_")
     files = sorted(files, key=_time)
     dumps = [path for path in files if path.suffix == ".pt"]  # the readers look at the others again
     kinds = {path: _kind(path) for path in files if path.suffix != ".pt" or path == dumps[0]}

@@ -115,6 +115,7 @@ ENGINES = {
         name="tensorrt-llm",
         versions="TensorRT-LLM main, 2026-08",
         placement="moe_config.load_balancer .yaml",
+        dumps=tensorrt_llm_traces.SUFFIXES,
         traces=("expert statistic (EXPERT_STATISTIC_ITER_RANGE)",),
         replicas=True,
         splits=(Split.EVEN,),

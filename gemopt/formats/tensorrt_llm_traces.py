@@ -20,16 +20,15 @@ from gemopt.formats.files import bounded_json, safetensors_rows
 from gemopt.formats.findings import ranges
 from gemopt.traces import COUNT_LIMIT
 
+META, SUFFIXES = "meta_info.json", (".json", ".safetensors")
 _KEY = re.compile(r"\d{1,15}_\d{1,6}", re.ASCII)
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read a folder of expert statistics: `meta_info.json` and `rank{r}.safetensors`, summed over the ranks."""
     options.refuse_unused("expert statistics", "num_ranks")
-    if len(paths) != 1 or not paths[0].is_dir():
-        raise InputError("PATHS", ", ".join(map(str, paths)), "one folder, that of EXPERT_STATISTIC_PATH")
-    folder = paths[0]
-    meta = bounded_json(folder / "meta_info.json", limit_bytes=1 << 20)
+    folder = _folder(paths, options)
+    meta = bounded_json(folder / META, limit_bytes=1 << 20)
     experts, top_k = (_positive(folder, meta, key) for key in ("num_experts", "num_experts_per_token"))
     stages = _stages(_rank_files(folder, options), experts)
     first = stages[0].iterations
@@ -111,10 +110,20 @@ def _stages(files: list[Path], experts: int) -> list[_Stage]:
     return stages
 
 
+def _folder(paths: Sequence[Path], options: TraceOptions) -> Path:
+    """The folder, or that of which all files are given."""
+    if len(paths) == 1 and paths[0].is_dir():
+        return paths[0]
+    within = {path.parent for path in paths if path.name == META}
+    if len(within) == 1 and {*_rank_files(folder := within.pop(), options), folder / META} == set(paths):
+        return folder
+    raise InputError("PATHS", ", ".join(map(str, paths)), "one folder, that of EXPERT_STATISTIC_PATH")
+
+
 def _positive(folder: Path, meta: Any, key: str) -> int:
     value = meta.get(key) if isinstance(meta, dict) else None
     if type(value) is not int or not 0 < value < 1 << 20:
-        raise InputError(f"{folder / 'meta_info.json'}: {key}", value, "a whole number above 0")
+        raise InputError(f"{folder / META}: {key}", value, "a whole number above 0")
     return value
 
 

@@ -65,7 +65,7 @@ def read(path: Path, facts: Facts) -> Placement:
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Loaded:
     """Read responses with `routed_experts` (.json, .jsonl)."""
-    return responses.read_traces(files_of(paths, ".json", ".jsonl"), options)
+    return responses.read_traces(files_of(paths, *responses.SUFFIXES), options)
 
 
 ENGINES = {
@@ -73,6 +73,7 @@ ENGINES = {
         name="vllm",
         versions="vLLM 0.33.0",
         placement="GEMOPT_PLACEMENT .json (plugin)",
+        dumps=responses.SUFFIXES,
         traces=("routed_experts responses",),
         replicas=True,
         splits=(Split.EVEN,),

@@ -29,15 +29,17 @@ class Follower:
 
     Without `read`, the folder is one of traces: numbered safetensors files, each complete and renamed into place. With
     it, the folder is an engine's: the files that are new and have not changed since the look before go to `read`
-    together, since an engine may write one file per rank.
+    together, since an engine may write one file per rank; `suffixes`: how their names end, if not anyhow.
 
     A file that cannot be read is tried again at the next looks; after `patience` of them it is left out, with its
     reason. Files may vanish; a missing number is waited for as long, then skipped. A part 0 that is newer than the part
     read last begins another recording; older parts are left over from the one before.
     """
 
-    def __init__(self, folder: Path, read: Read | None = None, *, patience: int = PATIENCE) -> None:
-        self.folder, self.read, self.patience = folder, read, patience
+    def __init__(
+        self, folder: Path, read: Read | None = None, *, suffixes: Sequence[str] = (), patience: int = PATIENCE
+    ) -> None:
+        self.folder, self.read, self.suffixes, self.patience = folder, read, suffixes, patience
         self._next = self._newest = self._since = 0  # part; times of change of the last one read, and of part 0, in ns
         self._strange: set[str] = set()
         self._done: dict[str, Stamp] = {}
@@ -56,18 +58,29 @@ class Follower:
             self._next, self._newest, self._since = (position[name] for name in ("next", "newest", "since"))
             self._done = {name: (size, time) for name, (size, time) in position["done"].items()}
 
+    def notice(self) -> None:
+        """See an engine's files without reading any: those that do not change until the next look have rested."""
+        with suppress(OSError):
+            self._seen = {path.name: stamp for path, stamp in _stamps(self._files()).items()}
+
     def look(self) -> News:
         """Everything that is new since the last look."""
         try:
-            files = sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+            files = self._files()
         except OSError as error:
             return News(faults=[f"{self.folder}: {error.strerror or error}"])
         return self._numbered(files) if self.read is None else self._grouped(files, self.read)
 
+    def _files(self) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
     def _numbered(self, files: Sequence[Path]) -> News:
         stamps = _stamps(files)
         every = {int(path.stem): path for path in stamps if path.suffix == ".safetensors" and path.stem.isdecimal()}
-        news, found = News(faults=self._strangers(files, every.values())), []
+        named = (
+            "parts are called 000000.safetensors, 000001.safetensors, ...: left unread; dumps of an engine need --from"
+        )
+        news, found = News(faults=self._strangers(files, every.values(), f"{named}, as in --from sglang")), []
         first = stamps[every[0]][1] if 0 in every else 0
         if self._next and first > self._newest:
             news.faults.append(f"{every[0]}: newer than what was read last: another recording has begun")
@@ -96,21 +109,20 @@ class Follower:
         news.traces = self._joined(found, news)
         return news
 
-    def _strangers(self, files: Sequence[Path], parts: Iterable[Path]) -> list[str]:
-        """A line, once, on files that are no parts: an engine's dumps without their reader would never be seen."""
+    def _strangers(self, files: Sequence[Path], parts: Iterable[Path], why: str) -> list[str]:
+        """A line, once, on files that are no parts: they are never read."""
         known = self._strange | {path.name for path in parts} | {hidden_path(self.folder).name}
         new = [path.name for path in files if path.name not in known]
         self._strange |= set(new)
-        if not new:
-            return []
-        named = "parts are called 000000.safetensors, 000001.safetensors, ...: left unread"
-        return [f"{self.folder}: got {_some(new)}; {named}; dumps of an engine need --from, as in --from sglang"]
+        return [f"{self.folder}: got {_some(new)}; {why}"] if new else []
 
     def _grouped(self, files: Sequence[Path], read: Read) -> News:
-        stamps = {path.name: stamp for path, stamp in _stamps(files).items()}
+        dumps = [path for path in files if not self.suffixes or path.suffix in self.suffixes]
+        stamps = {path.name: stamp for path, stamp in _stamps(dumps).items()}
         fresh = {name: stamp for name, stamp in stamps.items() if self._done.get(name) != stamp}
         restless = [name for name, stamp in fresh.items() if self._seen.get(name) != stamp]
-        self._seen, news = stamps, News()
+        why = f"dumps end in {' or '.join(self.suffixes)}: left unread"
+        self._seen, news = stamps, News(faults=self._strangers(files, dumps, why))
         self._restless = self._restless + 1 if restless else 0
         if self._restless == self.patience > 1:
             news.faults.append(f"{self.folder}: {_some(restless)} changed at each of {self.patience} looks: waited for")

@@ -113,7 +113,7 @@ class Watch:
         """Look every `interval_s` seconds until `stop` is set, or once: an engine's files then rest for one look."""
         first = True
         if once and self.follower.read is not None:
-            self.follower.look()
+            self.follower.notice()
             stop.wait(interval_s)
         while not stop.is_set():
             begin = time.monotonic()

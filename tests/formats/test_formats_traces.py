@@ -457,6 +457,19 @@ def test_tensorrt_llm_statistic(tmp_path):
     assert whole.layer_ids == (3, 4, 61)
 
 
+def test_tensorrt_llm_files_of_the_folder(tmp_path):
+    """All of them are the folder; some of them are not."""
+    counts = np.random.default_rng(3).integers(0, 99, (2, 5, 3, 8))
+    write_statistic(tmp_path / "stat", counts, [0, 1, 2])
+    files = sorted((tmp_path / "stat").iterdir())
+    target = tmp_path / "out.safetensors"
+    import_traces(files, source="tensorrt-llm", destination=target)
+    assert (Traces.load(target).counts == counts.sum(axis=0)).all()
+    for some in (files[:-1], files[1:]):
+        with pytest.raises(InputError, match="one folder"):
+            import_traces(some, source="tensorrt-llm", destination=target)
+
+
 def test_tensorrt_llm_ranks_that_saw_the_same_tokens(tmp_path):
     counts = np.random.default_rng(2).integers(0, 99, (1, 5, 3, 8))
     write_statistic(tmp_path / "stat", np.repeat(counts, 4, axis=0), [0, 1, 2])
