@@ -94,7 +94,8 @@ def _digest(arrays: dict[str, Any], header: dict[str, Any]) -> str:
     """Of all that is saved."""
     digest = hashlib.sha256(json.dumps(header).encode())
     for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array)
     return digest.hexdigest()
 
 
