@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "GemoptError": "exceptions",
+    "InfeasibleError": "exceptions",
     "InputError": "exceptions",
     "SolverError": "exceptions",
     "UnsupportedError": "exceptions",

@@ -49,6 +49,10 @@ def refuse_unused(options: Mapping[str, object], limit: str) -> None:
             raise InputError(name, value, limit, "leave it out")
 
 
+class InfeasibleError(InputError):
+    """No placement is all that was asked for (exit code 3)."""
+
+
 class UnsupportedError(InputError):
     """A solver, an engine or a format cannot express what was asked; the message names one that can."""
 

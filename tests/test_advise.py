@@ -321,7 +321,6 @@ def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.Captu
         (["--predictors", "window"], "--predictors: got window; no slot to spare for copies"),
         (["--plot", "map.png"], "--plot: got map.png; the map needs the sweep"),
         (["--rules", "rules.json"], "rules.json: got No such file"),
-        (["--rules", "tights.json"], "rules: got together[0]; no placement of layer 0 keeps them together"),
         (["--rules", "tights.json", "--predictors", "window"], "--predictors: got window; duplication knows no rules"),
         (["-o", "/no/such/folder/out.json"], "no such folder"),
     ],
@@ -337,3 +336,9 @@ def test_bad_input_is_one_line(
     code, out, err = gemopt(capsys, *words, *more)
     assert (code, out) == (2, "")
     assert err.startswith("gemopt: ") and err.count("\n") == 1 and said in err
+
+
+def test_rules_that_no_placement_keeps_are_infeasible(words: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = gemopt(capsys, *words, "--rules", str(words[1].parent / "tights.json"))
+    assert (code, out) == (3, "")
+    assert err == "gemopt: rules: got together[0]; no placement of layer 0 keeps them together\n"

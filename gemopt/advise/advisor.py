@@ -82,7 +82,9 @@ def advise(
     ------
     InputError
         Too few steps for the window; a model that is not the measured one; a predictor without what it needs, or with
-        rules; rules that no placement keeps with a slot for each expert.
+        rules.
+    InfeasibleError
+        Rules that no placement keeps with a slot for each expert.
     """
     if traces.num_steps < 4:
         raise InputError("traces", f"{traces.num_steps} steps", "at least 4: half are fitted on, half are scored")

@@ -34,14 +34,14 @@ def load() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit; bad input prints one line on standard error."""
     from gemopt.cli.app import make
-    from gemopt.exceptions import EXTRAS, GemoptError, InputError, missing
+    from gemopt.exceptions import EXTRAS, GemoptError, InfeasibleError, InputError, missing
 
     load()
     try:
         code = make()(args=argv, standalone_mode=False, prog_name="gemopt")
         sys.stdout.flush()
     except GemoptError as error:
-        code = 2 if isinstance(error, InputError) else 1
+        code = 3 if isinstance(error, InfeasibleError) else 2 if isinstance(error, InputError) else 1
         sys.exit(code if error.told else _complain(error, code))
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InfeasibleError
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import LayerRules, layer_rules
 from gemopt.migration import count_moves
@@ -103,7 +103,9 @@ class Context:
         Raises
         ------
         InputError
-            See `gemopt.layer_rules.layer_rules`; or no placement keeps them.
+            See `gemopt.layer_rules.layer_rules`.
+        InfeasibleError
+            When no placement keeps them.
         """
         found = layer_rules(
             self.rules or Rules(), self.past.layer_ids, self.past.num_experts, self.profile.num_ranks,
@@ -112,7 +114,8 @@ class Context:
         for layer_id, rules in zip(self.past.layer_ids, found, strict=True):
             names = rules and conflict(rules, self.slots_per_rank, full=False, deadline=np.inf)
             if names:
-                raise InputError("rules", ", ".join(names), f"no placement of layer {layer_id} keeps them together")
+                limit = f"no placement of layer {layer_id} keeps them together"
+                raise InfeasibleError("rules", ", ".join(names), limit)
         return found
 
     @cached_property
