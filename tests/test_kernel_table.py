@@ -101,6 +101,14 @@ BAD_TABLES = {
         "tokens,cv,latency_us\n" + "".join(f"{n},{cv},{n + 9 * cv}\n" for n in (1, 2, 4, 8) for cv in (0, 0.5, 1.2)),
         "differ in cv; one curve needs rows of one kind: cv: 0, 0.5, 1.2",
     ),
+    "many runs": ("assignments,iters,total_ms\n1,100,5\n", "time total_ms beside iters 100; the time of one whole"),
+    "all layers": ("assignments,num_layers,latency_ms\n1,58,5\n", "time latency_ms beside num_layers 58"),
+    "a request": ("batch_size,tpot_ms\n1,5\n", "time tpot_ms; the time of one whole MoE layer"),
+    "a part": ("assignments,dispatch_us\n1,5\n", "if it is: --time-column 'dispatch_us'"),
+    "a share": ("tokens,latency_per_token_us\n1,5\n", "if it is: --time-column 'latency_per_token_us:us'"),
+    "an exchange": ("assignments,op_name,latency_us\n1,alltoall_dispatch,5\n", "op_name: got alltoall_dispatch"),
+    "sequences": ("batch_size,input_len,top_k,latency_us\n1,1024,8,5\n", "does batch_size count tokens, or sequences?"),
+    "rows of JSON": ('[{"tokens": 1, "latency_us": 5}]', "write the rows as CSV"),
     "tuned settings": ('{"1": {"BLOCK_SIZE_M": 16}}', "run benchmark_moe without --tune"),
     "a log that was cut": ("Batch size: 8, config: {}\n", "line 1: got no time for batch size 8"),
     "two batches, one time": (
@@ -514,6 +522,21 @@ def test_parquet_without_its_library_is_one_line(tmp_path: Path, monkeypatch: py
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"needs pyarrow; pip install 'gemopt\[tables\]'"):
         read_table(tmp_path / "t.parquet")
+
+
+def test_columns_are_known_however_they_are_written(tmp_path: Path) -> None:
+    table = written(tmp_path, "Tokens,Num Topk,EP,Latency (us),tb_per_sec\n8,4,2,5,1\n16,4,2,6,3\n32,4,2,7,2\n")
+    with pytest.raises(InputError, match="--top-k: got 8; Num Topk is 4"):
+        read_table(table, unit=Unit.TOKENS, top_k=8)
+    with pytest.raises(InputError, match="--ep: got 4; EP is 2"):
+        read_table(table, unit=Unit.GROUP_TOKENS, ep=4)
+    assert loads(read_table(table, unit=Unit.GROUP_TOKENS)) == [(16, None, 5.0), (32, None, 6.0), (64, None, 7.0)]
+
+
+def test_repeats_that_disagree_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"{n},{us}\n" for n, us in ((8, 50), (8, 200), (16, 60), (16, 61)))
+    words = ["profile", "import", written(tmp_path, "assignments,latency_us\n" + rows), "-o", tmp_path / "p.json"]
+    assert "the times of 1 of 2 loads disagree (8 assignments: 125 us" in run(capsys, *words)[1]
 
 
 # --- equal devices ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gemopt.profile import Profile
 
 Columns = list[str] | None
+DOUBTFUL = 0.2  # of a latency: repeats that lie further around their median are hardly of one kind
 
 
 @profile_app.command(
@@ -94,6 +95,8 @@ def import_table(
         print_json({"output": str(output), "devices": profile.num_ranks, "samples": samples})
         return
     say(f"{output}: {_summary(profile, measured, drawn=speeds is not None)}")
+    for note in _disagreeing(profile):
+        say(f"note: {note}")
 
 
 def _summary(profile: Profile, measured: int, *, drawn: bool) -> str:
@@ -104,3 +107,14 @@ def _summary(profile: Profile, measured: int, *, drawn: bool) -> str:
         return f"1 device, {samples} sample{plural}; a placement needs several: --ranks N makes N equal ones"
     kind = "equal " if count > measured and not drawn else ""
     return f"{count} {kind}devices, {samples} samples"
+
+
+def _disagreeing(profile: Profile) -> list[str]:
+    """The note on loads whose times are too far apart for repeats of one measurement."""
+    samples = [sample for each in profile.devices for sample in each.samples]
+    apart = [sample for sample in samples if (sample.spread_us or 0) > DOUBTFUL * sample.latency_us]
+    if not apart:
+        return []
+    worst = max(apart, key=lambda sample: (sample.spread_us or 0) / sample.latency_us)
+    times = f"{worst.assignments} assignments: {worst.latency_us:.4g} us, half of them off by {worst.spread_us:.4g}"
+    return [f"the times of {len(apart)} of {len(samples)} loads disagree ({times}): are all rows of one kind?"]

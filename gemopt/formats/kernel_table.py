@@ -20,8 +20,10 @@ from gemopt.formats.table_columns import (
     chosen_rows,
     device_columns,
     known,
+    named,
     plain,
     refuse_mixtures,
+    refuse_other_operations,
     time_column,
     values,
 )
@@ -32,8 +34,12 @@ __all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "w
 
 LOAD_COLUMNS = ("tokens", "num_tokens", "assignments", "token", "batch_size")
 ACTIVE_COLUMNS = ("active_experts", "activated_experts")
-TOP_K_COLUMNS = ("topk", "top_k", "num_experts_per_tok")
-EP_COLUMNS = ("moe_ep_size", "ep_size", "ep")
+TOP_K_COLUMNS = (
+    "topk", "top_k", "num_topk", "moe_topk", "moe_top_k", "experts_per_token", "num_experts_per_tok",
+    "num_experts_per_token",
+)  # fmt: skip
+EP_COLUMNS = ("moe_ep_size", "ep_size", "ep", "moe_ep", "expert_parallel_size")
+LENGTHS = ("seq_len", "seqlen", "sequence_length", "input_len", "isl", "prompt_len", "input_length")
 LARGEST_LOAD, LARGEST_US = 2.0**31 - 1, 1e12  # as in a profile
 
 
@@ -76,7 +82,7 @@ AICONFIGURATOR = Layout(
 )
 AITER = Layout(
     "aiter",
-    frozenset({"token", "model_dim", "inter_dim", "expert", "topk", "us"}),
+    frozenset({"token", "model_dim", "inter_dim", "expert", "topk", "us1", "us2", "us"}),
     "token",
     Unit.TOKENS,
     ("us",),
@@ -131,10 +137,11 @@ def read_table(
     full = read(path)
     layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
     table = chosen_rows(full, where)
+    refuse_other_operations(table)
     if layout is AITER:
         table = _one_stage(table)
     load_column = _load_column(table, layout, unit)
-    active_column = next((name for name in ACTIVE_COLUMNS if name in table.header), None)
+    active_column = next(iter(named(table, ACTIVE_COLUMNS)), None)
     reader = _Reader(table, load_column, active_column)
     columns = device_columns(table, device) if device or layout is None or layout.devices else []
     tables = by_device(table, columns)
@@ -188,12 +195,11 @@ class _Reader:
 def _load_column(table: Table, layout: Layout | None, unit: Unit | None) -> str:
     if layout is not None:
         return layout.load
-    found = [name for name in LOAD_COLUMNS if name in table.header]
+    found = named(table, LOAD_COLUMNS)
     if not found:
         limit = f"a column {' or '.join(LOAD_COLUMNS)} is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit)
-    counts_assignments = "assignments" in found and unit in (None, Unit.ASSIGNMENTS)
-    return "assignments" if counts_assignments else next((n for n in found if n != "assignments"), found[0])
+    return min(found, key=lambda name: (plain(name) == "assignments") != (unit in (None, Unit.ASSIGNMENTS)))
 
 
 def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | None, top_k: int | None) -> Unit:
@@ -202,14 +208,20 @@ def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | No
             limit = f"{layout.name} counts {layout.unit.value} in {load_column}"
             raise InputError("--unit", unit.value if unit else "", limit, "leave --unit out")
         return layout.unit
-    if unit not in (None, Unit.ASSIGNMENTS) and load_column == "assignments":
+    counts_assignments = plain(load_column) == "assignments"
+    if unit not in (None, Unit.ASSIGNMENTS) and counts_assignments:
         raise InputError("--unit", unit, f"{table.path} counts assignments", "leave --unit out")
     if unit is not None:
         return unit
-    if load_column == "batch_size":
+    if plain(load_column) == "batch_size":
+        lengths = [f"{name} {value}" for name in named(table, LENGTHS) for value in values(table.rows, name)[:1]
+                   if value != "1"]  # fmt: skip
+        if lengths:
+            limit = f"with {', '.join(lengths)}, does {load_column} count tokens, or sequences?"
+            raise InputError("--unit", "", limit, "give --unit tokens where it counts tokens")
         return Unit.TOKENS
-    grouped = any(name in table.header for name in EP_COLUMNS)
-    if load_column != "assignments" and (top_k is not None or grouped):
+    grouped = named(table, EP_COLUMNS)
+    if not counts_assignments and (top_k is not None or grouped):
         told = "ranks of a group" if top_k is None else f"{top_k} experts per token"
         limit = f"with {told}, does {load_column} count tokens?"
         raise InputError("--unit", "", limit, "give --unit tokens, group-tokens or assignments")
@@ -241,7 +253,7 @@ def _factor(unit: Unit, top_k: int | None, ep: int | None, table: Table) -> floa
 
 def _given(option: str, value: int | None, table: Table, columns: Collection[str]) -> int | None:
     """What an option says, or a column of the table; both must agree."""
-    column = next((name for name in columns if name in table.header), None)
+    column = next(iter(named(table, columns)), None)
     if column is None:
         return value
     read_value = whole(table, table.rows[0], column, largest=LARGEST_LOAD)

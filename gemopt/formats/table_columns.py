@@ -35,6 +35,16 @@ RESULTS = {
     "throughput", "tps", "speedup", "efficiency", "utilization", "util", "mfu", "temp", "temperature", "energy",
     "repeats", "latency", "time", "duration", "elapsed",
 }  # fmt: skip
+NO_LAYER = {
+    "ttft", "tpot", "itl", "e2e", "e2el", "request", "step",  # more than a layer
+    "attention", "attn", "allreduce", "reduce", "allgather", "alltoall", "a2a", "comm", "dispatch", "combine", "router",
+    "routing", "gate", "gating", "topk", "sort", "align", "permute", "unpermute", "quant", "norm", "shared", "up",
+    "down", "w1", "w2", "w3", "w13", "gemm1", "gemm2", "stage1", "stage2", "copy", "h2d", "d2h",  # less
+}  # fmt: skip
+OPERATIONS = {"op", "op_name", "operation", "routine"}
+TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
+ITERATIONS = {"iters", "iterations", "num_iters", "n_iters", "num_iterations", "loops", "calls", "num_calls"}
+LAYERS = {"layers", "num_layers", "n_layers", "num_hidden_layers"}
 FLAGS = {"0", "1"}  # a row that failed, and no result
 MOMENTS = {"timestamp", "datetime", "date"}
 STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency"}
@@ -79,6 +89,11 @@ def unit_of(name: str) -> str | None:
 def values(rows: Iterable[Row], column: str) -> list[str]:
     """Distinct values in order of appearance."""
     return list(dict.fromkeys(row.cells[column] for row in rows))
+
+
+def named(table: Table, names: Iterable[str]) -> list[str]:
+    """The columns with one of these names, however they are written, in the order of the names."""
+    return [column for name in names for column in table.header if plain(column) == name]
 
 
 def known(table: Table, column: str, option: str) -> str:
@@ -128,7 +143,7 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         known(table, name, "--time-column")
         unit = unit or unit_of(name) or ""
         if unit not in TIME_UNITS:
-            raise InputError("--time-column", asked, f"a unit: {', '.join(TIME_UNITS)}", f"--time-column '{name}:ms'")
+            raise InputError("--time-column", asked, f"a unit: {', '.join(TIME_UNITS)}", _asking(name))
         return name, TIME_UNITS[unit]
     apart = [name for name in table.header if ONE_DEVICE.search(plain(name))]
     if apart:
@@ -141,6 +156,8 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     middle = [name for name in timed if words(name) & {"median", "p50"}]
     mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
     best = single or middle or mean
+    if len(best) == 1:
+        _refuse_other_times(table, best[0])
     known_unit = unit_of(best[0]) if best else None
     if len(best) == 1 and known_unit is not None:
         return best[0], TIME_UNITS[known_unit]
@@ -148,8 +165,33 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
-    hint = f"say which: --time-column '{best[0]}{'' if known_unit else ':ms'}'"
-    raise InputError(table.path, f"times {', '.join(best)}", limit, hint)
+    raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: {_asking(best[0])}")
+
+
+def _asking(name: str) -> str:
+    """The option that takes a column, with the unit that its name ends in, if any."""
+    found = UNIT_AT_END.search(plain(name))
+    return f"--time-column '{name}'" if unit_of(name) else f"--time-column '{name}:{found[1] if found else 'ms'}'"
+
+
+def _refuse_other_times(table: Table, name: str) -> None:
+    """Raise where a time is, by its name or the columns beside it, not that of one run of one MoE layer."""
+    several = LAYERS | (ITERATIONS if words(name) & TOTALS else set())
+    told = [f"{each} {values(table.rows, each)[-1]}" for each in table.header
+            if plain(each) in several and set(values(table.rows, each)) - {"", "1"}]  # fmt: skip
+    share = "per" in words(name) and words(name) & (LOADS - {"per"} | {"expert", "experts"})
+    if told or share or words(name) & NO_LAYER:
+        found = " beside ".join([f"time {name}", *told])
+        raise InputError(table.path, found, "the time of one whole MoE layer", f"if it is: {_asking(name)}")
+
+
+def refuse_other_operations(table: Table) -> None:
+    """Raise where a column says that what was timed is no MoE layer, but an exchange or a part of one."""
+    for name in table.header:
+        other = [value for value in values(table.rows, name) if words(value) & NO_LAYER]
+        if plain(name) in OPERATIONS and other:
+            hint = "gemopt topology reads tables of exchanges"
+            raise InputError(f"{table.path}, {name}", listed(other), "rows of whole MoE layers", hint)
 
 
 def device_columns(table: Table, asked: Sequence[str]) -> list[str]:
@@ -240,7 +282,8 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
         return _numbers_rows(rows, name, load_of)
     if _swept(name, rows, load_of):
         return False
-    if (parts & RESULTS and _numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
+    result = parts & RESULTS or {"per", "sec"} <= parts or {"per", "s"} <= parts
+    if (result and _numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
         return True
     if unit_of(name):
         return True

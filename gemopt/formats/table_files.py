@@ -51,9 +51,10 @@ def read(path: str | os.PathLike[str]) -> Table:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
-    if text.lstrip()[:1] == "{":
+    if text.lstrip()[:1] in ("{", "["):
         limit = "a table with times; a benchmark_moe --tune file holds kernel settings only"
-        raise InputError(str(path), "JSON", limit, "run benchmark_moe without --tune and give what it prints")
+        hint = "write the rows as CSV, or run benchmark_moe without --tune and give what it prints"
+        raise InputError(str(path), "JSON", limit, hint)
     if BATCH.search(text) or KERNEL_TIME.search(text):
         return _log(str(path), text)
     return _csv(str(path), text)
