@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays
+from gemopt.formats.findings import are_ids, totals
 from gemopt.traces.arrays import other_order
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import PLAIN
@@ -22,6 +24,13 @@ SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 MOST_LAYERS = 256  # of any network known
 _ROWS = 64 << 20  # bytes handed on at once
+_PART = re.compile(
+    r"(?:^|[_.-])(?:(?:ep|dp|tp|pp)?_?rank|ep|dp|tp|pp|gpu|device|node|worker|host)[_-]?\d+(?=[_.-]|$)", re.I
+)
+_NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", "logits", "probs", "weights", "scores"}
+
+
+NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
@@ -30,6 +39,9 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         return count_csv.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
     files, notes = _distinct(files_of(paths, *SUFFIXES), options)
+    if len(files) > 1 and all(_PART.search(path.stem) for path in files):
+        limit = "steps that follow each other: these names tell parts of the same ones"
+        raise InputError("PATHS", ", ".join(path.name for path in files), limit, "add up the counts of the parts first")
 
     def blocks() -> Iterator[IntArray]:
         for path in files:
@@ -78,13 +90,20 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         if "counts" not in data and len(data) != 1:
             raise InputError(str(path), ", ".join(map(str, data)) or "no array", "one array, or one called counts")
         others = [str(name) for name in data if name != "counts"] if "counts" in data else []
+        copies = [name for name in others if re.search("physical|phy2?log|log2phy", name.lower())]
+        if copies:
+            found = f"{copies[0]} beside counts"
+            raise InputError(str(path), found, "counts of logical experts", "add up the copies, and leave it out")
         known = [name for name in others if name in TRACES]
         if known:
             limit = "counts alone: what they say would be lost"
             raise InputError(str(path), f"{', '.join(known)} beside counts", limit, "an .npz of them is traces already")
         if others and notes is not None:
             notes.append(f"{path.name}: {', '.join(others)} left unread")
-        data = data["counts"] if "counts" in data else next(iter(data.values()))
+        name = "counts" if "counts" in data else next(iter(data))
+        if name != "counts" and set(re.split("[^a-z]+", str(name).lower())) & _NO_COUNTS:
+            raise InputError(str(path), f"an array {name}", "counts [steps, layers, experts]", NOT_IDS)
+        data = data[name]
     counts = as_array(data, name=f"{path}: counts", ndim=3)
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
@@ -92,7 +111,12 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
 
 
 def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
-    """Refuse an array whose numbers say that its axes are in another order, unless options tell their lengths."""
+    """Refuse an array whose numbers say that it holds other things, unless options tell the lengths of its axes."""
+    if total := totals(counts):
+        raise InputError(f"{path}: counts", total, "counts alone", "leave the totals out")
+    if options.num_experts is None and are_ids(counts):
+        ids = f"[{len(counts)} tokens, {counts.shape[1]} layers, {counts.shape[2]} experts per token], by the numbers"
+        raise InputError(f"{path}: counts", ids, "[steps, layers, experts]", NOT_IDS)
     told = options.layer_ids is not None or options.num_hidden_layers is not None
     if told and options.num_experts is not None:
         return

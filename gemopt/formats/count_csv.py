@@ -61,18 +61,39 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         notes.append(f"tables of rank {ranks[0]} alone: what other ranks recorded is not in them")
     keys = [key for step in steps for counts in step.values() for key in counts]
     layers = sorted({layer for _, layer, _ in keys})
-    experts = options.num_experts or max(expert for *_, expert in keys) + 1
-    if max(expert for *_, expert in keys) >= experts:
-        found = max(expert for *_, expert in keys)
-        raise InputError("PATHS: expert", found, f"experts 0 to {experts - 1}", "give the right --num-experts")
+    lowest, highest = min(expert for *_, expert in keys), max(expert for *_, expert in keys)
+    experts = options.num_experts or highest + 1
+    if highest >= experts:
+        hint = "numbered from 1? subtract 1" if lowest == 1 and highest == experts else "give the right --num-experts"
+        raise InputError("PATHS: expert", highest, f"experts 0 to {experts - 1}", hint)
     if options.num_experts is None:
-        notes.append(guessed(experts))
+        notes.append(guessed(experts, lowest))
     same = len(ranks) > 1 and all(step[rank] == step[ranks[0]] for step in steps for rank in step)
     if same:
         notes.append(f"all {len(ranks)} ranks recorded the same counts (they saw the same tokens): counted once")
+    elif len(ranks) > 1:
+        _refuse_local(steps, ranks, layers, experts)
     total = _dense(steps, ranks[:1] if same else ranks, layers, experts)
     used = total[total.any(axis=(1, 2))]
     return Recording(blocks=lambda: iter([used] if len(used) else []), layer_ids=tuple(layers), notes=notes)
+
+
+def _refuse_local(steps: list[dict[int, dict[Key, int]]], ranks: list[int], layers: list[int], experts: int) -> None:
+    """Raise where ranks number their own experts.
+
+    All layers have as many assignments then when all ranks are taken together, but not on a rank; of ranks that count
+    their tokens, whoever has the experts, every one has as many in all layers.
+    """
+    by_rank = np.stack([_dense(steps, [rank], layers, experts) for rank in ranks])  # [ranks, T, L, E]
+    sums = by_rank.sum(axis=3)
+    total = sums.sum(axis=0)
+    own = (total == total[:, :1]).all() and (sums != sums[:, :, :1]).any()
+    twice = (by_rank.any(axis=(1, 2)).sum(axis=0) > 1).any()
+    if own and twice:
+        raise InputError(
+            "PATHS: expert", f"{experts} experts that are others on every rank, by the sums of the layers",
+            "one number for each expert of a layer", "add to an expert those of the ranks before its own",
+        )  # fmt: skip
 
 
 def _dense(steps: list[dict[int, dict[Key, int]]], ranks: list[int], layers: list[int], experts: int) -> IntArray:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gemopt.documents import replacing
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
-from gemopt.formats.findings import check_loads, check_steps, ranges
+from gemopt.formats.findings import Shares, check_loads, check_steps, ranges
 from gemopt.formats.registry import engines, get
 from gemopt.placement import check_layer_ids
 from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
@@ -70,7 +70,9 @@ def import_traces(
     found = read(paths, options)
     if isinstance(found, Loaded):
         traces = found.traces
-        notes = check_loads(traces.counts.sum(axis=0, dtype=np.int64), traces.layer_ids)
+        shares = Shares(traces.num_experts)
+        shares.add(traces.counts, traces.counts.sum(axis=2, dtype=np.int64))
+        notes = check_loads(traces.counts.sum(axis=0, dtype=np.int64), traces.layer_ids) + shares.notes()
         traces.save(destination)
         return Imported(
             num_steps=traces.num_steps,
@@ -165,7 +167,8 @@ class _Writer:
         self.uneven = 0  # steps whose assignments are no multiple of top_k
         self.kept, self.layer_ids = rows
         self.recorded, self.experts = shape[1], shape[2]
-        self.steps = self.assignments = 0
+        self.steps = self.assignments = self.even = 0
+        self.shares = Shares(self.experts)
         self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
         self.busy: list[IntArray] = []
         self.last: IntArray | None = None
@@ -211,7 +214,10 @@ class _Writer:
         falls, rises = known[1:] < known[:-1], known[1:] > known[:-1]
         self.rising = self.rising and not falls.any() and bool(rises.any(axis=(1, 2)).all())
         self.last = narrow[-1:].copy()
-        self.uneven += int((narrow.sum(axis=2, dtype=np.int64) % self.top_k).any(axis=1).sum())
+        total_TL = narrow.sum(axis=2, dtype=np.int64)
+        self.uneven += int((total_TL % self.top_k).any(axis=1).sum())
+        self.even += int(((narrow.max(axis=2) == narrow.min(axis=2)).all(axis=1) & total_TL.any(axis=1)).sum())
+        self.shares.add(narrow, total_TL)
         self.stream.write(narrow.data)
 
     def notes(self) -> list[str]:
@@ -221,6 +227,9 @@ class _Writer:
             found.append(
                 "no count falls from any step to the next: counters that add up? then import their differences"
             )
+        found += self.shares.notes()
+        if 0 < self.even < self.steps and self.experts > 1:
+            found.append(f"{self.even} of {self.steps} steps give every expert as much: warm-up?")
         if self.uneven:
             left = "tokens that chose fewer, ranks that did not record, or another --top-k"
             found.append(

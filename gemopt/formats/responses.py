@@ -55,6 +55,8 @@ def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     if len({piece.shape[1:] for piece in pieces}) > 1:
         shapes = sorted({piece.shape[1:] for piece in pieces})
         raise InputError("routed_experts", shapes, "one number of layers and experts per token: one network")
+    used = np.any([(piece >= 0).any(axis=(0, 1)) for piece in pieces], axis=0)
+    pieces = [piece[:, :, used] for piece in pieces]  # without columns of padding
     check_sizes(options, where="routed_experts", layers=pieces[0].shape[1], top_k=pieces[0].shape[2])
     layers = moe_layers(pieces, options)
     ids = np.concatenate([narrowed("PATHS", piece[:, layers]) for piece in pieces])
@@ -63,7 +65,7 @@ def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool
         notes += check_zero_tokens(ids)
     experts = options.num_experts or int(ids.max()) + 1
     if options.num_experts is None:
-        notes.append(guessed(experts))
+        notes.append(guessed(experts, int(ids.min())))
     if int(ids.max()) >= experts:
         raise InputError(
             "routed_experts", int(ids.max()), f"experts 0 to {experts - 1}", "give the right --num-experts"

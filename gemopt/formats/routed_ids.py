@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions
 from gemopt.formats.files import as_array
-from gemopt.formats.findings import ranges
+from gemopt.formats.findings import MAX_EXPERTS, ranges
 from gemopt.formats.response_bodies import Sample
 
-MAX_EXPERTS = 8192
 _DTYPES = {
     "uint8": "u1",
     "int8": "i1",
@@ -120,7 +119,8 @@ def narrowed(where: str, ids: IntArray) -> NDArray[np.int16]:
     """The ids in a small signed type; `InputError` for ids that no network has."""
     low, high = (int(ids.min()), int(ids.max())) if ids.size else (0, 0)
     if low < -1 or high >= MAX_EXPERTS:
-        raise InputError(f"{where}: routed_experts", low if low < -1 else high, f"experts below {MAX_EXPERTS}, or -1")
+        found, limit = low if low < -1 else high, f"experts below {MAX_EXPERTS}, or -1"
+        raise InputError(f"{where}: routed_experts", found, limit, "of a dense layer? give --layer-ids")
     return ids.astype(np.int16)
 
 

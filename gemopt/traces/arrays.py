@@ -117,7 +117,8 @@ def other_order(counts: NDArray[Any]) -> str | None:
 
 
 def _fits(counts: NDArray[Any], step: int, layer: int, expert: int) -> bool:
-    """Whether every layer of a step has as many assignments, where that says anything."""
+    """Whether every layer of a step has as many assignments, dense ones left out, where that says anything."""
     sums = counts.sum(axis=expert, dtype=np.int64)
     by_step = sums if step < layer else sums.T
+    by_step = by_step[:, by_step.any(axis=0)]
     return min(by_step.shape) > 1 and bool((by_step == by_step[:, :1]).all())

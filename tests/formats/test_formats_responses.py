@@ -384,6 +384,20 @@ def test_the_number_of_experts_is_not_guessed_without_a_word(load):
     assert "of 64 experts were never chosen in any layer" in notes
 
 
+def test_columns_of_padding_are_no_experts_of_a_token(load):
+    ids = routing()
+    padded = np.concatenate([ids, np.full((*ids.shape[:2], 6), -1)], axis=2)
+    traces, _ = load([body(padded, prompt=PROMPT) | {"choices": [{"routed_experts": npy(padded, np.int16)}]}], top_k=2)
+    assert traces.top_k == 2 and (traces.counts == counts(ids[PROMPT:])).all()
+
+
+def test_an_expert_appended_to_every_token_is_named(load):
+    ids = routing()
+    shared = np.concatenate([ids, np.full((*ids.shape[:2], 1), EXPERTS)], axis=2)
+    _, notes = load([body(shared)] * 3, num_experts=None, phase=Phase.MIXED)
+    assert f"expert {EXPERTS} gets one of every 3 assignments" in notes
+
+
 def test_the_command_says_it_all(tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, [body(routing()), {"error": "x"}])))
     words = ["trace", "import", str(tmp_path / "r.jsonl"), "--from", "vLLM", "-o", str(tmp_path / "t.safetensors")]

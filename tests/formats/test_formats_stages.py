@@ -440,3 +440,90 @@ def test_nothing_recorded_is_refused_by_solve(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "no assignments in 4 steps" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+# What the numbers say of themselves
+
+
+def routed(rng, steps=12, layers=5, experts=16, top_k=2, tokens=40):
+    """[T, L, E] counts of tokens that choose by layers' own popularities."""
+    popular = rng.dirichlet(np.full(experts, 0.7), size=layers)
+    return np.stack([[rng.multinomial(tokens * top_k, row) for row in popular] for _ in range(steps)])
+
+
+@pytest.mark.parametrize(("axis", "name"), [(0, "step"), (1, "layer"), (2, "expert")])
+def test_totals_beside_counts_are_refused(load, tmp_path, axis, name):
+    counts = routed(np.random.default_rng(1))
+    for joined in ((counts, counts.sum(axis=axis, keepdims=True)), (counts.sum(axis=axis, keepdims=True), counts)):
+        np.save(tmp_path / "a.npy", np.concatenate(joined, axis=axis))
+        with pytest.raises(InputError, match=rf"{name} that is the sum of the others; counts alone"):
+            load(tmp_path / "a.npy", "array")
+
+
+def test_an_expert_of_every_token_is_named(load, tmp_path):
+    counts = routed(np.random.default_rng(2))
+    np.save(tmp_path / "a.npy", np.concatenate([counts, np.full((12, 5, 1), 40)], axis=2))
+    assert "expert 16 gets one of every 3 assignments in all layers and steps" in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", counts)
+    assert "one of every" not in load(tmp_path / "a.npy", "array")[1]
+
+
+def test_steps_of_a_warm_up_are_named(load, tmp_path):
+    np.save(tmp_path / "a.npy", np.concatenate([np.full((3, 5, 16), 5), routed(np.random.default_rng(3))]))
+    assert "3 of 15 steps give every expert as much: warm-up?" in load(tmp_path / "a.npy", "array")[1]
+
+
+@pytest.mark.parametrize(("experts", "top_k", "dense"), [(8, 2, 0), (64, 8, 0), (64, 8, 3), (256, 6, 1)])
+def test_ids_of_tokens_are_no_counts(load, tmp_path, experts, top_k, dense):
+    rng = np.random.default_rng(4)
+    ids = np.argsort(rng.random((300, 6, experts)), axis=2)[:, :, :top_k]
+    ids[:, :dense] = 0
+    np.save(tmp_path / "a.npy", ids)
+    with pytest.raises(InputError, match=rf"got \[300 tokens, 6 layers, {top_k} experts per token\].*ids of tokens"):
+        load(tmp_path / "a.npy", "array")
+    assert load(tmp_path / "a.npy", "array", num_experts=top_k)[0].num_experts == top_k  # told to be counts
+
+
+def test_few_experts_far_apart_are_counts(load, tmp_path):
+    popular = np.array([1, 3, 9, 27])
+    counts = popular * np.random.default_rng(5).integers(1, 40, (300, 3, 1))  # never a tie within a row
+    np.save(tmp_path / "a.npy", counts[:, :1] + np.zeros((300, 3, 4), int))  # every layer alike
+    assert load(tmp_path / "a.npy", "array")[0].num_experts == 4
+
+
+def test_dense_layers_do_not_turn_the_axes(load, tmp_path):
+    counts = routed(np.random.default_rng(6))
+    counts[:, :2] = 0
+    np.save(tmp_path / "a.npy", counts)
+    assert load(tmp_path / "a.npy", "array")[0].layer_ids == (2, 3, 4)
+
+
+def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
+    rng = np.random.default_rng(7)
+    for rank in range(2):
+        np.save(tmp_path / f"load_rank{rank}.npy", routed(rng))
+    with pytest.raises(InputError, match=r"load_rank0\.npy, load_rank1\.npy; steps that follow each other"):
+        load(tmp_path, "array")
+    np.savez(tmp_path / "a.npz", counts=routed(rng), physical_to_logical_map=np.zeros((5, 16), int))
+    with pytest.raises(InputError, match="physical_to_logical_map beside counts; counts of logical experts"):
+        load(tmp_path / "a.npz", "array")
+    np.savez(tmp_path / "a.npz", topk_ids=routed(rng))
+    with pytest.raises(InputError, match="an array topk_ids"):
+        load(tmp_path / "a.npz", "array")
+
+
+def test_experts_that_every_rank_numbers_anew_are_refused(load, tmp_path):
+    counts = routed(np.random.default_rng(8), steps=1)[0]
+    lines = [(layer, expert, int(n)) for (layer, expert), n in np.ndenumerate(counts)]
+    local = "".join(f"{layer},{expert // 4},{expert % 4},{n}\n" for layer, expert, n in lines)
+    owned = "".join(f"{layer},{expert // 4},{expert},{n}\n" for layer, expert, n in lines)
+    (tmp_path / "a.csv").write_text("layer,rank,expert,count\n" + local)
+    with pytest.raises(InputError, match="4 experts that are others on every rank"):
+        load(tmp_path / "a.csv", "array")
+    (tmp_path / "a.csv").write_text("layer,rank,expert,count\n" + owned)
+    assert (load(tmp_path / "a.csv", "array")[0].counts[0] == counts).all()
+    from_1 = "".join(f"{layer},{expert + 1},{n}\n" for layer, expert, n in lines)
+    (tmp_path / "a.csv").write_text("layer,expert,count\n" + from_1)
+    assert "none is 0: are they numbered from 1?" in load(tmp_path / "a.csv", "array")[1]
+    with pytest.raises(InputError, match="numbered from 1"):
+        load(tmp_path / "a.csv", "array", num_experts=16)
