@@ -154,6 +154,30 @@ NCCL = """# nccl-tests version 2.17.8 nccl-headers=23004 nccl-library=23004
 """
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [
+        ("12.25    0.17    0.08", "1.2e+01    0.17    0.08", "got 2048 256 float none -1 1.2e"),
+        ("12.25    0.17    0.08       0    12.00    0.17    0.08    N/A", "12.25", "was the output cut"),
+        ("none      -1", "sum      -1", "a test that takes the sum"),
+        ("time   algbw", "cputime   algbw", "without -C 1"),
+    ],
+)
+def test_other_nccl_tests_output_is_refused(tmp_path: Path, old: str, new: str, word: str) -> None:
+    path = tmp_path / "alltoall.txt"
+    path.write_text(NCCL.format(test="alltoall", host="Node1").replace(old, new))
+    with pytest.raises(InputError, match=word):
+        read_links(str(path))
+
+
+@pytest.mark.parametrize("tag", ["[1,0]<stdout>:", "0: "])
+def test_nccl_tests_output_with_the_launchers_tags(tmp_path: Path, tag: str) -> None:
+    path = tmp_path / "run.txt"
+    path.write_text("".join(tag + line + "\n" for line in NCCL.format(test="alltoall", host="Node1").splitlines()))
+    level = read_links(str(path)).within_node
+    assert level is not None and level.points == [(512.0, 12.375), (1024.0, 12.375), (2048.0, 20.0)]
+
+
 def test_nccl_tests_output(tmp_path: Path) -> None:
     path = tmp_path / "run.txt"
     path.write_text(NCCL.format(test="alltoall", host="Node1"))

@@ -19,8 +19,13 @@ from gemopt.topology import LEVELS, Level, Topology, load
 RANK_LINE = re.compile(r"^#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device", re.MULTILINE)
 TEST_LINE = re.compile(r"^# Collective test starting: (\w+?)(?:_perf)?\s*$", re.MULTILINE)
 ROW = re.compile(
-    r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+(?:\w+\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+(?:[^\S\n]+(\S+))?", re.MULTILINE
+    r"^\s*(\d+)\s+(\d+)\s+(?:\w+)\s+([a-z]\w*\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+(?:[^\S\n]+(\S+))?",
+    re.MULTILINE,
 )
+BEGUN = re.compile(r"^[^\S\n]*\d+[^\S\n]+\d+[^\S\n]+[a-z]\w*.*$", re.MULTILINE)  # also a row cut short
+TAG = re.compile(
+    r"^(?:\[\d+,\d+\]<std(?:out|err)>: ?|[^\S\n]*\d+: )", re.MULTILINE
+)  # mpirun --tag-output, srun --label
 USED = ("alltoall", "sendrecv")
 
 
@@ -52,7 +57,7 @@ def read_links(
     if path.suffix != ".json":
         refuse_unused({"--like": like}, f"does not apply to {source}")
         data = read_bytes(path)
-        text = data.decode(errors="replace")
+        text = TAG.sub("", data.decode(errors="replace"))
         if data[:4] == b"PAR1" or ("," in text.partition("\n")[0] and not RANK_LINE.search(text)):
             return from_table(path, where=where, token_bytes=token_bytes, once_per=once_per, inside=inside)
         refuse_unused(of_table, f"does not apply to {source}")
@@ -128,12 +133,20 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
     rows = ROW.findall(text)
     if not ranks or not rows:
         raise InputError(source, f"{len(ranks)} ranks, {len(rows)} rows", "the whole output of nccl-tests")
+    cut = next((line for line in BEGUN.findall(text) if not ROW.match(line)), None)
+    if cut is not None:
+        raise InputError(source, cut.strip(), "whole rows of nccl-tests", "was the output cut?")
+    if "cputime" in text:
+        raise InputError(source, "cputime", "times of exchanges, not of their launch", "run it without -C 1")
     for row in rows:
         if row[4] not in {"", "0", "0e+00", "N/A"}:
             raise InputError(source, f"#wrong {row[4]} at {row[0]} bytes", "0: what was received is not what was sent")
     test = tests.pop() if len(tests) == 1 else _told_by_name(source)
     if test not in USED:
         raise InputError(source, test or "an unnamed test", f"the output of {' or '.join(t + '_perf' for t in USED)}")
+    reduced = {row[2].strip() for row in rows} - {"", "none"}
+    if test == "alltoall" and reduced:
+        raise InputError(source, f"a test that takes the {reduced.pop()}", "an all-to-all, which takes none")
     numbers = [int(rank) for rank, _ in ranks]
     if numbers != list(range(len(ranks))):
         raise InputError(source, numbers, "ranks 0, 1, ... once each")

@@ -14,6 +14,7 @@ from gemopt.exceptions import InputError, install_hint
 
 BATCH = re.compile(r"Batch size: (\d+), config: (.*)")
 KERNEL_TIME = re.compile(r"Kernel time: (\S+) us")
+JSON = re.compile(r'\s*(?:\{|\[\s*[\[{"])')
 ARGUMENTS = re.compile(r"Namespace\(.*\)\s*$")
 LOG_HEADER = ["batch_size", "kernel_time_us", "config", "part"]
 NO_MATTER = {"batch_size", "tune", "seed", "save_dir", "trust_remote_code"}  # arguments that change no kernel
@@ -51,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> Table:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
-    if text.lstrip()[:1] in ("{", "["):
+    if JSON.match(text):
         limit = "a table with times; a benchmark_moe --tune file holds kernel settings only"
         hint = "write the rows as CSV, or run benchmark_moe without --tune and give what it prints"
         raise InputError(str(path), "JSON", limit, hint)
