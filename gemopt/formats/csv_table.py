@@ -11,7 +11,7 @@ import numpy as np
 from gemopt.documents import read_bytes, write_text
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, check_layers
 from gemopt.formats.files import JSON_LIMIT
 from gemopt.placement import EMPTY, Placement, Split
 
@@ -51,6 +51,9 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError(f"{path}: rank", "slots out of rank order", "the slots of rank 0 first, then rank 1, ...")
     if facts.num_ranks is not None and facts.num_ranks < ranks:
         raise InputError("--ep", facts.num_ranks, f"at least the {ranks} ranks in {path}")
+    check_layers(path, facts, layers)
+    if 0 not in owner:
+        facts.notes.append("rank 0 has no slots: are the ranks numbered from 1?")
     weighted = columns == len(COLUMNS)
     try:
         return Placement(

@@ -65,6 +65,14 @@ def read(path: Path, facts: Facts) -> Placement:
         counts = as_array(data["logcnt"], name=f"{path}: logcnt", ndim=2)
         if counts.shape != placement.copies().shape or (counts != placement.copies()).any():
             raise InputError(f"{path}: logcnt", f"shape {counts.shape}", "the copies that phy2log has")
+    if "log2phy" in data:
+        slots = as_array(data["log2phy"], name=f"{path}: log2phy", ndim=3)
+        mine = tensors(placement)["log2phy"]
+        pad = np.full((*mine.shape[:2], max(slots.shape[2] - mine.shape[2], 0)), -1)
+        if not np.array_equal(np.sort(slots), np.sort(np.concatenate([mine, pad], axis=2))):
+            raise InputError(f"{path}: log2phy", f"shape {slots.shape}", "the slots that phy2log has")
+    if others := [str(name) for name in data if name not in ("phy2log", "log2phy", "logcnt")]:
+        facts.notes.append(f"{', '.join(others)} left unread")
     return placement
 
 

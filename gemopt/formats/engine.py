@@ -211,6 +211,13 @@ def file_facts(path: Path, facts: Facts, *, rows: int) -> tuple[list[int], int |
     return ids, rows
 
 
+def check_layers(path: Path, facts: Facts, ids: Sequence[int]) -> None:
+    """Refuse `--layer-ids` that are not the layers which a file names itself."""
+    if facts.layer_ids is not None and list(facts.layer_ids) != list(ids):
+        found, limit = (", ".join(map(str, layers)) for layers in (facts.layer_ids, ids))
+        raise InputError("--layer-ids", found, f"layers {limit}, as {path} says", "leave it out")
+
+
 def make_placement(path: Path, rows: object, facts: Facts, **fields: Any) -> Placement:
     """Placement with equal slots from the rows [L, P] of a foreign file.
 

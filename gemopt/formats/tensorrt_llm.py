@@ -18,6 +18,7 @@ from gemopt.formats.engine import (
     Export,
     Facts,
     WriteOptions,
+    check_layers,
     in_order,
     make_placement,
     model_name,
@@ -97,6 +98,7 @@ def read(path: Path, facts: Facts) -> Placement:
     ids = sorted(rows)
     if not ids:
         raise InputError(f"{path}: initial_global_assignments", "no layer", "at least one MoE layer")
+    check_layers(path, facts, ids)
     table = [rows[layer] for layer in ids]
     return make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=facts.num_hidden_layers)
 

@@ -495,3 +495,48 @@ def test_plugin_is_cheap_without_its_variable():
     environment = {key: value for key, value in os.environ.items() if key != "GEMOPT_PLACEMENT"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
+
+
+# What a file says besides
+
+
+def test_layers_that_a_file_names_are_not_renamed(make_placement, tmp_path):
+    for name, suffix in (("tensorrt-llm", ".yaml"), ("csv", ".csv")):
+        path = tmp_path / f"map{suffix}"
+        export(make_placement(layers=2, num_hidden_layers=6, layer_ids=[3, 4]), to=name, path=path)
+        side_path(path).unlink()
+        with pytest.raises(InputError, match=r"--layer-ids: got 0, 1; layers 3, 4, as .* says; leave it out"):
+            import_placement(path, source=name, facts=Facts(num_ranks=2, layer_ids=(0, 1)))
+        assert import_placement(path, source=name, facts=Facts(num_ranks=2, layer_ids=(3, 4))).layer_ids == [3, 4]
+
+
+def test_numbers_that_an_engine_does_not_read_are_named(tmp_path):
+    path = tmp_path / "map.json"
+    for change, noted in (({}, False), ({"layer_id": 3}, True), ({"device_count": 4}, True), ({"device_id": 1}, True)):
+        data = json.loads(_ascend([[[0, 1], [2, 3]]]))
+        layer = data["layer_list"][0]
+        (layer["device_list"][0] if "device_id" in change else layer).update(change)
+        path.write_text(json.dumps(data))
+        facts = Facts()
+        import_placement(path, source="vllm-ascend", facts=facts)
+        assert bool(facts.notes) is noted
+    path = tmp_path / "map.csv"
+    path.write_text("layer,rank,slot,expert\n0,1,0,0\n0,2,1,1\n")
+    import_placement(path, source="csv", facts=facts)
+    assert "numbered from 1" in facts.notes[-1]
+
+
+def test_all_tables_of_eplb_are_checked(make_placement, tmp_path):
+    path = tmp_path / "map.npz"
+    export(make_placement(slots=5), to="deepseek-eplb", path=path)
+    side_path(path).unlink()
+    with np.load(path) as arrays:
+        tables = dict(arrays)
+    wide = np.concatenate([tables["log2phy"], np.full_like(tables["log2phy"], -1)], axis=2)
+    np.savez(path, **{**tables, "log2phy": wide, "layers": np.arange(3)})
+    facts = Facts(num_ranks=2)
+    import_placement(path, source="deepseek-eplb", facts=facts)
+    assert facts.notes == ["layers left unread"]
+    np.savez(path, **{**tables, "log2phy": np.roll(wide, 1, axis=1)})
+    with pytest.raises(InputError, match=r"log2phy.*the slots that phy2log has"):
+        import_placement(path, source="deepseek-eplb", facts=facts)
