@@ -301,11 +301,12 @@ def test_settings_of_single_experts_that_cannot_be_renumbered(export, settings, 
     assert not export.out.exists()
 
 
-@pytest.mark.parametrize("name", ["expert_map.json", "routing_bias.npy", "experts.yaml"])
-def test_files_about_experts_are_not_copied_as_they_are(export, tmp_path, name):
+@pytest.mark.parametrize("name", ["expert_map.json", "routing_bias.npy", "experts.yaml", "eplb.json"])
+@pytest.mark.parametrize("content", [list(range(E)), {"layer_0": [0.5] * E}, {"used": {str(e): 1 for e in range(E)}}])
+def test_files_about_experts_are_not_copied_as_they_are(export, tmp_path, name, content):
     row = FAMILIES["qwen3_moe"]
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / name).write_text(json.dumps(list(range(E))))
+    (tmp_path / "in" / name).write_text(json.dumps(content))
     with pytest.raises(InputError, match=name):
         export(row, network(row))
     assert not export.out.exists()

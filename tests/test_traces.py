@@ -504,3 +504,43 @@ def test_an_npz_with_its_axes_in_another_order_is_refused(tmp_path: Path, steps:
         Traces.load(tmp_path / "wrong.npz")
     np.savez(tmp_path / "told.npz", counts=counts.transpose(1, 0, 2), layer_ids=np.arange(steps))
     assert Traces.load(tmp_path / "told.npz").num_layers == steps
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"layers": np.arange(3, 6)}, "Traces.layers: got no such array; layer_ids, if that is meant"),
+        ({"topk": np.array([2])}, "Traces.topk: got no such array; top_k"),
+        ({"physical_to_logical_map": np.zeros((3, 8), np.int64)}, "counts of logical experts; add up the copies"),
+        ("transposed", r"axes that look like \[layers, steps, experts\]"),
+        ("totals", "a last expert that is the sum of the others"),
+        ("ids", "experts of tokens, by the numbers"),
+    ],
+)
+def test_arrays_by_hand_say_what_they_are(tmp_path: Path, kind: str, change: object, word: str) -> None:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(20, 60, 12)
+    counts = np.stack([rng.multinomial(int(n), rng.dirichlet(np.ones(8)), size=3) for n in tokens])
+    arrays = {"counts": counts}
+    if isinstance(change, dict):
+        arrays |= change
+    elif change == "transposed":
+        arrays["counts"] = np.ascontiguousarray(counts.transpose(1, 0, 2))
+    elif change == "totals":
+        arrays["counts"] = np.concatenate([counts, counts.sum(axis=2, keepdims=True)], axis=2)
+    else:
+        arrays["counts"] = np.ascontiguousarray(np.argsort(rng.random((300, 3, 8)), axis=2)[:, :, :2])
+    path = tmp_path / f"traces.{kind}"
+    save = save_file if kind == "safetensors" else lambda named, where: np.savez(where, **named)
+    save(arrays, path)
+    with pytest.raises(InputError, match=word):
+        Traces.load(path)
+    save({"counts": counts, "layer_ids": np.array([3, 4, 5]), "measured_at": np.zeros(4)}, path)
+    assert Traces.load(path).layer_ids == (3, 4, 5)
+
+
+def test_experts_that_a_file_says_are_checked(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", counts=np.arange(32).reshape(2, 2, 8), num_experts=16)
+    with pytest.raises(InputError, match="got 8 experts; 16, as num_experts says"):
+        Traces.load(tmp_path / "t.npz")

@@ -18,7 +18,7 @@ _TEXTS = re.compile(r"tokenizer|vocab|merges|special_tokens|added_tokens|chat_te
 # What stands where the number of an expert would, in a name or in a pattern of names.
 _PLACE = re.compile(r"(?<!shared_)experts?(?:\\?\.|\[|/)(?:[A-Za-z]\w*\\?\.)?((?:\[[^\]]*\]|\([^)]*\)|\\[^.]|[^.\\])*)")
 _ANY_DIGIT = re.compile(r"\\d|\[0-9\]|\{[\d,]*\}|^[A-Za-z_]\w*")
-ABOUT_EXPERTS = re.compile(r"expert|rout|e_score")
+ABOUT_EXPERTS = re.compile(r"expert|rout|e_score|eplb|physical_to_logical|phy2log|log2phy")
 DATA = {".yaml", ".yml", ".csv", ".tsv", ".txt", ".npy", ".npz", ".pkl"}
 HINT = "write the names of the modules out, or apply the placement live (gemopt apply)"
 
@@ -60,11 +60,7 @@ def _renumbered(file: Path, permutation: Permutation) -> str | None:
 def renamed_modules(value: Any, where: str, permutation: Permutation) -> Any:
     """A JSON value with the modules of single experts renumbered, in keys and in strings; `where` is its path."""
     if isinstance(value, dict):
-        if (
-            ABOUT_EXPERTS.search(where.rpartition(": ")[2])
-            and value
-            and all(re.fullmatch(r"\d+", str(key)) for key in value)
-        ):
+        if ABOUT_EXPERTS.search(where) and value and all(re.fullmatch(r"\d+", str(key)) for key in value):
             raise InputError(where, value, "settings by the number of an expert cannot be renumbered", HINT)
         return {
             _renamed(key, where, permutation): renamed_modules(item, f"{where}: {key}", permutation)
@@ -72,7 +68,7 @@ def renamed_modules(value: Any, where: str, permutation: Permutation) -> Any:
         }
     if isinstance(value, list):
         numbers = [item for item in _flat(value) if not isinstance(item, str | dict | None)]
-        if numbers and ABOUT_EXPERTS.search(where.rpartition(": ")[2]):
+        if numbers and ABOUT_EXPERTS.search(where):
             raise InputError(where, value, "a list that may be by expert, or of experts, cannot be renumbered", HINT)
         return [renamed_modules(item, where, permutation) for item in value]
     return _renamed(value, where, permutation) if isinstance(value, str) else value

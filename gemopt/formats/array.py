@@ -14,10 +14,9 @@ from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays
-from gemopt.formats.findings import are_ids, totals
-from gemopt.traces.arrays import other_order
+from gemopt.traces.arrays import NOT_IDS, are_ids, other_order, totals
 from gemopt.traces.document import STEP_ARRAYS
-from gemopt.traces.files import PLAIN
+from gemopt.traces.files import COPIES, PLAIN
 from gemopt.traces.tokens import ARRAYS
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
@@ -28,9 +27,6 @@ _PART = re.compile(
     r"(?:^|[_.-])(?:(?:ep|dp|tp|pp)?_?rank|ep|dp|tp|pp|gpu|device|node|worker|host)[_-]?\d+(?=[_.-]|$)", re.I
 )
 _NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", "logits", "probs", "weights", "scores"}
-
-
-NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
@@ -90,7 +86,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         if "counts" not in data and len(data) != 1:
             raise InputError(str(path), ", ".join(map(str, data)) or "no array", "one array, or one called counts")
         others = [str(name) for name in data if name != "counts"] if "counts" in data else []
-        copies = [name for name in others if re.search("physical|phy2?log|log2phy", name.lower())]
+        copies = [name for name in others if COPIES.search(name)]
         if copies:
             found = f"{copies[0]} beside counts"
             raise InputError(str(path), found, "counts of logical experts", "add up the copies, and leave it out")

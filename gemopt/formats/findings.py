@@ -9,10 +9,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray
 
-MAX_EXPERTS = 8192
-_MANY_CELLS, _ENOUGH_SUMS = 16, 8  # steps x layers; sums that are no accident
-_LOOKED_AT, _MOST_CHOSEN = 512, 64  # rows, experts of a token
-_ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
+_MANY_CELLS = 16  # steps x layers
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -31,40 +28,6 @@ def guessed(num_experts: int, lowest: int = 0) -> str:
     """The note for a number of experts that no file says; `lowest`: the smallest id there is."""
     from_1 = "; none is 0: are they numbered from 1?" if lowest == 1 else ""
     return f"{num_experts} experts, the highest id seen + 1; give --num-experts if the network has more{from_1}"
-
-
-def totals(counts: IntArray) -> str:
-    """What the numbers [T, L, E] say of a first or last step, layer or expert that is the sum of the others."""
-    for axis, name in enumerate(("step", "layer", "expert")):
-        added = counts.sum(axis=axis, dtype=np.int64)
-        for place, index in (("first", 0), ("last", -1)):
-            one = counts.take(index, axis=axis)
-            enough = counts.shape[axis] > 2 and np.count_nonzero(one) >= _ENOUGH_SUMS
-            if enough and (2 * one.astype(np.int64) == added).all():
-                return f"a {place} {name} that is the sum of the others"
-    return ""
-
-
-def are_ids(counts: IntArray) -> bool:
-    """Whether numbers [N, L, K] are the experts that tokens chose: no row has one twice, though chance would have it.
-
-    Where the layers of every row add up to as much, they are counts.
-    """
-    if not 2 <= counts.shape[2] <= _MOST_CHOSEN:
-        return False
-    rows = counts[:_LOOKED_AT].astype(np.int64)
-    rows = rows[:, rows.any(axis=(0, 2))]  # dense layers have rows of zeros
-    sums = rows.sum(axis=2)
-    as_many = rows.shape[1] > 1 and (sums == sums[:, :1]).all()
-    if not rows.size or as_many or rows.min() < 0 or rows.max() >= MAX_EXPERTS:
-        return False
-    if (np.diff(np.sort(rows, axis=2), axis=2) == 0).any():
-        return False
-    expected = 0.0  # pairs of one row that are equal, were the columns independent
-    for layer in rows.transpose(1, 2, 0):
-        share_KV = np.stack([np.bincount(column, minlength=int(rows.max()) + 1) / len(column) for column in layer])
-        expected += len(rows) * float((share_KV.sum(axis=0) ** 2 - (share_KV**2).sum(axis=0)).sum()) / 2
-    return expected >= _ENOUGH_TIES
 
 
 def check_loads(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:

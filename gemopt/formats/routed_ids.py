@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions
 from gemopt.formats.files import as_array
-from gemopt.formats.findings import MAX_EXPERTS, ranges
+from gemopt.formats.findings import ranges
 from gemopt.formats.response_bodies import Sample
+from gemopt.traces.arrays import MAX_EXPERTS
 
 _DTYPES = {
     "uint8": "u1",

@@ -16,6 +16,11 @@ from gemopt.exceptions import InputError
 from gemopt.traces.files import IntArray
 
 COUNT_LIMIT = 2**31 - 1
+MAX_EXPERTS = 8192
+ENOUGH_SUMS = 8  # that are no accident
+LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
+ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
+NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
 FloatArray = NDArray[np.float64]
 
 
@@ -102,6 +107,50 @@ def check_counted(counts: IntArray, ids: IntArray, step: IntArray) -> None:
             f"the token-level ids make {counted[at, layer, expert]} at step {at}, layer {layer}, expert {expert}",
             "leave the ids out, or count them again",
         )
+
+
+def totals(counts: IntArray) -> str:
+    """What the numbers [T, L, E] say of a first or last step, layer or expert that is the sum of the others."""
+    for axis, name in enumerate(("step", "layer", "expert")):
+        added = counts.sum(axis=axis, dtype=np.int64)
+        for place, index in (("first", 0), ("last", -1)):
+            one = counts.take(index, axis=axis)
+            enough = counts.shape[axis] > 2 and np.count_nonzero(one) >= ENOUGH_SUMS
+            if enough and (2 * one.astype(np.int64) == added).all():
+                return f"a {place} {name} that is the sum of the others"
+    return ""
+
+
+def are_ids(counts: IntArray) -> bool:
+    """Whether numbers [N, L, K] are the experts that tokens chose: no row has one twice, though chance would have it.
+
+    Where the layers of every row add up to as much, they are counts.
+    """
+    if not 2 <= counts.shape[2] <= MOST_CHOSEN:
+        return False
+    rows = counts[:LOOKED_AT].astype(np.int64)
+    rows = rows[:, rows.any(axis=(0, 2))]  # dense layers have rows of zeros
+    sums = rows.sum(axis=2)
+    as_many = rows.shape[1] > 1 and (sums == sums[:, :1]).all()
+    if not rows.size or as_many or rows.min() < 0 or rows.max() >= MAX_EXPERTS:
+        return False
+    if (np.diff(np.sort(rows, axis=2), axis=2) == 0).any():
+        return False
+    expected = 0.0  # pairs of one row that are equal, were the columns independent
+    for layer in rows.transpose(1, 2, 0):
+        share_KV = np.stack([np.bincount(column, minlength=int(rows.max()) + 1) / len(column) for column in layer])
+        expected += len(rows) * float((share_KV.sum(axis=0) ** 2 - (share_KV**2).sum(axis=0)).sum()) / 2
+    return expected >= ENOUGH_TIES
+
+
+def refuse_misread(counts: IntArray) -> None:
+    """Refuse counts whose numbers say that they are something else, where nothing says that they are right."""
+    if total := totals(counts):
+        raise InputError("Traces.counts", total, "counts alone", "leave the totals out")
+    if are_ids(counts):
+        raise InputError("Traces.counts", "experts of tokens, by the numbers", "[steps, layers, experts]", NOT_IDS)
+    if order := other_order(counts):
+        raise InputError("Traces.counts", order, "[steps, layers, experts]", "transpose it, or say layer_ids beside it")
 
 
 def other_order(counts: NDArray[Any]) -> str | None:

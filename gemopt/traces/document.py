@@ -16,8 +16,16 @@ from gemopt import foreign
 from gemopt.documents import integer_array
 from gemopt.exceptions import InputError
 from gemopt.placement import check_layer_ids
-from gemopt.traces.arrays import FloatArray, check_counted, checked_counts, checked_times, one_hot, other_order, widened
-from gemopt.traces.files import IntArray, Part, parsed, read, write
+from gemopt.traces.arrays import (
+    FloatArray,
+    check_counted,
+    checked_counts,
+    checked_times,
+    one_hot,
+    refuse_misread,
+    widened,
+)
+from gemopt.traces.files import IntArray, Part, parsed, read, refuse_unread, write
 from gemopt.traces.joining import concatenate
 from gemopt.traces.tokens import ARRAYS, Tokens
 
@@ -306,9 +314,12 @@ def _from_part(part: Part) -> Traces:
     if "counts" not in arrays:
         raise InputError("Traces.counts", f"arrays {', '.join(sorted(part.names))}", "an array named counts is needed")
     counts = np.asarray(arrays["counts"])
-    plain = part.path.suffix == ".npz" and "layer_ids" not in metadata
-    if plain and counts.ndim == 3 and counts.dtype.kind in "iu" and (found := other_order(counts)):
-        raise InputError("Traces.counts", found, "[steps, layers, experts]", "transpose it, or say layer_ids beside it")
+    refuse_unread(part.names)
+    if "layer_ids" not in metadata and counts.size and counts.ndim == 3 and counts.dtype.kind in "iu":
+        refuse_misread(counts)
+    experts = metadata.get("num_experts")
+    if counts.ndim == 3 and experts not in (None, str(counts.shape[2])):
+        raise InputError("Traces.counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
     tokens = None
     if "ids" in arrays:
         if "step_of_token" not in arrays:

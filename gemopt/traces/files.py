@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ from gemopt.exceptions import InputError
 
 IntArray = NDArray[Any]
 PLAIN = ("num_hidden_layers", "top_k", "model")  # what an .npz may say of the network, beside layer_ids
+COPIES = re.compile("physical|phy2?log|log2phy", re.IGNORECASE)  # arrays that say of which expert each slot is a copy
+MEANT = {
+    **dict.fromkeys(("layers", "layer_id", "layer_idx", "moe_layers", "moe_layer_ids"), "layer_ids"),
+    **dict.fromkeys(("topk", "num_experts_per_tok", "num_experts_per_token"), "top_k"),
+    **dict.fromkeys(("num_layers", "n_layers"), "num_hidden_layers"),
+}
 
 
 @dataclass
@@ -80,7 +87,7 @@ def _read_npz(path: Path, wanted: tuple[str, ...]) -> Part:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = arrays.files
             kept = {name: arrays[name] for name in wanted if name in found}
-            metadata = {name: str(arrays[name]) for name in PLAIN if name in found}
+            metadata = {name: str(arrays[name]) for name in (*PLAIN, "num_experts") if name in found}
             if "layer_ids" in found:
                 metadata["layer_ids"] = json.dumps(arrays["layer_ids"].tolist())
     except Exception as error:  # zipfile, zlib, numpy and struct each have their own
@@ -101,6 +108,8 @@ def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
             metadata = dict(file.metadata() or {})
             names = set(file.keys())
             arrays = {name: file.get_tensor(name) for name in wanted if name in names}
+            for name in names & {"layer_ids", *PLAIN} - set(metadata):
+                metadata[name] = json.dumps(file.get_tensor(name).tolist())
     except OSError as error:
         raise InputError(str(path), error.strerror or str(error), "a readable safetensors file is needed") from None
     except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -114,6 +123,15 @@ def _refuse_foreign(path: Path, kind: str) -> None:
     found, way_out = foreign.of_file(path)
     if found and kind not in found and not found.startswith("traces"):
         raise InputError(str(path), found, "traces are needed: .safetensors, a folder of them, or .npz", way_out)
+
+
+def refuse_unread(names: set[str]) -> None:
+    """Refuse arrays that would change what the counts mean, and are not read."""
+    for name in sorted(names):
+        if COPIES.search(name):
+            raise InputError(f"Traces.{name}", "beside counts", "counts of logical experts", "add up the copies")
+        if name in MEANT:
+            raise InputError(f"Traces.{name}", "no such array", f"{MEANT[name]}, if that is meant", "rename it")
 
 
 def parsed(metadata: dict[str, str], key: str, kind: type) -> Any:
