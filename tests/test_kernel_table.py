@@ -231,6 +231,18 @@ def test_fleets_and_clusters_that_are_none(tmp_path: Path) -> None:
             ask()
 
 
+@pytest.mark.parametrize(
+    ("rows", "word"),
+    [
+        ("0,100\n1,101\n2,107\n", "times around 101; about 1"),
+        ("0,1\n1,1.1\n0,0.9\n", "gpu: got 0 twice; a row for each"),
+    ],
+)
+def test_rows_that_are_no_fleet(tmp_path: Path, rows: str, word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        read_fleet(written(tmp_path, "gpu,rel_time\n" + rows))
+
+
 def test_one_rank_slower(tmp_path: Path) -> None:
     two = read_table(written(tmp_path, "tokens,latency_us,rank\n1,10,0\n1,10,1\n"))
     slower = slow_down(two, 1, 1.3)

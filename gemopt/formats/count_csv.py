@@ -18,7 +18,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import JSON_LIMIT, size_of
-from gemopt.formats.findings import guessed
+from gemopt.formats.findings import guessed, own_counts
 from gemopt.traces import COUNT_LIMIT
 
 SUFFIXES = (".csv",)
@@ -68,12 +68,12 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         raise InputError("PATHS: expert", highest, f"experts 0 to {experts - 1}", hint)
     if options.num_experts is None:
         notes.append(guessed(experts, lowest))
-    same = len(ranks) > 1 and all(step[rank] == step[ranks[0]] for step in steps for rank in step)
-    if same:
-        notes.append(f"all {len(ranks)} ranks recorded the same counts (they saw the same tokens): counted once")
-    elif len(ranks) > 1:
-        _refuse_local(steps, ranks, layers, experts)
-    total = _dense(steps, ranks[:1] if same else ranks, layers, experts)
+    recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
+    own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
+    notes += [own.note] if own.note else []
+    if len(own.ranks) > 1:
+        _refuse_local(steps, own.ranks, layers, experts)
+    total = _dense(steps, own.ranks, layers, experts)
     used = total[total.any(axis=(1, 2))]
     return Recording(blocks=lambda: iter([used] if len(used) else []), layer_ids=tuple(layers), notes=notes)
 

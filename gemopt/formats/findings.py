@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,36 @@ def guessed(num_experts: int, lowest: int = 0) -> str:
     """The note for a number of experts that no file says; `lowest`: the smallest id there is."""
     from_1 = "; none is 0: are they numbered from 1?" if lowest == 1 else ""
     return f"{num_experts} experts, the highest id seen + 1; give --num-experts if the network has more{from_1}"
+
+
+class Own(NamedTuple):
+    """Ranks whose counts are to be added up, how many ranks recorded each of these, and the note on the others."""
+
+    ranks: list[int]
+    times: int
+    note: str
+
+
+def own_counts(recorded: Mapping[int, Hashable | None]) -> Own:
+    """The ranks without those that saw the tokens of another one.
+
+    recorded: by rank, what tells its counts from others'; None where there are none. All groups of ranks that recorded
+    the same must be of one size, as tensor-parallel groups are.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for rank, counts in sorted(recorded.items()):
+        if counts is not None:
+            groups.setdefault(counts, []).append(rank)
+    sizes = {len(ranks) for ranks in groups.values()}
+    if sizes <= {1}:
+        return Own(sorted(recorded), 1, "")
+    if len(sizes) > 1:
+        alike = next(ranks for ranks in groups.values() if len(ranks) > 1)
+        note = f"ranks {ranges(alike)} recorded the same counts, others did not: all are added up"
+        return Own(sorted(recorded), 1, note)
+    size, kept = sizes.pop(), [ranks[0] for ranks in groups.values()]
+    who = f"all {size} ranks" if len(kept) == 1 and size == len(recorded) else f"groups of {size} ranks"
+    return Own(kept, size, f"{who} recorded the same counts (they saw the same tokens): counted once")
 
 
 def check_loads(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:

@@ -13,6 +13,8 @@ from gemopt.formats.table_files import number, read
 from gemopt.latency import FloatArray
 from gemopt.profile import Device, Profile
 
+FAR = 1.5  # a median that is further from 1 is not that of relative times
+
 
 @dataclass(frozen=True)
 class Fleet:
@@ -47,7 +49,13 @@ def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
         row = kept[int(rel_time.argmin())]
         limit = "above 0 (1: as fast as the fleet's median)"
         raise InputError(f"{path} {row.where}, rel_time", row.cells["rel_time"], limit)
+    if not 1 / FAR < np.median(rel_time) < FAR:
+        found = f"times around {np.median(rel_time):g}"
+        raise InputError(f"{path}: rel_time", found, "about 1, the fleet's median", "divide them by their median")
     gpus = [row.cells.get("gpu") or row.where.split()[-1] for row in kept]
+    twice = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: gpu", f"{twice} twice", "a row for each GPU", "keep one workload, or the median")
     return Fleet(chosen or os.path.basename(str(path)), gpus, rel_time)
 
 

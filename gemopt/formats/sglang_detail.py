@@ -7,6 +7,7 @@ pipeline writes files of its own, with counts in its layers only; the stages are
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions, check_sizes
 from gemopt.formats.files import load_torch
-from gemopt.formats.findings import ranges
+from gemopt.formats.findings import Own, own_counts, ranges
 from gemopt.formats.sglang_records import (
     check_map,
     integer,
@@ -39,9 +40,8 @@ class _Stage:
     totals: dict[int, NDArray[np.int32]] = field(default_factory=dict)
     seen: dict[int, int] = field(default_factory=dict)
     phases: dict[int, int] = field(default_factory=dict)
-    digests: dict[tuple[int, int], int] = field(default_factory=dict)
+    digests: dict[tuple[int, int], int] = field(default_factory=dict)  # 0 where nothing was counted
     tokens: dict[tuple[int, int], TokenRows] = field(default_factory=dict)
-    agree: bool = True  # every rank recorded the same counts in every pass so far
     again: int = 0
     counted: bool = False  # from ids: the file has no counts
 
@@ -50,14 +50,21 @@ class _Stage:
         return sorted({rank for _, rank in self.digests})
 
     @property
-    def divisor(self) -> int:
-        """By how much the totals are too large."""
-        return len(self.ranks) if self.agree else 1
+    def whole(self) -> set[int]:
+        """The passes that every rank recorded."""
+        return {number for number, seen in self.seen.items() if seen == len(self.ranks)}
+
+    @cached_property
+    def own(self) -> Own:
+        """The ranks that saw tokens of their own, once all files are there."""
+        passes = sorted(self.whole)
+        recorded = {rank: tuple(self.digests[number, rank] for number in passes) for rank in self.ranks}
+        return own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
 
     def add(self, path: Path, record: Any, counts: IntArray) -> bool:
         """Add the counts of a pass of a rank; False when they were there already."""
         number, rank = _key(path, record)
-        digest = hash(counts.tobytes())
+        digest = (hash(counts.tobytes()) or 1) if counts.any() else 0
         if (number, rank) in self.digests:
             if self.digests[number, rank] != digest:
                 raise InputError(
@@ -72,7 +79,6 @@ class _Stage:
         if number not in self.totals:
             self.totals[number] = counts.astype(np.int32)
         else:
-            self.agree = self.agree and bool((self.totals[number] == self.seen[number] * counts).all())
             self.totals[number] += counts
         self.seen[number] = self.seen.get(number, 0) + 1
         here = phase_of(record) if counts.any() else None
@@ -142,7 +148,7 @@ def _result(stages: list[_Stage], map_LP: NDArray[np.int64], options: TraceOptio
     _check_ranks(stages, options, folder)
     passes = _whole_passes(stages, folder)
     logical = sum(
-        to_logical([stage.totals.pop(number) for number in passes], map_LP, stage.divisor) for stage in stages
+        to_logical([stage.totals.pop(number) for number in passes], map_LP, stage.own.times) for stage in stages
     )
     assert not isinstance(logical, int)
     used: NDArray[np.bool_] = np.asarray(logical.any(axis=(1, 2)))
@@ -167,10 +173,7 @@ def _notes(stages: list[_Stage], num_passes: int) -> list[str]:
             len(stages) > 1,
             f"{len(stages)} pipeline stages joined by layer: {'; '.join(ranges(s.layers) for s in stages)}",
         ),
-        (
-            stages[0].divisor > 1,
-            f"all {stages[0].divisor} ranks recorded the same counts (they saw the same tokens): counted once",
-        ),
+        (stages[0].own.note, stages[0].own.note),
         (sum(s.again for s in stages), f"{sum(s.again for s in stages)} records came twice: counted once"),
         (any(s.counted for s in stages), "no global_physical_count in the records: counted from topk_ids_of_layer"),
     ]
@@ -200,7 +203,7 @@ def _check_ranks(stages: list[_Stage], options: TraceOptions, folder: Path) -> N
             "as many ranks in every pipeline stage",
             "a dump is missing",
         )
-    if len(stages) > 1 and len({stage.divisor for stage in stages}) > 1:
+    if len(stages) > 1 and len({stage.own.times for stage in stages}) > 1:
         raise InputError(
             f"{folder}: counts",
             "equal on all ranks of one pipeline stage, not of another",
@@ -211,7 +214,7 @@ def _check_ranks(stages: list[_Stage], options: TraceOptions, folder: Path) -> N
 
 def _whole_passes(stages: list[_Stage], folder: Path) -> list[int]:
     """Forward passes that every rank of every stage recorded, in order."""
-    whole = set.intersection(*({n for n, seen in s.seen.items() if seen == len(s.ranks)} for s in stages))
+    whole = set.intersection(*(stage.whole for stage in stages))
     if not whole:
         raise InputError(
             f"{folder}: forward_pass_id",
@@ -225,8 +228,7 @@ def _whole_passes(stages: list[_Stage], folder: Path) -> list[int]:
 def _tokens_of(stages: list[_Stage]) -> dict[tuple[int, int], TokenRows]:
     """Token rows by pass and rank; the stages of a pipeline compute the same tokens, each in its layers."""
     first = stages[0]
-    copies = first.divisor
-    joined = {key: rows for key, rows in first.tokens.items() if copies == 1 or key[1] == first.ranks[0]}
+    joined = {key: rows for key, rows in first.tokens.items() if key[1] in first.own.ranks}
     for stage in stages[1:]:
         rank_of = dict(zip(first.ranks, stage.ranks, strict=True))
         for (number, rank), (ids, words) in joined.items():

@@ -5,8 +5,9 @@ Format: `tensorrt_llm/_torch/expert_statistic.py`. With pipeline parallelism eac
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.files import bounded_json, safetensors_rows
-from gemopt.formats.findings import ranges
+from gemopt.formats.findings import own_counts, ranges
 from gemopt.traces import COUNT_LIMIT
 
 META, SUFFIXES = "meta_info.json", (".json", ".safetensors")
@@ -32,28 +33,30 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     experts, top_k = (_positive(folder, meta, key) for key in ("num_experts", "num_experts_per_token"))
     stages = _stages(_rank_files(folder, options), experts)
     first = stages[0].iterations
-    copies = [stage.copies for stage in stages]
-    if len({len(stage.files) for stage in stages}) > 1 or len(set(copies)) > 1:
-        found = "; ".join(f"{len(s.files)} ranks ({s.copies} alike) of layers {ranges(s.layers)}" for s in stages)
+    own = [own_counts(stage.digests) for stage in stages]
+    if len({(len(stage.files), len(alike.ranks)) for stage, alike in zip(stages, own, strict=True)}) > 1:
+        found = "; ".join(
+            f"{len(stage.files)} ranks ({alike.times} alike) of layers {ranges(stage.layers)}"
+            for stage, alike in zip(stages, own, strict=True)
+        )
         hint = "a file is missing, or the folder mixes runs: record again into an empty one"
         raise InputError(f"{folder}: rank*.safetensors", found, "as many of every pipeline stage", hint)
     layers = np.concatenate([stage.layers for stage in stages])
-    total = np.concatenate([stage.total // stage.copies for stage in stages], axis=1)
+    total = np.concatenate([s.total(experts, alike.ranks) for s, alike in zip(stages, own, strict=True)], axis=1)
     ranks = sum(len(stage.files) for stage in stages)
     notes = [f"iterations {first[0]} to {first[-1]} of {ranks} ranks"]
     if len(stages) > 1:
         parts = "; ".join(ranges(stage.layers) for stage in stages)
         notes.append(f"{len(stages)} pipeline stages joined by layer: {parts}")
-    if copies[0] > 1:
-        notes.append(f"all {copies[0]} ranks recorded the same counts (they saw the same tokens): counted once")
+    notes += [own[0].note] if own[0].note else []
     hidden = options.num_hidden_layers
     target = layers < (layers[-1] + 1 if hidden is None else hidden)
     if not target.all():
         notes.append(f"layers from {hidden} on are draft layers: left out")
     summed = total[:, target]
-    kept = summed[summed.any(axis=(1, 2))]
+    used = summed[summed.any(axis=(1, 2))]
     return Recording(
-        blocks=lambda: iter([kept] if len(kept) else []),
+        blocks=lambda: iter([used] if len(used) else []),
         layer_ids=tuple(int(layer) for layer in layers[target]),
         top_k=top_k,
         num_hidden_layers=hidden,
@@ -63,32 +66,48 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
 
 @dataclass
 class _Stage:
-    """The files of the ranks of one pipeline stage, and their sum [iterations, layers, E]."""
+    """The files of the ranks of one pipeline stage, and what tells their counts apart, by rank."""
 
     iterations: IntArray
     layers: IntArray
-    total: NDArray[np.int32]
-    files: list[Path] = field(default_factory=list)
-    agree: bool = True
+    files: dict[int, Path] = field(default_factory=dict)
+    digests: dict[int, bytes | None] = field(default_factory=dict)
 
-    @property
-    def copies(self) -> int:
-        """By how much the total is too large: all ranks recorded the same counts."""
-        return len(self.files) if self.agree else 1
+    def add(self, rank: int, path: Path, experts: int) -> None:
+        digest, any_counts = hashlib.sha256(), False
+        for counts in self._blocks(path, experts):
+            digest.update(counts.data)
+            any_counts = any_counts or bool(counts.any())
+        self.files[rank], self.digests[rank] = path, digest.digest() if any_counts else None
 
-    def add(self, path: Path, experts: int) -> None:
+    def total(self, experts: int, ranks: list[int]) -> NDArray[np.int32]:
+        """[iterations, layers, E] the counts of some ranks together."""
+        total = np.zeros((len(self.iterations) * len(self.layers), experts), np.int32)
+        for rank in ranks:
+            start = 0
+            for counts in self._blocks(self.files[rank], experts):
+                total[start : start + len(counts)] += counts.astype(np.int32)
+                start += len(counts)
+        return total.reshape(len(self.iterations), len(self.layers), experts)
+
+    def _blocks(self, path: Path, experts: int) -> Iterator[IntArray]:
+        """The counts [rows, E] of a file by iteration and layer, a megabyte at a time, checked."""
         names, rows_of, rows = safetensors_rows(path, experts)
-        order = _grid_order(path, _keys(path, names), self.iterations, self.layers)
-        self.agree = (
-            _add(path, rows, rows_of[order], self.total, seen=len(self.files) if self.agree else 0) and self.agree
-        )
-        self.files.append(path)
+        order = rows_of[_grid_order(path, _keys(path, names), self.iterations, self.layers)]
+        step = max(1, (1 << 17) // experts)
+        for start in range(0, len(order), step):
+            counts = rows[order[start : start + step]]
+            low, high = int(counts.min()), int(counts.max())
+            if low < 0 or high > COUNT_LIMIT // 4096:
+                limit = f"counts from 0 to {COUNT_LIMIT // 4096}"
+                raise InputError(f"{path}: counts", low if low < 0 else high, limit)
+            yield counts
 
 
-def _stages(files: list[Path], experts: int) -> list[_Stage]:
+def _stages(files: dict[int, Path], experts: int) -> list[_Stage]:
     """The pipeline stages in the order of their layers: ranks that recorded other layers are of another stage."""
     stages: list[_Stage] = []
-    for path in files:
+    for rank, path in files.items():
         iterations, layers = _steps_and_layers(path, experts)
         found = [stage for stage in stages if np.intersect1d(stage.layers, layers).size]
         if not found:
@@ -96,17 +115,16 @@ def _stages(files: list[Path], experts: int) -> list[_Stage]:
                 raise InputError(
                     f"{path}: iterations",
                     f"{iterations[0]} to {iterations[-1]}",
-                    f"{stages[0].iterations[0]} to {stages[0].iterations[-1]}, as in {stages[0].files[0].name}",
+                    f"{stages[0].iterations[0]} to {stages[0].iterations[-1]}, as in {_first(stages[0].files).name}",
                     "the folder mixes runs: record again into an empty one",
                 )
-            shape = (len(iterations), len(layers), experts)
-            stages.append(_Stage(iterations, layers, np.zeros(shape, np.int32)))
+            stages.append(_Stage(iterations, layers))
             found = stages[-1:]
-        found[0].add(path, experts)
+        found[0].add(rank, path, experts)
     stages.sort(key=lambda stage: int(stage.layers[0]))
     if any(np.diff(np.concatenate([stage.layers for stage in stages])) <= 0):
         parts = "; ".join(ranges(stage.layers) for stage in stages)
-        raise InputError(str(files[0].parent), f"layers {parts}", "pipeline stages one after the other")
+        raise InputError(str(_first(files).parent), f"layers {parts}", "pipeline stages one after the other")
     return stages
 
 
@@ -115,9 +133,13 @@ def _folder(paths: Sequence[Path], options: TraceOptions) -> Path:
     if len(paths) == 1 and paths[0].is_dir():
         return paths[0]
     within = {path.parent for path in paths if path.name == META}
-    if len(within) == 1 and {*_rank_files(folder := within.pop(), options), folder / META} == set(paths):
+    if len(within) == 1 and {*_rank_files(folder := within.pop(), options).values(), folder / META} == set(paths):
         return folder
     raise InputError("PATHS", ", ".join(map(str, paths)), "one folder, that of EXPERT_STATISTIC_PATH")
+
+
+def _first(files: dict[int, Path]) -> Path:
+    return next(iter(files.values()))
 
 
 def _positive(folder: Path, meta: Any, key: str) -> int:
@@ -127,7 +149,7 @@ def _positive(folder: Path, meta: Any, key: str) -> int:
     return value
 
 
-def _rank_files(folder: Path, options: TraceOptions) -> list[Path]:
+def _rank_files(folder: Path, options: TraceOptions) -> dict[int, Path]:
     found = {int(m[1]): p for p in folder.iterdir() if (m := re.fullmatch(r"rank(\d{1,5})\.safetensors", p.name))}
     expected = options.num_ranks or max(found, default=0) + 1
     missing = sorted(set(range(expected)) - set(found))
@@ -135,7 +157,7 @@ def _rank_files(folder: Path, options: TraceOptions) -> list[Path]:
         ranks = ", ".join(map(str, sorted(found))) or "none"
         hint = f"rank {missing[0]} is missing" if missing else "give the right --ep"
         raise InputError(f"{folder}: rank*.safetensors", ranks, f"a file of each of the {expected} ranks", hint)
-    return [found[rank] for rank in sorted(found)]
+    return dict(sorted(found.items()))
 
 
 def _keys(path: Path, names: list[str]) -> IntArray:
@@ -171,17 +193,3 @@ def _grid_order(path: Path, keys: IntArray, iterations: IntArray, layers: IntArr
             "the folder mixes runs: record again into an empty one",
         )
     return np.asarray(order)
-
-
-def _add(path: Path, rows: IntArray, order: IntArray, total: NDArray[np.int32], *, seen: int) -> bool:
-    """Add the counts of a rank, a megabyte at a time; whether they equal those of the `seen` ranks before."""
-    agree = True
-    flat, step = total.reshape(len(order), -1), max(1, (1 << 17) // rows.shape[1])
-    for start in range(0, len(order), step):
-        counts = rows[order[start : start + step]]
-        low, high = int(counts.min()), int(counts.max())
-        if low < 0 or high > COUNT_LIMIT // 4096:
-            raise InputError(f"{path}: counts", low if low < 0 else high, f"counts from 0 to {COUNT_LIMIT // 4096}")
-        agree = agree and (not seen or bool((flat[start : start + step] == seen * counts).all()))
-        flat[start : start + step] += counts.astype(np.int32)
-    return agree

@@ -527,3 +527,24 @@ def test_experts_that_every_rank_numbers_anew_are_refused(load, tmp_path):
     assert "none is 0: are they numbered from 1?" in load(tmp_path / "a.csv", "array")[1]
     with pytest.raises(InputError, match="numbered from 1"):
         load(tmp_path / "a.csv", "array", num_experts=16)
+
+
+@pytest.mark.parametrize("source", ["sglang", "tensorrt-llm", "csv"])
+def test_tensor_parallel_groups_count_once(load, tmp_path, source):
+    """Two groups of two ranks saw tokens of their own, and a third group none."""
+    rng = np.random.default_rng(9)
+    groups = [routed(rng, steps=3), routed(rng, steps=3), np.zeros((3, 5, 16), np.int64)]
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    for rank in range(6):
+        counts = groups[rank // 2]
+        if source == "sglang":
+            per_pass(folder, "1.0", rank, counts.astype(np.int32))
+        elif source == "tensorrt-llm":
+            statistic(folder, rank, counts, range(5))
+        else:
+            lines = [f"{step},{layer},{expert},{n}\n" for (step, layer, expert), n in np.ndenumerate(counts)]
+            (folder / f"c_rank{rank}.csv").write_text("step,layer,expert,count\n" + "".join(lines))
+    traces, notes = load(folder, source)
+    assert (traces.counts == groups[0] + groups[1]).all()
+    assert "groups of 2 ranks recorded the same counts (they saw the same tokens): counted once" in notes
