@@ -108,6 +108,7 @@ BAD = {
     "one name twice": ({"exports": [{"engine": "csv"}, {"engine": "csv"}]}, (), ("csv.csv", "one name")),
     "a bad name for Kubernetes": ({"kubernetes": {"config_map": "Big_Map"}}, (), ("kubernetes.config_map", "Big_Map")),
     "a holdout of all": ({}, ("--set", "steps.holdout=1"), ("steps.holdout",)),
+    "fewer layers than the traces have": ({"num_hidden_layers": 1}, (), ("below num_hidden_layers = 1",)),
     "no such item": ({}, ("--set", "exports.7.engine=csv"), ("exports.7", "2 items")),
     "no value": ({}, ("--set", "output"), ("KEY=VALUE",)),
     "a key inside a value": ({}, ("--set", "traces.engine=sglang"), ("traces holds a value",)),

@@ -22,7 +22,7 @@ from gemopt.formats.registry import canonical, export, get
 from gemopt.jobs.document import ExportTo, Job, Kubernetes, RecordedSource, TableSource
 from gemopt.jobs.kubernetes import config_map
 from gemopt.jobs.reading import shown
-from gemopt.placement import Placement
+from gemopt.placement import Placement, check_layer_ids
 from gemopt.profile import Profile
 from gemopt.report import report
 from gemopt.report.style import graph_objects
@@ -70,6 +70,7 @@ def run_job(
     """
     _check(job)
     profile, traces = _profile(job.profile), _steps(job, _traces(job.traces))
+    _check_layers(job.num_hidden_layers, traces)
     given, _ = traces.split(job.steps.holdout) if job.steps.holdout else (traces, None)
     settings, constraints = job.solver, job.constraints
     current = _current(constraints.current, traces, profile)
@@ -122,6 +123,12 @@ def _check(job: Job) -> None:
         raise InputError("exports.file", twice, "one name per file", "give each of them a file")
     if job.report.page:
         graph_objects()
+
+
+def _check_layers(hidden: int | None, traces: Traces) -> None:
+    if hidden is not None and traces.num_hidden_layers not in (None, hidden):
+        raise InputError("num_hidden_layers", hidden, f"{traces.num_hidden_layers}, as the traces say", "leave it out")
+    check_layer_ids(traces.layer_ids, traces.num_layers, hidden)
 
 
 def _file(wanted: ExportTo) -> str:
