@@ -428,6 +428,8 @@ def test_aiconfigurator_counts_tokens_of_the_group_and_milliseconds(tmp_path: Pa
     assert loads(profile) == [(1, None, 30.0), (64, None, 60.0), (1024, None, 180.0)]
     assert profile.devices[0].name == "NVIDIA H100" and profile.kernel == "VLLM 0.24 triton"
     assert (profile.model.num_experts, profile.model.num_local_experts, profile.model.top_k) == (128, 16, 8)
+    sliced = read_table(written(tmp_path, aic({"moe_tp_size": 4})))
+    assert sliced.model.intermediate_size == (profile.model.intermediate_size or 0) // 4
     mixed = written(tmp_path, aic({}, {"moe_ep_size": 32, "latency": 0.5}, {"moe_dtype": "int4_wo"}))
     with pytest.raises(InputError, match="moe_dtype: fp8, int4_wo; moe_ep_size: 8, 32;"):
         read_table(mixed)

@@ -340,7 +340,7 @@ def _shape(table: Table, layout: Layout | None, top_k: int | None) -> MoeShape:
     experts = int(cells["num_experts"])
     return MoeShape(
         hidden_size=int(cells["hidden_size"]),
-        intermediate_size=int(cells["inter_size"]),
+        intermediate_size=int(cells["inter_size"]) // int(cells.get("moe_tp_size") or 1),
         num_experts=experts,
         num_local_experts=max(1, experts // int(cells["moe_ep_size"])),
         top_k=top_k,
