@@ -547,6 +547,20 @@ def test_columns_are_known_however_they_are_written(tmp_path: Path) -> None:
     assert loads(read_table(table, unit=Unit.GROUP_TOKENS)) == [(16, None, 5.0), (32, None, 6.0), (64, None, 7.0)]
 
 
+def test_moments_are_no_times(tmp_path: Path) -> None:
+    table = written(tmp_path, "assignments,start_ns,end_ns,dur_ns\n8,1000,6000,5000\n16,9000,16000,7000\n")
+    assert loads(read_table(table)) == [(8, None, 5.0), (16, None, 7.0)]
+    with pytest.raises(InputError, match="a column latency_us or time_us"):
+        read_table(written(tmp_path, "assignments,start_us,end_us\n8,1,6\n"))
+
+
+def test_tokens_must_make_the_assignments_beside_them(tmp_path: Path) -> None:
+    table = written(tmp_path, "tokens,assignments,latency_us\n8,32,5\n16,64,6\n32,128,7\n")
+    with pytest.raises(InputError, match=r"line 2, assignments: got 32; the 64 that tokens makes; wrong --top-k"):
+        read_table(table, unit=Unit.TOKENS, top_k=8)
+    assert loads(read_table(table, unit=Unit.TOKENS, top_k=4)) == loads(read_table(table))
+
+
 def test_repeats_that_disagree_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = "".join(f"{n},{us}\n" for n, us in ((8, 50), (8, 200), (16, 60), (16, 61)))
     words = ["profile", "import", written(tmp_path, "assignments,latency_us\n" + rows), "-o", tmp_path / "p.json"]

@@ -23,11 +23,10 @@ from gemopt.formats.table_columns import (
     named,
     plain,
     refuse_mixtures,
-    refuse_other_operations,
-    time_column,
     values,
 )
 from gemopt.formats.table_files import Row, Table, number, read, whole
+from gemopt.formats.table_times import refuse_other_operations, time_column
 from gemopt.profile import Device, MoeShape, Profile, Sample
 
 __all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "what_if"]
@@ -147,7 +146,7 @@ def read_table(
     tables = by_device(table, columns)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
     asked = None if time is None else time_column(table, time)
-    own = [load_column, active_column, asked and asked[0]]
+    own = [load_column, active_column, asked and asked[0], *named(table, ("assignments",))]
     used = {*columns, *repeats, *(name for name in own if name is not None)}
     refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
     reader.latency, reader.scale = asked or _time(table, layout)
@@ -155,6 +154,7 @@ def read_table(
         _refuse_skewed(table, where)
     top_k = _given("--top-k", top_k, table, TOP_K_COLUMNS)
     reader.factor = _factor(_unit(table, load_column, layout, unit, top_k), top_k, ep, table)
+    _check_assignments(reader)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
     return Profile(devices=devices, model=_shape(table, layout, top_k), kernel=_kernel(table), mode="table")
 
@@ -190,6 +190,19 @@ class _Reader:
                 "does the load column count tokens? then give --unit and --top-k",
             )
         return load, active, latency
+
+
+def _check_assignments(reader: _Reader) -> None:
+    """Refuse tokens that make other assignments than the table says beside them."""
+    for column in named(reader.table, ("assignments",)):
+        for row in reader.table.rows:
+            load = number(reader.table, row, reader.load, largest=LARGEST_LOAD) * reader.factor
+            told = number(reader.table, row, column, largest=LARGEST_LOAD)
+            if abs(load - told) > 1:
+                where = f"{reader.table.path} {row.where}, {column}"
+                raise InputError(
+                    where, row.cells[column], f"the {load:g} that {reader.load} makes", "wrong --top-k or --ep?"
+                )
 
 
 def _load_column(table: Table, layout: Layout | None, unit: Unit | None) -> str:

@@ -35,18 +35,8 @@ RESULTS = {
     "throughput", "tps", "speedup", "efficiency", "utilization", "util", "mfu", "temp", "temperature", "energy",
     "repeats", "latency", "time", "duration", "elapsed",
 }  # fmt: skip
-NO_LAYER = {
-    "ttft", "tpot", "itl", "e2e", "e2el", "request", "step",  # more than a layer
-    "attention", "attn", "allreduce", "reduce", "allgather", "alltoall", "a2a", "comm", "dispatch", "combine", "router",
-    "routing", "gate", "gating", "topk", "sort", "align", "permute", "unpermute", "quant", "norm", "shared", "up",
-    "down", "w1", "w2", "w3", "w13", "gemm1", "gemm2", "stage1", "stage2", "copy", "h2d", "d2h",  # less
-}  # fmt: skip
-OPERATIONS = {"op", "op_name", "operation", "routine"}
-TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
-ITERATIONS = {"iters", "iterations", "num_iters", "n_iters", "num_iterations", "loops", "calls", "num_calls"}
-LAYERS = {"layers", "num_layers", "n_layers", "num_hidden_layers"}
 FLAGS = {"0", "1"}  # a row that failed, and no result
-MOMENTS = {"timestamp", "datetime", "date"}
+MOMENTS = {"timestamp", "datetime", "date", "start", "begin", "end", "stop"}
 STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency"}
 SHAPES = {
     "hidden", "inter", "intermediate", "dim", "experts", "expert", "topk", "k", "n", "tp", "ep", "dp", "pp", "size",
@@ -58,9 +48,6 @@ TIME_UNITS = {
     "us": 1.0, "usec": 1.0, "microseconds": 1.0, "ms": 1e3, "msec": 1e3, "milliseconds": 1e3, "ns": 1e-3, "nsec": 1e-3,
     "nanoseconds": 1e-3, "s": 1e6, "sec": 1e6, "seconds": 1e6,
 }  # fmt: skip
-ONE_DEVICE = re.compile(
-    r"(?:^|_)(?:(?:ep_)?rank|(?:g|n|x)pu|device|card|host|node|worker)_?\d+(?:_|$)"
-)  # gpu0_us, rank_1
 INDEX = {"", "index", "unnamed_0", "row", "row_id", "no"}
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 SHOWN = 4
@@ -134,64 +121,6 @@ def listed(found: Sequence[str], limit: int = SHOWN) -> str:
     """The first values, and whether there are more."""
     named = [value or "nothing" for value in found[:limit]]
     return ", ".join(named) + (f", ... ({len(found)} in all)" if len(found) > limit else "")
-
-
-def time_column(table: Table, asked: str | None) -> tuple[str, float]:
-    """The column with the time of the whole layer, and microseconds per unit of it."""
-    if asked is not None:
-        name, _, unit = asked.rpartition(":") if asked not in table.header and ":" in asked else (asked, "", "")
-        known(table, name, "--time-column")
-        unit = unit or unit_of(name) or ""
-        if unit not in TIME_UNITS:
-            raise InputError("--time-column", asked, f"a unit: {', '.join(TIME_UNITS)}", _asking(name))
-        return name, TIME_UNITS[unit]
-    apart = [name for name in table.header if ONE_DEVICE.search(plain(name))]
-    if apart:
-        limit = "one line per device and load, and a column rank"
-        raise InputError(
-            table.path, f"columns {', '.join(apart)}", limit, f"for one alone: --time-column '{apart[0]}:us'"
-        )
-    timed = [name for name in table.header if unit_of(name) or (words(name) & TIMES and _numeric(table.rows, name))]
-    single = [name for name in timed if not words(name) & STATISTICS]
-    middle = [name for name in timed if words(name) & {"median", "p50"}]
-    mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
-    best = single or middle or mean
-    if len(best) == 1:
-        _refuse_other_times(table, best[0])
-    known_unit = unit_of(best[0]) if best else None
-    if len(best) == 1 and known_unit is not None:
-        return best[0], TIME_UNITS[known_unit]
-    if not best:
-        limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
-        raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
-    limit = "one column with the time of the whole layer, and its unit"
-    raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: {_asking(best[0])}")
-
-
-def _asking(name: str) -> str:
-    """The option that takes a column, with the unit that its name ends in, if any."""
-    found = UNIT_AT_END.search(plain(name))
-    return f"--time-column '{name}'" if unit_of(name) else f"--time-column '{name}:{found[1] if found else 'ms'}'"
-
-
-def _refuse_other_times(table: Table, name: str) -> None:
-    """Raise where a time is, by its name or the columns beside it, not that of one run of one MoE layer."""
-    several = LAYERS | (ITERATIONS if words(name) & TOTALS else set())
-    told = [f"{each} {values(table.rows, each)[-1]}" for each in table.header
-            if plain(each) in several and set(values(table.rows, each)) - {"", "1"}]  # fmt: skip
-    share = "per" in words(name) and words(name) & (LOADS - {"per"} | {"expert", "experts"})
-    if told or share or words(name) & NO_LAYER:
-        found = " beside ".join([f"time {name}", *told])
-        raise InputError(table.path, found, "the time of one whole MoE layer", f"if it is: {_asking(name)}")
-
-
-def refuse_other_operations(table: Table) -> None:
-    """Raise where a column says that what was timed is no MoE layer, but an exchange or a part of one."""
-    for name in table.header:
-        other = [value for value in values(table.rows, name) if words(value) & NO_LAYER]
-        if plain(name) in OPERATIONS and other:
-            hint = "gemopt topology reads tables of exchanges"
-            raise InputError(f"{table.path}, {name}", listed(other), "rows of whole MoE layers", hint)
 
 
 def device_columns(table: Table, asked: Sequence[str]) -> list[str]:
@@ -283,7 +212,7 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
     if _swept(name, rows, load_of):
         return False
     result = parts & RESULTS or {"per", "sec"} <= parts or {"per", "s"} <= parts
-    if (result and _numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
+    if (result and is_numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
         return True
     if unit_of(name):
         return True
@@ -301,7 +230,7 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
 def _numbers_rows(rows: list[Row], name: str, load_of: LoadOf) -> bool:
     """Whether a column only numbers rows of different loads, as an index that was saved with the table."""
     found = values(rows, name)
-    return len(found) == len(rows) == len({load_of(row) for row in rows}) and _numeric(rows, name)
+    return len(found) == len(rows) == len({load_of(row) for row in rows}) and is_numeric(rows, name)
 
 
 def _swept(name: str, rows: list[Row], load_of: LoadOf) -> bool:
@@ -320,7 +249,7 @@ def _differs_within_a_load(name: str, devices: Sequence[Table], load_of: LoadOf)
     return False
 
 
-def _numeric(rows: list[Row], name: str) -> bool:
+def is_numeric(rows: list[Row], name: str) -> bool:
     try:
         return all(float(value.removesuffix("%") or "nan") is not None for value in values(rows, name))
     except ValueError:
