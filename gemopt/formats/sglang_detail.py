@@ -20,6 +20,7 @@ from gemopt.formats.files import load_torch
 from gemopt.formats.findings import Own, own_counts, ranges
 from gemopt.formats.sglang_records import (
     check_map,
+    counted_ids,
     integer,
     map_of,
     phase_of,
@@ -44,6 +45,7 @@ class _Stage:
     tokens: dict[tuple[int, int], TokenRows] = field(default_factory=dict)
     again: int = 0
     counted: bool = False  # from ids: the file has no counts
+    differ: int = 0  # records whose ids make other counts
 
     @property
     def ranks(self) -> list[int]:
@@ -93,12 +95,14 @@ def read_detail(files: list[Path], options: TraceOptions) -> Recording | Loaded:
     stages: list[_Stage] = []
     idle: list[tuple[Path, list[tuple[Any, IntArray]]]] = []
     map_LP: NDArray[np.int64] | None = None
+    others = 0
     for path in files:
         data = load_torch(path)
         found_LP = map_of(path, data)
         map_LP = found_LP.astype(np.int64) if map_LP is None else map_LP
         check_map(path, found_LP, map_LP)
         records = [r for r in data["records"] if not isinstance(r, dict) or _is_primary(r)]
+        others += len(data["records"]) - len(records)
         counted = [(record, record_counts(path, record, map_LP)) for record in records]
         layers = {int(i) for _, counts in counted for i in np.flatnonzero(counts.any(axis=1))}
         if layers:
@@ -111,7 +115,8 @@ def read_detail(files: list[Path], options: TraceOptions) -> Recording | Loaded:
         if len(stages) > 1 and counted:
             raise InputError(str(path), "no assignments", "which pipeline stage it is of", "leave the file out")
         _add(stages[0], path, counted, map_LP, options)
-    return _result(stages, map_LP, options, files[0].parent)
+    unread = [f"{others} records of parts of a batch (two-batch overlap) are left unread"] if others else []
+    return _result(stages, map_LP, options, files[0].parent, unread)
 
 
 def _is_primary(record: dict[str, Any]) -> bool:
@@ -140,11 +145,15 @@ def _add(
 ) -> None:
     for record, counts in counted:
         stage.counted |= record.get("global_physical_count") is None
+        if "topk_ids_of_layer" in record:
+            stage.differ += not np.array_equal(counted_ids(path, record, map_LP), counts)
         if stage.add(path, record, counts) and options.keep_tokens:
             stage.tokens[_key(path, record)] = record_tokens(path, record, map_LP)
 
 
-def _result(stages: list[_Stage], map_LP: NDArray[np.int64], options: TraceOptions, folder: Path) -> Recording | Loaded:
+def _result(
+    stages: list[_Stage], map_LP: NDArray[np.int64], options: TraceOptions, folder: Path, unread: list[str]
+) -> Recording | Loaded:
     _check_ranks(stages, options, folder)
     passes = _whole_passes(stages, folder)
     logical = sum(
@@ -152,7 +161,7 @@ def _result(stages: list[_Stage], map_LP: NDArray[np.int64], options: TraceOptio
     )
     assert not isinstance(logical, int)
     used: NDArray[np.bool_] = np.asarray(logical.any(axis=(1, 2)))
-    notes = _notes(stages, len(passes))
+    notes = _notes(stages, len(passes)) + unread
     passes = [number for number, kept in zip(passes, used, strict=True) if kept]
     logical = logical if used.all() else logical[used]
     by_pass = [{stage.phases[number] for stage in stages if number in stage.phases} for number in passes]
@@ -175,6 +184,10 @@ def _notes(stages: list[_Stage], num_passes: int) -> list[str]:
         ),
         (stages[0].own.note, stages[0].own.note),
         (sum(s.again for s in stages), f"{sum(s.again for s in stages)} records came twice: counted once"),
+        (
+            sum(s.differ for s in stages),
+            f"{sum(s.differ for s in stages)} records have ids that make other counts: global_physical_count is taken",
+        ),
         (any(s.counted for s in stages), "no global_physical_count in the records: counted from topk_ids_of_layer"),
     ]
     return notes + [text for wanted, text in said if wanted]

@@ -58,8 +58,7 @@ def phase_of(record: dict[str, Any]) -> int | None:
 def record_counts(path: Path, record: Any, map_LP: IntArray) -> IntArray:
     """[rows, P] int32 physical counts of a record; older per_token records have none, but the ids make them."""
     if isinstance(record, dict) and record.get("global_physical_count") is None and "topk_ids_of_layer" in record:
-        ids = _slots(path, record, map_LP)
-        return np.stack([np.bincount(row[row >= 0], minlength=map_LP.shape[1]) for row in ids]).astype(np.int32)
+        return counted_ids(path, record, map_LP)
     for key, limit in (("forward_pass_id", 1 << 62), ("rank", 1 << 16)):
         integer(path, record, key, limit)
     name = f"{path}: global_physical_count"
@@ -69,6 +68,12 @@ def record_counts(path: Path, record: Any, map_LP: IntArray) -> IntArray:
     if int(counts.min()) < 0 or int(counts.max()) > _RECORD_LIMIT:
         raise InputError(name, int(counts.max()), f"counts from 0 to {_RECORD_LIMIT}")
     return counts.astype(np.int32, copy=False)
+
+
+def counted_ids(path: Path, record: dict[str, Any], map_LP: IntArray) -> IntArray:
+    """[rows, P] int32 physical counts that the ids of a per_token record make."""
+    ids = _slots(path, record, map_LP)
+    return np.stack([np.bincount(row[row >= 0], minlength=map_LP.shape[1]) for row in ids]).astype(np.int32)
 
 
 def _slots(path: Path, record: dict[str, Any], map_LP: IntArray) -> NDArray[np.int64]:

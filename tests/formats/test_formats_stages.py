@@ -548,3 +548,18 @@ def test_tensor_parallel_groups_count_once(load, tmp_path, source):
     traces, notes = load(folder, source)
     assert (traces.counts == groups[0] + groups[1]).all()
     assert "groups of 2 ranks recorded the same counts (they saw the same tokens): counted once" in notes
+
+
+def test_records_that_are_not_taken_are_named(load, tmp_path):
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    ids = np.argsort(np.random.default_rng(0).random((5, 6, 16)), axis=2)[:, :, :8]
+    counts = np.stack([np.stack([np.bincount(row.ravel(), minlength=16) for row in ids])] * 3)
+    more = {"topk_ids_of_layer": lambda step: torch.from_numpy(ids.astype(np.int32))}
+    per_pass(folder, "1.0", 0, counts, **more)
+    assert "other counts" not in load(folder)[1]
+    per_pass(folder, "1.0", 0, counts + (np.arange(3) == 1)[:, None, None], **more)
+    assert "1 records have ids that make other counts: global_physical_count is taken" in load(folder)[1]
+    more["gatherer_key"] = lambda step: "primary" if step else "child_a"
+    per_pass(folder, "1.0", 0, counts, **more)
+    assert "1 records of parts of a batch (two-batch overlap) are left unread" in load(folder)[1]
