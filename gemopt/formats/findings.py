@@ -10,7 +10,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray
 
-_MANY_CELLS = 16  # steps x layers
+MANY_CELLS = 16  # steps x layers
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -134,5 +134,5 @@ class Shares:
             f"expert {expert} gets one of every {times} assignments in all layers and steps: shared by all tokens, or "
             "the total of the others? then leave it out"
             for expert, times in zip(self.experts, self.times, strict=True)
-            if self.cells >= _MANY_CELLS and 1 < times < self.num_experts
+            if self.cells >= MANY_CELLS and 1 < times < self.num_experts
         ]

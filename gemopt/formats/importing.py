@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gemopt.documents import replacing
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
-from gemopt.formats.findings import Shares, check_loads, check_steps, ranges
+from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges
 from gemopt.formats.registry import engines, get
 from gemopt.placement import check_layer_ids
 from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
@@ -167,7 +167,7 @@ class _Writer:
         self.uneven = 0  # steps whose assignments are no multiple of top_k
         self.kept, self.layer_ids = rows
         self.recorded, self.experts = shape[1], shape[2]
-        self.steps = self.assignments = self.even = 0
+        self.steps = self.assignments = self.even = self.common = self.largest = 0
         self.shares = Shares(self.experts)
         self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
         self.busy: list[IntArray] = []
@@ -218,6 +218,9 @@ class _Writer:
         self.uneven += int((total_TL % self.top_k).any(axis=1).sum())
         self.even += int(((narrow.max(axis=2) == narrow.min(axis=2)).all(axis=1) & total_TL.any(axis=1)).sum())
         self.shares.add(narrow, total_TL)
+        self.largest = max(self.largest, high)
+        if self.common != 1:  # the greatest common divisor of all counts
+            self.common = int(np.gcd.reduce(narrow, axis=None, initial=self.common))
         self.stream.write(narrow.data)
 
     def notes(self) -> list[str]:
@@ -228,6 +231,11 @@ class _Writer:
                 "no count falls from any step to the next: counters that add up? then import their differences"
             )
         found += self.shares.notes()
+        if 1 < self.common < self.largest and self.shares.cells >= MANY_CELLS:
+            found.append(
+                f"all counts are multiples of {self.common}: counted by {self.common} ranks that saw the same tokens? "
+                "then they are that much too large"
+            )
         if 0 < self.even < self.steps and self.experts > 1:
             found.append(f"{self.even} of {self.steps} steps give every expert as much: warm-up?")
         if self.uneven:

@@ -468,6 +468,15 @@ def test_an_expert_of_every_token_is_named(load, tmp_path):
     assert "one of every" not in load(tmp_path / "a.npy", "array")[1]
 
 
+def test_counts_of_several_ranks_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(3))
+    np.save(tmp_path / "a.npy", 8 * counts)
+    assert "all counts are multiples of 8: counted by 8 ranks" in load(tmp_path / "a.npy", "array")[1]
+    counts[0, 0] *= 8
+    np.save(tmp_path / "a.npy", counts)
+    assert "multiples" not in load(tmp_path / "a.npy", "array")[1]
+
+
 def test_steps_of_a_warm_up_are_named(load, tmp_path):
     np.save(tmp_path / "a.npy", np.concatenate([np.full((3, 5, 16), 5), routed(np.random.default_rng(3))]))
     assert "3 of 15 steps give every expert as much: warm-up?" in load(tmp_path / "a.npy", "array")[1]
