@@ -124,6 +124,7 @@ def test_continuous_batching_equals_a_plain_simulation(lengths: list[int], batch
         ({"ids": np.zeros((0, 2, 1), int)}, "ids"),
         ({"ids": np.full((4, 2, 1), 3)}, "experts 0 to 2"),
         ({"ids": np.full((4, 2, 1), -2)}, "got -2"),
+        ({"ids": np.array([[[0, 1], [2, 2]]] * 4)}, "expert 2 twice for token 0 in layer 1"),
         ({"request_starts": [1, 2]}, "request_starts"),
         ({"request_starts": [0, 2, 2]}, "request_starts"),
         ({"request_starts": [0, 5]}, "request_starts"),

@@ -35,7 +35,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         return count_csv.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
     files, notes = _distinct(files_of(paths, *SUFFIXES), options)
-    if len(files) > 1 and all(_PART.search(path.stem) for path in files):
+    parts = {found[0] if (found := _PART.search(path.stem)) else "" for path in files}
+    if len(parts) > 1 and "" not in parts:
         limit = "steps that follow each other: these names tell parts of the same ones"
         raise InputError("PATHS", ", ".join(path.name for path in files), limit, "add up the counts of the parts first")
 

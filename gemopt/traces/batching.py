@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ def from_tokens(
     """
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or not len(ids):
         raise InputError("ids", f"{ids.dtype} {ids.shape}", "integers [tokens, layers, K], at least one token")
+    _refuse_twice(ids)
     starts = integer_array(request_starts, name="request_starts", ndim=1)
     bounds = np.append(starts, len(ids)) if not len(starts) or starts[-1] != len(ids) else starts
     lengths = np.diff(bounds)
@@ -81,6 +83,16 @@ def from_tokens(
         tokens=tokens,
         **fields,
     )
+
+
+def _refuse_twice(ids: IntArray) -> None:
+    """Raise where a token chose an expert twice in a layer: no router does."""
+    for i, j in combinations(range(ids.shape[2]), 2):
+        twice = np.argwhere((ids[:, :, i] == ids[:, :, j]) & (ids[:, :, i] >= 0))
+        if len(twice):
+            token, layer = map(int, twice[0])
+            found = f"expert {ids[token, layer, i]} twice for token {token} in layer {layer}"
+            raise InputError("ids", found, "distinct experts [tokens, layers, K]", "leave out layers without experts")
 
 
 def _decode_steps(lengths: IntArray, batch_size: int, _: int) -> IntArray:

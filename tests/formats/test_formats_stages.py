@@ -513,6 +513,10 @@ def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
         np.save(tmp_path / f"load_rank{rank}.npy", routed(rng))
     with pytest.raises(InputError, match=r"load_rank0\.npy, load_rank1\.npy; steps that follow each other"):
         load(tmp_path, "array")
+    (tmp_path / "one").mkdir()
+    for step in range(2):
+        np.save(tmp_path / "one" / f"node0_{step}.npy", routed(rng))
+    assert load(tmp_path / "one", "array")[0].num_steps == 24
     np.savez(tmp_path / "a.npz", counts=routed(rng), physical_to_logical_map=np.zeros((5, 16), int))
     with pytest.raises(InputError, match="physical_to_logical_map beside counts; counts of logical experts"):
         load(tmp_path / "a.npz", "array")
