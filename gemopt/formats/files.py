@@ -171,6 +171,9 @@ def _array(value: Any, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
 def safetensors_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The integer arrays of a safetensors file, mapped; every offset is checked against the file."""
     header, body = _safetensors(path)
+    told = header.pop("__metadata__", None)
+    if isinstance(told, dict) and "gemopt_traces" in told:
+        raise InputError(str(path), "traces of gemopt", "an engine's counts", "every command reads it as it is")
     try:
         return {name: _mapped(body, name, entry) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -183,6 +186,7 @@ def safetensors_rows(path: Path, width: int) -> tuple[list[str], NDArray[np.int6
     Many thousand small arrays are common: they are checked together and can be taken in one gather.
     """
     header, body = _safetensors(path)
+    header.pop("__metadata__", None)
     size = 8 * width
     try:
         wrong = [name for name, entry in header.items() if entry["dtype"] != "I64" or entry["shape"] != [width]]
@@ -210,7 +214,6 @@ def _safetensors(path: Path) -> tuple[dict[str, Any], NDArray[np.uint8]]:
         raise InputError(str(path), str(error), "a complete safetensors file") from None
     if not isinstance(header, dict):
         raise InputError(str(path), type(header).__name__, "a safetensors file, whose header is an object")
-    header.pop("__metadata__", None)
     return header, data[8 + length :]
 
 

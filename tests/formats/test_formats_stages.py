@@ -520,6 +520,9 @@ def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
     np.savez(tmp_path / "a.npz", counts=routed(rng), physical_to_logical_map=np.zeros((5, 16), int))
     with pytest.raises(InputError, match="physical_to_logical_map beside counts; counts of logical experts"):
         load(tmp_path / "a.npz", "array")
+    Traces(counts=routed(rng), layer_ids=range(3, 8)).save(tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match="got traces of gemopt"):
+        load(tmp_path / "t.safetensors", "array")
     np.savez(tmp_path / "a.npz", topk_ids=routed(rng))
     with pytest.raises(InputError, match="an array topk_ids"):
         load(tmp_path / "a.npz", "array")
