@@ -91,6 +91,23 @@ def test_what_a_table_does_not_tell_must_be_said() -> None:
     assert "once per rank" in (read_links(A2A, where=unknown, token_bytes=packed, once_per="rank").source or "")
 
 
+def test_types_and_routing_that_tables_name(tmp_path: Path) -> None:
+    text, path = Path(NCCL).read_text(), tmp_path / "t.csv"
+    path.write_text(text.replace(",half,", ",Half,").replace("half,", "Half,"))
+    mine = read_links(str(path), where=("op_name=alltoall", "nccl_dtype=Half")).within_node
+    assert mine == read_links(NCCL, where=ALLTOALL).within_node
+    path.write_text(text.replace("half", "int4"))
+    with pytest.raises(InputError, match="nccl_dtype: got int4; one of half, float16") as error:
+        read_links(str(path), where=("op_name=alltoall", "nccl_dtype=int4"))
+    assert "--token-bytes" not in str(error.value)  # which NCCL's tables refuse
+    head, *rows = Path(A2A).read_text().splitlines()
+    path.write_text("\n".join([head + ",distribution", *(row + ",power_law_1.2" for row in rows)]))
+    with pytest.raises(InputError, match=r"distribution: got power_law_1\.2; uniform routing"):
+        read_links(
+            str(path), where=("comm_backend=deepep_v2_context", "phase=dispatch"), token_bytes=9, once_per="rank"
+        )
+
+
 def test_parquet_reads_as_csv_does(tmp_path: Path) -> None:
     table = pytest.importorskip("pyarrow.csv").read_csv(NCCL)
     pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "nccl_perf_h100.parquet")

@@ -25,7 +25,10 @@ from gemopt.formats.table_columns import chosen_rows, refuse_mixtures
 from gemopt.formats.table_files import Row, Table, number, read, whole
 from gemopt.topology import Level, Topology, load
 
-WORD = {"half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4, "int8": 1}
+WORD = {
+    "half": 2, "float16": 2, "fp16": 2, "bfloat16": 2, "bf16": 2, "float": 4, "float32": 4, "fp32": 4, "int32": 4,
+    "int8": 1, "uint8": 1, "fp8": 1, "f8e4m3": 1, "f8e5m2": 1,
+}  # fmt: skip
 FP8 = 1 + 4 / 128  # bytes of a number: DeepEP sends a scale of 4 bytes with 128 of them
 PHASES = ("dispatch", "combine")
 NODE_RANKS = 8  # of a node that DeepEP's own tables were measured on
@@ -49,16 +52,24 @@ class Layout:
 
 def _nccl(table: Table) -> list[Row]:
     return [
-        _told(table, row, {}, ("latency",), 1e3, size=WORD.get(row.cells["nccl_dtype"], ""), once_per="")
+        _told(table, row, {}, ("latency",), 1e3, size=_word(table, row, "nccl_dtype"), once_per="")
         for row in table.rows
     ]
+
+
+def _word(table: Table, row: Row, column: str) -> int:
+    """Bytes of a number of the type that a column names."""
+    name = row.cells[column]
+    if name.lower() not in WORD:
+        raise InputError(f"{table.path} {row.where}, {column}", name, f"one of {', '.join(WORD)}")
+    return WORD[name.lower()]
 
 
 def _a2a(table: Table) -> list[Row]:
     """Of types of 8 bits and less the table says neither scales nor how results come back."""
     found = []
     for row in table.rows:
-        kind, word = row.cells["comm_backend"].rpartition("_")[2], WORD.get(row.cells["comm_dtype"], 0)
+        kind, word = row.cells["comm_backend"].rpartition("_")[2], WORD.get(row.cells["comm_dtype"].lower(), 0)
         size = word * whole(table, row, "hidden_size", largest=LARGEST) if word > 1 else ""
         once_per = {"ll": "assignment", "ht": _normally(table, row)}.get(kind, "")
         found.append(_told(table, row, {}, ("latency",), size=size, once_per=once_per))
@@ -204,7 +215,7 @@ def _size(table: Table, row: Row, token_bytes: int | None) -> float:
         raise InputError("--token-bytes", token_bytes, f"{table.path} tells: {float(told):g}", "leave it out")
     if told or token_bytes is not None:
         return float(told or token_bytes or 0)
-    found = f"type {row.cells.get('comm_dtype', row.cells.get('nccl_dtype', ''))}"
+    found = f"type {row.cells.get('comm_dtype', '')}"
     raise InputError(f"{table.path} {row.where}", found, "it does not tell the bytes of a token", "give --token-bytes")
 
 
@@ -235,6 +246,9 @@ def _tokens(table: Table, asked: str | None) -> tuple[int, int, float, str]:
     if nodes < 1 or ranks < 2 or ranks % nodes or experts % ranks or top_k < 1:
         found = f"{ranks} ranks on {nodes} nodes, top {top_k} of {experts} experts"
         raise InputError(f"{table.path} {row.where}", found, "as many ranks on each node, and experts on each rank")
+    routing = row.cells.get("distribution", "uniform")
+    if routing not in ("uniform", "balanced"):
+        raise InputError(f"{table.path}, distribution", routing, "uniform routing, from which the bytes follow")
     told = row.cells["once_per"]
     if told and asked not in (None, told):
         raise InputError("--once-per", asked, f"{table.path} was measured once per {told}", "leave it out")

@@ -538,6 +538,9 @@ def test_experts_that_every_rank_numbers_anew_are_refused(load, tmp_path):
         load(tmp_path / "a.csv", "array")
     (tmp_path / "a.csv").write_text("layer,rank,expert,count\n" + owned)
     assert (load(tmp_path / "a.csv", "array")[0].counts[0] == counts).all()
+    copied = "".join(f"{layer},{rank},{expert},{n // 2}\n" for layer, expert, n in lines for rank in {expert // 4, 3})
+    (tmp_path / "a.csv").write_text("layer,rank,expert,count\n" + copied)
+    assert load(tmp_path / "a.csv", "array")[0].num_experts == 16  # copies of all on the last rank
     from_1 = "".join(f"{layer},{expert + 1},{n}\n" for layer, expert, n in lines)
     (tmp_path / "a.csv").write_text("layer,expert,count\n" + from_1)
     assert "none is 0: are they numbered from 1?" in load(tmp_path / "a.csv", "array")[1]
