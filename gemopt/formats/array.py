@@ -14,7 +14,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays
-from gemopt.traces.arrays import NOT_IDS, are_ids, other_order, totals
+from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, other_order, totals
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import COPIES, PLAIN
 from gemopt.traces.tokens import ARRAYS
@@ -111,6 +111,9 @@ def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
     """Refuse an array whose numbers say that it holds other things, unless options tell the lengths of its axes."""
     if total := totals(counts):
         raise InputError(f"{path}: counts", total, "counts alone", "leave the totals out")
+    if counts.shape[2] == 1 or is_map(counts):
+        limit = "assignments [steps, layers, experts]"
+        raise InputError(f"{path}: counts", "a map of experts, by the numbers", limit, "gemopt placement import")
     if options.num_experts is None and are_ids(counts):
         ids = f"[{len(counts)} tokens, {counts.shape[1]} layers, {counts.shape[2]} experts per token], by the numbers"
         raise InputError(f"{path}: counts", ids, "[steps, layers, experts]", NOT_IDS)

@@ -493,6 +493,19 @@ def test_ids_of_tokens_are_no_counts(load, tmp_path, experts, top_k, dense):
     assert load(tmp_path / "a.npy", "array", num_experts=top_k)[0].num_experts == top_k  # told to be counts
 
 
+def test_maps_of_experts_are_no_counts(load, tmp_path):
+    rng = np.random.default_rng(4)
+    slots = rng.random((6, 4, 32)).argsort(axis=2)  # [steps, layers, slots]
+    held = (slots[0].reshape(4, 8, 4)[None] == np.arange(32)[:, None, None, None]).any(axis=3)  # [E, L, ranks]
+    redundant = np.concatenate([slots, slots[:, :, :4]], axis=2)
+    for each in (slots, redundant, slots[..., None][0], held.transpose(2, 1, 0).astype(int)):
+        np.save(tmp_path / "a.npy", each)
+        with pytest.raises(InputError, match="a map of experts, by the numbers"):
+            load(tmp_path / "a.npy", "array")
+    np.save(tmp_path / "a.npy", np.eye(32, dtype=int)[rng.integers(0, 32, (300, 4))])
+    assert load(tmp_path / "a.npy", "array")[0].num_steps == 300  # a token after the other
+
+
 def test_few_experts_far_apart_are_counts(load, tmp_path):
     popular = np.array([1, 3, 9, 27])
     counts = popular * np.random.default_rng(5).integers(1, 40, (300, 3, 1))  # never a tie within a row
