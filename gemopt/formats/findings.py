@@ -113,9 +113,8 @@ class Shares:
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts, self.cells = num_experts, 0
-        self.experts = self.times = np.zeros(
-            0, np.int64
-        )  # [C] which, and how many assignments there are to one of theirs
+        self.experts = np.zeros(0, np.int64)
+        self.times = self.experts  # how many assignments there are to one of theirs
 
     def add(self, counts: IntArray, total_TL: IntArray) -> None:
         """Keep those for which it holds in [T, L, E] counts too."""

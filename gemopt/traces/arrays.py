@@ -17,7 +17,7 @@ from gemopt.traces.files import IntArray
 
 COUNT_LIMIT = 2**31 - 1
 MAX_EXPERTS = 8192
-ENOUGH_SUMS, MANY_EXPERTS = 8, 64  # that are no accident
+ENOUGH_SUMS, FEWEST_SLOTS, MANY_EXPERTS = 8, 8, 64  # that are no accident
 LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
 NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
@@ -125,7 +125,9 @@ def is_map(counts: IntArray) -> bool:
     """Whether numbers say where experts are: all from 0 on in every row, or a 1 where a device has an expert."""
     rows = np.sort(counts[:LOOKED_AT], axis=2)
     last, slots = int(rows[0, 0, -1]), rows.shape[2]
-    numbered = slots > 3 and 2 * (last + 1) > slots and (rows[:, :, -1] == last).all() and not rows[:, :, 0].any()
+    numbered = (
+        slots >= FEWEST_SLOTS and 2 * (last + 1) > slots and (rows[:, :, -1] == last).all() and not rows[:, :, 0].any()
+    )
     if numbered and rows[:, :, 0].size >= ENOUGH_SUMS and (np.diff(rows, axis=2) <= 1).all():
         return True
     held = counts.sum(axis=0, dtype=np.int64)
