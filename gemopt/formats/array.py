@@ -14,6 +14,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays
+from gemopt.formats.findings import refuse_parts
 from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, other_order, totals
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import COPIES, PLAIN
@@ -23,9 +24,6 @@ SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 MOST_LAYERS = 256  # of any network known
 _ROWS = 64 << 20  # bytes handed on at once
-_PART = re.compile(
-    r"(?:^|[_.-])(?:(?:ep|dp|tp|pp)?_?rank|ep|dp|tp|pp|gpu|device|node|worker|host)[_-]?\d+(?=[_.-]|$)", re.I
-)
 _NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", "logits", "probs", "weights", "scores"}
 
 
@@ -35,10 +33,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         return count_csv.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
     files, notes = _distinct(files_of(paths, *SUFFIXES), options)
-    parts = {found[0] if (found := _PART.search(path.stem)) else "" for path in files}
-    if len(parts) > 1 and "" not in parts:
-        limit = "steps that follow each other: these names tell parts of the same ones"
-        raise InputError("PATHS", ", ".join(path.name for path in files), limit, "add up the counts of the parts first")
+    refuse_parts(files)
 
     def blocks() -> Iterator[IntArray]:
         for path in files:

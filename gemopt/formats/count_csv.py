@@ -18,7 +18,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import JSON_LIMIT, size_of
-from gemopt.formats.findings import guessed, own_counts
+from gemopt.formats.findings import guessed, own_counts, refuse_parts
 from gemopt.traces import COUNT_LIMIT
 
 SUFFIXES = (".csv",)
@@ -48,7 +48,10 @@ class _Table:
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables, summed over the ranks."""
     options.refuse_unused("tables of counts", "num_ranks")
-    tables = [_read(path) for path in files_of(paths, *SUFFIXES)]
+    files = files_of(paths, *SUFFIXES)
+    if not any(_RANK.search(path.stem) for path in files):
+        refuse_parts(files)
+    tables = [_read(path) for path in files]
     notes: list[str] = []
     steps = _steps(tables, notes)
     ranks = sorted({rank for step in steps for rank in step})

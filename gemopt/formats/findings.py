@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +13,10 @@ from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray
 
 MANY_CELLS = 16  # steps x layers
+
+_PART = re.compile(
+    r"(?:^|[_.-])(?:(?:ep|dp|tp|pp)?_?rank|ep|dp|tp|pp|gpu|device|node|worker|host)[_-]?\d+(?=[_.-]|$)", re.I
+)
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -29,6 +35,15 @@ def guessed(num_experts: int, lowest: int = 0) -> str:
     """The note for a number of experts that no file says; `lowest`: the smallest id there is."""
     from_1 = "; none is 0: are they numbered from 1?" if lowest == 1 else ""
     return f"{num_experts} experts, the highest id seen + 1; give --num-experts if the network has more{from_1}"
+
+
+def refuse_parts(files: Sequence[Path]) -> None:
+    """Raise where the names of files tell parts of the same steps, which must not follow each other in time."""
+    parts = {found[0] if (found := _PART.search(path.stem)) else "" for path in files}
+    if len(parts) > 1 and "" not in parts:
+        limit = "steps that follow each other: these names tell parts of the same ones"
+        hint = "put the stages of a pipeline side by side, add up others, and give one file"
+        raise InputError("PATHS", ", ".join(path.name for path in files), limit, hint)
 
 
 class Own(NamedTuple):

@@ -526,6 +526,10 @@ def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
         np.save(tmp_path / f"load_rank{rank}.npy", routed(rng))
     with pytest.raises(InputError, match=r"load_rank0\.npy, load_rank1\.npy; steps that follow each other"):
         load(tmp_path, "array")
+    for rank in range(2):
+        (tmp_path / f"ep{rank}.csv").write_text("layer,expert,count\n0,1,2\n")
+    with pytest.raises(InputError, match=r"ep0\.csv, ep1\.csv; steps that follow each other"):
+        load(tmp_path, "csv")
     (tmp_path / "one").mkdir()
     for step in range(2):
         np.save(tmp_path / "one" / f"node0_{step}.npy", routed(rng))
