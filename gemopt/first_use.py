@@ -12,7 +12,6 @@ from typing import cast
 import numpy as np
 
 from gemopt.bounds import lower_bound, step_bounds, together_bound
-from gemopt.bounds.colocation import Programme
 from gemopt.bounds.links import links_bound
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.links import Links
@@ -21,8 +20,7 @@ from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
-from gemopt.solvers.exact.column_master import Master
-from gemopt.solvers.exact.contents import Contents
+from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.size import paired, prover
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
@@ -74,9 +72,7 @@ def _use(solver: Solver, tiny: Problem) -> None:
         two_ranks = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS,), [Latency(((line(1, s),),)) for s in (1, 2)])
         together_bound(two_ranks, step_bounds(two_ranks), np.zeros(1, np.uint8))
         if paired(tiny):
-            master = Master(Contents.of(Programme.of(two_ranks, step_bounds(two_ranks))), 1.0)
-            master.hold(np.arange(2))
-            master.iterate(1, np.zeros(1, np.uint8))
+            ContentsSearch(two_ranks, step_bounds(two_ranks), np.inf).run(np.zeros(1, np.uint8))
         for name in ("branch", "columns"):
             if solver.name == name or (solver.name == "auto" and prover(tiny) == name):
                 get(name).solve(two_ranks, options, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,18 +15,19 @@ from test_verify import profile, traces
 from gemopt.bounds import step_bounds
 from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import costs, feasible
-from gemopt.certificate import Certificate, duals_path
+from gemopt.certificate import UNIT, Certificate, duals_path
 from gemopt.costs import fit
 from gemopt.exceptions import InputError
+from gemopt.latency import FloatArray
 from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.solve import solve
-from gemopt.solvers.exact.contents import Contents, contents_bound
+from gemopt.solvers.exact.contents import Contents, ContentsSearch
 from gemopt.solvers.size import paired
-from gemopt.solving import schedule
+from gemopt.solving import turns
 from gemopt.traces import Traces
-from gemopt.verify import verify
-from gemopt.verify.contents import least_content
+from gemopt.verify import Case, verify
+from gemopt.verify.contents import Above, least_content, pairs_of
 
 NEVER = np.zeros(1, np.uint8)
 
@@ -36,64 +38,99 @@ def one(experts: int, slots: object, *, tile: int = 1) -> Problem:
 
 
 @pytest.mark.parametrize(("experts", "slots"), [(6, [2, 2, 2]), (7, [1, 2, 4]), (5, [0, 3, 2])])
-def test_every_content_is_priced(experts: int, slots: list[int]) -> None:
+@pytest.mark.parametrize("cut", [False, True])
+def test_every_content_is_priced(experts: int, slots: list[int], cut: bool) -> None:
     problem, rng = one(experts, slots, tile=16), np.random.default_rng(0)
     programme = Programme.of(problem, step_bounds(problem))
     space, best_us = Contents.of(programme), optimum(problem)
     shape = (problem.num_steps, programme.planes_CKF.shape[1], experts)
+    if cut:
+        space = replace(space, part_TKE=np.ones(shape))
+    never = np.full(len(space.size_K), np.inf)
     for size in (0.1, 1.0, 10.0):
         mu, v = feasible(programme, rng.random(shape) ** 3 * size, np.zeros((programme.num_groups, experts)))
         pi_E = rng.normal(size=experts) * best_us / experts
-        priced = space.price(mu, pi_E, NEVER)
+        priced = space.price(mu, pi_E, never, NEVER)
         assert priced is not None and priced[0] <= best_us
         alone_CE, pair_CEE, _ = costs(programme, mu, v)
-        expected = float((programme.weights_T - mu.sum(axis=(1, 2))) @ programme.floor_T) + pi_E.sum()
+        least = []
         for c, factor, count in zip(programme.group_G, programme.factor_G, programme.slots_G, strict=True):
-            expected += min(
-                sum(factor * alone_CE[c, i] - pi_E[i] for i in some)
-                + sum(factor * pair_CEE[c, i, j] for i, j in combinations(some, 2))
-                for some in combinations(range(experts), int(count))
+            least.append(
+                min(
+                    sum(factor * alone_CE[c, i] - pi_E[i] for i in some)
+                    + sum(factor * pair_CEE[c, i, j] for i, j in combinations(some, 2))
+                    + cut * above(programme, mu, programme.planes_CKF[c] * factor, list(some))
+                    for some in combinations(range(experts), int(count))
+                )
             )
+        expected = float((programme.weights_T - mu.sum(axis=(1, 2))) @ programme.floor_T) + pi_E.sum() + sum(least)
         assert priced[0] == pytest.approx(expected, rel=1e-9)
+        asked = space.price(mu, pi_E, np.full(len(space.size_K), min(least) - 1.0), NEVER)
+        assert asked is not None and asked[0] < priced[0] and not len(asked[1])
         members = space.members(priced[1])
         parts = space.parts(priced[1][:1], programme.floor_T[None], 2.0)
         loads_T = programme.features_FTE[0][:, members[0, : space.size_K[0]]].sum(axis=1)
-        a, b = programme.planes_CKF[space.group_K[0], 0] * space.factor_K[0]
-        assert parts[0, : problem.num_steps] == pytest.approx(2 * (a + b * loads_T - programme.floor_T), rel=1e-5)
-        assert all(
-            len(set(row[:n].tolist())) == n for row, n in zip(members, space.size_K[space.kind(priced[1])], strict=True)
-        )
+        a_KF = programme.planes_CKF[space.group_K[0]] * space.factor_K[0]
+        over_KT = a_KF[:, :1] + a_KF[:, 1:] * loads_T - programme.floor_T
+        expected_M = over_KT.max(axis=0).clip(0) if cut else over_KT.ravel()
+        assert parts[0] == pytest.approx(2 * expected_M, rel=1e-5, abs=1e-5)
+        kind = space.kind(priced[1])
+        assert all(len(set(row[:n].tolist())) == n for row, n in zip(members, space.size_K[kind], strict=True))
+        for k, n in enumerate(space.size_K):
+            assert space.ids(k, members[kind == k][:, :n]).tolist() == priced[1][kind == k].tolist()
+
+
+def above(programme: Programme, mu_TKE: FloatArray, planes_KF: FloatArray, some: list[int]) -> float:
+    """What a content takes above the planes that its multipliers chose."""
+    loads_FT = programme.features_FTE[:, :, some].sum(axis=2)
+    planes_KT = planes_KF[:, :1] + planes_KF[:, 1:] @ loads_FT
+    top_T = np.maximum(planes_KT.max(axis=0), programme.floor_T)
+    return float((mu_TKE[:, :, some].sum(axis=2) * (top_T - planes_KT).T).sum())
 
 
 def test_the_iteration_rises_to_a_bound() -> None:
-    problem = one(6, [2, 2, 2])
+    problem = one(8, [3, 3, 2])
     floor_T, best_us = step_bounds(problem), optimum(problem)
-    found = contents_bound(problem, floor_T, NEVER, best_us)
+    search = ContentsSearch(problem, floor_T, best_us)
+    assert search.run(NEVER, 0.0).iterations == 0 and not search.ended
+    found = search.run(NEVER)
     assert float(problem.weights_T @ floor_T) < found.bound_us <= best_us * (1 + 1e-9)
+    assert search.ended and search.space.part_TKE is not None
     assert not paired(one(6, [3, 3, 3])) and not paired(one(60, None)) and not paired(one(3, [1, 1, 1]))
 
 
 def test_the_least_content_in_whole_numbers() -> None:
     rng = np.random.default_rng(0)
+    cost, _ = fit(profile(tile=16), model="staircase")
     for experts, size in ((1, 1), (6, 3), (7, 2), (5, 5)):
-        alone = [int(x) << 60 for x in rng.integers(-(10**6), 10**6, experts)]
-        together = [[int(x) << 60 for x in row] for row in rng.integers(-(10**6), 10**6, (experts, experts))]
-        expected = min(
-            sum(alone[i] for i in some) + sum(together[i][j] for j, i in combinations(some, 2))
-            for some in combinations(range(experts), size)
-        )
-        assert least_content(alone, together, size, "") == expected
-    large = [(1 << 200) + 1, -(1 << 199) - 1]
-    assert large[1] - (1 << 152) < least_content(large, [[], [5]], 1, "") <= large[1]
+        alone = [int(x) << 68 for x in rng.integers(-(10**6), 10**6, experts)]
+        together = [[int(x) << 68 for x in row] for row in rng.integers(-(10**6), 10**6, (experts, experts))]
+        case = Case(rng.integers(0, 60, (40, experts)), cost, np.array([experts]))
+        mu_TKE = rng.integers(0, UNIT // experts, (40, 1, experts)) * rng.integers(0, 2, (40, 1, 1))
+        stepwise = Above(case, 0, [[0, 0]], UNIT, mu_TKE)
+        expected, plain = [], []
+        for some in combinations(range(experts), size):
+            pairs = sum(alone[i] for i in some) + sum(together[i][j] for j, i in combinations(some, 2))
+            loads_FT = case.loads_FTE[:, :, list(some)].sum(axis=2)
+            times_T = np.maximum(case.floor_ps(case.times_us(0, loads_FT)), case.floors_T)
+            mass_T = mu_TKE[:, 0, list(some)].sum(axis=1)
+            plain.append(pairs)
+            expected.append(pairs + (int((times_T * mass_T).sum()) << 48))
+        found = least_content(pairs_of(alone, together, size, ""), stepwise)
+        assert min(plain) < found <= min(expected) and min(expected) - found < 1 << 60
+    large = pairs_of([(1 << 200) + 1, -(1 << 199) - 1], [[], [5]], 1, "")
+    two = Case(case.counts_TE[:, :2], cost, np.array([2]))
+    none = Above(two, 0, [[0, 0]], UNIT, np.zeros((40, 1, 2), np.int64))
+    assert -(1 << 199) - 1 - (1 << 152) < least_content(large, none) <= -(1 << 199) - 1
     with pytest.raises(InputError, match="contents of a rank"):
-        least_content([0] * 64, [], 32, "")
+        pairs_of([0] * 64, [], 32, "")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile, Traces]:
     path = tmp_path_factory.mktemp("contents") / "cert.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "PAIRED_S", 0.0)
+        patch.setattr(turns, "LEAST_S", 0.0)
         solve(profile(), traces(experts=6), solver="local-search", patience=3, time_limit=60, certificate=path)
     return path, profile(), traces(experts=6)
 

@@ -64,11 +64,18 @@ class Layer:
         value = None if self.outcome is None else value_of(self.outcome)
         return np.inf if value is None else max(0.0, value - self.bound_us)
 
+    def prove(self, found: Together) -> None:
+        """Take a bound over, where it is higher."""
+        self.together = max(self.together or found, found, key=lambda each: each.bound_us)
+        self.bound_us = max(self.bound_us, found.bound_us)
+
     def again(self, number: int) -> Layer:
-        """The same layer with the same answer, to be searched from another seed."""
+        """The same layer with the same answer, to be searched from another seed, and that alone."""
         assert self.outcome is not None
         begun = replace(self.outcome, history=[], search=None)
-        return replace(self, warm=self.outcome.row, seed=self.seed + SEEDS * number, outcome=begun, seconds=0.0)
+        return replace(
+            self, warm=self.outcome.row, seed=self.seed + SEEDS * number, outcome=begun, seconds=0.0, floor_T=None
+        )
 
     def take(self, other: Layer) -> None:
         """What another search of this layer found, where it is better."""

@@ -25,17 +25,17 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Solver, incumbent, within_limits
-from gemopt.solvers.exact.contents import contents_bound
+from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.search.packing import filled
-from gemopt.solvers.size import paired, provable, prover
+from gemopt.solvers.size import provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
+from gemopt.solving.turns import in_turns, takes_turns
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
 WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts from
-PAIRED_S = 3.0  # of a layer's share, from which all contents of ranks are priced after the co-location bound,
-PAIRS_SHARE = 0.4  # which then has at most this much of it
+PAIRS_SHARE = 0.4  # of a layer's time for bounds is the co-location bound's at most, where contents are priced after it
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
 
@@ -248,27 +248,29 @@ class Run:
         if layer.bound_us >= target_us or options.expired():
             return
         share_s, left_s = deadline - time.monotonic(), options.remaining
-        both = share_s >= PAIRED_S and paired(layer.problem)
+        both = takes_turns(layer, share_s)
         if both:
             share_s = left_s = PAIRS_SHARE * share_s
         with replace(options, deadline=time.monotonic() + left_s).alarm() as stop:
-            layer.together = together_bound(
+            found = together_bound(
                 layer.problem, layer.floor_T, stop, target_us=target_us, share_s=share_s, left_s=left_s
             )
-        if both and layer.together.bound_us < target_us:
+        layer.prove(found)
+        if both and self.exact and layer.bound_us < target_us:  # which cannot take turns
             with replace(options, deadline=deadline).alarm() as stop:
-                higher = contents_bound(layer.problem, layer.floor_T, stop, target_us)
-            layer.together = max(layer.together, higher, key=lambda found: found.bound_us)
-        layer.bound_us = max(layer.bound_us, layer.together.bound_us)
+                layer.prove(ContentsSearch(layer.problem, layer.floor_T, target_us).run(stop))
 
     def _search(self, pool: ThreadPoolExecutor, end: float) -> None:
         """Deeper searches; with more workers than layers each from several seeds, of which the best counts."""
-        proves = self.solver.supports.proves and (self.exact or provable(self.layers[0].problem))
-        more = 0 if proves or self.patience == 0 else self.workers // len(self.layers) - 1
+        more = 0 if self._proves(self.layers[0]) or self.patience == 0 else self.workers // len(self.layers) - 1
         others = [(layer, layer.again(number)) for number in range(1, 1 + more) for layer in self.layers]
         self._phase(pool, "_deepen", end, [*self.layers, *(other for _, other in others)])
         for layer, other in others:
             layer.take(other)
+
+    def _proves(self, layer: Layer) -> bool:
+        """Whether the solver tries a proof of its own."""
+        return self.solver.supports.proves and (self.exact or provable(layer.problem))
 
     def _deepen(self, layer: Layer, deadline: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""
@@ -281,6 +283,20 @@ class Run:
             if self.exact:
                 first.reached, first.start_us, first.note = False, value_of(first), "no time left to run"
             return
+        if self.patience == 0 or self._proves(layer) or not takes_turns(layer, options.remaining):
+            self._search_on(layer, options)
+        else:
+            in_turns(
+                layer,
+                lambda until: self._options(layer, min(deadline, until)),
+                lambda turn: self._search_on(layer, turn),
+                self.gap,
+            )
+
+    def _search_on(self, layer: Layer, options: Options) -> None:
+        """The solver, from where the layer stands."""
+        first = layer.outcome
+        assert first is not None
         layer.outcome = _full(layer, self.solver.solve(layer.problem, options, first.row))
         if layer.outcome.search is None or layer.outcome.search is not first.search:
             layer.outcome.history = first.history + layer.outcome.history

@@ -105,17 +105,20 @@ def _bound_of_contents(
     case: Case, layer: LayerProof, mu_TKE: IntArray, pi: list[int], slots_C: list[int], fixed: int
 ) -> float:
     """With prices of experts in 2^-24 picoseconds, and every content of a rank at what it costs."""
-    from gemopt.verify.contents import least_content
+    from gemopt.verify.contents import Above, least_content, pairs_of
 
     alone, together = _pairs(case, layer, mu_TKE)
-    least: dict[tuple[int, int], int] = {}
+    least: dict[object, int] = {}
     total = fixed + sum(pi) * UNIT**2
-    for c, factor in zip(layer.group, layer.factor, strict=True):
-        if (c, factor) not in least:
+    for g, c, factor in zip(np.flatnonzero(case.slots_G).tolist(), layer.group, layer.factor, strict=True):
+        terms = case.cost.latencies[g].terms
+        key = c, factor, tuple(tuple((*x.x, None, *x.y, x.slope) for x in term) for term in terms)
+        if key not in least:
             mine = [factor * cost - price * UNIT**2 for cost, price in zip(alone[c], pi, strict=True)]
-            pairs = [[factor * cost for cost in row] for row in together[c]]
-            least[c, factor] = least_content(mine, pairs, slots_C[c], f"Certificate.layers[{layer.layer_id}]")
-        total += least[c, factor]
+            costs = [[factor * cost for cost in row] for row in together[c]]
+            pairs = pairs_of(mine, costs, slots_C[c], f"Certificate.layers[{layer.layer_id}]")
+            least[key] = least_content(pairs, Above(case, g, layer.planes[c], factor, mu_TKE))
+        total += least[key]
     return below(Fraction(total, UNIT**3 * PS))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from gemopt.bounds import lower_bound, step_bounds, together_bound
 from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import dual_bound, feasible, pair_costs
 from gemopt.problem import Problem
-from gemopt.solvers.exact.contents import Contents, contents_bound
+from gemopt.solvers.exact.contents import Contents, ContentsSearch
 from gemopt.solvers.size import paired
 
 CLOSE = 1e-9
@@ -37,16 +38,19 @@ def together_values(problem: Problem, floor_T: np.ndarray, best_us: float, seed:
     if not (problem.weights_T > 0).any():
         return
     if seed % 10 == 0 and paired(problem):  # thousands of iterations
-        yield "contents", contents_bound(problem, floor_T, stop, best_us).bound_us
+        yield "contents", ContentsSearch(problem, floor_T, best_us).run(stop).bound_us
     for apart in (False, True):
         programme = Programme.of(problem, floor_T, apart=apart)
         for multipliers in (_drawn(rng, programme, best_us), _one_pair(rng, programme, best_us)):
             yield f"dual (apart: {apart})", dual_bound(programme, *multipliers)
             if paired(problem):
                 mu, v = feasible(programme, *multipliers)
-                priced = Contents.of(programme).price(mu, v[0] + rng.normal(size=len(v[0])) * best_us, stop)
-                assert priced is not None
-                yield f"contents (apart: {apart})", priced[0]
+                for part_TKE in (None, np.ones_like(mu)):  # latencies not cut at the floors, and cut
+                    space = replace(Contents.of(programme), part_TKE=part_TKE)
+                    most_K = np.full(len(space.size_K), rng.choice([np.inf, rng.normal() * best_us]))
+                    priced = space.price(mu, v[0] + rng.normal(size=len(v[0])) * best_us, most_K, stop)
+                    assert priced is not None
+                    yield f"contents (apart: {apart}, cut: {part_TKE is not None})", priced[0]
 
 
 def _drawn(rng: np.random.Generator, programme: Programme, best_us: float) -> tuple[np.ndarray, np.ndarray]:

@@ -59,6 +59,21 @@ class Master:
         self.z["mu"] = np.tile(self.z["mu"], (1, len(levels_LT)))
         self.most_columns = int(MOST_ROOM / self.z["mu"].shape[1])
 
+    def fold(self, space: Contents) -> None:
+        """Go on, with the next `hold`, where a latency is one row: the largest of its planes, cut at the floors."""
+        self.z["mu"] = self.z["mu"].reshape(len(self.z["mu"]), self.space.planes, -1).sum(axis=1)
+        self.space = space
+        self.cut(self.levels_LT)
+
+    def least(self) -> FloatArray:
+        """[K] least that any column of a kind costs less the prices of its experts, about, in microseconds."""
+        mu, pi, net_N = self.image["mu"], self.image["pi"] * self.ratio, np.zeros(len(self.ids))
+        for s in range(self.sets.shape[1]):
+            mine = np.flatnonzero(self.sizes > s)
+            experts = self.sets[mine, s]
+            net_N[mine] += np.einsum("nm,nm->n", self.parts[mine], mu[experts]) - pi[experts]
+        return np.array([net_N[self.kind == k].min(initial=np.inf) for k in range(len(self.space.count_K))]) * self.unit
+
     @property
     def used(self) -> IntArray:
         """Columns in use."""

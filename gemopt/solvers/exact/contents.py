@@ -3,22 +3,22 @@
 With the multipliers of the co-location programme (`gemopt.bounds.dual_bound`) what a content C costs on rank g of group
 c is a sum over pairs, whatever the steps. For any prices pi of experts no placement without copies is below
 
-    sum_t (w_t - sum mu_t) floor_t  +  sum_i pi_i  +  sum_g min_C ( s_g cost_c(C) - sum_{i in C} pi_i )
+    sum_t (w_t - sum mu_t) floor_t  +  sum_i pi_i  +  sum_g min_C ( s_g cost_c(C) + above_g(C) - sum_{i in C} pi_i )
     cost_c(C) = sum_{i in C} alone_ci  +  sum_{i < j in C} sum_kf b_ckf (M_kfij + M_kfji)
     alone_ci = sum_k a_ck sum_t mu_tki + sum_kf b_ckf M_kfii
+    above_g(C) = sum_tk (sum_{i in C} mu_tki) ( max(floor_t, max_k f_gk(C, t)) - f_gk(C, t) )
 
-where C runs over all sets of S_g experts. They are taken in halves: one product of matrices prices every left half with
-every right one. The master programme over the cheapest contents (`column_master`) gives multipliers and prices.
+where C runs over all sets of S_g experts, and f_gk are the planes of g. `above` is no sum over pairs, but it is never
+negative: it is computed only for contents that would be cheapest without it (`content_kernels`). The master programme
+over the cheapest contents (`column_master`) gives multipliers and prices: at first without `above`, later with it.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
 from math import comb
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,28 +30,24 @@ from gemopt.bounds.together import TOLERANCE, worthwhile
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_master import Master
+from gemopt.solvers.exact.content_kernels import Steps, cheapest
 
 IntArray = NDArray[np.int64]
 
 ITERATIONS = 40  # of the master between two looks at all contents
-EXACT = 3  # looks, of which one is a bound
-HELD = 800  # cheapest contents in the master, beside those in use
+HELD = 800  # cheapest contents of all kinds in the master, beside those in use
 FEWEST = 3000  # iterations before it may stop without having risen above the floors
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
-
-
-class Half(NamedTuple):
-    """Sets of some experts of one half of all: listed [N, size], and as ones [N, experts of that half]."""
-
-    sets: NDArray[np.uint8]
-    held: NDArray[np.float32]
+SLOW = 0.2  # of what is open, in the last quarter of the iterations: then latencies are cut at the floors
+TINY = 1e-20  # microseconds; smaller multipliers count as none, since their products are slow to compute
 
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """Contents of ranks kind by kind, and in each by how many experts of the left half they hold; see `Master`.
+    """Contents of ranks, numbered kind by kind and in each in colexicographic order; see `Master`.
 
     Kinds are ranks of one group with one factor. group_K, factor_K, count_K, size_K: of each kind, its ranks and slots.
+    part_TKE: part of a multiplier that goes to each plane, once latencies are cut at the floors; None before.
     """
 
     problem: Programme
@@ -59,6 +55,7 @@ class Contents:
     factor_K: FloatArray
     count_K: IntArray
     size_K: IntArray
+    part_TKE: FloatArray | None = None
 
     @classmethod
     def of(cls, programme: Programme) -> Contents:
@@ -76,145 +73,163 @@ class Contents:
 
     @property
     def planes(self) -> int:
-        """K, planes of a latency."""
-        return int(self.problem.planes_CKF.shape[1])
-
-    @cached_property
-    def halves(self) -> dict[int, list[tuple[Half, Half]]]:
-        """For every number of slots the sets of the left half and of the right half that go together."""
-        experts, middle = self.problem.num_experts, self.problem.num_experts // 2
-        left, right = range(middle), range(middle, experts)
-        return {
-            size: [
-                (_half(left, mine), _half(right, size - mine))
-                for mine in range(max(0, size - len(right)), min(middle, size) + 1)
-            ]
-            for size in np.unique(self.size_K).tolist()
-        }
+        """Rows that a latency has in the master: its planes, or one once it is cut."""
+        return 1 if self.part_TKE is not None else int(self.problem.planes_CKF.shape[1])
 
     @cached_property
     def first_K(self) -> IntArray:
         """Where the contents of a kind begin."""
         return np.cumsum([0, *(comb(self.problem.num_experts, int(size)) for size in self.size_K)])[:-1]
 
+    @cached_property
+    def ways_SE(self) -> IntArray:
+        """[most slots + 1, E + 1] how many sets of s experts there are below the e-th."""
+        experts, most = self.problem.num_experts, int(self.size_K.max())
+        return np.array([[min(comb(e, s), 2**62) for e in range(experts + 1)] for s in range(most + 1)])
+
     def kind(self, ids: IntArray) -> IntArray:
         """Kinds of some contents."""
         return np.searchsorted(self.first_K, ids, side="right") - 1
 
+    def ids(self, k: int, sets_NS: NDArray[np.uint8]) -> IntArray:
+        """Numbers of contents [N, S] of kind k."""
+        sorted_NS = np.sort(sets_NS.astype(np.int64), axis=1)
+        return np.asarray(self.first_K[k] + self.ways_SE[np.arange(1, sorted_NS.shape[1] + 1), sorted_NS].sum(axis=1))
+
     def members(self, ids: IntArray) -> NDArray[np.uint8]:
         """[n, most slots] experts of some contents, then zeros."""
         out, kind_N = np.zeros((len(ids), int(self.size_K.max())), np.uint8), self.kind(ids)
-        at_N = ids - self.first_K[kind_N]
-        for size, blocks in self.halves.items():
-            first = 0
-            for left, right in blocks:
-                last = first + len(left.sets) * len(right.sets)
-                mine = np.flatnonzero((self.size_K[kind_N] == size) & (at_N >= first) & (at_N < last))
-                rows, columns = np.divmod(at_N[mine] - first, len(right.sets))
-                out[mine, :size] = np.hstack([left.sets[rows], right.sets[columns]])
-                first = last
+        left_N, size_N = ids - self.first_K[kind_N], self.size_K[kind_N]
+        for s in range(out.shape[1], 0, -1):
+            mine = np.flatnonzero(size_N >= s)
+            out[mine, s - 1] = np.searchsorted(self.ways_SE[s], left_N[mine], side="right") - 1
+            left_N[mine] -= self.ways_SE[s, out[mine, s - 1]]
         return out
 
     def parts(self, ids: IntArray, ends_LT: FloatArray, scale: float) -> NDArray[np.float32]:
-        """[n, K T] `scale` times what each plane has above the floors, or below them."""
+        """[n, rows T] `scale` times what each plane has above the floors, or below them; cut, what the largest has."""
         p, members, kind_N = self.problem, self.members(ids), self.kind(ids)
         out = np.empty((len(ids), self.planes * len(p.weights_T)), np.float32)
         for k in range(len(self.size_K)):
             mine = np.flatnonzero(kind_N == k)
             loads_FTN = p.features_FTE[:, :, members[mine, : self.size_K[k]]].sum(axis=3)
             planes_KF = p.planes_CKF[self.group_K[k]] * self.factor_K[k]
-            times_KTN = planes_KF[:, 0, None, None] + np.tensordot(planes_KF[:, 1:], loads_FTN, 1)
-            out[mine] = (times_KTN - ends_LT[0, :, None]).reshape(out.shape[1], len(mine)).T * scale
+            times_KTN = planes_KF[:, 0, None, None] + np.tensordot(planes_KF[:, 1:], loads_FTN, 1) - ends_LT[0, :, None]
+            if self.part_TKE is not None:
+                times_KTN = times_KTN.max(axis=0, keepdims=True).clip(0)
+            out[mine] = times_KTN.reshape(out.shape[1], len(mine)).T * scale
         return out
 
     def price(
-        self, mu_TKE: FloatArray, pi_E: FloatArray, stop: NDArray[np.uint8], *, exact: bool = True
+        self, mu_TKE: FloatArray, pi_E: FloatArray, most_K: FloatArray, stop: NDArray[np.uint8]
     ) -> tuple[float, IntArray] | None:
-        """(bound of feasible multipliers and any prices, about the cheapest contents); None when stopped.
+        """(bound of feasible multipliers and any prices, the cheapest contents); None when stopped.
 
-        Not exact: in float32, which is faster and no bound.
+        most_K: microseconds; contents that cost as much less their prices, or more, are not asked for.
         """
-        p, kind = self.problem, np.float64 if exact else np.float32
+        p = self.problem
         alone_CE, pair_CEE, size_CE = costs(p, mu_TKE, np.zeros((p.num_groups, p.num_experts)))
         value = float((p.weights_T - mu_TKE.sum(axis=(1, 2))) @ p.floor_T) + float(pi_E.sum())
-        size = abs(value) + 2 * float(np.abs(pi_E).sum()) * (1 + int(self.count_K.sum()))
+        ranks, planes = int(self.count_K.sum()), mu_TKE.shape[1]
+        size = abs(value) + ranks * float(p.weights_T @ np.abs(p.floor_T)) + 2 * float(np.abs(pi_E).sum()) * (1 + ranks)
         found = []
         for k, (c, factor) in enumerate(zip(self.group_K, self.factor_K, strict=True)):
-            if stop[0]:
+            order = np.argsort(-alone_CE[c])  # those first that decide most
+            alone_E, pair_EE = (factor * alone_CE[c] - pi_E)[order], factor * pair_CEE[c][np.ix_(order, order)]
+            wanted = min(HELD // len(self.size_K) + 1, comb(p.num_experts, int(self.size_K[k])))
+            net_M, sets_MS = np.full(wanted, np.inf), np.zeros((wanted, int(self.size_K[k])), np.uint8)
+            steps = self._steps(k, mu_TKE, order)
+            if not cheapest(alone_E, pair_EE, sets_MS.shape[1], most_K[k], steps, net_M, sets_MS, stop):
                 return None
-            alone_E, pair_EE = factor * alone_CE[c] - pi_E, factor * pair_CEE[c]
-            cost_N, ids = self._cheapest(k, alone_E.astype(kind), pair_EE.astype(kind))
-            least = float(cost_N.min())
+            least = min(float(net_M.min()), float(most_K[k]))
             value += int(self.count_K[k]) * least
             size += int(self.count_K[k]) * (factor * float(size_CE[c].sum()) + abs(least))
-            found.append(ids[np.argsort(cost_N)[: HELD // len(self.size_K) + 1]])
-        return value - rounding(p, size) if exact else -np.inf, np.concatenate(found)
+            found.append(self.ids(k, order[sets_MS[np.isfinite(net_M)]]))
+        return value - (1 + planes) * rounding(p, size), np.concatenate(found)
 
-    def _cheapest(self, k: int, alone_E: NDArray[Any], pair_EE: NDArray[Any]) -> tuple[NDArray[Any], IntArray]:
-        """(cost, number) of the cheapest content of kind k with each left half."""
-        middle, first = len(alone_E) // 2, int(self.first_K[k])
-        parts, ids = [], []
-        for left, right in self.halves[int(self.size_K[k])]:
-            left_AE, right_BE = left.held.astype(alone_E.dtype), right.held.astype(alone_E.dtype)
-            left_A = _inside(left_AE, alone_E[:middle], pair_EE[:middle, :middle])
-            right_B = _inside(right_BE, alone_E[middle:], pair_EE[middle:, middle:])
-            across_AE = np.column_stack([left_AE @ pair_EE[:middle, middle:], left_A, np.ones_like(left_A)])
-            cost_AB = across_AE @ np.column_stack([right_BE, np.ones_like(right_B), right_B]).T
-            best_A = cost_AB.argmin(axis=1)
-            parts.append(cost_AB[np.arange(len(best_A)), best_A])
-            ids.append(first + np.arange(len(best_A)) * len(right.sets) + best_A)
-            first += cost_AB.size
-        return np.concatenate(parts), np.concatenate(ids)
+    def _steps(self, k: int, mu_TKE: FloatArray, order: IntArray) -> Steps:
+        """What contents of kind k take at every step, of experts in this order; no planes before latencies are cut."""
+        p, planes = self.problem, 0 if self.part_TKE is None else mu_TKE.shape[1]
+        planes_PF = p.planes_CKF[self.group_K[k], :planes] * self.factor_K[k]
+        mu_EPT = np.where(mu_TKE > TINY, mu_TKE, 0.0)[:, :planes, order].transpose(2, 1, 0)
+        rise_EPT = np.tensordot(planes_PF[:, 1:], p.features_FTE[:, :, order], 1).transpose(2, 0, 1)
+        return Steps(*map(np.ascontiguousarray, (mu_EPT, rise_EPT, planes_PF[:, 0], p.floor_T)))
 
 
-def _half(experts: range, size: int) -> Half:
-    sets = np.array(list(combinations(experts, size)), np.uint8).reshape(comb(len(experts), size), size)
-    held = np.zeros((len(sets), len(experts)), np.float32)
-    np.put_along_axis(held, sets.astype(np.int64) - experts.start, 1.0, axis=1)
-    return Half(sets, held)
+class ContentsSearch:
+    """A bound of all contents of ranks that rises while `run` does; later and higher than `together_bound`.
 
+    `problem` is one that `paired` says yes to, `floor_T` and `target_us` as there. found: what is known. ended: nothing
+    more is to be gained. look_s: seconds from one look at all contents to the next.
+    """
 
-def _inside(held_NE: NDArray[Any], alone_E: NDArray[Any], pair_EE: NDArray[Any]) -> NDArray[Any]:
-    """[N] cost of the experts of sets alone and with one another."""
-    return np.asarray(held_NE @ alone_E + ((held_NE @ pair_EE) * held_NE).sum(axis=1) / 2)
+    def __init__(self, problem: Problem, floor_T: FloatArray, target_us: float) -> None:
+        self.base = float(problem.weights_T @ floor_T)
+        self.found = Together(self.base - TOLERANCE * abs(self.base))
+        self.target_us = target_us if np.isfinite(target_us) else 1.1 * self.base
+        self.ended, self.look_s = not worthwhile(problem, self.base), 0.0
+        if not self.ended:
+            self.found.programme = Programme.of(problem, floor_T)
+            self.space = Contents.of(self.found.programme)
+            self.master = Master(self.space, self.target_us)
 
+    def run(self, stop: NDArray[np.uint8], seconds: float = np.inf) -> Together:
+        """Go on until stopped, which may lose what one look took, or so many seconds are over, or ended."""
+        begin = time.monotonic()
+        while not (stop[0] or self.ended or time.monotonic() - begin >= seconds):
+            now = time.monotonic()
+            self.master.iterate(ITERATIONS if len(self.master.ids) else 0, stop)
+            cheap = self._look(stop)
+            if cheap is None:
+                break
+            self.look_s = time.monotonic() - now
+            self.found.seconds.append(sum(self.found.seconds[-1:]) + self.look_s)
+            self.ended = self.found.bound_us >= self.target_us * (1 - TOLERANCE) or self._stalled()
+            if self.space.part_TKE is None and self._slow():
+                self._cut()
+            self.master.hold(np.concatenate([self.master.used, cheap]))
+        return self.found
 
-def contents_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8], target_us: float) -> Together:
-    """As `together_bound`, with all contents of ranks: higher and later. `problem` is one that `paired` says yes to."""
-    begin, base = time.monotonic(), float(problem.weights_T @ floor_T)
-    found = Together(base - TOLERANCE * abs(base))
-    if not worthwhile(problem, base):
-        return found
-    found.programme = Programme.of(problem, floor_T)
-    space = Contents.of(found.programme)
-    unit = target_us if np.isfinite(target_us) else 1.1 * base
-    master = Master(space, unit)
-    while not stop[0]:
-        mu, pi_E = master.multipliers()
-        mu_TKE = mu[0].reshape(problem.num_experts, space.planes, -1).transpose(2, 1, 0)
-        mu_TKE, v_CE = feasible(found.programme, mu_TKE, np.zeros((space.problem.num_groups, problem.num_experts)))
+    def _look(self, stop: NDArray[np.uint8]) -> IntArray | None:
+        """The bound of the multipliers now, and contents that are cheap with them; None when stopped."""
+        space, found, p = self.space, self.found, self.space.problem
+        mu, pi_E = self.master.multipliers()
+        mu_TKE = mu[0].reshape(p.num_experts, space.planes, -1).transpose(2, 1, 0)
+        if space.part_TKE is not None:
+            mu_TKE = mu_TKE * space.part_TKE
+        mu_TKE, v_CE = feasible(p, mu_TKE, np.zeros((p.num_groups, p.num_experts)))
         pi_E = np.nan_to_num(pi_E + space.floor_T @ mu_TKE.sum(axis=1), nan=0.0, posinf=0.0, neginf=0.0)
-        exact = master.iterations % (EXACT * ITERATIONS) == 0
-        priced = space.price(mu_TKE, pi_E, stop, exact=exact)
+        most_K = np.full(len(space.size_K), np.inf) if space.part_TKE is None else self.master.least()
+        priced = space.price(mu_TKE, pi_E, most_K, stop)
         if priced is None:
-            break
-        bound_us, cheapest = priced
+            return None
+        bound_us, cheap = priced
         if bound_us > found.bound_us:
             found.bound_us, found.multipliers, found.prices_E = bound_us, (mu_TKE, v_CE), pi_E
-        found.iterations = master.iterations
-        if exact:
-            found.looks.append((master.iterations, found.bound_us))
-            found.seconds.append(time.monotonic() - begin)
-            if found.bound_us >= unit * (1 - TOLERANCE) or _stalled(found, unit):
-                break
-        master.hold(np.concatenate([master.used, cheapest]))
-        master.iterate(ITERATIONS, stop)
-    return found
+        found.iterations = self.master.iterations
+        found.looks.append((found.iterations, found.bound_us))
+        return cheap
 
+    def _cut(self) -> None:
+        """Latencies cut at the floors from now on, each multiplier divided among the planes as it is."""
+        assert self.found.multipliers is not None
+        mu_TKE, _ = self.found.multipliers
+        total_TKE = np.repeat(mu_TKE.sum(axis=1, keepdims=True), mu_TKE.shape[1], axis=1)
+        part_TKE = np.full_like(mu_TKE, 1 / mu_TKE.shape[1])
+        np.divide(mu_TKE, total_TKE, out=part_TKE, where=total_TKE > TINY)
+        self.space = replace(self.space, part_TKE=part_TKE)
+        self.master.fold(self.space)
 
-def _stalled(found: Together, target_us: float) -> bool:
-    """Whether the last half of the iterations gained next to nothing of what is open: the first ones never do."""
-    now, bound = found.looks[-1]
-    before = [value for count, value in found.looks if count <= now / 2]
-    risen = before[-1] > found.looks[0][1] or now >= FEWEST
-    return risen and bound - before[-1] <= LEAST_GAIN * (target_us - bound)
+    def _slow(self) -> bool:
+        """Whether the bound, above the floors, rose by little of what is open in the last quarter of the iterations."""
+        now, bound = self.found.looks[-1]
+        before = [value for count, value in self.found.looks if count <= 0.75 * now]
+        risen = bool(before) and before[-1] > self.found.looks[0][1]
+        return risen and bound - before[-1] <= SLOW * (self.target_us - bound)
+
+    def _stalled(self) -> bool:
+        """Whether the last half of the iterations gained next to nothing of what is open: the first ones never do."""
+        now, bound = self.found.looks[-1]
+        before = [value for count, value in self.found.looks if count <= now / 2]
+        risen = bool(before) and (before[-1] > self.found.looks[0][1] or now >= FEWEST)
+        return risen and bound - before[-1] <= LEAST_GAIN * (self.target_us - bound)

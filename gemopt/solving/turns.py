@@ -1,0 +1,74 @@
+"""A layer's search and the bound of all contents of its ranks, in turns: who closes more of the gap goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Options
+from gemopt.solvers.exact.contents import ContentsSearch
+from gemopt.solvers.size import paired
+from gemopt.solving.layers import Layer
+
+LEAST_S = 3.0  # for less the bound would not rise above the floors
+TURNS = 20
+SEARCH_LEAST = 0.25  # of the time is the search's
+BOUND_MOST = 0.4  # of the time is the bound's, once the search has ended by itself
+
+
+@dataclass
+class _Side:
+    """What one of the two has had: seconds of its turns, and microseconds of the gap that they closed."""
+
+    seconds: list[float] = field(default_factory=list)
+    closed_us: list[float] = field(default_factory=list)
+
+    @property
+    def spent(self) -> float:
+        return sum(self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Microseconds a second over the last half of its turns."""
+        late = -(-len(self.seconds) // 2)
+        return sum(self.closed_us[-late:]) / max(sum(self.seconds[-late:]), 1e-9) if late else np.inf
+
+
+def takes_turns(layer: Layer, seconds: float) -> bool:
+    """Whether the contents of a layer's ranks can be priced, and there is the time."""
+    return layer.floor_T is not None and not layer.bound_cut and seconds >= LEAST_S and paired(layer.problem)
+
+
+def in_turns(layer: Layer, options: Callable[[float], Options], search: Callable[[Options], None], gap: float) -> None:
+    """Raise the bound and let `search` go on until the deadline or both have ended. options: until a deadline."""
+    assert layer.floor_T is not None
+    whole = options(np.inf)
+    begin, deadline = time.monotonic(), whole.deadline
+    contents = ContentsSearch(layer.problem, layer.floor_T, (layer.open_us + layer.bound_us) * (1 - gap))
+    searching, bounding, searches = _Side(), _Side(), True
+    while not whole.expired():
+        ended = contents.ended or contents.look_s >= whole.remaining
+        enough = ended or time.monotonic() - begin >= BOUND_MOST * (deadline - begin)
+        if not searches and enough:
+            break
+        if whole.patience is None:
+            owed = searching.spent < SEARCH_LEAST * (searching.spent + bounding.spent)
+            pays = contents.found.multipliers is not None and searching.rate > bounding.rate
+            mine = searches and (ended or owed or pays)
+        else:  # which counts tries in a row
+            mine = enough
+        now, before, turn_s = time.monotonic(), layer.open_us, (deadline - begin) / TURNS
+        if mine:
+            search(options(deadline) if ended or whole.patience is not None else options(now + turn_s))
+            assert layer.outcome is not None
+            searches = layer.outcome.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
+        else:
+            with whole.alarm() as stop:
+                layer.prove(contents.run(stop, turn_s))
+        side = searching if mine else bounding
+        side.seconds.append(time.monotonic() - now)
+        side.closed_us.append(before - layer.open_us)
