@@ -30,7 +30,7 @@ from gemopt.solvers.search.packing import filled
 from gemopt.solvers.size import provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
-from gemopt.solving.turns import in_turns, takes_turns
+from gemopt.solving.turns import in_turns, priced
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -248,7 +248,7 @@ class Run:
         if layer.bound_us >= target_us or options.expired():
             return
         share_s, left_s = deadline - time.monotonic(), options.remaining
-        both = takes_turns(layer, share_s)
+        both = priced(layer, share_s)
         if both:
             share_s = left_s = PAIRS_SHARE * share_s
         with replace(options, deadline=time.monotonic() + left_s).alarm() as stop:
@@ -256,7 +256,7 @@ class Run:
                 layer.problem, layer.floor_T, stop, target_us=target_us, share_s=share_s, left_s=left_s
             )
         layer.prove(found)
-        if both and self.exact and layer.bound_us < target_us:  # which cannot take turns
+        if both and not self._goes_on(layer) and layer.bound_us < target_us:
             with replace(options, deadline=deadline).alarm() as stop:
                 layer.prove(ContentsSearch(layer.problem, layer.floor_T, target_us).run(stop))
 
@@ -272,6 +272,11 @@ class Run:
         """Whether the solver tries a proof of its own."""
         return self.solver.supports.proves and (self.exact or provable(layer.problem))
 
+    def _goes_on(self, layer: Layer) -> bool:
+        """Whether the solver searches, and can go on where it was stopped."""
+        begun = layer.outcome is not None and layer.outcome.search is not None
+        return begun and self.patience != 0 and not self._proves(layer)
+
     def _deepen(self, layer: Layer, deadline: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""
         options, first = self._options(layer, deadline), layer.outcome
@@ -283,7 +288,7 @@ class Run:
             if self.exact:
                 first.reached, first.start_us, first.note = False, value_of(first), "no time left to run"
             return
-        if self.patience == 0 or self._proves(layer) or not takes_turns(layer, options.remaining):
+        if not (self._goes_on(layer) and priced(layer, options.remaining)):
             self._search_on(layer, options)
         else:
             in_turns(

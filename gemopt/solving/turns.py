@@ -16,7 +16,7 @@ from gemopt.solving.layers import Layer
 
 LEAST_S = 3.0  # for less the bound would not rise above the floors
 TURNS = 20
-SEARCH_LEAST = 0.25  # of the time is the search's
+SEARCH_LEAST = 0.6, 0.4  # of the time is the search's, before and after the bound has risen above the floors
 BOUND_MOST = 0.4  # of the time is the bound's, once the search has ended by itself
 
 
@@ -38,7 +38,7 @@ class _Side:
         return sum(self.closed_us[-late:]) / max(sum(self.seconds[-late:]), 1e-9) if late else np.inf
 
 
-def takes_turns(layer: Layer, seconds: float) -> bool:
+def priced(layer: Layer, seconds: float) -> bool:
     """Whether the contents of a layer's ranks can be priced, and there is the time."""
     return layer.floor_T is not None and not layer.bound_cut and seconds >= LEAST_S and paired(layer.problem)
 
@@ -56,9 +56,9 @@ def in_turns(layer: Layer, options: Callable[[float], Options], search: Callable
         if not searches and enough:
             break
         if whole.patience is None:
-            owed = searching.spent < SEARCH_LEAST * (searching.spent + bounding.spent)
-            pays = contents.found.multipliers is not None and searching.rate > bounding.rate
-            mine = searches and (ended or owed or pays)
+            risen = contents.found.multipliers is not None
+            owed = searching.spent <= SEARCH_LEAST[risen] * (searching.spent + bounding.spent)
+            mine = searches and (ended or owed or (risen and searching.rate > bounding.rate))
         else:  # which counts tries in a row
             mine = enough
         now, before, turn_s = time.monotonic(), layer.open_us, (deadline - begin) / TURNS
@@ -67,6 +67,7 @@ def in_turns(layer: Layer, options: Callable[[float], Options], search: Callable
             assert layer.outcome is not None
             searches = layer.outcome.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
         else:
+            contents.target_us = (layer.open_us + layer.bound_us) * (1 - gap)
             with whole.alarm() as stop:
                 layer.prove(contents.run(stop, turn_s))
         side = searching if mine else bounding

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from math import comb
 from typing import TYPE_CHECKING, NamedTuple
@@ -129,20 +130,32 @@ class Above:
         out_NB, count = np.zeros((len(members_NS), len(steps_B)), np.int64), max(1, BATCH // max(1, len(steps_B)))
         for first in range(0, len(members_NS), count):
             held_NE = _held(mu_KEB.shape[1], members_NS[first : first + count])
-            loads_FNB = held_NE @ loads_FEB
-            times_NB = self.case.floor_ps(self.case.times_us(self.g, loads_FNB.astype(np.int64)))
+            times_NB, planes_KNB = self._take((held_NE @ loads_FEB).astype(np.int64))
             times_NB = np.maximum(times_NB, self.case.floors_T[steps_B])
-            for plane, mu_EB in zip(self.planes, mu_KEB, strict=True):
-                over_NB = np.clip(times_NB - self._plane_ps(plane, loads_FNB), 0, longest_ps)
+            for plane_NB, mu_EB in zip(planes_KNB, mu_KEB, strict=True):
+                over_NB = np.clip(times_NB - plane_NB, 0, longest_ps)
                 out_NB[first : first + count] += ((held_NE @ mu_EB).astype(np.int64) * over_NB) >> bits - UNIT_BITS
         return out_NB
 
-    def _plane_ps(self, plane: list[int], loads_FNB: Floats) -> IntArray:
-        """Whole picoseconds that a plane is surely not above."""
-        scale, (intercept, *slopes) = self.factor / UNIT**2, plane
-        parts = [slope * scale * loads_NB for slope, loads_NB in zip(slopes, loads_FNB, strict=True)]
-        size_NB = sum(map(np.abs, parts)) + abs(intercept * scale)
-        return np.asarray(np.ceil(sum(parts) + intercept * scale + SAFE * size_NB), np.int64)
+    def _take(self, loads_FNB: IntArray) -> tuple[IntArray, list[IntArray]]:
+        """Whole picoseconds that the rank takes at least, and that each plane says at most."""
+        if len(loads_FNB) == 1:
+            times, planes = self._tables
+            return times[loads_FNB[0]], [plane[loads_FNB[0]] for plane in planes]
+        return self._computed(loads_FNB)
+
+    @cached_property
+    def _tables(self) -> tuple[IntArray, list[IntArray]]:
+        return self._computed(np.arange(int(self.case.most_F[0]) + 1)[None])
+
+    def _computed(self, loads_FN: IntArray) -> tuple[IntArray, list[IntArray]]:
+        times, planes = self.case.floor_ps(self.case.times_us(self.g, loads_FN)), []
+        scale = self.factor / UNIT**2
+        for intercept, *slopes in self.planes:
+            parts = [slope * scale * loads for slope, loads in zip(slopes, loads_FN, strict=True)]
+            size = sum(map(np.abs, parts)) + abs(intercept * scale)
+            planes.append(np.asarray(np.ceil(sum(parts) + intercept * scale + SAFE * size), np.int64))
+        return times, planes
 
 
 def _sets(experts: int, size: int) -> NDArray[np.int64]:
