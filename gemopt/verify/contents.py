@@ -26,7 +26,8 @@ SAFE = 1e-12  # relative: planes are raised by more than float64 is off
 EXACT_BITS = 51  # of all costs together: what they have more is rounded down
 UNIT_BITS = 48  # a picosecond times a multiplier, in units of the costs, and the least unit to round to
 MOST_CONTENTS = 100_000_000
-MOST_STEPWISE = 5_000_000  # contents of a rank that are looked at step by step
+MOST_STEPWISE = 3_000_000  # contents of a rank that are looked at step by step; HALVINGS find the cheapest ones
+HALVINGS = 6
 FIRST = 64  # cheapest contents of each block, of which the least says what others must be below
 BATCH = 1 << 20  # entries looked at together
 BLOCK = 16  # steps looked at together
@@ -54,6 +55,10 @@ class Pairs(NamedTuple):
             cost_AB += (left_AE @ self.alone_E[:middle] + ((left_AE @ pair_LL) * left_AE).sum(axis=1))[:, None]
             cost_AB += right_BE @ self.alone_E[middle:] + ((right_BE @ pair_RR) * right_BE).sum(axis=1)
             yield cost_AB, left_AS, right_BS + middle
+
+    def count(self, most: float) -> int:
+        """How many contents cost less."""
+        return sum(int((cost_AB < most).sum()) for cost_AB, *_ in self.blocks())
 
     def below(self, most: float) -> Iterator[tuple[Floats, NDArray[np.int64]]]:
         """(costs [n], experts [n, size]) of all contents that cost less."""
@@ -92,8 +97,12 @@ def least_content(pairs: Pairs, above: Above) -> int:
         least = min(least, float(cost_AB[rows, columns].min()))
         most = min(most, int((cost_AB[rows, columns].astype(np.int64) + extra_NT.sum(axis=1)).min()))
         extra_T += extra_NT.sum(axis=0)
-    while sum(int((cost_AB < most).sum()) for cost_AB, *_ in pairs.blocks()) > MOST_STEPWISE:
-        most = (int(least) + most) // 2
+    if pairs.count(most) > MOST_STEPWISE:
+        low, high = int(least), most
+        for _ in range(HALVINGS):
+            most = (low + high) // 2
+            low, high = (low, most) if pairs.count(most) > MOST_STEPWISE else (most, high)
+        most = low
     blocks = np.array_split(np.argsort(-extra_T), -(-above.steps // BLOCK))  # those first that say most
     for cost_N, all_NS in pairs.below(most):
         net_N, members_NS = cost_N.astype(np.int64), all_NS
