@@ -173,7 +173,8 @@ def _rows(
     base_scored = (
         base_given if held is None else evaluate(placement, profile, scored, cost=fitted, **wired).objective_us
     )
-    spread_us = None if held is None or wired["topology"] is not None else _spread(held, fitted)
+    wanted = () if held is None or wired["topology"] is not None else (given, held)
+    spreads_us = [_spread(steps, fitted) for steps in wanted]  # both whole: those of a result end with its time
     rows = []
     for name, result, note in results:
         evaluation = None
@@ -187,8 +188,9 @@ def _rows(
                 "holdout_us": evaluation.objective_us,
                 "holdout_change": evaluation.objective_us / base_scored - 1 if base_scored else None,
             }
-            if row.ceiling is not None and spread_us is not None:
-                update["ceiling"] = row.ceiling.on(evaluation.objective_us, spread_us)
+            if row.ceiling is not None and row.bound_us is not None and spreads_us:
+                left = Ceiling.of(row.ceiling.objective_us, row.bound_us, spreads_us[0])
+                update["ceiling"] = left.on(evaluation.objective_us, spreads_us[1])
             row = row.model_copy(update=update)
         rows.append(row)
     return rows
