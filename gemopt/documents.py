@@ -179,8 +179,9 @@ class Document(BaseModel):
             return cls(**data)
         except InputError as error:
             found, way_out = foreign.of_object(data)
-            if found and not found.startswith(f"a {cls.__name__.lower()} "):
-                needed = f"a {cls.__name__.lower()} is needed"
+            name = cls.__name__.lower()
+            if found and not found.endswith(f"{name} of gemopt"):
+                needed = f"{name} are needed" if name.endswith("s") else f"a {name} is needed"
                 raise InputError(str(path), found, needed, way_out) from None
             error.args = (f"{path}: {error}",)
             raise

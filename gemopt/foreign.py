@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -24,13 +25,19 @@ _OBJECTS = (
     ({"physical_to_logical", "slots_per_rank"}, "a placement of gemopt", SWAPPED),
     ({"solver", "stopped_by", "per_layer"}, "a result of gemopt", "its placement is what solve -o writes"),
     ({"devices", "schema_version"}, "a profile of gemopt", SWAPPED),
-    ({"bound_us", "digests"}, "a certificate of gemopt", SWAPPED),
+    ({"layers", "duals_sha256"}, "a certificate of gemopt", SWAPPED),
+    ({"node_of_rank", "within_node"}, "a topology of gemopt", SWAPPED),
+    ({"pinned", "kept_off", "apart"}, "rules of gemopt", SWAPPED),
+    ({"timeline", "baseline_us"}, "a replay of gemopt", SWAPPED),
+    ({"recommended", "strategies"}, "an advice of gemopt", SWAPPED),
     ({"physical_to_logical_map"}, "a placement of SGLang", IMPORT_PLACEMENT),
     ({"moe_layer_count", "layer_list"}, "a placement of vllm-ascend", IMPORT_PLACEMENT),
     ({"logical_count"}, "statistics of SGLang", IMPORT_TRACES),
     ({"choices"}, "a response of a serving engine", IMPORT_TRACES),
     ({"model_type"}, "the config.json of a network", "--model takes its folder"),
 )
+
+_OWN = {name for _, name, _ in _OBJECTS if name.endswith("of gemopt")}
 
 
 def of_object(data: Mapping[Any, Any]) -> tuple[str, str]:
@@ -39,6 +46,19 @@ def of_object(data: Mapping[Any, Any]) -> tuple[str, str]:
         if keys <= data.keys():
             return name, way_out
     return "", ""
+
+
+@contextmanager
+def telling(needed: str, *paths: str | os.PathLike[str]) -> Iterator[None]:
+    """Where files cannot be read in the block, and one is a JSON document of gemopt: say that instead."""
+    try:
+        yield
+    except InputError:
+        for path in paths:
+            found = of_file(path)[0]
+            if found in _OWN:
+                raise InputError(str(path), found, f"{needed} is needed") from None
+        raise
 
 
 def of_file(path: str | os.PathLike[str]) -> tuple[str, str]:

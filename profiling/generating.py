@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 from safetensors import SafetensorError
 
+from gemopt import foreign
 from gemopt.documents import read_bytes
 from gemopt.models import TINY_MOE, tiny_moe_path
 from gemopt.profiling._trace_hidden import hidden_bytes
@@ -51,6 +52,9 @@ def read_prompts(path: str | os.PathLike[str], *, task: str | None = None) -> li
     if not numbered:
         raise InputError(str(path), "no prompts", "one prompt per line is needed")
     if Path(path).suffix != ".jsonl":
+        found = foreign.of_file(path)[0]
+        if found == "a JSON document" or found.endswith("of gemopt"):
+            raise InputError(str(path), found, "one prompt per line is needed", "JSON lines go in a file .jsonl")
         return [Prompt(line, task) for _, line in numbered]
     return [_json_prompt(line, f"{path}, line {number}", task) for number, line in numbered]
 

@@ -40,6 +40,27 @@ def test_swapped_files_are_named(inputs: tuple[Path, Path, Path], capsys: pytest
         assert err.endswith("; were arguments swapped?\n")
 
 
+def test_documents_of_gemopt_are_named_where_those_of_others_are_read(
+    inputs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured, routed, placement = inputs
+    certificate, out = tmp_path / "certificate.json", tmp_path / "out"
+    assert gemopt(capsys, "solve", measured, routed, "--solver", "lpt", "--certificate", certificate)[0] == 0
+    for words, found, needed in (
+        (("trace", "import", "--from", "sglang", measured), "a profile", "what sglang records is needed"),
+        (("trace", "import", "--from", "vllm", placement), "a placement", "what vllm records is needed"),
+        (("placement", "import", "--from", "sglang", measured), "a profile", "a placement of sglang is needed"),
+        (("profile", "import", placement), "a placement", "a table of times is needed"),
+        (("report", certificate, "--profile", measured, "--traces", routed), "a certificate", "a result is needed"),
+        (("solve", measured, routed, "--rules", measured), "a profile", "rules are needed"),
+    ):
+        code, _, err = gemopt(capsys, *words, "-o", out)
+        assert code == 2 and f": got {found} of gemopt; {needed}" in err, err
+        assert not out.exists()
+    placement.write_text(json.dumps({"physical_to_logical_map": [[0, 1, 2, 3]] * 2}))
+    assert "got a placement of SGLang; " in gemopt(capsys, "evaluate", placement, measured, routed)[2]
+
+
 def _write(path: Path, content: object) -> Path:
     if isinstance(content, np.ndarray):
         with path.open("wb") as stream:

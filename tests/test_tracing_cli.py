@@ -216,6 +216,9 @@ def test_prompts_and_batches(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="UTF-8"):
         read_prompts(path)
+    path.write_text('{"prompt":\n"a"}')
+    with pytest.raises(InputError, match=r"a JSON document; .*\.jsonl"):
+        read_prompts(path)
     mixed = [Prompt(str(i), "ab"[i % 2]) for i in range(5)]
     groups = [[(prompt.text, prompt.task) for prompt in group] for group in batches(mixed, 2)]
     assert groups == [[("0", "a"), ("2", "a")], [("4", "a")], [("1", "b"), ("3", "b")]]

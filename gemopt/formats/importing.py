@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.documents import replacing
 from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.foreign import telling
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges
 from gemopt.formats.registry import engines, get
@@ -65,9 +66,18 @@ def import_traces(
     InputError
         One line naming the file and the field that is wrong; the destination is then untouched.
     """
-    options, read = options or TraceOptions(), recorder(source).read_traces
-    assert read is not None
-    found = read(paths, options)
+    engine, options = recorder(source), options or TraceOptions()
+    assert engine.read_traces is not None
+    with telling(f"what {engine.name} records", *paths):
+        return _import(engine.read_traces(paths, options), destination, options, progress)
+
+
+def _import(
+    found: Loaded | Recording,
+    destination: Any,
+    options: TraceOptions,
+    progress: Callable[[int], None] | None,
+) -> Imported:
     if isinstance(found, Loaded):
         traces = found.traces
         shares = Shares(traces.num_experts)

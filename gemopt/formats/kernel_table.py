@@ -11,6 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from gemopt.exceptions import InputError
+from gemopt.foreign import telling
 from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
 from gemopt.formats.table_columns import (
     HOSTS,
@@ -133,7 +134,8 @@ def read_table(
     InputError
         Naming the file, the line and the column that is wrong.
     """
-    full = read(path)
+    with telling("a table of times", path):
+        full = read(path)
     layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
     table = chosen_rows(full, where)
     refuse_other_operations(table)

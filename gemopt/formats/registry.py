@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from gemopt.documents import Document, IntVector, sha256
 from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.foreign import telling
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
 from gemopt.placement import Placement, Split
 from gemopt.problem import slot_counts
@@ -211,9 +212,10 @@ def import_placement(path: Path, *, source: str, facts: Facts | None = None) -> 
         hint = f"placements of: {names}"
         raise UnsupportedError("--from", engine.name, engine.note or "has no placement to read", hint)
     facts, side = facts or Facts(), _side_file(path)
-    if side is None:
-        return engine.read(path, facts)
-    return engine.read(path, _with_side_file(side, facts)).under(side.rules, side.node_of_rank)
+    with telling(f"a placement of {engine.name}", path):
+        if side is None:
+            return engine.read(path, facts)
+        return engine.read(path, _with_side_file(side, facts)).under(side.rules, side.node_of_rank)
 
 
 def _side_file(path: Path) -> SideFile | None:
