@@ -33,7 +33,7 @@ class InputError(GemoptError, ValueError):
         self.limit = limit
         self.hint = hint
         try:
-            shown = " ".join((value if isinstance(value, str) else repr(value)).split())
+            shown = "" if value is None else " ".join((value if isinstance(value, str) else repr(value)).split())
         except ValueError:  # an integer of thousands of digits
             shown = type(value).__name__
         if len(shown) > 120:

@@ -98,7 +98,8 @@ def from_kernel(shape: MoeShape, kernel: Kernel, name: str, device: Device) -> E
     """Experts of random weights in the layout of `gemopt.profiling.kernels`, run by any callable."""
     hidden, inter, local = shape.hidden_size, shape.intermediate_size, shape.num_local_experts
     if hidden is None or inter is None or local is None:
-        raise InputError("shape", "incomplete", "hidden size, intermediate size and experts are needed")
+        needed = "hidden size, intermediate size and experts are needed"
+        raise InputError("shape", "incomplete", needed, "give --model, which knows them")
     dtype = getattr(torch, shape.dtype or "float32")
     expert_bytes = 3 * hidden * inter * dtype.itemsize
     forwards: list[Forward] = []

@@ -308,11 +308,11 @@ def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.Captu
         (["--memory", "nan"], "--memory: got nan"),
         (["--bandwidth", "0"], "--bandwidth: got 0.0"),
         (["--bandwidth", "5", "--topology", "1x4-nvlink4"], "--bandwidth: got 5.0; the topology says it"),
-        (["--topology", "links.json"], "Topology.between_nodes: got None"),
+        (["--topology", "links.json"], "Topology.between_nodes: got nothing"),
         (["--topology", "wrong.json"], "topology: got 2 ranks; the profile has 4 devices"),
         (["--expert-bytes", "0"], "--expert-bytes: got 0.0"),
         (["--non-moe-us", "-2"], "--non-moe-us: got -2.0"),
-        (["--memory", "1", "--predictors", "token"], "Traces.ids: got None; the predictor token needs it"),
+        (["--memory", "1", "--predictors", "token"], "Traces.ids: got nothing; the predictor token needs it"),
         (
             ["--memory", "1", "--predictors", "window"],
             "history: got 24 steps; the window of the predictor window is 64",

@@ -17,7 +17,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import NUM_STEPS, gemopt, gemopt_json, profile, traces, write_inputs
 
-from gemopt.cli.tables import comparison_table
+from gemopt.cli.tables import _percent, comparison_table
 from gemopt.compare import Comparison
 from gemopt.evaluate import evaluate
 from gemopt.placement import Placement
@@ -247,6 +247,25 @@ def test_an_interrupt_from_outside_returns_the_incumbent(tmp_path: Path) -> None
     found = json.loads(shown)
     assert found["stopped_by"] == "interrupt" and found["objective_us"] > 0
     assert Placement.load(out).num_ranks == 4
+
+
+def test_no_change_has_no_minus() -> None:
+    assert [_percent(change) for change in (-1e-9, 0.0, -0.0006, None)] == ["+0.0", "+0.0", "-0.1", ""]
+
+
+def test_an_interrupt_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemopt.formats.registry.engines", stop)
+    assert gemopt(capsys, "engines") == (130, "", "gemopt: interrupted\n")
+
+
+def test_no_room_behind_standard_output() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("engines"), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("gemopt: standard output: got No space left on device; ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_help_and_a_closed_pipe(tmp_path: Path) -> None:

@@ -260,6 +260,30 @@ def test_more_ranks_than_experts_have_an_answer(tmp_path: Path, capsys: pytest.C
     assert Placement.load(tmp_path / "out.json").slots_per_rank.tolist() == [1, 1, 1, 1, 0, 0]
 
 
+@pytest.mark.parametrize("option", ["--files", "--out"])
+def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    (tmp_path / "file").write_text("")
+    refused(tmp_path, capsys, ("demo", option, tmp_path / "file" / "out"), "a place that can be written")
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (("solve",), "see gemopt solve --help"),
+        (("trace", "import"), "see gemopt trace import --help"),
+        (("engines", "sglang"), "see gemopt engines --help"),
+        (("solve", "p", "t", "--time-limit", "long"), "see gemopt solve --help"),
+        (("slove",), "Did you mean 'solve'?"),
+        (("watch", "nowhere", "--profile", "p", "--placement", "q", "--once"), "leave out --once"),
+    ],
+)
+def test_a_wrong_line_says_where_to_look(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], way_out: str
+) -> None:
+    refused(tmp_path, capsys, words, way_out)
+    assert gemopt(capsys, *words)[2].endswith(f"{way_out}\n") or words[0] == "watch"
+
+
 def test_no_traceback_from_a_shell(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path)
     Traces.load(inputs[1]).steps(slice(0, 2)).save(inputs[1])

@@ -185,6 +185,15 @@ def test_tables_of_narrow_terminals_lose_nothing() -> None:
     assert "total\u00a01301\u00a0ms" in narrow and "wrapped" in narrow
 
 
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_cuts_no_word(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert "…" not in gemopt(capsys, *name.split(), "--help")[1]
+
+
 @pytest.mark.parametrize("words", [("engines",), ("compare", "--solvers", "linear,lpt", "--time-limit", "1")])
 def test_commands_fit_forty_columns(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]

@@ -180,7 +180,7 @@ def test_copies_are_by_name_and_need_spare_slots() -> None:
     for name in ("copies", "duplication-all-past"):
         with pytest.raises(InputError, match="slots_per_rank"):
             replay(even, traces, [name], window=16)
-    with pytest.raises(InputError, match=r"Traces\.ids: got None"):
+    with pytest.raises(InputError, match=r"Traces\.ids: got nothing"):
         replay(even, traces, ["duplication-previous"], window=16, slots_per_rank=3)
     with pytest.raises(InputError, match="does not play failures"):
         replay(

@@ -197,12 +197,12 @@ def test_hidden_states_on_the_command_line(recorded, tmp_path, capsys):
     code, _, line = gemopt(capsys, *found["commands"][0].split()[1:])
     assert code == 0, line
     code, _, line = gemopt(capsys, "advise", *given[:2], "--predictors", "mlp", "--memory", 0.04, "--window", 4)
-    assert code == 2 and "Traces.hidden: got None" in line
+    assert code == 2 and "Traces.hidden: got nothing" in line
 
 
 def test_what_networks_cannot_learn_from_is_said(recorded):
     whole, sampled = recorded
-    with pytest.raises(InputError, match=r"Traces\.hidden: got None; the predictor mlp needs it; gemopt trace"):
+    with pytest.raises(InputError, match=r"Traces\.hidden: got nothing; the predictor mlp needs it; gemopt trace"):
         make("mlp").fit(whole)
     with pytest.raises(InputError, match="ahead: got 0"):
         Mlp(ahead=0)

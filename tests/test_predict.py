@@ -131,7 +131,7 @@ def test_what_is_not_recorded_is_said(name: str, said: str) -> None:
         whole = recorded()
         assert whole.tokens is not None
         traces = replace(whole, tokens=replace(whole.tokens, token_ids=None))
-    with pytest.raises(InputError, match=f"{said}: got None"):
+    with pytest.raises(InputError, match=f"{said}: got nothing"):
         make(name).fit(traces)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+
+INTERRUPTED = 130
 
 
 def load() -> None:
@@ -33,13 +36,14 @@ def load() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit; bad input prints one line on standard error."""
-    from gemopt.cli.app import make
     from gemopt.exceptions import EXTRAS, GemoptError, InfeasibleError, InputError, missing
 
-    load()
     try:
+        load()
+        from gemopt.cli.app import make
+
         code = make()(args=argv, standalone_mode=False, prog_name="gemopt")
-        sys.stdout.flush()
+        print(end="", flush=True)
     except GemoptError as error:
         code = 3 if isinstance(error, InfeasibleError) else 2 if isinstance(error, InputError) else 1
         sys.exit(code if error.told else _complain(error, code))
@@ -48,21 +52,37 @@ def main(argv: list[str] | None = None) -> None:
             raise
         sys.exit(_complain(missing(error, "this command"), 2))
     except KeyboardInterrupt:
-        sys.exit(_complain("interrupted", 130))
+        sys.exit(_complain("interrupted", INTERRUPTED))
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        if error.filename is None:
+            _drop_output()
+        where = str(error.filename or "standard output")
+        sys.exit(_complain(InputError(where, error.strerror, "a place that can be written"), 2))
     except MemoryError:
         sys.exit(_complain("out of memory: use fewer steps or layers at once", 1))
     except Exception as error:  # click's own errors: typer ships a click of its own, which has no public name
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(2)
         if type(error).__name__ == "Abort":
-            sys.exit(_complain("interrupted", 130))
+            sys.exit(_complain("interrupted", INTERRUPTED))
         if not hasattr(error, "format_message"):
             raise
-        sys.exit(_complain(error.format_message(), 2))
+        message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+        said = context is None or message.endswith("?")
+        sys.exit(_complain(message if said else f"{message}; see {context.command_path} --help", 2))
+    if code == INTERRUPTED:  # typer's answer to Ctrl-C
+        _complain("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _drop_output() -> None:
+    """What is still to be written to standard output goes nowhere, so that the end of Python does not try again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: object, code: int) -> int:

@@ -46,7 +46,9 @@ def advise_command(
     memory: Annotated[float, typer.Option("--memory", help="GB free for copies on each rank, all layers")] = 0.0,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="shape.json, or hidden_size=..,heads=..,kv_heads=..,head_dim=.. and so on"),
+        typer.Option(
+            "--model", help="shape.json, or hidden_size=, heads=, kv_heads=, head_dim= and so on, with commas"
+        ),
     ] = None,
     horizon: Annotated[int | None, typer.Option("--horizon", help="steps that the decision has to hold")] = None,
     bandwidth: Annotated[

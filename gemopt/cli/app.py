@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from typing import Annotated, Any
 
@@ -38,6 +39,8 @@ app.add_typer(trace_app, name="trace")
 app.add_typer(placement_app, name="placement")
 
 console = Console(highlight=False)
+NARROW = 80
+"""Columns below which help has no frames: they cut names short."""
 errors = Console(stderr=True, highlight=False)
 
 
@@ -96,6 +99,7 @@ def make() -> Any:
     ) -> None: ...  # fmt: skip
 
     Voice.quiet = Voice.verbose = False
+    app.rich_markup_mode = "rich" if shutil.get_terminal_size().columns >= NARROW else None
     options = [each for each in typer.main.get_command(shared).params if each.name in ("quiet", "verbose")]
     command = typer.main.get_command(app)
     _add(command, options)

@@ -228,7 +228,7 @@ def engines_command(as_json: Json = False) -> None:
         "dense": "dense_rows",
         "groups": "group_limits",
     }
-    table = Table("engine", *flags, "split", box=None, pad_edge=False)
+    table = Table("engine", *flags, "split", box=None, pad_edge=False, collapse_padding=True)
     table.columns[0].no_wrap = True
     for row in rows:
         marks = ["yes" if row[flag] else "-" for flag in flags.values()]

@@ -12,9 +12,9 @@ from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
 Model = Annotated[str | None, typer.Option(help="folder or hub name of a transformers model; its config is enough")]
-Shape = Annotated[str | None, typer.Option(help="hidden=2048,inter=768,experts=128,topk=8[,dtype=bfloat16]")]
+Shape = Annotated[str | None, typer.Option(help="hidden=, inter=, experts=, topk= and perhaps dtype=, with commas")]
 KernelName = Annotated[
-    str | None, typer.Option("--kernel", help="vllm, sglang, per_expert or module:callable; needs --shape")
+    str | None, typer.Option("--kernel", help="vllm, sglang, per_expert or module:callable, for a shape")
 ]
 DeviceKind = Annotated[str, typer.Option(help="auto: the accelerator of the local rank, else cpu")]
 EpSize = Annotated[int | None, typer.Option(min=1, help="ranks that share the experts; default: ranks started")]

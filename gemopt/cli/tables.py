@@ -59,7 +59,7 @@ def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) ->
 
 def verified_table(found: Verified) -> Table:
     """What was checked beside what is only claimed, layer by layer and in all."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     table.caption = Text("certified is what was checked here; claimed is what the solver says")
     table.caption_justify = "left"
     rows = [("all", "", found.objective_us, found.checked_us, found.claimed_us, "")]
@@ -108,7 +108,7 @@ def _key(row: Comparison, held: bool) -> float:
 
 
 def _percent(change: float | None) -> str:
-    return "" if change is None else f"{100 * change:+.1f}"
+    return "" if change is None else f"{round(100 * change, 1) + 0.0:+.1f}"  # no -0.0
 
 
 def _milliseconds(value_us: float | None) -> str:

@@ -58,6 +58,8 @@ def watch(
     from gemopt.online.sole import sole
     from gemopt.online.watch import Actions, Watch
 
+    if once and not folder.is_dir():
+        raise InputError("folder", str(folder), "a folder that is there for one look", "leave out --once to wait")
     target = output or placement
     exports = _exports(target, to or [])
     written = [("--output", target), ("--state", state), *((f"--to {name}", path) for name, path in exports)]
