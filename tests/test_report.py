@@ -33,13 +33,16 @@ from gemopt.report.sketch import sketch
 from gemopt.traces import Traces
 
 RANKS, LAYERS, EXPERTS, STEPS, FITTED = 4, 3, 12, 60, 40
+LONG_NAME = "NVIDIA H100 80GB HBM3, as fast as one of a measured fleet"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Profile, traces, a result on the first of their steps, another placement, and a replay, on disk."""
     path = tmp_path_factory.mktemp("report")
-    measured, routed = profile(RANKS), traces(STEPS, LAYERS, EXPERTS, layer_ids=(2, 3, 5))
+    routed = traces(STEPS, LAYERS, EXPERTS, layer_ids=(2, 3, 5))
+    devices = [each.model_copy(update={"name": LONG_NAME}) for each in profile(RANKS).devices]
+    measured = Profile(devices=devices)
     result = solve(measured, routed.steps(slice(0, FITTED)), solver="local-search", patience=1)
     assert result.placement is not None
     measured.save(path / "profile.json")
@@ -306,7 +309,7 @@ def test_the_picker_shows_one_layer(seen: Browser, folder: Path) -> None:
     choose(seen, "layer", "all layers")
     assert values(seen, "ranks", 1) == whole
     curves = seen.js("document.getElementById('plot-devices')._fullData.filter(t => t.visible).length")
-    choose(seen, "devices", "rank 1: unknown")
+    choose(seen, "devices", f"rank 1: {LONG_NAME}")
     assert seen.js("document.getElementById('plot-devices')._fullData.filter(t => t.visible).length") == 2 < curves
     assert values(seen, "devices", 0, "x") == [0, 4, 8, 16, 32, 64]
     choose(seen, "devices", "all ranks")

@@ -70,7 +70,10 @@ def layer_conflicts(counts_TE: NDArray[Any]) -> LayerConflicts:
 
 
 def _places(classes: list[ExpertClass], pairs: IntArray, correlations: FloatArray) -> FloatArray:
-    """[E, 2] by springs along the conflicts (Fruchterman and Reingold, 1991); hot experts without one around them."""
+    """[E, 2] by springs along the conflicts (Fruchterman and Reingold, 1991), and hot experts without one around them.
+
+    The springs are stretched to fill a square.
+    """
     import networkx as nx
 
     place_E2 = np.full((len(classes), 2), np.nan)
@@ -78,6 +81,9 @@ def _places(classes: list[ExpertClass], pairs: IntArray, correlations: FloatArra
     graph.add_weighted_edges_from((int(i), int(j), float(c)) for (i, j), c in zip(pairs, correlations, strict=True))
     for expert, at in nx.spring_layout(graph, k=0.4, weight=None, seed=0, iterations=60).items():
         place_E2[expert] = at
+    if graph:
+        low, high = np.nanmin(place_E2, axis=0), np.nanmax(place_E2, axis=0)
+        place_E2 = 2 * (place_E2 - low) / np.maximum(high - low, 1e-9) - 1
     alone = [e for e, kind in enumerate(classes) if kind is not ExpertClass.ORDINARY and e not in graph]
     angle = 2 * np.pi * np.arange(len(alone)) / max(1, len(alone))
     place_E2[alone] = 1.25 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -113,7 +119,7 @@ def conflicts(inputs: Inputs, layers: list[LayerConflicts]) -> Section:
              for i, (name, layer) in enumerate(zip(names, layers, strict=True))}  # fmt: skip
     choices = {ALL_LAYERS: drawn[names[worst]], **drawn}
     hidden = {"visible": False, "range": [-1.35, 1.35]}
-    shown = figure(*_graph(layers[worst], inputs.placement, worst), height=560, xaxis={**hidden, "scaleanchor": "y"},
+    shown = figure(*_graph(layers[worst], inputs.placement, worst), height=560, xaxis=hidden,
                    yaxis=hidden, margin={"l": 8, "r": 8, "t": 28, "b": 8})  # fmt: skip
     text = (
         "Lines join experts that are loaded in the same steps beyond chance: on one rank they make a straggler. "

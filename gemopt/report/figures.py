@@ -252,7 +252,7 @@ def moves(inputs: Inputs) -> Section:
 def replay(result: ReplayResult) -> Section:
     """Change of the makespan against contiguous placement and moves over time, by strategy."""
     shown = figure(*_tracks(result), height=520, xaxis={"title": "step", "anchor": "y2"},
-                   yaxis={"title": "makespan against contiguous, %", "domain": [0.4, 1.0]},
+                   yaxis={"title": "change, %", "domain": [0.4, 1.0]},
                    yaxis2={"title": "experts moved", "domain": [0.0, 0.32], "rangemode": "tozero"})  # fmt: skip
     events = [str(event) for event in result.schedule.events]
     at = {step for event in result.schedule.events for step in (event.start, event.stop) if step is not None}
@@ -264,8 +264,10 @@ def replay(result: ReplayResult) -> Section:
             for row in result.rows]  # fmt: skip
     text = (
         f"Recorded traffic replayed step by step: fitted on the first {result.first_step} steps, scored on the "
-        f"{result.num_steps - result.first_step} after them, in windows of {result.window}. clairvoyant knows the "
-        f"future. {'Dashed lines: ' + '; '.join(events) + '.' if events else ''}"
+        f"{result.num_steps - result.first_step} after them, in windows of {result.window}. Above: change of the "
+        "makespan against contiguous placement. "
+        + ("clairvoyant knows the future. " if any(row.strategy == "clairvoyant" for row in result.rows) else "")
+        + ("Dashed lines: " + "; ".join(events) + "." if events else "")
     )
     head = ("strategy", "makespan, ms", "change, %", "moves", "p50, us", "p90, us", "p99, us")
     return Section("replay", "Following the traffic", text.rstrip(), shown, table=Table(head, rows))
