@@ -12,10 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rich.console import Console
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import NUM_STEPS, gemopt, gemopt_json, profile, traces, write_inputs
+from rich.console import Console
 
 from gemopt.cli.tables import _percent, comparison_table
 from gemopt.compare import Comparison

@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import gemopt, profile, traces, write_inputs
+from safetensors.numpy import save_file
 
 from gemopt.placement import Placement
 from gemopt.traces import Traces

@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt, gemopt_json, write_inputs
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cli_inputs import gemopt, gemopt_json, write_inputs
 
 import gemopt as package
 from gemopt import Placement

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import gemopt, gemopt_json, profile, traces
 
 from gemopt.migration import count_moves

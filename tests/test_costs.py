@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from brute import optimum
 
 from gemopt.bounds import lower_bound
 from gemopt.costs import CANDIDATES, Candidate, FitReport, Roofline, Staircase, fit
@@ -20,9 +19,6 @@ from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
 from gemopt.solvers import get, names
 from gemopt.solvers.base import Options
-
-sys.path.insert(0, str(Path(__file__).parent))
-from brute import optimum
 
 
 def profile(*tables: list[tuple[float, ...]], **fields: Any) -> Profile:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import gemopt, profile, traces, write_inputs
 
 from gemopt import InputError, Placement, Profile, Traces, compare, evaluate, foreign, solve

@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import gemopt, gemopt_json, profile, traces
 
 from gemopt import interrupts

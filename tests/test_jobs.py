@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from cli_inputs import gemopt, gemopt_json, write_inputs
 
 from gemopt.evaluate import evaluate

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from brute_links import placements, random_links
 from cli_inputs import profile
 

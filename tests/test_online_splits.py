@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from test_online_controller import EXPERTS, LAYERS, RANKS, cost, same, times, traffic
 
 from gemopt.evaluate import evaluate, objective

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("plotly")
-sys.path.insert(0, str(Path(__file__).parent))
 from browser import Browser, browser, find
 from cli_inputs import gemopt, gemopt_json, profile, traces
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from dataclasses import replace
 from itertools import combinations, product
@@ -12,8 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from brute import cost, random_problem
 from cli_inputs import gemopt, profile, traces, write_inputs
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
+from brute import latency_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
@@ -27,9 +26,6 @@ from gemopt.splits.senders import senders_of
 from gemopt.splits.weights import static_weights
 from gemopt.traces import Traces
 from gemopt.traces.tokens import Tokens
-
-sys.path.insert(0, str(Path(__file__).parent))
-from brute import latency_of
 
 
 def cut(n: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -17,9 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from fuzz_bounds import bound_faults, pair_value
 from fuzz_cases import random_problem, random_row
 from fuzz_reference import Optimum, feasible, objective, optimum
