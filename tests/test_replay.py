@@ -7,79 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from replayed import EXPERTS, FREE, LAYERS, RANKS, STEPS, WINDOW, Scripted, layer_us, profile, shifting, swapped
 
 from gemopt.costs import fit
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.migration import count_moves
-from gemopt.placement import Placement, Split
-from gemopt.profile import Device, Profile, Sample
-from gemopt.replay import STRATEGIES, Context, Migration, Schedule, replay, strategy
+from gemopt.placement import Placement
+from gemopt.replay import Context, Migration, Schedule, replay
 from gemopt.replay.copying import traffic
-from gemopt.replay.strategies import Eplb, Fixed, make
 from gemopt.replay.survivors import evacuate, readmit
-from gemopt.rules import Rules
-from gemopt.solvers import get
-from gemopt.solvers.base import Options
-from gemopt.traces import Traces
-
-STEPS, LAYERS, EXPERTS, RANKS, WINDOW = 96, 2, 8, 4, 8
-FREE = Migration(expert_bytes=1, slowdown=0, commit_us=0)
-
-
-def profile(ranks: int = RANKS) -> Profile:
-    """(10 + n) us, rank g a tenth slower than rank g - 1."""
-    return Profile(
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(10.0 + n) * (1 + g / 10)) for n in (0, 500)])
-            for g in range(ranks)
-        ]
-    )
-
-
-def shifting(steps: int = STEPS, seed: int = 0, **fields: Any) -> Traces:
-    """Every third of the steps has other hot experts."""
-    rng = np.random.default_rng(seed)
-    shares = rng.dirichlet(np.full(EXPERTS, 0.4), size=(3, LAYERS))
-    counts = np.stack([rng.multinomial(128, shares[3 * t // steps]) for t in range(steps)])
-    return Traces(counts=counts, **fields)
-
-
-class Scripted(Fixed):
-    """Wants the given placements at the given steps of the replay, called at every step."""
-
-    def __init__(self, script: dict[int, np.ndarray], *, stops: bool = False, name: str = "scripted") -> None:
-        super().__init__(name)
-        self.script, self.stops, self.period, self.eager = script, stops, 1, True
-        self.latencies: list[np.ndarray] = []
-        self.lengths: list[int] = []
-        self.told: list[Placement] = []
-        self.now = 0
-
-    def observe(self, counts_NLE: np.ndarray, latencies_NG: np.ndarray) -> Placement | None:
-        assert len(counts_NLE) == len(latencies_NG)
-        self.latencies.append(latencies_NG)
-        self.lengths.append(len(counts_NLE))
-        rows, self.now = self.script.get(self.now), self.now + 1
-        return None if rows is None else self.context.placement(list(rows), self.slots)
-
-    def confirm(self, placement: Placement) -> None:
-        super().confirm(placement)
-        self.told.append(placement)
-
-
-def swapped(*layers: int) -> np.ndarray:
-    """Contiguous with experts 0 and 2 (ranks 0 and 1) swapped in some layers."""
-    rows = np.tile(np.arange(EXPERTS), (LAYERS, 1))
-    for layer in layers:
-        rows[layer, [0, 2]] = 2, 0
-    return rows
-
-
-def layer_us(traces: Traces, rows: np.ndarray) -> np.ndarray:
-    """[T, L] makespan of every step and layer under one placement."""
-    placement = Placement(physical_to_logical=rows, slots_per_rank=[2] * RANKS, num_experts=EXPERTS)
-    return evaluate(placement, profile(), traces).makespan_TL
 
 
 def test_without_moves_the_makespan_is_that_of_evaluate() -> None:
@@ -214,13 +151,6 @@ def test_evacuation_and_return_keep_every_expert(seed: int) -> None:
     Placement(physical_to_logical=again, slots_per_rank=slots, num_experts=EXPERTS)
 
 
-def test_a_strategy_is_called_at_least_every_step_or_refused() -> None:
-    lazy = Scripted({})
-    lazy.period = 0
-    with pytest.raises(InputError, match="at least 1 step"):
-        replay(profile(), shifting(), [lazy], window=WINDOW)
-
-
 def test_a_later_decision_replaces_what_has_not_begun() -> None:
     """Layer 0 is on its way when layer 1, still waiting, is called off."""
     traces = shifting()
@@ -230,85 +160,6 @@ def test_a_later_decision_replaces_what_has_not_begun() -> None:
     )
     assert result.rows[0].moves == 2
     assert result.timeline[0].step_us[-1] == pytest.approx(layer_us(traces, swapped(0))[-1].sum())
-
-
-@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "clairvoyant"])
-def test_nobody_sees_the_future(name: str) -> None:
-    """Whatever comes later, what was decided before is the same; only the clairvoyant strategy may differ."""
-    cut, traces = 70, shifting()
-    later = np.array(traces.counts)
-    later[cut:] = later[cut:, :, ::-1]
-
-    def steps_us(strategy: str, counts: np.ndarray) -> list[float]:
-        found = replay(profile(), replace(traces, counts=counts), [strategy], window=WINDOW, migration=FREE)
-        return found.timeline[0].step_us[: cut - 48]
-
-    assert steps_us(name, later) == steps_us(name, traces.counts)
-    assert steps_us("clairvoyant", later) != steps_us("clairvoyant", traces.counts)
-
-
-def test_foresight_is_best_and_following_helps() -> None:
-    result = replay(profile(), shifting(), window=WINDOW, migration=FREE)
-    cost = {row.strategy: row.makespan_us for row in result.rows}
-    assert min(cost, key=lambda name: cost[name]) == "clairvoyant"
-    assert cost["free"] < cost["fitted-once"]
-    assert result.row("free").moves > 0
-
-
-def test_what_one_replay_solved_the_next_does_not_search_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    names, asked = ("contiguous", "fitted-once", "free", "clairvoyant"), []
-    solve_rows = strategy.solve_rows
-    monkeypatch.setattr(strategy, "solve_rows", lambda problems, **how: asked.append(0) or solve_rows(problems, **how))
-    alone = {name: replay(profile(), shifting(), [name], window=WINDOW).timeline[0] for name in names}
-    apart, solved = len(asked), {}
-    asked.clear()
-    first = replay(profile(), shifting(), names, window=WINDOW, solved=solved)
-    assert 0 < len(asked) < apart - 2 and {track.strategy: track for track in first.timeline} == alone
-    asked.clear()
-    slower = replay(profile(), shifting(), names, window=WINDOW, solved=solved, migration=Migration(bytes_per_s=1e6))
-    assert not asked and slower.row("free").makespan_us != first.row("free").makespan_us
-    replay(profile(), shifting(seed=1), ["fitted-once"], window=WINDOW, solved=solved)
-    replay(profile(), shifting(), ["fitted-once"], window=WINDOW, solved=solved, slots_per_rank=3)
-    replay(profile(), shifting(), ["fitted-once"], window=WINDOW, solved=solved, seed=1)
-    assert len(asked) == 3
-    for _ in range(2):
-        apart = Rules(apart=[{"experts": [0, 1]}])
-        replay(profile(), shifting(), ["fitted-once"], window=WINDOW, solved=solved, rules=apart)
-    assert len(asked) == 4
-
-
-def test_same_seed_same_replay() -> None:
-    first, again = (replay(profile(), shifting(), window=WINDOW, noise=0.05, seed=3) for _ in range(2))
-    assert first == again
-
-
-@pytest.mark.parametrize(("fit", "due"), [(0.5, [60, 90]), (0.25, [30, 60, 90])])
-def test_eplb_rearranges_at_the_steps_of_the_engine(fit: float, due: list[int]) -> None:
-    """Every 30 steps of the engine, on the last 20, whatever the part that others are fitted on."""
-    traces = shifting()
-    strategy = Eplb("eplb", window=20, interval=30, first=30, stops=False)
-    result = replay(profile(), traces, [strategy], window=WINDOW, fit=fit, migration=FREE)
-    assert [decision.step for decision in result.timeline[0].decisions] == due
-    context = strategy.context
-    problems = context.problems(traces.counts[70:90])
-    rows = [get("eplb").solve(problem, Options(deadline=np.inf), None).row for problem in problems]
-    assert result.timeline[0].step_us[-1] == pytest.approx(layer_us(traces, np.stack(rows))[-1].sum())  # type: ignore[arg-type]
-
-
-def test_engines_start_with_the_first_experts_again_in_spare_slots() -> None:
-    eplb = make(["eplb-vllm"])[0]
-    result = replay(profile(), shifting(), [eplb], window=WINDOW, slots_per_rank=3)
-    row = np.arange(3 * RANKS) % EXPERTS
-    placement = Placement(physical_to_logical=[row] * LAYERS, slots_per_rank=[3] * RANKS, num_experts=EXPERTS)
-    held = shifting().steps(slice(48, None))
-    assert result.rows[0].makespan_us == pytest.approx(evaluate(placement, profile(), held).objective_us)
-
-
-def test_engines_keep_their_published_periods() -> None:
-    vllm, sglang = make(["eplb-vllm", "eplb-sglang"])
-    assert isinstance(vllm, Eplb) and isinstance(sglang, Eplb)
-    assert (vllm.window, vllm.first_step, vllm.interval, vllm.stops) == (1000, 750, 3000, False)
-    assert (sglang.window, sglang.first_step, sglang.interval, sglang.stops) == (1000, 1000, 1000, True)
 
 
 def test_throttling_is_in_the_makespan_and_in_what_strategies_measure() -> None:
@@ -326,12 +177,6 @@ def test_throttling_is_in_the_makespan_and_in_what_strategies_measure() -> None:
     assert seen[:, [0, 2, 3]] == pytest.approx(usual[:, [0, 2, 3]])
     throttled = np.array(result.track("fitted-once").step_us)[12:32]
     assert np.array(result.track("clairvoyant").step_us)[12:32].sum() < 0.8 * throttled.sum()
-
-
-def test_first_call_is_given_the_window_before() -> None:
-    strategy = Scripted({})
-    replay(profile(), shifting(), [strategy], window=WINDOW)
-    assert strategy.lengths[:3] == [WINDOW, 1, 1]
 
 
 def test_a_failed_rank_holds_nothing_until_it_returns() -> None:
@@ -356,14 +201,6 @@ def test_a_failed_rank_holds_nothing_until_it_returns() -> None:
     assert track.step_us[-1] == pytest.approx(layer_us(traces, swapped())[-1].sum())
     during = evaluate(without, profile(), traces.steps(slice(61, 72))).step_us
     assert track.step_us[13:24] == pytest.approx(during.tolist(), rel=0.2)
-
-
-@pytest.mark.parametrize("slots", [None, 3])
-def test_every_strategy_survives_a_failure(slots: int | None) -> None:
-    schedule = Schedule.parse(["0:fail@55-70", "3:1.5@60", "1:fail@80"])
-    result = replay(profile(), shifting(), window=WINDOW, slots_per_rank=slots, throttle=schedule, migration=FREE)
-    assert all(np.isfinite(track.step_us).all() and min(track.step_us) > 0 for track in result.timeline)
-    assert {row.strategy for row in result.rows} == set(STRATEGIES)
 
 
 def test_times_to_first_and_next_token_follow_the_phase() -> None:
@@ -428,46 +265,3 @@ def test_what_cannot_be_replayed(fields: dict[str, Any], said: str) -> None:
     given = {"strategies": ["contiguous"], "window": WINDOW, **fields}
     with pytest.raises(InputError, match=said):
         replay(profile(), shifting(), **given)
-
-
-def test_a_strategy_that_wants_other_slots_is_refused() -> None:
-    class Greedy(Scripted):
-        def observe(self, counts_NLE: np.ndarray, latencies_NG: np.ndarray) -> Placement | None:
-            return self.context.placement([np.arange(EXPERTS)] * LAYERS, np.array([5, 1, 1, 1]))
-
-    with pytest.raises(InputError, match="slots per rank"):
-        replay(profile(), shifting(), [Greedy({})], window=WINDOW)
-
-
-def test_copies_may_share_by_who_is_nearest() -> None:
-    """What is in force is scored as `evaluate` scores it, by every strategy that decides as well."""
-    nodes = Profile(devices=[each.model_copy(update={"node": f"node-{each.rank // 2}"}) for each in profile().devices])
-    traces, nearest = shifting(), {"split": "nearest", "senders": "uniform"}
-    names = ["contiguous", "copies", "controller", "free", "clairvoyant", "eplb-sglang"]
-    options = {"window": WINDOW, "fit": 0.25, "slots_per_rank": 3, "migration": FREE}
-    result = replay(nodes, traces, names, throttle=Schedule.parse(["1:fail@60-70"]), **options, **nearest)
-    assert all(row.makespan_us > 0 for row in result.rows)
-    result = replay(nodes, traces, names, **options, **nearest)
-    cost, held = fit(nodes)[0], traces.steps(slice(24, None))
-    context = Context(nodes, cost, traces.steps(slice(0, 24)), np.full(RANKS, 3), WINDOW, 0, FREE, split=Split.NEAREST)
-    assert context.fitted.has_copies and context.fitted.split is Split.NEAREST
-    scored = evaluate(context.fitted, nodes, held, cost=cost, senders="uniform")
-    assert result.row("copies").makespan_us == pytest.approx(scored.objective_us)
-    assert result.row("clairvoyant").makespan_us < min(result.row(name).makespan_us for name in names[1:4])
-    assert result.row("controller").moves > 0
-    assert replay(nodes, traces, ["copies"], **options).rows[0].makespan_us != result.row("copies").makespan_us
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"split": "nearest"}, "senders: got None; strategies see counts"),
-        ({"split": "nearest", "senders": "traces"}, "senders: got traces"),
-        ({"senders": "uniform"}, "senders: got uniform; the even split does not ask"),
-        ({"split": "optimal"}, "split: got optimal; replay shares copies even or nearest"),
-        ({"split": "nearest", "senders": "uniform", "strategies": ["duplication-all-past"]}, "split of its own"),
-    ],
-)
-def test_other_splits_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        replay(profile(), shifting(), **{"strategies": ["copies"], "slots_per_rank": 3, **options})

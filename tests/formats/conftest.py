@@ -9,9 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gemopt.formats.engine import TraceOptions
+from gemopt.formats.importing import import_traces
 from gemopt.placement import Placement
+from gemopt.traces import Traces
 
 WHEELS = Path(__file__).parents[2] / "benchmarks" / "engine_wheels.py"
+# layers, first dense layers, experts, ranks, slots per rank
+SHAPES = [(2, 0, 8, 1, 8), (3, 1, 16, 4, 4), (4, 2, 16, 4, 5), (2, 3, 60, 6, 11), (2, 1, 64, 64, 2), (1, 0, 8, 8, 1)]
 
 
 @pytest.fixture
@@ -36,6 +41,39 @@ def make_placement():
         )
 
     return make
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Traces of what an engine recorded, and the notes on them."""
+
+    def call(paths, source="sglang", **options):
+        paths = paths if isinstance(paths, list) else [paths]
+        target = tmp_path / "out.safetensors"
+        found = import_traces(paths, source=source, destination=target, options=TraceOptions(**options))
+        return Traces.load(target), " | ".join(found.notes)
+
+    return call
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder for dumps."""
+    (tmp_path / "dumps").mkdir()
+    return tmp_path / "dumps"
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def placement(request, make_placement):
+    layers, dense, experts, ranks, slots = request.param
+    return make_placement(
+        layers=layers,
+        experts=experts,
+        ranks=ranks,
+        slots=slots,
+        layer_ids=list(range(dense, dense + layers)),
+        num_hidden_layers=dense + layers,
+    )
 
 
 @pytest.fixture(scope="session")

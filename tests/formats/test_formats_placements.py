@@ -16,13 +16,13 @@ from pydantic import BaseModel, ConfigDict
 
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats import devices, lmdeploy
-from gemopt.formats.approximate import approximate
 from gemopt.formats.engine import Facts, WriteOptions
 from gemopt.formats.registry import engines, export, get, import_placement, obstacles, side_path
-from gemopt.placement import Placement, Split
+from gemopt.placement import Placement
 
 torch = pytest.importorskip("torch")
 yaml = pytest.importorskip("yaml")
+
 
 FILES = [(e.name, suffix) for e in engines() if e.write and e.read for suffix in e.suffixes]
 SHAPES = [(1, 0, 8, 1, 8), (3, 1, 16, 4, 4), (4, 2, 16, 4, 5), (2, 3, 60, 6, 11), (2, 1, 64, 64, 2)]
@@ -220,117 +220,6 @@ def test_lmdeploy_packing_is_inverted(ranks, width, seed):
     assert loads.sum() < 1 << 24
 
 
-# What an engine cannot express
-
-
-def unequal(**fields) -> Placement:
-    rows = [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
-    return Placement(
-        **{
-            "physical_to_logical": rows,
-            "slots_per_rank": [4, 2],
-            "num_experts": 6,
-            "num_hidden_layers": 2,
-            **fields,
-        }
-    )
-
-
-@pytest.mark.parametrize("name", [e.name for e in engines() if e.write and not e.unequal_slots])
-@pytest.mark.parametrize(
-    "fields,word",
-    [
-        ({}, "4, 2"),
-        ({"slots_per_rank": [3, 4], "physical_to_logical": [[0, 1, 2, 3, 4, 5, -1]] * 2}, "3, 4"),
-        ({"slots_per_rank": [4, 4], "physical_to_logical": [[0, 1, 2, 3, 4, 5, -1, -1]] * 2}, "empty"),
-    ],
-)
-def test_refused_naming_an_engine_that_can(tmp_path, name, fields, word):
-    suffix = get(name).suffixes[0]
-    with pytest.raises(UnsupportedError, match=word) as caught:
-        export(unequal(**fields), to=name, path=tmp_path / f"p{suffix}")
-    assert "csv" in str(caught.value)
-    assert "--approximate" in str(caught.value)
-    assert not list(tmp_path.iterdir())
-
-
-def test_static_weights_are_refused(tmp_path):
-    weights = [[0.5, 1, 1, 0.5]]
-    placement = Placement(
-        physical_to_logical=[[0, 1, 2, 0]],
-        slots_per_rank=[2, 2],
-        num_experts=3,
-        split="static",
-        split_weights=weights,
-        num_hidden_layers=1,
-    )
-    for name in ("sglang", "tensorrt-llm", "vllm", "vllm-ascend"):
-        with pytest.raises(UnsupportedError, match="static"):
-            export(placement, to=name, path=tmp_path / f"p{get(name).suffixes[0]}")
-        made, notes = approximate(placement, get(name))
-        assert made.split is Split.EVEN
-        assert (made.physical_to_logical == placement.physical_to_logical).all()
-        assert notes == ["split static became even"]
-
-
-@pytest.mark.parametrize("name", ["xllm", "llama.cpp", "array"])
-def test_engines_without_a_placement(make_placement, tmp_path, name):
-    with pytest.raises(UnsupportedError, match="sglang"):
-        export(make_placement(), to=name, path=tmp_path / "p.json")
-
-
-def test_missing_facts_are_named(make_placement, tmp_path):
-    placement = make_placement(num_hidden_layers=None)
-    for name in ("sglang", "lmdeploy"):
-        with pytest.raises(InputError, match="--num-hidden-layers"):
-            export(placement, to=name, path=tmp_path / "p.json")
-    with pytest.raises(InputError, match="--num-hidden-layers"):
-        export(placement, to="tensorrt-llm", path=tmp_path / "p.yaml", options=WriteOptions(mtp_layers=1))
-    with pytest.raises(InputError, match=r"\.json or \.pt"):
-        export(make_placement(), to="sglang", path=tmp_path / "p.txt")
-    assert not list(tmp_path.iterdir())
-
-
-# Conversions
-
-
-def test_approximate_moves_or_copies():
-    placement = unequal()
-    loads = np.array([[10.0, 1, 9, 8, 7, 6], [1, 2, 3, 4, 5, 6]])
-    moved, notes = approximate(placement, get("vllm"), loads=loads)
-    assert moved.slots_per_rank.tolist() == [3, 3]
-    assert set(moved.physical_to_logical[0, 3:].tolist()) == {4, 5, 1}  # the least loaded of rank 0 went
-    assert notes == ["2 experts moved, so that every rank holds 3"]
-    copied, notes = approximate(placement, get("vllm"), loads=loads, cost=lambda p: -p.num_slots)
-    assert copied.slots_per_rank.tolist() == [4, 4]
-    assert (copied.physical_to_logical[:, :4] == placement.physical_to_logical[:, :4]).all()
-    assert "4 slots added or filled" in notes[0]
-    for made in (moved, copied):
-        assert not obstacles(made, get("vllm"))
-
-
-def test_approximate_drops_copies_for_lmdeploy(make_placement, tmp_path):
-    placement = make_placement(layers=3, experts=8, ranks=2, slots=6)
-    made, notes = approximate(placement, get("lmdeploy"))
-    assert made.num_slots == 8
-    assert "12 copies dropped" in notes[0]
-    export(made, to="lmdeploy", path=tmp_path / "p.json")
-
-
-def test_approximate_says_when_it_cannot():
-    placement = Placement(physical_to_logical=[[0, 1, 2, 3, 4]], slots_per_rank=[3, 2], num_experts=5)
-    with pytest.raises(UnsupportedError, match="2 ranks"):
-        approximate(placement, get("lmdeploy"))
-
-
-def test_nothing_to_approximate(make_placement):
-    placement = make_placement()
-    assert approximate(placement, get("sglang")) == (placement, [])
-
-
-# Devices
-
-
 def test_placement_follows_its_devices():
     placement = Placement(
         physical_to_logical=[[0, 1, 2, 3, 0]],
@@ -367,113 +256,6 @@ def test_devices_present_are_compared(make_placement):
     assert "profile and solve again" in devices.compare(placement, ["b", "c"])
     assert devices.compare(placement, []) == ""
     assert devices.compare(make_placement(), ["b", "c"]) == ""
-
-
-# Known-bad files
-
-
-def _sglang(rows, **more):
-    return json.dumps({"physical_to_logical_map": rows, **more})
-
-
-def _ascend(lists, count=None):
-    layers = [{"device_list": [{"device_expert": experts} for experts in layer]} for layer in lists]
-    return json.dumps({"moe_layer_count": len(layers) if count is None else count, "layer_list": layers})
-
-
-# Eight levels of ten anchors each stand for 10^8 values.
-LAUGHS = "a0: &a0 [1]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(8))
-
-BAD = [
-    ("sglang", ".json", "{", "complete JSON"),
-    ("sglang", ".json", "[]", "physical_to_logical_map"),
-    ("sglang", ".json", _sglang([[0, 1, 2, 3]], model="x"), "model"),
-    ("sglang", ".json", _sglang([[0, 1, 2]]), "--ep"),
-    ("sglang", ".json", _sglang([[0, 1, 3, 3]]), "expert"),
-    ("sglang", ".json", _sglang([[0, 0, 1, 2]]), "twice on rank 0"),
-    ("sglang", ".json", _sglang([[0, 1, 2], [0]]), "rectangular"),
-    ("sglang", ".json", _sglang([]), "map"),
-    ("sglang", ".json", _sglang([[0, 1.5, 2, 3]]), "1.5"),
-    ("sglang", ".json", _sglang([[0, -5, 2, 3]]), "-5"),
-    ("sglang", ".json", "[" * 100_000, "complete JSON"),
-    ("vllm-ascend", ".json", _ascend([[[0, 0, 1], [2, 3, 1]]]), "twice on rank 0"),
-    ("vllm-ascend", ".json", _ascend([[[0, 1], [2]]]), "same number"),
-    ("vllm-ascend", ".json", _ascend([[[0, 1], [2, 3]], [[0, 1, 2], [3, 1, 0]]]), "same number"),
-    ("vllm-ascend", ".json", _ascend([[[0, 1], [2, 3]]], count=2), "moe_layer_count"),
-    ("vllm-ascend", ".json", _ascend([[[0, "1"], [2, 3]]]), "experts"),
-    ("vllm-ascend", ".json", '{"moe_layer_count": 1, "layer_list": [3]}', "device_list"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,3]}\nep_size: 2\n", "ep_size"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2]}\n", "num_slots"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,2]}\n", "expert"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {a: [0,1,2,3]}\n", "a whole number"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,x]}\n", "got x; a whole number"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: 3}\n", "list of experts"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {-1: [0,1,2,3]}\n", "layer numbers"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {true: [0,1,2,3]}\n", "a whole number"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\nnum_slots: 8\ninitial_global_assignments: {}\n", "every key once"),
-    (
-        "tensorrt-llm",
-        ".yaml",
-        "num_slots: 4\ninitial_global_assignments: {3: [0,1,2,3], '3': [3,2,1,0]}\n",
-        "every key once",
-    ),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0x3: [0,1,2,3], '3': [0,1,2,3]}\n", "once"),
-    ("tensorrt-llm", ".yaml", "num_slots: 4\nlayer_updates_per_iter: x\ninitial_global_assignments: {}\n", "got x"),
-    ("tensorrt-llm", ".yaml", "a: &a [*a]\n", "inside itself"),
-    ("tensorrt-llm", ".yaml", "a: &a {b: 1}\nc: {<<: *a}\n", "merge key"),
-    ("tensorrt-llm", ".yaml", LAUGHS, "at most 16777216 values"),
-    ("tensorrt-llm", ".yaml", "a: [1\n", "complete YAML"),
-    ("tensorrt-llm", ".yaml", "!!python/object/apply:os.system ['true']", "YAML"),
-    ("csv", ".csv", "", "CSV"),
-    ("csv", ".csv", "a,b\n1,2\n", "layer,rank,slot,expert"),
-    ("csv", ".csv", "layer,rank,slot,expert\n0,0,0,0\n0,0,0,1\n", "one for each"),
-    ("csv", ".csv", "layer,rank,slot,expert\n0,0,0,0\n0,1,1,x\n", "line 3"),
-    ("csv", ".csv", "layer,rank,slot,expert\n0,1,0,0\n0,0,1,1\n", "rank order"),
-    ("csv", ".csv", "layer,rank,slot,expert\n0,0,0,0\n0,0,1,5\n", "experts need at least"),
-    ("csv", ".csv", "layer,rank,slot,expert,weight\n0,0,0,0,nan\n", "weight"),
-    ("deepseek-eplb", ".npz", "PK", "npz"),
-    ("deepseek-eplb", ".safetensors", "\0" * 4, "safetensors"),
-    ("lmdeploy", ".json", "[[1, 2, 3]]", "--ep"),
-    ("vllm", ".json", "{}", "Placement"),
-    ("vllm-map", ".json", "{}", "one per MoE layer"),
-    ("vllm-map", ".json", "[]", "one per MoE layer"),
-    ("vllm-map", ".json", "[[0, 1], 2]", "one per MoE layer"),
-    ("vllm-map", ".json", "[[0, 1, 2, 3], [0, 1]]", "rectangular"),
-    ("vllm-map", ".json", "[[0, 1, 3, 3]]", "expert"),
-]
-
-
-@pytest.mark.parametrize("name,suffix,text,word", BAD)
-def test_bad_file_is_one_clear_line(tmp_path, name, suffix, text, word):
-    path = tmp_path / f"bad{suffix}"
-    path.write_text(text)
-    with pytest.raises(InputError) as caught:
-        import_placement(path, source=name, facts=Facts(num_ranks=2))
-    assert word in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value) or "--ep" in str(caught.value)
-
-
-def test_wrong_numbers_of_layers_and_experts(make_placement, tmp_path):
-    path = tmp_path / "map.json"
-    export(make_placement(layers=3, num_hidden_layers=4, layer_ids=[1, 2, 3]), to="sglang", path=path)
-    side_path(path).unlink()
-    with pytest.raises(InputError, match="61"):
-        import_placement(path, source="sglang", facts=Facts(num_ranks=2, num_hidden_layers=61))
-    with pytest.raises(InputError, match="--layer-ids"):
-        import_placement(path, source="sglang", facts=Facts(num_ranks=2, layer_ids=(1, 7)))
-    with pytest.raises(InputError, match="experts 0 to 5"):
-        import_placement(path, source="sglang", facts=Facts(num_ranks=2, num_experts=6))
-    with pytest.raises(InputError, match="9 experts need at least"):
-        import_placement(path, source="sglang", facts=Facts(num_ranks=2, num_experts=9))
-
-
-def test_eplb_tables_must_agree(make_placement, tmp_path):
-    path = tmp_path / "p.npz"
-    table = make_placement(experts=4, slots=3).physical_to_logical
-    np.savez(path, phy2log=table, logcnt=np.ones((3, 4), np.int64))
-    with pytest.raises(InputError, match="logcnt"):
-        import_placement(path, source="deepseek-eplb", facts=Facts(num_ranks=2))
 
 
 @pytest.mark.parametrize("name", ["sglang", "tensorrt-llm", "vllm", "vllm-map", "vllm-ascend", "lmdeploy"])

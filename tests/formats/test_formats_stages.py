@@ -9,30 +9,12 @@ import pytest
 
 from gemopt.cli import main
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import TraceOptions
 from gemopt.formats.findings import ranges
-from gemopt.formats.importing import import_traces
-from gemopt.traces import Traces
 
 torch = pytest.importorskip("torch")
+
+
 STEPS, LAYERS, EXPERTS = 6, 5, 16
-
-
-@pytest.fixture
-def load(tmp_path):
-    def call(paths, source="sglang", **options):
-        paths = paths if isinstance(paths, list) else [paths]
-        target = tmp_path / "out.safetensors"
-        found = import_traces(paths, source=source, destination=target, options=TraceOptions(**options))
-        return Traces.load(target), " | ".join(found.notes)
-
-    return call
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "dumps").mkdir()
-    return tmp_path / "dumps"
 
 
 def truth(seed=0, steps=STEPS):
@@ -65,9 +47,6 @@ def per_pass(folder, time, rank, counts, *, first=1, **more):
     table = torch.arange(counts.shape[2]).repeat(counts.shape[1], 1)
     data = {"records": records, "last_physical_to_logical_map": table}
     torch.save(data, folder / f"expert_distribution_recorder_{time}_{rank}.pt")
-
-
-# Statistics
 
 
 @pytest.mark.parametrize("suffix", [".json", ".pt"])
@@ -147,9 +126,6 @@ def test_stat_dumps_of_pipeline_stages(load, folder):
     stat(folder / "expert_distribution_recorder_5.2.pt", only(later, 2, 3, 4))
     with pytest.raises(InputError, match=r"2 pipeline stages|two pipeline stages"):
         load(folder)
-
-
-# Forward passes of ranks and stages
 
 
 @pytest.mark.parametrize("numbered", ["stage", "world"])
@@ -255,9 +231,6 @@ def test_tokens_of_pipeline_stages_are_joined(load, folder):
         load(folder, keep_tokens=True)
 
 
-# TensorRT-LLM
-
-
 def statistic(folder, rank, counts, layers, start=100):
     from safetensors.numpy import save_file
 
@@ -295,108 +268,6 @@ def test_tensorrt_llm_stages(load, folder, same):
     statistic(folder, 2, parts[0][:, 2:], (2, 5))
     with pytest.raises(InputError, match=r"one after the other|as many"):
         load(folder, "trtllm")
-
-
-# Count tables
-
-
-def table(path, rows, header="layer_id,expert_id,count"):
-    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows), ""]))
-    return path
-
-
-def rows_of(counts, layers=(3, 4)):
-    return [(layer, e, n) for layer, row in zip(layers, counts, strict=True) for e, n in enumerate(row) if n]
-
-
-@pytest.mark.parametrize("source", ["sglang", "csv", "array"])
-def test_count_tables_of_ranks(load, folder, source):
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 3, (2, 3, 2, 8)) * rng.integers(1, 30, (2, 3, 2, 8))  # [dumps, ranks, layers, experts]
-    for dump, ranks in enumerate(counts):
-        for rank, each in enumerate(ranks):
-            table(folder / f"expert_distribution_rank{rank}_timestamp{dump + 1}.{9 - rank}.csv", rows_of(each))
-    traces, notes = load(folder if source != "array" else sorted(folder.iterdir()), source, num_experts=8)
-    assert (traces.counts == counts.sum(axis=1)).all()
-    assert traces.layer_ids == (3, 4)
-    assert "2 steps, one for each table of a rank" in notes
-    sorted(folder.glob("*rank1*"))[0].unlink()
-    with pytest.raises(InputError, match="as many tables of every rank"):
-        load(folder, "csv")
-    for path in folder.glob("*rank1*"):
-        path.unlink()
-    with pytest.raises(InputError, match="rank 1 is missing"):
-        load(folder, "csv")
-
-
-def test_count_tables_say_what_they_lack(load, folder):
-    path = table(folder / "a.csv", [(3, 0, 5), (3, 5, 7), (4, 1, 9)])
-    traces, notes = load(path, "csv")
-    assert traces.counts.tolist() == [[[5, 0, 0, 0, 0, 7], [0, 9, 0, 0, 0, 0]]]
-    for word in ("6 experts, the highest id seen + 1", "a single step", "never chosen in any layer (2-4)"):
-        assert word in notes
-    with pytest.raises(InputError, match="experts 0 to 3"):
-        load(path, "csv", num_experts=4)
-    same = [table(folder / f"x_rank{rank}.csv", [(0, 0, 5), (0, 1, 6)]) for rank in range(3)]
-    traces, notes = load(same, "csv")
-    assert traces.counts.tolist() == [[[5, 6]]]
-    assert "all 3 ranks recorded the same counts" in notes
-    _, notes = load(same[0], "csv")
-    assert "rank 0 alone" in notes
-    traces, notes = load([path, table(folder / "b.csv", [(3, 0, 5), (3, 5, 7), (4, 1, 9)])], "csv")
-    assert traces.num_steps == 1
-    assert "b.csv is a.csv again: counted once" in notes
-
-
-def test_count_tables_with_steps_and_ranks(load, folder):
-    rng = np.random.default_rng(1)
-    counts = rng.integers(1, 30, (3, 2, 2, 4))  # [steps, ranks, layers, experts]
-    rows = [
-        (step + 7, rank, layer, expert, f"{counts[step, rank, layer, expert]}.0", "m")
-        for step in range(3)
-        for rank in range(2)
-        for layer in range(2)
-        for expert in range(4)
-    ]
-    rng.shuffle(rows)
-    head = "iteration, Rank ,layer,expert,num_tokens,model"
-    path = table(folder / "t.csv", rows, head)
-    traces, _ = load(path, "csv")
-    assert (traces.counts == counts.sum(axis=1)).all()
-    half = [table(folder / f"{name}.csv", part, head) for name, part in (("p", rows[:20]), ("q", rows[16:]))]
-    traces, notes = load(half, "csv")
-    assert (traces.counts == counts.sum(axis=1)).all()
-    assert "4 lines are in several tables: counted once" in notes
-
-
-@pytest.mark.parametrize(
-    "text,word",
-    [
-        ("", "layer_id, expert_id, count"),
-        ("layer_id,expert_id\n0,1\n", "layer_id, expert_id, count"),
-        ("layer_id,physical_expert_id,count\n0,1,2\n", "layer_id, expert_id, count"),
-        ("layer_id,expert_id,count\n", "at least one line"),
-        ("layer_id,expert_id,count\n0,1,2\n0,1,2\n", "line 3: got 0,1,2; each layer and expert once"),
-        ("layer_id,expert_id,count\n0,1,-2\n", "whole number"),
-        ("layer_id,expert_id,count\n0,1,2.5\n", "whole number"),
-        ("layer_id,expert_id,count\n0,1,1e3\n", "whole number"),
-        ("layer_id,expert_id,count\n0,1\n", "3 values"),
-        ("layer_id,expert_id,count\n0,99999999,3\n", "below 65536"),
-        ("layer_id,layer,expert_id,count\n0,0,1,3\n", "one column for the layer"),
-        ("layer_id,expert_id,count,phase\n0,1,3,prefill\n0,2,3,decode\n", "phase: got decode; prefill"),
-        ("layer_id,expert_id,count\n0,1,0\n", "no step"),
-        ("layer_id,expert_id,count\n0,1,0\n1,1,4\n", "if 0 have no experts, give --layer-ids 1"),
-        ("layer_id,expert_id,count\n\x00", "3 values"),
-    ],
-)
-def test_tables_that_are_refused(load, folder, text, word):
-    (folder / "t.csv").write_text(text)
-    with pytest.raises(InputError, match=word) as caught:
-        load(folder / "t.csv", "csv")
-    assert "\n" not in str(caught.value)
-
-
-# What counts tell
 
 
 def test_findings(load, tmp_path):

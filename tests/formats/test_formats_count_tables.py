@@ -1,0 +1,104 @@
+"""Count tables of ranks and of all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gemopt.exceptions import InputError
+
+
+def table(path, rows, header="layer_id,expert_id,count"):
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows), ""]))
+    return path
+
+
+def rows_of(counts, layers=(3, 4)):
+    return [(layer, e, n) for layer, row in zip(layers, counts, strict=True) for e, n in enumerate(row) if n]
+
+
+@pytest.mark.parametrize("source", ["sglang", "csv", "array"])
+def test_count_tables_of_ranks(load, folder, source):
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 3, (2, 3, 2, 8)) * rng.integers(1, 30, (2, 3, 2, 8))  # [dumps, ranks, layers, experts]
+    for dump, ranks in enumerate(counts):
+        for rank, each in enumerate(ranks):
+            table(folder / f"expert_distribution_rank{rank}_timestamp{dump + 1}.{9 - rank}.csv", rows_of(each))
+    traces, notes = load(folder if source != "array" else sorted(folder.iterdir()), source, num_experts=8)
+    assert (traces.counts == counts.sum(axis=1)).all()
+    assert traces.layer_ids == (3, 4)
+    assert "2 steps, one for each table of a rank" in notes
+    sorted(folder.glob("*rank1*"))[0].unlink()
+    with pytest.raises(InputError, match="as many tables of every rank"):
+        load(folder, "csv")
+    for path in folder.glob("*rank1*"):
+        path.unlink()
+    with pytest.raises(InputError, match="rank 1 is missing"):
+        load(folder, "csv")
+
+
+def test_count_tables_say_what_they_lack(load, folder):
+    path = table(folder / "a.csv", [(3, 0, 5), (3, 5, 7), (4, 1, 9)])
+    traces, notes = load(path, "csv")
+    assert traces.counts.tolist() == [[[5, 0, 0, 0, 0, 7], [0, 9, 0, 0, 0, 0]]]
+    for word in ("6 experts, the highest id seen + 1", "a single step", "never chosen in any layer (2-4)"):
+        assert word in notes
+    with pytest.raises(InputError, match="experts 0 to 3"):
+        load(path, "csv", num_experts=4)
+    same = [table(folder / f"x_rank{rank}.csv", [(0, 0, 5), (0, 1, 6)]) for rank in range(3)]
+    traces, notes = load(same, "csv")
+    assert traces.counts.tolist() == [[[5, 6]]]
+    assert "all 3 ranks recorded the same counts" in notes
+    _, notes = load(same[0], "csv")
+    assert "rank 0 alone" in notes
+    traces, notes = load([path, table(folder / "b.csv", [(3, 0, 5), (3, 5, 7), (4, 1, 9)])], "csv")
+    assert traces.num_steps == 1
+    assert "b.csv is a.csv again: counted once" in notes
+
+
+def test_count_tables_with_steps_and_ranks(load, folder):
+    rng = np.random.default_rng(1)
+    counts = rng.integers(1, 30, (3, 2, 2, 4))  # [steps, ranks, layers, experts]
+    rows = [
+        (step + 7, rank, layer, expert, f"{counts[step, rank, layer, expert]}.0", "m")
+        for step in range(3)
+        for rank in range(2)
+        for layer in range(2)
+        for expert in range(4)
+    ]
+    rng.shuffle(rows)
+    head = "iteration, Rank ,layer,expert,num_tokens,model"
+    path = table(folder / "t.csv", rows, head)
+    traces, _ = load(path, "csv")
+    assert (traces.counts == counts.sum(axis=1)).all()
+    half = [table(folder / f"{name}.csv", part, head) for name, part in (("p", rows[:20]), ("q", rows[16:]))]
+    traces, notes = load(half, "csv")
+    assert (traces.counts == counts.sum(axis=1)).all()
+    assert "4 lines are in several tables: counted once" in notes
+
+
+@pytest.mark.parametrize(
+    "text,word",
+    [
+        ("", "layer_id, expert_id, count"),
+        ("layer_id,expert_id\n0,1\n", "layer_id, expert_id, count"),
+        ("layer_id,physical_expert_id,count\n0,1,2\n", "layer_id, expert_id, count"),
+        ("layer_id,expert_id,count\n", "at least one line"),
+        ("layer_id,expert_id,count\n0,1,2\n0,1,2\n", "line 3: got 0,1,2; each layer and expert once"),
+        ("layer_id,expert_id,count\n0,1,-2\n", "whole number"),
+        ("layer_id,expert_id,count\n0,1,2.5\n", "whole number"),
+        ("layer_id,expert_id,count\n0,1,1e3\n", "whole number"),
+        ("layer_id,expert_id,count\n0,1\n", "3 values"),
+        ("layer_id,expert_id,count\n0,99999999,3\n", "below 65536"),
+        ("layer_id,layer,expert_id,count\n0,0,1,3\n", "one column for the layer"),
+        ("layer_id,expert_id,count,phase\n0,1,3,prefill\n0,2,3,decode\n", "phase: got decode; prefill"),
+        ("layer_id,expert_id,count\n0,1,0\n", "no step"),
+        ("layer_id,expert_id,count\n0,1,0\n1,1,4\n", "if 0 have no experts, give --layer-ids 1"),
+        ("layer_id,expert_id,count\n\x00", "3 values"),
+    ],
+)
+def test_tables_that_are_refused(load, folder, text, word):
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=word) as caught:
+        load(folder / "t.csv", "csv")
+    assert "\n" not in str(caught.value)

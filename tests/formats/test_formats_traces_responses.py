@@ -1,0 +1,134 @@
+"""Responses of vLLM, SGLang and LMDeploy with the experts of their tokens; counts must equal the truth."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+from recordings import load
+
+from gemopt.exceptions import InputError
+from gemopt.traces import Phase
+
+
+def requests(rng, layers=3, experts=8, top_k=2, lengths=((3, 4), (5, 2), (1, 6))):
+    """(prompt tokens, generated tokens, ids [prompt + generated - 1, layers, K]) of some requests."""
+    return [
+        (p, g, np.argsort(rng.random((p + g - 1, layers, experts)), axis=2)[:, :, :top_k].astype(np.int32))
+        for p, g in lengths
+    ]
+
+
+def expected_steps(decoded, batch):
+    """Continuous batching, simulated token by token: each free sequence takes the next request."""
+    waiting, running, steps = list(decoded), [], []
+    while waiting or running:
+        while waiting and len(running) < batch:
+            running.append(list(waiting.pop(0)))
+        steps.append([request.pop(0) for request in running])
+        running = [request for request in running if request]
+    return steps
+
+
+def counted(steps, layers, experts):
+    counts = np.zeros((len(steps), layers, experts), np.int64)
+    for step, tokens in enumerate(steps):
+        for ids in tokens:
+            for layer, chosen in enumerate(ids):
+                counts[step, layer, chosen] += 1
+    return counts
+
+
+def npy_text(array) -> str:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_vllm_responses(tmp_path):
+    made = requests(np.random.default_rng(0))
+    path = tmp_path / "responses.jsonl"
+    lines = [
+        {
+            "choices": [{"routed_experts": npy_text(ids.astype(np.uint8))}],
+            "usage": {"prompt_tokens": p, "completion_tokens": g},
+        }
+        for p, g, ids in made
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    traces, _ = load(path, "vllm", tmp_path, batch_size=2, num_experts=8)
+    truth = counted(expected_steps([ids[p:] for p, _, ids in made], 2), 3, 8)
+    assert (traces.counts == truth).all()
+    assert (traces.phase == Phase.DECODE).all()
+    prefill, _ = load(path, "vllm", tmp_path, batch_size=2, num_experts=8, phase=Phase.PREFILL)
+    assert (prefill.counts == counted([[*made[0][2][:3], *made[1][2][:5]], made[2][2][:1]], 3, 8)).all()
+
+
+def test_sglang_responses_and_dense_layers(tmp_path):
+    made = requests(np.random.default_rng(1))
+    path = tmp_path / "responses.json"
+    bodies = []
+    for _, g, ids in made:
+        ids[:, 0] = 0  # a dense layer: never captured
+        meta = {"completion_tokens": g, "routed_experts": base64.b64encode(ids.tobytes()).decode()}
+        bodies.append({"text": "x", "meta_info": meta})
+    path.write_text(json.dumps(bodies))
+    traces, _ = load(path, "sglang", tmp_path, batch_size=4, num_hidden_layers=3, top_k=2, num_experts=8)
+    assert traces.layer_ids == (1, 2)
+    assert traces.num_hidden_layers == 3
+    assert (traces.counts == counted(expected_steps([i[p:, 1:] for p, _, i in made], 4), 2, 8)).all()
+    with pytest.raises(InputError, match="--num-hidden-layers"):
+        load(path, "sglang", tmp_path)
+    with pytest.raises(InputError, match="multiple of 4"):
+        load(path, "sglang", tmp_path, num_hidden_layers=7, top_k=3)
+
+
+def test_lmdeploy_responses(tmp_path):
+    made = requests(np.random.default_rng(2))
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps([{"choices": [{"routed_experts": ids.tolist()}]} for _, _, ids in made]))
+    # Without usage nothing tells the prompt from the answer: all tokens count, or none.
+    traces, notes = load(path, "lmdeploy", tmp_path, batch_size=2, num_experts=8, phase=Phase.MIXED)
+    assert "as if they had been generated" in notes[0]
+    assert (traces.counts == counted(expected_steps([ids for _, _, ids in made], 2), 3, 8)).all()
+    for phase in (Phase.PREFILL, Phase.DECODE):
+        with pytest.raises(InputError, match=r"completion_tokens.*--phase all"):
+            load(path, "lmdeploy", tmp_path, phase=phase)
+
+
+@pytest.mark.parametrize(
+    "body,word",
+    [
+        ([], "no token"),
+        ([3], "JSON object"),
+        ([{"choices": []}], "choices"),
+        ([{"choices": [{"text": "x"}]}], "ask the engine"),
+        ([{"choices": [{"routed_experts": "%%%"}]}], "base64"),
+        ([{"choices": [{"routed_experts": "AAAA"}]}], r"\.npy"),
+        ([{"choices": [{"routed_experts": base64.b64encode(b"\x93NUMPY\x01\x00").decode()}]}], r"complete \.npy"),
+        ([{"choices": [{"routed_experts": [[[0, 1]], [[0]]]}]}], "whole numbers"),
+        ([{"choices": [{"routed_experts": [[[0, 1]]]}, {"routed_experts": [[[0, 1], [0, 1]]]}]}], "one network"),
+        ([{"choices": [{"routed_experts": [[[0, 0]]]}]}], "no token; 1 tokens of padding"),
+        ([{"choices": [{"routed_experts": [[[1, 1]]]}]}], "every layer repeats"),
+        ([{"choices": [{"routed_experts": [[[1, 1]], [[0, 1]]]}]}], "1 of 2 tokens"),
+        ([{"choices": [{"routed_experts": [[[0, 1 << 40]]]}]}], "below 8192"),
+        ([{"choices": [{"routed_experts": [[[0, 1]]]}], "usage": {"completion_tokens": 9}}], "at most the 1"),
+        ([{"choices": [{"routed_experts": [[[0, 1]]]}], "usage": {"completion_tokens": "9"}}], "completion_tokens"),
+    ],
+)
+def test_bad_responses(tmp_path, body, word):
+    (tmp_path / "r.json").write_text(json.dumps(body))
+    with pytest.raises(InputError, match=word):
+        load(tmp_path / "r.json", "vllm", tmp_path, phase=Phase.DECODE if "usage" in str(body) else Phase.MIXED)
+
+
+def test_hostile_npy_header(tmp_path):
+    header = b"{'descr': '<i4', 'fortran_order': False, 'shape': (1099511627776, 1024, 8), }"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    body = {"choices": [{"routed_experts": base64.b64encode(data).decode()}]}
+    (tmp_path / "r.jsonl").write_text(json.dumps(body))
+    with pytest.raises(InputError, match=r"complete \.npy"):
+        load(tmp_path / "r.jsonl", "vllm", tmp_path)

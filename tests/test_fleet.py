@@ -1,0 +1,153 @@
+"""What-if clusters: speeds of a measured fleet, equal devices, one that is slower; the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kernel_tables import loads, written
+
+from gemopt.cli import main
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import read_fleet, read_table, slow_down, what_if
+from gemopt.profile import Profile
+
+FLEET = "dataset,rel_time,gpu\n" + "".join(f"compute,{1 + i / 10:.1f},c{i}\n" for i in range(6))
+MEMORY = "".join(f"memory,{1 + i / 100:.2f},m{i}\n" for i in range(6))
+
+
+def test_a_fleet_scales_every_latency(tmp_path: Path) -> None:
+    table = read_table(written(tmp_path, "tokens,latency_us\n1,10\n64,20\n"))
+    fleet = read_fleet(written(tmp_path, FLEET, "speeds.csv"))
+    cluster = what_if(table, fleet, ranks=6, seed=3)
+    drawn = [float(device.state["rel_time"]) for device in cluster.devices]
+    assert sorted(drawn) == pytest.approx([1.0, 1.1, 1.2, 1.3, 1.4, 1.5])  # different GPUs, each once
+    for rank, factor in enumerate(drawn):
+        assert [s.latency_us for s in cluster.devices[rank].samples] == pytest.approx([10 * factor, 20 * factor])
+    assert what_if(table, fleet, ranks=6, seed=3) == cluster != what_if(table, fleet, ranks=6, seed=4)
+
+
+def test_compute_and_memory_speeds_act_on_their_own_part(tmp_path: Path) -> None:
+    rows = [(n, a, max(20 + 5 * a, 10 + 0.5 * n)) for n in (8, 32, 512, 1024, 2048) for a in (2, 4, 8)]
+    text = "tokens,active_experts,latency_us\n" + "".join(f"{n},{a},{y}\n" for n, a, y in rows)
+    table = read_table(written(tmp_path, text))
+    speeds = written(tmp_path, FLEET + MEMORY, "speeds.csv")
+    with pytest.raises(InputError, match=r"2 fleets.*compute, memory.*--fleet"):
+        read_fleet(speeds)
+    cluster = what_if(table, read_fleet(speeds, "compute"), ranks=4, memory=read_fleet(speeds, "memory"))
+    for device in cluster.devices:
+        compute, memory = float(device.state["rel_time"]), float(device.state["rel_time_memory"])
+        assert 1.0 <= memory <= 1.05
+        for before, after in zip(table.devices[0].samples, device.samples, strict=True):
+            factor = after.latency_us / before.latency_us
+            if before.assignments <= 32:
+                assert factor == pytest.approx(memory, rel=0.03)
+            if before.assignments == 2048:
+                assert factor == pytest.approx(compute, rel=0.02)
+
+
+def test_fleets_and_clusters_that_are_none(tmp_path: Path) -> None:
+    table = read_table(written(tmp_path, "tokens,latency_us\n1,10\n"))
+    fleet = read_fleet(written(tmp_path, FLEET, "speeds.csv"))
+    two = read_table(written(tmp_path, "tokens,latency_us,rank\n1,10,0\n1,10,1\n"))
+    for ask, named in (
+        (lambda: what_if(table, fleet, ranks=7), "at most the 6 GPUs"),
+        (lambda: what_if(table, fleet, ranks=0), "--ranks"),
+        (lambda: what_if(two, fleet, ranks=2), "table of one device"),
+        (lambda: slow_down(two, 2, 1.3), "rank: got 2"),
+        (lambda: slow_down(two, 0, 0.0), "factor"),
+        (lambda: read_fleet(tmp_path / "speeds.csv", "other"), "--fleet"),
+        (lambda: read_fleet(written(tmp_path, "rel_time\n0\n")), "line 2, rel_time: got 0"),
+        (lambda: read_fleet(written(tmp_path, "rel_time\n-1\n")), "line 2, rel_time"),
+        (lambda: read_fleet(written(tmp_path, "speed\n1\n")), "rel_time"),
+    ):
+        with pytest.raises(InputError, match=named.replace("(", r"\(")):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("rows", "word"),
+    [
+        ("0,100\n1,101\n2,107\n", "times around 101; about 1"),
+        ("0,1\n1,1.1\n0,0.9\n", "gpu: got 0 twice; a row for each"),
+    ],
+)
+def test_rows_that_are_no_fleet(tmp_path: Path, rows: str, word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        read_fleet(written(tmp_path, "gpu,rel_time\n" + rows))
+
+
+def test_one_rank_slower(tmp_path: Path) -> None:
+    two = read_table(written(tmp_path, "tokens,latency_us,rank\n1,10,0\n1,10,1\n"))
+    slower = slow_down(two, 1, 1.3)
+    assert [d.samples[0].latency_us for d in slower.devices] == [10.0, pytest.approx(13.0)]
+    assert two.devices[1].samples[0].latency_us == 10.0
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = written(tmp_path, "num_tokens,latency_ms\n16,0.1\n32,0.2\n")
+    speeds = written(tmp_path, FLEET, "speeds.csv")
+    out = tmp_path / "profile.json"
+    words = ["profile", "import", str(table), "--unit", "group-tokens", "--top-k", "8", "--ep", "4", "-o", str(out)]
+    extra = ["--speeds", str(speeds), "--ranks", "3", "--seed", "1", "--device", "H100", "--source", "someone, MIT"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, *extra])
+    assert stop.value.code == 0 and "3 devices, 6 samples" in " ".join(capsys.readouterr().out.split())
+    profile = Profile.load(out)
+    assert profile.num_ranks == 3 and profile.source == "someone, MIT"
+    assert {s.assignments for d in profile.devices for s in d.samples} == {32, 64}
+    factors = [float(d.state["rel_time"]) for d in profile.devices]
+    np.testing.assert_allclose([d.samples[0].latency_us for d in profile.devices], np.multiply(100, factors))
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        (["--unit", "miles"], "--unit"),
+        (["--unit", "tokens"], "--top-k"),
+        (["--fleet", "compute"], "--speeds"),
+        (["--speeds", "none.csv"], "none.csv"),
+        (["--ranks", "two"], "--ranks"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], named: str
+) -> None:
+    table, out = written(tmp_path, "tokens,latency_us\n16,0.1\n"), tmp_path / "profile.json"
+    with pytest.raises(SystemExit) as stop:
+        main(["profile", "import", str(table), "-o", str(out), *extra])
+    shown = capsys.readouterr()
+    assert stop.value.code == 2 and named in shown.err and shown.err.count("\n") == 1 and not out.exists()
+
+
+# --- equal devices ---------------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in words])
+    shown = capsys.readouterr()
+    return int(stop.value.code or 0), " ".join((shown.out + shown.err).split())
+
+
+def test_ranks_without_speeds_are_equal_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, out = written(tmp_path, "tokens,dtype,uuid,latency_us\n8,a,u,1\n8,b,u,3\n16,a,u,2\n"), tmp_path / "p.json"
+    words = ["profile", "import", table, "--where", "dtype=a", "-o", out]
+    assert run(capsys, *words, "--ranks", 8) == (0, f"{out}: 8 equal devices, 16 samples")
+    profile = Profile.load(out)
+    assert [loads(profile, rank) for rank in range(8)] == [[(8, None, 1.0), (16, None, 2.0)]] * 8
+    assert profile.device_uuids == [None] * 8  # no two ranks are one device
+    code, shown = run(capsys, *words)
+    assert code == 0 and "1 device, 2 samples; a placement needs several: --ranks N" in shown
+    assert run(capsys, *words, "--ranks", 0)[0] == 2
+    several = written(tmp_path, "tokens,rank,latency_us\n8,0,1\n8,1,3\n", "two.csv")
+    code, shown = run(capsys, "profile", "import", several, "-o", out, "--ranks", 8)
+    assert code == 2 and "the table has 2 devices of its own" in shown
+    assert run(capsys, "profile", "import", several, "-o", out, "--ranks", 2)[0] == 0
+
+
+def test_repeats_that_disagree_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"{n},{us}\n" for n, us in ((8, 50), (8, 200), (16, 60), (16, 61)))
+    words = ["profile", "import", written(tmp_path, "assignments,latency_us\n" + rows), "-o", tmp_path / "p.json"]
+    assert "the times of 1 of 2 loads disagree (8 assignments: 125 us" in run(capsys, *words)[1]

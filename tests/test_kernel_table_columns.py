@@ -1,0 +1,148 @@
+"""Columns that nobody knows: rows that differ in them, devices that they tell apart, names that say nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kernel_tables import loads, written
+
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import Unit, read_table
+
+# --- rows that are no repeats of one point --------------------------------------------------------------------------
+
+MIXED = {
+    "dtypes within a load": (
+        "dtype",
+        "num_tokens,dtype,latency_us\n64,bf16,300\n64,fp8,170\n128,bf16,420\n128,fp8,230\n",
+    ),
+    "dtypes that never meet": ("dtype", "tokens,dtype,latency_us\n32,bf16,1\n64,bf16,2\n128,fp8,3\n256,fp8,4\n"),
+    "shapes that grow with the load": (
+        "hidden_size",
+        "tokens,hidden_size,latency_us\n64,2048,1\n128,4096,2\n256,8192,4\n",
+    ),
+    "kernels": ("backend", "tokens,backend,time_us\n8,triton,1\n8,cutlass,3\n"),
+    "parallel sizes": ("tp", "tokens,tp,time_us\n8,1,4\n8,2,3\n16,1,5\n16,2,4\n"),
+    "a device by another name": ("id", "tokens,id,time_us\n8,a7,4\n8,b3,3\n16,a7,5\n16,b3,4\n"),
+    "cards, one load": ("card_no", "tokens,card_no,time_us\n" + "".join(f"64,{i},{9 + i}\n" for i in range(24))),
+    "two lanes": (
+        "lane",
+        "tokens,lane,time_us\n" + "".join(f"{n},{i},{n + i}\n" for n in (8, 16, 32, 64) for i in (0, 1)),
+    ),
+    "clocks": ("clock_mhz", "tokens,clock_mhz,time_us\n8,1410,4\n8,1980,3\n16,1410,5\n16,1980,4\n"),
+    "a setting with max in its name": ("max_tokens", "tokens,max_tokens,time_us\n8,64,4\n16,64,5\n32,128,6\n"),
+    "an engine's mode": ("latency_mode", "tokens,latency_mode,time_us\n8,low,4\n8,normal,3\n"),
+    "speeds of unnamed devices": (
+        "speed",
+        "tokens,speed,time_us\n" + "".join(f"{n},{1 + i / 8},{n + i}\n" for i in range(4) for n in (8, 16, 32)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_rows_that_differ_in_an_unknown_column_are_refused_with_its_values_and_a_choice(
+    tmp_path: Path, case: str
+) -> None:
+    column, text = MIXED[case]
+    path = written(tmp_path, text)
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    rows = [line.split(",") for line in text.splitlines()]
+    first = rows[1][rows[0].index(column)]
+    message = str(error.value)
+    assert f"rows that differ in {column};" in message and f"{column}: {first}" in message
+    assert f"--where {column}={first}" in message and "line 2 and line" in message
+    kept = [row for row in rows[1:] if row[rows[0].index(column)] == first]
+    (device,) = read_table(path, where=[f"{column}={first}"]).devices
+    assert [(s.assignments, s.latency_us) for s in device.samples] == [(int(r[0]), float(r[2])) for r in kept]
+
+
+def test_a_column_may_be_said_to_tell_devices_apart_or_to_number_repeats(tmp_path: Path) -> None:
+    path = written(tmp_path, MIXED["a device by another name"][1])
+    profile = read_table(path, device=["id"])
+    assert [device.name for device in profile.devices] == ["id a7", "id b3"]
+    assert [loads(profile, rank) for rank in range(2)] == [
+        [(8, None, 4.0), (16, None, 5.0)],
+        [(8, None, 3.0), (16, None, 4.0)],
+    ]
+    assert loads(read_table(path, repeat=["id"])) == [(8, None, 3.5), (16, None, 4.5)]
+    for option, words in (("where", ["ID=a7"]), ("device", ["uid"]), ("repeat", ["uid"])):
+        with pytest.raises(InputError, match=r"a column of .*: tokens, id, time_us"):
+            read_table(path, **{option: words})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="one of a7, b3"):
+        read_table(path, where=["id=c"])
+
+
+HARMLESS = {
+    "constants": "tokens,dtype,gpu,time_us\n8,bf16,H100,1\n16,bf16,H100,2\n32,bf16,H100,3\n",
+    "the load in other units": "tokens,m,tflops,expert_tokens,time_us\n8,64,0.1,2,1\n16,128,0.2,4,2\n32,256,0.3,8,3\n",
+    "statistics": "tokens,time_us,time_us_std,min_us,p99_us,err\n8,1,0.1,1,1,0.1%\n16,2,0.2,2,2,0%\n32,3,0.3,3,3,0%\n",
+    "repeats and clock readings": (
+        "tokens,run,sm_clock,temperature,timestamp,time_us\n"
+        "8,0,1411,50,9:01,1\n16,1,1409,51,9:02,2\n32,0,1408,51,9:03,3\n"
+    ),
+    "medians beside means": "tokens,median_us,mean_us\n8,1,1.5\n16,2,2.5\n32,3,3.5\n",
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_columns_that_say_nothing_of_the_rows_kind_are_read_over(tmp_path: Path, case: str) -> None:
+    assert loads(read_table(written(tmp_path, HARMLESS[case]))) == [(8, None, 1.0), (16, None, 2.0), (32, None, 3.0)]
+
+
+@pytest.mark.parametrize(
+    "name", ["gpu", "gpu_id", "uuid", "GPU UUID", "host", "hostname", "node", "slot", "device", "ep_rank"]
+)
+def test_a_column_that_tells_devices_apart_gives_one_device_each(tmp_path: Path, name: str) -> None:
+    rows = [(n, g, n * (1 + g)) for n in (8, 16) for g in range(3)]
+    path = written(tmp_path, f"tokens,{name},time_us\n" + "".join(f"{n},{g},{us}\n" for n, g, us in rows))
+    profile = read_table(path)
+    assert [loads(profile, rank) for rank in range(3)] == [
+        [(n, None, n * (1.0 + g)) for n in (8, 16)] for g in range(3)
+    ]
+    if "uuid" in name.lower():
+        assert profile.device_uuids == ["0", "1", "2"]
+
+
+def test_several_columns_tell_devices_apart_together_hosts_first_and_numbers_in_order(tmp_path: Path) -> None:
+    rows = [("b", 10, 1), ("b", 9, 2), ("a", 10, 3), ("a", 9, 4)]
+    path = written(tmp_path, "tokens,gpu,host,time_us\n" + "".join(f"8,{g},{h},{us}\n" for h, g, us in rows))
+    profile = read_table(path)
+    assert [(d.node, d.samples[0].latency_us) for d in profile.devices] == [("b", 2), ("b", 1), ("a", 4), ("a", 3)]
+
+
+def test_a_rank_with_two_devices_is_refused_and_names_of_devices_are_kept(tmp_path: Path) -> None:
+    text = "tokens,rank,uuid,gpu_name,time_us\n8,0,u,H100,1\n8,1,v,A100,2\n16,0,{},H100,3\n16,1,v,A100,4\n"
+    profile = read_table(written(tmp_path, text.format("u")))
+    assert [(d.uuid, d.name) for d in profile.devices] == [("u", "H100"), ("v", "A100")]
+    with pytest.raises(InputError, match=r"line 2 and line 4: got rows that differ in uuid; .*uuid: u, w, v"):
+        read_table(written(tmp_path, text.format("w")))
+
+
+def test_of_loads_that_round_to_one_assignment_the_nearest_is_taken(tmp_path: Path) -> None:
+    path = written(tmp_path, "tokens,latency_us\n1,10\n2,20\n4,40\n8,80\n")
+    assert loads(read_table(path, unit=Unit.GROUP_TOKENS, top_k=1, ep=4)) == [(1, None, 40.0), (2, None, 80.0)]
+
+
+def test_columns_are_known_however_they_are_written(tmp_path: Path) -> None:
+    table = written(tmp_path, "Tokens,Num Topk,EP,Latency (us),tb_per_sec\n8,4,2,5,1\n16,4,2,6,3\n32,4,2,7,2\n")
+    with pytest.raises(InputError, match="--top-k: got 8; Num Topk is 4"):
+        read_table(table, unit=Unit.TOKENS, top_k=8)
+    with pytest.raises(InputError, match="--ep: got 4; EP is 2"):
+        read_table(table, unit=Unit.GROUP_TOKENS, ep=4)
+    assert loads(read_table(table, unit=Unit.GROUP_TOKENS)) == [(16, None, 5.0), (32, None, 6.0), (64, None, 7.0)]
+
+
+def test_moments_are_no_times(tmp_path: Path) -> None:
+    table = written(tmp_path, "assignments,start_ns,end_ns,dur_ns\n8,1000,6000,5000\n16,9000,16000,7000\n")
+    assert loads(read_table(table)) == [(8, None, 5.0), (16, None, 7.0)]
+    with pytest.raises(InputError, match="a column latency_us or time_us"):
+        read_table(written(tmp_path, "assignments,start_us,end_us\n8,1,6\n"))
+
+
+def test_tokens_must_make_the_assignments_beside_them(tmp_path: Path) -> None:
+    table = written(tmp_path, "tokens,assignments,latency_us\n8,32,5\n16,64,6\n32,128,7\n")
+    with pytest.raises(InputError, match=r"line 2, assignments: got 32; the 64 that tokens makes; wrong --top-k"):
+        read_table(table, unit=Unit.TOKENS, top_k=8)
+    assert loads(read_table(table, unit=Unit.TOKENS, top_k=4)) == loads(read_table(table))

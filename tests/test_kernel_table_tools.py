@@ -1,0 +1,148 @@
+"""Tables that tools write: aiconfigurator, AMD aiter, benchmark_moe, parquet."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from kernel_tables import loads, written
+
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import Unit, read_table
+
+# --- tables that people have ----------------------------------------------------------------------------------------
+
+AIC = (
+    "framework,version,device,op_name,kernel_source,moe_dtype,num_tokens,hidden_size,inter_size,topk,num_experts,"
+    "moe_tp_size,moe_ep_size,distribution,latency\n"
+)
+
+
+def aic(*changes: dict[str, object]) -> str:
+    row = {
+        "framework": "VLLM", "version": "0.24", "device": "NVIDIA H100", "op_name": "moe", "kernel_source": "triton",
+        "moe_dtype": "fp8", "num_tokens": 0, "hidden_size": 2048, "inter_size": 768, "topk": 8, "num_experts": 128,
+        "moe_tp_size": 1, "moe_ep_size": 8, "distribution": "balanced", "latency": 0,
+    }  # fmt: skip
+    lines = [
+        ",".join(str(value) for value in {**row, "num_tokens": n, "latency": ms, **change}.values())
+        for change in (changes or ({},))
+        for n, ms in ((1, 0.03), (64, 0.06), (1024, 0.18))
+    ]
+    return AIC + "\n".join(lines) + "\n"
+
+
+def test_aiconfigurator_counts_tokens_of_the_group_and_milliseconds(tmp_path: Path) -> None:
+    profile = read_table(written(tmp_path, aic(), "moe_perf.txt"))
+    assert loads(profile) == [(1, None, 30.0), (64, None, 60.0), (1024, None, 180.0)]
+    assert profile.devices[0].name == "NVIDIA H100" and profile.kernel == "VLLM 0.24 triton"
+    assert (profile.model.num_experts, profile.model.num_local_experts, profile.model.top_k) == (128, 16, 8)
+    sliced = read_table(written(tmp_path, aic({"moe_tp_size": 4})))
+    assert sliced.model.intermediate_size == (profile.model.intermediate_size or 0) // 4
+    mixed = written(tmp_path, aic({}, {"moe_ep_size": 32, "latency": 0.5}, {"moe_dtype": "int4_wo"}))
+    with pytest.raises(InputError, match="moe_dtype: fp8, int4_wo; moe_ep_size: 8, 32;"):
+        read_table(mixed)
+    wide = read_table(mixed, where=["moe_ep_size=32"])
+    assert [s.assignments for s in wide.devices[0].samples] == [1, 16, 256]
+    for wrong, named in (({"top_k": 4}, "--top-k"), ({"unit": Unit.TOKENS}, "--unit"), ({"ep": 4}, "--ep")):
+        with pytest.raises(InputError, match=named):
+            read_table(mixed, where=["moe_ep_size=32"], **wrong)  # type: ignore[arg-type]
+
+
+def test_two_kinds_of_gpu_in_aiconfigurators_table_are_no_two_ranks(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rows that differ in device;"):
+        read_table(written(tmp_path, aic({}, {"device": "NVIDIA A100"})))
+
+
+def test_skewed_rows_of_aiconfigurator_are_taken_only_when_asked_for_or_on_one_rank(tmp_path: Path) -> None:
+    skewed = written(tmp_path, aic({"distribution": "power_law_1.2"}))
+    with pytest.raises(InputError, match=r"distribution: got power_law_1\.2.*--where distribution=balanced"):
+        read_table(skewed)
+    assert len(loads(read_table(skewed, where=["distribution=power_law_1.2"]))) == 3
+    alone = written(tmp_path, aic({"distribution": "power_law_1.2", "moe_ep_size": 1}), "alone.csv")
+    assert loads(read_table(alone))[0] == (8, None, 30.0)  # all assignments are on the one rank, however skewed
+
+
+AITER = (
+    "cu_num,token,model_dim,inter_dim,expert,topk,dtype,q_type,block_m,ksplit,us1,kernelName1,err1,us2,kernelName2,"
+    "err2,us,run_1stage,tflops,bw\n"
+)
+
+
+def test_aiter_times_both_stages_and_its_kernels_follow_the_load(tmp_path: Path) -> None:
+    text = AITER + (
+        "256,1,4096,384,128,8,bf16,x,32,0,37.1,k32,0.1%,10.6,s32,15.7%,47.7,0,1.58,12676\n"
+        "256,64,4096,384,128,8,bf16,x,64,0,82.4,k64,0.1%,67.4,s64,15.6%,149.8,0,32.2,4036\n"
+        "256,2,4096,384,128,8,bf16,x,32,0,44.2,one,0.0%,0.0,Null,0.0%,0,1,2.85,1325\n"
+    )
+    profile = read_table(written(tmp_path, text))
+    assert loads(profile) == [(8, None, 47.7), (16, None, 44.2), (512, None, 149.8)]  # one kernel: its time is in us1
+    other = "256,1,4096,384,128,8,bf16,x,64,0,35,k64,0.1%,11,s64,1%,46,0,1.58,12676\n"
+    with pytest.raises(InputError, match="rows that differ in block_m, kernelName1, kernelName2;"):
+        read_table(written(tmp_path, text + other))
+    shape = "256,1,2048,384,64,6,bf16,x,64,0,35,k64,0.1%,11,s64,1%,46,0,1.58,12676\n"
+    with pytest.raises(InputError, match="rows that differ in model_dim, expert, topk;"):
+        read_table(written(tmp_path, text + shape))
+    assert loads(read_table(written(tmp_path, text + shape), where=["expert=64"])) == [(6, None, 46.0)]
+    failed = "256,4,4096,384,128,8,bf16,x,64,0,0,k64,0.1%,0,s64,1%,0,0,1.58,12676\n"
+    with pytest.raises(InputError, match="line 5, us: got 0"):
+        read_table(written(tmp_path, text + failed))
+
+
+def benchmark_log(tp: int = 2, *, arguments: bool = True, slower: float = 0.0) -> str:
+    lines = [f"Namespace(model='mixtral', tp_size={tp}, dtype='auto', seed=0, batch_size=None, tune=False)"] * arguments
+    for size, us in ((1, 61.2), (64, 171.25)):
+        lines += [f"Batch size: {size}, config: {{'BLOCK_SIZE_M': {size + 15}}}", f"Kernel time: {us + slower:.2f} us"]
+    return "\n".join(["INFO loading", *lines, ""])
+
+
+def test_what_benchmark_moe_printed_is_read(tmp_path: Path) -> None:
+    assert loads(read_table(written(tmp_path, benchmark_log(), "run.log"), top_k=2)) == [
+        (2, None, 61.2),
+        (128, None, 171.25),
+    ]
+    two = written(tmp_path, benchmark_log() + benchmark_log(4, slower=9))
+    with pytest.raises(InputError, match="part: 1, 2; tp_size: 2, 4;"):
+        read_table(two, top_k=2)
+    assert loads(read_table(two, top_k=2, where=["tp_size=4"]))[0] == (2, None, 70.2)
+    unnamed = written(tmp_path, benchmark_log(arguments=False) + benchmark_log(arguments=False, slower=2))
+    with pytest.raises(InputError, match="rows that differ in part;"):  # SGLang does not say what it ran
+        read_table(unnamed, top_k=2)
+    assert loads(read_table(unnamed, top_k=2, repeat=["part"]))[0] == (2, None, 62.2)
+
+
+def test_a_time_column_of_another_name_and_unit(tmp_path: Path) -> None:
+    path = written(tmp_path, "batch_size,vllm,sglang (Time (ms))\n4,1.5,1.25\n8,1.75,2\n")
+    assert loads(read_table(path, top_k=2, time="sglang (Time (ms))", repeat=["vllm"])) == [
+        (8, None, 1250),
+        (16, None, 2000),
+    ]
+    assert loads(read_table(path, top_k=2, time="vllm:ms")) == [(8, None, 1500), (16, None, 1750)]
+    for wrong in ("vllm", "vllm:h", "none:ms"):
+        with pytest.raises(InputError, match="--time-column"):
+            read_table(path, top_k=2, time=wrong)
+
+
+def test_parquet_reads_like_the_csv_of_the_same_cells(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    whole = pyarrow.table(
+        {"tokens": [8, 16], "gpu": pyarrow.array(["b", "b"]).dictionary_encode(), "latency_ms": [0.1, 0.2]}
+    )
+    parquet.write_table(whole, tmp_path / "t.parquet")
+    text = written(tmp_path, "tokens,gpu,latency_ms\n8,b,0.1\n16,b,0.2\n")
+    assert read_table(tmp_path / "t.parquet") == read_table(text)
+    parquet.write_table(pyarrow.table({"tokens": [8, 16], "latency_us": [1.0, None]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="row 2, latency_us: got nothing"):
+        read_table(tmp_path / "t.parquet")
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InputError, match="readable parquet"):
+        read_table(tmp_path / "t.parquet")
+
+
+def test_parquet_without_its_library_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match=r"needs pyarrow; pip install 'gemopt\[tables\]'"):
+        read_table(tmp_path / "t.parquet")

@@ -1,0 +1,141 @@
+"""Whole calls under rules: budgets, certificates, placements in force, ranks that leave and join, links."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_inputs import profile, traces
+
+from gemopt.evaluate import check_rules
+from gemopt.exceptions import InputError
+from gemopt.layer_rules import check_kept
+from gemopt.links import Exchange
+from gemopt.placement import EMPTY, Placement
+from gemopt.result import Status
+from gemopt.rules import Rules
+from gemopt.solve import solve
+from gemopt.traces import Tokens, Traces
+from gemopt.traces.arrays import count_assignments
+from gemopt.verify import verify
+
+
+def test_a_memory_budget_keeps_the_rules() -> None:
+    rules = Rules(pinned=[{"experts": [0, 1], "ranks": [1, 3]}], apart=[{"experts": [0, 1]}])
+    budget = {"memory_budget": 50.0, "expert_bytes": 10, "slots_per_rank": 3}
+    result = solve(profile(4), traces(), rules=rules, time_limit=60, patience=1, **budget)
+    assert result.placement is not None
+    check_rules(result.placement, rules)
+    held = (result.placement.physical_to_logical != EMPTY).sum(axis=0)
+    assert (np.bincount(result.placement.rank_of_slot, weights=held) <= 5).all()
+
+
+def test_a_certificate_under_rules_is_one_of_all_placements(tmp_path: Path) -> None:
+    rules = Rules(pinned=[{"experts": [0, 1], "ranks": [1]}])
+    path = tmp_path / "certificate.json"
+    ruled = solve(profile(), traces(), rules=rules, solver="cpsat", time_limit=20, certificate=path)
+    free = solve(profile(), traces(), solver="cpsat", time_limit=20)
+    assert ruled.bound_us is not None and free.objective_us is not None and ruled.bound_us > free.objective_us
+    found = verify(path, profile(), traces())
+    assert found.objective_us == pytest.approx(ruled.objective_us)
+    assert found.claimed_us <= free.objective_us * (1 + 1e-9)
+
+
+def test_the_placement_says_which_rules_it_keeps(tmp_path: Path) -> None:
+    """Those of the placement in force hold until others are given, and so do a warm start's."""
+    rules, path = Rules(pinned=[{"experts": [0], "ranks": [1]}]), tmp_path / "placement.json"
+    first = solve(profile(), traces(), rules=rules, time_limit=2, patience=1)
+    assert first.placement is not None and first.placement.rules == rules and "1 pinned" in str(first.placement)
+    first.placement.save(path)
+    for given in ({"current": path, "max_moves": 2}, {"warm_start": path}, {"current": path, "solver": "cpsat"}):
+        found = solve(profile(), traces(), time_limit=2, patience=1, **given)
+        assert found.placement is not None and found.placement.rules == rules
+        assert any(note.startswith("keeps the rules of") for note in found.notes)
+        check_rules(found.placement, rules)
+    free = solve(profile(), traces(), current=path, rules=Rules(), time_limit=2, patience=1)
+    assert free.placement is not None and free.placement.rules is None
+
+
+def test_nodes_stay_with_the_rules_that_ask_for_them() -> None:
+    """Rules on the nodes of a topology hold later, where only the profile is there, which knows one node."""
+    rules = Rules(groups=[{"num_groups": 2}])
+    first = solve(profile(4), traces(), rules=rules, topology="2x2-ib400", time_limit=2, patience=1,
+                  exchange=Exchange(dispatch_bytes=64, once_per="assignment")).placement  # fmt: skip
+    assert first is not None and first.node_of_rank is not None
+    assert first.node_of_rank.tolist() == [0, 0, 1, 1]
+    found = solve(profile(4), traces(), current=first, time_limit=2, patience=1).placement
+    assert found is not None
+    check_kept(found)
+    assert found.node_of_rank is not None and found.node_of_rank.tolist() == [0, 0, 1, 1]
+    with pytest.raises(InputError, match=r"node_of_rank.*the profile knows others"):
+        solve(profile(5), traces(), current=first, add_ranks=[4], time_limit=2)
+
+
+def test_ranks_leave_and_join_under_rules() -> None:
+    """Rules name ranks as the placement in force does, new ones after those; the new placement counts anew."""
+    rules = Rules(
+        pinned=[{"experts": [0], "ranks": [1, 3]}],
+        kept_off=[{"experts": [1], "ranks": [3]}, {"experts": [2], "ranks": [1]}],
+        apart=[{"experts": [2, 3]}],
+    )
+    current = Placement(physical_to_logical=[[2, 1, 0, -1, 3, -1, -1, -1]] * 2, slots_per_rank=[2] * 4, num_experts=4)
+    found = solve(profile(4), traces(), current=current, exclude_ranks=[1], rules=rules, time_limit=2, patience=1)
+    assert found.placement is not None and found.moves is not None
+    asked = Rules(pinned=[{"experts": [0], "ranks": [2]}], kept_off=[{"experts": [1], "ranks": [2]}],
+                  apart=[{"experts": [2, 3]}])  # fmt: skip
+    assert found.placement.rules == asked and found.moves.moves == 2
+    check_rules(found.placement, asked)
+    without = solve(profile(4), traces(), current=current, exclude_ranks=[1, 3], rules=rules, time_limit=2)
+    assert without.status is Status.INFEASIBLE and "pinned[0] asks for ranks none of which is left" in without.notes[0]
+    with pytest.raises(InputError, match=r"rules.kept_off\[0\].ranks: got \[4\]; ranks 0 to 3"):
+        solve(profile(4), traces(), current=current, exclude_ranks=[1],
+              rules=Rules(kept_off=[{"experts": [0], "ranks": [4]}]))  # fmt: skip
+    joined = solve(
+        profile(5), traces(), current=current, add_ranks=[4], exclude_ranks=[0], time_limit=2, patience=1,
+        rules=Rules(pinned=[{"experts": [1], "ranks": [4]}, {"experts": [3], "ranks": [0, 2]}]),
+    )  # fmt: skip
+    assert joined.placement is not None
+    check_rules(joined.placement, Rules(pinned=[{"experts": [1], "ranks": [3]}, {"experts": [3], "ranks": [1]}]))
+
+
+def test_ranks_that_leave_may_move_what_rules_ask_for() -> None:
+    """Without a limit of the caller's, as many moves as it takes, and no more: here expert 1 makes room for 0 and 3."""
+    rules = Rules(together=[{"experts": [0, 3]}])
+    current = Placement(physical_to_logical=[[3, 1, 2, -1, 0, -1]] * 2, slots_per_rank=[2] * 3, num_experts=4)
+    found = solve(profile(3), traces(), current=current, exclude_ranks=[2], rules=rules, time_limit=2, patience=1)
+    assert found.placement is not None and found.moves is not None and found.moves.moves == 4
+    check_rules(found.placement, rules)
+
+
+@pytest.mark.parametrize(("solver", "slots"), [("local-search", 3), ("cpsat", 2)])
+def test_links_and_groups_together(solver: str, slots: int) -> None:
+    """The nodes are those of the topology; ranks change places along the transitions only where rules let them."""
+    ids = np.random.default_rng(2).permuted(np.tile(np.arange(8), (60, 2, 1)), axis=2)[:, :, :2]
+    tokens = Tokens(ids, np.arange(60) // 10, source_rank=None)
+    seen = Traces(counts=count_assignments(ids, tokens.step_of_token, 6, 8), tokens=tokens)
+    rules = Rules(groups=[{"num_groups": 2}], apart=[{"experts": [0, 1]}], pinned=[{"experts": [4], "ranks": [0, 1]}])
+    exchange = Exchange(dispatch_bytes=2048, combine_bytes=4096, senders="previous" if slots == 3 else None)
+    result = solve(
+        profile(4), seen, rules=rules, topology="2x2-ib400", exchange=exchange, time_limit=3, patience=2,
+        solver=solver, slots_per_rank=slots,
+    )  # fmt: skip
+    assert result.placement is not None and result.links is not None
+    check_rules(result.placement, rules, topology="2x2-ib400")
+    held_LP = result.placement.physical_to_logical[:, : 2 * slots]
+    assert all(set(row) - {EMPTY} == {4, 5, 6, 7} for row in held_LP.tolist())
+
+
+def test_few_moves_under_rules() -> None:
+    """Two layers share moves: the rules ask for one exchange in each, which is two moves."""
+    rules, seen = Rules(pinned=[{"experts": [0], "ranks": [1]}]), traces()
+    current = Placement.contiguous(2, 4, 2)
+    few = solve(profile(), seen, rules=rules, current=current, max_moves=3, solver="local-search", time_limit=2)
+    assert few.status is Status.INFEASIBLE and "4 moves" in few.notes[0]
+    for fields in ({"max_moves": 4}, {"max_moves_per_layer": 2}, {"move_price": 1e6}, {}):
+        result = solve(
+            profile(), seen, rules=rules, current=current, solver="local-search", time_limit=4, patience=2, **fields
+        )
+        assert result.placement is not None and result.moves is not None
+        check_rules(result.placement, rules)
+        assert result.moves.moves == 4 or not fields
