@@ -83,7 +83,7 @@ def test_help_texts_are_of_one_style(name: str) -> None:
 
 
 def test_help_lists_the_solvers() -> None:
-    from gemopt.cli.solve import SOLVERS
+    from gemopt.cli.options import SOLVERS
 
     assert set(re.findall(r"[a-z][\w-]+", SOLVERS)) == set(names())
 

@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):
             raise
         message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
-        said = context is None or message.endswith("?")
-        sys.exit(_complain(message if said else f"{message}; see {context.command_path} --help", 2))
+        if context is not None and not message.endswith("?"):
+            message += f"; see {context.command_path} --help"
+        sys.exit(_complain(message, 2))
     if code == INTERRUPTED:  # typer's answer to Ctrl-C
         _complain("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)

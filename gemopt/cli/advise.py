@@ -9,8 +9,7 @@ import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.cli.links import TopologyName
-from gemopt.cli.progress import progress as shown
-from gemopt.cli.solve import (
+from gemopt.cli.options import (
     AsJson,
     Cost,
     Hidden,
@@ -22,6 +21,7 @@ from gemopt.cli.solve import (
     TracesPath,
     load_traces,
 )
+from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,8 +11,7 @@ import typer
 from gemopt.cli.app import app, examples, notice, print_json, show
 from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
 from gemopt.cli.moves import Current, ExpertBytes
-from gemopt.cli.progress import progress as shown
-from gemopt.cli.solve import (
+from gemopt.cli.options import (
     SOLVERS,
     AsJson,
     Cost,
@@ -31,6 +30,7 @@ from gemopt.cli.solve import (
     parse_slots,
     whole_or_nothing,
 )
+from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:

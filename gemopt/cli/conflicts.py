@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import app, examples, print_json, tell
-from gemopt.cli.solve import AsJson, PhaseName, Task, TracesPath, load_traces
+from gemopt.cli.options import AsJson, PhaseName, Task, TracesPath, load_traces
 
 
 @app.command("conflicts", epilog=examples("gemopt conflicts traces.safetensors --layer 12 --plot layer12.png"))

@@ -17,7 +17,7 @@ from rich.text import Text
 
 import gemopt
 from gemopt.cli.app import app, console, examples, print_json
-from gemopt.cli.solve import AsJson
+from gemopt.cli.options import AsJson
 
 ENGINES = ("sglang", "vllm", "vllm-ascend", "tensorrt-llm", "lmdeploy")
 CGROUP_FILES = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemopt.cli.app import examples, print_json, profile_app, say
-from gemopt.cli.solve import AsJson
+from gemopt.cli.options import AsJson
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
-from gemopt.cli.progress import progress as shown
-from gemopt.cli.solve import (
+from gemopt.cli.options import (
     AsJson,
     Cost,
     Hidden,
@@ -22,6 +21,7 @@ from gemopt.cli.solve import (
     load_traces,
     parse_slots,
 )
+from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, typed
-from gemopt.cli.solve import AsJson, PhaseName, SendersName, Task, select_steps
+from gemopt.cli.options import AsJson, PhaseName, SendersName, Task, select_steps
 
 if TYPE_CHECKING:
     from gemopt.traces import Traces

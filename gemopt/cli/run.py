@@ -10,8 +10,8 @@ import typer
 
 from gemopt import interrupts
 from gemopt.cli.app import app, examples, notice, print_json, say
+from gemopt.cli.options import EXIT_INFEASIBLE, EXIT_NO_SOLUTION, AsJson, whole_or_nothing
 from gemopt.cli.progress import progress as shown_progress
-from gemopt.cli.solve import EXIT_INFEASIBLE, EXIT_NO_SOLUTION, AsJson, whole_or_nothing
 
 
 @app.command(

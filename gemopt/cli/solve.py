@@ -1,10 +1,7 @@
-"""Commands `gemopt solve` and `evaluate`, and what `compare` shares with them."""
+"""Commands `gemopt solve` and `evaluate`."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,142 +24,43 @@ from gemopt.cli.moves import (
     parse_added,
     parse_excluded,
 )
+from gemopt.cli.options import (
+    EXIT_INFEASIBLE,
+    EXIT_NO_SOLUTION,
+    SOLVERS,
+    AsJson,
+    Cost,
+    EngineName,
+    Gap,
+    MemoryBudget,
+    OneRank,
+    Patience,
+    PhaseName,
+    ProfilePath,
+    RulesPath,
+    Seed,
+    SendersName,
+    Slots,
+    SplitName,
+    Task,
+    Threads,
+    TimeLimit,
+    TracesPath,
+    heeded,
+    load_traces,
+    parse_budget,
+    parse_slots,
+    whole_or_nothing,
+)
 from gemopt.cli.progress import layers_shown
 
 if TYPE_CHECKING:
-    from gemopt.profile import Profile
     from gemopt.result import Result
-    from gemopt.traces import Traces
 
-ProfilePath = Annotated[Path, typer.Argument(help="profile.json", show_default=False)]
-TracesPath = Annotated[Path, typer.Argument(help="traces: .safetensors, a folder of them, or .npz", show_default=False)]
-TimeLimit = Annotated[
-    float | None,
-    typer.Option(
-        "--time-limit", help="wall seconds for the whole call, all used; default: up to 10", show_default=False
-    ),
-]
-Slots = Annotated[str | None, typer.Option("--slots-per-rank", help="one number, or one per rank: 5,5,4,4")]
-SplitName = Annotated[
-    str | None, typer.Option("--split", help="how copies share: even, static, nearest, optimal", show_default=False)
-]
-SendersName = Annotated[
-    str | None, typer.Option("--senders", help="who sends, for the nearest split: traces, uniform", show_default=False)
-]
-MemoryBudget = Annotated[
-    str | None,
-    typer.Option("--memory-budget", help="bytes of experts per device over all layers: 40e9, or one per rank"),
-]
-RulesPath = Annotated[
-    Path | None, typer.Option("--rules", help="rules.json: experts pinned, kept off, apart or together")
-]
-EngineName = Annotated[
-    str | None, typer.Option("--engine", help="heed an engine's limits and split; see gemopt engines")
-]
-Seed = Annotated[int, typer.Option("--seed", help="seed of the random choices")]
-Gap = Annotated[float, typer.Option("--gap", help="stop once this close to the optimum is proven, e.g. 0.01")]
-Cost = Annotated[str, typer.Option("--cost", metavar="auto|staircase|roofline", help="cost model")]
-Task = Annotated[str | None, typer.Option("--task", help="use only the steps of this task")]
-PhaseName = Annotated[str | None, typer.Option("--phase", metavar="prefill|decode|mixed", help="use only these steps")]
-Hidden = Annotated[
-    Path | None, typer.Option("--hidden", help="hidden states of gemopt trace --hidden: only the requests drawn there")
-]
-Patience = Annotated[int | None, typer.Option("--patience", help="tries without gain before giving up; 0: one descent")]
-Threads = Annotated[int | None, typer.Option("--threads", help="cores used in all; default: every one")]
-OneRank = Annotated[bool, typer.Option("--allow-one-rank", help="solve even where the profile has only one device")]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
-
-SOLVERS = (
-    "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, moetuner, conflict, local-search, "
-    "branch, columns, cpsat, milp"
-)
-EXIT_INFEASIBLE = 3
-EXIT_NO_SOLUTION = 4
-EXIT_INTERRUPTED = 130
 JSON_FIELDS = (
     *("solver", "status", "stopped_by", "objective_us", "bound_us", "gap", "change", "seconds", "outside"),
     *("cost", "cost_summary"),
 )
-
-
-def parse_slots(text: str | None) -> int | list[int] | None:
-    """`5` or `5,5,4,4`."""
-    from gemopt.exceptions import InputError
-
-    if text is None:
-        return None
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError("--slots-per-rank", text, "a whole number, or one per rank separated by commas") from None
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def parse_budget(text: str | None) -> float | list[float] | None:
-    """`40e9` or `40e9,40e9,20e9,20e9`."""
-    from gemopt.exceptions import InputError
-
-    if text is None:
-        return None
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError("--memory-budget", text, "bytes, or one number per rank separated by commas") from None
-    return numbers[0] if len(numbers) == 1 else numbers
-
-
-def heeded(
-    engine: str | None,
-    slots: int | list[int] | None,
-    split: str | None,
-    traces: Traces,
-    profile: Profile,
-    current: Path | None,
-    memory_budget: str | None = None,
-) -> tuple[int | list[int] | None, str | None, bool]:
-    """Slots, split and whether all slots must be full, as asked for and as the engine can take them.
-
-    Raises
-    ------
-    UnsupportedError
-        What the engine cannot express, with what it can.
-    """
-    if engine is None:
-        return slots, split, False
-    from gemopt.exceptions import UnsupportedError
-    from gemopt.formats.registry import get, within_engine
-    from gemopt.placement import Placement
-
-    if memory_budget is not None and not get(engine).empty_slots:
-        limit = f"{engine} needs an expert in every slot, and a budget leaves each layer its own"
-        raise UnsupportedError("memory_budget", memory_budget, limit, "give --slots-per-rank")
-    used: int | list[int] | None = slots
-    if slots is None and current is not None:
-        used = Placement.load(current).slots_per_rank.tolist()
-    ranks = len(used) if isinstance(used, list) else profile.num_ranks
-    limits = within_engine(get(engine), used, split, traces.num_experts, ranks)
-    return slots, split if memory_budget is not None else limits.split, limits.full
-
-
-def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | None = None) -> Traces:
-    """Traces of a file, restricted to a task and a phase, and to the requests whose hidden states are in another."""
-    from gemopt.traces import Traces, with_hidden
-
-    loaded = Traces.load(path)
-    return select_steps(loaded if hidden is None else with_hidden(loaded, hidden), task, phase)
-
-
-def select_steps(traces: Traces, task: str | None, phase: str | None) -> Traces:
-    """The steps of a task and a phase."""
-    from gemopt.exceptions import InputError
-    from gemopt.traces import Phase
-
-    if task is None and phase is None:
-        return traces
-    known = {each.name.lower(): each for each in Phase}
-    if phase is not None and phase not in known:
-        raise InputError("--phase", phase, f"one of {', '.join(known)}")
-    return traces.select(task=task, phase=None if phase is None else known[phase])
 
 
 @app.command(
@@ -300,17 +198,6 @@ def _tell(result: Result, output: Path | None) -> None:
         warn(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
     if result.placement is not None:
         say(f"wrote {output}" if output is not None else "not saved: give -o placement.json")
-
-
-@contextmanager
-def whole_or_nothing(threads: int | None) -> Iterator[None]:
-    """Within, at most so many threads; Ctrl-C before there is an answer ends the command with one line."""
-    try:
-        with cores.at_most(threads or cores.available()):
-            yield
-    except KeyboardInterrupt:
-        sys.stderr.write("gemopt: interrupted before there was an answer: nothing written\n")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
 @app.command("evaluate", epilog=examples("gemopt evaluate placement.json profile.json traces.safetensors"))

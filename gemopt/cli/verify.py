@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import app, examples, print_json, show
-from gemopt.cli.solve import AsJson, PhaseName, Task, load_traces
+from gemopt.cli.options import AsJson, PhaseName, Task, load_traces
 
 EXAMPLE = "gemopt verify cert.json --profile profile.json --traces traces.safetensors"
 
