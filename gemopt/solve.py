@@ -199,9 +199,11 @@ def solve(
             if memory_budget is not None:
                 held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
                 if slots_per_rank is None:
-                    slots_per_rank = most_slots(held_G, traces.num_layers, traces.num_experts).tolist()
-                slots_G = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
+                    slots_G = most_slots(held_G, traces.num_layers, traces.num_experts)
+                else:
+                    slots_G = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
                 check_budget(held_G, slots_G, traces.num_layers, traces.num_experts)
+                slots_per_rank = slots_G.tolist()
             policy, senders = _policy(split, senders, moving)
             free = problems(
                 cost, traces, slots_per_rank,

@@ -209,6 +209,7 @@ def test_what_nothing_can_be_done_about_is_said() -> None:
     ("change", "said"),
     [
         ({"memory_budget": 50.0, "expert_bytes": 10}, "need room for 12"),
+        ({"memory_budget": 10.0, "expert_bytes": 10}, "need room for 12"),
         ({"memory_budget": 100.0}, "size of an expert"),
         ({"memory_budget": [100.0], "expert_bytes": 10}, "one for each of 2"),
         ({"memory_budget": -1.0, "expert_bytes": 10}, "bytes per device"),
