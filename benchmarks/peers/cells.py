@@ -34,6 +34,11 @@ def synthetic(seed: int) -> Traces:
     return routing(seed=seed)
 
 
+def synthetic_decode(seed: int) -> Traces:
+    """The same with 128 tokens a step in place of 4096: a layer activates about 200 of its experts."""
+    return routing(seed=seed, tokens=128)
+
+
 def recorded(folder: Path, name: str) -> Callable[[int], Traces]:
     """A trace from its file, whatever the seed."""
     return lambda seed: Traces.load(folder / f"{name}.npz")
@@ -95,6 +100,8 @@ CELLS = [
         Cell(f"58 x 256, G={g}, {g * slots} slots", synthetic, differing(g), slots)
         for g, slots in ((8, 36), (16, 18), (32, 9), (64, 5))
     ),
+    Cell("58 x 256, G=16, roofline", synthetic_decode, roofline(16), 16),
+    Cell("58 x 256, G=16, roofline, 288 slots", synthetic_decode, roofline(16), 18),
     *(Cell(f"gpt-oss mixed, G={g}", MIXED, measured(g), 32 // g) for g in (4, 8, 16)),
     *(Cell(f"gpt-oss shift, G={g}", SHIFT, measured(g), 32 // g) for g in (4, 8)),
     Cell("gpt-oss mixed, G=8, one GPU 30 % slower", MIXED, measured(8, SLOWER), 4),
