@@ -18,7 +18,7 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.first_use import ready
 from gemopt.links import Exchange, Links
 from gemopt.placement import Placement, Split
-from gemopt.problem import Problem, problems, slot_counts
+from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.resize import Source
 from gemopt.result import Origin, Result, Status, StoppedBy
@@ -29,7 +29,7 @@ from gemopt.solving.answer import answer
 from gemopt.solving.cluster import Cluster
 from gemopt.solving.coupled import go_coupled, links_of, refuse_with_links
 from gemopt.solving.layers import Layer
-from gemopt.solving.memory import check_budget, experts_within, most_slots, solve_within
+from gemopt.solving.memory import experts_within, slots_within, solve_within
 from gemopt.solving.moving import Asked, Moving
 from gemopt.solving.origin import origin
 from gemopt.solving.rounds import solve_shared
@@ -198,12 +198,7 @@ def solve(
             held_G = None
             if memory_budget is not None:
                 held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
-                if slots_per_rank is None:
-                    slots_G = most_slots(held_G, traces.num_layers, traces.num_experts)
-                else:
-                    slots_G = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
-                check_budget(held_G, slots_G, traces.num_layers, traces.num_experts)
-                slots_per_rank = slots_G.tolist()
+                slots_per_rank = slots_within(held_G, slots_per_rank, traces.num_layers, traces.num_experts)
             policy, senders = _policy(split, senders, moving)
             free = problems(
                 cost, traces, slots_per_rank,

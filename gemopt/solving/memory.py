@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY, Split
-from gemopt.problem import Problem
+from gemopt.problem import Problem, slot_counts
 from gemopt.solvers.base import Row
 from gemopt.solving.layers import Layer
 from gemopt.solving.schedule import Run
@@ -50,12 +50,26 @@ def experts_within(budget_bytes: float | Sequence[float], expert_bytes: int | No
     return np.floor_divide(budget_G, expert_bytes).astype(np.int64)
 
 
-def check_budget(held_G: IntArray, slots_G: IntArray, num_layers: int, num_experts: int) -> None:
-    """Refuse a budget in which the experts of all layers have no room, or slots that it cannot be used with."""
+def slots_within(
+    held_G: IntArray, slots_per_rank: int | Sequence[int] | None, num_layers: int, num_experts: int
+) -> list[int]:
+    """Slots of each rank: those asked for, or the most that one layer may use.
+
+    Raises
+    ------
+    InputError
+        The experts of all layers have no room in the budget, or not in these slots.
+    """
+    if slots_per_rank is None:
+        slots_G = most_slots(held_G, num_layers, num_experts)
+    else:
+        slots_G = slot_counts(slots_per_rank, num_experts, len(held_G))
     room = int(np.minimum(held_G, slots_G * num_layers).sum())
     if room < num_layers * num_experts:
         limit = f"{num_layers} layers of {num_experts} experts need room for {num_layers * num_experts}"
         raise InputError("memory_budget", f"room for {room} experts", limit, "more memory per device, or more devices")
+    found: list[int] = slots_G.tolist()
+    return found
 
 
 def most_slots(held_G: IntArray, num_layers: int, num_experts: int) -> IntArray:
