@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from traced import counts_of, traced
+from traced import traced
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -40,6 +40,12 @@ def experts_of(model, row):
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([row]), output_router_logits=True).router_logits
     return np.stack([layer.topk(model.config.num_experts_per_tok).indices.numpy() for layer in logits], axis=1)
+
+
+def counts_of(ids_NLK, num_experts=8):
+    return np.stack(
+        [np.bincount(ids_NLK[:, layer].ravel(), minlength=num_experts) for layer in range(ids_NLK.shape[1])]
+    )
 
 
 def test_padding_is_not_counted(model, tmp_path):
