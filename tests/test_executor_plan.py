@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_rows import random_row
 
 from gemopt import InputError, Placement
 from gemopt.executor.plan import LayerRow, checksum, layer_rows, plan
@@ -12,18 +13,7 @@ from gemopt.placement import EMPTY
 
 
 def random_placement(rng, slots, experts, layers=2):
-    rows = []
-    for _ in range(layers):
-        contents = [set() for _ in slots]
-        for expert in rng.permutation(experts):
-            open_ranks = [g for g, s in enumerate(slots) if len(contents[g]) < s]
-            contents[rng.choice(open_ranks)].add(int(expert))
-        for rank, size in enumerate(slots):
-            others = [e for e in range(experts) if e not in contents[rank]]
-            extra = int(rng.integers(0, size - len(contents[rank]) + 1))
-            contents[rank] |= {int(e) for e in rng.permutation(others)[:extra]}
-        padded = [list(c) + [EMPTY] * (s - len(c)) for c, s in zip(contents, slots, strict=True)]
-        rows.append([e for c in padded for e in rng.permutation(c)])
+    rows = [random_row(rng, slots, experts) for _ in range(layers)]
     return Placement(physical_to_logical=rows, slots_per_rank=slots, num_experts=experts)
 
 

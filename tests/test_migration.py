@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_rows import random_row
 
 from gemopt.migration import Link, count_moves, held, keep_in_place, match_ranks, moves, relabel
 from gemopt.placement import EMPTY, Placement
@@ -25,21 +26,6 @@ def rows(draw, *, same_slots=False):
     first = slots()
     second = first if same_slots else slots()
     return random_row(rng, first, experts), random_row(rng, second, experts), first, second, experts
-
-
-def random_row(rng, slots, experts):
-    """A valid row: every expert once where it fits, then copies in some of the free slots."""
-    while True:
-        contents = [set() for _ in slots]
-        for expert in rng.permutation(experts):
-            open_ranks = [g for g, s in enumerate(slots) if len(contents[g]) < s]
-            contents[rng.choice(open_ranks)].add(int(expert))
-        for rank, size in enumerate(slots):
-            others = [e for e in range(experts) if e not in contents[rank]]
-            extra = int(rng.integers(0, size - len(contents[rank]) + 1))
-            contents[rank] |= {int(e) for e in rng.permutation(others)[:extra]}
-        padded = [list(c) + [EMPTY] * (s - len(c)) for c, s in zip(contents, slots, strict=True)]
-        return np.array([e for c in padded for e in rng.permutation(c)], dtype=np.int64)
 
 
 def by_rank(row, slots):
