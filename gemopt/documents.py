@@ -81,9 +81,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the file `path` by `text` (UTF-8) atomically."""
+    """Replace the file `path` by `text` (UTF-8) atomically; names of files keep the bytes of the disk."""
     with replacing(path) as stream:
-        stream.write(text.encode())
+        stream.write(text.encode(errors="surrogateescape"))
 
 
 def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = 1 << 31) -> bytes:

@@ -89,7 +89,7 @@ def _of_text(path: str | os.PathLike[str], head: bytes) -> tuple[str, str]:
         text = head[: error.start].decode()
     if text.lstrip()[:1] in ("{", "["):
         try:
-            data = json.loads(Path(path).read_text())
+            data = json.loads(Path(path).read_bytes())
         except (ValueError, OSError, RecursionError):
             return "a text that begins like JSON", "it may be cut short"
         name, way_out = of_object(data) if isinstance(data, dict) else ("", "")

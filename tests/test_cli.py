@@ -266,6 +266,25 @@ def test_no_room_behind_standard_output() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_names_of_files_that_the_locale_does_not_know(tmp_path: Path) -> None:
+    profile, traces = write_inputs(tmp_path)
+    job = {"profile": profile, "traces": traces, "solver": {"name": "lpt"}, "output": "ü"}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*words), capture_output=True, text=True, encoding="utf-8", env=plain, cwd=tmp_path, check=False
+        )
+
+    assert run("solve", profile, traces, "--solver", "lpt", "--result", "ü.json").returncode == 0
+    origin = Result.load(tmp_path / "ü.json").origin
+    assert origin is not None and origin.call.endswith("--result 'ü.json'")
+    done = run("run", "job.json")
+    assert done.returncode == 2 and done.stderr.endswith("set LC_ALL=C.UTF-8 or PYTHONUTF8=1\n")
+    assert done.stderr.count("\n") == 1
+
+
 def test_help_and_a_closed_pipe(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path)
     for words in (("--help",), ("solve", "--help"), ("compare", "-h")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -114,7 +115,7 @@ def _add(command: Any, options: list[Any]) -> None:
 
 def typed() -> str:
     """What was typed, by the program's own name."""
-    return shlex.join(["gemopt", *sys.argv[1:]])
+    return os.fsencode(shlex.join(["gemopt", *sys.argv[1:]])).decode(errors="replace")
 
 
 def print_json(value: Any) -> None:
