@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -179,7 +180,7 @@ class Document(BaseModel):
             return cls(**data)
         except InputError as error:
             found, way_out = foreign.of_object(data)
-            name = cls.__name__.lower()
+            name = re.sub("(?!^)(?=[A-Z])", " ", cls.__name__).lower()
             if found and not found.endswith(f"{name} of gemopt"):
                 needed = f"{name} are needed" if name.endswith("s") else f"a {name} is needed"
                 raise InputError(str(path), found, needed, way_out) from None

@@ -28,7 +28,7 @@ _OBJECTS = (
     ({"layers", "duals_sha256"}, "a certificate of gemopt", SWAPPED),
     ({"node_of_rank", "within_node"}, "a topology of gemopt", SWAPPED),
     ({"pinned", "kept_off", "apart"}, "rules of gemopt", SWAPPED),
-    ({"timeline", "baseline_us"}, "a replay of gemopt", SWAPPED),
+    ({"timeline", "baseline_us"}, "a replay result of gemopt", SWAPPED),
     ({"recommended", "strategies"}, "an advice of gemopt", SWAPPED),
     ({"physical_to_logical_map"}, "a placement of SGLang", IMPORT_PLACEMENT),
     ({"moe_layer_count", "layer_list"}, "a placement of vllm-ascend", IMPORT_PLACEMENT),

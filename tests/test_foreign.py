@@ -51,6 +51,11 @@ def test_documents_of_gemopt_are_named_where_those_of_others_are_read(
         (("profile", "import", placement), "a placement", "a table of times is needed"),
         (("report", certificate, "--profile", measured, "--traces", routed), "a certificate", "a result is needed"),
         (("solve", measured, routed, "--rules", measured), "a profile", "rules are needed"),
+        (
+            ("report", placement, "--profile", measured, "--traces", routed, "--replay", measured),
+            "a profile",
+            "a replay result is needed",
+        ),
     ):
         code, _, err = gemopt(capsys, *words, "-o", out)
         assert code == 2 and f": got {found} of gemopt; {needed}" in err, err
