@@ -100,7 +100,7 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
         hatch = "//" if index else None  # tells the bars apart in grey print
         drawn = ax.barh(places + index * height, percent, height, label=label, color=colour, hatch=hatch, ec="white")
         behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # a bound must not strike a number out
-        ax.bar_label(drawn, fmt="%+.1f", padding=3, fontsize=8, bbox=behind, zorder=4)
+        ax.bar_label(drawn, fmt="{:+z.1f}", padding=3, fontsize=8, bbox=behind, zorder=4)
     known = [row for row in rows if row.bound_us and row.objective_us is not None]
     if known:
         best = max(known, key=lambda row: row.bound_us or 0.0)
@@ -271,7 +271,7 @@ def plot_strategy_map(advice: Advice, *, ax: Any = None) -> Any:
               aspect="auto", origin="lower")  # fmt: skip
     for y, (row, changes) in enumerate(zip(drawn.best, drawn.changes, strict=True)):
         for x, (name, change) in enumerate(zip(row, changes, strict=True)):
-            ax.annotate(f"{name}\n{100 * change:+.1f} %", (x, y), ha="center", va="center", fontsize=7)
+            ax.annotate(f"{name}\n{100 * change:+z.1f} %", (x, y), ha="center", va="center", fontsize=7)
     ax.set_xticks(range(len(drawn.gbps)), [f"{each:g}" for each in drawn.gbps])
     ax.set_yticks(range(len(drawn.skews)), [f"{each:.2f}" for each in drawn.skews])
     ax.set_xlabel("bandwidth of a rank, GB/s")

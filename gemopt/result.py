@@ -296,7 +296,7 @@ class Result(Document):
             return f"{self.solver}: {self.status.value}, stopped by {self.stopped_by.value}, {self.seconds:.2f} s"
         mean = self.objective_us / self.num_steps
         proven = "no bound" if self.gap is None else f"at most {100 * self.gap:.2f} % above the optimum"
-        change = "" if self.change is None else f"{100 * self.change:+.1f} % against contiguous placement, "
+        change = "" if self.change is None else f"{100 * self.change:+z.1f} % against contiguous placement, "
         lines = [
             f"{self.solver}: {self.status.value}, {mean:.1f} us per step over {len(self.per_layer)} layers",
             f"{change}{proven}",
@@ -310,7 +310,7 @@ class Result(Document):
         facts = {
             "status": f"{self.status.value}, stopped by {self.stopped_by.value} after {self.seconds:.2f} s",
             "per step": "-" if self.objective_us is None else f"{self.objective_us / self.num_steps:.1f} us",
-            "against contiguous": "-" if self.change is None else f"{100 * self.change:+.1f} %",
+            "against contiguous": "-" if self.change is None else f"{100 * self.change:+z.1f} %",
             "proven gap": "-" if self.gap is None else f"{100 * self.gap:.2f} %",
             "layers, steps": f"{len(self.per_layer)}, {self.num_steps}",
             "cost model": self.cost_summary or self.cost,

@@ -89,7 +89,13 @@ class Browser:
     def open(self, page: Path, *, ready: str = "document.querySelector('html[data-ready]')") -> None:
         """Load a page and wait until `ready` is true."""
         self.call("Page.navigate", url=page.resolve().as_uri())
-        self.js(f"new Promise(done => {{ const look = () => ({ready}) ? done() : setTimeout(look, 20); look(); }})")
+        self.until(ready)
+
+    def until(self, condition: str) -> None:
+        """Wait until a condition is true, two minutes at most."""
+        look = f"({condition}) ? done(true) : Date.now() > end ? done(false) : setTimeout(look, 20)"
+        promise = f"new Promise(done => {{ const end = Date.now() + 120e3, look = () => {look}; look(); }})"
+        assert self.js(promise), condition
 
     def screen(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
         """Size of the window, and what the reader prefers."""

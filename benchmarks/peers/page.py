@@ -160,7 +160,7 @@ def page(table: Sequence[Verdict], rows: Sequence[Row], history: Sequence[Sequen
 
 def spread(values: Sequence[float], unit: float = 100.0, sign: str = "+") -> str:
     """Median, and lowest and highest where there are several."""
-    shown = [f"{unit * value:{sign}.1f}" for value in (median(values), min(values), max(values))]
+    shown = [f"{unit * value:{sign}z.1f}" for value in (median(values), min(values), max(values))]
     return shown[0] if len(values) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
@@ -202,7 +202,7 @@ def remember(path: Path, table: Sequence[Verdict]) -> None:
     leads = [median(each.leads) for each in table]
     kept = [line for line in lines if line[0] != gemopt.__version__]
     found = [len(table), *(words.count(word) for word in ("lost", "level", "ahead"))]
-    points = [f"{100 * value:+.1f}" for value in (median(leads), min(leads))]
+    points = [f"{100 * value:+z.1f}" for value in (median(leads), min(leads))]
     kept.append([gemopt.__version__, str(date.today()), *map(str, found), *points, VERSIONS.replace(",", ";")])
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(kept)

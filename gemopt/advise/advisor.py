@@ -232,19 +232,19 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
         notes.append("the traffic changed while it was recorded: how much is gained in regimes to come is not known, "
                      "and may be outside of what is given")  # fmt: skip
         notes.append("so all strategies were played on the first steps too, fitted on the others; changes are means of "
-                     f"both, {best.strategy} {100 * best.changes[0]:+.1f} % on the last, "
-                     f"{100 * best.changes[1]:+.1f} % on the first")  # fmt: skip
+                     f"both, {best.strategy} {100 * best.changes[0]:+z.1f} % on the last, "
+                     f"{100 * best.changes[1]:+z.1f} % on the first")  # fmt: skip
         for way, where in enumerate(("last", "first")):
             first = min(options, key=lambda each: each.changes[way])
             if 1 + best.changes[way] > (1 + CLOSE) * (1 + first.changes[way]):
-                notes.append(f"on the {where} steps {first.strategy} is best: {100 * first.changes[way]:+.1f} %")
+                notes.append(f"on the {where} steps {first.strategy} is best: {100 * first.changes[way]:+z.1f} %")
     if horizon is not None and horizon > steps // 2:
         notes.append(f"the horizon is {horizon} steps, {steps // 2} could be scored: drift beyond them is not in this")
     if best.strategy.startswith(PREFIX):
         able = min((each for each in options if each.strategy in PLAIN), key=lambda each: each.change)
         notes.append(
             "duplication per batch is judged by replay only, our executor and engines do not run it so; "
-            f"of what they run, {able.strategy} changes {100 * able.change:+.1f} %"
+            f"of what they run, {able.strategy} changes {100 * able.change:+z.1f} %"
         )
     return notes
 

@@ -187,8 +187,8 @@ def _table(advice: Advice) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for each in sorted(advice.strategies, key=lambda option: option.change):
         table.add_row(
-            each.strategy, f"{100 * each.change:+.1f}", f"{100 * each.low:+.1f} {100 * each.high:+.1f}",
-            f"{100 * each.step_change:+.1f}", f"{100 * each.best_share:.0f}", str(each.moves),
+            each.strategy, f"{100 * each.change:+z.1f}", f"{100 * each.low:+z.1f} {100 * each.high:+z.1f}",
+            f"{100 * each.step_change:+z.1f}", f"{100 * each.best_share:.0f}", str(each.moves),
             f"{each.traffic_bytes / 1e9:.2g}", str(each.setup_moves), f"{each.memory_bytes / 1e9:.2g}",
             style="bold" if each.strategy == advice.recommended else None,
         )  # fmt: skip
@@ -203,4 +203,4 @@ def _threshold(sweep: Sweep) -> str:
 
 
 def _percent(change: float) -> str:
-    return f"{100 * change:+.1f} %"
+    return f"{100 * change:+z.1f} %"

@@ -143,7 +143,9 @@ def _approximated(
     if notes:
         after = cost(chosen)
         share = 100 * (after - before) / before if before else 0.0
-        notes.append(f"this changes the time of {loaded.num_steps} steps by {after - before:+.1f} us ({share:+.2f} %)")
+        notes.append(
+            f"this changes the time of {loaded.num_steps} steps by {after - before:+z.1f} us ({share:+z.2f} %)"
+        )
     return chosen, notes
 
 

@@ -108,7 +108,7 @@ def _key(row: Comparison, held: bool) -> float:
 
 
 def _percent(change: float | None) -> str:
-    return "" if change is None else f"{round(100 * change, 1) + 0.0:+.1f}"  # no -0.0
+    return "" if change is None else f"{100 * change:+z.1f}"
 
 
 def _milliseconds(value_us: float | None) -> str:

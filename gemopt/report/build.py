@@ -133,9 +133,9 @@ def _key_figures(inputs: Inputs, before: Side, after: Side, bound: Bounds, held:
     steps = inputs.fitted.num_steps
     old, new = before.evaluation.objective_us / steps / 1e3, after.evaluation.objective_us / steps / 1e3
     found = {"step, before": f"{old:.3f} ms", "step, after": f"{new:.3f} ms",
-             "change": f"{100 * (new / old - 1):+.1f} %" if old else "-"}  # fmt: skip
+             "change": f"{100 * (new / old - 1):+z.1f} %" if old else "-"}  # fmt: skip
     if held is not None:
-        found["held out"] = f"{100 * held:+.1f} %"
+        found["held out"] = f"{100 * held:+z.1f} %"
     found["gap to the bound"] = f"{100 * _gap(inputs, after, bound):.1f} %"
     found["ranks wait"] = f"{100 * after.evaluation.idle_share:.1f} %"
     if inputs.placement.has_copies:

@@ -59,7 +59,7 @@ def makespan(inputs: Inputs, before: Side, after: Side, bound: Bounds) -> Sectio
         yaxis={"title": "makespan, us per step", "rangemode": "tozero"},
     )  # fmt: skip
     rows = [
-        (name, microseconds(a), microseconds(b), f"{100 * (b / a - 1):+.1f} %" if a else "", microseconds(c),
+        (name, microseconds(a), microseconds(b), f"{100 * (b / a - 1):+z.1f} %" if a else "", microseconds(c),
          f"{100 * (1 - c / b):.1f} %" if b else "")
         for name, a, b, c in zip(names, old, new, low, strict=True)
     ]  # fmt: skip
@@ -259,7 +259,7 @@ def replay(result: ReplayResult) -> Section:
     for step in sorted(each for each in at if each >= result.first_step):
         shown.add_shape(type="line", x0=step, x1=step, y0=0, y1=1, yref="paper",
                         line={"color": SLOWEST, "width": 1, "dash": "dash"})  # fmt: skip
-    rows = [(row.strategy, f"{row.makespan_us / 1e3:,.1f}", "" if row.change is None else f"{100 * row.change:+.1f}",
+    rows = [(row.strategy, f"{row.makespan_us / 1e3:,.1f}", "" if row.change is None else f"{100 * row.change:+z.1f}",
              str(row.moves), *(f"{q:.0f}" for q in (row.p50_us, row.p90_us, row.p99_us)))
             for row in result.rows]  # fmt: skip
     text = (
