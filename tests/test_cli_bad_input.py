@@ -261,7 +261,9 @@ def test_more_ranks_than_experts_have_an_answer(tmp_path: Path, capsys: pytest.C
 @pytest.mark.parametrize("option", ["--files", "--out"])
 def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     (tmp_path / "file").write_text("")
-    refused(tmp_path, capsys, ("demo", option, tmp_path / "file" / "out"), "a place that can be written")
+    refused(
+        tmp_path, capsys, ("demo", option, tmp_path / "file" / "out"), "a file or folder that can be read and written"
+    )
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ def test_documents_of_gemopt_are_named_where_those_of_others_are_read(
     inputs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured, routed, placement = inputs
-    certificate, out = tmp_path / "certificate.json", tmp_path / "out"
+    certificate, played, out = (tmp_path / name for name in ("certificate.json", "replay.json", "out"))
+    replay(measured, routed, strategies=["contiguous"], window=4).save(played)
     assert gemopt(capsys, "solve", measured, routed, "--solver", "lpt", "--certificate", certificate)[0] == 0
     for words, found, needed in (
         (("trace", "import", "--from", "sglang", measured), "a profile", "what sglang records is needed"),
@@ -50,6 +51,7 @@ def test_documents_of_gemopt_are_named_where_those_of_others_are_read(
         (("placement", "import", "--from", "sglang", measured), "a profile", "a placement of sglang is needed"),
         (("profile", "import", placement), "a placement", "a table of times is needed"),
         (("report", certificate, "--profile", measured, "--traces", routed), "a certificate", "a result is needed"),
+        (("report", played, "--profile", measured, "--traces", routed), "a replay result", "a result is needed"),
         (("solve", measured, routed, "--rules", measured), "a profile", "rules are needed"),
         (
             ("report", placement, "--profile", measured, "--traces", routed, "--replay", measured),

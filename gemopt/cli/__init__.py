@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         if error.filename is None:
             _drop_output()
         where = str(error.filename or "standard output")
-        sys.exit(_complain(InputError(where, error.strerror, "a place that can be written"), 2))
+        sys.exit(_complain(InputError(where, error.strerror, "a file or folder that can be read and written"), 2))
     except UnicodeEncodeError as error:  # a name of a file, under a locale that has no such letters
         shown = ascii(error.object[error.start : error.end])
         sys.exit(_complain(f"{shown}: no such letter in {error.encoding}; set LC_ALL=C.UTF-8 or PYTHONUTF8=1", 2))
