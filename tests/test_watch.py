@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import threading
 import urllib.error
@@ -222,6 +223,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple
 
 def test_command_line(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
     grow(folder, 0, traffic(hot=0))
+    handler = signal.getsignal(signal.SIGINT)
     state = folder / "state.safetensors"
     code, output = run("--to", "sglang", "--to", "trtllm=" + str(folder / "lb.yaml"), "--state", str(state))
     assert code == 0, output
@@ -231,6 +233,7 @@ def test_command_line(folder: Path, run: Callable[..., tuple[int, str]]) -> None
     assert (folder / "lb.yaml").exists()
     code, output = run("--state", str(state), "-o", str(folder / "new.json"))
     assert code == 0, output
+    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C of who called is as before"
 
 
 def test_one_look_reads_an_engines_files(folder: Path, run: Callable[..., tuple[int, str]]) -> None:

@@ -89,7 +89,7 @@ def watch(
         watched = Watch(controller, follower, actions, _log, metrics, health, state, window)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
+            held.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))
         watched.run(interval, stop, once=once)
     if once and watched.failed:
         raise typer.Exit(1)
