@@ -367,7 +367,7 @@ def test_the_controller_sees_every_assignment_once(world, ranks, where):
 def test_what_cannot_be_followed_is_refused_on_every_rank(world):
     for told in results(world("follow_refused", 2, family="qwen3_moe")):
         said = [
-            "controller: got None; rank 0 decides",
+            "controller: got nothing; rank 0 decides",
             "placement: got layers",
             "window: got different ones",
             "window: got 0",
