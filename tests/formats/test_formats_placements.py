@@ -292,22 +292,6 @@ def test_layers_that_a_file_names_are_not_renamed(make_placement, tmp_path):
         assert import_placement(path, source=name, facts=Facts(num_ranks=2, layer_ids=(3, 4))).layer_ids == [3, 4]
 
 
-def test_numbers_that_an_engine_does_not_read_are_named(tmp_path):
-    path = tmp_path / "map.json"
-    for change, noted in (({}, False), ({"layer_id": 3}, True), ({"device_count": 4}, True), ({"device_id": 1}, True)):
-        data = json.loads(_ascend([[[0, 1], [2, 3]]]))
-        layer = data["layer_list"][0]
-        (layer["device_list"][0] if "device_id" in change else layer).update(change)
-        path.write_text(json.dumps(data))
-        facts = Facts()
-        import_placement(path, source="vllm-ascend", facts=facts)
-        assert bool(facts.notes) is noted
-    path = tmp_path / "map.csv"
-    path.write_text("layer,rank,slot,expert\n0,1,0,0\n0,2,1,1\n")
-    import_placement(path, source="csv", facts=facts)
-    assert "numbered from 1" in facts.notes[-1]
-
-
 def test_all_tables_of_eplb_are_checked(make_placement, tmp_path):
     path = tmp_path / "map.npz"
     export(make_placement(slots=5), to="deepseek-eplb", path=path)

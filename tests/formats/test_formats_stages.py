@@ -10,6 +10,7 @@ import pytest
 from gemopt.cli import main
 from gemopt.exceptions import InputError
 from gemopt.formats.findings import ranges
+from gemopt.traces import Traces
 
 torch = pytest.importorskip("torch")
 
