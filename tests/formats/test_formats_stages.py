@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
+from routed_counts import routed
 
 from gemopt.cli import main
 from gemopt.exceptions import InputError
-from gemopt.formats.findings import ranges
 from gemopt.traces import Traces
 
 torch = pytest.importorskip("torch")
@@ -271,36 +271,6 @@ def test_tensorrt_llm_stages(load, folder, same):
         load(folder, "trtllm")
 
 
-def test_findings(load, tmp_path):
-    counts = np.random.default_rng(0).integers(1, 9, (4, 3, 8))
-    counts[:, :, 4:] = 0
-    np.save(tmp_path / "a.npy", counts)
-    _, notes = load(tmp_path / "a.npy", "array")
-    assert "4 of 8 experts were never chosen in any layer (4-7): a short recording, or only one rank's" in notes
-    counts[:, 1] = counts[:, 1, ::-1]  # the block of one rank, another in each layer
-    np.save(tmp_path / "a.npy", counts)
-    assert "layers 0-2 use half of their 8 experts or fewer (4 at least)" in load(tmp_path / "a.npy", "array")[1]
-    counts += 1
-    counts[2, 1] = 0
-    np.save(tmp_path / "a.npy", counts)
-    _, notes = load(tmp_path / "a.npy", "array")
-    assert "in 1 of 4 steps layers 1 have no assignments" in notes
-    counts[:, 1] = 0
-    np.save(tmp_path / "a.npy", counts)
-    assert "layers 1 have no counts" in load(tmp_path / "a.npy", "array")[1]
-    with pytest.raises(InputError, match=r"layer 1.*if 1 have no experts, give --layer-ids 0,2"):
-        load(tmp_path / "a.npy", "array", layer_ids=(0, 1, 2))
-    counts[:] = 7
-    np.save(tmp_path / "a.npy", counts)
-    assert load(tmp_path / "a.npy", "array")[1] == ""
-
-
-def test_ranges():
-    assert ranges([5, 0, 2, 1]) == "0-2, 5"
-    assert ranges([]) == ""
-    assert ranges(range(0, 40, 2)) == "0, 2, 4, 6, 8, 10, 12, 14, ..."
-
-
 def test_nothing_recorded_is_refused_by_solve(tmp_path, capsys):
     from gemopt.profile import Device, Profile, Sample
 
@@ -312,84 +282,6 @@ def test_nothing_recorded_is_refused_by_solve(tmp_path, capsys):
     assert stopped.value.code == 2
     assert "no assignments in 4 steps" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
-
-
-# What the numbers say of themselves
-
-
-def routed(rng, steps=12, layers=5, experts=16, top_k=2, tokens=40):
-    """[T, L, E] counts of tokens that choose by layers' own popularities."""
-    popular = rng.dirichlet(np.full(experts, 0.7), size=layers)
-    return np.stack([[rng.multinomial(tokens * top_k, row) for row in popular] for _ in range(steps)])
-
-
-@pytest.mark.parametrize(("axis", "name"), [(0, "step"), (1, "layer"), (2, "expert")])
-def test_totals_beside_counts_are_refused(load, tmp_path, axis, name):
-    counts = routed(np.random.default_rng(1))
-    for joined in ((counts, counts.sum(axis=axis, keepdims=True)), (counts.sum(axis=axis, keepdims=True), counts)):
-        np.save(tmp_path / "a.npy", np.concatenate(joined, axis=axis))
-        with pytest.raises(InputError, match=rf"{name} that is the sum of the others; counts alone"):
-            load(tmp_path / "a.npy", "array")
-
-
-def test_an_expert_of_every_token_is_named(load, tmp_path):
-    counts = routed(np.random.default_rng(2))
-    np.save(tmp_path / "a.npy", np.concatenate([counts, np.full((12, 5, 1), 40)], axis=2))
-    assert "expert 16 gets one of every 3 assignments in all layers and steps" in load(tmp_path / "a.npy", "array")[1]
-    np.save(tmp_path / "a.npy", counts)
-    assert "one of every" not in load(tmp_path / "a.npy", "array")[1]
-
-
-def test_counts_of_several_ranks_are_named(load, tmp_path):
-    counts = routed(np.random.default_rng(3))
-    np.save(tmp_path / "a.npy", 8 * counts)
-    assert "all counts are multiples of 8: counted by 8 ranks" in load(tmp_path / "a.npy", "array")[1]
-    counts[0, 0] *= 8
-    np.save(tmp_path / "a.npy", counts)
-    assert "multiples" not in load(tmp_path / "a.npy", "array")[1]
-
-
-def test_steps_of_a_warm_up_are_named(load, tmp_path):
-    np.save(tmp_path / "a.npy", np.concatenate([np.full((3, 5, 16), 5), routed(np.random.default_rng(3))]))
-    assert "3 of 15 steps give every expert as much: warm-up?" in load(tmp_path / "a.npy", "array")[1]
-
-
-@pytest.mark.parametrize(("experts", "top_k", "dense"), [(8, 2, 0), (64, 8, 0), (64, 8, 3), (256, 6, 1)])
-def test_ids_of_tokens_are_no_counts(load, tmp_path, experts, top_k, dense):
-    rng = np.random.default_rng(4)
-    ids = np.argsort(rng.random((300, 6, experts)), axis=2)[:, :, :top_k]
-    ids[:, :dense] = 0
-    np.save(tmp_path / "a.npy", ids)
-    with pytest.raises(InputError, match=rf"got \[300 tokens, 6 layers, {top_k} experts per token\].*ids of tokens"):
-        load(tmp_path / "a.npy", "array")
-    assert load(tmp_path / "a.npy", "array", num_experts=top_k)[0].num_experts == top_k  # told to be counts
-
-
-def test_maps_of_experts_are_no_counts(load, tmp_path):
-    rng = np.random.default_rng(4)
-    slots = rng.random((6, 4, 32)).argsort(axis=2)  # [steps, layers, slots]
-    held = (slots[0].reshape(4, 8, 4)[None] == np.arange(32)[:, None, None, None]).any(axis=3)  # [E, L, ranks]
-    redundant = np.concatenate([slots, slots[:, :, :4]], axis=2)
-    for each in (slots, redundant, slots[..., None][0], held.transpose(2, 1, 0).astype(int)):
-        np.save(tmp_path / "a.npy", each)
-        with pytest.raises(InputError, match="a map of experts, by the numbers"):
-            load(tmp_path / "a.npy", "array")
-    np.save(tmp_path / "a.npy", np.eye(32, dtype=int)[rng.integers(0, 32, (300, 4))])
-    assert load(tmp_path / "a.npy", "array")[0].num_steps == 300  # a token after the other
-
-
-def test_few_experts_far_apart_are_counts(load, tmp_path):
-    popular = np.array([1, 3, 9, 27])
-    counts = popular * np.random.default_rng(5).integers(1, 40, (300, 3, 1))  # never a tie within a row
-    np.save(tmp_path / "a.npy", counts[:, :1] + np.zeros((300, 3, 4), int))  # every layer alike
-    assert load(tmp_path / "a.npy", "array")[0].num_experts == 4
-
-
-def test_dense_layers_do_not_turn_the_axes(load, tmp_path):
-    counts = routed(np.random.default_rng(6))
-    counts[:, :2] = 0
-    np.save(tmp_path / "a.npy", counts)
-    assert load(tmp_path / "a.npy", "array")[0].layer_ids == (2, 3, 4)
 
 
 def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
