@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from gemopt.bounds.copies import copies_bound
 from gemopt.bounds.simple import lower_bound, spread_bound, step_bounds, timed_step_bounds, weighted
 from gemopt.bounds.together import Together, together_bound
 
-__all__ = ["Together", "lower_bound", "spread_bound", "step_bounds", "timed_step_bounds", "together_bound", "weighted"]
+__all__ = [
+    "Together",
+    "copies_bound",
+    "lower_bound",
+    "spread_bound",
+    "step_bounds",
+    "timed_step_bounds",
+    "together_bound",
+    "weighted",
+]

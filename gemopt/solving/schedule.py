@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import spread_bound, timed_step_bounds, together_bound, weighted
+from gemopt.bounds import copies_bound, spread_bound, timed_step_bounds, together_bound
 from gemopt.evaluate import objective, total
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
@@ -219,14 +219,14 @@ class Run:
         layer.base_us = 0.0 if row is None else objective(layer.problem, row)
 
     def _bound(self, layer: Layer, deadline: float) -> None:
-        """The simple bounds of as many steps as there is time for, unless known."""
+        """The simple bounds of as many steps as there is time for, unless known; then what copies can carry."""
         options = self._options(layer, deadline)
         if not layer.bound_cut or (options.expired() and layer.bounded_steps >= 0):
             return
         with options.alarm() as stop:
             layer.floor_T, steps = timed_step_bounds(layer.problem, stop)
             layer.spread_us = max(layer.spread_us, spread_bound(layer.problem, stop))
-        layer.bound_us = max(layer.bound_us, weighted(layer.problem, layer.floor_T))
+            layer.bound_us = max(layer.bound_us, copies_bound(layer.problem, layer.floor_T, stop))
         layer.bounded_steps = max(layer.bounded_steps, steps)
 
     def _bound_together(self, pool: ThreadPoolExecutor, end: float) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from gemopt.bounds import lower_bound, step_bounds, together_bound
+from gemopt.bounds import copies_bound, lower_bound, step_bounds, together_bound
 from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import dual_bound, feasible, pair_costs
 from gemopt.problem import Problem
@@ -35,6 +35,8 @@ def together_values(problem: Problem, floor_T: np.ndarray, best_us: float, seed:
     """(name, bound in microseconds) of the iteration, and of what must be a bound as well: any multipliers."""
     rng, stop = np.random.default_rng([seed, 2]), np.zeros(1, np.uint8)
     yield "together", together_bound(problem, floor_T, stop, target_us=best_us).bound_us
+    yield "copies", copies_bound(problem, floor_T, stop)
+    yield "copies (no floors)", copies_bound(problem, np.zeros(problem.num_steps), stop)
     if not (problem.weights_T > 0).any():
         return
     if seed % 10 == 0 and paired(problem):  # thousands of iterations
