@@ -45,21 +45,20 @@ def find_copies(row_P: IntArray, rank_of_slot: IntArray, num_experts: int, num_r
     held = np.flatnonzero(row_P >= 0)
     number_E = np.bincount(row_P[held], minlength=num_experts)
     slots = held[number_E[row_P[held]] > 1]
-    slots = slots[np.argsort(row_P[slots], kind="stable")]
-    experts, owner, sizes = np.unique(row_P[slots], return_inverse=True, return_counts=True)
-    rank = rank_of_slot[slots].astype(np.int64)
-    start = np.searchsorted(np.sort(rank), np.arange(num_ranks + 1))
-    return Copies(
-        experts.astype(np.int64), np.append(0, np.cumsum(sizes)).astype(np.int64), slots.astype(np.int64), rank,
-        owner.astype(np.int64), np.argsort(rank, kind="stable").astype(np.int64), start.astype(np.int64),
-    )  # fmt: skip
+    slots = slots[np.argsort(row_P[slots], kind="stable")].astype(np.int64)
+    experts = np.flatnonzero(number_E > 1).astype(np.int64)
+    rank, owner = rank_of_slot[slots].astype(np.int64), np.repeat(np.arange(len(experts)), number_E[experts])
+    first = np.append(0, np.cumsum(number_E[experts])).astype(np.int64)
+    start = np.append(0, np.cumsum(np.bincount(rank, minlength=num_ranks))).astype(np.int64)
+    return Copies(experts, first, slots, rank, owner, np.argsort(rank, kind="stable").astype(np.int64), start)
 
 
 class Room(NamedTuple):
     """What a flow writes into, [G] each.
 
     load, most: load of a rank, and what the time allows. seen, queue: ranks that a search has reached, in that order;
-    came, left: the copies that take and give on the way there. cut: see `spread`.
+    came, left: the copies that take and give on the way there. cut, inside: ranks that prove the time, as no others can
+    take the load [1] of theirs; all ranks where it is the fluid one.
     """
 
     load: IntArray
@@ -69,6 +68,7 @@ class Room(NamedTuple):
     came: IntArray
     left: IntArray
     cut: NDArray[np.bool_]
+    inside: IntArray
 
 
 @njit(cache=True, nogil=True)
@@ -77,7 +77,7 @@ def make_room(num_ranks: int) -> Room:
     return Room(
         np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.bool_),
         np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64),
-        np.ones(num_ranks, np.bool_),
+        np.ones(num_ranks, np.bool_), np.zeros(1, np.int64),
     )  # fmt: skip
 
 
@@ -193,34 +193,43 @@ def fluid_times(curves: Curves, total_T: IntArray) -> Array:
 
 
 @njit(cache=True, nogil=True)
-def spread(curves: Curves, alone_G: IntArray, copies: Copies, parts_C: IntArray, room: Room, fluid: float) -> float:
-    """Bring `parts_C` (any split to start from) to the best one; returns its time. `room` has loads and what it allows.
+def settle(curves: Curves, copies: Copies, parts_C: IntArray, room: Room, time: float, ready: bool) -> float:
+    """Bring `parts_C`, whose loads are in `room`, to the best split; returns its time, which is at least the one given.
 
-    alone_G: load of the experts with one copy. fluid: as from `fluid_times`. `room.cut` has the ranks that prove the
-    time, all of them where it is the fluid one.
+    ready: whether `room.most` is what the given time allows. `room.cut` and `room.inside` prove that time, and then the
+    one returned.
     """
-    num_ranks, total, time = len(alone_G), 0, fluid
-    room.load[:] = alone_G
-    for c in range(len(parts_C)):
-        room.load[copies.rank[c]] += parts_C[c]
-    for g in range(num_ranks):
-        total += room.load[g]
-    room.cut[:] = True
+    num_ranks, total = len(room.load), room.load.sum()
     while True:
-        for g in range(num_ranks):
-            room.most[g] = capacity(curves, g, time, total)
-        reached = 0
+        if not ready:
+            for g in range(num_ranks):
+                room.most[g] = capacity(curves, g, time, total)
+        reached, ready = 0, False
         for g in range(num_ranks):
             reached = relieve(copies, room, parts_C, g)
             if reached > 0:
                 break
         if reached == 0:
             return time
-        inside = 0
+        room.inside[0] = 0
         for n in range(reached):
-            inside += room.load[room.queue[n]]
+            room.inside[0] += room.load[room.queue[n]]
         room.cut[:] = room.seen
-        time = level(curves, room.queue[:reached], inside, time)
+        time = level(curves, room.queue[:reached], room.inside[0], time)
+
+
+@njit(cache=True, nogil=True)
+def spread(curves: Curves, alone_G: IntArray, copies: Copies, parts_C: IntArray, room: Room, fluid: float) -> float:
+    """Bring `parts_C` (any split to start from) to the best one; returns its time. `room` has what proves it.
+
+    alone_G: load of the experts with one copy. fluid: as from `fluid_times`.
+    """
+    room.load[:] = alone_G
+    for c in range(len(parts_C)):
+        room.load[copies.rank[c]] += parts_C[c]
+    room.cut[:] = True
+    room.inside[0] = room.load.sum()
+    return settle(curves, copies, parts_C, room, fluid, False)
 
 
 @njit(cache=True, nogil=True)

@@ -28,7 +28,6 @@ from gemopt.splits import plain, shares
 EVEN_SHARE = 0.5  # of the time, for the even split
 ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
-BATCH_STEPS = 20
 KICK_SWAPS = 2
 NEVER = 2**62
 
@@ -131,12 +130,8 @@ class _Spreading(_Search):
         self.offer(self.spread.best.row)
 
     def improve(self) -> bool:
-        if not self.descended:
-            return False
-        for _ in range(BATCH_STEPS):
-            if not self.options.expired() and self.spread.step(self.options.expired):
-                return self.offer(self.spread.best.row)
-        return False
+        better = self.descended and self.spread.step(self.options.expired)
+        return better and self.offer(self.spread.best.row)
 
 
 class _Sharing(_Search):

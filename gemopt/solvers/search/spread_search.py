@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
+from gemopt.solvers.search.spread_climb import Climb
 from gemopt.solvers.search.spreading import Look, Looks
 
 ROUNDS = 12  # in which spare slots are filled
 RUIN = 6  # one copy in so many is taken away at first
+TRIES = 8  # for each slot, between looks at whether climbing still gains
 FADE = 0.3  # what a promise is worth when another copy of the expert was just added
 GUIDED_SHARE = 0.7  # of the swaps
 LEAST_SHARE = 0.25  # of the best promise: what is added with it
@@ -32,7 +34,8 @@ class SpreadSearch:
         self.looks = Looks(problem)
         self.best = self.looks.at(row)
         self.ruined = max(1, problem.spare_slots // RUIN)
-        self.swaps = 4
+        self.swaps, self.tries = 4, TRIES * len(row)
+        self.climb: Climb | None = None
 
     @property
     def closed(self) -> bool:
@@ -43,7 +46,7 @@ class SpreadSearch:
         """Keep a look that is better than the best."""
         if look.value_us >= self.best.value_us * (1 - 1e-9):
             return False
-        self.best = look
+        self.best, self.climb = look, None
         return True
 
     def fill(self, look: Look, stop: Stop) -> Look:
@@ -82,7 +85,16 @@ class SpreadSearch:
         return row
 
     def step(self, stop: Stop) -> bool:
-        """Take copies away, swap experts' ranks, or both, and fill up again; whether that was for the better."""
+        """Climb from the best; where that is over, from what is left of it after a kick. Whether it is better now."""
+        climb = self.climb if self.climb is not None else Climb(self.best, self.draws)
+        if climb.climb(self.tries, stop):
+            self.best, self.climb = climb.look, climb
+            return True
+        self.climb = climb
+        return not stop() and self._kick(stop)
+
+    def _kick(self, stop: Stop) -> bool:
+        """Take copies away, swap experts' ranks, or both, fill up again and climb; whether that was for the better."""
         ruin, swap = ((True, False), (False, True), (True, True))[int(self.draws.integers(3))]
         look = self.looks.glance(self._ruined(), self.best) if ruin else self.best
         row = look.row
@@ -91,7 +103,10 @@ class SpreadSearch:
         if (row == EMPTY).any():
             look = self.looks.glance(row, look) if swap else look
             row = self._filled(look, stop, self.looks.glance)
-        better = self.take(self.looks.at(row, look))
+        climb = Climb(self.looks.at(row, look), self.draws)
+        while climb.climb(self.tries, stop):
+            pass
+        better = self.take(climb.look)
         if ruin:
             self.ruined = self._next(self.ruined, better, max(1, self.problem.spare_slots // 2))
         if swap:
