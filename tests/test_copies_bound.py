@@ -12,10 +12,14 @@ from test_bounds import all_makespans, all_rows, random_latencies
 
 import gemopt
 from gemopt.bounds import copies, copies_bound, step_bounds
+from gemopt.evaluate import objective
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Latency, line, tiles
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
+from gemopt.solvers import get
+from gemopt.solvers.base import Options
+from gemopt.solvers.search import local_search
 from gemopt.traces import Traces
 
 NEVER, NOW = np.zeros(1, np.uint8), np.ones(1, np.uint8)
@@ -134,3 +138,38 @@ def test_a_result_states_it(split: str) -> None:
     result = gemopt.solve(profile, traces, slots_per_rank=[1, 1, 1, 1, 1, 2], split=split, patience=2)
     assert result.bound_us == pytest.approx(5 * 17 + 11, rel=1e-6)
     assert result.objective_us == pytest.approx(5 * 17 + 11)
+
+
+def test_scarce_copies_are_those_that_reach_the_bound() -> None:
+    """Experts hot in turn: each spare slot to another one. Where slots suffice for the floors it says nothing."""
+    problem = replace(turns(3)[0], weights_T=np.array([1.0, 5, 1, 5, 5, 1]))
+    found = copies.scarce_copies(problem, step_bounds(problem), NEVER)
+    assert found is not None and found.tolist() == [1, 2, 1, 2, 2, 1]
+    assert copies.scarce_copies(problem, step_bounds(problem), NOW) is None
+    assert copies.scarce_copies(problem, np.full(6, 17.0), NEVER) is None
+    rng = np.random.default_rng(4)
+    for case in range(40):
+        problem = random_problem(rng, ("staircase", "roofline", "mixed")[case % 3])
+        found = copies.scarce_copies(problem, np.zeros(problem.num_steps), NEVER)
+        if found is not None:
+            assert found.min() >= 1 and found.sum() <= problem.num_slots
+            assert found.max() <= (problem.slots_per_rank > 0).sum()
+
+
+def test_the_search_is_better_for_starting_with_scarce_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts with bursts of their own, more than there are spare slots for."""
+    totals = []
+    for patched in (False, True):
+        if patched:
+            monkeypatch.setattr(local_search, "_with_scarce_copies", lambda *_: None)
+        total = 0.0
+        for seed in range(6):
+            rng = np.random.default_rng(seed)
+            bursts_TE = rng.random((60, 32)) < 0.03
+            counts_TE = rng.poisson(np.where(bursts_TE, rng.uniform(40, 200, 32), rng.uniform(1, 20, 32)))
+            problem = Problem.make(counts_TE, [ASSIGNMENTS], [Latency(((line(20, 1),),))] * 16, [3] * 16)
+            found = get("local-search").solve(problem, Options(deadline=np.inf, patience=0), None)
+            assert found.row is not None
+            total += objective(problem, found.row)
+        totals.append(total)
+    assert totals[0] < totals[1]

@@ -54,7 +54,7 @@ def test_what_changes_save_is_what_a_look_from_nothing_says(seed: int) -> None:
         assert climb.look.times_T == pytest.approx(look.times_T, rel=1e-8)
         assert climb.value_us == pytest.approx(objective(problem, climb.row), rel=1e-8)
         sums_TG = [flow.shares_TP[:, problem.rank_of_slot == g].sum(axis=1) for g in range(problem.num_ranks)]
-        assert (flow.load_TG.T == sums_TG).all() and (flow.load_TG <= flow.most_TG).all()
+        assert (sums_TG == flow.load_TG.T).all() and (flow.load_TG <= flow.most_TG).all()
         for expert in range(problem.num_experts):
             slots = np.flatnonzero(climb.row == expert)
             assert len(np.unique(problem.rank_of_slot[slots])) == len(slots) > 0

@@ -31,6 +31,7 @@ MOST_COPIES = 64  # of an expert that are told apart
 MOST_LOADS, MOST_LEVELS = 1 << 13, 1 << 12  # loads and times beyond so many are rounded down
 ROUNDS = 40
 TIGHT = 1e-6  # relative: a row that says no more is not new
+WHOLE = 1e-6  # fractions of a copy below are rounding
 PRECISE = 1e-4  # of the floors: what is still open when it ends
 IntArray = NDArray[np.int64]
 
@@ -47,7 +48,25 @@ def copies_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8])
     pairs, needed_E = _pairs(problem, floor_T, most)
     if needed_E.sum() <= problem.num_slots:
         return base
-    return base + _raised(problem, pairs, needed_E, PRECISE * base, stop)
+    return base + _raised(problem, pairs, needed_E, PRECISE * base, stop)[0]
+
+
+def scarce_copies(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> IntArray | None:
+    """[E] copies with which the bound is reached, as whole numbers; None where there are enough slots for the floors.
+
+    Those of the last programme that was solved before `stop`.
+    """
+    most = min(problem.spare_slots + 1, int((problem.slots_per_rank > 0).sum()))
+    if most < 2 or stop[0]:
+        return None
+    pairs, needed_E = _pairs(problem, floor_T, most)
+    if needed_E.sum() <= problem.num_slots:
+        return None
+    part_E = _raised(problem, pairs, needed_E, PRECISE * weighted(problem, floor_T), stop)[1]
+    copies_E = np.maximum(1, np.floor(part_E + WHOLE)).astype(np.int64)
+    left_E = part_E - copies_E
+    copies_E[np.argsort(-left_E, kind="stable")[: max(0, problem.num_slots - int(copies_E.sum()))]] += 1
+    return np.minimum(copies_E, most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +145,13 @@ class _Rows(NamedTuple):
     slope_R: FloatArray
 
 
-def _raised(problem: Problem, pairs: _Pairs, needed_E: IntArray, close_us: float, stop: NDArray[np.uint8]) -> float:
-    """Microseconds above the floors: the best that multipliers prove after a round; `close_us` may be left open."""
+def _raised(
+    problem: Problem, pairs: _Pairs, needed_E: IntArray, close_us: float, stop: NDArray[np.uint8]
+) -> tuple[float, FloatArray]:
+    """Microseconds above the floors, the best that multipliers prove after a round, and [E] copies of the last one.
+
+    close_us: what may be left open.
+    """
     hull_UK = _convex(np.maximum(pairs.time_UK, pairs.floor_N.min()))
     copies_E = 1 + (needed_E - 1) * (problem.spare_slots / (needed_E - 1).sum())
     above_T, best = np.zeros(problem.num_steps), 0.0
@@ -142,7 +166,7 @@ def _raised(problem: Problem, pairs: _Pairs, needed_E: IntArray, close_us: float
             break
         above_T, copies_E, share_R, price = solved
         best = max(best, _proved(problem, pairs, rows.pair_R, share_R, price))
-    return best
+    return best, copies_E
 
 
 def _tangents(

@@ -12,15 +12,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from gemopt.bounds.copies import scarce_copies
 from gemopt.evaluate import objective
+from gemopt.latency import pack
 from gemopt.links import Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, seeded
 from gemopt.solvers.search.best import Best
-from gemopt.solvers.search.packing import copies_worth_trying, filled, lpt_row, peak_load, replicate
+from gemopt.solvers.search.packing import copies_worth_trying, filled, lpt_row, peak_load, placeable, replicate
+from gemopt.splits import plain
+from gemopt.splits.flow import fluid_times
 
 if TYPE_CHECKING:
     from gemopt.solvers.search.state import Costs, State
@@ -75,6 +80,16 @@ def _with_copies(problem: Problem, row: Row) -> Row:
     return lpt_row(problem, copies_E=replicate(peak_load(problem), problem.slots_per_rank))
 
 
+def _with_scarce_copies(problem: Problem, stop: NDArray[np.uint8]) -> Row | None:
+    """Speed-weighted LPT with the copies of the copies bound; None where slots suffice for the fluid time."""
+    curves = pack([latency.low for latency in problem.latencies])
+    floor_T = fluid_times(curves, problem.counts_TE.sum(axis=1, dtype=np.int64))
+    copies_E = scarce_copies(problem, floor_T, stop)
+    if copies_E is None or not placeable(copies_E, problem.slots_per_rank):
+        return None
+    return lpt_row(problem, copies_E=copies_E)
+
+
 def _completed(problem: Problem, row: Row) -> Row:
     return filled(problem, row) if problem.full else row
 
@@ -82,15 +97,16 @@ def _completed(problem: Problem, row: Row) -> Row:
 class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and the starts still to descend from.
 
-    searched: whether any descent began. stop: [1] see `Options.alarm`. greedy: whether the start with copies is still
-    to be made, which takes longer than the one without.
+    searched: whether any descent began. stop: [1] see `Options.alarm`. lone: the start without copies. greedy: whether
+    the start with copies is still to be made, which takes longer. scarce: whether the one of the copies bound is.
     """
 
     def __init__(self, problem: Problem, warm_start: Row | None) -> None:
         super().__init__(problem)
         self.greedy = warm_start is None and problem.spare_slots > 0
         self.starts = [_completed(problem, lpt_row(problem) if warm_start is None else warm_start)]
-        self.offer(self.starts[0])
+        self.lone, self.scarce = self.starts[0], False
+        self.offer(self.lone)
 
     @cached_property
     def hulls(self) -> Costs | None:
@@ -114,7 +130,12 @@ class _Search(Best):
         if self.greedy and self.options.may_start():
             copied = _completed(self.problem, _with_copies(self.problem, self.starts[0]))
             self.starts.insert(0 if self.offer(copied) else 1, copied)  # the better one first
-            self.greedy = False
+            self.greedy, self.scarce = False, self.problem.rules is None and plain(self.problem)
+        if self.scarce and not self.options.expired():
+            self.scarce, row = False, _with_scarce_copies(self.problem, self.stop)
+            if row is not None:
+                self.starts = [_completed(self.problem, row), self.lone]
+                self.offer(self.starts[0])
         while self.starts and not self.options.expired():
             self.searched = True
             reached = self._descend(self.starts[0])
