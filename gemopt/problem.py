@@ -224,9 +224,11 @@ class Problem:
 
     def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:
         """The same problem on some of its steps, reweighted when asked."""
-        weights = self.weights_T[steps] if weights_T is None else weights_T
+        counts, weights = self.counts_TE[steps], self.weights_T[steps] if weights_T is None else weights_T.view()
+        for array in (counts, weights):
+            array.setflags(write=False)
         senders = None if self.senders_TGE is None else self.senders_TGE[steps]
-        return replace(self, counts_TE=self.counts_TE[steps], weights_T=weights, senders_TGE=senders)
+        return replace(self, counts_TE=counts, weights_T=weights, senders_TGE=senders)
 
 
 def stacked(features: Sequence[NDArray[Any]]) -> NDArray[np.int32]:
