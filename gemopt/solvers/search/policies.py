@@ -29,6 +29,7 @@ EVEN_SHARE = 0.5  # of the time, for the even split
 ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
 KICK_SWAPS = 2
+LEAST_GAIN = 5e-4  # of the value: thousands of changes that gain less in all are as good as idle
 NEVER = 2**62
 
 EvenSearch = Callable[[Problem, Options, Row | None], Outcome]
@@ -130,8 +131,10 @@ class _Spreading(_Search):
         self.offer(self.spread.best.row)
 
     def improve(self) -> bool:
-        better = self.descended and self.spread.step(self.options.expired)
-        return better and self.offer(self.spread.best.row)
+        before = self.value
+        if self.descended and self.spread.step(self.options.expired):
+            self.offer(self.spread.best.row)
+        return self.value < before * (1 - LEAST_GAIN)
 
 
 class _Sharing(_Search):
