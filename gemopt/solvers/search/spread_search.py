@@ -1,7 +1,8 @@
 """Search under the optimal split of plain loads: copies go where they let most load through, again and again.
 
-From a placement without copies they are added by what they promise, a few at a time; then those that let least through
-are taken away and put where they promise most, experts swap across the cuts that bind, and what costs less is kept.
+From a placement without copies they are added by what they promise, a few at a time; then it climbs by single changes.
+Where that is over, those that let least through are taken away and put where they promise most, experts swap across the
+cuts that bind, it climbs again, and what costs less is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ class SpreadSearch:
         self.best = self.looks.at(row)
         self.ruined = max(1, problem.spare_slots // RUIN)
         self.swaps, self.tries = 4, TRIES * len(row)
-        self.climb: Climb | None = None
 
     @property
     def closed(self) -> bool:
@@ -46,7 +46,7 @@ class SpreadSearch:
         """Keep a look that is better than the best."""
         if look.value_us >= self.best.value_us * (1 - 1e-9):
             return False
-        self.best, self.climb = look, None
+        self.best = look
         return True
 
     def fill(self, look: Look, stop: Stop) -> Look:
@@ -86,11 +86,10 @@ class SpreadSearch:
 
     def step(self, stop: Stop) -> bool:
         """Climb from the best; where that is over, from what is left of it after a kick. Whether it is better now."""
-        climb = self.climb if self.climb is not None else Climb(self.best, self.draws)
+        climb = Climb(self.best, self.draws)
         if climb.climb(self.tries, stop):
-            self.best, self.climb = climb.look, climb
+            self.best = climb.look
             return True
-        self.climb = climb
         return not stop() and self._kick(stop)
 
     def _kick(self, stop: Stop) -> bool:
