@@ -42,13 +42,8 @@ def copies_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8])
     floor_T: [T] lower bounds of the steps' makespans in microseconds, as `step_bounds` gives them. stop: [1] turns 1
     when there is no more time (`Options.alarm`).
     """
-    base, most = weighted(problem, floor_T), min(problem.spare_slots + 1, int((problem.slots_per_rank > 0).sum()))
-    if most < 2 or stop[0]:
-        return base
-    pairs, needed_E = _pairs(problem, floor_T, most)
-    if needed_E.sum() <= problem.num_slots:
-        return base
-    return base + _raised(problem, pairs, needed_E, PRECISE * base, stop)[0]
+    base, found = weighted(problem, floor_T), _scarce(problem, floor_T, stop)
+    return base if found is None else base + found[0]
 
 
 def scarce_copies(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> IntArray | None:
@@ -56,17 +51,28 @@ def scarce_copies(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]
 
     Those of the last programme that was solved before `stop`.
     """
-    most = min(problem.spare_slots + 1, int((problem.slots_per_rank > 0).sum()))
-    if most < 2 or stop[0]:
+    found = _scarce(problem, floor_T, stop)
+    if found is None:
         return None
-    pairs, needed_E = _pairs(problem, floor_T, most)
+    copies_E = np.maximum(1, np.floor(found[1] + WHOLE)).astype(np.int64)
+    left = max(0, problem.num_slots - int(copies_E.sum()))
+    copies_E[np.argsort(copies_E - found[1], kind="stable")[:left]] += 1
+    return np.minimum(copies_E, _most(problem))
+
+
+def _most(problem: Problem) -> int:
+    """Copies that one expert can have."""
+    return min(problem.spare_slots + 1, int((problem.slots_per_rank > 0).sum()))
+
+
+def _scarce(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> tuple[float, FloatArray] | None:
+    """Microseconds above the floors, and [E] copies; None where every expert can have those that bring it there."""
+    if _most(problem) < 2 or stop[0]:
+        return None
+    pairs, needed_E = _pairs(problem, floor_T, _most(problem))
     if needed_E.sum() <= problem.num_slots:
         return None
-    part_E = _raised(problem, pairs, needed_E, PRECISE * weighted(problem, floor_T), stop)[1]
-    copies_E = np.maximum(1, np.floor(part_E + WHOLE)).astype(np.int64)
-    left_E = part_E - copies_E
-    copies_E[np.argsort(-left_E, kind="stable")[: max(0, problem.num_slots - int(copies_E.sum()))]] += 1
-    return np.minimum(copies_E, most)
+    return _raised(problem, pairs, needed_E, PRECISE * weighted(problem, floor_T), stop)
 
 
 @dataclass(frozen=True, eq=False)
