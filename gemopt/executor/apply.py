@@ -270,7 +270,7 @@ class Executor:
         try:
             word = look()
         except InputError as error:
-            shown = error.value if isinstance(error.value, str) else repr(error.value)
+            shown = error.value if isinstance(error.value, str | None) else repr(error.value)
             word = {"error": [error.field, shown, error.limit, error.hint]}
         except Exception as error:
             word = {"error": [field, f"{type(error).__name__}: {error}", "it could not be looked at", ""]}

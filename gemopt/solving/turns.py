@@ -73,3 +73,5 @@ def in_turns(layer: Layer, options: Callable[[float], Options], search: Callable
         side = searching if mine else bounding
         side.seconds.append(time.monotonic() - now)
         side.closed_us.append(before - layer.open_us)
+    if searches and layer.outcome is not None:
+        layer.outcome.stopped_by = whole.cut_by
