@@ -27,10 +27,10 @@ IntArray = NDArray[np.int64]
 class Proof(StrEnum):
     """How a layer's bound can be checked.
 
-    `dual`: multipliers of the co-location programme, and floors of the steps, checked in full. `tree`: the solver has
-    searched every placement; the verifier searches again, up to a number of nodes. `columns`: multipliers of all
-    contents of a rank, each listed and priced again; where the bound is above theirs, the contents that they leave are
-    searched again like a tree. `claimed`: a solver's word, or a bound that only it can compute.
+    `dual`: multipliers of the co-location programme or of copies, and floors of the steps, checked in full. `tree`: the
+    solver has searched every placement; the verifier searches again, up to a number of nodes. `columns`: multipliers of
+    all contents of a rank, each listed and priced again; where the bound is above theirs, the contents that they leave
+    are searched again like a tree. `claimed`: a solver's word, or a bound that only it can compute.
     """
 
     DUAL = "dual"
@@ -43,8 +43,8 @@ class LayerProof(BaseModel):
     """One layer: its placement [P], what it is worth, what no placement falls below, and why.
 
     bound_us: the solver's bound, which the tree proves; that of the multipliers where contents were not searched to the
-    end. dual_us, columns_us: what the multipliers of the co-location
-    programme and of the contents of ranks prove, None where there are none.
+    end, or where it is that of copies but for rounding. dual_us, columns_us, copies_us: what the multipliers of the
+    co-location programme, of the contents of ranks and of copies prove, None where there are none.
     planes: [C, K, 1 + F] intercept and slopes of each group in 2^-24 picoseconds; group, factor: [G] of each rank that
     has slots, the factor in 2^-24. See docs/certificates.md.
     """
@@ -58,6 +58,7 @@ class LayerProof(BaseModel):
     bound_us: float
     dual_us: float | None = None
     columns_us: float | None = None
+    copies_us: float | None = None
     planes: list[list[list[int]]] = Field(default_factory=list)
     group: list[int] = Field(default_factory=list)
     factor: list[int] = Field(default_factory=list)
@@ -98,7 +99,8 @@ class Certificate(Document):
     def write(self, path: str | os.PathLike[str], duals: dict[str, IntArray]) -> None:
         """Write the document, and the multipliers by layer id beside it first.
 
-        `mu.0`, `v.0`, `y.0` of the co-location programme; `level.0`, `share.0`, `price.0` of contents of ranks.
+        `mu.0`, `v.0`, `y.0` of the co-location programme; `level.0`, `share.0`, `price.0` of contents of ranks;
+        `pair.0`, `slot.0` of copies.
         """
         content = save(duals) if duals else b""
         digest = hashlib.sha256(content).hexdigest() if duals else ""

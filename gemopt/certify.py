@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemopt.bounds import Together
+from gemopt.bounds import CopiesProof, Together
 from gemopt.bounds.dual_bound import prices
 from gemopt.certificate import UNIT, Certificate, IntArray, LayerProof, Proof, counts_digest
 from gemopt.costs import CostModel, fit
@@ -21,6 +21,7 @@ from gemopt.solving.layers import Layer
 from gemopt.traces import Traces
 from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
 from gemopt.verify.columns import PART_BITS, check_columns
+from gemopt.verify.copies import check_copies
 from gemopt.verify.dual import check_dual, slack, units
 
 
@@ -78,7 +79,9 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
                     update={"bound_us": max(proof.dual_us or 0.0, min(floor_bound_us(case), value))}
                 )
             proof = _with_columns(case, proof, outcome.columns, duals)
-        checked_us = max(proof.dual_us or 0.0, floor_bound_us(case))
+        if layer.copies is not None:
+            proof = _with_copies(case, proof, layer.copies, duals)
+        checked_us = max(proof.dual_us or 0.0, proof.copies_us or 0.0, floor_bound_us(case))
         if proof.proof is Proof.CLAIMED and checked_us >= proof.bound_us * (1 - 1e2 * SAME):
             proof = proof.model_copy(update={"proof": Proof.DUAL})
         proofs.append(proof)
@@ -127,6 +130,20 @@ def _with_columns(case: Case, proof: LayerProof, known: Proven, duals: dict[str,
     duals.update(mine)
     best = max(proof.bound_us, min(columns_us, proof.objective_us))
     return proof.model_copy(update={"proof": Proof.COLUMNS, "columns_us": columns_us, "bound_us": best})
+
+
+def _with_copies(case: Case, proof: LayerProof, known: CopiesProof, duals: dict[str, IntArray]) -> LayerProof:
+    """The proof with its multipliers of copies, rounded; its bound is theirs where no more than rounding is between."""
+    share_N = np.floor(known.share_N * UNIT).astype(np.int64)
+    mine = {
+        f"pair.{proof.layer_id}": np.stack([known.step_N, known.expert_N, share_N], axis=1)[share_N > 0],
+        f"slot.{proof.layer_id}": np.array([round(known.price * PS)]),
+    }
+    copies_us = check_copies(case, proof, mine)
+    duals.update(mine)
+    same = copies_us >= proof.bound_us * (1 - 1e3 * SAME)
+    best = min(copies_us, proof.objective_us) if same else proof.bound_us
+    return proof.model_copy(update={"copies_us": copies_us, "bound_us": best})
 
 
 def _with_dual(case: Case, proof: LayerProof, known: Together, duals: dict[str, IntArray]) -> LayerProof:

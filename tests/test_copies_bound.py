@@ -96,8 +96,8 @@ def test_any_multipliers_prove_a_bound() -> None:
         if len(pairs.step_N):
             drawn = rng.integers(len(pairs.step_N), size=6)
             price = float(rng.normal() * best / problem.num_slots)
-            above = copies._proved(problem, pairs, drawn, 2 * rng.normal(size=6), price)
-            assert floor_T @ problem.weights_T + above <= best * (1 + 1e-9)
+            proof = copies._proved(problem, pairs, drawn, 2 * rng.normal(size=6), price)
+            assert floor_T @ problem.weights_T + proof.above_us <= best * (1 + 1e-9)
             proofs += 1
     assert proofs >= 20
 

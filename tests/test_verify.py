@@ -73,13 +73,6 @@ def test_a_tree_proof_is_searched_again(tmp_path: Path, kind: str) -> None:
     assert given_up.checked_us < found.checked_us == pytest.approx(given_up.claimed_us, rel=1e-6)
 
 
-def test_spare_slots_are_only_claimed_beyond_the_floors(tmp_path: Path) -> None:
-    counts = traces(experts=8, layers=1)
-    solve(profile(), counts, solver="lpt", slots_per_rank=4, certificate=tmp_path / "c.json")
-    found = verify(tmp_path / "c.json", profile(), counts)
-    assert found.checked_us <= found.claimed_us <= found.objective_us
-
-
 EDITS = {
     "row": lambda c: c["layers"][0]["row"].reverse(),
     "missing expert": lambda c: c["layers"][1]["row"].__setitem__(0, c["layers"][1]["row"][1]),
@@ -195,7 +188,7 @@ def test_the_verifier_knows_no_solver() -> None:
     """It shares only documents, the features and the fit of the cost model with what it checks."""
     allowed = {"certificate", "costs", "documents", "exceptions", "latency", "profile", "traces"}
     paths = [*sorted((ROOT / "gemopt" / "verify").glob("*.py")), ROOT / "gemopt" / "certificate.py"]
-    assert len(paths) == 6
+    assert len(paths) == 7
     for path in paths:
         tree = ast.parse(path.read_text())
         modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}

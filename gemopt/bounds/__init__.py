@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from gemopt.bounds.copies import copies_bound
+from gemopt.bounds.copies import CopiesProof, copies_bound, copies_proof
 from gemopt.bounds.simple import lower_bound, spread_bound, step_bounds, timed_step_bounds, weighted
 from gemopt.bounds.together import Together, together_bound
 
 __all__ = [
+    "CopiesProof",
     "Together",
     "copies_bound",
+    "copies_proof",
     "lower_bound",
     "spread_bound",
     "step_bounds",

@@ -36,14 +36,33 @@ PRECISE = 1e-4  # of the floors: what is still open when it ends
 IntArray = NDArray[np.int64]
 
 
+class CopiesProof(NamedTuple):
+    """Microseconds above the floors, and the multipliers that prove it: of N steps and experts, and a slot's price.
+
+    A step and an expert may come more than once; what they have adds up.
+    """
+
+    above_us: float
+    step_N: IntArray
+    expert_N: IntArray
+    share_N: FloatArray
+    price: float
+
+
 def copies_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> float:
     """Lower bound of the objective in microseconds, under any split, at least that of the floors.
 
     floor_T: [T] lower bounds of the steps' makespans in microseconds, as `step_bounds` gives them. stop: [1] turns 1
     when there is no more time (`Options.alarm`).
     """
-    base, found = weighted(problem, floor_T), _scarce(problem, floor_T, stop)
-    return base if found is None else base + found[0]
+    found = copies_proof(problem, floor_T, stop)
+    return weighted(problem, floor_T) + (0.0 if found is None else found.above_us)
+
+
+def copies_proof(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> CopiesProof | None:
+    """What proves the bound; None where it is that of the floors."""
+    found = _scarce(problem, floor_T, stop)
+    return None if found is None or found[0].above_us <= 0 else found[0]
 
 
 def scarce_copies(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> IntArray | None:
@@ -65,8 +84,8 @@ def _most(problem: Problem) -> int:
     return min(problem.spare_slots + 1, int((problem.slots_per_rank > 0).sum()))
 
 
-def _scarce(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> tuple[float, FloatArray] | None:
-    """Microseconds above the floors, and [E] copies; None where every expert can have those that bring it there."""
+def _scarce(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> tuple[CopiesProof, FloatArray] | None:
+    """What is above the floors, and [E] copies; None where every expert can have those that bring it there."""
     if _most(problem) < 2 or stop[0]:
         return None
     pairs, needed_E = _pairs(problem, floor_T, _most(problem))
@@ -153,25 +172,25 @@ class _Rows(NamedTuple):
 
 def _raised(
     problem: Problem, pairs: _Pairs, needed_E: IntArray, close_us: float, stop: NDArray[np.uint8]
-) -> tuple[float, FloatArray]:
-    """Microseconds above the floors, the best that multipliers prove after a round, and [E] copies of the last one.
+) -> tuple[CopiesProof, FloatArray]:
+    """The best that multipliers prove after a round, and [E] copies of the last one.
 
     close_us: what may be left open.
     """
     hull_UK = _convex(np.maximum(pairs.time_UK, pairs.floor_N.min()))
     copies_E = 1 + (needed_E - 1) * (problem.spare_slots / (needed_E - 1).sum())
-    above_T, best = np.zeros(problem.num_steps), 0.0
-    rows = _Rows(np.zeros(0, np.int64), np.zeros(0), np.zeros(0))
+    above_T, none_N = np.zeros(problem.num_steps), np.zeros(0, np.int64)
+    best, rows = CopiesProof(0.0, none_N, none_N, np.zeros(0), 0.0), _Rows(none_N, np.zeros(0), np.zeros(0))
     for _ in range(ROUNDS):
         found, reached = _tangents(problem, pairs, hull_UK, copies_E, above_T)
-        if stop[0] or not len(found.pair_R) or reached - best <= close_us:
+        if stop[0] or not len(found.pair_R) or reached - best.above_us <= close_us:
             break
         rows = _Rows(*(np.append(old, new) for old, new in zip(rows, found, strict=True)))
         solved = _solved(problem, pairs, rows)
         if solved is None:
             break
         above_T, copies_E, share_R, price = solved
-        best = max(best, _proved(problem, pairs, rows.pair_R, share_R, price))
+        best = max(best, _proved(problem, pairs, rows.pair_R, share_R, price), key=lambda each: each.above_us)
     return best, copies_E
 
 
@@ -216,8 +235,8 @@ def _solved(problem: Problem, pairs: _Pairs, rows: _Rows) -> tuple[FloatArray, F
     return found.x[:steps] * long, np.clip(found.x[steps:], 1, told), share_R[:-1], float(share_R[-1] * long)
 
 
-def _proved(problem: Problem, pairs: _Pairs, pair_R: IntArray, share_R: FloatArray, price: float) -> float:
-    """Microseconds above the floors, rounded down: the formula, for whatever multipliers and price."""
+def _proved(problem: Problem, pairs: _Pairs, pair_R: IntArray, share_R: FloatArray, price: float) -> CopiesProof:
+    """The formula, rounded down, for whatever multipliers and price."""
     step_R, price = pairs.step_N[pair_R], max(0.0, price)
     share_R = np.maximum(share_R, 0.0)
     total_T = np.maximum(np.bincount(step_R, share_R, problem.num_steps), 1e-300)
@@ -227,7 +246,8 @@ def _proved(problem: Problem, pairs: _Pairs, pair_R: IntArray, share_R: FloatArr
     cost_EK = np.tile(price * copies_K, (problem.num_experts, 1))
     np.add.at(cost_EK, pairs.expert_N[pair_R], share_R[:, None] * above_RK)
     least, spent = cost_EK.min(axis=1).sum(), price * problem.num_slots
-    return float(least - spent - ROUNDING * (least + spent))
+    above_us = float(least - spent - ROUNDING * (least + spent))
+    return CopiesProof(above_us, step_R, pairs.expert_N[pair_R], share_R, price)
 
 
 def _convex(time_UK: FloatArray) -> FloatArray:

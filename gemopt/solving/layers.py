@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gemopt.bounds import Together
+from gemopt.bounds import CopiesProof, Together
 from gemopt.latency import FloatArray
 from gemopt.links import Links
 from gemopt.problem import Problem
@@ -29,8 +29,8 @@ class Standing(NamedTuple):
 class Layer:
     """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases.
 
-    floor_T: [T] simple bounds of the steps in microseconds. spread_us: bound with any number of copies. together: the
-    co-location bound with its multipliers, which a certificate states.
+    floor_T: [T] simple bounds of the steps in microseconds. spread_us: bound with any number of copies. together,
+    copies: the co-location bound and the copies bound with their multipliers, which a certificate states.
     """
 
     problem: Problem
@@ -44,6 +44,7 @@ class Layer:
     base_us: float = 0.0
     seconds: float = 0.0
     together: Together | None = None
+    copies: CopiesProof | None = None
 
     @property
     def bound_cut(self) -> bool:

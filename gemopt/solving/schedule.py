@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import copies_bound, spread_bound, timed_step_bounds, together_bound
+from gemopt.bounds import copies_proof, spread_bound, timed_step_bounds, together_bound, weighted
 from gemopt.evaluate import objective, total
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
@@ -226,7 +226,9 @@ class Run:
         with options.alarm() as stop:
             layer.floor_T, steps = timed_step_bounds(layer.problem, stop)
             layer.spread_us = max(layer.spread_us, spread_bound(layer.problem, stop))
-            layer.bound_us = max(layer.bound_us, copies_bound(layer.problem, layer.floor_T, stop))
+            layer.copies = copies_proof(layer.problem, layer.floor_T, stop)
+        above_us = 0.0 if layer.copies is None else layer.copies.above_us
+        layer.bound_us = max(layer.bound_us, weighted(layer.problem, layer.floor_T) + above_us)
         layer.bounded_steps = max(layer.bounded_steps, steps)
 
     def _bound_together(self, pool: ThreadPoolExecutor, end: float) -> None:

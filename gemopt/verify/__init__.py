@@ -1,8 +1,8 @@
 """Check a certificate from the documents alone, sharing no code with what made it.
 
 What the cost model says of the profile is the question, not the answer: it is fitted again by `gemopt.costs`. All
-else, loads, latencies, floors, bounds and search, is written here and in `verify_dual`, `verify_columns` and
-`verify_tree` once more. Times are whole picoseconds, rounded down for bounds.
+else, loads, latencies, floors, bounds and search, is written here and in the modules beside once more.
+Times are whole picoseconds, rounded down for bounds.
 """
 
 from __future__ import annotations
@@ -251,6 +251,7 @@ def _check_digests(certificate: Certificate, profile: Profile, traces: Traces) -
 
 def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most_nodes: int) -> LayerCheck:
     from gemopt.verify.columns import check_columns, no_better_contents
+    from gemopt.verify.copies import check_copies
     from gemopt.verify.dual import check_dual
     from gemopt.verify.tree import no_better
 
@@ -269,6 +270,11 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
         _check_bound(f"{name}.dual_us", layer.dual_us, dual_us, found_us)
         if dual_us > checked_us:
             checked_us, note = dual_us, "multipliers checked"
+    if layer.copies_us is not None:
+        copies_us = check_copies(case, layer, duals)
+        _check_bound(f"{name}.copies_us", layer.copies_us, copies_us, found_us)
+        if copies_us > checked_us:
+            checked_us, note = copies_us, "multipliers of copies checked"
     if layer.proof is Proof.DUAL and layer.bound_us > checked_us * (1 + 1e3 * SAME):
         raise InputError(f"{name}.bound_us", layer.bound_us, f"{checked_us!r}, which is proven", "it was edited")
     search: tuple[int, float | None] | None = None

@@ -31,7 +31,7 @@ def check_dual(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> flo
         Multipliers that are missing, of other shapes, negative or of too large sums; planes above a latency.
     """
     name = f"Certificate.layers[{layer.layer_id}]"
-    mu_TKE, v_CE, price_G = (_array(duals, f"{part}.{layer.layer_id}") for part in ("mu", "v", "y"))
+    mu_TKE, v_CE, price_G = (array(duals, f"{part}.{layer.layer_id}") for part in ("mu", "v", "y"))
     features, steps, experts = case.loads_FTE.shape
     ranks = np.flatnonzero(case.slots_G)
     groups, kinds = len(layer.planes), len(layer.planes[0]) if layer.planes else 0
@@ -63,7 +63,8 @@ def check_dual(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> flo
     return _bound(case, layer, mu_TKE, v_CE, price_G, slots_C, fixed)
 
 
-def _array(duals: dict[str, IntArray], name: str) -> IntArray:
+def array(duals: dict[str, IntArray], name: str) -> IntArray:
+    """Multipliers by name; `InputError` where there are none."""
     if name not in duals:
         raise InputError(f"multipliers {name}", "nothing", "the file beside the certificate must have them")
     return duals[name]
