@@ -5,8 +5,9 @@ python benchmarks/certify.py [--rows tiny gptoss ...] [--few] [--stretch 1.0]
 Every instance is solved on one thread for the row's limit and its certificate is verified; the gap is that of the bound
 the verifier has checked itself, against the placement of the same call. Latencies are `a + b N` without an offset
 (a = 0), where bounds are hardest: `--offset 60` adds 60 us to 0.146 us per assignment. gpt-oss-20b traces are those of
-`examples/data`, the others drawn by `instances.routing`. On a machine that others use `--stretch` lengthens the wall
-limits; CPU seconds are those of the solving process and say what was really spent. `--few`: one draw, two layers.
+`examples/data`, the others drawn by `instances.routing`. With spare slots the copies bound is in the simple one. On a
+machine that others use `--stretch` lengthens the wall limits; CPU seconds are those of the solving process and say what
+was really spent. `--few`: one draw, two layers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ CLOSED = 1e-6
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: experts, ranks, steps; equal ranks; tile of a staircase (1: affine); limit in seconds."""
+    """One line of the table: experts, ranks, steps; equal ranks; tile of a staircase (1: affine); limit in seconds.
+
+    spare: slots of each rank beyond those that hold the experts.
+    """
 
     name: str
     group: str
@@ -47,6 +51,7 @@ class Row:
     limit: float
     draws: int
     asked: str
+    spare: int = 0
 
 
 ROWS = (
@@ -66,6 +71,8 @@ ROWS = (
     Row("E 256, T 1000, G 64 (S 4)", "large", 256, 64, 1000, False, 1, 10, 2, "3 %"),
     Row("E 256, T 1000, G 32 (S 8)", "large", 256, 32, 1000, False, 1, 10, 2, "5 %"),
     Row("E 256, T 1000, G 16 (S 16)", "large", 256, 16, 1000, False, 1, 10, 2, "8 %"),
+    Row("E 256, T 1000, G 64 (S 5)", "copies", 256, 64, 1000, False, 1, 10, 2, "-", spare=1),
+    Row("E 256, T 1000, G 32 (S 9)", "copies", 256, 32, 1000, False, 1, 10, 2, "-", spare=1),
 )
 
 
@@ -106,14 +113,16 @@ def measure(row: Row, *, few: bool, stretch: float, offset: float, folder: Path)
     gaps, claimed, simple, cpus, walls, kinds = [], [], [], [], [], []
     for draw, traces in cases(row, few):
         profile, path = profile_of(row, draw, offset), folder / "certificate.json"
+        slots = row.experts // row.ranks + row.spare
         wall, cpu = time.monotonic(), time.process_time()
         gemopt.solve(
-            profile, traces, cost="staircase", threads=1, time_limit=row.limit * stretch, seed=draw, certificate=path
-        )
+            profile, traces, cost="staircase", threads=1, time_limit=row.limit * stretch, seed=draw, certificate=path,
+            slots_per_rank=slots,
+        )  # fmt: skip
         cpus.append(time.process_time() - cpu)
         walls.append(time.monotonic() - wall)
         found = verify(path, profile, traces)
-        plain = gemopt.solve(profile, traces, cost="staircase", solver="lpt", threads=1)
+        plain = gemopt.solve(profile, traces, cost="staircase", solver="lpt", threads=1, slots_per_rank=slots)
         gaps.append(found.checked_gap)
         claimed.append(found.claimed_gap)
         assert plain.bound_us is not None
@@ -130,7 +139,7 @@ def measure(row: Row, *, few: bool, stretch: float, offset: float, folder: Path)
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", default=["tiny", "two slots", "gptoss", "large"])
+    parser.add_argument("--rows", nargs="*", default=["tiny", "two slots", "gptoss", "large", "copies"])
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--stretch", type=float, default=1.0)
     parser.add_argument("--offset", type=float, default=0.0)
