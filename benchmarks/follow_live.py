@@ -18,6 +18,7 @@ import json
 import os
 import pydoc_data.topics
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from gemopt.executor.expert_parallel import dispatches
 from gemopt.executor.load import layout, load
 from gemopt.models import tiny_moe_path
 from gemopt.online import Controller
+from gemopt.online.policy import Policy
 from gemopt.profiling.throttle import cpu_quota
 
 SLOW_RANK = 1
@@ -125,8 +127,7 @@ def main() -> None:
     texts = [segment(kind, options.sequences, options.steps, n + 1, parts) for n, kind in enumerate(KINDS)]
     watch = Stopwatch(layers)
     counts = decode(model, train, watch).counts_TLE
-    width = options.width
-    widen(layers, width)
+    widen(layers, options.width)
     executor = Executor(model, timeout_s=300)
     ids, experts = executor.layer_ids, layers[0].num_experts
 
@@ -134,12 +135,14 @@ def main() -> None:
     rows = [[expert % experts for part in doubled for expert in part]] * len(ids)
     executor.apply(Placement(physical_to_logical=rows, slots_per_rank=[32] * ranks, num_experts=experts, layer_ids=ids))
     with quota_of(rank):
-        profile: Profile = measure_profile(watch, width, 2 * options.sequences * 4, options.points, 0.5)
+        profile: Profile = measure_profile(watch, options.width, 2 * options.sequences * 4, options.points, 0.5)
     traces = Traces(counts=counts, layer_ids=tuple(ids), top_k=4)
     once = None
     if rank == 0:
         once = solve(profile, traces, slots_per_rank=options.slots, time_limit=options.seconds).placement
     once = from_rank_0(once)
+    with quota_of(rank):
+        policy = priced(executor, once)
 
     spans: dict[str, list[list[float]]] = {"fitted once": [], "followed": []}
     decisions: list[str] = []
@@ -148,7 +151,7 @@ def main() -> None:
         executor.apply(once)
         fixed, before = serve(model, watch, texts, rank, options.slower)
         executor.apply(once)
-        follow = executor.follow(informed(profile, once, counts) if rank == 0 else None, window=options.window)
+        follow = executor.follow(informed(profile, once, policy, counts) if rank == 0 else None, window=options.window)
         followed, after = serve(model, watch, texts, rank, options.slower)
         follow.close()
         decisions = follow.decisions
@@ -158,19 +161,30 @@ def main() -> None:
         differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True)]
         worst = max(worst, *differences)
     if rank == 0:
-        report(options, width, spans, decisions, worst)
+        report(options, policy, spans, decisions, worst)
     dist.destroy_process_group()
 
 
-def informed(profile: Profile, once: Placement, counts: np.ndarray) -> Controller:
+def priced(executor: Executor, placement: Placement) -> Policy:
+    """Move to a placement and time it; copying and serving share a core, so that a transfer costs what it takes."""
+    begin = time.perf_counter()
+    received = sum(executor.apply(placement).bytes().values()) / dist.get_world_size()
+    return Policy(bytes_per_s=received / (time.perf_counter() - begin), slowdown=1.0)
+
+
+def informed(profile: Profile, once: Placement, policy: Policy, counts: np.ndarray) -> Controller:
     """A controller that knows the steps which the placement in force was fitted on."""
-    controller = Controller(profile, once)
+    controller = Controller(profile, once, policy)
     controller.remember(counts)
     return controller
 
 
 def report(
-    options: argparse.Namespace, width: int, spans: dict[str, list[list[float]]], decisions: list[str], worst: float
+    options: argparse.Namespace,
+    policy: Policy,
+    spans: dict[str, list[list[float]]],
+    decisions: list[str],
+    worst: float,
 ) -> None:
     """Print, and write, what came out."""
     totals = {name: [sum(each) for each in rounds] for name, rounds in spans.items()}
@@ -192,11 +206,11 @@ def report(
         say(f"    {line}")
     if options.output:
         facts: dict[str, Any] = {
-            "measured": stamp("torch", "transformers"), "quotas": QUOTAS, "width": width, "kinds": KINDS,
+            "measured": stamp("torch", "transformers"), "quotas": QUOTAS, "width": options.width, "kinds": KINDS,
             "slow": {"rank": SLOW_RANK, "factor": options.slower, "from_segment": SLOW_FROM + 1},
             "slots": options.slots, "steps": options.steps, "window": options.window, "sequences": options.sequences,
             "makespan_us": spans, "change": overall, "change_by_segment": by_segment, "decisions": decisions,
-            "largest_logit_difference": worst,
+            "policy": policy.model_dump(), "largest_logit_difference": worst,
         }  # fmt: skip
         options.output.write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -25,6 +25,9 @@ class Scripted:
     def warm(self):
         """Nothing is compiled here."""
 
+    def weigh(self, expert_bytes):
+        self.expert_bytes = expert_bytes
+
     def step(self, counts_NLE, latencies_NG):
         from types import SimpleNamespace
 
@@ -52,6 +55,7 @@ def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=
         wanted[0] = random_placement(0, experts, executor.layer_ids, slots_of("equal", experts, 2 * world))
     controller = Scripted(wanted, fail_at) if rank == 0 else None
     follow = executor.follow(controller, window=window)
+    assert controller is None or controller.expert_bytes == executor.layers[0].expert_bytes
     errors, asked = [], []
     with torch.no_grad():
         for n in range(passes):

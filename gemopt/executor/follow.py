@@ -134,6 +134,7 @@ class Follow:
             raise InputError("window", self.window, "forward passes, at least 1")
         if self.controller is not None:
             self.controller.confirm(self.executor.placement)
+            self.controller.weigh(max(layer.expert_bytes for layer in self.executor.layers))
         elif self.executor.rank == 0:
             raise InputError("controller", None, "rank 0 decides, and needs one")
         return {"window": str(self.window)}

@@ -158,6 +158,10 @@ class Controller:
         self._remember(counts_from(counts_NLE, self.memories.shape))
         self.memories.changes = 0  # how fast traffic changes is learnt while serving
 
+    def weigh(self, expert_bytes: float) -> None:
+        """Take over what an expert of the live model weighs, in bytes, unless the policy says it."""
+        self.expert_bytes = float(self.policy.expert_bytes or expert_bytes)
+
     def confirm(self, placement: Placement) -> None:
         """Go on from the placement that is really in force, under the rules of before.
 

@@ -15,8 +15,8 @@ class Policy(BaseModel):
     Attributes
     ----------
     expert_bytes, bytes_per_s
-        Weights of one expert of one layer, and what a rank receives while it sends as much. None: of the profile where
-        it records it, else 9.4 MB (an expert of Qwen3-30B-A3B in bf16).
+        Weights of one expert of one layer, and what a rank receives while it sends as much. None: of the live model
+        that is followed, else of the profile where it records it, else 9.4 MB (an expert of Qwen3-30B-A3B in bf16).
     slowdown, commit_us
         A transfer in the background makes the steps it overlaps with longer by this fraction; putting layers in force
         stalls the group once for this many microseconds. Every layer that moves must pay for as much by itself.
