@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.optimize import linprog
 from test_bounds import all_makespans, all_rows, random_latencies
 
 import gemopt
@@ -124,9 +126,25 @@ def test_exact_where_every_step_asks_for_a_copy_of_another_expert(hot: int, spli
 def test_copies_are_worth_what_their_weight_is() -> None:
     """One spare slot goes to the expert whose step counts most, whatever the unit of weights and times."""
     problem, _ = turns(1)
-    for unit in (1e-9, 1.0, 1e9):
+    for unit in (1e-9, 1.0, 1e200):
         weighed = replace(problem, weights_T=unit * np.array([1.0, 1, 4, 1, 1, 0]))
         assert copies_bound(weighed, step_bounds(weighed), NEVER) == pytest.approx(unit * (4 * 17 + 4 * 11), rel=1e-6)
+
+
+def test_no_programme_is_longer_than_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, best = turns(3)
+    floor_T, limits = step_bounds(problem), []
+
+    def recorded(*args: Any, options: dict[str, float], **more: Any) -> Any:
+        limits.append(options["time_limit"])
+        return linprog(*args, options=options, **more)
+
+    monkeypatch.setattr(copies, "linprog", recorded)
+    assert copies_bound(problem, floor_T, NEVER, seconds=1000) == pytest.approx(best, rel=1e-6)
+    assert limits and min(limits) > 0 and max(limits) <= 1000
+    for seconds in (0.0, 1e-300):  # none begins, or none ends
+        assert copies_bound(problem, floor_T, NEVER, seconds=seconds) == pytest.approx(float(floor_T.sum()), rel=1e-6)
+        assert copies.scarce_copies(problem, floor_T, NEVER, seconds=seconds) is None
 
 
 @pytest.mark.parametrize("split", ["even", "optimal"])

@@ -14,6 +14,7 @@ is not taken: the formula is evaluated in float64 with whatever it says.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,33 +50,37 @@ class CopiesProof(NamedTuple):
     price: float
 
 
-def copies_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> float:
+def copies_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8], *, seconds: float = np.inf) -> float:
     """Lower bound of the objective in microseconds, under any split, at least that of the floors.
 
     floor_T: [T] lower bounds of the steps' makespans in microseconds, as `step_bounds` gives them. stop: [1] turns 1
-    when there is no more time (`Options.alarm`).
+    when there is no more time (`Options.alarm`), which a programme that is being solved does not see; seconds: it does.
     """
-    found = copies_proof(problem, floor_T, stop)
+    found = copies_proof(problem, floor_T, stop, seconds=seconds)
     return weighted(problem, floor_T) + (0.0 if found is None else found.above_us)
 
 
-def copies_proof(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> CopiesProof | None:
+def copies_proof(
+    problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8], *, seconds: float = np.inf
+) -> CopiesProof | None:
     """What proves the bound; None where it is that of the floors."""
-    found = _scarce(problem, floor_T, stop)
-    return None if found is None or found[0].above_us <= 0 else found[0]
+    found, _ = _scarce(problem, floor_T, stop, seconds)
+    return None if found is None or found.above_us <= 0 else found
 
 
-def scarce_copies(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> IntArray | None:
-    """[E] copies with which the bound is reached, as whole numbers; None where there are enough slots for the floors.
+def scarce_copies(
+    problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8], *, seconds: float = np.inf
+) -> IntArray | None:
+    """[E] copies with which the bound is reached, as whole numbers, of the last programme that there was time for.
 
-    Those of the last programme that was solved before `stop`.
+    None where there are enough slots for the floors, or no time for any programme.
     """
-    found = _scarce(problem, floor_T, stop)
-    if found is None:
+    _, solved_E = _scarce(problem, floor_T, stop, seconds)
+    if solved_E is None:
         return None
-    copies_E = np.maximum(1, np.floor(found[1] + WHOLE)).astype(np.int64)
+    copies_E = np.maximum(1, np.floor(solved_E + WHOLE)).astype(np.int64)
     left = max(0, problem.num_slots - int(copies_E.sum()))
-    copies_E[np.argsort(copies_E - found[1], kind="stable")[:left]] += 1
+    copies_E[np.argsort(copies_E - solved_E, kind="stable")[:left]] += 1
     return np.minimum(copies_E, _most(problem))
 
 
@@ -84,14 +89,17 @@ def _most(problem: Problem) -> int:
     return min(problem.spare_slots + 1, int((problem.slots_per_rank > 0).sum()))
 
 
-def _scarce(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8]) -> tuple[CopiesProof, FloatArray] | None:
-    """What is above the floors, and [E] copies; None where every expert can have those that bring it there."""
+def _scarce(
+    problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8], seconds: float
+) -> tuple[CopiesProof | None, FloatArray | None]:
+    """What proves more than the floors, and [E] copies, if known and too few to bring every expert to the floors."""
+    end = time.monotonic() + seconds
     if _most(problem) < 2 or stop[0]:
-        return None
+        return None, None
     pairs, needed_E = _pairs(problem, floor_T, _most(problem))
     if needed_E.sum() <= problem.num_slots:
-        return None
-    return _raised(problem, pairs, needed_E, PRECISE * weighted(problem, floor_T), stop)
+        return None, None
+    return _raised(problem, pairs, needed_E, PRECISE * weighted(problem, floor_T), stop, end)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,27 +179,29 @@ class _Rows(NamedTuple):
 
 
 def _raised(
-    problem: Problem, pairs: _Pairs, needed_E: IntArray, close_us: float, stop: NDArray[np.uint8]
-) -> tuple[CopiesProof, FloatArray]:
+    problem: Problem, pairs: _Pairs, needed_E: IntArray, close_us: float, stop: NDArray[np.uint8], end: float
+) -> tuple[CopiesProof, FloatArray | None]:
     """The best that multipliers prove after a round, and [E] copies of the last one.
 
-    close_us: what may be left open.
+    close_us: what may be left open. end: when to end, by the monotonic clock.
     """
     hull_UK = _convex(np.maximum(pairs.time_UK, pairs.floor_N.min()))
     copies_E = 1 + (needed_E - 1) * (problem.spare_slots / (needed_E - 1).sum())
-    above_T, none_N = np.zeros(problem.num_steps), np.zeros(0, np.int64)
+    above_T, none_N, known_E = np.zeros(problem.num_steps), np.zeros(0, np.int64), None
     best, rows = CopiesProof(0.0, none_N, none_N, np.zeros(0), 0.0), _Rows(none_N, np.zeros(0), np.zeros(0))
     for _ in range(ROUNDS):
         found, reached = _tangents(problem, pairs, hull_UK, copies_E, above_T)
-        if stop[0] or not len(found.pair_R) or reached - best.above_us <= close_us:
-            break
+        if not len(found.pair_R) or reached - best.above_us <= close_us:
+            return best, copies_E
         rows = _Rows(*(np.append(old, new) for old, new in zip(rows, found, strict=True)))
-        solved = _solved(problem, pairs, rows)
+        left_s = end - time.monotonic()
+        solved = None if stop[0] or left_s <= 0 else _solved(problem, pairs, rows, left_s)
         if solved is None:
             break
         above_T, copies_E, share_R, price = solved
         best = max(best, _proved(problem, pairs, rows.pair_R, share_R, price), key=lambda each: each.above_us)
-    return best, copies_E
+        known_E = copies_E
+    return best, known_E
 
 
 def _tangents(
@@ -212,7 +222,9 @@ def _tangents(
     return _Rows(pair_R, start_N[pair_R], slope_N[pair_R]), float(reached)
 
 
-def _solved(problem: Problem, pairs: _Pairs, rows: _Rows) -> tuple[FloatArray, FloatArray, FloatArray, float] | None:
+def _solved(
+    problem: Problem, pairs: _Pairs, rows: _Rows, left_s: float
+) -> tuple[FloatArray, FloatArray, FloatArray, float] | None:
     """([T] time above the floors, [E] copies, [R] multipliers of the rows, price of a slot) at the optimum, if found.
 
     In units in which the largest weight and the longest time are 1.
@@ -228,6 +240,7 @@ def _solved(problem: Problem, pairs: _Pairs, rows: _Rows) -> tuple[FloatArray, F
         b_ub=np.append(-rows.start_R / long, problem.num_slots),
         bounds=[(0, None)] * steps + [(1, told)] * experts,
         method="highs",
+        options={"time_limit": left_s},
     )
     if found.status:
         return None
@@ -239,8 +252,8 @@ def _proved(problem: Problem, pairs: _Pairs, pair_R: IntArray, share_R: FloatArr
     """The formula, rounded down, for whatever multipliers and price."""
     step_R, price = pairs.step_N[pair_R], max(0.0, price)
     share_R = np.maximum(share_R, 0.0)
-    total_T = np.maximum(np.bincount(step_R, share_R, problem.num_steps), 1e-300)
-    share_R = share_R * np.minimum(1.0, problem.weights_T / total_T * (1 - 1e-12))[step_R]
+    total_T = np.maximum(np.bincount(step_R, share_R, problem.num_steps), np.maximum(problem.weights_T, 1e-300))
+    share_R = share_R * (problem.weights_T / total_T * (1 - 1e-12))[step_R]
     above_RK = np.maximum(pairs.time_UK[pairs.load_N[pair_R]] - pairs.floor_N[pair_R, None], 0.0)
     copies_K = np.arange(1.0, above_RK.shape[1] + 1)
     cost_EK = np.tile(price * copies_K, (problem.num_experts, 1))

@@ -34,6 +34,7 @@ BATCH_KICKS = 25
 NEVER = 2**62
 LEAST_GAIN = 1e-4  # of a round over all copies
 KICK_SWAPS = 2
+SCARCE_SHARE = 0.25  # of the time, for the copies of the bound
 HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
 
 
@@ -80,11 +81,14 @@ def _with_copies(problem: Problem, row: Row) -> Row:
     return lpt_row(problem, copies_E=replicate(peak_load(problem), problem.slots_per_rank))
 
 
-def _with_scarce_copies(problem: Problem, stop: NDArray[np.uint8]) -> Row | None:
-    """Speed-weighted LPT with the copies of the copies bound; None where slots suffice for the fluid time."""
+def _with_scarce_copies(problem: Problem, stop: NDArray[np.uint8], seconds: float) -> Row | None:
+    """Speed-weighted LPT with the copies of the copies bound; None where slots suffice for the fluid time, or no time.
+
+    seconds: for the bound's programmes.
+    """
     curves = pack([latency.low for latency in problem.latencies])
     floor_T = fluid_times(curves, problem.counts_TE.sum(axis=1, dtype=np.int64))
-    copies_E = scarce_copies(problem, floor_T, stop)
+    copies_E = scarce_copies(problem, floor_T, stop, seconds=seconds)
     if copies_E is None or not placeable(copies_E, problem.slots_per_rank):
         return None
     return lpt_row(problem, copies_E=copies_E)
@@ -132,7 +136,8 @@ class _Search(Best):
             self.starts.insert(0 if self.offer(copied) else 1, copied)  # the better one first
             self.greedy, self.scarce = False, self.problem.rules is None and plain(self.problem)
         if self.scarce and not self.options.expired():
-            self.scarce, row = False, _with_scarce_copies(self.problem, self.stop)
+            seconds = SCARCE_SHARE * self.options.remaining
+            self.scarce, row = False, _with_scarce_copies(self.problem, self.stop, seconds)
             if row is not None:
                 self.starts = [_completed(self.problem, row), self.lone]
                 self.offer(self.starts[0])
