@@ -67,7 +67,7 @@ def watch(
         written, [("--profile", profile), ("--rules", rules), ("--policy", policy), ("--placement", placement)]
     )
     with ExitStack() as held:
-        for path in (target, state):
+        for _, path in written:
             if path is not None:
                 held.enter_context(sole(path))
         controller = _controller(profile, placement, rules, senders, policy)
