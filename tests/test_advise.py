@@ -301,6 +301,7 @@ def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.Captu
         (["--model", "/no/such/shape.json"], "/no/such/shape.json"),
         (["--window", "25"], "--window: got 25; from 1 to the 24 steps"),
         (["--horizon", "0"], "--horizon: got 0"),
+        (["--seed", "-1"], "--seed: got -1"),
         (["--memory", "-1"], "--memory: got -1.0"),
         (["--memory", "nan"], "--memory: got nan"),
         (["--bandwidth", "0"], "--bandwidth: got 0.0"),

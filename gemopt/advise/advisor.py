@@ -90,6 +90,8 @@ def advise(
         raise InputError("traces", f"{traces.num_steps} steps", "at least 4: half are fitted on, half are scored")
     if horizon is not None and horizon < 1:
         raise InputError("--horizon", horizon, "at least 1 step")
+    if seed < 0:
+        raise InputError("--seed", seed, "0 or more")
     asked = None if rules is None else Rules.of(rules)
     if predictors is not None and asked is not None:
         raise InputError("--predictors", ", ".join(predictors), "duplication knows no rules", "leave one out")

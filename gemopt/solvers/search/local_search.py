@@ -1,8 +1,9 @@
 """Local search: speed-weighted LPT, swaps under the true per-step objective, then iterated until the limit.
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves. Spare slots start
-empty or full of copies, whichever is better, then the other way; copies are added, moved and dropped where the true
-objective says so. Descents end with the deadline; what was cut goes on where it ended when there is more time.
+empty or full of copies, whichever is better, then the other way; where they are scarce, with the copies of the copies
+bound, then empty. Copies are added, moved and dropped where the true objective says so. Descents end with the deadline;
+what was cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
