@@ -2,8 +2,8 @@
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves. Spare slots start
 empty or full of copies, whichever is better, then the other way; where they are scarce, with the copies of the copies
-bound, then empty. Copies are added, moved and dropped where the true objective says so. Descents end with the deadline;
-what was cut goes on where it ended when there is more time.
+bound, then full of copies. Copies are added, moved and dropped where the true objective says so. Descents end with the
+deadline; what was cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
@@ -102,16 +102,16 @@ def _completed(problem: Problem, row: Row) -> Row:
 class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and the starts still to descend from.
 
-    searched: whether any descent began. stop: [1] see `Options.alarm`. lone: the start without copies. greedy: whether
-    the start with copies is still to be made, which takes longer. scarce: whether the one of the copies bound is.
+    searched: whether any descent began. stop: [1] see `Options.alarm`. copied: the start with copies, once greedy no
+    longer says that it is still to be made, which takes longer. scarce: whether the one of the copies bound is.
     """
 
     def __init__(self, problem: Problem, warm_start: Row | None) -> None:
         super().__init__(problem)
         self.greedy = warm_start is None and problem.spare_slots > 0
         self.starts = [_completed(problem, lpt_row(problem) if warm_start is None else warm_start)]
-        self.lone, self.scarce = self.starts[0], False
-        self.offer(self.lone)
+        self.copied, self.scarce = self.starts[0], False
+        self.offer(self.starts[0])
 
     @cached_property
     def hulls(self) -> Costs | None:
@@ -133,14 +133,14 @@ class _Search(Best):
     def descend_from_starts(self) -> None:
         """Descend from every start that no call before had the time for; one that was cut is gone on from."""
         if self.greedy and self.options.may_start():
-            copied = _completed(self.problem, _with_copies(self.problem, self.starts[0]))
-            self.starts.insert(0 if self.offer(copied) else 1, copied)  # the better one first
+            self.copied = _completed(self.problem, _with_copies(self.problem, self.starts[0]))
+            self.starts.insert(0 if self.offer(self.copied) else 1, self.copied)  # the better one first
             self.greedy, self.scarce = False, self.problem.rules is None and plain(self.problem)
         if self.scarce and not self.options.expired():
             seconds = SCARCE_SHARE * self.options.remaining
             self.scarce, row = False, _with_scarce_copies(self.problem, self.stop, seconds)
             if row is not None:
-                self.starts = [_completed(self.problem, row), self.lone]
+                self.starts = [_completed(self.problem, row), self.copied]
                 self.offer(self.starts[0])
         while self.starts and not self.options.expired():
             self.searched = True
