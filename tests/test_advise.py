@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from gemopt.profile import Device, MoeShape, Profile, Sample
 from gemopt.replay import Migration, replay
 from gemopt.rules import Rules
 from gemopt.topology import Level, Topology
-from gemopt.traces import Tokens, Traces
+from gemopt.traces import Phase, Tokens, Traces
 
 EXPERTS, RANKS = 8, 4
 SHAPE = "hidden_size=64,heads=4,kv_heads=2,head_dim=16,context=128,tflops=100,memory_gbps=1000"
@@ -287,6 +289,20 @@ def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.Captu
     assert (code, err) == (0, "")
     assert out.startswith(f"use {found['recommended']}: ") and "proven" in out and "gemopt replay" in out
     assert json.loads((tmp_path / "advice.json").read_text())["non_moe_us"] == 50
+
+
+def test_commands_name_the_same_steps_costs_and_files(
+    words: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "profile.json").rename(tmp_path / "my profile.json")
+    words[1] = tmp_path / "my profile.json"
+    replace(skewed(steps=48, layers=1), phase=np.full(48, int(Phase.DECODE))).save(words[2])
+    found = gemopt_json(capsys, *words, "--phase", "decode", "--cost", "staircase", "--seed", 3)
+    for command in found["commands"]:
+        parts = shlex.split(command)
+        assert str(words[1]) in parts
+        assert "watch" in parts or {"--phase", "decode", "--cost", "staircase", "--seed", "3"} <= set(parts)
+    assert gemopt_json(capsys, *shlex.split(found["commands"][0])[1:])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ def advise(
     rules: Rules | str | os.PathLike[str] | None = None,
     sweep: bool = True,
     names: tuple[str, ...] = ("profile.json", "traces.safetensors"),
+    chosen: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Advice:
     """Compare strategies on the last steps of recorded traffic, of which none has seen any.
@@ -77,6 +79,8 @@ def advise(
         Whether to look for the skew, bandwidth, batch and drift from which on it pays.
     names
         Of profile, traces and, where there are any, hidden states in the commands.
+    chosen
+        Options that chose steps and costs, for the commands: `--phase`, `decode`.
 
     Raises
     ------
@@ -100,10 +104,10 @@ def advise(
     if predictors is not None and not case.spare:
         raise InputError("--predictors", ", ".join(predictors), "no slot to spare for copies", "more --memory")
     cut = round(traces.num_steps * case.fit)
-    chosen = _predictors(traces, cut, predictors) if case.spare and asked is None else []
+    by = _predictors(traces, cut, predictors) if case.spare and asked is None else []
     moved = drift(traces.counts, cut, seed)
     ways = [case, case.turned()] if moved > DRIFTS else [case]
-    still, follow = ["contiguous", "fitted-once"], ["controller", "free", *(PREFIX + name for name in chosen), BOUND]
+    still, follow = ["contiguous", "fitted-once"], ["controller", "free", *(PREFIX + name for name in by), BOUND]
     total = len(ways) * (len(still) + len(follow) + case.spare) + (len(POWERS) + 1 if sweep else 0)
     done = [0]
 
@@ -119,8 +123,8 @@ def advise(
     best = _recommended(choices, horizon)
     notes += _warnings(best, choices, traces.num_steps, horizon, moved) + _about_rules(case, broken)
     found = _sweeps(case, choices, best, advance) if sweep else {}
-    by = [] if rules is None else ["rules.json" if isinstance(rules, Rules) else os.fspath(rules)]
-    commands = _commands(case, best, names, "".join(f" --rules {path}" for path in by))
+    ruled = [] if rules is None else ["--rules", "rules.json" if isinstance(rules, Rules) else os.fspath(rules)]
+    commands = _commands(case, best, names, [*ruled, *chosen])
     return _document(ways, played, options, best, moved, horizon, notes, commands, found)
 
 
@@ -251,21 +255,19 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
     return notes
 
 
-def _commands(case: Case, best: Option, names: tuple[str, ...], ruled: str) -> list[str]:
-    """What to run next. ruled: the option with the rules."""
-    profile, traces, *hidden = names
-    slots = best.slots_per_rank
+def _commands(case: Case, best: Option, names: tuple[str, ...], chosen: Sequence[str]) -> list[str]:
+    """What to run next. chosen: options of both a replay and a solve."""
+    profile, traces, *hidden = map(shlex.quote, names)
+    more, slots = "".join(f" {shlex.quote(word)}" for word in chosen), best.slots_per_rank
     spare = f" --slots-per-rank {','.join(map(str, slots))}" if slots != case.bare_G.tolist() else ""
     tried = ",".join(dict.fromkeys(("contiguous", best.strategy)))
     again = f"gemopt replay {traces} --profile {profile} --strategies {tried} --fit {case.fit:.6g}"
     costs = case.migration
     again += f" --window {case.window} --gbps {costs.bytes_per_s / 1e9:.6g} --non-moe-us {case.non_moe_us:.6g}"
-    again += f" --expert-bytes {costs.expert_bytes:.10g}{spare}{ruled}" + "".join(
-        f" --hidden {path}" for path in hidden
-    )
+    again += f" --expert-bytes {costs.expert_bytes:.10g}{spare}{more}" + "".join(f" --hidden {path}" for path in hidden)
     if best.strategy == "contiguous":
         return [again]
-    solve = f"gemopt solve {profile} {traces} -o placement.json{spare}{ruled}"
+    solve = f"gemopt solve {profile} {traces} -o placement.json{spare}{more}"
     if best.strategy == "controller":
         return [again, solve, f"gemopt watch TRACES_FOLDER --profile {profile} --placement placement.json"]
     return [again, solve]

@@ -109,6 +109,7 @@ def advise_command(
             rules=rules,
             sweep=sweep,
             names=(str(profile), str(traces), *([] if hidden is None else [str(hidden)])),
+            chosen=_given(task=task, phase=phase, cost=cost if cost != "auto" else None, seed=seed or None),
             progress=progress,
         )
     if output is not None:
@@ -125,6 +126,11 @@ def advise_command(
         if path is not None:
             say(f"wrote {path}")
     return 0
+
+
+def _given(**options: object) -> list[str]:
+    """Options that are not as they would be without."""
+    return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def _migration(
