@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from numba import typeof
 
-from gemopt.bounds import lower_bound, step_bounds, together_bound
+from gemopt.bounds import lower_bound, spread_bound, step_bounds, steps, together_bound
 from gemopt.evaluate import objective, rank_times
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, Latency, line, tiles
 from gemopt.placement import Split
@@ -224,6 +225,16 @@ def test_large_layers_stay_below_a_good_placement(experts, extra):
         load[rank] += counts[:, expert].sum()
     value = objective(problem, row.ravel())
     assert 0.5 * value < lower_bound(problem) <= value
+
+
+def test_the_bound_with_any_copies_needs_no_other_kernel(monkeypatch):
+    """Compiled on first use, which is not counted in the time limit."""
+    types, compiled = [], steps.raise_bounds
+    monkeypatch.setattr(steps, "raise_bounds", lambda *args: types.append([*map(typeof, args)]) or compiled(*args))
+    problem = Problem.make([[3, 1, 2]], [ASSIGNMENTS], [Latency(((line(5, 1),),))] * 2, [2, 2])
+    step_bounds(problem)
+    spread_bound(problem, np.zeros(1, np.uint8))
+    assert types[0] == types[1]
 
 
 def test_relabelling_ranks_changes_nothing():

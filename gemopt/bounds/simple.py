@@ -99,7 +99,7 @@ def _block_bounds(problem: Problem, block: slice, stop: NDArray[np.uint8]) -> tu
     from gemopt.kernels import rank_latencies
 
     shape = _shape(problem.latencies, problem.features)
-    copies, slots_G = _copies(problem), np.ascontiguousarray(problem.slots_per_rank)
+    copies, slots_G = _copies(problem), problem.slots_per_rank.copy()
     whole_G = np.maximum(slots_G - problem.spare_slots, 0)
     hosts = int((slots_G > 0).sum())
     spent_R = np.array([0 if r >= hosts else problem.spare_slots // r for r in copies])
