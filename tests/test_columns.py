@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from brute import optimum
+from numba import typeof
 from safetensors.numpy import load_file
 from test_verify import profile, traces
 
@@ -66,6 +67,13 @@ def test_columns_and_rows_are_one_placement() -> None:
     for group in problem.equal_ranks:
         sets = [{frozenset(r[problem.rank_of_slot == g].tolist()) for g in group} for r in (row, back)]
         assert sets[0] == sets[1]
+
+
+def test_one_step_needs_no_other_kernels() -> None:
+    """Kernels are compiled for one on first use."""
+    problem = one(6)
+    some = [Space.of(each, step_bounds(each)) for each in (problem, problem.select(np.arange(1)))]
+    assert len({typeof(space.features_EFT) for space in some if space is not None}) == 1
 
 
 def test_what_columns_cannot_do_is_refused_or_said() -> None:

@@ -93,6 +93,7 @@ def solve_within(run: Run, held_G: IntArray) -> None:
     for layer, problem, row in zip(run.layers, whole, rows, strict=True):
         kept = row != EMPTY
         slots_G = np.bincount(problem.rank_of_slot[kept], minlength=problem.num_ranks)
+        slots_G.setflags(write=False)  # as the problem's: the same kernels serve
         layer.problem = replace(problem, slots_per_rank=slots_G, full=True)
         layer.warm, layer.outcome = row[kept], None
     again = [

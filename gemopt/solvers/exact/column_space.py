@@ -93,7 +93,7 @@ class Space:
         return cls(
             problem=problem,
             floor_T=np.maximum(floor_T, max(idle, default=0.0)),
-            features_EFT=np.ascontiguousarray(features_FTE.transpose(2, 0, 1)),
+            features_EFT=features_FTE.transpose(2, 0, 1).copy(),
             tables=tables,
             ranks_K=ranks_K,
             count_K=np.array([len(group) for group in kinds]),
