@@ -168,7 +168,7 @@ def solve(
     given, clock = dict(locals()), time.monotonic()
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
-    _check_numbers(time_limit, gap, threads, patience)
+    _check_numbers(time_limit, gap, threads, patience, seed)
     if memory_budget is not None and (current is not None or full_slots):
         raise UnsupportedError(
             "memory_budget", memory_budget, f"not together with {'full_slots' if current is None else 'current'}"
@@ -274,7 +274,7 @@ def _infeasible(solver: str, clock: float, traces: Traces, note: str, made: Orig
     )
 
 
-def _check_numbers(time_limit: float, gap: float, threads: int | None, patience: int | None) -> None:
+def _check_numbers(time_limit: float, gap: float, threads: int | None, patience: int | None, seed: int) -> None:
     if not (np.isfinite(time_limit) and 0 < time_limit <= 1e7):
         raise InputError("time_limit", time_limit, "seconds above 0, at most 1e7")
     if not 0 <= gap < 1:
@@ -283,6 +283,8 @@ def _check_numbers(time_limit: float, gap: float, threads: int | None, patience:
         raise InputError("threads", threads, "at least 1")
     if patience is not None and patience < 0:
         raise InputError("patience", patience, "at least 0")
+    if seed < 0:
+        raise InputError("seed", seed, "0 or more")
 
 
 def _check_ranks(profile: Profile, cost: CostModel, *, allow_one_rank: bool) -> None:

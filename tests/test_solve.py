@@ -202,6 +202,7 @@ def test_a_solver_that_lies_is_caught(
         ({"gap": -0.1}, "gap"),
         ({"threads": 0}, "threads"),
         ({"patience": -1}, "patience"),
+        ({"seed": -1}, "seed: got -1; 0 or more"),
         ({"slots_per_rank": 1}, "slots_per_rank"),
         ({"slots_per_rank": 9}, "slots_per_rank"),
         ({"slots_per_rank": [4, 4]}, "slots_per_rank"),

@@ -226,8 +226,9 @@ class Run:
         with options.alarm() as stop:
             layer.floor_T, steps = timed_step_bounds(layer.problem, stop)
             layer.spread_us = max(layer.spread_us, spread_bound(layer.problem, stop))
-            layer.copies = copies_proof(layer.problem, layer.floor_T, stop, seconds=options.remaining)
-        above_us = 0.0 if layer.copies is None else layer.copies.above_us
+            found = copies_proof(layer.problem, layer.floor_T, stop, seconds=options.remaining)
+        above_us = 0.0 if found is None else found.above_us
+        layer.copies = found or layer.copies
         layer.bound_us = max(layer.bound_us, weighted(layer.problem, layer.floor_T) + above_us)
         layer.bounded_steps = max(layer.bounded_steps, steps)
 
