@@ -152,7 +152,7 @@ def solve(
         Called now and then from the calling thread with how each layer stands: its objective so far (None before there
         is one) and its bound, in microseconds.
     notice
-        Called with a line when kernels are being compiled.
+        Called with a line when kernels are being compiled, and before a certificate is made of many multipliers.
     certificate
         Where to write what was proved (`gemopt.certificate`), for `gemopt verify`; its multipliers go beside it.
 
@@ -224,6 +224,8 @@ def solve(
             bound_us = _go(run, held_G, moving, links)
         result = asked_rules.stamped(answer(run, profile, traces, cost, report, moving, bound_us, senders, made))
         if certificate is not None and result.placement is not None:
+            if notice is not None and any(layer.together is not None for layer in layers):
+                notice(f"checking in whole numbers what the certificate of {len(layers)} layers states")
             certify(result, layers, profile, traces, cost).write(certificate)
         return result
 
