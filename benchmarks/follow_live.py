@@ -99,7 +99,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="of a segment; there are six")
     parser.add_argument("--training-steps", type=int, default=128)
     parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--window", type=int, default=8)
+    parser.add_argument(
+        "--window", type=int, default=24, help="steps between two decisions, which take the core that serves"
+    )
     parser.add_argument("--points", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--slots", type=int, default=20, help="of every rank, for 64 experts on 4 ranks")
