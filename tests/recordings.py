@@ -31,8 +31,26 @@ def sparse_counts(rng, steps=5, layers=4, experts=8, dense=1):
 
 
 def write_stat(path, counts):
-    data = {"rank": 0, "logical_count": torch.from_numpy(counts), "average_utilization_rate_over_window": None}
+    logical = torch.from_numpy(np.ascontiguousarray(counts))
+    data = {"rank": 0, "logical_count": logical, "average_utilization_rate_over_window": None}
     torch.save(data, path)
+
+
+def write_passes(folder, time, rank, counts, *, first=1, table=None, **more):
+    """A per_pass file of one rank from its [T, layers, P] counts. more: a value for each step, by the record's key."""
+    records = [
+        {
+            "forward_pass_id": first + step,
+            "rank": rank,
+            "gatherer_key": "primary",
+            "global_physical_count": torch.from_numpy(np.ascontiguousarray(each)),
+            **{key: value(step) for key, value in more.items()},
+        }
+        for step, each in enumerate(counts)
+    ]
+    table = np.tile(np.arange(counts.shape[2]), (counts.shape[1], 1)) if table is None else table
+    data = {"records": records, "last_physical_to_logical_map": torch.from_numpy(table)}
+    torch.save(data, folder / f"expert_distribution_recorder_{time}_{rank}.pt")
 
 
 def physical_counts(rng, ranks=3, steps=4, layers=3, experts=6, slots=8, dense=1):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -15,6 +15,8 @@ from gemopt import cores
 if TYPE_CHECKING:
     from gemopt.profile import Profile
     from gemopt.traces import Traces
+
+N = TypeVar("N", int, float)
 
 ProfilePath = Annotated[Path, typer.Argument(help="profile.json", show_default=False)]
 TracesPath = Annotated[Path, typer.Argument(help="traces: .safetensors, a folder of them, or .npz", show_default=False)]
@@ -65,27 +67,23 @@ EXIT_INTERRUPTED = 130
 
 def parse_slots(text: str | None) -> int | list[int] | None:
     """`5` or `5,5,4,4`."""
-    from gemopt.exceptions import InputError
-
-    if text is None:
-        return None
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError("--slots-per-rank", text, "a whole number, or one per rank separated by commas") from None
-    return numbers[0] if len(numbers) == 1 else numbers
+    return _numbers(text, int, "--slots-per-rank", "a whole number, or one per rank separated by commas")
 
 
 def parse_budget(text: str | None) -> float | list[float] | None:
     """`40e9` or `40e9,40e9,20e9,20e9`."""
+    return _numbers(text, float, "--memory-budget", "bytes, or one number per rank separated by commas")
+
+
+def _numbers(text: str | None, kind: Callable[[str], N], option: str, limit: str) -> N | list[N] | None:
     from gemopt.exceptions import InputError
 
     if text is None:
         return None
     try:
-        numbers = [float(part) for part in text.split(",")]
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError:
-        raise InputError("--memory-budget", text, "bytes, or one number per rank separated by commas") from None
+        raise InputError(option, text, limit) from None
     return numbers[0] if len(numbers) == 1 else numbers
 
 

@@ -63,17 +63,21 @@ def folder(tmp_path):
     return tmp_path / "dumps"
 
 
+@pytest.fixture
+def shaped(make_placement):
+    """A placement of one of SHAPES."""
+
+    def make(shape, **fields):
+        layers, dense, experts, ranks, slots = shape
+        ids, whole = list(range(dense, dense + layers)), dense + layers
+        return make_placement(layers, experts, ranks, slots, layer_ids=ids, num_hidden_layers=whole, **fields)
+
+    return make
+
+
 @pytest.fixture(params=SHAPES, ids=str)
-def placement(request, make_placement):
-    layers, dense, experts, ranks, slots = request.param
-    return make_placement(
-        layers=layers,
-        experts=experts,
-        ranks=ranks,
-        slots=slots,
-        layer_ids=list(range(dense, dense + layers)),
-        num_hidden_layers=dense + layers,
-    )
+def placement(request, shaped):
+    return shaped(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -30,18 +30,8 @@ SHAPES = [(1, 0, 8, 1, 8), (3, 1, 16, 4, 4), (4, 2, 16, 4, 5), (2, 3, 60, 6, 11)
 
 @pytest.mark.parametrize("name,suffix", FILES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_round_trip(make_placement, tmp_path, name, suffix, shape):
-    layers, dense, experts, ranks, slots = shape
-    placement = make_placement(
-        layers=layers,
-        experts=experts,
-        ranks=ranks,
-        slots=slots,
-        layer_ids=list(range(dense, dense + layers)),
-        num_hidden_layers=dense + layers,
-        model="m",
-        device_uuids=[f"GPU-{rank}" for rank in range(ranks)],
-    )
+def test_round_trip(shaped, tmp_path, name, suffix, shape):
+    placement = shaped(shape, model="m", device_uuids=[f"GPU-{rank}" for rank in range(shape[3])])
     if obstacles(placement, get(name)):
         with pytest.raises(UnsupportedError):
             export(placement, to=name, path=tmp_path / f"p{suffix}")

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from recordings import write_passes, write_stat
 from routed_counts import routed
 
 from gemopt.cli import main
@@ -28,26 +29,6 @@ def only(counts, *layers):
     kept = np.zeros_like(counts)
     kept[:, list(layers)] = counts[:, list(layers)]
     return kept
-
-
-def stat(path, counts):
-    torch.save({"rank": 0, "logical_count": torch.from_numpy(np.ascontiguousarray(counts))}, path)
-
-
-def per_pass(folder, time, rank, counts, *, first=1, **more):
-    records = [
-        {
-            "forward_pass_id": first + step,
-            "rank": rank,
-            "gatherer_key": "primary",
-            "global_physical_count": torch.from_numpy(np.ascontiguousarray(each)),
-            **{key: value(step) for key, value in more.items()},
-        }
-        for step, each in enumerate(counts)
-    ]
-    table = torch.arange(counts.shape[2]).repeat(counts.shape[1], 1)
-    data = {"records": records, "last_physical_to_logical_map": table}
-    torch.save(data, folder / f"expert_distribution_recorder_{time}_{rank}.pt")
 
 
 @pytest.mark.parametrize("suffix", [".json", ".pt"])
@@ -81,7 +62,7 @@ def test_statistics_that_are_none(load, tmp_path):
         with pytest.raises(InputError, match=word):
             load(path)
     path.write_text(json.dumps({"logical_count": [[1, 2], [2, 1]]}))
-    stat(tmp_path / "s.pt", truth())
+    write_stat(tmp_path / "s.pt", truth())
     with pytest.raises(InputError, match="different networks"):
         load([path, tmp_path / "s.pt"])
 
@@ -89,8 +70,8 @@ def test_statistics_that_are_none(load, tmp_path):
 def test_equal_dumps_count_once(load, folder):
     counts = truth()
     for time in (100.5, 100.6, 101.5):
-        stat(folder / f"expert_distribution_recorder_{time}.pt", counts)
-    stat(folder / "expert_distribution_recorder_100.9.pt", truth(1))
+        write_stat(folder / f"expert_distribution_recorder_{time}.pt", counts)
+    write_stat(folder / "expert_distribution_recorder_100.9.pt", truth(1))
     traces, notes = load(folder)
     assert (traces.counts == np.concatenate([counts, truth(1)])[:, 1:]).all()
     assert notes.count("again: counted once") == 2
@@ -103,8 +84,8 @@ def test_equal_dumps_count_once(load, folder):
 
 def test_a_dump_that_begins_with_the_last_one(load, folder):
     counts = truth(steps=9)
-    stat(folder / "expert_distribution_recorder_1.5.pt", counts[:6])
-    stat(folder / "expert_distribution_recorder_2.5.pt", counts[4:])
+    write_stat(folder / "expert_distribution_recorder_1.5.pt", counts[:6])
+    write_stat(folder / "expert_distribution_recorder_2.5.pt", counts[4:])
     traces, notes = load(folder)
     assert (traces.counts == counts[:, 1:]).all()
     assert "the first 2 steps of expert_distribution_recorder_2.5.pt" in notes
@@ -113,18 +94,18 @@ def test_a_dump_that_begins_with_the_last_one(load, folder):
 def test_stat_dumps_of_pipeline_stages(load, folder):
     counts, later = truth(), truth(2)
     for time, each in ((1, counts), (5, later)):
-        stat(folder / f"expert_distribution_recorder_{time}.1.pt", only(each, 1, 2))
-        stat(folder / f"expert_distribution_recorder_{time}.2.pt", only(each, 3, 4))
+        write_stat(folder / f"expert_distribution_recorder_{time}.1.pt", only(each, 1, 2))
+        write_stat(folder / f"expert_distribution_recorder_{time}.2.pt", only(each, 3, 4))
     traces, notes = load(folder)
     assert (traces.counts == np.concatenate([counts, later])[:, 1:]).all()
     assert "2 pipeline stages joined by layer: 1-2; 3-4" in notes
     (folder / "expert_distribution_recorder_5.2.pt").unlink()
     with pytest.raises(InputError, match="as many dumps of every pipeline stage"):
         load(folder)
-    stat(folder / "expert_distribution_recorder_5.2.pt", only(later, 3, 4)[:-1])
+    write_stat(folder / "expert_distribution_recorder_5.2.pt", only(later, 3, 4)[:-1])
     with pytest.raises(InputError, match="another stage of the pipeline"):
         load(folder)
-    stat(folder / "expert_distribution_recorder_5.2.pt", only(later, 2, 3, 4))
+    write_stat(folder / "expert_distribution_recorder_5.2.pt", only(later, 2, 3, 4))
     with pytest.raises(InputError, match=r"2 pipeline stages|two pipeline stages"):
         load(folder)
 
@@ -137,7 +118,7 @@ def test_pipeline_stages_of_forward_passes(load, folder, numbered, same):
     for stage, layers in enumerate([(1, 2), (3, 4)]):
         for rank in range(2):
             name = rank if numbered == "stage" else 2 * stage + rank
-            per_pass(folder, f"10{stage}.{rank}", name, only(parts[rank], *layers))
+            write_passes(folder, f"10{stage}.{rank}", name, only(parts[rank], *layers))
     traces, notes = load(folder)
     assert (traces.counts == (parts[0] if same else parts[0] + parts[1])[:, 1:]).all()
     assert "2 pipeline stages joined by layer: 1-2; 3-4" in notes
@@ -153,8 +134,8 @@ def test_pipeline_stages_of_forward_passes(load, folder, numbered, same):
 
 def test_stages_keep_the_steps_that_all_have(load, folder):
     counts = truth()
-    per_pass(folder, "1.0", 0, only(counts, 1, 2))
-    per_pass(folder, "2.0", 0, only(counts, 3, 4)[2:], first=3)
+    write_passes(folder, "1.0", 0, only(counts, 1, 2))
+    write_passes(folder, "2.0", 0, only(counts, 3, 4)[2:], first=3)
     traces, notes = load(folder)
     assert (traces.counts == counts[2:, 1:]).all()
     assert "2 passes that some ranks did not record" in notes
@@ -163,12 +144,12 @@ def test_stages_keep_the_steps_that_all_have(load, folder):
 def test_the_same_passes_twice(load, folder):
     """Overlapping dumps of a rank: passes 1-6, then 4-9; equal ones count once, others are refused."""
     counts = truth(steps=9)
-    per_pass(folder, "1.0", 0, counts[:6])
-    per_pass(folder, "2.0", 0, counts[3:], first=4)
+    write_passes(folder, "1.0", 0, counts[:6])
+    write_passes(folder, "2.0", 0, counts[3:], first=4)
     traces, notes = load(folder)
     assert (traces.counts == counts[:, 1:]).all()
     assert "3 records came twice: counted once" in notes
-    per_pass(folder, "2.0", 0, counts[3:] + 1, first=4)
+    write_passes(folder, "2.0", 0, counts[3:] + 1, first=4)
     with pytest.raises(InputError, match="twice, with other counts"):
         load(folder)
 
@@ -194,7 +175,7 @@ def test_records_without_counts_are_counted_from_their_ids(load, folder, dtype):
         "input_ids": lambda step: list(range(5)),
         "global_physical_count": lambda step: None,
     }
-    per_pass(folder, "1.0", 0, np.zeros_like(expected), **more)
+    write_passes(folder, "1.0", 0, np.zeros_like(expected), **more)
     traces, notes = load(folder)
     assert (traces.counts == expected[:, 1:]).all()
     assert "counted from topk_ids_of_layer" in notes
@@ -202,7 +183,7 @@ def test_records_without_counts_are_counted_from_their_ids(load, folder, dtype):
     assert (kept.counts == expected[:, 1:]).all()
     assert kept.top_k == 4
     ids[1][2, 3, :] = [3, 2, 1, 0, 0, 0, 0, 0]  # padded by zeros instead of -1
-    per_pass(folder, "1.0", 0, np.zeros_like(expected), **more)
+    write_passes(folder, "1.0", 0, np.zeros_like(expected), **more)
     with pytest.raises(InputError, match="a slot twice for token 3 in layer 2"):
         load(folder)
 
@@ -221,13 +202,13 @@ def test_tokens_of_pipeline_stages_are_joined(load, folder):
             "topk_ids_of_layer": lambda step, ids=ids: torch.from_numpy(ids[step]),
             "input_ids": lambda step: words,
         }
-        per_pass(folder, f"{stage}.0", 0, np.stack([count(each) for each in ids]), **more)
+        write_passes(folder, f"{stage}.0", 0, np.stack([count(each) for each in ids]), **more)
     traces, _ = load(folder, keep_tokens=True)
     expected = np.concatenate([each[1:, :, :4].transpose(1, 0, 2) for each in whole])
     assert (traces.tokens.ids == expected).all()
     assert traces.tokens.token_ids.tolist() == words * 3
     words = [9, 9, 9, 9, 9]
-    per_pass(folder, "1.0", 0, np.stack([count(each) for each in ids]), **more)
+    write_passes(folder, "1.0", 0, np.stack([count(each) for each in ids]), **more)
     with pytest.raises(InputError, match="the same tokens in every pipeline stage"):
         load(folder, keep_tokens=True)
 
@@ -339,7 +320,7 @@ def test_tensor_parallel_groups_count_once(load, tmp_path, source):
     for rank in range(6):
         counts = groups[rank // 2]
         if source == "sglang":
-            per_pass(folder, "1.0", rank, counts.astype(np.int32))
+            write_passes(folder, "1.0", rank, counts.astype(np.int32))
         elif source == "tensorrt-llm":
             statistic(folder, rank, counts, range(5))
         else:
@@ -356,10 +337,10 @@ def test_records_that_are_not_taken_are_named(load, tmp_path):
     ids = np.argsort(np.random.default_rng(0).random((5, 6, 16)), axis=2)[:, :, :8]
     counts = np.stack([np.stack([np.bincount(row.ravel(), minlength=16) for row in ids])] * 3)
     more = {"topk_ids_of_layer": lambda step: torch.from_numpy(ids.astype(np.int32))}
-    per_pass(folder, "1.0", 0, counts, **more)
+    write_passes(folder, "1.0", 0, counts, **more)
     assert "other counts" not in load(folder)[1]
-    per_pass(folder, "1.0", 0, counts + (np.arange(3) == 1)[:, None, None], **more)
+    write_passes(folder, "1.0", 0, counts + (np.arange(3) == 1)[:, None, None], **more)
     assert "1 records have ids that make other counts: global_physical_count is taken" in load(folder)[1]
     more["gatherer_key"] = lambda step: "primary" if step else "child_a"
-    per_pass(folder, "1.0", 0, counts, **more)
+    write_passes(folder, "1.0", 0, counts, **more)
     assert "1 records of parts of a batch (two-batch overlap) are left unread" in load(folder)[1]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import zipfile
 
 import numpy as np
 import pytest
-from recordings import load, physical_counts, sparse_counts, write_stat
+from recordings import load, physical_counts, sparse_counts, write_passes, write_stat
 
 from gemopt.exceptions import InputError
 from gemopt.traces import Phase
@@ -15,22 +16,12 @@ from gemopt.traces import Phase
 torch = pytest.importorskip("torch")
 
 
-def write_detail(folder, physical_RTLP, table, *, first_pass=1, extra=None):
-    """One per_pass file per rank."""
+def write_detail(folder, physical_RTLP, table, **more):
+    """One per_pass file per rank. more: a value for each rank and step, by the record's key."""
     folder.mkdir(exist_ok=True)
-    for rank, physical in enumerate(physical_RTLP):
-        records = [
-            {
-                "forward_pass_id": first_pass + step,
-                "rank": rank,
-                "gatherer_key": "primary",
-                "global_physical_count": torch.from_numpy(np.ascontiguousarray(counts)),
-                **(extra(rank, step) if extra else {}),
-            }
-            for step, counts in enumerate(physical)
-        ]
-        data = {"records": records, "last_physical_to_logical_map": torch.from_numpy(table)}
-        torch.save(data, folder / f"expert_distribution_recorder_{1700000000.5 + rank}_{rank}.pt")
+    for rank, counts in enumerate(physical_RTLP):
+        of_rank = {key: functools.partial(value, rank) for key, value in more.items()}
+        write_passes(folder, 1700000000.5 + rank, rank, counts, table=table, **of_rank)
 
 
 def test_sglang_stat(tmp_path):
@@ -115,18 +106,14 @@ def test_sglang_per_token(tmp_path):
                 physical[rank, step, layer, where] += 1
                 truth[step, layer, picked] += 1
 
-    def extra(rank, step):
-        ids = topk[rank, step]
-        return {
-            "input_ids": list(range(ids.shape[1])),
-            "positions": list(range(ids.shape[1])),
-            "extend_seq_lens": None,
-            "forward_mode": 1 if step == 0 and rank == 0 else 2,
-            "topk_ids_of_layer": torch.from_numpy(ids),
-            "misc_objects": [],
-        }
+    def tokens(rank, step):
+        return list(range(topk[rank, step].shape[1]))
 
-    write_detail(tmp_path / "dumps", physical, table, extra=extra)
+    write_detail(
+        tmp_path / "dumps", physical, table, input_ids=tokens, positions=tokens, extend_seq_lens=lambda *_: None,
+        forward_mode=lambda rank, step: 1 if step == 0 and rank == 0 else 2,
+        topk_ids_of_layer=lambda rank, step: torch.from_numpy(topk[rank, step]), misc_objects=lambda *_: [],
+    )  # fmt: skip
     plain, _ = load(tmp_path / "dumps", "sglang", tmp_path)
     assert (plain.counts == truth[:, 1:]).all()
     assert plain.phase.tolist() == [Phase.MIXED, Phase.DECODE, Phase.DECODE]
