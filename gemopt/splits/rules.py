@@ -19,18 +19,13 @@ IntArray = NDArray[np.int64]
 
 def even_shares(counts_TE: NDArray[Any], row_P: IntArray) -> IntArray:
     """[T, P] assignments of each slot: copy i of r, in slot order, takes `(n + r - 1 - i) // r` of its expert's n."""
+    shares_TP = np.where(row_P != EMPTY, counts_TE[:, row_P], 0).astype(np.int64, copy=False)
     copies_E = np.bincount(row_P[row_P != EMPTY], minlength=counts_TE.shape[1])
-    if copies_E.max(initial=0) <= 1:
-        return np.where(row_P != EMPTY, counts_TE[:, row_P], 0).astype(np.int64, copy=False)
-    seen = np.zeros(counts_TE.shape[1], dtype=np.int64)
-    shares_TP = np.zeros((len(counts_TE), len(row_P)), dtype=np.int64)
-    for slot, expert in enumerate(row_P):
-        if expert == EMPTY:
-            continue
-        copies, index = copies_E[expert], seen[expert]
-        seen[expert] += 1
-        counts_T = counts_TE[:, expert]
-        shares_TP[:, slot] = counts_T if copies == 1 else (counts_T + copies - 1 - index) // copies
+    many = np.flatnonzero((row_P != EMPTY) & (copies_E[row_P] > 1))
+    if len(many):
+        many = many[np.argsort(row_P[many], kind="stable")]
+        index, copies = np.arange(len(many)) - np.searchsorted(row_P[many], row_P[many]), copies_E[row_P[many]]
+        shares_TP[:, many] = (shares_TP[:, many] + copies - 1 - index) // copies
     return shares_TP
 
 
