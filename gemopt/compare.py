@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 
 from gemopt import cores, interrupts
 from gemopt.bounds import spread_bound
-from gemopt.costs import CostModel, fit
+from gemopt.costs import CostModel, cost_of
 from gemopt.evaluate import Evaluation, evaluate
-from gemopt.exceptions import MissingPackageError, SolverError, UnsupportedError
+from gemopt.exceptions import InputError, MissingPackageError, SolverError, UnsupportedError, check_number
 from gemopt.placement import Placement
 from gemopt.problem import problems
 from gemopt.profile import Profile
@@ -122,9 +122,14 @@ def compare(
     ends the solver that runs with what it has, and leaves the ones after it out; their rows say so.
     """
     profile, traces = Profile.of(profile), Traces.of(traces)
-    fitted = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
+    solvers = [solvers] if isinstance(solvers, str) else solvers
+    if not solvers:
+        raise InputError("solvers", solvers, "at least one")
+    if (threads := options.get("threads")) is not None:
+        check_number("threads", threads, "at least 1", least=1, whole=True)
+    fitted = cost_of(cost, profile)
     given, held = traces.split(holdout) if holdout else (traces, None)
-    with interrupts.held() as interrupted, cores.at_most(options.get("threads") or cores.available()):
+    with interrupts.held() as interrupted, cores.at_most(threads or cores.available()):
         results: list[tuple[str, Result | None, str]] = []
         for name in solvers:
             results.append(_run(name, profile, given, fitted, interrupted, options))

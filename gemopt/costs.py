@@ -252,6 +252,17 @@ def fit(
     return cost, FitReport(chosen.name, errors, fits, len(tables[0]))
 
 
+def cost_of(given: str | CostModel, profile: Profile | None) -> CostModel:
+    """A fitted cost model as it is, or the one of that name fitted to the profile; `InputError` for anything else."""
+    if isinstance(given, str):
+        if profile is None:
+            raise InputError("profile", None, "a profile or a fitted cost model is needed")
+        return fit(profile, model=given)[0]
+    if not hasattr(given, "latencies"):
+        raise InputError("cost", given, "the name of a cost model, or a fitted one")
+    return given
+
+
 def _in_order(table: FloatArray) -> FloatArray:
     return table[np.lexsort((np.nan_to_num(table[:, 1]), table[:, 0]))]
 

@@ -133,10 +133,22 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-class Document(BaseModel):
-    """A JSON document: frozen, versioned, refusing unknown keys, raising one-line `InputError`s."""
+class Settings(BaseModel):
+    """Named values: frozen, refusing unknown keys, raising one-line `InputError`s."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def __init__(self, /, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise foreign.one_line(error, type(self)) from None
+
+
+class Document(Settings):
+    """A versioned JSON document."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
     SCHEMA_VERSION: ClassVar[int] = 1
 
     schema_version: int = 1
@@ -150,10 +162,7 @@ class Document(BaseModel):
                 f"this gemopt reads version {self.SCHEMA_VERSION}",
                 "write the document again or use the gemopt that wrote it",
             )
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise foreign.one_line(error, type(self)) from None
+        super().__init__(**data)
 
     @classmethod
     def of(cls: type[Self], value: object, name: str = "") -> Self:
@@ -212,16 +221,23 @@ class Document(BaseModel):
         return ", ".join(f"{name}={value!r}" for name, value in short.items())
 
 
+def plain_array(name: str, value: object, limit: str) -> np.ndarray[Any, Any]:
+    """The array that a list, an array or a tensor is; `InputError` where it is ragged, masked or on a device."""
+    if np.ma.is_masked(value):
+        raise InputError(name, "masked values", limit, "fill them or leave them out")
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, OverflowError, RecursionError, RuntimeError):
+        raise InputError(name, value, limit) from None
+
+
 def integer_array(value: object, *, name: str, ndim: int, maximum: int = 2**31 - 1) -> np.ndarray[Any, Any]:
     """Convert to a read-only int64 array of `ndim` dimensions.
 
     Integral floats are accepted; NaN, fractions, text, ragged lists and values beyond +-`maximum` are not.
     """
     limit = f"whole numbers in a {ndim}-dimensional rectangular array are needed"
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        raise InputError(name, value, limit) from None
+    array = plain_array(name, value, limit)
     if array.ndim != ndim or array.dtype.kind not in "iuf":
         raise InputError(name, f"{array.dtype} array of shape {array.shape}", limit)
     if array.size and array.dtype.kind == "f":
@@ -259,10 +275,7 @@ def _integers(value: object, name: str, ndim: int) -> np.ndarray[Any, Any]:
 
 def _floats(value: object, name: str, ndim: int) -> np.ndarray[Any, Any]:
     limit = f"finite numbers in a {ndim}-dimensional rectangular array are needed"
-    try:
-        found = np.asarray(value)
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        raise InputError(name, value, limit) from None
+    found = plain_array(name, value, limit)
     if found.ndim != ndim or found.dtype.kind not in "iuf":
         raise InputError(name, f"{found.dtype} array of shape {found.shape}", limit)
     if not np.isfinite(found).all():

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.costs import CostModel, fit
-from gemopt.exceptions import InputError
+from gemopt.costs import CostModel, cost_of
+from gemopt.exceptions import InputError, check_number
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import check_kept, layer_rules
 from gemopt.links import Communication, Exchange, Links
@@ -132,6 +132,7 @@ class Evaluation:
 
     def quantile_us(self, q: float) -> float:
         """Quantile of the step latency, e.g. 0.99."""
+        check_number("q", q, "from 0 to 1; 0.99 is the 99th percentile", most=1)
         return float(np.quantile(self.step_us, q))
 
     def _repr_html_(self) -> str:
@@ -192,7 +193,7 @@ def evaluate(
     profile: Profile | str | os.PathLike[str] | None,
     traces: Traces | str | os.PathLike[str],
     *,
-    cost: CostModel | None = None,
+    cost: str | CostModel | None = None,
     senders: Senders | str | None = None,
     topology: Topology | str | os.PathLike[str] | None = None,
     exchange: Exchange | None = None,
@@ -203,9 +204,9 @@ def evaluate(
     Parameters
     ----------
     placement, profile, traces
-        Objects or paths. The profile may be None when `cost` is given.
+        Objects or paths. The profile may be None when `cost` is a fitted one.
     cost
-        A fitted cost model; fitted from the profile when absent.
+        A fitted cost model, or the name of one to fit to the profile, `auto` when absent; see `gemopt.costs.fit`.
     senders
         Who sends the assignments, which copies under the `nearest` split ask for: `traces` (the default, needs a
         token-level record with ranks) or `uniform`.
@@ -222,19 +223,16 @@ def evaluate(
         the placement breaks a rule.
     """
     profile = None if profile is None else Profile.of(profile)
-    if cost is None:
-        if profile is None:
-            raise InputError("profile", None, "a profile or a fitted cost model is needed")
-        cost = fit(profile)[0]
+    model = cost_of("auto" if cost is None else cost, profile)
     placement, traces = Placement.of(placement), Traces.of(traces)
-    check_agreement(placement, traces, len(cost.latencies))
+    check_agreement(placement, traces, len(model.latencies))
     if rules is not None:
         check_rules(placement, rules, profile, topology)
     split = placement.split if placement.has_copies else Split.EVEN
     if split is Split.NEAREST and profile is None:
         raise InputError("profile", None, "the nearest split asks for the node of every rank")
     layers = each_problem(
-        cost,
+        model,
         traces,
         placement.slots_per_rank,
         node_of_rank=None if profile is None else profile.node_of_rank,
@@ -242,7 +240,7 @@ def evaluate(
         senders=Senders.of(senders),
     )
     weights_LP = placement.split_weights if split is Split.STATIC else None
-    scored = score(placement.physical_to_logical, layers, cost.measured, weights_LP=weights_LP)
+    scored = score(placement.physical_to_logical, layers, model.measured, weights_LP=weights_LP)
     if topology is None:
         return scored
     links = Links.of(topology, traces, placement.num_ranks, profile=profile, exchange=exchange)

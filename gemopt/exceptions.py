@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from math import nextafter
+from numbers import Integral, Real
+from sys import float_info
+from typing import Any
+
+ABOVE_0, BELOW_1, LARGEST = nextafter(0.0, 1.0), nextafter(1.0, 0.0), float_info.max
 
 
 class GemoptError(Exception):
@@ -41,12 +47,32 @@ class InputError(GemoptError, ValueError):
         message = f"{field}: got {shown or 'nothing'}; {limit}"
         super().__init__(" ".join(f"{message}; {hint}".split()) if hint else message)
 
+    def about(self, field: str) -> InputError:
+        """The same of a field that the user knows by another name."""
+        return InputError(field, self.value, self.limit, self.hint)
+
 
 def refuse_unused(options: Mapping[str, object], limit: str) -> None:
     """Refuse options that were given (are not None) and say nothing here: an option is never ignored."""
     for name, value in options.items():
         if value is not None:
             raise InputError(name, value, limit, "leave it out")
+
+
+def check_number(
+    field: str,
+    value: Any,
+    limit: str,
+    hint: str = "",
+    *,
+    least: float = 0.0,
+    most: float = LARGEST,
+    whole: bool = False,
+) -> None:
+    """Refuse what is no finite number from `least` to `most`, or no whole one where it must be."""
+    kind: Any = Integral if whole else Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+        raise InputError(field, value, limit, hint)
 
 
 class InfeasibleError(InputError):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from gemopt.documents import Settings
 from gemopt.exceptions import InputError
 from gemopt.flows import Flow, Routes, deal, evenly, first_slot, from_counts, routes, uniform
 from gemopt.latency import FloatArray
@@ -27,7 +28,7 @@ IntArray = NDArray[Any]
 WORD_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "bf16": 2, "fp16": 2}
 
 
-class Exchange(BaseModel):
+class Exchange(Settings):
     """How an engine exchanges tokens; what a topology cannot know.
 
     Attributes
@@ -45,8 +46,6 @@ class Exchange(BaseModel):
     overlap
         Whether communication hides behind computing, as with two batches in turn: the longer of both counts.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     dispatch_bytes: int | None = Field(default=None, gt=0)
     combine_bytes: int | None = Field(default=None, gt=0)

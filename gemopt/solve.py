@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from gemopt import cores, interrupts
 from gemopt.certify import certify
-from gemopt.costs import CostModel, fit
+from gemopt.costs import CostModel, cost_of, fit
 from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_number
 from gemopt.first_use import ready
 from gemopt.links import Exchange, Links
 from gemopt.placement import Placement, Split
@@ -193,7 +193,7 @@ def solve(
                     slots_per_rank = moving.resized.slots_per_rank.tolist()
                 if (missing := moving.missing_slots(slots_per_rank)) > 0:
                     return _infeasible(solver, clock, traces, _without_slots(traces, moving, missing), made)
-            cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost, None)
+            cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost_of(cost, profile), None)
             _check_ranks(profile, cost, allow_one_rank=allow_one_rank)
             held_G = None
             if memory_budget is not None:
@@ -277,16 +277,13 @@ def _infeasible(solver: str, clock: float, traces: Traces, note: str, made: Orig
 
 
 def _check_numbers(time_limit: float, gap: float, threads: int | None, patience: int | None, seed: int) -> None:
-    if not (np.isfinite(time_limit) and 0 < time_limit <= 1e7):
-        raise InputError("time_limit", time_limit, "seconds above 0, at most 1e7")
-    if not 0 <= gap < 1:
-        raise InputError("gap", gap, "a fraction from 0 to below 1", "0.01 is one per cent")
-    if threads is not None and threads < 1:
-        raise InputError("threads", threads, "at least 1")
-    if patience is not None and patience < 0:
-        raise InputError("patience", patience, "at least 0")
-    if seed < 0:
-        raise InputError("seed", seed, "0 or more")
+    check_number("time_limit", time_limit, "seconds above 0, at most 1e7", least=ABOVE_0, most=1e7)
+    check_number("gap", gap, "a fraction from 0 to below 1", "0.01 is one per cent", most=BELOW_1)
+    if threads is not None:
+        check_number("threads", threads, "at least 1", least=1, whole=True)
+    if patience is not None:
+        check_number("patience", patience, "at least 0", whole=True)
+    check_number("seed", seed, "0 or more", whole=True)
 
 
 def _check_ranks(profile: Profile, cost: CostModel, *, allow_one_rank: bool) -> None:

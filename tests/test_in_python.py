@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ from cli_inputs import profile, traces
 import gemopt
 from gemopt import evaluate, solve
 from gemopt.cli import main
+from gemopt.costs import fit
 from gemopt.evaluate import Evaluation
+from gemopt.exceptions import InputError
+from gemopt.online import Controller, Policy
 from gemopt.placement import Placement
 from gemopt.profile import Profile
+from gemopt.replay import replay
 from gemopt.result import Result
 from gemopt.testing import assert_bound_holds, assert_feasible
 from gemopt.traces import Traces
@@ -145,3 +151,46 @@ def test_an_answer_says_how_to_make_it_again(
     read = Result.load("a file.json").origin
     assert read is not None and read.call == f"gemopt {' '.join(words)} 'a file.json'"
     assert read.profile_sha256 == measured.digest() and f"gemopt {gemopt.__version__}" in read.versions
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda p, t, _: gemopt.compare(p, t, solvers=[]), "solvers"),
+        (lambda p, t, _: gemopt.compare(p, t, threads="2"), "threads: got 2"),
+        (lambda p, t, _: gemopt.compare(p, t, holdout="half"), "holdout"),
+        (lambda p, t, _: replay(p, t, window=4.0), "--window: got 4.0"),
+        (lambda p, t, _: replay(p, t, throttle="1:1.3@4-8"), "throttle: got 1:1.3@4-8; a gemopt.replay.Schedule"),
+        (lambda p, t, _: replay(p, t, migration=3), "migration: got 3; a gemopt.replay.Migration"),
+        (lambda p, t, x: gemopt.evaluate(x, p, t, cost=3), "cost: got 3"),
+        (lambda p, t, x: gemopt.evaluate(x, None, t, cost="staircase"), "profile: got nothing"),
+        (lambda p, t, x: gemopt.evaluate(x, p, t).quantile_us(99), "q: got 99"),
+        (lambda p, t, x: Controller(p, x, {"threads": 1}), "policy: got {'threads': 1}"),
+        (lambda p, t, x: Policy(thread=1), "Policy.thread: got 1; no such key; did you mean threads?"),
+        (lambda p, t, x: Traces(counts=[[[1, 2], [3]]]), "Traces.counts"),
+        (lambda p, t, x: Traces(counts=np.ma.masked_greater(t.counts, 5)), "Traces.counts: got masked values"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_one_line(
+    call: Callable[[Profile, Traces, Placement], object],
+    said: str,
+    solved: tuple[Profile, Traces, Result, Evaluation],
+) -> None:
+    measured, routed, result, _ = solved
+    assert result.placement is not None
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        call(measured, routed, result.placement)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_name_is_a_list_of_one(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:
+    measured, routed, *_ = solved
+    assert [row.solver for row in gemopt.compare(measured, routed, solvers="lpt")] == ["lpt"]
+    assert [row.strategy for row in replay(measured, routed, "fitted-once", window=4).rows] == ["fitted-once"]
+
+
+def test_a_cost_model_by_name(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:
+    measured, routed, result, _ = solved
+    named = evaluate(result.placement, measured, routed, cost="staircase")
+    fitted = evaluate(result.placement, None, routed, cost=fit(measured, model="staircase")[0])
+    assert named.objective_us == fitted.objective_us

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from gemopt.advise.shape import ModelShape
 from gemopt.advise.sweep import SCOUTS, Bench, slots_that_gain
-from gemopt.costs import CostModel
-from gemopt.costs import fit as fit_cost
+from gemopt.costs import CostModel, cost_of
 from gemopt.exceptions import InputError
 from gemopt.placement import Placement, default_slots
 from gemopt.profile import Profile
@@ -89,7 +88,7 @@ def make_case(profile: Profile, traces: Traces, horizon: int | None, memory_byte
         shape.check(profile, traces)
         if shape.expert_bytes is not None and "expert_bytes" not in migration.model_fields_set:
             migration = migration.model_copy(update={"expert_bytes": shape.expert_bytes})
-    fitted = cost if not isinstance(cost, str) else fit_cost(profile, model=cost)[0]
+    fitted = cost_of(cost, profile)
     assignments = float(np.asarray(traces.counts).sum(axis=2).mean())
     if non_moe_us is None and shape is not None:
         tokens = assignments / (traces.top_k or shape.top_k or 1)

@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from gemopt.documents import read_json
+from gemopt.documents import Settings, read_json
 from gemopt.exceptions import InputError
 from gemopt.profile import Profile
 from gemopt.traces import Traces
 
 
-class ModelShape(BaseModel):
+class ModelShape(Settings):
     """A network, and what a device of its group computes and reads.
 
     Attributes
@@ -29,8 +29,6 @@ class ModelShape(BaseModel):
     tflops, memory_gbps
         What a device reaches: 1e12 operations and 1e9 bytes per second.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     hidden_size: int = Field(ge=1, le=10**6)
     heads: int = Field(ge=1, le=10**5)
@@ -61,11 +59,8 @@ class ModelShape(BaseModel):
             fields = found
         try:
             return cls(**fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            given = "nothing" if first["type"] == "missing" else first["input"]
-            raise InputError(f"--model {key}", given, first["msg"].lower()) from None
+        except InputError as error:
+            raise error.about(f"--model {error.field.partition('.')[2]}") from None
 
     def check(self, profile: Profile, traces: Traces) -> None:
         """`InputError` where the profile or the traces are of another network."""

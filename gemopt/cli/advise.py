@@ -137,8 +137,6 @@ def _migration(
     profile: Profile, expert_bytes: float | None, bandwidth: float | None, topology: str | None
 ) -> Migration:
     """Cost of copying, over links of one bandwidth or the slowest ones of a topology."""
-    from pydantic import ValidationError
-
     from gemopt.exceptions import InputError
     from gemopt.replay import Migration
 
@@ -149,10 +147,8 @@ def _migration(
     given |= {} if bandwidth is None else {"bytes_per_s": bandwidth * 1e9}
     try:
         found = Migration(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = "--bandwidth" if first["loc"][0] == "bytes_per_s" else "--expert-bytes"
-        raise InputError(option, first["input"], first["msg"].lower()) from None
+    except InputError as error:
+        raise error.about("--bandwidth" if error.field.endswith("bytes_per_s") else "--expert-bytes") from None
     if topology is None:
         return found
     from gemopt.advise.links import slowest_gbps

@@ -155,8 +155,6 @@ def _traffic(traces: Traces, plan: str | None) -> Traces:
 
 
 def _migration(profile: Profile, *, expert_bytes: float | None, gbps: float, **numbers: float) -> Migration:
-    from pydantic import ValidationError
-
     from gemopt.exceptions import InputError
     from gemopt.replay import Migration
 
@@ -165,7 +163,6 @@ def _migration(profile: Profile, *, expert_bytes: float | None, gbps: float, **n
         given["expert_bytes"] = expert_bytes
     try:
         return Migration(**given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = {"bytes_per_s": "--gbps"}.get(str(first["loc"][0]), "--" + str(first["loc"][0]).replace("_", "-"))
-        raise InputError(option, first["input"], first["msg"].lower()) from None
+    except InputError as error:
+        name = error.field.partition(".")[2]
+        raise error.about({"bytes_per_s": "--gbps"}.get(name, "--" + name.replace("_", "-"))) from None

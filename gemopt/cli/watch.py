@@ -143,18 +143,16 @@ def _controller(
 
 
 def _policy(path: Path) -> Policy:
-    from pydantic import ValidationError
-
     from gemopt.documents import read_json
     from gemopt.online.policy import Policy
 
     content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: policy", content, "a JSON object", "see docs/online.md")
     try:
-        return Policy.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {where or 'policy'}", first["input"], first["msg"], "see docs/online.md") from None
+        return Policy(**content)
+    except InputError as error:
+        raise error.about(f"{path}: {error.field.partition('.')[2]}") from None
 
 
 def _exports(target: Path, to: Sequence[str]) -> list[tuple[str, Path]]:

@@ -83,6 +83,8 @@ class Controller:
         placement = Placement.of(placement)
         known = None if self.profile is None else self.profile.model.expert_bytes
         self.senders = Senders.asked_by(senders, placement.split)
+        if not isinstance(policy, (Policy, type(None))):
+            raise InputError("policy", policy, "a gemopt.online.Policy")
         self.policy = policy = policy or Policy()
         self.expert_bytes = float(policy.expert_bytes or known or EXPERT_BYTES)
         self.nodes_G = None if self.profile is None else np.array(self.profile.node_of_rank)

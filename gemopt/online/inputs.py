@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.documents import integer_array
+from gemopt.documents import integer_array, plain_array
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.placement import Placement, Split
@@ -34,10 +34,10 @@ def latencies_from(given: object, steps: int, ranks: int) -> FloatArray | None:
     """[steps, ranks] microseconds; NaN, infinity and 0 stand for a rank that said nothing."""
     if given is None:
         return None
-    try:
-        latencies = np.array(given, dtype=np.float64)
-    except (ValueError, TypeError):
-        raise InputError("latencies", given, "numbers [steps, ranks]") from None
+    found = plain_array("latencies", given, "numbers [steps, ranks]")
+    if found.dtype.kind not in "iuf":
+        raise InputError("latencies", given, "numbers [steps, ranks]")
+    latencies = found.astype(np.float64)
     if latencies.shape != (steps, ranks):
         raise InputError("latencies", f"shape {latencies.shape}", f"[{steps} steps, {ranks} ranks]")
     said = latencies[np.isfinite(latencies) & (latencies != 0)]

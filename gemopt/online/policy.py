@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from gemopt.documents import Settings
 from gemopt.migration import BATCH_BYTES
 
 TICK = 8  # steps that are remembered, compared and forgotten together
 
 
-class Policy(BaseModel):
+class Policy(Settings):
     """Knobs of `Controller`.
 
     Attributes
@@ -47,8 +48,6 @@ class Policy(BaseModel):
     dead_after_steps
         Steps without a latency of a rank, while others report, after which it is treated as failed.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     expert_bytes: float | None = Field(default=None, gt=0, le=1e12)
     bytes_per_s: float = Field(default=20e9, gt=0, le=1e15)

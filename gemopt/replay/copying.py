@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from gemopt.documents import Settings
 from gemopt.migration import BATCH_BYTES, held
 from gemopt.profile import Profile
 
@@ -13,7 +14,7 @@ IntArray = NDArray[np.int64]
 EXPERT_BYTES = 9.4e6
 
 
-class Migration(BaseModel):
+class Migration(Settings):
     """Cost of moving experts.
 
     A transfer lasts `max over ranks of max(experts in, experts out) * expert_bytes / bytes_per_s`. Overlapped: the old
@@ -38,8 +39,6 @@ class Migration(BaseModel):
     reload_bytes_per_s
         What a rank reads from host memory or disk: experts of a failed rank that nobody else holds.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     expert_bytes: float = Field(default=EXPERT_BYTES, gt=0, le=1e12)
     bytes_per_s: float = Field(default=20e9, gt=0, le=1e15)

@@ -9,9 +9,8 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.costs import CostModel
-from gemopt.costs import fit as fit_cost
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.costs import CostModel, cost_of
+from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_number
 from gemopt.latency import FloatArray
 from gemopt.placement import Split
 from gemopt.problem import slot_counts
@@ -90,13 +89,16 @@ def replay(
     """
     profile, traces = Profile.of(profile), Traces.of(traces)
     chosen, schedule = make(strategies), throttle or Schedule()
+    migration = migration or Migration.of(profile)
+    for name, value, kind in (("throttle", schedule, Schedule), ("migration", migration, Migration)):
+        if not isinstance(value, kind):
+            raise InputError(name, value, f"a gemopt.replay.{kind.__name__}")
     shared = _shared(split, senders, chosen)
     past, _ = _split(traces, fit, window)
     _check_numbers(non_moe_us, noise, seed)
     schedule.check(profile.num_ranks, traces.num_steps, first_failure=past.num_steps)
-    model = fit_cost(profile, model=cost)[0] if isinstance(cost, str) else cost
+    model = cost_of(cost, profile)
     slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
-    migration = migration or Migration.of(profile)
     known = {} if solved is None else solved
     context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen), shared, known)
     noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
@@ -134,14 +136,15 @@ def _play(strategy: Strategy, world: World) -> Track:
 
 
 def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Traces]:
-    if not 0 < fit_share < 1:
-        raise InputError("--fit", fit_share, "a share strictly between 0 and 1", "for example 0.5")
+    limit = "a share strictly between 0 and 1"
+    check_number("--fit", fit_share, limit, "for example 0.5", least=ABOVE_0, most=BELOW_1)
     cut = round(traces.num_steps * fit_share)
     if not 0 < cut < traces.num_steps:
         raise InputError("--fit", fit_share, f"{traces.num_steps} steps cannot be split so", "give longer traces")
-    if not 1 <= window <= traces.num_steps - cut:
-        limit = f"from 1 to the {traces.num_steps - cut} steps that are scored"
-        raise InputError("--window", window, limit, "a shorter window, a smaller --fit or longer traces")
+    left, hint = traces.num_steps - cut, "a shorter window, a smaller --fit or longer traces"
+    check_number(
+        "--window", window, f"from 1 to the {left} steps that are scored", hint, least=1, most=left, whole=True
+    )
     return traces.steps(slice(0, cut)), traces.steps(slice(cut, None))
 
 
@@ -168,12 +171,9 @@ def _rules(given: Rules | str | os.PathLike[str] | None, chosen: Sequence[Strate
 
 
 def _check_numbers(non_moe_us: float, noise: float, seed: int) -> None:
-    if seed < 0:
-        raise InputError("--seed", seed, "0 or more")
-    if not 0 <= non_moe_us <= 1e9:
-        raise InputError("--non-moe-us", non_moe_us, "microseconds from 0 to 1e9")
-    if not 0 <= noise <= 1:
-        raise InputError("--noise", noise, "from 0 to 1; 0.02 is two per cent")
+    check_number("--seed", seed, "0 or more", whole=True)
+    check_number("--non-moe-us", non_moe_us, "microseconds from 0 to 1e9", most=1e9)
+    check_number("--noise", noise, "from 0 to 1; 0.02 is two per cent", most=1)
 
 
 def _row(track: Track, base_us: float, phases: NDArray[np.int64] | None, non_moe_us: float) -> ReplayRow:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from gemopt.documents import Settings
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 
@@ -15,13 +16,11 @@ _EVENT = re.compile(r"(\d+):(fail|\d+(?:\.\d+)?)@(\d+)(?:-(\d+))?")
 LARGEST_FACTOR = 1e3
 
 
-class Event(BaseModel):
+class Event(Settings):
     """Rank `rank` takes `factor` times as long (0: it is gone) from step `start` until before step `stop`.
 
     Steps are those of the traces; None: until the end.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rank: int = Field(ge=0)
     factor: float = Field(ge=0, le=LARGEST_FACTOR)
@@ -38,10 +37,8 @@ class Event(BaseModel):
         return f"{self.rank}:{what}@{self.start}{'' if self.stop is None else f'-{self.stop}'}"
 
 
-class Schedule(BaseModel):
+class Schedule(Settings):
     """What happens to which device and when."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     events: tuple[Event, ...] = ()
 

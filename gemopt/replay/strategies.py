@@ -256,7 +256,7 @@ def make(chosen: Sequence[str | Strategy]) -> list[Strategy]:
     """Strategies by name, or given as they are; `InputError` for unknown names and for one given twice."""
     found: list[Strategy] = []
     known = STRATEGIES | _by_name_only()
-    for each in chosen:
+    for each in [chosen] if isinstance(chosen, str) else chosen:
         if isinstance(each, str):
             if each not in known:
                 raise InputError("--strategies", each, f"some of {', '.join(known)}")

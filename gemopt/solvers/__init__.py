@@ -35,7 +35,7 @@ def names() -> list[str]:
 
 def get(name: str) -> Solver:
     """The solver of that name; `InputError` naming the known ones, or the extra of gemopt that brings what it needs."""
-    if name not in REGISTRY:
+    if not isinstance(name, str) or name not in REGISTRY:
         raise InputError("solver", name, f"known solvers: {', '.join(REGISTRY)}")
     module, attribute = REGISTRY[name].split(":")
     try:

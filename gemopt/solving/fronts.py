@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from gemopt import cores
-from gemopt.costs import CostModel, fit
+from gemopt.costs import CostModel, cost_of
 from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import InputError
 from gemopt.layer_rules import rules_of
@@ -80,7 +80,7 @@ def moves_front(
     options
         Passed on to `gemopt.solve`.
     """
-    fitted = fit(profile, model=cost)[0] if isinstance(cost, str) else cost
+    fitted = cost_of(cost, profile)
     check_agreement(current, traces, profile.num_ranks)
     if options.get("rules") is not None:
         current = current.under(Rules.of(options["rules"]), profile.node_of_rank)

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_number
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem, slot_counts
@@ -41,8 +41,7 @@ def experts_within(budget_bytes: float | Sequence[float], expert_bytes: int | No
     if expert_bytes is None:
         limit, hint = "needs the size of an expert, which the profile does not say", "give expert_bytes"
         raise InputError("memory_budget", budget_bytes, limit, hint)
-    if expert_bytes < 1:
-        raise InputError("expert_bytes", expert_bytes, "at least 1")
+    check_number("expert_bytes", expert_bytes, "at least 1", least=1)
     budget = np.array(budget_bytes, dtype=np.float64)
     budget_G = np.full(num_ranks, float(budget)) if budget.ndim == 0 else budget
     if budget_G.shape != (num_ranks,) or not np.isfinite(budget_G).all() or (budget_G < 0).any():

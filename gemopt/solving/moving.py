@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement, evaluate
-from gemopt.exceptions import InputError
+from gemopt.exceptions import ABOVE_0, InputError, check_number
 from gemopt.migration import keep_in_place
 from gemopt.moves import Moves
 from gemopt.placement import Placement
@@ -53,13 +53,12 @@ class Asked:
             As said.
         """
         for name in ("move_price", "max_moves", "max_moves_per_layer", "max_bytes_per_rank"):
-            value = getattr(self, name)
-            if value is not None and not (np.isfinite(value) and value >= 0):
-                raise InputError(name, value, "a number of at least 0")
+            if (value := getattr(self, name)) is not None:
+                whole = name.startswith("max_moves")
+                check_number(name, value, f"a {'whole ' * whole}number of at least 0", whole=whole)
         for name in ("expert_bytes", "bandwidth", "horizon_steps"):
-            value = getattr(self, name)
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise InputError(name, value, "a number above 0")
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, "a number above 0", least=ABOVE_0)
         if self.current is None:
             self._needs_a_placement()
         if self.move_price is not None and self.bandwidth is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.documents import plain_array
 from gemopt.exceptions import InputError
 from gemopt.traces.files import IntArray
 
@@ -62,8 +63,8 @@ def check_ids(ids: IntArray, num_experts: int) -> None:
 
 def checked_counts(value: object) -> IntArray:
     """[T, L, E] counts as read-only int32; `InputError` unless they are whole numbers that fit."""
-    array = np.asarray(value)
     limit = "whole numbers >= 0 [steps, layers, experts]"
+    array = plain_array("Traces.counts", value, limit)
     if array.ndim != 3 or array.dtype.kind not in "iuf":
         raise InputError("Traces.counts", f"{array.dtype} array of shape {array.shape}", limit)
     if not array.size:
@@ -84,10 +85,10 @@ def checked_times(value: object, num_steps: int) -> FloatArray | None:
     """[T, G] microseconds as they are; `InputError` unless there is a row per step, of numbers >= 0 or NaN."""
     if value is None:
         return None
-    array = np.asarray(value)
+    limit = f"floats [{num_steps} steps, ranks]"
+    array = plain_array("Traces.rank_us", value, limit)
     if array.ndim != 2 or array.dtype.kind != "f" or len(array) != num_steps or not array.shape[1]:
-        found = f"{array.dtype} array of shape {array.shape}"
-        raise InputError("Traces.rank_us", found, f"floats [{num_steps} steps, ranks]")
+        raise InputError("Traces.rank_us", f"{array.dtype} array of shape {array.shape}", limit)
     if (array < 0).any() or np.isinf(array).any():
         raise InputError(
             "Traces.rank_us", "negative or infinite", "microseconds >= 0, or NaN where a rank said nothing"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt import foreign
 from gemopt.documents import integer_array
-from gemopt.exceptions import InputError
+from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, check_number
 from gemopt.placement import check_layer_ids
 from gemopt.traces.arrays import (
     FloatArray,
@@ -204,8 +204,8 @@ class Traces:
 
     def split(self, holdout: float) -> tuple[Traces, Traces]:
         """The first steps to fit on and the last `holdout` share (between 0 and 1) to score on."""
-        if not 0 < holdout < 1:
-            raise InputError("holdout", holdout, "a share strictly between 0 and 1", "for example 0.5")
+        limit = "a share strictly between 0 and 1"
+        check_number("holdout", holdout, limit, "for example 0.5", least=ABOVE_0, most=BELOW_1)
         cut = self.num_steps - round(self.num_steps * holdout)
         if not 0 < cut < self.num_steps:
             raise InputError(
@@ -218,8 +218,8 @@ class Traces:
 
     def windows(self, length: int) -> list[Traces]:
         """Consecutive windows of `length` steps; a shorter rest is left out."""
-        if not 1 <= length <= self.num_steps:
-            raise InputError("length", length, f"from 1 to the number of steps, {self.num_steps}")
+        limit = f"from 1 to the number of steps, {self.num_steps}"
+        check_number("length", length, limit, least=1, most=self.num_steps, whole=True)
         return [self.steps(slice(i, i + length)) for i in range(0, self.num_steps - length + 1, length)]
 
     def pairs(self) -> IntArray:
