@@ -17,7 +17,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import InputError, missing
+from gemopt.exceptions import check_number, missing
 from gemopt.traces import Traces
 
 FloatArray = NDArray[np.float64]
@@ -86,8 +86,7 @@ def classify(counts_TE: NDArray[Any], *, window: int | None = None) -> list[Expe
     counts = np.asarray(counts_TE, dtype=np.float64)
     steps = len(counts)
     length = max(1, min(WINDOW_STEPS, steps // 8)) if window is None else window
-    if not 1 <= length <= steps:
-        raise InputError("window", length, f"from 1 to the number of steps, {steps}")
+    check_number("window", length, f"from 1 to the number of steps, {steps}", least=1, most=steps, whole=True)
     cuts = np.arange(0, steps - length + 1, length)
     load_WE = np.stack([counts[i : i + length].sum(axis=0) for i in cuts])
     total_W1 = load_WE.sum(axis=1, keepdims=True)
@@ -108,8 +107,8 @@ def conflict_graph(traces: Traces | str | os.PathLike[str], layer: int, *, windo
     carries `layer_id` and `num_steps`.
     """
     traces = Traces.of(traces)
-    if not 0 <= layer < traces.num_layers:
-        raise InputError("layer", layer, f"from 0 to {traces.num_layers - 1}")
+    limit = f"an index from 0 to {traces.num_layers - 1}; its layers are {traces.layer_ids}"
+    check_number("layer", layer, limit, most=traces.num_layers - 1, whole=True)
     counts_TE = traces.counts[:, layer]
     excess_EE = excess_coload(counts_TE)
     correlation_EE = correlation(excess_EE)

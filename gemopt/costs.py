@@ -6,6 +6,7 @@ models by their cross-validated error on the profile's own points.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -214,9 +215,9 @@ def _exact_or(error: float) -> str:
 
 
 def fit(
-    profile: Profile, *, model: str = "auto", candidates: Sequence[Candidate] = CANDIDATES
+    profile: Profile | str | os.PathLike[str], *, model: str = "auto", candidates: Sequence[Candidate] = CANDIDATES
 ) -> tuple[CostModel, FitReport]:
-    """Turn a profile into a cost model.
+    """Turn a profile, or the one at a path, into a cost model.
 
     Parameters
     ----------
@@ -230,6 +231,7 @@ def fit(
     InputError
         When no candidate has that name or the profile has too few points for it.
     """
+    profile = Profile.of(profile)
     tables = [_in_order(device.table()) for device in profile.devices]
     usable = _usable(model, candidates, tables)
     some = list({device.name: i for i, device in enumerate(profile.devices)}.values())

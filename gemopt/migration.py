@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.exceptions import InputError
 from gemopt.placement import EMPTY, Placement
 
 IntArray = NDArray[np.int64]
@@ -104,7 +105,19 @@ def _order_on_rank(old_S: IntArray, new_S: IntArray) -> IntArray:
 
 
 def relabel(current: Placement, wanted: Placement) -> Placement:
-    """The wanted placement with the slots of each rank in the order that moves fewest experts."""
+    """The wanted placement with the slots of each rank in the order that moves fewest experts.
+
+    Raises
+    ------
+    InputError
+        When they are of other layers or experts.
+    """
+    current, wanted = Placement.of(current, "current"), Placement.of(wanted, "wanted")
+    for name in ("layer_ids", "num_experts"):
+        if getattr(current, name) != getattr(wanted, name):
+            raise InputError(
+                f"wanted.{name}", getattr(wanted, name), f"{getattr(current, name)} in the current placement"
+            )
     orders = [
         keep_in_place(before, after, current.slots_per_rank, wanted.slots_per_rank)
         for before, after in zip(current.physical_to_logical, wanted.physical_to_logical, strict=True)

@@ -37,11 +37,10 @@ def assert_feasible(
         When given, the placement must be of their ranks, layers and experts.
     """
     try:
-        if not isinstance(placement, Placement):
-            placement = Placement.load(placement)
+        placement = Placement.of(placement)
         Placement(**{name: getattr(placement, name) for name in type(placement).model_fields})  # validates anew
-        measured = profile if isinstance(profile, Profile) or profile is None else Profile.load(profile)
-        routed = traces if isinstance(traces, Traces) or traces is None else Traces.load(traces)
+        measured = None if profile is None else Profile.of(profile)
+        routed = None if traces is None else Traces.of(traces)
         ranks = placement.num_ranks if measured is None else measured.num_ranks
         if routed is not None:
             check_agreement(placement, routed, ranks)
@@ -60,9 +59,7 @@ def assert_bound_holds(
     result was made on. Where moves had limits or a price the bound is of other placements, and only the own one is
     tried.
     """
-    result = result if isinstance(result, Result) else Result.load(result)
-    profile = profile if isinstance(profile, Profile) else Profile.load(profile)
-    traces = traces if isinstance(traces, Traces) else Traces.load(traces)
+    result, profile, traces = Result.of(result), Profile.of(profile), Traces.of(traces)
     assert result.num_steps == traces.num_steps, (
         f"the result is of {result.num_steps} steps, the traces have {traces.num_steps}"
     )

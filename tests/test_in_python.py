@@ -15,9 +15,11 @@ from cli_inputs import profile, traces
 import gemopt
 from gemopt import evaluate, solve
 from gemopt.cli import main
+from gemopt.conflicts import conflict_graph
 from gemopt.costs import fit
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError
+from gemopt.migration import relabel
 from gemopt.online import Controller, Policy
 from gemopt.placement import Placement
 from gemopt.profile import Profile
@@ -168,6 +170,10 @@ def test_an_answer_says_how_to_make_it_again(
         (lambda p, t, x: Controller(p, x, {"threads": 1}), "policy: got {'threads': 1}"),
         (lambda p, t, x: Policy(thread=1), "Policy.thread: got 1; no such key; did you mean threads?"),
         (lambda p, t, x: Traces(counts=[[[1, 2], [3]]]), "Traces.counts"),
+        (lambda p, t, x: relabel(x, Placement.contiguous(1, 2, 2)), "wanted."),
+        (lambda p, t, x: fit(t), "profile: got a Traces"),
+        (lambda p, t, x: conflict_graph(t, "0"), "layer: got 0; an index"),
+        (lambda p, t, x: assert_bound_holds(x, p, t), "result: got a Placement"),
         (lambda p, t, x: Traces(counts=np.ma.masked_greater(t.counts, 5)), "Traces.counts: got masked values"),
     ],
 )
