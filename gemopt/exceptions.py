@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from math import nextafter
 from numbers import Integral, Real
+from os import PathLike
 from sys import float_info
 from typing import Any
 
@@ -73,6 +74,14 @@ def check_number(
     kind: Any = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
         raise InputError(field, value, limit, hint)
+
+
+def check_kind(field: str, value: object, kind: type, *or_kinds: type) -> None:
+    """Refuse what is of none of these types; PathLike and str stand for paths."""
+    if not isinstance(value, (kind, *or_kinds)):
+        names = [each.__name__ for each in (kind, *or_kinds) if each not in (str, PathLike)]
+        paths = ["the path of one"] if str in or_kinds else []
+        raise InputError(field, value, " or ".join([*(f"a {name} of gemopt" for name in names), *paths]))
 
 
 class InfeasibleError(InputError):

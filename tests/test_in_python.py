@@ -14,6 +14,7 @@ from cli_inputs import profile, traces
 
 import gemopt
 from gemopt import evaluate, solve
+from gemopt.advise import advise
 from gemopt.cli import main
 from gemopt.conflicts import conflict_graph
 from gemopt.costs import fit
@@ -24,6 +25,7 @@ from gemopt.online import Controller, Policy
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.replay import replay
+from gemopt.report import report
 from gemopt.result import Result
 from gemopt.testing import assert_bound_holds, assert_feasible
 from gemopt.traces import Traces
@@ -162,14 +164,17 @@ def test_an_answer_says_how_to_make_it_again(
         (lambda p, t, _: gemopt.compare(p, t, threads="2"), "threads: got 2"),
         (lambda p, t, _: gemopt.compare(p, t, holdout="half"), "holdout"),
         (lambda p, t, _: replay(p, t, window=4.0), "--window: got 4.0"),
-        (lambda p, t, _: replay(p, t, throttle="1:1.3@4-8"), "throttle: got 1:1.3@4-8; a gemopt.replay.Schedule"),
-        (lambda p, t, _: replay(p, t, migration=3), "migration: got 3; a gemopt.replay.Migration"),
+        (lambda p, t, _: replay(p, t, throttle="1:1.3@4-8"), "throttle: got 1:1.3@4-8; a Schedule of gemopt"),
+        (lambda p, t, _: replay(p, t, migration=3), "migration: got 3; a Migration of gemopt"),
         (lambda p, t, x: gemopt.evaluate(x, p, t, cost=3), "cost: got 3"),
         (lambda p, t, x: gemopt.evaluate(x, None, t, cost="staircase"), "profile: got nothing"),
         (lambda p, t, x: gemopt.evaluate(x, p, t).quantile_us(99), "q: got 99"),
         (lambda p, t, x: Controller(p, x, {"threads": 1}), "policy: got {'threads': 1}"),
         (lambda p, t, x: Policy(thread=1), "Policy.thread: got 1; no such key; did you mean threads?"),
         (lambda p, t, x: Traces(counts=[[[1, 2], [3]]]), "Traces.counts"),
+        (lambda p, t, x: advise(p, t, seed=1.5), "--seed: got 1.5"),
+        (lambda p, t, x: advise(p, t, model=3), "--model: got 3; a ModelShape of gemopt or the path of one"),
+        (lambda p, t, x: report(p, p, t), "answer: got Profile("),
         (lambda p, t, x: relabel(x, Placement.contiguous(1, 2, 2)), "wanted."),
         (lambda p, t, x: fit(t), "profile: got a Traces"),
         (lambda p, t, x: conflict_graph(t, "0"), "layer: got 0; an index"),

@@ -18,7 +18,7 @@ from gemopt.advise.variants import drift, skewness
 from gemopt.bounds import lower_bound
 from gemopt.costs import CostModel
 from gemopt.evaluate import check_rules, evaluate
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_kind, check_number
 from gemopt.predict import PREDICTORS
 from gemopt.predict import make as make_predictor
 from gemopt.problem import problems
@@ -35,8 +35,8 @@ DISTRIBUTIONS = {"all-past": 1, "window": 64, "dirichlet": 32}  # history that e
 
 
 def advise(
-    profile: Profile,
-    traces: Traces,
+    profile: Profile | str | os.PathLike[str],
+    traces: Traces | str | os.PathLike[str],
     *,
     horizon: int | None = None,
     memory_bytes: float = 0.0,
@@ -59,6 +59,8 @@ def advise(
 
     Parameters
     ----------
+    profile, traces
+        Objects or paths.
     horizon
         Steps that the decision has to hold: so many are scored, at most half of them, and the rest is fitted on; what
         has not paid for its first placement by then is not recommended. None: half of the steps.
@@ -90,12 +92,15 @@ def advise(
     InfeasibleError
         Rules that no placement keeps with a slot for each expert.
     """
+    profile, traces = Profile.of(profile), Traces.of(traces)
     if traces.num_steps < 4:
         raise InputError("traces", f"{traces.num_steps} steps", "at least 4: half are fitted on, half are scored")
-    if horizon is not None and horizon < 1:
-        raise InputError("--horizon", horizon, "at least 1 step")
-    if seed < 0:
-        raise InputError("--seed", seed, "0 or more")
+    if horizon is not None:
+        check_number("--horizon", horizon, "at least 1 step", least=1, whole=True)
+    check_number("--seed", seed, "0 or more", whole=True)
+    predictors = [predictors] if isinstance(predictors, str) else predictors
+    if migration is not None:
+        check_kind("migration", migration, Migration)
     asked = None if rules is None else Rules.of(rules)
     if predictors is not None and asked is not None:
         raise InputError("--predictors", ", ".join(predictors), "duplication knows no rules", "leave one out")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gemopt.advise.shape import ModelShape
 from gemopt.advise.sweep import SCOUTS, Bench, slots_that_gain
 from gemopt.costs import CostModel, cost_of
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_number
 from gemopt.placement import Placement, default_slots
 from gemopt.profile import Profile
 from gemopt.replay import Migration, ReplayResult, replay
@@ -81,8 +81,7 @@ def make_case(profile: Profile, traces: Traces, horizon: int | None, memory_byte
           cost: str | CostModel, rules: Rules | None) -> tuple[Case, list[str]]:  # fmt: skip
     """The case, and what to tell of how it was made."""
     notes = []
-    if not 0 <= memory_bytes < 1e15:
-        raise InputError("--memory", memory_bytes, "bytes from 0 to 1e15")
+    check_number("--memory", memory_bytes, "bytes from 0 to 1e15", most=1e15)
     migration = migration or Migration.of(profile)
     if shape is not None:
         shape.check(profile, traces)

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field
 
 from gemopt.documents import Settings, read_json
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_kind
 from gemopt.profile import Profile
 from gemopt.traces import Traces
 
@@ -99,4 +99,7 @@ class ModelShape(Settings):
 
 def shape_from(given: ModelShape | str | os.PathLike[str] | None) -> ModelShape | None:
     """A shape, or where to read it."""
-    return given if given is None or isinstance(given, ModelShape) else ModelShape.parse(os.fspath(given))
+    if given is None or isinstance(given, ModelShape):
+        return given
+    check_kind("--model", given, ModelShape, str, os.PathLike)
+    return ModelShape.parse(os.fspath(given))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit, scaled
 from gemopt.evaluate import objective, rank_times
-from gemopt.exceptions import InputError, refuse_unused
+from gemopt.exceptions import InputError, check_kind, refuse_unused
 from gemopt.latency import FloatArray, Latency
 from gemopt.layer_rules import rules_of
 from gemopt.online import state
@@ -83,9 +83,8 @@ class Controller:
         placement = Placement.of(placement)
         known = None if self.profile is None else self.profile.model.expert_bytes
         self.senders = Senders.asked_by(senders, placement.split)
-        if not isinstance(policy, (Policy, type(None))):
-            raise InputError("policy", policy, "a gemopt.online.Policy")
         self.policy = policy = policy or Policy()
+        check_kind("policy", policy, Policy)
         self.expert_bytes = float(policy.expert_bytes or known or EXPERT_BYTES)
         self.nodes_G = None if self.profile is None else np.array(self.profile.node_of_rank)
         self.memories = Memories(policy, placement.num_layers, placement.num_experts)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, cost_of
-from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_number
+from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_kind, check_number
 from gemopt.latency import FloatArray
 from gemopt.placement import Split
 from gemopt.problem import slot_counts
@@ -90,9 +90,8 @@ def replay(
     profile, traces = Profile.of(profile), Traces.of(traces)
     chosen, schedule = make(strategies), throttle or Schedule()
     migration = migration or Migration.of(profile)
-    for name, value, kind in (("throttle", schedule, Schedule), ("migration", migration, Migration)):
-        if not isinstance(value, kind):
-            raise InputError(name, value, f"a gemopt.replay.{kind.__name__}")
+    check_kind("throttle", schedule, Schedule)
+    check_kind("migration", migration, Migration)
     shared = _shared(split, senders, chosen)
     past, _ = _split(traces, fit, window)
     _check_numbers(non_moe_us, noise, seed)

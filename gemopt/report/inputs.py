@@ -12,7 +12,7 @@ import numpy as np
 from gemopt.costs import CostModel, fit
 from gemopt.documents import Document, read_json, sha256
 from gemopt.evaluate import Evaluation, check_agreement, evaluate
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_kind
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.replay.result import ReplayResult
@@ -139,6 +139,7 @@ def read_answer(given: Result | Placement | Source) -> tuple[Result | None, Plac
     InputError
         The result has no placement.
     """
+    check_kind("answer", given, Result, Placement, str, os.PathLike)
     if not isinstance(given, (Result, Placement)):
         keys = read_json(given)
         given = (Placement if isinstance(keys, dict) and "physical_to_logical" in keys else Result).load(given)
