@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gemopt.advise.shape import ModelShape
 from gemopt.advise.sweep import SCOUTS, Bench, slots_that_gain
 from gemopt.costs import CostModel, cost_of
-from gemopt.exceptions import InputError, check_number
+from gemopt.exceptions import check_number
 from gemopt.placement import Placement, default_slots
 from gemopt.profile import Profile
 from gemopt.replay import Migration, ReplayResult, replay
