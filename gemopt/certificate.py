@@ -7,7 +7,7 @@ import json
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from gemopt.traces import Traces
 UNIT = 1 << 24  # multipliers, planes and factors are whole numbers of 1 / UNIT
 ENDING = ".duals.safetensors"
 IntArray = NDArray[np.int64]
+Senders = Literal["traces", "uniform"]
 
 
 class Proof(StrEnum):
@@ -45,6 +46,7 @@ class LayerProof(BaseModel):
     bound_us: the solver's bound, which the tree proves; that of the multipliers where contents were not searched to the
     end, or where it is that of copies but for rounding. dual_us, columns_us, copies_us: what the multipliers of the
     co-location programme, of the contents of ranks and of copies prove, None where there are none.
+    weights: [P] static ones of the slots, where the split is that.
     planes: [C, K, 1 + F] intercept and slopes of each group in 2^-24 picoseconds; group, factor: [G] of each rank that
     has slots, the factor in 2^-24. See docs/certificates.md.
     """
@@ -54,6 +56,7 @@ class LayerProof(BaseModel):
     layer_id: int
     proof: Proof
     row: list[int]
+    weights: list[float] = Field(default_factory=list)
     objective_us: float = Field(ge=0)
     bound_us: float
     dual_us: float | None = None
@@ -75,6 +78,8 @@ class Certificate(Document):
         Cost model fitted to the profile, as `--cost` names it.
     slots_per_rank
         [G] slots of each rank.
+    split, senders
+        How copies share, and where it is by who sends the assignments, whether `traces` say it or all ranks send alike.
     profile_sha256, traces_sha256, duals_sha256, own_sha256
         Digests of the profile, of the counts, of the file of multipliers ("" without one), and of all the rest here.
     """
@@ -86,6 +91,8 @@ class Certificate(Document):
     gap: float
     cost: str
     slots_per_rank: list[int]
+    split: Literal["even", "static", "nearest", "optimal"] = "even"
+    senders: Senders = "uniform"
     layers: list[LayerProof] = Field(min_length=1)
     profile_sha256: str
     traces_sha256: str
@@ -100,7 +107,8 @@ class Certificate(Document):
         """Write the document, and the multipliers by layer id beside it first.
 
         `mu.0`, `v.0`, `y.0` of the co-location programme; `level.0`, `share.0`, `price.0` of contents of ranks;
-        `pair.0`, `slot.0` of copies.
+        `pair.0`, `slot.0` of copies; and `part.0`, [T, C] what the slots whose experts have others take, under the
+        optimal split.
         """
         content = save(duals) if duals else b""
         digest = hashlib.sha256(content).hexdigest() if duals else ""
@@ -144,8 +152,11 @@ def duals_path(path: str | os.PathLike[str]) -> Path:
     return Path(path).with_name(Path(path).stem + ENDING)
 
 
-def counts_digest(traces: Traces) -> str:
-    """Hex sha256 of what a placement is scored on: the counts, their shape and the layers' ids."""
+def counts_digest(traces: Traces, senders: Senders = "uniform") -> str:
+    """Hex sha256 of what a placement is scored on: counts, their shape, layers' ids; and who sends, if `traces` say."""
     digest = hashlib.sha256(json.dumps([list(traces.counts.shape), list(traces.layer_ids)]).encode())
     digest.update(np.ascontiguousarray(traces.counts, dtype="<i4").reshape(-1).data)
+    if senders == "traces" and traces.tokens is not None and traces.tokens.source_rank is not None:
+        for array in (traces.tokens.step_of_token, traces.tokens.source_rank, traces.tokens.ids):
+            digest.update(np.ascontiguousarray(array, dtype="<i8").reshape(-1).data)
     return digest.hexdigest()

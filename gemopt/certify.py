@@ -10,19 +10,22 @@ import numpy as np
 
 from gemopt.bounds import CopiesProof, Together
 from gemopt.bounds.dual_bound import prices
-from gemopt.certificate import UNIT, Certificate, IntArray, LayerProof, Proof, counts_digest
+from gemopt.certificate import UNIT, Certificate, IntArray, LayerProof, Proof, Senders, counts_digest
 from gemopt.costs import CostModel, fit
 from gemopt.exceptions import InputError
-from gemopt.placement import Split
+from gemopt.placement import EMPTY, Placement, Split
+from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import LayerResult, Result, StoppedBy
 from gemopt.solvers.exact.column_space import Proven
 from gemopt.solving.layers import Layer
+from gemopt.splits import optimal_shares
 from gemopt.traces import Traces
 from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
 from gemopt.verify.columns import PART_BITS, check_columns
 from gemopt.verify.copies import check_copies
 from gemopt.verify.dual import check_dual, slack, units
+from gemopt.verify.shares import shares
 
 
 @dataclass(frozen=True)
@@ -45,32 +48,24 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
     Raises
     ------
     InputError
-        There is no placement, moves have a price or limits, copies do not share evenly, or the cost model is none that
-        `fit` makes of the profile.
+        There is no placement, moves have a price or limits, or the cost model is none that `fit` makes of the profile.
     """
     if result.placement is None or any(layer.problem.moves is not None for layer in layers):
         raise InputError(
             "certificate", "moves" if result.placement else "no placement", "placements without moves only"
         )
-    first = layers[0].problem
-    if first.spare_slots and first.split is not Split.EVEN:
-        raise InputError("certificate", first.split.value, "copies that share evenly, or none", "use --split even")
     _check_cost(profile, cost)
-    slots_G = result.placement.slots_per_rank
+    first = layers[0].problem
+    split = first.split if first.spare_slots else Split.EVEN
+    senders: Senders = "uniform" if split is not Split.NEAREST or first.senders_TGE is None else "traces"
     proofs: list[LayerProof] = []
     duals: dict[str, IntArray] = {}
     for index, (layer, found) in enumerate(zip(layers, result.per_layer, strict=True)):
-        row = result.placement.physical_to_logical[index]
-        case = Case(traces.counts[:, index].astype(np.int64), cost, slots_G)
-        value, outcome = objective_us(case, row), layer.outcome
-        searched = outcome is not None and outcome.searched_nodes is not None
-        proof = LayerProof(
-            layer_id=found.layer_id,
-            proof=Proof.TREE if searched else Proof.CLAIMED,
-            row=row.tolist(),
-            objective_us=value,
-            bound_us=min(_of_all_placements(layer, found), value),
-        )
+        case = _case(layer.problem, cost)
+        proof = _placed(case, layer, found, result.placement, index, duals)
+        value, outcome = proof.objective_us, layer.outcome
+        if outcome is not None and outcome.searched_nodes is not None:
+            proof = proof.model_copy(update={"proof": Proof.TREE})
         if layer.together is not None and not layer.problem.spare_slots:
             proof = _with_dual(case, proof, layer.together, duals)
         if outcome is not None and isinstance(outcome.columns, Proven):
@@ -91,12 +86,39 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
         bound_us=bound,
         gap=1 - bound / max(total, 1e-300),
         cost=cost.name,
-        slots_per_rank=slots_G.tolist(),
+        slots_per_rank=first.slots_per_rank.tolist(),
+        split=split.value,
+        senders=senders,
         layers=proofs,
         profile_sha256=profile.digest(),
-        traces_sha256=counts_digest(traces),
+        traces_sha256=counts_digest(traces, senders),
     )
     return Certified(certificate, duals)
+
+
+def _case(problem: Problem, cost: CostModel) -> Case:
+    """A layer's problem as the verifier states it."""
+    split = problem.split.value if problem.spare_slots else "even"
+    sent_TGE = None if split != "nearest" or problem.senders_TGE is None else problem.senders_TGE.astype(np.int64)
+    return Case(problem.counts_TE.astype(np.int64), cost, problem.slots_per_rank, split, problem.node_of_rank, sent_TGE)
+
+
+def _placed(
+    case: Case, layer: Layer, found: LayerResult, placement: Placement, index: int, duals: dict[str, IntArray]
+) -> LayerProof:
+    """A layer's placement, what it is worth with its weights or shares, and its bound, of which nothing is proven."""
+    row_P, weights, mine = placement.physical_to_logical[index], [], {}
+    shared_P = (row_P != EMPTY) & (np.bincount(row_P[row_P != EMPTY])[row_P] > 1)
+    if case.split == "static" and placement.split_weights is not None:
+        weights = placement.split_weights[index].tolist()
+    if case.split == "optimal" and shared_P.any():
+        mine[f"part.{found.layer_id}"] = np.ascontiguousarray(optimal_shares(layer.problem, row_P)[:, shared_P])
+    placed = LayerProof(
+        layer_id=found.layer_id, proof=Proof.CLAIMED, row=row_P.tolist(), weights=weights, objective_us=0, bound_us=0
+    )
+    value = objective_us(case, row_P, shares(case, placed, mine))
+    duals.update(mine)
+    return placed.model_copy(update={"objective_us": value, "bound_us": min(_of_all_placements(layer, found), value)})
 
 
 def _of_all_placements(layer: Layer, found: LayerResult) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -76,14 +76,17 @@ class Verified:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One layer of the question: counts [T, E], the cost model, slots [G].
+    """One layer of the question: counts [T, E], the cost model, slots [G], and how copies share.
 
-    loads_FTE: features of every expert. low_ps, exact_us: see `tables`.
+    nodes_G: node of each rank. sent_TGE: assignments by the rank that sends them; None where all send alike.
     """
 
     counts_TE: IntArray
     cost: CostModel
     slots_G: IntArray
+    split: str = "even"
+    nodes_G: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
+    sent_TGE: IntArray | None = None
 
     @cached_property
     def loads_FTE(self) -> IntArray:
@@ -180,16 +183,13 @@ def floor_bound_us(case: Case) -> float:
     return float(case.floors_T.sum()) / PS * (1 - SAME)
 
 
-def objective_us(case: Case, row_P: IntArray) -> float:
-    """Summed makespan of a row in microseconds; copies share evenly, the first ones taking what is left over."""
+def objective_us(case: Case, row_P: IntArray, shares_TP: IntArray) -> float:
+    """Summed makespan in microseconds of a row whose slots take these shares."""
     owner_P = np.repeat(np.arange(len(case.slots_G)), case.slots_G)
     loads_GFT = np.zeros((len(case.slots_G), *case.loads_FTE.shape[:2]), np.int64)
-    for expert in range(case.counts_TE.shape[1]):
-        holders = owner_P[row_P == expert]
-        for index, g in enumerate(holders):
-            share_T = (case.counts_TE[:, expert] + len(holders) - 1 - index) // len(holders)
-            for f, feature in enumerate(case.cost.features):
-                loads_GFT[g, f] += feature.of(share_T).astype(np.int64)
+    for slot in np.flatnonzero(row_P >= 0):
+        for f, feature in enumerate(case.cost.features):
+            loads_GFT[owner_P[slot], f] += feature.of(shares_TP[:, slot]).astype(np.int64)
     return float(np.max([case.times_us(g, loads_GFT[g]) for g in range(len(case.slots_G))], axis=0).sum())
 
 
@@ -209,6 +209,8 @@ def verify(
         Naming the check that failed: a file that is not whole, another problem's certificate, an edited one, a
         placement that is not feasible, an objective or a bound that is not what it says.
     """
+    from gemopt.verify.shares import sent
+
     certificate = Certificate.load(path)
     _check_digests(certificate, profile, traces)
     duals = certificate.duals(path)
@@ -223,8 +225,10 @@ def verify(
             "another problem's",
         )
     checks: list[LayerCheck] = []
+    nodes_G = np.array(profile.node_of_rank, np.int64)
     for index, layer in enumerate(certificate.layers):
-        case = Case(traces.counts[:, index].astype(np.int64), cost, slots_G)
+        sent_TGE = sent(traces, index, len(slots_G)) if certificate.senders == "traces" else None
+        case = Case(traces.counts[:, index].astype(np.int64), cost, slots_G, certificate.split, nodes_G, sent_TGE)
         checks.append(_check_layer(case, layer, duals, most_nodes))
         progress(f"layer {layer.layer_id}: {checks[-1].proof.value}")
     found = Verified(checks)
@@ -241,7 +245,7 @@ def verify(
 def _check_digests(certificate: Certificate, profile: Profile, traces: Traces) -> None:
     for name, said, here in (
         ("profile_sha256", certificate.profile_sha256, profile.digest()),
-        ("traces_sha256", certificate.traces_sha256, counts_digest(traces)),
+        ("traces_sha256", certificate.traces_sha256, counts_digest(traces, certificate.senders)),
     ):
         if said != here:
             raise InputError(f"Certificate.{name}", said, f"{here} is what was given", "it is of another problem")
@@ -253,10 +257,11 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
     from gemopt.verify.columns import check_columns, no_better_contents
     from gemopt.verify.copies import check_copies
     from gemopt.verify.dual import check_dual
+    from gemopt.verify.shares import shares
     from gemopt.verify.tree import no_better
 
     row_P = _feasible(case, layer)
-    found_us = objective_us(case, row_P)
+    found_us = objective_us(case, row_P, shares(case, layer, duals))
     name = f"Certificate.layers[{layer.layer_id}]"
     if abs(found_us - layer.objective_us) > SAME * max(found_us, 1.0):
         raise InputError(

@@ -1,7 +1,7 @@
 """What the multipliers of the copies bound prove, in whole numbers: no rounding, so no doubt.
 
-The formula is that of docs/certificates.md, under even shares. With multipliers in units of 2^-24, times and the price
-of a slot in picoseconds, all costs are whole numbers of 2^-24 picoseconds.
+The formula is that of docs/certificates.md, under even shares or under any. With multipliers in units of 2^-24, times
+and the price of a slot in picoseconds, all costs are whole numbers of 2^-24 picoseconds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gemopt.verify import Case
 
 PS = 10**6
+MOST_TIMES = 1 << 14  # of ranks that are told apart
 
 
 def check_copies(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> float:
@@ -57,8 +58,32 @@ def _times(case: Case, count_N: IntArray) -> tuple[IntArray, IntArray]:
     hosts = np.flatnonzero(case.slots_G).tolist()
     grid = np.arange(int(count_N.max(initial=0)) + 1)
     loads_FM = np.stack([feature.of(grid) for feature in case.cost.features])
-    time_GM = np.sort([case.floor_ps(case.times_us(g, loads_FM, low=True)) for g in hosts], axis=0)
-    copies = range(1, min(case.spare + 1, len(hosts)) + 1)
-    # n % k copies have one more than the others: the slowest of those, and of all with what all have
-    times = [np.maximum(time_GM[(count_U - 1) % k, -(-count_U // k)], time_GM[k - 1, count_U // k]) for k in copies]
-    return np.stack(times, axis=1), load_N
+    time_GM = np.array([case.floor_ps(case.times_us(g, loads_FM, low=True)) for g in hosts])
+    time_GM = np.maximum(time_GM, case.floors_T.min())
+    most = min(case.spare + 1, len(hosts))
+    times_KU = _even_times(time_GM, count_U, most) if case.split == "even" else _free_times(time_GM, count_U, most)
+    return times_KU.T, load_N
+
+
+def _even_times(time_GM: IntArray, count_U: IntArray, most: int) -> IntArray:
+    """[K, U] of even shares: `n % k` copies have one more than the others."""
+    time_GM = np.sort(time_GM, axis=0)
+    times = [
+        np.maximum(time_GM[(count_U - 1) % k, -(-count_U // k)], time_GM[k - 1, count_U // k])
+        for k in range(1, most + 1)
+    ]
+    return np.stack(times)
+
+
+def _free_times(time_GM: IntArray, count_U: IntArray, most: int) -> IntArray:
+    """[K, U] of any shares: the least time in which the k ranks that carry most carry a count.
+
+    Of more than `MOST_TIMES` times that any rank takes, some are left out: what needs one of them is taken to need no
+    more than the least after the last one that is in.
+    """
+    time_N = np.unique(time_GM[time_GM <= time_GM[:, -1].min()])
+    chosen_L = np.unique(np.linspace(0, len(time_N) - 1, min(len(time_N), MOST_TIMES)).astype(np.int64))
+    least_L = time_N[np.append(0, chosen_L[:-1] + 1)]
+    held_GL = np.array([np.searchsorted(time_M, time_N[chosen_L], side="right") for time_M in time_GM]) - 1
+    held_KL = np.cumsum(-np.sort(-np.maximum(held_GL, 0), axis=0), axis=0)[:most]
+    return np.stack([least_L[np.searchsorted(held_L, count_U)] for held_L in held_KL])
