@@ -118,7 +118,8 @@ def _placed(
     )
     value = objective_us(case, row_P, shares(case, placed, mine))
     duals.update(mine)
-    return placed.model_copy(update={"objective_us": value, "bound_us": min(_of_all_placements(layer, found), value)})
+    bound_us = max(_of_all_placements(layer, found), floor_bound_us(case))  # its own may have been cut
+    return placed.model_copy(update={"objective_us": value, "bound_us": min(bound_us, value)})
 
 
 def _of_all_placements(layer: Layer, found: LayerResult) -> float:

@@ -108,8 +108,8 @@ def _in_proportion(count_T: IntArray, weights: list[float]) -> IntArray:
     ends = [0.0]
     for weight in weights[:-1]:
         ends.append(min(1.0, ends[-1] + weight))
-    edge_TC = np.floor(count_T[:, None] * np.array([*ends, 1.0]) + 0.5)
-    return np.diff(edge_TC, axis=1).astype(np.int64)
+    edge_TC: IntArray = np.floor(count_T[:, None] * np.array([*ends, 1.0]) + 0.5).astype(np.int64)
+    return np.asarray(edge_TC[:, 1:] - edge_TC[:, :-1])
 
 
 def _nearest(rank_C: IntArray, nodes_G: IntArray) -> IntArray:

@@ -89,10 +89,12 @@ def within(ranks: IntArray, cut_G: Array) -> bool:
 
 
 @njit(cache=True, nogil=True)
-def least_times(curves: Curves, counts_TE: Array, fluid_T: Array, flow: Flow, change: Change, work: Work) -> None:
-    """Fill in by how much the load inside of each cut grows, and what the step takes at least."""
+def least_times(
+    curves: Curves, counts_TE: Array, fluid_T: Array, flow: Flow, change: Change, work: Work, steps: IntArray
+) -> None:
+    """Fill in, for some steps, by how much the load inside of the cut grows, and what the step takes at least."""
     members = work.room.queue
-    for t in range(len(fluid_T)):
+    for t in steps:
         cut_G, moved = flow.cut_TG[t], 0
         for n in range(2):
             if change.experts[n] >= 0:
@@ -169,31 +171,48 @@ def holds(flow: Flow, change: Change, t: int) -> bool:
 
 
 @njit(cache=True, nogil=True)
+def saved_on(
+    curves: Curves, counts_TE: Array, weights_T: Array, fluid_T: Array, copies: Copies, flow: Flow, change: Change,
+    then: Flow, work: Work, steps: IntArray, saved: float, least: float,
+) -> float:  # fmt: skip
+    """What a change saves on some steps in weighted microseconds, and `saved`; any number below `least` if it is less.
+
+    The steps that are split anew are written into `then`.
+    """
+    least_times(curves, counts_TE, fluid_T, flow, change, work, steps)
+    longer_N = weights_T[steps] * (work.least_T[steps] - flow.times_T[steps])
+    saved -= longer_N.sum()
+    for t in steps[np.argsort(longer_N)]:  # what promises most is seldom kept
+        if saved < least:
+            return saved
+        work.anew_T[t] = work.moved_T[t] != 0 or not holds(flow, change, t)
+        if work.anew_T[t]:
+            time = split_anew(curves, copies, flow, change, then, work, t, fluid_T[t])
+            saved -= weights_T[t] * (time - work.least_T[t])
+    return saved
+
+
+@njit(cache=True, nogil=True)
 def try_change(
     curves: Curves, counts_TE: Array, weights_T: Array, fluid_T: Array, copies: Copies, flow: Flow, change: Change,
-    then: Flow, work: Work, least: float,
+    then: Flow, work: Work, order: IntArray, glance: int, least: float,
 ) -> float:  # fmt: skip
     """Carry a change out where it saves at least so many weighted microseconds, which are returned; else 0.
 
-    copies: those after the change. then: room for the steps that are split anew.
+    copies: those after the change. then: room for the steps that are split anew. order: all steps; a change that loses
+    on the first `glance` of them is not looked at any further.
     """
-    least_times(curves, counts_TE, fluid_T, flow, change, work)
-    saved = 0.0
-    for t in range(len(fluid_T)):
-        saved += weights_T[t] * (flow.times_T[t] - work.least_T[t])
-    for moved in (True, False):
-        for t in range(len(fluid_T)):
-            if (work.moved_T[t] != 0) != moved:
-                continue
-            if saved < least:
-                return 0.0
-            work.anew_T[t] = moved or not holds(flow, change, t)
-            if work.anew_T[t]:
-                time = split_anew(curves, copies, flow, change, then, work, t, fluid_T[t])
-                saved -= weights_T[t] * (time - work.least_T[t])
+    saved = saved_on(
+        curves, counts_TE, weights_T, fluid_T, copies, flow, change, then, work, order[:glance], 0.0, 0.0
+    )  # fmt: skip
+    if saved < 0.0:
+        return 0.0
+    saved = saved_on(
+        curves, counts_TE, weights_T, fluid_T, copies, flow, change, then, work, order[glance:], saved, least
+    )  # fmt: skip
     if saved < least:
         return 0.0
-    for t in range(len(fluid_T)):
+    for t in order:
         if not work.anew_T[t]:
             exchange(flow, change, t, flow.shares_TP[t], flow.load_TG[t])
             continue

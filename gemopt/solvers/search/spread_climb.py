@@ -13,11 +13,11 @@ from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY
 from gemopt.solvers.base import Row
 from gemopt.solvers.search.spread_changes import Change, Flow, fill_most, make_work, try_change
-from gemopt.solvers.search.spreading import Look
+from gemopt.solvers.search.spreading import FEWEST, GLANCE, Look
 from gemopt.splits.flow import find_copies
 
 LEAST_GAIN = 1e-9  # of the value
-REFRESH = 500  # tries after which slots and experts are weighed again
+REFRESH = 1000  # tries after which slots and experts are weighed again, and other steps come first
 ANYWHERE = 1e-3  # of what all slots cost: what each of them has at least, taken together
 
 
@@ -48,6 +48,7 @@ class Climb:
         for done in range(tries):
             if done % REFRESH == 0:
                 slot_P, expert_E = self._weights()
+                self.order = self.draws.permutation(self.problem.num_steps)
             if stop():
                 break
             slot = int(np.searchsorted(slot_P, self.draws.random()))
@@ -98,7 +99,7 @@ class Climb:
         copies = self.copies if alone else find_copies(row, self.ranks, problem.num_experts, problem.num_ranks)
         saved = try_change(
             self.looks.curves, problem.counts_TE, problem.weights_T, self.looks.fluid_T, copies, self.flow, change,
-            self.then, self.work, LEAST_GAIN * self.value_us,
+            self.then, self.work, self.order, max(FEWEST, len(self.order) // GLANCE), LEAST_GAIN * self.value_us,
         )  # fmt: skip
         if saved > 0:
             self.row, self.copies, self.value_us = row, copies, self.value_us - saved
