@@ -100,13 +100,18 @@ def held_within(curves: Curves, members: IntArray, time: float, total: Number) -
 
 
 @njit(cache=True, nogil=True)
-def level(curves: Curves, members: IntArray, load: Number, known: float) -> Number:
-    """Least time, within `TIGHT`, in which some ranks hold a load together; never below `known`, never too short."""
+def level(curves: Curves, members: IntArray, load: Number, known: float, enough: float = np.inf) -> Number:
+    """Least time, within `TIGHT`, in which some ranks hold a load together; never below `known`, never too short.
+
+    enough: a time in which they do, if one is known.
+    """
     below, held = known, held_within(curves, members, known, load)
     if held >= load:
         return known
     missing, width = load - held, 0.01
     above, surplus = below, -1
+    if enough < np.inf:
+        above, surplus = enough, held_within(curves, members, enough, load) - load
     while surplus < 0:
         above = below + width * (abs(below) + 1e-6)
         surplus, width = held_within(curves, members, above, load) - load, 2 * width

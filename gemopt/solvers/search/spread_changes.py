@@ -107,7 +107,9 @@ def least_times(
                 if cut_G[g]:
                     members[size] = g
                     size += 1
-            work.least_T[t] = level(curves, members[:size], flow.inside_T[t] + moved, fluid_T[t])
+            now, load = flow.times_T[t], flow.inside_T[t] + moved
+            known, enough = (now, np.inf) if moved > 0 else (fluid_T[t], now)
+            work.least_T[t] = level(curves, members[:size], load, known, enough)
 
 
 @njit(cache=True, nogil=True)
