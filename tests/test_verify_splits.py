@@ -23,8 +23,9 @@ from gemopt.profile import Device, Profile, Sample
 from gemopt.solve import solve
 from gemopt.traces import Traces
 from gemopt.traces.tokens import Tokens
-from gemopt.verify import copies, verify
+from gemopt.verify import Case, copies, verify
 from gemopt.verify.copies import check_copies
+from gemopt.verify.shares import shares
 
 NEVER = np.zeros(1, np.uint8)
 Edit = Callable[[dict[str, Any]], None]
@@ -211,6 +212,15 @@ def test_edited_shares_are_found(made: tuple[Path, float], tmp_path: Path, chang
     stated.write(tmp_path / "cert.json", duals)
     with pytest.raises(InputError, match=r"Certificate|part\.0"):
         verify(tmp_path / "cert.json", of(stated), sent())
+
+
+def test_shares_that_add_up_only_in_64_bits_are_refused() -> None:
+    case = Case(np.array([[5, 1]]), None, np.array([2, 1, 1]), "optimal")  # type: ignore[arg-type]
+    layer, part_TC = LAYER.model_copy(update={"row": [0, 1, 0, 0]}), np.array([[2, 0, 3]])
+    assert shares(case, layer, {"part.0": part_TC}).tolist() == [[2, 1, 0, 3]]
+    largest = np.iinfo(np.int64).max
+    with pytest.raises(InputError, match="whole parts"):
+        shares(case, layer, {"part.0": np.array([[largest, largest, 7]])})
 
 
 def test_other_senders_are_another_problem(made: tuple[Path, float]) -> None:

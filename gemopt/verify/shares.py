@@ -40,19 +40,16 @@ def shares(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> IntArra
         shares_TP[:, shared_C] = _stated(case, layer, duals, len(shared_C))
     for expert in np.flatnonzero(number_E > 1):
         slots, count_T = np.flatnonzero(row_P == expert), case.counts_TE[:, expert]
-        used_G = _nearest(owner_P[slots], case.nodes_G)
         if case.split == "even":
             part_TC = (count_T[:, None] + len(slots) - 1 - np.arange(len(slots))) // len(slots)
         elif case.split == "static":
             part_TC = _in_proportion(count_T, weight_P[slots].tolist())
-        elif case.split == "optimal":
-            part_TC = shares_TP[:, slots]
-        elif case.sent_TGE is None:
-            part_TC = _in_proportion(count_T, [float((used_G == c).sum()) / len(used_G) for c in range(len(slots))])
+        elif case.split == "nearest":
+            part_TC = _nearest(case, int(expert), owner_P[slots])
         else:
-            parts = [case.sent_TGE[:, used_G == c, expert].sum(axis=1) for c in range(len(slots))]
-            part_TC = np.stack(parts, axis=1)
-        if (part_TC < 0).any() or (part_TC.sum(axis=1) != count_T).any():
+            part_TC = shares_TP[:, slots]
+        beyond = (part_TC < 0) | (part_TC > count_T[:, None])
+        if beyond.any() or (part_TC.sum(axis=1) != count_T).any():
             name = f"Certificate.layers[{layer.layer_id}]: shares"
             raise InputError(name, f"expert {expert}", "whole parts >= 0 of its assignments at every step")
         shares_TP[:, slots] = part_TC
@@ -112,11 +109,14 @@ def _in_proportion(count_T: IntArray, weights: list[float]) -> IntArray:
     return np.asarray(edge_TC[:, 1:] - edge_TC[:, :-1])
 
 
-def _nearest(rank_C: IntArray, nodes_G: IntArray) -> IntArray:
-    """[G] which copy each sender uses: its own, else those of its node, else all, several in turn by sender."""
+def _nearest(case: Case, expert: int, rank_C: IntArray) -> IntArray:
+    """[T, C] what the ranks send that use each copy: their own, else those of their node, else all, in turn by rank."""
     used = []
-    for g, node in enumerate(nodes_G):
-        own, close = np.flatnonzero(rank_C == g), np.flatnonzero(nodes_G[rank_C] == node)
+    for g, node in enumerate(case.nodes_G):
+        own, close = np.flatnonzero(rank_C == g), np.flatnonzero(case.nodes_G[rank_C] == node)
         near = own if len(own) else close if len(close) else np.arange(len(rank_C))
-        used.append(near[g % len(near)])
-    return np.array(used, np.int64)
+        used.append(int(near[g % len(near)]))
+    if case.sent_TGE is None:
+        return _in_proportion(case.counts_TE[:, expert], [used.count(c) / len(used) for c in range(len(rank_C))])
+    uses_GC = np.array(used)[:, None] == np.arange(len(rank_C))
+    return np.asarray(case.sent_TGE[:, :, expert] @ uses_GC)
