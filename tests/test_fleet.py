@@ -133,7 +133,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
 
 def test_ranks_without_speeds_are_equal_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, out = written(tmp_path, "tokens,dtype,uuid,latency_us\n8,a,u,1\n8,b,u,3\n16,a,u,2\n"), tmp_path / "p.json"
-    words = ["profile", "import", table, "--where", "dtype=a", "-o", out]
+    words = ["profile", "import", table, "--unit", "assignments", "--where", "dtype=a", "-o", out]
     assert run(capsys, *words, "--ranks", 8) == (0, f"{out}: 8 equal devices, 16 samples")
     profile = Profile.load(out)
     assert [loads(profile, rank) for rank in range(8)] == [[(8, None, 1.0), (16, None, 2.0)]] * 8

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from gemopt.profile import Profile
 
 Columns = list[str] | None
-DOUBTFUL = 0.2  # of a latency: repeats that lie further around their median are hardly of one kind
 
 
 @profile_app.command(
@@ -35,6 +34,7 @@ def import_table(
     top_k: Annotated[int | None, typer.Option(help="experts per token")] = None,
     ep: Annotated[int | None, typer.Option(help="ranks of the measured group, for group-tokens")] = None,
     where: Annotated[Columns, typer.Option(metavar="COLUMN=VALUE", help="only these rows; repeatable")] = None,
+    load_column: Annotated[str | None, typer.Option(help="column with the load; then give --unit")] = None,
     time_column: Annotated[str | None, typer.Option(metavar="NAME[:ms]", help="column with the layer's time")] = None,
     device_column: Annotated[Columns, typer.Option(help="column that tells devices apart; repeatable")] = None,
     repeat_column: Annotated[
@@ -63,15 +63,18 @@ def import_table(
     check_writable(output)
     if unit is not None and unit not in list(Unit):
         raise InputError("--unit", unit, f"one of {', '.join(Unit)}")
+    notes: list[str] = []
     profile = read_table(
         table,
         unit=None if unit is None else Unit(unit),
         top_k=top_k,
         ep=ep,
         where=where or (),
+        load=load_column,
         time=time_column,
         device=device_column or (),
         repeat=repeat_column or (),
+        notes=notes,
     )
     if device is not None:
         named = [each.model_copy(update={"name": device}) for each in profile.devices]
@@ -92,10 +95,10 @@ def import_table(
     profile.save(output)
     if as_json:
         samples = sum(len(each.samples) for each in profile.devices)
-        print_json({"output": str(output), "devices": profile.num_ranks, "samples": samples})
+        print_json({"output": str(output), "devices": profile.num_ranks, "samples": samples, "notes": notes})
         return
     say(f"{output}: {_summary(profile, measured, drawn=speeds is not None)}")
-    for note in _disagreeing(profile):
+    for note in notes:
         say(f"note: {note}")
 
 
@@ -107,14 +110,3 @@ def _summary(profile: Profile, measured: int, *, drawn: bool) -> str:
         return f"1 device, {samples} sample{plural}; a placement needs several: --ranks N makes N equal ones"
     kind = "equal " if count > measured and not drawn else ""
     return f"{count} {kind}devices, {samples} samples"
-
-
-def _disagreeing(profile: Profile) -> list[str]:
-    """The note on loads whose times are too far apart for repeats of one measurement."""
-    samples = [sample for each in profile.devices for sample in each.samples]
-    apart = [sample for sample in samples if (sample.spread_us or 0) > DOUBTFUL * sample.latency_us]
-    if not apart:
-        return []
-    worst = max(apart, key=lambda sample: (sample.spread_us or 0) / sample.latency_us)
-    times = f"{worst.assignments} assignments: {worst.latency_us:.4g} us, half of them off by {worst.spread_us:.4g}"
-    return [f"the times of {len(apart)} of {len(samples)} loads disagree ({times}): are all rows of one kind?"]

@@ -6,7 +6,6 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 
@@ -26,14 +25,26 @@ from gemopt.formats.table_columns import (
     refuse_mixtures,
     values,
 )
-from gemopt.formats.table_files import Row, Table, number, read, whole
+from gemopt.formats.table_doubts import doubts
+from gemopt.formats.table_files import Row, Table, number, read, refuse_grouped, whole
+from gemopt.formats.table_kinds import (
+    AICONFIGURATOR,
+    AITER,
+    LAYOUTS,
+    Layout,
+    Unit,
+    kernel,
+    one_stage,
+    refuse_skewed,
+    shape,
+)
 from gemopt.formats.table_times import refuse_other_operations, time_column
-from gemopt.profile import Device, MoeShape, Profile, Sample
+from gemopt.profile import Device, Profile, Sample
 
 __all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "what_if"]
 
 LOAD_COLUMNS = ("tokens", "num_tokens", "assignments", "token", "batch_size")
-ACTIVE_COLUMNS = ("active_experts", "activated_experts")
+ACTIVE_COLUMNS = ("active_experts", "activated_experts", "num_active_experts", "num_activated_experts")
 TOP_K_COLUMNS = (
     "topk", "top_k", "num_topk", "moe_topk", "moe_top_k", "experts_per_token", "num_experts_per_tok",
     "num_experts_per_token",
@@ -43,63 +54,6 @@ LENGTHS = ("seq_len", "seqlen", "sequence_length", "input_len", "isl", "prompt_l
 LARGEST_LOAD, LARGEST_US = 2.0**31 - 1, 1e12  # as in a profile
 
 
-class Unit(StrEnum):
-    """What the load column counts.
-
-    `assignments`: rows of the expert GEMMs on the measured device. `tokens`: tokens whose experts are all on the
-    device, so assignments are tokens x top-k. `group-tokens`: tokens of the whole expert-parallel group of N ranks,
-    so a rank gets tokens x top-k / N assignments.
-    """
-
-    ASSIGNMENTS = "assignments"
-    TOKENS = "tokens"
-    GROUP_TOKENS = "group-tokens"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A known kind of table: how it is told (`header`), its columns, what they count, and which are results.
-
-    `tuned` columns name the kernel that was found best for a load.
-    """
-
-    name: str
-    header: frozenset[str]
-    load: str
-    unit: Unit
-    times: tuple[str, ...]  # the first that the table has, with its unit
-    tuned: frozenset[str] = frozenset()
-    devices: bool = True  # whether columns like `device` number devices, instead of naming their kind
-
-
-AICONFIGURATOR = Layout(
-    "aiconfigurator",
-    frozenset({"num_tokens", "topk", "moe_ep_size", "distribution"}),
-    "num_tokens",
-    Unit.GROUP_TOKENS,
-    ("latency_ms", "latency:ms"),
-    devices=False,
-)
-AITER = Layout(
-    "aiter",
-    frozenset({"token", "model_dim", "inter_dim", "expert", "topk", "us1", "us2", "us"}),
-    "token",
-    Unit.TOKENS,
-    ("us",),
-    frozenset({"block_m", "ksplit", "kernelId", "kernelName", "kernelName1", "kernelName2", "run_1stage", "xbf16"})
-    | {"flat", "_tag"},
-)
-BENCHMARK_MOE = Layout(
-    "benchmark_moe",
-    frozenset({"batch_size", "kernel_time_us", "config", "part"}),
-    "batch_size",
-    Unit.TOKENS,
-    ("kernel_time_us",),
-    frozenset({"config"}),
-)
-LAYOUTS = (AICONFIGURATOR, AITER, BENCHMARK_MOE)
-
-
 def read_table(
     path: str | os.PathLike[str],
     *,
@@ -107,11 +61,13 @@ def read_table(
     top_k: int | None = None,
     ep: int | None = None,
     where: Sequence[str] = (),
+    load: str | None = None,
     time: str | None = None,
     device: Sequence[str] = (),
     repeat: Sequence[str] = (),
+    notes: list[str] | None = None,
 ) -> Profile:
-    """Profile from a table of loads and times: CSV, parquet, or what benchmark_moe printed.
+    """Profile from a table of loads and times: CSV, parquet, Markdown, columns set apart by blanks, benchmark_moe's.
 
     Rows of one load are merged: median latency, median absolute deviation, number of rows. Rows that differ in
     something else than repeats and results are refused.
@@ -124,10 +80,14 @@ def read_table(
         Experts per token and ranks of the measured group, where the table does not say.
     where
         `COLUMN=VALUE`, rows to read.
+    load
+        Column with the load, of any name; `unit` says what it counts.
     time
         Column with the time, perhaps with its unit: `NAME:ms`.
     device, repeat
         Columns that tell devices apart; that only number repeats or hold results.
+    notes
+        What was assumed or is hardly right is added to it, in sentences.
 
     Raises
     ------
@@ -138,27 +98,35 @@ def read_table(
         full = read(path)
     layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
     table = chosen_rows(full, where)
-    refuse_other_operations(table)
+    unsaid = [] if layout else [each for each in full.header if each not in (*device, *repeat)]
+    refuse_other_operations(table, [each for each in unsaid if len(values(full.rows, each)) > 1])
     if layout is AITER:
-        table = _one_stage(table)
-    load_column = _load_column(table, layout, unit)
+        table = one_stage(table)
+    load_column = _load_column(table, layout, unit, load)
     active_column = next(iter(named(table, ACTIVE_COLUMNS)), None)
     reader = _Reader(table, load_column, active_column)
     columns = device_columns(table, device) if device or layout is None or layout.devices else []
     tables = by_device(table, columns)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
-    asked = None if time is None else time_column(table, time)
-    own = [load_column, active_column, asked and asked[0], *named(table, ("assignments",))]
+    reader.latency, reader.scale = _time(table, layout, time)
+    own = [load_column, active_column, reader.latency, *named(table, ("assignments",))]
     used = {*columns, *repeats, *(name for name in own if name is not None)}
     refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
-    reader.latency, reader.scale = asked or _time(table, layout)
+    for name in (reader.load, reader.latency):
+        refuse_grouped(table, name)
     if layout is AICONFIGURATOR:
-        _refuse_skewed(table, where)
+        refuse_skewed(table, where)
     top_k = _given("--top-k", top_k, table, TOP_K_COLUMNS)
-    reader.factor = _factor(_unit(table, load_column, layout, unit, top_k), top_k, ep, table)
+    counted = _unit(table, load_column, layout, unit, top_k)
+    reader.factor = _factor(counted, top_k, ep, table)
     _check_assignments(reader)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
-    return Profile(devices=devices, model=_shape(table, layout, top_k), kernel=_kernel(table), mode="table")
+    profile = Profile(devices=devices, model=shape(table, layout, top_k), kernel=kernel(table), mode="table")
+    if notes is not None:
+        if unit is None and counted is Unit.ASSIGNMENTS and plain(load_column) != "assignments":
+            notes.append(f"{load_column} counted as assignments; where it is tokens, give --unit tokens and --top-k")
+        notes += doubts(profile)
+    return profile
 
 
 @dataclass
@@ -207,13 +175,17 @@ def _check_assignments(reader: _Reader) -> None:
                 )
 
 
-def _load_column(table: Table, layout: Layout | None, unit: Unit | None) -> str:
+def _load_column(table: Table, layout: Layout | None, unit: Unit | None, asked: str | None) -> str:
+    if asked is not None and unit is None:
+        raise InputError("--unit", "", f"what does {asked} count?", "give --unit tokens, group-tokens or assignments")
+    if asked is not None:
+        return known(table, asked, "--load-column")
     if layout is not None:
         return layout.load
     found = named(table, LOAD_COLUMNS)
     if not found:
         limit = f"a column {' or '.join(LOAD_COLUMNS)} is needed"
-        raise InputError(table.path, f"columns {', '.join(table.header)}", limit)
+        raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --load-column NAME")
     return min(found, key=lambda name: (plain(name) == "assignments") != (unit in (None, Unit.ASSIGNMENTS)))
 
 
@@ -243,9 +215,10 @@ def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | No
     return Unit.ASSIGNMENTS
 
 
-def _time(table: Table, layout: Layout | None) -> tuple[str, float]:
+def _time(table: Table, layout: Layout | None, asked: str | None) -> tuple[str, float]:
     times = layout.times if layout is not None else ()
-    return time_column(table, next((name for name in times if name.split(":")[0] in table.header), None))
+    known_time = next((name for name in times if name.split(":")[0] in table.header), None)
+    return time_column(table, asked or known_time)
 
 
 def _factor(unit: Unit, top_k: int | None, ep: int | None, table: Table) -> float:
@@ -275,32 +248,6 @@ def _given(option: str, value: int | None, table: Table, columns: Collection[str
     if value not in (None, read_value):
         raise InputError(option, value, f"{column} is {read_value} in {table.path}", f"leave {option} out")
     return read_value
-
-
-def _one_stage(table: Table) -> Table:
-    """aiter leaves `us` at 0 where one kernel does both stages; its time is in `us1`."""
-    rows = []
-    for row in table.rows:
-        one = row.cells.get("run_1stage") in ("1", "True") and row.cells["us"] in ("0", "0.0", "")
-        rows.append(Row(row.where, {**row.cells, "us": row.cells.get("us1", "0")}) if one else row)
-    return Table(table.path, table.header, rows)
-
-
-def _refuse_skewed(table: Table, where: Sequence[str]) -> None:
-    """aiconfigurator's skewed rows time the rank with most load, and do not say how much that is."""
-    found = values(table.rows, "distribution")[0]
-    asked = any(text.partition("=")[0].strip() == "distribution" for text in where)
-    if (
-        found not in ("balanced", "uniform")
-        and not asked
-        and any(row.cells["moe_ep_size"] != "1" for row in table.rows)
-    ):
-        raise InputError(
-            f"{table.path}, distribution",
-            found,
-            "balanced rows: others time the rank with the most load, which the table does not tell",
-            f"--where distribution=balanced; to take them as if balanced (too slow): --where distribution={found}",
-        )
 
 
 def _device(reader: _Reader, table: Table, columns: Sequence[str], rank: int) -> Device:
@@ -339,25 +286,3 @@ def _samples(points: Sequence[tuple[float, int | None, float]]) -> list[Sample]:
 def _whole_load(load: float, active: int | None) -> int:
     """Nearest whole number, but a rank with any work or active expert has at least that many assignments."""
     return max(round(load), active or 0, int(load > 0))
-
-
-def _kernel(table: Table) -> str | None:
-    """Engine, version and kernel, where the table names one of each."""
-    named = [values(table.rows, name) for name in ("framework", "version", "kernel_source") if name in table.header]
-    return " ".join(found[0] for found in named if len(found) == 1) or None
-
-
-def _shape(table: Table, layout: Layout | None, top_k: int | None) -> MoeShape:
-    """The measured layer, as far as aiconfigurator's columns tell it."""
-    if layout is not AICONFIGURATOR or not {"hidden_size", "inter_size", "num_experts"} <= set(table.header):
-        return MoeShape(top_k=top_k)
-    cells = table.rows[0].cells
-    experts = int(cells["num_experts"])
-    return MoeShape(
-        hidden_size=int(cells["hidden_size"]),
-        intermediate_size=int(cells["inter_size"]) // int(cells.get("moe_tp_size") or 1),
-        num_experts=experts,
-        num_local_experts=max(1, experts // int(cells["moe_ep_size"])),
-        top_k=top_k,
-        dtype=cells.get("moe_dtype"),
-    )

@@ -27,8 +27,8 @@ REPEATS = {
     "sample", "seed",
 }  # fmt: skip
 STATISTICS = {
-    "min", "max", "mean", "avg", "average", "median", "std", "stdev", "stddev", "var", "mad", "spread", "cv", "ci",
-    "p10", "p20", "p50", "p80", "p90", "p95", "p99",
+    "min", "max", "mean", "avg", "average", "median", "med", "std", "stdev", "stddev", "var", "mad", "spread", "cv",
+    "ci", "q20", "q50", "q80", "p10", "p20", "p50", "p80", "p90", "p95", "p99",
 }  # fmt: skip
 RESULTS = {
     "err", "err1", "err2", "error", "errors", "tflops", "gflops", "flops", "bw", "bandwidth", "gbps", "tbps",
@@ -56,8 +56,9 @@ ENOUGH = 3  # loads that a proportional column must go along with
 
 
 def plain(name: str) -> str:
-    """`Kernel Time (µs)` as kernel_time_us."""
-    return re.sub(r"[^a-z0-9]+", "_", re.sub("[\u00b5\u03bc]", "u", name.lower())).strip("_")
+    """`Kernel Time (µs)` as kernel_time_us, `DurationNs` as duration_ns."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", re.sub("[\u00b5\u03bc]", "u", name))
+    return re.sub(r"[^a-z0-9]+", "_", apart.lower()).strip("_")
 
 
 def words(name: str) -> set[str]:
@@ -251,7 +252,7 @@ def _differs_within_a_load(name: str, devices: Sequence[Table], load_of: LoadOf)
 
 def is_numeric(rows: list[Row], name: str) -> bool:
     try:
-        return all(float(value.removesuffix("%") or "nan") is not None for value in values(rows, name))
+        return all(float(value.strip("*%x\u00d7") or "nan") is not None for value in values(rows, name))
     except ValueError:
         return False
 

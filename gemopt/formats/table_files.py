@@ -1,4 +1,4 @@
-"""Rows of a kernel table, whatever file they come in: CSV, parquet, or what vLLM's and SGLang's benchmark_moe print."""
+"""Rows of a table, whatever file they come in: CSV, parquet, printed columns, or what benchmark_moe prints."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from dataclasses import dataclass
 
 from gemopt.documents import read_bytes
 from gemopt.exceptions import InputError, install_hint
+from gemopt.formats.printed_tables import printed
 
-BATCH = re.compile(r"Batch size: (\d+), config: (.*)")
-KERNEL_TIME = re.compile(r"Kernel time: (\S+) us")
+BATCH = re.compile(r"Batch size: (\d+)(?:, config: (.*?))?(?=, kernel time:|$)", re.IGNORECASE | re.MULTILINE)
+KERNEL_TIME = re.compile(r"Kernel time: (\S+) us", re.IGNORECASE)
 JSON = re.compile(r'\s*(?:\{|\[\s*[\[{"])')
 ARGUMENTS = re.compile(r"Namespace\(.*\)\s*$")
 LOG_HEADER = ["batch_size", "kernel_time_us", "config", "part"]
+EXCEL = re.compile(r"\s*sep=.\r?\n")  # its way to name the separator
+GROUPED = re.compile(r"[1-9]\d{0,2}\.\d{3}")
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 NO_MATTER = {"batch_size", "tune", "seed", "save_dir", "trust_remote_code"}  # arguments that change no kernel
 
 
@@ -49,7 +53,7 @@ def read(path: str | os.PathLike[str]) -> Table:
     if data[:4] == b"PAR1":
         return _parquet(str(path), data)
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
     if JSON.match(text):
@@ -68,9 +72,21 @@ def number(table: Table, row: Row, column: str, *, largest: float) -> float:
     except ValueError:
         value = float("nan")
     if not 0 <= value <= largest:
-        where = f"{table.path} {row.where}, {column}"
-        raise InputError(where, row.cells[column], f"a number from 0 to {largest:.10g}")
+        where, cell = f"{table.path} {row.where}, {column}", row.cells[column]
+        hint = "a dot before decimals, and nothing between thousands" if "," in cell else ""
+        raise InputError(where, cell, f"a number from 0 to {largest:.10g}", hint)
     return value
+
+
+def refuse_grouped(table: Table, column: str) -> None:
+    """Raise where dots may stand between thousands: 512, 1.024, 2.048."""
+    dotted = [row for row in table.rows if GROUPED.fullmatch(row.cells[column])]
+    short = [row for row in table.rows if row.cells[column].isdigit() and len(row.cells[column]) <= 3]
+    even = all(row.cells[column].endswith("000") for row in dotted)
+    if dotted and len(dotted) + len(short) == len(table.rows) and (short or even):
+        cell = dotted[0].cells[column]
+        hint = f"write {cell.replace('.', '')} or {float(cell)}"
+        raise InputError(f"{table.path} {dotted[0].where}, {column}", cell, "a fraction, or thousands?", hint)
 
 
 def whole(table: Table, row: Row, column: str, *, largest: float) -> int:
@@ -82,13 +98,20 @@ def whole(table: Table, row: Row, column: str, *, largest: float) -> int:
 
 
 def _csv(path: str, text: str) -> Table:
+    text = EXCEL.sub("", text, count=1) if EXCEL.match(text) else text
+    first = text.lstrip().partition("\n")[0].strip()
+    delimiter = max("|,;\t", key=first.count)
+    if delimiter not in first or delimiter == "|":
+        return _table(path, printed(text))
     try:
-        first = text.lstrip().partition("\n")[0]
-        delimiter = max(",;\t", key=first.count)
         reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
     except csv.Error as error:
         raise InputError(path, str(error), "a CSV file in UTF-8 is needed") from None
+    return _table(path, lines)
+
+
+def _table(path: str, lines: list[tuple[int, list[str]]]) -> Table:
     if len(lines) < 2:
         raise InputError(path, "no rows", "a header line and at least one row are needed")
     header = lines[0][1]
@@ -141,8 +164,9 @@ def _log(path: str, text: str) -> Table:
             if batch[1] in seen:
                 part, seen = part + 1, set()
             seen.add(batch[1])
-            pending = {**arguments, "batch_size": batch[1], "config": batch[2].strip(), "part": str(part)}
-        elif time and pending is None:
+            config = (batch[2] or "").strip()
+            pending = {**arguments, "batch_size": batch[1], "config": config, "part": str(part)}
+        if time and pending is None:
             raise InputError(f"{path} line {line}", content, "a line `Batch size: N, config: ...` before each time")
         elif time and not time[1].replace(".", "", 1).isdigit():
             raise InputError(f"{path} line {line}", content, "a time in microseconds")

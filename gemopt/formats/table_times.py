@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from gemopt.exceptions import InputError
 from gemopt.formats.table_columns import (
@@ -23,14 +24,18 @@ from gemopt.formats.table_columns import (
 from gemopt.formats.table_files import Table
 
 NO_LAYER = {
-    "ttft", "tpot", "itl", "e2e", "e2el", "request", "step",  # more than a layer
+    "ttft", "tpot", "itl", "e2e", "e2el", "request", "step", "compile", "tune", "timeout",  # more than a layer
+    "cpu", "launch", "overhead", "delta", "diff", "saved", "normalized", "relative", "ideal", "predicted", "roofline",
     "attention", "attn", "allreduce", "reduce", "allgather", "alltoall", "a2a", "comm", "dispatch", "combine", "router",
     "routing", "gate", "gating", "topk", "sort", "align", "permute", "unpermute", "quant", "norm", "shared", "up",
     "down", "w1", "w2", "w3", "w13", "gemm1", "gemm2", "stage1", "stage2", "copy", "h2d", "d2h",  # less
 }  # fmt: skip
 OPERATIONS = {"op", "op_name", "operation", "routine"}
 TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
-ITERATIONS = {"iters", "iterations", "num_iters", "n_iters", "num_iterations", "loops", "calls", "num_calls"}
+ITERATIONS = {
+    "iters", "iterations", "num_iters", "n_iters", "num_iterations", "loops", "calls", "num_calls", "of_calls",
+    "instances",
+}  # fmt: skip
 LAYERS = {"layers", "num_layers", "n_layers", "num_hidden_layers"}
 ONE_DEVICE = re.compile(
     r"(?:^|_)(?:(?:ep_)?rank|(?:g|n|x)pu|device|card|host|node|worker)_?\d+(?:_|$)"
@@ -55,7 +60,7 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     durations = [name for name in table.header if not words(name) & MOMENTS]
     timed = [name for name in durations if unit_of(name) or (words(name) & TIMES and is_numeric(table.rows, name))]
     single = [name for name in timed if not words(name) & STATISTICS]
-    middle = [name for name in timed if words(name) & {"median", "p50"}]
+    middle = [name for name in timed if words(name) & {"median", "med", "p50"}]
     mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
     best = single or middle or mean
     if len(best) == 1:
@@ -67,7 +72,8 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
-    raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: {_asking(best[0])}")
+    likely = sorted(best, key=lambda name: bool(words(name) & (TOTALS | NO_LAYER)))
+    raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: {_asking(likely[0])}")
 
 
 def _asking(name: str) -> str:
@@ -87,10 +93,15 @@ def _refuse_other_times(table: Table, name: str) -> None:
         raise InputError(table.path, found, "the time of one whole MoE layer", f"if it is: {_asking(name)}")
 
 
-def refuse_other_operations(table: Table) -> None:
-    """Raise where a column says that what was timed is no MoE layer, but an exchange or a part of one."""
+def refuse_other_operations(table: Table, varying: Collection[str] = ()) -> None:
+    """Raise where a column says that what was timed is no MoE layer, but an exchange or a part of one.
+
+    varying: columns besides those named after operations that tell rows apart.
+    """
     for name in table.header:
-        other = [value for value in values(table.rows, name) if words(value) & NO_LAYER]
-        if plain(name) in OPERATIONS and other:
-            hint = "gemopt topology reads tables of exchanges"
+        found = values(table.rows, name)
+        other = [each for each in found if words(each) & NO_LAYER or f"{plain(name)}{each}" in NO_LAYER]
+        if other and (name in varying or plain(name) in OPERATIONS):
+            whole = f"; if each row is a whole layer: --repeat-column {name}" if name in varying else ""
+            hint = f"add up the parts of a load; gemopt topology reads exchanges{whole}"
             raise InputError(f"{table.path}, {name}", listed(other), "rows of whole MoE layers", hint)

@@ -86,6 +86,7 @@ class TableSource(Part):
     top_k: int | None = None
     ep: int | None = None
     where: list[str] = Field(default_factory=list)
+    load_column: str | None = None
     time_column: str | None = None
     device_column: list[str] = Field(default_factory=list)
     repeat_column: list[str] = Field(default_factory=list)

@@ -69,7 +69,8 @@ def run_job(
         The folder exists, an engine is unknown or takes no placement, an input cannot be used.
     """
     _check(job)
-    profile, traces = _profile(job.profile), _steps(job, _traces(job.traces))
+    notes: list[str] = []
+    profile, traces = _profile(job.profile, notes), _steps(job, _traces(job.traces))
     _check_layers(job.num_hidden_layers, traces)
     given, _ = traces.split(job.steps.holdout) if job.steps.holdout else (traces, None)
     settings, constraints = job.solver, job.constraints
@@ -79,7 +80,7 @@ def run_job(
     with _folder(job.output):
         result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
         result = result.made_by(command) if command else result
-    return _Writer(job, profile, traces, result, current).write(command)
+    return _Writer(job, profile, traces, result, current, notes).write(command)
 
 
 @contextmanager
@@ -136,12 +137,13 @@ def _file(wanted: ExportTo) -> str:
     return wanted.file or f"{canonical(wanted.engine)}{suffix}"
 
 
-def _profile(source: Path | TableSource) -> Profile:
+def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     if isinstance(source, Path):
         return Profile.load(source)
     unit = None if source.unit is None else Unit(source.unit)
     found = read_table(source.table, unit=unit, top_k=source.top_k, ep=source.ep, where=source.where,
-                       time=source.time_column, device=source.device_column, repeat=source.repeat_column)  # fmt: skip
+                       load=source.load_column, time=source.time_column, device=source.device_column,
+                       repeat=source.repeat_column, notes=notes)  # fmt: skip
     if source.device is not None:
         named = [each.model_copy(update={"name": source.device}) for each in found.devices]
         found = found.model_copy(update={"devices": named})
@@ -187,10 +189,12 @@ def _steps(job: Job, traces: Traces) -> Traces:
 class _Writer:
     """Everything that goes into the folder of one job."""
 
-    def __init__(self, job: Job, profile: Profile, traces: Traces, result: Result, before: Placement | None) -> None:
+    def __init__(
+        self, job: Job, profile: Profile, traces: Traces, result: Result, before: Placement | None, notes: list[str]
+    ) -> None:
         self.job, self.profile, self.traces, self.result, self.before = job, profile, traces, result, before
         self.files: list[str] = []
-        self.notes = list(result.notes)
+        self.notes = [*notes, *result.notes]
         if job.topology is not None and job.report.page:
             self.notes.append("the report counts what ranks compute, not what links take; result.json has both")
         self.failed: list[str] = []

@@ -1,0 +1,63 @@
+"""What in an imported profile is hardly right, in words: it is taken as it is, and said."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gemopt.profile import Device, Profile, Sample
+
+DISAGREE = 0.2  # of a latency: repeats that lie further around their median are hardly of one kind
+FALLS = 1.5  # times what a larger load takes
+APART = 4.0  # times what another device takes
+
+
+def doubts(profile: Profile) -> list[str]:
+    """One sentence each on repeats that disagree, loads slower than larger ones, and devices far apart."""
+    return [found for found in (_disagreeing(profile), _falling(profile), _apart(profile)) if found]
+
+
+def _disagreeing(profile: Profile) -> str:
+    samples = [sample for each in profile.devices for sample in each.samples]
+    apart = [sample for sample in samples if (sample.spread_us or 0) > DISAGREE * sample.latency_us]
+    if not apart:
+        return ""
+    worst = max(apart, key=lambda sample: (sample.spread_us or 0) / sample.latency_us)
+    times = f"{_said(worst)}, half of them off by {worst.spread_us:.4g}"
+    return f"the times of {len(apart)} of {len(samples)} loads disagree ({times}): are all rows of one kind?"
+
+
+def _falling(profile: Profile) -> str:
+    """The sample that is furthest above one with more assignments and no fewer active experts."""
+    pairs = [pair for each in profile.devices for pair in _inverted(each)]
+    if not pairs:
+        return ""
+    slow, fast = max(pairs, key=lambda pair: pair[0].latency_us / pair[1].latency_us)
+    return f"{_said(slow)}, but {_said(fast)}: a first run, or a failed one?"
+
+
+def _inverted(device: Device) -> list[tuple[Sample, Sample]]:
+    """Of each sample that takes `FALLS` times what a larger one takes, the pair with the fastest such."""
+    table = np.nan_to_num(device.table())
+    found = []
+    for i, (load, active, latency, _) in enumerate(table):
+        larger = np.flatnonzero((table[:, 0] > load) & (table[:, 1] >= active) & (FALLS * table[:, 2] < latency))
+        if len(larger):
+            found.append((device.samples[i], device.samples[larger[table[larger, 2].argmin()]]))
+    return found
+
+
+def _apart(profile: Profile) -> str:
+    """The two devices that are furthest apart at one load."""
+    at: dict[tuple[int, int | None], list[tuple[float, int]]] = {}
+    for device in profile.devices:
+        for sample in device.samples:
+            at.setdefault((sample.assignments, sample.active_experts), []).append((sample.latency_us, device.rank))
+    worst = max(at.values(), key=lambda found: max(found)[0] / max(min(found)[0], 1e-9))
+    (fast, quick), (slow, late) = min(worst), max(worst)
+    if slow <= APART * fast:
+        return ""
+    return f"at one load rank {late} takes {slow:.4g} us and rank {quick} {fast:.4g}: are all times in one unit?"
+
+
+def _said(sample: Sample) -> str:
+    return f"{sample.assignments} assignments: {sample.latency_us:.4g} us"

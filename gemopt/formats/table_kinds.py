@@ -1,0 +1,117 @@
+"""Kinds of kernel tables that are known: how each is told, what its columns count, and what is known of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gemopt.exceptions import InputError
+from gemopt.formats.table_columns import values
+from gemopt.formats.table_files import Row, Table
+from gemopt.profile import MoeShape
+
+
+class Unit(StrEnum):
+    """What the load column counts.
+
+    `assignments`: rows of the expert GEMMs on the measured device. `tokens`: tokens whose experts are all on the
+    device, so assignments are tokens x top-k. `group-tokens`: tokens of the whole expert-parallel group of N ranks,
+    so a rank gets tokens x top-k / N assignments.
+    """
+
+    ASSIGNMENTS = "assignments"
+    TOKENS = "tokens"
+    GROUP_TOKENS = "group-tokens"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A known kind of table: how it is told (`header`), its columns, what they count, and which are results.
+
+    `tuned` columns name the kernel that was found best for a load.
+    """
+
+    name: str
+    header: frozenset[str]
+    load: str
+    unit: Unit
+    times: tuple[str, ...]  # the first that the table has, with its unit
+    tuned: frozenset[str] = frozenset()
+    devices: bool = True  # whether columns like `device` number devices, instead of naming their kind
+
+
+AICONFIGURATOR = Layout(
+    "aiconfigurator",
+    frozenset({"num_tokens", "topk", "moe_ep_size", "distribution"}),
+    "num_tokens",
+    Unit.GROUP_TOKENS,
+    ("latency_ms", "latency:ms"),
+    devices=False,
+)
+AITER = Layout(
+    "aiter",
+    frozenset({"token", "model_dim", "inter_dim", "expert", "topk", "us1", "us2", "us"}),
+    "token",
+    Unit.TOKENS,
+    ("us",),
+    frozenset({"block_m", "ksplit", "kernelId", "kernelName", "kernelName1", "kernelName2", "run_1stage", "xbf16"})
+    | {"flat", "_tag"},
+)
+BENCHMARK_MOE = Layout(
+    "benchmark_moe",
+    frozenset({"batch_size", "kernel_time_us", "config", "part"}),
+    "batch_size",
+    Unit.TOKENS,
+    ("kernel_time_us",),
+    frozenset({"config"}),
+)
+LAYOUTS = (AICONFIGURATOR, AITER, BENCHMARK_MOE)
+
+
+def kernel(table: Table) -> str | None:
+    """Engine, version and kernel, where the table names one of each."""
+    named = [values(table.rows, name) for name in ("framework", "version", "kernel_source") if name in table.header]
+    return " ".join(found[0] for found in named if len(found) == 1) or None
+
+
+def shape(table: Table, layout: Layout | None, top_k: int | None) -> MoeShape:
+    """The measured layer, as far as aiconfigurator's columns tell it."""
+    if layout is not AICONFIGURATOR or not {"hidden_size", "inter_size", "num_experts"} <= set(table.header):
+        return MoeShape(top_k=top_k)
+    cells = table.rows[0].cells
+    experts = int(cells["num_experts"])
+    return MoeShape(
+        hidden_size=int(cells["hidden_size"]),
+        intermediate_size=int(cells["inter_size"]) // int(cells.get("moe_tp_size") or 1),
+        num_experts=experts,
+        num_local_experts=max(1, experts // int(cells["moe_ep_size"])),
+        top_k=top_k,
+        dtype=cells.get("moe_dtype"),
+    )
+
+
+def one_stage(table: Table) -> Table:
+    """aiter leaves `us` at 0 where one kernel does both stages; its time is in `us1`."""
+    rows = []
+    for row in table.rows:
+        one = row.cells.get("run_1stage") in ("1", "True") and row.cells["us"] in ("0", "0.0", "")
+        rows.append(Row(row.where, {**row.cells, "us": row.cells.get("us1", "0")}) if one else row)
+    return Table(table.path, table.header, rows)
+
+
+def refuse_skewed(table: Table, where: Sequence[str]) -> None:
+    """aiconfigurator's skewed rows time the rank with most load, and do not say how much that is."""
+    found = values(table.rows, "distribution")[0]
+    asked = any(text.partition("=")[0].strip() == "distribution" for text in where)
+    if (
+        found not in ("balanced", "uniform")
+        and not asked
+        and any(row.cells["moe_ep_size"] != "1" for row in table.rows)
+    ):
+        raise InputError(
+            f"{table.path}, distribution",
+            found,
+            "balanced rows: others time the rank with the most load, which the table does not tell",
+            f"--where distribution=balanced; to take them as if balanced (too slow): --where distribution={found}",
+        )
