@@ -287,8 +287,14 @@ def _usable(model: str, candidates: Sequence[Candidate], tables: list[FloatArray
 def _misses(candidate: Candidate, table: FloatArray) -> FloatArray:
     """Relative errors at the points that a model was fitted to."""
     latency = candidate.fit_device(table)
+    return _relative(latency, table)
+
+
+def _relative(latency: Latency, table: FloatArray) -> FloatArray:
+    """[samples] relative error of a latency at samples; 0 where an idle rank took no time."""
     loads = [table[:, 0], np.nan_to_num(table[:, 1])][: latency.num_features]
-    return np.asarray(np.abs(latency(loads) / table[:, 2].clip(1e-9) - 1))
+    measured = table[:, 2]
+    return np.divide(np.abs(latency(loads) - measured), measured, out=np.zeros(len(table)), where=measured > 0)
 
 
 def _explains(misses: list[FloatArray], tables: list[FloatArray], noises: list[float]) -> bool:
@@ -315,9 +321,7 @@ def _cross_validated(candidate: Candidate, tables: list[FloatArray]) -> float:
             return float("nan")
         for i in range(min(FOLDS, len(table))):
             latency = candidate.fit_device(table[fold != i])
-            held = table[fold == i]
-            loads = [held[:, 0], np.nan_to_num(held[:, 1])][: latency.num_features]
-            misses.append(np.abs(latency(loads) / held[:, 2].clip(1e-9) - 1))
+            misses.append(_relative(latency, table[fold == i]))
     return float(np.concatenate(misses).mean())
 
 

@@ -71,6 +71,11 @@ def test_an_idle_roofline_is_never_dearer_than_one_assignment() -> None:
     assert latency([0, 0]) <= latency([1, 1]) + 1e-9 < 20
 
 
+def test_a_rank_that_idles_in_no_time_is_exact() -> None:
+    report = fit(profile([(0, 0.0), (16, 10.0), (64, 20.0), (256, 100.0)]))[1]
+    assert report.fits["staircase"] == pytest.approx(0.0) and "exact at its 4 points" in report.summary()
+
+
 def test_one_sample_is_a_constant() -> None:
     cost, report = fit(profile([(10, 7.0)]))
     assert cost.name == "staircase" and np.isnan(report.error)

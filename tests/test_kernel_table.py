@@ -101,6 +101,22 @@ BAD_TABLES = {
     ),
     "a time alone": ("Kernel time: 5.00 us\n", "line 1: got Kernel time"),
     "a failed time": ("Batch size: 8, config: {}\nKernel time: inf us\n", "line 2: got Kernel time: inf us"),
+    "a ratio": ("assignments,normalized_us\n1,5\n", "time normalized_us; the time of one whole MoE layer"),
+    "a total beside instances": ("assignments,Total Time (ns),Instances\n1,500,100\n", "beside Instances 100"),
+    "a total beside calls": ("assignments,TotalDurationNs,AverageNs,Calls\n1,500,5,100\n", "beside Calls 100"),
+    "the likelier time": ("assignments,cpu_time_us,cuda_time_us\n1,500,5\n", "--time-column 'cuda_time_us'"),
+    "parts": ("assignments,gemm,time_us\n1,gate_up,5\n1,down,3\n", "add up the parts of a load"),
+    "numbered parts": ("assignments,stage,time_us\n1,1,5\n1,2,3\n", "--repeat-column stage"),
+    "grouped times": ("assignments;time_us\n1;10\n64;200\n128;1.240\n", "line 4, time_us: got 1.240"),
+    "grouped loads": ("assignments,time_us\n1.000,10\n2.000,11\n4.000,12\n", "write 1000 or 1.0"),
+    "a printed cell that is missing": ("assignments   us\n        1   10\n        2     \n", "columns assignments us"),
+    "a printed cell of another column": ("M   n    us\n1        10\n2        11\n", "columns M n us"),
+    "a mean of devices": ("gpu,assignments,us\n0,1,5\navg,1,5\n1,1,5\n", "line 3, gpu: got avg; one device"),
+    "a total below the bars": (
+        "| tokens | us |\n|---|---|\n| 1 | 5 |\n| **Total** | 5 |\n",
+        "line 4, tokens: got Total",
+    ),
+    "cells with units": ("assignments,latency\n1,5 us\n2,1.5 ms\n", "or give --time-column"),
     "overflowing load": ("tokens,latency_us\n3e9,2\n", "line 2, tokens"),
     "overflowing latency": ("tokens,latency_ms\n1,2e9\n", "line 2, latency_ms"),
     "missing cell": ("tokens,latency_us\n1,2\n\n3\n", "line 4: got 1 columns; 2 columns"),
@@ -158,6 +174,52 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"tokens,latency_us\n\xff\xfe,1\n")
     with pytest.raises(InputError, match="UTF-8"):
         read_table(tmp_path / "t.csv")
+
+
+PRINTED = {
+    "Markdown": "| tokens | Tuned (us) | Speedup |\n|---:|---:|:--|\n| 1 | 10.5 | 1.02x |\n| 64 | **12** | 2\u00d7 |\n",
+    "Markdown without outer bars": "tokens | us\n-- | --\n1 | 10.5\n64 | 12\n",
+    "a grid": "+---+---+\n| tokens | us |\n+===+===+\n| 1 | 10.5 |\n+---+---+\n| 64 | 12 |\n+---+---+\n",
+    "pandas": "moe:\n   tokens  Time (us)\n7     1.0       10.5\n8    64.0       12.0\n",
+    "ruled off": "  tokens    us\n--------  ----\n       1  10.5\n      64  12\n",
+    "single blanks": "tokens us\n1 10.5\n64 12\n",
+    "Excel": "sep=;\ntokens;us\n1;10.5\n64;12\n",
+    "UTF-16": "\ufefftokens,us\n1,10.5\n64,12\n",
+    "one line per batch": "Batch size: 1, Kernel time: 10.50 us\nBatch size: 64, Kernel time: 12.00 us\n",
+    "settings beside the time": "Batch size: 1, config: {'M': 1}, kernel time: 10.50 us\n"
+    "Batch size: 64, config: {'M': 2}, kernel time: 12.00 us\n",
+}
+
+
+@pytest.mark.parametrize("case", PRINTED)
+def test_tables_as_people_paste_them(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "table.txt"
+    path.write_bytes(PRINTED[case].encode("utf-16-le" if case == "UTF-16" else "utf-8"))
+    assert loads(read_table(path, unit=Unit.TOKENS, top_k=2)) == [(2, None, 10.5), (128, None, 12.0)]
+
+
+def test_a_load_of_any_name_with_its_unit(tmp_path: Path) -> None:
+    path = written(tmp_path, "M,latency_us\n1,10\n64,12\n")
+    assert loads(read_table(path, unit=Unit.TOKENS, top_k=2, load="M")) == [(2, None, 10), (128, None, 12)]
+    for load, unit, said in (("M", None, "what does M count?"), ("N", Unit.TOKENS, "--load-column: got N")):
+        with pytest.raises(InputError, match=said):
+            read_table(path, unit=unit, top_k=2, load=load)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tokens,time_us\n1,10\n", ["tokens counted as assignments"]),
+        ("assignments,time_us\n1,10\n64,9\n", []),
+        ("assignments,time_us\n1,15234\n64,12\n128,10\n", ["1 assignments: 1.523e+04 us, but 128 assignments: 10 us"]),
+        ("assignments,active_experts,time_us\n1,1,10\n8,8,40\n64,1,12\n", []),
+        ("rank,assignments,time_us\n0,8,10\n1,8,12\n2,8,9000\n", ["rank 2 takes 9000 us and rank 0 10"]),
+    ],
+)  # fmt: skip
+def test_what_is_assumed_or_hardly_right_is_said(tmp_path: Path, text: str, said: list[str]) -> None:
+    notes: list[str] = []
+    read_table(written(tmp_path, text), notes=notes)
+    assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True))
 
 
 @pytest.mark.parametrize(("unit", "top_k", "ep"), [("tokens", None, None), ("tokens", 0, None), ("group-tokens", 4, 0)])

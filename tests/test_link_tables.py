@@ -9,9 +9,10 @@ import pytest
 from cli_inputs import gemopt, gemopt_json
 
 from gemopt.exceptions import InputError
-from gemopt.formats.link_tables import rising
+from gemopt.formats.link_tables import rising, smoothed
 from gemopt.formats.links import read_links
 from gemopt.named_topologies import INSIDE
+from gemopt.topology import Level
 
 DATA = Path(__file__).parent / "data" / "links"
 NCCL, LOW_LATENCY = str(DATA / "nccl_perf_h100.csv"), str(DATA / "wideep_deepep_ll_perf_h100.csv")
@@ -119,6 +120,13 @@ def test_an_outlier_does_not_lift_what_follows() -> None:
     assert times == sorted(times) and times[0] < times[-1]
     with pytest.raises(InputError, match="two or more"):
         rising([(1, 2.0)], "t")
+
+
+def test_times_that_were_smoothed_are_said() -> None:
+    points = [(1.0, 10.0), (2.0, 11.0), (4.0, 2.0), (8.0, 12.0)]
+    said = smoothed(points, Level(points=rising(points, "t")))
+    assert "1 of 4 times smoothed" in said and "4 bytes: 2 us, taken as 10" in said
+    assert smoothed(points[:2], Level(points=rising(points[:2], "t"))) == ""
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

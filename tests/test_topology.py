@@ -159,6 +159,7 @@ NCCL = """# nccl-tests version 2.17.8 nccl-headers=23004 nccl-library=23004
         ("12.25    0.17    0.08       0    12.00    0.17    0.08    N/A", "12.25", "was the output cut"),
         ("none      -1", "sum      -1", "a test that takes the sum"),
         ("time   algbw", "cputime   algbw", "without -C 1"),
+        ("256     float", "256      half", "types float, half"),
     ],
 )
 def test_other_nccl_tests_output_is_refused(tmp_path: Path, old: str, new: str, word: str) -> None:
@@ -195,6 +196,24 @@ def test_nccl_tests_output(tmp_path: Path) -> None:
     path.write_text("nothing of the kind")
     with pytest.raises(InputError, match="whole output"):
         read_links(str(path))
+
+
+def test_the_fullest_port_is_on_the_smallest_node(tmp_path: Path) -> None:
+    path, third = (
+        tmp_path / "run.txt",
+        "#  Rank  2 Group  0 Pid 2380525 on    Node2 device  0 [0000:4e:00] NVIDIA H100\n#\n",
+    )
+    path.write_text(NCCL.format(test="alltoall", host="Node1").replace("#\n#        ", third + "#        ", 1))
+    between = read_links(str(path), inside="nvlink-2").between_nodes
+    assert between is not None and between.points is not None
+    assert [size for size, _ in between.points] == pytest.approx([1024 * 2 / 3, 2048 * 2 / 3, 4096 * 2 / 3])
+
+
+@pytest.mark.parametrize("name", ["t.yaml", "t.yml"])
+def test_topologies_in_yaml_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("node_of_rank: [0, 0]\n")
+    with pytest.raises(InputError, match="a document in"):
+        read_links(str(tmp_path / name))
 
 
 def test_solve_puts_together_what_goes_together() -> None:

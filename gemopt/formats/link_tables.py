@@ -35,6 +35,7 @@ NODE_RANKS = 8  # of a node that DeepEP's own tables were measured on
 MOST_NODES = 4  # to which DeepEP's own test routes a token
 LARGEST, LARGEST_US = 2.0**40, 1e12
 TOKENS = frozenset({"node_num", "hidden_size", "num_token", "num_topk", "num_experts"})
+MOVED = 0.2
 TOLD = ("latency_us", "bytes", "once_per")
 
 
@@ -191,7 +192,8 @@ def from_table(
     sizes = [_size(table, row, token_bytes) for row in table.rows]
     sent = [share * load * size for load, size in zip(loads, sizes, strict=True)]
     times = [float(row.cells["latency_us"]) for row in table.rows]
-    level = Level(points=rising(list(zip(sent, times, strict=True)), str(path)))
+    points = list(zip(sent, times, strict=True))
+    level = Level(points=rising(points, str(path)))
     within = level if nodes == 1 else None
     if nodes > 1 and ranks > nodes:
         if inside is None:
@@ -204,7 +206,7 @@ def from_table(
         node_of_rank=np.arange(ranks) // (ranks // nodes),
         within_node=within,
         between_nodes=level if nodes > 1 else None,
-        source=f"{said}; {path.name}",
+        source=f"{said}; {path.name}{smoothed(points, level)}",
     )
 
 
@@ -280,6 +282,22 @@ def rising(points: list[tuple[float, float]], source: str) -> list[tuple[float, 
     sizes = sorted({size for size, _ in points})
     if len(sizes) < 2:
         raise InputError(source, f"{len(sizes)} sizes", "two or more, to tell latency and bandwidth")
-    times = [median(time for size, time in points if size == each) for each in sizes]
+    times = _medians(points)
     runs = [[median(times[i : k + 1]) for k in range(i, len(times))] for i in range(len(times))]
     return [(size, max(min(runs[j][i - j :]) for j in range(i + 1))) for i, size in enumerate(sizes)]
+
+
+def smoothed(points: list[tuple[float, float]], level: Level) -> str:
+    """What to say of measured points that `rising` moved by more than `MOVED`."""
+    pairs = [(*point, was) for point, was in zip(level.points or [], _medians(points), strict=True)]
+    moved = [(max(us, was) / min(us, was), size, was, us) for size, us, was in pairs if abs(us - was) > MOVED * was]
+    if not moved:
+        return ""
+    _, size, was, us = max(moved)
+    worst = f"{size:.6g} bytes: {was:.4g} us, taken as {us:.4g}"
+    return f"; {len(moved)} of {len(pairs)} times smoothed, where more bytes took less ({worst})"
+
+
+def _medians(points: list[tuple[float, float]]) -> list[float]:
+    """Median time of each size, sizes in order."""
+    return [median(time for size, time in points if size == each) for each in sorted({size for size, _ in points})]

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from gemopt.documents import read_bytes, read_json
 from gemopt.exceptions import InputError, refuse_unused
-from gemopt.formats.link_tables import from_table, rising
+from gemopt.formats.link_tables import from_table, rising, smoothed
 from gemopt.named_topologies import named
 from gemopt.topology import LEVELS, Level, Topology, load
 
 RANK_LINE = re.compile(r"^#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device", re.MULTILINE)
 TEST_LINE = re.compile(r"^# Collective test starting: (\w+?)(?:_perf)?\s*$", re.MULTILINE)
 ROW = re.compile(
-    r"^\s*(\d+)\s+(\d+)\s+(?:\w+)\s+([a-z]\w*\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+(?:[^\S\n]+(\S+))?",
+    r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+([a-z]\w*\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+(?:[^\S\n]+(\S+))?",
     re.MULTILINE,
 )
 BEGUN = re.compile(r"^[^\S\n]*\d+[^\S\n]+\d+[^\S\n]+[a-z]\w*.*$", re.MULTILINE)  # also a row cut short
@@ -55,8 +55,10 @@ def read_links(
         refuse_unused({"--like": like, "--inside": inside, **of_table}, f"does not apply to {source}")
         return named(source)
     if path.suffix != ".json":
-        refuse_unused({"--like": like}, f"does not apply to {source}")
         data = read_bytes(path)
+        if path.suffix in (".yaml", ".yml"):
+            raise InputError(source, "YAML", "a topology or a rank_cost_matrix is a document in .json")
+        refuse_unused({"--like": like}, f"does not apply to {source}")
         text = TAG.sub("", data.decode(errors="replace"))
         if data[:4] == b"PAR1" or ("," in text.partition("\n")[0] and not RANK_LINE.search(text)):
             return from_table(path, where=where, token_bytes=token_bytes, once_per=once_per, inside=inside)
@@ -125,26 +127,31 @@ def _groups(near: NDArray[np.bool_], field: str) -> NDArray[np.int64]:
 def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
     """Measured points of `alltoall_perf` or `sendrecv_perf`: within a node, or between nodes where it ran on several.
 
-    Out-of-place times. Of an all-to-all of S bytes per rank each peer gets S / n, so S (n - node) / n go between nodes,
-    or S (n - 1) / n within one; of a send each rank's port carries S.
+    Out-of-place times. Of an all-to-all of S bytes per rank each peer gets S / n, so S (n - smallest node) / n go
+    between nodes, or S (n - 1) / n within one; of a send each rank's port carries S.
     """
     ranks = RANK_LINE.findall(text)
     tests = set(TEST_LINE.findall(text))
     rows = ROW.findall(text)
     if not ranks or not rows:
-        raise InputError(source, f"{len(ranks)} ranks, {len(rows)} rows", "the whole output of nccl-tests")
+        limit = f"the whole output of {' or '.join(test + '_perf' for test in USED)} of nccl-tests"
+        hint = "or a document or matrix in .json, or a name such as nvlink-8"
+        raise InputError(source, f"{len(ranks)} ranks, {len(rows)} rows", limit, hint)
     cut = next((line for line in BEGUN.findall(text) if not ROW.match(line)), None)
     if cut is not None:
         raise InputError(source, cut.strip(), "whole rows of nccl-tests", "was the output cut?")
     if "cputime" in text:
         raise InputError(source, "cputime", "times of exchanges, not of their launch", "run it without -C 1")
     for row in rows:
-        if row[4] not in {"", "0", "0e+00", "N/A"}:
-            raise InputError(source, f"#wrong {row[4]} at {row[0]} bytes", "0: what was received is not what was sent")
+        if row[5] not in {"", "0", "0e+00", "N/A"}:
+            raise InputError(source, f"#wrong {row[5]} at {row[0]} bytes", "0: what was received is not what was sent")
     test = tests.pop() if len(tests) == 1 else _told_by_name(source)
     if test not in USED:
         raise InputError(source, test or "an unnamed test", f"the output of {' or '.join(t + '_perf' for t in USED)}")
-    reduced = {row[2].strip() for row in rows} - {"", "none"}
+    types = sorted({row[2] for row in rows})
+    if len(types) > 1:
+        raise InputError(source, f"types {', '.join(types)}", "exchanges of one type", "run it with one, as -d float")
+    reduced = {row[3].strip() for row in rows} - {"", "none"}
     if test == "alltoall" and reduced:
         raise InputError(source, f"a test that takes the {reduced.pop()}", "an all-to-all, which takes none")
     numbers = [int(rank) for rank, _ in ranks]
@@ -152,10 +159,11 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
         raise InputError(source, numbers, "ranks 0, 1, ... once each")
     hosts = list(dict.fromkeys(host for _, host in ranks))
     node_of_rank = np.array([hosts.index(host) for _, host in ranks])
-    size, total = int(np.bincount(node_of_rank).max()), len(ranks)
-    several = len(hosts) > 1
-    share = 1.0 if test == "sendrecv" else (total - size) / total if several else (total - 1) / total
-    points = sorted({(float(row[0]) * share, float(row[3])) for row in rows if int(row[0]) > 0})
+    sizes, total = np.bincount(node_of_rank), len(ranks)
+    size, several = int(sizes.max()), len(hosts) > 1
+    most = (total - int(sizes.min()) if several else total - 1) / total  # of what a rank has, through the fullest port
+    share = 1.0 if test == "sendrecv" else most
+    points = sorted({(float(row[0]) * share, float(row[4])) for row in rows if int(row[0]) > 0})
     level = Level(points=rising(points, source))
     within = None if several else level
     if inside is not None and not (several and size > 1):
@@ -169,7 +177,7 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
         node_of_rank=node_of_rank,
         within_node=within,
         between_nodes=level if several else None,
-        source=f"{test}_perf of nccl-tests on {total} GPUs of {len(hosts)} nodes, {source}",
+        source=f"{test}_perf of nccl-tests on {total} GPUs of {len(hosts)} nodes, {source}{smoothed(points, level)}",
     )
 
 

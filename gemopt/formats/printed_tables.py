@@ -3,44 +3,52 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 RULE = re.compile(r"[\s|+:=-]*(?:--|==|:-|-:)[\s|+:=-]*")
-EMPHASIS = " \t*`"
+EMPHASIS = re.compile(r"(\*{1,3}|`)(.*)\1")
+Lines = list[tuple[int, list[str]]]
 
 
-def printed(text: str) -> list[tuple[int, list[str]]]:
-    """Line number and cells of each line: the header, then rows; a line below the header that rules it off is left out.
+def printed(text: str) -> Lines:
+    """Line number and cells of each line: the header, then rows, without titles, rules and an index.
 
-    Lines before the header that end in a colon are its title. Where rows have one cell more than the header and those
-    cells count up, they are pandas' index, which is left out.
+    A title ends in a colon and comes before the header; a rule comes below it, or has the crosses of a grid; an index
+    counts up and has no name. Where cells do not stand below their names, as one may be missing, lines are not parted.
     """
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    while len(lines) > 1 and lines[0][1].rstrip().endswith(":"):
+        del lines[0]
+    rule = lines[1][1] if len(lines) > 1 and RULE.fullmatch(lines[1][1]) else ""
     lines = [each for i, each in enumerate(lines) if not (RULE.fullmatch(each[1]) and (i < 2 or "+" in each[1]))]
     if "|" in text:
         return [(number, _between_bars(line)) for number, line in lines]
-    while len(lines) > 1 and lines[0][1].rstrip().endswith(":"):
-        del lines[0]
-    wide = [(number, re.split(r"\s{2,}", line.strip())) for number, line in lines]
-    narrow = [(number, line.split()) for number, line in lines]
-    return next((found for found in map(_indexed, (wide, narrow)) if _even(found)), wide)
+    for cell in (r"\S+(?: \S+)*", r"\S+"):
+        found = _below(lines, re.compile(cell), rule) if lines else None
+        if found is not None and len(found[0][1]) > 1:
+            return found
+    return [(number, [line.strip()]) for number, line in lines]
 
 
 def _between_bars(line: str) -> list[str]:
     line = line.strip()
     inner = line[1:].removesuffix("|") if line.startswith("|") else line
-    return [cell.strip(EMPHASIS) for cell in inner.split("|")]
+    cells = [cell.strip() for cell in inner.split("|")]
+    return [found[2].strip() if (found := EMPHASIS.fullmatch(cell)) else cell for cell in cells]
 
 
-def _even(lines: list[tuple[int, list[str]]]) -> bool:
-    return len({len(cells) for _, cells in lines}) == 1 and len(lines) > 1 and len(lines[0][1]) > 1
-
-
-def _indexed(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
-    """The lines without an index that has no name."""
-    header, rows = lines[:1], lines[1:]
-    index = [cells[0] for _, cells in rows]
-    width = len(header[0][1]) + 1 if header else 0
-    counted = all(each.isdigit() for each in index) and index == [str(int(index[0]) + i) for i in range(len(index))]
-    if rows and all(len(cells) == width for _, cells in rows) and counted:
-        return [*header, *((number, cells[1:]) for number, cells in rows)]
-    return lines
+def _below(lines: list[tuple[int, str]], cell: re.Pattern[str], rule: str) -> Lines | None:
+    """The cells of each line, if those of all rows stand below the header's or the rule's or single blanks part all."""
+    found = [(number, list(cell.finditer(line))) for number, line in lines]
+    header, rows = found[0][1], [row for _, row in found[1:]]
+    index = [row[0][0] for row in rows if len(row) == len(header) + 1]
+    counts = all(each.isdigit() for each in index) and all(int(b) == int(a) + 1 for a, b in pairwise(index))
+    skipped = int(counts and len(index) == len(rows))
+    above = list(re.finditer(r"[-=]+", rule)) or header
+    spread = any(re.search(r"\S\s{2,}\S", line) for _, line in lines)
+    for row in rows:
+        pairs = zip(above, row[skipped:], strict=False)
+        aligned = all(over.start() < each.end() and each.start() < over.end() for over, each in pairs)
+        if len(row) != len(header) + skipped or ((spread or skipped) and not aligned):
+            return None
+    return [(number, [each[0] for each in row[skipped if i else 0 :]]) for i, (number, row) in enumerate(found)]

@@ -42,6 +42,7 @@ SHAPES = {
     "hidden", "inter", "intermediate", "dim", "experts", "expert", "topk", "k", "n", "tp", "ep", "dp", "pp", "size",
     "heads", "width", "layers", "block", "id",
 }  # fmt: skip
+SUMMARIES = STATISTICS | {"all", "total", "sum", "overall"}  # of devices, and none itself
 LOADS = {"tokens", "token", "rows", "assignments", "batch", "per", "m"}
 TIMES = {"latency", "time", "duration", "elapsed"}
 TIME_UNITS = {
@@ -142,6 +143,11 @@ def by_device(table: Table, columns: Sequence[str]) -> list[Table]:
         empty = next((name for name in columns if not row.cells[name]), None)
         if empty is not None:
             raise InputError(f"{table.path} {row.where}, {empty}", "", "the device of every row")
+        several = next((name for name in columns if words(row.cells[name]) <= SUMMARIES), None)
+        if several is not None:
+            raise InputError(
+                f"{table.path} {row.where}, {several}", row.cells[several], "one device", "leave such rows out"
+            )
     orders = [_order(values(table.rows, column)) for column in columns]
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in table.rows:

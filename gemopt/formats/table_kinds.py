@@ -51,7 +51,7 @@ AICONFIGURATOR = Layout(
 )
 AITER = Layout(
     "aiter",
-    frozenset({"token", "model_dim", "inter_dim", "expert", "topk", "us1", "us2", "us"}),
+    frozenset({"token", "model_dim", "inter_dim", "expert", "topk", "us"}),
     "token",
     Unit.TOKENS,
     ("us",),
