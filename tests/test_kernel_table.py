@@ -109,8 +109,13 @@ BAD_TABLES = {
     "numbered parts": ("assignments,stage,time_us\n1,1,5\n1,2,3\n", "--repeat-column stage"),
     "grouped times": ("assignments;time_us\n1;10\n64;200\n128;1.240\n", "line 4, time_us: got 1.240"),
     "grouped loads": ("assignments,time_us\n1.000,10\n2.000,11\n4.000,12\n", "write 1000 or 1.0"),
-    "a printed cell that is missing": ("assignments   us\n        1   10\n        2     \n", "columns assignments us"),
-    "a printed cell of another column": ("M   n    us\n1        10\n2        11\n", "columns M n us"),
+    "a printed cell that is missing": (
+        "assignments   us\n        1   10\n        2     \n",
+        "got assignments us; columns that commas",
+    ),
+    "a printed cell of another column": ("M   n    us\n1        10\n2        11\n", "got M n us; columns that commas"),
+    "devices named as parts": ("dev,assignments,us\ncpu:0,1,5\ncpu:1,1,6\n", "rows that differ in dev"),
+    "training": ("assignments,fwd_bwd_ms\n1,5\n", "time fwd_bwd_ms"),
     "a mean of devices": ("gpu,assignments,us\n0,1,5\navg,1,5\n1,1,5\n", "line 3, gpu: got avg; one device"),
     "a total below the bars": (
         "| tokens | us |\n|---|---|\n| 1 | 5 |\n| **Total** | 5 |\n",

@@ -119,7 +119,7 @@ def test_a_time_column_of_another_name_and_unit(tmp_path: Path) -> None:
         (16, None, 2000),
     ]
     assert loads(read_table(path, top_k=2, time="vllm:ms")) == [(8, None, 1500), (16, None, 1750)]
-    for wrong in ("vllm", "vllm:h", "none:ms"):
+    for wrong in ("vllm", "vllm:h", "none:ms", "sglang (Time (ms)):us"):
         with pytest.raises(InputError, match="--time-column"):
             read_table(path, top_k=2, time=wrong)
 

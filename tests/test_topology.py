@@ -160,6 +160,8 @@ NCCL = """# nccl-tests version 2.17.8 nccl-headers=23004 nccl-library=23004
         ("none      -1", "sum      -1", "a test that takes the sum"),
         ("time   algbw", "cputime   algbw", "without -C 1"),
         ("256     float", "256      half", "types float, half"),
+        ("agg iters: 1", "agg iters: 4", "without -m"),
+        ("Rank  1 Group  0", "Rank  1 Group  1", "without NCCL_TESTS_SPLIT"),
     ],
 )
 def test_other_nccl_tests_output_is_refused(tmp_path: Path, old: str, new: str, word: str) -> None:

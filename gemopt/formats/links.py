@@ -16,7 +16,8 @@ from gemopt.formats.link_tables import from_table, rising, smoothed
 from gemopt.named_topologies import named
 from gemopt.topology import LEVELS, Level, Topology, load
 
-RANK_LINE = re.compile(r"^#\s+Rank\s+(\d+)\s+(?:Group\s+\d+\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device", re.MULTILINE)
+RANK_LINE = re.compile(r"^#\s+Rank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device", re.MULTILINE)
+AGGREGATED = re.compile(r"agg iters: (?!1\b)\d+")
 TEST_LINE = re.compile(r"^# Collective test starting: (\w+?)(?:_perf)?\s*$", re.MULTILINE)
 ROW = re.compile(
     r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+([a-z]\w*\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+(?:[^\S\n]+(\S+))?",
@@ -142,6 +143,11 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
         raise InputError(source, cut.strip(), "whole rows of nccl-tests", "was the output cut?")
     if "cputime" in text:
         raise InputError(source, "cputime", "times of exchanges, not of their launch", "run it without -C 1")
+    together = AGGREGATED.search(text)
+    if together is not None:
+        raise InputError(source, together[0], "exchanges one after the other", "run it without -m")
+    if len({group for _, group, _ in ranks}) > 1:
+        raise InputError(source, "ranks of several groups", "one group of ranks", "run it without NCCL_TESTS_SPLIT")
     for row in rows:
         if row[5] not in {"", "0", "0e+00", "N/A"}:
             raise InputError(source, f"#wrong {row[5]} at {row[0]} bytes", "0: what was received is not what was sent")
@@ -154,11 +160,11 @@ def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
     reduced = {row[3].strip() for row in rows} - {"", "none"}
     if test == "alltoall" and reduced:
         raise InputError(source, f"a test that takes the {reduced.pop()}", "an all-to-all, which takes none")
-    numbers = [int(rank) for rank, _ in ranks]
+    numbers = [int(rank) for rank, *_ in ranks]
     if numbers != list(range(len(ranks))):
         raise InputError(source, numbers, "ranks 0, 1, ... once each")
-    hosts = list(dict.fromkeys(host for _, host in ranks))
-    node_of_rank = np.array([hosts.index(host) for _, host in ranks])
+    hosts = list(dict.fromkeys(host for *_, host in ranks))
+    node_of_rank = np.array([hosts.index(host) for *_, host in ranks])
     sizes, total = np.bincount(node_of_rank), len(ranks)
     size, several = int(sizes.max()), len(hosts) > 1
     most = (total - int(sizes.min()) if several else total - 1) / total  # of what a rank has, through the fullest port

@@ -102,7 +102,11 @@ def _csv(path: str, text: str) -> Table:
     first = text.lstrip().partition("\n")[0].strip()
     delimiter = max("|,;\t", key=first.count)
     if delimiter not in first or delimiter == "|":
-        return _table(path, printed(text))
+        lines = printed(text)
+        if lines and len(lines[0][1]) == 1 and re.search(r"\s", lines[0][1][0]):
+            limit = "columns that commas, tabs or bars set apart, or blanks with every cell below its name"
+            raise InputError(path, lines[0][1][0], limit)
+        return _table(path, lines)
     try:
         reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")
         lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]

@@ -24,11 +24,14 @@ from gemopt.formats.table_columns import (
 from gemopt.formats.table_files import Table
 
 NO_LAYER = {
-    "ttft", "tpot", "itl", "e2e", "e2el", "request", "step", "compile", "tune", "timeout",  # more than a layer
-    "cpu", "launch", "overhead", "delta", "diff", "saved", "normalized", "relative", "ideal", "predicted", "roofline",
+    "ttft", "tpot", "itl", "e2e", "e2el", "request", "step",  # more than a layer
     "attention", "attn", "allreduce", "reduce", "allgather", "alltoall", "a2a", "comm", "dispatch", "combine", "router",
     "routing", "gate", "gating", "topk", "sort", "align", "permute", "unpermute", "quant", "norm", "shared", "up",
     "down", "w1", "w2", "w3", "w13", "gemm1", "gemm2", "stage1", "stage2", "copy", "h2d", "d2h",  # less
+}  # fmt: skip
+NO_TIME = {
+    "cpu", "host", "launch", "overhead", "compile", "tune", "timeout", "delta", "diff", "saved", "normalized",
+    "relative", "ideal", "predicted", "roofline", "backward", "bwd", "prefill", "decode", "generation",
 }  # fmt: skip
 OPERATIONS = {"op", "op_name", "operation", "routine"}
 TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
@@ -50,6 +53,9 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         unit = unit or unit_of(name) or ""
         if unit not in TIME_UNITS:
             raise InputError("--time-column", asked, f"a unit: {', '.join(TIME_UNITS)}", _asking(name))
+        named = unit_of(name) or unit
+        if TIME_UNITS[named] != TIME_UNITS[unit]:
+            raise InputError("--time-column", asked, f"{named}, as its name says", _asking(name))
         return name, TIME_UNITS[unit]
     apart = [name for name in table.header if ONE_DEVICE.search(plain(name))]
     if apart:
@@ -72,7 +78,7 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
-    likely = sorted(best, key=lambda name: bool(words(name) & (TOTALS | NO_LAYER)))
+    likely = sorted(best, key=lambda name: bool(words(name) & (TOTALS | NO_LAYER | NO_TIME)))
     raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: {_asking(likely[0])}")
 
 
@@ -88,7 +94,7 @@ def _refuse_other_times(table: Table, name: str) -> None:
     told = [f"{each} {values(table.rows, each)[-1]}" for each in table.header
             if plain(each) in several and set(values(table.rows, each)) - {"", "1"}]  # fmt: skip
     share = "per" in words(name) and words(name) & (LOADS - {"per"} | {"expert", "experts"})
-    if told or share or words(name) & NO_LAYER:
+    if told or share or words(name) & (NO_LAYER | NO_TIME):
         found = " beside ".join([f"time {name}", *told])
         raise InputError(table.path, found, "the time of one whole MoE layer", f"if it is: {_asking(name)}")
 
