@@ -71,11 +71,19 @@ def test_fleets_and_clusters_that_are_none(tmp_path: Path) -> None:
     [
         ("0,100\n1,101\n2,107\n", "times around 101; about 1"),
         ("0,1\n1,1.1\n0,0.9\n", "gpu: got 0 twice; a row for each"),
+        ("0,1\n1,1.1\navg,1.05\n", "line 4, GPU: got avg; one device"),
+        ("0,1,bert\n1,1.1,bert\n2,1,sgemm\n", "workload: got bert, sgemm; rows of one workload"),
     ],
 )
 def test_rows_that_are_no_fleet(tmp_path: Path, rows: str, word: str) -> None:
+    header = "GPU,rel_time,workload\n" if "bert" in rows else "GPU,rel_time\n"
     with pytest.raises(InputError, match=word):
-        read_fleet(written(tmp_path, "gpu,rel_time\n" + rows))
+        read_fleet(written(tmp_path, header + rows))
+
+
+def test_gpus_of_several_hosts_are_told_apart(tmp_path: Path) -> None:
+    fleet = read_fleet(written(tmp_path, "gpu,host,rel_time\n0,a,1\n1,a,1.1\n0,b,0.9\n"))
+    assert fleet.gpus == ["a/0", "a/1", "b/0"]
 
 
 def test_one_rank_slower(tmp_path: Path) -> None:

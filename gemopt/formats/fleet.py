@@ -9,7 +9,19 @@ import numpy as np
 
 from gemopt.costs import Roofline
 from gemopt.exceptions import InputError
-from gemopt.formats.table_files import number, read
+from gemopt.formats.table_columns import (
+    DEVICES,
+    HOSTS,
+    MOMENTS,
+    OF_A_DEVICE,
+    is_numeric,
+    listed,
+    plain,
+    refuse_summaries,
+    values,
+    words,
+)
+from gemopt.formats.table_files import Table, number, read
 from gemopt.latency import FloatArray
 from gemopt.profile import Device, Profile
 
@@ -52,11 +64,27 @@ def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
     if not 1 / FAR < np.median(rel_time) < FAR:
         found = f"times around {np.median(rel_time):g}"
         raise InputError(f"{path}: rel_time", found, "about 1, the fleet's median", "divide them by their median")
-    gpus = [row.cells.get("gpu") or row.where.split()[-1] for row in kept]
+    gpus = _gpus(Table(table.path, table.header, kept))
     twice = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
     if twice is not None:
         raise InputError(f"{path}: gpu", f"{twice} twice", "a row for each GPU", "keep one workload, or the median")
     return Fleet(chosen or os.path.basename(str(path)), gpus, rel_time)
+
+
+def _gpus(table: Table) -> list[str]:
+    """Name of the GPU of each row, after the host; the number of the row where no column tells it."""
+    columns = sorted(
+        (name for name in table.header if plain(name) in DEVICES), key=lambda name: plain(name) not in HOSTS
+    )
+    for name in table.header:
+        told = name in columns or name == "dataset" or words(name) & (OF_A_DEVICE | MOMENTS)
+        found = values(table.rows, name)
+        if not told and len(found) > 1 and not is_numeric(table.rows, name):
+            hint = "keep one of them, or call the column dataset"
+            raise InputError(f"{table.path}: {name}", listed(found), "rows of one workload", hint)
+    for row in table.rows:
+        refuse_summaries(table, row, columns)
+    return ["/".join(row.cells[name] for name in columns) or row.where.split()[-1] for row in table.rows]
 
 
 def what_if(profile: Profile, fleet: Fleet, *, ranks: int, seed: int = 0, memory: Fleet | None = None) -> Profile:

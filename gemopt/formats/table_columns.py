@@ -28,7 +28,7 @@ REPEATS = {
 }  # fmt: skip
 STATISTICS = {
     "min", "max", "mean", "avg", "average", "median", "med", "std", "stdev", "stddev", "var", "mad", "spread", "cv",
-    "ci", "q20", "q50", "q80", "p10", "p20", "p50", "p80", "p90", "p95", "p99",
+    "ci", "q20", "q50", "q80", "p10", "p20", "p50", "p80", "p90", "p95", "p99", "best", "worst", "fastest", "slowest",
 }  # fmt: skip
 RESULTS = {
     "err", "err1", "err2", "error", "errors", "tflops", "gflops", "flops", "bw", "bandwidth", "gbps", "tbps",
@@ -143,16 +143,19 @@ def by_device(table: Table, columns: Sequence[str]) -> list[Table]:
         empty = next((name for name in columns if not row.cells[name]), None)
         if empty is not None:
             raise InputError(f"{table.path} {row.where}, {empty}", "", "the device of every row")
-        several = next((name for name in columns if words(row.cells[name]) <= SUMMARIES), None)
-        if several is not None:
-            raise InputError(
-                f"{table.path} {row.where}, {several}", row.cells[several], "one device", "leave such rows out"
-            )
+        refuse_summaries(table, row, columns)
     orders = [_order(values(table.rows, column)) for column in columns]
     groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
     for row in table.rows:
         groups[tuple(order[row.cells[name]] for name, order in zip(columns, orders, strict=True))].append(row)
     return [Table(table.path, table.header, groups[key]) for key in sorted(groups)]
+
+
+def refuse_summaries(table: Table, row: Row, columns: Sequence[str]) -> None:
+    """Raise where a row is of all devices together."""
+    for name in columns:
+        if words(row.cells[name]) <= SUMMARIES:
+            raise InputError(f"{table.path} {row.where}, {name}", row.cells[name], "one device", "leave such rows out")
 
 
 def _order(found: list[str]) -> dict[str, int]:

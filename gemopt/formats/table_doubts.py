@@ -7,13 +7,13 @@ import numpy as np
 from gemopt.profile import Device, Profile, Sample
 
 DISAGREE = 0.2  # of a latency: repeats that lie further around their median are hardly of one kind
-FALLS = 1.5  # times what a larger load takes
+SLOW = 1.5  # times what a larger load takes, or smaller ones one after the other
 APART = 4.0  # times what another device takes
 
 
 def doubts(profile: Profile) -> list[str]:
-    """One sentence each on repeats that disagree, loads slower than larger ones, and devices far apart."""
-    return [found for found in (_disagreeing(profile), _falling(profile), _apart(profile)) if found]
+    """One sentence each on repeats that disagree, loads that others would serve faster, and devices far apart."""
+    return [found for found in (_disagreeing(profile), _slow(profile), _apart(profile)) if found]
 
 
 def _disagreeing(profile: Profile) -> str:
@@ -26,23 +26,29 @@ def _disagreeing(profile: Profile) -> str:
     return f"the times of {len(apart)} of {len(samples)} loads disagree ({times}): are all rows of one kind?"
 
 
-def _falling(profile: Profile) -> str:
-    """The sample that is furthest above one with more assignments and no fewer active experts."""
-    pairs = [pair for each in profile.devices for pair in _inverted(each)]
+def _slow(profile: Profile) -> str:
+    """The sample that takes longest beside what serving it in runs of another sample's load would take."""
+    pairs = [pair for each in profile.devices for pair in _beaten(each)]
     if not pairs:
         return ""
-    slow, fast = max(pairs, key=lambda pair: pair[0].latency_us / pair[1].latency_us)
+    _, slow, fast = max(pairs, key=lambda pair: pair[0])
     return f"{_said(slow)}, but {_said(fast)}: a first run, or a failed one?"
 
 
-def _inverted(device: Device) -> list[tuple[Sample, Sample]]:
-    """Of each sample that takes `FALLS` times what a larger one takes, the pair with the fastest such."""
+def _beaten(device: Device) -> list[tuple[float, Sample, Sample]]:
+    """How many times what runs of another load would take each sample takes, where above `SLOW`, and that load.
+
+    The other has at least as many active experts; a load above it takes several runs.
+    """
     table = np.nan_to_num(device.table())
     found = []
-    for i, (load, active, latency, _) in enumerate(table):
-        larger = np.flatnonzero((table[:, 0] > load) & (table[:, 1] >= active) & (FALLS * table[:, 2] < latency))
-        if len(larger):
-            found.append((device.samples[i], device.samples[larger[table[larger, 2].argmin()]]))
+    for sample, (load, active, latency, _) in zip(device.samples, table, strict=True):
+        runs = np.maximum(np.ceil(load / np.maximum(table[:, 0], 1)), 1)
+        usable = (table[:, 0] > 0) & (table[:, 1] >= active)
+        times = np.where(usable, runs * table[:, 2], np.inf)
+        best = int(times.argmin())
+        if latency > SLOW * times[best]:
+            found.append((latency / times[best], sample, device.samples[best]))
     return found
 
 

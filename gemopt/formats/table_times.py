@@ -31,7 +31,8 @@ NO_LAYER = {
 }  # fmt: skip
 NO_TIME = {
     "cpu", "host", "launch", "overhead", "compile", "tune", "timeout", "delta", "diff", "saved", "normalized",
-    "relative", "ideal", "predicted", "roofline", "backward", "bwd", "prefill", "decode", "generation",
+    "relative", "ideal", "predicted", "roofline", "backward", "bwd", "prefill", "decode", "generation", "wait", "idle",
+    "stall", "bubble", "barrier", "sync", "queue", "skew", "jitter", "log", "log2", "log10", "inverse", "throughput",
 }  # fmt: skip
 OPERATIONS = {"op", "op_name", "operation", "routine"}
 TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
