@@ -7,7 +7,7 @@ models by their cross-validated error on the profile's own points.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -178,13 +178,15 @@ class FitReport:
 
     Errors are mean relative ones, NaN where the profile cannot tell. `errors`: on points left out of the fit; of a
     curve only for the chosen model, the staircase and the smoother one that fits best. `fits`: at the measured points
-    themselves, of which one device has `num_points`.
+    themselves, of which one device has `num_points`; of the chosen model over all devices, and `worst` on one of them.
+    All else is of the devices, up to two, whose points tell least of each other.
     """
 
     chosen: str
     errors: dict[str, float]
     fits: dict[str, float] = field(default_factory=dict)
     num_points: int = 0
+    worst: float = 0.0
 
     @property
     def error(self) -> float:
@@ -196,6 +198,8 @@ class FitReport:
         if self.chosen not in self.fits:
             return f"cost model {self.chosen}: its error is not known"
         at_points = _exact_or(self.fits[self.chosen])
+        if self.worst > max(2 * self.fits[self.chosen], 0.01):
+            at_points += f" ({_percent(self.worst)} on one device)"
         points = f"its {self.num_points} points" if self.num_points > 1 else "its only point"
         left_out = "none could be left out" if np.isnan(self.error) else f"{_percent(self.error)} on points left out"
         line = f"cost model {self.chosen}: {at_points} at {points}, {left_out}"
@@ -234,24 +238,42 @@ def fit(
     profile = Profile.of(profile)
     tables = [_in_order(device.table()) for device in profile.devices]
     usable = _usable(model, candidates, tables)
-    some = list({device.name: i for i, device in enumerate(profile.devices)}.values())
-    some = some[:: -(-len(some) // MAX_KINDS)]
+    some = _roughest(profile.devices, tables)
     kinds = [tables[i] for i in some]
+    latencies: list[Latency] = []
     misses = {c.name: [_misses(c, table) for table in kinds] for c in usable}
     fits = {name: float(np.mean([each.mean() for each in of_kinds])) for name, of_kinds in misses.items()}
-    if "staircase" in fits and all(is_curve(table) for table in kinds):
-        noises = [noise(profile.devices[i].samples) for i in some]
+    if "staircase" in fits and all(is_curve(table) for table in tables):
+        noises = [noise(device.samples) for device in profile.devices]
         smooth = [c for c in usable if c.name != "staircase"]
-        chosen = next((c for c in smooth if _explains(misses[c.name], kinds, noises)), usable[0])
+        chosen = usable[0]
+        for candidate in smooth:
+            if _explains(misses[candidate.name], kinds, [noises[i] for i in some]):
+                fitted = [candidate.fit_device(table) for table in tables]
+                if _explains(map(_relative, fitted, tables), tables, noises):
+                    chosen, latencies = candidate, fitted
+                    break
         judged = {chosen.name, *sorted((c.name for c in smooth), key=lambda name: fits[name])[:1]}
         errors = {c.name: _left_out(c, kinds) for c in usable if c.name in judged or c.name == "staircase"}
     else:
         errors = {c.name: _left_out(c, kinds) for c in usable}
         limit = (1 + TIE) * min((error for error in errors.values() if not np.isnan(error)), default=np.inf)
         chosen = next((c for c in usable if errors[c.name] <= limit), usable[0])
-    latencies = tuple(chosen.fit_device(table) for table in tables)
-    cost = chosen.build(latencies, _measured(profile.devices, chosen.features))
-    return cost, FitReport(chosen.name, errors, fits, len(tables[0]))
+    latencies = latencies or [chosen.fit_device(table) for table in tables]
+    cost = chosen.build(tuple(latencies), _measured(profile.devices, chosen.features))
+    missed = [float(_relative(latency, table).mean()) for latency, table in zip(latencies, tables, strict=True)]
+    fits[chosen.name] = float(np.mean(missed))
+    return cost, FitReport(chosen.name, errors, fits, len(tables[0]), max(missed))
+
+
+def _roughest(devices: Sequence[Device], tables: list[FloatArray]) -> list[int]:
+    """Of devices of each name the one whose points tell least of each other; of names, the `MAX_KINDS` worst."""
+    roughness = [np.nan_to_num(left_out(table), nan=-1.0) for table in tables]
+    worst: dict[str, int] = {}
+    for i, device in enumerate(devices):
+        if roughness[i] >= roughness[worst.setdefault(device.name, i)]:
+            worst[device.name] = i
+    return sorted(worst.values(), key=lambda i: -roughness[i])[:MAX_KINDS]
 
 
 def cost_of(given: str | CostModel, profile: Profile | None) -> CostModel:
@@ -286,8 +308,7 @@ def _usable(model: str, candidates: Sequence[Candidate], tables: list[FloatArray
 
 def _misses(candidate: Candidate, table: FloatArray) -> FloatArray:
     """Relative errors at the points that a model was fitted to."""
-    latency = candidate.fit_device(table)
-    return _relative(latency, table)
+    return _relative(candidate.fit_device(table), table)
 
 
 def _relative(latency: Latency, table: FloatArray) -> FloatArray:
@@ -297,7 +318,7 @@ def _relative(latency: Latency, table: FloatArray) -> FloatArray:
     return np.divide(np.abs(latency(loads) - measured), measured, out=np.zeros(len(table)), where=measured > 0)
 
 
-def _explains(misses: list[FloatArray], tables: list[FloatArray], noises: list[float]) -> bool:
+def _explains(misses: Iterable[FloatArray], tables: list[FloatArray], noises: list[float]) -> bool:
     """Whether a model that smooths is as good as joining the points of curves."""
     return all(
         len(table) >= FEW and believed(missed, table[:, 0], sigma)

@@ -329,6 +329,27 @@ def test_one_device_that_no_roofline_explains_keeps_all_joined() -> None:
     assert fit(Profile(devices=[smooth, tiled]))[1].chosen == "staircase"
 
 
+@pytest.mark.parametrize("odd", range(4))
+@pytest.mark.parametrize("named", [True, False])
+def test_one_device_of_many_that_are_alike_is_not_smoothed_away(odd: int, named: bool) -> None:
+    loads = np.unique(np.geomspace(1, 2000, 40).round()).astype(int)
+    smooth = [(n, max(30.0, 5 + n / 4)) for n in loads]
+    rows = [[(n, 30.0 + 40 * (n // 128)) for n in loads] if rank == odd else smooth for rank in range(4)]
+    given = profile(*rows)
+    if named:
+        given = Profile(devices=[each.model_copy(update={"name": f"gpu {each.rank}"}) for each in given.devices])
+    cost, report = fit(given)
+    assert report.chosen == "staircase" and report.error > 0.02
+    assert cost.latencies[odd]([rows[odd][-1][0]]) == pytest.approx(rows[odd][-1][1])
+
+
+def test_the_worst_device_of_a_fit_is_said() -> None:
+    active = [(n, a, 20.0 + n + 3 * a) for n in (16, 64, 256) for a in (1, 4, 16)]
+    bent = [(n, a, us * (3 if n == 64 else 1)) for n, a, us in active]
+    _, report = fit(profile(active, active, bent, active), model="roofline-1")
+    assert report.worst > 0.1 and f"({100 * report.worst:.1f} % on one device)" in report.summary()
+
+
 def test_few_points_are_joined() -> None:
     assert fit(profile([(n, 5.0 + n) for n in (4, 8, 16, 64)]))[1].chosen == "staircase"
 
