@@ -158,4 +158,7 @@ def test_ranks_without_speeds_are_equal_devices(tmp_path: Path, capsys: pytest.C
 def test_repeats_that_disagree_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = "".join(f"{n},{us}\n" for n, us in ((8, 50), (8, 200), (16, 60), (16, 61)))
     words = ["profile", "import", written(tmp_path, "assignments,latency_us\n" + rows), "-o", tmp_path / "p.json"]
-    assert "the times of 1 of 2 loads disagree (8 assignments: 125 us" in run(capsys, *words)[1]
+    said = "the times of 1 of 2 loads disagree (8 assignments: 125 us"
+    assert said in run(capsys, *words)[1]
+    code, out, error = gemopt(capsys, *words, "--json")
+    assert code == 0 and said in error and out.startswith("{")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import examples, print_json, profile_app, say
+from gemopt.cli.app import examples, notice, print_json, profile_app, say, warn
 from gemopt.cli.options import AsJson
 
 if TYPE_CHECKING:
@@ -94,12 +94,14 @@ def import_table(
     profile = profile.model_copy(update={"model": profile.model.model_copy(update=known)})
     profile.save(output)
     if as_json:
+        for note in notes:
+            notice(f"note: {note}")
         samples = sum(len(each.samples) for each in profile.devices)
-        print_json({"output": str(output), "devices": profile.num_ranks, "samples": samples, "notes": notes})
+        print_json({"output": str(output), "devices": profile.num_ranks, "samples": samples})
         return
     say(f"{output}: {_summary(profile, measured, drawn=speeds is not None)}")
     for note in notes:
-        say(f"note: {note}")
+        warn(f"note: {note}")
 
 
 def _summary(profile: Profile, measured: int, *, drawn: bool) -> str:
