@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt
 from kernel_tables import loads, written
 
 from gemopt.cli import main
