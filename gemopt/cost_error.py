@@ -58,6 +58,16 @@ def left_out(table: FloatArray) -> float:
     return float(np.average(misses, weights=(left + right)[judged]))
 
 
+def roughest(names: Sequence[str], tables: Sequence[FloatArray]) -> list[int]:
+    """Of devices of each name the one whose points tell least of each other; the roughest of them first."""
+    roughness = [float(np.nan_to_num(left_out(table), nan=-1.0)) for table in tables]
+    worst: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if roughness[i] >= roughness[worst.setdefault(name, i)]:
+            worst[name] = i
+    return sorted(worst.values(), key=lambda i: -roughness[i])
+
+
 def middles(table: FloatArray) -> FloatArray:
     """Median latency of each distinct load, loads in order."""
     order = np.lexsort((table[:, 2], table[:, 0]))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.cost_error import believed, is_curve, left_out, middles, noise
+from gemopt.cost_error import believed, is_curve, left_out, middles, noise, roughest
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, FloatArray, Latency, line
 from gemopt.max_affine import max_affine
@@ -238,7 +238,7 @@ def fit(
     profile = Profile.of(profile)
     tables = [_in_order(device.table()) for device in profile.devices]
     usable = _usable(model, candidates, tables)
-    some = _roughest(profile.devices, tables)
+    some = roughest([device.name for device in profile.devices], tables)[:MAX_KINDS]
     kinds = [tables[i] for i in some]
     latencies: list[Latency] = []
     misses = {c.name: [_misses(c, table) for table in kinds] for c in usable}
@@ -264,16 +264,6 @@ def fit(
     missed = [float(_relative(latency, table).mean()) for latency, table in zip(latencies, tables, strict=True)]
     fits[chosen.name] = float(np.mean(missed))
     return cost, FitReport(chosen.name, errors, fits, len(tables[0]), max(missed))
-
-
-def _roughest(devices: Sequence[Device], tables: list[FloatArray]) -> list[int]:
-    """Of devices of each name the one whose points tell least of each other; of names, the `MAX_KINDS` worst."""
-    roughness = [np.nan_to_num(left_out(table), nan=-1.0) for table in tables]
-    worst: dict[str, int] = {}
-    for i, device in enumerate(devices):
-        if roughness[i] >= roughness[worst.setdefault(device.name, i)]:
-            worst[device.name] = i
-    return sorted(worst.values(), key=lambda i: -roughness[i])[:MAX_KINDS]
 
 
 def cost_of(given: str | CostModel, profile: Profile | None) -> CostModel:
