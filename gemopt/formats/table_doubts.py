@@ -53,12 +53,12 @@ def _beaten(device: Device) -> list[tuple[float, Sample, Sample]]:
 
 
 def _apart(profile: Profile) -> str:
-    """The two devices that are furthest apart at one load."""
+    """The two devices that are furthest apart at one load, idling aside."""
     at: dict[tuple[int, int | None], list[tuple[float, int]]] = {}
     for device in profile.devices:
-        for sample in device.samples:
+        for sample in filter(lambda each: each.assignments, device.samples):
             at.setdefault((sample.assignments, sample.active_experts), []).append((sample.latency_us, device.rank))
-    worst = max(at.values(), key=lambda found: max(found)[0] / max(min(found)[0], 1e-9))
+    worst = max(at.values(), key=lambda found: max(found)[0] / min(found)[0], default=[(1.0, 0)])
     (fast, quick), (slow, late) = min(worst), max(worst)
     if slow <= APART * fast:
         return ""
