@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-RULE = re.compile(r"[\s|+:=-]*(?:--|==|:-|-:)[\s|+:=-]*")
+RULES = ("--", "==", ":-", "-:")
 EMPHASIS = re.compile(r"(\*{1,3}|`)(.*)\1")
 Lines = list[tuple[int, list[str]]]
 
@@ -19,8 +19,8 @@ def printed(text: str) -> Lines:
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     while len(lines) > 1 and lines[0][1].rstrip().endswith(":"):
         del lines[0]
-    rule = lines[1][1] if len(lines) > 1 and RULE.fullmatch(lines[1][1]) else ""
-    lines = [each for i, each in enumerate(lines) if not (RULE.fullmatch(each[1]) and (i < 2 or "+" in each[1]))]
+    rule = lines[1][1] if len(lines) > 1 and _is_rule(lines[1][1]) else ""
+    lines = [each for i, each in enumerate(lines) if not (_is_rule(each[1]) and (i < 2 or "+" in each[1]))]
     if "|" in text:
         return [(number, _between_bars(line)) for number, line in lines]
     for cell in (r"\S+(?: \S+)*", r"\S+"):
@@ -28,6 +28,10 @@ def printed(text: str) -> Lines:
         if found is not None and len(found[0][1]) > 1:
             return found
     return [(number, [line.strip()]) for number, line in lines]
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("|+:=- \t") and any(each in line for each in RULES)
 
 
 def _between_bars(line: str) -> list[str]:
