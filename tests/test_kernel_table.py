@@ -113,6 +113,10 @@ BAD_TABLES = {
         "assignments   us\n        1   10\n        2     \n",
         "got assignments us; columns that commas",
     ),
+    "a printed cell of another column below a rule": (
+        "M    n     us\n-------------\n1        10.5\n2        11.5\n",
+        "got M n us; columns that commas",
+    ),
     "a printed cell of another column": ("M   n    us\n1        10\n2        11\n", "got M n us; columns that commas"),
     "devices named as parts": ("dev,assignments,us\ncpu:0,1,5\ncpu:1,1,6\n", "rows that differ in dev"),
     "training": ("assignments,fwd_bwd_ms\n1,5\n", "time fwd_bwd_ms"),
@@ -187,6 +191,7 @@ PRINTED = {
     "a grid": "+---+---+\n| tokens | us |\n+===+===+\n| 1 | 10.5 |\n+---+---+\n| 64 | 12 |\n+---+---+\n",
     "pandas": "moe:\n   tokens  Time (us)\n7     1.0       10.5\n8    64.0       12.0\n",
     "ruled off": "  tokens    us\n--------  ----\n       1  10.5\n      64  12\n",
+    "ruled off as a whole": "tokens     us\n-------------\n1        10.5\n64       12.0\n",
     "single blanks": "tokens us\n1 10.5\n64 12\n",
     "Excel": "sep=;\ntokens;us\n1;10.5\n64;12\n",
     "UTF-16": "\ufefftokens,us\n1,10.5\n64,12\n",

@@ -48,7 +48,8 @@ def _below(lines: list[tuple[int, str]], cell: re.Pattern[str], rule: str) -> Li
     index = [row[0][0] for row in rows if len(row) == len(header) + 1]
     counts = all(each.isdigit() for each in index) and all(int(b) == int(a) + 1 for a, b in pairwise(index))
     skipped = int(counts and len(index) == len(rows))
-    above = list(re.finditer(r"[-=]+", rule)) or header
+    dashes = list(re.finditer(r"[-=]+", rule))
+    above = dashes if len(dashes) == len(header) else header
     spread = any(re.search(r"\S\s{2,}\S", line) for _, line in lines)
     for row in rows:
         pairs = zip(above, row[skipped:], strict=False)
