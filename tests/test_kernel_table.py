@@ -225,6 +225,7 @@ def test_a_load_of_any_name_with_its_unit(tmp_path: Path) -> None:
         ("assignments,time_us\n1,10\n64,12\n256,50\n", []),
         ("assignments,time_us\n1,10\n64,12\n256,500\n", ["256 assignments: 500 us, but 64 assignments: 12 us"]),
         ("assignments,active_experts,time_us\n1,1,10\n8,8,40\n64,1,12\n", []),
+        ("rank,assignments,time_us\n0,8,10\n0,64,20\n1,8,10\n", ["rank 1 was measured up to 8 assignments, rank 0 up"]),
         ("rank,assignments,time_us\n0,0,0\n1,0,9\n", []),
         ("rank,assignments,time_us\n0,8,10\n1,8,12\n2,8,9000\n", ["rank 2 takes 9000 us and rank 0 10"]),
     ],

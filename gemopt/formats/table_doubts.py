@@ -9,11 +9,12 @@ from gemopt.profile import Device, Profile, Sample
 DISAGREE = 0.2  # of a latency: repeats that lie further around their median are hardly of one kind
 SLOW = 1.5  # times what a larger load takes, or smaller ones one after the other
 APART = 4.0  # times what another device takes
+SHORT = 4  # times as far as another device was measured
 
 
 def doubts(profile: Profile) -> list[str]:
     """One sentence each on repeats that disagree, loads that others would serve faster, and devices far apart."""
-    return [found for found in (_disagreeing(profile), _slow(profile), _apart(profile)) if found]
+    return [found for found in (_disagreeing(profile), _slow(profile), _apart(profile), _short(profile)) if found]
 
 
 def _disagreeing(profile: Profile) -> str:
@@ -63,6 +64,15 @@ def _apart(profile: Profile) -> str:
     if slow <= APART * fast:
         return ""
     return f"at one load rank {late} takes {slow:.4g} us and rank {quick} {fast:.4g}: are all times in one unit?"
+
+
+def _short(profile: Profile) -> str:
+    """The devices that were measured least and furthest."""
+    reach = [(max(sample.assignments for sample in each.samples), each.rank) for each in profile.devices]
+    (least, near), (most, far) = min(reach), max(reach)
+    if most <= SHORT * least:
+        return ""
+    return f"rank {near} was measured up to {least} assignments, rank {far} up to {most}: beyond, it is a guess"
 
 
 def _said(sample: Sample) -> str:
