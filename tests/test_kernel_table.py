@@ -106,7 +106,10 @@ BAD_TABLES = {
     "a total beside calls": ("assignments,TotalDurationNs,AverageNs,Calls\n1,500,5,100\n", "beside Calls 100"),
     "the likelier time": ("assignments,cpu_time_us,cuda_time_us\n1,500,5\n", "--time-column 'cuda_time_us'"),
     "parts": ("assignments,gemm,time_us\n1,gate_up,5\n1,down,3\n", "add up the parts of a load"),
-    "numbered parts": ("assignments,stage,time_us\n1,1,5\n1,2,3\n", "--repeat-column stage"),
+    "numbered parts": (
+        "assignments,stage,time_us\n1,1,5\n1,2,3\n",
+        "where one is a whole layer: --where stage=VALUE --repeat-column stage",
+    ),
     "grouped times": ("assignments;time_us\n1;10\n64;200\n128;1.240\n", "line 4, time_us: got 1.240"),
     "grouped loads": ("assignments,time_us\n1.000,10\n2.000,11\n4.000,12\n", "write 1000 or 1.0"),
     "a printed cell that is missing": (

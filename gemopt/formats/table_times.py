@@ -109,6 +109,6 @@ def refuse_other_operations(table: Table, varying: Collection[str] = ()) -> None
         found = values(table.rows, name)
         other = [each for each in found if words(each) & NO_LAYER or f"{plain(name)}{each}" in NO_LAYER]
         if other:
-            whole = f"; if each row is a whole layer: --repeat-column {name}" if name in varying else ""
-            hint = f"add up the parts of a load; gemopt topology reads exchanges{whole}"
+            one = f"; where one is a whole layer: --where {name}=VALUE --repeat-column {name}"
+            hint = f"add up the parts of a load; gemopt topology reads exchanges{one if name in varying else ''}"
             raise InputError(f"{table.path}, {name}", listed(other), "rows of whole MoE layers", hint)
