@@ -30,7 +30,7 @@ from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.linked_copies import search_copies
 from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
-from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
+from gemopt.solvers.search.streams import Stream, make_scratch, make_stream
 
 EPSILON = 1e-6
 SWAP_SHARE = 0.6  # of the time, where there are copies to change afterwards
@@ -38,7 +38,6 @@ SWEEPS = 12  # over all layers, at most
 FEW = 0.02  # of the swaps of the first sweep over all layers: the last one
 SAMPLE_TOKENS = 8000  # of a descent before that on all steps
 LEAST_STEPS = 16
-LATER = 2  # place of the next layer's dispatch among the streams of a layer
 Rows = list[Row]
 
 
@@ -148,32 +147,31 @@ class _Layers:
         self.states: dict[int, State] = {}
         self.item_LP = [np.where(row != EMPTY, np.arange(len(row)), -1) for row in rows]
         self.rank_LQ = [problem.rank_of_slot.astype(np.int32) for problem in problems]
-        self.begun, self.made = rows, {0: self._streams(rows, 0)}
-        if links.coupled:  # what one layer takes depends on the swaps of the one before
-            self.made |= {layer: self._streams(rows, layer) for layer in range(1, len(problems))}
+        self.begun, self.made = rows, dict[int, list[Stream]]()
         self.nothing = self._nothing(links.flows(0, rows, problems[0].slots_per_rank)[0])
-        self.scratches: dict[tuple[int, int, int], Scratch] = {}
 
     @property
     def position_T(self) -> NDArray[np.int64]:
         """[T] place of each step in the search."""
         return np.argsort(step_order(self.problems[0].num_steps))
 
-    def _streams(self, rows: Rows, layer: int) -> list[Stream]:
-        flows = self.links.flows(layer, rows, self.problems[0].slots_per_rank)
-        ranks = self.rank_LQ[layer]
-        return [make_stream(flow, self.position_T, ranks, itself=n == 1) for n, flow in enumerate(flows)]
-
     def _nothing(self, flow: Flow) -> Stream:
         """A stream without tokens, for what a layer does not have."""
-        none = np.zeros(0, np.int32)
+        none, ranks = np.zeros(0, np.int32), self.rank_LQ[0]
         empty = Flow(np.zeros((0, 1), np.int32), none, none, none, flow.rank_P, flow.routes[:1], flow.num_steps)
-        return make_stream(empty, self.position_T, self.rank_LQ[0], itself=False)
+        return make_stream(empty, self.position_T, ranks, ranks, itself=False)
 
     def streams(self, layer: int) -> list[Stream]:
         """The streams of a layer, made when it is first looked at."""
         if layer not in self.made:
-            self.made[layer] = self._streams(self.begun, layer)
+            ranks, flows = self.rank_LQ, self.links.flows(layer, self.begun, self.problems[layer].slots_per_rank)
+            homes = [np.arange(flow.routes[0].senders, dtype=np.int32) for flow in flows]
+            if self.links.coupled:
+                homes = [ranks[layer - 1] if layer > 0 else homes[0], ranks[layer]]
+            self.made[layer] = [
+                make_stream(flow, self.position_T, ranks[layer], home, itself=n == 1)
+                for n, (flow, home) in enumerate(zip(flows, homes, strict=True))
+            ]
         return self.made[layer]
 
     def rows(self) -> Rows:
@@ -211,7 +209,8 @@ class _Layers:
         streams = (self.streams(layer)[0], second, after)
         time_a, time_b, others = np.empty((3, steps), np.float32)
         room = Room(np.empty_like(state.loads[0]), time_a, time_b, others, np.empty((3, steps)))
-        scratches = (self.scratch(streams[0], 0), self.scratch(streams[1], 1), self.scratch(streams[2], LATER))
+        own, back = (make_scratch(stream, own=True) for stream in streams[:2])
+        scratches = (own, back, make_scratch(streams[2], own=False))
         total = 0
         for _ in range(SWEEPS):
             taken = sweep_linked(
@@ -222,10 +221,3 @@ class _Layers:
             if not taken:
                 break
         return total
-
-    def scratch(self, stream: Stream, place: int) -> Scratch:
-        """Room for a stream, shared by those of its size."""
-        key = (place, len(stream.start), stream.loads.shape[1])
-        if key not in self.scratches:
-            self.scratches[key] = make_scratch(stream, own=place < LATER)
-        return self.scratches[key]

@@ -14,15 +14,8 @@ from numba import njit
 from gemopt.solvers.search.gains import allowed
 from gemopt.solvers.search.linked_tangents import add_promises
 from gemopt.solvers.search.state import Array, Costs, Number, State, rank_times
-from gemopt.solvers.search.streams import (
-    Scratch,
-    Stream,
-    commit,
-    forget,
-    list_swap,
-    set_times,
-    to_ports,
-)
+from gemopt.solvers.search.stream_swaps import commit, forget, list_swap, to_ports
+from gemopt.solvers.search.streams import Scratch, Stream, set_times
 from gemopt.solvers.search.swaps import apply_swap
 
 
@@ -113,16 +106,15 @@ def links_after(
 @njit(cache=True, nogil=True)
 def promises(
     price: Price, room: Room, weights_T: Array, streams: tuple[Stream, Stream, Stream],
-    scratches: tuple[Scratch, Scratch, Scratch], moved: Array, paired: Array,
+    scratches: tuple[Scratch, Scratch, Scratch], moved: Array,
 ) -> float:  # fmt: skip
-    """Fill `moved`, `paired` and the shares of each step's cost; returns what is the links' in it now.
+    """Fill `moved` and the shares of each step's cost; returns what is the links' in it now.
 
     `room.others` holds the makespans. Where communication hides, a step counts by the longer of both as it is now: the
     larger of two numbers is never below any mean of them.
     """
     own, second, later = streams
     moved[:] = 0.0
-    paired[:] = 0.0
     base = 0.0
     for t in range(weights_T.shape[0]):
         weight, time = weights_T[t], own.times[t] + second.times[t]
@@ -138,7 +130,7 @@ def promises(
             room.shares[2, t] = 0.0 if hidden else weight
             base += room.shares[2, t] * time + (weight * makespan if hidden or not price.overlap else 0.0)
     for k in range(3):
-        add_promises(streams[k], scratches[k], room.shares[1 if k < 2 else 2], moved, paired)
+        add_promises(streams[k], scratches[k], room.shares[1 if k < 2 else 2], moved)
     return base
 
 
@@ -174,10 +166,10 @@ def sweep_linked(
     sweep that takes nothing has left out no swap that would gain.
     """
     num_ranks, taken = state.times.shape[0], 0
-    moved, paired = np.empty((rank_Q.shape[0], num_ranks)), np.empty((rank_Q.shape[0], rank_Q.shape[0]))
+    moved = np.empty((rank_Q.shape[0], num_ranks))
     slowest(state, -1, -1, room.others)
     current = step_costs(price, state.weights, room.others, streams[0].times, streams[1].times, streams[2].times)
-    base = promises(price, room, state.weights, streams, scratches, moved, paired)
+    base = promises(price, room, state.weights, streams, scratches, moved)
     for a in range(num_ranks):
         for b in range(a + 1, num_ranks):
             slowest(state, a, b, room.others)
@@ -189,19 +181,14 @@ def sweep_linked(
                         continue
                     x, y, least, goal = item_P[i], item_P[j], base, current * (1.0 - epsilon)
                     least += (moved[x, b] if x >= 0 else 0.0) + (moved[y, a] if y >= 0 else 0.0)
-                    least += paired[x, y] if x >= 0 and y >= 0 else 0.0
                     if least >= goal:
                         continue
                     cost = cost_after(
                         costs, state, streams, scratches, price, room, a, b, i, j, x, y, least, goal
                     )  # fmt: skip
-                    gains = cost < goal
-                    for k in range(3):
-                        if gains:
-                            commit(streams[k], scratches[k], x, y, a, b)
-                        elif cost < np.inf:
+                    if cost >= goal:
+                        for k in range(3 if cost < np.inf else 0):
                             forget(scratches[k])
-                    if not gains:
                         continue
                     apply_swap(costs, state, a, b, i, j)
                     item_P[i], item_P[j] = y, x
@@ -209,6 +196,8 @@ def sweep_linked(
                         rank_Q[x] = b
                     if y >= 0:
                         rank_Q[y] = a
+                    for k in range(3):
+                        commit(streams[k], scratches[k], a, b)
                     current = cost
                     taken += 1
     return taken

@@ -2,18 +2,17 @@
 
 The time of an exchange is convex in the bytes on its ports, and those are linear in the visits, so no swap costs less
 than along the tangent at the port that is fullest now (ports that fall silent aside). Per item x and rank b: what
-moving x there changes (`moved`); per pair: what the tokens that go to both change less (`paired`).
+moving x there changes (`moved`). A swap promises the sum of both moves, which is no more than both together: a token
+that goes to either item, or from one to the other, then gains less.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
-from gemopt.solvers.search.state import Array, Number
-from gemopt.solvers.search.streams import NOWHERE, Scratch, Stream, goes
+from gemopt.solvers.search.state import Array
+from gemopt.solvers.search.streams import Scratch, Stream, beyond, number
 
 
 @njit(cache=True, nogil=True)
@@ -41,99 +40,58 @@ def set_slopes(stream: Stream, weights_T: Array, slopes: Array) -> None:
 
 
 @njit(cache=True, nogil=True)
-def worth(stream: Stream, slopes_D: Array, n: int, x: Any, b: Any, y: Any, a: Any) -> float:
-    """Slopes of the destinations of a token together, x being on rank b and y on rank a (-2: as they are)."""
-    node, total = stream.node, 0.0
-    for k in range(stream.items.shape[1]):
-        rank, new_rank, new_node = goes(stream, n, k, x, b, y, a)
-        if new_rank:
-            total += slopes_D[rank]
-        if new_node:
-            total += slopes_D[node.shape[0] + node[rank]]
-    return total
-
-
-@njit(cache=True, nogil=True)
-def add_items(stream: Stream, slopes: Array, moved: Array, paired: Array) -> None:
-    """What the tokens promise whose sender stays where it is."""
-    items, ranks, node, num_ranks = stream.items, stream.rank, stream.node, stream.node.shape[0]
-    on, on_node = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
-    for n in range(items.shape[0]):
-        slopes_D, number = slopes[stream.step[n], stream.sender[n]], stream.number[n]
-        on[:] = 0
-        on_node[:] = 0
-        for k in range(items.shape[1]):
-            if items[n, k] >= 0:
-                on[ranks[items[n, k]]] += 1
-                on_node[node[ranks[items[n, k]]]] += 1
-        for k in range(items.shape[1]):
-            x = items[n, k]
-            if x < 0 or (stream.itself and stream.follows[n] == x):
-                continue
-            a = ranks[x]
-            alone = number * slopes_D[a] if on[a] == 1 else 0.0
-            last = number * slopes_D[num_ranks + node[a]] if stream.per_node and on_node[node[a]] == 1 else 0.0
+def add_item(stream: Stream, scratch: Scratch, x: int, moved_G: Array, gained_D: Array) -> None:
+    """What the tokens promise that go to item x, where it goes to another rank. gained_D: room."""
+    once, twice, node, num_ranks = scratch.once, scratch.twice, stream.node, stream.node.shape[0]
+    a = stream.rank[x]
+    node_a = num_ranks + node[a]
+    gained_D[:] = 0.0
+    lost, lost_node = 0.0, 0.0
+    for at in range(stream.to_start[x], stream.to_start[x + 1]):
+        word, bits = stream.to_word[at], stream.to_bits[at]
+        t, group = stream.step[word], stream.group[word]
+        alone = beyond(stream, bits, twice[word, a])
+        last = beyond(stream, bits, twice[word, node_a]) if stream.per_node else 0
+        if stream.itself and group == x:  # their sender leaves as well, see `add_senders`
             for b in range(num_ranks):
-                if b == a:
-                    continue
-                gain = -alone
-                if on[b] == 0:
-                    gain += number * slopes_D[b]
+                moved_G[b] -= alone * scratch.slopes[t, b, a]
                 if stream.per_node and node[b] != node[a]:
-                    gain -= last
-                    if on_node[node[b]] == 0:
-                        gain += number * slopes_D[num_ranks + node[b]]
-                moved[x, b] += gain
-            for m in range(items.shape[1]):
-                y = items[n, m]
-                if y >= 0 and ranks[y] != a and not (stream.itself and stream.follows[n] == y):
-                    lost = alone + (last if node[ranks[y]] != node[a] else 0.0)
-                    paired[x, y] += lost  # together they change nothing
-                    paired[y, x] += lost
-
-
-@njit(cache=True, nogil=True)
-def add_senders(stream: Stream, slopes: Array, moved: Array, paired: Array, own: bool) -> None:
-    """What the tokens promise whose sender goes with an item. own: their destinations may go as well.
-
-    For each token the places of its sender's item x and, where both go, of another of its items y: neither, x alone,
-    y alone, both.
-    """
-    items, ranks, num_ranks = stream.items, stream.rank, stream.node.shape[0]
-    value = np.zeros(4)
-    for n in range(items.shape[0]):
-        x: Number = np.int64(stream.follows[n])
-        if x < 0:
+                    moved_G[b] -= last * scratch.slopes[t, b, node_a]
             continue
-        a: Number = np.int64(stream.sender[n])
-        t, number = stream.step[n], stream.number[n]
-        for k in range(-1, items.shape[1] if own else 0):
-            y: Number = NOWHERE if k < 0 else np.int64(items[n, k])
-            if k >= 0 and (y < 0 or y == x or ranks[y] == a):
-                continue
-            for there in range(num_ranks):
-                b: Number = np.int64(there)
-                if b == a or (k >= 0 and b != ranks[y]):
-                    continue
-                for case in range(4 if k >= 0 else 2):
-                    of_x: Number = x if own and case % 2 == 1 else NOWHERE
-                    of_y: Number = y if case >= 2 else NOWHERE
-                    value[case] = worth(stream, slopes[t, b if case % 2 == 1 else a], n, of_x, b, of_y, a)
-                if k < 0:
-                    moved[x, b] += number * (value[1] - value[0])
-                    continue
-                more = number * (value[3] - value[1] - value[2] + value[0])
-                paired[x, y] += more
-                paired[y, x] += more
+        slopes_D, once_D = scratch.slopes[t, stream.home[group]], once[word]
+        for d in range(gained_D.shape[0]):
+            gained_D[d] += beyond(stream, bits, once_D[d]) * slopes_D[d]
+        lost += alone * slopes_D[a]
+        if stream.per_node:
+            lost_node += last * slopes_D[node_a]
+    for b in range(num_ranks):
+        moved_G[b] += gained_D[b] - lost
+        if stream.per_node and node[b] != node[a]:
+            moved_G[b] += gained_D[num_ranks + node[b]] - lost_node
 
 
 @njit(cache=True, nogil=True)
-def add_promises(stream: Stream, scratch: Scratch, weights_T: Array, moved: Array, paired: Array) -> None:
+def add_senders(stream: Stream, scratch: Scratch, x: int, moved_G: Array) -> None:
+    """What the tokens promise whose sender goes with item x, their destinations staying."""
+    a = stream.home[x]
+    for word in range(stream.from_start[x], stream.from_start[x + 1]):
+        slopes, once_D = scratch.slopes[stream.step[word]], scratch.once[word]
+        for d in range(once_D.shape[0]):
+            tokens = number(stream, once_D[d])
+            if tokens > 0:
+                for b in range(moved_G.shape[0]):
+                    moved_G[b] += tokens * (slopes[b, d] - slopes[a, d])
+
+
+@njit(cache=True, nogil=True)
+def add_promises(stream: Stream, scratch: Scratch, weights_T: Array, moved: Array) -> None:
     """Add what a stream promises; weights_T: of its time in the cost of each step."""
-    if stream.items.shape[0] == 0:
+    if stream.step.shape[0] == 0:
         return
     set_slopes(stream, weights_T, scratch.slopes)
-    if scratch.own:
-        add_items(stream, scratch.slopes, moved, paired)
-    if stream.itself or not scratch.own:
-        add_senders(stream, scratch.slopes, moved, paired, scratch.own)
+    gained_D = np.empty(stream.destinations)
+    for x in range(moved.shape[0]):
+        if scratch.own:
+            add_item(stream, scratch, x, moved[x], gained_D)
+        if stream.itself or not scratch.own:
+            add_senders(stream, scratch, x, moved[x])
