@@ -30,7 +30,7 @@ from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.linked_copies import search_copies
 from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
-from gemopt.solvers.search.streams import Stream, make_scratch, make_stream
+from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
 
 EPSILON = 1e-6
 SWAP_SHARE = 0.6  # of the time, where there are copies to change afterwards
@@ -195,29 +195,29 @@ class _Layers:
 
     def layer(self, layer: int, *, compute: float = 1.0) -> int:
         """Swaps of one layer."""
-        state, problem = self.state(layer), self.problems[layer]
-        steps, later = problem.num_steps, self.links.coupled and layer + 1 < len(self.problems)
-        second = self.streams(layer)[1] if self.links.coupled else self.nothing
-        after = self.streams(layer + 1)[0] if later else self.nothing
-        none_T = np.zeros(steps, np.float32)
-        makespan_T, combine_T = none_T, np.zeros(steps)
-        if later:
-            makespan_T = np.empty(steps, np.float32)
-            slowest(self.state(layer + 1), -1, -1, makespan_T)
-            combine_T = self.streams(layer + 1)[1].times
-        price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
-        streams = (self.streams(layer)[0], second, after)
-        time_a, time_b, others = np.empty((3, steps), np.float32)
-        room = Room(np.empty_like(state.loads[0]), time_a, time_b, others, np.empty((3, steps)))
-        own, back = (make_scratch(stream, own=True) for stream in streams[:2])
-        scratches = (own, back, make_scratch(streams[2], own=False))
-        total = 0
+        around, total = self.around(layer, compute), 0
         for _ in range(SWEEPS):
             taken = sweep_linked(
-                self.costs[layer], state, self.item_LP[layer], self.rank_LQ[layer], streams, scratches, price, room,
-                EPSILON,
-            )  # fmt: skip
+                self.costs[layer], self.state(layer), self.item_LP[layer], self.rank_LQ[layer], *around, EPSILON
+            )
             total += int(taken)
             if not taken:
                 break
         return total
+
+    def around(
+        self, layer: int, compute: float
+    ) -> tuple[tuple[Stream, Stream, Stream], tuple[Scratch, Scratch, Scratch], Price, Room]:
+        """What the swaps of a layer change besides its state, and what they cost."""
+        state, steps = self.state(layer), self.problems[layer].num_steps
+        later = self.links.coupled and layer + 1 < len(self.problems)
+        makespan_T, combine_T, after = np.zeros(steps, np.float32), np.zeros(steps), self.nothing
+        if later:
+            after, combine_T = self.streams(layer + 1)[0], self.streams(layer + 1)[1].times
+            slowest(self.state(layer + 1), -1, -1, makespan_T)
+        price = Price(compute, self.links.exchange.overlap, later, makespan_T, combine_T)
+        streams = (self.streams(layer)[0], self.streams(layer)[1] if self.links.coupled else self.nothing, after)
+        own, back = (make_scratch(stream, own=True) for stream in streams[:2])
+        time_a, time_b, others = np.empty((3, steps), np.float32)
+        room = Room(np.empty_like(state.loads[0]), time_a, time_b, others, np.empty((3, steps)))
+        return streams, (own, back, make_scratch(after, own=False)), price, room
