@@ -170,6 +170,11 @@ class Links:
         if source is not None and len(source) and not (source.min() >= 0 and source.max() < num_ranks):
             worst = int(source.max()) if source.max() >= num_ranks else int(source.min())
             raise InputError("Traces.source_rank", worst, f"ranks 0 to {num_ranks - 1}")
+        if exchange.senders is None and source is not None and len(source) and source.max() < num_ranks - 1:
+            raise InputError(
+                "Traces.source_rank", f"ranks 0 to {source.max()}", f"some token from each of {num_ranks} ranks",
+                "ask for senders recorded if the others send none, or for uniform",
+            )  # fmt: skip
         return cls(topology, exchange, traces, senders, dispatch, combine)
 
     def on(self, traces: Traces) -> Links:

@@ -25,6 +25,9 @@ from gemopt.latency import Curve
 US_PER_BYTE = 1e-3  # at 1 GB/s
 LEVELS = ("within_node", "between_nodes", "between_racks")
 NONE = -1
+LEAST_US, MOST_US = 0.01, 1e6  # a latency beyond is not in microseconds
+MOST_GBS, MOST_SHARED_GBS = 1e4, 1e6  # a bandwidth of a rank's port, and of one that ranks share, is not in GB/s
+LATENCY = f"0, or {LEAST_US:g} to {MOST_US:,.0f}", "microseconds"
 
 
 class Wired(BaseModel):
@@ -55,8 +58,8 @@ class Level(Wired):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    bandwidth_gbs: float | None = None
-    latency_us: float = Field(default=0.0, ge=0, le=1e9)
+    bandwidth_gbs: float | None = Field(default=None, strict=True)
+    latency_us: float = Field(default=0.0, strict=True)
     points: list[tuple[float, float]] | None = None
     port_of: Literal["rank", "node", "rack"] = "rank"
 
@@ -65,13 +68,24 @@ class Level(Wired):
         if (self.bandwidth_gbs is None) == (self.points is None):
             given = "both" if self.points is not None else "nothing"
             raise InputError("Topology.bandwidth_gbs", given, "a bandwidth or measured points, one of them")
-        if self.bandwidth_gbs is not None and self.bandwidth_gbs <= 0:
-            raise InputError("Topology.bandwidth_gbs", self.bandwidth_gbs, "GB/s above 0")
+        most = MOST_GBS if self.port_of == "rank" else MOST_SHARED_GBS
+        if self.bandwidth_gbs is not None and not 0 < self.bandwidth_gbs <= most:
+            raise InputError("Topology.bandwidth_gbs", self.bandwidth_gbs, f"above 0, at most {most:,.0f}", "GB/s")
+        if self.latency_us != 0 and not LEAST_US <= self.latency_us <= MOST_US:
+            raise InputError("Topology.latency_us", self.latency_us, *LATENCY)
         if self.points is not None:
             table = np.array(self.points, dtype=np.float64)
             rising = len(table) > 1 and (np.diff(table[:, 0]) > 0).all() and (np.diff(table[:, 1]) >= 0).all()
             if not rising or table[0].min() < 0 or table[-1, 1] <= 0:
                 raise InputError("Topology.points", self.points, "two or more (bytes, us), bytes and us increasing")
+            if self.latency_us != 0:
+                raise InputError("Topology.latency_us", self.latency_us, "none beside points, which hold the latency")
+            if table[-1, 0] * US_PER_BYTE > most * table[-1, 1]:
+                given = f"{table[-1, 0]:g} bytes in {table[-1, 1]:g} us"
+                raise InputError("Topology.points", given, f"at most {most:,.0f} GB/s", "bytes and microseconds")
+            if self.curve.slope <= 0:
+                limit = "times that grow in the upper half: larger messages would be free"
+                raise InputError("Topology.points", self.points, limit, "measure larger messages")
         return self
 
     @cached_property
@@ -143,6 +157,14 @@ class Topology(Wired, Document):
             if len(self.rack_of_node) != self.num_nodes:
                 raise InputError("Topology.rack_of_node", self.rack_of_node, f"one rack per node, {self.num_nodes}")
         self._check_pairs()
+        for name, groups, given in zip(
+            LEVELS[1:], (self.num_nodes, self.num_racks), ("node_of_rank", "rack_of_node"), strict=True
+        ):
+            if getattr(self, name) is not None and groups == 1:
+                raise InputError(f"Topology.{name}", "given", f"several groups of {given}, and there is one")
+        for name in LEVELS[:2]:
+            if (level := getattr(self, name)) is not None and level.port_of == "rack":
+                raise InputError(f"Topology.{name}.port_of", "rack", "rank or node")
         if self.pair_bandwidth_gbs is None:
             largest = int(np.bincount(self.node_of_rank).max())
             needed = (largest > 1, self.num_nodes > 1, self.num_racks > 1)
@@ -153,17 +175,20 @@ class Topology(Wired, Document):
 
     def _check_pairs(self) -> None:
         shape, own = (self.num_ranks, self.num_ranks), np.eye(self.num_ranks, dtype=bool)
-        for name, least in (("pair_bandwidth_gbs", 0.0), ("pair_latency_us", -1e-300)):
+        for name in ("pair_bandwidth_gbs", "pair_latency_us"):
             matrix = getattr(self, name)
             if matrix is None:
                 continue
             if matrix.shape != shape:
                 raise InputError(f"Topology.{name}", f"shape {matrix.shape}", f"every rank to every other, {shape}")
-            bad = np.argwhere((matrix <= least) & ~own)
+            if name == "pair_bandwidth_gbs":
+                good, limit = (matrix > 0) & (matrix <= MOST_GBS), (f"above 0, at most {MOST_GBS:,.0f}", "GB/s")
+            else:
+                good, limit = (matrix == 0) | ((matrix >= LEAST_US) & (matrix <= MOST_US)), LATENCY
+            bad = np.argwhere(~good & ~own)
             if len(bad):
                 g, h = bad[0].tolist()
-                limit = "above 0" if least == 0 else "at least 0"
-                raise InputError(f"Topology.{name}[{g}][{h}]", float(matrix[g, h]), limit)
+                raise InputError(f"Topology.{name}[{g}][{h}]", float(matrix[g, h]), *limit)
         if self.pair_latency_us is not None and self.pair_bandwidth_gbs is None:
             raise InputError("Topology.pair_bandwidth_gbs", None, "latencies of pairs need their bandwidths")
 

@@ -13,6 +13,8 @@ from gemopt.traces import Traces
 from gemopt.traces.arrays import count_assignments
 from gemopt.traces.tokens import Tokens
 
+RACKED = ["node", "rack"]
+
 
 def random_topology(rng: np.random.Generator, ranks: int) -> Topology:
     """Nodes of any size, racks, shared ports, measured points, links of pairs: whatever a document can say."""
@@ -30,14 +32,15 @@ def random_topology(rng: np.random.Generator, ranks: int) -> Topology:
             bandwidth_gbs=float(rng.choice([0.01, 0.1])), latency_us=float(rng.integers(0, 5)), port_of=port_of
         )
 
-    fields: dict[str, object] = {
-        "within_node": level("rank"),
-        "between_nodes": level(str(rng.choice(["rank", "node"]))),
-        "between_racks": level(str(rng.choice(["node", "rack"]))),
-    }
+    within, between, racked = level("rank"), level(str(rng.choice(["rank", "node"]))), level(str(rng.choice(RACKED)))
+    fields: dict[str, object] = {"within_node": within}
+    if nodes > 1:
+        fields["between_nodes"] = between
+    if racks.max() > 0:
+        fields["between_racks"] = racked
     if rng.random() < 0.3:
         fields["pair_bandwidth_gbs"] = rng.uniform(0.01, 0.2, (ranks, ranks))
-        fields["pair_latency_us"] = rng.uniform(0, 4, (ranks, ranks))
+        fields["pair_latency_us"] = rng.uniform(0.01, 4, (ranks, ranks))
         if rng.random() < 0.5:
             fields = {name: value for name, value in fields.items() if name.startswith("pair")}
     return Topology(node_of_rank=node_of_rank, rack_of_node=racks, **fields)

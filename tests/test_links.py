@@ -191,6 +191,11 @@ def test_other_bad_links() -> None:
     tokens = replace(links.traces.tokens, source_rank=links.traces.tokens.source_rank + 3)
     with pytest.raises(InputError, match="ranks 0 to 2"):
         Links.of(links.topology, replace(links.traces, tokens=tokens), 3, exchange=Exchange(dispatch_bytes=1))
+    tokens = replace(links.traces.tokens, source_rank=links.traces.tokens.source_rank % 2)  # of a run on two ranks?
+    with pytest.raises(InputError, match="some token from each of 3 ranks"):
+        Links.of(links.topology, replace(links.traces, tokens=tokens), 3, exchange=Exchange(dispatch_bytes=1))
+    asked = Exchange(dispatch_bytes=1, senders="recorded")
+    assert Links.of(links.topology, replace(links.traces, tokens=tokens), 3, exchange=asked).senders == "recorded"
 
 
 def test_layers_are_counted_again_only_when_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
