@@ -3,7 +3,8 @@
 Starts are the placement that heeds makespans alone, what swaps make of it under the links alone or as if all ports of a
 kind carried as much (which every byte changes, not only those of the fullest), and, where senders follow experts, whole
 ranks renamed along the transitions. From each, every layer in turn takes the swaps that lower its cost and that of the
-next layer's dispatch, until a sweep takes next to nothing. Of the best, copies are then changed and swapped once more.
+next layer's dispatch, until a sweep takes next to nothing. The best is then kicked: a few slots of one layer change
+places, and what they change for descends again. Last, copies are changed and swapped once more.
 All that is offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
 """
 
@@ -21,10 +22,11 @@ from scipy.optimize import linear_sum_assignment
 from gemopt.evaluate import linked_total
 from gemopt.flows import Flow
 from gemopt.links import Links
+from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Row, incumbent, seeded, within_limits
 from gemopt.solvers.relabel import renamed
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.linked_copies import search_copies
@@ -36,6 +38,7 @@ EPSILON = 1e-6
 SWAP_SHARE = 0.6  # of the time, where there are copies to change afterwards
 SWEEPS = 12  # over all layers, at most
 FEW = 0.02  # of the swaps of the first sweep over all layers: the last one
+KICK = 3  # pairs of slots that change places
 SAMPLE_TOKENS = 8000  # of a descent before that on all steps
 LEAST_STEPS = 16
 Rows = list[Row]
@@ -54,7 +57,7 @@ PRELUDES = (Prelude(1.0, True), None, Prelude(0.0, False), Prelude(0.0, True))
 def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options: Options) -> Linked:
     """Improve the rows of all layers under the joint objective; never worse than what is given. Blocs stay.
 
-    `options.patience` 0: from the first start alone.
+    `options.patience`: kicks per layer in a row without gain; 0: from the first start alone.
     """
     problems = [settled(problem, row) for problem, row in zip(problems, rows, strict=True)]
     value = linked_total(problems, rows, links)
@@ -84,6 +87,7 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
                 if stop[0] or some is problems or len(some[0].counts_TE) == len(problems[0].counts_TE):
                     break
             _offer(found, problems, links, start)
+        _kick(found, problems, links, options, stop)
     if copies and not options.expired():
         changed = search_copies(problems, links, found.rows, options)
         _offer(found, problems, links, changed)
@@ -120,11 +124,36 @@ def aligned(problems: Sequence[Problem], links: Links, rows: Rows) -> Rows:
     return found
 
 
-def _offer(found: Linked, problems: Sequence[Problem], links: Links, rows: Rows) -> None:
+def _offer(found: Linked, problems: Sequence[Problem], links: Links, rows: Rows) -> bool:
     value = linked_total(problems, rows, links)
-    if value < found.total_us:
-        found.rows, found.total_us = rows, value
-        found.history.append(incumbent(value))
+    if value >= found.total_us:
+        return False
+    found.rows, found.total_us = rows, value
+    found.history.append(incumbent(value))
+    return True
+
+
+def _kick(found: Linked, problems: Sequence[Problem], links: Links, options: Options, stop: NDArray[np.uint8]) -> None:
+    """Kicks of the best, one layer after the other, until too many in a row bring no gain."""
+    patience = DEFAULT_PATIENCE if options.patience is None else options.patience
+    draws, idle, layer = seeded(options.seed, len(problems)), 0, 0
+    while idle < patience * len(problems) and not stop[0]:
+        kicked = _kicked(problems[layer], found.rows[layer], draws)
+        search = _Layers(problems, links, [*found.rows[:layer], kicked, *found.rows[layer + 1 :]], stop)
+        search.settle(only=layer)
+        idle = 0 if _offer(found, problems, links, search.rows()) else idle + 1
+        layer = (layer + 1) % len(problems)
+
+
+def _kicked(problem: Problem, row: Row, draws: np.random.Generator) -> Row:
+    """A row with a few pairs of slots, drawn at random, in each other's place, as far as that may be."""
+    for _ in range(KICK):
+        pair = draws.permutation(len(row))[:2]
+        tried = row.copy()
+        tried[pair] = row[pair[::-1]]
+        once = held(tried, problem.slots_per_rank, problem.num_experts).sum() == (row != EMPTY).sum()
+        row = tried if once and within_limits(problem, tried) else row
+    return row
 
 
 def _sampled(problems: Sequence[Problem], links: Links, seed: int) -> tuple[Sequence[Problem], Links]:
@@ -184,13 +213,19 @@ class _Layers:
             self.states[layer] = make_state(self.problems[layer], self.begun[layer], self.costs[layer], self.stop)
         return self.states[layer]
 
-    def settle(self, *, compute: float = 1.0) -> None:
-        """Sweeps over all layers until one takes next to nothing."""
-        most = None
+    def settle(self, *, compute: float = 1.0, only: int | None = None) -> None:
+        """Sweeps over the layers that something changed for, at first all or one, until one takes next to nothing."""
+        due, most = set(range(len(self.problems)) if only is None else [only]), None
         for _ in range(SWEEPS):
-            taken = sum(self.layer(layer, compute=compute) for layer in range(len(self.problems)) if not self.stop[0])
+            taken = 0
+            for layer in sorted(due):
+                due.remove(layer)
+                swaps = 0 if self.stop[0] else self.layer(layer, compute=compute)
+                if swaps and self.links.coupled:
+                    due |= {layer - 1, layer + 1} & set(range(len(self.problems)))
+                taken += swaps
             most = taken if most is None else most
-            if taken <= FEW * most or self.stop[0] or not self.links.coupled:
+            if taken <= FEW * most:
                 return
 
     def layer(self, layer: int, *, compute: float = 1.0) -> int:
