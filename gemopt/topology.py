@@ -83,9 +83,6 @@ class Level(Wired):
             if table[-1, 0] * US_PER_BYTE > most * table[-1, 1]:
                 given = f"{table[-1, 0]:g} bytes in {table[-1, 1]:g} us"
                 raise InputError("Topology.points", given, f"at most {most:,.0f} GB/s", "bytes and microseconds")
-            if self.curve.slope <= 0:
-                limit = "times that grow in the upper half: larger messages would be free"
-                raise InputError("Topology.points", self.points, limit, "measure larger messages")
         return self
 
     @cached_property

@@ -106,7 +106,6 @@ def test_copies_with_other_speeds_forget_what_was_computed() -> None:
         ({"within_node": {"bandwidth_gbs": 1, "latency_us": 2.2e-5}}, "microseconds"),
         ({"within_node": {"bandwidth_gbs": 1, "latency_us": 2.2e7}}, "microseconds"),
         ({"within_node": {"points": [[1024, 2.2e-5], [1048576, 4.4e-5]]}}, "microseconds"),
-        ({"within_node": {"points": [[1024, 22], [1048576, 22]]}}, "would be free"),
         ({"within_node": {"points": [[1024, 22], [1048576, 44]], "latency_us": 22}}, "hold the latency"),
         ({"within_node": {"bandwidth_gbs": 1, "port_of": "rack"}}, "rank or node"),
         ({"between_nodes": {"bandwidth_gbs": 1}}, "several groups of node_of_rank"),
