@@ -36,7 +36,7 @@ from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_st
 
 EPSILON = 1e-6
 SWAP_SHARE = 0.6  # of the time, where there are copies to change afterwards
-SWEEPS = 12  # over all layers, at most
+SWEEPS = 12  # over one layer before the next, and over all layers, at most
 FEW = 0.02  # of the swaps of the first sweep over all layers: the last one
 KICK = 3  # pairs of slots that change places
 SAMPLE_TOKENS = 8000  # of a descent before that on all steps
@@ -220,7 +220,10 @@ class _Layers:
             taken = 0
             for layer in sorted(due):
                 due.remove(layer)
-                swaps = 0 if self.stop[0] else self.layer(layer, compute=compute)
+                if self.stop[0]:
+                    return
+                swaps, more = self.layer(layer, compute=compute)
+                due |= {layer} if more else set()
                 if swaps and self.links.coupled:
                     due |= {layer - 1, layer + 1} & set(range(len(self.problems)))
                 taken += swaps
@@ -228,17 +231,16 @@ class _Layers:
             if taken <= FEW * most:
                 return
 
-    def layer(self, layer: int, *, compute: float = 1.0) -> int:
-        """Swaps of one layer."""
-        around, total = self.around(layer, compute), 0
+    def layer(self, layer: int, *, compute: float = 1.0) -> tuple[int, bool]:
+        """Swaps taken of one layer, and whether there may be more."""
+        around = (self.state(layer), self.item_LP[layer], self.rank_LQ[layer], *self.around(layer, compute))
+        total = taken = 0
         for _ in range(SWEEPS):
-            taken = sweep_linked(
-                self.costs[layer], self.state(layer), self.item_LP[layer], self.rank_LQ[layer], *around, EPSILON
-            )
-            total += int(taken)
+            taken = int(sweep_linked(self.costs[layer], *around, EPSILON))
+            total += taken
             if not taken:
                 break
-        return total
+        return total, taken > 0
 
     def around(
         self, layer: int, compute: float
