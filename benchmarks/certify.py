@@ -1,6 +1,6 @@
 """What `solve` certifies in a time: gaps of the checked bound, by kind of instance; prints a table in Markdown.
 
-python benchmarks/certify.py [--rows tiny gptoss ...] [--few] [--stretch 1.0]
+python benchmarks/certify.py [--rows tiny slack ...] [--few] [--stretch 1.0]
 
 Every instance is solved on one thread for the row's limit and its certificate is verified; the gap is that of the bound
 the verifier has checked itself, against the placement of the same call. Latencies are `a + b N` without an offset
@@ -61,6 +61,12 @@ ROWS = (
     Row("E 16, G 4, T 1000, affine, differ", "tiny", 16, 4, 1000, False, 1, 10, 5, "0"),
     Row("E 16, G 4, T 1000, affine, equal", "tiny", 16, 4, 1000, True, 1, 10, 5, "0"),
     Row("E 24, G 4, T 100, affine, equal", "tiny", 24, 4, 100, True, 1, 5, 5, "0"),
+    Row("E 8, G 4 (S 3), T 1000, affine, equal", "slack", 8, 4, 1000, True, 1, 10, 4, "0", spare=1),
+    Row("E 8, G 4 (S 3), T 1000, affine, differ", "slack", 8, 4, 1000, False, 1, 10, 4, "0", spare=1),
+    Row("E 16, G 2 (S 9), T 1000, affine, differ", "slack", 16, 2, 1000, False, 1, 10, 4, "0", spare=1),
+    Row("E 16, G 4 (S 5), T 100, affine, equal", "slack", 16, 4, 100, True, 1, 10, 4, "0", spare=1),
+    Row("E 16, G 4 (S 5), T 100, affine, differ", "slack", 16, 4, 100, False, 1, 10, 4, "0", spare=1),
+    Row("E 16, G 4 (S 5), T 100, staircase, differ", "slack", 16, 4, 100, False, TILE, 10, 4, "0", spare=1),
     Row("S 2, E 32, T 200, affine, equal", "two slots", 32, 16, 200, True, 1, 60, 2, "0"),
     Row("S 2, E 32, T 200, affine, differ", "two slots", 32, 16, 200, False, 1, 60, 2, "0"),
     Row("gpt-oss-20b mixed, G 16", "gptoss", 32, 16, 400, False, 1, 10, 24, "mean 0.5 %"),
@@ -139,7 +145,7 @@ def measure(row: Row, *, few: bool, stretch: float, offset: float, folder: Path)
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", default=["tiny", "two slots", "gptoss", "large", "copies"])
+    parser.add_argument("--rows", nargs="*", default=["tiny", "slack", "two slots", "gptoss", "large", "copies"])
     parser.add_argument("--few", action="store_true")
     parser.add_argument("--stretch", type=float, default=1.0)
     parser.add_argument("--offset", type=float, default=0.0)

@@ -75,7 +75,8 @@ def _use(solver: Solver, tiny: Problem) -> None:
             ContentsSearch(two_ranks, step_bounds(two_ranks), np.inf).run(np.zeros(1, np.uint8))
         for name in ("branch", "columns"):
             if solver.name == name or (solver.name == "auto" and prover(tiny) == name):
-                get(name).solve(two_ranks, options, None)
+                some = replace(two_ranks, slots_per_rank=np.array([3, 3])) if tiny.spare_slots else two_ranks
+                get(name).solve(some, options, None)
     if tiny.moves is not None:
         walk_front(tiny, 2)
 

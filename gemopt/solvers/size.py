@@ -9,8 +9,10 @@ from gemopt.problem import Problem
 
 PROVABLE_EXPERTS = 16
 PROVABLE_TIMES = 4000
-BRANCHED_EXPERTS = 24  # by branch and bound, on few ranks, without copies, moves and rules
+BRANCHED_EXPERTS = 24  # by branch and bound, on few ranks, without moves and rules
 BRANCHED_WAYS = 44.0  # bits of the number of ways to place them
+COPIED_WAYS = 47.0  # where slots are spare
+COPIED_RANKS = 6  # with slots, where any are spare: each set of them is tried, and each order of equal ones
 FEW_COLUMNS = 20_000  # contents of ranks, up to which listing them beats branch and bound
 MOST_COLUMNS = 400_000
 MOST_ENTRIES = 2e8  # columns x steps: latencies looked up when all are priced
@@ -20,12 +22,25 @@ MOST_PAIRED_EXPERTS = 256  # numbered in a byte
 
 
 def branches(problem: Problem) -> bool:
-    """Whether branch and bound has a chance: few experts and ranks, neither copies nor moves nor rules."""
+    """Whether branch and bound has a chance: few experts and ranks, even shares, neither moves nor rules."""
     other = problem.moves is not None or problem.rules is not None
-    if other or problem.spare_slots or problem.num_experts > BRANCHED_EXPERTS:
+    uneven = problem.spare_slots and (problem.split is not Split.EVEN or problem.full)
+    if other or uneven or problem.num_experts > BRANCHED_EXPERTS:
         return False
-    ways = problem.num_experts * log2(problem.num_ranks)
-    return ways - sum(log2(factorial(len(group))) for group in problem.equal_ranks) <= BRANCHED_WAYS
+    if problem.spare_slots and (problem.slots_per_rank > 0).sum() > COPIED_RANKS:
+        return False
+    ways = log2(_ways(problem)) - sum(log2(factorial(len(group))) for group in problem.equal_ranks)
+    return ways <= (COPIED_WAYS if problem.spare_slots else BRANCHED_WAYS)
+
+
+def _ways(problem: Problem) -> int:
+    """In how many ways experts can have sets of ranks, with no more copies in all than there are slots."""
+    ranks = int((problem.slots_per_rank > 0).sum())
+    most = min(problem.spare_slots, problem.num_experts * (ranks - 1))
+    ways = [1] + [0] * most  # by the copies beyond one for each
+    for _ in range(problem.num_experts):
+        ways = [sum(ways[n - k] * comb(ranks, k + 1) for k in range(min(n, ranks - 1) + 1)) for n in range(most + 1)]
+    return sum(ways)
 
 
 def num_columns(problem: Problem) -> int | None:

@@ -259,6 +259,7 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
     from gemopt.verify.dual import check_dual
     from gemopt.verify.shares import shares
     from gemopt.verify.tree import no_better
+    from gemopt.verify.tree_copies import no_better_copies
 
     row_P = _feasible(case, layer)
     found_us = objective_us(case, row_P, shares(case, layer, duals))
@@ -291,7 +292,7 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
         if layer.bound_us > checked_us * (1 + 1e3 * SAME):
             search = no_better_contents(case, contents, layer.bound_us, most_nodes)
     elif layer.proof is Proof.TREE:
-        search = no_better(case, layer.bound_us, most_nodes)
+        search = (no_better_copies if case.spare else no_better)(case, layer.bound_us, most_nodes)
     if search is not None:
         nodes, better = search
         if better is not None:

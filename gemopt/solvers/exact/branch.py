@@ -1,20 +1,23 @@
-"""Branch and bound: proves small layers, every cost model alike; see `tree` for its bounds."""
+"""Branch and bound: proves small layers, every cost model alike; see `tree` and `copies_tree` for their bounds."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gemopt.bounds import Together, step_bounds, together_bound
 from gemopt.bounds.dual_bound import pair_costs
+from gemopt.bounds.simple import weighted
 from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
+from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.compact import merged
+from gemopt.solvers.exact.copies_tree import make_copies_tree, search_copies
 from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tree
 
@@ -23,10 +26,10 @@ NEVER = 2**62
 
 
 class Branch:
-    """Depth-first branch and bound without copies; all placements, or none, are proven."""
+    """Depth-first branch and bound; all placements, or none, are proven."""
 
     name = "branch"
-    supports = Supports(spare_slots=False, proves=True, improves=True)
+    supports = Supports(policies=False, proves=True, improves=True)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`. A search that is cut short proves nothing of its own.
@@ -34,38 +37,68 @@ class Branch:
         Raises
         ------
         UnsupportedError
-            Spare slots, moves or rules: the tree knows one copy of each expert and no price but time.
+            Moves, rules, or copies that do not share evenly: the tree knows no price but time.
         """
-        begun = begin(self.name, problem, options, warm_start)
+        begun = begin(self.name, problem, options, warm_start, copies=True)
         if not begun.reached:
             return begun
         assert begun.row is not None and begun.start_us is not None
         row, value, history = begun.row, begun.start_us, begun.history
         small = merged(problem)
-        floor_T = step_bounds(small)
-        known = _multipliers(small, floor_T, options, value)
-        pairs = None
-        if known.programme is not None and known.multipliers is not None and (small.slots_per_rank > 0).all():
-            pairs = pair_costs(known.programme, *known.multipliers)
-        tree = make_tree(small, floor_T, pairs)
-        if tree is None:
+        found = (_search_copies if problem.spare_slots else _search)(small, options, value)
+        if found.nodes is None:
             note = "too large for a search of all placements"
-            return Outcome(row, StoppedBy.ITERATIONS, known.bound_us, history, note, start_us=value, reached=False)
-        ranks_E = np.zeros(problem.num_experts, np.int64)
-        with options.alarm() as stop:
-            best, nodes, done = search_tree(tree, value, ranks_E, NEVER, stop)
-        start = value
-        if best < value * (1 - CLOSE):
-            row = _row(problem, expert_order(small), ranks_E)
+            return Outcome(row, StoppedBy.ITERATIONS, found.bound_us, history, note, start_us=value, reached=False)
+        start, done, nodes = value, found.done, found.nodes
+        if found.best_us < value * (1 - CLOSE):
+            row = _row(problem, expert_order(small), found.held_E)
             value = objective(problem, row)
-            history.append(incumbent(value, known.bound_us))
-        bound = value * (1 - 2 * CLOSE) if done else min(known.bound_us, value)
+            history.append(incumbent(value, found.bound_us))
+        bound = value * (1 - 2 * CLOSE) if done else min(found.bound_us, value)
         note = "" if done else f"{nodes} nodes of the search did not prove the optimum"
         outcome = Outcome(row, StoppedBy.PROOF if done else options.cut_by, bound, history, note, start_us=start)
         outcome.stated_steps = outcome.distinct_steps = small.num_steps
         if done:
             outcome.own_bound_us, outcome.searched_nodes = bound, nodes
         return outcome
+
+
+@dataclass
+class _Found:
+    """A bound of all placements, the best one's worth and sets of ranks [E], nodes (None: too large), whether all."""
+
+    bound_us: float
+    best_us: float
+    held_E: Row
+    nodes: int | None = None
+    done: bool = False
+
+
+def _search(problem: Problem, options: Options, value: float) -> _Found:
+    """Placements below `value` without copies."""
+    floor_T = step_bounds(problem)
+    known = _multipliers(problem, floor_T, options, value)
+    pairs = None
+    if known.programme is not None and known.multipliers is not None and (problem.slots_per_rank > 0).all():
+        pairs = pair_costs(known.programme, *known.multipliers)
+    found = _Found(known.bound_us, value, np.zeros(problem.num_experts, np.int64))
+    tree = make_tree(problem, floor_T, pairs)
+    if tree is not None:
+        with options.alarm() as stop:
+            found.best_us, found.nodes, found.done = search_tree(tree, value, found.held_E, NEVER, stop)
+        found.held_E = 1 << found.held_E
+    return found
+
+
+def _search_copies(problem: Problem, options: Options, value: float) -> _Found:
+    """Placements below `value` where slots are spare."""
+    floor_T = step_bounds(problem)
+    found = _Found(weighted(problem, floor_T), value, np.zeros(problem.num_experts, np.int64))
+    tree = make_copies_tree(problem, floor_T)
+    if tree is not None:
+        with options.alarm() as stop:
+            found.best_us, found.nodes, found.done = search_copies(tree, value, found.held_E, stop)
+    return found
 
 
 def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value: float) -> Together:
@@ -75,11 +108,11 @@ def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value:
         return together_bound(problem, floor_T, stop, target_us=value)
 
 
-def _row(problem: Problem, order: Row, ranks_E: Row) -> Row:
-    """[P] the row that puts the experts, in the tree's order, on these ranks."""
-    row = np.full(problem.num_slots, -1)
+def _row(problem: Problem, order: Row, held_E: Row) -> Row:
+    """[P] the row that puts the experts, in the tree's order, on these sets of ranks."""
+    row = np.full(problem.num_slots, EMPTY)
     starts = np.cumsum(problem.slots_per_rank) - problem.slots_per_rank
     for g in range(problem.num_ranks):
-        held = np.sort(order[ranks_E == g])
+        held = np.sort(order[held_E >> g & 1 == 1])
         row[starts[g] : starts[g] + len(held)] = held
     return row

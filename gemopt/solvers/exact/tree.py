@@ -34,11 +34,17 @@ FAST = {"nnan", "nsz", "reassoc", "contract", "arcp"}  # infinity stays what it 
 
 
 class Tables(NamedTuple):
-    """Latencies at whole loads: values at `offset[g, k, f] + load`, summed over f, the largest over k < terms[g]."""
+    """Latencies at whole loads: values at `offset[g, k, f] + load`, summed over f, the largest over k < terms[g].
+
+    straight, start, slope: [G, K, F] curves that are `start + slope load`, which is quicker than looking them up.
+    """
 
     values: Array
     offset: Array
     terms: Array
+    straight: Array
+    start: Array
+    slope: Array
 
 
 class Node(NamedTuple):
@@ -77,11 +83,12 @@ class Tree(NamedTuple):
 
 def tables_of(latencies: tuple[Latency, ...], most_F: Array) -> Tables | None:
     """Tables of the latencies for loads up to `most_F` [F]; None where they would be too large."""
-    terms = max(len(latency.terms) for latency in latencies)
+    shape = (len(latencies), max(len(latency.terms) for latency in latencies), len(most_F))
     size = sum(int(most) + 1 for most in most_F)
-    if size * terms * len(latencies) > TABLE_LIMIT:
+    if size * shape[0] * shape[1] > TABLE_LIMIT:
         return None
-    offset = np.zeros((len(latencies), terms, len(most_F)), np.int64)
+    offset, straight = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
+    start, slope = np.zeros(shape), np.zeros(shape)
     values: list[Array] = []
     position = 0
     for g, latency in enumerate(latencies):
@@ -90,7 +97,9 @@ def tables_of(latencies: tuple[Latency, ...], most_F: Array) -> Tables | None:
                 offset[g, k, f] = position
                 values.append(curve(np.arange(int(most_F[f]) + 1)))
                 position += int(most_F[f]) + 1
-    return Tables(np.concatenate(values), offset, np.array([len(latency.terms) for latency in latencies]))
+                straight[g, k, f], start[g, k, f], slope[g, k, f] = curve.linear, curve.y[0], curve.slope
+    terms = np.array([len(latency.terms) for latency in latencies])
+    return Tables(np.concatenate(values), offset, terms, straight, start, slope)
 
 
 def make_tree(problem: Problem, floor_T: Array, pairs: tuple[float, Array, Array] | None) -> Tree | None:
@@ -107,14 +116,6 @@ def make_tree(problem: Problem, floor_T: Array, pairs: tuple[float, Array, Array
         return None
     order = expert_order(problem)
     features_EFT = np.ascontiguousarray(features_FTE[:, :, order].transpose(2, 0, 1))
-    rest = np.zeros((experts + 1, widest + 1, *features_EFT.shape[1:]), np.int32)
-    for d in range(experts):
-        smallest = np.sort(features_EFT[d:], axis=0)[:widest]
-        np.cumsum(smallest, axis=0, out=rest[d, 1 : len(smallest) + 1])
-        rest[d, len(smallest) + 1 :] = rest[d, len(smallest)]
-    same = np.arange(ranks)
-    for group in problem.equal_ranks:
-        same[group] = group[0]
     if pairs is None:
         pairs = -np.inf, np.zeros((ranks, experts)), np.zeros((ranks, experts, experts))
     fixed, alone_GE, pair_GEE = pairs
@@ -122,8 +123,8 @@ def make_tree(problem: Problem, floor_T: Array, pairs: tuple[float, Array, Array
     saved_EE = np.triu(np.minimum(pair_GEE.min(axis=0), 0.0), 1)
     left = np.array([saved_EE[d:, d:].sum() for d in range(experts + 1)])
     return Tree(
-        features_EFT, rest, problem.slots_per_rank.astype(np.int64), same, problem.weights_T, floor_T.copy(),
-        exact, low, fixed, np.ascontiguousarray(alone_GE[:, order]), pair_GEE, left,
+        features_EFT, smallest_left(features_EFT, widest), problem.slots_per_rank.astype(np.int64),
+        first_equal(problem), problem.weights_T, floor_T.copy(), exact, low, fixed, np.ascontiguousarray(alone_GE[:, order]), pair_GEE, left,
     )  # fmt: skip
 
 
@@ -132,16 +133,47 @@ def expert_order(problem: Problem) -> Array:
     return np.argsort(-(problem.counts_TE.T @ problem.weights_T), kind="stable")
 
 
+def smallest_left(features_EFT: Array, most: int) -> Array:
+    """[E + 1, most + 1, F, T] sums of so many of the smallest of the experts from d on, or of all."""
+    experts = len(features_EFT)
+    rest = np.zeros((experts + 1, most + 1, *features_EFT.shape[1:]), np.int32)
+    for d in range(experts):
+        smallest = np.sort(features_EFT[d:], axis=0)[:most]
+        np.cumsum(smallest, axis=0, out=rest[d, 1 : len(smallest) + 1])
+        rest[d, len(smallest) + 1 :] = rest[d, len(smallest)]
+    return rest
+
+
+def first_equal(problem: Problem) -> Array:
+    """[G] the first rank that is equal to each."""
+    same = np.arange(problem.num_ranks)
+    for group in problem.equal_ranks:
+        same[group] = group[0]
+    return same
+
+
 @njit(cache=True, nogil=True, fastmath=FAST)
 def fill(tables: Tables, g: int, loads: Array, rest: Array, plus: Array, first: int, last: int, out: Array) -> None:
     """Latency of rank g at the steps from first to last under loads + rest + plus, [F, T] each, into `out`."""
-    features = len(loads)
+    count = last - first
     for k in range(tables.terms[g]):
-        for t in range(first, last):
-            total = 0.0
-            for f in range(features):
-                total += tables.values[tables.offset[g, k, f] + loads[f, t] + rest[f, t] + plus[f, t]]
-            out[t - first] = total if k == 0 else max(out[t - first], total)
+        term = out if k == 0 else np.empty(count)
+        for n in range(count):
+            term[n] = 0.0
+        for f in range(len(loads)):
+            if tables.straight[g, k, f]:
+                start, slope = tables.start[g, k, f], tables.slope[g, k, f]
+                for n in range(count):
+                    t = first + n
+                    term[n] += start + slope * (loads[f, t] + rest[f, t] + plus[f, t])
+            else:
+                offset = tables.offset[g, k, f]
+                for n in range(count):
+                    t = first + n
+                    term[n] += tables.values[offset + loads[f, t] + rest[f, t] + plus[f, t]]
+        if k > 0:
+            for n in range(count):
+                out[n] = max(out[n], term[n])
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)

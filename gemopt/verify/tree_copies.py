@@ -1,0 +1,123 @@
+"""Search every placement with copies again: plain depth first, one bound, no compiled code."""
+
+from __future__ import annotations
+
+from itertools import combinations, permutations, product
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from gemopt.verify import Case
+
+IntArray = NDArray[np.int64]
+PS = 10**6
+CLOSE = 1e-9  # relative
+
+
+class _SpentError(Exception):
+    """The nodes are spent."""
+
+
+def no_better_copies(case: Case, bound_us: float, most_nodes: int) -> tuple[int, float | None]:
+    """As `verify.tree.no_better` where slots are spare, which may hold copies that share evenly, or nothing.
+
+    A rank with f free slots gets at least f less the spare slots left of the experts left to itself, since each of the
+    others needs a slot elsewhere. Ranks that are alike and empty are taken in order; as the order decides which copy
+    has one assignment more, a copy counts as the smallest, and a whole placement is tried in all orders of such ranks.
+    """
+    search = _Search(case, bound_us, most_nodes)
+    try:
+        search.go(0, np.zeros((len(case.slots_G), *case.loads_FTE.shape[:2]), np.int64), case.slots_G, case.spare)
+    except _SpentError:
+        return most_nodes, None
+    return search.nodes, search.better
+
+
+class _Search:
+    better: float | None
+
+    def __init__(self, case: Case, bound_us: float, most_nodes: int) -> None:
+        self.case, self.most_nodes, self.nodes, self.better = case, most_nodes, 0, None
+        self.limit_us = bound_us * (1 - CLOSE)
+        self.floor_T = case.floors_T / PS * (1 - CLOSE)
+        order = np.argsort(-case.counts_TE.sum(axis=0), kind="stable")
+        self.counts_ET = case.counts_TE[:, order].T
+        hosts = np.flatnonzero(case.slots_G).tolist()
+        most = min(len(hosts), case.spare + 1)
+        self.sets = [chosen for size in range(1, most + 1) for chosen in combinations(hosts, size)]
+        self.shares = [[self.features(n_T // size) for size in range(1, most + 1)] for n_T in self.counts_ET]
+        self.rest = []  # [d][m]: the m smallest of the experts from d on, [F, T]
+        for d in range(len(order) + 1):
+            whole = [shares[0] for shares in self.shares[d:]]
+            smallest = np.sort(whole, axis=0) if whole else np.zeros((0, *case.loads_FTE.shape[:2]), np.int64)
+            self.rest.append(np.cumsum(np.concatenate([np.zeros_like(self.shares[0][0])[None], smallest]), axis=0))
+        self.alike: list[list[int]] = []
+        for g in hosts:
+            group = next((each for each in self.alike if self.same(each[0], g)), None)
+            self.alike.append([g]) if group is None else group.append(g)
+        self.trail: list[tuple[int, ...]] = []
+
+    def features(self, n_T: IntArray) -> IntArray:
+        """[F, T] features of these assignments of one expert."""
+        return np.stack([feature.of(n_T).astype(np.int64) for feature in self.case.cost.features])
+
+    def same(self, g: int, other: int) -> bool:
+        """Whether two ranks have the same slots and latency."""
+        points = [
+            [[(c.x.tobytes(), c.y.tobytes(), c.slope) for c in term] for term in self.case.cost.latencies[each].terms]
+            for each in (g, other)
+        ]
+        return bool(self.case.slots_G[g] == self.case.slots_G[other] and points[0] == points[1])
+
+    def go(self, depth: int, loads_GFT: IntArray, free_G: IntArray, spare: int) -> None:
+        """All ways to place the experts from `depth` on."""
+        for chosen in self.sets:
+            left = spare - len(chosen) + 1
+            if self.better is not None or left < 0 or not self.fits(chosen, free_G):
+                continue
+            self.nodes += 1
+            if self.nodes >= self.most_nodes:
+                raise _SpentError
+            loads, free = loads_GFT.copy(), free_G.copy()
+            loads[list(chosen)] += self.shares[depth][len(chosen) - 1]
+            free[list(chosen)] -= 1
+            times = [
+                self.case.times_us(g, loads[g] + self.rest[depth + 1][max(0, int(free[g]) - left)], low=True)
+                for g in range(len(free))
+            ]
+            if np.maximum(np.max(times, axis=0), self.floor_T).sum() >= self.limit_us:
+                continue
+            self.trail.append(chosen)
+            if depth + 1 == len(self.counts_ET):
+                self.complete()
+            else:
+                self.go(depth + 1, loads, free, left)
+            self.trail.pop()
+
+    def fits(self, chosen: tuple[int, ...], free_G: IntArray) -> bool:
+        """Whether the ranks have a slot each, and of those that are alike and empty are the first."""
+        if (free_G[list(chosen)] == 0).any():
+            return False
+        for group in self.alike:
+            empty = [g for g in group if free_G[g] == self.case.slots_G[g]]
+            taken = [g for g in empty if g in chosen]
+            if taken != empty[: len(taken)]:
+                return False
+        return True
+
+    def complete(self) -> None:
+        """Whether the placement is better in any order of the ranks that are alike."""
+        for orders in product(*(permutations(group) for group in self.alike)):
+            moved = {
+                g: h for group, order in zip(self.alike, orders, strict=True) for g, h in zip(group, order, strict=True)
+            }
+            loads_GFT = np.zeros((len(self.case.slots_G), *self.case.loads_FTE.shape[:2]), np.int64)
+            for n_T, chosen in zip(self.counts_ET, self.trail, strict=True):
+                for copy, g in enumerate(sorted(moved[g] for g in chosen)):
+                    loads_GFT[g] += self.features((n_T + len(chosen) - 1 - copy) // len(chosen))
+            value = float(np.max([self.case.times_us(g, x) for g, x in enumerate(loads_GFT)], axis=0).sum())
+            if value < self.limit_us:
+                self.better = value
+                return

@@ -1,0 +1,115 @@
+"""Branch and bound with spare slots: against every placement, and what its certificate says."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from brute import optimum
+
+from gemopt.certificate import Certificate
+from gemopt.evaluate import objective
+from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
+from gemopt.placement import Split
+from gemopt.problem import Problem
+from gemopt.profile import Device, Profile, Sample
+from gemopt.result import StoppedBy
+from gemopt.solve import solve
+from gemopt.solvers import get
+from gemopt.solvers.base import Options, Outcome
+from gemopt.solvers.size import prover
+from gemopt.traces import Traces
+from gemopt.verify import verify
+
+STAIRS = Latency(((Curve(np.array([0.0, 4, 5, 8, 9, 40]), np.array([2.0, 2, 4, 4, 6, 30]), 1.0),),))
+FALLING = Latency(((Curve(np.array([0.0, 5, 6, 40]), np.array([1.0, 9, 6, 50]), 1.0),),))
+
+
+def branched(problem: Problem) -> Outcome:
+    return get("branch").solve(problem, Options(deadline=time.monotonic() + 600), None)
+
+
+@pytest.mark.parametrize("slots", [[3, 3, 3], [4, 2, 2], [4, 3, 0], [5, 5, 5]], ids=str)
+@pytest.mark.parametrize("kind", ["equal", "two equal", "falling", "active"])
+def test_the_optimum_is_found_and_proven(kind: str, slots: list[int]) -> None:
+    """Odd counts: which copy has one assignment more matters, also between ranks that are alike."""
+    rng = np.random.default_rng([len(kind), *slots])
+    features = (ASSIGNMENTS, ACTIVE) if kind == "active" else (ASSIGNMENTS,)
+    latencies = {
+        "equal": [STAIRS] * 3,
+        "two equal": [STAIRS, STAIRS.times(1.25), STAIRS],
+        "falling": [FALLING, STAIRS, FALLING.times(1.1)],
+        "active": [Latency(((line(1, s), line(0, 2)), (line(4, 0.1), line(0, 0.5)))) for s in (1.0, 1.0, 1.2)],
+    }[kind]
+    problem = Problem.make(
+        rng.poisson(rng.gamma(1.0, 4.0, 5), (4, 5)), features, latencies, slots, weights_T=[1.0, 2.5, 0.0, 1.0]
+    )
+    found, best = branched(problem), optimum(problem)
+    assert found.stopped_by is StoppedBy.PROOF and found.row is not None and found.bound_us is not None
+    assert objective(problem, found.row) == pytest.approx(best, rel=1e-9)
+    assert best * (1 - 1e-8) <= found.bound_us <= best
+
+
+def test_copies_are_used_where_they_pay_and_slots_stay_empty_where_not() -> None:
+    hot = Problem.make([[9, 1, 1]], (ASSIGNMENTS,), [Latency(((line(0, 1),),))] * 2, [3, 3])
+    assert (branched(hot).row == 0).sum() == 2
+    dear = Latency(((line(0, 0.001), line(0, 5)),))
+    active = Problem.make([[4, 4]], (ASSIGNMENTS, ACTIVE), [dear] * 2, [2, 2])
+    assert sorted(branched(active).row.tolist()) == [-1, -1, 0, 1]
+
+
+def test_what_shares_otherwise_or_is_too_large_is_refused_or_said() -> None:
+    latencies = [Latency(((line(1, s),),)) for s in np.linspace(1, 2, 7)]
+    problem = Problem.make([[3, 2, 1]] * 2, (ASSIGNMENTS,), latencies[:2], [3, 3])
+    for other in (replace(problem, split=Split.OPTIMAL), replace(problem, full=True)):
+        with pytest.raises(UnsupportedError, match="share evenly"):
+            branched(other)
+        assert prover(other) is None
+    wide = Problem.make([[3, 2, 1, 4, 5, 6, 7, 8]], (ASSIGNMENTS,), latencies, 2)
+    found = branched(wide)
+    assert not found.reached and "too large" in found.note and found.row is not None
+    assert prover(wide) is None and prover(problem) == "branch"
+
+
+@pytest.fixture(scope="module")
+def measured() -> Profile:
+    samples = [Sample(assignments=n, latency_us=5 + 3 * -(-n // 16)) for n in (0, 16, 17, 32, 33, 400)]
+    return Profile(devices=[Device(rank=rank, samples=samples) for rank in range(3)])
+
+
+@pytest.fixture(scope="module")
+def counts() -> Traces:
+    rng = np.random.default_rng(1)
+    return Traces(counts=rng.poisson(rng.gamma(1.0, 12.0, 6) * rng.gamma(2.0, 0.5, (12, 1, 6))).astype(np.int64))
+
+
+def test_a_proof_with_copies_is_repeated_and_a_false_one_found(
+    measured: Profile, counts: Traces, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.json"
+    result = solve(measured, counts, solver="auto", certificate=path, slots_per_rank=3, time_limit=60)
+    assert result.status.value == "optimal"
+    (layer,), found = Certificate.load(path).layers, verify(path, measured, counts)
+    assert layer.proof.value == "tree" and "searched again" in found.layers[0].note
+    assert found.checked_us == pytest.approx(found.objective_us, rel=1e-6)
+    given_up = verify(path, measured, counts, most_nodes=3)
+    assert given_up.checked_us < 0.999 * found.checked_us
+    worse = solve(measured, counts, solver="linear", slots_per_rank=3)
+    assert worse.placement is not None and worse.objective_us > 1.001 * result.objective_us
+    edited = layer.model_copy(
+        update={
+            "row": worse.placement.physical_to_logical[0].tolist(),
+            "objective_us": worse.objective_us,
+            "bound_us": worse.objective_us,
+        }
+    )
+    content = Certificate.load(path).model_copy(
+        update={"layers": [edited], "objective_us": worse.objective_us, "bound_us": worse.objective_us, "gap": 0.0}
+    )
+    content.model_copy(update={"own_sha256": content.own_digest()}).save(path)
+    with pytest.raises(InputError, match="a placement of"):
+        verify(path, measured, counts)
