@@ -54,6 +54,14 @@ def test_the_optimum_is_found_and_proven(kind: str, slots: list[int]) -> None:
     assert best * (1 - 1e-8) <= found.bound_us <= best
 
 
+def test_equal_ranks_are_tried_in_every_order() -> None:
+    """The best placement has the copy with one assignment less beside the heaviest expert: 31 in the other order."""
+    counts_TE = [[3, 6, 7, 2], [0, 4, 5, 6], [5, 5, 7, 7]]
+    problem = Problem.make(counts_TE, (ASSIGNMENTS,), [Latency(((line(0, 1),),))] * 2, 3)
+    row = branched(problem).row
+    assert row is not None and objective(problem, row) == optimum(problem) == 29
+
+
 def test_copies_are_used_where_they_pay_and_slots_stay_empty_where_not() -> None:
     hot = Problem.make([[9, 1, 1]], (ASSIGNMENTS,), [Latency(((line(0, 1),),))] * 2, [3, 3])
     assert (branched(hot).row == 0).sum() == 2

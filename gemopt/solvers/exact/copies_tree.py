@@ -177,7 +177,7 @@ def sum_from(tree: CopiesTree, depth: int, loads: Array, free: Array, spare: int
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def best_order(tree: CopiesTree, trail: Array, limit: float, held_E: Array) -> float:
-    """Worth of a complete placement in its best order of equal ranks, its sets into held_E; infinite from `limit` on."""
+    """Worth of a complete placement in its best order of equal ranks, its sets into held_E; infinite from `limit`."""
     experts, ranks, steps = len(tree.shares), len(tree.slots), len(tree.weights)
     nothing, row, best = tree.rest[experts, 0], np.empty(steps), limit
     sets = np.zeros(experts, np.int64)

@@ -124,7 +124,8 @@ def make_tree(problem: Problem, floor_T: Array, pairs: tuple[float, Array, Array
     left = np.array([saved_EE[d:, d:].sum() for d in range(experts + 1)])
     return Tree(
         features_EFT, smallest_left(features_EFT, widest), problem.slots_per_rank.astype(np.int64),
-        first_equal(problem), problem.weights_T, floor_T.copy(), exact, low, fixed, np.ascontiguousarray(alone_GE[:, order]), pair_GEE, left,
+        first_equal(problem), problem.weights_T, floor_T.copy(), exact, low,
+        fixed, np.ascontiguousarray(alone_GE[:, order]), pair_GEE, left,
     )  # fmt: skip
 
 
