@@ -20,7 +20,6 @@ from numba import njit
 
 from gemopt.problem import Problem
 from gemopt.solvers.exact.tree import (
-    BLOCK,
     CLOSE,
     FAST,
     ROOM,
@@ -34,22 +33,23 @@ from gemopt.solvers.exact.tree import (
 )
 from gemopt.solvers.size import COPIED_RANKS
 
+BLOCK = 128  # steps looked at together
+
 
 class CopiesTree(NamedTuple):
     """One problem, its experts in the order of branching. Copy i of r is number `r (r - 1) / 2 + i` of all V.
 
     shares: [E, V, F, T] features of each copy. rest: [E + 1, S + 1, F, T] sums of the smallest of the experts from d
-    on, whole. held: [M] sets of ranks, as bits; size: [M] their ranks. key: [M, G] of a rank in the set R, the most
-    copies, and the number of its copy; of another rank the size of the set less one. size_V: [V] copies of the expert.
-    slots: [G]; same: [G] first rank that is equal; orders: [N, G] of equal ranks. weights, floor: [T]. exact, low: the
-    latencies, and what no larger load falls below.
+    on, whole. held: [M] sets of ranks, as bits; size: [M] their ranks; copy: [M, G] number of the copy of each rank in
+    it. size_V: [V] copies of the expert. slots: [G]; same: [G] first rank that is equal; orders: [N, G] of equal ranks.
+    weights, floor: [T]. exact, low: the latencies, and what no larger load falls below.
     """
 
     shares: Array
     rest: Array
     held: Array
     size: Array
-    key: Array
+    copy: Array
     size_V: Array
     slots: Array
     same: Array
@@ -83,9 +83,9 @@ def make_copies_tree(problem: Problem, floor_T: Array) -> CopiesTree | None:
     inside = held[:, None] >> np.arange(problem.num_ranks) & 1
     size = inside.sum(axis=1)
     number = size[:, None] - 1 if alike else np.cumsum(inside, axis=1) - 1
-    key = np.where(inside > 0, most + (size * (size - 1) // 2)[:, None] + number, size[:, None] - 1)
+    copy = np.where(inside > 0, (size * (size - 1) // 2)[:, None] + number, 0)
     return CopiesTree(
-        shares, smallest_left(np.ascontiguousarray(shares[:, 0]), widest), held, size, key, size_V,
+        shares, smallest_left(np.ascontiguousarray(shares[:, 0]), widest), held, size, copy, size_V,
         problem.slots_per_rank.astype(np.int64), same, _orders(problem), problem.weights_T, floor_T.copy(), exact, low,
     )  # fmt: skip
 
@@ -127,33 +127,40 @@ def expand_sets(
     suffix: [T + 1] sums of the node's own weighted bounds of the steps from t on.
     """
     ranks, steps, sets = len(free), len(tree.weights), len(bounds_M)
-    nothing, most = tree.rest[depth, 0], tree.size_V[-1]
-    keys = most + len(tree.size_V)
-    rows, then, total_M = np.empty((ranks, keys, BLOCK)), np.empty(BLOCK), np.zeros(sets)
+    nothing, whole = tree.rest[depth, 0], tree.rest.shape[1]
+    kinds = whole + len(tree.size_V)  # of what a rank may hold: so many of the rest; a copy, and what fills the others
+    kind = np.empty((sets, ranks), np.int64)
+    for m in range(sets):
+        for g in range(ranks):
+            if tree.held[m] >> g & 1:
+                kind[m, g] = whole + tree.copy[m, g]
+            else:
+                kind[m, g] = max(0, free[g] - (spare - tree.size[m] + 1))
+    rows, then, total_M = np.empty((ranks, kinds, BLOCK)), np.empty(BLOCK), np.zeros(sets)
     for first in range(0, steps, BLOCK):
-        asked, going = np.zeros((ranks, keys), np.bool_), False
+        asked, going = np.zeros((ranks, kinds), np.bool_), False
         for m in range(sets):
             if bounds_M[m] < limit:
                 going = True
                 for g in range(ranks):
-                    asked[g, tree.key[m, g]] = True
+                    asked[g, kind[m, g]] = True
         if not going:
             return
         last = min(first + BLOCK, steps)
         for g in range(ranks):
-            for key in range(keys):
-                if asked[g, key]:
-                    inside = key >= most
-                    size = tree.size_V[key - most] if inside else key + 1
-                    full = max(0, free[g] - inside - (spare - size + 1))
-                    plus = tree.shares[depth, key - most] if inside else nothing
-                    fill(tree.low, g, loads[g], tree.rest[depth + 1, full], plus, first, last, rows[g, key])
+            for k in range(kinds):
+                if asked[g, k]:
+                    full, plus = k, nothing
+                    if k >= whole:
+                        full = max(0, free[g] - 1 - (spare - tree.size_V[k - whole] + 1))
+                        plus = tree.shares[depth, k - whole]
+                    fill(tree.low, g, loads[g], tree.rest[depth + 1, full], plus, first, last, rows[g, k])
         for m in range(sets):
             if bounds_M[m] < limit:
                 for n in range(last - first):
                     then[n] = tree.floor[first + n]
                 for g in range(ranks):
-                    row = rows[g, tree.key[m, g]]
+                    row = rows[g, kind[m, g]]
                     for n in range(last - first):
                         then[n] = max(then[n], row[n])
                 for n in range(last - first):
@@ -245,7 +252,7 @@ def search_copies(tree: CopiesTree, best: float, best_E: Array, stop: Array) -> 
         spare[depth + 1] = spare[depth] - tree.size[chosen] + 1
         for g in range(ranks):
             if tree.held[chosen] >> g & 1:
-                loads[depth + 1, g] += tree.shares[depth, tree.key[chosen, g] - tree.size_V[-1]]
+                loads[depth + 1, g] += tree.shares[depth, tree.copy[chosen, g]]
                 free[depth + 1, g] -= 1
         depth += 1
         sum_from(tree, depth, loads[depth], free[depth], spare[depth], suffix[depth])

@@ -153,7 +153,7 @@ def first_equal(problem: Problem) -> Array:
     return same
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(cache=True, nogil=True, fastmath=FAST, inline="always")
 def fill(tables: Tables, g: int, loads: Array, rest: Array, plus: Array, first: int, last: int, out: Array) -> None:
     """Latency of rank g at the steps from first to last under loads + rest + plus, [F, T] each, into `out`."""
     count = last - first
