@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 IntArray = NDArray[np.int64]
 PS = 10**6
 CLOSE = 1e-9  # relative
+MOST_HOSTS = 6  # ranks with slots: all sets and orders of them are tried
 
 
 class _SpentError(Exception):
@@ -26,7 +27,10 @@ def no_better_copies(case: Case, bound_us: float, most_nodes: int) -> tuple[int,
     A rank with f free slots gets at least f less the spare slots left of the experts left to itself, since each of the
     others needs a slot elsewhere. Ranks that are alike and empty are taken in order; as the order decides which copy
     has one assignment more, a copy counts as the smallest, and a whole placement is tried in all orders of such ranks.
+    With more than six ranks that have slots it is not begun.
     """
+    if (case.slots_G > 0).sum() > MOST_HOSTS:
+        return most_nodes, None
     search = _Search(case, bound_us, most_nodes)
     try:
         search.go(0, np.zeros((len(case.slots_G), *case.loads_FTE.shape[:2]), np.int64), case.slots_G, case.spare)
@@ -50,9 +54,9 @@ class _Search:
         self.shares = [[self.features(n_T // size) for size in range(1, most + 1)] for n_T in self.counts_ET]
         self.rest = []  # [d][m]: the m smallest of the experts from d on, [F, T]
         for d in range(len(order) + 1):
-            whole = [shares[0] for shares in self.shares[d:]]
-            smallest = np.sort(whole, axis=0) if whole else np.zeros((0, *case.loads_FTE.shape[:2]), np.int64)
-            self.rest.append(np.cumsum(np.concatenate([np.zeros_like(self.shares[0][0])[None], smallest]), axis=0))
+            whole = np.array([shares[0] for shares in self.shares[d:]], np.int64).reshape(-1, *case.loads_FTE.shape[:2])
+            sums = np.cumsum(np.sort(whole, axis=0)[: int(case.slots_G.max())], axis=0)
+            self.rest.append(np.concatenate([np.zeros((1, *whole.shape[1:]), np.int64), sums]))
         self.alike: list[list[int]] = []
         for g in hosts:
             group = next((each for each in self.alike if self.same(each[0], g)), None)

@@ -72,20 +72,22 @@ def make_copies_tree(problem: Problem, floor_T: Array) -> CopiesTree | None:
     size_V = np.repeat(np.arange(1, most + 1), np.arange(1, most + 1))
     if exact is None or low is None or problem.features_FTE.size * max(len(size_V), widest + 1) > ROOM:
         return None
-    counts_ET = problem.counts_TE[:, expert_order(problem)].T
-    number_V = np.concatenate([np.arange(r) for r in range(1, most + 1)])
-    parts_EVT = (counts_ET[:, None] + (size_V - 1 - number_V)[:, None]) // size_V[:, None]
-    shares = np.stack([feature.of(parts_EVT) for feature in problem.features], axis=2).astype(np.int32)
+    counts_ET = problem.counts_TE[:, expert_order(problem)].T.astype(np.int64)
+    shares = np.empty((len(counts_ET), len(size_V), len(problem.features), problem.num_steps), np.int32)
+    for v, size in enumerate(size_V.tolist()):
+        number = v - size * (size - 1) // 2
+        for f, feature in enumerate(problem.features):
+            shares[:, v, f] = feature.of((counts_ET + size - 1 - number) // size)
     same = first_equal(problem)
     alike = len(set(same[hosts].tolist())) < len(hosts)
     bits = [sum(1 << int(g) for g in hosts[list(chosen)]) for chosen in product([False, True], repeat=len(hosts))]
     held = np.array([each for each in bits if 0 < each.bit_count() <= most])
     inside = held[:, None] >> np.arange(problem.num_ranks) & 1
-    size = inside.sum(axis=1)
-    number = size[:, None] - 1 if alike else np.cumsum(inside, axis=1) - 1
-    copy = np.where(inside > 0, (size * (size - 1) // 2)[:, None] + number, 0)
+    size_M = inside.sum(axis=1)
+    number_MG = size_M[:, None] - 1 if alike else np.cumsum(inside, axis=1) - 1
+    copy = np.where(inside > 0, (size_M * (size_M - 1) // 2)[:, None] + number_MG, 0)
     return CopiesTree(
-        shares, smallest_left(np.ascontiguousarray(shares[:, 0]), widest), held, size, copy, size_V,
+        shares, smallest_left(np.ascontiguousarray(shares[:, 0]), widest), held, size_M, copy, size_V,
         problem.slots_per_rank.astype(np.int64), same, _orders(problem), problem.weights_T, floor_T.copy(), exact, low,
     )  # fmt: skip
 
