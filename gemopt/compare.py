@@ -136,7 +136,7 @@ def compare(
             if on_result is not None:
                 on_result(_row(*results[-1], None, None, 0.0), results[-1][1])
         if interrupted.is_set() and all(result is None for _, result, _ in results):
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(interrupted.number)
         return _rows(results, profile, given, held, fitted, options)
 
 

@@ -8,47 +8,79 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_held: list[threading.Event] = []
+_held: list[Interrupted] = []
 _raising: list[bool] = []
 
 
+class Interrupted(threading.Event):
+    """Set by an interrupt; `number`: that of its signal."""
+
+    number: int = signal.SIGINT
+
+
+def interrupt(number: int, frame: FrameType | None = None) -> None:
+    """A handler: raises `KeyboardInterrupt`, which tells the signal."""
+    raise KeyboardInterrupt(number)
+
+
 @contextmanager
-def held() -> Iterator[threading.Event]:
+def terminable() -> Iterator[None]:
+    """Within, SIGTERM does what Ctrl-C does, unless somebody else handles it."""
+    mine = _in_main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if mine:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextmanager
+def held() -> Iterator[Interrupted]:
     """Within, the first Ctrl-C sets the event instead of raising `KeyboardInterrupt`; a second one raises.
 
     Held again inside, it is the same event. Only the main thread can do this, and only where nobody else handles the
-    signal; elsewhere the event stays as it is and Ctrl-C does what it did.
+    signal; elsewhere the event stays as it is and Ctrl-C does what it did. SIGTERM is held where `terminable`.
     """
     if _held:
         yield _held[-1]
         return
-    event = threading.Event()
-    mine = threading.current_thread() is threading.main_thread()
-    mine = mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    event = Interrupted()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = (signal.default_int_handler, interrupt)
+    mine = [number for number, handler in before.items() if _in_main_thread() and handler in ours]
 
     def handle(number: int, frame: FrameType | None) -> None:
+        event.number = number
         if event.is_set() or _raising:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         event.set()
 
     if mine:
         _held.append(event)
-        signal.signal(signal.SIGINT, handle)
+    for number in mine:
+        signal.signal(number, handle)
     try:
         yield event
     finally:
+        for number in mine:
+            signal.signal(number, before[number])
         if mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             _held.remove(event)
 
 
 @contextmanager
-def raising(event: threading.Event) -> Iterator[None]:
+def raising(event: Interrupted) -> Iterator[None]:
     """Within, Ctrl-C raises even inside `held`, as there is nothing yet that could be kept; so does an earlier one."""
     _raising.append(True)
     try:
         if event.is_set():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(event.number)
         yield
     finally:
         _raising.pop()

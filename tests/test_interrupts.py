@@ -1,4 +1,4 @@
-"""Ctrl-C at every phase boundary: a whole file with the best so far, or one line and no file; never a traceback.
+"""Ctrl-C and SIGTERM at every phase boundary: a whole file with the best so far, or one line and no file.
 
 The signal is real; it is sent by a hook at the beginning of a phase, so that no test depends on timing.
 """
@@ -29,12 +29,12 @@ def inputs(folder: Path) -> tuple[Path, Path]:
     return folder / "p.json", folder / "t.safetensors"
 
 
-def press() -> None:
-    """Ctrl-C."""
-    os.kill(os.getpid(), signal.SIGINT)
+def press(number: int = signal.SIGINT) -> None:
+    """Ctrl-C, or another signal."""
+    os.kill(os.getpid(), number)
 
 
-def at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, nth: int = 1) -> None:
+def at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, nth: int = 1, number: int = signal.SIGINT) -> None:
     """Press Ctrl-C when this function is called for the nth time, then let it do its work."""
     real: Callable[..., Any] = getattr(owner, name)
     calls: list[int] = []
@@ -42,7 +42,7 @@ def at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, nth: int = 1) 
     def pressed(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == nth:
-            press()
+            press(number)
         return real(*arguments, **options)
 
     monkeypatch.setattr(owner, name, pressed)
@@ -112,6 +112,25 @@ def test_from_then_on_the_best_so_far_and_whole_files(
     if name in ("_answer", "_deepen") and solver != "lpt":
         assert found["stopped_by"] == "interrupt"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_does_what_ctrl_c_does_with_its_own_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(tmp_path)
+    words = ("solve", *given, "-o", tmp_path / "out.json", "--time-limit", 300, "--patience", 10**9, "--threads", 1)
+    with monkeypatch.context() as patch:
+        at(patch, import_module(SOLVE), "fit", number=signal.SIGTERM)
+        code, out, err = gemopt(capsys, *words)
+    assert (code, out) == (143, "") and err == "gemopt: interrupted before there was an answer: nothing written\n"
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        at(monkeypatch, Run, "_deepen", number=signal.SIGTERM)
+        code, out, _ = gemopt(capsys, *words, "--json")
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert code == 0 and json.loads(out)["stopped_by"] == "interrupt" and Placement.load(tmp_path / "out.json")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_compare_stops_all_and_marks_what_was_cut(

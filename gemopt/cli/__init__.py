@@ -1,4 +1,7 @@
-"""Command line. Exit codes: 0 done, 2 bad input, 3 infeasible, 4 no solution within the limit, 130 interrupted."""
+"""Command line.
+
+Exit codes: 0 done, 2 bad input, 3 infeasible, 4 no solution within the limit, 130 interrupted (143 by SIGTERM).
+"""
 
 from __future__ import annotations
 

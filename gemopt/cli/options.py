@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from gemopt import cores
+from gemopt import cores, interrupts
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile
@@ -62,7 +63,6 @@ SOLVERS = (
 )
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
-EXIT_INTERRUPTED = 130
 
 
 def parse_slots(text: str | None) -> int | list[int] | None:
@@ -143,10 +143,10 @@ def select_steps(traces: Traces, task: str | None, phase: str | None) -> Traces:
 
 @contextmanager
 def whole_or_nothing(threads: int | None) -> Iterator[None]:
-    """Within, at most so many threads; Ctrl-C before there is an answer ends the command with one line."""
+    """Within, at most so many threads; Ctrl-C or SIGTERM before there is an answer ends the command with one line."""
     try:
-        with cores.at_most(threads or cores.available()):
+        with cores.at_most(threads or cores.available()), interrupts.terminable():
             yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         sys.stderr.write("gemopt: interrupted before there was an answer: nothing written\n")
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        raise SystemExit(128 + (error.args or (signal.SIGINT,))[0]) from None
