@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import tempfile
 import threading
@@ -120,8 +121,8 @@ def _words(command: str | None) -> Sequence[str]:
         words = shlex.split(command)
     except ValueError as error:
         raise InputError("--on-change", command, str(error), "quote it as for a shell") from None
-    if not words:
-        raise InputError("--on-change", command, "a command")
+    if not words or shutil.which(words[0]) is None:
+        raise InputError("--on-change", command, "a command that can be run")
     return words
 
 
