@@ -13,9 +13,9 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
-from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays
+from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
-from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, other_order, totals
+from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, other_order, refuse_totals
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import COPIES, PLAIN
 from gemopt.traces.tokens import ARRAYS
@@ -34,6 +34,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     options.refuse_unused("arrays of counts")
     files, notes = _distinct(files_of(paths, *SUFFIXES), options)
     refuse_parts(files)
+    if len(files) > 1:
+        notes.append(f"{len(files)} files, one after the other in time: {files[0].name} to {files[-1].name}")
 
     def blocks() -> Iterator[IntArray]:
         for path in files:
@@ -96,7 +98,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         if name != "counts" and set(re.split("[^a-z]+", str(name).lower())) & _NO_COUNTS:
             raise InputError(str(path), f"an array {name}", "counts [steps, layers, experts]", NOT_IDS)
         data = data[name]
-    counts = as_array(data, name=f"{path}: counts", ndim=3)
+    counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
     return counts
@@ -104,8 +106,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
 
 def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
     """Refuse an array whose numbers say that it holds other things, unless options tell the lengths of its axes."""
-    if total := totals(counts):
-        raise InputError(f"{path}: counts", total, "counts alone", "leave the totals out")
+    refuse_totals(f"{path}: counts", counts)
     if counts.shape[2] == 1 or is_map(counts):
         limit = "assignments [steps, layers, experts]"
         raise InputError(f"{path}: counts", "a map of experts, by the numbers", limit, "gemopt placement import")

@@ -11,6 +11,7 @@ import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import JSON_LIMIT, size_of
-from gemopt.formats.findings import guessed, own_counts, refuse_parts
+from gemopt.formats.findings import guessed, names_of, own_counts, ranges, refuse_parts
 from gemopt.traces import COUNT_LIMIT
+from gemopt.traces.arrays import refuse_totals
 
 SUFFIXES = (".csv",)
 COLUMNS = {
@@ -31,7 +33,7 @@ COLUMNS = {
 }
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": 1 << 16, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
-_RANK = re.compile(r"(?:^|[_.-])rank[_-]?(\d{1,5})(?=[_.-]|$)", re.IGNORECASE)
+_RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"\d{1,18}(?:\.0*)?", re.ASCII)
 Key = tuple[int, int, int]  # step, layer, expert
 
@@ -41,6 +43,7 @@ class _Table:
     """Counts of a file by rank and by step, layer and expert."""
 
     path: Path
+    name: str  # as `names_of` tells it from the others
     ranks: dict[int, dict[Key, int]] = field(default_factory=dict)
     has_steps: bool = False
 
@@ -49,18 +52,17 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables, summed over the ranks."""
     options.refuse_unused("tables of counts", "num_ranks")
     files = files_of(paths, *SUFFIXES)
-    if not any(_RANK.search(path.stem) for path in files):
-        refuse_parts(files)
-    tables = [_read(path) for path in files]
+    tables = [_read(path, name) for path, name in zip(files, names_of(files), strict=True)]
+    by_rank = any(_RANK.search(table.name) for table in tables)
     notes: list[str] = []
-    steps = _steps(tables, notes)
+    steps = _steps(tables, notes, by_rank)
     ranks = sorted({rank for step in steps for rank in step})
     expected = options.num_ranks or ranks[-1] + 1
     if ranks != list(range(expected)):
         missing = sorted(set(range(expected)) - set(ranks))
         hint = f"rank {missing[0]} is missing" if missing else "give the right --ep"
         raise InputError("PATHS: ranks", ", ".join(map(str, ranks)), f"tables of each of the {expected} ranks", hint)
-    if any(_RANK.search(table.path.stem) for table in tables) and len(ranks) == 1:
+    if by_rank and len(ranks) == 1:
         notes.append(f"tables of rank {ranks[0]} alone: what other ranks recorded is not in them")
     keys = [key for step in steps for counts in step.values() for key in counts]
     layers = sorted({layer for _, layer, _ in keys})
@@ -77,6 +79,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     if len(own.ranks) > 1:
         _refuse_local(steps, own.ranks, layers, experts)
     total = _dense(steps, own.ranks, layers, experts)
+    refuse_totals("PATHS: counts", total)
     used = total[total.any(axis=(1, 2))]
     return Recording(blocks=lambda: iter([used] if len(used) else []), layer_ids=tuple(layers), notes=notes)
 
@@ -109,10 +112,12 @@ def _dense(steps: list[dict[int, dict[Key, int]]], ranks: list[int], layers: lis
     return total
 
 
-def _steps(tables: list[_Table], notes: list[str]) -> list[dict[int, dict[Key, int]]]:
-    """For each step the counts by rank."""
+def _steps(tables: list[_Table], notes: list[str], named: bool) -> list[dict[int, dict[Key, int]]]:
+    """For each step the counts by rank; named: by the names of the files."""
     if any(table.has_steps for table in tables):
-        return _steps_of_column(tables, notes)
+        return _steps_of_column(tables, notes, named)
+    if not named:
+        refuse_parts([table.path for table in tables])
     by_rank: dict[int, list[tuple[_Table, dict[Key, int]]]] = {}
     for table in sorted(tables, key=_order):
         for rank, counts in table.ranks.items():
@@ -126,6 +131,11 @@ def _steps(tables: list[_Table], notes: list[str]) -> list[dict[int, dict[Key, i
         found = ", ".join(f"{len(found)} of rank {rank}" for rank, found in sorted(by_rank.items()))
         raise InputError("PATHS", found, "as many tables of every rank", "a table is missing")
     count = lengths.pop()
+    for given in by_rank.values():
+        layers = [{layer for _, layer, _ in counts} for _, counts in given]
+        if count > 1 and sum(map(len, layers)) == len(set.union(*layers)):
+            parts = "; ".join(map(ranges, layers))
+            raise InputError("PATHS", f"layers {parts}", "all layers in the table of a step", "make it one table")
     notes.append(
         f"{count} steps, one for each table of a rank, in the order of their names"
         if count > 1
@@ -134,7 +144,7 @@ def _steps(tables: list[_Table], notes: list[str]) -> list[dict[int, dict[Key, i
     return [{rank: found[i][1] for rank, found in by_rank.items()} for i in range(count)]
 
 
-def _steps_of_column(tables: list[_Table], notes: list[str]) -> list[dict[int, dict[Key, int]]]:
+def _steps_of_column(tables: list[_Table], notes: list[str], named: bool) -> list[dict[int, dict[Key, int]]]:
     merged: dict[int, dict[int, dict[Key, int]]] = {}
     again = 0
     for table in tables:
@@ -145,10 +155,13 @@ def _steps_of_column(tables: list[_Table], notes: list[str]) -> list[dict[int, d
                 known = merged.setdefault(key[0], {}).setdefault(rank, {})
                 again += key in known
                 if known.get(key, count) != count:
+                    refuse_parts([table.path for table in tables])
                     where = f"step {key[0]}, layer {key[1]}, expert {key[2]} of rank {rank}"
                     raise InputError(f"{table.path}: {where}", "twice, with other counts", "each once")
                 known[key] = count
     if again:
+        if not named:
+            refuse_parts([table.path for table in tables])
         notes.append(f"{again} lines are in several tables: counted once")
     ranks = sorted({rank for step in merged.values() for rank in step})
     return [{rank: step.get(rank, {}) for rank in ranks} for _, step in sorted(merged.items())]
@@ -156,19 +169,20 @@ def _steps_of_column(tables: list[_Table], notes: list[str]) -> list[dict[int, d
 
 def _order(table: _Table) -> tuple[list[float], str]:
     """Tables in the order of the numbers in their names, the rank left out."""
-    name = _RANK.sub("", table.path.stem)
+    name = _RANK.sub("", table.name)
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", name)], table.path.name
 
 
-def _read(path: Path) -> _Table:
+def _read(path: Path, name: str) -> _Table:
     if size_of(path) > JSON_LIMIT:
         raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
-    table = _Table(path)
-    named = _RANK.search(path.stem)
+    table = _Table(path, name)
+    named = _RANK.search(name)
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.reader(stream)
-            header = [cell.strip().casefold() for cell in next(rows, [])]
+            first = stream.readline()
+            rows = csv.reader(chain([first], stream), delimiter=max(",;\t", key=first.count))
+            header = [cell.strip().casefold() or f"column {i}" for i, cell in enumerate(next(rows, []), start=1)]
             columns = _columns(path, header)
             table.has_steps = "step" in columns
             if named and "rank" in columns:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -290,16 +292,17 @@ def quoted(value: object) -> str:
 
 
 def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "") -> list[Path]:
-    """The files among `paths`, folders replaced by their files with one of `suffixes`, sorted by name.
+    """The files among `paths`, folders replaced by their files with one of `suffixes`.
 
-    Where a folder has files whose names start with `prefer`, its other files are left out.
+    A folder's files, and paths in the order of a shell's `*`, come by the numbers in their names, `step_2` before
+    `step_10`; other paths as they were given. Where a folder has files whose names start with `prefer`, its other files
+    are left out.
     """
     found: list[Path] = []
-    for path in paths:
+    for path in sorted(paths, key=_by_number) if list(paths) == sorted(paths) else paths:
         if path.is_dir():
-            inside = sorted(
-                part for part in path.iterdir() if part.suffix in suffixes and not part.name.startswith(".")
-            )
+            inside = [part for part in path.iterdir() if part.suffix in suffixes and not part.name.startswith(".")]
+            inside.sort(key=_by_number)
             inside = [part for part in inside if prefer and part.name.startswith(prefer)] or inside
             if not inside:
                 raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
@@ -313,3 +316,9 @@ def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "") -> list[Pa
     if not found:
         raise InputError("PATHS", "nothing", "at least one file or folder")
     return found
+
+
+def _by_number(path: Path) -> list[str | Decimal]:
+    """The texts and the numbers of a name in turn."""
+    pieces = re.split(r"(\d+(?:\.\d+)?)", str(path), flags=re.ASCII)
+    return [Decimal(piece) if i % 2 else piece for i, piece in enumerate(pieces)]

@@ -151,12 +151,15 @@ def as_array(value: Any, *, name: str, ndim: int) -> NDArray[Any]:
 
 
 def whole_numbers(value: Any, *, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
-    """Whole numbers, as integers or as floats without a fraction, in one of some numbers of dimensions."""
-    if hasattr(value, "numpy") and not value.is_sparse and value.is_floating_point():
+    """Whole numbers, as integers or as floats without a fraction, in one of some numbers of dimensions.
+
+    Floats of two bytes are refused: they round numbers above 256 or 2048.
+    """
+    if hasattr(value, "numpy") and not value.is_sparse and value.is_floating_point() and value.element_size() > 2:
         value = value.double().numpy()
     array = value if hasattr(value, "numpy") else _array(value, name, ndims)
     ndim = next((n for n in ndims if n == array.ndim), ndims[-1])
-    if not hasattr(value, "numpy") and array.dtype.kind == "f":
+    if not hasattr(value, "numpy") and array.dtype.kind == "f" and array.dtype.itemsize > 2:
         return np.asarray(integer_array(array, name=name, ndim=ndim))
     return as_array(array, name=name, ndim=ndim)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +14,17 @@ from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray
 
 MANY_CELLS = 16  # steps x layers
+MANY_LAYERS = 4096
 
 _PART = re.compile(
-    r"(?:^|[_.-])(?:(?:ep|dp|tp|pp)?_?rank|ep|dp|tp|pp|gpu|device|node|worker|host)[_-]?\d+(?=[_.-]|$)", re.I
+    r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?rank|ep|dp|tp|pp|gpu|device|node|worker|host|stage|replica|layer)[_-]?\d+"
+    r"(?=[/_.-]|$)",
+    re.I,
 )
 
 
-def ranges(numbers: Iterable[int]) -> str:
-    """`0-2, 5` for 0, 1, 2, 5; at most eight pieces."""
+def ranges(numbers: Iterable[int], most: int = 8) -> str:
+    """`0-2, 5` for 0, 1, 2, 5; at most so many pieces."""
     pieces: list[list[int]] = []
     for number in sorted(int(n) for n in numbers):
         if pieces and number == pieces[-1][-1] + 1:
@@ -28,7 +32,12 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             pieces.append([number])
     texts = ["-".join(map(str, piece)) for piece in pieces]
-    return ", ".join([*texts[:8], *(["..."] if len(texts) > 8 else [])])
+    return ", ".join([*texts[:most], *(["..."] if len(texts) > most else [])])
+
+
+def as_option(layers: Iterable[int]) -> str:
+    """Layers as `--layer-ids` takes them."""
+    return ranges(layers, MANY_LAYERS).replace(" ", "")
 
 
 def guessed(num_experts: int, lowest: int = 0) -> str:
@@ -37,13 +46,19 @@ def guessed(num_experts: int, lowest: int = 0) -> str:
     return f"{num_experts} experts, the highest id seen + 1; give --num-experts if the network has more{from_1}"
 
 
+def names_of(files: Sequence[Path]) -> list[str]:
+    """What tells files apart: their names after the folders that they have in common."""
+    folder = os.path.commonpath([os.path.abspath(path.parent) for path in files])
+    return [os.path.relpath(path, folder) for path in files]
+
+
 def refuse_parts(files: Sequence[Path]) -> None:
     """Raise where the names of files tell parts of the same steps, which must not follow each other in time."""
-    parts = {found[0] if (found := _PART.search(path.stem)) else "" for path in files}
+    parts = {found[0] if (found := _PART.search(name)) else "" for name in names_of(files)}
     if len(parts) > 1 and "" not in parts:
         limit = "steps that follow each other: these names tell parts of the same ones"
         hint = "put the stages of a pipeline side by side, add up others, and give one file"
-        raise InputError("PATHS", ", ".join(path.name for path in files), limit, hint)
+        raise InputError("PATHS", ", ".join(names_of(files)), limit, hint)
 
 
 class Own(NamedTuple):
@@ -86,7 +101,7 @@ def check_loads(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
     """
     idle = [layer for layer, row in zip(layer_ids, load_LE, strict=True) if not row.any()]
     if idle:
-        busy = ranges(set(layer_ids) - set(idle)).replace(" ", "")
+        busy = as_option(set(layer_ids) - set(idle))
         raise InputError(
             f"counts: layer {idle[0]}",
             "no assignments at any step",
@@ -111,15 +126,21 @@ def _never_chosen(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
     return [f"layers {layers} use half of their {experts} experts or fewer ({int(used[worst])} at least): {why}"]
 
 
-def check_steps(busy_TL: IntArray, layer_ids: Sequence[int]) -> list[str]:
-    """Notes on steps that pass by some of the layers: every token of a step goes through all of them."""
-    partly = busy_TL.any(axis=1) & ~busy_TL.all(axis=1)
-    if not partly.any():
-        return []
-    layers = ranges(layer_ids[int(i)] for i in np.flatnonzero(~busy_TL[partly].all(axis=0)))
+def check_steps(total_TL: IntArray, layer_ids: Sequence[int]) -> list[str]:
+    """Notes on steps whose layers have none or other sums: every token of a step goes through all of them."""
+    none_TL = (total_TL == 0) & total_TL.any(axis=1, keepdims=True)
+    usual_T1 = np.sort(total_TL, axis=1)[:, total_TL.shape[1] // 2, None]
+    other_TL = (total_TL != usual_T1) & total_TL.all(axis=1, keepdims=True)
+    parts = "parts of a recording that do not belong to the same steps"
+    found = [
+        (none_TL, f"no assignments, though others have: draft layers, or {parts}"),
+        (other_TL, "another sum than others: draft layers, dropped or padded tokens, or ranks that did not record"),
+    ]
     return [
-        f"in {int(partly.sum())} of {len(busy_TL)} steps layers {layers} have no assignments, though others have: "
-        "draft layers, or parts of a recording that do not belong to the same steps"
+        f"in {int(odd_TL.any(axis=1).sum())} of {len(odd_TL)} steps layers "
+        f"{ranges(layer_ids[int(i)] for i in np.flatnonzero(odd_TL.any(axis=0)))} have {what}"
+        for odd_TL, what in found
+        if odd_TL.any()
     ]
 
 

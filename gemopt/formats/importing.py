@@ -180,7 +180,7 @@ class _Writer:
         self.steps = self.assignments = self.even = self.common = self.largest = 0
         self.shares = Shares(self.experts)
         self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
-        self.busy: list[IntArray] = []
+        self.totals: list[IntArray] = []
         self.last: IntArray | None = None
         self.rising = True  # from step to step some counts rise and none falls
         stream.write(bytes(8 + _HEADER_BYTES))
@@ -219,12 +219,12 @@ class _Writer:
             )
         self.assignments += kept
         self.load_LE += narrow.sum(axis=0, dtype=np.int64)
-        self.busy.append(np.asarray(narrow.any(axis=2)))
         known = narrow if self.last is None else np.concatenate([self.last, narrow])
         falls, rises = known[1:] < known[:-1], known[1:] > known[:-1]
         self.rising = self.rising and not falls.any() and bool(rises.any(axis=(1, 2)).all())
         self.last = narrow[-1:].copy()
         total_TL = narrow.sum(axis=2, dtype=np.int64)
+        self.totals.append(total_TL)
         self.uneven += int((total_TL % self.top_k).any(axis=1).sum())
         self.even += int(((narrow.max(axis=2) == narrow.min(axis=2)).all(axis=1) & total_TL.any(axis=1)).sum())
         self.shares.add(narrow, total_TL)
@@ -235,7 +235,7 @@ class _Writer:
 
     def notes(self) -> list[str]:
         """What the counts say about the recording; `InputError` for a layer without any."""
-        found = check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.busy), self.layer_ids)
+        found = check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.totals), self.layer_ids)
         if self.rising and self.steps >= MANY_STEPS:
             found.append(
                 "no count falls from any step to the next: counters that add up? then import their differences"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions
 from gemopt.formats.files import as_array
-from gemopt.formats.findings import ranges
+from gemopt.formats.findings import as_option, ranges
 from gemopt.formats.response_bodies import Sample
 from gemopt.traces.arrays import MAX_EXPERTS
 
@@ -159,7 +159,7 @@ def _refuse_zero_layers(pieces: Sequence[IntArray], found: list[int]) -> None:
     used = np.logical_or.reduce([piece.any(axis=(0, 2)) for piece in pieces])
     idle = [layer for layer in found if not used[layer]]
     if idle:
-        others = ranges(set(found) - set(idle)).replace(" ", "")
+        others = as_option(set(found) - set(idle))
         raise InputError(
             "routed_experts",
             f"layers {ranges(idle)} name expert 0 in every token",

@@ -63,9 +63,9 @@ def _kind(path: Path) -> str:
     raise InputError(str(path), keys, "a recorder dump with logical_count or records is needed")
 
 
-def _time(path: Path) -> tuple[float, str]:
+def _time(path: Path) -> float:
     found = re.search(r"_(\d+(?:\.\d+)?)(?:_\d+)?$", path.stem)
-    return (float(found[1]) if found else 0.0, path.name)
+    return float(found[1]) if found else 0.0
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,12 @@ def totals(counts: IntArray) -> str:
     return ""
 
 
+def refuse_totals(field: str, counts: IntArray) -> None:
+    """Refuse counts [T, L, E] with `totals` among them."""
+    if total := totals(counts):
+        raise InputError(field, total, "counts alone", "leave the totals out")
+
+
 def is_map(counts: IntArray) -> bool:
     """Whether numbers say where experts are: all from 0 on in every row, or a 1 where a device has an expert."""
     rows = np.sort(counts[:LOOKED_AT], axis=2)
@@ -159,8 +165,7 @@ def are_ids(counts: IntArray) -> bool:
 
 def refuse_misread(counts: IntArray) -> None:
     """Refuse counts whose numbers say that they are something else, where nothing says that they are right."""
-    if total := totals(counts):
-        raise InputError("Traces.counts", total, "counts alone", "leave the totals out")
+    refuse_totals("Traces.counts", counts)
     if are_ids(counts):
         raise InputError("Traces.counts", "experts of tokens, by the numbers", "[steps, layers, experts]", NOT_IDS)
     if order := other_order(counts):

@@ -77,6 +77,26 @@ def test_count_tables_with_steps_and_ranks(load, folder):
     assert "4 lines are in several tables: counted once" in notes
 
 
+def test_tables_of_layers_and_totals(load, folder):
+    counts = np.random.default_rng(2).integers(1, 30, (4, 3, 8))
+    rows = [(*key, n) for key, n in np.ndenumerate(counts)]
+    head = "step;layer;expert;count"
+    for layer in range(3):
+        own = [";".join(map(str, row)) for row in rows if row[1] == layer]
+        (folder / f"layer_{layer}.csv").write_text("\n".join([head, *own]))
+    assert (load(folder, "csv")[0].counts == counts).all()
+    apart = [table(folder / f"{name}.csv", [(layer, 0, 5)]) for layer, name in enumerate("abc")]
+    with pytest.raises(InputError, match="layers 0; 1; 2; all layers in the table of a step"):
+        load(apart, "csv")
+    total = [(step, 3, e, n) for step in range(4) for e, n in enumerate(counts[step].sum(axis=0))]
+    path = table(folder / "t.csv", rows + total, "step,layer,expert,count")
+    with pytest.raises(InputError, match="a last layer that is the sum of the others"):
+        load(path, "csv")
+    path = table(folder / "t.csv", [(i, *row) for i, row in enumerate(rows)], ",step,layer,expert,count")
+    with pytest.raises(InputError, match="column 1: got 1; 0, as in the lines before"):
+        load(path, "csv")
+
+
 @pytest.mark.parametrize(
     "text,word",
     [

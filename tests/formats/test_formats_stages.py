@@ -275,10 +275,15 @@ def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
         (tmp_path / f"ep{rank}.csv").write_text("layer,expert,count\n0,1,2\n")
     with pytest.raises(InputError, match=r"ep0\.csv, ep1\.csv; steps that follow each other"):
         load(tmp_path, "csv")
-    (tmp_path / "one").mkdir()
-    for step in range(2):
-        np.save(tmp_path / "one" / f"node0_{step}.npy", routed(rng))
-    assert load(tmp_path / "one", "array")[0].num_steps == 24
+    for path in (tmp_path / "rank_0", tmp_path / "rank_1", tmp_path / "stages"):
+        path.mkdir()
+    for rank in range(2):
+        np.save(tmp_path / f"rank_{rank}" / "load.npy", routed(rng))
+        np.save(tmp_path / "stages" / f"stage{rank}.npy", routed(rng))
+    with pytest.raises(InputError, match=r"rank_0/load\.npy, rank_1/load\.npy; steps that follow each other"):
+        load(sorted(tmp_path.glob("rank_*/*")), "array")
+    with pytest.raises(InputError, match=r"stage0\.npy, stage1\.npy; steps that follow each other"):
+        load(tmp_path / "stages", "array")
     np.savez(tmp_path / "a.npz", counts=routed(rng), physical_to_logical_map=np.zeros((5, 16), int))
     with pytest.raises(InputError, match="physical_to_logical_map beside counts; counts of logical experts"):
         load(tmp_path / "a.npz", "array")
@@ -288,6 +293,31 @@ def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
     np.savez(tmp_path / "a.npz", topk_ids=routed(rng))
     with pytest.raises(InputError, match="an array topk_ids"):
         load(tmp_path / "a.npz", "array")
+
+
+def test_files_follow_each_other_by_the_numbers_in_their_names(load, tmp_path):
+    counts = routed(np.random.default_rng(11))
+    (tmp_path / "one").mkdir()
+    for step, each in enumerate(counts):
+        np.save(tmp_path / "one" / f"node0_{step}.npy", each[None].astype(float))
+    for paths in (tmp_path / "one", sorted((tmp_path / "one").iterdir())):
+        traces, notes = load(paths, "array")
+        assert (traces.counts == counts).all()
+        assert "12 files, one after the other in time: node0_0.npy to node0_11.npy" in notes
+    traces, _ = load([tmp_path / "one" / f"node0_{step}.npy" for step in (3, 0)], "array")  # as they were given
+    assert (traces.counts == counts[[3, 0]]).all()
+
+
+def test_layers_with_other_sums_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(12))
+    np.save(tmp_path / "a.npy", counts)
+    assert "another sum" not in load(tmp_path / "a.npy", "array")[1]
+    draft = routed(np.random.default_rng(13), layers=1, tokens=11)
+    draft[0] *= 2
+    np.save(tmp_path / "a.npy", np.concatenate([counts, draft], axis=1))
+    assert (
+        "in 12 of 12 steps layers 5 have another sum than others: draft layers" in load(tmp_path / "a.npy", "array")[1]
+    )
 
 
 def test_experts_that_every_rank_numbers_anew_are_refused(load, tmp_path):
