@@ -13,6 +13,7 @@ import numpy as np
 
 from gemopt.bounds import lower_bound, step_bounds, together_bound
 from gemopt.bounds.links import links_bound
+from gemopt.evaluate import objective
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.links import Links
 from gemopt.named_topologies import named
@@ -21,6 +22,10 @@ from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
 from gemopt.solvers.exact.contents import ContentsSearch
+from gemopt.solvers.search.copies import removal_costs
+from gemopt.solvers.search.packing import filled
+from gemopt.solvers.search.shares import make_search, make_shares
+from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.size import paired, prover
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
@@ -30,11 +35,16 @@ LOOK_S = 0.1
 
 
 def ready(
-    solver: Solver, problem: Problem, notice: Callable[[str], None] | None = None, links: Links | None = None
+    solver: Solver,
+    problem: Problem,
+    notice: Callable[[str], None] | None = None,
+    links: Links | None = None,
+    *,
+    budget: bool = False,
 ) -> float:
     """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
 
-    `notice` is told when compiling begins and how long it took.
+    `notice` is told when compiling begins and how long it took. budget: copies are chosen within a memory budget.
     """
     begin, over = time.monotonic(), threading.Event()
     before = _compiled()
@@ -48,9 +58,11 @@ def ready(
     watcher = threading.Thread(target=watch, name="gemopt-first-use", daemon=True)
     watcher.start()
     try:
-        _use(solver, problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:]))
+        _use(solver, problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:]), budget)
         if links is not None:
             _use_links(solver, problem, links)
+        if budget:
+            _use_budget(problem)
     finally:
         over.set()
         watcher.join()
@@ -62,10 +74,14 @@ def ready(
     return elapsed
 
 
-def _use(solver: Solver, tiny: Problem) -> None:
+def _use(solver: Solver, tiny: Problem, budget: bool) -> None:
     lower_bound(tiny)
     options = Options(deadline=np.inf, patience=1)
-    get("linear").solve(tiny, options, None)
+    free = replace(tiny, rules=None, full=False)
+    row = get("linear").solve(free, options, None).row
+    assert row is not None
+    objective(free, row)
+    objective(free, filled(free, row))  # with copies
     if solver.supports.improves or solver.supports.proves:
         kernels = solver if solver.name == "gem" else get("local-search")
         kernels.solve(tiny, options, None)
@@ -74,11 +90,22 @@ def _use(solver: Solver, tiny: Problem) -> None:
         if paired(tiny):
             ContentsSearch(two_ranks, step_bounds(two_ranks), np.inf).run(np.zeros(1, np.uint8))
         for name in ("branch", "columns"):
-            if solver.name == name or (solver.name == "auto" and prover(tiny) == name):
-                some = replace(two_ranks, slots_per_rank=np.array([3, 3])) if tiny.spare_slots else two_ranks
-                get(name).solve(some, options, None)
+            if solver.name == name or (solver.name == "auto" and (budget or prover(tiny) == name)):
+                slots = [2] * (budget or not tiny.spare_slots) + [3] * (tiny.spare_slots > 0 and name == "branch")
+                for each in slots:
+                    get(name).solve(replace(two_ranks, slots_per_rank=np.full(2, each)), options, None)
     if tiny.moves is not None:
         walk_front(tiny, 2)
+
+
+def _use_budget(problem: Problem) -> None:
+    """Two ranks with slots for copies, one of which is then lost."""
+    few = Problem.make([[1, 2, 3, 9], [9, 2, 1, 1]], problem.features, [problem.latencies[0]] * 2, 3)
+    row = get("local-search").solve(few, Options(deadline=np.inf, patience=1), None).row
+    costs, shares = make_costs(few), make_shares(few)
+    assert row is not None and shares is not None
+    state = make_state(few, row, costs)
+    removal_costs(costs, state, shares, make_search(state), np.zeros(few.num_slots))
 
 
 def _use_links(solver: Solver, problem: Problem, links: Links) -> None:
