@@ -81,8 +81,8 @@ def _use(solver: Solver, tiny: Problem, budget: bool) -> None:
     row = get("linear").solve(free, options, None).row
     assert row is not None
     objective(free, row)
-    objective(free, filled(free, row))  # with copies
     if solver.supports.improves or solver.supports.proves:
+        objective(free, filled(free, row))  # with copies
         kernels = solver if solver.name == "gem" else get("local-search")
         kernels.solve(tiny, options, None)
         two_ranks = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS,), [Latency(((line(1, s),),)) for s in (1, 2)])
