@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +148,21 @@ def test_no_programme_is_longer_than_there_is_time(monkeypatch: pytest.MonkeyPat
     for seconds in (0.0, 1e-300):  # none begins, or none ends
         assert copies_bound(problem, floor_T, NEVER, seconds=seconds) == pytest.approx(float(floor_T.sum()), rel=1e-6)
         assert copies.scarce_copies(problem, floor_T, NEVER, seconds=seconds) is None
+
+
+def test_a_programme_is_left_once_the_flag_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, _ = turns(3)
+    stop, over = np.zeros(1, np.uint8), threading.Event()
+
+    def endless(*_: object, **__: object) -> SimpleNamespace:
+        stop[0] = 1
+        over.wait()
+        return SimpleNamespace(status=1)
+
+    monkeypatch.setattr(copies, "linprog", endless)
+    floor_T = step_bounds(problem)
+    assert copies_bound(problem, floor_T, stop) == pytest.approx(float(floor_T.sum()))
+    over.set()
 
 
 @pytest.mark.parametrize("split", ["even", "optimal"])

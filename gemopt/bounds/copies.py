@@ -14,9 +14,12 @@ is not taken: the formula is evaluated in float64 with whatever it says.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +37,7 @@ ROUNDS = 40
 TIGHT = 1e-6  # relative: a row that says no more is not new
 WHOLE = 1e-6  # fractions of a copy below are rounding
 PRECISE = 1e-4  # of the floors: what is still open when it ends
+LOOK_S = 0.02
 IntArray = NDArray[np.int64]
 
 
@@ -54,7 +58,7 @@ def copies_bound(problem: Problem, floor_T: FloatArray, stop: NDArray[np.uint8],
     """Lower bound of the objective in microseconds, under any split, at least that of the floors.
 
     floor_T: [T] lower bounds of the steps' makespans in microseconds, as `step_bounds` gives them. stop: [1] turns 1
-    when there is no more time (`Options.alarm`), which a programme that is being solved does not see; seconds: it does.
+    when there is no more time (`Options.alarm`); seconds: for the programmes.
     """
     found = copies_proof(problem, floor_T, stop, seconds=seconds)
     return weighted(problem, floor_T) + (0.0 if found is None else found.above_us)
@@ -195,13 +199,24 @@ def _raised(
             return best, copies_E
         rows = _Rows(*(np.append(old, new) for old, new in zip(rows, found, strict=True)))
         left_s = end - time.monotonic()
-        solved = None if stop[0] or left_s <= 0 else _solved(problem, pairs, rows, left_s)
+        programme = partial(_solved, problem, pairs, rows, left_s)
+        solved = None if stop[0] or left_s <= 0 else _unless(stop, programme)
         if solved is None:
             break
         above_T, copies_E, share_R, price = solved
         best = max(best, _proved(problem, pairs, rows.pair_R, share_R, price), key=lambda each: each.above_us)
         known_E = copies_E
     return best, known_E
+
+
+def _unless(stop: NDArray[np.uint8], call: Callable[[], Any]) -> Any:
+    """What a call returns, or None once `stop` turns 1: its thread is then left to end with its own time."""
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(call()), name="gemopt-programme", daemon=True)
+    thread.start()
+    while thread.is_alive() and not stop[0]:
+        thread.join(LOOK_S)
+    return found[0] if found else None
 
 
 def _tangents(
