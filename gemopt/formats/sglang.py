@@ -29,6 +29,7 @@ from gemopt.formats.engine import (
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_json, load_torch, torch_module
+from gemopt.formats.findings import ranges
 from gemopt.placement import Placement, Split
 
 KEY = "physical_to_logical_map"
@@ -86,6 +87,10 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError(f"{path}: {extra}", "an extra key", f"exactly one key, {KEY}", "SGLang refuses any other")
     rows = _matrix(path, data[KEY])
     ids, hidden = file_facts(path, facts, rows=len(rows))
+    in_order = np.arange(rows.shape[1]) % max(1, int(rows.max(initial=0)) + 1)
+    plain = np.flatnonzero((rows == in_order).all(axis=1))
+    if facts.layer_ids is None and 0 < len(plain) < len(rows):
+        facts.notes.append(f"layers {ranges(plain)} hold the experts in order: if they have none, give --layer-ids")
     return make_placement(path, rows[ids], facts, layer_ids=ids, num_hidden_layers=hidden)
 
 

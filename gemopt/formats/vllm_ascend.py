@@ -57,21 +57,22 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError(f"{path}: device_expert", found, "the same number of experts on every device and layer")
     if facts.num_ranks is not None and facts.num_ranks != len(widths):
         raise InputError("--ep", facts.num_ranks, f"{len(widths)}, the devices in {path}")
-    if _numbered_otherwise(layers):
-        facts.notes.append("layer_id, device_id or device_count do not fit: vllm-ascend goes by the order in the lists")
     ids = list(facts.layer_ids) if facts.layer_ids is not None else list(range(len(rows)))
+    if _numbered_otherwise(layers, ids):
+        facts.notes.append("layer_id, device_id or device_count do not fit: vllm-ascend goes by the order in the lists")
     table = [[expert for experts in row for expert in experts] for row in rows]
     return make_placement(
         path, table, facts, num_ranks=len(widths), layer_ids=ids, num_hidden_layers=facts.num_hidden_layers
     )
 
 
-def _numbered_otherwise(layers: list[Any]) -> bool:
-    """Whether numbers that vllm-ascend does not read say something else than the order of the lists."""
+def _numbered_otherwise(layers: list[Any], ids: list[int]) -> bool:
+    """Whether numbers that vllm-ascend does not read say something else than the order of the lists, or the layers."""
     for i, layer in enumerate(layers):
         devices = layer["device_list"]
         numbers = [device.get("device_id", j) == j for j, device in enumerate(devices)]
-        if layer.get("layer_id", i) != i or layer.get("device_count", len(devices)) != len(devices) or not all(numbers):
+        known = layer.get("layer_id", i) in (i, *ids[i : i + 1])
+        if not known or layer.get("device_count", len(devices)) != len(devices) or not all(numbers):
             return True
     return False
 

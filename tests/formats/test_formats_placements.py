@@ -189,6 +189,23 @@ def test_sglang_fills_dense_layers(make_placement, tmp_path):
     assert (rows[[1, 3]] == placement.physical_to_logical).all()
     assert (rows[[0, 2, 4]] == np.arange(10) % 8).all()
     assert "--ep-num-redundant-experts 2" in result.command
+    side_path(tmp_path / "map.json").unlink()
+    facts = Facts(num_ranks=2)
+    assert import_placement(tmp_path / "map.json", source="sglang", facts=facts).num_layers == 5
+    assert facts.notes == ["layers 0, 2, 4 hold the experts in order: if they have none, give --layer-ids"]
+
+
+def test_ascend_layers_are_those_of_the_file_or_the_ones_given(make_placement, tmp_path):
+    path = tmp_path / "map.json"
+    export(make_placement(layers=2, experts=8, ranks=2), to="vllm-ascend", path=path)
+    side_path(path).unlink()
+    path.write_text(
+        path.read_text().replace('"layer_id": 1', '"layer_id": 4').replace('"layer_id": 0', '"layer_id": 3')
+    )
+    for layers, noted in (((3, 4), False), (None, True), ((4, 5), True)):
+        facts = Facts(layer_ids=layers)
+        import_placement(path, source="vllm-ascend", facts=facts)
+        assert bool(facts.notes) is noted
 
 
 def test_pt_and_json_agree(make_placement, tmp_path):
