@@ -114,6 +114,23 @@ def test_from_then_on_the_best_so_far_and_whole_files(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_copies_are_chosen_by_their_load_once_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, late = import_module("gemopt.solving.memory"), []
+    real = memory.thinned
+
+    def pressed(problems: Any, rows: Any, held_G: Any, is_late: Callable[[], bool]) -> Any:
+        press()
+        late.append(is_late())
+        return real(problems, rows, held_G, is_late)
+
+    monkeypatch.setattr(memory, "thinned", pressed)
+    words = ("--memory-budget", 14, "--expert-bytes", 1, "--time-limit", 4, "--threads", 1)
+    assert gemopt_json(capsys, "solve", *inputs(tmp_path), "-o", tmp_path / "out.json", *words)["objective_us"]
+    assert late == [True] and Placement.load(tmp_path / "out.json")
+
+
 def test_sigterm_does_what_ctrl_c_does_with_its_own_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

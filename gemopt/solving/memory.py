@@ -88,7 +88,11 @@ def solve_within(run: Run, held_G: IntArray) -> None:
     left = max(0.0, run.clock + run.time_limit - time.monotonic())
     replace(run, time_limit=run.time_limit - (1 - FIRST_SHARE) * left, progress=None).go()
     deadline = run.clock + run.time_limit - (1 - FIRST_SHARE - THINNING_SHARE) * left
-    rows = thinned(whole, [_row(layer) for layer in run.layers], held_G, lambda: time.monotonic() > deadline)
+
+    def late() -> bool:
+        return run.interrupted.is_set() or time.monotonic() > deadline
+
+    rows = thinned(whole, [_row(layer) for layer in run.layers], held_G, late)
     for layer, problem, row in zip(run.layers, whole, rows, strict=True):
         kept = row != EMPTY
         slots_G = np.bincount(problem.rank_of_slot[kept], minlength=problem.num_ranks)

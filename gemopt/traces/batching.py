@@ -46,6 +46,7 @@ def from_tokens(
     Traces
         With the token-level record kept.
     """
+    ids = np.asarray(ids)
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or not len(ids):
         raise InputError("ids", f"{ids.dtype} {ids.shape}", "integers [tokens, layers, K], at least one token")
     _refuse_twice(ids)
