@@ -97,6 +97,8 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         name = "counts" if "counts" in data else next(iter(data))
         if name != "counts" and set(re.split("[^a-z]+", str(name).lower())) & _NO_COUNTS:
             raise InputError(str(path), f"an array {name}", "counts [steps, layers, experts]", NOT_IDS)
+        if COPIES.search(str(name)):
+            raise InputError(str(path), f"an array {name}", "counts of logical experts", "add up the copies")
         data = data[name]
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:

@@ -22,7 +22,10 @@ JSON_LIMIT = 256 << 20
 YAML_LIMIT = 1 << 24
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library itself
 ARRAY_LIMIT = 1 << 36
-_DTYPES = {"U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"}
+_DTYPES = {
+    **{"U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"},
+    **{"F32": "<f4", "F64": "<f8"},
+}
 
 
 def size_of(path: Path) -> int:
@@ -172,7 +175,7 @@ def _array(value: Any, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
 
 
 def safetensors_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The integer arrays of a safetensors file, mapped; every offset is checked against the file."""
+    """The arrays of a safetensors file, mapped; every offset is checked against the file."""
     header, body = _safetensors(path)
     told = header.pop("__metadata__", None)
     if isinstance(told, dict) and "gemopt_traces" in told:

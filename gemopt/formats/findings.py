@@ -17,7 +17,8 @@ MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
 
 _PART = re.compile(
-    r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?rank|ep|dp|tp|pp|gpu|device|node|worker|host|stage|replica|layer)[_-]?\d+"
+    r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?(?:rank|group)|ep|dp|tp|pp|"
+    r"gpu|device|node|worker|host|server|process|replica|stage|layer)[_-]?\d+"
     r"(?=[/_.-]|$)",
     re.I,
 )
@@ -54,8 +55,8 @@ def names_of(files: Sequence[Path]) -> list[str]:
 
 def refuse_parts(files: Sequence[Path]) -> None:
     """Raise where the names of files tell parts of the same steps, which must not follow each other in time."""
-    parts = {found[0] if (found := _PART.search(name)) else "" for name in names_of(files)}
-    if len(parts) > 1 and "" not in parts:
+    parts = {found[0] for name in names_of(files) if (found := _PART.search(name))}
+    if len(parts) > 1:
         limit = "steps that follow each other: these names tell parts of the same ones"
         hint = "put the stages of a pipeline side by side, add up others, and give one file"
         raise InputError("PATHS", ", ".join(names_of(files)), limit, hint)

@@ -20,6 +20,7 @@ from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps
 from gemopt.formats.registry import engines, get
 from gemopt.placement import check_layer_ids
 from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
+from gemopt.traces.arrays import ENOUGH_SUMS
 
 _HEADER_BYTES = 1 << 16
 MANY_STEPS = 4
@@ -181,6 +182,7 @@ class _Writer:
         self.shares = Shares(self.experts)
         self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
         self.totals: list[IntArray] = []
+        self.first: IntArray | None = None
         self.last: IntArray | None = None
         self.rising = True  # from step to step some counts rise and none falls
         stream.write(bytes(8 + _HEADER_BYTES))
@@ -222,6 +224,7 @@ class _Writer:
         known = narrow if self.last is None else np.concatenate([self.last, narrow])
         falls, rises = known[1:] < known[:-1], known[1:] > known[:-1]
         self.rising = self.rising and not falls.any() and bool(rises.any(axis=(1, 2)).all())
+        self.first = narrow[:1].copy() if self.first is None else self.first
         self.last = narrow[-1:].copy()
         total_TL = narrow.sum(axis=2, dtype=np.int64)
         self.totals.append(total_TL)
@@ -235,6 +238,11 @@ class _Writer:
 
     def notes(self) -> list[str]:
         """What the counts say about the recording; `InputError` for a layer without any."""
+        for place, step in (("first", self.first), ("last", self.last)):
+            assert step is not None
+            enough = self.steps > 2 and np.count_nonzero(step) >= ENOUGH_SUMS
+            if enough and (2 * step[0].astype(np.int64) == self.load_LE).all():
+                raise InputError("counts", f"a {place} step that is the sum of the others", "steps", "leave it out")
         found = check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.totals), self.layer_ids)
         if self.rising and self.steps >= MANY_STEPS:
             found.append(

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,21 +75,23 @@ class _Stat:
     digest: bytes
     layers: frozenset[int]  # with assignments
     added_up: bool  # two dimensions: all steps in one
+    rank: Any  # that wrote it, if it says so
 
     @classmethod
     def of(cls, path: Path) -> _Stat:
-        counts, added_up = _counts(path)
+        counts, added_up, rank = _counts(path)
         layers = frozenset(np.flatnonzero(counts.any(axis=(0, 2))).tolist())
-        return cls(path, hashlib.sha256(np.ascontiguousarray(counts).data).digest(), layers, added_up)
+        return cls(path, hashlib.sha256(np.ascontiguousarray(counts).data).digest(), layers, added_up, rank)
 
 
-def _counts(path: Path) -> tuple[IntArray, bool]:
-    """[steps, rows, E] counts of a file, and whether they are a sum over the steps."""
+def _counts(path: Path) -> tuple[IntArray, bool, Any]:
+    """[steps, rows, E] counts of a file, whether they are a sum over the steps, and the rank that it names."""
     data = load_torch(path) if path.suffix == ".pt" else bounded_json(path)
     if not isinstance(data, dict) or KEY not in data:
         raise InputError(f"{path}: {KEY}", None, "stat dumps only", "import each kind apart")
     counts = whole_numbers(data[KEY], name=f"{path}: {KEY}", ndims=(2, 3))
-    return (counts[None], True) if counts.ndim == 2 else (counts, False)
+    added_up = counts.ndim == 2
+    return counts[None] if added_up else counts, added_up, data.get("rank")
 
 
 def _read_stat(files: list[Path]) -> Recording:
@@ -136,6 +139,10 @@ def _stages(stats: list[_Stat]) -> list[list[_Stat]]:
             stages.append([stat])
             used.append(set(stat.layers))
         else:
+            first = stages[at[0]][0]
+            if len({None, stat.rank, first.rank}) > 2:
+                found = f"{stat.rank}, and {first.rank} in {first.path.name}"
+                raise InputError(f"{stat.path}: rank", found, "dumps of one rank: they count all ranks together")
             stages[at[0]].append(stat)
             used[at[0]] |= stat.layers
     for i, layers in enumerate(used):
@@ -152,9 +159,9 @@ def _stages(stats: list[_Stat]) -> list[list[_Stat]]:
 
 def _joined(group: list[_Stat]) -> IntArray:
     """[steps, rows, E] counts of the stages of a pipeline together."""
-    total, _ = _counts(group[0].path)
+    total, *_ = _counts(group[0].path)
     for stat in group[1:]:
-        counts, _ = _counts(stat.path)
+        counts, *_ = _counts(stat.path)
         steps, others = (np.asarray(c).any(axis=(1, 2)) for c in (total, counts))
         if counts.shape != total.shape or (steps != others).any():
             raise InputError(

@@ -280,9 +280,10 @@ def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
     for rank in range(2):
         np.save(tmp_path / f"rank_{rank}" / "load.npy", routed(rng))
         np.save(tmp_path / "stages" / f"stage{rank}.npy", routed(rng))
+    np.save(tmp_path / "stages" / "all.npy", routed(rng))
     with pytest.raises(InputError, match=r"rank_0/load\.npy, rank_1/load\.npy; steps that follow each other"):
         load(sorted(tmp_path.glob("rank_*/*")), "array")
-    with pytest.raises(InputError, match=r"stage0\.npy, stage1\.npy; steps that follow each other"):
+    with pytest.raises(InputError, match=r"all\.npy, stage0\.npy, stage1\.npy; steps that follow each other"):
         load(tmp_path / "stages", "array")
     np.savez(tmp_path / "a.npz", counts=routed(rng), physical_to_logical_map=np.zeros((5, 16), int))
     with pytest.raises(InputError, match="physical_to_logical_map beside counts; counts of logical experts"):
@@ -290,9 +291,10 @@ def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
     Traces(counts=routed(rng), layer_ids=range(3, 8)).save(tmp_path / "t.safetensors")
     with pytest.raises(InputError, match="got traces of gemopt"):
         load(tmp_path / "t.safetensors", "array")
-    np.savez(tmp_path / "a.npz", topk_ids=routed(rng))
-    with pytest.raises(InputError, match="an array topk_ids"):
-        load(tmp_path / "a.npz", "array")
+    for name, said in (("topk_ids", "an array topk_ids"), ("physical_count", "counts of logical experts")):
+        np.savez(tmp_path / "a.npz", **{name: routed(rng)})
+        with pytest.raises(InputError, match=said):
+            load(tmp_path / "a.npz", "array")
 
 
 def test_files_follow_each_other_by_the_numbers_in_their_names(load, tmp_path):
@@ -306,6 +308,9 @@ def test_files_follow_each_other_by_the_numbers_in_their_names(load, tmp_path):
         assert "12 files, one after the other in time: node0_0.npy to node0_11.npy" in notes
     traces, _ = load([tmp_path / "one" / f"node0_{step}.npy" for step in (3, 0)], "array")  # as they were given
     assert (traces.counts == counts[[3, 0]]).all()
+    np.save(tmp_path / "one" / "sum.npy", counts.sum(axis=0, keepdims=True))
+    with pytest.raises(InputError, match="a last step that is the sum of the others"):
+        load(tmp_path / "one", "array")
 
 
 def test_layers_with_other_sums_are_named(load, tmp_path):

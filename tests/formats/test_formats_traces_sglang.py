@@ -41,6 +41,15 @@ def test_sglang_stat(tmp_path):
     assert notes[1] == "layers 0 have no counts: taken as layers without experts"
 
 
+def test_sglang_stat_of_several_ranks_is_refused(tmp_path):
+    (tmp_path / "dumps").mkdir()
+    for rank in range(2):
+        path = tmp_path / "dumps" / f"expert_distribution_recorder_1700000009.{rank}.pt"
+        torch.save({"rank": rank, "logical_count": torch.from_numpy(sparse_counts(np.random.default_rng(rank)))}, path)
+    with pytest.raises(InputError, match=r"rank: got 1, and 0 in .*; dumps of one rank: they count all ranks together"):
+        load(tmp_path / "dumps", "sglang", tmp_path)
+
+
 def test_sglang_stat_ring_in_time_order(tmp_path):
     counts = sparse_counts(np.random.default_rng(1), steps=5)
     ring = np.concatenate([counts[3:], np.zeros((3, *counts.shape[1:]), np.int32), counts[:3]])
