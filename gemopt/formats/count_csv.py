@@ -164,6 +164,8 @@ def _steps_of_column(tables: list[_Table], notes: list[str], named: bool) -> lis
             refuse_parts([table.path for table in tables])
         notes.append(f"{again} lines are in several tables: counted once")
     ranks = sorted({rank for step in merged.values() for rank in step})
+    if partly := sum(len(step) < len(ranks) for step in merged.values()):
+        notes.append(f"in {partly} of {len(merged)} steps some ranks have no line: taken as no tokens")
     return [{rank: step.get(rank, {}) for rank in ranks} for _, step in sorted(merged.items())]
 
 

@@ -307,10 +307,10 @@ def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "") -> list[Pa
             if not inside:
                 raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
             found += inside
-        elif path.suffix not in suffixes:
-            raise InputError(str(path), path.suffix or "no suffix", f"a file {' or '.join(suffixes)}")
         elif not os.access(path, os.R_OK):
             raise InputError(str(path), "no such file", "a readable file is needed")
+        elif path.suffix not in suffixes:
+            raise InputError(str(path), path.suffix or "no suffix", f"a file {' or '.join(suffixes)}")
         else:
             found.append(path)
     if not found:

@@ -71,6 +71,8 @@ def test_count_tables_with_steps_and_ranks(load, folder):
     path = table(folder / "t.csv", rows, head)
     traces, _ = load(path, "csv")
     assert (traces.counts == counts.sum(axis=1)).all()
+    part = [row for row in rows if row[:2] != (8, 1)]
+    assert "in 1 of 3 steps some ranks have no line" in load(table(folder / "u.csv", part, head), "csv")[1]
     half = [table(folder / f"{name}.csv", part, head) for name, part in (("p", rows[:20]), ("q", rows[16:]))]
     traces, notes = load(half, "csv")
     assert (traces.counts == counts.sum(axis=1)).all()
