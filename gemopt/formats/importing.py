@@ -242,7 +242,8 @@ class _Writer:
             assert step is not None
             enough = self.steps > 2 and np.count_nonzero(step) >= ENOUGH_SUMS
             if enough and (2 * step[0].astype(np.int64) == self.load_LE).all():
-                raise InputError("counts", f"a {place} step that is the sum of the others", "steps", "leave it out")
+                total = f"a {place} step that is the sum of the others"
+                raise InputError("counts", total, "counts alone", "leave it out")
         found = check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.totals), self.layer_ids)
         if self.rising and self.steps >= MANY_STEPS:
             found.append(
