@@ -22,7 +22,7 @@ from gemopt.solving.layers import Layer
 from gemopt.splits import optimal_shares
 from gemopt.traces import Traces
 from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
-from gemopt.verify.columns import PART_BITS, check_columns
+from gemopt.verify.columns import PART_BITS, check_columns, listed, scanned
 from gemopt.verify.copies import check_copies
 from gemopt.verify.dual import check_dual, slack, units
 from gemopt.verify.shares import shares
@@ -74,6 +74,11 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
                     update={"bound_us": max(proof.dual_us or 0.0, min(floor_bound_us(case), value))}
                 )
             proof = _with_columns(case, proof, outcome.columns, duals)
+        elif layer.contents is not None and (listed(case) or scanned(case)):
+            if proof.bound_us <= layer.contents.bound_us:  # it is theirs, as the certificate will say
+                floors_us = min(floor_bound_us(case), value)
+                proof = proof.model_copy(update={"bound_us": max(proof.dual_us or 0.0, floors_us)})
+            proof = _with_columns(case, proof, layer.contents, duals)
         if layer.copies is not None:
             proof = _with_copies(case, proof, layer.copies, duals)
         checked_us = max(proof.dual_us or 0.0, proof.copies_us or 0.0, floor_bound_us(case))

@@ -14,6 +14,7 @@ from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import Incumbent
 from gemopt.solvers.base import Outcome, Row
+from gemopt.solvers.exact.column_space import Proven
 
 SEEDS = 1_000_003  # from one search of a layer to the next
 
@@ -30,7 +31,8 @@ class Layer:
     """One layer's problem, warm start and what is known of it so far; seconds: spent on it in all phases.
 
     floor_T: [T] simple bounds of the steps in microseconds. spread_us: bound with any number of copies. together,
-    copies: the co-location bound and the copies bound with their multipliers, which a certificate states.
+    contents, copies: the co-location bound, that of all contents with their latencies, and the copies bound, with their
+    multipliers, which a certificate states.
     """
 
     problem: Problem
@@ -44,6 +46,7 @@ class Layer:
     base_us: float = 0.0
     seconds: float = 0.0
     together: Together | None = None
+    contents: Proven | None = None
     copies: CopiesProof | None = None
 
     @property
@@ -65,10 +68,13 @@ class Layer:
         value = None if self.outcome is None else value_of(self.outcome)
         return np.inf if value is None else max(0.0, value - self.bound_us)
 
-    def prove(self, found: Together) -> None:
+    def prove(self, found: Together | Proven | None) -> None:
         """Take a bound over, where it is higher."""
-        self.together = max(self.together or found, found, key=lambda each: each.bound_us)
-        self.bound_us = max(self.bound_us, found.bound_us)
+        if isinstance(found, Together):
+            self.together = max(self.together or found, found, key=lambda each: each.bound_us)
+        elif found is not None:
+            self.contents = max(self.contents or found, found, key=lambda each: each.bound_us)
+        self.bound_us = max(self.bound_us, 0.0 if found is None else found.bound_us)
 
     def again(self, number: int) -> Layer:
         """The same layer with the same answer, to be searched from another seed, and that alone."""

@@ -25,12 +25,11 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Solver, incumbent, within_limits
-from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.search.packing import filled
 from gemopt.solvers.size import provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
-from gemopt.solving.turns import in_turns, priced
+from gemopt.solving.turns import bounding, in_turns, priced
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -261,7 +260,7 @@ class Run:
         layer.prove(found)
         if both and not self._goes_on(layer) and layer.bound_us < target_us:
             with replace(options, deadline=deadline).alarm() as stop:
-                layer.prove(ContentsSearch(layer.problem, layer.floor_T, target_us).run(stop))
+                layer.prove(bounding(layer, target_us, deadline).run(stop))
 
     def _search(self, pool: ThreadPoolExecutor, end: float) -> None:
         """Deeper searches; with more workers than layers each from several seeds, of which the best counts."""

@@ -11,6 +11,7 @@ import numpy as np
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact.contents import ContentsSearch
+from gemopt.solvers.exact.stepwise import StepwiseSearch
 from gemopt.solvers.size import paired
 from gemopt.solving.layers import Layer
 
@@ -43,34 +44,51 @@ def priced(layer: Layer, seconds: float) -> bool:
     return layer.floor_T is not None and not layer.bound_cut and seconds >= LEAST_S and paired(layer.problem)
 
 
+def bounding(layer: Layer, target_us: float, deadline: float) -> ContentsSearch | StepwiseSearch:
+    """The search for a bound of all contents: by pairs, which are the latencies where these are straight, or by step."""
+    assert layer.floor_T is not None and layer.outcome is not None
+    problem, row = layer.problem, layer.outcome.row
+    if row is not None and not all(latency.max_affine for latency in problem.latencies):
+        stepwise = StepwiseSearch(problem, layer.floor_T, target_us, row, deadline)
+        if not stepwise.ended:
+            return stepwise
+    return ContentsSearch(problem, layer.floor_T, target_us)
+
+
 def in_turns(layer: Layer, options: Callable[[float], Options], search: Callable[[Options], None], gap: float) -> None:
     """Raise the bound and let `search` go on until the deadline or both have ended. options: until a deadline."""
     assert layer.floor_T is not None
     whole = options(np.inf)
     begin, deadline = time.monotonic(), whole.deadline
-    contents = ContentsSearch(layer.problem, layer.floor_T, (layer.open_us + layer.bound_us) * (1 - gap))
-    searching, bounding, searches = _Side(), _Side(), True
+    turn_s = (deadline - begin) / TURNS
+    most = 1.0 if whole.patience is None else BOUND_MOST
+    contents = bounding(layer, (layer.open_us + layer.bound_us) * (1 - gap), begin + most * (deadline - begin))
+    searching, proving, searches = _Side(), _Side(), True
     while not whole.expired():
+        if isinstance(contents, StepwiseSearch) and contents.ended and contents.found is None:
+            contents = ContentsSearch(layer.problem, layer.floor_T, contents.target_us)
         ended = contents.ended or contents.look_s >= whole.remaining
         enough = ended or time.monotonic() - begin >= BOUND_MOST * (deadline - begin)
         if not searches and enough:
             break
         if whole.patience is None:
-            risen = contents.found.multipliers is not None
-            owed = searching.spent <= SEARCH_LEAST[risen] * (searching.spent + bounding.spent)
-            mine = searches and (ended or owed or (risen and searching.rate > bounding.rate))
+            owed = searching.spent <= SEARCH_LEAST[contents.risen] * (searching.spent + proving.spent)
+            mine = searches and (ended or owed or (contents.risen and searching.rate > proving.rate))
+            mine &= ended or not contents.hurries(turn_s)
         else:  # which counts tries in a row
             mine = enough
-        now, before, turn_s = time.monotonic(), layer.open_us, (deadline - begin) / TURNS
+        now, before = time.monotonic(), layer.open_us
         if mine:
             search(options(deadline) if ended or whole.patience is not None else options(now + turn_s))
             assert layer.outcome is not None
             searches = layer.outcome.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
         else:
             contents.target_us = (layer.open_us + layer.bound_us) * (1 - gap)
+            if isinstance(contents, StepwiseSearch) and layer.outcome is not None and layer.outcome.row is not None:
+                contents.row = layer.outcome.row
             with whole.alarm() as stop:
                 layer.prove(contents.run(stop, turn_s))
-        side = searching if mine else bounding
+        side = searching if mine else proving
         side.seconds.append(time.monotonic() - now)
         side.closed_us.append(before - layer.open_us)
     if searches and layer.outcome is not None:

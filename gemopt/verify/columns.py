@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
 from gemopt.verify.dual import below
+from gemopt.verify.scan import least_content
 
 if TYPE_CHECKING:
     from gemopt.verify import Case
@@ -29,6 +30,7 @@ LONGEST_PS = 1 << 38  # of a level: what is longer counts as this long, so that 
 LARGEST_PRICE = 1 << 52
 MOST_COLUMNS = 400_000
 MOST_ENTRIES = 2e8  # columns x steps
+MOST_SCANNED = 3e10  # the same, where one level is cut, and contents are not kept
 BATCH = 1 << 20  # entries looked at together
 MOST_ROWS = 3e7
 CLOSE = 1e-9  # relative
@@ -36,7 +38,10 @@ CLOSE = 1e-9  # relative
 
 @dataclass(frozen=True)
 class Contents:
-    """What is proven in microseconds, and of every kind of ranks the contents [N, S] and reduced costs [N]."""
+    """What is proven in microseconds, and of every kind of ranks the contents [N, S] and reduced costs [N].
+
+    Of these there are none where they are too many to list.
+    """
 
     bound_us: float
     ranks: list[list[int]]
@@ -45,7 +50,7 @@ class Contents:
 
 
 def check_columns(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> Contents:
-    """The bound by the multipliers of all contents of a rank, each of which is listed and priced here.
+    """The bound by the multipliers of all contents of a rank, each of which is priced here.
 
     Raises
     ------
@@ -57,9 +62,13 @@ def check_columns(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> 
     levels_LT, mu_LET, price_E = _arrays(case, layer, duals, name)
     ranks = _kinds(case)
     total = (int(levels_LT[0].sum()) << PART_BITS) + sum(int(price) for price in price_E)
-    sets, extras = [], []
+    sets: list[NDArray[np.int64]] = []
+    extras: list[NDArray[np.float64]] = []
     for group in ranks:
         size = int(case.slots_G[group[0]])
+        if not listed(case):
+            total += len(group) * _least_of_all(case, group[0], levels_LT[0], mu_LET[0], price_E)
+            continue
         members = np.array(list(combinations(range(len(price_E)), size)), np.int64)
         net_N = np.concatenate([_costs(case, group[0], part, levels_LT, mu_LET) for part in _batches(case, members)])
         net_N -= price_E[members].sum(axis=1)
@@ -85,9 +94,12 @@ def _arrays(
         raise InputError(f"{name}: multipliers", str(shapes), "levels and one for every level, expert and step; prices")
     if case.spare:
         raise InputError(f"{name}.proof", "columns", "contents of ranks prove nothing where slots are spare")
-    columns = sum(comb(experts, int(case.slots_G[group[0]])) for group in _kinds(case))
-    if columns > MOST_COLUMNS or columns * steps > MOST_ENTRIES:
-        raise InputError(f"{name}.proof", f"{columns} contents of ranks", f"at most {MOST_COLUMNS}, for all steps 2e8")
+    if not listed(case) and (levels > 1 or not scanned(case)):
+        raise InputError(
+            f"{name}.proof",
+            f"{_columns(case)} contents of ranks",
+            f"at most {MOST_COLUMNS}, for all steps 2e8, or with one level 3e10",
+        )
     if (mu_LET < 0).any() or (mu_LET > UNIT).any() or (mu_LET.sum(axis=1) > UNIT).any():
         raise InputError(
             f"{name}: share", int(mu_LET.max()), f"multipliers >= 0 that sum to at most {UNIT} for each step"
@@ -97,6 +109,31 @@ def _arrays(
     if np.abs(price_E).max() > LARGEST_PRICE:
         raise InputError(f"{name}: price", int(np.abs(price_E).max()), f"at most {LARGEST_PRICE}")
     return levels_LT, mu_LET, price_E
+
+
+def _columns(case: Case) -> int:
+    """Contents of all kinds of ranks."""
+    return sum(comb(case.counts_TE.shape[1], int(case.slots_G[group[0]])) for group in _kinds(case))
+
+
+def listed(case: Case) -> bool:
+    """Whether contents are few enough to list them."""
+    return _columns(case) <= MOST_COLUMNS and _columns(case) * len(case.counts_TE) <= MOST_ENTRIES
+
+
+def scanned(case: Case) -> bool:
+    """Whether contents are few enough to look at each, and their latencies fit in a table."""
+    return len(case.cost.features) == 1 and _columns(case) * len(case.counts_TE) <= MOST_SCANNED
+
+
+def _least_of_all(case: Case, g: int, floor_T: IntArray, mu_ET: IntArray, price_E: IntArray) -> int:
+    """The least of what contents cost less their prices, in 2^-12 picoseconds, rounded down."""
+    longest = min(LONGEST_PS, (1 << 49) // len(floor_T))
+    size = int(case.slots_G[g])
+    most = int(np.sort(case.loads_FTE[0], axis=1)[:, -size:].sum(axis=1).max())
+    times_N = case.floor_ps(case.times_us(g, np.arange(most + 1)[None]))
+    times_N = np.minimum(times_N, int(floor_T.min()) + longest)
+    return least_content(case.loads_FTE[0], times_N, floor_T, mu_ET, price_E, size, PART_BITS)
 
 
 def _kinds(case: Case) -> list[list[int]]:
@@ -149,6 +186,8 @@ class _SpentError(Exception):
 
 def no_better_contents(case: Case, contents: Contents, bound_us: float, most_nodes: int) -> tuple[int, float | None]:
     """As `verify_tree.no_better`, over the contents that the multipliers leave for a placement below the bound."""
+    if not contents.sets:
+        return most_nodes, None
     search = _Search(case, contents, bound_us, most_nodes)
     if len(search.extra_N) * len(case.counts_TE) > MOST_ROWS:
         return most_nodes, None

@@ -22,6 +22,7 @@ from gemopt.solvers.exact.column_space import IntArray, Space
 
 if TYPE_CHECKING:
     from gemopt.solvers.exact.contents import Contents
+    from gemopt.solvers.exact.stepwise import Stepwise
 
 F32 = np.float32
 Floats = NDArray[np.float32]
@@ -37,7 +38,7 @@ SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # of the fixed-point error, and of
 class Master:
     """Columns known so far and where the iteration is."""
 
-    def __init__(self, space: Space | Contents, value_us: float) -> None:
+    def __init__(self, space: Space | Contents | Stepwise, value_us: float) -> None:
         self.space, self.unit = space, value_us
         self.weight = max(float(space.problem.weights_T.mean()), 1e-300)  # the unit of multipliers
         self.ids, self.ratio = np.zeros(0, np.int64), F32(1)
@@ -65,14 +66,19 @@ class Master:
         self.space = space
         self.cut(self.levels_LT)
 
-    def least(self) -> FloatArray:
-        """[K] least that any column of a kind costs less the prices of its experts, about, in microseconds."""
+    def net(self) -> FloatArray:
+        """[n] what each column costs less the prices of its experts, about, in microseconds."""
         mu, pi, net_N = self.image["mu"], self.image["pi"] * self.ratio, np.zeros(len(self.ids))
         for s in range(self.sets.shape[1]):
             mine = np.flatnonzero(self.sizes > s)
             experts = self.sets[mine, s]
             net_N[mine] += np.einsum("nm,nm->n", self.parts[mine], mu[experts]) - pi[experts]
-        return np.array([net_N[self.kind == k].min(initial=np.inf) for k in range(len(self.space.count_K))]) * self.unit
+        return net_N * self.unit
+
+    def least(self) -> FloatArray:
+        """[K] the least `net` of any column of a kind."""
+        net_N = self.net()
+        return np.array([net_N[self.kind == k].min(initial=np.inf) for k in range(len(self.space.count_K))])
 
     @property
     def used(self) -> IntArray:

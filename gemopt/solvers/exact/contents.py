@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import comb
 
 import numpy as np
@@ -31,8 +30,7 @@ from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_master import Master
 from gemopt.solvers.exact.content_kernels import Steps, cheapest
-
-IntArray = NDArray[np.int64]
+from gemopt.solvers.exact.numbered import IntArray, Numbered
 
 ITERATIONS = 40  # of the master between two looks at all contents
 HELD = 800  # cheapest contents of all kinds in the master, beside those in use
@@ -43,10 +41,10 @@ TINY = 1e-20  # microseconds; smaller multipliers count as none, since their pro
 
 
 @dataclass(frozen=True, eq=False)
-class Contents:
-    """Contents of ranks, numbered kind by kind and in each in colexicographic order; see `Master`.
+class Contents(Numbered):
+    """Contents of ranks by pairs; see `Master`.
 
-    Kinds are ranks of one group with one factor. group_K, factor_K, count_K, size_K: of each kind, its ranks and slots.
+    Kinds are ranks of one group with one factor. group_K, factor_K, count_K: of each kind, and how many ranks it has.
     part_TKE: part of a multiplier that goes to each plane, once latencies are cut at the floors; None before.
     """
 
@@ -54,7 +52,6 @@ class Contents:
     group_K: IntArray
     factor_K: FloatArray
     count_K: IntArray
-    size_K: IntArray
     part_TKE: FloatArray | None = None
 
     @classmethod
@@ -62,9 +59,10 @@ class Contents:
         """The contents of a programme's ranks."""
         keys = np.stack([programme.group_G, programme.factor_G], axis=1)
         _, first_K, count_K = np.unique(keys, axis=0, return_index=True, return_counts=True)
-        return cls(
-            programme, programme.group_G[first_K], programme.factor_G[first_K], count_K, programme.slots_G[first_K]
+        size_K, group_K, factor_K = (
+            each[first_K] for each in (programme.slots_G, programme.group_G, programme.factor_G)
         )
+        return cls(programme.num_experts, size_K, programme, group_K, factor_K, count_K)
 
     @property
     def floor_T(self) -> FloatArray:
@@ -75,36 +73,6 @@ class Contents:
     def planes(self) -> int:
         """Rows that a latency has in the master: its planes, or one once it is cut."""
         return 1 if self.part_TKE is not None else int(self.problem.planes_CKF.shape[1])
-
-    @cached_property
-    def first_K(self) -> IntArray:
-        """Where the contents of a kind begin."""
-        return np.cumsum([0, *(comb(self.problem.num_experts, int(size)) for size in self.size_K)])[:-1]
-
-    @cached_property
-    def ways_SE(self) -> IntArray:
-        """[most slots + 1, E + 1] how many sets of s experts there are below the e-th."""
-        experts, most = self.problem.num_experts, int(self.size_K.max())
-        return np.array([[min(comb(e, s), 2**62) for e in range(experts + 1)] for s in range(most + 1)])
-
-    def kind(self, ids: IntArray) -> IntArray:
-        """Kinds of some contents."""
-        return np.searchsorted(self.first_K, ids, side="right") - 1
-
-    def ids(self, k: int, sets_NS: NDArray[np.uint8]) -> IntArray:
-        """Numbers of contents [N, S] of kind k."""
-        sorted_NS = np.sort(sets_NS.astype(np.int64), axis=1)
-        return np.asarray(self.first_K[k] + self.ways_SE[np.arange(1, sorted_NS.shape[1] + 1), sorted_NS].sum(axis=1))
-
-    def members(self, ids: IntArray) -> NDArray[np.uint8]:
-        """[n, most slots] experts of some contents, then zeros."""
-        out, kind_N = np.zeros((len(ids), int(self.size_K.max())), np.uint8), self.kind(ids)
-        left_N, size_N = ids - self.first_K[kind_N], self.size_K[kind_N]
-        for s in range(out.shape[1], 0, -1):
-            mine = np.flatnonzero(size_N >= s)
-            out[mine, s - 1] = np.searchsorted(self.ways_SE[s], left_N[mine], side="right") - 1
-            left_N[mine] -= self.ways_SE[s, out[mine, s - 1]]
-        return out
 
     def parts(self, ids: IntArray, ends_LT: FloatArray, scale: float) -> NDArray[np.float32]:
         """[n, rows T] `scale` times what each plane has above the floors, or below them; cut, what the largest has."""
@@ -172,6 +140,15 @@ class ContentsSearch:
             self.found.programme = Programme.of(problem, floor_T)
             self.space = Contents.of(self.found.programme)
             self.master = Master(self.space, self.target_us)
+
+    @property
+    def risen(self) -> bool:
+        """Whether anything is proven above the floors."""
+        return self.found.multipliers is not None
+
+    def hurries(self, _seconds: float) -> bool:
+        """Whether it must go on before so many seconds are over: never, since its looks are short."""
+        return False
 
     def run(self, stop: NDArray[np.uint8], seconds: float = np.inf) -> Together:
         """Go on until stopped, which may lose what one look took, or so many seconds are over, or ended."""

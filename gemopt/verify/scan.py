@@ -1,0 +1,79 @@
+"""The least that any content of a rank costs, step by step: all of them, where they are too many to list.
+
+Costs are sums of products of whole numbers in float64, below 2^53 in all, so that no order of adding rounds anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gemopt.certificate import UNIT, IntArray
+
+Array = NDArray[Any]
+BLOCK = 64  # steps looked at together
+EXACT_BITS = 53
+MASS_BITS = UNIT.bit_length() - 1
+
+
+def least_content(
+    loads_TE: IntArray, times_N: IntArray, floor_T: IntArray, mu_ET: IntArray, price_E: IntArray, size: int, bits: int
+) -> int:
+    """The least of what contents of `size` experts cost, less their prices, in 2^-bits picoseconds; rounded down.
+
+    times_N: whole picoseconds under every load. floor_T: whole picoseconds that do not count. mu_ET: multipliers in
+    2^-24. price_E: in 2^-bits picoseconds.
+    """
+    highest = int(np.maximum(times_N.max() - floor_T, 1).sum())
+    coarse = max(0, highest.bit_length() + MASS_BITS + 1 - EXACT_BITS)  # times are rounded down to 2^coarse
+    filled = -len(loads_TE) % BLOCK
+    loads_EBW = np.pad(np.ascontiguousarray(loads_TE.T), [(0, 0), (0, filled)]).reshape(len(mu_ET), -1, BLOCK)
+    mass_EBW = np.pad(mu_ET.astype(np.float64), [(0, 0), (0, filled)]).reshape(loads_EBW.shape)
+    floor_BW = np.pad((-(-floor_T >> coarse)).astype(np.float64), (0, filled)).reshape(loads_EBW.shape[1:])
+    table_N = (times_N >> coarse).astype(np.float64)
+    return int(_least(loads_EBW, mass_EBW, table_N, floor_BW, price_E, size, MASS_BITS - bits - coarse))
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+def _least(
+    loads_EBW: Array, mass_EBW: Array, table_N: Array, floor_BW: Array, price_E: Array, size: int, shift: int
+) -> int:
+    """Experts are taken in rising order; the last one by itself, on top of the sums of those before it."""
+    experts, blocks, width = loads_EBW.shape
+    load_SBW, mass_SBW = np.zeros((size, blocks, width), np.int64), np.zeros((size, blocks, width))
+    price_S, chosen_S = np.zeros(size, np.int64), np.arange(size)
+    least, changed, above_W = np.int64(1) << 62, 0, np.empty(width)
+    while True:
+        for s in range(changed, size - 1):
+            e = chosen_S[s]
+            price_S[s + 1] = price_S[s] + price_E[e]
+            load_SBW[s + 1] = load_SBW[s] + loads_EBW[e]
+            mass_SBW[s + 1] = mass_SBW[s] + mass_EBW[e]
+        first = chosen_S[size - 2] + 1 if size > 1 else 0
+        for e in range(first, experts):
+            price, cost = price_S[size - 1] + price_E[e], np.int64(0)
+            total = 0.0
+            for b in range(blocks):
+                load_W, more_W, floor_W = load_SBW[size - 1, b], loads_EBW[e, b], floor_BW[b]
+                mass_W, with_W = mass_SBW[size - 1, b], mass_EBW[e, b]
+                for t in range(width):
+                    above_W[t] = table_N[load_W[t] + more_W[t]]
+                part = 0.0
+                for t in range(width):
+                    part += (mass_W[t] + with_W[t]) * max(0.0, above_W[t] - floor_W[t])
+                total += part
+                cost = np.int64(total) >> shift if shift >= 0 else np.int64(total) << -shift
+                if cost - price >= least:
+                    break
+            least = min(least, cost - price)
+        changed = size - 2
+        while changed >= 0 and chosen_S[changed] == experts - size + changed:
+            changed -= 1
+        if changed < 0:
+            return least
+        chosen_S[changed] += 1
+        for s in range(changed + 1, size - 1):
+            chosen_S[s] = chosen_S[s - 1] + 1
