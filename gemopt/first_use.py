@@ -22,6 +22,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
 from gemopt.solvers.exact.contents import ContentsSearch
+from gemopt.solvers.exact.stepwise import StepwiseSearch
 from gemopt.solvers.search.copies import removal_costs
 from gemopt.solvers.search.packing import filled
 from gemopt.solvers.search.shares import make_search, make_shares
@@ -89,6 +90,7 @@ def _use(solver: Solver, tiny: Problem, budget: bool) -> None:
         together_bound(two_ranks, step_bounds(two_ranks), np.zeros(1, np.uint8))
         if paired(tiny):
             ContentsSearch(two_ranks, step_bounds(two_ranks), np.inf).run(np.zeros(1, np.uint8))
+            StepwiseSearch(two_ranks, step_bounds(two_ranks), np.inf, np.arange(4)).run(np.zeros(1, np.uint8))
         for name in ("branch", "columns"):
             if solver.name == name or (solver.name == "auto" and (budget or prover(tiny) == name)):
                 slots = [2] * (budget or not tiny.spare_slots) + [3] * (tiny.spare_slots > 0 and name == "branch")

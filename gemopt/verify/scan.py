@@ -40,7 +40,7 @@ def least_content(
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
 def _least(
     loads_EBW: Array, mass_EBW: Array, table_N: Array, floor_BW: Array, price_E: Array, size: int, shift: int
-) -> int:
+) -> np.int64:
     """Experts are taken in rising order; the last one by itself, on top of the sums of those before it."""
     experts, blocks, width = loads_EBW.shape
     load_SBW, mass_SBW = np.zeros((size, blocks, width), np.int64), np.zeros((size, blocks, width))

@@ -12,6 +12,7 @@ from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import dual_bound, feasible, pair_costs
 from gemopt.problem import Problem
 from gemopt.solvers.exact.contents import Contents, ContentsSearch
+from gemopt.solvers.exact.stepwise import Pricing, Stepwise, StepwiseSearch
 from gemopt.solvers.size import paired
 
 CLOSE = 1e-9
@@ -41,6 +42,10 @@ def together_values(problem: Problem, floor_T: np.ndarray, best_us: float, seed:
         return
     if seed % 10 == 0 and paired(problem):  # thousands of iterations
         yield "contents", ContentsSearch(problem, floor_T, best_us).run(stop).bound_us
+        search = StepwiseSearch(problem, floor_T, best_us, np.arange(problem.num_experts))
+        search.run(stop)
+        yield "stepwise", search.bound_us
+    yield from stepwise_values(problem, floor_T, best_us, rng)
     for apart in (False, True):
         programme = Programme.of(problem, floor_T, apart=apart)
         for multipliers in (_drawn(rng, programme, best_us), _one_pair(rng, programme, best_us)):
@@ -53,6 +58,24 @@ def together_values(problem: Problem, floor_T: np.ndarray, best_us: float, seed:
                     priced = space.price(mu, v[0] + rng.normal(size=len(v[0])) * best_us, most_K, stop)
                     assert priced is not None
                     yield f"contents (apart: {apart}, cut: {part_TKE is not None})", priced[0]
+
+
+def stepwise_values(
+    problem: Problem, floor_T: np.ndarray, best_us: float, rng: np.random.Generator
+) -> Iterator[tuple[str, float]]:
+    """Contents priced step by step with multipliers and prices drawn at random, contents known before or none."""
+    space = Stepwise.of(problem, floor_T) if paired(problem) else None
+    if space is None:
+        return
+    stop = np.zeros(1, np.uint8)
+    for known in (False, True):
+        mu_ET = rng.random((problem.num_experts, problem.num_steps)) ** 3 * rng.choice([0.1, 1.0, 10.0])
+        scale = best_us / problem.num_experts * rng.choice([0.0, 0.01, 0.3, 3.0])
+        pricing = Pricing(space, mu_ET, rng.normal(size=problem.num_experts) * scale)
+        if known:
+            pricing.improve(space.held(np.arange(problem.num_experts)), stop)
+        assert pricing.look(stop)
+        yield f"stepwise (known: {known})", pricing.bound_us
 
 
 def _drawn(rng: np.random.Generator, programme: Programme, best_us: float) -> tuple[np.ndarray, np.ndarray]:

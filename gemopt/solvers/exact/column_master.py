@@ -68,7 +68,11 @@ class Master:
 
     def follow(self, other: Master, ids: IntArray) -> None:
         """Go on, with the next `hold`, from where another one is, whose columns have these numbers here."""
-        self.z, self.ratio, self.iterations = {k: part.copy() for k, part in other.z.items()}, other.ratio, other.iterations
+        self.z, self.ratio, self.iterations = (
+            {k: part.copy() for k, part in other.z.items()},
+            other.ratio,
+            other.iterations,
+        )
         self.ids, self.image = ids, self.z
 
     def net(self) -> FloatArray:

@@ -1,8 +1,8 @@
 """Set partitioning over the contents of ranks: bounds and proves layers of few slots per rank, every cost model alike.
 
 The master programme over some columns (`column_master`) gives multipliers, all columns are priced with them
-(`column_space`), which is a bound, and the cheapest join the master. Where there are many, it goes as far as it can with
-one level first, whose columns are priced faster (`stepwise`). In between, the columns that the bound leaves are
+(`column_space`), which is a bound, and the cheapest join the master. Where there are many, it first goes as far as one
+level takes it, with which columns are priced faster (`stepwise`). In between, the columns that the bound leaves are
 searched (`search_columns`): first those in use, for better placements; then all, for a proof.
 """
 
@@ -93,9 +93,9 @@ class _Search:
     def go(self) -> StoppedBy:
         """Until proven, within the gap, out of time, or without progress."""
         master = Master(self.space, max(self.value, 1e-300))
-        master.hold(self._around())
         if len(self.space) > FEW_COLUMNS:
             self._one_level(master)
+        master.hold(np.concatenate([self._around(), master.used]))
         begun = master.iterations
         while not (self.stop[0] or self._within(self.options.gap)):
             master.iterate(ITERATIONS, self.stop)
@@ -121,9 +121,7 @@ class _Search:
 
     def _one_level(self, master: Master) -> None:
         """Go as far as one level takes the bound, where its columns can be priced together."""
-        search = StepwiseSearch(
-            self.space.problem, self.space.floor_T, master.unit, self.row, self.options.deadline
-        )
+        search = StepwiseSearch(self.space.problem, self.space.floor_T, master.unit, self.row, self.options.deadline)
         found = search.run(self.stop)
         if found is not None and search.space is not None:
             self.proven = self.space.prove(found.levels_LT, found.mu_LET, found.pi_E, self.stop)

@@ -59,10 +59,8 @@ class Contents(Numbered):
         """The contents of a programme's ranks."""
         keys = np.stack([programme.group_G, programme.factor_G], axis=1)
         _, first_K, count_K = np.unique(keys, axis=0, return_index=True, return_counts=True)
-        size_K, group_K, factor_K = (
-            each[first_K] for each in (programme.slots_G, programme.group_G, programme.factor_G)
-        )
-        return cls(programme.num_experts, size_K, programme, group_K, factor_K, count_K)
+        group_K, factor_K = programme.group_G[first_K], programme.factor_G[first_K]
+        return cls(programme.num_experts, programme.slots_G[first_K], programme, group_K, factor_K, count_K)
 
     @property
     def floor_T(self) -> FloatArray:

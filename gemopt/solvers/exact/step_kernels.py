@@ -65,7 +65,9 @@ def keep(best: Best, k: int, net: float, key: int, chosen_S: Array) -> None:
 
 
 @njit(cache=True, nogil=True, inline="always")
-def look_up(table: Array, load_W: Array, more_W: Array, mass_W: Array, with_W: Array, row_W: Array, out_W: Array) -> None:
+def look_up(
+    table: Array, load_W: Array, more_W: Array, mass_W: Array, with_W: Array, row_W: Array, out_W: Array
+) -> None:
     """Latency and multipliers of a content with one more expert, in one block of steps."""
     for t in range(WIDTH):
         row_W[t] = table[load_W[t] + more_W[t]]
@@ -88,6 +90,17 @@ def add(load_T: Array, more_T: Array, mass_T: Array, with_T: Array, out_T: Array
     for t in range(len(load_T)):
         out_T[t] = load_T[t] + more_T[t]
         out_mass_T[t] = mass_T[t] + with_T[t]
+
+
+@njit(cache=True, nogil=True)
+def add_line(family: Family, e: int, depth: int, margin_SEB: Array, cost_SB: Array, flat_SB: Array) -> None:
+    """What is below the latencies of a content with one more expert, and what each later one adds to that."""
+    for j in range(e + 1, len(family.alone)):
+        for b in range(cost_SB.shape[1]):
+            margin_SEB[depth + 1, j, b] = margin_SEB[depth, j, b] + family.pair[e, j, b]
+    for b in range(cost_SB.shape[1]):
+        cost_SB[depth + 1, b] = cost_SB[depth, b] + margin_SEB[depth, e, b]
+        flat_SB[depth + 1, b] = flat_SB[depth, b] + family.flat[e, b]
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -118,14 +131,8 @@ def scan(family: Family, best: Best, stop: Array) -> bool:
                 depth -= 1
                 continue
             next_S[depth], chosen_S[depth], ready = e + 1, e, min(ready, depth)
-            for j in range(e + 1, experts):
-                for b in range(blocks):
-                    margin_SEB[depth + 1, j, b] = margin_SEB[depth, j, b] + family.pair[e, j, b]
-            for b in range(blocks):
-                cost_SB[depth + 1, b] = cost_SB[depth, b] + margin_SEB[depth, e, b]
-                flat_SB[depth + 1, b] = flat_SB[depth, b] + family.flat[e, b]
-            price_S[depth + 1] = price_S[depth] + family.price[e]
-            key_S[depth + 1] = key_S[depth] + KEYS[e]
+            add_line(family, e, depth, margin_SEB, cost_SB, flat_SB)
+            price_S[depth + 1], key_S[depth + 1] = price_S[depth] + family.price[e], key_S[depth] + KEYS[e]
             depth += 1
             next_S[depth] = e + 1
             continue

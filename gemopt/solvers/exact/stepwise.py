@@ -87,7 +87,10 @@ class Kin:
 
     def family(self, mu_ET: FloatArray, pi_E: FloatArray) -> tuple[Family, float]:
         """(what contents cost, the size of all that went into it) with multipliers, and prices in microseconds."""
-        mu_ET, blocks = np.pad(mu_ET, [(0, 0), (0, len(self.line_T) - mu_ET.shape[1])]), (-1, len(self.line_T) // WIDTH, WIDTH)
+        mu_ET, blocks = (
+            np.pad(mu_ET, [(0, 0), (0, len(self.line_T) - mu_ET.shape[1])]),
+            (-1, len(self.line_T) // WIDTH, WIDTH),
+        )
         rise_ET = self.loads_ET * self.slope_T
         product_BEE = mu_ET.reshape(blocks).transpose(1, 0, 2) @ rise_ET.reshape(blocks).transpose(1, 2, 0)
         alone_EB = (mu_ET * (self.line_T + rise_ET)).reshape(blocks).sum(axis=2)
@@ -95,10 +98,11 @@ class Kin:
         flat_EB = (mu_ET * self.floor_T).reshape(blocks).sum(axis=2)
         factor = float(self.factor_K.max())
         sizes = (mu_ET @ np.abs(self.line_T)).sum(), 2 * np.abs(product_BEE).sum(), np.abs(flat_EB).sum() / factor
+        mass_ET = np.where(mu_ET > TINY, _lower(mu_ET), np.float32(0))
+        floor_KT = -_lower(-self.floor_T / self.factor_K[:, None])
         family = Family(
-            loads=self.loads_ET.reshape(blocks), mass=np.where(mu_ET > TINY, _lower(mu_ET), np.float32(0)).reshape(blocks),
-            table=_lower(self.table_N), factor=self.factor_K,
-            floor=-_lower(-self.floor_T / self.factor_K[:, None]).reshape(blocks), price=pi_E / self.unit,
+            loads=self.loads_ET.reshape(blocks), mass=mass_ET.reshape(blocks), table=_lower(self.table_N),
+            factor=self.factor_K, floor=floor_KT.reshape(blocks), price=pi_E / self.unit,
             alone=_rest(alone_EB), pair=_rest(pair_EEB), flat=_rest(flat_EB),
         )  # fmt: skip
         return family, factor * float(sum(sizes)) * self.unit
