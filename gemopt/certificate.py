@@ -30,8 +30,9 @@ class Proof(StrEnum):
 
     `dual`: multipliers of the co-location programme or of copies, and floors of the steps, checked in full. `tree`: the
     solver has searched every placement; the verifier searches again, up to a number of nodes. `columns`: multipliers of
-    all contents of a rank, each listed and priced again; where the bound is above theirs, the contents that they leave
-    are searched again like a tree. `claimed`: a solver's word, or a bound that only it can compute.
+    all contents of a rank, each priced again; where the bound is above theirs, the contents that they leave are
+    searched again like a tree, where they are few enough to be listed. `claimed`: a solver's word, or a bound that only
+    it can compute.
     """
 
     DUAL = "dual"

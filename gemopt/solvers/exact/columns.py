@@ -96,7 +96,6 @@ class _Search:
         if len(self.space) > FEW_COLUMNS:
             self._one_level(master)
         master.hold(np.concatenate([self._around(), master.used]))
-        begun = master.iterations
         while not (self.stop[0] or self._within(self.options.gap)):
             master.iterate(ITERATIONS, self.stop)
             found = self.space.prove(master.levels_LT, *master.multipliers(), self.stop)
@@ -104,7 +103,7 @@ class _Search:
                 break
             if self.proven is None or found.bound_us > self.proven.bound_us:
                 self.proven = found
-            self.looks.append((master.iterations - begun, self.proven.bound_us))
+            self.looks.append((master.iterations, self.proven.bound_us))
             self._look_through(master.ids[master.image["x"] > IN_USE], DIVE_WORK)
             self._look_through(self.left(), FIRST_WORK * len(self.looks))
             if self._stalled():
