@@ -18,10 +18,6 @@ from gemopt.exceptions import InputError
 from gemopt.latency import ASSIGNMENTS, Curve, Latency, line, tiles
 from gemopt.problem import Problem
 from gemopt.solve import solve
-from gemopt.solvers import get
-from gemopt.solvers.base import Options
-from gemopt.solvers.exact import columns
-from gemopt.solvers.exact.column_space import Space
 from gemopt.solvers.exact.stepwise import Pricing, Stepwise, StepwiseSearch
 from gemopt.solving import turns
 from gemopt.verify import columns as verify_columns
@@ -96,19 +92,6 @@ def test_the_search_rises_to_a_bound_and_ends_when_there_is_no_time_for_a_look()
     late = StepwiseSearch(problem, floor_T, best_us, np.arange(8), deadline=0.0)
     assert late.run(NEVER) is None and late.ended and not late.risen
     assert not StepwiseSearch(problem, floor_T, best_us, np.arange(8)).run(np.ones(1, np.uint8))
-
-
-def test_columns_begin_with_one_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = one(8, [3, 3, 2], tile=16)
-    monkeypatch.setattr(columns, "FEW_COLUMNS", 0)
-    found = get("columns").solve(problem, Options(deadline=np.inf), np.arange(8))
-    assert found.bound_us == pytest.approx(optimum(problem), rel=1e-6)
-    space, stepwise = Space.of(problem, step_bounds(problem)), Stepwise.of(problem, step_bounds(problem))
-    assert space is not None and stepwise is not None
-    ids = np.arange(int(stepwise.first_K[-1]))
-    there = space.numbers(stepwise.kind(ids), stepwise.members(ids))
-    assert sorted(there.tolist()) == ids.tolist()
-    assert (np.sort(space.members(there), axis=1) == np.sort(stepwise.members(ids), axis=1)).all()
 
 
 def test_the_verifiers_least_content_in_whole_numbers() -> None:

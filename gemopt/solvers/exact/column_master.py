@@ -66,15 +66,6 @@ class Master:
         self.space = space
         self.cut(self.levels_LT)
 
-    def follow(self, other: Master, ids: IntArray) -> None:
-        """Go on, with the next `hold`, from where another one is, whose columns have these numbers here."""
-        self.z, self.ratio, self.iterations = (
-            {k: part.copy() for k, part in other.z.items()},
-            other.ratio,
-            other.iterations,
-        )
-        self.ids, self.image = ids, self.z
-
     def net(self) -> FloatArray:
         """[n] what each column costs less the prices of its experts, about, in microseconds."""
         mu, pi, net_N = self.image["mu"], self.image["pi"] * self.ratio, np.zeros(len(self.ids))

@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from math import comb
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -156,16 +155,6 @@ class Space:
                 held = np.sort(row[self.problem.rank_of_slot == g]).astype(np.uint8)
                 found.append(int(self.first_K[k] + np.flatnonzero((self.sets[size] == held).all(axis=1))[0]))
         return np.array(found)
-
-    def numbers(self, kind_N: IntArray, members_NS: NDArray[np.uint8]) -> IntArray:
-        """Numbers of columns of these kinds and experts, as `members` gives them."""
-        experts, out = self.problem.num_experts, np.empty(len(kind_N), np.int64)
-        for k, size in enumerate(self.size_K.tolist()):
-            mine = np.flatnonzero(kind_N == k)
-            sorted_NS = np.sort(members_NS[mine, :size], axis=1).astype(np.int64)
-            after_SE = np.array([[comb(experts - 1 - e, size - s) for e in range(experts)] for s in range(size)])
-            out[mine] = self.first_K[k] + comb(experts, size) - 1 - after_SE[np.arange(size), sorted_NS].sum(axis=1)
-        return out
 
     def row(self, ids: IntArray) -> IntArray:
         """[P] the placement of some columns that hold every expert once."""

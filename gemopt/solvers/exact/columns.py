@@ -1,8 +1,7 @@
 """Set partitioning over the contents of ranks: bounds and proves layers of few slots per rank, every cost model alike.
 
 The master programme over some columns (`column_master`) gives multipliers, all columns are priced with them
-(`column_space`), which is a bound, and the cheapest join the master. Where there are many, it first goes as far as one
-level takes it, with which columns are priced faster (`stepwise`). In between, the columns that the bound leaves are
+(`column_space`), which is a bound, and the cheapest join the master. In between, the columns that the bound leaves are
 searched (`search_columns`): first those in use, for better placements; then all, for a proof.
 """
 
@@ -23,9 +22,7 @@ from gemopt.solvers.exact.column_kernels import search_columns
 from gemopt.solvers.exact.column_master import Master
 from gemopt.solvers.exact.column_space import IntArray, Proven, Space
 from gemopt.solvers.exact.plain import begin
-from gemopt.solvers.exact.stepwise import StepwiseSearch
 from gemopt.solvers.exact.tree import CLOSE
-from gemopt.solvers.size import FEW_COLUMNS
 
 ITERATIONS = 50  # of the master between two looks at all columns
 COARSE = 400  # iterations with one level
@@ -93,9 +90,7 @@ class _Search:
     def go(self) -> StoppedBy:
         """Until proven, within the gap, out of time, or without progress."""
         master = Master(self.space, max(self.value, 1e-300))
-        if len(self.space) > FEW_COLUMNS:
-            self._one_level(master)
-        master.hold(np.concatenate([self._around(), master.used]))
+        master.hold(self._around())
         while not (self.stop[0] or self._within(self.options.gap)):
             master.iterate(ITERATIONS, self.stop)
             found = self.space.prove(master.levels_LT, *master.multipliers(), self.stop)
@@ -108,7 +103,7 @@ class _Search:
             self._look_through(self.left(), FIRST_WORK * len(self.looks))
             if self._stalled():
                 break
-            if len(master.levels_LT) == 1 and master.iterations >= COARSE:
+            if master.iterations == COARSE:
                 master.cut(self.space.levels(self.value))
             cheapest = np.argpartition(found.extra_N, min(HELD, len(self.space) - 1))[:HELD]
             master.hold(np.concatenate([self.space.ids(self.row), master.used, cheapest]))
@@ -117,15 +112,6 @@ class _Search:
         if self._within(self.options.gap):
             return StoppedBy.PROOF if self._within(0.0) else StoppedBy.GAP
         return self.options.cut_by if self.stop[0] else StoppedBy.ITERATIONS
-
-    def _one_level(self, master: Master) -> None:
-        """Go as far as one level takes the bound, where its columns can be priced together."""
-        search = StepwiseSearch(self.space.problem, self.space.floor_T, master.unit, self.row, self.options.deadline)
-        found = search.run(self.stop)
-        if found is not None and search.space is not None:
-            self.proven = self.space.prove(found.levels_LT, found.mu_LET, found.pi_E, self.stop)
-            ids = search.master.ids
-            master.follow(search.master, self.space.numbers(search.space.kind(ids), search.space.members(ids)))
 
     def left(self) -> IntArray:
         """Columns that may be part of a better placement."""
