@@ -80,6 +80,8 @@ def test_what_cannot_be_priced_is_left_to_pairs() -> None:
     two = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS, tiles(4)), [Latency(((line(1, 1), line(0, 2)),))] * 2)
     assert Stepwise.of(two, step_bounds(two)) is None
     assert StepwiseSearch(two, step_bounds(two), np.inf, np.arange(4)).ended
+    idle = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS,), [Latency(((line(1, 1),),)), Latency(((line(0, 0),),))])
+    assert Stepwise.of(idle, step_bounds(idle)) is None
 
 
 def test_the_search_rises_to_a_bound_and_ends_when_there_is_no_time_for_a_look() -> None:

@@ -35,6 +35,7 @@ from gemopt.solvers.exact.step_kernels import WIDTH, Best, Family, exchange, sca
 from gemopt.solvers.exact.tree import TABLE_LIMIT
 
 ALIKE = 1e-9  # latencies this close, relatively, are multiples of one another
+LEAST_US = 1e-30  # times this small are nothing
 ULP32 = 2.0**-24
 TINY = 1e-20  # smaller multipliers count as none, since their products are slow to compute
 ITERATIONS = 40  # of the master between two rounds of exchanges
@@ -79,7 +80,7 @@ class Kin:
         loads_ET = np.pad(np.ascontiguousarray(loads_TE.T, np.int32), [(0, 0), (0, filled)])
         mean_T = loads_ET.sum(axis=0) * (size / len(loads_ET))
         line_2T = planes_P2[(planes_P2[:, :1] + planes_P2[:, 1:] * mean_T).argmax(axis=0)].T
-        unit = max(float(np.abs(table_N).max()), 1e-300)
+        unit = float(np.abs(table_N).max())
         return cls(
             kinds, size, unit, table_N / unit, factor_K, loads_ET, np.pad(floor_T, (0, filled)) / unit,
             line_2T[0] / unit, line_2T[1] / unit,
@@ -141,7 +142,10 @@ class Stepwise(Numbered):
 
     @classmethod
     def of(cls, problem: Problem, floor_T: FloatArray) -> Stepwise | None:
-        """The contents of a problem that is `paired`; None with several features, or loads too large for a table."""
+        """The contents of a problem that is `paired`; None where they cannot be priced in float32 from a table.
+
+        That is with several features, loads too large for a table, or ranks that take nothing beside the floors.
+        """
         groups = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
         most = int(problem.features_FTE[0].sum(axis=1).max())
         if len(problem.features) > 1 or most >= TABLE_LIMIT // len(groups):
@@ -150,6 +154,8 @@ class Stepwise(Numbered):
         idle = [float(problem.latencies[g]([0])) for g in np.flatnonzero(problem.slots_per_rank == 0)]
         floor_T = np.maximum(floor_T, max(idle, default=-np.inf))
         table_KN = np.array([problem.latencies[g]([np.arange(most + 1)]) for g in ranks])
+        if not (table_KN.max(axis=1) > ALIKE * max(float(floor_T.max()), LEAST_US)).all():
+            return None
         size_K = problem.slots_per_rank[ranks]
         families = [
             Kin.of(problem, floor_T, ranks[kinds[0]], table_KN[kinds[0]], kinds, factor_K)
