@@ -46,8 +46,8 @@ def priced(layer: Layer, seconds: float) -> bool:
 
 def bounding(layer: Layer, target_us: float, deadline: float) -> ContentsSearch | StepwiseSearch:
     """The search for a bound of all contents: by pairs where latencies are straight, else step by step."""
-    assert layer.floor_T is not None and layer.outcome is not None
-    problem, row = layer.problem, layer.outcome.row
+    assert layer.floor_T is not None
+    problem, row = layer.problem, None if layer.outcome is None else layer.outcome.row
     if row is not None and not all(latency.max_affine for latency in problem.latencies):
         stepwise = StepwiseSearch(problem, layer.floor_T, target_us, row, deadline)
         if not stepwise.ended:
