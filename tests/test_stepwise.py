@@ -17,9 +17,13 @@ from gemopt.certificate import UNIT, Certificate, Proof, duals_path
 from gemopt.exceptions import InputError
 from gemopt.latency import ASSIGNMENTS, Curve, Latency, line, tiles
 from gemopt.problem import Problem
+from gemopt.result import StoppedBy
 from gemopt.solve import solve
+from gemopt.solvers.base import Outcome
+from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.exact.stepwise import Pricing, Stepwise, StepwiseSearch
 from gemopt.solving import turns
+from gemopt.solving.layers import Layer
 from gemopt.verify import columns as verify_columns
 from gemopt.verify import verify
 from gemopt.verify.scan import least_content
@@ -148,3 +152,11 @@ def test_an_edited_price_is_found(made: Path, tmp_path: Path, monkeypatch: pytes
     stated.write(edited, duals | {"price.0": moved})
     with pytest.raises(InputError, match="from the multipliers"):
         verify(edited, profile(tile=16), traces(experts=6))
+
+
+def test_pairs_take_over_where_a_look_takes_too_long() -> None:
+    problem = one(8, [3, 3, 2], tile=16)
+    layer = Layer(problem, None, 0, Outcome(np.arange(8), StoppedBy.ITERATIONS), floor_T=step_bounds(problem))
+    late, search = (turns.bounding(layer, optimum(problem), deadline) for deadline in (0.0, np.inf))
+    assert late.run(NEVER) is None and isinstance(turns.instead(layer, late), ContentsSearch)
+    assert search.run(NEVER) is not None and turns.instead(layer, search) is search

@@ -29,7 +29,7 @@ from gemopt.solvers.search.packing import filled
 from gemopt.solvers.size import provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
-from gemopt.solving.turns import bounding, in_turns, priced
+from gemopt.solving.turns import bounding, in_turns, instead, priced
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -260,7 +260,9 @@ class Run:
         layer.prove(found)
         if both and not self._goes_on(layer) and layer.bound_us < target_us:
             with replace(options, deadline=deadline).alarm() as stop:
-                layer.prove(bounding(layer, target_us, deadline).run(stop))
+                contents = bounding(layer, target_us, deadline)
+                layer.prove(contents.run(stop))
+                layer.prove(instead(layer, contents).run(stop))
 
     def _search(self, pool: ThreadPoolExecutor, end: float) -> None:
         """Deeper searches; with more workers than layers each from several seeds, of which the best counts."""

@@ -55,6 +55,14 @@ def bounding(layer: Layer, target_us: float, deadline: float) -> ContentsSearch 
     return ContentsSearch(problem, layer.floor_T, target_us)
 
 
+def instead(layer: Layer, contents: ContentsSearch | StepwiseSearch) -> ContentsSearch | StepwiseSearch:
+    """By pairs, where there is no time to look at all contents step by step; the same one otherwise."""
+    assert layer.floor_T is not None
+    if isinstance(contents, ContentsSearch) or contents.found is not None or not contents.ended:
+        return contents
+    return ContentsSearch(layer.problem, layer.floor_T, contents.target_us)
+
+
 def in_turns(layer: Layer, options: Callable[[float], Options], search: Callable[[Options], None], gap: float) -> None:
     """Raise the bound and let `search` go on until the deadline or both have ended. options: until a deadline."""
     assert layer.floor_T is not None
@@ -65,8 +73,7 @@ def in_turns(layer: Layer, options: Callable[[float], Options], search: Callable
     contents = bounding(layer, (layer.open_us + layer.bound_us) * (1 - gap), begin + most * (deadline - begin))
     searching, proving, searches = _Side(), _Side(), True
     while not whole.expired():
-        if isinstance(contents, StepwiseSearch) and contents.ended and contents.found is None:
-            contents = ContentsSearch(layer.problem, layer.floor_T, contents.target_us)
+        contents = instead(layer, contents)
         ended = contents.ended or contents.look_s >= whole.remaining
         enough = ended or time.monotonic() - begin >= BOUND_MOST * (deadline - begin)
         if not searches and enough:
