@@ -74,7 +74,7 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
                     update={"bound_us": max(proof.dual_us or 0.0, min(floor_bound_us(case), value))}
                 )
             proof = _with_columns(case, proof, outcome.columns, duals)
-        elif layer.contents is not None and not searched and (listed(case) or scanned(case)):
+        elif layer.contents is not None and proof.proof is not Proof.TREE and (listed(case) or scanned(case)):
             if proof.bound_us <= layer.contents.bound_us:  # it is theirs, as the certificate will say
                 floors_us = min(floor_bound_us(case), value)
                 proof = proof.model_copy(update={"bound_us": max(proof.dual_us or 0.0, floors_us)})
