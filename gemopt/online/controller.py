@@ -23,6 +23,7 @@ from gemopt.layer_rules import rules_of
 from gemopt.online import state
 from gemopt.online.compiled import Compiled
 from gemopt.online.decision import Decision, travel_between
+from gemopt.online.earlier import Earlier, ways_back
 from gemopt.online.inputs import check_clock, check_network, check_placement, counts_from, latencies_from
 from gemopt.online.memories import Memories
 from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, sample, settle
@@ -32,6 +33,7 @@ from gemopt.online.speeds import Speeds
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
+from gemopt.solvers.search.moves import Waypoint
 from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders
 
@@ -90,6 +92,7 @@ class Controller:
         self.memories = Memories(policy, placement.num_layers, placement.num_experts)
         self.speeds = Speeds(policy, len(self.cost.latencies))
         self.promises = Promises(policy, placement.num_slots)
+        self.earlier = Earlier(placement.num_layers, placement.num_slots)
         self.scaled = self.cost  # with every rank as fast as it is now
         self.pending = np.zeros((0, placement.num_layers, placement.num_experts), np.int64)
         self.moved_at = np.full(placement.num_layers, -(2**40))
@@ -131,6 +134,8 @@ class Controller:
             news.append("the traffic changed")
         else:
             self.promises.check(window)
+        if news:
+            self.earlier.note(rows, self.steps)
         if self.memories.ticks > known:
             self.promises.forget(self.placement.num_slots)
         mean = times_LNG.mean()
@@ -175,6 +180,7 @@ class Controller:
         check_network(placement, self.placement)
         if (placement.slots_per_rank != self.placement.slots_per_rank).any():
             self.promises.forget(placement.num_slots)
+            self.earlier = Earlier(placement.num_layers, placement.num_slots)
         self.placement = self.ruled(placement)
 
     def check(self, placement: Placement) -> None:
@@ -321,7 +327,12 @@ class Controller:
             for layer, problem in enumerate(problems)
             if self.steps - self.moved_at[layer] >= policy.cool_down_steps and problem.counts_TE.any()
         ]
-        found = propose_all(problems, free, rows, weights, prices, policy, into_G, self._compiled)
+
+        def back(layer: int) -> list[Waypoint]:
+            served = self.earlier.of(layer, self.steps)
+            return ways_back(problems[layer], rows[layer], served, into_G, self._most_moves())
+
+        found = propose_all(problems, free, rows, weights, prices, policy, into_G, self._compiled, back)
         for proposal in found:
             first, last, swaps = proposal.way[0], proposal.way[-1], len(proposal.way) - 1
             gain = 1 - last.objective_us / first.objective_us

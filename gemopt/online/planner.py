@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ from gemopt.evaluate import objective, rank_times
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import Demand
 from gemopt.online.compiled import Compiled
+from gemopt.online.earlier import onwards
 from gemopt.online.policy import Policy
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
@@ -23,6 +24,8 @@ from gemopt.solvers.search.moves import Waypoint, few_moves
 from gemopt.solvers.search.state import Costs
 from gemopt.splits import chosen_weights
 
+MANY = 64  # experts, beyond which a decision looks less closely to end soon:
+LEAST = 0.004  # of the makespan is what a swap must gain where it keeps all that it promises
 PROBE = 0.5  # swaps are looked for down to this part of what a swap must promise, to learn what they keep
 
 
@@ -83,29 +86,37 @@ def propose(
     *,
     dead_zone: float,
     max_swaps: int,
-    into_G: NDArray[np.int64] | None = None,
+    into_G: NDArray[np.int64],
     costs: Costs,
     weights_P: FloatArray | None = None,
+    back: Sequence[Waypoint] = (),
 ) -> Proposal | None:
-    """Swaps of one layer, most of which pay or nearly do; None when there are none.
+    """Swaps of one layer, most of which pay or nearly do, also after a way back where that pays; None without any.
 
     dead_zone: slowest over mean rank below which nothing is tried. into_G: [G] experts that each rank may receive.
     costs: the latencies in compiled form. weights_P: [P] static weights of the copies, which travel with them.
+    back: rows that served before, see `gemopt.online.earlier`.
     """
     times_TG = rank_times(problem, home, weights_P)
     now_us = float(times_TG.max(axis=1) @ problem.weights_T)
     mean_us = float(times_TG.mean(axis=1) @ problem.weights_T)
     if now_us <= dead_zone * mean_us or now_us - mean_us <= prices.layer_us:
         return None
+    many = problem.num_experts > MANY
     options = {
         "price_us": prices.move_us,
-        "least_us": PROBE * prices.shortfall * now_us,
+        "least_us": (PROBE * prices.shortfall or LEAST * many) * now_us,
         "max_swaps": max_swaps,
         "max_into_G": into_G,
         "costs": costs,
-        "weights_P": weights_P,
     }
-    found = Proposal(layer, few_moves(problem, home, **options), prices)  # type: ignore[arg-type]
+    here = Waypoint(home, now_us, 0, weights_P)
+    best = max(back, key=lambda each: Proposal(layer, [here, each], prices).net_us(1), default=here)
+    returns = best is not here and Proposal(layer, [here, best], prices).net_us(1) > 0
+    ways = [[here, *onwards(problem, home, best, **options)]] if returns else []
+    if not (returns and many):
+        ways.append(few_moves(problem, home, weights_P=weights_P, **options))  # type: ignore[arg-type]
+    found = max((Proposal(layer, way, prices) for way in ways), key=lambda each: each.net_us(each.best()))
     return found if len(found.way) > 1 else None
 
 
@@ -118,6 +129,7 @@ def propose_all(
     policy: Policy,
     into_G: NDArray[np.int64],
     compiled: Compiled,
+    back: Callable[[int], Sequence[Waypoint]],
 ) -> list[Proposal]:
     """`propose` for these layers, in their order whatever the number of threads, which have ended when it returns."""
     costs = {layer: compiled.of(problems[layer]) for layer in layers}
@@ -133,6 +145,7 @@ def propose_all(
             into_G=into_G,
             costs=costs[layer],
             weights_P=weights[layer],
+            back=back(layer),
         )
 
     if policy.threads == 1 or len(layers) < 2:

@@ -16,15 +16,17 @@ from gemopt.placement import Placement
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
-VERSION = 4
+VERSION = 5
 KEY = "gemopt_online"
 MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
 SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG")
 PROMISE_ARRAYS = ("layers", "rows", "weights", "facts")
+EARLIER_ARRAYS = ("served",)
 OWN_ARRAYS = ("pending", "moved_at")
 SPEED_NUMBERS = ("step_us",)
 PROMISE_NUMBERS = ("short", "swaps")
+EARLIER_NUMBERS = ("changed_at",)
 OWN_NUMBERS = ("steps", "blind_until", "moved", "now_s")
 
 
@@ -73,14 +75,24 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> dict[str, Any]
     return dict(header["notes"])
 
 
+def _owners(controller: Controller) -> tuple[Any, ...]:
+    return controller.memories, controller.speeds, controller.promises, controller.earlier, controller
+
+
 def _arrays(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
-    owners = (controller.memories, controller.speeds, controller.promises, controller)
-    return list(zip(owners, (MEMORY_ARRAYS, SPEED_ARRAYS, PROMISE_ARRAYS, OWN_ARRAYS), strict=True))
+    return list(
+        zip(_owners(controller), (MEMORY_ARRAYS, SPEED_ARRAYS, PROMISE_ARRAYS, EARLIER_ARRAYS, OWN_ARRAYS), strict=True)
+    )
 
 
 def _numbers(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
-    owners = (controller.memories, controller.speeds, controller.promises, controller)
-    return list(zip(owners, (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, OWN_NUMBERS), strict=True))
+    return list(
+        zip(
+            _owners(controller),
+            (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, EARLIER_NUMBERS, OWN_NUMBERS),
+            strict=True,
+        )
+    )
 
 
 def _devices(controller: Controller) -> str:
