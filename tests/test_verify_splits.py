@@ -153,6 +153,7 @@ EDITS: dict[str, Edit] = {  # of weights and senders: only where the split asks 
     "placement": of_layer(row=lambda row: row[::-1]),
     "objective": of_layer(objective_us=lambda us: us * (1 + 1e-6)),
     "bound": of_layer(bound_us=lambda us: us * (1 + 1e-4)),
+    "a search of even shares": of_layer(proof=lambda _: "tree"),
     "static weights": of_layer(weights=lambda weights: weights[::-1]),
     "static weights of less": of_layer(weights=lambda weights: [0.5 * each for each in weights]),
     "static weights below 0": of_layer(weights=lambda weights: [each - 1 for each in weights]),

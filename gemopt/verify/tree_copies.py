@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.exceptions import InputError
+
 if TYPE_CHECKING:
     from gemopt.verify import Case
 
@@ -28,7 +30,14 @@ def no_better_copies(case: Case, bound_us: float, most_nodes: int) -> tuple[int,
     others needs a slot elsewhere. Ranks that are alike and empty are taken in order; as the order decides which copy
     has one assignment more, a copy counts as the smallest, and a whole placement is tried in all orders of such ranks.
     With more than six ranks that have slots it is not begun.
+
+    Raises
+    ------
+    InputError
+        Copies do not share evenly.
     """
+    if case.split != "even":
+        raise InputError("Certificate.layers.proof", "tree", f"no search of even shares where they are {case.split}")
     if (case.slots_G > 0).sum() > MOST_HOSTS:
         return most_nodes, None
     search = _Search(case, bound_us, most_nodes)
