@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from math import nextafter
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from os import PathLike
 from sys import float_info
 from typing import Any
@@ -72,7 +72,10 @@ def check_number(
 ) -> None:
     """Refuse what is no finite number from `least` to `most`, or no whole one where it must be."""
     kind: Any = Integral if whole else Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise InputError(field, value, limit, hint)
+    exact: Any = value if isinstance(value, Rational) else float(value)  # limits would be rounded to a shorter float
+    if not least <= exact <= most:
         raise InputError(field, value, limit, hint)
 
 

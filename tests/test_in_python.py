@@ -163,6 +163,8 @@ def test_an_answer_says_how_to_make_it_again(
         (lambda p, t, _: gemopt.compare(p, t, solvers=[]), "solvers"),
         (lambda p, t, _: gemopt.compare(p, t, threads="2"), "threads: got 2"),
         (lambda p, t, _: gemopt.compare(p, t, holdout="half"), "holdout"),
+        (lambda p, t, _: solve(p, t, gap=np.float32(1)), "gap: got"),
+        (lambda p, t, _: solve(p, t, time_limit=np.float32(0)), "time_limit: got"),
         (lambda p, t, _: replay(p, t, window=4.0), "--window: got 4.0"),
         (lambda p, t, _: replay(p, t, throttle="1:1.3@4-8"), "throttle: got 1:1.3@4-8; a Schedule of gemopt"),
         (lambda p, t, _: replay(p, t, migration=3), "migration: got 3; a Migration of gemopt"),
