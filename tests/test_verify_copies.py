@@ -133,6 +133,7 @@ EDITS: dict[str, tuple[Callable[[Duals], Duals], str]] = {
     "price higher": (lambda d: changed(d, "slot.0", 0, 10**6), "it was edited"),
     "price lower": (lambda d: changed(d, "slot.0", 0, -(10**6)), "it was edited"),
     "price negative": (lambda d: d | {"slot.0": np.array([-1])}, "price >= 0"),
+    "price negative, nothing else": (lambda d: {"pair.0": d["pair.0"][:0], "slot.0": np.array([-1])}, "price >= 0"),
     "two prices": (lambda d: d | {"slot.0": np.zeros(2, np.int64)}, "a price"),
     "no multipliers": (lambda d: {"slot.0": d["slot.0"]}, "must have them"),
     "no price": (lambda d: {"pair.0": d["pair.0"]}, "must have them"),

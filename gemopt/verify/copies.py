@@ -36,7 +36,9 @@ def check_copies(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> f
     if pair_N3.ndim != 2 or pair_N3.shape[1] != 3 or slot.shape != (1,):
         raise InputError(f"{name}: pair", f"{pair_N3.shape}, {slot.shape}", "step, expert, multiplier; a price")
     if (pair_N3 < 0).any() or (pair_N3 >= [steps, experts, UNIT + 1]).any() or slot[0] < 0:
-        raise InputError(f"{name}: pair", int(pair_N3.min()), f"steps, experts, multipliers up to {UNIT}; a price >= 0")
+        raise InputError(
+            f"{name}: pair", int(pair_N3.min(initial=0)), f"steps, experts, multipliers up to {UNIT}; a price >= 0"
+        )
     step_N, expert_N, share_N = pair_N3.T
     total_T = np.zeros(steps, np.int64)
     np.add.at(total_T, step_N, share_N)
