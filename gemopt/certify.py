@@ -22,7 +22,7 @@ from gemopt.solving.layers import Layer
 from gemopt.splits import optimal_shares
 from gemopt.traces import Traces
 from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
-from gemopt.verify.columns import PART_BITS, check_columns, listed, scanned
+from gemopt.verify.columns import LARGEST_PRICE, PART_BITS, check_columns, listed, scanned
 from gemopt.verify.copies import check_copies
 from gemopt.verify.dual import check_dual, slack, units
 from gemopt.verify.shares import shares
@@ -149,10 +149,11 @@ def _with_columns(case: Case, proof: LayerProof, known: Proven, duals: dict[str,
     """The proof with its multipliers of all contents of a rank, rounded."""
     levels = np.maximum.accumulate(np.floor(known.levels_LT * PS).astype(np.int64))
     levels[0] = np.minimum(levels[0], case.floors_T)
+    most = float(LARGEST_PRICE)  # any prices prove a bound
     mine = {
         f"level.{proof.layer_id}": levels,
         f"share.{proof.layer_id}": np.ascontiguousarray(np.floor(known.mu_LET * UNIT), np.int64),
-        f"price.{proof.layer_id}": np.round(known.pi_E * PS * (1 << PART_BITS)).astype(np.int64),
+        f"price.{proof.layer_id}": np.round(known.pi_E * PS * (1 << PART_BITS)).clip(-most, most).astype(np.int64),
     }
     columns_us = check_columns(case, proof, mine).bound_us
     duals.update(mine)

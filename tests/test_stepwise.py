@@ -11,15 +11,18 @@ from brute import optimum
 from safetensors.numpy import load_file
 from test_contents import NEVER, one
 from test_verify import profile, traces
+from test_verify_copies import LAYER, Duals, case_of
 
 from gemopt.bounds import step_bounds
 from gemopt.certificate import UNIT, Certificate, Proof, duals_path
+from gemopt.certify import _with_columns
 from gemopt.exceptions import InputError
 from gemopt.latency import ASSIGNMENTS, Curve, Latency, line, tiles
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers.base import Outcome
+from gemopt.solvers.exact.column_space import Proven
 from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.exact.stepwise import Pricing, Stepwise, StepwiseSearch
 from gemopt.solving import turns
@@ -152,6 +155,15 @@ def test_an_edited_price_is_found(made: Path, tmp_path: Path, monkeypatch: pytes
     stated.write(edited, duals | {"price.0": moved})
     with pytest.raises(InputError, match="from the multipliers"):
         verify(edited, profile(tile=16), traces(experts=6))
+
+
+def test_prices_too_large_for_a_certificate_are_cut() -> None:
+    problem = one(6, [2, 2, 2], tile=16)
+    known = Proven(0.0, step_bounds(problem)[None], np.zeros((1, 6, problem.num_steps)), np.full(6, 1e9), np.zeros(0))
+    duals: Duals = {}
+    proof = _with_columns(case_of(problem), LAYER.model_copy(update={"objective_us": 1e9}), known, duals)
+    assert proof.columns_us is not None and proof.columns_us <= optimum(problem)
+    assert (duals["price.0"] == verify_columns.LARGEST_PRICE).all()
 
 
 def test_pairs_take_over_where_a_look_takes_too_long() -> None:
