@@ -176,18 +176,16 @@ def _with_copies(case: Case, proof: LayerProof, known: CopiesProof, duals: dict[
 
 
 def _with_dual(case: Case, proof: LayerProof, known: Together, duals: dict[str, IntArray]) -> LayerProof:
-    """The proof with its multipliers, rounded; as it was where there are none or they prove nothing."""
+    """The proof with its multipliers, rounded; as it was where there are none, or none that fit in 63 bits."""
     p, found = known.programme, known.multipliers
     if p is None or found is None or len(p.weights_T) < len(case.counts_TE) or (p.weights_T != 1).any():
         return proof
     mu_TKE, v_CE = found
-    exact = {
-        "mu": np.ascontiguousarray(np.floor(np.maximum(mu_TKE, 0.0) * UNIT), np.int64),
-        "v": np.round(v_CE * (PS * UNIT)).astype(np.int64),
-        "y": np.round(prices(p, mu_TKE, v_CE) * (PS * UNIT)).astype(np.int64),
-    }
-    if known.prices_E is not None:
-        exact["pi"] = np.round(known.prices_E * (PS * UNIT)).astype(np.int64)
+    wide = {"v": v_CE, "y": prices(p, mu_TKE, v_CE)} | ({} if known.prices_E is None else {"pi": known.prices_E})
+    if not all((np.abs(each) * (PS * UNIT) < 2**63).all() for each in wide.values()):
+        return proof
+    exact = {name: np.round(each * (PS * UNIT)).astype(np.int64) for name, each in wide.items()}
+    exact["mu"] = np.ascontiguousarray(np.floor(np.maximum(mu_TKE, 0.0) * UNIT), np.int64)
     over_T = np.maximum(exact["mu"].sum(axis=(1, 2)) - UNIT, 0)
     for t in np.flatnonzero(over_T):
         heaviest = np.unravel_index(exact["mu"][t].argmax(), exact["mu"][t].shape)

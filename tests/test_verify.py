@@ -60,6 +60,17 @@ def test_a_dual_proof_is_checked_in_full(made: tuple[Path, Profile, Traces]) -> 
     assert found.checked_us <= found.objective_us == pytest.approx(stated.objective_us, rel=1e-9)
 
 
+def test_multipliers_too_large_for_a_certificate_are_left_out(tmp_path: Path) -> None:
+    """Ranks that take half a second a step, and the bound of the floors is left."""
+    content, path = profile().model_dump(), tmp_path / "cert.json"
+    for sample in (sample for device in content["devices"] for sample in device["samples"]):
+        sample["latency_us"] *= 1e4
+    slow, counts = Profile(**content), traces(steps=30)
+    solve(slow, counts, solver="local-search", patience=1, certificate=path)
+    assert {layer.dual_us for layer in Certificate.load(path).layers} == {None}
+    assert verify(path, slow, counts).checked_us > 0
+
+
 @pytest.mark.parametrize("kind", ["staircase", "tiles", "roofline"])
 def test_a_tree_proof_is_searched_again(tmp_path: Path, kind: str) -> None:
     measured = profile(active=kind == "roofline", tile=16 if kind == "tiles" else 1)
