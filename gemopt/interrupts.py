@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+LEFT = "gemopt-left"  # name of threads that an interrupt leaves to end by themselves
 _held: list[Interrupted] = []
 _raising: list[bool] = []
 

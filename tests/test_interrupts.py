@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -180,3 +182,21 @@ def test_the_second_press_raises_and_held_is_one_event() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with interrupts.held() as event, pytest.raises(KeyboardInterrupt), interrupts.raising(event):
         press()
+
+
+LEFT = """
+import atexit, threading, time
+from gemopt.cli import main
+from gemopt.interrupts import LEFT
+atexit.register(print, "Python ended")
+threading.Thread(target=time.sleep, args=(600,), name=LEFT, daemon=True).start()
+main()
+"""
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--version"], 0), (["no-such-command"], 2)])
+def test_a_programme_that_was_left_does_not_abort_the_end(words: list[str], code: int) -> None:
+    """Its thread would come back to a Python that has ended; the command ends before that."""
+    done = subprocess.run([sys.executable, "-c", LEFT, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == code and (done.stdout or done.stderr).startswith("gemopt")
+    assert "Python ended" not in done.stdout

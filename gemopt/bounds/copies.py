@@ -27,6 +27,7 @@ from scipy.optimize import linprog
 from scipy.sparse import block_array, csr_array
 
 from gemopt.bounds.simple import ROUNDING, weighted
+from gemopt.interrupts import LEFT
 from gemopt.latency import FloatArray
 from gemopt.placement import Split
 from gemopt.problem import Problem
@@ -212,7 +213,7 @@ def _raised(
 def _unless(stop: NDArray[np.uint8], call: Callable[[], Any]) -> Any:
     """What a call returns, or None once `stop` turns 1: its thread is then left to end with its own time."""
     found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(call()), name="gemopt-programme", daemon=True)
+    thread = threading.Thread(target=lambda: found.append(call()), name=LEFT, daemon=True)
     thread.start()
     while thread.is_alive() and not stop[0]:
         thread.join(LOOK_S)

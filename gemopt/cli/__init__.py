@@ -8,6 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
+
+from gemopt.interrupts import LEFT
 
 INTERRUPTED = 130
 
@@ -39,6 +42,16 @@ def load() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit; bad input prints one line on standard error."""
+    try:
+        _run(argv)
+    except SystemExit as error:
+        if argv is None and any(thread.name == LEFT for thread in threading.enumerate()):
+            sys.stdout.flush()
+            os._exit(int(error.code or 0))  # Python would abort when the thread came back to it
+        raise
+
+
+def _run(argv: list[str] | None) -> None:
     from gemopt.exceptions import EXTRAS, GemoptError, InfeasibleError, InputError, missing
 
     try:
