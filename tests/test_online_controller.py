@@ -233,9 +233,16 @@ def test_layers_and_windows_without_work_are_harmless() -> None:
     assert "waiting for 5 more steps" in controller().step(traffic(0, 3)).reason
 
 
-def test_everything_silent_is_not_a_failure() -> None:
+@pytest.mark.parametrize("silent", [np.nan, None, 0])
+def test_everything_silent_is_not_a_failure(silent: float | None) -> None:
     follower = controller(Policy(dead_after_steps=8))
-    assert "failed" not in follower.step(GOOD, np.full((16, RANKS), np.nan)).reason
+    decision = follower.step(GOOD, [[silent] * RANKS] * 16)
+    assert "failed" not in decision.reason and not decision.refused
+
+
+def test_a_rank_that_is_none_beside_others_is_silent() -> None:
+    follower = controller(Policy(dead_after_steps=8))
+    assert "rank 1" in follower.step(GOOD, [[50.0, None, 50.0, 50.0]] * 16).reason
 
 
 def test_what_cannot_be_followed_is_refused() -> None:

@@ -113,8 +113,8 @@ class Controller:
         counts_NLE
             [n, L, E] assignments of the last n steps.
         latencies_NG
-            [n, G] measured microseconds of every rank at these steps, summed over the MoE layers; NaN or 0 where a rank
-            said nothing.
+            [n, G] measured microseconds of every rank at these steps, summed over the MoE layers; NaN, None or 0 where
+            a rank said nothing.
         now_s
             Seconds on the caller's clock, only to notice that it goes backwards.
         """

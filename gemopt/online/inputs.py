@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,10 +33,12 @@ def counts_from(given: object, shape: tuple[int, int]) -> NDArray[np.int64]:
 
 
 def latencies_from(given: object, steps: int, ranks: int) -> FloatArray | None:
-    """[steps, ranks] microseconds; NaN, infinity and 0 stand for a rank that said nothing."""
+    """[steps, ranks] microseconds; NaN, infinity, 0 and None (null in JSON) stand for a rank that said nothing."""
     if given is None:
         return None
     found = plain_array("latencies", given, "numbers [steps, ranks]")
+    if found.dtype.kind == "O" and all(each is None or isinstance(each, Real) for each in found.flat):
+        found = found.astype(np.float64)
     if found.dtype.kind not in "iuf":
         raise InputError("latencies", given, "numbers [steps, ranks]")
     latencies = found.astype(np.float64)
