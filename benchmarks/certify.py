@@ -1,13 +1,13 @@
 """What `solve` certifies in a time: gaps of the checked bound, by kind of instance; prints a table in Markdown.
 
-python benchmarks/certify.py [--rows tiny slack ...] [--few] [--stretch 1.0]
+python benchmarks/certify.py [--rows tiny slack ...] [--draws N] [--stretch 1.0]
 
 Every instance is solved on one thread for the row's limit and its certificate is verified; the gap is that of the bound
 the verifier has checked itself, against the placement of the same call. Latencies are `a + b N` without an offset
 (a = 0), where bounds are hardest: `--offset 60` adds 60 us to 0.146 us per assignment. gpt-oss-20b traces are those of
 `examples/data`, the others drawn by `instances.routing`. With spare slots the copies bound is in the simple one. On a
 machine that others use `--stretch` lengthens the wall limits; CPU seconds are those of the solving process and say what
-was really spent. `--few`: one draw, two layers.
+was really spent. `--draws`: at most so many draws or layers of a row.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ def profile_of(row: Row, draw: int, offset: float) -> Profile:
     )
 
 
-def cases(row: Row, few: bool) -> Iterator[tuple[int, Traces]]:
+def cases(row: Row, most: int) -> Iterator[tuple[int, Traces]]:
     """Draws, or layers of the recorded trace."""
-    for draw in range(2 if few else row.draws):
+    for draw in range(min(most, row.draws)):
         if row.group == "gptoss":
-            layer = draw * 11 % 24 if few else draw
+            layer = draw * 11 % 24
             yield layer, Traces(counts=np.load(GPTOSS)["counts"][: row.steps, layer : layer + 1].astype(np.int64))
         else:
             tokens = 4096 if row.experts == 256 else 64 * row.experts
@@ -114,10 +114,10 @@ def cases(row: Row, few: bool) -> Iterator[tuple[int, Traces]]:
             yield draw, routing(layers=1, experts=row.experts, steps=row.steps, tokens=tokens, top_k=top_k, seed=draw)
 
 
-def measure(row: Row, *, few: bool, stretch: float, offset: float, folder: Path) -> str:
+def measure(row: Row, *, most: int, stretch: float, offset: float, folder: Path) -> str:
     """One line of the table."""
     gaps, claimed, simple, cpus, walls, kinds = [], [], [], [], [], []
-    for draw, traces in cases(row, few):
+    for draw, traces in cases(row, most):
         profile, path = profile_of(row, draw, offset), folder / "certificate.json"
         slots = row.experts // row.ranks + row.spare
         wall, cpu = time.monotonic(), time.process_time()
@@ -146,7 +146,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="*", default=["tiny", "slack", "two slots", "gptoss", "large", "copies"])
-    parser.add_argument("--few", action="store_true")
+    parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--stretch", type=float, default=1.0)
     parser.add_argument("--offset", type=float, default=0.0)
     given = parser.parse_args()
@@ -156,7 +156,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gemopt-certify-") as folder:
         for row in ROWS:
             if row.group in given.rows:
-                options = {"few": given.few, "stretch": given.stretch, "offset": given.offset}
+                options = {"most": given.draws, "stretch": given.stretch, "offset": given.offset}
                 print(measure(row, **options, folder=Path(folder)), flush=True)
 
 
