@@ -121,3 +121,14 @@ def test_a_proof_with_copies_is_repeated_and_a_false_one_found(
     content.model_copy(update={"own_sha256": content.own_digest()}).save(path)
     with pytest.raises(InputError, match="a placement of"):
         verify(path, measured, counts)
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_the_search_changes_which_experts_have_copies(seed: int) -> None:
+    """Swaps alone end 1.5 and 0.1 % above the optimum, whatever their number."""
+    rng = np.random.default_rng(seed)
+    counts_TE = rng.multinomial(256, rng.dirichlet(np.full(8, 4.0)), size=60)
+    problem = Problem.make(counts_TE, (ASSIGNMENTS,), [Latency(((line(0, 1),),))] * 4, 3)
+    best, found = branched(problem), get("local-search").solve(problem, Options(deadline=np.inf, patience=1000), None)
+    assert best.stopped_by is StoppedBy.PROOF and best.row is not None and found.row is not None
+    assert objective(problem, found.row) <= 1.001 * objective(problem, best.row)

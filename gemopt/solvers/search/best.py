@@ -35,7 +35,8 @@ class Best:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a call on another machine goes on from: neither this call's options nor what is made anew."""
-        return {name: value for name, value in vars(self).items() if name not in ("options", "stop", "costs", "hulls")}
+        left = ("options", "stop", "costs", "hulls", "shares")
+        return {name: value for name, value in vars(self).items() if name not in left}
 
     @cached_property
     def costs(self) -> Costs:

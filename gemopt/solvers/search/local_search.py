@@ -2,8 +2,9 @@
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves. Spare slots start
 empty or full of copies, whichever is better, then the other way; where they are scarce, with the copies of the copies
-bound, then full of copies. Copies are added, moved and dropped where the true objective says so. Descents end with the
-deadline; what was cut goes on where it ended when there is more time.
+bound, then full of copies. Copies are added, moved and dropped where the true objective says so. Kicks swap slots, and
+where that gains nothing change which experts have copies. Descents end with the deadline; what was cut goes on where it
+ended when there is more time.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gemopt.bounds.copies import scarce_copies
 from gemopt.evaluate import objective
 from gemopt.latency import pack
 from gemopt.links import Links
-from gemopt.placement import Split
+from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, seeded
@@ -29,12 +30,14 @@ from gemopt.splits import plain
 from gemopt.splits.flow import fluid_times
 
 if TYPE_CHECKING:
+    from gemopt.solvers.search.shares import Shares
     from gemopt.solvers.search.state import Costs, State
 
 BATCH_KICKS = 25
 NEVER = 2**62
 LEAST_GAIN = 1e-4  # of a round over all copies
 KICK_SWAPS = 2
+MOST_COPIES = 3  # that a kick changes
 SCARCE_SHARE = 0.25  # of the time, for the copies of the bound
 HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
 
@@ -120,6 +123,13 @@ class _Search(Best):
 
         return hull_costs(self.problem) if self.costs.use_tables else None
 
+    @cached_property
+    def shares(self) -> Shares | None:
+        """What copies take; None without spare slots, or where counts are too large to tabulate."""
+        from gemopt.solvers.search.shares import make_shares
+
+        return make_shares(self.problem) if self.problem.spare_slots else None
+
     def state(self, row: Row, costs: Costs | None = None) -> State:
         """State of a row that ends with this call's time."""
         from gemopt.solvers.search.state import make_state
@@ -163,16 +173,15 @@ class _Search(Best):
         state = self.state(row)
         descend(self.costs, state, ranks, True)
         self.offer(state.content)
-        return self._over_copies(state.content) if problem.spare_slots else state.content
+        return self._over_copies(state.content)
 
     def _over_copies(self, row: Row) -> Row:
+        """Change copies and swap until neither helps; where that ended."""
         from gemopt.solvers.search.copies import improve_copies
-        from gemopt.solvers.search.shares import make_shares
         from gemopt.solvers.search.swaps import EPSILON, descend
         from gemopt.solvers.search.terms import free_terms
 
-        problem, ranks = self.problem, np.ones(self.problem.num_ranks, dtype=bool)
-        shares = make_shares(problem)
+        problem, ranks, shares = self.problem, np.ones(self.problem.num_ranks, dtype=bool), self.shares
         if shares is None:
             return row
         candidates = copies_worth_trying(problem)
@@ -188,6 +197,28 @@ class _Search(Best):
             state = self.state(state.content)
         return state.content
 
+    def _kick_copies(self, draws: np.random.Generator) -> bool:
+        """Change what some slots for copies hold at random, and descend; whether that is the best so far."""
+        from gemopt.solvers.search.swaps import descend
+
+        assert self.row is not None
+        problem, row = self.problem, self.row.copy()
+        candidates = copies_worth_trying(problem)
+        choices = candidates if problem.full else np.append(candidates, EMPTY)
+        for _ in range(draws.integers(1, MOST_COPIES + 1)):
+            copies_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
+            spare = np.flatnonzero((row == EMPTY) | (copies_E[row] > 1))
+            slot = int(draws.choice(spare))
+            barred_E = self.state(row).barred[problem.rank_of_slot[slot]]
+            open_ = choices[(choices == EMPTY) | (barred_E[choices] == 0)]
+            if len(open_):
+                row[slot] = draws.choice(open_)
+        state = self.state(row)
+        descend(self.costs, state, np.ones(problem.num_ranks, dtype=bool), False)
+        before = self.value
+        self._over_copies(state.content)
+        return self.value < before
+
     def iterate(self) -> StoppedBy:
         """Kick and descend in batches until the deadline, the patience, the gap or an interrupt."""
         from gemopt.solvers.search.swaps import iterate, total_cost
@@ -199,18 +230,21 @@ class _Search(Best):
             return StoppedBy.GAP if self.good_enough() else ended
         if self.draws is None:
             self.draws = seeded(options.seed, problem.num_experts, problem.num_ranks)
-        best, idle, batch, state = np.inf, 0, 1, None
+        best, idle, batch, state, gains = np.inf, 0, 1, None, False
         while idle < patience:
             if self.good_enough():
                 return StoppedBy.GAP
             if options.expired():
                 return options.cut_by
+            if self.shares is not None and not gains:  # swaps alone cost less
+                idle, state = (0, None) if self._kick_copies(self.draws) else (idle + 1, state)
             if state is None:
                 state = self.state(self.row)
                 best = total_cost(state)
             draws = self.draws.random((batch, KICK_SWAPS, 2))
             renewed, idle, _ = iterate(self.costs, state, draws, best, patience, idle)
-            if renewed < best:
+            gains = renewed < best
+            if gains:
                 best = renewed
                 self.offer(state.content)
             batch = BATCH_KICKS if options.remaining > 1 else 1
