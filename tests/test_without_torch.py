@@ -173,7 +173,7 @@ def test_without_the_exact_solvers_the_search_answers_and_says_so(files):
     )
     given = f"{files / 'two.json'} {files / 'traces.safetensors'}"
     commands = (
-        f"solve {given} --slots-per-rank 5\nsolve {given} --solver milp\ncompare {given} --time-limit 1 --patience 1\n"
+        f"solve {given} --slots-per-rank 5 --split optimal\nsolve {given} --solver milp\ncompare {given} --time-limit 1 --patience 1\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED.format(names=("ortools", "pulp", "highspy")) + code],

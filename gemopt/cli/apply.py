@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
+from gemopt.cli.options import leave_group
 from gemopt.exceptions import InputError, refuse_unused
 
 if TYPE_CHECKING:
@@ -87,7 +86,8 @@ def apply(
     if str(ranks) != os.environ["WORLD_SIZE"]:
         started = f"torchrun started {os.environ['WORLD_SIZE']}"
         raise InputError("Placement.slots_per_rank", f"{ranks} ranks", started, f"--nproc-per-node {ranks}")
-    with _quiet_exit():
+    with ExitStack() as end:
+        end.callback(leave_group)
         if at_load:
             report = _apply_at_load(placement, model, layout)
         else:
@@ -199,17 +199,6 @@ def _probe_batch(model: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = int(model.config.get_text_config().vocab_size)
     return {"input_ids": torch.randint(0, vocabulary, (2, 16), generator=generator).to(model.device)}
-
-
-@contextmanager
-def _quiet_exit() -> Iterator[None]:
-    """Leave the process group, if there is one, however the command ends."""
-    try:
-        yield
-    finally:
-        dist = sys.modules.get("torch.distributed")
-        if dist is not None and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _mib(size: int | None) -> str:

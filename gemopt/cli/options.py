@@ -150,3 +150,10 @@ def whole_or_nothing(threads: int | None) -> Iterator[None]:
     except KeyboardInterrupt as error:
         sys.stderr.write("gemopt: interrupted before there was an answer: nothing written\n")
         raise SystemExit(128 + (error.args or (signal.SIGINT,))[0]) from None
+
+
+def leave_group() -> None:
+    """Leave torch's process group, if there is one: a rank that ends in it may abort when another has ended."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_initialized():
+        dist.destroy_process_group()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gemopt.cli.app import examples, print_json, say, trace_app
+from gemopt.cli.options import leave_group
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
@@ -53,6 +54,7 @@ def trace(
     if first:  # rank 0 writes; another could find the folder it has just made
         destination.check()
     requests = read_prompts(prompts, task=task)
+    context.call_on_close(leave_group)
     network, tokenizer = load_model(model, device=device)
     if hidden and first:
         size = destination.room_for_hidden(network, hidden)
