@@ -161,8 +161,9 @@ def test_every_extra_exists():
 def test_without_the_exact_solvers_the_search_answers_and_says_so(files):
     """`auto` and `compare` go on without ortools and pulp; who asks for an exact solver by name is told what to do."""
     samples = [{"assignments": n, "latency_us": 10.0 + n} for n in (1, 8, 64)]
-    devices = [{"rank": rank, "samples": samples} for rank in (0, 1)]
-    (files / "two.json").write_text(json.dumps({"schema_version": 1, "devices": devices}))
+    for name, ranks in (("two", 2), ("seven", 7)):  # our own provers take copies on up to six
+        devices = [{"rank": rank, "samples": samples} for rank in range(ranks)]
+        (files / f"{name}.json").write_text(json.dumps({"schema_version": 1, "devices": devices}))
     counts = np.random.default_rng(0).integers(1, 30, (6, 1, 8))
     Traces(counts=counts).save(files / "traces.safetensors")
     code = (
@@ -171,9 +172,9 @@ def test_without_the_exact_solvers_the_search_answers_and_says_so(files):
         "    try: main(line.split())\n"
         "    except SystemExit as end: print('exit', end.code, flush=True)\n"
     )
-    given = f"{files / 'two.json'} {files / 'traces.safetensors'}"
+    given, seven = (f"{files / name}.json {files / 'traces.safetensors'}" for name in ("two", "seven"))
     commands = (
-        f"solve {given} --slots-per-rank 5 --split optimal\nsolve {given} --solver milp\ncompare {given} --time-limit 1 --patience 1\n"
+        f"solve {seven} --slots-per-rank 2\nsolve {given} --solver milp\ncompare {given} --time-limit 1 --patience 1\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED.format(names=("ortools", "pulp", "highspy")) + code],
