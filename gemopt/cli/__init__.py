@@ -45,10 +45,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _run(argv)
     except SystemExit as error:
-        if argv is None and any(thread.name == LEFT for thread in threading.enumerate()):
+        if argv is None and _would_abort():
             sys.stdout.flush()
-            os._exit(int(error.code or 0))  # Python would abort when the thread came back to it
+            os._exit(int(error.code or 0))
         raise
+
+
+def _would_abort() -> bool:
+    """Whether threads may come back to Python when it has ended: what an interrupt left, and those of torch's ranks."""
+    ranks = "TORCHELASTIC_RUN_ID" in os.environ and "torch.distributed" in sys.modules
+    return ranks or any(thread.name == LEFT for thread in threading.enumerate())
 
 
 def _run(argv: list[str] | None) -> None:
