@@ -17,6 +17,7 @@ from gemopt.solve import solve
 
 LAYERS, EXPERTS, RANKS, WINDOW, WINDOWS = 58, 256, 16, 64, 6
 FITTED = 256  # steps before the first decision
+TITLES = (*["drift"] * (WINDOWS - 1), "all experts change places", *["what was before comes back"] * 4)
 
 
 def decide(controller: Controller, counts: object) -> tuple[Decision, float, float, float]:
@@ -29,17 +30,16 @@ def decide(controller: Controller, counts: object) -> tuple[Decision, float, flo
 
 
 def rows(name: str, profile: Profile, threads: int) -> None:
-    """Windows of drifting traffic from a fitted placement, then one whose experts are others."""
+    """Windows of drifting traffic from a fitted placement, then one whose experts are others, then both in turn."""
     traces = routing(layers=LAYERS, experts=EXPERTS, steps=FITTED + WINDOWS * WINDOW)
     fitted = solve(profile, traces.steps(slice(0, FITTED)), solver="lpt", time_limit=600)
     assert fitted.placement is not None
     controller = Controller(profile, fitted.placement, Policy(threads=threads))
     controller.remember(traces.counts[:FITTED])
-    for index in range(WINDOWS):
-        window = traces.counts[FITTED + index * WINDOW :][:WINDOW]
-        title = "drift"
-        if index == WINDOWS - 1:
-            window, title = window[:, :, ::-1], "all experts change places"
+    for index, title in enumerate(TITLES):
+        window = traces.counts[FITTED + index % WINDOWS * WINDOW :][:WINDOW]
+        if index >= WINDOWS - 1 and (index - WINDOWS) % 2:
+            window = window[:, :, ::-1]
         decision, cpu, wall, planned = decide(controller, window)
         if index:  # the first compiles
             facts = " | ".join(f"{1e3 * seconds:.0f}" for seconds in (cpu, wall, planned))
