@@ -80,19 +80,13 @@ def _owners(controller: Controller) -> tuple[Any, ...]:
 
 
 def _arrays(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
-    return list(
-        zip(_owners(controller), (MEMORY_ARRAYS, SPEED_ARRAYS, PROMISE_ARRAYS, EARLIER_ARRAYS, OWN_ARRAYS), strict=True)
-    )
+    names = (MEMORY_ARRAYS, SPEED_ARRAYS, PROMISE_ARRAYS, EARLIER_ARRAYS, OWN_ARRAYS)
+    return list(zip(_owners(controller), names, strict=True))
 
 
 def _numbers(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
-    return list(
-        zip(
-            _owners(controller),
-            (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, EARLIER_NUMBERS, OWN_NUMBERS),
-            strict=True,
-        )
-    )
+    names = (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, EARLIER_NUMBERS, OWN_NUMBERS)
+    return list(zip(_owners(controller), names, strict=True))
 
 
 def _devices(controller: Controller) -> str:

@@ -88,10 +88,8 @@ class Kin:
 
     def family(self, mu_ET: FloatArray, pi_E: FloatArray) -> tuple[Family, float]:
         """(what contents cost, the size of all that went into it) with multipliers, and prices in microseconds."""
-        mu_ET, blocks = (
-            np.pad(mu_ET, [(0, 0), (0, len(self.line_T) - mu_ET.shape[1])]),
-            (-1, len(self.line_T) // WIDTH, WIDTH),
-        )
+        mu_ET = np.pad(mu_ET, [(0, 0), (0, len(self.line_T) - mu_ET.shape[1])])
+        blocks = (-1, len(self.line_T) // WIDTH, WIDTH)
         rise_ET = self.loads_ET * self.slope_T
         product_BEE = mu_ET.reshape(blocks).transpose(1, 0, 2) @ rise_ET.reshape(blocks).transpose(1, 2, 0)
         alone_EB = (mu_ET * (self.line_T + rise_ET)).reshape(blocks).sum(axis=2)
