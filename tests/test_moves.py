@@ -278,20 +278,29 @@ def test_fronts_fall_and_bounds_hold_for_fewer_moves() -> None:
     assert front.bound(8).tolist() == [7, 7, 7, 5, 5, 5, 5, 0, 0]
 
 
-def test_budgets_per_rank_hold_over_all_layers() -> None:
+def test_budgets_per_rank_are_divided_as_well_as_the_points_allow() -> None:
     fronts = []
     for seed in range(3):
         problem = layer(seed)
         home = held(np.arange(16), problem.slots_per_rank, 16)
         fronts.append(walk_front(problem.with_moves(Moves.make(home)), 12))
-    free = divide_by_rank(fronts, None, np.full(4, 99))
-    assert free is not None
-    into = sum(point.into_G for point in free)
-    limits = np.maximum(np.asarray(into) - 1, 0)
-    chosen = divide_by_rank(fronts, None, limits)
-    assert chosen is not None
-    assert (sum(point.into_G for point in chosen) <= limits).all()
-    assert sum(p.total_us for p in free) <= sum(p.total_us for p in chosen)
-    few = divide_by_rank(fronts, 4, np.full(4, 99))
-    assert few is not None and sum(point.moves for point in few) <= 4
-    assert divide_by_rank([Front([Point(np.arange(4), 1.0, np.array([2, 0]))])], None, np.array([1, 1])) is None
+    for budget, most_G in ((None, [99] * 4), (None, [1] * 4), (None, [3, 0, 1, 2]), (4, [99] * 4), (3, [2, 1, 0, 9])):
+        chosen = divide_by_rank(fronts, budget, np.array(most_G))
+        fitting = [
+            sum(point.total_us for point in points)
+            for points in product(*(front.points for front in fronts))
+            if (np.sum([point.into_G for point in points], axis=0) <= most_G).all()
+            and (budget is None or sum(point.moves for point in points) <= budget)
+        ]
+        assert chosen is not None and len(chosen) == 3
+        assert sum(point.total_us for point in chosen) <= min(fitting) * (1 + 2e-4)
+        assert (np.sum([point.into_G for point in chosen], axis=0) <= most_G).all()
+        assert budget is None or sum(point.moves for point in chosen) <= budget
+
+
+def test_a_budget_per_rank_that_no_choice_keeps_has_none() -> None:
+    ways = [Point(np.arange(4), 1.0, np.array([2, 0])), Point(np.arange(4), 2.0, np.array([0, 1]))]
+    assert divide_by_rank([Front(ways[:1])], None, np.array([1, 1])) is None
+    assert divide_by_rank([Front(ways), Front([])], None, np.array([9, 9])) is None
+    both = divide_by_rank([Front(ways), Front(ways)], None, np.array([3, 1]))  # the fewest moves of both do not fit
+    assert both is not None and sum(point.total_us for point in both) == 3.0

@@ -136,7 +136,7 @@ def best_by_rank(given: tuple[Profile, Traces, Placement], limit: int) -> float:
 
 
 @pytest.mark.parametrize("solver", ["cpsat", "local-search"])
-def test_a_budget_per_rank_is_divided_by_a_heuristic_and_the_result_says_so(solver: str) -> None:
+def test_a_budget_per_rank_is_divided_along_the_fronts_and_the_result_says_so(solver: str) -> None:
     """Nothing is called optimal that is not, even where every layer is proven with its part of the budget."""
     proven = 0
     for seed in range(4):
@@ -145,7 +145,7 @@ def test_a_budget_per_rank_is_divided_by_a_heuristic_and_the_result_says_so(solv
             result = solve(*given[:2], current=given[2], solver=solver, time_limit=60, patience=5, expert_bytes=100,
                            max_bytes_per_rank=100 * limit)  # fmt: skip
             optimum = best_by_rank(given, limit)
-            assert any("divided among the layers by a heuristic" in note for note in result.notes)
+            assert any("divided among the layers along the best swaps" in note for note in result.notes)
             assert result.objective_us is not None and result.bound_us is not None
             assert result.bound_us <= optimum * (1 + 1e-9) and result.objective_us >= optimum * (1 - 1e-9)
             if result.status is Status.OPTIMAL:

@@ -219,8 +219,8 @@ def _division(moving: Moving | None) -> list[str]:
     if moving is None or not moving.shared or moving.into_G is None:
         return []
     return [
-        "max_bytes_per_rank is divided among the layers by a heuristic: another division may be better; the bound is "
-        "that of each layer with all of it"
+        "max_bytes_per_rank is divided among the layers along the best swaps: another division may be better; the "
+        "bound is that of each layer with all of it"
     ]
 
 
