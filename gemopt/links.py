@@ -72,6 +72,11 @@ class Communication:
     fullest_port: str
 
     @property
+    def fullest_between(self) -> float:
+        """Bytes through the fullest port between nodes; where links are of pairs, of the fullest one of all."""
+        return self.fullest_bytes.get("between_nodes", self.fullest_bytes.get("pairs", 0.0))
+
+    @property
     def time_TL(self) -> FloatArray:
         """[T, L] microseconds of dispatch and combine."""
         return self.dispatch_TL + self.combine_TL
@@ -81,10 +86,35 @@ class Communication:
         return np.maximum(self.time_TL - makespan_TL, 0.0) if overlap else self.time_TL
 
 
+class BytesSaved(BaseModel):
+    """What a placement with fewest bytes between nodes saves, against the one with least compute that was found.
+
+    Microseconds and bytes over all steps and layers, before and now. compute_slack: by what part compute might grow.
+    fullest: through the fullest port between nodes (of links between pairs: the fullest link of all).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    compute_slack: float
+    compute_us: tuple[float, float]
+    cross_node_bytes: tuple[float, float]
+    fullest: tuple[float, float]
+
+    def summary(self) -> str:
+        """One line for people."""
+        pairs = (self.cross_node_bytes, self.fullest, self.compute_us)
+        sent, fullest, compute = (f"{100 * (now / before - 1 if before else 0.0):+z.1f} %" for before, now in pairs)
+        return (
+            f"{sent} of bytes between nodes, {fullest} through the fullest link there, for {compute} of compute "
+            f"(at most {100 * self.compute_slack:+.3g} %), against the placement found without links"
+        )
+
+
 class LinksReport(BaseModel):
     """What the exchanges of a placement take over all steps and layers; `exposed_us` of it a step waits for.
 
-    The first fields say what was assumed: see `Exchange`. Bytes are those of dispatch and combine together.
+    The first fields say what was assumed: see `Exchange`. Bytes are those of dispatch and combine together. saved: with
+    fewest bytes between nodes asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -102,16 +132,17 @@ class LinksReport(BaseModel):
     cross_rank_bytes: float
     fullest_bytes: dict[str, float]
     fullest_port: str
+    saved: BytesSaved | None = None
 
     def summary(self, num_steps: int) -> str:
-        """One line for people."""
+        """A line for people, and one of what was saved."""
         sent = (self.dispatch_us + self.combine_us) / num_steps
         hidden = f", {self.exposed_us / num_steps:.1f} us of it exposed" if self.overlap else ""
         return (
             f"{sent:.1f} us per step to exchange tokens over {self.topology or 'the links'}{hidden}: once per "
             f"{self.once_per}, senders {self.senders}, {self.cross_node_bytes / 1e9:.3g} GB between nodes, "
             f"fullest port {self.fullest_port}"
-        )
+        ) + ("" if self.saved is None else f"\n{self.saved.summary()}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +216,7 @@ class Links:
         exchange = self.exchange.model_copy(update=decided)
         return Links.of(self.topology, traces, self.topology.num_ranks, exchange=exchange)
 
-    def report(self, sent: Communication, exposed_us: float) -> LinksReport:
+    def report(self, sent: Communication, exposed_us: float, saved: BytesSaved | None = None) -> LinksReport:
         """What is said of it in a result."""
         return LinksReport(
             topology=self.topology.name,
@@ -201,6 +232,7 @@ class Links:
             cross_rank_bytes=sent.cross_rank_bytes,
             fullest_bytes=sent.fullest_bytes,
             fullest_port=sent.fullest_port,
+            saved=saved,
         )
 
     @property

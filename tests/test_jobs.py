@@ -150,14 +150,14 @@ def test_rules_topology_and_memory_are_keys(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "rules.json").write_text('{"pinned": [{"experts": [0, 3], "ranks": [1]}]}')
     job = write_job(
         tmp_path,
-        constraints={"rules": "rules.json", "slots_per_rank": 3},
+        constraints={"rules": "rules.json", "slots_per_rank": 3, "compute_slack": 0.1},
         topology="2x1-ib400",
         exchange={"dispatch_bytes": 64, "combine_bytes": 64, "once_per": "assignment", "senders": "uniform"},
         exports=[],
     )
     gemopt_json(capsys, "run", job)
     result = Result.load(tmp_path / "out/job/result.json")
-    assert result.links is not None and result.placement is not None
+    assert result.links is not None and result.links.saved is not None and result.placement is not None
     assert not {0, 3} & set(result.placement.physical_to_logical[:, :3].ravel().tolist())
     assert gemopt(capsys, "run", job, "-o", "one", "--set", 'constraints.rules="none.json"')[0] == 2
     (tmp_path / "rules.json").write_text('{"together": [{"experts": [0, 1, 2, 3]}]}')

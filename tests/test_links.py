@@ -19,7 +19,7 @@ from gemopt.links import Exchange, Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.solvers.base import Options
-from gemopt.solvers.search.linked import _Layers, search_linked
+from gemopt.solvers.search.linked import Layers, search_linked
 from gemopt.solvers.search.linked_swaps import links_after, promises
 from gemopt.solvers.search.state import step_order
 from gemopt.solvers.search.stream_swaps import forget
@@ -90,7 +90,7 @@ def test_the_kernels_count_what_evaluate_counts_after_many_swaps(seed: int) -> N
     problems = problems_of(links, slots, seed)
     rng = np.random.default_rng(seed)
     rows = [rng.permutation([0, 1, 2, 3, 4, 5, -1, -1]) for _ in problems]
-    search = _Layers(problems, links, rows, np.zeros(1, np.uint8))
+    search = Layers(problems, links, rows, np.zeros(1, np.uint8))
     search.settle()
     found = links.communication(search.rows(), slots)
     position = np.argsort(step_order(5))
@@ -116,7 +116,7 @@ def test_no_swap_gains_more_on_the_links_than_promised(seed: int) -> None:
     links = random_links(seed + 2000, experts=6, steps=4)
     links = replace(links, topology=without_latencies(links.topology), _cache={})
     problems, rng = problems_of(links, SIX, seed), np.random.default_rng(seed)
-    search = _Layers(problems, links, [rng.permutation(6) for _ in problems], np.zeros(1, np.uint8))
+    search = Layers(problems, links, [rng.permutation(6) for _ in problems], np.zeros(1, np.uint8))
     for layer in range(2):
         streams, scratches, price, room = search.around(layer, 0.0)
         weights_T, item_P, moved = search.state(layer).weights, search.item_LP[layer], np.empty((6, 3))

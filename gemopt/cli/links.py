@@ -25,6 +25,13 @@ TokensFrom = Annotated[
 TokenBytes = Annotated[
     str | None, typer.Option("--token-bytes", help="bytes of a token, or of dispatch and combine: 2880,5760")
 ]
+ComputeSlack = Annotated[
+    float | None,
+    typer.Option(
+        "--compute-slack",
+        help="fewest bytes between nodes for at most this part more compute: 0.005 is 0.5 %",
+    ),
+]
 Overlap = Annotated[bool, typer.Option("--overlap", help="communication hides behind computing")]
 
 

@@ -55,7 +55,9 @@ def run_command(
             "failed": done.failed,
         })  # fmt: skip
     else:
-        for line in [done.headline or done.result.summary(), *done.notes]:
+        links = done.result.links
+        sent = [] if links is None else [links.summary(done.result.num_steps)]
+        for line in [done.headline or done.result.summary(), *sent, *done.notes]:
             say(line)
         for engine, command in done.commands.items():
             say(f"start {engine}: {command}")

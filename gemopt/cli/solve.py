@@ -9,7 +9,15 @@ import typer
 
 from gemopt import cores, interrupts
 from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, typed, warn
-from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
+from gemopt.cli.links import (
+    ComputeSlack,
+    OncePer,
+    Overlap,
+    TokenBytes,
+    TokensFrom,
+    TopologyName,
+    parse_exchange,
+)
 from gemopt.cli.moves import (
     Add,
     Bandwidth,
@@ -106,6 +114,7 @@ def solve_command(
     tokens_from: TokensFrom = None,
     token_bytes: TokenBytes = None,
     overlap: Overlap = False,
+    compute_slack: ComputeSlack = None,
     rules: RulesPath = None,
     result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
     certificate: Annotated[
@@ -162,6 +171,7 @@ def solve_command(
                 add_ranks=parse_added(add_rank),
                 topology=topology,
                 exchange=exchange,
+                compute_slack=compute_slack,
                 rules=rules,
                 on_layers=on_layers,
                 notice=None if as_json else notice,

@@ -124,7 +124,8 @@ class Steps(Part):
 
 
 class Constraints(Part):
-    """Slots, rules, the placement in force, and what moving from it costs; as the options of `gemopt solve`.
+    """Slots, rules, the placement in force, what moving from it costs, and compute given up for fewer bytes between
+    nodes; as the options of `gemopt solve`.
 
     `current`: a path, or `contiguous` for what engines start with.
     """
@@ -145,6 +146,7 @@ class Constraints(Part):
     max_bytes_per_rank: float | None = None
     exclude_ranks: list[int] = Field(default_factory=list)
     add_ranks: list[int] = Field(default_factory=list)
+    compute_slack: float | None = None
 
 
 class SolverSettings(Part):

@@ -24,7 +24,7 @@ class Auto:
     """Local search; on small layers the rest of the time goes to an exact solver, started from what was found."""
 
     name = "auto"
-    supports = Supports(proves=True, improves=True, moves=True, links=True, rules=True)
+    supports = Supports(proves=True, improves=True, moves=True, links=True, fewest_bytes=True, rules=True)
 
     def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
         """As local search; see `LinkedSolver`."""

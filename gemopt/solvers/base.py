@@ -39,6 +39,8 @@ class Supports:
     """Whether it heeds a price and limits of moves."""
     links: bool = False
     """Whether it heeds links between ranks: a `LinkedSolver`."""
+    fewest_bytes: bool = False
+    """Whether it can search for fewest bytes between nodes: `Options.compute_slack`."""
     policies: bool = True
     """Whether it takes copies that do not share evenly, and slots that may not stay empty."""
     rules: bool = False
@@ -63,6 +65,8 @@ class Options:
     stop: Callable[[], bool] = field(default=lambda: False)
     begun: object = None
     """`Outcome.search` of an earlier call on the same problem, for the solver to go on from."""
+    compute_slack: float | None = None
+    """With links: by what part makespans may grow for fewer bytes between nodes; None: the time of steps counts."""
     start_by: float = -np.inf
     """Until when a greedy start that takes longer may be made, though the deadline is over."""
 

@@ -8,10 +8,10 @@ from collections import Counter
 import numpy as np
 
 from gemopt.costs import CostModel, FitReport
-from gemopt.evaluate import Evaluation, check, moves_us, objective, score, with_links
+from gemopt.evaluate import Evaluation, check, moves_us, objective, score, total_objective, with_links
 from gemopt.exceptions import InputError, SolverError
 from gemopt.latency import FloatArray
-from gemopt.links import LinksReport
+from gemopt.links import BytesSaved, LinksReport
 from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
 from gemopt.result import (
@@ -139,7 +139,21 @@ def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
 def _links(run: Run, scored: Evaluation | None) -> LinksReport | None:
     if run.coupling is None or scored is None or scored.communication is None or scored.exposed_TL is None:
         return None
-    return run.coupling.links.report(scored.communication, float(scored.exposed_TL.sum()))
+    return run.coupling.links.report(scored.communication, float(scored.exposed_TL.sum()), _saved(run, scored))
+
+
+def _saved(run: Run, scored: Evaluation) -> BytesSaved | None:
+    """What fewest bytes between nodes saved; None where they were not asked for."""
+    coupling, problems = run.coupling, [layer.problem for layer in run.layers]
+    if coupling is None or coupling.compute_slack is None or not coupling.alone or scored.communication is None:
+        return None
+    before, now = coupling.links.communication(coupling.alone, problems[0].slots_per_rank), scored.communication
+    return BytesSaved(
+        compute_slack=coupling.compute_slack,
+        compute_us=(total_objective(problems, coupling.alone), scored.compute_us),
+        cross_node_bytes=(before.cross_node_bytes, now.cross_node_bytes),
+        fullest=(before.fullest_between, now.fullest_between),
+    )
 
 
 def _history(run: Run) -> list[Incumbent]:

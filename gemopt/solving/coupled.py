@@ -11,13 +11,13 @@ import numpy as np
 
 from gemopt.bounds.links import links_bound
 from gemopt.evaluate import rank_times
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import BELOW_1, InputError, UnsupportedError, check_number
 from gemopt.latency import FloatArray
 from gemopt.links import Exchange, Links
 from gemopt.problem import Problem
 from gemopt.profile import Profile
-from gemopt.solvers import get
-from gemopt.solvers.base import LinkedSolver, Options, Row
+from gemopt.solvers import get, that_can
+from gemopt.solvers.base import LinkedSolver, Options, Row, Solver
 from gemopt.solvers.exact.joint import check_stated
 from gemopt.solving.layers import Coupling, Layer
 from gemopt.solving.schedule import SCORE_SHARE, Run
@@ -27,11 +27,11 @@ from gemopt.traces import Traces
 LAYER_SHARE = 0.4  # of the time goes to the layers one by one
 
 
-def go_coupled(run: Run, links: Links) -> float:
+def go_coupled(run: Run, links: Links, compute_slack: float | None = None) -> float:
     """Solve a run, and couple its layers; returns a bound on the total.
 
     On return every layer has its answer, and the run its `coupling`. Solvers that do not heed links are only scored
-    with them.
+    with them. compute_slack: as in `gemopt.solve`.
     """
     limit, heeds, begin = run.time_limit, run.solver.supports.links, time.monotonic()
     problems = [layer.problem for layer in run.layers]
@@ -44,7 +44,7 @@ def go_coupled(run: Run, links: Links) -> float:
     run.time_limit = now - run.clock + (LAYER_SHARE if heeds else 1.0) * left
     run.go()
     run.time_limit = limit
-    run.coupling = Coupling(links, bound_L, base_L)
+    run.coupling = Coupling(links, bound_L, base_L, compute_slack)
     return _together(run, links, run.clock + limit - kept) if heeds else 0.0
 
 
@@ -73,7 +73,9 @@ def _together(run: Run, links: Links, deadline: float) -> float:
         patience=run.patience,
         bound_us=sum(run.coupling.bound(n, layer.bound_us) for n, layer in enumerate(run.layers)),
         stop=run.interrupted.is_set,
+        compute_slack=run.coupling.compute_slack,
     )
+    run.coupling.alone = rows
     begin = time.monotonic()
     found = cast(LinkedSolver, run.solver).solve_linked(problems, links, rows, options)
     run.coupling.history = found.history
@@ -102,6 +104,22 @@ def links_of(
             raise InputError("exchange", repr(exchange), "says how tokens go over links", "give a topology")
         return None
     return Links.of(topology, traces, profile.num_ranks, profile=profile, exchange=exchange)
+
+
+def check_slack(compute_slack: float | None, links: Links | None, solver: Solver) -> None:
+    """Refuse a slack of compute without links between nodes to spare, or where the solver cannot spare them."""
+    if compute_slack is None:
+        return
+    check_number(
+        "compute_slack", compute_slack, "a fraction from 0 to below 1", "0.005 is half a per cent", most=BELOW_1
+    )
+    if links is None:
+        raise InputError("compute_slack", compute_slack, "is given up for fewer bytes between nodes", "give a topology")
+    if links.topology.num_nodes == 1:
+        raise InputError("compute_slack", compute_slack, "is given up for fewer bytes between nodes, and there is one")
+    if not solver.supports.fewest_bytes:
+        limit = f"{solver.name} cannot search for fewest bytes between nodes"
+        raise UnsupportedError("compute_slack", compute_slack, limit, f"use {' or '.join(that_can('fewest_bytes'))}")
 
 
 def refuse_with_links(topology: object, **asked: object) -> None:

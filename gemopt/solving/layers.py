@@ -99,13 +99,16 @@ class Layer:
 class Coupling:
     """What links add to a run whose layers were solved one by one; bound_L, base_L: [L] microseconds of the links.
 
-    bound_L: at least, whatever the placement. base_L: what they add under contiguous placement.
+    bound_L: at least, whatever the placement. base_L: what they add under contiguous placement. compute_slack: as in
+    `gemopt.solve`. alone: the rows that the layers had before they were coupled.
     """
 
     links: Links
     bound_L: FloatArray
     base_L: FloatArray
+    compute_slack: float | None = None
     history: list[Incumbent] = field(default_factory=list)
+    alone: list[Row] = field(default_factory=list)
 
     def bound(self, layer: int, compute_us: float) -> float:
         """Bound of a layer with its links from one without."""

@@ -78,10 +78,10 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
             start = given
             for some, some_links in (sample, (problems, links)):
                 if prelude is not None and start is given:
-                    before = _Layers(some, replace(some_links, even=prelude.even, _cache={}), start, stop)
+                    before = Layers(some, replace(some_links, even=prelude.even, _cache={}), start, stop)
                     before.settle(compute=prelude.compute)
                     start = before.rows()
-                search = _Layers(some, some_links, start, stop)
+                search = Layers(some, some_links, start, stop)
                 search.settle()
                 start = search.rows()
                 if stop[0] or some is problems or len(some[0].counts_TE) == len(problems[0].counts_TE):
@@ -93,7 +93,7 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
         _offer(found, problems, links, changed)
         if not options.expired():
             with options.alarm() as stop:
-                search = _Layers(problems, links, changed, stop)
+                search = Layers(problems, links, changed, stop)
                 search.settle()
             _offer(found, problems, links, search.rows())
     if options.expired():
@@ -139,7 +139,7 @@ def _kick(found: Linked, problems: Sequence[Problem], links: Links, options: Opt
     draws, idle, layer = seeded(options.seed, len(problems)), 0, 0
     while idle < patience * len(problems) and not stop[0]:
         kicked = _kicked(problems[layer], found.rows[layer], draws)
-        search = _Layers(problems, links, [*found.rows[:layer], kicked, *found.rows[layer + 1 :]], stop)
+        search = Layers(problems, links, [*found.rows[:layer], kicked, *found.rows[layer + 1 :]], stop)
         search.settle(only=layer)
         idle = 0 if _offer(found, problems, links, search.rows()) else idle + 1
         layer = (layer + 1) % len(problems)
@@ -148,12 +148,16 @@ def _kick(found: Linked, problems: Sequence[Problem], links: Links, options: Opt
 def _kicked(problem: Problem, row: Row, draws: np.random.Generator) -> Row:
     """A row with a few pairs of slots, drawn at random, in each other's place, as far as that may be."""
     for _ in range(KICK):
-        pair = draws.permutation(len(row))[:2]
-        tried = row.copy()
-        tried[pair] = row[pair[::-1]]
-        once = held(tried, problem.slots_per_rank, problem.num_experts).sum() == (row != EMPTY).sum()
-        row = tried if once and within_limits(problem, tried) else row
+        row = exchanged(problem, row, draws.permutation(len(row))[:2])
     return row
+
+
+def exchanged(problem: Problem, row: Row, pair: NDArray[np.int64]) -> Row:
+    """A row with two slots in each other's place; as it is where that may not be."""
+    tried = row.copy()
+    tried[pair] = row[pair[::-1]]
+    once = held(tried, problem.slots_per_rank, problem.num_experts).sum() == (row != EMPTY).sum()
+    return tried if once and within_limits(problem, tried) else row
 
 
 def _sampled(problems: Sequence[Problem], links: Links, seed: int) -> tuple[Sequence[Problem], Links]:
@@ -167,7 +171,7 @@ def _sampled(problems: Sequence[Problem], links: Links, seed: int) -> tuple[Sequ
     return [problem.select(chosen) for problem in problems], links.on(links.traces.steps(chosen))
 
 
-class _Layers:
+class Layers:
     """All layers under search. Items are what slots held at the beginning, see `streams`."""
 
     def __init__(self, problems: Sequence[Problem], links: Links, rows: Rows, stop: NDArray[np.uint8]) -> None:

@@ -46,10 +46,14 @@ class LocalSearch:
     """Descent by swaps and copies, then iterated local search."""
 
     name = "local-search"
-    supports = Supports(improves=True, moves=True, links=True, rules=True)
+    supports = Supports(improves=True, moves=True, links=True, fewest_bytes=True, rules=True)
 
     def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
         """All layers under makespans and links; see `LinkedSolver`."""
+        if options.compute_slack is not None:
+            from gemopt.solvers.search.fewest import search_fewest
+
+            return search_fewest(problems, links, rows, options)
         from gemopt.solvers.search.linked import search_linked
 
         return search_linked(problems, links, rows, options)
