@@ -1,6 +1,9 @@
 """Placements on two nodes: search that heeds links against search that does not, MoETuner, and contiguous placement.
 
 python benchmarks/topology.py TOKENS.npz [--layers 8:14] [--limit 12] [--moetuner 120] [--cases 0,1,...]
+    [--rows blind,most]
+
+--rows: only placements whose name holds one of these words.
 
 TOKENS.npz: routing of gpt-oss-20b token by token (`ids` [tokens, 24, 4], `req_start`), from github.com/AmanPriyanshu/
 GPT-OSS-MoE-ExpertFingerprinting. Decode: requests cut into stretches of 128 tokens, 512 at a time, one token each.
@@ -100,8 +103,8 @@ def fewest_bytes(start: Placement, cost: CostModel, given: Traces, links: Links)
     return start.model_copy(update={"physical_to_logical": np.stack(search.rows())})
 
 
-def run(case: Case, path: str, layers: slice, limit: float, moetuner: float) -> None:
-    """Print the rows of one case."""
+def run(case: Case, path: str, layers: slice, limit: float, moetuner: float, rows: list[str]) -> None:
+    """Print the rows of one case whose name holds one of these words."""
     given, held = traces_of(path, case, layers).split(0.5)
     profile, topology = profile_of(case.ranks), named(f"2x{case.ranks // 2}-ib400")
     cost = fit(profile, model="staircase")[0]
@@ -131,6 +134,8 @@ def run(case: Case, path: str, layers: slice, limit: float, moetuner: float) -> 
         f"moetuner, {moetuner / 6:g} s": ours(moetuner / 6, solver="moetuner", **wired),
     }
     for name, place in table.items():
+        if not any(word in name for word in rows):
+            continue
         begin, cpu = time.monotonic(), _cpu()
         placement = place()
         seconds, cpu = time.monotonic() - begin, _cpu() - cpu
@@ -169,13 +174,14 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=12.0)
     parser.add_argument("--moetuner", type=float, default=120.0)
     parser.add_argument("--cases", default=",".join(map(str, range(len(CASES)))))
+    parser.add_argument("--rows", default="", type=lambda text: text.split(","))
     asked = parser.parse_args()
     low, high = map(int, asked.layers.split(":"))
     print(f"{stamp('numpy', 'numba')}; layers {low} to {high - 1}, {asked.limit:g} s, moetuner {asked.moetuner:g} s\n")
     heads = "G | workload | once per, senders | placement | steps | step us | compute us | links us | MB between nodes"
     print(f"| {heads} | MB through the fullest NIC | seconds | CPU s |\n" + "|---" * 12 + "|")
     for index in map(int, asked.cases.split(",")):
-        run(CASES[index], asked.tokens, slice(low, high), asked.limit, asked.moetuner)
+        run(CASES[index], asked.tokens, slice(low, high), asked.limit, asked.moetuner, asked.rows)
 
 
 if __name__ == "__main__":

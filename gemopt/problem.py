@@ -162,6 +162,11 @@ class Problem:
         return pack_shared(self.latencies)
 
     @cached_property
+    def weighed(self) -> dict[bytes, FloatArray]:
+        """Static weights that were found for rows, by their bytes; see `splits.weights`."""
+        return {}
+
+    @cached_property
     def equal_ranks(self) -> list[list[int]]:
         """Groups of ranks that have the same latency, slots and rules, so that swapping them changes nothing.
 

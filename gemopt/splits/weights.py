@@ -8,9 +8,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import Array, latency_value
+from gemopt.kernels import Array, latency_value, rank_loads
 from gemopt.latency import Curves, FloatArray
-from gemopt.splits.flow import Copies, IntArray, find_copies
+from gemopt.splits.flow import Copies, IntArray, Number, find_copies
 from gemopt.splits.optimal import feature_table
 from gemopt.splits.rules import even_weights
 
@@ -21,34 +21,58 @@ ROUNDS = 4
 LEAST_GAIN = 1e-4  # of a round over all experts
 GRID = 8  # shares of two copies that are tried first; then twice as fine around the best, so often:
 FINER = 4
+MOST_TABLED = 1 << 22  # latencies that are looked up
+MOST_KNOWN = 64  # rows of a problem whose weights are kept
+
+
+@njit(cache=True, nogil=True)
+def tabulate(curves: Curves, loads: int) -> Array:
+    """[G, loads] latency of every rank under each load of one feature."""
+    table_GN, room_F = np.empty((len(curves.num_terms), loads)), np.zeros(1)
+    for g in range(len(table_GN)):
+        for n in range(loads):
+            room_F[0] = n
+            table_GN[g, n] = latency_value(g, room_F, curves)
+    return table_GN
+
+
+@njit(cache=True, nogil=True, inline="always")
+def latency_of(curves: Curves, table_GN: Array, g: Number, load_F: Array) -> Number:
+    """Latency of a rank, out of the table if there is one."""
+    return table_GN[g, int(load_F[0])] if table_GN.shape[1] > 0 else latency_value(g, load_F, curves)
 
 
 @njit(cache=True, nogil=True)
 def cost_with(
-    curves: Curves, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array, table_FN: Array,
-    others_T: Array, weights_T: Array,
+    curves: Curves, table_GN: Array, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array,
+    table_FN: Array, others_T: Array, weights_T: Array, most: float,
 ) -> float:  # fmt: skip
-    """Weighted makespan when the copies of one expert end at these cumulative weights; see `static_shares`."""
+    """What the copies of one expert add to the other ranks' makespans when they end at these cumulative weights.
+
+    Weighted, see `static_shares`; some number above `most` where it is that much.
+    """
     room_F, total = np.empty(alone_TCF.shape[2]), 0.0
     for t in range(len(counts_T)):
         worst, before = others_T[t], 0
         for c in range(len(ranks_C)):
-            end = int(np.floor(counts_T[t] * ends_C[c] + 0.5))
+            end = int(counts_T[t] * ends_C[c] + 0.5)
             for f in range(len(room_F)):
                 room_F[f] = alone_TCF[t, c, f] + table_FN[f, end - before]
-            worst = max(worst, latency_value(ranks_C[c], room_F, curves))
+            worst = max(worst, latency_of(curves, table_GN, ranks_C[c], room_F))
             before = end
-        total += worst * weights_T[t]
+        total += (worst - others_T[t]) * weights_T[t]
+        if total > most:
+            break
     return total
 
 
 @njit(cache=True, nogil=True)
 def best_ends(
-    curves: Curves, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array, table_FN: Array,
-    others_T: Array, weights_T: Array,
+    curves: Curves, table_GN: Array, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array,
+    table_FN: Array, others_T: Array, weights_T: Array,
 ) -> None:  # fmt: skip
     """Move the ends of the copies' shares, one at a time, to where they cost least."""
-    best = cost_with(curves, counts_T, ranks_C, ends_C, alone_TCF, table_FN, others_T, weights_T)
+    best = cost_with(curves, table_GN, counts_T, ranks_C, ends_C, alone_TCF, table_FN, others_T, weights_T, np.inf)
     for c in range(len(ends_C) - 1):
         low = ends_C[c - 1] if c > 0 else 0.0
         high, kept = ends_C[c + 1], ends_C[c]
@@ -57,7 +81,9 @@ def best_ends(
             middle, size = (low, GRID) if level == 0 else (kept - width, 2)
             for n in range(size + 1):
                 ends_C[c] = min(high, max(low, middle + n * width))
-                cost = cost_with(curves, counts_T, ranks_C, ends_C, alone_TCF, table_FN, others_T, weights_T)
+                cost = cost_with(
+                    curves, table_GN, counts_T, ranks_C, ends_C, alone_TCF, table_FN, others_T, weights_T, best
+                )
                 if cost < best:
                     best, kept = cost, ends_C[c]
             width *= 0.5
@@ -67,6 +93,7 @@ def best_ends(
 @njit(cache=True, nogil=True)
 def improve_weights(
     curves: Curves,
+    table_GN: Array,
     counts_TE: NDArray[Any],
     copies: Copies,
     ends_C: Array,
@@ -76,37 +103,36 @@ def improve_weights(
 ) -> float:
     """One round over the experts with several copies; brings `ends_C` and `load_TGF` up to date, returns the cost."""
     steps, num_ranks, features = load_TGF.shape
-    others_T, room_F, total = np.empty(steps), np.empty(features), 0.0
+    others_T, time_TG, total = np.empty(steps), np.empty((steps, num_ranks)), 0.0
+    for t in range(steps):
+        for g in range(num_ranks):
+            time_TG[t, g] = latency_of(curves, table_GN, g, load_TGF[t, g])
     for r in range(len(copies.experts)):
         first, last = copies.first[r], copies.first[r + 1]
-        ranks_C, mine_C, counts_T = copies.rank[first:last], ends_C[first:last], counts_TE[:, copies.experts[r]]
+        ranks_C, mine_C, counts_T = copies.rank[first:last], ends_C[first:last], counts_TE[:, copies.experts[r]].copy()
         alone_TCF, hosts = np.empty((steps, last - first, features)), np.zeros(num_ranks, np.bool_)
         hosts[ranks_C] = True
         for t in range(steps):
-            others_T[t], before = -np.inf, 0
+            others_T[t], before = 0.0, 0
             for g in range(num_ranks):
                 if not hosts[g]:
-                    others_T[t] = max(others_T[t], latency_value(g, load_TGF[t, g], curves))
+                    others_T[t] = max(others_T[t], time_TG[t, g])
             for c in range(last - first):
-                end = int(np.floor(counts_T[t] * mine_C[c] + 0.5))
+                end = int(counts_T[t] * mine_C[c] + 0.5)
                 for f in range(features):
                     alone_TCF[t, c, f] = load_TGF[t, ranks_C[c], f] - table_FN[f, end - before]
                 before = end
-        best_ends(curves, counts_T, ranks_C, mine_C, alone_TCF, table_FN, others_T, weights_T)
+        best_ends(curves, table_GN, counts_T, ranks_C, mine_C, alone_TCF, table_FN, others_T, weights_T)
         for t in range(steps):
             before = 0
             for c in range(last - first):
-                end = int(np.floor(counts_T[t] * mine_C[c] + 0.5))
+                end, g = int(counts_T[t] * mine_C[c] + 0.5), ranks_C[c]
                 for f in range(features):
-                    load_TGF[t, ranks_C[c], f] = alone_TCF[t, c, f] + table_FN[f, end - before]
+                    load_TGF[t, g, f] = alone_TCF[t, c, f] + table_FN[f, end - before]
+                time_TG[t, g] = latency_of(curves, table_GN, g, load_TGF[t, g])
                 before = end
     for t in range(steps):
-        worst = -np.inf
-        for g in range(num_ranks):
-            for f in range(features):
-                room_F[f] = load_TGF[t, g, f]
-            worst = max(worst, latency_value(g, room_F, curves))
-        total += worst * weights_T[t]
+        total += time_TG[t].max() * weights_T[t]
     return total
 
 
@@ -116,6 +142,17 @@ def static_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
     Found by descent from even ones: one boundary between two copies at a time, under the true objective. They carry
     the speeds of the ranks. Never dearer than even weights.
     """
+    known, key = problem.weighed, row_P.tobytes()
+    found_P = known.get(key)
+    if found_P is None:
+        found_P = _found_weights(problem, row_P)
+        if len(known) >= MOST_KNOWN:
+            known.clear()
+        known[key] = found_P
+    return found_P.copy()
+
+
+def _found_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
     from gemopt.evaluate import loads
 
     weights_P = even_weights(row_P, problem.num_experts)
@@ -128,9 +165,15 @@ def static_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
         [np.cumsum(weights_P[copies.slot[a:b]]) for a, b in zip(copies.first, copies.first[1:], strict=False)]
     )
     ends_C[copies.first[1:] - 1] = 1.0
+    most_TGF = rank_loads(problem.features_FTE, row_P.astype(np.int64), problem.rank_of_slot, problem.num_ranks)
+    size = int(most_TGF.max()) + 1  # if ranks took all of every expert that they hold
+    tabled = len(table_FN) == 1 and size * problem.num_ranks <= MOST_TABLED
+    table_GN = tabulate(problem.curves, size if tabled else 0)
     before = np.inf
     for _ in range(ROUNDS):
-        cost = improve_weights(problem.curves, problem.counts_TE, copies, ends_C, load_TGF, table_FN, problem.weights_T)
+        cost = improve_weights(
+            problem.curves, table_GN, problem.counts_TE, copies, ends_C, load_TGF, table_FN, problem.weights_T
+        )
         if cost > before * (1 - LEAST_GAIN):
             break
         before = cost

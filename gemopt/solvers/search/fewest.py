@@ -1,9 +1,9 @@
 """Fewest bytes between nodes among placements that compute hardly longer than one that heeds no links.
 
-Descents from that placement lower bytes, with makespans weighed against them more and less. Then the last one about as
-good as the best is kicked, a few slots of one layer on different nodes change places, and descends again: makespans
-weigh a little more where they came out too long, else a little less. All bytes between nodes count as much as those
-through the fullest port there.
+Descents from that placement lower bytes, with makespans weighed against them more and less. Then the best, or what is
+as good, is kicked, a few slots of one layer on different nodes change places, and descends again: makespans weigh a
+little more where they came out too long, else a little less. All bytes between nodes count as much as those through
+the fullest port there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from gemopt.topology import Level
 WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of all makespans against all bytes, in the first descents
 DRIFT = 1.15  # of the weight, from kick to kick
 MOST_PAIRS = 3  # of slots that a kick exchanges
-WORSE = 0.01  # than the best: from where it is still kicked
 PATIENCE = 10  # kicks per layer without gain, for each one of `Options.patience`
 
 
@@ -45,7 +44,7 @@ def search_fewest(problems: Sequence[Problem], links: Links, rows: list[Row], op
 
 
 class _Fewest:
-    """The search: the best, and a base that may be a little worse, with its makespans by layer."""
+    """The search: what was found, the last rows that were as good, and their makespans by layer."""
 
     def __init__(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> None:
         assert options.compute_slack is not None
@@ -98,8 +97,9 @@ class _Fewest:
         if sum(compute_L) > self.most_us:
             return False
         value = float((self._sent(rows)[self.first > 0] / self.first[self.first > 0]).sum())
-        if value <= self.least * (1 + WORSE):
-            self.base, self.compute_L = rows, compute_L
+        if value > self.least:
+            return True
+        self.base, self.compute_L = rows, compute_L
         if value < self.least:
             self.least, self.idle = value, 0
             self.found.rows, self.found.total_us = rows, linked_total(self.problems, rows, self.links)
