@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from gemopt.documents import Document
 from gemopt.exceptions import InputError
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, (bool, str)):
+        raise PydanticCustomError("number", "input should be a whole number")
+    return value
+
+
+Number = Annotated[int, BeforeValidator(_number)]
 
 
 class Rule(BaseModel):
@@ -16,47 +26,47 @@ class Rule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layers: list[int] | None = Field(default=None, min_length=1)
+    layers: list[Number] | None = Field(default=None, min_length=1)
 
 
 class Pinned(Rule):
     """The experts are on these ranks only."""
 
-    experts: list[int] = Field(min_length=1)
-    ranks: list[int] = Field(min_length=1)
+    experts: list[Number] = Field(min_length=1)
+    ranks: list[Number] = Field(min_length=1)
 
 
 class KeptOff(Rule):
     """The experts are on none of these ranks."""
 
-    experts: list[int] = Field(min_length=1)
-    ranks: list[int] = Field(min_length=1)
+    experts: list[Number] = Field(min_length=1)
+    ranks: list[Number] = Field(min_length=1)
 
 
 class Reserved(Rule):
     """The ranks hold none but these experts, as a slow tier would."""
 
-    ranks: list[int] = Field(min_length=1)
-    experts: list[int] = Field(min_length=1)
+    ranks: list[Number] = Field(min_length=1)
+    experts: list[Number] = Field(min_length=1)
 
 
 class Apart(Rule):
     """No rank holds two of the experts."""
 
-    experts: list[int] = Field(min_length=2)
+    experts: list[Number] = Field(min_length=2)
 
 
 class Together(Rule):
     """One rank, or one node, holds all of the experts, and no other holds any: on a rank they have no copies."""
 
-    experts: list[int] = Field(min_length=1)
+    experts: list[Number] = Field(min_length=1)
     on: Literal["rank", "node"] = "rank"
 
 
 class Groups(Rule):
     """The experts are `num_groups` groups of equally many neighbours (`n_group` of DeepSeek), each on one node."""
 
-    num_groups: int = Field(ge=1)
+    num_groups: Number = Field(ge=1)
 
 
 class Rules(Document):

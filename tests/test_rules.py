@@ -225,6 +225,14 @@ WRONG = {
     "groups that do not divide": ({"groups": [{"num_groups": 3}]}, "one node; ranks on several nodes"),
     "one expert apart": ({"apart": [{"experts": [1]}]}, "apart"),
     "an expert twice": ({"apart": [{"experts": [1, 1]}]}, "Rules.apart[0].experts: got [1, 1]; numbers from 0"),
+    "true for an expert": (
+        {"pinned": [{"experts": [True], "ranks": [0]}]},
+        "experts.0: got True; input should be a whole",
+    ),
+    "text for a rank": (
+        {"pinned": [{"experts": [1], "ranks": ["0"]}]},
+        "ranks.0: got 0; input should be a whole number",
+    ),
     "a negative rank": ({"kept_off": [{"experts": [1], "ranks": [-1]}]}, "Rules.kept_off[0].ranks: got [-1]"),
     "an unknown kind": ({"far": []}, "far"),
     "an unknown key": ({"apart": [{"experts": [0, 1], "rank": 1}]}, "rank"),
