@@ -106,11 +106,9 @@ class Placement(Document):
             return
         table_LP = self.physical_to_logical
         if weights_LP.shape != table_LP.shape or (weights_LP < 0).any():
-            raise InputError(
-                "Placement.split_weights",
-                f"shape {weights_LP.shape}",
-                f"weights >= 0 of shape {table_LP.shape}",
-            )
+            same = weights_LP.shape == table_LP.shape
+            got = float(weights_LP.min()) if same else f"shape {weights_LP.shape}"
+            raise InputError("Placement.split_weights", got, f"weights >= 0 of shape {table_LP.shape}")
         for row, weights in zip(table_LP, weights_LP, strict=True):
             held = row != EMPTY
             sums = np.bincount(row[held], weights=weights[held], minlength=self.num_experts)

@@ -83,7 +83,7 @@ BAD_PLACEMENTS: list[tuple[dict[str, Any], str]] = [
     ({"split_weights": [[1, 1, 1, HUGE]]}, "split_weights"),
     ({"split_weights": [[1, 1, 1, "1"]]}, "split_weights"),
     ({"split_weights": [[1, 1, 1, 0.5]]}, "copies of expert 3 must sum to 1"),
-    ({"split_weights": [[1, 1, 1, -1]]}, "split_weights"),
+    ({"split_weights": [[1, 1, 1, -1]]}, "split_weights: got -1.0; weights >= 0"),
     ({"device_uuids": ["a"]}, "device_uuids"),
     ({"nonsense": 1}, "nonsense"),
     ({"self": 1}, "self"),

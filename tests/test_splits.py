@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, pack, tiles
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.splits import shares, static_shares
+from gemopt.splits import shares, static_shares, weights
 from gemopt.splits.flow import held_within, level
 from gemopt.splits.optimal import TABLE_LIMIT
 from gemopt.splits.rules import nearest_copies
@@ -168,8 +169,7 @@ def test_static_weights_are_never_dearer_than_even_ones_and_shares_add_up(case) 
     problem, row = case
     even = Problem.make(problem.counts_TE, problem.features, problem.latencies, [2, 2, 2])
     static = Problem.make(problem.counts_TE, problem.features, problem.latencies, [2, 2, 2], split=Split.STATIC)
-    weights = static_weights(static, row)
-    sums = np.bincount(row[row >= 0], weights=weights[row >= 0])
+    sums = np.bincount(row[row >= 0], weights=static_weights(static, row)[row >= 0])
     assert sums == pytest.approx(np.ones(problem.num_experts))
     rounded = (rank_times(even, row, (row >= 0) / np.maximum(np.bincount(row[row >= 0])[row], 1)).max(axis=1)).sum()
     assert objective(static, row) <= rounded + 1e-9
@@ -178,6 +178,19 @@ def test_static_weights_are_never_dearer_than_even_ones_and_shares_add_up(case) 
         assert (taken >= 0).all() and (taken[:, row < 0] == 0).all()
         for expert in range(problem.num_experts):
             assert (taken[:, row == expert].sum(axis=1) == problem.counts_TE[:, expert]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases("rising"))
+def test_static_weights_are_the_same_where_latencies_are_not_looked_up(case) -> None:
+    problem, row = case
+    found = []
+    for most in (weights.MOST_TABLED, 0):
+        static = Problem.make(problem.counts_TE, problem.features, problem.latencies, [2, 2, 2], split=Split.STATIC)
+        with mock.patch.object(weights, "MOST_TABLED", most):
+            static_weights(static, row)[:] = 2.0  # what is kept is not what is handed out
+            found.append(static_weights(static, row))
+    np.testing.assert_array_equal(*found)
 
 
 def test_static_weights_carry_the_speeds() -> None:

@@ -26,6 +26,7 @@ from gemopt.solvers.search.swaps import descend, iterate, total_cost
 from gemopt.splits import plain, shares
 
 EVEN_SHARE = 0.5  # of the time, for the even split
+SHARING_SHARE = 0.8  # the same where what follows goes on from its answer
 ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
 KICK_SWAPS = 2
@@ -78,9 +79,9 @@ class _Search(Best, ABC):
         if not self.descended:  # what was cut goes on where it ended
             self.warm = self.row
 
-    def even_row(self) -> Row:
-        """Where the descent under the even split ends, with its share of the time."""
-        deadline = time.monotonic() + EVEN_SHARE * self.options.remaining
+    def even_row(self, share: float) -> Row:
+        """Where the descent under the even split ends, with a share of the time."""
+        deadline = time.monotonic() + share * self.options.remaining
         options = replace(self.options, deadline=deadline, patience=0, begun=self.begun, bound_us=0.0)
         outcome = self.even(self.evenly, options, self.warm)
         self.begun = outcome.search
@@ -127,7 +128,7 @@ class _Spreading(_Search):
         self.spread = SpreadSearch(self.problem, state.content, draws)
         self.spread.take(self.spread.fill(self.spread.best, options.expired))
         if not options.expired():
-            self.spread.take(self.spread.looks.at(self.even_row()))
+            self.spread.take(self.spread.looks.at(self.even_row(EVEN_SHARE)))
         self.offer(self.spread.best.row)
 
     def improve(self) -> bool:
@@ -141,12 +142,11 @@ class _Sharing(_Search):
     """Any policy, from the placement that the even split has."""
 
     def begin(self) -> None:
-        even_row = self.even_row()
+        even_row = self.even_row(SHARING_SHARE)
+        self.offer(even_row)  # whatever the time: what there was before is no search's
+        if not self.options.expired():
+            self.offer(filled(self.problem, even_row))
         assert self.row is not None
-        for row in (even_row, filled(self.problem, even_row)):
-            if self.options.expired():
-                return
-            self.offer(row)
         self.settle(self.row)
 
     def settle(self, row: Row) -> None:
