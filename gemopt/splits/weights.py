@@ -18,22 +18,11 @@ if TYPE_CHECKING:
     from gemopt.problem import Problem
 
 ROUNDS = 4
-LEAST_GAIN = 1e-4  # of a round over all experts
+LEAST_GAIN = 5e-4  # of a round over all experts
 GRID = 8  # shares of two copies that are tried first; then twice as fine around the best, so often:
 FINER = 4
 MOST_TABLED = 1 << 22  # latencies that are looked up
 MOST_KNOWN = 64  # rows of a problem whose weights are kept
-
-
-@njit(cache=True, nogil=True)
-def tabulate(curves: Curves, loads: int) -> Array:
-    """[G, loads] latency of every rank under each load of one feature."""
-    table_GN, room_F = np.empty((len(curves.num_terms), loads)), np.zeros(1)
-    for g in range(len(table_GN)):
-        for n in range(loads):
-            room_F[0] = n
-            table_GN[g, n] = latency_value(g, room_F, curves)
-    return table_GN
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -168,7 +157,8 @@ def _found_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
     most_TGF = rank_loads(problem.features_FTE, row_P.astype(np.int64), problem.rank_of_slot, problem.num_ranks)
     size = int(most_TGF.max()) + 1  # if ranks took all of every expert that they hold
     tabled = len(table_FN) == 1 and size * problem.num_ranks <= MOST_TABLED
-    table_GN = tabulate(problem.curves, size if tabled else 0)
+    loads_N = np.arange(size if tabled else 0, dtype=np.float64)
+    table_GN = np.stack([latency([loads_N] * len(table_FN)) for latency in problem.latencies])
     before = np.inf
     for _ in range(ROUNDS):
         cost = improve_weights(
