@@ -35,6 +35,7 @@ def load() -> None:
         solve,
         trace,
         trace_import,
+        trace_regroup,
         verify,
         watch,
     )

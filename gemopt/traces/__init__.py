@@ -6,6 +6,7 @@ from gemopt.traces.document import SCHEMA_VERSION, Phase, Traces
 from gemopt.traces.files import IntArray
 from gemopt.traces.hidden import hidden_path, of_tokens, save_hidden, with_hidden
 from gemopt.traces.joining import concatenate
+from gemopt.traces.regrouping import regrouped
 from gemopt.traces.tokens import Tokens
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "hidden_path",
     "of_tokens",
     "one_hot",
+    "regrouped",
     "save_hidden",
     "with_hidden",
 ]
