@@ -23,7 +23,7 @@ from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.linked import Layers, exchanged
 from gemopt.topology import Level
 
-WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # of all makespans against all bytes, in the first descents
+WEIGHTS = (16.0, 8.0, 4.0, 2.0, 1.0, 0.5)  # of all makespans against all bytes, in the first descents
 DRIFT = 1.15  # of the weight, from kick to kick
 MOST_PAIRS = 3  # of slots that a kick exchanges
 PATIENCE = 10  # kicks per layer without gain, for each one of `Options.patience`
@@ -66,7 +66,8 @@ class _Fewest:
             return
         for weight in WEIGHTS:
             for even in (True, False):
-                self._descend(self.start, weight, stop, even=even)
+                if not stop[0]:
+                    self._descend(self.start, weight, stop, even=even)
         patience = DEFAULT_PATIENCE if self.options.patience is None else self.options.patience
         draws, weight, self.idle = seeded(self.options.seed, len(self.problems)), 1.0, 0
         while self.idle < patience * PATIENCE * len(self.problems) and not stop[0]:
