@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,9 @@ def regrouped(traces: Traces, times: int, *, seed: int = 0) -> Traces:
     for _ in range(times - 1):
         step_N = _dealt(traces, traces.tokens, draws)
         order = np.argsort(step_N, kind="stable")
-        arrays = {name: None if each is None else each[order] for name, each in vars(traces.tokens).items()}
+        arrays: dict[str, Any] = {
+            name: None if each is None else each[order] for name, each in vars(traces.tokens).items()
+        }
         records.append(Tokens(**{**arrays, "step_of_token": step_N[order]}))
     tokens, steps = join(records, [traces.num_steps] * times), traces.num_steps * times
     found = replace(
