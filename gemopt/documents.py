@@ -190,7 +190,7 @@ class Document(Settings):
         except InputError as error:
             found, way_out = foreign.of_object(data)
             name = re.sub("(?!^)(?=[A-Z])", " ", cls.__name__).lower()
-            if found and found.removeprefix("an ").removeprefix("a ") != f"{name} of gemopt":
+            if found and foreign.kind(found) != name:
                 needed = f"{name} are needed" if name.endswith("s") else f"a {name} is needed"
                 raise InputError(str(path), found, needed, way_out) from None
             error.args = (f"{path}: {error}",)

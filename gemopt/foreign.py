@@ -30,6 +30,7 @@ _OBJECTS = (
     ({"pinned", "kept_off", "apart"}, "rules of gemopt", SWAPPED),
     ({"timeline", "baseline_us"}, "a replay result of gemopt", SWAPPED),
     ({"recommended", "strategies"}, "an advice of gemopt", SWAPPED),
+    ({"profile", "traces", "solver"}, "a job of gemopt", "gemopt run reads it"),
     ({"physical_to_logical_map"}, "a placement of SGLang", IMPORT_PLACEMENT),
     ({"moe_layer_count", "layer_list"}, "a placement of vllm-ascend", IMPORT_PLACEMENT),
     ({"logical_count"}, "statistics of SGLang", IMPORT_TRACES),
@@ -37,7 +38,13 @@ _OBJECTS = (
     ({"model_type"}, "the config.json of a network", "--model takes its folder"),
 )
 
-_OWN = {name for _, name, _ in _OBJECTS if name.endswith("of gemopt")}
+OURS = " of gemopt"
+_OWN = {name for _, name, _ in _OBJECTS if name.endswith(OURS)}
+
+
+def kind(found: str) -> str:
+    """The bare word of what was found: "placement" of "a placement of gemopt"."""
+    return found.removesuffix(OURS).removeprefix("an ").removeprefix("a ")
 
 
 def of_object(data: Mapping[Any, Any]) -> tuple[str, str]:

@@ -21,6 +21,7 @@ from gemopt.cli.options import (
     TracesPath,
     load_traces,
 )
+from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
@@ -78,18 +79,12 @@ def advise_command(
 ) -> int:
     """Say what pays on these devices and this traffic: placing once, copies, following, duplicating, or nothing."""
     from gemopt.advise import advise
-    from gemopt.documents import check_writable
     from gemopt.exceptions import InputError
     from gemopt.profile import Profile
 
-    if output is not None:
-        check_writable(output)
-    if plot is not None:
-        from gemopt.plotting import check_picture
-
-        check_picture(plot)
-        if not sweep:
-            raise InputError("--plot", str(plot), "the map needs the sweep", "leave --no-sweep out")
+    check_outputs(("--output", output, "advice"), ("--plot", plot, ""))
+    if plot is not None and not sweep:
+        raise InputError("--plot", str(plot), "the map needs the sweep", "leave --no-sweep out")
     if not 0 <= memory <= 1e6:
         raise InputError("--memory", memory, "GB from 0 to 1e6")
     measured = Profile.load(profile)

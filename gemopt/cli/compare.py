@@ -30,6 +30,7 @@ from gemopt.cli.options import (
     parse_slots,
     whole_or_nothing,
 )
+from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
@@ -80,7 +81,6 @@ def compare_command(
     """
     from gemopt.compare import DEFAULT_SOLVERS, compare
     from gemopt.exceptions import MissingPackageError
-    from gemopt.plotting import check_picture
     from gemopt.profile import Profile
     from gemopt.solvers import get
     from gemopt.solving.fronts import check_request
@@ -92,8 +92,7 @@ def compare_command(
     check_request(current, moves)
     if expert_bytes is not None and not moves:
         raise InputError("--expert-bytes", expert_bytes, "moves are weighed with --moves", "add --current and --moves")
-    if plot is not None:
-        check_picture(plot)
+    check_outputs(("--plot", plot, ""))
     options: dict[str, Any] = {
         "time_limit": time_limit,
         "seed": seed,

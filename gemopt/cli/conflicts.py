@@ -9,6 +9,7 @@ import typer
 
 from gemopt.cli.app import app, examples, print_json, tell
 from gemopt.cli.options import AsJson, PhaseName, Task, TracesPath, load_traces
+from gemopt.cli.outputs import check_outputs
 
 
 @app.command("conflicts", epilog=examples("gemopt conflicts traces.safetensors --layer 12 --plot layer12.png"))
@@ -29,6 +30,7 @@ def conflicts_command(
     from gemopt.conflicts import as_dict, conflict_graph, plot_conflicts, summary
     from gemopt.exceptions import InputError
 
+    check_outputs(("--plot", plot, ""))
     loaded = load_traces(traces, task, phase)
     if layer is not None and layer not in loaded.layer_ids:
         raise InputError("--layer", layer, f"layers of these traces: {', '.join(map(str, loaded.layer_ids))}")

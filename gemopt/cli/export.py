@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, notice, placement_app, print_json, say, show, tell
+from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
@@ -57,6 +58,8 @@ def export(
     given = [(placement, None)] if decode is None else [(placement, "prefill"), (decode, "decode")]
     if decode is not None and to in PERMUTED:
         raise InputError("--decode", str(decode), "one placement per checkpoint", "export the two one after the other")
+    if to not in PERMUTED:
+        check_outputs(*(("--output", _named(output, role), "") for _, role in given))
     prepare = _preparer(
         to, ep=ep, num_hidden_layers=num_hidden_layers, approximate_it=approximate, profile=profile, traces=traces,
         devices=devices,
@@ -273,6 +276,7 @@ def import_placement(
     from gemopt.formats.layers import parse_layers
     from gemopt.formats.registry import import_placement as read
 
+    check_outputs(("--output", output, "placement"), read=[("the engine", path)])
     notes: list[str] = []
     facts = Facts(
         notes=notes,

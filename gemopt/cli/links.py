@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemopt.cli.app import app, console, examples, print_json
+from gemopt.cli.outputs import check_outputs
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def topology_command(
 
     if once_per is not None and once_per not in ONCE_PER:
         raise InputError("--once-per", once_per, f"one of {', '.join(ONCE_PER)}")
+    check_outputs(("--output", output, "topology"), read=[("the source", Path(source))])
     found = read_links(source, like=like, inside=inside, where=where or (), token_bytes=token_bytes, once_per=once_per)
     if output is not None:
         found.save(output)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gemopt.cli.app import examples, print_json, profile_app, say, tell
+from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
@@ -73,8 +74,7 @@ def profile(
             raise InputError("--output", "", "this option is needed", "see gemopt profile --help")
         if sweep not in ("surface", "load"):
             raise InputError("--sweep", sweep, "surface or load")
-        if not output.parent.is_dir():
-            raise InputError("--output", str(output), "a file in an existing folder")
+        check_outputs(("--output", output, "profile"), ("--plot", plot, ""))
         from gemopt.profiling.profiler import Profiler
 
         rank = _rank(group, source, options, block_ms, seconds)
@@ -149,17 +149,10 @@ def _rank(group: Any, source: dict[str, Any], options: dict[str, Any], block_ms:
 
 
 def _plot(profile: Any, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from gemopt.documents import replacing
+    from gemopt.plotting import save
     from gemopt.profiling.plots import plot_profile
 
-    suffix = path.suffix.lstrip(".").lower()
-    if suffix not in ("png", "svg", "pdf"):
-        raise InputError("--plot", str(path), "a file ending in .png, .svg or .pdf")
-    with replacing(path) as stream:
-        plot_profile(profile).figure.savefig(stream, format=suffix)
+    save(plot_profile(profile), path)
 
 
 def _report(profile: Any, output: Path, *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from gemopt.cli.app import examples, notice, print_json, profile_app, say, warn
 from gemopt.cli.options import AsJson
+from gemopt.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile
@@ -56,11 +57,10 @@ def import_table(
     as_json: AsJson = False,
 ) -> None:
     """Turn a kernel table into a profile, or into a cluster of equal or differing devices."""
-    from gemopt.documents import check_writable
     from gemopt.exceptions import InputError
     from gemopt.formats.kernel_table import Unit, equal, read_fleet, read_table, what_if
 
-    check_writable(output)
+    check_outputs(("--output", output, "profile"), read=[("the table", table), ("--speeds", speeds)])
     if unit is not None and unit not in list(Unit):
         raise InputError("--unit", unit, f"one of {', '.join(Unit)}")
     notes: list[str] = []

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import console, examples, print_json, profile_app
-from gemopt.documents import check_writable
+from gemopt.cli.outputs import check_outputs
 from gemopt.exceptions import InputError
 
 
@@ -26,7 +26,7 @@ def profile_links(
     """Measure links: all-to-all within nodes and between them. Start with torchrun, one process per rank."""
     if least >= most:
         raise InputError("--max-bytes", most, f"more than --min-bytes {least}")
-    check_writable(output)
+    check_outputs(("--output", output, "topology"))
     from gemopt.profiling.links import measure_links
 
     sizes = [least]

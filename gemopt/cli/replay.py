@@ -21,6 +21,7 @@ from gemopt.cli.options import (
     load_traces,
     parse_slots,
 )
+from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
@@ -85,7 +86,6 @@ def replay_command(
     as_json: AsJson = False,
 ) -> int:
     """Judge strategies on recorded traffic: who follows it, at which makespan, with how many moves."""
-    from gemopt.documents import check_writable
     from gemopt.profile import Profile
     from gemopt.replay import STRATEGIES, Schedule, replay
     from gemopt.replay.strategies import make
@@ -93,12 +93,7 @@ def replay_command(
     names = list(STRATEGIES) if strategies is None else [name.strip() for name in strategies.split(",")]
     make(names)
     schedule = Schedule.parse(event or [])
-    if output is not None:
-        check_writable(output)
-    if plot is not None:
-        from gemopt.plotting import check_picture
-
-        check_picture(plot)
+    check_outputs(("--output", output, "replay result"), ("--plot", plot, ""))
     measured = Profile.load(profile)
     migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
     chosen = _traffic(load_traces(traces, task, phase, hidden), plan)

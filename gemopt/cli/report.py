@@ -9,6 +9,7 @@ import typer
 
 from gemopt.cli.app import app, examples, print_json, say, typed
 from gemopt.cli.options import AsJson, PhaseName, SendersName, Task, select_steps
+from gemopt.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
     from gemopt.traces import Traces
@@ -40,10 +41,9 @@ def report_command(
     as_json: AsJson = False,
 ) -> int:
     """One self-contained page about a placement: what it gains, what is proven, who waits for whom."""
-    from gemopt.documents import check_writable
     from gemopt.report import report
 
-    check_writable(output)
+    check_outputs(("--output", output, ""))
 
     def choose(given: Traces) -> Traces:
         return select_steps(given, task, phase)

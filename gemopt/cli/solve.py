@@ -60,6 +60,7 @@ from gemopt.cli.options import (
     parse_slots,
     whole_or_nothing,
 )
+from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import layers_shown
 
 if TYPE_CHECKING:
@@ -123,15 +124,15 @@ def solve_command(
     as_json: AsJson = False,
 ) -> int:
     """Place the experts: profile and traces in, placement out."""
-    from gemopt.documents import check_writable
     from gemopt.profile import Profile
     from gemopt.result import Status
     from gemopt.solve import DEFAULT_TIME_LIMIT, solve
 
     exchange = parse_exchange(topology, once_per, tokens_from, token_bytes, overlap)
-    for path in (output, result_path, certificate):
-        if path is not None:
-            check_writable(path)
+    check_outputs(
+        ("--output", output, "placement"), ("--result", result_path, "result"),
+        ("--certificate", certificate, "certificate"),
+    )  # fmt: skip
     limit_s = DEFAULT_TIME_LIMIT if time_limit is None else time_limit
     with whole_or_nothing(threads):
         chosen = load_traces(traces, task, phase)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -14,7 +16,7 @@ def stacked(table: Table, console: Console) -> RenderableType | None:
         column.no_wrap = True
     if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
         return None
-    heads = [_plain(column.header).split("\n") for column in table.columns]
+    heads = [_name_and_unit(_plain(column.header)) for column in table.columns]
     rows = [list(column.cells) for column in table.columns]
     parts: list[RenderableType] = [] if table.title is None else [Text(_plain(table.title))]
     for number, row in enumerate(table.rows):
@@ -24,11 +26,17 @@ def stacked(table: Table, console: Console) -> RenderableType | None:
             if value:
                 words.append("\u00a0".join([head[0], value, *head[1:]]).replace(" ", "\u00a0"))
         parts.append(Text(_plain(rows[0][number]), style=row.style or ""))
-        if words:
-            parts.append(Padding(Text("  ".join(words), style=row.style or ""), (0, 0, 0, 2)))
+        if words:  # rich breaks lines at a non-breaking space as well
+            lines = textwrap.fill("  ".join(words), console.width - 2, break_on_hyphens=False)
+            parts.append(Padding(Text(lines, style=row.style or ""), (0, 0, 0, 2)))
     if table.caption is not None:
         parts.append(Text(_plain(table.caption)))
     return Group(*parts)
+
+
+def _name_and_unit(head: str) -> list[str]:
+    """Of a head of two lines the last word is the unit: "held", "out %"."""
+    return head.replace("\n", " ").rsplit(" ", 1) if "\n" in head else [head]
 
 
 def _plain(value: object) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import examples, print_json, say, trace_app
+from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 
 
@@ -49,6 +50,7 @@ def import_command(
     from gemopt.formats.layers import parse_layers
     from gemopt.traces import Phase
 
+    check_outputs(("--output", output, "traces"), read=[("a recording", path) for path in paths])
     options = TraceOptions(
         num_ranks=ep,
         num_experts=num_experts,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import signal
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemopt.cli.app import app, examples, say, warn
+from gemopt.cli.outputs import check_outputs
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
@@ -59,16 +59,21 @@ def watch(
     from gemopt.online.sole import sole
     from gemopt.online.watch import Actions, Watch
 
-    if once and not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
+        raise InputError("folder", str(folder), "a folder of numbered traces or of an engine's dumps, no file")
+    if once and not folder.exists():
         raise InputError("folder", str(folder), "a folder that is there for one look", "leave out --once to wait")
     target = output or placement
     exports = _exports(target, to or [])
-    written = [("--output", target), ("--state", state), *((f"--to {name}", path) for name, path in exports)]
-    _check_files(
-        written, [("--profile", profile), ("--rules", rules), ("--policy", policy), ("--placement", placement)]
-    )
+    written = [
+        ("--placement" if target == placement else "--output", target, "placement"),
+        ("--state", state, "traces"),  # begins as they do; what is no state is refused when it is read
+        *((f"--to {name}", path, "") for name, path in exports),
+    ]
+    read = [("--profile", profile), ("--rules", rules), ("--policy", policy), ("--placement", placement)]
+    check_outputs(*written, read=read)
     with ExitStack() as held:
-        for _, path in written:
+        for _, path, _ in written:
             if path is not None:
                 held.enter_context(sole(path))
         controller = _controller(profile, placement, rules, senders, policy)
@@ -98,20 +103,6 @@ def watch(
 
 def _log(text: str) -> None:
     (warn if text.startswith("warning") else say)(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}")
-
-
-def _check_files(written: Sequence[tuple[str, Path | None]], read: Sequence[tuple[str, Path | None]]) -> None:
-    """Refuse what cannot be written, and two options of one file; the placement is both read and written."""
-    from gemopt.documents import check_writable
-
-    taken = {os.path.realpath(path): name for name, path in read if path is not None}
-    for name, path in written:
-        if path is None:
-            continue
-        check_writable(path)
-        other = taken.setdefault(os.path.realpath(path), name)
-        if other != name and (name, other) != ("--output", "--placement"):
-            raise InputError(name, str(path), f"also the file of {other}", "give each its own")
 
 
 def _words(command: str | None) -> Sequence[str]:

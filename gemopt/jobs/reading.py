@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+from gemopt import foreign
 from gemopt.documents import read_json
 from gemopt.exceptions import InputError, missing
 from gemopt.formats.files import bounded_yaml
@@ -34,6 +35,9 @@ def read_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
     found = read_json(source) if source.suffix == ".json" else bounded_yaml(source)
     if not isinstance(found, dict):
         raise InputError(str(path), type(found).__name__, "keys and values of a job", "see examples/jobs")
+    other = foreign.of_object(found)[0]
+    if other and foreign.kind(other) != "job":
+        raise InputError(str(path), other, "a job is needed", "see examples/jobs")
     for each in overrides:
         _override(found, each)
     for key, known in _unknown(found, Job):

@@ -1,0 +1,41 @@
+"""Files that a command will write, looked at before it works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemopt import foreign
+from gemopt.documents import check_writable
+from gemopt.exceptions import InputError
+
+Named = tuple[str, Path | None]
+"""An option, and the file given with it."""
+
+
+def check_outputs(*written: tuple[str, Path | None, str], read: Sequence[Named] = ()) -> None:
+    """Refuse what cannot be written, two options of one file, and a file that another kind of document would replace.
+
+    Parameters
+    ----------
+    written
+        Option, its file, and what it will hold: "placement", "traces", ...; "" for what is no document of gemopt.
+    read
+        Files that the command reads, none of which it may write.
+    """
+    taken = {os.path.realpath(path): option for option, path in read if path is not None}
+    for option, path, kind in written:
+        if path is None:
+            continue
+        if option == "--plot":
+            from gemopt.plotting import check_picture
+
+            check_picture(path)
+        check_writable(path)
+        other = taken.setdefault(os.path.realpath(path), option)
+        if other != option:
+            raise InputError(option, str(path), f"also the file of {other}", "give each its own")
+        found = foreign.of_file(path)[0]
+        if found.endswith(foreign.OURS) and foreign.kind(found) != kind:
+            raise InputError(option, str(path), f"it is {found}, which would be lost", "give another name")
