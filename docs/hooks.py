@@ -75,7 +75,7 @@ def _command(words: tuple[str, ...], command: Any) -> Iterator[str]:
         name = " ".join(("gemopt", *words))
         yield f"\n## {name}\n\n{(command.help or '').strip()}\n"
         lines = [line.strip() for line in (command.epilog or "").split("\n\n")[1:]]
-        yield "\n".join(["```console", *(f"$ {line}" for line in lines), "```", "", "| | | |", "|---|---|---|"])
+        yield "\n".join(["```console", *(f"$ {line}" for line in lines), "```", "", "| option | | |", "|---|---|---|"])
         for parameter in command.params:
             if parameter.name not in ("help", "quiet", "verbose"):
                 yield _row(parameter)
