@@ -240,24 +240,6 @@ def batches(layers: Iterable[int], bytes_NG: Sequence[NDArray[Any]], limit_bytes
     return found
 
 
-def match_ranks(before_P: IntArray, wanted_P: IntArray, slots_per_rank: IntArray, groups: Sequence[int]) -> IntArray:
-    """[G] which wanted rank each rank should play, so that most experts stay, among ranks of equal group.
-
-    Ranks of one group must be interchangeable (equal latency). Only ranks with equal slots are exchanged.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    num_experts = int(max(before_P.max(), wanted_P.max())) + 1
-    before_GE, wanted_GE = (held(row, slots_per_rank, num_experts).astype(int) for row in (before_P, wanted_P))
-    roles_G = np.arange(len(slots_per_rank))
-    keys = list(zip(groups, slots_per_rank.tolist(), strict=True))
-    for key in dict.fromkeys(keys):
-        members = np.array([rank for rank, other in enumerate(keys) if other == key])
-        rows, columns = linear_sum_assignment(-(before_GE[members] @ wanted_GE[members].T))
-        roles_G[members[rows]] = members[columns]
-    return roles_G
-
-
 def _starts(slots: IntArray) -> IntArray:
     return np.cumsum(slots) - slots
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rows import random_row
 
-from gemopt.migration import Link, count_moves, held, keep_in_place, match_ranks, moves, relabel
+from gemopt.migration import Link, count_moves, held, keep_in_place, moves, relabel
 from gemopt.placement import EMPTY, Placement
 
 
@@ -97,14 +97,6 @@ def test_relabel_keeps_weights_with_their_copies():
     result = relabel(current, wanted)
     assert result.physical_to_logical.tolist() == [[0, 1, 1, 2]]
     assert result.split_weights.tolist() == [[1, 0.25, 0.75, 1]]
-
-
-def test_ranks_swap_roles_only_within_a_group():
-    before = np.array([0, 1, 2, 3, 4, 5])
-    wanted = np.array([4, 5, 0, 1, 2, 3])
-    slots = np.array([2, 2, 2])
-    assert match_ranks(before, wanted, slots, [0, 0, 0]).tolist() == [1, 2, 0]
-    assert match_ranks(before, wanted, slots, [0, 1, 1]).tolist()[0] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))

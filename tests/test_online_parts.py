@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gemopt.latency import Latency, line
-from gemopt.online.memories import NAMES, Memories
-from gemopt.online.planner import effective_steps, sample
+from gemopt.online.memories import NAMES, Memories, resample
+from gemopt.online.planner import effective_steps
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds
@@ -123,12 +123,12 @@ def test_slower_keeps_the_shape() -> None:
 
 def test_a_sample_stands_for_the_whole() -> None:
     weights = np.random.default_rng(0).dirichlet(np.full(500, 0.3))
-    index, found = sample(weights, 64)
+    index, found = resample(weights, 64)
     assert len(index) <= 64 and found.sum() == pytest.approx(1)
     values = np.sin(np.arange(500) / 40)
     assert values[index] @ found == pytest.approx(values @ weights, abs=0.05)
     assert effective_steps(np.ones(7)) == pytest.approx(7)
-    assert sample(np.ones(5), 64)[1] == pytest.approx(np.full(5, 0.2))
+    assert resample(np.ones(5), 64)[1] == pytest.approx(np.full(5, 0.2))
 
 
 def test_broken_promises_raise_what_a_swap_must_promise() -> None:

@@ -70,8 +70,8 @@ def watch(
         ("--state", state, "traces"),  # begins as they do; what is no state is refused when it is read
         *((f"--to {name}", path, "") for name, path in exports),
     ]
-    read = [("--profile", profile), ("--rules", rules), ("--policy", policy), ("--placement", placement)]
-    check_outputs(*written, read=read)
+    given = [("--profile", profile), ("--rules", rules), ("--policy", policy), ("--placement", placement)]
+    check_outputs(*written, read=given)
     with ExitStack() as held:
         for _, path, _ in written:
             if path is not None:

@@ -26,7 +26,7 @@ from gemopt.online.decision import Decision, travel_between
 from gemopt.online.earlier import Earlier, ways_back
 from gemopt.online.inputs import check_clock, check_network, check_placement, counts_from, latencies_from
 from gemopt.online.memories import Memories
-from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, sample, settle
+from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, settle
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds
@@ -39,6 +39,7 @@ from gemopt.splits.senders import Senders
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
 Weights = list[FloatArray | None]
+LONG_AGO = -(2**40)  # a step: layers that moved then may move at once
 WORK = 1 << 14  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
 
 
@@ -94,8 +95,7 @@ class Controller:
         self.promises = Promises(policy, placement.num_slots)
         self.earlier = Earlier(placement.num_layers, placement.num_slots)
         self.scaled = self.cost  # with every rank as fast as it is now
-        self.pending = np.zeros((0, placement.num_layers, placement.num_experts), np.int64)
-        self.moved_at = np.full(placement.num_layers, -(2**40))
+        self.moved_at = np.full(placement.num_layers, LONG_AGO)
         self.steps = self.blind_until = self.moved = 0
         self.now_s: float | None = None
         self._compiled = Compiled()
@@ -208,22 +208,14 @@ class Controller:
 
     def _listen(self, latencies: FloatArray | None, predicted_NG: FloatArray) -> list[str]:
         """Take latencies in; what is worth saying about them."""
-        sure = max(0, self.blind_until - self.steps)
+        unsure = max(0, self.blind_until - self.steps)
         self.steps += len(predicted_NG)
         if latencies is None:
             return []
-        failed_G = self.speeds.failed_G
-        self.speeds.listen(latencies)
-        news = [f"rank {g} reports again" for g in np.flatnonzero(failed_G & ~self.speeds.failed_G)]
-        news += [
-            f"rank {g} has failed (no latencies for {self.speeds.silent_G[g]} steps)"
-            for g in np.flatnonzero(self.speeds.failed_G & ~failed_G)
-        ]
-        changed = self.speeds.learn(latencies[sure:], predicted_NG[sure:])
+        news, changed = self.speeds.take(latencies, predicted_NG, unsure)
         if changed:
-            news += [f"rank {g} takes {self.speeds.factors_G[g]:.3f} times its profile" for g in changed]
             self.rescale()
-            self.moved_at[:] = -(2**40)  # every layer may move at once
+            self.moved_at[:] = LONG_AGO
         return news
 
     def rescale(self) -> None:
@@ -250,13 +242,9 @@ class Controller:
 
     def _remember(self, counts: NDArray[np.int64]) -> bool:
         """Whether the traffic changed suddenly within these steps."""
-        self.pending = np.concatenate([self.pending, counts])
-        changed = False
-        while len(self.pending) >= TICK:
-            changed = self.memories.add(self.pending[:TICK]) or changed
-            self.pending = self.pending[TICK:]
+        changed = self.memories.take(counts)
         if changed:
-            self.moved_at[:] = -(2**40)
+            self.moved_at[:] = LONG_AGO
         return changed
 
     @property
@@ -273,7 +261,9 @@ class Controller:
     def _decide(self, news: list[str], changed: bool, imbalance: float, known: int) -> Decision:
         say = "; ".join(news)
         if not self.memories.ticks or (self.memories.ticks == known and not news):
-            return self._keep(_joined(say, f"waiting for {TICK - len(self.pending)} more steps"), imbalance=imbalance)
+            return self._keep(
+                _joined(say, f"waiting for {TICK - len(self.memories.pending)} more steps"), imbalance=imbalance
+            )
         failed_G = self.speeds.failed_G
         begin = self.placement.physical_to_logical
         remembered, trusted = self._remembered()
@@ -303,10 +293,8 @@ class Controller:
 
     def _remembered(self) -> tuple[list[Problem], float]:
         """(one problem per layer on the steps that count now, to how many equally weighted ones they amount)."""
-        memories = self.memories
-        most = min(self.policy.plan_steps, max(TICK * TICK, WORK // memories.shape[1]))
-        steps, weights = sample(np.repeat(memories.weights() / TICK, TICK), most)
-        pool_NLE = memories.counts.reshape(-1, *memories.shape)[steps].astype(np.int64)
+        most = min(self.policy.plan_steps, max(TICK * TICK, WORK // self.memories.shape[1]))
+        pool_NLE, weights = self.memories.sample(most)
         problems = [
             replace(self._problem(pool_NLE, layer, self.scaled.latencies, weights), rules=rules)
             for layer, rules in enumerate(self.rules)

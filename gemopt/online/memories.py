@@ -35,8 +35,9 @@ class Memories:
 
     counts: [B, TICK, L, E]; sums: [B, L * E] total of each block and roots: of its shares; overlaps: [B, B] of roots;
     steps: [B] how many it stands for; last: [B] index of its newest tick, -1 where there is no block yet. scores: [4]
-    mean distance of what each memory predicted. usual, spread: mean and mean deviation of the distance between a
-    prediction and what came. since: first tick after the last sudden change; changes: how many there were.
+    mean distance of what each memory predicted. pending: [n, L, E] last steps, too few for a block yet. usual, spread:
+    mean and mean deviation of the distance between a prediction and what came. since: first tick after the last sudden
+    change; changes: how many there were.
     """
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int) -> None:
@@ -48,6 +49,7 @@ class Memories:
         self.overlaps = np.zeros((room, room), np.float32)
         self.steps = np.zeros(room)
         self.last = np.full(room, -1)
+        self.pending = np.zeros((0, num_layers, num_experts), np.int64)
         self.ticks = self.since = self.changes = 0
         self.scores = np.zeros(len(NAMES))
         self.usual = self.spread = self.drift = 0.0
@@ -75,6 +77,15 @@ class Memories:
         fresh = self.changes > 0 and self.ticks - self.since <= FRESH_TICKS
         return fresh and float(self.weights()[self.last[: self.size] < self.since].sum()) > 0.5
 
+    def take(self, counts_NLE: Array) -> bool:
+        """Remember any number of steps; whether the traffic changed suddenly with one of the blocks that they fill."""
+        self.pending = np.concatenate([self.pending, counts_NLE])
+        changed = False
+        while len(self.pending) >= TICK:
+            changed = self.add(self.pending[:TICK]) or changed
+            self.pending = self.pending[TICK:]
+        return changed
+
     def add(self, counts_NLE: Array) -> bool:
         """Remember TICK more steps; whether the traffic changed suddenly with them."""
         sums = counts_NLE.sum(axis=0, dtype=np.float64).ravel().astype(np.float32)
@@ -94,6 +105,11 @@ class Memories:
     def weights(self) -> FloatArray:
         """[B] weight of each block in the mixture of the memories, in order of storage; sums to 1."""
         return np.asarray(self.say @ self._weights())
+
+    def sample(self, most: int) -> tuple[NDArray[np.int64], FloatArray]:
+        """([n, L, E] counts, [n] weights) of at most `most` steps that stand for all that count now."""
+        steps, weights = resample(np.repeat(self.weights() / TICK, TICK), most)
+        return self.counts.reshape(-1, *self.shape)[steps].astype(np.int64), weights
 
     def _misses(self, sums: FloatArray) -> FloatArray:
         """[4] distance of what each memory predicts from the loads [L * E]."""
@@ -180,3 +196,15 @@ class Memories:
         self.steps[b] = both
         self._compare(b)
         return a
+
+
+def resample(weights_N: FloatArray, most: int) -> tuple[NDArray[np.int64], FloatArray]:
+    """(indices, weights) of at most `most` of N weighted steps that stand for all: systematic resampling."""
+    chosen = np.flatnonzero(weights_N > 1e-3 * weights_N.max())
+    if len(chosen) <= most:
+        weights = weights_N[chosen]
+        return chosen, weights / weights.sum()
+    cumulative = np.cumsum(weights_N[chosen]) / weights_N[chosen].sum()
+    picks = np.searchsorted(cumulative, (np.arange(most) + 0.5) / most)
+    index, times = np.unique(np.minimum(picks, len(chosen) - 1), return_counts=True)
+    return chosen[index], times / most

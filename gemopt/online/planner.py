@@ -61,18 +61,6 @@ class Proposal:
         return max(within, key=self.net_us)
 
 
-def sample(weights_N: FloatArray, most: int) -> tuple[NDArray[np.int64], FloatArray]:
-    """(indices, weights) of at most `most` of N weighted steps that stand for all: systematic resampling."""
-    chosen = np.flatnonzero(weights_N > 1e-3 * weights_N.max())
-    if len(chosen) <= most:
-        weights = weights_N[chosen]
-        return chosen, weights / weights.sum()
-    cumulative = np.cumsum(weights_N[chosen]) / weights_N[chosen].sum()
-    picks = np.searchsorted(cumulative, (np.arange(most) + 0.5) / most)
-    index, times = np.unique(np.minimum(picks, len(chosen) - 1), return_counts=True)
-    return chosen[index], times / most
-
-
 def effective_steps(weights_N: FloatArray) -> float:
     """How many equally weighted steps tell as much."""
     return float(weights_N.sum() ** 2 / (weights_N**2).sum())

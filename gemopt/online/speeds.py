@@ -36,6 +36,18 @@ class Speeds:
         """[G] ranks that have said nothing for too long."""
         return np.asarray(self.silent_G >= self.policy.dead_after_steps)
 
+    def take(self, latencies_NG: FloatArray, predicted_NG: FloatArray, unsure: int) -> tuple[list[str], bool]:
+        """(what is worth saying, whether factors changed); of the first `unsure` steps the placement is not known."""
+        failed_G = self.failed_G
+        self.listen(latencies_NG)
+        news = [f"rank {g} reports again" for g in np.flatnonzero(failed_G & ~self.failed_G)]
+        news += [
+            f"rank {g} has failed (no latencies for {self.silent_G[g]} steps)"
+            for g in np.flatnonzero(self.failed_G & ~failed_G)
+        ]
+        changed = self.learn(latencies_NG[unsure:], predicted_NG[unsure:])
+        return [*news, *(f"rank {g} takes {self.factors_G[g]:.3f} times its profile" for g in changed)], bool(changed)
+
     def listen(self, latencies_NG: FloatArray) -> None:
         """Count the steps for which each rank has been silent; a step in which all are says nothing."""
         heard_NG = np.isfinite(latencies_NG) & (latencies_NG > 0)

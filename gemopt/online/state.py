@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 VERSION = 5
 KEY = "gemopt_online"
-MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores")
+MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores", "pending")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
 SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG")
 PROMISE_ARRAYS = ("layers", "rows", "weights", "facts")
 EARLIER_ARRAYS = ("served",)
-OWN_ARRAYS = ("pending", "moved_at")
+OWN_ARRAYS = ("moved_at",)
 SPEED_NUMBERS = ("step_us",)
 PROMISE_NUMBERS = ("short", "swaps")
 EARLIER_NUMBERS = ("changed_at",)
