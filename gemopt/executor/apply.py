@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
 from gemopt.executor.background import Background
+from gemopt.executor.checks import check_network, check_ranks
 from gemopt.executor.council import refuse_together
 from gemopt.executor.expert_parallel import NAME, SlotDispatch, dispatches
 from gemopt.executor.memory import free_bytes
@@ -153,24 +154,9 @@ class Executor:
         return plan(self.rows, wanted, sizes, nodes=self.nodes, budget_bytes=self.budget_bytes)
 
     def _check(self, placement: Placement) -> None:
-        if placement.num_layers != len(self.layers) or list(placement.layer_ids) != self.layer_ids:
-            raise InputError("Placement.layer_ids", placement.layer_ids, f"the model's MoE layers are {self.layer_ids}")
-        if placement.num_experts != self.layers[0].num_experts:
-            raise InputError(
-                "Placement.num_experts", placement.num_experts, f"the model has {self.layers[0].num_experts}"
-            )
-        if placement.num_ranks != len(self.nodes):
-            raise InputError(
-                "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the model runs on {len(self.nodes)} ranks"
-            )
+        check_network(placement, self.layer_ids, self.layers[0].num_experts, self.model.config)
+        check_ranks(placement, len(self.nodes), self.rank)
         check_split(placement.split, self.cost)
-        config = self.model.config
-        path = str(getattr(config, "_name_or_path", "") or "")
-        names = {_bare(path), _bare(str(config.model_type))} - {""}
-        if placement.model is not None and _bare(placement.model) not in names:
-            hint = "use a placement made for this network; its field `model` is compared without folders"
-            raise InputError("Placement.model", placement.model, f"the model is {path or config.model_type}", hint)
-        _check_devices(placement, self.rank)
 
     def apply(
         self, placement: Placement | Path | str, *, probe: Probe | None = None, tolerance: float | None = None
@@ -323,11 +309,6 @@ class Executor:
             raise MigrationError("probe", [], bad, self.checksum())
 
 
-def _bare(name: str) -> str:
-    """Name of a network without folders, case and punctuation."""
-    return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].casefold())
-
-
 def _layer_id(path: str) -> int:
     return int(re.findall(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.", path)[-1])
 
@@ -341,13 +322,3 @@ def _even_weights(row_P: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _kept_fields(placement: Placement) -> dict[str, Any]:
     names = ("model", "num_hidden_layers", "device_uuids", "rules", "node_of_rank")
     return {name: getattr(placement, name) for name in names}
-
-
-def _check_devices(placement: Placement, rank: int) -> None:
-    """A placement made for one order of devices is wrong for another."""
-    if placement.device_uuids is None or not torch.cuda.is_available():
-        return
-    wanted = placement.device_uuids[rank]
-    here = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    if wanted is not None and wanted.removeprefix("GPU-") != here.removeprefix("GPU-"):
-        raise InputError("Placement.device_uuids", here, f"rank {rank} should be {wanted}", "start ranks in that order")

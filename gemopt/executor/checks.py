@@ -1,0 +1,47 @@
+"""Whether a placement is for this live model, these ranks and their devices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from gemopt.exceptions import InputError, missing
+from gemopt.placement import Placement
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
+
+def check_network(placement: Placement, layer_ids: Sequence[int], num_experts: int, config: Any) -> None:
+    """Raise `InputError` unless the placement is for MoE layers as these of a model with this config."""
+    if list(placement.layer_ids) != list(layer_ids):
+        raise InputError("Placement.layer_ids", placement.layer_ids, f"the model's MoE layers are {layer_ids}")
+    if placement.num_experts != num_experts:
+        raise InputError("Placement.num_experts", placement.num_experts, f"the model has {num_experts}")
+    path = str(getattr(config, "_name_or_path", "") or "")
+    names = {_bare(path), _bare(str(config.model_type))} - {""}
+    if placement.model is not None and _bare(placement.model) not in names:
+        hint = "use a placement made for this network; its field `model` is compared without folders"
+        raise InputError("Placement.model", placement.model, f"the model is {path or config.model_type}", hint)
+
+
+def check_ranks(placement: Placement, num_ranks: int, rank: int) -> None:
+    """Raise `InputError` unless it is for so many ranks, and this rank's device is the one it was made for."""
+    if placement.num_ranks != num_ranks:
+        raise InputError(
+            "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the model runs on {num_ranks} ranks"
+        )
+    if placement.device_uuids is None or not torch.cuda.is_available():
+        return
+    wanted = placement.device_uuids[rank]
+    here = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    if wanted is not None and wanted.removeprefix("GPU-") != here.removeprefix("GPU-"):
+        raise InputError("Placement.device_uuids", here, f"rank {rank} should be {wanted}", "start ranks in that order")
+
+
+def _bare(name: str) -> str:
+    """Name of a network without folders, case and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].casefold())
