@@ -33,6 +33,7 @@ from gemopt.traces.arrays import count_assignments
 
 NOTICE = "compiling kernels, once per installation: 20 s to a minute (not counted in the time limit)"
 LOOK_S = 0.1
+_known: set[tuple[object, ...]] = set()
 
 
 def ready(
@@ -45,8 +46,12 @@ def ready(
 ) -> float:
     """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
 
-    `notice` is told when compiling begins and how long it took. budget: copies are chosen within a memory budget.
+    What this process has used is ready: nothing is done where a problem of this kind went before. `notice` is told when
+    compiling begins and how long it took. budget: copies are chosen within a memory budget.
     """
+    kind = _kind(solver, problem, budget)
+    if links is None and kind in _known:
+        return 0.0
     begin, over = time.monotonic(), threading.Event()
     before = _compiled()
 
@@ -67,12 +72,21 @@ def ready(
     finally:
         over.set()
         watcher.join()
+    _known.add(kind)
     elapsed = time.monotonic() - begin
     if _compiled() == before:
         return 0.0
     if notice is not None:
         notice(f"compiled in {elapsed:.0f} s")
     return elapsed
+
+
+def _kind(solver: Solver, problem: Problem, budget: bool) -> tuple[object, ...]:
+    """What decides which kernels a call runs, links aside."""
+    without = (problem.moves is None, problem.rules is None, problem.senders_TGE is None, not problem.spare_slots)
+    terms = max(len(latency.terms) for latency in problem.latencies)
+    costs = (len(problem.features), min(terms, 2))
+    return (solver.name, budget, problem.split, problem.full, *without, *costs, paired(problem), prover(problem))
 
 
 def _use(solver: Solver, tiny: Problem, budget: bool) -> None:

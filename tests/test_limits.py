@@ -300,13 +300,17 @@ def test_one_rank_is_refused_unless_asked_for() -> None:
 def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     module = sys.modules["gemopt.first_use"]
+    monkeypatch.setattr(module, "_known", set())
     monkeypatch.setattr(module, "_use", lambda *_: None)
     assert ready(get("lpt"), make(steps=3), said.append) == 0.0 and not said
+    monkeypatch.setattr(module, "_known", set())
     counts = itertools.count()
     monkeypatch.setattr(module, "_compiled", lambda: next(counts))
     monkeypatch.setattr(module, "_use", lambda *_: _wait_for(said))
     assert ready(get("lpt"), make(steps=3), said.append) > 0
     assert said[0] == NOTICE and said[1].startswith("compiled in ") and len(said) == 2
+    monkeypatch.setattr(module, "_use", pytest.fail)
+    assert ready(get("lpt"), make(steps=4), said.append) == 0.0, "what was used is ready"
 
 
 def _wait_for(said: list[str]) -> None:
