@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from cli_inputs import gemopt, gemopt_json, write_inputs
 
+from gemopt import documents
 from gemopt.evaluate import evaluate
 from gemopt.jobs import read_job
 from gemopt.jobs.document import Kubernetes, SolverSettings
@@ -134,6 +136,21 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path, capsys: pytest.Captu
     code, _, err = gemopt(capsys, "run", job)
     assert code == 2 and str(out) in err and err.count("\n") == 1
     assert [path.read_text() for path in out.iterdir()] == ["mine"]
+
+
+def test_a_disk_that_is_full_leaves_no_folder_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_job(tmp_path, solver={"name": "lpt"})
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(documents.os, "fsync", full)
+    code, _, err = gemopt(capsys, "run", job)
+    assert code == 2 and "No space left" in err and not (tmp_path / "out" / "job").exists()
+    monkeypatch.undo()
+    assert gemopt(capsys, "run", job)[0] == 0
 
 
 def test_what_an_engine_cannot_express_costs_nobody_the_answer(tmp_path: Path,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,12 @@ def run_job(
     with _folder(job.output):
         result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
         result = result.made_by(command) if command else result
-    return _Writer(job, profile, traces, result, current, notes).write(command)
+        return _Writer(job, profile, traces, result, current, notes).write(command)
 
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Make the folder before the search, so that its answer has a place; away with it where there is no answer."""
+    """Make the folder before the search, so that its answer has a place; away with it where nothing came into it."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -95,7 +95,8 @@ def _folder(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        path.rmdir()
+        with suppress(OSError):
+            path.rmdir()
         raise
 
 
