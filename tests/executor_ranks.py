@@ -19,7 +19,8 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import ranks_following  # noqa: F401  the three register their scenarios
+import ranks_failing  # noqa: F401  the four register their scenarios
+import ranks_following  # noqa: F401
 import ranks_moving  # noqa: F401
 import ranks_serving  # noqa: F401
 import torch

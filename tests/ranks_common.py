@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,10 @@ def slots_of(kind: str, experts: int, world: int) -> list[int]:
         "ragged": [each + 3, *[each + 1] * (world - 2), each],
         "empty_rank": [0, *[-(-experts // (world - 1))] * (world - 1)],
     }[kind]
+
+
+def serve_until_done(job):
+    """Forward passes, as far as a migration can tell."""
+    while not job.done:
+        job.poll()
+        time.sleep(0.005)
