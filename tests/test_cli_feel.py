@@ -21,6 +21,7 @@ from rich.table import Table
 
 import gemopt as package
 from gemopt import Placement
+from gemopt.cli.app import PANELS
 from gemopt.cli.progress import TimeLeft, layers_table
 from gemopt.cli.stacked import stacked
 from gemopt.compare import Comparison
@@ -80,6 +81,13 @@ def test_help_texts_are_of_one_style(name: str) -> None:
         assert first is None or not (first[0][0].isupper() and first[0][1:].islower()), (name, parameter.name, text)
         if parameter.name == "as_json":
             assert text == "JSON on standard output"
+
+
+def test_help_shows_every_command_under_a_head(capsys: pytest.CaptureFixture[str]) -> None:
+    out = gemopt(capsys, "--help")[1]
+    heads = [out.index(f"─ {panel} ─") for panel in PANELS]
+    assert heads == sorted(heads) and "─ Commands ─" not in out, "a new command goes into PANELS"
+    assert {name.split()[0] for name in COMMANDS} == {name for names in PANELS.values() for name in names}
 
 
 def test_help_lists_the_solvers() -> None:

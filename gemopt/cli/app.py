@@ -17,6 +17,14 @@ from gemopt import __version__
 from gemopt.cli.stacked import stacked
 
 EVERYWHERE = "Everywhere"
+PANELS = {
+    "To begin with": ("demo", "doctor"),
+    "Measure and record": ("profile", "trace", "topology"),
+    "Place": ("solve", "compare", "evaluate", "verify", "conflicts", "report", "run"),
+    "Put in force": ("export", "engines", "placement", "apply"),
+    "While traffic changes": ("replay", "advise", "watch"),
+}
+"""In which order help shows the commands, and under which heads."""
 
 
 def examples(*lines: str) -> str:
@@ -32,9 +40,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-profile_app = typer.Typer(help="measure devices, import a kernel table, check a profile")
-trace_app = typer.Typer(help="record routing traces of a model, or import those of a serving engine")
-placement_app = typer.Typer(help="import placements of serving engines", no_args_is_help=True)
+profile_app = typer.Typer(help="Measure devices, import a kernel table, check a profile.")
+trace_app = typer.Typer(help="Record routing traces of a model, or import those of a serving engine.")
+placement_app = typer.Typer(help="Import placements of serving engines.", no_args_is_help=True)
 app.add_typer(profile_app, name="profile")
 app.add_typer(trace_app, name="trace")
 app.add_typer(placement_app, name="placement")
@@ -104,6 +112,10 @@ def make() -> Any:
     options = [each for each in typer.main.get_command(shared).params if each.name in ("quiet", "verbose")]
     command = typer.main.get_command(app)
     _add(command, options)
+    for panel, names in PANELS.items():
+        for name in names:
+            command.commands[name] = command.commands.pop(name)
+            command.commands[name].rich_help_panel = panel
     return command
 
 

@@ -30,7 +30,6 @@ class LayoutName(StrEnum):
 
 
 @app.command(
-    rich_help_panel="Deploy",
     epilog=examples(
         "gemopt apply placement.json --model tiny-moe --dry-run",
         "torchrun --nproc-per-node 4 --no-python gemopt apply placement.json --model CHECKPOINT",

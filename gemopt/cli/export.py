@@ -23,7 +23,6 @@ HiddenLayers = Annotated[int | None, typer.Option("--num-hidden-layers", min=1, 
 
 
 @app.command(
-    rich_help_panel="Engines",
     epilog=examples(
         "gemopt export placement.json --to sglang -o map.json",
         "gemopt export placement.json --to vllm-ascend --approximate -o map.json",
@@ -212,7 +211,7 @@ def _show(report: dict[str, Any]) -> None:
         say("note: " + text)
 
 
-@app.command(name="engines", rich_help_panel="Engines", epilog=examples("gemopt engines --json"))
+@app.command(name="engines", epilog=examples("gemopt engines --json"))
 def engines_command(as_json: Json = False) -> None:
     """What each serving engine can express, take and record."""
     from rich.table import Table

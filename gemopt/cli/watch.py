@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 
 @app.command(
-    rich_help_panel="Follow the traffic",
     epilog=examples(
         "gemopt watch traces/ --profile profile.json --placement placement.json --once",
         "gemopt watch traces/ --profile profile.json --placement placement.json --to sglang --port 9400",
