@@ -110,7 +110,7 @@ def make() -> Any:
     Voice.quiet = Voice.verbose = False
     app.rich_markup_mode = "rich" if shutil.get_terminal_size().columns >= NARROW else None
     options = [each for each in typer.main.get_command(shared).params if each.name in ("quiet", "verbose")]
-    command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     _add(command, options)
     for panel, names in PANELS.items():
         for name in names:
