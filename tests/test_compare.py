@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 
 from gemopt.compare import compare
 from gemopt.costs import fit
-from gemopt.evaluate import evaluate
+from gemopt.evaluate import evaluate, objective
 from gemopt.exceptions import InputError, SolverError
 from gemopt.placement import Placement
+from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
 from gemopt.result import Result, Status, StoppedBy, relative_gap
+from gemopt.solvers.base import Options, Outcome, Row, Supports
 from gemopt.traces import Traces
 
 
@@ -120,3 +123,51 @@ def test_pictures_show_every_solver(inputs: tuple[Profile, Traces]) -> None:
     evaluation = evaluate(result.placement, *inputs)
     drawn = plot_stragglers(evaluation, 2).images[0].get_array()
     np.testing.assert_allclose(drawn.sum(axis=1), 1.0)
+
+
+class Partly:
+    """Stands in for an exact solver: reaches some of the layers."""
+
+    name = "partly"
+    supports = Supports(proves=True, improves=True)
+    reached: tuple[bool, ...] = ()
+
+    def __init__(self) -> None:
+        self.calls = itertools.count()
+
+    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+        assert warm_start is not None
+        start, reached = objective(problem, warm_start), self.reached[next(self.calls)]
+        return Outcome(
+            warm_start, StoppedBy.TIME_LIMIT, start_us=start, own_bound_us=0.5 * start if reached else None,
+            stated_steps=5, distinct_steps=10, reached=reached, note="" if reached else "no time",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reached", "words"),
+    [
+        ((False,) * 4, "did not run"),
+        ((True, False, True, False), "ran on 2 of 4 layers, on 10 of 20 distinct steps, added nothing to its start"),
+        ((True,) * 4, "ran on 4 of 4 layers, on 20 of 40 distinct steps, added nothing to its start, own bound"),
+    ],
+)
+def test_a_row_says_who_earned_it(
+    inputs: tuple[Profile, Traces], monkeypatch: pytest.MonkeyPatch, reached: tuple[bool, ...], words: str
+) -> None:
+    from gemopt.cli.tables import comparison_table
+
+    traces = Traces(counts=np.random.default_rng(7).integers(0, 30, (20, 4, 9)))
+
+    real: Any = sys.modules["gemopt.solve"].get  # type: ignore[attr-defined]
+    monkeypatch.setattr(Partly, "reached", reached)
+    monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda name: Partly() if name == "partly" else real(name))
+    rows = compare(inputs[0], traces, solvers=["lpt", "partly"], holdout=0, time_limit=60, threads=1)
+    assert rows[0].ran and not rows[0].earned() and words in rows[1].earned()
+    assert rows[1].ran is any(reached)
+    table = comparison_table(rows)
+    names = [str(cell) for cell in table.columns[0].cells]
+    totals = [str(cell) for cell in table.columns[1].cells]
+    assert names == ["lpt", "partly *" if any(reached) else "partly"]
+    assert (totals[1] == "-") is not any(reached)
+    assert f"partly: {words[:11]}" in str(table.caption)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from gemopt.first_use import NOTICE, ready
+from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.problem import Problem
+from gemopt.solvers import get
 
 CHILD = """
 import sys, gemopt
@@ -31,3 +40,28 @@ def test_no_kernel_comes_later() -> None:
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     child = subprocess.run([sys.executable, "-c", CHILD], check=False, env=path, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
+
+
+def layer(counts: list[list[int]]) -> Problem:
+    return Problem.make(counts, (ASSIGNMENTS,), [Latency(((line(1, speed),),)) for speed in (1, 2)])
+
+
+def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    module = sys.modules["gemopt.first_use"]
+    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setattr(module, "_use", lambda *_: None)
+    assert ready(get("lpt"), layer([[1, 2, 3, 4]]), said.append) == 0.0 and not said
+    monkeypatch.setattr(module, "_known", set())
+    counts = itertools.count()
+    monkeypatch.setattr(module, "_compiled", lambda: next(counts))
+    monkeypatch.setattr(module, "_use", lambda *_: _wait_for(said))
+    assert ready(get("lpt"), layer([[1, 2, 3, 4]]), said.append) > 0
+    assert said[0] == NOTICE and said[1].startswith("compiled in ") and len(said) == 2
+    monkeypatch.setattr(module, "_use", pytest.fail)
+    assert ready(get("lpt"), layer([[5, 5, 0, 9]]), said.append) == 0.0, "what was used is ready"
+
+
+def _wait_for(said: list[str]) -> None:
+    while not said:
+        time.sleep(0.01)

@@ -18,7 +18,6 @@ from gemopt.compare import compare
 from gemopt.conflicts import classify
 from gemopt.evaluate import check, loads, objective
 from gemopt.exceptions import InputError
-from gemopt.first_use import NOTICE, ready
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
@@ -295,71 +294,6 @@ def test_one_rank_is_refused_unless_asked_for() -> None:
     with pytest.raises(InputError, match="at least 2"):
         compare(devices(1), traffic(), solvers=["lpt"])
     assert gemopt.solve(devices(1), traffic(), solver="lpt", allow_one_rank=True).gap == pytest.approx(0, abs=1e-6)
-
-
-def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    module = sys.modules["gemopt.first_use"]
-    monkeypatch.setattr(module, "_known", set())
-    monkeypatch.setattr(module, "_use", lambda *_: None)
-    assert ready(get("lpt"), make(steps=3), said.append) == 0.0 and not said
-    monkeypatch.setattr(module, "_known", set())
-    counts = itertools.count()
-    monkeypatch.setattr(module, "_compiled", lambda: next(counts))
-    monkeypatch.setattr(module, "_use", lambda *_: _wait_for(said))
-    assert ready(get("lpt"), make(steps=3), said.append) > 0
-    assert said[0] == NOTICE and said[1].startswith("compiled in ") and len(said) == 2
-    monkeypatch.setattr(module, "_use", pytest.fail)
-    assert ready(get("lpt"), make(steps=4), said.append) == 0.0, "what was used is ready"
-
-
-def _wait_for(said: list[str]) -> None:
-    while not said:
-        time.sleep(0.01)
-
-
-class Partly:
-    """Stands in for an exact solver: reaches some of the layers."""
-
-    name = "partly"
-    supports = Supports(proves=True, improves=True)
-    reached: tuple[bool, ...] = ()
-
-    def __init__(self) -> None:
-        self.calls = itertools.count()
-
-    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
-        assert warm_start is not None
-        start, reached = objective(problem, warm_start), self.reached[next(self.calls)]
-        return Outcome(
-            warm_start, StoppedBy.TIME_LIMIT, start_us=start, own_bound_us=0.5 * start if reached else None,
-            stated_steps=5, distinct_steps=10, reached=reached, note="" if reached else "no time",
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("reached", "words"),
-    [
-        ((False,) * 4, "did not run"),
-        ((True, False, True, False), "ran on 2 of 4 layers, on 10 of 20 distinct steps, added nothing to its start"),
-        ((True,) * 4, "ran on 4 of 4 layers, on 20 of 40 distinct steps, added nothing to its start, own bound"),
-    ],
-)
-def test_a_row_says_who_earned_it(monkeypatch: pytest.MonkeyPatch, reached: tuple[bool, ...], words: str) -> None:
-    from gemopt.cli.tables import comparison_table
-
-    real: Any = sys.modules["gemopt.solve"].get  # type: ignore[attr-defined]
-    monkeypatch.setattr(Partly, "reached", reached)
-    monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda name: Partly() if name == "partly" else real(name))
-    rows = compare(devices(), traffic(), solvers=["lpt", "partly"], holdout=0, time_limit=60, threads=1)
-    assert rows[0].ran and not rows[0].earned() and words in rows[1].earned()
-    assert rows[1].ran is any(reached)
-    table = comparison_table(rows)
-    names = [str(cell) for cell in table.columns[0].cells]
-    totals = [str(cell) for cell in table.columns[1].cells]
-    assert names == ["lpt", "partly *" if any(reached) else "partly"]
-    assert (totals[1] == "-") is not any(reached)
-    assert f"partly: {words[:11]}" in str(table.caption)
 
 
 def test_tables_reach_what_a_rank_may_hold_and_one_expert_more() -> None:
