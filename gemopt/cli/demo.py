@@ -149,7 +149,7 @@ def main(out: Path, *, quick: bool = False) -> None:
         show(comparison_table(rows))
         tables.append((case.title, rows))
     say(f"\n{time.monotonic() - begin:.0f} s of solving. Changes are against contiguous placement; "
-        f"held-out is the second half of each trace.")  # fmt: skip
+        f"held out is the second half of each trace.")  # fmt: skip
     say(f"wrote {out}/placement_[1-{len(tables)}].json")
     try:
         plot(tables, out / "demo.png")
