@@ -50,7 +50,7 @@ def ready(
     compiling begins and how long it took. budget: copies are chosen within a memory budget.
     """
     kind = _kind(solver, problem, budget)
-    if links is None and kind in _known:
+    if links is None and problem.rules is None and kind in _known:
         return 0.0
     begin, over = time.monotonic(), threading.Event()
     before = _compiled()
@@ -82,7 +82,7 @@ def ready(
 
 
 def _kind(solver: Solver, problem: Problem, budget: bool) -> tuple[object, ...]:
-    """What decides which kernels a call runs, links aside."""
+    """What decides which kernels a call runs, links and the kinds of rules aside."""
     without = (problem.moves is None, problem.rules is None, problem.senders_TGE is None, not problem.spare_slots)
     terms = max(len(latency.terms) for latency in problem.latencies)
     costs = (len(problem.features), min(terms, 2))
