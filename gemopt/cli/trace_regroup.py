@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import examples, say, trace_app
+from gemopt.cli.outputs import check_outputs
 
 
 @trace_app.command(
@@ -20,6 +21,7 @@ def regroup_command(
     seed: Annotated[int, typer.Option("--seed", min=0, help="of the draws")] = 0,
 ) -> None:
     """Put the requests of a trace together in other steps, to have more to fit where few were traced."""
+    check_outputs(("--output", output, "traces"), read=[("the traces", traces)])
     from gemopt.traces import Traces, regrouped
 
     given = Traces.load(traces)
