@@ -43,7 +43,7 @@ _STACKED_COMPANION = (
 _STACKED = re.compile(rf"{_PROJECTION}(?:[._]{_STACKED_COMPANION})?")
 _SINGLE = re.compile(r"(?:[A-Za-z_]\w*\.)?(\d+)\.(.*)")
 _PREDICTION = re.compile(r"(?:^|\.)\w*(?:mtp|nextn|eagle)\w*\.")
-_ABOUT_EXPERTS = re.compile(r"expert|router|e_score|tid2eid|moe")
+_ABOUT_EXPERTS = re.compile(r"expert|rout(?:er|ing)|e_score|tid2eid|moe")
 _SHARED = re.compile(r"shared_(?:expert|mlp|head)\w*")
 _MIXERS = re.compile(
     r"attn|attention|norm|mixer|mamba|conv|rotary"

@@ -225,6 +225,7 @@ def unequal(layers):
         (lambda layers: Placement.contiguous(len(layers), 6, 2, layer_ids=layers), "the checkpoint has 8 experts"),
         (lambda layers: Placement.contiguous(1, 8, 2, layer_ids=[5]), "decoder layers"),
         (lambda layers: Placement.contiguous(1, 8, 2, layer_ids=[0]), "layer 0: got no router"),
+        (lambda layers: Placement.contiguous(1, 8, 2, layer_ids=[1], num_hidden_layers=48), "48 decoder layers; the"),
     ],
 )
 def test_what_cannot_be_a_checkpoint_is_refused(source, tmp_path, placement, words):
@@ -284,3 +285,23 @@ def test_headers_read_as_the_library_reads_them(source):
         with safe_open(file, framework="np") as theirs:
             assert sorted(t.name for t in tensors) == sorted(theirs.keys())
             assert metadata == theirs.metadata()
+
+
+def test_layers_and_files_are_not_forgotten(source, tmp_path):
+    folder, layers, _ = source("mixtral")
+    with pytest.raises(InputError, match=r"got 1; every MoE layer: the checkpoint has experts in 0 too"):
+        export_checkpoint(shuffled(layers[1:]), folder, tmp_path / "new")
+    shutil.copytree(folder, tmp_path / "more")
+    save_file({"mtp.weight": np.zeros(3)}, tmp_path / "more" / "mtp.safetensors")
+    with pytest.raises(InputError, match=r"got mtp.safetensors; every \*.safetensors file of the folder in the index"):
+        export_checkpoint(shuffled(layers), tmp_path / "more", tmp_path / "new")
+
+
+def test_groups_of_a_config_are_kept_whatever_the_method(source, tmp_path):
+    folder, layers, _ = source("deepseek_v2")
+    shutil.copytree(folder, tmp_path / "more")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"topk_method": "noaux_tc", "n_group": 4, "topk_group": 2, "text_config": None}
+    (tmp_path / "more" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="mix routing groups"):
+        export_checkpoint(shuffled(layers), tmp_path / "more", tmp_path / "new")

@@ -157,6 +157,7 @@ REFUSED = {
     "a gate beside the block": (f"model.layers.{LAYER}.choice.gate.bias", (1, E), "f4"),
     "shared by name, one for each by shape": ("{block}.shared_bias", (E,), "f4"),
     "outside the layers": ("model.routing_bias", (E,), "f4"),
+    "of all layers together": ("model.routing_bias", (2, E), "f4"),
     "another name of the experts": ("{block}.switch_mlp.up_proj.weight", (E, 4, 3), "f4"),
     "invented, beside stacked experts": ("{block}.experts.down_proj_gain", (E, 3), "f4"),
     "flattened stacked experts": ("{block}.experts.up_proj", (E * 6, 1), "u1"),

@@ -112,7 +112,9 @@ def weight_files(source: Path) -> list[Path]:
         missing = named - {file.name for file in files}
         if missing:
             raise InputError(str(index), min(missing), "every file that the index names is needed")
-        files = [file for file in files if file.name in named]
+        if others := [file.name for file in files if file.name not in named]:
+            hint = "name their tensors in it, or move them elsewhere: engines differ in whether they read them"
+            raise InputError(str(index), ", ".join(others), "every *.safetensors file of the folder in the index", hint)
     return files
 
 
@@ -155,7 +157,7 @@ def read_header(file: Path) -> tuple[list[Tensor], dict[str, str], int]:
 def expert_sizes(source: str | os.PathLike[str], placement: Placement) -> list[int]:
     """[L] bytes of one expert of each layer of a placement, from the headers of a checkpoint."""
     config = read_config(Path(source))
-    row = family(str(config.get("text_config", config).get("model_type", "")))
+    row = family(str((config.get("text_config") or config).get("model_type", "")))
     sizes = dict.fromkeys(placement.layer_ids, 0)
     for tensor in (tensor for file in weight_files(Path(source)) for tensor in read_header(file)[0]):
         role = tensor_role(row, tensor.name)

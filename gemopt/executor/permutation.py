@@ -34,11 +34,12 @@ class TensorInfo(Protocol):
 
 @dataclass(frozen=True)
 class Permutation:
-    """Of the experts of every MoE layer, by layer id: new slot -> expert [E]."""
+    """Of the experts of every MoE layer, by layer id: new slot -> expert [E]; `layers`: how many the decoder has."""
 
     family: Family
     expert_of: Mapping[int, IntArray]
     sizes: Sizes
+    layers: int
 
     def role(self, name: str) -> TensorRole | None:
         """Role of a tensor whose layer is permuted."""
@@ -76,7 +77,7 @@ class Permutation:
 
 def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutation:
     """New slot -> expert of every layer, with the slots of a rank ordered to keep routing groups together."""
-    text = config.get("text_config", config)
+    text = config.get("text_config") or config
     row = family(str(text.get("model_type", "")))
     if placement.has_copies or placement.has_empty_slots or not placement.equal_slots:
         raise UnsupportedError(
@@ -88,15 +89,17 @@ def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutati
     experts = next((text[key] for key in (row.num_experts, *EXPERT_COUNTS) if key in text), None)
     if experts != placement.num_experts:
         raise InputError("Placement.num_experts", placement.num_experts, f"the checkpoint has {experts} experts")
-    layers = text.get("num_hidden_layers")
-    if isinstance(layers, int) and placement.layer_ids[-1] >= layers:
-        raise InputError("Placement.layer_ids", placement.layer_ids[-1], f"the checkpoint has {layers} decoder layers")
+    layers, known = text.get("num_hidden_layers"), placement.num_hidden_layers
+    if isinstance(layers, int) and (placement.layer_ids[-1] >= layers or known not in (None, layers)):
+        found = f"{known} decoder layers" if known else f"layer {placement.layer_ids[-1]}"
+        raise InputError("Placement.num_hidden_layers", found, f"the checkpoint has {layers} decoder layers")
     groups = _groups(text, row)
     rows = zip(placement.layer_ids, placement.physical_to_logical, strict=True)
     slots = int(placement.slots_per_rank[0])
     order = {i: p if groups is None else _grouped(p, slots, groups, i) for i, p in rows}
     field, missing = row.identity_experts or ("", 0)
-    return Permutation(row, order, Sizes.of(text, placement.num_experts, int(text.get(field, missing))))
+    sizes = Sizes.of(text, placement.num_experts, int(text.get(field, missing)))
+    return Permutation(row, order, sizes, layers if isinstance(layers, int) else placement.layer_ids[-1] + 1)
 
 
 def _groups(config: Mapping[str, Any], row: Family) -> int | None:
@@ -107,9 +110,7 @@ def _groups(config: Mapping[str, Any], row: Family) -> int | None:
             ("n_group", "topk_group"), GROUP_DEFAULTS.get(row.model_type, (None, None)), strict=True
         )
     )
-    if row.groups == "topk_method" and config.get("topk_method") != "group_limited_greedy":
-        return None
-    # A family of which we know no groups, but whose config has some, is better off with its groups kept together.
+    # Whatever the family and its topk_method: engines differ in when they heed the groups of a config.
     return int(groups) if groups and kept and groups > 1 and kept < groups else None
 
 
@@ -154,12 +155,16 @@ def _mixed(row_E: IntArray, size: int) -> list[tuple[int, list[int]]]:
 def check_coverage(permutation: Permutation, tensors: Iterable[TensorInfo]) -> None:
     """Refuse a checkpoint in which a layer's router or experts are not where the family has them, all of them."""
     routers: set[int] = set()
+    left: set[int] = set()
     stacked: set[int] = set()
     stacks: dict[int, set[str]] = {layer: set() for layer in permutation.expert_of}
     modules: dict[int, dict[str, set[int]]] = {layer: {} for layer in permutation.expert_of}
     for tensor in tensors:
         role = permutation.role(tensor.name)
         if role is None:
+            other = tensor_role(permutation.family, tensor.name)
+            if other is not None and other.kind == "router" and 0 <= other.layer < permutation.layers:
+                left.add(other.layer)
             continue
         permutation.axis(role, tensor)
         if role.layer in stacks and role.kind not in ("unknown", "outside"):
@@ -180,3 +185,7 @@ def check_coverage(permutation: Permutation, tensors: Iterable[TensorInfo]) -> N
         if len(stacks[layer]) > 1:
             where = f"below {' and '.join(sorted(stacks[layer]))}"
             raise InputError(f"layer {layer}", where, "one stack of layers", "take the networks of a checkpoint apart")
+    if left:
+        limit = f"every MoE layer: the checkpoint has experts in {', '.join(map(str, sorted(left)))} too"
+        hint = "solve with traces of all layers"
+        raise InputError("Placement.layer_ids", ", ".join(map(str, permutation.expert_of)), limit, hint)
