@@ -19,6 +19,7 @@ from gemopt.formats.files import bounded_json, size_of
 LINE_LIMIT = 256 << 20
 _HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data")
 _WRAPPERS = ("response", "body", "result", "data")
+_PROMPT = "prompt_routed_experts"
 _STARTS = ("routed_experts_start_len", "routed_experts_prompt_start")
 
 
@@ -31,6 +32,8 @@ class Sample:
     encoded, dtype, start
         `routed_experts` as they came (several when they were streamed), type of the numbers in raw bytes, and the
         first token that has a row; None when not said.
+    before
+        Those of the prompt, where they come apart from those of the answer.
     prompt, generated
         Tokens of the prompt, and of the answer (the last of which is never fed back); None when not said.
     ended
@@ -41,6 +44,7 @@ class Sample:
     encoded: list[Any]
     dtype: str | None = None
     start: int | None = None
+    before: Any = None
     prompt: int | None = None
     generated: int | None = None
     ended: str = ""
@@ -212,7 +216,13 @@ def _response(where: str, body: dict[str, Any]) -> Response:
         prompt = choice.get("prompt_token_ids", body.get("prompt_token_ids"))
         if isinstance(prompt, list):
             known["prompt_tokens"] = len(prompt)
-        samples.append(_sample(where, choice if whole is None else body, {**choice, **known}))
+        sample = _sample(where, choice if whole is None else body, {**choice, **known})
+        before = choice.get(_PROMPT, body.get(_PROMPT))
+        if before is not None and sample.encoded:
+            sample.before = before
+        elif before is not None:
+            sample.encoded = [before]  # an answer of one token, which is never fed back
+        samples.append(sample)
     return Response(
         name=_name(body), samples=samples, answered=_count(where, (usage or {}).get("completion_tokens"), "usage")
     )

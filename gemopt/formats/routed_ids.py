@@ -36,14 +36,22 @@ _DTYPES = {
 
 
 def decode(sample: Sample, options: TraceOptions, *, raw_int32: bool) -> IntArray:
-    """[tokens, layers, K] ids of a sample; a stream that sent them more than once must have gone on with them."""
+    """[tokens, layers, K] ids of a sample, its prompt first.
+
+    A stream that sent them more than once must have gone on with them.
+    """
     name = f"{sample.where}: routed_experts"
     arrays = [_decode(name, encoded, sample, options, raw_int32=raw_int32) for encoded in sample.encoded]
     last = arrays[-1]
     for earlier in arrays[:-1]:
         if earlier.shape[1:] != last.shape[1:] or not np.array_equal(earlier, last[: len(earlier)]):
             raise InputError(name, f"{len(arrays)} chunks that differ", "each chunk to begin with the one before")
-    return last
+    if sample.before is None:
+        return last
+    prompt = _decode(f"{sample.where}: prompt_routed_experts", sample.before, sample, options, raw_int32=raw_int32)
+    if prompt.shape[1:] != last.shape[1:]:
+        raise InputError(name, f"shape {last.shape}", f"that of prompt_routed_experts, {prompt.shape}")
+    return np.concatenate([prompt, last])
 
 
 def has_shape(encoded: Any) -> bool:

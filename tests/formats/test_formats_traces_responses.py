@@ -132,3 +132,30 @@ def test_hostile_npy_header(tmp_path):
     (tmp_path / "r.jsonl").write_text(json.dumps(body))
     with pytest.raises(InputError, match=r"complete \.npy"):
         load(tmp_path / "r.jsonl", "vllm", tmp_path)
+
+
+@pytest.mark.parametrize("answer", [1, 5])
+def test_rows_of_the_prompt_that_come_apart(tmp_path, answer):
+    """vLLM 0.21 to 0.32 put them beside the choices, which hold the rows of the answer."""
+    path, whole = tmp_path / "responses.jsonl", []
+    with path.open("w") as stream:
+        for prompt, generated, ids in requests(np.random.default_rng(4), lengths=((3, answer), (6, answer))):
+            whole.append(ids)
+            rest = npy_text(ids[prompt:].astype(np.uint8)) if generated > 1 else None
+            body = {"choices": [{"index": 0, "routed_experts": rest}], "usage": {"prompt_tokens": prompt}}
+            body["usage"]["completion_tokens"] = generated
+            stream.write(json.dumps({**body, "prompt_routed_experts": npy_text(ids[:prompt].astype(np.uint8))}) + "\n")
+    for phase, rows in {
+        Phase.PREFILL: [ids[:prompt] for ids, prompt in zip(whole, (3, 6), strict=True)],
+        Phase.MIXED: whole,
+    }.items():
+        traces, _ = load(path, "vllm", tmp_path, phase=phase, num_experts=8)
+        assert (traces.counts.sum(axis=0) == counted([np.concatenate(rows)], 3, 8)[0]).all()
+
+
+def test_rows_of_prompts_of_another_network_are_refused(tmp_path):
+    rows = np.array([[[0, 1], [2, 3]]], np.uint8)
+    body = {"choices": [{"routed_experts": npy_text(rows)}], "prompt_routed_experts": npy_text(rows[:, :1])}
+    (tmp_path / "a.json").write_text(json.dumps({**body, "usage": {"prompt_tokens": 1, "completion_tokens": 2}}))
+    with pytest.raises(InputError, match=r"shape \(1, 2, 2\); that of prompt_routed_experts, \(1, 1, 2\)"):
+        load(tmp_path / "a.json", "vllm", tmp_path)
