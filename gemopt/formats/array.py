@@ -15,9 +15,9 @@ from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
-from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, other_order, refuse_totals
+from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, other_order, refuse_narrow, refuse_totals
 from gemopt.traces.document import STEP_ARRAYS
-from gemopt.traces.files import COPIES, PLAIN
+from gemopt.traces.files import COPIES, PLAIN, meant
 from gemopt.traces.tokens import ARRAYS
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
@@ -25,6 +25,7 @@ TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give 
 MOST_LAYERS = 256  # of any network known
 _ROWS = 64 << 20  # bytes handed on at once
 _NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", "logits", "probs", "weights", "scores"}
+_COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
@@ -58,6 +59,7 @@ def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], lis
     for path in files:
         counts = _counts(path, notes)
         _check_axes(path, counts, options)
+        refuse_narrow(f"{path}: counts", counts)
         digest = hashlib.sha256(str(counts.shape).encode())
         for step in counts:
             digest.update(np.ascontiguousarray(step, dtype=np.int64).data)
@@ -76,42 +78,54 @@ def _already_chosen(files: list[Path], options: TraceOptions) -> bool:
 def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
     """[T, L, E] the counts of a file; what else it holds is refused, or goes to the notes."""
     data: Any
-    if path.suffix in (".npy", ".npz"):
-        data = numpy_arrays(path)
+    told: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        data, told = safetensors_arrays(path)
     else:
-        data = load_torch(path) if path.suffix == ".pt" else safetensors_arrays(path)
+        data = load_torch(path) if path.suffix == ".pt" else numpy_arrays(path)
+    name = path.stem  # of what has no other name
     if isinstance(data, dict):
+        data = {str(key): value for key, value in data.items()}
         if "counts" not in data and len(data) != 1:
-            raise InputError(str(path), ", ".join(map(str, data)) or "no array", "one array, or one called counts")
-        others = [str(name) for name in data if name != "counts"] if "counts" in data else []
-        copies = [name for name in others if COPIES.search(name)]
-        if copies:
-            found = f"{copies[0]} beside counts"
-            raise InputError(str(path), found, "counts of logical experts", "add up the copies, and leave it out")
-        known = [name for name in others if name in TRACES]
-        if known:
-            limit = "counts alone: what they say would be lost"
-            raise InputError(str(path), f"{', '.join(known)} beside counts", limit, "an .npz of them is traces already")
-        if others and notes is not None:
-            notes.append(f"{path.name}: {', '.join(others)} left unread")
-        name = "counts" if "counts" in data else next(iter(data))
-        if name != "counts" and set(re.split("[^a-z]+", str(name).lower())) & _NO_COUNTS:
-            raise InputError(str(path), f"an array {name}", "counts [steps, layers, experts]", NOT_IDS)
-        if COPIES.search(str(name)):
-            raise InputError(str(path), f"an array {name}", "counts of logical experts", "add up the copies")
-        data = data[name]
+            raise InputError(str(path), ", ".join(data) or "no array", "one array, or one called counts")
+        key = "counts" if "counts" in data else next(iter(data))
+        _refuse_beside(path, [other for other in [*data, *told] if other not in (key, "format")], notes)
+        if key != "counts" and not (words := _words(key)) & _COUNTED and words & _NO_COUNTS:
+            raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", NOT_IDS)
+        name = path.stem if path.suffix == ".npy" else key
+        data = data[key]
+    if COPIES.search(name):
+        raise InputError(str(path), f"an array {name}", "counts of logical experts", "add up the copies")
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
     return counts
 
 
+def _words(name: str) -> set[str]:
+    return set(re.split("[^a-z]+", name.lower()))
+
+
+def _refuse_beside(path: Path, others: list[str], notes: list[str] | None) -> None:
+    """Refuse what says more of the counts, by its name, than is read here; note what does not."""
+    if copies := [name for name in others if COPIES.search(name)]:
+        found = f"{copies[0]} beside counts"
+        raise InputError(str(path), found, "counts of logical experts", "add up the copies, and leave it out")
+    if known := [name for name in others if name in TRACES or meant(name)]:
+        found, limit = f"{', '.join(known)} beside counts", "counts alone: what they say would be lost"
+        names = ", ".join(sorted({name if name in TRACES else meant(name) for name in known}))
+        raise InputError(str(path), found, limit, f"an .npz of counts, {names} is traces already")
+    if others and notes is not None:
+        notes.append(f"{path.name}: {', '.join(others)} left unread")
+
+
 def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
     """Refuse an array whose numbers say that it holds other things, unless options tell the lengths of its axes."""
     refuse_totals(f"{path}: counts", counts)
     if counts.shape[2] == 1 or is_map(counts):
-        limit = "assignments [steps, layers, experts]"
-        raise InputError(f"{path}: counts", "a map of experts, by the numbers", limit, "gemopt placement import")
+        kind = "ids of tokens, or a map of experts" if counts.shape[2] == 1 else "a map of experts, by the numbers"
+        hint = "gemopt placement import reads maps" + (f"; {NOT_IDS}" if counts.shape[2] == 1 else "")
+        raise InputError(f"{path}: counts", kind, "assignments [steps, layers, experts]", hint)
     if options.num_experts is None and are_ids(counts):
         ids = f"[{len(counts)} tokens, {counts.shape[1]} layers, {counts.shape[2]} experts per token], by the numbers"
         raise InputError(f"{path}: counts", ids, "[steps, layers, experts]", NOT_IDS)

@@ -17,6 +17,10 @@ from gemopt.exceptions import InputError
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, copy_slots, make_placement
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays, torch_module
 from gemopt.placement import Placement, Split
+from gemopt.traces.files import meant
+
+SUFFIXES = (".safetensors", ".npz", ".pt")
+TABLES = ("phy2log", "log2phy", "logcnt")
 
 
 def tensors(placement: Placement) -> dict[str, NDArray[np.int64]]:
@@ -52,10 +56,14 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
 
 def read(path: Path, facts: Facts) -> Placement:
     """Read phy2log and check the other two tables against it."""
-    readers: dict[str, Any] = {".pt": load_torch, ".npz": numpy_arrays, ".safetensors": safetensors_arrays}
-    if path.suffix not in readers:
+    if path.suffix not in SUFFIXES:
         raise InputError(str(path), path.suffix or "no suffix", "a .safetensors, .npz or .pt file")
-    data = readers[path.suffix](path)
+    told: dict[str, Any] = {}
+    data: Any
+    if path.suffix == ".safetensors":
+        data, told = safetensors_arrays(path)
+    else:
+        data = load_torch(path) if path.suffix == ".pt" else numpy_arrays(path)
     if not isinstance(data, dict) or "phy2log" not in data:
         raise InputError(f"{path}: phy2log", "missing", "a table [layers, slots]")
     table = as_array(data["phy2log"], name=f"{path}: phy2log", ndim=2)
@@ -71,7 +79,12 @@ def read(path: Path, facts: Facts) -> Placement:
         pad = np.full((*mine.shape[:2], max(slots.shape[2] - mine.shape[2], 0)), -1)
         if not np.array_equal(np.sort(slots), np.sort(np.concatenate([mine, pad], axis=2))):
             raise InputError(f"{path}: log2phy", f"shape {slots.shape}", "the slots that phy2log has")
-    if others := [str(name) for name in data if name not in ("phy2log", "log2phy", "logcnt")]:
+    others = {str(name): value for name, value in {**told, **data}.items() if name not in (*TABLES, "format")}
+    for name, value in others.items():
+        found = str(value if name in told else np.asarray(value).tolist())
+        if meant(name) == "layer_ids" and found.replace(" ", "") != str(ids).replace(" ", ""):
+            raise InputError(f"{path}: {name}", found, f"{ids}, as they are read", "give --layer-ids")
+    if others:
         facts.notes.append(f"{', '.join(others)} left unread")
     return placement
 
@@ -83,7 +96,7 @@ ENGINES = {
         placement="phy2log, log2phy, logcnt .safetensors, .npz or .pt",
         replicas=True,
         splits=(Split.EVEN, Split.NEAREST, Split.OPTIMAL),
-        suffixes=(".safetensors", ".npz", ".pt"),
+        suffixes=SUFFIXES,
         note="tables only; how copies are used is up to who reads them",
         write=write,
         read=read,

@@ -174,14 +174,15 @@ def _array(value: Any, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
         raise InputError(name, value, f"whole numbers in {' or '.join(map(str, ndims))} dimensions") from None
 
 
-def safetensors_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file, mapped; every offset is checked against the file."""
+def safetensors_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """The arrays of a safetensors file, mapped, and its metadata; every offset is checked against the file."""
     header, body = _safetensors(path)
     told = header.pop("__metadata__", None)
-    if isinstance(told, dict) and "gemopt_traces" in told:
+    metadata = told if isinstance(told, dict) else {}
+    if "gemopt_traces" in metadata:
         raise InputError(str(path), "traces of gemopt", "an engine's counts", "every command reads it as it is")
     try:
-        return {name: _mapped(body, name, entry) for name, entry in header.items()}
+        return {name: _mapped(body, name, entry) for name, entry in header.items()}, metadata
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(str(path), str(error), "a complete safetensors file of whole numbers") from None
 

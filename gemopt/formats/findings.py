@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import IntArray
+from gemopt.formats.engine import IntArray, TraceOptions
 
 MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
+MOST_SHARED = 8
 
 _PART = re.compile(
     r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?(?:rank|group)|ep|dp|tp|pp|"
@@ -92,6 +94,17 @@ def own_counts(recorded: Mapping[int, Hashable | None]) -> Own:
     return Own(kept, size, f"{who} recorded the same counts (they saw the same tokens): counted once")
 
 
+def without_drafts(counts: IntArray, options: TraceOptions, notes: list[str]) -> IntArray:
+    """[T, rows, E] counts of the decoder layers: rows from `num_hidden_layers` on are left out, with a note."""
+    hidden = options.num_hidden_layers
+    if hidden is None or counts.shape[1] <= hidden:
+        return counts
+    note = f"layers from {hidden} on are draft layers: left out"
+    if note not in notes:
+        notes.append(note)
+    return counts[:, :hidden]
+
+
 def check_loads(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
     """Notes on the total assignments [L, E] of a recording: experts that were never chosen.
 
@@ -146,29 +159,45 @@ def check_steps(total_TL: IntArray, layer_ids: Sequence[int]) -> list[str]:
 
 
 class Shares:
-    """Experts whose share of the assignments is one and the same in all layers of all steps added so far."""
+    """Experts whose share of the assignments is one and the same in all layers of all steps added so far.
+
+    Also the last 2 to 8 together: where shared experts are served as routed ones, a token may take any copy of them.
+    """
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts, self.cells = num_experts, 0
-        self.experts = np.zeros(0, np.int64)
-        self.times = self.experts  # how many assignments there are to one of theirs
+        self.groups = [range(e, e + 1) for e in range(num_experts)]
+        self.groups += [range(num_experts - n, num_experts) for n in range(2, min(MOST_SHARED, num_experts - 1) + 1)]
+        self.times: list[int] = []  # how many assignments there are to one of theirs
 
     def add(self, counts: IntArray, total_TL: IntArray) -> None:
         """Keep those for which it holds in [T, L, E] counts too."""
         busy = np.argwhere(total_TL > 0)
         if not self.cells and len(busy):
             first, total = counts[*busy[0]].astype(np.int64), int(total_TL[*busy[0]])
-            self.experts = np.flatnonzero((first > 0) & (total % np.maximum(first, 1) == 0))
-            self.times = total // first[self.experts]
+            sums = [int(first[group.start : group.stop].sum()) for group in self.groups]
+            kept = [(g, total // n) for g, n in zip(self.groups, sums, strict=True) if n and total % n == 0]
+            self.groups, self.times = [g for g, _ in kept], [times for _, times in kept]
         self.cells += len(busy)
-        same = (counts[:, :, self.experts] * self.times == total_TL[:, :, None]).all(axis=(0, 1))
-        self.experts, self.times = self.experts[same], self.times[same]
+        same = [
+            bool((counts[:, :, g.start : g.stop].sum(axis=2, dtype=np.int64) * times == total_TL).all())
+            for g, times in zip(self.groups, self.times, strict=True)
+        ]
+        self.groups, self.times = list(compress(self.groups, same)), list(compress(self.times, same))
 
     def notes(self) -> list[str]:
         """Their notes, unless there are too few counts to tell."""
+        alone = {group.start for group in self.groups if len(group) == 1}
         return [
-            f"expert {expert} gets one of every {times} assignments in all layers and steps: shared by all tokens, or "
+            f"{_called(group)} of every {times} assignments in all layers and steps: shared by all tokens, or "
             "the total of the others? then leave it out"
-            for expert, times in zip(self.experts, self.times, strict=True)
+            for group, times in zip(self.groups, self.times, strict=True)
             if self.cells >= MANY_CELLS and 1 < times < self.num_experts
+            if len(group) == 1 or self.num_experts - 1 not in alone
         ]
+
+
+def _called(group: range) -> str:
+    if len(group) == 1:
+        return f"expert {group.start} gets one"
+    return f"experts {group.start} to {group.stop - 1} together get one"

@@ -184,7 +184,7 @@ class _Writer:
         self.totals: list[IntArray] = []
         self.first: IntArray | None = None
         self.last: IntArray | None = None
-        self.rising = True  # from step to step some counts rise and none falls
+        self.rising = 0  # steps in which, against the one before, some counts rise and none falls
         stream.write(bytes(8 + _HEADER_BYTES))
 
     def append(self, block: IntArray) -> None:
@@ -223,7 +223,7 @@ class _Writer:
         self.load_LE += narrow.sum(axis=0, dtype=np.int64)
         known = narrow if self.last is None else np.concatenate([self.last, narrow])
         falls, rises = known[1:] < known[:-1], known[1:] > known[:-1]
-        self.rising = self.rising and not falls.any() and bool(rises.any(axis=(1, 2)).all())
+        self.rising += int((rises.any(axis=(1, 2)) & ~falls.any(axis=(1, 2))).sum())
         self.first = narrow[:1].copy() if self.first is None else self.first
         self.last = narrow[-1:].copy()
         total_TL = narrow.sum(axis=2, dtype=np.int64)
@@ -245,15 +245,20 @@ class _Writer:
                 total = f"a {place} step that is the sum of the others"
                 raise InputError("counts", total, "counts alone", "leave it out")
         found = check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.totals), self.layer_ids)
-        if self.rising and self.steps >= MANY_STEPS:
+        if 2 * self.rising > self.steps >= MANY_STEPS:
             found.append(
-                "no count falls from any step to the next: counters that add up? then import their differences"
+                f"in {self.rising} of {self.steps - 1} steps no count falls against the step before: counters that add "
+                "up? then import their differences"
             )
         found += self.shares.notes()
         if 1 < self.common < self.largest and self.shares.cells >= MANY_CELLS:
             found.append(
                 f"all counts are multiples of {self.common}: counted by {self.common} ranks that saw the same tokens? "
                 "then they are that much too large"
+            )
+        if self.largest == 1 and self.steps >= MANY_STEPS and len(np.unique(np.concatenate(self.totals))) == 1:
+            found.append(
+                "every step is of a single token: rows of tokens? then add up those that are computed together"
             )
         if 0 < self.even < self.steps and self.experts > 1:
             found.append(f"{self.even} of {self.steps} steps give every expert as much: warm-up?")

@@ -32,6 +32,7 @@ from gemopt.formats.engine import (
 )
 from gemopt.formats.files import bounded_json
 from gemopt.placement import Placement, Split
+from gemopt.traces.arrays import is_map
 
 
 def check(placement: Placement, options: WriteOptions) -> None:
@@ -89,6 +90,8 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError(f"{path}: ranks", None, "the file does not say how many ranks", "give --ep N")
     if facts.num_ranks < 1 or not rows.size or rows.shape[1] % facts.num_ranks:
         raise InputError("--ep", facts.num_ranks, f"a divisor of the experts in {path}, {rows.shape[-1]}")
+    if is_map(rows[None]):
+        raise InputError(str(path), "a map of experts, by the numbers", "loads of the experts", "try --from vllm-map")
     ids = list(facts.layer_ids) if facts.layer_ids is not None else list(range(len(rows)))
     if max(ids) >= len(rows):
         raise InputError("--layer-ids", max(ids), f"layers 0 to {len(rows) - 1}")

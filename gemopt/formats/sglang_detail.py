@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions, check_sizes
 from gemopt.formats.files import load_torch
-from gemopt.formats.findings import Own, own_counts, ranges
+from gemopt.formats.findings import Own, own_counts, ranges, without_drafts
 from gemopt.formats.sglang_records import (
     check_map,
     counted_ids,
@@ -160,8 +160,9 @@ def _result(
         to_logical([stage.totals.pop(number) for number in passes], map_LP, stage.own.times) for stage in stages
     )
     assert not isinstance(logical, int)
-    used: NDArray[np.bool_] = np.asarray(logical.any(axis=(1, 2)))
     notes = _notes(stages, len(passes)) + unread
+    logical = without_drafts(logical, options, notes)
+    used: NDArray[np.bool_] = np.asarray(logical.any(axis=(1, 2)))
     passes = [number for number, kept in zip(passes, used, strict=True) if kept]
     logical = logical if used.all() else logical[used]
     by_pass = [{stage.phases[number] for stage in stages if number in stage.phases} for number in passes]

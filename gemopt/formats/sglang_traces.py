@@ -21,8 +21,9 @@ from gemopt.exceptions import InputError
 from gemopt.formats import count_csv, responses
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions, files_of
 from gemopt.formats.files import bounded_json, load_torch, whole_numbers
-from gemopt.formats.findings import ranges
+from gemopt.formats.findings import ranges, without_drafts
 from gemopt.formats.sglang_detail import read_detail
+from gemopt.traces.files import meant
 
 KEY = "logical_count"
 SUFFIXES = (".pt", ".csv", ".json", ".jsonl")
@@ -44,7 +45,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
             return count_csv.read_traces(files, options)
         case "stat dumps":
             options.refuse_unused("stat dumps, which count all ranks together")
-            return _read_stat(files)
+            return _read_stat(files, options)
     return read_detail(files, options)
 
 
@@ -89,12 +90,15 @@ def _counts(path: Path) -> tuple[IntArray, bool, Any]:
     data = load_torch(path) if path.suffix == ".pt" else bounded_json(path)
     if not isinstance(data, dict) or KEY not in data:
         raise InputError(f"{path}: {KEY}", None, "stat dumps only", "import each kind apart")
+    if known := [str(key) for key in data if meant(str(key))]:
+        limit, hint = "a row for every decoder layer", "save the rows as an array: --from array takes --layer-ids"
+        raise InputError(f"{path}: {known[0]}", f"beside {KEY}", limit, hint)
     counts = whole_numbers(data[KEY], name=f"{path}: {KEY}", ndims=(2, 3))
     added_up = counts.ndim == 2
     return counts[None] if added_up else counts, added_up, data.get("rank")
 
 
-def _read_stat(files: list[Path]) -> Recording:
+def _read_stat(files: list[Path], options: TraceOptions) -> Recording:
     known: dict[bytes, _Stat] = {}
     first_notes: list[str] = []
     for stat in map(_Stat.of, files):
@@ -124,7 +128,7 @@ def _read_stat(files: list[Path]) -> Recording:
                 notes.append(f"the first {again} steps of {names} are the last of the dump before: counted once")
             before = steps
             if len(kept) > again:
-                yield kept[again:]
+                yield without_drafts(kept[again:], options, notes)
 
     return Recording(blocks=blocks, notes=notes)
 

@@ -20,6 +20,7 @@ COUNT_LIMIT = 2**31 - 1
 MAX_EXPERTS = 8192
 ENOUGH_SUMS, FEWEST_SLOTS, MANY_EXPERTS = 8, 8, 64  # that are no accident
 LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
+ENDS = (127, 255, 32767, 65535)  # of small types
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
 NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
 FloatArray = NDArray[np.float64]
@@ -128,6 +129,32 @@ def refuse_totals(field: str, counts: IntArray) -> None:
         raise InputError(field, total, "counts alone", "leave the totals out")
 
 
+def too_narrow(counts: IntArray) -> str:
+    """What the numbers [T, L, E] say of a type too small to count in; empty where it seems large enough.
+
+    What layers lack of the fullest one are multiples of 256 or 65536 then, and at every step other layers do; or many
+    counts are the largest of a type.
+    """
+    sums_TL = counts.sum(axis=2, dtype=np.int64)
+    sums_TL = sums_TL[:, sums_TL.any(axis=0)]
+    lacking_TL = sums_TL.max(axis=1, keepdims=True, initial=0) - sums_TL
+    largest = int(counts.max())
+    if np.count_nonzero(lacking_TL) < ENOUGH_SUMS:
+        return ""
+    varying = len(np.unique(lacking_TL > 0, axis=0)) > 1  # unlike draft layers
+    for bits in (8, 16):
+        if varying and largest < 1 << bits and not (lacking_TL % (1 << bits)).any():
+            return f"counts that wrapped at {1 << bits}, by the sums of the layers"
+    ends, near = (int((counts > n).sum()) for n in (largest - 1, largest - largest // 8))
+    return f"counts cut at {largest}" if largest in ENDS and ends >= max(ENOUGH_SUMS, near - ends) else ""
+
+
+def refuse_narrow(field: str, counts: IntArray) -> None:
+    """Refuse counts [T, L, E] that were kept in a type too small for them."""
+    if narrow := too_narrow(counts):
+        raise InputError(field, narrow, "counts in a type that holds them", "record again in 64 bits")
+
+
 def is_map(counts: IntArray) -> bool:
     """Whether numbers say where experts are: all from 0 on in every row, or a 1 where a device has an expert."""
     rows = np.sort(counts[:LOOKED_AT], axis=2)
@@ -170,6 +197,7 @@ def refuse_misread(counts: IntArray) -> None:
         raise InputError("Traces.counts", "experts of tokens, by the numbers", "[steps, layers, experts]", NOT_IDS)
     if order := other_order(counts):
         raise InputError("Traces.counts", order, "[steps, layers, experts]", "transpose it, or say layer_ids beside it")
+    refuse_narrow("Traces.counts", counts)
 
 
 def other_order(counts: NDArray[Any]) -> str | None:

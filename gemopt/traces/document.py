@@ -308,13 +308,14 @@ def _metadata(traces: Traces) -> dict[str, str]:
 
 def _from_part(part: Part) -> Traces:
     arrays, metadata = part.arrays, dict(part.metadata)
+    foreign_keys = set() if "gemopt_traces" in metadata else set(metadata)
     version = metadata.pop("gemopt_traces", str(SCHEMA_VERSION))
     if version != str(SCHEMA_VERSION):
         raise InputError("gemopt_traces", version, f"this gemopt reads version {SCHEMA_VERSION}")
     if "counts" not in arrays:
         raise InputError("Traces.counts", f"arrays {', '.join(sorted(part.names))}", "an array named counts is needed")
     counts = np.asarray(arrays["counts"])
-    refuse_unread(part.names)
+    refuse_unread(part.names | foreign_keys)
     if "layer_ids" not in metadata and counts.size and counts.ndim == 3 and counts.dtype.kind in "iu":
         refuse_misread(counts)
     experts = metadata.get("num_experts")

@@ -23,10 +23,10 @@ from gemopt.exceptions import InputError
 IntArray = NDArray[Any]
 PLAIN = ("num_hidden_layers", "top_k", "model")  # what an .npz may say of the network, beside layer_ids
 COPIES = re.compile("physical|phy2?log|log2phy", re.IGNORECASE)  # arrays that say of which expert each slot is a copy
-MEANT = {
-    **dict.fromkeys(("layers", "layer_id", "layer_idx", "moe_layers", "moe_layer_ids"), "layer_ids"),
-    **dict.fromkeys(("topk", "num_experts_per_tok", "num_experts_per_token"), "top_k"),
-    **dict.fromkeys(("num_layers", "n_layers"), "num_hidden_layers"),
+_MEANT = {  # what else arrays are called that say what the counts are of
+    "layer_ids": re.compile(r"(moe_)?layers?(_?(ids?|idx|ind(ex|ices)|num(ber)?s?))?", re.IGNORECASE),
+    "top_k": re.compile(r"top_?k|num_experts_per_tok(en)?|experts_per_token", re.IGNORECASE),
+    "num_hidden_layers": re.compile(r"(num|n)_(hidden_)?layers", re.IGNORECASE),
 }
 
 
@@ -130,8 +130,13 @@ def refuse_unread(names: set[str]) -> None:
     for name in sorted(names):
         if COPIES.search(name):
             raise InputError(f"Traces.{name}", "beside counts", "counts of logical experts", "add up the copies")
-        if name in MEANT:
-            raise InputError(f"Traces.{name}", "no such array", f"{MEANT[name]}, if that is meant", "rename it")
+        if name not in ("layer_ids", *PLAIN) and (other := meant(name)):
+            raise InputError(f"Traces.{name}", "no such array", f"{other}, if that is meant", "rename it")
+
+
+def meant(name: str) -> str:
+    """What traces call that which an array of this name says; empty when it says nothing of the counts."""
+    return next((own for own, known in _MEANT.items() if known.fullmatch(name)), "")
 
 
 def parsed(metadata: dict[str, str], key: str, kind: type) -> Any:

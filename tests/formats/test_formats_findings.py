@@ -8,6 +8,7 @@ from routed_counts import routed
 
 from gemopt.exceptions import InputError
 from gemopt.formats.findings import ranges
+from gemopt.traces import Traces
 
 
 def test_findings(load, tmp_path):
@@ -89,7 +90,7 @@ def test_maps_of_experts_are_no_counts(load, tmp_path):
     redundant = np.concatenate([slots, slots[:, :, :4]], axis=2)
     for each in (slots, redundant, slots[..., None][0], held.transpose(2, 1, 0).astype(int)):
         np.save(tmp_path / "a.npy", each)
-        with pytest.raises(InputError, match="a map of experts, by the numbers"):
+        with pytest.raises(InputError, match="a map of experts"):
             load(tmp_path / "a.npy", "array")
     np.save(tmp_path / "a.npy", np.eye(32, dtype=int)[rng.integers(0, 32, (300, 4))])
     assert load(tmp_path / "a.npy", "array")[0].num_steps == 300  # a token after the other
@@ -107,3 +108,42 @@ def test_dense_layers_do_not_turn_the_axes(load, tmp_path):
     counts[:, :2] = 0
     np.save(tmp_path / "a.npy", counts)
     assert load(tmp_path / "a.npy", "array")[0].layer_ids == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept"),
+    [(3000, lambda c: c.astype(np.uint8)), (300_000, lambda c: c % 65536), (3000, lambda c: np.minimum(c, 255))],
+)
+def test_counts_in_too_small_a_type_are_refused(load, tmp_path, tokens, kept):
+    rng, path = np.random.default_rng(5), tmp_path / "a.npz"
+    counts = np.concatenate([routed(rng, steps=1, tokens=int(n)) for n in rng.integers(tokens, 2 * tokens, 12)])
+    np.savez(path, counts=kept(counts))
+    for read in (lambda: load(path, "array"), lambda: Traces.load(path)):
+        with pytest.raises(InputError, match=r"counts (that wrapped|cut) at \d+.*a type that holds them"):
+            read()
+    small = np.minimum(counts // 64, 99)
+    small[:, :, 0] += small.sum(axis=2).max(axis=1, keepdims=True) - small.sum(axis=2)  # so that layers agree
+    draft = small[:, :1].copy()
+    draft[:, :, :3] += [0, 128, 128]  # a draft layer of more tokens
+    np.savez(path, counts=np.concatenate([small, draft], axis=1))
+    assert "layers 5 have another sum" in load(path, "array")[1]
+
+
+def test_copies_of_a_shared_expert_are_named_together(load, tmp_path):
+    rng = np.random.default_rng(6)
+    counts = routed(rng)
+    shared = rng.multinomial(40, [0.2, 0.5, 0.3], size=(12, 5))
+    np.save(tmp_path / "a.npy", np.concatenate([counts, shared], axis=2))
+    assert "experts 16 to 18 together get one of every 3 assignments" in load(tmp_path / "a.npy", "array")[1]
+
+
+def test_counters_that_are_reset_now_and_then_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(7))
+    np.save(tmp_path / "a.npy", np.concatenate([counts[:7].cumsum(axis=0), counts[7:].cumsum(axis=0)]))
+    assert "in 10 of 11 steps no count falls" in load(tmp_path / "a.npy", "array")[1]
+
+
+def test_rows_of_tokens_are_named(load, tmp_path):
+    ids = np.random.default_rng(8).random((50, 5, 16)).argsort(axis=2)[:, :, :2]
+    np.save(tmp_path / "a.npy", (ids[..., None] == np.arange(16)).sum(axis=2))
+    assert "every step is of a single token" in load(tmp_path / "a.npy", "array")[1]

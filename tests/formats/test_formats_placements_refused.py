@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.approximate import approximate
@@ -233,3 +234,21 @@ def test_numbers_that_an_engine_does_not_read_are_named(tmp_path):
     path.write_text("layer,rank,slot,expert\n0,1,0,0\n0,2,1,1\n")
     import_placement(path, source="csv", facts=facts)
     assert "numbered from 1" in facts.notes[-1]
+
+
+def test_a_map_is_no_statistic(tmp_path):
+    rows = np.random.default_rng(0).random((8, 16)).argsort(axis=1)
+    (tmp_path / "map.json").write_text(json.dumps(rows.tolist()))
+    with pytest.raises(InputError, match="a map of experts, by the numbers; loads of the experts; try --from vllm-map"):
+        import_placement(tmp_path / "map.json", source="lmdeploy", facts=Facts(num_ranks=4))
+
+
+def test_layers_that_eplb_tables_name_are_heeded(tmp_path):
+    rows = np.random.default_rng(0).random((2, 8)).argsort(axis=1)
+    save_file({"phy2log": rows}, tmp_path / "a.safetensors", metadata={"layer_ids": "[3,4]"})
+    np.savez(tmp_path / "a.npz", phy2log=rows, layers=[3, 4])
+    for path in tmp_path.iterdir():
+        with pytest.raises(InputError, match=r"got \[3, ?4\]; \[0, 1\], as they are read; give --layer-ids"):
+            import_placement(path, source="deepseek-eplb", facts=Facts(num_ranks=2))
+        facts = Facts(num_ranks=2, layer_ids=(3, 4))
+        assert import_placement(path, source="deepseek-eplb", facts=facts).layer_ids == [3, 4]

@@ -379,3 +379,18 @@ def test_records_that_are_not_taken_are_named(load, tmp_path):
     more["gatherer_key"] = lambda step: "primary" if step else "child_a"
     write_passes(folder, "1.0", 0, counts, **more)
     assert "1 records of parts of a batch (two-batch overlap) are left unread" in load(folder)[1]
+
+
+def test_draft_layers_of_sglang_are_left_out(load, folder):
+    counts = np.random.default_rng(3).integers(0, 9, (4, 5, 8))
+    torch.save({"logical_count": torch.tensor(counts)}, folder / "expert_distribution_recorder_1.0.pt")
+    traces, notes = load(folder, num_hidden_layers=4)
+    assert (traces.counts == counts[:, :4]).all() and "layers from 4 on are draft layers: left out" in notes
+    with pytest.raises(InputError, match=r"layers: got 5; --num-hidden-layers is 6"):
+        load(folder, num_hidden_layers=6)
+
+
+def test_statistics_that_name_their_layers_are_refused(load, folder):
+    (folder / "a.json").write_text(json.dumps({"logical_count": [[1, 2], [3, 4]], "layer_ids": [3, 4]}))
+    with pytest.raises(InputError, match=r"layer_ids: got beside logical_count; a row for every decoder layer.*array"):
+        load(folder / "a.json")

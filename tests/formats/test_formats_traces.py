@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 from recordings import load, write_stat
+from safetensors.numpy import save_file
 
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.layers import parse_layers
@@ -20,8 +21,6 @@ torch = pytest.importorskip("torch")
 @pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".safetensors"])
 @pytest.mark.parametrize("high", [50, 100_000])
 def test_arrays(tmp_path, suffix, high):
-    from safetensors.numpy import save_file
-
     rng = np.random.default_rng(0)
     counts = rng.integers(0, high, (6, 3, 5))
     counts[2] = 0
@@ -211,3 +210,27 @@ def test_memory_is_that_of_one_file(tmp_path):
     one, sixteen = (1024 * int(line) for line in done.stdout.split())
     assert Traces.load(target).num_steps == 1600
     assert sixteen < one + 2 * counts.nbytes
+
+
+@pytest.mark.parametrize("key", ["layers", "layer_indices", "moe_layer_ids", "TopK", "n_layers"])
+def test_what_says_more_of_counts_by_any_name_is_refused(tmp_path, key):
+    counts, value = routed([9] * 4), list(range(3, 8))
+    np.savez(tmp_path / "a.npz", counts=counts, **{key: value})
+    save_file({"counts": counts}, tmp_path / "a.safetensors", metadata={key: str(value), "format": "np"})
+    for path in tmp_path.glob("a.*"):
+        with pytest.raises(InputError, match=f"{key} beside counts; counts alone.*npz of counts, .* is traces already"):
+            load(path, "array", tmp_path)
+        with pytest.raises(InputError, match=rf"Traces\.{key}: got no such array"):
+            Traces.load(path)
+
+
+def test_names_of_arrays_and_files_say_what_they_hold(tmp_path):
+    counts = routed([9] * 4)
+    np.save(tmp_path / "global_physical_count.npy", counts)
+    with pytest.raises(InputError, match="global_physical_count; counts of logical experts"):
+        load(tmp_path / "global_physical_count.npy", "array", tmp_path)
+    np.savez(tmp_path / "a.npz", routed_expert_counts=counts)
+    assert (load(tmp_path / "a.npz", "array", tmp_path)[0].counts == counts).all()
+    np.savez(tmp_path / "a.npz", routed_experts=counts)
+    with pytest.raises(InputError, match=r"an array routed_experts.*ids of tokens"):
+        load(tmp_path / "a.npz", "array", tmp_path)
