@@ -15,7 +15,7 @@ from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
-from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, other_order, refuse_narrow, refuse_totals
+from gemopt.traces.arrays import IN_ORDER, NOT_IDS, are_ids, is_map, other_order, refuse_narrow, refuse_totals
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import COPIES, PLAIN, meant
 from gemopt.traces.tokens import ARRAYS
@@ -139,7 +139,7 @@ def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
         f"{path}: counts",
         found or f"{counts.shape[1]} layers",
         "[steps, layers, experts]",
-        "transpose it, or give --num-experts and --num-hidden-layers",
+        f"{IN_ORDER}, or give --num-experts and --num-hidden-layers",
     )
 
 

@@ -19,9 +19,9 @@ MANY_LAYERS = 4096
 MOST_SHARED = 8
 
 _PART = re.compile(
-    r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?(?:rank|group)|ep|dp|tp|pp|"
-    r"gpu|device|node|worker|host|server|process|replica|stage|layer)[_-]?\d+"
-    r"(?=[/_.-]|$)",
+    r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?(?:rank|group)|ep|dp|tp|pp|l|"
+    r"gpu|npu|cuda|card|device|node|worker|host|server|pod|process|instance|engine|replica|stage|layer)[_-]?\d+"
+    r"(?=[/_.-]|of|$)",
     re.I,
 )
 

@@ -24,6 +24,7 @@ from gemopt.traces.arrays import ENOUGH_SUMS
 
 _HEADER_BYTES = 1 << 16
 MANY_STEPS = 4
+SHARES = (100, 1000, 10_000, 1_000_000)  # what shares in whole numbers add up to
 _PIECE = 1 << 24  # bytes converted at once
 
 
@@ -256,10 +257,13 @@ class _Writer:
                 f"all counts are multiples of {self.common}: counted by {self.common} ranks that saw the same tokens? "
                 "then they are that much too large"
             )
-        if self.largest == 1 and self.steps >= MANY_STEPS and len(np.unique(np.concatenate(self.totals))) == 1:
+        sums = np.unique(np.concatenate(self.totals))
+        if self.largest == 1 and self.steps >= MANY_STEPS and len(sums) == 1:
             found.append(
                 "every step is of a single token: rows of tokens? then add up those that are computed together"
             )
+        if len(sums) == 1 and int(sums[0]) in SHARES and self.shares.cells >= MANY_CELLS:
+            found.append(f"all layers of all steps add up to {sums[0]}: shares instead of counts?")
         if 0 < self.even < self.steps and self.experts > 1:
             found.append(f"{self.even} of {self.steps} steps give every expert as much: warm-up?")
         if self.uneven:

@@ -18,10 +18,11 @@ from gemopt.traces.files import IntArray
 
 COUNT_LIMIT = 2**31 - 1
 MAX_EXPERTS = 8192
-ENOUGH_SUMS, FEWEST_SLOTS, MANY_EXPERTS = 8, 8, 64  # that are no accident
+ENOUGH_SUMS, FEWEST_SLOTS, FEWEST_LAYERS, MANY_EXPERTS = 8, 8, 4, 64  # that are no accident
 LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
 ENDS = (127, 255, 32767, 65535)  # of small types
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
+IN_ORDER = "bring them into that order, experts of all ranks side by side"
 NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
 FloatArray = NDArray[np.float64]
 
@@ -196,7 +197,7 @@ def refuse_misread(counts: IntArray) -> None:
     if are_ids(counts):
         raise InputError("Traces.counts", "experts of tokens, by the numbers", "[steps, layers, experts]", NOT_IDS)
     if order := other_order(counts):
-        raise InputError("Traces.counts", order, "[steps, layers, experts]", "transpose it, or say layer_ids beside it")
+        raise InputError("Traces.counts", order, "[steps, layers, experts]", f"{IN_ORDER}, or say layer_ids beside it")
     refuse_narrow("Traces.counts", counts)
 
 
@@ -204,12 +205,22 @@ def other_order(counts: NDArray[Any]) -> str | None:
     """In which order the axes of counts [T, L, E] seem to be; None where that is the right one, or they do not tell.
 
     Every layer of a step has as many assignments, and steps differ: where that holds for another order alone, that is
-    the order.
+    the order. Where it holds of layers whose experts are apart by rank, one axis is of ranks.
     """
     axes = "steps", "layers", "experts"
     right, *others = permutations(range(3))
-    order = None if _fits(counts, *right) else next((each for each in others if _fits(counts, *each)), None)
-    return None if order is None else f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
+    if _fits(counts, *right):
+        return None
+    order = next((each for each in others if _fits(counts, *each)), None)
+    if order is not None:
+        return f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
+    sums_TL = counts.sum(axis=2, dtype=np.int64)
+    sums_TL = sums_TL[:, sums_TL.any(axis=0)]
+    for name, sums in {"layers, ranks": sums_TL.sum(axis=1), "ranks, layers": sums_TL.sum(axis=0)}.items():
+        busy = sums[sums > 0]
+        if len(busy) >= FEWEST_LAYERS and (busy == busy[0]).all() and (sums_TL != sums_TL[:, :1]).any():
+            return f"axes that look like [{name}, experts of a rank]"
+    return None
 
 
 def _fits(counts: NDArray[Any], step: int, layer: int, expert: int) -> bool:
@@ -217,4 +228,5 @@ def _fits(counts: NDArray[Any], step: int, layer: int, expert: int) -> bool:
     sums = counts.sum(axis=expert, dtype=np.int64)
     by_step = sums if step < layer else sums.T
     by_step = by_step[:, by_step.any(axis=0)]
-    return min(by_step.shape) > 1 and bool((by_step == by_step[:, :1]).all())
+    enough = min(by_step.shape) > 1 or (step == 0 and by_step.shape[1] >= FEWEST_LAYERS)  # of a single step, too
+    return enough and bool((by_step == by_step[:, :1]).all())

@@ -22,7 +22,8 @@ from gemopt.exceptions import InputError
 
 IntArray = NDArray[Any]
 PLAIN = ("num_hidden_layers", "top_k", "model")  # what an .npz may say of the network, beside layer_ids
-COPIES = re.compile("physical|phy2?log|log2phy", re.IGNORECASE)  # arrays that say of which expert each slot is a copy
+# Arrays that say of which expert each slot is a copy, or count by slot (the last are vLLM's).
+COPIES = re.compile("physical|phy2?log|log2phy|expert_load_(window|pass)", re.IGNORECASE)
 _MEANT = {  # what else arrays are called that say what the counts are of
     "layer_ids": re.compile(r"(moe_)?layers?(_?(ids?|idx|ind(ex|ices)|num(ber)?s?))?", re.IGNORECASE),
     "top_k": re.compile(r"top_?k|num_experts_per_tok(en)?|experts_per_token", re.IGNORECASE),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from routed_counts import routed
 
 from gemopt.exceptions import InputError
-from gemopt.formats.findings import ranges
+from gemopt.formats.findings import ranges, refuse_parts
 from gemopt.traces import Traces
 
 
@@ -147,3 +149,37 @@ def test_rows_of_tokens_are_named(load, tmp_path):
     ids = np.random.default_rng(8).random((50, 5, 16)).argsort(axis=2)[:, :, :2]
     np.save(tmp_path / "a.npy", (ids[..., None] == np.arange(16)).sum(axis=2))
     assert "every step is of a single token" in load(tmp_path / "a.npy", "array")[1]
+
+
+def test_axes_of_ranks_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(9), steps=1, experts=32).reshape(5, 4, 8)  # [layers, ranks, their experts]
+    for array, axes in ((counts, "layers, ranks"), (counts.transpose(1, 0, 2), "ranks, layers")):
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(InputError, match=rf"look like \[{axes}, experts of a rank\].*of all ranks side by side"):
+            load(tmp_path / "a.npy", "array")
+    np.save(tmp_path / "a.npy", counts.reshape(1, 32, 5))
+    assert load(tmp_path / "a.npy", "array")[0].num_experts == 5  # sums of all kinds tell nothing
+    np.save(tmp_path / "a.npy", counts.reshape(1, 5, 32).transpose(0, 2, 1))
+    with pytest.raises(InputError, match=r"look like \[steps, experts, layers\]"):
+        load(tmp_path / "a.npy", "array")
+    np.save(tmp_path / "a.npy", counts.reshape(1, 5, 32))
+    assert load(tmp_path / "a.npy", "array")[0].num_experts == 32
+
+
+def test_shares_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(10), tokens=50)  # 50 tokens of two experts: 100
+    np.save(tmp_path / "a.npy", counts)
+    assert "all layers of all steps add up to 100: shares" in load(tmp_path / "a.npy", "array")[1]
+
+
+def test_counts_by_slot_are_refused_by_their_names(load, tmp_path):
+    np.save(tmp_path / "expert_load_window.npy", routed(np.random.default_rng(11)))
+    with pytest.raises(InputError, match="expert_load_window; counts of logical experts"):
+        load(tmp_path / "expert_load_window.npy", "array")
+
+
+@pytest.mark.parametrize("name", ["npu{}", "cuda_{}", "rank{}of2", "L{}", "engine-{}", "pod{}"])
+def test_names_of_parts(name):
+    with pytest.raises(InputError, match="these names tell parts of the same ones"):
+        refuse_parts([Path(f"{name.format(i)}.npy") for i in range(2)])
+    refuse_parts([Path(f"{each}_{i}.npy") for each in ("level", "cell") for i in range(2)])
