@@ -30,13 +30,18 @@ _COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read arrays one after the other; a file with several needs one called `counts`."""
-    if all(path.suffix == ".csv" for path in paths):
+    if all(path.suffix in count_csv.SUFFIXES for path in paths):
         return count_csv.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
     files, notes = _distinct(files_of(paths, *SUFFIXES), options)
     refuse_parts(files)
     if len(files) > 1:
         notes.append(f"{len(files)} files, one after the other in time: {files[0].name} to {files[-1].name}")
+
+    if options.layer_ids is None and options.num_hidden_layers is None:
+        first = _counts(files[0])
+        if np.asarray(first.any(axis=(0, 2))).all():
+            notes.append(f"rows are layers 0 to {first.shape[1] - 1}: if dense layers were left out, give --layer-ids")
 
     def blocks() -> Iterator[IntArray]:
         for path in files:

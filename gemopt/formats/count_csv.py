@@ -2,28 +2,34 @@
 
 A line for every expert that got tokens; absent lines are zeros. A table may hold several steps (a column `step`) and
 several ranks (a column `rank`); files named `..._rank0_...` hold a rank each, and the n-th files of all ranks make
-step n. Anything else that differs between the lines is refused: it might be what the counts must be split by.
+step n. Anything else that differs between the lines is refused: it might be what the counts must be split by. Tables
+may be gzipped, or parquet.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from gemopt.exceptions import InputError
+from gemopt.formats import table_files
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import JSON_LIMIT, size_of
 from gemopt.formats.findings import guessed, names_of, own_counts, ranges, refuse_parts
 from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import refuse_totals
 
-SUFFIXES = (".csv",)
+SUFFIXES = (".csv", ".gz", ".parquet")
 COLUMNS = {
     "layer": ("layer_id", "layer", "layer_idx", "layer_index", "moe_layer", "moe_layer_id"),
     "expert": ("expert_id", "expert", "expert_idx", "expert_index", "logical_expert", "logical_expert_id"),
@@ -176,28 +182,51 @@ def _order(table: _Table) -> tuple[list[float], str]:
 
 
 def _read(path: Path, name: str) -> _Table:
-    if size_of(path) > JSON_LIMIT:
-        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
     table = _Table(path, name)
     named = _RANK.search(name)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            first = stream.readline()
-            rows = csv.reader(chain([first], stream), delimiter=max(",;\t", key=first.count))
-            header = [cell.strip().casefold() or f"column {i}" for i, cell in enumerate(next(rows, []), start=1)]
-            columns = _columns(path, header)
-            table.has_steps = "step" in columns
-            if named and "rank" in columns:
-                raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
-            others: dict[int, str] = {}
-            for number, row in enumerate(rows, start=2):
-                if row:
-                    _add(table, f"{path}: line {number}", row, header, columns, others, int(named[1]) if named else 0)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(str(path), str(error), "a CSV table") from None
+    lines = _lines(path)
+    header = [cell.strip().casefold() or f"column {i}" for i, cell in enumerate(next(lines, []), start=1)]
+    columns = _columns(path, header)
+    table.has_steps = "step" in columns
+    if named and "rank" in columns:
+        raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
+    others: dict[int, str] = {}
+    for number, row in enumerate(lines, start=2):
+        if row:
+            _add(table, f"{path}: line {number}", row, header, columns, others, int(named[1]) if named else 0)
     if not table.ranks:
         raise InputError(str(path), "no line with counts", "at least one line")
     return table
+
+
+def _lines(path: Path) -> Iterator[list[str]]:
+    """The cells of every line, the header first."""
+    if size_of(path) > JSON_LIMIT:
+        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
+    if path.suffix == ".parquet":
+        table = table_files.read(path)
+        yield table.header
+        yield from (list(row.cells.values()) for row in table.rows)
+        return
+    try:
+        with _opened(path) as stream:
+            first = stream.readline()
+            yield from csv.reader(chain([first], stream), delimiter=max(",;\t", key=first.count))
+    except (UnicodeDecodeError, csv.Error, zlib.error, EOFError) as error:
+        raise InputError(str(path), str(error), "a CSV table") from None
+
+
+def _opened(path: Path) -> TextIO:
+    if path.suffix != ".gz":
+        return path.open(newline="", encoding="utf-8-sig")
+    try:
+        with gzip.open(path) as stream:
+            data = stream.read(JSON_LIMIT + 1)
+    except OSError as error:
+        raise InputError(str(path), str(error), "a complete .gz file") from None
+    if len(data) > JSON_LIMIT:
+        raise InputError(str(path), f"more than {JSON_LIMIT} bytes when unpacked", f"at most {JSON_LIMIT} bytes")
+    return io.StringIO(data.decode("utf-8-sig"), newline="")
 
 
 def _columns(path: Path, header: list[str]) -> dict[str, int]:

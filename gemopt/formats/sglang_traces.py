@@ -26,7 +26,7 @@ from gemopt.formats.sglang_detail import read_detail
 from gemopt.traces.files import meant
 
 KEY = "logical_count"
-SUFFIXES = (".pt", ".csv", ".json", ".jsonl")
+SUFFIXES = (".pt", *count_csv.SUFFIXES, ".json", ".jsonl")
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
@@ -50,7 +50,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
 
 
 def _kind(path: Path) -> str:
-    if path.suffix == ".csv":
+    if path.suffix in count_csv.SUFFIXES:
         return "count tables"
     if path.suffix == ".jsonl":
         return "responses"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import numpy as np
 import pytest
 
@@ -124,3 +126,21 @@ def test_tables_that_are_refused(load, folder, text, word):
     with pytest.raises(InputError, match=word) as caught:
         load(folder / "t.csv", "csv")
     assert "\n" not in str(caught.value)
+
+
+def test_packed_tables(load, folder):
+    text = "step,layer,expert,count\n0,3,0,5\n0,3,1,2\n1,3,0,1\n"
+    (folder / "a.csv.gz").write_bytes(gzip.compress(text.encode()))
+    assert load(folder, "csv")[0].counts.tolist() == [[[5, 2]], [[1, 0]]]
+    (folder / "a.csv.gz").write_bytes(gzip.compress(text.encode())[:30])
+    with pytest.raises(InputError, match=r"a\.csv\.gz: got Compressed file ended"):
+        load(folder, "csv")
+    (folder / "a.csv.gz").unlink()
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"step": [0, 0, 1], "layer": [3, 3, 3], "expert": [0, 1, 0], "count": [5.0, 2.0, 1.0]}
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    assert load(folder / "a.parquet", "array")[0].counts.tolist() == [[[5, 2]], [[1, 0]]]
+    columns["phase"] = ["prefill", "decode", "decode"]
+    parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
+    with pytest.raises(InputError, match=r"line 3: phase: got decode; prefill, as in the lines before"):
+        load(folder / "a.parquet", "csv")

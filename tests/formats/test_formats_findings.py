@@ -34,7 +34,11 @@ def test_findings(load, tmp_path):
         load(tmp_path / "a.npy", "array", layer_ids=(0, 1, 2))
     counts[:] = 7
     np.save(tmp_path / "a.npy", counts)
-    assert load(tmp_path / "a.npy", "array")[1] == ""
+    assert (
+        load(tmp_path / "a.npy", "array")[1]
+        == "rows are layers 0 to 2: if dense layers were left out, give --layer-ids"
+    )
+    assert load(tmp_path / "a.npy", "array", layer_ids=(3, 4, 5))[1] == ""
 
 
 def test_ranges():
