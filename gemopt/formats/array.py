@@ -24,7 +24,8 @@ SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 MOST_LAYERS = 256  # of any network known
 _ROWS = 64 << 20  # bytes handed on at once
-_NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", "logits", "probs", "weights", "scores"}
+_SCORES = {"logits", "probs", "weights", "scores"}
+_NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *_SCORES}
 _COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 
 
@@ -88,7 +89,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         data, told = safetensors_arrays(path)
     else:
         data = load_torch(path) if path.suffix == ".pt" else numpy_arrays(path)
-    name = path.stem  # of what has no other name
+    name, experts = path.stem, told.get("num_experts")
     if isinstance(data, dict):
         data = {str(key): value for key, value in data.items()}
         if "counts" not in data and len(data) != 1:
@@ -96,14 +97,17 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         key = "counts" if "counts" in data else next(iter(data))
         _refuse_beside(path, [other for other in [*data, *told] if other not in (key, "format")], notes)
         if key != "counts" and not (words := _words(key)) & _COUNTED and words & _NO_COUNTS:
-            raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", NOT_IDS)
+            hint = "count the experts that were chosen" if words & _SCORES else NOT_IDS
+            raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
         name = path.stem if path.suffix == ".npy" else key
-        data = data[key]
+        experts, data = data.get("num_experts", experts), data[key]
     if COPIES.search(name):
         raise InputError(str(path), f"an array {name}", "counts of logical experts", "add up the copies")
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
+    if str(np.asarray(experts).tolist()) not in ("None", str(counts.shape[2])):
+        raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
     return counts
 
 

@@ -117,7 +117,7 @@ def load_torch(path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0].partition(". This file can still")[0]
         raise InputError(str(path), reason, "a complete .pt file of tensors and plain containers is needed") from None
     _check_tensors(path, data, size)
     return data
@@ -159,7 +159,7 @@ def whole_numbers(value: Any, *, name: str, ndims: tuple[int, ...]) -> NDArray[A
     Floats of two bytes are refused: they round numbers above 256 or 2048.
     """
     if hasattr(value, "numpy") and not value.is_sparse and value.is_floating_point() and value.element_size() > 2:
-        value = value.double().numpy()
+        value = value.detach().double().numpy()
     array = value if hasattr(value, "numpy") else _array(value, name, ndims)
     ndim = next((n for n in ndims if n == array.ndim), ndims[-1])
     if not hasattr(value, "numpy") and array.dtype.kind == "f" and array.dtype.itemsize > 2:
@@ -171,7 +171,9 @@ def _array(value: Any, name: str, ndims: tuple[int, ...]) -> NDArray[Any]:
     try:
         return np.asarray(value)
     except (ValueError, TypeError, OverflowError):
-        raise InputError(name, value, f"whole numbers in {' or '.join(map(str, ndims))} dimensions") from None
+        raise InputError(
+            name, value, f"whole numbers, rectangular in {' or '.join(map(str, ndims))} dimensions"
+        ) from None
 
 
 def safetensors_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

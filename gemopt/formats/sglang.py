@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +27,7 @@ from gemopt.formats.engine import (
     quoted,
     require_hidden_layers,
 )
-from gemopt.formats.files import bounded_json, load_torch, torch_module
+from gemopt.formats.files import bounded_json, load_torch, torch_module, whole_numbers
 from gemopt.formats.findings import ranges
 from gemopt.placement import Placement, Split
 
@@ -85,21 +84,13 @@ def read(path: Path, facts: Facts) -> Placement:
     if len(data) > 1:
         extra = next(key for key in data if key != KEY)
         raise InputError(f"{path}: {extra}", "an extra key", f"exactly one key, {KEY}", "SGLang refuses any other")
-    rows = _matrix(path, data[KEY])
+    rows = whole_numbers(data[KEY], name=f"{path}: {KEY}", ndims=(2,)).astype(np.int64)
     ids, hidden = file_facts(path, facts, rows=len(rows))
     in_order = np.arange(rows.shape[1]) % max(1, int(rows.max(initial=0)) + 1)
     plain = np.flatnonzero((rows == in_order).all(axis=1))
     if facts.layer_ids is None and 0 < len(plain) < len(rows):
         facts.notes.append(f"layers {ranges(plain)} hold the experts in order: if they have none, give --layer-ids")
     return make_placement(path, rows[ids], facts, layer_ids=ids, num_hidden_layers=hidden)
-
-
-def _matrix(path: Path, value: Any) -> Any:
-    from gemopt.documents import integer_array
-
-    if hasattr(value, "numpy"):
-        value = value.numpy()
-    return np.array(integer_array(value, name=f"{path}: {KEY}", ndim=2))
 
 
 ENGINES = {

@@ -234,3 +234,14 @@ def test_names_of_arrays_and_files_say_what_they_hold(tmp_path):
     np.savez(tmp_path / "a.npz", routed_experts=counts)
     with pytest.raises(InputError, match=r"an array routed_experts.*ids of tokens"):
         load(tmp_path / "a.npz", "array", tmp_path)
+
+
+def test_what_tensors_say_is_heeded(tmp_path):
+    counts, path = routed([9] * 4), tmp_path / "a.pt"
+    torch.save({"counts": torch.tensor(counts, dtype=torch.float32, requires_grad=True)}, path)
+    assert (load(path, "array", tmp_path)[0].counts == counts).all()
+    torch.save({"counts": torch.tensor(counts), "num_experts": torch.tensor(7)}, path)
+    with pytest.raises(InputError, match="8 experts; 7, as num_experts says"):
+        load(path, "array", tmp_path)
+    torch.save({"counts": torch.tensor(counts), "num_experts": torch.tensor(8)}, path)
+    assert (load(path, "array", tmp_path)[0].counts == counts).all()
