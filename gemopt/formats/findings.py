@@ -94,6 +94,13 @@ def own_counts(recorded: Mapping[int, Hashable | None]) -> Own:
     return Own(kept, size, f"{who} recorded the same counts (they saw the same tokens): counted once")
 
 
+def untouched(rows: IntArray, layer_ids: Sequence[int]) -> str:
+    """Which layers of a map [L, P] hold the experts in order; empty where all or none do."""
+    in_order = np.arange(rows.shape[1]) % max(1, int(rows.max(initial=0)) + 1)
+    plain = np.flatnonzero((rows == in_order).all(axis=1))
+    return ranges(layer_ids[int(i)] for i in plain) if len(plain) < len(rows) else ""
+
+
 def without_drafts(counts: IntArray, options: TraceOptions, notes: list[str]) -> IntArray:
     """[T, rows, E] counts of the decoder layers: rows from `num_hidden_layers` on are left out, with a note."""
     hidden = options.num_hidden_layers

@@ -28,7 +28,7 @@ from gemopt.formats.engine import (
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_json, load_torch, torch_module, whole_numbers
-from gemopt.formats.findings import ranges
+from gemopt.formats.findings import untouched
 from gemopt.placement import Placement, Split
 
 KEY = "physical_to_logical_map"
@@ -86,10 +86,8 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError(f"{path}: {extra}", "an extra key", f"exactly one key, {KEY}", "SGLang refuses any other")
     rows = whole_numbers(data[KEY], name=f"{path}: {KEY}", ndims=(2,)).astype(np.int64)
     ids, hidden = file_facts(path, facts, rows=len(rows))
-    in_order = np.arange(rows.shape[1]) % max(1, int(rows.max(initial=0)) + 1)
-    plain = np.flatnonzero((rows == in_order).all(axis=1))
-    if facts.layer_ids is None and 0 < len(plain) < len(rows):
-        facts.notes.append(f"layers {ranges(plain)} hold the experts in order: if they have none, give --layer-ids")
+    if facts.layer_ids is None and (plain := untouched(rows, range(len(rows)))):
+        facts.notes.append(f"layers {plain} hold the experts in order: if they have none, give --layer-ids")
     return make_placement(path, rows[ids], facts, layer_ids=ids, num_hidden_layers=hidden)
 
 

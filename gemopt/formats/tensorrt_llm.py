@@ -26,6 +26,7 @@ from gemopt.formats.engine import (
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_yaml
+from gemopt.formats.findings import untouched
 from gemopt.placement import Placement, Split
 
 _KEYS = {"num_slots", "initial_global_assignments", "layer_updates_per_iter"}
@@ -100,7 +101,10 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError(f"{path}: initial_global_assignments", "no layer", "at least one MoE layer")
     check_layers(path, facts, ids)
     table = [rows[layer] for layer in ids]
-    return make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=facts.num_hidden_layers)
+    placement = make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=facts.num_hidden_layers)
+    if facts.num_hidden_layers is None and (plain := untouched(placement.physical_to_logical, ids)):
+        facts.notes.append(f"layers {plain} hold the experts in order: draft layers? then give --num-hidden-layers")
+    return placement
 
 
 def _whole(name: str, value: Any) -> int:

@@ -139,6 +139,13 @@ def test_tensorrt_llm_reads_what_the_engine_reads(tmp_path, text, note):
     assert [note in said for said in facts.notes] == ([True] if note else [])
 
 
+def test_draft_layers_of_tensorrt_llm_are_named(tmp_path):
+    (tmp_path / "lb.yaml").write_text(PLAIN.replace("layer_updates", "  9: [0, 1, 2, 3]\nlayer_updates"))
+    facts = Facts(num_ranks=4)
+    assert import_placement(tmp_path / "lb.yaml", source="trtllm", facts=facts).layer_ids == [3, 4, 9]
+    assert facts.notes == ["layers 9 hold the experts in order: draft layers? then give --num-hidden-layers"]
+
+
 @pytest.mark.parametrize("experts,ranks,slots", [(8, 2, 4), (16, 4, 5), (256, 32, 9)])
 def test_vllm_map_is_the_physical_to_logical_map(make_placement, tmp_path, experts, ranks, slots):
     """The JSON of vLLM's pull request 49572: [L][P], and the rules that it checks."""
