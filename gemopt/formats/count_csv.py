@@ -25,7 +25,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats import table_files
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import JSON_LIMIT, size_of
-from gemopt.formats.findings import guessed, names_of, own_counts, ranges, refuse_parts
+from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_parts
 from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import refuse_totals
 
@@ -75,7 +75,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     lowest, highest = min(expert for *_, expert in keys), max(expert for *_, expert in keys)
     experts = options.num_experts or highest + 1
     if highest >= experts:
-        hint = "numbered from 1? subtract 1" if lowest == 1 and highest == experts else "give the right --num-experts"
+        hint = "numbered from 1? subtract 1" if lowest == 1 and highest == experts else TOO_HIGH
         raise InputError("PATHS: expert", highest, f"experts 0 to {experts - 1}", hint)
     if options.num_experts is None:
         notes.append(guessed(experts, lowest))

@@ -17,6 +17,7 @@ from gemopt.formats.engine import IntArray, TraceOptions
 MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
 MOST_SHARED = 8
+TOO_HIGH = "give the right --num-experts; if they are slots of copies, make them logical experts"
 
 _PART = re.compile(
     r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?(?:rank|group)|ep|dp|tp|pp|l|"

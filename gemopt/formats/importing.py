@@ -136,9 +136,10 @@ def _stream(
 
 
 def _dropped(writer: _Writer, found: Recording, options: TraceOptions) -> list[str]:
-    """The note on decoder layers that were taken as dense because they had no counts."""
-    without = set(range(writer.recorded)) - set(writer.layer_ids)
-    if options.layer_ids is not None or found.layer_ids is not None or not without:
+    """The note on decoder layers without counts; of a file that names its layers, those in between."""
+    ids = writer.layer_ids
+    without = set(range(writer.recorded) if found.layer_ids is None else range(ids[0], ids[-1])) - set(ids)
+    if options.layer_ids is not None or not without:
         return []
     return [f"layers {ranges(without)} have no counts: taken as layers without experts"]
 

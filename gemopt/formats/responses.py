@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes
-from gemopt.formats.findings import guessed, ranges
+from gemopt.formats.findings import TOO_HIGH, guessed, ranges
 from gemopt.formats.response_bodies import Bodies, Response, Sample
 from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, has_shape, moe_layers, narrowed
 from gemopt.traces import Phase
@@ -67,9 +67,7 @@ def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     if options.num_experts is None:
         notes.append(guessed(experts, int(ids.min())))
     if int(ids.max()) >= experts:
-        raise InputError(
-            "routed_experts", int(ids.max()), f"experts 0 to {experts - 1}", "give the right --num-experts"
-        )
+        raise InputError("routed_experts", int(ids.max()), f"experts 0 to {experts - 1}", TOO_HIGH)
     traces = from_tokens(
         ids,
         np.cumsum([0, *(len(piece) for piece in pieces)])[:-1],

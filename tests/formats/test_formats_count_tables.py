@@ -45,8 +45,10 @@ def test_count_tables_say_what_they_lack(load, folder):
     assert traces.counts.tolist() == [[[5, 0, 0, 0, 0, 7], [0, 9, 0, 0, 0, 0]]]
     for word in ("6 experts, the highest id seen + 1", "a single step", "never chosen in any layer (2-4)"):
         assert word in notes
-    with pytest.raises(InputError, match="experts 0 to 3"):
+    with pytest.raises(InputError, match=r"experts 0 to 3.*slots of copies, make them logical experts"):
         load(path, "csv", num_experts=4)
+    gaps = table(folder / "gaps.csv", [(3, 0, 5), (3, 1, 7), (6, 1, 9), (8, 0, 1)])
+    assert "layers 4-5, 7 have no counts: taken as layers without experts" in load(gaps, "csv")[1]
     same = [table(folder / f"x_rank{rank}.csv", [(0, 0, 5), (0, 1, 6)]) for rank in range(3)]
     traces, notes = load(same, "csv")
     assert traces.counts.tolist() == [[[5, 6]]]
