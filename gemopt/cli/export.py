@@ -155,7 +155,7 @@ Write = Callable[["Placement", Path, str | None, bool], "Export | None"]
 
 
 def _permuter(source: Path | None) -> Write:
-    from gemopt.executor.checkpoint import export_checkpoint
+    from gemopt.executor.checkpoint import export_checkpoint, unnamed_weights
     from gemopt.formats.engine import Export
 
     if source is None:
@@ -166,8 +166,10 @@ def _permuter(source: Path | None) -> Write:
             return None
         with shown("files of weights") as progress:
             export_checkpoint(placement, source, path, progress=progress)
-        note = f"Load it with {placement.num_ranks} expert-parallel ranks, experts split in order."
-        return Export(files=(str(path),), command="", notes=(note,))
+        notes = [f"Load it with {placement.num_ranks} expert-parallel ranks, experts split in order."]
+        if left := unnamed_weights(source):
+            notes.append(f"{', '.join(left)} left out: the index does not name them.")
+        return Export(files=(str(path),), command="", notes=tuple(notes))
 
     return write
 

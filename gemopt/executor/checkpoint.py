@@ -45,7 +45,7 @@ def export_checkpoint(
     placement
         Every expert once, the same number of slots on every rank.
     source
-        Folder with `config.json` and `*.safetensors`.
+        Folder with `config.json` and `*.safetensors`; those that an index does not name are left out.
     destination
         New folder. It appears complete or not at all.
     progress
@@ -93,6 +93,11 @@ def export_checkpoint(
     return destination
 
 
+def unnamed_weights(source: Path) -> list[str]:
+    """Names of the safetensors files that the index of a checkpoint does not name: engines read over them."""
+    return sorted({file.name for file in source.glob("*.safetensors")} - {file.name for file in weight_files(source)})
+
+
 def read_config(source: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint."""
     config = read_json(source / "config.json")
@@ -112,9 +117,7 @@ def weight_files(source: Path) -> list[Path]:
         missing = named - {file.name for file in files}
         if missing:
             raise InputError(str(index), min(missing), "every file that the index names is needed")
-        if others := [file.name for file in files if file.name not in named]:
-            hint = "name their tensors in it, or move them elsewhere: engines differ in whether they read them"
-            raise InputError(str(index), ", ".join(others), "every *.safetensors file of the folder in the index", hint)
+        files = [file for file in files if file.name in named]
     return files
 
 

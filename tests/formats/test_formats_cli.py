@@ -188,8 +188,9 @@ def test_placement_import(run, files):
 def test_checkpoints_go_to_the_executor(run, files, monkeypatch, name):
     taken = []
     monkeypatch.setattr("gemopt.executor.checkpoint.export_checkpoint", lambda *given, **_: taken.append(given))
+    monkeypatch.setattr("gemopt.executor.checkpoint.unnamed_weights", lambda source: ["mtp.safetensors"])
     out = run("export", files / "equal.json", "--to", name, "--source", files / "in", "-o", files / "out")
     assert taken == [(Placement.load(files / "equal.json"), files / "in", files / "out")]
-    assert "2 expert-parallel ranks" in out
+    assert "2 expert-parallel ranks" in out and "mtp.safetensors left out" in out
     pair = ["--decode", files / "equal.json", "--to", name, "--source", files / "in", "-o", files / "out"]
     assert "--decode" in run("export", files / "equal.json", *pair, code=2)
