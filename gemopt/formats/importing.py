@@ -247,7 +247,7 @@ class _Writer:
                 total = f"a {place} step that is the sum of the others"
                 raise InputError("counts", total, "counts alone", "leave it out")
         found = check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.totals), self.layer_ids)
-        if 2 * self.rising > self.steps >= MANY_STEPS:
+        if 4 * self.rising >= 3 * (self.steps - 1) and self.steps >= MANY_STEPS:
             found.append(
                 f"in {self.rising} of {self.steps - 1} steps no count falls against the step before: counters that add "
                 "up? then import their differences"

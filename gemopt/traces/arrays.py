@@ -224,9 +224,9 @@ def other_order(counts: NDArray[Any]) -> str | None:
 
 
 def _fits(counts: NDArray[Any], step: int, layer: int, expert: int) -> bool:
-    """Whether every layer of a step has as many assignments, dense ones left out, where that says anything."""
+    """Whether every layer of a step has as many assignments, dense and idle ones left out, where that says anything."""
     sums = counts.sum(axis=expert, dtype=np.int64)
     by_step = sums if step < layer else sums.T
-    by_step = by_step[:, by_step.any(axis=0)]
+    by_step = by_step[np.ix_(by_step.any(axis=1), by_step.any(axis=0))]
     enough = min(by_step.shape) > 1 or (step == 0 and by_step.shape[1] >= FEWEST_LAYERS)  # of a single step, too
     return enough and bool((by_step == by_step[:, :1]).all())

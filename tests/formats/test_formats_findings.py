@@ -111,9 +111,10 @@ def test_few_experts_far_apart_are_counts(load, tmp_path):
 
 def test_dense_layers_do_not_turn_the_axes(load, tmp_path):
     counts = routed(np.random.default_rng(6))
-    counts[:, :2] = 0
-    np.save(tmp_path / "a.npy", counts)
-    assert load(tmp_path / "a.npy", "array")[0].layer_ids == (2, 3, 4)
+    for dense in (2, 4):
+        counts[:, :dense] = 0
+        np.save(tmp_path / "a.npy", counts)
+        assert load(tmp_path / "a.npy", "array")[0].layer_ids == tuple(range(dense, 5))
 
 
 @pytest.mark.parametrize(
