@@ -46,6 +46,10 @@ def decode(sample: Sample, options: TraceOptions, *, raw_int32: bool) -> IntArra
     for earlier in arrays[:-1]:
         if earlier.shape[1:] != last.shape[1:] or not np.array_equal(earlier, last[: len(earlier)]):
             raise InputError(name, f"{len(arrays)} chunks that differ", "each chunk to begin with the one before")
+    if (options.num_experts or 0) > np.iinfo(last.dtype).max + 1:
+        raise InputError(
+            name, f"ids in {last.dtype}", f"a type that holds {options.num_experts} experts", "they wrapped"
+        )
     if sample.before is None:
         return last
     prompt = _decode(f"{sample.where}: prompt_routed_experts", sample.before, sample, options, raw_int32=raw_int32)
@@ -149,18 +153,19 @@ def moe_layers(pieces: Sequence[IntArray], options: TraceOptions) -> list[int]:
     whole = [layer for layer in asked if repeats[layer] == tokens]
     if partly or whole:
         layer = (partly + whole)[0]
-        raise InputError(
-            "routed_experts",
-            f"layer {layer} names an expert twice, or none, in {int(repeats[layer])} of {tokens} tokens",
-            "distinct experts in every token",
-            "leave the layer out of --layer-ids if it has no experts, else leave out the responses that lack it",
-        )
-    found = asked or [layer for layer in range(layers) if not repeats[layer]]
-    if not found:
+        found = f"layer {layer} names an expert twice, or none, in {int(repeats[layer])} of {tokens} tokens"
+        hint = "leave the layer out of --layer-ids if it has no experts, else leave out the responses that lack it"
+        if len(partly) == layers > 1:
+            hint = (
+                "so do all layers: did the ids wrap in a small type, or is it another --num-hidden-layers and --top-k?"
+            )
+        raise InputError("routed_experts", found, "distinct experts in every token", hint)
+    kept = asked or [layer for layer in range(layers) if not repeats[layer]]
+    if not kept:
         raise InputError("routed_experts", "every layer repeats experts", "at least one MoE layer", "give --layer-ids")
     if top_k == 1 and not asked:
-        _refuse_zero_layers(pieces, found)
-    return found
+        _refuse_zero_layers(pieces, kept)
+    return kept
 
 
 def _refuse_zero_layers(pieces: Sequence[IntArray], found: list[int]) -> None:

@@ -159,3 +159,13 @@ def test_rows_of_prompts_of_another_network_are_refused(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({**body, "usage": {"prompt_tokens": 1, "completion_tokens": 2}}))
     with pytest.raises(InputError, match=r"shape \(1, 2, 2\); that of prompt_routed_experts, \(1, 1, 2\)"):
         load(tmp_path / "a.json", "vllm", tmp_path)
+
+
+def test_ids_that_wrapped_are_told(tmp_path):
+    ids = requests(np.random.default_rng(5), experts=384, top_k=8, lengths=((1, 200),))[0][2]
+    body = {"choices": [{"routed_experts": npy_text(ids.astype(np.uint8))}]}
+    (tmp_path / "a.json").write_text(json.dumps({**body, "usage": {"prompt_tokens": 1, "completion_tokens": 200}}))
+    with pytest.raises(InputError, match=r"so do all layers: did the ids wrap in a small type"):
+        load(tmp_path / "a.json", "vllm", tmp_path)
+    with pytest.raises(InputError, match=r"got ids in uint8; a type that holds 384 experts; they wrapped"):
+        load(tmp_path / "a.json", "vllm", tmp_path, num_experts=384)
