@@ -135,9 +135,10 @@ def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
         kind = "ids of tokens, or a map of experts" if counts.shape[2] == 1 else "a map of experts, by the numbers"
         hint = "gemopt placement import reads maps" + (f"; {NOT_IDS}" if counts.shape[2] == 1 else "")
         raise InputError(f"{path}: counts", kind, "assignments [steps, layers, experts]", hint)
-    if options.num_experts is None and are_ids(counts):
-        ids = f"[{len(counts)} tokens, {counts.shape[1]} layers, {counts.shape[2]} experts per token], by the numbers"
-        raise InputError(f"{path}: counts", ids, "[steps, layers, experts]", NOT_IDS)
+    for ids in (counts, counts.transpose(0, 2, 1)) if options.num_experts is None else ():
+        if are_ids(ids):
+            shown = f"[{len(ids)} tokens, {ids.shape[1]} layers, {ids.shape[2]} experts per token], by the numbers"
+            raise InputError(f"{path}: counts", shown, "[steps, layers, experts]", NOT_IDS)
     told = options.layer_ids is not None or options.num_hidden_layers is not None
     if told and options.num_experts is not None:
         return

@@ -172,16 +172,19 @@ def is_map(counts: IntArray) -> bool:
 def are_ids(counts: IntArray) -> bool:
     """Whether numbers [N, L, K] are the experts that tokens chose: no row has one twice, though chance would have it.
 
-    Where the layers of every row add up to as much, they are counts.
+    A -1 is none, and a token whose numbers are all the same in each layer is padding. Where the layers of every row add
+    up to as much, they are counts.
     """
     if not 2 <= counts.shape[2] <= MOST_CHOSEN:
         return False
-    rows = counts[:LOOKED_AT].astype(np.int64)
+    padded = (counts == counts[:, :, :1]).all(axis=(1, 2))
+    rows = counts[~padded][:LOOKED_AT].astype(np.int64)
     rows = rows[:, rows.any(axis=(0, 2))]  # dense layers have rows of zeros
     sums = rows.sum(axis=2)
     as_many = rows.shape[1] > 1 and (sums == sums[:, :1]).all()
-    if not rows.size or as_many or rows.min() < 0 or rows.max() >= MAX_EXPERTS:
+    if not rows.size or as_many or rows.min() < -1 or rows.max() >= MAX_EXPERTS:
         return False
+    rows = np.where(rows < 0, MAX_EXPERTS + np.arange(rows.shape[2]), rows)  # so that none equals no other
     if (np.diff(np.sort(rows, axis=2), axis=2) == 0).any():
         return False
     expected = 0.0  # pairs of one row that are equal, were the columns independent
@@ -194,7 +197,7 @@ def are_ids(counts: IntArray) -> bool:
 def refuse_misread(counts: IntArray) -> None:
     """Refuse counts whose numbers say that they are something else, where nothing says that they are right."""
     refuse_totals("Traces.counts", counts)
-    if are_ids(counts):
+    if are_ids(counts) or are_ids(counts.transpose(0, 2, 1)):
         raise InputError("Traces.counts", "experts of tokens, by the numbers", "[steps, layers, experts]", NOT_IDS)
     if order := other_order(counts):
         raise InputError("Traces.counts", order, "[steps, layers, experts]", f"{IN_ORDER}, or say layer_ids beside it")

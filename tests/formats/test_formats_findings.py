@@ -89,6 +89,18 @@ def test_ids_of_tokens_are_no_counts(load, tmp_path, experts, top_k, dense):
     assert load(tmp_path / "a.npy", "array", num_experts=top_k)[0].num_experts == top_k  # told to be counts
 
 
+@pytest.mark.parametrize("pad", [0, -1, 64])
+def test_ids_with_padding_or_turned_are_no_counts(load, tmp_path, pad):
+    rng = np.random.default_rng(4)
+    ids = rng.random((300, 6, 64)).argsort(axis=2)[:, :, :4]
+    ids[rng.random(ids.shape) < 0.05] = -1
+    ids[:40] = pad
+    for array in (ids, ids.transpose(0, 2, 1)):
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(InputError, match=r"got \[300 tokens, 6 layers, 4 experts per token\].*ids of tokens"):
+            load(tmp_path / "a.npy", "array")
+
+
 def test_maps_of_experts_are_no_counts(load, tmp_path):
     rng = np.random.default_rng(4)
     slots = rng.random((6, 4, 32)).argsort(axis=2)  # [steps, layers, slots]
