@@ -58,7 +58,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables, summed over the ranks."""
     options.refuse_unused("tables of counts", "num_ranks")
     files = files_of(paths, *SUFFIXES)
-    tables = [_read(path, name) for path, name in zip(files, names_of(files), strict=True)]
+    others: dict[str, str] = {}  # what the columns say that are not known
+    tables = [_read(path, name, others) for path, name in zip(files, names_of(files), strict=True)]
     by_rank = any(_RANK.search(table.name) for table in tables)
     notes: list[str] = []
     steps = _steps(tables, notes, by_rank)
@@ -82,7 +83,10 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
     notes += [own.note] if own.note else []
+    if others:
+        notes.append(f"columns that say the same in all lines are left unread: {', '.join(others)}")
     if len(own.ranks) > 1:
+        notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
         _refuse_local(steps, own.ranks, layers, experts)
     total = _dense(steps, own.ranks, layers, experts)
     refuse_totals("PATHS: counts", total)
@@ -181,7 +185,7 @@ def _order(table: _Table) -> tuple[list[float], str]:
     return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", name)], table.path.name
 
 
-def _read(path: Path, name: str) -> _Table:
+def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     table = _Table(path, name)
     named = _RANK.search(name)
     lines = _lines(path)
@@ -190,7 +194,6 @@ def _read(path: Path, name: str) -> _Table:
     table.has_steps = "step" in columns
     if named and "rank" in columns:
         raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
-    others: dict[int, str] = {}
     for number, row in enumerate(lines, start=2):
         if row:
             _add(table, f"{path}: line {number}", row, header, columns, others, int(named[1]) if named else 0)
@@ -250,18 +253,18 @@ def _add(
     row: list[str],
     header: list[str],
     columns: dict[str, int],
-    others: dict[int, str],
+    others: dict[str, str],
     rank: int,
 ) -> None:
     if len(row) != len(header):
         raise InputError(where, ",".join(row)[:200], f"{len(header)} values: {','.join(header)[:200]}")
     for i, text in enumerate(row):
-        if i not in columns.values() and others.setdefault(i, text) != text:
+        if i not in columns.values() and others.setdefault(header[i], text) != text:
             raise InputError(
                 f"{where}: {header[i]}",
                 text,
-                f"{others[i]}, as in the lines before: gemopt does not know the column",
-                "split the table by it, or remove it if the counts do not depend on it",
+                f"{others[header[i]]}, as in the lines before: gemopt does not know the column",
+                "import apart what it tells apart, or remove it if the counts do not depend on it",
             )
     value = {}
     for meaning, i in columns.items():

@@ -130,6 +130,18 @@ def test_tables_that_are_refused(load, folder, text, word):
     assert "\n" not in str(caught.value)
 
 
+def test_columns_that_tell_tables_apart_are_refused(load, folder):
+    for gpu in range(2):
+        table(
+            folder / f"{'ab'[gpu]}.csv",
+            [(0, 0, 5, gpu, "x"), (0, 1, 6 + gpu, gpu, "x")],
+            "layer,expert,count,gpu,model",
+        )
+    with pytest.raises(InputError, match=r"b\.csv: line 2: gpu: got 1; 0, as in the lines before.*apart what it tells"):
+        load(folder, "csv")
+    assert "the same in all lines are left unread: gpu, model" in load(folder / "a.csv", "csv")[1]
+
+
 def test_packed_tables(load, folder):
     text = "step,layer,expert,count\n0,3,0,5\n0,3,1,2\n1,3,0,1\n"
     (folder / "a.csv.gz").write_bytes(gzip.compress(text.encode()))
