@@ -246,33 +246,39 @@ class _Writer:
             if enough and (2 * step[0].astype(np.int64) == self.load_LE).all():
                 total = f"a {place} step that is the sum of the others"
                 raise InputError("counts", total, "counts alone", "leave it out")
-        found = check_loads(self.load_LE, self.layer_ids) + check_steps(np.concatenate(self.totals), self.layer_ids)
-        if 4 * self.rising >= 3 * (self.steps - 1) and self.steps >= MANY_STEPS:
-            found.append(
-                f"in {self.rising} of {self.steps - 1} steps no count falls against the step before: counters that add "
-                "up? then import their differences"
-            )
-        found += self.shares.notes()
-        if 1 < self.common < self.largest and self.shares.cells >= MANY_CELLS:
-            found.append(
-                f"all counts are multiples of {self.common}: counted by {self.common} ranks that saw the same tokens? "
-                "then they are that much too large"
-            )
-        sums = np.unique(np.concatenate(self.totals))
-        if self.largest == 1 and self.steps >= MANY_STEPS and len(sums) == 1:
-            found.append(
-                "every step is of a single token: rows of tokens? then add up those that are computed together"
-            )
-        if len(sums) == 1 and int(sums[0]) in SHARES and self.shares.cells >= MANY_CELLS:
-            found.append(f"all layers of all steps add up to {sums[0]}: shares instead of counts?")
-        if 0 < self.even < self.steps and self.experts > 1:
-            found.append(f"{self.even} of {self.steps} steps give every expert as much: warm-up?")
-        if self.uneven:
-            left = "tokens that chose fewer, ranks that did not record, or another --top-k"
-            found.append(
-                f"{self.uneven} of {self.steps} steps are no multiple of {self.top_k} experts per token: {left}"
-            )
-        return found
+        total_TL = np.concatenate(self.totals)
+        found = check_loads(self.load_LE, self.layer_ids) + check_steps(total_TL, self.layer_ids)
+        return found + self.shares.notes() + [text for wanted, text in self._said(total_TL) if wanted]
+
+    def _said(self, total_TL: IntArray) -> list[tuple[bool, str]]:
+        """What may be wrong with the counts, whether it seems so first."""
+        steps, many = self.steps, self.shares.cells >= MANY_CELLS
+        padded = bool(((total_TL > 0) & (total_TL < total_TL.max(axis=1, keepdims=True))).any())
+        ranks = f"counted by {self.common} ranks that saw the same tokens? then they are that much too large"
+        why = "padded to them, as by DeepEP? then they are too large, small ones most" if padded else ranks
+        only = int(total_TL[0, 0]) if (total_TL == total_TL[0, 0]).all() else 0  # all layers of all steps have so many
+        left = "tokens that chose fewer, ranks that did not record, or another --top-k"
+        return [
+            (
+                4 * self.rising >= 3 * (steps - 1) and steps >= MANY_STEPS,
+                f"in {self.rising} of {steps - 1} steps no count falls against the step before: counters that add up? "
+                "then import their differences",
+            ),
+            (many and 1 < self.common < self.largest, f"all counts are multiples of {self.common}: {why}"),
+            (
+                self.largest == 1 and only > 0 and steps >= MANY_STEPS,
+                "every step is of a single token: rows of tokens? then add up those that are computed together",
+            ),
+            (many and only in SHARES, f"all layers of all steps add up to {only}: shares instead of counts?"),
+            (
+                0 < self.even < steps and self.experts > 1,
+                f"{self.even} of {steps} steps give every expert as much: warm-up?",
+            ),
+            (
+                self.uneven > 0,
+                f"{self.uneven} of {steps} steps are no multiple of {self.top_k} experts per token: {left}",
+            ),
+        ]
 
     def finish(self, metadata: dict[str, str], phase: NDArray[Any] | None) -> None:
         """Write the phases, then the header at the start."""

@@ -68,6 +68,8 @@ def test_counts_of_several_ranks_are_named(load, tmp_path):
     counts = routed(np.random.default_rng(3))
     np.save(tmp_path / "a.npy", 8 * counts)
     assert "all counts are multiples of 8: counted by 8 ranks" in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", -(-counts // 16) * 16)
+    assert "all counts are multiples of 16: padded to them" in load(tmp_path / "a.npy", "array")[1]
     counts[0, 0] *= 8
     np.save(tmp_path / "a.npy", counts)
     assert "multiples" not in load(tmp_path / "a.npy", "array")[1]
