@@ -89,20 +89,20 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         data, told = safetensors_arrays(path)
     else:
         data = load_torch(path) if path.suffix == ".pt" else numpy_arrays(path)
-    name, experts = path.stem, told.get("num_experts")
+    names, experts = [path.stem] if _words(path.stem) & _COUNTED else [], told.get("num_experts")
     if isinstance(data, dict):
         data = {str(key): value for key, value in data.items()}
         if "counts" not in data and len(data) != 1:
             raise InputError(str(path), ", ".join(data) or "no array", "one array, or one called counts")
         key = "counts" if "counts" in data else next(iter(data))
-        _refuse_beside(path, [other for other in [*data, *told] if other not in (key, "format")], notes)
+        _refuse_beside(path, [name for name in [*data, *told] if name not in (key, "format", "num_experts")], notes)
         if key != "counts" and not (words := _words(key)) & _COUNTED and words & _NO_COUNTS:
             hint = "count the experts that were chosen" if words & _SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
-        name = path.stem if path.suffix == ".npy" else key
+        names.append(key)
         experts, data = data.get("num_experts", experts), data[key]
-    if COPIES.search(name):
-        raise InputError(str(path), f"an array {name}", "counts of logical experts", "add up the copies")
+    if copies := [name for name in names if COPIES.search(name)]:
+        raise InputError(str(path), f"an array {copies[0]}", "counts of logical experts", "add up the copies")
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")

@@ -227,8 +227,12 @@ def test_what_says_more_of_counts_by_any_name_is_refused(tmp_path, key):
 def test_names_of_arrays_and_files_say_what_they_hold(tmp_path):
     counts = routed([9] * 4)
     np.save(tmp_path / "global_physical_count.npy", counts)
-    with pytest.raises(InputError, match="global_physical_count; counts of logical experts"):
-        load(tmp_path / "global_physical_count.npy", "array", tmp_path)
+    np.savez(tmp_path / "global_physical_count.npz", counts=counts)
+    for path in tmp_path.glob("global*"):
+        with pytest.raises(InputError, match="global_physical_count; counts of logical experts"):
+            load(path, "array", tmp_path)
+    np.save(tmp_path / "physical_science.npy", counts)
+    assert (load(tmp_path / "physical_science.npy", "array", tmp_path)[0].counts == counts).all()
     np.savez(tmp_path / "a.npz", routed_expert_counts=counts)
     assert (load(tmp_path / "a.npz", "array", tmp_path)[0].counts == counts).all()
     np.savez(tmp_path / "a.npz", routed_experts=counts)
