@@ -102,6 +102,12 @@ def untouched(rows: IntArray, layer_ids: Sequence[int]) -> str:
     return ranges(layer_ids[int(i)] for i in plain) if len(plain) < len(rows) else ""
 
 
+def filled(layer_ids: Iterable[int], hidden: int) -> list[str]:
+    """The note on decoder layers that a placement has no row for, in a file that has one for each."""
+    lacking = set(range(hidden)) - set(layer_ids)
+    return [f"Layers {ranges(lacking)} are not in the placement: right if they have no experts."] if lacking else []
+
+
 def without_drafts(counts: IntArray, options: TraceOptions, notes: list[str]) -> IntArray:
     """[T, rows, E] counts of the decoder layers: rows from `num_hidden_layers` on are left out, with a note."""
     hidden = options.num_hidden_layers

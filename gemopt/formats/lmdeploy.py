@@ -31,6 +31,7 @@ from gemopt.formats.engine import (
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_json
+from gemopt.formats.findings import filled
 from gemopt.placement import Placement, Split
 from gemopt.traces.arrays import is_map
 
@@ -79,6 +80,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     )
     notes = (
         "The loads in the file are no measurement: they are made so that LMDeploy's packing gives this placement.",
+        *filled(placement.layer_ids, len(rows)),
     )
     return Export(files=(str(path),), command=command, notes=notes)
 

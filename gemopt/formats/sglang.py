@@ -28,7 +28,7 @@ from gemopt.formats.engine import (
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_json, load_torch, torch_module, whole_numbers
-from gemopt.formats.findings import untouched
+from gemopt.formats.findings import filled, untouched
 from gemopt.placement import Placement, Split
 
 KEY = "physical_to_logical_map"
@@ -70,6 +70,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
         )
     if placement.has_copies and placement.split is Split.OPTIMAL:
         notes.append("--ep-dispatch-algorithm lp works for the DeepSeek family only.")
+    notes += filled(placement.layer_ids, len(rows))
     if options.mtp_layers:
         notes.append("SGLang keeps draft layers in their initial order; they need no row.")
     return Export(files=(str(path),), command=" ".join(command), notes=tuple(notes))

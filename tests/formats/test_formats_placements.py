@@ -196,6 +196,7 @@ def test_sglang_fills_dense_layers(make_placement, tmp_path):
     assert (rows[[1, 3]] == placement.physical_to_logical).all()
     assert (rows[[0, 2, 4]] == np.arange(10) % 8).all()
     assert "--ep-num-redundant-experts 2" in result.command
+    assert "Layers 0, 2, 4 are not in the placement: right if they have no experts." in result.notes
     side_path(tmp_path / "map.json").unlink()
     facts = Facts(num_ranks=2)
     assert import_placement(tmp_path / "map.json", source="sglang", facts=facts).num_layers == 5
