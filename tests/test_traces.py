@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from recorded_traces import recorded, routed, same
 
 from gemopt.exceptions import InputError
-from gemopt.traces import Phase, Tokens, Traces, concatenate
+from gemopt.traces import Phase, Tokens, Traces, concatenate, redrawn
 from gemopt.traces.batching import from_tokens
 
 
@@ -210,3 +211,36 @@ def test_tasks_of_parts_with_other_names_keep_their_meaning() -> None:
     assert joined.task is not None
     assert [(*joined.task_names, None)[i] for i in joined.task] == ["x", None, "x", "y", None]
     assert concatenate([a, Traces(counts=np.ones((1, 1, 1), int))]).task is None
+
+
+def test_redrawn_steps_keep_the_means_and_come_after_those_given() -> None:
+    rng = np.random.default_rng(0)
+    few = Traces(
+        counts=rng.integers(0, 60, (8, 3, 16)), task=np.arange(8) % 2, task_names=("a", "b"), top_k=2,
+        rank_us=np.ones((8, 4)), layer_ids=(1, 3, 5),
+    )  # fmt: skip
+    more = redrawn(few, 400)
+    assert (more.counts[:8] == few.counts).all() and more.rank_us is None
+    assert (more.num_steps, more.layer_ids, more.top_k, more.task_names) == (8 * 401, (1, 3, 5), 2, ("a", "b"))
+    assert more.task is not None and (more.task == np.tile(np.arange(8) % 2, 401)).all()
+    drawn = more.counts[8:].reshape(400, 8, 3, 16)
+    assert (np.abs(drawn.mean(axis=0) - few.counts) <= 6 * np.sqrt(few.counts / 400)).all()
+    assert (np.abs(drawn.var(axis=0) - few.counts) <= 0.5 * few.counts).all()
+    same(redrawn(few, seed=3), redrawn(few, seed=3))
+    assert (redrawn(few, seed=3).counts != redrawn(few, seed=4).counts).any()
+
+
+def test_redrawn_leaves_what_was_recorded_of_tokens_out() -> None:
+    whole = recorded()
+    more = redrawn(replace(whole, pair_counts=whole.pairs(), transitions=whole.transition_counts()))
+    assert whole.tokens is not None and more.num_steps == 2 * whole.num_steps
+    assert more.pair_counts is None and more.transitions is None and more.tokens is None
+    assert more.phase is not None and more.task is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [({"times": 0}, "times"), ({"times": 1.5}, "times"), ({"seed": -1}, "seed")]
+)
+def test_redrawn_refuses(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        redrawn(Traces(counts=np.ones((2, 1, 3), int)), **given)

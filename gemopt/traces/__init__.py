@@ -5,7 +5,7 @@ from gemopt.traces.batching import from_tokens
 from gemopt.traces.document import SCHEMA_VERSION, Phase, Traces
 from gemopt.traces.files import IntArray
 from gemopt.traces.hidden import hidden_path, of_tokens, save_hidden, with_hidden
-from gemopt.traces.joining import concatenate
+from gemopt.traces.joining import concatenate, redrawn
 from gemopt.traces.regrouping import regrouped
 from gemopt.traces.tokens import Tokens
 
@@ -22,6 +22,7 @@ __all__ = [
     "hidden_path",
     "of_tokens",
     "one_hot",
+    "redrawn",
     "regrouped",
     "save_hidden",
     "with_hidden",

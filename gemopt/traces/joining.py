@@ -1,4 +1,4 @@
-"""Traces of one network, recorded in parts, become one."""
+"""Traces of one network, recorded in parts, become one; few steps become more."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_number
 from gemopt.traces.tokens import Tokens, join
 
 if TYPE_CHECKING:
@@ -45,6 +45,20 @@ def concatenate(parts: Sequence[Traces]) -> Traces:
         allow_idle=True,
         **{"phase": None, "task": None, "rank_us": None, **joined},
     )
+
+
+def redrawn(traces: Traces, times: int = 1, *, seed: int = 0) -> Traces:
+    """The steps, and `times` more of each with Poisson counts about its own: to fit on where there are few steps.
+
+    A search fits the chances of some tens of steps, above all where latencies have tiles; redrawn, less. Not to score
+    on. What was measured, or recorded of tokens, is left out.
+    """
+    check_number("times", times, "at least 1", least=1, whole=True)
+    check_number("seed", seed, "0 or more", whole=True)
+    rng = np.random.default_rng(seed)
+    plain = replace(traces, rank_us=None, pair_counts=None, transitions=None, tokens=None, allow_idle=True)
+    drawn = [replace(plain, counts=rng.poisson(traces.counts), allow_idle=True) for _ in range(times)]
+    return concatenate([traces, *drawn])
 
 
 def _joined_tokens(parts: Sequence[Traces]) -> Tokens | None:
