@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
 
 import numpy as np
 from balancers import Balance, Table, published
@@ -28,7 +29,9 @@ from gemopt.traces import Traces
 
 LIMIT_S, PATIENCE = 10.0, 5
 OURS = "gemopt"
-OF_PAPERS = {"GEM (paper)": "gem", "MoETuner (paper)": "moetuner"}
+GEM, GEM_STEPS = "GEM (paper)", 16
+GEM_WINDOW = f"{GEM}, {GEM_STEPS} steps"
+OF_PAPERS = {GEM: "gem", GEM_WINDOW: "gem", "MoETuner (paper)": "moetuner"}
 BASE = "contiguous"
 WINDOW = 64
 ASCEND_WINDOW, ASCEND_INTERVAL = 400, 430  # vllm-ascend 0.23: steps counted, and until the next; its layers come on top
@@ -40,7 +43,7 @@ class Row:
     """A method on a cell with a seed, in a release of gemopt.
 
     held, fitted: change against contiguous placement on the steps not seen and on those fitted. gap: proven, on the
-    fitted steps. moves: from contiguous placement, or under replay.
+    fitted steps. moves: from contiguous placement, or under replay. day: when it was run.
     """
 
     cell: str
@@ -53,6 +56,7 @@ class Row:
     seconds: float
     note: str = ""
     release: str = gemopt.__version__
+    day: str = str(date.today())
 
 
 def cpu() -> float:
@@ -97,7 +101,7 @@ def placed(cell: Cell, seed: int, traces: Traces, profile: Profile) -> Iterator[
 
     for name, solver in {OURS: "auto", **OF_PAPERS}.items():
         begin = cpu()
-        result = ours(solver, given, LIMIT_S)
+        result = ours(solver, given.steps(slice(-GEM_STEPS, None)) if name == GEM_WINDOW else given, LIMIT_S)
         took = cpu() - begin
         if name == OURS:
             bound_us = result.bound_us or 0.0
