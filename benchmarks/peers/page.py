@@ -57,7 +57,7 @@ Of {count} cells {lost} lost, {level} level, {ahead} ahead. Lost: {which}.
 * GEM is read twice. `{gem}` searches the true objective on every fitted step, with gemopt's cost models and kernels:
   more than the paper is known to do. Without copies it ends close to gemopt, as a search of the same kind.
   `{gem_window}` does so on the last {gem_steps} fitted steps, as many as the paper is said to record (second-hand,
-  from readers' notes); of the cells of 58 x 256 three were run with it, with one seed.
+  from readers' notes); on 58 x 256 with one seed (on 32 and 64 ranks with three), and not in every cell with copies.
 * Placements equally good on the fitted steps are not on others. FlashLB's lead on tiny-MoE shift, G=8, is such a draw:
   two of three scored phases are of a kind that the fitted ones lack, and a seed draws GPUs there, not text. Over 162
   draws each of layers, GPUs and kinds not seen, FlashLB is 0.6 ± 0.5 points behind on tiny-MoE and 0.4 ± 0.3 ahead on
@@ -65,7 +65,8 @@ Of {count} cells {lost} lost, {level} level, {ahead} ahead. Lost: {which}.
 * 58 x 256 on 8 ranks, one GPU slower or not, has little left to find. On three layers 24 times the time (4 CPU seconds
   each) gains gemopt 0.5 points on the fitted steps and GEM 0.6; they end within 0.3 points of each other there. On the
   other steps GEM is ahead by 0.1 and 1.6 then, on the 58 layers here gemopt by 0.2: chance decides. On 64 ranks GEM is
-  1.4 points behind on the fitted steps, for want of time, and 0.4 on the others (`fitting.md`).
+  1.4 points behind on the fitted steps, for want of time, and 0.4 on the others (`fitting.md`); on the last 16 steps
+  alone it has the time, and is from 2.1 behind to 0.4 ahead: those are nearest to the steps scored.
 * SwiftBalancer moves at most one expert between two ranks at a call; an engine calls it again and again.
 * A second copy of an expert on one rank is left out of its table. GEM and MoETuner leave spare slots empty.
 * All are scored by the cost model that gemopt fits to the profile (`auto`), copies sharing evenly.
