@@ -25,6 +25,7 @@ from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
 from gemopt.verify.columns import LARGEST_PRICE, PART_BITS, check_columns, listed, scanned
 from gemopt.verify.copies import check_copies
 from gemopt.verify.dual import check_dual, slack, units
+from gemopt.verify.share_contents import shared
 from gemopt.verify.shares import shares
 
 
@@ -68,12 +69,13 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
             proof = proof.model_copy(update={"proof": Proof.TREE})
         if layer.together is not None and not layer.problem.spare_slots:
             proof = _with_dual(case, proof, layer.together, duals)
-        if outcome is not None and isinstance(outcome.columns, Proven):
+        known = None if outcome is None else outcome.columns
+        if outcome is not None and isinstance(known, Proven) and (shared(case) or not case.spare):
             if outcome.stopped_by is not StoppedBy.PROOF:  # without a search to repeat, the multipliers say it all
                 proof = proof.model_copy(
                     update={"bound_us": max(proof.dual_us or 0.0, min(floor_bound_us(case), value))}
                 )
-            proof = _with_columns(case, proof, outcome.columns, duals)
+            proof = _with_columns(case, proof, known, duals)
         elif layer.contents is not None and proof.proof is not Proof.TREE and (listed(case) or scanned(case)):
             if proof.bound_us <= layer.contents.bound_us:  # it is theirs, as the certificate will say
                 floors_us = min(floor_bound_us(case), value)

@@ -22,6 +22,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
 from gemopt.solvers.exact.contents import ContentsSearch
+from gemopt.solvers.exact.share_space import Shares, priced_shares
 from gemopt.solvers.exact.stepwise import StepwiseSearch
 from gemopt.solvers.search.copies import removal_costs
 from gemopt.solvers.search.packing import filled
@@ -109,9 +110,17 @@ def _use(solver: Solver, tiny: Problem, budget: bool) -> None:
             if solver.name == name or (solver.name == "auto" and (budget or prover(tiny) == name)):
                 slots = [2] * (budget or not tiny.spare_slots) + [3] * (tiny.spare_slots > 0 and name == "branch")
                 for each in slots:
+                    if each > 2:
+                        _use_shares(replace(two_ranks, slots_per_rank=np.full(2, each)))
                     get(name).solve(replace(two_ranks, slots_per_rank=np.full(2, each)), options, None)
     if tiny.moves is not None:
         walk_front(tiny, 2)
+
+
+def _use_shares(few: Problem) -> None:
+    space, row = Shares.of(few, step_bounds(few)), get("linear").solve(few, Options(deadline=np.inf), None).row
+    assert space is not None and row is not None
+    priced_shares(space, row, objective(few, row), np.inf, np.zeros(1, np.uint8))
 
 
 def _use_budget(problem: Problem) -> None:

@@ -20,6 +20,7 @@ from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
 from gemopt.verify.dual import below
 from gemopt.verify.scan import least_content
+from gemopt.verify.share_contents import least_shares, shared
 
 if TYPE_CHECKING:
     from gemopt.verify import Case
@@ -66,6 +67,9 @@ def check_columns(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> 
     extras: list[NDArray[np.float64]] = []
     for group in ranks:
         size = int(case.slots_G[group[0]])
+        if case.spare:
+            total += len(group) * least_shares(case, group[0], levels_LT[0], mu_LET[0], price_E, PART_BITS)
+            continue
         if not listed(case):
             total += len(group) * _least_of_all(case, group[0], levels_LT[0], mu_LET[0], price_E)
             continue
@@ -92,9 +96,13 @@ def _arrays(
     levels = len(levels_LT) if levels_LT.ndim else 0
     if not levels or shapes != ((levels, steps), (levels, experts, steps), (experts,)):
         raise InputError(f"{name}: multipliers", str(shapes), "levels and one for every level, expert and step; prices")
-    if case.spare:
-        raise InputError(f"{name}.proof", "columns", "contents of ranks prove nothing where slots are spare")
-    if not listed(case) and (levels > 1 or not scanned(case)):
+    if case.spare and (levels > 1 or not shared(case)):
+        raise InputError(
+            f"{name}.proof",
+            f"columns, {levels} levels",
+            "where slots are spare, one level, even shares of one feature, contents of a rank x steps up to 1e10",
+        )
+    if not case.spare and not listed(case) and (levels > 1 or not scanned(case)):
         raise InputError(
             f"{name}.proof",
             f"{_columns(case)} contents of ranks",

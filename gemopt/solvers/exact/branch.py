@@ -1,4 +1,7 @@
-"""Branch and bound: proves small layers, every cost model alike; see `tree` and `copies_tree` for their bounds."""
+"""Branch and bound: proves small layers, every cost model alike; see `tree` and `copies_tree` for their bounds.
+
+Where slots are spare and the search is cut, contents of ranks bound what it would have found; see `share_space`.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.compact import merged
 from gemopt.solvers.exact.copies_tree import make_copies_tree, search_copies
 from gemopt.solvers.exact.plain import begin
+from gemopt.solvers.exact.share_space import Shares, priced_shares
 from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tree
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
+COPIES_SHARE = 0.4  # of the time, for a search of copies, before their contents are priced
 NEVER = 2**62
 
 
@@ -60,6 +65,8 @@ class Branch:
         outcome.stated_steps = outcome.distinct_steps = small.num_steps
         if done:
             outcome.own_bound_us, outcome.searched_nodes = bound, nodes
+        elif problem.spare_slots:
+            _price_contents(problem, options, outcome, value)
         return outcome
 
 
@@ -96,9 +103,23 @@ def _search_copies(problem: Problem, options: Options, value: float) -> _Found:
     found = _Found(weighted(problem, floor_T), value, np.zeros(problem.num_experts, np.int64))
     tree = make_copies_tree(problem, floor_T)
     if tree is not None:
-        with options.alarm() as stop:
+        limited = replace(options, deadline=time.monotonic() + COPIES_SHARE * options.remaining)
+        with limited.alarm() as stop:
             found.best_us, found.nodes, found.done = search_copies(tree, value, found.held_E, stop)
     return found
+
+
+def _price_contents(problem: Problem, options: Options, outcome: Outcome, value: float) -> None:
+    """Raise the bound of a search that was cut, by the contents of ranks, if they are few enough."""
+    assert outcome.row is not None and outcome.bound_us is not None
+    space = Shares.of(problem, step_bounds(problem))
+    if space is None:
+        return
+    with options.alarm() as stop:
+        priced = priced_shares(space, outcome.row, value, value * (1 - options.gap), stop)
+    if priced is not None and priced.bound_us > outcome.bound_us:
+        outcome.columns, outcome.bound_us = priced, min(priced.bound_us, value)
+        outcome.own_bound_us = outcome.bound_us
 
 
 def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value: float) -> Together:

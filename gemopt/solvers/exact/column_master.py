@@ -22,6 +22,7 @@ from gemopt.solvers.exact.column_space import IntArray, Space
 
 if TYPE_CHECKING:
     from gemopt.solvers.exact.contents import Contents
+    from gemopt.solvers.exact.share_space import Shares
     from gemopt.solvers.exact.stepwise import Stepwise
 
 F32 = np.float32
@@ -38,7 +39,7 @@ SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # of the fixed-point error, and of
 class Master:
     """Columns known so far and where the iteration is."""
 
-    def __init__(self, space: Space | Contents | Stepwise, value_us: float) -> None:
+    def __init__(self, space: Space | Contents | Stepwise | Shares, value_us: float) -> None:
         self.space, self.unit = space, value_us
         self.weight = max(float(space.problem.weights_T.mean()), 1e-300)  # the unit of multipliers
         self.ids, self.ratio = np.zeros(0, np.int64), F32(1)
@@ -99,10 +100,7 @@ class Master:
 
     def _scale(self) -> None:
         """Step sizes from the norms of both kinds of rows, which are scaled to be alike."""
-        held = np.zeros((self.space.problem.num_experts, len(self.ids)), F32)
-        for s in range(self.sets.shape[1]):
-            mine = np.flatnonzero(self.sizes > s)
-            held[self.sets[mine, s], mine] = 1.0
+        held = self._held()
         rng = np.random.default_rng(0)
         x, y = rng.random((2, len(self.ids)), dtype=F32)
         for _ in range(POWER_STEPS):
@@ -116,6 +114,14 @@ class Master:
             self.z[name] *= self.ratio / ratio
         self.ratio = ratio
         self._restart(self.z)
+
+    def _held(self) -> Floats:
+        """[E, n] the part of each expert that each column holds."""
+        held = np.zeros((self.space.problem.num_experts, len(self.ids)), F32)
+        for s in range(self.sets.shape[1]):
+            mine = np.flatnonzero(self.sizes > s)
+            held[self.sets[mine, s], mine] = 1.0
+        return held
 
     def _restart(self, start: dict[str, Floats]) -> None:
         self.z = {name: part.copy() for name, part in start.items()}
@@ -131,10 +137,7 @@ class Master:
                 return
             z, image, ratio = self.z, self.image, self.ratio
             down, up = F32(STEP / self.norm / PRIMAL_WEIGHT), F32(STEP / self.norm * PRIMAL_WEIGHT)
-            step_columns(
-                self.parts, self.sets, self.sizes, self.kind, z["x"], z["mu"], ratio * z["pi"], ratio * z["y"],
-                np.array([down]), image["x"], cost, held, used,
-            )  # fmt: skip
+            self._step(down, cost, held, used)
             cost *= up
             cost += z["mu"]
             wide = (-1, len(self.most_M))  # planes of a latency share what the multipliers of a step may sum to
@@ -142,6 +145,14 @@ class Master:
             image["pi"][...] = z["pi"] + up * ratio * (1 - held)
             image["y"][...] = z["y"] + up * ratio * (self.space.count_K.astype(F32) - used)
             self._advance(down, up)
+
+    def _step(self, down: np.float32, cost_EM: Floats, held_E: Floats, used_K: Floats) -> None:
+        """Half a step, of the columns; see `step_columns`."""
+        z, ratio = self.z, self.ratio
+        step_columns(
+            self.parts, self.sets, self.sizes, self.kind, z["x"], z["mu"], ratio * z["pi"], ratio * z["y"],
+            np.array([down]), self.image["x"], cost_EM, held_E, used_K,
+        )  # fmt: skip
 
     def _advance(self, down: np.float32, up: np.float32) -> None:
         self.iterations += 1

@@ -1,0 +1,331 @@
+"""All contents that ranks can have where slots are spare and copies share evenly; what they cost, and what that proves.
+
+A content C of rank g is a set of pairs (i, c): a copy of expert i, which has c copies in all. Its latency is at least
+`f_g(C, t)`, the least of any load as large as that of `n_i // c` each. The ranks that hold an expert are c, and the
+slowest rank takes no less than they do on average. So for multipliers `mu_ti >= 0` with `sum_i mu_ti <= w_t` and any
+prices pi of experts no placement is below
+
+    sum_t w_t floor_t  +  sum_i pi_i  +  sum_g min_C ( cost_g(C) - sum_{(i, c) in C} pi_i / c )
+    cost_g(C) = sum_t ( sum_{(i, c) in C} mu_ti / c ) max(0, f_g(C, t) - floor_t)
+
+where C holds no more pairs than g has slots, and asks for no more copies than leave a slot to every expert.
+
+Contents are the nodes of a trie: the children of a content hold one pair more, of a later expert, and lie side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gemopt.latency import FloatArray
+from gemopt.problem import Problem
+from gemopt.solvers.exact.column_kernels import cut_rows, rows_of, step_columns
+from gemopt.solvers.exact.column_master import Floats, Master
+from gemopt.solvers.exact.column_space import ULP, Proven
+from gemopt.solvers.exact.tree import FAST, Tables, fill, tables_of
+
+Array = NDArray[Any]
+IntArray = NDArray[np.int64]
+MOST_CONTENTS = 1_500_000
+MOST_ENTRIES = 3e9  # contents of all kinds x steps
+MOST_PAIRS = 255  # numbered in a byte
+ITERATIONS = 100  # of the master between two looks at all contents
+HELD = 512  # cheapest contents in the master, beside those in use
+FEWEST = 12  # looks before it may end
+LEAST_GAIN = 0.02  # of what is open, in the last half of the looks
+
+
+class Trie(NamedTuple):
+    """N contents, the empty one first; the child that has one of c copies of e too is `first + (e - last - 1) width + c - 1`.
+
+    first, width: [N] int32, uint8; last: [N] int8, -1 of the empty one; size, copies: [N] pairs, and copies beyond one
+    for each of their experts. pairs: [N, S] numbers `i C + c - 1`, then `E C`. part: [E C + 1] `1 / c`.
+    """
+
+    first: Array
+    width: Array
+    last: Array
+    size: Array
+    copies: Array
+    pairs: Array
+    part: Array
+
+
+def make_trie(experts: int, most: int, slots: int, spare: int) -> Trie | None:
+    """All contents of at most `slots` pairs with at most `spare` copies more than experts; None where too many.
+
+    most: copies of one expert.
+    """
+    nothing, total = experts * most, 1
+    last, copies = np.full(1, -1), np.zeros(1, np.int64)
+    pairs, levels = np.full((1, slots), nothing, np.uint8), []
+    for size in range(slots + 1):
+        width = np.minimum(most, spare - copies + 1) if size < slots else np.zeros_like(last)
+        number = width * (experts - 1 - last)
+        first = total + np.cumsum(number) - number
+        levels.append((first, width, last, np.full_like(last, size), copies, pairs))
+        total += int(number.sum())
+        if total > MOST_CONTENTS:
+            return None
+        parent = np.repeat(np.arange(len(last)), number)
+        nth = np.arange(len(parent)) - np.repeat(np.cumsum(number) - number, number)
+        expert, copy = last[parent] + 1 + nth // width[parent], nth % width[parent]
+        pairs = pairs[parent]
+        if size < slots:
+            pairs[:, size] = expert * most + copy
+        last, copies = expert, copies[parent] + copy
+    joined = [np.concatenate(each) for each in zip(*levels, strict=True)]
+    kinds = (np.int32, np.uint8, np.int8, np.uint8, np.uint8, np.uint8)
+    part = np.append(np.tile(1 / np.arange(1, most + 1), experts), 0.0)
+    return Trie(*(each.astype(kind) for each, kind in zip(joined, kinds, strict=True)), part)
+
+
+@njit(cache=True, nogil=True, fastmath=FAST)
+def price_shares(
+    trie: Trie, features_XFT: Array, tables: Tables, ranks_K: Array, floor_T: Array, mu_XT: Array, out_KN: Array,
+    stop: Array,
+) -> bool:  # fmt: skip
+    """Sum over the steps of each content's multipliers times what it has above the floors; False when stopped."""
+    slots, steps, experts = trie.pairs.shape[1], len(floor_T), len(mu_XT) // trie.width[0]
+    loads = np.zeros((slots + 1, *features_XFT.shape[1:]), np.int32)
+    mass, row = np.zeros((slots + 1, steps)), np.empty(steps)
+    at, nothing = np.zeros(slots + 1, np.int64), features_XFT[-1]
+    end, size, looked = np.ones(slots + 1, np.int64), 0, 0
+    while size >= 0:
+        n = at[size]
+        if n == end[size]:
+            size -= 1
+            continue
+        at[size] += 1
+        looked += 1
+        if looked % 256 == 0 and stop[0] != 0:
+            return False
+        if size:
+            pair = trie.pairs[n, size - 1]
+            for f in range(loads.shape[1]):
+                for t in range(steps):
+                    loads[size, f, t] = loads[size - 1, f, t] + features_XFT[pair, f, t]
+            for t in range(steps):
+                mass[size, t] = mass[size - 1, t] + mu_XT[pair, t]
+        for k in range(len(ranks_K)):
+            g, total = ranks_K[k], 0.0
+            if loads.shape[1] == 1 and tables.terms[g] == 1 and tables.straight[g, 0, 0]:
+                start, slope = tables.start[g, 0, 0], tables.slope[g, 0, 0]
+                for t in range(steps):
+                    total += mass[size, t] * max(0.0, start + slope * loads[size, 0, t] - floor_T[t])
+            else:
+                fill(tables, g, loads[size], nothing, nothing, 0, steps, row)
+                for t in range(steps):
+                    total += mass[size, t] * max(0.0, row[t] - floor_T[t])
+            out_KN[k, n] = total
+        if trie.width[n]:
+            at[size + 1] = trie.first[n]
+            end[size + 1] = trie.first[n] + trie.width[n] * (experts - 1 - trie.last[n])
+            size += 1
+    return True
+
+
+def child_of(trie: Trie, n: int, e: int, c: int) -> int:
+    """The content with one of c copies of expert e, a later one, as well."""
+    return int(trie.first[n]) + (e - int(trie.last[n]) - 1) * int(trie.width[n]) + c - 1
+
+
+class Priced(NamedTuple):
+    """A bound in microseconds, what proves it, and what it leaves of each content.
+
+    mu: [E, T], pi: [E] microseconds. net: [K, N] microseconds that contents cost on a kind of ranks less their prices,
+    infinite where the kind cannot hold them.
+    """
+
+    bound_us: float
+    mu_ET: FloatArray
+    pi_E: FloatArray
+    net_KN: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """Contents of the ranks of a problem whose copies share evenly, kind by kind; see `of` and `Master`.
+
+    features: [E C + 1, F, T] of each pair, then of none. tables: what no larger load falls below. ranks_K, count_K, slots_K: of each kind of ranks that have slots the first one, how many
+    there are, and their slots. kind_G: [G] kind of each rank, -1 without slots.
+    """
+
+    problem: Problem
+    floor_T: FloatArray
+    trie: Trie
+    features_XFT: NDArray[np.int32]
+    tables: Tables
+    ranks_K: IntArray
+    count_K: IntArray
+    slots_K: IntArray
+    kind_G: IntArray
+
+    planes: ClassVar[int] = 1
+
+    @classmethod
+    def of(cls, problem: Problem, floor_T: FloatArray) -> Shares | None:
+        """The contents of a problem with floors of its steps in microseconds; None where they are too many."""
+        kinds = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
+        ranks_K = np.array([group[0] for group in kinds], np.int64)
+        hosts, widest = sum(len(group) for group in kinds), int(problem.slots_per_rank.max())
+        most = min(hosts, problem.spare_slots + 1)
+        if problem.num_experts * most > MOST_PAIRS:
+            return None
+        tables = tables_of(
+            tuple(latency.low for latency in problem.latencies), problem.features_FTE.sum(axis=2).max(axis=1)
+        )
+        trie = make_trie(problem.num_experts, most, min(widest, problem.num_experts), problem.spare_slots)
+        if tables is None or trie is None or len(trie.last) * len(kinds) * problem.num_steps > MOST_ENTRIES:
+            return None
+        counts_ET = problem.counts_TE.T.astype(np.int64)
+        parts = counts_ET[:, None] // np.arange(1, most + 1)[:, None]
+        held = [feature.of(parts).reshape(-1, problem.num_steps) for feature in problem.features]
+        features_XFT = np.zeros((problem.num_experts * most + 1, len(held), problem.num_steps), np.int32)
+        features_XFT[:-1] = np.stack(held, axis=1)
+        kind_G = np.full(problem.num_ranks, -1)
+        for k, group in enumerate(kinds):
+            kind_G[group] = k
+        idle = [float(problem.latencies[g]([0] * len(held))) for g in np.flatnonzero(kind_G < 0)]
+        return cls(
+            problem=problem,
+            floor_T=np.maximum(floor_T, max(idle, default=0.0)),
+            trie=trie,
+            features_XFT=features_XFT,
+            tables=tables,
+            ranks_K=ranks_K,
+            count_K=np.array([len(group) for group in kinds]),
+            slots_K=problem.slots_per_rank[ranks_K],
+            kind_G=kind_G,
+        )
+
+    def __len__(self) -> int:
+        return len(self.trie.last) * len(self.ranks_K)
+
+    @property
+    def size_K(self) -> IntArray:
+        """[K] entries of `members`."""
+        return np.full(len(self.ranks_K), self.trie.pairs.shape[1])
+
+    @property
+    def owner_X(self) -> IntArray:
+        """[X] expert of each pair, of none the first."""
+        experts = self.problem.num_experts
+        return np.append(np.repeat(np.arange(experts), len(self.trie.part) // experts), 0)
+
+    def kind(self, ids: IntArray) -> IntArray:
+        """Kinds of some columns."""
+        return ids // len(self.trie.last)
+
+    def members(self, ids: IntArray) -> NDArray[np.uint8]:
+        """[n, S] pairs of some columns."""
+        return np.asarray(self.trie.pairs[ids % len(self.trie.last)])
+
+    def parts(self, ids: IntArray, ends_LT: FloatArray, scale: float) -> NDArray[np.float32]:
+        """[n, T] `scale` times what the latencies of some columns have above the floors."""
+        rows_NT = np.empty((len(ids), self.problem.num_steps))
+        rows_of(self.features_XFT, self.members(ids), self.ranks_K[self.kind(ids)], self.tables, rows_NT)
+        out = np.empty(rows_NT.shape, np.float32)
+        cut_rows(rows_NT * scale, ends_LT * scale, out)
+        return out
+
+    def ids(self, row: IntArray) -> IntArray:
+        """Columns of a placement [P]."""
+        copies_E = np.bincount(row[row >= 0])
+        found = []
+        for g in np.flatnonzero(self.kind_G >= 0):
+            held, n = row[self.problem.rank_of_slot == g], 0
+            for e in sorted(held[held >= 0].tolist()):
+                n = child_of(self.trie, n, e, int(copies_E[e]))
+            found.append(int(self.kind_G[g]) * len(self.trie.last) + n)
+        return np.array(found)
+
+    def prove(self, mu_ET: FloatArray, pi_E: FloatArray, stop: Any) -> Priced | None:
+        """The bound of any multipliers and prices, which are made feasible first; None when stopped."""
+        trie, weights_T, owner_X = self.trie, self.problem.weights_T, self.owner_X
+        mu = np.maximum(np.nan_to_num(mu_ET.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
+        pi = np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        mu *= np.minimum(1.0, weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=0), 1e-300))
+        mu_XT, price_X = mu[owner_X] * trie.part[:, None], pi[owner_X] * trie.part
+        net_KN = np.empty((len(self.ranks_K), len(trie.last)))
+        if not price_shares(trie, self.features_XFT, self.tables, self.ranks_K, self.floor_T, mu_XT, net_KN, stop):
+            return None
+        price_N = np.zeros(len(trie.last))
+        for pair_N in trie.pairs.T:
+            price_N += price_X[pair_N]
+        base = float(weights_T @ self.floor_T) + float(pi.sum())
+        size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum())
+        least_us = 0.0
+        for net_N, count, slots in zip(net_KN, self.count_K, self.slots_K, strict=True):
+            empty_N = int(slots) - trie.size.astype(np.int64)
+            net_N -= price_N
+            net_N[(empty_N < 0) | (trie.copies + empty_N > self.problem.spare_slots)] = np.inf
+            least = int(net_N.argmin())
+            least_us += int(count) * float(net_N[least])
+            size += int(count) * (abs(float(net_N[least])) + 2 * float(np.abs(price_X[trie.pairs[least]]).sum()))
+        return Priced(base + least_us - ULP * (len(weights_T) + len(pi) + 64) * size, mu, pi, net_KN)
+
+
+class ShareMaster(Master):
+    """The master programme of such contents: an expert is in columns that hold parts of it, which sum up to one."""
+
+    space: Shares
+
+    def _held(self) -> Floats:
+        owner_X, part_X = self.space.owner_X, self.space.trie.part.astype(np.float32)
+        held = np.zeros((self.space.problem.num_experts, len(self.ids)), np.float32)
+        for pair_N in self.sets.T:
+            held[owner_X[pair_N], np.arange(len(self.ids))] += part_X[pair_N]
+        return held
+
+    def _step(self, down: np.float32, cost_EM: Floats, held_E: Floats, used_K: Floats) -> None:
+        z, ratio, owner_X = self.z, self.ratio, self.space.owner_X
+        part_X = self.space.trie.part.astype(np.float32)
+        mu_XM, pi_X = z["mu"][owner_X] * part_X[:, None], ratio * z["pi"][owner_X] * part_X
+        cost_XM, held_X = np.empty_like(mu_XM), np.empty_like(pi_X)
+        step_columns(
+            self.parts, self.sets, self.sizes, self.kind, z["x"], mu_XM, pi_X, ratio * z["y"], np.array([down]),
+            self.image["x"], cost_XM, held_X, used_K,
+        )  # fmt: skip
+        experts = len(cost_EM)
+        cost_EM[...] = (cost_XM * part_X[:, None])[:-1].reshape(experts, -1, cost_EM.shape[1]).sum(axis=1)
+        held_E[...] = (held_X * part_X)[:-1].reshape(experts, -1).sum(axis=1)
+
+
+def priced_shares(space: Shares, row: IntArray, value_us: float, target_us: float, stop: Any) -> Proven | None:
+    """The best bound found until stopped, at the target, or until little is gained; row [P] is worth value_us.
+
+    Multipliers are taken half-way between those of the master and the best so far, which steadies them (P. Wentges,
+    "Weighted Dantzig-Wolfe decomposition for linear mixed-integer programming", 1997).
+    """
+    best: Priced | None = None
+    master, own = ShareMaster(space, max(value_us, 1e-300)), space.ids(row)
+    held, looks, ids = HELD // len(space.ranks_K), [], own
+    while not stop[0]:
+        master.hold(ids)
+        master.iterate(ITERATIONS, stop)
+        mu_LET, pi_E = master.multipliers()
+        mu_ET = mu_LET[0]
+        if best is not None:
+            mu_ET, pi_E = (mu_ET + best.mu_ET) / 2, (pi_E + best.pi_E) / 2
+        found = space.prove(mu_ET, pi_E, stop)
+        if found is None:
+            break
+        if best is None or found.bound_us > best.bound_us:
+            best = found
+        looks.append(best.bound_us)
+        gained = best.bound_us - looks[len(looks) // 2]
+        stalled = len(looks) > FEWEST and gained <= LEAST_GAIN * (value_us - best.bound_us)
+        if best.bound_us >= target_us or stalled:
+            break
+        first_KN = np.argpartition(found.net_KN, min(held, found.net_KN.shape[1] - 1), axis=1)[:, :held]
+        cheap = first_KN + np.arange(len(first_KN))[:, None] * found.net_KN.shape[1]
+        ids = np.concatenate([own, master.used, cheap[np.take_along_axis(found.net_KN, first_KN, 1) < np.inf]])
+    if best is None:
+        return None
+    return Proven(best.bound_us, space.floor_T[None], best.mu_ET[None], best.pi_E, best.net_KN.ravel())

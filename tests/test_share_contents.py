@@ -1,0 +1,149 @@
+"""The bound of contents of ranks where copies share evenly: against every placement, and as the verifier checks it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+from brute import optimum
+
+from gemopt.bounds import step_bounds
+from gemopt.certificate import UNIT, Certificate, LayerProof, Proof
+from gemopt.costs import CostModel, fit
+from gemopt.evaluate import objective
+from gemopt.exceptions import InputError
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
+from gemopt.problem import Problem
+from gemopt.profile import Device, Profile, Sample
+from gemopt.solve import solve
+from gemopt.solvers import get
+from gemopt.solvers.base import Options
+from gemopt.solvers.exact import branch
+from gemopt.solvers.exact.share_space import Shares, make_trie, priced_shares
+from gemopt.traces import Traces
+from gemopt.verify import Case, floor_bound_us, verify
+from gemopt.verify.columns import check_columns
+
+STOP = np.zeros(1, np.uint8)
+STAIRS = Latency(((Curve(np.array([0.0, 4, 5, 8, 9, 40]), np.array([2.0, 2, 4, 4, 6, 30]), 1.0),),))
+FALLING = Latency(((Curve(np.array([0.0, 5, 6, 40]), np.array([1.0, 9, 6, 50]), 1.0),),))
+LINE = Latency(((line(0, 1),),))
+KINDS = {
+    "equal": [LINE] * 3,
+    "two equal": [STAIRS, STAIRS.times(1.25), STAIRS],
+    "falling": [FALLING, STAIRS, FALLING.times(1.1)],
+    "active": [Latency(((line(1, s), line(0, 2)), (line(4, 0.1), line(0, 0.5)))) for s in (1.0, 1.0, 1.2)],
+}
+
+
+def drawn(kind: str, slots: list[int], seed: int) -> Problem:
+    rng = np.random.default_rng([seed, len(kind), *slots])
+    features = (ASSIGNMENTS, ACTIVE) if kind == "active" else (ASSIGNMENTS,)
+    counts_TE = rng.poisson(rng.gamma(1.0, 6.0, 4), (4, 4))
+    return Problem.make(counts_TE, features, KINDS[kind], slots, weights_T=rng.choice([0.0, 1.0, 2.5], 4))
+
+
+@pytest.mark.parametrize("slots", [[2, 2, 2], [3, 2, 1], [3, 3, 0]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_placement_is_below_the_bound(kind: str, slots: list[int]) -> None:
+    """Of the multipliers that are found, and of any others."""
+    for seed in range(4):
+        problem, rng = drawn(kind, slots, seed), np.random.default_rng(seed)
+        space, best = Shares.of(problem, step_bounds(problem)), optimum(problem)
+        row = get("local-search").solve(problem, Options(deadline=np.inf, patience=20), None).row
+        assert space is not None and row is not None
+        found = priced_shares(space, row, objective(problem, row), np.inf, STOP)
+        assert found is not None and found.bound_us <= best * (1 + 1e-12)
+        for scale in (0.1, 1.0, 10.0):
+            wild = space.prove(rng.exponential(scale, (4, 4)), rng.normal(0, scale * best / 4, 4), STOP)
+            assert wild is not None and wild.bound_us <= best * (1 + 1e-12)
+
+
+def test_the_bound_rises_above_the_floors() -> None:
+    counts_TE = np.random.default_rng(3).poisson(np.linspace(4, 40, 8), (6, 8))
+    problem = Problem.make(counts_TE, (ASSIGNMENTS,), [LINE, LINE.times(1.1), LINE.times(0.9)], 4)
+    space = Shares.of(problem, step_bounds(problem))
+    outcome = get("branch").solve(problem, Options(deadline=time.monotonic() + 600), None)
+    assert space is not None and outcome.row is not None
+    best, floors = objective(problem, outcome.row), float(step_bounds(problem).sum())
+    found = priced_shares(space, outcome.row, best, best, STOP)
+    assert found is not None and found.bound_us - floors > 0.3 * (best - floors)
+
+
+def test_contents_are_all_sets_of_experts_and_copies() -> None:
+    trie = make_trie(4, 3, 3, 2)
+    assert trie is not None
+    found = {tuple((x // 3, x % 3 + 1) for x in pairs if x < 12) for pairs in trie.pairs.tolist()}
+    assert len(found) == len(trie.last) == 1 + 4 * 3 + 6 * 6 + 4 * 10  # by size: sets, times ways to have copies
+    for n, pairs in enumerate(trie.pairs.tolist()):
+        assert trie.size[n] == sum(x < 12 for x in pairs) and trie.copies[n] == sum(x % 3 for x in pairs if x < 12)
+
+
+def case_of(problem: Problem) -> Case:
+    cost = SimpleNamespace(features=problem.features, latencies=problem.latencies)
+    return Case(problem.counts_TE.astype(np.int64), cast(CostModel, cost), problem.slots_per_rank)
+
+
+def certified(problem: Problem, mu_ET: np.ndarray, price_E: np.ndarray) -> float:
+    """What the verifier makes of these multipliers."""
+    case = case_of(problem)
+    duals = {"level.0": case.floors_T[None], "share.0": mu_ET[None], "price.0": price_E}
+    layer = LayerProof(layer_id=0, proof=Proof.COLUMNS, row=[], objective_us=0, bound_us=0)
+    return check_columns(case, layer, duals).bound_us
+
+
+@pytest.mark.parametrize("slots", [[2, 2, 2], [3, 2, 1], [3, 3, 0]], ids=str)
+@pytest.mark.parametrize("kind", ["equal", "two equal", "falling"])
+def test_the_verifier_proves_as_much_and_no_more_than_holds(kind: str, slots: list[int]) -> None:
+    for seed in range(4):
+        problem, rng = drawn(kind, slots, seed), np.random.default_rng(seed)
+        problem = Problem.make(problem.counts_TE, problem.features, problem.latencies, slots)
+        space, best = Shares.of(problem, case_of(problem).floors_T / 1e6), optimum(problem)
+        for scale in (0.05, 0.5):
+            mu_ET = rng.exponential(scale, (4, 4))
+            mu_ET /= np.maximum(1.0, mu_ET.sum(axis=0))
+            price_E = rng.normal(0.2, scale, 4) * best
+            here = certified(
+                problem, np.floor(mu_ET * UNIT).astype(np.int64), np.round(price_E * 1e6 * (1 << 12)).astype(np.int64)
+            )
+            assert space is not None and here <= best
+            there = space.prove(mu_ET, price_E, STOP)
+            assert there is not None and here <= there.bound_us + 1e-9 * best
+            assert 0 in slots or here == pytest.approx(there.bound_us, abs=1e-6 * best)
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Profile, Traces]:
+    """A certificate of a layer whose search was cut at once."""
+    monkeypatch.setattr(branch, "search_copies", lambda tree, best, best_E, stop: (best, 3, False))
+    samples = [Sample(assignments=n, latency_us=5 + 3 * -(-n // 16)) for n in (0, 16, 17, 32, 33, 400)]
+    profile = Profile(devices=[Device(rank=rank, samples=samples) for rank in range(3)])
+    rng = np.random.default_rng(1)
+    traces = Traces(counts=rng.poisson(rng.gamma(1.0, 12.0, 6) * rng.gamma(2.0, 0.5, (12, 1, 6))).astype(np.int64))
+    path = tmp_path / "c.json"
+    solve(profile, traces, solver="branch", certificate=path, slots_per_rank=3, time_limit=60, cost="staircase")
+    return path, profile, traces
+
+
+def test_a_search_that_is_cut_leaves_a_bound_that_anyone_can_check(written: tuple[Path, Profile, Traces]) -> None:
+    path, profile, traces = written
+    certificate, found = Certificate.load(path), verify(*written)
+    case = Case(traces.counts[:, 0].astype(np.int64), fit(profile, model="staircase")[0], np.array(certificate.slots_per_rank))
+    (layer,) = certificate.layers
+    assert layer.proof is Proof.COLUMNS and layer.columns_us is not None
+    assert found.checked_us == pytest.approx(layer.bound_us) and layer.bound_us > 1.01 * floor_bound_us(case)
+
+
+@pytest.mark.parametrize(("name", "more"), [("price.0", 1 << 40), ("share.0", UNIT), ("level.0", 10**9)])
+def test_edited_multipliers_are_found(written: tuple[Path, Profile, Traces], name: str, more: int) -> None:
+    path, profile, traces = written
+    certificate = Certificate.load(path)
+    duals = certificate.duals(path)
+    duals[name] = duals[name] + more
+    certificate.write(path, duals)
+    with pytest.raises(InputError):
+        verify(path, profile, traces)
