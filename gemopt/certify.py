@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,16 +18,20 @@ from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import LayerResult, Result, StoppedBy
+from gemopt.solvers.base import Options
 from gemopt.solvers.exact.column_space import Proven
+from gemopt.solvers.exact.share_space import share_bound
 from gemopt.solving.layers import Layer
 from gemopt.splits import optimal_shares
 from gemopt.traces import Traces
-from gemopt.verify import PS, SAME, Case, floor_bound_us, objective_us
+from gemopt.verify import MOST_NODES, PS, SAME, Case, floor_bound_us, objective_us
 from gemopt.verify.columns import LARGEST_PRICE, PART_BITS, check_columns, listed, scanned
 from gemopt.verify.copies import check_copies
 from gemopt.verify.dual import check_dual, slack, units
 from gemopt.verify.share_contents import shared
 from gemopt.verify.shares import shares
+
+FALLBACK_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
         if layer.together is not None and not layer.problem.spare_slots:
             proof = _with_dual(case, proof, layer.together, duals)
         known = None if outcome is None else outcome.columns
+        if outcome is not None and (outcome.searched_nodes or 0) > MOST_NODES and case.spare and shared(case):
+            known = _fallback(layer.problem, np.array(proof.row))
         if outcome is not None and isinstance(known, Proven) and (shared(case) or not case.spare):
             if outcome.stopped_by is not StoppedBy.PROOF:  # without a search to repeat, the multipliers say it all
                 proof = proof.model_copy(
@@ -145,6 +152,12 @@ def _check_cost(profile: Profile, cost: CostModel) -> None:
         (c.x.tobytes(), c.y.tobytes(), c.slope) for each in again.latencies for term in each.terms for c in term
     ]:
         raise InputError("certificate", cost.name, "a cost model as fitted to the profile", "name one, as --cost does")
+
+
+def _fallback(problem: Problem, row_P: IntArray) -> Proven | None:
+    """What contents prove where a search with copies has more nodes than the verifier looks at."""
+    with Options(deadline=time.monotonic() + FALLBACK_S).alarm() as stop:
+        return share_bound(problem, row_P, np.inf, stop)
 
 
 def _with_columns(case: Case, proof: LayerProof, known: Proven, duals: dict[str, IntArray]) -> LayerProof:

@@ -51,7 +51,7 @@ def drawn(kind: str, slots: list[int], seed: int) -> Problem:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_placement_is_below_the_bound(kind: str, slots: list[int]) -> None:
     """Of the multipliers that are found, and of any others."""
-    for seed in range(4):
+    for seed in range(2):
         problem, rng = drawn(kind, slots, seed), np.random.default_rng(seed)
         space, best = Shares.of(problem, step_bounds(problem)), optimum(problem)
         row = get("local-search").solve(problem, Options(deadline=np.inf, patience=20), None).row
@@ -99,7 +99,7 @@ def certified(problem: Problem, mu_ET: np.ndarray, price_E: np.ndarray) -> float
 @pytest.mark.parametrize("slots", [[2, 2, 2], [3, 2, 1], [3, 3, 0]], ids=str)
 @pytest.mark.parametrize("kind", ["equal", "two equal", "falling"])
 def test_the_verifier_proves_as_much_and_no_more_than_holds(kind: str, slots: list[int]) -> None:
-    for seed in range(4):
+    for seed in range(2):
         problem, rng = drawn(kind, slots, seed), np.random.default_rng(seed)
         problem = Problem.make(problem.counts_TE, problem.features, problem.latencies, slots)
         space, best = Shares.of(problem, case_of(problem).floors_T / 1e6), optimum(problem)
@@ -132,7 +132,8 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Prof
 def test_a_search_that_is_cut_leaves_a_bound_that_anyone_can_check(written: tuple[Path, Profile, Traces]) -> None:
     path, profile, traces = written
     certificate, found = Certificate.load(path), verify(*written)
-    case = Case(traces.counts[:, 0].astype(np.int64), fit(profile, model="staircase")[0], np.array(certificate.slots_per_rank))
+    cost, slots_G = fit(profile, model="staircase")[0], np.array(certificate.slots_per_rank)
+    case = Case(traces.counts[:, 0].astype(np.int64), cost, slots_G)
     (layer,) = certificate.layers
     assert layer.proof is Proof.COLUMNS and layer.columns_us is not None
     assert found.checked_us == pytest.approx(layer.bound_us) and layer.bound_us > 1.01 * floor_bound_us(case)

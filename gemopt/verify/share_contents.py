@@ -43,8 +43,9 @@ def least_shares(case: Case, g: int, floor_T: IntArray, mu_ET: IntArray, price_E
     """The least of what contents of rank g cost, less their prices, in 2^-bits picoseconds; rounded down."""
     most = min(int((case.slots_G > 0).sum()), case.spare + 1)
     copies_C = np.arange(1, most + 1)
-    load_XT = case.cost.features[0].of(case.counts_TE.T[:, None] // copies_C[:, None]).astype(np.int64)
-    load_XT, mass_XT = load_XT.reshape(-1, len(floor_T)), (mu_ET[:, None] // copies_C[:, None]).reshape(-1, len(floor_T))
+    shares_XT = (case.counts_TE.T[:, None] // copies_C[:, None]).reshape(-1, len(floor_T))
+    load_XT = case.cost.features[0].of(shares_XT).astype(np.int64)
+    mass_XT = (mu_ET[:, None] // copies_C[:, None]).reshape(-1, len(floor_T))
     price_X = -(-price_E[:, None] // copies_C).reshape(-1)
     times_N = case.floor_ps(case.times_us(g, np.arange(int(case.most_F[0]) + 1)[None], low=True))
     times_N = np.minimum(times_N, int(floor_T.min()) + min(LONGEST_PS, (1 << 49) // len(floor_T)))

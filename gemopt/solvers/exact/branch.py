@@ -22,7 +22,7 @@ from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.compact import merged
 from gemopt.solvers.exact.copies_tree import make_copies_tree, search_copies
 from gemopt.solvers.exact.plain import begin
-from gemopt.solvers.exact.share_space import Shares, priced_shares
+from gemopt.solvers.exact.share_space import share_bound
 from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tree
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
@@ -112,11 +112,8 @@ def _search_copies(problem: Problem, options: Options, value: float) -> _Found:
 def _price_contents(problem: Problem, options: Options, outcome: Outcome, value: float) -> None:
     """Raise the bound of a search that was cut, by the contents of ranks, if they are few enough."""
     assert outcome.row is not None and outcome.bound_us is not None
-    space = Shares.of(problem, step_bounds(problem))
-    if space is None:
-        return
     with options.alarm() as stop:
-        priced = priced_shares(space, outcome.row, value, value * (1 - options.gap), stop)
+        priced = share_bound(problem, outcome.row, value * (1 - options.gap), stop)
     if priced is not None and priced.bound_us > outcome.bound_us:
         outcome.columns, outcome.bound_us = priced, min(priced.bound_us, value)
         outcome.own_bound_us = outcome.bound_us

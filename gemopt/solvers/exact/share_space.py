@@ -16,12 +16,15 @@ Contents are the nodes of a trie: the children of a content hold one pair more, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.bounds import step_bounds
+from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import cut_rows, rows_of, step_columns
@@ -41,10 +44,11 @@ LEAST_GAIN = 0.02  # of what is open, in the last half of the looks
 
 
 class Trie(NamedTuple):
-    """N contents, the empty one first; the child that has one of c copies of e too is `first + (e - last - 1) width + c - 1`.
+    """N contents, the empty one first.
 
-    first, width: [N] int32, uint8; last: [N] int8, -1 of the empty one; size, copies: [N] pairs, and copies beyond one
-    for each of their experts. pairs: [N, S] numbers `i C + c - 1`, then `E C`. part: [E C + 1] `1 / c`.
+    first, width: [N] int32, uint8: the child with one of c copies of e is `first + (e - last - 1) width + c - 1`.
+    last: [N] int8, last expert, -1 of the empty one. size, copies: [N] pairs, and copies beyond one for each of their
+    experts. pairs: [N, S] numbers `i C + c - 1`, then `E C`. part: [E C + 1] `1 / c`.
     """
 
     first: Array
@@ -56,6 +60,7 @@ class Trie(NamedTuple):
     part: Array
 
 
+@lru_cache(maxsize=2)
 def make_trie(experts: int, most: int, slots: int, spare: int) -> Trie | None:
     """All contents of at most `slots` pairs with at most `spare` copies more than experts; None where too many.
 
@@ -79,10 +84,12 @@ def make_trie(experts: int, most: int, slots: int, spare: int) -> Trie | None:
         if size < slots:
             pairs[:, size] = expert * most + copy
         last, copies = expert, copies[parent] + copy
-    joined = [np.concatenate(each) for each in zip(*levels, strict=True)]
-    kinds = (np.int32, np.uint8, np.int8, np.uint8, np.uint8, np.uint8)
     part = np.append(np.tile(1 / np.arange(1, most + 1), experts), 0.0)
-    return Trie(*(each.astype(kind) for each, kind in zip(joined, kinds, strict=True)), part)
+    first, width, last, size_N, copies, pairs = (np.concatenate(each) for each in zip(*levels, strict=True))
+    return Trie(
+        first.astype(np.int32), width.astype(np.uint8), last.astype(np.int8), size_N.astype(np.uint8),
+        copies.astype(np.uint8), pairs, part,
+    )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -152,8 +159,9 @@ class Priced(NamedTuple):
 class Shares:
     """Contents of the ranks of a problem whose copies share evenly, kind by kind; see `of` and `Master`.
 
-    features: [E C + 1, F, T] of each pair, then of none. tables: what no larger load falls below. ranks_K, count_K, slots_K: of each kind of ranks that have slots the first one, how many
-    there are, and their slots. kind_G: [G] kind of each rank, -1 without slots.
+    features: [E C + 1, F, T] of each pair, then of none. tables: what no larger load falls below. ranks_K, count_K,
+    slots_K: of each kind of ranks that have slots the first one, how many there are, and their slots. kind_G: [G] kind
+    of each rank, -1 without slots.
     """
 
     problem: Problem
@@ -260,10 +268,10 @@ class Shares:
             price_N += price_X[pair_N]
         base = float(weights_T @ self.floor_T) + float(pi.sum())
         size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum())
+        net_KN -= price_N
         least_us = 0.0
         for net_N, count, slots in zip(net_KN, self.count_K, self.slots_K, strict=True):
             empty_N = int(slots) - trie.size.astype(np.int64)
-            net_N -= price_N
             net_N[(empty_N < 0) | (trie.copies + empty_N > self.problem.spare_slots)] = np.inf
             least = int(net_N.argmin())
             least_us += int(count) * float(net_N[least])
@@ -329,3 +337,9 @@ def priced_shares(space: Shares, row: IntArray, value_us: float, target_us: floa
     if best is None:
         return None
     return Proven(best.bound_us, space.floor_T[None], best.mu_ET[None], best.pi_E, best.net_KN.ravel())
+
+
+def share_bound(problem: Problem, row: IntArray, target_us: float, stop: Any) -> Proven | None:
+    """As `priced_shares`, of a problem with a placement; None where contents are too many."""
+    space = Shares.of(problem, step_bounds(problem))
+    return None if space is None else priced_shares(space, row, objective(problem, row), target_us, stop)
