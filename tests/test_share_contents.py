@@ -24,6 +24,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact import branch
 from gemopt.solvers.exact.share_space import Shares, make_trie, priced_shares
+from gemopt.solvers.size import num_shares
 from gemopt.traces import Traces
 from gemopt.verify import Case, floor_bound_us, verify
 from gemopt.verify.columns import check_columns
@@ -76,7 +77,8 @@ def test_the_bound_rises_above_the_floors() -> None:
 
 def test_contents_are_all_sets_of_experts_and_copies() -> None:
     trie = make_trie(4, 3, 3, 2)
-    assert trie is not None
+    problem = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS,), [LINE] * 3, [3, 2, 1])
+    assert num_shares(problem) == len(trie.last)
     found = {tuple((x // 3, x % 3 + 1) for x in pairs if x < 12) for pairs in trie.pairs.tolist()}
     assert len(found) == len(trie.last) == 1 + 4 * 3 + 6 * 6 + 4 * 10  # by size: sets, times ways to have copies
     for n, pairs in enumerate(trie.pairs.tolist()):
@@ -116,16 +118,17 @@ def test_the_verifier_proves_as_much_and_no_more_than_holds(kind: str, slots: li
             assert 0 in slots or here == pytest.approx(there.bound_us, abs=1e-6 * best)
 
 
-@pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Profile, Traces]:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile, Traces]:
     """A certificate of a layer whose search was cut at once."""
-    monkeypatch.setattr(branch, "search_copies", lambda tree, best, best_E, stop: (best, 3, False))
     samples = [Sample(assignments=n, latency_us=5 + 3 * -(-n // 16)) for n in (0, 16, 17, 32, 33, 400)]
     profile = Profile(devices=[Device(rank=rank, samples=samples) for rank in range(3)])
     rng = np.random.default_rng(1)
     traces = Traces(counts=rng.poisson(rng.gamma(1.0, 12.0, 6) * rng.gamma(2.0, 0.5, (12, 1, 6))).astype(np.int64))
-    path = tmp_path / "c.json"
-    solve(profile, traces, solver="branch", certificate=path, slots_per_rank=3, time_limit=60, cost="staircase")
+    path = tmp_path_factory.mktemp("cut") / "c.json"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(branch, "search_copies", lambda tree, best, best_E, stop: (best, 3, False))
+        solve(profile, traces, solver="branch", certificate=path, slots_per_rank=3, time_limit=60, cost="staircase")
     return path, profile, traces
 
 
@@ -140,11 +143,28 @@ def test_a_search_that_is_cut_leaves_a_bound_that_anyone_can_check(written: tupl
 
 
 @pytest.mark.parametrize(("name", "more"), [("price.0", 1 << 40), ("share.0", UNIT), ("level.0", 10**9)])
-def test_edited_multipliers_are_found(written: tuple[Path, Profile, Traces], name: str, more: int) -> None:
+def test_edited_multipliers_are_found(
+    written: tuple[Path, Profile, Traces], name: str, more: int, tmp_path: Path
+) -> None:
     path, profile, traces = written
     certificate = Certificate.load(path)
     duals = certificate.duals(path)
     duals[name] = duals[name] + more
-    certificate.write(path, duals)
+    certificate.write(tmp_path / "c.json", duals)
     with pytest.raises(InputError):
-        verify(path, profile, traces)
+        verify(tmp_path / "c.json", profile, traces)
+
+
+def test_a_bound_above_a_placement_is_found_by_searching_again(
+    written: tuple[Path, Profile, Traces], tmp_path: Path
+) -> None:
+    path, profile, traces = written
+    certificate = Certificate.load(path)
+    worse = solve(profile, traces, solver="linear", slots_per_rank=3, cost="staircase")
+    assert worse.placement is not None and worse.objective_us > 1.001 * certificate.objective_us
+    row, value = worse.placement.physical_to_logical[0].tolist(), worse.objective_us
+    layer = certificate.layers[0].model_copy(update={"row": row, "objective_us": value, "bound_us": value})
+    forged = certificate.model_copy(update={"layers": [layer], "objective_us": value, "bound_us": value, "gap": 0.0})
+    forged.write(tmp_path / "c.json", certificate.duals(path))
+    with pytest.raises(InputError, match="a placement of"):
+        verify(tmp_path / "c.json", profile, traces)

@@ -17,6 +17,9 @@ FEW_COLUMNS = 20_000  # contents of ranks, up to which listing them beats branch
 MOST_COLUMNS = 400_000
 MOST_ENTRIES = 2e8  # columns x steps: latencies looked up when all are priced
 MOST_EXPERTS = 64  # a column is a word of bits
+MOST_SHARES = 1_500_000  # contents of a rank where copies share evenly
+MOST_SHARE_ENTRIES = 1e10  # the same of all kinds of ranks x steps
+MOST_PAIRS = 255  # of an expert and its copies, numbered in a byte
 MOST_PAIRED = 5e7  # contents of ranks that differ, when pairs of experts price them
 MOST_PAIRED_EXPERTS = 256  # numbered in a byte
 
@@ -54,6 +57,19 @@ def num_columns(problem: Problem) -> int | None:
     sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
     columns = sum(comb(problem.num_experts, size) for size in sizes if size)
     return columns if columns <= MOST_COLUMNS and columns * problem.num_steps <= MOST_ENTRIES else None
+
+
+def num_shares(problem: Problem) -> int | None:
+    """How many contents any rank can have where copies share evenly; None where they are too many to list."""
+    hosts = int((problem.slots_per_rank > 0).sum())
+    most, spare = min(hosts, problem.spare_slots + 1), problem.spare_slots
+    ways, contents = [1] + [0] * spare, 1  # to have copies, by those beyond one for each
+    for size in range(1, int(problem.slots_per_rank.max()) + 1):
+        ways = [sum(ways[max(0, n - most + 1) : n + 1]) for n in range(spare + 1)]
+        contents += sum(ways) * comb(problem.num_experts, size)
+    kinds = len([group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]])
+    few = contents <= MOST_SHARES and contents * kinds * problem.num_steps <= MOST_SHARE_ENTRIES
+    return contents if few and problem.num_experts * most <= MOST_PAIRS else None
 
 
 def paired(problem: Problem) -> bool:

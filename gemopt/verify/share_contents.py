@@ -33,7 +33,7 @@ def shared(case: Case) -> bool:
     most = min(int((case.slots_G > 0).sum()), case.spare + 1)
     ways = [1] + [0] * case.spare  # to give one to `most` copies to each of some experts, by the copies beyond one
     contents = 1
-    for size in range(1, min(int(case.slots_G.max()), case.counts_TE.shape[1]) + 1):
+    for size in range(1, int(case.slots_G.max()) + 1):
         ways = [sum(ways[max(0, n - most + 1) : n + 1]) for n in range(case.spare + 1)]
         contents += sum(ways) * comb(case.counts_TE.shape[1], size)
     return contents * len(case.counts_TE) <= MOST_ENTRIES

@@ -31,12 +31,10 @@ from gemopt.solvers.exact.column_kernels import cut_rows, rows_of, step_columns
 from gemopt.solvers.exact.column_master import Floats, Master
 from gemopt.solvers.exact.column_space import ULP, Proven
 from gemopt.solvers.exact.tree import FAST, Tables, fill, tables_of
+from gemopt.solvers.size import num_shares
 
 Array = NDArray[Any]
 IntArray = NDArray[np.int64]
-MOST_CONTENTS = 1_500_000
-MOST_ENTRIES = 3e9  # contents of all kinds x steps
-MOST_PAIRS = 255  # numbered in a byte
 ITERATIONS = 100  # of the master between two looks at all contents
 HELD = 512  # cheapest contents in the master, beside those in use
 FEWEST = 12  # looks before it may end
@@ -61,8 +59,8 @@ class Trie(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def make_trie(experts: int, most: int, slots: int, spare: int) -> Trie | None:
-    """All contents of at most `slots` pairs with at most `spare` copies more than experts; None where too many.
+def make_trie(experts: int, most: int, slots: int, spare: int) -> Trie:
+    """All contents of at most `slots` pairs with at most `spare` copies more than experts.
 
     most: copies of one expert.
     """
@@ -75,8 +73,6 @@ def make_trie(experts: int, most: int, slots: int, spare: int) -> Trie | None:
         first = total + np.cumsum(number) - number
         levels.append((first, width, last, np.full_like(last, size), copies, pairs))
         total += int(number.sum())
-        if total > MOST_CONTENTS:
-            return None
         parent = np.repeat(np.arange(len(last)), number)
         nth = np.arange(len(parent)) - np.repeat(np.cumsum(number) - number, number)
         expert, copy = last[parent] + 1 + nth // width[parent], nth % width[parent]
@@ -179,18 +175,18 @@ class Shares:
     @classmethod
     def of(cls, problem: Problem, floor_T: FloatArray) -> Shares | None:
         """The contents of a problem with floors of its steps in microseconds; None where they are too many."""
+        if num_shares(problem) is None:
+            return None
         kinds = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
         ranks_K = np.array([group[0] for group in kinds], np.int64)
         hosts, widest = sum(len(group) for group in kinds), int(problem.slots_per_rank.max())
         most = min(hosts, problem.spare_slots + 1)
-        if problem.num_experts * most > MOST_PAIRS:
-            return None
         tables = tables_of(
             tuple(latency.low for latency in problem.latencies), problem.features_FTE.sum(axis=2).max(axis=1)
         )
-        trie = make_trie(problem.num_experts, most, min(widest, problem.num_experts), problem.spare_slots)
-        if tables is None or trie is None or len(trie.last) * len(kinds) * problem.num_steps > MOST_ENTRIES:
+        if tables is None:
             return None
+        trie = make_trie(problem.num_experts, most, widest, problem.spare_slots)
         counts_ET = problem.counts_TE.T.astype(np.int64)
         parts = counts_ET[:, None] // np.arange(1, most + 1)[:, None]
         held = [feature.of(parts).reshape(-1, problem.num_steps) for feature in problem.features]
