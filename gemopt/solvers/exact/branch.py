@@ -24,10 +24,11 @@ from gemopt.solvers.exact.copies_tree import make_copies_tree, search_copies
 from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.share_space import share_bound
 from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tree
-from gemopt.solvers.size import num_shares
+from gemopt.solvers.size import FEW_COLUMNS, num_shares
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
 COPIES_SHARE = 0.4  # of the time, for a search of copies, before their contents are priced
+FEW_SHARE = 0.8  # the same where contents are few, so that the search is likely to end
 NEVER = 2**62
 
 
@@ -104,7 +105,8 @@ def _search_copies(problem: Problem, options: Options, value: float) -> _Found:
     found = _Found(weighted(problem, floor_T), value, np.zeros(problem.num_experts, np.int64))
     tree = make_copies_tree(problem, floor_T)
     if tree is not None:
-        share = 1.0 if num_shares(problem) is None else COPIES_SHARE
+        contents = num_shares(problem)
+        share = 1.0 if contents is None else COPIES_SHARE if contents > FEW_COLUMNS else FEW_SHARE
         limited = replace(options, deadline=time.monotonic() + share * options.remaining)
         with limited.alarm() as stop:
             found.best_us, found.nodes, found.done = search_copies(tree, value, found.held_E, stop)
