@@ -10,8 +10,10 @@ import numpy as np
 from gemopt.bounds import copies_bound, lower_bound, step_bounds, together_bound
 from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import dual_bound, feasible, pair_costs
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.solvers.exact.contents import Contents, ContentsSearch
+from gemopt.solvers.exact.share_space import Shares
 from gemopt.solvers.exact.stepwise import Pricing, Stepwise, StepwiseSearch
 from gemopt.solvers.size import paired
 
@@ -58,6 +60,7 @@ def together_values(problem: Problem, floor_T: np.ndarray, best_us: float, seed:
                     priced = space.price(mu, v[0] + rng.normal(size=len(v[0])) * best_us, most_K, stop)
                     assert priced is not None
                     yield f"contents (apart: {apart}, cut: {part_TKE is not None})", priced[0]
+    yield from share_values(problem, floor_T, best_us, rng)
 
 
 def stepwise_values(
@@ -76,6 +79,19 @@ def stepwise_values(
             pricing.improve(space.held(np.arange(problem.num_experts)), stop)
         assert pricing.look(stop)
         yield f"stepwise (known: {known})", pricing.bound_us
+
+
+def share_values(
+    problem: Problem, floor_T: np.ndarray, best_us: float, rng: np.random.Generator
+) -> Iterator[tuple[str, float]]:
+    """Contents with their copies, with multipliers and prices drawn at random."""
+    space = Shares.of(problem, floor_T) if problem.spare_slots and problem.split is Split.EVEN else None
+    if space is not None:
+        mu_ET = rng.random((problem.num_experts, problem.num_steps)) ** 3 * rng.choice([0.1, 1.0, 10.0])
+        scale = best_us / problem.num_experts * rng.choice([0.0, 0.01, 0.3, 3.0])
+        found = space.prove(mu_ET, rng.normal(size=problem.num_experts) * scale, np.zeros(1, np.uint8))
+        assert found is not None
+        yield "shares", found.bound_us
 
 
 def _drawn(rng: np.random.Generator, programme: Programme, best_us: float) -> tuple[np.ndarray, np.ndarray]:

@@ -94,7 +94,7 @@ def price_shares(
     stop: Array,
 ) -> bool:  # fmt: skip
     """Sum over the steps of each content's multipliers times what it has above the floors; False when stopped."""
-    slots, steps, experts = trie.pairs.shape[1], len(floor_T), len(mu_XT) // trie.width[0]
+    slots, steps, experts = trie.pairs.shape[1], len(floor_T), (len(mu_XT) - 1) // trie.width[0]
     loads = np.zeros((slots + 1, *features_XFT.shape[1:]), np.int32)
     mass, row = np.zeros((slots + 1, steps)), np.empty(steps)
     at, nothing = np.zeros(slots + 1, np.int64), features_XFT[-1]
@@ -220,7 +220,7 @@ class Shares:
     def owner_X(self) -> IntArray:
         """[X] expert of each pair, of none the first."""
         experts = self.problem.num_experts
-        return np.append(np.repeat(np.arange(experts), len(self.trie.part) // experts), 0)
+        return np.append(np.repeat(np.arange(experts), (len(self.trie.part) - 1) // experts), 0)
 
     def kind(self, ids: IntArray) -> IntArray:
         """Kinds of some columns."""
