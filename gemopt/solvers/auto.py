@@ -60,7 +60,8 @@ class Auto:
         proven.reached |= found.reached
         if proven.row is None:
             proven.row = found.row
-        if by == "columns" and options.patience is None and proven.stopped_by is StoppedBy.ITERATIONS:
+        listed = by == "columns" or proven.columns is not None
+        if listed and options.patience is None and proven.stopped_by is StoppedBy.ITERATIONS:
             return _searched_on(problem, options, proven)
         return proven
 

@@ -121,6 +121,9 @@ def _price_contents(problem: Problem, options: Options, outcome: Outcome, value:
     if priced is not None and priced.bound_us > outcome.bound_us:
         outcome.columns, outcome.bound_us = priced, min(priced.bound_us, value)
         outcome.own_bound_us = outcome.bound_us
+    if not options.expired():
+        within = outcome.bound_us >= value * (1 - options.gap)
+        outcome.stopped_by = StoppedBy.GAP if within else StoppedBy.ITERATIONS
 
 
 def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value: float) -> Together:
