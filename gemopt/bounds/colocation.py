@@ -100,7 +100,7 @@ class Programme:
             for i, g in enumerate(busy)
         ]
         most = min(MOST_GROUPS, MOST_PAIRS // problem.num_experts**2)
-        group_G, factor_G, bases = _groups(planes, slots_G, apart, most)
+        group_G, factor_G, bases = _groups(planes, most_GF.max(axis=0), slots_G, apart, most)
         return cls(
             features_FTE,
             problem.weights_T[used],
@@ -196,16 +196,19 @@ def _pieces(curve: Curve, least: float, most: float) -> list[tuple[float, float]
 
 
 def _groups(
-    planes: list[FloatArray], slots_G: NDArray[np.int64], apart: bool, most: int
+    planes: list[FloatArray], most_F: FloatArray, slots_G: NDArray[np.int64], apart: bool, most: int
 ) -> tuple[NDArray[np.int64], FloatArray, FloatArray]:
     """Group and factor of each rank, and [C, K, 1 + F] the groups' planes, times the factor below those of any member.
 
-    Ranks share a group when their planes are multiples of each other, or nearly where that makes too many groups.
+    Ranks share a group when their planes are multiples of each other at loads up to most_F, or nearly where that makes
+    too many groups.
     """
     width = max(map(len, planes))
     table_GKF = np.stack([np.concatenate([rows, np.repeat(rows[-1:], width - len(rows), axis=0)]) for rows in planes])
     for close in CLOSE:
-        group_G, factor_G, count = _grouped(table_GKF, slots_G, 1 + ALIKE if apart else np.inf, close)
+        group_G, factor_G, count = _grouped(
+            table_GKF * np.append(1.0, most_F), slots_G, 1 + ALIKE if apart else np.inf, close
+        )
         if count <= max(most, len(np.unique(slots_G))):
             break
     over_GKF = table_GKF / factor_G[:, None, None]
@@ -225,8 +228,8 @@ def _grouped(
             if slots_G[g] != slots_G[first] or size_G[g] > size_G[first] * widest:
                 continue
             base, factor = table_GKF[first], size_G[g] / size_G[first]
-            within = (np.abs(table_GKF[g] - factor * base) <= close * factor * np.abs(base).max(axis=0)).all()
-            if within:
+            off_K, size_K = np.abs(table_GKF[g] - factor * base).sum(axis=1), np.abs(base).sum(axis=1)
+            if (off_K <= close * factor * size_K).all():
                 group_G[g], factor_G[g] = c, 1.0 if factor <= 1 + ALIKE else factor
                 break
         else:

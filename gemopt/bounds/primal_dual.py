@@ -1,7 +1,9 @@
 """Matrix-free primal-dual hybrid gradient on the co-location programme: multipliers, better the longer it runs.
 
-Reflected Halpern iterations with restarts and an adaptive primal weight (Lu and Yang, Restarted Halpern PDHG for
-linear programming, 2024), in float32: nothing here has to be right, as `dual_bound` makes a bound of any multipliers.
+Reflected Halpern iterations with restarts (Lu and Yang, Restarted Halpern PDHG for linear programming, 2024), in
+float32: nothing here has to be right, as `dual_bound` makes a bound of any multipliers. The primal weight is not
+adapted but cools: large at first, so that the multipliers move far, and small at last, so that they settle. The bound
+rises with the last third of the way.
 Steps are scaled block by block (Pock and Chambolle, 2011) and by the norm of what is left. Without spare slots loads
 are taken from their mean of the step, which changes no solution, as the sums of U are known.
 """
@@ -21,6 +23,7 @@ Array = NDArray[Any]
 Real = Any  # float32 in the kernels
 F32 = np.float32
 NORM_ROUNDS = 10
+HOT, WARM, COLD = 40.0, 4.0, 1e-3  # primal weight: at first, when it goes on from a point that has cooled, at last
 SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # when to restart: decay of the fixed-point error, share of all iterations
 
 
@@ -162,7 +165,7 @@ class PrimalDual:
         }  # fmt: skip
         self.others_C = (p.slots_C - p.spare - 1).astype(F32)
         self.iterations = 0
-        self.balance = 1.0
+        self.balance = self.wanted = HOT
         self.z, self.anchor, self.image = self._point(), self._point(), self._point()
         self.stop = np.zeros(1, np.uint8) if stop is None else stop
         self._start()
@@ -273,6 +276,17 @@ class PrimalDual:
         new_x = cost_CE.T @ self.factor_GC.T + F32(step["y"]) * x.sum(axis=0)
         return root_u * new_u, root_x * new_x * (not self.alike)
 
+    def heat(self) -> None:
+        """Begin to cool: from `HOT`, or from `WARM` where the point has cooled before."""
+        self.hottest = WARM if self.iterations else HOT
+        self.cool(0.0)
+        if self.iterations:
+            self._restart()
+
+    def cool(self, part: float) -> None:
+        """From the next restart on, the primal weight that belongs to so much of the way from hot to cold."""
+        self.wanted = self.hottest * (COLD / self.hottest) ** min(part, 1.0)
+
     def iterate(self, rounds: int) -> None:
         """So many iterations, fewer when `stop` [1] is set."""
         p, z, image = self.programme, self.z, self.image
@@ -327,12 +341,8 @@ class PrimalDual:
     since, first, last = 0, 0.0, np.inf
 
     def _restart(self) -> None:
-        """Go on from the image, with the primal weight that the distances travelled ask for."""
-        apart = {name: float(((self.image[name] - self.anchor[name]) ** 2).sum()) / self.step[name] for name in self.z}
-        primal, dual = apart["x"] + apart["u"], apart["mu"] + apart["v"] + apart["y"] + apart["rho"]
-        if primal > 1e-20 and dual > 1e-20:
-            wanted = np.sqrt(dual / primal)
-            self.balance = float(np.exp(0.5 * np.log(wanted) + 0.5 * np.log(self.balance)))
+        """Go on from the image, with the primal weight that is wanted."""
+        self.balance = self.wanted
         for name, part in self.image.items():
             self.z[name][...] = part
         self._anchor()

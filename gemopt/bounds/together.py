@@ -1,9 +1,10 @@
-"""The co-location bound within a time: the iteration, looked at now and then, until it stops paying."""
+"""The co-location bound within a time: the iteration cools, once or in longer and longer cycles, while that pays."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +15,16 @@ from gemopt.latency import FloatArray
 from gemopt.placement import Split
 from gemopt.problem import Problem
 
-FIRST_LOOK = 40  # iterations
-FEWEST = 500  # iterations before it may stop for gaining nothing: the first ones are below the floors
-GROWTH = 1.25  # from one look to the next
-LEAST_GAIN = 0.01  # of what is open between bound and incumbent, in the last half of the iterations
+if TYPE_CHECKING:
+    from gemopt.bounds.primal_dual import PrimalDual
+
+CHUNK = 20  # iterations between two looks at the clock
+GROWTH = 1.25  # of a cycle's iterations, from one look at the bound to the next
+CYCLE, SHORTEST = 6, 300  # iterations of the first cycle for each expert, and at least, where there is the time
+LONGER = 3  # times the one before is each later cycle
+RISES = 0.4  # of the first cycle's iterations are enough to rise above the floors
+LEAST_GAIN = 0.01  # of what is open between bound and incumbent, in a cycle after the first
 TOLERANCE = 1e-9  # relative: nothing is open
-RISEN = 1000  # iterations after which a layer has gained what it gains fast: 250 to 600 go by before it gains at all
 
 
 @dataclass(eq=False)
@@ -60,9 +65,8 @@ def together_bound(
     target_us
         Objective of a placement: at a bound that reaches it there is nothing left to prove.
     share_s, left_s
-        Seconds that are this layer's own, and seconds until `stop` where more is lent it: the bound rises late, then
-        fast, then slowly, so that a few layers for long gain more than all for short. Once its share is over it goes on
-        as long as it gains faster than on average, and gives up what cannot rise in time.
+        Seconds that are this layer's own, and seconds until `stop`, of which it takes what the bound needs to rise. The
+        iteration cools in cycles, each longer than the last; the last one ends with the share, if not before.
 
     Valid for every placement with one copy of each expert, and for copies under the even split; where copies share
     otherwise it is the bound of the floors.
@@ -74,22 +78,15 @@ def together_bound(
     if not worthwhile(problem, base) or stop[0]:
         return found
     found.programme = Programme.of(problem, floor_T)
-    search = PrimalDual(found.programme, stop)
-    look = FIRST_LOOK
+    search, length = PrimalDual(found.programme, stop), max(SHORTEST, CYCLE * problem.num_experts)
     while not stop[0]:
-        search.iterate(look - search.iterations)
-        multipliers = search.multipliers()
-        value = dual_bound(found.programme, *multipliers)
-        if value > found.bound_us:
-            found.bound_us, found.multipliers = value, multipliers
-        found.iterations = search.iterations
-        found.looks.append((search.iterations, found.bound_us))
-        found.seconds.append(time.monotonic() - begin)
-        if found.bound_us >= target_us * (1 - TOLERANCE) or _stalled(found, target_us):
+        first, before = search.iterations == 0, found.bound_us
+        _cycle(found, search, begin, length, (share_s, left_s if first else share_s), target_us)
+        open_us = (target_us if np.isfinite(target_us) else 1.1 * found.bound_us) - found.bound_us
+        stalled = not first and found.bound_us - before <= LEAST_GAIN * max(open_us, 0.0)
+        if stalled or found.seconds[-1] >= share_s or _reached(found, target_us):
             break
-        if found.seconds[-1] >= share_s and not _pays(found, base, left_s):
-            break
-        look = int(GROWTH * look) + 1
+        length *= LONGER
     return found
 
 
@@ -101,22 +98,35 @@ def worthwhile(problem: Problem, base: float) -> bool:
     return bool(sharing and base > 0 and problem.counts_TE.any())
 
 
-def _pays(found: Together, base: float, left_s: float) -> bool:
-    """Whether a layer that has had its share gains faster than it did on average, or may still begin to."""
-    seconds, (iterations, bound) = found.seconds[-1], found.looks[-1]
-    if found.multipliers is None:
-        return seconds * RISEN <= left_s * iterations
-    if len(found.looks) < 2:
-        return True
-    rate = (bound - found.looks[-2][1]) / max(seconds - found.seconds[-2], 1e-9)
-    return rate > (bound - base) / max(seconds, 1e-9)
+def _cycle(
+    found: Together, search: PrimalDual, begin: float, length: int, times: tuple[float, float], target_us: float
+) -> None:
+    """Cool once, in at most so many iterations, until the share is over, or longer where it only then can rise."""
+    (share_s, left_s), start_s = times, time.monotonic() - begin
+    first = search.iterations
+    look, part = first + CHUNK, 0.0
+    search.heat()
+    while part < 1.0 and not search.stop[0]:
+        search.iterate(CHUNK)
+        done, now_s = search.iterations - first, time.monotonic() - begin
+        rises_s = start_s + RISES * length * (now_s - start_s) / max(done, 1)
+        end_s = rises_s if share_s < rises_s <= left_s else share_s
+        part = max(done / length, (now_s - start_s) / max(end_s - start_s, 1e-9))
+        search.cool(part)
+        if search.iterations < look and part < 1.0 and not search.stop[0]:
+            continue
+        look = first + int(GROWTH * done)
+        multipliers = search.multipliers()
+        value = dual_bound(search.programme, *multipliers)
+        if value > found.bound_us:
+            found.bound_us, found.multipliers = value, multipliers
+        found.iterations = search.iterations
+        found.looks.append((search.iterations, found.bound_us))
+        found.seconds.append(time.monotonic() - begin)
+        if _reached(found, target_us):
+            break
 
 
-def _stalled(found: Together, target_us: float) -> bool:
-    """Whether the last half of the iterations gained next to nothing of what is open."""
-    now, bound = found.looks[-1]
-    before = [value for count, value in found.looks if count <= now / 2]
-    if not before or now < FEWEST:
-        return False
-    open_us = (target_us if np.isfinite(target_us) else 1.1 * bound) - bound
-    return bound - before[-1] <= LEAST_GAIN * max(open_us, 0.0)
+def _reached(found: Together, target_us: float) -> bool:
+    """Whether nothing is open."""
+    return found.bound_us >= target_us * (1 - TOLERANCE)
