@@ -200,7 +200,7 @@ def _with_dual(case: Case, proof: LayerProof, known: Together, duals: dict[str, 
     if not all((np.abs(each) * (PS * UNIT) < 2**63).all() for each in wide.values()):
         return proof
     exact = {name: np.round(each * (PS * UNIT)).astype(np.int64) for name, each in wide.items()}
-    exact["mu"] = np.ascontiguousarray(np.floor(np.maximum(mu_TKE, 0.0) * UNIT), np.int64)
+    exact["mu"] = np.ascontiguousarray(np.rint(np.maximum(mu_TKE, 0.0) * UNIT), np.int64)
     over_T = np.maximum(exact["mu"].sum(axis=(1, 2)) - UNIT, 0)
     for t in np.flatnonzero(over_T):
         heaviest = np.unravel_index(exact["mu"][t].argmax(), exact["mu"][t].shape)
