@@ -23,6 +23,7 @@ GROWTH = 1.25  # of a cycle's iterations, from one look at the bound to the next
 CYCLE, SHORTEST = 6, 300  # iterations of the first cycle for each expert, and at least, where there is the time
 LONGER = 3  # times the one before is each later cycle
 RISES = 0.4  # of the first cycle's iterations are enough to rise above the floors
+HOPELESS = 0.5  # of these: for fewer a layer leaves its time to others
 LEAST_GAIN = 0.01  # of what is open between bound and incumbent, in a cycle after the first
 TOLERANCE = 1e-9  # relative: nothing is open
 
@@ -109,9 +110,11 @@ def _cycle(
     while part < 1.0 and not search.stop[0]:
         search.iterate(CHUNK)
         done, now_s = search.iterations - first, time.monotonic() - begin
-        rises_s = start_s + RISES * length * (now_s - start_s) / max(done, 1)
+        rises_s = start_s + RISES * length * (now_s - start_s) / done if done else np.inf
         end_s = rises_s if share_s < rises_s <= left_s else share_s
         part = max(done / length, (now_s - start_s) / max(end_s - start_s, 1e-9))
+        if first == 0 and end_s - start_s < HOPELESS * (rises_s - start_s):
+            part = 1.0
         search.cool(part)
         if search.iterations < look and part < 1.0 and not search.stop[0]:
             continue
