@@ -1,6 +1,7 @@
 """How long search takes and how good it is; prints tables in Markdown.
 
 python benchmarks/speed.py descent     58 layers x 256 experts x 1000 steps, affine costs, one descent: seconds, memory
+python benchmarks/speed.py search      two of these layers, their part of 60 s, against the best of four runs
 python benchmarks/speed.py quality     staircase costs: held-out change against contiguous, beside EPLB and LPT
 python benchmarks/speed.py evaluate    loads (rank and step) per second, staircase and roofline
 python benchmarks/speed.py start       import, first use with an empty compile cache, `gemopt solve` on the demo's input
@@ -24,6 +25,7 @@ from machine import stamp
 
 import gemopt
 from gemopt.evaluate import evaluate
+from gemopt.profile import Profile
 from gemopt.traces import Traces
 
 RANKS = (8, 16, 32, 64)
@@ -54,6 +56,30 @@ def descent() -> None:
         times = f"{min(seconds):.1f} | {statistics.mean(seconds):.1f}"
         print(f"| {ranks} | {times} | {100 * change:+.2f} % | {memory:.2f} |")
     print("\nSeconds are of the whole `gemopt.solve` call: cost fit, bounds, descent on two threads, evaluation.")
+
+
+def search() -> None:
+    """Required: within 0.2 % of the best known; that is the best of this and three other seeds of ten times as long."""
+    header("Iterated local search, 2 of 58 layers x 256 experts x 1000 steps, affine costs, 2.07 CPU s for each of 58")
+    traces = routing()
+    pair = Traces(counts=np.ascontiguousarray(traces.counts[:, [0, 29]]))
+    gemopt.solve(affine_profile(speeds(8)), pair.steps(slice(0, 20)), solver="local-search", time_limit=2)
+    print("| G | above the best known % | of each layer % | the long runs % |\n|---|---|---|---|")
+    for ranks in RANKS:
+        values_RL = np.array([_values(affine_profile(speeds(ranks)), pair, seed) for seed in range(4)])
+        best_L = values_RL.min(axis=0)
+        above = [f"{100 * (row.sum() / best_L.sum() - 1):.2f}" for row in values_RL]
+        each = ", ".join(f"{100 * gap:.2f}" for gap in values_RL[0] / best_L - 1)
+        print(f"| {ranks} | {above[0]} | {each} | {', '.join(above[1:])} |", flush=True)
+
+
+def _values(profile: Profile, traces: Traces, seed: int) -> list[float]:
+    """Objectives of the layers in microseconds, the first seed's in the time that is asked for."""
+    seconds = 60 / 58 * traces.num_layers * (1 if seed == 0 else 10)
+    found = gemopt.solve(
+        profile, traces, solver="local-search", time_limit=seconds, cost="staircase", seed=seed, threads=2
+    )
+    return [layer.objective_us for layer in found.per_layer if layer.objective_us is not None]
 
 
 def quality() -> None:
@@ -155,4 +181,4 @@ def _timed(command: list[str], environment: dict[str, str]) -> float:
 
 
 if __name__ == "__main__":
-    {"descent": descent, "quality": quality, "evaluate": evaluation, "start": start}[sys.argv[1]]()
+    {"descent": descent, "search": search, "quality": quality, "evaluate": evaluation, "start": start}[sys.argv[1]]()

@@ -24,7 +24,7 @@ CYCLE, SHORTEST = 6, 300  # iterations of the first cycle for each expert, and a
 LONGER = 3  # times the one before is each later cycle
 RISES = 0.4  # of the first cycle's iterations are enough to rise above the floors
 HOPELESS = 0.5  # of these: for fewer a layer leaves its time to others
-LEAST_GAIN = 0.01  # of what is open between bound and incumbent, in a cycle after the first
+LEAST_GAIN = 0.05  # of what is open between bound and incumbent, in a cycle after the first
 TOLERANCE = 1e-9  # relative: nothing is open
 
 

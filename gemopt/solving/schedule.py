@@ -34,7 +34,7 @@ from gemopt.solving.turns import bounding, in_turns, instead, priced
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
 WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts from
-PAIRS_SHARE = 0.4  # of a layer's time for bounds is the co-location bound's at most, where contents are priced after it
+PAIRS_SHARE = 0.1  # of a layer's time for bounds is the co-location bound's at most, where contents are priced after it
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
 
