@@ -10,6 +10,9 @@ import pytest
 from numba import typeof
 
 from gemopt.bounds import lower_bound, spread_bound, step_bounds, steps, together_bound
+from gemopt.bounds.colocation import Programme
+from gemopt.bounds.dual_bound import dual_bound
+from gemopt.bounds.primal_dual import PrimalDual
 from gemopt.evaluate import objective, rank_times
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, Latency, line, tiles
 from gemopt.placement import Split
@@ -261,3 +264,35 @@ def test_the_colocation_bound_is_of_the_even_split_only() -> None:
         found = together_bound(replace(even, split=split), floor_T, np.zeros(1, np.uint8))
         assert (found.programme is not None) == (split is Split.EVEN)
         assert found.bound_us <= lower_bound(even) * (1 + 1e-9) or split is Split.EVEN
+
+
+def test_ranks_alike_but_for_rounding_share_a_group() -> None:
+    """An intercept of next to nothing, in which the margin of the planes shows: groups would be several, and slow."""
+    counts = np.random.default_rng(0).poisson(np.linspace(500, 4000, 16), (20, 16))
+    speeds = np.random.default_rng(1).uniform(0.9, 1.1, 8)
+    latencies = [
+        Latency(((Curve(np.array([0, 65536]), np.array([1e-6, 9600]) / s, 9600 / 65536 / s),),)) for s in speeds
+    ]
+    problem = Problem.make(counts, (ASSIGNMENTS,), latencies, slots_per_rank=2)
+    assert Programme.of(problem, step_bounds(problem)).num_groups == 1
+    latencies[3] = Latency(((line(10.0, 0.15),),))
+    other = Problem.make(counts, (ASSIGNMENTS,), latencies, slots_per_rank=2)
+    assert Programme.of(other, step_bounds(other)).num_groups == 2
+
+
+def test_the_colocation_bound_rises_with_the_time_it_is_given() -> None:
+    """Cooled in twice as many iterations it is higher, and above the floors."""
+    counts = np.random.default_rng(0).poisson(np.random.default_rng(1).gamma(2.0, 20.0, (60, 32)))
+    latencies = [Latency(((line(0.0, 1 / s),),)) for s in np.linspace(0.9, 1.1, 8)]
+    problem = Problem.make(counts, (ASSIGNMENTS,), latencies, slots_per_rank=4)
+    floor_T, found = step_bounds(problem), []
+    for count in (100, 400, 1600):
+        search = PrimalDual(Programme.of(problem, floor_T))
+        search.heat()
+        while search.iterations < count:
+            search.iterate(20)
+            search.cool(search.iterations / count)
+        found.append(dual_bound(search.programme, *search.multipliers()))
+    assert problem.weights_T @ floor_T < found[0] < found[1] < found[2]
+    whole = together_bound(problem, floor_T, np.zeros(1, np.uint8))
+    assert whole.bound_us > found[1]
