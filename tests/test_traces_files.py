@@ -304,3 +304,19 @@ def test_experts_that_a_file_says_are_checked(tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", counts=np.arange(32).reshape(2, 2, 8), num_experts=16)
     with pytest.raises(InputError, match="got 8 experts; 16, as num_experts says"):
         Traces.load(tmp_path / "t.npz")
+
+
+def test_odd_recordings_are_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    layers_idle = rng.multinomial(256, np.full(16, 1 / 16), (20, 4)) * (rng.random((20, 4, 1)) < 0.8)
+    kinds = {
+        "all experts alike, one layer": np.full((9, 1, 8), 5),
+        "one step again and again": np.tile(rng.multinomial(64, np.full(4, 0.25), (1, 1)), (12, 1, 1)),
+        "two experts, an odd batch": rng.multinomial(7, [0.5, 0.5], (64, 1)),
+        "two experts, batches of all sizes": rng.integers(0, 4, (64, 1, 2)),
+        "idle layers, 256 assignments": layers_idle,
+        "one step of two layers": np.full((1, 2, 8), 3),
+    }
+    for kind, counts in kinds.items():
+        np.savez(tmp_path / "t.npz", counts=counts)
+        assert (Traces.load(tmp_path / "t.npz").counts == counts).all(), kind

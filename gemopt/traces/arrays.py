@@ -138,7 +138,7 @@ def too_narrow(counts: IntArray) -> str:
     """
     sums_TL = counts.sum(axis=2, dtype=np.int64)
     sums_TL = sums_TL[:, sums_TL.any(axis=0)]
-    lacking_TL = sums_TL.max(axis=1, keepdims=True, initial=0) - sums_TL
+    lacking_TL = (sums_TL.max(axis=1, keepdims=True, initial=0) - sums_TL) * (sums_TL > 0)  # idle layers lack none
     largest = int(counts.max())
     if np.count_nonzero(lacking_TL) < ENOUGH_SUMS:
         return ""
@@ -172,16 +172,16 @@ def is_map(counts: IntArray) -> bool:
 def are_ids(counts: IntArray) -> bool:
     """Whether numbers [N, L, K] are the experts that tokens chose: no row has one twice, though chance would have it.
 
-    A -1 is none, and a token whose numbers are all the same in each layer is padding. Where the layers of every row add
-    up to as much, they are counts.
+    A -1 is none, and a token whose numbers are all the same in each layer is padding, unless these are but two. Where
+    the layers of every row, or all rows of a single layer, add up to as much, they are counts.
     """
     if not 2 <= counts.shape[2] <= MOST_CHOSEN:
         return False
-    padded = (counts == counts[:, :, :1]).all(axis=(1, 2))
+    padded = (counts == counts[:, :, :1]).all(axis=(1, 2)) & (counts[0].size > 2)
     rows = counts[~padded][:LOOKED_AT].astype(np.int64)
     rows = rows[:, rows.any(axis=(0, 2))]  # dense layers have rows of zeros
     sums = rows.sum(axis=2)
-    as_many = rows.shape[1] > 1 and (sums == sums[:, :1]).all()
+    as_many = (sums == (sums[:, :1] if rows.shape[1] > 1 else sums[:1])).all()
     if not rows.size or as_many or rows.min() < -1 or rows.max() >= MAX_EXPERTS:
         return False
     rows = np.where(rows < 0, MAX_EXPERTS + np.arange(rows.shape[2]), rows)  # so that none equals no other
@@ -214,7 +214,7 @@ def other_order(counts: NDArray[Any]) -> str | None:
     right, *others = permutations(range(3))
     if _fits(counts, *right):
         return None
-    order = next((each for each in others if _fits(counts, *each)), None)
+    order = next((each for each in others if counts.shape[each[2]] > 1 and _fits(counts, *each)), None)
     if order is not None:
         return f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
     sums_TL = counts.sum(axis=2, dtype=np.int64)
@@ -231,5 +231,6 @@ def _fits(counts: NDArray[Any], step: int, layer: int, expert: int) -> bool:
     sums = counts.sum(axis=expert, dtype=np.int64)
     by_step = sums if step < layer else sums.T
     by_step = by_step[np.ix_(by_step.any(axis=1), by_step.any(axis=0))]
-    enough = min(by_step.shape) > 1 or (step == 0 and by_step.shape[1] >= FEWEST_LAYERS)  # of a single step, too
+    fewest = 2 if layer == 1 else FEWEST_LAYERS  # of a single step
+    enough = min(by_step.shape) > 1 or (step == 0 and by_step.shape[1] >= fewest)
     return enough and bool((by_step == by_step[:, :1]).all())
