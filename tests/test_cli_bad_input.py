@@ -324,11 +324,22 @@ def test_no_output_takes_the_place_of_another_document(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_an_output_takes_the_place_of_its_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inputs = write_inputs(tmp_path)
+def test_an_output_takes_the_place_of_its_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the engine reads placements of gemopt, and the one that is watched has another path."""
+    monkeypatch.chdir(tmp_path)
+    inputs, placement = write_inputs(tmp_path), tmp_path / "p.json"
+    (tmp_path / "steps").mkdir()
+    watch = ("watch", "steps", "--profile", inputs[0], "--placement", placement, "--to", "vllm", "--once")
     for _ in range(2):
-        words = ("solve", *inputs, "--solver", "lpt", "-o", tmp_path / "p.json", "--result", tmp_path / "r.json")
-        assert gemopt(capsys, *words)[0] == 0
+        for words in (
+            ("solve", *inputs, "--solver", "lpt", "-o", placement, "--result", tmp_path / "r.json"),
+            ("export", placement, "--to", "vllm", "-o", "p.vllm.json"),
+            (*watch, "--output", "p.json"),
+        ):
+            assert gemopt(capsys, *words)[0] == 0, words
+    assert gemopt(capsys, "export", placement, "--to", "vllm", "-o", "p.json")[0] == 2
 
 
 def test_no_traceback_from_a_shell(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a placement for a serving engine and print the command that starts it."""
-    from gemopt.formats.registry import canonical
+    from gemopt.formats.registry import canonical, get
 
     to = canonical(to)
     if source is not None and to not in PERMUTED:
@@ -58,7 +58,8 @@ def export(
     if decode is not None and to in PERMUTED:
         raise InputError("--decode", str(decode), "one placement per checkpoint", "export the two one after the other")
     if to not in PERMUTED:
-        check_outputs(*(("--output", _named(output, role), "") for _, role in given))
+        outputs = [("--output", _named(output, role), get(to).document) for _, role in given]
+        check_outputs(*outputs, read=[("a placement", path) for path, _ in given])
     prepare = _preparer(
         to, ep=ep, num_hidden_layers=num_hidden_layers, approximate_it=approximate, profile=profile, traces=traces,
         devices=devices,

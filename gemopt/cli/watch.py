@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import signal
@@ -53,6 +54,7 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="one look, one decision, and out")] = False,
 ) -> None:
     """Follow a growing trace folder: decide, write the placement, export it, run a command, serve metrics."""
+    from gemopt.formats.registry import get
     from gemopt.online.follow import PATIENCE, Follower
     from gemopt.online.metrics import Health, Metrics, serve
     from gemopt.online.sole import sole
@@ -64,10 +66,11 @@ def watch(
         raise InputError("folder", str(folder), "a folder that is there for one look", "leave out --once to wait")
     target = output or placement
     exports = _exports(target, to or [])
+    same = os.path.realpath(target) == os.path.realpath(placement)
     written = [
-        ("--placement" if target == placement else "--output", target, "placement"),
+        ("--placement" if same else "--output", target, "placement"),
         ("--state", state, "traces"),  # begins as they do; what is no state is refused when it is read
-        *((f"--to {name}", path, "") for name, path in exports),
+        *((f"--to {name}", path, get(name).document) for name, path in exports),
     ]
     given = [("--profile", profile), ("--rules", rules), ("--policy", policy), ("--placement", placement)]
     check_outputs(*written, read=given)

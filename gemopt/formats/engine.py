@@ -149,6 +149,8 @@ class Engine:
         How the names of its recordings end.
     suffixes
         How the name of its file must end.
+    document
+        Which document of gemopt the file is, if one.
     side_file
         Whether the file leaves out something that importing it again needs.
     note
@@ -167,6 +169,7 @@ class Engine:
     group_limits: bool = False
     splits: tuple[Split, ...] = ()
     suffixes: tuple[str, ...] = ()
+    document: str = ""
     side_file: bool = True
     note: str = ""
     check: Callable[[Placement, WriteOptions], None] | None = None

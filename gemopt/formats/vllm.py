@@ -78,6 +78,7 @@ ENGINES = {
         replicas=True,
         splits=(Split.EVEN,),
         suffixes=(".json",),
+        document="placement",
         side_file=False,
         note="through the EPLB policy; without copies also --to checkpoint",
         check=check,
