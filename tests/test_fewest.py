@@ -73,6 +73,14 @@ def test_solve_says_what_it_saved_and_for_how_much_compute() -> None:
         assert {frozenset(row[:4].tolist()), frozenset(row[4:].tolist())} == {HALF, OTHER}
 
 
+def test_a_node_may_have_no_slots() -> None:
+    found = solve(
+        profile(4), token_traces(), topology="2x2-ib400", exchange=EXCHANGE, slots_per_rank=[0, 0, 5, 5],
+        compute_slack=0.1, patience=1, time_limit=20.0,
+    )  # fmt: skip
+    assert found.placement is not None and found.links is not None and found.links.saved is not None
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -79,7 +79,7 @@ class _Fewest:
     def _kicked(self, layer: int, draws: np.random.Generator) -> Row:
         row = self.base[layer]
         for _ in range(draws.integers(1, 1 + MOST_PAIRS)):
-            nodes = draws.permutation(self.links.topology.num_nodes)[:2]
+            nodes = draws.permutation(np.unique(self.node_P))[:2]  # of those with slots
             pair = np.array([draws.choice(np.flatnonzero(self.node_P == node)) for node in nodes])
             row = exchanged(self.problems[layer], row, pair)
         return row
