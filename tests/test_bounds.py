@@ -296,3 +296,10 @@ def test_the_colocation_bound_rises_with_the_time_it_is_given() -> None:
     assert problem.weights_T @ floor_T < found[0] < found[1] < found[2]
     whole = together_bound(problem, floor_T, np.zeros(1, np.uint8))
     assert whole.bound_us > found[1]
+
+
+def test_the_colocation_bound_may_be_stopped_before_its_first_iteration(monkeypatch) -> None:
+    problem, stop = Problem.make([[5, 3, 2, 1]] * 3, (ASSIGNMENTS,), [Latency(((line(1, 1),),))] * 2, 2), np.zeros(1)
+    monkeypatch.setattr(PrimalDual, "heat", lambda self: stop.fill(1))
+    floor_T = step_bounds(problem)
+    assert together_bound(problem, floor_T, stop).bound_us == pytest.approx(floor_T.sum())

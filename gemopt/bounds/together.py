@@ -85,7 +85,7 @@ def together_bound(
         _cycle(found, search, begin, length, (share_s, left_s if first else share_s), target_us)
         open_us = (target_us if np.isfinite(target_us) else 1.1 * found.bound_us) - found.bound_us
         stalled = not first and found.bound_us - before <= LEAST_GAIN * max(open_us, 0.0)
-        if stalled or found.seconds[-1] >= share_s or _reached(found, target_us):
+        if stop[0] or stalled or found.seconds[-1] >= share_s or _reached(found, target_us):
             break
         length *= LONGER
     return found
