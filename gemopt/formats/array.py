@@ -106,7 +106,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
-    if str(np.asarray(experts).tolist()) not in ("None", str(counts.shape[2])):
+    if str(np.asarray(experts).tolist()).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
     return counts
 

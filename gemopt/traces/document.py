@@ -319,7 +319,7 @@ def _from_part(part: Part) -> Traces:
     if "layer_ids" not in metadata and counts.size and counts.ndim == 3 and counts.dtype.kind in "iu":
         refuse_misread(counts)
     experts = metadata.get("num_experts")
-    if counts.ndim == 3 and experts not in (None, str(counts.shape[2])):
+    if counts.ndim == 3 and str(experts).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError("Traces.counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
     tokens = None
     if "ids" in arrays:
