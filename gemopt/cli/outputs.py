@@ -28,11 +28,14 @@ def check_outputs(*written: tuple[str, Path | None, str], read: Sequence[Named] 
     for option, path, kind in written:
         if path is None:
             continue
+        try:
+            check_writable(path)
+        except InputError as error:
+            raise InputError(option, str(path), f"{error.limit}: there is {error.value}") from None
         if option == "--plot":
             from gemopt.plotting import check_picture
 
             check_picture(path)
-        check_writable(path)
         other = taken.setdefault(os.path.realpath(path), option)
         if other != option:
             raise InputError(option, str(path), f"also the file of {other}", "give each its own")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gemopt.evaluate import total
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
-from gemopt.solvers.base import Options, Outcome
+from gemopt.solvers.base import Options, Outcome, Row
 from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
 from gemopt.solvers.placing import fewest_row, no_placement
 from gemopt.solving.layers import Layer
@@ -36,18 +36,18 @@ def solve_shared(run: Run, moving: Moving) -> float:
     """
     problems = [layer.problem for layer in run.layers]
     fronts = _fronts(run, moving)
-    caps = None
+    parts = None
     if all(front.points for front in fronts):
         if moving.into_G is not None:
-            caps = _by_rank(problems, fronts, moving)
+            parts = _by_rank(problems, fronts, moving)
         elif moving.budget is not None:
-            caps = _by_moves(problems, fronts, moving.budget)
-    if caps is None:
+            parts = _by_moves(problems, fronts, moving.budget)
+    if parts is None:
         _without(run.layers, fronts, proven=moving.into_G is None)
         return 0.0
-    for layer, cap, front in zip(run.layers, caps, fronts, strict=True):
-        layer.problem = cap
-        layer.warm = front.at(_most(cap)).row if layer.warm is None else layer.warm
+    for layer, (part, row) in zip(run.layers, parts, strict=True):
+        layer.problem = part
+        layer.warm = row if layer.warm is None else layer.warm
     run.go()
     if moving.into_G is None and moving.budget is not None:
         return _refine(run, problems, fronts, moving.budget)
@@ -86,20 +86,21 @@ def _rooms(problems: Sequence[Problem], into_G: NDArray[np.int64]) -> list[Probl
     return result
 
 
-def _by_moves(problems: Sequence[Problem], fronts: Sequence[Front], budget: int) -> list[Problem] | None:
-    """The layers with their parts of the budget; what no front wants is shared out evenly."""
+def _by_moves(problems: Sequence[Problem], fronts: Sequence[Front], budget: int) -> list[tuple[Problem, Row]] | None:
+    """The layers with their parts of the budget, and rows within them; what no front wants is shared out evenly."""
     divided = divide([front.best(budget) for front in fronts], budget)
     if divided is None:
         return None
     rest = budget - sum(divided[1])
     extra = [rest // len(problems) + (index < rest % len(problems)) for index in range(len(problems))]
-    return [
+    parts = [
         limited(problem, most=min(_most(problem), moves + more))
         for problem, moves, more in zip(problems, divided[1], extra, strict=True)
     ]
+    return [(part, front.at(_most(part)).row) for part, front in zip(parts, fronts, strict=True)]
 
 
-def _by_rank(problems: Sequence[Problem], fronts: Sequence[Front], moving: Moving) -> list[Problem] | None:
+def _by_rank(problems: Sequence[Problem], fronts: Sequence[Front], moving: Moving) -> list[tuple[Problem, Row]] | None:
     assert moving.into_G is not None
     chosen = divide_by_rank(fronts, moving.budget, moving.into_G)
     if chosen is None:
@@ -113,7 +114,7 @@ def _by_rank(problems: Sequence[Problem], fronts: Sequence[Front], moving: Movin
         most = _most(problem)
         if left is not None:
             most = min(most, point.moves + left // count + (index < left % count))
-        result.append(limited(problem, most=most, most_into_G=into_G))
+        result.append((limited(problem, most=most, most_into_G=into_G), point.row))
     return result
 
 
