@@ -10,11 +10,12 @@ from gemopt.models.checkpoint_names import TensorRole, renamed, tensor_role
 from gemopt.models.families import FAMILIES, Family, family
 
 if TYPE_CHECKING:
-    from gemopt.models.layers import MoeLayer, describe, find_moe_layers, num_hidden_layers
+    from gemopt.models.layers import MoeLayer, auto_class, describe, find_moe_layers, num_hidden_layers
     from gemopt.models.tiny_models import tiny
 
 _HOME = {
     "MoeLayer": "layers",
+    "auto_class": "layers",
     "describe": "layers",
     "find_moe_layers": "layers",
     "num_hidden_layers": "layers",
@@ -27,6 +28,7 @@ __all__ = [
     "Family",
     "MoeLayer",
     "TensorRole",
+    "auto_class",
     "describe",
     "family",
     "find_moe_layers",

@@ -43,8 +43,9 @@ _STACKED_COMPANION = (
 _STACKED = re.compile(rf"{_PROJECTION}(?:[._]{_STACKED_COMPANION})?")
 _SINGLE = re.compile(r"(?:[A-Za-z_]\w*\.)?(\d+)\.(.*)")
 _PREDICTION = re.compile(r"(?:^|\.)\w*(?:mtp|nextn|eagle)\w*\.")
+_TOWER = re.compile(r"(?:^|\.)(?:vision|visual|audio)\w*\.")
 _ABOUT_EXPERTS = re.compile(r"expert|rout(?:er|ing)|e_score|tid2eid|moe")
-_SHARED = re.compile(r"shared_(?:expert|mlp|head)\w*")
+_SHARED = re.compile(r"shared?_(?:expert|mlp|head)\w*")
 _MIXERS = re.compile(
     r"attn|attention|norm|mixer|mamba|conv|rotary"
 )  # parts of a layer that have nothing to do with experts
@@ -93,11 +94,12 @@ def tensor_role(family: Family, name: str) -> TensorRole | None:
     """Role of a checkpoint tensor, None where experts have no part (attention, dense and shared layers, ...).
 
     `layer` counts as the file does. Layers that predict further tokens stay as they are, so their tensors have no role:
-    they are named `mtp`, or come after the last decoder layer.
+    they are named `mtp`, or come after the last decoder layer. So do towers for images and sound.
     """
-    if _PREDICTION.search(name):
+    if _PREDICTION.search(name) or _TOWER.search(name.partition("layers.")[0]):
         return None
-    place = re.fullmatch(rf"((?:.+\.)?)layers\.(\d+)\.(?:{'|'.join(family.checkpoint_blocks)})\.(.+)", name)
+    blocks = [rf"{block}\." for block in family.checkpoint_blocks] or [rf"(?={family.router}\.|experts\.)"]
+    place = re.fullmatch(rf"((?:.+\.)?)layers\.(\d+)\.(?:{'|'.join(blocks)})(.+)", name)
     if place is None:
         return _elsewhere(name)
     stack, layer, rest = place[1], int(place[2]), place[3]
@@ -105,6 +107,15 @@ def tensor_role(family: Family, name: str) -> TensorRole | None:
         return None
     if rest in family.hash_tensors:
         return TensorRole("hash", layer, stack=stack)
+    if rest in family.checkpoint_tensors:
+        module, _, companion = rest.rpartition(".")
+        return TensorRole(
+            "router", layer, (family.checkpoint_tensors[rest],), module=module, companion=companion, stack=stack
+        )
+    for module in family.checkpoint_experts:
+        companion = rest.removeprefix(f"{module}.")
+        if re.fullmatch(_STACKED_COMPANION, companion):
+            return TensorRole("stacked", layer, module=module, companion=companion, stack=stack)
     if rest.startswith("experts."):
         return _of_experts(rest.removeprefix("experts."), layer, stack)
     return _of_router(family, rest, layer, stack)
@@ -133,10 +144,6 @@ def _of_experts(rest: str, layer: int, stack: str) -> TensorRole:
 
 
 def _of_router(family: Family, rest: str, layer: int, stack: str) -> TensorRole | None:
-    if rest in family.checkpoint_tensors:
-        module, _, companion = rest.rpartition(".")
-        axis = family.checkpoint_tensors[rest]
-        return TensorRole("router", layer, (axis,), module=module, companion=companion, stack=stack)
     routers = [known.removesuffix(".weight") for known in family.checkpoint_tensors if known.endswith(".weight")]
     for module in routers:
         companion = rest.removeprefix(f"{module}.")

@@ -49,8 +49,10 @@ class MoeLayer:
         The block also has experts that every token passes through.
     expert_bytes
         Bytes of one expert's weights.
-    hidden_size, intermediate_size, dtype
-        Sizes and type of an expert.
+    hidden_size
+        Of what enters the router.
+    width, intermediate_size, dtype
+        Sizes and type of an expert: of what enters it (the hidden size, or that of a latent space), and inside.
     """
 
     layer_id: int
@@ -70,6 +72,7 @@ class MoeLayer:
     shared_experts: bool = False
     expert_bytes: int = 0
     hidden_size: int = 0
+    width: int = 0
     intermediate_size: int = 0
     dtype: torch.dtype = torch.float32
 
@@ -109,17 +112,25 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     blocks = [
         (path, module)
         for path, module in model.named_modules()
-        if re.search(r"(^|\.)layers\.\d+\.\w+$", path) and hasattr(module, row.router) and hasattr(module, "experts")
+        if re.search(r"(^|\.)layers\.\d+(\.\w+)?$", path) and hasattr(module, row.router) and hasattr(module, "experts")
     ]
     if not blocks:
         raise InputError("model", model_type, "a network with MoE layers is needed, all layers of this one are dense")
     return [_layer(config, row, path, block) for path, block in blocks]
 
 
+def auto_class(config: Any) -> Any:
+    """transformers' class that makes the network of a config: of language, or of images too where only that exists."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    language: Any = AutoModelForCausalLM
+    return language if type(config) in language._model_mapping else AutoModelForImageTextToText
+
+
 def num_hidden_layers(model: nn.Module) -> int:
     """Decoder layers of a MoE model, dense ones included."""
     path = find_moe_layers(model)[0].path
-    return len(model.get_submodule(path.rpartition(".")[0].rpartition(".")[0]))  # type: ignore[arg-type]
+    return len(model.get_submodule(path[: path.rindex("layers.") + len("layers")]))  # type: ignore[arg-type]
 
 
 def describe(model: nn.Module) -> MoeShape:
@@ -128,7 +139,7 @@ def describe(model: nn.Module) -> MoeShape:
     config = _text_config(model)
     return MoeShape(
         name=Path(getattr(model.config, "_name_or_path", "")).name or str(config.model_type),
-        hidden_size=layer.hidden_size,
+        hidden_size=layer.width,
         intermediate_size=layer.intermediate_size,
         num_experts=layer.num_experts,
         num_local_experts=layer.num_local_experts or None,
@@ -146,7 +157,7 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
-    num_experts = int(getattr(config, row.num_experts))
+    num_experts = _of_every_layer(config, row.num_experts)
     experts: Any = block.experts
     router = getattr(block, row.router)
     stacked = _stacked(experts, num_experts)
@@ -159,9 +170,10 @@ def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
         )
     down = stacked.get("down_proj", next(iter(stacked.values())))
     hidden = int(config.hidden_size)
+    width = int(getattr(config, "moe_latent_size", None) or hidden)
     num_groups, topk_groups = _groups(config, row)
     return MoeLayer(
-        layer_id=int(re.findall(r"(?:^|\.)layers\.(\d+)\.", path)[-1]),
+        layer_id=int(re.findall(r"(?:^|\.)layers\.(\d+)", path)[-1]),
         path=path,
         block=block,
         router=router,
@@ -169,7 +181,7 @@ def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
         family=row,
         num_experts=num_experts,
         num_local_experts=min(num_experts, _local_rows(down)),
-        top_k=int(getattr(config, row.top_k)),
+        top_k=_of_every_layer(config, row.top_k),
         num_groups=num_groups,
         topk_groups=topk_groups,
         router_tensors={name: dim for name, dim in row.router_tensors.items() if _has(block, name)},
@@ -178,9 +190,19 @@ def _layer(config: Any, row: Family, path: str, block: nn.Module) -> MoeLayer:
         shared_experts=any(name.startswith("shared_") and child is not None for name, child in block.named_children()),
         expert_bytes=sum(math.prod(t.shape[1:]) * t.element_size() for t in stacked.values()),
         hidden_size=hidden,
-        intermediate_size=math.prod(down.shape[1:]) // hidden,
+        width=width,
+        intermediate_size=math.prod(down.shape[1:]) // width,
         dtype=down.dtype,
     )
+
+
+def _of_every_layer(config: Any, field: str) -> int:
+    """A number of the config, which some families may list layer by layer."""
+    value = getattr(config, field)
+    values = set(value) if isinstance(value, list | tuple) else {value}
+    if len(values) != 1:
+        raise InputError(f"config.{field}", value, "the same in every MoE layer")
+    return int(values.pop())
 
 
 def _stacked(experts: nn.Module, num_experts: int) -> dict[str, Tensor]:

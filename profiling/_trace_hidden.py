@@ -16,7 +16,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
-from gemopt.models import describe, find_moe_layers
+from gemopt.models import find_moe_layers
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class HiddenSample:
 
 def hidden_bytes(model: nn.Module, tokens: int) -> int:
     """Bytes of the hidden states of so many tokens, of all MoE layers."""
-    return tokens * len(find_moe_layers(model)) * (describe(model).hidden_size or 0) * 2
+    layers = find_moe_layers(model)
+    return tokens * len(layers) * layers[0].hidden_size * 2
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from gemopt import foreign
 from gemopt.documents import read_bytes
-from gemopt.models import TINY_MOE, tiny_moe_path
+from gemopt.models import TINY_MOE, auto_class, tiny_moe_path
 from gemopt.profiling._trace_hidden import hidden_bytes
 from gemopt.profiling.tracing import HiddenSample, Tracer
 from gemopt.traces import Traces, hidden_path
@@ -95,7 +95,6 @@ def load_model(model: str, *, device: str | None = None) -> tuple[Any, Any]:
     """
     import transformers
 
-    auto: Any = transformers.AutoModelForCausalLM
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -108,7 +107,8 @@ def load_model(model: str, *, device: str | None = None) -> tuple[Any, Any]:
 
         options["distributed_config"] = DistributedConfig(tp_size=world, tp_plan="auto", ep_size=world)
     try:
-        loaded = auto.from_pretrained(name, **options).eval()
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        loaded = auto_class(config).from_pretrained(name, **options).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         found = f"{model} ({_first_line(error)})" if Path(name).is_dir() else model
         limit = f"a folder of a transformers model, a name in the local Hugging Face cache, or {TINY_MOE}"

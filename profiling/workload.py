@@ -133,9 +133,9 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int, dtype: str
     InputError
         When the path holds no config of a known MoE family.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    from gemopt.models import describe, family, find_moe_layers
+    from gemopt.models import auto_class, describe, family, find_moe_layers
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # one line at the end, not one for each retry
     try:
@@ -144,7 +144,7 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int, dtype: str
     except Exception as error:  # transformers raises many kinds here
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError("--model", path, "a folder or hub name with a transformers config", first) from None
-    auto: Any = AutoModelForCausalLM
+    auto = auto_class(config)
     text = config.get_text_config()
     options = {"dtype": getattr(torch, dtype)} if dtype else {}
     with torch.device("meta"):

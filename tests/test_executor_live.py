@@ -58,6 +58,7 @@ CASES = [
     ("deepseek_v3", 2, "shared", ["equal-even", "ragged-even"]),
     ("gpt_oss", 2, "shared", ["unequal-even", "copies-static"]),
     ("gpt_oss", 4, "own", ["ragged-even"]),
+    ("gemma4_text", 2, "shared", ["copies-even"]),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,18 +13,7 @@ pytest.importorskip("transformers")
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import FAMILIES, describe, family, find_moe_layers, num_hidden_layers, renamed, tensor_role, tiny  # noqa: E402
 
-DENSE_FIRST = {"qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe", "llama4_text"}
-SHARED = {
-    "qwen2_moe",
-    "qwen3_next",
-    "deepseek_v2",
-    "deepseek_v3",
-    "deepseek_v4",
-    "glm4_moe",
-    "ernie4_5_moe",
-    "llama4_text",
-}
-STACKED_FILES = {"gpt_oss", "llama4_text"}
+GROUPS = {"deepseek_v3", "deepseek_v32", "axk1", "bailing_hybrid", "beam"}  # tiny ones have 4 groups and keep 2
 TOKENS = (torch.arange(48) * 37 % 250 + 3).view(3, 16)
 
 
@@ -34,21 +24,23 @@ def model(request):
 
 
 def kind(model) -> str:
-    return model.config.model_type
+    return model.config.get_text_config().model_type
 
 
 def test_layers_are_found(model):
     layers = find_moe_layers(model)
-    assert [layer.layer_id for layer in layers] == list(range(kind(model) in DENSE_FIRST, 3))
+    paths = [re.search(r"layers\.(\d+)\.(\w+\.)?experts$", path) for path, _ in model.named_modules()]
+    assert [layer.layer_id for layer in layers] == [int(path[1]) for path in paths if path is not None]
     assert num_hidden_layers(model) == 3
     for layer in layers:
         assert model.get_submodule(layer.path) is layer.block
         assert (layer.num_experts, layer.num_local_experts, layer.top_k) == (8, 8, 2)
-        assert layer.shared_experts == (kind(model) in SHARED)
-        assert (layer.num_groups, layer.topk_groups) == ((4, 2) if kind(model) == "deepseek_v3" else (None, None))
+        assert layer.shared_experts == any(name.startswith("shared_") for name, _ in layer.block.named_parameters())
+        assert (layer.num_groups, layer.topk_groups) == ((4, 2) if kind(model) in GROUPS else (None, None))
         assert (layer.hidden_size, layer.intermediate_size) == (32, 16)
         bias_bytes = 4 * (2 * 16 + 32) if kind(model) == "gpt_oss" else 0
-        assert layer.expert_bytes == 4 * 3 * 32 * 16 + bias_bytes
+        matrices = 2 if kind(model) == "nemotron_h" else 3
+        assert layer.expert_bytes == 4 * matrices * 32 * 16 + bias_bytes
 
 
 def test_every_tensor_with_an_expert_axis_is_named(model):
@@ -121,11 +113,11 @@ def test_checkpoint_roles_cover_the_saved_tensors(model, tmp_path):
         mine = {name: role for name, role in roles.items() if role is not None and role.layer == layer.layer_id}
         assert sum(role.kind == "router" for role in mine.values()) == len(layer.router_tensors)
         assert sum(role.kind == "hash" for role in mine.values()) == len(layer.hash_tensors)
-        if kind(model) in STACKED_FILES:
-            assert sum(role.kind == "stacked" for role in mine.values()) == len(layer.expert_tensors)
+        experts = {role.expert for role in mine.values() if role.kind == "expert"}
+        if experts:  # longcat_flash also writes (unused) tensors for its four identity experts
+            assert experts >= set(range(8))
         else:
-            # longcat_flash also writes (unused) tensors for its four identity experts
-            assert {role.expert for role in mine.values() if role.kind == "expert"} >= set(range(8))
+            assert sum(role.kind == "stacked" for role in mine.values()) >= len(layer.expert_tensors)
         for name, role in mine.items():
             if role.kind in ("router", "stacked"):
                 assert any(shapes[name][axis] >= 8 for axis in role.axes)
@@ -149,11 +141,25 @@ def test_companions_and_renaming():
         assert tensor_role(row, f"model.layers.0.{name}") is None
     assert tensor_role(row, "model.layers.0.mlp.up_proj.weight").kind == "unknown", "dense, or stacked without a word"
     assert tensor_role(family("gpt_oss"), "model.layers.3.mlp.experts.gate_up_proj_blocks").kind == "stacked"
+    for tower in ("vision_tower.encoder", "model.visual", "audio_tower"):
+        assert tensor_role(row, f"{tower}.layers.7.mlp.gate.weight") is None
+    assert tensor_role(row, "model.layers.7.mlp.vision_gate.weight").kind == "unknown"
+    assert tensor_role(family("gemma4_text"), "model.layers.2.self_attn.q_proj.weight") is None
+    assert (
+        tensor_role(family("kimi_k2"), "language_model.model.layers.2.mlp.experts.3.up_proj.weight_packed").expert == 3
+    )
     name = "language_model.model.layers.1.feed_forward.experts.down_proj"
     assert tensor_role(family("llama4"), name).kind == "stacked"
     apart = tensor_role(family("llama4"), "language_model.model.layers.1.feed_forward.experts.5.down_proj.weight")
     assert (apart.kind, apart.expert) == ("expert", 5)
     assert tensor_role(family("qwen3_moe"), "model.layers.1.mlp.experts.down_proj").kind == "stacked"
+
+
+def test_latent_experts():
+    latent = tiny("nemotron_h", moe_latent_size=24)
+    layer = find_moe_layers(latent)[0]
+    assert (layer.hidden_size, layer.width, layer.intermediate_size) == (32, 24, 16)
+    assert describe(latent).hidden_size == 24
 
 
 def test_groups_bind_only_when_some_are_left_out():
@@ -162,6 +168,26 @@ def test_groups_bind_only_when_some_are_left_out():
     assert find_moe_layers(tiny("deepseek_v2", n_group=4, topk_group=2))[0].num_groups is None
     grouped = tiny("deepseek_v2", n_group=4, topk_group=2, topk_method="group_limited_greedy")
     assert find_moe_layers(grouped)[0].topk_groups == 2
+
+
+def test_the_page_names_every_family():
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    assert [name for name in FAMILIES if f"`{name}`" not in page] == []
+
+
+def test_groups_left_out_of_a_config_are_those_of_the_library():
+    from transformers import AutoConfig
+
+    for row in FAMILIES.values():
+        if row.groups == "n_group":
+            config = AutoConfig.for_model(row.model_type)
+            assert (config.n_group or 1, config.topk_group or 1) == row.group_defaults, row.model_type
+
+
+def test_numbers_listed_layer_by_layer():
+    assert find_moe_layers(tiny("hunyuan_v1_moe", moe_topk=[2, 2, 2]))[0].top_k == 2
+    with pytest.raises(InputError, match=r"config\.moe_topk: got \[2, 1, 2\]; the same in every MoE layer"):
+        tiny("hunyuan_v1_moe", moe_topk=[2, 1, 2])
 
 
 def test_models_that_cannot_be_used():
@@ -174,8 +200,8 @@ def test_models_that_cannot_be_used():
         find_moe_layers(tiny("qwen3_moe", mlp_only_layers=[0, 1, 2]))
     with pytest.raises(InputError, match="transformers model"):
         find_moe_layers(torch.nn.Linear(2, 2))
-    with pytest.raises(InputError, match=r"jamba.*known MoE families: deepseek_v2.*qwen3_moe"):
-        tiny("jamba")
+    with pytest.raises(InputError, match=r"zaya.*known MoE families:.* deepseek_v2.*qwen3_moe"):
+        tiny("zaya")
     unknown = tiny("mixtral")
     unknown.config.model_type = "somebodys_moe"
     with pytest.raises(InputError, match=r"somebodys_moe.*mixtral"):

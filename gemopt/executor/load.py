@@ -11,7 +11,7 @@ from gemopt.exceptions import InputError, missing
 try:
     import torch
     from torch import Tensor
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.distributed.configuration_utils import DistributedConfig
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
@@ -20,6 +20,7 @@ from gemopt.executor.checkpoint import read_config, read_header, weight_files
 from gemopt.executor.configs import other_files, renamed_modules
 from gemopt.executor.expert_parallel import NAME
 from gemopt.executor.permutation import Permutation, TensorInfo, check_coverage, permutation_of
+from gemopt.models import auto_class
 from gemopt.placement import Placement
 
 Layout = Literal["shared", "own"]
@@ -35,9 +36,9 @@ def load(source: str | os.PathLike[str], distributed_config: DistributedConfig |
     """A causal language model from a checkpoint folder, in evaluation mode, sharded as told."""
     read_config(Path(source))
     try:
-        auto: Any = AutoModelForCausalLM
+        auto = auto_class(AutoConfig.from_pretrained(source))
         model = auto.from_pretrained(source, distributed_config=distributed_config, **options)
-    except ValueError as error:  # transformers' word for a layout that does not suit the model
+    except (ValueError, RuntimeError) as error:  # transformers' word for a layout that does not suit the model
         raise InputError(str(source), str(error), "a checkpoint and a layout that transformers can load") from None
     return model.eval()
 
@@ -63,7 +64,7 @@ def load_permuted(
     config = AutoConfig.from_pretrained(folder)
     if isinstance(told := getattr(config, "quantization_config", None), dict):
         config.quantization_config = renamed_modules(told, "config.json", permutation)
-    mapping: Any = AutoModelForCausalLM._model_mapping
+    mapping: Any = auto_class(config)._model_mapping
     model_class: Any = mapping[type(config)]
     options = {"dtype": getattr(config, "dtype", None) or "auto", **options}
     state = permuted_state(folder, permutation)

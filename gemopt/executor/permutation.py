@@ -18,7 +18,7 @@ from gemopt.placement import Placement
 
 IntArray = NDArray[np.int64]
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # transformers writes one name or another
-GROUP_DEFAULTS = {"deepseek_v3": (8, 4), "glm4_moe": (1, 1)}  # where config.json leaves them out
+GROUPS = (("n_group", "num_expert_group"), ("topk_group",))  # names of how many there are, of how many are kept
 
 
 class TensorInfo(Protocol):
@@ -104,11 +104,10 @@ def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutati
 
 def _groups(config: Mapping[str, Any], row: Family) -> int | None:
     """Blocks of consecutive experts that routing chooses between; None where any expert can be chosen."""
+    defaults = row.group_defaults if row.groups == "n_group" else (None, None)
     groups, kept = (
-        default if config.get(key) is None else config[key]
-        for key, default in zip(
-            ("n_group", "topk_group"), GROUP_DEFAULTS.get(row.model_type, (None, None)), strict=True
-        )
+        next((config[name] for name in names if config.get(name) is not None), default)
+        for names, default in zip(GROUPS, defaults, strict=True)
     )
     # Whatever the family and its topk_method: engines differ in when they heed the groups of a config.
     return int(groups) if groups and kept and groups > 1 and kept < groups else None
