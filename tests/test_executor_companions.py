@@ -281,7 +281,7 @@ def test_names_in_settings_follow(export):
         "targets": [r"re:.*experts\.\d+\.down_proj", "model.layers.*.mlp.experts.*"],
         "others": ["model.layers.0.mlp.experts.9.down_proj", "mtp.layers.1.mlp.experts.9.down_proj"],
     }
-    _, config = export(row, network(row), quantization_config=told, experts_per_block=3)
+    _, config = export(row, network(row), quantization_config=told, experts_per_block=3, num_shared_experts=[1, 1])
     new = config["quantization_config"]
     assert new["ignore"] == ["lm_head", "model.layers.1.mlp.experts.2.down_proj", "re:.*shared_expert.*"]
     assert new["extra_config"] == {"model.layers.1.mlp.experts.1.down_proj": {"bits": 8}}
@@ -297,6 +297,7 @@ def test_names_in_settings_follow(export):
         ({"quantization_config": {"ignore": ["experts.3.down_proj"]}}, "experts.3.down_proj"),
         ({"expert_bits": [4] * E}, "expert_bits"),
         ({"bits_of_experts": [[4] * E, [4] * E]}, "bits_of_experts"),
+        ({"num_bits_of_experts": [8] + [4] * (E - 1)}, "num_bits_of_experts"),
         ({"expert_map": {str(e): e for e in range(E)}}, "expert_map"),
         ({"router_bias": [0.5] * E}, "router_bias"),
     ],
@@ -333,6 +334,15 @@ def test_settings_in_other_files(export, tmp_path):
     }
     assert (out / "tokenizer.json").read_text() == '{"vocab": {"experts.3": 7}}'
     assert not (out / "pytorch_model.bin.index.json").exists(), "its weights are not copied"
+
+
+def test_layers_of_a_hybrid_network_are_counted_by_their_kinds(export):
+    row = FAMILIES["nemotron_h"]
+    old, kinds = network(row), ["mamba", "moe"]
+    new, _ = export(row, old, num_hidden_layers=None, layers_block_type=kinds)
+    assert (new[f"{router_of(row)}.weight"] == old[f"{router_of(row)}.weight"][ORDER]).all()
+    with pytest.raises(InputError, match="the checkpoint has 1 decoder layers"):
+        export(row, old, num_hidden_layers=None, layers_block_type=kinds[:1])
 
 
 @pytest.mark.parametrize(("n_group", "topk_group"), [(8, None), (None, 3), (None, None)])

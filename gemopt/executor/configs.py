@@ -19,6 +19,7 @@ _TEXTS = re.compile(r"tokenizer|vocab|merges|special_tokens|added_tokens|chat_te
 _PLACE = re.compile(r"(?<!shared_)experts?(?:\\?\.|\[|/)(?:[A-Za-z]\w*\\?\.)?((?:\[[^\]]*\]|\([^)]*\)|\\[^.]|[^.\\])*)")
 _ANY_DIGIT = re.compile(r"\\d|\[0-9\]|\{[\d,]*\}|^[A-Za-z_]\w*")
 ABOUT_EXPERTS = re.compile(r"expert|rout|e_score|eplb|physical_to_logical|phy2log|log2phy")
+_COUNTS = re.compile(r": (?:num|n)_\w+$")  # alike in all layers, they may be listed for each
 DATA = {".yaml", ".yml", ".csv", ".tsv", ".txt", ".npy", ".npz", ".pkl"}
 HINT = "write the names of the modules out, or apply the placement live (gemopt apply)"
 
@@ -68,7 +69,7 @@ def renamed_modules(value: Any, where: str, permutation: Permutation) -> Any:
         }
     if isinstance(value, list):
         numbers = [item for item in _flat(value) if not isinstance(item, str | dict | None)]
-        if numbers and ABOUT_EXPERTS.search(where):
+        if numbers and ABOUT_EXPERTS.search(where) and not (_COUNTS.search(where) and len(set(numbers)) == 1):
             raise InputError(where, value, "a list that may be by expert, or of experts, cannot be renumbered", HINT)
         return [renamed_modules(item, where, permutation) for item in value]
     return _renamed(value, where, permutation) if isinstance(value, str) else value

@@ -17,7 +17,8 @@ from gemopt.models.families import Family, family
 from gemopt.placement import Placement
 
 IntArray = NDArray[np.int64]
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # transformers writes one name or another
+# transformers writes one name or another, and so do publishers
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 GROUPS = (("n_group", "num_expert_group"), ("topk_group",))  # names of how many there are, of how many are kept
 
 
@@ -90,6 +91,8 @@ def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutati
     if experts != placement.num_experts:
         raise InputError("Placement.num_experts", placement.num_experts, f"the checkpoint has {experts} experts")
     layers, known = text.get("num_hidden_layers"), placement.num_hidden_layers
+    if layers is None and isinstance(kinds := text.get("layers_block_type"), list):
+        layers = len(kinds)  # of hybrid networks
     if isinstance(layers, int) and (placement.layer_ids[-1] >= layers or known not in (None, layers)):
         found = f"{known} decoder layers" if known else f"layer {placement.layer_ids[-1]}"
         raise InputError("Placement.num_hidden_layers", found, f"the checkpoint has {layers} decoder layers")
