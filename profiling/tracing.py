@@ -93,7 +93,8 @@ class Tracer:
             raise InputError("steps_per_file", steps_per_file, "at least 1")
         self._layers = find_moe_layers(model)
         self._decoder = model.get_submodule(self._layers[0].path.rpartition(".layers.")[0])
-        self._parameters = list(inspect.signature(self._decoder.forward).parameters)
+        self._model = model
+        self._parameters = {m: list(inspect.signature(m.forward).parameters) for m in (model, self._decoder)}
         self._num_layers = len(self._layers)
         self._num_experts = self._layers[0].num_experts
         self._rank, records, own_batch = _ranks(model)
@@ -114,6 +115,7 @@ class Tracer:
         self._alive: Tensor | None = None
         self._first_request = self._last_batch = 0
         self._step: Step | None = None
+        self._called = dict[str, Any]()
         self._pending: Pending | None = None
         self._handles: list[Any] = []
         self._part = Part()
@@ -125,6 +127,8 @@ class Tracer:
             self._last_write = time.monotonic()
             hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
             self._handles = [hook, self._decoder.register_forward_hook(self._end)]
+            if self._model is not self._decoder:
+                self._handles.append(self._model.register_forward_pre_hook(self._call, with_kwargs=True))
             for index, layer in enumerate(self._layers):
                 self._handles.append(layer.router.register_forward_hook(self._router_hook(index)))
                 if self._hidden is not None:
@@ -154,10 +158,21 @@ class Tracer:
         finally:
             self._task = before
 
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What the whole network was called with: one that sees gives its decoder neither token ids nor their mask."""
+        self._called = {**dict(zip(self._parameters[module], args, strict=False)), **kwargs}
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        given = {**dict(zip(self._parameters[module], args, strict=False)), **kwargs}
+        called, self._called = self._called, {}
         token_ids = given.get("input_ids")
         shaped = token_ids if token_ids is not None else given.get("inputs_embeds")
+        if token_ids is None and shaped is not None:
+            outer = called.get("input_ids")
+            token_ids = outer if outer is not None and outer.shape == shaped.shape[:2] else None
+        mask = given.get("attention_mask")
+        if isinstance(mask, dict) and called:
+            mask = called.get("attention_mask")
         if shaped is None:
             return  # the decoder itself refuses this
         rows, length = shaped.shape[:2]
@@ -171,7 +186,7 @@ class Tracer:
         pending = self._room(rows * length, shaped.device)
         begin, size = pending.used, rows * length
         real_BS = pending.real_C.narrow(0, begin, size).view(rows, length)
-        mark_real(real_BS, given.get("attention_mask"))
+        mark_real(real_BS, mask)
         picked = None if self._hidden is None else self._hidden.pick(real_BS, request)
         if token_ids is not None:
             pending.token_ids_C.narrow(0, begin, size).view(rows, length).copy_(token_ids)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from traced import traced
@@ -9,8 +11,10 @@ from traced import traced
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from transformers import AutoConfig  # noqa: E402
+
 from gemopt.exceptions import InputError  # noqa: E402
-from gemopt.models import FAMILIES, find_moe_layers, tiny  # noqa: E402
+from gemopt.models import FAMILIES, auto_class, find_moe_layers, tiny  # noqa: E402
 from gemopt.profiling.tracing import Tracer  # noqa: E402
 from gemopt.traces import Phase, Traces  # noqa: E402
 
@@ -128,6 +132,32 @@ def test_every_family(family, tmp_path):
     )
     np.testing.assert_array_equal(traces.pair_counts, again.pairs())
     np.testing.assert_array_equal(traces.transitions, again.transition_counts())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "gemma4"])
+def test_networks_that_see(kind, tmp_path):
+    """Their decoders get neither ids nor, some, a mask of the padding: both are the whole network's."""
+    network = tiny(f"{kind}_text", num_layers=2)
+    if kind == "gemma4":
+        eyes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = AutoConfig.for_model(kind, text_config=network.config.to_dict(), vision_config=eyes)
+        network = auto_class(config).from_config(config).eval()
+    batch = left_padded(PROMPTS)
+    with Tracer(network, tmp_path / "t", ids=True, eos_token_ids=(9,)), torch.no_grad():
+        mask, cache = batch["attention_mask"], network(**batch).past_key_values
+        for fed in ([8, 9, 7], [6, 5, 9]):  # the second sequence ends, then the third
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
+            network(input_ids=torch.tensor(fed)[:, None], attention_mask=mask, past_key_values=cache)
+    traces, real = Traces.load(tmp_path / "t"), int(batch["attention_mask"].sum())
+    assert traces.counts[:, 0].sum(axis=1).tolist() == [2 * real, 2 * 2, 2 * 1]
+    assert traces.tokens.token_ids[-3:].tolist() == [8, 7, 6]
+    with (
+        pytest.raises(InputError, match="attention_mask: got dict") if kind == "gemma4" else nullcontext(),
+        Tracer(network, tmp_path / "u"),
+        torch.no_grad(),
+    ):
+        masks = {"full_attention": None, "sliding_attention": None} if kind == "gemma4" else None
+        network.model.language_model(inputs_embeds=torch.zeros(1, 3, 32), attention_mask=masks)
 
 
 def test_identity_experts_make_no_assignment(tmp_path):
