@@ -136,9 +136,9 @@ def num_hidden_layers(model: nn.Module) -> int:
 def describe(model: nn.Module) -> MoeShape:
     """Shape of the MoE layers of a model, as a profile records it."""
     layer = find_moe_layers(model)[0]
-    config = _text_config(model)
+    config: Any = model.config
     return MoeShape(
-        name=Path(getattr(model.config, "_name_or_path", "")).name or str(config.model_type),
+        name=Path(getattr(config, "_name_or_path", "")).name or str(config.model_type),
         hidden_size=layer.width,
         intermediate_size=layer.intermediate_size,
         num_experts=layer.num_experts,

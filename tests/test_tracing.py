@@ -125,7 +125,7 @@ def test_every_family(family, tmp_path):
     ids = torch.stack([torch.cat(layer)[real] for layer in seen], dim=1).numpy()
     np.testing.assert_array_equal(traces.tokens.ids, np.where(ids < 8, ids, -1))
     assert traces.layer_ids == tuple(layer.layer_id for layer in layers)
-    assert (traces.num_hidden_layers, traces.top_k, traces.model) == (3, 2, network.config.get_text_config().model_type)
+    assert (traces.num_hidden_layers, traces.top_k, traces.model) == (3, 2, network.config.model_type)
     again = Traces(counts=traces.counts, tokens=traces.tokens)
     np.testing.assert_array_equal(
         traces.counts[0], [np.bincount(i[i < 8].ravel(), minlength=8) for i in ids.swapaxes(0, 1)]
