@@ -204,7 +204,7 @@ def find_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pa
     """First slot j >= `first` of rank b whose swap with slot i of rank a costs less than `goal`, or -1."""
     form, steps = form_of(costs, state, a, b), state.items.shape[2]
     for j in range(first, state.starts[b + 1]):
-        if pair.tilt[i] >= pair.tilt[j] or not allowed(state, a, b, i, j):
+        if pair.tilt[i] >= pair.tilt[j] or state.content[i] == state.content[j]:
             continue
         cost = 0.0
         for block in range(pair.limits.shape[0]):
@@ -220,6 +220,6 @@ def find_gain(costs: Costs, state: State, a: int, b: int, i: int, first: int, pa
             if cost >= pair.limits[block]:
                 cost = np.inf
                 break
-        if cost < goal:
+        if cost < goal and allowed(state, a, b, i, j):  # last: the call takes longer than most sums
             return j
     return -1
