@@ -29,7 +29,6 @@ from gemopt.profile import Profile
 from gemopt.traces import Traces
 
 RANKS = (8, 16, 32, 64)
-DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
 
 
 def header(title: str) -> None:
@@ -135,10 +134,9 @@ def evaluation() -> None:
 
 
 def _demo_case(number: int) -> Any:
-    sys.path.insert(0, str(DATA.parent))
-    import demo
+    from gemopt.cli.demo import cases
 
-    return demo.cases()[number]
+    return cases()[number]
 
 
 def start() -> None:
