@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,10 +46,13 @@ class Certified:
         self.certificate.write(path, self.duals)
 
 
-def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: Traces, cost: CostModel) -> Certified:
+def certify(
+    result: Result, layers: Sequence[Layer], profile: Profile, traces: Traces, cost: CostModel, stop: Callable[[], bool]
+) -> Certified:
     """The certificate of a result, and the multipliers that go beside it.
 
-    It is one of all placements: under rules, what the solver proved of those that keep them is not in it.
+    It is one of all placements: under rules, what the solver proved of those that keep them is not in it. Once `stop`
+    says so, no more bounds are looked for.
 
     Raises
     ------
@@ -76,7 +79,7 @@ def certify(result: Result, layers: Sequence[Layer], profile: Profile, traces: T
             proof = _with_dual(case, proof, layer.together, duals)
         known = None if outcome is None else outcome.columns
         if outcome is not None and (outcome.searched_nodes or 0) > MOST_NODES and case.spare and shared(case):
-            known = _fallback(layer.problem, np.array(proof.row))
+            known = _fallback(layer.problem, np.array(proof.row), stop)
         if outcome is not None and isinstance(known, Proven) and (shared(case) or not case.spare):
             if outcome.stopped_by is not StoppedBy.PROOF:  # without a search to repeat, the multipliers say it all
                 proof = proof.model_copy(
@@ -154,10 +157,10 @@ def _check_cost(profile: Profile, cost: CostModel) -> None:
         raise InputError("certificate", cost.name, "a cost model as fitted to the profile", "name one, as --cost does")
 
 
-def _fallback(problem: Problem, row_P: IntArray) -> Proven | None:
-    """What contents prove where a search with copies has more nodes than the verifier looks at."""
-    with Options(deadline=time.monotonic() + FALLBACK_S).alarm() as stop:
-        return share_bound(problem, row_P, np.inf, stop)
+def _fallback(problem: Problem, row_P: IntArray, stop: Callable[[], bool]) -> Proven | None:
+    """What contents prove, until stopped, where a search with copies has more nodes than the verifier looks at."""
+    with Options(deadline=time.monotonic() + FALLBACK_S, stop=stop).alarm() as stopped:
+        return share_bound(problem, row_P, np.inf, stopped)
 
 
 def _with_columns(case: Case, proof: LayerProof, known: Proven, duals: dict[str, IntArray]) -> LayerProof:

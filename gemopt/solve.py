@@ -232,7 +232,7 @@ def solve(
         if certificate is not None and result.placement is not None:
             if notice is not None and any(layer.together is not None for layer in layers):
                 notice(f"checking in whole numbers what the certificate of {len(layers)} layers states")
-            certify(result, layers, profile, traces, cost).write(certificate)
+            certify(result, layers, profile, traces, cost, interrupted.is_set).write(certificate)
         return result
 
 

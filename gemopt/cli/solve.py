@@ -9,15 +9,7 @@ import typer
 
 from gemopt import cores, interrupts
 from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, typed, warn
-from gemopt.cli.links import (
-    ComputeSlack,
-    OncePer,
-    Overlap,
-    TokenBytes,
-    TokensFrom,
-    TopologyName,
-    parse_exchange,
-)
+from gemopt.cli.links import ComputeSlack, OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
 from gemopt.cli.moves import (
     Add,
     Bandwidth,

@@ -37,6 +37,29 @@ def least_content(
     return int(_least(loads_EBW, mass_EBW, table_N, floor_BW, price_E, size, MASS_BITS - bits - coarse))
 
 
+@njit(inline="always")
+def least_with(
+    load_BW: Array, more_BW: Array, mass_BW: Array, with_BW: Array, table_N: Array, floor_BW: Array, above_W: Array,
+    shift: int, price: np.int64, least: np.int64,
+) -> np.int64:  # fmt: skip
+    """`least`, or what a content with one more expert costs less its price, if that is less. above_W: for one block."""
+    total, cost = 0.0, np.int64(0)
+    blocks, width = floor_BW.shape
+    for b in range(blocks):
+        load_W, more_W, floor_W = load_BW[b], more_BW[b], floor_BW[b]
+        mass_W, with_W = mass_BW[b], with_BW[b]
+        for t in range(width):
+            above_W[t] = table_N[load_W[t] + more_W[t]]
+        part = 0.0
+        for t in range(width):
+            part += (mass_W[t] + with_W[t]) * max(0.0, above_W[t] - floor_W[t])
+        total += part
+        cost = np.int64(total) >> shift if shift >= 0 else np.int64(total) << -shift
+        if cost - price >= least:
+            break
+    return min(least, cost - price)
+
+
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
 def _least(
     loads_EBW: Array, mass_EBW: Array, table_N: Array, floor_BW: Array, price_E: Array, size: int, shift: int
@@ -54,21 +77,11 @@ def _least(
             mass_SBW[s + 1] = mass_SBW[s] + mass_EBW[e]
         first = chosen_S[size - 2] + 1 if size > 1 else 0
         for e in range(first, experts):
-            price, cost = price_S[size - 1] + price_E[e], np.int64(0)
-            total = 0.0
-            for b in range(blocks):
-                load_W, more_W, floor_W = load_SBW[size - 1, b], loads_EBW[e, b], floor_BW[b]
-                mass_W, with_W = mass_SBW[size - 1, b], mass_EBW[e, b]
-                for t in range(width):
-                    above_W[t] = table_N[load_W[t] + more_W[t]]
-                part = 0.0
-                for t in range(width):
-                    part += (mass_W[t] + with_W[t]) * max(0.0, above_W[t] - floor_W[t])
-                total += part
-                cost = np.int64(total) >> shift if shift >= 0 else np.int64(total) << -shift
-                if cost - price >= least:
-                    break
-            least = min(least, cost - price)
+            price, last = price_S[size - 1] + price_E[e], size - 1
+            least = least_with(
+                load_SBW[last], loads_EBW[e], mass_SBW[last], mass_EBW[e], table_N, floor_BW, above_W, shift, price,
+                least,
+            )  # fmt: skip
         changed = size - 2
         while changed >= 0 and chosen_S[changed] == experts - size + changed:
             changed -= 1

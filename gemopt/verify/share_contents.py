@@ -15,6 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.certificate import UNIT, IntArray
+from gemopt.verify.scan import least_with
 
 if TYPE_CHECKING:
     from gemopt.verify import Case
@@ -87,20 +88,10 @@ def _least(
             continue
         price = price_S[size] + price_X[x]
         if extra + slots - size - 1 <= spare:
-            total, cost = 0.0, np.int64(0)
-            for b in range(blocks):
-                load_W, more_W, floor_W = load_SBW[size, b], load_XBW[x, b], floor_BW[b]
-                mass_W, with_W = mass_SBW[size, b], mass_XBW[x, b]
-                for t in range(width):
-                    above_W[t] = table_N[load_W[t] + more_W[t]]
-                part = 0.0
-                for t in range(width):
-                    part += (mass_W[t] + with_W[t]) * max(0.0, above_W[t] - floor_W[t])
-                total += part
-                cost = np.int64(total) >> shift if shift >= 0 else np.int64(total) << -shift
-                if cost - price >= least:
-                    break
-            least = min(least, cost - price)
+            least = least_with(
+                load_SBW[size], load_XBW[x], mass_SBW[size], mass_XBW[x], table_N, floor_BW, above_W, shift, price,
+                least,
+            )  # fmt: skip
         if size + 1 < deepest:
             load_SBW[size + 1] = load_SBW[size] + load_XBW[x]
             mass_SBW[size + 1] = mass_SBW[size] + mass_XBW[x]
