@@ -102,7 +102,7 @@ def test_evaluate_scores_against_contiguous(tmp_path: Path, capsys: pytest.Captu
 
 def test_compare_scores_on_steps_the_solvers_did_not_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = write_inputs(tmp_path)
-    words = ("compare", *inputs, "--solvers", "linear,lpt,cpsat", "--time-limit", 3)
+    words = ("compare", *inputs, "--solvers", "linear,lpt,cpsat", "--time-limit", 60)
     rows = gemopt_json(capsys, *words)
     assert [row["solver"] for row in rows] == ["linear", "lpt", "cpsat"]
     measured, (given, held) = Profile.load(inputs[0]), Traces.load(inputs[1]).split(0.5)
