@@ -1,7 +1,8 @@
 """Responses as clients keep them: bodies, batch lines, streams and errors, one by one or many in a file.
 
 What may hold a body: a list, a line of JSON Lines, a line `data: ...` of an event stream, OpenAI's batch output
-(`response.body`). Chunks of a stream become one response again; responses that routed nothing are counted by reason.
+(`response.body`). vLLM's RequestOutput has `outputs` for choices. Chunks of a stream become one response again;
+responses that routed nothing are counted by reason.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ LINE_LIMIT = 256 << 20
 _HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data")
 _WRAPPERS = ("response", "body", "result", "data")
 _PROMPT = "prompt_routed_experts"
+COUNTS = 'counts are read as {"logical_count": [...]} (--from sglang), as arrays (array) or as tables (csv)'
 _STARTS = ("routed_experts_start_len", "routed_experts_prompt_start")
 
 
@@ -130,10 +132,12 @@ def _unwrapped(where: str, body: Any) -> Iterator[dict[str, Any]]:
             yield from _unwrapped(where, part)
         return
     if not isinstance(body, dict):
-        raise InputError(where, type(body).__name__, "a JSON object, the body of a response")
+        raise InputError(where, type(body).__name__, "a JSON object, the body of a response", COUNTS)
     inside = [body[key] for key in _WRAPPERS if isinstance(body.get(key), dict | list)]
     if "choices" not in body and "meta_info" not in body and len(inside) == 1 and not body.get("error"):
         yield from _unwrapped(where, inside[0])
+    elif "choices" not in body and isinstance(body.get("outputs"), list):  # vLLM's RequestOutput
+        yield {**body, "choices": body["outputs"]}
     else:
         yield body
 
@@ -203,7 +207,7 @@ def _response(where: str, body: dict[str, Any]) -> Response:
     if isinstance(meta, dict):
         return Response(name=_name(body), samples=[_sample(where, meta, meta)])
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
-        raise InputError(f"{where}.choices", choices, "choices, or meta_info, with routed_experts")
+        raise InputError(where, f"keys {', '.join(body)}", "choices, or meta_info, with routed_experts", COUNTS)
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     whole, *_ = _routed(body)
     if whole is not None and len(choices) > 1:

@@ -33,6 +33,7 @@ _DTYPES = {
     "int32": "<i4",
     "int64": "<i8",
 }
+MANY_TOKENS = 16  # that do not choose the same experts
 
 
 def decode(sample: Sample, options: TraceOptions, *, raw_int32: bool) -> IntArray:
@@ -90,9 +91,10 @@ def _decode(name: str, encoded: Any, sample: Sample, options: TraceOptions, *, r
 
 
 def _dtype(name: str, text: Any) -> np.dtype[Any]:
-    if text not in _DTYPES:
+    bare = str(text).removeprefix("torch.")
+    if bare not in _DTYPES:
         raise InputError(f"{name}_dtype", text, "one of " + ", ".join(_DTYPES))
-    return np.dtype(_DTYPES[text])
+    return np.dtype(_DTYPES[bare])
 
 
 def _bytes(name: str, text: Any, reader: Callable[..., bytes]) -> bytes:
@@ -165,6 +167,8 @@ def moe_layers(pieces: Sequence[IntArray], options: TraceOptions) -> list[int]:
         raise InputError("routed_experts", "every layer repeats experts", "at least one MoE layer", "give --layer-ids")
     if top_k == 1 and not asked:
         _refuse_zero_layers(pieces, kept)
+    if top_k > 1 and not asked and tokens >= MANY_TOKENS:
+        _refuse_unvaried(pieces, kept)
     return kept
 
 
@@ -178,6 +182,19 @@ def _refuse_zero_layers(pieces: Sequence[IntArray], found: list[int]) -> None:
             f"layers {ranges(idle)} name expert 0 in every token",
             "with one expert per token that is a layer without experts, or a router that always takes expert 0",
             f"give --layer-ids, for example {others}" if others else "give --layer-ids",
+        )
+
+
+def _refuse_unvaried(pieces: Sequence[IntArray], found: list[int]) -> None:
+    first = np.sort(pieces[0][0, found], axis=1)
+    same = np.all([(np.sort(piece[:, found], axis=2) == first).all(axis=(0, 2)) for piece in pieces], axis=0)
+    layers = [layer for layer, unvaried in zip(found, same, strict=True) if unvaried]
+    if layers and len(layers) < len(found):
+        raise InputError(
+            "routed_experts",
+            f"layers {ranges(layers)} name the same experts in every token",
+            "a choice for each token: layers without experts have such rows",
+            f"give --layer-ids, for example {as_option(set(found) - set(layers))}",
         )
 
 

@@ -321,6 +321,32 @@ def test_dense_layers_may_hold_anything(load):
         load([response])
 
 
+def test_a_layer_that_never_varies_is_not_taken_for_routing(load):
+    ids = routing(tokens=PROMPT + 20)
+    ids[:, 0] = [1, 0]
+    ids[::2, 0] = [0, 1]
+    with pytest.raises(InputError, match=r"layers 0 name the same experts in every token.*--layer-ids, for example 1"):
+        load([body(ids, answer=21)])
+    assert (load([body(ids, answer=21)], layer_ids=(1,))[0].counts == counts(ids[PROMPT:, 1:])).all()
+    few = ids[: PROMPT + ANSWER - 1]
+    assert (load([body(few)])[0].counts == counts(few[PROMPT:])).all()  # so few may well choose alike
+    every = routing(tokens=PROMPT + 20, experts=2)
+    assert load([body(every, answer=21)], num_experts=2)[0].num_layers == LAYERS
+
+
+def test_outputs_of_vllm_without_a_server(load):
+    ids = routing()
+    output = {"token_ids": list(range(ANSWER)), "routed_experts": ids.tolist()}
+    request = {"request_id": "0", "prompt_token_ids": list(range(PROMPT)), "outputs": [output]}
+    assert (load([request])[0].counts == counts(ids[PROMPT:])).all()
+
+
+def test_what_is_no_response_has_a_way_in(load):
+    for other in ({"layer_0": {"0": 12, "1": 5}}, {"layer": 0, "topk_ids": [1, 2]}):
+        with pytest.raises(InputError, match=r"got keys layer.*choices, or meta_info.*logical_count.*array.*csv"):
+            load([other])
+
+
 def test_top_1_with_dense_layers_is_never_guessed(load):
     ids = routing(layers=4, top_k=1)
     ids[:, 0] = ids[:, 2] = 0
