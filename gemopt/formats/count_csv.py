@@ -29,14 +29,18 @@ from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ran
 from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import refuse_totals
 
-SUFFIXES = (".csv", ".gz", ".parquet")
+SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
 COLUMNS = {
     "layer": ("layer_id", "layer", "layer_idx", "layer_index", "moe_layer", "moe_layer_id"),
     "expert": ("expert_id", "expert", "expert_idx", "expert_index", "logical_expert", "logical_expert_id"),
-    "count": ("count", "counts", "num_tokens", "token_count", "tokens", "num_assignments", "assignments"),
+    "count": (
+        *("count", "counts", "num_tokens", "token_count", "tokens", "num_assignments", "assignments"),
+        *("activations", "activation_count", "num_activations", "expert_count", "hits", "load"),
+    ),
     "step": ("step", "step_id", "iteration", "iter", "forward_pass_id", "forward_pass"),
     "rank": ("rank", "ep_rank", "dp_rank", "tp_rank", "rank_id"),
 }
+INDEX = "column 1"  # a first one without a name
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": 1 << 16, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
 _RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
@@ -52,6 +56,7 @@ class _Table:
     name: str  # as `names_of` tells it from the others
     ranks: dict[int, dict[Key, int]] = field(default_factory=dict)
     has_steps: bool = False
+    index: int = -1  # the last number of a first column without a name: rising, they are pandas' numbers of the lines
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
@@ -189,14 +194,15 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     table = _Table(path, name)
     named = _RANK.search(name)
     lines = _lines(path)
-    header = [cell.strip().casefold() or f"column {i}" for i, cell in enumerate(next(lines, []), start=1)]
+    header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, [])]
+    header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
     columns = _columns(path, header)
     table.has_steps = "step" in columns
     if named and "rank" in columns:
         raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
     for number, row in enumerate(lines, start=2):
         if row:
-            _add(table, f"{path}: line {number}", row, header, columns, others, int(named[1]) if named else 0)
+            _add(table, number, row, header, columns, others, int(named[1]) if named else 0)
     if not table.ranks:
         raise InputError(str(path), "no line with counts", "at least one line")
     return table
@@ -214,6 +220,8 @@ def _lines(path: Path) -> Iterator[list[str]]:
     try:
         with _opened(path) as stream:
             first = stream.readline()
+            if "\0" in first:
+                raise InputError(str(path), "binary data", "a CSV table, perhaps gzipped", "unpack other files first")
             yield from csv.reader(chain([first], stream), delimiter=max(",;\t", key=first.count))
     except (UnicodeDecodeError, csv.Error, zlib.error, EOFError) as error:
         raise InputError(str(path), str(error), "a CSV table") from None
@@ -249,16 +257,22 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
 
 def _add(
     table: _Table,
-    where: str,
+    number: int,
     row: list[str],
     header: list[str],
     columns: dict[str, int],
     others: dict[str, str],
     rank: int,
 ) -> None:
+    where = f"{table.path}: line {number}"
     if len(row) != len(header):
         raise InputError(where, ",".join(row)[:200], f"{len(header)} values: {','.join(header)[:200]}")
     for i, text in enumerate(row):
+        if i == 0 and header[0] == INDEX:
+            if text.isdigit() and int(text) > table.index:
+                table.index = int(text)
+                continue
+            table.index = COUNT_LIMIT
         if i not in columns.values() and others.setdefault(header[i], text) != text:
             raise InputError(
                 f"{where}: {header[i]}",

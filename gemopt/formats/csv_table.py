@@ -73,19 +73,27 @@ def read(path: Path, facts: Facts) -> Placement:
 
 
 def _table(path: Path) -> tuple[int, list[list[str]]]:
+    """How many columns there are, and the lines with their cells in the order of COLUMNS."""
     try:
-        text = read_bytes(path, limit_bytes=JSON_LIMIT).decode()
-        header, *rows = [row for row in csv.reader(io.StringIO(text)) if row]
+        text = read_bytes(path, limit_bytes=JSON_LIMIT).decode("utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)
+        lines = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=separator) if row]
+        header, *given = lines
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise InputError(str(path), str(error) or "an empty file", "a CSV table") from None
-    if tuple(header) not in (COLUMNS, COLUMNS[:-1]) or not rows:
+    names = [name.casefold() for name in header]
+    if sorted(names) not in (sorted(COLUMNS), sorted(COLUMNS[:-1])) or not given:
         raise InputError(f"{path}: columns", ",".join(header), ",".join(COLUMNS[:-1]) + " and perhaps weight")
-    for line, row in enumerate(rows, start=2):
+    order = [names.index(name) for name in COLUMNS[: len(names)]]
+    rows = []
+    for line, cells in enumerate(given, start=2):
+        row = [cells[i] for i in order] if len(cells) == len(order) else []
         whole = all(cell.isascii() and cell.removeprefix("-").isdigit() and len(cell) < 8 for cell in row[:4])
-        if len(row) != len(header) or not whole or any(cell.startswith("-") for cell in row[:3]):
-            raise InputError(f"{path}: line {line}", ",".join(row), f"{len(header)} numbers: {','.join(header)}")
+        if not row or not whole or any(cell.startswith("-") for cell in row[:3]):
+            raise InputError(f"{path}: line {line}", ",".join(cells), f"{len(header)} numbers: {','.join(header)}")
         if len(row) == len(COLUMNS) and not _is_number(row[4]):
             raise InputError(f"{path}: line {line}", row[4], "a weight")
+        rows.append(row)
     return len(header), rows
 
 

@@ -98,9 +98,23 @@ def test_tables_of_layers_and_totals(load, folder):
     path = table(folder / "t.csv", rows + total, "step,layer,expert,count")
     with pytest.raises(InputError, match="a last layer that is the sum of the others"):
         load(path, "csv")
-    path = table(folder / "t.csv", [(i, *row) for i, row in enumerate(rows)], ",step,layer,expert,count")
+    path = table(folder / "t.csv", [(0, *row) for row in rows[1:]] + [(1, *rows[0])], ",step,layer,expert,count")
     with pytest.raises(InputError, match="column 1: got 1; 0, as in the lines before"):
         load(path, "csv")
+
+
+def test_tables_as_programs_write_them(load, folder):
+    counts = np.random.default_rng(3).integers(1, 30, (4, 3, 8))
+    rows = [(*key, n) for key, n in np.ndenumerate(counts)]
+    for name, head, lines in (
+        ("a.csv", ",Step,Layer ID,Expert ID,Num Tokens", [(2 * i, *row) for i, row in enumerate(rows)]),  # pandas'
+        ("b.csv", "iteration,layer,expert,activation_count", rows),
+        ("c.tsv", "step\tlayer\texpert\thits", [("\t".join(map(str, row)),) for row in rows]),
+    ):
+        assert (load(table(folder / name, lines, head), "csv")[0].counts == counts).all()
+    (folder / "c.npy.gz").write_bytes(gzip.compress(bytes(99)))
+    with pytest.raises(InputError, match=r"c\.npy\.gz: got binary data; a CSV table, perhaps gzipped"):
+        load(folder / "c.npy.gz", "array")
 
 
 @pytest.mark.parametrize(
