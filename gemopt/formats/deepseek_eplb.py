@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.documents import replacing
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, copy_slots, make_placement
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, copy_slots, make_placement, moe_rows
 from gemopt.formats.files import as_array, load_torch, numpy_arrays, safetensors_arrays, torch_module
 from gemopt.placement import Placement, Split
 from gemopt.traces.files import meant
@@ -67,7 +67,7 @@ def read(path: Path, facts: Facts) -> Placement:
     if not isinstance(data, dict) or "phy2log" not in data:
         raise InputError(f"{path}: phy2log", "missing", "a table [layers, slots]")
     table = as_array(data["phy2log"], name=f"{path}: phy2log", ndim=2)
-    ids = list(facts.layer_ids) if facts.layer_ids is not None else list(range(len(table)))
+    ids = moe_rows(facts, len(table))
     placement = make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=facts.num_hidden_layers)
     if "logcnt" in data:
         counts = as_array(data["logcnt"], name=f"{path}: logcnt", ndim=2)

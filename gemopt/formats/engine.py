@@ -216,6 +216,14 @@ def file_facts(path: Path, facts: Facts, *, rows: int) -> tuple[list[int], int |
     return ids, rows
 
 
+def moe_rows(facts: Facts, rows: int) -> list[int]:
+    """Layer ids of a file with a row for every MoE layer in order, which does not say where they are."""
+    if facts.layer_ids is not None:
+        return list(facts.layer_ids)
+    facts.notes.append(f"rows are MoE layers, read as layers 0 to {rows - 1}: with dense layers, give --layer-ids")
+    return list(range(rows))
+
+
 def check_layers(path: Path, facts: Facts, ids: Sequence[int]) -> None:
     """Refuse `--layer-ids` that are not the layers which a file names itself."""
     if facts.layer_ids is not None and list(facts.layer_ids) != list(ids):

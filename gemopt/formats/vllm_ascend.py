@@ -12,7 +12,7 @@ from typing import Any
 
 from gemopt.documents import write_text
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, make_placement, model_name, quoted
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, make_placement, model_name, moe_rows, quoted
 from gemopt.formats.files import bounded_json
 from gemopt.placement import Placement, Split
 
@@ -57,7 +57,7 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError(f"{path}: device_expert", found, "the same number of experts on every device and layer")
     if facts.num_ranks is not None and facts.num_ranks != len(widths):
         raise InputError("--ep", facts.num_ranks, f"{len(widths)}, the devices in {path}")
-    ids = list(facts.layer_ids) if facts.layer_ids is not None else list(range(len(rows)))
+    ids = moe_rows(facts, len(rows))
     if _numbered_otherwise(layers, ids):
         facts.notes.append("layer_id, device_id or device_count do not fit: vllm-ascend goes by the order in the lists")
     table = [[expert for experts in row for expert in experts] for row in rows]

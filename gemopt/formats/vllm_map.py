@@ -13,7 +13,7 @@ from pathlib import Path
 from gemopt.documents import write_text
 from gemopt.exceptions import InputError
 from gemopt.formats import vllm
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, make_placement, model_name, quoted
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, make_placement, model_name, moe_rows, quoted
 from gemopt.formats.files import bounded_json
 from gemopt.placement import Placement, Split
 
@@ -54,7 +54,7 @@ def read(path: Path, facts: Facts) -> Placement:
         rows = [rows] * len(facts.layer_ids)
     if not rows or not all(isinstance(row, list) and all(type(expert) is int for expert in row) for row in rows):
         raise InputError(str(path), type(data).__name__, "lists of experts, one per MoE layer, or one list for all")
-    ids = list(facts.layer_ids) if facts.layer_ids is not None else list(range(len(rows)))
+    ids = moe_rows(facts, len(rows))
     return make_placement(path, rows, facts, layer_ids=ids, num_hidden_layers=facts.num_hidden_layers)
 
 

@@ -71,6 +71,33 @@ def test_csv_carries_everything(tmp_path):
     assert import_placement(tmp_path / "p.csv", source="csv", facts=Facts(num_ranks=5)) == placement
 
 
+def test_csv_as_programs_write_it(tmp_path):
+    path, rows = tmp_path / "p.csv", [(3, 0, 0, 1), (3, 0, 1, 0), (3, 1, 2, 2)]
+    lines = [",".join(map(str, row)) for row in rows]
+    for text in (
+        "\ufefflayer,rank,slot,expert\r\n" + "\r\n".join(lines),  # as Excel does
+        "Layer; Rank; Slot; Expert\n" + "\n".join(lines).replace(",", "; "),
+        "expert,slot,rank,layer\n" + "\n".join(line[::-1] for line in lines),
+    ):
+        path.write_text(text)
+        placement = import_placement(path, source="csv")
+        assert placement.physical_to_logical.tolist() == [[1, 0, 2]]
+        assert placement.slots_per_rank.tolist() == [2, 1]
+        assert placement.layer_ids == [3]
+
+
+@pytest.mark.parametrize("name,suffix", [("vllm-ascend", ".json"), ("vllm-map", ".json"), ("deepseek-eplb", ".npz")])
+def test_rows_by_position_are_said_to_be_guessed(make_placement, tmp_path, name, suffix):
+    path = tmp_path / f"map{suffix}"
+    export(make_placement(layers=2, num_hidden_layers=9, layer_ids=[3, 7]), to=name, path=path)
+    notes = Facts(num_ranks=2).notes
+    assert import_placement(path, source=name, facts=Facts(notes=notes)).layer_ids == [3, 7]
+    assert notes == []
+    side_path(path).unlink()
+    assert import_placement(path, source=name, facts=Facts(num_ranks=2, notes=notes)).layer_ids == [0, 1]
+    assert notes == ["rows are MoE layers, read as layers 0 to 1: with dense layers, give --layer-ids"]
+
+
 def test_changed_file_does_not_match_its_side_file(make_placement, tmp_path):
     path = tmp_path / "map.json"
     export(make_placement(), to="vllm-ascend", path=path)
@@ -315,7 +342,7 @@ def test_all_tables_of_eplb_are_checked(make_placement, tmp_path):
         tables = dict(arrays)
     wide = np.concatenate([tables["log2phy"], np.full_like(tables["log2phy"], -1)], axis=2)
     np.savez(path, **{**tables, "log2phy": wide, "layers": np.arange(3)})
-    facts = Facts(num_ranks=2)
+    facts = Facts(num_ranks=2, layer_ids=(0, 1, 2))
     import_placement(path, source="deepseek-eplb", facts=facts)
     assert facts.notes == ["layers left unread"]
     np.savez(path, **{**tables, "log2phy": np.roll(wide, 1, axis=1)})
