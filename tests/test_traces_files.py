@@ -276,6 +276,7 @@ def test_an_npz_with_its_axes_in_another_order_is_refused(tmp_path: Path, steps:
         ("transposed", r"axes that look like \[layers, steps, experts\]"),
         ("totals", "a last expert that is the sum of the others"),
         ("ids", "experts of tokens, by the numbers"),
+        ("counters", "counters that add up, by the numbers; assignments of each step; subtract"),
     ],
 )
 def test_arrays_by_hand_say_what_they_are(tmp_path: Path, kind: str, change: object, word: str) -> None:
@@ -287,6 +288,8 @@ def test_arrays_by_hand_say_what_they_are(tmp_path: Path, kind: str, change: obj
         arrays |= change
     elif change == "transposed":
         arrays["counts"] = np.ascontiguousarray(counts.transpose(1, 0, 2))
+    elif change == "counters":
+        arrays["counts"] = counts.cumsum(axis=0)
     elif change == "totals":
         arrays["counts"] = np.concatenate([counts, counts.sum(axis=2, keepdims=True)], axis=2)
     else:

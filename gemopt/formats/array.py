@@ -15,9 +15,18 @@ from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
-from gemopt.traces.arrays import IN_ORDER, NOT_IDS, are_ids, is_map, other_order, refuse_narrow, refuse_totals
+from gemopt.traces.arrays import (
+    IN_ORDER,
+    NOT_IDS,
+    are_ids,
+    axis_of_layers,
+    is_map,
+    other_order,
+    refuse_narrow,
+    refuse_totals,
+)
 from gemopt.traces.document import STEP_ARRAYS
-from gemopt.traces.files import COPIES, PLAIN, meant
+from gemopt.traces.files import COPIES, NOT_COPIES, PLAIN, meant
 from gemopt.traces.tokens import ARRAYS
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
@@ -43,6 +52,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         first = _counts(files[0])
         if np.asarray(first.any(axis=(0, 2))).all():
             notes.append(f"rows are layers 0 to {first.shape[1] - 1}: if dense layers were left out, give --layer-ids")
+        if axis_of_layers(first) == 0:
+            notes.append("steps differ more than layers do: are the axes [layers, steps, experts]?")
 
     def blocks() -> Iterator[IntArray]:
         for path in files:
@@ -102,7 +113,10 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         names.append(key)
         experts, data = data.get("num_experts", experts), data[key]
     if copies := [name for name in names if COPIES.search(name)]:
-        raise InputError(str(path), f"an array {copies[0]}", "counts of logical experts", "add up the copies")
+        raise InputError(str(path), f"an array {copies[0]}", "counts of logical experts", NOT_COPIES)
+    if (ndim := getattr(data, "ndim", 3)) < 3:
+        hint = "sums over the steps are an array of one step (counts[None])"
+        raise InputError(f"{path}: counts", f"{ndim} dimensions", "counts [steps, layers, experts]", hint)
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
@@ -119,7 +133,7 @@ def _refuse_beside(path: Path, others: list[str], notes: list[str] | None) -> No
     """Refuse what says more of the counts, by its name, than is read here; note what does not."""
     if copies := [name for name in others if COPIES.search(name)]:
         found = f"{copies[0]} beside counts"
-        raise InputError(str(path), found, "counts of logical experts", "add up the copies, and leave it out")
+        raise InputError(str(path), found, "counts of logical experts", f"{NOT_COPIES}; then leave it out")
     if known := [name for name in others if name in TRACES or meant(name)]:
         found, limit = f"{', '.join(known)} beside counts", "counts alone: what they say would be lost"
         names = ", ".join(sorted({name if name in TRACES else meant(name) for name in known}))

@@ -22,6 +22,7 @@ JSON_LIMIT = 256 << 20
 YAML_LIMIT = 1 << 24
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library itself
 ARRAY_LIMIT = 1 << 36
+PT = "torch.save of torch 1.6 or later writes it; NumPy arrays in it are not read, torch.from_numpy(array) is"
 _DTYPES = {
     **{"U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"},
     **{"F32": "<f4", "F64": "<f8"},
@@ -118,7 +119,9 @@ def load_torch(path: Path) -> Any:
         raise
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].partition(". This file can still")[0]
-        raise InputError(str(path), reason, "a complete .pt file of tensors and plain containers is needed") from None
+        raise InputError(
+            str(path), reason, "a complete .pt file of tensors and plain containers is needed", PT
+        ) from None
     _check_tensors(path, data, size)
     return data
 

@@ -160,9 +160,13 @@ def check_steps(total_TL: IntArray, layer_ids: Sequence[int]) -> list[str]:
     usual_T1 = np.sort(total_TL, axis=1)[:, total_TL.shape[1] // 2, None]
     other_TL = (total_TL != usual_T1) & total_TL.all(axis=1, keepdims=True)
     parts = "parts of a recording that do not belong to the same steps"
+    whose = "steps of one layer, " if len(total_TL) == 1 and 4 * other_TL.sum() > other_TL.size else ""
     found = [
         (none_TL, f"no assignments, though others have: draft layers, or {parts}"),
-        (other_TL, "another sum than others: draft layers, dropped or padded tokens, or ranks that did not record"),
+        (
+            other_TL,
+            f"another sum than others: {whose}draft layers, dropped or padded tokens, or ranks that did not record",
+        ),
     ]
     return [
         f"in {int(odd_TL.any(axis=1).sum())} of {len(odd_TL)} steps layers "

@@ -25,6 +25,8 @@ from gemopt.traces.arrays import ENOUGH_SUMS
 _HEADER_BYTES = 1 << 16
 MANY_STEPS = 4
 SHARES = (100, 1000, 10_000, 1_000_000)  # what shares in whole numbers add up to
+ROUNDED = 2  # what rounding numbers changes in their sum, times the root of how many there are, at most
+MANY_COUNTS = 64  # that never fall
 _PIECE = 1 << 24  # bytes converted at once
 
 
@@ -257,10 +259,13 @@ class _Writer:
         ranks = f"counted by {self.common} ranks that saw the same tokens? then they are that much too large"
         why = "padded to them, as by DeepEP? then they are too large, small ones most" if padded else ranks
         only = int(total_TL[0, 0]) if (total_TL == total_TL[0, 0]).all() else 0  # all layers of all steps have so many
+        apart = 2 * int((total_TL != total_TL[:, :1]).any(axis=1).sum()) > steps  # layers of most steps
+        few = ROUNDED * np.sqrt(self.experts)
+        near = next((n for n in SHARES if apart and (abs(total_TL - n) <= few).all()), 0)
         left = "tokens that chose fewer, ranks that did not record, or another --top-k"
         return [
             (
-                4 * self.rising >= 3 * (steps - 1) and steps >= MANY_STEPS,
+                steps > 1 and 4 * self.rising >= 3 * (steps - 1) and (steps - 1) * self.load_LE.size >= MANY_COUNTS,
                 f"in {self.rising} of {steps - 1} steps no count falls against the step before: counters that add up? "
                 "then import their differences",
             ),
@@ -270,6 +275,8 @@ class _Writer:
                 "every step is of a single token: rows of tokens? then add up those that are computed together",
             ),
             (many and only in SHARES, f"all layers of all steps add up to {only}: shares instead of counts?"),
+            (many and near > 0, f"all layers add up to about {near}: shares that were rounded?"),
+            (many and self.largest == 1 and apart, "no count is above 1: marks of experts in use instead of counts?"),
             (
                 0 < self.even < steps and self.experts > 1,
                 f"{self.even} of {steps} steps give every expert as much: warm-up?",

@@ -19,8 +19,10 @@ from gemopt.traces.files import IntArray
 COUNT_LIMIT = 2**31 - 1
 MAX_EXPERTS = 8192
 ENOUGH_SUMS, FEWEST_SLOTS, FEWEST_LAYERS, MANY_EXPERTS = 8, 8, 4, 64  # that are no accident
+FEWEST_STEPS = 4
 LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
 ENDS = (127, 255, 32767, 65535)  # of small types
+MUCH_MORE, MOST = 4, 0.75  # variance than by chance; of all
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
 IN_ORDER = "bring them into that order, experts of all ranks side by side"
 NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
@@ -156,6 +158,14 @@ def refuse_narrow(field: str, counts: IntArray) -> None:
         raise InputError(field, narrow, "counts in a type that holds them", "record again in 64 bits")
 
 
+def add_up(counts: IntArray) -> bool:
+    """Whether numbers [T, L, E] are counters since the start: none ever falls, and some rise at every step."""
+    few = counts[:FEWEST_STEPS]
+    if len(few) < FEWEST_STEPS or counts[0].size < ENOUGH_SUMS or (few[1:] < few[:-1]).any():
+        return False
+    return not (counts[1:] < counts[:-1]).any() and bool((counts[1:] > counts[:-1]).any(axis=(1, 2)).all())
+
+
 def is_map(counts: IntArray) -> bool:
     """Whether numbers say where experts are: all from 0 on in every row, or a 1 where a device has an expert."""
     rows = np.sort(counts[:LOOKED_AT], axis=2)
@@ -197,6 +207,9 @@ def are_ids(counts: IntArray) -> bool:
 def refuse_misread(counts: IntArray) -> None:
     """Refuse counts whose numbers say that they are something else, where nothing says that they are right."""
     refuse_totals("Traces.counts", counts)
+    if add_up(counts):
+        hint = "subtract from each step the one before, or say layer_ids beside it"
+        raise InputError("Traces.counts", "counters that add up, by the numbers", "assignments of each step", hint)
     if are_ids(counts) or are_ids(counts.transpose(0, 2, 1)):
         raise InputError("Traces.counts", "experts of tokens, by the numbers", "[steps, layers, experts]", NOT_IDS)
     if order := other_order(counts):
@@ -208,22 +221,66 @@ def other_order(counts: NDArray[Any]) -> str | None:
     """In which order the axes of counts [T, L, E] seem to be; None where that is the right one, or they do not tell.
 
     Every layer of a step has as many assignments, and steps differ: where that holds for another order alone, that is
-    the order. Where it holds of layers whose experts are apart by rank, one axis is of ranks.
+    the order. Where most steps are alike, which axis is of layers must say. Where most layers have as many assignments
+    but not on each of the rows below them, one axis is of ranks.
     """
     axes = "steps", "layers", "experts"
-    right, *others = permutations(range(3))
-    if _fits(counts, *right):
-        return None
-    order = next((each for each in others if counts.shape[each[2]] > 1 and _fits(counts, *each)), None)
-    if order is not None:
-        return f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
+    right, turned = (0, 1, 2), (1, 0, 2)
     sums_TL = counts.sum(axis=2, dtype=np.int64)
     sums_TL = sums_TL[:, sums_TL.any(axis=0)]
+    if not sums_TL.size:
+        return None
+    if _fits(counts, *right):
+        if not _alike(sums_TL.T) or axis_of_layers(counts) != 0:
+            return None
+        order: tuple[int, ...] | None = turned
+    else:
+        others = [each for each in permutations(range(3)) if each != right and counts.shape[each[2]] > 1]
+        order = next((each for each in others if _fits(counts, *each)), None)
+        if order == turned and _alike(sums_TL) and axis_of_layers(counts) == 1:
+            return None
+    if order is not None:
+        return f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
+    apart = not _alike(sums_TL) and not _alike(sums_TL.T)
     for name, sums in {"layers, ranks": sums_TL.sum(axis=1), "ranks, layers": sums_TL.sum(axis=0)}.items():
-        busy = sums[sums > 0]
-        if len(busy) >= FEWEST_LAYERS and (busy == busy[0]).all() and (sums_TL != sums_TL[:, :1]).any():
+        most = _usual(sums)
+        as_much = most == 1 or (apart and most >= MOST)  # all but draft layers
+        if np.count_nonzero(sums) >= FEWEST_LAYERS and as_much and (sums_TL != sums_TL[:, :1]).any():
             return f"axes that look like [{name}, experts of a rank]"
     return None
+
+
+def _alike(sums_TL: NDArray[Any]) -> bool:
+    """Whether most layers of the first step have one sum, all but draft layers; of [L, T]: most steps of a layer."""
+    return _usual(sums_TL[0]) > 0.5
+
+
+def _usual(sums: NDArray[Any]) -> float:
+    """Share of those above 0 that are as the most common of them."""
+    busy = sums[sums > 0]
+    return int(np.unique(busy, return_counts=True)[1].max(initial=0)) / max(1, len(busy))
+
+
+def axis_of_layers(counts: NDArray[Any]) -> int | None:
+    """Which of the first two axes of counts [T, L, E] is of layers; None where the numbers do not tell.
+
+    Every layer has a router of its own: the mean shares of its experts differ from those of other layers by more than
+    chance, while those of a step over all layers do not, as an expert that is hot in one layer says nothing of others.
+    """
+    some = counts[:LOOKED_AT, :LOOKED_AT, :].astype(np.float32)
+    sums = some.sum(axis=2)
+    busy = sums > 0
+    kept = np.ix_(2 * busy.sum(axis=1) > busy.shape[1], 2 * busy.sum(axis=0) > busy.shape[0])
+    some, sums, busy = some[kept], sums[kept], busy[kept]
+    if not busy.all() or min(busy.shape, default=0) < 2:
+        return None
+    shares = some / sums[:, :, None]
+    mean = shares.mean(axis=(0, 1))
+    between = [  # mean squares between the rows of an axis, where chance alone makes both the same
+        busy.shape[1 - axis] * float(((shares.mean(axis=1 - axis) - mean) ** 2).sum()) / (busy.shape[axis] - 1)
+        for axis in (0, 1)
+    ]
+    return next((axis for axis in (0, 1) if between[axis] > MUCH_MORE * between[1 - axis]), None)
 
 
 def _fits(counts: NDArray[Any], step: int, layer: int, expert: int) -> bool:

@@ -22,11 +22,20 @@ from gemopt.exceptions import InputError
 
 IntArray = NDArray[Any]
 PLAIN = ("num_hidden_layers", "top_k", "model")  # what an .npz may say of the network, beside layer_ids
-# Arrays that say of which expert each slot is a copy, or count by slot (the last are vLLM's).
-COPIES = re.compile("physical|phy2?log|log2phy|expert_load_(window|pass)", re.IGNORECASE)
+# Arrays that say where experts and their copies are, or count by slot (the last are vLLM's) or on one rank.
+COPIES = re.compile(
+    "physical|phy2?log|log2phy|logcnt|(^|_)(phy|local|slots?|replicas?)(_|$)|redundan|"
+    "expert_(map|location|ids?$|order)|expert_load_(window|pass)",
+    re.IGNORECASE,
+)
+NOT_COPIES = "add up the copies of an expert, and put the experts of all ranks side by side in their order"
 _MEANT = {  # what else arrays are called that say what the counts are of
-    "layer_ids": re.compile(r"(moe_)?layers?(_?(ids?|idx|ind(ex|ices)|num(ber)?s?))?", re.IGNORECASE),
-    "top_k": re.compile(r"top_?k|num_experts_per_tok(en)?|experts_per_token", re.IGNORECASE),
+    "layer_ids": re.compile(
+        r"(moe_)?layers?(_?(ids?|idx|ind(ex|ices)|num(ber)?s?|names?|offset|freq))?|"
+        r"(start|first|begin)_layer|first_k_dense_replace|num_dense_layers",
+        re.IGNORECASE,
+    ),
+    "top_k": re.compile(r"k|top_?k|(num_)?experts_per_tok(en)?|(n|num)_experts_used", re.IGNORECASE),
     "num_hidden_layers": re.compile(r"(num|n)_(hidden_)?layers", re.IGNORECASE),
 }
 
@@ -75,7 +84,10 @@ def numbered_files(folder: Path) -> list[Path]:
     named = [part for part in folder.glob("[0-9]*.safetensors") if part.stem.isdecimal()]
     parts = sorted(named, key=lambda part: int(part.stem))
     if not parts:
-        raise InputError(str(folder), "no numbered .safetensors file", "a trace folder holds 000000.safetensors, ...")
+        hint = "gemopt.profiling.tracing.load_ranks adds up the ranks" if any(folder.glob("rank-*")) else ""
+        raise InputError(
+            str(folder), "no numbered .safetensors file", "a trace folder holds 000000.safetensors, ...", hint
+        )
     for number, part in enumerate(parts):
         if int(part.stem) != number:
             raise InputError(str(folder), part.name, f"part {number:06d}.safetensors is missing", "restore it")
@@ -130,7 +142,7 @@ def refuse_unread(names: set[str]) -> None:
     """Refuse arrays that would change what the counts mean, and are not read."""
     for name in sorted(names):
         if COPIES.search(name):
-            raise InputError(f"Traces.{name}", "beside counts", "counts of logical experts", "add up the copies")
+            raise InputError(f"Traces.{name}", "beside counts", "counts of logical experts", NOT_COPIES)
         if name not in ("layer_ids", *PLAIN) and (other := meant(name)):
             raise InputError(f"Traces.{name}", "no such array", f"{other}, if that is meant", "rename it")
 

@@ -176,6 +176,11 @@ def test_axes_of_ranks_are_named(load, tmp_path):
         np.save(tmp_path / "a.npy", array)
         with pytest.raises(InputError, match=rf"look like \[{axes}, experts of a rank\].*of all ranks side by side"):
             load(tmp_path / "a.npy", "array")
+    draft = routed(np.random.default_rng(10), steps=1, layers=1, experts=32, tokens=90).reshape(1, 4, 8)
+    for array in (np.concatenate([counts, draft]), np.concatenate([counts, draft]).transpose(1, 0, 2)):
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(InputError, match=r"ranks.*experts of a rank\]"):
+            load(tmp_path / "a.npy", "array")
     np.save(tmp_path / "a.npy", counts.reshape(1, 32, 5))
     assert load(tmp_path / "a.npy", "array")[0].num_experts == 5  # sums of all kinds tell nothing
     np.save(tmp_path / "a.npy", counts.reshape(1, 5, 32).transpose(0, 2, 1))
@@ -202,3 +207,63 @@ def test_names_of_parts(name):
     with pytest.raises(InputError, match="these names tell parts of the same ones"):
         refuse_parts([Path(f"{name.format(i)}.npy") for i in range(2)])
     refuse_parts([Path(f"{each}_{i}.npy") for each in ("level", "cell") for i in range(2)])
+
+
+def test_layers_and_steps_of_constant_batches_are_told_apart(load, tmp_path):
+    counts = routed(np.random.default_rng(12))  # 40 tokens at every step: the sums do not tell
+    draft = routed(np.random.default_rng(13), layers=1, tokens=30)
+    for array in (counts, np.concatenate([counts, draft], axis=1), np.concatenate([counts[:1], draft[:1]], axis=1)):
+        np.save(tmp_path / "a.npy", array)
+        assert (load(tmp_path / "a.npy", "array")[0].counts == array).all()
+        np.save(tmp_path / "a.npy", array.transpose(1, 0, 2))
+        if len(array) > 1:
+            with pytest.raises(InputError, match=r"axes that look like \[layers, steps, experts\]"):
+                load(tmp_path / "a.npy", "array")
+    alike = np.random.default_rng(14).multinomial(80, np.full(16, 1 / 16), size=(12, 5))  # layers alike: nothing tells
+    np.save(tmp_path / "a.npy", alike.transpose(1, 0, 2))
+    assert load(tmp_path / "a.npy", "array")[0].num_steps == 5
+
+
+def test_turned_axes_of_layers_that_drop_tokens_are_named(load, tmp_path):
+    counts = np.minimum(routed(np.random.default_rng(15)), 15)
+    np.save(tmp_path / "a.npy", counts)
+    assert "are the axes" not in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", counts.transpose(1, 0, 2))
+    assert "are the axes [layers, steps, experts]?" in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", counts[:, :1].transpose(1, 0, 2))
+    assert "another sum than others: steps of one layer" in load(tmp_path / "a.npy", "array")[1]
+
+
+def test_rounded_shares_and_marks_are_named(load, tmp_path):
+    counts = np.concatenate([routed(np.random.default_rng(i), steps=1, tokens=30 + i) for i in range(12)])
+    for whole in (100, 1000):
+        np.save(tmp_path / "a.npy", np.round(whole * counts / counts.sum(axis=2, keepdims=True)))
+        assert f"add up to about {whole}: shares that were rounded?" in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", (counts > 5).astype(int))
+    assert "no count is above 1: marks" in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", counts)
+    assert "shares" not in load(tmp_path / "a.npy", "array")[1]
+
+
+def test_two_dumps_of_counters_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(16)).cumsum(axis=0)[[3, 7]]
+    for i, each in enumerate(counts):
+        np.save(tmp_path / f"load_{i}.npy", each[None])
+    assert "in 1 of 1 steps no count falls" in load(sorted(tmp_path.glob("load_*")), "array")[1]
+
+
+@pytest.mark.parametrize("key", ["expert_map", "expert_ids", "slot_to_expert", "phy_load", "local_counts", "logcnt"])
+def test_names_of_slots_and_of_orders_are_refused(load, tmp_path, key):
+    np.savez(tmp_path / "a.npz", **{"counts": routed(np.random.default_rng(17)), key: np.arange(16)})
+    for read in (lambda: load(tmp_path / "a.npz", "array"), lambda: Traces.load(tmp_path / "a.npz")):
+        with pytest.raises(InputError, match=f"{key}.*counts of logical experts"):
+            read()
+
+
+def test_sums_over_the_steps_have_a_way_in(load, tmp_path):
+    counts = routed(np.random.default_rng(18)).sum(axis=0)
+    np.save(tmp_path / "a.npy", counts)
+    with pytest.raises(InputError, match=r"got 2 dimensions.*counts\[None\]"):
+        load(tmp_path / "a.npy", "array")
+    np.save(tmp_path / "a.npy", counts[None])
+    assert (load(tmp_path / "a.npy", "array")[0].counts == counts[None]).all()

@@ -127,7 +127,7 @@ def test_wider_counts_appear_late(tmp_path):
 @pytest.mark.parametrize(
     "array,word",
     [
-        (np.zeros((2, 3)), "3-dimensional"),
+        (np.zeros((2, 3, 4, 5)), "3-dimensional"),
         (np.full((2, 3, 4), 0.5), "whole numbers"),
         (np.ones((2, 3, 4), np.float16), "float16"),
         (-np.ones((2, 3, 4), np.int64), "from 0"),
