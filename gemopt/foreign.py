@@ -38,7 +38,7 @@ _OBJECTS = (
     ({"model_type"}, "the config.json of a network", "--model takes its folder"),
 )
 
-OURS = " of gemopt"
+OURS, PLACED = " of gemopt", "a placement of "
 _OWN = {name for _, name, _ in _OBJECTS if name.endswith(OURS)}
 
 
@@ -57,7 +57,7 @@ def of_object(data: Mapping[Any, Any]) -> tuple[str, str]:
 
 @contextmanager
 def telling(needed: str, *paths: str | os.PathLike[str]) -> Iterator[None]:
-    """Where files cannot be read in the block, and one is a JSON document of gemopt: say that instead."""
+    """Where files cannot be read in the block, and one is of gemopt or a placement of another engine: say that."""
     try:
         yield
     except InputError:
@@ -65,6 +65,9 @@ def telling(needed: str, *paths: str | os.PathLike[str]) -> Iterator[None]:
             found = of_file(path)[0]
             if found in _OWN:
                 raise InputError(str(path), found, f"{needed} is needed") from None
+            if found.startswith(PLACED) and found.casefold() != needed:
+                way_out = f"gemopt placement import --from {found.removeprefix(PLACED).casefold()}"
+                raise InputError(str(path), found, f"{needed} is needed", way_out) from None
         raise
 
 

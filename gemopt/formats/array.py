@@ -34,7 +34,19 @@ TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give 
 MOST_LAYERS = 256  # of any network known
 _ROWS = 64 << 20  # bytes handed on at once
 _SCORES = {"logits", "probs", "weights", "scores"}
-_NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *_SCORES}
+_MEASURED = {
+    "us",
+    "ms",
+    "latency",
+    "time",
+    "times",
+    "utilization",
+    "balancedness",
+    "entropy",
+    "transitions",
+    "coactivation",
+}
+_NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *_SCORES, *_MEASURED}
 _COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 
 
@@ -108,7 +120,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         key = "counts" if "counts" in data else next(iter(data))
         _refuse_beside(path, [name for name in [*data, *told] if name not in (key, "format", "num_experts")], notes)
         if key != "counts" and not (words := _words(key)) & _COUNTED and words & _NO_COUNTS:
-            hint = "count the experts that were chosen" if words & _SCORES else NOT_IDS
+            hint = "" if words & _MEASURED else "count the experts that were chosen" if words & _SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
         names.append(key)
         experts, data = data.get("num_experts", experts), data[key]

@@ -22,6 +22,7 @@ JSON_LIMIT = 256 << 20
 YAML_LIMIT = 1 << 24
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library itself
 ARRAY_LIMIT = 1 << 36
+NOT_SHARES = "shares, weights and logits are no counts: count the experts that were chosen"
 PT = "torch.save of torch 1.6 or later writes it; NumPy arrays in it are not read, torch.from_numpy(array) is"
 _DTYPES = {
     **{"U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"},
@@ -166,6 +167,8 @@ def whole_numbers(value: Any, *, name: str, ndims: tuple[int, ...]) -> NDArray[A
     array = value if hasattr(value, "numpy") else _array(value, name, ndims)
     ndim = next((n for n in ndims if n == array.ndim), ndims[-1])
     if not hasattr(value, "numpy") and array.dtype.kind == "f" and array.dtype.itemsize > 2:
+        if (parts := array[array % 1 > 0]).size:
+            raise InputError(name, float(parts[0]), f"whole numbers in {ndim} dimensions", NOT_SHARES)
         return np.asarray(integer_array(array, name=name, ndim=ndim))
     return as_array(array, name=name, ndim=ndim)
 

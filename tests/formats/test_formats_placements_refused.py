@@ -252,3 +252,13 @@ def test_layers_that_eplb_tables_name_are_heeded(tmp_path):
             import_placement(path, source="deepseek-eplb", facts=Facts(num_ranks=2))
         facts = Facts(num_ranks=2, layer_ids=(3, 4))
         assert import_placement(path, source="deepseek-eplb", facts=facts).layer_ids == [3, 4]
+
+
+@pytest.mark.parametrize("source", ["vllm-ascend", "vllm-map", "lmdeploy", "tensorrt-llm"])
+def test_the_placement_of_another_engine_is_named(tmp_path, source):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"physical_to_logical_map": [[0, 1], [1, 0]]}))
+    with pytest.raises(InputError, match=r"got a placement of SGLang; a placement of .* needed; .* --from sglang$"):
+        import_placement(path, source=source, facts=Facts(num_ranks=2))
+    with pytest.raises(InputError, match="--ep: got 3; a divisor of the 2 slots"):
+        import_placement(path, source="sglang", facts=Facts(num_ranks=3))

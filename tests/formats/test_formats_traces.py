@@ -128,7 +128,7 @@ def test_wider_counts_appear_late(tmp_path):
     "array,word",
     [
         (np.zeros((2, 3, 4, 5)), "3-dimensional"),
-        (np.full((2, 3, 4), 0.5), "whole numbers"),
+        (np.full((2, 3, 4), 0.5), "got 0.5; whole numbers.*logits are no counts: count the experts"),
         (np.ones((2, 3, 4), np.float16), "float16"),
         (-np.ones((2, 3, 4), np.int64), "from 0"),
         (np.full((2, 3, 4), 1 << 40), "from 0"),
@@ -237,6 +237,9 @@ def test_names_of_arrays_and_files_say_what_they_hold(tmp_path):
     assert (load(tmp_path / "a.npz", "array", tmp_path)[0].counts == counts).all()
     np.savez(tmp_path / "a.npz", routed_experts=counts)
     with pytest.raises(InputError, match=r"an array routed_experts.*ids of tokens"):
+        load(tmp_path / "a.npz", "array", tmp_path)
+    np.savez(tmp_path / "a.npz", latency_us=counts)
+    with pytest.raises(InputError, match=r"an array latency_us; counts \[steps, layers, experts\]$"):
         load(tmp_path / "a.npz", "array", tmp_path)
 
 
