@@ -136,7 +136,17 @@ def check_loads(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
             "some in every MoE layer",
             f"if {ranges(idle)} have no experts, give --layer-ids {busy}" if busy else "record again",
         )
-    return _never_chosen(load_LE, layer_ids)
+    return _never_chosen(load_LE, layer_ids) + _twice(load_LE, layer_ids)
+
+
+def _twice(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
+    """The note on layers whose experts have the totals of another layer's, unless they are all the same."""
+    _, first, number = np.unique(load_LE, axis=0, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[number.reshape(-1)] != np.arange(len(load_LE)))
+    if not len(again) or len(first) == 1:
+        return []
+    layers = ranges(layer_ids[int(i)] for i in again)
+    return [f"layers {layers} have the totals of an earlier layer, expert by expert: recorded twice?"]
 
 
 def _never_chosen(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:

@@ -26,7 +26,7 @@ _HEADER_BYTES = 1 << 16
 MANY_STEPS = 4
 SHARES = (100, 1000, 10_000, 1_000_000)  # what shares in whole numbers add up to
 ROUNDED = 2  # what rounding numbers changes in their sum, times the root of how many there are, at most
-MANY_COUNTS = 64  # that never fall
+MANY_COUNTS = 64  # that never fall, or come again, by chance
 _PIECE = 1 << 24  # bytes converted at once
 
 
@@ -189,6 +189,7 @@ class _Writer:
         self.first: IntArray | None = None
         self.last: IntArray | None = None
         self.rising = 0  # steps in which, against the one before, some counts rise and none falls
+        self.again = 0  # steps of many assignments that are the one before
         stream.write(bytes(8 + _HEADER_BYTES))
 
     def append(self, block: IntArray) -> None:
@@ -227,10 +228,13 @@ class _Writer:
         self.load_LE += narrow.sum(axis=0, dtype=np.int64)
         known = narrow if self.last is None else np.concatenate([self.last, narrow])
         falls, rises = known[1:] < known[:-1], known[1:] > known[:-1]
-        self.rising += int((rises.any(axis=(1, 2)) & ~falls.any(axis=(1, 2))).sum())
+        fell, rose = falls.any(axis=(1, 2)), rises.any(axis=(1, 2))
+        self.rising += int((rose & ~fell).sum())
+        total_TL = narrow.sum(axis=2, dtype=np.int64)
+        busy = total_TL.sum(axis=1)[len(narrow) - len(known) + 1 :] >= MANY_COUNTS
+        self.again += int((~rose & ~fell & busy).sum())
         self.first = narrow[:1].copy() if self.first is None else self.first
         self.last = narrow[-1:].copy()
-        total_TL = narrow.sum(axis=2, dtype=np.int64)
         self.totals.append(total_TL)
         self.uneven += int((total_TL % self.top_k).any(axis=1).sum())
         self.even += int(((narrow.max(axis=2) == narrow.min(axis=2)).all(axis=1) & total_TL.any(axis=1)).sum())
@@ -276,6 +280,11 @@ class _Writer:
             ),
             (many and only in SHARES, f"all layers of all steps add up to {only}: shares instead of counts?"),
             (many and near > 0, f"all layers add up to about {near}: shares that were rounded?"),
+            (
+                0 < self.again < steps - 1,
+                f"{self.again} of {steps} steps are the step before again: a gauge that was read too often? then leave "
+                "them out",
+            ),
             (many and self.largest == 1 and apart, "no count is above 1: marks of experts in use instead of counts?"),
             (
                 0 < self.even < steps and self.experts > 1,

@@ -20,7 +20,7 @@ COUNT_LIMIT = 2**31 - 1
 MAX_EXPERTS = 8192
 ENOUGH_SUMS, FEWEST_SLOTS, FEWEST_LAYERS, MANY_EXPERTS = 8, 8, 4, 64  # that are no accident
 FEWEST_STEPS = 4
-LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
+LOOKED_AT, SAMPLED, MOST_CHOSEN = 512, 128, 64  # rows, rows and columns, experts of a token
 ENDS = (127, 255, 32767, 65535)  # of small types
 MUCH_MORE, MOST = 4, 0.75  # variance than by chance; of all
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
@@ -267,7 +267,7 @@ def axis_of_layers(counts: NDArray[Any]) -> int | None:
     Every layer has a router of its own: the mean shares of its experts differ from those of other layers by more than
     chance, while those of a step over all layers do not, as an expert that is hot in one layer says nothing of others.
     """
-    some = counts[:LOOKED_AT, :LOOKED_AT, :].astype(np.float32)
+    some = counts[:SAMPLED, :SAMPLED].astype(np.float32)
     sums = some.sum(axis=2)
     busy = sums > 0
     kept = np.ix_(2 * busy.sum(axis=1) > busy.shape[1], 2 * busy.sum(axis=0) > busy.shape[0])

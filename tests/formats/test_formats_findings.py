@@ -252,6 +252,16 @@ def test_two_dumps_of_counters_are_named(load, tmp_path):
     assert "in 1 of 1 steps no count falls" in load(sorted(tmp_path.glob("load_*")), "array")[1]
 
 
+def test_layers_and_steps_that_come_twice_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(19))
+    np.save(tmp_path / "a.npy", counts[:, [0, 1, 2, 1, 4]])
+    assert "layers 3 have the totals of an earlier layer" in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", counts[[0, 1, 1, 2, 3, 3, 3, 4]])
+    assert "3 of 8 steps are the step before again: a gauge" in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", counts)
+    assert "again" not in load(tmp_path / "a.npy", "array")[1] and "earlier" not in load(tmp_path / "a.npy", "array")[1]
+
+
 @pytest.mark.parametrize("key", ["expert_map", "expert_ids", "slot_to_expert", "phy_load", "local_counts", "logcnt"])
 def test_names_of_slots_and_of_orders_are_refused(load, tmp_path, key):
     np.savez(tmp_path / "a.npz", **{"counts": routed(np.random.default_rng(17)), key: np.arange(16)})
