@@ -22,7 +22,7 @@ ENOUGH_SUMS, FEWEST_SLOTS, FEWEST_LAYERS, MANY_EXPERTS = 8, 8, 4, 64  # that are
 FEWEST_STEPS = 4
 LOOKED_AT, SAMPLED, MOST_CHOSEN = 512, 128, 64  # rows, rows and columns, experts of a token
 ENDS = (127, 255, 32767, 65535)  # of small types
-MUCH_MORE, MOST = 4, 0.75  # variance than by chance; of all
+ENOUGH_SHARES, MUCH_MORE, MOST = 30, 4, 0.75  # whose variance is no accident; than by chance; of all
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
 IN_ORDER = "bring them into that order, experts of all ranks side by side"
 NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
@@ -205,7 +205,9 @@ def are_ids(counts: IntArray) -> bool:
 
 
 def refuse_misread(counts: IntArray) -> None:
-    """Refuse counts whose numbers say that they are something else, where nothing says that they are right."""
+    """Refuse counts up to COUNT_LIMIT whose numbers say that they are something else, where nothing says otherwise."""
+    if int(counts.max()) > COUNT_LIMIT:
+        return
     refuse_totals("Traces.counts", counts)
     if add_up(counts):
         hint = "subtract from each step the one before, or say layer_ids beside it"
@@ -272,7 +274,7 @@ def axis_of_layers(counts: NDArray[Any]) -> int | None:
     busy = sums > 0
     kept = np.ix_(2 * busy.sum(axis=1) > busy.shape[1], 2 * busy.sum(axis=0) > busy.shape[0])
     some, sums, busy = some[kept], sums[kept], busy[kept]
-    if not busy.all() or min(busy.shape, default=0) < 2:
+    if not busy.all() or (min(busy.shape, default=0) - 1) * (some.shape[2] - 1) < ENOUGH_SHARES:
         return None
     shares = some / sums[:, :, None]
     mean = shares.mean(axis=(0, 1))
