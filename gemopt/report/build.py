@@ -86,7 +86,7 @@ def report(
         figures.makespan(inputs, before, after, bound),
         figures.ranks(inputs, before, after, edges),
         figures.latency(inputs, old_us, new_us),
-        devices.devices(inputs),
+        devices.devices(inputs, max(before.most, after.most)),
         experts.classes(inputs, layers),
         experts.conflicts(inputs, layers),
         figures.moves(inputs),

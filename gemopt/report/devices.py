@@ -16,12 +16,13 @@ ALL = "all ranks"
 POINTS = 1500  # of one device
 LEVELS = 5  # numbers of active experts that have a curve
 POINT = {"size": 5, "color": AFTER, "symbol": "circle-open"}
+ROOM = 1.5  # what is shown, times the largest load
 FEW = 12  # ranks that have a colour each
 ON_CURVE, ON_CURVES = 240, 16_000  # points of one curve, and of those of all ranks
 
 
-def devices(inputs: Inputs) -> Section:
-    """Latency against assignments: the fit of every rank, or one rank's fit with all its points."""
+def devices(inputs: Inputs, most: float) -> Section:
+    """Latency against assignments: the fit of every rank, or one rank's fit with all its points. most: assignments."""
     tables = [device.table() for device in inputs.profile.devices]
     pairs = list(zip(inputs.profile.devices, inputs.cost.latencies, tables, strict=True))
     everyone = _every(pairs)
@@ -30,8 +31,9 @@ def devices(inputs: Inputs) -> Section:
         alone = _one(latency, table)
         hidden = [graph_objects().Scatter(visible=False)] * (len(everyone) - len(alone))
         choices[f"rank {device.rank}: {device.name}"] = changes(*alone, *hidden)
-    shown = figure(*everyone, height=440, xaxis={"title": "assignments on the rank", "rangemode": "tozero"},
-                   yaxis={"title": "latency, us", "rangemode": "tozero"})  # fmt: skip
+    across, up = _view(pairs, most)
+    shown = figure(*everyone, height=440, xaxis={"title": "assignments on the rank", **across},
+                   yaxis={"title": "latency, us", **up})  # fmt: skip
     surface = np.isfinite(tables[0][:, 1]).all()
     text = (
         f"{len(pairs)} devices, {sum(map(len, tables))} measured points"
@@ -39,10 +41,21 @@ def devices(inputs: Inputs) -> Section:
         + ("Latency depends on the activated experts too: curves of all ranks are at the most that were measured; "
            "choose one rank for all its points. " if surface else "Choose one rank for all its points. ")
         + _outside(inputs)
+        + (f" No rank gets more than {most:.0f} assignments here; zoom out for what was measured beyond."
+           if "range" in across else "")
     )  # fmt: skip
     if max(map(len, tables)) > POINTS:
         text += f" Of each rank {POINTS} points, evenly spread, are drawn."
     return Section("devices", "Devices: measured and fitted", text, shown, choices, "devices")
+
+
+def _view(pairs: list[tuple[Device, Latency, FloatArray]], most: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ranges of both axes: the loads that occur where far more was measured, otherwise everything."""
+    if not 0 < ROOM * most < max(table[:, 0].max() for *_, table in pairs):
+        return {"rangemode": "tozero"}, {"rangemode": "tozero"}
+    loads = np.linspace(0.0, ROOM * most, ON_CURVE)
+    top = max(float(latency(_features(latency, loads, _most(table))).max()) for _, latency, table in pairs)
+    return {"range": [0, ROOM * most]}, {"range": [0, 1.1 * top]}
 
 
 def _outside(inputs: Inputs) -> str:

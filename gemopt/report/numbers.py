@@ -34,7 +34,8 @@ class Side:
 
     evaluation: what it costs. busy: [1+L, W, G] mean share of the makespan that a rank works, 0 to 1. load: [1+L, W, G]
     mean assignments per step. makespan_us: [1+L, W] mean per step. straggler: [1+L, W] rank that was slowest most
-    often, and straggler_share: how often.
+    often, and straggler_share: how often. most: assignments of the fullest rank at any
+    step and layer.
     """
 
     evaluation: Evaluation
@@ -43,6 +44,7 @@ class Side:
     makespan_us: FloatArray
     straggler: IntArray
     straggler_share: FloatArray
+    most: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +79,7 @@ def side(inputs: Inputs, placement: Placement, edges: IntArray) -> Side:
     static = placement.split is Split.STATIC and placement.has_copies
     weights_LP = placement.split_weights if static else None
     which = [feature.name for feature in inputs.cost.features].index(ASSIGNMENTS.name)
-    times, load, slowest = [], [], []
+    times, load, slowest, most = [], [], [], 0.0
     for layer, problem in enumerate(layers(inputs, placement)):
         row_P, weights_P = placement.physical_to_logical[layer], None if weights_LP is None else weights_LP[layer]
         times_TG = rank_times(problem, row_P, weights_P)
@@ -86,6 +88,7 @@ def side(inputs: Inputs, placement: Placement, edges: IntArray) -> Side:
         top_T1 = times_TG.max(axis=1, keepdims=True)
         times.append(_means(np.hstack([times_TG, top_T1]), edges))
         load.append(_means(load_TG, edges))
+        most = max(most, float(load_TG.max()))
         slowest.append(_means(hit_TG, edges))
     times_LWG, load_LWG, slowest_LWG = (_with_all(each, mean) for each, mean in _three(times, load, slowest))
     top_LW1 = times_LWG[..., -1:]
@@ -96,6 +99,7 @@ def side(inputs: Inputs, placement: Placement, edges: IntArray) -> Side:
         makespan_us=top_LW1[..., 0],
         straggler=slowest_LWG.argmax(axis=2),
         straggler_share=slowest_LWG.max(axis=2),
+        most=most,
     )
 
 
