@@ -193,10 +193,15 @@ def _table(advice: Advice) -> Table:
 
 
 def _threshold(sweep: Sweep) -> str:
-    unit, values = UNITS[sweep.what], [f"{each:.3g}" for each in sweep.values]
+    unit, values = UNITS[sweep.what], [_short(each) for each in sweep.values]
     steps = ", ".join(f"{value} {best}" for value, best in zip(values, sweep.best, strict=True))
-    pays = "pays nowhere" if sweep.pays_from is None else f"pays from {sweep.pays_from:.3g} on"
+    pays = "pays nowhere" if sweep.pays_from is None else f"pays from {_short(sweep.pays_from)} on"
     return f"{sweep.what} ({unit}) {pays}: {steps}"
+
+
+def _short(value: float) -> str:
+    """Three digits, never with an exponent."""
+    return f"{float(f'{value:.3g}'):.12g}"
 
 
 def _percent(change: float) -> str:

@@ -73,7 +73,7 @@ def verified_table(found: Verified) -> Table:
         ("total ms", 1),
         ("certified gap %", 1),
         ("claimed gap %", 1),
-        ("", 0),
+        ("checked by", 0),
     ):
         table.add_column(head, justify="right" if right else "left")
     for layer, proof, objective, checked, claimed, note in rows:

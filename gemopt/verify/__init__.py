@@ -270,7 +270,7 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
         )
     if layer.bound_us > found_us * (1 + SAME):
         raise InputError(f"{name}.bound_us", layer.bound_us, f"at most the objective, {found_us!r}")
-    checked_us, note = floor_bound_us(case), "step by step"
+    checked_us, note = floor_bound_us(case), "floors of the steps"
     if layer.dual_us is not None:
         dual_us = check_dual(case, layer, duals)
         _check_bound(f"{name}.dual_us", layer.dual_us, dual_us, found_us)
