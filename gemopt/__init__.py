@@ -33,18 +33,26 @@ _HOME = {
 # Modules that are reached as attributes of the package, without an import of their own.
 _MODULES = frozenset(
     (
+        "advise",
         "conflicts",
         "costs",
         "executor",
         "formats",
+        "jobs",
+        "links",
         "migration",
         "models",
         "online",
         "plotting",
+        "predict",
         "profiling",
         "replay",
+        "report",
         "solvers",
+        "testing",
+        "topology",
         "traces",
+        "verify",
     )
 )
 __all__ = ["__version__", *_HOME]

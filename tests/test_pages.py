@@ -162,6 +162,17 @@ def check_imports(block: Block) -> None:
             assert all(hasattr(module, alias.name) for alias in node.names), str(block)
 
 
+def test_the_reference_has_every_public_name() -> None:
+    shown = {path for page in DOCS.glob("reference/*.md") for path in re.findall(r"^::: (\S+)", page.read_text(), re.M)}
+    packages = ("gemopt", *(f"gemopt.{name}" for name in ("advise", "jobs", "online", "predict", "replay", "report")))
+    for package in map(importlib.import_module, packages):
+        for name in package.__all__:
+            value = getattr(package, name)
+            if callable(value):
+                home = value.__module__
+                assert {home, f"{home}.{name}"} & shown, f"{package.__name__}.{name} is in no page of docs/reference"
+
+
 def test_the_marks_are_known() -> None:
     marks = {block.mark for block in BLOCKS if block.mark}
     known = ("run", "needs an engine", "needs torch", "needs ranks", "needs a model", "needs surroundings")
