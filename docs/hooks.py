@@ -11,6 +11,9 @@ from typing import Any
 
 ARITHMATEX = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 COMMANDS = "<!-- commands -->"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+RESULT = re.compile(r"(?<!\[)`(?:benchmarks/results/)(\w+\.md)`")
 
 
 def _copy_sources(root: Path) -> None:
@@ -24,15 +27,25 @@ def _copy_sources(root: Path) -> None:
 
 def on_startup(**_: Any) -> None:
     """Before any plugin looks for the sources."""
-    _copy_sources(Path(__file__).resolve().parents[1])
+    _copy_sources(ROOT)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Results of the benchmarks are pages of the site."""
+    from mkdocs.structure.files import File
+
+    for path in sorted(RESULTS.glob("*.md")):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    return files
 
 
 def on_config(config: Any) -> Any:
-    """Pages that nobody put into the navigation come last, so that none is lost."""
+    """Results of the benchmarks, then pages that nobody put into the navigation, so that none is lost."""
     docs = Path(config["docs_dir"])
     named = set(_paths(config["nav"]))
     others = sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))
     forgotten = [path for path in others if path not in named]
+    config["nav"].append({"Results": [f"results/{path.name}" for path in sorted(RESULTS.glob("*.md"))]})
     if forgotten:
         config["nav"].append({"More": forgotten})
     return config
@@ -44,8 +57,13 @@ def _paths(nav: Any) -> Iterator[str]:
         yield from [value] if isinstance(value, str) else _paths(value)
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the commands in where a page asks for them."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put the commands in where a page asks for them; link results where they are named."""
+    if page.file.src_uri.startswith("results/"):
+        page.meta["search"] = {"exclude": True}  # figures, hardly words
+        markdown = markdown.replace("](../../docs/", "](../")
+    up = "../" * page.file.src_uri.count("/")
+    markdown = RESULT.sub(rf"[`benchmarks/results/\1`]({up}results/\1)", markdown)
     return markdown.replace(COMMANDS, "\n".join(_commands())) if COMMANDS in markdown else markdown
 
 
