@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,9 +59,10 @@ def held() -> Iterator[Interrupted]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         event.number = number
-        if event.is_set() or _raising:
-            raise KeyboardInterrupt(number)
+        again = event.is_set() or _raising
         event.set()
+        if again:
+            raise KeyboardInterrupt(number)
 
     if mine:
         _held.append(event)
@@ -77,11 +79,26 @@ def held() -> Iterator[Interrupted]:
 
 @contextmanager
 def raising(event: Interrupted) -> Iterator[None]:
-    """Within, Ctrl-C raises even inside `held`, as there is nothing yet that could be kept; so does an earlier one."""
+    """Within, Ctrl-C raises even inside `held`, as there is nothing yet that could be kept; so does an earlier one.
+
+    What a callback of a compiler drops, as ctypes does, is raised at the end, in place of the error that it led to.
+    """
+    before = sys.unraisablehook
+
+    def hook(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, KeyboardInterrupt):
+            before(lost)
+
     _raising.append(True)
+    sys.unraisablehook = hook
     try:
-        if event.is_set():
-            raise KeyboardInterrupt(event.number)
-        yield
+        if not event.is_set():
+            yield
+    except Exception:
+        if not event.is_set():
+            raise
     finally:
+        sys.unraisablehook = before
         _raising.pop()
+    if event.is_set():
+        raise KeyboardInterrupt(event.number)

@@ -5,6 +5,7 @@ The signal is real; it is sent by a hook at the beginning of a phase, so that no
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -182,6 +183,16 @@ def test_the_second_press_raises_and_held_is_one_event() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with interrupts.held() as event, pytest.raises(KeyboardInterrupt), interrupts.raising(event):
         press()
+
+
+def test_what_a_callback_drops_is_raised_in_place_of_the_error_after_it(capfd: pytest.CaptureFixture[str]) -> None:
+    callback = ctypes.CFUNCTYPE(None)(press)  # as LLVM tells that a kernel is compiled
+    with interrupts.held() as event, pytest.raises(KeyboardInterrupt), interrupts.raising(event):
+        callback()
+        raise RuntimeError("no compiled object yet")
+    with interrupts.held() as event, pytest.raises(KeyboardInterrupt), interrupts.raising(event):
+        callback()
+    assert capfd.readouterr() == ("", "")
 
 
 LEFT = """
