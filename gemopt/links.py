@@ -186,7 +186,7 @@ class Links:
         combine = exchange.combine_bytes or exchange.dispatch_bytes or size
         if dispatch is None or combine is None:
             limit = "bytes of a token's activations: the profile says no hidden size and type of 2 or 4 bytes"
-            raise InputError("token_bytes", None, limit)
+            raise InputError("token_bytes", None, limit, "give them: twice the hidden size in bfloat16")
         tokens = traces.tokens
         source = None if tokens is None else tokens.source_rank
         senders = exchange.senders or ("uniform" if source is None else "recorded")

@@ -21,6 +21,7 @@ from cli_inputs import gemopt, gemopt_json, profile, traces
 from gemopt import solve
 from gemopt.conflicts import conflict_graph
 from gemopt.evaluate import evaluate
+from gemopt.links import Exchange
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
@@ -92,7 +93,10 @@ def test_the_headline_is_what_evaluate_finds(folder: Path, made: Report) -> None
         in made.html
     )
     assert f"over {FITTED} steps" in made.headline and f"on {STEPS - FITTED} steps it did not see" in made.headline
-    assert made.headline.count(".") - len(re.findall(r"\d\.\d", made.headline)) == 1  # one sentence
+    assert "than the baseline other.json" in made.headline
+    assert (
+        made.headline.replace("other.json", "").count(".") - len(re.findall(r"\d\.\d", made.headline)) == 1
+    )  # one sentence
 
 
 def test_layers_ranks_and_latencies_are_those_of_evaluate(folder: Path, made: Report) -> None:
@@ -163,6 +167,20 @@ def test_a_placement_file_leaves_out_what_it_does_not_hold(folder: Path, capsys:
     assert set(found["left_out"]) == {"search"} and "placement file" in found["left_out"]["search"]
     assert "does not say on which of them" in out.read_text() and "did not see" not in found["headline"]
     assert "held out" not in found["key_figures"]
+
+
+def test_links_are_told_beside_the_makespans(folder: Path) -> None:
+    routed, measured = Traces.load(folder / "traces.safetensors"), Profile.load(folder / "profile.json")
+    exchange = Exchange(dispatch_bytes=5760, once_per="assignment")
+    result = solve(measured, routed, solver="local-search", patience=0, topology=f"nvlink-{RANKS}", exchange=exchange)
+    assert result.links is not None and result.links.exposed_us > 0
+    page = report(result, measured, routed)
+    alone = evaluate(result.placement, measured, routed)
+    assert page.key_figures["step, after"] == f"{alone.objective_us / STEPS / 1e3:.3f} ms"
+    assert page.key_figures["links, not in the step"] == f"{result.links.exposed_us / STEPS / 1e3:.3f} ms"
+    assert "links aside" in page.headline and result.links.summary(STEPS) in section(page, "makespan").text
+    low = array(section(page, "makespan").figure.data[2].y).sum()
+    assert 0 < low <= alone.objective_us / STEPS * (1 + 1e-6)
 
 
 def test_steps_that_were_kept_apart_are_held_out(folder: Path, tmp_path: Path,

@@ -107,7 +107,7 @@ def _title(inputs: Inputs) -> str:
 
 
 def _gap(inputs: Inputs, after: Side, bound: Bounds) -> float:
-    if inputs.result is not None and inputs.result.gap is not None:
+    if inputs.result is not None and inputs.result.gap is not None and inputs.result.links is None:
         return inputs.result.gap
     value = after.evaluation.objective_us
     return max(0.0, 1 - float(bound.per_layer_us.sum()) / value) if value else 0.0
@@ -118,9 +118,10 @@ def _headline(inputs: Inputs, before: Side, after: Side, bound: Bounds, held: fl
     change = new / old - 1 if old else 0.0
     seen = f", {_words(held)} on {inputs.held.num_steps} steps it did not see" if (
         held is not None and inputs.held is not None) else ""  # fmt: skip
+    aside = "" if inputs.result is None or inputs.result.links is None else ", links aside"
     return (
         f"This placement takes {_words(change)} than {inputs.before_name} over {inputs.fitted.num_steps} steps of "
-        f"{inputs.fitted.num_layers} MoE layers{seen}; it is proven that no placement can take more "
+        f"{inputs.fitted.num_layers} MoE layers{aside}{seen}; it is proven that no placement can take more "
         f"than {100 * _gap(inputs, after, bound):.1f} % less time than this one."
     )
 
@@ -138,6 +139,8 @@ def _key_figures(inputs: Inputs, before: Side, after: Side, bound: Bounds, held:
         found["held out"] = f"{100 * held:+z.1f} %"
     found["gap to the bound"] = f"{100 * _gap(inputs, after, bound):.1f} %"
     found["ranks wait"] = f"{100 * after.evaluation.idle_share:.1f} %"
+    if inputs.result is not None and inputs.result.links is not None:
+        found["links, not in the step"] = f"{inputs.result.links.exposed_us / inputs.result.num_steps / 1e3:.3f} ms"
     if inputs.placement.has_copies:
         spare = inputs.placement.num_slots - inputs.placement.num_experts
         found["slots for copies"] = f"{spare} per layer"

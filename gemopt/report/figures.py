@@ -67,6 +67,8 @@ def makespan(inputs: Inputs, before: Side, after: Side, bound: Bounds) -> Sectio
         f"Time of the slowest rank, mean over {steps} steps. Before: {inputs.before_name}. No placement can be below "
         f"the bound ({bound.said})."
     )
+    if inputs.result is not None and inputs.result.links is not None:
+        text += f" Beside it, in no picture of makespans: {inputs.result.links.summary(inputs.result.num_steps)}."
     head = ("layer", "before, us", "after, us", "change", "bound, us", "gap")
     return Section("makespan", "Makespan by layer", text, shown, table=Table(head, rows))
 
@@ -166,6 +168,7 @@ def search(inputs: Inputs) -> Section:
         f"{result.solver}: {result.status.value}, stopped by {result.stopped_by.value} after {result.seconds:.1f} s."
         f"{gap} The curve begins when every layer has a placement"
         + ("." if known or result.bound_us is None else "; the bound is the final one.")
+        + (" Both are of makespans and links together." if result.links is not None else "")
     )
     return Section(name, title, text, shown)
 

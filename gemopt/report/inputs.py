@@ -166,6 +166,7 @@ def _own_steps(
     fitted = traces if cut == traces.num_steps else traces.steps(slice(0, cut))
     found = evaluate(placement, profile, fitted, cost=cost, senders=senders).objective_us
     expected = result.objective_us or 0.0
+    expected -= 0.0 if result.links is None else result.links.exposed_us
     if abs(found - expected) > AGREES * max(expected, 1e-300):
         raise InputError(
             "result.objective_us",
@@ -191,7 +192,8 @@ def _before(
         return Placement.contiguous(*shape, layer_ids=layer_ids), "contiguous placement"
     found = read_answer(baseline)[1]
     check_agreement(found, traces, profile.num_ranks)
-    return found, "the baseline"
+    file = f" {Path(baseline).name}" if isinstance(baseline, (str, os.PathLike)) else ""
+    return found, f"the baseline{file}"
 
 
 def _digests(**given: Document | Traces | Source | None) -> dict[str, str]:

@@ -121,9 +121,9 @@ def _means(values_TN: NDArray[np.generic], edges: IntArray) -> FloatArray:
 
 
 def bounds(inputs: Inputs) -> Bounds:
-    """The bounds of the result; computed anew, within seconds, where there is only a placement."""
+    """The bounds of the result; computed anew, within seconds, where there is only a placement, or links are in them."""
     result = inputs.result
-    if result is not None and all(layer.bound_us is not None for layer in result.per_layer):
+    if result is not None and result.links is None and all(layer.bound_us is not None for layer in result.per_layer):
         said = "the solver's, proven for every placement in these slots"
         if any(layer.moves_us for layer in result.per_layer):
             said += "; of the makespan and the price of the moves together"
