@@ -141,6 +141,8 @@ def _key_figures(inputs: Inputs, before: Side, after: Side, bound: Bounds, held:
     found["ranks wait"] = f"{100 * after.evaluation.idle_share:.1f} %"
     if inputs.result is not None and inputs.result.links is not None:
         found["links, not in the step"] = f"{inputs.result.links.exposed_us / inputs.result.num_steps / 1e3:.3f} ms"
+    if inputs.placement.rules is not None:
+        found["rules kept"] = str(len(inputs.placement.rules.named()))
     if inputs.placement.has_copies:
         spare = inputs.placement.num_slots - inputs.placement.num_experts
         found["slots for copies"] = f"{spare} per layer"

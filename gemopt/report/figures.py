@@ -232,11 +232,12 @@ def moves(inputs: Inputs) -> Section:
     layers = {ALL_LAYERS: sent_LGG.sum(axis=0)}
     if each_layer := sent_LGG.size <= MOST_PAIRS:
         layers |= dict(zip(layer_names(inputs), sent_LGG, strict=True))
-    told = "rank %{y} to rank %{x}: %{z} experts<extra></extra>"
+    pair = "rank %{y} to rank %{x}: %{z} experts<extra></extra>"
     every = np.arange(sent_LGG.shape[1])
     heat = go.Heatmap(z=small(layers[ALL_LAYERS]), x=every, y=every, colorscale=SCALE, reversescale=True, zmin=0,
-                      hovertemplate=told, xgap=1, ygap=1,
-                      colorbar={"title": {"text": "experts", "side": "right"}, "thickness": 12})  # fmt: skip
+                      hovertemplate=pair, xgap=1, ygap=1,
+                      colorbar={"title": {"text": "experts", "side": "right"}, "thickness": 12,
+                                "dtick": -(-int(layers[ALL_LAYERS].max()) // 8)})  # fmt: skip
     tick = {"dtick": max(1, len(every) // 8), "constrain": "domain"}
     across, down = [-0.5, len(every) - 0.5], [len(every) - 0.5, -0.5]
     shown = figure(heat, height=460, xaxis={**tick, "title": "to rank", "scaleanchor": "y", "range": across},
@@ -246,6 +247,9 @@ def moves(inputs: Inputs) -> Section:
         f"From {inputs.before_name} to this placement {total} experts move over all layers{weight}; each comes from "
         "the nearest rank that holds it, and slots keep what they can."
     )
+    if inputs.result is not None and inputs.result.moves is not None:
+        told = inputs.result.moves.summary(inputs.fitted.num_steps).replace("\n", "; ")
+        text += f" Against the placement in force when it was solved: {told}."
     if not each_layer:
         return Section(name, title, f"{text} With so many ranks only all layers together are shown.", shown)
     choices = {each: changes(go.Heatmap(z=small(sent))) for each, sent in layers.items()}

@@ -121,7 +121,7 @@ def _means(values_TN: NDArray[np.generic], edges: IntArray) -> FloatArray:
 
 
 def bounds(inputs: Inputs) -> Bounds:
-    """The bounds of the result; computed anew, within seconds, where there is only a placement, or links are in them."""
+    """The bounds of the result; computed anew, within seconds, where there are none or links are in them."""
     result = inputs.result
     if result is not None and result.links is None and all(layer.bound_us is not None for layer in result.per_layer):
         said = "the solver's, proven for every placement in these slots"
