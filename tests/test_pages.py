@@ -173,6 +173,18 @@ def test_the_reference_has_every_public_name() -> None:
                 assert {home, f"{home}.{name}"} & shown, f"{package.__name__}.{name} is in no page of docs/reference"
 
 
+def test_the_readme_tells_what_solvers_support() -> None:
+    text = (ROOT / "README.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if re.match(r"\| `[a-z]", line)]
+    told = {name: row for row in rows if len(row) == 5 for name in re.findall(r"`([a-z-]+)`", row[0])}
+    from gemopt.solvers import get, names
+
+    assert set(told) == set(names())
+    for name, (_, _, _, unequal, proves) in told.items():
+        supports = get(name).supports
+        assert (unequal == "yes", proves != "no") == (supports.unequal_slots, supports.proves), name
+
+
 def test_the_marks_are_known() -> None:
     marks = {block.mark for block in BLOCKS if block.mark}
     known = ("run", "needs an engine", "needs torch", "needs ranks", "needs a model", "needs surroundings")

@@ -55,6 +55,7 @@ def cases() -> list[Case]:
     memory = read_fleet(DATA / "gpu_variability.csv", "longhorn_bert")
     h100 = read_table(DATA / "h100_vllm_gptoss20b_ep8.csv", unit=Unit.GROUP_TOKENS, top_k=4, ep=RANKS)
     surface = read_table(DATA / "moe_block_rtxpro6000_qwen3_30b.csv", unit=Unit.TOKENS, top_k=8)
+    h100 = h100.model_copy(update={"devices": [each.model_copy(update={"name": "H100"}) for each in h100.devices]})
     cluster = what_if(h100, fleet, ranks=RANKS, seed=0)
     roofline = what_if(surface, fleet, ranks=RANKS, seed=0, memory=memory)
     mixed = Traces.load(DATA / "gptoss20b_trace_mixed_b64.npz")

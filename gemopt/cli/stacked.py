@@ -25,7 +25,8 @@ def stacked(table: Table, console: Console) -> RenderableType | None:
             value = _plain(cells[number])
             if value:
                 words.append("\u00a0".join([head[0], value, *head[1:]]).replace(" ", "\u00a0"))
-        parts.append(Text(_plain(rows[0][number]), style=row.style or ""))
+        first = _plain(rows[0][number])
+        parts.append(Text(f"{heads[0][0]} {first}" if first.isdigit() else first, style=row.style or ""))
         if words:  # rich breaks lines at a non-breaking space as well
             lines = textwrap.fill("  ".join(words), console.width - 2, break_on_hyphens=False)
             parts.append(Padding(Text(lines, style=row.style or ""), (0, 0, 0, 2)))
