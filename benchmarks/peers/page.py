@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -27,8 +27,28 @@ SHAPES = "osD^vP<>X*"
 COLOURS = ("#b35900", "#009e73", "#a3568c", "#3d95c7", "#b8860b", "#d55e00", "#7f7f7f")  # as on the report page
 EQUAL = 0.001  # a lead that the table hardly shows
 Row = dict[str, Any]
+ASKED: tuple[tuple[str, Callable[[str], bool]], ...] = (  # what is asked for, and of which cells
+    ("behind the best peer nowhere", lambda cell: True),
+    ("ahead with one slow GPU", lambda cell: "slower" in cell),
+    ("ahead under a roofline, as at decode", lambda cell: "roofline" in cell),
+    ("ahead on synthetic 58 x 256", lambda cell: cell.startswith("58 x 256")),
+    ("ahead with spare slots", lambda cell: "slots" in cell),
+    ("ahead where shifting traffic is followed", lambda cell: cell.startswith("replay")),
+)
 PAGE = """\
 # gemopt beside published balancers
+
+## Where it stands
+
+Of {count} cells {lost} lost, {level} level, {ahead} ahead. Lost: {which}.
+
+{stands}
+
+`lead`: how far gemopt is ahead, in points of held-out change: medians of the cells, the smallest and the largest one.
+
+![Held-out change of every method in every cell](../../docs/pictures/peers.svg)
+
+## How it was measured
 
 {stamp}; {versions}.
 
@@ -44,9 +64,7 @@ synthetic, the traffic. `lead`: how far gemopt is ahead of the peer with the bes
 engines'`: ahead of the best that an engine ships. Lost or ahead means in every seed, by more than {equal:.1f} points of
 `lead`. Lost cells come first.
 
-Of {count} cells {lost} lost, {level} level, {ahead} ahead. Lost: {which}.
-
-![Held-out change of every method in every cell](../../docs/pictures/peers.svg)
+## Cell by cell
 
 {summary}
 
@@ -167,6 +185,7 @@ def page(table: Sequence[Verdict], rows: Sequence[Row], history: Sequence[Sequen
         count=len(table),
         **{word: len(cells) for word, cells in by_word.items()},
         which="; ".join(by_word["lost"]) or "none",
+        stands="\n".join(stands(table)),
         summary="\n".join(summary(table)),
         details="\n".join(details(table, rows)),
         history="\n".join("| " + " | ".join(line) + " |" for line in [HISTORY, ["---"] * len(HISTORY), *history[1:]]),
@@ -177,6 +196,22 @@ def spread(values: Sequence[float], unit: float = 100.0, sign: str = "+") -> str
     """Median, and lowest and highest where there are several."""
     shown = [f"{unit * value:{sign}z.1f}" for value in (median(values), min(values), max(values))]
     return shown[0] if len(values) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def stands(table: Sequence[Verdict]) -> list[str]:
+    """One line for each thing asked for: in how many cells it holds, by how much, and against what engines ship."""
+    lines = [
+        "| asked | holds in | lead over the best peer | over the best that engines ship | not in |",
+        "|" + "---|" * 5,
+    ]
+    for number, (asked, among) in enumerate(ASKED):
+        cells = [each for each in table if among(each.cell)]
+        missed = [each for each in cells if each.word == "lost" or (number and each.word == "level")]
+        leads = [spread([median(each.ahead_of(name)) for each, name in zip(cells, names, strict=True)])
+                 for names in ([each.best for each in cells], [each.shipped for each in cells])]  # fmt: skip
+        where = "; ".join(f"{each.cell} ({100 * median(each.leads):+z.1f}, {each.word})" for each in missed)
+        lines.append(f"| {asked} | {len(cells) - len(missed)} of {len(cells)} | {' | '.join(leads)} | {where or '-'} |")
+    return lines
 
 
 def summary(table: Sequence[Verdict]) -> list[str]:
