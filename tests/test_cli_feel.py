@@ -103,6 +103,10 @@ def test_version_and_completion(capsys: pytest.CaptureFixture[str], monkeypatch:
         monkeypatch.setenv(name, value)
     code, out, _ = gemopt(capsys)
     assert code == 0 and out.split() == ["solve"]
+    for typed, offered in (("solve --solver mi", ["milp"]), ("export p.json --to sg", ["sglang"])):
+        monkeypatch.setenv("COMP_WORDS", f"gemopt {typed}")
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split())))
+        assert gemopt(capsys)[1].split() == offered
 
 
 def test_quiet_leaves_errors_tables_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

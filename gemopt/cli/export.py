@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, notice, placement_app, print_json, say, show, tell
+from gemopt.cli.options import engine_names
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
@@ -31,7 +32,7 @@ HiddenLayers = Annotated[int | None, typer.Option("--num-hidden-layers", min=1, 
 )
 def export(
     placement: Annotated[Path, typer.Argument(help="placement.json")],
-    to: Annotated[str, typer.Option("--to", help="engine; see `gemopt engines`")],
+    to: Annotated[str, typer.Option("--to", help="engine; see `gemopt engines`", autocompletion=engine_names)],
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write (a folder for checkpoints)")],
     decode: Annotated[
         Path | None, typer.Option(help="placement of the decode servers; the first one is then that of prefill")
@@ -264,7 +265,10 @@ def _capabilities(engine: Engine) -> dict[str, Any]:
 )
 def import_placement(
     path: Annotated[Path, typer.Argument(help="the engine's placement file")],
-    source: Annotated[str, typer.Option("--from", help="engine that it is written for; see `gemopt engines`")],
+    source: Annotated[
+        str,
+        typer.Option("--from", help="engine that it is written for; see `gemopt engines`", autocompletion=engine_names),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="placement.json to write")],
     ep: Annotated[int | None, typer.Option("--ep", min=1, help="ranks that share the slots")] = None,
     num_experts: Annotated[int | None, typer.Option(min=1, help="experts of a layer")] = None,

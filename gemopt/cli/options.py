@@ -19,6 +19,19 @@ if TYPE_CHECKING:
 
 N = TypeVar("N", int, float)
 
+
+def among(*names: str) -> Callable[[str], list[str]]:
+    """What the shell offers for a value: those of the names that begin as typed."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+def engine_names(incomplete: str) -> list[str]:
+    """The same for engines."""
+    from gemopt.formats.registry import NAMES
+
+    return among(*NAMES)(incomplete)
+
+
 ProfilePath = Annotated[Path, typer.Argument(help="profile.json", show_default=False)]
 TracesPath = Annotated[Path, typer.Argument(help="traces: .safetensors, a folder of them, or .npz", show_default=False)]
 TimeLimit = Annotated[
@@ -29,7 +42,13 @@ TimeLimit = Annotated[
 ]
 Slots = Annotated[str | None, typer.Option("--slots-per-rank", help="one number, or one per rank: 5,5,4,4")]
 SplitName = Annotated[
-    str | None, typer.Option("--split", help="how copies share: even, static, nearest, optimal", show_default=False)
+    str | None,
+    typer.Option(
+        "--split",
+        help="how copies share: even, static, nearest, optimal",
+        show_default=False,
+        autocompletion=among("even", "static", "nearest", "optimal"),
+    ),
 ]
 SendersName = Annotated[
     str | None, typer.Option("--senders", help="who sends, for the nearest split: traces, uniform", show_default=False)
@@ -42,13 +61,30 @@ RulesPath = Annotated[
     Path | None, typer.Option("--rules", help="rules.json: experts pinned, kept off, apart or together")
 ]
 EngineName = Annotated[
-    str | None, typer.Option("--engine", help="heed an engine's limits and split; see gemopt engines")
+    str | None,
+    typer.Option("--engine", help="heed an engine's limits and split; see gemopt engines", autocompletion=engine_names),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="seed of the random choices")]
 Gap = Annotated[float, typer.Option("--gap", help="stop once this close to the optimum is proven, e.g. 0.01")]
-Cost = Annotated[str, typer.Option("--cost", metavar="auto|staircase|roofline", help="cost model")]
+Cost = Annotated[
+    str,
+    typer.Option(
+        "--cost",
+        metavar="auto|staircase|roofline",
+        help="cost model",
+        autocompletion=among("auto", "staircase", "roofline"),
+    ),
+]
 Task = Annotated[str | None, typer.Option("--task", help="use only the steps of this task")]
-PhaseName = Annotated[str | None, typer.Option("--phase", metavar="prefill|decode|mixed", help="use only these steps")]
+PhaseName = Annotated[
+    str | None,
+    typer.Option(
+        "--phase",
+        metavar="prefill|decode|mixed",
+        help="use only these steps",
+        autocompletion=among("prefill", "decode", "mixed"),
+    ),
+]
 Hidden = Annotated[
     Path | None, typer.Option("--hidden", help="hidden states of gemopt trace --hidden: only the requests drawn there")
 ]
@@ -61,6 +97,7 @@ SOLVERS = (
     "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, moetuner, conflict, local-search, "
     "branch, columns, cpsat, milp"
 )
+solver_names = among(*SOLVERS.split(", "))
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
 

@@ -50,6 +50,7 @@ from gemopt.cli.options import (
     load_traces,
     parse_budget,
     parse_slots,
+    solver_names,
     whole_or_nothing,
 )
 from gemopt.cli.outputs import check_outputs
@@ -76,7 +77,7 @@ def solve_command(
     profile: ProfilePath,
     traces: TracesPath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="placement.json to write")] = None,
-    solver: Annotated[str, typer.Option("--solver", help=SOLVERS)] = "auto",
+    solver: Annotated[str, typer.Option("--solver", help=SOLVERS, autocompletion=solver_names)] = "auto",
     time_limit: TimeLimit = None,
     slots_per_rank: Slots = None,
     split: SplitName = None,

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import examples, print_json, say, trace_app
+from gemopt.cli.options import engine_names
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 
@@ -30,7 +31,9 @@ class PhaseName(StrEnum):
 )
 def import_command(
     paths: Annotated[list[Path], typer.Argument(help="recorded files, or their folder")],
-    source: Annotated[str, typer.Option("--from", help="engine that recorded; see `gemopt engines`")],
+    source: Annotated[
+        str, typer.Option("--from", help="engine that recorded; see `gemopt engines`", autocompletion=engine_names)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="traces.safetensors to write")],
     ep: Annotated[int | None, typer.Option("--ep", min=1, help="ranks that must have recorded")] = None,
     num_experts: Annotated[int | None, typer.Option(min=1, help="experts of a layer")] = None,
