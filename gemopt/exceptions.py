@@ -109,6 +109,8 @@ EXTRAS = {
     "highspy": "exact",
     "pyarrow": "tables",
     "prometheus_client": "watch",
+    "joblib": "cluster",
+    "dask": "cluster",
 }
 
 
