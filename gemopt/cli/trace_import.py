@@ -45,6 +45,9 @@ def import_command(
     batch_size: Annotated[int | None, typer.Option(min=1, help="responses: sequences in flight (64)")] = None,
     prefill_tokens: Annotated[int | None, typer.Option(min=1, help="responses: prompt tokens of a step (4096)")] = None,
     keep_tokens: Annotated[bool, typer.Option("--keep-tokens", help="keep token-level ids (in memory)")] = False,
+    no_pipeline: Annotated[
+        bool, typer.Option("--no-pipeline", help="ranks and files are no stages of a pipeline, though they look so")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> None:
     """Read routing traces that a serving engine recorded."""
@@ -65,6 +68,7 @@ def import_command(
         prefill_tokens=prefill_tokens,
         phase=None if phase is None else Phase.MIXED if phase is PhaseName.ALL else Phase[phase.name],
         keep_tokens=keep_tokens,
+        no_pipeline=no_pipeline,
     )
     with shown("steps read", hidden=as_json) as bar:
         told = None if bar is None else lambda steps: bar(steps, None)

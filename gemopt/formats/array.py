@@ -15,6 +15,7 @@ from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
+from gemopt.formats.pipelines import refuse_stages_in_time
 from gemopt.traces.arrays import (
     IN_ORDER,
     NOT_IDS,
@@ -84,6 +85,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
 def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], list[str]]:
     """The files without those whose counts came before, and a note on each of these."""
     kept: dict[bytes, Path] = {}
+    sums: list[tuple[str, IntArray]] = []
     notes: list[str] = []
     for path in files:
         counts = _counts(path, notes)
@@ -95,6 +97,10 @@ def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], lis
         first = kept.setdefault(digest.digest(), path)
         if first is not path:
             notes.append(f"{path.name} is {first.name} again: counted once")
+        else:
+            sums.append((path.name, counts.sum(axis=2, dtype=np.int64)))
+    if not options.no_pipeline:
+        refuse_stages_in_time(sums)
     return list(kept.values()), notes
 
 

@@ -26,6 +26,7 @@ from gemopt.formats import table_files
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import JSON_LIMIT, size_of
 from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_parts
+from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import refuse_totals
 
@@ -65,6 +66,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     files = files_of(paths, *SUFFIXES)
     others: dict[str, str] = {}  # what the columns say that are not known
     tables = [_read(path, name, others) for path, name in zip(files, names_of(files), strict=True)]
+    layers_of = [(table.name, {layer for counts in table.ranks.values() for _, layer, _ in counts}) for table in tables]
+    refuse_named_stages(layers_of, options.no_pipeline)
     by_rank = any(_RANK.search(table.name) for table in tables)
     notes: list[str] = []
     steps = _steps(tables, notes, by_rank)
@@ -92,27 +95,29 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         notes.append(f"columns that say the same in all lines are left unread: {', '.join(others)}")
     if len(own.ranks) > 1:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
-        _refuse_local(steps, own.ranks, layers, experts)
+        each_RTLE = np.stack([_dense(steps, [rank], layers, experts) for rank in own.ranks])
+        _refuse_local(each_RTLE)
+        doubt = refuse_stages(own.ranks, each_RTLE.sum(axis=3), options.no_pipeline)
+        notes += [doubt] if doubt else []
     total = _dense(steps, own.ranks, layers, experts)
     refuse_totals("PATHS: counts", total)
     used = total[total.any(axis=(1, 2))]
     return Recording(blocks=lambda: iter([used] if len(used) else []), layer_ids=tuple(layers), notes=notes)
 
 
-def _refuse_local(steps: list[dict[int, dict[Key, int]]], ranks: list[int], layers: list[int], experts: int) -> None:
-    """Raise where ranks number their own experts.
+def _refuse_local(by_rank: IntArray) -> None:
+    """Raise where ranks number their own experts. by_rank: [ranks, T, L, E] counts.
 
     All layers have as many assignments then when all ranks are taken together, but not on a rank; of ranks that count
     their tokens, whoever has the experts, every one has as many in all layers.
     """
-    by_rank = np.stack([_dense(steps, [rank], layers, experts) for rank in ranks])  # [ranks, T, L, E]
     sums = by_rank.sum(axis=3)
     total = sums.sum(axis=0)
     own = (total == total[:, :1]).all() and (sums != sums[:, :, :1]).any()
-    everywhere = 2 * np.median(by_rank.any(axis=(1, 2)).sum(axis=0)) > len(ranks)  # and not copies here and there
+    everywhere = 2 * np.median(by_rank.any(axis=(1, 2)).sum(axis=0)) > len(by_rank)  # and not copies here and there
     if own and everywhere:
         raise InputError(
-            "PATHS: expert", f"{experts} experts that are others on every rank, by the sums of the layers",
+            "PATHS: expert", f"{by_rank.shape[3]} experts that are others on every rank, by the sums of the layers",
             "one number for each expert of a layer", "add to an expert those of the ranks before its own",
         )  # fmt: skip
 

@@ -66,7 +66,8 @@ class TraceOptions:
 
     `batch_size` (64), `prefill_tokens` (4096), `phase` (decode): continuous batching of recorded requests; phase MIXED
     takes all tokens, one after the other. `keep_tokens`: keep the token-level record where there is one (in memory).
-    `num_ranks`: how many ranks must have written.
+    `num_ranks`: how many ranks must have written. `no_pipeline`: no files are of stages of a pipeline, however like it
+    their counts look.
     """
 
     num_ranks: int | None = None
@@ -79,6 +80,7 @@ class TraceOptions:
     prefill_tokens: int | None = None
     phase: Phase | None = None
     keep_tokens: bool = False
+    no_pipeline: bool = False
 
     def refuse_unused(self, recording: str, *used: str) -> None:
         """Refuse options that some recordings heed, and this one does not."""

@@ -18,6 +18,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions, check_sizes
 from gemopt.formats.files import load_torch
 from gemopt.formats.findings import Own, own_counts, ranges, without_drafts
+from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.formats.sglang_records import (
     check_map,
     counted_ids,
@@ -42,6 +43,8 @@ class _Stage:
     seen: dict[int, int] = field(default_factory=dict)
     phases: dict[int, int] = field(default_factory=dict)
     digests: dict[tuple[int, int], int] = field(default_factory=dict)  # 0 where nothing was counted
+    sums: dict[tuple[int, int], IntArray] = field(default_factory=dict)  # [rows] assignments
+    words: dict[tuple[int, int], int] = field(default_factory=dict)  # what tells token ids apart, where recorded
     tokens: dict[tuple[int, int], TokenRows] = field(default_factory=dict)
     again: int = 0
     counted: bool = False  # from ids: the file has no counts
@@ -63,6 +66,15 @@ class _Stage:
         recorded = {rank: tuple(self.digests[number, rank] for number in passes) for rank in self.ranks}
         return own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
 
+    def doubt(self, no_pipeline: bool) -> str:
+        """A note where its ranks may be stages that number their layers from 0; raises where they must be."""
+        passes, ranks = sorted(self.whole), self.own.ranks
+        sums_RTL = np.stack([np.stack([self.sums[number, rank] for number in passes]) for rank in ranks])
+        words = [{self.words.get((number, rank)) for rank in ranks} for number in passes]
+        unknown = any(None in each for each in words)
+        own_tokens = None if unknown else any(len(each) == len(ranks) for each in words)
+        return refuse_stages(ranks, sums_RTL, no_pipeline, own_tokens)
+
     def add(self, path: Path, record: Any, counts: IntArray) -> bool:
         """Add the counts of a pass of a rank; False when they were there already."""
         number, rank = _key(path, record)
@@ -73,11 +85,14 @@ class _Stage:
                     f"{path}: records",
                     f"forward pass {number} of rank {rank} twice, with other counts",
                     "each pass once per rank",
-                    "the folder mixes runs: import them apart",
+                    "the folder mixes runs, or stages of a pipeline that number their layers from 0: import them apart",
                 )
             self.again += 1
             return False
         self.digests[number, rank] = digest
+        self.sums[number, rank] = counts.sum(axis=1, dtype=np.int64)
+        if isinstance(record.get("input_ids"), list):
+            self.words[number, rank] = hash(tuple(record["input_ids"]))
         if number not in self.totals:
             self.totals[number] = counts.astype(np.int32)
         else:
@@ -96,6 +111,7 @@ def read_detail(files: list[Path], options: TraceOptions) -> Recording | Loaded:
     idle: list[tuple[Path, list[tuple[Any, IntArray]]]] = []
     map_LP: NDArray[np.int64] | None = None
     others = 0
+    layers_of: list[tuple[str, set[int]]] = []
     for path in files:
         data = load_torch(path)
         found_LP = map_of(path, data)
@@ -105,10 +121,12 @@ def read_detail(files: list[Path], options: TraceOptions) -> Recording | Loaded:
         others += len(data["records"]) - len(records)
         counted = [(record, record_counts(path, record, map_LP)) for record in records]
         layers = {int(i) for _, counts in counted for i in np.flatnonzero(counts.any(axis=1))}
+        layers_of.append((path.name, layers))
         if layers:
             _add(_stage_of(path, stages, layers), path, counted, map_LP, options)
         else:
             idle.append((path, counted))
+    refuse_named_stages(layers_of, options.no_pipeline)
     if map_LP is None or not stages:
         raise InputError(str(files[0]), "no assignments in any record", "a recording of at least one forward pass")
     for path, counted in idle:
@@ -156,11 +174,12 @@ def _result(
 ) -> Recording | Loaded:
     _check_ranks(stages, options, folder)
     passes = _whole_passes(stages, folder)
+    doubts = [note for stage in stages if (note := stage.doubt(options.no_pipeline))]
     logical = sum(
         to_logical([stage.totals.pop(number) for number in passes], map_LP, stage.own.times) for stage in stages
     )
     assert not isinstance(logical, int)
-    notes = _notes(stages, len(passes)) + unread
+    notes = _notes(stages, len(passes)) + unread + doubts
     logical = without_drafts(logical, options, notes)
     used: NDArray[np.bool_] = np.asarray(logical.any(axis=(1, 2)))
     passes = [number for number, kept in zip(passes, used, strict=True) if kept]

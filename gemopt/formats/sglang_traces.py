@@ -22,6 +22,7 @@ from gemopt.formats import count_csv, responses
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions, files_of
 from gemopt.formats.files import bounded_json, load_torch, whole_numbers
 from gemopt.formats.findings import ranges, without_drafts
+from gemopt.formats.pipelines import refuse_named_stages, refuse_stages_in_time
 from gemopt.formats.sglang_detail import read_detail
 from gemopt.traces.files import meant
 
@@ -77,12 +78,14 @@ class _Stat:
     layers: frozenset[int]  # with assignments
     added_up: bool  # two dimensions: all steps in one
     rank: Any  # that wrote it, if it says so
+    sums_TL: IntArray
 
     @classmethod
     def of(cls, path: Path) -> _Stat:
         counts, added_up, rank = _counts(path)
         layers = frozenset(np.flatnonzero(counts.any(axis=(0, 2))).tolist())
-        return cls(path, hashlib.sha256(np.ascontiguousarray(counts).data).digest(), layers, added_up, rank)
+        digest = hashlib.sha256(np.ascontiguousarray(counts).data).digest()
+        return cls(path, digest, layers, added_up, rank, counts.sum(axis=2, dtype=np.int64))
 
 
 def _counts(path: Path) -> tuple[IntArray, bool, Any]:
@@ -105,6 +108,9 @@ def _read_stat(files: list[Path], options: TraceOptions) -> Recording:
         if stat.digest in known and stat.layers:
             first_notes.append(f"{stat.path.name} is {known[stat.digest].path.name} again: counted once")
         known.setdefault(stat.digest, stat)
+    refuse_named_stages([(stat.path.name, stat.layers) for stat in known.values()], options.no_pipeline)
+    if not options.no_pipeline:
+        refuse_stages_in_time([(stat.path.name, stat.sums_TL) for stat in known.values()])
     groups = _stages([stat for stat in known.values() if stat.layers])
     if groups and len(groups[0]) > 1:
         layers = "; ".join(ranges(stat.layers) for stat in groups[0])

@@ -19,6 +19,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.files import bounded_json, safetensors_rows
 from gemopt.formats.findings import own_counts, ranges
+from gemopt.formats.pipelines import refuse_stages
 from gemopt.traces import COUNT_LIMIT
 
 META, SUFFIXES = "meta_info.json", (".json", ".safetensors")
@@ -41,6 +42,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         )
         hint = "a file is missing, or the folder mixes runs: record again into an empty one"
         raise InputError(f"{folder}: rank*.safetensors", found, "as many of every pipeline stage", hint)
+    added = zip(stages, own, strict=True)
+    doubts = [refuse_stages(alike.ranks, stage.sums_of(alike.ranks), options.no_pipeline) for stage, alike in added]
     layers = np.concatenate([stage.layers for stage in stages])
     total = np.concatenate([s.total(experts, alike.ranks) for s, alike in zip(stages, own, strict=True)], axis=1)
     ranks = sum(len(stage.files) for stage in stages)
@@ -48,7 +51,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     if len(stages) > 1:
         parts = "; ".join(ranges(stage.layers) for stage in stages)
         notes.append(f"{len(stages)} pipeline stages joined by layer: {parts}")
-    notes += [own[0].note] if own[0].note else []
+    notes += [note for note in (own[0].note, doubts[0]) if note]
     hidden = options.num_hidden_layers
     target = layers < (layers[-1] + 1 if hidden is None else hidden)
     if not target.all():
@@ -72,13 +75,19 @@ class _Stage:
     layers: IntArray
     files: dict[int, Path] = field(default_factory=dict)
     digests: dict[int, bytes | None] = field(default_factory=dict)
+    sums: dict[int, IntArray] = field(default_factory=dict)  # [iterations, layers] assignments
 
     def add(self, rank: int, path: Path, experts: int) -> None:
-        digest, any_counts = hashlib.sha256(), False
+        digest, sums = hashlib.sha256(), []
         for counts in self._blocks(path, experts):
             digest.update(counts.data)
-            any_counts = any_counts or bool(counts.any())
-        self.files[rank], self.digests[rank] = path, digest.digest() if any_counts else None
+            sums.append(counts.sum(axis=1, dtype=np.int64))
+        self.files[rank], self.sums[rank] = path, np.concatenate(sums).reshape(-1, len(self.layers))
+        self.digests[rank] = digest.digest() if self.sums[rank].any() else None
+
+    def sums_of(self, ranks: list[int]) -> IntArray:
+        """[ranks, iterations, layers] assignments."""
+        return np.stack([self.sums[rank] for rank in ranks])
 
     def total(self, experts: int, ranks: list[int]) -> NDArray[np.int32]:
         """[iterations, layers, E] the counts of some ranks together."""

@@ -113,6 +113,7 @@ class RecordedSource(Part):
     model: str | None = None
     batch_size: int | None = Field(default=None, ge=1)
     prefill_tokens: int | None = Field(default=None, ge=1)
+    no_pipeline: bool = False
 
 
 class Steps(Part):
