@@ -46,12 +46,14 @@ def named(name: str) -> Topology:
     InputError
         No such name; says how names are made.
     """
-    one = re.fullmatch(rf"({'|'.join(INSIDE)})-(\d+)", name)
-    many = re.fullmatch(rf"(\d+)x(\d+)-({'|'.join(NETWORK)})(?:-({'|'.join(INSIDE)}))?", name)
+    one = re.fullmatch(rf"({'|'.join(INSIDE)})-(\d+)", name.lower())
+    many = re.fullmatch(rf"(\d+)x(\d+)-({'|'.join(NETWORK)})(?:-({'|'.join(INSIDE)}))?", name.lower())
     if one:
         nodes, size, inside, network = 1, int(one[2]), one[1], None
     elif many:
         nodes, size, inside, network = int(many[1]), int(many[2]), many[4] or "nvlink", many[3]
+    elif "/" in name or "." in name:
+        raise InputError("topology", name, "no such file", "nor is it a name such as 2x8-ib400")
     else:
         known = f"INSIDE of {', '.join(INSIDE)} and NETWORK of {', '.join(NETWORK)}"
         limit = f"a file ending in .json, or INSIDE-RANKS or NODESxRANKS-NETWORK[-INSIDE] with {known}"
@@ -64,7 +66,7 @@ def named(name: str) -> Topology:
         between, said = NETWORK[network]
         source = f"inside: {source}; between: {said}"
     return Topology(
-        name=name,
+        name=name.lower(),
         node_of_rank=np.repeat(np.arange(nodes), size),
         within_node=within if size > 1 else None,
         between_nodes=between if nodes > 1 else None,

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.profiling": ROOT / "profiling"}
 TIERS = [
     ["exceptions", "foreign", "tables", "documents", "cores", "interrupts"],
-    ["latency", "profile", "placement", "traces", "topology", "named_topologies", "rules"],
+    ["latency", "profile", "placement", "traces", "topology", "link_doubts", "named_topologies", "rules"],
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize", "layer_rules"],
     ["flows", "links", "problem", "splits", "evaluate", "result", "certificate", "verify"],
     ["bounds", "solvers"],

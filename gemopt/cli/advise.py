@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
-from gemopt.cli.links import TopologyName
+from gemopt.cli.links import TopologyName, doubt
 from gemopt.cli.options import (
     AsJson,
     Cost,
@@ -148,6 +148,7 @@ def _migration(
         return found
     from gemopt.advise.links import slowest_gbps
 
+    doubt(topology)
     slowest = slowest_gbps(topology, profile.num_ranks, found.expert_bytes)
     return Migration(**given, bytes_per_s=slowest * 1e9)
 

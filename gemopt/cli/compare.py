@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, notice, print_json, show
-from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
+from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, doubt, parse_exchange
 from gemopt.cli.moves import Current, ExpertBytes
 from gemopt.cli.options import (
     SOLVERS,
@@ -114,6 +114,7 @@ def compare_command(
             chosen, found_by = load_traces(traces, task, phase), names if solvers else []
             return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
                           cost=cost, expert_bytes=expert_bytes, **options)  # fmt: skip
+    doubt(topology)
     with (
         whole_or_nothing(threads),
         shown("solvers", total=len(names), limit_s=time_limit * len(names), hidden=as_json) as progress,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import app, console, examples, print_json
+from gemopt.cli.app import app, console, examples, notice, print_json
 from gemopt.cli.outputs import check_outputs
 from gemopt.exceptions import InputError
 
@@ -79,6 +79,15 @@ def parse_exchange(
     )
 
 
+def doubt(topology: str | None) -> None:
+    """Say on standard error what is hardly right about links that were given."""
+    from gemopt.link_doubts import doubts
+    from gemopt.topology import load
+
+    for each in [] if topology is None else doubts(load(topology)):
+        notice(f"note: {each}")
+
+
 @app.command(
     "topology",
     epilog=examples(
@@ -108,6 +117,7 @@ def topology_command(
 ) -> int:
     """Show, write or import links: a name, topology.json, nccl-tests output, rank_cost_matrix, measured tables."""
     from gemopt.formats.links import read_links
+    from gemopt.link_doubts import doubts
 
     if once_per is not None and once_per not in ONCE_PER:
         raise InputError("--once-per", once_per, f"one of {', '.join(ONCE_PER)}")
@@ -117,9 +127,12 @@ def topology_command(
         found.save(output)
     if as_json:
         print_json(found.model_dump(mode="json"))
-        return 0
-    for line in described(found):
+    for line in [] if as_json else described(found):
         console.print(line, highlight=False)
+    for each in doubts(found):
+        notice(f"note: {each}")
+    if as_json:
+        return 0
     if output is not None:
         console.print(f"wrote {output}")
     return 0
@@ -135,7 +148,7 @@ def described(topology: Topology) -> list[str]:
         if level is None:
             continue
         if level.points is None:
-            speed = f"{level.bandwidth_gbs:g} GB/s, {level.latency_us:g} us"
+            speed = f"{level.bandwidth_gbs:g} GB/s ({8 * level.bandwidth_gbs:g} Gb/s), {level.latency_us:g} us"
         else:
             (low, first), (high, last) = level.points[0], level.points[-1]
             speed = f"{len(level.points)} points, {first:g} us for {low:g} bytes to {last:g} us for {high:g}"

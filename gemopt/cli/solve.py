@@ -9,7 +9,7 @@ import typer
 
 from gemopt import cores, interrupts
 from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, typed, warn
-from gemopt.cli.links import ComputeSlack, OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, parse_exchange
+from gemopt.cli.links import ComputeSlack, OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, doubt, parse_exchange
 from gemopt.cli.moves import (
     Add,
     Bandwidth,
@@ -241,6 +241,7 @@ def evaluate_command(
         "topology": topology,
         "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
     }
+    doubt(topology)
     evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders, rules=rules, **wired)
     contiguous = Placement.contiguous(
         chosen.num_layers, chosen.num_experts, measured.num_ranks, layer_ids=list(chosen.layer_ids)

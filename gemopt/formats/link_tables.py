@@ -175,7 +175,8 @@ def from_table(
     layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
     if layout is None:
         limit = "aiconfigurator's nccl_perf, moe_a2a_perf, wideep_deepep_ll_perf or wideep_deepep_normal_perf"
-        raise InputError(str(path), f"columns {', '.join(full.header)}", limit)
+        hint = "of nccl-tests and rccl-tests give what they print, with the lines of ranks"
+        raise InputError(str(path), f"columns {', '.join(full.header)}", limit, hint)
     rows, load_column = layout.rows(full), layout.load
     table = chosen_rows(Table(full.path, list(rows[0].cells), rows), where)
     loads = [number(table, row, load_column, largest=LARGEST) for row in table.rows]

@@ -12,22 +12,20 @@ from numpy.typing import NDArray
 
 from gemopt.documents import read_bytes, read_json
 from gemopt.exceptions import InputError, refuse_unused
-from gemopt.formats.link_tables import from_table, rising, smoothed
+from gemopt.formats.link_tables import from_table
+from gemopt.formats.nccl_tests import RANK_LINE, is_json, printed, topology_of, written
+from gemopt.formats.table_files import UTF16
 from gemopt.named_topologies import named
-from gemopt.topology import LEVELS, Level, Topology, load
+from gemopt.topology import LEVELS, Topology
 
-RANK_LINE = re.compile(r"^#\s+Rank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?Pid\s+\d+\s+on\s+(\S+)\s+device", re.MULTILINE)
-AGGREGATED = re.compile(r"agg iters: (?!1\b)\d+")
-TEST_LINE = re.compile(r"^# Collective test starting: (\w+?)(?:_perf)?\s*$", re.MULTILINE)
-ROW = re.compile(
-    r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+([a-z]\w*\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+(?:[^\S\n]+(\S+))?",
-    re.MULTILINE,
-)
-BEGUN = re.compile(r"^[^\S\n]*\d+[^\S\n]+\d+[^\S\n]+[a-z]\w*.*$", re.MULTILINE)  # also a row cut short
 TAG = re.compile(
-    r"^(?:\[\d+,\d+\]<std(?:out|err)>: ?|[^\S\n]*\d+: )", re.MULTILINE
-)  # mpirun --tag-output, srun --label
-USED = ("alltoall", "sendrecv")
+    r"^(?:\[\d+,\d+\]<std(?:out|err)>: ?|[^\S\n]*\d+: |\[[^\]\n]+\] (?=.*#|[^\S\n]*\d)|\d{4}-\d\d-\d\dT\S+ )+",
+    re.MULTILINE,
+)  # mpirun --tag-output, srun --label, kubectl logs --prefix --timestamps
+OTHERS = {
+    "nvidia-smi topo, which tells how GPUs are linked, not how fast": re.compile("NUMA Affinity|CPU Affinity"),
+    "a log of DeepEP's tests, of one number of tokens": re.compile("Dispatch (\\+ combine )?bandwidth|Best dispatch"),
+}
 
 
 def read_links(
@@ -52,20 +50,28 @@ def read_links(
     """
     of_table = {"--where": " ".join(where) or None, "--token-bytes": token_bytes, "--once-per": once_per}
     path = Path(source)
-    if path.suffix != ".json" and not path.exists():
+    document = path.suffix.lower() == ".json"
+    if not document and not path.exists():
         refuse_unused({"--like": like, "--inside": inside, **of_table}, f"does not apply to {source}")
         return named(source)
-    if path.suffix != ".json":
+    if not document:
         data = read_bytes(path)
         if path.suffix in (".yaml", ".yml"):
             raise InputError(source, "YAML", "a topology or a rank_cost_matrix is a document in .json")
+        text = TAG.sub("", data.decode("utf-16" if data.startswith(UTF16) else "utf-8", errors="replace"))
+        for name, told in OTHERS.items():
+            if told.search(text) and not RANK_LINE.search(text):
+                hint = "measure: alltoall_perf of nccl-tests, gemopt profile links; or take a name such as nvlink-8"
+                raise InputError(source, name, "measured exchanges of several sizes", hint)
         refuse_unused({"--like": like}, f"does not apply to {source}")
-        text = TAG.sub("", data.decode(errors="replace"))
         if data[:4] == b"PAR1" or ("," in text.partition("\n")[0] and not RANK_LINE.search(text)):
             return from_table(path, where=where, token_bytes=token_bytes, once_per=once_per, inside=inside)
         refuse_unused(of_table, f"does not apply to {source}")
-        return from_nccl_tests(text, source, inside=inside)
+        return topology_of(printed(text, source), source, inside=inside)
     content = read_json(path)
+    if is_json(content):
+        refuse_unused({"--like": like, **of_table}, f"does not apply to {source}")
+        return topology_of(written(content, source), source, inside=inside)
     refuse_unused({"--inside": inside, **of_table}, f"does not apply to {source}")
     if isinstance(content, list) or (isinstance(content, dict) and "rank_cost_matrix" in content):
         return from_cost_matrix(content, source, like=like)
@@ -78,6 +84,8 @@ def from_cost_matrix(data: Any, source: str, *, like: str | None) -> Topology:
     if isinstance(data, dict) and set(data) != {"rank_cost_matrix"}:
         raise InputError(source, sorted(set(data) - {"rank_cost_matrix"}), "one key, rank_cost_matrix")
     rows = data["rank_cost_matrix"] if isinstance(data, dict) else data
+    if rows and all(isinstance(row, dict) for row in rows):
+        raise InputError(source, "rows of a table", "a square of numbers", "of rccl-tests give what it prints")
     try:
         cost = np.array(rows, dtype=np.float64)
     except (ValueError, TypeError):
@@ -121,72 +129,9 @@ def _groups(near: NDArray[np.bool_], field: str) -> NDArray[np.int64]:
     group = np.argmax(near, axis=1)
     if (near != (group[:, None] == group[None])).any():
         g, h = np.argwhere(near != (group[:, None] == group[None]))[0].tolist()
-        raise InputError(f"{field}[{g}][{h}]", "no groups of ranks", "who is near one of a node is near all of it")
+        limit, hint = (
+            "who is near one of a node is near all of it",
+            "costs are higher between nodes; bandwidths are none",
+        )
+        raise InputError(f"{field}[{g}][{h}]", "no groups of ranks", limit, hint)
     return np.asarray(np.unique(group, return_inverse=True)[1], dtype=np.int64)
-
-
-def from_nccl_tests(text: str, source: str, *, inside: str | None) -> Topology:
-    """Measured points of `alltoall_perf` or `sendrecv_perf`: within a node, or between nodes where it ran on several.
-
-    Out-of-place times. Of an all-to-all of S bytes per rank each peer gets S / n, so S (n - smallest node) / n go
-    between nodes, or S (n - 1) / n within one; of a send each rank's port carries S.
-    """
-    ranks = RANK_LINE.findall(text)
-    tests = set(TEST_LINE.findall(text))
-    rows = ROW.findall(text)
-    if not ranks or not rows:
-        limit = f"the whole output of {' or '.join(test + '_perf' for test in USED)} of nccl-tests"
-        hint = "or a document or matrix in .json, or a name such as nvlink-8"
-        raise InputError(source, f"{len(ranks)} ranks, {len(rows)} rows", limit, hint)
-    cut = next((line for line in BEGUN.findall(text) if not ROW.match(line)), None)
-    if cut is not None:
-        raise InputError(source, cut.strip(), "whole rows of nccl-tests", "was the output cut?")
-    if "cputime" in text:
-        raise InputError(source, "cputime", "times of exchanges, not of their launch", "run it without -C 1")
-    together = AGGREGATED.search(text)
-    if together is not None:
-        raise InputError(source, together[0], "exchanges one after the other", "run it without -m")
-    if len({group for _, group, _ in ranks}) > 1:
-        raise InputError(source, "ranks of several groups", "one group of ranks", "run it without NCCL_TESTS_SPLIT")
-    for row in rows:
-        if row[5] not in {"", "0", "0e+00", "N/A"}:
-            raise InputError(source, f"#wrong {row[5]} at {row[0]} bytes", "0: what was received is not what was sent")
-    test = tests.pop() if len(tests) == 1 else _told_by_name(source)
-    if test not in USED:
-        raise InputError(source, test or "an unnamed test", f"the output of {' or '.join(t + '_perf' for t in USED)}")
-    types = sorted({row[2] for row in rows})
-    if len(types) > 1:
-        raise InputError(source, f"types {', '.join(types)}", "exchanges of one type", "run it with one, as -d float")
-    reduced = {row[3].strip() for row in rows} - {"", "none"}
-    if test == "alltoall" and reduced:
-        raise InputError(source, f"a test that takes the {reduced.pop()}", "an all-to-all, which takes none")
-    numbers = [int(rank) for rank, *_ in ranks]
-    if numbers != list(range(len(ranks))):
-        raise InputError(source, numbers, "ranks 0, 1, ... once each")
-    hosts = list(dict.fromkeys(host for *_, host in ranks))
-    node_of_rank = np.array([hosts.index(host) for *_, host in ranks])
-    sizes, total = np.bincount(node_of_rank), len(ranks)
-    size, several = int(sizes.max()), len(hosts) > 1
-    most = (total - int(sizes.min()) if several else total - 1) / total  # of what a rank has, through the fullest port
-    share = 1.0 if test == "sendrecv" else most
-    points = sorted({(float(row[0]) * share, float(row[4])) for row in rows if int(row[0]) > 0})
-    level = Level(points=rising(points, source))
-    within = None if several else level
-    if inside is not None and not (several and size > 1):
-        refuse_unused({"--inside": inside}, f"does not apply to {source}")
-    if several and size > 1:
-        if inside is None:
-            raise InputError("--inside", None, "the test ran between nodes; say how fast one is inside", "nvlink-8")
-        within = load(inside).within_node
-    return Topology(
-        name=Path(source).stem,
-        node_of_rank=node_of_rank,
-        within_node=within,
-        between_nodes=level if several else None,
-        source=f"{test}_perf of nccl-tests on {total} GPUs of {len(hosts)} nodes, {source}{smoothed(points, level)}",
-    )
-
-
-def _told_by_name(source: str) -> str:
-    """The test that a file is named after, as older outputs do not say it."""
-    return next((test for test in USED if test in Path(source).name.replace("_", "").lower()), "")

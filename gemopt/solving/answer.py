@@ -11,6 +11,7 @@ from gemopt.costs import CostModel, FitReport
 from gemopt.evaluate import Evaluation, check, moves_us, objective, score, total_objective, with_links
 from gemopt.exceptions import InputError, SolverError
 from gemopt.latency import FloatArray
+from gemopt.link_doubts import doubts
 from gemopt.links import BytesSaved, LinksReport
 from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
@@ -105,7 +106,7 @@ def answer(
         cost=cost.name,
         cost_error=None if report is None or np.isnan(report.error) else report.error,
         cost_summary="" if report is None else report.summary(),
-        notes=[*_notes(run, per_layer), *_division(moving), *_other_network(profile, traces)],
+        notes=[*_notes(run, per_layer), *_division(moving), *_other_network(profile, traces), *_wires(run)],
         moves=report_of_moves,
         links=_links(run, scored),
         origin=made,
@@ -121,6 +122,10 @@ def _other_network(profile: Profile, traces: Traces) -> list[str]:
         f"{name}: {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs and ours and theirs != ours
     ]
     return [f"the profile was measured for another network than the traces ({'; '.join(differ)})"] if differ else []
+
+
+def _wires(run: Run) -> list[str]:
+    return [] if run.coupling is None else doubts(run.coupling.links.topology)
 
 
 def _spread(run: Run) -> float:

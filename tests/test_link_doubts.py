@@ -1,0 +1,67 @@
+"""Links in units that were mistaken for others are taken as they are, and said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_inputs import gemopt, write_inputs
+
+from gemopt.link_doubts import doubts
+from gemopt.named_topologies import INSIDE, NETWORK, named
+from gemopt.topology import Topology
+
+TWO = {"node_of_rank": [0, 0, 1, 1], "within_node": {"bandwidth_gbs": 450.0}, "between_nodes": {"bandwidth_gbs": 50.0}}
+
+
+@pytest.mark.parametrize(
+    ("level", "change", "said"),
+    [
+        ("between_nodes", {"bandwidth_gbs": 50.0}, ""),
+        ("between_nodes", {"bandwidth_gbs": 400.0}, "for 400 Gb/s write 50"),
+        ("between_nodes", {"bandwidth_gbs": 100.0, "latency_us": 5.0}, ""),
+        ("between_nodes", {"bandwidth_gbs": 200.0, "port_of": "node"}, ""),  # a NIC for each rank
+        ("between_nodes", {"bandwidth_gbs": 1600.0, "port_of": "node"}, "for 1600 Gb/s write 200"),
+        ("between_nodes", {"bandwidth_gbs": 0.05}, "not in TB/s"),
+        ("between_nodes", {"bandwidth_gbs": 50.0, "latency_us": 0.022}, "is that in microseconds"),
+        ("between_nodes", {"bandwidth_gbs": 50.0, "latency_us": 22000.0}, "is that in microseconds"),
+        ("between_nodes", {"points": [(1.0, 22.0), (16.0, 360.0)]}, "are the bytes bytes"),
+        ("between_nodes", {"points": [(1024.0, 22.0), (1e9, 1400.0)]}, ""),  # measured over NVLink, in bytes
+        ("within_node", {"bandwidth_gbs": 900.0}, ""),
+        ("within_node", {"bandwidth_gbs": 7200.0}, "for 7200 Gb/s write 900"),
+    ],
+)
+def test_bandwidths_and_latencies_in_other_units(level: str, change: dict[str, Any], said: str) -> None:
+    found = doubts(Topology(**(TWO | {level: change})))
+    assert (found == []) if not said else (len(found) == 1 and found[0].startswith(level) and said in found[0])
+
+
+def test_links_of_pairs() -> None:
+    matrix = [[0.0, 900.0, 50.0], [900.0, 0.0, 50.0], [50.0, 400.0, 0.0]]
+    (found,) = doubts(Topology(node_of_rank=[0, 0, 1], pair_bandwidth_gbs=matrix))
+    assert "for 400 Gb/s write 50" in found
+    matrix[2][1] = 50.0
+    assert doubts(Topology(node_of_rank=[0, 0, 1], pair_bandwidth_gbs=matrix)) == []
+
+
+def test_named_ones_are_beyond_doubt() -> None:
+    for inside in INSIDE:
+        for network in NETWORK:
+            assert doubts(named(f"2x4-{network}-{inside}")) == []
+
+
+def test_commands_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile, traces = write_inputs(tmp_path)
+    links, said = tmp_path / "t.json", "for 400 Gb/s write 50"
+    links.write_text(json.dumps({"node_of_rank": [0, 1], "between_nodes": {"bandwidth_gbs": 400}}))
+    wired = ("--topology", links, "--once-per", "assignment", "--token-bytes", "4096")
+    placement, brief = tmp_path / "p.json", ("--time-limit", "2", "--patience", "1")
+    code, out, err = gemopt(capsys, "topology", links)
+    assert code == 0 and "400 GB/s (3200 Gb/s)" in out and said in err
+    code, out, _ = gemopt(capsys, "solve", profile, traces, *wired, *brief, "-o", placement)
+    assert code == 0 and said in out
+    for command in (("evaluate", placement, profile, traces), ("compare", profile, traces, "--solvers", "lpt")):
+        code, _, err = gemopt(capsys, *command, *wired)
+        assert code == 0 and said in err
