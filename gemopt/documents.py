@@ -31,6 +31,7 @@ from gemopt import foreign
 from gemopt.exceptions import InputError
 
 Self = TypeVar("Self", bound="Document")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextmanager
@@ -96,6 +97,8 @@ def read_bytes(path: str | os.PathLike[str], *, limit_bytes: int = 1 << 31) -> b
         raise InputError(str(path), error.strerror or str(error), "a readable file is needed") from None
     if len(content) > limit_bytes:
         raise InputError(str(path), "a larger file", f"at most {limit_bytes} bytes")
+    if content.startswith(LFS_POINTER):
+        raise InputError(str(path), "a pointer of Git LFS", "the file that it stands for", "git lfs pull")
     return content
 
 
@@ -120,7 +123,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         found, way_out = foreign.of_file(path)
         if found and not found.startswith("a text"):
             raise InputError(str(path), found, "a JSON document is needed", way_out) from None
-        raise InputError(str(path), str(error), "a complete JSON document is needed") from None
+        hint = "write it as JSON" if Path(path).suffix in (".yaml", ".yml") else ""
+        raise InputError(str(path), str(error), "a complete JSON document is needed", hint) from None
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
@@ -186,7 +190,7 @@ class Document(Settings):
         if not isinstance(data, dict):
             raise InputError(str(path), type(data).__name__, f"a JSON object holding a {cls.__name__} is needed")
         try:
-            return cls(**data)
+            return cls(**{key: value for key, value in data.items() if key != "$schema"})  # which is for editors
         except InputError as error:
             found, way_out = foreign.of_object(data)
             name = re.sub("(?!^)(?=[A-Z])", " ", cls.__name__).lower()

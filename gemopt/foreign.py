@@ -39,6 +39,11 @@ _OBJECTS = (
 )
 
 OURS, PLACED = " of gemopt", "a placement of "
+# What pydantic says of its own classes.
+_NEEDED = {
+    "model_type": "keys and values are needed", "model_attributes_type": "keys and values are needed",
+    "path_type": "a path is needed", "dict_type": "keys and values are needed", "list_type": "a list is needed",
+}  # fmt: skip
 _OWN = {name for _, name, _ in _OBJECTS if name.endswith(OURS)}
 
 
@@ -141,7 +146,8 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
         close = get_close_matches(str(first["loc"][-1]), known, n=1)
         return InputError(where, first["input"], "no such key" + rest, f"did you mean {close[0]}?" if close else "")
     found = "nothing" if first["type"] == "missing" else first["input"]
-    return InputError(where, found, first["msg"].lower() + rest)
+    limit = _NEEDED.get(first["type"], first["msg"].lower())
+    return InputError(where, found, limit + rest)
 
 
 def _keys_at(document: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

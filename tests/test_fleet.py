@@ -82,6 +82,20 @@ def test_rows_that_are_no_fleet(tmp_path: Path, rows: str, word: str) -> None:
         read_fleet(written(tmp_path, header + rows))
 
 
+@pytest.mark.parametrize(
+    ("header", "rows", "word"),
+    [
+        ("gpu,rel_time,tflops", "0,1,600\n1,0.9,540\n2,1.03,620\n", "rise as tflops rises"),
+        ("gpu,Rel_Time,Time (us)", "0,1,100\n1,0.91,110\n2,1.03,97\n", "fall as Time \\(us\\) rises"),
+    ],
+)
+def test_relative_speeds_are_no_relative_times(tmp_path: Path, header: str, rows: str, word: str) -> None:
+    with pytest.raises(InputError, match=f"numbers that {word}; relative times, larger is slower"):
+        read_fleet(written(tmp_path, f"{header}\n{rows}"))
+    times = "gpu,REL_TIME,tflops,time_us\n0,1,600,100\n1,1.1,545,110\n2,0.97,620,97\n"
+    assert read_fleet(written(tmp_path, times)).rel_time.tolist() == [1.0, 1.1, 0.97]
+
+
 def test_gpus_of_several_hosts_are_told_apart(tmp_path: Path) -> None:
     fleet = read_fleet(written(tmp_path, "gpu,host,rel_time\n0,a,1\n1,a,1.1\n0,b,0.9\n"))
     assert fleet.gpus == ["a/0", "a/1", "b/0"]

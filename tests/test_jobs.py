@@ -114,6 +114,9 @@ BAD = {
     "traces of no file": ({"traces": {"engine": "sglang", "files": []}}, (), ("traces.files",)),
     "a solver that is none": ({}, ("--set", "solver.name=magic"), ("magic", "local-search")),
     "an output that cannot be": ({"output": "/proc/none/here"}, (), ("output", "/proc/none/here")),
+    "layers that an engine asks for": ({"num_hidden_layers": None}, (), ("num_hidden_layers", "sglang", "add the key")),
+    "a text for a list": ({"exports": ["sglang"]}, (), ("exports.0: got sglang; keys and values are needed",)),
+    "a document for a path": ({"constraints": {"rules": {}}}, (), ("constraints.rules", "a path is needed")),
     "an output that is a file": ({"output": "profile.json"}, (), ("output", "does not exist yet", "-o")),
 }
 
@@ -192,7 +195,16 @@ def test_rules_topology_and_memory_are_keys(tmp_path: Path, capsys: pytest.Captu
 def test_json_jobs_and_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(tmp_path, "job.json")
     assert gemopt_json(capsys, "run", job, "--print-config")["output"] == str(tmp_path / "out/job")
-    for text, named in (("profile: a\nprofile: b\n", "every key once"), ("- a\n", "keys and values"), ("a: [", "YAML")):
+    told = "$schema: job.json\nx-search: &s {name: lpt}\nprofile: p\ntraces: t\noutput: o\nsolver: *s\n"
+    (tmp_path / "told.yaml").write_text(told)
+    found = read_job(tmp_path / "told.yaml", ["constraints.slots_per_rank=4,4,2"])
+    assert found.solver.name == "lpt" and found.constraints.slots_per_rank == [4, 4, 2]
+    for text, named in (
+        ("", "got nothing"),
+        ("profile: a\nprofile: b\n", "every key once"),
+        ("- a\n", "keys and values"),
+        ("a: [", "YAML"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         code, _, err = gemopt(capsys, "run", tmp_path / "bad.yaml")
         assert code == 2 and named in err and err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,16 @@ BAD_TABLES = {
     "a share": ("tokens,latency_per_token_us\n1,5\n", "if it is: --time-column 'latency_per_token_us:us'"),
     "an exchange": ("assignments,op_name,latency_us\n1,alltoall_dispatch,5\n", "op_name: got alltoall_dispatch"),
     "sequences": ("batch_size,input_len,top_k,latency_us\n1,1024,8,5\n", "does batch_size count tokens, or sequences?"),
-    "rows of JSON": ('[{"tokens": 1, "latency_us": 5}]', "write the rows as CSV"),
+    "JSON of other things": ('{"traceEvents": [{"name": "moe", "dur": 5}]}', "write the rows as CSV"),
+    "JSON that is cut": ('[{"tokens": 1, "latency_us": 5}, {"tok', "JSON that is cut or wrong"),
+    "a pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:6a\nsize 9\n", "git lfs pull"),
+    "a workbook": ("PK\x03\x04", "save it as CSV"),
+    "all layers by another name": ("assignments,moe_layers,latency_us\n1,58,5\n", "beside moe_layers 58"),
+    "all layers in its name": ("assignments,all_layers_us\n1,290\n", "time all_layers_us; the time of one whole"),
+    "a share of the experts": (
+        "tokens,num_experts,local_num_experts,top_k,latency_us\n8,256,32,8,5\n",
+        "give --unit tokens, group-tokens or assignments",
+    ),
     "tuned settings": ('{"1": {"BLOCK_SIZE_M": 16}}', "run benchmark_moe without --tune"),
     "a log that was cut": ("Batch size: 8, config: {}\n", "line 1: got no time for batch size 8"),
     "two batches, one time": (
@@ -188,6 +198,13 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         read_table(tmp_path / "t.csv")
 
 
+def test_tokens_of_a_device_with_a_share_of_the_experts_are_those_of_the_group(tmp_path: Path) -> None:
+    path = written(tmp_path, "tokens,num_experts,local_num_experts,top_k,latency_us\n8,256,32,8,5\n64,256,32,8,6\n")
+    with pytest.raises(InputError, match="one in 8 of the experts is on the device"):
+        read_table(path, unit=Unit.TOKENS)
+    assert loads(read_table(path, unit=Unit.GROUP_TOKENS)) == [(8, None, 5.0), (64, None, 6.0)]
+
+
 PRINTED = {
     "Markdown": "| tokens | Tuned (us) | Speedup |\n|---:|---:|:--|\n| 1 | 10.5 | 1.02x |\n| 64 | **12** | 2\u00d7 |\n",
     "Markdown without outer bars": "tokens | us\n-- | --\n1 | 10.5\n64 | 12\n",
@@ -197,6 +214,10 @@ PRINTED = {
     "ruled off as a whole": "tokens     us\n-------------\n1        10.5\n64       12.0\n",
     "single blanks": "tokens us\n1 10.5\n64 12\n",
     "Excel": "sep=;\ntokens;us\n1;10.5\n64;12\n",
+    "comments": "# H100, mine\n#\ntokens,us\n1,10.5\n64,12\n",
+    "a commented header": "# measured\n# tokens,us\n1.0,10.5\n64.0,12\n",
+    "JSON": '[{"tokens": 1, "us": 10.5, "why": null}, {"tokens": 64, "us": 12}]',
+    "JSON by lines": '{"tokens": 1, "us": 10.5}\n{"us": 12, "std_us": 0.1, "tokens": 64}\n',
     "UTF-16": "\ufefftokens,us\n1,10.5\n64,12\n",
     "one line per batch": "Batch size: 1, Kernel time: 10.50 us\nBatch size: 64, Kernel time: 12.00 us\n",
     "settings beside the time": "Batch size: 1, config: {'M': 1}, kernel time: 10.50 us\n"
@@ -209,6 +230,15 @@ def test_tables_as_people_paste_them(tmp_path: Path, case: str) -> None:
     path = tmp_path / "table.txt"
     path.write_bytes(PRINTED[case].encode("utf-16-le" if case == "UTF-16" else "utf-8"))
     assert loads(read_table(path, unit=Unit.TOKENS, top_k=2)) == [(2, None, 10.5), (128, None, 12.0)]
+
+
+def test_a_gzipped_table(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv.gz"
+    path.write_bytes(gzip.compress(b"assignments,us\n1,10.5\n64,12\n"))
+    assert loads(read_table(path)) == [(1, None, 10.5), (64, None, 12.0)]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"a complete \.gz file"):
+        read_table(path)
 
 
 def test_a_load_of_any_name_with_its_unit(tmp_path: Path) -> None:
@@ -224,6 +254,8 @@ def test_a_load_of_any_name_with_its_unit(tmp_path: Path) -> None:
     [
         ("tokens,time_us\n1,10\n", ["tokens counted as assignments"]),
         ("assignments,time_us\n1,10\n64,9\n", []),
+        ("assignments,time_us\n1,0.05\n64,0.09\n", ["1 assignments: 0.05 us, and no load takes less: is the unit"]),
+        ("assignments,time_ms\n1,50\n64,90\n", ["1 assignments: 5e+04 us, and no load takes less: is the unit"]),
         ("assignments,time_us\n1,15234\n64,12\n128,10\n", ["1 assignments: 1.523e+04 us, but 128 assignments: 10 us"]),
         ("assignments,time_us\n1,10\n64,12\n256,50\n", []),
         ("assignments,time_us\n1,10\n64,12\n256,500\n", ["256 assignments: 500 us, but 64 assignments: 12 us"]),

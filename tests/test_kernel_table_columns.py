@@ -112,6 +112,21 @@ def test_several_columns_tell_devices_apart_together_hosts_first_and_numbers_in_
     assert [(d.node, d.samples[0].latency_us) for d in profile.devices] == [("b", 2), ("b", 1), ("a", 4), ("a", 3)]
 
 
+def test_names_that_end_in_numbers_come_by_these(tmp_path: Path) -> None:
+    names = ("gpu0", "gpu1", "gpu10", "gpu2")  # as a sorted list has them
+    path = written(tmp_path, "tokens,gpu,time_us\n" + "".join(f"8,{name},{name[3:]}1\n" for name in names))
+    assert [device.name for device in read_table(path).devices] == ["gpu0", "gpu1", "gpu2", "gpu10"]
+    path = written(tmp_path, "tokens,gpu,time_us\n8,b2,1\n8,a10,2\n")
+    assert [device.name for device in read_table(path).devices] == ["b2", "a10"]
+
+
+def test_what_nvidia_smi_calls_its_readings_is_no_kind_of_row(tmp_path: Path) -> None:
+    rows = [("GPU-a", 55, "1980 MHz", 8, 5), ("GPU-a", 57, "1965 MHz", 64, 7), ("GPU-b", 66, "1750 MHz", 8, 6)]
+    head = "uuid, temperature.gpu, clocks.sm [MHz], assignments, latency_us\n"
+    path = written(tmp_path, head + "".join(", ".join(map(str, row)) + "\n" for row in rows))
+    assert read_table(path).device_uuids == ["GPU-a", "GPU-b"]
+
+
 def test_a_rank_with_two_devices_is_refused_and_names_of_devices_are_kept(tmp_path: Path) -> None:
     text = "tokens,rank,uuid,gpu_name,time_us\n8,0,u,H100,1\n8,1,v,A100,2\n16,0,{},H100,3\n16,1,v,A100,4\n"
     profile = read_table(written(tmp_path, text.format("u")))

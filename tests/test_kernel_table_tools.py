@@ -124,6 +124,21 @@ def test_a_time_column_of_another_name_and_unit(tmp_path: Path) -> None:
             read_table(path, top_k=2, time=wrong)
 
 
+def test_flashinfer_counts_tokens_of_which_a_device_gets_its_share(tmp_path: Path) -> None:
+    head = "routine,median_time,std_time,backend,num_tokens,num_experts,top_k,local_num_experts,ep_size,repro_command\n"
+    rows = [
+        f"trtllm_fp8_block_scale_moe,{ms},0.001,trtllm,{n},256,8,{{local}},,run {n}\n"
+        for n, ms in ((8, 0.03), (64, 0.06))
+    ]
+    path = written(tmp_path, head + "".join(rows).format(local=32))
+    assert loads(read_table(path)) == [(8, None, 30.0), (64, None, 60.0)]
+    path = written(tmp_path, head + "".join(rows).format(local=256))
+    assert loads(read_table(path)) == [(64, None, 30.0), (512, None, 60.0)]
+    path = written(tmp_path, head + "".join(rows).format(local="").replace("trtllm_fp8_block_scale", "cutlass_fused"))
+    with pytest.raises(InputError, match="--ep"):
+        read_table(path)
+
+
 def test_parquet_reads_like_the_csv_of_the_same_cells(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

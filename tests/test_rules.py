@@ -22,6 +22,7 @@ from gemopt.layer_rules import layer_rules
 from gemopt.moves import Moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
+from gemopt.profile import Profile
 from gemopt.rules import Rules
 from gemopt.solvers import get
 from gemopt.solvers.placing import conflict, first_row
@@ -246,6 +247,17 @@ def test_wrong_rules_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "rules.json").write_text(json.dumps(content))
     code, out, err = gemopt(capsys, "solve", *write_inputs(tmp_path), "--rules", tmp_path / "rules.json")
     assert code == 2 and out == "" and len(err.splitlines()) == 1 and said in err
+
+
+def test_rules_on_nodes_need_the_node_of_every_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = write_inputs(tmp_path)
+    devices = [d.model_copy(update={"node": "a" if d.rank < 2 else None}) for d in profile(4).devices]
+    Profile(devices=devices).save(inputs[0])
+    schema = {"$schema": "rules.json"}  # as editors want it
+    for content, code in (({"groups": [{"num_groups": 2}]}, 2), ({"pinned": [{"experts": [0], "ranks": [1]}]}, 0)):
+        (tmp_path / "rules.json").write_text(json.dumps(schema | content))
+        found, _, err = gemopt(capsys, "solve", *inputs, "--rules", tmp_path / "rules.json", "--time-limit", 1)
+        assert found == code and ("devices.node: got nothing for ranks [2, 3]" in err) == bool(code)
 
 
 def test_groups_must_divide_the_experts() -> None:

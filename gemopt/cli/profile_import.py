@@ -32,8 +32,8 @@ def import_table(
         str | None,
         typer.Option(help="what the load column counts: assignments (default), tokens or group-tokens"),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="experts per token")] = None,
-    ep: Annotated[int | None, typer.Option(help="ranks of the measured group, for group-tokens")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="experts per token")] = None,
+    ep: Annotated[int | None, typer.Option(min=1, help="ranks of the measured group, for group-tokens")] = None,
     where: Annotated[Columns, typer.Option(metavar="COLUMN=VALUE", help="only these rows; repeatable")] = None,
     load_column: Annotated[str | None, typer.Option(help="column with the load; then give --unit")] = None,
     time_column: Annotated[str | None, typer.Option(metavar="NAME[:ms]", help="column with the layer's time")] = None,
@@ -59,6 +59,7 @@ def import_table(
     """Turn a kernel table into a profile, or into a cluster of equal or differing devices."""
     from gemopt.exceptions import InputError
     from gemopt.formats.kernel_table import Unit, equal, read_fleet, read_table, what_if
+    from gemopt.formats.table_doubts import apart
 
     check_outputs(("--output", output, "profile"), read=[("the table", table), ("--speeds", speeds)])
     if unit is not None and unit not in list(Unit):
@@ -84,6 +85,7 @@ def import_table(
         memory = None if memory_fleet is None else read_fleet(speeds, memory_fleet)
         fleet_ranks = 8 if ranks is None else ranks
         profile = what_if(profile, read_fleet(speeds, fleet), ranks=fleet_ranks, seed=seed, memory=memory)
+        notes += [far] if (far := apart(profile)) else []
     elif fleet or memory_fleet:
         raise InputError("--fleet", fleet or memory_fleet, "fleets are read from --speeds", "give --speeds")
     elif ranks is not None:

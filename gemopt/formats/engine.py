@@ -145,6 +145,8 @@ class Engine:
         Whether layers without experts need a row as well.
     group_limits
         Whether group-limited routing restricts the order of experts.
+    hidden_layers
+        Whether its file must know how many decoder layers there are.
     splits
         How the engine can share an expert's assignments among its copies; the first is what it does unless told.
     dumps
@@ -169,6 +171,7 @@ class Engine:
     empty_slots: bool = False
     dense_rows: bool = False
     group_limits: bool = False
+    hidden_layers: bool = False
     splits: tuple[Split, ...] = ()
     suffixes: tuple[str, ...] = ()
     document: str = ""

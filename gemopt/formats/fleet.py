@@ -14,10 +14,13 @@ from gemopt.formats.table_columns import (
     HOSTS,
     MOMENTS,
     OF_A_DEVICE,
+    TIMES,
     is_numeric,
     listed,
+    named,
     plain,
     refuse_summaries,
+    unit_of,
     values,
     words,
 )
@@ -25,6 +28,8 @@ from gemopt.formats.table_files import Table, number, read
 from gemopt.latency import FloatArray
 from gemopt.profile import Device, Profile
 
+SPEEDS = {"tflops", "gflops", "flops", "throughput", "bandwidth", "bw", "gbps", "speed"}
+FEW, AGREE = 3, 0.9  # GPUs, and the correlation, from which columns contradict each other
 FAR = 1.5  # a median that is further from 1 is not that of relative times
 
 
@@ -47,7 +52,8 @@ class Fleet:
 def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
     """Fleet from a CSV with `rel_time` and, where it holds several, `dataset`; `name` picks one."""
     table = read(path)
-    if "rel_time" not in table.header:
+    column = next(iter(named(table, ("rel_time",))), None)
+    if column is None:
         raise InputError(str(path), f"columns {', '.join(table.header)}", "a column rel_time is needed")
     names = sorted({row.cells["dataset"] for row in table.rows}) if "dataset" in table.header else [""]
     if name is None and len(names) > 1:
@@ -56,19 +62,36 @@ def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
         raise InputError("--fleet", name, f"one of {', '.join(names)}")
     chosen = name if name is not None else names[0]
     kept = [row for row in table.rows if row.cells.get("dataset", "") == chosen]
-    rel_time = np.array([number(table, row, "rel_time", largest=1e3) for row in kept])
+    rel_time = np.array([number(table, row, column, largest=1e3) for row in kept])
     if (rel_time <= 0).any():
         row = kept[int(rel_time.argmin())]
         limit = "above 0 (1: as fast as the fleet's median)"
-        raise InputError(f"{path} {row.where}, rel_time", row.cells["rel_time"], limit)
+        raise InputError(f"{path} {row.where}, rel_time", row.cells[column], limit)
     if not 1 / FAR < np.median(rel_time) < FAR:
         found = f"times around {np.median(rel_time):g}"
         raise InputError(f"{path}: rel_time", found, "about 1, the fleet's median", "divide them by their median")
+    _refuse_speeds(Table(table.path, table.header, kept), column, rel_time)
     gpus = _gpus(Table(table.path, table.header, kept))
     twice = next((gpu for gpu in gpus if gpus.count(gpu) > 1), None)
     if twice is not None:
         raise InputError(f"{path}: gpu", f"{twice} twice", "a row for each GPU", "keep one workload, or the median")
     return Fleet(chosen or os.path.basename(str(path)), gpus, rel_time)
+
+
+def _refuse_speeds(table: Table, column: str, rel_time: FloatArray) -> None:
+    """Raise where times beside them fall, or speeds rise, as the relative times grow: they are relative speeds."""
+    for name in table.header:
+        of_time = bool(unit_of(name) or words(name) & TIMES)
+        if name == column or not (of_time or words(name) & SPEEDS) or not is_numeric(table.rows, name):
+            continue
+        beside = np.array([float(row.cells[name].strip("*%x\u00d7 ") or "nan") for row in table.rows])
+        usable = len(beside) >= FEW and bool((beside > 0).all()) and min(beside.std(), rel_time.std()) > 0
+        if not usable:
+            continue
+        together = float(np.corrcoef(np.log(rel_time), np.log(beside))[0, 1])
+        if (together if of_time else -together) < -AGREE:
+            found = f"numbers that {'fall' if of_time else 'rise'} as {name} rises"
+            raise InputError(f"{table.path}: {column}", found, "relative times, larger is slower", "divide 1 by them")
 
 
 def _gpus(table: Table) -> list[str]:

@@ -49,6 +49,7 @@ TOP_K_COLUMNS = (
     "topk", "top_k", "num_topk", "moe_topk", "moe_top_k", "experts_per_token", "num_experts_per_tok",
     "num_experts_per_token",
 )  # fmt: skip
+LOCAL_COLUMNS = ("local_num_experts", "num_local_experts")
 EP_COLUMNS = ("moe_ep_size", "ep_size", "ep", "moe_ep", "expert_parallel_size")
 LENGTHS = ("seq_len", "seqlen", "sequence_length", "input_len", "isl", "prompt_len", "input_length")
 LARGEST_LOAD, LARGEST_US = 2.0**31 - 1, 1e12  # as in a profile
@@ -94,6 +95,8 @@ def read_table(
     InputError
         Naming the file, the line and the column that is wrong.
     """
+    if top_k is not None and top_k < 1:
+        raise InputError("--top-k", top_k, "the experts per token, at least 1")
     with telling("a table of times", path):
         full = read(path)
     layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
@@ -231,17 +234,27 @@ def _factor(unit: Unit, top_k: int | None, ep: int | None, table: Table) -> floa
         return 1.0
     if top_k is None or top_k < 1:
         raise InputError("--top-k", top_k, f"unit {unit.value} needs the experts per token, at least 1", "give --top-k")
+    parts = _parts(table)
+    if unit is Unit.TOKENS and parts > 1:
+        found = f"tokens, and one in {parts} of the experts is on the device"
+        raise InputError("--unit", found, "tokens whose experts are all on it", "give --unit group-tokens")
     if unit is Unit.TOKENS:
         return float(top_k)
-    ep = _given("--ep", ep, table, EP_COLUMNS)
+    ep = _given("--ep", ep, table, EP_COLUMNS) or (parts or None)
     if ep is None or ep < 1:
         raise InputError("--ep", ep, "unit group-tokens needs the ranks of the measured group, at least 1", "give --ep")
     return top_k / ep
 
 
+def _parts(table: Table) -> int:
+    """How many times the experts on the device all experts are, by the columns that say so; 0 where none do."""
+    local, every = (_given("", None, table, names) or 0 for names in (LOCAL_COLUMNS, ("num_experts",)))
+    return every // local if local and every % local == 0 else 0
+
+
 def _given(option: str, value: int | None, table: Table, columns: Collection[str]) -> int | None:
     """What an option says, or a column of the table; both must agree."""
-    column = next(iter(named(table, columns)), None)
+    column = next((name for name in named(table, columns) if table.rows[0].cells[name]), None)
     if column is None:
         return value
     read_value = whole(table, table.rows[0], column, largest=LARGEST_LOAD)

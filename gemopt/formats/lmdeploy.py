@@ -122,6 +122,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Loaded:
 
 ENGINES = {
     "lmdeploy": Engine(
+        hidden_layers=True,
         name="lmdeploy",
         versions="LMDeploy 0.18.0",
         placement="LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE .json",

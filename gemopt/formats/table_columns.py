@@ -159,8 +159,11 @@ def refuse_summaries(table: Table, row: Row, columns: Sequence[str]) -> None:
 
 
 def _order(found: list[str]) -> dict[str, int]:
-    numbers = all(value.isascii() and value.isdigit() for value in found)
-    return {value: i for i, value in enumerate(sorted(found, key=int) if numbers else found)}
+    """By the one number in which they differ (`gpu2` before `gpu10`), else as they come."""
+    parts = [re.fullmatch(r"(\D*)(\d+)(\D*)", value, re.ASCII) for value in found]
+    numbered = all(parts) and len({(part[1], part[3]) for part in parts if part}) == 1
+    key = {value: int(part[2]) for value, part in zip(found, parts, strict=True) if part}
+    return {value: i for i, value in enumerate(sorted(found, key=key.__getitem__) if numbered else found)}
 
 
 def refuse_mixtures(
@@ -213,7 +216,7 @@ def _clash(groups: Sequence[Table], mixed: list[str], load_of: LoadOf) -> tuple[
 def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Collection[str]) -> bool:
     parts = words(name)
     rows = [row for device in devices for row in device.rows]
-    if parts & OF_A_DEVICE or plain(name) in DEVICES:
+    if plain(name) in DEVICES or (parts & OF_A_DEVICE and not parts & (RESULTS | STATES)):
         return len(devices) > 1 and all(len(values(device.rows, name)) == 1 for device in devices)
     if plain(name) in REPEATS:
         return True

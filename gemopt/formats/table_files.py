@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import csv
+import gzip
 import io
+import json
 import os
 import re
+import zlib
 from dataclasses import dataclass
+from typing import Any
 
 from gemopt.documents import read_bytes
 from gemopt.exceptions import InputError, install_hint
@@ -21,6 +25,7 @@ LOG_HEADER = ["batch_size", "kernel_time_us", "config", "part"]
 EXCEL = re.compile(r"\s*sep=.\r?\n")  # its way to name the separator
 GROUPED = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+UNPACKED = 1 << 31
 NO_MATTER = {"batch_size", "tune", "seed", "save_dir", "trust_remote_code"}  # arguments that change no kernel
 
 
@@ -50,16 +55,19 @@ def read(path: str | os.PathLike[str]) -> Table:
         Naming the file and the line that is wrong.
     """
     data = read_bytes(path)
+    data = _unpacked(str(path), data) if data[:2] == b"\x1f\x8b" else data
     if data[:4] == b"PAR1":
         return _parquet(str(path), data)
+    if data[:4] == b"PK\x03\x04":
+        raise InputError(
+            str(path), "an archive, as Excel's workbooks are", "a table as text or parquet", "save it as CSV"
+        )
     try:
         text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
     if JSON.match(text):
-        limit = "a table with times; a benchmark_moe --tune file holds kernel settings only"
-        hint = "write the rows as CSV, or run benchmark_moe without --tune and give what it prints"
-        raise InputError(str(path), "JSON", limit, hint)
+        return _records(str(path), text)
     if BATCH.search(text) or KERNEL_TIME.search(text):
         return _log(str(path), text)
     return _csv(str(path), text)
@@ -97,8 +105,56 @@ def whole(table: Table, row: Row, column: str, *, largest: float) -> int:
     return int(value)
 
 
+def _unpacked(path: str, data: bytes) -> bytes:
+    try:
+        with gzip.open(io.BytesIO(data)) as stream:
+            found = stream.read(UNPACKED + 1)
+    except (OSError, EOFError, zlib.error):
+        raise InputError(path, "a gzipped file that is cut", "a complete .gz file") from None
+    if len(found) > UNPACKED:
+        raise InputError(path, "a larger file", f"at most {UNPACKED} bytes when unpacked")
+    return found
+
+
+def _records(path: str, text: str) -> Table:
+    """Rows that are JSON objects of plain values, in a list or one on each line."""
+    try:
+        try:
+            found: Any = json.loads(text)
+        except ValueError:
+            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise InputError(path, f"JSON that is cut or wrong: {error}", "a list of rows, or a row on each line") from None
+    found = [found] if isinstance(found, dict) and _is_flat(found) else found
+    if not isinstance(found, list) or not found or not all(_is_flat(row) for row in found):
+        tuned = isinstance(found, dict) and any(
+            isinstance(each, dict) and "BLOCK_SIZE_M" in each for each in found.values()
+        )
+        limit = "kernel settings of --tune have no times" if tuned else "a list of rows with plain values"
+        hint = "run benchmark_moe without --tune and give what it prints" if tuned else "or write the rows as CSV"
+        raise InputError(path, "JSON", limit, hint)
+    header = list(dict.fromkeys(str(name) for row in found for name in row))
+    rows = [{name: "" if row.get(name) is None else str(row[name]) for name in header} for row in found]
+    return Table(path, header, [Row(f"row {number}", cells) for number, cells in enumerate(rows, 1)])
+
+
+def _is_flat(row: Any) -> bool:
+    return isinstance(row, dict) and bool(row) and not any(isinstance(each, (dict, list)) for each in row.values())
+
+
+def _uncommented(text: str) -> str:
+    """Lines that begin with # at the start are blank; the last is the header where numbers follow it."""
+    lines = text.splitlines()
+    count = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), 0)
+    named = count > 0 and bool(re.match(r"\s*[-+.\d]", lines[count]))
+    last = max((i for i in range(count) if lines[i].strip("# \t")), default=0)
+    kept = [lines[last].lstrip("# ")] if named else [""]
+    return "\n".join([*[""] * last, *kept, *[""] * (count - last - 1), *lines[count:]]) if count else text
+
+
 def _csv(path: str, text: str) -> Table:
     text = EXCEL.sub("", text, count=1) if EXCEL.match(text) else text
+    text = _uncommented(text) if text.startswith("#") else text
     first = text.lstrip().partition("\n")[0].strip()
     delimiter = max("|,;\t", key=first.count)
     if delimiter not in first or delimiter == "|":

@@ -66,7 +66,16 @@ BENCHMARK_MOE = Layout(
     ("kernel_time_us",),
     frozenset({"config"}),
 )
-LAYOUTS = (AICONFIGURATOR, AITER, BENCHMARK_MOE)
+FLASHINFER = Layout(
+    "flashinfer_benchmark",
+    frozenset({"routine", "median_time", "num_tokens", "num_experts", "top_k", "local_num_experts"}),
+    "num_tokens",
+    Unit.GROUP_TOKENS,
+    ("median_time:ms",),
+    frozenset({"case_tag", "repro_command", "resolved_backend"}),
+    devices=False,
+)
+LAYOUTS = (AICONFIGURATOR, AITER, BENCHMARK_MOE, FLASHINFER)
 
 
 def kernel(table: Table) -> str | None:

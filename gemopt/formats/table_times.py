@@ -24,7 +24,7 @@ from gemopt.formats.table_columns import (
 from gemopt.formats.table_files import Table
 
 NO_LAYER = {
-    "ttft", "tpot", "itl", "e2e", "e2el", "request", "step",  # more than a layer
+    "ttft", "tpot", "itl", "e2e", "e2el", "request", "step", "layers",  # more than a layer
     "attention", "attn", "allreduce", "reduce", "allgather", "alltoall", "a2a", "comm", "dispatch", "combine", "router",
     "routing", "gate", "gating", "topk", "sort", "align", "permute", "unpermute", "quant", "norm", "shared", "up",
     "down", "w1", "w2", "w3", "w13", "gemm1", "gemm2", "stage1", "stage2", "copy", "h2d", "d2h",  # less
@@ -40,7 +40,7 @@ ITERATIONS = {
     "iters", "iterations", "num_iters", "n_iters", "num_iterations", "loops", "calls", "num_calls", "of_calls",
     "instances",
 }  # fmt: skip
-LAYERS = {"layers", "num_layers", "n_layers", "num_hidden_layers"}
+LAYERS = {"layers", "num_layers", "n_layers", "num_hidden_layers", "moe_layers", "num_moe_layers", "layer_count"}
 ONE_DEVICE = re.compile(
     r"(?:^|_)(?:(?:ep_)?rank|(?:g|n|x)pu|device|card|host|node|worker)_?\d+(?:_|$)"
 )  # gpu0_us, rank_1

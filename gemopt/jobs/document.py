@@ -44,6 +44,11 @@ def _spelt(field: str, pattern: str, limit: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _listed(value: Any) -> Any:
+    """`4,4,2` as the command line takes it."""
+    return value.split(",") if isinstance(value, str) and "," in value else value
+
+
 def _wired(value: Any) -> Any:
     """A file of a topology; any other text is the name of one."""
     return str(_placed(value)) if isinstance(value, str) and Path(value).suffix == ".json" else value
@@ -131,7 +136,7 @@ class Constraints(Part):
     `current`: a path, or `contiguous` for what engines start with.
     """
 
-    slots_per_rank: int | list[int] | None = None
+    slots_per_rank: Annotated[int | list[int] | None, BeforeValidator(_listed)] = None
     split: Split | None = None
     senders: Senders | None = None
     full_slots: bool = False

@@ -34,7 +34,9 @@ def read_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
     source = Path(path)
     found = read_json(source) if source.suffix == ".json" else bounded_yaml(source)
     if not isinstance(found, dict):
-        raise InputError(str(path), type(found).__name__, "keys and values of a job", "see examples/jobs")
+        given = "nothing" if found is None else type(found).__name__
+        raise InputError(str(path), given, "keys and values of a job", "see examples/jobs")
+    found = {key: value for key, value in found.items() if key != "$schema" and not str(key).startswith("x-")}
     other = foreign.of_object(found)[0]
     if other and foreign.kind(other) != "job":
         raise InputError(str(path), other, "a job is needed", "see examples/jobs")

@@ -71,7 +71,7 @@ def run_job(
     _check(job)
     notes: list[str] = []
     profile, traces = _profile(job.profile, notes), _steps(job, _traces(job.traces))
-    _check_layers(job.num_hidden_layers, traces)
+    _check_layers(job, traces)
     given, _ = traces.split(job.steps.holdout) if job.steps.holdout else (traces, None)
     settings, constraints = job.solver, job.constraints
     current = _current(constraints.current, traces, profile)
@@ -127,7 +127,11 @@ def _check(job: Job) -> None:
         graph_objects()
 
 
-def _check_layers(hidden: int | None, traces: Traces) -> None:
+def _check_layers(job: Job, traces: Traces) -> None:
+    hidden = job.num_hidden_layers
+    asking = next((get(wanted.engine).name for wanted in job.exports if get(wanted.engine).hidden_layers), None)
+    if hidden is None and traces.num_hidden_layers is None and asking is not None:
+        raise InputError("num_hidden_layers", None, f"{asking} numbers layers among all decoder layers", "add the key")
     if hidden is not None and traces.num_hidden_layers not in (None, hidden):
         raise InputError("num_hidden_layers", hidden, f"{traces.num_hidden_layers}, as the traces say", "leave it out")
     check_layer_ids(traces.layer_ids, traces.num_layers, hidden)

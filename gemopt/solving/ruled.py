@@ -72,6 +72,9 @@ class Ruled:
         rules = Rules.of(given) if given is not None else None if source is None else source.rules
         if rules is None or not rules.named():
             return cls(None, nodes_G)
+        own = links is None and (source is None or source.node_of_rank is None)
+        if own and rules.about_nodes:
+            _check_named(profile)
         note = "" if source is None else f"keeps the rules of {name}: {rules.brief()}"
         if source is not None and source.node_of_rank is not None and links is None:
             nodes_G = _nodes(source.node_of_rank, nodes_G, moving)
@@ -107,6 +110,14 @@ class Ruled:
         notes = [*result.notes, self.note] if self.note else result.notes
         placement = result.placement.under(self.rules, self.nodes_G)
         return result.model_copy(update={"placement": placement, "notes": notes})
+
+
+def _check_named(profile: Profile) -> None:
+    """Raise where some devices have a node and others none: all the latter would be on one node."""
+    nameless = [device.rank for device in profile.devices if device.node is None]
+    if 0 < len(nameless) < profile.num_ranks:
+        limit, hint = "the node of every rank, for rules on nodes", "name them in the profile, or give a topology"
+        raise InputError("Profile.devices.node", f"nothing for ranks {nameless}", limit, hint)
 
 
 def _nodes(before_G: IntArray, known_G: IntArray, moving: Moving | None) -> IntArray:
