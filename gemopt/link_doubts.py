@@ -11,7 +11,7 @@ from gemopt.topology import LEVELS, Level, Topology
 NIC_GBS = 100.0  # of an 800 Gb/s NIC, the fastest there is for a GPU
 INSIDE_GBS = 1800.0  # of NVLink 6 in each direction; NVLink 4 has 450, NVLink 5 900
 LEAST_GBS = 0.1
-SHORT_US, LONG_US = 0.5, 1e4  # latencies of an exchange beyond are hardly in microseconds
+SHORT_US, LONG_US = 0.5, 1e3  # latencies of an exchange beyond are hardly in microseconds
 
 
 def doubts(topology: Topology) -> list[str]:

@@ -15,6 +15,11 @@ from gemopt.tables import frame
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def plain_uuid(uuid: str) -> str:
+    """A device uuid as tools agree on it: lower case, without the `GPU-` that some put in front."""
+    return uuid.strip().lower().removeprefix("gpu-")
+
+
 class Sample(BaseModel):
     """One measured point: a MoE layer's experts on one device under one load.
 
@@ -108,7 +113,7 @@ class Profile(Document):
             raise InputError("Profile.devices.rank", ranks, f"each of 0 to {len(ranks) - 1} once")
         if ranks != sorted(ranks):
             object.__setattr__(self, "devices", sorted(self.devices, key=lambda device: device.rank))
-        uuids = [device.uuid for device in self.devices if device.uuid is not None]
+        uuids = [plain_uuid(device.uuid) for device in self.devices if device.uuid is not None]
         if len(set(uuids)) < len(uuids):
             raise InputError("Profile.devices.uuid", uuids, "every device is measured as one rank only")
         for device in self.devices:

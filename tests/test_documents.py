@@ -272,3 +272,10 @@ def test_documents_are_frozen() -> None:
 def test_results_never_hold_nan() -> None:
     with pytest.raises(ValueError, match="finite"):
         Incumbent(seconds=float("nan"), objective_us=1.0)
+
+
+def test_one_device_is_no_two_ranks_however_its_uuid_is_written() -> None:
+    samples = [Sample(assignments=1, latency_us=5.0)]
+    pair = [Device(rank=rank, uuid=uuid, samples=samples) for rank, uuid in enumerate(("GPU-1A", "1a"))]
+    with pytest.raises(InputError, match="every device is measured as one rank only"):
+        Profile(devices=pair)

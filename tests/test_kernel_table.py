@@ -95,6 +95,7 @@ BAD_TABLES = {
     "sequences": ("batch_size,input_len,top_k,latency_us\n1,1024,8,5\n", "does batch_size count tokens, or sequences?"),
     "JSON of other things": ('{"traceEvents": [{"name": "moe", "dur": 5}]}', "write the rows as CSV"),
     "JSON that is cut": ('[{"tokens": 1, "latency_us": 5}, {"tok', "JSON that is cut or wrong"),
+    "a key twice": ('[{"tokens": 1, "tokens": 2, "latency_us": 5}]', "a key twice in one object"),
     "a pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:6a\nsize 9\n", "git lfs pull"),
     "a workbook": ("PK\x03\x04", "save it as CSV"),
     "all layers by another name": ("assignments,moe_layers,latency_us\n1,58,5\n", "beside moe_layers 58"),

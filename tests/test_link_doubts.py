@@ -26,7 +26,7 @@ TWO = {"node_of_rank": [0, 0, 1, 1], "within_node": {"bandwidth_gbs": 450.0}, "b
         ("between_nodes", {"bandwidth_gbs": 1600.0, "port_of": "node"}, "for 1600 Gb/s write 200"),
         ("between_nodes", {"bandwidth_gbs": 0.05}, "not in TB/s"),
         ("between_nodes", {"bandwidth_gbs": 50.0, "latency_us": 0.022}, "is that in microseconds"),
-        ("between_nodes", {"bandwidth_gbs": 50.0, "latency_us": 22000.0}, "is that in microseconds"),
+        ("between_nodes", {"bandwidth_gbs": 50.0, "latency_us": 2200.0}, "is that in microseconds"),
         ("between_nodes", {"points": [(1.0, 22.0), (16.0, 360.0)]}, "are the bytes bytes"),
         ("between_nodes", {"points": [(1024.0, 22.0), (1e9, 1400.0)]}, ""),  # measured over NVLink, in bytes
         ("within_node", {"bandwidth_gbs": 900.0}, ""),

@@ -8,11 +8,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.placement import Placement
-
-
-def plain(uuid: str) -> str:
-    """A device uuid as tools agree on it: lower case, without the `GPU-` that some put in front."""
-    return uuid.strip().lower().removeprefix("gpu-")
+from gemopt.profile import plain_uuid as plain
 
 
 def follow(placement: Placement, devices: Sequence[str]) -> tuple[Placement, list[str]]:

@@ -235,7 +235,7 @@ def _buffers(table: Table, *, token_bytes: int | None, once_per: str | None) -> 
     ranks = whole(table, table.rows[0], "num_gpus", largest=1 << 16)
     if ranks < 2:
         raise InputError(f"{table.path}, num_gpus", ranks, "2 or more")
-    return ranks, 1, (ranks - 1) / ranks, f"alltoall of {_kind(table)}"
+    return ranks, 1, (ranks - 1) / ranks, f"alltoall of {_kind(table) or 'NCCL'} on one node"
 
 
 def _tokens(table: Table, asked: str | None) -> tuple[int, int, float, str]:

@@ -120,9 +120,10 @@ def _records(path: str, text: str) -> Table:
     """Rows that are JSON objects of plain values, in a list or one on each line."""
     try:
         try:
-            found: Any = json.loads(text)
+            found: Any = json.loads(text, object_pairs_hook=_once)
         except ValueError:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = [line for line in text.splitlines() if line.strip()]
+            found = [json.loads(line, object_pairs_hook=_once) for line in lines]
     except (ValueError, RecursionError) as error:
         raise InputError(path, f"JSON that is cut or wrong: {error}", "a list of rows, or a row on each line") from None
     found = [found] if isinstance(found, dict) and _is_flat(found) else found
@@ -136,6 +137,12 @@ def _records(path: str, text: str) -> Table:
     header = list(dict.fromkeys(str(name) for row in found for name in row))
     rows = [{name: "" if row.get(name) is None else str(row[name]) for name in header} for row in found]
     return Table(path, header, [Row(f"row {number}", cells) for number, cells in enumerate(rows, 1)])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice in one object")
+    return dict(pairs)
 
 
 def _is_flat(row: Any) -> bool:
