@@ -11,7 +11,12 @@ from gemopt.evaluate import objective
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, Latency, line
 from gemopt.migration import count_moves
 from gemopt.problem import Problem
+from gemopt.solvers.search.descent import settle_pair
+from gemopt.solvers.search.gains import make_pair
 from gemopt.solvers.search.moves import few_moves
+from gemopt.solvers.search.state import make_costs, make_state
+from gemopt.solvers.search.swaps import slowest_three, total_cost
+from gemopt.solvers.search.terms import free_terms, moved_into
 
 EXPERTS, RANKS, STEPS = 12, 3, 20
 
@@ -72,6 +77,26 @@ def test_limits_hold_and_empty_slots_are_used(kind: str) -> None:
     moved = set(closed[-1].row[:5].tolist()) - set(home[:5].tolist()) - {-1}
     assert not moved
     assert few_moves(layer, home, least_us=1e9)[-1].moves == 0
+
+
+@pytest.mark.parametrize("kind", ["line", "roofline", "staircase"])
+@pytest.mark.parametrize("seed", range(3))
+def test_two_ranks_settle_whatever_the_pair_before_left_behind(kind: str, seed: int) -> None:
+    layer, home = problem(kind, seed, ranks=2), np.arange(EXPERTS)
+    costs, terms = make_costs(layer), free_terms(layer)
+    state = make_state(layer, home, costs)
+    values, ranks = np.empty((3, STEPS), np.float32), np.empty((3, STEPS), np.int16)
+    slowest_three(state.times, values, ranks)
+    pair = make_pair(state)
+    pair.tilt[:] = 0.0
+    first, moved_G = total_cost(state), moved_into(state, terms)
+    settle_pair(costs, state, 0, 1, pair, terms, moved_G, np.zeros(1), np.zeros(4, np.int64), values, ranks)
+    assert total_cost(state) < first
+    least = total_cost(state) * (1 - 1e-5)
+    for i, j in itertools.product(range(6), range(6, 12)):
+        row = state.content.copy()
+        row[[i, j]] = row[[j, i]]
+        assert objective(layer, row) >= least
 
 
 def test_refunds() -> None:

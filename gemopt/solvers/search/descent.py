@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gemopt.solvers.search.gains import Pair, allowed, make_pair
+from gemopt.solvers.search.gains import Pair, allowed, make_pair, set_tangent
 from gemopt.solvers.search.moves import NOISE, scan_pair, swap_for
 from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of
 from gemopt.solvers.search.swaps import EPSILON, apply_swap, fix_others, refresh_three, slowest_three, total_cost
@@ -34,6 +34,7 @@ def settle_pair(
         best[0] = max(terms.least, NOISE * abs(cost))
         slots[0] = -1
         fix_others(state, a, b, values, ranks, pair)
+        set_tangent(costs, state, a, b, pair)
         scan_pair(costs, state, a, b, pair, terms, moved_G, best, slots)
         if slots[0] < 0 or state.stop[0] != 0:
             return changed

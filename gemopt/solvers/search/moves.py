@@ -39,7 +39,7 @@ from gemopt.solvers.search.gains import (
 from gemopt.solvers.search.reach import extend, number, promising_pairs, pull_of, tilt_pair
 from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state
 from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
-from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, permitted
+from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, moves_more, permitted
 from gemopt.splits import static_shares
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
@@ -229,8 +229,7 @@ def find_best(
     order, pull = promising_pairs(state, values, ranks), pull_of(costs, state, ranks)
     for n in range(order.shape[0]):
         a, b = number(order[n] // num_ranks), number(order[n] % num_ranks)
-        refund = terms.price * min(2, moved_G[a] + moved_G[b])
-        reach[a, b] = min(reach[a, b], tilt_pair(costs, state, a, b, pull, pair) + refund)
+        reach[a, b] = min(reach[a, b], tilt_pair(costs, state, a, b, pull, terms, pair))
         if reach[a, b] <= best:
             continue
         fix_others(state, a, b, values, ranks, pair)
@@ -272,53 +271,47 @@ def swap_for(
     return current
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def scan_pair(
     costs: Costs, state: State, a: int, b: int, pair: Pair, terms: Terms, moved_G: Array, best: Array, slots: Array
 ) -> None:
-    """Raise `best[0]`, the largest net gain so far, and set `slots` to (a, b, i, j) where a swap of the pair has it."""
+    """Raise `best[0]`, the largest net gain so far, and set `slots` to (a, b, i, j) where a swap of the pair has it.
+
+    `pair.tilt` must be of this pair: see `tilt_pair` and `set_tangent`.
+    """
     current = set_limits(state, a, b, pair, False)
     refund = terms.price * min(2, moved_G[a] + moved_G[b])
     if current - pair.rest[0] + refund <= best[0]:
         return
-    convex = not costs.use_tables
-    moved = moved_G.sum()
+    convex, form, steps = not costs.use_tables, form_of(costs, state, a, b), state.items.shape[2]
+    moved, first = moved_G.sum(), state.starts[b]
+    extra_N = np.empty(state.starts[b + 1] - first, np.int64)
+    for n in range(len(extra_N)):
+        extra_N[n] = moves_more(state, terms, first + n, b, a)
     for i in range(state.starts[a], state.starts[a + 1]):
         if state.stop[0] != 0:
             return
-        for j in range(state.starts[b], state.starts[b + 1]):
-            if convex and pair.tilt[j] - pair.tilt[i] + refund <= best[0]:
+        extra_i = moves_more(state, terms, i, a, b)
+        for j in range(first, state.starts[b + 1]):
+            paid = terms.price * (extra_i + extra_N[j - first])
+            if convex and pair.tilt[j] - pair.tilt[i] - paid <= best[0]:
                 continue
-            if not allowed(state, a, b, i, j):
-                continue
-            into_a, into_b = extra_moves(state, terms, a, b, i, j)
-            if not permitted(terms, moved, moved_G, a, b, into_a, into_b):
-                continue
-            added = into_a + into_b
-            goal = current - best[0] - terms.price * added
-            cost = swap_cost(costs, state, a, b, i, j, pair, goal)
-            if cost < goal:
-                best[0] = current - cost - terms.price * added
-                slots[0], slots[1], slots[2], slots[3] = a, b, i, j
-
-
-@njit(cache=True, nogil=True, fastmath=True)
-def swap_cost(
-    costs: Costs, state: State, a: Number, b: Number, i: Number, j: Number, pair: Pair, goal: float
-) -> Number:
-    """Weighted makespan after a swap of slot i of rank a with slot j of rank b; infinity if not below `goal`."""
-    form, steps = form_of(costs, state, a, b), state.items.shape[2]
-    cost = 0.0
-    for block in range(pair.limits.shape[0]):
-        lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
-        if form == LINE:
-            cost += np.float64(line_block(costs, state, a, b, i, j, pair, lo, hi))
-        elif form == TABLE:
-            cost += np.float64(table_block(costs, state, a, b, i, j, pair, lo, hi))
-        elif form == ROOFLINE:
-            cost += np.float64(roofline_block(costs, state, a, b, i, j, pair, lo, hi))
-        else:
-            cost += general_block(costs, state, a, b, i, j, pair, lo, hi)
-        if cost + pair.rest[block + 1] >= goal:
-            return np.inf
-    return cost
+            goal = current - best[0] - paid
+            cost = 0.0
+            for block in range(pair.limits.shape[0]):
+                lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
+                if form == LINE:
+                    cost += np.float64(line_block(costs, state, a, b, i, j, pair, lo, hi))
+                elif form == TABLE:
+                    cost += np.float64(table_block(costs, state, a, b, i, j, pair, lo, hi))
+                elif form == ROOFLINE:
+                    cost += np.float64(roofline_block(costs, state, a, b, i, j, pair, lo, hi))
+                else:
+                    cost += general_block(costs, state, a, b, i, j, pair, lo, hi)
+                if cost + pair.rest[block + 1] >= goal:
+                    break
+            else:  # asked last: the calls take longer than most sums
+                into_a, into_b = extra_moves(state, terms, a, b, i, j)
+                if permitted(terms, moved, moved_G, a, b, into_a, into_b) and allowed(state, a, b, i, j):
+                    best[0] = current - cost - paid
+                    slots[0], slots[1], slots[2], slots[3] = a, b, i, j

@@ -7,6 +7,7 @@ from numba import njit
 
 from gemopt.solvers.search.gains import Pair, steepest
 from gemopt.solvers.search.state import Array, Costs, Number, State
+from gemopt.solvers.search.terms import Terms, moves_more
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -41,17 +42,18 @@ def pull_of(costs: Costs, state: State, ranks: Array) -> Array:
 
 
 @njit(cache=True, nogil=True)
-def tilt_pair(costs: Costs, state: State, a: int, b: int, pull_GP: Array, pair: Pair) -> float:
-    """Fill `pair.tilt` for swaps between two ranks; the most that the tangent lets one gain, infinity with tables."""
+def tilt_pair(costs: Costs, state: State, a: int, b: int, pull_GP: Array, terms: Terms, pair: Pair) -> float:
+    """Fill `pair.tilt` for swaps between two ranks; the most that the tangent lets one gain beyond the price of its
+    moves, infinity with tables."""
     if costs.use_tables:
         return np.inf
     low, high = np.inf, -np.inf
     for i in range(state.starts[a], state.starts[a + 1]):
         pair.tilt[i] = pull_GP[b, i] - pull_GP[a, i]
-        low = min(low, pair.tilt[i])
+        low = min(low, pair.tilt[i] + terms.price * moves_more(state, terms, i, a, b))
     for j in range(state.starts[b], state.starts[b + 1]):
         pair.tilt[j] = pull_GP[b, j] - pull_GP[a, j]
-        high = max(high, pair.tilt[j])
+        high = max(high, pair.tilt[j] - terms.price * moves_more(state, terms, j, b, a))
     return high - low
 
 

@@ -52,22 +52,26 @@ def apply_swap(costs: Costs, state: State, a: int, b: int, i: int, j: int) -> No
 @njit(cache=True, nogil=True)
 def slowest_three(times_GT: Array, values: Array, ranks: Array) -> None:
     """[3, T] latencies and ranks of the three slowest ranks of every step (-1 where there are fewer)."""
-    num_ranks, steps = times_GT.shape
     values[:] = np.float32(-1e30)
     ranks[:] = -1
-    for g in range(num_ranks):
-        for t in range(steps):
-            v = times_GT[g, t]
-            if v > values[2, t]:
-                if v > values[1, t]:
-                    values[2, t], ranks[2, t] = values[1, t], ranks[1, t]
-                    if v > values[0, t]:
-                        values[1, t], ranks[1, t] = values[0, t], ranks[0, t]
-                        values[0, t], ranks[0, t] = v, g
-                    else:
-                        values[1, t], ranks[1, t] = v, g
-                else:
-                    values[2, t], ranks[2, t] = v, g
+    for g in range(times_GT.shape[0]):
+        for t in range(times_GT.shape[1]):
+            insert_slowest(times_GT[g, t], g, t, values, ranks)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def insert_slowest(v: Number, g: int, t: int, values: Array, ranks: Array) -> None:
+    """Take a rank's latency at a step into the three slowest."""
+    if v > values[2, t]:
+        if v > values[1, t]:
+            values[2, t], ranks[2, t] = values[1, t], ranks[1, t]
+            if v > values[0, t]:
+                values[1, t], ranks[1, t] = values[0, t], ranks[0, t]
+                values[0, t], ranks[0, t] = v, g
+            else:
+                values[1, t], ranks[1, t] = v, g
+        else:
+            values[2, t], ranks[2, t] = v, g
 
 
 @njit(cache=True, nogil=True)
@@ -79,7 +83,10 @@ def refresh_three(times_GT: Array, values: Array, ranks: Array, a: int, b: int) 
         for k in range(3):
             touched = touched or ranks[k, t] == a or ranks[k, t] == b
         if touched:
-            slowest_three(times_GT[:, t : t + 1], values[:, t : t + 1], ranks[:, t : t + 1])
+            values[:, t] = np.float32(-1e30)
+            ranks[:, t] = -1
+            for g in range(times_GT.shape[0]):
+                insert_slowest(times_GT[g, t], g, t, values, ranks)
 
 
 @njit(cache=True, nogil=True)

@@ -60,6 +60,13 @@ def moves_of(terms: Terms, rank: Number, expert: Number) -> Number:
     return 0 if expert < 0 or terms.home_GE[rank, expert] else 1
 
 
+@njit(cache=True, nogil=True, inline="always")
+def moves_more(state: State, terms: Terms, slot: Number, here: Number, there: Number) -> Number:
+    """Moves that bringing what a slot holds from one rank to another adds (negative: refunds)."""
+    expert = state.content[slot]
+    return moves_of(terms, there, expert) - moves_of(terms, here, expert)
+
+
 @njit(cache=True, nogil=True)
 def moved_into(state: State, terms: Terms) -> Array:
     """[G] moves into each rank at present."""
