@@ -12,7 +12,7 @@ from gemopt.online.memories import NAMES, Memories, resample
 from gemopt.online.planner import effective_steps
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
-from gemopt.online.speeds import Speeds
+from gemopt.online.speeds import Speeds, first_medians
 from gemopt.problem import Problem
 from gemopt.solvers.search.moves import Waypoint
 
@@ -35,6 +35,11 @@ def memories(order: str, policy: Policy | None = None) -> tuple[Memories, list[i
 def test_changes_are_seen_at_once_and_only_then() -> None:
     assert memories("aaaaa")[1] == []
     assert memories("abacb")[1] == [20, 40, 60, 80]
+
+
+def test_medians_of_the_first_values() -> None:
+    values = np.random.default_rng(0).normal(size=33)
+    assert first_medians(values).tolist() == [float(np.median(values[: n + 1])) for n in range(33)]
 
 
 def test_what_comes_back_is_remembered() -> None:

@@ -86,11 +86,17 @@ class Speeds:
 def _last_level(values: FloatArray) -> FloatArray:
     """The last values of one level: all of them, or those after a jump that splits them cleanly."""
     noise = 1.4826 * float(np.median(np.abs(np.diff(values)))) / np.sqrt(2) if len(values) > 1 else 0.0
-    best, cut = 0.0, 0
-    for at in range(FEWEST, len(values) - FEWEST + 1):
-        before, after = values[:at], values[at:]
-        gap = abs(float(np.median(after) - np.median(before)))
-        strength = gap / (max(noise, 1e-6) * np.sqrt(1 / len(before) + 1 / len(after)))
-        if strength > max(best, 2 * CERTAIN):
-            best, cut = strength, at
-    return values[cut:]
+    cuts = np.arange(FEWEST, len(values) - FEWEST + 1)
+    if not len(cuts):
+        return values
+    gaps = np.abs(first_medians(values[::-1])[::-1][cuts] - first_medians(values)[cuts - 1])
+    strengths = gaps / (max(noise, 1e-6) * np.sqrt(1 / cuts + 1 / (len(values) - cuts)))
+    best = int(strengths.argmax())
+    return values[cuts[best] :] if strengths[best] > 2 * CERTAIN else values
+
+
+def first_medians(values: FloatArray) -> FloatArray:
+    """[N] medians of the first 1, 2, ..., N values."""
+    at = np.arange(len(values))
+    sorted_NN = np.sort(np.where(at <= at[:, None], values, np.inf), axis=1)
+    return np.asarray(0.5 * (sorted_NN[at, at // 2] + sorted_NN[at, (at + 1) // 2]))
