@@ -16,29 +16,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, fit, scaled
-from gemopt.evaluate import objective, rank_times
+from gemopt.evaluate import rank_times
 from gemopt.exceptions import InputError, check_kind, refuse_unused
 from gemopt.latency import FloatArray, Latency
 from gemopt.layer_rules import rules_of
 from gemopt.online import state
 from gemopt.online.compiled import Compiled
-from gemopt.online.decision import Decision, travel_between
+from gemopt.online.decision import Decision, Weights, static_weights, travel_between
 from gemopt.online.earlier import Earlier, ways_back
 from gemopt.online.inputs import check_clock, check_network, check_placement, counts_from, latencies_from
 from gemopt.online.memories import Memories
-from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, settle
+from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, rechosen_all, settle
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.speeds import Speeds
-from gemopt.placement import Placement, Split
+from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.solvers.search.moves import Waypoint
-from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
-Weights = list[FloatArray | None]
 LONG_AGO = -(2**40)  # a step: layers that moved then may move at once
 WORK = 1 << 14  # steps times experts of a layer's plan: bounds the time of a decision where experts are many
 
@@ -126,7 +124,9 @@ class Controller:
             return self._keep(f"refused: {error}", refused=True)
         window = [self._problem(counts, layer, self.scaled.latencies) for layer in range(counts.shape[1])]
         rows = self.placement.physical_to_logical
-        times_LNG = np.stack([rank_times(*each) for each in zip(window, rows, self.weights, strict=True)])
+        times_LNG = np.stack(
+            [rank_times(*each) for each in zip(window, rows, static_weights(self.placement), strict=True)]
+        )
         news = self._listen(latencies, times_LNG.sum(axis=0) / self.speeds.factors_G)
         known = self.memories.ticks
         changed = self._remember(counts)
@@ -247,14 +247,6 @@ class Controller:
             self.moved_at[:] = LONG_AGO
         return changed
 
-    @property
-    def weights(self) -> Weights:
-        """Of every layer in force, the [P] static weights of its copies; None under another split."""
-        placement = self.placement
-        if placement.split is not Split.STATIC or placement.split_weights is None:
-            return [None] * placement.num_layers
-        return list(placement.split_weights)
-
     def _keep(self, reason: str, **fields: float | bool) -> Decision:
         return Decision(self.placement, reason=reason, drift=self.memories.drift, **fields)  # type: ignore[arg-type]
 
@@ -271,12 +263,7 @@ class Controller:
         say = _joined(say, said)
         if said.startswith("infeasible"):
             return self._keep(say, imbalance=imbalance)
-        weights, gain_us = self.weights, 0.0
-        for layer in np.flatnonzero((rows != begin).any(axis=1)).tolist():
-            problem, row = problems[layer], rows[layer]
-            gain_us += objective(problem, begin[layer], weights[layer])
-            weights[layer] = chosen_weights(problem, row)
-            gain_us -= objective(problem, row, weights[layer])
+        weights, gain_us = rechosen_all(problems, begin, rows, static_weights(self.placement))
         proposals = {each.layer: each for each in self._proposals(problems, rows, weights, trusted)}
         for layer, waypoint in choose(list(proposals.values()), self._most_moves()).items():
             rows[layer] = waypoint.row

@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
 from gemopt.migration import Move, batches, held, keep_in_place, moves
-from gemopt.placement import EMPTY, Placement
+from gemopt.placement import EMPTY, Placement, Split
+
+Weights = list[FloatArray | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +52,13 @@ class Decision:
     imbalance: float = float("nan")
     changed: bool = False
     refused: bool = False
+
+
+def static_weights(placement: Placement) -> Weights:
+    """Of every layer, the [P] static weights of its copies; None under another split."""
+    if placement.split is not Split.STATIC or placement.split_weights is None:
+        return [None] * placement.num_layers
+    return list(placement.split_weights)
 
 
 @dataclass(frozen=True, eq=False)
