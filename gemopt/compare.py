@@ -172,7 +172,7 @@ def _rows(
 ) -> list[Comparison]:
     bound = _best_bound([result for _, result, _ in results if result is not None])
     scored = given if held is None else held
-    placement = _contiguous(profile, given, fitted, options.get("slots_per_rank"))
+    placement = _contiguous(given, fitted, options.get("slots_per_rank"))
     wired = {name: options.get(name) for name in ("topology", "exchange")}
     base_given = evaluate(placement, profile, given, cost=fitted, **wired).objective_us
     base_scored = (
@@ -217,7 +217,7 @@ def _best_bound(results: Sequence[Result]) -> float:
     return bound
 
 
-def _contiguous(profile: Profile, traces: Traces, cost: CostModel, slots_per_rank: object) -> Placement:
+def _contiguous(traces: Traces, cost: CostModel, slots_per_rank: object) -> Placement:
     """Contiguous placement of all layers in the slots asked for; it looks at no step."""
     first = problems(cost, traces.steps(slice(0, 1)), slots_per_rank)
     rows = [get(BASELINE).solve(problem, Options(deadline=np.inf), None).row for problem in first]

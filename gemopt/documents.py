@@ -32,6 +32,7 @@ from gemopt.exceptions import InputError
 
 Self = TypeVar("Self", bound="Document")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST = 2**31 - 1  # of a whole number in an array
 
 
 @contextmanager
@@ -235,10 +236,10 @@ def plain_array(name: str, value: object, limit: str) -> np.ndarray[Any, Any]:
         raise InputError(name, value, limit) from None
 
 
-def integer_array(value: object, *, name: str, ndim: int, maximum: int = 2**31 - 1) -> np.ndarray[Any, Any]:
+def integer_array(value: object, *, name: str, ndim: int) -> np.ndarray[Any, Any]:
     """Convert to a read-only int64 array of `ndim` dimensions.
 
-    Integral floats are accepted; NaN, fractions, text, ragged lists and values beyond +-`maximum` are not.
+    Integral floats are accepted; NaN, fractions, text, ragged lists and values beyond +-`LARGEST` are not.
     """
     limit = f"whole numbers in a {ndim}-dimensional rectangular array are needed"
     array = plain_array(name, value, limit)
@@ -249,9 +250,9 @@ def integer_array(value: object, *, name: str, ndim: int, maximum: int = 2**31 -
             raise InputError(name, "NaN or infinity", limit)
         if (array != np.floor(array)).any():
             raise InputError(name, float(array[array != np.floor(array)][0]), limit)
-    if array.size and max(int(array.max()), -int(array.min())) > maximum:
+    if array.size and max(int(array.max()), -int(array.min())) > LARGEST:
         worst = max(int(array.max()), int(array.min()), key=abs)
-        raise InputError(name, worst, f"values must lie within {maximum}")
+        raise InputError(name, worst, f"values must lie within {LARGEST}")
     result = array.astype(np.int64)
     result.setflags(write=False)
     return result

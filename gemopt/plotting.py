@@ -119,7 +119,7 @@ def plot_comparison(rows: Sequence[Comparison], *, title: str = "", ax: Any = No
     return ax
 
 
-def plot_front(points: Sequence[FrontPoint], *, title: str = "", ax: Any = None) -> Any:
+def plot_front(points: Sequence[FrontPoint], *, ax: Any = None) -> Any:
     """Latency of a step against experts moved; solvers that heed no moves as single points."""
     ax = _axes(ax, (7, 4))
     swaps = [point for point in points if point.source == SWAPS]
@@ -134,7 +134,7 @@ def plot_front(points: Sequence[FrontPoint], *, title: str = "", ax: Any = None)
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xlabel("experts moved from the placement in force")
     ax.set_ylabel("latency of a step, us")
-    ax.set_title(title or "What moves gain", fontsize=10)
+    ax.set_title("What moves gain", fontsize=10)
     ax.legend(fontsize=8, frameon=False)
     return ax
 
@@ -201,7 +201,7 @@ def plot_steps(evaluation: Evaluation, *, ax: Any = None) -> Any:
     return ax
 
 
-def plot_stragglers(evaluation: Evaluation, num_ranks: int | None = None, *, title: str = "", ax: Any = None) -> Any:
+def plot_stragglers(evaluation: Evaluation, num_ranks: int | None = None, *, ax: Any = None) -> Any:
     """How often each rank is the one the others wait for, per layer."""
     ax = _axes(ax, (7, 4))
     num_ranks = int(evaluation.straggler_TL.max()) + 1 if num_ranks is None else num_ranks
@@ -211,7 +211,7 @@ def plot_stragglers(evaluation: Evaluation, num_ranks: int | None = None, *, tit
     drawn = ax.imshow(share_LG, aspect="auto", cmap="magma_r", vmin=0, vmax=share_LG.max())
     ax.set_xlabel("rank")
     ax.set_ylabel("MoE layer")
-    ax.set_title(title or "Share of steps in which a rank is the slowest")
+    ax.set_title("Share of steps in which a rank is the slowest")
     ax.figure.colorbar(drawn, ax=ax)
     return ax
 

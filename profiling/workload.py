@@ -123,7 +123,7 @@ def _ask_once(path: str) -> None:
         get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=10)
 
 
-def from_model(path: str, device: Device, *, ep_size: int, rank: int, dtype: str | None = None) -> Experts:
+def from_model(path: str, device: Device, *, ep_size: int, rank: int) -> Experts:
     """The experts module of a transformers model's first MoE layer, with this rank's experts and random weights.
 
     Only the config is read and only this layer is built, so a network of any size can be profiled.
@@ -146,12 +146,11 @@ def from_model(path: str, device: Device, *, ep_size: int, rank: int, dtype: str
         raise InputError("--model", path, "a folder or hub name with a transformers config", first) from None
     auto = auto_class(config)
     text = config.get_text_config()
-    options = {"dtype": getattr(torch, dtype)} if dtype else {}
     with torch.device("meta"):
-        whole = describe(auto.from_config(config, **options))
+        whole = describe(auto.from_config(config))
         local = local_experts(whole.num_experts or 1, ep_size, rank)
         setattr(text, family(text.model_type).num_experts, local)
-        experts = find_moe_layers(auto.from_config(config, **options))[0].experts
+        experts = find_moe_layers(auto.from_config(config))[0].experts
     layer_bytes = local * (whole.expert_bytes or 1)
     forwards: list[Forward] = [_filled(experts, device) for _ in range(copies_needed(layer_bytes, device.cache_bytes))]
     implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None) or "eager"

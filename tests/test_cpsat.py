@@ -136,7 +136,7 @@ def test_reduction_says_so_and_claims_no_bound_of_its_own(monkeypatch: pytest.Mo
     problem = staircase_problem(equal=False)
     optimum = CpSat().solve(problem, options(), None)
     assert optimum.stopped_by is StoppedBy.PROOF
-    monkeypatch.setattr(cpsat, "COEFFICIENTS_PER_SECOND", 30)
+    monkeypatch.setattr(CpSat, "coefficients_per_second", 30)
     warm_start = lpt_row(problem)
     outcome = CpSat().solve(problem, options(), warm_start)
     assert "weighted representatives of 12 distinct steps" in outcome.note

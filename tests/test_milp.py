@@ -109,7 +109,7 @@ def test_a_child_that_is_ended_leaves_its_incumbent_and_a_valid_bound(
 
     monkeypatch.setattr(milp, "read_state", count)
     monkeypatch.setattr(milp, "_changed", lambda folder: time.monotonic())
-    monkeypatch.setattr(milp, "COEFFICIENTS_PER_SECOND", 1e9)
+    monkeypatch.setattr(Milp, "coefficients_per_second", 1e9)
     outcome = Milp(backend).solve(problem, options(300, stop=stop), warm_start)
     assert outcome.stopped_by is StoppedBy.INTERRUPT
     assert outcome.bound_us < objective(problem, outcome.row) <= objective(problem, warm_start)
@@ -133,7 +133,7 @@ import importlib.util, sys, time
 spec = importlib.util.spec_from_file_location("test_milp", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-module.milp.COEFFICIENTS_PER_SECOND = 1e9
+module.Milp.coefficients_per_second = 1e9
 module.Milp(sys.argv[2]).solve(module.roofline_problem(16, 120), module.options(600), None)
 """
 

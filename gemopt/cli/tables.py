@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gemopt.verify import Verified
 
 
-def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) -> Table:
+def comparison_table(rows: Sequence[Comparison]) -> Table:
     """Objective over all given steps and layers; changes against contiguous placement. Fits 80 columns.
 
     The best row (held out, where steps were) is bold. Below the table stands what a solver could not do, and what it
@@ -32,7 +32,6 @@ def comparison_table(rows: Sequence[Comparison], *, title: str | None = None) ->
     said += [f"{row.solver}: {row.ceiling.summary(row.holdout_us)}" for row in rows
              if row.ceiling is not None and row.ran and _key(row, held) == best][:1]  # fmt: skip
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.title, table.title_justify = title, "left"
     if said:
         table.caption, table.caption_justify = Text("\n".join(said)), "left"
     table.add_column("solver", no_wrap=True)

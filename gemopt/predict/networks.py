@@ -41,8 +41,8 @@ class _Network(Frequency, ABC):
     net: Any
     width: int
 
-    def __init__(self, name: str, *, ahead: int = 1, seed: int = 0) -> None:
-        super().__init__(name)
+    def __init__(self, name: str = "", *, ahead: int = 1, seed: int = 0) -> None:
+        super().__init__(name or type(self).__name__.lower())
         if ahead < 1:
             raise InputError("ahead", ahead, "at least 1 layer: what enters a router is known only when it chooses")
         self.ahead, self.seed = ahead, seed
@@ -93,9 +93,6 @@ class _Network(Frequency, ABC):
 class Mlp(_Network):
     """A multilayer perceptron for each layer, on what entered the router `ahead` layers before."""
 
-    def __init__(self, name: str = "mlp", *, ahead: int = 1, seed: int = 0) -> None:
-        super().__init__(name, ahead=ahead, seed=seed)
-
     @property
     def bytes_per_batch(self) -> float:
         """The weights for a layer."""
@@ -118,9 +115,6 @@ class Mlp(_Network):
 
 class Lstm(_Network):
     """An LSTM that goes through the layers with each token; one for all layers, with their own ways in and out."""
-
-    def __init__(self, name: str = "lstm", *, ahead: int = 1, seed: int = 0) -> None:
-        super().__init__(name, ahead=ahead, seed=seed)
 
     @property
     def bytes_per_token(self) -> float:

@@ -36,6 +36,9 @@ TABLE_LIMIT = 1 << 24
 class Duplicated(Fixed):
     """Before each layer of each batch, copies for what a predictor expects; they stay until others need their slot.
 
+    Transfers go on beside the steps. Those of `greedy` are needed at once: what a layer's share of the non-MoE time
+    does not cover stalls. Ours begin when the links are free, and the copies are there once they end.
+
     Parameters
     ----------
     predictor
@@ -45,20 +48,15 @@ class Duplicated(Fixed):
         them by the same latencies. `planned`: the same copies; the batch is split in the proportions that were best for
         what was expected. `greedy`: MoE-GPS's algorithm on assignments alone; all that it wants is copied, and the
         batch is split in the proportions that were planned.
-    hide
-        Whether transfers go on beside the steps. Those of `greedy` are needed at once: what a layer's share of the
-        non-MoE time does not cover stalls. Ours begin when the links are free, and the copies are there once they end.
     contiguous
         Whether to begin with the experts in order and no copies, rather than with what is best on the past.
     """
 
-    def __init__(
-        self, predictor: str, *, method: str = "latency", hide: bool = True, contiguous: bool = False, name: str = ""
-    ) -> None:
+    def __init__(self, predictor: str, *, method: str = "latency", contiguous: bool = False, name: str = "") -> None:
         super().__init__(name or PREFIX + predictor)
         if method not in METHODS:
             raise InputError("method", method, f"one of {', '.join(METHODS)}")
-        self.predictor, self.method, self.hide = make_predictor(predictor), method, hide
+        self.predictor, self.method = make_predictor(predictor), method
         self.in_order = contiguous
 
     def first(self, context: Context) -> Placement:
@@ -167,8 +165,8 @@ class _Layer:
         largest = int(world.traces.counts[:, layer].sum(axis=1).max())
         grid = np.arange(largest + 2)
         table_FN = np.stack([feature.of(grid) for feature in cost.features]).astype(np.float64)
-        share_us = world.non_moe_us / world.traces.num_layers if strategy.hide else 0.0
-        self.beside = strategy.hide and strategy.method != "greedy"
+        share_us = world.non_moe_us / world.traces.num_layers
+        self.beside = strategy.method != "greedy"
         hidden_us = np.inf if self.beside else share_us
         expert_us = migration.expert_bytes / migration.bytes_per_s * 1e6
         price = Price(expert_us, hidden_us, migration.slowdown, migration.commit_us, LIFE)

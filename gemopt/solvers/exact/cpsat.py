@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -10,49 +9,29 @@ import numpy as np
 from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
-from gemopt.links import Links
-from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports
+from gemopt.solvers.base import Options, Outcome
 from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation, CpSatJoint
 from gemopt.solvers.exact.joint import JointCompact
-from gemopt.solvers.exact.joint_search import solve_joint
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.runs import STEEPEST
-from gemopt.solvers.placing import no_placement
+from gemopt.solvers.exact.stated import Stated
 
 RESOLUTION = 4e-7
 """Relative error that whole ticks may cause in the objective, all steps together."""
-COEFFICIENTS_PER_SECOND = 10_000
 EXACT = 2.0**53
 """Whole numbers up to here are exact in float64, which CP-SAT's linear relaxation uses."""
 POLL_S = 0.02
 
 
-class CpSat:
-    """Exact for every cost model, unequal slots, empty slots and copies under the even split."""
+class CpSat(Stated):
+    """CP-SAT on the threads it is given."""
 
     name = "cpsat"
-    supports = Supports(proves=True, improves=True, moves=True, links=True, policies=False, rules=True)
+    coefficients_per_second = 10_000
 
-    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
-        """Place one layer; never worse than the warm start."""
-        search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * options.remaining)
-        if search is None:
-            return no_placement(problem)
-        return search.ended() or self._prove(search)
-
-    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
-        """Place all layers under makespans and links; see `LinkedSolver`."""
-        return solve_joint(problems, links, rows, options, self._prove)
-
-    def _prove(self, search: Search) -> Outcome:
-        outcome = self._search(search)
-        while outcome.stopped_by is StoppedBy.ITERATIONS and search.restate():
-            outcome = self._search(search)
-        return outcome
-
-    def _search(self, search: Search) -> Outcome:
+    def run(self, search: Search) -> Outcome:
+        """See `Stated`."""
         tick_us, options = resolution(search), search.options
         try:
             kind = CpSatJoint if isinstance(search.compact, JointCompact) else CpSatFormulation

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,11 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import SolverError
-from gemopt.links import Links
-from gemopt.problem import Problem
-from gemopt.result import StoppedBy
-from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports
-from gemopt.solvers.exact.joint_search import solve_joint
+from gemopt.solvers.base import Outcome
 from gemopt.solvers.exact.layer import Search
 from gemopt.solvers.exact.milp_worker import Scale, cbc_bound, proven_us
-from gemopt.solvers.placing import no_placement
+from gemopt.solvers.exact.stated import Stated
 
-COEFFICIENTS_PER_SECOND = 5_000
-START_S = 1.0
-"""About what starting the child takes: not available for solving."""
 GRACE_S = 0.25
 """How long after the deadline the child may still report."""
 POLL_S = 0.02
@@ -44,34 +36,16 @@ FARTHEST = 1e7
 
 
 @dataclass
-class Milp:
-    """Exact for every cost model, unequal slots, empty slots and copies under the even split.
-
-    backend: `highs`, `cbc`, or `auto` for the first that is installed.
-    """
+class Milp(Stated):
+    """MILP in a child process. backend: `highs`, `cbc`, or `auto` for the first that is installed."""
 
     backend: str = "auto"
     name = "milp"
-    supports = Supports(proves=True, improves=True, moves=True, links=True, policies=False, rules=True)
+    coefficients_per_second = 5_000
+    start_s = 1.0  # about what starting the child takes
 
-    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
-        """Place one layer; never worse than the warm start."""
-        search = Search.prepare(problem, options, warm_start, COEFFICIENTS_PER_SECOND * (options.remaining - START_S))
-        if search is None:
-            return no_placement(problem)
-        return search.ended() or self._prove(search)
-
-    def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
-        """Place all layers under makespans and links; see `LinkedSolver`."""
-        return solve_joint(problems, links, rows, options, self._prove)
-
-    def _prove(self, search: Search) -> Outcome:
-        outcome = self._search(search)
-        while outcome.stopped_by is StoppedBy.ITERATIONS and search.restate():
-            outcome = self._search(search)
-        return outcome
-
-    def _search(self, search: Search) -> Outcome:
+    def run(self, search: Search) -> Outcome:
+        """See `Stated`."""
         with tempfile.TemporaryDirectory(prefix="gemopt-milp-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
             write_request(folder, search, backend=self.backend)

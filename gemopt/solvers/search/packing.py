@@ -12,17 +12,14 @@ from gemopt.solvers.base import Row
 from gemopt.solvers.placing import first_row, nearest_row
 
 
-def lpt_row(problem: Problem, *, copies_E: Row | None = None, noise_E: FloatArray | None = None) -> Row:
+def lpt_row(problem: Problem, *, copies_E: Row | None = None) -> Row:
     """[P] speed-weighted LPT: heaviest first, each to the rank that would finish it first.
 
-    copies_E: [E] copies of each expert (default one each); noise_E: [E] factors on the weights, for varied starts.
-    Under rules: `first_row`.
+    copies_E: [E] copies of each expert (default one each). Under rules: `first_row`.
     """
     if problem.rules is not None:
         return first_row(problem)
     offset_G, weight_GE = problem.linearised
-    if noise_E is not None:
-        weight_GE = weight_GE * noise_E
     copies = np.ones(problem.num_experts, dtype=np.int64) if copies_E is None else copies_E
     items = np.repeat(np.arange(problem.num_experts), copies)
     return pack(items, weight_GE[:, items] / copies[items], offset_G, problem.slots_per_rank)
