@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from gemopt.documents import Document
-from gemopt.links import LinksReport
+from gemopt.links_report import LinksReport
 from gemopt.placement import Placement
 from gemopt.tables import frame, html_table
 

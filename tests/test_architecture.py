@@ -16,7 +16,7 @@ TIERS = [
     ["exceptions", "foreign", "tables", "documents", "cores", "interrupts"],
     ["latency", "profile", "placement", "traces", "topology", "link_doubts", "named_topologies", "rules"],
     ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize", "layer_rules"],
-    ["flows", "links", "problem", "splits", "evaluate", "result", "certificate", "verify"],
+    ["flows", "links", "links_report", "problem", "splits", "evaluate", "result", "certificate", "verify"],
     ["bounds", "solvers"],
     ["solve", "solving", "compare", "first_use", "testing", "certify"],
     ["predict", "online", "replay", "advise"],

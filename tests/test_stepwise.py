@@ -24,7 +24,8 @@ from gemopt.solve import solve
 from gemopt.solvers.base import Outcome
 from gemopt.solvers.exact.column_space import Proven
 from gemopt.solvers.exact.contents import ContentsSearch
-from gemopt.solvers.exact.stepwise import Pricing, Stepwise, StepwiseSearch
+from gemopt.solvers.exact.step_space import Stepwise
+from gemopt.solvers.exact.stepwise import Pricing, StepwiseSearch
 from gemopt.solving import turns
 from gemopt.solving.layers import Layer
 from gemopt.verify import columns as verify_columns

@@ -12,7 +12,7 @@ from gemopt.evaluate import Evaluation, check, moves_us, objective, score, total
 from gemopt.exceptions import InputError, SolverError
 from gemopt.latency import FloatArray
 from gemopt.link_doubts import doubts
-from gemopt.links import BytesSaved, LinksReport
+from gemopt.links_report import BytesSaved, LinksReport
 from gemopt.placement import Placement, Split
 from gemopt.profile import Profile
 from gemopt.result import (

@@ -14,7 +14,8 @@ from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.solvers.exact.contents import Contents, ContentsSearch
 from gemopt.solvers.exact.share_space import Shares
-from gemopt.solvers.exact.stepwise import Pricing, Stepwise, StepwiseSearch
+from gemopt.solvers.exact.step_space import Stepwise
+from gemopt.solvers.exact.stepwise import Pricing, StepwiseSearch
 from gemopt.solvers.size import paired
 
 CLOSE = 1e-9

@@ -23,7 +23,7 @@ from gemopt.solvers.exact.column_space import IntArray, Space
 if TYPE_CHECKING:
     from gemopt.solvers.exact.contents import Contents
     from gemopt.solvers.exact.share_space import Shares
-    from gemopt.solvers.exact.stepwise import Stepwise
+    from gemopt.solvers.exact.step_space import Stepwise
 
 F32 = np.float32
 Floats = NDArray[np.float32]
