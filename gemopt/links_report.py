@@ -32,8 +32,8 @@ class BytesSaved(BaseModel):
 class LinksReport(BaseModel):
     """What the exchanges of a placement take over all steps and layers; `exposed_us` of it a step waits for.
 
-    The first fields say what was assumed: see `gemopt.links.Exchange`. Bytes are those of dispatch and combine together.
-    saved: with fewest bytes between nodes asked for.
+    The first fields say what was assumed: see `gemopt.links.Exchange`. Bytes are those of dispatch and combine
+    together. saved: with fewest bytes between nodes asked for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

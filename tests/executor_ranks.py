@@ -1,6 +1,6 @@
 """Ranks for the executor's tests: a process that forks real gloo groups and runs one scenario in each.
 
-Started by `test_executor_live.py`: one JSON request per line on standard input, one reply per line
+Started by `ranks_world.py`: one JSON request per line on standard input, one reply per line
 on standard output. Forking after the imports makes a group of four cost a second instead of twenty.
 """
 

@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from cli_inputs import gemopt, gemopt_json
+from advised import EXPERTS, RANKS, SHAPE, even, profile, skewed
 
 from gemopt.advise import Advice, ModelShape, advise
 from gemopt.advise.links import slowest_gbps
 from gemopt.advise.options import _spread
 from gemopt.advise.variants import drift, rounded, skewness, with_batch, with_change, with_skew
-from gemopt.profile import Device, MoeShape, Profile, Sample
+from gemopt.profile import Device, Profile
 from gemopt.replay import Migration, replay
 from gemopt.rules import Rules
 from gemopt.topology import Level, Topology
-from gemopt.traces import Phase, Tokens, Traces
-
-EXPERTS, RANKS = 8, 4
-SHAPE = "hidden_size=64,heads=4,kv_heads=2,head_dim=16,context=128,tflops=100,memory_gbps=1000"
-
-
-def profile(ranks: int = RANKS, **model: Any) -> Profile:
-    return Profile(
-        model=MoeShape(**model),
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(10.0 + n) * (1 + g / 10)) for n in (0, 500)])
-            for g in range(ranks)
-        ],
-    )
-
-
-def skewed(steps: int = 64, layers: int = 2, seed: int = 0) -> Traces:
-    rng = np.random.default_rng(seed)
-    share = np.array([8, 6, 1, 1, 1, 1, 1, 1]) / 20
-    return Traces(counts=np.stack([rng.multinomial(256, np.tile(share, (layers, 1))) for _ in range(steps)]), top_k=2)
-
-
-def even(steps: int = 64) -> Traces:
-    return Traces(counts=np.full((steps, 1, EXPERTS), 8), top_k=2)
+from gemopt.traces import Tokens, Traces
 
 
 def test_nothing_pays_where_nothing_is_uneven() -> None:
@@ -268,91 +241,3 @@ def test_rules_are_kept_by_all_that_is_advised() -> None:
     assert any("pinned[0]" in note and "no choice" in note for note in ruled.notes)
     assert any("duplication per batch knows no rules" in note for note in ruled.notes)
     assert all("--rules rules.json" in command for command in ruled.commands if "watch" not in command)
-
-
-@pytest.fixture
-def words(tmp_path: Path) -> list[Any]:
-    skewed(steps=48, layers=1).save(tmp_path / "traces.safetensors")
-    profile(hidden_size=64, top_k=2).save(tmp_path / "profile.json")
-    node = {"within_node": {"bandwidth_gbs": 100}}
-    (tmp_path / "links.json").write_text(json.dumps({"node_of_rank": [0, 0, 1, 1], **node}))
-    (tmp_path / "wrong.json").write_text(json.dumps({"node_of_rank": [0, 0], **node}))
-    Rules(together=[{"experts": [0, 1, 2]}]).save(tmp_path / "tights.json")
-    return ["advise", tmp_path / "profile.json", tmp_path / "traces.safetensors", "--window", 8, "--no-sweep"]
-
-
-def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = gemopt_json(capsys, *words)
-    assert {"recommended", "predicted_change", "confidence", "strategies", "ceiling", "commands"} <= set(found)
-    assert found["recommended"] in [each["strategy"] for each in found["strategies"]]
-    code, out, err = gemopt(capsys, *words, "--non-moe-us", 50, "-o", tmp_path / "advice.json")
-    assert (code, err) == (0, "")
-    assert out.startswith(f"use {found['recommended']}: ") and "proven" in out and "gemopt replay" in out
-    assert json.loads((tmp_path / "advice.json").read_text())["non_moe_us"] == 50
-
-
-def test_commands_name_the_same_steps_costs_and_files(
-    words: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "profile.json").rename(tmp_path / "my profile.json")
-    words[1] = tmp_path / "my profile.json"
-    replace(skewed(steps=48, layers=1), phase=np.full(48, int(Phase.DECODE))).save(words[2])
-    found = gemopt_json(capsys, *words, "--phase", "decode", "--cost", "staircase", "--seed", 3)
-    for command in found["commands"]:
-        parts = shlex.split(command)
-        assert str(words[1]) in parts
-        assert "watch" in parts or {"--phase", "decode", "--cost", "staircase", "--seed", "3"} <= set(parts)
-    assert gemopt_json(capsys, *shlex.split(found["commands"][0])[1:])
-
-
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (
-            ["--model", SHAPE.replace("hidden_size=64", "hidden_size=65")],
-            "--model hidden_size: got 65; 64 in the profile",
-        ),
-        (["--model", SHAPE + ",num_experts=16"], "--model num_experts: got 16; 8 in the traces"),
-        (["--model", "heads=4"], "--model hidden_size: got nothing"),
-        (["--model", "/no/such/shape.json"], "/no/such/shape.json"),
-        (["--window", "25"], "--window: got 25; from 1 to the 24 steps"),
-        (["--horizon", "0"], "--horizon: got 0"),
-        (["--seed", "-1"], "--seed: got -1"),
-        (["--memory", "-1"], "--memory: got -1.0"),
-        (["--memory", "nan"], "--memory: got nan"),
-        (["--bandwidth", "0"], "--bandwidth: got 0.0"),
-        (["--bandwidth", "5", "--topology", "1x4-nvlink4"], "--bandwidth: got 5.0; the topology says it"),
-        (["--topology", "links.json"], "Topology.between_nodes: got nothing"),
-        (["--topology", "wrong.json"], "topology: got 2 ranks; the profile has 4 devices"),
-        (["--expert-bytes", "0"], "--expert-bytes: got 0.0"),
-        (["--non-moe-us", "-2"], "--non-moe-us: got -2.0"),
-        (["--memory", "1", "--predictors", "token"], "Traces.ids: got nothing; the predictor token needs it"),
-        (
-            ["--memory", "1", "--predictors", "window"],
-            "history: got 24 steps; the window of the predictor window is 64",
-        ),
-        (["--memory", "1", "--predictors", "tarot"], "predictor: got tarot"),
-        (["--predictors", "window"], "--predictors: got window; no slot to spare for copies"),
-        (["--plot", "map.png"], "--plot: got map.png; the map needs the sweep"),
-        (["--rules", "rules.json"], "rules.json: got No such file"),
-        (["--rules", "tights.json", "--predictors", "window"], "--predictors: got window; duplication knows no rules"),
-        (["-o", "/no/such/folder/out.json"], "no such folder"),
-    ],
-)
-def test_bad_input_is_one_line(
-    words: list[Any], more: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if "--plot" in more:
-        pytest.importorskip("matplotlib")
-    more = [
-        str(words[1].parent / word) if word.endswith("s.json") or word.endswith("g.json") else word for word in more
-    ]
-    code, out, err = gemopt(capsys, *words, *more)
-    assert (code, out) == (2, "")
-    assert err.startswith("gemopt: ") and err.count("\n") == 1 and said in err
-
-
-def test_rules_that_no_placement_keeps_are_infeasible(words: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = gemopt(capsys, *words, "--rules", str(words[1].parent / "tights.json"))
-    assert (code, out) == (3, "")
-    assert err == "gemopt: rules: got together[0]; no placement of layer 0 keeps them together\n"

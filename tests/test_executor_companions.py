@@ -1,86 +1,30 @@
 """What lies beside routers and experts in the checkpoints of hubs follows on the right axis, or is refused by name."""
 
-import json
-
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
-
-from gemopt import InputError, Placement
-from gemopt.executor import export_checkpoint
-from gemopt.models.families import FAMILIES
-
-# Of the families whose files have the same names, the first.
-NAMES_IN_FILES = ("checkpoint_blocks", "checkpoint_tensors", "checkpoint_experts", "hash_tensors", "identity_experts")
-DIFFERENT = list(
-    {repr([getattr(r, n) for n in NAMES_IN_FILES]): name for name, r in reversed(FAMILIES.items())}.values()
+from checkpoint_files import (
+    DIFFERENT,
+    HIDDEN,
+    IN_BLOCKS,
+    INNER,
+    LAYER,
+    ORDER,
+    E,
+    block_of,
+    exporter,
+    network,
+    router_of,
+    rows_of,
+    values,
 )
-IN_BLOCKS = [name for name in DIFFERENT if FAMILIES[name].checkpoint_blocks]
-E, HIDDEN, INNER, LAYER, IDENTITY = 16, 40, 24, 1, 4
-ORDER = [5, 0, 9, 14, 2, 7, 11, 1, 3, 15, 8, 4, 13, 6, 12, 10]
-PLACEMENT = Placement(physical_to_logical=[ORDER], slots_per_rank=[8, 8], num_experts=E, layer_ids=[LAYER])
-RNG = np.random.default_rng(0)
 
-
-def values(shape, dtype="f4"):
-    """Different ones everywhere, so that every wrong order shows."""
-    return RNG.permutation(int(np.prod(shape))).reshape(shape).astype(dtype)
-
-
-def block_of(row):
-    return ".".join([f"model.layers.{LAYER}", *row.checkpoint_blocks[:1]])
-
-
-def router_of(row):
-    weight = next(name for name in row.checkpoint_tensors if name.endswith(".weight"))
-    return f"{block_of(row)}.{weight.removesuffix('.weight')}"
-
-
-def rows_of(row):
-    return E + (IDENTITY if row.identity_experts else 0)
-
-
-def network(row):
-    """Tensors of a small checkpoint of a family: router, one projection of every expert, a shared expert, attention."""
-    block, rows = block_of(row), rows_of(row)
-    made = {
-        f"{block}.{name}": values((rows, HIDDEN) if name.endswith("weight") else (1, rows) if axis else (rows,))
-        for name, axis in row.checkpoint_tensors.items()
-    }
-    made |= {f"{block}.experts.{e}.down_proj.weight": values((HIDDEN, INNER)) for e in range(rows)}
-    made |= {f"{block}.{name}": values((3, 2), "i8") % E for name in row.hash_tensors}
-    made[f"{block}.shared_expert.up_proj.weight"] = values((E, HIDDEN))
-    made[f"model.layers.{LAYER}.self_attn.o_proj.weight"] = values((E, E))
-    return made
-
-
-def config_of(row, **more):
-    special = {row.identity_experts[0]: IDENTITY} if row.identity_experts else {}
-    groups = {"n_group": 1, "topk_group": 1} if row.groups == "n_group" else {}
-    return {
-        "model_type": row.model_type,
-        row.num_experts: E,
-        "num_hidden_layers": 2,
-        "hidden_size": HIDDEN,
-        "moe_intermediate_size": INNER,
-        **special,
-        **groups,
-        **more,
-    }
+from gemopt import InputError
+from gemopt.models.families import FAMILIES
 
 
 @pytest.fixture
 def export(tmp_path):
-    def run(row, tensors, **more):
-        folder = tmp_path / "in"
-        folder.mkdir(exist_ok=True)
-        save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config_of(row, **more)))
-        result = export_checkpoint(PLACEMENT, folder, tmp_path / "out")
-        return load_file(result / "model.safetensors"), json.loads((result / "config.json").read_text())
-
-    run.out = tmp_path / "out"
-    return run
+    return exporter(tmp_path)
 
 
 def order_of(length):
@@ -271,92 +215,3 @@ def test_two_networks_in_one_checkpoint(export):
     tensors |= {f"talker.{key}": tensor for key, tensor in tensors.items()}
     with pytest.raises(InputError, match=r"layer 1: got below model\. and talker\.model\."):
         export(row, tensors)
-
-
-def test_names_in_settings_follow(export):
-    row = FAMILIES["qwen3_moe"]
-    told = {
-        "ignore": ["lm_head", "model.layers.1.mlp.experts.9.down_proj", "re:.*shared_expert.*"],
-        "extra_config": {"model.layers.1.mlp.experts.0.down_proj": {"bits": 8}},
-        "targets": [r"re:.*experts\.\d+\.down_proj", "model.layers.*.mlp.experts.*"],
-        "others": ["model.layers.0.mlp.experts.9.down_proj", "mtp.layers.1.mlp.experts.9.down_proj"],
-    }
-    _, config = export(row, network(row), quantization_config=told, experts_per_block=3, num_shared_experts=[1, 1])
-    new = config["quantization_config"]
-    assert new["ignore"] == ["lm_head", "model.layers.1.mlp.experts.2.down_proj", "re:.*shared_expert.*"]
-    assert new["extra_config"] == {"model.layers.1.mlp.experts.1.down_proj": {"bits": 8}}
-    assert (new["targets"], new["others"]) == (told["targets"], told["others"])
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"quantization_config": {"ignore": [r"re:.*experts\.3\..*"]}}, r"ignore: got re:\.\*experts"),
-        ({"quantization_config": {"dynamic": {r"-:.*experts\.[0-3]\.up": {}}}}, "dynamic: got -:"),
-        ({"quantization_config": {"exclude_modules": ["model.layers.1.mlp.experts.3*"]}}, "exclude_modules"),
-        ({"quantization_config": {"ignore": ["experts.3.down_proj"]}}, "experts.3.down_proj"),
-        ({"expert_bits": [4] * E}, "expert_bits"),
-        ({"bits_of_experts": [[4] * E, [4] * E]}, "bits_of_experts"),
-        ({"num_bits_of_experts": [8] + [4] * (E - 1)}, "num_bits_of_experts"),
-        ({"expert_map": {str(e): e for e in range(E)}}, "expert_map"),
-        ({"router_bias": [0.5] * E}, "router_bias"),
-    ],
-)
-def test_settings_of_single_experts_that_cannot_be_renumbered(export, settings, words):
-    row = FAMILIES["qwen3_moe"]
-    with pytest.raises(InputError, match=rf"config\.json: .*{words}"):
-        export(row, network(row), **settings)
-    assert not export.out.exists()
-
-
-@pytest.mark.parametrize("name", ["expert_map.json", "routing_bias.npy", "experts.yaml", "eplb.json"])
-@pytest.mark.parametrize("content", [list(range(E)), {"layer_0": [0.5] * E}, {"used": {str(e): 1 for e in range(E)}}])
-def test_files_about_experts_are_not_copied_as_they_are(export, tmp_path, name, content):
-    row = FAMILIES["qwen3_moe"]
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / name).write_text(json.dumps(content))
-    with pytest.raises(InputError, match=name):
-        export(row, network(row))
-    assert not export.out.exists()
-
-
-def test_settings_in_other_files(export, tmp_path):
-    row = FAMILIES["qwen3_moe"]
-    (tmp_path / "in").mkdir()
-    path = tmp_path / "in" / "hf_quant_config.json"
-    path.write_text(json.dumps({"quantization": {"exclude_modules": ["model.layers.1.mlp.experts.5"]}}))
-    (tmp_path / "in" / "pytorch_model.bin.index.json").write_text("{}")
-    (tmp_path / "in" / "tokenizer.json").write_text('{"vocab": {"experts.3": 7}}')
-    export(row, network(row))
-    out = tmp_path / "out"
-    assert json.loads((out / path.name).read_text()) == {
-        "quantization": {"exclude_modules": ["model.layers.1.mlp.experts.0"]}
-    }
-    assert (out / "tokenizer.json").read_text() == '{"vocab": {"experts.3": 7}}'
-    assert not (out / "pytorch_model.bin.index.json").exists(), "its weights are not copied"
-
-
-def test_layers_of_a_hybrid_network_are_counted_by_their_kinds(export):
-    row = FAMILIES["nemotron_h"]
-    old, kinds = network(row), ["mamba", "moe"]
-    new, _ = export(row, old, num_hidden_layers=None, layers_block_type=kinds)
-    assert (new[f"{router_of(row)}.weight"] == old[f"{router_of(row)}.weight"][ORDER]).all()
-    with pytest.raises(InputError, match="the checkpoint has 1 decoder layers"):
-        export(row, old, num_hidden_layers=None, layers_block_type=kinds[:1])
-
-
-@pytest.mark.parametrize(("n_group", "topk_group"), [(8, None), (None, 3), (None, None)])
-def test_groups_of_a_config_that_says_half(export, n_group, topk_group):
-    """transformers fills in 8 groups of which 4 are kept: half of the answer in the file does not switch them off."""
-    row = FAMILIES["deepseek_v3"]
-    with pytest.raises(InputError, match="mix routing groups"):
-        export(row, network(row), n_group=n_group, topk_group=topk_group)
-
-
-@pytest.mark.parametrize(("name", "kept"), [("minimax_m2", 3), ("glm4_moe", None), ("kimi_linear", 2)])
-def test_groups_that_only_the_config_knows(export, name, kept):
-    """Of a family that we know without; of one of which transformers keeps one group where the file does not say."""
-    row = FAMILIES[name]
-    field = "num_expert_group" if name == "kimi_linear" else "n_group"
-    with pytest.raises(InputError, match="mix routing groups"):
-        export(row, network(row), **{"n_group": None, field: 8, "topk_group": kept})

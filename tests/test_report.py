@@ -1,4 +1,4 @@
-"""The report page: its numbers, what it leaves out and refuses, and how it behaves in a browser."""
+"""The report page: its numbers, what it leaves out and refuses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +14,35 @@ import numpy as np
 import pytest
 
 pytest.importorskip("plotly")
-from browser import Browser, browser, find
-from cli_inputs import gemopt, gemopt_json, profile, traces
+from cli_inputs import gemopt, gemopt_json, traces
+from reported import EXPERTS, FITTED, LAYERS, RANKS, STEPS
 
-from gemopt import solve
 from gemopt.conflicts import conflict_graph
 from gemopt.evaluate import evaluate
 from gemopt.links import Exchange
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
-from gemopt.replay import replay
 from gemopt.report import Report, report
 from gemopt.report.experts import layer_conflicts
 from gemopt.report.numbers import intervals, moved, windows
 from gemopt.report.sketch import sketch
 from gemopt.traces import Traces
 
-RANKS, LAYERS, EXPERTS, STEPS, FITTED = 4, 3, 12, 60, 40
-LONG_NAME = "NVIDIA H100 80GB HBM3, as fast as one of a measured fleet"
+
+@pytest.fixture(scope="module")
+def folder(report_folder: Path) -> Path:
+    return report_folder
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Profile, traces, a result on the first of their steps, another placement, and a replay, on disk."""
-    path = tmp_path_factory.mktemp("report")
-    routed = traces(STEPS, LAYERS, EXPERTS, layer_ids=(2, 3, 5))
-    devices = [each.model_copy(update={"name": LONG_NAME}) for each in profile(RANKS).devices]
-    measured = Profile(devices=devices)
-    result = solve(measured, routed.steps(slice(0, FITTED)), solver="local-search", patience=1)
-    assert result.placement is not None
-    measured.save(path / "profile.json")
-    routed.save(path / "traces.safetensors")
-    result.save(path / "result.json")
-    result.placement.save(path / "placement.json")
-    rows = np.random.default_rng(5).permuted(np.tile(np.arange(EXPERTS), (LAYERS, 1)), axis=1)
-    other = Placement(physical_to_logical=rows, slots_per_rank=[3] * RANKS, num_experts=EXPERTS, layer_ids=[2, 3, 5])
-    other.save(path / "other.json")
-    replay(measured, routed, ["contiguous", "fitted-once"], window=10).save(path / "replay.json")
-    return path
+def made(report_page: Report) -> Report:
+    return report_page
 
 
 def words(folder: Path, answer: str = "result.json", *more: object) -> tuple[object, ...]:
     given = ("--profile", folder / "profile.json", "--traces", folder / "traces.safetensors")
     return ("report", folder / answer, *given, *more)
-
-
-@pytest.fixture(scope="module")
-def made(folder: Path) -> Report:
-    given = [folder / name for name in ("result.json", "profile.json", "traces.safetensors")]
-    return report(*given, baseline=folder / "other.json", replay=folder / "replay.json", command="gemopt report <b>")
 
 
 def section(page: Report, name: str) -> Any:
@@ -270,100 +248,3 @@ def test_the_page_of_a_large_network_is_small() -> None:
     )
     page = report(placement, Profile(devices=devices), Traces(counts=counts))
     assert len(page.html.encode()) < 8e6 and all(each.figure for each in page.sections if each.name != "search")
-
-
-@pytest.fixture(scope="module")
-def seen(made: Report, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """The page in a browser; the tests below leave it as they found it."""
-    if find() is None:
-        pytest.skip("no Chromium: apt-get install chromium, or set CHROMIUM")
-    made.save(folder / "page.html")
-    with browser(tmp_path_factory.mktemp("chromium")) as opened:
-        opened.screen(1366, 768)
-        opened.open(folder / "page.html")
-        yield opened
-
-
-def values(seen: Browser, plot: str, trace: int, key: str = "y") -> list[float]:
-    found: list[float] = seen.js(f"Array.from(document.getElementById('plot-{plot}')._fullData[{trace}].{key})")
-    return found
-
-
-def choose(seen: Browser, picker: str, choice: str) -> None:
-    seen.js(
-        f"(() => {{ const s = document.querySelector('select[data-picker={picker}]'); s.value = {json.dumps(choice)};"
-        " s.dispatchEvent(new Event('change')); })()"
-    )
-
-
-@pytest.mark.browser
-def test_every_plot_is_drawn_without_complaint_or_network(seen: Browser, made: Report) -> None:
-    drawn = seen.js(
-        "[...document.querySelectorAll('.plot')].map(each => [each.id, each._fullData.length, each.querySelectorAll("
-        "'.main-svg .trace path, .main-svg .hm image, .main-svg .points path').length,"
-        " each.getBoundingClientRect().height])"
-    )
-    assert [row[0] for row in drawn] == [f"plot-{each.name}" for each in made.sections if each.figure is not None]
-    assert len(drawn) == 9 and not seen.js("document.querySelector('.sketch')")
-    for name, traces_, shapes, height in drawn:
-        assert traces_ > 0 and shapes > 0 and height >= 250, name
-    assert seen.complaints == []
-    assert {url.partition(":")[0] for url in seen.asked} <= {"file", "data", "blob"}
-    assert not seen.js("[...document.querySelectorAll('.modebar-btn')].some(b => /cloud|share/i.test(b.dataset.title))")
-
-
-@pytest.mark.browser
-def test_the_picker_shows_one_layer(seen: Browser, folder: Path) -> None:
-    routed, measured = Traces.load(folder / "traces.safetensors"), Profile.load(folder / "profile.json")
-    found = evaluate(Placement.load(folder / "placement.json"), measured, routed.steps(slice(0, FITTED)))
-    whole = values(seen, "ranks", 1)
-    np.testing.assert_allclose(whole, found.step_us, rtol=1e-6)
-    choose(seen, "layer", "layer 3")
-    np.testing.assert_allclose(values(seen, "ranks", 1), found.makespan_TL[:, 1], rtol=1e-6)
-    seen.js("document.querySelector('button[data-step=\"1\"]').click()")
-    np.testing.assert_allclose(values(seen, "ranks", 1), found.makespan_TL[:, 2], rtol=1e-6)
-    choose(seen, "layer", "all layers")
-    assert values(seen, "ranks", 1) == whole
-    curves = seen.js("document.getElementById('plot-devices')._fullData.filter(t => t.visible).length")
-    choose(seen, "devices", f"rank 1: {LONG_NAME}")
-    assert seen.js("document.getElementById('plot-devices')._fullData.filter(t => t.visible).length") == 2 < curves
-    assert values(seen, "devices", 0, "x") == [0, 4, 8, 16, 32, 64]
-    choose(seen, "devices", "all ranks")
-    assert seen.complaints == []
-
-
-@pytest.mark.browser
-def test_keys_zoom_and_theme_and_hover(seen: Browser) -> None:
-    ranges = "document.getElementById('plot-search')._fullLayout.xaxis.range.map(Number)"
-    press = "document.getElementById('plot-search').dispatchEvent(new KeyboardEvent('keydown', {key: '%s'}))"
-    low, high = seen.js(ranges)
-    seen.js(press % "+")
-    assert np.diff(seen.js(ranges))[0] == pytest.approx(0.7 * (high - low))
-    seen.js(press % "ArrowRight")
-    assert seen.js(ranges)[0] > low
-    seen.js(press % "0")
-    seen.until(f"Math.hypot({ranges}[0] - {low}, {ranges}[1] - {high}) < 1e-6")  # it draws when it finds the time
-    ink = "getComputedStyle(document.querySelector('#plot-makespan .xtitle')).fill"
-    light, ground = seen.js(ink), seen.js("getComputedStyle(document.body).backgroundColor")
-    seen.js("document.getElementById('theme').click()")
-    assert seen.js(ink) != light and seen.js("getComputedStyle(document.body).backgroundColor") != ground
-    seen.js("document.getElementById('theme').click()")
-    assert seen.js(ink) == light
-    seen.js("Plotly.Fx.hover('plot-makespan', [{curveNumber: 1, pointNumber: 1}])")
-    assert "us" in seen.js("document.querySelector('#plot-makespan .hoverlayer').textContent")
-    assert seen.complaints == []
-
-
-@pytest.mark.browser
-def test_it_fits_a_phone_and_paper(seen: Browser, folder: Path) -> None:
-    seen.screen(390, 844, phone=True, dark=True)
-    seen.open(folder / "page.html")
-    assert seen.js("document.documentElement.scrollWidth") <= 390
-    assert seen.js("[...document.querySelectorAll('.plot')].every(p => p.getBoundingClientRect().width <= 390)")
-    assert seen.js("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
-    seen.screen(1366, 768)
-    seen.open(folder / "page.html")
-    seen.pdf(folder / "page.pdf")
-    assert (folder / "page.pdf").read_bytes().startswith(b"%PDF")
-    assert seen.js("document.getElementById('plot-makespan')._fullLayout.width") > 700  # as before printing
-    assert seen.complaints == []

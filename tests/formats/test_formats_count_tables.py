@@ -1,4 +1,4 @@
-"""Count tables of ranks and of all."""
+"""Count tables and arrays of ranks and of all, their parts in time, and what their counts tell."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import gzip
 
 import numpy as np
 import pytest
+from routed_counts import routed
 
 from gemopt.exceptions import InputError
+from gemopt.traces import Traces
 
 
 def table(path, rows, header="layer_id,expert_id,count"):
@@ -172,3 +174,83 @@ def test_packed_tables(load, folder):
     parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
     with pytest.raises(InputError, match=r"line 3: phase: got decode; prefill, as in the lines before"):
         load(folder / "a.parquet", "csv")
+
+
+def test_parts_of_the_same_steps_are_not_joined_in_time(load, tmp_path):
+    rng = np.random.default_rng(7)
+    for rank in range(2):
+        np.save(tmp_path / f"load_rank{rank}.npy", routed(rng))
+    with pytest.raises(InputError, match=r"load_rank0\.npy, load_rank1\.npy; steps that follow each other"):
+        load(tmp_path, "array")
+    for rank in range(2):
+        (tmp_path / f"ep{rank}.csv").write_text("layer,expert,count\n0,1,2\n")
+    with pytest.raises(InputError, match=r"ep0\.csv, ep1\.csv; steps that follow each other"):
+        load(tmp_path, "csv")
+    for path in (tmp_path / "rank_0", tmp_path / "rank_1", tmp_path / "stages"):
+        path.mkdir()
+    for rank in range(2):
+        np.save(tmp_path / f"rank_{rank}" / "load.npy", routed(rng))
+        np.save(tmp_path / "stages" / f"stage{rank}.npy", routed(rng))
+    np.save(tmp_path / "stages" / "all.npy", routed(rng))
+    with pytest.raises(InputError, match=r"rank_0/load\.npy, rank_1/load\.npy; steps that follow each other"):
+        load(sorted(tmp_path.glob("rank_*/*")), "array")
+    with pytest.raises(InputError, match=r"all\.npy, stage0\.npy, stage1\.npy; steps that follow each other"):
+        load(tmp_path / "stages", "array")
+    np.savez(tmp_path / "a.npz", counts=routed(rng), physical_to_logical_map=np.zeros((5, 16), int))
+    with pytest.raises(InputError, match="physical_to_logical_map beside counts; counts of logical experts"):
+        load(tmp_path / "a.npz", "array")
+    Traces(counts=routed(rng), layer_ids=range(3, 8)).save(tmp_path / "t.safetensors")
+    with pytest.raises(InputError, match="got traces of gemopt"):
+        load(tmp_path / "t.safetensors", "array")
+    for name, said in (("topk_ids", "an array topk_ids"), ("physical_count", "counts of logical experts")):
+        np.savez(tmp_path / "a.npz", **{name: routed(rng)})
+        with pytest.raises(InputError, match=said):
+            load(tmp_path / "a.npz", "array")
+
+
+def test_files_follow_each_other_by_the_numbers_in_their_names(load, tmp_path):
+    counts = routed(np.random.default_rng(11))
+    (tmp_path / "one").mkdir()
+    for step, each in enumerate(counts):
+        np.save(tmp_path / "one" / f"node0_{step}.npy", each[None].astype(float))
+    for paths in (tmp_path / "one", sorted((tmp_path / "one").iterdir())):
+        traces, notes = load(paths, "array")
+        assert (traces.counts == counts).all()
+        assert "12 files, one after the other in time: node0_0.npy to node0_11.npy" in notes
+    traces, _ = load([tmp_path / "one" / f"node0_{step}.npy" for step in (3, 0)], "array")  # as they were given
+    assert (traces.counts == counts[[3, 0]]).all()
+    np.save(tmp_path / "one" / "sum.npy", counts.sum(axis=0, keepdims=True))
+    with pytest.raises(InputError, match="a last step that is the sum of the others"):
+        load(tmp_path / "one", "array")
+
+
+def test_layers_with_other_sums_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(12))
+    np.save(tmp_path / "a.npy", counts)
+    assert "another sum" not in load(tmp_path / "a.npy", "array")[1]
+    draft = routed(np.random.default_rng(13), layers=1, tokens=11)
+    draft[0] *= 2
+    np.save(tmp_path / "a.npy", np.concatenate([counts, draft], axis=1))
+    assert (
+        "in 12 of 12 steps layers 5 have another sum than others: draft layers" in load(tmp_path / "a.npy", "array")[1]
+    )
+
+
+def test_experts_that_every_rank_numbers_anew_are_refused(load, tmp_path):
+    counts = routed(np.random.default_rng(8), steps=1)[0]
+    lines = [(layer, expert, int(n)) for (layer, expert), n in np.ndenumerate(counts)]
+    local = "".join(f"{layer},{expert // 4},{expert % 4},{n}\n" for layer, expert, n in lines)
+    owned = "".join(f"{layer},{expert // 4},{expert},{n}\n" for layer, expert, n in lines)
+    (tmp_path / "a.csv").write_text("layer,rank,expert,count\n" + local)
+    with pytest.raises(InputError, match="4 experts that are others on every rank"):
+        load(tmp_path / "a.csv", "array")
+    (tmp_path / "a.csv").write_text("layer,rank,expert,count\n" + owned)
+    assert (load(tmp_path / "a.csv", "array")[0].counts[0] == counts).all()
+    copied = "".join(f"{layer},{rank},{expert},{n // 2}\n" for layer, expert, n in lines for rank in {expert // 4, 3})
+    (tmp_path / "a.csv").write_text("layer,rank,expert,count\n" + copied)
+    assert load(tmp_path / "a.csv", "array")[0].num_experts == 16  # copies of all on the last rank
+    from_1 = "".join(f"{layer},{expert + 1},{n}\n" for layer, expert, n in lines)
+    (tmp_path / "a.csv").write_text("layer,expert,count\n" + from_1)
+    assert "none is 0: are they numbered from 1?" in load(tmp_path / "a.csv", "array")[1]
+    with pytest.raises(InputError, match="numbered from 1"):
+        load(tmp_path / "a.csv", "array", num_experts=16)

@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from responded import ANSWER, EXPERTS, LAYERS, PROMPT, TOP_K, body, counts, loader, npy, routing
 
 from gemopt.cli import main
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import TraceOptions
-from gemopt.formats.importing import import_traces
-from gemopt.traces import Phase, Traces
-
-PROMPT, ANSWER, LAYERS, EXPERTS, TOP_K = 10, 5, 2, 8, 2
-
-
-def routing(seed=0, *, tokens=PROMPT + ANSWER - 1, layers=LAYERS, experts=EXPERTS, top_k=TOP_K):
-    return np.random.default_rng(seed).random((tokens, layers, experts)).argsort(axis=2)[:, :, :top_k]
-
-
-def npy(ids, dtype=np.uint8) -> str:
-    buffer = io.BytesIO()
-    np.save(buffer, ids.astype(dtype))
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def body(ids, *, prompt=PROMPT, answer=ANSWER, **more):
-    usage = {"prompt_tokens": prompt, "completion_tokens": answer}
-    return {"choices": [{"index": 0, "routed_experts": npy(ids), "finish_reason": "stop"}], "usage": usage, **more}
-
-
-def counts(ids, experts=EXPERTS):
-    """[T, L, E] of tokens decoded one per step."""
-    return np.stack([[np.bincount(row, minlength=experts) for row in token] for token in ids])
+from gemopt.traces import Phase
 
 
 @pytest.fixture
 def load(tmp_path):
-    def call(bodies, source="vllm", suffix=".jsonl", **options):
-        path = tmp_path / f"responses{suffix}"
-        lines = bodies if isinstance(bodies, str) else "\n".join(map(json.dumps, bodies))
-        path.write_text(json.dumps(bodies) if suffix == ".json" else lines)
-        given = TraceOptions(**{"num_experts": EXPERTS, "batch_size": 1, **options})
-        found = import_traces([path], source=source, destination=tmp_path / "t.safetensors", options=given)
-        return Traces.load(tmp_path / "t.safetensors"), " | ".join(found.notes)
-
-    return call
+    return loader(tmp_path)
 
 
 # Prompt and answer
@@ -277,63 +243,6 @@ def test_dynamo(load, encode, dtype, start):
             load([{**response, "nvext": {"routed_experts": {**said, **wrong}}}])
 
 
-# What is routing, and what is not
-
-
-def test_padded_tokens_are_not_routing(load):
-    ids = routing()
-    padded = np.concatenate([ids, np.zeros((50, LAYERS, TOP_K), int)])
-    for rows in (padded, np.concatenate([padded[-50:], ids])):
-        traces, notes = load([body(rows)])
-        assert (traces.counts == counts(ids[PROMPT:])).all()
-        assert "50 tokens without any expert (padding)" in notes
-    ids[PROMPT + 1] = 0
-    for options in ({}, {"layer_ids": (0, 1)}):
-        traces, notes = load([body(ids)], **options)
-        assert (traces.counts == counts(np.delete(ids, PROMPT + 1, axis=0)[PROMPT:])).all()
-        assert "1 tokens without any expert (padding)" in notes
-    unknown = body(padded)
-    del unknown["usage"]["prompt_tokens"]
-    with pytest.raises(InputError, match="padded at the end"):
-        load([unknown])
-
-
-def test_a_layer_that_lacks_some_tokens_is_refused_whatever_the_hint(load):
-    ids = routing()
-    ids[PROMPT + 1, 1] = 0
-    for options in ({}, {"layer_ids": (0, 1)}, {"layer_ids": (1,)}):
-        with pytest.raises(InputError, match="layer 1 names an expert twice, or none, in 1 of 4"):
-            load([body(ids)], **options)
-    assert (load([body(ids)], layer_ids=(0,))[0].counts == counts(ids[PROMPT:, :1])).all()
-
-
-def test_dense_layers_may_hold_anything(load):
-    ids = routing()
-    ids[:, 0] = 3
-    traces, notes = load([body(ids)])
-    assert traces.layer_ids == (1,)
-    assert "layers 0 repeat experts" in notes
-    ids[:, 0] = [-1, 30000]
-    response = body(ids)
-    response["choices"][0]["routed_experts"] = npy(ids, np.int32)
-    assert (load([response], layer_ids=(1,))[0].counts == counts(ids[PROMPT:, 1:])).all()
-    with pytest.raises(InputError, match="below 8192"):
-        load([response])
-
-
-def test_a_layer_that_never_varies_is_not_taken_for_routing(load):
-    ids = routing(tokens=PROMPT + 20)
-    ids[:, 0] = [1, 0]
-    ids[::2, 0] = [0, 1]
-    with pytest.raises(InputError, match=r"layers 0 name the same experts in every token.*--layer-ids, for example 1"):
-        load([body(ids, answer=21)])
-    assert (load([body(ids, answer=21)], layer_ids=(1,))[0].counts == counts(ids[PROMPT:, 1:])).all()
-    few = ids[: PROMPT + ANSWER - 1]
-    assert (load([body(few)])[0].counts == counts(few[PROMPT:])).all()  # so few may well choose alike
-    every = routing(tokens=PROMPT + 20, experts=2)
-    assert load([body(every, answer=21)], num_experts=2)[0].num_layers == LAYERS
-
-
 def test_outputs_of_vllm_without_a_server(load):
     ids = routing()
     output = {"token_ids": list(range(ANSWER)), "routed_experts": ids.tolist()}
@@ -345,83 +254,6 @@ def test_what_is_no_response_has_a_way_in(load):
     for other in ({"layer_0": {"0": 12, "1": 5}}, {"layer": 0, "topk_ids": [1, 2]}):
         with pytest.raises(InputError, match=r"got keys layer.*choices, or meta_info.*logical_count.*array.*csv"):
             load([other])
-
-
-def test_top_1_with_dense_layers_is_never_guessed(load):
-    ids = routing(layers=4, top_k=1)
-    ids[:, 0] = ids[:, 2] = 0
-    with pytest.raises(InputError, match=r"layers 0, 2 name expert 0 in every token.*--layer-ids, for example 1, ?3"):
-        load([body(ids)])
-    traces, _ = load([body(ids)], layer_ids=(1, 3))
-    assert (traces.counts == counts(ids[PROMPT:, [1, 3]])).all()
-    assert traces.layer_ids == (1, 3)
-    everything, _ = load([body(ids)], layer_ids=(0, 1, 2, 3))  # a router that always takes expert 0, says the user
-    assert (everything.counts == counts(ids[PROMPT:])).all()
-    ids[:, 2] = -1  # no expert at all is no routing
-    response = body(ids)
-    response["choices"][0]["routed_experts"] = npy(ids, np.int8)
-    ids[:, 0] = 1
-    response["choices"][0]["routed_experts"] = npy(ids, np.int8)
-    assert load([response])[0].layer_ids == (0, 1, 3)
-
-
-def test_top_1_padding_is_refused_or_trimmed(load):
-    ids = routing(tokens=PROMPT + 20 - 1, layers=6, top_k=1)
-    padded = np.concatenate([ids, np.zeros((9, 6, 1), int)])
-    traces, notes = load([body(padded, answer=20)])
-    assert (traces.counts == counts(ids[PROMPT:])).all()
-    assert "9 tokens without any expert" in notes
-    inside = ids.copy()
-    inside[PROMPT + 2 : PROMPT + 5] = 0
-    for options in ({}, {"layer_ids": tuple(range(6))}):
-        with pytest.raises(InputError, match="look like padding"):
-            load([body(inside, answer=20)], **options)
-    few = routing(tokens=PROMPT + 200 - 1, layers=2, top_k=1)
-    few[PROMPT + 3] = 0  # two layers of eight experts: one token in 64 has expert 0 in both
-    traces, notes = load([body(few, answer=200)])
-    assert (traces.counts == counts(few[PROMPT:])).all()
-    assert "taken as routing, not as padding" in notes
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 3), st.integers(1, 20), st.integers(2, 20), st.data())
-def test_any_padding_and_any_dense_layers(tmp_path_factory, seed, layers, dense, prompt, answer, data):
-    """Zeros for dense layers and zeros around the tokens never change the counts of the others."""
-    tokens = prompt + answer - 1
-    ids = routing(seed, tokens=tokens, layers=layers + dense, top_k=3)
-    zeros = data.draw(st.permutations(range(layers + dense)))[:dense]
-    ids[:, zeros] = 0
-    left, right = data.draw(st.sampled_from([(0, 0), (7, 0), (0, 7)]))
-    rows = np.pad(ids, ((left, right), (0, 0), (0, 0)))
-    folder = tmp_path_factory.mktemp("padding")
-    (folder / "r.jsonl").write_text(json.dumps(body(rows, prompt=prompt, answer=answer)))
-    options = TraceOptions(num_experts=EXPERTS, batch_size=1)
-    found = import_traces([folder / "r.jsonl"], source="vllm", destination=folder / "t.safetensors", options=options)
-    kept = [layer for layer in range(layers + dense) if layer not in zeros]
-    assert found.layer_ids == tuple(kept)
-    assert (Traces.load(folder / "t.safetensors").counts == counts(ids[prompt:, kept])).all()
-
-
-def test_the_number_of_experts_is_not_guessed_without_a_word(load):
-    traces, notes = load([body(routing())], num_experts=None)
-    assert f"{traces.num_experts} experts, the highest id seen + 1; give --num-experts" in notes
-    _, notes = load([body(routing())], num_experts=64)
-    assert "highest id" not in notes
-    assert "of 64 experts were never chosen in any layer" in notes
-
-
-def test_columns_of_padding_are_no_experts_of_a_token(load):
-    ids = routing()
-    padded = np.concatenate([ids, np.full((*ids.shape[:2], 6), -1)], axis=2)
-    traces, _ = load([body(padded, prompt=PROMPT) | {"choices": [{"routed_experts": npy(padded, np.int16)}]}], top_k=2)
-    assert traces.top_k == 2 and (traces.counts == counts(ids[PROMPT:])).all()
-
-
-def test_an_expert_appended_to_every_token_is_named(load):
-    ids = routing()
-    shared = np.concatenate([ids, np.full((*ids.shape[:2], 1), EXPERTS)], axis=2)
-    _, notes = load([body(shared)] * 3, num_experts=None, phase=Phase.MIXED)
-    assert f"expert {EXPERTS} gets one of every 3 assignments" in notes
 
 
 def test_the_command_says_it_all(tmp_path, capsys):

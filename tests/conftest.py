@@ -1,0 +1,38 @@
+"""What several files of tests share and takes long to make: once for a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from gemopt.report import Report
+
+
+@pytest.fixture(scope="session")
+def world():
+    """A process that forks groups of ranks; see `ranks_world`."""
+    from ranks_world import serving
+
+    with serving() as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files to report on; see `reported`."""
+    from reported import write_folder
+
+    folder = tmp_path_factory.mktemp("report")
+    write_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def report_page(report_folder: Path) -> Report:
+    """The page made of them."""
+    from reported import page_of
+
+    return page_of(report_folder)
