@@ -86,10 +86,18 @@ def check(problem: Problem, row_P: NDArray[np.int64], *, layer: int = 0) -> None
 class Evaluation:
     """What a placement costs on some steps.
 
-    makespan_TL: [T, L] microseconds of the slowest rank. straggler_TL: [T, L] that rank. outside: share of the
-    evaluated rank loads that lie outside the measured range. idle_share: mean share of the makespan that ranks wait.
-    communication: what dispatch and combine take, with a topology. exposed_TL: [T, L] microseconds of it that a step
-    waits for: all, or what computing does not hide.
+    Attributes
+    ----------
+    makespan_TL, straggler_TL
+        [T, L] microseconds of the slowest rank, and which rank that is.
+    outside
+        Share of the evaluated rank loads that lie outside the measured range.
+    idle_share
+        Mean share of the makespan that ranks wait.
+    communication
+        What dispatch and combine take; None without a topology.
+    exposed_TL
+        [T, L] microseconds of it that a step waits for: all, or what computing does not hide.
     """
 
     makespan_TL: FloatArray
@@ -112,7 +120,7 @@ class Evaluation:
 
     @property
     def objective_us(self) -> float:
-        """Sum over all steps and layers."""
+        """Sum over all steps and layers, in microseconds."""
         return float(self.total_TL.sum(axis=0).sum())
 
     @property
@@ -122,16 +130,16 @@ class Evaluation:
 
     @property
     def per_layer_us(self) -> FloatArray:
-        """[L] sum over the steps."""
+        """[L] microseconds, summed over the steps."""
         return np.asarray(self.total_TL.sum(axis=0))
 
     @property
     def step_us(self) -> FloatArray:
-        """[T] latency of each step: the sum over its layers."""
+        """[T] microseconds of each step: the sum over its layers."""
         return np.asarray(self.total_TL.sum(axis=1))
 
     def quantile_us(self, q: float) -> float:
-        """Quantile of the step latency, e.g. 0.99."""
+        """Quantile of the step latency in microseconds, e.g. q = 0.99."""
         check_number("q", q, "from 0 to 1; 0.99 is the 99th percentile", most=1)
         return float(np.quantile(self.step_us, q))
 

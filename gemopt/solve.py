@@ -193,23 +193,28 @@ def solve(
             refuse_with_links(topology, current=current, memory_budget=memory_budget, certificate=certificate)
             links = links_of(topology, traces, profile, exchange)
             check_slack(compute_slack, links, chosen)
+
             if moving is not None:
                 profile = moving.resized.profile
                 if slots_per_rank is None:
                     slots_per_rank = moving.resized.slots_per_rank.tolist()
                 if (missing := moving.missing_slots(slots_per_rank)) > 0:
                     return _infeasible(solver, clock, traces, _without_slots(traces, moving, missing), made)
+
             cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost_of(cost, profile), None)
             _check_ranks(profile, cost, allow_one_rank=allow_one_rank)
+
             held_G = None
             if memory_budget is not None:
                 held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
                 slots_per_rank = slots_within(held_G, slots_per_rank, traces.num_layers, traces.num_experts)
+
             policy, senders = _policy(split, senders, moving)
             free = problems(
                 cost, traces, slots_per_rank,
                 node_of_rank=profile.node_of_rank, split=policy, senders=senders, full=full_slots,
             )  # fmt: skip
+
             asked_rules = Ruled.of(rules, moving, warm_start, profile, links)
             if asked_rules.impossible:
                 return _infeasible(solver, clock, traces, asked_rules.impossible, made)
@@ -217,6 +222,7 @@ def solve(
             if note := contradiction(each, traces.layer_ids, clock + time_limit):
                 return _infeasible(solver, clock, traces, note, made)
             each = each if moving is None else moving.eased(each)
+
             layers = _layers(chosen, each, traces, warm_start, seed)
             uneven = policy is not Split.EVEN and layers[0].problem.spare_slots > 0
             refuse_with_links(topology, split=policy.value if uneven else None)

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ SEAMS = {
 }
 
 
+@cache
 def modules() -> dict[str, Path]:
     found = {}
     for package, folder in SOURCES.items():
@@ -43,6 +45,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@cache
 def imports(name: str, path: Path) -> set[str]:
     seen: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):

@@ -207,11 +207,12 @@ def saved_us(
     curves: Curves,
 ) -> float:  # fmt: skip
     """Microseconds that a batch is sooner, in the mean of some, with other copies than those present."""
+    may_copy: Any = np.bool_(False)  # of a literal numba would compile `spread` a second time
     total = 0.0
     for m in range(counts_ME.shape[0]):
         for kind in range(2):
             held_GE = other_GE if kind else present_GE
-            x_GE, _ = spread(counts_ME[m], home_E, held_GE, slots_G, False, price, table_FN, curves)
+            x_GE, _ = spread(counts_ME[m], home_E, held_GE, slots_G, may_copy, price, table_FN, curves)
             worst = times_of(x_GE, table_FN, curves).max()
             total += -worst if kind else worst
     return float(total / max(1, counts_ME.shape[0]))

@@ -14,6 +14,7 @@ from gemopt.latency import FloatArray
 from gemopt.link_doubts import doubts
 from gemopt.links_report import BytesSaved, LinksReport
 from gemopt.placement import Placement, Split
+from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import (
     OPTIMALITY_TOLERANCE,
@@ -56,26 +57,16 @@ def answer(
     SolverError
         When a solver returned an infeasible row or a bound above what it bounds.
     """
-    rows = _rows(run, traces)
+    rows, problems = _rows(run, traces), [layer.problem for layer in run.layers]
     if rows is not None and moving is not None:
-        rows = moving.settled(rows, [layer.problem for layer in run.layers])
+        rows = moving.settled(rows, problems)
     placement, scored, value = None, None, None
     if rows is not None:
-        first, weights_LP = run.layers[0].problem, _weights(run, rows)
-        placement = Placement(
-            physical_to_logical=np.stack(rows),
-            slots_per_rank=first.slots_per_rank,
-            split=first.split,
-            split_weights=None if weights_LP is None else np.stack(weights_LP),
-            num_experts=traces.num_experts,
-            layer_ids=list(traces.layer_ids),
-            num_hidden_layers=traces.num_hidden_layers,
-            model=traces.model or profile.model.name,
-            device_uuids=profile.device_uuids if any(profile.device_uuids) else None,
-        )
-        scored = score(rows, [layer.problem for layer in run.layers], cost.measured, weights_LP=weights_LP)
+        weights_LP = _weights(run, rows)
+        placement = _placement(problems[0], rows, weights_LP, profile, traces)
+        scored = score(rows, problems, cost.measured, weights_LP=weights_LP)
         if run.coupling is not None:
-            scored = with_links(scored, run.coupling.links, rows, run.layers[0].problem.slots_per_rank)
+            scored = with_links(scored, run.coupling.links, rows, problems[0].slots_per_rank)
         value = scored.objective_us
     per_layer = [
         _layer_result(run, index, traces.layer_ids[index], scored, None if rows is None else rows[index])
@@ -88,7 +79,7 @@ def answer(
     report_of_moves = None
     if moving is not None and rows is not None and value is not None:
         before_us = moving.before_us(traces, cost, senders)
-        report_of_moves = moving.report(rows, [layer.problem for layer in run.layers], value, before_us)
+        report_of_moves = moving.report(rows, problems, value, before_us)
     return Result(
         solver=run.solver.name,
         status=_status(per_layer, gap),
@@ -111,6 +102,23 @@ def answer(
         links=_links(run, scored),
         origin=made,
         ceiling=None if total is None else Ceiling.of(total, bound, _spread(run)),
+    )
+
+
+def _placement(
+    first: Problem, rows: list[Row], weights_LP: list[FloatArray] | None, profile: Profile, traces: Traces
+) -> Placement:
+    """The rows of all layers as a document; `first`: any layer's problem, for what all have in common."""
+    return Placement(
+        physical_to_logical=np.stack(rows),
+        slots_per_rank=first.slots_per_rank,
+        split=first.split,
+        split_weights=None if weights_LP is None else np.stack(weights_LP),
+        num_experts=traces.num_experts,
+        layer_ids=list(traces.layer_ids),
+        num_hidden_layers=traces.num_hidden_layers,
+        model=traces.model or profile.model.name,
+        device_uuids=profile.device_uuids if any(profile.device_uuids) else None,
     )
 
 

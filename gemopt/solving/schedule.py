@@ -38,7 +38,7 @@ PAIRS_SHARE = 0.1  # of a layer's time for bounds is the co-location bound's at 
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
 
-FAR = ("_answer", "_bound", "_together", "_deepen")  # what goes to a cluster
+ON_CLUSTER = ("_answer", "_bound", "_together", "_deepen")  # phases that a cluster does, if one is in force
 
 Progress = Callable[[int, int], None]
 OnLayers = Callable[[list[Standing]], None]
@@ -47,8 +47,11 @@ Times = Callable[[], tuple[float, float]]  # seconds that are a layer's share of
 
 @dataclass
 class Run:
-    """One call: `threads` layers at a time until `clock + time_limit`, or until interrupted; on a cluster, if one is in
-    force, as many as it has workers."""
+    """One call: `threads` layers at a time until `clock + time_limit` (seconds by `time.monotonic`), or interrupted.
+
+    gap, patience: as in `gemopt.solve`. coupling: what links add, once they are known. cluster: if one is in force, as
+    many layers at a time as it has workers. progress, on_layers: called as `gemopt.solve` says.
+    """
 
     solver: Solver
     layers: list[Layer]
@@ -115,10 +118,10 @@ class Run:
             left = max(0.0, end - time.monotonic())
             return left / waves, left
 
-        there = self.cluster is not None and work in FAR
-        some = self._there(layers, work, times) if there else self._here(pool, layers, work, times)
+        away = self.cluster is not None and work in ON_CLUSTER
+        done = self._on_cluster(layers, work, times) if away else self._in_threads(pool, layers, work, times)
         try:
-            with closing(some) as done:
+            with closing(done):
                 for finished in done:
                     count += finished
                     if finished and self.progress is not None and work in ("_solve", "_deepen"):
@@ -129,11 +132,11 @@ class Run:
             self.interrupted.set()
             raise
 
-    def _here(
+    def _in_threads(
         self, pool: ThreadPoolExecutor, layers: Sequence[Layer], work: str, times: Times
     ) -> Generator[bool, None, None]:
         """The work of a phase in threads; says when a layer is done, and now and then that none is."""
-        open_layers: set[Future[None]] = {pool.submit(self._one, layer, work, times) for layer in layers}
+        open_layers: set[Future[None]] = {pool.submit(self._timed, layer, work, times) for layer in layers}
         try:
             while open_layers:
                 try:
@@ -151,7 +154,8 @@ class Run:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
-    def _one(self, layer: Layer, work: str, times: Times) -> None:
+    def _timed(self, layer: Layer, work: str, times: Times) -> None:
+        """Do a phase's work on one layer, and add the seconds it took to the layer's."""
         begin = time.monotonic()
         share_s, left_s = times()
         if work == "_together":
@@ -160,7 +164,7 @@ class Run:
             getattr(self, work)(layer, begin + share_s)
         layer.seconds += time.monotonic() - begin
 
-    def _there(self, layers: Sequence[Layer], work: str, times: Times) -> Generator[bool, None, None]:
+    def _on_cluster(self, layers: Sequence[Layer], work: str, times: Times) -> Generator[bool, None, None]:
         """The work of a phase on the cluster. Layers that an interrupt leaves there end here with what they had."""
         assert self.cluster is not None
         settings = (self.solver, self.gap, self.patience)
@@ -170,7 +174,7 @@ class Run:
         )
         left = set(range(len(layers)))
         try:
-            for number, data in self.cluster.each(_at_work, tasks, self.interrupted):
+            for number, data in self.cluster.each(_on_worker, tasks, self.interrupted):
                 found = on_this_clock(*unpacked(data, layers[number].problem))
                 vars(layers[number]).update(vars(found))
                 left.remove(number)
@@ -178,7 +182,7 @@ class Run:
         except KeyboardInterrupt:  # where somebody else handles the signal
             self.interrupted.set()
         for number in left:
-            self._one(layers[number], work, lambda: (-np.inf, -np.inf))
+            self._timed(layers[number], work, lambda: (-np.inf, -np.inf))
 
     def _options(self, layer: Layer, deadline: float) -> Options:
         return Options(
@@ -214,6 +218,7 @@ class Run:
         layer.outcome = _full(layer, solver.solve(layer.problem, options, layer.warm))
 
     def _base(self, layer: Layer) -> None:
+        """Score contiguous placement, which answers are compared with."""
         row = get("linear").solve(layer.problem, self._options(layer, np.inf), None).row
         layer.base_us = 0.0 if row is None else objective(layer.problem, row)
 
@@ -315,14 +320,14 @@ class Run:
             layer.outcome.reached |= first.reached
 
 
-def _at_work(
+def _on_worker(
     number: int, problem: Problem, known: bytes, settings: Any, work: str, times: tuple[float, float]
 ) -> tuple[int, bytes]:
-    """Work of a phase on one layer, where a worker of a cluster is: see `Run._there`."""
+    """Work of a phase on one layer, where a worker of a cluster is: see `Run._on_cluster`."""
     layer: Layer = on_this_clock(*unpacked(known, problem))
     solver, gap, patience = settings
     with cores.at_most(1):
-        Run(solver, [layer], time.monotonic(), times[1], gap, patience)._one(layer, work, lambda: times)
+        Run(solver, [layer], time.monotonic(), times[1], gap, patience)._timed(layer, work, lambda: times)
     return number, packed((layer, time.monotonic()), problem)
 
 

@@ -53,7 +53,8 @@ class OptimalSplit:
             Counts too large to tabulate the features of every share.
         """
         counts = counts_TE.astype(np.int64)
-        parts_TC = (counts[:, self.expert_C] + self.number_C - 1 - self.index_C) // self.number_C
+        given_TC = np.ascontiguousarray(counts[:, self.expert_C])  # a step after the other, as the kernels go
+        parts_TC = (given_TC + self.number_C - 1 - self.index_C) // self.number_C
         if self.features == (ASSIGNMENTS,):
             alone_TG = np.rint(counts @ self.home_EG).astype(np.int64)
             spread_steps(self.curves, alone_TG, self.copies, parts_TC, fluid_times(self.curves, counts.sum(axis=1)))

@@ -247,7 +247,8 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
     suffix = np.zeros((experts + 1, steps + 1))
     for t in range(steps - 1, -1, -1):
         suffix[0, t] = suffix[0, t + 1] + tree.weights[t] * tree.floor[t]
-    depth, nodes, fresh = 0, 0, True
+    depth: int = np.int64(0)  # type: ignore[assignment]  # of a literal numba would compile calls a second time
+    nodes, fresh = 0, True
     while depth >= 0:
         limit = best * (1 - CLOSE)
         if fresh:

@@ -112,8 +112,8 @@ def _flow(look: Look) -> Flow:
     held_GE[ranks[row != EMPTY], row[row != EMPTY]] = 1.0
     inside_TE = ~look.cut_TG @ held_GE == 0
     flow = Flow(
-        look.shares_TP.astype(np.int64), look.load_TG.copy(), np.zeros_like(look.load_TG), look.times_T.copy(),
-        look.cut_TG.copy(), (counts_TE * inside_TE).sum(axis=1, dtype=np.int64),
+        look.shares_TP.astype(np.int64, order="C"), look.load_TG.copy(), np.zeros_like(look.load_TG),
+        look.times_T.copy(), look.cut_TG.copy(), (counts_TE * inside_TE).sum(axis=1, dtype=np.int64),
     )  # fmt: skip
     fill_most(look.looks.curves, flow)
     return flow

@@ -34,13 +34,9 @@ def make_terms(problem: Problem, moves: Moves, *, least_us: float = 0.0) -> Term
     """Terms of a problem's moves; no limit is as many moves as there are slots."""
     most = problem.num_slots if moves.most is None else moves.most
     into_G = problem.slots_per_rank if moves.most_into_G is None else moves.most_into_G
-    return Terms(
-        np.ascontiguousarray(moves.home_GE, dtype=np.bool_),
-        float(moves.price_us),
-        float(least_us),
-        int(most),
-        np.ascontiguousarray(into_G, dtype=np.int64),
-    )
+    home_GE, into_G = np.array(moves.home_GE, np.bool_), np.array(into_G, np.int64)
+    home_GE.flags.writeable = into_G.flags.writeable = False  # always, so that kernels are compiled once
+    return Terms(home_GE, float(moves.price_us), float(least_us), int(most), into_G)
 
 
 def free_terms(problem: Problem) -> Terms:
