@@ -1,4 +1,4 @@
-"""Ranks for the executor's tests: a process that forks real gloo groups and runs one scenario in each.
+"""Ranks for tests of the executor, profiling and tracing: a process that forks gloo groups, each for one scenario.
 
 Started by `ranks_world.py`: one JSON request per line on standard input, one reply per line
 on standard output. Forking after the imports makes a group of four cost a second instead of twenty.
@@ -19,9 +19,10 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import ranks_failing  # noqa: F401  the four register their scenarios
+import ranks_failing  # noqa: F401  these register their scenarios
 import ranks_following  # noqa: F401
 import ranks_moving  # noqa: F401
+import ranks_profiling  # noqa: F401
 import ranks_serving  # noqa: F401
 import torch
 import torch.distributed as dist

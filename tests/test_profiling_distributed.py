@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from ranks_world import results
 
 from gemopt.profile import Profile
 
@@ -82,57 +84,30 @@ def test_a_rank_that_is_killed_while_measuring_is_named_and_nothing_is_written(t
     assert [found.name for found in tmp_path.iterdir() if not found.name.startswith("started")] == []
 
 
-@pytest.mark.parametrize(
-    ("option", "line"), [("--points=3", "--points: got 3; at least 16"), ("--sweep=no", "--sweep: got no; surface")]
-)
-def test_bad_input_of_all_ranks_is_said_once(tmp_path: Path, option: str, line: str) -> None:
+def test_bad_input_of_all_ranks_is_said_once(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    with torchrun(2, "-", "-", "profile", "--shape", SHAPE, option, "-o", str(path)) as process:
+    with torchrun(2, "-", "-", "profile", "--shape", SHAPE, "--points=3", "-o", str(path)) as process:
         _, err = process.communicate(timeout=300)
     assert process.returncode != 0 and not list(tmp_path.iterdir())
     said = [line for line in err.splitlines() if line.startswith("gemopt: ")]
-    assert len(said) == 1 and line in said[0]
+    assert len(said) == 1 and "--points: got 3; at least 16" in said[0]
 
 
-def test_bad_input_of_one_rank_is_said_once(tmp_path: Path) -> None:
+def test_a_wrong_word_to_all_ranks_is_said_once(world: Any, tmp_path: Path) -> None:
+    reply = world("command", 2, words=["profile", "--shape", SHAPE, "--sweep=no", "-o", str(tmp_path / "profile.json")])
+    assert results(reply) == [2, 2] and not list(tmp_path.iterdir())
+    said = [line for log in reply["logs"] for line in log.splitlines() if line.startswith("gemopt: ")]
+    assert len(said) == 1 and "--sweep: got no; surface" in said[0]
+
+
+def test_bad_input_of_one_rank_is_said_once(world: Any) -> None:
     """Rank 1 fails alone: it says so itself, rank 0 leaves it at that."""
-    script = tmp_path / "one.py"
-    script.write_text(
-        "import sys\n"
-        "from gemopt.exceptions import GemoptError, InputError\n"
-        "from gemopt.profiling.group import Group\n"
-        "group = Group()\n"
-        "try:\n"
-        "    with group.watch():\n"
-        "        if group.rank:\n"
-        "            raise InputError('device', 'none', 'one per rank')\n"
-        "        group.ask('?', lambda question: None)\n"
-        "except GemoptError as error:\n"
-        "    print('told' if error.told else 'tells', error, file=sys.stderr)\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert "tells device: got none" in done.stderr and "told rank 1 failed: device: got none" in done.stderr
+    first, second = results(world("one_rank_fails", 2))
+    assert second.startswith("tells device: got none")
+    assert first.startswith("told rank 1 failed: device: got none")
 
 
-def test_a_process_can_profile_twice(tmp_path: Path) -> None:
+def test_a_process_can_profile_twice(world: Any) -> None:
     """The second group reads no question or answer of the first."""
-    script = tmp_path / "twice.py"
-    script.write_text(
-        "from gemopt.profiling.group import Group\n"
-        "for turn in ('first', 'second'):\n"
-        "    group = Group()\n"
-        "    def answer(question): return [turn, question, group.rank]\n"
-        "    with group.watch():\n"
-        "        if group.rank:\n"
-        "            group.serve(answer)\n"
-        "        else:\n"
-        "            print(group.ask(turn + '?', answer), flush=True)\n"
-        "            group.dismiss()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        str([[turn, turn + "?", rank] for rank in (0, 1)]) for turn in ("first", "second")
-    ]
+    heard = results(world("profiles_twice", 2))[0]
+    assert heard == [[[turn, turn + "?", rank] for rank in (0, 1)] for turn in ("first", "second")]
