@@ -227,7 +227,8 @@ def search_copies(tree: CopiesTree, best: float, best_E: Array, stop: Array) -> 
     trail = np.zeros(experts, np.int64)
     free[0], spare[0] = tree.slots, tree.slots.sum() - experts
     sum_from(tree, 0, loads[0], free[0], spare[0], suffix[0])
-    depth, nodes, fresh = 0, 0, True
+    depth: int = np.int64(0)  # type: ignore[assignment]  # of a literal numba would compile calls a second time
+    nodes, fresh = 0, True
     while depth >= 0:
         limit = best * (1 - CLOSE)
         if fresh:

@@ -5,6 +5,8 @@ For every slot the experts are ranked by what they promise to first order; the b
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -219,7 +221,8 @@ def improve_copies(
 def removal_costs(costs: Costs, state: State, shares: Shares, search: Search, cost_P: Array) -> None:
     """Fill `cost_P` with the weighted makespan when a slot's copy is gone; infinity where it is the only one."""
     change = make_change(state)
-    current = refresh(costs, state, shares, search, 0.0, False)
+    racing: Any = np.bool_(False)  # of a literal numba would compile `refresh` a second time
+    current = refresh(costs, state, shares, search, 0.0, racing)
     search.limits[:] = np.inf
     for p in range(state.content.shape[0]):
         cost_P[p] = np.inf
