@@ -32,7 +32,6 @@ from gemopt.exceptions import InputError
 
 Self = TypeVar("Self", bound="Document")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-LARGEST = 2**31 - 1  # of a whole number in an array
 
 
 @contextmanager
@@ -234,6 +233,9 @@ def plain_array(name: str, value: object, limit: str) -> np.ndarray[Any, Any]:
         return np.asarray(value)
     except (ValueError, TypeError, OverflowError, RecursionError, RuntimeError):
         raise InputError(name, value, limit) from None
+
+
+LARGEST = 2**31 - 1  # whole number in an array
 
 
 def integer_array(value: object, *, name: str, ndim: int) -> np.ndarray[Any, Any]:

@@ -8,6 +8,7 @@ from ranks_world import EXACT, results
 
 pytestmark = pytest.mark.distributed
 TIMEOUT_S = 40.0  # of a stage: long enough for a busy machine, since death is noticed at once and not by waiting
+WAIT_S = 16.0  # the same where survivors wait half of it for what a rank that has given up will never send
 
 EVENTS = {  # where a rank dies -> does the layer of that moment end up committed? (None: either, but alike)
     "allocate": False,
@@ -50,11 +51,9 @@ def test_a_rank_of_two_dies(world, what, victim):
 @pytest.mark.parametrize("kind", ["equal", "ragged"])
 def test_a_rank_of_four_dies(world, what, kind):
     victim = list(EVENTS).index(what) % 4
-    reply = world(
-        "dies", 4, family="mixtral", victim=victim, what=what, layer=1, kind=kind, timeout=TIMEOUT_S, how="kill"
-    )
+    reply = world("dies", 4, family="mixtral", victim=victim, what=what, layer=1, kind=kind, timeout=WAIT_S, how="kill")
     assert reply["codes"][victim] == -9
-    check_survivors(reply, victim, committed=EVENTS[what], layer=1, timeout=TIMEOUT_S)
+    check_survivors(reply, victim, committed=EVENTS[what], layer=1, timeout=WAIT_S)
 
 
 @pytest.mark.parametrize("what", ["check", "finish"])
@@ -110,7 +109,7 @@ def test_a_rank_of_four_dies_within_a_batch(world, what):
     """The survivors hold all layers of the batch or none, alike."""
     victim = list(EVENTS).index(what) % 4
     reply = world(
-        "dies", 4, family="mixtral", victim=victim, what=what, layer=1, timeout=TIMEOUT_S, how="kill", together=True
+        "dies", 4, family="mixtral", victim=victim, what=what, layer=1, timeout=WAIT_S, how="kill", together=True
     )
     assert reply["codes"][victim] == -9
     told = results(reply, dead=(victim,))
