@@ -43,6 +43,7 @@ def profiles_twice(rank, world):
             else:
                 heard.append(group.ask(turn + "?", answer))
                 group.dismiss()
+    dist.barrier()  # rank 0 has the store, which torchrun's agent has otherwise
     return heard
 
 
@@ -57,7 +58,9 @@ def one_rank_fails(rank, world):
                 raise InputError("device", "none", "one per rank")
             group.ask("?", lambda question: None)
     except GemoptError as error:
-        return f"{'told' if error.told else 'tells'} {error}"
+        said = f"{'told' if error.told else 'tells'} {error}"
+    dist.barrier()
+    return said
 
 
 @scenario
@@ -67,7 +70,9 @@ def command(rank, world, words):
     try:
         main(words)
     except SystemExit as stop:
-        return stop.code
+        code = stop.code
+    dist.barrier()
+    return code
 
 
 @scenario
