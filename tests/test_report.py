@@ -17,6 +17,7 @@ pytest.importorskip("plotly")
 from cli_inputs import gemopt, gemopt_json, traces
 from reported import EXPERTS, FITTED, LAYERS, RANKS, STEPS
 
+from gemopt import solve
 from gemopt.conflicts import conflict_graph
 from gemopt.evaluate import evaluate
 from gemopt.links import Exchange
