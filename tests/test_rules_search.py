@@ -27,7 +27,7 @@ from gemopt.solvers.placing import fewest_row, first_row, nearest_row
 from gemopt.solvers.search.linked_copies import _changes
 from gemopt.solvers.search.local_search import LocalSearch
 from gemopt.solvers.search.state import make_costs, make_state
-from gemopt.solvers.search.swaps import descend, iterate, total_cost
+from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
 
 
 def larger(seed: int = 0, *, spare: int = 4, **rules: Any) -> Problem:
@@ -48,14 +48,15 @@ RULES: dict[str, Any] = {
 }
 
 
-def test_the_search_knows_at_every_swap_what_is_barred() -> None:
+@pytest.mark.parametrize("heat", [0.0, 1.0])
+def test_the_search_knows_at_every_swap_what_is_barred(heat: float) -> None:
     problem = larger(apart=RULES["apart"], pinned=RULES["pinned"])
     costs = make_costs(problem)
     state = make_state(problem, first_row(problem), costs)
     start = total_cost(state)
     descend(costs, state, np.ones(4, bool), True)
-    draws = np.random.default_rng(1).random((30, 3, 2))
-    iterate(costs, state, draws, total_cost(state), 30, 0)
+    draws = np.random.default_rng(1).random((30, KICK_DRAWS))
+    iterate(costs, state, draws, total_cost(state), state.content.copy(), np.zeros(2), heat)
     check(problem, state.content)
     assert (state.barred == make_state(problem, state.content, costs).barred).all()
     assert total_cost(state) < start

@@ -19,7 +19,7 @@ from gemopt.solvers.search.local_search import _with_copies
 from gemopt.solvers.search.packing import lpt_row, pack, placeable, replicate
 from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import hull_costs, make_costs, make_state
-from gemopt.solvers.search.swaps import EPSILON, descend, iterate, total_cost
+from gemopt.solvers.search.swaps import EPSILON, KICK_DRAWS, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
 
 HEURISTICS = ["linear", "round-robin", "eplb", "eplb-hierarchical", "lpt", "gem", "conflict", "local-search"]
@@ -113,12 +113,32 @@ def test_iterate_takes_failed_kicks_back(kind: str) -> None:
     costs = make_costs(problem)
     state = make_state(problem, lpt_row(problem), costs)
     descend(costs, state, np.ones(4, bool), True)
-    best, draws = total_cost(state), np.random.default_rng(1).random((40, 3, 2))
-    renewed, _, done = iterate(costs, state, draws, best, 10**6, 0)
-    assert done == 40
+    best, draws = total_cost(state), np.random.default_rng(1).random((40, KICK_DRAWS))
+    row, losses = state.content.copy(), np.zeros(2)
+    renewed = iterate(costs, state, draws, best, row, losses, 0.0)
+    assert losses[0] > 0
+    assert losses[1] == 40
     assert renewed <= best
+    assert (state.content == row).all()
     assert total_cost(state) == pytest.approx(renewed, rel=1e-5)
     assert objective(problem, state.content) == pytest.approx(renewed, rel=1e-5)
+
+
+@pytest.mark.parametrize("slots", [3, 4, [5, 1, 6, 0]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_iterate_walks_on_from_worse_placements_and_keeps_the_best(kind: str, slots: object) -> None:
+    problem = make(kind, steps=100, slots=slots)
+    costs = make_costs(problem)
+    state = make_state(problem, lpt_row(problem), costs)
+    descend(costs, state, np.ones(4, bool), True)
+    best, draws = total_cost(state), np.random.default_rng(1).random((40, KICK_DRAWS))
+    row, losses = state.content.copy(), np.zeros(2)
+    renewed = iterate(costs, state, draws, best, row, losses, 1.0)
+    check(problem, state.content)
+    assert (state.content != row).any()
+    assert objective(problem, row) == pytest.approx(renewed, rel=1e-5)
+    assert total_cost(state) == pytest.approx(objective(problem, state.content), rel=1e-5)
+    assert renewed <= min(best, total_cost(state)) * (1 + EPSILON)
 
 
 @pytest.mark.parametrize("kind", KINDS)

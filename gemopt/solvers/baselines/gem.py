@@ -34,7 +34,7 @@ from gemopt.solvers.search.descent import settle_pair
 from gemopt.solvers.search.gains import make_pair
 from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state, step_order
-from gemopt.solvers.search.swaps import fix_others, improve_pair, refresh_three, slowest_three
+from gemopt.solvers.search.swaps import fix_others, improve_pair, slowest_three
 from gemopt.solvers.search.terms import Terms, make_terms, moved_into
 from gemopt.solvers.search.within import homeward
 
@@ -212,7 +212,7 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
                     continue
                 fix_others(state, a, b, values, ranks, pair)
                 if improve_pair(costs, state, a, b, pair, False):
-                    refresh_three(state.times, values, ranks, a, b)
+                    slowest_three(state.times, values, ranks)
                     improved = True
             if improved:
                 break

@@ -8,7 +8,7 @@ from numba import njit
 from gemopt.solvers.search.gains import Pair, allowed, make_pair, set_tangent
 from gemopt.solvers.search.moves import NOISE, scan_pair, swap_for
 from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of
-from gemopt.solvers.search.swaps import EPSILON, apply_swap, fix_others, refresh_three, slowest_three, total_cost
+from gemopt.solvers.search.swaps import EPSILON, apply_swap, fix_others, slowest_three, total_cost
 from gemopt.solvers.search.terms import Terms, extra_moves, moved_into, permitted
 
 
@@ -40,7 +40,7 @@ def settle_pair(
             return changed
         if swap_for(costs, state, a, b, slots[2], slots[3], terms, moved_G, current, 0.5 * best[0]) >= current:
             return changed
-        refresh_three(state.times, values, ranks, a, b)
+        slowest_three(state.times, values, ranks)
         changed = True
 
 

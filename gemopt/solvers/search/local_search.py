@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 BATCH_KICKS = 25
 NEVER = 2**62
 LEAST_GAIN = 1e-4  # of a round over all copies
-KICK_SWAPS = 2
+HEAT = 2.0  # at first, see `iterate`
 MOST_COPIES = 3  # that a kick changes
 SCARCE_SHARE = 0.25  # of the time, for the copies of the bound
 HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
@@ -225,7 +225,7 @@ class _Search(Best):
 
     def iterate(self) -> StoppedBy:
         """Kick and descend in batches until the deadline, the patience, the gap or an interrupt."""
-        from gemopt.solvers.search.swaps import iterate, total_cost
+        from gemopt.solvers.search.swaps import KICK_DRAWS, iterate, total_cost
 
         problem, options = self.problem, self.options
         patience = NEVER if options.patience is None else options.patience
@@ -234,7 +234,8 @@ class _Search(Best):
             return StoppedBy.GAP if self.good_enough() else ended
         if self.draws is None:
             self.draws = seeded(options.seed, problem.num_experts, problem.num_ranks)
-        best, idle, batch, state, gains = np.inf, 0, 1, None, False
+        best, idle, state, gains = np.inf, 0, None, False
+        losses, given_s = np.zeros(2), options.remaining
         while idle < patience:
             if self.good_enough():
                 return StoppedBy.GAP
@@ -244,12 +245,14 @@ class _Search(Best):
                 idle, state = (0, None) if self._kick_copies(self.draws) else (idle + 1, state)
             if state is None:
                 state = self.state(self.row)
-                best = total_cost(state)
-            draws = self.draws.random((batch, KICK_SWAPS, 2))
-            renewed, idle, _ = iterate(self.costs, state, draws, best, patience, idle)
+                best, row = total_cost(state), state.content.copy()
+            timed = options.patience is None and np.isfinite(given_s)  # else the path is the seed's alone
+            heat = HEAT * options.remaining / given_s if timed else 0.0
+            draws = self.draws.random((BATCH_KICKS, KICK_DRAWS))
+            renewed = iterate(self.costs, state, draws, best, row, losses, heat)
             gains = renewed < best
+            idle = 0 if gains else idle + 1
             if gains:
                 best = renewed
-                self.offer(state.content)
-            batch = BATCH_KICKS if options.remaining > 1 else 1
+                self.offer(row)
         return StoppedBy.ITERATIONS

@@ -38,7 +38,7 @@ from gemopt.solvers.search.gains import (
 )
 from gemopt.solvers.search.reach import extend, number, promising_pairs, pull_of, tilt_pair
 from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state
-from gemopt.solvers.search.swaps import apply_swap, fix_others, refresh_three, set_limits, slowest_three, total_cost
+from gemopt.solvers.search.swaps import apply_swap, fix_others, set_limits, slowest_three, total_cost
 from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, moves_more, permitted
 from gemopt.splits import static_shares
 
@@ -198,7 +198,7 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S:
             break
         current = renewed
         before, who = values.copy(), ranks.copy()
-        refresh_three(state.times, values, ranks, a, b)
+        slowest_three(state.times, values, ranks)
         extend(reach, before, who, values, ranks, state.weights)
         reach[a], reach[:, a], reach[b], reach[:, b] = np.inf, np.inf, np.inf, np.inf
         rows_SP[taken], moved_S[taken] = state.content, moved_G.sum()

@@ -22,14 +22,13 @@ from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.packing import filled, lpt_row
 from gemopt.solvers.search.spread_search import SpreadSearch
 from gemopt.solvers.search.state import State, hull_costs, make_state
-from gemopt.solvers.search.swaps import descend, iterate, total_cost
+from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
 from gemopt.splits import plain, shares
 
 EVEN_SHARE = 0.5  # of the time, for the even split
 SHARING_SHARE = 0.8  # the same where what follows goes on from its answer
 ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
-KICK_SWAPS = 2
 LEAST_GAIN = 5e-4  # of the value: thousands of changes that gain less in all are as good as idle
 NEVER = 2**62
 
@@ -167,8 +166,8 @@ class _Sharing(_Search):
     def improve(self) -> bool:
         assert self.row is not None and self.draws is not None
         state, before = self.state(self.row), self.value
-        draws = self.draws.random((BATCH_KICKS, KICK_SWAPS, 2))
-        iterate(self.costs, state, draws, total_cost(state), BATCH_KICKS, 0)
-        if self.offer(state.content):
-            self.settle(state.content)
+        draws, row = self.draws.random((BATCH_KICKS, KICK_DRAWS)), state.content.copy()
+        iterate(self.costs, state, draws, total_cost(state), row, np.zeros(2), 0.0)
+        if self.offer(row):
+            self.settle(row)
         return self.value < before

@@ -239,12 +239,14 @@ def rank_times(costs: Costs, rank: int, loads_FT: Array, out_T: Array) -> None:
     if not costs.use_tables:
         out_T[:] = np.float32(-1e30)
         for k in range(costs.planes.shape[1]):
-            plane = costs.planes[rank, k]
+            at_none, slope, other = costs.planes[rank, k, 0], costs.planes[rank, k, 1], costs.planes[rank, k, features]
+            first_T, last_T = loads_FT[0], loads_FT[features - 1]  # at most two features, see `make_costs`
+            if features == 1:
+                for t in range(steps):
+                    out_T[t] = max(out_T[t], at_none + slope * first_T[t])
+                continue
             for t in range(steps):
-                value = plane[0]
-                for f in range(features):
-                    value += plane[1 + f] * loads_FT[f, t]
-                out_T[t] = max(out_T[t], value)
+                out_T[t] = max(out_T[t], at_none + slope * first_T[t] + other * last_T[t])
         return
     for t in range(steps):
         best = np.float32(-1e30)

@@ -18,6 +18,18 @@ from gemopt.solvers.search.gains import BLOCK, Pair, allowed, find_gain, make_pa
 from gemopt.solvers.search.state import Array, Costs, Number, State, bar_clashes, rank_of, rank_times
 
 EPSILON = 2e-6
+MEMBERS = 3  # ranks that a kick stays among
+KICK_DRAWS = 1 + MEMBERS + 2 * 2  # whether it is kept, the ranks, two swaps
+
+
+@njit(cache=True, nogil=True)
+def exchange(item_i: Array, item_j: Array, load_a: Array, load_b: Array) -> None:
+    """Exchange the loads [T] of two slots, and bring those of their ranks up to date."""
+    for t in range(item_i.shape[0]):
+        x, y = item_i[t], item_j[t]
+        item_i[t], item_j[t] = y, x
+        load_a[t] += y - x
+        load_b[t] += x - y
 
 
 @njit(cache=True, nogil=True)
@@ -39,12 +51,7 @@ def apply_swap(costs: Costs, state: State, a: int, b: int, i: int, j: int) -> No
             bar_clashes(state, new, expert, 1)
     state.content[i], state.content[j] = expert_j, expert_i
     for f in range(state.items.shape[1]):
-        for t in range(state.items.shape[2]):
-            d = state.items[i, f, t] - state.items[j, f, t]
-            state.loads[a, f, t] -= d
-            state.loads[b, f, t] += d
-            state.items[i, f, t] -= d
-            state.items[j, f, t] += d
+        exchange(state.items[i, f], state.items[j, f], state.loads[a, f], state.loads[b, f])
     rank_times(costs, a, state.loads[a], state.times[a])
     rank_times(costs, b, state.loads[b], state.times[b])
 
@@ -54,39 +61,19 @@ def slowest_three(times_GT: Array, values: Array, ranks: Array) -> None:
     """[3, T] latencies and ranks of the three slowest ranks of every step (-1 where there are fewer)."""
     values[:] = np.float32(-1e30)
     ranks[:] = -1
+    first_T, second_T, third_T = values[0], values[1], values[2]
+    rank_T, next_T, last_T = ranks[0], ranks[1], ranks[2]
     for g in range(times_GT.shape[0]):
-        for t in range(times_GT.shape[1]):
-            insert_slowest(times_GT[g, t], g, t, values, ranks)
-
-
-@njit(cache=True, nogil=True, inline="always")
-def insert_slowest(v: Number, g: int, t: int, values: Array, ranks: Array) -> None:
-    """Take a rank's latency at a step into the three slowest."""
-    if v > values[2, t]:
-        if v > values[1, t]:
-            values[2, t], ranks[2, t] = values[1, t], ranks[1, t]
-            if v > values[0, t]:
-                values[1, t], ranks[1, t] = values[0, t], ranks[0, t]
-                values[0, t], ranks[0, t] = v, g
-            else:
-                values[1, t], ranks[1, t] = v, g
-        else:
-            values[2, t], ranks[2, t] = v, g
-
-
-@njit(cache=True, nogil=True)
-def refresh_three(times_GT: Array, values: Array, ranks: Array, a: int, b: int) -> None:
-    """Bring the three slowest ranks up to date after the times of ranks a and b changed."""
-    for t in range(times_GT.shape[1]):
-        third = values[2, t]
-        touched = times_GT[a, t] > third or times_GT[b, t] > third
-        for k in range(3):
-            touched = touched or ranks[k, t] == a or ranks[k, t] == b
-        if touched:
-            values[:, t] = np.float32(-1e30)
-            ranks[:, t] = -1
-            for g in range(times_GT.shape[0]):
-                insert_slowest(times_GT[g, t], g, t, values, ranks)
+        time_T = times_GT[g]
+        for t in range(time_T.shape[0]):  # choices without branches: SIMD
+            v, first, second, third = time_T[t], first_T[t], second_T[t], third_T[t]
+            r0, r1, r2 = rank_T[t], next_T[t], last_T[t]
+            last_T[t] = r1 if v > second else (g if v > third else r2)
+            next_T[t] = r0 if v > first else (g if v > second else r1)
+            rank_T[t] = g if v > first else r0
+            third_T[t] = max(third, min(v, second))
+            second_T[t] = max(second, min(v, first))
+            first_T[t] = max(first, v)
 
 
 @njit(cache=True, nogil=True)
@@ -97,15 +84,28 @@ def mark_slowest(ranks: Array, slowest_G: Array) -> None:
         slowest_G[ranks[0, t]] = True
 
 
+@njit(cache=True, nogil=True, fastmath=True)
+def slower(worst_T: Array, time_T: Array) -> None:
+    """Raise [T] latencies to those of another rank."""
+    for t in range(worst_T.shape[0]):
+        worst_T[t] = max(worst_T[t], time_T[t])
+
+
 @njit(cache=True, nogil=True)
 def total_cost(state: State) -> float:
     """Weighted sum of the makespans."""
+    worst_T = state.times[0].copy()
+    for g in range(1, state.times.shape[0]):
+        slower(worst_T, state.times[g])
+    return weighted_sum(worst_T, state.weights)
+
+
+@njit(cache=True, nogil=True)
+def weighted_sum(time_T: Array, weights_T: Array) -> float:
+    """Sum of products in float64."""
     total = 0.0
-    for t in range(state.times.shape[1]):
-        worst = state.times[0, t]
-        for g in range(1, state.times.shape[0]):
-            worst = max(worst, state.times[g, t])
-        total += np.float64(worst) * state.weights[t]
+    for t in range(time_T.shape[0]):
+        total += np.float64(time_T[t]) * weights_T[t]
     return total
 
 
@@ -113,17 +113,26 @@ def total_cost(state: State) -> float:
 def fix_others(state: State, a: int, b: int, values: Array, ranks: Array, pair: Pair) -> None:
     """Fill `pair` with the slowest rank other than a and b, and with what the steps after each block cost at least."""
     steps = state.times.shape[1]
-    others_T, rest = pair.others_T, pair.rest
+    others_T = pair.others_T
     first_T, second_T, third_T, rank_T, next_T = values[0], values[1], values[2], ranks[0], ranks[1]
     for t in range(steps):  # all loaded beforehand, so that the choice needs no branch
         first, second, third, r0, r1 = first_T[t], second_T[t], third_T[t], rank_T[t], next_T[t]
         lower = third if (r1 == a) | (r1 == b) else second
         others_T[t] = lower if (r0 == a) | (r0 == b) else first
+    set_rest(pair)
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def set_rest(pair: Pair) -> None:
+    """What the steps after each block cost at least, given the slowest other rank."""
+    rest, steps = pair.rest, pair.others_T.shape[0]
     rest[-1] = 0.0
     for block in range(rest.shape[0] - 2, -1, -1):
+        lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
+        others_T, weights_T = pair.others_T[lo:hi], pair.weights_T[lo:hi]
         part = 0.0
-        for t in range(block * BLOCK, min(steps, (block + 1) * BLOCK)):
-            part += np.float64(max(others_T[t], np.float32(0.0)) * state.weights[t])
+        for t in range(others_T.shape[0]):
+            part += np.float64(max(others_T[t], np.float32(0.0)) * weights_T[t])
         rest[block] = rest[block + 1] + part
 
 
@@ -211,7 +220,7 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
                     continue
                 fix_others(state, a, b, values, ranks, pair)
                 if improve_pair(costs, state, a, b, pair, not everything):
-                    refresh_three(state.times, values, ranks, a, b)
+                    slowest_three(state.times, values, ranks)
                     mark_slowest(ranks, slowest_G)
                     changed_at[a] = changed_at[b] = clock
                     improved = True
@@ -224,40 +233,117 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
 
 
 @njit(cache=True, nogil=True)
-def kick(costs: Costs, state: State, draws: Array, dirty: Array) -> None:
-    """Random swaps of slots given by `draws` [n, 2] in [0, 1)."""
-    slots = state.content.shape[0]
-    for n in range(draws.shape[0]):
-        i, j = int(draws[n, 0] * slots), int(draws[n, 1] * slots)
-        a, b = rank_of(state, i), rank_of(state, j)
-        if a != b and allowed(state, a, b, i, j):
-            apply_swap(costs, state, a, b, i, j)
-            dirty[a] = dirty[b] = True
+def slowest_outside(state: State, members: Array, rest_T: Array) -> None:
+    """[T] the slowest rank that is no member."""
+    rest_T[:] = np.float32(-1e30)
+    for g in range(state.times.shape[0]):
+        if not (members == g).any():
+            slower(rest_T, state.times[g])
 
 
 @njit(cache=True, nogil=True)
-def iterate(costs: Costs, state: State, draws: Array, best: float, patience: int, idle: int) -> tuple[float, int, int]:
-    """Iterated local search: kick, descend, keep what is better, else take all swaps back.
+def kick(costs: Costs, state: State, members: Array, draws: Array) -> None:
+    """Random swaps of slots of the members, given by `draws` [2 n] in [0, 1)."""
+    size = 0
+    for g in members:
+        size += state.starts[g + 1] - state.starts[g]
+    for n in range(0, draws.shape[0], 2):
+        i = slot_of(state, members, int(draws[n] * size))
+        j = slot_of(state, members, int(draws[n + 1] * size))
+        a, b = rank_of(state, i), rank_of(state, j)
+        if a != b and allowed(state, a, b, i, j):
+            apply_swap(costs, state, a, b, i, j)
 
-    draws: [kicks, n, 2] random numbers. Returns (best cost, kicks since the last improvement, kicks done).
+
+@njit(cache=True, nogil=True)
+def slot_of(state: State, members: Array, number: int) -> Number:
+    """Slot with this number among those of the members."""
+    for g in members:
+        size = state.starts[g + 1] - state.starts[g]
+        if number < size:
+            return np.int64(state.starts[g] + number)
+        number -= size
+    return np.int64(-1)
+
+
+@njit(cache=True, nogil=True)
+def settle_members(costs: Costs, state: State, members: Array, rest_T: Array, pair: Pair) -> None:
+    """Swap between the members until no pair of them improves, or until stopped; rest_T: slowest of all other ranks."""
+    clock = 1
+    changed_at = np.ones(members.shape[0], np.int64)
+    tried_at = np.zeros((members.shape[0], members.shape[0]), np.int64)
+    improved = True
+    while improved:
+        improved = False
+        for x in range(members.shape[0]):
+            for y in range(x + 1, members.shape[0]):
+                if state.stop[0] != 0 or tried_at[x, y] >= max(changed_at[x], changed_at[y]):
+                    continue
+                clock += 1
+                tried_at[x, y] = clock
+                pair.others_T[:] = rest_T
+                for z in range(members.shape[0]):
+                    if z not in (x, y):
+                        slower(pair.others_T, state.times[members[z]])
+                set_rest(pair)
+                if improve_pair(costs, state, members[x], members[y], pair, True):
+                    changed_at[x] = changed_at[y] = clock
+                    improved = True
+
+
+@njit(cache=True, nogil=True)
+def iterate(costs: Costs, state: State, draws: Array, best: float, row: Array, losses: Array, heat: float) -> float:
+    """Iterated local search: kick a few ranks, descend among them, keep what is better, else take all swaps back.
+
+    With `heat` kicks that end worse are kept as well, with the chances of simulated annealing at a temperature of so
+    many times what a kick loses in the mean. draws: [kicks, 1 + ranks + 2 n] random numbers; row: [P] set to the best
+    content; losses: [2] sum over kicks, and their number, brought up to date. Returns the best cost.
     """
-    done = 0
-    everything = patience < 0  # never; a literal False would compile `descend` a second time
+    num_ranks, steps = state.times.shape
+    order, members = np.arange(num_ranks), np.empty(min(MEMBERS, num_ranks), np.int64)
+    rest_T, worst_T = np.empty(steps, np.float32), np.empty(steps, np.float32)
+    pair, everything = make_pair(state), heat < 0  # never; a literal False would compile `descend` a second time
     for k in range(draws.shape[0]):
-        if idle >= patience or state.stop[0] != 0:
+        if state.stop[0] != 0:
             break
-        done += 1
+        for n in range(members.shape[0]):
+            other = n + int(draws[k, 1 + n] * (num_ranks - n))
+            order[n], order[other] = order[other], order[n]
+            members[n] = order[n]
+        slowest_outside(state, members, rest_T)
+        before = cost_among(state, members, rest_T, worst_T)
         state.logged[0] = 0
-        dirty = np.zeros(state.times.shape[0], np.bool_)
-        kick(costs, state, draws[k], dirty)
-        cost = descend(costs, state, dirty, everything)
-        overflow = state.logged[0] > state.log.shape[0]
-        if cost < best * (1.0 - EPSILON) or overflow:
-            best, idle = cost, 0
-            continue
-        idle += 1
-        for n in range(min(state.logged[0], state.log.shape[0]) - 1, -1, -1):
-            i: Number = np.int64(state.log[n, 0])
-            j: Number = np.int64(state.log[n, 1])
-            apply_swap(costs, state, rank_of(state, i), rank_of(state, j), i, j)
-    return best, idle, done
+        kick(costs, state, members, draws[k, 1 + MEMBERS :])
+        settle_members(costs, state, members, rest_T, pair)
+        cost = cost_among(state, members, rest_T, worst_T)
+        losses[0] += max(0.0, cost - before)
+        losses[1] += 1.0
+        kept = cost < before * (1.0 - EPSILON) - heat * losses[0] / losses[1] * np.log(1.0 - draws[k, 0])
+        if not kept and state.logged[0] <= state.log.shape[0]:
+            take_back(costs, state)
+        elif cost < best * (1.0 - EPSILON):
+            if heat == 0.0:  # else the descent would end the walk
+                dirty = np.zeros(num_ranks, np.bool_)
+                dirty[members] = True
+                cost = descend(costs, state, dirty, everything)
+            best = cost
+            row[:] = state.content
+    return best
+
+
+@njit(cache=True, nogil=True)
+def cost_among(state: State, members: Array, rest_T: Array, worst_T: Array) -> float:
+    """Weighted sum of the makespans, given the slowest rank outside; worst_T: room."""
+    worst_T[:] = rest_T
+    for g in members:
+        slower(worst_T, state.times[g])
+    return weighted_sum(worst_T, state.weights)
+
+
+@njit(cache=True, nogil=True)
+def take_back(costs: Costs, state: State) -> None:
+    """Undo all swaps of the log."""
+    for n in range(state.logged[0] - 1, -1, -1):
+        i: Number = np.int64(state.log[n, 0])
+        j: Number = np.int64(state.log[n, 1])
+        apply_swap(costs, state, rank_of(state, i), rank_of(state, j), i, j)
