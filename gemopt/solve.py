@@ -107,7 +107,8 @@ def solve(
     gap
         Stop a layer once `(objective - bound) / objective` is at most this.
     seed
-        Same seed and same iterations: same trajectory.
+        Same seed and same iterations: same trajectory. Under a time limit without `patience` local search is cooled by
+        the clock, so that its trajectory is the seed's and the machine's.
     warm_start
         A placement to start from; a hint that never makes the answer worse.
     cost

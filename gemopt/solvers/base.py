@@ -52,7 +52,8 @@ class Options:
     """How long and how hard to search, for one layer.
 
     `deadline` is on the `time.monotonic` clock. `bound_us` is a valid lower bound known beforehand. `stop` is asked now
-    and then and ends the search with what was found. Same seed, same iterations: same trajectory.
+    and then and ends the search with what was found. Same seed, same iterations: same trajectory,
+    where `patience` ends it and not the clock.
     """
 
     deadline: float

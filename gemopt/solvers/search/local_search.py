@@ -2,9 +2,9 @@
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves. Spare slots start
 empty or full of copies, whichever is better, then the other way; where they are scarce, with the copies of the copies
-bound, then full of copies. Copies are added, moved and dropped where the true objective says so. Kicks swap slots, and
-where that gains nothing change which experts have copies. Descents end with the deadline; what was cut goes on where it
-ended when there is more time.
+bound, then full of copies. Copies are added, moved and dropped where the true objective says so. Kicks swap slots of
+three ranks, and where that gains nothing change which experts have copies; under a time limit they are annealed.
+Descents end with the deadline; what was cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from gemopt.solvers.search.state import Costs, State
 
 BATCH_KICKS = 25
+COPIES_KICKS = 100  # between changes of copies
 NEVER = 2**62
 LEAST_GAIN = 1e-4  # of a round over all copies
-HEAT = 2.0  # at first, see `iterate`
+HEAT = 2.0  # at first, see `iterate`; falls to 0 with the time that is left
 MOST_COPIES = 3  # that a kick changes
 SCARCE_SHARE = 0.25  # of the time, for the copies of the bound
 HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
@@ -236,6 +237,7 @@ class _Search(Best):
             self.draws = seeded(options.seed, problem.num_experts, problem.num_ranks)
         best, idle, state, gains = np.inf, 0, None, False
         losses, given_s = np.zeros(2), options.remaining
+        kicks = BATCH_KICKS if self.shares is None else COPIES_KICKS
         while idle < patience:
             if self.good_enough():
                 return StoppedBy.GAP
@@ -248,7 +250,7 @@ class _Search(Best):
                 best, row = total_cost(state), state.content.copy()
             timed = options.patience is None and np.isfinite(given_s)  # else the path is the seed's alone
             heat = HEAT * options.remaining / given_s if timed else 0.0
-            draws = self.draws.random((BATCH_KICKS, KICK_DRAWS))
+            draws = self.draws.random((kicks, KICK_DRAWS))
             renewed = iterate(self.costs, state, draws, best, row, losses, heat)
             gains = renewed < best
             idle = 0 if gains else idle + 1
