@@ -23,7 +23,7 @@ from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact import branch
-from gemopt.solvers.exact.share_space import Shares, make_trie, priced_shares
+from gemopt.solvers.exact.share_space import Shares, make_contents, priced_shares
 from gemopt.solvers.size import num_shares
 from gemopt.traces import Traces
 from gemopt.verify import Case, floor_bound_us, verify
@@ -76,13 +76,13 @@ def test_the_bound_rises_above_the_floors() -> None:
 
 
 def test_contents_are_all_sets_of_experts_and_copies() -> None:
-    trie = make_trie(4, 3, 3, 2)
+    contents = make_contents(4, 3, 3, 2)
     problem = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS,), [LINE] * 3, [3, 2, 1])
-    assert num_shares(problem) == len(trie.last)
-    found = {tuple((x // 3, x % 3 + 1) for x in pairs if x < 12) for pairs in trie.pairs.tolist()}
-    assert len(found) == len(trie.last) == 1 + 4 * 3 + 6 * 6 + 4 * 10  # by size: sets, times ways to have copies
-    for n, pairs in enumerate(trie.pairs.tolist()):
-        assert trie.size[n] == sum(x < 12 for x in pairs) and trie.copies[n] == sum(x % 3 for x in pairs if x < 12)
+    assert num_shares(problem) == len(contents.pairs)
+    found = {tuple((x // 3, x % 3 + 1) for x in pairs if x < 12) for pairs in contents.pairs.tolist()}
+    assert len(found) == len(contents.pairs) == 1 + 4 * 3 + 6 * 6 + 4 * 10  # by size: sets, times ways to have copies
+    for n, pairs in enumerate(contents.pairs.tolist()):
+        assert contents.size[n] == sum(x < 12 for x in pairs) and contents.copies[n] == sum(x % 3 for x in pairs if x < 12)
 
 
 def case_of(problem: Problem) -> Case:

@@ -10,7 +10,6 @@ prices pi of experts no placement is below
 
 where C holds no more pairs than g has slots, and asks for no more copies than leave a slot to every expert.
 
-Contents are the nodes of a trie: the children of a content hold one pair more, of a later expert, and lie side by side.
 """
 
 from __future__ import annotations
@@ -41,107 +40,91 @@ FEWEST = 12  # looks before it may end
 LEAST_GAIN = 0.02  # of what is open, in the last half of the looks
 
 
-class Trie(NamedTuple):
-    """N contents, the empty one first.
+class Contents(NamedTuple):
+    """N contents, sorted by their pairs.
 
-    first, width: [N] int32, uint8: the child with one of c copies of e is `first + (e - last - 1) width + c - 1`.
-    last: [N] int8, last expert, -1 of the empty one. size, copies: [N] pairs, and copies beyond one for each of their
-    experts. pairs: [N, S] numbers `i C + c - 1`, then `E C`. part: [E C + 1] `1 / c`.
+    pairs: [N, S] numbers `i C + c - 1`, then `E C`. size, copies: [N] pairs, and copies beyond one for each of their
+    experts. part: [E C + 1] `1 / c`, then 0.
     """
 
-    first: Array
-    width: Array
-    last: Array
+    pairs: Array
     size: Array
     copies: Array
-    pairs: Array
     part: Array
 
 
 @lru_cache(maxsize=2)
-def make_trie(experts: int, most: int, slots: int, spare: int) -> Trie:
+def make_contents(experts: int, most: int, slots: int, spare: int) -> Contents:
     """All contents of at most `slots` pairs with at most `spare` copies more than experts.
 
     most: copies of one expert.
     """
-    nothing, total = experts * most, 1
-    last, copies = np.full(1, -1), np.zeros(1, np.int64)
-    pairs, levels = np.full((1, slots), nothing, np.uint8), []
-    for size in range(slots + 1):
-        width = np.minimum(most, spare - copies + 1) if size < slots else np.zeros_like(last)
+    nothing = experts * most
+    last, copies, pairs = np.full(1, -1), np.zeros(1, np.int64), np.full((1, slots), nothing, np.uint8)
+    levels = [(np.zeros(1, np.int64), copies, pairs)]
+    for size in range(slots):
+        width = np.minimum(most, spare - copies + 1)
         number = width * (experts - 1 - last)
-        first = total + np.cumsum(number) - number
-        levels.append((first, width, last, np.full_like(last, size), copies, pairs))
-        total += int(number.sum())
         parent = np.repeat(np.arange(len(last)), number)
         nth = np.arange(len(parent)) - np.repeat(np.cumsum(number) - number, number)
-        expert, copy = last[parent] + 1 + nth // width[parent], nth % width[parent]
-        pairs = pairs[parent]
-        if size < slots:
-            pairs[:, size] = expert * most + copy
-        last, copies = expert, copies[parent] + copy
+        last, copy = last[parent] + 1 + nth // width[parent], nth % width[parent]
+        copies, pairs = copies[parent] + copy, pairs[parent]
+        pairs[:, size] = last * most + copy
+        levels.append((np.full_like(last, size + 1), copies, pairs))
+    size_N, copies, pairs = (np.concatenate(each) for each in zip(*levels, strict=True))
+    order = np.lexsort(pairs.T[::-1])
     part = np.append(np.tile(1 / np.arange(1, most + 1), experts), 0.0)
-    first, width, last, size_N, copies, pairs = (np.concatenate(each) for each in zip(*levels, strict=True))
-    return Trie(
-        first.astype(np.int32), width.astype(np.uint8), last.astype(np.int8), size_N.astype(np.uint8),
-        copies.astype(np.uint8), pairs, part,
-    )  # fmt: skip
+    return Contents(pairs[order], size_N[order].astype(np.uint8), copies[order].astype(np.uint8), part)
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def price_shares(
-    trie: Trie, features_XFT: Array, tables: Tables, ranks_K: Array, floor_T: Array, mu_XT: Array, out_KN: Array,
-    stop: Array,
+def price_contents(
+    pairs_NS: Array, live_KN: Array, features_XFT: Array, tables: Tables, ranks_K: Array, floor_T: Array, mu_XT: Array,
+    price_X: Array, net_KN: Array, stop: Array,
 ) -> bool:  # fmt: skip
-    """Sum over the steps of each content's multipliers times what it has above the floors; False when stopped."""
-    slots, steps, experts = trie.pairs.shape[1], len(floor_T), (len(mu_XT) - 1) // trie.width[0]
+    """Sum over the steps of each content's multipliers times what it has above the floors, less its prices.
+
+    Infinite where it is not live. Contents begin as the ones before them do, so that few sums are made anew. False when
+    stopped.
+    """
+    slots, steps = pairs_NS.shape[1], len(floor_T)
     loads = np.zeros((slots + 1, *features_XFT.shape[1:]), np.int32)
-    mass, row = np.zeros((slots + 1, steps)), np.empty(steps)
-    at, nothing = np.zeros(slots + 1, np.int64), features_XFT[-1]
-    end, size, looked = np.ones(slots + 1, np.int64), 0, 0
-    while size >= 0:
-        n = at[size]
-        if n == end[size]:
-            size -= 1
-            continue
-        at[size] += 1
-        looked += 1
-        if looked % 256 == 0 and stop[0] != 0:
+    mass, row, price, nothing = np.zeros((slots + 1, steps)), np.empty(steps), np.zeros(slots + 1), features_XFT[-1]
+    for n in range(len(pairs_NS)):
+        if n % 256 == 0 and stop[0] != 0:
             return False
-        if size:
-            pair = trie.pairs[n, size - 1]
+        first = 0
+        while n > 0 and first < slots and pairs_NS[n, first] == pairs_NS[n - 1, first]:
+            first += 1
+        for s in range(first, slots):
+            pair = pairs_NS[n, s]
             for f in range(loads.shape[1]):
                 for t in range(steps):
-                    loads[size, f, t] = loads[size - 1, f, t] + features_XFT[pair, f, t]
+                    loads[s + 1, f, t] = loads[s, f, t] + features_XFT[pair, f, t]
             for t in range(steps):
-                mass[size, t] = mass[size - 1, t] + mu_XT[pair, t]
+                mass[s + 1, t] = mass[s, t] + mu_XT[pair, t]
+            price[s + 1] = price[s] + price_X[pair]
         for k in range(len(ranks_K)):
+            if not live_KN[k, n]:
+                net_KN[k, n] = np.inf
+                continue
             g, total = ranks_K[k], 0.0
             if loads.shape[1] == 1 and tables.terms[g] == 1 and tables.straight[g, 0, 0]:
                 start, slope = tables.start[g, 0, 0], tables.slope[g, 0, 0]
                 for t in range(steps):
-                    total += mass[size, t] * max(0.0, start + slope * loads[size, 0, t] - floor_T[t])
+                    total += mass[slots, t] * max(0.0, start + slope * loads[slots, 0, t] - floor_T[t])
             else:
-                fill(tables, g, loads[size], nothing, nothing, 0, steps, row)
+                fill(tables, g, loads[slots], nothing, nothing, 0, steps, row)
                 for t in range(steps):
-                    total += mass[size, t] * max(0.0, row[t] - floor_T[t])
-            out_KN[k, n] = total
-        if trie.width[n]:
-            at[size + 1] = trie.first[n]
-            end[size + 1] = trie.first[n] + trie.width[n] * (experts - 1 - trie.last[n])
-            size += 1
+                    total += mass[slots, t] * max(0.0, row[t] - floor_T[t])
+            net_KN[k, n] = total - price[slots]
     return True
-
-
-def child_of(trie: Trie, n: int, e: int, c: int) -> int:
-    """The content with one of c copies of expert e, a later one, as well."""
-    return int(trie.first[n]) + (e - int(trie.last[n]) - 1) * int(trie.width[n]) + c - 1
 
 
 class Priced(NamedTuple):
     """A bound in microseconds, what proves it, and what it leaves of each content.
 
-    mu: [E, T], pi: [E] microseconds. net: [K, N] microseconds that contents cost on a kind of ranks less their prices,
+    mu: [E, T], pi: [E] microseconds. net: [K, n] microseconds that contents cost on a kind of ranks less their prices,
     infinite where the kind cannot hold them.
     """
 
@@ -156,13 +139,14 @@ class Shares:
     """Contents of the ranks of a problem whose copies share evenly, kind by kind; see `of` and `Master`.
 
     features: [E C + 1, F, T] of each pair, then of none. tables: what no larger load falls below. ranks_K, count_K,
-    slots_K: of each kind of ranks that have slots the first one, how many there are, and their slots. kind_G: [G] kind
-    of each rank, -1 without slots.
+    slots_K: of each kind of ranks that have slots the first one, how many there are, and their slots. live: which contents
+    a kind can hold. kind_G: [G] kind of each rank, -1 without slots.
     """
 
     problem: Problem
     floor_T: FloatArray
-    trie: Trie
+    contents: Contents
+    live_KN: NDArray[np.bool_]
     features_XFT: NDArray[np.int32]
     tables: Tables
     ranks_K: IntArray
@@ -186,7 +170,8 @@ class Shares:
         )
         if tables is None:
             return None
-        trie = make_trie(problem.num_experts, most, widest, problem.spare_slots)
+        contents = make_contents(problem.num_experts, most, widest, problem.spare_slots)
+        empty_KN = problem.slots_per_rank[ranks_K][:, None] - contents.size.astype(np.int64)
         counts_ET = problem.counts_TE.T.astype(np.int64)
         parts = counts_ET[:, None] // np.arange(1, most + 1)[:, None]
         held = [feature.of(parts).reshape(-1, problem.num_steps) for feature in problem.features]
@@ -199,7 +184,8 @@ class Shares:
         return cls(
             problem=problem,
             floor_T=np.maximum(floor_T, max(idle, default=0.0)),
-            trie=trie,
+            contents=contents,
+            live_KN=(empty_KN >= 0) & (contents.copies + empty_KN <= problem.spare_slots),
             features_XFT=features_XFT,
             tables=tables,
             ranks_K=ranks_K,
@@ -209,26 +195,26 @@ class Shares:
         )
 
     def __len__(self) -> int:
-        return len(self.trie.last) * len(self.ranks_K)
+        return len(self.contents.pairs) * len(self.ranks_K)
 
     @property
     def size_K(self) -> IntArray:
         """[K] entries of `members`."""
-        return np.full(len(self.ranks_K), self.trie.pairs.shape[1])
+        return np.full(len(self.ranks_K), self.contents.pairs.shape[1])
 
     @property
     def owner_X(self) -> IntArray:
         """[X] expert of each pair, of none the first."""
         experts = self.problem.num_experts
-        return np.append(np.repeat(np.arange(experts), (len(self.trie.part) - 1) // experts), 0)
+        return np.append(np.repeat(np.arange(experts), (len(self.contents.part) - 1) // experts), 0)
 
     def kind(self, ids: IntArray) -> IntArray:
         """Kinds of some columns."""
-        return ids // len(self.trie.last)
+        return ids // len(self.contents.pairs)
 
     def members(self, ids: IntArray) -> NDArray[np.uint8]:
         """[n, S] pairs of some columns."""
-        return np.asarray(self.trie.pairs[ids % len(self.trie.last)])
+        return np.asarray(self.contents.pairs[ids % len(self.contents.pairs)])
 
     def parts(self, ids: IntArray, ends_LT: FloatArray, scale: float) -> NDArray[np.float32]:
         """[n, T] `scale` times what the latencies of some columns have above the floors."""
@@ -240,39 +226,44 @@ class Shares:
 
     def ids(self, row: IntArray) -> IntArray:
         """Columns of a placement [P]."""
-        copies_E = np.bincount(row[row >= 0])
-        found = []
+        pairs, copies_E = self.contents.pairs, np.bincount(row[row >= 0])
+        most, found = (len(self.contents.part) - 1) // self.problem.num_experts, []
         for g in np.flatnonzero(self.kind_G >= 0):
-            held, n = row[self.problem.rank_of_slot == g], 0
-            for e in sorted(held[held >= 0].tolist()):
-                n = child_of(self.trie, n, e, int(copies_E[e]))
-            found.append(int(self.kind_G[g]) * len(self.trie.last) + n)
+            held = np.sort(row[(self.problem.rank_of_slot == g) & (row >= 0)])
+            mine = np.full(pairs.shape[1], len(self.contents.part) - 1)
+            mine[: len(held)] = held * most + copies_E[held] - 1
+            (n,) = np.flatnonzero((pairs == mine).all(axis=1))
+            found.append(int(self.kind_G[g]) * len(pairs) + int(n))
         return np.array(found)
 
-    def prove(self, mu_ET: FloatArray, pi_E: FloatArray, stop: Any) -> Priced | None:
-        """The bound of any multipliers and prices, which are made feasible first; None when stopped."""
-        trie, weights_T, owner_X = self.trie, self.problem.weights_T, self.owner_X
+    def prove(
+        self, mu_ET: FloatArray, pi_E: FloatArray, stop: Any, ids: IntArray | slice = slice(None),
+        live_KN: NDArray[np.bool_] | None = None,
+    ) -> Priced | None:  # fmt: skip
+        """The bound of any multipliers and prices, which are made feasible first; None when stopped.
+
+        ids: [n] contents that ranks may have; live: [K, n] on which kinds.
+        """
+        contents, weights_T, owner_X = self.contents, self.problem.weights_T, self.owner_X
         mu = np.maximum(np.nan_to_num(mu_ET.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
         pi = np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         mu *= np.minimum(1.0, weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=0), 1e-300))
-        mu_XT, price_X = mu[owner_X] * trie.part[:, None], pi[owner_X] * trie.part
-        net_KN = np.empty((len(self.ranks_K), len(trie.last)))
-        if not price_shares(trie, self.features_XFT, self.tables, self.ranks_K, self.floor_T, mu_XT, net_KN, stop):
+        mu_XT, price_X = mu[owner_X] * contents.part[:, None], pi[owner_X] * contents.part
+        pairs_NS, live_KN = contents.pairs[ids], self.live_KN if live_KN is None else live_KN
+        net_KN = np.empty(live_KN.shape)
+        if not price_contents(
+            pairs_NS, live_KN, self.features_XFT, self.tables, self.ranks_K, self.floor_T, mu_XT, price_X, net_KN, stop
+        ):
             return None
-        price_N = np.zeros(len(trie.last))
-        for pair_N in trie.pairs.T:
-            price_N += price_X[pair_N]
-        base = float(weights_T @ self.floor_T) + float(pi.sum())
+        bound_us = float(weights_T @ self.floor_T) + float(pi.sum())
         size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum())
-        net_KN -= price_N
-        least_us = 0.0
-        for net_N, count, slots in zip(net_KN, self.count_K, self.slots_K, strict=True):
-            empty_N = int(slots) - trie.size.astype(np.int64)
-            net_N[(empty_N < 0) | (trie.copies + empty_N > self.problem.spare_slots)] = np.inf
+        for net_N, count in zip(net_KN, self.count_K, strict=True):
             least = int(net_N.argmin())
-            least_us += int(count) * float(net_N[least])
-            size += int(count) * (abs(float(net_N[least])) + 2 * float(np.abs(price_X[trie.pairs[least]]).sum()))
-        return Priced(base + least_us - ULP * (len(weights_T) + len(pi) + 64) * size, mu, pi, net_KN)
+            if net_N[least] == np.inf:
+                return Priced(np.inf, mu, pi, net_KN)
+            bound_us += int(count) * float(net_N[least])
+            size += int(count) * (abs(float(net_N[least])) + 2 * float(np.abs(price_X[pairs_NS[least]]).sum()))
+        return Priced(bound_us - ULP * (len(weights_T) + len(pi) + 64) * size, mu, pi, net_KN)
 
 
 class ShareMaster(Master):
@@ -281,7 +272,7 @@ class ShareMaster(Master):
     space: Shares
 
     def _held(self) -> Floats:
-        owner_X, part_X = self.space.owner_X, self.space.trie.part.astype(np.float32)
+        owner_X, part_X = self.space.owner_X, self.space.contents.part.astype(np.float32)
         held = np.zeros((self.space.problem.num_experts, len(self.ids)), np.float32)
         for pair_N in self.sets.T:
             held[owner_X[pair_N], np.arange(len(self.ids))] += part_X[pair_N]
@@ -289,7 +280,7 @@ class ShareMaster(Master):
 
     def _step(self, down: np.float32, cost_EM: Floats, held_E: Floats, used_K: Floats) -> None:
         z, ratio, owner_X = self.z, self.ratio, self.space.owner_X
-        part_X = self.space.trie.part.astype(np.float32)
+        part_X = self.space.contents.part.astype(np.float32)
         mu_XM, pi_X = z["mu"][owner_X] * part_X[:, None], ratio * z["pi"][owner_X] * part_X
         cost_XM, held_X = np.empty_like(mu_XM), np.empty_like(pi_X)
         step_columns(
