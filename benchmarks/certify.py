@@ -67,6 +67,8 @@ ROWS = (
     Row("E 16, G 4 (S 5), T 100, affine, equal", "slack", 16, 4, 100, True, 1, 10, 4, "0", spare=1),
     Row("E 16, G 4 (S 5), T 100, affine, differ", "slack", 16, 4, 100, False, 1, 10, 4, "0", spare=1),
     Row("E 16, G 4 (S 5), T 100, staircase, differ", "slack", 16, 4, 100, False, TILE, 10, 4, "0", spare=1),
+    Row("E 16, G 4 (S 5), T 1000, affine, equal", "slack", 16, 4, 1000, True, 1, 10, 4, "0", spare=1),
+    Row("E 16, G 4 (S 5), T 1000, affine, differ", "slack", 16, 4, 1000, False, 1, 10, 4, "0", spare=1),
     Row("S 2, E 32, T 200, affine, equal", "two slots", 32, 16, 200, True, 1, 60, 2, "0"),
     Row("S 2, E 32, T 200, affine, differ", "two slots", 32, 16, 200, False, 1, 60, 2, "0"),
     Row("gpt-oss-20b mixed, G 16", "gptoss", 32, 16, 400, False, 1, 10, 24, "mean 0.5 %"),

@@ -20,7 +20,8 @@ from gemopt.profile import Profile
 from gemopt.result import LayerResult, Result, StoppedBy
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact.column_space import Proven
-from gemopt.solvers.exact.share_space import share_bound
+from gemopt.solvers.exact.branch import bound_of_copies
+from gemopt.solvers.exact.share_tree import Covered
 from gemopt.solving.layers import Layer
 from gemopt.splits import optimal_shares
 from gemopt.traces import Traces
@@ -80,7 +81,8 @@ def certify(
         known = None if outcome is None else outcome.columns
         if outcome is not None and (outcome.searched_nodes or 0) > MOST_NODES and case.spare and shared(case):
             known = _fallback(layer.problem, np.array(proof.row), stop)
-        if outcome is not None and isinstance(known, Proven) and (shared(case) or not case.spare):
+        fits = isinstance(known, Covered) and shared(case)
+        if outcome is not None and (fits or (isinstance(known, Proven) and not case.spare)):
             if outcome.stopped_by is not StoppedBy.PROOF:  # without a search to repeat, the multipliers say it all
                 proof = proof.model_copy(
                     update={"bound_us": max(proof.dual_us or 0.0, min(floor_bound_us(case), value))}
@@ -157,22 +159,29 @@ def _check_cost(profile: Profile, cost: CostModel) -> None:
         raise InputError("certificate", cost.name, "a cost model as fitted to the profile", "name one, as --cost does")
 
 
-def _fallback(problem: Problem, row_P: IntArray, stop: Callable[[], bool]) -> Proven | None:
+def _fallback(problem: Problem, row_P: IntArray, stop: Callable[[], bool]) -> Covered | None:
     """What contents prove, until stopped, where a search with copies has more nodes than the verifier looks at."""
     with Options(deadline=time.monotonic() + FALLBACK_S, stop=stop).alarm() as stopped:
-        return share_bound(problem, row_P, np.inf, stopped)
+        search = bound_of_copies(problem, row_P, np.inf, stopped)
+    return None if search is None or search.bound_us <= 0 else search.covered()
 
 
-def _with_columns(case: Case, proof: LayerProof, known: Proven, duals: dict[str, IntArray]) -> LayerProof:
+def _with_columns(case: Case, proof: LayerProof, known: Proven | Covered, duals: dict[str, IntArray]) -> LayerProof:
     """The proof with its multipliers of all contents of a rank, rounded."""
-    levels = np.maximum.accumulate(np.floor(known.levels_LT * PS).astype(np.int64))
+    if isinstance(known, Covered):
+        levels_LT, mu, pi = known.floor_T[None], known.mu_NET, known.pi_NE
+    else:
+        levels_LT, mu, pi = known.levels_LT, known.mu_LET, known.pi_E
+    levels = np.maximum.accumulate(np.floor(levels_LT * PS).astype(np.int64))
     levels[0] = np.minimum(levels[0], case.floors_T)
     most = float(LARGEST_PRICE)  # any prices prove a bound
     mine = {
         f"level.{proof.layer_id}": levels,
-        f"share.{proof.layer_id}": np.ascontiguousarray(np.floor(known.mu_LET * UNIT), np.int64),
-        f"price.{proof.layer_id}": np.round(known.pi_E * PS * (1 << PART_BITS)).clip(-most, most).astype(np.int64),
+        f"share.{proof.layer_id}": np.ascontiguousarray(np.floor(mu * UNIT), np.int64),
+        f"price.{proof.layer_id}": np.round(pi * PS * (1 << PART_BITS)).clip(-most, most).astype(np.int64),
     }
+    if isinstance(known, Covered):
+        mine[f"copies.{proof.layer_id}"] = np.stack([known.low_NE, known.high_NE], axis=1).astype(np.int64)
     columns_us = check_columns(case, proof, mine).bound_us
     duals.update(mine)
     best = max(proof.bound_us, min(columns_us, proof.objective_us))

@@ -22,7 +22,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
 from gemopt.solvers.exact.contents import ContentsSearch
-from gemopt.solvers.exact.share_space import share_bound
+from gemopt.solvers.exact.branch import bound_of_copies
 from gemopt.solvers.exact.stepwise import StepwiseSearch
 from gemopt.solvers.search.copies import removal_costs
 from gemopt.solvers.search.packing import filled
@@ -120,7 +120,7 @@ def _use(solver: Solver, tiny: Problem, budget: bool) -> None:
 def _use_shares(few: Problem) -> None:
     row = get("linear").solve(few, Options(deadline=np.inf), None).row
     assert row is not None
-    share_bound(few, row, np.inf, np.zeros(1, np.uint8))
+    bound_of_copies(few, row, np.inf, np.zeros(1, np.uint8))
 
 
 def _use_budget(problem: Problem) -> None:

@@ -23,7 +23,8 @@ from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact import branch
-from gemopt.solvers.exact.share_space import Shares, make_contents, priced_shares
+from gemopt.solvers.exact.branch import bound_of_copies
+from gemopt.solvers.exact.share_space import Shares, make_contents
 from gemopt.solvers.size import num_shares
 from gemopt.traces import Traces
 from gemopt.verify import Case, floor_bound_us, verify
@@ -57,7 +58,7 @@ def test_no_placement_is_below_the_bound(kind: str, slots: list[int]) -> None:
         space, best = Shares.of(problem, step_bounds(problem)), optimum(problem)
         row = get("local-search").solve(problem, Options(deadline=np.inf, patience=20), None).row
         assert space is not None and row is not None
-        found = priced_shares(space, row, objective(problem, row), np.inf, STOP)
+        found = bound_of_copies(problem, row, np.inf, STOP)
         assert found is not None and found.bound_us <= best * (1 + 1e-12)
         for scale in (0.1, 1.0, 10.0):
             wild = space.prove(rng.exponential(scale, (4, 4)), rng.normal(0, scale * best / 4, 4), STOP)
@@ -67,11 +68,10 @@ def test_no_placement_is_below_the_bound(kind: str, slots: list[int]) -> None:
 def test_the_bound_rises_above_the_floors() -> None:
     counts_TE = np.random.default_rng(3).poisson(np.linspace(4, 40, 8), (6, 8))
     problem = Problem.make(counts_TE, (ASSIGNMENTS,), [LINE, LINE.times(1.1), LINE.times(0.9)], 4)
-    space = Shares.of(problem, step_bounds(problem))
     outcome = get("branch").solve(problem, Options(deadline=time.monotonic() + 600), None)
-    assert space is not None and outcome.row is not None
+    assert outcome.row is not None
     best, floors = objective(problem, outcome.row), float(step_bounds(problem).sum())
-    found = priced_shares(space, outcome.row, best, best, STOP)
+    found = bound_of_copies(problem, outcome.row, best, STOP)
     assert found is not None and found.bound_us - floors > 0.3 * (best - floors)
 
 
@@ -93,7 +93,8 @@ def case_of(problem: Problem) -> Case:
 def certified(problem: Problem, mu_ET: np.ndarray, price_E: np.ndarray) -> float:
     """What the verifier makes of these multipliers."""
     case = case_of(problem)
-    duals = {"level.0": case.floors_T[None], "share.0": mu_ET[None], "price.0": price_E}
+    duals = {"level.0": case.floors_T[None], "share.0": mu_ET[None], "price.0": price_E[None]}
+    duals["copies.0"] = np.tile(np.array([[1], [3]]), (1, 1, 4))
     layer = LayerProof(layer_id=0, proof=Proof.COLUMNS, row=[], objective_us=0, bound_us=0)
     return check_columns(case, layer, duals).bound_us
 
@@ -142,7 +143,7 @@ def test_a_search_that_is_cut_leaves_a_bound_that_anyone_can_check(written: tupl
     assert found.checked_us == pytest.approx(layer.bound_us) and layer.bound_us > 1.01 * floor_bound_us(case)
 
 
-@pytest.mark.parametrize(("name", "more"), [("price.0", 1 << 40), ("share.0", UNIT), ("level.0", 10**9)])
+@pytest.mark.parametrize(("name", "more"), [("price.0", 1 << 40), ("share.0", UNIT), ("level.0", 10**9), ("copies.0", 1)])
 def test_edited_multipliers_are_found(
     written: tuple[Path, Profile, Traces], name: str, more: int, tmp_path: Path
 ) -> None:

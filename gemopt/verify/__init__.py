@@ -290,10 +290,7 @@ def _check_layer(case: Case, layer: LayerProof, duals: dict[str, IntArray], most
         if contents.bound_us > checked_us:
             checked_us, note = contents.bound_us, "contents of ranks priced again"
         if layer.bound_us > checked_us * (1 + 1e3 * SAME):
-            if case.spare:
-                search = no_better_copies(case, layer.bound_us, most_nodes)
-            else:
-                search = no_better_contents(case, contents, layer.bound_us, most_nodes)
+            search = no_better_contents(case, contents, layer.bound_us, most_nodes)
     elif layer.proof is Proof.TREE:
         search = (no_better_copies if case.spare else no_better)(case, layer.bound_us, most_nodes)
     if search is not None:

@@ -7,7 +7,7 @@ picoseconds; every product is rounded down.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import combinations
 from math import comb
@@ -20,7 +20,8 @@ from gemopt.certificate import UNIT, IntArray, LayerProof
 from gemopt.exceptions import InputError
 from gemopt.verify.dual import below
 from gemopt.verify.scan import least_content
-from gemopt.verify.share_contents import least_shares, shared
+from gemopt.verify.share_contents import PricedRange, Range, covered, everything, priced_range, shared
+from gemopt.verify.share_search import no_better_shares
 
 if TYPE_CHECKING:
     from gemopt.verify import Case
@@ -41,13 +42,15 @@ CLOSE = 1e-9  # relative
 class Contents:
     """What is proven in microseconds, and of every kind of ranks the contents [N, S] and reduced costs [N].
 
-    Of these there are none where they are too many to list.
+    Of these there are none where they are too many to list. Where slots are spare, what is proven range by range.
     """
 
     bound_us: float
     ranks: list[list[int]]
     sets: list[NDArray[np.int64]]
     extra_us: list[NDArray[np.float64]]
+    ranges: list[PricedRange] = field(default_factory=list)
+    floor_T: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def check_columns(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> Contents:
@@ -62,14 +65,13 @@ def check_columns(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> 
     name = f"Certificate.layers[{layer.layer_id}]"
     levels_LT, mu_LET, price_E = _arrays(case, layer, duals, name)
     ranks = _kinds(case)
+    if case.spare:
+        return _check_ranges(case, ranks, levels_LT[0], mu_LET, price_E, duals.get(f"copies.{layer.layer_id}"), name)
     total = (int(levels_LT[0].sum()) << PART_BITS) + sum(int(price) for price in price_E)
     sets: list[NDArray[np.int64]] = []
     extras: list[NDArray[np.float64]] = []
     for group in ranks:
         size = int(case.slots_G[group[0]])
-        if case.spare:
-            total += len(group) * least_shares(case, group[0], levels_LT[0], mu_LET[0], price_E, PART_BITS)
-            continue
         if not listed(case):
             total += len(group) * _least_of_all(case, group[0], levels_LT[0], mu_LET[0], price_E)
             continue
@@ -83,6 +85,23 @@ def check_columns(case: Case, layer: LayerProof, duals: dict[str, IntArray]) -> 
     return Contents(below(Fraction(total, PS << PART_BITS)), ranks, sets, extras)
 
 
+def _check_ranges(
+    case: Case, kinds: list[list[int]], floor_T: IntArray, mu_NET: IntArray, price_NE: IntArray,
+    ends: IntArray | None, name: str,
+) -> Contents:  # fmt: skip
+    """The least that is proven of any of the ranges of copies [N, 2, E], which together leave no number of copies out."""
+    if ends is None or ends.shape != (len(mu_NET), 2, mu_NET.shape[1]):
+        raise InputError(f"{name}: copies", "missing or of another shape", "a range of copies for each expert [N, 2, E]")
+    ranges = [Range(low_E, high_E) for low_E, high_E in ends]
+    if (ends[:, 0] < 1).any() or not covered(case, everything(case), ranges):
+        raise InputError(f"{name}: copies", f"{len(ends)} ranges", "ranges that hold all numbers of copies")
+    found = [
+        priced_range(case, kinds, floor_T, mu_ET, price_E, PART_BITS, within)
+        for within, mu_ET, price_E in zip(ranges, mu_NET, price_NE, strict=True)
+    ]
+    return Contents(below(Fraction(min(each.total for each in found), PS << PART_BITS)), kinds, [], [], found, floor_T)
+
+
 def _arrays(
     case: Case, layer: LayerProof, duals: dict[str, IntArray], name: str
 ) -> tuple[IntArray, IntArray, IntArray]:
@@ -94,7 +113,9 @@ def _arrays(
         raise InputError(f"multipliers {error}", "nothing", "the file beside the certificate must have them") from None
     shapes = levels_LT.shape, mu_LET.shape, price_E.shape
     levels = len(levels_LT) if levels_LT.ndim else 0
-    if not levels or shapes != ((levels, steps), (levels, experts, steps), (experts,)):
+    number = len(mu_LET) if case.spare and mu_LET.ndim else levels
+    prices = (number, experts) if case.spare else (experts,)
+    if not levels or not number or shapes != ((levels, steps), (number, experts, steps), prices):
         raise InputError(f"{name}: multipliers", str(shapes), "levels and one for every level, expert and step; prices")
     if case.spare and (levels > 1 or not shared(case)):
         raise InputError(
@@ -194,6 +215,9 @@ class _SpentError(Exception):
 
 def no_better_contents(case: Case, contents: Contents, bound_us: float, most_nodes: int) -> tuple[int, float | None]:
     """As `verify_tree.no_better`, over the contents that the multipliers leave for a placement below the bound."""
+    if contents.ranges:
+        floor_T = contents.floor_T
+        return no_better_shares(case, contents.ranks, contents.ranges, floor_T, bound_us, most_nodes, PART_BITS)
     if not contents.sets:
         return most_nodes, None
     search = _Search(case, contents, bound_us, most_nodes)

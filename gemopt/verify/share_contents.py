@@ -8,7 +8,7 @@ assignments and of its multipliers down, that of its price up.
 from __future__ import annotations
 
 from math import comb
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -40,9 +40,82 @@ def shared(case: Case) -> bool:
     return contents * len(case.counts_TE) <= MOST_ENTRIES
 
 
-def least_shares(case: Case, g: int, floor_T: IntArray, mu_ET: IntArray, price_E: IntArray, bits: int) -> int:
-    """The least of what contents of rank g cost, less their prices, in 2^-bits picoseconds; rounded down."""
-    most = min(int((case.slots_G > 0).sum()), case.spare + 1)
+class Range(NamedTuple):
+    """What is asked of the copies of each expert: from low to high [E]."""
+
+    low_E: IntArray
+    high_E: IntArray
+
+
+class PricedRange(NamedTuple):
+    """What multipliers prove of a range: the total, of which each kind of ranks has the least; 2^-bits picoseconds."""
+
+    within: Range
+    mu_ET: IntArray
+    price_E: IntArray
+    total: int
+    least_K: list[int]
+
+
+def everything(case: Case) -> Range:
+    """All numbers of copies."""
+    low_E = np.ones(case.counts_TE.shape[1], np.int64)
+    return Range(low_E, low_E * most_copies(case))
+
+
+def most_copies(case: Case) -> int:
+    """Of one expert."""
+    return min(int((case.slots_G > 0).sum()), case.spare + 1)
+
+
+def covered(case: Case, within: Range, ranges: list[Range]) -> bool:
+    """Whether all numbers of copies within a range, for which there are slots, are in one of the others."""
+    if (within.low_E > within.high_E).any() or (within.low_E - 1).sum() > case.spare:
+        return True
+    near = [r for r in ranges if (r.low_E <= within.high_E).all() and (r.high_E >= within.low_E).all()]
+    if not near:
+        return False
+    low_E, high_E = within
+    other = near[0]
+    for e in range(len(low_E)):
+        for last in (int(other.low_E[e]) - 1, int(other.high_E[e])):  # of the copies on one side of its edge
+            if low_E[e] <= last < high_E[e]:
+                below, above = high_E.copy(), low_E.copy()
+                below[e], above[e] = last, last + 1
+                return covered(case, Range(low_E, below), near) and covered(case, Range(above, high_E), near)
+    return True
+
+
+def priced_range(
+    case: Case, kinds: list[list[int]], floor_T: IntArray, mu_ET: IntArray, price_E: IntArray, bits: int, within: Range
+) -> PricedRange:
+    """What the contents of a range cost at least, less their prices; rounded down."""
+    nothing = np.zeros((0, 0), np.int64)
+    least_K = [_scanned(case, g[0], floor_T, mu_ET, price_E, bits, within, None, nothing)[0] for g in kinds]
+    total = (int(floor_T.sum()) << bits) + sum(int(price) for price in price_E)
+    total += sum(len(group) * least for group, least in zip(kinds, least_K, strict=True))
+    return PricedRange(within, mu_ET, price_E, total, least_K)
+
+
+def shares_left(
+    case: Case, g: int, floor_T: IntArray, mu_ET: IntArray, price_E: IntArray, bits: int, within: Range, most: int,
+    number: int,
+) -> tuple[IntArray, IntArray] | None:  # fmt: skip
+    """(copies [n, E] of the experts in contents that cost at most so much, 0 of others; what they cost [n]).
+
+    None where there are more than `number`.
+    """
+    out = np.zeros((number, len(price_E) + 1), np.int64)
+    _, found = _scanned(case, g, floor_T, mu_ET, price_E, bits, within, most, out)
+    return None if found > number else (out[:found, :-1], out[:found, -1])
+
+
+def _scanned(
+    case: Case, g: int, floor_T: IntArray, mu_ET: IntArray, price_E: IntArray, bits: int, within: Range,
+    limit: int | None, out: IntArray,
+) -> tuple[int, int]:  # fmt: skip
+    """(the least, how many cost at most `limit`, which `out` lists)."""
+    most = most_copies(case)
     copies_C = np.arange(1, most + 1)
     shares_XT = (case.counts_TE.T[:, None] // copies_C[:, None]).reshape(-1, len(floor_T))
     load_XT = case.cost.features[0].of(shares_XT).astype(np.int64)
@@ -59,43 +132,64 @@ def least_shares(case: Case, g: int, floor_T: IntArray, mu_ET: IntArray, price_E
     floor_BW = np.pad((-(-floor_T >> coarse)).astype(np.float64), (0, filled)).reshape(load_XBW.shape[1:])
     table_N = (times_N >> coarse).astype(np.float64)
     slots, shift = int(case.slots_G[g]), mass_bits - bits - coarse
-    return int(_least(load_XBW, mass_XBW, price_X, table_N, floor_BW, most, slots, case.spare, shift))
+    found = _least(
+        load_XBW, mass_XBW, price_X, table_N, floor_BW, most, slots, case.spare, shift, within.low_E, within.high_E,
+        (1 << 62) if limit is None else limit, out,
+    )  # fmt: skip
+    return int(found[0]), int(found[1])
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
 def _least(
     load_XBW: Array, mass_XBW: Array, price_X: Array, table_N: Array, floor_BW: Array, most: int, slots: int,
-    spare: int, shift: int,
-) -> np.int64:  # fmt: skip
+    spare: int, shift: int, low_E: Array, high_E: Array, limit: int, out: Array,
+) -> tuple[np.int64, int]:  # fmt: skip
     """Pairs of an expert and its copies, number `e most + c - 1`, are added in rising order of the experts.
 
-    A content with so many slots empty leaves that many fewer for copies.
+    A content with so many slots empty leaves that many fewer for copies, and so do experts whose least is above one.
+    With room in `out` those that cost at most `limit` are listed, in place of the least.
     """
     pairs, blocks, width = load_XBW.shape
     deepest = min(slots, pairs // most)
     load_SBW, mass_SBW = np.zeros((deepest + 1, blocks, width), np.int64), np.zeros((deepest + 1, blocks, width))
     price_S, extra_S = np.zeros(deepest + 1, np.int64), np.zeros(deepest + 1, np.int64)
-    next_S, above_W, size = np.zeros(deepest + 1, np.int64), np.empty(width), 0
-    least = np.int64(0) if slots <= spare else np.int64(1) << 62
+    next_S, above_W, size, found = np.zeros(deepest + 1, np.int64), np.empty(width), 0, 0
+    trail_S, listing = np.zeros(deepest + 1, np.int64), len(out) > 0
+    extra_S[0] = (low_E - 1).sum()
+    least = np.int64(1) << 62
+    if extra_S[0] + slots <= spare:
+        least = np.int64(0)
+        if listing and limit >= 0:
+            found = 1
     while size >= 0:
         x = next_S[size]
         if x == pairs or size == deepest:
             size -= 1
             continue
         next_S[size] += 1
-        extra = extra_S[size] + x % most
-        if extra > spare:
+        e, c = x // most, x % most + 1
+        extra = extra_S[size] + c - low_E[e]
+        if extra > spare or c < low_E[e] or c > high_E[e]:
             continue
         price = price_S[size] + price_X[x]
+        trail_S[size] = x
         if extra + slots - size - 1 <= spare:
-            least = least_with(
+            known = np.int64(limit) + 1 if listing else least
+            cost = least_with(
                 load_SBW[size], load_XBW[x], mass_SBW[size], mass_XBW[x], table_N, floor_BW, above_W, shift, price,
-                least,
+                known,
             )  # fmt: skip
+            least = min(least, cost)
+            if listing and cost <= limit:
+                if found < len(out):
+                    for s in range(size + 1):
+                        out[found, trail_S[s] // most] = trail_S[s] % most + 1
+                    out[found, -1] = cost
+                found += 1
         if size + 1 < deepest:
             load_SBW[size + 1] = load_SBW[size] + load_XBW[x]
             mass_SBW[size + 1] = mass_SBW[size] + mass_XBW[x]
         price_S[size + 1], extra_S[size + 1] = price, extra
-        next_S[size + 1] = (x // most + 1) * most
+        next_S[size + 1] = (e + 1) * most
         size += 1
-    return least
+    return least, found

@@ -1,6 +1,6 @@
 """Branch and bound: proves small layers, every cost model alike; see `tree` and `copies_tree` for their bounds.
 
-Where slots are spare and the search is cut, contents of ranks bound what it would have found; see `share_space`.
+Where slots are spare and contents of ranks can be listed, how many copies experts have is branched on; see `share_tree`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.compact import merged
 from gemopt.solvers.exact.copies_tree import make_copies_tree, search_copies
 from gemopt.solvers.exact.plain import begin
-from gemopt.solvers.exact.share_space import share_bound
-from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tree
-from gemopt.solvers.size import FEW_COLUMNS, num_shares
+from gemopt.solvers.exact.share_space import Shares
+from gemopt.solvers.exact.share_tree import ShareTree
+from gemopt.solvers.exact.tree import CLOSE, Array, expert_order, make_tree, search_tree
+from gemopt.solvers.size import FEW_COLUMNS, MOST_EXPERTS, num_shares
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
-COPIES_SHARE = 0.4  # of the time, for a search of copies, before their contents are priced
-FEW_SHARE = 0.8  # the same where contents are few, so that the search is likely to end
+FEW_SHARE = 0.8  # of the time, for a search of placements with copies where contents are few, so that it is likely to end
 NEVER = 2**62
 
 
@@ -68,7 +68,7 @@ class Branch:
         if done:
             outcome.own_bound_us, outcome.searched_nodes = bound, nodes
         elif problem.spare_slots:
-            _price_contents(problem, options, outcome, value)
+            _branch_on_copies(problem, options, outcome, value)
         return outcome
 
 
@@ -106,24 +106,44 @@ def _search_copies(problem: Problem, options: Options, value: float) -> _Found:
     tree = make_copies_tree(problem, floor_T)
     if tree is not None:
         contents = num_shares(problem)
-        share = 1.0 if contents is None else COPIES_SHARE if contents > FEW_COLUMNS else FEW_SHARE
+        share = 1.0 if contents is None else 0.0 if contents > FEW_COLUMNS else FEW_SHARE
         limited = replace(options, deadline=time.monotonic() + share * options.remaining)
         with limited.alarm() as stop:
             found.best_us, found.nodes, found.done = search_copies(tree, value, found.held_E, stop)
     return found
 
 
-def _price_contents(problem: Problem, options: Options, outcome: Outcome, value: float) -> None:
-    """Raise the bound of a search that was cut, by the contents of ranks, if they are few enough."""
+def bound_of_copies(problem: Problem, row: Row, target_us: float, stop: Array) -> ShareTree | None:
+    """The boxes of a problem's copies, until stopped or at the target; None where contents or ranks are too many."""
+    floor_T = step_bounds(problem)
+    tree = make_copies_tree(problem, floor_T)
+    space = Shares.of(problem, floor_T) if problem.num_experts <= MOST_EXPERTS else None
+    if space is None or tree is None:
+        return None
+    search = ShareTree(space, tree, row, objective(problem, row), stop)
+    search.go(target_us)
+    return search
+
+
+def _branch_on_copies(problem: Problem, options: Options, outcome: Outcome, value: float) -> None:
+    """Go on where a search was cut, if contents of ranks are few enough to list them."""
     assert outcome.row is not None and outcome.bound_us is not None
     with options.alarm() as stop:
-        priced = share_bound(problem, outcome.row, value * (1 - options.gap), stop)
-    if priced is not None and priced.bound_us > outcome.bound_us:
-        outcome.columns, outcome.bound_us = priced, min(priced.bound_us, value)
+        search = bound_of_copies(problem, outcome.row, value * (1 - options.gap), stop)
+    if search is None:
+        return
+    if search.value_us < value:
+        outcome.row = _row(problem, expert_order(problem), search.held_E)
+        value = objective(problem, outcome.row)
+        outcome.history.append(incumbent(value, outcome.bound_us))
+    if search.bound_us > outcome.bound_us:
+        outcome.columns, outcome.bound_us = search.covered(), min(search.bound_us, value)
         outcome.own_bound_us = outcome.bound_us
-    if not options.expired():
-        within = outcome.bound_us >= value * (1 - options.gap)
-        outcome.stopped_by = StoppedBy.GAP if within else StoppedBy.ITERATIONS
+    outcome.note = "" if search.done else f"{len(search.open)} of {search.boxes} ranges of copies may have a better placement"
+    if search.done:
+        outcome.stopped_by = StoppedBy.PROOF
+    elif not options.expired():
+        outcome.stopped_by = StoppedBy.GAP
 
 
 def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value: float) -> Together:

@@ -22,22 +22,16 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.bounds import step_bounds
-from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import cut_rows, rows_of, step_columns
 from gemopt.solvers.exact.column_master import Floats, Master
-from gemopt.solvers.exact.column_space import ULP, Proven
+from gemopt.solvers.exact.column_space import ULP
 from gemopt.solvers.exact.tree import FAST, Tables, fill, tables_of
 from gemopt.solvers.size import num_shares
 
 Array = NDArray[Any]
 IntArray = NDArray[np.int64]
-ITERATIONS = 100  # of the master between two looks at all contents
-HELD = 512  # cheapest contents in the master, beside those in use
-FEWEST = 12  # looks before it may end
-LEAST_GAIN = 0.02  # of what is open, in the last half of the looks
 
 
 class Contents(NamedTuple):
@@ -198,6 +192,11 @@ class Shares:
         return len(self.contents.pairs) * len(self.ranks_K)
 
     @property
+    def most(self) -> int:
+        """The most copies of one expert."""
+        return (len(self.contents.part) - 1) // self.problem.num_experts
+
+    @property
     def size_K(self) -> IntArray:
         """[K] entries of `members`."""
         return np.full(len(self.ranks_K), self.contents.pairs.shape[1])
@@ -205,8 +204,7 @@ class Shares:
     @property
     def owner_X(self) -> IntArray:
         """[X] expert of each pair, of none the first."""
-        experts = self.problem.num_experts
-        return np.append(np.repeat(np.arange(experts), (len(self.contents.part) - 1) // experts), 0)
+        return np.append(np.repeat(np.arange(self.problem.num_experts), self.most), 0)
 
     def kind(self, ids: IntArray) -> IntArray:
         """Kinds of some columns."""
@@ -227,11 +225,11 @@ class Shares:
     def ids(self, row: IntArray) -> IntArray:
         """Columns of a placement [P]."""
         pairs, copies_E = self.contents.pairs, np.bincount(row[row >= 0])
-        most, found = (len(self.contents.part) - 1) // self.problem.num_experts, []
+        found = []
         for g in np.flatnonzero(self.kind_G >= 0):
             held = np.sort(row[(self.problem.rank_of_slot == g) & (row >= 0)])
             mine = np.full(pairs.shape[1], len(self.contents.part) - 1)
-            mine[: len(held)] = held * most + copies_E[held] - 1
+            mine[: len(held)] = held * self.most + copies_E[held] - 1
             (n,) = np.flatnonzero((pairs == mine).all(axis=1))
             found.append(int(self.kind_G[g]) * len(pairs) + int(n))
         return np.array(found)
@@ -255,15 +253,16 @@ class Shares:
             pairs_NS, live_KN, self.features_XFT, self.tables, self.ranks_K, self.floor_T, mu_XT, price_X, net_KN, stop
         ):
             return None
-        bound_us = float(weights_T @ self.floor_T) + float(pi.sum())
-        size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum())
-        for net_N, count in zip(net_KN, self.count_K, strict=True):
-            least = int(net_N.argmin())
-            if net_N[least] == np.inf:
-                return Priced(np.inf, mu, pi, net_KN)
-            bound_us += int(count) * float(net_N[least])
-            size += int(count) * (abs(float(net_N[least])) + 2 * float(np.abs(price_X[pairs_NS[least]]).sum()))
-        return Priced(bound_us - ULP * (len(weights_T) + len(pi) + 64) * size, mu, pi, net_KN)
+        return Priced(self.bound_of(pi, net_KN), mu, pi, net_KN)
+
+    def bound_of(self, pi_E: FloatArray, net_KN: FloatArray) -> float:
+        """The bound in microseconds that prices and net costs of all contents prove; rounded down."""
+        least_K, weights_T, price = net_KN.min(axis=1, initial=np.inf), self.problem.weights_T, float(np.abs(pi_E).sum())
+        if np.isinf(least_K).any():
+            return np.inf
+        bound_us = float(weights_T @ self.floor_T) + float(pi_E.sum()) + float(self.count_K @ least_K)
+        size = float(weights_T @ np.abs(self.floor_T)) + price + float(self.count_K @ (np.abs(least_K) + 2 * price))
+        return bound_us - ULP * (len(weights_T) + len(pi_E) + 64) * size
 
 
 class ShareMaster(Master):
@@ -290,43 +289,3 @@ class ShareMaster(Master):
         experts = len(cost_EM)
         cost_EM[...] = (cost_XM * part_X[:, None])[:-1].reshape(experts, -1, cost_EM.shape[1]).sum(axis=1)
         held_E[...] = (held_X * part_X)[:-1].reshape(experts, -1).sum(axis=1)
-
-
-def priced_shares(space: Shares, row: IntArray, value_us: float, target_us: float, stop: Any) -> Proven | None:
-    """The best bound found until stopped, at the target, or until little is gained; row [P] is worth value_us.
-
-    Multipliers are taken half-way between those of the master and the best so far, which steadies them (P. Wentges,
-    "Weighted Dantzig-Wolfe decomposition for linear mixed-integer programming", 1997).
-    """
-    best: Priced | None = None
-    master, own = ShareMaster(space, max(value_us, 1e-300)), space.ids(row)
-    held, looks, ids = HELD // len(space.ranks_K), [], own
-    while not stop[0]:
-        master.hold(ids)
-        master.iterate(ITERATIONS, stop)
-        mu_LET, pi_E = master.multipliers()
-        mu_ET = mu_LET[0]
-        if best is not None:
-            mu_ET, pi_E = (mu_ET + best.mu_ET) / 2, (pi_E + best.pi_E) / 2
-        found = space.prove(mu_ET, pi_E, stop)
-        if found is None:
-            break
-        if best is None or found.bound_us > best.bound_us:
-            best = found
-        looks.append(best.bound_us)
-        gained = best.bound_us - looks[len(looks) // 2]
-        stalled = len(looks) > FEWEST and gained <= LEAST_GAIN * (value_us - best.bound_us)
-        if best.bound_us >= target_us or stalled:
-            break
-        first_KN = np.argpartition(found.net_KN, min(held, found.net_KN.shape[1] - 1), axis=1)[:, :held]
-        cheap = first_KN + np.arange(len(first_KN))[:, None] * found.net_KN.shape[1]
-        ids = np.concatenate([own, master.used, cheap[np.take_along_axis(found.net_KN, first_KN, 1) < np.inf]])
-    if best is None:
-        return None
-    return Proven(best.bound_us, space.floor_T[None], best.mu_ET[None], best.pi_E, best.net_KN.ravel())
-
-
-def share_bound(problem: Problem, row: IntArray, target_us: float, stop: Any) -> Proven | None:
-    """As `priced_shares`, of a problem with a placement; None where contents are too many."""
-    space = Shares.of(problem, step_bounds(problem))
-    return None if space is None else priced_shares(space, row, objective(problem, row), target_us, stop)
