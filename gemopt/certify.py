@@ -81,8 +81,8 @@ def certify(
         known = None if outcome is None else outcome.columns
         if outcome is not None and (outcome.searched_nodes or 0) > MOST_NODES and case.spare and shared(case):
             known = _fallback(layer.problem, np.array(proof.row), stop)
-        fits = isinstance(known, Covered) and shared(case)
-        if outcome is not None and (fits or (isinstance(known, Proven) and not case.spare)):
+        fits = shared(case) if isinstance(known, Covered) else not case.spare
+        if outcome is not None and isinstance(known, Proven | Covered) and fits:
             if outcome.stopped_by is not StoppedBy.PROOF:  # without a search to repeat, the multipliers say it all
                 proof = proof.model_copy(
                     update={"bound_us": max(proof.dual_us or 0.0, min(floor_bound_us(case), value))}

@@ -22,7 +22,7 @@ from gemopt.profile import Device, Profile, Sample
 from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
-from gemopt.solvers.exact import branch
+from gemopt.solvers.exact import branch, share_tree
 from gemopt.solvers.exact.branch import bound_of_copies
 from gemopt.solvers.exact.share_space import Shares, make_contents
 from gemopt.solvers.size import num_shares
@@ -63,6 +63,26 @@ def test_no_placement_is_below_the_bound(kind: str, slots: list[int]) -> None:
         for scale in (0.1, 1.0, 10.0):
             wild = space.prove(rng.exponential(scale, (4, 4)), rng.normal(0, scale * best / 4, 4), STOP)
             assert wild is not None and wild.bound_us <= best * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("slots", [[2, 2, 2], [3, 2, 1], [3, 3, 0], [4, 4, 4]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranges_of_copies_are_cut_until_the_optimum_is_proven(
+    kind: str, slots: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From any placement, with looks that prove little and searches of next to nothing before the ranges are cut."""
+    for name, few in (("FIRST_LOOKS", 1), ("FIRST_ITERATIONS", 3), ("LOOKS", 1), ("ITERATIONS", 3), ("MOST_LEFT", 2)):
+        monkeypatch.setattr(share_tree, name, few)
+    cut = 0
+    for seed in range(3):
+        problem = drawn(kind, slots, seed)
+        row, best = get("linear").solve(problem, Options(deadline=np.inf), None).row, optimum(problem)
+        assert row is not None
+        search = bound_of_copies(problem, row, np.inf, STOP)
+        assert search is not None and search.done
+        assert search.value_us == pytest.approx(best, rel=1e-9) and search.bound_us <= best
+        cut = max(cut, search.boxes)
+    assert cut > 1
 
 
 def test_the_bound_rises_above_the_floors() -> None:

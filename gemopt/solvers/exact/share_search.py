@@ -37,13 +37,13 @@ class Left(NamedTuple):
 
 
 class Hosts(NamedTuple):
-    """group: [K, most] ranks of each kind; count: [K]. sets: number in the tree of each set of ranks, as bits.
+    """group: [K, most] ranks of each kind; number: [K] of them. sets: number in the tree of each set of ranks, as bits.
 
     order: [E] the experts as the tree has them.
     """
 
     group: Array
-    count: Array
+    number: Array
     sets: Array
     order: Array
 
@@ -121,7 +121,7 @@ def rarest_left(ways_E: Array, all_E: Array, need_E: Array) -> int:
 def placed(columns: Left, trail_G: Array, hosts: Hosts, tree: CopiesTree, limit: float, held_E: Array) -> float:
     """Worth of columns that hold every expert, in the best order of equal ranks, as `best_order` has it."""
     experts = len(hosts.order)
-    sets_E, used_K, trail = np.zeros(experts, np.int64), np.zeros(len(hosts.count), np.int64), np.zeros(experts, np.int64)
+    sets_E, used_K, trail = np.zeros(experts, np.int64), np.zeros(len(hosts.number), np.int64), np.zeros(experts, np.int64)
     for n in trail_G:
         g = hosts.group[columns.kind[n], used_K[columns.kind[n]]]
         used_K[columns.kind[n]] += 1
@@ -142,13 +142,13 @@ def search_left(
     columns at every step. held_E: sets of ranks of a better placement, in the tree's order. most_work: steps and columns
     looked at.
     """
-    steps, ranks, experts = len(tree.floor), hosts.count.sum(), len(hosts.order)
+    steps, ranks, experts = len(tree.floor), hosts.number.sum(), len(hosts.order)
     lists, counts = np.empty((ranks + 1, len(columns.kind)), np.int32), np.zeros(ranks + 1, np.int64)
     z, at = np.empty((ranks + 1, steps)), np.zeros(ranks + 1, np.int64)
     pivot, spent = np.zeros(ranks + 1, np.int64), np.zeros(ranks + 1)
     all_E, need_E = np.zeros((ranks + 1, experts), np.int64), np.zeros((ranks + 1, experts), np.int64)
     trail = np.zeros(ranks, np.int64)
-    share, ways, left = np.empty(experts), np.empty(experts, np.int64), hosts.count.copy()
+    share, ways, left = np.empty(experts), np.empty(experts, np.int64), hosts.number.copy()
     z[0] = tree.floor
     for n in range(len(columns.kind)):
         lists[0, n] = n
