@@ -21,8 +21,8 @@ from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
-from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.exact.branch import bound_of_copies
+from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.exact.stepwise import StepwiseSearch
 from gemopt.solvers.search.copies import removal_costs
 from gemopt.solvers.search.packing import filled

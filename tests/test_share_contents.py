@@ -102,7 +102,9 @@ def test_contents_are_all_sets_of_experts_and_copies() -> None:
     found = {tuple((x // 3, x % 3 + 1) for x in pairs if x < 12) for pairs in contents.pairs.tolist()}
     assert len(found) == len(contents.pairs) == 1 + 4 * 3 + 6 * 6 + 4 * 10  # by size: sets, times ways to have copies
     for n, pairs in enumerate(contents.pairs.tolist()):
-        assert contents.size[n] == sum(x < 12 for x in pairs) and contents.copies[n] == sum(x % 3 for x in pairs if x < 12)
+        assert contents.size[n] == sum(x < 12 for x in pairs) and contents.copies[n] == sum(
+            x % 3 for x in pairs if x < 12
+        )
 
 
 def case_of(problem: Problem) -> Case:
@@ -161,9 +163,14 @@ def test_a_search_that_is_cut_leaves_a_bound_that_anyone_can_check(written: tupl
     (layer,) = certificate.layers
     assert layer.proof is Proof.COLUMNS and layer.columns_us is not None
     assert found.checked_us == pytest.approx(layer.bound_us) and layer.bound_us > 1.01 * floor_bound_us(case)
+    assert found.checked_us == pytest.approx(found.objective_us, rel=1e-6) and "searched again" in found.layers[0].note
+    given_up = verify(*written, most_nodes=0)
+    assert layer.columns_us <= given_up.checked_us < 0.9999 * found.checked_us
 
 
-@pytest.mark.parametrize(("name", "more"), [("price.0", 1 << 40), ("share.0", UNIT), ("level.0", 10**9), ("copies.0", 1)])
+@pytest.mark.parametrize(
+    ("name", "more"), [("price.0", 1 << 40), ("share.0", UNIT), ("level.0", 10**9), ("copies.0", 1)]
+)
 def test_edited_multipliers_are_found(
     written: tuple[Path, Profile, Traces], name: str, more: int, tmp_path: Path
 ) -> None:

@@ -89,9 +89,11 @@ def _check_ranges(
     case: Case, kinds: list[list[int]], floor_T: IntArray, mu_NET: IntArray, price_NE: IntArray,
     ends: IntArray | None, name: str,
 ) -> Contents:  # fmt: skip
-    """The least that is proven of any of the ranges of copies [N, 2, E], which together leave no number of copies out."""
+    """The least that is proven of any of the ranges of copies [N, 2, E], which leave no number of copies out."""
     if ends is None or ends.shape != (len(mu_NET), 2, mu_NET.shape[1]):
-        raise InputError(f"{name}: copies", "missing or of another shape", "a range of copies for each expert [N, 2, E]")
+        raise InputError(
+            f"{name}: copies", "missing or of another shape", "a range of copies for each expert [N, 2, E]"
+        )
     ranges = [Range(low_E, high_E) for low_E, high_E in ends]
     if (ends[:, 0] < 1).any() or not covered(case, everything(case), ranges):
         raise InputError(f"{name}: copies", f"{len(ends)} ranges", "ranges that hold all numbers of copies")

@@ -1,4 +1,4 @@
-"""Search again the contents with copies that multipliers leave, in every range of copies where they prove too little."""
+"""Search again the contents with copies that multipliers leave, in the ranges of copies where they prove too little."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _search(
     copies_NE: Array, cost_N: Array, rows_NT: Array, first_G: Array, same_G: Array, slots_G: Array, least_T: Array,
     room: int, limit: float, most: int, out: Array,
 ) -> tuple[int, int]:  # fmt: skip
-    """(contents looked at, placements found below the limit), rank by rank; those alike have contents in rising order."""
+    """(contents looked at, placements found below the limit), rank by rank, of those alike in rising order."""
     experts, ranks, steps = copies_NE.shape[1], len(slots_G), len(least_T)
     at, z = np.zeros(ranks, np.int64), np.zeros((ranks + 1, steps))
     all_E, need_E = np.zeros((ranks + 1, experts), np.int64), np.zeros((ranks + 1, experts), np.int64)

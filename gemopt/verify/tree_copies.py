@@ -49,7 +49,7 @@ def no_better_copies(case: Case, bound_us: float, most_nodes: int) -> tuple[int,
 
 
 def exact_worth(case: Case, sets: list[tuple[int, ...]]) -> float:
-    """Summed makespan in microseconds of the experts on these sets of ranks, in the best order of ranks that are alike."""
+    """Summed makespan in microseconds of the experts on these sets of ranks, in the best order of alike ranks."""
     search = _Search(case, np.inf, 0)
     search.trail = [sets[e] for e in search.order]
     search.complete()

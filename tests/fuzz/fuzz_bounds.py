@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+from fuzz_cases import random_row
 
 from gemopt.bounds import copies_bound, lower_bound, step_bounds, together_bound
 from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import dual_bound, feasible, pair_costs
 from gemopt.placement import Split
 from gemopt.problem import Problem
+from gemopt.solvers.exact.branch import bound_of_copies
 from gemopt.solvers.exact.contents import Contents, ContentsSearch
 from gemopt.solvers.exact.share_space import Shares
 from gemopt.solvers.exact.step_space import Stepwise
@@ -93,6 +95,12 @@ def share_values(
         found = space.prove(mu_ET, rng.normal(size=problem.num_experts) * scale, np.zeros(1, np.uint8))
         assert found is not None
         yield "shares", found.bound_us
+        row = random_row(rng, problem)
+        search = bound_of_copies(problem, row, np.inf, np.zeros(1, np.uint8))
+        if search is not None:
+            yield "ranges of copies", search.bound_us
+            proven_us = search.value_us if search.done and problem.moves is None else best_us
+            yield "ranges of copies, proven", best_us if proven_us <= best_us * (1 + CLOSE) else np.inf
 
 
 def _drawn(rng: np.random.Generator, programme: Programme, best_us: float) -> tuple[np.ndarray, np.ndarray]:

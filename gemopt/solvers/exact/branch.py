@@ -1,6 +1,6 @@
 """Branch and bound: proves small layers, every cost model alike; see `tree` and `copies_tree` for their bounds.
 
-Where slots are spare and contents of ranks can be listed, how many copies experts have is branched on; see `share_tree`.
+Where slots are spare and contents can be listed, how many copies experts have is branched on; see `share_tree`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from gemopt.solvers.exact.tree import CLOSE, Array, expert_order, make_tree, sea
 from gemopt.solvers.size import FEW_COLUMNS, MOST_EXPERTS, num_shares
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
-FEW_SHARE = 0.8  # of the time, for a search of placements with copies where contents are few, so that it is likely to end
+FEW_SHARE = (
+    0.8  # of the time, for a search of placements with copies where contents are few, so that it is likely to end
+)
 NEVER = 2**62
 
 
@@ -139,7 +141,9 @@ def _branch_on_copies(problem: Problem, options: Options, outcome: Outcome, valu
     if search.bound_us > outcome.bound_us:
         outcome.columns, outcome.bound_us = search.covered(), min(search.bound_us, value)
         outcome.own_bound_us = outcome.bound_us
-    outcome.note = "" if search.done else f"{len(search.open)} of {search.boxes} ranges of copies may have a better placement"
+    outcome.note = (
+        "" if search.done else f"{len(search.open)} of {search.boxes} ranges of copies may have a better placement"
+    )
     if search.done:
         outcome.stopped_by = StoppedBy.PROOF
     elif not options.expired():

@@ -23,8 +23,8 @@ Array = NDArray[Any]
 class Left(NamedTuple):
     """N columns to search, by their reduced costs `extra` [N].
 
-    rows: [N, T] latencies that they do not fall below. sets, copies: [N, S] experts in them and the copies that each has
-    in all, so many as size [N]. masks: [N] experts as bits. kind: [N].
+    rows: [N, T] latencies that they do not fall below. sets, copies: [N, S] experts in them and the copies that each
+    has in all, so many as size [N]. masks: [N] experts as bits. kind: [N].
     """
 
     rows: Array
@@ -118,10 +118,25 @@ def rarest_left(ways_E: Array, all_E: Array, need_E: Array) -> int:
 
 
 @njit(cache=True, nogil=True)
+def take(columns: Left, n: int, all_E: Array, need_E: Array, depth: int) -> None:
+    """What is known and needed of each expert one level deeper, with column n."""
+    all_E[depth + 1], need_E[depth + 1] = all_E[depth], need_E[depth]
+    for s in range(columns.size[n]):
+        e = columns.sets[n, s]
+        if all_E[depth, e] == 0:
+            all_E[depth + 1, e] = need_E[depth + 1, e] = columns.copies[n, s]
+        need_E[depth + 1, e] -= 1
+
+
+@njit(cache=True, nogil=True)
 def placed(columns: Left, trail_G: Array, hosts: Hosts, tree: CopiesTree, limit: float, held_E: Array) -> float:
     """Worth of columns that hold every expert, in the best order of equal ranks, as `best_order` has it."""
     experts = len(hosts.order)
-    sets_E, used_K, trail = np.zeros(experts, np.int64), np.zeros(len(hosts.number), np.int64), np.zeros(experts, np.int64)
+    sets_E, used_K, trail = (
+        np.zeros(experts, np.int64),
+        np.zeros(len(hosts.number), np.int64),
+        np.zeros(experts, np.int64),
+    )
     for n in trail_G:
         g = hosts.group[columns.kind[n], used_K[columns.kind[n]]]
         used_K[columns.kind[n]] += 1
@@ -138,9 +153,9 @@ def search_left(
 ) -> tuple[float, int, bool]:
     """(objective of the best placement, nodes, whether all were searched).
 
-    Reduced costs add up to what a placement has above `base` at least. A node is cut by these, and by the slowest of its
-    columns at every step. held_E: sets of ranks of a better placement, in the tree's order. most_work: steps and columns
-    looked at.
+    Reduced costs add up to what a placement has above `base` at least. A node is cut by these, and by the slowest of
+    its columns at every step. held_E: sets of ranks of a better placement, in the tree's order. most_work: steps and
+    columns looked at.
     """
     steps, ranks, experts = len(tree.floor), hosts.number.sum(), len(hosts.order)
     lists, counts = np.empty((ranks + 1, len(columns.kind)), np.int32), np.zeros(ranks + 1, np.int64)
@@ -179,13 +194,7 @@ def search_left(
         if slower(z[depth], columns.rows[found], tree.weights, z[depth + 1]) >= limit:
             continue
         trail[depth] = found
-        for e in range(experts):
-            all_E[depth + 1, e], need_E[depth + 1, e] = all_E[depth, e], need_E[depth, e]
-        for s in range(columns.size[found]):
-            e = columns.sets[found, s]
-            if all_E[depth, e] == 0:
-                all_E[depth + 1, e] = need_E[depth + 1, e] = columns.copies[found, s]
-            need_E[depth + 1, e] -= 1
+        take(columns, found, all_E, need_E, depth)
         if depth + 1 == ranks:
             if all_E[ranks].min() > 0 and need_E[ranks].max() == 0:
                 best = min(best, placed(columns, trail, hosts, tree, limit, held_E))

@@ -133,8 +133,8 @@ class Shares:
     """Contents of the ranks of a problem whose copies share evenly, kind by kind; see `of` and `Master`.
 
     features: [E C + 1, F, T] of each pair, then of none. tables: what no larger load falls below. ranks_K, count_K,
-    slots_K: of each kind of ranks that have slots the first one, how many there are, and their slots. live: which contents
-    a kind can hold. kind_G: [G] kind of each rank, -1 without slots.
+    slots_K: of each kind of ranks that have slots the first one, how many there are, and their slots. live: which
+    contents a kind can hold. kind_G: [G] kind of each rank, -1 without slots.
     """
 
     problem: Problem
@@ -257,7 +257,11 @@ class Shares:
 
     def bound_of(self, pi_E: FloatArray, net_KN: FloatArray) -> float:
         """The bound in microseconds that prices and net costs of all contents prove; rounded down."""
-        least_K, weights_T, price = net_KN.min(axis=1, initial=np.inf), self.problem.weights_T, float(np.abs(pi_E).sum())
+        least_K, weights_T, price = (
+            net_KN.min(axis=1, initial=np.inf),
+            self.problem.weights_T,
+            float(np.abs(pi_E).sum()),
+        )
         if np.isinf(least_K).any():
             return np.inf
         bound_us = float(weights_T @ self.floor_T) + float(pi_E.sum()) + float(self.count_K @ least_K)
