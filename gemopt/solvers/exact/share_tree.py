@@ -1,10 +1,10 @@
 """Branching on how many copies each expert has: bounds and proves layers with few spare slots, every cost model alike.
 
-A `Box` is a range of copies for each expert, with the contents that may be in a better placement there. The master
-programme goes on from where that of the box it was cut from ended; a look at all its contents is a bound, and those
-whose reduced cost is above what is open are dropped. Where few are left they are searched (`share_search`), else the
-range that the master is least sure of is cut in two. The box with the lowest bound is next. With the numbers of copies
-known a rank has some thousands of contents, and the master leaves a few per cent less open.
+A `Box` is a range of copies for each expert, with the contents that these allow. The master programme goes on from where
+that of the box it was cut from ended; a look at all its contents is a bound, and leaves those whose reduced cost is not
+above what is open. Where they are few they are searched (`share_search`), else the range that the master is least sure
+of is cut in two. The box with the lowest bound is next. With the numbers of copies known a rank has some thousands of
+contents, and the master leaves a few per cent less open.
 
 Multipliers are taken half-way between those of the master and the best so far, which steadies them (P. Wentges,
 "Weighted Dantzig-Wolfe decomposition for linear mixed-integer programming", 1997).
@@ -145,13 +145,15 @@ class ShareTree:
     def _look(self, box: Box) -> Box | None:
         """The box with a better bound and what it leaves; None when stopped before it had any."""
         first = not box.held.image
-        box = self._drop(box)
+        if not first:
+            bound_us = max(box.best.bound_us, self.space.bound_of(box.best.pi_E, box.best.net_KN))
+            box = replace(box, best=box.best._replace(bound_us=bound_us))
         master = ShareMaster(self.space, max(self.value_us, 1e-300))
         if not first:
             master.ids, master.ratio = box.held.ids, box.held.ratio
             master.z = master.image = {name: part.copy() for name, part in box.held.image.items()}
         for look in range(FIRST_LOOKS if first else LOOKS):
-            if box.best.bound_us >= self.limit_us or (look and np.isfinite(box.net_KN).sum() <= MOST_LEFT):
+            if box.best.bound_us >= self.limit_us or (look and self._left(box).sum() <= MOST_LEFT):
                 break
             master.hold(self._columns(master, box))
             master.iterate(FIRST_ITERATIONS if first else ITERATIONS, self.stop)
@@ -164,18 +166,14 @@ class ShareTree:
                 break
             box = replace(box, net_KN=found.net_KN, held=Held(master.ids, master.image, master.ratio))
             if found.bound_us > box.best.bound_us:
-                box = self._drop(replace(box, best=found))
+                box = replace(box, best=found)
         return None if first and box.best.bound_us == -np.inf else box
 
-    def _drop(self, box: Box) -> Box:
-        """Without the contents that the best bound leaves no room for."""
+    def _left(self, box: Box) -> NDArray[np.bool_]:
+        """[K, n] the contents that the best multipliers leave for a better placement."""
         net_KN = box.best.net_KN
-        known_us = self.space.bound_of(box.best.pi_E, net_KN)
-        bound_us = max(box.best.bound_us, known_us) if box.best.bound_us > -np.inf else -np.inf
-        box = replace(box, best=box.best._replace(bound_us=bound_us))
-        if not -np.inf < bound_us < self.limit_us:
-            return box
-        return box.keep(net_KN < net_KN.min(axis=1, keepdims=True) + (self.limit_us - known_us))
+        room_us = self.limit_us - self.space.bound_of(box.best.pi_E, net_KN)
+        return np.asarray(net_KN < net_KN.min(axis=1, keepdims=True) + room_us)
 
     def _columns(self, master: ShareMaster, box: Box) -> IntArray:
         """What the master goes on with: columns in use that are left, and the cheapest."""
@@ -192,7 +190,7 @@ class ShareTree:
     def _search(self, box: Box) -> bool:
         """Whether what a box leaves was searched to the end, few contents, or with the copies of every expert known."""
         space, known = self.space, bool((box.low_E == box.high_E).all())
-        kind_N, at_N = np.nonzero(box.live_KN)
+        kind_N, at_N = np.nonzero(self._left(box))
         if len(kind_N) > MOST_LEFT and not known:
             return False
         net_KN = box.best.net_KN
