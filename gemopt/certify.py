@@ -19,9 +19,8 @@ from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import LayerResult, Result, StoppedBy
 from gemopt.solvers.base import Options
-from gemopt.solvers.exact.branch import bound_of_copies
 from gemopt.solvers.exact.column_space import Proven
-from gemopt.solvers.exact.share_tree import Covered
+from gemopt.solvers.exact.share_tree import Covered, bound_of_copies
 from gemopt.solving.layers import Layer
 from gemopt.splits import optimal_shares
 from gemopt.traces import Traces

@@ -21,8 +21,8 @@ from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
 from gemopt.solvers.budget import walk_front
-from gemopt.solvers.exact.branch import bound_of_copies
 from gemopt.solvers.exact.contents import ContentsSearch
+from gemopt.solvers.exact.share_tree import bound_of_copies
 from gemopt.solvers.exact.stepwise import StepwiseSearch
 from gemopt.solvers.search.copies import removal_costs
 from gemopt.solvers.search.packing import filled
@@ -120,7 +120,9 @@ def _use(solver: Solver, tiny: Problem, budget: bool) -> None:
 def _use_shares(few: Problem) -> None:
     row = get("linear").solve(few, Options(deadline=np.inf), None).row
     assert row is not None
-    bound_of_copies(few, row, np.inf, np.zeros(1, np.uint8))
+    search = bound_of_copies(few, row, -np.inf, np.zeros(1, np.uint8))
+    assert search is not None
+    search.search(search.open[0][2])
 
 
 def _use_budget(problem: Problem) -> None:

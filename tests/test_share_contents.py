@@ -23,8 +23,8 @@ from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact import branch, share_tree
-from gemopt.solvers.exact.branch import bound_of_copies
 from gemopt.solvers.exact.share_space import Shares, make_contents
+from gemopt.solvers.exact.share_tree import bound_of_copies
 from gemopt.solvers.size import num_shares
 from gemopt.traces import Traces
 from gemopt.verify import Case, floor_bound_us, verify

@@ -13,9 +13,9 @@ from gemopt.bounds.colocation import Programme
 from gemopt.bounds.dual_bound import dual_bound, feasible, pair_costs
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.solvers.exact.branch import bound_of_copies
 from gemopt.solvers.exact.contents import Contents, ContentsSearch
 from gemopt.solvers.exact.share_space import Shares
+from gemopt.solvers.exact.share_tree import bound_of_copies
 from gemopt.solvers.exact.step_space import Stepwise
 from gemopt.solvers.exact.stepwise import Pricing, StepwiseSearch
 from gemopt.solvers.size import paired

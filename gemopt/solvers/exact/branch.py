@@ -22,10 +22,9 @@ from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.compact import merged
 from gemopt.solvers.exact.copies_tree import make_copies_tree, search_copies
 from gemopt.solvers.exact.plain import begin
-from gemopt.solvers.exact.share_space import Shares
-from gemopt.solvers.exact.share_tree import ShareTree
-from gemopt.solvers.exact.tree import CLOSE, Array, expert_order, make_tree, search_tree
-from gemopt.solvers.size import FEW_COLUMNS, MOST_EXPERTS, num_shares
+from gemopt.solvers.exact.share_tree import bound_of_copies
+from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tree
+from gemopt.solvers.size import FEW_COLUMNS, num_shares
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
 FEW_SHARE = (
@@ -113,18 +112,6 @@ def _search_copies(problem: Problem, options: Options, value: float) -> _Found:
         with limited.alarm() as stop:
             found.best_us, found.nodes, found.done = search_copies(tree, value, found.held_E, stop)
     return found
-
-
-def bound_of_copies(problem: Problem, row: Row, target_us: float, stop: Array) -> ShareTree | None:
-    """The boxes of a problem's copies, until stopped or at the target; None where contents or ranks are too many."""
-    floor_T = step_bounds(problem)
-    tree = make_copies_tree(problem, floor_T)
-    space = Shares.of(problem, floor_T) if problem.num_experts <= MOST_EXPERTS else None
-    if space is None or tree is None:
-        return None
-    search = ShareTree(space, tree, row, objective(problem, row), stop)
-    search.go(target_us)
-    return search
 
 
 def _branch_on_copies(problem: Problem, options: Options, outcome: Outcome, value: float) -> None:

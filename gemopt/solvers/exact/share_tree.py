@@ -1,8 +1,8 @@
 """Branching on how many copies each expert has: bounds and proves layers with few spare slots, every cost model alike.
 
-A `Box` is a range of copies for each expert, with the contents that these allow. The master programme goes on from where
-that of the box it was cut from ended; a look at all its contents is a bound, and leaves those whose reduced cost is not
-above what is open. Where they are few they are searched (`share_search`), else the range that the master is least sure
+A `Box` is a range of copies for each expert, with the contents that these allow. The master programme goes on from
+where that of the box it was cut from ended; a look at all its contents is a bound, and leaves those whose reduced
+cost is not above what is open. Where they are few they are searched (`share_search`), else the range that the master is least sure
 of is cut in two. The box with the lowest bound is next. With the numbers of copies known a rank has some thousands of
 contents, and the master leaves a few per cent less open.
 
@@ -19,13 +19,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.bounds import step_bounds
+from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
+from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import rows_of
 from gemopt.solvers.exact.column_master import Floats
-from gemopt.solvers.exact.copies_tree import CopiesTree
+from gemopt.solvers.exact.copies_tree import CopiesTree, make_copies_tree
 from gemopt.solvers.exact.share_search import Hosts, Left, search_left
 from gemopt.solvers.exact.share_space import IntArray, Priced, ShareMaster, Shares
 from gemopt.solvers.exact.tree import CLOSE, expert_order
+from gemopt.solvers.size import MOST_EXPERTS
 
 FIRST_LOOKS, FIRST_ITERATIONS = 12, 100  # at all contents, and of the master before each
 LOOKS, ITERATIONS = 3, 50  # the same of every other box
@@ -116,7 +120,7 @@ class ShareTree:
         self._push(root)
         while self.open and self.open[0][0] < min(target_us, self.limit_us) and not self.stop[0]:
             box = heapq.heappop(self.open)[2]
-            if self._search(box):
+            if self.search(box):
                 self.closed.append(box)
                 continue
             for part in self._halves(box):
@@ -187,7 +191,7 @@ class ShareTree:
         cheap = box.ids[first_KN] + np.arange(len(first_KN))[:, None] * contents
         return np.concatenate([used, cheap[np.isfinite(np.take_along_axis(box.net_KN, first_KN, 1))]])
 
-    def _search(self, box: Box) -> bool:
+    def search(self, box: Box) -> bool:
         """Whether what a box leaves was searched to the end, few contents, or with the copies of every expert known."""
         space, known = self.space, bool((box.low_E == box.high_E).all())
         kind_N, at_N = np.nonzero(self._left(box))
@@ -243,6 +247,18 @@ class ShareTree:
         fits_N = (more_NS >= 0).all(axis=1)
         empty_KN = space.slots_K[:, None] - contents.size[box.ids].astype(np.int64)
         return box.keep(box.live_KN & fits_N & (least + more_NS.sum(axis=1) + empty_KN <= spare))
+
+
+def bound_of_copies(problem: Problem, row: IntArray, target_us: float, stop: Any) -> ShareTree | None:
+    """The boxes of a problem's copies, until stopped or at the target; None where contents or ranks are too many."""
+    floor_T = step_bounds(problem)
+    tree = make_copies_tree(problem, floor_T)
+    space = Shares.of(problem, floor_T) if problem.num_experts <= MOST_EXPERTS else None
+    if space is None or tree is None:
+        return None
+    search = ShareTree(space, tree, row, objective(problem, row), stop)
+    search.go(target_us)
+    return search
 
 
 def _hosts(space: Shares, tree: CopiesTree) -> Hosts:
