@@ -247,7 +247,8 @@ class Shares:
         pi = np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         mu *= np.minimum(1.0, weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=0), 1e-300))
         mu_XT, price_X = mu[owner_X] * contents.part[:, None], pi[owner_X] * contents.part
-        pairs_NS, live_KN = contents.pairs[ids], self.live_KN if live_KN is None else live_KN
+        pairs_NS = np.ascontiguousarray(contents.pairs[ids])
+        live_KN = np.ascontiguousarray(self.live_KN if live_KN is None else live_KN)
         net_KN = np.empty(live_KN.shape)
         if not price_contents(
             pairs_NS, live_KN, self.features_XFT, self.tables, self.ranks_K, self.floor_T, mu_XT, price_X, net_KN, stop

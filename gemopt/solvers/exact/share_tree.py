@@ -1,10 +1,10 @@
 """Branching on how many copies each expert has: bounds and proves layers with few spare slots, every cost model alike.
 
 A `Box` is a range of copies for each expert, with the contents that these allow. The master programme goes on from
-where that of the box it was cut from ended; a look at all its contents is a bound, and leaves those whose reduced
-cost is not above what is open. Where they are few they are searched (`share_search`), else the range that the master is least sure
-of is cut in two. The box with the lowest bound is next. With the numbers of copies known a rank has some thousands of
-contents, and the master leaves a few per cent less open.
+where that of the box it was cut from ended; a look at all its contents is a bound, and leaves those whose reduced cost
+is not above what is open. Where they are few they are searched (`share_search`), else the range that the master is
+least sure of is cut in two. The box with the lowest bound is next. With the numbers of copies known a rank has some
+thousands of contents, and the master leaves a few per cent less open.
 
 Multipliers are taken half-way between those of the master and the best so far, which steadies them (P. Wentges,
 "Weighted Dantzig-Wolfe decomposition for linear mixed-integer programming", 1997).
