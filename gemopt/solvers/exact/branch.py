@@ -27,9 +27,7 @@ from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tre
 from gemopt.solvers.size import FEW_COLUMNS, num_shares
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
-FEW_SHARE = (
-    0.8  # of the time, for a search of placements with copies where contents are few, so that it is likely to end
-)
+FEW_SHARE = 0.8  # of the time, for a search with copies where contents are few: it is likely to end
 NEVER = 2**62
 
 
