@@ -121,9 +121,15 @@ def totals(counts: IntArray) -> str:
         for place, index in (("first", 0), ("last", -1)):
             one = counts.take(index, axis=axis)
             enough = counts.shape[axis] > 2 and np.count_nonzero(one) >= ENOUGH_SUMS
-            if enough and (2 * one.astype(np.int64) == added).all():
+            if enough and (2 * one.astype(np.int64) == added).all() and _varied(counts, axis, one):
                 return f"a {place} {name} that is the sum of the others"
     return ""
+
+
+def _varied(counts: IntArray, axis: int, one: IntArray) -> bool:
+    """Whether counts along an axis are others at enough of the places where `one` is not 0: no balance of all alike."""
+    rows = np.moveaxis(counts, axis, -1)[tuple(np.argwhere(one)[:LOOKED_AT].T)]
+    return len(np.unique(rows, axis=0)) >= ENOUGH_SUMS
 
 
 def refuse_totals(field: str, counts: IntArray) -> None:
@@ -183,15 +189,15 @@ def are_ids(counts: IntArray) -> bool:
     """Whether numbers [N, L, K] are the experts that tokens chose: no row has one twice, though chance would have it.
 
     A -1 is none, and a token whose numbers are all the same in each layer is padding, unless these are but two. Where
-    the layers of every row, or all rows of a single layer, add up to as much, they are counts.
+    the layers or the columns of every row, or all rows of a single layer, add up to as much, they are counts.
     """
     if not 2 <= counts.shape[2] <= MOST_CHOSEN:
         return False
     padded = (counts == counts[:, :, :1]).all(axis=(1, 2)) & (counts[0].size > 2)
     rows = counts[~padded][:LOOKED_AT].astype(np.int64)
     rows = rows[:, rows.any(axis=(0, 2))]  # dense layers have rows of zeros
-    sums = rows.sum(axis=2)
-    as_many = (sums == (sums[:, :1] if rows.shape[1] > 1 else sums[:1])).all()
+    sums, across = rows.sum(axis=2), rows.sum(axis=1)
+    as_many = (sums == (sums[:, :1] if rows.shape[1] > 1 else sums[:1])).all() or (across == across[:, :1]).all()
     if not rows.size or as_many or rows.min() < -1 or rows.max() >= MAX_EXPERTS:
         return False
     rows = np.where(rows < 0, MAX_EXPERTS + np.arange(rows.shape[2]), rows)  # so that none equals no other
@@ -275,6 +281,8 @@ def axis_of_layers(counts: NDArray[Any]) -> int | None:
     kept = np.ix_(2 * busy.sum(axis=1) > busy.shape[1], 2 * busy.sum(axis=0) > busy.shape[0])
     some, sums, busy = some[kept], sums[kept], busy[kept]
     if not busy.all() or (min(busy.shape, default=0) - 1) * (some.shape[2] - 1) < ENOUGH_SHARES:
+        return None
+    if (some == some[:1]).all() or (some == some[:, :1]).all():  # one layer repeated, or a balance without chance
         return None
     shares = some / sums[:, :, None]
     mean = shares.mean(axis=(0, 1))

@@ -13,6 +13,27 @@ from gemopt.formats.findings import ranges, refuse_parts
 from gemopt.traces import Traces
 
 
+def _balanced(tokens_T: list[int], layers: int, experts: int) -> np.ndarray:
+    """Assignments of a router that deals them out in turn, the same in every layer."""
+    rows = [np.arange(experts) < n % experts for n in tokens_T]
+    return np.repeat(np.array([n // experts + row for n, row in zip(tokens_T, rows, strict=True)])[:, None], layers, 1)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        _balanced([2, 2, 2], 16, 8),  # the first expert has as many as all the others
+        _balanced([32, 8, 8, 8, 32, 8], 5, 60),  # steps differ more than layers do
+        np.random.default_rng(6).binomial(4, 0.7, (30, 2, 1)) * [1, -1] + [0, 4],  # two layers of two experts
+    ],
+)
+def test_small_and_balanced_recordings_are_taken_as_they_are(load, tmp_path, counts):
+    np.save(tmp_path / "a.npy", counts)
+    load(tmp_path / "a.npy", "array")
+    np.savez(tmp_path / "a.npz", counts=counts)
+    assert Traces.load(tmp_path / "a.npz").num_steps == len(counts)
+
+
 def test_findings(load, tmp_path):
     counts = np.random.default_rng(0).integers(1, 9, (4, 3, 8))
     counts[:, :, 4:] = 0
