@@ -31,6 +31,7 @@ from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import refuse_totals
 
 SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
+PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
 COLUMNS = {
     "layer": ("layer_id", "layer", "layer_idx", "layer_index", "moe_layer", "moe_layer_id"),
     "expert": ("expert_id", "expert", "expert_idx", "expert_index", "logical_expert", "logical_expert_id"),
@@ -39,7 +40,7 @@ COLUMNS = {
         *("activations", "activation_count", "num_activations", "expert_count", "hits", "load"),
     ),
     "step": ("step", "step_id", "iteration", "iter", "forward_pass_id", "forward_pass"),
-    "rank": ("rank", "ep_rank", "dp_rank", "tp_rank", "rank_id"),
+    "rank": ("rank", "rank_id", *PARALLEL),
 }
 INDEX = "column 1"  # a first one without a name
 _NEEDED = ("layer", "expert", "count")
@@ -57,6 +58,7 @@ class _Table:
     name: str  # as `names_of` tells it from the others
     ranks: dict[int, dict[Key, int]] = field(default_factory=dict)
     has_steps: bool = False
+    parallel: bool = False  # the column of ranks says that they are none of a pipeline
     index: int = -1  # the last number of a first column without a name: rising, they are pandas' numbers of the lines
 
 
@@ -97,7 +99,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
         each_RTLE = np.stack([_dense(steps, [rank], layers, experts) for rank in own.ranks])
         _refuse_local(each_RTLE)
-        doubt = refuse_stages(own.ranks, each_RTLE.sum(axis=3), options.no_pipeline)
+        no_pipeline = options.no_pipeline or all(table.parallel for table in tables)
+        doubt = refuse_stages(own.ranks, each_RTLE.sum(axis=3), no_pipeline)
         notes += [doubt] if doubt else []
     total = _dense(steps, own.ranks, layers, experts)
     refuse_totals("PATHS: counts", total)
@@ -203,6 +206,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
     columns = _columns(path, header)
     table.has_steps = "step" in columns
+    table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL
     if named and "rank" in columns:
         raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
     for number, row in enumerate(lines, start=2):

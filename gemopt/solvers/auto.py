@@ -17,7 +17,7 @@ from gemopt.solvers.size import provable, prover
 
 SEARCH_SHARE = 0.4
 FIRST_SHARE = 0.2  # where contents of ranks are listed, which finds better placements as well
-FIRST_PATIENCE = 50  # kicks
+FIRST_PATIENCE = 50  # batches of kicks
 
 
 class Auto:

@@ -54,6 +54,19 @@ def test_equal_sums_to_other_experts_are_asked_about(load, folder, source, copie
     assert "as many" not in load(folder, source)[1]
 
 
+@pytest.mark.parametrize("column", ["rank", "dp_rank"])
+def test_a_column_may_say_that_ranks_are_no_stages(load, folder, column):
+    parts = np.array([chosen(seed) for seed in range(2)])
+    lines = (f"{','.join(map(str, at))},{n}\n" for at, n in np.ndenumerate(parts))
+    (folder / "c.csv").write_text(f"{column},step,layer,expert,count\n" + "".join(lines))
+    if column == "rank":
+        with pytest.raises(InputError, match="stages of a pipeline"):
+            load(folder, "csv")
+    else:
+        traces, notes = load(folder, "csv")
+        assert (traces.counts == parts.sum(axis=0)).all() and "as many" not in notes
+
+
 def test_data_parallel_groups_of_stages_are_asked_about_too(load, folder):
     write("csv", folder, [chosen(0), chosen(1, SIZES[::-1]), chosen(2), chosen(3, SIZES[::-1])])
     with pytest.raises(InputError, match="ranks 0-1 and 2-3"):
