@@ -295,7 +295,7 @@ class Result(Document):
         if self.objective_us is None:
             return f"{self.solver}: {self.status.value}, stopped by {self.stopped_by.value}, {self.seconds:.2f} s"
         mean = self.objective_us / self.num_steps
-        proven = "no bound" if self.gap is None else f"at most {100 * self.gap:.2f} % above the optimum"
+        proven = "no bound" if self.gap is None else f"the optimum at most {100 * self.gap:.2f} % below"
         change = "" if self.change is None else f"{100 * self.change:+z.1f} % against contiguous placement, "
         lines = [
             f"{self.solver}: {self.status.value}, {mean:.1f} us per step over {len(self.per_layer)} layers",

@@ -162,7 +162,7 @@ def test_objects_show_themselves_in_a_line() -> None:
     assert repr(big) == "Traces(300 steps, 24 layers, 128 experts, top-4, 921,600 assignments of net)"
     assert repr(measured) == "Profile(2 devices (unknown), 12 samples of 0 to 64 assignments)" == str(measured)
     assert repr(found.placement) == "Placement(2 layers, 4 experts in 4 slots on 2 ranks)"
-    assert repr(found).startswith("Result(linear: feasible, ") and "above the optimum" in repr(found)
+    assert repr(found).startswith("Result(linear: feasible, ") and "the optimum at most" in repr(found)
     score = evaluate(found.placement, measured, routed)
     assert repr(score).startswith("Evaluation(12 steps, 2 layers, ")
     for each in (big, measured, found, found.placement, score):
