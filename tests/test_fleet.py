@@ -94,6 +94,8 @@ def test_relative_speeds_are_no_relative_times(tmp_path: Path, header: str, rows
         read_fleet(written(tmp_path, f"{header}\n{rows}"))
     times = "gpu,REL_TIME,tflops,time_us\n0,1,600,100\n1,1.1,545,110\n2,0.97,620,97\n"
     assert read_fleet(written(tmp_path, times)).rel_time.tolist() == [1.0, 1.1, 0.97]
+    by_chance = "gpu,rel_time,memory_bandwidth\n0,1,3020\n1,1.1,3060\n2,0.97,3015\n"  # unlike speeds, by little
+    assert read_fleet(written(tmp_path, by_chance)).rel_time.tolist() == [1.0, 1.1, 0.97]
 
 
 def test_gpus_of_several_hosts_are_told_apart(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from gemopt.latency import FloatArray
 from gemopt.profile import Device, Profile
 
 SPEEDS = {"tflops", "gflops", "flops", "throughput", "bandwidth", "bw", "gbps", "speed"}
-FEW, AGREE = 3, 0.9  # GPUs, and the correlation, from which columns contradict each other
+FEW, MANY, AGREE, FEW_AGREE = 3, 8, 0.9, 0.999  # GPUs, and the correlation from which columns contradict each other
 FAR = 1.5  # a median that is further from 1 is not that of relative times
 
 
@@ -89,7 +89,7 @@ def _refuse_speeds(table: Table, column: str, rel_time: FloatArray) -> None:
         if not usable:
             continue
         together = float(np.corrcoef(np.log(rel_time), np.log(beside))[0, 1])
-        if (together if of_time else -together) < -AGREE:
+        if (together if of_time else -together) < -(AGREE if len(beside) >= MANY else FEW_AGREE):  # few do by chance
             found = f"numbers that {'fall' if of_time else 'rise'} as {name} rises"
             raise InputError(f"{table.path}: {column}", found, "relative times, larger is slower", "divide 1 by them")
 
