@@ -44,11 +44,13 @@ def ready(
     links: Links | None = None,
     *,
     budget: bool = False,
+    compute_slack: float | None = None,
 ) -> float:
     """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
 
     What this process has used is ready: nothing is done where a problem of this kind went before. `notice` is told when
-    compiling begins and how long it took. budget: copies are chosen within a memory budget.
+    compiling begins and how long it took. budget: copies are chosen within a memory budget. compute_slack: as in
+    `gemopt.solve`.
     """
     kind = _kind(solver, problem, budget)
     if links is None and problem.rules is None and kind in _known:
@@ -67,7 +69,7 @@ def ready(
     try:
         _use(solver, problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:]), budget)
         if links is not None:
-            _use_links(solver, problem, links)
+            _use_links(solver, problem, links, compute_slack)
         if budget:
             _use_budget(problem)
     finally:
@@ -135,21 +137,22 @@ def _use_budget(problem: Problem) -> None:
     removal_costs(costs, state, shares, make_search(state), np.zeros(few.num_slots))
 
 
-def _use_links(solver: Solver, problem: Problem, links: Links) -> None:
+def _use_links(solver: Solver, problem: Problem, links: Links, compute_slack: float | None) -> None:
     """Two layers of four experts on two ranks, whose tokens are given as those of `links` are."""
     ids, step = np.array([[[0, 2], [1, 3]], [[2, 3], [0, 1]], [[1, 3], [0, 2]]]), np.array([0, 0, 1])
     tokens = None
     if links.traces.tokens is not None:
         tokens = Tokens(ids, step, source_rank=np.array([0, 1, 1]) if links.senders == "recorded" else None)
     traces = Traces(counts=count_assignments(ids, step, 2, 4), tokens=tokens)
-    few = replace(links, topology=named("nvlink-2"), traces=traces, _cache={})
+    few = replace(links, topology=named("nvlink-2" if compute_slack is None else "2x1-ib400"), traces=traces, _cache={})
     pair = [Problem.make(traces.counts[:, n], problem.features, problem.latencies[:2], 2) for n in range(2)]
     rows = [get("linear").solve(each, Options(deadline=np.inf), None).row for each in pair]
     links_bound(pair, few)
     if solver.supports.links:
         found = [row for row in rows if row is not None]
         search = solver if not solver.supports.proves else get("local-search")
-        cast(LinkedSolver, search).solve_linked(pair, few, found, Options(deadline=np.inf, patience=1))
+        options = Options(deadline=np.inf, patience=1, compute_slack=compute_slack)
+        cast(LinkedSolver, search).solve_linked(pair, few, found, options)
 
 
 def _compiled() -> int:

@@ -227,7 +227,9 @@ def solve(
             layers = _layers(chosen, each, traces, warm_start, seed)
             uneven = policy is not Split.EVEN and layers[0].problem.spare_slots > 0
             refuse_with_links(topology, split=policy.value if uneven else None)
-            clock += ready(chosen, layers[0].problem, notice, links, budget=held_G is not None)
+            clock += ready(
+                chosen, layers[0].problem, notice, links, budget=held_G is not None, compute_slack=compute_slack
+            )  # fmt: skip
             clock += 0.0 if cluster is None else cluster.ready(chosen, layers[0].problem, interrupted)
         run = Run(
             chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted,

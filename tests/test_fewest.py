@@ -34,7 +34,7 @@ def test_the_fewest_of_all_placements_are_found_nearly_always_and_never_for_more
         compute = np.array([total_objective(problems, pair) for pair in pairs])
         sent = np.array([links.communication(pair, SLOTS).cross_node_bytes for pair in pairs])
         start = int(compute.argmin())
-        options = Options.lasting(30)
+        options = Options.lasting(300)
         options.compute_slack, options.patience = SLACK, 2
         found = search_fewest(problems, links, pairs[start], options)
         assert total_objective(problems, found.rows) <= (1 + SLACK) * compute[start] * (1 + 1e-12)

@@ -181,7 +181,7 @@ class Layers:
         self.item_LP = [np.where(row != EMPTY, np.arange(len(row)), -1) for row in rows]
         self.rank_LQ = [problem.rank_of_slot.astype(np.int32) for problem in problems]
         self.begun, self.made = rows, dict[int, list[Stream]]()
-        self.nothing = self._nothing(links.flows(0, rows, problems[0].slots_per_rank)[0])
+        self.nothing = self._nothing(self.flows(0)[0])
 
     @property
     def position_T(self) -> NDArray[np.int64]:
@@ -194,10 +194,14 @@ class Layers:
         empty = Flow(np.zeros((0, 1), np.int32), none, none, none, flow.rank_P, flow.routes[:1], flow.num_steps)
         return make_stream(empty, self.position_T, ranks, ranks, itself=False)
 
+    def flows(self, layer: int) -> list[Flow]:
+        """Tokens of a layer as the search began."""
+        return self.links.flows(layer, self.begun, self.problems[layer].slots_per_rank)
+
     def streams(self, layer: int) -> list[Stream]:
         """The streams of a layer, made when it is first looked at."""
         if layer not in self.made:
-            ranks, flows = self.rank_LQ, self.links.flows(layer, self.begun, self.problems[layer].slots_per_rank)
+            ranks, flows = self.rank_LQ, self.flows(layer)
             homes = [np.arange(flow.routes[0].senders, dtype=np.int32) for flow in flows]
             if self.links.coupled:
                 homes = [ranks[layer - 1] if layer > 0 else homes[0], ranks[layer]]

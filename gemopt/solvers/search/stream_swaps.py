@@ -26,7 +26,7 @@ def list_item(stream: Stream, scratch: Scratch, side: int, x: int, y: int, a: in
         word, bits = stream.to_word[at], stream.to_bits[at]
         t, group, staying = stream.step[word], stream.group[word], scratch.held[1 - side, word]
         scratch.changed[t] = 1
-        for level in range(2 if stream.per_node and node_a != node_b else 1):
+        for level in range(0 if stream.inner else 1, 2 if stream.per_node and node_a != node_b else 1):
             here, there = (a, b) if level == 0 else (node_a, node_b)
             lost = beyond(stream, bits, twice[word, here] | staying)
             gained = beyond(stream, bits, once[word, there])
@@ -128,6 +128,7 @@ def commit(stream: Stream, scratch: Scratch, a: int, b: int) -> None:
     forget(scratch)
     if scratch.own:
         for rank in (a, b):
-            mark(stream, scratch, rank)
+            if stream.inner:
+                mark(stream, scratch, rank)
             if stream.per_node:
                 mark(stream, scratch, stream.node.shape[0] + stream.node[rank])

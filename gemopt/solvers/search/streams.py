@@ -29,7 +29,8 @@ class Stream(NamedTuple):
 
     counted: whether words are numbers of tokens. to_start, to_word, to_bits: words of each item, and its tokens there.
     step, group: [W]; from_start: [F + 1] first word of each group; home: [F] sender of each group. itself: whether
-    groups are the items that the stream goes to. rank: [Q] of each item. node: [G]. start, port, bytes: sparse rows
+    groups are the items that the stream goes to. rank: [Q] of each item. node: [G]. per_node: whether nodes are
+    destinations as well. inner: whether ways to ranks, beside those, use any ports. start, port, bytes: sparse rows
     [C * D]; by_port [R + 1], row_of, bytes_of: the same by port. ends: [directions + 1] ports of each.
     lines: [lines, 2, R] microseconds of a port: the largest of intercept + slope * bytes. loads: [T, R]; times: [T].
     """
@@ -47,6 +48,7 @@ class Stream(NamedTuple):
     node: Array
     destinations: int
     per_node: bool
+    inner: bool
     start: Array
     port: Array
     bytes: Array
@@ -97,12 +99,13 @@ def make_stream(flow: Flow, position_T: Array, rank_Q: Array, home_F: Array, *, 
     bits_N = flow.weight_N[order].astype(np.uint64) if counted else np.uint64(1) << (place_N % WORD).astype(np.uint64)
     group_W = np.repeat(keys // flow.num_steps, words)
     ways, ends, lines = _ways(flow.routes)
+    used_D = np.diff(ways[0]).reshape(-1, route.destinations).any(axis=0)
     stream = Stream(
         counted, *_lists(flow.slot_NK[order], word_N, bits_N, len(group_W), len(rank_Q), counted=counted),
         np.repeat(keys % flow.num_steps, words), group_W, np.searchsorted(group_W, np.arange(len(home_F) + 1)), home_F,
         itself, rank_Q, route.node_of_rank.astype(np.int32), route.destinations,
-        route.destinations > len(route.node_of_rank), *ways, ends, lines, np.zeros((flow.num_steps, int(ends[-1]))),
-        np.zeros(flow.num_steps),
+        route.destinations > len(route.node_of_rank), bool(used_D[: len(route.node_of_rank)].any()), *ways, ends, lines,
+        np.zeros((flow.num_steps, int(ends[-1]))), np.zeros(flow.num_steps),
     )  # fmt: skip
     set_loads(stream, make_scratch(stream, own=True))
     return stream
