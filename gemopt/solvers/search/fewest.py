@@ -189,7 +189,7 @@ class _Fewest:
                 sent[compute[one][:, None] + compute[two] > left_us] = np.inf
                 if sent.min() < least:
                     least, due = sent.min() - LEAST_GAIN, True
-                    at[one], at[two] = np.unravel_index(sent.argmin(), sent.shape)
+                    at[one], at[two] = divmod(int(sent.argmin()), sent.shape[1])
                     total_us = self.most_us - left_us + compute[one][at[one]] + compute[two][at[two]]
                     total_R = others_R + loads[one][at[one]] + loads[two][at[two]]
             due = due and not stop[0]  # one pass there is always time for
