@@ -99,12 +99,13 @@ def make_stream(flow: Flow, position_T: Array, rank_Q: Array, home_F: Array, *, 
     bits_N = flow.weight_N[order].astype(np.uint64) if counted else np.uint64(1) << (place_N % WORD).astype(np.uint64)
     group_W = np.repeat(keys // flow.num_steps, words)
     ways, ends, lines = _ways(flow.routes)
-    used_CD = np.diff(ways[0]).reshape(-1, route.destinations) > 0
+    used_CD = np.diff(ways[0]).reshape(-1, route.destinations)
+    inner = bool(used_CD[:, : len(route.node_of_rank)].any())
     stream = Stream(
         counted, *_lists(flow.slot_NK[order], word_N, bits_N, len(group_W), len(rank_Q), counted=counted),
         np.repeat(keys % flow.num_steps, words), group_W, np.searchsorted(group_W, np.arange(len(home_F) + 1)), home_F,
         itself, rank_Q, route.node_of_rank.astype(np.int32), route.destinations,
-        route.destinations > len(route.node_of_rank), bool(used_CD[:, : len(route.node_of_rank)].any()), *ways, ends, lines,
+        route.destinations > len(route.node_of_rank), inner, *ways, ends, lines,
         np.zeros((flow.num_steps, int(ends[-1]))), np.zeros(flow.num_steps),
     )  # fmt: skip
     set_loads(stream, make_scratch(stream, own=True))
