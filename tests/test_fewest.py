@@ -13,12 +13,12 @@ from cli_inputs import gemopt, gemopt_json, profile
 from test_links import SLOTS, problems_of
 from test_topology import EXCHANGE, HALF, OTHER, token_traces
 
-from gemopt.evaluate import evaluate, linked_total, total_objective
+from gemopt.evaluate import evaluate, linked_total, objective, total_objective
 from gemopt.exceptions import InputError
 from gemopt.named_topologies import named
 from gemopt.solve import solve
 from gemopt.solvers.base import Options
-from gemopt.solvers.search.fewest import search_fewest
+from gemopt.solvers.search.fewest import _best, _Fewest, search_fewest
 
 SLACK = 0.3
 
@@ -115,3 +115,23 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert code == 0 and "at most +20 %" in out
     code, _, err = gemopt(capsys, *inputs, "--compute-slack", "0.2")
     assert code == 2 and "give a topology" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("seed", [n for n in range(200, 230) if random_links(n, steps=4).topology.num_nodes > 1])
+def test_points_are_what_their_rows_compute_and_send_and_seeds_repeat(seed: int) -> None:
+    links = random_links(seed, steps=4)
+    problems, rows = problems_of(links, SLOTS, seed), placements(4, SLOTS)
+    start, stop = [rows[seed % len(rows)], rows[seed % 7]], np.zeros(1, np.uint8)
+    options = Options.lasting(300)
+    options.compute_slack, options.patience = SLACK, 1
+    first, again = (_Fewest(problems, links, start, options) for _ in range(2))
+    for search in (first, again):
+        search.run(stop)
+    assert all(map(np.array_equal, first.found.rows, again.found.rows))
+    begun = first._begun(start, stop)
+    for layer, front in enumerate(() if links.coupled else first.fronts):
+        for point in _best(front):
+            changed = [*start[:layer], point.row, *start[layer + 1 :]]
+            loads = point.loads + begun.loads(1 - layer, first.ports)
+            assert point.compute == pytest.approx(objective(problems[layer], point.row), rel=1e-5)
+            assert first._sent(changed) == pytest.approx([loads.sum() / 2, loads.max()])

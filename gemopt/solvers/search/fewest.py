@@ -1,10 +1,11 @@
 """Fewest bytes between nodes among placements that compute hardly longer than one that heeds no links.
 
-Rounds of annealing lower bytes for a price of makespans, another one every round, and longer every round. Where layers
-are exchanged each by itself, what a layer sends for how much it computes is kept as a front, and one point of every
-front is chosen so that all layers together send the fewest bytes for what they may compute: the slack goes where it
-gains most. Where senders follow experts, layers anneal in turn, and the best that all compute in time is kept. All
-bytes between nodes count as much as those through the fullest port there.
+Descents from that placement come first, with makespans weighed against bytes more and less: in little time they find
+most. Then rounds of annealing, from there or from the best, lower bytes for a price of makespans, another one every
+round, and longer every round. Where layers are exchanged each by itself, what a layer sends for how much it computes is
+kept as a front, and one point of every front is chosen so that all layers together send the fewest bytes for what they
+may compute: the slack goes where it gains most. Where senders follow experts, layers anneal in turn, and the best that
+all compute in time is kept. All bytes between nodes count as much as those through the fullest port there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gemopt.solvers.search.linked import Layers
 from gemopt.solvers.search.swaps import total_cost
 from gemopt.topology import Level
 
+WEIGHTS = (16.0, 8.0, 4.0, 2.0, 1.0)  # of all makespans against all bytes, in the descents
 PATIENCE = 2  # rounds without gain, for each one of `Options.patience`
 FIRST, LONGER, LONGEST = 2.0, 1.6, 400.0  # swaps drawn of a layer, per pair of slots, in the first round and later
 HOT, COLD = 1.0, 0.015  # what swaps may cost at the beginning and at the end, in parts of an expert's mean bytes
@@ -44,8 +46,8 @@ LEAST_GAIN = 1e-9
 def search_fewest(problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
     """Lower the bytes between nodes of a placement; its makespans grow by at most `options.compute_slack` of them.
 
-    `options.patience` as in `search_linked`; 0: one round. Copies stay as they are. Only what needs no longer to
-    compute than allowed is taken.
+    `options.patience` as in `search_linked`; 0: descents and one round. Copies stay as they are. Only what needs no
+    longer to compute than allowed is taken.
     """
     search = _Fewest([settled(problem, row) for problem, row in zip(problems, rows, strict=True)], links, rows, options)
     with options.alarm() as stop:
@@ -102,12 +104,18 @@ class _Fewest:
         ]
 
     def run(self, stop: NDArray[np.uint8]) -> None:
-        """Rounds, until too many in a row bring no gain."""
+        """Descents, then rounds until too many in a row bring no gain."""
         if self.least == 0 or stop[0]:
             return
         patience = DEFAULT_PATIENCE if self.options.patience is None else self.options.patience
-        search, price, length, idle = self._begun(self.start, stop), PRICE, FIRST, 0
-        self.points = [_Point(self.compute_L[n], search.loads(n, self.ports), row) for n, row in enumerate(self.start)]
+        self._descend(stop)
+        if stop[0]:
+            return
+        search, price, length, idle = self._begun(self.found.rows, stop), PRICE, FIRST, 0
+        self.points = [
+            _Point(objective(problem, row), search.loads(layer, self.ports), row)
+            for layer, (problem, row) in enumerate(zip(self.problems, search.begun, strict=True))
+        ]
         while not stop[0]:
             before, spread = self.least, SPREAD ** self.draws.uniform(-1.0, 1.0)
             each = self._in_turn if self.links.coupled else self._by_itself
@@ -118,6 +126,16 @@ class _Fewest:
             price *= DRIFT if compute_us > self.most_us else 1 / DRIFT
             length = min(LONGEST, LONGER * length)
             search = self._begun(self.found.rows if self.draws.random() < 0.5 else self.start, stop)
+
+    def _descend(self, stop: NDArray[np.uint8]) -> None:
+        """Descents from the start, with bytes through all ports alike and through the fullest."""
+        sent_us = float(self.counted.communication(self.start, self.problems[0].slots_per_rank).time_TL.sum())
+        for weight, even in product(WEIGHTS, (True, False)):
+            if stop[0]:
+                return
+            layers = Layers(self.problems, replace(self.counted, even=even, _cache={}), self.start, stop)
+            layers.settle(compute=weight * sent_us / max(sum(self.compute_L), 1e-300))
+            self._take(layers.rows())
 
     def _begun(self, rows: list[Row], stop: NDArray[np.uint8]) -> _OneStep:
         return _OneStep(self.problems, self.counted, rows, stop)
@@ -198,7 +216,10 @@ class _Fewest:
             self.points = chosen
 
     def _take(self, rows: list[Row]) -> bool:
-        """Take rows that send less for no more compute than allowed."""
+        """Take rows that send less for no more compute than allowed.
+
+        They are counted anew: swaps move copies with their share, but which copy has an odd token goes by slots.
+        """
         value = float((self._sent(rows) * [2 * self.byte, self.fullest]).sum())
         pairs = zip(self.problems, rows, strict=True)
         if value >= self.least or sum(objective(problem, row) for problem, row in pairs) > self.most_us:
