@@ -82,7 +82,7 @@ def certify(
             known = _fallback(layer.problem, np.array(proof.row), stop)
         fits = shared(case) if isinstance(known, Covered) else not case.spare
         if outcome is not None and isinstance(known, Proven | Covered) and fits:
-            if outcome.stopped_by is not StoppedBy.PROOF:  # without a search to repeat, the multipliers say it all
+            if outcome.stopped_by is not StoppedBy.PROOF and isinstance(known, Proven):  # no search to repeat
                 proof = proof.model_copy(
                     update={"bound_us": max(proof.dual_us or 0.0, min(floor_bound_us(case), value))}
                 )

@@ -19,6 +19,7 @@ from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.problem import Problem
 from gemopt.profile import Device, Profile, Sample
+from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
@@ -168,6 +169,29 @@ def test_a_search_that_is_cut_leaves_a_bound_that_anyone_can_check(written: tupl
     assert layer.columns_us <= given_up.checked_us < 0.9999 * found.checked_us
 
 
+def test_ranges_that_were_searched_are_searched_again_where_others_are_open(
+    written: tuple[Path, Profile, Traces], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut where there is no room for more ranges: the least of the open ones is claimed, and can be checked."""
+    rng, profile, above = np.random.default_rng(2), written[1], 0.0
+    traces = Traces(counts=rng.poisson(rng.gamma(1.0, 12.0, 6) * rng.gamma(2.0, 0.5, (12, 1, 6))).astype(np.int64))
+    monkeypatch.setattr(branch, "search_copies", lambda tree, best, best_E, stop: (best, 3, False))
+    for few, names in ((1, ("FIRST_LOOKS", "LOOKS")), (20, ("FIRST_ITERATIONS", "ITERATIONS")), (40, ("MOST_LEFT",))):
+        for name in names:
+            monkeypatch.setattr(share_tree, name, few)
+    for boxes in (18, 22, 24):
+        monkeypatch.setattr(share_tree, "MOST_ENTRIES", boxes * traces.counts.size)
+        path = tmp_path / f"{boxes}.json"
+        result = solve(
+            profile, traces, solver="branch", certificate=path, slots_per_rank=3, time_limit=60, cost="staircase"
+        )
+        (layer,) = Certificate.load(path).layers
+        assert result.stopped_by is StoppedBy.ITERATIONS and layer.bound_us == pytest.approx(result.bound_us)
+        assert verify(path, profile, traces).checked_us == pytest.approx(layer.bound_us, rel=1e-6)
+        above = max(above, layer.bound_us / (layer.columns_us or layer.bound_us))
+    assert above > 1.001
+
+
 @pytest.mark.parametrize(
     ("name", "more"), [("price.0", 1 << 40), ("share.0", UNIT), ("level.0", 10**9), ("copies.0", 1)]
 )
@@ -180,6 +204,16 @@ def test_edited_multipliers_are_found(
     duals[name] = duals[name] + more
     certificate.write(tmp_path / "c.json", duals)
     with pytest.raises(InputError):
+        verify(tmp_path / "c.json", profile, traces)
+
+
+def test_prices_that_overflow_are_refused(written: tuple[Path, Profile, Traces], tmp_path: Path) -> None:
+    path, profile, traces = written
+    certificate = Certificate.load(path)
+    duals = certificate.duals(path)
+    duals["price.0"][0, 0] = np.iinfo(np.int64).min
+    certificate.write(tmp_path / "c.json", duals)
+    with pytest.raises(InputError, match="price"):
         verify(tmp_path / "c.json", profile, traces)
 
 

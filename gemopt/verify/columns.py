@@ -137,8 +137,9 @@ def _arrays(
         )
     if (levels_LT[0] > case.floors_T).any() or (np.diff(levels_LT, axis=0) < 0).any() or levels_LT.min() < -LONGEST_PS:
         raise InputError(f"{name}: level", int(levels_LT.max()), "levels that rise from at most the floor of each step")
-    if np.abs(price_E).max() > LARGEST_PRICE:
-        raise InputError(f"{name}: price", int(np.abs(price_E).max()), f"at most {LARGEST_PRICE}")
+    if price_E.max() > LARGEST_PRICE or price_E.min() < -LARGEST_PRICE:
+        ends = f"{price_E.min()} to {price_E.max()}"
+        raise InputError(f"{name}: price", ends, f"from -{LARGEST_PRICE} to {LARGEST_PRICE}")
     return levels_LT, mu_LET, price_E
 
 

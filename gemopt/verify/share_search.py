@@ -19,6 +19,8 @@ Array = NDArray[Any]
 PS = 10**6
 CLOSE = 1e-9  # relative
 MOST_LEFT = 20_000  # contents of one rank
+MOST_ROWS = 1e8  # contents x steps
+MOST_ROOM = 1 << 61  # 2^-bits picoseconds: sums of costs up to so much fit in 63 bits
 NODES = 100  # contents looked at that count as one node of a plain search
 MOST_FOUND = 1000  # placements below the bound but for how copies share
 
@@ -43,12 +45,15 @@ def no_better_shares(
         room = limit - each.total
         if room <= 0:
             continue
-        copies, costs, rows = [], [], []
+        if room > MOST_ROOM:
+            return most_nodes, None
+        copies, costs, rows, entries = [], [], [], 0
         for group, least in zip(kinds, each.least_K, strict=True):
             found = shares_left(
                 case, group[0], floor_T, each.mu_ET, each.price_E, bits, each.within, least + room, MOST_LEFT
             )
-            if found is None:
+            entries += 0 if found is None else len(found[1]) * len(group) * len(case.counts_TE)
+            if found is None or entries > MOST_ROWS:
                 return most_nodes, None
             rows_NT = _rows(case, group[0], found[0])
             for _ in group:

@@ -88,7 +88,7 @@ class _Search:
     def same(self, g: int, other: int) -> bool:
         """Whether two ranks have the same slots and latency."""
         points = [
-            [[(c.x.tobytes(), c.y.tobytes(), c.slope) for c in term] for term in self.case.cost.latencies[each].terms]
+            [[(c.x.tolist(), c.y.tolist(), c.slope) for c in term] for term in self.case.cost.latencies[each].terms]
             for each in (g, other)
         ]
         return bool(self.case.slots_G[g] == self.case.slots_G[other] and points[0] == points[1])

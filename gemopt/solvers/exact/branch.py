@@ -132,7 +132,8 @@ def _branch_on_copies(problem: Problem, options: Options, outcome: Outcome, valu
     if search.done:
         outcome.stopped_by = StoppedBy.PROOF
     elif not options.expired():
-        outcome.stopped_by = StoppedBy.GAP
+        near = search.bound_us >= value * (1 - options.gap)
+        outcome.stopped_by = StoppedBy.GAP if near else StoppedBy.ITERATIONS
 
 
 def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value: float) -> Together:

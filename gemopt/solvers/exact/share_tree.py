@@ -36,6 +36,7 @@ LOOKS, ITERATIONS = 3, 50  # the same of every other box
 HELD = 256  # cheapest contents in the master, beside those in use
 MOST_LEFT = 2500  # contents that are searched
 MOST_WORK = 3 * 10**7  # steps and columns that a search may look at, where the box can be cut
+MOST_ENTRIES = 2**27  # of all boxes: a gigabyte, of which their multipliers may go into a certificate
 NEVER = 2**62
 
 
@@ -66,6 +67,12 @@ class Box:
         """[K, n] whether a content may be on a kind of ranks."""
         return np.isfinite(self.best.net_KN)
 
+    @property
+    def entries(self) -> int:
+        """How large its arrays are together."""
+        nets = {id(each): each.size for each in (self.net_KN, self.best.net_KN)}
+        return self.best.mu_ET.size + self.ids.size + sum(nets.values())
+
     def keep(self, live_KN: NDArray[np.bool_]) -> Box:
         """The same with these contents only."""
         some = live_KN.any(axis=0)
@@ -92,7 +99,7 @@ class ShareTree:
     def __init__(self, space: Shares, tree: CopiesTree, row: IntArray, value_us: float, stop: Any) -> None:
         self.space, self.tree, self.stop, self.own = space, tree, stop, space.ids(row)
         self.value_us, self.held_E = value_us, np.zeros(space.problem.num_experts, np.int64)
-        self.hosts, self.nodes, self.boxes = _hosts(space, tree), 0, 0
+        self.hosts, self.nodes, self.boxes, self.entries = _hosts(space, tree), 0, 0, 0
         self.open: list[tuple[float, int, Box]] = []
         self.closed: list[Box] = []
 
@@ -113,14 +120,19 @@ class ShareTree:
         return self.boxes > 0 and (not self.open or self.open[0][0] >= self.limit_us)
 
     def go(self, target_us: float) -> None:
-        """Until stopped, or no box is below the target."""
+        """Until stopped, or no box is below the target, or there is no room for more."""
         root = self._look(self._root())
         if root is None:
             return
         self._push(root)
-        while self.open and self.open[0][0] < min(target_us, self.limit_us) and not self.stop[0]:
+        while self.open and self.open[0][0] < min(target_us, self.limit_us):
+            if self.stop[0] or self.entries > MOST_ENTRIES:
+                return
             box = heapq.heappop(self.open)[2]
+            self.entries -= box.entries
             if self.search(box):
+                box = box.keep(np.zeros_like(box.live_KN))
+                self.entries += box.entries
                 self.closed.append(box)
                 continue
             for part in self._halves(box):
@@ -136,6 +148,7 @@ class ShareTree:
 
     def _push(self, box: Box) -> None:
         self.boxes += 1
+        self.entries += box.entries
         heapq.heappush(self.open, (box.best.bound_us, self.boxes, box))
 
     def _root(self) -> Box:
