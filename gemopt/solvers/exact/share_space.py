@@ -192,6 +192,12 @@ class Shares:
         return len(self.contents.pairs) * len(self.ranks_K)
 
     @property
+    def straight(self) -> bool:
+        """Whether all latencies are lines of one feature, so that a look is quick."""
+        terms, lines = self.tables.terms[self.ranks_K], self.tables.straight[self.ranks_K]
+        return self.features_XFT.shape[1] == 1 and bool((terms == 1).all() and lines[:, 0, 0].all())
+
+    @property
     def most(self) -> int:
         """The most copies of one expert."""
         return (len(self.contents.part) - 1) // self.problem.num_experts

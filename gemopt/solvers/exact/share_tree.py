@@ -34,6 +34,7 @@ from gemopt.solvers.size import MOST_EXPERTS
 FIRST_LOOKS, FIRST_ITERATIONS = 12, 100  # at all contents, and of the master before each
 LOOKS, ITERATIONS = 3, 50  # the same of every other box
 HELD = 256  # cheapest contents in the master, beside those in use
+HELD_BESIDE_TABLES = 768  # the same where latencies are looked up, so that a look takes as long as more iterations
 MOST_LEFT = 2500  # contents that are searched
 MOST_WORK = 3 * 10**7  # steps and columns that a search may look at, where the box can be cut
 MOST_ENTRIES = 2**27  # of all boxes: a gigabyte, of which their multipliers may go into a certificate
@@ -199,7 +200,8 @@ class ShareTree:
         contents, used = len(self.space.contents.pairs), master.used
         at = np.minimum(np.searchsorted(box.ids, used % contents), len(box.ids) - 1)
         used = used[box.ids[at] == used % contents]
-        most = min(HELD // len(box.net_KN), box.net_KN.shape[1] - 1)
+        held = HELD if self.space.straight else HELD_BESIDE_TABLES
+        most = min(held // len(box.net_KN), box.net_KN.shape[1] - 1)
         first_KN = np.argpartition(box.net_KN, most, axis=1)[:, : most + 1]
         cheap = box.ids[first_KN] + np.arange(len(first_KN))[:, None] * contents
         return np.concatenate([used, cheap[np.isfinite(np.take_along_axis(box.net_KN, first_KN, 1))]])
