@@ -112,7 +112,7 @@ def test_edited_multipliers_of_contents_are_found(made: tuple[Path, Profile, Tra
     edits = {
         "share.0": ((duals["share.0"] + (1 << 24), "sum to at most"), (-duals["share.0"] - 1, ">= 0")),
         "level.0": ((duals["level.0"] + 10**9, "floor of each step"), (duals["level.0"][:, :-1], "levels and one for")),
-        "price.0": ((higher, "from the multipliers"), (duals["price.0"] + (1 << 60), "at most")),
+        "price.0": ((higher, "from the multipliers"), (duals["price.0"] + (1 << 60), "price: got")),
     }
     falling = np.vstack([duals["level.0"], duals["level.0"][-1:] - 1])
     more = np.vstack([duals["share.0"], duals["share.0"][-1:]])
