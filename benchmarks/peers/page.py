@@ -81,7 +81,7 @@ engines'`: ahead of the best that an engine ships. Lost or ahead means in every 
   draws each of layers, GPUs and kinds not seen, FlashLB is 0.6 ± 0.5 points behind on tiny-MoE and 0.4 ± 0.3 ahead on
   gpt-oss; single draws deviate by 7 and 4 (`fitting.md`).
 * 58 x 256 on 8 ranks, one GPU slower or not, has little left to find: gemopt is ahead by 0.3. Before its kicks were
-  annealed 24 times the time (4 CPU seconds each, three layers) gained it 0.5 points on the fitted steps and GEM 0.6; they
+  annealed 24 times the time (4 CPU seconds each, three layers) gained it 0.5 points on the fitted steps, GEM 0.6; they
   ended within 0.3 points of each other there, and on the other steps GEM was ahead by 0.1 and 1.6. On 64 ranks GEM is
   1.4 points behind on the fitted steps, for want of time, and 0.4 on the others (`fitting.md`); on the last 16 steps
   alone it has the time, and is from 2.1 behind to 0.4 ahead: those are nearest to the steps scored.
