@@ -107,8 +107,7 @@ def solve(
     gap
         Stop a layer once `(objective - bound) / objective` is at most this.
     seed
-        Same seed and same iterations: same trajectory. Under a time limit without `patience` local search is cooled by
-        the clock, so that its trajectory is the seed's and the machine's.
+        Same seed and same `patience`: same trajectory. Under a time limit alone the clock cools local search.
     warm_start
         A placement to start from; a hint that never makes the answer worse.
     cost
@@ -225,12 +224,10 @@ def solve(
             each = each if moving is None else moving.eased(each)
 
             layers = _layers(chosen, each, traces, warm_start, seed)
-            uneven = policy is not Split.EVEN and layers[0].problem.spare_slots > 0
-            refuse_with_links(topology, split=policy.value if uneven else None)
-            clock += ready(
-                chosen, layers[0].problem, notice, links, budget=held_G is not None, compute_slack=compute_slack
-            )  # fmt: skip
-            clock += 0.0 if cluster is None else cluster.ready(chosen, layers[0].problem, interrupted)
+            first = layers[0].problem
+            refuse_with_links(topology, split=policy.value if policy is not Split.EVEN and first.spare_slots else None)
+            clock += ready(chosen, first, notice, links, budget=held_G is not None, compute_slack=compute_slack)
+            clock += 0.0 if cluster is None else cluster.ready(chosen, first, interrupted)
         run = Run(
             chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted,
             cluster=cluster, on_layers=on_layers,

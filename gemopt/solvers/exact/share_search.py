@@ -132,11 +132,8 @@ def take(columns: Left, n: int, all_E: Array, need_E: Array, depth: int) -> None
 def placed(columns: Left, trail_G: Array, hosts: Hosts, tree: CopiesTree, limit: float, held_E: Array) -> float:
     """Worth of columns that hold every expert, in the best order of equal ranks, as `best_order` has it."""
     experts = len(hosts.order)
-    sets_E, used_K, trail = (
-        np.zeros(experts, np.int64),
-        np.zeros(len(hosts.number), np.int64),
-        np.zeros(experts, np.int64),
-    )
+    sets_E, trail = np.zeros(experts, np.int64), np.zeros(experts, np.int64)
+    used_K = np.zeros(len(hosts.number), np.int64)
     for n in trail_G:
         g = hosts.group[columns.kind[n], used_K[columns.kind[n]]]
         used_K[columns.kind[n]] += 1

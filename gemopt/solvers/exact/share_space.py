@@ -9,7 +9,6 @@ prices pi of experts no placement is below
     cost_g(C) = sum_t ( sum_{(i, c) in C} mu_ti / c ) max(0, f_g(C, t) - floor_t)
 
 where C holds no more pairs than g has slots, and asks for no more copies than leave a slot to every expert.
-
 """
 
 from __future__ import annotations
@@ -264,11 +263,8 @@ class Shares:
 
     def bound_of(self, pi_E: FloatArray, net_KN: FloatArray) -> float:
         """The bound in microseconds that prices and net costs of all contents prove; rounded down."""
-        least_K, weights_T, price = (
-            net_KN.min(axis=1, initial=np.inf),
-            self.problem.weights_T,
-            float(np.abs(pi_E).sum()),
-        )
+        least_K, weights_T = net_KN.min(axis=1, initial=np.inf), self.problem.weights_T
+        price = float(np.abs(pi_E).sum())
         if np.isinf(least_K).any():
             return np.inf
         bound_us = float(weights_T @ self.floor_T) + float(pi_E.sum()) + float(self.count_K @ least_K)
