@@ -12,11 +12,11 @@ import numpy as np
 from numba import njit
 
 from gemopt.solvers.search.gains import allowed
-from gemopt.solvers.search.linked_swaps import Room, makespans_after, slowest
+from gemopt.solvers.search.linked_swaps import Room, makespans_after, slowest, take_swap
 from gemopt.solvers.search.state import Array, Costs, State, rank_of
-from gemopt.solvers.search.stream_swaps import commit, forget, list_swap, to_ports
+from gemopt.solvers.search.stream_swaps import forget, list_swap, to_ports
 from gemopt.solvers.search.streams import Scratch, Stream
-from gemopt.solvers.search.swaps import apply_swap, total_cost
+from gemopt.solvers.search.swaps import total_cost
 
 LEARNT = 30  # swaps whose bytes are counted whatever they compute
 MARGIN = 1.2  # of what any swap saved so far
@@ -114,14 +114,8 @@ def anneal(
             for k in range(3 if crossing else 0):
                 forget(scratches[k])
             continue
-        apply_swap(costs, state, a, b, i, j)
-        item_P[i], item_P[j] = y, x
-        if x >= 0:
-            rank_Q[x] = b
-        if y >= 0:
-            rank_Q[y] = a
-        for k in range(3 if crossing else 0):  # else no node has other experts, and ranks count for nothing
-            commit(streams[k], scratches[k], a, b)
+        # where none is crossing no node has other experts, and ranks count for nothing
+        take_swap(costs, state, item_P, rank_Q, streams, scratches, a, b, i, j, crossing)
         own_R += more_R
         compute, sent = after, sent_now
         keep(front, trade, sent, compute, own_R, state.content)

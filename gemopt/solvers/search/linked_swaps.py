@@ -155,6 +155,23 @@ def cost_after(
 
 
 @njit(cache=True, nogil=True)
+def take_swap(
+    costs: Costs, state: State, item_P: Array, rank_Q: Array, streams: tuple[Stream, Stream, Stream],
+    scratches: tuple[Scratch, Scratch, Scratch], a: int, b: int, i: int, j: int, listed: bool,
+) -> None:  # fmt: skip
+    """Exchange what two slots hold, and carry out what was `listed` of it in the streams."""
+    apply_swap(costs, state, a, b, i, j)
+    x, y = item_P[i], item_P[j]
+    item_P[i], item_P[j] = y, x
+    if x >= 0:
+        rank_Q[x] = b
+    if y >= 0:
+        rank_Q[y] = a
+    for k in range(3 if listed else 0):
+        commit(streams[k], scratches[k], a, b)
+
+
+@njit(cache=True, nogil=True)
 def sweep_linked(
     costs: Costs, state: State, item_P: Array, rank_Q: Array, streams: tuple[Stream, Stream, Stream],
     scratches: tuple[Scratch, Scratch, Scratch], price: Price, room: Room, epsilon: float,
@@ -190,14 +207,7 @@ def sweep_linked(
                         for k in range(3 if cost < np.inf else 0):
                             forget(scratches[k])
                         continue
-                    apply_swap(costs, state, a, b, i, j)
-                    item_P[i], item_P[j] = y, x
-                    if x >= 0:
-                        rank_Q[x] = b
-                    if y >= 0:
-                        rank_Q[y] = a
-                    for k in range(3):
-                        commit(streams[k], scratches[k], a, b)
+                    take_swap(costs, state, item_P, rank_Q, streams, scratches, a, b, i, j, True)
                     current = cost
                     taken += 1
     return taken
