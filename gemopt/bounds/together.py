@@ -57,6 +57,9 @@ def together_bound(
 ) -> Together:
     """Lower bound of the objective in microseconds, at least that of the floors, better the longer it runs.
 
+    Valid for every placement with one copy of each expert, and for copies under the even split; where copies share
+    otherwise it is the bound of the floors.
+
     Parameters
     ----------
     floor_T
@@ -68,9 +71,6 @@ def together_bound(
     share_s, left_s
         Seconds that are this layer's own, and seconds until `stop`, of which it takes what the bound needs to rise. The
         iteration cools in cycles, each longer than the last; the last one ends with the share, if not before.
-
-    Valid for every placement with one copy of each expert, and for copies under the even split; where copies share
-    otherwise it is the bound of the floors.
     """
     from gemopt.bounds.primal_dual import PrimalDual
 
