@@ -14,7 +14,7 @@ from gemopt.costs import CostModel, cost_of
 from gemopt.exceptions import InputError, check_number
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import check_kept, layer_rules
-from gemopt.links import Communication, Exchange, Links
+from gemopt.links import Communication, Exchange, Links, check_asked
 from gemopt.placement import EMPTY, Placement, Split, check_row
 from gemopt.problem import Problem, each_problem, stacked
 from gemopt.profile import Profile
@@ -227,8 +227,8 @@ def evaluate(
     Raises
     ------
     InputError
-        When placement, traces, devices and topology disagree, the split needs senders or nodes that are not known, or
-        the placement breaks a rule.
+        When placement, traces, devices and topology disagree, the split needs senders or nodes that are not known, the
+        placement breaks a rule, or senders or exchange are given where nothing asks for them.
     """
     profile = None if profile is None else Profile.of(profile)
     model = cost_of("auto" if cost is None else cost, profile)
@@ -236,6 +236,8 @@ def evaluate(
     check_agreement(placement, traces, len(model.latencies))
     if rules is not None:
         check_rules(placement, rules, profile, topology)
+    check_asked(exchange, topology)
+    senders = Senders.asked_by(senders, placement.split)
     split = placement.split if placement.has_copies else Split.EVEN
     if split is Split.NEAREST and profile is None:
         raise InputError("profile", None, "the nearest split asks for the node of every rank")
@@ -245,7 +247,7 @@ def evaluate(
         placement.slots_per_rank,
         node_of_rank=None if profile is None else profile.node_of_rank,
         split=split,
-        senders=Senders.of(senders),
+        senders=senders,
     )
     weights_LP = placement.split_weights if split is Split.STATIC else None
     scored = score(placement.physical_to_logical, layers, model.measured, weights_LP=weights_LP)

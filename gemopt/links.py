@@ -55,6 +55,12 @@ class Exchange(Settings):
     overlap: bool = False
 
 
+def check_asked(exchange: Exchange | None, topology: object) -> None:
+    """Refuse to be told how tokens are exchanged where there are no links."""
+    if exchange is not None and topology is None:
+        raise InputError("exchange", repr(exchange), "says how tokens go over links", "give a topology")
+
+
 @dataclass(frozen=True, eq=False)
 class Communication:
     """What a placement's exchanges take on some steps. T steps, L layers, R ports.

@@ -43,7 +43,8 @@ class Placement(Document):
     num_experts
         E, logical experts of a layer.
     split, split_weights
-        See `Split`; the weights are [L, P], 0 for empty slots, and sum to 1 over the copies of an expert.
+        See `Split`; the weights are [L, P], 0 for empty slots, and sum to 1 over the copies of an expert. They are of
+        `static` alone: with another split, weights that it would not heed are refused.
     layer_ids, num_hidden_layers
         Index of each MoE layer among all decoder layers, and how many of those there are.
     model
@@ -119,6 +120,13 @@ class Placement(Document):
                     float(sums[worst]),
                     f"the copies of expert {worst} must sum to 1",
                 )
+        if (weights_LP[table_LP == EMPTY] != 0).any():
+            raise InputError("Placement.split_weights", "a weight of an empty slot", "0 where there is no expert")
+        copies_LP = np.take_along_axis(self.copies(), table_LP, axis=1)  # of empty slots any number
+        even = self.split is Split.EVEN and np.abs(weights_LP * copies_LP - 1)[table_LP != EMPTY].max() <= 1e-6
+        if self.has_copies and not even and self.split is not Split.STATIC:
+            limit = f"none: the {self.split.value} split does not heed them"
+            raise InputError("Placement.split_weights", "given", limit, 'give "split": "static", or leave them out')
 
     @property
     def num_layers(self) -> int:

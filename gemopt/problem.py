@@ -83,7 +83,8 @@ class Problem:
         Raises
         ------
         InputError
-            Negative or non-integral counts, a slot total below the number of experts, or disagreeing shapes.
+            Negative or non-integral counts, a slot total below the number of experts, disagreeing shapes, or senders
+            for a split that does not ask for them.
         """
         counts = np.asarray(counts_TE)
         if counts.ndim != 2 or not counts.size or counts.dtype.kind not in "iu" or counts.min() < 0:
@@ -100,6 +101,8 @@ class Problem:
         nodes = np.zeros(len(latencies), np.int64) if node_of_rank is None else np.array(node_of_rank, np.int64)
         if nodes.shape != (len(latencies),):
             raise InputError("node_of_rank", f"shape {nodes.shape}", f"one node per rank ({len(latencies)})")
+        if senders_TGE is not None and Split(split) is not Split.NEAREST:
+            raise InputError("senders_TGE", "given", f"the {Split(split).value} split does not ask who sends")
         for array in (counts, slots, weights, nodes):
             array.setflags(write=False)
         return cls(

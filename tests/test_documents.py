@@ -49,6 +49,7 @@ def test_text_that_is_not_a_json_document(tmp_path: Path, text: str) -> None:
 
 
 HUGE = 10**400
+COPIED = {"physical_to_logical": [[0, 1, 2, 0]], "slots_per_rank": [2, 2], "num_experts": 3}
 BAD_PLACEMENTS: list[tuple[dict[str, Any], str]] = [
     ({"physical_to_logical": [[0, 1, 2, HUGE]]}, "physical_to_logical"),
     ({"physical_to_logical": [[0, 1, 2, 2**40]]}, "physical_to_logical"),
@@ -84,6 +85,10 @@ BAD_PLACEMENTS: list[tuple[dict[str, Any], str]] = [
     ({"split_weights": [[1, 1, 1, "1"]]}, "split_weights"),
     ({"split_weights": [[1, 1, 1, 0.5]]}, "copies of expert 3 must sum to 1"),
     ({"split_weights": [[1, 1, 1, -1]]}, "split_weights: got -1.0; weights >= 0"),
+    ({**COPIED, "physical_to_logical": [[0, 1, 2, -1]], "split_weights": [[1, 1, 1, 0.5]]}, "weight of an empty slot"),
+    ({**COPIED, "split_weights": [[0.1, 1, 1, 0.9]]}, "split_weights: got given; none: the even split"),
+    ({**COPIED, "split_weights": [[0.5, 1, 1, 0.5]], "split": "optimal"}, "none: the optimal split"),
+    ({**COPIED, "split_weights": [[0.5, 1, 1, 0.5]], "split": "nearest"}, 'give "split": "static"'),
     ({"device_uuids": ["a"]}, "device_uuids"),
     ({"nonsense": 1}, "nonsense"),
     ({"self": 1}, "self"),
@@ -99,6 +104,15 @@ def test_a_wrong_placement_is_refused_by_name(tmp_path: Path, change: dict[str, 
     with pytest.raises(InputError) as error:
         Placement.load(path)
     assert named in one_line(error) and str(error.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("change", [
+    {**COPIED, "split_weights": [[0.5, 1, 1, 0.5]]},
+    {"split_weights": [[1, 1, 1, 1]], "split": "optimal"},
+    {**COPIED, "split_weights": [[0.1, 1, 1, 0.9]], "split": "static"},
+])  # fmt: skip
+def test_weights_that_say_what_the_split_does_are_welcome(change: dict[str, Any]) -> None:
+    assert Placement(**{**PLACEMENT, **change}).split_weights is not None
 
 
 def sample(**change: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gemopt.costs import Roofline, Staircase, fit
 from gemopt.evaluate import check, evaluate, objective, rank_times
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, tiles
+from gemopt.links import Exchange
 from gemopt.placement import Placement
 from gemopt.problem import Problem, slot_counts
 from gemopt.profile import Device, Profile, Sample
@@ -203,9 +204,17 @@ def test_a_split_that_needs_senders_says_so() -> None:
         evaluate(copies, None, traces, cost=fit(profile)[0], senders="uniform")
     with pytest.raises(InputError, match="one of traces, uniform"):
         evaluate(copies, profile, traces, senders="everybody")
+    with pytest.raises(InputError, match="even split does not ask who sends"):
+        evaluate(Placement.contiguous(1, 2, 2), profile, traces, senders="uniform")
     assert evaluate(copies, profile, traces, senders="uniform").objective_us > 0
     without = Placement(**{**table, "physical_to_logical": [[0, 1]], "slots_per_rank": [1, 1]})
     assert evaluate(without, profile, traces).objective_us == pytest.approx(22.0)
+
+
+def test_how_tokens_are_exchanged_needs_links() -> None:
+    traces = Traces(counts=np.ones((2, 1, 2), int))
+    with pytest.raises(InputError, match="says how tokens go over links; give a topology"):
+        evaluate(Placement.contiguous(1, 2, 2), flat_profile(2), traces, exchange=Exchange(overlap=True))
 
 
 def test_a_static_placement_uses_its_weights() -> None:
@@ -213,7 +222,7 @@ def test_a_static_placement_uses_its_weights() -> None:
     weights = [[0.9, 1.0, 0.1, 0.0]]
     table = {"physical_to_logical": [[0, 1, 0, -1]], "slots_per_rank": [2, 2], "num_experts": 2}
     static = Placement(**table, split="static", split_weights=weights)
-    even = Placement(**table, split_weights=weights)
+    even = Placement(**table)
     assert evaluate(static, flat_profile(2), traces).objective_us == pytest.approx(100.0)
     assert evaluate(even, flat_profile(2), traces).objective_us == pytest.approx(60.0)
 

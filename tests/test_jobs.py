@@ -117,6 +117,14 @@ BAD = {
     "layers that an engine asks for": ({"num_hidden_layers": None}, (), ("num_hidden_layers", "sglang", "add the key")),
     "a text for a list": ({"exports": ["sglang"]}, (), ("exports.0: got sglang; keys and values are needed",)),
     "a document for a path": ({"constraints": {"rules": {}}}, (), ("constraints.rules", "a path is needed")),
+    "a baseline of no page": ({"report": {"page": False, "baseline": "p.json"}}, (), ("report.baseline", "p.json")),
+    "a ConfigMap of nothing": ({"exports": [], "kubernetes": {"namespace": "a"}}, (), ("kubernetes", "add exports")),
+    "draft layers of an engine that knows none": (
+        {"exports": [{"engine": "vllm", "mtp_layers": 1}]},
+        (),
+        ("mtp_layers: got 1", "vllm"),
+    ),
+    "a seed that draws nothing": ({"profile": {"table": "t.csv", "seed": 3}}, (), ("profile.seed", "speeds")),
     "an output that is a file": ({"output": "profile.json"}, (), ("output", "does not exist yet", "-o")),
 }
 

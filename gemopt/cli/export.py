@@ -12,7 +12,7 @@ from gemopt.cli.app import app, examples, notice, placement_app, print_json, say
 from gemopt.cli.options import engine_names
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, refuse_unused
 
 if TYPE_CHECKING:
     from gemopt.formats.engine import Engine, Export
@@ -61,6 +61,9 @@ def export(
     if to not in PERMUTED:
         outputs = [("--output", _named(output, role), get(to).document) for _, role in given]
         check_outputs(*outputs, read=[("a placement", path) for path, _ in given])
+    else:
+        options = {"--approximate": approximate or None, "--mtp-layers": mtp_layers or None}
+        refuse_unused(options, "a checkpoint is permuted as the placement says")
     prepare = _preparer(
         to, ep=ep, num_hidden_layers=num_hidden_layers, approximate_it=approximate, profile=profile, traces=traces,
         devices=devices,

@@ -88,6 +88,8 @@ def import_table(
         notes += [far] if (far := apart(profile)) else []
     elif fleet or memory_fleet:
         raise InputError("--fleet", fleet or memory_fleet, "fleets are read from --speeds", "give --speeds")
+    elif seed:
+        raise InputError("--seed", seed, "draws devices from --speeds", "give --speeds")
     elif ranks is not None:
         profile = equal(profile, ranks)
     profile = profile.model_copy(update={"source": source or f"imported from {table.name}"})

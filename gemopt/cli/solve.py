@@ -228,7 +228,6 @@ def evaluate_command(
     from gemopt.layer_rules import check_kept
     from gemopt.placement import Placement
     from gemopt.profile import Profile
-    from gemopt.splits.senders import Senders
 
     chosen = load_traces(traces, task, phase)
     measured = Profile.load(profile)
@@ -236,7 +235,6 @@ def evaluate_command(
     loaded = Placement.load(placement)
     if rules is None:
         check_kept(loaded)
-    Senders.asked_by(senders, loaded.split)
     wired: dict[str, Any] = {
         "topology": topology,
         "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),

@@ -25,7 +25,8 @@ IntArray = NDArray[Any]
 class WriteOptions:
     """What a placement does not say. `role`: `prefill` or `decode` when the two are served apart.
 
-    `mtp_layers`: draft layers that the engine numbers from `num_hidden_layers` on. `traces`: measured loads, for the
+    `mtp_layers`: draft layers that the engine numbers from `num_hidden_layers` on, refused by engines that have nothing
+    to say of them. `traces`: measured loads, for the
     engines that take loads instead of a placement.
     """
 
@@ -147,6 +148,8 @@ class Engine:
         Whether group-limited routing restricts the order of experts.
     hidden_layers
         Whether its file must know how many decoder layers there are.
+    draft_layers
+        Whether draft (MTP) layers change anything for it.
     splits
         How the engine can share an expert's assignments among its copies; the first is what it does unless told.
     dumps
@@ -172,6 +175,7 @@ class Engine:
     dense_rows: bool = False
     group_limits: bool = False
     hidden_layers: bool = False
+    draft_layers: bool = False
     splits: tuple[Split, ...] = ()
     suffixes: tuple[str, ...] = ()
     document: str = ""

@@ -155,8 +155,17 @@ def refuse(placement: Placement, engine: Engine, options: WriteOptions) -> None:
     for _, field, value, reason in obstacles(placement, engine):
         hint = f"use --approximate, or {_others(placement)}"
         raise UnsupportedError(f"Placement.{field}", value, f"{engine.name} {reason}", hint)
+    check_draft(engine, options.mtp_layers)
     if engine.check is not None:
         engine.check(placement, options)
+
+
+def check_draft(engine: Engine, mtp_layers: int) -> None:
+    """Refuse draft layers where nothing would be said of them."""
+    if mtp_layers and not engine.draft_layers:
+        raise InputError(
+            "mtp_layers", mtp_layers, f"what is written for {engine.name} says nothing of them", "leave it out"
+        )
 
 
 def check(placement: Placement, engine: Engine, *, path: Path, options: WriteOptions) -> None:

@@ -95,6 +95,7 @@ def read(path: Path, facts: Facts) -> Placement:
 ENGINES = {
     "sglang": Engine(
         hidden_layers=True,
+        draft_layers=True,
         name="sglang",
         versions="SGLang 0.5.23",
         placement="--init-expert-location .json or .pt",

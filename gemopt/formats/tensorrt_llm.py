@@ -119,6 +119,7 @@ def _whole(name: str, value: Any) -> int:
 ENGINES = {
     "tensorrt-llm": Engine(
         hidden_layers=True,
+        draft_layers=True,
         name="tensorrt-llm",
         versions="TensorRT-LLM main, 2026-08",
         placement="moe_config.load_balancer .yaml",

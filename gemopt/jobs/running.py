@@ -12,13 +12,13 @@ from typing import Any
 
 from gemopt.documents import write_text
 from gemopt.evaluate import evaluate
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, refuse_unused
 from gemopt.formats.approximate import approximate
 from gemopt.formats.engine import Export, TraceOptions, WriteOptions
 from gemopt.formats.importing import import_traces
 from gemopt.formats.kernel_table import Unit, equal, read_fleet, read_table, slow_down, what_if
 from gemopt.formats.layers import parse_layers
-from gemopt.formats.registry import canonical, export, get
+from gemopt.formats.registry import canonical, check_draft, export, get
 from gemopt.jobs.document import ExportTo, Job, Kubernetes, RecordedSource, TableSource
 from gemopt.jobs.kubernetes import config_map
 from gemopt.jobs.reading import shown
@@ -28,6 +28,7 @@ from gemopt.report import report
 from gemopt.report.style import graph_objects
 from gemopt.result import Result
 from gemopt.solve import solve
+from gemopt.splits.senders import Senders
 from gemopt.traces import Phase, Traces
 
 EXISTS = ("a folder that does not exist yet", "give another with -o")
@@ -117,6 +118,7 @@ def _check(job: Job) -> None:
         engine = get(wanted.engine)
         if engine.write is None:
             raise InputError("exports.engine", wanted.engine, engine.note or "takes no placement file")
+        check_draft(engine, wanted.mtp_layers)
         if wanted.file is not None and engine.suffixes and Path(wanted.file).suffix not in engine.suffixes:
             raise InputError("exports.file", wanted.file, f"{engine.name} wants {' or '.join(engine.suffixes)}")
     names = [_file(wanted) for wanted in job.exports]
@@ -125,6 +127,11 @@ def _check(job: Job) -> None:
         raise InputError("exports.file", twice, "one name per file", "give each of them a file")
     if job.report.page:
         graph_objects()
+    else:
+        told = {"report.baseline": job.report.baseline, "report.replay": job.report.replay}
+        refuse_unused({name: path and str(path) for name, path in told.items()}, "is of the page, and there is none")
+    if job.kubernetes not in (None, Kubernetes()) and not job.exports:
+        raise InputError("kubernetes", "given", "a ConfigMap carries exported maps, and there are none", "add exports")
 
 
 def _check_layers(job: Job, traces: Traces) -> None:
@@ -145,6 +152,8 @@ def _file(wanted: ExportTo) -> str:
 def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     if isinstance(source, Path):
         return Profile.load(source)
+    if source.seed and source.speeds is None:
+        raise InputError("profile.seed", source.seed, "draws devices from speeds", "give profile.speeds")
     unit = None if source.unit is None else Unit(source.unit)
     found = read_table(source.table, unit=unit, top_k=source.top_k, ep=source.ep, where=source.where,
                        load=source.load_column, time=source.time_column, device=source.device_column,
@@ -259,8 +268,8 @@ class _Writer:
     def _cost(self, placement: Placement) -> float:
         job = self.job
         return evaluate(
-            placement, self.profile, self.traces, senders=job.constraints.senders, topology=job.topology,
-            exchange=job.exchange,
+            placement, self.profile, self.traces, senders=Senders.heeded(job.constraints.senders, placement.split),
+            topology=job.topology, exchange=job.exchange,
         ).objective_us  # fmt: skip
 
     def _report(self, command: str) -> str:

@@ -163,7 +163,7 @@ def rechosen_all(
     for layer in np.flatnonzero((rows_LP != before_LP).any(axis=1)).tolist():
         problem, row = problems[layer], rows_LP[layer]
         gain_us += objective(problem, before_LP[layer], weights[layer])
-        found[layer] = chosen_weights(problem, row)
+        found[layer] = None if weights[layer] is None else chosen_weights(problem, row)
         gain_us -= objective(problem, row, found[layer])
     return found, gain_us
 

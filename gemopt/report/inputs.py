@@ -64,7 +64,8 @@ class Inputs:
 
     def evaluate(self, placement: Placement, traces: Traces) -> Evaluation:
         """What a placement costs on these steps, on these devices."""
-        return evaluate(placement, self.profile, traces, cost=self.cost, senders=self.senders)
+        senders = Senders.heeded(self.senders, placement.split)
+        return evaluate(placement, self.profile, traces, cost=self.cost, senders=senders)
 
 
 def gather(
@@ -105,8 +106,8 @@ def gather(
     check_agreement(placement, steps, measured.num_ranks)
     chosen = cost or ((found.cost if found is not None else "") or "auto")
     model, report = fit(measured, model=chosen)
-    fitted, rest = (steps, None) if found is None else _own_steps(found, placement, measured, steps, model, senders)
     Senders.asked_by(senders, placement.split)
+    fitted, rest = (steps, None) if found is None else _own_steps(found, placement, measured, steps, model, senders)
     held = rest if holdout is None else choose(Traces.of(holdout))
     if held is not None:
         check_agreement(placement, held, measured.num_ranks)

@@ -13,7 +13,7 @@ from gemopt.bounds.links import links_bound
 from gemopt.evaluate import rank_times
 from gemopt.exceptions import BELOW_1, InputError, UnsupportedError, check_number
 from gemopt.latency import FloatArray
-from gemopt.links import Exchange, Links
+from gemopt.links import Exchange, Links, check_asked
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.solvers import get, that_can
@@ -99,9 +99,8 @@ def links_of(
     topology: Topology | str | os.PathLike[str] | None, traces: Traces, profile: Profile, exchange: Exchange | None
 ) -> Links | None:
     """The links that a call asks for; None without a topology."""
+    check_asked(exchange, topology)
     if topology is None:
-        if exchange is not None:
-            raise InputError("exchange", repr(exchange), "says how tokens go over links", "give a topology")
         return None
     return Links.of(topology, traces, profile.num_ranks, profile=profile, exchange=exchange)
 

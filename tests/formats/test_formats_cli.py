@@ -119,6 +119,8 @@ def test_export_refuses(run, files):
         ([good, "--to", "sglang", "-o", files / "x.yaml"], ".json"),
         ([good, "--to", "sglang", "-o", files / "absent" / "x.json"], "absent"),
         ([good, "--to", "checkpoint", "-o", files / "x"], "--source"),
+        ([good, "--to", "checkpoint", "-o", files / "x", "--source", files, "--approximate"], "--approximate"),
+        ([good, "--to", "vllm", "-o", files / "x.json", "--mtp-layers", 1], "mtp_layers: got 1"),
         ([good, "--to", "xllm", "-o", files / "x"], "sglang"),
         ([files / "absent.json", "--to", "sglang", "-o", files / "x.json"], "absent.json"),
         ([files / "profile.json", "--to", "sglang", "-o", files / "x.json"], "a placement is needed"),
