@@ -27,6 +27,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.solvers.search import copies
 from gemopt.solving.memory import experts_within, most_slots, thinned
+from gemopt.splits import even_weights
 from gemopt.traces import Traces
 
 
@@ -78,6 +79,24 @@ def test_the_search_finds_the_best_of_all_placements_and_splits(seed: int) -> No
     value = objective(problem, outcome.row)
     assert lower_bound(problem) <= value + 1e-9
     assert best - 1e-6 <= value <= best + len(counts) * slopes.max() + 1e-6, "whole assignments cost at most one each"
+
+
+def test_static_without_time_to_search_is_where_even_is() -> None:
+    """Greedy starts with copies are there at once; weights are even where none could be chosen."""
+    profile, given = measured(1.0, 1.5, 0.7), traces()
+    rows = []
+    for split in (Split.EVEN, Split.STATIC):
+        problem = Problem.make([[300, 9, 8, 7, 6, 5]] * 3, (ASSIGNMENTS,), sloped(1.0, 1.1, 0.9), 3, split=split)
+        found = get("local-search").solve(problem, Options(deadline=-np.inf, start_by=np.inf), None)
+        assert found.row is not None
+        rows.append(found.row.tolist())
+    assert rows[0] == rows[1] and len(rows[0]) - rows[0].count(EMPTY) > 6
+    result = gemopt.solve(profile, given, slots_per_rank=3, split=Split.STATIC, time_limit=1e-9)
+    assert result.placement is not None and result.placement.split_weights is not None
+    for row, weights in zip(result.placement.physical_to_logical, result.placement.split_weights, strict=True):
+        assert weights == pytest.approx(even_weights(row, 6))
+    again = evaluate(result.placement, profile, given)
+    assert again.objective_us == pytest.approx(result.objective_us)
 
 
 def _patient() -> Options:

@@ -32,6 +32,7 @@ from gemopt.solving.layers import history
 from gemopt.solving.moving import Moving
 from gemopt.solving.schedule import Run
 from gemopt.splits import plain
+from gemopt.splits.rules import even_weights
 from gemopt.splits.senders import Senders
 from gemopt.splits.weights import static_weights
 from gemopt.traces import Traces
@@ -143,10 +144,17 @@ def _spread(run: Run) -> float:
 
 
 def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
-    """What a placement with static weights stores; None for the other policies, which need none."""
+    """What a placement with static weights stores; None for the other policies, which need none.
+
+    Even ones where the time is over and the search has not chosen any for the row.
+    """
     if run.layers[0].problem.split is not Split.STATIC:
         return None
-    return [static_weights(layer.problem, row) for layer, row in zip(run.layers, rows, strict=True)]
+    found = []
+    for layer, row in zip(run.layers, rows, strict=True):
+        over = time.monotonic() >= run.clock + run.time_limit and row.tobytes() not in layer.problem.weighed
+        found.append(even_weights(row, layer.problem.num_experts) if over else static_weights(layer.problem, row))
+    return found
 
 
 def _links(run: Run, scored: Evaluation | None) -> LinksReport | None:

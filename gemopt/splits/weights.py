@@ -34,22 +34,23 @@ def latency_of(curves: Curves, table_GN: Array, g: Number, load_F: Array) -> Num
 @njit(cache=True, nogil=True)
 def cost_with(
     curves: Curves, table_GN: Array, counts_T: IntArray, ranks_C: IntArray, ends_C: Array, alone_TCF: Array,
-    table_FN: Array, others_T: Array, weights_T: Array, most: float,
+    table_FN: Array, beside_T: Array, weights_T: Array, first: int, most: float,
 ) -> float:  # fmt: skip
-    """What the copies of one expert add to the other ranks' makespans when they end at these cumulative weights.
+    """What two neighbouring copies of one expert, from the first, add to the other ranks' makespans and copies.
 
-    Weighted, see `static_shares`; some number above `most` where it is that much.
+    Their shares end at these cumulative weights. Weighted, see `static_shares`; some number above `most` where it is
+    that much.
     """
     room_F, total = np.empty(alone_TCF.shape[2]), 0.0
     for t in range(len(counts_T)):
-        worst, before = others_T[t], 0
-        for c in range(len(ranks_C)):
+        worst, before = beside_T[t], int(counts_T[t] * ends_C[first - 1] + 0.5) if first > 0 else 0
+        for c in range(first, first + 2):
             end = int(counts_T[t] * ends_C[c] + 0.5)
             for f in range(len(room_F)):
                 room_F[f] = alone_TCF[t, c, f] + table_FN[f, end - before]
             worst = max(worst, latency_of(curves, table_GN, ranks_C[c], room_F))
             before = end
-        total += (worst - others_T[t]) * weights_T[t]
+        total += (worst - beside_T[t]) * weights_T[t]
         if total > most:
             break
     return total
@@ -61,8 +62,19 @@ def best_ends(
     table_FN: Array, others_T: Array, weights_T: Array,
 ) -> None:  # fmt: skip
     """Move the ends of the copies' shares, one at a time, to where they cost least."""
-    best = cost_with(curves, table_GN, counts_T, ranks_C, ends_C, alone_TCF, table_FN, others_T, weights_T, np.inf)
+    beside_T, room_F = np.empty(len(counts_T)), np.empty(alone_TCF.shape[2])
     for c in range(len(ends_C) - 1):
+        for t in range(len(counts_T)):
+            beside_T[t], before = others_T[t], 0
+            for d in range(len(ranks_C)):
+                end = int(counts_T[t] * ends_C[d] + 0.5)
+                if d not in (c, c + 1):
+                    for f in range(len(room_F)):
+                        room_F[f] = alone_TCF[t, d, f] + table_FN[f, end - before]
+                    beside_T[t] = max(beside_T[t], latency_of(curves, table_GN, ranks_C[d], room_F))
+                before = end
+        part = (curves, table_GN, counts_T, ranks_C, ends_C, alone_TCF, table_FN, beside_T, weights_T)
+        best = cost_with(*part, c, np.inf)
         low = ends_C[c - 1] if c > 0 else 0.0
         high, kept = ends_C[c + 1], ends_C[c]
         width = (high - low) / GRID
@@ -70,9 +82,7 @@ def best_ends(
             middle, size = (low, GRID) if level == 0 else (kept - width, 2)
             for n in range(size + 1):
                 ends_C[c] = min(high, max(low, middle + n * width))
-                cost = cost_with(
-                    curves, table_GN, counts_T, ranks_C, ends_C, alone_TCF, table_FN, others_T, weights_T, best
-                )
+                cost = cost_with(*part, c, best)
                 if cost < best:
                     best, kept = cost, ends_C[c]
             width *= 0.5

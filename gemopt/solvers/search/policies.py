@@ -27,6 +27,7 @@ from gemopt.splits import plain, shares
 
 EVEN_SHARE = 0.5  # of the time, for the even split
 SHARING_SHARE = 0.8  # the same where what follows goes on from its answer
+STATIC_SHARE = 0.9  # of the time after the descent, for the even split where weights come last: they save little
 ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
 LEAST_GAIN = 5e-4  # of the value: thousands of changes that gain less in all are as good as idle
@@ -70,18 +71,22 @@ class _Search(Best, ABC):
 
     def descend(self) -> None:
         """What every search begins with, unless it was done before."""
-        if self.descended or self.options.expired():
+        if self.descended or not self.may_begin():
             return
-        self.searched = True
+        self.searched |= not self.options.expired()
         self.begin()
         self.descended = not self.stop[0]
         if not self.descended:  # what was cut goes on where it ended
             self.warm = self.row
 
-    def even_row(self, share: float) -> Row:
-        """Where the descent under the even split ends, with a share of the time."""
+    def may_begin(self) -> bool:
+        """Whether there is time for the first descent, or for what comes before it."""
+        return not self.options.expired()
+
+    def even_row(self, share: float, patience: int | None = 0) -> Row:
+        """Where the descent under the even split, or what kicks make of it, ends with a share of the time."""
         deadline = time.monotonic() + share * self.options.remaining
-        options = replace(self.options, deadline=deadline, patience=0, begun=self.begun, bound_us=0.0)
+        options = replace(self.options, deadline=deadline, patience=patience, begun=self.begun, bound_us=0.0)
         outcome = self.even(self.evenly, options, self.warm)
         self.begun = outcome.search
         assert outcome.row is not None
@@ -138,15 +143,42 @@ class _Spreading(_Search):
 
 
 class _Sharing(_Search):
-    """Any policy, from the placement that the even split has."""
+    """Any policy, from the placement that the even split has.
+
+    Static weights are never dearer than even ones, so that the even split's search, as long as it takes, comes first:
+    with weights its answer is at least as good. Other policies may share that placement worse, and search on sooner.
+    """
+
+    @property
+    def static(self) -> bool:
+        """Whether the weights are chosen for the placement."""
+        return self.problem.split is Split.STATIC
+
+    def may_begin(self) -> bool:
+        """Also for the even split's greedy starts, which static weights begin with."""
+        return self.options.may_start() if self.static else super().may_begin()
 
     def begin(self) -> None:
-        even_row = self.even_row(SHARING_SHARE)
-        self.offer(even_row)  # whatever the time: what there was before is no search's
+        even_row = self.even_row(1.0 if self.static else SHARING_SHARE)
+        self.take_even(even_row)  # whatever the time: what there was before is no search's
         if not self.options.expired():
             self.offer(filled(self.problem, even_row))
         assert self.row is not None
         self.settle(self.row)
+
+    def iterate(self) -> StoppedBy:
+        """As every search does; static weights after what kicks gain under the even split."""
+        if self.static and self.descended and self.options.patience != 0 and not self.options.expired():
+            row = self.even_row(STATIC_SHARE, self.options.patience)
+            if self.take_even(row):
+                self.settle(row)
+        return super().iterate()
+
+    def take_even(self, row: Row) -> bool:
+        """Offer the even split's answer; where time is over, at what it costs with even weights: none are chosen."""
+        if self.static and self.options.expired():
+            return self.keep(row, objective(self.evenly, row))
+        return self.offer(row)
 
     def settle(self, row: Row) -> None:
         """Swaps with shares as they are, then shares anew, while that helps."""
