@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from gemopt.certificate import Certificate, duals_path
 from gemopt.cli import main
+from gemopt.costs import fit
 from gemopt.exceptions import InputError
 from gemopt.profile import Device, Profile, Sample
 from gemopt.solve import solve
 from gemopt.traces import Traces
-from gemopt.verify import verify
+from gemopt.verify import Case, tree, verify
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -80,8 +81,24 @@ def test_a_tree_proof_is_searched_again(tmp_path: Path, kind: str) -> None:
     found = verify(tmp_path / "c.json", measured, counts)
     assert found.layers[0].proof.value == "tree" and "searched again" in found.layers[0].note
     assert found.checked_us == pytest.approx(found.objective_us, rel=1e-6)
-    given_up = verify(tmp_path / "c.json", measured, counts, most_nodes=3)
+    given_up = verify(tmp_path / "c.json", measured, counts, most_nodes=1)
     assert given_up.checked_us < found.checked_us == pytest.approx(given_up.claimed_us, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["staircase", "tiles", "roofline"])
+def test_a_search_looks_at_the_same_however_many_at_once(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    measured = profile(active=kind == "roofline", tile=16 if kind == "tiles" else 1)
+    cost, counts = "roofline-1" if kind == "roofline" else "staircase", traces(experts=6, layers=1)
+    best_us = solve(measured, counts, solver="branch", cost=cost).objective_us
+    case = Case(counts.counts[:, 0].astype(np.int64), fit(measured, model=cost)[0], np.array([2, 2, 2]))
+    monkeypatch.setattr(tree, "PER_NODE", 1)
+    found = []
+    for entries in (1, 1 << 19):
+        monkeypatch.setattr(tree, "BATCH", entries)
+        found.append(tree.no_better(case, best_us, 10**6))
+        nodes, better = tree.no_better(case, 1.01 * best_us, 10**6)
+        assert nodes < 10**6 and better is not None and best_us * (1 - 1e-9) <= better < 1.01 * best_us
+    assert found[0] == found[1] and found[0][1] is None
 
 
 EDITS = {
