@@ -32,25 +32,35 @@ class Found(NamedTuple):
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
-def latency_row(tables: Tables, g: int, loads_FT: Array, out_T: Array) -> None:
-    """Latency of rank g under whole loads."""
+def latency_row(tables: Tables, g: int, loads_FT: Array, term_T: Array, out_T: Array) -> None:
+    """Latency of rank g under whole loads; `term_T` is room. An unsigned index is looked up several at a time."""
     for k in range(tables.terms[g]):
-        for t in range(loads_FT.shape[1]):
-            total = 0.0
-            for f in range(len(loads_FT)):
-                total += tables.values[tables.offset[g, k, f] + loads_FT[f, t]]
-            out_T[t] = total if k == 0 else max(out_T[t], total)
+        row = out_T if k == 0 else term_T
+        for f in range(len(loads_FT)):
+            loads, start, slope = loads_FT[f], tables.start[g, k, f], tables.slope[g, k, f]
+            if tables.straight[g, k, f]:
+                for t in range(len(loads)):
+                    value = start + slope * loads[t]
+                    row[t] = value if f == 0 else row[t] + value
+            else:
+                values = tables.values[tables.offset[g, k, f] :]
+                for t in range(len(loads)):
+                    value = values[np.uint32(loads[t])]
+                    row[t] = value if f == 0 else row[t] + value
+        if k > 0:
+            for t in range(len(out_T)):
+                out_T[t] = max(out_T[t], row[t])
 
 
 @njit(cache=True, nogil=True)
 def rows_of(features_EFT: Array, sets_NS: Array, ranks_N: Array, tables: Tables, out_NT: Array) -> None:
     """Latencies of columns at every step."""
-    loads = np.empty(features_EFT.shape[1:], np.int32)
+    loads, term = np.empty(features_EFT.shape[1:], np.int32), np.empty(features_EFT.shape[2])
     for n in range(len(sets_NS)):
         loads[:] = 0
         for e in sets_NS[n]:
             loads += features_EFT[e]
-        latency_row(tables, ranks_N[n], loads, out_NT[n])
+        latency_row(tables, ranks_N[n], loads, term, out_NT[n])
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)
@@ -71,7 +81,7 @@ def price(
 ) -> bool:  # fmt: skip
     """Sum over steps and levels of each column's multipliers times what it has there; False when stopped."""
     levels, steps = mu_ELT.shape[1:]
-    loads, row = np.empty(features_EFT.shape[1:], np.int32), np.empty(steps)
+    loads, row, term = np.empty(features_EFT.shape[1:], np.int32), np.empty(steps), np.empty(steps)
     mass = np.empty((levels, steps))
     for n in range(len(sets_NS)):
         if n % 256 == 0 and stop[0] != 0:
@@ -84,7 +94,7 @@ def price(
                 for t in range(steps):
                     mass[i, t] += mu_ELT[e, i, t]
         for k in range(len(ranks_K)):
-            latency_row(tables, ranks_K[k], loads, row)
+            latency_row(tables, ranks_K[k], loads, term, row)
             total = 0.0
             for i in range(levels):
                 for t in range(steps):
