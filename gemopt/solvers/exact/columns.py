@@ -29,8 +29,9 @@ COARSE = 400  # iterations with one level
 HELD = 1024  # cheapest columns in the master, beside those in use
 IN_USE = 0.003  # of a column in the master: it may be part of a good placement
 DIVE_WORK = 10**6  # steps and columns that a search of the columns in use may look at
-FIRST_WORK = 10**8  # of the first search for a proof; the second one may do twice as much, and so on
+FIRST_WORK = 2 * 10**8  # of a search for a proof after the first look; after the second twice as much, and so on
 MOST_ROWS = 2e7  # entries of the rows of columns that are searched
+FEWER = 0.6  # of the columns that the last search for a proof had, or of all: with more, none is tried
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
 NEVER = 2**62
 
@@ -76,7 +77,7 @@ class _Search:
         self.space, self.row, self.value, self.options, self.stop = space, row, value, options, stop
         self.history: list[Any] = []
         self.proven: Proven | None = None
-        self.done = False
+        self.done, self.tried = False, len(space)
         self.looks: list[tuple[int, float]] = []
 
     @property
@@ -100,7 +101,10 @@ class _Search:
                 self.proven = found
             self.looks.append((master.iterations, self.proven.bound_us))
             self._look_through(master.ids[master.image["x"] > IN_USE], DIVE_WORK)
-            self._look_through(self.left(), FIRST_WORK * len(self.looks))
+            left = self.left()
+            if len(left) <= FEWER * self.tried:
+                self.tried = len(left)
+                self._look_through(left, FIRST_WORK * len(self.looks))
             if self._stalled():
                 break
             if master.iterations == COARSE:
