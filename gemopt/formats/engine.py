@@ -258,6 +258,10 @@ def make_placement(path: Path, rows: object, facts: Facts, **fields: Any) -> Pla
         raise InputError(f"{path}: ranks", None, "the file does not say how many ranks share the slots", "give --ep N")
     if ranks < 1 or table_LP.shape[1] % ranks:
         raise InputError("--ep", ranks, f"a divisor of the {table_LP.shape[1]} slots in {path}")
+    if facts.num_experts is None and not (table_LP == 0).any() and (table_LP == 1).any():
+        raise InputError(
+            f"{path}: physical_to_logical", "no expert 0", "experts from 0 on", "numbered from 1? subtract 1"
+        )
     experts = int(table_LP.max()) + 1 if facts.num_experts is None else facts.num_experts
     if int(table_LP.max()) >= experts:
         raise InputError(f"{path}: physical_to_logical", int(table_LP.max()), f"experts 0 to {experts - 1}")

@@ -24,6 +24,7 @@ from gemopt.formats.engine import (
     Loaded,
     TraceOptions,
     WriteOptions,
+    file_facts,
     files_of,
     make_placement,
     model_name,
@@ -31,7 +32,7 @@ from gemopt.formats.engine import (
     require_hidden_layers,
 )
 from gemopt.formats.files import bounded_json
-from gemopt.formats.findings import filled
+from gemopt.formats.findings import filled, ranges
 from gemopt.placement import Placement, Split
 from gemopt.traces.arrays import is_map
 
@@ -94,11 +95,12 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError("--ep", facts.num_ranks, f"a divisor of the experts in {path}, {rows.shape[-1]}")
     if is_map(rows[None]):
         raise InputError(str(path), "a map of experts, by the numbers", "loads of the experts", "try --from vllm-map")
-    ids = list(facts.layer_ids) if facts.layer_ids is not None else list(range(len(rows)))
-    if max(ids) >= len(rows):
-        raise InputError("--layer-ids", max(ids), f"layers 0 to {len(rows) - 1}")
+    ids, hidden = file_facts(path, facts, rows=len(rows))
+    plain = np.flatnonzero((rows == rows[:, :1]).all(axis=1))
+    if facts.layer_ids is None and 0 < len(plain) < len(rows):
+        facts.notes.append(f"layers {ranges(plain)} have one load for all: if they have no experts, give --layer-ids")
     table = [pack(rows[layer], facts.num_ranks) for layer in ids]
-    return make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=len(rows))
+    return make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=hidden)
 
 
 def pack(loads: NDArray[np.int64], num_ranks: int) -> list[int]:

@@ -222,9 +222,10 @@ def import_placement(path: Path, *, source: str, facts: Facts | None = None) -> 
         raise UnsupportedError("--from", engine.name, engine.note or "has no placement to read", hint)
     facts, side = facts or Facts(), _side_file(path)
     with telling(f"a placement of {engine.name}", path):
-        if side is None:
-            return engine.read(path, facts)
-        return engine.read(path, _with_side_file(side, facts)).under(side.rules, side.node_of_rank)
+        found = engine.read(path, facts if side is None else _with_side_file(side, facts))
+    if found.has_empty_slots and not engine.empty_slots and not engine.document:
+        raise InputError(str(path), "an empty slot (-1)", f"an expert in every slot, as {engine.name} needs it")
+    return found if side is None else found.under(side.rules, side.node_of_rank)
 
 
 def _side_file(path: Path) -> SideFile | None:

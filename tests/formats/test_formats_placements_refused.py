@@ -262,3 +262,31 @@ def test_the_placement_of_another_engine_is_named(tmp_path, source):
         import_placement(path, source=source, facts=Facts(num_ranks=2))
     with pytest.raises(InputError, match="--ep: got 3; a divisor of the 2 slots"):
         import_placement(path, source="sglang", facts=Facts(num_ranks=3))
+
+
+def test_empty_slots_in_the_file_of_an_engine_without_any(tmp_path):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"physical_to_logical_map": [[3, 1, -1, 0, 2, -1]]}))
+    with pytest.raises(InputError, match=r"an empty slot \(-1\); an expert in every slot, as sglang needs it"):
+        import_placement(path, source="sglang", facts=Facts(num_ranks=2))
+
+
+def test_experts_numbered_from_1(tmp_path):
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"physical_to_logical_map": [[4, 2, 1, 3]]}))
+    with pytest.raises(InputError, match=r"no expert 0; .*numbered from 1\? subtract 1"):
+        import_placement(path, source="sglang", facts=Facts(num_ranks=2))
+
+
+def test_loads_of_dense_layers_are_named(tmp_path, make_placement):
+    path = tmp_path / "loads.json"
+    placement = make_placement(layers=2, experts=8, ranks=2, layer_ids=[1, 2], num_hidden_layers=3)
+    export(placement, to="lmdeploy", path=path)
+    side_path(path).unlink()
+    facts = Facts(num_ranks=2)
+    import_placement(path, source="lmdeploy", facts=facts)
+    assert facts.notes == ["layers 0 have one load for all: if they have no experts, give --layer-ids"]
+    again = import_placement(path, source="lmdeploy", facts=Facts(num_ranks=2, layer_ids=(1, 2)))
+    assert (again.physical_to_logical == placement.physical_to_logical).all()
+    with pytest.raises(InputError, match="a row for each of the 4 decoder layers"):
+        import_placement(path, source="lmdeploy", facts=Facts(num_ranks=2, num_hidden_layers=4))
