@@ -18,6 +18,7 @@ from gemopt.foreign import telling
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges
 from gemopt.formats.registry import engines, get
+from gemopt.formats.succession import Succession
 from gemopt.placement import check_layer_ids
 from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
 from gemopt.traces.arrays import ENOUGH_SUMS
@@ -26,7 +27,6 @@ _HEADER_BYTES = 1 << 16
 MANY_STEPS = 4
 SHARES = (100, 1000, 10_000, 1_000_000)  # what shares in whole numbers add up to
 ROUNDED = 2  # what rounding numbers changes in their sum, times the root of how many there are, at most
-MANY_COUNTS = 64  # that never fall, or come again, by chance
 _PIECE = 1 << 24  # bytes converted at once
 
 
@@ -188,8 +188,7 @@ class _Writer:
         self.totals: list[IntArray] = []
         self.first: IntArray | None = None
         self.last: IntArray | None = None
-        self.rising = 0  # steps in which, against the one before, some counts rise and none falls
-        self.again = 0  # steps of many assignments that are the one before
+        self.succession = Succession()
         stream.write(bytes(8 + _HEADER_BYTES))
 
     def append(self, block: IntArray) -> None:
@@ -226,13 +225,8 @@ class _Writer:
             )
         self.assignments += kept
         self.load_LE += narrow.sum(axis=0, dtype=np.int64)
-        known = narrow if self.last is None else np.concatenate([self.last, narrow])
-        falls, rises = known[1:] < known[:-1], known[1:] > known[:-1]
-        fell, rose = falls.any(axis=(1, 2)), rises.any(axis=(1, 2))
-        self.rising += int((rose & ~fell).sum())
         total_TL = narrow.sum(axis=2, dtype=np.int64)
-        busy = total_TL.sum(axis=1)[len(narrow) - len(known) + 1 :] >= MANY_COUNTS
-        self.again += int((~rose & ~fell & busy).sum())
+        self.succession.add(narrow, total_TL)
         self.first = narrow[:1].copy() if self.first is None else self.first
         self.last = narrow[-1:].copy()
         self.totals.append(total_TL)
@@ -254,7 +248,8 @@ class _Writer:
                 raise InputError("counts", total, "counts alone", "leave it out")
         total_TL = np.concatenate(self.totals)
         found = check_loads(self.load_LE, self.layer_ids) + check_steps(total_TL, self.layer_ids)
-        return found + self.shares.notes() + [text for wanted, text in self._said(total_TL) if wanted]
+        found += self.shares.notes() + self.succession.notes()
+        return found + [text for wanted, text in self._said(total_TL) if wanted]
 
     def _said(self, total_TL: IntArray) -> list[tuple[bool, str]]:
         """What may be wrong with the counts, whether it seems so first."""
@@ -268,11 +263,6 @@ class _Writer:
         near = next((n for n in SHARES if apart and (abs(total_TL - n) <= few).all()), 0)
         left = "tokens that chose fewer, ranks that did not record, or another --top-k"
         return [
-            (
-                steps > 1 and 4 * self.rising >= 3 * (steps - 1) and (steps - 1) * self.load_LE.size >= MANY_COUNTS,
-                f"in {self.rising} of {steps - 1} steps no count falls against the step before: counters that add up? "
-                "then import their differences",
-            ),
             (many and 1 < self.common < self.largest, f"all counts are multiples of {self.common}: {why}"),
             (
                 self.largest == 1 and only > 0 and steps >= MANY_STEPS,
@@ -280,11 +270,6 @@ class _Writer:
             ),
             (many and only in SHARES, f"all layers of all steps add up to {only}: shares instead of counts?"),
             (many and near > 0, f"all layers add up to about {near}: shares that were rounded?"),
-            (
-                0 < self.again < steps - 1,
-                f"{self.again} of {steps} steps are the step before again: a gauge that was read too often? then leave "
-                "them out",
-            ),
             (many and self.largest == 1 and apart, "no count is above 1: marks of experts in use instead of counts?"),
             (
                 0 < self.even < steps and self.experts > 1,
