@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -16,6 +17,11 @@ from gemopt.rules import Rules
 from gemopt.tables import frame
 
 EMPTY = -1
+
+
+def bare(name: str) -> str:
+    """Name of a network without folders, case and punctuation."""
+    return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].casefold())
 
 
 class Split(StrEnum):

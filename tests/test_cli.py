@@ -100,6 +100,18 @@ def test_evaluate_scores_against_contiguous(tmp_path: Path, capsys: pytest.Captu
     assert code == 0 and f"over {NUM_STEPS} steps" in out
 
 
+def test_evaluate_says_that_placement_and_traces_are_of_two_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile, traces = write_inputs(tmp_path)
+    counts = Traces.load(traces).counts
+    for name, said in (("Org/Net-A", "Net_b"), ("Org/Net-A", "/models/net_a/")):
+        Traces(counts=counts, model=said).save(tmp_path / "named.safetensors")
+        Placement.contiguous(2, 4, 2, model=name).save(tmp_path / "p.json")
+        _, _, told = gemopt(capsys, "evaluate", tmp_path / "p.json", profile, tmp_path / "named.safetensors")
+        assert ("the placement is for Org/Net-A, the traces are of Net_b" in told) == (said == "Net_b")
+
+
 def test_compare_scores_on_steps_the_solvers_did_not_see(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = write_inputs(tmp_path)
     words = ("compare", *inputs, "--solvers", "linear,lpt,cpsat", "--time-limit", 60)

@@ -226,13 +226,15 @@ def evaluate_command(
     from gemopt.costs import fit
     from gemopt.evaluate import evaluate
     from gemopt.layer_rules import check_kept
-    from gemopt.placement import Placement
+    from gemopt.placement import Placement, bare
     from gemopt.profile import Profile
 
     chosen = load_traces(traces, task, phase)
     measured = Profile.load(profile)
     model, _ = fit(measured, model=cost)
     loaded = Placement.load(placement)
+    if None not in (loaded.model, chosen.model) and bare(str(loaded.model)) != bare(str(chosen.model)):
+        notice(f"note: the placement is for {loaded.model}, the traces are of {chosen.model}")
     if rules is None:
         check_kept(loaded)
     wired: dict[str, Any] = {

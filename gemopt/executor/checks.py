@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from gemopt.exceptions import InputError, missing
-from gemopt.placement import Placement
+from gemopt.placement import Placement, bare
 
 try:
     import torch
@@ -22,8 +21,8 @@ def check_network(placement: Placement, layer_ids: Sequence[int], num_experts: i
     if placement.num_experts != num_experts:
         raise InputError("Placement.num_experts", placement.num_experts, f"the model has {num_experts}")
     path = str(getattr(config, "_name_or_path", "") or "")
-    names = {_bare(path), _bare(str(config.model_type))} - {""}
-    if placement.model is not None and _bare(placement.model) not in names:
+    names = {bare(path), bare(str(config.model_type))} - {""}
+    if placement.model is not None and bare(placement.model) not in names:
         hint = "use a placement made for this network; its field `model` is compared without folders"
         raise InputError("Placement.model", placement.model, f"the model is {path or config.model_type}", hint)
 
@@ -40,8 +39,3 @@ def check_ranks(placement: Placement, num_ranks: int, rank: int) -> None:
     here = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     if wanted is not None and wanted.removeprefix("GPU-") != here.removeprefix("GPU-"):
         raise InputError("Placement.device_uuids", here, f"rank {rank} should be {wanted}", "start ranks in that order")
-
-
-def _bare(name: str) -> str:
-    """Name of a network without folders, case and punctuation."""
-    return re.sub(r"[^a-z0-9]", "", name.rstrip("/").rpartition("/")[2].casefold())
