@@ -15,7 +15,7 @@ from gemopt.formats import count_csv
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
-from gemopt.formats.pipelines import refuse_stages_in_time
+from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
 from gemopt.traces.arrays import (
     IN_ORDER,
     NOT_IDS,
@@ -27,12 +27,13 @@ from gemopt.traces.arrays import (
     refuse_totals,
 )
 from gemopt.traces.document import STEP_ARRAYS
-from gemopt.traces.files import COPIES, NOT_COPIES, PLAIN, meant
+from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, PLAIN, meant
 from gemopt.traces.tokens import ARRAYS
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 MOST_LAYERS = 256  # of any network known
+SIDE_BY_SIDE = "put layers and stages side by side in one array; if these are later steps: --no-pipeline"
 _ROWS = 64 << 20  # bytes handed on at once
 _SCORES = {"logits", "probs", "weights", "scores"}
 _MEASURED = {
@@ -99,8 +100,9 @@ def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], lis
             notes.append(f"{path.name} is {first.name} again: counted once")
         else:
             sums.append((path.name, counts.sum(axis=2, dtype=np.int64)))
+    refuse_parts_of_steps(sums)
     if not options.no_pipeline:
-        refuse_stages_in_time(sums)
+        refuse_stages_in_time(sums, SIDE_BY_SIDE)
     return list(kept.values()), notes
 
 
@@ -156,6 +158,8 @@ def _refuse_beside(path: Path, others: list[str], notes: list[str] | None) -> No
         found, limit = f"{', '.join(known)} beside counts", "counts alone: what they say would be lost"
         names = ", ".join(sorted({name if name in TRACES else meant(name) for name in known}))
         raise InputError(str(path), found, limit, f"an .npz of counts, {names} is traces already")
+    if altering := [name for name in others if ALTERING.search(name)]:
+        raise InputError(str(path), f"{altering[0]} beside counts", "counts alone", NOT_ALTERED)
     if others and notes is not None:
         notes.append(f"{path.name}: {', '.join(others)} left unread")
 
@@ -171,6 +175,8 @@ def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
         if are_ids(ids):
             shown = f"[{len(ids)} tokens, {ids.shape[1]} layers, {ids.shape[2]} experts per token], by the numbers"
             raise InputError(f"{path}: counts", shown, "[steps, layers, experts]", NOT_IDS)
+    if (lowest := int(counts.min())) < 0:
+        raise InputError(f"{path}: counts", lowest, "counts from 0", "give layers without experts zeros, or no row")
     told = options.layer_ids is not None or options.num_hidden_layers is not None
     if told and options.num_experts is not None:
         return

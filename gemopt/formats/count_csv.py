@@ -25,10 +25,11 @@ from gemopt.exceptions import InputError
 from gemopt.formats import table_files
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import JSON_LIMIT, size_of
-from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_parts
+from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_marks, refuse_parts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
+from gemopt.formats.table_files import GROUPED, UTF16
 from gemopt.traces import COUNT_LIMIT
-from gemopt.traces.arrays import refuse_totals
+from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
 
 SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
 PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
@@ -42,10 +43,12 @@ COLUMNS = {
     "step": ("step", "step_id", "iteration", "iter", "forward_pass_id", "forward_pass"),
     "rank": ("rank", "rank_id", *PARALLEL),
 }
+IDS = {"ids", "indices", "topk", "token"}  # words of columns that list the experts of tokens
 INDEX = "column 1"  # a first one without a name
 _NEEDED = ("layer", "expert", "count")
-_LIMIT = {"layer": 4096, "expert": 1 << 16, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
+_LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
 _RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
+_POWER = re.compile(r"\d(?:\.\d+)?e[+-]?\d\d", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}(?:\.0*)?", re.ASCII)
 Key = tuple[int, int, int]  # step, layer, expert
 
@@ -89,6 +92,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         hint = "numbered from 1? subtract 1" if lowest == 1 and highest == experts else TOO_HIGH
         raise InputError("PATHS: expert", highest, f"experts 0 to {experts - 1}", hint)
     if options.num_experts is None:
+        refuse_marks("PATHS: expert", sorted({expert for *_, expert in keys}))
         notes.append(guessed(experts, lowest))
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
@@ -202,14 +206,14 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     table = _Table(path, name)
     named = _RANK.search(name)
     lines = _lines(path)
-    header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, [])]
+    header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, (1, []))[1]]
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
     columns = _columns(path, header)
     table.has_steps = "step" in columns
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL
     if named and "rank" in columns:
         raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
-    for number, row in enumerate(lines, start=2):
+    for number, row in lines:
         if row:
             _add(table, number, row, header, columns, others, int(named[1]) if named else 0)
     if not table.ranks:
@@ -217,36 +221,44 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     return table
 
 
-def _lines(path: Path) -> Iterator[list[str]]:
-    """The cells of every line, the header first."""
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every line, the header first."""
     if size_of(path) > JSON_LIMIT:
         raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
     if path.suffix == ".parquet":
         table = table_files.read(path)
-        yield table.header
-        yield from (list(row.cells.values()) for row in table.rows)
+        yield from enumerate([table.header, *(list(row.cells.values()) for row in table.rows)], start=1)
         return
     try:
         with _opened(path) as stream:
-            first = stream.readline()
-            if "\0" in first:
+            header, first, comments = "", stream.readline(), 0
+            while first.startswith("#"):  # as numpy.savetxt writes its header
+                header, first, comments = first.lstrip("# "), stream.readline(), comments + 1
+            start = [header, first] if header and first[:1].isdigit() else [first]
+            if "\0" in start[0]:
                 raise InputError(str(path), "binary data", "a CSV table, perhaps gzipped", "unpack other files first")
-            yield from csv.reader(chain([first], stream), delimiter=max(",;\t", key=first.count))
-    except (UnicodeDecodeError, csv.Error, zlib.error, EOFError) as error:
+            delimiter = max(",;\t|", key=start[0].count)
+            lines = csv.reader(chain(start, stream), delimiter=delimiter)
+            before = comments - len(start) + 1
+            for cells in lines:
+                if delimiter == ";" and (thousands := [cell for cell in cells if GROUPED.fullmatch(cell.strip())]):
+                    where, hint = f"{path}: line {lines.line_num + before}", "write whole numbers without dots"
+                    raise InputError(where, thousands[0], "a fraction, or thousands?", hint)
+                yield lines.line_num + before, cells
+    except (UnicodeError, csv.Error, zlib.error, EOFError) as error:
         raise InputError(str(path), str(error), "a CSV table") from None
 
 
 def _opened(path: Path) -> TextIO:
-    if path.suffix != ".gz":
-        return path.open(newline="", encoding="utf-8-sig")
     try:
-        with gzip.open(path) as stream:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
             data = stream.read(JSON_LIMIT + 1)
     except OSError as error:
         raise InputError(str(path), str(error), "a complete .gz file") from None
     if len(data) > JSON_LIMIT:
         raise InputError(str(path), f"more than {JSON_LIMIT} bytes when unpacked", f"at most {JSON_LIMIT} bytes")
-    return io.StringIO(data.decode("utf-8-sig"), newline="")
+    encoding = "utf-16" if data.startswith(UTF16) else "utf-8-sig"
+    return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
 
 
 def _columns(path: Path, header: list[str]) -> dict[str, int]:
@@ -260,7 +272,10 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
             found[meaning] = here[0]
     lacking = [meaning for meaning in _NEEDED if meaning not in found]
     if lacking:
-        raise InputError(f"{path}: columns", ",".join(header)[:200], "layer_id, expert_id, count; perhaps step, rank")
+        ids = lacking == ["count"] or IDS & {word for name in header for word in name.split("_")}
+        hint = NOT_IDS if ids else "one line for each layer and expert"
+        shown = ",".join(header)[:200]
+        raise InputError(f"{path}: columns", shown, "layer_id, expert_id, count; perhaps step, rank", hint)
     return found
 
 
@@ -287,11 +302,14 @@ def _add(
                 f"{where}: {header[i]}",
                 text,
                 f"{others[header[i]]}, as in the lines before: gemopt does not know the column",
-                "import apart what it tells apart, or remove it if the counts do not depend on it",
+                "import apart what it tells apart, call it step if it numbers the steps, or remove it if the counts do "
+                "not depend on it",
             )
     value = {}
     for meaning, i in columns.items():
         text = row[i].strip()
+        whole = float(text) if _POWER.fullmatch(text) else -1.0  # as numpy.savetxt writes numbers
+        text = str(int(whole)) if 0 <= whole < 1 << 53 and whole.is_integer() else text
         if not _NUMBER.fullmatch(text) or int(text.split(".")[0]) >= _LIMIT[meaning]:
             raise InputError(f"{where}: {header[i]}", row[i], f"a whole number from 0 below {_LIMIT[meaning]}")
         value[meaning] = int(text.split(".")[0])

@@ -167,7 +167,7 @@ def whole_numbers(value: Any, *, name: str, ndims: tuple[int, ...]) -> NDArray[A
     array = value if hasattr(value, "numpy") else _array(value, name, ndims)
     ndim = next((n for n in ndims if n == array.ndim), ndims[-1])
     if not hasattr(value, "numpy") and array.dtype.kind == "f" and array.dtype.itemsize > 2:
-        if (parts := array[array % 1 > 0]).size:
+        if np.isfinite(array).all() and (parts := array[array % 1 > 0]).size:
             raise InputError(name, float(parts[0]), f"whole numbers in {ndim} dimensions", NOT_SHARES)
         return np.asarray(integer_array(array, name=name, ndim=ndim))
     return as_array(array, name=name, ndim=ndim)
@@ -250,7 +250,13 @@ def numpy_arrays(path: Path) -> dict[str, NDArray[Any]]:
     size = size_of(path)
     try:
         if path.suffix == ".npy":
-            return {"counts": np.load(path, mmap_mode="r", allow_pickle=False)}
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if (rest := size - array.offset - array.nbytes) > 0:
+                found = f"{rest} bytes after the array of shape {array.shape}"
+                raise InputError(
+                    str(path), found, "one array in a file", "several were saved into it? read all of them"
+                )
+            return {"counts": array}
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > max(1 << 26, 200 * size) or unpacked > ARRAY_LIMIT:

@@ -17,12 +17,16 @@ from gemopt.formats.engine import IntArray, TraceOptions
 MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
 MOST_SHARED = 8
-TOO_HIGH = "give the right --num-experts; if they are slots of copies, make them logical experts"
+MANY_IDS = 16  # that are all below half of the next by chance: less than once in a thousand
+TOO_HIGH = (
+    "give the right --num-experts; if they are slots of copies, make them logical experts; "
+    "if one stands for none, leave it out"
+)
 
 _PART = re.compile(
     r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?(?:rank|group)|ep|dp|tp|pp|l|"
-    r"gpu|npu|cuda|card|device|node|worker|host|server|pod|process|instance|engine|replica|stage|layer)[_-]?\d+"
-    r"(?=[/_.-]|of|$)",
+    r"gpu|npu|cuda|card|device|node|worker|host|server|pod|process|pid|instance|engine|replica|stage|layer|blk|moe|"
+    r"decoder|experts?)[_.-]?\d+(?=[/_.-]|of|$)",
     re.I,
 )
 
@@ -42,6 +46,14 @@ def ranges(numbers: Iterable[int], most: int = 8) -> str:
 def as_option(layers: Iterable[int]) -> str:
     """Layers as `--layer-ids` takes them."""
     return ranges(layers, MANY_LAYERS).replace(" ", "")
+
+
+def refuse_marks(field: str, experts: Sequence[int]) -> None:
+    """Raise where the highest of the increasing ids of experts is far above many others: a mark for none?"""
+    if len(experts) > MANY_IDS and experts[-1] + 1 >= 2 * (experts[-2] + 1):
+        found = f"{experts[-1]}, and no other above {experts[-2]}"
+        hint = "leave it out, or give --num-experts if it is one"
+        raise InputError(field, found, "experts: a number that stands for none?", hint)
 
 
 def guessed(num_experts: int, lowest: int = 0) -> str:

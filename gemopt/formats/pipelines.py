@@ -16,6 +16,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray
 from gemopt.formats.findings import ranges
+from gemopt.traces.arrays import ENOUGH_SUMS
 
 TELLING = 3  # different sums over the steps: as many for ranks with tokens of their own are no chance
 NUMBERED = "number their layers through the network"
@@ -66,13 +67,31 @@ def refuse_stages(ranks: Sequence[int], sums_RTL: IntArray, no_pipeline: bool, o
     return f"{found}: added up as data-parallel ranks; stages of a pipeline must {NUMBERED}"
 
 
-def refuse_stages_in_time(sums_of: Sequence[tuple[str, IntArray]]) -> None:
+def refuse_parts_of_steps(sums_of: Sequence[tuple[str, IntArray]]) -> None:
+    """Raise where files hold parts of the same steps: all layers have as many assignments only together.
+
+    sums_of: [T, L] by name.
+    """
+    if len(sums_of) < 2 or len({sums_TL.shape for _, sums_TL in sums_of}) > 1:
+        return
+    each_FTL = np.stack([sums_TL for _, sums_TL in sums_of])
+    each_FTL = each_FTL[:, :, each_FTL.any(axis=(0, 1))]
+    total_TL = each_FTL.sum(axis=0)
+    uneven_FT = (each_FTL != each_FTL[:, :, :1]).any(axis=2)
+    if total_TL.size >= ENOUGH_SUMS and 2 * uneven_FT.sum() > uneven_FT.size and (total_TL == total_TL[:, :1]).all():
+        names = ", ".join(name for name, _ in sums_of)[:120]
+        found = "layers that have as many assignments only when the files are added up"
+        hint = "add up ranks, put experts of shards side by side, and give one file"
+        raise InputError(f"{names}: counts", found, "files of steps that follow each other", hint)
+
+
+def refuse_stages_in_time(sums_of: Sequence[tuple[str, IntArray]], hint: str = HINT) -> None:
     """Raise where files that would follow each other in time have the same telling sums. sums_of: [T, L] by name."""
     for (first, sums_TL), (name, other_TL) in pairwise(sums_of):
         if np.array_equal(sums_TL, other_TL) and _telling(sums_TL):
             found = f"as many assignments in every step as in {first}, to other experts"
             limit = "later steps, which have tokens of their own: are these stages of a pipeline?"
-            raise InputError(f"{name}: counts", found, limit, HINT)
+            raise InputError(f"{name}: counts", found, limit, hint)
 
 
 def _telling(sums_TL: IntArray) -> bool:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes
-from gemopt.formats.findings import TOO_HIGH, guessed, ranges
+from gemopt.formats.findings import TOO_HIGH, guessed, ranges, refuse_marks
 from gemopt.formats.response_bodies import Bodies, Response, Sample
 from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, has_shape, moe_layers, narrowed
 from gemopt.traces import Phase
@@ -31,6 +31,7 @@ from gemopt.traces.batching import from_tokens
 SUFFIXES = (".json", ".jsonl")
 
 BATCH_SIZE, PREFILL_TOKENS = 64, 4096
+MANY_ROWS = 8  # of several layers, that two answers never share by chance
 
 
 def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool = False) -> Loaded:
@@ -65,6 +66,7 @@ def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool
         notes += check_zero_tokens(ids)
     experts = options.num_experts or int(ids.max()) + 1
     if options.num_experts is None:
+        refuse_marks("routed_experts", np.unique(ids[ids >= 0]).tolist())
         notes.append(guessed(experts, int(ids.min())))
     if int(ids.max()) >= experts:
         raise InputError("routed_experts", int(ids.max()), f"experts 0 to {experts - 1}", TOO_HIGH)
@@ -102,7 +104,9 @@ class _Kept:
     cut: int = 0
     hinted: int = 0
     confirmed: int = 0
+    alike: int = 0
     digests: set[bytes] = field(default_factory=set)
+    routes: set[bytes] = field(default_factory=set)
 
     def add(self, response: Response) -> None:
         """Add the samples of a response, each aligned with its prompt and its answer."""
@@ -120,6 +124,10 @@ class _Kept:
         for number, (sample, ids) in enumerate(zip(samples, rows, strict=True)):
             self._check_length(sample, ids)
             self.samples += 1
+            if len(ids) >= MANY_ROWS:
+                route = hashlib.sha256(np.ascontiguousarray(ids).data).digest()
+                self.alike += route in self.routes
+                self.routes.add(route)
             if number and one_prompt and self.phase is Phase.PREFILL:
                 self.shared += 1
                 continue
@@ -177,6 +185,7 @@ class _Kept:
         dense = set(range(count)) - set(layers)
         said = [
             (self.again, f"{self.again} answers came twice: counted once"),
+            (self.alike, f"{self.alike} answers choose the experts of another, token by token: one request twice?"),
             (self.shared, f"{self.shared} further samples of a prompt: it is counted once"),
             (self.padding, f"{self.padding} tokens without any expert (padding) were left out"),
             (

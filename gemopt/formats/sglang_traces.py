@@ -27,6 +27,7 @@ from gemopt.formats.sglang_detail import read_detail
 from gemopt.traces.files import meant
 
 KEY = "logical_count"
+OWN = {KEY, "rank", "average_utilization_rate_over_window", "last_physical_to_logical_map", "physical_to_logical_map"}
 SUFFIXES = (".pt", *count_csv.SUFFIXES, ".json", ".jsonl")
 
 
@@ -79,17 +80,19 @@ class _Stat:
     added_up: bool  # two dimensions: all steps in one
     rank: Any  # that wrote it, if it says so
     sums_TL: IntArray
+    unread: tuple[str, ...]  # what else the file says
 
     @classmethod
     def of(cls, path: Path) -> _Stat:
-        counts, added_up, rank = _counts(path)
+        counts, added_up, said = _counts(path)
         layers = frozenset(np.flatnonzero(counts.any(axis=(0, 2))).tolist())
         digest = hashlib.sha256(np.ascontiguousarray(counts).data).digest()
-        return cls(path, digest, layers, added_up, rank, counts.sum(axis=2, dtype=np.int64))
+        unread = tuple(name for name in said if name not in OWN)
+        return cls(path, digest, layers, added_up, said.get("rank"), counts.sum(axis=2, dtype=np.int64), unread)
 
 
-def _counts(path: Path) -> tuple[IntArray, bool, Any]:
-    """[steps, rows, E] counts of a file, whether they are a sum over the steps, and the rank that it names."""
+def _counts(path: Path) -> tuple[IntArray, bool, dict[str, Any]]:
+    """[steps, rows, E] counts of a file, whether they are a sum over the steps, and all that the file says."""
     data = load_torch(path) if path.suffix == ".pt" else bounded_json(path)
     if not isinstance(data, dict) or KEY not in data:
         raise InputError(f"{path}: {KEY}", None, "stat dumps only", "import each kind apart")
@@ -98,7 +101,7 @@ def _counts(path: Path) -> tuple[IntArray, bool, Any]:
         raise InputError(f"{path}: {known[0]}", f"beside {KEY}", limit, hint)
     counts = whole_numbers(data[KEY], name=f"{path}: {KEY}", ndims=(2, 3))
     added_up = counts.ndim == 2
-    return counts[None] if added_up else counts, added_up, data.get("rank")
+    return counts[None] if added_up else counts, added_up, {str(key): value for key, value in data.items()}
 
 
 def _read_stat(files: list[Path], options: TraceOptions) -> Recording:
@@ -115,6 +118,8 @@ def _read_stat(files: list[Path], options: TraceOptions) -> Recording:
     if groups and len(groups[0]) > 1:
         layers = "; ".join(ranges(stat.layers) for stat in groups[0])
         first_notes.append(f"{len(groups[0])} pipeline stages joined by layer: {layers}")
+    if unread := sorted({name for stat in known.values() for name in stat.unread}):
+        first_notes.append(f"{', '.join(unread)} beside {KEY} left unread")
     sums = [stat.path.name for stat in known.values() if stat.added_up]
     if sums:
         first_notes.append(f"{sums[0]} holds counts added up: a single step, so how they vary in time is not known")

@@ -116,7 +116,10 @@ def check_counted(counts: IntArray, ids: IntArray, step: IntArray) -> None:
 
 def totals(counts: IntArray) -> str:
     """What the numbers [T, L, E] say of a first or last step, layer or expert that is the sum of the others."""
+    busy = counts.any(axis=(0, 2))
+    kept = counts[:, busy] if busy.any() and not busy.all() else counts  # dense layers are no parts of a sum
     for axis, name in enumerate(("step", "layer", "expert")):
+        counts = kept if axis == 1 else counts
         added = counts.sum(axis=axis, dtype=np.int64)
         for place, index in (("first", 0), ("last", -1)):
             one = counts.take(index, axis=axis)
@@ -133,9 +136,49 @@ def _varied(counts: IntArray, axis: int, one: IntArray) -> bool:
 
 
 def refuse_totals(field: str, counts: IntArray) -> None:
-    """Refuse counts [T, L, E] with `totals` among them."""
+    """Refuse counts [T, L, E] with `totals` among them, or a bin of no expert, or that are sums themselves."""
     if total := totals(counts):
         raise InputError(field, total, "counts alone", "leave the totals out")
+    if bin_of_none := no_expert(counts):
+        raise InputError(field, bin_of_none, "counts of experts alone: dropped tokens or padding?", "leave it out")
+    if are_offsets(counts):
+        found = "numbers that rise from expert to expert: where each one's rows begin or end"
+        raise InputError(
+            field,
+            found,
+            "assignments of each expert",
+            "take the differences, which need one number more than there are experts",
+        )
+
+
+def no_expert(counts: IntArray) -> str:
+    """What the numbers [T, L, E] say of a first or last expert that is none, as a bin of dropped tokens.
+
+    Without it every layer of a step has as many assignments, and with it few have.
+    """
+    sums_TL = counts.sum(axis=2, dtype=np.int64)
+    kept = sums_TL.any(axis=0)
+    for place, index in (("first", 0), ("last", -1)):
+        one_TL = counts[:, kept, index].astype(np.int64)
+        rest_TL = sums_TL[:, kept] - one_TL
+        uneven = 2 * np.count_nonzero((one_TL != one_TL[:, :1]).any(axis=1)) > len(one_TL)
+        if uneven and np.count_nonzero(one_TL) >= ENOUGH_SUMS and rest_TL.any() and (rest_TL == rest_TL[:, :1]).all():
+            return f"a {place} expert without which all layers have as many assignments"
+    return ""
+
+
+def are_offsets(counts: IntArray) -> bool:
+    """Whether numbers [T, L, E] are sums over the experts so far: they never fall and begin at 0, or end at one sum."""
+    rising = (
+        counts.shape[2] >= FEWEST_SLOTS
+        and counts[:, :, 0].size > 1
+        and bool((counts[:, :, 1:] >= counts[:, :, :-1]).all())
+    )
+    if not rising or np.count_nonzero(counts[:, :, 1:] > counts[:, :, :-1]) < ENOUGH_SUMS:
+        return False
+    busy = counts[:, counts.any(axis=(0, 2))]
+    ends_TL = busy[:, :, -1]
+    return not busy[:, :, 0].any() or (ends_TL.shape[1] > 1 and bool((ends_TL == ends_TL[:, :1]).all()))
 
 
 def too_narrow(counts: IntArray) -> str:

@@ -29,6 +29,12 @@ COPIES = re.compile(
     re.IGNORECASE,
 )
 NOT_COPIES = "add up the copies of an expert, and put the experts of all ranks side by side in their order"
+ALTERING = re.compile(  # arrays and metadata that say what is still to be done to the counts
+    "(^|_)(scale|scaling|factor|mask|valid|warm_?up|normali[sz]ed|step_weight)s?(_|$)|"
+    "expert_(start|begin|offset)|first_expert",
+    re.IGNORECASE,
+)
+NOT_ALTERED = "do to the counts what it says, and leave it out"
 _MEANT = {  # what else arrays are called that say what the counts are of
     "layer_ids": re.compile(
         r"(moe_)?layers?(_?(ids?|idx|ind(ex|ices)|num(ber)?s?|names?|offset|freq))?|"
@@ -143,6 +149,8 @@ def refuse_unread(names: set[str]) -> None:
     for name in sorted(names):
         if COPIES.search(name):
             raise InputError(f"Traces.{name}", "beside counts", "counts of logical experts", NOT_COPIES)
+        if ALTERING.search(name):
+            raise InputError(f"Traces.{name}", "beside counts", "counts that nothing is to be done to", NOT_ALTERED)
         if name not in ("layer_ids", *PLAIN) and (other := meant(name)):
             raise InputError(f"Traces.{name}", "no such array", f"{other}, if that is meant", "rename it")
 

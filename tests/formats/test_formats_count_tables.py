@@ -129,9 +129,9 @@ def test_tables_as_programs_write_them(load, folder):
         ("layer_id,expert_id,count\n0,1,2\n0,1,2\n", "line 3: got 0,1,2; each layer and expert once"),
         ("layer_id,expert_id,count\n0,1,-2\n", "whole number"),
         ("layer_id,expert_id,count\n0,1,2.5\n", "whole number"),
-        ("layer_id,expert_id,count\n0,1,1e3\n", "whole number"),
+        ("layer_id,expert_id,count\n0,1,1e-03\n", "whole number"),
         ("layer_id,expert_id,count\n0,1\n", "3 values"),
-        ("layer_id,expert_id,count\n0,99999999,3\n", "below 65536"),
+        ("layer_id,expert_id,count\n0,99999999,3\n", "below 8192"),
         ("layer_id,layer,expert_id,count\n0,0,1,3\n", "one column for the layer"),
         ("layer_id,expert_id,count,phase\n0,1,3,prefill\n0,2,3,decode\n", "phase: got decode; prefill"),
         ("layer_id,expert_id,count\n0,1,0\n", "no step"),
@@ -254,3 +254,68 @@ def test_experts_that_every_rank_numbers_anew_are_refused(load, tmp_path):
     assert "none is 0: are they numbered from 1?" in load(tmp_path / "a.csv", "array")[1]
     with pytest.raises(InputError, match="numbered from 1"):
         load(tmp_path / "a.csv", "array", num_experts=16)
+
+
+def spelt(counts, cell=str, separator=",", comment=""):
+    """A table of every count."""
+    lines = [separator.join([comment + "step", "layer_id", "expert_id", "count"])]
+    lines += [separator.join(map(cell, (*where, counts[where]))) for where in np.ndindex(counts.shape)]
+    return "\n".join([*lines, ""])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda c: spelt(c).encode("utf-16"),  # as PowerShell redirects
+        lambda c: gzip.compress(spelt(c, separator="\t").encode("utf-16")),
+        lambda c: spelt(c, separator="|").encode(),
+        lambda c: ("# model: x\n\n" + spelt(c)).encode().replace(b"\n\n", b"\n"),
+        lambda c: ("#\n" + spelt(c, comment="# ")).encode(),  # as numpy.savetxt writes a header
+        lambda c: spelt(c, cell=lambda n: f"{n:.18e}", comment="# ").encode(),
+    ],
+)
+def test_tables_as_other_programmes_write_them(load, folder, content):
+    counts = routed(np.random.default_rng(2), steps=3)
+    data = content(counts)
+    path = folder / ("a.csv.gz" if data[:2] == b"\x1f\x8b" else "a.csv")
+    path.write_bytes(data)
+    assert (load(path, "csv", num_experts=16)[0].counts == counts).all()
+
+
+def test_lines_are_counted_with_the_comments(load, folder):
+    (folder / "a.csv").write_text("# made on a Monday\n#layer,expert,count\n0,0,4\n0,1,x\n")
+    with pytest.raises(InputError, match="line 4: count: got x"):
+        load(folder / "a.csv", "csv")
+
+
+def test_dots_between_thousands_are_refused(load, folder):
+    (folder / "a.csv").write_text("layer;expert;count\n0;0;1.000\n0;1;2.000\n")
+    with pytest.raises(InputError, match=r"line 2: got 1.000; a fraction, or thousands"):
+        load(folder / "a.csv", "csv")
+
+
+@pytest.mark.parametrize("header", ["layer_id,expert_ids", "token,layer,expert,weight", "layer,expert"])
+def test_tables_of_tokens_are_told_how_to_count(load, folder, header):
+    (folder / "a.csv").write_text(header + "\n" + ",".join("1" * (header.count(",") + 1)) + "\n")
+    with pytest.raises(InputError, match="from_tokens counts them"):
+        load(folder / "a.csv", "csv")
+
+
+def test_a_number_that_stands_for_no_expert(load, folder):
+    counts = routed(np.random.default_rng(5), steps=2)
+    rows = [(layer, e, 1 + int(n)) for (layer, e), n in np.ndenumerate(counts.sum(axis=0))]
+    path = table(folder / "a.csv", [*rows, (0, 255, 9)], header="layer,expert,count")
+    with pytest.raises(InputError, match=r"expert: got 255, and no other above 15; .*give --num-experts"):
+        load(path, "csv")
+    assert load(path, "csv", num_experts=256)[0].num_experts == 256
+    few = table(folder / "b.csv", [(0, 3, 5), (0, 200, 7)], header="layer,expert,count")
+    assert load(few, "csv")[0].num_experts == 201
+
+
+def test_a_column_of_other_names_may_number_the_steps(load, folder):
+    rows = [(t, layer, e, 1 + t * t) for t in range(3) for layer in range(2) for e in range(4)]
+    path = table(folder / "a.csv", rows, header="batch,layer,expert,count")
+    with pytest.raises(InputError, match=r"batch: got 1; 0, .*call it step if it numbers the steps"):
+        load(path, "csv")
+    table(path, rows, header="step,layer,expert,count")
+    assert load(path, "csv")[0].counts[:, 1, 2].tolist() == [1, 2, 5]

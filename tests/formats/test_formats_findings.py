@@ -12,6 +12,8 @@ from gemopt.exceptions import InputError
 from gemopt.formats.findings import ranges, refuse_parts
 from gemopt.traces import Traces
 
+UNEVEN = [40, 52, 47, 61, 44, 39, 50, 58, 41, 63, 45, 36]  # tokens of steps
+
 
 def _balanced(tokens_T: list[int], layers: int, experts: int) -> np.ndarray:
     """Assignments of a router that deals them out in turn, the same in every layer."""
@@ -23,6 +25,7 @@ def _balanced(tokens_T: list[int], layers: int, experts: int) -> np.ndarray:
     "counts",
     [
         _balanced([2, 2, 2], 16, 8),  # the first expert has as many as all the others
+        np.concatenate([0 * _balanced(UNEVEN, 1, 32), _balanced(UNEVEN, 2, 32)], axis=1),  # dense first
         _balanced([32, 8, 8, 8, 32, 8], 5, 60),  # steps differ more than layers do
         np.random.default_rng(6).binomial(4, 0.7, (30, 2, 1)) * [1, -1] + [0, 4],  # two layers of two experts
     ],
@@ -298,3 +301,57 @@ def test_sums_over_the_steps_have_a_way_in(load, tmp_path):
         load(tmp_path / "a.npy", "array")
     np.save(tmp_path / "a.npy", counts[None])
     assert (load(tmp_path / "a.npy", "array")[0].counts == counts[None]).all()
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_bin_of_tokens_without_an_expert_is_refused(load, tmp_path, place):
+    rng = np.random.default_rng(4)
+    counts, none = routed(rng), rng.integers(1, 9, (12, 5, 1))
+    counts = np.concatenate([none, counts] if place == 0 else [counts, none], axis=2)
+    counts = np.concatenate([np.zeros_like(counts[:, :1]), counts], axis=1)  # and a dense layer
+    np.save(tmp_path / "a.npy", counts)
+    np.savez(tmp_path / "a.npz", counts=counts)
+    for read in (lambda: load(tmp_path / "a.npy", "array"), lambda: Traces.load(tmp_path / "a.npz")):
+        with pytest.raises(InputError, match=r"(first|last) expert without which all layers .*leave it out"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        lambda c: c.cumsum(axis=2),
+        lambda c: c.cumsum(axis=2) - c,
+        lambda c: np.concatenate([np.zeros_like(c[:, :, :1]), c.cumsum(axis=2)], axis=2),
+    ],
+)
+def test_offsets_are_refused(load, tmp_path, offsets):
+    counts = routed(np.random.default_rng(4))
+    np.save(tmp_path / "a.npy", offsets(counts))
+    with pytest.raises(InputError, match=r"rise from expert to expert.*take the differences"):
+        load(tmp_path / "a.npy", "array")
+    np.save(tmp_path / "a.npy", np.sort(counts[:1, :1], axis=2))  # popular ones last
+    load(tmp_path / "a.npy", "array")
+
+
+@pytest.mark.parametrize("name", ["scale", "valid", "is_warmup", "expert_offset", "step_weight", "normalized"])
+def test_what_is_to_be_done_to_counts_is_refused(load, tmp_path, name):
+    np.savez(tmp_path / "a.npz", **{"counts": routed(np.random.default_rng(4)), name: np.ones(12)})
+    for read in (lambda: load(tmp_path / "a.npz", "array"), lambda: Traces.load(tmp_path / "a.npz")):
+        with pytest.raises(InputError, match=f"{name}.*do to the counts what it says, and leave it out"):
+            read()
+
+
+def test_arrays_saved_one_after_the_other_into_a_file(load, tmp_path):
+    with open(tmp_path / "a.npy", "wb") as stream:
+        for step in routed(np.random.default_rng(4)):
+            np.save(stream, step[None])
+    with pytest.raises(InputError, match=r"bytes after the array of shape \(1, 5, 16\).*read all of them"):
+        load(tmp_path / "a.npy", "array")
+
+
+def test_numbers_below_0_are_told_first(load, tmp_path):
+    counts = routed(np.random.default_rng(4))
+    counts[:, 0] = -1
+    np.save(tmp_path / "a.npy", counts)
+    with pytest.raises(InputError, match="counts: got -1; counts from 0; give layers without experts zeros"):
+        load(tmp_path / "a.npy", "array")

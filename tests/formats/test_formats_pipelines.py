@@ -115,3 +115,29 @@ def test_files_of_the_same_steps_do_not_follow_each_other(load, folder):
         with pytest.raises(InputError, match="as many assignments in every step as in"):
             load(files, source)
         assert (load(files, source, no_pipeline=True)[0].counts == np.concatenate(parts)).all()
+
+
+def test_layers_in_files_of_their_own_are_not_called_stages_to_overrule(load, folder):
+    counts = chosen(5)
+    for name, layer in zip("abc", range(LAYERS), strict=True):
+        np.save(folder / f"{name}.npy", counts[:, layer : layer + 1])
+        np.save(folder / f"blk.{layer}.npy", counts[:, layer : layer + 1])
+    with pytest.raises(InputError, match=r"to other experts.*put layers and stages side by side in one array"):
+        load([folder / f"{name}.npy" for name in "abc"], "array")
+    with pytest.raises(InputError, match="these names tell parts of the same ones"):
+        load([folder / f"blk.{layer}.npy" for layer in range(LAYERS)], "array", no_pipeline=True)
+
+
+@pytest.mark.parametrize("names", [("west", "east"), ("counts_pid41", "counts_pid42"), ("experts_0-7", "experts_8-15")])
+def test_files_whose_layers_agree_only_together_are_parts_of_the_same_steps(load, folder, names):
+    counts = chosen(5)
+    part = np.random.default_rng(0).binomial(counts, 0.5)
+    parts = [counts[:, :, :8], counts[:, :, 8:]] if "experts" in names[0] else [part, counts - part]
+    for name, each in zip(names, parts, strict=True):
+        np.save(folder / f"{name}.npy", each)
+    with pytest.raises(InputError, match=r"only when the files are added up|names tell parts of the same"):
+        load(sorted(folder.glob("*.npy")), "array", no_pipeline=True)
+    for name, each in zip(names, [chosen(6), chosen(7)], strict=True):
+        np.save(folder / f"{name}.npy", each)
+    if names[0] == "west":
+        assert load(sorted(folder.glob("*.npy")), "array", no_pipeline=True)[0].num_steps == 2 * len(SIZES)

@@ -185,6 +185,27 @@ def test_the_same_answer_twice_counts_once(load):
     assert load([one, one])[0].num_steps == 2 * (ANSWER - 1)
 
 
+def test_answers_that_choose_alike_are_named(load):
+    """Sent twice, or kept twice without an id: they count, but not without a word."""
+    first, other = body(routing(0)), body(routing(1))
+    traces, notes = load([first, other, first])
+    assert (
+        traces.counts.sum(axis=0)
+        == 2 * counts(routing(0)[PROMPT:]).sum(axis=0) + counts(routing(1)[PROMPT:]).sum(axis=0)
+    ).all()
+    assert "1 answers choose the experts of another, token by token" in notes
+    assert "token by token" not in load([first, other])[1]
+
+
+def test_an_id_far_above_the_others_stands_for_none(load):
+    ids = routing(0, tokens=PROMPT + 40 - 1, experts=64, top_k=TOP_K)
+    ids[-1, :, 0] = 255
+    answer = body(ids, answer=40)
+    with pytest.raises(InputError, match=r"255, and no other above \d+; experts: a number that stands for none"):
+        load([answer], num_experts=None)
+    assert load([answer], num_experts=256)[0].num_experts == 256
+
+
 # Encodings
 
 

@@ -313,3 +313,12 @@ def test_statistics_that_name_their_layers_are_refused(load, folder):
     (folder / "a.json").write_text(json.dumps({"logical_count": [[1, 2], [3, 4]], "layer_ids": [3, 4]}))
     with pytest.raises(InputError, match=r"layer_ids: got beside logical_count; a row for every decoder layer.*array"):
         load(folder / "a.json")
+
+
+def test_what_else_a_statistic_says_is_named(load, tmp_path):
+    counts = routed(np.random.default_rng(0), steps=STEPS)
+    said = {"logical_count": counts.tolist(), "rank": 0, "average_utilization_rate_over_window": None}
+    (tmp_path / "s.json").write_text(json.dumps(said))
+    assert "unread" not in load(tmp_path / "s.json")[1]
+    (tmp_path / "s.json").write_text(json.dumps({**said, "unit": "thousands"}))
+    assert "unit beside logical_count left unread" in load(tmp_path / "s.json")[1]
