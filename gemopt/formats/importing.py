@@ -21,7 +21,7 @@ from gemopt.formats.registry import engines, get
 from gemopt.formats.succession import Succession
 from gemopt.placement import check_layer_ids
 from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
-from gemopt.traces.arrays import ENOUGH_SUMS
+from gemopt.traces.arrays import ENOUGH_SUMS, FEWEST_SLOTS
 
 _HEADER_BYTES = 1 << 16
 MANY_STEPS = 4
@@ -182,13 +182,14 @@ class _Writer:
         self.uneven = 0  # steps whose assignments are no multiple of top_k
         self.kept, self.layer_ids = rows
         self.recorded, self.experts = shape[1], shape[2]
-        self.steps = self.assignments = self.even = self.common = self.largest = 0
+        self.steps = self.assignments = self.even = self.apart = self.common = self.largest = 0
         self.shares = Shares(self.experts)
         self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
         self.totals: list[IntArray] = []
         self.first: IntArray | None = None
         self.last: IntArray | None = None
         self.succession = Succession()
+        self.ordered = True  # by load, all the experts of every layer and step
         stream.write(bytes(8 + _HEADER_BYTES))
 
     def append(self, block: IntArray) -> None:
@@ -227,11 +228,16 @@ class _Writer:
         self.load_LE += narrow.sum(axis=0, dtype=np.int64)
         total_TL = narrow.sum(axis=2, dtype=np.int64)
         self.succession.add(narrow, total_TL)
+        self.ordered &= bool(
+            (narrow[:, :, 1:] <= narrow[:, :, :-1]).all() or (narrow[:, :, 1:] >= narrow[:, :, :-1]).all()
+        )
         self.first = narrow[:1].copy() if self.first is None else self.first
         self.last = narrow[-1:].copy()
         self.totals.append(total_TL)
         self.uneven += int((total_TL % self.top_k).any(axis=1).sum())
-        self.even += int(((narrow.max(axis=2) == narrow.min(axis=2)).all(axis=1) & total_TL.any(axis=1)).sum())
+        apart_TL = narrow.max(axis=2) - narrow.min(axis=2)
+        self.apart = max(self.apart, int(apart_TL.max()))
+        self.even += int((~apart_TL.any(axis=1) & total_TL.any(axis=1)).sum())
         self.shares.add(narrow, total_TL)
         self.largest = max(self.largest, high)
         if self.common != 1:  # the greatest common divisor of all counts
@@ -264,6 +270,10 @@ class _Writer:
         left = "tokens that chose fewer, ranks that did not record, or another --top-k"
         return [
             (many and 1 < self.common < self.largest, f"all counts are multiples of {self.common}: {why}"),
+            (
+                self.ordered and self.apart > 1 and total_TL.size > 1 and self.experts >= FEWEST_SLOTS,
+                "experts come in the order of their load in every layer and step: sorted? then which is which is lost",
+            ),
             (
                 self.largest == 1 and only > 0 and steps >= MANY_STEPS,
                 "every step is of a single token: rows of tokens? then add up those that are computed together",

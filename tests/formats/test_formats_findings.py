@@ -355,3 +355,15 @@ def test_numbers_below_0_are_told_first(load, tmp_path):
     np.save(tmp_path / "a.npy", counts)
     with pytest.raises(InputError, match="counts: got -1; counts from 0; give layers without experts zeros"):
         load(tmp_path / "a.npy", "array")
+
+
+def test_loads_that_were_sorted_are_named(load, tmp_path):
+    counts = routed(np.random.default_rng(4))
+    for each, said in (
+        (counts, False),
+        (_balanced(UNEVEN, 3, 16), False),
+        (np.sort(counts, axis=2), True),
+        (-np.sort(-counts, axis=2), True),
+    ):
+        np.save(tmp_path / "a.npy", each)
+        assert ("in the order of their load" in load(tmp_path / "a.npy", "array")[1]) == said
