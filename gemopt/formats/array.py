@@ -16,8 +16,10 @@ from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, fil
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
+from gemopt.formats.succession import MANY_COUNTS
 from gemopt.traces.arrays import (
     IN_ORDER,
+    LOOKED_AT,
     NOT_IDS,
     are_ids,
     axis_of_layers,
@@ -92,14 +94,16 @@ def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], lis
         counts = _counts(path, notes)
         _check_axes(path, counts, options)
         refuse_narrow(f"{path}: counts", counts)
-        digest = hashlib.sha256(str(counts.shape).encode())
+        sums_TL = counts.sum(axis=2, dtype=np.int64)
+        few = sums_TL.sum() < MANY_COUNTS  # so that steps of their own may be the same
+        digest = hashlib.sha256(f"{counts.shape} {path if few else ''}".encode())
         for step in counts:
             digest.update(np.ascontiguousarray(step, dtype=np.int64).data)
         first = kept.setdefault(digest.digest(), path)
         if first is not path:
             notes.append(f"{path.name} is {first.name} again: counted once")
         else:
-            sums.append((path.name, counts.sum(axis=2, dtype=np.int64)))
+            sums.append((path.name, sums_TL))
     refuse_parts_of_steps(sums)
     if not options.no_pipeline:
         refuse_stages_in_time(sums, SIDE_BY_SIDE)
@@ -175,7 +179,7 @@ def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
         if are_ids(ids):
             shown = f"[{len(ids)} tokens, {ids.shape[1]} layers, {ids.shape[2]} experts per token], by the numbers"
             raise InputError(f"{path}: counts", shown, "[steps, layers, experts]", NOT_IDS)
-    if (lowest := int(counts.min())) < 0:
+    if (lowest := int(counts[:LOOKED_AT].min())) < 0:
         raise InputError(f"{path}: counts", lowest, "counts from 0", "give layers without experts zeros, or no row")
     told = options.layer_ids is not None or options.num_hidden_layers is not None
     if told and options.num_experts is not None:

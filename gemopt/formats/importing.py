@@ -166,6 +166,11 @@ def _rows(block: IntArray, found: Recording, options: TraceOptions) -> tuple[lis
     return kept, ids
 
 
+def _ordered(counts: IntArray) -> bool:
+    """Whether the experts of all layers and steps come in the order of their counts."""
+    return bool((counts[:, :, 1:] <= counts[:, :, :-1]).all() or (counts[:, :, 1:] >= counts[:, :, :-1]).all())
+
+
 class _Writer:
     """Appends counts to a safetensors file whose header is written last, into room left for it."""
 
@@ -228,9 +233,7 @@ class _Writer:
         self.load_LE += narrow.sum(axis=0, dtype=np.int64)
         total_TL = narrow.sum(axis=2, dtype=np.int64)
         self.succession.add(narrow, total_TL)
-        self.ordered &= bool(
-            (narrow[:, :, 1:] <= narrow[:, :, :-1]).all() or (narrow[:, :, 1:] >= narrow[:, :, :-1]).all()
-        )
+        self.ordered = self.ordered and _ordered(narrow[:1]) and _ordered(narrow)
         self.first = narrow[:1].copy() if self.first is None else self.first
         self.last = narrow[-1:].copy()
         self.totals.append(total_TL)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from gemopt.formats.engine import IntArray
 
 MANY_COUNTS = 64  # that never fall, or come again, by chance
-LOOKED_AT = 512  # steps whose differences are compared
+LOOKED_AT = 64  # steps whose differences are compared
 APART = -0.2  # correlation of one difference with the next: -0.5 for steps of their own, about 0 for sums over several
 FEWEST_STEPS = 10
 
@@ -51,7 +51,7 @@ class Succession:
                 self._run = False
             self._seen.setdefault(digest, len(self._seen))
         if self.steps < LOOKED_AT:
-            self._compare(known[:LOOKED_AT].astype(np.float64))
+            self._compare(known[: LOOKED_AT + 1].astype(np.float64))
         self.steps += len(counts)
         self.cells = counts[0].size
         self._last = counts[-1:].copy()

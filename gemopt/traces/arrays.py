@@ -116,7 +116,7 @@ def check_counted(counts: IntArray, ids: IntArray, step: IntArray) -> None:
 
 def totals(counts: IntArray) -> str:
     """What the numbers [T, L, E] say of a first or last step, layer or expert that is the sum of the others."""
-    busy = counts.any(axis=(0, 2))
+    busy = counts.sum(axis=0, dtype=np.int64).any(axis=1)
     kept = counts[:, busy] if busy.any() and not busy.all() else counts  # dense layers are no parts of a sum
     for axis, name in enumerate(("step", "layer", "expert")):
         counts = kept if axis == 1 else counts
@@ -156,6 +156,7 @@ def no_expert(counts: IntArray) -> str:
 
     Without it every layer of a step has as many assignments, and with it few have.
     """
+    counts = counts[:LOOKED_AT]
     sums_TL = counts.sum(axis=2, dtype=np.int64)
     kept = sums_TL.any(axis=0)
     for place, index in (("first", 0), ("last", -1)):
@@ -169,12 +170,12 @@ def no_expert(counts: IntArray) -> str:
 
 def are_offsets(counts: IntArray) -> bool:
     """Whether numbers [T, L, E] are sums over the experts so far: they never fall and begin at 0, or end at one sum."""
-    rising = (
-        counts.shape[2] >= FEWEST_SLOTS
-        and counts[:, :, 0].size > 1
-        and bool((counts[:, :, 1:] >= counts[:, :, :-1]).all())
-    )
-    if not rising or np.count_nonzero(counts[:, :, 1:] > counts[:, :, :-1]) < ENOUGH_SUMS:
+    if counts.shape[2] < FEWEST_SLOTS or counts[:, :, 0].size < 2:
+        return False
+    for part in (counts[:FEWEST_STEPS], counts):  # few are enough to tell that they are none
+        if (part[:, :, 1:] < part[:, :, :-1]).any():
+            return False
+    if np.count_nonzero(counts[:, :, 1:] > counts[:, :, :-1]) < ENOUGH_SUMS:
         return False
     busy = counts[:, counts.any(axis=(0, 2))]
     ends_TL = busy[:, :, -1]

@@ -367,3 +367,11 @@ def test_loads_that_were_sorted_are_named(load, tmp_path):
     ):
         np.save(tmp_path / "a.npy", each)
         assert ("in the order of their load" in load(tmp_path / "a.npy", "array")[1]) == said
+
+
+def test_steps_of_few_tokens_in_files_of_their_own_may_be_the_same(load, tmp_path):
+    for step, expert in enumerate([0, 1, 0]):
+        np.save(tmp_path / f"step_{step}.npy", np.eye(4, dtype=int)[[[expert]]])
+    traces, notes = load(sorted(tmp_path.glob("step_*.npy")), "array")
+    assert traces.counts[:, 0].argmax(axis=1).tolist() == [0, 1, 0]
+    assert "counted once" not in notes
