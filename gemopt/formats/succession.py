@@ -65,7 +65,7 @@ class Succession:
         share = counts / np.maximum(counts.sum(axis=2, keepdims=True), 1)
         for difference in share[1:] - share[:-1]:
             before, self._difference = self._difference, difference
-            size = 0.0 if before is None else float(np.linalg.norm(before) * np.linalg.norm(difference))
+            size = 0.0 if before is None else float(np.sqrt((before**2).sum() * (difference**2).sum()))
             if before is not None and size > 0:
                 self._turns.append(float((before * difference).sum()) / size)
 
