@@ -24,7 +24,7 @@ from gemopt.solvers.exact.runs import Term, split_term
 
 IntArray = NDArray[np.int64]
 
-ROUNDING = 1e-9  # relative, by which a ceiling is rounded up
+ROUNDING = 1e-9  # relative, by which a cutoff is rounded up
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +37,7 @@ class Compact:
         [F, T, Q] additive features of every column at every distinct step.
     expert_Q, copies_Q, index_Q
         [Q] column q is copy `index_Q[q]` of `copies_Q[q]` of expert `expert_Q[q]`.
-    weights_T, floor_T, ceiling_T
+    weights_T, floor_T, cutoff_T
         [T] weight of each distinct step, a lower bound on its makespan in microseconds, and the makespan above which
         no placement is better than the incumbent.
     slots_G
@@ -62,7 +62,7 @@ class Compact:
     index_Q: IntArray
     weights_T: FloatArray
     floor_T: FloatArray
-    ceiling_T: FloatArray
+    cutoff_T: FloatArray
     slots_G: IntArray
     group_G: IntArray
     order_E: IntArray
@@ -89,7 +89,7 @@ class Compact:
         shares_TQ = (problem.counts_TE[:, expert_Q] + copies_Q - 1 - index_Q) // copies_Q
         above_T = np.full(problem.num_steps, np.inf)
         np.divide(open_us * (1 + ROUNDING), problem.weights_T, out=above_T, where=problem.weights_T > 0)
-        ceiling_T = floor_T + above_T + ROUNDING * np.abs(floor_T)
+        cutoff_T = floor_T + above_T + ROUNDING * np.abs(floor_T)
         group_G = np.arange(problem.num_ranks)
         moves = problem.moves or Moves(np.ones((problem.num_ranks, problem.num_experts), dtype=bool))
         rules = problem.rules or LayerRules((), problem.num_ranks, problem.num_experts)
@@ -104,7 +104,7 @@ class Compact:
             index_Q=index_Q,
             weights_T=problem.weights_T,
             floor_T=floor_T,
-            ceiling_T=ceiling_T,
+            cutoff_T=cutoff_T,
             slots_G=problem.slots_per_rank,
             group_G=group_G,
             order_E=np.argsort(-problem.counts_TE.T @ problem.weights_T, kind="stable"),
@@ -161,7 +161,7 @@ class Compact:
     def open_us(self) -> float:
         """Weighted microseconds between all floors together and the incumbent."""
         weighty = self.weights_T > 0
-        return float((self.weights_T * (self.ceiling_T - self.floor_T))[weighty].max(initial=0.0))
+        return float((self.weights_T * (self.cutoff_T - self.floor_T))[weighty].max(initial=0.0))
 
     @property
     def roundings(self) -> int:
@@ -215,10 +215,10 @@ class Compact:
         return low[:, :, self.slots_G], largest[:, :, self.slots_G]
 
     def terms(self, step: int, rank: int) -> list[Term]:
-        """What the makespan of a step waits for on a rank, within the step's floor and ceiling."""
+        """What the makespan of a step waits for on a rank, within the step's floor and cutoff."""
         low_F, high_F = (loads[:, step, rank].tolist() for loads in self.load_range)
-        floor, ceiling = float(self.floor_T[step]), float(self.ceiling_T[step])
-        split = (split_term(term, low_F, high_F, floor, ceiling) for term in self.latencies[rank].terms)
+        floor, cutoff = float(self.floor_T[step]), float(self.cutoff_T[step])
+        split = (split_term(term, low_F, high_F, floor, cutoff) for term in self.latencies[rank].terms)
         return [term for term in split if term is not None]
 
     @property

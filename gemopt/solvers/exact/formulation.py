@@ -34,7 +34,7 @@ class Formulation(ABC):
     unit_us
         Microseconds (of weighted time) per unit of time.
     start_QG
-        A canonical placement, `Compact.canonical(Compact.held(row))`, no worse than what the ceilings were made from.
+        A canonical placement, `Compact.canonical(Compact.held(row))`, no worse than what the cutoffs were made from.
         It becomes a start value of every variable.
     expired
         Asked while constraints are added.

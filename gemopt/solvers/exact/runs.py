@@ -1,7 +1,7 @@
 """A curve cut into convex runs over the whole loads that can occur: what needs a literal, and what does not.
 
-Only what lies between a step's floor and its ceiling is of interest: no makespan is below the floor, and none above the
-ceiling belongs to a placement better than the incumbent. So values are clipped below, loads that take too long are
+Only what lies between a step's floor and its cutoff is of interest: no makespan is below the floor, and none above the
+cutoff belongs to a placement better than the incumbent. So values are clipped below, loads that take too long are
 left out, and all that is stated lies within the range that is still open: numbers stay of one size.
 """
 
@@ -125,12 +125,12 @@ class Term:
 
 
 def split_term(
-    curves: Sequence[Curve], low_F: Sequence[int], high_F: Sequence[int], floor: float, ceiling: float
+    curves: Sequence[Curve], low_F: Sequence[int], high_F: Sequence[int], floor: float, cutoff: float
 ) -> Term | None:
     """Tell straight from curved parts within the loads that can occur; None when the sum never exceeds `floor`.
 
     A curve is of interest only above what is left of `floor` when all the others are at their largest, and up to what
-    is left of `ceiling` when all the others are at their smallest.
+    is left of `cutoff` when all the others are at their smallest.
     """
     values = [_corners(*given, -np.inf, np.inf)[1] for given in zip(curves, low_F, high_F, strict=True)]
     tops, bottoms = [float(value.max()) for value in values], [float(value.min()) for value in values]
@@ -143,7 +143,7 @@ def split_term(
             slopes_F[f] = curve.slope if high > low else 0.0
             constant += float(curve(low)) - slopes_F[f] * low
             continue
-        above, below = floor - sum(tops) + tops[f], ceiling - sum(bottoms) + bottoms[f]
+        above, below = floor - sum(tops) + tops[f], cutoff - sum(bottoms) + bottoms[f]
         runs = convex_runs(curve, low, high, above, max(above, below))
         if len(runs) == 1 and len(runs[0].points) == 2 and (runs[0].low, runs[0].high) == (low, high):
             slopes_F[f] = runs[0].parts[0][1] / (high - low)
