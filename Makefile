@@ -20,8 +20,9 @@ demo: .venv/.core
 	$(BIN)/gemopt demo
 
 # torch's ranks ask for the name of 127.0.0.1 dozens of times; an answer that is lost shall cost one second, not five.
+# Two processes, whole files each: a file's tests share what is slow to make.
 test: lint typecheck
-	RES_OPTIONS=timeout:1 $(BIN)/python -m pytest
+	RES_OPTIONS=timeout:1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
