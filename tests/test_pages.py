@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import browser, find
 from cli_inputs import gemopt
 
 from gemopt import Traces
@@ -212,3 +213,18 @@ def test_the_navigation_forgets_no_page() -> None:
     rows = "\n".join(hooks._commands())
     for name in ("## gemopt solve", "## gemopt trace import", "## gemopt demo", "`--time-limit`"):
         assert name in rows
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(find() is None, reason="no Chromium: apt-get install chromium, or set CHROMIUM")
+def test_a_site_on_disk_can_be_searched(tmp_path: Path) -> None:
+    """There no worker may start, the search's among them; ours answers as one would."""
+    (tmp_path / "worker.js").write_text("addEventListener('message', told => postMessage(told.data + 1))")
+    (tmp_path / "page.html").write_text(
+        f"<body><script src='{(DOCS / 'iframe-worker.js').as_uri()}'></script>"
+        "<script>var told = [], ours = new Worker('worker.js');"
+        "ours.addEventListener('message', e => told.push(e.data)); ours.postMessage(1); ours.postMessage(2)</script>"
+    )
+    with browser(tmp_path / "chromium") as opened:
+        opened.open(tmp_path / "page.html", ready="window.told?.length == 2")
+        assert opened.js("told") == [2, 3] and not opened.complaints
