@@ -26,14 +26,25 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from live import PROMPT, QUOTAS, Stopwatch, change, decode, from_rank_0, measure_profile, quota_of, say, widen
+from live_ranks import (
+    PROMPT,
+    QUOTAS,
+    Stopwatch,
+    change,
+    decode,
+    doubled,
+    from_rank_0,
+    measure_profile,
+    quota_of,
+    say,
+    start,
+    widen,
+)
 from machine import stamp
-from transformers import AutoTokenizer, logging
+from transformers import AutoTokenizer
 
 from gemopt import Placement, Profile, Traces, solve
 from gemopt.executor import Executor
-from gemopt.executor.expert_parallel import dispatches
-from gemopt.executor.load import layout, load
 from gemopt.models import tiny_moe_path
 from gemopt.online import Controller
 from gemopt.online.policy import Policy
@@ -113,17 +124,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Serve, and compare."""
     options = arguments()
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    if ranks != len(QUOTAS):
-        raise SystemExit(f"start it on {len(QUOTAS)} ranks")
-    model = load(tiny_moe_path(), layout("shared", ranks), dtype=torch.float32)
-    layers = [dispatch for _, dispatch in dispatches(model)]
-    for dispatch in layers:
-        dispatch.take_over()
+    rank, model, layers = start()
     parts = len(KINDS) + 1
     train = segment(KINDS[0], options.sequences, options.training_steps, 0, parts)
     texts = [segment(kind, options.sequences, options.steps, n + 1, parts) for n, kind in enumerate(KINDS)]
@@ -131,11 +132,9 @@ def main() -> None:
     counts = decode(model, train, watch).counts_TLE
     widen(layers, options.width)
     executor = Executor(model, timeout_s=300)
-    ids, experts = executor.layer_ids, layers[0].num_experts
+    ids = executor.layer_ids
 
-    doubled = [list(range(16 * r, 16 * r + 32)) for r in range(ranks)]
-    rows = [[expert % experts for part in doubled for expert in part]] * len(ids)
-    executor.apply(Placement(physical_to_logical=rows, slots_per_rank=[32] * ranks, num_experts=experts, layer_ids=ids))
+    executor.apply(doubled(ids, layers[0].num_experts))
     with quota_of(rank):
         profile: Profile = measure_profile(watch, options.width, 2 * options.sequences * 4, options.points, 0.5)
     traces = Traces(counts=counts, layer_ids=tuple(ids), top_k=4)
