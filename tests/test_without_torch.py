@@ -58,32 +58,50 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("arguments", COMMANDS, ids=lambda arguments: " ".join(arguments[:3]))
-def test_a_command_ends_in_one_line(files, arguments):
+HARMLESS = [
+    ["apply", "{0}/placement.json", "--dry-run", "--json"],
+    ["apply", "--help"],
+    ["profile", "--help"],
+    ["trace", "--help"],
+    ["engines"],
+]
+ALL_OF_THEM = """
+import contextlib, io, json
+from gemopt.cli import main
+ended = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try: main(words)
+        except SystemExit as end: code = end.code
+    ended.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(ended))
+"""
+
+
+def run_all(commands, files, **env):
+    """Commands in one process without torch: what each ended with, and printed."""
+    done = python(ALL_OF_THEM, json.dumps([[part.format(files) for part in words] for words in commands]), **env)
+    assert done.returncode == 0, done.stderr
+    return zip([" ".join(words[:3]) for words in commands], json.loads(done.stdout), strict=True)
+
+
+def test_a_command_ends_in_one_line(files):
     before = sorted(files.iterdir())
-    done = python(
-        "from gemopt.cli import main; main()", *(part.format(files) for part in arguments), WORLD_SIZE="2", RANK="0"
-    )
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.startswith("gemopt: torch: not installed; ") and done.stderr.count("\n") == 1, done.stderr
-    assert "pip install 'gemopt[torch]' (from a clone: pip install '.[torch]')" in done.stderr
+    for words, (code, out, err) in run_all(COMMANDS, files, WORLD_SIZE="2", RANK="0"):
+        assert (code, out) == (2, ""), (words, err)
+        assert err.startswith("gemopt: torch: not installed; ") and err.count("\n") == 1, (words, err)
+        assert "pip install 'gemopt[torch]' (from a clone: pip install '.[torch]')" in err, words
     assert sorted(files.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["apply", "{0}/placement.json", "--dry-run", "--json"],
-        ["apply", "--help"],
-        ["profile", "--help"],
-        ["trace", "--help"],
-        ["engines"],
-    ],
-    ids=" ".join,
-)
-def test_what_needs_no_torch_works_without(files, arguments):
-    done = python("from gemopt.cli import main; main()", *(part.format(files) for part in arguments))
-    assert done.returncode == 0, done.stderr
+def test_a_process_ends_in_that_line(files):
+    done = python("from gemopt.cli import main; main()", *(part.format(files) for part in COMMANDS[4]))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+
+
+def test_what_needs_no_torch_works_without(files):
+    for words, (code, _, err) in run_all(HARMLESS, files):
+        assert code == 0, (words, err)
 
 
 MODULES = sorted(
@@ -115,25 +133,34 @@ def test_every_module_imports_or_says_in_one_line_what_is_missing():
         assert line.startswith("torch: not installed; gemopt.") and "\n" not in line, (name, line)
 
 
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("gemopt.executor", "Executor"),
-        ("gemopt.executor", "Background"),
-        ("gemopt.executor", "MigrationError"),
-        ("gemopt.models", "tiny"),
-        ("gemopt.models", "find_moe_layers"),
-        ("gemopt.profiling.tracing", "Tracer"),
-        ("gemopt.profiling.profiler", "Profiler"),
-        ("gemopt.predict.networks", "Mlp"),
-    ],
-)
-def test_a_class_says_what_is_missing(module, name):
-    done = python(f"from {module} import {name}")
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and "MissingPackageError: torch: not installed; gemopt." in last, done.stderr
-    assert "During handling" not in done.stderr
-    assert python(f"from {module} import nothing").returncode == 1
+CLASSES = [
+    ("gemopt.executor", "Executor"),
+    ("gemopt.executor", "Background"),
+    ("gemopt.executor", "MigrationError"),
+    ("gemopt.models", "tiny"),
+    ("gemopt.models", "find_moe_layers"),
+    ("gemopt.profiling.tracing", "Tracer"),
+    ("gemopt.profiling.profiler", "Profiler"),
+    ("gemopt.predict.networks", "Mlp"),
+]
+
+
+def test_a_class_says_what_is_missing():
+    """In one process, as above; a name that is nowhere is refused as well."""
+    code = (
+        "import json, traceback\n"
+        "def tried(module, name):\n"
+        "    try: exec(f'from {module} import {name}', {})\n"
+        "    except ImportError: return traceback.format_exc()\n"
+        "    return ''\n"
+        "print(json.dumps([[tried(*each), tried(each[0], 'nothing')] for each in json.loads(sys.argv[1])]))"
+    )
+    done = python(code, json.dumps(CLASSES))
+    assert done.returncode == 0, done.stderr
+    for each, (said, nothing) in zip(CLASSES, json.loads(done.stdout), strict=True):
+        last = (said.strip() or "nothing").splitlines()[-1]
+        assert "MissingPackageError: torch: not installed; gemopt." in last, (each, said)
+        assert "During handling" not in said and nothing, each
 
 
 def test_transformers_alone_may_be_missing():

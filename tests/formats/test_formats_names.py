@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def named(text: str) -> list[str]:
     return [name.rstrip(".") for found in lists for name in re.split(r",? or\s+|,\s*", found)]
 
 
+@cache
 def texts(path: Path) -> list[str]:
     if path.suffix != ".py":
         return [path.read_text()]
