@@ -167,6 +167,35 @@ def test_bytes_per_rank_hold_over_all_layers() -> None:
         assert result.bound_us <= result.objective_us
 
 
+@pytest.mark.parametrize(
+    ("limit", "moves"),
+    [
+        ({"max_moves": 10**12}, None),
+        ({"max_moves_per_layer": 10**30}, None),
+        ({"max_bytes_per_rank": 1e300}, None),
+        ({"max_bytes_per_rank": 10**20}, None),
+        ({"max_bytes_per_rank": 0}, 0),
+        ({"max_bytes_per_rank": 999}, 0),
+    ],
+)
+def test_limits_beyond_all_moves_are_none_and_no_moves_are_proven(limit: dict[str, float], moves: int | None) -> None:
+    given = inputs(3)
+    measured, traces, current = given
+    result = solve(
+        measured,
+        traces,
+        slots_per_rank=SLOTS,
+        solver="cpsat",
+        current=current,
+        expert_bytes=1000,
+        time_limit=60,
+        **limit,
+    )  # type: ignore[arg-type]
+    assert result.status is Status.OPTIMAL and result.moves is not None
+    assert result.objective_us == pytest.approx(best(every(given), budget=99 if moves is None else moves))
+    assert moves is None or result.moves.moves == moves
+
+
 def test_equal_ranks_change_roles_after_a_free_solve() -> None:
     """On equal ranks the order in which a solver fills them means nothing: contiguous placement is found again."""
     rng = np.random.default_rng(0)

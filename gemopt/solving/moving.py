@@ -132,16 +132,17 @@ class Moving:
         price_us = None
         if move_us is not None:
             price_us = move_us * traces.num_steps / (asked.horizon_steps or traces.num_steps)
+        ranks, most = len(resized.old_rank), current.num_experts  # that a rank can receive in a layer
         into_G = None
         if asked.max_bytes_per_rank is not None:
             size = _known(expert_bytes, "max_bytes_per_rank", asked.max_bytes_per_rank)
-            into_G = np.full(len(resized.old_rank), int(asked.max_bytes_per_rank // size))
+            into_G = np.full(ranks, int(min(asked.max_bytes_per_rank // size, most * current.num_layers)))
         per_layer, by_ranks = None, False
         if asked.max_moves_per_layer is not None:
-            per_layer = np.full(current.num_layers, int(asked.max_moves_per_layer))
+            per_layer = np.full(current.num_layers, int(min(asked.max_moves_per_layer, most * ranks)))
         elif resized.changed and price_us is None and asked.max_moves is None and into_G is None:
             per_layer, by_ranks = _asked_by_ranks(resized), True
-        budget = None if asked.max_moves is None else int(asked.max_moves)
+        budget = None if asked.max_moves is None else int(min(asked.max_moves, most * ranks * current.num_layers))
         return cls(current, profile, resized, expert_bytes, move_us, price_us, budget, per_layer, into_G, by_ranks)
 
     @property

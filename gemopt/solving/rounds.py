@@ -36,12 +36,13 @@ def solve_shared(run: Run, moving: Moving) -> float:
     """
     problems = [layer.problem for layer in run.layers]
     fronts = _fronts(run, moving)
+    budget = None if moving.budget is None else min(moving.budget, sum(each.num_slots for each in problems))
     parts = None
     if all(front.points for front in fronts):
         if moving.into_G is not None:
             parts = _by_rank(problems, fronts, moving)
-        elif moving.budget is not None:
-            parts = _by_moves(problems, fronts, moving.budget)
+        elif budget is not None:
+            parts = _by_moves(problems, fronts, budget)
     if parts is None:
         _without(run.layers, fronts, proven=moving.into_G is None)
         return 0.0
@@ -49,12 +50,21 @@ def solve_shared(run: Run, moving: Moving) -> float:
         layer.problem = part
         layer.warm = row if layer.warm is None else layer.warm
     run.go()
-    if moving.into_G is None and moving.budget is not None:
-        return _refine(run, problems, fronts, moving.budget)
+    if moving.into_G is None and budget is not None:
+        return _refine(run, problems, fronts, budget)
     for layer, problem in zip(run.layers, problems, strict=True):
-        layer.problem = problem
-        _disclaim(layer, StoppedBy.ITERATIONS)
+        tighter, layer.problem = _tighter(layer.problem, problem), problem
+        if tighter:
+            _disclaim(layer, StoppedBy.ITERATIONS)
     return 0.0
+
+
+def _tighter(part: Problem, whole: Problem) -> bool:
+    """Whether a part of the budget forbids moves that all of it allows: what is proven of the part is of it alone."""
+    assert part.moves is not None and part.moves.most_into_G is not None
+    assert whole.moves is not None and whole.moves.most_into_G is not None
+    most_into_G = np.minimum(whole.moves.most_into_G, whole.slots_per_rank)
+    return bool((part.moves.most_into_G < most_into_G).any()) or _most(part) < min(_most(whole), int(most_into_G.sum()))
 
 
 def _most(problem: Problem) -> int:
