@@ -155,6 +155,52 @@ def test_a_recording_that_begins_anew_is_read_from_its_beginning(tmp_path: Path)
     assert counts(follower) == [8]
 
 
+def test_a_recording_that_begins_under_a_clock_set_back_is_read(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    for number in range(4):
+        part(tmp_path, number)
+    assert counts(follower) == [1, 1, 2, 2, 3, 3, 4, 4]
+    hour_ago = (tmp_path / "000000.safetensors").stat().st_mtime - 3600
+    for number, steps in ((0, 1), (1, 3)):
+        part(tmp_path, number, steps)
+        os.utime(tmp_path / f"{number:06d}.safetensors", (hour_ago + number, hour_ago + number))
+    news = follower.look()
+    assert news.traces is not None and news.traces.counts[:, 0, 0].tolist() == [1, 2, 2, 2]
+    assert ["another recording has begun" in fault for fault in news.faults] == [True]
+    part(tmp_path, 2, 1)  # 2 and 3 were left over from the first recording
+    assert counts(follower) == [3]
+    part(tmp_path, 4)
+    assert counts(follower) == [5, 5]
+    assert counts(follower) == []
+
+
+def test_a_clock_set_back_within_a_recording_loses_nothing(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    part(tmp_path, 0)
+    assert counts(follower) == [1, 1]
+    part(tmp_path, 0, 1)
+    assert counts(follower) == [1]
+    part(tmp_path, 1)
+    os.utime(tmp_path / "000001.safetensors", (1e9, 1e9))
+    assert counts(follower) == [2, 2]
+
+
+def test_parts_left_over_before_the_first_look_do_not_hide_new_ones(tmp_path: Path) -> None:
+    follower = Follower(tmp_path)
+    for number in range(4):
+        part(tmp_path, number)
+    assert len(counts(follower)) == 8
+    part(tmp_path, 2, 1)  # the recording that had come to part 1 goes on
+    resumed = Follower(tmp_path)
+    resumed.resume(json.loads(json.dumps(follower.position)))
+    assert counts(follower) == [3]
+    assert counts(resumed) == [3]
+    (tmp_path / "000003.safetensors").unlink()
+    part(tmp_path, 3, 1)
+    part(tmp_path, 4, 1)
+    assert counts(follower) == [4, 5]
+
+
 def test_who_resumes_reads_what_is_new(tmp_path: Path) -> None:
     numbered, engine = (
         Follower(tmp_path),

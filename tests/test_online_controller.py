@@ -269,6 +269,21 @@ def test_confirm_goes_on_from_what_is_in_force() -> None:
     assert first.num_moves > 0 and sum(again) > 0
 
 
+def test_moves_that_were_not_made_do_not_count() -> None:
+    follower = controller(Policy(moves_per_1000_steps=200.0))
+    begin = follower.placement
+    made = follower.step(traffic(0, 64)).num_moves
+    assert follower.moved == made == 12  # 200 in 1000 steps, 64 of them
+    follower.confirm(begin)
+    follower.confirm(begin)
+    assert follower.moved == 0
+    decision = follower.step(traffic(0, 64, seed=1))
+    assert follower.moved == decision.num_moves > made
+    rows = np.concatenate([begin.physical_to_logical[:1], decision.placement.physical_to_logical[1:]])
+    follower.confirm(Placement(**{**dict(begin), "physical_to_logical": rows}))
+    assert follower.moved == decision.num_moves - len(decision.moves.get(0, []))
+
+
 def same(one: Decision, other: Decision) -> bool:
     return (
         one.placement == other.placement

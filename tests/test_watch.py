@@ -67,6 +67,9 @@ def test_a_command_that_fails_leaves_the_placement(folder: Path, command: tuple[
     assert Placement.load(folder / "placement.json") == contiguous()
     assert watched.controller.placement == contiguous()
     assert any("--on-change" in line and "stays" in line for line in log)
+    said = json.loads(watched.health.answer()[1])
+    assert said["decision"] == "failed" and "--on-change" in said["last_fault"]
+    assert watched.controller.moved == 0
     assert 'gemopt_faults_total{kind="action"} 1.0' in metrics.page().decode()
 
 

@@ -22,7 +22,7 @@ from gemopt.latency import FloatArray, Latency
 from gemopt.layer_rules import rules_of
 from gemopt.online import state
 from gemopt.online.compiled import Compiled
-from gemopt.online.decision import Decision, Weights, static_weights, travel_between
+from gemopt.online.decision import Decision, Weights, static_weights, travel_between, unmade
 from gemopt.online.earlier import Earlier, ways_back
 from gemopt.online.inputs import check_clock, check_network, check_placement, counts_from, latencies_from
 from gemopt.online.memories import Memories
@@ -94,7 +94,7 @@ class Controller:
         self.earlier = Earlier(placement.num_layers, placement.num_slots)
         self.scaled = self.cost  # with every rank as fast as it is now
         self.moved_at = np.full(placement.num_layers, LONG_AGO)
-        self.steps = self.blind_until = self.moved = 0
+        self.steps = self.blind_until = self.moved = self.latest = 0  # latest: moves of the last step's decision
         self.now_s: float | None = None
         self._compiled = Compiled()
         self.check(placement)
@@ -116,6 +116,7 @@ class Controller:
         now_s
             Seconds on the caller's clock, only to notice that it goes backwards.
         """
+        self.latest = 0
         try:
             counts = counts_from(counts_NLE, self.memories.shape)
             latencies = latencies_from(latencies_NG, len(counts), len(self.scaled.latencies))
@@ -169,7 +170,7 @@ class Controller:
         self.expert_bytes = float(self.policy.expert_bytes or expert_bytes)
 
     def confirm(self, placement: Placement) -> None:
-        """Go on from the placement that is really in force, under the rules of before.
+        """Go on from the placement that is really in force, under the rules of before; moves not made do not count.
 
         Raises
         ------
@@ -178,6 +179,7 @@ class Controller:
         """
         self.check(Placement.of(placement))
         check_network(placement, self.placement)
+        self.moved -= min(self.latest, unmade(self.placement, placement))
         if (placement.slots_per_rank != self.placement.slots_per_rank).any():
             self.promises.forget(placement.num_slots)
             self.earlier = Earlier(placement.num_layers, placement.num_slots)
@@ -325,7 +327,8 @@ class Controller:
         transfer_us = sum(travel.rounds) * self.expert_bytes / self.policy.bytes_per_s * 1e6
         cost_us = commits * self.policy.commit_us + self.policy.slowdown * transfer_us
         self.moved_at[list(travel.layers)] = self.steps
-        self.moved += travel.num_moves
+        self.latest = travel.num_moves
+        self.moved += self.latest
         self.placement = travel.placement
         self.blind_until = self.steps + commits + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
         text = f"{travel.num_moves} moves in {layers} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
-from gemopt.migration import Move, batches, held, keep_in_place, moves
+from gemopt.migration import Move, batches, count_moves, held, keep_in_place, moves
 from gemopt.placement import EMPTY, Placement, Split
 
 Weights = list[FloatArray | None]
@@ -111,3 +111,9 @@ def travel_between(
     fields |= {"physical_to_logical": rows, "split_weights": weights}
     placement = Placement(**fields) if moved else before
     return Travel(placement, tuple(map(int, changed)), moved, total, rounds)
+
+
+def unmade(wanted: Placement, found: Placement) -> int:
+    """Experts that a rank was to receive and does not hold in the placement that was found in force."""
+    rows = zip(found.physical_to_logical, wanted.physical_to_logical, strict=True)
+    return sum(count_moves(*pair, found.slots_per_rank, wanted.slots_per_rank) for pair in rows)

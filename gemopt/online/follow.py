@@ -32,15 +32,16 @@ class Follower:
     together, since an engine may write one file per rank; `suffixes`: how their names end, if not anyhow.
 
     A file that cannot be read is tried again at the next looks; after `patience` of them it is left out, with its
-    reason. Files may vanish; a missing number is waited for as long, then skipped. A part 0 that is newer than the part
-    read last begins another recording; older parts are left over from the one before.
+    reason. Files may vanish; a missing number is waited for as long, then skipped. A part that was read and is another
+    file now, or a part 0 that is newer than the part read last, begins another recording; what was read already, and
+    parts that are older than its part 0, are left over from the one before.
     """
 
     def __init__(
         self, folder: Path, read: Read | None = None, *, suffixes: Sequence[str] = (), patience: int = PATIENCE
     ) -> None:
         self.folder, self.read, self.suffixes, self.patience = folder, read, suffixes, patience
-        self._next = self._newest = self._since = 0  # part; times of change of the last one read, and of part 0, in ns
+        self._next = self._newest = 0  # part; time of change of the newest one read, in ns
         self._strange: set[str] = set()
         self._done: dict[str, Stamp] = {}
         self._seen: dict[str, Stamp] = {}
@@ -49,13 +50,13 @@ class Follower:
     @property
     def position(self) -> dict[str, Any]:
         """What was read so far, for `resume`."""
-        read = {"next": self._next, "newest": self._newest, "since": self._since, "done": self._done}
+        read = {"next": self._next, "newest": self._newest, "done": self._done}
         return {"folder": str(self.folder.resolve()), **read}
 
     def resume(self, position: dict[str, Any]) -> None:
         """Go on behind what was read of this folder; all of it is new where the position is of another one."""
         if position.get("folder") == str(self.folder.resolve()):
-            self._next, self._newest, self._since = (position[name] for name in ("next", "newest", "since"))
+            self._next, self._newest = position["next"], position["newest"]
             self._done = {name: (size, time) for name, (size, time) in position["done"].items()}
 
     def notice(self) -> None:
@@ -81,12 +82,12 @@ class Follower:
             "parts are called 000000.safetensors, 000001.safetensors, ...: left unread; dumps of an engine need --from"
         )
         news, found = News(faults=self._strangers(files, every.values(), f"{named}, as in --from sglang")), []
-        first = stamps[every[0]][1] if 0 in every else 0
-        if self._next and first > self._newest:
-            news.faults.append(f"{every[0]}: newer than what was read last: another recording has begun")
-            self._next, self._since = 0, first
-        parts = {number: path for number, path in every.items() if stamps[path][1] >= self._since}
+        self._begin_anew(every, stamps, news)
+        parts = {number: path for number, path in every.items() if self._done.get(path.name) != stamps[path]}
         while any(number >= self._next for number in parts):
+            if self._next not in parts and self._next in every:
+                self._next += 1  # left over from another recording
+                continue
             if self._next not in parts:
                 later = min(number for number in parts if number >= self._next)
                 gap = f"{self.folder}: parts {self._next:06d} to {later - 1:06d} are missing"
@@ -103,11 +104,29 @@ class Follower:
                 if not self._give_up():
                     break
                 news.faults.append(f"{parts[self._next].name}: left out after {self.patience} tries")
-            self._newest = max(self._newest, stamps[parts[self._next]][1])
+            self._done[parts[self._next].name] = stamp = stamps[parts[self._next]]
+            self._newest = max(self._newest, stamp[1])
             self._next += 1
             self._tries = 0
         news.traces = self._joined(found, news)
+        names = {path.name for path in every.values()} | {f"{0:06d}.safetensors"}
+        self._done = {name: stamp for name, stamp in self._done.items() if name in names}
         return news
+
+    def _begin_anew(self, every: dict[int, Path], stamps: dict[Path, Stamp], news: News) -> None:
+        """Go back to the first part that has become another file since it was read, whatever clocks say."""
+        again = [
+            n for n, path in every.items() if n < self._next and self._done.get(path.name, stamps[path]) != stamps[path]
+        ]
+        if self._next and 0 in every and stamps[every[0]][1] > self._newest:
+            again.append(0)
+        if not again:
+            return
+        self._next = min(again)
+        first = stamps[every[self._next]][1]
+        news.faults.append(f"{every[self._next]}: another file than before: another recording has begun")
+        if self._next == 0:
+            self._done |= {path.name: stamps[path] for path in every.values() if stamps[path][1] < first}
 
     def _strangers(self, files: Sequence[Path], parts: Iterable[Path], why: str) -> list[str]:
         """A line, once, on files that are no parts: they are never read."""

@@ -72,7 +72,7 @@ class Health:
         self._said: dict[str, object] = {"reason": "no steps yet"}
 
     def looked(self, **said: object) -> None:
-        """The loop came round."""
+        """The loop came round, with something to say about what it did or met."""
         self._looked = time.monotonic()
         self._said |= said
 

@@ -234,5 +234,6 @@ class Watch:
     def _fault(self, kind: str, text: str) -> None:
         self.failed = True
         self.log(f"warning: {text}")
+        self.health.looked(last_fault=text)
         if self.metrics is not None:
             self.metrics.faults.labels(kind=kind).inc()
