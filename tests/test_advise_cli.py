@@ -68,6 +68,7 @@ def test_commands_name_the_same_steps_costs_and_files(
         (["--memory", "-1"], "--memory: got -1.0"),
         (["--memory", "nan"], "--memory: got nan"),
         (["--bandwidth", "0"], "--bandwidth: got 0.0"),
+        (["--bandwidth", "-2"], "--bandwidth: got -2.0; GB/s above 0"),
         (["--bandwidth", "5", "--topology", "1x4-nvlink4"], "--bandwidth: got 5.0; the topology says it"),
         (["--topology", "links.json"], "Topology.between_nodes: got nothing"),
         (["--topology", "wrong.json"], "topology: got 2 ranks; the profile has 4 devices"),

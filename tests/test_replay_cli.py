@@ -91,6 +91,7 @@ def test_a_plan_rearranges_tagged_steps(inputs: list[Any], tmp_path: Path, capsy
         (["--event", "3:1.3@40"], "--event: got 3:1.3@40; ranks 0 to 2"),
         (["--event", "fast"], "--event: got fast"),
         (["--gbps", "0"], "--gbps: got 0.0"),
+        (["--gbps", "-2"], "--gbps: got -2.0; GB/s above 0"),
         (["--expert-bytes", "nan"], "--expert-bytes: got nan"),
         (["--slowdown", "3"], "--slowdown: got 3.0"),
         (["--noise", "-1"], "--noise: got -1.0"),

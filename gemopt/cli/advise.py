@@ -132,9 +132,11 @@ def _migration(
     profile: Profile, expert_bytes: float | None, bandwidth: float | None, topology: str | None
 ) -> Migration:
     """Cost of copying, over links of one bandwidth or the slowest ones of a topology."""
-    from gemopt.exceptions import InputError
+    from gemopt.exceptions import ABOVE_0, InputError, check_number
     from gemopt.replay import Migration
 
+    if bandwidth is not None:
+        check_number("--bandwidth", bandwidth, "GB/s above 0, at most 1e6", least=ABOVE_0, most=1e6)
     if bandwidth is not None and topology is not None:
         raise InputError("--bandwidth", bandwidth, "the topology says it", "leave one of them out")
     known = expert_bytes if expert_bytes is not None else profile.model.expert_bytes
@@ -143,7 +145,7 @@ def _migration(
     try:
         found = Migration(**given)
     except InputError as error:
-        raise error.about("--bandwidth" if error.field.endswith("bytes_per_s") else "--expert-bytes") from None
+        raise error.about("--expert-bytes") from None
     if topology is None:
         return found
     from gemopt.advise.links import slowest_gbps

@@ -150,14 +150,14 @@ def _traffic(traces: Traces, plan: str | None) -> Traces:
 
 
 def _migration(profile: Profile, *, expert_bytes: float | None, gbps: float, **numbers: float) -> Migration:
-    from gemopt.exceptions import InputError
+    from gemopt.exceptions import ABOVE_0, InputError, check_number
     from gemopt.replay import Migration
 
+    check_number("--gbps", gbps, "GB/s above 0, at most 1e6", least=ABOVE_0, most=1e6)
     given = {**Migration.of(profile).model_dump(), **numbers, "bytes_per_s": gbps * 1e9}
     if expert_bytes is not None:
         given["expert_bytes"] = expert_bytes
     try:
         return Migration(**given)
     except InputError as error:
-        name = error.field.partition(".")[2]
-        raise error.about({"bytes_per_s": "--gbps"}.get(name, "--" + name.replace("_", "-"))) from None
+        raise error.about("--" + error.field.partition(".")[2].replace("_", "-")) from None
