@@ -32,9 +32,9 @@ from live_ranks import (
     Stopwatch,
     change,
     decode,
-    doubled,
     from_rank_0,
     measure_profile,
+    overlapping,
     quota_of,
     say,
     start,
@@ -44,6 +44,7 @@ from machine import stamp
 from transformers import AutoTokenizer
 
 from gemopt import Placement, Profile, Traces, solve
+from gemopt.costs import fit
 from gemopt.executor import Executor
 from gemopt.models import tiny_moe_path
 from gemopt.online import Controller
@@ -117,6 +118,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--slots", type=int, default=20, help="of every rank, for 64 experts on 4 ranks")
     parser.add_argument("--slower", type=float, default=1.5, help="times, of the rank that slows down halfway")
+    parser.add_argument(
+        "--speed-tolerance", type=float, default=0.1, help="of the policy; cores that ranks share are never steady"
+    )
     parser.add_argument("--width", type=int, default=1536, help="of the experts; their share of a step does not matter")
     return parser.parse_args()
 
@@ -134,7 +138,7 @@ def main() -> None:
     executor = Executor(model, timeout_s=300)
     ids = executor.layer_ids
 
-    executor.apply(doubled(ids, layers[0].num_experts))
+    executor.apply(overlapping(ids, layers[0].num_experts, options.slots))
     with quota_of(rank):
         profile: Profile = measure_profile(watch, options.width, 2 * options.sequences * 4, options.points, 0.5)
     traces = Traces(counts=counts, layer_ids=tuple(ids), top_k=4)
@@ -143,7 +147,7 @@ def main() -> None:
         once = solve(profile, traces, slots_per_rank=options.slots, time_limit=options.seconds).placement
     once = from_rank_0(once)
     with quota_of(rank):
-        policy = priced(executor, once)
+        policy = priced(executor, once, options.speed_tolerance)
 
     spans: dict[str, list[list[float]]] = {"fitted once": [], "followed": []}
     decisions: list[str] = []
@@ -162,15 +166,17 @@ def main() -> None:
         differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True)]
         worst = max(worst, *differences)
     if rank == 0:
+        say(fit(profile)[1].summary())
         report(options, policy, spans, decisions, worst)
     dist.destroy_process_group()
 
 
-def priced(executor: Executor, placement: Placement) -> Policy:
+def priced(executor: Executor, placement: Placement, speed_tolerance: float) -> Policy:
     """Move to a placement and time it; copying and serving share a core, so that a transfer costs what it takes."""
     begin = time.perf_counter()
     received = sum(executor.apply(placement).bytes().values()) / dist.get_world_size()
-    return Policy(bytes_per_s=received / (time.perf_counter() - begin), slowdown=1.0)
+    bytes_per_s = received / (time.perf_counter() - begin)
+    return Policy(bytes_per_s=bytes_per_s, slowdown=1.0, speed_tolerance=speed_tolerance)
 
 
 def informed(profile: Profile, once: Placement, policy: Policy, counts: np.ndarray) -> Controller:

@@ -31,9 +31,9 @@ from live_ranks import (
     Stopwatch,
     change,
     decode,
-    doubled,
     from_rank_0,
     measure_profile,
+    overlapping,
     quota_of,
     say,
     start,
@@ -138,7 +138,7 @@ def main() -> None:
     ids = executor.layer_ids
     traces = Traces(counts=counts, layer_ids=tuple(ids), top_k=4)
 
-    many = doubled(ids, layers[0].num_experts)
+    many = overlapping(ids, layers[0].num_experts, 32)
 
     def profiled(max_drift: float) -> Profile:
         executor.apply(many)

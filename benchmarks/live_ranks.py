@@ -127,13 +127,13 @@ def widen(layers: list[SlotDispatch], width: int) -> None:
         experts.down_proj = nn.Parameter(wide_down.contiguous(), requires_grad=False)
 
 
-def doubled(layer_ids: list[int], num_experts: int) -> Placement:
-    """Each rank holds 32 experts, as while it is measured."""
+def overlapping(layer_ids: list[int], num_experts: int, slots: int) -> Placement:
+    """As many experts on a rank as it will hold: each that is active has a price of its own, which is measured, too."""
     ranks = len(QUOTAS)
-    row = [expert % num_experts for r in range(ranks) for expert in range(16 * r, 16 * r + 32)]
+    row = [(num_experts // ranks * rank + slot) % num_experts for rank in range(ranks) for slot in range(slots)]
     rows = [row] * len(layer_ids)
     return Placement(
-        physical_to_logical=rows, slots_per_rank=[32] * ranks, num_experts=num_experts, layer_ids=layer_ids
+        physical_to_logical=rows, slots_per_rank=[slots] * ranks, num_experts=num_experts, layer_ids=layer_ids
     )
 
 
