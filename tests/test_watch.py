@@ -146,6 +146,8 @@ def test_metrics_and_health_are_served(folder: Path) -> None:
         assert fetch(server.server_port, "/")[0] == 404
         with pytest.raises(InputError, match="--port"):
             serve(Metrics(), health, server.server_port)
+        with pytest.raises(InputError, match=r"--host: got nowhere\.invalid"):
+            serve(Metrics(), health, 0, "nowhere.invalid")
     finally:
         server.shutdown()
         server.server_close()

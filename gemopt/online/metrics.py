@@ -7,6 +7,7 @@ Needs the extra `watch` (prometheus-client). Names and units are in `docs/watch.
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -95,7 +96,7 @@ def serve(metrics: Metrics, health: Health, port: int, host: str = "127.0.0.1") 
     Raises
     ------
     InputError
-        When the port cannot be had.
+        When the address or the port cannot be had.
     """
 
     def application(environ: dict[str, Any], start: Start) -> list[bytes]:
@@ -112,6 +113,8 @@ def serve(metrics: Metrics, health: Health, port: int, host: str = "127.0.0.1") 
 
     try:
         server = make_server(host, port, application, handler_class=_Quiet)
+    except socket.gaierror as error:
+        raise InputError("--host", host, error.strerror or str(error), "give an address of this machine") from None
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError("--port", f"{host}:{port}", reason, "give another port, or 0 for any free one") from None
