@@ -23,7 +23,7 @@ from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
-from gemopt.solvers.exact import branch, share_tree
+from gemopt.solvers.exact import branch, share_space, share_tree
 from gemopt.solvers.exact.share_space import Shares, make_contents
 from gemopt.solvers.exact.share_tree import bound_of_copies
 from gemopt.solvers.size import num_shares
@@ -94,6 +94,26 @@ def test_the_bound_rises_above_the_floors() -> None:
     best, floors = objective(problem, outcome.row), float(step_bounds(problem).sum())
     found = bound_of_copies(problem, outcome.row, best, STOP)
     assert found is not None and found.bound_us - floors > 0.3 * (best - floors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_leave_out_no_content_that_may_be_the_cheapest(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever columns are near: nets by pairs are no more than those of all steps, and the least are those."""
+    for most in (0, 20):
+        monkeypatch.setattr(share_space, "MOST_LOOKED", most)
+        for seed in range(20):
+            problem, rng = drawn(kind, [3, 3, 2], seed), np.random.default_rng(seed)
+            space = Shares.of(problem, step_bounds(problem))
+            assert space is not None and (space.lines is None) == (kind == "active")
+            scale = float(rng.choice([0.1, 1.0, 10.0]))
+            mu_ET, pi_E = rng.exponential(scale, (4, 4)), rng.normal(0, 5 * scale, 4)
+            near, limit_us = rng.integers(0, len(space), 3), float(rng.choice([0.0, 30.0, np.inf]))
+            every, some = (space.prove(mu_ET, pi_E, STOP, near=ids, limit_us=limit_us) for ids in (None, near))
+            assert every is not None and some is not None and some.bound_us <= every.bound_us * (1 + 1e-12) + 1e-9
+            assert (some.net_KN <= every.net_KN + 1e-9 * (1 + np.abs(every.net_KN))).all()
+            live = space.live_KN.reshape(-1)[near].all()
+            if live and set(space.kind(near)) == set(range(len(space.ranks_K))):
+                assert some.bound_us == pytest.approx(every.bound_us, rel=1e-9, abs=1e-6)
 
 
 def test_contents_are_all_sets_of_experts_and_copies() -> None:

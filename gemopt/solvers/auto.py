@@ -13,7 +13,7 @@ from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.search.local_search import LocalSearch
-from gemopt.solvers.size import provable, prover
+from gemopt.solvers.size import FEW_COLUMNS, num_shares, provable, prover
 
 SEARCH_SHARE = 0.4
 FIRST_SHARE = 0.2  # where contents of ranks are listed, which finds better placements as well
@@ -39,7 +39,8 @@ class Auto:
             return LocalSearch().solve(problem, options, warm_start)
         patience = DEFAULT_PATIENCE if options.patience is None or by else options.patience
         share = SEARCH_SHARE
-        if by == "columns" and options.patience is None:
+        shared = problem.spare_slots > 0 and (num_shares(problem) or 0) > FEW_COLUMNS
+        if (by == "columns" or (by == "branch" and shared)) and options.patience is None:
             patience, share = FIRST_PATIENCE, FIRST_SHARE
         deadline = time.monotonic() + share * options.remaining
         found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)

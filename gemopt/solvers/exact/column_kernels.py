@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gemopt.solvers.exact.tree import CLOSE, FAST, Tables
 
 Array = NDArray[Any]
+WIDTH = 64  # steps that are projected together
 LOOK = 8  # the work of looking at a column once more, in steps
 
 
@@ -133,26 +134,29 @@ def step_columns(
 
 @njit(cache=True, nogil=True)
 def project(mu_EM: Array, most_M: Array, out_EM: Array) -> None:
-    """Nearest multipliers >= 0 whose sum over the experts is at most `most_M` (Michelot's method)."""
-    experts = len(mu_EM)
-    for j in range(len(most_M)):
-        total, count = np.float32(0), 0
-        for e in range(experts):
-            if mu_EM[e, j] > 0:
-                total += mu_EM[e, j]
-                count += 1
-        level = np.float32(0)
-        while total > most_M[j] + level * count and count > 0:
-            level = (total - most_M[j]) / np.float32(count)
-            kept, total, count = count, np.float32(0), 0
-            for e in range(experts):
-                if mu_EM[e, j] > level:
-                    total += mu_EM[e, j]
-                    count += 1
-            if count == kept:
-                break
-        for e in range(experts):
-            out_EM[e, j] = max(np.float32(0), mu_EM[e, j] - level)
+    """Nearest multipliers >= 0 whose sum over the experts is at most `most_M` (Michelot's method, many at once)."""
+    level, total, count = np.empty((3, WIDTH), np.float32)
+    for first in range(0, len(most_M), WIDTH):
+        size = min(WIDTH, len(most_M) - first)
+        level[:] = 0
+        rises = True
+        while rises:
+            total[:] = 0
+            count[:] = 0
+            for e in range(len(mu_EM)):
+                for j in range(size):
+                    mu = mu_EM[e, first + j]
+                    total[j] += mu if mu > level[j] else np.float32(0)
+                    count[j] += np.float32(1) if mu > level[j] else np.float32(0)
+            rises = False
+            for j in range(size):
+                if total[j] > most_M[first + j] + level[j] * count[j]:
+                    higher = (total[j] - most_M[first + j]) / count[j]
+                    rises |= higher > level[j]
+                    level[j] = max(level[j], higher)
+        for e in range(len(mu_EM)):
+            for j in range(size):
+                out_EM[e, first + j] = max(np.float32(0), mu_EM[e, first + j] - level[j])
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)

@@ -23,14 +23,15 @@ from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.solvers.exact.column_kernels import cut_rows, rows_of, step_columns
-from gemopt.solvers.exact.column_master import Floats, Master
+from gemopt.solvers.exact.column_kernels import cut_rows, rows_of
 from gemopt.solvers.exact.column_space import ULP
+from gemopt.solvers.exact.share_screen import Lines, lines_of, pair_prices, price_pairs
 from gemopt.solvers.exact.tree import FAST, Tables, fill, tables_of
 from gemopt.solvers.size import num_shares
 
 Array = NDArray[Any]
 IntArray = NDArray[np.int64]
+MOST_LOOKED = 20_000  # contents of all kinds, whose nets are made exact though they are not the least
 
 
 class Contents(NamedTuple):
@@ -72,23 +73,31 @@ def make_contents(experts: int, most: int, slots: int, spare: int) -> Contents:
 
 @njit(cache=True, nogil=True, fastmath=FAST)
 def price_contents(
-    pairs_NS: Array, live_KN: Array, features_XFT: Array, tables: Tables, ranks_K: Array, floor_T: Array, mu_XT: Array,
+    pairs_NS: Array, most_K: Array, features_XFT: Array, tables: Tables, ranks_K: Array, floor_T: Array, mu_XT: Array,
     price_X: Array, net_KN: Array, stop: Array,
 ) -> bool:  # fmt: skip
     """Sum over the steps of each content's multipliers times what it has above the floors, less its prices.
 
-    Infinite where it is not live. Contents begin as the ones before them do, so that few sums are made anew. False when
-    stopped.
+    Of those whose `net` is below `most` [K] already, which it replaces. Contents begin as the ones before them do, so
+    that few sums are made anew. False when stopped.
     """
     slots, steps = pairs_NS.shape[1], len(floor_T)
     loads = np.zeros((slots + 1, *features_XFT.shape[1:]), np.int32)
     mass, row, price, nothing = np.zeros((slots + 1, steps)), np.empty(steps), np.zeros(slots + 1), features_XFT[-1]
+    last, looked = -1, 0
     for n in range(len(pairs_NS)):
-        if n % 256 == 0 and stop[0] != 0:
+        below = False
+        for k in range(len(ranks_K)):
+            below |= net_KN[k, n] < most_K[k]
+        if not below:
+            continue
+        looked += 1
+        if looked % 256 == 0 and stop[0] != 0:
             return False
         first = 0
-        while n > 0 and first < slots and pairs_NS[n, first] == pairs_NS[n - 1, first]:
+        while last >= 0 and first < slots and pairs_NS[n, first] == pairs_NS[last, first]:
             first += 1
+        last = n
         for s in range(first, slots):
             pair = pairs_NS[n, s]
             for f in range(loads.shape[1]):
@@ -98,8 +107,7 @@ def price_contents(
                 mass[s + 1, t] = mass[s, t] + mu_XT[pair, t]
             price[s + 1] = price[s] + price_X[pair]
         for k in range(len(ranks_K)):
-            if not live_KN[k, n]:
-                net_KN[k, n] = np.inf
+            if not net_KN[k, n] < most_K[k]:
                 continue
             g, total = ranks_K[k], 0.0
             if loads.shape[1] == 1 and tables.terms[g] == 1 and tables.straight[g, 0, 0]:
@@ -133,7 +141,7 @@ class Shares:
 
     features: [E C + 1, F, T] of each pair, then of none. tables: what no larger load falls below. ranks_K, count_K,
     slots_K: of each kind of ranks that have slots the first one, how many there are, and their slots. live: which
-    contents a kind can hold. kind_G: [G] kind of each rank, -1 without slots.
+    contents a kind can hold. kind_G: [G] kind of each rank, -1 without slots. lines: below the latencies, if there are.
     """
 
     problem: Problem
@@ -146,6 +154,7 @@ class Shares:
     count_K: IntArray
     slots_K: IntArray
     kind_G: IntArray
+    lines: Lines | None
 
     planes: ClassVar[int] = 1
 
@@ -158,9 +167,8 @@ class Shares:
         ranks_K = np.array([group[0] for group in kinds], np.int64)
         hosts, widest = sum(len(group) for group in kinds), int(problem.slots_per_rank.max())
         most = min(hosts, problem.spare_slots + 1)
-        tables = tables_of(
-            tuple(latency.low for latency in problem.latencies), problem.features_FTE.sum(axis=2).max(axis=1)
-        )
+        most_F = problem.features_FTE.sum(axis=2).max(axis=1)
+        tables = tables_of(tuple(latency.low for latency in problem.latencies), most_F)
         if tables is None:
             return None
         contents = make_contents(problem.num_experts, most, widest, problem.spare_slots)
@@ -185,6 +193,7 @@ class Shares:
             count_K=np.array([len(group) for group in kinds]),
             slots_K=problem.slots_per_rank[ranks_K],
             kind_G=kind_G,
+            lines=lines_of(tables, ranks_K, int(most_F[0]), most_F[0] / hosts),
         )
 
     def __len__(self) -> int:
@@ -241,11 +250,12 @@ class Shares:
 
     def prove(
         self, mu_ET: FloatArray, pi_E: FloatArray, stop: Any, ids: IntArray | slice = slice(None),
-        live_KN: NDArray[np.bool_] | None = None,
+        live_KN: NDArray[np.bool_] | None = None, near: IntArray | None = None, limit_us: float = np.inf,
     ) -> Priced | None:  # fmt: skip
         """The bound of any multipliers and prices, which are made feasible first; None when stopped.
 
-        ids: [n] contents that ranks may have; live: [K, n] on which kinds.
+        ids: [n] contents that ranks may have; live: [K, n] on which kinds. near: columns of these that are likely to be
+        among the cheapest, by which others are left at what pairs say; limit: of the bound that would be enough.
         """
         contents, weights_T, owner_X = self.contents, self.problem.weights_T, self.owner_X
         mu = np.maximum(np.nan_to_num(mu_ET.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
@@ -254,45 +264,54 @@ class Shares:
         mu_XT, price_X = mu[owner_X] * contents.part[:, None], pi[owner_X] * contents.part
         pairs_NS = np.ascontiguousarray(contents.pairs[ids])
         live_KN = np.ascontiguousarray(self.live_KN if live_KN is None else live_KN)
-        net_KN = np.empty(live_KN.shape)
-        if not price_contents(
-            pairs_NS, live_KN, self.features_XFT, self.tables, self.ranks_K, self.floor_T, mu_XT, price_X, net_KN, stop
-        ):
+        net_KN, given = np.where(live_KN, -np.inf, np.inf), (mu_XT, price_X, stop)
+        most_K = np.full(len(net_KN), np.inf)
+        if near is not None and self.lines is not None and pairs_NS.size > 0:
+            parts = pair_prices(self.lines, self.features_XFT[:, 0], self.floor_T, mu_XT, price_X, self.members(near))
+            price_pairs(pairs_NS, live_KN, *parts, net_KN)
+            most_K = self._worth_a_look(near, given, pi, net_KN, limit_us)
+        if not self._look(pairs_NS, most_K, given, net_KN):
             return None
         return Priced(self.bound_of(pi, net_KN), mu, pi, net_KN)
+
+    def _look(
+        self, pairs_NS: NDArray[np.uint8], most_K: FloatArray, given: tuple[FloatArray, FloatArray, Any],
+        net_KN: FloatArray,
+    ) -> bool:  # fmt: skip
+        """The nets of contents below `most` [K], step by step; see `price_contents`."""
+        mu_XT, price_X, stop = given
+        return bool(price_contents(
+            pairs_NS, most_K, self.features_XFT, self.tables, self.ranks_K, self.floor_T, mu_XT, price_X, net_KN, stop
+        ))  # fmt: skip
+
+    def _worth_a_look(
+        self, near: IntArray, given: tuple[FloatArray, FloatArray, Any], pi_E: FloatArray, net_KN: FloatArray,
+        limit_us: float,
+    ) -> FloatArray:  # fmt: skip
+        """[K] below which nets by pairs [K, n] must be made exact: all that are open, or as many as near columns.
+
+        If these are too many only those that may be the cheapest.
+        """
+        kind_N, least_K = self.kind(near), np.full(len(net_KN), np.inf)
+        last_K = least_K.copy()
+        for k in range(len(net_KN)):
+            exact_KN = np.full((len(net_KN), int((kind_N == k).sum())), np.inf)
+            exact_KN[k] = -np.inf
+            self._look(self.members(near[kind_N == k]), np.full(len(net_KN), np.inf), given, exact_KN)
+            least_K[k], last_K[k] = exact_KN[k].min(initial=np.inf), exact_KN[k].max(initial=-np.inf)
+        if np.isfinite(least_K).all():
+            room_us = limit_us - self.bound_of(pi_E, least_K[:, None])
+            for most_K in (np.maximum(least_K + room_us, last_K), last_K):
+                if np.isfinite(most_K).all() and (net_KN < most_K[:, None]).sum() <= MOST_LOOKED:
+                    return most_K
+        return np.asarray(np.nextafter(least_K, np.inf))
 
     def bound_of(self, pi_E: FloatArray, net_KN: FloatArray) -> float:
         """The bound in microseconds that prices and net costs of all contents prove; rounded down."""
         least_K, weights_T = net_KN.min(axis=1, initial=np.inf), self.problem.weights_T
         price = float(np.abs(pi_E).sum())
-        if np.isinf(least_K).any():
+        if (least_K == np.inf).any():
             return np.inf
         bound_us = float(weights_T @ self.floor_T) + float(pi_E.sum()) + float(self.count_K @ least_K)
         size = float(weights_T @ np.abs(self.floor_T)) + price + float(self.count_K @ (np.abs(least_K) + 2 * price))
         return bound_us - ULP * (len(weights_T) + len(pi_E) + 64) * size
-
-
-class ShareMaster(Master):
-    """The master programme of such contents: an expert is in columns that hold parts of it, which sum up to one."""
-
-    space: Shares
-
-    def _held(self) -> Floats:
-        owner_X, part_X = self.space.owner_X, self.space.contents.part.astype(np.float32)
-        held = np.zeros((self.space.problem.num_experts, len(self.ids)), np.float32)
-        for pair_N in self.sets.T:
-            held[owner_X[pair_N], np.arange(len(self.ids))] += part_X[pair_N]
-        return held
-
-    def _step(self, down: np.float32, cost_EM: Floats, held_E: Floats, used_K: Floats) -> None:
-        z, ratio, owner_X = self.z, self.ratio, self.space.owner_X
-        part_X = self.space.contents.part.astype(np.float32)
-        mu_XM, pi_X = z["mu"][owner_X] * part_X[:, None], ratio * z["pi"][owner_X] * part_X
-        cost_XM, held_X = np.empty_like(mu_XM), np.empty_like(pi_X)
-        step_columns(
-            self.parts, self.sets, self.sizes, self.kind, z["x"], mu_XM, pi_X, ratio * z["y"], np.array([down]),
-            self.image["x"], cost_XM, held_X, used_K,
-        )  # fmt: skip
-        experts = len(cost_EM)
-        cost_EM[...] = (cost_XM * part_X[:, None])[:-1].reshape(experts, -1, cost_EM.shape[1]).sum(axis=1)
-        held_E[...] = (held_X * part_X)[:-1].reshape(experts, -1).sum(axis=1)

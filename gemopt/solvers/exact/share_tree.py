@@ -26,13 +26,15 @@ from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import rows_of
 from gemopt.solvers.exact.column_master import Floats
 from gemopt.solvers.exact.copies_tree import CopiesTree, make_copies_tree
+from gemopt.solvers.exact.share_master import ShareMaster
+from gemopt.solvers.exact.share_screen import cut_copies
 from gemopt.solvers.exact.share_search import Hosts, Left, search_left
-from gemopt.solvers.exact.share_space import IntArray, Priced, ShareMaster, Shares
+from gemopt.solvers.exact.share_space import IntArray, Priced, Shares
 from gemopt.solvers.exact.tree import CLOSE, expert_order
 from gemopt.solvers.size import MOST_EXPERTS
 
 FIRST_LOOKS, FIRST_ITERATIONS = 12, 100  # at all contents, and of the master before each
-LOOKS, ITERATIONS = 3, 50  # the same of every other box
+LOOKS, ITERATIONS = 3, 25  # the same of every other box
 HELD = 256  # cheapest contents in the master, beside those in use
 HELD_BESIDE_TABLES = 768  # the same where latencies are looked up, so that a look takes as long as more iterations
 MOST_LEFT = 2500  # contents that are searched
@@ -179,7 +181,7 @@ class ShareTree:
             mu_ET = mu_LET[0]
             if box.best.bound_us > -np.inf:
                 mu_ET, pi_E = (mu_ET + box.best.mu_ET) / 2, (pi_E + box.best.pi_E) / 2
-            found = self.space.prove(mu_ET, pi_E, self.stop, box.ids, box.live_KN)
+            found = self.space.prove(mu_ET, pi_E, self.stop, box.ids, box.live_KN, master.ids, self.limit_us)
             if found is None:
                 break
             box = replace(box, net_KN=found.net_KN, held=Held(master.ids, master.image, master.ratio))
@@ -258,10 +260,9 @@ class ShareTree:
         box = replace(box, high_E=np.minimum(box.high_E, box.low_E + spare - least))
         more_EC = np.arange(1, space.most + 1) - box.low_E[:, None]
         more_X = np.append(np.where(more_EC + box.low_E[:, None] > box.high_E[:, None], -1, more_EC), 0)
-        more_NS = more_X[contents.pairs[box.ids]]
-        fits_N = (more_NS >= 0).all(axis=1)
-        empty_KN = space.slots_K[:, None] - contents.size[box.ids].astype(np.int64)
-        return box.keep(box.live_KN & fits_N & (least + more_NS.sum(axis=1) + empty_KN <= spare))
+        live_KN = box.live_KN
+        cut_copies(contents.pairs, contents.size, box.ids, more_X, space.slots_K, spare - least, live_KN)
+        return box.keep(live_KN)
 
 
 def bound_of_copies(problem: Problem, row: IntArray, target_us: float, stop: Any) -> ShareTree | None:
