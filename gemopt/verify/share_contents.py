@@ -24,6 +24,7 @@ Array = NDArray[Any]
 BLOCK = 64  # steps looked at together
 EXACT_BITS = 53
 MOST_ENTRIES = 1e10  # contents of one rank x steps
+FITS = 4e18  # in 63 bits
 LONGEST_PS = 1 << 38  # above the floors: what takes longer counts as this long
 
 
@@ -132,29 +133,50 @@ def _scanned(
     floor_BW = np.pad((-(-floor_T >> coarse)).astype(np.float64), (0, filled)).reshape(load_XBW.shape[1:])
     table_N = (times_N >> coarse).astype(np.float64)
     slots, shift = int(case.slots_G[g]), mass_bits - bits - coarse
+    alone_X, both_XX = _by_pairs(load_XT, mass_XT, price_X, table_N, floor_BW.reshape(-1)[: len(floor_T)], slots, shift)
     found = _least(
         load_XBW, mass_XBW, price_X, table_N, floor_BW, most, slots, case.spare, shift, within.low_E, within.high_E,
-        (1 << 62) if limit is None else limit, out,
+        (1 << 62) if limit is None else limit, alone_X, both_XX, out,
     )  # fmt: skip
     return int(found[0]), int(found[1])
+
+
+def _by_pairs(
+    load_XT: IntArray, mass_XT: IntArray, price_X: IntArray, table_N: NDArray[np.float64],
+    floor_T: NDArray[np.float64], slots: int, shift: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # fmt: skip
+    """(alone [X], both [X, X]): sums of these of what a content holds are below what it costs, less its prices.
+
+    From a line below all times, of which what is below a floor counts as well. In float64: what sums round, and a unit
+    for rounding down, is taken off each alone.
+    """
+    loads, mass_XT = np.arange(len(table_N)), mass_XT.astype(np.float64)
+    slope = (table_N[-1] - table_N[0]) / max(len(table_N) - 1, 1)
+    above_T = (table_N - slope * loads).min() - floor_T
+    one_XX = slope * (mass_XT @ load_XT.T.astype(np.float64)) * 2.0**-shift
+    alone_X = (mass_XT @ above_T) * 2.0**-shift + one_XX.diagonal() - price_X
+    size = (mass_XT @ np.abs(above_T)).max() * 2.0**-shift + slots * np.abs(one_XX).max() + np.abs(price_X).max()
+    size += float(table_N.max()) * mass_XT.sum(axis=1).max() * 2.0**-shift  # of the line's start, rounded
+    return alone_X - 1 - (len(floor_T) + 1000) * 2.0**-52 * size, one_XX + one_XX.T
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
 def _least(
     load_XBW: Array, mass_XBW: Array, price_X: Array, table_N: Array, floor_BW: Array, most: int, slots: int,
-    spare: int, shift: int, low_E: Array, high_E: Array, limit: int, out: Array,
+    spare: int, shift: int, low_E: Array, high_E: Array, limit: int, alone_X: Array, both_XX: Array, out: Array,
 ) -> tuple[np.int64, int]:  # fmt: skip
     """Pairs of an expert and its copies, number `e most + c - 1`, are added in rising order of the experts.
 
     A content with so many slots empty leaves that many fewer for copies, and so do experts whose least is above one.
-    With room in `out` those that cost at most `limit` are listed, in place of the least.
+    With room in `out` those that cost at most `limit` are listed, in place of the least. Steps are looked at only where
+    pairs alone do not cost too much.
     """
     pairs, blocks, width = load_XBW.shape
     deepest = min(slots, pairs // most)
-    load_SBW, mass_SBW = np.zeros((deepest + 1, blocks, width), np.int64), np.zeros((deepest + 1, blocks, width))
+    load_BW, mass_BW = np.zeros((blocks, width), np.int64), np.zeros((blocks, width))
     price_S, extra_S = np.zeros(deepest + 1, np.int64), np.zeros(deepest + 1, np.int64)
     next_S, above_W, size, found = np.zeros(deepest + 1, np.int64), np.empty(width), 0, 0
-    trail_S, listing = np.zeros(deepest + 1, np.int64), len(out) > 0
+    trail_S, listing, sum_S = np.zeros(deepest + 1, np.int64), len(out) > 0, np.zeros(deepest + 1)
     extra_S[0] = (low_E - 1).sum()
     least = np.int64(1) << 62
     if extra_S[0] + slots <= spare:
@@ -171,14 +193,21 @@ def _least(
         extra = extra_S[size] + c - low_E[e]
         if extra > spare or c < low_E[e] or c > high_E[e]:
             continue
-        price = price_S[size] + price_X[x]
+        price, total = price_S[size] + price_X[x], sum_S[size] + alone_X[x]
+        for s in range(size):
+            total += both_XX[x, trail_S[s]]
         trail_S[size] = x
-        if extra + slots - size - 1 <= spare:
-            known = np.int64(limit) + 1 if listing else least
+        known = np.int64(limit) + 1 if listing else least
+        high = total > -FITS and total < FITS and np.int64(np.floor(total)) >= known
+        if extra + slots - size - 1 <= spare and not high:
+            load_BW[:] = 0
+            mass_BW[:] = 0
+            for s in range(size):
+                load_BW += load_XBW[trail_S[s]]
+                mass_BW += mass_XBW[trail_S[s]]
             cost = least_with(
-                load_SBW[size], load_XBW[x], mass_SBW[size], mass_XBW[x], table_N, floor_BW, above_W, shift, price,
-                known,
-            )  # fmt: skip
+                load_BW, load_XBW[x], mass_BW, mass_XBW[x], table_N, floor_BW, above_W, shift, price, known
+            )
             least = min(least, cost)
             if listing and cost <= limit:
                 if found < len(out):
@@ -186,10 +215,7 @@ def _least(
                         out[found, trail_S[s] // most] = trail_S[s] % most + 1
                     out[found, -1] = cost
                 found += 1
-        if size + 1 < deepest:
-            load_SBW[size + 1] = load_SBW[size] + load_XBW[x]
-            mass_SBW[size + 1] = mass_SBW[size] + mass_XBW[x]
-        price_S[size + 1], extra_S[size + 1] = price, extra
+        price_S[size + 1], extra_S[size + 1], sum_S[size + 1] = price, extra, total
         next_S[size + 1] = (e + 1) * most
         size += 1
     return least, found
