@@ -38,7 +38,7 @@ class ShareMaster(Master):
 @njit(cache=True, nogil=True, fastmath=FAST)
 def step_shares(
     parts_NM: Array, sets_NS: Array, owner_X: Array, part_X: Array, kind_N: Array, x_N: Array, mu_EM: Array,
-    pi_E: Array, y_K: Array, size: float, out_N: Array, cost_EM: Array, held_E: Array, used_K: Array,
+    pi_E: Array, y_K: Array, size: np.float32, out_N: Array, cost_EM: Array, held_E: Array, used_K: Array,
 ) -> None:  # fmt: skip
     """As `step_columns`, where a column has a part of each of its experts."""
     cost_EM[:] = 0
