@@ -173,9 +173,9 @@ def test_ranks_without_speeds_are_equal_devices(tmp_path: Path, capsys: pytest.C
 
 
 def test_repeats_that_disagree_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = "".join(f"{n},{us}\n" for n, us in ((8, 50), (8, 200), (16, 60), (16, 61)))
+    rows = "".join(f"{n},{us}\n" for n, us in ((8, 50), (8, 100), (16, 60), (16, 61)))
     words = ["profile", "import", written(tmp_path, "assignments,latency_us\n" + rows), "-o", tmp_path / "p.json"]
-    said = "the times of 1 of 2 loads disagree (8 assignments: 125 us"
+    said = "the times of 1 of 2 loads disagree (8 assignments: 75 us"
     assert said in run(capsys, *words)[1]
     code, out, error = gemopt(capsys, *words, "--json")
     assert code == 0 and said in error and out.startswith("{")

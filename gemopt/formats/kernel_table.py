@@ -12,6 +12,13 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.foreign import telling
 from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
+from gemopt.formats.table_beside import (
+    beside,
+    refuse_failed,
+    refuse_other_loads,
+    refuse_other_units,
+    refuse_skewed_groups,
+)
 from gemopt.formats.table_columns import (
     HOSTS,
     RANKS,
@@ -30,6 +37,7 @@ from gemopt.formats.table_files import Row, Table, number, read, refuse_grouped,
 from gemopt.formats.table_kinds import (
     AICONFIGURATOR,
     AITER,
+    BENCHMARK_MOE,
     LAYOUTS,
     Layout,
     Unit,
@@ -53,6 +61,7 @@ LOCAL_COLUMNS = ("local_num_experts", "num_local_experts")
 EP_COLUMNS = ("moe_ep_size", "ep_size", "ep", "moe_ep", "expert_parallel_size")
 LENGTHS = ("seq_len", "seqlen", "sequence_length", "input_len", "isl", "prompt_len", "input_length")
 LARGEST_LOAD, LARGEST_US = 2.0**31 - 1, 1e12  # as in a profile
+MANYFOLD = 0.5  # of the median: half of the repeats of a load lie further from it, as two that are threefold apart do
 
 
 def read_table(
@@ -102,7 +111,10 @@ def read_table(
     layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
     table = chosen_rows(full, where)
     unsaid = [] if layout else [each for each in full.header if each not in (*device, *repeat)]
-    refuse_other_operations(table, [each for each in unsaid if len(values(full.rows, each)) > 1])
+    varying = [each for each in unsaid if len(values(full.rows, each)) > 1]
+    refuse_other_operations(table, varying, read_over=repeat if layout is None else table.header)
+    if layout is None:
+        refuse_failed(table, repeat)
     if layout is AITER:
         table = one_stage(table)
     load_column = _load_column(table, layout, unit, load)
@@ -112,6 +124,9 @@ def read_table(
     tables = by_device(table, columns)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
     reader.latency, reader.scale = _time(table, layout, time)
+    reader.scattered = reader.latency in repeats
+    if layout is None:
+        refuse_other_units(table, reader.latency, reader.scale)
     own = [load_column, active_column, reader.latency, *named(table, ("assignments",))]
     used = {*columns, *repeats, *(name for name in own if name is not None)}
     refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
@@ -121,6 +136,8 @@ def read_table(
         refuse_skewed(table, where)
     top_k = _given("--top-k", top_k, table, TOP_K_COLUMNS)
     counted = _unit(table, load_column, layout, unit, top_k)
+    if layout is None and counted is Unit.GROUP_TOKENS:
+        refuse_skewed_groups(table, where)
     reader.factor = _factor(counted, top_k, ep, table)
     _check_assignments(reader)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
@@ -128,13 +145,14 @@ def read_table(
     if notes is not None:
         if unit is None and counted is Unit.ASSIGNMENTS and plain(load_column) != "assignments":
             notes.append(f"{load_column} counted as assignments; where it is tokens, give --unit tokens and --top-k")
+        notes += beside(table, repeats) if layout in (None, BENCHMARK_MOE) and counted is not Unit.GROUP_TOKENS else []
         notes += doubts(profile)
     return profile
 
 
 @dataclass
 class _Reader:
-    """Load and time of a row."""
+    """Load and time of a row. scattered: times of one load are taken together however far apart they are."""
 
     table: Table
     load: str
@@ -142,6 +160,7 @@ class _Reader:
     latency: str = ""
     scale: float = 1.0
     factor: float = 1.0
+    scattered: bool = False
 
     def key(self, row: Row) -> tuple[float, ...]:
         load = number(self.table, row, self.load, largest=LARGEST_LOAD)
@@ -164,6 +183,23 @@ class _Reader:
             )
         return load, active, latency
 
+    def refuse_scattered(self, table: Table) -> None:
+        """Raise where rows of one load differ manyfold: they are no repeats, and their median is nobody's time."""
+        rows: dict[tuple[float, ...], list[Row]] = defaultdict(list)
+        for row in table.rows:
+            rows[self.key(row)].append(row)
+        for alike in [] if self.scattered else rows.values():
+            times = np.array([float(row.cells[self.latency]) for row in alike])
+            median = float(np.median(times))
+            if float(np.median(np.abs(times - median))) > MANYFOLD * median:
+                first, last = alike[int(times.argmin())], alike[int(times.argmax())]
+                raise InputError(
+                    f"{table.path} {first.where} and {last.where}, {self.latency}",
+                    f"{first.cells[self.latency]} and {last.cells[self.latency]} for one load",
+                    "repeats that agree within threefold",
+                    f"rows of several kinds? tell them by a column; for their median: --repeat-column '{self.latency}'",
+                )
+
 
 def _check_assignments(reader: _Reader) -> None:
     """Refuse tokens that make other assignments than the table says beside them."""
@@ -182,6 +218,7 @@ def _load_column(table: Table, layout: Layout | None, unit: Unit | None, asked: 
     if asked is not None and unit is None:
         raise InputError("--unit", "", f"what does {asked} count?", "give --unit tokens, group-tokens or assignments")
     if asked is not None:
+        refuse_other_loads(table, asked)
         return known(table, asked, "--load-column")
     if layout is not None:
         return layout.load
@@ -270,13 +307,15 @@ def _device(reader: _Reader, table: Table, columns: Sequence[str], rank: int) ->
     if own is not None:
         rank = whole(table, table.rows[0], own, largest=LARGEST_LOAD)
     told = ", ".join(f"{name} {cells[name]}" for name in columns if name != own)
+    points = [reader.point(row) for row in table.rows]
+    reader.refuse_scattered(table)
     name = next((labels[each] for each in ("device_name", "gpu_name", "device", "gpu") if labels.get(each)), "unknown")
     return Device(
         rank=rank,
         name=name if own or not told or (name != "unknown" and not name.isdigit()) else told,
         uuid=next((labels[each] for each in UUIDS if labels.get(each)), None),
         node=next((labels[each] for each in HOSTS if labels.get(each)), None),
-        samples=_samples([reader.point(row) for row in table.rows]),
+        samples=_samples(points),
     )
 
 

@@ -33,10 +33,10 @@ STATISTICS = {
 RESULTS = {
     "err", "err1", "err2", "error", "errors", "tflops", "gflops", "flops", "bw", "bandwidth", "gbps", "tbps",
     "throughput", "tps", "speedup", "efficiency", "utilization", "util", "mfu", "temp", "temperature", "energy",
-    "repeats", "latency", "time", "duration", "elapsed",
+    "repeats", "latency", "time", "duration", "elapsed", "ops", "iqr",
 }  # fmt: skip
 FLAGS = {"0", "1"}  # a row that failed, and no result
-MOMENTS = {"timestamp", "datetime", "date", "start", "begin", "end", "stop"}
+MOMENTS = {"timestamp", "datetime", "date", "start", "begin", "end", "stop", "ts"}
 STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency"}
 SHAPES = {
     "hidden", "inter", "intermediate", "dim", "experts", "expert", "topk", "k", "n", "tp", "ep", "dp", "pp", "size",
@@ -45,11 +45,15 @@ SHAPES = {
 SUMMARIES = STATISTICS | {"all", "total", "sum", "overall"}  # of devices, and none itself
 LOADS = {"tokens", "token", "rows", "assignments", "batch", "per", "m"}
 TIMES = {"latency", "time", "duration", "elapsed"}
+SHORT_UNITS = {"us": ("u", "micro", 1.0), "ms": ("m", "milli", 1e3), "ns": ("n", "nano", 1e-3), "s": ("", "", 1e6)}
+SECONDS = ("sec", "secs", "second", "seconds")
 TIME_UNITS = {
-    "us": 1.0, "usec": 1.0, "microseconds": 1.0, "ms": 1e3, "msec": 1e3, "milliseconds": 1e3, "ns": 1e-3, "nsec": 1e-3,
-    "nanoseconds": 1e-3, "s": 1e6, "sec": 1e6, "seconds": 1e6,
-}  # fmt: skip
-INDEX = {"", "index", "unnamed_0", "row", "row_id", "no"}
+    name: factor
+    for short, (letter, prefix, factor) in SHORT_UNITS.items()
+    for name in (short, *(start + word for start in dict.fromkeys((letter, prefix)) for word in SECONDS))
+}
+"""Microseconds of each unit, by all its names: us, usec, microseconds, ..."""
+INDEX = {"", "index", "unnamed_0", "row", "row_id", "no", "id", "idx"}
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 SHOWN = 4
 LoadOf = Callable[[Row], tuple[float, ...]]
@@ -70,7 +74,7 @@ def words(name: str) -> set[str]:
 def unit_of(name: str) -> str | None:
     """The unit of time that a column's name ends in; `tokens_per_s` and `gb_s` are none."""
     found = UNIT_AT_END.search(plain(name))
-    if found is None or "per" in words(name) or (found[1] == "s" and not words(name) & TIMES):
+    if found is None or "per" in words(name) or (found[1] in ("s", "second") and not words(name) & TIMES):
         return None
     return found[1]
 

@@ -66,6 +66,7 @@ def read(path: str | os.PathLike[str]) -> Table:
         text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if JSON.match(text):
         return _records(str(path), text)
     if BATCH.search(text) or KERNEL_TIME.search(text):
@@ -179,6 +180,7 @@ def _csv(path: str, text: str) -> Table:
 
 
 def _table(path: str, lines: list[tuple[int, list[str]]]) -> Table:
+    lines = _filled([(line, cells) for line, cells in lines if any(cells)])
     if len(lines) < 2:
         raise InputError(path, "no rows", "a header line and at least one row are needed")
     header = lines[0][1]
@@ -190,6 +192,15 @@ def _table(path: str, lines: list[tuple[int, list[str]]]) -> Table:
             raise InputError(f"{path} line {line}", f"{len(cells)} columns", f"{len(header)} columns, as in the header")
     rows = [Row(f"line {line}", dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
     return Table(path, header, rows)
+
+
+def _filled(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """The lines without columns at the end that have neither a name nor any cell, as spreadsheets leave them."""
+    while (
+        lines and len(lines[0][1]) > 1 and all(len(cells) == len(lines[0][1]) and not cells[-1] for _, cells in lines)
+    ):
+        lines = [(line, cells[:-1]) for line, cells in lines]
+    return lines
 
 
 def _parquet(path: str, data: bytes) -> Table:

@@ -40,6 +40,35 @@ ITERATIONS = {
     "iters", "iterations", "num_iters", "n_iters", "num_iterations", "loops", "calls", "num_calls", "of_calls",
     "instances",
 }  # fmt: skip
+RUNS = {
+    "iter",
+    "iters",
+    "niter",
+    "iterations",
+    "loops",
+    "calls",
+    "repeat",
+    "repeats",
+    "rep",
+    "reps",
+    "runs",
+    "count",
+    "rounds",
+    "launches",
+    "times",
+}
+"""Words of how many runs a total is of, where all rows have one number above 1; it counts the repeats elsewhere."""
+PARTS = {
+    "kernel", "kernel_name", "component", "stage", "part", "module", "section", "layer", "layer_type", "block",
+    "function", "func", "phase", "pass", "direction", "test", "test_name", "benchmark", "name",
+}  # fmt: skip
+"""Columns that name what was timed, though all rows alike."""
+ELSEWHERE = {
+    "attention", "attn", "allreduce", "allgather", "alltoall", "reducescatter", "a2a", "dispatch", "combine", "comm",
+    "nccl", "rccl", "layernorm", "rmsnorm", "permute", "unpermute", "backward", "bwd", "h2d", "d2h",
+    "gemm1", "gemm2", "stage1", "stage2", "w13", "w2",
+}  # fmt: skip
+EXCHANGES = ("alltoall", "allreduce", "allgather", "reducescatter")
 LAYERS = {"layers", "num_layers", "n_layers", "num_hidden_layers", "moe_layers", "num_moe_layers", "layer_count"}
 ONE_DEVICE = re.compile(
     r"(?:^|_)(?:(?:ep_)?rank|(?:g|n|x)pu|device|card|host|node|worker)_?\d+(?:_|$)"
@@ -61,14 +90,18 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     apart = [name for name in table.header if ONE_DEVICE.search(plain(name))]
     if apart:
         limit = "one line per device and load, and a column rank"
+        unit = next((each for each in plain(apart[0]).split("_") if each in TIME_UNITS), "us")
         raise InputError(
-            table.path, f"columns {', '.join(apart)}", limit, f"for one alone: --time-column '{apart[0]}:us'"
+            table.path, f"columns {', '.join(apart)}", limit, f"for one alone: --time-column '{apart[0]}:{unit}'"
         )
-    durations = [name for name in table.header if not words(name) & MOMENTS]
+    shares = {name for name in table.header if "%" in name or words(name) & {"percent", "pct"}}
+    durations = [name for name in table.header if not words(name) & MOMENTS and name not in shares]
     timed = [name for name in durations if unit_of(name) or (words(name) & TIMES and is_numeric(table.rows, name))]
     single = [name for name in timed if not words(name) & STATISTICS]
     middle = [name for name in timed if words(name) & {"median", "med", "p50"}]
     mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
+    if (middle or mean) and single and all(words(name) & TOTALS and _runs(table, name) for name in single):
+        single = []
     best = single or middle or mean
     if len(best) == 1:
         _refuse_other_times(table, best[0])
@@ -86,29 +119,58 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
 def _asking(name: str) -> str:
     """The option that takes a column, with the unit that its name ends in, if any."""
     found = UNIT_AT_END.search(plain(name))
-    return f"--time-column '{name}'" if unit_of(name) else f"--time-column '{name}:{found[1] if found else 'ms'}'"
+    if unit_of(name) or found:
+        return f"--time-column '{name}'" if unit_of(name) else f"--time-column '{name}:{found[1] if found else ''}'"
+    return f"--time-column '{name}:ms', or :us, :ns, :s"
 
 
 def _refuse_other_times(table: Table, name: str) -> None:
     """Raise where a time is, by its name or the columns beside it, not that of one run of one MoE layer."""
-    several = LAYERS | (ITERATIONS if words(name) & TOTALS else set())
     told = [f"{each} {values(table.rows, each)[-1]}" for each in table.header
-            if plain(each) in several and set(values(table.rows, each)) - {"", "1"}]  # fmt: skip
+            if plain(each) in LAYERS and set(values(table.rows, each)) - {"", "1"}]  # fmt: skip
+    told += _runs(table, name)
     share = "per" in words(name) and words(name) & (LOADS - {"per"} | {"expert", "experts"})
     if told or share or words(name) & (NO_LAYER | NO_TIME):
         found = " beside ".join([f"time {name}", *told])
         raise InputError(table.path, found, "the time of one whole MoE layer", f"if it is: {_asking(name)}")
 
 
-def refuse_other_operations(table: Table, varying: Collection[str] = ()) -> None:
+def _runs(table: Table, name: str) -> list[str]:
+    """Columns that say of how many runs a time is the total, with their last values; none where it is no total."""
+    if not words(name) & TOTALS:
+        return []
+    found = {each: values(table.rows, each) for each in table.header}
+    one = {each for each, seen in found.items() if len(seen) == 1 and seen[0].isdigit() and int(seen[0]) > 1}
+    return [
+        f"{each} {seen[-1]}"
+        for each, seen in found.items()
+        if (plain(each) in ITERATIONS and set(seen) - {"", "1"})
+        or (each in one and "warmup" not in words(each) and (words(each) & RUNS or plain(each) == "n"))
+    ]
+
+
+def refuse_other_operations(table: Table, varying: Collection[str] = (), read_over: Collection[str] = ()) -> None:
     """Raise where a column says that what was timed is no MoE layer, but an exchange or a part of one.
 
-    varying: columns besides those named after operations that tell rows apart.
+    varying: columns besides those named after operations that tell rows apart. read_over: those that were said to tell
+    nothing, of the ones that name what was timed in all rows alike.
     """
+    for name in (each for each in table.header if plain(each) in PARTS and each not in (*varying, *read_over)):
+        told = [each for each in values(table.rows, name) if words(each) & ELSEWHERE or _is_exchange(each)]
+        if told:
+            hint = f"gemopt topology reads exchanges; if it is a whole layer: --repeat-column '{name}'"
+            raise InputError(f"{table.path}, {name}", listed(told), "times of whole MoE layers", hint)
     for name in (each for each in table.header if each in varying or plain(each) in OPERATIONS):
         found = values(table.rows, name)
-        other = [each for each in found if words(each) & NO_LAYER or f"{plain(name)}{each}" in NO_LAYER]
+        other = [
+            each for each in found if words(each) & NO_LAYER or f"{plain(name)}{each}" in NO_LAYER or _is_exchange(each)
+        ]
         if other:
             one = f"; where one is a whole layer: --where {name}=VALUE --repeat-column {name}"
             hint = f"add up the parts of a load; gemopt topology reads exchanges{one if name in varying else ''}"
             raise InputError(f"{table.path}, {name}", listed(other), "rows of whole MoE layers", hint)
+
+
+def _is_exchange(told: str) -> bool:
+    """`all_to_all`, `ncclAllReduce` and the like."""
+    return any(each in plain(told).replace("_", "") for each in EXCHANGES)

@@ -1,0 +1,119 @@
+"""What columns beside load and time say of rows that are all alike: units, failed runs, parts, other loads.
+
+A column with one value makes no two rows differ, and may still say that they are not what they are read as.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from gemopt.exceptions import InputError
+from gemopt.formats.table_columns import TIME_UNITS, TIMES, named, plain, unit_of, values, words
+from gemopt.formats.table_files import Table
+
+UNITS = {"unit", "units", "time_unit", "time_units", "latency_unit", "metric_unit", "metric_units"}
+METRICS = {"metric", "metric_name", "measure", "measurement", "quantity", "counter"}
+OTHER_METRICS = {
+    "tflops", "gflops", "flops", "bandwidth", "bw", "gbps", "tbps", "throughput", "tps", "speedup", "efficiency",
+    "utilization", "util", "mfu", "power", "watts", "clock", "temperature", "temp", "energy", "memory", "bytes",
+}  # fmt: skip
+FLAGS = {"valid", "success", "succeeded", "passed", "pass", "ok", "correct", "converged"}
+STATES = {"status", "state", "outcome", "result", "verdict"}
+FAULTS = {"error", "errors", "err", "failed", "failure", "exception", "oom", "timeout", "timed_out"}
+NO = {"0", "0.0", "false", "no", "n", "none", "nan", "null", "nil", "n/a", "-", ""}
+FAILED = {"fail", "failed", "failure", "error", "oom", "timeout", "crash", "crashed", "invalid", "skip", "skipped"}
+SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", "hotspot"}
+ROUTINGS = {"distribution", "routing", "load_distribution", "balance", "expert_distribution"}
+RATES = {
+    "percent", "pct", "ratio", "fraction", "utilization", "util", "throughput", "log", "log2", "log10", "ln", "bytes",
+    "kb", "mb", "gb", "kib", "mib", "gib", "sec", "second", "us", "ms", "ns",
+}  # fmt: skip
+THOUSANDS = {"k", "ktokens", "thousand", "thousands", "million", "millions"}
+SHARDED = ("tp", "tp_size", "moe_tp", "moe_tp_size", "tensor_parallel_size", "moe_tensor_parallel_size")
+WHOLE_EXPERTS = ("enable_expert_parallel", "enable_ep", "enable_ep_moe")
+GROUPS = ("num_gpus", "n_gpus", "ngpus", "gpus", "world_size", "num_ranks", "nranks")
+
+
+def refuse_other_units(table: Table, time: str, scale: float) -> None:
+    """Raise where a column names the unit, or what was measured, and the times are read as another.
+
+    time, scale: the column with the times, and microseconds per unit as they are read.
+    """
+    for name in table.header:
+        metric = plain(name) in METRICS
+        if name == time or not (metric or plain(name) in UNITS):
+            continue
+        for row in table.rows:
+            told = row.cells[name]
+            unit = (unit_of(told) if metric else None) or plain(told)
+            if TIME_UNITS.get(unit, scale) != scale:
+                several = len(values(table.rows, name)) > 1
+                one = "which is right? mend the other" if unit_of(time) else f"--time-column '{time}:{unit}'"
+                hint = "write all times in one unit" if several else one
+                raise InputError(f"{table.path} {row.where}, {name}", told, f"the unit that {time} is read in", hint)
+            if metric and words(told) & OTHER_METRICS and not words(told) & TIMES and unit_of(told) is None:
+                raise InputError(f"{table.path} {row.where}, {name}", told, "a time", "choose rows with --where")
+
+
+def refuse_failed(table: Table, read_over: Collection[str]) -> None:
+    """Raise where a column says that a run failed."""
+    for name in (each for each in table.header if each not in read_over):
+        row = next((row for row in table.rows if _failed(plain(name), row.cells[name])), None)
+        if row is not None:
+            well = next((value for value in values(table.rows, name) if not _failed(plain(name), value)), None)
+            choice = "leave such rows out" if well is None else f"--where '{name}={well}'"
+            hint = f"{choice}; if {name} says something else: --repeat-column '{name}'"
+            raise InputError(f"{table.path} {row.where}, {name}", row.cells[name], "rows of runs that went well", hint)
+
+
+def _failed(column: str, cell: str) -> bool:
+    told = cell.lower()
+    if column in FLAGS:
+        return bool(told) and (told in NO - {"nan", "null", "nil", "n/a", "-", "none"} or bool(words(told) & FAILED))
+    if column in STATES:
+        return bool(words(told) & FAILED)
+    return column in FAULTS and told not in NO and (told in ("1", "true", "yes") or not _is_number(told))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.strip("*%x\u00d7 "))
+    except ValueError:
+        return False
+    return True
+
+
+def refuse_skewed_groups(table: Table, where: Sequence[str]) -> None:
+    """Raise where the tokens of a group went to its ranks unevenly, and the table does not say how many to this one."""
+    asked = {text.partition("=")[0].strip() for text in where}
+    for name in (each for each in table.header if plain(each) in ROUTINGS and each not in asked):
+        told = next((value for value in values(table.rows, name) if words(value) & SKEWED), None)
+        if told is not None:
+            limit = "balanced rows: of others the table does not tell how many assignments the rank had"
+            raise InputError(
+                f"{table.path}, {name}", told, limit, f"to take them as if balanced: --where {name}={told}"
+            )
+
+
+def refuse_other_loads(table: Table, load: str) -> None:
+    """Raise where the name of the load column says that it counts per expert, in thousands, or no rows at all."""
+    parts = words(load)
+    if "per" in parts and parts & {"expert", "experts", "group", "groups"}:
+        raise InputError("--load-column", load, "the load of a device, over all its experts", "multiply by the experts")
+    if parts & (RATES | THOUSANDS) or {"per", "s"} <= parts or "%" in load:
+        raise InputError("--load-column", load, "a count of rows or tokens", f"is that in {table.path}? then rename it")
+
+
+def beside(table: Table, read_over: Collection[str]) -> list[str]:
+    """Sentences on columns that say in how many parts a layer or its tokens were measured."""
+    notes = []
+    whole = any(values(table.rows, name)[0].lower() in ("true", "1") for name in named(table, WHOLE_EXPERTS))
+    for names, what in (
+        (() if whole else SHARDED, "times are those of a part of each expert, right where it is served so"),
+        (GROUPS, "are loads those of one device? of all: --unit group-tokens"),
+    ):
+        for name in named(table, names):
+            found = values(table.rows, name)[0]
+            if name not in read_over and found.isdigit() and int(found) > 1:
+                notes.append(f"{name} is {found}: {what}")
+    return notes

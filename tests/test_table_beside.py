@@ -1,0 +1,151 @@
+"""What columns with one value say of all rows of a kernel table: units, failures, parts, other loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kernel_tables import loads, written
+from one_liners import one_line
+
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import Unit, read_table
+
+NS = (1, 2, 4, 8)
+
+
+def table(folder: Path, header: str, more: str) -> Path:
+    return written(folder, f"{header}\n" + "".join(f"{n},{50 + n}{more}\n" for n in NS))
+
+
+@pytest.mark.parametrize(
+    ("header", "more", "time", "said"),
+    [
+        ("assignments,time_us,unit", ",ms", None, "line 2, unit: got ms; the unit that time_us is read in"),
+        ("assignments,latency_us,time_unit", ",ns", None, "which is right? mend the other"),
+        ("assignments,time,time_unit", ",usecond", "time:ms", "--time-column 'time:usecond'"),
+        ("assignments,value,metric", ",latency_ms", "value:us", "--time-column 'value:ms'"),
+        ("assignments,value,metric", ",tflops", "value:us", "metric: got tflops; a time"),
+        ("assignments,time_us,status", ",FAILED", None, "status: got FAILED; rows of runs that went well"),
+        ("assignments,time_us,valid", ",False", None, "valid: got False"),
+        ("assignments,time_us,passed", ",0", None, "if passed says something else: --repeat-column 'passed'"),
+        ("assignments,time_us,error", ",CUDA OOM", None, "error: got CUDA OOM"),
+        ("assignments,time_us,kernel", ",ncclAllToAll", None, "kernel: got ncclAllToAll; times of whole MoE layers"),
+        ("assignments,time_us,component", ",attention", None, "if it is a whole layer: --repeat-column 'component'"),
+        ("assignments,time_us,stage", ",gemm1", None, "stage: got gemm1"),
+        ("assignments,time_us,phase", ",backward", None, "phase: got backward"),
+        ("assignments,total_us,repeat", ",100", None, "time total_us beside repeat 100"),
+        ("assignments,total_time_us,graph_iters", ",50", None, "beside graph_iters 50"),
+        ("assignments,elapsed_us,n", ",20", None, "beside n 20"),
+    ],
+)
+def test_columns_of_one_value_that_contradict_are_refused(
+    tmp_path: Path, header: str, more: str, time: str | None, said: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(table(tmp_path, header, more), time=time)
+    assert said in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("header", "more"),
+    [
+        ("assignments,time_us,unit", ",us"),
+        ("assignments,time_us,status", ",ok"),
+        ("assignments,time_us,valid", ",True"),
+        ("assignments,time_us,error", ",0.01"),
+        ("assignments,time_us,kernel", ",fused_moe_topk8_gate_up_down"),
+        ("assignments,time_us,phase", ",decode"),
+        ("assignments,time_us,repeat", ",100"),
+        ("assignments,total_us,warmup_iters", ",10"),
+        ("assignments,total_us,n", ",1"),
+        ("assignments,time_us,,", ",,"),
+    ],
+)
+def test_columns_of_one_value_that_agree_are_read_over(tmp_path: Path, header: str, more: str) -> None:
+    assert loads(read_table(table(tmp_path, header, more))) == [(n, None, 50.0 + n) for n in NS]
+
+
+def test_what_the_refusals_advise_gives_the_right_figures(tmp_path: Path) -> None:
+    path = table(tmp_path, "assignments,time,time_unit", ",usecond")
+    right = [(n, None, 50.0 + n) for n in NS]
+    assert loads(read_table(path, time="time:usecond")) == right
+    path = written(tmp_path, "assignments,metric,value\n" + "".join(f"{n},latency_ms,{0.050 + n / 1e3}\n" for n in NS))
+    assert loads(read_table(path, time="value:ms")) == [(n, None, pytest.approx(50.0 + n)) for n in NS]
+    path = table(tmp_path, "assignments,time_us,kernel", ",my_combine_of_all")
+    assert loads(read_table(path, repeat=["kernel"])) == right
+    rows = "".join(f"{n},{us},{state}\n" for n in NS for us, state in ((50 + n, "ok"), (1, "failed")))
+    path = written(tmp_path, f"assignments,time_us,status\n{rows}")
+    with pytest.raises(InputError, match="--where 'status=ok'"):
+        read_table(path)
+    assert loads(read_table(path, where=["status=ok"])) == right
+
+
+@pytest.mark.parametrize(
+    "load",
+    ["tokens_per_expert", "m_per_group", "log2_m", "tokens (k)", "ktokens", "tokens_per_s", "load_percent", "bytes"],
+)
+def test_columns_that_are_no_load_are_refused(tmp_path: Path, load: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(table(tmp_path, f"{load},time_us", ""), load=load, unit=Unit.ASSIGNMENTS)
+    assert f"--load-column: got {load}" in one_line(error)
+
+
+def test_skewed_tokens_of_a_group_are_asked_for(tmp_path: Path) -> None:
+    path = table(tmp_path, "tokens,time_us,routing", ",zipf_1.2")
+    group = {"unit": Unit.GROUP_TOKENS, "top_k": 8, "ep": 8}
+    with pytest.raises(InputError, match="routing: got zipf_1"):
+        read_table(path, **group)
+    expected = [(n, None, 50.0 + n) for n in NS]
+    assert loads(read_table(path, **group, where=["routing=zipf_1.2"])) == expected
+    assert loads(read_table(path, unit=Unit.ASSIGNMENTS)) == expected  # the device's own load is told
+
+
+@pytest.mark.parametrize(
+    ("column", "said"), [("tp_size", "a part of each expert"), ("num_gpus", "--unit group-tokens")]
+)
+def test_times_of_several_gpus_are_named(tmp_path: Path, column: str, said: str) -> None:
+    notes: list[str] = []
+    read_table(table(tmp_path, f"tokens,time_us,{column}", ",8"), unit=Unit.TOKENS, top_k=1, notes=notes)
+    assert [note for note in notes if f"{column} is 8" in note and said in note] == notes
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize("column", ["latency_microsec", "time_usecs", "time (microsecond)", "us"])
+def test_more_spellings_of_microseconds(tmp_path: Path, column: str) -> None:
+    assert loads(read_table(table(tmp_path, f"assignments,{column}", ""))) == [(n, None, 50.0 + n) for n in NS]
+
+
+def test_nsys_summaries_give_the_median_of_a_run(tmp_path: Path) -> None:
+    header = "assignments,Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name\n"
+    rows = "".join(f"{n},60.1,{(50 + n) * 1e5},100,{(51 + n) * 1e3},{(50 + n) * 1e3},1,9e9,1,moe\n" for n in NS)
+    assert loads(read_table(written(tmp_path, header + rows))) == [(n, None, 50.0 + n) for n in NS]
+
+
+def test_hints_name_the_unit_of_a_column_for_each_device(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'latency_ms_rank1:ms'"):
+        read_table(written(tmp_path, "assignments,latency_ms_rank1,latency_ms_rank2\n1,5,6\n"))
+
+
+@pytest.mark.parametrize("rows", ["8,50\n8,500\n", "8,50\n8,51\n8,49\n8,500\n8,510\n8,505\n", "8,50\n8,5000\n16,60\n"])
+def test_times_of_one_load_that_differ_manyfold_are_refused(tmp_path: Path, rows: str) -> None:
+    path = written(tmp_path, f"assignments,time_us\n{rows}")
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    assert "for one load; repeats that agree within threefold" in one_line(error)
+    assert "--repeat-column 'time_us'" in one_line(error)
+    times = sorted(float(line.split(",")[1]) for line in rows.splitlines() if line.startswith("8,"))
+    median = (times[len(times) // 2 - 1] + times[len(times) // 2]) / 2
+    assert loads(read_table(path, repeat=["time_us"]))[0] == (8, None, median)
+
+
+def test_a_first_run_among_several_does_not_count(tmp_path: Path) -> None:
+    path = written(tmp_path, "assignments,time_us\n8,5000\n8,51\n8,50\n8,52\n")
+    assert loads(read_table(path)) == [(8, None, 51.5)]
+
+
+@pytest.mark.parametrize("text", ["assignments,time_us\r1,50\r2,51\r", "assignments,time_us,,\n1,50,,\n,,,\n2,51,,\n"])
+def test_what_spreadsheets_leave(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(text.encode())
+    assert loads(read_table(path)) == [(1, None, 50.0), (2, None, 51.0)]
