@@ -146,3 +146,45 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table.write_text("size,us\n1,2\n2,3\n")
     code, _, err = gemopt(capsys, "topology", table)
     assert code == 2 and "wideep_deepep_ll_perf" in err
+
+
+@pytest.fixture
+def sixteen(tmp_path: Path) -> str:
+    """NCCL's table of 16 GPUs, which does not tell on how many nodes."""
+    rows = "".join(
+        f"NCCL,alltoall,half,16,{n},{us / 1e3}\n" for n, us in ((1 << 10, 20), (1 << 20, 50), (1 << 24, 500))
+    )
+    path = tmp_path / "nccl.csv"
+    path.write_text("kernel_source,op_name,nccl_dtype,num_gpus,message_size,latency\n" + rows)
+    return str(path)
+
+
+def test_more_gpus_than_a_node_has_ask_for_the_nodes(sixteen: str) -> None:
+    with pytest.raises(InputError, match="num_gpus: got 16; the table does not tell on how many nodes; give --nodes 2"):
+        read_links(sixteen)
+    one = read_links(sixteen, nodes=1)
+    assert one.num_nodes == 1 and one.within_node is not None and one.within_node.points is not None
+    assert one.within_node.points[-1] == (pytest.approx((1 << 24) * 2 * 15 / 16), pytest.approx(500))
+    with pytest.raises(InputError, match="--inside"):
+        read_links(sixteen, nodes=2)
+    two = read_links(sixteen, nodes=2, inside="nvlink-8")
+    assert two.node_of_rank.tolist() == [0] * 8 + [1] * 8 and two.within_node == INSIDE["nvlink"][0]
+    assert two.between_nodes is not None and two.between_nodes.points is not None
+    assert two.between_nodes.points[-1] == (pytest.approx((1 << 24) * 2 * 8 / 16), pytest.approx(500))
+    with pytest.raises(InputError, match="--nodes: got 3; as many of the 16 GPUs on each node"):
+        read_links(sixteen, nodes=3)
+
+
+def test_nodes_of_what_tells_them_are_refused() -> None:
+    with pytest.raises(InputError, match=r"--nodes: got 2; .* tells: node_num"):
+        read_links(LOW_LATENCY, where=("node_num=2", "phase=combine"), inside="nvlink-8", nodes=2)
+    with pytest.raises(InputError, match="--nodes: got 2; does not apply to nvlink-8"):
+        read_links("nvlink-8", nodes=2)
+
+
+@pytest.mark.parametrize("cells", ["[[false, true], [true, false]]", '[["0", "1"], ["1", "0"]]'])
+def test_costs_are_numbers(tmp_path: Path, cells: str) -> None:
+    path = tmp_path / "cost.json"
+    path.write_text(cells)
+    with pytest.raises(InputError, match="flags or texts; a square of numbers"):
+        read_links(str(path), like="nvlink-8")

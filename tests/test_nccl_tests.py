@@ -152,3 +152,67 @@ def test_the_fullest_port_is_on_the_smallest_node(tmp_path: Path) -> None:
     between = read_links(str(path), inside="nvlink-2").between_nodes
     assert between is not None and between.points is not None
     assert [size for size, _ in between.points] == pytest.approx([1024 * 2 / 3, 2048 * 2 / 3, 4096 * 2 / 3])
+
+
+def clear_run(ranks: int, per_algorithm: float, test: str = "alltoall") -> str:
+    """What a test prints on one node at speeds that two digits tell."""
+    listed = "".join(f"#  Rank {r} Group 0 Pid {r} on a device {r} [0x{r:02x}] NVIDIA H100\n" for r in range(ranks))
+    rows = "".join(
+        f"{size:12d} {size // 4:10d} float none -1 {us:8.2f} {size / us / 1e3:7.2f} "
+        f"{per_algorithm * size / us / 1e3:7.2f} 0 {us:8.2f} 1.0 1.0 N/A\n"
+        for size, us in ((1 << 20, 23.5), (1 << 24, 75.92), (1 << 28, 914.78))
+    )
+    return f"# Collective test starting: {test}_perf\n# Using devices\n{listed}#\n{rows}"
+
+
+@pytest.mark.parametrize(("ranks", "per_algorithm", "test"), [(8, 7 / 8, "alltoall"), (4, 1.0, "sendrecv")])
+def test_bus_bandwidth_that_fits_the_ranks_is_read(tmp_path: Path, ranks: int, per_algorithm: float, test: str) -> None:
+    path = tmp_path / "run.txt"
+    path.write_text(clear_run(ranks, per_algorithm, test))
+    level = read_links(str(path)).within_node
+    assert level is not None and level.points is not None
+    assert level.points[-1] == (pytest.approx(per_algorithm * (1 << 28)), 914.78)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "per_algorithm", "test"), [(4, 7 / 8, "alltoall"), (8, 15 / 16, "alltoall"), (8, 1.75, "alltoall")]
+)
+def test_lost_ranks_and_other_tests_show_in_the_bus_bandwidth(
+    tmp_path: Path, ranks: int, per_algorithm: float, test: str
+) -> None:
+    path = tmp_path / "run.txt"
+    path.write_text(clear_run(ranks, per_algorithm, test))
+    with pytest.raises(InputError, match=f"as of {test}_perf on the {ranks} ranks listed; are ranks missing"):
+        read_links(str(path))
+
+
+def test_failed_checks_and_times_that_differ_manyfold_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.txt"
+    path.write_text(clear_run(8, 7 / 8) + "# Out of bounds values : 3 FAILED\n")
+    with pytest.raises(InputError, match="Out of bounds values : 3 FAILED"):
+        read_links(str(path))
+    text = clear_run(8, 7 / 8)
+    path.write_text(text + text[text.index("     1048576") :].replace("   23.50 ", "  235.00 "))
+    with pytest.raises(InputError, match=r"got 23\.5 and 235 us for 917504 bytes; repeats that agree"):
+        read_links(str(path))
+    path.write_text(clear_run(8, 7 / 8).replace("  914.78 ", "    0.91 ").replace("   75.92 ", "    0.07 "))
+    with pytest.raises(InputError, match="bytes and microseconds"):
+        read_links(str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nvbandwidth Version: v0.8\n 0  N/A  26.34\n", "copies between pairs"),
+        ("[P2P (Peer-to-Peer) GPU Bandwidth Latency Test]\n", "copies between pairs"),
+        ("#bytes #iterations BW peak[Gb/sec] BW average[Gb/sec]\n65536 5000 391 390\n", "a network card's test"),
+        ("# OSU MPI-CUDA All-to-All Personalized Exchange Latency Test v7.3\n1024 20.1\n", "OSU's benchmark"),
+        ("\tGPU0\tGPU1\nGPU0\t X \tNV18\nGPU1\tNV18\t X\n", "not how fast"),
+        ("EP: 4/16 | expanded dispatch: 115 GB/s (SO), 1064.000 us\n", "DeepEP's tests"),
+    ],
+)
+def test_what_other_tools_print_is_named(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "run.txt"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        read_links(str(path))

@@ -113,6 +113,9 @@ def topology_command(
         int | None, typer.Option("--token-bytes", min=1, help="of a token as measured, where a table does not tell")
     ] = None,
     once_per: OncePer = None,
+    nodes: Annotated[
+        int | None, typer.Option("--nodes", min=1, help="on how many nodes a table was measured that does not tell")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
 ) -> int:
     """Show, write or import links: a name, topology.json, nccl-tests output, rank_cost_matrix, measured tables."""
@@ -122,7 +125,9 @@ def topology_command(
     if once_per is not None and once_per not in ONCE_PER:
         raise InputError("--once-per", once_per, f"one of {', '.join(ONCE_PER)}")
     check_outputs(("--output", output, "topology"), read=[("the source", Path(source))])
-    found = read_links(source, like=like, inside=inside, where=where or (), token_bytes=token_bytes, once_per=once_per)
+    found = read_links(
+        source, like=like, inside=inside, where=where or (), token_bytes=token_bytes, once_per=once_per, nodes=nodes
+    )
     if output is not None:
         found.save(output)
     if as_json:

@@ -35,7 +35,8 @@ NODE_RANKS = 8  # of a node that DeepEP's own tables were measured on
 MOST_NODES = 4  # to which DeepEP's own test routes a token
 LARGEST, LARGEST_US = 2.0**40, 1e12
 TOKENS = frozenset({"node_num", "hidden_size", "num_token", "num_topk", "num_experts"})
-MOVED = 0.2
+MOST_INSIDE = 8  # GPUs that certainly are of one node
+MOVED, MANYFOLD = 0.2, 0.5
 TOLD = ("latency_us", "bytes", "once_per")
 
 
@@ -154,6 +155,7 @@ def from_table(
     token_bytes: int | None = None,
     once_per: str | None = None,
     inside: str | None = None,
+    nodes: int | None = None,
 ) -> Topology:
     """The group that a table was measured on; its times are those of ports within a node, or between nodes.
 
@@ -165,6 +167,8 @@ def from_table(
         Of a token as it was sent, and how often it was; where the table does not tell.
     inside
         Topology (name or file) whose speed within a node is added to what was measured between nodes.
+    nodes
+        On how many nodes of equally many GPUs, where the table does not tell: NCCL's.
 
     Raises
     ------
@@ -187,16 +191,18 @@ def from_table(
         else_say="",
     )
     if "nccl_dtype" in table.header:
-        ranks, nodes, share, said = _buffers(table, token_bytes=token_bytes, once_per=once_per)
+        ranks, num_nodes, share, said = _buffers(table, nodes, token_bytes=token_bytes, once_per=once_per)
+    elif nodes is not None:
+        raise InputError("--nodes", nodes, f"{path.name} tells: node_num", "leave it out")
     else:
-        ranks, nodes, share, said = _tokens(table, once_per)
+        ranks, num_nodes, share, said = _tokens(table, once_per)
     sizes = [_size(table, row, token_bytes) for row in table.rows]
     sent = [share * load * size for load, size in zip(loads, sizes, strict=True)]
     times = [float(row.cells["latency_us"]) for row in table.rows]
     points = list(zip(sent, times, strict=True))
     level = Level(points=rising(points, str(path)))
-    within = level if nodes == 1 else None
-    if nodes > 1 and ranks > nodes:
+    within = level if num_nodes == 1 else None
+    if num_nodes > 1 and ranks > num_nodes:
         if inside is None:
             raise InputError("--inside", None, "measured between nodes; say how fast one is inside", "nvlink-8")
         within = load(inside).within_node
@@ -204,9 +210,9 @@ def from_table(
         raise InputError("--inside", inside, "measured within a node", "leave it out")
     return Topology(
         name=path.stem,
-        node_of_rank=np.arange(ranks) // (ranks // nodes),
+        node_of_rank=np.arange(ranks) // (ranks // num_nodes),
         within_node=within,
-        between_nodes=level if nodes > 1 else None,
+        between_nodes=level if num_nodes > 1 else None,
         source=f"{said}; {path.name}{smoothed(points, level)}",
     )
 
@@ -222,8 +228,10 @@ def _size(table: Table, row: Row, token_bytes: int | None) -> float:
     raise InputError(f"{table.path} {row.where}", found, "it does not tell the bytes of a token", "give --token-bytes")
 
 
-def _buffers(table: Table, *, token_bytes: int | None, once_per: str | None) -> tuple[int, int, float, str]:
-    """Ranks, nodes, which share of an element of the message left a rank, and what was measured."""
+def _buffers(
+    table: Table, asked: int | None, *, token_bytes: int | None, once_per: str | None
+) -> tuple[int, int, float, str]:
+    """Ranks, nodes, which share of an element of the message left a rank or its node, and what was measured."""
     cells = table.rows[0].cells
     for option, value in (("--token-bytes", token_bytes), ("--once-per", once_per)):
         if value is not None:
@@ -235,7 +243,15 @@ def _buffers(table: Table, *, token_bytes: int | None, once_per: str | None) -> 
     ranks = whole(table, table.rows[0], "num_gpus", largest=1 << 16)
     if ranks < 2:
         raise InputError(f"{table.path}, num_gpus", ranks, "2 or more")
-    return ranks, 1, (ranks - 1) / ranks, f"alltoall of {_kind(table) or 'NCCL'} on one node"
+    if asked is None and ranks > MOST_INSIDE:
+        limit = "the table does not tell on how many nodes"
+        raise InputError(f"{table.path}, num_gpus", ranks, limit, "give --nodes 2, or --nodes 1 where NVLink joins all")
+    nodes = asked or 1
+    if ranks % nodes or nodes > ranks:
+        raise InputError("--nodes", nodes, f"as many of the {ranks} GPUs on each node")
+    away = ranks - ranks // nodes if nodes > 1 else ranks - 1
+    where = "one node" if nodes == 1 else f"{nodes} nodes"
+    return ranks, nodes, away / ranks, f"alltoall of {_kind(table) or 'NCCL'} on {where}"
 
 
 def _tokens(table: Table, asked: str | None) -> tuple[int, int, float, str]:
@@ -283,9 +299,19 @@ def rising(points: list[tuple[float, float]], source: str) -> list[tuple[float, 
     sizes = sorted({size for size, _ in points})
     if len(sizes) < 2:
         raise InputError(source, f"{len(sizes)} sizes", "two or more, to tell latency and bandwidth")
+    for each in sizes:
+        _refuse_scattered([time for size, time in points if size == each], each, source)
     times = _medians(points)
     runs = [[median(times[i : k + 1]) for k in range(i, len(times))] for i in range(len(times))]
     return [(size, max(min(runs[j][i - j :]) for j in range(i + 1))) for i, size in enumerate(sizes)]
+
+
+def _refuse_scattered(times: list[float], size: float, source: str) -> None:
+    """Raise where times of one size differ manyfold: they are no repeats of one exchange."""
+    middle = median(times)
+    if median(abs(time - middle) for time in times) > MANYFOLD * middle:
+        found = f"{min(times):.6g} and {max(times):.6g} us for {size:.6g} bytes"
+        raise InputError(source, found, "repeats that agree within threefold", "leave rows of another kind out")
 
 
 def smoothed(points: list[tuple[float, float]], level: Level) -> str:

@@ -23,14 +23,21 @@ TAG = re.compile(
     re.MULTILINE,
 )  # mpirun --tag-output, srun --label, kubectl logs --prefix --timestamps
 OTHERS = {
-    "nvidia-smi topo, which tells how GPUs are linked, not how fast": re.compile("NUMA Affinity|CPU Affinity"),
-    "a log of DeepEP's tests, of one number of tokens": re.compile("Dispatch (\\+ combine )?bandwidth|Best dispatch"),
+    "nvidia-smi topo, which tells how GPUs are linked, not how fast": re.compile(
+        r"NUMA Affinity|CPU Affinity|^GPU0\s+X\s", re.MULTILINE
+    ),
+    "a log of DeepEP's tests, of one number of tokens": re.compile(
+        r"Dispatch (\+ combine )?bandwidth|Best dispatch|expanded dispatch:"
+    ),
+    "copies between pairs, one at a time": re.compile(r"nvbandwidth Version|P2P \(Peer-to-Peer\)"),
+    "a network card's test between two hosts": re.compile(r"RDMA_\w+ BW Test|Send BW Test|BW peak\["),
+    "OSU's benchmark, which does not tell the ranks": re.compile(r"^# OSU ", re.MULTILINE),
 }
 
 
 def read_links(
     source: str, *, like: str | None = None, inside: str | None = None, where: Sequence[str] = (),
-    token_bytes: int | None = None, once_per: str | None = None,
+    token_bytes: int | None = None, once_per: str | None = None, nodes: int | None = None,
 ) -> Topology:  # fmt: skip
     """A topology from a name or a file.
 
@@ -40,7 +47,7 @@ def read_links(
         Named topology whose speeds a `rank_cost_matrix`, which only orders the ranks, takes on.
     inside
         Topology (name or file) whose speed within a node is added to what was measured between nodes.
-    where, token_bytes, once_per
+    where, token_bytes, once_per, nodes
         Of tables: see `link_tables.from_table`.
 
     Raises
@@ -48,7 +55,9 @@ def read_links(
     InputError
         What was given is none of these, or not enough.
     """
-    of_table = {"--where": " ".join(where) or None, "--token-bytes": token_bytes, "--once-per": once_per}
+    of_table: dict[str, object] = {
+        "--where": " ".join(where) or None, "--token-bytes": token_bytes, "--once-per": once_per, "--nodes": nodes,
+    }  # fmt: skip
     path = Path(source)
     document = path.suffix.lower() == ".json"
     if not document and not path.exists():
@@ -65,7 +74,7 @@ def read_links(
                 raise InputError(source, name, "measured exchanges of several sizes", hint)
         refuse_unused({"--like": like}, f"does not apply to {source}")
         if data[:4] == b"PAR1" or ("," in text.partition("\n")[0] and not RANK_LINE.search(text)):
-            return from_table(path, where=where, token_bytes=token_bytes, once_per=once_per, inside=inside)
+            return from_table(path, where=where, token_bytes=token_bytes, once_per=once_per, inside=inside, nodes=nodes)
         refuse_unused(of_table, f"does not apply to {source}")
         return topology_of(printed(text, source), source, inside=inside)
     content = read_json(path)
@@ -86,6 +95,9 @@ def from_cost_matrix(data: Any, source: str, *, like: str | None) -> Topology:
     rows = data["rank_cost_matrix"] if isinstance(data, dict) else data
     if rows and all(isinstance(row, dict) for row in rows):
         raise InputError(source, "rows of a table", "a square of numbers", "of rccl-tests give what it prints")
+    cells = [cell for row in rows or [] if isinstance(row, list) for cell in row]
+    if any(isinstance(cell, (bool, str)) for cell in cells):
+        raise InputError(f"{source}: rank_cost_matrix", "flags or texts", "a square of numbers")
     try:
         cost = np.array(rows, dtype=np.float64)
     except (ValueError, TypeError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ BEGUN = re.compile(r"^[^\S\n]*\d+[^\S\n]+\d+[^\S\n]+[a-z]\w*.*$", re.MULTILINE) 
 USED = ("alltoall", "sendrecv")
 WHOLE = f"the whole output of {' or '.join(test + '_perf' for test in USED)} of nccl-tests"
 NO_TYPES = {"", "none"}
+BUS = re.compile(r"^\s*\d+\s+\d+\s+\w+\s+(?:[a-z]\w*\s+)?(?:-?\d+\s+)?[\d.]+\s+([\d.]+)\s+([\d.]+)", re.MULTILINE)
+OUT_OF_BOUNDS = re.compile(r"Out of bounds values : [1-9]\d* FAILED")
+TOLD_GBS, NEAR = 1.0, 0.02  # GB/s from which two digits tell the ratio of speeds, to this part
 RIGHT = {"", "0", "0e+00", "N/A", "None", "0.0"}
 
 
@@ -60,13 +63,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run of a test says. per_process: GPUs of each process; aggregated: exchanges timed together."""
+    """What one run of a test says.
+
+    per_process: GPUs of each process; aggregated: exchanges timed together; speeds: of the algorithm and on the bus,
+    GB/s, which tell how many ranks there were.
+    """
 
     tests: set[str]
     devices: list[Device]
     rows: list[Row]
     per_process: int
     aggregated: int
+    speeds: Sequence[tuple[float, float]] = ()
 
 
 def printed(text: str, source: str) -> Run:
@@ -84,11 +92,14 @@ def printed(text: str, source: str) -> Run:
     cut = next((line for line in BEGUN.findall(text) if not ROW.match(line)), None)
     if cut is not None:
         raise InputError(source, cut.strip(), "whole rows of nccl-tests", "was the output cut?")
+    if failed := OUT_OF_BOUNDS.search(text):
+        raise InputError(source, failed[0], "0: what was received is not what was sent")
     if "cputime" in text:
         raise InputError(source, "cputime", "times of exchanges, not of their launch", "run it without -C 1")
     process, together = PER_PROCESS.search(text), AGGREGATED.search(text)
     per_process = int(process[1]) * int(process[2]) if process else 1
-    return Run(set(TEST_LINE.findall(text)), devices, rows, per_process, int(together[1]) if together else 1)
+    speeds = [(float(algorithm), float(bus)) for algorithm, bus in BUS.findall(text)]
+    return Run(set(TEST_LINE.findall(text)), devices, rows, per_process, int(together[1]) if together else 1, speeds)
 
 
 def is_json(content: Any) -> bool:
@@ -173,6 +184,14 @@ def _checked(run: Run, source: str) -> str:
     if test == "alltoall" and reduced:
         raise InputError(source, f"a test that takes the {reduced.pop()}", "an all-to-all, which takes none")
     _check_devices(run, source)
+    total = len(run.devices)
+    per_bus = (total - 1) / total if test == "alltoall" else 1.0
+    clear = [pair for pair in run.speeds if pair[0] >= TOLD_GBS]
+    told = next((pair for pair in clear if abs(pair[1] - per_bus * pair[0]) > NEAR * pair[0]), None)
+    if told is not None:
+        found = f"busbw {told[1]:g} for algbw {told[0]:g}"
+        limit = f"{per_bus * told[0]:.2f}, as of {test}_perf on the {total} ranks listed"
+        raise InputError(source, found, limit, "are ranks missing, or is it another test?")
     return test
 
 
