@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, TypeVar
+from typing import Annotated, Any, BinaryIO, ClassVar, TypeVar, get_args
 
 import numpy as np
 from pydantic import (
@@ -25,6 +25,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
+    model_validator,
 )
 
 from gemopt import foreign
@@ -147,6 +148,29 @@ class Settings(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             raise foreign.one_line(error, type(self)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, data: Any) -> Any:
+        """Refuse flags and texts for numbers: true would be 1."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if isinstance(value, (bool, str)) and name in cls.model_fields:
+                annotation = cls.model_fields[name].annotation
+                kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
+                if kinds <= {int, float} and (isinstance(value, bool) or _is_number(value)):
+                    limit = f"a {'whole ' if kinds == {int} else ''}number"
+                    raise InputError(
+                        f"{cls.__name__}.{name}", value, limit, "without quotes" if isinstance(value, str) else ""
+                    )
+        return data
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class Document(Settings):

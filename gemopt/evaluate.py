@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, cost_of
-from gemopt.exceptions import InputError, check_number
+from gemopt.exceptions import InputError, check_number, refuse_unused
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import check_kept, layer_rules
 from gemopt.links import Communication, Exchange, Links, check_asked
@@ -241,6 +241,9 @@ def evaluate(
     split = placement.split if placement.has_copies else Split.EVEN
     if split is Split.NEAREST and profile is None:
         raise InputError("profile", None, "the nearest split asks for the node of every rank")
+    refuse_unused(
+        {"exchange": exchange if topology is None else None}, "says how tokens go over links: give a topology"
+    )
     layers = each_problem(
         model,
         traces,

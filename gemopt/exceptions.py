@@ -79,6 +79,13 @@ def check_number(
         raise InputError(field, value, limit, hint)
 
 
+def check_flags(**given: object) -> None:
+    """Refuse what is neither True nor False: any text counts as True."""
+    for field, value in given.items():
+        if not isinstance(value, bool):
+            raise InputError(field, value, "True or False")
+
+
 def check_kind(field: str, value: object, kind: type, *or_kinds: type) -> None:
     """Refuse what is of none of these types; PathLike and str stand for paths."""
     if not isinstance(value, (kind, *or_kinds)):

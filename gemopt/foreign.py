@@ -138,7 +138,10 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
     first = (unknown or faults)[0]  # a misspelt key is also missing: its name says more
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
-        return cause
+        inner, rest = _document_at(document, first["loc"]), cause.field.partition(".")[2]
+        if inner is None or inner is document or not cause.field.startswith(f"{inner.__name__}."):
+            return cause
+        return cause.about(".".join([document.__name__, *(str(part) for part in first["loc"]), rest]))
     where = ".".join([document.__name__, *(str(part) for part in first["loc"])])
     rest = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
     if unknown:
@@ -152,13 +155,17 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
 
 def _keys_at(document: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """The keys known at a place in a document."""
+    inner = _document_at(document, path)
+    return [] if inner is None else list(inner.model_fields)
+
+
+def _document_at(document: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The part of a document at a place; None where there is none."""
+    inner: type[BaseModel] | None = document
     for part in path:
-        if isinstance(part, str) and part in document.model_fields:
-            inner = _model_in(document.model_fields[part].annotation)
-            if inner is None:
-                return []
-            document = inner
-    return list(document.model_fields)
+        if inner is not None and isinstance(part, str) and part in inner.model_fields:
+            inner = _model_in(inner.model_fields[part].annotation)
+    return inner
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

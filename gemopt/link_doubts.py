@@ -17,7 +17,7 @@ SHORT_US, LONG_US = 0.5, 1e3  # latencies of an exchange beyond are hardly in mi
 def doubts(topology: Topology) -> list[str]:
     """One sentence each on bandwidths that may be Gb/s, TB/s or MB, and latencies that may be milliseconds."""
     return [found for name in LEVELS if (level := getattr(topology, name)) is not None
-            for found in _of_level(topology, name, level)] + _of_pairs(topology)  # fmt: skip
+            for found in _of_level(topology, name, level)] + _of_pairs(topology) + _swapped(topology)  # fmt: skip
 
 
 def _of_level(topology: Topology, name: str, level: Level) -> Iterator[str]:
@@ -50,3 +50,12 @@ def _of_pairs(topology: Topology) -> list[str]:
     fastest = [(matrix[chosen].max(initial=0.0), most, one) for chosen, most, one in
                ((inside, INSIDE_GBS, True), (across, NIC_GBS, False))]  # fmt: skip
     return [_fast("pair_bandwidth_gbs", float(gbs), most, inside=one) for gbs, most, one in fastest if gbs > most]
+
+
+def _swapped(topology: Topology) -> list[str]:
+    """That ranks of one node are further apart than others, in bandwidth and in latency."""
+    inside, between = topology.within_node, topology.between_nodes
+    if inside is None or between is None or between.port_of != "rank":
+        return []
+    slower = inside.curve.slope > between.curve.slope and float(inside.curve(0.0)) > float(between.curve(0.0))
+    return ["within_node takes longer than between_nodes for any bytes: are the two swapped?"] if slower else []

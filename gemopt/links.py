@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gemopt.documents import Settings
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_kind
 from gemopt.flows import Flow, Routes, deal, evenly, first_slot, from_counts, routes, uniform
 from gemopt.latency import FloatArray
 from gemopt.links_report import BytesSaved, LinksReport
@@ -128,6 +128,7 @@ class Links:
             The topology misses ranks, bytes of a token are not known, or the traces lack what was asked for.
         """
         topology, exchange = load(topology), Exchange() if exchange is None else exchange
+        check_kind("exchange", exchange, Exchange)
         topology.check_ranks(num_ranks)
         size = _token_bytes(profile)
         dispatch = exchange.dispatch_bytes or exchange.combine_bytes or size

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from gemopt.documents import Document
+from gemopt.documents import Document, Settings
 from gemopt.exceptions import InputError
 from gemopt.tables import frame
 
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+OTHER_UNITS = (1e3, 1e6)
+"""How many times what others of its name take a device in another unit takes, give or take `SPEEDS`."""
+SPEEDS = 3.0
+QUICK_US, LATE_US = 0.5, 2e4  # no kernel takes less, and none that places are worth it for takes more for any load
 
 
 def plain_uuid(uuid: str) -> str:
@@ -20,14 +24,12 @@ def plain_uuid(uuid: str) -> str:
     return uuid.strip().lower().removeprefix("gpu-")
 
 
-class Sample(BaseModel):
+class Sample(Settings):
     """One measured point: a MoE layer's experts on one device under one load.
 
     `assignments` rows over all local experts, `active_experts` of them with at least one row (None when it was not
     controlled), median latency in microseconds, its spread (median absolute deviation) and the repeats behind it.
     """
-
-    model_config = _STRICT
 
     assignments: int = Field(ge=0, le=2**31 - 1)
     active_experts: int | None = Field(default=None, ge=0)
@@ -36,10 +38,8 @@ class Sample(BaseModel):
     repeats: int | None = Field(default=None, ge=1)
 
 
-class Device(BaseModel):
+class Device(Settings):
     """One EP rank's device and its samples. `state` holds what was seen of it: clocks, watts, degrees."""
-
-    model_config = _STRICT
 
     rank: int = Field(ge=0)
     name: str = "unknown"
@@ -63,10 +63,8 @@ class Device(BaseModel):
         return np.array(rows, dtype=np.float64)
 
 
-class MoeShape(BaseModel):
+class MoeShape(Settings):
     """The measured layer: sizes, experts of the network and on a rank, experts per token, weights of one expert."""
-
-    model_config = _STRICT
 
     name: str | None = None
     hidden_size: int | None = Field(default=None, ge=1)
@@ -118,6 +116,7 @@ class Profile(Document):
             raise InputError("Profile.devices.uuid", uuids, "every device is measured as one rank only")
         for device in self.devices:
             _check_samples(device)
+        _check_units(self.devices)
         return self
 
     @property
@@ -178,3 +177,47 @@ def _check_samples(device: Device) -> None:
     if len(set(keys)) < len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         raise InputError(field, f"load {twice} measured twice", "one sample per load", "merge them by their median")
+
+
+def _check_units(devices: Sequence[Device]) -> None:
+    """Raise where a device takes about a thousand times what another of its name does, under every load of both."""
+    first: dict[str, Device] = {}
+    for device in devices:
+        other = first.setdefault(device.name, device)
+        loads, ratios = _beside(device, other)
+        slow, fast = (device, other) if len(ratios) and ratios[0] > 1 else (other, device)
+        each = np.maximum(ratios, 1 / ratios) if (ratios > 1).all() or (ratios < 1).all() else np.zeros(0)
+        if any(len(each) and (each > unit / SPEEDS).all() and (each < unit * SPEEDS).all() for unit in OTHER_UNITS):
+            raise InputError(
+                f"Profile.devices[rank {slow.rank}].samples",
+                f"{each[0]:.4g} times what rank {fast.rank} takes at {loads[0]:g} assignments, of the same name",
+                "microseconds on every device",
+                "is one in another unit? devices that do differ so need names of their own",
+            )
+
+
+def _beside(device: Device, other: Device) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Loads within the range of both, and how many times the other's latency the device's is there."""
+    if device is other:
+        return np.zeros(0), np.zeros(0)
+    curves = []
+    for table in (device.table(), other.table()):
+        busy = table[table[:, 0] > 0]
+        loads, place = np.unique(busy[:, 0], return_inverse=True)
+        curves.append((loads, np.bincount(place, busy[:, 2]) / np.maximum(np.bincount(place), 1)))
+    (ours, our_us), (theirs, their_us) = curves
+    if not len(ours) or not len(theirs):
+        return np.zeros(0), np.zeros(0)
+    loads = np.union1d(ours, theirs)
+    loads = loads[(loads >= max(ours[0], theirs[0])) & (loads <= min(ours[-1], theirs[-1]))]
+    return loads, np.interp(loads, ours, our_us) / np.interp(loads, theirs, their_us)
+
+
+def unit_doubt(profile: Profile) -> str:
+    """The quickest load in a sentence, where it takes less than any kernel, or far more; else empty."""
+    busy = [sample for each in profile.devices for sample in each.samples if sample.assignments]
+    quickest = min(busy, key=lambda sample: sample.latency_us, default=None)
+    if quickest is None or QUICK_US <= quickest.latency_us <= LATE_US:
+        return ""
+    said = f"{quickest.assignments} assignments: {quickest.latency_us:.4g} us"
+    return f"{said}, and no load takes less: is the unit of the times right?"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_number
 from gemopt.migration import held
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile
@@ -130,9 +130,12 @@ def resize(current: Placement, profile: Profile, *, exclude: Sequence[int] = (),
 
 
 def _excluded(exclude: Sequence[int], ranks: int) -> set[int]:
+    if isinstance(exclude, (str, int)):
+        raise InputError("exclude_ranks", exclude, "a list of ranks", "as in [3]")
     for rank in exclude:
-        if not 0 <= rank < ranks:
-            raise InputError("exclude_ranks", rank, f"ranks 0 to {ranks - 1} of the placement in force")
+        check_number(
+            "exclude_ranks", rank, f"ranks 0 to {ranks - 1} of the placement in force", most=ranks - 1, whole=True
+        )
     if len(set(exclude)) < len(exclude):
         raise InputError("exclude_ranks", list(exclude), "every rank once")
     return set(exclude)
@@ -144,7 +147,7 @@ def _joining(add: Sequence[Source], profile: Profile, ranks: int) -> tuple[list[
     used: set[int] = set()
     for source in add:
         if isinstance(source, (int, np.integer)):
-            if not 0 <= source < profile.num_ranks:
+            if isinstance(source, bool) or not 0 <= source < profile.num_ranks:
                 raise InputError("add_ranks", int(source), f"devices 0 to {profile.num_ranks - 1} of the profile")
             if source in used:
                 raise InputError("add_ranks", int(source), "a device joins once")

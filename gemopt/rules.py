@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gemopt.documents import Document
+from gemopt.documents import Document, Settings
 from gemopt.exceptions import InputError
 
 
@@ -21,10 +21,8 @@ def _number(value: Any) -> Any:
 Number = Annotated[int, BeforeValidator(_number)]
 
 
-class Rule(BaseModel):
+class Rule(Settings):
     """A rule on some layers. `layers`: their ids; null: all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: list[Number] | None = Field(default=None, min_length=1)
 

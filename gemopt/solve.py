@@ -14,7 +14,7 @@ from gemopt.certify import certify
 from gemopt.costs import CostModel, cost_of, fit
 from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
-from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_number
+from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_flags, check_number
 from gemopt.first_use import ready
 from gemopt.links import Exchange, Links
 from gemopt.placement import Placement, Split
@@ -173,7 +173,7 @@ def solve(
     given, clock = dict(locals()), time.monotonic()
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
-    _check_numbers(time_limit, gap, threads, patience, seed)
+    _check(time_limit, gap, threads, patience, seed, full_slots=full_slots, allow_one_rank=allow_one_rank)
     if memory_budget is not None and (current is not None or full_slots):
         raise UnsupportedError(
             "memory_budget", memory_budget, f"not together with {'full_slots' if current is None else 'current'}"
@@ -193,7 +193,6 @@ def solve(
             refuse_with_links(topology, current=current, memory_budget=memory_budget, certificate=certificate)
             links = links_of(topology, traces, profile, exchange)
             check_slack(compute_slack, links, chosen)
-
             if moving is not None:
                 profile = moving.resized.profile
                 if slots_per_rank is None:
@@ -203,7 +202,6 @@ def solve(
 
             cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost_of(cost, profile), None)
             _check_ranks(profile, cost, allow_one_rank=allow_one_rank)
-
             held_G = None
             if memory_budget is not None:
                 held_G = experts_within(memory_budget, expert_bytes or profile.model.expert_bytes, profile.num_ranks)
@@ -290,7 +288,10 @@ def _infeasible(solver: str, clock: float, traces: Traces, note: str, made: Orig
     )
 
 
-def _check_numbers(time_limit: float, gap: float, threads: int | None, patience: int | None, seed: int) -> None:
+def _check(
+    time_limit: float, gap: float, threads: int | None, patience: int | None, seed: int, **flags: object
+) -> None:
+    check_flags(**flags)
     check_number("time_limit", time_limit, "seconds above 0, at most 1e7", least=ABOVE_0, most=1e7)
     check_number("gap", gap, "a fraction from 0 to below 1", "0.01 is one per cent", most=BELOW_1)
     if threads is not None:

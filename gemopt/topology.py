@@ -16,10 +16,11 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from gemopt.documents import Document, FloatMatrix, IntVector
+from gemopt.documents import Document, FloatMatrix, IntVector, Settings
 from gemopt.exceptions import InputError
+from gemopt.foreign import not_a
 from gemopt.latency import Curve
 
 US_PER_BYTE = 1e-3  # at 1 GB/s
@@ -41,7 +42,7 @@ class Wired(BaseModel):
         return copy
 
 
-class Level(Wired):
+class Level(Wired, Settings):
     """Ports of one level: bandwidth and latency, or measured points.
 
     Attributes
@@ -55,8 +56,6 @@ class Level(Wired):
     port_of
         Who owns a port: every `rank`, or all ranks of a `node` or of a `rack` together.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     bandwidth_gbs: float | None = Field(default=None, strict=True)
     latency_us: float = Field(default=0.0, strict=True)
@@ -289,6 +288,8 @@ def load(topology: Topology | str | os.PathLike[str]) -> Topology:
 
     if isinstance(topology, Topology):
         return topology
+    if not isinstance(topology, (str, os.PathLike)):
+        raise not_a("Topology", topology, "topology")
     text = os.fspath(topology)
     if Path(text).suffix != ".json" and not Path(text).exists():
         return named(text)

@@ -20,14 +20,17 @@ from gemopt.conflicts import conflict_graph
 from gemopt.costs import fit
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError
+from gemopt.links import Exchange
 from gemopt.migration import relabel
 from gemopt.online import Controller, Policy
 from gemopt.placement import Placement
-from gemopt.profile import Profile
+from gemopt.profile import Device, Profile, Sample
 from gemopt.replay import replay
 from gemopt.report import report
 from gemopt.result import Result
+from gemopt.rules import Apart, Rules
 from gemopt.testing import assert_bound_holds, assert_feasible
+from gemopt.topology import Level, Topology
 from gemopt.traces import Traces
 
 
@@ -182,8 +185,30 @@ def test_an_answer_says_how_to_make_it_again(
         (lambda p, t, x: conflict_graph(t, "0"), "layer: got 0; an index"),
         (lambda p, t, x: assert_bound_holds(x, p, t), "result: got a Placement"),
         (lambda p, t, x: Traces(counts=np.ma.masked_greater(t.counts, 5)), "Traces.counts: got masked values"),
+        (lambda p, t, x: gemopt.evaluate(x, p, t, exchange=Exchange()), "says how tokens go over links: give a"),
+        (lambda p, t, x: solve(p, t, topology="nvlink-2", exchange={"once_per": "rank"}), "exchange: got {'once_per'"),
+        (lambda p, t, x: solve(p, t, topology=8), "topology: got an int; a Topology or the path of one"),
+        (lambda p, t, x: solve(p, t, current=x, exclude_ranks=1), "exclude_ranks: got 1; a list of ranks; as in [3]"),
+        (lambda p, t, x: solve(p, t, current=x, exclude_ranks="1"), "exclude_ranks: got 1; a list of ranks"),
+        (lambda p, t, x: solve(p, t, current=x, exclude_ranks=[True]), "exclude_ranks: got True; ranks 0 to 1"),
+        (lambda p, t, x: solve(p, t, current=x, add_ranks=[True]), "add_ranks: got"),
+        (lambda p, t, x: solve(p, t, full_slots="no"), "full_slots: got no; True or False"),
+        (lambda p, t, x: solve(p, t, allow_one_rank="no"), "allow_one_rank: got no; True or False"),
+        (lambda p, t, x: t.select(phase="decode"), "phase: got decode; a Phase of gemopt"),
+        (lambda p, t, x: Sample(assignments=True, latency_us=5), "Sample.assignments: got True; a whole number"),
+        (lambda p, t, x: Sample(assignments=4, latency_us="5"), "Sample.latency_us: got 5; a number; without quotes"),
+        (lambda p, t, x: Sample(assignments=-1, latency_us=5), "Sample.assignments: got -1"),
+        (lambda p, t, x: Device(rank=0, samples=[]), "Device.samples: got []"),
+        (lambda p, t, x: Profile(devices=[{"rank": 0, "samples": [{"assignments": 1, "latency_us": True}]}]),
+         "Profile.devices.0.samples.0.latency_us: got True; a number"),
+        (lambda p, t, x: Exchange(dispatch_bytes=True), "Exchange.dispatch_bytes: got True; a whole number"),
+        (lambda p, t, x: Topology(node_of_rank=[0, 0], within_node={"bandwith_gbs": 5}),
+         "Topology.within_node.bandwith_gbs: got 5; no such key"),
+        (lambda p, t, x: Level(bandwidth_gbs="5"), "Level.bandwidth_gbs: got 5; a number; without quotes"),
+        (lambda p, t, x: Rules(pinned=[{"experts": [0], "rank": [1]}]), "Rules.pinned.0.rank: got [1]; no such key"),
+        (lambda p, t, x: Apart(experts=[1]), "Apart.experts: got [1]"),
     ],
-)
+)  # fmt: skip
 def test_arguments_that_mean_nothing_are_one_line(
     call: Callable[[Profile, Traces, Placement], object],
     said: str,

@@ -46,6 +46,20 @@ def test_links_of_pairs() -> None:
     assert doubts(Topology(node_of_rank=[0, 0, 1], pair_bandwidth_gbs=matrix)) == []
 
 
+def test_levels_that_may_be_swapped() -> None:
+    slow, fast = {"bandwidth_gbs": 47.0, "latency_us": 22.0}, {"bandwidth_gbs": 310.0, "latency_us": 8.0}
+    ranks = {"node_of_rank": [0, 0, 1, 1]}
+    (said,) = doubts(Topology(**ranks, within_node=slow, between_nodes={**fast, "bandwidth_gbs": 90.0}))
+    assert "are the two swapped?" in said
+    assert doubts(Topology(**ranks, within_node=fast, between_nodes=slow)) == []
+    assert (
+        doubts(
+            Topology(**ranks, within_node={**slow, "latency_us": 3.0}, between_nodes={**slow, "bandwidth_gbs": 50.0})
+        )
+        == []
+    )
+
+
 def test_named_ones_are_beyond_doubt() -> None:
     for inside in INSIDE:
         for network in NETWORK:
@@ -62,6 +76,14 @@ def test_commands_say_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert code == 0 and "400 GB/s (3200 Gb/s)" in out and said in err
     code, out, _ = gemopt(capsys, "solve", profile, traces, *wired, *brief, "-o", placement)
     assert code == 0 and said in out
+    other = tmp_path / "ms.json"
+    document = json.loads((tmp_path / "profile.json").read_text())
+    for device in document["devices"]:
+        for sample in device["samples"]:
+            sample["latency_us"] /= 1e3
+    other.write_text(json.dumps(document))
+    code, out, _ = gemopt(capsys, "solve", other, traces, *wired, *brief)
+    assert code == 0 and "is the unit of the times right?" in out
     for command in (("evaluate", placement, profile, traces), ("compare", profile, traces, "--solvers", "lpt")):
         code, _, err = gemopt(capsys, *command, *wired)
         assert code == 0 and said in err

@@ -49,7 +49,7 @@ class ModelShape(Settings):
         fields: dict[str, Any]
         if "=" in text:
             parts = [part.partition("=") for part in text.split(",")]
-            fields = {key.strip(): value.strip() for key, _, value in parts}
+            fields = {key.strip(): _read(value.strip()) for key, _, value in parts}
             if len(fields) < len(parts):
                 raise InputError("--model", text, "every key once")
         else:
@@ -103,3 +103,11 @@ def shape_from(given: ModelShape | str | os.PathLike[str] | None) -> ModelShape 
         return given
     check_kind("--model", given, ModelShape, str, os.PathLike)
     return ModelShape.parse(os.fspath(given))
+
+
+def _read(text: str) -> float | str:
+    """A number where the text is one."""
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Device, Profile, Sample, unit_doubt
 
 DISAGREE = 0.2  # of a latency: repeats that lie further around their median are hardly of one kind
 SLOW = 1.5  # times what a larger load takes, or smaller ones one after the other
 APART = 4.0  # times what another device takes
 SHORT = 4  # times as far as another device was measured
-QUICK_US, LATE_US = 0.5, 2e4  # no kernel takes less, and none that places are worth it for takes more for any load
 
 
 def doubts(profile: Profile) -> list[str]:
     """One sentence each on units, repeats that disagree, loads that others would serve faster, devices far apart."""
-    asked = (_other_unit, _disagreeing, _slow, apart, _short)
+    asked = (unit_doubt, _disagreeing, _slow, apart, _short)
     return [found for ask in asked if (found := ask(profile))]
-
-
-def _other_unit(profile: Profile) -> str:
-    """The quickest load, where it takes less than any kernel, or far more."""
-    busy = [sample for each in profile.devices for sample in each.samples if sample.assignments]
-    quickest = min(busy, key=lambda sample: sample.latency_us, default=None)
-    if quickest is None or QUICK_US <= quickest.latency_us <= LATE_US:
-        return ""
-    return f"{_said(quickest)}, and no load takes less: is the unit of the times right?"
 
 
 def _disagreeing(profile: Profile) -> str:

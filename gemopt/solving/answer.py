@@ -15,7 +15,7 @@ from gemopt.link_doubts import doubts
 from gemopt.links_report import BytesSaved, LinksReport
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
-from gemopt.profile import Profile
+from gemopt.profile import Profile, unit_doubt
 from gemopt.result import (
     OPTIMALITY_TOLERANCE,
     Ceiling,
@@ -98,7 +98,7 @@ def answer(
         cost=cost.name,
         cost_error=None if report is None or np.isnan(report.error) else report.error,
         cost_summary="" if report is None else report.summary(),
-        notes=[*_notes(run, per_layer), *_division(moving), *_other_network(profile, traces), *_wires(run)],
+        notes=[*_notes(run, per_layer), *_division(moving), *_other_network(profile, traces), *_wires(run, profile)],
         moves=report_of_moves,
         links=_links(run, scored),
         origin=made,
@@ -133,8 +133,11 @@ def _other_network(profile: Profile, traces: Traces) -> list[str]:
     return [f"the profile was measured for another network than the traces ({'; '.join(differ)})"] if differ else []
 
 
-def _wires(run: Run) -> list[str]:
-    return [] if run.coupling is None else doubts(run.coupling.links.topology)
+def _wires(run: Run, profile: Profile) -> list[str]:
+    """What is hardly right about links, and about latencies that are added to theirs."""
+    if run.coupling is None:
+        return []
+    return [*doubts(run.coupling.links.topology), *([said] if (said := unit_doubt(profile)) else [])]
 
 
 def _spread(run: Run) -> float:

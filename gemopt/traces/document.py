@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt import foreign
 from gemopt.documents import integer_array
-from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, check_number
+from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, check_kind, check_number
 from gemopt.placement import check_layer_ids
 from gemopt.traces.arrays import (
     FloatArray,
@@ -192,6 +192,7 @@ class Traces:
                 raise InputError("task", task, f"tasks of these traces: {', '.join(self.task_names) or 'none'}")
             mask &= self.task == self.task_names.index(task)
         if phase is not None:
+            check_kind("phase", phase, Phase)
             if self.phase is None:
                 raise InputError("phase", phase.name.lower(), "these traces do not record the phase of a step")
             mask &= self.phase == phase
