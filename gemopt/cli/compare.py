@@ -86,6 +86,8 @@ def compare_command(
     from gemopt.solving.fronts import check_request
 
     names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
+    if len(set(names)) < len(names):
+        raise InputError("--solvers", solvers, "each of them once")
     for name in names:
         with suppress(MissingPackageError) if solvers is None else nullcontext():
             get(name)

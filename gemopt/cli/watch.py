@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from gemopt.placement import Placement
     from gemopt.traces import Traces
 
+LOCAL = "127.0.0.1"
+
 
 @app.command(
     epilog=examples(
@@ -50,7 +52,7 @@ def watch(
     window: Annotated[int, typer.Option(min=1, help="most steps of one decision")] = 64,
     interval: Annotated[float, typer.Option(min=0.05, max=1e6, help="seconds between two looks at the folder")] = 5.0,
     port: Annotated[int | None, typer.Option(help="serve /metrics (Prometheus) and /healthz; 0: any port")] = None,
-    host: Annotated[str, typer.Option(help="address to serve on")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to serve on")] = LOCAL,
     once: Annotated[bool, typer.Option("--once", help="one look, one decision, and out")] = False,
 ) -> None:
     """Follow a growing trace folder: decide, write the placement, export it, run a command, serve metrics."""
@@ -64,6 +66,8 @@ def watch(
         raise InputError("folder", str(folder), "a folder of numbered traces or of an engine's dumps, no file")
     if once and not folder.exists():
         raise InputError("folder", str(folder), "a folder that is there for one look", "leave out --once to wait")
+    if port is None and host != LOCAL:
+        raise InputError("--host", host, "where to serve on a port", "give --port")
     target = output or placement
     exports = _exports(target, to or [])
     same = os.path.realpath(target) == os.path.realpath(placement)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ def bounded_json(path: Path, *, limit_bytes: int = JSON_LIMIT) -> Any:
     return read_json(path)
 
 
+AMBIGUOUS = re.compile(r"[-+]?(?:0[0-9_]+$|[0-9_]+:)")
+"""Numbers that YAML 1.1 reads in base 8 or 60."""
+
+
 def bounded_yaml(path: Path, *, limit_bytes: int = 64 << 20) -> Any:
     """Parse a YAML file of plain data. Anchors may stand for lists, but not for more than `YAML_LIMIT` values."""
     try:
@@ -77,6 +82,9 @@ def _yaml_size(path: Path, node: Any, known: dict[int, int | None]) -> int:
         return size
     known[id(node)] = None
     size = 1
+    if node.tag.endswith((":int", ":float")) and AMBIGUOUS.match(node.value):
+        hint = "010 is 8 in YAML, and 1:30 is 90: write the number meant, or a text in quotes"
+        raise InputError(f"{path}: line {node.start_mark.line + 1}", node.value, "a plain number", hint)
     if isinstance(node.value, list):
         keys = [child[0].value for child in node.value if isinstance(child, tuple)]
         if "<<" in keys:

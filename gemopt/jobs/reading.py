@@ -46,6 +46,8 @@ def read_job(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Job
         close = get_close_matches(key.rpartition(".")[2], known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         raise InputError(str(path), key, "no key of a job", hint)
+    for key, value in _flags(found, Job):
+        raise InputError(str(path), f"{key}: {str(value).lower()}", "a number or a text, no yes or no", "quote a text")
     token = FOLDER.set(source.resolve().parent)
     try:
         return Job(**found)
@@ -141,6 +143,19 @@ def _unknown(found: Any, model: type[BaseModel], where: str = "") -> Iterator[tu
             if inner and isinstance(each, dict):
                 spot = f"{where}{key}.{index}." if isinstance(value, list) else f"{where}{key}."
                 yield from _unknown(each, inner[0], spot)
+
+
+def _flags(found: Any, model: type[BaseModel], where: str = "") -> Iterator[tuple[str, bool]]:
+    """Keys with a yes or no, also within lists, where the model wants none: it would count as 1 or 0."""
+    for key, value in found.items():
+        annotation = model.model_fields[key].annotation
+        inner, wanted = _models(annotation), bool in (annotation, *get_args(annotation))
+        for each in value if isinstance(value, list) else [value]:
+            if inner and isinstance(each, dict):
+                yield from _flags(each, inner[0], f"{where}{key}.")
+                continue
+            parts = [*each, *each.values()] if isinstance(each, dict) else [each]
+            yield from ((f"{where}{key}", part) for part in parts if isinstance(part, bool) and not wanted)
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

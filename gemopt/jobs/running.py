@@ -174,6 +174,9 @@ def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     for rank, factor in source.slower.items():
         if not 0 <= rank < found.num_ranks:
             raise InputError("profile.slower", rank, f"ranks 0 to {found.num_ranks - 1}")
+        if 0 < factor < 1:
+            limit = "1 or more, as it multiplies the times"
+            raise InputError(f"profile.slower.{rank}", factor, limit, f"at {factor:g} of the speed: {1 / factor:.4g}")
         found = slow_down(found, rank, factor)
     if source.expert_bytes is not None:
         found = found.model_copy(update={"model": found.model.model_copy(update={"expert_bytes": source.expert_bytes})})
