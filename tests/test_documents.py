@@ -209,7 +209,8 @@ def profiles(draw: st.DrawFn) -> Profile:
             )
             for n in loads
         ]
-        devices.append(Device(rank=rank, uuid=f"gpu-{rank}", node=draw(names), samples=points))
+        apart = f"device {rank}"  # of one name they would have to be of one unit
+        devices.append(Device(rank=rank, name=apart, uuid=f"gpu-{rank}", node=draw(names), samples=points))
     return Profile(devices=devices, kernel=draw(names), source=draw(names), software={"numpy": draw(st.text())})
 
 

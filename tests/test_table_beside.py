@@ -102,7 +102,8 @@ def test_skewed_tokens_of_a_group_are_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "said"), [("tp_size", "a part of each expert"), ("num_gpus", "--unit group-tokens")]
+    ("column", "said"),
+    [("tp_size", "a part of each expert"), ("num_gpus", "--unit group-tokens"), ("ep_size", "--unit group-tokens")],
 )
 def test_times_of_several_gpus_are_named(tmp_path: Path, column: str, said: str) -> None:
     notes: list[str] = []

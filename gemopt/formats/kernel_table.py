@@ -145,7 +145,8 @@ def read_table(
     if notes is not None:
         if unit is None and counted is Unit.ASSIGNMENTS and plain(load_column) != "assignments":
             notes.append(f"{load_column} counted as assignments; where it is tokens, give --unit tokens and --top-k")
-        notes += beside(table, repeats) if layout in (None, BENCHMARK_MOE) and counted is not Unit.GROUP_TOKENS else []
+        if layout in (None, BENCHMARK_MOE) and counted is not Unit.GROUP_TOKENS:
+            notes += beside(table, repeats, EP_COLUMNS if counted is Unit.TOKENS else ())
         notes += doubts(profile)
     return profile
 

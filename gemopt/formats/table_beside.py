@@ -104,13 +104,13 @@ def refuse_other_loads(table: Table, load: str) -> None:
         raise InputError("--load-column", load, "a count of rows or tokens", f"is that in {table.path}? then rename it")
 
 
-def beside(table: Table, read_over: Collection[str]) -> list[str]:
-    """Sentences on columns that say in how many parts a layer or its tokens were measured."""
+def beside(table: Table, read_over: Collection[str], ranks: Collection[str] = ()) -> list[str]:
+    """Sentences on columns that say in how many parts a layer or its tokens were measured. ranks: more that do."""
     notes = []
     whole = any(values(table.rows, name)[0].lower() in ("true", "1") for name in named(table, WHOLE_EXPERTS))
     for names, what in (
         (() if whole else SHARDED, "times are those of a part of each expert, right where it is served so"),
-        (GROUPS, "are loads those of one device? of all: --unit group-tokens"),
+        ((*GROUPS, *ranks), "are loads those of one device? of all: --unit group-tokens"),
     ):
         for name in named(table, names):
             found = values(table.rows, name)[0]
