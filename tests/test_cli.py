@@ -188,8 +188,7 @@ def test_the_smallest_inputs_have_answers(
     inputs = (tmp_path / "p.json", tmp_path / "t.safetensors")
     values = {}
     for solver in ("linear", "eplb", "lpt", "local-search", "cpsat", "auto"):
-        words: tuple[object, ...] = ("--solver", solver, "--time-limit", 3, "--allow-one-rank")
-        words = (*words, *(("--patience", 3) if solver in ("local-search", "cpsat", "auto") else ()))
+        words: tuple[object, ...] = ("--solver", solver, "--time-limit", 3, "--patience", 3, "--allow-one-rank")
         words = (*words, "-o", tmp_path / "out.json")
         code, out, err = gemopt(capsys, "solve", *inputs, *words, "--json")
         if experts % ranks and solver == "eplb":  # which shares evenly or not at all

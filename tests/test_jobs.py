@@ -18,7 +18,6 @@ from gemopt.exceptions import InputError
 from gemopt.jobs import read_job
 from gemopt.jobs.document import Kubernetes, SolverSettings
 from gemopt.jobs.kubernetes import LIMIT_BYTES, config_map
-from gemopt.jobs.running import run_job
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
@@ -289,11 +288,3 @@ def test_what_yaml_reads_as_it_is_written_is_taken(tmp_path: Path, line: str, in
     path = tmp_path / "job.yaml"
     path.write_text(f"profile: p.json\ntraces: t.safetensors\noutput: out\n{line}\n")
     assert getattr(read_job(path).solver, inside) == value
-
-
-@pytest.mark.parametrize("line", ["solver: {name: lpt, patience: 3}", "solver: {name: linear, gap: 0.1}"])
-def test_settings_of_a_search_without_one_are_refused(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_text(f"profile: p.json\ntraces: t.safetensors\noutput: out\nreport: {{page: no}}\n{line}\n")
-    with pytest.raises(InputError, match="does not search"):
-        run_job(read_job(path))
