@@ -16,6 +16,8 @@ from gemopt.tables import frame
 OTHER_UNITS = (1e3, 1e6)
 """How many times what others of its name take a device in another unit takes, give or take `SPEEDS`."""
 SPEEDS = 3.0
+WHAT_IF = "slower"
+"""State of a device that was made so many times slower than it was measured."""
 QUICK_US, LATE_US = 0.5, 2e4  # no kernel takes less, and none that places are worth it for takes more for any load
 
 
@@ -180,9 +182,12 @@ def _check_samples(device: Device) -> None:
 
 
 def _check_units(devices: Sequence[Device]) -> None:
-    """Raise where a device takes about a thousand times what another of its name does, under every load of both."""
+    """Raise where a device takes about a thousand times what another of its name does, under every load of both.
+
+    Those that were made slower are passed over.
+    """
     first: dict[str, Device] = {}
-    for device in devices:
+    for device in (each for each in devices if WHAT_IF not in each.state):
         other = first.setdefault(device.name, device)
         loads, ratios = _beside(device, other)
         slow, fast = (device, other) if len(ratios) and ratios[0] > 1 else (other, device)

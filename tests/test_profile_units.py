@@ -10,6 +10,7 @@ import pytest
 from one_liners import one_line
 
 from gemopt.exceptions import InputError
+from gemopt.formats.fleet import slow_down
 from gemopt.profile import Device, Profile, Sample
 
 LOADS = (0, 4, 8, 16, 32)
@@ -39,6 +40,13 @@ def test_a_device_in_another_unit_is_refused(tmp_path: Path, factors: list[float
 @pytest.mark.parametrize("factors", [[1, 1.2, 0.8], [1, 40], [1, 200], [1, 1e4], [1, 1, 1]])
 def test_devices_of_other_speeds_are_taken(factors: list[float]) -> None:
     assert Profile(devices=devices(factors)).num_ranks == len(factors)
+
+
+def test_a_device_that_was_made_slower_may_be_so_by_any_factor(tmp_path: Path) -> None:
+    made = slow_down(slow_down(Profile(devices=devices([1, 1])), 1, 20.0), 1, 50.0)
+    made.save(tmp_path / "profile.json")
+    found = Profile.load(tmp_path / "profile.json")
+    assert found.devices[1].state["slower"] == 1e3 and found.devices[1].samples[1].latency_us == 24e3
 
 
 def test_devices_with_names_of_their_own_may_differ_as_they_do() -> None:

@@ -30,6 +30,9 @@ def table(folder: Path, header: str, more: str) -> Path:
         ("assignments,time_us,valid", ",False", None, "valid: got False"),
         ("assignments,time_us,passed", ",0", None, "if passed says something else: --repeat-column 'passed'"),
         ("assignments,time_us,error", ",CUDA OOM", None, "error: got CUDA OOM"),
+        ("assignments,time_us,error", ",CUDA error: no kernel image", None, "error: got CUDA error"),
+        ("assignments,time_us,error", ",700: illegal access", None, "error: got 700"),
+        ("assignments,time_us,result", ",not ok: timeout", None, "result: got not ok"),
         ("assignments,time_us,kernel", ",ncclAllToAll", None, "kernel: got ncclAllToAll; times of whole MoE layers"),
         ("assignments,time_us,component", ",attention", None, "if it is a whole layer: --repeat-column 'component'"),
         ("assignments,time_us,stage", ",gemm1", None, "stage: got gemm1"),
@@ -54,6 +57,12 @@ def test_columns_of_one_value_that_contradict_are_refused(
         ("assignments,time_us,status", ",ok"),
         ("assignments,time_us,valid", ",True"),
         ("assignments,time_us,error", ",0.01"),
+        ("assignments,time_us,error", ",<0.5 us"),
+        ("assignments,time_us,error", ",No error"),
+        ("assignments,time_us,error", ",cudaSuccess"),
+        ("assignments,time_us,status", ",no errors"),
+        ("assignments,time_us,timeout", ",30s"),
+        ("assignments,total_us,n,k", ",2048,4096"),
         ("assignments,time_us,kernel", ",fused_moe_topk8_gate_up_down"),
         ("assignments,time_us,phase", ",decode"),
         ("assignments,time_us,repeat", ",100"),
@@ -64,6 +73,23 @@ def test_columns_of_one_value_that_contradict_are_refused(
 )
 def test_columns_of_one_value_that_agree_are_read_over(tmp_path: Path, header: str, more: str) -> None:
     assert loads(read_table(table(tmp_path, header, more))) == [(n, None, 50.0 + n) for n in NS]
+
+
+def test_passes_that_are_numbered_are_no_flags(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "assignments,time_us,pass\n" + "".join(f"{n},{50 + n},{i}\n" for n in NS for i in range(3))
+    )
+    with pytest.raises(InputError, match="--repeat-column pass"):
+        read_table(path)
+    assert loads(read_table(path, repeat=["pass"])) == [(n, None, 50.0 + n) for n in NS]
+
+
+def test_tokens_per_group_are_tokens_of_a_group(tmp_path: Path) -> None:
+    path = written(tmp_path, "tokens_per_group,time_us,tokens_per_second\n8,50,1.5\n16,60,2.5\n")
+    found = read_table(path, load="tokens_per_group", unit=Unit.GROUP_TOKENS, top_k=2, ep=4)
+    assert loads(found) == [(4, None, 50.0), (8, None, 60.0)]
+    with pytest.raises(InputError, match="tokens_per_group; the load of a device"):
+        read_table(path, load="tokens_per_group", unit=Unit.TOKENS, top_k=2)
 
 
 def test_what_the_refusals_advise_gives_the_right_figures(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], lis
         first = kept.setdefault(digest.digest(), path)
         if first is not path:
             notes.append(f"{path.name} is {first.name} again: counted once")
-        else:
+        elif not few:
             sums.append((path.name, sums_TL))
     refuse_parts_of_steps(sums)
     if not options.no_pipeline:

@@ -26,7 +26,7 @@ from gemopt.formats.table_columns import (
 )
 from gemopt.formats.table_files import Table, number, read
 from gemopt.latency import FloatArray
-from gemopt.profile import Device, Profile
+from gemopt.profile import WHAT_IF, Device, Profile
 
 SPEEDS = {"tflops", "gflops", "flops", "throughput", "bandwidth", "bw", "gbps", "speed"}
 FEW, MANY, AGREE, FEW_AGREE = 3, 8, 0.9, 0.999  # GPUs, and the correlation from which columns contradict each other
@@ -158,8 +158,10 @@ def slow_down(profile: Profile, rank: int, factor: float) -> Profile:
     if not 0 < factor <= 1e3:
         raise InputError("factor", factor, "above 0; 1.3 is 30 % slower")
     devices = list(profile.devices)
-    samples = [s.model_copy(update={"latency_us": s.latency_us * factor}) for s in devices[rank].samples]
-    devices[rank] = devices[rank].model_copy(update={"samples": samples})
+    one = devices[rank]
+    samples = [s.model_copy(update={"latency_us": s.latency_us * factor}) for s in one.samples]
+    state = {**one.state, WHAT_IF: factor * float(one.state.get(WHAT_IF) or 1.0)}
+    devices[rank] = one.model_copy(update={"samples": samples, "state": state})
     return profile.model_copy(update={"devices": devices})
 
 

@@ -219,7 +219,7 @@ def _load_column(table: Table, layout: Layout | None, unit: Unit | None, asked: 
     if asked is not None and unit is None:
         raise InputError("--unit", "", f"what does {asked} count?", "give --unit tokens, group-tokens or assignments")
     if asked is not None:
-        refuse_other_loads(table, asked)
+        refuse_other_loads(table, asked, unit is Unit.GROUP_TOKENS)
         return known(table, asked, "--load-column")
     if layout is not None:
         return layout.load

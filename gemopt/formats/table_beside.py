@@ -5,6 +5,7 @@ A column with one value makes no two rows differ, and may still say that they ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
@@ -20,7 +21,11 @@ OTHER_METRICS = {
 FLAGS = {"valid", "success", "succeeded", "passed", "pass", "ok", "correct", "converged"}
 STATES = {"status", "state", "outcome", "result", "verdict"}
 FAULTS = {"error", "errors", "err", "failed", "failure", "exception", "oom", "timeout", "timed_out"}
+MEASURED = re.compile(r"[^\w.]*(\d*\.?\d+(e[-+]?\d+)?|inf)\W*([munµ]?s|x|sec)?", re.ASCII)
+"""A number and its unit, as `<0.5 us`."""
 NO = {"0", "0.0", "false", "no", "n", "none", "nan", "null", "nil", "n/a", "-", ""}
+WELL = {"ok", "success", "succeeded", "passed", "cudasuccess", "hipsuccess"}
+NO_FAULT = re.compile(r"(no|without)[ _-]*(error|fault|failure)s?")
 FAILED = {"fail", "failed", "failure", "error", "oom", "timeout", "crash", "crashed", "invalid", "skip", "skipped"}
 SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", "hotspot"}
 ROUTINGS = {"distribution", "routing", "load_distribution", "balance", "expert_distribution"}
@@ -58,6 +63,8 @@ def refuse_other_units(table: Table, time: str, scale: float) -> None:
 def refuse_failed(table: Table, read_over: Collection[str]) -> None:
     """Raise where a column says that a run failed."""
     for name in (each for each in table.header if each not in read_over):
+        if plain(name) == "pass" and set(filter(str.isdigit, values(table.rows, name))) - {"0", "1"}:
+            continue  # passes that are numbered
         row = next((row for row in table.rows if _failed(plain(name), row.cells[name])), None)
         if row is not None:
             well = next((value for value in values(table.rows, name) if not _failed(plain(name), value)), None)
@@ -70,17 +77,11 @@ def _failed(column: str, cell: str) -> bool:
     told = cell.lower()
     if column in FLAGS:
         return bool(told) and (told in NO - {"nan", "null", "nil", "n/a", "-", "none"} or bool(words(told) & FAILED))
+    if (words(told) & WELL and "not" not in words(told)) or NO_FAULT.fullmatch(told):
+        return False
     if column in STATES:
         return bool(words(told) & FAILED)
-    return column in FAULTS and told not in NO and (told in ("1", "true", "yes") or not _is_number(told))
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.strip("*%x\u00d7 "))
-    except ValueError:
-        return False
-    return True
+    return column in FAULTS and told not in NO and (told in ("1", "true", "yes") or not MEASURED.fullmatch(told))
 
 
 def refuse_skewed_groups(table: Table, where: Sequence[str]) -> None:
@@ -95,10 +96,13 @@ def refuse_skewed_groups(table: Table, where: Sequence[str]) -> None:
             )
 
 
-def refuse_other_loads(table: Table, load: str) -> None:
-    """Raise where the name of the load column says that it counts per expert, in thousands, or no rows at all."""
+def refuse_other_loads(table: Table, load: str, of_group: bool) -> None:
+    """Raise where the name of the load column says that it counts per expert, in thousands, or no rows at all.
+
+    of_group: it was said to count the tokens of a group.
+    """
     parts = words(load)
-    if "per" in parts and parts & {"expert", "experts", "group", "groups"}:
+    if "per" in parts and parts & ({"expert", "experts"} | (set() if of_group else {"group", "groups"})):
         raise InputError("--load-column", load, "the load of a device, over all its experts", "multiply by the experts")
     if parts & (RATES | THOUSANDS) or {"per", "s"} <= parts or "%" in load:
         raise InputError("--load-column", load, "a count of rows or tokens", f"is that in {table.path}? then rename it")

@@ -228,7 +228,7 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
         return _numbers_rows(rows, name, load_of)
     if _swept(name, rows, load_of):
         return False
-    result = parts & RESULTS or {"per", "sec"} <= parts or {"per", "s"} <= parts
+    result = parts & RESULTS or ("per" in parts and parts & {"s", *SECONDS})
     if (result and is_numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
         return True
     if unit_of(name):

@@ -140,12 +140,13 @@ def _runs(table: Table, name: str) -> list[str]:
     if not words(name) & TOTALS:
         return []
     found = {each: values(table.rows, each) for each in table.header}
+    sized = "k" in map(plain, found)  # n and k are those of a matrix
     one = {each for each, seen in found.items() if len(seen) == 1 and seen[0].isdigit() and int(seen[0]) > 1}
     return [
         f"{each} {seen[-1]}"
         for each, seen in found.items()
         if (plain(each) in ITERATIONS and set(seen) - {"", "1"})
-        or (each in one and "warmup" not in words(each) and (words(each) & RUNS or plain(each) == "n"))
+        or (each in one and "warmup" not in words(each) and (words(each) & RUNS or (plain(each) == "n" and not sized)))
     ]
 
 

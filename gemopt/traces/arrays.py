@@ -143,18 +143,14 @@ def refuse_totals(field: str, counts: IntArray) -> None:
         raise InputError(field, bin_of_none, "counts of experts alone: dropped tokens or padding?", "leave it out")
     if are_offsets(counts):
         found = "numbers that rise from expert to expert: where each one's rows begin or end"
-        raise InputError(
-            field,
-            found,
-            "assignments of each expert",
-            "take the differences, which need one number more than there are experts",
-        )
+        hint = "take the differences, which need one number more than there are experts"
+        raise InputError(field, found, "assignments of each expert", hint)
 
 
 def no_expert(counts: IntArray) -> str:
     """What the numbers [T, L, E] say of a first or last expert that is none, as a bin of dropped tokens.
 
-    Without it every layer of a step has as many assignments, and with it few have.
+    Without it every layer of a step has as many assignments, on other experts, and with it few have.
     """
     counts = counts[:LOOKED_AT]
     sums_TL = counts.sum(axis=2, dtype=np.int64)
@@ -162,6 +158,9 @@ def no_expert(counts: IntArray) -> str:
     for place, index in (("first", 0), ("last", -1)):
         one_TL = counts[:, kept, index].astype(np.int64)
         rest_TL = sums_TL[:, kept] - one_TL
+        rest_TLE = np.delete(counts[:, kept], index, axis=2)
+        if (rest_TLE == rest_TLE[:, :1]).all():  # made, not routed
+            continue
         uneven = 2 * np.count_nonzero((one_TL != one_TL[:, :1]).any(axis=1)) > len(one_TL)
         if uneven and np.count_nonzero(one_TL) >= ENOUGH_SUMS and rest_TL.any() and (rest_TL == rest_TL[:, :1]).all():
             return f"a {place} expert without which all layers have as many assignments"
@@ -169,16 +168,20 @@ def no_expert(counts: IntArray) -> str:
 
 
 def are_offsets(counts: IntArray) -> bool:
-    """Whether numbers [T, L, E] are sums over the experts so far: they never fall and begin at 0, or end at one sum."""
+    """Whether numbers [T, L, E] are sums over the experts so far: they never fall and begin at 0, or end at one sum.
+
+    Loads that were sorted, or made so, may; but those add up to one sum in all layers.
+    """
     if counts.shape[2] < FEWEST_SLOTS or counts[:, :, 0].size < 2:
         return False
-    for part in (counts[:FEWEST_STEPS], counts):  # few are enough to tell that they are none
-        if (part[:, :, 1:] < part[:, :, :-1]).any():
-            return False
+    if any((part[:, :, 1:] < part[:, :, :-1]).any() for part in (counts[:FEWEST_STEPS], counts)):  # few mostly tell
+        return False
     if np.count_nonzero(counts[:, :, 1:] > counts[:, :, :-1]) < ENOUGH_SUMS:
         return False
     busy = counts[:, counts.any(axis=(0, 2))]
-    ends_TL = busy[:, :, -1]
+    ends_TL, sums_TL = busy[:, :, -1], busy.sum(axis=2, dtype=np.int64)
+    if (sums_TL == (sums_TL[:, :1] if sums_TL.shape[1] > 1 else sums_TL[0])).all():
+        return False
     return not busy[:, :, 0].any() or (ends_TL.shape[1] > 1 and bool((ends_TL == ends_TL[:, :1]).all()))
 
 

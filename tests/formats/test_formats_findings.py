@@ -316,6 +316,44 @@ def test_a_bin_of_tokens_without_an_expert_is_refused(load, tmp_path, place):
             read()
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_hot_expert_beside_loads_that_were_made_is_taken(load, tmp_path, place):
+    counts = np.full((8, 5, 16), 3)
+    counts[:, :, place] = np.random.default_rng(4).poisson(40, (8, 5))
+    np.save(tmp_path / "a.npy", counts)
+    assert (load(tmp_path / "a.npy", "array")[0].counts == counts).all()
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_loads_in_rising_order_are_no_offsets(load, tmp_path, layers):
+    made = np.broadcast_to(np.arange(1, 17), (6, layers, 16))
+    drawn = np.random.default_rng(4).multinomial(128, 1 / np.arange(1, 17) ** 3 / 1.2020, (6, layers))
+    for counts in (made, np.sort(drawn, axis=2)):
+        assert (counts[:, :, 0] == 0).all() or (counts[:, :, -1] == counts[0, 0, -1]).all()
+        np.save(tmp_path / "a.npy", counts)
+        loaded, notes = load(tmp_path / "a.npy", "array")[:2]
+        assert (loaded.counts == counts).all()
+        assert "in the order of their load" in notes
+
+
+def test_small_files_that_are_the_same_are_steps_of_their_own(load, tmp_path):
+    counts = np.arange(6).reshape(3, 1, 2)
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", counts)
+    assert (load(tmp_path, "array")[0].counts == np.concatenate([counts, counts])).all()
+
+
+@pytest.mark.parametrize("name", ["capacity_factor", "routed_scaling_factor", "rope_scaling"])
+def test_settings_of_the_network_beside_counts_change_nothing(load, tmp_path, name):
+    counts = routed(np.random.default_rng(17))
+    np.savez(tmp_path / "a.npz", counts=counts, **{name: 1.25})
+    assert (load(tmp_path / "a.npz", "array")[0].counts == counts).all()
+    assert (Traces.load(tmp_path / "a.npz").counts == counts).all()
+    np.savez(tmp_path / "a.npz", counts=counts, scaling_factor=1.25)
+    with pytest.raises(InputError, match="scaling_factor beside counts"):
+        load(tmp_path / "a.npz", "array")
+
+
 @pytest.mark.parametrize(
     "offsets",
     [
