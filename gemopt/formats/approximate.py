@@ -76,7 +76,8 @@ def approximate(
     if "splits" in lacking or split is Split.STATIC:
         split = engine.splits[0]
         notes.append(f"split {placement.split.value} became {split.value}")
-    candidates = [(_rebuild(placement, t, split), said) for t, said in options or [(table, "")]]
+    tables: list[tuple[Table | None, str]] = [*options] or [(None, "")]
+    candidates = [(_rebuild(placement, t, split), said) for t, said in tables]
     candidates = _kept(candidates)
     chosen, said = min(candidates, key=lambda c: cost(c[0])) if cost and len(candidates) > 1 else candidates[0]
     return chosen, [*notes, *([said] if said else [])]
@@ -175,10 +176,10 @@ def _fill(table: Table, placement: Placement, loads_LE: NDArray[np.float64], wid
     return result, count
 
 
-def _rebuild(placement: Placement, table: Table, split: Split) -> Placement:
-    """The placement of `table`; unchanged slots, empty ones included, when the ranks hold as many experts as before."""
+def _rebuild(placement: Placement, table: Table | None, split: Split) -> Placement:
+    """The placement of `table`, whose ranks are all as full; None: with the slots as they are."""
     fields = {**dict(placement), "split": split, "split_weights": None}
-    if table != _by_rank(placement):
+    if table is not None:
         fields["slots_per_rank"] = np.full(placement.num_ranks, len(table[0][0]))
         fields["physical_to_logical"] = np.array([_flat(layer) for layer in table])
     return Placement(**fields)

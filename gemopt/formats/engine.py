@@ -265,11 +265,13 @@ def make_placement(path: Path, rows: object, facts: Facts, **fields: Any) -> Pla
     experts = int(table_LP.max()) + 1 if facts.num_experts is None else facts.num_experts
     if int(table_LP.max()) >= experts:
         raise InputError(f"{path}: physical_to_logical", int(table_LP.max()), f"experts 0 to {experts - 1}")
-    devices = facts.device_uuids
+    devices, split = facts.device_uuids, facts.split or Split.EVEN
+    if split is Split.STATIC and (np.diff(np.sort(table_LP, axis=1), axis=1) != 0).all():
+        split = Split.EVEN  # there are no copies whose weights these files could lack
     settled = {
         "slots_per_rank": np.full(ranks, table_LP.shape[1] // ranks),
         "num_experts": experts,
-        "split": facts.split or Split.EVEN,
+        "split": split,
         "model": facts.model,
         "device_uuids": list(devices) if devices is not None and len(devices) == ranks else None,
     }

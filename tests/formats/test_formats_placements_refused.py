@@ -112,6 +112,33 @@ def test_approximate_says_when_it_cannot():
         approximate(placement, get("lmdeploy"))
 
 
+EQUAL = [e.name for e in engines() if e.write and not e.unequal_slots]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_spare_slots_that_nobody_filled_are_left_out(tmp_path, name):
+    row = [0, 1, 2, -1, 3, 4, 5, -1]
+    placement = Placement(
+        physical_to_logical=[row] * 2, slots_per_rank=[4, 4], num_experts=6, num_hidden_layers=2, split="static",
+        split_weights=[[1.0] * 3 + [0.0] + [1.0] * 3 + [0.0]] * 2,
+    )  # fmt: skip
+    made, notes = approximate(placement, get(name))
+    assert (made.physical_to_logical == np.arange(6)).all() and made.slots_per_rank.tolist() == [3, 3]
+    assert "0 experts moved" in " ".join(notes) and not obstacles(made, get(name))
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_without_copies_static_weights_are_not_missed(tmp_path, name):
+    placement = Placement(
+        physical_to_logical=[[1, 0, 3, 2]] * 2, slots_per_rank=[2, 2], num_experts=4, num_hidden_layers=2,
+        split="static", split_weights=[[1.0] * 4] * 2,
+    )  # fmt: skip
+    path = tmp_path / f"p{(get(name).suffixes or ('.json',))[0]}"
+    export(placement, to=name, path=path)
+    found = import_placement(path, source=name)
+    assert (np.sort(found.physical_to_logical.reshape(2, 2, 2)) == [[0, 1], [2, 3]]).all()
+
+
 def test_nothing_to_approximate(make_placement):
     placement = make_placement()
     assert approximate(placement, get("sglang")) == (placement, [])
