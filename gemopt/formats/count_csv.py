@@ -48,7 +48,7 @@ INDEX = "column 1"  # a first one without a name
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
 _RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
-_POWER = re.compile(r"\d(?:\.\d+)?e[+-]?\d\d", re.ASCII)
+_POWER = re.compile(r"\d(?:\.\d+)?[eE][+-]?\d\d", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}(?:\.0*)?", re.ASCII)
 Key = tuple[int, int, int]  # step, layer, expert
 

@@ -272,6 +272,7 @@ def spelt(counts, cell=str, separator=",", comment=""):
         lambda c: ("# model: x\n\n" + spelt(c)).encode().replace(b"\n\n", b"\n"),
         lambda c: ("#\n" + spelt(c, comment="# ")).encode(),  # as numpy.savetxt writes a header
         lambda c: spelt(c, cell=lambda n: f"{n:.18e}", comment="# ").encode(),
+        lambda c: spelt(c, cell=lambda n: f"{n:.9E}").encode(),
     ],
 )
 def test_tables_as_other_programmes_write_them(load, folder, content):
