@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.costs import CostModel, cost_of
-from gemopt.exceptions import InputError, check_number, refuse_unused
+from gemopt.exceptions import InputError, check_number
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import check_kept, layer_rules
 from gemopt.links import Communication, Exchange, Links, check_asked
@@ -228,7 +228,7 @@ def evaluate(
     ------
     InputError
         When placement, traces, devices and topology disagree, the split needs senders or nodes that are not known, the
-        placement breaks a rule, or senders or exchange are given where nothing asks for them.
+        placement breaks a rule, or an exchange is given without a topology.
     """
     profile = None if profile is None else Profile.of(profile)
     model = cost_of("auto" if cost is None else cost, profile)
@@ -237,20 +237,16 @@ def evaluate(
     if rules is not None:
         check_rules(placement, rules, profile, topology)
     check_asked(exchange, topology)
-    senders = Senders.asked_by(senders, placement.split)
     split = placement.split if placement.has_copies else Split.EVEN
     if split is Split.NEAREST and profile is None:
         raise InputError("profile", None, "the nearest split asks for the node of every rank")
-    refuse_unused(
-        {"exchange": exchange if topology is None else None}, "says how tokens go over links: give a topology"
-    )
     layers = each_problem(
         model,
         traces,
         placement.slots_per_rank,
         node_of_rank=None if profile is None else profile.node_of_rank,
         split=split,
-        senders=senders,
+        senders=Senders.of(senders),
     )
     weights_LP = placement.split_weights if split is Split.STATIC else None
     scored = score(placement.physical_to_logical, layers, model.measured, weights_LP=weights_LP)

@@ -185,7 +185,7 @@ def test_an_answer_says_how_to_make_it_again(
         (lambda p, t, x: conflict_graph(t, "0"), "layer: got 0; an index"),
         (lambda p, t, x: assert_bound_holds(x, p, t), "result: got a Placement"),
         (lambda p, t, x: Traces(counts=np.ma.masked_greater(t.counts, 5)), "Traces.counts: got masked values"),
-        (lambda p, t, x: gemopt.evaluate(x, p, t, exchange=Exchange()), "says how tokens go over links: give a"),
+        (lambda p, t, x: gemopt.evaluate(x, p, t, exchange=Exchange()), "says how tokens go over links; give a"),
         (lambda p, t, x: solve(p, t, topology="nvlink-2", exchange={"once_per": "rank"}), "exchange: got {'once_per'"),
         (lambda p, t, x: solve(p, t, topology=8), "topology: got an int; a Topology or the path of one"),
         (lambda p, t, x: solve(p, t, current=x, exclude_ranks=1), "exclude_ranks: got 1; a list of ranks; as in [3]"),

@@ -28,7 +28,6 @@ from gemopt.report import report
 from gemopt.report.style import graph_objects
 from gemopt.result import Result
 from gemopt.solve import solve
-from gemopt.splits.senders import Senders
 from gemopt.traces import Phase, Traces
 
 EXISTS = ("a folder that does not exist yet", "give another with -o")
@@ -271,7 +270,7 @@ class _Writer:
     def _cost(self, placement: Placement) -> float:
         job = self.job
         return evaluate(
-            placement, self.profile, self.traces, senders=Senders.heeded(job.constraints.senders, placement.split),
+            placement, self.profile, self.traces, senders=job.constraints.senders,
             topology=job.topology, exchange=job.exchange,
         ).objective_us  # fmt: skip
 

@@ -26,7 +26,6 @@ from gemopt.online.metrics import Health, Metrics
 from gemopt.placement import Placement
 from gemopt.problem import problems
 from gemopt.result import relative_gap
-from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
 Log = Callable[[str], None]
@@ -220,8 +219,7 @@ class Watch:
     def _scored(self, placement: Placement, part: Traces) -> Evaluation:
         """With every rank as fast as it is now."""
         known = self.controller
-        senders = Senders.heeded(known.senders, placement.split)
-        return evaluate(placement, known.profile, part, cost=known.scaled, senders=senders)
+        return evaluate(placement, known.profile, part, cost=known.scaled, senders=known.senders)
 
     @contextmanager
     def _guard(self, kind: str) -> Iterator[None]:

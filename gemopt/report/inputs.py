@@ -64,8 +64,7 @@ class Inputs:
 
     def evaluate(self, placement: Placement, traces: Traces) -> Evaluation:
         """What a placement costs on these steps, on these devices."""
-        senders = Senders.heeded(self.senders, placement.split)
-        return evaluate(placement, self.profile, traces, cost=self.cost, senders=senders)
+        return evaluate(placement, self.profile, traces, cost=self.cost, senders=self.senders)
 
 
 def gather(

@@ -85,7 +85,7 @@ def moves_front(
     if options.get("rules") is not None:
         current = current.under(Rules.of(options["rules"]), profile.node_of_rank)
     given, kept = traces.split(holdout) if holdout else (traces, None)
-    senders = Senders.asked_by(options.get("senders"), current.split)
+    senders = Senders.of(options.get("senders"))
     layers = _layers(fitted, given, current, profile, senders)
     fronts = _fronts(layers, current, time_limit, options.get("threads"))
     placements = [(SWAPS, current)]
@@ -102,7 +102,7 @@ def moves_front(
 
     def per_step(placement: Placement) -> list[float]:
         scored = [
-            evaluate(placement, profile, some, cost=fitted, senders=Senders.heeded(senders, placement.split))
+            evaluate(placement, profile, some, cost=fitted, senders=senders)
             for some in (given, kept)
             if some is not None
         ]

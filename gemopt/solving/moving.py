@@ -238,8 +238,7 @@ class Moving:
         if self.resized.changed:
             profile = profile.model_copy(update={"devices": profile.devices[: self.current.num_ranks]})
             cost = fit(profile, model=cost.name)[0]
-        heeded = Senders.heeded(senders, self.current.split)
-        return evaluate(self.current, profile, traces, cost=cost, senders=heeded).objective_us
+        return evaluate(self.current, profile, traces, cost=cost, senders=senders).objective_us
 
 
 def limited(problem: Problem, most: int | None = None, most_into_G: NDArray[np.int64] | None = None) -> Problem:

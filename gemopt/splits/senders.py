@@ -34,11 +34,6 @@ class Senders(StrEnum):
             raise InputError("senders", name, f"the {split.value} split does not ask who sends", "leave it out")
         return cls.of(name)
 
-    @staticmethod
-    def heeded(name: Senders | str | None, split: Split) -> Senders | str | None:
-        """What a call says of them as far as a placement of this split asks; None: nothing."""
-        return name if split is Split.NEAREST else None
-
 
 def check_senders(traces: Traces, num_ranks: int) -> None:
     """Refuse traces that do not say which of these ranks sends each token.
