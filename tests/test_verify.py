@@ -101,6 +101,13 @@ def test_a_search_looks_at_the_same_however_many_at_once(monkeypatch: pytest.Mon
     assert found[0] == found[1] and found[0][1] is None
 
 
+def test_a_search_of_many_experts_over_few_steps_stays_small() -> None:
+    """What is looked at together holds the ranks of all experts, too."""
+    counts, cost = traces(steps=1, experts=240, layers=1), fit(profile(), model="staircase")[0]
+    search = tree._Search(Case(counts.counts[:, 0].astype(np.int64), cost, np.array([80, 80, 80])), 1.0)
+    assert 1 < search.together * 240 * 3 <= tree.BATCH
+
+
 EDITS = {
     "row": lambda c: c["layers"][0]["row"].reverse(),
     "missing expert": lambda c: c["layers"][1]["row"].__setitem__(0, c["layers"][1]["row"][1]),

@@ -62,7 +62,7 @@ class _Search:
         ]
         kinds = [(len(e.terms), c, int(s)) for e, c, s in zip(case.cost.latencies, curves, case.slots_G, strict=True)]
         self.same = np.array([kinds.index(kind) for kind in kinds])
-        self.together = max(1, BATCH // (len(kinds) * self.items_EFT[0].size))
+        self.together = max(1, BATCH // (len(kinds) * max(experts, self.items_EFT[0].size)))
 
     def go(self, placed_ND: IntArray) -> tuple[IntArray, int, float | None]:
         """(ways to place one expert more that may be below the bound [n, D + 1], how many there are, a better one).
