@@ -28,7 +28,7 @@ from gemopt.solvers.exact.share_space import Shares, make_contents
 from gemopt.solvers.exact.share_tree import bound_of_copies
 from gemopt.solvers.size import num_shares
 from gemopt.traces import Traces
-from gemopt.verify import Case, floor_bound_us, verify
+from gemopt.verify import Case, floor_bound_us, share_contents, verify
 from gemopt.verify.columns import check_columns
 
 STOP = np.zeros(1, np.uint8)
@@ -160,6 +160,44 @@ def test_the_verifier_proves_as_much_and_no_more_than_holds(kind: str, slots: li
             there = space.prove(mu_ET, price_E, STOP)
             assert there is not None and here <= there.bound_us + 1e-9 * best
             assert 0 in slots or here == pytest.approx(there.bound_us, abs=1e-6 * best)
+
+
+@pytest.mark.parametrize("slots", [[3, 3, 2], [4, 2, 1], [3, 3, 0]], ids=str)
+@pytest.mark.parametrize("kind", ["equal", "two equal", "falling"])
+def test_the_verifier_finds_the_same_with_and_without_pairs(
+    kind: str, slots: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The least and all that cost little, in every range: a content is only passed over where it costs too much."""
+    by_pairs, looked = share_contents._by_pairs, 0
+    for seed in range(6):
+        case, rng = case_of(drawn(kind, slots, seed)), np.random.default_rng(seed)
+        mu_ET = rng.exponential(1.0, (4, 4))
+        mu_ET = np.floor(mu_ET / np.maximum(1.0, mu_ET.sum(axis=0)) * UNIT).astype(np.int64)
+        price_E = np.round(rng.normal(3, 5, 4) * 1e6 * (1 << 12)).astype(np.int64)
+        within, found = share_contents.Range(rng.integers(1, 3, 4), rng.integers(1, 4, 4)), []
+        for screened in (True, False):
+            pairs = by_pairs if screened else (lambda *given: unknown(by_pairs(*given)))
+            monkeypatch.setattr(share_contents, "_by_pairs", pairs)
+            for ranges in (share_contents.everything(case), within):
+                given = (case, 0, case.floors_T, mu_ET, price_E, 12, ranges)
+                least, _ = share_contents._scanned(*given, None, np.zeros((0, 0), np.int64))
+                left = share_contents.shares_left(*given, least + (1 << 34), 400)
+                assert left is not None
+                found.append((least, [each.tolist() for each in left]))
+        assert found[:2] == found[2:]
+        looked += len(found[0][1][1])
+    assert looked > 6
+
+
+def unknown(parts: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs that say nothing."""
+    return np.full_like(parts[0], -1e300), np.zeros_like(parts[1])
+
+
+def test_experts_with_too_many_copies_are_not_listed() -> None:
+    """Tables of pairs would take gigabytes, whatever a certificate says."""
+    problem = Problem.make(np.ones((1, 256), np.int64), (ASSIGNMENTS,), [LINE] * 192, 2)
+    assert not share_contents.shared(case_of(problem)) and num_shares(problem) is None
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ Array = NDArray[Any]
 BLOCK = 64  # steps looked at together
 EXACT_BITS = 53
 MOST_ENTRIES = 1e10  # contents of one rank x steps
+MOST_PAIRS = 4096  # of an expert and its copies
 FITS = 4e18  # in 63 bits
 LONGEST_PS = 1 << 38  # above the floors: what takes longer counts as this long
 
@@ -38,7 +39,8 @@ def shared(case: Case) -> bool:
     for size in range(1, int(case.slots_G.max()) + 1):
         ways = [sum(ways[max(0, n - most + 1) : n + 1]) for n in range(case.spare + 1)]
         contents += sum(ways) * comb(case.counts_TE.shape[1], size)
-    return contents * len(case.counts_TE) <= MOST_ENTRIES
+    few = case.counts_TE.shape[1] * most <= MOST_PAIRS
+    return few and contents * len(case.counts_TE) <= MOST_ENTRIES
 
 
 class Range(NamedTuple):
@@ -156,7 +158,7 @@ def _by_pairs(
     one_XX = slope * (mass_XT @ load_XT.T.astype(np.float64)) * 2.0**-shift
     alone_X = (mass_XT @ above_T) * 2.0**-shift + one_XX.diagonal() - price_X
     size = (mass_XT @ np.abs(above_T)).max() * 2.0**-shift + slots * np.abs(one_XX).max() + np.abs(price_X).max()
-    size += float(table_N.max()) * mass_XT.sum(axis=1).max() * 2.0**-shift  # of the line's start, rounded
+    size += float(np.abs(table_N).max()) * mass_XT.sum(axis=1).max() * 2.0**-shift  # of the line's start, rounded
     return alone_X - 1 - (len(floor_T) + 1000) * 2.0**-52 * size, one_XX + one_XX.T
 
 
@@ -173,10 +175,11 @@ def _least(
     """
     pairs, blocks, width = load_XBW.shape
     deepest = min(slots, pairs // most)
-    load_BW, mass_BW = np.zeros((blocks, width), np.int64), np.zeros((blocks, width))
+    load_SBW, mass_SBW = np.zeros((deepest + 1, blocks, width), np.int64), np.zeros((deepest + 1, blocks, width))
     price_S, extra_S = np.zeros(deepest + 1, np.int64), np.zeros(deepest + 1, np.int64)
     next_S, above_W, size, found = np.zeros(deepest + 1, np.int64), np.empty(width), 0, 0
     trail_S, listing, sum_S = np.zeros(deepest + 1, np.int64), len(out) > 0, np.zeros(deepest + 1)
+    made = 0  # of the sums, so many are those of the trail
     extra_S[0] = (low_E - 1).sum()
     least = np.int64(1) << 62
     if extra_S[0] + slots <= spare:
@@ -196,18 +199,18 @@ def _least(
         price, total = price_S[size] + price_X[x], sum_S[size] + alone_X[x]
         for s in range(size):
             total += both_XX[x, trail_S[s]]
-        trail_S[size] = x
+        trail_S[size], made = x, min(made, size)
         known = np.int64(limit) + 1 if listing else least
         high = total > -FITS and total < FITS and np.int64(np.floor(total)) >= known
         if extra + slots - size - 1 <= spare and not high:
-            load_BW[:] = 0
-            mass_BW[:] = 0
-            for s in range(size):
-                load_BW += load_XBW[trail_S[s]]
-                mass_BW += mass_XBW[trail_S[s]]
+            for s in range(made, size):
+                load_SBW[s + 1] = load_SBW[s] + load_XBW[trail_S[s]]
+                mass_SBW[s + 1] = mass_SBW[s] + mass_XBW[trail_S[s]]
+            made = size
             cost = least_with(
-                load_BW, load_XBW[x], mass_BW, mass_XBW[x], table_N, floor_BW, above_W, shift, price, known
-            )
+                load_SBW[size], load_XBW[x], mass_SBW[size], mass_XBW[x], table_N, floor_BW, above_W, shift, price,
+                known,
+            )  # fmt: skip
             least = min(least, cost)
             if listing and cost <= limit:
                 if found < len(out):
