@@ -47,7 +47,7 @@ def lines_of(tables: Tables, ranks_K: Array, most: int, near: float) -> Lines | 
             slope = (low + high) / 2
             rising = loads[(values - slope * loads).argmin()] < near
             low, high = (slope, high) if rising else (low, slope)
-        found.append(((values - low * loads).min(), low))
+        found.append(((values - low * loads - 2 * ULP * (np.abs(values) + low * loads)).min(), low))  # rounded down
     return Lines(*np.array(found).T)
 
 
