@@ -124,7 +124,9 @@ def _use_shares(few: Problem) -> None:
     assert row is not None
     search = bound_of_copies(few, row, -np.inf, np.zeros(1, np.uint8))
     assert search is not None
-    search.search(search.open[0][2])
+    box = search.open[0][2]
+    search.halves(box)
+    search.search(box)
 
 
 def _use_budget(problem: Problem) -> None:

@@ -68,7 +68,7 @@ class Box:
     @property
     def live_KN(self) -> NDArray[np.bool_]:
         """[K, n] whether a content may be on a kind of ranks."""
-        return np.isfinite(self.best.net_KN)
+        return np.isfinite(self.best.net_KN, order="C")
 
     @property
     def entries(self) -> int:
@@ -138,7 +138,7 @@ class ShareTree:
                 self.entries += box.entries
                 self.closed.append(box)
                 continue
-            for part in self._halves(box):
+            for part in self.halves(box):
                 raised = self._look(part)
                 self._push(part if raised is None else raised)
 
@@ -234,7 +234,7 @@ class ShareTree:
         self.nodes += nodes
         return bool(done)
 
-    def _halves(self, box: Box) -> list[Box]:
+    def halves(self, box: Box) -> list[Box]:
         """Two boxes, which cut the range of a heavy expert whose copies the master is in two minds about."""
         if (box.low_E == box.high_E).all():
             return [box]
