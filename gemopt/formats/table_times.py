@@ -41,22 +41,9 @@ ITERATIONS = {
     "instances",
 }  # fmt: skip
 RUNS = {
-    "iter",
-    "iters",
-    "niter",
-    "iterations",
-    "loops",
-    "calls",
-    "repeat",
-    "repeats",
-    "rep",
-    "reps",
-    "runs",
-    "count",
-    "rounds",
-    "launches",
-    "times",
-}
+    "iter", "iters", "niter", "iterations", "loops", "calls", "repeat", "repeats", "rep", "reps", "runs", "count",
+    "rounds", "launches", "times",
+}  # fmt: skip
 """Words of how many runs a total is of, where all rows have one number above 1; it counts the repeats elsewhere."""
 PARTS = {
     "kernel", "kernel_name", "component", "stage", "part", "module", "section", "layer", "layer_type", "block",
@@ -119,9 +106,9 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
 def _asking(name: str) -> str:
     """The option that takes a column, with the unit that its name ends in, if any."""
     found = UNIT_AT_END.search(plain(name))
-    if unit_of(name) or found:
-        return f"--time-column '{name}'" if unit_of(name) else f"--time-column '{name}:{found[1] if found else ''}'"
-    return f"--time-column '{name}:ms', or :us, :ns, :s"
+    if unit_of(name):
+        return f"--time-column '{name}'"
+    return f"--time-column '{name}:{found[1]}'" if found else f"--time-column '{name}:ms', or :us, :ns, :s"
 
 
 def _refuse_other_times(table: Table, name: str) -> None:

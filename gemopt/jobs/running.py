@@ -270,8 +270,8 @@ class _Writer:
     def _cost(self, placement: Placement) -> float:
         job = self.job
         return evaluate(
-            placement, self.profile, self.traces, senders=job.constraints.senders,
-            topology=job.topology, exchange=job.exchange,
+            placement, self.profile, self.traces, senders=job.constraints.senders, topology=job.topology,
+            exchange=job.exchange,
         ).objective_us  # fmt: skip
 
     def _report(self, command: str) -> str:
