@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from gemopt.documents import Settings
 from gemopt.migration import BATCH_BYTES
@@ -70,11 +68,3 @@ class Policy(Settings):
     threads: int = Field(default=1, ge=1, le=1024)
     speed_tolerance: float = Field(default=0.02, gt=0, le=1)
     dead_after_steps: int = Field(default=64, ge=1, le=10**9)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _number(cls, value: Any) -> Any:
-        """`true` is no 1."""
-        if isinstance(value, bool):
-            raise ValueError("a number, neither true nor false")
-        return value

@@ -29,13 +29,11 @@ COPIES = re.compile(
     re.IGNORECASE,
 )
 NOT_COPIES = "add up the copies of an expert, and put the experts of all ranks side by side in their order"
-ALTERING = (
-    re.compile(  # arrays and metadata that say what is still to be done to the counts, and no setting of a network
-        "^(?!.*(capacity|rout|rope|attention))(.*_)?"
-        "(scale|scaling|factor|mask|valid|warm_?up|normali[sz]ed|step_weight)s?(_|$)|"
-        "expert_(start|begin|offset)|first_expert",
-        re.IGNORECASE,
-    )
+ALTERING = re.compile(  # arrays and metadata that say what is still to be done to the counts, no setting of a network
+    "^(?!.*(capacity|rout|rope|attention))(.*_)?"
+    "(scale|scaling|factor|mask|valid|warm_?up|normali[sz]ed|step_weight)s?(_|$)|"
+    "expert_(start|begin|offset)|first_expert",
+    re.IGNORECASE,
 )
 NOT_ALTERED = "do to the counts what it says, and leave it out"
 _MEANT = {  # what else arrays are called that say what the counts are of
