@@ -152,19 +152,23 @@ def main() -> None:
     spans: dict[str, list[list[float]]] = {"fitted once": [], "followed": []}
     decisions: list[str] = []
     worst = 0.0
-    for _ in range(options.rounds):
-        executor.apply(once)
-        fixed, before = serve(model, watch, texts, rank, options.slower)
-        executor.apply(once)
-        follow = executor.follow(informed(profile, once, policy, counts) if rank == 0 else None, window=options.window)
-        followed, after = serve(model, watch, texts, rank, options.slower)
-        follow.close()
-        decisions = follow.decisions
-        spans["fitted once"].append(fixed)
-        spans["followed"].append(followed)
-        say(f"round {len(spans['followed'])}: {change([sum(followed)], [sum(fixed)])['median']:+.3f}")
-        differences = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True)]
-        worst = max(worst, *differences)
+    for number in range(options.rounds):
+        prints: dict[str, list[torch.Tensor]] = {}
+        for name in list(spans)[:: 1 if number % 2 == 0 else -1]:  # so that neither is always the first
+            executor.apply(once)
+            follow = None
+            if name == "followed":
+                controller = informed(profile, once, policy, counts) if rank == 0 else None
+                follow = executor.follow(controller, window=options.window)
+            spans_of_round, prints[name] = serve(model, watch, texts, rank, options.slower)
+            spans[name].append(spans_of_round)
+            if follow is not None:
+                follow.close()
+                decisions = follow.decisions
+        fixed, followed = (sum(rounds[-1]) for rounds in spans.values())
+        say(f"round {number + 1}: {change([followed], [fixed])['median']:+.3f}")
+        pairs = zip(prints["followed"], prints["fitted once"], strict=True)
+        worst = max(worst, *(float((a - b).abs().max() / b.abs().max()) for a, b in pairs))
     if rank == 0:
         say(fit(profile)[1].summary())
         report(options, policy, spans, decisions, worst)
