@@ -90,6 +90,61 @@ def test_aiter_times_both_stages_and_its_kernels_follow_the_load(tmp_path: Path)
         read_table(written(tmp_path, text + failed))
 
 
+def test_aiter_for_expert_parallelism_counts_tokens_of_the_group(tmp_path: Path) -> None:
+    head = AITER.replace("expert,topk", "expert,ep,topk")
+    row = "256,{n},4096,384,32,{ep},8,bf16,x,32,0,37.1,k32,0.1%,10.6,s32,15.7%,{us},0,1.58,12676\n"
+    eight = "".join(row.format(n=n, ep=8, us=us) for n, us in ((8, 47.5), (512, 90.0)))
+    assert loads(read_table(written(tmp_path, head + eight))) == [(8, None, 47.5), (512, None, 90.0)]
+    one = "".join(row.format(n=n, ep=1, us=us) for n, us in ((8, 60.0), (512, 300.0)))
+    assert loads(read_table(written(tmp_path, head + one))) == [(64, None, 60.0), (4096, None, 300.0)]
+    with pytest.raises(InputError, match="rows that differ in ep;"):
+        read_table(written(tmp_path, head + one + eight))
+    with pytest.raises(InputError, match="ep: got 1, 8; one number for all rows"):
+        read_table(written(tmp_path, head + one + eight), repeat=["ep"])
+
+
+def test_stages_of_aiter_are_no_layers(tmp_path: Path) -> None:
+    profile = "stage," + AITER.replace("us1,kernelName1,err1,us2,kernelName2,err2,us,run_1stage", "us,kernelName,err")
+    row = "{stage},256,{n},4096,384,128,8,bf16,x,32,0,{us},k,0.1%,1.58,12676\n"
+    stages = (("stage1", 30), ("stage2", 20), ("asm_1stage", 60))
+    text = profile + "".join(row.format(stage=stage, n=n, us=us + n) for stage, us in stages for n in (1, 8))
+    for where in ([], ["stage=stage1"]):
+        with pytest.raises(InputError, match=r"stage: got stage1.*whole MoE layers"):
+            read_table(written(tmp_path, text), where=where)
+    assert loads(read_table(written(tmp_path, text), where=["stage=asm_1stage"])) == [(8, None, 61), (64, None, 68)]
+    opus = "token,model_dim,inter_dim,expert,topk,a2_layout,kernel_name,us\n"
+    text = opus + "".join(f"{n},4096,1024,64,8,token_major,bf16_gemmstyle,{20 + n}\n" for n in (8, 64))
+    with pytest.raises(InputError, match="a2_layout: got the second of two stages"):
+        read_table(written(tmp_path, text))
+
+
+def test_tables_of_wide_expert_parallelism_must_tell_the_tokens_of_the_group(tmp_path: Path) -> None:
+    head = "kernel_source,num_tokens,{},topk,num_experts,moe_ep_size,distribution,latency\n"
+    text = head.format("global_num_tokens") + "".join(
+        f"deepgemm_megamoe,{n},{8 * n},6,384,8,balanced,{ms}\n" for n, ms in ((4, 0.1), (16, 0.15), (64, 0.2))
+    )
+    path = written(tmp_path, text)
+    with pytest.raises(InputError, match=r"got 4 beside global_num_tokens 32.*--load-column global_num_tokens"):
+        read_table(path)
+    of_group = {"load": "global_num_tokens", "unit": Unit.GROUP_TOKENS}
+    with pytest.raises(InputError, match=r"megamoe; times without the exchange.*--time-column latency:ms"):
+        read_table(path, **of_group)
+    assert loads(read_table(path, **of_group, time="latency:ms")) == [
+        (24, None, 100.0),
+        (96, None, 150.0),
+        (384, None, 200.0),
+    ]
+    mode = head.format("rank0_num_tokens,simulation_mode")
+    rows = "".join(
+        f"cutlass,{n},{n // 8},{{mode}},8,256,8,balanced,{ms}\n" for n, ms in ((64, 0.1), (128, 0.15), (512, 0.2))
+    )
+    accurate, simple = (rows.format(mode=each) for each in ("accurate", "simple"))
+    with pytest.raises(InputError, match="simulation_mode: got accurate"):
+        read_table(written(tmp_path, mode + simple + accurate))
+    path = written(tmp_path, mode + simple + accurate)
+    assert loads(read_table(path, where=["simulation_mode=simple"]))[0] == (64, None, 100.0)
+
+
 def benchmark_log(tp: int = 2, *, arguments: bool = True, slower: float = 0.0) -> str:
     lines = [f"Namespace(model='mixtral', tp_size={tp}, dtype='auto', seed=0, batch_size=None, tune=False)"] * arguments
     for size, us in ((1, 61.2), (64, 171.25)):

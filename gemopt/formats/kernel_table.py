@@ -27,6 +27,7 @@ from gemopt.formats.table_columns import (
     chosen_rows,
     device_columns,
     known,
+    listed,
     named,
     plain,
     refuse_mixtures,
@@ -36,14 +37,15 @@ from gemopt.formats.table_doubts import doubts
 from gemopt.formats.table_files import Row, Table, number, read, refuse_grouped, whole
 from gemopt.formats.table_kinds import (
     AICONFIGURATOR,
-    AITER,
     BENCHMARK_MOE,
     LAYOUTS,
     Layout,
     Unit,
     kernel,
-    one_stage,
+    refuse_fused,
     refuse_skewed,
+    refuse_tokens_of_a_rank,
+    settled,
     shape,
 )
 from gemopt.formats.table_times import refuse_other_operations, time_column
@@ -112,12 +114,13 @@ def read_table(
     table = chosen_rows(full, where)
     unsaid = [] if layout else [each for each in full.header if each not in (*device, *repeat)]
     varying = [each for each in unsaid if len(values(full.rows, each)) > 1]
-    refuse_other_operations(table, varying, read_over=repeat if layout is None else table.header)
+    refuse_other_operations(table, varying, read_over={*repeat, *(layout.tuned if layout else ())})
     if layout is None:
         refuse_failed(table, repeat)
-    if layout is AITER:
-        table = one_stage(table)
+    table = settled(table, layout, load)
     load_column = _load_column(table, layout, unit, load)
+    if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:
+        refuse_tokens_of_a_rank(table, load_column)
     active_column = next(iter(named(table, ACTIVE_COLUMNS)), None)
     reader = _Reader(table, load_column, active_column)
     columns = device_columns(table, device) if device or layout is None or layout.devices else []
@@ -134,6 +137,7 @@ def read_table(
         refuse_grouped(table, name)
     if layout is AICONFIGURATOR:
         refuse_skewed(table, where)
+        refuse_fused(table, reader.latency, time)
     top_k = _given("--top-k", top_k, table, TOP_K_COLUMNS)
     counted = _unit(table, load_column, layout, unit, top_k)
     if layout is None and counted is Unit.GROUP_TOKENS:
@@ -295,6 +299,8 @@ def _given(option: str, value: int | None, table: Table, columns: Collection[str
     column = next((name for name in named(table, columns) if table.rows[0].cells[name]), None)
     if column is None:
         return value
+    if len(found := values(table.rows, column)) > 1:
+        raise InputError(f"{table.path}, {column}", listed(found), "one number for all rows", "choose with --where")
     read_value = whole(table, table.rows[0], column, largest=LARGEST_LOAD)
     if value not in (None, read_value):
         raise InputError(option, value, f"{column} is {read_value} in {table.path}", f"leave {option} out")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_columns import values
+from gemopt.formats.table_columns import values, words
 from gemopt.formats.table_files import Row, Table
 from gemopt.profile import MoeShape
 
@@ -75,7 +75,8 @@ FLASHINFER = Layout(
     frozenset({"case_tag", "repro_command", "resolved_backend"}),
     devices=False,
 )
-LAYOUTS = (AICONFIGURATOR, AITER, BENCHMARK_MOE, FLASHINFER)
+AITER_EP = replace(AITER, header=AITER.header | {"ep"}, unit=Unit.GROUP_TOKENS)  # `expert`: those of one rank
+LAYOUTS = (AICONFIGURATOR, AITER_EP, AITER, BENCHMARK_MOE, FLASHINFER)
 
 
 def kernel(table: Table) -> str | None:
@@ -90,23 +91,65 @@ def shape(table: Table, layout: Layout | None, top_k: int | None) -> MoeShape:
         return MoeShape(top_k=top_k)
     cells = table.rows[0].cells
     experts = int(cells["num_experts"])
+    slots = int(cells.get("num_slots") or experts)  # with copies
     return MoeShape(
         hidden_size=int(cells["hidden_size"]),
         intermediate_size=int(cells["inter_size"]) // int(cells.get("moe_tp_size") or 1),
         num_experts=experts,
-        num_local_experts=max(1, experts // int(cells["moe_ep_size"])),
+        num_local_experts=max(1, slots // int(cells["moe_ep_size"])),
         top_k=top_k,
         dtype=cells.get("moe_dtype"),
     )
 
 
-def one_stage(table: Table) -> Table:
-    """aiter leaves `us` at 0 where one kernel does both stages; its time is in `us1`."""
+def settled(table: Table, layout: Layout | None, load: str | None) -> Table:
+    """The rows of a known kind with the time of a whole layer, and a load that they tell; `load`: the column asked for.
+
+    aiter leaves `us` at 0 where one kernel does both stages; its time is in `us1`.
+
+    Raises
+    ------
+    InputError
+        aiter's second stages alone, told by the column `a2_layout`; tokens of rank 0 in TensorRT-LLM's wide EP, of
+        which nothing tells how many experts are its own.
+    """
+    if layout is not None and layout.name == AITER.name:
+        return _both_stages(table)
+    if layout is AICONFIGURATOR and load is None and {"rank0_num_tokens", "simulation_mode"} <= set(table.header):
+        told = next((each for each in values(table.rows, "simulation_mode") if each != "simple"), None)
+        if told is not None:
+            limit = "rows that tell how many assignments the rank had: these do not"
+            raise InputError(f"{table.path}, simulation_mode", told, limit, "--where simulation_mode=simple")
+    return table
+
+
+def _both_stages(table: Table) -> Table:
+    if "a2_layout" in table.header:
+        found, hint = "the second of two stages", "add the times of the first, and leave a2_layout out"
+        raise InputError(f"{table.path}, a2_layout", found, "times of whole MoE layers", hint)
     rows = []
     for row in table.rows:
         one = row.cells.get("run_1stage") in ("1", "True") and row.cells["us"] in ("0", "0.0", "")
         rows.append(Row(row.where, {**row.cells, "us": row.cells.get("us1", "0")}) if one else row)
     return Table(table.path, table.header, rows)
+
+
+def refuse_tokens_of_a_rank(table: Table, load: str) -> None:
+    """Raise where a load that is to count the tokens of the group has larger ones beside it, as MegaMoE's tables."""
+    for name in (each for each in table.header if each != load and {"global", "tokens"} <= words(each)):
+        row = next((row for row in table.rows if row.cells[load] != row.cells[name]), None)
+        if row is not None:
+            found = f"{row.cells[load]} beside {name} {row.cells[name]}"
+            hint = f"--load-column {name} --unit {Unit.GROUP_TOKENS.value}"
+            raise InputError(f"{table.path} {row.where}, {load}", found, "the tokens of the group", hint)
+
+
+def refuse_fused(table: Table, time: str, asked: str | None) -> None:
+    """Raise where aiconfigurator timed a kernel that exchanges tokens too, unless its time was asked for."""
+    kernels = values(table.rows, "kernel_source") if "kernel_source" in table.header else []
+    if asked is None and any("megamoe" in each.lower() for each in kernels):
+        limit = "times without the exchange of tokens, which this kernel does too"
+        raise InputError(f"{table.path}, kernel_source", "megamoe", limit, f"to take them so: --time-column {time}:ms")
 
 
 def refuse_skewed(table: Table, where: Sequence[str]) -> None:
