@@ -219,6 +219,8 @@ PRINTED = {
     "a commented header": "# measured\n# tokens,us\n1.0,10.5\n64.0,12\n",
     "JSON": '[{"tokens": 1, "us": 10.5, "why": null}, {"tokens": 64, "us": 12}]',
     "JSON by lines": '{"tokens": 1, "us": 10.5}\n{"us": 12, "std_us": 0.1, "tokens": 64}\n',
+    "JSON by columns": '{"tokens": [1, 64], "us": [10.5, 12]}',
+    "JSON as pandas writes it": '{"tokens": {"0": 1, "1": 64}, "us": {"0": 10.5, "1": 12}}',
     "UTF-16": "\ufefftokens,us\n1,10.5\n64,12\n",
     "one line per batch": "Batch size: 1, Kernel time: 10.50 us\nBatch size: 64, Kernel time: 12.00 us\n",
     "settings beside the time": "Batch size: 1, config: {'M': 1}, kernel time: 10.50 us\n"

@@ -161,3 +161,32 @@ def test_tokens_must_make_the_assignments_beside_them(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"line 2, assignments: got 32; the 64 that tokens makes; wrong --top-k"):
         read_table(table, unit=Unit.TOKENS, top_k=8)
     assert loads(read_table(table, unit=Unit.TOKENS, top_k=4)) == loads(read_table(table))
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "__index_level_0__"])
+def test_an_index_saved_with_repeats_numbers_rows(tmp_path: Path, name: str) -> None:
+    rows = [(8, 10), (16, 12), (8, 11), (16, 13)]
+    for number in ([0, 1, 2, 3], [0, 1, 0, 1]):  # of one table, and of two put together
+        lines = [f"{i},{n},{us}\n" for i, (n, us) in zip(number, rows, strict=True)]
+        path = written(tmp_path, f"{name},assignments,time_us\n" + "".join(lines))
+        assert loads(read_table(path)) == [(8, None, 10.5), (16, None, 12.5)]
+    path = written(tmp_path, f"{name},assignments,time_us\n" + "".join(f"{i},8,{10 + i}\n" for i in (0, 1, 0, 1)))
+    with pytest.raises(InputError, match="rows that differ in"):  # two devices?
+        read_table(path)
+
+
+@pytest.mark.parametrize("name", ["power_w", "sm_clock_mhz", "captured"])
+def test_what_was_measured_beside_repeats_is_a_result(tmp_path: Path, name: str) -> None:
+    told = iter([f"2026-01-01 12:00:0{i}" if name == "captured" else f"{300 + 7.13 * i}" for i in range(6)])
+    rows = "".join(f"{n},{us},{next(told)}\n" for n, us in ((8, 10), (16, 12), (32, 15)) for _ in range(2))
+    path = written(tmp_path, f"assignments,time_us,{name}\n{rows}")
+    assert loads(read_table(path)) == [(8, None, 10), (16, None, 12), (32, None, 15)]
+    caps = "".join(f"{n},{us},{cap}\n" for n, us in ((8, 10), (16, 12), (32, 15)) for cap in (300, 400))
+    with pytest.raises(InputError, match="rows that differ in power"):
+        read_table(written(tmp_path, f"assignments,time_us,power\n{caps}"))
+
+
+@pytest.mark.parametrize(("cell", "said"), [("time_us", "the header again"), ("61 us", "without its unit")])
+def test_cells_that_are_no_numbers_have_a_hint(tmp_path: Path, cell: str, said: str) -> None:
+    with pytest.raises(InputError, match=rf"time_us: got {cell}; .*{said}"):
+        read_table(written(tmp_path, f"assignments,time_us\n8,{cell}\n"))

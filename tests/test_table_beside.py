@@ -146,7 +146,17 @@ def test_more_spellings_of_microseconds(tmp_path: Path, column: str) -> None:
 def test_nsys_summaries_give_the_median_of_a_run(tmp_path: Path) -> None:
     header = "assignments,Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name\n"
     rows = "".join(f"{n},60.1,{(50 + n) * 1e5},100,{(51 + n) * 1e3},{(50 + n) * 1e3},1,9e9,1,moe\n" for n in NS)
-    assert loads(read_table(written(tmp_path, header + rows))) == [(n, None, 50.0 + n) for n in NS]
+    notes: list[str] = []
+    path = written(tmp_path, header + rows)
+    assert loads(read_table(path, notes=notes)) == [(n, None, 50.0 + n) for n in NS]
+    assert notes == ["means over Instances, it seems: of a kernel or of a whole layer, which may launch several?"]
+
+
+def test_times_of_all_layers_of_llama_bench_are_refused(tmp_path: Path) -> None:
+    text = "n_gpu_layers,n_prompt,test_time,avg_ns\n"
+    text += "".join(f"99,{n},2026-01-01T00:00:{n:02}Z,{1000 * n}\n" for n in NS)
+    with pytest.raises(InputError, match="avg_ns beside n_gpu_layers 99"):
+        read_table(written(tmp_path, text), load="n_prompt", unit=Unit.TOKENS, top_k=8)
 
 
 def test_hints_name_the_unit_of_a_column_for_each_device(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ RATES = {
 THOUSANDS = {"k", "ktokens", "thousand", "thousands", "million", "millions"}
 SHARDED = ("tp", "tp_size", "moe_tp", "moe_tp_size", "tensor_parallel_size", "moe_tensor_parallel_size")
 WHOLE_EXPERTS = ("enable_expert_parallel", "enable_ep", "enable_ep_moe")
+LAUNCHES = ({"instances"}, {"calls", "total_duration_ns"})  # of a profiler's summary
 GROUPS = ("num_gpus", "n_gpus", "ngpus", "gpus", "world_size", "num_ranks", "nranks")
 
 
@@ -120,4 +121,7 @@ def beside(table: Table, read_over: Collection[str], ranks: Collection[str] = ()
             found = values(table.rows, name)[0]
             if name not in read_over and found.isdigit() and int(found) > 1:
                 notes.append(f"{name} is {found}: {what}")
+    columns = {plain(name): name for name in table.header}
+    for name in (columns[min(each)] for each in LAUNCHES if each <= columns.keys()):
+        notes.append(f"means over {name}, it seems: of a kernel or of a whole layer, which may launch several?")
     return notes

@@ -53,7 +53,9 @@ TIME_UNITS = {
     for name in (short, *(start + word for start in dict.fromkeys((letter, prefix)) for word in SECONDS))
 }
 """Microseconds of each unit, by all its names: us, usec, microseconds, ..."""
-INDEX = {"", "index", "unnamed_0", "row", "row_id", "no", "id", "idx"}
+SAVED_INDEX = {"", "unnamed_0", "index_level_0"}  # as pandas names its numbers of the rows
+INDEX = {*SAVED_INDEX, "index", "row", "row_id", "no", "id", "idx"}
+MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d.*)?", re.ASCII)
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 SHOWN = 4
 LoadOf = Callable[[Row], tuple[float, ...]]
@@ -225,19 +227,21 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
     if plain(name) in REPEATS:
         return True
     if plain(name) in INDEX:
-        return _numbers_rows(rows, name, load_of)
+        return _numbers_rows(rows, name, load_of) or (
+            is_numeric(rows, name) and not _differs_within_a_load(name, devices, load_of)
+        )
     if _swept(name, rows, load_of):
         return False
     result = parts & RESULTS or ("per" in parts and parts & {"s", *SECONDS})
     if (result and is_numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
         return True
-    if unit_of(name):
+    if unit_of(name) or all(MOMENT.fullmatch(value) for value in values(rows, name)):
         return True
     if name in tuned:
         return not _differs_within_a_load(name, devices, load_of)
     if parts & STATISTICS and (parts <= STATISTICS or 2 * _fractions(rows, name) > len(values(rows, name))):
         return True
-    if parts & STATES:
+    if parts & STATES and not _measured(rows, name, load_of):
         return not _differs_within_a_load(name, devices, load_of) and not _few(rows, name)
     return _measured(rows, name, load_of) or (
         _proportional(name, rows, load_of) and not _differs_within_a_load(name, devices, load_of)
@@ -245,9 +249,9 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
 
 
 def _numbers_rows(rows: list[Row], name: str, load_of: LoadOf) -> bool:
-    """Whether a column only numbers rows of different loads, as an index that was saved with the table."""
-    found = values(rows, name)
-    return len(found) == len(rows) == len({load_of(row) for row in rows}) and is_numeric(rows, name)
+    """Whether a column only numbers rows, of different loads unless its name says that it was saved as their index."""
+    found, loads = values(rows, name), len({load_of(row) for row in rows})
+    return len(found) == len(rows) and (loads == len(rows) or plain(name) in SAVED_INDEX) and is_numeric(rows, name)
 
 
 def _swept(name: str, rows: list[Row], load_of: LoadOf) -> bool:

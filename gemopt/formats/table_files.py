@@ -82,9 +82,17 @@ def number(table: Table, row: Row, column: str, *, largest: float) -> float:
         value = float("nan")
     if not 0 <= value <= largest:
         where, cell = f"{table.path} {row.where}, {column}", row.cells[column]
-        hint = "a dot before decimals, and nothing between thousands" if "," in cell else ""
-        raise InputError(where, cell, f"a number from 0 to {largest:.10g}", hint)
+        raise InputError(where, cell, f"a number from 0 to {largest:.10g}", _mended(cell, column))
     return value
+
+
+def _mended(cell: str, column: str) -> str:
+    """What to do about a cell that is no number; empty when nothing is known of it."""
+    if cell == column:
+        return "the header again: several tables in one file? tell their rows by a column, or import one of them"
+    if "," in cell:
+        return "a dot before decimals, and nothing between thousands"
+    return "the number alone, without its unit" if re.match(r"[\d.]+\s*[a-zA-Z\u00b5\u03bc]", cell) else ""
 
 
 def refuse_grouped(table: Table, column: str) -> None:
@@ -127,17 +135,31 @@ def _records(path: str, text: str) -> Table:
             found = [json.loads(line, object_pairs_hook=_once) for line in lines]
     except (ValueError, RecursionError) as error:
         raise InputError(path, f"JSON that is cut or wrong: {error}", "a list of rows, or a row on each line") from None
-    found = [found] if isinstance(found, dict) and _is_flat(found) else found
+    found = [found] if isinstance(found, dict) and _is_flat(found) else _by_row(found)
     if not isinstance(found, list) or not found or not all(_is_flat(row) for row in found):
-        tuned = isinstance(found, dict) and any(
-            isinstance(each, dict) and "BLOCK_SIZE_M" in each for each in found.values()
-        )
+        tuned = isinstance(found, dict) and _is_tuned(found)
         limit = "kernel settings of --tune have no times" if tuned else "a list of rows with plain values"
         hint = "run benchmark_moe without --tune and give what it prints" if tuned else "or write the rows as CSV"
         raise InputError(path, "JSON", limit, hint)
     header = list(dict.fromkeys(str(name) for row in found for name in row))
     rows = [{name: "" if row.get(name) is None else str(row[name]) for name in header} for row in found]
     return Table(path, header, [Row(f"row {number}", cells) for number, cells in enumerate(rows, 1)])
+
+
+def _is_tuned(found: dict[str, Any]) -> bool:
+    return any(isinstance(each, dict) and "BLOCK_SIZE_M" in each for each in found.values())
+
+
+def _by_row(found: Any) -> Any:
+    """The rows of an object of columns, lists as long as each other or objects by number of the row; else as it is."""
+    if not isinstance(found, dict) or not found or _is_tuned(found):
+        return found
+    columns = list(found.values())
+    if all(isinstance(each, dict) and each and each.keys() == columns[0].keys() for each in columns):
+        columns = [list(each.values()) for each in columns]
+    if not all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
+        return found
+    return [dict(zip(found, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -56,7 +56,10 @@ ELSEWHERE = {
     "gemm1", "gemm2", "stage1", "stage2", "w13", "w2",
 }  # fmt: skip
 EXCHANGES = ("alltoall", "allreduce", "allgather", "reducescatter")
-LAYERS = {"layers", "num_layers", "n_layers", "num_hidden_layers", "moe_layers", "num_moe_layers", "layer_count"}
+LAYERS = {
+    "layers", "num_layers", "n_layers", "num_hidden_layers", "moe_layers", "num_moe_layers", "layer_count",
+    "n_gpu_layers",
+}  # fmt: skip
 ONE_DEVICE = re.compile(
     r"(?:^|_)(?:(?:ep_)?rank|(?:g|n|x)pu|device|card|host|node|worker)_?\d+(?:_|$)"
 )  # gpu0_us, rank_1
