@@ -14,7 +14,8 @@ def printed(text: str) -> Lines:
     """Line number and cells of each line: the header, then rows, without titles, rules and an index.
 
     A title ends in a colon and comes before the header; a rule comes below it, or has the crosses of a grid; an index
-    counts up and has no name. Where cells do not stand below their names, as one may be missing, lines are not parted.
+    counts up and has no name. Cells may hold blanks where all end where the words of the header do, as pandas prints
+    them. Where cells do not stand below their names, as one may be missing, lines are not parted.
     """
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     while len(lines) > 1 and lines[0][1].rstrip().endswith(":"):
@@ -23,6 +24,8 @@ def printed(text: str) -> Lines:
     lines = [each for i, each in enumerate(lines) if not (_is_rule(each[1]) and (i < 2 or "+" in each[1]))]
     if "|" in text:
         return [(number, _between_bars(line)) for number, line in lines]
+    if right := _right_aligned(lines):
+        return right
     for cell in (r"\S+(?: \S+)*", r"\S+"):
         found = _below(lines, re.compile(cell), rule) if lines else None
         if found is not None and len(found[0][1]) > 1:
@@ -57,3 +60,20 @@ def _below(lines: list[tuple[int, str]], cell: re.Pattern[str], rule: str) -> Li
         if len(row) != len(header) + skipped or ((spread or skipped) and not aligned):
             return None
     return [(number, [each[0] for each in row[skipped if i else 0 :]]) for i, (number, row) in enumerate(found)]
+
+
+def _right_aligned(lines: list[tuple[int, str]]) -> Lines | None:
+    """The cells of each line, if those of all rows end where the words of the header do, and a blank follows."""
+    if len(lines) < 2:
+        return None
+    head, rows = lines[0][1], [line for _, line in lines[1:]]
+    ends = [found.end() for found in re.finditer(r"\S+", head)]
+    if len(ends) < 2 or any(len(line) != ends[-1] for line in rows):
+        return None
+    if any(line[end - 1].isspace() or line[end : end + 1].strip() for line in rows for end in ends):
+        return None
+    index = [found[0] if (found := re.match(r"\d+ ", line)) else "" for line in rows]
+    width = max(map(len, index))
+    counts = all(index) and all(int(b) == int(a) + 1 for a, b in pairwise(index))
+    starts = [width if counts and not head[:width].strip() else 0, *ends]
+    return [(number, [line[a:b].strip() for a, b in pairwise(starts)]) for number, line in lines]
