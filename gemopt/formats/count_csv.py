@@ -1,6 +1,7 @@
 """Tables of counts, `layer_id,expert_id,count`: what SGLang's recorder wrote until May 2025, and others still do.
 
-A line for every expert that got tokens; absent lines are zeros. A table may hold several steps (a column `step`) and
+A line for every expert that got tokens; absent lines are zeros; or a line for every layer, with columns `expert_0`,
+`expert_1`, ... A table may hold several steps (a column `step`) and
 several ranks (a column `rank`); files named `..._rank0_...` hold a rank each, and the n-th files of all ranks make
 step n. Anything else that differs between the lines is refused: it might be what the counts must be split by. Tables
 may be gzipped, or parquet.
@@ -8,28 +9,21 @@ may be gzipped, or parquet.
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import table_files
+from gemopt.formats.count_lines import by_expert, lines_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
-from gemopt.formats.files import JSON_LIMIT, size_of
 from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_marks, refuse_parts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
-from gemopt.formats.table_files import GROUPED, UTF16
 from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
+from gemopt.traces.files import COPIES
 
 SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
 PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
@@ -50,6 +44,7 @@ _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 
 _RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
 _POWER = re.compile(r"\d(?:\.\d+)?[eE][+-]?\d\d", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}(?:\.0*)?", re.ASCII)
+_NAMED = re.compile(r"([A-Za-z][A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
 Key = tuple[int, int, int]  # step, layer, expert
 
 
@@ -62,6 +57,8 @@ class _Table:
     ranks: dict[int, dict[Key, int]] = field(default_factory=dict)
     has_steps: bool = False
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
+    named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
+    line: int = 0  # where the index was read last; a line with a column for each expert is several
     index: int = -1  # the last number of a first column without a name: rising, they are pandas' numbers of the lines
 
 
@@ -205,60 +202,21 @@ def _order(table: _Table) -> tuple[list[float], str]:
 def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     table = _Table(path, name)
     named = _RANK.search(name)
-    lines = _lines(path)
+    lines = lines_of(path)
     header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, (1, []))[1]]
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
+    header, lines = by_expert(path, header, lines, COLUMNS["expert"])
     columns = _columns(path, header)
     table.has_steps = "step" in columns
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL
     if named and "rank" in columns:
         raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")
     for number, row in lines:
-        if row:
+        if any(row):
             _add(table, number, row, header, columns, others, int(named[1]) if named else 0)
     if not table.ranks:
         raise InputError(str(path), "no line with counts", "at least one line")
     return table
-
-
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number and cells of every line, the header first."""
-    if size_of(path) > JSON_LIMIT:
-        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
-    if path.suffix == ".parquet":
-        table = table_files.read(path)
-        yield from enumerate([table.header, *(list(row.cells.values()) for row in table.rows)], start=1)
-        return
-    try:
-        with _opened(path) as stream:
-            header, first, comments = "", stream.readline(), 0
-            while first.startswith("#"):  # as numpy.savetxt writes its header
-                header, first, comments = first.lstrip("# "), stream.readline(), comments + 1
-            start = [header, first] if header and first[:1].isdigit() else [first]
-            if "\0" in start[0]:
-                raise InputError(str(path), "binary data", "a CSV table, perhaps gzipped", "unpack other files first")
-            delimiter = max(",;\t|", key=start[0].count)
-            lines = csv.reader(chain(start, stream), delimiter=delimiter)
-            before = comments - len(start) + 1
-            for cells in lines:
-                if delimiter == ";" and (thousands := [cell for cell in cells if GROUPED.fullmatch(cell.strip())]):
-                    where, hint = f"{path}: line {lines.line_num + before}", "write whole numbers without dots"
-                    raise InputError(where, thousands[0], "a fraction, or thousands?", hint)
-                yield lines.line_num + before, cells
-    except (UnicodeError, csv.Error, zlib.error, EOFError) as error:
-        raise InputError(str(path), str(error), "a CSV table") from None
-
-
-def _opened(path: Path) -> TextIO:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
-            data = stream.read(JSON_LIMIT + 1)
-    except OSError as error:
-        raise InputError(str(path), str(error), "a complete .gz file") from None
-    if len(data) > JSON_LIMIT:
-        raise InputError(str(path), f"more than {JSON_LIMIT} bytes when unpacked", f"at most {JSON_LIMIT} bytes")
-    encoding = "utf-16" if data.startswith(UTF16) else "utf-8-sig"
-    return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
 
 
 def _columns(path: Path, header: list[str]) -> dict[str, int]:
@@ -293,8 +251,8 @@ def _add(
         raise InputError(where, ",".join(row)[:200], f"{len(header)} values: {','.join(header)[:200]}")
     for i, text in enumerate(row):
         if i == 0 and header[0] == INDEX:
-            if text.isdigit() and int(text) > table.index:
-                table.index = int(text)
+            if text.isdigit() and (int(text) > table.index or number == table.line):
+                table.index, table.line = int(text), number
                 continue
             table.index = COUNT_LIMIT
         if i not in columns.values() and others.setdefault(header[i], text) != text:
@@ -307,7 +265,7 @@ def _add(
             )
     value = {}
     for meaning, i in columns.items():
-        text = row[i].strip()
+        text = _bare(table, where, meaning, row[i].strip())
         whole = float(text) if _POWER.fullmatch(text) else -1.0  # as numpy.savetxt writes numbers
         text = str(int(whole)) if 0 <= whole < 1 << 53 and whole.is_integer() else text
         if not _NUMBER.fullmatch(text) or int(text.split(".")[0]) >= _LIMIT[meaning]:
@@ -318,3 +276,15 @@ def _add(
     if key in counts:
         raise InputError(where, ",".join(row)[:200], "each layer and expert once")
     counts[key] = value["count"]
+
+
+def _bare(table: _Table, where: str, meaning: str, text: str) -> str:
+    """`3` of `layer_3`, where all lines of the column have the same around their number; else the text as it is."""
+    found = _NAMED.fullmatch(text)
+    if found is None or meaning not in ("layer", "expert") or COPIES.search(found[1]) or "shared" in found[1].lower():
+        return text
+    around = found[1], found[3]
+    if table.named.setdefault(meaning, around) != around:
+        limit = f"{table.named[meaning][0]}N{table.named[meaning][1]}, as in the lines before"
+        raise InputError(f"{where}: {meaning}", text, limit, "write the number alone")
+    return found[2]

@@ -1,0 +1,81 @@
+"""Lines of a table of counts, however it was saved: text, gzipped, or parquet; with a column for each expert."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TextIO
+
+from gemopt.exceptions import InputError
+from gemopt.formats import table_files
+from gemopt.formats.files import JSON_LIMIT, size_of
+from gemopt.formats.table_files import GROUPED, UTF16
+
+WIDE = re.compile(r"(?:experts?|expert_id|exp)_?(\d{1,9})", re.ASCII)
+Lines = Iterator[tuple[int, list[str]]]  # number and cells
+
+
+def by_expert(path: Path, header: list[str], lines: Lines, expert: Sequence[str]) -> tuple[list[str], Lines]:
+    """The table with a line for every expert, where it has a column for each; `expert`: names of one column for all."""
+    experts = {i: found[1] for i, name in enumerate(header) if (found := WIDE.fullmatch(name))}
+    if len(experts) < 2 or len(set(experts.values())) < len(experts) or set(header) & set(expert):
+        return header, lines
+    kept = [i for i in range(len(header)) if i not in experts]
+
+    def longer() -> Lines:
+        for number, row in lines:
+            if any(row) and len(row) != len(header):
+                limit = f"{len(header)} values: {','.join(header)[:200]}"
+                raise InputError(f"{path}: line {number}", ",".join(row)[:200], limit)
+            if any(row):
+                yield from ((number, [*(row[i] for i in kept), expert, row[at]]) for at, expert in experts.items())
+
+    return [*(header[i] for i in kept), "expert", "count"], longer()
+
+
+def lines_of(path: Path) -> Lines:
+    """Number and cells of every line, the header first."""
+    if size_of(path) > JSON_LIMIT:
+        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
+    if path.suffix == ".parquet":
+        table = table_files.read(path)
+        yield from enumerate([table.header, *(list(row.cells.values()) for row in table.rows)], start=1)
+        return
+    try:
+        with _opened(path) as stream:
+            header, first, comments = "", stream.readline(), 0
+            while first.startswith("#"):  # as numpy.savetxt writes its header
+                header, first, comments = first.lstrip("# "), stream.readline(), comments + 1
+            start = [header, first] if header and first[:1].isdigit() else [first]
+            if "\0" in start[0]:
+                raise InputError(str(path), "binary data", "a CSV table, perhaps gzipped", "unpack other files first")
+            delimiter = max(",;\t|", key=start[0].count)
+            lines = csv.reader(chain(start, stream), delimiter=delimiter)
+            before, first_line = comments - len(start) + 1, []
+            for cells in lines:
+                if cells == (first_line := first_line or cells) and lines.line_num > len(start):
+                    continue  # the header again, of another table put below
+                if delimiter == ";" and (thousands := [cell for cell in cells if GROUPED.fullmatch(cell.strip())]):
+                    where, hint = f"{path}: line {lines.line_num + before}", "write whole numbers without dots"
+                    raise InputError(where, thousands[0], "a fraction, or thousands?", hint)
+                yield lines.line_num + before, cells
+    except (UnicodeError, csv.Error, zlib.error, EOFError) as error:
+        raise InputError(str(path), str(error), "a CSV table") from None
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+            data = stream.read(JSON_LIMIT + 1)
+    except OSError as error:
+        raise InputError(str(path), str(error), "a complete .gz file") from None
+    if len(data) > JSON_LIMIT:
+        raise InputError(str(path), f"more than {JSON_LIMIT} bytes when unpacked", f"at most {JSON_LIMIT} bytes")
+    encoding = "utf-16" if data.startswith(UTF16) else "utf-8-sig"
+    return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")

@@ -1,0 +1,39 @@
+"""Count tables as people lay them out: a column for each expert, names around numbers, tables below each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from routed_counts import routed
+
+from gemopt.exceptions import InputError
+
+
+@pytest.mark.parametrize("name", ["expert_{}", "Expert {}", "expert{}"])
+def test_a_column_for_each_expert(load, tmp_path, name):
+    counts = routed(np.random.default_rng(4), steps=3, layers=2, experts=8)
+    head = ",".join(["", "step", "model", "layer", *(name.format(e) for e in range(8))])
+    rows = [f"{t},m,{layer}," + ",".join(map(str, counts[t, layer])) for t in range(3) for layer in range(2)]
+    lines = [f"{i},{row}" for i, row in enumerate(rows)]  # as pandas saves them
+    (tmp_path / "a.csv").write_text("\n".join([head, *lines[:4], ",,,,,,,,,,,", head, *lines[4:], ""]))
+    traces, notes = load(tmp_path / "a.csv", "csv")
+    assert (traces.counts == counts).all() and "model" in notes
+    (tmp_path / "a.csv").write_text("\n".join([head, *lines, lines[0].replace("0,0,m,0", "6,0,m,1"), ""]))
+    with pytest.raises(InputError, match=r"line 8: .*each layer and expert once"):
+        load(tmp_path / "a.csv", "csv")
+    (tmp_path / "a.csv").write_text("\n".join([head, lines[0] + ",7", ""]))
+    with pytest.raises(InputError, match=r"line 2: .*12 values"):
+        load(tmp_path / "a.csv", "csv")
+
+
+def test_layers_and_experts_with_their_names_around_the_number(load, tmp_path):
+    counts = routed(np.random.default_rng(4), steps=1, layers=2, experts=8)
+    cells = [(f"model.layers.{3 + i}.mlp", f"expert_{e}", counts[0, i, e]) for i in range(2) for e in range(8)]
+    table = ["layer,expert,count", *(",".join(map(str, each)) for each in cells)]
+    (tmp_path / "a.csv").write_text("\n".join(table))
+    traces, _ = load(tmp_path / "a.csv", "csv")
+    assert traces.layer_ids == (3, 4) and (traces.counts == counts).all()
+    for other in ("shared_expert_0", "slot_3", "physical_3", "draft_3", "-3", "expert_-3"):
+        (tmp_path / "a.csv").write_text("\n".join([*table[:-1], f"model.layers.4.mlp,{other},5"]))
+        with pytest.raises(InputError, match=f"line 17: expert: got {other}"):
+            load(tmp_path / "a.csv", "csv")
