@@ -118,12 +118,7 @@ def _already_chosen(files: list[Path], options: TraceOptions) -> bool:
 
 def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
     """[T, L, E] the counts of a file; what else it holds is refused, or goes to the notes."""
-    data: Any
-    told: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        data, told = safetensors_arrays(path)
-    else:
-        data = load_torch(path) if path.suffix == ".pt" else numpy_arrays(path)
+    data, told = _loaded(path)
     names, experts = [path.stem] if _words(path.stem) & _COUNTED else [], told.get("num_experts")
     if isinstance(data, dict):
         data = {str(key): value for key, value in data.items()}
@@ -138,7 +133,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         experts, data = data.get("num_experts", experts), data[key]
     if copies := [name for name in names if COPIES.search(name)]:
         raise InputError(str(path), f"an array {copies[0]}", "counts of logical experts", NOT_COPIES)
-    if (ndim := getattr(data, "ndim", 3)) < 3:
+    if (ndim := _ndim(data)) < 3:
         hint = "sums over the steps are an array of one step (counts[None])"
         raise InputError(f"{path}: counts", f"{ndim} dimensions", "counts [steps, layers, experts]", hint)
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
@@ -147,6 +142,26 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
     if str(np.asarray(experts).tolist()).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
     return counts
+
+
+def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
+    """An array, or those of the file by name; and its metadata."""
+    if path.suffix == ".safetensors":
+        return safetensors_arrays(path)
+    return load_torch(path) if path.suffix == ".pt" else numpy_arrays(path), {}
+
+
+def _ndim(data: Any) -> int:
+    """Dimensions of an array, or of lists and lists of arrays that are alike."""
+    if isinstance(data, list | tuple) and data:
+        return 1 + _ndim(data[0])
+    return int(getattr(data, "ndim", 0 if isinstance(data, int | float) else 3))
+
+
+def _says_counts(path: Path) -> bool:
+    """Whether the file itself calls its array so."""
+    data, _ = _loaded(path)
+    return path.suffix != ".npy" and isinstance(data, dict) and "counts" in data
 
 
 def _words(name: str) -> set[str]:
@@ -171,9 +186,10 @@ def _refuse_beside(path: Path, others: list[str], notes: list[str] | None) -> No
 def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
     """Refuse an array whose numbers say that it holds other things, unless options tell the lengths of its axes."""
     refuse_totals(f"{path}: counts", counts)
-    if counts.shape[2] == 1 or is_map(counts):
+    if counts.shape[2] == 1 or (is_map(counts) and not _says_counts(path)):
         kind = "ids of tokens, or a map of experts" if counts.shape[2] == 1 else "a map of experts, by the numbers"
-        hint = "gemopt placement import reads maps" + (f"; {NOT_IDS}" if counts.shape[2] == 1 else "")
+        other = NOT_IDS if counts.shape[2] == 1 else "counts: save them under that name, np.savez(PATH, counts=array)"
+        hint = f"gemopt placement import reads maps; {other}"
         raise InputError(f"{path}: counts", kind, "assignments [steps, layers, experts]", hint)
     for ids in (counts, counts.transpose(0, 2, 1)) if options.num_experts is None else ():
         if are_ids(ids):

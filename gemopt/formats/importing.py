@@ -124,6 +124,9 @@ def _stream(
                 progress(writer.steps)
         if writer is None:
             raise InputError("PATHS", "no step with any assignment", "a recording of at least one step")
+        if options.layer_ids is None and writer.succession.adds_up():
+            hint = "subtract from each step the one before; if they do rise so: --layer-ids"
+            raise InputError("counts", "counters that add up, by the numbers", "assignments of each step", hint)
         metadata = _metadata(writer, found, options)
         notes = [*found.notes, *_dropped(writer, found, options), *writer.notes()]
         writer.finish(metadata, found.phase)

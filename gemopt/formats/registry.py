@@ -193,6 +193,7 @@ def export(placement: Placement, *, to: str, path: Path, options: WriteOptions |
     assert engine.write is not None
     result = engine.write(placement, path, options)
     if not engine.side_file:
+        side_path(path).unlink(missing_ok=True)  # of the file that was there before
         return result
     side = SideFile(
         file_sha256=sha256(path),

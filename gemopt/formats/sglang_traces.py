@@ -28,6 +28,7 @@ from gemopt.traces.files import meant
 
 KEY = "logical_count"
 OWN = {KEY, "rank", "average_utilization_rate_over_window", "last_physical_to_logical_map", "physical_to_logical_map"}
+RANKS = ("ep_rank", "dp_rank", "attn_dp_rank", "tp_rank", "rank")  # SGLang's is of one, whose counts are all ranks'
 SUFFIXES = (".pt", *count_csv.SUFFIXES, ".json", ".jsonl")
 
 
@@ -88,7 +89,8 @@ class _Stat:
         layers = frozenset(np.flatnonzero(counts.any(axis=(0, 2))).tolist())
         digest = hashlib.sha256(np.ascontiguousarray(counts).data).digest()
         unread = tuple(name for name in said if name not in OWN)
-        return cls(path, digest, layers, added_up, said.get("rank"), counts.sum(axis=2, dtype=np.int64), unread)
+        rank = next((said[name] for name in RANKS if name in said), None)
+        return cls(path, digest, layers, added_up, rank, counts.sum(axis=2, dtype=np.int64), unread)
 
 
 def _counts(path: Path) -> tuple[IntArray, bool, dict[str, Any]]:
@@ -157,7 +159,8 @@ def _stages(stats: list[_Stat]) -> list[list[_Stat]]:
             first = stages[at[0]][0]
             if len({None, stat.rank, first.rank}) > 2:
                 found = f"{stat.rank}, and {first.rank} in {first.path.name}"
-                raise InputError(f"{stat.path}: rank", found, "dumps of one rank: they count all ranks together")
+                limit, hint = "dumps of one rank: they count all ranks together", "add up ranks that counted their own"
+                raise InputError(f"{stat.path}: rank", found, limit, hint)
             stages[at[0]].append(stat)
             used[at[0]] |= stat.layers
     for i, layers in enumerate(used):

@@ -69,6 +69,12 @@ class Succession:
             if before is not None and size > 0:
                 self._turns.append(float((before * difference).sum()) / size)
 
+    def adds_up(self) -> bool:
+        """Whether the steps are counters beyond doubt: no count ever falls, and chance in a step stays in the next."""
+        pairs, told = self.steps - 1, len(self._turns) > FEWEST_STEPS - 3
+        smooth = told and sum(self._turns) > APART * len(self._turns)
+        return smooth and self.rising == pairs and pairs * self.cells >= MANY_COUNTS
+
     def notes(self) -> list[str]:
         """What may be wrong with such steps."""
         pairs = self.steps - 1

@@ -9,6 +9,7 @@ import pytest
 
 from gemopt.cli import main
 from gemopt.evaluate import evaluate
+from gemopt.formats.registry import export, import_placement, side_path
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
 from gemopt.traces import Traces
@@ -196,3 +197,13 @@ def test_checkpoints_go_to_the_executor(run, files, monkeypatch, name):
     assert "2 expert-parallel ranks" in out and "mtp.safetensors left out" in out
     pair = ["--decode", files / "equal.json", "--to", name, "--source", files / "in", "-o", files / "out"]
     assert "--decode" in run("export", files / "equal.json", *pair, code=2)
+
+
+def test_a_file_without_a_side_file_replaces_one_with_it(make_placement, tmp_path):
+    first, second = (make_placement(layers=2, experts=8, ranks=2, seed=seed) for seed in (0, 1))
+    path = tmp_path / "map.json"
+    export(first, to="sglang", path=path)
+    assert side_path(path).exists()
+    assert export(second, to="vllm", path=path).files == (str(path),)
+    assert not side_path(path).exists()
+    assert import_placement(path, source="vllm") == second

@@ -252,3 +252,11 @@ def test_hostile_pt_files(tmp_path, capsys):
         archive.writestr("archive/data.pkl", b"\0" * (1 << 24))
     refused("uncompressed")
     assert "executed" not in capsys.readouterr().out
+
+
+def test_dumps_of_ranks_that_count_their_own_are_no_steps(load, folder):
+    for rank in range(2):  # as TokenSpeed writes them
+        counts = torch.from_numpy(sparse_counts(np.random.default_rng(rank)))
+        torch.save({"logical_count": counts, "ep_rank": rank}, folder / f"p-TP{rank}.expert-load.pt")
+    with pytest.raises(InputError, match=r"rank: got 1, and 0 in p-TP0.*add up ranks that counted their own"):
+        load(folder)
