@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import re
 from pathlib import Path
 
 import numpy as np
 
-from gemopt.documents import read_bytes, write_text
+from gemopt.documents import write_text
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv
+from gemopt.formats.count_lines import lines_of
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, check_layers
-from gemopt.formats.files import JSON_LIMIT
 from gemopt.placement import EMPTY, Placement, Split
 
 COLUMNS = ("layer", "rank", "slot", "expert", "weight")
+WHOLE = re.compile(r"-?\d{1,7}(?:\.0*)?", re.ASCII)
 
 
 def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
@@ -32,7 +32,8 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
 
 def read(path: Path, facts: Facts) -> Placement:
     """Read such a table. Ranks without slots at the end need `--ep`."""
-    columns, rows = _table(path)
+    columns, lines = _table(path, facts.notes)
+    rows = [row for _, row in lines]
     layers = sorted({int(row[0]) for row in rows})
     index = {layer: i for i, layer in enumerate(layers)}
     slots, ranks = (max(int(row[column]) for row in rows) + 1 for column in (2, 1))
@@ -41,7 +42,7 @@ def read(path: Path, facts: Facts) -> Placement:
     owner = np.full(slots, -1)
     table = np.full((len(layers), slots), EMPTY - 1)
     weights = np.zeros(table.shape)
-    for line, row in enumerate(rows, start=2):
+    for line, row in lines:
         layer, rank, slot, expert = index[int(row[0])], int(row[1]), int(row[2]), int(row[3])
         if owner[slot] not in (-1, rank) or table[layer, slot] != EMPTY - 1:
             raise InputError(f"{path}: line {line}", f"slot {slot} of rank {rank}", "each slot once, on one rank")
@@ -72,29 +73,31 @@ def read(path: Path, facts: Facts) -> Placement:
         raise
 
 
-def _table(path: Path) -> tuple[int, list[list[str]]]:
-    """How many columns there are, and the lines with their cells in the order of COLUMNS."""
-    try:
-        text = read_bytes(path, limit_bytes=JSON_LIMIT).decode("utf-8-sig")
-        separator = max(",;\t", key=text.partition("\n")[0].count)
-        lines = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=separator) if row]
-        header, *given = lines
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise InputError(str(path), str(error) or "an empty file", "a CSV table") from None
-    names = [name.casefold() for name in header]
-    if sorted(names) not in (sorted(COLUMNS), sorted(COLUMNS[:-1])) or not given:
-        raise InputError(f"{path}: columns", ",".join(header), ",".join(COLUMNS[:-1]) + " and perhaps weight")
-    order = [names.index(name) for name in COLUMNS[: len(names)]]
+def _table(path: Path, notes: list[str]) -> tuple[int, list[tuple[int, list[str]]]]:
+    """How many columns there are, and the number and cells of each line in the order of COLUMNS."""
+    lines = ((number, [cell.strip() for cell in cells]) for number, cells in lines_of(path))
+    header = next(lines, (1, [""]))[1]
+    names, given = [name.casefold() for name in header], [(number, cells) for number, cells in lines if any(cells)]
+    wanted = COLUMNS if COLUMNS[-1] in names else COLUMNS[:-1]
+    limit = ",".join(COLUMNS[:-1]) + " and perhaps weight"
+    if not given or any(names.count(name) != 1 for name in wanted):
+        raise InputError(f"{path}: columns", ",".join(header), limit)
     rows = []
-    for line, cells in enumerate(given, start=2):
-        row = [cells[i] for i in order] if len(cells) == len(order) else []
-        whole = all(cell.isascii() and cell.removeprefix("-").isdigit() and len(cell) < 8 for cell in row[:4])
-        if not row or not whole or any(cell.startswith("-") for cell in row[:3]):
+    for line, cells in given:
+        row = [cells[names.index(name)] for name in wanted] if len(cells) == len(header) else []
+        if not row or not all(map(WHOLE.fullmatch, row[:4])) or any(cell.startswith("-") for cell in row[:3]):
             raise InputError(f"{path}: line {line}", ",".join(cells), f"{len(header)} numbers: {','.join(header)}")
         if len(row) == len(COLUMNS) and not _is_number(row[4]):
             raise InputError(f"{path}: line {line}", row[4], "a weight")
-        rows.append(row)
-    return len(header), rows
+        rows.append((line, [cell.partition(".")[0] for cell in row[:4]] + row[4:]))
+    for at, name in ((i, header[i]) for i in range(len(header)) if names[i] not in wanted):
+        told = [cells[at] for _, cells in given]
+        if len(set(told)) == 1:
+            notes.append(f"{path.name}: {name or f'column {at + 1}'} is {told[0] or 'empty'} in all lines: left unread")
+        elif name or not all(map(str.isdigit, told)) or len(set(told)) < len(told):  # no index, as pandas saves it
+            hint = "remove it if the placement does not depend on it"
+            raise InputError(f"{path}: columns", name or f"column {at + 1}", limit, hint)
+    return len(wanted), rows
 
 
 def _is_number(text: str) -> bool:

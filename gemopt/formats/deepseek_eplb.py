@@ -64,6 +64,8 @@ def read(path: Path, facts: Facts) -> Placement:
         data, told = safetensors_arrays(path)
     else:
         data = load_torch(path) if path.suffix == ".pt" else numpy_arrays(path)
+    if isinstance(data, list | tuple) and len(data) == len(TABLES):  # as `rebalance_experts` returns them
+        data = dict(zip(TABLES, data, strict=True))
     if not isinstance(data, dict) or "phy2log" not in data:
         raise InputError(f"{path}: phy2log", "missing", "a table [layers, slots]")
     table = as_array(data["phy2log"], name=f"{path}: phy2log", ndim=2)

@@ -9,6 +9,9 @@ import pytest
 
 from gemopt.cli import main
 from gemopt.evaluate import evaluate
+from gemopt.exceptions import InputError
+from gemopt.formats.deepseek_eplb import tensors
+from gemopt.formats.engine import Facts
 from gemopt.formats.registry import export, import_placement, side_path
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
@@ -207,3 +210,28 @@ def test_a_file_without_a_side_file_replaces_one_with_it(make_placement, tmp_pat
     assert export(second, to="vllm", path=path).files == (str(path),)
     assert not side_path(path).exists()
     assert import_placement(path, source="vllm") == second
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_placement_that_went_through_a_spreadsheet(make_placement, tmp_path, encoding):
+    placement, notes = make_placement(layers=2, experts=8, ranks=2), []
+    export(placement, to="csv", path=tmp_path / "p.csv")
+    head, *rows = (tmp_path / "p.csv").read_text().split()
+    lines = [f";{head.upper()};model".replace(",", ";")]
+    lines += [f"{i};{row};m".replace(",", ".0;") for i, row in enumerate(rows[::-1])]
+    (tmp_path / "q.csv").write_bytes("\r\n".join(["# of November", *lines, ";;;;;", ""]).encode(encoding))
+    facts = Facts(num_hidden_layers=2, notes=notes)
+    assert import_placement(tmp_path / "q.csv", source="csv", facts=facts) == placement
+    assert notes == ["q.csv: model is m in all lines: left unread"]
+
+
+def test_what_eplb_returns_saved_as_it_is(make_placement, tmp_path):
+    torch = pytest.importorskip("torch")
+    placement = make_placement(layers=2, experts=8, ranks=2, slots=5)
+    tables = [torch.from_numpy(tensors(placement)[name]) for name in ("phy2log", "log2phy", "logcnt")]
+    torch.save(tuple(tables), tmp_path / "p.pt")
+    facts = Facts(num_ranks=2, num_hidden_layers=2)
+    assert import_placement(tmp_path / "p.pt", source="deepseek-eplb", facts=facts) == placement
+    torch.save((*tables[:2], tables[2] + 1), tmp_path / "p.pt")
+    with pytest.raises(InputError, match="logcnt"):
+        import_placement(tmp_path / "p.pt", source="deepseek-eplb", facts=facts)
