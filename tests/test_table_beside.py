@@ -186,3 +186,43 @@ def test_what_spreadsheets_leave(tmp_path: Path, text: str) -> None:
     path = tmp_path / "table.csv"
     path.write_bytes(text.encode())
     assert loads(read_table(path)) == [(1, None, 50.0), (2, None, 51.0)]
+
+
+@pytest.mark.parametrize("column", ["zipf_alpha", "imbalance", "load_skew"])
+def test_groups_whose_loads_a_number_calls_uneven_are_refused(tmp_path: Path, column: str) -> None:
+    group = {"unit": Unit.GROUP_TOKENS, "top_k": 8, "ep": 8}
+    for value, even in (("1.2", False), ("1.0" if column == "imbalance" else "0", True)):
+        path = written(tmp_path, f"num_tokens,{column},latency_us\n" + "".join(f"{n},{value},{n}\n" for n in NS))
+        if even:
+            assert loads(read_table(path, **group)) == [(n, None, n) for n in NS]
+            continue
+        with pytest.raises(InputError, match=rf"{column}: got 1\.2; balanced rows.*--where {column}=1\.2"):
+            read_table(path, **group)
+        assert loads(read_table(path, **group, where=[f"{column}=1.2"])) == [(n, None, n) for n in NS]
+
+
+def test_ranks_must_be_all_there_or_chosen(tmp_path: Path) -> None:
+    text = "rank,assignments,latency_us\n" + "".join(f"{g},{n},{n + g}\n" for g in (1, 2, 3) for n in NS)
+    path = written(tmp_path, text)
+    with pytest.raises(InputError, match=r"rank: got 1, 2, 3; ranks 0 to 2; rank 0 is missing; numbered from 1\?"):
+        read_table(path)
+    one, two = (read_table(path, where=[f"rank={g}" for g in ranks]) for ranks in ([3], [2, 3]))
+    assert loads(one) == [(n, None, n + 3) for n in NS]
+    assert [loads(two, rank) for rank in (0, 1)] == [[(n, None, n + g) for n in NS] for g in (2, 3)]
+
+
+def test_ranks_that_the_experts_on_the_device_contradict_are_refused(tmp_path: Path) -> None:
+    text = "num_tokens,num_experts,num_local_experts,latency_us\n" + "".join(f"{n},256,32,{n}\n" for n in NS)
+    with pytest.raises(InputError, match="--ep: got 4; 8: one in 8 of the experts is on the device"):
+        read_table(written(tmp_path, text), unit=Unit.GROUP_TOKENS, top_k=8, ep=4)
+    assert loads(read_table(written(tmp_path, text), unit=Unit.GROUP_TOKENS, top_k=8, ep=8))[0] == (NS[0], None, NS[0])
+
+
+def test_times_of_layers_and_loads_of_a_group_under_other_names(tmp_path: Path) -> None:
+    text = "assignments,layers_timed,latency_us\n" + "".join(f"{n},{{count}},{n}\n" for n in NS)
+    with pytest.raises(InputError, match="latency_us beside layers_timed 58"):
+        read_table(written(tmp_path, text.format(count=58)))
+    assert loads(read_table(written(tmp_path, text.format(count=1)))) == [(n, None, n) for n in NS]
+    text = "expected_m,num_groups,latency_us\n" + "".join(f"{n},8,{n}\n" for n in NS)
+    with pytest.raises(InputError, match="expected_m; the load of a device, over all its experts"):
+        read_table(written(tmp_path, text), load="expected_m", unit=Unit.ASSIGNMENTS)

@@ -57,7 +57,8 @@ def lines_of(path: Path) -> Lines:
                 raise InputError(str(path), "binary data", "a CSV table, perhaps gzipped", "unpack other files first")
             delimiter = max(",;\t|", key=start[0].count)
             lines = csv.reader(chain(start, stream), delimiter=delimiter)
-            before, first_line = comments - len(start) + 1, []
+            before = comments - len(start) + 1
+            first_line: list[str] = []
             for cells in lines:
                 if cells == (first_line := first_line or cells) and lines.line_num > len(start):
                     continue  # the header again, of another table put below

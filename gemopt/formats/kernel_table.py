@@ -30,6 +30,7 @@ from gemopt.formats.table_columns import (
     listed,
     named,
     plain,
+    refuse_missing_ranks,
     refuse_mixtures,
     values,
 )
@@ -48,8 +49,9 @@ from gemopt.formats.table_kinds import (
     settled,
     shape,
 )
+from gemopt.formats.table_samples import samples_of
 from gemopt.formats.table_times import refuse_other_operations, time_column
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Device, Profile
 
 __all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "what_if"]
 
@@ -144,6 +146,9 @@ def read_table(
         refuse_skewed_groups(table, where)
     reader.factor = _factor(counted, top_k, ep, table)
     _check_assignments(reader)
+    if any(text.partition("=")[0].strip() in columns for text in where):
+        columns = [each for each in columns if plain(each) not in RANKS]  # some of the ranks: numbered anew
+    refuse_missing_ranks(tables, columns)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
     profile = Profile(devices=devices, model=shape(table, layout, top_k), kernel=kernel(table), mode="table")
     if notes is not None:
@@ -283,6 +288,8 @@ def _factor(unit: Unit, top_k: int | None, ep: int | None, table: Table) -> floa
     if unit is Unit.TOKENS:
         return float(top_k)
     ep = _given("--ep", ep, table, EP_COLUMNS) or (parts or None)
+    if parts and ep != parts:
+        raise InputError("--ep", ep, f"{parts}: one in {parts} of the experts is on the device, by {table.path}")
     if ep is None or ep < 1:
         raise InputError("--ep", ep, "unit group-tokens needs the ranks of the measured group, at least 1", "give --ep")
     return top_k / ep
@@ -322,26 +329,5 @@ def _device(reader: _Reader, table: Table, columns: Sequence[str], rank: int) ->
         name=name if own or not told or (name != "unknown" and not name.isdigit()) else told,
         uuid=next((labels[each] for each in UUIDS if labels.get(each)), None),
         node=next((labels[each] for each in HOSTS if labels.get(each)), None),
-        samples=_samples(points),
+        samples=samples_of(points),
     )
-
-
-def _samples(points: Sequence[tuple[float, int | None, float]]) -> list[Sample]:
-    """One sample per load. Of loads that round to the same assignments only the nearest is kept."""
-    merged: dict[tuple[int, int | None], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for load, active, latency in points:
-        merged[_whole_load(load, active), active][load].append(latency)
-    samples = []
-    for (load, active), by_load in sorted(merged.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
-        latencies = by_load[min(by_load, key=lambda each: abs(each - load))]
-        median = float(np.median(latencies))
-        spread = float(np.median(np.abs(np.array(latencies) - median))) if len(latencies) > 1 else None
-        samples.append(
-            Sample(assignments=load, active_experts=active, latency_us=median, spread_us=spread, repeats=len(latencies))
-        )
-    return samples
-
-
-def _whole_load(load: float, active: int | None) -> int:
-    """Nearest whole number, but a rank with any work or active expert has at least that many assignments."""
-    return max(round(load), active or 0, int(load > 0))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_columns import TIME_UNITS, TIMES, named, plain, unit_of, values, words
+from gemopt.formats.table_columns import TIME_UNITS, TIMES, is_numeric, named, plain, unit_of, values, words
 from gemopt.formats.table_files import Table
 
 UNITS = {"unit", "units", "time_unit", "time_units", "latency_unit", "metric_unit", "metric_units"}
@@ -28,6 +28,8 @@ WELL = {"ok", "success", "succeeded", "passed", "cudasuccess", "hipsuccess"}
 NO_FAULT = re.compile(r"(no|without)[ _-]*(error|fault|failure)s?")
 FAILED = {"fail", "failed", "failure", "error", "oom", "timeout", "crash", "crashed", "invalid", "skip", "skipped"}
 SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", "hotspot"}
+UNEVEN = {"imbalance": 1.0, "skew": 0.0, "skewness": 0.0, "zipf": 0.0, "alpha": 0.0, "gini": 0.0}
+"""Words of columns that tell by a number how unevenly, and that of even loads."""
 ROUTINGS = {"distribution", "routing", "load_distribution", "balance", "expert_distribution"}
 RATES = {
     "percent", "pct", "ratio", "fraction", "utilization", "util", "throughput", "log", "log2", "log10", "ln", "bytes",
@@ -88,8 +90,12 @@ def _failed(column: str, cell: str) -> bool:
 def refuse_skewed_groups(table: Table, where: Sequence[str]) -> None:
     """Raise where the tokens of a group went to its ranks unevenly, and the table does not say how many to this one."""
     asked = {text.partition("=")[0].strip() for text in where}
-    for name in (each for each in table.header if plain(each) in ROUTINGS and each not in asked):
-        told = next((value for value in values(table.rows, name) if words(value) & SKEWED), None)
+    for name in (each for each in table.header if each not in asked):
+        found = values(table.rows, name) if plain(name) in ROUTINGS else []
+        even = next((UNEVEN[word] for word in sorted(words(name) & UNEVEN.keys())), None)
+        numbers = values(table.rows, name) if even is not None and is_numeric(table.rows, name) else []
+        told = next((value for value in found if words(value) & SKEWED), None)
+        told = told or next((value for value in numbers if value and float(value) != even), None)
         if told is not None:
             limit = "balanced rows: of others the table does not tell how many assignments the rank had"
             raise InputError(
@@ -103,7 +109,8 @@ def refuse_other_loads(table: Table, load: str, of_group: bool) -> None:
     of_group: it was said to count the tokens of a group.
     """
     parts = words(load)
-    if "per" in parts and parts & ({"expert", "experts"} | (set() if of_group else {"group", "groups"})):
+    group = set() if of_group else {"group", "groups", "expected"}  # expected_m: DeepGEMM's, of a group
+    if ("per" in parts or "expected" in parts) and parts & ({"expert", "experts"} | group):
         raise InputError("--load-column", load, "the load of a device, over all its experts", "multiply by the experts")
     if parts & (RATES | THOUSANDS) or {"per", "s"} <= parts or "%" in load:
         raise InputError("--load-column", load, "a count of rows or tokens", f"is that in {table.path}? then rename it")

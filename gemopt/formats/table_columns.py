@@ -157,6 +157,17 @@ def by_device(table: Table, columns: Sequence[str]) -> list[Table]:
     return [Table(table.path, table.header, groups[key]) for key in sorted(groups)]
 
 
+def refuse_missing_ranks(devices: Sequence[Table], columns: Sequence[str]) -> None:
+    """Raise where the column of ranks does not count from 0 on."""
+    own = next((name for name in columns if plain(name) in RANKS), None)
+    found = [] if own is None else [table.rows[0].cells[own] for table in devices]
+    if not all(each.isascii() and each.isdigit() for each in found) or {*map(int, found)} == {*range(len(found))}:
+        return
+    missing = min({*range(max(map(int, found)))} - {*map(int, found)}, default=0)
+    hint = f"rank {missing} is missing; numbered from 1? subtract 1; for these alone: --where {own}=RANK"
+    raise InputError(f"{devices[0].path}, {own}", listed(found), f"ranks 0 to {len(found) - 1}", hint)
+
+
 def refuse_summaries(table: Table, row: Row, columns: Sequence[str]) -> None:
     """Raise where a row is of all devices together."""
     for name in columns:

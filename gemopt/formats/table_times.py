@@ -117,12 +117,19 @@ def _asking(name: str) -> str:
 def _refuse_other_times(table: Table, name: str) -> None:
     """Raise where a time is, by its name or the columns beside it, not that of one run of one MoE layer."""
     told = [f"{each} {values(table.rows, each)[-1]}" for each in table.header
-            if plain(each) in LAYERS and set(values(table.rows, each)) - {"", "1"}]  # fmt: skip
+            if each != name and _several(each, set(values(table.rows, each)) - {"", "1"})]  # fmt: skip
     told += _runs(table, name)
     share = "per" in words(name) and words(name) & (LOADS - {"per"} | {"expert", "experts"})
     if told or share or words(name) & (NO_LAYER | NO_TIME):
         found = " beside ".join([f"time {name}", *told])
         raise InputError(table.path, found, "the time of one whole MoE layer", f"if it is: {_asking(name)}")
+
+
+def _several(column: str, found: set[str]) -> bool:
+    """Whether a column counts several layers; `found`: what it says but nothing and 1."""
+    counts = "layers" in words(column) and unit_of(column) is None and all(each.isdigit() for each in found)
+    named = plain(column) in LAYERS or counts
+    return named and bool(found)
 
 
 def _runs(table: Table, name: str) -> list[str]:
