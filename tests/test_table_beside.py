@@ -188,7 +188,7 @@ def test_what_spreadsheets_leave(tmp_path: Path, text: str) -> None:
     assert loads(read_table(path)) == [(1, None, 50.0), (2, None, 51.0)]
 
 
-@pytest.mark.parametrize("column", ["zipf_alpha", "imbalance", "load_skew"])
+@pytest.mark.parametrize("column", ["zipf_alpha", "imbalance", "load_skew", "power_law_alpha"])
 def test_groups_whose_loads_a_number_calls_uneven_are_refused(tmp_path: Path, column: str) -> None:
     group = {"unit": Unit.GROUP_TOKENS, "top_k": 8, "ep": 8}
     for value, even in (("1.2", False), ("1.0" if column == "imbalance" else "0", True)):
@@ -199,6 +199,11 @@ def test_groups_whose_loads_a_number_calls_uneven_are_refused(tmp_path: Path, co
         with pytest.raises(InputError, match=rf"{column}: got 1\.2; balanced rows.*--where {column}=1\.2"):
             read_table(path, **group)
         assert loads(read_table(path, **group, where=[f"{column}=1.2"])) == [(n, None, n) for n in NS]
+
+
+def test_alphas_of_other_things_say_nothing_of_loads(tmp_path: Path) -> None:
+    path = written(tmp_path, "num_tokens,swiglu_alpha,latency_us\n" + "".join(f"{n},1.702,{n}\n" for n in NS))
+    assert loads(read_table(path, unit=Unit.GROUP_TOKENS, top_k=8, ep=8)) == [(n, None, n) for n in NS]
 
 
 def test_ranks_must_be_all_there_or_chosen(tmp_path: Path) -> None:

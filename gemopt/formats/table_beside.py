@@ -28,7 +28,7 @@ WELL = {"ok", "success", "succeeded", "passed", "cudasuccess", "hipsuccess"}
 NO_FAULT = re.compile(r"(no|without)[ _-]*(error|fault|failure)s?")
 FAILED = {"fail", "failed", "failure", "error", "oom", "timeout", "crash", "crashed", "invalid", "skip", "skipped"}
 SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", "hotspot"}
-UNEVEN = {"imbalance": 1.0, "skew": 0.0, "skewness": 0.0, "zipf": 0.0, "alpha": 0.0, "gini": 0.0}
+UNEVEN = {"imbalance": 1.0, "skew": 0.0, "skewness": 0.0, "zipf": 0.0, "law": 0.0, "gini": 0.0}  # power_law_alpha
 """Words of columns that tell by a number how unevenly, and that of even loads."""
 ROUTINGS = {"distribution", "routing", "load_distribution", "balance", "expert_distribution"}
 RATES = {
