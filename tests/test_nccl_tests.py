@@ -216,3 +216,13 @@ def test_what_other_tools_print_is_named(tmp_path: Path, text: str, said: str) -
     path.write_text(text)
     with pytest.raises(InputError, match=said):
         read_links(str(path))
+
+
+def test_outputs_without_the_name_of_the_test_are_told_by_the_file(tmp_path: Path) -> None:
+    text = clear_run(8, 7 / 8).partition("\n")[2]  # as older versions print it
+    (tmp_path / "run.txt").write_text(text)
+    with pytest.raises(InputError, match=r"an unnamed test.*name the file after it, alltoall_perf\.txt"):
+        read_links(str(tmp_path / "run.txt"))
+    (tmp_path / "alltoall_perf.txt").write_text(text)
+    level = read_links(str(tmp_path / "alltoall_perf.txt")).within_node
+    assert level is not None and level.points is not None and len(level.points) == 3

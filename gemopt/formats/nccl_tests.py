@@ -176,7 +176,9 @@ def _checked(run: Run, source: str) -> str:
             raise InputError(source, found, "0: what was received is not what was sent")
     test = next(iter(run.tests)) if len(run.tests) == 1 else _told_by_name(source)
     if test not in USED:
-        raise InputError(source, test or "an unnamed test", f"the output of {' or '.join(t + '_perf' for t in USED)}")
+        hint = "" if test else f"older versions do not name it: name the file after it, {USED[0]}_perf.txt"
+        limit = f"the output of {' or '.join(each + '_perf' for each in USED)}"
+        raise InputError(source, test or "an unnamed test", limit, hint)
     types = sorted({row.kind for row in run.rows})
     if len(types) > 1:
         raise InputError(source, f"types {', '.join(types)}", "exchanges of one type", "run it with one, as -d float")
