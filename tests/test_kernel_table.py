@@ -212,6 +212,8 @@ PRINTED = {
     "a grid": "+---+---+\n| tokens | us |\n+===+===+\n| 1 | 10.5 |\n+---+---+\n| 64 | 12 |\n+---+---+\n",
     "pandas": "moe:\n   tokens  Time (us)\n7     1.0       10.5\n8    64.0       12.0\n",
     "pandas with blanks": "      gpu  tokens   us\n0  H100 A       1 10.5\n1  H100 A      64 12.0\n",
+    "pandas with blanks in names": "  gpu name  tokens Time (us)\n"
+    "0   H100 A       1      10.5\n1   H100 A      64      12.0\n",
     "pandas without its index": "   gpu tokens   us\nH100 A      1 10.5\nH100 A     64 12.0\n",
     "ruled off": "  tokens    us\n--------  ----\n       1  10.5\n      64  12\n",
     "ruled off as a whole": "tokens     us\n-------------\n1        10.5\n64       12.0\n",

@@ -30,7 +30,7 @@ def printed(text: str) -> Lines:
         found = _below(lines, re.compile(cell), rule) if lines else None
         if found is not None and len(found[0][1]) > 1:
             return found
-    return [(number, [line.strip()]) for number, line in lines]
+    return _right_aligned(lines, apart=False) or [(number, [line.strip()]) for number, line in lines]
 
 
 def _is_rule(line: str) -> bool:
@@ -62,15 +62,20 @@ def _below(lines: list[tuple[int, str]], cell: re.Pattern[str], rule: str) -> Li
     return [(number, [each[0] for each in row[skipped if i else 0 :]]) for i, (number, row) in enumerate(found)]
 
 
-def _right_aligned(lines: list[tuple[int, str]]) -> Lines | None:
-    """The cells of each line, if those of all rows end where the words of the header do, and a blank follows."""
+def _right_aligned(lines: list[tuple[int, str]], *, apart: bool = True) -> Lines | None:
+    """The cells of each line, if those of all rows end where the words of the header do, and a blank follows.
+
+    apart: every word is a name of its own; else one where no cells end is part of the next, a single blank away.
+    """
     if len(lines) < 2:
         return None
     head, rows = lines[0][1], [line for _, line in lines[1:]]
-    ends = [found.end() for found in re.finditer(r"\S+", head)]
-    if len(ends) < 2 or any(len(line) != ends[-1] for line in rows):
+    words = [found.end() for found in re.finditer(r"\S+", head)]
+    if not words or any(len(line) != words[-1] for line in rows):
         return None
-    if any(line[end - 1].isspace() or line[end : end + 1].strip() for line in rows for end in ends):
+    ends = [at for at in words if not any(line[at - 1].isspace() or line[at : at + 1].strip() for line in rows)]
+    merged = [at for at in words if at not in ends]
+    if len(ends) < 2 or (merged and (apart or any(head[at : at + 2].isspace() for at in merged))):
         return None
     index = [found[0] if (found := re.match(r"\d+ ", line)) else "" for line in rows]
     width = max(map(len, index))
