@@ -28,6 +28,7 @@ from gemopt.solvers.base import Options
 from gemopt.solvers.search import copies
 from gemopt.solving.memory import experts_within, most_slots, thinned
 from gemopt.splits import even_weights
+from gemopt.splits.weights import static_weights
 from gemopt.traces import Traces
 
 
@@ -97,6 +98,28 @@ def test_static_without_time_to_search_is_where_even_is() -> None:
         assert weights == pytest.approx(even_weights(row, 6))
     again = evaluate(result.placement, profile, given)
     assert again.objective_us == pytest.approx(result.objective_us)
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_static_begins_with_the_search_of_even(seed: int, patience: int) -> None:
+    """The same search, and then weights: never dearer."""
+    profile, given, found = measured(1.0, 1.6, 0.7), traces(experts=8, seed=seed), {}
+    for split in (Split.EVEN, Split.STATIC):
+        found[split] = gemopt.solve(
+            profile, given, solver="local-search", slots_per_rank=4, split=split, patience=patience, time_limit=60,
+            seed=seed, threads=1,
+        ).objective_us  # fmt: skip
+    assert found[Split.STATIC] is not None and found[Split.EVEN] is not None
+    assert found[Split.STATIC] <= found[Split.EVEN] * (1 + 1e-12)
+
+
+def test_weights_that_are_stopped_are_even_ones() -> None:
+    problem = Problem.make([[300, 9, 8]] * 3, (ASSIGNMENTS,), sloped(1.0, 2.0, 0.9), 2, split=Split.STATIC)
+    row = np.array([0, 1, 0, 2, EMPTY, EMPTY])
+    assert static_weights(problem, row, np.ones(1, np.uint8)) == pytest.approx(even_weights(row, 3))
+    again = replace(problem)
+    assert static_weights(again, row)[0] > 0.6, "the faster rank takes more"
 
 
 def _patient() -> Options:

@@ -155,7 +155,7 @@ def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
         return None
     found = []
     for layer, row in zip(run.layers, rows, strict=True):
-        over = time.monotonic() >= run.clock + run.time_limit and row.tobytes() not in layer.problem.weighed
+        over = time.monotonic() >= run.end and row.tobytes() not in layer.problem.weighed
         found.append(even_weights(row, layer.problem.num_experts) if over else static_weights(layer.problem, row))
     return found
 

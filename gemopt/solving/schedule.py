@@ -49,8 +49,9 @@ Times = Callable[[], tuple[float, float]]  # seconds that are a layer's share of
 class Run:
     """One call: `threads` layers at a time until `clock + time_limit` (seconds by `time.monotonic`), or interrupted.
 
-    gap, patience: as in `gemopt.solve`. coupling: what links add, once they are known. cluster: if one is in force, as
-    many layers at a time as it has workers. progress, on_layers: called as `gemopt.solve` says.
+    gap, patience: as in `gemopt.solve`. end: of the search, after which answers are scored. coupling: what links add,
+    once they are known. cluster: if one is in force, as many layers at a time as it has workers. progress, on_layers:
+    called as `gemopt.solve` says.
     """
 
     solver: Solver
@@ -66,6 +67,7 @@ class Run:
     coupling: Coupling | None = None
     cluster: Cluster | None = None
     on_layers: OnLayers | None = None
+    end: float = np.inf
 
     @property
     def workers(self) -> int:
@@ -79,7 +81,7 @@ class Run:
 
     def go(self) -> None:
         """Solve all layers; on an interrupt, every layer still ends with what it has."""
-        end = self.clock + self.time_limit - self._scoring()
+        self.end = end = self.clock + self.time_limit - self._scoring()
         left = max(0.0, end - time.monotonic())
         share = max(1, self.threads // len(self.layers))
         with ThreadPoolExecutor(self.threads, initializer=cores.in_this_thread, initargs=(share,)) as pool:

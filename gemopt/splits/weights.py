@@ -99,14 +99,20 @@ def improve_weights(
     load_TGF: Array,
     table_FN: Array,
     weights_T: Array,
+    stop: NDArray[np.uint8],
 ) -> float:
-    """One round over the experts with several copies; brings `ends_C` and `load_TGF` up to date, returns the cost."""
+    """One round over the experts with several copies; brings `ends_C` and `load_TGF` up to date, returns the cost.
+
+    stop: [1] ends it with what it has when it turns 1.
+    """
     steps, num_ranks, features = load_TGF.shape
     others_T, time_TG, total = np.empty(steps), np.empty((steps, num_ranks)), 0.0
     for t in range(steps):
         for g in range(num_ranks):
             time_TG[t, g] = latency_of(curves, table_GN, g, load_TGF[t, g])
     for r in range(len(copies.experts)):
+        if stop[0] != 0:
+            break
         first, last = copies.first[r], copies.first[r + 1]
         ranks_C, mine_C, counts_T = copies.rank[first:last], ends_C[first:last], counts_TE[:, copies.experts[r]].copy()
         alone_TCF, hosts = np.empty((steps, last - first, features)), np.zeros(num_ranks, np.bool_)
@@ -135,23 +141,24 @@ def improve_weights(
     return total
 
 
-def static_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
+def static_weights(problem: Problem, row_P: NDArray[np.int64], stop: NDArray[np.uint8] | None = None) -> FloatArray:
     """[P] weights of the copies of a row that cost least on the steps of the problem, 0 for empty slots.
 
     Found by descent from even ones: one boundary between two copies at a time, under the true objective. They carry
-    the speeds of the ranks. Never dearer than even weights.
+    the speeds of the ranks. Never dearer than even weights. stop: [1] ends the descent with what it has when it turns
+    1, as `Options.alarm` gives it.
     """
     known, key = problem.weighed, row_P.tobytes()
     found_P = known.get(key)
     if found_P is None:
-        found_P = _found_weights(problem, row_P)
+        found_P = _found_weights(problem, row_P, np.zeros(1, np.uint8) if stop is None else stop)
         if len(known) >= MOST_KNOWN:
             known.clear()
         known[key] = found_P
     return found_P.copy()
 
 
-def _found_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
+def _found_weights(problem: Problem, row_P: NDArray[np.int64], stop: NDArray[np.uint8]) -> FloatArray:
     from gemopt.evaluate import loads
 
     weights_P = even_weights(row_P, problem.num_experts)
@@ -172,9 +179,9 @@ def _found_weights(problem: Problem, row_P: NDArray[np.int64]) -> FloatArray:
     before = np.inf
     for _ in range(ROUNDS):
         cost = improve_weights(
-            problem.curves, table_GN, problem.counts_TE, copies, ends_C, load_TGF, table_FN, problem.weights_T
+            problem.curves, table_GN, problem.counts_TE, copies, ends_C, load_TGF, table_FN, problem.weights_T, stop
         )
-        if cost > before * (1 - LEAST_GAIN):
+        if stop[0] != 0 or cost > before * (1 - LEAST_GAIN):
             break
         before = cost
     starts_C = np.append(0.0, ends_C[:-1])

@@ -24,6 +24,7 @@ from gemopt.solvers.search.spread_search import SpreadSearch
 from gemopt.solvers.search.state import State, hull_costs, make_state
 from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
 from gemopt.splits import plain, shares
+from gemopt.splits.weights import static_weights
 
 EVEN_SHARE = 0.5  # of the time, for the even split
 SHARING_SHARE = 0.8  # the same where what follows goes on from its answer
@@ -45,6 +46,8 @@ def search_policy(problem: Problem, options: Options, warm_start: Row | None, ev
     search.options = options
     with options.alarm() as search.stop:
         search.descend()
+        if search.row is None:  # no time for what it begins with
+            search.offer(lpt_row(problem))
         stopped_by = search.iterate()
     note = (
         ""
@@ -62,7 +65,9 @@ class _Search(Best, ABC):
         self.even, self.warm, self.descended = even, warm_start, False
         self.evenly = replace(problem, split=Split.EVEN, senders_TGE=None)
         self.begun: object = None
-        self.offer(lpt_row(problem) if warm_start is None else warm_start)
+        self.stop = np.zeros(1, np.uint8)
+        if warm_start is not None or problem.split is not Split.STATIC:  # else the even split's answer is as good
+            self.offer(lpt_row(problem) if warm_start is None else warm_start)
 
     def offer(self, row: Row) -> bool:
         """Take a row over when its exact objective is the best so far; empty slots are filled where none may be."""
@@ -84,12 +89,17 @@ class _Search(Best, ABC):
         return not self.options.expired()
 
     def even_row(self, share: float, patience: int | None = 0) -> Row:
-        """Where the descent under the even split, or what kicks make of it, ends with a share of the time."""
+        """Where the descent under the even split, or what kicks make of it, ends with a share of the time.
+
+        With static weights it is kept for what it costs with even ones.
+        """
         deadline = time.monotonic() + share * self.options.remaining
         options = replace(self.options, deadline=deadline, patience=patience, begun=self.begun, bound_us=0.0)
         outcome = self.even(self.evenly, options, self.warm)
         self.begun = outcome.search
         assert outcome.row is not None
+        if self.problem.split is Split.STATIC:
+            self.keep(outcome.row, outcome.history[-1].objective_us)
         return outcome.row
 
     @abstractmethod
@@ -146,7 +156,8 @@ class _Sharing(_Search):
     """Any policy, from the placement that the even split has.
 
     Static weights are never dearer than even ones, so that the even split's search, as long as it takes, comes first:
-    with weights its answer is at least as good. Other policies may share that placement worse, and search on sooner.
+    with weights its answer is at least as good. None are chosen before its descents have ended; until then the search
+    is the even split's own. Other policies may share that placement worse, and search on sooner.
     """
 
     @property
@@ -160,7 +171,9 @@ class _Sharing(_Search):
 
     def begin(self) -> None:
         even_row = self.even_row(1.0 if self.static else SHARING_SHARE)
-        self.take_even(even_row)  # whatever the time: what there was before is no search's
+        if self.static:
+            return
+        self.offer(even_row)  # whatever the time: what there was before is no search's
         if not self.options.expired():
             self.offer(filled(self.problem, even_row))
         assert self.row is not None
@@ -170,15 +183,16 @@ class _Sharing(_Search):
         """As every search does; static weights after what kicks gain under the even split."""
         if self.static and self.descended and self.options.patience != 0 and not self.options.expired():
             row = self.even_row(STATIC_SHARE, self.options.patience)
-            if self.take_even(row):
+            if not self.options.expired():
+                self.offer(row)
                 self.settle(row)
         return super().iterate()
 
-    def take_even(self, row: Row) -> bool:
-        """Offer the even split's answer; where time is over, at what it costs with even weights: none are chosen."""
-        if self.static and self.options.expired():
-            return self.keep(row, objective(self.evenly, row))
-        return self.offer(row)
+    def offer(self, row: Row) -> bool:
+        """As every search does; where time ends, static weights are what they are then."""
+        if self.static:
+            static_weights(self.problem, row, self.stop)
+        return super().offer(row)
 
     def settle(self, row: Row) -> None:
         """Swaps with shares as they are, then shares anew, while that helps."""
