@@ -127,6 +127,22 @@ def keep_most(tree: Tree, best: int, decisions: int) -> int:
     return best
 
 
+def start(ids_NK: NDArray[np.integer], home_N: NDArray[np.integer], num_experts: int, room: IntArray) -> Tree:
+    """The tree before any decision; arguments as of `best_halves`."""
+    keys = np.column_stack([home_N, np.sort(ids_NK, axis=1)]).astype(np.int64)
+    kinds, weight_N = np.unique(keys, axis=0, return_counts=True)
+    lists = np.zeros((num_experts + 1, 2, len(kinds)), np.int32)
+    size: IntArray = np.zeros((num_experts + 1, 2), np.int64)
+    for node in range(2):
+        own = np.flatnonzero(kinds[:, 0] == node)
+        lists[0, node, : len(own)], size[0, node] = own, len(own)
+    open_E: IntArray = np.full(num_experts, -1)
+    return Tree(
+        np.ascontiguousarray(kinds[:, 1:]), weight_N.astype(np.int64), room.astype(np.int64), np.array([0, 1]), open_E,
+        open_E.copy(), np.zeros(num_experts + 1, np.int64), np.zeros(num_experts + 1, np.int64), lists, size,
+    )  # fmt: skip
+
+
 def best_halves(
     ids_NK: NDArray[np.integer], home_N: NDArray[np.integer], num_experts: int, room: IntArray,
     over: Callable[[], bool], most: int = 1 << 62,
@@ -142,18 +158,7 @@ def best_halves(
     over, most
         Asked now and then whether the time is over, and how many decisions are made at most.
     """
-    keys = np.column_stack([home_N, np.sort(ids_NK, axis=1)]).astype(np.int64)
-    kinds, weight_N = np.unique(keys, axis=0, return_counts=True)
-    lists = np.zeros((num_experts + 1, 2, len(kinds)), np.int32)
-    size: IntArray = np.zeros((num_experts + 1, 2), np.int64)
-    for node in range(2):
-        own = np.flatnonzero(kinds[:, 0] == node)
-        lists[0, node, : len(own)], size[0, node] = own, len(own)
-    open_E: IntArray = np.full(num_experts, -1)
-    tree = Tree(
-        np.ascontiguousarray(kinds[:, 1:]), weight_N.astype(np.int64), room.astype(np.int64), np.array([0, 1]), open_E,
-        open_E.copy(), np.zeros(num_experts + 1, np.int64), np.zeros(num_experts + 1, np.int64), lists, size,
-    )  # fmt: skip
+    tree = start(ids_NK, home_N, num_experts, room)
     best, made = -1, 0
     while tree.depth[0] >= 0 and made < most and not over():
         best, made = int(keep_most(tree, best, LOOKED)), made + LOOKED

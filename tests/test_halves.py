@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 from test_topology import EXCHANGE, token_traces
 
+from gemopt.evaluate import objective
+from gemopt.latency import ASSIGNMENTS, Curve, Latency
 from gemopt.links import Links
+from gemopt.problem import Problem
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from halves import best_halves
+from halves_compute import compute_of, fewest_leaving, least_value
 
 
 def never() -> bool:
@@ -66,3 +70,29 @@ def test_bytes_between_nodes_are_of_the_tokens_that_leave() -> None:
         assert (node_P[np.argsort(rows[-1])] == found.node_E).all()
         left += len(home_N) - found.kept
     assert links.communication(rows, slots_G).cross_node_bytes == left * (links.dispatch_bytes + links.combine_bytes)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_placement_passes_what_halves_compute(seed: int) -> None:
+    """Against all placements of 8 experts on 4 ranks, and against the halves that were found."""
+    draws = np.random.default_rng(seed)
+    ids_NK = np.argsort(draws.random((400, 8)) ** draws.uniform(1, 4, 8), axis=1)[:, :2]
+    home_N, step_N = draws.integers(0, 2, 400), draws.integers(0, 3, 400)
+    counts_TE = np.zeros((3, 8), np.int64)
+    np.add.at(counts_TE, (step_N[:, None], ids_NK), 1)
+    corners = Curve(np.append(0, np.sort(draws.choice(300, 6, replace=False)) + 1), np.cumsum(draws.random(7)), 0.01)
+    latencies = [Latency(((corners,),)).times(speed) for speed in draws.uniform(1, 2, 4)]
+    problem = Problem.make(counts_TE, [ASSIGNMENTS], latencies, weights_T=draws.uniform(0.5, 2, 3))
+    compute = compute_of(problem, np.arange(8), 5.0)
+    rows = [np.array(row) for row in permutations(range(8)) if all(row[n] < row[n + 1] for n in (0, 2, 4, 6))]
+    node_NE = [np.repeat([0, 1], 4)[np.argsort(row)] for row in rows]
+    left = [400 - kept_by(ids_NK, home_N, node_E) for node_E in node_NE]
+    each = [objective(problem, row) for row in rows]
+    for price in (0.0, 10.0, 100.0):
+        value, node_E, proven = least_value(ids_NK, home_N, compute, price, never)
+        assert proven and value <= min(us * price + tokens for us, tokens in zip(each, left, strict=True)) + 1e-6
+        best = min(us for us, nodes in zip(each, node_NE, strict=True) if (nodes == node_E).all())
+        assert 400 - kept_by(ids_NK, home_N, node_E) <= value <= 400 - kept_by(ids_NK, home_N, node_E) + best * price
+    least = fewest_leaving([(ids_NK, home_N)], [compute], min(each), (0.0, 10.0, 100.0, 1000.0), 60.0)
+    fewest = min(tokens for us, tokens in zip(each, left, strict=True) if us <= min(each))
+    assert 400 - max(kept_by(ids_NK, home_N, n) for n in node_NE) - 1e-6 <= least <= fewest + 1e-6
