@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from gemopt.documents import Document, read_bytes, replacing
+from gemopt.documents import Document, Part, read_bytes, replacing
 from gemopt.exceptions import InputError
 from gemopt.traces import Traces
 
@@ -41,7 +41,7 @@ class Proof(StrEnum):
     CLAIMED = "claimed"
 
 
-class LayerProof(BaseModel):
+class LayerProof(Part):
     """One layer: its placement [P], what it is worth, what no placement falls below, and why.
 
     bound_us: the solver's bound, which the tree proves; that of the multipliers where contents were not searched to the
@@ -51,8 +51,6 @@ class LayerProof(BaseModel):
     planes: [C, K, 1 + F] intercept and slopes of each group in 2^-24 picoseconds; group, factor: [G] of each rank that
     has slots, the factor in 2^-24. See docs/certificates.md.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     layer_id: int
     proof: Proof

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, BinaryIO, ClassVar, Self, get_args
 
 import numpy as np
 from pydantic import (
@@ -31,7 +31,6 @@ from pydantic import (
 from gemopt import foreign
 from gemopt.exceptions import InputError
 
-Self = TypeVar("Self", bound="Document")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -138,10 +137,14 @@ def sha256(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-class Settings(BaseModel):
-    """Named values: frozen, refusing unknown keys, raising one-line `InputError`s."""
+class Part(BaseModel):
+    """A part of a document: frozen, without unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Settings(Part):
+    """Named values, raising one-line `InputError`s; numbers are neither flags nor texts."""
 
     def __init__(self, /, **data: Any) -> None:
         try:
@@ -193,7 +196,7 @@ class Document(Settings):
         super().__init__(**data)
 
     @classmethod
-    def of(cls: type[Self], value: object, name: str = "") -> Self:
+    def of(cls, value: object, name: str = "") -> Self:
         """The document itself, or the one at a path; `InputError` for anything else, `name` being what it is for."""
         if isinstance(value, cls):
             return value
@@ -202,7 +205,7 @@ class Document(Settings):
         raise foreign.not_a(cls.__name__, value, name or cls.__name__.lower())
 
     @classmethod
-    def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read and validate a document.
 
         Raises

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from gemopt.documents import Part
 
 
-class BytesSaved(BaseModel):
+class BytesSaved(Part):
     """What a placement with fewest bytes between nodes saves, against the one with least compute that was found.
 
     Microseconds and bytes over all steps and layers, before and now. compute_slack: by what part compute might grow.
     fullest: through the fullest port between nodes (of links between pairs: the fullest link of all).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     compute_slack: float
     compute_us: tuple[float, float]
@@ -29,14 +27,12 @@ class BytesSaved(BaseModel):
         )
 
 
-class LinksReport(BaseModel):
+class LinksReport(Part):
     """What the exchanges of a placement take over all steps and layers; `exposed_us` of it a step waits for.
 
     The first fields say what was assumed: see `gemopt.links.Exchange`. Bytes are those of dispatch and combine
     together. saved: with fewest bytes between nodes asked for.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     topology: str | None
     once_per: str

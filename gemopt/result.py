@@ -5,9 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from gemopt.documents import Document
+from gemopt.documents import Document, Part
 from gemopt.links_report import LinksReport
 from gemopt.placement import Placement
 from gemopt.tables import frame, html_table
@@ -37,17 +37,15 @@ class StoppedBy(StrEnum):
     INTERRUPT = "interrupt"
 
 
-class Incumbent(BaseModel):
+class Incumbent(Part):
     """A solution met on the way: seconds since the start, objective, and the bound known then."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     seconds: float
     objective_us: float
     bound_us: float | None = None
 
 
-class MovesReport(BaseModel):
+class MovesReport(Part):
     """What changes against the placement in force.
 
     Attributes
@@ -72,8 +70,6 @@ class MovesReport(BaseModel):
     old_rank
         For each rank its number in the placement in force, -1 for a new one.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     moves: int
     bytes: int | None
@@ -108,7 +104,7 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-class Origin(BaseModel):
+class Origin(Part):
     """How an answer was made.
 
     Attributes
@@ -121,15 +117,13 @@ class Origin(BaseModel):
         Of the profile and the steps solved on, as in certificates.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     call: str
     versions: str
     profile_sha256: str
     traces_sha256: str
 
 
-class Ceiling(BaseModel):
+class Ceiling(Part):
     """What is left to gain on an objective, and what could gain it, in microseconds.
 
     Attributes
@@ -145,8 +139,6 @@ class Ceiling(BaseModel):
         On steps that the placement was not made for: what they take beyond the same ratio to their own `spread_us`;
         what planning anew could bring. Negative where they suit it better; None without such steps.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     unknown_us: float
     copies_us: float
@@ -181,7 +173,7 @@ class Ceiling(BaseModel):
         return f"{line}; the change of traffic " + (f"cost {lost:.1f} %" if lost >= 0.05 else "cost nothing")
 
 
-class LayerResult(BaseModel):
+class LayerResult(Part):
     """One MoE layer: objective, bound and gap over all steps; `note` says how a bound or placement was reached.
 
     `moves_us` is the price of the layer's moves: bound and gap are those of `objective_us + moves_us`.
@@ -190,8 +182,6 @@ class LayerResult(BaseModel):
     exact solver starts from. start_us: objective of what an exact solver started from. own_bound_us: bound of its own.
     stated_steps, distinct_steps: steps stated to it, of how many. bounded_steps: steps of the trace with a full bound.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     layer_id: int
     status: Status

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from gemopt.documents import Document
+from gemopt.documents import Document, Part
 from gemopt.replay.copying import Migration
 
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-class Option(BaseModel):
+class Option(Part):
     """What one strategy would do.
 
     Attributes
@@ -38,8 +36,6 @@ class Option(BaseModel):
         Of each rank, at most, for experts beyond one copy each.
     """
 
-    model_config = _STRICT
-
     strategy: str
     slots_per_rank: list[int]
     change: float
@@ -56,14 +52,12 @@ class Option(BaseModel):
     memory_bytes: float
 
 
-class Sweep(BaseModel):
+class Sweep(Part):
     """Changes against contiguous placement when one property of traffic or links is another.
 
     values: of the property; changes: strategy -> one per value; pays_from: smallest value from which on the best
     strategy gains at least 1 %; changes_at: values where another strategy is best than at the value before.
     """
-
-    model_config = _STRICT
 
     what: str
     values: list[float]
@@ -73,10 +67,8 @@ class Sweep(BaseModel):
     changes_at: list[float]
 
 
-class StrategyMap(BaseModel):
+class StrategyMap(Part):
     """Best strategy, and its change, by skewness (rows) and bandwidth in GB/s (columns)."""
-
-    model_config = _STRICT
 
     skews: list[float]
     gbps: list[float]

@@ -8,9 +8,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
-from gemopt.documents import Document
+from gemopt.documents import Document, Part
 from gemopt.exceptions import InputError
 from gemopt.formats.kernel_table import Unit
 from gemopt.links import Exchange
@@ -72,12 +72,6 @@ DnsLabel = Annotated[
 
 def _kind(value: Any) -> str:
     return PATH if isinstance(value, (str, Path)) else MADE
-
-
-class Part(BaseModel):
-    """A part of a job; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TableSource(Part):

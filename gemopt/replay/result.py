@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from gemopt.documents import Document
+from gemopt.documents import Document, Part
 from gemopt.replay.copying import Migration
 from gemopt.replay.schedule import Schedule
 from gemopt.tables import frame
 
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-
-class ReplayRow(BaseModel):
+class ReplayRow(Part):
     """One strategy over the scored steps.
 
     Attributes
@@ -33,8 +31,6 @@ class ReplayRow(BaseModel):
         Mean latency of the steps with prompts, and of those with next tokens; None where there are none.
     """
 
-    model_config = _STRICT
-
     strategy: str
     makespan_us: float
     change: float | None
@@ -47,24 +43,20 @@ class ReplayRow(BaseModel):
     tpot_ms: float | None
 
 
-class Decided(BaseModel):
+class Decided(Part):
     """A decision that changed the wanted placement, at a step of the traces."""
-
-    model_config = _STRICT
 
     step: int
     moves: int
     reason: str = ""
 
 
-class Track(BaseModel):
+class Track(Part):
     """One strategy step by step.
 
     `step_us`: MoE latency with what copying added; `copying_us`: that part; `moves`: experts on their way from this
     step on; `setup_moves`: from contiguous placement to the first one, which the makespan does not pay for.
     """
-
-    model_config = _STRICT
 
     strategy: str
     step_us: list[float]
@@ -74,10 +66,8 @@ class Track(BaseModel):
     setup_moves: int = 0
 
 
-class Regime(BaseModel):
+class Regime(Part):
     """Steps `start` to before `stop` of the traces are of one task."""
-
-    model_config = _STRICT
 
     name: str
     start: int
