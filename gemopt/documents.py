@@ -227,6 +227,10 @@ class Document(Settings):
             error.args = (f"{path}: {error}",)
             raise
 
+    def changed(self, **fields: Any) -> Self:
+        """The same with other values of some fields, validated anew."""
+        return type(self)(**{**dict(self), **fields})
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the document atomically."""
         write_text(path, self.model_dump_json(indent=1) + "\n")

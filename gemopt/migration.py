@@ -126,8 +126,7 @@ def relabel(current: Placement, wanted: Placement) -> Placement:
     weights_LP = wanted.split_weights
     if weights_LP is not None:
         weights_LP = np.take_along_axis(weights_LP, np.stack(orders), axis=1)
-    fields = {name: getattr(wanted, name) for name in type(wanted).model_fields}
-    return Placement(**{**fields, "physical_to_logical": rows_LP, "split_weights": weights_LP})
+    return wanted.changed(physical_to_logical=rows_LP, split_weights=weights_LP)
 
 
 def moves(

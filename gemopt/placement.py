@@ -188,7 +188,7 @@ class Placement(Document):
         """The same with these rules (none are None), whether it keeps them or not; nodes where rules ask for them."""
         rules = rules if rules is not None and rules.named() else None
         asked = rules is not None and rules.about_nodes
-        return Placement(**{**dict(self), "rules": rules, "node_of_rank": node_of_rank if asked else None})
+        return self.changed(rules=rules, node_of_rank=node_of_rank if asked else None)
 
     def to_dataframe(self) -> Any:
         """A pandas data frame with a row per slot: `layer_id`, `rank`, `slot`, `expert` (-1: empty).

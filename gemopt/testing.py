@@ -38,7 +38,7 @@ def assert_feasible(
     """
     try:
         placement = Placement.of(placement)
-        Placement(**{name: getattr(placement, name) for name in type(placement).model_fields})  # validates anew
+        placement.changed()  # validates anew
         measured = None if profile is None else Profile.of(profile)
         routed = None if traces is None else Traces.of(traces)
         ranks = placement.num_ranks if measured is None else measured.num_ranks

@@ -10,7 +10,7 @@ import torch
 from ranks_common import SCRATCH, batch, checkpoint, load, random_placement, relative, scenario, slots_of
 from transformers import AutoModelForCausalLM
 
-from gemopt import InputError, Placement
+from gemopt import InputError
 from gemopt.costs import Staircase
 from gemopt.executor import Executor
 from gemopt.latency import Curve, Latency
@@ -133,7 +133,6 @@ def refuse(rank, world, family):
     before = executor.checksum()
     ids, slots = executor.layer_ids, [8 // world] * world
     good = random_placement(1, 8, ids, slots)
-    fields = {name: getattr(good, name) for name in type(good).model_fields}
     broken = SCRATCH / f"broken{rank}.json"
     broken.write_text("{" if rank == 1 else good.model_dump_json())
     missing = good.model_dump_json().replace(
@@ -144,8 +143,8 @@ def refuse(rank, world, family):
         "layers": random_placement(1, 8, [*ids, 9], slots),
         "experts": random_placement(1, 4, ids, [4 // world] * world),
         "ranks": random_placement(1, 8, ids, [2, 3, 3]),
-        "split": Placement(**{**fields, "split": "optimal"}),
-        "model": Placement(**{**fields, "model": "somebody/Another-Model"}),
+        "split": good.changed(split="optimal"),
+        "model": good.changed(model="somebody/Another-Model"),
         "differs": random_placement(rank, 8, ids, slots),
         "broken on one rank": broken,
         "an expert missing": SCRATCH / "missing.json",

@@ -107,7 +107,7 @@ def test_static_weights_sum_to_one_after_every_stage():
     weights = [
         [0 if e == EMPTY else 1 / copies[layer, e] for e in row] for layer, row in enumerate(table.physical_to_logical)
     ]
-    wanted = layer_rows(Placement(**{**dict(table), "split": "static", "split_weights": weights}))
+    wanted = layer_rows(table.changed(split="static", split_weights=weights))
     result = plan(current, wanted, [1, 1], budget_bytes=1)
     assert len(result.stages) > 2
     for stage in result.stages:

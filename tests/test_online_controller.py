@@ -282,7 +282,7 @@ def test_moves_that_were_not_made_do_not_count() -> None:
     decision = follower.step(traffic(0, 64, seed=1))
     assert follower.moved == decision.num_moves > made
     rows = np.concatenate([begin.physical_to_logical[:1], decision.placement.physical_to_logical[1:]])
-    follower.confirm(Placement(**{**dict(begin), "physical_to_logical": rows}))
+    follower.confirm(begin.changed(physical_to_logical=rows))
     assert follower.moved == decision.num_moves - len(decision.moves.get(0, []))
 
 

@@ -115,7 +115,7 @@ def test_static_weights_without_copies_are_no_obstacle() -> None:
     rows = np.full((LAYERS, RANKS, 6), EMPTY)
     rows[:, :, :4] = np.arange(EXPERTS).reshape(RANKS, 4)
     rows = rows.reshape(LAYERS, -1)
-    given = Placement(**{**dict(given), "physical_to_logical": rows, "split_weights": (rows != EMPTY).astype(float)})
+    given = given.changed(physical_to_logical=rows, split_weights=(rows != EMPTY).astype(float))
     assert Controller(cost(), given, Policy(expert_bytes=1e4)).step(traffic(0, 64)).num_moves > 0
 
 

@@ -113,7 +113,7 @@ def _preparer(
         if num_hidden_layers is not None and known not in (None, num_hidden_layers):
             raise InputError("--num-hidden-layers", num_hidden_layers, f"{known}, as {path} says")
         if num_hidden_layers is not None:
-            placement = Placement(**{**dict(placement), "num_hidden_layers": num_hidden_layers})
+            placement = placement.changed(num_hidden_layers=num_hidden_layers)
         notes: list[str] = []
         if approximate_it and to not in PERMUTED:
             placement, notes = _approximated(placement, engine, profile, traces)

@@ -178,8 +178,7 @@ def _fill(table: Table, placement: Placement, loads_LE: NDArray[np.float64], wid
 
 def _rebuild(placement: Placement, table: Table | None, split: Split) -> Placement:
     """The placement of `table`, whose ranks are all as full; None: with the slots as they are."""
-    fields = {**dict(placement), "split": split, "split_weights": None}
+    slots, rows = placement.slots_per_rank, placement.physical_to_logical
     if table is not None:
-        fields["slots_per_rank"] = np.full(placement.num_ranks, len(table[0][0]))
-        fields["physical_to_logical"] = np.array([_flat(layer) for layer in table])
-    return Placement(**fields)
+        slots, rows = np.full(placement.num_ranks, len(table[0][0])), np.array([_flat(layer) for layer in table])
+    return placement.changed(slots_per_rank=slots, physical_to_logical=rows, split=split, split_weights=None)

@@ -242,7 +242,7 @@ class _Writer:
         known = self.job.num_hidden_layers
         if known is None or found.num_hidden_layers is not None:
             return found
-        return Placement(**{**dict(found), "num_hidden_layers": known})
+        return found.changed(num_hidden_layers=known)
 
     def _export(self, placement: Placement, wanted: ExportTo) -> list[Path]:
         """The engine's files; where it cannot express the placement that is kept for the end."""

@@ -107,9 +107,7 @@ def travel_between(
     grouped = batches(moved, into_NG, batch_experts)
     rounds = [int(np.sum([into_NG[n] for n in group], axis=0).max()) for group in grouped]
     total = int(sum(into_G.sum() for into_G in into_NG))
-    fields = {name: getattr(before, name) for name in type(before).model_fields}
-    fields |= {"physical_to_logical": rows, "split_weights": weights}
-    placement = Placement(**fields) if moved else before
+    placement = before.changed(physical_to_logical=rows, split_weights=weights) if moved else before
     return Travel(placement, tuple(map(int, changed)), moved, total, rounds)
 
 

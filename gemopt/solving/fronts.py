@@ -144,12 +144,11 @@ def _fronts(layers: Sequence[Problem], current: Placement, time_limit: float, th
 
 def _moved(current: Placement, layers: Sequence[Problem], chosen: Sequence[Point]) -> Placement:
     """The placement in force with these rows; static weights travel with their copies."""
-    changes: dict[str, Any] = {"physical_to_logical": np.stack([point.row for point in chosen]), "split_weights": None}
+    weights = None
     if current.split is Split.STATIC:
         pairs = zip(layers, chosen, strict=True)
         weights = [chosen_weights(layer, p.row) if p.weights is None else p.weights for layer, p in pairs]
-        changes["split_weights"] = np.array(weights)
-    return Placement(**{**dict(current), **changes})
+    return current.changed(physical_to_logical=np.stack([point.row for point in chosen]), split_weights=weights)
 
 
 def _budgets(fronts: Sequence[Front]) -> list[int]:

@@ -74,7 +74,7 @@ def run_sglang(sglang, placement: Placement, path: Path, rank: int):
 @pytest.mark.parametrize("suffix", [".json", ".pt"])
 @pytest.mark.parametrize("split", [Split.EVEN, Split.NEAREST])
 def test_sglang_loads_the_map(sglang, placement, tmp_path, suffix, split):
-    placement = Placement(**{**dict(placement), "split": split})
+    placement = placement.changed(split=split)
     rank = placement.num_ranks - 1
     metadata = run_sglang(sglang, placement, tmp_path / f"map{suffix}", rank)
     rows = metadata.physical_to_logical_map.numpy()
