@@ -46,16 +46,16 @@ class Comparison(BaseModel):
     solver: str
     status: Status
     stopped_by: StoppedBy | None
-    objective_us: float | None
-    change: float | None
-    bound_us: float | None
-    gap: float | None
-    seconds: float
-    holdout_us: float | None
-    holdout_change: float | None
-    p50_us: float | None
-    p90_us: float | None
-    p99_us: float | None
+    objective_us: float | None = None
+    change: float | None = None
+    bound_us: float | None = None
+    gap: float | None = None
+    seconds: float = 0.0
+    holdout_us: float | None = None
+    holdout_change: float | None = None
+    p50_us: float | None = None
+    p90_us: float | None = None
+    p99_us: float | None = None
     outside: float = 0.0
     layers: int = 0
     reached_layers: int = 0
@@ -234,24 +234,16 @@ def _row(
     name: str, result: Result | None, note: str, evaluation: Evaluation | None, base: float | None, bound: float
 ) -> Comparison:
     if result is None:
-        nothing: dict[str, Any] = dict.fromkeys(
-            ("objective_us", "change", "bound_us", "gap", "holdout_us", "holdout_change")
-        )
-        quantiles: dict[str, Any] = dict.fromkeys(("p50_us", "p90_us", "p99_us"))
-        return Comparison(
-            solver=name,
-            status=Status.UNKNOWN,
-            stopped_by=StoppedBy.INTERRUPT if note == NOT_RUN else None,
-            seconds=0.0,
-            note=note,
-            **nothing,
-            **quantiles,
-        )
+        stopped_by = StoppedBy.INTERRUPT if note == NOT_RUN else None
+        return Comparison(solver=name, status=Status.UNKNOWN, stopped_by=stopped_by, note=note)
     value, total = result.objective_us, result.total_us
     best = None if total is None else min(max(bound, result.bound_us or 0.0), total)
     ceiling = None
     if total is not None and best is not None and result.ceiling is not None:
         ceiling = Ceiling.of(total, best, result.ceiling.spread_us)
+    scored: dict[str, Any] = {}
+    if evaluation is not None:
+        scored = {f"p{q}_us": evaluation.quantile_us(q / 100) for q in (50, 90, 99)} | {"outside": evaluation.outside}
     return Comparison(
         solver=name,
         status=result.status,
@@ -261,14 +253,9 @@ def _row(
         bound_us=best,
         gap=relative_gap(total, best),
         seconds=result.seconds,
-        holdout_us=None,
-        holdout_change=None,
-        p50_us=_quantile(evaluation, 0.5),
-        p90_us=_quantile(evaluation, 0.9),
-        p99_us=_quantile(evaluation, 0.99),
-        outside=0.0 if evaluation is None else evaluation.outside,
         ceiling=ceiling,
         note="; ".join(result.notes) or note,
+        **scored,
         **_earned(result.per_layer),
     )
 
@@ -289,7 +276,3 @@ def _earned(per_layer: Sequence[LayerResult]) -> dict[str, Any]:
         "distinct_steps": sum(layer.distinct_steps or 0 for layer in reached),
         "own_bound_us": None if None in own else sum(bound for bound in own if bound is not None),
     }
-
-
-def _quantile(evaluation: Evaluation | None, q: float) -> float | None:
-    return None if evaluation is None else float(np.quantile(evaluation.step_us, q))
