@@ -52,16 +52,7 @@ class Device(Settings):
 
     def table(self) -> NDArray[np.float64]:
         """[samples, 4] assignments, active experts (NaN: unknown), latency_us, spread_us (NaN: unknown)."""
-        nan = float("nan")
-        rows = [
-            (
-                s.assignments,
-                nan if s.active_experts is None else s.active_experts,
-                s.latency_us,
-                nan if s.spread_us is None else s.spread_us,
-            )
-            for s in self.samples
-        ]
+        rows = [(s.assignments, s.active_experts, s.latency_us, s.spread_us) for s in self.samples]
         return np.array(rows, dtype=np.float64)
 
 
