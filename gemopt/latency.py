@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -280,13 +280,5 @@ def pack(latencies: Sequence[Latency]) -> Curves:
     return Curves(start, length, slope, num_terms, np.concatenate(xs), np.concatenate(ys))
 
 
-_packed: list[tuple[tuple[Latency, ...], Curves]] = []
-
-
-def pack_shared(latencies: tuple[Latency, ...]) -> Curves:
-    """As `pack`; those that were flattened last, which the layers of a network share, are at hand."""
-    last = _packed[-1:]
-    if not last or last[0][0] is not latencies:
-        last = [(latencies, pack(latencies))]
-        _packed[:] = last
-    return last[0][1]
+pack_shared = lru_cache(maxsize=1)(pack)
+"""As `pack`; those that were flattened last, which the layers of a network share, are at hand."""
