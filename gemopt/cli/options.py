@@ -167,15 +167,9 @@ def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | 
 
 def select_steps(traces: Traces, task: str | None, phase: str | None) -> Traces:
     """The steps of a task and a phase."""
-    from gemopt.exceptions import InputError
     from gemopt.traces import Phase
 
-    if task is None and phase is None:
-        return traces
-    known = {each.name.lower(): each for each in Phase}
-    if phase is not None and phase not in known:
-        raise InputError("--phase", phase, f"one of {', '.join(known)}")
-    return traces.select(task=task, phase=None if phase is None else known[phase])
+    return traces.select(task=task, phase=Phase.named(phase, "--phase"))
 
 
 @contextmanager

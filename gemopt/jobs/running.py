@@ -70,7 +70,8 @@ def run_job(
     """
     _check(job)
     notes: list[str] = []
-    profile, traces = _profile(job.profile, notes), _steps(job, _traces(job.traces))
+    profile, traces = _profile(job.profile, notes), _traces(job.traces)
+    traces = traces.select(task=job.steps.task, phase=Phase.named(job.steps.phase, "steps.phase"))
     _check_layers(job, traces)
     given, _ = traces.split(job.steps.holdout) if job.steps.holdout else (traces, None)
     settings, constraints = job.solver, job.constraints
@@ -191,15 +192,6 @@ def _traces(source: Path | RecordedSource) -> Traces:
         path = Path(folder) / "traces.safetensors"
         import_traces(source.files, source=source.engine, destination=path, options=options)
         return Traces.load(path)
-
-
-def _steps(job: Job, traces: Traces) -> Traces:
-    phases = {each.name.lower(): each for each in Phase}
-    if job.steps.phase is not None and job.steps.phase not in phases:
-        raise InputError("steps.phase", job.steps.phase, f"one of {', '.join(phases)}")
-    if job.steps.task is None and job.steps.phase is None:
-        return traces
-    return traces.select(task=job.steps.task, phase=None if job.steps.phase is None else phases[job.steps.phase])
 
 
 class _Writer:

@@ -41,6 +41,14 @@ class Phase(IntEnum):
     DECODE = 1
     MIXED = 2
 
+    @classmethod
+    def named(cls, name: str | None, field: str) -> Phase | None:
+        """The phase of that name, None for None; `InputError` about `field` where there is none."""
+        known = {each.name.lower(): each for each in cls}
+        if name is not None and name not in known:
+            raise InputError(field, name, f"one of {', '.join(known)}")
+        return None if name is None else known[name]
+
 
 @dataclass(frozen=True, eq=False)
 class Traces:
@@ -92,7 +100,8 @@ class Traces:
         check_layer_ids(layer_ids, counts.shape[1], self.num_hidden_layers)
         self._check_tags()
         object.__setattr__(self, "rank_us", checked_times(self.rank_us, self.num_steps))
-        self._check_tokens()
+        if self.tokens is not None:
+            self.tokens.check(num_steps=self.num_steps, num_layers=self.num_layers, num_experts=self.num_experts)
         self._check_pairs()
         if not allow_idle:
             self._check_busy()
@@ -120,11 +129,6 @@ class Traces:
             object.__setattr__(self, name, array)
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             raise InputError("Traces.top_k", self.top_k, f"from 1 to the number of experts, {self.num_experts}")
-
-    def _check_tokens(self) -> None:
-        if self.tokens is None:
-            return
-        self.tokens.check(num_steps=self.num_steps, num_layers=self.num_layers, num_experts=self.num_experts)
 
     def _check_pairs(self) -> None:
         experts = self.num_experts
@@ -172,12 +176,11 @@ class Traces:
             raise InputError("steps", str(error), f"indices or a mask of the {self.num_steps} steps") from None
         if not len(chosen) or (np.diff(chosen) <= 0).any():
             raise InputError("steps", chosen, f"at least one of the {self.num_steps} steps, increasing")
+        kept = {name: getattr(self, name) for name in ("phase", "task", "rank_us")}
         return replace(
             self,
             counts=self.counts[chosen],
-            phase=None if self.phase is None else self.phase[chosen],
-            task=None if self.task is None else self.task[chosen],
-            rank_us=None if self.rank_us is None else self.rank_us[chosen],
+            **{name: None if array is None else array[chosen] for name, array in kept.items()},
             pair_counts=None,
             transitions=None,
             tokens=None if self.tokens is None else self.tokens.of_steps(chosen, self.num_steps),
@@ -185,7 +188,9 @@ class Traces:
         )
 
     def select(self, *, task: str | None = None, phase: Phase | None = None) -> Traces:
-        """Only the steps of one task, of one phase, or of both."""
+        """Only the steps of one task, of one phase, or of both; all where neither is given."""
+        if task is None and phase is None:
+            return self
         mask = np.ones(self.num_steps, dtype=bool)
         if task is not None:
             if self.task is None or task not in self.task_names:
