@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
-from gemopt.cli.options import leave_group
+from gemopt.cli.options import AsJson, leave_group
 from gemopt.exceptions import InputError, refuse_unused
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def apply(
     cross_gbps: Annotated[float, typer.Option(min=1e-3, help="GB/s of a rank between nodes, for the estimate")] = 10.0,
     timeout: Annotated[float, typer.Option(min=1, help="seconds a layer may take")] = 60.0,
     profile: Annotated[Path | None, typer.Option(help="profile.json of the ranks, for the optimal split")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Move experts of a live model to a placement; with --dry-run say what would move, and stop.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, notice, placement_app, print_json, say, show, tell
-from gemopt.cli.options import engine_names
+from gemopt.cli.options import AsJson, engine_names
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError, refuse_unused
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from gemopt.placement import Placement
 
 PERMUTED = ("checkpoint",)
-Json = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
 HiddenLayers = Annotated[int | None, typer.Option("--num-hidden-layers", min=1, help="decoder layers of the network")]
 
 
@@ -45,7 +44,7 @@ def export(
     traces: Annotated[Path | None, typer.Option(help="price the conversion: traces")] = None,
     devices: Annotated[str | None, typer.Option(help="uuids of the ranks' devices now, comma separated")] = None,
     source: Annotated[Path | None, typer.Option(help="checkpoint to permute (--to checkpoint)")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a placement for a serving engine and print the command that starts it."""
     from gemopt.formats.registry import canonical, get
@@ -219,7 +218,7 @@ def _show(report: dict[str, Any]) -> None:
 
 
 @app.command(name="engines", epilog=examples("gemopt engines --json"))
-def engines_command(as_json: Json = False) -> None:
+def engines_command(as_json: AsJson = False) -> None:
     """What each serving engine can express, take and record."""
     from rich.table import Table
 
@@ -278,7 +277,7 @@ def import_placement(
     layer_ids: Annotated[str | None, typer.Option(help="decoder layers with experts, like 3-60")] = None,
     num_hidden_layers: HiddenLayers = None,
     model: Annotated[str | None, typer.Option(help="name of the network")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read the placement of a serving engine."""
     from gemopt.formats.engine import Facts

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemopt.cli.app import app, console, examples, notice, print_json
+from gemopt.cli.options import AsJson
 from gemopt.cli.outputs import check_outputs
 from gemopt.exceptions import InputError
 
@@ -116,7 +117,7 @@ def topology_command(
     nodes: Annotated[
         int | None, typer.Option("--nodes", min=1, help="on how many nodes a table was measured that does not tell")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Show, write or import links: a name, topology.json, nccl-tests output, rank_cost_matrix, measured tables."""
     from gemopt.formats.links import read_links

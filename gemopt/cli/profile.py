@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from gemopt.cli.app import examples, print_json, profile_app, say, tell
+from gemopt.cli.options import AsJson
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
@@ -52,7 +53,7 @@ def profile(
     max_drift: Annotated[float, typer.Option(min=0.0, help="refuse when the reference load drifts more")] = 0.1,
     timeout: TimeoutS = 10.0,
     plot: Annotated[Path | None, typer.Option(help="also draw the curves, fit and slowest rank (.png, .svg)")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure devices, import a kernel table, check a profile."""
     if context.invoked_subcommand is not None:
@@ -102,7 +103,7 @@ def check(
     block_ms: BlockMs = None,
     seconds: Seconds = 0.5,
     timeout: TimeoutS = 10.0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure a few points of a profile again and say whether it still holds; exit code 1 when it does not."""
     from gemopt.profile import Profile

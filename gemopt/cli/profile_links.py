@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import console, examples, print_json, profile_app
+from gemopt.cli.options import AsJson
 from gemopt.cli.outputs import check_outputs
 from gemopt.exceptions import InputError
 
@@ -21,7 +22,7 @@ def profile_links(
     most: Annotated[int, typer.Option("--max-bytes", min=2, help="through a port, at most")] = 1 << 26,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="exchanges per size")] = 10,
     device: Annotated[str, typer.Option("--device", help="auto: the accelerator of the local rank, else cpu")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Measure links: all-to-all within nodes and between them. Start with torchrun, one process per rank."""
     if least >= most:

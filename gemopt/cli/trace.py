@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gemopt.cli.app import examples, print_json, say, trace_app
-from gemopt.cli.options import leave_group
+from gemopt.cli.options import AsJson, leave_group
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
@@ -38,7 +38,7 @@ def trace(
         int, typer.Option(min=0, help="also keep what enters the routers, of requests with at most so many tokens")
     ] = 0,
     device: Annotated[str | None, typer.Option(help="torch device; default: the accelerator, or cpu")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Record routing traces of a model, or import those of a serving engine."""
     if context.invoked_subcommand is not None:

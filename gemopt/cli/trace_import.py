@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gemopt.cli.app import examples, print_json, say, trace_app
-from gemopt.cli.options import engine_names
+from gemopt.cli.options import AsJson, engine_names
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 
@@ -48,7 +48,7 @@ def import_command(
     no_pipeline: Annotated[
         bool, typer.Option("--no-pipeline", help="ranks and files are no stages of a pipeline, though they look so")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Read routing traces that a serving engine recorded."""
     from gemopt.formats.engine import TraceOptions
