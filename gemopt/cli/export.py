@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,26 +54,29 @@ def export(
     if (profile or traces) and not approximate:
         raise InputError("--profile, --traces", str(profile or traces), "they price a conversion", "give --approximate")
     given = [(placement, None)] if decode is None else [(placement, "prefill"), (decode, "decode")]
+    targets = [output.with_stem(f"{output.stem}.{role}") if role else output for _, role in given]
     if decode is not None and to in PERMUTED:
         raise InputError("--decode", str(decode), "one placement per checkpoint", "export the two one after the other")
     if to not in PERMUTED:
-        outputs = [("--output", _named(output, role), get(to).document) for _, role in given]
+        outputs = [("--output", path, get(to).document) for path in targets]
         check_outputs(*outputs, read=[("a placement", path) for path, _ in given])
     else:
         options = {"--approximate": approximate or None, "--mtp-layers": mtp_layers or None}
         refuse_unused(options, "a checkpoint is permuted as the placement says")
-    prepare = _preparer(
-        to, ep=ep, num_hidden_layers=num_hidden_layers, approximate_it=approximate, profile=profile, traces=traces,
-        devices=devices,
-    )  # fmt: skip
-    prepared = [(*prepare(path), role, _named(output, role)) for path, role in given]
-    write = _permuter(source) if to in PERMUTED else _writer(to, mtp_layers)
-    for dry in (True, False):  # the second of a pair must not fail when the first is written
-        results = [write(ready, path, role, dry) for ready, _, role, path in prepared]
+    prepared: list[tuple[Placement, list[str]]] = []
+    for path, _ in given:
+        ready, notes = _loaded(path, ep, num_hidden_layers), list[str]()
+        if approximate:
+            ready, notes = _approximated(ready, get(to), profile, traces)
+        ready, moved = _on_devices(ready, devices)
+        prepared.append((ready, notes + moved))
+    if to in PERMUTED:
+        results = [_permuted(prepared[0][0], source, output)]
+    else:
+        results = _written([ready for ready, _ in prepared], to, targets, [role for _, role in given], mtp_layers)
     reports = [
         _report(ready, result, notes, role)
-        for (ready, notes, role, _), result in zip(prepared, results, strict=True)
-        if result is not None
+        for (ready, notes), result, (_, role) in zip(prepared, results, given, strict=True)
     ]
     if as_json:
         print_json(reports if decode is not None else reports[0])
@@ -83,48 +85,29 @@ def export(
         _show(report)
 
 
-def _named(output: Path, role: str | None) -> Path:
-    return output if role is None else output.with_name(f"{output.stem}.{role}{output.suffix}")
-
-
-def _preparer(
-    to: str,
-    *,
-    ep: int | None,
-    num_hidden_layers: int | None,
-    approximate_it: bool,
-    profile: Path | None,
-    traces: Path | None,
-    devices: str | None,
-) -> Callable[[Path], tuple[Placement, list[str]]]:
-    """Everything that is done to a placement before it is written, and what to say about it."""
-    from gemopt.formats import devices as device_order
-    from gemopt.formats.registry import get
+def _loaded(path: Path, ep: int | None, num_hidden_layers: int | None) -> Placement:
+    """The placement of a file, which is of so many ranks and decoder layers."""
     from gemopt.placement import Placement
 
-    engine = get(to)
+    placement = Placement.load(path)
+    if ep is not None and ep != placement.num_ranks:
+        raise InputError("--ep", ep, f"the {placement.num_ranks} ranks of {path}", f"solve for {ep} ranks")
+    if num_hidden_layers is None:
+        return placement
+    known = placement.num_hidden_layers
+    if known not in (None, num_hidden_layers):
+        raise InputError("--num-hidden-layers", num_hidden_layers, f"{known}, as {path} says")
+    return placement.changed(num_hidden_layers=num_hidden_layers)
 
-    def prepare(path: Path) -> tuple[Placement, list[str]]:
-        placement = Placement.load(path)
-        if ep is not None and ep != placement.num_ranks:
-            raise InputError("--ep", ep, f"the {placement.num_ranks} ranks of {path}", f"solve for {ep} ranks")
-        known = placement.num_hidden_layers
-        if num_hidden_layers is not None and known not in (None, num_hidden_layers):
-            raise InputError("--num-hidden-layers", num_hidden_layers, f"{known}, as {path} says")
-        if num_hidden_layers is not None:
-            placement = placement.changed(num_hidden_layers=num_hidden_layers)
-        notes: list[str] = []
-        if approximate_it and to not in PERMUTED:
-            placement, notes = _approximated(placement, engine, profile, traces)
-        if devices is not None:
-            placement, moved = device_order.follow(placement, devices.split(","))
-            return placement, notes + moved
-        if placement.device_uuids is not None:
-            strange = device_order.compare(placement, device_order.present())
-            notes += [f"warning: {strange}"] if strange else []
-        return placement, notes
 
-    return prepare
+def _on_devices(placement: Placement, wanted: str | None) -> tuple[Placement, list[str]]:
+    """The placement on devices in the order wanted, or a warning where those here are in another one."""
+    from gemopt.formats import devices
+
+    if wanted is not None:
+        return devices.follow(placement, wanted.split(","))
+    strange = "" if placement.device_uuids is None else devices.compare(placement, devices.present())
+    return placement, [f"warning: {strange}"] if strange else []
 
 
 def _approximated(
@@ -155,41 +138,32 @@ def _approximated(
     return chosen, notes
 
 
-Write = Callable[["Placement", Path, str | None, bool], "Export | None"]
-
-
-def _permuter(source: Path | None) -> Write:
+def _permuted(placement: Placement, source: Path | None, path: Path) -> Export:
     from gemopt.executor.checkpoint import export_checkpoint, unnamed_weights
     from gemopt.formats.engine import Export
 
     if source is None:
         raise InputError("--source", None, "the folder of the checkpoint to permute", "give --source CHECKPOINT")
-
-    def write(placement: Placement, path: Path, role: str | None, dry: bool) -> Export | None:
-        if dry:
-            return None
-        with shown("files of weights") as progress:
-            export_checkpoint(placement, source, path, progress=progress)
-        notes = [f"Load it with {placement.num_ranks} expert-parallel ranks, experts split in order."]
-        if left := unnamed_weights(source):
-            notes.append(f"{', '.join(left)} left out: the index does not name them.")
-        return Export(files=(str(path),), command="", notes=tuple(notes))
-
-    return write
+    with shown("files of weights") as progress:
+        export_checkpoint(placement, source, path, progress=progress)
+    notes = [f"Load it with {placement.num_ranks} expert-parallel ranks, experts split in order."]
+    if left := unnamed_weights(source):
+        notes.append(f"{', '.join(left)} left out: the index does not name them.")
+    return Export(files=(str(path),), command="", notes=tuple(notes))
 
 
-def _writer(to: str, mtp_layers: int) -> Write:
+def _written(
+    placements: list[Placement], to: str, paths: list[Path], roles: list[str | None], mtp_layers: int
+) -> list[Export]:
+    """All of them, or none: the second of a pair must not fail when the first is written."""
     from gemopt.formats.engine import WriteOptions
     from gemopt.formats.registry import check, export, get
 
-    def write(placement: Placement, path: Path, role: str | None, dry: bool) -> Export | None:
-        options = WriteOptions(role=role, mtp_layers=mtp_layers)
-        if dry:
-            check(placement, get(to), path=path, options=options)
-            return None
-        return export(placement, to=to, path=path, options=options)
-
-    return write
+    options = [WriteOptions(role=role, mtp_layers=mtp_layers) for role in roles]
+    files = list(zip(placements, paths, options, strict=True))
+    for placement, path, option in files:
+        check(placement, get(to), path=path, options=option)
+    return [export(placement, to=to, path=path, options=option) for placement, path, option in files]
 
 
 def _report(placement: Placement, result: Export, notes: list[str], role: str | None) -> dict[str, Any]:
