@@ -31,6 +31,7 @@ from gemopt.executor.splits import check_cost, check_split, digest
 from gemopt.executor.transfer import canaries, wrong_rows
 from gemopt.migration import BATCH_BYTES
 from gemopt.placement import EMPTY, Placement
+from gemopt.splits.rules import even_weights
 
 if TYPE_CHECKING:
     from gemopt.executor.follow import Follow
@@ -129,7 +130,8 @@ class Executor:
         for layer, row in enumerate(rows):
             where = np.concatenate([np.arange(n) + s for n, s in zip(row.slots_per_rank, starts, strict=True)])
             table[layer, where] = row.row_P
-            weights[layer, where] = _even_weights(row.row_P) if row.weights_P is None else row.weights_P
+            even_P = even_weights(row.row_P, self.layers[0].num_experts)
+            weights[layer, where] = even_P if row.weights_P is None else row.weights_P
         splits = {row.split for row in rows}
         static = any(row.weights_P is not None for row in rows)
         return Placement(
@@ -311,12 +313,6 @@ class Executor:
 
 def _layer_id(path: str) -> int:
     return int(re.findall(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.", path)[-1])
-
-
-def _even_weights(row_P: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    full = row_P != EMPTY
-    copies = np.bincount(row_P[full])
-    return np.where(full, 1.0 / np.maximum(copies[row_P], 1), 0.0)
 
 
 def _kept_fields(placement: Placement) -> dict[str, Any]:
