@@ -9,7 +9,6 @@ here are ours.
 from __future__ import annotations
 
 import os
-import sys
 from enum import StrEnum
 from typing import Any, TypeAlias
 
@@ -17,7 +16,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import check_number, missing
+from gemopt.exceptions import check_number
 from gemopt.traces import Traces
 
 FloatArray = NDArray[np.float64]
@@ -178,16 +177,9 @@ def plot_conflicts(graph: Graph, *, ax: Any = None) -> Any:
     Area is the share of an expert, colour its class; lines are the strongest conflicts, three per expert on average.
     Returns the matplotlib axes.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise missing(error, "drawing") from None
-    if ax is None:
-        if "matplotlib.pyplot" not in sys.modules and "MPLBACKEND" not in os.environ:
-            mpl.use("Agg")  # nobody has asked for windows
-        from matplotlib import pyplot
+    from gemopt.plotting import subplots
 
-        ax = pyplot.subplots(figsize=(7, 7), layout="constrained")[1]
+    ax = subplots(size=(7, 7))[1] if ax is None else ax
     positive = [(i, j, data["correlation"]) for i, j, data in graph.edges(data=True) if data["correlation"] > 0]
     positive.sort(key=lambda edge: -edge[2])
     grouped = [expert for group in conflict_groups(graph) for expert in group]

@@ -30,6 +30,7 @@ SEAMS = {
     # what a lower tier reaches for at run time only, inside a function, with the reason
     ("result", "plotting"): "result.plot_...() and evaluation.plot_...() are found where people look for them",
     ("evaluate", "plotting"): "the same",
+    ("conflicts", "plotting"): "the same",
     ("formats", "executor"): "the permuted checkpoint is written by the executor",
 }
 
