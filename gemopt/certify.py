@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -160,7 +159,7 @@ def _check_cost(profile: Profile, cost: CostModel) -> None:
 
 def _fallback(problem: Problem, row_P: IntArray, stop: Callable[[], bool]) -> Covered | None:
     """What contents prove, until stopped, where a search with copies has more nodes than the verifier looks at."""
-    with Options(deadline=time.monotonic() + FALLBACK_S, stop=stop).alarm() as stopped:
+    with Options.lasting(FALLBACK_S, stop=stop).alarm() as stopped:
         search = bound_of_copies(problem, row_P, np.inf, stopped)
     return None if search is None or search.bound_us <= 0 else search.covered()
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import numpy as np
 
 from gemopt.problem import Problem
-from gemopt.solvers.base import Options
 
 NODES = [0, 0, 1]
 Sets = tuple[tuple[int, ...], ...]
@@ -16,10 +12,6 @@ Sets = tuple[tuple[int, ...], ...]
 
 def sets_of(problem: Problem, row: np.ndarray) -> Sets:
     return tuple(tuple(problem.rank_of_slot[row == e].tolist()) for e in range(problem.num_experts))
-
-
-def options(seconds: float = 60.0, **fields: Any) -> Options:
-    return Options(deadline=time.monotonic() + seconds, **fields)
 
 
 def held(problem: Problem, ranks_E: Sets) -> np.ndarray:

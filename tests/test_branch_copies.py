@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +29,7 @@ FALLING = Latency(((Curve(np.array([0.0, 5, 6, 40]), np.array([1.0, 9, 6, 50]), 
 
 
 def branched(problem: Problem) -> Outcome:
-    return get("branch").solve(problem, Options(deadline=time.monotonic() + 600), None)
+    return get("branch").solve(problem, Options.lasting(600), None)
 
 
 @pytest.mark.parametrize("slots", [[3, 3, 3], [4, 2, 2], [4, 3, 0], [5, 5, 5]], ids=str)

@@ -37,7 +37,7 @@ def affine(intercept=10.0, slope=2.0):
 
 
 def place(problem, seed=0):
-    return get("conflict").solve(problem, Options(deadline=time.monotonic() + 60, seed=seed), None).row
+    return get("conflict").solve(problem, Options.lasting(60, seed=seed), None).row
 
 
 def bursts(rng, steps=512, experts=16):

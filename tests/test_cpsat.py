@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 
 import brute
@@ -24,10 +23,6 @@ from gemopt.solvers.exact.runs import STEEPEST, convex_runs, hull
 from gemopt.solvers.search.packing import lpt_row
 
 
-def options(seconds: float = 60.0, **fields: object) -> Options:
-    return Options(deadline=time.monotonic() + seconds, **fields)  # type: ignore[arg-type]
-
-
 def staircase_problem(num_steps: int = 12, *, equal: bool = True) -> Problem:
     """8 experts on 4 ranks, tiles of 16 assignments, no two steps alike."""
     rng = np.random.default_rng(7)
@@ -43,7 +38,7 @@ def test_every_variable_has_a_hint_that_cpsat_calls_complete_and_feasible(spare:
     accepted = 0
     for seed in range(60):
         problem = brute.random_problem(seed, spare=spare)
-        search = Search.prepare(problem, options(), None, 1e9)
+        search = Search.prepare(problem, Options.lasting(60), None, 1e9)
         if search.done:
             continue
         tick_us = cpsat.resolution(search)
@@ -71,7 +66,7 @@ def test_a_coarse_resolution_never_lifts_the_bound(resolution: float, monkeypatc
     monkeypatch.setattr(layer, "timed_step_bounds", lambda problem, stop: (np.zeros(problem.num_steps), 0))
     for seed in range(50_000, 50_060):
         problem = brute.random_problem(seed)
-        outcome = CpSat().solve(problem, options(), None)
+        outcome = CpSat().solve(problem, Options.lasting(60), None)
         optimum = brute.optimum(problem)
         assert outcome.bound_us <= optimum + 1e-9 * max(1.0, abs(optimum)), seed
         assert objective(problem, outcome.row) >= optimum - 1e-9 * max(1.0, abs(optimum)), seed
@@ -127,18 +122,18 @@ def test_lines_are_not_drawn_on_far_beyond_what_the_curve_reaches() -> None:
 
 def test_same_seed_same_answer() -> None:
     problem = staircase_problem()
-    first, second = (CpSat().solve(problem, options(seed=3), None) for _ in range(2))
+    first, second = (CpSat().solve(problem, Options.lasting(60, seed=3), None) for _ in range(2))
     assert (first.row == second.row).all()
     assert [i.objective_us for i in first.history] == [i.objective_us for i in second.history]
 
 
 def test_reduction_says_so_and_claims_no_bound_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = staircase_problem(equal=False)
-    optimum = CpSat().solve(problem, options(), None)
+    optimum = CpSat().solve(problem, Options.lasting(60), None)
     assert optimum.stopped_by is StoppedBy.PROOF
     monkeypatch.setattr(CpSat, "coefficients_per_second", 30)
     warm_start = lpt_row(problem)
-    outcome = CpSat().solve(problem, options(), warm_start)
+    outcome = CpSat().solve(problem, Options.lasting(60), warm_start)
     assert "weighted representatives of 12 distinct steps" in outcome.note
     assert outcome.stopped_by is not StoppedBy.PROOF
     best = objective(problem, optimum.row)
@@ -158,14 +153,14 @@ def test_interrupt_and_deadline_return_the_warm_start_or_better() -> None:
     problem = staircase_problem()
     warm_start = np.arange(8)
     before = objective(problem, warm_start)
-    stopped = CpSat().solve(problem, options(stop=lambda: True), warm_start)
+    stopped = CpSat().solve(problem, Options.lasting(60, stop=lambda: True), warm_start)
     assert stopped.stopped_by is StoppedBy.INTERRUPT
     asked: list[int] = []
     amid = CpSat().solve(
-        staircase_problem(60, equal=False), options(stop=lambda: asked.append(1) or len(asked) > 6), None
+        staircase_problem(60, equal=False), Options.lasting(60, stop=lambda: asked.append(1) or len(asked) > 6), None
     )
     assert amid.stopped_by is StoppedBy.INTERRUPT and 0 < amid.bound_us < amid.history[-1].objective_us
-    late = CpSat().solve(problem, options(seconds=-1.0), warm_start)
+    late = CpSat().solve(problem, Options.lasting(-1), warm_start)
     assert late.stopped_by is StoppedBy.TIME_LIMIT
     for outcome in (stopped, late):
         assert objective(problem, outcome.row) <= before
@@ -174,15 +169,15 @@ def test_interrupt_and_deadline_return_the_warm_start_or_better() -> None:
 
 def test_gap_ends_the_search() -> None:
     problem = staircase_problem(equal=False)
-    outcome = CpSat().solve(problem, options(gap=0.5), None)
+    outcome = CpSat().solve(problem, Options.lasting(60, gap=0.5), None)
     assert outcome.stopped_by is StoppedBy.GAP
 
 
 def test_steps_without_load_or_weight() -> None:
     latency = Latency(((Curve(np.array([0.0, 4.0]), np.array([3.0, 9.0]), 1.0),),))
     idle = Problem.make(np.zeros((3, 4), dtype=int), [ASSIGNMENTS], [latency] * 2)
-    outcome = CpSat().solve(idle, options(), None)
+    outcome = CpSat().solve(idle, Options.lasting(60), None)
     assert objective(idle, outcome.row) == pytest.approx(9.0) and outcome.stopped_by is StoppedBy.PROOF
     weightless = Problem.make([[1, 2, 3, 4]], [ASSIGNMENTS], [latency] * 2, weights_T=[0.0])
-    outcome = CpSat().solve(weightless, options(), None)
+    outcome = CpSat().solve(weightless, Options.lasting(60), None)
     assert objective(weightless, outcome.row) == 0.0 and outcome.stopped_by is StoppedBy.PROOF

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import brute
@@ -25,10 +24,6 @@ from gemopt.solvers.search.packing import lpt_row
 CLOSE = 1e-6
 
 
-def options(seconds: float = 60.0, **fields: object) -> Options:
-    return Options(deadline=time.monotonic() + seconds, **fields)  # type: ignore[arg-type]
-
-
 def without_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the formulations prove everything by themselves."""
     monkeypatch.setattr(
@@ -46,7 +41,7 @@ def test_cpsat_equals_brute_force(alone: bool, monkeypatch: pytest.MonkeyPatch) 
         without_bounds(monkeypatch)
     for seed in range(10_000 * alone, 10_000 * alone + 100 + 100 * alone):
         problem = brute.random_problem(seed)
-        outcome = CpSat().solve(problem, options(), None)
+        outcome = CpSat().solve(problem, Options.lasting(60), None)
         check(problem, outcome.row)
         optimum = brute.optimum(problem)
         assert objective(problem, outcome.row) == pytest.approx(optimum, rel=CLOSE, abs=1e-9), seed
@@ -58,7 +53,7 @@ def solve_together(problems: list[Problem], backend: str, folder: Path) -> list[
     """Solve many problems in one child process."""
     searches = []
     for index, problem in enumerate(problems):
-        search = Search.prepare(problem, options(600), None, np.inf)
+        search = Search.prepare(problem, Options.lasting(600), None, np.inf)
         searches.append(search)
         (folder / str(index)).mkdir()
         write_request(folder / str(index), search, backend=backend)
@@ -101,7 +96,7 @@ def test_brute_force_counts_as_evaluate_does(spare: bool) -> None:
 def test_copies_are_used_where_they_pay(solver: Solver) -> None:
     """One hot expert and a spare slot: its even split halves the makespan."""
     problem = Problem.make([[9, 1, 1]], brute.random_problem(0).features[:1], _straight(2), [2, 2])
-    outcome = solver.solve(problem, options(), None)
+    outcome = solver.solve(problem, Options.lasting(60), None)
     assert np.bincount(outcome.row[outcome.row >= 0]).tolist() == [2, 1, 1]
     assert objective(problem, outcome.row) == brute.optimum(problem)
     assert outcome.stopped_by is StoppedBy.PROOF
@@ -124,7 +119,7 @@ def test_equal_ranks_may_be_relabelled() -> None:
             problem.slots_per_rank[order],
             problem.weights_T,
         )
-        first, second = (CpSat().solve(p, options(), None) for p in (problem, other))
+        first, second = (CpSat().solve(p, Options.lasting(60), None) for p in (problem, other))
         assert objective(problem, first.row) == pytest.approx(objective(other, second.row), rel=CLOSE)
         assert first.stopped_by is second.stopped_by is StoppedBy.PROOF
 
@@ -147,7 +142,7 @@ def open_search() -> Search:
     """A search that the simple bounds leave open, from a start that is not optimal."""
     for seed in range(400):
         problem = brute.random_problem(seed, spare=False)
-        search = Search.prepare(problem, options(), lpt_row(problem), np.inf)
+        search = Search.prepare(problem, Options.lasting(60), lpt_row(problem), np.inf)
         best = brute.optimum(problem)
         if search.known_us * 1.001 < best < search.objective_us * 0.99:
             return search
@@ -161,7 +156,7 @@ def test_a_bound_that_a_placement_refutes_is_not_used() -> None:
     said = search.outcome(search.proof(), "solver")
     assert said.bound_us == said.own_bound_us == claimed
     assert said.note == "solver; the bound is the solver's word"
-    better = CpSat().solve(search.problem, options(), None).row
+    better = CpSat().solve(search.problem, Options.lasting(60), None).row
     search.offer_row(better)
     refuted = search.outcome(search.proof(), "solver")
     assert refuted.own_bound_us is None
@@ -181,11 +176,11 @@ def test_a_row_that_does_not_fit_is_dropped() -> None:
 
 def test_an_outcome_says_what_the_solver_added_to_its_start() -> None:
     search = open_search()
-    solved = CpSat().solve(search.problem, options(), lpt_row(search.problem))
+    solved = CpSat().solve(search.problem, Options.lasting(60), lpt_row(search.problem))
     assert solved.reached and solved.start_us == search.start_us > objective(search.problem, solved.row)
     assert solved.stated_steps == solved.distinct_steps == search.problem.num_steps
     assert solved.own_bound_us == pytest.approx(objective(search.problem, solved.row), rel=CLOSE)
-    late = CpSat().solve(search.problem, options(-1.0), lpt_row(search.problem))
+    late = CpSat().solve(search.problem, Options.lasting(-1), lpt_row(search.problem))
     assert not late.reached and late.own_bound_us is None and late.start_us == search.start_us
 
 
@@ -193,7 +188,7 @@ def test_milp_claims_no_bound_where_its_tolerances_do_not_keep_loads_apart() -> 
     latencies = [brute.Latency(((brute.Curve(np.array([0.0, 1e8, 2e8]), np.array([1.0, 5, 7]), 0.0),),))] * 2
     counts = [[10**8, 9 * 10**7, 3 * 10**7, 10**7]]
     problem = Problem.make(counts, brute.random_problem(0).features[:1], latencies)
-    outcome = Milp("highs").solve(problem, options(), np.array([0, 1, 2, 3]))
+    outcome = Milp("highs").solve(problem, Options.lasting(60), np.array([0, 1, 2, 3]))
     assert outcome.own_bound_us is None and "no bound of its own" in outcome.note
     assert objective(problem, outcome.row) == pytest.approx(brute.optimum(problem))
 

@@ -28,10 +28,6 @@ from gemopt.solvers.exact.milp import NAMES, Milp, read_state, write_request
 from gemopt.solvers.exact.milp_worker import cbc_bound
 
 
-def options(seconds: float = 60.0, **fields: object) -> Options:
-    return Options(deadline=time.monotonic() + seconds, **fields)  # type: ignore[arg-type]
-
-
 def roofline_problem(num_experts: int = 8, num_steps: int = 10) -> Problem:
     """Ranks that differ, two features."""
     rng = np.random.default_rng(11)
@@ -53,7 +49,7 @@ def test_the_warm_start_is_accepted_with_its_true_objective(backend: str, tmp_pa
     problems = [roofline_problem(), jagged_problem()]
     searches = []
     for index, problem in enumerate(problems):
-        searches.append(Search.prepare(problem, options(), np.arange(problem.num_experts), 1e9))
+        searches.append(Search.prepare(problem, Options.lasting(60), np.arange(problem.num_experts), 1e9))
         (tmp_path / str(index)).mkdir()
         write_request(tmp_path / str(index), searches[-1], backend=backend)
     folders = [str(tmp_path / str(index)) for index in range(len(problems))]
@@ -77,7 +73,7 @@ def test_the_warm_start_is_accepted_with_its_true_objective(backend: str, tmp_pa
 @pytest.mark.parametrize("backend", ["highs", "cbc"])
 def test_agrees_with_cpsat_where_brute_force_is_out_of_reach(backend: str) -> None:
     problem = roofline_problem()
-    ours, theirs = Milp(backend).solve(problem, options(), None), CpSat().solve(problem, options(), None)
+    ours, theirs = (solver.solve(problem, Options.lasting(60), None) for solver in (Milp(backend), CpSat()))
     assert ours.stopped_by is theirs.stopped_by is StoppedBy.PROOF
     assert objective(problem, ours.row) == pytest.approx(objective(problem, theirs.row), rel=2e-6)
     assert ours.bound_us <= objective(problem, theirs.row)
@@ -86,7 +82,7 @@ def test_agrees_with_cpsat_where_brute_force_is_out_of_reach(backend: str) -> No
 
 def test_same_seed_same_answer() -> None:
     problem = roofline_problem(num_steps=4)
-    first, second = (Milp().solve(problem, options(seed=5), None) for _ in range(2))
+    first, second = (Milp().solve(problem, Options.lasting(60, seed=5), None) for _ in range(2))
     assert (first.row == second.row).all()
 
 
@@ -110,14 +106,14 @@ def test_a_child_that_is_ended_leaves_its_incumbent_and_a_valid_bound(
     monkeypatch.setattr(milp, "read_state", count)
     monkeypatch.setattr(milp, "_changed", lambda folder: time.monotonic())
     monkeypatch.setattr(Milp, "coefficients_per_second", 1e9)
-    outcome = Milp(backend).solve(problem, options(300, stop=stop), warm_start)
+    outcome = Milp(backend).solve(problem, Options.lasting(300, stop=stop), warm_start)
     assert outcome.stopped_by is StoppedBy.INTERRUPT
     assert outcome.bound_us < objective(problem, outcome.row) <= objective(problem, warm_start)
 
 
 def test_no_time_returns_the_warm_start() -> None:
     problem = roofline_problem()
-    outcome = Milp().solve(problem, options(-1.0), np.arange(8))
+    outcome = Milp().solve(problem, Options.lasting(-1), np.arange(8))
     assert outcome.stopped_by is StoppedBy.TIME_LIMIT
     assert (outcome.row == np.arange(8)).all()
     assert 0 < outcome.bound_us < objective(problem, outcome.row)
@@ -125,7 +121,7 @@ def test_no_time_returns_the_warm_start() -> None:
 
 def test_a_child_that_dies_is_an_error_with_its_last_words() -> None:
     with pytest.raises(SolverError, match=r"child process ended with 1: KeyError: 'gurobi'"):
-        Milp("gurobi").solve(roofline_problem(), options(), None)
+        Milp("gurobi").solve(roofline_problem(), Options.lasting(60), None)
 
 
 SOLVES = """
@@ -134,7 +130,7 @@ spec = importlib.util.spec_from_file_location("test_milp", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 module.Milp.coefficients_per_second = 1e9
-module.Milp(sys.argv[2]).solve(module.roofline_problem(16, 120), module.options(600), None)
+module.Milp(sys.argv[2]).solve(module.roofline_problem(16, 120), module.Options.lasting(600), None)
 """
 
 
@@ -196,6 +192,6 @@ def test_bound_from_a_log_of_cbc(log: str, bound: float) -> None:
 
 def test_highs_and_ortools_can_both_be_used_by_one_program() -> None:
     """MILP keeps PuLP, and with it highspy, out of this process."""
-    Milp("highs").solve(jagged_problem(), options(), None)
+    Milp("highs").solve(jagged_problem(), Options.lasting(60), None)
     assert "pulp" not in sys.modules and "highspy" not in sys.modules
-    assert CpSat().solve(jagged_problem(), options(), None).stopped_by is StoppedBy.PROOF
+    assert CpSat().solve(jagged_problem(), Options.lasting(60), None).stopped_by is StoppedBy.PROOF

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import product
 
 import brute
@@ -25,7 +24,7 @@ CLOSE = 1e-6
 
 
 def options(**changes: object) -> Options:
-    return Options(**{"deadline": time.monotonic() + 60, "patience": 20, **changes})  # type: ignore[arg-type]
+    return Options.lasting(60, **{"patience": 20, **changes})  # type: ignore[arg-type]
 
 
 def layer(seed: int, *, experts: int = 16, ranks: int = 4, slots: object = None, equal: bool = False) -> Problem:

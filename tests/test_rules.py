@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from brute import cost, random_problem
 from cli_inputs import gemopt, profile, traces, write_inputs
-from ruled import NODES, Sets, held, options, sets_of
+from ruled import NODES, Sets, held, sets_of
 
 from gemopt.bounds import lower_bound
 from gemopt.evaluate import check, check_rules, evaluate, objective, total
@@ -25,6 +25,7 @@ from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.rules import Rules
 from gemopt.solvers import get
+from gemopt.solvers.base import Options
 from gemopt.solvers.placing import conflict, first_row
 from gemopt.solvers.search.local_search import LocalSearch
 
@@ -117,12 +118,12 @@ def test_cpsat_finds_the_best_placement_that_keeps_the_rules(seed: int) -> None:
     assert 1 < len(kept) < len(all_placements(problem)) and clash(problem) == []
     best = min(cost(problem, ranks_E) for ranks_E in kept)
     assert lower_bound(problem) <= best * (1 + 1e-9) + 1e-9
-    outcome = get("cpsat").solve(problem, options(), None)
+    outcome = get("cpsat").solve(problem, Options.lasting(60), None)
     assert outcome.row is not None and outcome.bound_us is not None
     assert keeps(rules, sets_of(problem, outcome.row))
     assert objective(problem, outcome.row) == pytest.approx(best, rel=1e-5, abs=1e-6)
     assert outcome.bound_us <= best * (1 + 1e-9) + 1e-9
-    searched = LocalSearch().solve(problem, options(patience=2), None)
+    searched = LocalSearch().solve(problem, Options.lasting(60, patience=2), None)
     assert searched.row is not None and keeps(rules, sets_of(problem, searched.row))
     assert objective(problem, searched.row) >= best * (1 - 1e-9) - 1e-9
 
@@ -142,7 +143,7 @@ def test_moves_and_rules_together(seed: int) -> None:
         if keeps(rules, ranks_E) and (most is None or moved <= most):
             best = min(best, cost(problem, ranks_E) + moved * problem.moves.price_us)
     for name in ("cpsat", "local-search"):
-        outcome = get(name).solve(problem, options(patience=2), None)
+        outcome = get(name).solve(problem, Options.lasting(60, patience=2), None)
         assert outcome.infeasible == (best == np.inf), outcome.note
         if outcome.row is not None:
             check(problem, outcome.row)
@@ -156,7 +157,7 @@ def test_moves_and_rules_together(seed: int) -> None:
 def test_milp_finds_it_too(seed: int) -> None:
     problem, rules = random_case(seed)
     best = min(cost(problem, ranks_E) for ranks_E in all_placements(problem) if keeps(rules, ranks_E))
-    outcome = get("milp").solve(problem, options(), None)
+    outcome = get("milp").solve(problem, Options.lasting(60), None)
     assert problem.rules is not None and outcome.row is not None and keeps(rules, sets_of(problem, outcome.row))
     assert objective(problem, outcome.row) == pytest.approx(best, rel=1e-5, abs=1e-6)
 

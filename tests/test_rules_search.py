@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from brute import random_problem
 from cli_inputs import profile
-from ruled import NODES, options, sets_of
+from ruled import NODES, sets_of
 
 from gemopt.costs import fit
 from gemopt.evaluate import check, objective
@@ -67,7 +67,7 @@ def test_experts_kept_apart_may_change_places() -> None:
     model, _ = fit(profile(2), model="staircase")
     problem = Problem.make([[60, 1, 5, 5]], model.features, model.latencies)
     problem = replace(problem, rules=asked)
-    outcome = LocalSearch().solve(problem, options(patience=0), np.array([1, 2, 0, 3]))
+    outcome = LocalSearch().solve(problem, Options.lasting(60, patience=0), np.array([1, 2, 0, 3]))
     assert outcome.row is not None
     assert sets_of(problem, outcome.row)[0] == (0,), "rank 1 is slower: 0 and 1 change places in one swap"
 
@@ -77,7 +77,7 @@ def test_experts_kept_apart_may_change_places() -> None:
 def test_every_policy_keeps_the_rules(split: Split, full: bool) -> None:
     problem = replace(larger(**RULES), split=split, full=full)
     start = first_row(problem)
-    outcome = LocalSearch().solve(problem, options(patience=2), None)
+    outcome = LocalSearch().solve(problem, Options.lasting(60, patience=2), None)
     assert outcome.row is not None
     check(problem, outcome.row)
     if not full:
@@ -90,7 +90,7 @@ def test_sets_change_their_units() -> None:
     units = {}
     for order in ((0, 1, 2, 3), (0, 1, 3, 2)):  # the heaviest groups together on a node, at first
         row = np.concatenate([np.arange(4) + 4 * group for group in order])
-        outcome = LocalSearch().solve(problem, options(patience=8), row)
+        outcome = LocalSearch().solve(problem, Options.lasting(60, patience=8), row)
         assert outcome.row is not None
         check(problem, outcome.row)
         assert objective(problem, outcome.row) < objective(problem, row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -89,7 +88,7 @@ def test_ranges_of_copies_are_cut_until_the_optimum_is_proven(
 def test_the_bound_rises_above_the_floors() -> None:
     counts_TE = np.random.default_rng(3).poisson(np.linspace(4, 40, 8), (6, 8))
     problem = Problem.make(counts_TE, (ASSIGNMENTS,), [LINE, LINE.times(1.1), LINE.times(0.9)], 4)
-    outcome = get("branch").solve(problem, Options(deadline=time.monotonic() + 600), None)
+    outcome = get("branch").solve(problem, Options.lasting(600), None)
     assert outcome.row is not None
     best, floors = objective(problem, outcome.row), float(step_bounds(problem).sum())
     found = bound_of_copies(problem, outcome.row, best, STOP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 
 import numpy as np
 import pytest
@@ -53,7 +52,7 @@ def make(
 
 
 def options(**changes: object) -> Options:
-    return Options(**{"deadline": time.monotonic() + 60, "patience": 3, **changes})  # type: ignore[arg-type]
+    return Options.lasting(60, **{"patience": 3, **changes})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,9 +72,9 @@ class Options:
     """Until when a greedy start that takes longer may be made, though the deadline is over."""
 
     @classmethod
-    def lasting(cls, seconds: float) -> Options:
+    def lasting(cls, seconds: float, **others: Any) -> Options:
         """Options that expire so many seconds from now."""
-        return cls(deadline=time.monotonic() + seconds)
+        return cls(deadline=time.monotonic() + seconds, **others)
 
     def expired(self) -> bool:
         """Whether the time is over or the user interrupted."""

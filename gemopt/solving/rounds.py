@@ -75,7 +75,7 @@ def _most(problem: Problem) -> int:
 def _fronts(run: Run, moving: Moving) -> list[Front]:
     """A front of each layer, within a share of the time."""
     left = max(0.0, run.clock + run.time_limit - time.monotonic())
-    options = Options(deadline=time.monotonic() + FRONT_SHARE * left, stop=run.interrupted.is_set)
+    options = Options.lasting(FRONT_SHARE * left, stop=run.interrupted.is_set)
     problems = [layer.problem for layer in run.layers]
     if moving.into_G is not None:
         problems = _rooms(problems, moving.into_G)

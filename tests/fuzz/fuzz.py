@@ -79,7 +79,7 @@ def warm_start_of(seed: int, problem: Problem) -> Row | None:
 
 def options_of(seed: int) -> Options:
     """Patient enough for a tiny problem."""
-    return Options(deadline=time.monotonic() + SECONDS, seed=seed % 7, patience=3)
+    return Options.lasting(SECONDS, seed=seed % 7, patience=3)
 
 
 def fuzz_bounds(seeds: range, tally: Tally) -> None:
