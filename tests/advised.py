@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from timed import timed
 
-from gemopt.profile import Device, MoeShape, Profile, Sample
+from gemopt.profile import MoeShape, Profile
 from gemopt.traces import Traces
 
 EXPERTS, RANKS = 8, 4
@@ -14,13 +15,7 @@ SHAPE = "hidden_size=64,heads=4,kv_heads=2,head_dim=16,context=128,tflops=100,me
 
 
 def profile(ranks: int = RANKS, **model: Any) -> Profile:
-    return Profile(
-        model=MoeShape(**model),
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(10.0 + n) * (1 + g / 10)) for n in (0, 500)])
-            for g in range(ranks)
-        ],
-    )
+    return timed(range(ranks), lambda n, g: (10.0 + n) * (1 + g / 10), model=MoeShape(**model))
 
 
 def skewed(steps: int = 64, layers: int = 2, seed: int = 0) -> Traces:

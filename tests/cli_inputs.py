@@ -8,22 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from timed import timed
 
 from gemopt.cli import main
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.traces import Traces
 
 NUM_STEPS = 12
 
 
 def profile(ranks: int = 2) -> Profile:
-    loads = (0, 4, 8, 16, 32, 64)
-    return Profile(
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(20.0 + n) * (1 + g / 10)) for n in loads])
-            for g in range(ranks)
-        ]
-    )
+    return timed(range(ranks), lambda n, g: (20.0 + n) * (1 + g / 10), (0, 4, 8, 16, 32, 64))
 
 
 def traces(steps: int = NUM_STEPS, layers: int = 2, experts: int = 4, **fields: Any) -> Traces:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from timed import timed
 
 from gemopt.evaluate import evaluate
 from gemopt.placement import Placement
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.replay import Migration
 from gemopt.replay.strategies import Fixed
 from gemopt.traces import Traces
@@ -19,12 +20,7 @@ FREE = Migration(expert_bytes=1, slowdown=0, commit_us=0)
 
 def profile(ranks: int = RANKS) -> Profile:
     """(10 + n) us, rank g a tenth slower than rank g - 1."""
-    return Profile(
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(10.0 + n) * (1 + g / 10)) for n in (0, 500)])
-            for g in range(ranks)
-        ]
-    )
+    return timed(range(ranks), lambda n, g: (10.0 + n) * (1 + g / 10))
 
 
 def shifting(steps: int = STEPS, seed: int = 0, **fields: Any) -> Traces:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from brute import optimum
+from timed import timed
 
 from gemopt.certificate import Certificate
 from gemopt.evaluate import objective
@@ -15,7 +16,7 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers import get
@@ -84,8 +85,7 @@ def test_what_shares_otherwise_or_is_too_large_is_refused_or_said() -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> Profile:
-    samples = [Sample(assignments=n, latency_us=5 + 3 * -(-n // 16)) for n in (0, 16, 17, 32, 33, 400)]
-    return Profile(devices=[Device(rank=rank, samples=samples) for rank in range(3)])
+    return timed(range(3), lambda n, _: 5 + 3 * -(-n // 16), (0, 16, 17, 32, 33, 400))
 
 
 @pytest.fixture(scope="module")

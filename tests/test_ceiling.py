@@ -9,9 +9,10 @@ import pytest
 from brute import placements, random_problem
 
 import gemopt
+from timed import timed
 from gemopt.bounds import lower_bound, spread_bound
 from gemopt.compare import compare
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.result import Ceiling
 from gemopt.traces import Traces
 
@@ -70,12 +71,7 @@ def test_a_bound_that_time_cut_makes_traffic_look_no_cheaper(monkeypatch: pytest
 
 
 def profile(slow: float) -> Profile:
-    return Profile(
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(20 + n) * factor) for n in (0, 100, 1000)])
-            for g, factor in enumerate((1.0, slow, 1.0))
-        ]
-    )
+    return timed((1.0, slow, 1.0), lambda n, factor: (20 + n) * factor, (0, 100, 1000))
 
 
 def traces() -> Traces:

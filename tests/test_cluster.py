@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import gemopt
+from timed import timed
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Latency, line, tiles
 from gemopt.moves import Moves
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
@@ -27,13 +28,7 @@ from gemopt.traces import Traces
 
 
 def profile() -> Profile:
-    loads = (0, 16, 64, 256)
-    return Profile(
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(20 + n) * slow) for n in loads])
-            for g, slow in enumerate((1.0, 1.2, 0.9))
-        ]
-    )
+    return timed((1.0, 1.2, 0.9), lambda n, slow: (20 + n) * slow, (0, 16, 64, 256))
 
 
 def traces() -> Traces:

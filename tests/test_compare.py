@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from timed import timed
 
 from gemopt.compare import compare
 from gemopt.costs import fit
@@ -15,7 +16,7 @@ from gemopt.evaluate import evaluate, objective
 from gemopt.exceptions import InputError, SolverError
 from gemopt.placement import Placement
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.result import Result, Status, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports
 from gemopt.traces import Traces
@@ -24,11 +25,8 @@ from gemopt.traces import Traces
 @pytest.fixture(scope="module")
 def inputs() -> tuple[Profile, Traces]:
     rng = np.random.default_rng(7)
-    devices = [
-        Device(rank=g, samples=[Sample(assignments=n, latency_us=(9.0 + n) * (1 + g / 5)) for n in (0, 8, 40, 90)])
-        for g in range(2)
-    ]
-    return Profile(devices=devices), Traces(counts=rng.integers(0, 30, (20, 2, 6)))
+    measured = timed(range(2), lambda n, g: (9.0 + n) * (1 + g / 5), (0, 8, 40, 90))
+    return measured, Traces(counts=rng.integers(0, 30, (20, 2, 6)))
 
 
 def test_without_the_baseline_changes_are_still_against_it(inputs: tuple[Profile, Traces]) -> None:

@@ -15,12 +15,12 @@ from scipy.optimize import linprog
 from test_bounds import all_makespans, all_rows, random_latencies
 
 import gemopt
+from timed import timed
 from gemopt.bounds import copies, copies_bound, step_bounds
 from gemopt.evaluate import objective
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Latency, line, tiles
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.solvers.search import local_search
@@ -167,9 +167,7 @@ def test_a_programme_is_left_once_the_flag_is_raised(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("split", ["even", "optimal"])
 def test_a_result_states_it(split: str) -> None:
-    profile = Profile(
-        devices=[Device(rank=r, samples=[Sample(assignments=n, latency_us=5 + n) for n in (0, 100)]) for r in range(6)]
-    )
+    profile = timed(range(6), lambda n, _: 5 + n, (0, 100))
     traces = Traces(counts=np.asarray(turns(1)[0].counts_TE)[:, None])
     result = gemopt.solve(profile, traces, slots_per_rank=[1, 1, 1, 1, 1, 2], split=split, patience=2)
     assert result.bound_us == pytest.approx(5 * 17 + 11, rel=1e-6)

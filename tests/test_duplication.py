@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from timed import timed
 
 from gemopt.exceptions import InputError
 from gemopt.latency import ASSIGNMENTS, Latency, line, pack
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.replay import Migration, Schedule, replay
 from gemopt.replay.duplication import Duplicated, homes
 from gemopt.replay.moe_gps import as_planned, greedy
@@ -29,12 +30,7 @@ def ranks(*slopes: float) -> tuple[np.ndarray, object]:
 
 
 def profile(*slower: float) -> Profile:
-    return Profile(
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(10.0 + n) * s) for n in (0, 500)])
-            for g, s in enumerate(slower)
-        ]
-    )
+    return timed(slower, lambda n, s: (10.0 + n) * s)
 
 
 def skewed(steps: int = 96, layers: int = 2, seed: int = 0) -> Traces:

@@ -13,6 +13,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import gemopt
+from timed import timed
 from gemopt.bounds import step_bounds, timed_step_bounds
 from gemopt.compare import compare
 from gemopt.conflicts import classify
@@ -20,7 +21,7 @@ from gemopt.evaluate import check, loads, objective
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options, Outcome, Row, Supports
@@ -52,12 +53,7 @@ def make(*, experts: int = 24, ranks: int = 4, steps: int = 60, slots: object = 
 
 
 def devices(ranks: int = 3) -> Profile:
-    return Profile(
-        devices=[
-            Device(rank=g, samples=[Sample(assignments=n, latency_us=(9.0 + n) * (1 + g / 5)) for n in (0, 8, 40, 90)])
-            for g in range(ranks)
-        ]
-    )
+    return timed(range(ranks), lambda n, g: (9.0 + n) * (1 + g / 5), (0, 8, 40, 90))
 
 
 def traffic(*, steps: int = 20, layers: int = 4, experts: int = 9) -> Traces:

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "pee
 import balancers
 import cells
 import page
+from timed import timed
 
 from gemopt.costs import fit
 from gemopt.evaluate import evaluate
 from gemopt.problem import problems
-from gemopt.profile import Device, Profile, Sample
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.traces import Traces
@@ -66,8 +66,7 @@ def test_published_balancers_balance(slots: int) -> None:
     rng = np.random.default_rng(0)
     mean_LE = rng.permuted(np.tile(np.linspace(1, 40, 16), (3, 1)), axis=1)
     traces = Traces(counts=rng.poisson(mean_LE, (40, 3, 16)))
-    samples = [Sample(assignments=n, latency_us=10.0 + n) for n in (0, 4000)]
-    profile = Profile(devices=[Device(rank=rank, samples=samples) for rank in range(4)])
+    profile = timed(range(4), lambda n, _: 10.0 + n, (0, 4000))
     table = balancers.Table(traces, 4, slots)
     before = evaluate(table.contiguous, profile, traces).objective_us
     after: dict[str, Any] = {}

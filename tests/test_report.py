@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("plotly")
 from cli_inputs import gemopt, gemopt_json, traces
 from reported import EXPERTS, FITTED, LAYERS, RANKS, STEPS
+from timed import timed
 
 from gemopt import solve
 from gemopt.conflicts import conflict_graph
@@ -23,7 +24,7 @@ from gemopt.evaluate import evaluate
 from gemopt.links import Exchange
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.report import Report, report
 from gemopt.report.experts import layer_conflicts
 from gemopt.report.numbers import intervals, moved, windows
@@ -178,8 +179,7 @@ def fewer_traces(folder: Path) -> None:
 
 
 def other_profile(folder: Path) -> None:
-    samples = [Sample(assignments=n, latency_us=30.0 + n) for n in (0, 40, 80)]
-    Profile(devices=[Device(rank=g, samples=samples) for g in range(RANKS)]).save(folder / "profile.json")
+    timed(range(RANKS), lambda n, _: 30.0 + n, (0, 40, 80)).save(folder / "profile.json")
 
 
 def other_network(folder: Path) -> None:
@@ -239,13 +239,11 @@ def test_text_of_others_cannot_become_markup(made: Report) -> None:
 def test_the_page_of_a_large_network_is_small() -> None:
     rng = np.random.default_rng(2)
     counts = rng.poisson(rng.gamma(0.8, 120, (58, 256)), (120, 58, 256))
-    loads = np.arange(0, 8192, 64)
-    devices = [Device(rank=g, samples=[Sample(assignments=int(n), latency_us=60 + 0.15 * n) for n in loads])
-               for g in range(32)]  # fmt: skip
+    profile = timed(range(32), lambda n, _: 60 + 0.15 * n, range(0, 8192, 64))
     placement = Placement(
         physical_to_logical=rng.permuted(np.tile(np.arange(256), (58, 1)), axis=1),
         slots_per_rank=[8] * 32,
         num_experts=256,
     )
-    page = report(placement, Profile(devices=devices), Traces(counts=counts))
+    page = report(placement, profile, Traces(counts=counts))
     assert len(page.html.encode()) < 8e6 and all(each.figure for each in page.sections if each.name != "search")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from timed import timed
 
 from gemopt.placement import Placement
-from gemopt.profile import Device, Profile, Sample
 from gemopt.solve import solve
 from gemopt.traces import Traces
 
@@ -39,8 +39,7 @@ def named(schema: Any) -> set[str]:
 
 
 def test_documents_hold_no_key_that_schema_and_manual_leave_out(tmp_path: Path) -> None:
-    samples = [Sample(assignments=n, latency_us=5.0 + n) for n in (0, 4, 8)]
-    profile = Profile(devices=[Device(rank=g, samples=samples) for g in range(2)])
+    profile = timed(range(2), lambda n, _: 5.0 + n, (0, 4, 8))
     traces = Traces(counts=np.random.default_rng(0).integers(0, 9, (6, 1, 4)))
     result = solve(profile, traces, solver="local-search", patience=1)
     assert result.placement is not None and result.history

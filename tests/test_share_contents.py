@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 import pytest
 from brute import optimum
+from timed import timed
 
 from gemopt.bounds import step_bounds
 from gemopt.certificate import UNIT, Certificate, LayerProof, Proof
@@ -17,7 +18,7 @@ from gemopt.evaluate import objective
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers import get
@@ -202,8 +203,7 @@ def test_experts_with_too_many_copies_are_not_listed() -> None:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile, Traces]:
     """A certificate of a layer whose search was cut at once."""
-    samples = [Sample(assignments=n, latency_us=5 + 3 * -(-n // 16)) for n in (0, 16, 17, 32, 33, 400)]
-    profile = Profile(devices=[Device(rank=rank, samples=samples) for rank in range(3)])
+    profile = timed(range(3), lambda n, _: 5 + 3 * -(-n // 16), (0, 16, 17, 32, 33, 400))
     rng = np.random.default_rng(1)
     traces = Traces(counts=rng.poisson(rng.gamma(1.0, 12.0, 6) * rng.gamma(2.0, 0.5, (12, 1, 6))).astype(np.int64))
     path = tmp_path_factory.mktemp("cut") / "c.json"

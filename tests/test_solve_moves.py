@@ -6,13 +6,14 @@ from itertools import combinations, permutations
 
 import numpy as np
 import pytest
+from timed import timed
 
 from gemopt.costs import fit
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
-from gemopt.profile import Device, MoeShape, Profile, Sample
+from gemopt.profile import MoeShape, Profile
 from gemopt.result import Result, Status, StoppedBy
 from gemopt.solve import solve
 from gemopt.solving.fronts import SWAPS, moves_front
@@ -23,11 +24,7 @@ EXPERTS, STEPS = 5, 4
 
 
 def profile(ranks: int = 2, step: float = 0.3, **shape: int) -> Profile:
-    devices = [
-        Device(rank=g, samples=[Sample(assignments=n, latency_us=20 + n * (1 + step * g)) for n in (0, 8, 64)])
-        for g in range(ranks)
-    ]
-    return Profile(devices=devices, model=MoeShape(**shape))
+    return timed(range(ranks), lambda n, g: 20 + n * (1 + step * g), (0, 8, 64), model=MoeShape(**shape))
 
 
 def inputs(seed: int, layers: int = 2) -> tuple[Profile, Traces, Placement]:

@@ -10,6 +10,7 @@ import pytest
 from scipy.optimize import linprog
 
 import gemopt
+from timed import timed
 from gemopt.bounds import lower_bound
 from gemopt.costs import Staircase
 from gemopt.evaluate import evaluate, objective
@@ -20,7 +21,7 @@ from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.layer_rules import layer_rules
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.result import Status
 from gemopt.rules import Rules
 from gemopt.solvers import get
@@ -37,12 +38,7 @@ def sloped(*slopes: float, offset: float = 5.0) -> list[Latency]:
 
 
 def measured(*slopes: float) -> Profile:
-    return Profile(
-        devices=[
-            Device(rank=rank, samples=[Sample(assignments=n, latency_us=5 + slope * n) for n in (0, 1000)])
-            for rank, slope in enumerate(slopes)
-        ]
-    )
+    return timed(slopes, lambda n, slope: 5 + slope * n, (0, 1000))
 
 
 def traces(layers: int = 2, experts: int = 6, steps: int = 12, seed: int = 0) -> Traces:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from brute import placements, random_problem
 from safetensors.numpy import load_file
+from timed import timed
 
 from gemopt.bounds import copies_proof
 from gemopt.certificate import UNIT, Certificate, LayerProof, Proof, duals_path
 from gemopt.exceptions import InputError
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.problem import Problem
-from gemopt.profile import Device, Profile, Sample
+from gemopt.profile import Profile
 from gemopt.solve import solve
 from gemopt.traces import Traces
 from gemopt.verify import Case, verify
@@ -84,9 +85,7 @@ def test_it_proves_what_the_bound_says() -> None:
 
 def turns() -> tuple[Profile, Traces]:
     """Ranks alike, a step for each of six experts in which it alone has work."""
-    samples = [Sample(assignments=n, latency_us=5 + n) for n in (0, 100)]
-    profile = Profile(devices=[Device(rank=rank, samples=samples) for rank in range(6)])
-    return profile, Traces(counts=12 * np.eye(6, dtype=np.int64)[:, None])
+    return timed(range(6), lambda n, _: 5 + n, (0, 100)), Traces(counts=12 * np.eye(6, dtype=np.int64)[:, None])
 
 
 SLOTS = [1, 1, 1, 1, 1, 2]

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from test_copies_bound import cuts, freely_shared
 from test_copies_bound import random_problem as few
 from test_verify_copies import LAYER, SLOTS, case_of, drawn, turns
+from timed import timed
 
 from gemopt.bounds import copies_proof
 from gemopt.certificate import UNIT, Certificate, Proof, duals_path
@@ -71,12 +72,8 @@ def test_times_of_any_shares_are_the_least() -> None:
 
 def nodes() -> Profile:
     """Three ranks, one slower, latencies with steps."""
-    points = ((0, 5.0), (20, 25.0), (21, 30.0), (60, 60.0), (400, 380.0))
-    devices = [
-        Device(rank=g, samples=[Sample(assignments=n, latency_us=us * speed) for n, us in points])
-        for g, speed in enumerate((1.0, 1.0, 1.3))
-    ]
-    return Profile(devices=devices)
+    points = dict(((0, 5.0), (20, 25.0), (21, 30.0), (60, 60.0), (400, 380.0)))
+    return timed((1.0, 1.0, 1.3), lambda n, speed: points[n] * speed, points)
 
 
 def sent(seed: int = 0) -> Traces:

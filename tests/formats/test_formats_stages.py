@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from recordings import write_passes, write_stat
 from routed_counts import routed
+from timed import timed
 
 from gemopt.cli import main
 from gemopt.exceptions import InputError
@@ -252,10 +253,7 @@ def test_tensorrt_llm_stages(load, folder, same):
 
 
 def test_nothing_recorded_is_refused_by_solve(tmp_path, capsys):
-    from gemopt.profile import Device, Profile, Sample
-
-    samples = [Sample(assignments=n, latency_us=10.0 + n) for n in (1, 100)]
-    Profile(devices=[Device(rank=rank, samples=samples) for rank in range(2)]).save(tmp_path / "p.json")
+    timed(range(2), lambda n, _: 10.0 + n, (1, 100)).save(tmp_path / "p.json")
     np.savez(tmp_path / "t.npz", counts=np.zeros((4, 2, 4), np.int32))
     with pytest.raises(SystemExit) as stopped:
         main(["solve", str(tmp_path / "p.json"), str(tmp_path / "t.npz"), "-o", str(tmp_path / "out.json")])

@@ -14,6 +14,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from timed import timed  # noqa: E402
+
 from gemopt.costs import fit  # noqa: E402
 from gemopt.evaluate import objective  # noqa: E402
 from gemopt.exceptions import InputError  # noqa: E402
@@ -21,7 +23,7 @@ from gemopt.formats import vllm_plugin  # noqa: E402
 from gemopt.formats.vllm_controller import STEPS, controlled_policy, mean_steps  # noqa: E402
 from gemopt.migration import count_moves  # noqa: E402
 from gemopt.problem import Problem  # noqa: E402
-from gemopt.profile import Device, MoeShape, Profile, Sample  # noqa: E402
+from gemopt.profile import MoeShape  # noqa: E402
 
 RANKS, EXPERTS, LAYERS, WINDOW = 4, 16, 3, 1000
 SPEEDS = (1.0, 1.3, 1.0, 1.1)
@@ -29,13 +31,8 @@ SPEEDS = (1.0, 1.3, 1.0, 1.1)
 
 @pytest.fixture
 def profile(tmp_path: Path) -> str:
-    loads = (0, 8, 64, 512)
-    devices = [
-        Device(rank=g, samples=[Sample(assignments=n, latency_us=(20 + n) * s) for n in loads])
-        for g, s in enumerate(SPEEDS)
-    ]
     path = tmp_path / "profile.json"
-    Profile(devices=devices, model=MoeShape(expert_bytes=1_000_000)).save(path)
+    timed(SPEEDS, lambda n, s: (20 + n) * s, (0, 8, 64, 512), model=MoeShape(expert_bytes=1_000_000)).save(path)
     return str(path)
 
 
