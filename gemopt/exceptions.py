@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from math import nextafter
 from numbers import Integral, Rational, Real
@@ -92,6 +93,17 @@ def check_kind(field: str, value: object, kind: type, *or_kinds: type) -> None:
         names = [each.__name__ for each in (kind, *or_kinds) if each not in (str, PathLike)]
         paths = ["the path of one"] if str in or_kinds else []
         raise InputError(field, value, " or ".join([*(f"a {name} of gemopt" for name in names), *paths]))
+
+
+@contextmanager
+def naming(path: str | PathLike[str]) -> Iterator[None]:
+    """Within, an error of input begins with the file that it is about."""
+    try:
+        yield
+    except InputError as error:
+        if not str(error).startswith(str(path)):
+            error.args = (f"{path}: {error}",)
+        raise
 
 
 class InfeasibleError(InputError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.documents import write_text
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, naming
 from gemopt.formats import count_csv
 from gemopt.formats.count_lines import lines_of
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, check_layers
@@ -56,7 +56,7 @@ def read(path: Path, facts: Facts) -> Placement:
     if 0 not in owner:
         facts.notes.append("rank 0 has no slots: are the ranks numbered from 1?")
     weighted = columns == len(COLUMNS)
-    try:
+    with naming(path):
         return Placement(
             physical_to_logical=table,
             slots_per_rank=np.bincount(owner, minlength=facts.num_ranks or ranks),
@@ -68,9 +68,6 @@ def read(path: Path, facts: Facts) -> Placement:
             model=facts.model,
             device_uuids=None if facts.device_uuids is None else list(facts.device_uuids),
         )
-    except InputError as error:
-        error.args = (f"{path}: {error}",)
-        raise
 
 
 def _table(path: Path, notes: list[str]) -> tuple[int, list[tuple[int, list[str]]]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import InputError, refuse_unused
+from gemopt.exceptions import InputError, naming, refuse_unused
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.traces import Phase, Traces
 
@@ -275,11 +275,8 @@ def make_placement(path: Path, rows: object, facts: Facts, **fields: Any) -> Pla
         "model": facts.model,
         "device_uuids": list(devices) if devices is not None and len(devices) == ranks else None,
     }
-    try:
+    with naming(path):
         return Placement(physical_to_logical=table_LP, **{**settled, **fields})
-    except InputError as error:
-        error.args = (f"{path}: {error}",)
-        raise
 
 
 def check_sizes(

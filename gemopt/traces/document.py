@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt import foreign
 from gemopt.documents import integer_array
-from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, check_kind, check_number
+from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, check_kind, check_number, naming
 from gemopt.placement import check_layer_ids
 from gemopt.traces.arrays import (
     FloatArray,
@@ -281,19 +281,12 @@ class Traces:
         """
         parts = []
         for part in read(path, ("counts", *STEP_ARRAYS, *ARRAYS)):
-            try:
+            with naming(part.path):
                 parts.append(_from_part(part))
-            except InputError as error:
-                if not str(error).startswith(str(part.path)):
-                    error.args = (f"{part.path}: {error}",)
-                raise
         found = concatenate(parts)
-        try:
-            if not allow_idle:
+        if not allow_idle:
+            with naming(path):
                 found._check_busy()
-        except InputError as error:
-            error.args = (f"{path}: {error}",)
-            raise
         return found
 
 
