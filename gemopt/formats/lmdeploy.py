@@ -8,7 +8,6 @@ order we can foresee. That needs one copy per expert and two or more slots per r
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,8 @@ from gemopt.formats.engine import (
     Engine,
     Export,
     Facts,
-    Loaded,
-    TraceOptions,
     WriteOptions,
     file_facts,
-    files_of,
     make_placement,
     model_name,
     quoted,
@@ -117,11 +113,6 @@ def pack(loads: NDArray[np.int64], num_ranks: int) -> list[int]:
     return [expert for experts in held for expert in experts]
 
 
-def read_traces(paths: Sequence[Path], options: TraceOptions) -> Loaded:
-    """Read responses with `routed_experts` (.json, .jsonl)."""
-    return responses.read_traces(files_of(paths, *responses.SUFFIXES), options)
-
-
 ENGINES = {
     "lmdeploy": Engine(
         hidden_layers=True,
@@ -137,6 +128,6 @@ ENGINES = {
         check=check,
         write=write,
         read=read,
-        read_traces=read_traces,
+        read_traces=responses.read_traces,
     )
 }

@@ -195,18 +195,8 @@ def export(placement: Placement, *, to: str, path: Path, options: WriteOptions |
     if not engine.side_file:
         side_path(path).unlink(missing_ok=True)  # of the file that was there before
         return result
-    side = SideFile(
-        file_sha256=sha256(path),
-        slots_per_rank=placement.slots_per_rank,
-        num_experts=placement.num_experts,
-        layer_ids=placement.layer_ids,
-        num_hidden_layers=placement.num_hidden_layers,
-        split=placement.split,
-        model=placement.model,
-        device_uuids=placement.device_uuids,
-        rules=placement.rules,
-        node_of_rank=placement.node_of_rank,
-    )
+    told = SideFile.model_fields.keys() - {"schema_version", "file_sha256"}
+    side = SideFile(file_sha256=sha256(path), **{name: getattr(placement, name) for name in told})
     side.save(side_path(path))
     return replace(result, files=(*result.files, str(side_path(path))))
 

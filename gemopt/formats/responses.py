@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes
+from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes, files_of
 from gemopt.formats.findings import TOO_HIGH, guessed, ranges, refuse_marks
 from gemopt.formats.response_bodies import Bodies, Response, Sample
 from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, has_shape, moe_layers, narrowed
@@ -34,8 +34,10 @@ BATCH_SIZE, PREFILL_TOKENS = 64, 4096
 MANY_ROWS = 8  # of several layers, that two answers never share by chance
 
 
-def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool = False) -> Loaded:
-    """Traces from responses: .json holds one or a list of them, .jsonl one per line or the events of a stream.
+def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool = False) -> Loaded:
+    """Traces from responses with `routed_experts`.
+
+    A .json holds one or a list of them, a .jsonl one per line or the events of a stream.
 
     `--phase decode` takes the generated tokens, `prefill` those of the prompt, `all` both; token counts in the
     responses tell them apart.
@@ -44,7 +46,7 @@ def read_traces(files: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     phase = Phase.DECODE if options.phase is None else options.phase
     kept = _Kept(options=options, phase=phase, raw_int32=raw_int32)
     bodies = Bodies()
-    for path in files:
+    for path in files_of(paths, *SUFFIXES):
         for response in bodies.read(path):
             kept.add(response)
     if not kept.pieces:

@@ -7,22 +7,11 @@ placement of that file (seam: `vllm/distributed/eplb/policy` of vLLM 0.33.0). Th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from gemopt.exceptions import InputError
 from gemopt.formats import responses
-from gemopt.formats.engine import (
-    Engine,
-    Export,
-    Facts,
-    Loaded,
-    TraceOptions,
-    WriteOptions,
-    files_of,
-    model_name,
-    quoted,
-)
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, model_name, quoted
 from gemopt.placement import Placement, Split
 
 MAX_REDUNDANT = 1023  # vllm/distributed/eplb/eplb_state.py, MAX_EXPERT_REDUNDANCY
@@ -63,11 +52,6 @@ def read(path: Path, facts: Facts) -> Placement:
     return Placement.load(path)
 
 
-def read_traces(paths: Sequence[Path], options: TraceOptions) -> Loaded:
-    """Read responses with `routed_experts` (.json, .jsonl)."""
-    return responses.read_traces(files_of(paths, *responses.SUFFIXES), options)
-
-
 ENGINES = {
     "vllm": Engine(
         name="vllm",
@@ -84,6 +68,6 @@ ENGINES = {
         check=check,
         write=write,
         read=read,
-        read_traces=read_traces,
+        read_traces=responses.read_traces,
     )
 }
