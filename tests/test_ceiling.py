@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from brute import placements, random_problem
+from timed import timed
 
 import gemopt
-from timed import timed
 from gemopt.bounds import lower_bound, spread_bound
 from gemopt.compare import compare
 from gemopt.profile import Profile

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from timed import timed
 
 import gemopt
-from timed import timed
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Latency, line, tiles
 from gemopt.moves import Moves
 from gemopt.placement import Split

@@ -13,9 +13,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 from test_bounds import all_makespans, all_rows, random_latencies
+from timed import timed
 
 import gemopt
-from timed import timed
 from gemopt.bounds import copies, copies_bound, step_bounds
 from gemopt.evaluate import objective
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Latency, line, tiles

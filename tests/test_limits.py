@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_info
+from timed import timed
 
 import gemopt
-from timed import timed
 from gemopt.bounds import step_bounds, timed_step_bounds
 from gemopt.compare import compare
 from gemopt.conflicts import classify

@@ -8,9 +8,9 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 from scipy.optimize import linprog
+from timed import timed
 
 import gemopt
-from timed import timed
 from gemopt.bounds import lower_bound
 from gemopt.costs import Staircase
 from gemopt.evaluate import evaluate, objective

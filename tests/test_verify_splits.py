@@ -72,7 +72,7 @@ def test_times_of_any_shares_are_the_least() -> None:
 
 def nodes() -> Profile:
     """Three ranks, one slower, latencies with steps."""
-    points = dict(((0, 5.0), (20, 25.0), (21, 30.0), (60, 60.0), (400, 380.0)))
+    points = {0: 5.0, 20: 25.0, 21: 30.0, 60: 60.0, 400: 380.0}
     return timed((1.0, 1.0, 1.3), lambda n, speed: points[n] * speed, points)
 
 

@@ -176,11 +176,12 @@ class Traces:
             raise InputError("steps", str(error), f"indices or a mask of the {self.num_steps} steps") from None
         if not len(chosen) or (np.diff(chosen) <= 0).any():
             raise InputError("steps", chosen, f"at least one of the {self.num_steps} steps, increasing")
-        kept = {name: getattr(self, name) for name in ("phase", "task", "rank_us")}
         return replace(
             self,
             counts=self.counts[chosen],
-            **{name: None if array is None else array[chosen] for name, array in kept.items()},
+            phase=None if self.phase is None else self.phase[chosen],
+            task=None if self.task is None else self.task[chosen],
+            rank_us=None if self.rank_us is None else self.rank_us[chosen],
             pair_counts=None,
             transitions=None,
             tokens=None if self.tokens is None else self.tokens.of_steps(chosen, self.num_steps),

@@ -23,7 +23,7 @@ from gemopt.formats import vllm_plugin  # noqa: E402
 from gemopt.formats.vllm_controller import STEPS, controlled_policy, mean_steps  # noqa: E402
 from gemopt.migration import count_moves  # noqa: E402
 from gemopt.problem import Problem  # noqa: E402
-from gemopt.profile import MoeShape  # noqa: E402
+from gemopt.profile import MoeShape, Profile  # noqa: E402
 
 RANKS, EXPERTS, LAYERS, WINDOW = 4, 16, 3, 1000
 SPEEDS = (1.0, 1.3, 1.0, 1.1)
