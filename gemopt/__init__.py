@@ -31,30 +31,10 @@ _HOME = {
     "solve": "solve",
 }
 # Modules that are reached as attributes of the package, without an import of their own.
-_MODULES = frozenset(
-    (
-        "advise",
-        "conflicts",
-        "costs",
-        "executor",
-        "formats",
-        "jobs",
-        "links",
-        "migration",
-        "models",
-        "online",
-        "plotting",
-        "predict",
-        "profiling",
-        "replay",
-        "report",
-        "solvers",
-        "testing",
-        "topology",
-        "traces",
-        "verify",
-    )
-)
+_MODULES = {
+    "advise", "conflicts", "costs", "executor", "formats", "jobs", "links", "migration", "models", "online", "plotting",
+    "predict", "profiling", "replay", "report", "solvers", "testing", "topology", "traces", "verify",
+}  # fmt: skip
 __all__ = ["__version__", *_HOME]
 
 

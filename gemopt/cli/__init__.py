@@ -9,6 +9,8 @@ import errno
 import os
 import sys
 import threading
+from importlib import import_module
+from pkgutil import iter_modules
 
 from gemopt.interrupts import LEFT
 
@@ -17,28 +19,8 @@ INTERRUPTED = 130
 
 def load() -> None:
     """Import the commands, which register themselves."""
-    from gemopt.cli import (  # noqa: F401
-        advise,
-        apply,
-        compare,
-        conflicts,
-        demo,
-        doctor,
-        export,
-        links,
-        profile,
-        profile_import,
-        profile_links,
-        replay,
-        report,
-        run,
-        solve,
-        trace,
-        trace_import,
-        trace_regroup,
-        verify,
-        watch,
-    )
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
 
 
 def main(argv: list[str] | None = None) -> None:

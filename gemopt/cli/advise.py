@@ -7,20 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemopt.cli import links, options
 from gemopt.cli.app import app, examples, print_json, say, show
-from gemopt.cli.links import TopologyName, doubt
-from gemopt.cli.options import (
-    AsJson,
-    Cost,
-    Hidden,
-    PhaseName,
-    ProfilePath,
-    RulesPath,
-    Seed,
-    Task,
-    TracesPath,
-    load_traces,
-)
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 
@@ -42,8 +30,8 @@ UNITS = {"skew": "x mean", "bandwidth": "GB/s", "batch": "assignments", "drift":
     ),
 )
 def advise_command(
-    profile: ProfilePath,
-    traces: TracesPath,
+    profile: options.ProfilePath,
+    traces: options.TracesPath,
     memory: Annotated[float, typer.Option("--memory", help="GB free for copies on each rank, all layers")] = 0.0,
     model: Annotated[
         str | None,
@@ -55,7 +43,7 @@ def advise_command(
     bandwidth: Annotated[
         float | None, typer.Option("--bandwidth", help="GB/s that a rank sends and receives; default: 20")
     ] = None,
-    topology: TopologyName = None,
+    topology: links.TopologyName = None,
     non_moe_us: Annotated[
         float | None, typer.Option("--non-moe-us", help="time of a step outside the MoE layers; default: of --model")
     ] = None,
@@ -67,15 +55,15 @@ def advise_command(
     ] = None,
     window: Annotated[int, typer.Option("--window", help="steps between decisions")] = 64,
     sweep: Annotated[bool, typer.Option("--sweep/--no-sweep", help="look for what it depends on")] = True,
-    seed: Seed = 0,
-    cost: Cost = "auto",
-    task: Task = None,
-    phase: PhaseName = None,
-    hidden: Hidden = None,
-    rules: RulesPath = None,
+    seed: options.Seed = 0,
+    cost: options.Cost = "auto",
+    task: options.Task = None,
+    phase: options.PhaseName = None,
+    hidden: options.Hidden = None,
+    rules: options.RulesPath = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write the strategy map, skew by bandwidth")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write the advice as JSON")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Say what pays on these devices and this traffic: placing once, copies, following, duplicating, or nothing."""
     from gemopt.advise import advise
@@ -91,7 +79,7 @@ def advise_command(
     with shown("replays", hidden=as_json) as progress:
         advice = advise(
             measured,
-            load_traces(traces, task, phase, hidden),
+            options.load_traces(traces, task, phase, hidden),
             horizon=horizon,
             memory_bytes=memory * 1e9,
             model=model,
@@ -150,7 +138,7 @@ def _migration(
         return found
     from gemopt.advise.links import slowest_gbps
 
-    doubt(topology)
+    links.doubt(topology)
     slowest = slowest_gbps(topology, profile.num_ranks, found.expert_bytes)
     return Migration(**given, bytes_per_s=slowest * 1e9)
 

@@ -8,28 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemopt.cli import links, options
 from gemopt.cli.app import app, examples, notice, print_json, show
-from gemopt.cli.links import OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, doubt, parse_exchange
 from gemopt.cli.moves import Current, ExpertBytes
-from gemopt.cli.options import (
-    SOLVERS,
-    AsJson,
-    Cost,
-    Gap,
-    OneRank,
-    Patience,
-    PhaseName,
-    ProfilePath,
-    RulesPath,
-    Seed,
-    Slots,
-    Task,
-    Threads,
-    TracesPath,
-    load_traces,
-    parse_slots,
-    whole_or_nothing,
-)
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
@@ -48,31 +29,31 @@ if TYPE_CHECKING:
     ),
 )
 def compare_command(
-    profile: ProfilePath,
-    traces: TracesPath,
-    solvers: Annotated[str | None, typer.Option("--solvers", help=f"separated by commas: {SOLVERS}")] = None,
+    profile: options.ProfilePath,
+    traces: options.TracesPath,
+    solvers: Annotated[str | None, typer.Option("--solvers", help=f"separated by commas: {options.SOLVERS}")] = None,
     holdout: Annotated[float, typer.Option("--holdout", help="share of the steps kept to score on; 0: none")] = 0.5,
     time_limit: Annotated[float, typer.Option("--time-limit", help="wall seconds for each solver")] = 10.0,
-    slots_per_rank: Slots = None,
-    seed: Seed = 0,
-    gap: Gap = 0.0,
-    cost: Cost = "auto",
-    task: Task = None,
-    phase: PhaseName = None,
-    patience: Patience = None,
-    threads: Threads = None,
-    allow_one_rank: OneRank = False,
+    slots_per_rank: options.Slots = None,
+    seed: options.Seed = 0,
+    gap: options.Gap = 0.0,
+    cost: options.Cost = "auto",
+    task: options.Task = None,
+    phase: options.PhaseName = None,
+    patience: options.Patience = None,
+    threads: options.Threads = None,
+    allow_one_rank: options.OneRank = False,
     current: Current = None,
     moves: Annotated[bool, typer.Option("--moves", help="latency against moves from --current instead")] = False,
     expert_bytes: ExpertBytes = None,
-    topology: TopologyName = None,
-    once_per: OncePer = None,
-    tokens_from: TokensFrom = None,
-    token_bytes: TokenBytes = None,
-    overlap: Overlap = False,
-    rules: RulesPath = None,
+    topology: links.TopologyName = None,
+    once_per: links.OncePer = None,
+    tokens_from: links.TokensFrom = None,
+    token_bytes: links.TokenBytes = None,
+    overlap: links.Overlap = False,
+    rules: options.RulesPath = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of the table")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Exact against heuristic: every solver on the same input, scored on steps it did not see.
 
@@ -95,7 +76,7 @@ def compare_command(
     if expert_bytes is not None and not moves:
         raise InputError("--expert-bytes", expert_bytes, "moves are weighed with --moves", "add --current and --moves")
     check_outputs(("--plot", plot, ""))
-    options: dict[str, Any] = {
+    asked: dict[str, Any] = {
         "time_limit": time_limit,
         "seed": seed,
         "gap": gap,
@@ -103,7 +84,7 @@ def compare_command(
         "threads": threads,
         "allow_one_rank": allow_one_rank,
         "topology": topology,
-        "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
+        "exchange": links.parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
         "rules": rules,
         "notice": None if as_json else notice,
     }
@@ -111,14 +92,14 @@ def compare_command(
         for option, value in (("--topology", topology), ("--slots-per-rank", slots_per_rank)):
             if value is not None:
                 raise InputError(option, str(value), "moves are not weighed with it", "leave out --current")
-        del options["topology"], options["exchange"]
-        with whole_or_nothing(threads):
-            chosen, found_by = load_traces(traces, task, phase), names if solvers else []
+        del asked["topology"], asked["exchange"]
+        with options.whole_or_nothing(threads):
+            chosen, found_by = options.load_traces(traces, task, phase), names if solvers else []
             return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
-                          cost=cost, expert_bytes=expert_bytes, **options)  # fmt: skip
-    doubt(topology)
+                          cost=cost, expert_bytes=expert_bytes, **asked)  # fmt: skip
+    links.doubt(topology)
     with (
-        whole_or_nothing(threads),
+        options.whole_or_nothing(threads),
         shown("solvers", total=len(names), limit_s=time_limit * len(names), hidden=as_json) as progress,
     ):
         done: list[str] = []
@@ -130,13 +111,13 @@ def compare_command(
 
         rows = compare(
             Profile.load(profile),
-            load_traces(traces, task, phase),
+            options.load_traces(traces, task, phase),
             solvers=names,
             holdout=holdout,
             cost=cost,
             on_result=advance,
-            slots_per_rank=parse_slots(slots_per_rank),
-            **options,
+            slots_per_rank=options.parse_slots(slots_per_rank),
+            **asked,
         )
     if plot is not None:
         from gemopt.plotting import plot_comparison, save

@@ -97,7 +97,7 @@ SOLVERS = (
     "auto, linear, round-robin, eplb, eplb-hierarchical, lpt, gem, moetuner, conflict, local-search, "
     "branch, columns, cpsat, milp"
 )
-solver_names = among(*SOLVERS.split(", "))
+SolverName = Annotated[str, typer.Option("--solver", help=SOLVERS, autocompletion=among(*SOLVERS.split(", ")))]
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
 

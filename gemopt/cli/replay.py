@@ -7,20 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemopt.cli import options
 from gemopt.cli.app import app, examples, print_json, say, show
-from gemopt.cli.options import (
-    AsJson,
-    Cost,
-    Hidden,
-    PhaseName,
-    RulesPath,
-    Seed,
-    Slots,
-    Task,
-    TracesPath,
-    load_traces,
-    parse_slots,
-)
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 
@@ -30,18 +18,6 @@ if TYPE_CHECKING:
     from gemopt.traces import Traces
 
 STRATEGY_NAMES = "contiguous, fitted-once, eplb-vllm, eplb-sglang, free, controller, clairvoyant"
-FIELDS = (
-    "strategy",
-    "makespan_us",
-    "change",
-    "moves",
-    "migration_us",
-    "p50_us",
-    "p90_us",
-    "p99_us",
-    "ttft_ms",
-    "tpot_ms",
-)
 
 
 @app.command(
@@ -52,7 +28,7 @@ FIELDS = (
     ),
 )
 def replay_command(
-    traces: TracesPath,
+    traces: options.TracesPath,
     profile: Annotated[Path, typer.Option("--profile", help="profile.json", show_default=False)],
     window: Annotated[int, typer.Option("--window", help="steps between decisions")] = 64,
     fit: Annotated[float, typer.Option("--fit", help="share of the steps to fit on; the rest is scored")] = 0.5,
@@ -72,18 +48,18 @@ def replay_command(
     non_moe_us: Annotated[float, typer.Option("--non-moe-us", help="time of a step outside the MoE layers")] = 0.0,
     noise: Annotated[float, typer.Option("--noise", help="of measured latencies, e.g. 0.02")] = 0.0,
     plan: Annotated[str | None, typer.Option("--plan", help="regimes from tagged steps: 'A:256 B:256 A:256'")] = None,
-    slots_per_rank: Slots = None,
-    seed: Seed = 0,
-    cost: Cost = "auto",
-    task: Task = None,
-    phase: PhaseName = None,
-    hidden: Hidden = None,
-    rules: RulesPath = None,
+    slots_per_rank: options.Slots = None,
+    seed: options.Seed = 0,
+    cost: options.Cost = "auto",
+    task: options.Task = None,
+    phase: options.PhaseName = None,
+    hidden: options.Hidden = None,
+    rules: options.RulesPath = None,
     split: Annotated[str, typer.Option("--split", help="how copies share: even, nearest")] = "even",
     senders: Annotated[str | None, typer.Option("--senders", help="who sends, for the nearest split: uniform")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="write a picture of makespan and moves over time")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="write rows and time line as JSON")] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Judge strategies on recorded traffic: who follows it, at which makespan, with how many moves."""
     from gemopt.profile import Profile
@@ -96,7 +72,7 @@ def replay_command(
     check_outputs(("--output", output, "replay result"), ("--plot", plot, ""))
     measured = Profile.load(profile)
     migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
-    chosen = _traffic(load_traces(traces, task, phase, hidden), plan)
+    chosen = _traffic(options.load_traces(traces, task, phase, hidden), plan)
     with shown("strategies", total=len(names), hidden=as_json) as progress:
         done: list[str] = []
 
@@ -111,7 +87,7 @@ def replay_command(
             names,
             window=window,
             fit=fit,
-            slots_per_rank=parse_slots(slots_per_rank),
+            slots_per_rank=options.parse_slots(slots_per_rank),
             migration=migration,
             throttle=schedule,
             non_moe_us=non_moe_us,
@@ -130,7 +106,7 @@ def replay_command(
 
         save(plot_replay(result), plot)
     if as_json:
-        print_json([{name: getattr(row, name) for name in FIELDS} for row in result.rows])
+        print_json([row.model_dump(mode="json") for row in result.rows])
         return 0
     from gemopt.cli.tables import replay_table
 

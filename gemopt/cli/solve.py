@@ -8,51 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt import cores, interrupts
+from gemopt.cli import links, moves, options
 from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, typed, warn
-from gemopt.cli.links import ComputeSlack, OncePer, Overlap, TokenBytes, TokensFrom, TopologyName, doubt, parse_exchange
-from gemopt.cli.moves import (
-    Add,
-    Bandwidth,
-    Current,
-    Exclude,
-    ExpertBytes,
-    Horizon,
-    MaxBytes,
-    MaxMoves,
-    MaxPerLayer,
-    MovePrice,
-    parse_added,
-    parse_excluded,
-)
-from gemopt.cli.options import (
-    EXIT_INFEASIBLE,
-    EXIT_NO_SOLUTION,
-    SOLVERS,
-    AsJson,
-    Cost,
-    EngineName,
-    Gap,
-    MemoryBudget,
-    OneRank,
-    Patience,
-    PhaseName,
-    ProfilePath,
-    RulesPath,
-    Seed,
-    SendersName,
-    Slots,
-    SplitName,
-    Task,
-    Threads,
-    TimeLimit,
-    TracesPath,
-    heeded,
-    load_traces,
-    parse_budget,
-    parse_slots,
-    solver_names,
-    whole_or_nothing,
-)
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import layers_shown
 
@@ -61,7 +18,7 @@ if TYPE_CHECKING:
 
 JSON_FIELDS = (
     *("solver", "status", "stopped_by", "objective_us", "bound_us", "gap", "change", "seconds", "outside"),
-    *("cost", "cost_summary"),
+    *("cost", "cost_summary", "notes", "moves", "ceiling"),
 )
 
 
@@ -74,64 +31,64 @@ JSON_FIELDS = (
     ),
 )
 def solve_command(
-    profile: ProfilePath,
-    traces: TracesPath,
+    profile: options.ProfilePath,
+    traces: options.TracesPath,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="placement.json to write")] = None,
-    solver: Annotated[str, typer.Option("--solver", help=SOLVERS, autocompletion=solver_names)] = "auto",
-    time_limit: TimeLimit = None,
-    slots_per_rank: Slots = None,
-    split: SplitName = None,
-    senders: SendersName = None,
-    engine: EngineName = None,
-    memory_budget: MemoryBudget = None,
-    seed: Seed = 0,
-    gap: Gap = 0.0,
-    cost: Cost = "auto",
-    task: Task = None,
-    phase: PhaseName = None,
+    solver: options.SolverName = "auto",
+    time_limit: options.TimeLimit = None,
+    slots_per_rank: options.Slots = None,
+    split: options.SplitName = None,
+    senders: options.SendersName = None,
+    engine: options.EngineName = None,
+    memory_budget: options.MemoryBudget = None,
+    seed: options.Seed = 0,
+    gap: options.Gap = 0.0,
+    cost: options.Cost = "auto",
+    task: options.Task = None,
+    phase: options.PhaseName = None,
     warm_start: Annotated[Path | None, typer.Option("--warm-start", help="placement.json to start from")] = None,
-    patience: Patience = None,
-    threads: Threads = None,
-    allow_one_rank: OneRank = False,
-    current: Current = None,
-    move_price: MovePrice = None,
-    expert_bytes: ExpertBytes = None,
-    bandwidth: Bandwidth = None,
-    horizon_steps: Horizon = None,
-    max_moves: MaxMoves = None,
-    max_moves_per_layer: MaxPerLayer = None,
-    max_bytes_per_rank: MaxBytes = None,
-    exclude_ranks: Exclude = None,
-    add_rank: Add = None,
-    topology: TopologyName = None,
-    once_per: OncePer = None,
-    tokens_from: TokensFrom = None,
-    token_bytes: TokenBytes = None,
-    overlap: Overlap = False,
-    compute_slack: ComputeSlack = None,
-    rules: RulesPath = None,
+    patience: options.Patience = None,
+    threads: options.Threads = None,
+    allow_one_rank: options.OneRank = False,
+    current: moves.Current = None,
+    move_price: moves.MovePrice = None,
+    expert_bytes: moves.ExpertBytes = None,
+    bandwidth: moves.Bandwidth = None,
+    horizon_steps: moves.Horizon = None,
+    max_moves: moves.MaxMoves = None,
+    max_moves_per_layer: moves.MaxPerLayer = None,
+    max_bytes_per_rank: moves.MaxBytes = None,
+    exclude_ranks: moves.Exclude = None,
+    add_rank: moves.Add = None,
+    topology: links.TopologyName = None,
+    once_per: links.OncePer = None,
+    tokens_from: links.TokensFrom = None,
+    token_bytes: links.TokenBytes = None,
+    overlap: links.Overlap = False,
+    compute_slack: links.ComputeSlack = None,
+    rules: options.RulesPath = None,
     result_path: Annotated[Path | None, typer.Option("--result", help="write the whole result as JSON")] = None,
     certificate: Annotated[
         Path | None, typer.Option("--certificate", help="write what was proved, for gemopt verify")
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> int:
     """Place the experts: profile and traces in, placement out."""
     from gemopt.profile import Profile
     from gemopt.result import Status
     from gemopt.solve import DEFAULT_TIME_LIMIT, solve
 
-    exchange = parse_exchange(topology, once_per, tokens_from, token_bytes, overlap)
+    exchange = links.parse_exchange(topology, once_per, tokens_from, token_bytes, overlap)
     check_outputs(
         ("--output", output, "placement"), ("--result", result_path, "result"),
         ("--certificate", certificate, "certificate"),
     )  # fmt: skip
     limit_s = DEFAULT_TIME_LIMIT if time_limit is None else time_limit
-    with whole_or_nothing(threads):
-        chosen = load_traces(traces, task, phase)
+    with options.whole_or_nothing(threads):
+        chosen = options.load_traces(traces, task, phase)
         measured = Profile.load(profile)
-        slots, split, full = heeded(
-            engine, parse_slots(slots_per_rank), split, chosen, measured, current, memory_budget
+        slots, split, full = options.heeded(
+            engine, options.parse_slots(slots_per_rank), split, chosen, measured, current, memory_budget
         )
         detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
         ids, steps = chosen.layer_ids, chosen.num_steps
@@ -143,7 +100,7 @@ def solve_command(
                 split=split,
                 senders=senders,
                 full_slots=full,
-                memory_budget=parse_budget(memory_budget),
+                memory_budget=options.parse_budget(memory_budget),
                 solver=solver,
                 time_limit=time_limit,
                 gap=gap,
@@ -161,8 +118,8 @@ def solve_command(
                 max_moves=max_moves,
                 max_moves_per_layer=max_moves_per_layer,
                 max_bytes_per_rank=max_bytes_per_rank,
-                exclude_ranks=parse_excluded(exclude_ranks),
-                add_ranks=parse_added(add_rank),
+                exclude_ranks=moves.parse_excluded(exclude_ranks),
+                add_ranks=moves.parse_added(add_rank),
                 topology=topology,
                 exchange=exchange,
                 compute_slack=compute_slack,
@@ -176,15 +133,13 @@ def solve_command(
             if result_path is not None:
                 result.save(result_path)
     if as_json:
-        moves = None if result.moves is None else result.moves.model_dump(mode="json")
-        more = {"moves": moves} | ({} if result.links is None else {"links": result.links.model_dump(mode="json")})
-        more |= {"ceiling": None if result.ceiling is None else result.ceiling.model_dump(mode="json")}
-        print_json({name: getattr(result, name) for name in (*JSON_FIELDS, "notes")} | more)
+        kept = {*JSON_FIELDS, *([] if result.links is None else ["links"])}
+        print_json(result.model_dump(mode="json", include=kept))
     else:
         _tell(result, output)
     if result.status is Status.INFEASIBLE:
-        return EXIT_INFEASIBLE
-    return 0 if result.placement is not None else EXIT_NO_SOLUTION
+        return options.EXIT_INFEASIBLE
+    return 0 if result.placement is not None else options.EXIT_NO_SOLUTION
 
 
 def _tell(result: Result, output: Path | None) -> None:
@@ -207,19 +162,19 @@ def _tell(result: Result, output: Path | None) -> None:
 @app.command("evaluate", epilog=examples("gemopt evaluate placement.json profile.json traces.safetensors"))
 def evaluate_command(
     placement: Annotated[Path, typer.Argument(help="placement.json", show_default=False)],
-    profile: ProfilePath,
-    traces: TracesPath,
-    cost: Cost = "auto",
-    task: Task = None,
-    phase: PhaseName = None,
-    topology: TopologyName = None,
-    once_per: OncePer = None,
-    tokens_from: TokensFrom = None,
-    token_bytes: TokenBytes = None,
-    overlap: Overlap = False,
-    senders: SendersName = None,
-    rules: RulesPath = None,
-    as_json: AsJson = False,
+    profile: options.ProfilePath,
+    traces: options.TracesPath,
+    cost: options.Cost = "auto",
+    task: options.Task = None,
+    phase: options.PhaseName = None,
+    topology: links.TopologyName = None,
+    once_per: links.OncePer = None,
+    tokens_from: links.TokensFrom = None,
+    token_bytes: links.TokenBytes = None,
+    overlap: links.Overlap = False,
+    senders: options.SendersName = None,
+    rules: options.RulesPath = None,
+    as_json: options.AsJson = False,
 ) -> int:
     """Score a placement on every step of the traces, with no solver involved."""
     from gemopt.cli.tables import evaluation_fields, evaluation_table
@@ -229,7 +184,7 @@ def evaluate_command(
     from gemopt.placement import Placement, bare
     from gemopt.profile import Profile
 
-    chosen = load_traces(traces, task, phase)
+    chosen = options.load_traces(traces, task, phase)
     measured = Profile.load(profile)
     model, _ = fit(measured, model=cost)
     loaded = Placement.load(placement)
@@ -239,9 +194,9 @@ def evaluate_command(
         check_kept(loaded)
     wired: dict[str, Any] = {
         "topology": topology,
-        "exchange": parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
+        "exchange": links.parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
     }
-    doubt(topology)
+    links.doubt(topology)
     evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders, rules=rules, **wired)
     contiguous = Placement.contiguous(
         chosen.num_layers, chosen.num_experts, measured.num_ranks, layer_ids=list(chosen.layer_ids)

@@ -28,17 +28,7 @@ def verify_command(
     from gemopt.verify import verify
 
     found = verify(certificate, Profile.load(profile), load_traces(traces, task, phase), most_nodes=nodes)
-    layers = [
-        {
-            "layer_id": each.layer_id,
-            "proof": each.proof.value,
-            "objective_us": each.objective_us,
-            "checked_us": each.checked_us,
-            "claimed_us": each.claimed_us,
-            "note": each.note,
-        }
-        for each in found.layers
-    ]
+    layers = [vars(each) for each in found.layers]
     totals = {
         "objective_us": found.objective_us,
         "checked_us": found.checked_us,
