@@ -141,12 +141,7 @@ def compare(
 
 
 def _run(
-    name: str,
-    profile: Profile,
-    given: Traces,
-    cost: CostModel,
-    interrupted: threading.Event,
-    options: dict[str, Any],
+    name: str, profile: Profile, given: Traces, cost: CostModel, interrupted: threading.Event, options: dict[str, Any]
 ) -> tuple[str, Result | None, str]:
     """One solver's name and result, or why there is none."""
     if interrupted.is_set():

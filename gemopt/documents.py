@@ -57,9 +57,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.replace(temporary, target)
     except OSError as error:
         raise InputError(
-            str(target),
-            error.strerror or str(error),
-            "the file could not be written; the old one is untouched",
+            str(target), error.strerror or str(error), "the file could not be written; the old one is untouched"
         ) from None
     finally:
         temporary.unlink(missing_ok=True)

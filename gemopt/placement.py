@@ -122,9 +122,7 @@ class Placement(Document):
             if np.abs(sums - 1).max() > 1e-6:
                 worst = int(np.abs(sums - 1).argmax())
                 raise InputError(
-                    "Placement.split_weights",
-                    float(sums[worst]),
-                    f"the copies of expert {worst} must sum to 1",
+                    "Placement.split_weights", float(sums[worst]), f"the copies of expert {worst} must sum to 1"
                 )
         if (weights_LP[table_LP == EMPTY] != 0).any():
             raise InputError("Placement.split_weights", "a weight of an empty slot", "0 where there is no expert")

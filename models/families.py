@@ -217,11 +217,7 @@ FAMILIES: Mapping[str, Family] = {
         checkpoint_experts=("experts.fc1", "experts.fc2"),
     ),
     **_rows(
-        "llama4_text",
-        like=_ROUTER,
-        num_experts="num_local_experts",
-        scores=True,
-        checkpoint_blocks=("feed_forward",),
+        "llama4_text", like=_ROUTER, num_experts="num_local_experts", scores=True, checkpoint_blocks=("feed_forward",)
     ),
     # The router has rows for `zero_expert_num` identity experts after those of the real ones.
     **_rows(

@@ -41,11 +41,7 @@ class ThrottleMethod(StrEnum):
 
 @contextmanager
 def cpu_quota(
-    share: float,
-    *,
-    period_us: int = 2000,
-    cpus: Iterable[int] | None = None,
-    method: ThrottleMethod | None = None,
+    share: float, *, period_us: int = 2000, cpus: Iterable[int] | None = None, method: ThrottleMethod | None = None
 ) -> Iterator[ThrottleMethod]:
     """Hold the current process and its later children to `share` cores of CPU time while the block runs.
 

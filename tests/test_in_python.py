@@ -210,9 +210,7 @@ def test_an_answer_says_how_to_make_it_again(
     ],
 )  # fmt: skip
 def test_arguments_that_mean_nothing_are_one_line(
-    call: Callable[[Profile, Traces, Placement], object],
-    said: str,
-    solved: tuple[Profile, Traces, Result, Evaluation],
+    call: Callable[[Profile, Traces, Placement], object], said: str, solved: tuple[Profile, Traces, Result, Evaluation]
 ) -> None:
     measured, routed, result, _ = solved
     assert result.placement is not None

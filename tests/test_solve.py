@@ -26,10 +26,7 @@ def profile(factors: list[float], *, per_assignment: float = 0.4) -> Profile:
     loads = (0, 1, 40, 400)
     return Profile(
         devices=[
-            Device(
-                rank=rank,
-                samples=[Sample(assignments=n, latency_us=f * (10 + per_assignment * n)) for n in loads],
-            )
+            Device(rank=rank, samples=[Sample(assignments=n, latency_us=f * (10 + per_assignment * n)) for n in loads])
             for rank, f in enumerate(factors)
         ]
     )

@@ -121,10 +121,7 @@ EDITS: dict[str, tuple[Callable[[Duals], Duals], str]] = {
     "multiplier lower": (lambda d: changed(d, "pair.0", 2, -(1 << 20)), "it was edited"),
     "multiplier higher": (lambda d: changed(d, "pair.0", 2, UNIT), "multipliers"),
     "multiplier negative": (lambda d: changed(d, "pair.0", 2, -2 * UNIT), "multipliers"),
-    "multipliers sum to more": (
-        lambda d: d | {"pair.0": np.concatenate([d["pair.0"], d["pair.0"]])},
-        "sum to at most",
-    ),
+    "multipliers sum to more": (lambda d: d | {"pair.0": np.concatenate([d["pair.0"], d["pair.0"]])}, "sum to at most"),
     "no such step": (lambda d: changed(d, "pair.0", 0, 6), "steps"),
     "negative step": (lambda d: changed(d, "pair.0", 0, -6), "steps"),
     "no such expert": (lambda d: changed(d, "pair.0", 1, 6), "experts"),

@@ -40,10 +40,7 @@ def files(tmp_path):
 
 def _profile():
     samples = [{"assignments": n, "active_experts": 1, "latency_us": 10.0 + n} for n in (1, 8, 64)]
-    return {
-        "schema_version": 1,
-        "devices": [{"rank": 0, "name": "cpu", "samples": samples}],
-    }
+    return {"schema_version": 1, "devices": [{"rank": 0, "name": "cpu", "samples": samples}]}
 
 
 COMMANDS = [

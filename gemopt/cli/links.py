@@ -30,8 +30,7 @@ TokenBytes = Annotated[
 ComputeSlack = Annotated[
     float | None,
     typer.Option(
-        "--compute-slack",
-        help="fewest bytes between nodes for at most this part more compute: 0.005 is 0.5 %",
+        "--compute-slack", help="fewest bytes between nodes for at most this part more compute: 0.005 is 0.5 %"
     ),
 ]
 Overlap = Annotated[bool, typer.Option("--overlap", help="communication hides behind computing")]

@@ -29,8 +29,7 @@ def import_table(
     table: Annotated[Path, typer.Argument(help="CSV or parquet with loads and times, or what benchmark_moe printed")],
     output: Annotated[Path, typer.Option("-o", "--output", help="profile.json to write")],
     unit: Annotated[
-        str | None,
-        typer.Option(help="what the load column counts: assignments (default), tokens or group-tokens"),
+        str | None, typer.Option(help="what the load column counts: assignments (default), tokens or group-tokens")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="experts per token")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="ranks of the measured group, for group-tokens")] = None,

@@ -137,9 +137,7 @@ class Traces:
             object.__setattr__(self, name, array)
             if array is not None and (array.shape != (layers, experts, experts) or array.dtype.kind not in "iu"):
                 raise InputError(
-                    f"Traces.{name}",
-                    f"{array.dtype} {array.shape}",
-                    f"integers ({layers}, {experts}, {experts})",
+                    f"Traces.{name}", f"{array.dtype} {array.shape}", f"integers ({layers}, {experts}, {experts})"
                 )
 
     @property

@@ -34,10 +34,7 @@ def make_placement():
                 held[empty] = rng.permutation(np.setdiff1d(np.arange(experts), held))[: len(empty)]
         fields = {"layer_ids": list(range(layers)), "num_hidden_layers": layers, **fields}
         return Placement(
-            physical_to_logical=rows.reshape(layers, -1),
-            slots_per_rank=[slots] * ranks,
-            num_experts=experts,
-            **fields,
+            physical_to_logical=rows.reshape(layers, -1), slots_per_rank=[slots] * ranks, num_experts=experts, **fields
         )
 
     return make

@@ -18,13 +18,7 @@ from gemopt.placement import Placement, Split
 def unequal(**fields) -> Placement:
     rows = [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]
     return Placement(
-        **{
-            "physical_to_logical": rows,
-            "slots_per_rank": [4, 2],
-            "num_experts": 6,
-            "num_hidden_layers": 2,
-            **fields,
-        }
+        **{"physical_to_logical": rows, "slots_per_rank": [4, 2], "num_experts": 6, "num_hidden_layers": 2, **fields}
     )
 
 

@@ -198,10 +198,7 @@ def test_tokens_of_pipeline_stages_are_joined(load, folder):
             part = np.full_like(each, -1)
             part[list(layers)] = each[list(layers)]
             ids.append(part)
-        more = {
-            "topk_ids_of_layer": lambda step, ids=ids: torch.from_numpy(ids[step]),
-            "input_ids": lambda step: words,
-        }
+        more = {"topk_ids_of_layer": lambda step, ids=ids: torch.from_numpy(ids[step]), "input_ids": lambda step: words}
         write_passes(folder, f"{stage}.0", 0, np.stack([count(each) for each in ids]), **more)
     traces, _ = load(folder, keep_tokens=True)
     expected = np.concatenate([each[1:, :, :4].transpose(1, 0, 2) for each in whole])
