@@ -223,9 +223,7 @@ def moves(inputs: Inputs) -> Section:
     """How many experts each rank sends to each other one."""
     name, title = "moves", "Moves by pair of ranks"
     go = graph_objects()
-    node_of = [str(device.node) for device in inputs.profile.devices]
-    names = sorted(set(node_of))
-    sent_LGG = numbers.moved(inputs.before, inputs.placement, np.array([names.index(node) for node in node_of]))
+    sent_LGG = numbers.moved(inputs.before, inputs.placement, np.array(inputs.profile.node_of_rank))
     total, size = int(sent_LGG.sum()), inputs.profile.model.expert_bytes
     if not total:
         return Section(name, title, f"Nothing moves: the ranks hold the experts of {inputs.before_name}.")

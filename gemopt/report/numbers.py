@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +15,7 @@ from gemopt.migration import Link, moves, relabel
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem, each_problem
 from gemopt.report.inputs import Inputs
+from gemopt.solvers.base import Options
 from gemopt.splits.senders import Senders
 
 IntArray = NDArray[np.int64]
@@ -90,7 +89,7 @@ def side(inputs: Inputs, placement: Placement, edges: IntArray) -> Side:
         load.append(_means(load_TG, edges))
         most = max(most, float(load_TG.max()))
         slowest.append(_means(hit_TG, edges))
-    times_LWG, load_LWG, slowest_LWG = (_with_all(each, mean) for each, mean in _three(times, load, slowest))
+    times_LWG, load_LWG, slowest_LWG = _with_all(times), _with_all(load), _with_all(slowest, mean=True)
     top_LW1 = times_LWG[..., -1:]
     return Side(
         evaluation=inputs.evaluate(placement, inputs.fitted),
@@ -103,13 +102,7 @@ def side(inputs: Inputs, placement: Placement, edges: IntArray) -> Side:
     )
 
 
-def _three(
-    times: list[FloatArray], load: list[FloatArray], slowest: list[FloatArray]
-) -> list[tuple[list[FloatArray], bool]]:
-    return [(times, False), (load, False), (slowest, True)]
-
-
-def _with_all(layers: list[FloatArray], mean: bool) -> FloatArray:
+def _with_all(layers: list[FloatArray], *, mean: bool = False) -> FloatArray:
     """[1+L, ...] the sum (or mean) over the layers, then the layers."""
     stacked = np.stack(layers)
     return np.concatenate([stacked.mean(axis=0, keepdims=True) if mean else stacked.sum(axis=0)[None], stacked])
@@ -129,7 +122,7 @@ def bounds(inputs: Inputs) -> Bounds:
             said += "; of the makespan and the price of the moves together"
         return Bounds(np.array([layer.bound_us for layer in result.per_layer], dtype=np.float64), said)
     found, steps = [], 0
-    with _alarm(BOUND_SECONDS) as stop:
+    with Options.lasting(BOUND_SECONDS).alarm() as stop:
         for problem in layers(inputs, inputs.placement):
             bounds_T, done = timed_step_bounds(problem, stop)
             found.append(weighted(problem, bounds_T))
@@ -139,19 +132,6 @@ def bounds(inputs: Inputs) -> Bounds:
         share = 100 * steps / (inputs.fitted.num_steps * inputs.fitted.num_layers)
         said += f"; cut after {BOUND_SECONDS:.0f} s, {share:.0f} % of the steps bounded in full: the truth lies higher"
     return Bounds(np.array(found), said)
-
-
-@contextmanager
-def _alarm(seconds: float) -> Iterator[NDArray[np.uint8]]:
-    """[1] a flag that turns 1 after so long."""
-    flag = np.zeros(1, np.uint8)
-    timer = threading.Timer(seconds, flag.fill, (1,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield flag
-    finally:
-        timer.cancel()
 
 
 def intervals(step_us: FloatArray, *, seed: int = 0) -> FloatArray | None:
