@@ -12,6 +12,7 @@ from gemopt.cli import links, options
 from gemopt.cli.app import app, examples, notice, print_json, show
 from gemopt.cli.moves import Current, ExpertBytes
 from gemopt.cli.outputs import check_outputs
+from gemopt.cli.progress import one_by_one
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
 
@@ -102,20 +103,13 @@ def compare_command(
         options.whole_or_nothing(threads),
         shown("solvers", total=len(names), limit_s=time_limit * len(names), hidden=as_json) as progress,
     ):
-        done: list[str] = []
-
-        def advance(row: Any, _: Any) -> None:
-            done.append(row.solver)
-            if progress is not None:
-                progress(len(done), len(names))
-
         rows = compare(
             Profile.load(profile),
             options.load_traces(traces, task, phase),
             solvers=names,
             holdout=holdout,
             cost=cost,
-            on_result=advance,
+            on_result=one_by_one(progress, len(names)),
             slots_per_rank=options.parse_slots(slots_per_rank),
             **asked,
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemopt.cli import options
 from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.cli.outputs import check_outputs
+from gemopt.cli.progress import one_by_one
 from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
@@ -74,13 +75,6 @@ def replay_command(
     migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
     chosen = _traffic(options.load_traces(traces, task, phase, hidden), plan)
     with shown("strategies", total=len(names), hidden=as_json) as progress:
-        done: list[str] = []
-
-        def advance(track: Any) -> None:
-            done.append(track.strategy)
-            if progress is not None:
-                progress(len(done), len(names))
-
         result = replay(
             measured,
             chosen,
@@ -97,7 +91,7 @@ def replay_command(
             rules=rules,
             split=split,
             senders=senders,
-            on_track=advance,
+            on_track=one_by_one(progress, len(names)),
         )
     if output is not None:
         result.save(output)
