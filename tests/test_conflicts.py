@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt, gemopt_json
 
-from gemopt.cli import main
 from gemopt.conflicts import (
     ExpertClass,
     classify,
@@ -214,26 +213,17 @@ def traces_file(tmp_path):
     return tmp_path / "traces.safetensors"
 
 
-def run(*argv):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(arg) for arg in argv])
-    return stopped.value.code
-
-
 def test_command_prints_and_draws(traces_file, tmp_path, capsys):
-    assert run("conflicts", traces_file, "--plot", tmp_path / "graph.png") == 0
-    printed = capsys.readouterr().out
-    assert "layer 3: 16 experts" in printed and "layer 5: 16 experts" in printed
+    code, printed, _ = gemopt(capsys, "conflicts", traces_file, "--plot", tmp_path / "graph.png")
+    assert code == 0 and "layer 3: 16 experts" in printed and "layer 5: 16 experts" in printed
     assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
-    assert run("conflicts", traces_file, "--layer", 5, "--json") == 0
-    (layer,) = json.loads(capsys.readouterr().out)
+    (layer,) = gemopt_json(capsys, "conflicts", traces_file, "--layer", 5)
     assert layer["layer_id"] == 5 and [e["class"] for e in layer["experts"][:3]] == ["consistent"] * 2 + ["temporal"]
     assert [2, 3, 4] in layer["groups"]
 
 
 def test_command_refuses_bad_input(traces_file, capsys):
     for arguments, word in [(("--layer", 4), "--layer"), (("--window", 0), "window"), (("--plot", "x.doc"), "--plot")]:
-        assert run("conflicts", traces_file, *arguments) == 2
-        printed = capsys.readouterr().err
-        assert word in printed and len(printed.strip().splitlines()) == 1
-    assert run("conflicts", "missing.npz") == 2
+        code, _, printed = gemopt(capsys, "conflicts", traces_file, *arguments)
+        assert code == 2 and word in printed and len(printed.strip().splitlines()) == 1
+    assert gemopt(capsys, "conflicts", "missing.npz")[0] == 2

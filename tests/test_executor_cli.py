@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt, gemopt_json
 
 from gemopt import Placement
-from gemopt.cli import main
 
 
 @pytest.fixture
@@ -24,46 +24,36 @@ def placements(tmp_path):
     return made
 
 
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as ended:
-        main(["apply", *arguments])
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
-
-
 def test_dry_run_counts_what_crosses(capsys, placements):
-    code, out, _ = run(
-        capsys, placements["a"], "--dry-run", "--expert-bytes", "1000", "--ranks-per-node", "1", "--json"
-    )
-    report = json.loads(out)
+    words = ("--dry-run", "--expert-bytes", "1000", "--ranks-per-node", "1")
+    report = gemopt_json(capsys, "apply", placements["a"], *words)
     table = Placement.load(placements["a"]).physical_to_logical
     crossing = sum(int((row[:4] >= 4).sum() + (row[4:] < 4).sum()) for row in table)
-    assert code == 0
     assert report["moves"] == {"local": 0, "node": 0, "cross": crossing, "relay": 0}
     assert report["bytes"]["cross"] == 1000 * crossing and report["stay"] == 16 - crossing
     assert report["stages"] == report["layers"] == 2 and report["estimate_s"] > 0
 
 
 def test_dry_run_from_a_placement_to_itself_and_to_other_slots(capsys, placements):
-    same = json.loads(run(capsys, placements["a"], "--current", placements["a"], "--dry-run", "--json")[1])
+    same = gemopt_json(capsys, "apply", placements["a"], "--current", placements["a"], "--dry-run")
     assert same["stages"] == 0 and same["stay"] == 16 and same["estimate_s"] is None
-    code, out, _ = run(capsys, placements["b"], "--current", placements["a"], "--dry-run")
+    code, out, _ = gemopt(capsys, "apply", placements["b"], "--current", placements["a"], "--dry-run")
     assert code == 0 and "2 commits in 2 layers; sizes are unknown: give --model or --expert-bytes" in out
     assert "0.0" not in out, "an unknown size is not none"
-    report = json.loads(run(capsys, placements["b"], "--current", placements["a"], "--dry-run", "--json")[1])
+    report = gemopt_json(capsys, "apply", placements["b"], "--current", placements["a"], "--dry-run")
     assert set(report["bytes"].values()) == {None} and report["buffer_bytes"] is None and sum(report["moves"].values())
 
 
 def test_the_network_that_comes_with_gemopt_has_a_name(capsys, tmp_path):
     rows = [np.roll(np.arange(64), 3)] * 4
     Placement(physical_to_logical=rows, slots_per_rank=[32, 32], num_experts=64).save(tmp_path / "p.json")
-    report = json.loads(run(capsys, str(tmp_path / "p.json"), "--model", "tiny-moe", "--dry-run", "--json")[1])
+    report = gemopt_json(capsys, "apply", str(tmp_path / "p.json"), "--model", "tiny-moe", "--dry-run")
     assert report["bytes"]["node"] == 13824 * report["moves"]["node"] > 0
 
 
 def test_a_placement_for_other_ranks_is_refused_before_anything_is_loaded(capsys, placements, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    code, out, err = run(capsys, placements["a"], "--model", "nowhere")
+    code, out, err = gemopt(capsys, "apply", placements["a"], "--model", "nowhere")
     assert (code, out) == (2, "") and "2 ranks; torchrun started 3; --nproc-per-node 2" in err
 
 
@@ -86,7 +76,7 @@ def test_a_placement_for_other_ranks_is_refused_before_anything_is_loaded(capsys
 )
 def test_bad_input_is_one_line(capsys, placements, monkeypatch, arguments, words):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    code, out, err = run(capsys, *(placements.get(argument, argument) for argument in arguments))
+    code, out, err = gemopt(capsys, "apply", *(placements.get(argument, argument) for argument in arguments))
     assert code == 2 and out == ""
     assert words in err and err.count("\n") == 1
 

@@ -9,7 +9,6 @@ import pytest
 from cli_inputs import gemopt
 from kernel_tables import loads, written
 
-from gemopt.cli import main
 from gemopt.exceptions import InputError
 from gemopt.formats.kernel_table import read_fleet, read_table, slow_down, what_if
 from gemopt.profile import Profile
@@ -116,9 +115,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = tmp_path / "profile.json"
     words = ["profile", "import", str(table), "--unit", "group-tokens", "--top-k", "8", "--ep", "4", "-o", str(out)]
     extra = ["--speeds", str(speeds), "--ranks", "3", "--seed", "1", "--device", "H100", "--source", "someone, MIT"]
-    with pytest.raises(SystemExit) as stop:
-        main([*words, *extra])
-    assert stop.value.code == 0 and "3 devices, 6 samples" in " ".join(capsys.readouterr().out.split())
+    code, shown = run(capsys, *words, *extra)
+    assert code == 0 and "3 devices, 6 samples" in shown
     profile = Profile.load(out)
     assert profile.num_ranks == 3 and profile.source == "someone, MIT"
     assert {s.assignments for d in profile.devices for s in d.samples} == {32, 64}
@@ -140,20 +138,16 @@ def test_the_command_refuses_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], named: str
 ) -> None:
     table, out = written(tmp_path, "tokens,latency_us\n16,0.1\n"), tmp_path / "profile.json"
-    with pytest.raises(SystemExit) as stop:
-        main(["profile", "import", str(table), "-o", str(out), *extra])
-    shown = capsys.readouterr()
-    assert stop.value.code == 2 and named in shown.err and shown.err.count("\n") == 1 and not out.exists()
+    code, _, err = gemopt(capsys, "profile", "import", table, "-o", out, *extra)
+    assert code == 2 and named in err and err.count("\n") == 1 and not out.exists()
 
 
 # --- equal devices ---------------------------------------------------------------------------------------------------
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    shown = capsys.readouterr()
-    return int(stop.value.code or 0), " ".join((shown.out + shown.err).split())
+    code, out, err = gemopt(capsys, *words)
+    return code, " ".join((out + err).split())
 
 
 def test_ranks_without_speeds_are_equal_devices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

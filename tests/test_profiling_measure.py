@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cli_inputs import gemopt
 
 from gemopt.exceptions import InputError
 from gemopt.models import tiny
@@ -252,29 +253,20 @@ def test_the_plot_marks_the_slowest_rank() -> None:
     assert [("slowest" in label) for label in labels] == [False, True, False] and len(axes.lines) == 6
 
 
-def _gemopt(capsys: Any, *arguments: str) -> tuple[int, str, str]:
-    from gemopt.cli import main
-
-    with pytest.raises(SystemExit) as exit_:
-        main(list(arguments))
-    out, err = capsys.readouterr()
-    return int(exit_.value.code or 0), out, err
-
-
 def test_the_command_measures_and_checks(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     torch.set_num_threads(1)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     path, picture = tmp_path / "profile.json", tmp_path / "profile.png"
     fast = ("--seconds", "0", "--block-ms", "0.2")
-    code, out, _ = _gemopt(capsys, "profile", "--shape", SHAPE, "--points", "16", "--max-assignments", "64",
+    code, out, _ = gemopt(capsys, "profile", "--shape", SHAPE, "--points", "16", "--max-assignments", "64",
                            "--max-drift", "99", "-o", str(path), "--plot", str(picture), "--json", *fast)  # fmt: skip
     assert code == 0 and '"mode": "alone"' in out
     measured = Profile.load(path)
     assert measured.kernel == "per_expert" and measured.model.num_local_experts == 8
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert _gemopt(capsys, "profile", "check", str(path), "--tolerance", "999", *fast)[0] == 0
-    assert _gemopt(capsys, "profile", "check", str(path), "--tolerance", "0", *fast)[0] == 1
+    assert gemopt(capsys, "profile", "check", str(path), "--tolerance", "999", *fast)[0] == 0
+    assert gemopt(capsys, "profile", "check", str(path), "--tolerance", "0", *fast)[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -292,7 +284,7 @@ def test_the_command_measures_and_checks(tmp_path: Path, capsys: Any, monkeypatc
 def test_bad_input_is_one_line(arguments: tuple[str, ...], message: str, capsys: Any, tmp_path: Path,
                                monkeypatch: Any) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    code, _, err = _gemopt(capsys, "profile", *arguments)
+    code, _, err = gemopt(capsys, "profile", *arguments)
     assert code == 2 and err.startswith(message) and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

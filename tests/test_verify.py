@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt, gemopt_json
 from safetensors.numpy import load_file, save_file
 
 from gemopt.certificate import Certificate, duals_path
-from gemopt.cli import main
 from gemopt.costs import fit
 from gemopt.exceptions import InputError
 from gemopt.profile import Device, Profile, Sample
@@ -204,19 +204,15 @@ def test_the_command_prints_both_bounds_and_exits_2_on_a_fault(
     path, measured, counts = made
     measured.save(tmp_path / "p.json")
     counts.save(tmp_path / "t.safetensors")
-    words = ["verify", str(path), "--profile", str(tmp_path / "p.json"), "--traces", str(tmp_path / "t.safetensors")]
-    with pytest.raises(SystemExit) as done:
-        main([*words, "--json"])
-    said = json.loads(capsys.readouterr().out)
-    assert done.value.code == 0 and said["checked_us"] <= said["objective_us"] and len(said["layers"]) == 2
-    with pytest.raises(SystemExit) as done:
-        main(words)
-    assert done.value.code == 0 and "certified gap" in capsys.readouterr().out
+    words = ("--profile", tmp_path / "p.json", "--traces", tmp_path / "t.safetensors")
+    said = gemopt_json(capsys, "verify", path, *words)
+    assert said["checked_us"] <= said["objective_us"] and len(said["layers"]) == 2
+    code, out, _ = gemopt(capsys, "verify", path, *words)
+    assert code == 0 and "certified gap" in out
     broken = tmp_path / "broken.json"
     broken.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(SystemExit) as done:
-        main(["verify", str(broken), *words[2:]])
-    assert done.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    code, _, err = gemopt(capsys, "verify", broken, *words)
+    assert code == 2 and err.count("\n") == 1
 
 
 def test_the_verifier_knows_no_solver() -> None:

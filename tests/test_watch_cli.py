@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt
 from watched import EXPERTS, LAYERS, RANKS, contiguous, filled, grow, traffic
 
 from gemopt import Placement, Traces
-from gemopt.cli import main
 from gemopt.online.sole import sole
 
 
@@ -26,12 +26,10 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple
     """Exit code, and all that was said."""
 
     def command(*more: str) -> tuple[int, str]:
-        words = ["watch", str(folder / "traces"), "--profile", str(folder / "profile.json")]
-        words += ["--placement", str(folder / "placement.json"), "--once", *more]
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out + said.err
+        words = ["watch", folder / "traces", "--profile", folder / "profile.json"]
+        words += ["--placement", folder / "placement.json", "--once", *more]
+        code, out, err = gemopt(capsys, *words)
+        return code, out + err
 
     return command
 

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt
 
-from gemopt.cli import main
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.formats.deepseek_eplb import tensors
@@ -23,10 +23,8 @@ UUIDS = ["GPU-a", "GPU-b"]
 @pytest.fixture
 def run(capsys):
     def call(*words, code=0):
-        with pytest.raises(SystemExit) as stopped:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert stopped.value.code == code, err
+        ended, out, err = gemopt(capsys, *words)
+        assert ended == code, err
         if code:
             assert err.count("\n") == 1, err
             assert "Traceback" not in err

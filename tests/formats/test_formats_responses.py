@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt
 from responded import ANSWER, EXPERTS, LAYERS, PROMPT, TOP_K, body, counts, loader, npy, routing
 
-from gemopt.cli import main
 from gemopt.exceptions import InputError
 from gemopt.traces import Phase
 
@@ -279,15 +279,11 @@ def test_what_is_no_response_has_a_way_in(load):
 
 def test_the_command_says_it_all(tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, [body(routing()), {"error": "x"}])))
-    words = ["trace", "import", str(tmp_path / "r.jsonl"), "--from", "vLLM", "-o", str(tmp_path / "t.safetensors")]
+    words = ["trace", "import", tmp_path / "r.jsonl", "--from", "vLLM", "-o", tmp_path / "t.safetensors"]
     for more, prefix in (([], "note: "), (["--json"], "")):
-        with pytest.raises(SystemExit) as stopped:
-            main([*words, *more])
-        out = capsys.readouterr().out
-        assert stopped.value.code == 0
+        code, out, _ = gemopt(capsys, *words, *more)
+        assert code == 0
         assert f"{prefix}skipped 1 of 2 answers: 1 error" in out
         assert "8 experts, the highest id seen + 1" in out
     assert "4 steps" in out or json.loads(out)["num_steps"] == ANSWER - 1
-    with pytest.raises(SystemExit) as stopped:
-        main([*words, "--phase", "all", "--num-experts", "8"])
-    assert "14 steps" in capsys.readouterr().out
+    assert "14 steps" in gemopt(capsys, *words, "--phase", "all", "--num-experts", "8")[1]

@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from cli_inputs import gemopt
 from recordings import write_passes, write_stat
 from routed_counts import routed
 from timed import timed
 
-from gemopt.cli import main
 from gemopt.exceptions import InputError
 
 torch = pytest.importorskip("torch")
@@ -252,10 +252,8 @@ def test_tensorrt_llm_stages(load, folder, same):
 def test_nothing_recorded_is_refused_by_solve(tmp_path, capsys):
     timed(range(2), lambda n, _: 10.0 + n, (1, 100)).save(tmp_path / "p.json")
     np.savez(tmp_path / "t.npz", counts=np.zeros((4, 2, 4), np.int32))
-    with pytest.raises(SystemExit) as stopped:
-        main(["solve", str(tmp_path / "p.json"), str(tmp_path / "t.npz"), "-o", str(tmp_path / "out.json")])
-    assert stopped.value.code == 2
-    assert "no assignments in 4 steps" in capsys.readouterr().err
+    code, _, err = gemopt(capsys, "solve", tmp_path / "p.json", tmp_path / "t.npz", "-o", tmp_path / "out.json")
+    assert code == 2 and "no assignments in 4 steps" in err
     assert not (tmp_path / "out.json").exists()
 
 
