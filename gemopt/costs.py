@@ -197,8 +197,9 @@ class FitReport:
         """One line: the model, how far it is off at its points and on points left out, and the best other one."""
         if self.chosen not in self.fits:
             return f"cost model {self.chosen}: its error is not known"
-        at_points = _exact_or(self.fits[self.chosen])
-        if self.worst > max(2 * self.fits[self.chosen], 0.01):
+        missed = self.fits[self.chosen]
+        at_points = "exact" if missed < 5e-4 else f"{_percent(missed)} off"
+        if self.worst > max(2 * missed, 0.01):
             at_points += f" ({_percent(self.worst)} on one device)"
         points = f"its {self.num_points} points" if self.num_points > 1 else "its only point"
         left_out = "none could be left out" if np.isnan(self.error) else f"{_percent(self.error)} on points left out"
@@ -212,10 +213,6 @@ class FitReport:
 
 def _percent(error: float) -> str:
     return f"{100 * error:.1f} %"
-
-
-def _exact_or(error: float) -> str:
-    return "exact" if error < 5e-4 else f"{_percent(error)} off"
 
 
 def fit(
@@ -241,7 +238,7 @@ def fit(
     some = roughest([device.name for device in profile.devices], tables)[:MAX_KINDS]
     kinds = [tables[i] for i in some]
     latencies: list[Latency] = []
-    misses = {c.name: [_misses(c, table) for table in kinds] for c in usable}
+    misses = {c.name: [_relative(c.fit_device(table), table) for table in kinds] for c in usable}
     fits = {name: float(np.mean([each.mean() for each in of_kinds])) for name, of_kinds in misses.items()}
     if "staircase" in fits and all(is_curve(table) for table in tables):
         noises = [noise(device.samples) for device in profile.devices]
@@ -294,11 +291,6 @@ def _usable(model: str, candidates: Sequence[Candidate], tables: list[FloatArray
         limit = f"too few samples for it: rank {fewest} has {len(tables[fewest])}, {named[0].least} are needed"
         raise InputError("cost model", model, limit, "measure more loads, or use --cost auto")
     return usable
-
-
-def _misses(candidate: Candidate, table: FloatArray) -> FloatArray:
-    """Relative errors at the points that a model was fitted to."""
-    return _relative(candidate.fit_device(table), table)
 
 
 def _relative(latency: Latency, table: FloatArray) -> FloatArray:

@@ -289,13 +289,13 @@ def integer_array(value: object, *, name: str, ndim: int) -> np.ndarray[Any, Any
     return result
 
 
-def _array_type(ndim: int, kind: str, convert: Callable[[object, str, int], np.ndarray[Any, Any]]) -> Any:
+def _array_type(ndim: int, kind: str, convert: Callable[..., np.ndarray[Any, Any]]) -> Any:
     schema: dict[str, Any] = {"type": kind}
     for _ in range(ndim):
         schema = {"type": "array", "items": schema}
 
     def validate(value: object, info: ValidationInfo) -> np.ndarray[Any, Any]:
-        return convert(value, info.field_name or "array", ndim)
+        return convert(value, name=info.field_name or "array", ndim=ndim)
 
     return Annotated[
         np.ndarray,
@@ -305,11 +305,7 @@ def _array_type(ndim: int, kind: str, convert: Callable[[object, str, int], np.n
     ]
 
 
-def _integers(value: object, name: str, ndim: int) -> np.ndarray[Any, Any]:
-    return integer_array(value, name=name, ndim=ndim)
-
-
-def _floats(value: object, name: str, ndim: int) -> np.ndarray[Any, Any]:
+def _floats(value: object, *, name: str, ndim: int) -> np.ndarray[Any, Any]:
     limit = f"finite numbers in a {ndim}-dimensional rectangular array are needed"
     found = plain_array(name, value, limit)
     if found.ndim != ndim or found.dtype.kind not in "iuf":
@@ -321,6 +317,6 @@ def _floats(value: object, name: str, ndim: int) -> np.ndarray[Any, Any]:
     return array
 
 
-IntVector = _array_type(1, "integer", _integers)
-IntMatrix = _array_type(2, "integer", _integers)
+IntVector = _array_type(1, "integer", integer_array)
+IntMatrix = _array_type(2, "integer", integer_array)
 FloatMatrix = _array_type(2, "number", _floats)

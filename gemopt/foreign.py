@@ -145,18 +145,13 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
     where = ".".join([document.__name__, *(str(part) for part in first["loc"])])
     rest = f" ({len(faults) - 1} more)" if len(faults) > 1 else ""
     if unknown:
-        known = _keys_at(document, first["loc"][:-1])
+        inner = _document_at(document, first["loc"][:-1])
+        known = [] if inner is None else list(inner.model_fields)
         close = get_close_matches(str(first["loc"][-1]), known, n=1)
         return InputError(where, first["input"], "no such key" + rest, f"did you mean {close[0]}?" if close else "")
     found = "nothing" if first["type"] == "missing" else first["input"]
     limit = _NEEDED.get(first["type"], first["msg"].lower())
     return InputError(where, found, limit + rest)
-
-
-def _keys_at(document: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The keys known at a place in a document."""
-    inner = _document_at(document, path)
-    return [] if inner is None else list(inner.model_fields)
 
 
 def _document_at(document: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:

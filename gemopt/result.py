@@ -94,14 +94,11 @@ class MovesReport(Part):
         lost = sum(map(len, self.from_checkpoint.values()))
         if not lost:
             return line
-        shown = [f"layer {layer}: {_listed(each)}" for layer, each in list(self.from_checkpoint.items())[:SHOWN_LAYERS]]
+        some = list(self.from_checkpoint.items())[:SHOWN_LAYERS]
+        shown = [f"layer {layer}: {', '.join(map(str, each))}" for layer, each in some]
         if len(self.from_checkpoint) > SHOWN_LAYERS:
             shown.append(f"and {len(self.from_checkpoint) - SHOWN_LAYERS} layers more, see --result")
         return f"{line}\n{lost} experts have no other copy and come from the checkpoint: {'; '.join(shown)}"
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 class Origin(Part):

@@ -94,7 +94,7 @@ def _override(job: dict[str, Any], word: str) -> None:
     for name in parents:
         if isinstance(place, dict) and place.get(name) is None:
             place[name] = {}
-        place = _inside(place, name, word)
+        place = place[_index(place, name, word)] if isinstance(place, list) else place[name]
         if not isinstance(place, (dict, list)):
             raise InputError("--set", word, f"{name} holds a value, not keys")
     value = _typed(text)
@@ -102,10 +102,6 @@ def _override(job: dict[str, Any], word: str) -> None:
         place[_index(place, last, word)] = value
     else:
         place[last] = value
-
-
-def _inside(place: Any, name: str, word: str) -> Any:
-    return place[_index(place, name, word)] if isinstance(place, list) else place[name]
 
 
 def _index(place: list[Any], name: str, word: str) -> int:

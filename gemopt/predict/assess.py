@@ -56,7 +56,9 @@ def assess(predictor: Predictor, traces: Traces, *, holdout: float = 0.25, seed:
     assert tokens is not None
     held_N = held_out(tokens, holdout, seed)
     predictor.fit(of_tokens(traces, ~held_N))
-    position, task_N = positions(tokens), _tasks(traces, tokens)
+    position, task_N = positions(tokens), np.full(len(tokens.ids), -1)
+    if traces.task is not None:
+        task_N = np.asarray(traces.task)[tokens.step_of_token]
     accuracy_L, error_L = np.zeros(traces.num_layers), np.zeros(traces.num_layers)
     spent = 0.0
     for layer in range(traces.num_layers):
@@ -89,10 +91,6 @@ def held_out(tokens: Tokens, share: float, seed: int) -> NDArray[np.bool_]:
         raise InputError("holdout", share, limit, "traces with more requests")
     drawn = np.random.default_rng(seed).permutation(requests)[:count]
     return np.asarray(np.isin(request_N, drawn))
-
-
-def _tasks(traces: Traces, tokens: Tokens) -> IntArray:
-    return np.full(len(tokens.ids), -1) if traces.task is None else np.asarray(traces.task)[tokens.step_of_token]
 
 
 def _experts(predicted: FloatArray | IntArray, per_token: bool, shape: tuple[int, ...]) -> IntArray:

@@ -206,7 +206,7 @@ def _take(layers: Sequence[Layer], problems: Sequence[Problem], fronts: Sequence
 
 def _without(layers: Sequence[Layer], fronts: Sequence[Front], *, proven: bool) -> None:
     """There is no placement: because a layer alone has none, or because the fewest moves of all are too many."""
-    alone = [layer.problem.moves is not None and not _has_placement(layer.problem) for layer in layers]
+    alone = [layer.problem.moves is not None and fewest_row(layer.problem) is None for layer in layers]
     for layer, without in zip(layers, alone, strict=True):
         if without:
             layer.outcome = no_placement(layer.problem)
@@ -219,7 +219,3 @@ def _without(layers: Sequence[Layer], fronts: Sequence[Front], *, proven: bool) 
             needed = sum(min(point.moves for point in front.points) for front in fronts)
             note = f"infeasible: experts without a copy need {needed} moves over all layers, the budget allows fewer"
             layer.outcome = Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
-
-
-def _has_placement(problem: Problem) -> bool:
-    return fewest_row(problem) is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemopt.exceptions import InputError, check_number
-from gemopt.traces.tokens import Tokens, join
+from gemopt.traces.tokens import join
 
 if TYPE_CHECKING:
     from gemopt.traces.document import Traces
@@ -34,6 +34,7 @@ def concatenate(parts: Sequence[Traces]) -> Traces:
     times = [part.rank_us for part in parts if part.rank_us is not None]
     if len({each.shape[1] for each in times}) == 1 and len(times) == len(parts):
         joined["rank_us"] = np.concatenate(times)
+    records = [part.tokens for part in parts if part.tokens is not None]
     for name in ("pair_counts", "transitions"):
         arrays = [getattr(part, name) for part in parts]
         joined[name] = None if any(a is None for a in arrays) else np.sum(arrays, axis=0, dtype=np.int64)
@@ -41,7 +42,7 @@ def concatenate(parts: Sequence[Traces]) -> Traces:
         first,
         counts=np.concatenate([part.counts for part in parts]),
         task_names=names,
-        tokens=_joined_tokens(parts),
+        tokens=join(records, [part.num_steps for part in parts]) if len(records) == len(parts) else None,
         allow_idle=True,
         **{"phase": None, "task": None, "rank_us": None, **joined},
     )
@@ -59,8 +60,3 @@ def redrawn(traces: Traces, times: int = 1, *, seed: int = 0) -> Traces:
     plain = replace(traces, rank_us=None, pair_counts=None, transitions=None, tokens=None, allow_idle=True)
     drawn = [replace(plain, counts=rng.poisson(traces.counts), allow_idle=True) for _ in range(times)]
     return concatenate([traces, *drawn])
-
-
-def _joined_tokens(parts: Sequence[Traces]) -> Tokens | None:
-    records = [part.tokens for part in parts if part.tokens is not None]
-    return join(records, [part.num_steps for part in parts]) if len(records) == len(parts) else None
