@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemopt.cost_error import believed, is_curve, left_out, middles, noise, roughest
 from gemopt.exceptions import InputError
-from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, FloatArray, Latency, line
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, FloatArray, Latency, line, spread_evenly
 from gemopt.max_affine import max_affine
 from gemopt.profile import Device, Profile
 
@@ -24,6 +23,7 @@ FOLDS = 5
 MAX_PLANES = 4
 MAX_KINDS = 2  # devices of different names that are cross-validated
 FEW = 8  # points below which joining them is all that can be done
+ENOUGH = 512  # points of a roofline: a handful of planes needs no more
 TIE = 0.03  # of two models whose errors are this close, the simpler one is taken
 
 
@@ -87,7 +87,7 @@ class Roofline:
         if not len(busy):
             return Latency(((line(float(np.median(idle[:, 2])), 0.0), line(0.0, 0.0)),))
         loads = np.nan_to_num(busy[:, :2], nan=0.0)
-        some = _thinned(len(busy))
+        some = spread_evenly(len(busy), ENOUGH)
         fitted_K3 = max_affine(loads[some], busy[some, 2], planes)
         if len(idle):
             return _with_idle(fitted_K3, float(np.median(idle[:, 2])))
@@ -95,11 +95,6 @@ class Roofline:
         one = fitted_K3 @ [1.0, 1.0, float(np.isfinite(busy[0, 1]))]  # never dearer idle than with one assignment
         floor = np.array([[min(smallest, one.max()), 0.0, 0.0]])
         return _planes(np.concatenate([floor, fitted_K3]))
-
-
-def _thinned(size: int, limit: int = 512) -> NDArray[np.int64]:
-    """Evenly spread indices: a handful of planes needs no more points than this."""
-    return np.unique(np.linspace(0, size - 1, min(size, limit)).round().astype(np.int64))
 
 
 def _planes(rows_K3: FloatArray) -> Latency:

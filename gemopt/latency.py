@@ -241,9 +241,12 @@ class Latency:
 
 
 def _thin(pieces: list[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
-    if len(pieces) <= limit:
-        return pieces
-    return [pieces[i] for i in np.unique(np.linspace(0, len(pieces) - 1, limit).round().astype(int))]
+    return [pieces[i] for i in spread_evenly(len(pieces), limit)]
+
+
+def spread_evenly(size: int, most: int) -> NDArray[np.int64]:
+    """At most so many of the indices of `size` items, the first and the last among them."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
 
 
 class Curves(NamedTuple):

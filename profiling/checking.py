@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemopt.exceptions import InputError
+from gemopt.latency import spread_evenly
 from gemopt.profile import Profile, Sample
 from gemopt.profiling.profiler import Load, Profiler
 
@@ -43,7 +44,7 @@ def check_profile(profile: Profile, profiler: Profiler, *, points: int = 5) -> l
     common = sorted(load for load in then[0] if load[0] > 0 and all(load in other for other in then))
     if not common:
         raise InputError("profile", "no load that all ranks measured", "a profile of gemopt profile is needed")
-    picked = [common[i] for i in np.unique(np.linspace(0, len(common) - 1, points).round().astype(int))]
+    picked = [common[i] for i in spread_evenly(len(common), points)]
     profiler.ask_all("settle", picked[-1])
     ratios_GP = np.zeros((len(facts), len(picked)))
     for column, load in enumerate(picked):

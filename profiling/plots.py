@@ -28,10 +28,9 @@ def plot_profile(profile: Profile, *, model: str = "auto", ax: Any = None) -> An
 
     `model` is the cost model, as for `gemopt.costs.fit`. Returns the matplotlib axes.
     """
-    import matplotlib.pyplot as plt
+    from gemopt.plotting import subplots
 
-    if ax is None:
-        _, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    ax = subplots(size=(8, 5))[1] if ax is None else ax
     cost, report = fit(profile, model=model)
     slowest, left_out = slowest_rank(profile), 0
     for device, latency in zip(profile.devices, cost.latencies, strict=True):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from gemopt.advise.document import StrategyMap, Sweep
 from gemopt.advise.variants import skewness, with_batch, with_change, with_skew
 from gemopt.costs import CostModel
+from gemopt.latency import spread_evenly
 from gemopt.profile import Profile
 from gemopt.replay import Migration, replay
 from gemopt.replay.duplication import PREFIX
@@ -67,7 +68,7 @@ class Bench:
 
 def sample(traces: Traces) -> Traces:
     """The last steps of some of the layers, evenly spread."""
-    layers = np.unique(np.linspace(0, traces.num_layers - 1, LAYERS).round().astype(int))
+    layers = spread_evenly(traces.num_layers, LAYERS)
     last = traces.steps(slice(-min(STEPS, traces.num_steps), None))
     ids = tuple(np.array(traces.layer_ids)[layers].tolist())
     return replace(last, counts=last.counts[:, layers], layer_ids=ids, num_hidden_layers=None, tokens=None,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gemopt.latency import FloatArray, Latency
+from gemopt.latency import FloatArray, Latency, spread_evenly
 from gemopt.profile import Device
 from gemopt.report.inputs import Inputs
 from gemopt.report.style import AFTER, DASHES, GREEN, MANY, SKY, SLOWEST, Section, changes, figure, graph_objects, small
@@ -98,10 +97,10 @@ def _one(latency: Latency, table: FloatArray) -> list[Any]:
     """The points of one rank, and a curve for each of some numbers of active experts."""
     go = graph_objects()
     surface = np.isfinite(table[:, 1]).all()
-    some = table[_spread_evenly(len(table), POINTS)]
+    some = table[spread_evenly(len(table), POINTS)]
     levels = np.unique(table[:, 1]) if surface else np.zeros(1)
     levels = levels[levels > 0] if surface and (levels > 0).any() else levels
-    levels = levels[_spread_evenly(len(levels), LEVELS)]
+    levels = levels[spread_evenly(len(levels), LEVELS)]
     told = "%{x:.0f} assignments: %{y:.1f} us" + (", %{customdata:.0f} active experts" if surface else "")
     found = [go.Scatter(x=small(some[:, 0]), y=small(some[:, 2]), customdata=small(np.nan_to_num(some[:, 1])),
                         mode="markers", name="measured", marker=POINT,
@@ -129,12 +128,7 @@ def _spread(table: FloatArray) -> dict[str, Any] | None:
 def _grid(table: FloatArray, most: int = ON_CURVE) -> FloatArray:
     """Loads of a curve: the measured ones and evenly spread ones between."""
     loads = np.unique(np.append(table[:, 0], np.linspace(0.0, table[:, 0].max(), ON_CURVE // 2)))
-    return np.asarray(loads[_spread_evenly(len(loads), min(most, ON_CURVE))])
-
-
-def _spread_evenly(size: int, most: int) -> NDArray[np.int64]:
-    """At most so many of the indices of an array, the first and the last among them."""
-    return np.unique(np.linspace(0, size - 1, min(size, most)).round().astype(np.int64))
+    return np.asarray(loads[spread_evenly(len(loads), min(most, ON_CURVE))])
 
 
 def _features(latency: Latency, loads: FloatArray, active: float) -> list[FloatArray]:
