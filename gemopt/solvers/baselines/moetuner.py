@@ -33,6 +33,7 @@ import numpy as np
 from gemopt.evaluate import linked_total
 from gemopt.latency import FloatArray
 from gemopt.links import Links
+from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
@@ -70,8 +71,8 @@ class MoeTuner:
         slots_G = problems[0].slots_per_rank
         cost_GG = links.topology.byte_times()
         traffic = links.traces.transition_counts().astype(np.float64)
-        held = [_held(row, slots_G, problems[0].num_experts) for row in rows]
-        between = [held[k].T @ traffic[k] @ held[k + 1] for k in range(len(traffic))]
+        held_LCE = [held(row, slots_G, problems[0].num_experts).astype(np.float64) for row in rows]  # C: by rank
+        between = [held_LCE[k] @ traffic[k] @ held_LCE[k + 1].T for k in range(len(traffic))]
         ranks, cut = [np.arange(len(slots_G))], False
         given = {"kind": "ranks", "cost": cost_GG.tolist(), "slots": slots_G.tolist(), "gap": TOLERANCE}
         for n, flow_CC in enumerate(between):
@@ -117,15 +118,6 @@ def _row(cluster_E: Any, problem: Problem) -> Row:
         experts = np.flatnonzero(cluster_E == cluster)
         row[start : start + len(experts)] = experts
     return row
-
-
-def _held(row: Row, slots_G: Any, experts: int) -> FloatArray:
-    """[E, C] 1 where an expert is in the cluster on a rank."""
-    held_EC = np.zeros((experts, len(slots_G)))
-    rank_P = np.repeat(np.arange(len(slots_G)), slots_G)
-    used = row != EMPTY
-    held_EC[row[used], rank_P[used]] = 1.0
-    return held_EC
 
 
 def _moved(row: Row, slots_G: Any, rank_of_cluster: Any) -> Row:
