@@ -108,6 +108,26 @@ def test_a_search_of_many_experts_over_few_steps_stays_small() -> None:
     assert 1 < search.together * 240 * 3 <= tree.BATCH
 
 
+@pytest.mark.parametrize("speeds", [(1.0, 1.0, 1.0), (1.0, 1.3, 1.0), (1.0, 1.1, 1.2)], ids=str)
+def test_ranks_that_are_alike_share_their_tables(speeds: tuple[float, ...]) -> None:
+    """64 of them near 2^24 assignments took 8 GB. A step's floor is the n-th time of one unit more on any rank."""
+    samples = [(n, 5 + 3 * -(-n // 16)) for n in (0, 16, 17, 32, 33, 400)]
+    devices = [
+        Device(rank=g, samples=[Sample(assignments=n, latency_us=y * s) for n, y in samples])
+        for g, s in enumerate(speeds)
+    ]
+    cost, counts = fit(Profile(devices=devices), model="staircase")[0], traces(experts=8, layers=1).counts[:, 0]
+    case = Case(counts.astype(np.int64), cost, np.array([3, 3, 3]))
+    for low in (False, True):
+        shared = {id(case.terms(g, low=low)) for g in range(3)}
+        assert len(shared) == len(set(speeds))
+    loads = np.arange(int(case.most_F[0]) + 1)
+    times_GN = np.array([case.floor_ps(latency.low([loads])) for latency in cost.latencies])
+    one_more = np.append(0, np.sort(times_GN[:, 1:], axis=None))
+    expected = np.maximum(one_more[counts.sum(axis=1)], times_GN[:, 0].max())
+    assert np.abs(case.floors_T - expected).max() <= 1
+
+
 EDITS = {
     "row": lambda c: c["layers"][0]["row"].reverse(),
     "missing expert": lambda c: c["layers"][1]["row"].__setitem__(0, c["layers"][1]["row"][1]),

@@ -108,22 +108,29 @@ class Case:
         return self._low_terms[g] if low else self._exact_terms[g]
 
     @cached_property
+    def like_G(self) -> list[int]:
+        """[G] the first rank with the same latency: those share their tables."""
+        first: dict[object, int] = {}
+        return [first.setdefault(latency.key, g) for g, latency in enumerate(self.cost.latencies)]
+
+    @cached_property
     def _exact_terms(self) -> list[list[list[FloatArray]]]:
         grids = [np.arange(int(most) + 1) for most in self.most_F]
-        return [
-            [[value(curve, grid) for curve, grid in zip(term, grids, strict=True)] for term in latency.terms]
-            for latency in self.cost.latencies
-        ]
+        found: list[list[list[FloatArray]]] = []
+        for g, latency in enumerate(self.cost.latencies):
+            terms = latency.terms if self.like_G[g] == g else ()
+            made = [[value(curve, grid) for curve, grid in zip(term, grids, strict=True)] for term in terms]
+            found.append(made or found[self.like_G[g]])
+        return found
 
     @cached_property
     def _low_terms(self) -> list[list[list[FloatArray]]]:
         """Down from what the curve reaches beyond the last whole load: it may still fall to its last point there."""
-        found = []
-        for latency, terms in zip(self.cost.latencies, self._exact_terms, strict=True):
-            rank = []
-            for term, values in zip(latency.terms, terms, strict=True):
-                rank.append([_least_from(curve, table) for curve, table in zip(term, values, strict=True)])
-            found.append(rank)
+        found: list[list[list[FloatArray]]] = []
+        for g, (latency, tables) in enumerate(zip(self.cost.latencies, self._exact_terms, strict=True)):
+            terms = zip(latency.terms, tables, strict=True) if self.like_G[g] == g else ()
+            made = [[_least_from(*each) for each in zip(*pair, strict=True)] for pair in terms]
+            found.append(made or found[self.like_G[g]])
         return found
 
     def times_us(self, g: int, loads_F: IntArray, *, low: bool = False) -> FloatArray:
@@ -140,20 +147,37 @@ class Case:
     @cached_property
     def floors_T(self) -> IntArray:
         """[T] picoseconds that no placement's slowest rank stays below: what all ranks hold, and who must share one."""
-        ranks = [g for g in range(len(self.slots_G)) if self.slots_G[g]]
+        ranks = np.flatnonzero(self.slots_G).tolist()
+        floors_T = self.carried_ps(ranks)[self.loads_FTE[0].sum(axis=1)]
+        if self.spare == 0 and len({int(self.slots_G[g]) for g in ranks}) == 1:
+            fastest = np.minimum.reduce([self.alone_ps(g) for g in {self.like_G[g] for g in ranks}])
+            floors_T = np.maximum(floors_T, self._shared_T(fastest, len(ranks)))
+        return np.asarray(floors_T)
+
+    def alone_ps(self, g: int) -> IntArray:
+        """Picoseconds that rank g takes at least under every whole load of the first feature, or any larger one."""
         first = np.arange(int(self.most_F[0]) + 1)
         rest = [np.zeros_like(first)] * (len(self.most_F) - 1)
-        alone = [self.floor_ps(self.times_us(g, np.stack([first, *rest]), low=True)) for g in ranks]
-        total_T = self.loads_FTE[0].sum(axis=1)
-        held = np.sort(np.concatenate([table[1:] for table in alone])) if len(first) > 1 else first
-        idle = max(int(table[0]) for table in alone)
-        floors_T = (
-            np.where(total_T > 0, np.maximum(held[np.maximum(total_T, 1) - 1], idle), idle) if len(held) else None
-        )
-        floors_T = np.full(len(total_T), idle) if floors_T is None else floors_T
-        if self.spare == 0 and len({int(self.slots_G[g]) for g in ranks}) == 1:
-            floors_T = np.maximum(floors_T, self._shared_T(np.min(alone, axis=0), len(ranks)))
-        return floors_T
+        return self.floor_ps(self.times_us(g, np.stack([first, *rest]), low=True))
+
+    def carried_ps(self, ranks: list[int]) -> IntArray:
+        """Picoseconds before which ranks do not carry so much of the first feature together: from nothing on.
+
+        That is the n-th of the times that one unit more takes on any of them; alike ranks are looked at once.
+        """
+        kinds = sorted({self.like_G[g] for g in ranks})
+        number_K = np.array([sum(self.like_G[g] == kind for g in ranks) for kind in kinds])
+        alone = [self.alone_ps(kind) for kind in kinds]
+        idle, one_more = max(int(each[0]) for each in alone), np.concatenate([each[1:] for each in alone])
+        most = len(one_more) // len(kinds)
+        if (number_K == number_K[0]).all():
+            one_more.sort()
+            held_N = np.repeat(one_more[: -(-most // number_K[0])], number_K[0])[:most]
+        else:
+            order = np.argsort(one_more, kind="stable")
+            carried_N = np.cumsum(np.repeat(number_K, most)[order])
+            held_N = one_more[order[np.searchsorted(carried_N, np.arange(1, most + 1))]]
+        return np.append(idle, np.maximum(held_N, idle))
 
     def _shared_T(self, fastest: IntArray, ranks: int) -> IntArray:
         """Of the (q - 1) G + 1 largest experts, q share a rank, which is full of the smallest of the others."""
