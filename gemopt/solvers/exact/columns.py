@@ -32,6 +32,8 @@ DIVE_WORK = 10**6  # steps and columns that a search of the columns in use may l
 FIRST_WORK = 2 * 10**8  # of a search for a proof after the first look; after the second twice as much, and so on
 MOST_ROWS = 2e7  # entries of the rows of columns that are searched
 FEWER = 0.6  # of the columns that the last search for a proof had, or of all: with more, none is tried
+LATER = 8  # looks after which one is tried all the same, of so few columns that it may end; then after twice as many
+FEW_LEFT = 2000
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
 NEVER = 2**62
 
@@ -77,7 +79,7 @@ class _Search:
         self.space, self.row, self.value, self.options, self.stop = space, row, value, options, stop
         self.history: list[Any] = []
         self.proven: Proven | None = None
-        self.done, self.tried = False, len(space)
+        self.done, self.tried, self.later = False, len(space), LATER
         self.looks: list[tuple[int, float]] = []
 
     @property
@@ -102,8 +104,8 @@ class _Search:
             self.looks.append((master.iterations, self.proven.bound_us))
             self._look_through(master.ids[master.image["x"] > IN_USE], DIVE_WORK)
             left = self.left()
-            if len(left) <= FEWER * self.tried:
-                self.tried = len(left)
+            if len(left) <= FEWER * self.tried or (len(left) <= FEW_LEFT and len(self.looks) >= self.later):
+                self.tried, self.later = len(left), max(LATER, 2 * len(self.looks))
                 self._look_through(left, FIRST_WORK * len(self.looks))
             if self._stalled():
                 break
