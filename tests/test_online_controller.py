@@ -320,8 +320,11 @@ def test_a_saved_controller_goes_on_identically(
 def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
     follower = settled()
     follower.save(tmp_path / "state")
-    with pytest.raises(InputError, match="policy"):
+    with pytest.raises(InputError, match=r"policy: got \{'horizon_steps': 256\}; that of this controller"):
         controller(Policy(horizon_steps=7)).load(tmp_path / "state")
+    with pytest.raises(InputError, match="notes"):
+        follower.save(tmp_path / "noted", {"not JSON": object()})
+    assert not (tmp_path / "noted").exists()
     other = Controller(cost(), Placement.contiguous(2, EXPERTS, RANKS))
     with pytest.raises(InputError, match="those of this controller"):
         other.load(tmp_path / "state")

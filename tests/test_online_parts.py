@@ -154,3 +154,17 @@ def _assignments() -> Any:
     from gemopt.latency import ASSIGNMENTS
 
     return ASSIGNMENTS
+
+
+def test_ranks_that_often_say_nothing_are_as_slow_as_they_are() -> None:
+    """Of two ranks that report the median is the mean, which would halve what sets one apart from the other."""
+    speeds, rng = Speeds(Policy(dead_after_steps=10**6), 4), np.random.default_rng(0)
+    predicted = np.full((256, 4), 100.0)
+    measured = predicted * [1.0, 1.3, 1.0, 1.0]
+    measured[rng.random(measured.shape) < 0.6] = np.nan
+    for start in range(0, 256, 16):
+        speeds.take(measured[start : start + 16], predicted[start : start + 16], 0)
+    assert speeds.factors_G == pytest.approx([1.0, 1.3, 1.0, 1.0])
+    pair = Speeds(Policy(), 2)
+    pair.take(predicted[:16, :2] * [1.0, 1.3], predicted[:16, :2], 0)
+    assert pair.factors_G[1] / pair.factors_G[0] == pytest.approx(1.3)

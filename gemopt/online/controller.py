@@ -22,14 +22,15 @@ from gemopt.latency import FloatArray, Latency
 from gemopt.layer_rules import rules_of
 from gemopt.online import state
 from gemopt.online.compiled import Compiled
-from gemopt.online.decision import Decision, Weights, static_weights, travel_between, unmade
+from gemopt.online.decision import Decision, Weights, joined, static_weights, travel_between, unmade
 from gemopt.online.earlier import Earlier, ways_back
 from gemopt.online.inputs import check_clock, check_network, check_placement, counts_from, latencies_from
 from gemopt.online.memories import Memories
 from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, rechosen_all, settle
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
-from gemopt.online.speeds import Speeds
+from gemopt.online.realised import Realised, Times
+from gemopt.online.speeds import Speeds, log_factors
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
@@ -100,6 +101,7 @@ class Controller:
         self.check(placement)
         self.rules = rules_of(placement)
         self.placement = placement
+        self.realised = Realised(placement)
 
     def step(self, counts_NLE: object, latencies_NG: object = None, *, now_s: float | None = None) -> Decision:
         """Take the last steps in, and decide.
@@ -125,14 +127,17 @@ class Controller:
             return self._keep(f"refused: {error}", refused=True)
         window = [self._problem(counts, layer, self.scaled.latencies) for layer in range(counts.shape[1])]
         rows = self.placement.physical_to_logical
-        times_LNG = np.stack(
-            [rank_times(*each) for each in zip(window, rows, static_weights(self.placement), strict=True)]
-        )
-        news = self._listen(latencies, times_LNG.sum(axis=0) / self.speeds.factors_G)
+
+        def times(rows_LP: NDArray[np.int64], weights: Weights) -> FloatArray:
+            return np.stack([rank_times(*each) for each in zip(window, rows_LP, weights, strict=True)])
+
+        times_LNG = times(rows, static_weights(self.placement))
+        news = self._listen(latencies, times_LNG.sum(axis=0), times)
         known = self.memories.ticks
         changed = self._remember(counts)
         if changed:
             news.append("the traffic changed")
+            self.realised.forget(self.placement)
         else:
             self.promises.check(window)
         if news:
@@ -183,6 +188,7 @@ class Controller:
         if (placement.slots_per_rank != self.placement.slots_per_rank).any():
             self.promises.forget(placement.num_slots)
             self.earlier = Earlier(placement.num_layers, placement.num_slots)
+            self.realised.forget(placement)
         self.placement = self.ruled(placement)
 
     def check(self, placement: Placement) -> None:
@@ -208,13 +214,18 @@ class Controller:
         """
         return state.load(self, path)
 
-    def _listen(self, latencies: FloatArray | None, predicted_NG: FloatArray) -> list[str]:
-        """Take latencies in; what is worth saying about them."""
+    def _listen(self, latencies: FloatArray | None, expected_NG: FloatArray, times: Times) -> list[str]:
+        """Take latencies in; what is worth saying. expected_NG, times (see `Realised`): with the speeds in force."""
+        factors_G = self.speeds.factors_G
+        predicted_NG = expected_NG / factors_G
         unsure = max(0, self.blind_until - self.steps)
         self.steps += len(predicted_NG)
         if latencies is None:
+            self.realised.forget(self.placement)
             return []
         news, changed = self.speeds.take(latencies, predicted_NG, unsure)
+        told_NG = log_factors(latencies[unsure:], predicted_NG[unsure:])
+        self.realised.take(self.placement, told_NG, len(latencies), lambda *each: times(*each) / factors_G)
         if changed:
             self.rescale()
             self.moved_at[:] = LONG_AGO
@@ -250,19 +261,20 @@ class Controller:
         return changed
 
     def _keep(self, reason: str, **fields: float | bool) -> Decision:
-        return Decision(self.placement, reason=reason, drift=self.memories.drift, **fields)  # type: ignore[arg-type]
+        seen = {"drift": self.memories.drift, "trust": self.realised.share}
+        return Decision(self.placement, reason=reason, **seen, **fields)  # type: ignore[arg-type]
 
     def _decide(self, news: list[str], changed: bool, imbalance: float, known: int) -> Decision:
         say = "; ".join(news)
         if not self.memories.ticks or (self.memories.ticks == known and not news):
             return self._keep(
-                _joined(say, f"waiting for {TICK - len(self.memories.pending)} more steps"), imbalance=imbalance
+                joined(say, f"waiting for {TICK - len(self.memories.pending)} more steps"), imbalance=imbalance
             )
         failed_G = self.speeds.failed_G
         begin = self.placement.physical_to_logical
         remembered, trusted = self._remembered()
         problems, rows, said = settle(remembered, begin, failed_G)
-        say = _joined(say, said)
+        say = joined(say, said)
         if said.startswith("infeasible"):
             return self._keep(say, imbalance=imbalance)
         weights, gain_us = rechosen_all(problems, begin, rows, static_weights(self.placement))
@@ -293,23 +305,23 @@ class Controller:
     def _proposals(
         self, problems: list[Problem], rows: NDArray[np.int64], weights: Weights, trusted: float
     ) -> list[Proposal]:
-        policy, lifetime = self.policy, self.memories.lifetime_steps
-        transfer_us = self.expert_bytes / policy.bytes_per_s * 1e6
         # What comes back was seen at length and will stay for a while: it is worth the best placement for it at once.
-        shortfall = 0.0 if self.memories.recalled else self.promises.least(trusted)
-        prices = Prices(policy.slowdown * transfer_us / lifetime, policy.commit_us / lifetime, shortfall)
+        least, share, exempt = self.promises.least(trusted), self.realised.share, self.memories.recalled
+        prices = Prices.of(self.policy, self.expert_bytes, self.memories.lifetime_steps, least, share, exempt)
         into_G = np.where(self.speeds.failed_G, 0, self.placement.slots_per_rank)
         free = [
             layer
             for layer, problem in enumerate(problems)
-            if self.steps - self.moved_at[layer] >= policy.cool_down_steps and problem.counts_TE.any()
+            if self.steps - self.moved_at[layer] >= self.policy.cool_down_steps
+            and problem.counts_TE.any()
+            and not self.realised.waits
         ]
 
         def back(layer: int) -> list[Waypoint]:
             served = self.earlier.of(layer, self.steps)
             return ways_back(problems[layer], rows[layer], served, into_G, self._most_moves())
 
-        found = propose_all(problems, free, rows, weights, prices, policy, into_G, self._compiled, back)
+        found = propose_all(problems, free, rows, weights, prices, self.policy, into_G, self._compiled, back)
         for proposal in found:
             first, last, swaps = proposal.way[0], proposal.way[-1], len(proposal.way) - 1
             gain = 1 - last.objective_us / first.objective_us
@@ -322,7 +334,7 @@ class Controller:
         batch, weights_LP = self.policy.batch_bytes / self.expert_bytes, [each for each in weights if each is not None]
         travel = travel_between(self.placement, rows, self.nodes_G, batch, np.array(weights_LP) if weights_LP else None)
         if not travel.moves:
-            return self._keep(_joined(say, "no swap pays"), imbalance=imbalance, changed=changed)
+            return self._keep(joined(say, "no swap pays", self.realised.doubt), imbalance=imbalance, changed=changed)
         layers, commits = len(travel.moves), len(travel.rounds)
         transfer_us = sum(travel.rounds) * self.expert_bytes / self.policy.bytes_per_s * 1e6
         cost_us = commits * self.policy.commit_us + self.policy.slowdown * transfer_us
@@ -333,17 +345,6 @@ class Controller:
         self.blind_until = self.steps + commits + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
         text = f"{travel.num_moves} moves in {layers} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
         return Decision(
-            self.placement,
-            travel.moves,
-            travel.num_moves,
-            gain_us,
-            cost_us,
-            _joined(say, text),
-            self.memories.drift,
-            imbalance,
-            changed,
-        )
-
-
-def _joined(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
+            self.placement, travel.moves, travel.num_moves, gain_us, cost_us, joined(say, text, self.realised.doubt),
+            self.memories.drift, imbalance, changed, trust=self.realised.share,
+        )  # fmt: skip

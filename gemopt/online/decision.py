@@ -40,6 +40,8 @@ class Decision:
         Whether the traffic changed suddenly.
     refused
         Whether the steps could not be used.
+    trust
+        Share of what moves promised that measured latencies bore out lately; promises count by as much. 1 without any.
     """
 
     placement: Placement
@@ -52,6 +54,7 @@ class Decision:
     imbalance: float = float("nan")
     changed: bool = False
     refused: bool = False
+    trust: float = 1.0
 
 
 def static_weights(placement: Placement) -> Weights:
@@ -109,6 +112,11 @@ def travel_between(
     total = int(sum(into_G.sum() for into_G in into_NG))
     placement = before.changed(physical_to_logical=rows, split_weights=weights) if moved else before
     return Travel(placement, tuple(map(int, changed)), moved, total, rounds)
+
+
+def joined(*parts: str) -> str:
+    """What there is to say, in one line."""
+    return "; ".join(part for part in parts if part)
 
 
 def unmade(wanted: Placement, found: Placement) -> int:

@@ -44,6 +44,8 @@ class Metrics:
         self.drift = gauge("drift_ratio", "Distance of the last steps' loads from those before, 0 to 1")
         self.predicted = gauge("predicted_gain_us", "Microseconds per step that the last decision promised")
         self.realised = gauge("realised_gain_us", "Microseconds per step that it gained on the steps since")
+        self.kept = gauge("promises_kept_ratio", "Share of what moves promised that measured latencies bore out")
+        self.kept.set(1.0)
         self.gap = gauge("certified_gap_ratio", "Most by which any placement could beat the one in force, last steps")
         self.makespan = gauge("makespan_us", "Modelled latency per step of all MoE layers, last steps")
         self.moves = counter("moves", "Experts moved into a rank")

@@ -32,12 +32,23 @@ PROBE = 0.5  # swaps are looked for down to this part of what a swap must promis
 
 @dataclass(frozen=True)
 class Prices:
-    """What a plan must pay for: microseconds per step for each move and each layer touched, and the fraction of the
-    makespan by which a swap keeps less than it promises."""
+    """What a plan must pay for: microseconds per step for each move and each layer touched; and fractions of the
+    makespan, by which a swap keeps less than it promises, and that a move must promise more while moves do not pay."""
 
     move_us: float
     layer_us: float
     shortfall: float
+    doubt: float = 0.0
+
+    @classmethod
+    def of(
+        cls, policy: Policy, expert_bytes: float, steps: float, shortfall: float, trust: float, exempt: bool
+    ) -> Prices:
+        """Of moves that serve for so many steps, of whose promises a share counts; exempt: all of it but for that."""
+        transfer_us = expert_bytes / policy.bytes_per_s * 1e6
+        move_us, layer_us = policy.slowdown * transfer_us / steps, policy.commit_us / steps
+        doubt = 0.5 * shortfall * (1 / trust - 1)  # a swap is two moves
+        return cls(move_us / trust, layer_us / trust, 0.0 if exempt else shortfall, doubt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +64,8 @@ class Proposal:
         if index == 0:
             return 0.0
         first, chosen, prices = self.way[0], self.way[index], self.prices
-        promised = first.objective_us - chosen.objective_us - index * prices.shortfall * first.objective_us
+        short = (index * prices.shortfall + chosen.moves * prices.doubt) * first.objective_us
+        promised = first.objective_us - chosen.objective_us - short
         return promised - prices.move_us * chosen.moves - prices.layer_us
 
     def best(self, most_moves: int | None = None) -> int:
@@ -93,7 +105,7 @@ def propose(
         return None
     many = problem.num_experts > MANY
     options = {
-        "price_us": prices.move_us,
+        "price_us": prices.move_us + prices.doubt * now_us,
         "least_us": (PROBE * prices.shortfall or LEAST * many) * now_us,
         "max_swaps": max_swaps,
         "max_into_G": into_G,

@@ -16,17 +16,19 @@ from gemopt.placement import Placement
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
-VERSION = 5
+VERSION = 6
 KEY = "gemopt_online"
 MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores", "pending")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
 SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG")
 PROMISE_ARRAYS = ("layers", "rows", "weights", "facts")
 EARLIER_ARRAYS = ("served",)
+REALISED_ARRAYS = ("pair", "pair_weights", "before_NG", "since_NG")
 OWN_ARRAYS = ("moved_at",)
 SPEED_NUMBERS = ("step_us",)
 PROMISE_NUMBERS = ("short", "swaps")
 EARLIER_NUMBERS = ("changed_at",)
+REALISED_NUMBERS = ("seen", "kept", "blind", "waited")
 OWN_NUMBERS = ("steps", "blind_until", "moved", "now_s")
 
 
@@ -46,7 +48,10 @@ def save(controller: Controller, path: str | os.PathLike[str], notes: dict[str, 
         "devices": _devices(controller),
         "notes": notes,
     }
-    header["sha256"] = _digest(arrays, header)
+    try:
+        header["sha256"] = _digest(arrays, header)
+    except (TypeError, ValueError) as error:
+        raise InputError("notes", str(error), "what JSON can say") from None
     with replacing(path) as stream:
         stream.write(to_bytes(arrays, metadata={KEY: json.dumps(header)}))  # one key: their order would be arbitrary
 
@@ -54,8 +59,10 @@ def save(controller: Controller, path: str | os.PathLike[str], notes: dict[str, 
 def load(controller: Controller, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Put a state into a controller of the same network, devices and policy, or leave it as it was; the notes."""
     arrays, header = _read(path)
-    if header["policy"] != controller.policy.model_dump():
-        raise InputError(str(path), header["policy"], "the policy of this controller", "construct it with that policy")
+    known, policy = header["policy"], controller.policy.model_dump()
+    if known != policy:
+        other = {name: known.get(name) for name in known | policy if known.get(name) != policy.get(name)}
+        raise InputError(f"{path}: policy", other, "that of this controller", "construct it with that policy")
     placement = Placement(**header["placement"])
     now = controller.placement
     wanted, found = ((p.layer_ids, p.num_experts, p.num_ranks) for p in (now, placement))
@@ -76,16 +83,23 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> dict[str, Any]
 
 
 def _owners(controller: Controller) -> tuple[Any, ...]:
-    return controller.memories, controller.speeds, controller.promises, controller.earlier, controller
+    return (
+        controller.memories,
+        controller.speeds,
+        controller.promises,
+        controller.earlier,
+        controller.realised,
+        controller,
+    )
 
 
 def _arrays(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
-    names = (MEMORY_ARRAYS, SPEED_ARRAYS, PROMISE_ARRAYS, EARLIER_ARRAYS, OWN_ARRAYS)
+    names = (MEMORY_ARRAYS, SPEED_ARRAYS, PROMISE_ARRAYS, EARLIER_ARRAYS, REALISED_ARRAYS, OWN_ARRAYS)
     return list(zip(_owners(controller), names, strict=True))
 
 
 def _numbers(controller: Controller) -> list[tuple[Any, tuple[str, ...]]]:
-    names = (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, EARLIER_NUMBERS, OWN_NUMBERS)
+    names = (MEMORY_NUMBERS, SPEED_NUMBERS, PROMISE_NUMBERS, EARLIER_NUMBERS, REALISED_NUMBERS, OWN_NUMBERS)
     return list(zip(_owners(controller), names, strict=True))
 
 
