@@ -14,9 +14,11 @@ from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
+from gemopt.profile import Device, Profile, Sample
 from gemopt.replay import Context, Migration, Schedule, replay
 from gemopt.replay.copying import traffic
 from gemopt.replay.survivors import evacuate, readmit
+from gemopt.traces import Traces
 
 
 def test_without_moves_the_makespan_is_that_of_evaluate() -> None:
@@ -265,3 +267,17 @@ def test_what_cannot_be_replayed(fields: dict[str, Any], said: str) -> None:
     given = {"strategies": ["contiguous"], "window": WINDOW, **fields}
     with pytest.raises(InputError, match=said):
         replay(profile(), shifting(), **given)
+
+
+@pytest.mark.parametrize("event", ["1:fail@65-67", "1:fail@71", "1:2@64-90"])
+def test_the_clairvoyant_pays_for_nothing_and_nobody_beats_it(event: str) -> None:
+    """Not even where a rank fails within one of its windows: what it lost is there again at no cost."""
+    rng = np.random.default_rng(0)
+    share = rng.dirichlet(np.full(8, 0.5), size=2)
+    traces = Traces(counts=np.stack([rng.multinomial(200, each, size=128) for each in share], axis=1))
+    samples = [Sample(assignments=n, latency_us=20.0 + n) for n in (0, 8, 512)]
+    made = Profile(devices=[Device(rank=rank, samples=samples) for rank in range(4)])
+    names = ["contiguous", "fitted-once", "free", "clairvoyant"]
+    result = replay(made, traces, names, window=16, throttle=Schedule.parse([event]))
+    assert result.row("clairvoyant").migration_us == 0
+    assert result.row("clairvoyant").makespan_us == min(row.makespan_us for row in result.rows)

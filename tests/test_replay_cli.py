@@ -109,3 +109,22 @@ def test_bad_input_is_one_line(
     code, out, err = gemopt(capsys, *inputs, *words)
     assert (code, out) == (2, "")
     assert err.startswith("gemopt: ") and err.count("\n") == 1 and said in err
+
+
+def test_unequal_slots_leave_out_eplb_and_say_so(
+    inputs: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six experts on four ranks: engines with EPLB cannot, and all others run."""
+    profile(4).save(tmp_path / "profile.json")
+    code, out, err = gemopt(capsys, *inputs)
+    assert code == 0 and "eplb-vllm, eplb-sglang: left out" in out + err
+    assert "controller" in out and "clairvoyant" in out
+    code, out, err = gemopt(capsys, *inputs, "--strategies", "eplb-vllm")
+    assert code == 2 and "needs the same for every rank" in out + err
+
+
+def test_events_that_slow_no_scored_step_are_said(inputs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = gemopt(capsys, *inputs, "--strategies", "contiguous", "--event", "1:2@3-30")
+    assert code == 0 and "1:2@3-30 is over before step 30, the first that is scored" in out + err
+    code, out, err = gemopt(capsys, *inputs, "--strategies", "contiguous", "--event", "1:2@3-31")
+    assert code == 0 and "is over before" not in out + err

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemopt.cli import options
-from gemopt.cli.app import app, examples, print_json, say, show
+from gemopt.cli.app import app, examples, notice, print_json, say, show
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import one_by_one
 from gemopt.cli.progress import progress as shown
@@ -63,17 +63,25 @@ def replay_command(
     as_json: options.AsJson = False,
 ) -> int:
     """Judge strategies on recorded traffic: who follows it, at which makespan, with how many moves."""
+    from gemopt.problem import slot_counts
     from gemopt.profile import Profile
     from gemopt.replay import STRATEGIES, Schedule, replay
+    from gemopt.replay.judge import usual
     from gemopt.replay.strategies import make
 
-    names = list(STRATEGIES) if strategies is None else [name.strip() for name in strategies.split(",")]
-    make(names)
+    names = [] if strategies is None else [name.strip() for name in strategies.split(",")]
+    if strategies is not None:
+        make(names)
     schedule = Schedule.parse(event or [])
     check_outputs(("--output", output, "replay result"), ("--plot", plot, ""))
     measured = Profile.load(profile)
     migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
     chosen = _traffic(options.load_traces(traces, task, phase, hidden), plan)
+    slots = options.parse_slots(slots_per_rank)
+    if strategies is None:
+        names = usual(slot_counts(slots, chosen.num_experts, measured.num_ranks))
+    if left_out := [] if strategies else [name for name in STRATEGIES if name not in names]:
+        notice(f"{', '.join(left_out)}: left out, since EPLB needs as many slots on every rank")
     with shown("strategies", total=len(names), hidden=as_json) as progress:
         result = replay(
             measured,
@@ -81,7 +89,7 @@ def replay_command(
             names,
             window=window,
             fit=fit,
-            slots_per_rank=options.parse_slots(slots_per_rank),
+            slots_per_rank=slots,
             migration=migration,
             throttle=schedule,
             non_moe_us=non_moe_us,
@@ -99,6 +107,8 @@ def replay_command(
         from gemopt.plotting import plot_replay, save
 
         save(plot_replay(result), plot)
+    for note in result.notes:
+        notice(f"--event {note}")
     if as_json:
         print_json([row.model_dump(mode="json") for row in result.rows])
         return 0

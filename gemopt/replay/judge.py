@@ -33,7 +33,7 @@ DEFAULT_FIT = 0.5
 def replay(
     profile: Profile | str | os.PathLike[str],
     traces: Traces | str | os.PathLike[str],
-    strategies: Sequence[str | Strategy] = tuple(STRATEGIES),
+    strategies: Sequence[str | Strategy] | None = None,
     *,
     window: int = DEFAULT_WINDOW,
     fit: float = DEFAULT_FIT,
@@ -57,7 +57,8 @@ def replay(
     profile, traces
         Objects or paths.
     strategies
-        Names from `STRATEGIES`, or objects that follow `Strategy`.
+        Names from `STRATEGIES`, or objects that follow `Strategy`. None: all of `STRATEGIES`, without `eplb-*` where slots
+        are unequal.
     window
         Steps between the decisions of `free` and `clairvoyant`, and what they solve on.
     fit
@@ -88,7 +89,8 @@ def replay(
         kept, without a rank that fails, or with experts duplicated per batch, and for other splits and senders.
     """
     profile, traces = Profile.of(profile), Traces.of(traces)
-    chosen, schedule = make(strategies), throttle or Schedule()
+    slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
+    chosen, schedule = make(usual(slots) if strategies is None else strategies), throttle or Schedule()
     migration = migration or Migration.of(profile)
     check_kind("throttle", schedule, Schedule)
     check_kind("migration", migration, Migration)
@@ -97,7 +99,6 @@ def replay(
     _check_numbers(non_moe_us, noise, seed)
     schedule.check(profile.num_ranks, traces.num_steps, first_failure=past.num_steps)
     model = cost_of(cost, profile)
-    slots = slot_counts(slots_per_rank, traces.num_experts, profile.num_ranks)
     known = {} if solved is None else solved
     context = Context(profile, model, past, slots, window, seed, migration, _rules(rules, chosen), shared, known)
     noise_TG = np.exp(noise * np.random.default_rng(seed).standard_normal((traces.num_steps, profile.num_ranks)))
@@ -128,6 +129,12 @@ def replay(
         schedule=schedule,
         regimes=regimes(traces),
     )
+
+
+def usual(slots_G: NDArray[np.int64]) -> list[str]:
+    """Strategies that run unless some are named: engines with EPLB need as many slots on every rank."""
+    unequal = bool((slots_G != slots_G[0]).any())
+    return [name for name in STRATEGIES if not (unequal and name.startswith("eplb-"))]
 
 
 def _play(strategy: Strategy, world: World) -> Track:

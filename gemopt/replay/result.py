@@ -104,6 +104,14 @@ class ReplayResult(Document):
     schedule: Schedule
     regimes: list[Regime] = Field(default_factory=list)
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to know about the events: one line for each that slows no scored step."""
+        over = self.schedule.before(self.first_step)
+        return [
+            f"{event} is over before step {self.first_step}, the first that is scored: it slows none" for event in over
+        ]
+
     def row(self, strategy: str) -> ReplayRow:
         """The row of one strategy."""
         return next(row for row in self.rows if row.strategy == strategy)

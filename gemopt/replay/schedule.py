@@ -68,6 +68,10 @@ class Schedule(Settings):
         if num_ranks < 2 and any(event.fails for event in self.events):
             raise InputError("--event", str(self.events[0]), "a failure needs at least two ranks")
 
+    def before(self, first: int) -> list[Event]:
+        """Events that are over before step `first`."""
+        return [event for event in self.events if event.stop is not None and event.stop <= first]
+
     def factors(self, start: int, stop: int, num_ranks: int) -> FloatArray:
         """[stop - start, G] by what each rank's latency is multiplied; 0 while it is gone."""
         factors_NG = np.ones((stop - start, num_ranks))

@@ -109,7 +109,8 @@ class Course:
             while changes and changes[0][0] == now:
                 self._change(now, *changes.popleft()[1:])
             if hasattr(strategy, "foresee"):
-                self._foresee(now, min(call if call > now else now + strategy.period, end))
+                until = call if call > now else now + strategy.period
+                self._foresee(now, min(until, end, *(step for step, _, _ in changes)))
             elif call == now:
                 self._ask(seen, now)
                 seen = now
@@ -243,12 +244,13 @@ class Course:
         what = f"rank {rank} {'failed' if gone else 'returned'}"
         if self.ruled:
             self.rows = self._kept(what)
-        moved = 0
+        moved, stall_us = 0, 0.0
         for old, new in zip(before, self.rows, strict=True):
             in_G, out_G = traffic(old, new, before_G, self.slots_G)
             moved += int(in_G.sum())
-            self.stall_us += migration.reload_us(in_G) if gone else migration.transfer_us(in_G, out_G)
-        self.stall_us += migration.commit_us
+            stall_us += migration.reload_us(in_G) if gone else migration.transfer_us(in_G, out_G)
+        if not hasattr(self.strategy, "foresee"):  # which pays for no copying at all
+            self.stall_us += stall_us + migration.commit_us
         self.going, self.queue = None, deque()
         self.moves[now - world.first_step] += moved
         self.decisions.append(Decided(step=now, moves=moved, reason=what))
