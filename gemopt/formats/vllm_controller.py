@@ -75,19 +75,36 @@ def controlled_policy(path: str, base: type[Any], rules_path: str | None = None)
                     f"{PROFILE}={path}", f"{profile.num_ranks} devices", f"vLLM runs with {num_ranks} ranks"
                 )
             loads_LE = weight.cpu().double().numpy()
+            old = None if old_global_expert_indices is None else old_global_expert_indices.cpu().numpy()
+            _check(loads_LE, num_replicas, num_ranks, old)
             key = (*loads_LE.shape, num_replicas)
             if key not in deciders:
                 deciders[key] = Decider(cost, profile, num_replicas, window, rules)
-            old = None if old_global_expert_indices is None else old_global_expert_indices.cpu().numpy()
             return torch.from_numpy(deciders[key].decide(loads_LE, old))
 
     return ControlledPlacement
 
 
+def _check(loads_LE: NDArray[np.float64], num_slots: int, num_ranks: int, old: IntArray | None) -> None:
+    """Refuse sizes that vLLM should not have; `old` may be of another number of ranks, all with as many slots."""
+    if loads_LE.ndim != 2:
+        raise InputError("weight", f"shape {loads_LE.shape}", "loads [layers, experts]")
+    if num_slots < num_ranks or num_slots % num_ranks:
+        raise InputError("num_replicas", num_slots, f"a multiple of {num_ranks} ranks", "change num_redundant_experts")
+    if old is None:
+        return
+    layers, experts = loads_LE.shape
+    if old.ndim != 2 or len(old) != layers or old.shape[1] % (num_slots // num_ranks) or old.dtype.kind not in "iu":
+        limit = f"a row for each of {layers} layers, of ranks with {num_slots // num_ranks} slots each"
+        raise InputError("old_global_expert_indices", f"{old.dtype} of shape {old.shape}", limit)
+    if old.max(initial=-1) >= experts:
+        raise InputError("old_global_expert_indices", int(old.max()), f"experts 0 to {experts - 1}, or -1")
+
+
 def window_steps() -> int:
     """Steps of vLLM's window: `window_size` of --eplb-config, which a policy is not told."""
     text = os.environ.get(WINDOW, str(WINDOW_STEPS))
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise InputError(WINDOW, text, "a whole number of at least 1: window_size of --eplb-config")
     return int(text)
 
@@ -116,10 +133,16 @@ class Decider:
             self._compile(rows[0], experts)
         else:
             self.controller.confirm(placement)
+        if not np.isfinite(loads_LE).all() or loads_LE.min() < 0:
+            logger.warning("EPLB: loads that are no numbers of at least 0: nothing moves")
+            return rows
         counts_NLE = mean_steps(loads_LE / self.window, STEPS)
         if not counts_NLE.any():
             return rows
         decision = self.controller.step(counts_NLE)
+        if decision.refused:
+            logger.warning("EPLB: %s: nothing moves", decision.reason)
+            return rows
         wanted = np.array(decision.placement.physical_to_logical)
         if int(self.slots_G.sum()) > experts:
             wanted = np.stack(

@@ -119,6 +119,33 @@ def test_what_cannot_be_served_stops(profile: str, monkeypatch: pytest.MonkeyPat
         vllm_plugin.register()
 
 
+@pytest.mark.parametrize(
+    ("slots", "old", "said"),
+    [
+        (18, initial(2), "num_replicas: got 18; a multiple of 4 ranks"),
+        (12, initial(0)[:, :12], "at least one slot for each of 16 experts"),
+        (16, initial(0)[:2], r"old_global_expert_indices: got int64 of shape \(2, 16\); a row for each of 3 layers"),
+        (20, initial(2), "of ranks with 5 slots each"),
+        (16, initial(0) + 1, "old_global_expert_indices: got 16; experts 0 to 15"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_line(profile: str, slots: int, old: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        controlled_policy(profile, object).rebalance_experts(window(0), slots, 1, 1, RANKS, old)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -5000.0, 1e15])
+def test_loads_that_cannot_be_move_nothing_and_are_said(
+    profile: str, wrong: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy, old, loads = controlled_policy(profile, object), initial(4), window(1).double()
+    loads[1, 3] = wrong
+    with caplog.at_level(logging.WARNING, "vllm.gemopt"):
+        assert (policy.rebalance_experts(loads, EXPERTS + 4, 1, 1, RANKS, old) == old).all()
+    assert "nothing moves" in caplog.text
+    assert (policy.rebalance_experts(window(1), EXPERTS + 4, 1, 1, RANKS, old) != old).any()
+
+
 @pytest.mark.engines
 @pytest.mark.parametrize("redundant", [0, 4])
 def test_vllm_takes_the_policy_and_moves_the_weights(
