@@ -16,6 +16,7 @@ from watched import EXPERTS, LAYERS, RANKS, contiguous, filled, grow, profile, t
 from gemopt import InputError, Placement, Traces
 from gemopt.online import Controller, Policy
 from gemopt.online.follow import Follower
+from gemopt.online.given import Given
 from gemopt.online.metrics import Health, Metrics, serve
 from gemopt.online.watch import Actions, Watch
 
@@ -212,3 +213,50 @@ def test_nothing_unforeseen_ends_the_watch(folder: Path, monkeypatch: pytest.Mon
     watched.look()
     assert Placement.load(folder / "placement.json") == watched.controller.placement != contiguous()
     assert 'gemopt_faults_total{kind="metrics"} 1.0' in metrics.page().decode()
+
+
+def test_a_placement_that_somebody_else_has_put_there_is_not_overwritten(folder: Path) -> None:
+    watched, log = watch(folder)
+    watched.actions.holds = watched.controller.placement
+    other = np.roll(contiguous().physical_to_logical, 1, axis=1)
+    theirs = Placement(**{**dict(contiguous()), "physical_to_logical": other})
+    theirs.save(folder / "placement.json")
+    grow(folder, 0, traffic(hot=0))
+    watched.look()
+    assert Placement.load(folder / "placement.json") == theirs and watched.controller.placement == contiguous()
+    assert any("somebody else has replaced it" in line and "start the watch anew" in line for line in log)
+    (folder / "placement.json").unlink()  # what is gone may be written again
+    grow(folder, 1, traffic(hot=0, seed=1))
+    grow(folder, 2, traffic(hot=0, seed=2))
+    watched.look()
+    assert Placement.load(folder / "placement.json") == watched.controller.placement != contiguous()
+
+
+def test_what_it_wrote_itself_it_replaces(folder: Path) -> None:
+    watched, log = watch(folder)
+    watched.actions.holds = watched.controller.placement
+    for number in range(4):
+        grow(folder, number, traffic(hot=number % 2, seed=number))
+        watched.look()
+    assert sum(line.startswith("moved: ") for line in log) > 1 and not watched.failed
+
+
+def test_inputs_that_are_replaced_are_said_once(folder: Path) -> None:
+    watched, log = watch(folder)
+    path = folder / "profile.json"
+    watched.given = Given([path])
+    text = path.read_text()
+    path.write_text(text)
+    watched.look()
+    assert not any("replaced since the start" in line for line in log)
+    path.write_text(text.replace("synthetic", "another"))
+    watched.look()
+    watched.look()
+    assert (
+        sum("profile.json: replaced since the start; the watch goes on with what it read" in line for line in log) == 1
+    )
+    path.unlink()
+    watched.look()
+    path.write_text(text)
+    watched.look()
+    assert sum("replaced since the start" in line for line in log) == 2

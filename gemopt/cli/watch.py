@@ -58,6 +58,7 @@ def watch(
     """Follow a growing trace folder: decide, write the placement, export it, run a command, serve metrics."""
     from gemopt.formats.registry import get
     from gemopt.online.follow import PATIENCE, Follower
+    from gemopt.online.given import Given
     from gemopt.online.metrics import Health, Metrics, serve
     from gemopt.online.sole import sole
     from gemopt.online.watch import Actions, Watch
@@ -82,6 +83,7 @@ def watch(
         for _, path, _ in written:
             if path is not None:
                 held.enter_context(sole(path))
+        read_once = Given(path for path in (profile, rules, policy) if path is not None)
         controller = _controller(profile, placement, rules, senders, policy)
         read, suffixes = (None, ()) if source is None else _reader(source, controller.placement)
         follower = Follower(folder, read, suffixes=suffixes, patience=1 if once else PATIENCE)
@@ -90,7 +92,8 @@ def watch(
             follower.resume(controller.load(state))
             controller.confirm(in_force)
         writes = _writes(target, exports, controller.placement)
-        actions = Actions(target, writes, _words(on_change), command_timeout)
+        holds = controller.placement if same else None
+        actions = Actions(target, writes, _words(on_change), command_timeout, holds)
         metrics = None if port is None else Metrics()
         health = Health(stale_after_s=max(60.0, 10 * interval))
         if metrics is not None and port is not None:
@@ -98,7 +101,7 @@ def watch(
             held.callback(server.server_close)
             held.callback(server.shutdown)
             _log(f"serving http://{host}:{server.server_port}/metrics and /healthz")
-        watched = Watch(controller, follower, actions, _log, metrics, health, state, window)
+        watched = Watch(controller, follower, actions, _log, metrics, health, state, window, read_once)
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             held.callback(signal.signal, number, signal.signal(number, lambda *_: stop.set()))

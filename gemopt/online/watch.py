@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from gemopt.exceptions import InputError
 from gemopt.online.controller import Controller
 from gemopt.online.decision import Decision
 from gemopt.online.follow import Follower, News, told
+from gemopt.online.given import Given
 from gemopt.online.metrics import Health, Metrics
 from gemopt.placement import Placement
 from gemopt.problem import problems
@@ -41,18 +43,20 @@ class Actions:
 
     writes: each replaces one file, an export or the placement itself, atomically. command: run afterwards with
     `{placement}` replaced by the path, for at most `command_timeout_s`; an exit code other than 0 means that the
-    placement is not in force.
+    placement is not in force. holds: what the file at `path` was left with; None: whatever it holds may be replaced.
     """
 
     path: Path
     writes: Sequence[Write]
     command: Sequence[str] = ()
     command_timeout_s: float = 60.0
+    holds: Placement | None = None
 
     def carry_out(self, placement: Placement, old: Placement) -> str:
         """Why the placement did not come into force, which leaves the files as they were; nothing when it did."""
         done: list[Write] = []
         try:
+            self._check_file()
             for write in self.writes:
                 write(placement)
                 done.append(write)
@@ -60,7 +64,20 @@ class Actions:
         except Exception as error:
             left = [reason for write in done if (reason := _failure(write, old))]
             return "; ".join([told(error), "the placement in force stays", *(f"not put back: {each}" for each in left)])
+        self.holds = placement
         return ""
+
+    def _check_file(self) -> None:
+        """Refuse to replace a placement that somebody else has put there."""
+        if self.holds is None:
+            return
+        try:
+            found = Placement.load(self.path)
+        except InputError:
+            return  # gone, or no placement
+        if _serving(found) != _serving(self.holds):
+            limit = "what the watch read or wrote: somebody else has replaced it"
+            raise InputError(str(self.path), "another placement", limit, "start the watch anew to go on from there")
 
     def _run(self) -> None:
         if not self.command:
@@ -86,6 +103,12 @@ class Actions:
             raise InputError(name, f"exit code {done.returncode}", said[-1] if said else "0 is needed")
 
 
+def _serving(placement: Placement) -> list[Any]:
+    """What serving depends on."""
+    fields = (placement.physical_to_logical, placement.slots_per_rank, placement.split, placement.split_weights)
+    return [each.tolist() if isinstance(each, np.ndarray) else each for each in fields]
+
+
 def _failure(write: Write, placement: Placement) -> str:
     try:
         write(placement)
@@ -106,6 +129,7 @@ class Watch:
     health: Health = field(default_factory=lambda: Health(60.0))
     state: Path | None = None
     window: int = WINDOW
+    given: Given = field(default_factory=Given)
     failed: bool = False  # whether the last look met a fault, and no decision came into force after it
     _before: Placement | None = None
 
@@ -132,6 +156,8 @@ class Watch:
         news = News()
         with self._guard("file"):
             news = self.follower.look()
+        for path in self.given.replaced():
+            self._fault("file", f"{path}: replaced since the start; the watch goes on with what it read: start it anew")
         for fault in news.faults:
             self._fault("file", fault)
         self.health.looked()
@@ -187,6 +213,7 @@ class Watch:
             return
         self.metrics.decisions.labels(kind=kind).inc()
         self.metrics.drift.set(decision.drift)
+        self.metrics.kept.set(decision.trust)
         if kind == "moved":
             self.metrics.moves.inc(decision.num_moves)
             self.metrics.predicted.set(decision.gain_us)

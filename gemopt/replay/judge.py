@@ -57,8 +57,8 @@ def replay(
     profile, traces
         Objects or paths.
     strategies
-        Names from `STRATEGIES`, or objects that follow `Strategy`. None: all of `STRATEGIES`, without `eplb-*` where slots
-        are unequal.
+        Names from `STRATEGIES`, or objects that follow `Strategy`. None: all of them, without `eplb-*` where slots are
+        unequal.
     window
         Steps between the decisions of `free` and `clairvoyant`, and what they solve on.
     fit
