@@ -21,7 +21,8 @@ from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
-from gemopt.solvers.exact.column_space import Space
+from gemopt.solvers.exact.column_master import Master
+from gemopt.solvers.exact.column_space import LEVELS, Space
 from gemopt.solvers.size import prover
 from gemopt.traces import Traces
 from gemopt.verify import Case, verify
@@ -50,11 +51,31 @@ def test_any_multipliers_prove_a_bound() -> None:
     space, best_us = Space.of(problem, step_bounds(problem)), optimum(problem)
     assert space is not None
     rng = np.random.default_rng(0)
-    for size in (0.0, 0.1, 1.0, 100.0):
-        levels = space.levels(best_us * rng.uniform(0.9, 1.5))
+    for fineness, size in enumerate((0.0, 0.1, 1.0, 100.0)):
+        levels = space.levels(best_us * rng.uniform(0.9, 1.5), fineness)
         mu = rng.random((len(levels), 6, problem.num_steps)) ** 3 * size
         found = space.prove(levels, mu, rng.normal(size=6) * size * best_us / 6, NEVER)
         assert found is not None and found.bound_us <= best_us
+
+
+def test_finer_levels_begin_where_coarser_ones_ended() -> None:
+    problem = one(6, [2, 2, 2], tile=16)
+    space, best_us = Space.of(problem, step_bounds(problem)), optimum(problem)
+    assert space is not None and space.finest() == len(LEVELS) - 1
+    master, bounds, levels = Master(space, best_us), [], []
+    every = np.arange(len(space))
+    master.hold(every)
+    for fineness in range(len(LEVELS)):
+        master.iterate(20, NEVER)
+        for again in (fineness, min(fineness + 1, space.finest())):
+            master.cut(space.levels(best_us * 1.1, again))
+            master.hold(every)
+            found = space.prove(master.levels_LT, *master.multipliers(), NEVER)
+            assert found is not None and found.bound_us <= best_us
+            bounds.append(found.bound_us)
+            levels.append(len(found.levels_LT))
+    assert bounds[::2] == pytest.approx(bounds[1::2], rel=1e-6) and levels[::2] == [1, 3, 6, 12]
+    assert bounds[-1] > bounds[0] > 0
 
 
 def test_columns_and_rows_are_one_placement() -> None:

@@ -5,8 +5,8 @@
 
 Its dual solutions are the multipliers and prices of `Space.prove`. Reflected Halpern steps with restarts, as in
 `gemopt.bounds.primal_dual`, from no column in use: from the incumbent's alone the iteration stays there for long.
-It begins with one level, which costs least and takes it nearly all the way. Times are in units of the incumbent's
-objective.
+It begins with one level, which costs least and takes it nearly all the way; more of them close some of what is left.
+Times are in units of the incumbent's objective.
 """
 
 from __future__ import annotations
@@ -51,21 +51,27 @@ class Master:
             "y": np.zeros(len(space.count_K), F32),
         }
         self.image, self.iterations = self.z, 0
-        self.cut(space.floor_T[None])
+        self._set_levels(space.floor_T[None])
 
     def cut(self, levels_LT: FloatArray) -> None:
-        """Cut latencies at these levels instead of one, before the next `hold`; multipliers are those of the one."""
+        """Cut latencies at these levels, before the next `hold`; each has the multipliers of the one it was part of."""
+        middles = (levels_LT[1:] + levels_LT[:-1]).sum(axis=1) / 2
+        part_of = np.searchsorted(self.levels_LT[1:].sum(axis=1), np.append(middles, np.inf))
+        experts = len(self.z["mu"])
+        self.z["mu"] = self.z["mu"].reshape(experts, len(self.levels_LT), -1)[:, part_of].reshape(experts, -1)
+        self._set_levels(levels_LT)
+
+    def _set_levels(self, levels_LT: FloatArray) -> None:
         self.levels_LT, steps = levels_LT, len(self.space.problem.weights_T)
         self.ends_LT = np.vstack([levels_LT, np.full((1, steps), HIGHEST * self.unit)])
         self.most_M = np.tile(self.space.problem.weights_T / self.weight, len(levels_LT)).astype(F32)
-        self.z["mu"] = np.tile(self.z["mu"], (1, len(levels_LT)))
         self.most_columns = int(MOST_ROOM / self.z["mu"].shape[1])
 
     def fold(self, space: Contents) -> None:
         """Go on, with the next `hold`, where a latency is one row: the largest of its planes, cut at the floors."""
         self.z["mu"] = self.z["mu"].reshape(len(self.z["mu"]), self.space.planes, -1).sum(axis=1)
         self.space = space
-        self.cut(self.levels_LT)
+        self._set_levels(self.levels_LT)
 
     def net(self) -> FloatArray:
         """[n] what each column costs less the prices of its experts, about, in microseconds."""

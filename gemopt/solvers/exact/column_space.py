@@ -29,7 +29,13 @@ from gemopt.solvers.size import num_columns
 
 IntArray = NDArray[np.int64]
 
-LEVELS = (0.0, 0.6, 1.5)  # of what is open in the mean step, above its floor
+LEVELS = (
+    (0.0,),
+    (0.0, 0.6, 1.5),
+    (0.0, 0.3, 0.6, 1.0, 1.5, 2.2),
+    (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 1.8, 2.2, 2.7),
+)  # of what is open in the mean step, above its floor: ever finer
+MOST_CUT = 1e8  # columns x steps x levels, where there are more than three
 ULP = 2.0**-52
 
 
@@ -165,11 +171,16 @@ class Space:
             row[self.problem.rank_of_slot == g] = members[: int(self.size_K[k])]
         return row
 
-    def levels(self, value_us: float) -> FloatArray:
-        """[L, T] where latencies are cut, given a placement's objective in microseconds."""
+    def finest(self) -> int:
+        """The last of `LEVELS` that are not too many."""
+        entries = len(self) * self.problem.num_steps
+        return max([1, *(n for n, cuts in enumerate(LEVELS) if entries * len(cuts) <= MOST_CUT)])
+
+    def levels(self, value_us: float, fineness: int) -> FloatArray:
+        """[L, T] where latencies are cut, given a placement's objective in microseconds and which of `LEVELS`."""
         total = float(self.problem.weights_T.sum())
         open_us = max(0.0, value_us - float(self.problem.weights_T @ self.floor_T)) / max(total, 1e-300)
-        cuts = LEVELS if open_us > 0 else LEVELS[:1]
+        cuts = LEVELS[fineness if open_us > 0 else 0]
         return np.stack([self.floor_T + cut * open_us for cut in cuts])
 
     def prove(self, levels_LT: FloatArray, mu_LET: FloatArray, pi_E: FloatArray, stop: Any) -> Proven | None:

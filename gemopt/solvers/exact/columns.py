@@ -25,7 +25,7 @@ from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.tree import CLOSE
 
 ITERATIONS = 50  # of the master between two looks at all columns
-COARSE = 400  # iterations with one level
+COARSE = 400  # iterations with one level; as many with three, twice as many with six
 HELD = 1024  # cheapest columns in the master, beside those in use
 IN_USE = 0.003  # of a column in the master: it may be part of a good placement
 DIVE_WORK = 10**6  # steps and columns that a search of the columns in use may look at
@@ -81,6 +81,7 @@ class _Search:
         self.proven: Proven | None = None
         self.done, self.tried, self.later = False, len(space), LATER
         self.looks: list[tuple[int, float]] = []
+        self.fineness, self.cut_at = 0, 0
 
     @property
     def bound_us(self) -> float:
@@ -94,6 +95,7 @@ class _Search:
         """Until proven, within the gap, out of time, or without progress."""
         master = Master(self.space, max(self.value, 1e-300))
         master.hold(self._around())
+        finest = self.space.finest()
         while not (self.stop[0] or self._within(self.options.gap)):
             master.iterate(ITERATIONS, self.stop)
             found = self.space.prove(master.levels_LT, *master.multipliers(), self.stop)
@@ -107,10 +109,12 @@ class _Search:
             if len(left) <= FEWER * self.tried or (len(left) <= FEW_LEFT and len(self.looks) >= self.later):
                 self.tried, self.later = len(left), max(LATER, 2 * len(self.looks))
                 self._look_through(left, FIRST_WORK * len(self.looks))
-            if self._stalled():
+            stalled = self._stalled()
+            if self.fineness < finest and (stalled or master.iterations >= COARSE << self.fineness):
+                self.fineness, self.cut_at = self.fineness + 1, master.iterations
+                master.cut(self.space.levels(self.value, self.fineness))
+            elif stalled:
                 break
-            if master.iterations == COARSE:
-                master.cut(self.space.levels(self.value))
             cheapest = np.argpartition(found.extra_N, min(HELD, len(self.space) - 1))[:HELD]
             master.hold(np.concatenate([self.space.ids(self.row), master.used, cheapest]))
         if self.proven is not None and not self._within(self.options.gap):
@@ -131,9 +135,9 @@ class _Search:
         return self.done or (gap is not None and gap <= max(limit, 3 * CLOSE))
 
     def _stalled(self) -> bool:
-        """Whether the last half of the iterations gained next to nothing of what is open."""
+        """Whether the last half of the iterations, all since levels were made finer, gained next to nothing."""
         now, bound = self.looks[-1]
-        before = [value for count, value in self.looks if count <= now / 2]
+        before = [value for count, value in self.looks if self.cut_at < count <= now / 2]
         return len(before) > 3 and bound - before[-1] <= LEAST_GAIN * (self.value - bound)
 
     def _look_through(self, ids: IntArray, most_work: int) -> None:
