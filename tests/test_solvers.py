@@ -310,3 +310,32 @@ def test_a_round_over_copies_never_costs_and_finds_a_copy_of_the_one_hot_expert(
     check(problem, state.content)
     assert (state.content == 7).sum() > 1
     assert objective(problem, state.content) < objective(problem, start)
+
+
+@pytest.mark.parametrize("patience", [2, None])
+def test_kicks_on_hulls_count_by_the_latencies(patience: int | None) -> None:
+    loads = np.unique(np.concatenate([np.arange(0, 400, 8), np.arange(1, 400, 8)]))
+    tiles = [Latency(((Curve(loads, f * (60.0 + 9.0 * np.ceil(loads / 8)), f),),)) for f in (1.0, 1.1, 0.9, 1.0)]
+    rng = np.random.default_rng(5)
+    problem = Problem.make(
+        rng.poisson(rng.gamma(0.7, 12.0, 24) * rng.uniform(0.3, 1.7, (300, 1))), (ASSIGNMENTS,), tiles
+    )
+    hulls = hull_costs(problem)
+    assert make_costs(problem).use_tables
+    assert hulls is not None
+    assert not hulls.use_tables
+    rows = []
+    for _ in range(2):
+        first = get("local-search").solve(problem, options(patience=0, first=True), None)
+        assert first.row is not None
+        value = objective(problem, first.row)
+        seconds = 60 if patience else 0.5
+        went_on = options(patience=patience, begun=first.search, deadline=time.monotonic() + seconds)
+        found = get("local-search").solve(problem, went_on, None)
+        assert found.row is not None
+        check(problem, found.row)
+        values = [each.objective_us for each in found.history]
+        assert values == sorted(values, reverse=True)
+        assert objective(problem, found.row) == values[-1] <= value
+        rows.append(found.row)
+    assert patience is None or (rows[0] == rows[1]).all()

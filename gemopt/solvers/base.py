@@ -68,6 +68,8 @@ class Options:
     """`Outcome.search` of an earlier call on the same problem, for the solver to go on from."""
     compute_slack: float | None = None
     """With links: by what part makespans may grow for fewer bytes between nodes; None: the time of steps counts."""
+    first: bool = False
+    """Whether a later call goes on from `Outcome.search`, so that this one may leave to it what takes long."""
     start_by: float = -np.inf
     """Until when a greedy start that takes longer may be made, though the deadline is over."""
 

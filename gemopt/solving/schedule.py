@@ -216,7 +216,8 @@ class Run:
             return
         solver = get("local-search") if self.solver.supports.proves else self.solver
         patience = DEFAULT_PATIENCE if self.exact else 0
-        options = replace(self._options(layer, deadline), patience=patience, start_by=start_by)
+        first = self.patience != 0 and not self.exact
+        options = replace(self._options(layer, deadline), patience=patience, start_by=start_by, first=first)
         layer.outcome = _full(layer, solver.solve(layer.problem, options, layer.warm))
 
     def _base(self, layer: Layer) -> None:

@@ -1,14 +1,15 @@
 """Local search: speed-weighted LPT, swaps under the true per-step objective, then iterated until the limit.
 
-Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves. Spare slots start
-empty or full of copies, whichever is better, then the other way; where they are scarce, with the copies of the copies
-bound, then full of copies. Copies are added, moved and dropped where the true objective says so. Kicks swap slots of
-three ranks, and where that gains nothing change which experts have copies; under a time limit they are annealed.
-Descents end with the deadline; what was cut goes on where it ended when there is more time.
+Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves; without spare slots
+so do kicks. Spare slots start empty or full of copies, whichever is better, then the other way; where they are scarce,
+with the copies of the copies bound, then full of copies. Copies are added, moved and dropped where the true objective
+says so. Kicks swap slots of three ranks, and where that gains nothing change which experts have copies; under a time
+limit they are annealed. Descents end with the deadline; what was cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ LEAST_GAIN = 1e-4  # of a round over all copies
 HEAT = 2.0  # at first, see `iterate`; falls to 0 with the time that is left
 MOST_COPIES = 3  # that a kick changes
 SCARCE_SHARE = 0.25  # of the time, for the copies of the bound
+HULL_SHARE = 0.85  # of the time for kicks on the hulls, at most
+HULL_POLISHES = 25.0  # times what a descent on the latencies takes, the same: small layers need the hulls less
 HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
 
 
@@ -112,6 +115,7 @@ class _Search(Best):
 
     searched: whether any descent began. stop: [1] see `Options.alarm`. copied: the start with copies, once greedy no
     longer says that it is still to be made, which takes longer. scarce: whether the one of the copies bound is.
+    polish_s: seconds of a descent on the latencies from where one on the hulls ended.
     """
 
     def __init__(self, problem: Problem, warm_start: Row | None) -> None:
@@ -119,6 +123,7 @@ class _Search(Best):
         self.greedy = warm_start is None and problem.spare_slots > 0
         self.starts = [_completed(problem, lpt_row(problem) if warm_start is None else warm_start)]
         self.copied, self.scarce = self.starts[0], False
+        self.polish_s = 0.0
         self.offer(self.starts[0])
 
     @cached_property
@@ -169,16 +174,25 @@ class _Search(Best):
         problem, ranks, row = self.problem, np.ones(self.problem.num_ranks, dtype=bool), start
         if self.hulls is not None:
             state = self.state(start, self.hulls)
-            descend(self.hulls, state, ranks, False)
+            descend(self.hulls, state, ranks, self.shares is None)
             value, before = objective(problem, state.content), objective(problem, start)
             self.keep(state.content, value)
             row = state.content if value < before else start
             if min(value, before) > HOPELESS * self.value:  # what another start led to
                 return row
-        state = self.state(row)
-        descend(self.costs, state, ranks, True)
+        goes_on = self.options.first or self.options.patience != 0
+        row = self._polish(row, self.shares is not None or self.hulls is None or not goes_on)
+        return self._over_copies(row)
+
+    def _polish(self, row: Row, full: bool) -> Row:
+        """Descend on the latencies, with `full` until no swap helps; where that ended."""
+        from gemopt.solvers.search.swaps import descend
+
+        begun, state = time.monotonic(), self.state(row)
+        descend(self.costs, state, np.ones(self.problem.num_ranks, dtype=bool), full)
         self.offer(state.content)
-        return self._over_copies(state.content)
+        self.polish_s = self.polish_s if full else time.monotonic() - begun
+        return state.content
 
     def _over_copies(self, row: Row) -> Row:
         """Change copies and swap until neither helps; where that ended."""
@@ -225,36 +239,51 @@ class _Search(Best):
         return self.value < before
 
     def iterate(self) -> StoppedBy:
-        """Kick and descend in batches until the deadline, the patience, the gap or an interrupt."""
-        from gemopt.solvers.search.swaps import KICK_DRAWS, iterate, total_cost
-
-        problem, options = self.problem, self.options
-        patience = NEVER if options.patience is None else options.patience
-        if self.row is None or problem.num_ranks < 2 or patience == 0:
+        """Kick and descend until the deadline, the patience, the gap or an interrupt; on the hulls first, if any."""
+        options, given_s = self.options, self.options.remaining
+        if self.row is None or self.problem.num_ranks < 2 or options.patience == 0:
             ended = options.cut_by if self.starts else StoppedBy.ITERATIONS
             return StoppedBy.GAP if self.good_enough() else ended
         if self.draws is None:
-            self.draws = seeded(options.seed, problem.num_experts, problem.num_ranks)
-        best, idle, state, gains = np.inf, 0, None, False
-        losses, given_s = np.zeros(2), options.remaining
-        kicks = BATCH_KICKS if self.shares is None else COPIES_KICKS
+            self.draws = seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
+        timed = options.patience is None and 0.0 < given_s < np.inf  # else the path is the seed's alone
+        if self.hulls is not None and self.shares is None:
+            most_s = HULL_POLISHES * self.polish_s if options.patience is None else np.inf
+            end = time.monotonic() + min(HULL_SHARE * given_s, most_s)
+            row, _ = self._walk(self.hulls, HEAT if timed else 0.0, end)
+            self._polish(self._polish(row, False), True)
+        heat = HEAT * options.remaining / given_s if timed else 0.0
+        return self._walk(self.costs, heat, options.deadline)[1]
+
+    def _walk(self, costs: Costs, heat: float, end: float) -> tuple[Row, StoppedBy]:
+        """Kick and descend on these costs in batches until `end` of `time.monotonic`; the best row by them.
+
+        heat: at first, see `swaps.iterate`; falls to 0 with the time, 0 without any.
+        """
+        from gemopt.solvers.search.swaps import KICK_DRAWS, iterate, total_cost
+
+        assert self.row is not None and self.draws is not None
+        options, begun = self.options, time.monotonic()
+        patience = NEVER if options.patience is None else options.patience
+        best, idle, state, gains, row = np.inf, 0, None, False, self.row
+        losses, kicks = np.zeros(2), BATCH_KICKS if self.shares is None else COPIES_KICKS
         while idle < patience:
+            now = time.monotonic()
             if self.good_enough():
-                return StoppedBy.GAP
-            if options.expired():
-                return options.cut_by
+                return row, StoppedBy.GAP
+            if options.expired() or now >= end:
+                return row, options.cut_by
             if self.shares is not None and not gains:  # swaps alone cost less
                 idle, state = (0, None) if self._kick_copies(self.draws) else (idle + 1, state)
             if state is None:
-                state = self.state(self.row)
+                state = self.state(self.row, costs)
                 best, row = total_cost(state), state.content.copy()
-            timed = options.patience is None and np.isfinite(given_s)  # else the path is the seed's alone
-            heat = HEAT * options.remaining / given_s if timed else 0.0
+            cooled = heat * (end - now) / (end - begun) if heat else 0.0
             draws = self.draws.random((kicks, KICK_DRAWS))
-            renewed = iterate(self.costs, state, draws, best, row, losses, heat)
+            renewed = iterate(costs, state, draws, best, row, losses, cooled)
             gains = renewed < best
             idle = 0 if gains else idle + 1
             if gains:
                 best = renewed
                 self.offer(row)
-        return StoppedBy.ITERATIONS
+        return row, StoppedBy.ITERATIONS

@@ -62,7 +62,8 @@ def hull_costs(problem: Problem) -> Costs | None:
     Those are one line of one feature (a hull within 3 % of one around the mean load counts), and up to five planes of
     two features.
     """
-    rows = [_line_about_mean(problem, latency) for latency in problem.latencies]
+    mean = float(problem.features_FTE[0].sum(axis=1).mean()) / problem.num_ranks
+    rows = [_line_about(mean, latency) for latency in problem.latencies]
     if len(problem.features) == 2:
         rows = [latency.planes(limit=UNROLLED_PLANES) for latency in problem.latencies]
     if any(row is None or len(row) > UNROLLED_PLANES for row in rows):
@@ -70,11 +71,11 @@ def hull_costs(problem: Problem) -> Costs | None:
     return _plane_costs([row for row in rows if row is not None])
 
 
-def _line_about_mean(problem: Problem, latency: Latency) -> Array | None:
+@lru_cache(maxsize=1024)  # layers share latencies, and most have the same mean load
+def _line_about(mean: float, latency: Latency) -> Array | None:
     """[1, 2] intercept and slope close to the hull of a latency of one feature, or None."""
-    if len(problem.features) != 1:
+    if latency.num_features != 1:
         return None
-    mean = float(problem.features_FTE[0].sum(axis=1).mean()) / problem.num_ranks
     loads = np.linspace(0.25, 2.5, 16) * max(mean, 1.0)
     planes_K2 = latency.planes(limit=64)
     values = (planes_K2[:, :1] + planes_K2[:, 1:] * loads).max(axis=0)
