@@ -65,7 +65,8 @@ def test_traffic_that_turns_round_costs_and_steady_traffic_does_not() -> None:
 def test_a_bound_that_time_cut_makes_traffic_look_no_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"solvers": ["linear"], "holdout": 0.5}
     whole = compare(profile(2.0), traces(), **options)[0].ceiling
-    monkeypatch.setattr("gemopt.solving.schedule.spread_bound", lambda *_: 0.0)  # as where no time is left for it
+    nothing_T = np.zeros(traces().num_steps // 2)  # as where no time is left for it
+    monkeypatch.setattr("gemopt.solving.schedule.spread_bounds", lambda *_: nothing_T)
     assert compare(profile(2.0), traces(), **options)[0].ceiling == whole
     assert whole is not None and whole.spread_us > 0
 

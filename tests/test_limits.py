@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_info
 from timed import timed
 
 import gemopt
-from gemopt.bounds import step_bounds, timed_step_bounds
+from gemopt.bounds import spread_bounds, step_bounds, timed_step_bounds
 from gemopt.compare import compare
 from gemopt.conflicts import classify
 from gemopt.evaluate import check, loads, objective
@@ -160,6 +160,15 @@ def test_a_cut_bound_is_a_bound() -> None:
         simple._block_bounds = real
     assert 0 < done < problem.num_steps
     assert (some_T[:done] == full_T[:done]).all() and (some_T[done:] == none_T[done:]).all()
+
+
+@pytest.mark.parametrize("slots", [None, 7], ids=["just", "spare"])
+def test_a_bound_that_is_cut_at_once_is_that_of_fluid(slots: object) -> None:
+    problem = make(steps=40, slots=slots)
+    fluid_T, full_T = spread_bounds(problem, np.zeros(1, np.uint8)), step_bounds(problem)
+    cut_T, done = timed_step_bounds(problem, RUNG, fluid_T)
+    assert done == 0 and (cut_T >= fluid_T).all() and (cut_T <= full_T * (1 + 1e-9)).all()
+    assert cut_T.sum() > timed_step_bounds(problem, RUNG)[0].sum()
 
 
 def test_the_alarm_rings_at_the_deadline_and_when_stopped() -> None:

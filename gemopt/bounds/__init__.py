@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemopt.bounds.copies import CopiesProof, copies_bound, copies_proof
-from gemopt.bounds.simple import lower_bound, spread_bound, step_bounds, timed_step_bounds, weighted
+from gemopt.bounds.simple import lower_bound, spread_bound, spread_bounds, step_bounds, timed_step_bounds, weighted
 from gemopt.bounds.together import Together, together_bound
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "copies_proof",
     "lower_bound",
     "spread_bound",
+    "spread_bounds",
     "step_bounds",
     "timed_step_bounds",
     "together_bound",

@@ -52,10 +52,13 @@ def step_bounds(problem: Problem) -> FloatArray:
     return timed_step_bounds(problem, np.zeros(1, np.uint8))[0]
 
 
-def timed_step_bounds(problem: Problem, stop: NDArray[np.uint8]) -> tuple[FloatArray, int]:
+def timed_step_bounds(
+    problem: Problem, stop: NDArray[np.uint8], known_T: FloatArray | None = None
+) -> tuple[FloatArray, int]:
     """As `step_bounds`, and the number of steps bounded before `stop` [1] was not 0 (`Options.alarm`).
 
-    The others have what is known without work: their least loads in the block that was cut, the idle ranks after it.
+    The others have what is known: known_T (bounds of the steps, such as `spread_bounds`), their least loads in the
+    block that was cut, the idle ranks after it.
     """
     from gemopt.kernels import rank_latencies
 
@@ -69,13 +72,19 @@ def timed_step_bounds(problem: Problem, stop: NDArray[np.uint8]) -> tuple[FloatA
         block = slice(first, first + BLOCK_STEPS)
         bounds_T[block], steps = _block_bounds(problem, block, stop)
         done += steps
-    return np.asarray(bounds_T - ROUNDING * np.abs(bounds_T)), done
+    bounds_T -= ROUNDING * np.abs(bounds_T)
+    return bounds_T if known_T is None else np.maximum(bounds_T, known_T), done
 
 
 def spread_bound(problem: Problem, stop: NDArray[np.uint8]) -> float:
-    """Lower bound of the objective in microseconds over all placements with any number of copies under any split.
+    """Lower bound of the objective in microseconds over all placements with any number of copies under any split."""
+    return weighted(problem, spread_bounds(problem, stop))
 
-    The fluid bound alone, with room for every expert on every rank; steps that `stop` cuts have nothing.
+
+def spread_bounds(problem: Problem, stop: NDArray[np.uint8]) -> FloatArray:
+    """[T] the same of each step's makespan: the fluid bound alone, with room for every expert on every rank.
+
+    A small part of the work of `step_bounds`; steps that `stop` [1] cuts have the idle ranks' time.
     """
     from gemopt.bounds.steps import raise_bounds
     from gemopt.kernels import rank_latencies
@@ -91,7 +100,7 @@ def spread_bound(problem: Problem, stop: NDArray[np.uint8]) -> float:
         np.zeros(1, np.int64), shape.low, shape.others, shape.normals_DF, shape.slope_DGM, shape.shift_DGM,
         shape.wake_G, stop,
     )  # fmt: skip
-    return weighted(problem, bounds_T - ROUNDING * np.abs(bounds_T))
+    return np.asarray(bounds_T - ROUNDING * np.abs(bounds_T))
 
 
 def _block_bounds(problem: Problem, block: slice, stop: NDArray[np.uint8]) -> tuple[FloatArray, int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.bounds import timed_step_bounds, weighted
+from gemopt.bounds import spread_bounds, timed_step_bounds, weighted
 from gemopt.evaluate import Evaluation, loads, rank_times
 from gemopt.latency import ASSIGNMENTS, FloatArray
 from gemopt.migration import Link, moves, relabel
@@ -23,6 +23,7 @@ CELLS = 3000  # of a heat map: ranks times windows
 MOST_WINDOWS = 120
 BOUND_SECONDS = 8.0
 DRAWS = 1000
+NEVER = np.zeros(1, np.uint8)
 LEAST_STEPS = 20  # below which a quantile has no interval
 QUANTILES = (0.5, 0.9, 0.99)
 
@@ -124,7 +125,7 @@ def bounds(inputs: Inputs) -> Bounds:
     found, steps = [], 0
     with Options.lasting(BOUND_SECONDS).alarm() as stop:
         for problem in layers(inputs, inputs.placement):
-            bounds_T, done = timed_step_bounds(problem, stop)
+            bounds_T, done = timed_step_bounds(problem, stop, spread_bounds(problem, NEVER))
             found.append(weighted(problem, bounds_T))
             steps += done
     said = "fluid and pigeonhole bounds, proven for every placement in these slots"

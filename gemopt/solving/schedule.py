@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemopt import cores
-from gemopt.bounds import copies_proof, spread_bound, timed_step_bounds, together_bound, weighted
+from gemopt.bounds import copies_proof, spread_bounds, timed_step_bounds, together_bound, weighted
 from gemopt.evaluate import objective, total
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
@@ -226,13 +226,14 @@ class Run:
         layer.base_us = 0.0 if row is None else objective(layer.problem, row)
 
     def _bound(self, layer: Layer, deadline: float) -> None:
-        """The simple bounds of as many steps as there is time for, unless known; then what copies can carry."""
+        """The fluid bound of all steps, the simple ones of as many as there is time for; then what copies can carry."""
         options = self._options(layer, deadline)
         if not layer.bound_cut or (options.expired() and layer.bounded_steps >= 0):
             return
         with options.alarm() as stop:
-            layer.floor_T, steps = timed_step_bounds(layer.problem, stop)
-            layer.spread_us = max(layer.spread_us, spread_bound(layer.problem, stop))
+            spread_T = spread_bounds(layer.problem, stop)
+            layer.floor_T, steps = timed_step_bounds(layer.problem, stop, spread_T)
+            layer.spread_us = max(layer.spread_us, weighted(layer.problem, spread_T))
             found = copies_proof(layer.problem, layer.floor_T, stop, seconds=options.remaining)
         above_us = 0.0 if found is None else found.above_us
         layer.copies = found or layer.copies
