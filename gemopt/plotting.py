@@ -212,6 +212,7 @@ def plot_stragglers(evaluation: Evaluation, num_ranks: int | None = None, *, ax:
     ax.set_xlabel("rank")
     ax.set_ylabel("MoE layer")
     ax.set_title("Share of steps in which a rank is the slowest")
+    ax.locator_params(integer=True)
     ax.figure.colorbar(drawn, ax=ax)
     return ax
 

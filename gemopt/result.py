@@ -145,8 +145,7 @@ class Ceiling(Part):
     @classmethod
     def of(cls, objective_us: float, bound_us: float, spread_us: float) -> Ceiling:
         """Split an objective at its bound and at the bound with any number of copies."""
-        bound_us = min(bound_us, objective_us)
-        spread_us = min(spread_us, bound_us)
+        bound_us, spread_us = min(bound_us, objective_us), min(spread_us, bound_us, objective_us)
         return cls(unknown_us=objective_us - bound_us, copies_us=bound_us - spread_us, spread_us=spread_us)
 
     @property
@@ -281,11 +280,12 @@ class Result(Document):
         """A few lines for people."""
         if self.objective_us is None:
             return f"{self.solver}: {self.status.value}, stopped by {self.stopped_by.value}, {self.seconds:.2f} s"
-        mean = self.objective_us / self.num_steps
-        proven = "no bound" if self.gap is None else f"the optimum at most {100 * self.gap:.2f} % below"
+        mean, count = self.objective_us / self.num_steps, len(self.per_layer)
+        below = "no bound" if self.gap is None else f"the optimum at most {100 * self.gap:.2f} % below"
+        proven = "proven: none is better" if self.status is Status.OPTIMAL else below
         change = "" if self.change is None else f"{100 * self.change:+z.1f} % against contiguous placement, "
         lines = [
-            f"{self.solver}: {self.status.value}, {mean:.1f} us per step over {len(self.per_layer)} layers",
+            f"{self.solver}: {self.status.value}, {mean:.1f} us per step over {count} layer{'s' * (count != 1)}",
             f"{change}{proven}",
             *([] if self.ceiling is None else [self.ceiling.summary()]),
             f"stopped by {self.stopped_by.value} after {self.seconds:.2f} s",

@@ -208,6 +208,8 @@ def test_json_jobs_and_files_that_are_none(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "told.yaml").write_text(told)
     found = read_job(tmp_path / "told.yaml", ["constraints.slots_per_rank=4,4,2"])
     assert found.solver.name == "lpt" and found.constraints.slots_per_rank == [4, 4, 2]
+    recorded = read_job(tmp_path / "told.yaml", ['traces={"engine": "sglang", "files": "dumps"}']).traces
+    assert not isinstance(recorded, Path) and recorded.files == [Path.cwd() / "dumps"]
     for text, named in (
         ("", "got nothing"),
         ("profile: a\nprofile: b\n", "every key once"),

@@ -29,6 +29,7 @@ from gemopt.report import Report, report
 from gemopt.report.experts import layer_conflicts
 from gemopt.report.numbers import intervals, moved, windows
 from gemopt.report.sketch import sketch
+from gemopt.result import Result
 from gemopt.traces import Traces
 
 
@@ -76,6 +77,12 @@ def test_the_headline_is_what_evaluate_finds(folder: Path, made: Report) -> None
     assert "than the baseline other.json" in made.headline
     said_alone = made.headline.replace("other.json", "")
     assert said_alone.count(".") - len(re.findall(r"\d\.\d", said_alone)) == 1  # one sentence
+
+
+def test_what_was_cut_short_is_told_on_the_page(folder: Path) -> None:
+    found = Result.load(folder / "result.json").model_copy(update={"notes": ["the bounds were cut short"]})
+    page = report(found, folder / "profile.json", folder / "traces.safetensors")
+    assert "To know: the bounds were cut short." in next(each for each in page.sections if each.name == "makespan").text
 
 
 def test_layers_ranks_and_latencies_are_those_of_evaluate(folder: Path, made: Report) -> None:

@@ -77,7 +77,7 @@ def import_command(
         print_json({"output": str(output), **vars(found)})
         return
     layers = f"{len(found.layer_ids)} MoE layers ({found.layer_ids[0]} to {found.layer_ids[-1]})"
-    sizes = f"{found.num_steps} steps, {layers}, {found.num_experts} experts, {found.assignments} assignments"
+    sizes = f"{found.num_steps} steps, {layers}, {found.num_experts} experts, {found.assignments:,} assignments"
     say(f"wrote {output}: {sizes}")
     for note in found.notes:
         say(f"note: {note}")

@@ -153,7 +153,10 @@ def read_table(
     profile = Profile(devices=devices, model=shape(table, layout, top_k), kernel=kernel(table), mode="table")
     if notes is not None:
         if unit is None and counted is Unit.ASSIGNMENTS and plain(load_column) != "assignments":
-            notes.append(f"{load_column} counted as assignments; where it is tokens, give --unit tokens and --top-k")
+            notes.append(
+                f"{load_column} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
+                "group-tokens where they are those of all ranks together"
+            )
         if layout in (None, BENCHMARK_MOE) and counted is not Unit.GROUP_TOKENS:
             notes += beside(table, repeats, EP_COLUMNS if counted is Unit.TOKENS else ())
         notes += doubts(profile)

@@ -32,6 +32,7 @@ from gemopt.formats.findings import filled, untouched
 from gemopt.placement import Placement, Split
 
 KEY = "physical_to_logical_map"
+GPUS = 8  # of most nodes
 DISPATCH = {Split.NEAREST: "static", Split.EVEN: "dynamic", Split.OPTIMAL: "lp"}
 
 
@@ -64,6 +65,8 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
         "Leave out --enable-eplb: it would move the experts again.",
         "SGLANG_LOG_EXPERT_LOCATION_METADATA=1 prints the layout that SGLang uses.",
     ]
+    if placement.num_ranks > GPUS:
+        notes.append("On several nodes it runs on each, with --nnodes, --node-rank and --dist-init-addr.")
     if placement.has_copies and placement.split is Split.EVEN:
         notes.append(
             "A rank, else a node, that holds a copy uses its own: even over balanced senders and like nodes only."

@@ -130,11 +130,12 @@ def _read_stat(files: list[Path], options: TraceOptions) -> Recording:
     def blocks() -> Iterator[IntArray]:
         notes[:] = first_notes
         before: list[int] = []
+        rings: list[str] = []
         for group in groups:
             names = " and ".join(stat.path.name for stat in group)
             kept, full = _in_time_order(_joined(group))
             if full and not group[0].added_up:
-                notes.append(f"{names}: the ring buffer is full; if it wrapped, its steps are rotated in time")
+                rings.append(names)
             steps = [hash(step.tobytes()) for step in kept]
             again = _overlap(before, steps)
             if again:
@@ -142,6 +143,9 @@ def _read_stat(files: list[Path], options: TraceOptions) -> Recording:
             before = steps
             if len(kept) > again:
                 yield without_drafts(kept[again:], options, notes)
+        if rings:
+            more = f" and {len(rings) - 1} more" if rings[1:] else ""
+            notes.append(f"{rings[0]}{more}: the ring buffer is full; if it wrapped, its steps are rotated in time")
 
     return Recording(blocks=blocks, notes=notes)
 

@@ -49,6 +49,11 @@ def _listed(value: Any) -> Any:
     return value.split(",") if isinstance(value, str) and "," in value else value
 
 
+def _several(value: Any) -> Any:
+    """One path without a list around it."""
+    return [value] if isinstance(value, (str, Path)) else value
+
+
 def _wired(value: Any) -> Any:
     """A file of a topology; any other text is the name of one."""
     return str(_placed(value)) if isinstance(value, str) and Path(value).suffix == ".json" else value
@@ -56,6 +61,7 @@ def _wired(value: Any) -> Any:
 
 PATH, MADE = "path", "made"  # a document that is there, or how to make one
 Placed = Annotated[Path, BeforeValidator(_placed)]
+Paths = Annotated[list[Path], Field(min_length=1)]
 FileName = Annotated[
     str, _spelt("exports.file", r"[A-Za-z0-9][-._A-Za-z0-9]*", "a name in the folder: letters, digits, dots, dashes")
 ]
@@ -103,7 +109,7 @@ class RecordedSource(Part):
     """Traces that a serving engine recorded, as `gemopt trace import` reads them."""
 
     engine: str
-    files: list[Placed] = Field(min_length=1)
+    files: Annotated[list[Placed], BeforeValidator(_several, json_schema_input_type=Path | Paths)] = Field(min_length=1)
     ep: int | None = Field(default=None, ge=1)
     num_experts: int | None = Field(default=None, ge=1)
     layer_ids: str | None = None

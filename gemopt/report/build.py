@@ -121,8 +121,8 @@ def _headline(inputs: Inputs, before: Side, after: Side, bound: Bounds, held: fl
     aside = "" if inputs.result is None or inputs.result.links is None else ", links aside"
     return (
         f"This placement takes {_words(change)} than {inputs.before_name} over {inputs.fitted.num_steps} steps of "
-        f"{inputs.fitted.num_layers} MoE layers{aside}{seen}; it is proven that no placement can take more "
-        f"than {100 * _gap(inputs, after, bound):.1f} % less time than this one."
+        f"{inputs.fitted.num_layers} MoE layers{aside}{seen}; the best possible one would take at most "
+        f"{100 * _gap(inputs, after, bound):.1f} % less than this, which is proven."
     )
 
 
@@ -138,7 +138,8 @@ def _key_figures(inputs: Inputs, before: Side, after: Side, bound: Bounds, held:
     if held is not None:
         found["held out"] = f"{100 * held:+z.1f} %"
     found["gap to the bound"] = f"{100 * _gap(inputs, after, bound):.1f} %"
-    found["ranks wait"] = f"{100 * after.evaluation.idle_share:.1f} %"
+    waits = [f"{100 * each.evaluation.idle_share:.1f}" for each in (before, after)]
+    found["ranks wait"] = f"{waits[0]} \u2192 {waits[1]} %"
     if inputs.result is not None and inputs.result.links is not None:
         found["links, not in the step"] = f"{inputs.result.links.exposed_us / inputs.result.num_steps / 1e3:.3f} ms"
     if inputs.placement.rules is not None:

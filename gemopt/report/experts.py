@@ -18,6 +18,7 @@ from gemopt.report.style import (
     ALL_LAYERS,
     BEFORE,
     BOUND,
+    LAYERS,
     SKY,
     SLOWEST,
     Section,
@@ -101,7 +102,7 @@ def classes(inputs: Inputs, layers: list[LayerConflicts]) -> Section:
             continue
         traces.append(go.Bar(x=names, y=small(count), name=kind.value, marker={"color": colour, "pattern": {
             "shape": shape}}, hovertemplate="layer %{x}: %{y}<extra>%{fullData.name}</extra>"))  # fmt: skip
-    shown = figure(*traces, barmode="stack", height=300, xaxis={"title": "MoE layer", "type": "category"},
+    shown = figure(*traces, barmode="stack", height=300, xaxis=LAYERS,
                    yaxis={"title": "experts", "rangemode": "tozero"})  # fmt: skip
     experts = inputs.fitted.num_experts
     text = (

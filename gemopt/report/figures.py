@@ -17,9 +17,11 @@ from gemopt.report.style import (
     BEFORE,
     BOUND,
     DASHES,
+    LAYERS,
     MANY,
     SCALE,
     SLOWEST,
+    WHOLE,
     Section,
     Table,
     changes,
@@ -55,7 +57,7 @@ def makespan(inputs: Inputs, before: Side, after: Side, bound: Bounds) -> Sectio
     for trace in traces:
         trace.update(hovertemplate=hover)
     shown = figure(
-        *traces, barmode="overlay", hovermode="x unified", xaxis={"title": "MoE layer", "type": "category"},
+        *traces, barmode="overlay", hovermode="x unified", xaxis=LAYERS,
         yaxis={"title": "makespan, us per step", "rangemode": "tozero"},
     )  # fmt: skip
     rows = [
@@ -67,6 +69,8 @@ def makespan(inputs: Inputs, before: Side, after: Side, bound: Bounds) -> Sectio
         f"Time of the slowest rank, mean over {steps} steps. Before: {inputs.before_name}. No placement can be below "
         f"the bound ({bound.said})."
     )
+    if inputs.result is not None and inputs.result.notes:
+        text += f" To know: {'; '.join(inputs.result.notes)}."
     if inputs.result is not None and inputs.result.links is not None:
         text += f" Beside it, in no picture of makespans: {inputs.result.links.summary(inputs.result.num_steps)}."
     head = ("layer", "before, us", "after, us", "change", "bound, us", "gap")
@@ -118,7 +122,7 @@ def _empty_heat_maps(inputs: Inputs, edges: IntArray, low: float, high: float) -
     rank = {"range": [len(every) - 0.5, -0.5], "dtick": max(1, len(every) // 8), "title": "rank"}
     return figure(
         *traces, height=height, margin={"l": 64, "r": 8, "t": 28, "b": 48},
-        xaxis={"title": "step", "anchor": "y3"}, yaxis={"title": "us per step", "domain": [0.74, 1.0]},
+        xaxis={"title": "step", "anchor": "y3"}, yaxis={**WHOLE, "title": "us per step", "domain": [0.74, 1.0]},
         yaxis2={**rank, "title": "before: rank", "domain": [0.37, 0.69]},
         yaxis3={**rank, "title": "after: rank", "domain": [0.0, 0.32]},
     )  # fmt: skip
@@ -139,8 +143,8 @@ def _of_layer(before: Side, after: Side, index: int) -> list[dict[str, Any]]:
 
 
 def search(inputs: Inputs) -> Section:
-    """Incumbent and bound over the seconds of the search."""
-    name, title, result = "search", "Incumbent and bound over time", inputs.result
+    """The best placement so far (incumbent) and the bound over the seconds of the search."""
+    name, title, result = "search", "The search over time", inputs.result
     if result is None or not result.history:
         why = "A placement file does not hold the search that found it: report the result (gemopt solve --result)."
         if result is not None:
@@ -151,8 +155,8 @@ def search(inputs: Inputs) -> Section:
     seconds = np.array([point.seconds for point in result.history] + [result.seconds])
     value = np.array([point.objective_us for point in result.history] + [result.history[-1].objective_us]) / per_step
     traces = [
-        go.Scatter(x=seconds, y=value, name="incumbent", line={"color": AFTER, "shape": "hv"}, mode="lines+markers",
-                   marker={"size": 4}, hovertemplate="%{x:.2f} s: %{y:.4f} ms per step<extra>incumbent</extra>"),
+        go.Scatter(x=seconds, y=value, name="best so far", line={"color": AFTER, "shape": "hv"}, mode="lines+markers",
+                   marker={"size": 4}, hovertemplate="%{x:.2f} s: %{y:.4f} ms per step<extra>best so far</extra>"),
     ]  # fmt: skip
     known = [(point.seconds, point.bound_us) for point in result.history if point.bound_us is not None]
     if result.bound_us is not None:
@@ -184,7 +188,7 @@ def latency(inputs: Inputs, old_us: FloatArray, new_us: FloatArray) -> Section:
             between = [f"{microseconds(low)} to {microseconds(high)}" for low, high in spread]
         for q, value, interval in zip(numbers.QUANTILES, values, between, strict=True):
             rows.append((name, f"p{100 * q:.0f}", microseconds(value), interval))
-    shown = figure(*traces, xaxis={"title": "latency of a step, all MoE layers, us"},
+    shown = figure(*traces, xaxis={**WHOLE, "title": "latency of a step, all MoE layers, us"},
                    yaxis={"title": "share of the steps", "tickvals": [0, 0.25, 0.5, 0.75, 0.9, 0.99]})  # fmt: skip
     if inputs.held is not None:
         of = f"{len(new_us)} steps that the solver did not see"

@@ -29,6 +29,8 @@ MANY = (AFTER, BEFORE, GREEN, PURPLE, SKY, YELLOW, SLOWEST, BOUND)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SCALE = "Cividis"
 ALL_LAYERS = "all layers"
+LAYERS = {"title": "MoE layer", "type": "category", "nticks": 15}
+WHOLE = {"tickformat": ",d"}  # 12,000 us, not 12k
 
 
 @dataclass(frozen=True, eq=False)
