@@ -171,6 +171,19 @@ def test_a_bound_that_is_cut_at_once_is_that_of_fluid(slots: object) -> None:
     assert cut_T.sum() > timed_step_bounds(problem, RUNG)[0].sum()
 
 
+def test_without_time_the_answer_is_no_worse_than_experts_in_order() -> None:
+    """Where LPT errs: it puts 3 + 2 + 2 and 3 + 2 beside each other, the order of the experts 3 + 3 and 2 + 2 + 2."""
+    samples = [Sample(assignments=n, latency_us=10.0 + n) for n in (0, 100, 1000)]
+    profile = Profile(devices=[Device(rank=g, samples=samples) for g in range(2)])
+    traces = Traces(counts=np.tile(100 * np.array([3, 3, 0, 2, 2, 2]), (5, 2, 1)))
+    in_order, lpt = (gemopt.solve(profile, traces, solver=name) for name in ("linear", "lpt"))
+    found = gemopt.solve(profile, traces, solver="local-search", time_limit=1e-6)
+    assert lpt.objective_us > in_order.objective_us == found.objective_us and found.change == 0
+    assert any("experts in order" in note for note in found.notes)
+    longer = gemopt.solve(profile, traces, solver="local-search", patience=3)
+    assert longer.change == 0 and not any("no time" in note for note in longer.notes)
+
+
 def test_the_alarm_rings_at_the_deadline_and_when_stopped() -> None:
     with Options(deadline=time.monotonic()).alarm() as flag:
         assert flag[0] == 1

@@ -13,7 +13,7 @@ from gemopt.latency import FloatArray
 from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import Incumbent
-from gemopt.solvers.base import Outcome, Row
+from gemopt.solvers.base import Outcome, Row, incumbent
 from gemopt.solvers.exact.column_space import Proven
 
 SEEDS = 1_000_003  # from one search of a layer to the next
@@ -32,7 +32,7 @@ class Layer:
 
     floor_T: [T] simple bounds of the steps in microseconds. spread_us: bound with any number of copies. together,
     contents, copies: the co-location bound, that of all contents with their latencies, and the copies bound, with their
-    multipliers, which a certificate states.
+    multipliers, which a certificate states. base_row, base_us: contiguous placement, and what it takes.
     """
 
     problem: Problem
@@ -44,6 +44,7 @@ class Layer:
     floor_T: FloatArray | None = None
     spread_us: float = 0.0
     base_us: float = 0.0
+    base_row: Row | None = None
     seconds: float = 0.0
     together: Together | None = None
     contents: Proven | None = None
@@ -61,6 +62,14 @@ class Layer:
         if outcome is None:
             return Standing(None, self.bound_us)
         return Standing(value_of(outcome), max(self.bound_us, outcome.bound_us or 0.0))
+
+    def no_worse(self, outcome: Outcome) -> Outcome:
+        """An outcome; where there was no time to search, contiguous placement if that is better and free to take."""
+        value, free = value_of(outcome), self.warm is None and self.problem.moves is None and self.problem.rules is None
+        if outcome.reached or not free or self.problem.full or value is None or not 0 < self.base_us < value:
+            return outcome
+        found = [*outcome.history, incumbent(self.base_us)]
+        return replace(outcome, row=self.base_row, note="no time to search: experts in order", history=found)
 
     @property
     def open_us(self) -> float:

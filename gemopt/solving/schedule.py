@@ -218,11 +218,11 @@ class Run:
         patience = DEFAULT_PATIENCE if self.exact else 0
         first = self.patience != 0 and not self.exact
         options = replace(self._options(layer, deadline), patience=patience, start_by=start_by, first=first)
-        layer.outcome = _full(layer, solver.solve(layer.problem, options, layer.warm))
+        layer.outcome = layer.no_worse(_full(layer, solver.solve(layer.problem, options, layer.warm)))
 
     def _base(self, layer: Layer) -> None:
         """Score contiguous placement, which answers are compared with."""
-        row = get("linear").solve(layer.problem, self._options(layer, np.inf), None).row
+        layer.base_row = row = get("linear").solve(layer.problem, self._options(layer, np.inf), None).row
         layer.base_us = 0.0 if row is None else objective(layer.problem, row)
 
     def _bound(self, layer: Layer, deadline: float) -> None:
