@@ -38,6 +38,13 @@ def test_swapped_files_are_named(inputs: tuple[Path, Path, Path], capsys: pytest
         assert err.endswith("; were arguments swapped?\n")
 
 
+def test_a_folder_of_dumps_says_how_they_are_read(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "dumps").mkdir()
+    (tmp_path / "dumps" / "expert_distribution_recorder_1764000000.5.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="gemopt trace import reads what an engine recorded"):
+        solve(inputs[0], tmp_path / "dumps")
+
+
 def test_documents_of_gemopt_are_named_where_those_of_others_are_read(
     inputs: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,9 @@ def numbered_files(folder: Path) -> list[Path]:
     named = [part for part in folder.glob("[0-9]*.safetensors") if part.stem.isdecimal()]
     parts = sorted(named, key=lambda part: int(part.stem))
     if not parts:
-        hint = "gemopt.profiling.tracing.load_ranks adds up the ranks" if any(folder.glob("rank-*")) else ""
+        hint = "gemopt trace import reads what an engine recorded" if any(folder.iterdir()) else ""
+        if any(folder.glob("rank-*")):
+            hint = "gemopt.profiling.tracing.load_ranks adds up the ranks"
         raise InputError(
             str(folder), "no numbered .safetensors file", "a trace folder holds 000000.safetensors, ...", hint
         )
