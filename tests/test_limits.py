@@ -173,8 +173,8 @@ def test_a_bound_that_is_cut_at_once_is_that_of_fluid(slots: object) -> None:
 
 def test_without_time_the_answer_is_no_worse_than_experts_in_order() -> None:
     """Where LPT errs: it puts 3 + 2 + 2 and 3 + 2 beside each other, the order of the experts 3 + 3 and 2 + 2 + 2."""
-    samples = [Sample(assignments=n, latency_us=10.0 + n) for n in (0, 100, 1000)]
-    profile = Profile(devices=[Device(rank=g, samples=samples) for g in range(2)])
+    samples = [{"assignments": n, "latency_us": 10.0 + n} for n in (0, 100, 1000)]
+    profile = gemopt.Profile(devices=[{"rank": g, "samples": samples} for g in range(2)])
     traces = Traces(counts=np.tile(100 * np.array([3, 3, 0, 2, 2, 2]), (5, 2, 1)))
     in_order, lpt = (gemopt.solve(profile, traces, solver=name) for name in ("linear", "lpt"))
     found = gemopt.solve(profile, traces, solver="local-search", time_limit=1e-6)
