@@ -84,3 +84,15 @@ def test_a_failed_rank_is_left_whatever_moves_kept() -> None:
     decision = follower.step(counts, gone)
     assert decision.num_moves == LAYERS * 4
     assert (decision.placement.physical_to_logical[:, 12:18] == -1).all()
+
+
+def test_a_bad_hour_is_forgotten_without_latencies_too() -> None:
+    follower = controller()
+    follower.realised.seen, follower.realised.kept = 10.0, -8.0
+    assert sum(played(follower, 4, lambda *_: None)) == 0 and follower.realised.waits
+    assert follower.realised.waited == 4 * STEPS
+    for _ in range(5):
+        follower.realised.pass_over(follower.placement, 16384)
+    assert not follower.realised.waits
+    assert sum(played(follower, 4, lambda *_: None)) > 0
+    assert follower.realised.waited <= 4 * STEPS

@@ -221,7 +221,7 @@ class Controller:
         unsure = max(0, self.blind_until - self.steps)
         self.steps += len(predicted_NG)
         if latencies is None:
-            self.realised.forget(self.placement)
+            self.realised.pass_over(self.placement, len(predicted_NG))
             return []
         news, changed = self.speeds.take(latencies, predicted_NG, unsure)
         told_NG = log_factors(latencies[unsure:], predicted_NG[unsure:])

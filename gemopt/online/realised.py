@@ -76,10 +76,9 @@ class Realised:
         log_NG: of those of the last `steps` during which nothing travelled, see `Speeds`. times: [L, N, G] microseconds
         of the ranks as profiled, on the last steps, under any rows [L, P] and static weights of the layers.
         """
-        fade = np.exp(-steps / MEMORY_STEPS)
-        self.seen, self.kept = fade * self.seen, fade * self.kept
+        self._fade(steps)
         rows, weights = _rows_and_weights(placement)
-        if (rows != self.pair[1]).any() or (weights != self.pair_weights[1]).any():
+        if self._differ(rows, weights):
             known = len(self.since_NG) >= FEWEST  # else what came last says nothing, and the one before stays
             if known:
                 self._look(times, placement.split is Split.STATIC)
@@ -92,6 +91,19 @@ class Realised:
         self.since_NG = np.concatenate([self.since_NG, log_NG])[-WINDOW:]
         if len(self.since_NG) >= ENOUGH:
             self._look(times, placement.split is Split.STATIC)
+
+    def pass_over(self, placement: Placement, steps: int) -> None:
+        """See steps without latencies: experience fades, and what rests is tried again, all the same."""
+        self._fade(steps)
+        self.waited = steps + (0 if self._differ(*_rows_and_weights(placement)) else self.waited)
+        self.forget(placement)
+
+    def _fade(self, steps: int) -> None:
+        fade = np.exp(-steps / MEMORY_STEPS)
+        self.seen, self.kept = float(fade * self.seen), float(fade * self.kept)
+
+    def _differ(self, rows: NDArray[np.int64], weights: FloatArray) -> bool:
+        return bool((rows != self.pair[1]).any() or (weights != self.pair_weights[1]).any())
 
     def _look(self, times: Times, static: bool) -> None:
         """Compare what the last change kept with what it promised, once."""
