@@ -215,16 +215,33 @@ def test_nothing_unforeseen_ends_the_watch(folder: Path, monkeypatch: pytest.Mon
     assert 'gemopt_faults_total{kind="metrics"} 1.0' in metrics.page().decode()
 
 
-def test_a_placement_that_somebody_else_has_put_there_is_not_overwritten(folder: Path) -> None:
+def test_what_somebody_else_puts_there_is_gone_on_from(folder: Path) -> None:
+    metrics = Metrics()
+    watched, log = watch(folder, metrics=metrics)
+    watched.actions.holds = watched.controller.placement
+    theirs = contiguous().changed(physical_to_logical=np.roll(contiguous().physical_to_logical, 1, axis=1))
+    theirs.save(folder / "placement.json")
+    grow(folder, 0, traffic(hot=0, steps=4))  # too few for a decision
+    watched.look()
+    assert watched.controller.placement == theirs == Placement.load(folder / "placement.json")
+    assert sum("placement.json: somebody else has put another placement there" in line for line in log) == 1
+    assert 'gemopt_faults_total{kind="file"} 1.0' in metrics.page().decode()
+    grow(folder, 1, traffic(hot=0, seed=1))
+    watched.look()
+    assert log[-1].startswith("moved: ") and not watched.failed
+    assert Placement.load(folder / "placement.json") == watched.controller.placement != theirs
+    assert len([line for line in log if line.startswith("warning")]) == 1
+
+
+def test_what_cannot_be_followed_is_not_overwritten(folder: Path) -> None:
     watched, log = watch(folder)
     watched.actions.holds = watched.controller.placement
-    other = np.roll(contiguous().physical_to_logical, 1, axis=1)
-    theirs = Placement(**{**dict(contiguous()), "physical_to_logical": other})
+    theirs = Placement.contiguous(LAYERS + 1, EXPERTS, RANKS)
     theirs.save(folder / "placement.json")
     grow(folder, 0, traffic(hot=0))
     watched.look()
     assert Placement.load(folder / "placement.json") == theirs and watched.controller.placement == contiguous()
-    assert any("somebody else has replaced it" in line and "start the watch anew" in line for line in log)
+    assert "somebody else has put another placement there: " in log[0] and "somebody else has replaced it" in log[1]
     (folder / "placement.json").unlink()  # what is gone may be written again
     grow(folder, 1, traffic(hot=0, seed=1))
     grow(folder, 2, traffic(hot=0, seed=2))

@@ -56,7 +56,9 @@ class Actions:
         """Why the placement did not come into force, which leaves the files as they were; nothing when it did."""
         done: list[Write] = []
         try:
-            self._check_file()
+            if self.replaced() is not None:
+                limit = "what the watch read or wrote: somebody else has replaced it"
+                raise InputError(str(self.path), "another placement", limit)
             for write in self.writes:
                 write(placement)
                 done.append(write)
@@ -67,17 +69,15 @@ class Actions:
         self.holds = placement
         return ""
 
-    def _check_file(self) -> None:
-        """Refuse to replace a placement that somebody else has put there."""
+    def replaced(self) -> Placement | None:
+        """What somebody else has put into the file; None where it serves as before, is gone, or is no placement."""
         if self.holds is None:
-            return
+            return None
         try:
             found = Placement.load(self.path)
         except InputError:
-            return  # gone, or no placement
-        if _serving(found) != _serving(self.holds):
-            limit = "what the watch read or wrote: somebody else has replaced it"
-            raise InputError(str(self.path), "another placement", limit, "start the watch anew to go on from there")
+            return None
+        return None if _serving(found) == _serving(self.holds) else found
 
     def _run(self) -> None:
         if not self.command:
@@ -165,6 +165,8 @@ class Watch:
             if history:
                 self.log(f"{self.follower.folder}: no steps yet")
             return None
+        with self._guard("file"):
+            self._adopt()
         with self._guard("window"):
             check_agreement(self.controller.placement, news.traces, self.controller.placement.num_ranks)
             decision = self._steps(news.traces, history=history)
@@ -172,6 +174,20 @@ class Watch:
             with self._guard("state"):
                 self.controller.save(self.state, self.follower.position)
         return decision
+
+    def _adopt(self) -> None:
+        """Go on from what somebody else has put into force; `InputError` where that cannot be followed."""
+        theirs = self.actions.replaced()
+        if theirs is None:
+            return
+        said = f"{self.actions.path}: somebody else has put another placement there"
+        self.controller.latest = 0  # moves that were made before it
+        try:
+            self.controller.confirm(theirs)
+        except InputError as error:
+            raise error.about(f"{said}: {error.field}") from None
+        self.actions.holds, self._before = theirs, None
+        self._fault("file", f"{said}: the watch goes on from it")
 
     def _steps(self, traces: Traces, *, history: bool) -> Decision | None:
         decision = None
