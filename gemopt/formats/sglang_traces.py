@@ -79,7 +79,7 @@ class _Stat:
     digest: bytes
     layers: frozenset[int]  # with assignments
     added_up: bool  # two dimensions: all steps in one
-    rank: Any  # that wrote it, if it says so
+    rank: str | None  # that wrote it, if it says so
     sums_TL: IntArray
     unread: tuple[str, ...]  # what else the file says
 
@@ -89,7 +89,7 @@ class _Stat:
         layers = frozenset(np.flatnonzero(counts.any(axis=(0, 2))).tolist())
         digest = hashlib.sha256(np.ascontiguousarray(counts).data).digest()
         unread = tuple(name for name in said if name not in OWN)
-        rank = next((said[name] for name in RANKS if name in said), None)
+        rank = next((str(np.asarray(said[name])) for name in RANKS if name in said), None)
         return cls(path, digest, layers, added_up, rank, counts.sum(axis=2, dtype=np.int64), unread)
 
 

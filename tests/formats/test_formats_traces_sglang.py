@@ -254,6 +254,13 @@ def test_hostile_pt_files(tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
 
 
+def test_dumps_of_one_rank_are_steps_however_it_is_written(load, folder):
+    for time, rank in enumerate((0, torch.tensor(0), torch.tensor(0))):
+        counts = torch.from_numpy(sparse_counts(np.random.default_rng(time)))
+        torch.save({"logical_count": counts, "rank": rank}, folder / f"expert_distribution_recorder_{time}.pt")
+    assert load(folder, "sglang")[0].num_steps == 15
+
+
 def test_dumps_of_ranks_that_count_their_own_are_no_steps(load, folder):
     for rank in range(2):  # as TokenSpeed writes them
         counts = torch.from_numpy(sparse_counts(np.random.default_rng(rank)))
