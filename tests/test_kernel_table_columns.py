@@ -186,7 +186,37 @@ def test_what_was_measured_beside_repeats_is_a_result(tmp_path: Path, name: str)
         read_table(written(tmp_path, f"assignments,time_us,power\n{caps}"))
 
 
-@pytest.mark.parametrize(("cell", "said"), [("time_us", "the header again"), ("61 us", "without its unit")])
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [("time_us", "the header again"), ("61 us", "without its unit"), ("1 024", "nothing between thousands")],
+)
 def test_cells_that_are_no_numbers_have_a_hint(tmp_path: Path, cell: str, said: str) -> None:
     with pytest.raises(InputError, match=rf"time_us: got {cell}; .*{said}"):
         read_table(written(tmp_path, f"assignments,time_us\n8,{cell}\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "assignments   b ...  time_us\n          8 1.5 ...     10.0\n         16 1.5 ...     12.0\n",
+        "assignments,...,time_us\n8,...,10\n",
+        " assignments  time_us\n           8     10.0\n         ...      ...\n          64     12.0\n",
+        "    assignments  time_us\n0             8     10.0\n..          ...      ...\n9            64     12.0\n",
+        "| assignments | time_us |\n|---|---|\n| 8 | 10 |\n| … | … |\n",
+    ],
+)
+def test_what_was_left_out_of_a_print_is_missed(tmp_path: Path, text: str) -> None:
+    """Columns that are not there may be what tells the rows apart."""
+    with pytest.raises(InputError, match=r"dots where some were left out; all rows and columns.*to_csv"):
+        read_table(written(tmp_path, text))
+
+
+def test_ranks_that_are_numbered_anew_are_said(tmp_path: Path) -> None:
+    rows = "".join(f"{rank},{n},{n + rank}\n" for rank in range(4) for n in (8, 16, 32))
+    path = written(tmp_path, f"rank,assignments,time_us\n{rows}")
+    notes: list[str] = []
+    for where in ([], ["rank=0"], ["rank=0", "rank=1"]):
+        read_table(path, where=where, notes=notes)
+    assert not any("anew" in each for each in notes)
+    assert len(read_table(path, where=["rank=1", "rank=3"], notes=notes).devices) == 2
+    assert "rank 1, 3 of the table: numbered anew from 0" in notes

@@ -24,6 +24,7 @@ from gemopt.formats.table_columns import (
     RANKS,
     UUIDS,
     by_device,
+    chosen_ranks,
     chosen_rows,
     device_columns,
     known,
@@ -146,12 +147,11 @@ def read_table(
         refuse_skewed_groups(table, where)
     reader.factor = _factor(counted, top_k, ep, table)
     _check_assignments(reader)
-    if any(text.partition("=")[0].strip() in columns for text in where):
-        columns = [each for each in columns if plain(each) not in RANKS]  # some of the ranks: numbered anew
-    refuse_missing_ranks(tables, columns)
+    columns, said = _ranks(tables, columns, where)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
     profile = Profile(devices=devices, model=shape(table, layout, top_k), kernel=kernel(table), mode="table")
     if notes is not None:
+        notes += said
         if unit is None and counted is Unit.ASSIGNMENTS and plain(load_column) != "assignments":
             notes.append(
                 f"{load_column} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
@@ -315,6 +315,14 @@ def _given(option: str, value: int | None, table: Table, columns: Collection[str
     if value not in (None, read_value):
         raise InputError(option, value, f"{column} is {read_value} in {table.path}", f"leave {option} out")
     return read_value
+
+
+def _ranks(devices: Sequence[Table], columns: list[str], where: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The columns that name devices, and what to say of ranks that are numbered anew, as only some were chosen."""
+    if not any(text.partition("=")[0].strip() in columns for text in where):
+        refuse_missing_ranks(devices, columns)
+        return columns, []
+    return [each for each in columns if plain(each) not in RANKS], chosen_ranks(devices, columns)
 
 
 def _device(reader: _Reader, table: Table, columns: Sequence[str], rank: int) -> Device:

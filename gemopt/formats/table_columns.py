@@ -168,6 +168,15 @@ def refuse_missing_ranks(devices: Sequence[Table], columns: Sequence[str]) -> No
     raise InputError(f"{devices[0].path}, {own}", listed(found), f"ranks 0 to {len(found) - 1}", hint)
 
 
+def chosen_ranks(devices: Sequence[Table], columns: Sequence[str]) -> list[str]:
+    """A sentence on ranks of the table that are other ranks of the profile, as only some were chosen."""
+    own = next((name for name in columns if plain(name) in RANKS), None)
+    found = [] if own is None else [table.rows[0].cells[own] for table in devices]
+    if found == [str(rank) for rank in range(len(found))]:
+        return []
+    return [f"{own} {listed(found, 12)} of the table: numbered anew from 0"]
+
+
 def refuse_summaries(table: Table, row: Row, columns: Sequence[str]) -> None:
     """Raise where a row is of all devices together."""
     for name in columns:

@@ -23,6 +23,8 @@ JSON = re.compile(r'\s*(?:\{|\[\s*[\[{"])')
 ARGUMENTS = re.compile(r"Namespace\(.*\)\s*$")
 LOG_HEADER = ["batch_size", "kernel_time_us", "config", "part"]
 EXCEL = re.compile(r"\s*sep=.\r?\n")  # its way to name the separator
+DOTS = {"...", "..", "\u2026"}  # as pandas prints columns that it leaves out
+LEFT_OUT = re.compile(r"[\s,;|\u2502\u2506]*(?:\.{2,3}|\u2026)[\s.,;|\u2026\u2502\u2506]*")  # and rows
 GROUPED = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 UNPACKED = 1 << 31
@@ -90,7 +92,7 @@ def _mended(cell: str, column: str) -> str:
     """What to do about a cell that is no number; empty when nothing is known of it."""
     if cell == column:
         return "the header again: several tables in one file? tell their rows by a column, or import one of them"
-    if "," in cell:
+    if re.search(r"\d[,' \u00a0\u2009\u202f\u2019]\d", cell):
         return "a dot before decimals, and nothing between thousands"
     return "the number alone, without its unit" if re.match(r"[\d.]+\s*[a-zA-Z\u00b5\u03bc]", cell) else ""
 
@@ -186,6 +188,9 @@ def _csv(path: str, text: str) -> Table:
     text = EXCEL.sub("", text, count=1) if EXCEL.match(text) else text
     text = _uncommented(text) if text.startswith("#") else text
     first = text.lstrip().partition("\n")[0].strip()
+    if DOTS & {*re.split(r"[\s,;|]+", first)} or any(map(LEFT_OUT.fullmatch, text.splitlines())):
+        limit = "all rows and columns of a table"
+        raise InputError(path, "dots where some were left out", limit, "save it whole: DataFrame.to_csv")
     delimiter = max("|,;\t", key=first.count)
     if delimiter not in first or delimiter == "|":
         lines = printed(text)
