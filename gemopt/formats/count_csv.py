@@ -281,7 +281,7 @@ def _add(
 def _bare(table: _Table, where: str, meaning: str, text: str) -> str:
     """`3` of `layer_3`, where all lines of the column have the same around their number; else the text as it is."""
     found = _NAMED.fullmatch(text)
-    if found is None or meaning not in ("layer", "expert") or COPIES.search(found[1]) or "shared" in found[1].lower():
+    if found is None or meaning not in ("layer", "expert") or COPIES.search(text) or "shared" in found[1].lower():
         return text
     around = found[1], found[3]
     if table.named.setdefault(meaning, around) != around:

@@ -33,7 +33,14 @@ def test_layers_and_experts_with_their_names_around_the_number(load, tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(table))
     traces, _ = load(tmp_path / "a.csv", "csv")
     assert traces.layer_ids == (3, 4) and (traces.counts == counts).all()
-    for other in ("shared_expert_0", "slot_3", "physical_3", "draft_3", "-3", "expert_-3"):
+    for other in ("shared_expert_0", "slot_3", "physical_3", "draft_3", "-3", "expert_-3", "expert_3_replica"):
         (tmp_path / "a.csv").write_text("\n".join([*table[:-1], f"model.layers.4.mlp,{other},5"]))
         with pytest.raises(InputError, match=f"line 17: expert: got {other}"):
             load(tmp_path / "a.csv", "csv")
+
+
+def test_names_of_copies_are_no_experts(load, tmp_path):
+    lines = [f"0,expert_{e}_replica,{e * e % 7 + 1}" for e in range(8)]
+    (tmp_path / "a.csv").write_text("\n".join(["layer,expert,count", *lines]))
+    with pytest.raises(InputError, match="expert: got expert_0_replica"):
+        load(tmp_path / "a.csv", "csv")
