@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 
@@ -332,7 +330,7 @@ def test_kicks_on_hulls_count_by_the_latencies(patience: int | None) -> None:
         assert first.row is not None
         value = objective(problem, first.row)
         seconds = 60 if patience else 0.5
-        went_on = options(patience=patience, begun=first.search, deadline=time.monotonic() + seconds)
+        went_on = Options.lasting(seconds, patience=patience, begun=first.search)
         found = get("local-search").solve(problem, went_on, None)
         assert found.row is not None
         check(problem, found.row)
