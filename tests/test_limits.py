@@ -184,6 +184,21 @@ def test_without_time_the_answer_is_no_worse_than_experts_in_order() -> None:
     assert longer.change == 0 and not any("no time" in note for note in longer.notes)
 
 
+def test_a_search_that_goes_on_without_time_leaves_experts_in_order() -> None:
+    """The search itself still stands at the worse LPT, whatever was answered; a later turn must not bring that back."""
+    latencies = [Latency(((line(0.0, 1.0),),))] * 2
+    layer = Layer(Problem.make(np.array([[3, 3, 0, 2, 2, 2]] * 5), (ASSIGNMENTS,), latencies), None, 0)
+    run = Run(get("local-search"), [layer], time.monotonic(), 60.0, patience=3)
+    run._start(layer, -np.inf)
+    for _ in range(2):
+        assert layer.outcome is not None
+        assert layer.outcome.row is not None
+        assert layer.outcome.history[-1].objective_us == objective(layer.problem, layer.outcome.row) == layer.base_us
+        run._search_on(layer, run._options(layer, -np.inf))
+    run._search_on(layer, run._options(layer, np.inf))
+    assert not layer.outcome.note
+
+
 def test_the_alarm_rings_at_the_deadline_and_when_stopped() -> None:
     with Options(deadline=time.monotonic()).alarm() as flag:
         assert flag[0] == 1

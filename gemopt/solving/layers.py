@@ -64,12 +64,12 @@ class Layer:
         return Standing(value_of(outcome), max(self.bound_us, outcome.bound_us or 0.0))
 
     def no_worse(self, outcome: Outcome) -> Outcome:
-        """An outcome; where there was no time to search, contiguous placement if that is better and free to take."""
+        """An outcome, or contiguous placement where that is better and free to take: as where no time is left."""
         value, free = value_of(outcome), self.warm is None and self.problem.moves is None and self.problem.rules is None
-        if outcome.reached or not free or self.problem.full or value is None or not 0 < self.base_us < value:
+        if not free or self.problem.full or value is None or not 0 < self.base_us < value:
             return outcome
-        found = [*outcome.history, incumbent(self.base_us)]
-        return replace(outcome, row=self.base_row, note="no time to search: experts in order", history=found)
+        note = outcome.note if outcome.reached else "no time to search: experts in order"
+        return replace(outcome, row=self.base_row, note=note, history=[*outcome.history, incumbent(self.base_us)])
 
     @property
     def open_us(self) -> float:

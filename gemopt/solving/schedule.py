@@ -315,7 +315,7 @@ class Run:
         """The solver, from where the layer stands."""
         first = layer.outcome
         assert first is not None
-        layer.outcome = _full(layer, self.solver.solve(layer.problem, options, first.row))
+        layer.outcome = layer.no_worse(_full(layer, self.solver.solve(layer.problem, options, first.row)))
         if layer.outcome.search is None or layer.outcome.search is not first.search:
             layer.outcome.history = first.history + layer.outcome.history
         if self.exact and layer.outcome.start_us is None:
