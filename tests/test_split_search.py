@@ -22,12 +22,15 @@ from gemopt.layer_rules import layer_rules
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
-from gemopt.result import Status
+from gemopt.result import Status, StoppedBy
 from gemopt.rules import Rules
 from gemopt.solvers import get
-from gemopt.solvers.base import Options
+from gemopt.solvers.base import Options, Outcome, incumbent
 from gemopt.solvers.search import copies
+from gemopt.solving import answer
+from gemopt.solving.layers import Layer
 from gemopt.solving.memory import experts_within, most_slots, thinned
+from gemopt.solving.schedule import Run
 from gemopt.splits import even_weights
 from gemopt.splits.weights import static_weights
 from gemopt.traces import Traces
@@ -116,6 +119,17 @@ def test_weights_that_are_stopped_are_even_ones() -> None:
     assert static_weights(problem, row, np.ones(1, np.uint8)) == pytest.approx(even_weights(row, 3))
     again = replace(problem)
     assert static_weights(again, row)[0] > 0.6, "the faster rank takes more"
+
+
+def test_weights_that_made_an_answer_are_found_again() -> None:
+    """Of rows whose ranks changed roles after the search, or that another machine found, none are known here."""
+    problem = Problem.make([[300, 9, 8]] * 3, (ASSIGNMENTS,), sloped(1.0, 2.0, 0.9), 2, split=Split.STATIC)
+    row = np.array([0, 1, 0, 2, EMPTY, EMPTY])
+    for split_P in (static_weights(problem, row), even_weights(row, 3)):
+        outcome = Outcome(row, StoppedBy.TIME_LIMIT, history=[incumbent(objective(problem, row, split_P))])
+        layer = Layer(replace(problem), None, 0, outcome)
+        (found_P,) = answer._weights(Run(get("local-search"), [layer], 0.0, 1.0, end=-np.inf), [row]) or []
+        assert found_P == pytest.approx(split_P)
 
 
 def _patient() -> Options:

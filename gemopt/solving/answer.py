@@ -28,7 +28,7 @@ from gemopt.result import (
     relative_gap,
 )
 from gemopt.solvers.base import Row
-from gemopt.solving.layers import history
+from gemopt.solving.layers import history, value_of
 from gemopt.solving.moving import Moving
 from gemopt.solving.schedule import Run
 from gemopt.splits import plain
@@ -149,14 +149,18 @@ def _spread(run: Run) -> float:
 def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
     """What a placement with static weights stores; None for the other policies, which need none.
 
-    Even ones where the time is over and the search has not chosen any for the row.
+    Even ones where the time is over and the search found nothing better than they are.
     """
     if run.layers[0].problem.split is not Split.STATIC:
         return None
     found = []
     for layer, row in zip(run.layers, rows, strict=True):
-        over = time.monotonic() >= run.end and row.tobytes() not in layer.problem.weighed
-        found.append(even_weights(row, layer.problem.num_experts) if over else static_weights(layer.problem, row))
+        problem, even_P = layer.problem, even_weights(row, layer.problem.num_experts)
+        known = None if layer.outcome is None else value_of(layer.outcome)
+        even = time.monotonic() >= run.end and row.tobytes() not in problem.weighed
+        if even and known is not None:  # weights of equal ranks that changed roles, or chosen elsewhere, are found anew
+            even = objective(problem, row, even_P) + moves_us(problem, row) <= known * (1 + ROUNDING)
+        found.append(even_P if even else static_weights(problem, row))
     return found
 
 
