@@ -69,7 +69,8 @@ def forbidden(*_: object) -> None:
 def test_without_time_a_search_hands_on_a_greedy_row_and_says_so(
     monkeypatch: pytest.MonkeyPatch, name: str, slots: object
 ) -> None:
-    monkeypatch.setattr("gemopt.solvers.search.swaps.descend", forbidden)
+    for module in ("policies", "swaps"):  # each imported before the other's is replaced
+        monkeypatch.setattr(f"gemopt.solvers.search.{module}.descend", forbidden)
     monkeypatch.setattr("gemopt.solvers.baselines.gem.relieve_stragglers", forbidden)
     monkeypatch.setattr("gemopt.solvers.baselines.gem.map_in_order", forbidden)
     monkeypatch.setattr("gemopt.solvers.baselines.conflict.cut_graph", forbidden)
