@@ -312,13 +312,14 @@ def test_a_round_over_copies_never_costs_and_finds_a_copy_of_the_one_hot_expert(
     assert objective(problem, state.content) < objective(problem, start)
 
 
+@pytest.mark.parametrize("slots", [6, 7])
 @pytest.mark.parametrize("patience", [2, None])
-def test_kicks_on_hulls_count_by_the_latencies(patience: int | None) -> None:
+def test_kicks_on_hulls_count_by_the_latencies(patience: int | None, slots: int) -> None:
     loads = np.unique(np.concatenate([np.arange(0, 400, 8), np.arange(1, 400, 8)]))
     tiles = [Latency(((Curve(loads, f * (60.0 + 9.0 * np.ceil(loads / 8)), f),),)) for f in (1.0, 1.1, 0.9, 1.0)]
     rng = np.random.default_rng(5)
     problem = Problem.make(
-        rng.poisson(rng.gamma(0.7, 12.0, 24) * rng.uniform(0.3, 1.7, (300, 1))), (ASSIGNMENTS,), tiles
+        rng.poisson(rng.gamma(0.7, 12.0, 24) * rng.uniform(0.3, 1.7, (300, 1))), (ASSIGNMENTS,), tiles, slots
     )
     hulls = hull_costs(problem)
     assert make_costs(problem).use_tables

@@ -1,10 +1,10 @@
 """Local search: speed-weighted LPT, swaps under the true per-step objective, then iterated until the limit.
 
-Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves; without spare slots
-so do kicks. Spare slots start empty or full of copies, whichever is better, then the other way; where they are scarce,
-with the copies of the copies bound, then full of copies. Copies are added, moved and dropped where the true objective
-says so. Kicks swap slots of three ranks, and where that gains nothing change which experts have copies; under a time
-limit they are annealed. Descents end with the deadline; what was cut goes on where it ended when there is more time.
+Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves; so do kicks. Spare
+slots start empty or full of copies, whichever is better, then the other way; where they are scarce, with the copies of
+the copies bound, then full of copies. Copies are added, moved and dropped where the objective says so. Kicks swap slots
+of three ranks, and where that gains nothing change which experts have copies; under a time limit they are annealed.
+Descents end with the deadline; what was cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ MOST_COPIES = 3  # that a kick changes
 SCARCE_SHARE = 0.25  # of the time, for the copies of the bound
 HULL_SHARE = 0.85  # of the time for kicks on the hulls, at most
 HULL_POLISHES = 25.0  # times what a descent on the latencies takes, the same: small layers need the hulls less
+SPARE_POLISHES = 3.0  # the same with spare slots, where that descent is over copies too
+SPARE_GAP = 0.04  # with spare slots: hulls that say so much less than the latencies guide no kicks
 HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
 
 
@@ -115,7 +117,7 @@ class _Search(Best):
 
     searched: whether any descent began. stop: [1] see `Options.alarm`. copied: the start with copies, once greedy no
     longer says that it is still to be made, which takes longer. scarce: whether the one of the copies bound is.
-    polish_s: seconds of a descent on the latencies from where one on the hulls ended.
+    polish_s: seconds of a descent on the latencies, over copies too, from where one on the hulls ended.
     """
 
     def __init__(self, problem: Problem, warm_start: Row | None) -> None:
@@ -168,7 +170,7 @@ class _Search(Best):
             self.starts[:1] = [reached] if self.stop[0] else []
 
     def _descend(self, start: Row) -> Row:
-        """Descend on the hulls, then on the latencies, then over copies until nothing helps; where that ended."""
+        """Descend on the hulls, then on the latencies and over copies until nothing helps; where that ended."""
         from gemopt.solvers.search.swaps import descend
 
         problem, ranks, row = self.problem, np.ones(self.problem.num_ranks, dtype=bool), start
@@ -181,62 +183,62 @@ class _Search(Best):
             if min(value, before) > HOPELESS * self.value:  # what another start led to
                 return row
         goes_on = self.options.first or self.options.patience != 0
+        begun = time.monotonic()
         row = self._polish(row, self.shares is not None or self.hulls is None or not goes_on)
-        return self._over_copies(row)
+        self.polish_s = time.monotonic() - begun
+        return row
 
     def _polish(self, row: Row, full: bool) -> Row:
-        """Descend on the latencies, with `full` until no swap helps; where that ended."""
+        """Descend on the latencies, with `full` until no swap helps, then over copies; where that ended."""
         from gemopt.solvers.search.swaps import descend
 
-        begun, state = time.monotonic(), self.state(row)
+        state = self.state(row)
         descend(self.costs, state, np.ones(self.problem.num_ranks, dtype=bool), full)
         self.offer(state.content)
-        self.polish_s = self.polish_s if full else time.monotonic() - begun
-        return state.content
+        return self._over_copies(state.content, self.costs, self.value)[0]
 
-    def _over_copies(self, row: Row) -> Row:
-        """Change copies and swap until neither helps; where that ended."""
+    def _over_copies(self, row: Row, costs: Costs, best: float) -> tuple[Row, float]:
+        """Change copies and swap on these costs while that beats `best`; where that ended, and the least cost."""
         from gemopt.solvers.search.copies import improve_copies
         from gemopt.solvers.search.swaps import EPSILON, descend
         from gemopt.solvers.search.terms import free_terms
 
         problem, ranks, shares = self.problem, np.ones(self.problem.num_ranks, dtype=bool), self.shares
         if shares is None:
-            return row
+            return row, best
         candidates = copies_worth_trying(problem)
-        state = self.state(row)
+        state = self.state(row, costs)
         for _ in range(50):
-            made = improve_copies(self.costs, state, shares, candidates, EPSILON, True, free_terms(problem))
-            state = self.state(state.content)  # swaps move copies, which renumbers them
-            descend(self.costs, state, ranks, False)
-            before = self.value
-            improved = self.offer(state.content)
-            if not made or not improved or self.value > before * (1 - LEAST_GAIN) or self.stop[0]:
+            made = improve_copies(costs, state, shares, candidates, EPSILON, True, free_terms(problem))
+            state = self.state(state.content, costs)  # swaps move copies, which renumbers them
+            cost = descend(costs, state, ranks, False)
+            self.offer(state.content)
+            before, best = best, min(cost, best)
+            if not made or best > before * (1 - LEAST_GAIN) or self.stop[0]:
                 break
-            state = self.state(state.content)
-        return state.content
+            state = self.state(state.content, costs)
+        return state.content, best
 
-    def _kick_copies(self, draws: np.random.Generator) -> bool:
-        """Change what some slots for copies hold at random, and descend; whether that is the best so far."""
+    def _kick_copies(self, row: Row, costs: Costs, best: float) -> Row | None:
+        """Change what some slots for copies hold at random, and descend; where that ended, None if not below best."""
         from gemopt.solvers.search.swaps import descend
 
-        assert self.row is not None
-        problem, row = self.problem, self.row.copy()
+        assert self.draws is not None
+        problem, draws, row = self.problem, self.draws, row.copy()
         candidates = copies_worth_trying(problem)
         choices = candidates if problem.full else np.append(candidates, EMPTY)
         for _ in range(draws.integers(1, MOST_COPIES + 1)):
             copies_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
             spare = np.flatnonzero((row == EMPTY) | (copies_E[row] > 1))
             slot = int(draws.choice(spare))
-            barred_E = self.state(row).barred[problem.rank_of_slot[slot]]
+            barred_E = self.state(row, costs).barred[problem.rank_of_slot[slot]]
             open_ = choices[(choices == EMPTY) | (barred_E[choices] == 0)]
             if len(open_):
                 row[slot] = draws.choice(open_)
-        state = self.state(row)
-        descend(self.costs, state, np.ones(problem.num_ranks, dtype=bool), False)
-        before = self.value
-        self._over_copies(state.content)
-        return self.value < before
+        state = self.state(row, costs)
+        descend(costs, state, np.ones(problem.num_ranks, dtype=bool), False)
+        row, cost = self._over_copies(state.content, costs, best)
+        return row if cost < best else None
 
     def iterate(self) -> StoppedBy:
         """Kick and descend until the deadline, the patience, the gap or an interrupt; on the hulls first, if any."""
@@ -247,13 +249,21 @@ class _Search(Best):
         if self.draws is None:
             self.draws = seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
         timed = options.patience is None and 0.0 < given_s < np.inf  # else the path is the seed's alone
-        if self.hulls is not None and self.shares is None:
-            most_s = HULL_POLISHES * self.polish_s if options.patience is None else np.inf
-            end = time.monotonic() + min(HULL_SHARE * given_s, most_s)
-            row, _ = self._walk(self.hulls, HEAT if timed else 0.0, end)
-            self._polish(self._polish(row, False), True)
+        if self.hulls is not None and self._guided(self.row):
+            most = HULL_POLISHES if self.shares is None else SPARE_POLISHES
+            most_s = most * self.polish_s if options.patience is None else np.inf
+            hull_s = min(HULL_SHARE * given_s, most_s, given_s - self.polish_s)
+            if hull_s > 0.0:
+                row, _ = self._walk(self.hulls, HEAT if timed else 0.0, time.monotonic() + hull_s)
+                self._polish(self._polish(row, False), True)
         heat = HEAT * options.remaining / given_s if timed else 0.0
         return self._walk(self.costs, heat, options.deadline)[1]
+
+    def _guided(self, row: Row) -> bool:
+        """Whether kicks are to run on the hulls first."""
+        from gemopt.solvers.search.swaps import total_cost
+
+        return self.shares is None or total_cost(self.state(row, self.hulls)) > (1 - SPARE_GAP) * self.value
 
     def _walk(self, costs: Costs, heat: float, end: float) -> tuple[Row, StoppedBy]:
         """Kick and descend on these costs in batches until `end` of `time.monotonic`; the best row by them.
@@ -273,11 +283,15 @@ class _Search(Best):
                 return row, StoppedBy.GAP
             if options.expired() or now >= end:
                 return row, options.cut_by
-            if self.shares is not None and not gains:  # swaps alone cost less
-                idle, state = (0, None) if self._kick_copies(self.draws) else (idle + 1, state)
             if state is None:
-                state = self.state(self.row, costs)
+                state = self.state(row, costs)
                 best, row = total_cost(state), state.content.copy()
+            if self.shares is not None and not gains:  # swaps alone cost less
+                kicked = self._kick_copies(row, costs, best)
+                idle = idle + 1 if kicked is None else 0
+                if kicked is not None:
+                    state = self.state(kicked, costs)
+                    best, row = total_cost(state), state.content.copy()
             cooled = heat * (end - now) / (end - begun) if heat else 0.0
             draws = self.draws.random((kicks, KICK_DRAWS))
             renewed = iterate(costs, state, draws, best, row, losses, cooled)
