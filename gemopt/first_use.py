@@ -32,7 +32,7 @@ from gemopt.solvers.size import paired, prover
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
 
-NOTICE = "compiling kernels used here for the first time: up to a minute, once (not counted in the time limit)"
+NOTICE = "compiling kernels used here for the first time: a minute or two, once (not counted in the time limit)"
 LOOK_S = 0.1
 _known: set[tuple[object, ...]] = set()
 

@@ -149,7 +149,7 @@ class Controller:
         return self._decide(news, changed, imbalance, known)
 
     def warm(self) -> None:
-        """Load or compile the kernels of decisions before serving, once per installation up to a minute; else changes
+        """Load or compile the kernels of decisions before serving, once per installation a minute or two; else changes
         nothing."""
         twin = copy.deepcopy(self)
         rows, first = self.placement.physical_to_logical, self.placement.rank_of_slot == 0
