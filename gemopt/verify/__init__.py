@@ -170,13 +170,9 @@ class Case:
         alone = [self.alone_ps(kind) for kind in kinds]
         idle, one_more = max(int(each[0]) for each in alone), np.concatenate([each[1:] for each in alone])
         most = len(one_more) // len(kinds)
-        if (number_K == number_K[0]).all():
-            one_more.sort()
-            held_N = np.repeat(one_more[: -(-most // number_K[0])], number_K[0])[:most]
-        else:
-            order = np.argsort(one_more, kind="stable")
-            carried_N = np.cumsum(np.repeat(number_K, most)[order])
-            held_N = one_more[order[np.searchsorted(carried_N, np.arange(1, most + 1))]]
+        order = np.argsort(one_more, kind="stable")
+        carried_N = np.cumsum(np.repeat(number_K, most)[order])
+        held_N = one_more[order[np.searchsorted(carried_N, np.arange(1, most + 1))]]
         return np.append(idle, np.maximum(held_N, idle))
 
     def _shared_T(self, fastest: IntArray, ranks: int) -> IntArray:
