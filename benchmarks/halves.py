@@ -92,6 +92,23 @@ def list_kept(tree: Tree, depth: int, e: int) -> None:
 
 
 @njit(cache=True, nogil=True)
+def decide(tree: Tree, depth: int, e: int) -> int:
+    """Take an expert's node back, if it has one, and give it the next with room; that node, or -1 after the last."""
+    if tree.node_E[e] >= 0:
+        tree.room[tree.node_E[e]] += 1
+        tree.node_E[e] = -1
+    while tree.tried[depth] < 2:
+        h = tree.tried[depth]
+        tree.tried[depth] += 1
+        if tree.room[h] > 0:
+            tree.room[h] -= 1
+            tree.node_E[e] = h
+            list_kept(tree, depth, e)
+            return h
+    return -1
+
+
+@njit(cache=True, nogil=True)
 def keep_most(tree: Tree, best: int, decisions: int) -> int:
     """Most tokens that stay at home, above `best`, after so many decisions more; `tree.depth[0]` is -1 at the end."""
     charge, depth, entered = np.empty((2, len(tree.node_E))), tree.depth[0], tree.depth[1] > 0
@@ -109,19 +126,7 @@ def keep_most(tree: Tree, best: int, decisions: int) -> int:
                 continue
             tree.chosen[depth] = open_[np.minimum(charge[0], charge[1])[open_].argmax()]
             tree.tried[depth] = 0
-        e = tree.chosen[depth]
-        if tree.node_E[e] >= 0:
-            tree.room[tree.node_E[e]] += 1
-            tree.node_E[e] = -1
-        entered = False
-        while tree.tried[depth] < 2 and not entered:
-            h = tree.tried[depth]
-            tree.tried[depth] += 1
-            if tree.room[h] > 0:
-                tree.room[h] -= 1
-                tree.node_E[e], entered = h, True
-        if entered:
-            list_kept(tree, depth, e)
+        entered = decide(tree, depth, tree.chosen[depth]) >= 0
         depth += 1 if entered else -1
     tree.depth[0], tree.depth[1] = depth, int(entered)
     return best

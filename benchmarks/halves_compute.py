@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from halves import LOOKED, FloatArray, IntArray, Tree, list_kept, start, still_kept
+from halves import LOOKED, FloatArray, IntArray, Tree, decide, start, still_kept
 from numba import njit
 from numpy.typing import NDArray
 
@@ -161,20 +161,12 @@ def lower(
             tree.chosen[depth] = open_[np.minimum(charge[0], charge[1])[open_].argmax()]
             tree.tried[depth] = 0
         e = tree.chosen[depth]
-        if tree.node_E[e] >= 0:
-            load_2T[tree.node_E[e]] -= compute.counts_TE[:, e]
-            tree.room[tree.node_E[e]] += 1
-            tree.node_E[e] = -1
-        entered = False
-        while tree.tried[depth] < 2 and not entered:
-            h = tree.tried[depth]
-            tree.tried[depth] += 1
-            if tree.room[h] > 0:
-                tree.room[h] -= 1
-                tree.node_E[e], entered = h, True
-                load_2T[h] += compute.counts_TE[:, e]
-        if entered:
-            list_kept(tree, depth, e)
+        before, after = tree.node_E[e], decide(tree, depth, e)
+        if before >= 0:
+            load_2T[before] -= compute.counts_TE[:, e]
+        if after >= 0:
+            load_2T[after] += compute.counts_TE[:, e]
+        entered = after >= 0
         depth += 1 if entered else -1
     tree.depth[0], tree.depth[1] = depth, int(entered)
     return best
