@@ -16,9 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import gemopt
 import instances
 import machine
+
+import gemopt
 
 
 def main() -> None:
@@ -35,10 +36,9 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     print(machine.stamp("numpy", "plotly"))
     print("| case | wall s, median (all) | page MB | peak memory GB |\n|---|---|---|---|")
-    print(
-        f"| 58 x 256 x 1000, G={arguments.ranks} | {statistics.median(taken):.1f} ({', '.join(f'{s:.1f}' for s in taken)})"
-        f" | {size / 1e6:.1f} | {peak / 1e6:.2f} |"
-    )
+    times = ", ".join(f"{seconds:.1f}" for seconds in taken)
+    case = f"58 x 256 x 1000, G={arguments.ranks}"
+    print(f"| {case} | {statistics.median(taken):.1f} ({times}) | {size / 1e6:.1f} | {peak / 1e6:.2f} |")
 
 
 def _command(folder: Path, ranks: int, limit: float) -> list[str]:
