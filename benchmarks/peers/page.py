@@ -55,8 +55,8 @@ Of {count} cells {lost} lost, {level} level, {ahead} ahead. Lost: {which}.
 `make peers` runs what is missing and writes this page; `run` is the day of a row. The cells are fixed
 (`benchmarks/peers/cells.py`). Balancers of engines are the files of their wheels, nothing rewritten; GEM and MoETuner
 are those papers' methods as gemopt reads them. gemopt runs with the same options everywhere: `auto`, patience
-{patience}, {limit:g} s; under replay its controller with its defaults. Limits and seconds are CPU seconds of one core,
-compiling left out.
+{patience}, {limit:g} s, the defaults; under replay its controller with its own. Limits and seconds are CPU seconds of
+one core, compiling left out.
 
 Changes are of the summed makespan against contiguous placement, in per cent, on steps that nothing was fitted on (the
 second half of a trace): medians over seeds, lowest and highest in brackets. A seed draws the GPUs and, where it is
@@ -87,8 +87,8 @@ points of `lead`. Lost cells come first.
   1.4 points behind on the fitted steps, for want of time, and 0.4 on the others (`fitting.md`); on the last 16 steps
   alone it has the time, and is from 2.1 behind to 0.4 ahead: those are nearest to the steps scored.
 * Cells of gpt-oss and tiny-MoE that are level with GEM are so on the fitted steps too, by 0.1 points: both end by their
-  patience, gemopt in 0.2 to 0.8 of the CPU seconds, and kicks are never annealed, as they are without patience. On
-  58 x 256 gemopt is ahead on the fitted steps of every cell, and what is level there is what later steps make of it.
+  patience, gemopt in 0.2 to 0.8 of the CPU seconds, and kicks are not annealed, as without a limit of one's own. On
+  58 x 256 gemopt is ahead on the fitted steps of every cell; what is level there is what later steps make of it.
 * SwiftBalancer moves at most one expert between two ranks at a call; an engine calls it again and again.
 * A second copy of an expert on one rank is left out of its table. GEM and MoETuner leave spare slots empty.
 * All are scored by the cost model that gemopt fits to the profile (`auto`), copies sharing evenly.
