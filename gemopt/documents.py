@@ -255,13 +255,35 @@ class Document(Settings):
 
 
 def plain_array(name: str, value: object, limit: str) -> np.ndarray[Any, Any]:
-    """The array that a list, an array or a tensor is; `InputError` where it is ragged, masked or on a device."""
-    if np.ma.is_masked(value):
-        raise InputError(name, "masked values", limit, "fill them or leave them out")
+    """The array that a list, an array, a tensor or a data frame is; `InputError` where that would lose something.
+
+    It would where it is ragged or on a device, where values are masked, and where labels tell another order.
+    """
+    _refuse_marked(name, value, limit)
     try:
         return np.asarray(value)
-    except (ValueError, TypeError, OverflowError, RecursionError, RuntimeError):
-        raise InputError(name, value, limit) from None
+    except (ValueError, TypeError, OverflowError, RecursionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]  # of torch's, which has the way out
+        found = f"a {getattr(value, 'dtype', '')} tensor ({reason})" if hasattr(value, "numpy") else value
+        raise InputError(name, found, limit) from None
+
+
+def _refuse_marked(name: str, value: object, limit: str, depth: int = 2) -> None:
+    """Raise where a value, or one in its lists, has a mask, or rows and columns that are not numbered from 0 on."""
+    if np.ma.is_masked(value):
+        raise InputError(name, "masked values", limit, "fill them or leave them out")
+    for axis in ("columns", "index"):
+        labels = getattr(value, axis, None)
+        if labels is None or callable(labels):  # as list.index is
+            continue
+        numbers = [re.sub(r"^\D*(?=\d+$)", "", str(label)) for label in labels]
+        if numbers != [str(i) for i in range(len(numbers))]:
+            shown = ", ".join(map(str, labels[:8])) + (", ..." if len(labels) > 8 else "")
+            hint = "put it in the order that they tell, and give its .to_numpy(); numbers of layers are layer_ids"
+            raise InputError(name, f"{axis} {shown}", f"{axis} 0 to {len(numbers) - 1}, as labels are not read", hint)
+    for item in value if depth and isinstance(value, (list, tuple)) else ():
+        if not isinstance(item, (int, float)):
+            _refuse_marked(name, item, limit, depth - 1)
 
 
 LARGEST = 2**31 - 1  # whole number in an array

@@ -81,7 +81,7 @@ class Placement(Document):
         given = data.get("layer_ids") if isinstance(data, dict) else True
         if given is None or (isinstance(given, list) and not given):
             rows = data.get("physical_to_logical")
-            if isinstance(rows, (list, tuple, np.ndarray)):
+            if hasattr(rows, "__len__") and not isinstance(rows, (str, dict)):
                 data = {**data, "layer_ids": list(range(len(rows)))}
         return data
 

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt import foreign
-from gemopt.documents import integer_array
+from gemopt.documents import integer_array, plain_array
 from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, check_kind, check_number, naming
 from gemopt.placement import check_layer_ids
 from gemopt.traces.arrays import (
+    COUNT_LIMIT,
     FloatArray,
     check_counted,
     checked_counts,
@@ -94,6 +95,11 @@ class Traces:
     def __post_init__(self, allow_idle: bool) -> None:
         counts = checked_counts(self.counts)
         object.__setattr__(self, "counts", counts)
+        for name, most in (("top_k", self.num_experts), ("num_hidden_layers", COUNT_LIMIT)):
+            if (value := getattr(self, name)) is not None:
+                check_number(
+                    f"Traces.{name}", value, f"a whole number from 1 to {most}", least=1, most=most, whole=True
+                )
         given = integer_array(self.layer_ids, name="Traces.layer_ids", ndim=1) if len(self.layer_ids) else ()
         layer_ids = tuple(int(i) for i in given) or tuple(range(counts.shape[1]))
         object.__setattr__(self, "layer_ids", layer_ids)
@@ -127,15 +133,15 @@ class Traces:
             if len(wrong):
                 raise InputError(f"Traces.{name}", int(wrong[0]), f"values from {low} to {high}")
             object.__setattr__(self, name, array)
-        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
-            raise InputError("Traces.top_k", self.top_k, f"from 1 to the number of experts, {self.num_experts}")
 
     def _check_pairs(self) -> None:
         experts = self.num_experts
         for name, layers in (("pair_counts", self.num_layers), ("transitions", self.num_layers - 1)):
-            array = widened(getattr(self, name))
+            if getattr(self, name) is None:
+                continue
+            array = widened(plain_array(f"Traces.{name}", getattr(self, name), "integers [layers, experts, experts]"))
             object.__setattr__(self, name, array)
-            if array is not None and (array.shape != (layers, experts, experts) or array.dtype.kind not in "iu"):
+            if array.shape != (layers, experts, experts) or array.dtype.kind not in "iu":
                 raise InputError(
                     f"Traces.{name}", f"{array.dtype} {array.shape}", f"integers ({layers}, {experts}, {experts})"
                 )

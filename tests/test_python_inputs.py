@@ -1,0 +1,101 @@
+"""Arrays as others hold them: tensors, data frames and masked arrays are read as they are meant, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from one_liners import one_line
+
+from gemopt.exceptions import InputError
+from gemopt.placement import Placement
+from gemopt.traces import Traces
+
+COUNTS = np.random.default_rng(0).poisson(9, (5, 2, 8))
+MAP = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, 0]])
+
+
+def placed(rows: object) -> Placement:
+    return Placement(physical_to_logical=rows, slots_per_rank=[4, 4], num_experts=8)
+
+
+def frames(**labels: object) -> list[Any]:
+    pandas = pytest.importorskip("pandas")
+    return [pandas.DataFrame(step, **labels) for step in COUNTS]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [{}, {"columns": [f"expert_{e}" for e in range(8)]}, {"columns": list("01234567"), "index": ["layer0", "layer1"]}],
+)
+def test_data_frames_in_order_are_their_numbers(labels: dict[str, object]) -> None:
+    np.testing.assert_array_equal(Traces(counts=frames(**labels)).counts, COUNTS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ({"columns": [3, 1, 0, 2, 4, 5, 6, 7]}, "columns 3, 1, 0, 2"),
+        ({"index": [1, 0]}, "index 1, 0"),
+        ({"index": [3, 4]}, "layer_ids"),
+        ({"columns": ["layer", *range(7)]}, "columns layer, 0, 1"),
+    ],
+)
+def test_labels_that_tell_another_order_are_not_read_over(labels: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words) as error:
+        Traces(counts=frames(**labels))
+    one_line(error)
+
+
+def test_columns_of_slots_in_another_order() -> None:
+    pandas = pytest.importorskip("pandas")
+    np.testing.assert_array_equal(placed(pandas.DataFrame(MAP)).physical_to_logical, MAP)
+    with pytest.raises(InputError, match="columns 1, 0"):
+        placed(pandas.DataFrame(MAP, columns=[1, 0, *range(2, 8)]))
+
+
+def test_masks_within_a_list() -> None:
+    whole = [np.ma.masked_array(step, mask=False) for step in COUNTS]
+    np.testing.assert_array_equal(Traces(counts=whole).counts, COUNTS)
+    with pytest.raises(InputError, match="masked values"):
+        Traces(counts=[np.ma.masked_array(step, mask=step > 9) for step in COUNTS])
+
+
+@pytest.mark.parametrize("of", [lambda t: t, lambda t: t.int(), lambda t: t.float(), lambda t: t.flip(0).flip(0)])
+def test_placements_of_tensors(of: Callable[[Any], object]) -> None:
+    torch = pytest.importorskip("torch")
+    placement = placed(of(torch.tensor(MAP)))
+    np.testing.assert_array_equal(placement.physical_to_logical, MAP)
+    assert placement.layer_ids == [0, 1]
+
+
+@pytest.mark.parametrize(("made", "words"), [("bfloat16", "BFloat16"), ("sparse", "to_dense"), ("grad", "detach")])
+def test_what_a_tensor_lacks_is_said(made: str, words: str) -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.tensor(COUNTS)
+    kinds = {"bfloat16": tensor.bfloat16(), "sparse": tensor.to_sparse(), "grad": tensor.float().requires_grad_()}
+    with pytest.raises(InputError, match=words) as error:
+        Traces(counts=kinds[made])
+    one_line(error)
+
+
+@pytest.mark.parametrize("wrong", [2.0, 2.5, "2", True, 0, 9])
+@pytest.mark.parametrize("name", ["top_k", "num_hidden_layers"])
+def test_numbers_of_the_network_are_whole(name: str, wrong: Any) -> None:
+    if (name, wrong) == ("num_hidden_layers", 9):
+        wrong = -1
+    with pytest.raises(InputError, match=f"Traces.{name}"):
+        Traces(counts=COUNTS, **{name: wrong})
+
+
+def test_numpys_numbers_are_read_back(tmp_path: Any) -> None:
+    Traces(counts=COUNTS, top_k=np.int64(2), num_hidden_layers=np.int32(4)).save(tmp_path / "t.safetensors")
+    found = Traces.load(tmp_path / "t.safetensors")
+    assert (found.top_k, found.num_hidden_layers) == (2, 4)
+
+
+def test_pairs_given_as_lists() -> None:
+    pairs = np.zeros((2, 8, 8), int)
+    np.testing.assert_array_equal(Traces(counts=COUNTS, pair_counts=pairs.tolist()).pairs(), pairs)
