@@ -3,9 +3,12 @@
 import json
 
 import pytest
-from checkpoint_files import ORDER, E, exporter, network, router_of
+from checkpoint_files import ORDER, PLACEMENT, E, config_of, exporter, network, router_of
+from safetensors.numpy import save_file
 
 from gemopt import InputError
+from gemopt.executor import export_checkpoint
+from gemopt.executor.checkpoint import read_header
 from gemopt.models.families import FAMILIES
 
 
@@ -101,3 +104,25 @@ def test_groups_that_only_the_config_knows(export, name, kept):
     field = "num_expert_group" if name == "kimi_linear" else "n_group"
     with pytest.raises(InputError, match="mix routing groups"):
         export(row, network(row), **{"n_group": None, field: 8, "topk_group": kept})
+
+
+def test_names_in_the_metadata_of_weights_follow(tmp_path):
+    """As torchao and torch.distributed.checkpoint write them: names as keys, and lists of names as JSON."""
+    row = FAMILIES["qwen3_moe"]
+    name = "model.layers.1.mlp.experts.{}.down_proj.weight"
+    other = "model.layers.0.mlp.experts.9.down_proj.weight"
+    told = {
+        "format": "pt",
+        "tensor_names": json.dumps([name.format(9), other, "lm_head.weight"]),
+        name.format(0): json.dumps({"_type": "Int4Tensor", "offsets": [0, 0]}),
+        "sharding": json.dumps({name.format(9): {"saved_offsets": [0, 0]}}),
+    }
+    (tmp_path / "in").mkdir()
+    save_file(network(row), tmp_path / "in" / "model.safetensors", metadata=told)
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config_of(row)))
+    result = export_checkpoint(PLACEMENT, tmp_path / "in", tmp_path / "out")
+    _, found, _ = read_header(result / "model.safetensors")
+    assert json.loads(found["tensor_names"]) == [name.format(2), other, "lm_head.weight"]
+    assert json.loads(found[name.format(1)]) == {"_type": "Int4Tensor", "offsets": [0, 0]}
+    assert json.loads(found["sharding"]) == {name.format(2): {"saved_offsets": [0, 0]}}
+    assert (found["format"], len(found)) == ("pt", 4)

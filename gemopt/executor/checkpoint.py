@@ -20,7 +20,7 @@ import numpy as np
 
 from gemopt.documents import read_json, write_text
 from gemopt.exceptions import InputError
-from gemopt.executor.configs import INDEX, other_files
+from gemopt.executor.configs import INDEX, other_files, renamed_metadata
 from gemopt.executor.permutation import IntArray, Permutation, check_coverage, permutation_of
 from gemopt.models.checkpoint_names import tensor_role
 from gemopt.models.families import family
@@ -175,7 +175,8 @@ def expert_sizes(source: str | os.PathLike[str], placement: Placement) -> list[i
 def _rewrite(source: Path, target: Path, permutation: Permutation) -> None:
     """Copy one safetensors file; every tensor keeps its place in the file."""
     tensors, metadata, start = read_header(source)
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    told = renamed_metadata(metadata, f"{source}: metadata", permutation)
+    header: dict[str, Any] = {"__metadata__": told} if told else {}
     for tensor in tensors:
         header[permutation.new_name(tensor.name)] = {
             "dtype": tensor.dtype,

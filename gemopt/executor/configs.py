@@ -75,6 +75,27 @@ def renamed_modules(value: Any, where: str, permutation: Permutation) -> Any:
     return _renamed(value, where, permutation) if isinstance(value, str) else value
 
 
+def renamed_metadata(metadata: dict[str, str], where: str, permutation: Permutation) -> dict[str, str]:
+    """Metadata of a file of weights with the tensors and modules of single experts renumbered, in texts of JSON too."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {of(key): of(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [of(item) for item in value]
+        return _renamed(value, where, permutation) if isinstance(value, str) else value
+
+    def of_text(text: str) -> str:
+        try:
+            value = json.loads(text) if text.startswith(("{", "[")) else text
+        except ValueError:
+            value = text
+        after = of(value)
+        return text if after == value else after if isinstance(after, str) else json.dumps(after)
+
+    return {of(key): of_text(text) for key, text in metadata.items()}
+
+
 def _flat(value: Any) -> list[Any]:
     return [leaf for item in value for leaf in _flat(item)] if isinstance(value, list) else [value]
 
