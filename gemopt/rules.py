@@ -13,7 +13,7 @@ from gemopt.exceptions import InputError
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, (bool, str)):
+    if isinstance(value, (bool, str)) or str(getattr(value, "dtype", "")).endswith("bool"):  # a mask is no list of ids
         raise PydanticCustomError("number", "input should be a whole number")
     return value
 

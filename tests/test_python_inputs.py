@@ -11,6 +11,7 @@ from one_liners import one_line
 
 from gemopt.exceptions import InputError
 from gemopt.placement import Placement
+from gemopt.rules import Pinned
 from gemopt.traces import Traces
 
 COUNTS = np.random.default_rng(0).poisson(9, (5, 2, 8))
@@ -99,3 +100,20 @@ def test_numpys_numbers_are_read_back(tmp_path: Any) -> None:
 def test_pairs_given_as_lists() -> None:
     pairs = np.zeros((2, 8, 8), int)
     np.testing.assert_array_equal(Traces(counts=COUNTS, pair_counts=pairs.tolist()).pairs(), pairs)
+
+
+def test_a_mask_is_no_list_of_experts() -> None:
+    torch = pytest.importorskip("torch")
+    ids = np.array([4, 6])
+    for given in (ids, torch.tensor(ids), ids.astype(float), range(4, 7, 2)):
+        assert Pinned(experts=given, ranks=[0]).experts == [4, 6]
+    for mask in (np.isin(np.arange(8), ids), torch.isin(torch.arange(8), torch.tensor(ids))):
+        with pytest.raises(InputError, match=r"Pinned\.experts"):
+            Pinned(experts=mask, ranks=[0])
+
+
+def test_one_step_is_given_in_a_list() -> None:
+    traces = Traces(counts=COUNTS)
+    with pytest.raises(InputError, match="in a list"):
+        traces.steps(3)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(traces.steps([3]).counts, COUNTS[3:4])

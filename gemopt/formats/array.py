@@ -134,7 +134,8 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
     if copies := [name for name in names if COPIES.search(name)]:
         raise InputError(str(path), f"an array {copies[0]}", "counts of logical experts", NOT_COPIES)
     if (ndim := _ndim(data)) < 3:
-        hint = "sums over the steps are an array of one step (counts[None])"
+        hint = "[layers, experts] of sums over the steps are one step, counts[None]; [steps, experts] are one layer, "
+        hint += "counts[:, None]"
         raise InputError(f"{path}: counts", f"{ndim} dimensions", "counts [steps, layers, experts]", hint)
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:

@@ -231,7 +231,10 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     lacking = [meaning for meaning in _NEEDED if meaning not in found]
     if lacking:
         ids = lacking == ["count"] or IDS & {word for name in header for word in name.split("_")}
-        hint = NOT_IDS if ids else "one line for each layer and expert"
+        wide = sum(bool(re.fullmatch(r"[a-z]?_?\d+", name)) for name in header) > 1
+        hint = "one line for each layer and expert"
+        hint += "; a column for each expert is named expert_0, ..." if wide and "layer" in found else ""
+        hint = NOT_IDS if ids and not wide else hint
         shown = ",".join(header)[:200]
         raise InputError(f"{path}: columns", shown, "layer_id, expert_id, count; perhaps step, rank", hint)
     return found

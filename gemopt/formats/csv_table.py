@@ -38,7 +38,12 @@ def read(path: Path, facts: Facts) -> Placement:
     index = {layer: i for i, layer in enumerate(layers)}
     slots, ranks = (max(int(row[column]) for row in rows) + 1 for column in (2, 1))
     if len(rows) != len(layers) * slots or slots > 1 << 20 or ranks > 1 << 20:
-        raise InputError(str(path), f"{len(rows)} lines", f"one for each of {len(layers)} layers x {slots} slots")
+        raise InputError(
+            str(path),
+            f"{len(rows)} lines",
+            f"one for each of {len(layers)} layers x {slots} slots",
+            "slots are numbered over all ranks, 0 to their number less one",
+        )
     owner = np.full(slots, -1)
     table = np.full((len(layers), slots), EMPTY - 1)
     weights = np.zeros(table.shape)

@@ -6,6 +6,7 @@ What `rebalance_experts` of `eplb.py` (github.com/deepseek-ai/EPLB) returns, for
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def read(path: Path, facts: Facts) -> Placement:
         found = str(value if name in told else np.asarray(value).tolist())
         if meant(name) == "layer_ids" and found.replace(" ", "") != str(ids).replace(" ", ""):
             raise InputError(f"{path}: {name}", found, f"{ids}, as they are read", "give --layer-ids")
+        if re.fullmatch(r"(num_)?(gpus|ranks)|(ep|world)_size", name) and found != str(placement.num_ranks):
+            raise InputError("--ep", placement.num_ranks, f"{name} is {found} in {path}")
     if others:
         facts.notes.append(f"{', '.join(others)} left unread")
     return placement

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.documents import integer_array
 from gemopt.exceptions import InputError, naming, refuse_unused
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.traces import Phase, Traces
@@ -248,8 +249,6 @@ def make_placement(path: Path, rows: object, facts: Facts, **fields: Any) -> Pla
     InputError
         When the ranks are unknown or do not divide the slots, or the rows are no placement.
     """
-    from gemopt.documents import integer_array
-
     table_LP = integer_array(rows, name=f"{path}: physical_to_logical", ndim=2)
     if not table_LP.size:
         raise InputError(f"{path}: physical_to_logical", f"shape {table_LP.shape}", "at least one layer and slot")
@@ -265,6 +264,9 @@ def make_placement(path: Path, rows: object, facts: Facts, **fields: Any) -> Pla
     experts = int(table_LP.max()) + 1 if facts.num_experts is None else facts.num_experts
     if int(table_LP.max()) >= experts:
         raise InputError(f"{path}: physical_to_logical", int(table_LP.max()), f"experts 0 to {experts - 1}")
+    each = np.repeat(np.arange(ranks), table_LP.shape[1] // ranks)
+    if facts.num_experts is None and ranks == experts < len(each) and (np.sort(table_LP[0]) == each).all():
+        facts.notes.append(f"all {experts} experts have as many copies: or are these the ranks of experts, in turn?")
     devices, split = facts.device_uuids, facts.split or Split.EVEN
     if split is Split.STATIC and (np.diff(np.sort(table_LP, axis=1), axis=1) != 0).all():
         split = Split.EVEN  # there are no copies whose weights these files could lack
@@ -333,7 +335,8 @@ def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "") -> list[Pa
         elif not os.access(path, os.R_OK):
             raise InputError(str(path), "no such file", "a readable file is needed")
         elif path.suffix not in suffixes:
-            raise InputError(str(path), path.suffix or "no suffix", f"a file {' or '.join(suffixes)}")
+            hint = "numpy.save('counts.npy', its lists), then --from array" if path.suffix[:5] == ".json" else ""
+            raise InputError(str(path), path.suffix or "no suffix", f"a file {' or '.join(suffixes)}", hint)
         else:
             found.append(path)
     if not found:

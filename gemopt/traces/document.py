@@ -178,8 +178,8 @@ class Traces:
             chosen = np.arange(self.num_steps)[selection]
         except IndexError as error:
             raise InputError("steps", str(error), f"indices or a mask of the {self.num_steps} steps") from None
-        if not len(chosen) or (np.diff(chosen) <= 0).any():
-            raise InputError("steps", chosen, f"at least one of the {self.num_steps} steps, increasing")
+        if np.ndim(chosen) != 1 or not len(chosen) or (np.diff(chosen) <= 0).any():
+            raise InputError("steps", chosen, f"at least one of the {self.num_steps} steps in a list, increasing")
         return replace(
             self,
             counts=self.counts[chosen],

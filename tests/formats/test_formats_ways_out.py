@@ -1,0 +1,90 @@
+"""The ways out that refusals name, taken literally, lead to the right counts and placements."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from routed_counts import routed
+
+from gemopt.exceptions import InputError
+from gemopt.formats.engine import Facts
+from gemopt.formats.registry import import_placement
+from gemopt.placement import Placement
+
+COUNTS = routed(np.random.default_rng(5))  # [steps, layers, experts]
+MAP = [[0, 1, 2, 3, 0, 1, 2, 3], [3, 2, 1, 0, 3, 2, 1, 0]]
+
+
+def refused(load, path, source, words):
+    with pytest.raises(InputError, match=words):
+        load(path, source)
+
+
+def test_two_dimensions_are_layers_or_steps(load, tmp_path):
+    path = tmp_path / "layer_3.npy"
+    for array, given in (
+        (COUNTS[:, 1], lambda counts: counts[:, None]),
+        (COUNTS.sum(axis=0), lambda counts: counts[None]),
+    ):
+        np.save(path, array)
+        refused(load, path, "array", r"\[layers, experts\].*counts\[None\]; \[steps, experts\].*counts\[:, None\]")
+        np.save(path, given(array))
+        np.testing.assert_array_equal(load(path, "array")[0].counts, given(array))
+
+
+@pytest.mark.parametrize("source", ["array", "csv"])
+def test_counts_as_json(load, tmp_path, source):
+    (tmp_path / "counts.json").write_text(json.dumps(COUNTS.tolist()))
+    refused(load, tmp_path / "counts.json", source, r"numpy\.save\('counts\.npy', its lists\), then --from array")
+    np.save(tmp_path / "counts.npy", json.loads((tmp_path / "counts.json").read_text()))
+    np.testing.assert_array_equal(load(tmp_path / "counts.npy", "array")[0].counts, COUNTS)
+
+
+@pytest.mark.parametrize("name", ["{}", "E{}", "e_{}"])
+def test_a_column_for_each_expert(load, tmp_path, name):
+    def table(name):
+        experts = ",".join(name.format(e) for e in range(COUNTS.shape[2]))
+        rows = [(t, layer, *row) for t, step in enumerate(COUNTS) for layer, row in enumerate(step.tolist())]
+        (tmp_path / "t.csv").write_text(
+            "\n".join([f"step,layer,{experts}", *(",".join(map(str, r)) for r in rows), ""])
+        )
+        return tmp_path / "t.csv"
+
+    refused(load, table(name), "csv", "a column for each expert is named expert_0")
+    np.testing.assert_array_equal(load(table("expert_{}"), "csv")[0].counts, COUNTS)
+
+
+def test_ranks_of_experts_in_turn_are_named(tmp_path):
+    path = tmp_path / "m.json"
+    for rows, ranks, said in ((MAP, 4, True), (MAP, 2, False), ([[*range(8)]] * 2, 8, False)):
+        path.write_text(json.dumps(rows))
+        notes = []
+        import_placement(path, source="vllm-map", facts=Facts(num_ranks=ranks, notes=notes))
+        assert any("ranks of experts" in note for note in notes) is said
+    notes = []
+    path.write_text(json.dumps(MAP))
+    import_placement(path, source="vllm-map", facts=Facts(num_ranks=4, num_experts=4, notes=notes))
+    assert not any("ranks of experts" in note for note in notes)
+
+
+@pytest.mark.parametrize("name", ["num_gpus", "num_ranks", "ep_size"])
+def test_tables_of_eplb_say_how_many_ranks(tmp_path, name):
+    np.savez(tmp_path / "p.npz", phy2log=[[*range(8)]], **{name: 4})
+    with pytest.raises(InputError, match=rf"--ep: got 2; {name} is 4"):
+        import_placement(tmp_path / "p.npz", source="deepseek-eplb", facts=Facts(num_ranks=2))
+    found = import_placement(tmp_path / "p.npz", source="deepseek-eplb", facts=Facts(num_ranks=4))
+    assert isinstance(found, Placement) and found.num_ranks == 4
+
+
+def test_slots_of_a_table_are_numbered_over_all_ranks(tmp_path):
+    def table(slot):
+        lines = [f"0,{s // 4},{slot(s)},{e}" for s, e in enumerate([5, 0, 1, 2, 3, 4, 7, 6])]
+        (tmp_path / "p.csv").write_text("\n".join(["layer,rank,slot,expert", *lines, ""]))
+
+    table(lambda slot: slot % 4)
+    with pytest.raises(InputError, match="slots are numbered over all ranks"):
+        import_placement(tmp_path / "p.csv", source="csv")
+    table(lambda slot: slot)
+    assert import_placement(tmp_path / "p.csv", source="csv").physical_to_logical.tolist() == [[5, 0, 1, 2, 3, 4, 7, 6]]
