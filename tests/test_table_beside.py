@@ -231,3 +231,45 @@ def test_times_of_layers_and_loads_of_a_group_under_other_names(tmp_path: Path) 
     text = "expected_m,num_groups,latency_us\n" + "".join(f"{n},8,{n}\n" for n in NS)
     with pytest.raises(InputError, match="expected_m; the load of a device, over all its experts"):
         read_table(written(tmp_path, text), load="expected_m", unit=Unit.ASSIGNMENTS)
+
+
+@pytest.mark.parametrize(
+    ("header", "more", "said"),
+    [
+        ("assignments,latency_us,moe_a2a_backend", ",deepep", "moe_a2a_backend is deepep"),
+        ("assignments,latency_us,with_comm", ",True", "with_comm is True"),
+        ("assignments,latency_us,include_dispatch", ",1", "include_dispatch is 1"),
+        ("assignments,latency_us,moe_a2a_backend", ",none", ""),
+        ("assignments,latency_us,with_comm", ",False", ""),
+        ("assignments,latency_us,comm_bytes", ",4096", ""),
+    ],
+)
+def test_an_exchange_that_may_be_in_the_times_is_named(tmp_path: Path, header: str, more: str, said: str) -> None:
+    notes: list[str] = []
+    read_table(table(tmp_path, header, more), notes=notes)
+    named = [note for note in notes if "exchange of tokens" in note]
+    assert named == ([f"{said}: are times without the exchange of tokens? a topology adds that"] if said else [])
+
+
+@pytest.mark.parametrize("name", ["n_layer", "num_layer", "nlayers"])
+def test_times_of_several_layers_by_more_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"beside {name} 48"):
+        read_table(table(tmp_path, f"assignments,time_us,{name}", ",48"))
+    assert len(read_table(table(tmp_path, f"assignments,time_us,{name}", ",1")).devices[0].samples) == len(NS)
+
+
+@pytest.mark.parametrize(("name", "one"), [("q_len", "1"), ("tokens_per_seq", "1"), ("num_spec_tokens", "0")])
+def test_sequences_of_several_tokens(tmp_path: Path, name: str, one: str) -> None:
+    with pytest.raises(InputError, match=f"with {name} 3, does batch_size count tokens, or sequences"):
+        read_table(table(tmp_path, f"batch_size,time_us,{name}", ",3"), top_k=2)
+    found = read_table(table(tmp_path, f"batch_size,time_us,{name}", f",{one}"), top_k=2)
+    assert [sample.assignments for sample in found.devices[0].samples] == [2 * n for n in NS]
+
+
+def test_aiters_tables_of_fused_kernels(tmp_path: Path) -> None:
+    notes: list[str] = []
+    header = "token,model_dim,inter_dim,expert,topk,tp,us,us_default,candidates_timed,mega"
+    rows = ["8,7168,256,256,8,8,288.5,298.1,29,0", "16,7168,256,256,8,8,290.5,297.5,27,1"]
+    found = read_table(written(tmp_path, "\n".join([header, *rows, ""])), notes=notes)
+    assert [(s.assignments, s.latency_us) for s in found.devices[0].samples] == [(64, 288.5), (128, 290.5)]
+    assert any(note.startswith("tp is 8") for note in notes)

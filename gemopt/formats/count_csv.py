@@ -38,6 +38,7 @@ COLUMNS = {
     "rank": ("rank", "rank_id", *PARALLEL),
 }
 IDS = {"ids", "indices", "topk", "token"}  # words of columns that list the experts of tokens
+COUNTING = {"count", "counts", "frequency", "freq", "hits", "load", "loads", "tokens", "total", "activations"}
 INDEX = "column 1"  # a first one without a name
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
@@ -231,10 +232,12 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
     lacking = [meaning for meaning in _NEEDED if meaning not in found]
     if lacking:
         ids = lacking == ["count"] or IDS & {word for name in header for word in name.split("_")}
+        counted = [name for name in header if {*name.split("_")} & COUNTING]
         wide = sum(bool(re.fullmatch(r"[a-z]?_?\d+", name)) for name in header) > 1
         hint = "one line for each layer and expert"
         hint += "; a column for each expert is named expert_0, ..." if wide and "layer" in found else ""
         hint = NOT_IDS if ids and not wide else hint
+        hint = f"if {counted[0]} is the count, call it count" if lacking == ["count"] and counted else hint
         shown = ",".join(header)[:200]
         raise InputError(f"{path}: columns", shown, "layer_id, expert_id, count; perhaps step, rank", hint)
     return found

@@ -60,6 +60,8 @@ def lines_of(path: Path) -> Lines:
             before = comments - len(start) + 1
             first_line: list[str] = []
             for cells in lines:
+                if cells and cells[0].startswith("#"):
+                    continue
                 if cells == (first_line := first_line or cells) and lines.line_num > len(start):
                     continue  # the header again, of another table put below
                 if delimiter == ";" and (thousands := [cell for cell in cells if GROUPED.fullmatch(cell.strip())]):

@@ -39,6 +39,7 @@ from gemopt.formats.table_doubts import doubts
 from gemopt.formats.table_files import Row, Table, number, read, refuse_grouped, whole
 from gemopt.formats.table_kinds import (
     AICONFIGURATOR,
+    AITER,
     BENCHMARK_MOE,
     LAYOUTS,
     Layout,
@@ -64,7 +65,11 @@ TOP_K_COLUMNS = (
 )  # fmt: skip
 LOCAL_COLUMNS = ("local_num_experts", "num_local_experts")
 EP_COLUMNS = ("moe_ep_size", "ep_size", "ep", "moe_ep", "expert_parallel_size")
-LENGTHS = ("seq_len", "seqlen", "sequence_length", "input_len", "isl", "prompt_len", "input_length")
+LENGTHS = (
+    "seq_len", "seqlen", "sequence_length", "input_len", "isl", "prompt_len", "input_length", "q_len", "query_len",
+    "tokens_per_seq", "tokens_per_sequence", "tokens_per_request", "num_spec_tokens", "num_speculative_tokens",
+    "spec_tokens", "num_draft_tokens", "draft_tokens", "mtp", "next_n",
+)  # fmt: skip
 LARGEST_LOAD, LARGEST_US = 2.0**31 - 1, 1e12  # as in a profile
 MANYFOLD = 0.5  # of the median: half of the repeats of a load lie further from it, as two that are threefold apart do
 
@@ -157,7 +162,7 @@ def read_table(
                 f"{load_column} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
                 "group-tokens where they are those of all ranks together"
             )
-        if layout in (None, BENCHMARK_MOE) and counted is not Unit.GROUP_TOKENS:
+        if layout in (None, BENCHMARK_MOE, AITER) and counted is not Unit.GROUP_TOKENS:
             notes += beside(table, repeats, EP_COLUMNS if counted is Unit.TOKENS else ())
         notes += doubts(profile)
     return profile
@@ -255,7 +260,7 @@ def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | No
         return unit
     if plain(load_column) == "batch_size":
         lengths = [f"{name} {value}" for name in named(table, LENGTHS) for value in values(table.rows, name)[:1]
-                   if value != "1"]  # fmt: skip
+                   if value not in ("", "0", "1")]  # fmt: skip
         if lengths:
             limit = f"with {', '.join(lengths)}, does {load_column} count tokens, or sequences?"
             raise InputError("--unit", "", limit, "give --unit tokens where it counts tokens")

@@ -39,7 +39,12 @@ THOUSANDS = {"k", "ktokens", "thousand", "thousands", "million", "millions"}
 SHARDED = ("tp", "tp_size", "moe_tp", "moe_tp_size", "tensor_parallel_size", "moe_tensor_parallel_size")
 WHOLE_EXPERTS = ("enable_expert_parallel", "enable_ep", "enable_ep_moe")
 LAUNCHES = ({"instances"}, {"calls", "total_duration_ns"})  # of a profiler's summary
-GROUPS = ("num_gpus", "n_gpus", "ngpus", "gpus", "world_size", "num_ranks", "nranks")
+GROUPS = (
+    "num_gpus", "n_gpus", "ngpus", "gpus", "num_devices", "n_devices", "num_npus", "num_cards", "world_size",
+    "num_ranks", "nranks", "dp", "dp_size", "data_parallel_size",
+)  # fmt: skip
+EXCHANGED = {"comm", "communication", "a2a", "alltoall", "all2all", "dispatch", "dispatcher", "exchange"}
+"""Words of columns that say with or by what tokens were exchanged."""
 
 
 def refuse_other_units(table: Table, time: str, scale: float) -> None:
@@ -128,7 +133,18 @@ def beside(table: Table, read_over: Collection[str], ranks: Collection[str] = ()
             found = values(table.rows, name)[0]
             if name not in read_over and found.isdigit() and int(found) > 1:
                 notes.append(f"{name} is {found}: {what}")
+    notes += _exchanged(table, read_over)
     columns = {plain(name): name for name in table.header}
     for name in (columns[min(each)] for each in LAUNCHES if each <= columns.keys()):
         notes.append(f"means over {name}, it seems: of a kernel or of a whole layer, which may launch several?")
+    return notes
+
+
+def _exchanged(table: Table, read_over: Collection[str]) -> list[str]:
+    """Sentences on columns that say that tokens were exchanged, whose time may be in that of the layer."""
+    notes = []
+    for name in (each for each in table.header if words(each) & EXCHANGED and each not in read_over):
+        found = next((value for value in values(table.rows, name) if value.lower() not in NO), "")
+        if found and (found == "1" or not is_numeric(table.rows, name)):
+            notes.append(f"{name} is {found}: are times without the exchange of tokens? a topology adds that")
     return notes

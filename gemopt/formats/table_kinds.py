@@ -56,7 +56,7 @@ AITER = Layout(
     Unit.TOKENS,
     ("us",),
     frozenset({"block_m", "ksplit", "kernelId", "kernelName", "kernelName1", "kernelName2", "run_1stage", "xbf16"})
-    | {"flat", "_tag"},
+    | {"flat", "_tag", "us_default", "candidates_timed", "mega"},
 )
 BENCHMARK_MOE = Layout(
     "benchmark_moe",

@@ -57,8 +57,8 @@ ELSEWHERE = {
 }  # fmt: skip
 EXCHANGES = ("alltoall", "allreduce", "allgather", "reducescatter")
 LAYERS = {
-    "layers", "num_layers", "n_layers", "num_hidden_layers", "moe_layers", "num_moe_layers", "layer_count",
-    "n_gpu_layers",
+    "layers", "num_layers", "n_layers", "n_layer", "num_layer", "nlayer", "nlayers", "num_hidden_layers", "moe_layers",
+    "num_moe_layers", "layer_count", "n_gpu_layers",
 }  # fmt: skip
 ONE_DEVICE = re.compile(
     r"(?:^|_)(?:(?:ep_)?rank|(?:g|n|x)pu|device|card|host|node|worker)_?\d+(?:_|$)"

@@ -44,3 +44,30 @@ def test_names_of_copies_are_no_experts(load, tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(["layer,expert,count", *lines]))
     with pytest.raises(InputError, match="expert: got expert_0_replica"):
         load(tmp_path / "a.csv", "csv")
+
+
+def test_comments_below_the_header(load, tmp_path):
+    counts = routed(np.random.default_rng(4), steps=1, layers=2, experts=8)
+    lines = [f"{i},{e},{counts[0, i, e]}" for i in range(2) for e in range(8)]
+    table = [
+        "# model=m",
+        "layer,expert,count",
+        *lines[:5],
+        "# half, so to say",
+        *lines[5:],
+        f"# total,{counts.sum()}",
+        "",
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(table))
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+
+
+@pytest.mark.parametrize("name", ["selection_count", "freq", "count_all_topk"])
+def test_counts_by_another_name_are_asked_for(load, tmp_path, name):
+    counts = routed(np.random.default_rng(4), steps=1, layers=2, experts=8)
+    lines = [f"{i},{e},{counts[0, i, e]}" for i in range(2) for e in range(8)]
+    (tmp_path / "a.csv").write_text("\n".join([f"layer_id,expert_id,{name}", *lines]))
+    with pytest.raises(InputError, match=f"if {name} is the count, call it count"):
+        load(tmp_path / "a.csv", "csv")
+    (tmp_path / "a.csv").write_text("\n".join(["layer_id,expert_id,count", *lines]))
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
