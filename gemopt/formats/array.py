@@ -36,6 +36,7 @@ SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 MOST_LAYERS = 256  # of any network known
 SIDE_BY_SIDE = "put layers and stages side by side in one array; if these are later steps: --no-pipeline"
+NUMBERS_TELL = "give --num-experts and --num-hidden-layers"
 _ROWS = 64 << 20  # bytes handed on at once
 _SCORES = {"logits", "probs", "weights", "scores"}
 _MEASURED = {
@@ -199,17 +200,22 @@ def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
     if (lowest := int(counts[:LOOKED_AT].min())) < 0:
         raise InputError(f"{path}: counts", lowest, "counts from 0", "give layers without experts zeros, or no row")
     told = options.layer_ids is not None or options.num_hidden_layers is not None
-    if told and options.num_experts is not None:
-        return
     found = other_order(counts)
-    if found is None and (told or counts.shape[1] <= MOST_LAYERS):
+    alike = found is not None and _as_long(found, counts.shape)
+    if (told and options.num_experts is not None and not alike) or (
+        found is None and (told or counts.shape[1] <= MOST_LAYERS)
+    ):
         return
-    raise InputError(
-        f"{path}: counts",
-        found or f"{counts.shape[1]} layers",
-        "[steps, layers, experts]",
-        f"{IN_ORDER}, or give --num-experts and --num-hidden-layers",
-    )
+    way_out = "if it is, an .npz of counts and layer_ids needs no import" if alike else NUMBERS_TELL
+    shown = found or f"{counts.shape[1]} layers"
+    raise InputError(f"{path}: counts", shown, "[steps, layers, experts]", f"{IN_ORDER}, or {way_out}")
+
+
+def _as_long(order: str, shape: tuple[int, ...]) -> bool:
+    """Whether layers and experts are as many in an order of `other_order` as in the right one: numbers tell nothing."""
+    names = order.partition("[")[2].rstrip("]").split(", ")
+    lengths = dict(zip(names, shape, strict=False))
+    return (lengths.get("layers"), lengths.get("experts")) == shape[1:]
 
 
 ENGINES = {

@@ -21,7 +21,10 @@ LINE_LIMIT = 256 << 20
 _HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data")
 _WRAPPERS = ("response", "body", "result", "data")
 _PROMPT = "prompt_routed_experts"
-COUNTS = 'counts are read as {"logical_count": [...]} (--from sglang), as arrays (array) or as tables (csv)'
+COUNTS = (
+    "counts are read as arrays (--from array), tables (csv), or "
+    '{"logical_count": [...]} with a row for every decoder layer (sglang)'
+)
 _STARTS = ("routed_experts_start_len", "routed_experts_prompt_start")
 
 

@@ -12,6 +12,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats.engine import Facts
 from gemopt.formats.registry import import_placement
 from gemopt.placement import Placement
+from gemopt.traces import Traces
 
 COUNTS = routed(np.random.default_rng(5))  # [steps, layers, experts]
 MAP = [[0, 1, 2, 3, 0, 1, 2, 3], [3, 2, 1, 0, 3, 2, 1, 0]]
@@ -88,3 +89,22 @@ def test_slots_of_a_table_are_numbered_over_all_ranks(tmp_path):
         import_placement(tmp_path / "p.csv", source="csv")
     table(lambda slot: slot)
     assert import_placement(tmp_path / "p.csv", source="csv").physical_to_logical.tolist() == [[5, 0, 1, 2, 3, 4, 7, 6]]
+
+
+def test_numbers_do_not_tell_axes_of_one_length(load, tmp_path):
+    rng = np.random.default_rng(6)
+    counts = np.concatenate([routed(rng, steps=1, layers=3, experts=16, tokens=20 + t) for t in range(16)])
+    given = {"num_experts": 16, "num_hidden_layers": 3}
+    np.save(tmp_path / "a.npy", counts.transpose(2, 1, 0))
+    for options in ({}, given):
+        with pytest.raises(InputError, match=r"\[experts, layers, steps\].*an \.npz of counts and layer_ids"):
+            load(tmp_path / "a.npy", "array", **options)
+    np.save(tmp_path / "a.npy", counts)
+    np.testing.assert_array_equal(load(tmp_path / "a.npy", "array", **given)[0].counts, counts)
+    np.save(tmp_path / "a.npy", counts.transpose(1, 0, 2))
+    with pytest.raises(InputError, match="or give --num-experts and --num-hidden-layers"):
+        load(tmp_path / "a.npy", "array")
+    with pytest.raises(InputError, match="--num-hidden-layers is 3"):
+        load(tmp_path / "a.npy", "array", **given)
+    np.savez(tmp_path / "b.npz", counts=counts.transpose(2, 1, 0), layer_ids=np.arange(3))
+    assert Traces.load(tmp_path / "b.npz").num_steps == 16
