@@ -273,3 +273,14 @@ def test_aiters_tables_of_fused_kernels(tmp_path: Path) -> None:
     found = read_table(written(tmp_path, "\n".join([header, *rows, ""])), notes=notes)
     assert [(s.assignments, s.latency_us) for s in found.devices[0].samples] == [(64, 288.5), (128, 290.5)]
     assert any(note.startswith("tp is 8") for note in notes)
+
+
+def test_rows_are_not_chosen_by_their_results(tmp_path: Path) -> None:
+    path = written(tmp_path, "assignments,triton,torch,gpu model\n64,0.05,0.5,H 100\n128,0.06,0.6,H 100\n")
+    with pytest.raises(InputError, match=r"choose rows with --where; of results: --repeat-column torch$"):
+        read_table(path, time="triton:ms")
+    found = read_table(path, time="triton:ms", repeat=["torch"]).devices[0].samples
+    assert [(s.assignments, s.latency_us) for s in found] == [(64, 50), (128, 60)]
+    path.write_text(path.read_text().replace("0.06,0.6,H 100", "0.06,0.5,H 200"))
+    with pytest.raises(InputError, match="choose, as in --where 'gpu model=H 100'; or say what a column is"):
+        read_table(path, time="triton:ms")

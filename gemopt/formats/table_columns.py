@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
+from shlex import quote
 
 from gemopt.exceptions import InputError
 from gemopt.formats.table_files import Row, Table
@@ -213,13 +214,17 @@ def refuse_mixtures(
         return
     kinds = "; ".join(f"{name}: {listed(values(table.rows, name))}" for name in mixed)
     a, b = _clash([*devices, table], mixed, load_of)
-    choice = " ".join(f"--where {name}={a.cells[name]}" for name in mixed)
-    column = mixed[0] if len(mixed) == 1 else "NAME"
+    told = {name: values(table.rows, name) for name in mixed if "--repeat" in else_say and is_numeric(table.rows, name)}
+    results = [name for name, each in told.items() if len(each) == len(table.rows) and any("." in one for one in each)]
+    choice = [f"--where {quote(f'{name}={a.cells[name]}')}" for name in mixed if name not in results]
+    hint = f"choose, as in {' '.join(choice)}" if choice else "choose rows with --where"
+    hint += else_say.format(quote(mixed[0]) if len(mixed) == 1 else "NAME") if choice else ""
+    hint += f"; of results: {' '.join(f'--repeat-column {quote(name)}' for name in results)}" if results else ""
     raise InputError(
         f"{table.path} {a.where} and {b.where}",
         f"rows that differ in {', '.join(mixed)}",
         f"one curve needs rows of one kind: {kinds}",
-        f"choose, as in {choice}{else_say.format(column)}",
+        hint,
     )
 
 
