@@ -13,6 +13,7 @@ from gemopt.exceptions import InputError
 from gemopt.placement import Placement
 from gemopt.rules import Pinned
 from gemopt.traces import Traces
+from gemopt.traces.batching import from_tokens
 
 COUNTS = np.random.default_rng(0).poisson(9, (5, 2, 8))
 MAP = np.array([[0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4, 3, 2, 1, 0]])
@@ -117,3 +118,12 @@ def test_one_step_is_given_in_a_list() -> None:
     with pytest.raises(InputError, match="in a list"):
         traces.steps(3)  # type: ignore[arg-type]
     np.testing.assert_array_equal(traces.steps([3]).counts, COUNTS[3:4])
+
+
+def test_masked_tokens_are_not_counted() -> None:
+    ids = np.random.default_rng(1).random((20, 2, 8)).argsort(axis=2)[:, :, :2]
+    given = {"request_starts": [0, 9], "num_experts": 8, "batch_size": 2}
+    np.testing.assert_array_equal(from_tokens(ids.tolist(), **given).counts, from_tokens(ids, **given).counts)
+    for wrong, words in ((np.ma.masked_array(ids, mask=ids == 7), "masked values"), ([[[0, 1], [2]]], "ids: got")):
+        with pytest.raises(InputError, match=words):
+            from_tokens(wrong, **given)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemopt.documents import integer_array
+from gemopt.documents import integer_array, plain_array
 from gemopt.exceptions import InputError
 from gemopt.traces.arrays import COUNT_LIMIT, count_assignments
 from gemopt.traces.document import Phase, Traces
@@ -46,7 +46,7 @@ def from_tokens(
     Traces
         With the token-level record kept.
     """
-    ids = np.asarray(ids)
+    ids = plain_array("ids", ids, "integers [tokens, layers, K]")
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or not len(ids):
         raise InputError("ids", f"{ids.dtype} {ids.shape}", "integers [tokens, layers, K], at least one token")
     _refuse_twice(ids)
