@@ -42,15 +42,35 @@ class Copies(NamedTuple):
 
 def find_copies(row_P: IntArray, rank_of_slot: IntArray, num_experts: int, num_ranks: int) -> Copies:
     """The copies of a placement row."""
-    held = np.flatnonzero(row_P >= 0)
-    number_E = np.bincount(row_P[held], minlength=num_experts)
-    slots = held[number_E[row_P[held]] > 1]
-    slots = slots[np.argsort(row_P[slots], kind="stable")].astype(np.int64)
-    experts = np.flatnonzero(number_E > 1).astype(np.int64)
-    rank, owner = rank_of_slot[slots].astype(np.int64), np.repeat(np.arange(len(experts)), number_E[experts])
-    first = np.append(0, np.cumsum(number_E[experts])).astype(np.int64)
-    start = np.append(0, np.cumsum(np.bincount(rank, minlength=num_ranks))).astype(np.int64)
-    return Copies(experts, first, slots, rank, owner, np.argsort(rank, kind="stable").astype(np.int64), start)
+    return copies_of(np.array(row_P, np.int64), np.array(rank_of_slot, np.int64), num_experts, num_ranks)
+
+
+@njit(cache=True, nogil=True)
+def copies_of(row_P: IntArray, rank_P: IntArray, num_experts: int, num_ranks: int) -> Copies:
+    """The same, of arrays that compiled code shares."""
+    number_E, start = np.zeros(num_experts, np.int64), np.zeros(num_ranks + 1, np.int64)
+    for e in row_P:
+        if e >= 0:
+            number_E[e] += 1
+    experts = np.flatnonzero(number_E > 1)
+    owner_E, first = np.full(num_experts, -1), np.zeros(len(experts) + 1, np.int64)
+    for r in range(len(experts)):
+        owner_E[experts[r]] = r
+        first[r + 1] = first[r] + number_E[experts[r]]
+    slot, rank, owner, by_rank = np.empty((4, first[-1]), np.int64)
+    at = first[:-1].copy()
+    for p in range(len(row_P)):
+        r = owner_E[row_P[p]] if row_P[p] >= 0 else -1
+        if r >= 0:
+            slot[at[r]], rank[at[r]], owner[at[r]] = p, rank_P[p], r
+            start[rank_P[p] + 1] += 1
+            at[r] += 1
+    start = np.cumsum(start)
+    at_G = start[:-1].copy()
+    for c in range(len(rank)):
+        by_rank[at_G[rank[c]]] = c
+        at_G[rank[c]] += 1
+    return Copies(experts, first, slot, rank, owner, by_rank, start)
 
 
 class Room(NamedTuple):

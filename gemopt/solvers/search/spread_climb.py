@@ -11,13 +11,13 @@ import numpy as np
 
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY
-from gemopt.solvers.base import Row
-from gemopt.solvers.search.spread_changes import Change, Flow, fill_most, make_work, try_change
+from gemopt.solvers.search.spread_changes import Flow, fill_most, make_work, try_drawn
 from gemopt.solvers.search.spreading import FEWEST, GLANCE, Look
 from gemopt.splits.flow import find_copies
 
 LEAST_GAIN = 1e-9  # of the value
-REFRESH = 1000  # tries after which slots and experts are weighed again, and other steps come first
+BATCH = 16  # tries between looks at whether to stop
+REFRESH = 1024  # tries after which slots and experts are weighed again, and other steps come first
 ANYWHERE = 1e-3  # of what all slots cost: what each of them has at least, taken together
 
 
@@ -26,37 +26,41 @@ class Climb:
 
     def __init__(self, look: Look, draws: np.random.Generator) -> None:
         self.looks, self.problem, self.draws = look.looks, look.looks.problem, draws
-        self.row, self.copies, self.value_us = look.row, look.copies, look.value_us
+        self.row, self.value_us = look.row.astype(np.int64), look.value_us
         self.ranks = np.ascontiguousarray(self.problem.rank_of_slot, np.int64)
         self.flow = _flow(look)
-        self.then = Flow._make(map(np.empty_like, self.flow))
         self.work = make_work(self.problem.num_steps, len(self.row), self.problem.num_ranks)
-        self.barred_EG = self.looks.barred(self.row)
+        self.barred_EG = np.ascontiguousarray(self.looks.barred(self.row))
 
     @property
     def look(self) -> Look:
         """The row as it is."""
-        flow = self.flow
+        flow, problem = self.flow, self.problem
+        copies = find_copies(self.row, self.ranks, problem.num_experts, problem.num_ranks)
         return Look(
-            self.looks, self.row.copy(), self.value_us, flow.times_T.copy(), flow.shares_TP.copy(), self.copies,
+            self.looks, self.row.copy(), self.value_us, flow.times_T.copy(), flow.shares_TP.copy(), copies,
             flow.cut_TG.copy(), flow.load_TG.copy(),
         )  # fmt: skip
 
     def climb(self, tries: int, stop: Callable[[], bool]) -> bool:
         """Try changes and keep those that gain; whether any did."""
-        before = self.value_us
-        for done in range(tries):
+        before, done = self.value_us, 0
+        while done < tries and not stop():
             if done % REFRESH == 0:
                 slot_P, expert_E = self._weights()
-                self.order = self.draws.permutation(self.problem.num_steps)
-            if stop():
-                break
-            slot = int(np.searchsorted(slot_P, self.draws.random()))
-            other = int(self.draws.integers(len(self.row)))
-            if self.draws.random() < 0.5:
-                self._swap(slot, other)
-            else:
-                self._put(int(np.searchsorted(expert_E, self.draws.random())), other)
+                order = self.draws.permutation(self.problem.num_steps)
+            draws_ND, at = self.draws.random((BATCH, 3)), 0
+            while at < BATCH:
+                tried, saved = try_drawn(
+                    self.looks.curves, self.problem.counts_TE, self.problem.weights_T, self.looks.fluid_T, self.row,
+                    self.ranks, self.barred_EG, slot_P, expert_E, draws_ND[at:], self.flow, self.work, order,
+                    max(FEWEST, len(order) // GLANCE), LEAST_GAIN * self.value_us,
+                )  # fmt: skip
+                at += tried
+                if saved > 0:
+                    self.value_us -= saved
+                    self.barred_EG = np.ascontiguousarray(self.looks.barred(self.row))
+            done += BATCH
         return self.value_us < before
 
     def _weights(self) -> tuple[FloatArray, FloatArray]:
@@ -66,44 +70,6 @@ class Climb:
         cost_P = np.zeros(len(self.row))
         cost_P[held] = look.tilt_EG[self.row[held], self.ranks[held]] / number_E[self.row[held]]
         return _cumulated(cost_P), _cumulated(np.maximum(look.promise.gain_EG, 0.0).sum(axis=1))
-
-    def _swap(self, slot: int, other: int) -> None:
-        if self.row[slot] == EMPTY:
-            slot, other = other, slot
-        a, b, x, y = self.ranks[slot], self.ranks[other], self.row[slot], self.row[other]
-        if a == b or x in (y, EMPTY) or self.barred_EG[x, b] or (y != EMPTY and self.barred_EG[y, a]):
-            return
-        row = self.row.copy()
-        row[slot], row[other] = y, x
-        self._try(row, slot, other)
-
-    def _put(self, expert: int, slot: int) -> None:
-        """An expert where a copy was, or nothing."""
-        old = self.row[slot]
-        if self.barred_EG[expert, self.ranks[slot]] or (old != EMPTY and (self.row == old).sum() < 2):
-            return
-        row = self.row.copy()
-        row[slot] = expert
-        self._try(row, slot, -1)
-
-    def _ranks(self, row: Row, expert: int) -> Row:
-        """The ranks that have an expert; none of no expert."""
-        return self.ranks[row == expert] if expert != EMPTY else self.ranks[:0]
-
-    def _try(self, row: Row, slot: int, other: int) -> None:
-        problem, old, new = self.problem, int(self.row[slot]), int(row[slot])
-        before, after = ((self._ranks(each, old), self._ranks(each, new)) for each in (self.row, row))
-        siblings = np.flatnonzero(row == old) if other < 0 and old != EMPTY else np.zeros(0, np.int64)
-        change = Change(slot, other, np.array([old, new]), before, after, siblings, self.ranks)
-        alone = other >= 0 and max(map(len, after)) < 2
-        copies = self.copies if alone else find_copies(row, self.ranks, problem.num_experts, problem.num_ranks)
-        saved = try_change(
-            self.looks.curves, problem.counts_TE, problem.weights_T, self.looks.fluid_T, copies, self.flow, change,
-            self.then, self.work, self.order, max(FEWEST, len(self.order) // GLANCE), LEAST_GAIN * self.value_us,
-        )  # fmt: skip
-        if saved > 0:
-            self.row, self.copies, self.value_us = row, copies, self.value_us - saved
-            self.barred_EG = self.looks.barred(row)
 
 
 def _flow(look: Look) -> Flow:
