@@ -36,7 +36,7 @@ class Change(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def ranks_of(row_P: IntArray, rank_P: IntArray, expert: Number) -> Array:
+def ranks_of(row_P: IntArray, rank_P: IntArray, expert: Number) -> Number:
     """The ranks that have an expert; none of no expert."""
     return rank_P[(row_P == expert) & (expert >= 0)]
 
