@@ -12,7 +12,7 @@ from gemopt.online.memories import NAMES, Memories, resample
 from gemopt.online.planner import effective_steps
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
-from gemopt.online.speeds import Speeds, first_medians
+from gemopt.online.speeds import Speeds, first_medians, log_factors
 from gemopt.problem import Problem
 from gemopt.solvers.search.moves import Waypoint
 
@@ -98,7 +98,7 @@ def test_noise_moves_no_speed() -> None:
     speeds, rng = Speeds(Policy(), 4), np.random.default_rng(0)
     for steps in (8, 64, 3, 1, 16) * 10:
         common = rng.uniform(0.7, 1.5)  # what all ranks share says nothing about any of them
-        assert speeds.learn(common * measured([1, 1, 1, 1], steps, rng), np.full((steps, 4), 100.0)) == []
+        assert speeds.learn(log_factors(common * measured([1, 1, 1, 1], steps, rng), np.full((steps, 4), 100.0))) == []
 
 
 @pytest.mark.parametrize("steps", [4, 16, 64])
@@ -106,7 +106,7 @@ def test_throttling_is_seen_soon_and_forgotten_soon(steps: int) -> None:
     speeds, rng = Speeds(Policy(), 4), np.random.default_rng(1)
     for factor in (1.0, 1.3, 1.0):
         for _ in range(-(-64 // steps)):
-            speeds.learn(measured([1, factor, 1, 1], steps, rng), np.full((steps, 4), 100.0))
+            speeds.learn(log_factors(measured([1, factor, 1, 1], steps, rng), np.full((steps, 4), 100.0)))
         assert speeds.factors_G == pytest.approx([1, factor, 1, 1], rel=0.03)
 
 
@@ -163,8 +163,10 @@ def test_ranks_that_often_say_nothing_are_as_slow_as_they_are() -> None:
     measured = predicted * [1.0, 1.3, 1.0, 1.0]
     measured[rng.random(measured.shape) < 0.6] = np.nan
     for start in range(0, 256, 16):
-        speeds.take(measured[start : start + 16], predicted[start : start + 16], 0)
+        part = slice(start, start + 16)
+        speeds.take(measured[part], log_factors(measured[part], predicted[part]))
     assert speeds.factors_G == pytest.approx([1.0, 1.3, 1.0, 1.0])
     pair = Speeds(Policy(), 2)
-    pair.take(predicted[:16, :2] * [1.0, 1.3], predicted[:16, :2], 0)
+    both = predicted[:16, :2] * [1.0, 1.3]
+    pair.take(both, log_factors(both, predicted[:16, :2]))
     assert pair.factors_G[1] / pair.factors_G[0] == pytest.approx(1.3)

@@ -223,8 +223,8 @@ class Controller:
         if latencies is None:
             self.realised.pass_over(self.placement, len(predicted_NG))
             return []
-        news, changed = self.speeds.take(latencies, predicted_NG, unsure)
         told_NG = log_factors(latencies[unsure:], predicted_NG[unsure:])
+        news, changed = self.speeds.take(latencies, told_NG)
         self.realised.take(self.placement, told_NG, len(latencies), lambda *each: times(*each) / factors_G)
         if changed:
             self.rescale()

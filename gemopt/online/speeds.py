@@ -36,8 +36,8 @@ class Speeds:
         """[G] ranks that have said nothing for too long."""
         return np.asarray(self.silent_G >= self.policy.dead_after_steps)
 
-    def take(self, latencies_NG: FloatArray, predicted_NG: FloatArray, unsure: int) -> tuple[list[str], bool]:
-        """(what is worth saying, whether factors changed); of the first `unsure` steps the placement is not known."""
+    def take(self, latencies_NG: FloatArray, log_NG: FloatArray) -> tuple[list[str], bool]:
+        """(what is worth saying, whether factors changed). log_NG: `log_factors` of steps under a known placement."""
         failed_G = self.failed_G
         self.listen(latencies_NG)
         news = [f"rank {g} reports again" for g in np.flatnonzero(failed_G & ~self.failed_G)]
@@ -45,7 +45,7 @@ class Speeds:
             f"rank {g} has failed (no latencies for {self.silent_G[g]} steps)"
             for g in np.flatnonzero(self.failed_G & ~failed_G)
         ]
-        changed = self.learn(latencies_NG[unsure:], predicted_NG[unsure:])
+        changed = self.learn(log_NG)
         return [*news, *(f"rank {g} takes {self.factors_G[g]:.3f} times its profile" for g in changed)], bool(changed)
 
     def listen(self, latencies_NG: FloatArray) -> None:
@@ -56,9 +56,8 @@ class Speeds:
         if heard_NG.any():
             self.step_us = float(np.median(latencies_NG[heard_NG]))
 
-    def learn(self, measured_NG: FloatArray, predicted_NG: FloatArray) -> list[int]:
-        """Take steps under a known placement into account; the ranks whose factor changed."""
-        log_NG = log_factors(measured_NG, predicted_NG)
+    def learn(self, log_NG: FloatArray) -> list[int]:
+        """Take `log_factors` of steps into account; the ranks whose factor changed."""
         if not len(log_NG):
             return []
         self.recent_NG = np.concatenate([self.recent_NG, log_NG])[-WINDOW:]
@@ -89,19 +88,22 @@ def log_factors(measured_NG: FloatArray, predicted_NG: FloatArray) -> FloatArray
         log_NG = np.log(measured_NG) - np.log(predicted_NG)
     log_NG = np.where(np.isfinite(log_NG), log_NG, np.nan)
     heard_NG = np.isfinite(log_NG)
-    log_NG = log_NG[heard_NG.sum(axis=1) > max(1.0, 0.5 * heard_NG.any(axis=0).sum())]
-    return np.asarray(log_NG - np.nanmedian(log_NG, axis=1, keepdims=True)) if len(log_NG) else log_NG
+    telling_N = heard_NG.sum(axis=1) > max(1.0, 0.5 * heard_NG.any(axis=0).sum())
+    log_NG, heard_N = log_NG[telling_N], heard_NG[telling_N].sum(axis=1)
+    sorted_NG, at = np.sort(log_NG, axis=1), np.arange(len(log_NG))  # NaN comes last
+    median_N = 0.5 * (sorted_NG[at, (heard_N - 1) // 2] + sorted_NG[at, heard_N // 2])
+    return np.asarray(log_NG - median_N[:, None])
 
 
 def level_and_error(values: FloatArray) -> tuple[float, float]:
     """The median, and its standard error."""
-    level = float(np.median(values))
-    return level, 1.2533 * 1.4826 * float(np.median(np.abs(values - level))) / float(np.sqrt(len(values)))
+    level = _median(values)
+    return level, 1.2533 * 1.4826 * _median(np.abs(values - level)) / float(np.sqrt(len(values)))
 
 
 def _last_level(values: FloatArray) -> FloatArray:
     """The last values of one level: all of them, or those after a jump that splits them cleanly."""
-    noise = 1.4826 * float(np.median(np.abs(np.diff(values)))) / np.sqrt(2) if len(values) > 1 else 0.0
+    noise = 1.4826 * _median(np.abs(np.diff(values))) / np.sqrt(2) if len(values) > 1 else 0.0
     cuts = np.arange(FEWEST, len(values) - FEWEST + 1)
     if not len(cuts):
         return values
@@ -109,6 +111,12 @@ def _last_level(values: FloatArray) -> FloatArray:
     strengths = gaps / (max(noise, 1e-6) * np.sqrt(1 / cuts + 1 / (len(values) - cuts)))
     best = int(strengths.argmax())
     return values[cuts[best] :] if strengths[best] > 2 * CERTAIN else values
+
+
+def _median(values: FloatArray) -> float:
+    """As `np.median`, which takes five times as long for a few numbers."""
+    ordered = np.sort(values)
+    return 0.5 * float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2])
 
 
 def first_medians(values: FloatArray) -> FloatArray:
