@@ -2,9 +2,10 @@
 
 Four ranks under CPU quotas serve the shipped model, its experts widened as in `live.py`. Placements are fitted on the
 first kind of text. Then the text goes on, changes to another kind, and to a third; halfway through, one rank gets
-slower. Round after round the same text is served in turn with the placement fitted once and with `Executor.follow`;
-what is compared is the measured makespan (slowest rank's experts, summed over layers and steps), and the logits, which
-must not change.
+slower. Of two copies of the model one keeps the placement fitted once, one has `Executor.follow`. Each segment is
+served by both, one right after the other, since the machine is not the same for minutes. What is compared is the
+measured makespan (slowest rank's experts, summed over layers and steps), and the logits, which must not change. What
+is on its way when a segment ends is waited for, and that time counts as makespan.
 
     torchrun --standalone --nproc-per-node 4 benchmarks/follow_live.py -o follow_live.json
 """
@@ -20,6 +21,7 @@ import pydoc_data.topics
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from live_ranks import (
     overlapping,
     quota_of,
     say,
+    served,
     start,
     widen,
 )
@@ -46,6 +49,7 @@ from transformers import AutoTokenizer
 from gemopt import Placement, Profile, Traces, solve
 from gemopt.costs import fit
 from gemopt.executor import Executor
+from gemopt.executor.follow import Follow
 from gemopt.models import tiny_moe_path
 from gemopt.online import Controller
 from gemopt.online.policy import Policy
@@ -91,16 +95,24 @@ def fingerprint(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     return logits.float().clone()
 
 
-def serve(
-    model: Any, watch: Stopwatch, texts: list[torch.Tensor], rank: int, slower: float
-) -> tuple[list[float], list[torch.Tensor]]:
-    """Measured makespan in microseconds of every segment, and its fingerprint after it."""
-    spans, prints = [], []
-    for number, tokens in enumerate(texts):
-        with quota_at(rank, number, slower):
-            spans.append(float(decode(model, tokens, watch).makespan_TL.sum()))
-        prints.append(fingerprint(model, tokens))
-    return spans, prints
+@dataclass
+class Server:
+    """A copy of the model: its ranks' stopwatch, what moves its experts, and who decides on that, if anybody."""
+
+    model: Any
+    watch: Stopwatch
+    executor: Executor
+    follow: Follow | None = None
+
+    def serve(self, tokens: torch.Tensor) -> float:
+        """Measured makespan of a segment in microseconds, and the wait for what is on its way after it."""
+        span_us = float(decode(self.model, tokens, self.watch).makespan_TL.sum())
+        if self.follow is None:
+            return span_us
+        begin = time.perf_counter()
+        self.follow.rest()
+        dist.barrier()
+        return span_us + 1e6 * (time.perf_counter() - begin)
 
 
 def arguments() -> argparse.Namespace:
@@ -135,10 +147,15 @@ def main() -> None:
     watch = Stopwatch(layers)
     counts = decode(model, train, watch).counts_TLE
     widen(layers, options.width)
-    executor = Executor(model, timeout_s=300)
-    ids = executor.layer_ids
+    fixed = Server(model, watch, Executor(model, timeout_s=300))
+    model, others = served()
+    widen(others, options.width)
+    followed = Server(model, Stopwatch(others), Executor(model, timeout_s=300))
+    servers = {"fitted once": fixed, "followed": followed}
+    ids = fixed.executor.layer_ids
 
-    executor.apply(overlapping(ids, layers[0].num_experts, options.slots))
+    for server in servers.values():
+        server.executor.apply(overlapping(ids, layers[0].num_experts, options.slots))
     with quota_of(rank):
         profile: Profile = measure_profile(watch, options.width, 2 * options.sequences * 4, options.points, 0.5)
     traces = Traces(counts=counts, layer_ids=tuple(ids), top_k=4)
@@ -147,28 +164,29 @@ def main() -> None:
         once = solve(profile, traces, slots_per_rank=options.slots, time_limit=options.seconds).placement
     once = from_rank_0(once)
     with quota_of(rank):
-        policy = priced(executor, once, options.speed_tolerance)
+        policy = priced(followed.executor, once, options.speed_tolerance)
 
-    spans: dict[str, list[list[float]]] = {"fitted once": [], "followed": []}
+    spans: dict[str, list[list[float]]] = {name: [] for name in servers}
     decisions: list[str] = []
     worst = 0.0
     for number in range(options.rounds):
-        prints: dict[str, list[torch.Tensor]] = {}
-        for name in list(spans)[:: 1 if number % 2 == 0 else -1]:  # so that neither is always the first
-            executor.apply(once)
-            follow = None
-            if name == "followed":
-                controller = informed(profile, once, policy, counts) if rank == 0 else None
-                follow = executor.follow(controller, window=options.window)
-            spans_of_round, prints[name] = serve(model, watch, texts, rank, options.slower)
-            spans[name].append(spans_of_round)
-            if follow is not None:
-                follow.close()
-                decisions = follow.decisions
-        fixed, followed = (sum(rounds[-1]) for rounds in spans.values())
-        say(f"round {number + 1}: {change([followed], [fixed])['median']:+.3f}")
-        pairs = zip(prints["followed"], prints["fitted once"], strict=True)
-        worst = max(worst, *(float((a - b).abs().max() / b.abs().max()) for a, b in pairs))
+        for name, server in servers.items():
+            server.executor.apply(once)
+            spans[name].append([])
+        controller = informed(profile, once, policy, counts) if rank == 0 else None
+        followed.follow = followed.executor.follow(controller, window=options.window)
+        for part, tokens in enumerate(texts):
+            prints = {}
+            for name in list(servers)[:: 1 if (number + part) % 2 == 0 else -1]:  # so that neither is always the first
+                with quota_at(rank, part, options.slower):
+                    spans[name][-1].append(servers[name].serve(tokens))
+                prints[name] = fingerprint(servers[name].model, tokens)
+            a, b = (prints[name] for name in servers)
+            worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+        followed.follow.close()
+        decisions = followed.follow.decisions
+        before, after = (sum(rounds[-1]) for rounds in spans.values())
+        say(f"round {number + 1}: {change([after], [before])['median']:+.3f}")
     if rank == 0:
         say(fit(profile)[1].summary())
         report(options, policy, spans, decisions, worst)

@@ -40,11 +40,16 @@ def start() -> tuple[int, nn.Module, list[SlotDispatch]]:
     dist.init_process_group("gloo")
     if dist.get_world_size() != len(QUOTAS):
         raise SystemExit(f"start it on {len(QUOTAS)} ranks")
+    return dist.get_rank(), *served()
+
+
+def served() -> tuple[nn.Module, list[SlotDispatch]]:
+    """A copy of the shipped model on the ranks that have been started, and the dispatch of its layers."""
     model = load(tiny_moe_path(), layout("shared", len(QUOTAS)), dtype=torch.float32)
     layers = [dispatch for _, dispatch in dispatches(model)]
     for dispatch in layers:
         dispatch.take_over()
-    return dist.get_rank(), model, layers
+    return model, layers
 
 
 @dataclass
