@@ -126,7 +126,7 @@ def compare(
     if not solvers:
         raise InputError("solvers", solvers, "at least one")
     if (threads := options.get("threads")) is not None:
-        check_number("threads", threads, "at least 1", least=1, whole=True)
+        check_number("threads", threads, "a whole number of at least 1", least=1, whole=True)
     fitted = cost_of(cost, profile)
     given, held = traces.split(holdout) if holdout else (traces, None)
     with interrupts.held() as interrupted, cores.at_most(threads or cores.available()):

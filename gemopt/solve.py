@@ -137,8 +137,8 @@ def solve(
         Bytes that each rank may receive, over all layers.
     exclude_ranks, add_ranks
         Ranks of `current` that serve no longer, and new ones: see `gemopt.resize`. Without a price or a limit each
-        layer then makes the moves that this asks for, and no more: experts without another copy, and as many as new
-        ranks have slots.
+        layer then makes the moves that this asks for, and no more: experts without another copy, those whose slots
+        `slots_per_rank` takes away, and as many as new ranks have slots.
     topology, exchange
         Links between the ranks (a document, its path, or a name such as `2x8-ib400`), and how tokens are exchanged over
         them. What is minimised then holds what dispatch and combine add; see `gemopt.links` and `Result.links`.
@@ -295,9 +295,9 @@ def _check(
     check_number("time_limit", time_limit, "seconds above 0, at most 1e7", least=ABOVE_0, most=1e7)
     check_number("gap", gap, "a fraction from 0 to below 1", "0.01 is one per cent", most=BELOW_1)
     if threads is not None:
-        check_number("threads", threads, "at least 1", least=1, whole=True)
+        check_number("threads", threads, "a whole number of at least 1", least=1, whole=True)
     if patience is not None:
-        check_number("patience", patience, "at least 0", whole=True)
+        check_number("patience", patience, "a whole number of at least 0", whole=True)
     check_number("seed", seed, "0 or more", whole=True)
 
 

@@ -244,6 +244,17 @@ def test_without_slots_or_moves_enough_there_is_no_placement() -> None:
     assert enough.moves is not None and enough.moves.moves == 4
 
 
+@pytest.mark.parametrize("solver", ["local-search", "cpsat"])
+def test_what_fewer_slots_push_out_may_move(solver: str) -> None:
+    """Nobody set a limit: rank 0 keeps one of two experts, and the other has no copy elsewhere."""
+    traces = Traces(counts=np.random.default_rng(0).integers(1, 9, (3, 1, 4)))
+    current = Placement(physical_to_logical=[[0, 1, 2, 3, 0, 2]], slots_per_rank=[2] * 3, num_experts=4)
+    asked = {"exclude_ranks": [2], "slots_per_rank": [1, 3], "solver": solver, "patience": 0, "time_limit": 20}
+    found = solve(profile(3, 0.1), traces, current=current, **asked)
+    assert found.placement is not None and found.moves is not None
+    assert found.moves.moves == 1 and found.moves.from_checkpoint == {}
+
+
 def test_an_added_rank_is_filled() -> None:
     rng = np.random.default_rng(3)
     measured, traces = profile(3, 0.1), Traces(counts=rng.integers(1, 9, (6, 2, 12)))

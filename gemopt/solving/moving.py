@@ -173,10 +173,10 @@ class Moving:
         return [layer.with_moves(moves) for layer, moves in zip(layers, self.layer_limits, strict=True)]
 
     def eased(self, layers: Sequence[Problem]) -> list[Problem]:
-        """The layers with room for the moves that rules ask for, where nobody but lost and new ranks set a limit."""
+        """The layers with the moves that ranks, rules and slots ask for, unless the caller set a limit."""
         if not self.asked_by_ranks:
             return list(layers)
-        return [layer if layer.rules is None else _eased(layer) for layer in layers]
+        return [_eased(layer, self.resized.old_rank < 0) for layer in layers]
 
     def missing_slots(self, slots_per_rank: object) -> int:
         """Slots that the experts lack, where ranks left and the slots are as asked for."""
@@ -260,12 +260,14 @@ def _asked_by_ranks(resized: Resized) -> NDArray[np.int64]:
     return np.asarray(lost_L + fresh, dtype=np.int64)
 
 
-def _eased(problem: Problem) -> Problem:
+def _eased(problem: Problem, new_G: NDArray[np.bool_]) -> Problem:
+    """new_G: [G] ranks that came, with the slots that they have in the end."""
     moves = problem.moves
-    assert moves is not None and moves.most is not None
+    assert moves is not None
     row = fewest_row(problem.with_moves(moves.at_most(None)))
     needed = 0 if row is None else moves.count(row, problem.slots_per_rank)
-    return problem.with_moves(moves.at_most(max(moves.most, needed)))
+    asked = int((~moves.home_GE.any(axis=0)).sum() + problem.slots_per_rank[new_G].sum())
+    return problem.with_moves(moves.at_most(max(asked, needed)))
 
 
 def _known(expert_bytes: int | None, field: str, value: float) -> int:
