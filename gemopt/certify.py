@@ -23,7 +23,7 @@ from gemopt.solvers.exact.share_tree import Covered, bound_of_copies
 from gemopt.solving.layers import Layer
 from gemopt.splits import optimal_shares
 from gemopt.traces import Traces
-from gemopt.verify import MOST_NODES, PS, SAME, Case, floor_bound_us, objective_us
+from gemopt.verify import MOST_NODES, MOST_PS, PS, SAME, Case, floor_bound_us, objective_us
 from gemopt.verify.columns import LARGEST_PRICE, PART_BITS, check_columns, listed, scanned
 from gemopt.verify.copies import check_copies
 from gemopt.verify.dual import check_dual, slack, units
@@ -170,7 +170,8 @@ def _with_columns(case: Case, proof: LayerProof, known: Proven | Covered, duals:
         levels_LT, mu, pi = known.floor_T[None], known.mu_NET, known.pi_NE
     else:
         levels_LT, mu, pi = known.levels_LT, known.mu_LET, known.pi_E
-    levels = np.maximum.accumulate(np.floor(levels_LT * PS).astype(np.int64))
+    floor_LT = np.floor(np.minimum(levels_LT * PS, MOST_PS // len(case.counts_TE)))
+    levels = np.maximum.accumulate(floor_LT.astype(np.int64))
     levels[0] = np.minimum(levels[0], case.floors_T)
     most = float(LARGEST_PRICE)  # any prices prove a bound
     mine = {

@@ -11,13 +11,14 @@ import pytest
 from cli_inputs import gemopt, gemopt_json
 from safetensors.numpy import load_file, save_file
 
-from gemopt.certificate import Certificate, duals_path
+from gemopt.certificate import UNIT, Certificate, duals_path
 from gemopt.costs import fit
 from gemopt.exceptions import InputError
 from gemopt.profile import Device, Profile, Sample
 from gemopt.solve import solve
 from gemopt.traces import Traces
-from gemopt.verify import Case, tree, verify
+from gemopt.verify import Case, floor_bound_us, objective_us, tree, verify
+from gemopt.verify.contents import Above
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,6 +71,19 @@ def test_multipliers_too_large_for_a_certificate_are_left_out(tmp_path: Path) ->
     solve(slow, counts, solver="local-search", patience=1, certificate=path)
     assert {layer.dual_us for layer in Certificate.load(path).layers} == {None}
     assert verify(path, slow, counts).checked_us > 0
+
+
+def test_times_that_64_bits_do_not_hold_bound_nothing_too_high() -> None:
+    """Picoseconds of eleven days a step: each counts as less, and no sum of steps becomes negative or too large."""
+    samples = [Sample(assignments=n, latency_us=(10.0 + n) * 9e9) for n in (0, 1, 100)]
+    slow = Profile(devices=[Device(rank=g, samples=samples) for g in range(3)])
+    counts, cost = traces(layers=1).counts[:, 0].astype(np.int64), fit(slow, model="staircase")[0]
+    case = Case(counts, cost, np.array([3, 3, 3]))
+    row_P = np.arange(9)
+    assert 0 < floor_bound_us(case) <= objective_us(case, row_P, counts[:, row_P])
+    above = Above(case, 0, [[0, UNIT**2]], UNIT, np.zeros((24, 1, 9), np.int64))
+    times_N, planes = above._computed(np.arange(100)[None])
+    assert (times_N > 0).all() and (planes[0][1:] >= times_N[1:]).all()
 
 
 @pytest.mark.parametrize("kind", ["staircase", "tiles", "roofline"])

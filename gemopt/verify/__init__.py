@@ -25,6 +25,7 @@ from gemopt.traces import Traces
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 PS = 1e6  # picoseconds in a microsecond
+MOST_PS = 1 << 61  # of all steps together: what is longer counts as this
 SAFE = 1e-12  # relative: latencies are lowered by more than float64 is off
 SAME = 1e-9  # relative: two computations of one number
 MOST_NODES = 200_000
@@ -141,8 +142,9 @@ class Case:
         return np.asarray(np.max(np.stack([np.asarray(each) for each in sums]), axis=0))
 
     def floor_ps(self, times_us: FloatArray) -> IntArray:
-        """Whole picoseconds that are surely not above."""
-        return np.floor((times_us - SAFE * np.abs(times_us)) * PS).astype(np.int64)
+        """Whole picoseconds that are surely not above, of which 64 bits hold the sum over the steps."""
+        most = MOST_PS // max(1, len(self.counts_TE))
+        return np.floor(np.minimum((times_us - SAFE * np.abs(times_us)) * PS, most)).astype(np.int64)
 
     @cached_property
     def floors_T(self) -> IntArray:

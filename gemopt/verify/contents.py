@@ -163,7 +163,8 @@ class Above:
         for intercept, *slopes in self.planes:
             parts = [slope * scale * loads for slope, loads in zip(slopes, loads_FN, strict=True)]
             size = sum(map(np.abs, parts)) + abs(intercept * scale)
-            planes.append(np.asarray(np.ceil(sum(parts) + intercept * scale + SAFE * size), np.int64))
+            most_N = sum(parts) + intercept * scale + SAFE * size
+            planes.append(np.ceil(np.clip(most_N, -(2.0**WORD_BITS), 2.0**WORD_BITS)).astype(np.int64))
         return times, planes
 
 
