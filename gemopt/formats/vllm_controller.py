@@ -34,6 +34,7 @@ from gemopt.solvers.search.within import copies_within
 
 PROFILE, RULES, WINDOW = "GEMOPT_PROFILE", "GEMOPT_RULES", "GEMOPT_WINDOW_STEPS"
 WINDOW_STEPS = 1000  # vLLM's default `window_size`
+MOST_STEPS = 10**9
 STEPS = 64  # that stand for a window
 GOLDEN = 0.6180339887498949
 
@@ -104,8 +105,8 @@ def _check(loads_LE: NDArray[np.float64], num_slots: int, num_ranks: int, old: I
 def window_steps() -> int:
     """Steps of vLLM's window: `window_size` of --eplb-config, which a policy is not told."""
     text = os.environ.get(WINDOW, str(WINDOW_STEPS))
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(WINDOW, text, "a whole number of at least 1: window_size of --eplb-config")
+    if not text.isdecimal() or not 1 <= int(text[:20]) <= MOST_STEPS:
+        raise InputError(WINDOW, text, f"a whole number from 1 to {MOST_STEPS}: window_size of --eplb-config")
     return int(text)
 
 
@@ -138,6 +139,9 @@ class Decider:
             return rows
         counts_NLE = mean_steps(loads_LE / self.window, STEPS)
         if not counts_NLE.any():
+            if loads_LE.any():
+                few = "EPLB: loads of up to %g in %d steps are none a step: nothing moves; is %s window_size?"
+                logger.warning(few, loads_LE.max(), self.window, WINDOW)
             return rows
         decision = self.controller.step(counts_NLE)
         if decision.refused:

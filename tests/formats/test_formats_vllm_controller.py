@@ -90,6 +90,16 @@ def test_few_moves_that_heed_the_ranks_speeds(profile: str, redundant: int) -> N
     assert (other.rebalance_experts(loads, slots, 1, 1, RANKS, old) == new).all()  # as every other rank computes it
 
 
+def test_a_window_that_makes_loads_nothing_is_said(
+    profile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("GEMOPT_WINDOW_STEPS", "1000000000")
+    policy, old = controlled_policy(profile, object), initial(0)
+    with caplog.at_level("WARNING", logger="vllm.gemopt"):
+        assert (policy.rebalance_experts(window(1), EXPERTS, 1, 1, RANKS, old) == old).all()
+    assert "nothing moves; is GEMOPT_WINDOW_STEPS window_size?" in caplog.text
+
+
 def test_maps_that_no_placement_can_have_are_mended(profile: str) -> None:
     """A map with a copy twice on a rank, or of a smaller group, as elastic vLLM hands over."""
     policy = controlled_policy(profile, object)
@@ -110,9 +120,10 @@ def test_what_cannot_be_served_stops(profile: str, monkeypatch: pytest.MonkeyPat
     policy = controlled_policy(profile, object)
     with pytest.raises(InputError, match="vLLM runs with 8 ranks"):
         policy.rebalance_experts(window(0), 16, 1, 1, 8, initial(0))
-    monkeypatch.setenv("GEMOPT_WINDOW_STEPS", "many")
-    with pytest.raises(InputError, match="GEMOPT_WINDOW_STEPS"):
-        controlled_policy(profile, object)
+    for steps in ("many", "0", "1" + "0" * 5000):
+        monkeypatch.setenv("GEMOPT_WINDOW_STEPS", steps)
+        with pytest.raises(InputError, match="GEMOPT_WINDOW_STEPS"):
+            controlled_policy(profile, object)
     monkeypatch.setenv("GEMOPT_PLACEMENT", "p.json")
     monkeypatch.setenv("GEMOPT_PROFILE", profile)
     with pytest.raises(InputError, match="set one"):
