@@ -23,6 +23,7 @@ from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 BASELINE = "linear"
 BOUND_TOLERANCE = 1e-6
@@ -77,11 +78,13 @@ class Comparison(BaseModel):
         said = ["interrupted"] if self.stopped_by is StoppedBy.INTERRUPT and self.objective_us is not None else []
         if self.start_us is None:
             if self.reached_layers < self.layers:
-                said.append(f"cut before it searched on {self.layers - self.reached_layers} of {self.layers} layers")
+                said.append(
+                    f"cut before it searched on {self.layers - self.reached_layers} of {counted(self.layers, 'layer')}"
+                )
             return ", ".join(said)
         if not self.ran:
             return ", ".join([*said, "did not run"])
-        said.append(f"ran on {self.reached_layers} of {self.layers} layers")
+        said.append(f"ran on {self.reached_layers} of {counted(self.layers, 'layer')}")
         if self.distinct_steps:
             said.append(f"on {self.stated_steps} of {self.distinct_steps} distinct steps")
         gain = 100 * (self.added_us or 0.0) / self.start_us if self.start_us else 0.0

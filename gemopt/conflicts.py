@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import check_number
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 FloatArray = NDArray[np.float64]
 Graph: TypeAlias = Any  # networkx.Graph, whose stubs do not know what a view of one attribute yields
@@ -138,7 +139,7 @@ def conflict_groups(graph: Graph) -> list[list[int]]:
 
 def summary(graph: Graph) -> str:
     """A few lines for people: classes, the strongest conflicts, groups of experts that are hot together."""
-    lines = [f"layer {graph.graph['layer_id']}: {len(graph)} experts, {graph.graph['num_steps']} steps"]
+    lines = [f"layer {graph.graph['layer_id']}: {len(graph)} experts, {counted(graph.graph['num_steps'], 'step')}"]
     share = dict(graph.nodes(data="share"))
     for kind in (ExpertClass.CONSISTENT, ExpertClass.TEMPORAL):
         chosen = [expert for expert, value in graph.nodes(data="expert_class") if value is kind]

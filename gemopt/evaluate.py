@@ -24,6 +24,7 @@ from gemopt.splits.senders import Senders
 from gemopt.tables import frame, html_table
 from gemopt.topology import Topology, load
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 
 def loads(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> FloatArray:
@@ -98,6 +99,8 @@ class Evaluation:
         What dispatch and combine take; None without a topology.
     exposed_TL
         [T, L] microseconds of it that a step waits for: all, or what computing does not hide.
+    layer_ids
+        [L] what the layers are called; counted from 0 when empty.
     """
 
     makespan_TL: FloatArray
@@ -106,6 +109,7 @@ class Evaluation:
     idle_share: float
     communication: Communication | None = None
     exposed_TL: FloatArray | None = None
+    layer_ids: tuple[int, ...] = ()
 
     @property
     def total_TL(self) -> FloatArray:
@@ -115,7 +119,7 @@ class Evaluation:
     def __repr__(self) -> str:
         steps, layers = self.makespan_TL.shape
         mean, tail = self.objective_us / steps, self.quantile_us(0.99)
-        said = f"{steps} steps, {layers} layers, {mean:.1f} us per step, p99 {tail:.1f} us"
+        said = f"{counted(steps, 'step')}, {counted(layers, 'layer')}, {mean:.1f} us per step, p99 {tail:.1f} us"
         return f"Evaluation({said}, ranks wait {self.idle_share:.1%}, {self.outside:.1%} outside the profile)"
 
     @property
@@ -145,8 +149,9 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         steps, layers = self.makespan_TL.shape
+        over = f"{counted(steps, 'step')} of {counted(layers, 'layer')}"
         facts = {
-            "per step": f"{self.objective_us / steps:.1f} us over {steps} steps of {layers} layers",
+            "per step": f"{self.objective_us / steps:.1f} us over {over}",
             "p50, p90, p99": ", ".join(f"{self.quantile_us(q):.0f}" for q in (0.5, 0.9, 0.99)) + " us",
             "ranks wait": f"{100 * self.idle_share:.1f} % of the time",
             "outside the profile": f"{100 * self.outside:.1f} % of the loads",
@@ -250,6 +255,7 @@ def evaluate(
     )
     weights_LP = placement.split_weights if split is Split.STATIC else None
     scored = score(placement.physical_to_logical, layers, model.measured, weights_LP=weights_LP)
+    scored = replace(scored, layer_ids=traces.layer_ids)
     if topology is None:
         return scored
     links = Links.of(topology, traces, placement.num_ranks, profile=profile, exchange=exchange)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.migration import held
 from gemopt.placement import EMPTY
+from gemopt.words import counted
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -93,10 +94,10 @@ class Moves:
         """What is wrong with the moves of a row, in words; empty when they keep to the limits."""
         into_G = self.into(row_P, slots_per_rank)
         if self.most is not None and into_G.sum() > self.most:
-            return f"{into_G.sum()} moves, {self.most} are allowed"
+            return f"{counted(into_G.sum(), 'move')}, {self.most} allowed"
         if self.most_into_G is not None and (into_G > self.most_into_G).any():
             rank = int((into_G > self.most_into_G).argmax())
-            return f"{into_G[rank]} moves into rank {rank}, {self.most_into_G[rank]} are allowed"
+            return f"{counted(into_G[rank], 'move')} into rank {rank}, {self.most_into_G[rank]} allowed"
         return ""
 
     def fewest(self, slots_per_rank: IntArray) -> IntArray | None:

@@ -15,6 +15,7 @@ from gemopt.documents import Document, FloatMatrix, IntMatrix, IntVector
 from gemopt.exceptions import InputError
 from gemopt.rules import Rules
 from gemopt.tables import frame
+from gemopt.words import counted
 
 EMPTY = -1
 
@@ -149,8 +150,8 @@ class Placement(Document):
 
     def brief(self) -> str:
         """Sizes, in one line."""
-        slots = f"{self.num_slots} slots on {self.num_ranks} ranks"
-        told = [f"{self.num_layers} layers", f"{self.num_experts} experts in {slots}"]
+        slots = f"{counted(self.num_slots, 'slot')} on {counted(self.num_ranks, 'rank')}"
+        told = [counted(self.num_layers, "layer"), f"{counted(self.num_experts, 'expert')} in {slots}"]
         told += ["with copies"] * self.has_copies + ["with empty slots"] * self.has_empty_slots
         told += ["unequal slots"] * (not self.equal_slots)
         told += [] if self.rules is None else [f"rules: {self.rules.brief()}"]

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from gemopt.documents import Document, Settings
 from gemopt.exceptions import InputError
 from gemopt.tables import frame
+from gemopt.words import counted
 
 OTHER_UNITS = (1e3, 1e6)
 """How many times what others of its name take a device in another unit takes, give or take `SPEEDS`."""
@@ -122,9 +123,8 @@ class Profile(Document):
         names = sorted({device.name for device in self.devices})
         loads = [sample.assignments for device in self.devices for sample in device.samples]
         listed = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-        plural = "s" if self.num_ranks > 1 else ""
-        measured = f"{len(loads)} samples of {min(loads)} to {max(loads)} assignments"
-        return f"{self.num_ranks} device{plural} ({listed}), {measured}"
+        measured = f"{counted(len(loads), 'sample')} of {min(loads)} to {max(loads)} assignments"
+        return f"{counted(self.num_ranks, 'device')} ({listed}), {measured}"
 
     @property
     def device_uuids(self) -> list[str | None]:

@@ -11,6 +11,7 @@ from gemopt.documents import Document, Part
 from gemopt.links_report import LinksReport
 from gemopt.placement import Placement
 from gemopt.tables import frame, html_table
+from gemopt.words import counted
 
 OPTIMALITY_TOLERANCE = 1e-6
 """A gap at or below this relative size is called optimal: the exact solvers work with tolerances near 1e-7."""
@@ -89,16 +90,18 @@ class MovesReport(Part):
         size = "" if self.bytes is None else f" ({self.bytes / 1e9:.3g} GB)"
         gain, before = self.gain_us / num_steps, self.makespan_before_us / num_steps
         change = f"{abs(gain):.1f} us per step {'gained on' if gain >= 0 else 'more than'} the {before:.1f} us in force"
-        paid = "" if self.paid_after_steps is None else f"; paid for after {self.paid_after_steps:.0f} steps"
-        line = f"{self.moves} moves{size}, {change}{paid}"
+        paid = (
+            "" if self.paid_after_steps is None else f"; paid for after {counted(round(self.paid_after_steps), 'step')}"
+        )
+        line = f"{counted(self.moves, 'move')}{size}, {change}{paid}"
         lost = sum(map(len, self.from_checkpoint.values()))
         if not lost:
             return line
         some = list(self.from_checkpoint.items())[:SHOWN_LAYERS]
         shown = [f"layer {layer}: {', '.join(map(str, each))}" for layer, each in some]
         if len(self.from_checkpoint) > SHOWN_LAYERS:
-            shown.append(f"and {len(self.from_checkpoint) - SHOWN_LAYERS} layers more, see --result")
-        return f"{line}\n{lost} experts have no other copy and come from the checkpoint: {'; '.join(shown)}"
+            shown.append(f"and {counted(len(self.from_checkpoint) - SHOWN_LAYERS, 'layer')} more, see --result")
+        return f"{line}\n{counted(lost, 'expert')} without another copy, from the checkpoint: {'; '.join(shown)}"
 
 
 class Origin(Part):

@@ -8,6 +8,7 @@ import numpy as np
 
 from gemopt.costs import fit
 from gemopt.profile import Profile
+from gemopt.words import counted
 
 
 def slowest_rank(profile: Profile) -> int:
@@ -49,7 +50,7 @@ def plot_profile(profile: Profile, *, model: str = "auto", ax: Any = None) -> An
     ax.set_xlabel("assignments")
     ax.set_ylabel("latency (us)")
     title = profile.model.name or profile.kernel or "profile"
-    fewer = f"\n{left_out} points with fewer active experts are not drawn" if left_out else ""
+    fewer = f"\nnot drawn: {counted(left_out, 'point')} with fewer active experts" if left_out else ""
     ax.set_title(f"{title}: measured points and {report.chosen} fit{fewer}", fontsize=10)
     ax.set_ylim(bottom=0)
     ax.legend(fontsize="small")

@@ -56,7 +56,7 @@ def test_ranks_leave_and_come(inputs: tuple[str, str, str], tmp_path: Path, caps
     assert code == 3 and "4 slots are missing" in out
     output = tmp_path / "less.json"
     code, out, _ = gemopt(capsys, *words, "--exclude-ranks", 3, "--slots-per-rank", 3, "-o", output, *COMMON)
-    assert code == 0 and "4 experts have no other copy and come from the checkpoint: layer 0: 6, 7" in out
+    assert code == 0 and "4 experts without another copy, from the checkpoint: layer 0: 6, 7" in out
     assert Placement.load(output).slots_per_rank.tolist() == [3, 3, 3]
     code, out, _ = gemopt(
         capsys, *words, "--exclude-ranks", 3, "--slots-per-rank", 3, "--max-moves", 3, "-o", tmp_path / "no", *COMMON

@@ -117,7 +117,7 @@ def test_a_file_of_traces(folder, tmp_path, capsys):
     assert summary["steps"] == {"prefill": 3, "decode": 9, "mixed": 0}
     assert summary["assignments"] == traces.counts.sum()
     assert run("trace", *options, "--max-new-tokens", 0, "--task", "c", "--max-prompt-tokens", 2) == 0
-    assert "3 prompts were cut" not in capsys.readouterr().out.replace("4 prompts were cut", "")
+    assert "prompts cut: 4 (--max-prompt-tokens)" in capsys.readouterr().out
     again = Traces.load(output)  # replaced
     assert again.task_names == ("a", "b", "c")
     assert again.counts[:, 0].sum(axis=1).tolist() == [8, 4, 4]

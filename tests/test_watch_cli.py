@@ -122,13 +122,13 @@ def test_two_watches_of_one_file_are_refused(folder: Path, run: Callable[..., tu
     grow(folder, 0, traffic(hot=0))
     with sole(folder / "placement.json"):
         code, output = run()
-        assert code == 2 and "another watch writes it" in output, output
+        assert code == 2 and "a file that another watch writes" in output, output
         code, output = run("-o", str(folder / "other.json"))
         assert code == 0, output
     for option in ("--state", "--to"):
         with sole(folder / "held.json"):
             code, output = run(option, f"{'sglang=' if option == '--to' else ''}{folder / 'held.json'}")
-            assert code == 2 and "another watch writes it" in output, output
+            assert code == 2 and "a file that another watch writes" in output, output
     assert run()[0] == 0
 
 

@@ -14,6 +14,7 @@ import typer
 from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.cli.options import AsJson, leave_group
 from gemopt.exceptions import InputError, refuse_unused
+from gemopt.words import counted
 
 if TYPE_CHECKING:
     from gemopt.executor.plan import Plan
@@ -211,7 +212,7 @@ def _show(report: dict[str, Any], as_json: bool, verb: str) -> None:
     from rich.table import Table
 
     if "moves" in report:
-        table = Table(title=f"{verb}: {sum(report['moves'].values())} experts, {report['stay']} stay")
+        table = Table(title=f"{verb}: {counted(sum(report['moves'].values()), 'expert')}, {report['stay']} stay")
         for column in ("from", "experts", "MiB"):
             table.add_column(column, justify="left" if column == "from" else "right")
         names = {
@@ -223,7 +224,7 @@ def _show(report: dict[str, Any], as_json: bool, verb: str) -> None:
         for link, name in names.items():
             table.add_row(name, str(report["moves"][link]), _mib(report["bytes"][link]))
         show(table)
-        line = f"{report['stages']} commits in {report['layers']} layers"
+        line = f"{counted(report['stages'], 'commit')} in {counted(report['layers'], 'layer')}"
         if report["buffer_bytes"] is None:
             line += "; sizes are unknown: give --model or --expert-bytes"
         else:
@@ -232,6 +233,6 @@ def _show(report: dict[str, Any], as_json: bool, verb: str) -> None:
             line += f", estimated {report['estimate_s']:.3f} s"
         say(line)
     if "probe_error" in report:
-        say(f"{report['layers']} layers {verb} permuted; outputs differ by {report['probe_error']:.1e}")
+        say(f"{counted(report['layers'], 'layer')} {verb} permuted; outputs differ by {report['probe_error']:.1e}")
     if "checksum" in report:
         say(f"took {report['elapsed_s']:.3f} s with two probes; placement in force {report['checksum'][:12]}")

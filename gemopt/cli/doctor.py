@@ -18,6 +18,7 @@ from rich.text import Text
 import gemopt
 from gemopt.cli.app import app, console, examples, print_json
 from gemopt.cli.options import AsJson
+from gemopt.words import counted
 
 ENGINES = ("sglang", "vllm", "vllm-ascend", "tensorrt-llm", "lmdeploy")
 CGROUP_FILES = {
@@ -80,7 +81,9 @@ def _installation() -> Lines:
     cache = _cache()
     writable = os.access(cache if cache.exists() else cache.parent, os.W_OK)
     count = len(list(cache.rglob("*.nbi"))) if cache.exists() else 0
-    kernels = f"{count} compiled kernels below {cache}" if count else "compiled on first use, 20 s to a minute"
+    kernels = (
+        f"{counted(count, 'kernel')} compiled below {cache}" if count else "compiled on first use, 20 s to a minute"
+    )
     hint = "" if writable else "set NUMBA_CACHE_DIR to a folder that can be written, or each run compiles"
     yield "kernels", _line(kernels, OK if writable else BROKEN, hint)
 

@@ -12,6 +12,7 @@ from gemopt.cli.options import AsJson, engine_names
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError, refuse_unused
+from gemopt.words import counted
 
 if TYPE_CHECKING:
     from gemopt.formats.engine import Engine, Export
@@ -133,7 +134,8 @@ def _approximated(
         after = cost(chosen)
         share = 100 * (after - before) / before if before else 0.0
         notes.append(
-            f"this changes the time of {loaded.num_steps} steps by {after - before:+z.1f} us ({share:+z.2f} %)"
+            f"this changes the time of {counted(loaded.num_steps, 'step')} by {after - before:+z.1f} us "
+            f"({share:+z.2f} %)"
         )
     return chosen, notes
 
@@ -280,6 +282,5 @@ def import_placement(
     if as_json:
         print_json({**sizes, "notes": notes})
         return
-    text = "wrote {output}: {layers} layers, {experts} experts, {slots} slots on {ranks} ranks".format(**sizes)
-    for line in [text, *(f"note: {note}" for note in notes)]:
+    for line in [f"wrote {output}: {placement.brief()}", *(f"note: {note}" for note in notes)]:
         say(line)

@@ -11,6 +11,7 @@ from gemopt.cli.app import app, console, examples, notice, print_json
 from gemopt.cli.options import AsJson
 from gemopt.cli.outputs import check_outputs
 from gemopt.exceptions import InputError
+from gemopt.words import counted
 
 if TYPE_CHECKING:
     from gemopt.links import Exchange
@@ -147,7 +148,9 @@ def described(topology: Topology) -> list[str]:
     """Lines for people."""
     from gemopt.topology import LEVELS
 
-    lines = [f"{topology.name or 'topology'}: {topology.num_ranks} ranks on {topology.num_nodes} nodes"]
+    lines = [
+        f"{topology.name or 'topology'}: {counted(topology.num_ranks, 'rank')} on {counted(topology.num_nodes, 'node')}"
+    ]
     for name in LEVELS:
         level = getattr(topology, name)
         if level is None:
@@ -156,7 +159,7 @@ def described(topology: Topology) -> list[str]:
             speed = f"{level.bandwidth_gbs:g} GB/s ({8 * level.bandwidth_gbs:g} Gb/s), {level.latency_us:g} us"
         else:
             (low, first), (high, last) = level.points[0], level.points[-1]
-            speed = f"{len(level.points)} points, {first:g} us for {low:g} bytes to {last:g} us for {high:g}"
+            speed = f"{counted(len(level.points), 'point')}, {first:g} us for {low:g} bytes to {last:g} us for {high:g}"
         lines.append(f"{name.replace('_', ' ')}: {speed}, a port per {level.port_of}")
     if topology.pair_bandwidth_gbs is not None:
         lines.append("a link from every rank to every other")

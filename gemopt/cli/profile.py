@@ -12,6 +12,7 @@ from gemopt.cli.options import AsJson
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
+from gemopt.words import counted
 
 Model = Annotated[str | None, typer.Option(help="folder or hub name of a transformers model; its config is enough")]
 Shape = Annotated[str | None, typer.Option(help="hidden=, inter=, experts=, topk= and perhaps dtype=, with commas")]
@@ -178,6 +179,7 @@ def _report(profile: Any, output: Path, *, as_json: bool) -> None:
         print_json(summary)
         return
     say(
-        f"{output}: {summary['points']} loads on {profile.num_ranks} ranks ({profile.mode}), kernel {profile.kernel}; "
+        f"{output}: {counted(len(profile.devices[0].samples), 'load')} on {counted(profile.num_ranks, 'rank')} "
+        f"({profile.mode}), kernel {profile.kernel}; "
         f"slowest rank {slowest} ({profile.devices[slowest].name}); {report.summary()}"
     )

@@ -10,6 +10,7 @@ import typer
 from gemopt.cli.app import examples, notice, print_json, profile_app, say, warn
 from gemopt.cli.options import AsJson
 from gemopt.cli.outputs import check_outputs
+from gemopt.words import counted
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile
@@ -111,7 +112,6 @@ def _summary(profile: Profile, measured: int, *, drawn: bool) -> str:
     samples = sum(len(each.samples) for each in profile.devices)
     count = profile.num_ranks
     if count == 1:
-        plural = "" if samples == 1 else "s"
-        return f"1 device, {samples} sample{plural}; a placement needs several: --ranks N makes N equal ones"
+        return f"1 device, {counted(samples, 'sample')}; a placement needs several: --ranks N makes N equal ones"
     kind = "equal " if count > measured and not drawn else ""
     return f"{count} {kind}devices, {samples} samples"

@@ -9,6 +9,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from gemopt.words import counted
+
 if TYPE_CHECKING:
     from gemopt.compare import Comparison
     from gemopt.evaluate import Evaluation
@@ -148,7 +150,9 @@ def evaluation_table(fields: dict[str, Any], num_steps: int) -> Table:
     """The same for people."""
     table = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     mean = fields["objective_us"] / num_steps
-    table.add_row("objective", f"{fields['objective_us'] / 1e3:.1f} ms over {num_steps} steps, {mean:.1f} us per step")
+    table.add_row(
+        "objective", f"{fields['objective_us'] / 1e3:.1f} ms over {counted(num_steps, 'step')}, {mean:.1f} us per step"
+    )
     table.add_row("against contiguous", "" if fields["change"] is None else f"{_percent(fields['change'])} %")
     table.add_row("step p50, p90, p99", " / ".join(f"{fields[q]:.0f}" for q in ("p50_us", "p90_us", "p99_us")) + " us")
     table.add_row("ranks wait", f"{100 * fields['idle_share']:.1f} % of the time")
@@ -165,7 +169,7 @@ def replay_table(result: ReplayResult) -> Table:
     """Strategies over the scored steps: the bound is the one who knows the future; the best other row is bold."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     scored = result.num_steps - result.first_step
-    table.title, table.title_justify = f"{scored} steps scored, fitted on {result.first_step}", "left"
+    table.title, table.title_justify = f"{counted(scored, 'step')} scored, fitted on {result.first_step}", "left"
     table.caption, table.caption_justify = Text(_conditions(result)), "left"
     table.add_column("strategy", no_wrap=True)
     for head in (

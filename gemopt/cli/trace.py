@@ -12,6 +12,7 @@ from gemopt.cli.app import examples, print_json, say, trace_app
 from gemopt.cli.options import AsJson, leave_group
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError
+from gemopt.words import counted
 
 
 @trace_app.callback(
@@ -111,12 +112,13 @@ def _report(destination: Any, num_cut: int, num_prompts: int, *, hidden: bool, a
         print_json(summary)
         return
     say(
-        f"{destination.path}: {num_prompts} prompts, {steps['prefill']} prefill and {steps['decode']} decode steps, "
-        f"{traces.num_layers} MoE layers of {traces.num_experts} experts, {int(load_LE.sum()):,} assignments"
+        f"{destination.path}: {counted(num_prompts, 'prompt')}, {steps['prefill']} prefill and "
+        f"{counted(steps['decode'], 'decode step')}, "
+        f"{counted(traces.num_layers, 'MoE layer')} of {traces.num_experts} experts, {int(load_LE.sum()):,} assignments"
     )
     say(
         "hottest expert of each layer, times the mean: "
         + " ".join(f"{ratio:.1f}" for ratio in summary["hottest_expert_to_mean"])
     )
     if num_cut:
-        say(f"{num_cut} prompts were cut: --max-prompt-tokens")
+        say(f"prompts cut: {num_cut} (--max-prompt-tokens)")

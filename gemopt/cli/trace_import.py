@@ -12,6 +12,7 @@ from gemopt.cli.app import examples, print_json, say, trace_app
 from gemopt.cli.options import AsJson, engine_names
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
+from gemopt.words import counted
 
 
 class PhaseName(StrEnum):
@@ -76,8 +77,8 @@ def import_command(
     if as_json:
         print_json({"output": str(output), **vars(found)})
         return
-    layers = f"{len(found.layer_ids)} MoE layers ({found.layer_ids[0]} to {found.layer_ids[-1]})"
-    sizes = f"{found.num_steps} steps, {layers}, {found.num_experts} experts, {found.assignments:,} assignments"
-    say(f"wrote {output}: {sizes}")
+    layers = f"{counted(len(found.layer_ids), 'MoE layer')} ({found.layer_ids[0]} to {found.layer_ids[-1]})"
+    sizes = f"{counted(found.num_steps, 'step')}, {layers}, {counted(found.num_experts, 'expert')}"
+    say(f"wrote {output}: {sizes}, {found.assignments:,} assignments")
     for note in found.notes:
         say(f"note: {note}")

@@ -9,6 +9,7 @@ import typer
 
 from gemopt.cli.app import examples, say, trace_app
 from gemopt.cli.outputs import check_outputs
+from gemopt.words import counted
 
 
 @trace_app.command(
@@ -27,4 +28,4 @@ def regroup_command(
     given = Traces.load(traces)
     found = regrouped(given, times, seed=seed)
     found.save(output)
-    say(f"wrote {output}: {found.num_steps} steps of the requests of {given.num_steps}")
+    say(f"wrote {output}: {counted(found.num_steps, 'step')} of the requests of {given.num_steps}")

@@ -12,6 +12,7 @@ from gemopt.formats.engine import Engine
 from gemopt.formats.registry import obstacles
 from gemopt.layer_rules import check_kept, rules_of
 from gemopt.placement import EMPTY, Placement, Split
+from gemopt.words import counted
 
 Table = list[list[list[int]]]  # experts by layer and rank
 Cost = Callable[[Placement], float]
@@ -62,7 +63,7 @@ def approximate(
     options: list[tuple[Table, str]] = []
     if "replicas" in lacking:
         dropped = _drop_copies(table, loads_LE)
-        notes.append(f"{dropped} copies dropped: {engine.name} holds every expert once")
+        notes.append(f"{counted(dropped, 'copy')} dropped: {engine.name} holds every expert once")
     if lacking & {"unequal_slots", "empty_slots", "replicas"}:
         options = _levelled(table, placement, loads_LE, copies_allowed=engine.replicas)
         if not options:
@@ -123,11 +124,13 @@ def _levelled(
     single = all(len(_flat(layer)) == experts for layer in table)
     if single and experts % ranks == 0:
         moved, count = _move(table, loads_LE, experts // ranks)
-        found.append((count, moved, f"{count} experts moved, so that every rank holds {experts // ranks}"))
+        found.append((count, moved, f"{counted(count, 'expert')} moved, so that every rank holds {experts // ranks}"))
     if copies_allowed:
         width = max(len(held) for layer in table for held in layer)
         filled, count = _fill(table, placement, loads_LE, width)
-        found.append((count, filled, f"{count} slots added or filled with copies, so that every rank holds {width}"))
+        found.append(
+            (count, filled, f"{counted(count, 'slot')} added or filled with copies, so that every rank holds {width}")
+        )
     return [(t, said) for _, t, said in sorted(found, key=lambda option: option[0])]
 
 

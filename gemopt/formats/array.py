@@ -31,6 +31,7 @@ from gemopt.traces.arrays import (
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, PLAIN, meant
 from gemopt.traces.tokens import ARRAYS
+from gemopt.words import counted
 
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
@@ -207,7 +208,7 @@ def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
     ):
         return
     way_out = "if it is, an .npz of counts and layer_ids needs no import" if alike else NUMBERS_TELL
-    shown = found or f"{counts.shape[1]} layers"
+    shown = found or counted(counts.shape[1], "layer")
     raise InputError(f"{path}: counts", shown, "[steps, layers, experts]", f"{IN_ORDER}, or {way_out}")
 
 

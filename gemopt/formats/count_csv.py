@@ -24,6 +24,7 @@ from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
 from gemopt.traces.files import COPIES
+from gemopt.words import counted
 
 SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
 PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
@@ -162,7 +163,7 @@ def _steps(tables: list[_Table], notes: list[str], named: bool) -> list[dict[int
             parts = "; ".join(map(ranges, layers))
             raise InputError("PATHS", f"layers {parts}", "all layers in the table of a step", "make it one table")
     notes.append(
-        f"{count} steps, one for each table of a rank, in the order of their names"
+        f"{counted(count, 'step')}, one for each table of a rank, in the order of their names"
         if count > 1
         else "counts added up: a single step, so how they vary in time is not known"
     )
@@ -187,7 +188,7 @@ def _steps_of_column(tables: list[_Table], notes: list[str], named: bool) -> lis
     if again:
         if not named:
             refuse_parts([table.path for table in tables])
-        notes.append(f"{again} lines are in several tables: counted once")
+        notes.append(f"{counted(again, 'line')} in several tables: counted once")
     ranks = sorted({rank for step in merged.values() for rank in step})
     if partly := sum(len(step) < len(ranks) for step in merged.values()):
         notes.append(f"in {partly} of {len(merged)} steps some ranks have no line: taken as no tokens")

@@ -24,6 +24,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats.table_columns import chosen_rows, refuse_mixtures
 from gemopt.formats.table_files import Row, Table, number, read, whole
 from gemopt.topology import Level, Topology, load
+from gemopt.words import counted
 
 WORD = {
     "half": 2, "float16": 2, "fp16": 2, "bfloat16": 2, "bf16": 2, "float": 4, "float32": 4, "fp32": 4, "int32": 4,
@@ -250,7 +251,7 @@ def _buffers(
     if ranks % nodes or nodes > ranks:
         raise InputError("--nodes", nodes, f"as many of the {ranks} GPUs on each node")
     away = ranks - ranks // nodes if nodes > 1 else ranks - 1
-    where = "one node" if nodes == 1 else f"{nodes} nodes"
+    where = counted(nodes, "node")
     return ranks, nodes, away / ranks, f"alltoall of {_kind(table) or 'NCCL'} on {where}"
 
 

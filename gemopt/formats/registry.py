@@ -15,6 +15,7 @@ from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
 from gemopt.placement import Placement, Split
 from gemopt.problem import slot_counts
 from gemopt.rules import Rules
+from gemopt.words import counted
 
 _MODULES = {
     "sglang": "sglang",
@@ -98,7 +99,9 @@ def obstacles(placement: Placement, engine: Engine) -> list[tuple[str, str, str,
         found.append(("unequal_slots", "slots_per_rank", slots, "needs as many slots on every rank"))
     if placement.has_empty_slots and not engine.empty_slots:
         empty = int((placement.physical_to_logical < 0).sum())
-        found.append(("empty_slots", "physical_to_logical", f"{empty} empty slots", "needs an expert in every slot"))
+        found.append(
+            ("empty_slots", "physical_to_logical", counted(empty, "empty slot"), "needs an expert in every slot")
+        )
     if placement.has_copies and not engine.replicas:
         found.append(("replicas", "physical_to_logical", "copies of an expert", "holds every expert once"))
     if placement.has_copies and engine.replicas and placement.split not in engine.splits:

@@ -27,6 +27,7 @@ from gemopt.formats.response_bodies import Bodies, Response, Sample
 from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, has_shape, moe_layers, narrowed
 from gemopt.traces import Phase
 from gemopt.traces.batching import from_tokens
+from gemopt.words import counted
 
 SUFFIXES = (".json", ".jsonl")
 
@@ -51,7 +52,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool
             kept.add(response)
     if not kept.pieces:
         said = [f"no {_phase_name(phase)}token", *bodies.notes()]
-        found = "; ".join([*said, *([f"{kept.padding} tokens of padding"] if kept.padding else [])])
+        found = "; ".join([*said, *([f"{counted(kept.padding, 'token')} of padding"] if kept.padding else [])])
         hint = "ask the engine to return routed experts" if not kept.samples else "ask for longer answers, or --phase"
         raise InputError("routed_experts", found, "responses with routed_experts", hint)
     pieces = kept.pieces
@@ -188,8 +189,8 @@ class _Kept:
         said = [
             (self.again, f"{self.again} answers came twice: counted once"),
             (self.alike, f"{self.alike} answers choose the experts of another, token by token: one request twice?"),
-            (self.shared, f"{self.shared} further samples of a prompt: it is counted once"),
-            (self.padding, f"{self.padding} tokens without any expert (padding) were left out"),
+            (self.shared, f"{counted(self.shared, 'further sample')} of a prompt: it is counted once"),
+            (self.padding, f"left out: {counted(self.padding, 'token')} without any expert (padding)"),
             (
                 self.uncounted,
                 f"{self.uncounted} answers have a row more than tokens: taken as their last, uncounted one",

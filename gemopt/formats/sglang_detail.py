@@ -30,6 +30,7 @@ from gemopt.formats.sglang_records import (
     to_logical,
 )
 from gemopt.traces import Phase, Tokens, Traces, count_assignments
+from gemopt.words import counted
 
 TokenRows = tuple[IntArray, IntArray]  # [N, rows, K] logical ids, [N] token ids
 
@@ -133,7 +134,7 @@ def read_detail(files: list[Path], options: TraceOptions) -> Recording | Loaded:
         if len(stages) > 1 and counted:
             raise InputError(str(path), "no assignments", "which pipeline stage it is of", "leave the file out")
         _add(stages[0], path, counted, map_LP, options)
-    unread = [f"{others} records of parts of a batch (two-batch overlap) are left unread"] if others else []
+    unread = [f"left unread: {counted(others, 'record')} of parts of a batch (two-batch overlap)"] if others else []
     return _result(stages, map_LP, options, files[0].parent, unread)
 
 
@@ -194,19 +195,19 @@ def _result(
 
 def _notes(stages: list[_Stage], num_passes: int) -> list[str]:
     ranks = len({rank for stage in stages for rank in stage.ranks})
-    notes = [f"{num_passes} forward passes of {ranks} ranks"]
+    notes = [f"{counted(num_passes, 'forward pass')} of {counted(ranks, 'rank')}"]
     every = max(len(stage.seen) for stage in stages)
     said = [
-        (every > num_passes, f"{every - num_passes} passes that some ranks did not record were left out"),
+        (every > num_passes, f"left out: {counted(every - num_passes, 'pass')} that some ranks did not record"),
         (
             len(stages) > 1,
             f"{len(stages)} pipeline stages joined by layer: {'; '.join(ranges(s.layers) for s in stages)}",
         ),
         (stages[0].own.note, stages[0].own.note),
-        (sum(s.again for s in stages), f"{sum(s.again for s in stages)} records came twice: counted once"),
+        (sum(s.again for s in stages), f"{counted(sum(s.again for s in stages), 'record')} came twice: counted once"),
         (
             sum(s.differ for s in stages),
-            f"{sum(s.differ for s in stages)} records have ids that make other counts: global_physical_count is taken",
+            f"{counted(sum(s.differ for s in stages), 'record')} with ids of other counts than global_physical_count",
         ),
         (any(s.counted for s in stages), "no global_physical_count in the records: counted from topk_ids_of_layer"),
     ]

@@ -25,6 +25,7 @@ from gemopt.formats.findings import ranges, without_drafts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages_in_time
 from gemopt.formats.sglang_detail import read_detail
 from gemopt.traces.files import meant
+from gemopt.words import counted
 
 KEY = "logical_count"
 OWN = {KEY, "rank", "average_utilization_rate_over_window", "last_physical_to_logical_map", "physical_to_logical_map"}
@@ -139,7 +140,7 @@ def _read_stat(files: list[Path], options: TraceOptions) -> Recording:
             steps = [hash(step.tobytes()) for step in kept]
             again = _overlap(before, steps)
             if again:
-                notes.append(f"the first {again} steps of {names} are the last of the dump before: counted once")
+                notes.append(f"{counted(again, 'first step')} of {names} from the end of the dump before: counted once")
             before = steps
             if len(kept) > again:
                 yield without_drafts(kept[again:], options, notes)

@@ -21,6 +21,7 @@ from gemopt.formats.files import bounded_json, safetensors_rows
 from gemopt.formats.findings import own_counts, ranges
 from gemopt.formats.pipelines import refuse_stages
 from gemopt.traces import COUNT_LIMIT
+from gemopt.words import counted
 
 META, SUFFIXES = "meta_info.json", (".json", ".safetensors")
 _KEY = re.compile(r"\d{1,15}_\d{1,6}", re.ASCII)
@@ -37,7 +38,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     own = [own_counts(stage.digests) for stage in stages]
     if len({(len(stage.files), len(alike.ranks)) for stage, alike in zip(stages, own, strict=True)}) > 1:
         found = "; ".join(
-            f"{len(stage.files)} ranks ({alike.times} alike) of layers {ranges(stage.layers)}"
+            f"{counted(len(stage.files), 'rank')} ({alike.times} alike) of layers {ranges(stage.layers)}"
             for stage, alike in zip(stages, own, strict=True)
         )
         hint = "a file is missing, or the folder mixes runs: record again into an empty one"
@@ -47,7 +48,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     layers = np.concatenate([stage.layers for stage in stages])
     total = np.concatenate([s.total(experts, alike.ranks) for s, alike in zip(stages, own, strict=True)], axis=1)
     ranks = sum(len(stage.files) for stage in stages)
-    notes = [f"iterations {first[0]} to {first[-1]} of {ranks} ranks"]
+    notes = [f"iterations {first[0]} to {first[-1]} of {counted(ranks, 'rank')}"]
     if len(stages) > 1:
         parts = "; ".join(ranges(stage.layers) for stage in stages)
         notes.append(f"{len(stages)} pipeline stages joined by layer: {parts}")

@@ -36,6 +36,7 @@ from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.solvers.search.moves import Waypoint
 from gemopt.splits.senders import Senders
+from gemopt.words import counted
 
 EXPERT_BYTES = 9.4e6  # of Qwen3-30B-A3B in bf16
 LONG_AGO = -(2**40)  # a step: layers that moved then may move at once
@@ -267,9 +268,8 @@ class Controller:
     def _decide(self, news: list[str], changed: bool, imbalance: float, known: int) -> Decision:
         say = "; ".join(news)
         if not self.memories.ticks or (self.memories.ticks == known and not news):
-            return self._keep(
-                joined(say, f"waiting for {TICK - len(self.memories.pending)} more steps"), imbalance=imbalance
-            )
+            missing = counted(TICK - len(self.memories.pending), "more step")
+            return self._keep(joined(say, f"waiting for {missing}"), imbalance=imbalance)
         failed_G = self.speeds.failed_G
         begin = self.placement.physical_to_logical
         remembered, trusted = self._remembered()
@@ -335,7 +335,7 @@ class Controller:
         travel = travel_between(self.placement, rows, self.nodes_G, batch, np.array(weights_LP) if weights_LP else None)
         if not travel.moves:
             return self._keep(joined(say, "no swap pays", self.realised.doubt), imbalance=imbalance, changed=changed)
-        layers, commits = len(travel.moves), len(travel.rounds)
+        commits, size = len(travel.rounds), counted(travel.num_moves, "move")
         transfer_us = sum(travel.rounds) * self.expert_bytes / self.policy.bytes_per_s * 1e6
         cost_us = commits * self.policy.commit_us + self.policy.slowdown * transfer_us
         self.moved_at[list(travel.layers)] = self.steps
@@ -343,7 +343,7 @@ class Controller:
         self.moved += self.latest
         self.placement = travel.placement
         self.blind_until = self.steps + commits + int(np.ceil(transfer_us / max(self.speeds.step_us, 1.0)))
-        text = f"{travel.num_moves} moves in {layers} layers gain {gain_us:.1f} us a step and cost {cost_us:.0f} us"
+        text = f"{size} in {counted(len(travel.moves), 'layer')}: gain {gain_us:.1f} us a step, cost {cost_us:.0f} us"
         return Decision(
             self.placement, travel.moves, travel.num_moves, gain_us, cost_us, joined(say, text, self.realised.doubt),
             self.memories.drift, imbalance, changed, trust=self.realised.share,

@@ -32,7 +32,7 @@ def sole(path: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             limit = "one watch for each file that it writes"
-            raise InputError(str(path), "another watch writes it", limit, "give this one its own") from None
+            raise InputError(str(path), "a file that another watch writes", limit, "give this one its own") from None
         except OSError:  # no locks here
             pass
         yield

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
 from gemopt.online.policy import Policy
+from gemopt.words import counted
 
 WINDOW = 32  # last usable steps that a rank is judged by
 FEWEST = 6  # steps from which on a rank is judged at all
@@ -42,7 +43,7 @@ class Speeds:
         self.listen(latencies_NG)
         news = [f"rank {g} reports again" for g in np.flatnonzero(failed_G & ~self.failed_G)]
         news += [
-            f"rank {g} has failed (no latencies for {self.silent_G[g]} steps)"
+            f"rank {g} has failed (no latencies for {counted(self.silent_G[g], 'step')})"
             for g in np.flatnonzero(self.failed_G & ~failed_G)
         ]
         changed = self.learn(log_NG)

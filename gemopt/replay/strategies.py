@@ -18,6 +18,7 @@ from gemopt.replay.strategy import Context, IntArray, Strategy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.splits.senders import Senders
+from gemopt.words import counted
 
 NEVER = 2**31 - 1
 AS_GOOD = 1.02  # times a placement found afresh: what is in force is worth a search from there
@@ -111,7 +112,7 @@ class Free(FittedOnce):
         self.fresh = False
         self.seen = self.seen[-min(self.memory or self.context.window, len(self.seen)) :]
         problems = self.context.problems(self.seen, slots=self.slots)
-        self.reason = f"solved on the last {len(self.seen)} steps"
+        self.reason = f"solved on the last {counted(len(self.seen), 'step')}"
         self.in_force = self.context.placement(self.context.solve(problems), self.slots)
         return self.in_force
 
@@ -152,7 +153,7 @@ class Eplb(Fixed):
         if not self.eager:
             self.seen = np.concatenate([self.seen, counts_NLE])
         self.eager, self.period = False, self.interval
-        self.reason = f"EPLB on the last {min(self.window, len(self.seen))} steps"
+        self.reason = f"EPLB on the last {counted(min(self.window, len(self.seen)), 'step')}"
         self.in_force = self.balance(self.slots)
         return self.in_force
 

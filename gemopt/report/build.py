@@ -21,6 +21,7 @@ from gemopt.report.style import Section, graph_objects
 from gemopt.result import Result
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 PACKAGES = ("numpy", "numba", "scipy", "ortools", "plotly")
 
@@ -103,7 +104,7 @@ def report(
 def _title(inputs: Inputs) -> str:
     name = inputs.placement.model or inputs.fitted.model or inputs.profile.model.name
     ranks, layers, experts_ = inputs.placement.num_ranks, inputs.fitted.num_layers, inputs.fitted.num_experts
-    return f"{name + ': ' if name else ''}{layers} layers of {experts_} experts on {ranks} ranks"
+    return f"{name + ': ' if name else ''}{counted(layers, 'layer')} of {experts_} experts on {counted(ranks, 'rank')}"
 
 
 def _gap(inputs: Inputs, after: Side, bound: Bounds) -> float:
@@ -116,13 +117,14 @@ def _gap(inputs: Inputs, after: Side, bound: Bounds) -> float:
 def _headline(inputs: Inputs, before: Side, after: Side, bound: Bounds, held: float | None) -> str:
     old, new = before.evaluation.objective_us, after.evaluation.objective_us
     change = new / old - 1 if old else 0.0
-    seen = f", {_words(held)} on {inputs.held.num_steps} steps it did not see" if (
+    seen = f", {_words(held)} on {counted(inputs.held.num_steps, 'step')} it did not see" if (
         held is not None and inputs.held is not None) else ""  # fmt: skip
     aside = "" if inputs.result is None or inputs.result.links is None else ", links aside"
     return (
-        f"This placement takes {_words(change)} than {inputs.before_name} over {inputs.fitted.num_steps} steps of "
-        f"{inputs.fitted.num_layers} MoE layers{aside}{seen}; the best possible one would take at most "
-        f"{100 * _gap(inputs, after, bound):.1f} % less than this, which is proven."
+        f"This placement takes {_words(change)} than {inputs.before_name} over "
+        f"{counted(inputs.fitted.num_steps, 'step')} of {counted(inputs.fitted.num_layers, 'MoE layer')}{aside}{seen}; "
+        f"the best possible one would take at most {100 * _gap(inputs, after, bound):.1f} % less than this, "
+        "which is proven."
     )
 
 

@@ -29,6 +29,7 @@ from gemopt.traces.arrays import (
 from gemopt.traces.files import IntArray, Part, parsed, read, refuse_unread, write
 from gemopt.traces.joining import concatenate
 from gemopt.traces.tokens import ARRAYS, Tokens
+from gemopt.words import counted
 
 SCHEMA_VERSION = 1
 TOKEN_BLOCK = 4096
@@ -115,7 +116,7 @@ class Traces:
     def _check_busy(self) -> None:
         """A recorder that recorded nothing must not become an answer."""
         if not self.counts.any():
-            found = f"no assignments in {self.num_steps} steps"
+            found = f"no assignments in {counted(self.num_steps, 'step')}"
             raise InputError("Traces.counts", found, "at least one assignment", "the recorder recorded nothing")
 
     def _check_tags(self) -> None:
@@ -165,7 +166,9 @@ class Traces:
         top = "" if self.top_k is None else f", top-{self.top_k}"
         model = "" if self.model is None else f" of {self.model}"
         total = int(self.counts.sum(dtype=np.int64))
-        sizes = f"{self.num_steps} steps, {self.num_layers} layers, {self.num_experts} experts{top}"
+        sizes = (
+            f"{counted(self.num_steps, 'step')}, {counted(self.num_layers, 'layer')}, {self.num_experts} experts{top}"
+        )
         return f"Traces({sizes}, {total:,} assignments{model})"
 
     def steps(self, selection: slice | Sequence[int] | NDArray[Any]) -> Traces:

@@ -82,7 +82,7 @@ def test_count_tables_with_steps_and_ranks(load, folder):
     half = [table(folder / f"{name}.csv", part, head) for name, part in (("p", rows[:20]), ("q", rows[16:]))]
     traces, notes = load(half, "csv")
     assert (traces.counts == counts.sum(axis=1)).all()
-    assert "4 lines are in several tables: counted once" in notes
+    assert "4 lines in several tables: counted once" in notes
 
 
 def test_tables_of_layers_and_totals(load, folder):

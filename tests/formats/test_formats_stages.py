@@ -290,7 +290,7 @@ def test_records_that_are_not_taken_are_named(load, tmp_path):
     assert "1 records have ids that make other counts: global_physical_count is taken" in load(folder)[1]
     more["gatherer_key"] = lambda step: "primary" if step else "child_a"
     write_passes(folder, "1.0", 0, counts, **more)
-    assert "1 records of parts of a batch (two-batch overlap) are left unread" in load(folder)[1]
+    assert "left unread: 1 record of parts of a batch (two-batch overlap)" in load(folder)[1]
 
 
 def test_draft_layers_of_sglang_are_left_out(load, folder):
