@@ -203,7 +203,8 @@ def plot_steps(evaluation: Evaluation, *, ax: Any = None) -> Any:
 
 def plot_stragglers(evaluation: Evaluation, num_ranks: int | None = None, *, ax: Any = None) -> Any:
     """How often each rank is the one the others wait for, per layer."""
-    ax = _axes(ax, (7, 4))
+    ax, layers = _axes(ax, (7, 4)), evaluation.straggler_TL.shape[1]
+    names = dict(enumerate(evaluation.layer_ids or range(layers)))
     num_ranks = int(evaluation.straggler_TL.max()) + 1 if num_ranks is None else num_ranks
     share_LG = np.stack(
         [np.bincount(column, minlength=num_ranks) / len(column) for column in evaluation.straggler_TL.T]
@@ -213,6 +214,7 @@ def plot_stragglers(evaluation: Evaluation, num_ranks: int | None = None, *, ax:
     ax.set_ylabel("MoE layer")
     ax.set_title("Share of steps in which a rank is the slowest")
     ax.locator_params(integer=True)
+    ax.yaxis.set_major_formatter(lambda at, _: str(names.get(at, "")))
     ax.figure.colorbar(drawn, ax=ax)
     return ax
 

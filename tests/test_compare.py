@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -119,8 +120,10 @@ def test_pictures_show_every_solver(inputs: tuple[Profile, Traces]) -> None:
     assert not plot_history(empty).lines
     assert result.placement is not None
     evaluation = evaluate(result.placement, *inputs)
-    drawn = plot_stragglers(evaluation, 2).images[0].get_array()
-    np.testing.assert_allclose(drawn.sum(axis=1), 1.0)
+    axes = plot_stragglers(replace(evaluation, layer_ids=(4, 7)), 2)
+    np.testing.assert_allclose(axes.images[0].get_array().sum(axis=1), 1.0)
+    assert axes.yaxis.get_major_formatter().format_ticks([0, 0.5, 1]) == ["4", "", "7"]
+    assert evaluation.layer_ids == inputs[1].layer_ids
 
 
 class Partly:
