@@ -99,6 +99,17 @@ def test_static_without_time_to_search_is_where_even_is() -> None:
     assert again.objective_us == pytest.approx(result.objective_us)
 
 
+def test_weights_of_a_static_warm_start_are_chosen_within_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.make([[300, 9, 8]] * 3, (ASSIGNMENTS,), sloped(1.0, 2.0, 0.9), 2, split=Split.STATIC)
+    row = np.array([0, 1, 0, 2, EMPTY, EMPTY])
+    with monkeypatch.context() as patch:
+        patch.setattr("gemopt.solvers.search.policies.static_weights", pytest.fail)
+        cut = get("local-search").solve(problem, Options(deadline=-np.inf, start_by=np.inf), row)
+    assert cut.history[-1].objective_us <= objective(problem, row, even_weights(row, 3)) and not problem.weighed
+    found = get("local-search").solve(problem, Options(deadline=np.inf, patience=0, begun=cut.search), row)
+    assert found.history[-1].objective_us <= objective(problem, row, static_weights(problem, row))
+
+
 @pytest.mark.parametrize("patience", [0, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_static_begins_with_the_search_of_even(seed: int, patience: int) -> None:

@@ -24,6 +24,7 @@ from gemopt.solvers.search.spread_search import SpreadSearch
 from gemopt.solvers.search.state import State, hull_costs, make_state
 from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
 from gemopt.splits import plain, shares
+from gemopt.splits.rules import even_weights
 from gemopt.splits.weights import static_weights
 
 EVEN_SHARE = 0.5  # of the time, for the even split
@@ -58,20 +59,30 @@ def search_policy(problem: Problem, options: Options, warm_start: Row | None, ev
 
 
 class _Search(Best, ABC):
-    """One layer's search, which a later call may go on with: incumbent, history, and whether anything was searched."""
+    """One layer's search, which a later call may go on with: incumbent, history, and whether anything was searched.
+
+    warm: where the even split's search begins. given: the warm start whose static weights are still to be chosen.
+    """
 
     def __init__(self, problem: Problem, warm_start: Row | None, even: EvenSearch) -> None:
         super().__init__(problem)
-        self.even, self.warm, self.descended = even, warm_start, False
+        self.even, self.warm, self.given, self.descended = even, warm_start, warm_start, False
         self.evenly = replace(problem, split=Split.EVEN, senders_TGE=None)
         self.begun: object = None
         self.stop = np.zeros(1, np.uint8)
-        if warm_start is not None or problem.split is not Split.STATIC:  # else the even split's answer is as good
+        if problem.split is not Split.STATIC:
             self.offer(lpt_row(problem) if warm_start is None else warm_start)
+        elif warm_start is not None:  # else the even split's answer is as good
+            row = self.completed(warm_start)
+            self.keep(row, objective(problem, row, even_weights(row, problem.num_experts)))
+
+    def completed(self, row: Row) -> Row:
+        """The row, with empty slots filled where none may be."""
+        return filled(self.problem, row) if self.problem.full else row
 
     def offer(self, row: Row) -> bool:
-        """Take a row over when its exact objective is the best so far; empty slots are filled where none may be."""
-        row = filled(self.problem, row) if self.problem.full else row
+        """Take a row over, `completed`, when its exact objective is the best so far."""
+        row = self.completed(row)
         return self.keep(row, objective(self.problem, row))
 
     def descend(self) -> None:
@@ -170,6 +181,9 @@ class _Sharing(_Search):
         return self.options.may_start() if self.static else super().may_begin()
 
     def begin(self) -> None:
+        if self.given is not None and self.static and not self.options.expired():
+            self.offer(self.given)
+            self.given = None
         even_row = self.even_row(1.0 if self.static else SHARING_SHARE)
         if self.static:
             return
