@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 import gemopt
+from gemopt.evaluate import objective
 from gemopt.exceptions import InputError, SolverError, UnsupportedError
-from gemopt.placement import Placement
+from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.placement import EMPTY, Placement
+from gemopt.problem import Problem
 from gemopt.profile import Device, MoeShape, Profile, Sample
 from gemopt.result import Result, Status, StoppedBy
 from gemopt.solvers import REGISTRY
-from gemopt.solvers.base import Options, Outcome, Row, Supports
-from gemopt.solving.layers import Standing
+from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
+from gemopt.solving.layers import Layer, Standing
 from gemopt.traces import Traces
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data"
@@ -271,3 +274,13 @@ def test_every_registered_solver_answers() -> None:
     best = min(value for value in values.values() if value is not None)
     for exact in ("cpsat", "milp", "auto"):
         assert values[exact] == pytest.approx(best, rel=1e-6)
+
+
+def test_where_all_slots_must_be_full_answers_are_held_against_experts_in_order_with_copies() -> None:
+    problem = Problem.make([[1, 1, 90, 90]], (ASSIGNMENTS,), [Latency(((line(0.0, 1.0),),))] * 2, 3, full=True)
+    layer, row = Layer(problem, None, 0), np.array([0, 1, EMPTY, 2, 3, EMPTY])
+    layer.compare_with(row)
+    told = Outcome(np.array([2, 3, 0, 1, 2, 0]), StoppedBy.TIME_LIMIT, history=[incumbent(1e9)], reached=False)
+    found = layer.no_worse(told).row
+    assert found is not None and (found != EMPTY).all() and (found[row != EMPTY] == row[row != EMPTY]).all()
+    assert layer.no_worse(told).history[-1].objective_us == objective(problem, found)

@@ -9,12 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from gemopt.bounds import CopiesProof, Together
+from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
 from gemopt.links import Links
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent
 from gemopt.solvers.base import Outcome, Row, incumbent
 from gemopt.solvers.exact.column_space import Proven
+from gemopt.solvers.search.packing import filled
+from gemopt.splits.rules import even_weights
 
 SEEDS = 1_000_003  # from one search of a layer to the next
 
@@ -32,7 +36,8 @@ class Layer:
 
     floor_T: [T] simple bounds of the steps in microseconds. spread_us: bound with any number of copies. together,
     contents, copies: the co-location bound, that of all contents with their latencies, and the copies bound, with their
-    multipliers, which a certificate states. base_row, base_us: contiguous placement, and what it takes.
+    multipliers, which a certificate states. base_us: what contiguous placement takes. plain_row, plain_us: it too, with
+    copies in the slots left where all must be full.
     """
 
     problem: Problem
@@ -44,7 +49,8 @@ class Layer:
     floor_T: FloatArray | None = None
     spread_us: float = 0.0
     base_us: float = 0.0
-    base_row: Row | None = None
+    plain_row: Row | None = None
+    plain_us: float = 0.0
     seconds: float = 0.0
     together: Together | None = None
     contents: Proven | None = None
@@ -63,13 +69,23 @@ class Layer:
             return Standing(None, self.bound_us)
         return Standing(value_of(outcome), max(self.bound_us, outcome.bound_us or 0.0))
 
+    def compare_with(self, row: Row) -> None:
+        """Score contiguous placement; where all slots must be full, answers are held against it with copies too."""
+        problem = self.problem
+        self.plain_row, self.base_us = row, objective(problem, row)
+        self.plain_us = self.base_us
+        if problem.full and problem.spare_slots and problem.rules is None:
+            self.plain_row = filled(problem, row)
+            weights_P = even_weights(self.plain_row, problem.num_experts) if problem.split is Split.STATIC else None
+            self.plain_us = objective(problem, self.plain_row, weights_P)
+
     def no_worse(self, outcome: Outcome) -> Outcome:
         """An outcome, or contiguous placement where that is better and free to take: as where no time is left."""
         value, free = value_of(outcome), self.warm is None and self.problem.moves is None and self.problem.rules is None
-        if not free or self.problem.full or value is None or not 0 < self.base_us < value:
+        if not free or value is None or not 0 < self.plain_us < value:
             return outcome
         note = outcome.note if outcome.reached else "no time to search: experts in order"
-        return replace(outcome, row=self.base_row, note=note, history=[*outcome.history, incumbent(self.base_us)])
+        return replace(outcome, row=self.plain_row, note=note, history=[*outcome.history, incumbent(self.plain_us)])
 
     @property
     def open_us(self) -> float:

@@ -222,8 +222,9 @@ class Run:
 
     def _base(self, layer: Layer) -> None:
         """Score contiguous placement, which answers are compared with."""
-        layer.base_row = row = get("linear").solve(layer.problem, self._options(layer, np.inf), None).row
-        layer.base_us = 0.0 if row is None else objective(layer.problem, row)
+        row = get("linear").solve(layer.problem, self._options(layer, np.inf), None).row
+        if row is not None:
+            layer.compare_with(row)
 
     def _bound(self, layer: Layer, deadline: float) -> None:
         """The fluid bound of all steps, the simple ones of as many as there is time for; then what copies can carry."""
