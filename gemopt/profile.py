@@ -118,6 +118,11 @@ class Profile(Document):
         """G, ranks of the expert-parallel group."""
         return len(self.devices)
 
+    def with_model(self, **sizes: str | int | None) -> Profile:
+        """The same for a layer of these sizes; None leaves what is there."""
+        known = {name: value for name, value in sizes.items() if value is not None}
+        return self.model_copy(update={"model": self.model.model_copy(update=known)})
+
     def brief(self) -> str:
         """Devices and what was measured of them, in one line."""
         names = sorted({device.name for device in self.devices})

@@ -15,8 +15,8 @@ from cli_inputs import gemopt, gemopt_json, write_inputs
 from gemopt import documents
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
-from gemopt.jobs import read_job
-from gemopt.jobs.document import Kubernetes, SolverSettings
+from gemopt.jobs import read_job, running
+from gemopt.jobs.document import Kubernetes, SolverSettings, TableSource
 from gemopt.jobs.kubernetes import LIMIT_BYTES, config_map
 from gemopt.placement import Placement
 from gemopt.profile import Profile
@@ -61,6 +61,20 @@ def test_a_job_writes_the_whole_folder(tmp_path: Path, capsys: pytest.CaptureFix
     assert manifest["kind"] == "ConfigMap" and manifest["metadata"]["name"] == "gemopt-placement"
     assert manifest["data"] == {name: (out / name).read_text() for name in ("sglang.json", "map.csv")}
     assert found["headline"] in (out / "report.html").read_text() and "6 steps it did not see" in found["headline"]
+
+
+def test_a_table_makes_the_profile_that_the_command_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, speeds = tmp_path / "t.csv", tmp_path / "s.csv"
+    table.write_text("tokens,latency_us\n0,5\n64,9\n128,20\n")
+    speeds.write_text("gpu,rel_time\n" + "".join(f"g{n},{1 + n / 50}\n" for n in range(5)) + "g5,40\n")
+    words = ("--unit", "tokens", "--top-k", 2, "--speeds", speeds, "--seed", 3, "--ranks", 6, "--device", "H100",
+             "--expert-bytes", 100)  # fmt: skip
+    code, _, err = gemopt(capsys, "profile", "import", table, "-o", tmp_path / "p.json", *words)
+    assert code == 0 and "are all times in one unit?" in err
+    source = TableSource(table=table, unit="tokens", top_k=2, speeds=speeds, seed=3, ranks=6, device="H100",
+                         expert_bytes=100)  # fmt: skip
+    notes: list[str] = []
+    assert running._profile(source, notes) == Profile.load(tmp_path / "p.json") and len(notes) == 1
 
 
 def test_the_written_job_is_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,8 +58,8 @@ def import_table(
 ) -> None:
     """Turn a kernel table into a profile, or into a cluster of equal or differing devices."""
     from gemopt.exceptions import InputError
-    from gemopt.formats.kernel_table import Unit, equal, read_fleet, read_table, what_if
-    from gemopt.formats.table_doubts import apart
+    from gemopt.formats.fleet import serving
+    from gemopt.formats.kernel_table import Unit, read_table
 
     check_outputs(("--output", output, "profile"), read=[("the table", table), ("--speeds", speeds)])
     if unit is not None and unit not in list(Unit):
@@ -77,25 +77,13 @@ def import_table(
         repeat=repeat_column or (),
         notes=notes,
     )
-    if device is not None:
-        named = [each.model_copy(update={"name": device}) for each in profile.devices]
-        profile = profile.model_copy(update={"devices": named})
     measured = profile.num_ranks
-    if speeds is not None:
-        memory = None if memory_fleet is None else read_fleet(speeds, memory_fleet)
-        fleet_ranks = 8 if ranks is None else ranks
-        profile = what_if(profile, read_fleet(speeds, fleet), ranks=fleet_ranks, seed=seed, memory=memory)
-        notes += [far] if (far := apart(profile)) else []
-    elif fleet or memory_fleet:
-        raise InputError("--fleet", fleet or memory_fleet, "fleets are read from --speeds", "give --speeds")
-    elif seed:
-        raise InputError("--seed", seed, "draws devices from --speeds", "give --speeds")
-    elif ranks is not None:
-        profile = equal(profile, ranks)
+    profile = serving(
+        profile, notes=notes, device=device, speeds=speeds, fleet=fleet, memory_fleet=memory_fleet, ranks=ranks,
+        seed=seed,
+    )  # fmt: skip
     profile = profile.model_copy(update={"source": source or f"imported from {table.name}"})
-    told = {"name": model, "expert_bytes": expert_bytes, "top_k": top_k}
-    known = {key: value for key, value in told.items() if value is not None}
-    profile = profile.model_copy(update={"model": profile.model.model_copy(update=known)})
+    profile = profile.with_model(name=model, expert_bytes=expert_bytes, top_k=top_k)
     profile.save(output)
     if as_json:
         for note in notes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from gemopt.formats.table_columns import (
     values,
     words,
 )
+from gemopt.formats.table_doubts import apart
 from gemopt.formats.table_files import Table, number, read
 from gemopt.latency import FloatArray
 from gemopt.profile import WHAT_IF, Device, Profile
@@ -108,6 +110,37 @@ def _gpus(table: Table) -> list[str]:
     for row in table.rows:
         refuse_summaries(table, row, columns)
     return ["/".join(row.cells[name] for name in columns) or row.where.split()[-1] for row in table.rows]
+
+
+def serving(
+    measured: Profile,
+    *,
+    notes: list[str],
+    device: str | None = None,
+    speeds: str | os.PathLike[str] | None = None,
+    fleet: str | None = None,
+    memory_fleet: str | None = None,
+    ranks: int | None = None,
+    seed: int = 0,
+    called: Callable[[str], str] = "--{}".format,
+) -> Profile:
+    """The devices that serve: those measured, `ranks` equal ones, or as many (8) drawn from a fleet of `speeds`.
+
+    notes: is told what is doubtful about drawn ones. device: the name of the measured one. fleet, memory_fleet: which
+    of the fleets, see `what_if`. called: how messages name these options.
+    """
+    if device is not None:
+        named = [each.model_copy(update={"name": device}) for each in measured.devices]
+        measured = measured.model_copy(update={"devices": named})
+    if speeds is None:
+        for name, value, what in (("fleet", fleet or memory_fleet, "read"), ("seed", seed, "draws devices")):
+            if value:
+                raise InputError(called(name), value, f"{what} from {called('speeds')}", f"give {called('speeds')}")
+        return measured if ranks is None else equal(measured, ranks)
+    memory = None if memory_fleet is None else read_fleet(speeds, memory_fleet)
+    found = what_if(measured, read_fleet(speeds, fleet), ranks=8 if ranks is None else ranks, seed=seed, memory=memory)
+    notes += [far] if (far := apart(found)) else []
+    return found
 
 
 def what_if(profile: Profile, fleet: Fleet, *, ranks: int, seed: int = 0, memory: Fleet | None = None) -> Profile:

@@ -15,8 +15,9 @@ from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError, refuse_unused
 from gemopt.formats.approximate import approximate
 from gemopt.formats.engine import Export, TraceOptions, WriteOptions
+from gemopt.formats.fleet import serving, slow_down
 from gemopt.formats.importing import import_traces
-from gemopt.formats.kernel_table import Unit, equal, read_fleet, read_table, slow_down, what_if
+from gemopt.formats.kernel_table import Unit, read_table
 from gemopt.formats.layers import parse_layers
 from gemopt.formats.registry import canonical, check_draft, export, get
 from gemopt.jobs.document import ExportTo, Job, Kubernetes, RecordedSource, TableSource
@@ -152,25 +153,14 @@ def _file(wanted: ExportTo) -> str:
 def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     if isinstance(source, Path):
         return Profile.load(source)
-    if source.seed and source.speeds is None:
-        raise InputError("profile.seed", source.seed, "draws devices from speeds", "give profile.speeds")
     unit = None if source.unit is None else Unit(source.unit)
     found = read_table(source.table, unit=unit, top_k=source.top_k, ep=source.ep, where=source.where,
                        load=source.load_column, time=source.time_column, device=source.device_column,
                        repeat=source.repeat_column, notes=notes)  # fmt: skip
-    if source.device is not None:
-        named = [each.model_copy(update={"name": source.device}) for each in found.devices]
-        found = found.model_copy(update={"devices": named})
-    if source.speeds is not None:
-        memory = None if source.memory_fleet is None else read_fleet(source.speeds, source.memory_fleet)
-        fleet = read_fleet(source.speeds, source.fleet)
-        found = what_if(found, fleet, ranks=source.ranks or 8, seed=source.seed, memory=memory)
-    elif source.fleet or source.memory_fleet:
-        raise InputError(
-            "profile.fleet", source.fleet or source.memory_fleet, "read from speeds", "give profile.speeds"
-        )
-    elif source.ranks is not None:
-        found = equal(found, source.ranks)
+    fields = ("device", "speeds", "fleet", "memory_fleet", "ranks", "seed")
+    found = serving(
+        found, notes=notes, called="profile.{}".format, **{name: getattr(source, name) for name in fields}
+    )  # fmt: skip
     for rank, factor in source.slower.items():
         if not 0 <= rank < found.num_ranks:
             raise InputError("profile.slower", rank, f"ranks 0 to {found.num_ranks - 1}")
@@ -178,9 +168,8 @@ def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
             limit = "1 or more, as it multiplies the times"
             raise InputError(f"profile.slower.{rank}", factor, limit, f"at {factor:g} of the speed: {1 / factor:.4g}")
         found = slow_down(found, rank, factor)
-    if source.expert_bytes is not None:
-        found = found.model_copy(update={"model": found.model.model_copy(update={"expert_bytes": source.expert_bytes})})
-    return found.model_copy(update={"source": f"imported from {source.table.name}"})
+    found = found.model_copy(update={"source": f"imported from {source.table.name}"})
+    return found.with_model(expert_bytes=source.expert_bytes, top_k=source.top_k)
 
 
 def _traces(source: Path | RecordedSource) -> Traces:
