@@ -81,7 +81,7 @@ def test_times_that_64_bits_do_not_hold_bound_nothing_too_high() -> None:
     case = Case(counts, cost, np.array([3, 3, 3]))
     row_P = np.arange(9)
     assert 0 < floor_bound_us(case) <= objective_us(case, row_P, counts[:, row_P])
-    above = Above(case, 0, [[0, UNIT**2]], UNIT, np.zeros((24, 1, 9), np.int64))
+    above = Above(case, 0, [[0, UNIT**4]], UNIT, np.zeros((24, 1, 9), np.int64))
     times_N, planes = above._computed(np.arange(100)[None])
     assert (times_N > 0).all() and (planes[0][1:] >= times_N[1:]).all()
 
