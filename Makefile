@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # The folders profiling and models are parts of the package: the root must not be searched for modules.
-test engines quiet: export PYTHONSAFEPATH = 1
+pytest engines quiet: export PYTHONSAFEPATH = 1
 
-.PHONY: demo test packages docs engines fuzz peers quiet lint typecheck clean
+.PHONY: demo test pytest packages docs engines fuzz peers quiet lint typecheck clean
 
 .venv/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,9 +19,11 @@ test engines quiet: export PYTHONSAFEPATH = 1
 demo: .venv/.core
 	$(BIN)/gemopt demo
 
+test: lint typecheck pytest
+
 # torch's ranks ask for the name of 127.0.0.1 dozens of times; an answer that is lost shall cost one second, not five.
 # Two processes, whole files each: a file's tests share what is slow to make.
-test: lint typecheck
+pytest: .venv/.dev
 	RES_OPTIONS=timeout:1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.dev
