@@ -43,3 +43,10 @@ def report_page(report_folder: Path) -> Report:
     from reported import page_of
 
     return page_of(report_folder)
+
+
+@pytest.fixture
+def quick_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The co-location bound ends after few iterations, where it matters to nothing: it is most of a small call."""
+    monkeypatch.setattr("gemopt.bounds.together.SHORTEST", 20)
+    monkeypatch.setattr("gemopt.bounds.together.CYCLE", 1)

@@ -108,7 +108,7 @@ def random_problem(rng, kind, *, spare):
 def test_no_bound_above_the_optimum(kind, spare):
     rng = np.random.default_rng([len(kind), spare])
     tight = 0
-    for case in range(400):
+    for case in range(150):
         problem = random_problem(rng, kind, spare=spare)
         makespan_RT = all_makespans(problem)
         best_T, bounds_T = makespan_RT.min(axis=0), step_bounds(problem)
@@ -116,7 +116,7 @@ def test_no_bound_above_the_optimum(kind, spare):
         optimum = (makespan_RT * problem.weights_T).sum(axis=1).min()
         assert lower_bound(problem) <= optimum * (1 + TOLERANCE)
         tight += bool((bounds_T >= best_T * (1 - 1e-6)).all())
-    assert tight > 120  # the bounds are of use: often exact on problems of this size
+    assert tight > 45  # the bounds are of use: often exact on problems of this size
 
 
 def test_the_brute_force_is_what_evaluate_says():

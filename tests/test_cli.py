@@ -24,6 +24,8 @@ from gemopt.result import Result, Status, StoppedBy
 from gemopt.solvers.base import Outcome, Supports
 from gemopt.traces import Phase, Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 SOLVE_FIELDS = {"solver", "status", "stopped_by", "objective_us", "bound_us", "gap", "seconds"}
 ROW_FIELDS = SOLVE_FIELDS | {"change", "holdout_us", "holdout_change", "p50_us", "p90_us", "p99_us"}
 

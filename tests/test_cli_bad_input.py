@@ -17,6 +17,8 @@ from safetensors.numpy import save_file
 from gemopt.placement import Placement
 from gemopt.traces import Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 def profile_with(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], object]:
     def write(path: Path) -> None:

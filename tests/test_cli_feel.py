@@ -30,6 +30,8 @@ from gemopt.result import Status, StoppedBy
 from gemopt.solvers import names
 from gemopt.solving.layers import Standing
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 def commands() -> dict[str, Any]:
     """Every command by its words; groups that do something by themselves too."""

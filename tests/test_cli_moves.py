@@ -11,6 +11,8 @@ from cli_inputs import gemopt, gemopt_json, profile, traces
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 COMMON = ("--solver", "local-search", "--patience", 3, "--time-limit", 30)
 
 

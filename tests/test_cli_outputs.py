@@ -9,6 +9,8 @@ from cli_inputs import gemopt, write_inputs
 
 from gemopt.placement import Placement
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 @pytest.mark.parametrize(
     ("words", "option", "said"),

@@ -22,6 +22,8 @@ from gemopt.result import Result, Status, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, Supports
 from gemopt.traces import Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 @pytest.fixture(scope="module")
 def inputs() -> tuple[Profile, Traces]:
@@ -163,7 +165,7 @@ def test_a_row_says_who_earned_it(
     real: Any = sys.modules["gemopt.solve"].get  # type: ignore[attr-defined]
     monkeypatch.setattr(Partly, "reached", reached)
     monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda name: Partly() if name == "partly" else real(name))
-    rows = compare(inputs[0], traces, solvers=["lpt", "partly"], holdout=0, time_limit=60, threads=1)
+    rows = compare(inputs[0], traces, solvers=["lpt", "partly"], holdout=0, time_limit=60, patience=0, threads=1)
     assert rows[0].ran and not rows[0].earned() and words in rows[1].earned()
     assert rows[1].ran is any(reached)
     table = comparison_table(rows)

@@ -36,7 +36,7 @@ def staircase_problem(num_steps: int = 12, *, equal: bool = True) -> Problem:
 @pytest.mark.parametrize("spare", [False, True])
 def test_every_variable_has_a_hint_that_cpsat_calls_complete_and_feasible(spare: bool) -> None:
     accepted = 0
-    for seed in range(60):
+    for seed in range(30):
         problem = brute.random_problem(seed, spare=spare)
         search = Search.prepare(problem, Options.lasting(60), None, 1e9)
         if search.done:
@@ -57,14 +57,14 @@ def test_every_variable_has_a_hint_that_cpsat_calls_complete_and_feasible(spare:
         said = search.compact.base_us + ticks * tick_us
         assert search.objective_us - lost <= said <= search.objective_us + 1e-9
         accepted += 1
-    assert accepted >= 10
+    assert accepted >= 5
 
 
 @pytest.mark.parametrize("resolution", [1e-1, 1e-3])
 def test_a_coarse_resolution_never_lifts_the_bound(resolution: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpsat, "RESOLUTION", resolution)
     monkeypatch.setattr(layer, "timed_step_bounds", lambda problem, stop: (np.zeros(problem.num_steps), 0))
-    for seed in range(50_000, 50_060):
+    for seed in range(50_000, 50_030):
         problem = brute.random_problem(seed)
         outcome = CpSat().solve(problem, Options.lasting(60), None)
         optimum = brute.optimum(problem)

@@ -25,7 +25,7 @@ SLACK = 0.3
 
 def test_the_fewest_of_all_placements_are_found_nearly_always_and_never_for_more_compute() -> None:
     met = tried = 0
-    for seed in range(40):
+    for seed in range(16):
         links = random_links(seed + 50, steps=4)
         if links.topology.num_nodes == 1:
             continue
@@ -42,7 +42,7 @@ def test_the_fewest_of_all_placements_are_found_nearly_always_and_never_for_more
         least = sent[compute <= (1 + SLACK) * compute[start]].min()
         tried += 1
         met += links.communication(found.rows, SLOTS).cross_node_bytes <= least * (1 + 1e-9)
-    assert tried >= 15 and met >= 0.8 * tried, (met, tried)
+    assert tried >= 6 and met >= 0.8 * tried, (met, tried)
 
 
 def test_solve_says_what_it_saved_and_for_how_much_compute() -> None:

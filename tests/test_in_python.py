@@ -33,6 +33,8 @@ from gemopt.testing import assert_bound_holds, assert_feasible
 from gemopt.topology import Level, Topology
 from gemopt.traces import Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 @pytest.fixture(scope="module")
 def solved() -> tuple[Profile, Traces, Result, Evaluation]:

@@ -25,6 +25,8 @@ from gemopt.result import Result
 from gemopt.solving.schedule import Run
 from gemopt.traces import Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 def inputs(folder: Path) -> tuple[Path, Path]:
     profile(3).save(folder / "p.json")

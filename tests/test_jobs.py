@@ -23,6 +23,8 @@ from gemopt.profile import Profile
 from gemopt.result import Result
 from gemopt.traces import Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 yaml = pytest.importorskip("yaml")
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples" / "jobs").glob("*.yaml"))
 JOB: dict[str, Any] = {

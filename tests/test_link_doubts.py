@@ -13,6 +13,8 @@ from gemopt.link_doubts import doubts
 from gemopt.named_topologies import INSIDE, NETWORK, named
 from gemopt.topology import Topology
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 TWO = {"node_of_rank": [0, 0, 1, 1], "within_node": {"bandwidth_gbs": 450.0}, "between_nodes": {"bandwidth_gbs": 50.0}}
 
 

@@ -77,7 +77,7 @@ def test_bad_prices_and_limits_are_refused(wrong: dict[str, object]) -> None:
 
 def test_fewest_moves_are_those_of_brute_force() -> None:
     seen = set()
-    for seed in range(150):
+    for seed in range(60):
         problem = brute.random_moves(seed)
         moves = problem.moves
         allowed = [
@@ -111,7 +111,7 @@ def test_fewest_moves_leave_a_placement_in_force_as_it_is() -> None:
 def test_search_stays_within_the_limits_and_scores_as_brute_force_does(name: str) -> None:
     """On tiny problems the searches find the optimum nearly always; they are never below it."""
     found = worse = 0
-    for seed in range(60):
+    for seed in range(40):
         problem = brute.random_moves(seed)
         best = brute.optimum(problem)
         outcome = get(name).solve(problem, options(), None)
@@ -124,7 +124,7 @@ def test_search_stays_within_the_limits_and_scores_as_brute_force_does(name: str
         assert value >= best - CLOSE * abs(best) - 1e-9, seed
         worse += value > best + CLOSE * abs(best) + 1e-9 and (name != "gem" or not problem.spare_slots)
         assert outcome.history[-1].objective_us == pytest.approx(value)
-    assert found > 30
+    assert found > 20
     assert worse <= (0 if name == "local-search" else 3)
 
 

@@ -8,6 +8,8 @@ import pytest
 from cli_inputs import gemopt, write_inputs
 from kernel_tables import written
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 TABLE = "assignments,time_us\n1,50\n2,51\n"
 
 

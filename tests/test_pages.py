@@ -18,6 +18,8 @@ from cli_inputs import gemopt
 
 from gemopt import Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]

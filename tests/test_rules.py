@@ -29,6 +29,8 @@ from gemopt.solvers.base import Options
 from gemopt.solvers.placing import conflict, first_row
 from gemopt.solvers.search.local_search import LocalSearch
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 def random_rules(seed: int, num_experts: int, num_ranks: int) -> Rules:
     """One to three rules, which may contradict each other."""
@@ -165,7 +167,7 @@ def test_milp_finds_it_too(seed: int) -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_a_conflict_is_smallest_and_a_row_keeps_what_has_none(full: bool) -> None:
     contradictory = 0
-    for seed in range(150):
+    for seed in range(60):
         problem, rules = random_case(seed, full=full)
         if problem.rules is None:
             continue
@@ -188,7 +190,7 @@ def test_a_conflict_is_smallest_and_a_row_keeps_what_has_none(full: bool) -> Non
             row = first_row(problem)
             assert keeps(rules, sets_of(problem, row)), seed
             check(replace(problem, full=False), row)
-    assert contradictory > 10
+    assert contradictory > 4
 
 
 def test_rules_hold_for_their_layers_only() -> None:

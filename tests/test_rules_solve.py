@@ -20,6 +20,8 @@ from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
 from gemopt.verify import verify
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 def test_a_memory_budget_keeps_the_rules() -> None:
     rules = Rules(pinned=[{"experts": [0, 1], "ranks": [1, 3]}], apart=[{"experts": [0, 1]}])

@@ -19,6 +19,8 @@ from gemopt.solve import solve
 from gemopt.solving.fronts import SWAPS, moves_front
 from gemopt.traces import Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 SLOTS = [3, 2]
 EXPERTS, STEPS = 5, 4
 

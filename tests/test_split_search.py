@@ -35,6 +35,8 @@ from gemopt.splits import even_weights
 from gemopt.splits.weights import static_weights
 from gemopt.traces import Traces
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 
 def sloped(*slopes: float, offset: float = 5.0) -> list[Latency]:
     return [Latency(((line(offset, slope),),)) for slope in slopes]

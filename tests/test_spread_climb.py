@@ -41,7 +41,7 @@ def never() -> bool:
     return False
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(20))
 def test_what_changes_save_is_what_a_look_from_nothing_says(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether all steps are looked at together or a quarter of them first."""
     monkeypatch.setattr(spread_climb, "FEWEST", 1 if seed % 4 < 2 else 24)

@@ -26,6 +26,8 @@ from gemopt.traces import Traces
 from gemopt.traces.arrays import count_assignments
 from gemopt.traces.tokens import Tokens
 
+pytestmark = pytest.mark.usefixtures("quick_bounds")
+
 EXCHANGE = Exchange(dispatch_bytes=4000)
 HALF, OTHER = frozenset({0, 4, 1, 5}), frozenset({2, 6, 3, 7})
 

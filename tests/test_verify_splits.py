@@ -37,7 +37,7 @@ def test_multipliers_prove_a_bound_of_any_shares(told: int, monkeypatch: pytest.
     """Of all placements and all whole shares at every step; rounding takes a millionth of the solver's bound."""
     monkeypatch.setattr(copies, "MOST_TIMES", told)
     rng, raised, agreed = np.random.default_rng(told), 0, 0
-    for seed in range(60):
+    for seed in range(30):
         problem = few(rng, ("staircase", "roofline", "mixed")[seed % 3])
         problem = replace(problem, weights_T=np.ones(problem.num_steps), split=Split.OPTIMAL)
         best_us, case = freely_shared(problem), replace(case_of(problem), split="optimal")
@@ -52,7 +52,7 @@ def test_multipliers_prove_a_bound_of_any_shares(told: int, monkeypatch: pytest.
             bound_us = check_copies(case, LAYER, {"pair.0": pair_N3, "slot.0": np.array([round(known.price * 1e6)])})
             assert (floor_us + known.above_us) * (1 - 1e-6) - 1e-5 <= bound_us <= best_us * (1 + 1e-12)
             agreed += 1
-    assert raised >= 10 and (agreed >= 5 or told == 2)
+    assert raised >= 5 and (agreed >= 2 or told == 2)
 
 
 def test_times_of_any_shares_are_the_least() -> None:

@@ -10,9 +10,9 @@ RUNS = [
     ("bounds", 600),
     *((name, 100) for name in fuzz.SIMPLE),
     ("auto", 150),
-    ("branch", 300),
-    ("columns", 300),
-    ("cpsat", 300),
+    ("branch", 200),
+    ("columns", 200),
+    ("cpsat", 150),
     ("highs", 100),
     ("cbc", 50),
 ]
