@@ -70,8 +70,7 @@ def test_moves_gain_what_they_promise_and_are_what_the_placement_says() -> None:
 
 def test_settled_traffic_moves_nothing() -> None:
     follower = settled()
-    moved = sum(follower.step(traffic(0, 64, seed=seed)).num_moves for seed in range(2, 6))
-    assert moved <= 4 * LAYERS
+    assert sum(follower.step(traffic(0, 64, seed=seed)).num_moves for seed in range(2, 6)) <= 4 * LAYERS
 
 
 def test_warming_up_changes_nothing(tmp_path: Path) -> None:
@@ -87,8 +86,7 @@ def test_warming_up_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_dear_moves_are_not_made() -> None:
-    follower = controller(Policy(commit_us=1e9))
-    assert follower.step(traffic(0, 64)).num_moves == 0
+    assert controller(Policy(commit_us=1e9)).step(traffic(0, 64)).num_moves == 0
     assert controller(Policy(dead_zone=100)).step(traffic(0, 64)).num_moves == 0
 
 
@@ -112,8 +110,7 @@ def test_the_rate_of_moves_is_kept_and_what_is_not_used_is_saved() -> None:
 
 
 def test_traffic_that_comes_back_is_served_at_once() -> None:
-    follower = controller()
-    changes = 0
+    follower, changes = controller(), 0
     for regime in (0, 1, 0, 1):
         for start in range(0, 192, 8):
             changes += follower.step(traffic(regime, 192)[start : start + 8]).changed
