@@ -68,11 +68,11 @@ def test_a_job_writes_the_whole_folder(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_table_makes_the_profile_that_the_command_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, speeds = tmp_path / "t.csv", tmp_path / "s.csv"
     table.write_text("tokens,latency_us\n0,5\n64,9\n128,20\n")
-    speeds.write_text("gpu,rel_time\n" + "".join(f"g{n},{1 + n / 50}\n" for n in range(5)) + "g5,40\n")
+    speeds.write_text("gpu,rel_time\n" + "".join(f"g{n},{1 + n / 50}\n" for n in range(5)) + "g5,900\n")
     words = ("--unit", "tokens", "--top-k", 2, "--speeds", speeds, "--seed", 3, "--ranks", 6, "--device", "H100",
              "--expert-bytes", 100)  # fmt: skip
-    code, _, err = gemopt(capsys, "profile", "import", table, "-o", tmp_path / "p.json", *words)
-    assert code == 0 and "are all times in one unit?" in err
+    code, out, _ = gemopt(capsys, "profile", "import", table, "-o", tmp_path / "p.json", *words)
+    assert code == 0 and "are all times in one unit?" in out
     source = TableSource(table=table, unit="tokens", top_k=2, speeds=speeds, seed=3, ranks=6, device="H100",
                          expert_bytes=100)  # fmt: skip
     notes: list[str] = []

@@ -112,6 +112,15 @@ def _gpus(table: Table) -> list[str]:
     return ["/".join(row.cells[name] for name in columns) or row.where.split()[-1] for row in table.rows]
 
 
+def check_drawn(
+    speeds: object, fleet: str | None, memory_fleet: str | None, seed: int, called: Callable[[str], str] = "--{}".format
+) -> None:
+    """Refuse what says how devices are drawn where there are no speeds to draw from; called: how options are named."""
+    for name, value, what in (("fleet", fleet or memory_fleet, "read"), ("seed", seed, "draws devices")):
+        if value and speeds is None:
+            raise InputError(called(name), value, f"{what} from {called('speeds')}", f"give {called('speeds')}")
+
+
 def serving(
     measured: Profile,
     *,
@@ -122,20 +131,16 @@ def serving(
     memory_fleet: str | None = None,
     ranks: int | None = None,
     seed: int = 0,
-    called: Callable[[str], str] = "--{}".format,
 ) -> Profile:
     """The devices that serve: those measured, `ranks` equal ones, or as many (8) drawn from a fleet of `speeds`.
 
     notes: is told what is doubtful about drawn ones. device: the name of the measured one. fleet, memory_fleet: which
-    of the fleets, see `what_if`. called: how messages name these options.
+    of the fleets, see `what_if`.
     """
     if device is not None:
         named = [each.model_copy(update={"name": device}) for each in measured.devices]
         measured = measured.model_copy(update={"devices": named})
     if speeds is None:
-        for name, value, what in (("fleet", fleet or memory_fleet, "read"), ("seed", seed, "draws devices")):
-            if value:
-                raise InputError(called(name), value, f"{what} from {called('speeds')}", f"give {called('speeds')}")
         return measured if ranks is None else equal(measured, ranks)
     memory = None if memory_fleet is None else read_fleet(speeds, memory_fleet)
     found = what_if(measured, read_fleet(speeds, fleet), ranks=8 if ranks is None else ranks, seed=seed, memory=memory)

@@ -15,7 +15,7 @@ from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError, refuse_unused
 from gemopt.formats.approximate import approximate
 from gemopt.formats.engine import Export, TraceOptions, WriteOptions
-from gemopt.formats.fleet import serving, slow_down
+from gemopt.formats.fleet import check_drawn, serving, slow_down
 from gemopt.formats.importing import import_traces
 from gemopt.formats.kernel_table import Unit, read_table
 from gemopt.formats.layers import parse_layers
@@ -153,14 +153,13 @@ def _file(wanted: ExportTo) -> str:
 def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     if isinstance(source, Path):
         return Profile.load(source)
+    check_drawn(source.speeds, source.fleet, source.memory_fleet, source.seed, "profile.{}".format)
     unit = None if source.unit is None else Unit(source.unit)
     found = read_table(source.table, unit=unit, top_k=source.top_k, ep=source.ep, where=source.where,
                        load=source.load_column, time=source.time_column, device=source.device_column,
                        repeat=source.repeat_column, notes=notes)  # fmt: skip
     fields = ("device", "speeds", "fleet", "memory_fleet", "ranks", "seed")
-    found = serving(
-        found, notes=notes, called="profile.{}".format, **{name: getattr(source, name) for name in fields}
-    )  # fmt: skip
+    found = serving(found, notes=notes, **{name: getattr(source, name) for name in fields})
     for rank, factor in source.slower.items():
         if not 0 <= rank < found.num_ranks:
             raise InputError("profile.slower", rank, f"ranks 0 to {found.num_ranks - 1}")
