@@ -177,7 +177,7 @@ def test_trace_import_refuses(run, files):
 def test_placement_import(run, files):
     run("export", files / "equal.json", "--to", "vllm-ascend", "-o", files / "map.json")
     out = run("placement", "import", files / "map.json", "--from", "vllm-ascend", "-o", files / "back.json")
-    assert "2 layers, 6 experts, 6 slots on 2 ranks" in out
+    assert "2 layers, 6 experts in 6 slots on 2 ranks" in out
     assert Placement.load(files / "back.json") == Placement.load(files / "equal.json")
     for words, named in [
         ([files / "map.json", "--from", "array"], "placements of"),
