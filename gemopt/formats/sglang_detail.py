@@ -207,7 +207,7 @@ def _notes(stages: list[_Stage], num_passes: int) -> list[str]:
         (sum(s.again for s in stages), f"{counted(sum(s.again for s in stages), 'record')} came twice: counted once"),
         (
             sum(s.differ for s in stages),
-            f"{counted(sum(s.differ for s in stages), 'record')} with ids of other counts than global_physical_count",
+            f"{counted(sum(s.differ for s in stages), 'record')} with ids of other counts: global_physical_count taken",
         ),
         (any(s.counted for s in stages), "no global_physical_count in the records: counted from topk_ids_of_layer"),
     ]

@@ -32,7 +32,7 @@ def test_several_samples_of_one_prompt(load):
     assert (traces.counts == counts(np.concatenate([first[PROMPT:], second[PROMPT:]]))).all()
     prefill, notes = load([both], phase=Phase.PREFILL)
     assert prefill.counts.sum() == PROMPT * LAYERS * TOP_K
-    assert "1 further samples of a prompt" in notes
+    assert "1 further sample of a prompt" in notes
     both["usage"]["completion_tokens"] += 1
     with pytest.raises(InputError, match="of all answers"):
         load([both])
@@ -56,7 +56,7 @@ def test_several_prompts_in_one_request(load):
     assert (load([both])[0].counts == counts(np.concatenate([first[PROMPT:], second[4:]]))).all()
     prefill, notes = load([both], phase=Phase.PREFILL, batch_size=1)
     assert prefill.counts.sum() == (PROMPT + 4) * LAYERS * TOP_K
-    assert "further samples" not in notes
+    assert "further sample" not in notes
 
 
 @pytest.mark.parametrize(

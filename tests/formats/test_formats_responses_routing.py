@@ -32,7 +32,7 @@ def test_padded_tokens_are_not_routing(load):
     for options in ({}, {"layer_ids": (0, 1)}):
         traces, notes = load([body(ids)], **options)
         assert (traces.counts == counts(np.delete(ids, PROMPT + 1, axis=0)[PROMPT:])).all()
-        assert "1 tokens without any expert (padding)" in notes
+        assert "1 token without any expert (padding)" in notes
     unknown = body(padded)
     del unknown["usage"]["prompt_tokens"]
     with pytest.raises(InputError, match="padded at the end"):

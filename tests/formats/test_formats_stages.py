@@ -88,7 +88,7 @@ def test_a_dump_that_begins_with_the_last_one(load, folder):
     write_stat(folder / "expert_distribution_recorder_2.5.pt", counts[4:])
     traces, notes = load(folder)
     assert (traces.counts == counts[:, 1:]).all()
-    assert "the first 2 steps of expert_distribution_recorder_2.5.pt" in notes
+    assert "2 first steps of expert_distribution_recorder_2.5.pt" in notes
 
 
 def test_stat_dumps_of_pipeline_stages(load, folder):
@@ -285,9 +285,9 @@ def test_records_that_are_not_taken_are_named(load, tmp_path):
     counts = np.stack([np.stack([np.bincount(row.ravel(), minlength=16) for row in ids])] * 3)
     more = {"topk_ids_of_layer": lambda step: torch.from_numpy(ids.astype(np.int32))}
     write_passes(folder, "1.0", 0, counts, **more)
-    assert "other counts" not in load(folder)[1]
+    assert "ids of other counts" not in load(folder)[1]
     write_passes(folder, "1.0", 0, counts + (np.arange(3) == 1)[:, None, None], **more)
-    assert "1 records have ids that make other counts: global_physical_count is taken" in load(folder)[1]
+    assert "1 record with ids of other counts: global_physical_count taken" in load(folder)[1]
     more["gatherer_key"] = lambda step: "primary" if step else "child_a"
     write_passes(folder, "1.0", 0, counts, **more)
     assert "left unread: 1 record of parts of a batch (two-batch overlap)" in load(folder)[1]

@@ -111,7 +111,7 @@ def test_lmdeploy_responses(tmp_path):
         ([{"choices": [{"routed_experts": base64.b64encode(b"\x93NUMPY\x01\x00").decode()}]}], r"complete \.npy"),
         ([{"choices": [{"routed_experts": [[[0, 1]], [[0]]]}]}], "whole numbers"),
         ([{"choices": [{"routed_experts": [[[0, 1]]]}, {"routed_experts": [[[0, 1], [0, 1]]]}]}], "one network"),
-        ([{"choices": [{"routed_experts": [[[0, 0]]]}]}], "no token; 1 tokens of padding"),
+        ([{"choices": [{"routed_experts": [[[0, 0]]]}]}], "no token; 1 token of padding"),
         ([{"choices": [{"routed_experts": [[[1, 1]]]}]}], "every layer repeats"),
         ([{"choices": [{"routed_experts": [[[1, 1]], [[0, 1]]]}]}], "1 of 2 tokens"),
         ([{"choices": [{"routed_experts": [[[0, 1 << 40]]]}]}], "below 8192"),

@@ -95,7 +95,7 @@ def test_sglang_passes_of_some_ranks_are_left_out(tmp_path):
     torch.save(data, path)
     traces, notes = load(tmp_path / "dumps", "sglang", tmp_path)
     assert traces.num_steps == 3
-    assert "1 passes that some ranks did not record" in notes[1]
+    assert "1 pass that some ranks did not record" in notes[1]
 
 
 def test_sglang_per_token(tmp_path):
