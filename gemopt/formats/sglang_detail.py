@@ -120,20 +120,20 @@ def read_detail(files: list[Path], options: TraceOptions) -> Recording | Loaded:
         check_map(path, found_LP, map_LP)
         records = [r for r in data["records"] if not isinstance(r, dict) or _is_primary(r)]
         others += len(data["records"]) - len(records)
-        counted = [(record, record_counts(path, record, map_LP)) for record in records]
-        layers = {int(i) for _, counts in counted for i in np.flatnonzero(counts.any(axis=1))}
+        known = [(record, record_counts(path, record, map_LP)) for record in records]
+        layers = {int(i) for _, counts in known for i in np.flatnonzero(counts.any(axis=1))}
         layers_of.append((path.name, layers))
         if layers:
-            _add(_stage_of(path, stages, layers), path, counted, map_LP, options)
+            _add(_stage_of(path, stages, layers), path, known, map_LP, options)
         else:
-            idle.append((path, counted))
+            idle.append((path, known))
     refuse_named_stages(layers_of, options.no_pipeline)
     if map_LP is None or not stages:
         raise InputError(str(files[0]), "no assignments in any record", "a recording of at least one forward pass")
-    for path, counted in idle:
-        if len(stages) > 1 and counted:
+    for path, known in idle:
+        if len(stages) > 1 and known:
             raise InputError(str(path), "no assignments", "which pipeline stage it is of", "leave the file out")
-        _add(stages[0], path, counted, map_LP, options)
+        _add(stages[0], path, known, map_LP, options)
     unread = [f"left unread: {counted(others, 'record')} of parts of a batch (two-batch overlap)"] if others else []
     return _result(stages, map_LP, options, files[0].parent, unread)
 
