@@ -6,14 +6,17 @@ pytest engines quiet: export PYTHONSAFEPATH = 1
 
 .PHONY: demo test pytest packages docs engines fuzz peers quiet lint typecheck clean
 
+# What is imported is compiled then; thousands of modules that nobody imports are not.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
 .venv/.core: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[exact,report]'
+	$(PIP) -e '.[exact,report]'
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch .venv/.core $@
 
 demo: .venv/.core

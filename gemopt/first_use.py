@@ -29,6 +29,7 @@ from gemopt.solvers.search.packing import filled
 from gemopt.solvers.search.shares import make_search, make_shares
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.size import paired, prover
+from gemopt.solving.turns import LEAST_S
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
 
@@ -45,14 +46,16 @@ def ready(
     *,
     budget: bool = False,
     compute_slack: float | None = None,
+    time_limit: float = np.inf,
 ) -> float:
     """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
 
     What this process has used is ready: nothing is done where a problem of this kind went before. `notice` is told when
     compiling begins and how long it took. budget: copies are chosen within a memory budget. compute_slack: as in
-    `gemopt.solve`.
+    `gemopt.solve`. time_limit: seconds of the call, which say whether contents of ranks can come to be priced.
     """
-    kind = _kind(solver, problem, budget)
+    contents = time_limit >= LEAST_S and paired(problem)
+    kind = _kind(solver, problem, budget, contents)
     if links is None and problem.rules is None and kind in _known:
         return 0.0
     begin, over = time.monotonic(), threading.Event()
@@ -67,7 +70,7 @@ def ready(
     watcher = threading.Thread(target=watch, name="gemopt-first-use", daemon=True)
     watcher.start()
     try:
-        _use(solver, problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:]), budget)
+        _use(solver, problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:]), budget, contents)
         if links is not None:
             _use_links(solver, problem, links, compute_slack)
         if budget:
@@ -84,15 +87,15 @@ def ready(
     return elapsed
 
 
-def _kind(solver: Solver, problem: Problem, budget: bool) -> tuple[object, ...]:
+def _kind(solver: Solver, problem: Problem, budget: bool, contents: bool) -> tuple[object, ...]:
     """What decides which kernels a call runs, links and the kinds of rules aside."""
     without = (problem.moves is None, problem.rules is None, problem.senders_TGE is None, not problem.spare_slots)
     terms = max(len(latency.terms) for latency in problem.latencies)
     costs = (len(problem.features), min(terms, 2))
-    return (solver.name, budget, problem.split, problem.full, *without, *costs, paired(problem), prover(problem))
+    return (solver.name, budget, problem.split, problem.full, *without, *costs, contents, prover(problem))
 
 
-def _use(solver: Solver, tiny: Problem, budget: bool) -> None:
+def _use(solver: Solver, tiny: Problem, budget: bool, contents: bool) -> None:
     lower_bound(tiny)
     options = Options(deadline=np.inf, patience=1)
     free = replace(tiny, rules=None, full=False)
@@ -105,7 +108,7 @@ def _use(solver: Solver, tiny: Problem, budget: bool) -> None:
         kernels.solve(tiny, options, None)
         two_ranks = Problem.make([[1, 2, 3, 4]], (ASSIGNMENTS,), [Latency(((line(1, s),),)) for s in (1, 2)])
         together_bound(two_ranks, step_bounds(two_ranks), np.zeros(1, np.uint8))
-        if paired(tiny):
+        if contents:
             ContentsSearch(two_ranks, step_bounds(two_ranks), np.inf).run(np.zeros(1, np.uint8))
             StepwiseSearch(two_ranks, step_bounds(two_ranks), np.inf, np.arange(4)).run(np.zeros(1, np.uint8))
         for name in ("branch", "columns"):

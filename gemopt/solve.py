@@ -224,7 +224,8 @@ def solve(
             layers = _layers(chosen, each, traces, warm_start, seed)
             first = layers[0].problem
             refuse_with_links(topology, split=policy.value if policy is not Split.EVEN and first.spare_slots else None)
-            clock += ready(chosen, first, notice, links, budget=held_G is not None, compute_slack=compute_slack)
+            clock += ready(chosen, first, notice, links, budget=held_G is not None, compute_slack=compute_slack,
+                           time_limit=time_limit)  # fmt: skip
             clock += 0.0 if cluster is None else cluster.ready(chosen, first, interrupted)
         run = Run(
             chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted,
@@ -264,10 +265,9 @@ def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
 
 def _without_slots(traces: Traces, moving: Moving, missing: int) -> str:
     """That the ranks have fewer slots than there are experts."""
-    ranks = len(moving.resized.old_rank)
     return (
-        f"infeasible: {traces.num_experts} experts need a slot each, the {ranks} ranks left have "
-        f"{traces.num_experts - missing}: {missing} slots are missing; more --slots-per-rank, or --add-rank"
+        f"infeasible: {traces.num_experts} experts need a slot each, the {len(moving.resized.old_rank)} ranks left "
+        f"have {traces.num_experts - missing}: {missing} slots are missing; more --slots-per-rank, or --add-rank"
     )
 
 

@@ -15,6 +15,7 @@ from gemopt.first_use import NOTICE, ready
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.problem import Problem
 from gemopt.solvers import get
+from gemopt.solving.turns import LEAST_S
 
 CHILD = """
 import sys, gemopt
@@ -60,6 +61,17 @@ def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
     assert said[0] == NOTICE and said[1].startswith("compiled in ") and len(said) == 2
     monkeypatch.setattr(module, "_use", pytest.fail)
     assert ready(get("lpt"), layer([[5, 5, 0, 9]]), said.append) == 0.0, "what was used is ready"
+
+
+def test_contents_of_ranks_are_prepared_where_there_is_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[bool] = []
+    module = sys.modules["gemopt.first_use"]
+    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setattr(module, "_use", lambda solver, tiny, budget, contents: used.append(contents))
+    for limit in (LEAST_S / 2, LEAST_S / 2, LEAST_S):
+        ready(get("local-search"), layer([[1, 2, 3, 4]]), time_limit=limit)
+    ready(get("local-search"), layer([[1, 2, 3, 4]]))
+    assert used == [False, True]
 
 
 def _wait_for(said: list[str]) -> None:

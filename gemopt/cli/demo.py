@@ -182,7 +182,9 @@ def _report(case: Case, result: Result | None, out: Path) -> None:
 def _warm_up() -> None:
     """Compile the kernels once, so that the seconds below are of solving."""
     from gemopt.compare import compare
+    from gemopt.traces import Traces
 
     first, *_, surface, _ = cases()
     for case in (first, surface):
-        compare(case.profile, case.traces.steps(slice(0, 8)), solvers=["local-search", "gem"], patience=1)
+        few = Traces(counts=case.traces.counts[:8, :1])
+        compare(case.profile, few, solvers=["local-search", "gem"], patience=1, time_limit=case.time_limit)

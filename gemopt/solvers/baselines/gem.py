@@ -33,7 +33,7 @@ from gemopt.solvers.placing import no_placement
 from gemopt.solvers.search.descent import settle_pair
 from gemopt.solvers.search.gains import make_pair
 from gemopt.solvers.search.packing import lpt_row
-from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state, step_order
+from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state, step_order
 from gemopt.solvers.search.swaps import fix_others, improve_pair, slowest_three
 from gemopt.solvers.search.terms import Terms, make_terms, moved_into
 from gemopt.solvers.search.within import homeward
@@ -201,6 +201,7 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
         return
     values, ranks = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16)
     pair = make_pair(state)
+    racing: Number = np.bool_(False)  # of a literal numba would compile `improve_pair` a second time
     slowest_three(state.times, values, ranks)
     improved = True
     while improved:
@@ -211,7 +212,7 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
                 if a == b or state.stop[0] != 0:
                     continue
                 fix_others(state, a, b, values, ranks, pair)
-                if improve_pair(costs, state, a, b, pair, False):
+                if improve_pair(costs, state, a, b, pair, racing):
                     slowest_three(state.times, values, ranks)
                     improved = True
             if improved:

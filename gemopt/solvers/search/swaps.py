@@ -270,6 +270,7 @@ def slot_of(state: State, members: Array, number: int) -> Number:
 def settle_members(costs: Costs, state: State, members: Array, rest_T: Array, pair: Pair) -> None:
     """Swap between the members until no pair of them improves, or until stopped; rest_T: slowest of all other ranks."""
     clock = 1
+    racing: Number = np.bool_(True)  # of a literal numba would compile `improve_pair` a second time
     changed_at = np.ones(members.shape[0], np.int64)
     tried_at = np.zeros((members.shape[0], members.shape[0]), np.int64)
     improved = True
@@ -286,7 +287,7 @@ def settle_members(costs: Costs, state: State, members: Array, rest_T: Array, pa
                     if z not in (x, y):
                         slower(pair.others_T, state.times[members[z]])
                 set_rest(pair)
-                if improve_pair(costs, state, members[x], members[y], pair, True):
+                if improve_pair(costs, state, members[x], members[y], pair, racing):
                     changed_at[x] = changed_at[y] = clock
                     improved = True
 
