@@ -17,7 +17,7 @@ from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.jobs import read_job, running
 from gemopt.jobs.document import Kubernetes, SolverSettings, TableSource
-from gemopt.jobs.kubernetes import LIMIT_BYTES, config_map
+from gemopt.jobs.kubernetes import APPLY_BYTES, LIMIT_BYTES, config_map
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.result import Result
@@ -58,6 +58,7 @@ def test_a_job_writes_the_whole_folder(tmp_path: Path, capsys: pytest.CaptureFix
     sglang = json.loads((out / "sglang.json").read_text())["physical_to_logical_map"]
     assert sglang == placement.physical_to_logical.tolist()
     launch = (out / "launch-sglang.sh").read_text()
+    assert os.access(out / "launch-sglang.sh", os.X_OK)
     assert found["commands"]["sglang"] in launch and str(out / "sglang.json") in shlex.split(launch, comments=True)
     manifest = yaml.safe_load((out / "configmap.yaml").read_text())
     assert manifest["kind"] == "ConfigMap" and manifest["metadata"]["name"] == "gemopt-placement"
@@ -246,9 +247,30 @@ def test_a_config_map_takes_what_kubernetes_takes(tmp_path: Path) -> None:
     manifest = yaml.safe_load(text)
     assert manifest["data"] == {"a.json": "[1]\n"} and manifest["binaryData"] == {"b.pt": "/wA="} and note == ""
     assert manifest["metadata"]["namespace"] == "moe" and manifest["metadata"]["labels"]["model"] == "m"
+    (tmp_path / "large").write_text("[0]\n" * (APPLY_BYTES // 4))
+    text, note = config_map(Kubernetes(), [tmp_path / "large"])
+    assert "--server-side" in note and text.count("[0]") == APPLY_BYTES // 4
     (tmp_path / "big").write_bytes(b"x" * (LIMIT_BYTES + 1))
     text, note = config_map(Kubernetes(), [tmp_path / "big"])
     assert text == "" and str(LIMIT_BYTES) in note
+
+
+@pytest.mark.parametrize(
+    ("labels", "taken"),
+    [
+        ({"app.kubernetes.io/part-of": "moe", "v": "1.0_a", "empty": ""}, True),
+        ({"model": "gpt oss"}, False),
+        ({"model": "-a"}, False),
+        ({"a/b/c": "d"}, False),
+        ({"a" * 64: "d"}, False),
+    ],
+)
+def test_labels_are_those_that_kubernetes_takes(labels: dict[str, str], taken: bool) -> None:
+    if taken:
+        assert Kubernetes(labels=labels).labels == labels
+        return
+    with pytest.raises(InputError, match=r"kubernetes\.labels"):
+        Kubernetes(labels=labels)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -74,6 +74,18 @@ DnsName = Annotated[
 DnsLabel = Annotated[
     str, _spelt("kubernetes.namespace", r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "lower-case letters, digits, dashes")
 ]
+LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[
+    str,
+    _spelt(
+        "kubernetes.labels",
+        rf"([a-z0-9]([-.a-z0-9]{{0,251}}[a-z0-9])?/)?{LABEL}",
+        "at most 63 letters, digits, dashes, dots, underscores, after a DNS name and / where wanted",
+    ),
+]
+LabelValue = Annotated[
+    str, _spelt("kubernetes.labels", f"({LABEL})?", "at most 63 letters, digits, dashes, dots, underscores")
+]
 
 
 def _kind(value: Any) -> str:
@@ -191,7 +203,7 @@ class Kubernetes(Part):
 
     config_map: DnsName = "gemopt-placement"
     namespace: DnsLabel | None = None
-    labels: dict[str, str] = Field(default_factory=dict)
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
 
 
 class Job(Document):

@@ -14,10 +14,12 @@ from gemopt.jobs.reading import as_yaml
 
 LIMIT_BYTES = 1 << 20
 """Of the data of a ConfigMap (Kubernetes, "ConfigMaps": at most 1 MiB)."""
+APPLY_BYTES = 256 << 10
+"""Of all annotations; `kubectl apply` writes the manifest into one, `kubectl apply --server-side` does not."""
 
 
 def config_map(settings: Kubernetes, files: Sequence[Path]) -> tuple[str, str]:
-    """The manifest with every file under its name, and "" or why there is none."""
+    """The manifest with every file under its name, and "" or what to know: why there is none, how it is applied."""
     contents = {path.name: path.read_bytes() for path in files}
     size = sum(map(len, contents.values()))
     if size > LIMIT_BYTES:
@@ -32,7 +34,11 @@ def config_map(settings: Kubernetes, files: Sequence[Path]) -> tuple[str, str]:
             manifest["data"][name] = content.decode()
         except UnicodeDecodeError:
             manifest.setdefault("binaryData", {})[name] = base64.b64encode(content).decode()
+    told = json.dumps(manifest)
+    note = (
+        "configmap.yaml is too large for kubectl apply: kubectl apply --server-side" if len(told) > APPLY_BYTES else ""
+    )
     try:
-        return as_yaml(manifest), ""
+        return as_yaml(manifest), note
     except MissingPackageError:
-        return json.dumps(manifest, indent=1) + "\n", ""  # which is YAML too
+        return json.dumps(manifest, indent=1) + "\n", note  # which is YAML too

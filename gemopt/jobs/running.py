@@ -244,7 +244,10 @@ class _Writer:
         if made.command:
             self.commands[engine.name] = made.command
             text = "#!/bin/sh\n# " + "\n# ".join(["Starts the engine with this placement.", *made.notes])
-            self._text(f"launch-{Path(path).stem}.sh", f"{text}\n{made.command}\n")
+            script = f"launch-{Path(path).stem}.sh"
+            self._text(script, f"{text}\n{made.command}\n")
+            mode = (self.job.output / script).stat().st_mode
+            (self.job.output / script).chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
         return [Path(each) for each in made.files if not each.endswith(".gemopt.json")]
 
     def _cost(self, placement: Placement) -> float:
