@@ -128,6 +128,9 @@ class Certificate(Document):
         if not self.duals_sha256:
             return {}
         where = duals_path(path)
+        if not where.exists():
+            hint = "copy or rename both files"
+            raise InputError(str(where), "no such file", "the multipliers of the certificate lie beside it", hint)
         content = read_bytes(where)
         if hashlib.sha256(content).hexdigest() != self.duals_sha256:
             raise InputError(

@@ -103,9 +103,11 @@ def test_keys_zoom_and_theme_and_hover(seen: Browser) -> None:
     ink = "getComputedStyle(document.querySelector('#plot-makespan .xtitle')).fill"
     light, ground = seen.js(ink), seen.js("getComputedStyle(document.body).backgroundColor")
     seen.js("document.getElementById('theme').click()")
+    turned = "document.getElementById('plot-moves')._fullData[0].reversescale"
+    assert not seen.js(turned), "no moves are of the colour of the ground"
     assert seen.js(ink) != light and seen.js("getComputedStyle(document.body).backgroundColor") != ground
     seen.js("document.getElementById('theme').click()")
-    assert seen.js(ink) == light
+    assert seen.js(ink) == light and seen.js(turned)
     seen.js("Plotly.Fx.hover('plot-makespan', [{curveNumber: 1, pointNumber: 1}])")
     assert "us" in seen.js("document.querySelector('#plot-makespan .hoverlayer').textContent")
     assert seen.complaints == []

@@ -136,13 +136,18 @@ def solve_command(
         kept = {*JSON_FIELDS, *([] if result.links is None else ["links"])}
         print_json(result.model_dump(mode="json", include=kept))
     else:
-        _tell(result, output)
+        _tell(result)
+        if result.placement is not None and output is None:
+            say("not saved: give -o placement.json")
+        of_placement = (output, certificate) if result.placement is not None else ()
+        if written := [str(path) for path in (*of_placement, result_path) if path is not None]:
+            say(f"wrote {', '.join(written)}")
     if result.status is Status.INFEASIBLE:
         return options.EXIT_INFEASIBLE
     return 0 if result.placement is not None else options.EXIT_NO_SOLUTION
 
 
-def _tell(result: Result, output: Path | None) -> None:
+def _tell(result: Result) -> None:
     """The result for people."""
     say(result.summary())
     if result.moves is not None:
@@ -155,8 +160,6 @@ def _tell(result: Result, output: Path | None) -> None:
         detail(layer.line())
     if result.outside > 0.01:
         warn(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
-    if result.placement is not None:
-        say(f"wrote {output}" if output is not None else "not saved: give -o placement.json")
 
 
 @app.command("evaluate", epilog=examples("gemopt evaluate placement.json profile.json traces.safetensors"))

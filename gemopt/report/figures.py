@@ -168,8 +168,9 @@ def search(inputs: Inputs) -> Section:
     shown = figure(*traces, xaxis={"title": "seconds"}, yaxis={"title": "ms per step"}, height=340)
     gap = "" if result.gap is None else f" At the end no placement can be better by more than {100 * result.gap:.2f} %."
     gap += "" if result.ceiling is None else f" What is {result.ceiling.summary()}."
+    stopped = result.stopped_by.value.replace("_", " ")
     text = (
-        f"{result.solver}: {result.status.value}, stopped by {result.stopped_by.value} after {result.seconds:.1f} s."
+        f"{result.solver}: {result.status.value}, stopped by {stopped} after {result.seconds:.1f} s."
         f"{gap} The curve begins when every layer has a placement"
         + ("." if known or result.bound_us is None else "; the bound is the final one.")
         + (" Both are of makespans and links together." if result.links is not None else "")

@@ -6,6 +6,7 @@
   const root = document.documentElement;
   const touch = matchMedia("(pointer: coarse)").matches;
   const dark = matchMedia("(prefers-color-scheme: dark)");
+  const bare = matchMedia("(max-width: 560px)"); // as in page.css
   const chosen = {};
   let paper = false;
 
@@ -44,14 +45,16 @@
     const colours = theme() === "dark" ? report.dark : {};
     const changes = section.choices[chosen[section.picker]] || [];
     const data = section.figure.data.map((trace, i) => coloured({ ...trace, ...changes[i] }, colours));
+    if (theme() === "dark") for (const trace of data) if (trace.reversescale) trace.reversescale = false; // 0 recedes
     const layout = coloured(section.figure.layout, colours);
     const narrow = target.clientWidth < 560;
     layout.template = report.templates[theme()];
     layout.uirevision = section.name;
     layout.dragmode = touch ? false : "zoom";
-    // On a phone the buttons always show: the legend gets a line of its own below them.
-    if (narrow) layout.margin = { ...layout.margin, l: Math.min(52, layout.margin.l), r: 4, t: layout.margin.t + 56 };
-    if (narrow) layout.height += 56;
+    // Where the buttons always show, the legend gets a line of its own below them; the smallest screens have none.
+    const room = narrow && !bare.matches ? 56 : 0;
+    if (narrow) layout.margin = { ...layout.margin, l: Math.min(52, layout.margin.l), r: 4, t: layout.margin.t + room };
+    layout.height += room;
     if (paper) Object.assign(layout, { width: 690, height: 0.72 * layout.height });
     const config = {
       responsive: true, displaylogo: false, displayModeBar: touch ? true : "hover",
