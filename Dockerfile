@@ -2,6 +2,7 @@
 #
 #   docker build -t gemopt .
 #   docker run --rm gemopt doctor
+#   sudo chown 10001 state    # the image's user writes there; in Kubernetes fsGroup: 10001
 #   docker run --rm -v "$PWD/traces:/data/traces:ro" -v "$PWD/state:/data/state" -p 9400:9400 gemopt \
 #       watch /data/traces --profile /data/state/profile.json --placement /data/state/placement.json \
 #       --to sglang --host 0.0.0.0 --port 9400

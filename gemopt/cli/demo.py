@@ -69,7 +69,7 @@ def cases() -> list[Case]:
         Case("latency by assignments and activated experts (RTX PRO 6000), one GPU 30 % slower",
              slow_down(roofline, SLOW_RANK, SLOWER), mixed),
         Case(f"for exact solvers: one layer, {SMALL_STEPS} steps, {SMALL_RANKS} such GPUs, one 30 % slower",
-             small, few, EXACT, 4.0),
+             small, few, EXACT, 2.0),
     ]  # fmt: skip
 
 
