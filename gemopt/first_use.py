@@ -35,6 +35,7 @@ from gemopt.traces.arrays import count_assignments
 
 NOTICE = "compiling kernels used here for the first time: a minute or two, once (not counted in the time limit)"
 LOOK_S = 0.1
+OWN = ("gem", "branch", "columns", "auto")  # have kernels that the other solvers do not use
 _known: set[tuple[object, ...]] = set()
 
 
@@ -92,7 +93,9 @@ def _kind(solver: Solver, problem: Problem, budget: bool, contents: bool) -> tup
     without = (problem.moves is None, problem.rules is None, problem.senders_TGE is None, not problem.spare_slots)
     terms = max(len(latency.terms) for latency in problem.latencies)
     costs = (len(problem.features), min(terms, 2))
-    return (solver.name, budget, problem.split, problem.full, *without, *costs, contents, prover(problem))
+    searches = solver.supports.improves or solver.supports.proves
+    own = (solver.name if solver.name in OWN else searches, prover(problem) if solver.name == "auto" else None)
+    return (*own, budget, problem.split, problem.full, *without, *costs, contents)
 
 
 def _use(solver: Solver, tiny: Problem, budget: bool, contents: bool) -> None:

@@ -74,6 +74,16 @@ def test_contents_of_ranks_are_prepared_where_there_is_the_time(monkeypatch: pyt
     assert used == [False, True]
 
 
+def test_solvers_of_the_same_kernels_prepare_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    module = sys.modules["gemopt.first_use"]
+    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setattr(module, "_use", lambda solver, *_: used.append(solver.name))
+    for name in ("linear", "lpt", "local-search", "cpsat", "milp", "gem", "branch", "gem"):
+        ready(get(name), layer([[1, 2, 3, 4]]))
+    assert used == ["linear", "local-search", "gem", "branch"]
+
+
 def _wait_for(said: list[str]) -> None:
     while not said:
         time.sleep(0.01)
