@@ -120,7 +120,8 @@ class Evaluation:
         steps, layers = self.makespan_TL.shape
         mean, tail = self.objective_us / steps, self.quantile_us(0.99)
         said = f"{counted(steps, 'step')}, {counted(layers, 'layer')}, {mean:.1f} us per step, p99 {tail:.1f} us"
-        return f"Evaluation({said}, ranks wait {self.idle_share:.1%}, {self.outside:.1%} outside the profile)"
+        said += f", ranks wait {100 * self.idle_share:.1f} %"
+        return f"Evaluation({said}, {100 * self.outside:.1f} % outside the profile)"
 
     @property
     def objective_us(self) -> float:
