@@ -236,6 +236,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert found["gemopt"]["version"]["found"] == package.__version__
     assert set(found["solvers"]) == set(names()) and found["solvers"]["cpsat"]["state"] == "ok"
     assert found["packages"]["numpy"]["found"] == np.__version__
+    assert "extra" not in found["packages"]["ortools"]["found"], "the core brings it"
+    assert "(extra exact)" in found["packages"]["highspy"]["found"]
     assert {"cores", "throttling"} <= set(found["machine"])
     monkeypatch.setitem(sys.modules, "ortools", None)
     for name in [each for each in sys.modules if each.startswith(("ortools.", "gemopt.solvers.exact.cpsat"))]:

@@ -132,7 +132,7 @@ def main(out: Path, *, quick: bool = False) -> None:
     from gemopt.cli.tables import comparison_table
     from gemopt.compare import compare
 
-    notice("compiling kernels on the first run: 20 s to a minute")
+    notice("compiling kernels on the first run: a minute or two")
     _warm_up()
     begin = time.monotonic()
     tables: list[tuple[str, list[Comparison]]] = []

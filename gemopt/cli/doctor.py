@@ -81,9 +81,7 @@ def _installation() -> Lines:
     cache = _cache()
     writable = os.access(cache if cache.exists() else cache.parent, os.W_OK)
     count = len(list(cache.rglob("*.nbi"))) if cache.exists() else 0
-    kernels = (
-        f"{counted(count, 'kernel')} compiled below {cache}" if count else "compiled on first use, 20 s to a minute"
-    )
+    kernels = f"{counted(count, 'kernel')} compiled below {cache}" if count else "compiled on first use, a minute or two"
     hint = "" if writable else "set NUMBA_CACHE_DIR to a folder that can be written, or each run compiles"
     yield "kernels", _line(kernels, OK if writable else BROKEN, hint)
 
@@ -97,13 +95,14 @@ def _packages() -> Lines:
     """The core, then what extras bring."""
     from gemopt.exceptions import EXTRAS, install_hint
 
-    for package in _core():
+    core = _core()
+    for package in core:
         try:
             yield package, _line(version(package))
         except PackageNotFoundError:
             yield package, _line("not installed", BROKEN, "install gemopt again")
     for package, extra in EXTRAS.items():
-        if extra == "torch":
+        if extra == "torch" or package in core:
             continue
         name = {"yaml": "PyYAML"}.get(package, package)
         if find_spec(package) is None:
