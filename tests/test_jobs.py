@@ -269,7 +269,7 @@ def test_labels_are_those_that_kubernetes_takes(labels: dict[str, str], taken: b
     if taken:
         assert Kubernetes(labels=labels).labels == labels
         return
-    with pytest.raises(InputError, match=r"kubernetes\.labels"):
+    with pytest.raises(ValueError, match=r"kubernetes\.labels"):
         Kubernetes(labels=labels)
 
 
