@@ -81,7 +81,9 @@ def _installation() -> Lines:
     cache = _cache()
     writable = os.access(cache if cache.exists() else cache.parent, os.W_OK)
     count = len(list(cache.rglob("*.nbi"))) if cache.exists() else 0
-    kernels = f"{counted(count, 'kernel')} compiled below {cache}" if count else "compiled on first use, a minute or two"
+    kernels = "compiled on first use, a minute or two"
+    if count:
+        kernels = f"{counted(count, 'kernel')} compiled below {cache}"
     hint = "" if writable else "set NUMBA_CACHE_DIR to a folder that can be written, or each run compiles"
     yield "kernels", _line(kernels, OK if writable else BROKEN, hint)
 
