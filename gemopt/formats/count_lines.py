@@ -56,12 +56,11 @@ def lines_of(path: Path) -> Lines:
             if "\0" in start[0]:
                 raise InputError(str(path), "binary data", "a CSV table, perhaps gzipped", "unpack other files first")
             delimiter = max(",;\t|", key=start[0].count)
-            lines = csv.reader(chain(start, stream), delimiter=delimiter)
+            told = ("\n" if line.startswith("#") else line for line in stream)  # quotes in comments open no cell
+            lines = csv.reader(chain(start, told), delimiter=delimiter)
             before = comments - len(start) + 1
             first_line: list[str] = []
             for cells in lines:
-                if cells and cells[0].startswith("#"):
-                    continue
                 if cells == (first_line := first_line or cells) and lines.line_num > len(start):
                     continue  # the header again, of another table put below
                 if delimiter == ";" and (thousands := [cell for cell in cells if GROUPED.fullmatch(cell.strip())]):

@@ -53,7 +53,7 @@ def test_comments_below_the_header(load, tmp_path):
         "# model=m",
         "layer,expert,count",
         *lines[:5],
-        "# half, so to say",
+        '# half,"so to say',
         *lines[5:],
         f"# total,{counts.sum()}",
         "",
