@@ -82,7 +82,7 @@ class Placement(Document):
         given = data.get("layer_ids") if isinstance(data, dict) else True
         if given is None or (isinstance(given, list) and not given):
             rows = data.get("physical_to_logical")
-            if hasattr(rows, "__len__") and not isinstance(rows, (str, dict)):
+            if hasattr(rows, "__len__") and not isinstance(rows, (str, dict)) and getattr(rows, "shape", None) != ():
                 data = {**data, "layer_ids": list(range(len(rows)))}
         return data
 
