@@ -254,12 +254,13 @@ class Document(Settings):
         return ", ".join(f"{name}={value!r}" for name, value in short.items())
 
 
-def plain_array(name: str, value: object, limit: str) -> np.ndarray[Any, Any]:
+def plain_array(name: str, value: object, limit: str, *, by_row: bool = False) -> np.ndarray[Any, Any]:
     """The array that a list, an array, a tensor or a data frame is; `InputError` where that would lose something.
 
-    It would where it is ragged or on a device, where values are masked, and where labels tell another order.
+    It would where it is ragged or on a device, where values are masked, and where labels tell another order. by_row:
+    whether labels of rows need only increase, as those of some steps of many do.
     """
-    _refuse_marked(name, value, limit)
+    _refuse_marked(name, value, limit, by_row=by_row)
     try:
         return np.asarray(value)
     except (ValueError, TypeError, OverflowError, RecursionError, RuntimeError) as error:
@@ -268,7 +269,7 @@ def plain_array(name: str, value: object, limit: str) -> np.ndarray[Any, Any]:
         raise InputError(name, found, limit) from None
 
 
-def _refuse_marked(name: str, value: object, limit: str, depth: int = 2) -> None:
+def _refuse_marked(name: str, value: object, limit: str, depth: int = 2, *, by_row: bool = False) -> None:
     """Raise where a value, or one in its lists, has a mask, or rows and columns that are not numbered from 0 on."""
     if np.ma.is_masked(value):
         raise InputError(name, "masked values", limit, "fill them or leave them out")
@@ -276,8 +277,11 @@ def _refuse_marked(name: str, value: object, limit: str, depth: int = 2) -> None
         labels = getattr(value, axis, None)
         if labels is None or callable(labels):  # as list.index is
             continue
-        numbers = [re.sub(r"^\D*(?=\d+$)", "", str(label)) for label in labels]
-        if numbers != [str(i) for i in range(len(numbers))]:
+        kind = getattr(getattr(labels, "dtype", None), "kind", "O")
+        if by_row and axis == "index" and kind in "iufM" and labels.is_monotonic_increasing:
+            continue
+        numbers = [re.fullmatch(r"\D*0*?(\d{1,9})(?:\.0)?", str(label)) for label in labels]
+        if [found and int(found[1]) for found in numbers] != [*range(len(numbers))]:
             shown = ", ".join(map(str, labels[:8])) + (", ..." if len(labels) > 8 else "")
             hint = "put it in the order that they tell, and give its .to_numpy(); numbers of layers are layer_ids"
             raise InputError(name, f"{axis} {shown}", f"{axis} 0 to {len(numbers) - 1}, as labels are not read", hint)
@@ -289,13 +293,13 @@ def _refuse_marked(name: str, value: object, limit: str, depth: int = 2) -> None
 LARGEST = 2**31 - 1  # whole number in an array
 
 
-def integer_array(value: object, *, name: str, ndim: int) -> np.ndarray[Any, Any]:
-    """Convert to a read-only int64 array of `ndim` dimensions.
+def integer_array(value: object, *, name: str, ndim: int, by_row: bool = False) -> np.ndarray[Any, Any]:
+    """Convert to a read-only int64 array of `ndim` dimensions. by_row: as in `plain_array`.
 
     Integral floats are accepted; NaN, fractions, text, ragged lists and values beyond +-`LARGEST` are not.
     """
     limit = f"whole numbers in a {ndim}-dimensional rectangular array are needed"
-    array = plain_array(name, value, limit)
+    array = plain_array(name, value, limit, by_row=by_row)
     if array.ndim != ndim or array.dtype.kind not in "iuf":
         raise InputError(name, f"{array.dtype} array of shape {array.shape}", limit)
     if array.size and array.dtype.kind == "f":

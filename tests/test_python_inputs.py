@@ -30,7 +30,13 @@ def frames(**labels: object) -> list[Any]:
 
 @pytest.mark.parametrize(
     "labels",
-    [{}, {"columns": [f"expert_{e}" for e in range(8)]}, {"columns": list("01234567"), "index": ["layer0", "layer1"]}],
+    [
+        {},
+        {"columns": [f"expert_{e}" for e in range(8)]},
+        {"columns": [f"expert_{e:02d}" for e in range(8)]},
+        {"columns": np.arange(8.0)},
+        {"columns": list("01234567"), "index": ["layer0", "layer1"]},
+    ],
 )
 def test_data_frames_in_order_are_their_numbers(labels: dict[str, object]) -> None:
     np.testing.assert_array_equal(Traces(counts=frames(**labels)).counts, COUNTS)
@@ -49,6 +55,21 @@ def test_labels_that_tell_another_order_are_not_read_over(labels: dict[str, obje
     with pytest.raises(InputError, match=words) as error:
         Traces(counts=frames(**labels))
     one_line(error)
+
+
+def test_some_steps_of_a_frame_are_its_rows() -> None:
+    pandas = pytest.importorskip("pandas")
+    times = np.random.default_rng(2).random((20, 3))
+    for index in (None, pandas.date_range("2026-01-01", periods=20, freq="s")):
+        some = pandas.DataFrame(times, index=index)[10:15]
+        np.testing.assert_array_equal(Traces(counts=COUNTS, rank_us=some).rank_us, times[10:15])
+        with pytest.raises(InputError, match=r"Traces\.rank_us: got index"):
+            Traces(counts=COUNTS, rank_us=some[::-1])
+        with pytest.raises(InputError, match=r"Traces\.rank_us: got columns 2, 1, 0"):
+            Traces(counts=COUNTS, rank_us=some[[2, 1, 0]])
+    tasks = pandas.Series([1, 0, 0, 1, 0])
+    some = Traces(counts=COUNTS, task=tasks, task_names=("a", "b"), layer_ids=pandas.Series([7, 4, 9])[[0, 2]])
+    assert (some.layer_ids, some.task.tolist()) == ((7, 9), tasks.tolist())
 
 
 def test_columns_of_slots_in_another_order() -> None:
@@ -71,6 +92,12 @@ def test_placements_of_tensors(of: Callable[[Any], object]) -> None:
     placement = placed(of(torch.tensor(MAP)))
     np.testing.assert_array_equal(placement.physical_to_logical, MAP)
     assert placement.layer_ids == [0, 1]
+
+
+@pytest.mark.parametrize("of", [lambda n: n, np.array, lambda n: pytest.importorskip("torch").tensor(n)])
+def test_a_number_is_no_placement(of: Callable[[Any], object]) -> None:
+    with pytest.raises(InputError, match="2-dimensional"):
+        placed(of(3))
 
 
 @pytest.mark.parametrize(("made", "words"), [("bfloat16", "BFloat16"), ("sparse", "to_dense"), ("grad", "detach")])

@@ -36,7 +36,7 @@ def latencies_from(given: object, steps: int, ranks: int) -> FloatArray | None:
     """[steps, ranks] microseconds; NaN, infinity, 0 and None (null in JSON) stand for a rank that said nothing."""
     if given is None:
         return None
-    found = plain_array("latencies", given, "numbers [steps, ranks]")
+    found = plain_array("latencies", given, "numbers [steps, ranks]", by_row=True)
     if found.dtype.kind == "O" and all(each is None or isinstance(each, Real) for each in found.flat):
         found = found.astype(np.float64)
     if found.dtype.kind not in "iuf":

@@ -112,7 +112,7 @@ def from_requests(
     Traces
         With token ids; a step is tagged when all of its tokens are of one task.
     """
-    starts = integer_array(request_starts, name="request_starts", ndim=1)
+    starts = integer_array(request_starts, name="request_starts", ndim=1, by_row=True)
     bounds = np.append(starts, len(ids)) if not len(starts) or starts[-1] != len(ids) else starts
     if not len(ids) or bounds[0] != 0 or (np.diff(bounds) <= 0).any() or len(bounds) - 1 != len(request_tasks):
         raise InputError("request_starts", bounds, f"increasing indices from 0 below {len(ids)}, one per task given")

@@ -90,7 +90,7 @@ def checked_times(value: object, num_steps: int) -> FloatArray | None:
     if value is None:
         return None
     limit = f"floats [{num_steps} steps, ranks]"
-    array = plain_array("Traces.rank_us", value, limit)
+    array = plain_array("Traces.rank_us", value, limit, by_row=True)
     if array.ndim != 2 or array.dtype.kind != "f" or len(array) != num_steps or not array.shape[1]:
         raise InputError("Traces.rank_us", f"{array.dtype} array of shape {array.shape}", limit)
     if (array < 0).any() or np.isinf(array).any():

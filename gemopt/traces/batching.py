@@ -50,7 +50,7 @@ def from_tokens(
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or not len(ids):
         raise InputError("ids", f"{ids.dtype} {ids.shape}", "integers [tokens, layers, K], at least one token")
     _refuse_twice(ids)
-    starts = integer_array(request_starts, name="request_starts", ndim=1)
+    starts = integer_array(request_starts, name="request_starts", ndim=1, by_row=True)
     bounds = np.append(starts, len(ids)) if not len(starts) or starts[-1] != len(ids) else starts
     lengths = np.diff(bounds)
     if bounds[0] != 0 or not len(lengths) or (lengths <= 0).any():

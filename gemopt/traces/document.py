@@ -101,7 +101,9 @@ class Traces:
                 check_number(
                     f"Traces.{name}", value, f"a whole number from 1 to {most}", least=1, most=most, whole=True
                 )
-        given = integer_array(self.layer_ids, name="Traces.layer_ids", ndim=1) if len(self.layer_ids) else ()
+        given = (
+            integer_array(self.layer_ids, name="Traces.layer_ids", ndim=1, by_row=True) if len(self.layer_ids) else ()
+        )
         layer_ids = tuple(int(i) for i in given) or tuple(range(counts.shape[1]))
         object.__setattr__(self, "layer_ids", layer_ids)
         check_layer_ids(layer_ids, counts.shape[1], self.num_hidden_layers)
@@ -127,7 +129,7 @@ class Traces:
             value = getattr(self, name)
             if value is None:
                 continue
-            array = integer_array(value, name=f"Traces.{name}", ndim=1)
+            array = integer_array(value, name=f"Traces.{name}", ndim=1, by_row=True)
             if array.shape != (self.num_steps,):
                 raise InputError(f"Traces.{name}", f"shape {array.shape}", f"one per step, ({self.num_steps},)")
             wrong = array[(array < low) | (array > high)]
