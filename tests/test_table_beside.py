@@ -258,7 +258,9 @@ def test_times_of_several_layers_by_more_names(tmp_path: Path, name: str) -> Non
     assert len(read_table(table(tmp_path, f"assignments,time_us,{name}", ",1")).devices[0].samples) == len(NS)
 
 
-@pytest.mark.parametrize(("name", "one"), [("q_len", "1"), ("tokens_per_seq", "1"), ("num_spec_tokens", "0")])
+@pytest.mark.parametrize(
+    ("name", "one"), [("q_len", "1.0"), ("tokens_per_seq", "1"), ("num_spec_tokens", "0"), ("mtp", "False")]
+)
 def test_sequences_of_several_tokens(tmp_path: Path, name: str, one: str) -> None:
     with pytest.raises(InputError, match=f"with {name} 3, does batch_size count tokens, or sequences"):
         read_table(table(tmp_path, f"batch_size,time_us,{name}", ",3"), top_k=2)

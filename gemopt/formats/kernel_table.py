@@ -13,6 +13,7 @@ from gemopt.exceptions import InputError
 from gemopt.foreign import telling
 from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
 from gemopt.formats.table_beside import (
+    NO,
     beside,
     refuse_failed,
     refuse_other_loads,
@@ -259,8 +260,8 @@ def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | No
     if unit is not None:
         return unit
     if plain(load_column) == "batch_size":
-        lengths = [f"{name} {value}" for name in named(table, LENGTHS) for value in values(table.rows, name)[:1]
-                   if value not in ("", "0", "1")]  # fmt: skip
+        lengths = [f"{name} {value}" for name in named(table, LENGTHS) for value in values(table.rows, name)
+                   if value.lower() not in {"1", "1.0", "off", *NO}]  # fmt: skip
         if lengths:
             limit = f"with {', '.join(lengths)}, does {load_column} count tokens, or sequences?"
             raise InputError("--unit", "", limit, "give --unit tokens where it counts tokens")
