@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from gemopt.costs import fit
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.migration import count_moves
-from gemopt.placement import Placement
+from gemopt.placement import EMPTY, Placement
 from gemopt.profile import MoeShape, Profile
 from gemopt.result import Result, Status, StoppedBy
 from gemopt.solve import solve
@@ -255,6 +256,17 @@ def test_what_fewer_slots_push_out_may_move(solver: str) -> None:
     found = solve(profile(3, 0.1), traces, current=current, **asked)
     assert found.placement is not None and found.moves is not None
     assert found.moves.moves == 1 and found.moves.from_checkpoint == {}
+
+
+@pytest.mark.parametrize("changed", [{"exclude_ranks": [2]}, {"add_ranks": [0]}])
+@pytest.mark.parametrize("slots", [None, 3])
+def test_slots_that_must_be_full_are_filled(changed: dict[str, Any], slots: int | None) -> None:
+    """Nobody set a limit: empty slots of the placement in force, and further ones, get copies."""
+    traces = Traces(counts=np.random.default_rng(0).integers(1, 9, (3, 1, 4)))
+    current = Placement(physical_to_logical=[[0, 1, 2, EMPTY, 3, EMPTY]], slots_per_rank=[2] * 3, num_experts=4)
+    asked = {**changed, "slots_per_rank": slots, "full_slots": True, "patience": 0, "time_limit": 20}
+    found = solve(profile(3, 0.1), traces, current=current, solver="local-search", **asked)
+    assert found.placement is not None and not found.placement.has_empty_slots
 
 
 def test_an_added_rank_is_filled() -> None:

@@ -23,6 +23,7 @@ from gemopt.result import MovesReport
 from gemopt.solvers.base import Row
 from gemopt.solvers.placing import fewest_row
 from gemopt.solvers.relabel import relabelled
+from gemopt.solvers.search.packing import filled
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
@@ -173,7 +174,7 @@ class Moving:
         return [layer.with_moves(moves) for layer, moves in zip(layers, self.layer_limits, strict=True)]
 
     def eased(self, layers: Sequence[Problem]) -> list[Problem]:
-        """The layers with the moves that ranks, rules and slots ask for, unless the caller set a limit."""
+        """The layers with the moves that ranks, rules, slots and full ones ask for, unless the caller set a limit."""
         if not self.asked_by_ranks:
             return list(layers)
         return [_eased(layer, self.resized.old_rank < 0) for layer in layers]
@@ -265,6 +266,8 @@ def _eased(problem: Problem, new_G: NDArray[np.bool_]) -> Problem:
     moves = problem.moves
     assert moves is not None
     row = fewest_row(problem.with_moves(moves.at_most(None)))
+    if row is not None and problem.full:
+        row = filled(problem, row)
     needed = 0 if row is None else moves.count(row, problem.slots_per_rank)
     asked = int((~moves.home_GE.any(axis=0)).sum() + problem.slots_per_rank[new_G].sum())
     return problem.with_moves(moves.at_most(max(asked, needed)))
