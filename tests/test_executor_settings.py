@@ -115,6 +115,8 @@ def test_names_in_the_metadata_of_weights_follow(tmp_path):
         "format": "pt",
         "tensor_names": json.dumps([name.format(9), other, "lm_head.weight"]),
         name.format(0): json.dumps({"_type": "Int4Tensor", "offsets": [0, 0]}),
+        "base": "/data/experts/128e/model",
+        "note": "128 experts. 64 of them are cold",
         "sharding": json.dumps({name.format(9): {"saved_offsets": [0, 0]}}),
     }
     (tmp_path / "in").mkdir()
@@ -125,4 +127,5 @@ def test_names_in_the_metadata_of_weights_follow(tmp_path):
     assert json.loads(found["tensor_names"]) == [name.format(2), other, "lm_head.weight"]
     assert json.loads(found[name.format(1)]) == {"_type": "Int4Tensor", "offsets": [0, 0]}
     assert json.loads(found["sharding"]) == {name.format(2): {"saved_offsets": [0, 0]}}
-    assert (found["format"], len(found)) == ("pt", 4)
+    assert [found[key] for key in ("format", "base", "note")] == [told[key] for key in ("format", "base", "note")]
+    assert len(found) == len(told)

@@ -17,7 +17,8 @@ OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".c
 _TEXTS = re.compile(r"tokenizer|vocab|merges|special_tokens|added_tokens|chat_template|processor")
 # What stands where the number of an expert would, in a name or in a pattern of names.
 _PLACE = re.compile(r"(?<!shared_)experts?(?:\\?\.|\[|/)(?:[A-Za-z]\w*\\?\.)?((?:\[[^\]]*\]|\([^)]*\)|\\[^.]|[^.\\])*)")
-_ANY_DIGIT = re.compile(r"\\d|\[0-9\]|\{[\d,]*\}|^[A-Za-z_]\w*")
+# Or what is no number of one: any digit, a name, a size as in `experts/128e`, the next word of a sentence.
+_ANY_DIGIT = re.compile(r"\\d|\[0-9\]|\{[\d,]*\}|^[A-Za-z_]\w*|^\d+[A-Za-z][\w/-]*$|^\s.*")
 ABOUT_EXPERTS = re.compile(r"expert|rout|e_score|eplb|physical_to_logical|phy2log|log2phy")
 _COUNTS = re.compile(r": (?:num|n)_\w+$")  # alike in all layers, they may be listed for each
 DATA = {".yaml", ".yml", ".csv", ".tsv", ".txt", ".npy", ".npz", ".pkl"}
