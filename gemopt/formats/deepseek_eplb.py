@@ -87,7 +87,8 @@ def read(path: Path, facts: Facts) -> Placement:
         found = str(value if name in told else np.asarray(value).tolist())
         if meant(name) == "layer_ids" and found.replace(" ", "") != str(ids).replace(" ", ""):
             raise InputError(f"{path}: {name}", found, f"{ids}, as they are read", "give --layer-ids")
-        if re.fullmatch(r"(num_)?(gpus|ranks)|(ep|world)_size", name) and found != str(placement.num_ranks):
+        ranks = re.sub(r"[\[\]]|\.0", "", found)
+        if re.fullmatch(r"(num_)?(gpus|ranks)|(ep|world)_size", name) and ranks != str(placement.num_ranks):
             raise InputError("--ep", placement.num_ranks, f"{name} is {found} in {path}")
     if others:
         facts.notes.append(f"{', '.join(others)} left unread")

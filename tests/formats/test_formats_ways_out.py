@@ -75,8 +75,10 @@ def test_tables_of_eplb_say_how_many_ranks(tmp_path, name):
     np.savez(tmp_path / "p.npz", phy2log=[[*range(8)]], **{name: 4})
     with pytest.raises(InputError, match=rf"--ep: got 2; {name} is 4"):
         import_placement(tmp_path / "p.npz", source="deepseek-eplb", facts=Facts(num_ranks=2))
-    found = import_placement(tmp_path / "p.npz", source="deepseek-eplb", facts=Facts(num_ranks=4))
-    assert isinstance(found, Placement) and found.num_ranks == 4
+    for same in (4, [4], 4.0):
+        np.savez(tmp_path / "p.npz", phy2log=[[*range(8)]], **{name: same})
+        found = import_placement(tmp_path / "p.npz", source="deepseek-eplb", facts=Facts(num_ranks=4))
+        assert isinstance(found, Placement) and found.num_ranks == 4
 
 
 def test_slots_of_a_table_are_numbered_over_all_ranks(tmp_path):
