@@ -112,6 +112,15 @@ def test_weights_of_a_static_warm_start_are_chosen_within_the_time(monkeypatch: 
     assert found.history[-1].objective_us <= objective(problem, row, static_weights(problem, row))
 
 
+def test_static_weights_are_of_full_rows_where_slots_must_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    weighed: list[np.ndarray] = []
+    monkeypatch.setattr("gemopt.solvers.search.policies.static_weights", lambda _, row, stop: weighed.append(row))
+    problem = Problem.make([[300, 9, 8]] * 3, (ASSIGNMENTS,), sloped(1, 2, 0.9), 2, split=Split.STATIC, full=True)
+    options = Options(deadline=np.inf, patience=0)
+    get("local-search").solve(problem, options, np.array([0, 1, 0, 2, EMPTY, EMPTY]))
+    assert weighed and all((row != EMPTY).all() for row in weighed)
+
+
 @pytest.mark.parametrize("patience", [0, 2])
 @pytest.mark.parametrize("seed", range(3))
 def test_static_begins_with_the_search_of_even(seed: int, patience: int) -> None:

@@ -204,6 +204,7 @@ class _Sharing(_Search):
 
     def offer(self, row: Row) -> bool:
         """As every search does; where time ends, static weights are what they are then."""
+        row = self.completed(row)
         if self.static:
             static_weights(self.problem, row, self.stop)
         return super().offer(row)
