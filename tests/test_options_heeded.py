@@ -19,6 +19,7 @@ TABLE = "assignments,time_us\n1,50\n2,51\n"
         ("compare {p} {t} --solvers lpt,lpt", "--solvers: got lpt,lpt; each of them once"),
         ("watch {d} --profile {p} --placement {p} --once --host 0.0.0.0", "--host: got 0.0.0.0; where to serve"),
         ("profile import {c} --ranks 2 --seed 5 -o {d}/q.json", "--seed: got 5; draws devices from --speeds"),
+        ("profile import {c} --memory-fleet hbm -o {d}/q.json", "--memory-fleet: got hbm; read from --speeds"),
     ],
 )
 def test_options_that_cannot_do_their_work_are_refused(

@@ -112,12 +112,17 @@ def _gpus(table: Table) -> list[str]:
     return ["/".join(row.cells[name] for name in columns) or row.where.split()[-1] for row in table.rows]
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def check_drawn(
-    speeds: object, fleet: str | None, memory_fleet: str | None, seed: int, called: Callable[[str], str] = "--{}".format
+    speeds: object, fleet: str | None, memory_fleet: str | None, seed: int, called: Callable[[str], str] = _option
 ) -> None:
     """Refuse what says how devices are drawn where there are no speeds to draw from; called: how options are named."""
-    for name, value, what in (("fleet", fleet or memory_fleet, "read"), ("seed", seed, "draws devices")):
+    for name, value in (("fleet", fleet), ("memory_fleet", memory_fleet), ("seed", seed)):
         if value and speeds is None:
+            what = "draws devices" if name == "seed" else "read"
             raise InputError(called(name), value, f"{what} from {called('speeds')}", f"give {called('speeds')}")
 
 
