@@ -89,7 +89,8 @@ def test_a_rank_that_is_killed_while_measuring_is_named_and_nothing_is_written(t
 )
 def test_bad_input_of_all_ranks_is_said_once(world: Any, tmp_path: Path, word: str, told: str) -> None:
     reply = world("command", 2, words=["profile", "--shape", SHAPE, word, "-o", str(tmp_path / "profile.json")])
-    assert results(reply) == [2, 2] and not list(tmp_path.iterdir())
+    first, second = results(reply)  # rank 1 looks at it, too, or hears that rank 0 failed
+    assert first == 2 and second in (1, 2) and not list(tmp_path.iterdir())
     said = [line for log in reply["logs"] for line in log.splitlines() if line.startswith("gemopt: ")]
     assert len(said) == 1 and told in said[0]
 
