@@ -29,7 +29,7 @@ F32 = np.float32
 Floats = NDArray[np.float32]
 
 MOST_ROOM = 2e7  # entries of the columns' parts
-POWER_STEPS = 12
+POWER_STEPS, POWER_STEPS_MORE = 12, 6  # for the norms at first, and from those of other columns
 STEP = 0.67  # of the norm of either kind of rows, below the root of a half
 PRIMAL_WEIGHT = 12.0
 HIGHEST = 10.0  # times the incumbent's objective: a step that takes longer counts as this
@@ -66,6 +66,7 @@ class Master:
         self.ends_LT = np.vstack([levels_LT, np.full((1, steps), HIGHEST * self.unit)])
         self.most_M = np.tile(self.space.problem.weights_T / self.weight, len(levels_LT)).astype(F32)
         self.most_columns = int(MOST_ROOM / self.z["mu"].shape[1])
+        self.power: dict[str, Floats] = {}  # where the search for norms is
 
     def fold(self, space: Contents) -> None:
         """Go on, with the next `hold`, where a latency is one row: the largest of its planes, cut at the floors."""
@@ -105,29 +106,31 @@ class Master:
         self._scale()
 
     def _scale(self) -> None:
-        """Step sizes from the norms of both kinds of rows, which are scaled to be alike."""
-        held = self._held()
-        rng = np.random.default_rng(0)
-        x, y = rng.random((2, len(self.ids)), dtype=F32)
-        for _ in range(POWER_STEPS):
-            x = (held * (((held * x) @ self.parts) @ self.parts.T)).sum(axis=0)
-            y = held.T @ (held @ y) + np.bincount(self.kind, y, len(self.space.count_K))[self.kind].astype(F32)
-            norms = float(np.linalg.norm(x)), float(np.linalg.norm(y))
-            x, y = x / F32(max(norms[0], 1e-30)), y / F32(norms[1])
+        """Step sizes from the norms of both kinds of rows, which are scaled to be alike.
+
+        A step of minus one from no column gives each what it costs, which is not negative, and twice their sum.
+        """
+        none, out, norms = np.zeros(len(self.ids), F32), np.empty(len(self.ids), F32), []
+        for rows in (("mu",), ("pi", "y")):
+            v = {name: np.zeros_like(self.z[name]) for name in ("mu", "pi", "y")}
+            for name in rows:
+                before = self.power.get(name, np.ones_like(v[name]))
+                v[name] = np.maximum(before, F32(0.1) * before.mean())
+            for _ in range(POWER_STEPS_MORE if rows[0] in self.power else POWER_STEPS):
+                size = max(np.sqrt(sum(float((v[name] ** 2).sum()) for name in rows)), 1e-30)
+                new = {name: np.empty_like(part) for name, part in v.items()}
+                self._step(F32(-1), none, v["mu"], -v["pi"], -v["y"], out, *new.values())
+                norm = np.sqrt(sum(float((new[name] ** 2).sum()) for name in rows)) / size / 2
+                v.update({name: new[name] / F32(max(size * norm, 1e-30)) for name in rows})
+            if norm > 0:
+                self.power.update({name: v[name] for name in rows})
+            norms.append(norm)
         self.norm = max(np.sqrt(norms[0]), 1e-12)
         ratio = F32(self.norm / np.sqrt(norms[1]))
         for name in ("pi", "y"):
             self.z[name] *= self.ratio / ratio
         self.ratio = ratio
         self._restart(self.z)
-
-    def _held(self) -> Floats:
-        """[E, n] the part of each expert that each column holds."""
-        held = np.zeros((self.space.problem.num_experts, len(self.ids)), F32)
-        for s in range(self.sets.shape[1]):
-            mine = np.flatnonzero(self.sizes > s)
-            held[self.sets[mine, s], mine] = 1.0
-        return held
 
     def _restart(self, start: dict[str, Floats]) -> None:
         self.z = {name: part.copy() for name, part in start.items()}
@@ -143,7 +146,7 @@ class Master:
                 return
             z, image, ratio = self.z, self.image, self.ratio
             down, up = F32(STEP / self.norm / PRIMAL_WEIGHT), F32(STEP / self.norm * PRIMAL_WEIGHT)
-            self._step(down, cost, held, used)
+            self._step(down, z["x"], z["mu"], ratio * z["pi"], ratio * z["y"], image["x"], cost, held, used)
             cost *= up
             cost += z["mu"]
             wide = (-1, len(self.most_M))  # planes of a latency share what the multipliers of a step may sum to
@@ -152,13 +155,9 @@ class Master:
             image["y"][...] = z["y"] + up * ratio * (self.space.count_K.astype(F32) - used)
             self._advance(down, up)
 
-    def _step(self, down: np.float32, cost_EM: Floats, held_E: Floats, used_K: Floats) -> None:
+    def _step(self, size: np.float32, x: Floats, mu: Floats, pi: Floats, y: Floats, *out: Floats) -> None:
         """Half a step, of the columns; see `step_columns`."""
-        z, ratio = self.z, self.ratio
-        step_columns(
-            self.parts, self.sets, self.sizes, self.kind, z["x"], z["mu"], ratio * z["pi"], ratio * z["y"],
-            np.array([down]), self.image["x"], cost_EM, held_E, used_K,
-        )  # fmt: skip
+        step_columns(self.parts, self.sets, self.sizes, self.kind, x, mu, pi, y, np.array([size]), *out)
 
     def _advance(self, down: np.float32, up: np.float32) -> None:
         self.iterations += 1

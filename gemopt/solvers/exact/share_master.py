@@ -20,18 +20,10 @@ class ShareMaster(Master):
 
     space: Shares
 
-    def _held(self) -> Floats:
-        owner_X, part_X = self.space.owner_X, self.space.contents.part.astype(np.float32)
-        held = np.zeros((self.space.problem.num_experts, len(self.ids)), np.float32)
-        for pair_N in self.sets.T:
-            held[owner_X[pair_N], np.arange(len(self.ids))] += part_X[pair_N]
-        return held
-
-    def _step(self, down: np.float32, cost_EM: Floats, held_E: Floats, used_K: Floats) -> None:
-        z, ratio = self.z, self.ratio
+    def _step(self, size: np.float32, x: Floats, mu: Floats, pi: Floats, y: Floats, *out: Floats) -> None:
         step_shares(
-            self.parts, self.sets, self.space.owner_X, self.space.contents.part.astype(np.float32), self.kind, z["x"],
-            z["mu"], ratio * z["pi"], ratio * z["y"], down, self.image["x"], cost_EM, held_E, used_K,
+            self.parts, self.sets, self.space.owner_X, self.space.contents.part.astype(np.float32), self.kind, x, mu,
+            pi, y, size, *out,
         )  # fmt: skip
 
 
