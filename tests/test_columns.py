@@ -46,6 +46,51 @@ def test_the_optimum_is_found_and_proven(experts: int, slots: object, tile: int)
     assert outcome.bound_us is not None and best_us * (1 - 1e-8) <= outcome.bound_us <= best_us
 
 
+@pytest.mark.parametrize("slots", [[2, 2, 2], [2, 2, 3], [0, 3, 3]])
+def test_looks_at_a_part_of_the_columns_end_in_the_same_proof(
+    slots: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = one(sum(slots), slots, tile=16)
+    monkeypatch.setattr("gemopt.solvers.exact.columns.MANY", 1)
+    monkeypatch.setattr("gemopt.solvers.exact.columns.HELD", 4)
+    outcome = get("columns").solve(problem, Options(deadline=np.inf), None)
+    assert outcome.stopped_by is StoppedBy.PROOF
+    assert outcome.history[-1].objective_us == pytest.approx(optimum(problem), rel=1e-9)
+
+
+def test_columns_priced_alone_cost_what_they_cost_among_all() -> None:
+    problem = one(7, [2, 2, 3], tile=16)
+    space, rng = Space.of(problem, step_bounds(problem)), np.random.default_rng(0)
+    assert space is not None
+    levels = space.levels(optimum(problem), 1)
+    mu, pi = rng.random((3, 7, problem.num_steps)), rng.normal(size=7) * 100
+    every, found = space.prove(levels, mu, pi, NEVER), space.among(np.arange(0, len(space), 3), levels, mu, pi, NEVER)
+    assert every is not None and found is not None
+    ids, extra_N = found
+    assert len(np.unique(ids)) == len(ids) and np.isin(np.arange(0, len(space), 3), ids).all()
+    for k in range(len(space.ranks_K)):
+        mine = space.kind(ids) == k
+        there_N = every.extra_N[ids[mine]]
+        assert extra_N[mine] == pytest.approx(there_N - there_N.min(), abs=1e-9 * float(np.abs(pi).sum()))
+    stopped = np.ones(1, np.uint8)
+    assert space.prove(levels, mu, pi, stopped) is None and space.among(ids, levels, mu, pi, stopped) is None
+
+
+def test_step_sizes_follow_the_norms_of_the_rows() -> None:
+    problem = one(6, [2, 2, 2], tile=16)
+    space = Space.of(problem, step_bounds(problem))
+    assert space is not None
+    master, rng = Master(space, optimum(problem)), np.random.default_rng(0)
+    for _ in range(5):
+        master.hold(rng.choice(len(space), 20, replace=False))
+        held_EN = np.zeros((6, len(master.ids)))
+        held_EN[master.sets.T, np.arange(len(master.ids))] = 1.0
+        costs = (held_EN[:, None] * master.parts.T).reshape(-1, len(master.ids))
+        counted = np.vstack([held_EN, np.eye(len(space.count_K))[master.kind].T])
+        norms = [np.linalg.norm(rows, 2) for rows in (costs, counted)]
+        assert [master.norm, master.norm / master.ratio] == pytest.approx(norms, rel=0.05)
+
+
 def test_any_multipliers_prove_a_bound() -> None:
     problem = one(6, [2, 2, 2], tile=16)
     space, best_us = Space.of(problem, step_bounds(problem)), optimum(problem)

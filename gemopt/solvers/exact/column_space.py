@@ -35,7 +35,7 @@ LEVELS = (
     (0.0, 0.3, 0.6, 1.0, 1.5, 2.2),
     (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 1.8, 2.2, 2.7),
 )  # of what is open in the mean step, above its floor: ever finer
-MOST_CUT = 1e8  # columns x steps x levels, where there are more than three
+MOST_CUT = 1e9  # columns x steps x levels, where there are more than three
 ULP = 2.0**-52
 
 
@@ -186,18 +186,13 @@ class Space:
     def prove(self, levels_LT: FloatArray, mu_LET: FloatArray, pi_E: FloatArray, stop: Any) -> Proven | None:
         """The bound of any multipliers and prices, which are made feasible first; None when stopped."""
         weights_T = self.problem.weights_T
-        mu = np.maximum(np.nan_to_num(mu_LET.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
-        pi = np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        mu *= np.minimum(1.0, weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=1), 1e-300))[:, None]
-        ends = np.vstack([levels_LT, np.full((1, len(weights_T)), np.inf)])
-        mu_ELT = np.ascontiguousarray(mu.transpose(1, 0, 2))
+        mu, pi = self._feasible(mu_LET, pi_E)
         extra = np.empty(len(self))
         bound = float(weights_T @ self.floor_T) + float(pi.sum())
         size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum())
         for width, sets in self.sets.items():
-            kinds = np.flatnonzero(self.size_K == width)
-            cost_KN = np.empty((len(kinds), len(sets)))
-            if not price(self.features_EFT, sets, self.ranks_K[kinds], self.tables, ends, mu_ELT, cost_KN, stop):
+            kinds, cost_KN = self._costs(width, np.arange(len(sets)), levels_LT, mu, stop)
+            if cost_KN is None:
                 return None
             net_KN = cost_KN - pi[sets].sum(axis=1)
             for k, net_N, cost_N in zip(kinds, net_KN, cost_KN, strict=True):
@@ -206,3 +201,38 @@ class Space:
                 size += self.count_K[k] * float(cost_N[least] + np.abs(pi[sets[least]]).sum())
                 extra[self.first_K[k] : self.first_K[k] + len(sets)] = net_N - net_N[least]
         return Proven(bound - ULP * (mu.size / len(pi) + len(pi) + 64) * size, levels_LT, mu, pi, extra)
+
+    def among(
+        self, ids: IntArray, levels_LT: FloatArray, mu_LET: FloatArray, pi_E: FloatArray, stop: Any
+    ) -> tuple[IntArray, FloatArray] | None:
+        """(columns, what they cost above the least of their kind), of those with the experts of some; as `prove`."""
+        mu, pi = self._feasible(mu_LET, pi_E)
+        kind, found, extra = self.kind(ids), [], []
+        for width, sets in self.sets.items():
+            mine = self.size_K[kind] == width
+            some = np.unique(ids[mine] - self.first_K[kind[mine]])
+            kinds, cost_KN = self._costs(width, some, levels_LT, mu, stop)
+            if cost_KN is None:
+                return None
+            net_KN = cost_KN - pi[sets[some]].sum(axis=1)
+            found.append((self.first_K[kinds][:, None] + some).ravel())
+            extra.append((net_KN - net_KN.min(axis=1, initial=np.inf, keepdims=True)).ravel())
+        return np.concatenate(found), np.concatenate(extra)
+
+    def _feasible(self, mu_LET: FloatArray, pi_E: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Multipliers and prices as a bound takes them."""
+        mu = np.maximum(np.nan_to_num(mu_LET.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
+        pi = np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        mu *= np.minimum(1.0, self.problem.weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=1), 1e-300))[:, None]
+        return mu, pi
+
+    def _costs(
+        self, width: int, some_N: IntArray, levels_LT: FloatArray, mu_LET: FloatArray, stop: Any
+    ) -> tuple[IntArray, FloatArray | None]:
+        """(kinds that have so many slots, costs [K, N] of some of their contents or None when stopped)."""
+        kinds = np.flatnonzero(self.size_K == width)
+        cost_KN = np.zeros((len(kinds), len(some_N)))
+        ends = np.vstack([levels_LT, np.full((1, levels_LT.shape[1]), np.inf)])
+        mu_ELT, sets = np.ascontiguousarray(mu_LET.transpose(1, 0, 2)), self.sets[width][some_N]
+        done = price(self.features_EFT, sets, self.ranks_K[kinds], self.tables, ends, mu_ELT, cost_KN, stop)
+        return kinds, cost_KN if done else None

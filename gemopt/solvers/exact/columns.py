@@ -7,6 +7,7 @@ searched (`search_columns`): first those in use, for better placements; then all
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from gemopt.bounds import step_bounds
 from gemopt.evaluate import objective
+from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy, relative_gap
 from gemopt.solvers import get
@@ -25,8 +27,8 @@ from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.tree import CLOSE
 
 ITERATIONS = 50  # of the master between two looks at all columns
-COARSE = 400  # iterations with one level; as many with three, twice as many with six
-HELD = 1024  # cheapest columns in the master, beside those in use
+COARSE = 400  # iterations with one level, and then with three, before as many as there may be
+HELD = 400  # cheapest columns in the master, beside those in use
 IN_USE = 0.003  # of a column in the master: it may be part of a good placement
 DIVE_WORK = 10**6  # steps and columns that a search of the columns in use may look at
 FIRST_WORK = 2 * 10**8  # of a search for a proof after the first look; after the second twice as much, and so on
@@ -36,6 +38,14 @@ LATER = 8  # looks after which one is tried all the same, of so few columns that
 FEW_LEFT = 2000
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
 NEVER = 2**62
+MANY = 50_000  # columns, of which most looks are at a part alone
+NEAR, BETWEEN = 0.1, 4  # what part, and how many such looks for one at all
+LAST = 3.0  # times what a look at all takes, before the time is over: one is begun
+
+
+def _least(values_N: FloatArray, count: int) -> IntArray:
+    """Where the so many smallest values are."""
+    return np.argpartition(values_N, min(count, len(values_N) - 1))[:count]
 
 
 class Columns:
@@ -82,6 +92,7 @@ class _Search:
         self.done, self.tried, self.later = False, len(space), LATER
         self.looks: list[tuple[int, float]] = []
         self.fineness, self.cut_at = 0, 0
+        self.near, self.since, self.look_s = np.zeros(0, np.int64), 0, 0.0
 
     @property
     def bound_us(self) -> float:
@@ -98,9 +109,13 @@ class _Search:
         finest = self.space.finest()
         while not (self.stop[0] or self._within(self.options.gap)):
             master.iterate(ITERATIONS, self.stop)
+            if self._between(master):
+                continue
+            began = time.monotonic()
             found = self.space.prove(master.levels_LT, *master.multipliers(), self.stop)
             if found is None:
                 break
+            self.look_s = time.monotonic() - began
             if self.proven is None or found.bound_us > self.proven.bound_us:
                 self.proven = found
             self.looks.append((master.iterations, self.proven.bound_us))
@@ -111,17 +126,32 @@ class _Search:
                 self._look_through(left, FIRST_WORK * len(self.looks))
             stalled = self._stalled()
             if self.fineness < finest and (stalled or master.iterations >= COARSE << self.fineness):
-                self.fineness, self.cut_at = self.fineness + 1, master.iterations
+                self.fineness, self.cut_at = finest if self.fineness else 1, master.iterations
                 master.cut(self.space.levels(self.value, self.fineness))
             elif stalled:
                 break
-            cheapest = np.argpartition(found.extra_N, min(HELD, len(self.space) - 1))[:HELD]
-            master.hold(np.concatenate([self.space.ids(self.row), master.used, cheapest]))
+            self._hold(master, np.arange(len(self.space)), found.extra_N)
+            self.near, self.since = _least(found.extra_N, int(NEAR * len(self.space))), 0
         if self.proven is not None and not self._within(self.options.gap):
             self._look_through(self.left(), NEVER)
         if self._within(self.options.gap):
             return StoppedBy.PROOF if self._within(0.0) else StoppedBy.GAP
         return self.options.cut_by if self.stop[0] else StoppedBy.ITERATIONS
+
+    def _between(self, master: Master) -> bool:
+        """Where contents are many, whether the next look is at the cheapest of the last look at all alone."""
+        ends = self.options.remaining < LAST * self.look_s and self.since > 0
+        if len(self.space) < MANY or not len(self.near) or self.since == BETWEEN or ends:
+            return False
+        self.since += 1
+        found = self.space.among(self.near, master.levels_LT, *master.multipliers(), self.stop)
+        if found is not None:
+            self._hold(master, *found)
+        return True
+
+    def _hold(self, master: Master, ids: IntArray, extra_N: FloatArray) -> None:
+        """Give the master its columns in use, the placement's, and the cheapest of some."""
+        master.hold(np.concatenate([self.space.ids(self.row), master.used, ids[_least(extra_N, HELD)]]))
 
     def left(self) -> IntArray:
         """Columns that may be part of a better placement."""
