@@ -35,7 +35,7 @@ LEVELS = (
     (0.0, 0.3, 0.6, 1.0, 1.5, 2.2),
     (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 1.8, 2.2, 2.7),
 )  # of what is open in the mean step, above its floor: ever finer
-MOST_CUT = 1e9  # columns x steps x levels, where there are more than three
+MOST_CUT = 5e8  # columns x steps x levels, where there are more than three
 ULP = 2.0**-52
 
 
