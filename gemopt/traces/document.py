@@ -168,10 +168,8 @@ class Traces:
         top = "" if self.top_k is None else f", top-{self.top_k}"
         model = "" if self.model is None else f" of {self.model}"
         total = int(self.counts.sum(dtype=np.int64))
-        sizes = (
-            f"{counted(self.num_steps, 'step')}, {counted(self.num_layers, 'layer')}, {self.num_experts} experts{top}"
-        )
-        return f"Traces({sizes}, {total:,} assignments{model})"
+        steps, layers = counted(self.num_steps, "step"), counted(self.num_layers, "layer")
+        return f"Traces({steps}, {layers}, {self.num_experts} experts{top}, {total:,} assignments{model})"
 
     def steps(self, selection: slice | Sequence[int] | NDArray[Any]) -> Traces:
         """Traces of some of the steps (a slice, a mask or indices, increasing).

@@ -24,8 +24,7 @@ from gemopt.traces import Traces
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
-PS = 1e6  # picoseconds in a microsecond
-MOST_PS = 1 << 61  # of all steps together: what is longer counts as this
+PS, MOST_PS = 1e6, 1 << 61  # picoseconds in a microsecond; of all steps together: what is longer counts as this
 SAFE = 1e-12  # relative: latencies are lowered by more than float64 is off
 SAME = 1e-9  # relative: two computations of one number
 MOST_NODES = 200_000
