@@ -198,8 +198,9 @@ def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> Non
         raise InputError("Placement.layer_ids", placement.layer_ids, f"the traces have layers {list(traces.layer_ids)}")
     if placement.num_ranks != num_ranks:
         raise InputError(
-            "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the profile has {num_ranks} devices"
-        )
+            "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the profile has {num_ranks} devices",
+            "after a rank left or came, give the profile that solve --save-profile writes",
+        )  # fmt: skip
 
 
 def evaluate(

@@ -129,6 +129,26 @@ def resize(current: Placement, profile: Profile, *, exclude: Sequence[int] = (),
     )
 
 
+def profile_after(
+    current: Placement | str | os.PathLike[str] | None,
+    profile: Profile,
+    *,
+    exclude: Sequence[int] = (),
+    add: Sequence[Source] = (),
+) -> Profile:
+    """The profile of the ranks that `solve(current=current, exclude_ranks=exclude, add_ranks=add)` answers for.
+
+    What is done with its placement (`evaluate`, `report`) needs this profile. Without a placement in force: as
+    given.
+
+    Raises
+    ------
+    InputError
+        As `resize`.
+    """
+    return profile if current is None else resize(Placement.of(current), profile, exclude=exclude, add=add).profile
+
+
 def _excluded(exclude: Sequence[int], ranks: int) -> set[int]:
     if isinstance(exclude, (str, int)):
         raise InputError("exclude_ranks", exclude, "a list of ranks", "as in [3]")

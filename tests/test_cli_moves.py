@@ -10,6 +10,7 @@ from cli_inputs import gemopt, gemopt_json, profile, traces
 
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
+from gemopt.profile import Profile
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
 
@@ -59,13 +60,31 @@ def test_ranks_leave_and_come(inputs: tuple[str, str, str], tmp_path: Path, caps
     output = tmp_path / "less.json"
     code, out, _ = gemopt(capsys, *words, "--exclude-ranks", 3, "--slots-per-rank", 3, "-o", output, *COMMON)
     assert code == 0 and "4 experts without another copy, from the checkpoint: layer 0: 6, 7" in out
-    assert Placement.load(output).slots_per_rank.tolist() == [3, 3, 3]
+    assert Placement.load(output).slots_per_rank.tolist() == [3, 3, 3] and "--save-profile" in out
     code, out, _ = gemopt(
         capsys, *words, "--exclude-ranks", 3, "--slots-per-rank", 3, "--max-moves", 3, "-o", tmp_path / "no", *COMMON
     )
     assert code == 3 and "need 4 moves" in out and not (tmp_path / "no").exists()
     more = gemopt_json(capsys, *words, "--add-rank", 0, "--add-rank", first, *COMMON)
     assert more["moves"]["old_rank"] == [0, 1, 2, 3, -1, -1, -1, -1, -1]
+
+
+def test_what_a_rank_left_behind_is_used_with_the_profile_that_is_saved(
+    inputs: tuple[str, str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second, current = inputs
+    output, rest = tmp_path / "less.json", tmp_path / "rest.json"
+    words = ("solve", first, second, "--current", current, "--exclude-ranks", 1, "--slots-per-rank", 3, *COMMON)
+    found = gemopt_json(capsys, *words, "-o", output, "--save-profile", rest)
+    measured, left = Profile.load(first), Profile.load(rest)
+    assert [device.rank for device in left.devices] == [0, 1, 2]
+    assert [device.samples for device in left.devices] == [measured.devices[rank].samples for rank in (0, 2, 3)]
+    scored = gemopt_json(capsys, "evaluate", output, rest, second)
+    assert scored["objective_us"] == pytest.approx(found["objective_us"])
+    code, _, err = gemopt(capsys, "evaluate", output, first, second)
+    assert code == 2 and "3 ranks; the profile has 4 devices; after a rank left or came, give the profile" in err
+    code, _, err = gemopt(capsys, *words, "-o", output, "--save-profile", first)
+    assert code == 2 and "--save-profile" in err and Profile.load(first).num_ranks == 4
 
 
 def test_the_front_is_printed_and_drawn(

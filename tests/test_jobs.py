@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_inputs import gemopt, gemopt_json, write_inputs
+from cli_inputs import profile as ranks
 
 from gemopt import documents
 from gemopt.evaluate import evaluate
@@ -64,6 +65,21 @@ def test_a_job_writes_the_whole_folder(tmp_path: Path, capsys: pytest.CaptureFix
     assert manifest["kind"] == "ConfigMap" and manifest["metadata"]["name"] == "gemopt-placement"
     assert manifest["data"] == {name: (out / name).read_text() for name in ("sglang.json", "map.csv")}
     assert found["headline"] in (out / "report.html").read_text() and "6 steps it did not see" in found["headline"]
+
+
+def test_a_rank_that_leaves_is_in_none_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("plotly")
+    asked = {"current": "contiguous", "exclude_ranks": [2], "slots_per_rank": 3}
+    job = write_job(tmp_path, report={"page": True}, constraints=asked, exports=[{"engine": "csv"}])
+    out = tmp_path / "out" / "job"
+    whole = ranks(4)
+    whole.save(tmp_path / "profile.json")
+    found = gemopt_json(capsys, "run", job)
+    assert "the one in force was of other ranks" in " ".join(found["notes"]) and "report.html" in found["files"]
+    left = Profile.load(out / "profile.json")
+    assert [device.samples for device in left.devices] == [whole.devices[rank].samples for rank in (0, 1, 3)]
+    given, _ = Traces.load(tmp_path / "traces.safetensors").split(0.5)
+    assert evaluate(out / "placement.json", left, given).objective_us == pytest.approx(found["objective_us"])
 
 
 def test_a_table_makes_the_profile_that_the_command_makes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,10 @@ Add = Annotated[
     typer.Option("--add-rank", help="a new rank like that device of the profile, or the devices of a profile.json"),
 ]
 
+SaveProfile = Annotated[
+    Path | None, typer.Option("--save-profile", help="write the profile of the ranks that the answer has")
+]
+
 
 def parse_excluded(text: str | None) -> list[int]:
     """`3` or `3,5`."""

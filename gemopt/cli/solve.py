@@ -60,6 +60,7 @@ def solve_command(
     max_bytes_per_rank: moves.MaxBytes = None,
     exclude_ranks: moves.Exclude = None,
     add_rank: moves.Add = None,
+    save_profile: moves.SaveProfile = None,
     topology: links.TopologyName = None,
     once_per: links.OncePer = None,
     tokens_from: links.TokensFrom = None,
@@ -75,14 +76,17 @@ def solve_command(
 ) -> int:
     """Place the experts: profile and traces in, placement out."""
     from gemopt.profile import Profile
+    from gemopt.resize import profile_after
     from gemopt.result import Status
     from gemopt.solve import DEFAULT_TIME_LIMIT, solve
 
     exchange = links.parse_exchange(topology, once_per, tokens_from, token_bytes, overlap)
     check_outputs(
         ("--output", output, "placement"), ("--result", result_path, "result"),
-        ("--certificate", certificate, "certificate"),
+        ("--certificate", certificate, "certificate"), ("--save-profile", save_profile, "profile"),
+        read=[("the profile", profile)],
     )  # fmt: skip
+    excluded, added = moves.parse_excluded(exclude_ranks), moves.parse_added(add_rank)
     limit_s = DEFAULT_TIME_LIMIT if time_limit is None else time_limit
     with options.whole_or_nothing(threads):
         chosen = options.load_traces(traces, task, phase)
@@ -118,8 +122,8 @@ def solve_command(
                 max_moves=max_moves,
                 max_moves_per_layer=max_moves_per_layer,
                 max_bytes_per_rank=max_bytes_per_rank,
-                exclude_ranks=moves.parse_excluded(exclude_ranks),
-                add_ranks=moves.parse_added(add_rank),
+                exclude_ranks=excluded,
+                add_ranks=added,
                 topology=topology,
                 exchange=exchange,
                 compute_slack=compute_slack,
@@ -132,6 +136,8 @@ def solve_command(
                 result.placement.save(output)
             if result_path is not None:
                 result.save(result_path)
+            if save_profile is not None and result.placement is not None:
+                profile_after(current, measured, exclude=excluded, add=added).save(save_profile)
     if as_json:
         kept = {*JSON_FIELDS, *([] if result.links is None else ["links"])}
         print_json(result.model_dump(mode="json", include=kept))
@@ -139,9 +145,11 @@ def solve_command(
         _tell(result)
         if result.placement is not None and output is None:
             say("not saved: give -o placement.json")
-        of_placement = (output, certificate) if result.placement is not None else ()
+        of_placement = (output, certificate, save_profile) if result.placement is not None else ()
         if written := [str(path) for path in (*of_placement, result_path) if path is not None]:
             say(f"wrote {', '.join(written)}")
+        if (excluded or added) and output is not None and save_profile is None:
+            say("its ranks are numbered anew: commands that take it need their profile, which --save-profile writes")
     if result.status is Status.INFEASIBLE:
         return options.EXIT_INFEASIBLE
     return 0 if result.placement is not None else options.EXIT_NO_SOLUTION

@@ -27,6 +27,7 @@ from gemopt.placement import Placement, check_layer_ids
 from gemopt.profile import Profile
 from gemopt.report import report
 from gemopt.report.style import graph_objects
+from gemopt.resize import profile_after
 from gemopt.result import Result
 from gemopt.solve import solve
 from gemopt.traces import Phase, Traces
@@ -82,7 +83,8 @@ def run_job(
     with _folder(job.output):
         result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
         result = result.made_by(command) if command else result
-        return _Writer(job, profile, traces, result, current, notes).write(command)
+        left = profile_after(current, profile, exclude=constraints.exclude_ranks, add=constraints.add_ranks)
+        return _Writer(job, left, traces, result, current, notes).write(command)
 
 
 @contextmanager
@@ -260,6 +262,9 @@ class _Writer:
     def _report(self, command: str) -> str:
         settings = self.job.report
         before = settings.baseline or self.before
+        if settings.baseline is None and before is not None and before.num_ranks != self.profile.num_ranks:
+            before = None
+            self.notes.append("the page compares with contiguous placement: the one in force was of other ranks")
         made = report(self.result, self.profile, self.traces, baseline=before, replay=settings.replay, command=command,
                       senders=self.job.constraints.senders)  # fmt: skip
         self._save("report.html", made.save)
