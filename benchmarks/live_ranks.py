@@ -97,26 +97,56 @@ class Run:
         return self.experts_TLG.max(axis=2) * 1e6
 
 
-@torch.no_grad()
+class Decoding:
+    """Text fed token by token, all sequences at once; may pause between any two steps, while others are served.
+
+    Making one reads the prompts, untimed.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, tokens: torch.Tensor, watch: Stopwatch) -> None:
+        self.model, self.tokens, self.watch = model, tokens, watch
+        self.position, self.step_s = PROMPT, list[float]()
+        self.experts_s: list[list[float]] = []
+        self.counts: list[list[list[int]]] = []
+        watch.experts_s, watch.counts = [], []
+        self.cache = model(tokens[:, :PROMPT], use_cache=True).past_key_values
+
+    @property
+    def left(self) -> int:
+        """Steps until the text ends."""
+        return self.tokens.shape[1] - self.position
+
+    @torch.no_grad()
+    def advance(self, steps: int) -> None:
+        """Serve so many steps, or what is left."""
+        self.watch.experts_s, self.watch.counts = self.experts_s, self.counts
+        for _ in range(min(steps, self.left)):
+            dist.barrier()
+            self.watch.begin()
+            start = time.perf_counter()
+            token = self.tokens[:, self.position : self.position + 1]
+            self.cache = self.model(token, past_key_values=self.cache, use_cache=True).past_key_values
+            self.step_s.append(time.perf_counter() - start)
+            self.position += 1
+        self.watch.experts_s, self.watch.counts = [], []
+
+    def measured(self) -> Run:
+        """What all ranks measured so far."""
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, (self.step_s, self.experts_s))
+        return Run(
+            np.max([other[0] for other in everyone], axis=0),
+            np.stack([other[1] for other in everyone], axis=2),
+            np.array(self.counts),
+        )
+
+
 def decode(model: Any, tokens: torch.Tensor, watch: Stopwatch) -> Run:
-    """Feed the text token by token, all sequences at once."""
-    watch.experts_s, watch.counts = [], []
-    cache = model(tokens[:, :PROMPT], use_cache=True).past_key_values
-    steps = []
-    for position in range(PROMPT, tokens.shape[1]):
-        dist.barrier()
-        watch.begin()
-        start = time.perf_counter()
-        cache = model(tokens[:, position : position + 1], past_key_values=cache, use_cache=True).past_key_values
-        steps.append(time.perf_counter() - start)
-    mine = (steps, watch.experts_s)
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    counts = np.array(watch.counts)
-    watch.experts_s, watch.counts = [], []
-    return Run(
-        np.max([other[0] for other in everyone], axis=0), np.stack([other[1] for other in everyone], axis=2), counts
-    )
+    """Serve a text from its beginning to its end."""
+    decoding = Decoding(model, tokens, watch)
+    decoding.advance(decoding.left)
+    return decoding.measured()
 
 
 def widen(layers: list[SlotDispatch], width: int) -> None:

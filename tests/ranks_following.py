@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from ranks_common import batch, checkpoint, load, random_placement, relative, scenario, slots_of
 from transformers import AutoModelForCausalLM
 
@@ -54,6 +55,7 @@ def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=
     if wrong:
         wanted[0] = random_placement(0, experts, executor.layer_ids, slots_of("equal", experts, 2 * world))
     controller = Scripted(wanted, fail_at) if rank == 0 else None
+    groups = dist.get_pg_count()
     follow = executor.follow(controller, window=window)
     assert controller is None or controller.expert_bytes == executor.layers[0].expert_bytes
     errors, asked = [], []
@@ -65,8 +67,10 @@ def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=
             if n < window:
                 asked.append(counted_by_hand(whole, tokens))
     follow.close()
+    follow.close()  # once more changes nothing
     executor.verify()
     return {
+        "groups left": dist.get_pg_count() - groups,
         "errors": errors,
         "decisions": follow.decisions,
         "checksum": executor.checksum(),

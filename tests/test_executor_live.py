@@ -180,6 +180,7 @@ def test_decisions_are_applied_while_serving(world, ranks, where):
     assert told[0]["decisions"][:2] == ["window 1", "window 2"]
     assert told[0]["windows"] >= 2
     assert all(all(answer["meters"]) for answer in told)
+    assert [answer["groups left"] for answer in told] == [0] * ranks
 
 
 @pytest.mark.parametrize(("ranks", "where"), [(2, "shared"), (2, "own"), (4, "mixed")])

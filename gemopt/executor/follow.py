@@ -8,6 +8,7 @@ to travel is forgotten then.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -144,8 +145,7 @@ class Follow:
         return {"window": str(self.window)}
 
     def _after(self) -> None:
-        moving = self._wanted is not None or (self._background is not None and not self._background.done)
-        self._unsettled.append(moving or self._waiting > 0)
+        self._unsettled.append(not self.at_rest)
         self._gauge.passes += 1
         if self._gauge.passes == self.window:
             self._gather()
@@ -238,6 +238,12 @@ class Follow:
         if self._log is not None:
             self._log(text)
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing travels and nothing is being decided: the same on every rank between two forward passes."""
+        travels = self._background is not None and not self._background.done
+        return not travels and self._wanted is None and not self._waiting
+
     def rest(self) -> None:
         """Wait until nothing travels and rank 0 has decided, between two forward passes; collective."""
         if self._background is not None:
@@ -254,3 +260,8 @@ class Follow:
         self.rest()
         if self.controller is not None and (self._waiting or self._wanted is not None):
             self.controller.confirm(self.executor.placement)  # what it last wanted never came into force
+        if self._group is not None:
+            group, self._group = self._group, None
+            with contextlib.suppress(RuntimeError):  # a rank that is gone is not waited for
+                dist.barrier(group=group)
+            dist.destroy_process_group(group)
