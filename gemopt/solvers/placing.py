@@ -43,11 +43,20 @@ class _Rows:
     held: dict[tuple[int, int], Any]
 
     @classmethod
-    def of(cls, rules: LayerRules, slots_G: Row, experts: Row, *, full: bool, single: bool) -> _Rows:
-        """`full`: every slot is used. `single`: every expert of these is held once."""
+    def of(
+        cls,
+        rules: LayerRules,
+        slots_G: Row,
+        experts: Row,
+        *,
+        full: bool,
+        single: bool,
+        model: cp_model.CpModel | None = None,
+    ) -> _Rows:
+        """`full`: every slot is used. `single`: every expert of these is held once. model: one to go on with."""
         from ortools.sat.python import cp_model
 
-        model, ranks = cp_model.CpModel(), range(rules.num_ranks)
+        model, ranks = cp_model.CpModel() if model is None else model, range(rules.num_ranks)
         closed_GE, others = rules.closed_GE, rules.num_experts - len(experts)
         held = {(e, g): model.new_bool_var("") for e in experts.tolist() for g in ranks if not closed_GE[g, e]}
         result = cls(model, held)
@@ -83,19 +92,29 @@ class _Rows:
 
         level: CP-SAT's linearization level.
         """
-        from ortools.sat.python import cp_model
+        value_of, proven = _solved(self.model, seconds, deterministic, level)
+        return None if value_of is None else self.chosen(value_of), proven
 
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        solver.parameters.linearization_level = level
-        solver.parameters.catch_sigint_signal = False
-        solver.parameters.max_time_in_seconds = max(seconds, 0.01)
-        solver.parameters.max_deterministic_time = deterministic
-        status = solver.solve(self.model)
-        proven = bool(status in (cp_model.OPTIMAL, cp_model.INFEASIBLE))
-        if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            return None, proven
-        return [pair for pair, literal in self.held.items() if solver.boolean_value(literal)], proven
+    def chosen(self, value_of: Callable[[Any], bool]) -> list[tuple[int, int]]:
+        """(expert, rank) pairs of a solution."""
+        return [pair for pair, literal in self.held.items() if value_of(literal)]
+
+
+def _solved(
+    model: cp_model.CpModel, seconds: float, deterministic: float = np.inf, level: int = 1
+) -> tuple[Callable[[Any], bool] | None, bool]:
+    """(value of a literal in the best solution found, or None; whether it is proven that there is none better)."""
+    from ortools.sat.python import cp_model
+
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = 1
+    solver.parameters.linearization_level = level
+    solver.parameters.catch_sigint_signal = False
+    solver.parameters.max_time_in_seconds = max(seconds, 0.01)
+    solver.parameters.max_deterministic_time = deterministic
+    status = solver.solve(model)
+    proven = bool(status in (cp_model.OPTIMAL, cp_model.INFEASIBLE))
+    return solver.boolean_value if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else None, proven
 
 
 def first_row(problem: Problem) -> Row:
@@ -182,6 +201,50 @@ def fewest_row(problem: Problem) -> Row | None:
     if not proven:
         raise SolverError(f"the fewest moves that keep the rules were not found in {LIMIT_S:.0f} s")
     return None if pairs is None else row_of(_held(problem, pairs), slots_G)
+
+
+def fewest_rows(problems: Sequence[Problem], most: int | None, most_into_G: Row) -> list[Row] | None:
+    """[P] rows of all layers together with the fewest moves, of which no rank and not all together receive too many;
+    None when there are none, proven.
+
+    most, most_into_G: moves of all layers together, and [G] into each rank; each layer's own limits hold, too.
+
+    Raises
+    ------
+    SolverError
+        Neither rows nor that there are none was found in time.
+    """
+    from ortools.sat.python import cp_model
+
+    model, found = cp_model.CpModel(), list[_Rows]()
+    into_G: list[list[Any]] = [[] for _ in most_into_G]
+    kept: list[Any] = []
+    for problem in problems:
+        moves, experts = problem.moves, np.arange(problem.num_experts)
+        assert moves is not None
+        rules = problem.rules or LayerRules((), problem.num_ranks, problem.num_experts)
+        rows = _Rows.of(rules, problem.slots_per_rank, experts, full=problem.full, single=False, model=model)
+        found.append(rows)
+        own: list[Any] = []
+        for (expert, rank), literal in rows.held.items():
+            at_home = bool(moves.home_GE[rank, expert])
+            (kept if at_home else into_G[rank]).append(literal)
+            own += [] if at_home else [literal]
+        if moves.most is not None:
+            model.add(sum(own) <= moves.most)
+    for literals, limit in zip(into_G, most_into_G.tolist(), strict=True):
+        model.add(sum(literals) <= limit)
+    moved = sum(map(sum, into_G))
+    if most is not None:
+        model.add(moved <= most)
+    model.minimize((len(kept) + 1) * moved - sum(kept))
+    value_of, proven = _solved(model, LIMIT_S, level=ASSIGNMENT)
+    if value_of is None and not proven:
+        raise SolverError(f"rows within the moves that each rank may receive were not found in {LIMIT_S:.0f} s")
+    if value_of is None:
+        return None
+    held_LGE = [_held(problem, rows.chosen(value_of)) for problem, rows in zip(problems, found, strict=True)]
+    return [row_of(held_GE, problem.slots_per_rank) for problem, held_GE in zip(problems, held_LGE, strict=True)]
 
 
 def no_placement(problem: Problem) -> Outcome:

@@ -144,6 +144,8 @@ class Moving:
         elif resized.changed and price_us is None and asked.max_moves is None and into_G is None:
             per_layer, by_ranks = _asked_by_ranks(resized), True
         budget = None if asked.max_moves is None else int(min(asked.max_moves, most * ranks * current.num_layers))
+        if budget is not None and into_G is not None and budget <= into_G.min():
+            into_G = None  # says nothing beside it
         return cls(current, profile, resized, expert_bytes, move_us, price_us, budget, per_layer, into_G, by_ranks)
 
     @property

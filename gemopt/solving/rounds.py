@@ -20,10 +20,11 @@ from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row
 from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
-from gemopt.solvers.placing import fewest_row, no_placement
+from gemopt.solvers.placing import fewest_row, fewest_rows, no_placement
 from gemopt.solving.layers import Layer
 from gemopt.solving.moving import Moving, limited
 from gemopt.solving.schedule import Run
+from gemopt.words import counted
 
 FRONT_SHARE = 0.2  # of the time, for the fronts
 LEAST_SECONDS = 0.05
@@ -43,8 +44,10 @@ def solve_shared(run: Run, moving: Moving) -> float:
             parts = _by_rank(problems, fronts, moving)
         elif budget is not None:
             parts = _by_moves(problems, fronts, budget)
+    if parts is None and moving.into_G is not None:
+        parts = _together(run, problems, moving)
     if parts is None:
-        _without(run.layers, fronts, proven=moving.into_G is None)
+        _without(run.layers, fronts, moving)
         return 0.0
     for layer, (part, row) in zip(run.layers, parts, strict=True):
         layer.problem = part
@@ -73,14 +76,43 @@ def _most(problem: Problem) -> int:
 
 
 def _fronts(run: Run, moving: Moving) -> list[Front]:
-    """A front of each layer, within a share of the time."""
-    left = max(0.0, run.clock + run.time_limit - time.monotonic())
-    options = Options.lasting(FRONT_SHARE * left, stop=run.interrupted.is_set)
+    """A front of each layer."""
     problems = [layer.problem for layer in run.layers]
     if moving.into_G is not None:
         problems = _rooms(problems, moving.into_G)
+    return _walked(run, problems, [None] * len(problems))
+
+
+def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None]) -> list[Front]:
+    """Fronts of the layers from the rows that they begin with, else from those with the fewest moves, within a share of
+    the time."""
+    left = max(0.0, run.clock + run.time_limit - time.monotonic())
+    options = Options.lasting(FRONT_SHARE * left, stop=run.interrupted.is_set)
     with options.alarm() as stop, ThreadPoolExecutor(run.threads) as pool:
-        return list(pool.map(lambda problem: walk_front(problem, _most(problem), stop), problems))
+
+        def walked(problem: Problem, begin: Row | None) -> Front:
+            return walk_front(problem, _most(problem), stop, None if begin is None else (begin, None))
+
+        return list(pool.map(walked, problems, begins))
+
+
+def _together(run: Run, problems: Sequence[Problem], moving: Moving) -> list[tuple[Problem, Row]] | None:
+    """Parts of the budget around rows that together keep it, where layer after layer none were found; None: proven that
+    there are none."""
+    assert moving.into_G is not None
+    rows = fewest_rows(problems, moving.budget, moving.into_G)
+    if rows is None:
+        return None
+    into_LG = [_into(problem, row) for problem, row in zip(problems, rows, strict=True)]
+    left_G = moving.into_G - np.sum(into_LG, axis=0)
+    own = [limited(problem, most_into_G=into_G + left_G) for problem, into_G in zip(problems, into_LG, strict=True)]
+    fronts = _walked(run, own, rows)
+    return _by_rank(problems, fronts, moving) or _by_rank(problems, [Front(each.points[:1]) for each in fronts], moving)
+
+
+def _into(problem: Problem, row: Row) -> NDArray[np.int64]:
+    assert problem.moves is not None
+    return problem.moves.into(row, problem.slots_per_rank)
 
 
 def _rooms(problems: Sequence[Problem], into_G: NDArray[np.int64]) -> list[Problem]:
@@ -204,18 +236,25 @@ def _take(layers: Sequence[Layer], problems: Sequence[Problem], fronts: Sequence
         layer.outcome = replace(outcome, row=row, bound_us=None, own_bound_us=None)
 
 
-def _without(layers: Sequence[Layer], fronts: Sequence[Front], *, proven: bool) -> None:
+def _without(layers: Sequence[Layer], fronts: Sequence[Front], moving: Moving) -> None:
     """There is no placement: because a layer alone has none, or because the fewest moves of all are too many."""
     alone = [layer.problem.moves is not None and fewest_row(layer.problem) is None for layer in layers]
     for layer, without in zip(layers, alone, strict=True):
         if without:
             layer.outcome = no_placement(layer.problem)
-        elif any(alone) or not proven:
-            note = (
-                "" if any(alone) else "the budget per rank leaves no placement to some layer in the order of the layers"
-            )
-            layer.outcome = Outcome(None, StoppedBy.ITERATIONS, note=note, reached=False)
+        elif any(alone):
+            layer.outcome = Outcome(None, StoppedBy.ITERATIONS, note="not searched: another layer has no placement")
         else:
-            needed = sum(min(point.moves for point in front.points) for front in fronts)
-            note = f"infeasible: experts without a copy need {needed} moves over all layers, the budget allows fewer"
-            layer.outcome = Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
+            layer.outcome = Outcome(
+                None, StoppedBy.PROOF, infeasible=True, note=f"infeasible: {_too_few(fronts, moving)}"
+            )
+
+
+def _too_few(fronts: Sequence[Front], moving: Moving) -> str:
+    """Why the budget does not suffice, where each layer alone would have a placement."""
+    if moving.into_G is None:
+        needed = sum(min(point.moves for point in front.points) for front in fronts)
+        return f"experts without a copy need {needed} moves over all layers, the budget allows fewer"
+    both = "" if moving.budget is None else f" (max_bytes_per_rank) and {moving.budget} in all (max_moves)"
+    most = counted(moving.into_G.max(), "move")
+    return f"experts without a copy need more than {most} into a rank over all layers{both}"
