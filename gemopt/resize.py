@@ -150,14 +150,15 @@ def profile_after(
 
 
 def _excluded(exclude: Sequence[int], ranks: int) -> set[int]:
-    if isinstance(exclude, (str, int)):
+    if isinstance(exclude, str) or not np.iterable(exclude):
         raise InputError("exclude_ranks", exclude, "a list of ranks", "as in [3]")
+    exclude = list(exclude)
     for rank in exclude:
         check_number(
             "exclude_ranks", rank, f"ranks 0 to {ranks - 1} of the placement in force", most=ranks - 1, whole=True
         )
     if len(set(exclude)) < len(exclude):
-        raise InputError("exclude_ranks", list(exclude), "every rank once")
+        raise InputError("exclude_ranks", exclude, "every rank once")
     return set(exclude)
 
 
@@ -165,6 +166,8 @@ def _joining(add: Sequence[Source], profile: Profile, ranks: int) -> tuple[list[
     """Devices of the new ranks, and which of the profile's own are among them."""
     joining: list[Device] = []
     used: set[int] = set()
+    if isinstance(add, (str, os.PathLike, Profile)) or not np.iterable(add):
+        raise InputError("add_ranks", type(add).__name__ if isinstance(add, Profile) else add, "a list", "as in [3]")
     for source in add:
         if isinstance(source, (int, np.integer)):
             if isinstance(source, bool) or not 0 <= source < profile.num_ranks:

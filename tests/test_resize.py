@@ -64,11 +64,18 @@ def test_nothing_asked_changes_nothing() -> None:
         ({"exclude": [-1]}, "exclude_ranks"),
         ({"exclude": [1, 1]}, "exclude_ranks"),
         ({"exclude": [0, 1, 2, 3]}, "exclude_ranks"),
+        ({"exclude": 3}, "exclude_ranks"),
+        ({"exclude": np.int64(3)}, "exclude_ranks"),
+        ({"exclude": "3"}, "exclude_ranks"),
+        ({"exclude": None}, "exclude_ranks"),  # `solve` takes it for none
+        ({"add": 0}, "add_ranks"),
+        ({"add": "profile.json"}, "add_ranks"),
+        ({"add": profile(1)}, "add_ranks"),
         ({"add": [4]}, "add_ranks"),
         ({"add": [profile(1)]}, "add_ranks"),  # its device serves already
     ],
 )
-def test_ranks_that_cannot_be_are_refused(asked: dict[str, list[object]], field: str) -> None:
+def test_ranks_that_cannot_be_are_refused(asked: dict[str, object], field: str) -> None:
     with pytest.raises(InputError) as error:
         resize(placement(), profile(), **asked)  # type: ignore[arg-type]
     assert error.value.field == field

@@ -269,6 +269,13 @@ def test_slots_that_must_be_full_are_filled(changed: dict[str, Any], slots: int 
     assert found.placement is not None and not found.placement.has_empty_slots
 
 
+def test_none_for_ranks_is_as_if_nothing_was_said() -> None:
+    measured, traces, current = inputs(0)
+    asked = {"current": current, "solver": "local-search", "patience": 1}
+    both = [solve(measured, traces, exclude_ranks=none, add_ranks=none, **asked) for none in (None, ())]
+    assert both[0].objective_us == both[1].objective_us is not None
+
+
 def test_an_added_rank_is_filled() -> None:
     rng = np.random.default_rng(3)
     measured, traces = profile(3, 0.1), Traces(counts=rng.integers(1, 9, (6, 2, 12)))

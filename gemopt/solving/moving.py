@@ -42,8 +42,8 @@ class Asked:
     max_moves: int | None = None
     max_moves_per_layer: int | None = None
     max_bytes_per_rank: float | None = None
-    exclude_ranks: Sequence[int] = ()
-    add_ranks: Sequence[Source] = ()
+    exclude_ranks: Sequence[int] | None = ()
+    add_ranks: Sequence[Source] | None = ()
 
     def check(self) -> None:
         """Refuse numbers that make no sense, and what needs something else that was not given.
@@ -125,7 +125,8 @@ class Moving:
             return None
         current = Placement.of(asked.current, "current")
         check_agreement(current, traces, current.num_ranks)
-        resized = resize(current, profile, exclude=asked.exclude_ranks, add=asked.add_ranks)
+        exclude, add = (() if each is None else each for each in (asked.exclude_ranks, asked.add_ranks))
+        resized = resize(current, profile, exclude=exclude, add=add)
         expert_bytes = asked.expert_bytes or profile.model.expert_bytes
         move_us = asked.move_price
         if asked.bandwidth is not None:
