@@ -155,7 +155,7 @@ def arguments() -> argparse.Namespace:
         "--window", type=int, default=24, help="steps between two decisions, which take the core that serves"
     )
     parser.add_argument("--turn", type=int, default=8, help="steps that are served by one, then by the next")
-    parser.add_argument("--points", type=int, default=40)
+    parser.add_argument("--points", type=int, default=24)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--slots", type=int, default=20, help="of every rank, for 64 experts on 4 ranks")
     parser.add_argument("--slower", type=float, default=1.5, help="times, of the rank that slows down halfway")
