@@ -125,7 +125,8 @@ class Moving:
             return None
         current = Placement.of(asked.current, "current")
         check_agreement(current, traces, current.num_ranks)
-        exclude, add = (() if each is None else each for each in (asked.exclude_ranks, asked.add_ranks))
+        exclude = () if asked.exclude_ranks is None else asked.exclude_ranks
+        add = () if asked.add_ranks is None else asked.add_ranks
         resized = resize(current, profile, exclude=exclude, add=add)
         expert_bytes = asked.expert_bytes or profile.model.expert_bytes
         move_us = asked.move_price
