@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import count_csv
+from gemopt.formats import count_csv, count_json
+from gemopt.formats.count_names import COUNTED, MEASURED, NO_COUNTS, SCORES, words_of
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
@@ -33,35 +33,22 @@ from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, PLAIN
 from gemopt.traces.tokens import ARRAYS
 from gemopt.words import counted
 
-SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+ARRAYS_ALONE = (".npy", ".npz", ".pt", ".safetensors")
+SUFFIXES = (*ARRAYS_ALONE, *count_json.SUFFIXES)
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 MOST_LAYERS = 256  # of any network known
 SIDE_BY_SIDE = "put layers and stages side by side in one array; if these are later steps: --no-pipeline"
 NUMBERS_TELL = "give --num-experts and --num-hidden-layers"
 _ROWS = 64 << 20  # bytes handed on at once
-_SCORES = {"logits", "probs", "weights", "scores"}
-_MEASURED = {
-    "us",
-    "ms",
-    "latency",
-    "time",
-    "times",
-    "utilization",
-    "balancedness",
-    "entropy",
-    "transitions",
-    "coactivation",
-}
-_NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *_SCORES, *_MEASURED}
-_COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read arrays one after the other; a file with several needs one called `counts`."""
-    if all(path.suffix in count_csv.SUFFIXES for path in paths):
+    if all(path.suffix in count_csv.SUFFIXES and not count_json.is_json(path) for path in paths) or _tables(paths):
         return count_csv.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
-    files, notes = _distinct(files_of(paths, *SUFFIXES), options)
+    packed = (".gz",) if any(map(count_json.is_json, paths)) else ()
+    files, notes = _distinct(files_of(paths, *SUFFIXES, *packed), options)
     refuse_parts(files)
     if len(files) > 1:
         notes.append(f"{len(files)} files, one after the other in time: {files[0].name} to {files[-1].name}")
@@ -84,7 +71,17 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
                     yield block if used.all() else block[used]
 
     ids = options.layer_ids if _already_chosen(files, options) else None
-    return Recording(blocks=blocks, layer_ids=ids, notes=notes)
+    told = {count_json.read(path).top_k for path in files if count_json.is_json(path)}
+    return Recording(blocks=blocks, layer_ids=ids, top_k=told.pop() if len(told) == 1 else None, notes=notes)
+
+
+def _tables(paths: Sequence[Path]) -> bool:
+    """Whether files, or those of folders, are tables in JSON: what each holds tells."""
+    inside = [list(path.iterdir()) if path.is_dir() else [path] for path in paths]
+    files = [path for part in inside for path in part if not path.name.startswith(".")]
+    found = [path for path in files if count_json.is_json(path)]
+    others = any(path.suffix in ARRAYS_ALONE for path in files)
+    return bool(found) and not others and not count_json.read(found[0]).arrays
 
 
 def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], list[str]]:
@@ -121,15 +118,15 @@ def _already_chosen(files: list[Path], options: TraceOptions) -> bool:
 def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
     """[T, L, E] the counts of a file; what else it holds is refused, or goes to the notes."""
     data, told = _loaded(path)
-    names, experts = [path.stem] if _words(path.stem) & _COUNTED else [], told.get("num_experts")
+    names, experts = [path.stem] if words_of(path.stem) & COUNTED else [], told.get("num_experts")
     if isinstance(data, dict):
         data = {str(key): value for key, value in data.items()}
         if "counts" not in data and len(data) != 1:
             raise InputError(str(path), ", ".join(data) or "no array", "one array, or one called counts")
         key = "counts" if "counts" in data else next(iter(data))
         _refuse_beside(path, [name for name in [*data, *told] if name not in (key, "format", "num_experts")], notes)
-        if key != "counts" and not (words := _words(key)) & _COUNTED and words & _NO_COUNTS:
-            hint = "" if words & _MEASURED else "count the experts that were chosen" if words & _SCORES else NOT_IDS
+        if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
+            hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
         names.append(key)
         experts, data = data.get("num_experts", experts), data[key]
@@ -149,6 +146,8 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
     """An array, or those of the file by name; and its metadata."""
+    if count_json.is_json(path):
+        return count_json.arrays(path), {}
     if path.suffix == ".safetensors":
         return safetensors_arrays(path)
     return load_torch(path) if path.suffix == ".pt" else numpy_arrays(path), {}
@@ -167,10 +166,6 @@ def _says_counts(path: Path) -> bool:
     return path.suffix != ".npy" and isinstance(data, dict) and "counts" in data
 
 
-def _words(name: str) -> set[str]:
-    return set(re.split("[^a-z]+", name.lower()))
-
-
 def _refuse_beside(path: Path, others: list[str], notes: list[str] | None) -> None:
     """Refuse what says more of the counts, by its name, than is read here; note what does not."""
     if copies := [name for name in others if COPIES.search(name)]:
@@ -182,6 +177,7 @@ def _refuse_beside(path: Path, others: list[str], notes: list[str] | None) -> No
         raise InputError(str(path), found, limit, f"an .npz of counts, {names} is traces already")
     if altering := [name for name in others if ALTERING.search(name)]:
         raise InputError(str(path), f"{altering[0]} beside counts", "counts alone", NOT_ALTERED)
+    others = others + (count_json.read(path).unread if count_json.is_json(path) else [])
     if others and notes is not None:
         notes.append(f"{path.name}: {', '.join(others)} left unread")
 
@@ -223,7 +219,7 @@ ENGINES = {
     "array": Engine(
         name="array",
         versions="any",
-        traces=("[steps, layers, experts] .npy, .npz, .pt, .safetensors", "layer_id,expert_id,count .csv"),
+        traces=("[steps, layers, experts] .npy, .npz, .pt, .safetensors, .json", "layer_id,expert_id,count .csv"),
         note="counts only; placements: --to csv",
         dumps=SUFFIXES,
         read_traces=read_traces,

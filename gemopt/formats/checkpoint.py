@@ -13,7 +13,4 @@ ENGINES = {
         note="for engines that give rank r the r-th part of the experts",
     ),
     "xllm": Engine(name="xllm", versions="xLLM 2026-08", note="it balances by itself and takes no placement"),
-    "llama.cpp": Engine(
-        name="llama.cpp", versions="llama.cpp 2026-08", note="it moves all experts of a layer together (-ot), never one"
-    ),
 }

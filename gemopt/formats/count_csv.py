@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.exceptions import InputError
+from gemopt.formats import count_json
 from gemopt.formats.count_lines import by_expert, lines_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_marks, refuse_parts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
@@ -27,19 +29,7 @@ from gemopt.traces.files import COPIES
 from gemopt.words import counted
 
 SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
-PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
-COLUMNS = {
-    "layer": ("layer_id", "layer", "layer_idx", "layer_index", "moe_layer", "moe_layer_id"),
-    "expert": ("expert_id", "expert", "expert_idx", "expert_index", "logical_expert", "logical_expert_id"),
-    "count": (
-        *("count", "counts", "num_tokens", "token_count", "tokens", "num_assignments", "assignments"),
-        *("activations", "activation_count", "num_activations", "expert_count", "hits", "load"),
-    ),
-    "step": ("step", "step_id", "iteration", "iter", "forward_pass_id", "forward_pass"),
-    "rank": ("rank", "rank_id", *PARALLEL),
-}
 IDS = {"ids", "indices", "topk", "token"}  # words of columns that list the experts of tokens
-COUNTING = {"count", "counts", "frequency", "freq", "hits", "load", "loads", "tokens", "total", "activations"}
 INDEX = "column 1"  # a first one without a name
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
@@ -67,7 +57,7 @@ class _Table:
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables, summed over the ranks."""
     options.refuse_unused("tables of counts", "num_ranks")
-    files = files_of(paths, *SUFFIXES)
+    files = files_of(paths, *SUFFIXES, *count_json.SUFFIXES)
     others: dict[str, str] = {}  # what the columns say that are not known
     tables = [_read(path, name, others) for path, name in zip(files, names_of(files), strict=True)]
     layers_of = [(table.name, {layer for counts in table.ranks.values() for _, layer, _ in counts}) for table in tables]
@@ -93,9 +83,13 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     if options.num_experts is None:
         refuse_marks("PATHS: expert", sorted({expert for *_, expert in keys}))
         notes.append(guessed(experts, lowest))
+    if layers[0] == 1:
+        notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
     notes += [own.note] if own.note else []
+    if unread := sorted({name for path in files if count_json.is_json(path) for name in count_json.read(path).unread}):
+        notes.append(f"{', '.join(unread)} left unread")
     if others:
         notes.append(f"columns that say the same in all lines are left unread: {', '.join(others)}")
     if len(own.ranks) > 1:
@@ -281,7 +275,8 @@ def _add(
     key = (value.get("step", 0), value["layer"], value["expert"])
     counts = table.ranks.setdefault(value.get("rank", rank), {})
     if key in counts:
-        raise InputError(where, ",".join(row)[:200], "each layer and expert once")
+        hint = "" if table.has_steps else "of several steps? number them in a column step"
+        raise InputError(where, ",".join(row)[:200], "each layer and expert once", hint)
     counts[key] = value["count"]
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TextIO
 
 from gemopt.exceptions import InputError
-from gemopt.formats import table_files
-from gemopt.formats.files import JSON_LIMIT, size_of
-from gemopt.formats.table_files import GROUPED, UTF16
+from gemopt.formats import count_json, table_files
+from gemopt.formats.files import JSON_LIMIT, size_of, text_of
+from gemopt.formats.table_files import GROUPED
 
 WIDE = re.compile(r"(?:experts?|expert_id|exp)_?(\d{1,9})", re.ASCII)
 Lines = Iterator[tuple[int, list[str]]]  # number and cells
@@ -43,12 +40,15 @@ def lines_of(path: Path) -> Lines:
     """Number and cells of every line, the header first."""
     if size_of(path) > JSON_LIMIT:
         raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
+    if count_json.is_json(path):
+        yield from count_json.lines(path)
+        return
     if path.suffix == ".parquet":
         table = table_files.read(path)
         yield from enumerate([table.header, *(list(row.cells.values()) for row in table.rows)], start=1)
         return
     try:
-        with _opened(path) as stream:
+        with text_of(path) as stream:
             header, first, comments = "", stream.readline(), 0
             while first.startswith("#"):  # as numpy.savetxt writes its header
                 header, first, comments = first.lstrip("# "), stream.readline(), comments + 1
@@ -69,15 +69,3 @@ def lines_of(path: Path) -> Lines:
                 yield lines.line_num + before, cells
     except (UnicodeError, csv.Error, zlib.error, EOFError) as error:
         raise InputError(str(path), str(error), "a CSV table") from None
-
-
-def _opened(path: Path) -> TextIO:
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
-            data = stream.read(JSON_LIMIT + 1)
-    except OSError as error:
-        raise InputError(str(path), str(error), "a complete .gz file") from None
-    if len(data) > JSON_LIMIT:
-        raise InputError(str(path), f"more than {JSON_LIMIT} bytes when unpacked", f"at most {JSON_LIMIT} bytes")
-    encoding = "utf-16" if data.startswith(UTF16) else "utf-8-sig"
-    return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from gemopt.documents import write_text
 from gemopt.exceptions import InputError, naming
-from gemopt.formats import count_csv
+from gemopt.formats import array, count_csv, count_json
 from gemopt.formats.count_lines import lines_of
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, check_layers
+from gemopt.formats.engine import Engine, Export, Facts, Recording, TraceOptions, WriteOptions, check_layers
 from gemopt.placement import EMPTY, Placement, Split
 
 COLUMNS = ("layer", "rank", "slot", "expert", "weight")
@@ -109,6 +110,12 @@ def _is_number(text: str) -> bool:
         return False
 
 
+def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
+    """Read count tables; JSON that is an array is read as one."""
+    read = array.read_traces if all(map(count_json.is_json, paths)) else count_csv.read_traces
+    return read(paths, options)
+
+
 ENGINES = {
     "csv": Engine(
         name="csv",
@@ -123,7 +130,7 @@ ENGINES = {
         note="for other programs",
         write=write,
         read=read,
-        dumps=count_csv.SUFFIXES,
-        read_traces=count_csv.read_traces,
+        dumps=(*count_csv.SUFFIXES, *count_json.SUFFIXES),
+        read_traces=read_traces,
     )
 }

@@ -335,7 +335,7 @@ def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "") -> list[Pa
         elif not os.access(path, os.R_OK):
             raise InputError(str(path), "no such file", "a readable file is needed")
         elif path.suffix not in suffixes:
-            hint = "numpy.save('counts.npy', its lists), then --from array" if path.suffix[:5] == ".json" else ""
+            hint = "counts in JSON: --from array" if path.suffix[:5] == ".json" else ""
             raise InputError(str(path), path.suffix or "no suffix", f"a file {' or '.join(suffixes)}", hint)
         else:
             found.append(path)

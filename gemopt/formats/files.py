@@ -5,13 +5,16 @@ Whatever is wrong ends as an `InputError` that names the file; nothing is ever u
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import math
 import os
 import re
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +48,19 @@ def bounded_json(path: Path, *, limit_bytes: int = JSON_LIMIT) -> Any:
     if size_of(path) > limit_bytes:
         raise InputError(str(path), f"{size_of(path)} bytes", f"at most {limit_bytes} bytes of JSON")
     return read_json(path)
+
+
+def text_of(path: Path) -> TextIO:
+    """The text of a file in UTF-8 or UTF-16, unpacked if its name ends in .gz; at most `JSON_LIMIT` bytes."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+            data = stream.read(JSON_LIMIT + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(str(path), str(error), "a complete .gz file") from None
+    if len(data) > JSON_LIMIT:
+        raise InputError(str(path), f"more than {JSON_LIMIT} bytes when unpacked", f"at most {JSON_LIMIT} bytes")
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
 
 
 AMBIGUOUS = re.compile(r"[-+]?(?:0[0-9_]+$|[0-9_]+:)")

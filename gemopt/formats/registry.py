@@ -29,7 +29,7 @@ _MODULES = {
     "array": "array",
     "checkpoint": "checkpoint",
     "xllm": "checkpoint",
-    "llama.cpp": "checkpoint",
+    "llama.cpp": "llama_cpp",
 }
 NAMES = tuple(_MODULES)
 # How else people write the names, without case, "_", ".", "-" and blanks.
@@ -45,6 +45,7 @@ _ALIASES = {
     "huggingface": "checkpoint",
     "hf": "checkpoint",
     "numpy": "array",
+    "imatrix": "llama.cpp",
 }
 
 

@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from gemopt.exceptions import InputError
+from gemopt.formats.count_names import words_of
 from gemopt.formats.files import bounded_json, size_of
+from gemopt.traces.arrays import NOT_IDS
 
 LINE_LIMIT = 256 << 20
 _HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data")
 _WRAPPERS = ("response", "body", "result", "data")
 _PROMPT = "prompt_routed_experts"
-COUNTS = (
-    "counts are read as arrays (--from array), tables (csv), or "
-    '{"logical_count": [...]} with a row for every decoder layer (sglang)'
-)
+COUNTS = 'counts in JSON: --from array; {"logical_count": [...]} with a row for every decoder layer: sglang'
 _STARTS = ("routed_experts_start_len", "routed_experts_prompt_start")
 
 
@@ -210,7 +209,9 @@ def _response(where: str, body: dict[str, Any]) -> Response:
     if isinstance(meta, dict):
         return Response(name=_name(body), samples=[_sample(where, meta, meta)])
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
-        raise InputError(where, f"keys {', '.join(body)}", "choices, or meta_info, with routed_experts", COUNTS)
+        ids = any({"ids", "topk", "indices", "selected"} & words_of(key) for key in body)
+        limit = "choices, or meta_info, with routed_experts"
+        raise InputError(where, f"keys {', '.join(body)[:200]}", limit, NOT_IDS if ids else COUNTS)
     usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
     whole, *_ = _routed(body)
     if whole is not None and len(choices) > 1:

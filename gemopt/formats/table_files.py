@@ -6,7 +6,6 @@ import ast
 import csv
 import gzip
 import io
-import json
 import os
 import re
 import zlib
@@ -15,11 +14,11 @@ from typing import Any
 
 from gemopt.documents import read_bytes
 from gemopt.exceptions import InputError, install_hint
+from gemopt.formats.json_rows import JSON, frame_rows, is_flat, parsed
 from gemopt.formats.printed_tables import printed
 
 BATCH = re.compile(r"Batch size: (\d+)(?:, config: (.*?))?(?=, kernel time:|$)", re.IGNORECASE | re.MULTILINE)
 KERNEL_TIME = re.compile(r"Kernel time: (\S+) us", re.IGNORECASE)
-JSON = re.compile(r'\s*(?:\{|\[\s*[\[{"])')
 ARGUMENTS = re.compile(r"Namespace\(.*\)\s*$")
 LOG_HEADER = ["batch_size", "kernel_time_us", "config", "part"]
 EXCEL = re.compile(r"\s*sep=.\r?\n")  # its way to name the separator
@@ -128,18 +127,11 @@ def _unpacked(path: str, data: bytes) -> bytes:
 
 
 def _records(path: str, text: str) -> Table:
-    """Rows that are JSON objects of plain values, in a list or one on each line."""
-    try:
-        try:
-            found: Any = json.loads(text, object_pairs_hook=_once)
-        except ValueError:
-            lines = [line for line in text.splitlines() if line.strip()]
-            found = [json.loads(line, object_pairs_hook=_once) for line in lines]
-    except (ValueError, RecursionError) as error:
-        raise InputError(path, f"JSON that is cut or wrong: {error}", "a list of rows, or a row on each line") from None
-    found = [found] if isinstance(found, dict) and _is_flat(found) else _by_row(found)
-    if not isinstance(found, list) or not found or not all(_is_flat(row) for row in found):
-        tuned = isinstance(found, dict) and _is_tuned(found)
+    """Rows that are JSON objects of plain values, in a list or one on each line, or a data frame."""
+    found = parsed(path, text)
+    found = [found] if is_flat(found) else found if _is_tuned(found) else frame_rows(found)
+    if not isinstance(found, list) or not found or not all(map(is_flat, found)):
+        tuned = _is_tuned(found)
         limit = "kernel settings of --tune have no times" if tuned else "a list of rows with plain values"
         hint = "run benchmark_moe without --tune and give what it prints" if tuned else "or write the rows as CSV"
         raise InputError(path, "JSON", limit, hint)
@@ -148,30 +140,8 @@ def _records(path: str, text: str) -> Table:
     return Table(path, header, [Row(f"row {number}", cells) for number, cells in enumerate(rows, 1)])
 
 
-def _is_tuned(found: dict[str, Any]) -> bool:
-    return any(isinstance(each, dict) and "BLOCK_SIZE_M" in each for each in found.values())
-
-
-def _by_row(found: Any) -> Any:
-    """The rows of an object of columns, lists as long as each other or objects by number of the row; else as it is."""
-    if not isinstance(found, dict) or not found or _is_tuned(found):
-        return found
-    columns = list(found.values())
-    if all(isinstance(each, dict) and each and each.keys() == columns[0].keys() for each in columns):
-        columns = [list(each.values()) for each in columns]
-    if not all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
-        return found
-    return [dict(zip(found, cells, strict=True)) for cells in zip(*columns, strict=True)]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key twice in one object")
-    return dict(pairs)
-
-
-def _is_flat(row: Any) -> bool:
-    return isinstance(row, dict) and bool(row) and not any(isinstance(each, (dict, list)) for each in row.values())
+def _is_tuned(found: Any) -> bool:
+    return isinstance(found, dict) and any(isinstance(each, dict) and "BLOCK_SIZE_M" in each for each in found.values())
 
 
 def _uncommented(text: str) -> str:

@@ -272,8 +272,9 @@ def test_outputs_of_vllm_without_a_server(load):
 
 
 def test_what_is_no_response_has_a_way_in(load):
-    for other in ({"layer_0": {"0": 12, "1": 5}}, {"layer": 0, "topk_ids": [1, 2]}):
-        with pytest.raises(InputError, match=r"got keys layer.*choices, or meta_info.*array.*csv.*logical_count"):
+    ways = r"counts in JSON: --from array.*logical_count", r"ids of tokens: .*from_tokens"
+    for other, way in zip(({"layer_0": {"0": 12, "1": 5}}, {"layer": 0, "topk_ids": [1, 2]}), ways, strict=True):
+        with pytest.raises(InputError, match=rf"got keys layer.*choices, or meta_info.*{way}"):
             load([other])
 
 

@@ -35,14 +35,6 @@ def test_two_dimensions_are_layers_or_steps(load, tmp_path):
         np.testing.assert_array_equal(load(path, "array")[0].counts, given(array))
 
 
-@pytest.mark.parametrize("source", ["array", "csv"])
-def test_counts_as_json(load, tmp_path, source):
-    (tmp_path / "counts.json").write_text(json.dumps(COUNTS.tolist()))
-    refused(load, tmp_path / "counts.json", source, r"numpy\.save\('counts\.npy', its lists\), then --from array")
-    np.save(tmp_path / "counts.npy", json.loads((tmp_path / "counts.json").read_text()))
-    np.testing.assert_array_equal(load(tmp_path / "counts.npy", "array")[0].counts, COUNTS)
-
-
 @pytest.mark.parametrize("name", ["{}", "E{}", "e_{}"])
 def test_a_column_for_each_expert(load, tmp_path, name):
     def table(name):

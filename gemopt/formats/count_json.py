@@ -1,0 +1,270 @@
+"""Counts in JSON: as a table, or as an array [steps, layers, experts], whichever the file holds.
+
+A file is one document or one on each line, perhaps gzipped. It holds nested lists; rows `{"layer": 3, "expert": 7,
+"count": 12}`, or data frames of them; rows with a list of all experts (`{"step": 5, "layer": 3, "counts": [...]}`) or
+of all layers and experts (`{"step": 5, "logical_expert_counts": [[...], ...]}`), alone or in one list beside settings;
+or objects by layer and expert (MindSpeed-RL's `token_collects_all.json`, `{"0": {"0": 123, ...}, ...}`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemopt.exceptions import InputError
+from gemopt.formats.count_names import COLUMNS, COUNTED, NO_COUNTS, words_of
+from gemopt.formats.files import text_of
+from gemopt.formats.json_rows import frame_rows, parsed
+from gemopt.traces.arrays import NOT_IDS
+from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
+
+SUFFIXES = (".json", ".jsonl", ".ndjson")
+COPIED = f"{NOT_COPIES}; then leave it out"
+TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
+_KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
+_TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds"}
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Content:
+    """What a file holds: rows of plain cells, or arrays by name as an .npz would have them; and what is left unread."""
+
+    rows: Rows = field(default_factory=list)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+    top_k: int | None = None
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file is JSON by its name."""
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix in SUFFIXES
+
+
+def read(path: Path) -> Content:
+    """The counts of a file; `InputError` names what they cannot be told by."""
+    return _read(path, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, _changed: int) -> Content:
+    try:
+        text = text_of(path).read()
+    except UnicodeError as error:
+        raise InputError(str(path), str(error), "JSON in UTF-8") from None
+    found = parsed(str(path), text)
+    keyed = isinstance(found, dict) and _numbered(found) and any(isinstance(each, list) for each in found.values())
+    found = found if keyed else frame_rows(found)
+    if isinstance(found, list) and not any(isinstance(each, dict) for each in found):
+        return Content(arrays={"counts": found})
+    told = Content()
+    rows = list(_rows(path, found, {}, told))
+    if not rows:
+        raise InputError(str(path), "no counts", "at least one")
+    rows = _named(path, rows)
+    name = _counts_of(path, rows, told)
+    if name is None:
+        told.rows = rows
+        return told
+    return _spread(path, rows, name, told)
+
+
+def _rows(path: Path, value: Any, known: dict[str, Any], told: Content) -> Iterator[dict[str, Any]]:
+    """Rows of what is inside objects and lists; known: the keys on the way, those of numbers alone under `?`."""
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        for each in value:
+            yield from _rows(path, frame_rows(each) if len(value) == 1 else each, known, told)
+    elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        raise InputError(str(path), "a list of objects and others", "rows that are alike")
+    elif not isinstance(value, dict):
+        yield {**known, "counts" if isinstance(value, list) else "count": value}
+    elif keys := _numbered(value):
+        for number, each in zip(keys[1], value.values(), strict=True):
+            name = keys[0] or "?" * (1 + sum(key.startswith("?") for key in known))
+            yield from _rows(path, each, {**known, name: number}, told)
+    elif (inner := _inside(value)) is not None:
+        told.unread += [key for key in value if value[key] is not inner]
+        yield from _rows(path, inner, known, told)
+    else:
+        yield {**known, **value}
+
+
+def _numbered(value: dict[str, Any]) -> tuple[str, list[int]] | None:
+    """What the keys of an object count (`layer`, ..., empty where they are numbers alone), and the numbers."""
+    parts = [_KEY.fullmatch(str(key)) for key in value]
+    around = {(part[1], part[3]) for part in parts if part}
+    if not value or not all(parts) or len(around) > 1:
+        return None
+    before, after = around.pop()
+    names = words_of(before + after)
+    told = {"layer" if name in ("layers", "blk", "block", "l") else name.removesuffix("s") for name in names}
+    found = next((TABLES[name] for name in told if name in TABLES), "")
+    return (found, [int(part[2]) for part in parts if part]) if found or not names - {""} else None
+
+
+def _inside(value: dict[str, Any]) -> Any:
+    """The one list of rows, or object by numbers, of an object that only holds settings beside; else None."""
+    nested = [each for each in value.values() if isinstance(each, (list, dict)) and each]
+    rows = [
+        each
+        for each in nested
+        if (isinstance(each, list) and isinstance(each[0], dict))
+        or (isinstance(each, dict) and _numbered(each) and any(isinstance(v, (list, dict)) for v in each.values()))
+    ]
+    lists = [key for key, each in value.items() if isinstance(each, list) and words_of(key) & COUNTED]
+    return rows[0] if len(rows) == 1 and (not lists or value[lists[0]] is rows[0]) else None
+
+
+def _named(path: Path, rows: Rows) -> Rows:
+    """The rows with names for keys of numbers alone: layer and expert, where the sums bear that out."""
+    unnamed = sorted({key for row in rows for key in row if key.startswith("?")})
+    if not unnamed:
+        return rows
+    alone = "count" in rows[0]
+    free = [name for name in ("layer", "expert")[: 2 if alone else 1] if name not in rows[0]]
+    matrices = not alone and _ndim(rows[0].get("counts")) != 1
+    if len(unnamed) != len(free) or matrices or any(set(row) != set(rows[0]) for row in rows):
+        limit = "keys that say what they number"
+        raise InputError(str(path), "keys of numbers alone", limit, "name them layer_0, step_0, rank_0 and so on")
+    names = dict(zip(unnamed, free, strict=True))
+    rows = [{names.get(key, key): cell for key, cell in row.items()} for row in rows]
+    sums: Counter[int] = Counter()
+    for row in rows if "layer" in free else ():
+        cells = row["count"] if alone else row["counts"]
+        sums[row["layer"]] += sum(each for each in (cells if isinstance(cells, list) else [cells]) if _is_whole(each))
+    if len(sums) > 1 and 2 * max(Counter(sums.values()).values()) <= len(sums):
+        found = "keys of numbers alone, whose counts do not add up to the same"
+        limit = "layers, each with the assignments of all tokens"
+        raise InputError(str(path), found, limit, "name them layer_0, expert_0 and so on")
+    return rows
+
+
+def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
+    """The key with lists or objects of counts; None where all cells are plain. What else is nested is left unread."""
+    nested = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], (list, dict))))
+    counts = [key for key in nested if words_of(key) & COUNTED and not COPIES.search(key)]
+    counts = [key for key in counts if "logical" in words_of(key)] if len(counts) > 1 else counts
+    for key in {*nested, *(key for row in rows for key in row if row[key])} - {*counts}:
+        logical = bool(counts) and "logical" in words_of(counts[0])
+        if COPIES.search(key) and not logical:
+            raise InputError(str(path), f"{key} beside counts", "counts of logical experts", COPIED)
+        if key in nested and meant(key):
+            raise InputError(str(path), f"{key} beside counts", "counts alone", "leave it out, and give --layer-ids")
+        if ALTERING.search(key):
+            raise InputError(str(path), f"{key} beside counts", "counts alone", NOT_ALTERED)
+    if not nested:
+        return None
+    if len(counts) != 1 or any(counts[0] not in row for row in rows):
+        ids = not counts and any(words_of(key) & NO_COUNTS for key in nested)
+        hint = NOT_IDS if ids else "call them counts, and leave out other lists"
+        raise InputError(str(path), ", ".join(nested)[:200], "one list of counts in every row", hint)
+    told.unread += [key for key in nested if key != counts[0]]
+    for key in [key for key in rows[0] if meant(key) == "top_k" and len({str(row.get(key)) for row in rows}) == 1]:
+        told.top_k = rows[0][key] if type(rows[0][key]) is int else None
+        nested.append(key)
+    for row in rows:
+        for key in nested:
+            if key != counts[0]:
+                row.pop(key, None)
+    return counts[0]
+
+
+def _spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
+    """Rows whose cell `name` holds many counts as a table with a column for each expert, or as an array."""
+    if all(isinstance(row[name], dict) for row in rows):
+        spread = [(row, *_each(path, name, row[name])) for row in rows]
+        told.rows = [
+            {**{key: cell for key, cell in row.items() if key != name}, "expert": expert, "count": count}
+            for row, experts, counts in spread
+            for expert, count in zip(experts, counts, strict=True)
+        ]
+        return told
+    dims = {_ndim(row[name]) for row in rows}
+    if len(dims) > 1 or not dims <= {1, 2, 3} or (len(rows) > 1 and dims == {3}):
+        raise InputError(f"{path}: {name}", "lists of several depths", "counts of experts, or of layers and experts")
+    _drop_results(rows, name, told)
+    cells = [row.pop(name) for row in rows]
+    if dims == {1}:
+        told.rows = [{**row, **{f"expert_{i}": n for i, n in enumerate(each)}}
+                     for row, each in zip(rows, cells, strict=True)]  # fmt: skip
+        return told
+    steps = _steps(path, rows, told)
+    if steps != sorted(set(steps)):
+        raise InputError(f"{path}: step", "steps that come twice, or in another order", "every step once, in order")
+    told.arrays = {name: cells[0] if dims == {3} or len(cells) == 1 else cells}
+    return told
+
+
+def _each(path: Path, name: str, cell: dict[str, Any]) -> tuple[list[int], list[Any]]:
+    keys = _numbered(cell)
+    if keys is None or keys[0] not in ("", "expert"):
+        raise InputError(f"{path}: {name}", ", ".join(cell)[:200], "counts by the number of the expert")
+    return keys[1], list(cell.values())
+
+
+def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
+    """What numbers the rows; their order where nothing does. What tells them apart otherwise is refused."""
+    named = [key for row in rows[:1] for key in row if TABLES.get(key.casefold()) == "step"]
+    for key in dict.fromkeys(key for row in rows for key in row if key not in named):
+        found = {str(row.get(key)) for row in rows}
+        if len(found) > 1 or TABLES.get(key.casefold()):
+            limit = "the same in all rows: gemopt does not know what it tells apart"
+            hint = "add up ranks, and put the layers of a step in one list; or leave it out"
+            raise InputError(f"{path}: {key}", ", ".join(sorted(found))[:100], limit, hint)
+        told.unread.append(key)
+    return [row.get(named[0]) for row in rows] if named else list(range(len(rows)))
+
+
+def _drop_results(rows: Rows, name: str, told: Content) -> None:
+    """Take out plain cells that follow from the counts beside them, or are times or other fractions."""
+    arrays = [np.asarray(row[name]) for row in rows]
+    follow = [[int(f(each)) for each in arrays] for f in (np.max, np.min, np.count_nonzero, np.size)] if all(
+        array.dtype.kind in "iu" for array in arrays) else []  # fmt: skip
+    sums = [int(each.sum()) if each.dtype.kind in "iu" else -1 for each in arrays]
+    for key in list(rows[0]):
+        cells: list[Any] = [row.get(key) for row in rows]
+        if key == name or (TABLES.get(key.casefold()) not in (None, "count")):
+            continue
+        whole = all(map(_is_whole, cells))
+        total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
+        fractions = all(isinstance(each, float) for each in cells) and any(each % 1 for each in cells)
+        if total or cells in follow or fractions or (words_of(key) & _TIMES):
+            told.unread.append(key)
+            for row in rows:
+                row.pop(key, None)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) in (int, float) and value % 1 == 0
+
+
+def _ndim(value: Any) -> int:
+    return 1 + _ndim(value[0]) if isinstance(value, list) and value else int(isinstance(value, list))
+
+
+def arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a file by name; `InputError` where it is a table."""
+    found = read(path)
+    if not found.arrays:
+        raise InputError(str(path), "a table", "arrays, as the other files", "import each kind apart")
+    return found.arrays
+
+
+def lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and cells of every row of a table as those of a text, the header first."""
+    if not (rows := read(path).rows):
+        raise InputError(str(path), "an array", "a table, as the other files", "import each kind apart")
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    yield 0, header
+    for number, row in enumerate(rows, 1):
+        lacking: Sequence[str] = [key for key in header if row.get(key) is None]
+        if lacking:
+            raise InputError(f"{path}: row {number}", f"no {lacking[0]}", f"{', '.join(header)[:200]} in every row")
+        yield number, [str(row[key]) for key in header]

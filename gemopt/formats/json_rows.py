@@ -1,0 +1,98 @@
+"""JSON as people keep tables in it: one value, or one on each line; data frames however pandas turned them."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from gemopt.exceptions import InputError
+
+JSON = re.compile(r'\s*(?:\{|\[\s*[-\d\[{"])')
+LABEL = ""  # of rows, as pandas saves them in a CSV file
+LIMIT = "one JSON document, or one on each line"
+
+
+def parsed(path: str, text: str) -> Any:
+    """What a text holds: a value, or a list of those on its lines; `InputError` for keys given twice."""
+    try:
+        try:
+            return _value(text)
+        except json.JSONDecodeError:
+            lines = [line for line in text.splitlines() if line.strip()]
+            if len(lines) < 2:
+                raise
+            return [_value(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise InputError(path, f"JSON that is cut or wrong: {error}", LIMIT) from None
+
+
+def _value(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice in one object")
+    return dict(pairs)
+
+
+def _constant(token: str) -> str | None:
+    """None for NaN, which pandas writes where a cell is missing; infinity is no number, but may be a result."""
+    return None if token == "NaN" else token
+
+
+def is_flat(row: Any) -> bool:
+    """Whether a value is an object of plain values."""
+    return isinstance(row, dict) and bool(row) and not any(isinstance(each, (dict, list)) for each in row.values())
+
+
+def frame_rows(found: Any) -> Any:
+    """The rows of a data frame that pandas wrote in any of its orders, or of columns of one length; else as it is.
+
+    Labels of rows are a first column without a name, unless they only number them from 0.
+    """
+    if not isinstance(found, dict) or not found:
+        return found
+    if set(found) >= {"columns", "data"} and set(found) <= {"columns", "data", "index", "index_names", "column_names"}:
+        return _split(found)
+    if set(found) == {"schema", "data"} and isinstance(found["data"], list):
+        rows = found["data"]
+        if not all(isinstance(row, dict) for row in rows):
+            return found
+        return _without_numbers([{LABEL if name == "index" else name: cell for name, cell in r.items()} for r in rows])
+    columns = list(found.values())
+    if all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
+        nested = any(isinstance(cell, (list, dict)) for each in columns for cell in each)
+        return found if nested else [dict(zip(found, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    if not all(is_flat(each) and each.keys() == columns[0].keys() for each in columns):
+        return found
+    if _all_numbers(columns[0]) and _all_numbers(found):
+        return found  # which are rows and which are columns, nothing tells
+    if _all_numbers(found):  # an object for each row
+        return _without_numbers([{LABEL: label, **row} for label, row in found.items()])
+    labels = list(columns[0])
+    return _without_numbers([{LABEL: at, **{name: found[name][at] for name in found}} for at in labels])
+
+
+def _split(found: dict[str, Any]) -> Any:
+    names, rows, labels = found["columns"], found["data"], found.get("index")
+    if not isinstance(names, list) or not isinstance(rows, list) or len({*map(str, names)}) < len(names):
+        return found
+    if not all(isinstance(row, list) and len(row) == len(names) for row in rows):
+        return found
+    table: list[dict[str, Any]] = [dict(zip(map(str, names), row, strict=True)) for row in rows]
+    if isinstance(labels, list) and len(labels) == len(rows) and LABEL not in names:
+        table = [{LABEL: label, **row} for label, row in zip(labels, table, strict=True)]
+    return _without_numbers(table)
+
+
+def _without_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without labels that count them from 0."""
+    if [str(row.get(LABEL)) for row in rows] != [str(i) for i in range(len(rows))]:
+        return rows
+    return [{name: cell for name, cell in row.items() if name != LABEL} for row in rows]
+
+
+def _all_numbers(keys: Any) -> bool:
+    return all(str(key).isascii() and str(key).isdigit() for key in keys)

@@ -1,0 +1,124 @@
+"""Counts in JSON, as engines, recorders and data frames write them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from routed_counts import routed
+
+from gemopt.exceptions import InputError
+
+COUNTS = routed(np.random.default_rng(3), steps=6, layers=3, experts=8, tokens=50)
+STEPS, LAYERS, EXPERTS = COUNTS.shape
+TOTAL = COUNTS.sum(axis=0)
+ROWS = [
+    {"step": t, "layer": layer, "expert": e, "count": int(COUNTS[t, layer, e])}
+    for t in range(STEPS) for layer in range(LAYERS) for e in range(EXPERTS)
+]  # fmt: skip
+
+
+def lines(rows):
+    return "\n".join(map(json.dumps, rows))
+
+
+def by_number(array, name="{}"):
+    return {name.format(i): row.tolist() for i, row in enumerate(array)}
+
+
+STEP_OF = {f"step_{t}": by_number(step, "layer_{}") for t, step in enumerate(COUNTS)}
+WHOLE = {
+    "lists": json.dumps(COUNTS.tolist()),
+    "array with settings": json.dumps({"model": "m", "top_k": 2, "counts": COUNTS.tolist()}),
+    "a line for each step": lines({"eplb_step": 10 + t, "experts_per_token": 2, "logical_expert_counts": c.tolist()}
+                                  for t, c in enumerate(COUNTS)),
+    "results beside": lines({"timestamp": 9.5 + t, "balancedness": t / 7, "num_tokens": int(c[0].sum()) // 2,
+                             "counts": c.tolist()} for t, c in enumerate(COUNTS)),
+    "load_history": json.dumps({"load_history": [{"logical_expert_load": c.tolist(), "physical_expert_load": c.tolist()}
+                                                 for c in COUNTS]}),
+    "rows": json.dumps(ROWS),
+    "columns": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "pandas index": json.dumps({str(i): row for i, row in enumerate(ROWS)}),
+    "pandas columns": json.dumps({name: {str(7 + i): row[name] for i, row in enumerate(ROWS)} for name in ROWS[0]}),
+    "pandas split": json.dumps({"columns": [*ROWS[0]], "index": [9 * i for i in range(len(ROWS))],
+                                "data": [[*row.values()] for row in ROWS]}),
+    "pandas table": json.dumps({"schema": {"fields": []}, "data": [{"index": i, **r} for i, r in enumerate(ROWS)]}),
+    "a line for each layer": lines({"step": t, "layer": layer, "expert_counts": c.tolist(), "total": int(c.sum()),
+                                    "max_load": int(c.max()), "cv": 0.1 + t / 3 + layer}
+                                   for t, step in enumerate(COUNTS) for layer, c in enumerate(step)),
+    "sparse": lines({"step": t, "layer": layer, "counts": {str(e): int(n) for e, n in enumerate(c) if n}}
+                    for t, step in enumerate(COUNTS) for layer, c in enumerate(step)),
+    "by name": json.dumps(STEP_OF),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("source", ["array", "csv"])
+def test_steps_in_json(load, tmp_path, kind, source):
+    path = tmp_path / "load.json"
+    path.write_text(WHOLE[kind])
+    traces, notes = load(path, source)
+    np.testing.assert_array_equal(traces.counts, COUNTS)
+    beside = {"array with settings", "results beside", "load_history", "a line for each layer"}
+    assert ("left unread" in notes) == (kind in beside)
+    assert traces.top_k == (2 if kind in ("array with settings", "a line for each step") else None)
+
+
+SUMS = {
+    "MindSpeed-RL": {str(layer): {str(e): int(n) for e, n in enumerate(row)} for layer, row in enumerate(TOTAL)},
+    "lists by layer": by_number(TOTAL),
+    "named": by_number(TOTAL, "model.layers.{}.mlp"),
+    "with statistics": {f"layer_{i}": {"tokens_per_expert": row.tolist(), "cv": 0.5 + i}
+                        for i, row in enumerate(TOTAL)},
+    "ranks": {f"rank{r}": by_number(COUNTS[r::2].sum(axis=0), "layer_{}") for r in range(2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_sums_by_layer(load, tmp_path, kind):
+    (tmp_path / "all.json").write_text(json.dumps(SUMS[kind]))
+    traces, notes = load(tmp_path / "all.json", "csv", no_pipeline=True)
+    np.testing.assert_array_equal(traces.counts, TOTAL[None])
+    assert "a single step" in notes
+
+
+def test_packed_lines_and_layers_from_1(load, tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as stream:
+        stream.write(lines({"layer": 1 + i, "counts": row.tolist()} for i, row in enumerate(TOTAL)))
+    traces, notes = load(tmp_path / "a.jsonl.gz", "array")
+    assert traces.layer_ids == (1, 2, 3) and (traces.counts == TOTAL).all() and "numbered from 1?" in notes
+    with gzip.open(tmp_path / "b.json.gz", "wt") as stream:
+        stream.write(WHOLE["a line for each step"])
+    np.testing.assert_array_equal(load(tmp_path / "b.json.gz", "csv")[0].counts, COUNTS)
+
+
+TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} for e in range(EXPERTS)}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps(TURNED), "do not add up to the same; layers.*name them layer_0"),
+        (json.dumps({str(t): c.tolist() for t, c in enumerate(COUNTS)}), "keys of numbers alone.*step_0, rank_0"),
+        (lines({"eplb_step": t // 2, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "steps that come twice"),
+        (lines({"rank": t, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "rank: got 0, 1.*add up ranks"),
+        (lines({"layer": 0, "counts": c.tolist()} for c in COUNTS), "layer: got 0; the same"),
+        (lines({"layer": 0, "counts": c[0].tolist()} for c in COUNTS), "once; of several steps.*a column step"),
+        (lines({"layer": 0, "token": t, "topk_ids": [1, 2]} for t in range(9)), "ids of tokens: .*from_tokens"),
+        (json.dumps({"counts": COUNTS.tolist(), "layer_ids": [3, 4, 5]}), "layer_ids beside counts.*--layer-ids"),
+        (json.dumps({"counts": COUNTS.tolist(), "scale": 2}), "scale beside counts"),
+        (json.dumps({"counts": TOTAL.tolist()}), r"2 dimensions.*counts\[None\]"),
+        (json.dumps({"snapshots": [{"window_expert_load": TOTAL.tolist(), "physical_to_logical_map": [[0]]}]}),
+         "physical_to_logical_map beside counts; counts of logical experts"),
+        (json.dumps({"a_load": TOTAL.tolist(), "b_load": TOTAL.tolist()}), "a_load, b_load; one list of counts"),
+        ("[" * 9999 + "]" * 9999, "cut or wrong"),
+        (WHOLE["rows"][:-9], "cut or wrong"),
+        ("{}", "columns"),
+    ],
+)  # fmt: skip
+def test_json_that_is_refused(load, tmp_path, text, words):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=words):
+        load(tmp_path / "a.json", "array")
