@@ -35,6 +35,8 @@ _OBJECTS = (
     ({"moe_layer_count", "layer_list"}, "a placement of vllm-ascend", IMPORT_PLACEMENT),
     ({"logical_count"}, "statistics of SGLang", IMPORT_TRACES),
     ({"choices"}, "a response of a serving engine", IMPORT_TRACES),
+    ({"server_list", "server_count"}, "a rank table of HCCL", "it tells where ranks are, not how fast they are linked"),
+    ({"nvbandwidth"}, "copies between pairs, one at a time", "gemopt profile links measures exchanges"),
     ({"model_type"}, "the config.json of a network", "--model takes its folder"),
 )
 

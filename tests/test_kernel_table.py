@@ -93,7 +93,7 @@ BAD_TABLES = {
     "a share": ("tokens,latency_per_token_us\n1,5\n", "if it is: --time-column 'latency_per_token_us:us'"),
     "an exchange": ("assignments,op_name,latency_us\n1,alltoall_dispatch,5\n", "op_name: got alltoall_dispatch"),
     "sequences": ("batch_size,input_len,top_k,latency_us\n1,1024,8,5\n", "does batch_size count tokens, or sequences?"),
-    "JSON of other things": ('{"traceEvents": [{"name": "moe", "dur": 5}]}', "write the rows as CSV"),
+    "JSON of other things": ('{"traceEvents": [{"name": "moe", "dur": 5}]}', "columns name, dur; a column tokens or"),
     "JSON that is cut": ('[{"tokens": 1, "latency_us": 5}, {"tok', "JSON that is cut or wrong"),
     "a key twice": ('[{"tokens": 1, "tokens": 2, "latency_us": 5}]', "a key twice in one object"),
     "a pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:6a\nsize 9\n", "git lfs pull"),

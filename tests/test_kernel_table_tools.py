@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -216,3 +217,55 @@ def test_parquet_without_its_library_is_one_line(tmp_path: Path, monkeypatch: py
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"needs pyarrow; pip install 'gemopt\[tables\]'"):
         read_table(tmp_path / "t.parquet")
+
+
+NVBENCH = (
+    "Benchmark,Device,Device Name,num_tokens,Skipped,Samples,CPU Time (sec),Noise,GPU Time (sec),Noise,"
+    "Elem/s (elem/sec),GlobalMem BW (bytes/sec),BWUtil,Samples,Batch GPU (sec)\n"
+)
+
+
+def test_nvbench_names_results_of_two_clocks_alike(tmp_path: Path) -> None:
+    sizes = (11, 22, 33, 44, 55, 66, 77)
+    rows = [
+        f"moe,0,H200,{n},No,{500 + 7 * n},{9e-6 + n * 1e-7:.9e},0.0{n},{n * 1e-6:.9e},0.1{n},{1e3 / n},{3e9 / n},"
+        f"0.{n},{900 + 3 * n},{n * 9e-7:.9e}"
+        for n in sizes
+    ]
+    path = written(tmp_path, NVBENCH + "\n".join(rows))
+    with pytest.raises(InputError, match=r"times CPU.*GPU.*--time-column 'GPU Time \(sec\)'"):
+        read_table(path, unit=Unit.TOKENS, top_k=2)
+    profile = read_table(path, unit=Unit.TOKENS, top_k=2, time="GPU Time (sec)")
+    assert [n for n, *_ in loads(profile)] == [2 * n for n in sizes]
+    assert [us for *_, us in loads(profile)] == pytest.approx(sizes)
+
+
+FRAME = [{"num_tokens": n, "latency_us": 5.0 + n} for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"columns": [*FRAME[0]], "index": [4, 8, 9], "data": [[*row.values()] for row in FRAME]},
+        {"schema": {"fields": []}, "data": [{"index": i, **row} for i, row in enumerate(FRAME)]},
+        {str(7 * i): row for i, row in enumerate(FRAME)},
+        {name: {str(i): row[name] for i, row in enumerate(FRAME)} for name in FRAME[0]},
+        {"gpu": "H200", "config": {"top_k": 2}, "results": FRAME},
+    ],
+)
+def test_data_frames_in_json_and_what_is_said_beside_rows(tmp_path: Path, found: object) -> None:
+    profile = read_table(written(tmp_path, json.dumps(found), "a.json"), unit=Unit.TOKENS, top_k=2)
+    assert loads(profile) == [(2, None, 6.0), (4, None, 7.0), (6, None, 8.0)]
+
+
+def test_what_is_said_beside_rows_is_heeded(tmp_path: Path) -> None:
+    for told, words in (({"top_k": 4}, "top_k is 4"), ({"phase": "backward"}, "phase: got backward")):
+        path = written(tmp_path, json.dumps({**told, "results": FRAME}), "a.json")
+        with pytest.raises(InputError, match=words):
+            read_table(path, unit=Unit.TOKENS, top_k=2)
+
+
+def test_a_hint_chooses_no_warm_up(tmp_path: Path) -> None:
+    path = written(tmp_path, "tokens,warmup,latency_us\n1,True,9\n1,False,5\n2,True,9\n2,False,6\n")
+    with pytest.raises(InputError, match="--where warmup=False"):
+        read_table(path)

@@ -75,6 +75,23 @@ def frame_rows(found: Any) -> Any:
     return _without_numbers([{LABEL: at, **{name: found[name][at] for name in found}} for at in labels])
 
 
+def beside_rows(found: Any) -> Any:
+    """Rows with what an object says beside its one list of them, as of all rows; else as it is.
+
+    `{"gpu": "H200", "config": {"top_k": 8}, "results": [{...}, ...]}`; a name that comes twice is left as it is.
+    """
+    lists = [key for key in found if isinstance(found[key], list)] if isinstance(found, dict) else []
+    if len(lists) != 1 or not found[lists[0]] or not all(map(is_flat, found[lists[0]])):
+        return found
+    told: list[tuple[str, Any]] = []
+    for key, each in found.items():
+        told += each.items() if is_flat(each) else [(key, each)] if key != lists[0] and each != {} else []
+    names = {name for row in found[lists[0]] for name in row}
+    if len({*names, *dict(told)}) < len(names) + len(told) or any(isinstance(each, dict) for _, each in told):
+        return found
+    return [{**row, **dict(told)} for row in found[lists[0]]]
+
+
 def _split(found: dict[str, Any]) -> Any:
     names, rows, labels = found["columns"], found["data"], found.get("index")
     if not isinstance(names, list) or not isinstance(rows, list) or len({*map(str, names)}) < len(names):

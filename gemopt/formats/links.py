@@ -23,9 +23,10 @@ TAG = re.compile(
     re.MULTILINE,
 )  # mpirun --tag-output, srun --label, kubectl logs --prefix --timestamps
 OTHERS = {
-    "nvidia-smi topo, which tells how GPUs are linked, not how fast": re.compile(
-        r"NUMA Affinity|CPU Affinity|^GPU0\s+X\s", re.MULTILINE
+    "nvidia-smi, rocm-smi or npu-smi topo, which tells how GPUs are linked, not how fast": re.compile(
+        r"NUMA Affinity|CPU Affinity|^[GN]PU0\s+X\s|(Link Type|Weight|Hops) between two GPUs", re.MULTILINE
     ),
+    "HCCL's test, which does not tell the ranks": re.compile(r"data_size\(Bytes\)"),
     "a log of DeepEP's tests, of one number of tokens": re.compile(
         r"Dispatch (\+ combine )?bandwidth|Best dispatch|expanded dispatch:"
     ),

@@ -34,7 +34,7 @@ STATISTICS = {
 RESULTS = {
     "err", "err1", "err2", "error", "errors", "tflops", "gflops", "flops", "bw", "bandwidth", "gbps", "tbps",
     "throughput", "tps", "speedup", "efficiency", "utilization", "util", "mfu", "temp", "temperature", "energy",
-    "repeats", "latency", "time", "duration", "elapsed", "ops", "iqr",
+    "repeats", "latency", "time", "duration", "elapsed", "ops", "iqr", "noise", "samples", "elem", "bwutil",
 }  # fmt: skip
 FLAGS = {"0", "1"}  # a row that failed, and no result
 MOMENTS = {"timestamp", "datetime", "date", "start", "begin", "end", "stop", "ts"}
@@ -77,7 +77,8 @@ def words(name: str) -> set[str]:
 def unit_of(name: str) -> str | None:
     """The unit of time that a column's name ends in; `tokens_per_s` and `gb_s` are none."""
     found = UNIT_AT_END.search(plain(name))
-    if found is None or "per" in words(name) or (found[1] in ("s", "second") and not words(name) & TIMES):
+    rate = found is not None and (found[1] in ("s", "second") or ("/" in name and found[1] in SECONDS))
+    if found is None or "per" in words(name) or (rate and not words(name) & TIMES):
         return None
     return found[1]
 
@@ -216,7 +217,9 @@ def refuse_mixtures(
     a, b = _clash([*devices, table], mixed, load_of)
     told = {name: values(table.rows, name) for name in mixed if "--repeat" in else_say and is_numeric(table.rows, name)}
     results = [name for name, each in told.items() if len(each) == len(table.rows) and any("." in one for one in each)]
-    choice = [f"--where {quote(f'{name}={a.cells[name]}')}" for name in mixed if name not in results]
+    warm = {"1", "true", "yes"}
+    told_by = {name: (b if "warmup" in words(name) and a.cells[name].lower() in warm else a) for name in mixed}
+    choice = [f"--where {quote(f'{name}={row.cells[name]}')}" for name, row in told_by.items() if name not in results]
     hint = f"choose, as in {' '.join(choice)}" if choice else "choose rows with --where"
     hint += else_say.format(quote(mixed[0]) if len(mixed) == 1 else "NAME") if choice else ""
     hint += f"; of results: {' '.join(f'--repeat-column {quote(name)}' for name in results)}" if results else ""
@@ -247,7 +250,7 @@ def _clash(groups: Sequence[Table], mixed: list[str], load_of: LoadOf) -> tuple[
 def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Collection[str]) -> bool:
     parts = words(name)
     rows = [row for device in devices for row in device.rows]
-    if plain(name) in DEVICES or (parts & OF_A_DEVICE and not parts & (RESULTS | STATES)):
+    if plain(name) in DEVICES or (parts & OF_A_DEVICE and not (parts & (RESULTS | STATES) or unit_of(name))):
         return len(devices) > 1 and all(len(values(device.rows, name)) == 1 for device in devices)
     if plain(name) in REPEATS:
         return True
@@ -326,12 +329,12 @@ def _measured(rows: list[Row], name: str, load_of: LoadOf) -> bool:
         return True
     whole = all(value.isascii() and value.isdigit() for value in found)
     loads = {load_of(row) for row in rows}
-    return whole and len(rows) >= 20 and 4 * len(loads) >= len(rows) and _span(found) >= 4 * len(found)
-
-
-def _span(found: list[str]) -> int:
-    numbers = [int(value) for value in found]
-    return max(numbers) - min(numbers)
+    return (
+        whole
+        and len(rows) >= 20
+        and 4 * len(loads) >= len(rows)
+        and max(map(int, found)) - min(map(int, found)) >= 4 * len(found)
+    )
 
 
 def _proportional(name: str, rows: list[Row], load_of: LoadOf) -> bool:

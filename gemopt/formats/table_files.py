@@ -14,7 +14,7 @@ from typing import Any
 
 from gemopt.documents import read_bytes
 from gemopt.exceptions import InputError, install_hint
-from gemopt.formats.json_rows import JSON, frame_rows, is_flat, parsed
+from gemopt.formats.json_rows import JSON, beside_rows, frame_rows, is_flat, parsed
 from gemopt.formats.printed_tables import printed
 
 BATCH = re.compile(r"Batch size: (\d+)(?:, config: (.*?))?(?=, kernel time:|$)", re.IGNORECASE | re.MULTILINE)
@@ -27,6 +27,7 @@ LEFT_OUT = re.compile(r"[\s,;|\u2502\u2506]*(?:\.{2,3}|\u2026)[\s.,;|\u2026\u250
 GROUPED = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 UNPACKED = 1 << 31
+RESULTS = re.compile(r"(?:Noise|Samples)\b", re.IGNORECASE)
 NO_MATTER = {"batch_size", "tune", "seed", "save_dir", "trust_remote_code"}  # arguments that change no kernel
 
 
@@ -129,7 +130,7 @@ def _unpacked(path: str, data: bytes) -> bytes:
 def _records(path: str, text: str) -> Table:
     """Rows that are JSON objects of plain values, in a list or one on each line, or a data frame."""
     found = parsed(path, text)
-    found = [found] if is_flat(found) else found if _is_tuned(found) else frame_rows(found)
+    found = [found] if is_flat(found) else found if _is_tuned(found) else beside_rows(frame_rows(found))
     if not isinstance(found, list) or not found or not all(map(is_flat, found)):
         tuned = _is_tuned(found)
         limit = "kernel settings of --tune have no times" if tuned else "a list of rows with plain values"
@@ -180,7 +181,7 @@ def _table(path: str, lines: list[tuple[int, list[str]]]) -> Table:
     lines = _filled([(line, cells) for line, cells in lines if any(cells)])
     if len(lines) < 2:
         raise InputError(path, "no rows", "a header line and at least one row are needed")
-    header = lines[0][1]
+    header = _numbered(lines[0][1])
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(path, f"columns {', '.join(twice)} twice", "each column once")
@@ -189,6 +190,14 @@ def _table(path: str, lines: list[tuple[int, list[str]]]) -> Table:
             raise InputError(f"{path} line {line}", f"{len(cells)} columns", f"{len(header)} columns, as in the header")
     rows = [Row(f"line {line}", dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
     return Table(path, header, rows)
+
+
+def _numbered(header: list[str]) -> list[str]:
+    """The header with results of several measurements, which nvbench names alike, told apart as `Noise.1`."""
+    return [
+        f"{name}.{before}" if RESULTS.match(name) and (before := header[:i].count(name)) else name
+        for i, name in enumerate(header)
+    ]
 
 
 def _filled(lines: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
