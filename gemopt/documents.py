@@ -155,10 +155,10 @@ class Settings(Part):
     def _numbers(cls, data: Any) -> Any:
         """Refuse flags and texts for numbers: true would be 1."""
         for name, value in data.items() if isinstance(data, dict) else ():
-            if isinstance(value, (bool, str)) and name in cls.model_fields:
+            if isinstance(value, (bool, np.bool_, str)) and name in cls.model_fields:
                 annotation = cls.model_fields[name].annotation
                 kinds = set(get_args(annotation) or (annotation,)) - {type(None)}
-                if kinds <= {int, float} and (isinstance(value, bool) or _is_number(value)):
+                if kinds <= {int, float} and (not isinstance(value, str) or _is_number(value)):
                     limit = f"a {'whole ' if kinds == {int} else ''}number"
                     raise InputError(
                         f"{cls.__name__}.{name}", value, limit, "without quotes" if isinstance(value, str) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_inputs import gemopt, write_inputs
 
@@ -67,3 +68,12 @@ def test_an_output_takes_the_place_of_its_kind(
         ):
             assert gemopt(capsys, *words)[0] == 0, words
     assert gemopt(capsys, "export", placement, "--to", "vllm", "-o", "p.json")[0] == 2
+
+
+def test_arrays_that_no_command_reads_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = np.random.default_rng(0).multinomial(40, np.full(8, 1 / 8), (5, 2))
+    np.savez(tmp_path / "t.npz", counts=counts, seed=np.array(3), task_names=np.array(["a"]))
+    code, _, err = gemopt(capsys, "conflicts", tmp_path / "t.npz")
+    assert code == 0 and "t.npz: seed, task_names left unread" in err
+    np.savez(tmp_path / "t.npz", counts=counts, top_k=np.array(2))
+    assert "unread" not in gemopt(capsys, "conflicts", tmp_path / "t.npz")[2]

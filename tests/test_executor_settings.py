@@ -116,6 +116,7 @@ def test_names_in_the_metadata_of_weights_follow(tmp_path):
         "tensor_names": json.dumps([name.format(9), other, "lm_head.weight"]),
         name.format(0): json.dumps({"_type": "Int4Tensor", "offsets": [0, 0]}),
         "base": "/data/experts/128e/model",
+        "deep": "[" * 9999 + "]" * 9999,
         "note": "128 experts. 64 of them are cold",
         "sharding": json.dumps({name.format(9): {"saved_offsets": [0, 0]}}),
     }
@@ -127,5 +128,7 @@ def test_names_in_the_metadata_of_weights_follow(tmp_path):
     assert json.loads(found["tensor_names"]) == [name.format(2), other, "lm_head.weight"]
     assert json.loads(found[name.format(1)]) == {"_type": "Int4Tensor", "offsets": [0, 0]}
     assert json.loads(found["sharding"]) == {name.format(2): {"saved_offsets": [0, 0]}}
-    assert [found[key] for key in ("format", "base", "note")] == [told[key] for key in ("format", "base", "note")]
+    assert [found[key] for key in ("format", "base", "note", "deep")] == [
+        told[key] for key in ("format", "base", "note", "deep")
+    ]
     assert len(found) == len(told)

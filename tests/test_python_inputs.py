@@ -11,6 +11,7 @@ from one_liners import one_line
 
 from gemopt.exceptions import InputError
 from gemopt.placement import Placement
+from gemopt.profile import Sample
 from gemopt.rules import Pinned
 from gemopt.traces import Traces
 from gemopt.traces.batching import from_tokens
@@ -154,3 +155,9 @@ def test_masked_tokens_are_not_counted() -> None:
     for wrong, words in ((np.ma.masked_array(ids, mask=ids == 7), "masked values"), ([[[0, 1], [2]]], "ids: got")):
         with pytest.raises(InputError, match=words):
             from_tokens(wrong, **given)
+
+
+@pytest.mark.parametrize("flag", [True, np.True_, np.bool_(False)])
+def test_flags_are_no_numbers_of_a_sample(flag: object) -> None:
+    with pytest.raises(InputError, match=r"Sample\.assignments.*whole number"):
+        Sample(assignments=flag, latency_us=3.0)

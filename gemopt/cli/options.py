@@ -159,9 +159,15 @@ def heeded(
 
 def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | None = None) -> Traces:
     """Traces of a file, restricted to a task and a phase, and to the requests whose hidden states are in another."""
+    from gemopt.cli.app import notice
     from gemopt.traces import Traces, with_hidden
+    from gemopt.traces.document import STEP_ARRAYS
+    from gemopt.traces.files import unread
+    from gemopt.traces.tokens import ARRAYS
 
     loaded = Traces.load(path)
+    if names := unread(path, ("counts", *STEP_ARRAYS, *ARRAYS)):
+        notice(f"{path.name}: {', '.join(names)} left unread")
     return select_steps(loaded if hidden is None else with_hidden(loaded, hidden), task, phase)
 
 

@@ -148,7 +148,7 @@ def read_header(file: Path) -> tuple[list[Tensor], dict[str, str], int]:
             size = stream.seek(0, os.SEEK_END)
     except OSError as error:
         raise InputError(str(file), error.strerror or str(error), "a readable file is needed") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(str(file), "no safetensors header", "a complete safetensors file is needed") from None
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
     ends = [0, *(tensor.end for tensor in tensors)]

@@ -89,9 +89,9 @@ def renamed_metadata(metadata: dict[str, str], where: str, permutation: Permutat
     def of_text(text: str) -> str:
         try:
             value = json.loads(text) if text.startswith(("{", "[")) else text
-        except ValueError:
-            value = text
-        after = of(value)
+            after = of(value)
+        except (ValueError, RecursionError):
+            value, after = text, of(text)
         return text if after == value else after if isinstance(after, str) else json.dumps(after)
 
     return {of(key): of_text(text) for key, text in metadata.items()}

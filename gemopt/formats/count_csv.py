@@ -19,22 +19,27 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json
 from gemopt.formats.count_lines import by_expert, lines_of
-from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL
+from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, words_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_marks, refuse_parts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
-from gemopt.traces.files import COPIES
+from gemopt.traces.files import ALTERING, COPIES
 from gemopt.words import counted
 
 SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
 IDS = {"ids", "indices", "topk", "token"}  # words of columns that list the experts of tokens
+BARE = (
+    "lines of numbers alone, as MindIE's of each NPU: numpy.loadtxt(PATH, delimiter=',').reshape(steps, layers, -1), "
+    "ranks side by side by numpy.concatenate(axis=2), then --from array"
+)
 INDEX = "column 1"  # a first one without a name
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
 _RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
 _POWER = re.compile(r"\d(?:\.\d+)?[eE][+-]?\d\d", re.ASCII)
+_FRACTION = re.compile(r"-?\d*\.\d*[1-9]\d*(?:[eE][+-]?\d+)?", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}(?:\.0*)?", re.ASCII)
 _NAMED = re.compile(r"([A-Za-z][A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
 Key = tuple[int, int, int]  # step, layer, expert
@@ -50,6 +55,7 @@ class _Table:
     has_steps: bool = False
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
+    results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
     line: int = 0  # where the index was read last; a line with a column for each expert is several
     index: int = -1  # the last number of a first column without a name: rising, they are pandas' numbers of the lines
 
@@ -90,7 +96,10 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     notes += [own.note] if own.note else []
     if unread := sorted({name for path in files if count_json.is_json(path) for name in count_json.read(path).unread}):
         notes.append(f"{', '.join(unread)} left unread")
-    if others:
+    results = sorted(set().union(*(table.results for table in tables)))
+    if results:
+        notes.append(f"times and results are left unread: {', '.join(results)}")
+    if others := {name: text for name, text in others.items() if name not in results}:
         notes.append(f"columns that say the same in all lines are left unread: {', '.join(others)}")
     if len(own.ranks) > 1:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
@@ -232,6 +241,7 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
         hint = "one line for each layer and expert"
         hint += "; a column for each expert is named expert_0, ..., beside one called layer" if wide else ""
         hint = NOT_IDS if ids and not wide else hint
+        hint = BARE if all(map(str.isdigit, header)) else hint
         hint = f"if {counted[0]} is the count, call it count" if lacking == ["count"] and counted else hint
         shown = ",".join(header)[:200]
         raise InputError(f"{path}: columns", shown, "layer_id, expert_id, count; perhaps step, rank", hint)
@@ -256,11 +266,14 @@ def _add(
                 table.index, table.line = int(text), number
                 continue
             table.index = COUNT_LIMIT
-        if i not in columns.values() and others.setdefault(header[i], text) != text:
+        if i not in columns.values() and (first := others.setdefault(header[i], text)) != text:
+            if table.has_steps and _is_result(header[i], first, text):
+                table.results.add(header[i])
+                continue
             raise InputError(
                 f"{where}: {header[i]}",
                 text,
-                f"{others[header[i]]}, as in the lines before: gemopt does not know the column",
+                f"{first}, as in the lines before: gemopt does not know the column",
                 "import apart what it tells apart, call it step if it numbers the steps, or remove it if the counts do "
                 "not depend on it",
             )
@@ -270,7 +283,8 @@ def _add(
         whole = float(text) if _POWER.fullmatch(text) else -1.0  # as numpy.savetxt writes numbers
         text = str(int(whole)) if 0 <= whole < 1 << 53 and whole.is_integer() else text
         if not _NUMBER.fullmatch(text) or int(text.split(".")[0]) >= _LIMIT[meaning]:
-            raise InputError(f"{where}: {header[i]}", row[i], f"a whole number from 0 below {_LIMIT[meaning]}")
+            hint = "nothing between thousands" if re.search(r"\d,\d", row[i]) else ""
+            raise InputError(f"{where}: {header[i]}", row[i], f"a whole number from 0 below {_LIMIT[meaning]}", hint)
         value[meaning] = int(text.split(".")[0])
     key = (value.get("step", 0), value["layer"], value["expert"])
     counts = table.ranks.setdefault(value.get("rank", rank), {})
@@ -278,6 +292,11 @@ def _add(
         hint = "" if table.has_steps else "of several steps? number them in a column step"
         raise InputError(where, ",".join(row)[:200], "each layer and expert once", hint)
     counts[key] = value["count"]
+
+
+def _is_result(name: str, *texts: str) -> bool:
+    """Whether a column of steps that are numbered tells when they were, or holds fractions: nothing it tells apart."""
+    return not ALTERING.search(name) and bool(words_of(name) & TIMES or any(map(_FRACTION.fullmatch, texts)))
 
 
 def _bare(table: _Table, where: str, meaning: str, text: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COLUMNS, COUNTED, NO_COUNTS, words_of
+from gemopt.formats.count_names import COLUMNS, COUNTED, NO_COUNTS, TIMES, words_of
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, parsed
 from gemopt.traces.arrays import NOT_IDS
@@ -29,7 +29,6 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 COPIED = f"{NOT_COPIES}; then leave it out"
 TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
 _KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
-_TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds"}
 Rows = list[dict[str, Any]]
 
 
@@ -235,7 +234,7 @@ def _drop_results(rows: Rows, name: str, told: Content) -> None:
         whole = all(map(_is_whole, cells))
         total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
         fractions = all(isinstance(each, float) for each in cells) and any(each % 1 for each in cells)
-        if total or cells in follow or fractions or (words_of(key) & _TIMES):
+        if total or cells in follow or fractions or (words_of(key) & TIMES):
             told.unread.append(key)
             for row in rows:
                 row.pop(key, None)

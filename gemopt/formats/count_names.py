@@ -19,6 +19,7 @@ COLUMNS = {
     "rank": ("rank", "rank_id", *PARALLEL),
 }
 COUNTING = {"count", "counts", "frequency", "freq", "hits", "load", "loads", "tokens", "total", "activations"}
+TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds"}
 SCORES = {"logits", "probs", "weights", "scores"}
 MEASURED = {
     "us",

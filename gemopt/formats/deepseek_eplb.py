@@ -89,7 +89,8 @@ def read(path: Path, facts: Facts) -> Placement:
             raise InputError(f"{path}: {name}", found, f"{ids}, as they are read", "give --layer-ids")
         ranks = re.sub(r"[\[\]]|\.0", "", found)
         if re.fullmatch(r"(num_)?(gpus|ranks)|(ep|world)_size", name) and ranks != str(placement.num_ranks):
-            raise InputError("--ep", placement.num_ranks, f"{name} is {found} in {path}")
+            hint = "" if name != "world_size" else "if it counts stages of a pipeline too, save the tables without it"
+            raise InputError("--ep", placement.num_ranks, f"{name} is {found} in {path}", hint)
     if others:
         facts.notes.append(f"{', '.join(others)} left unread")
     return placement

@@ -114,7 +114,7 @@ def _typed(text: str) -> Any:
     """JSON where it is, else the text itself; texts remember that they were typed."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Typed(text)
     return _mark(value)
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,15 @@ def _refuse_foreign(path: Path, kind: str) -> None:
     found, way_out = foreign.of_file(path)
     if found and kind not in found and not found.startswith("traces"):
         raise InputError(str(path), found, "traces are needed: .safetensors, a folder of them, or .npz", way_out)
+
+
+def unread(path: Path, wanted: tuple[str, ...]) -> list[str]:
+    """Arrays of an `.npz` beside the wanted ones that change nothing by their names, and are read over."""
+    if path.suffix != ".npz":
+        return []
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+    return [name for name in names if name not in ("layer_ids", "num_experts", *PLAIN, *wanted)]
 
 
 def refuse_unread(names: set[str]) -> None:

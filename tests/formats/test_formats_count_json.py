@@ -122,3 +122,34 @@ def test_json_that_is_refused(load, tmp_path, text, words):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=words):
         load(tmp_path / "a.json", "array")
+
+
+def test_times_and_results_beside_steps_that_are_numbered(load, tmp_path):
+    path = tmp_path / "a.csv"
+    names = ["step", "timestamp", "layer", "expert", "count", "share"]
+    table = [[t, 9 + t, layer, e, COUNTS[t, layer, e], COUNTS[t, layer, e] / 90 + 0.001] for t in range(STEPS)
+             for layer in range(LAYERS) for e in range(EXPERTS)]  # fmt: skip
+
+    def saved(left_out=(), scale="share"):
+        kept = [i for i, name in enumerate(names) if name not in left_out]
+        rows = [[scale if name == "share" else name for name in names], *table]
+        path.write_text("\n".join(",".join(str(row[i]) for i in kept) for row in rows))
+        return path
+
+    traces, notes = load(saved(), "csv")
+    np.testing.assert_array_equal(traces.counts, COUNTS)
+    assert "left unread: share, timestamp" in notes
+    for left_out, scale in ((["step"], "share"), ([], "scale")):
+        with pytest.raises(InputError, match=r"as in the lines before"):
+            load(saved(left_out, scale), "csv")
+
+
+def test_lines_of_numbers_alone_have_a_way_in(load, tmp_path):
+    """MindIE's hotness: a file for each NPU, its experts as columns, the layers of every step below each other."""
+    for rank, part in enumerate(np.split(COUNTS, 2, axis=2)):
+        np.savetxt(tmp_path / f"decode_{rank}.csv", part.reshape(STEPS * LAYERS, -1), fmt="%d", delimiter=",")
+    with pytest.raises(InputError, match=r"MindIE.*loadtxt.*reshape\(steps, layers, -1\).*concatenate\(axis=2\)"):
+        load(tmp_path / "decode_0.csv", "csv")
+    parts = [np.loadtxt(tmp_path / f"decode_{r}.csv", delimiter=",").reshape(STEPS, LAYERS, -1) for r in range(2)]
+    np.save(tmp_path / "a.npy", np.concatenate(parts, axis=2))
+    np.testing.assert_array_equal(load(tmp_path / "a.npy", "array")[0].counts, COUNTS)
