@@ -50,6 +50,10 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     packed = (".gz",) if any(map(count_json.is_json, paths)) else ()
     files, notes = _distinct(files_of(paths, *SUFFIXES, *packed), options)
     refuse_parts(files)
+    numbers = [count_json.read(path).step for path in files if count_json.is_json(path)]
+    if (told := [each for each in numbers if each is not None]) != sorted(set(told)):
+        found = ", ".join(map(str, told))[:100]
+        raise InputError("PATHS: step", found, "files of rising steps", "ranks of the same steps are to be added up")
     if len(files) > 1:
         notes.append(f"{len(files)} files, one after the other in time: {files[0].name} to {files[-1].name}")
 

@@ -260,13 +260,14 @@ def _add(
     where = f"{table.path}: line {number}"
     if len(row) != len(header):
         raise InputError(where, ",".join(row)[:200], f"{len(header)} values: {','.join(header)[:200]}")
-    for i, text in enumerate(row):
+    used = columns.values()
+    for i, text in enumerate(row) if len(used) < len(row) else ():
         if i == 0 and header[0] == INDEX:
             if text.isdigit() and (int(text) > table.index or number == table.line):
                 table.index, table.line = int(text), number
                 continue
             table.index = COUNT_LIMIT
-        if i not in columns.values() and (first := others.setdefault(header[i], text)) != text:
+        if i not in used and (first := others.setdefault(header[i], text)) != text:
             if table.has_steps and _is_result(header[i], first, text):
                 table.results.add(header[i])
                 continue
@@ -279,7 +280,11 @@ def _add(
             )
     value = {}
     for meaning, i in columns.items():
-        text = _bare(table, where, meaning, row[i].strip())
+        text = row[i]
+        if len(text) < 10 and text.isascii() and text.isdigit() and int(text) < _LIMIT[meaning]:  # most are so
+            value[meaning] = int(text)
+            continue
+        text = _bare(table, where, meaning, text.strip())
         whole = float(text) if _POWER.fullmatch(text) else -1.0  # as numpy.savetxt writes numbers
         text = str(int(whole)) if 0 <= whole < 1 << 53 and whole.is_integer() else text
         if not _NUMBER.fullmatch(text) or int(text.split(".")[0]) >= _LIMIT[meaning]:

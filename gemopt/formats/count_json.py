@@ -40,6 +40,7 @@ class Content:
     arrays: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     top_k: int | None = None
+    step: int | None = None  # the first that it numbers
 
 
 def is_json(path: Path) -> bool:
@@ -75,8 +76,8 @@ def _read(path: Path, _changed: int) -> Content:
     return _spread(path, rows, name, told)
 
 
-def _rows(path: Path, value: Any, known: dict[str, Any], told: Content) -> Iterator[dict[str, Any]]:
-    """Rows of what is inside objects and lists; known: the keys on the way, those of numbers alone under `?`."""
+def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Iterator[dict[Any, Any]]:
+    """Rows of what is inside objects and lists; known: the keys on the way, those of numbers alone by their depth."""
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         for each in value:
             yield from _rows(path, frame_rows(each) if len(value) == 1 else each, known, told)
@@ -86,7 +87,7 @@ def _rows(path: Path, value: Any, known: dict[str, Any], told: Content) -> Itera
         yield {**known, "counts" if isinstance(value, list) else "count": value}
     elif keys := _numbered(value):
         for number, each in zip(keys[1], value.values(), strict=True):
-            name = keys[0] or "?" * (1 + sum(key.startswith("?") for key in known))
+            name = keys[0] or sum(isinstance(key, int) for key in known)
             yield from _rows(path, each, {**known, name: number}, told)
     elif (inner := _inside(value)) is not None:
         told.unread += [key for key in value if value[key] is not inner]
@@ -121,9 +122,9 @@ def _inside(value: dict[str, Any]) -> Any:
     return rows[0] if len(rows) == 1 and (not lists or value[lists[0]] is rows[0]) else None
 
 
-def _named(path: Path, rows: Rows) -> Rows:
+def _named(path: Path, rows: list[dict[Any, Any]]) -> Rows:
     """The rows with names for keys of numbers alone: layer and expert, where the sums bear that out."""
-    unnamed = sorted({key for row in rows for key in row if key.startswith("?")})
+    unnamed = sorted({key for row in rows for key in row if isinstance(key, int)})
     if not unnamed:
         return rows
     alone = "count" in rows[0]
@@ -188,16 +189,18 @@ def _spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
     dims = {_ndim(row[name]) for row in rows}
     if len(dims) > 1 or not dims <= {1, 2, 3} or (len(rows) > 1 and dims == {3}):
         raise InputError(f"{path}: {name}", "lists of several depths", "counts of experts, or of layers and experts")
-    _drop_results(rows, name, told)
+    _drop_results(path, rows, name, told)
     cells = [row.pop(name) for row in rows]
     if dims == {1}:
         told.rows = [{**row, **{f"expert_{i}": n for i, n in enumerate(each)}}
                      for row, each in zip(rows, cells, strict=True)]  # fmt: skip
         return told
     steps = _steps(path, rows, told)
+    told.step = steps[0] if "step" in {TABLES.get(key.casefold()) for key in rows[0]} else None
     if steps != sorted(set(steps)):
         raise InputError(f"{path}: step", "steps that come twice, or in another order", "every step once, in order")
-    told.arrays = {name: cells[0] if dims == {3} or len(cells) == 1 else cells}
+    alone = len(cells) == 1 and told.step is None  # of two dimensions: layers, or steps of one?
+    told.arrays = {name: cells[0] if dims == {3} or alone else cells}
     return told
 
 
@@ -218,12 +221,20 @@ def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
             hint = "add up ranks, and put the layers of a step in one list; or leave it out"
             raise InputError(f"{path}: {key}", ", ".join(sorted(found))[:100], limit, hint)
         told.unread.append(key)
-    return [row.get(named[0]) for row in rows] if named else list(range(len(rows)))
+    if not named:
+        return list(range(len(rows)))
+    steps = [row.get(named[0]) for row in rows]
+    if not all(type(each) is int for each in steps):
+        raise InputError(f"{path}: {named[0]}", str(steps)[:100], "whole numbers")
+    return steps
 
 
-def _drop_results(rows: Rows, name: str, told: Content) -> None:
+def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
     """Take out plain cells that follow from the counts beside them, or are times or other fractions."""
-    arrays = [np.asarray(row[name]) for row in rows]
+    try:
+        arrays = [np.asarray(row[name]) for row in rows]
+    except ValueError:
+        raise InputError(f"{path}: {name}", "lists of several lengths", "as many experts in each") from None
     follow = [[int(f(each)) for each in arrays] for f in (np.max, np.min, np.count_nonzero, np.size)] if all(
         array.dtype.kind in "iu" for array in arrays) else []  # fmt: skip
     sums = [int(each.sum()) if each.dtype.kind in "iu" else -1 for each in arrays]

@@ -94,6 +94,15 @@ def test_packed_lines_and_layers_from_1(load, tmp_path):
     np.testing.assert_array_equal(load(tmp_path / "b.json.gz", "csv")[0].counts, COUNTS)
 
 
+def test_a_file_for_each_step(load, folder):
+    for t, step in enumerate(COUNTS):
+        (folder / f"load_{t}.json").write_text(json.dumps({"step": 10 * t, "counts": step.tolist()}))
+    np.testing.assert_array_equal(load(folder, "array")[0].counts, COUNTS)
+    (folder / "load_9.json").write_text(json.dumps({"step": 10, "counts": (1 + COUNTS[1]).tolist()}))
+    with pytest.raises(InputError, match="files of rising steps; ranks of the same steps"):
+        load(folder, "array")
+
+
 TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} for e in range(EXPERTS)}
 
 
