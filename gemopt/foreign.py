@@ -34,6 +34,8 @@ _OBJECTS = (
     ({"physical_to_logical_map"}, "a placement of SGLang", IMPORT_PLACEMENT),
     ({"moe_layer_count", "layer_list"}, "a placement of vllm-ascend", IMPORT_PLACEMENT),
     ({"logical_count"}, "statistics of SGLang", IMPORT_TRACES),
+    ({"load_history"}, "counts in JSON", IMPORT_TRACES),
+    ({"counts"}, "counts in JSON", IMPORT_TRACES),
     ({"choices"}, "a response of a serving engine", IMPORT_TRACES),
     ({"server_list", "server_count"}, "a rank table of HCCL", "it tells where ranks are, not how fast they are linked"),
     ({"nvbandwidth"}, "copies between pairs, one at a time", "gemopt profile links measures exchanges"),
@@ -108,7 +110,7 @@ def _of_text(path: str | os.PathLike[str], head: bytes) -> tuple[str, str]:
         try:
             data = json.loads(Path(path).read_bytes())
         except (ValueError, OSError, RecursionError):
-            return "a text that begins like JSON", "it may be cut short"
+            return _of_lines(text)
         name, way_out = of_object(data) if isinstance(data, dict) else ("", "")
         return name or "a JSON document", way_out
     first = text.split("\n", 1)[0]
@@ -117,6 +119,15 @@ def _of_text(path: str | os.PathLike[str], head: bytes) -> tuple[str, str]:
     if "," in first:
         return "a table (.csv)", IMPORT_TRACES
     return "", ""
+
+
+def _of_lines(text: str) -> tuple[str, str]:
+    """What a text is that begins like JSON and is none as a whole."""
+    try:
+        json.loads(text.lstrip().partition("\n")[0])
+    except (ValueError, RecursionError):
+        return "a text that begins like JSON", "it may be cut short"
+    return "lines of JSON", IMPORT_TRACES
 
 
 def not_a(kind: str, value: object, name: str) -> InputError:

@@ -93,7 +93,9 @@ def _write(path: Path, content: object) -> Path:
         ("a.csv", "num_tokens,latency_us\n1,3.5\n", "a table of latencies", "gemopt profile import"),
         ("a.json", {"logical_count": [[1]]}, "statistics of SGLang", "gemopt trace import"),
         ("a.json", {"physical_to_logical_map": [[0]]}, "a placement of SGLang", "gemopt placement import"),
-        ("a.jsonl", '{"choices": []}\n{"choices": []}\n', "a text that begins like JSON", ""),
+        ("a.jsonl", '{"choices": []}\n{"choices": []}\n', "lines of JSON", "gemopt trace import"),
+        ("a.json", {"step": 3, "counts": [[1]]}, "counts in JSON", "gemopt trace import"),
+        ("a.json", '{"choices": [', "a text that begins like JSON", "cut short"),
         ("a.json", {"anything": 1}, "a JSON document", ""),
     ],
 )

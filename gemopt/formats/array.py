@@ -48,7 +48,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         return count_csv.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
     packed = (".gz",) if any(map(count_json.is_json, paths)) else ()
-    files, notes = _distinct(files_of(paths, *SUFFIXES, *packed), options)
+    files, notes = _distinct(files_of(paths, *ARRAYS_ALONE, *packed, else_of=count_json.SUFFIXES), options)
     refuse_parts(files)
     numbers = [count_json.read(path).step for path in files if count_json.is_json(path)]
     if (told := [each for each in numbers if each is not None]) != sorted(set(told)):

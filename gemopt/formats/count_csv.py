@@ -63,7 +63,7 @@ class _Table:
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables, summed over the ranks."""
     options.refuse_unused("tables of counts", "num_ranks")
-    files = files_of(paths, *SUFFIXES, *count_json.SUFFIXES)
+    files = files_of(paths, *SUFFIXES, else_of=count_json.SUFFIXES)
     others: dict[str, str] = {}  # what the columns say that are not known
     tables = [_read(path, name, others) for path, name in zip(files, names_of(files), strict=True)]
     layers_of = [(table.name, {layer for counts in table.ranks.values() for _, layer, _ in counts}) for table in tables]

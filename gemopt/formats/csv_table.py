@@ -112,7 +112,9 @@ def _is_number(text: str) -> bool:
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables; JSON that is an array is read as one."""
-    read = array.read_traces if all(map(count_json.is_json, paths)) else count_csv.read_traces
+    inside = [part for path in paths if path.is_dir() for part in path.iterdir()]
+    tables = any(path.suffix in count_csv.SUFFIXES and not count_json.is_json(path) for path in [*paths, *inside])
+    read = count_csv.read_traces if tables else array.read_traces
     return read(paths, options)
 
 

@@ -27,8 +27,7 @@ class WriteOptions:
     """What a placement does not say. `role`: `prefill` or `decode` when the two are served apart.
 
     `mtp_layers`: draft layers that the engine numbers from `num_hidden_layers` on, refused by engines that have nothing
-    to say of them. `traces`: measured loads, for the
-    engines that take loads instead of a placement.
+    to say of them. `traces`: measured loads, for the engines that take loads instead of a placement.
     """
 
     role: str | None = None
@@ -316,27 +315,28 @@ def quoted(value: object) -> str:
     return shlex.quote(str(value.absolute() if isinstance(value, Path) else value))
 
 
-def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "") -> list[Path]:
+def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "", else_of: tuple[str, ...] = ()) -> list[Path]:
     """The files among `paths`, folders replaced by their files with one of `suffixes`.
 
     A folder's files, and paths in the order of a shell's `*`, come by the numbers in their names, `step_2` before
-    `step_10`; other paths as they were given. Where a folder has files whose names start with `prefer`, its other files
-    are left out.
+    `step_10`; others as given. Where a folder has files whose names start with `prefer`, its other files are left out.
+    Files with a suffix of `else_of` are taken as well, of a folder where it has no others.
     """
     found: list[Path] = []
     for path in sorted(paths, key=_by_number) if list(paths) == sorted(paths) else paths:
         if path.is_dir():
-            inside = [part for part in path.iterdir() if part.suffix in suffixes and not part.name.startswith(".")]
-            inside.sort(key=_by_number)
-            inside = [part for part in inside if prefer and part.name.startswith(prefer)] or inside
+            shown = sorted((part for part in path.iterdir() if not part.name.startswith(".")), key=_by_number)
+            first, others = ([part for part in shown if part.suffix in known] for known in (suffixes, else_of))
+            inside = [part for part in first if prefer and part.name.startswith(prefer)] or first or others
             if not inside:
                 raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
             found += inside
         elif not os.access(path, os.R_OK):
             raise InputError(str(path), "no such file", "a readable file is needed")
-        elif path.suffix not in suffixes:
+        elif path.suffix not in (*suffixes, *else_of):
             hint = "counts in JSON: --from array" if path.suffix[:5] == ".json" else ""
-            raise InputError(str(path), path.suffix or "no suffix", f"a file {' or '.join(suffixes)}", hint)
+            limit = " or ".join((*suffixes, *else_of))
+            raise InputError(str(path), path.suffix or "no suffix", f"a file {limit}", hint)
         else:
             found.append(path)
     if not found:

@@ -56,7 +56,9 @@ def text_of(path: Path) -> TextIO:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
             data = stream.read(JSON_LIMIT + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(str(path), str(error), "a complete .gz file") from None
+        found = getattr(error, "strerror", None) or str(error)
+        limit = "a complete .gz file" if path.suffix == ".gz" else "a readable file is needed"
+        raise InputError(str(path), found, limit) from None
     if len(data) > JSON_LIMIT:
         raise InputError(str(path), f"more than {JSON_LIMIT} bytes when unpacked", f"at most {JSON_LIMIT} bytes")
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"

@@ -103,6 +103,17 @@ def test_a_file_for_each_step(load, folder):
         load(folder, "array")
 
 
+def test_what_lies_beside_counts_in_a_folder_is_left_alone(load, folder):
+    (folder / "config.json").write_text("{}")
+    np.save(folder / "counts.npy", COUNTS)
+    np.testing.assert_array_equal(load(folder, "array")[0].counts, COUNTS)
+    (folder / "counts.npy").unlink()
+    (folder / "counts.csv").write_text(
+        "\n".join(["step,layer,expert,count", *(",".join(map(str, r.values())) for r in ROWS)])
+    )
+    np.testing.assert_array_equal(load(folder, "csv")[0].counts, COUNTS)
+
+
 TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} for e in range(EXPERTS)}
 
 
