@@ -203,6 +203,12 @@ def test_failed_checks_and_times_that_differ_manyfold_are_refused(tmp_path: Path
 @pytest.mark.parametrize(
     ("text", "said"),
     [
+        (
+            "data_size(Bytes): | aveg_time(us): | alg_bandwidth(GB/s): | check_result:\n8192 | 50.1 | 0.16 | success\n",
+            "HCCL",
+        ),
+        ("===== Link Type between two GPUs =====\n      GPU0  GPU1\nGPU0  0     XGMI\n", "how GPUs are linked"),
+        ("       NPU0   NPU1   CPU Affinity\nNPU0   X      HCCS   0-23\n", "how GPUs are linked"),
         ("nvbandwidth Version: v0.8\n 0  N/A  26.34\n", "copies between pairs"),
         ("[P2P (Peer-to-Peer) GPU Bandwidth Latency Test]\n", "copies between pairs"),
         ("#bytes #iterations BW peak[Gb/sec] BW average[Gb/sec]\n65536 5000 391 390\n", "a network card's test"),

@@ -75,8 +75,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
                     yield block if used.all() else block[used]
 
     ids = options.layer_ids if _already_chosen(files, options) else None
-    told = {count_json.read(path).top_k for path in files if count_json.is_json(path)}
-    return Recording(blocks=blocks, layer_ids=ids, top_k=told.pop() if len(told) == 1 else None, notes=notes)
+    chosen = {count_json.read(path).top_k for path in files if count_json.is_json(path)}
+    return Recording(blocks=blocks, layer_ids=ids, top_k=chosen.pop() if len(chosen) == 1 else None, notes=notes)
 
 
 def _tables(paths: Sequence[Path]) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 COPIED = f"{NOT_COPIES}; then leave it out"
 TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
 _KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
+LISTED = {"expert", "experts", "id", "ids", "idx", "index", "indices", "layer", "layers"}  # whose numbers a list holds
 Rows = list[dict[str, Any]]
 
 
@@ -90,8 +91,11 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
             name = keys[0] or sum(isinstance(key, int) for key in known)
             yield from _rows(path, each, {**known, name: number}, told)
     elif (inner := _inside(value)) is not None:
-        told.unread += [key for key in value if value[key] is not inner]
-        yield from _rows(path, inner, known, told)
+        beside = {key: each for key, each in value.items() if each is not inner}
+        _refuse_telling(path, [key for key, each in beside.items() if isinstance(each, (list, dict))])
+        told.unread += [key for key, each in beside.items() if isinstance(each, (list, dict))]
+        plain = {key: each for key, each in beside.items() if key not in told.unread}
+        yield from _rows(path, inner, {**plain, **known}, told)
     else:
         yield {**known, **value}
 
@@ -151,21 +155,20 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     nested = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], (list, dict))))
     counts = [key for key in nested if words_of(key) & COUNTED and not COPIES.search(key)]
     counts = [key for key in counts if "logical" in words_of(key)] if len(counts) > 1 else counts
-    for key in {*nested, *(key for row in rows for key in row if row[key])} - {*counts}:
-        logical = bool(counts) and "logical" in words_of(counts[0])
-        if COPIES.search(key) and not logical:
-            raise InputError(str(path), f"{key} beside counts", "counts of logical experts", COPIED)
-        if key in nested and meant(key):
-            raise InputError(str(path), f"{key} beside counts", "counts alone", "leave it out, and give --layer-ids")
-        if ALTERING.search(key):
-            raise InputError(str(path), f"{key} beside counts", "counts alone", NOT_ALTERED)
+    logical = bool(counts) and "logical" in words_of(counts[0])
+    _refuse_telling(path, [key for key in nested if key not in counts], logical=logical)
+    _refuse_telling(path, {key for row in rows for key in row if row[key] and key not in nested}, logical=logical)
     if not nested:
         return None
     if len(counts) != 1 or any(counts[0] not in row for row in rows):
         ids = not counts and any(words_of(key) & NO_COUNTS for key in nested)
         hint = NOT_IDS if ids else "call them counts, and leave out other lists"
         raise InputError(str(path), ", ".join(nested)[:200], "one list of counts in every row", hint)
-    told.unread += [key for key in nested if key != counts[0]]
+    lists = [key for key in nested if key != counts[0]]
+    if which := next((key for key in lists if words_of(key) & LISTED and not words_of(key) & COUNTED), None):
+        hint = f"does {which} say whose they are? then write all; else leave it out"
+        raise InputError(str(path), f"{which} beside {counts[0]}", "counts of all experts, in order", hint)
+    told.unread += lists
     for key in [key for key in rows[0] if meant(key) == "top_k" and len({str(row.get(key)) for row in rows}) == 1]:
         told.top_k = rows[0][key] if type(rows[0][key]) is int else None
         nested.append(key)
@@ -174,6 +177,17 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
             if key != counts[0]:
                 row.pop(key, None)
     return counts[0]
+
+
+def _refuse_telling(path: Path, keys: Collection[str], *, logical: bool = False) -> None:
+    """Raise for what says more of the counts, by its name, than is read; logical: they are said to be of experts."""
+    for key in keys:
+        if COPIES.search(key) and not logical:
+            raise InputError(str(path), f"{key} beside counts", "counts of logical experts", COPIED)
+        if meant(key) == "layer_ids" and key.casefold() not in TABLES:
+            raise InputError(str(path), f"{key} beside counts", "counts alone", "leave it out, and give --layer-ids")
+        if ALTERING.search(key):
+            raise InputError(str(path), f"{key} beside counts", "counts alone", NOT_ALTERED)
 
 
 def _spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
@@ -244,6 +258,7 @@ def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
             continue
         whole = all(map(_is_whole, cells))
         total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
+        total = total or (TABLES.get(key.casefold()) == "count" and whole and len(rows) > 1 and len(set(cells)) == 1)
         fractions = all(isinstance(each, float) for each in cells) and any(each % 1 for each in cells)
         if total or cells in follow or fractions or (words_of(key) & TIMES):
             told.unread.append(key)

@@ -270,7 +270,7 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
     if parts & STATISTICS and (parts <= STATISTICS or 2 * _fractions(rows, name) > len(values(rows, name))):
         return True
     if parts & STATES and not _measured(rows, name, load_of):
-        return not _differs_within_a_load(name, devices, load_of) and not _few(rows, name)
+        return not _differs_within_a_load(name, devices, load_of) and 4 * len(values(rows, name)) > len(rows)
     return _measured(rows, name, load_of) or (
         _proportional(name, rows, load_of) and not _differs_within_a_load(name, devices, load_of)
     )
@@ -303,10 +303,6 @@ def is_numeric(rows: list[Row], name: str) -> bool:
         return all(float(value.strip("*%x\u00d7") or "nan") is not None for value in values(rows, name))
     except ValueError:
         return False
-
-
-def _few(rows: list[Row], name: str) -> bool:
-    return 4 * len(values(rows, name)) <= len(rows)
 
 
 def _fractions(rows: list[Row], name: str) -> int:
