@@ -35,6 +35,7 @@ from gemopt.latency import pack
 from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.splits.flow import fluid_times
+from gemopt.splits.levels import no_levels
 from gemopt.traces import Traces
 
 sys.path.append(str(Path(__file__).parent / "peers"))
@@ -119,7 +120,7 @@ def fluid(cost: CostModel, given: Traces) -> float:
         return np.nan
     curves = pack([latency.low for latency in cost.latencies])
     totals_TL = given.counts.sum(axis=2, dtype=np.int64)
-    return sum(float(fluid_times(curves, totals_T).sum()) for totals_T in totals_TL.T)
+    return sum(float(fluid_times(no_levels(curves), totals_T).sum()) for totals_T in totals_TL.T)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import Options, Row
 from gemopt.solvers.exact.column_space import Proven, Space
 from gemopt.splits.flow import fluid_times
+from gemopt.splits.levels import no_levels
 
 DESCENTS = 12  # before the search
 ROUNDED = 1 - 1e-9  # what sums of rounded times are worth
@@ -92,7 +93,7 @@ def compute_of(problem: Problem, row: Row, seconds: float) -> Compute:
 def held_within(latencies: list[Latency], most: int) -> FloatArray:
     """[most + 1] microseconds in which some ranks hold a load together, rounded down."""
     curves = pack([latency.low for latency in latencies])
-    return np.asarray(ROUNDED * fluid_times(curves, np.arange(most + 1)))
+    return np.asarray(ROUNDED * fluid_times(no_levels(curves), np.arange(most + 1)))
 
 
 @njit(cache=True, nogil=True)

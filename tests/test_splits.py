@@ -20,7 +20,8 @@ from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, pack, tile
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.splits import shares, static_shares, weights
-from gemopt.splits.flow import held_within, level
+from gemopt.splits import levels
+from gemopt.splits.levels import held_within, level, no_levels, table_levels
 from gemopt.splits.optimal import TABLE_LIMIT
 from gemopt.splits.rules import nearest_copies
 from gemopt.splits.senders import senders_of
@@ -40,7 +41,7 @@ def cut(n: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_level_is_the_least_time_that_holds_a_load(seed: int) -> None:
+def test_a_level_is_the_least_time_that_holds_a_load(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves with jumps between whole loads, ramps and plateaus; ranks that are alike and not."""
     rng = np.random.default_rng(seed)
     latencies = []
@@ -50,10 +51,13 @@ def test_a_level_is_the_least_time_that_holds_a_load(seed: int) -> None:
         curve = Curve(x.tolist(), (1 + np.cumsum(rng.choice([0.0, 0.5, 3.0], len(x)))).tolist(), rng.uniform(0.1, 1))
         latencies += [Latency(((curve,),))] * int(rng.integers(1, 3))
     curves, members = pack(latencies), np.arange(len(latencies))
-    for load in range(0, 90, 7):
-        time = level(curves, members, load, 1.0)
-        assert held_within(curves, members, time, load) >= load
-        assert time == 1.0 or held_within(curves, members, time * (1 - 1e-8), load) < load
+    tables = [no_levels(curves), table_levels(curves, 0.5, 8.0), table_levels(curves, 2.0, np.inf)]
+    monkeypatch.setattr(levels, "MOST_LEVELS", 3)
+    for table in [*tables, table_levels(curves, 0.0, np.inf)]:  # without, of some times, of all, with gaps
+        for load, known in product(range(0, 90, 7), (1.0, *table.times_L[:2])):
+            time = level(table, members, load, known)
+            assert held_within(curves, members, time, load) >= load
+            assert time == known or held_within(curves, members, time * (1 - 1e-8), load) < load
 
 
 def best_split(problem: Problem, row: np.ndarray, step: int) -> float:

@@ -10,18 +10,14 @@ flows, weighted means of cuts, and fractional combinatorial optimization", in Co
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import SLACK, Array, curve_capacity, latency_value, next_corner
-from gemopt.latency import Curves
-
-IntArray = NDArray[np.int64]
-Number = Any  # what a compiled function returns or takes, as far as a type checker can tell
-TIGHT = 1e-10  # a level is known to this much of itself
+from gemopt.kernels import Array, latency_value
+from gemopt.splits.levels import IntArray, Levels, Number, fill_capacity, level
 
 
 class Copies(NamedTuple):
@@ -102,69 +98,6 @@ def make_room(num_ranks: int) -> Room:
 
 
 @njit(cache=True, nogil=True)
-def capacity(curves: Curves, g: Number, time: float, total: int) -> Number:
-    """Largest whole load up to `total` of a rank within a time; curves do not decrease."""
-    most = np.inf
-    for k in range(curves.num_terms[g]):
-        most = min(most, curve_capacity(curves, g, k, 0, time + SLACK * abs(time)))
-    return np.int64(min(float(total), np.floor(max(0.0, most * (1 + 1e-12) + 1e-9))))
-
-
-@njit(cache=True, nogil=True)
-def held_within(curves: Curves, members: IntArray, time: float, total: Number) -> Number:
-    """Load that some ranks hold together within a time."""
-    held = 0
-    for g in members:
-        held += capacity(curves, g, time, total)
-    return held
-
-
-@njit(cache=True, nogil=True)
-def level(curves: Curves, members: IntArray, load: Number, known: float, enough: float = np.inf) -> Number:
-    """Least time, within `TIGHT`, in which some ranks hold a load together; never below `known`, never too short.
-
-    enough: a time in which they do, if one is known.
-    """
-    below, held = known, held_within(curves, members, known, load)
-    if held >= load:
-        return known
-    missing, width = load - held, 0.01
-    above, surplus = below, -1
-    if enough < np.inf:
-        above, surplus = enough, held_within(curves, members, enough, load) - load
-    while surplus < 0:
-        above = below + width * (abs(below) + 1e-6)
-        surplus, width = held_within(curves, members, above, load) - load, 2 * width
-        if surplus < 0:
-            below, missing = above, -surplus
-    for i in range(200):
-        if above - below <= TIGHT * abs(above):
-            break
-        share = missing / (missing + surplus + 1.0) if i % 2 == 0 else 0.5
-        time = below + (above - below) * min(0.999, max(0.001, share))
-        corner = next_time(curves, members, below)
-        for tried in (corner, corner * (1 - 0.5 * TIGHT), time):
-            if not below < tried < above:
-                continue
-            value = held_within(curves, members, tried, load) - load
-            if value >= 0:
-                above, surplus = tried, value
-            else:
-                below, missing = tried, -value
-    return above
-
-
-@njit(cache=True, nogil=True)
-def next_time(curves: Curves, members: IntArray, time: float) -> Number:
-    """The next time at which a corner of some ranks' curves is reached: in between, staircases hold what they held."""
-    found = np.inf
-    for g in members:
-        for k in range(curves.num_terms[g]):
-            found = min(found, next_corner(curves, g, k, 0, time + SLACK * abs(time)))
-    return found / (1 + SLACK) * (1 + 1e-15)
-
-
-@njit(cache=True, nogil=True)
 def relieve(copies: Copies, room: Room, parts_C: IntArray, full: Number) -> Number:
     """Send load of an overfull rank along copies to one with room, as long as there is one; returns the ranks reached.
 
@@ -207,18 +140,19 @@ def relieve(copies: Copies, room: Room, parts_C: IntArray, full: Number) -> Numb
 
 
 @njit(cache=True, nogil=True)
-def fluid_times(curves: Curves, total_T: IntArray) -> Array:
+def fluid_times(levels: Levels, total_T: IntArray) -> Array:
     """[T] time in which all ranks together hold a load, however it is cut into whole assignments."""
+    curves = levels.curves
     times_T, everyone, idle, loads_F = np.empty(len(total_T)), np.arange(len(curves.num_terms)), 0.0, np.zeros(1)
     for g in range(len(everyone)):
         idle = max(idle, latency_value(g, loads_F, curves))
     for t in range(len(total_T)):
-        times_T[t] = level(curves, everyone, int(total_T[t]), idle)
+        times_T[t] = level(levels, everyone, int(total_T[t]), idle)
     return times_T
 
 
 @njit(cache=True, nogil=True)
-def settle(curves: Curves, copies: Copies, parts_C: IntArray, room: Room, time: float, ready: bool) -> float:
+def settle(levels: Levels, copies: Copies, parts_C: IntArray, room: Room, time: float, ready: bool) -> float:
     """Bring `parts_C`, whose loads are in `room`, to the best split; returns its time, which is at least the one given.
 
     ready: whether `room.most` is what the given time allows. `room.cut` and `room.inside` prove that time, and then the
@@ -227,11 +161,11 @@ def settle(curves: Curves, copies: Copies, parts_C: IntArray, room: Room, time: 
     num_ranks, total = len(room.load), room.load.sum()
     while True:
         if not ready:
-            for g in range(num_ranks):
-                room.most[g] = capacity(curves, g, time, total)
+            fill_capacity(levels, time, total, room.most)
         reached, ready = 0, False
         for g in range(num_ranks):
-            reached = relieve(copies, room, parts_C, g)
+            if room.load[g] > room.most[g]:  # calls that need not be are as dear as what they do
+                reached = relieve(copies, room, parts_C, g)
             if reached > 0:
                 break
         if reached == 0:
@@ -240,11 +174,11 @@ def settle(curves: Curves, copies: Copies, parts_C: IntArray, room: Room, time: 
         for n in range(reached):
             room.inside[0] += room.load[room.queue[n]]
         room.cut[:] = room.seen
-        time = level(curves, room.queue[:reached], room.inside[0], time)
+        time = level(levels, room.queue[:reached], room.inside[0], time)
 
 
 @njit(cache=True, nogil=True)
-def spread(curves: Curves, alone_G: IntArray, copies: Copies, parts_C: IntArray, room: Room, fluid: float) -> float:
+def spread(levels: Levels, alone_G: IntArray, copies: Copies, parts_C: IntArray, room: Room, fluid: float) -> float:
     """Bring `parts_C` (any split to start from) to the best one; returns its time. `room` has what proves it.
 
     alone_G: load of the experts with one copy. fluid: as from `fluid_times`.
@@ -254,14 +188,14 @@ def spread(curves: Curves, alone_G: IntArray, copies: Copies, parts_C: IntArray,
         room.load[copies.rank[c]] += parts_C[c]
     room.cut[:] = True
     room.inside[0] = room.load.sum()
-    return settle(curves, copies, parts_C, room, fluid, False)
+    return settle(levels, copies, parts_C, room, fluid, False)
 
 
 @njit(cache=True, nogil=True)
-def spread_steps(curves: Curves, alone_TG: IntArray, copies: Copies, parts_TC: IntArray, fluid_T: Array) -> Array:
+def spread_steps(levels: Levels, alone_TG: IntArray, copies: Copies, parts_TC: IntArray, fluid_T: Array) -> Array:
     """[T] time of the best split of every step; `parts_TC` [T, C] is brought to it in place."""
     steps, num_ranks = alone_TG.shape
     room, times_T = make_room(num_ranks), np.empty(steps)
     for t in range(steps):
-        times_T[t] = spread(curves, alone_TG[t], copies, parts_TC[t], room, fluid_T[t])
+        times_T[t] = spread(levels, alone_TG[t], copies, parts_TC[t], room, fluid_T[t])
     return times_T

@@ -12,6 +12,7 @@ from gemopt.exceptions import UnsupportedError
 from gemopt.latency import ASSIGNMENTS, Feature, FloatArray, Latency, pack
 from gemopt.placement import EMPTY
 from gemopt.splits.flow import find_copies, fluid_times, spread_steps
+from gemopt.splits.levels import no_levels
 from gemopt.splits.parts import part_steps
 
 TABLE_LIMIT = 1 << 22
@@ -57,7 +58,8 @@ class OptimalSplit:
         parts_TC = (given_TC + self.number_C - 1 - self.index_C) // self.number_C
         if self.features == (ASSIGNMENTS,):
             alone_TG = np.rint(counts @ self.home_EG).astype(np.int64)
-            spread_steps(self.curves, alone_TG, self.copies, parts_TC, fluid_times(self.curves, counts.sum(axis=1)))
+            levels = no_levels(self.curves)
+            spread_steps(levels, alone_TG, self.copies, parts_TC, fluid_times(levels, counts.sum(axis=1)))
             return parts_TC
         alone_TGF = np.stack([feature.of(counts) @ self.home_EG for feature in self.features], axis=2)
         counts_TR = np.ascontiguousarray(counts[:, self.copies.experts])

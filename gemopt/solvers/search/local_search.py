@@ -29,6 +29,7 @@ from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.packing import copies_worth_trying, filled, lpt_row, peak_load, placeable, replicate
 from gemopt.splits import plain
 from gemopt.splits.flow import fluid_times
+from gemopt.splits.levels import no_levels
 
 if TYPE_CHECKING:
     from gemopt.solvers.search.shares import Shares
@@ -101,7 +102,7 @@ def _with_scarce_copies(problem: Problem, stop: NDArray[np.uint8], seconds: floa
     seconds: for the bound's programmes.
     """
     curves = pack([latency.low for latency in problem.latencies])
-    floor_T = fluid_times(curves, problem.counts_TE.sum(axis=1, dtype=np.int64))
+    floor_T = fluid_times(no_levels(curves), problem.counts_TE.sum(axis=1, dtype=np.int64))
     copies_E = scarce_copies(problem, floor_T, stop, seconds=seconds)
     if copies_E is None or not placeable(copies_E, problem.slots_per_rank):
         return None

@@ -12,11 +12,12 @@ import numpy as np
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY
 from gemopt.solvers.search.spread_changes import Flow, fill_most, make_work, try_drawn
+from gemopt.solvers.search.spread_cuts import first_cuts, make_cuts
 from gemopt.solvers.search.spreading import FEWEST, GLANCE, Look
 from gemopt.splits.flow import find_copies
 
 LEAST_GAIN = 1e-9  # of the value
-BATCH = 16  # tries between looks at whether to stop
+BATCH = 64  # tries between looks at whether to stop
 REFRESH = 1024  # tries after which slots and experts are weighed again, and other steps come first
 ANYWHERE = 1e-3  # of what all slots cost: what each of them has at least, taken together
 
@@ -39,29 +40,53 @@ class Climb:
         copies = find_copies(self.row, self.ranks, problem.num_experts, problem.num_ranks)
         return Look(
             self.looks, self.row.copy(), self.value_us, flow.times_T.copy(), flow.shares_TP.copy(), copies,
-            flow.cut_TG.copy(), flow.load_TG.copy(),
+            first_cuts(flow.cuts, problem.num_ranks), flow.load_TG.copy(),
         )  # fmt: skip
 
     def climb(self, tries: int, stop: Callable[[], bool]) -> bool:
         """Try changes and keep those that gain; whether any did."""
-        before, done = self.value_us, 0
+        before = self.value_us
+        self._try(tries, lambda _: np.full(BATCH, LEAST_GAIN * self.value_us), stop)
+        return self.value_us < before
+
+    def anneal(self, tries: int, hot: float, cold: float, stop: Callable[[], bool]) -> None:
+        """Try changes and keep those that lose no more than chance lets them, ever less; ends in the best row.
+
+        hot, cold: temperatures at first and at last, of the value.
+        """
+        best, best_us = self.row.copy(), self.value_us
+
+        def may_lose(done: int) -> FloatArray:
+            nonlocal best, best_us
+            if self.value_us < best_us * (1 - LEAST_GAIN):
+                best, best_us = self.row.copy(), self.value_us
+            heat = self.value_us * hot * (cold / hot) ** (done / tries)
+            return np.asarray(heat * np.log(1 - self.draws.random(BATCH)))
+
+        self._try(tries, may_lose, stop)
+        may_lose(tries)
+        if self.value_us > best_us:
+            self.__init__(self.looks.at(best, self.look), self.draws)  # type: ignore[misc]
+
+    def _try(self, tries: int, least: Callable[[int], FloatArray], stop: Callable[[], bool]) -> None:
+        """Try changes and keep those that save as much as they have to, by how many were tried."""
+        done = 0
         while done < tries and not stop():
             if done % REFRESH == 0:
                 slot_P, expert_E = self._weights()
                 order = self.draws.permutation(self.problem.num_steps)
-            draws_ND, at = self.draws.random((BATCH, 3)), 0
+            draws_ND, least_N, at = self.draws.random((BATCH, 3)), least(done), 0
             while at < BATCH:
-                tried, saved = try_drawn(
-                    self.looks.curves, self.problem.counts_TE, self.problem.weights_T, self.looks.fluid_T, self.row,
+                tried, carried, saved = try_drawn(
+                    self.looks.levels, self.problem.counts_TE, self.problem.weights_T, self.looks.fluid_T, self.row,
                     self.ranks, self.barred_EG, slot_P, expert_E, draws_ND[at:], self.flow, self.work, order,
-                    max(FEWEST, len(order) // GLANCE), LEAST_GAIN * self.value_us,
+                    max(FEWEST, len(order) // GLANCE), least_N[at:],
                 )  # fmt: skip
                 at += tried
-                if saved > 0:
+                if carried:
                     self.value_us -= saved
                     self.barred_EG = np.ascontiguousarray(self.looks.barred(self.row))
             done += BATCH
-        return self.value_us < before
 
     def _weights(self) -> tuple[FloatArray, FloatArray]:
         """Cumulated, up to 1: what slots cost where they are, and what copies of experts promise."""
@@ -79,9 +104,9 @@ def _flow(look: Look) -> Flow:
     inside_TE = ~look.cut_TG @ held_GE == 0
     flow = Flow(
         look.shares_TP.astype(np.int64, order="C"), look.load_TG.copy(), np.zeros_like(look.load_TG),
-        look.times_T.copy(), look.cut_TG.copy(), (counts_TE * inside_TE).sum(axis=1, dtype=np.int64),
+        look.times_T.copy(), make_cuts(look.cut_TG, (counts_TE * inside_TE).sum(axis=1, dtype=np.int64)),
     )  # fmt: skip
-    fill_most(look.looks.curves, flow)
+    fill_most(look.looks.levels, flow)
     return flow
 
 

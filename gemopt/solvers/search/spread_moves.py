@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from gemopt.kernels import Array
+from gemopt.solvers.search.spread_cuts import bits_of, words_for
 from gemopt.splits.flow import IntArray, Number
 
 
@@ -15,24 +16,23 @@ class Change(NamedTuple):
     """Another expert for a slot, or the contents of two slots exchanged.
 
     slot, other: the slots, -1 without another. experts: [2] what leaves the slot and what comes, -1 for none.
-    before, after: ranks of either of them. siblings: [n] the slots that the one that leaves keeps, where there is no
-    other: one of them takes its share. rank_P: rank of each slot. walls, held: some ranks that may prove a longer time,
-    and the experts that are on these alone after it. near, first, near_ranks: the experts on the ranks of both slots
-    then; ranks of the nth from `first[n]` to `first[n + 1]`; none without another slot.
+    before_2W, after_2W: bits of the ranks of either of them. siblings: [n] the slots that the one that leaves keeps,
+    where there is no other: one of them takes its share. walls: [4] some ranks that may prove a longer time, the nth
+    from `first[n]` to `first[n + 1]` of `ranks`, as bits in `ranks_4W`; the experts on these alone after the change,
+    from `first_held[n]` of `held`.
     """
 
     slot: int
     other: int
     experts: IntArray
-    before: tuple[IntArray, IntArray]
-    after: tuple[IntArray, IntArray]
+    before_2W: IntArray
+    after_2W: IntArray
     siblings: IntArray
-    rank_P: IntArray
-    walls: tuple[IntArray, IntArray, IntArray, IntArray]
-    held: tuple[IntArray, IntArray, IntArray, IntArray]
-    near: IntArray
     first: IntArray
-    near_ranks: IntArray
+    ranks: IntArray
+    ranks_4W: IntArray
+    first_held: IntArray
+    held: IntArray
 
 
 @njit(cache=True, nogil=True)
@@ -59,25 +59,25 @@ def make_change(
     row_P: IntArray, after_P: IntArray, rank_P: IntArray, slot: int, other: int, size: tuple[int, int]
 ) -> Change:
     """What becomes of a row where one slot, or two, are another's. size: numbers of experts and ranks."""
-    old, new = row_P[slot], after_P[slot]
-    before = (ranks_of(row_P, rank_P, old), ranks_of(row_P, rank_P, new))
-    after = (ranks_of(after_P, rank_P, old), ranks_of(after_P, rank_P, new))
-    siblings = np.flatnonzero((after_P == old) & (old >= 0) & (other < 0))
-    walls = (after[0], after[1], rank_P[slot : slot + 1].copy(), rank_P[other : other + 1].copy())
-    held = (
-        held_alone(after_P, rank_P, walls[0], size), held_alone(after_P, rank_P, walls[1], size),
-        held_alone(after_P, rank_P, walls[2], size), held_alone(after_P, rank_P, walls[3], size),
-    )  # fmt: skip
-    on_E = np.zeros(size[0], np.bool_)
-    for p in range(len(after_P)):
-        if other >= 0 and after_P[p] >= 0 and (rank_P[p] == rank_P[slot] or rank_P[p] == rank_P[other]):
-            on_E[after_P[p]] = True
-    near = np.flatnonzero(on_E)
-    first, near_ranks = np.zeros(len(near) + 1, np.int64), np.empty(len(row_P), np.int64)
-    for n in range(len(near)):
-        ranks = ranks_of(after_P, rank_P, near[n])
-        first[n + 1] = first[n] + len(ranks)
-        near_ranks[first[n] : first[n + 1]] = ranks
+    words, experts = words_for(size[1]), np.array([row_P[slot], after_P[slot]])
+    before_2W, after_2W, ranks_4W = np.empty((2, words), np.int64), np.empty((2, words), np.int64), np.empty(
+        (4, words), np.int64
+    )
+    first, first_held = np.zeros(5, np.int64), np.zeros(5, np.int64)
+    ranks, held = np.empty(2 * len(row_P) + 2, np.int64), np.empty(4 * size[0], np.int64)
+    for n in range(4):
+        if n < 2:
+            members = ranks_of(after_P, rank_P, experts[n])
+            before_2W[n] = bits_of(ranks_of(row_P, rank_P, experts[n]), words)
+            after_2W[n] = bits_of(members, words)
+        else:
+            at = slot if n == 2 else other
+            members = rank_P[at : at + 1] if at >= 0 else rank_P[:0]
+        alone = held_alone(after_P, rank_P, members, size)
+        ranks_4W[n] = bits_of(members, words)
+        first[n + 1], first_held[n + 1] = first[n] + len(members), first_held[n] + len(alone)
+        ranks[first[n] : first[n + 1]], held[first_held[n] : first_held[n + 1]] = members, alone
+    siblings = np.flatnonzero((after_P == experts[0]) & (experts[0] >= 0) & (other < 0))
     return Change(
-        slot, other, np.array([old, new]), before, after, siblings, rank_P, walls, held, near, first, near_ranks
+        slot, other, experts, before_2W, after_2W, siblings, first, ranks, ranks_4W, first_held, held
     )  # fmt: skip

@@ -22,21 +22,23 @@ from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.search.state import step_order
 from gemopt.splits import even_shares
-from gemopt.splits.flow import Copies, capacity, find_copies, fluid_times, held_within, make_room, spread
+from gemopt.splits.flow import Copies, find_copies, fluid_times, make_room, spread
+from gemopt.splits.levels import Levels, capacity, held_within, no_levels, table_levels
 
 NARROW = 1e-9  # of a time: a cut that costs less does not bind
+LONGEST = 3.0  # times the longest fluid time: longer times are not tabled
 GLANCE, FEWEST = 4, 128  # one step in so many says what changes promise, though not fewer than so many
 
 
 @njit(cache=True, nogil=True)
 def spread_through(
-    curves: Curves, alone_TG: Array, copies: Copies, parts_TC: Array, fluid_T: Array, chosen: Array, times_T: Array,
+    levels: Levels, alone_TG: Array, copies: Copies, parts_TC: Array, fluid_T: Array, chosen: Array, times_T: Array,
     cut_TG: Array, load_TG: Array,
 ) -> None:  # fmt: skip
     """Bring `parts_TC` to the best splits of the chosen steps; fills in their times, cuts and loads."""
     room = make_room(alone_TG.shape[1])
     for t in chosen:
-        times_T[t] = spread(curves, alone_TG[t], copies, parts_TC[t], room, fluid_T[t])
+        times_T[t] = spread(levels, alone_TG[t], copies, parts_TC[t], room, fluid_T[t])
         cut_TG[t], load_TG[t] = room.cut, room.load
 
 
@@ -145,7 +147,8 @@ class Looks:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.curves = pack([latency.high for latency in problem.latencies])
-        self.fluid_T = fluid_times(self.curves, problem.counts_TE.sum(axis=1, dtype=np.int64))
+        self.fluid_T = fluid_times(no_levels(self.curves), problem.counts_TE.sum(axis=1, dtype=np.int64))
+        self.levels = table_levels(self.curves, 0.999 * float(self.fluid_T.min()), LONGEST * float(self.fluid_T.max()))
         self.fluid_us = float((self.fluid_T * problem.weights_T).sum())
         self.float_counts_TE = problem.counts_TE.astype(np.float64)
         self.order = step_order(problem.num_steps)
@@ -166,7 +169,7 @@ class Looks:
         cut_TG, load_TG = np.ones(alone_TG.shape, np.bool_), np.zeros(alone_TG.shape, np.int64)
         times_T = self.fluid_T.copy()
         spread_through(
-            self.curves, np.ascontiguousarray(alone_TG).astype(np.int64), copies, parts_TC, self.fluid_T,
+            self.levels, np.ascontiguousarray(alone_TG).astype(np.int64), copies, parts_TC, self.fluid_T,
             self.order if chosen is None else chosen, times_T, cut_TG, load_TG,
         )  # fmt: skip
         shares_TP[:, copies.slot] = parts_TC
