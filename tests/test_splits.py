@@ -19,8 +19,7 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line, pack, tiles
 from gemopt.placement import Split
 from gemopt.problem import Problem
-from gemopt.splits import shares, static_shares, weights
-from gemopt.splits import levels
+from gemopt.splits import levels, shares, static_shares, weights
 from gemopt.splits.levels import held_within, level, no_levels, table_levels
 from gemopt.splits.optimal import TABLE_LIMIT
 from gemopt.splits.rules import nearest_copies

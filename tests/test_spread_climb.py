@@ -16,6 +16,7 @@ from gemopt.rules import Rules
 from gemopt.solvers.search import spread_climb
 from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.spread_climb import Climb
+from gemopt.solvers.search.spread_cuts import WORD
 from gemopt.solvers.search.spread_search import SpreadSearch
 from gemopt.solvers.search.spreading import Looks
 
@@ -37,8 +38,39 @@ def random_problem(seed: int) -> Problem:
     return Problem.make(counts_TE, [ASSIGNMENTS], latencies, slots_G, weights_T, split=Split.OPTIMAL)
 
 
+def wide_problem(seed: int) -> Problem:
+    """More ranks than a word has bits."""
+    rng = np.random.default_rng(seed)
+    counts_TE = rng.integers(0, 30, (24, 120)) * rng.choice([1, 1, 8], (24, 120))
+    latencies = [Latency(((line(2, float(rng.uniform(0.5, 2))),),)) for _ in range(70)]
+    return Problem.make(counts_TE, [ASSIGNMENTS], latencies, np.full(70, 2), np.ones(24), split=Split.OPTIMAL)
+
+
 def never() -> bool:
     return False
+
+
+def check_state(climb: Climb) -> None:
+    """What a climb knows of its row is what the row says: splits, times, and cuts."""
+    problem, flow, cuts = climb.problem, climb.flow, climb.flow.cuts
+    assert climb.look.times_T == pytest.approx(climb.looks.at(climb.row).times_T, rel=1e-8)
+    assert climb.value_us == pytest.approx(objective(problem, climb.row), rel=1e-8)
+    sums_TG = [flow.shares_TP[:, problem.rank_of_slot == g].sum(axis=1) for g in range(problem.num_ranks)]
+    assert (sums_TG == flow.load_TG.T).all() and (flow.load_TG <= flow.most_TG).all()
+    for expert in range(problem.num_experts):
+        slots = np.flatnonzero(climb.row == expert)
+        assert len(np.unique(problem.rank_of_slot[slots])) == len(slots) > 0
+        assert (flow.shares_TP[:, slots].sum(axis=1) == problem.counts_TE[:, expert]).all()
+    assert (flow.shares_TP >= 0).all() and not flow.shares_TP[:, climb.row == EMPTY].any()
+    words, bits = np.divmod(np.arange(problem.num_ranks), WORD)
+    cut_TMG = (cuts.ranks_TMW[:, :, words] >> bits & 1).astype(bool)
+    held_EG = np.zeros((problem.num_experts, problem.num_ranks), bool)
+    held_EG[climb.row[climb.row != EMPTY], problem.rank_of_slot[climb.row != EMPTY]] = True
+    for t in range(problem.num_steps):
+        for m in range(cuts.inside_TM.shape[1]):
+            cut_G = cut_TMG[t, m]
+            assert cuts.inside_TM[t, m] == problem.counts_TE[t, ~held_EG[:, ~cut_G].any(axis=1)].sum()
+            assert cuts.most_TM[t, m] == flow.most_TG[t, cut_G].sum()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -53,16 +85,39 @@ def test_what_changes_save_is_what_a_look_from_nothing_says(seed: int, monkeypat
         before = climb.value_us
         gained = climb.climb(150, never)
         assert climb.value_us < before if gained else climb.value_us == before
-        look, flow = looks.at(climb.row), climb.flow
-        assert climb.look.times_T == pytest.approx(look.times_T, rel=1e-8)
-        assert climb.value_us == pytest.approx(objective(problem, climb.row), rel=1e-8)
-        sums_TG = [flow.shares_TP[:, problem.rank_of_slot == g].sum(axis=1) for g in range(problem.num_ranks)]
-        assert (sums_TG == flow.load_TG.T).all() and (flow.load_TG <= flow.most_TG).all()
-        for expert in range(problem.num_experts):
-            slots = np.flatnonzero(climb.row == expert)
-            assert len(np.unique(problem.rank_of_slot[slots])) == len(slots) > 0
-            assert (flow.shares_TP[:, slots].sum(axis=1) == problem.counts_TE[:, expert]).all()
-        assert (flow.shares_TP >= 0).all() and not flow.shares_TP[:, climb.row == EMPTY].any()
+        check_state(climb)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_annealing_ends_in_the_best_row(seed: int) -> None:
+    """On more ranks than a word has bits as well; hot, so that it ends elsewhere unless it goes back."""
+    problem = wide_problem(seed) if seed % 2 else random_problem(seed)
+    looks = Looks(problem)
+    start = looks.at(lpt_row(problem))
+    climb = Climb(start, np.random.default_rng(seed))
+    seen = [start.value_us]
+
+    def progress(done: int) -> float:
+        seen.append(climb.value_us)
+        return done / 1500
+
+    climb.anneal(0.1, 0.01, progress, never)
+    assert max(np.diff(seen)) > 0  # it did lose on the way
+    assert climb.value_us <= min(seen) * (1 + 1e-8)
+    check_state(climb)
+    assert climb.flow.cuts.ranks_TMW[:, 0].any()
+
+
+def test_searching_climbs_first_then_anneals_and_is_never_worse() -> None:
+    problem = wide_problem(0)
+    search = SpreadSearch(problem, lpt_row(problem), np.random.default_rng(0))
+    values = [search.best.value_us]
+    for left_s in [None] * 4 + [0.2] * 3:
+        better = search.step(never, left_s)
+        values.append(search.best.value_us)
+        assert better == (values[-1] < values[-2]) and values[-1] <= values[-2]
+    assert search.climbed and values[-1] < values[0]
+    assert search.best.value_us == pytest.approx(objective(problem, search.best.row), rel=1e-8)
 
 
 def test_climbing_gains_and_ends_where_it_is_told() -> None:

@@ -95,7 +95,7 @@ def tabled_level(
     times_L: FloatArray, held_LG: IntArray, steady_L: Array, members: IntArray, size: int, load: Number, known: float
 ) -> Number:
     """What `level` says of the first of `members`, by the arrays of the table, or -1 where these do not know."""
-    low, high = np.searchsorted(times_L, known), len(times_L)
+    low, high = int(np.searchsorted(times_L, known)), len(times_L)
     if low == high or times_L[low] != known:
         return -1.0
     first = low
@@ -119,7 +119,7 @@ def level(levels: Levels, members: IntArray, load: Number, known: float) -> Numb
     tabled = tabled_level(times_L, held_LG, levels.steady_L, members, len(members), load, known)
     if tabled >= 0:
         return tabled
-    low, high, below = np.searchsorted(times_L, known), len(times_L), known
+    low, high, below = int(np.searchsorted(times_L, known)), len(times_L), known
     held, enough = held_within(curves, members, known, load), np.inf
     if held >= load:
         return known

@@ -13,7 +13,8 @@ from numba import njit
 
 from gemopt.kernels import Array, latency_value
 from gemopt.latency import Curves
-from gemopt.splits.flow import Copies, IntArray
+from gemopt.splits.flow import Copies
+from gemopt.splits.levels import IntArray
 
 LEAST = 1e-9  # of a time: what counts as less
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from gemopt.kernels import Array, latency_value, rank_loads
 from gemopt.latency import Curves, FloatArray
-from gemopt.splits.flow import Copies, IntArray, Number, find_copies
+from gemopt.splits.flow import Copies, find_copies
+from gemopt.splits.levels import IntArray, Number
 from gemopt.splits.optimal import feature_table
 from gemopt.splits.rules import even_weights
 

@@ -157,8 +157,9 @@ class _Spreading(_Search):
         self.offer(self.spread.best.row)
 
     def improve(self) -> bool:
-        before = self.value
-        if self.descended and self.spread.step(self.options.expired):
+        before, options = self.value, self.options
+        planned = options.patience is None and np.isfinite(options.deadline)
+        if self.descended and self.spread.step(options.expired, options.remaining if planned else None):
             self.offer(self.spread.best.row)
         return self.value < before * (1 - LEAST_GAIN)
 

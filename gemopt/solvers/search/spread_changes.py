@@ -2,8 +2,8 @@
 
 The cut that proves a step's time holds the experts that are on no rank outside. A change that moves none of them across
 it cannot shorten the step, and leaves it as it is where the ranks still hold their loads. Otherwise the cut's new load
-says how long the step takes at least, and the split goes on from there. What steps take at least, by this cut and others
-(`spread_cuts`), rejects most changes.
+says how long the step takes at least, and the split goes on from there. What steps take at least, by this cut and
+others (`spread_cuts`), rejects most changes.
 
 Arrays that a compiled function takes are counted, each at every call: what is called for every step takes few.
 """
@@ -20,8 +20,8 @@ from gemopt.kernels import Array
 from gemopt.latency import FloatArray
 from gemopt.solvers.search.spread_cuts import Cuts, bits_of, fill_held, ranks_in, remember, words_for
 from gemopt.solvers.search.spread_moves import Change, make_change
-from gemopt.splits.flow import Copies, IntArray, Number, Room, copies_of, make_room, settle
-from gemopt.splits.levels import Levels, fill_capacity, level, tabled_level
+from gemopt.splits.flow import Copies, Room, copies_of, make_room, settle
+from gemopt.splits.levels import IntArray, Levels, Number, fill_capacity, level, tabled_level
 
 AT_A_GLANCE = 0.5  # of what a change may lose: losing more on a part of the steps, it will lose too much
 
@@ -124,7 +124,12 @@ def least_times(
 
 @njit(cache=True, nogil=True)
 def receiver(
-    shares_TP: IntArray, load_TG: IntArray, most_TG: IntArray, rank_P: IntArray, change: tuple[int, int, IntArray], t: int
+    shares_TP: IntArray,
+    load_TG: IntArray,
+    most_TG: IntArray,
+    rank_P: IntArray,
+    change: tuple[int, int, IntArray],
+    t: int,
 ) -> tuple[Number, Number]:
     """The slot that takes what the changed one had, and how much more it has then; -1: none.
 
@@ -247,8 +252,8 @@ def try_change(
 ) -> tuple[bool, float]:  # fmt: skip
     """Carry a change out where it saves at least so many weighted microseconds; whether it does, and the saving.
 
-    after_P: the row after it. order: all steps; a change that loses on the first `glance` of them, and more than part of
-    what it may, is not looked at any further.
+    after_P: the row after it. order: all steps; a change that loses on the first `glance` of them, and more than part
+    of what it may, is not looked at any further.
     """
     enough, some, rest = min(0.0, AT_A_GLANCE * least), order[:glance], order[glance:]
     least_times(levels, counts_TE, fluid_T, flow, change, work, some)
@@ -272,9 +277,7 @@ def try_change(
             time = split_anew(levels, copies, flow, work, t, fluid_T[t], moved, rank_P)
         for m in range(cuts.inside_TM.shape[1]):
             cut_W = cuts.ranks_TMW[t, m]
-            cuts.inside_TM[t, m] += moved_over(
-                counts_TE, cut_W, change.experts, change.before_2W, change.after_2W, t
-            )
+            cuts.inside_TM[t, m] += moved_over(counts_TE, cut_W, change.experts, change.before_2W, change.after_2W, t)
         exchange(flow, change.slot, int(to), int(net), rank_P, t)
         if work.anew_T[t]:
             keep(copies, flow, work, t, time)

@@ -1,5 +1,7 @@
 """Climbing under the optimal split: one change of slots after the other, drawn by costs and promises, kept if it gains.
 
+Annealing keeps some that lose as well.
+
 Each is told from the splits before it (`spread_changes`), which takes a small part of what looking at a row takes.
 """
 
@@ -13,10 +15,11 @@ from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY
 from gemopt.solvers.search.spread_changes import Flow, fill_most, make_work, try_drawn
 from gemopt.solvers.search.spread_cuts import first_cuts, make_cuts
-from gemopt.solvers.search.spreading import FEWEST, GLANCE, Look
+from gemopt.solvers.search.spreading import Look
 from gemopt.splits.flow import find_copies
 
 LEAST_GAIN = 1e-9  # of the value
+GLANCE, FEWEST = 4, 128  # one step in so many says first what a change loses, though not fewer than so many
 BATCH = 64  # tries between looks at whether to stop
 REFRESH = 1024  # tries after which slots and experts are weighed again, and other steps come first
 ANYWHERE = 1e-3  # of what all slots cost: what each of them has at least, taken together
@@ -27,10 +30,13 @@ class Climb:
 
     def __init__(self, look: Look, draws: np.random.Generator) -> None:
         self.looks, self.problem, self.draws = look.looks, look.looks.problem, draws
-        self.row, self.value_us = look.row.astype(np.int64), look.value_us
         self.ranks = np.ascontiguousarray(self.problem.rank_of_slot, np.int64)
+        self.work = make_work(self.problem.num_steps, len(look.row), self.problem.num_ranks)
+        self._begin(look)
+
+    def _begin(self, look: Look) -> None:
+        self.row, self.value_us = look.row.astype(np.int64), look.value_us
         self.flow = _flow(look)
-        self.work = make_work(self.problem.num_steps, len(self.row), self.problem.num_ranks)
         self.barred_EG = np.ascontiguousarray(self.looks.barred(self.row))
 
     @property
@@ -46,36 +52,42 @@ class Climb:
     def climb(self, tries: int, stop: Callable[[], bool]) -> bool:
         """Try changes and keep those that gain; whether any did."""
         before = self.value_us
-        self._try(tries, lambda _: np.full(BATCH, LEAST_GAIN * self.value_us), stop)
+
+        def must_gain(done: int) -> FloatArray | None:
+            return None if done >= tries or stop() else np.full(BATCH, LEAST_GAIN * self.value_us)
+
+        self._try(must_gain)
         return self.value_us < before
 
-    def anneal(self, tries: int, hot: float, cold: float, stop: Callable[[], bool]) -> None:
+    def anneal(self, hot: float, cold: float, progress: Callable[[int], float], stop: Callable[[], bool]) -> None:
         """Try changes and keep those that lose no more than chance lets them, ever less; ends in the best row.
 
-        hot, cold: temperatures at first and at last, of the value.
+        hot, cold: temperatures at first and at last, of the value. progress: how much is over after so many tries,
+        from 0 to 1.
         """
         best, best_us = self.row.copy(), self.value_us
 
-        def may_lose(done: int) -> FloatArray:
+        def may_lose(done: int) -> FloatArray | None:
             nonlocal best, best_us
             if self.value_us < best_us * (1 - LEAST_GAIN):
                 best, best_us = self.row.copy(), self.value_us
-            heat = self.value_us * hot * (cold / hot) ** (done / tries)
-            return np.asarray(heat * np.log(1 - self.draws.random(BATCH)))
+            part = progress(done)
+            if part >= 1 or stop():
+                return None
+            return np.asarray(self.value_us * hot * (cold / hot) ** part * np.log(1 - self.draws.random(BATCH)))
 
-        self._try(tries, may_lose, stop)
-        may_lose(tries)
+        self._try(may_lose)
         if self.value_us > best_us:
-            self.__init__(self.looks.at(best, self.look), self.draws)  # type: ignore[misc]
+            self._begin(self.looks.at(best, self.look))
 
-    def _try(self, tries: int, least: Callable[[int], FloatArray], stop: Callable[[], bool]) -> None:
-        """Try changes and keep those that save as much as they have to, by how many were tried."""
+    def _try(self, least: Callable[[int], FloatArray | None]) -> None:
+        """Try changes and keep those that save as much as they have to, by how many were tried; until none is told."""
         done = 0
-        while done < tries and not stop():
+        while (least_N := least(done)) is not None:
             if done % REFRESH == 0:
                 slot_P, expert_E = self._weights()
                 order = self.draws.permutation(self.problem.num_steps)
-            draws_ND, least_N, at = self.draws.random((BATCH, 3)), least(done), 0
+            draws_ND, at = self.draws.random((BATCH, 3)), 0
             while at < BATCH:
                 tried, carried, saved = try_drawn(
                     self.looks.levels, self.problem.counts_TE, self.problem.weights_T, self.looks.fluid_T, self.row,

@@ -12,7 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.kernels import Array
-from gemopt.splits.flow import IntArray
+from gemopt.splits.levels import IntArray
 
 KEPT = 8  # cuts of a step
 WORD = 64

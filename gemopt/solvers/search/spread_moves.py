@@ -9,7 +9,7 @@ from numba import njit
 
 from gemopt.kernels import Array
 from gemopt.solvers.search.spread_cuts import bits_of, words_for
-from gemopt.splits.flow import IntArray, Number
+from gemopt.splits.levels import IntArray, Number
 
 
 class Change(NamedTuple):
@@ -60,9 +60,8 @@ def make_change(
 ) -> Change:
     """What becomes of a row where one slot, or two, are another's. size: numbers of experts and ranks."""
     words, experts = words_for(size[1]), np.array([row_P[slot], after_P[slot]])
-    before_2W, after_2W, ranks_4W = np.empty((2, words), np.int64), np.empty((2, words), np.int64), np.empty(
-        (4, words), np.int64
-    )
+    before_2W, after_2W = np.empty((2, words), np.int64), np.empty((2, words), np.int64)
+    ranks_4W = np.empty((4, words), np.int64)
     first, first_held = np.zeros(5, np.int64), np.zeros(5, np.int64)
     ranks, held = np.empty(2 * len(row_P) + 2, np.int64), np.empty(4 * size[0], np.int64)
     for n in range(4):

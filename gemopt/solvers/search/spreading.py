@@ -20,24 +20,22 @@ from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.search.state import step_order
 from gemopt.splits import even_shares
 from gemopt.splits.flow import Copies, find_copies, fluid_times, make_room, spread
 from gemopt.splits.levels import Levels, capacity, held_within, no_levels, table_levels
 
 NARROW = 1e-9  # of a time: a cut that costs less does not bind
 LONGEST = 3.0  # times the longest fluid time: longer times are not tabled
-GLANCE, FEWEST = 4, 128  # one step in so many says what changes promise, though not fewer than so many
 
 
 @njit(cache=True, nogil=True)
 def spread_through(
-    levels: Levels, alone_TG: Array, copies: Copies, parts_TC: Array, fluid_T: Array, chosen: Array, times_T: Array,
-    cut_TG: Array, load_TG: Array,
+    levels: Levels, alone_TG: Array, copies: Copies, parts_TC: Array, fluid_T: Array, times_T: Array, cut_TG: Array,
+    load_TG: Array,
 ) -> None:  # fmt: skip
-    """Bring `parts_TC` to the best splits of the chosen steps; fills in their times, cuts and loads."""
+    """Bring `parts_TC` to the best splits of all steps; fills in their times, cuts and loads."""
     room = make_room(alone_TG.shape[1])
-    for t in chosen:
+    for t in range(len(times_T)):
         times_T[t] = spread(levels, alone_TG[t], copies, parts_TC[t], room, fluid_T[t])
         cut_TG[t], load_TG[t] = room.cut, room.load
 
@@ -45,9 +43,9 @@ def spread_through(
 @njit(cache=True, nogil=True)
 def promise_through(
     curves: Curves, counts_TE: Array, home_E: Array, copies: Copies, parts_TC: Array, fluid_T: Array, times_T: Array,
-    cut_TG: Array, load_TG: Array, slope_T: Array, gain_EG: Array, used_C: Array,
+    cut_TG: Array, load_TG: Array, slope_T: Array, gain_EG: Array,
 ) -> None:  # fmt: skip
-    """Fill `gain_EG` and `used_C` of `Promise`. slope_T: weights, which become microseconds per load inside the cut.
+    """Fill `gain_EG` of `Promise`. slope_T: weights, which become microseconds per load inside the cut.
 
     home_E: rank of an expert with one copy, else -1 less its number among those with several.
     """
@@ -73,9 +71,6 @@ def promise_through(
             if slack > 0:
                 outside[wide], slack_G[wide] = g, slack
                 wide += 1
-        for c in range(len(used_C)):
-            if not cut_G[copies.rank[c]]:
-                used_C[c] += slope * parts_TC[t, c]
         for e in range(len(home_E)):
             r, load = home_E[e], 0
             if r >= 0:
@@ -91,20 +86,18 @@ def promise_through(
 class Promise(NamedTuple):
     """What changes of a row promise, in microseconds.
 
-    used_C: [C] what each copy lets through where a cut binds. gain_EG: [E, G] of one more copy of an expert on a rank.
-    slope_T: [T] of a load less inside the cut.
+    gain_EG: [E, G] of one more copy of an expert on a rank. slope_T: [T] of a load less inside the cut.
     """
 
-    used_C: FloatArray
     gain_EG: FloatArray
     slope_T: FloatArray
 
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """A row under the optimal split, of all steps or at a glance.
+    """A row under the optimal split.
 
-    value_us: weighted time; times_T: of each step, the fluid one where it was not looked at. shares_TP: the split.
+    value_us: weighted time; times_T: of each step. shares_TP: the split.
     copies: where. cut_TG, load_TG: the ranks that prove each step's time, and what ranks have then.
     """
 
@@ -126,13 +119,13 @@ class Look:
         home_E, alone = np.full(problem.num_experts, -1), alone_P != EMPTY
         home_E[alone_P[alone]] = problem.rank_of_slot[alone]
         home_E[copies.experts] = -1 - np.arange(len(copies.experts))
-        used_C, gain_EG = np.zeros(len(copies.slot)), np.zeros((problem.num_experts, problem.num_ranks))
+        gain_EG = np.zeros((problem.num_experts, problem.num_ranks))
         slope_T = problem.weights_T.copy()
         promise_through(
             self.looks.curves, problem.counts_TE, home_E, copies, np.ascontiguousarray(self.shares_TP[:, copies.slot]),
-            self.looks.fluid_T, self.times_T, self.cut_TG, self.load_TG, slope_T, gain_EG, used_C,
+            self.looks.fluid_T, self.times_T, self.cut_TG, self.load_TG, slope_T, gain_EG,
         )  # fmt: skip
-        return Promise(used_C, gain_EG, slope_T)
+        return Promise(gain_EG, slope_T)
 
     @cached_property
     def tilt_EG(self) -> FloatArray:
@@ -151,14 +144,9 @@ class Looks:
         self.levels = table_levels(self.curves, 0.999 * float(self.fluid_T.min()), LONGEST * float(self.fluid_T.max()))
         self.fluid_us = float((self.fluid_T * problem.weights_T).sum())
         self.float_counts_TE = problem.counts_TE.astype(np.float64)
-        self.order = step_order(problem.num_steps)
 
-    def glance(self, row: Row, near: Look) -> Look:
-        """Look at some steps of a row, enough to say what changes promise."""
-        return self.at(row, near, self.order[: max(FEWEST, self.problem.num_steps // GLANCE)])
-
-    def at(self, row: Row, near: Look | None = None, chosen: NDArray[np.int64] | None = None) -> Look:
-        """Look at a row, on all steps unless some are chosen; `near` has almost the same copies."""
+    def at(self, row: Row, near: Look | None = None) -> Look:
+        """Look at a row; `near` has almost the same copies."""
         problem = self.problem
         copies = find_copies(row, problem.rank_of_slot, problem.num_experts, problem.num_ranks)
         shares_TP = even_shares(problem.counts_TE, row) if near is None else self._shares(row, near)
@@ -170,7 +158,7 @@ class Looks:
         times_T = self.fluid_T.copy()
         spread_through(
             self.levels, np.ascontiguousarray(alone_TG).astype(np.int64), copies, parts_TC, self.fluid_T,
-            self.order if chosen is None else chosen, times_T, cut_TG, load_TG,
+            times_T, cut_TG, load_TG,
         )  # fmt: skip
         shares_TP[:, copies.slot] = parts_TC
         value_us = float(times_T @ problem.weights_T)
