@@ -52,19 +52,19 @@ def ready(
     """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
 
     What this process has used is ready: nothing is done where a problem of this kind went before. `notice` is told when
-    compiling begins and how long it took. budget: copies are chosen within a memory budget. compute_slack: as in
-    `gemopt.solve`. time_limit: seconds of the call, which say whether contents of ranks can come to be priced.
+    compiling begins and how long it took; None: `say`. budget: copies are chosen within a memory budget. compute_slack:
+    as in `gemopt.solve`. time_limit: seconds of the call, which say whether contents of ranks can come to be priced.
     """
     contents = time_limit >= LEAST_S and paired(problem)
     kind = _kind(solver, problem, budget, contents)
     if links is None and problem.rules is None and kind in _known:
         return 0.0
-    begin, over = time.monotonic(), threading.Event()
+    notice, begin, over = notice or say, time.monotonic(), threading.Event()
     before = _compiled()
 
     def watch() -> None:
         while not over.wait(LOOK_S):
-            if _compiled() > before and notice is not None:
+            if _compiled() > before:
                 notice(NOTICE)
                 return
 
@@ -83,9 +83,14 @@ def ready(
     elapsed = time.monotonic() - begin
     if _compiled() == before:
         return 0.0
-    if notice is not None:
-        notice(f"compiled in {elapsed:.0f} s")
+    notice(f"compiled in {elapsed:.0f} s")
     return elapsed
+
+
+def say(line: str) -> None:
+    """Write to standard error where somebody looks on: a terminal, or an interactive session such as a notebook."""
+    if sys.stderr is not None and (sys.stderr.isatty() or hasattr(sys, "ps1")):
+        print(f"gemopt: {line}", file=sys.stderr, flush=True)
 
 
 def _kind(solver: Solver, problem: Problem, budget: bool, contents: bool) -> tuple[object, ...]:

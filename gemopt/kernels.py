@@ -15,7 +15,17 @@ from gemopt.latency import Curves
 
 F64 = NDArray[np.float64]
 Array = NDArray[Any]
+# What kernels hand to kernels: of a literal, 0 or True, numba would compile the other one once more.
+CONSTANTS: Any = (np.int64(-1), np.int64(0), np.int64(1), np.bool_(False), np.bool_(True))
+MINUS, ZERO, PLUS, NO, YES = CONSTANTS
 SLACK = 1e-10  # capacities are overstated by this much, relatively, so that float error never understates one
+
+
+@njit(cache=True, nogil=True, inline="always")
+def put(target: Array, source: Array) -> None:
+    """`target[:] = source` of as many; with that, numba compiles 10 s of text about shapes that do not fit."""
+    for n in range(len(target)):
+        target[n] = source[n]
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -112,8 +122,14 @@ def rank_loads(features_FTN: Array, column_P: Array, rank_P: Array, num_ranks: i
     rank_P does not decrease.
     """
     features, steps = features_FTN.shape[:2]
-    held = column_P[column_P >= 0]
-    ends_G = np.searchsorted(rank_P[column_P >= 0], np.arange(num_ranks), side="right")
+    held, ends_G, size = np.empty(len(column_P), np.int64), np.zeros(num_ranks, np.int64), 0
+    for slot in range(len(column_P)):
+        if column_P[slot] >= 0:
+            held[size] = column_P[slot]
+            size += 1
+        ends_G[rank_P[slot]] = size
+    for g in range(1, num_ranks):  # ranks without slots
+        ends_G[g] = max(ends_G[g], ends_G[g - 1])
     out_TGF = np.empty((steps, num_ranks, features))
     for f in range(features):
         for t in range(steps):

@@ -157,7 +157,7 @@ def solve(
         Called now and then from the calling thread with how each layer stands: its objective so far (None before there
         is one) and its bound, in microseconds.
     notice
-        Called with a line when kernels are being compiled, and before a certificate is made of many multipliers.
+        Called with a line before what takes long: compiling (None: on a terminal's standard error), big certificates.
     certificate
         Where to write what was proved (`gemopt.certificate`), for `gemopt verify`; its multipliers go beside it.
 

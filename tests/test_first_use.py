@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gemopt.first_use import NOTICE, ready
+from gemopt.first_use import LOOK_S, NOTICE, ready
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.problem import Problem
 from gemopt.solvers import get
@@ -61,6 +61,22 @@ def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
     assert said[0] == NOTICE and said[1].startswith("compiled in ") and len(said) == 2
     monkeypatch.setattr(module, "_use", pytest.fail)
     assert ready(get("lpt"), layer([[5, 5, 0, 9]]), said.append) == 0.0, "what was used is ready"
+
+
+@pytest.mark.parametrize(("terminal", "interactive"), [(False, False), (True, False), (False, True)])
+def test_it_is_said_to_who_looks_on_though_nobody_asked(
+    terminal: bool, interactive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, counts = sys.modules["gemopt.first_use"], itertools.count()
+    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setattr(module, "_compiled", lambda: next(counts))
+    monkeypatch.setattr(module, "_use", lambda *_: time.sleep(3 * LOOK_S))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    if interactive:
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    ready(get("lpt"), layer([[1, 2, 3, 4]]))
+    shown = capsys.readouterr().err
+    assert shown == "" if not terminal and not interactive else shown.endswith(" s\n") and "compiled in " in shown
 
 
 def test_contents_of_ranks_are_prepared_where_there_is_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gemopt.kernels import SLACK, Array, curve_capacity, curve_value
+from gemopt.kernels import SLACK, ZERO, Array, curve_capacity, curve_value
 from gemopt.latency import Curves
 
 
@@ -63,7 +63,7 @@ def single_next(
     return best
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def single_start(
     f: int,
     known: float,
@@ -122,7 +122,7 @@ def single_bound(
     for g in range(ranks):
         held[g] = min(most_GF[g, f], rank_capacity(g, f, time, others, curves))
         total += held[g]
-    g, fresh = 0, 0
+    g, fresh = ZERO, 0
     while total < target:
         if fresh < ranks:
             g, fresh = fresh, fresh + 1

@@ -114,9 +114,9 @@ def _block_bounds(problem: Problem, block: slice, stop: NDArray[np.uint8]) -> tu
     spent_R = np.array([0 if r >= hosts else problem.spare_slots // r for r in copies])
     tops_RM = np.stack([_tops(problem.num_experts, hosts, int(spent)) for spent in spent_R])
     sums_RTIF = np.stack([_prefix_sums(problem, block, r) for r in copies])
-    least_TGF = sums_RTIF[0][:, whole_G]
+    least_TGF = np.ascontiguousarray(sums_RTIF[0][:, whole_G])  # kernels are compiled for one memory order
     total_TGF = np.repeat(sums_RTIF[0][:, -1:], problem.num_ranks, axis=1)
-    most_TGF = total_TGF - sums_RTIF[0][:, problem.num_experts - slots_G]
+    most_TGF = np.ascontiguousarray(total_TGF - sums_RTIF[0][:, problem.num_experts - slots_G])
     bounds_T = _range_bound(problem, shape, least_TGF, most_TGF)
     ceiling_T = np.maximum(bounds_T, rank_latencies(total_TGF, shape.low).max(axis=1))
     lines = (shape.normals_DF, shape.slope_DGM, shape.shift_DGM, shape.wake_G)

@@ -14,7 +14,7 @@ from gemopt.kernels import Array, latency_value
 from gemopt.latency import Curves
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def pigeonhole(
     known: float,
     tops_M: Array,

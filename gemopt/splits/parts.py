@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gemopt.kernels import Array, latency_value
+from gemopt.kernels import Array, latency_value, put
 from gemopt.latency import Curves
 from gemopt.splits.flow import Copies
 from gemopt.splits.levels import IntArray
@@ -137,4 +137,4 @@ def part_steps(
         level_out(curves, copies, parts_TC[t], load_GF, table_FN, room_F)
         if slowest_rank(curves, given_GF)[1] < slowest_rank(curves, load_GF)[1]:
             level_out(curves, copies, given_C, given_GF, table_FN, room_F)
-            parts_TC[t] = given_C
+            put(parts_TC[t], given_C)

@@ -97,7 +97,8 @@ def _search(
     at, z = np.zeros(ranks, np.int64), np.zeros((ranks + 1, steps))
     all_E, need_E = np.zeros((ranks + 1, experts), np.int64), np.zeros((ranks + 1, experts), np.int64)
     spent, left = np.zeros(ranks + 1, np.int64), np.zeros(ranks + 1, np.int64)
-    z[0] = least_T
+    for t in range(steps):
+        z[0, t] = least_T[t]
     for g in range(ranks - 1, -1, -1):
         left[g] = left[g + 1] + slots_G[g]
     at[0] = first_G[0]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gemopt.conflicts import ExpertClass, classify
 from gemopt.evaluate import total
-from gemopt.kernels import latency_value
+from gemopt.kernels import NO, latency_value, put
 from gemopt.latency import Curves, FloatArray
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
@@ -33,7 +33,7 @@ from gemopt.solvers.placing import no_placement
 from gemopt.solvers.search.descent import settle_pair
 from gemopt.solvers.search.gains import make_pair
 from gemopt.solvers.search.packing import lpt_row
-from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state, step_order
+from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.swaps import fix_others, improve_pair, slowest_three
 from gemopt.solvers.search.terms import Terms, make_terms, moved_into
 from gemopt.solvers.search.within import homeward
@@ -185,10 +185,10 @@ def map_in_order(
                 own += time_T[t] * weights_T[t]
             if score < best or (score == best and own < best_own):
                 best, best_own, rank_E[expert] = score, own, g
-                best_T[:] = time_T
+                put(best_T, time_T)
         g = rank_E[expert]
         loads_GFT[g] += features_EFT[expert]
-        times_GT[g] = best_T
+        put(times_GT[g], best_T)
         left_G[g] -= 1
     return rank_E
 
@@ -201,7 +201,6 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
         return
     values, ranks = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16)
     pair = make_pair(state)
-    racing: Number = np.bool_(False)  # of a literal numba would compile `improve_pair` a second time
     slowest_three(state.times, values, ranks)
     improved = True
     while improved:
@@ -212,7 +211,7 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
                 if a == b or state.stop[0] != 0:
                     continue
                 fix_others(state, a, b, values, ranks, pair)
-                if improve_pair(costs, state, a, b, pair, racing):
+                if improve_pair(costs, state, a, b, pair, NO):
                     slowest_three(state.times, values, ranks)
                     improved = True
             if improved:

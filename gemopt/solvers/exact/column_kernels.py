@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.kernels import put
 from gemopt.solvers.exact.tree import CLOSE, FAST, Tables
 
 Array = NDArray[Any]
@@ -235,7 +236,7 @@ def search_columns(
     pivot, spent = np.zeros(ranks + 1, np.int64), np.zeros(ranks + 1)
     used, trail = np.zeros(ranks + 1, np.uint64), np.zeros(ranks + 1, np.int64)
     share, ways, left = np.empty(experts), np.empty(experts, np.int64), left_K.copy()
-    z[0] = floor_T
+    put(z[0], floor_T)
     for n in range(len(columns.masks)):
         lists[0, n] = n
     limit = best * (1 - CLOSE)
@@ -268,7 +269,7 @@ def search_columns(
         spent[depth + 1] = spent[depth] + columns.extra[found]
         if used[depth + 1] == every:
             best, limit = value, value * (1 - CLOSE)
-            chosen_G[:] = trail[:ranks]
+            put(chosen_G, trail)
             continue
         left[columns.kind[found]] -= 1
         depth += 1

@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.kernels import put
 from gemopt.solvers.exact.tree import FAST
 
 Array = NDArray[Any]
@@ -30,18 +31,23 @@ class Steps(NamedTuple):
     floor: Array
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
+def keep_least(value: float, count: int, least_S: Array) -> None:
+    """Take a value in among the `count` smallest, which rise, where it is smaller than the last of them."""
+    if value < least_S[count - 1]:
+        s = count - 1
+        while s > 0 and least_S[s - 1] > value:
+            least_S[s] = least_S[s - 1]
+            s -= 1
+        least_S[s] = value
+
+
+@njit(cache=True, nogil=True, inline="always")
 def least_sum(cost_E: Array, half_E: Array, first: int, count: int, least_S: Array) -> float:
     """Sum of the `count` smallest of `cost + half` of the experts from `first` on."""
     least_S[:count] = np.inf
     for e in range(first, len(cost_E)):
-        value = cost_E[e] + half_E[e]
-        if value < least_S[count - 1]:
-            s = count - 1
-            while s > 0 and least_S[s - 1] > value:
-                least_S[s] = least_S[s - 1]
-                s -= 1
-            least_S[s] = value
+        keep_least(cost_E[e] + half_E[e], count, least_S)
     return float(least_S[:count].sum())
 
 
@@ -89,10 +95,13 @@ def cheapest(
     for p in range(planes):
         plane_SPT[0, p] = steps.idle[p]
     for i in range(experts):
-        pairs = np.sort(np.delete(pair_EE[i], i))
+        least_S[:] = np.inf
+        for j in range(experts):
+            if j != i and size > 1:
+                keep_least(pair_EE[i, j], size - 1, least_S)
         for s in range(1, size):
-            half_SE[s, i] = half_SE[s - 1, i] + pairs[s - 1] / 2
-    margin_SE[0] = alone_E
+            half_SE[s, i] = half_SE[s - 1, i] + least_S[s - 1] / 2
+    put(margin_SE[0], alone_E)
     depth, ready, worst, looks = 0, 0, 0, 0
     while depth >= 0:
         looks += 1
@@ -110,7 +119,7 @@ def cheapest(
                     net += above_pairs(steps, e, plane_SPT[depth], mass_SPT[depth], top_T)
                 if net < most:
                     chosen_S[depth], net_M[worst] = e, net
-                    sets_MS[worst] = chosen_S
+                    put(sets_MS[worst], chosen_S)
                     worst = int(net_M.argmax())
                     most = min(most, net_M[worst])
             depth -= 1

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from gemopt.kernels import ZERO, put
 from gemopt.problem import Problem
 from gemopt.solvers.exact.tree import (
     CLOSE,
@@ -210,7 +211,7 @@ def best_order(tree: CopiesTree, trail: Array, limit: float, held_E: Array) -> f
             value += tree.weights[t] * z[t]
         if value < best:
             best = value
-            held_E[:] = sets
+            put(held_E, sets)
     return best if best < limit else np.inf
 
 
@@ -225,10 +226,10 @@ def search_copies(tree: CopiesTree, best: float, best_E: Array, stop: Array) -> 
     free, spare = np.zeros((experts + 1, ranks), np.int64), np.zeros(experts + 1, np.int64)
     bounds, suffix = np.full((experts, sets), np.inf), np.zeros((experts + 1, steps + 1))
     trail = np.zeros(experts, np.int64)
-    free[0], spare[0] = tree.slots, tree.slots.sum() - experts
-    sum_from(tree, 0, loads[0], free[0], spare[0], suffix[0])
-    depth: int = np.int64(0)  # type: ignore[assignment]  # of a literal numba would compile calls a second time
-    nodes, fresh = 0, True
+    put(free[0], tree.slots)
+    spare[0] = tree.slots.sum() - experts
+    sum_from(tree, ZERO, loads[0], free[0], spare[0], suffix[0])
+    depth, nodes, fresh = ZERO, 0, True
     while depth >= 0:
         limit = best * (1 - CLOSE)
         if fresh:
@@ -250,8 +251,10 @@ def search_copies(tree: CopiesTree, best: float, best_E: Array, stop: Array) -> 
         if depth + 1 == experts:
             best = min(best, best_order(tree, trail, limit, best_E))
             continue
-        loads[depth + 1] = loads[depth]
-        free[depth + 1] = free[depth]
+        for g in range(ranks):
+            for f in range(loads.shape[2]):
+                put(loads[depth + 1, g, f], loads[depth, g, f])
+        put(free[depth + 1], free[depth])
         spare[depth + 1] = spare[depth] - tree.size[chosen] + 1
         for g in range(ranks):
             if tree.held[chosen] >> g & 1:

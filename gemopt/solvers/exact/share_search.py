@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.kernels import MINUS, ZERO, put
 from gemopt.solvers.exact.column_kernels import LOOK, slower
 from gemopt.solvers.exact.copies_tree import CopiesTree, best_order
 from gemopt.solvers.exact.tree import CLOSE
@@ -120,7 +121,8 @@ def rarest_left(ways_E: Array, all_E: Array, need_E: Array) -> int:
 @njit(cache=True, nogil=True)
 def take(columns: Left, n: int, all_E: Array, need_E: Array, depth: int) -> None:
     """What is known and needed of each expert one level deeper, with column n."""
-    all_E[depth + 1], need_E[depth + 1] = all_E[depth], need_E[depth]
+    put(all_E[depth + 1], all_E[depth])
+    put(need_E[depth + 1], need_E[depth])
     for s in range(columns.size[n]):
         e = columns.sets[n, s]
         if all_E[depth, e] == 0:
@@ -161,12 +163,12 @@ def search_left(
     all_E, need_E = np.zeros((ranks + 1, experts), np.int64), np.zeros((ranks + 1, experts), np.int64)
     trail = np.zeros(ranks, np.int64)
     share, ways, left = np.empty(experts), np.empty(experts, np.int64), hosts.number.copy()
-    z[0] = tree.floor
+    put(z[0], tree.floor)
     for n in range(len(columns.kind)):
         lists[0, n] = n
-    limit, depth, work, nodes = best * (1 - CLOSE), 0, 0, 0
+    limit, depth, work, nodes, first = best * (1 - CLOSE), ZERO, 0, 0, lists[0]
     counts[0] = narrow_copies(
-        lists[0], len(columns.kind), columns, all_E[0], need_E[0], left, limit - base, -1, 0, share, ways, lists[0]
+        first, len(columns.kind), columns, all_E[0], need_E[0], left, limit - base, MINUS, ZERO, share, ways, first
     )
     pivot[0] = rarest_left(ways, all_E[0], need_E[0]) if counts[0] else -1
     while depth >= 0:

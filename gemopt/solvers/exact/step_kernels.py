@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.kernels import ZERO, put
 from gemopt.solvers.exact.tree import FAST
 
 Array = NDArray[Any]
@@ -60,7 +61,7 @@ def keep(best: Best, k: int, net: float, key: int, chosen_S: Array) -> None:
             return
     worst = best.worst[k]
     best.net[k, worst], best.keys[k, worst] = net, key
-    best.sets[k, worst] = chosen_S
+    put(best.sets[k, worst], chosen_S)
     best.worst[k] = best.net[k].argmax()
 
 
@@ -118,8 +119,9 @@ def scan(family: Family, best: Best, stop: Array) -> bool:
     net_K, most_K = np.empty(kinds), np.empty(kinds)
     for k in range(kinds):
         most_K[k] = best.net[k, best.worst[k]]
-    margin_SEB[0] = family.alone
-    depth, ready, looks = 0, 0, 0
+    for e in range(experts):
+        put(margin_SEB[0, e], family.alone[e])
+    depth, ready, looks = ZERO, 0, 0
     while depth >= 0:
         looks += 1
         if looks % CHECK == 0 and stop[0] != 0:
@@ -188,12 +190,13 @@ def exchange(family: Family, starts_NS: Array, kind_N: Array, best: Best, stop: 
     net_K, chosen_S, other_S = np.empty(kinds), np.empty(size, np.int64), np.empty(size, np.int64)
     held_E, looks = np.empty(experts, np.bool_), 0
     for n in range(len(starts_NS)):
-        chosen_S[:] = starts_NS[n]
+        put(chosen_S, starts_NS[n])
         least, better = np.inf, True
         while better and stop[0] == 0:
             better, last_i, last_j = False, 0, 0
             held_E[:] = False
-            held_E[chosen_S] = True
+            for e in chosen_S:
+                held_E[e] = True
             for i in range(size):
                 load_BW[:], mass_BW[:] = 0, 0
                 price, key = 0.0, 0
@@ -217,7 +220,7 @@ def exchange(family: Family, starts_NS: Array, kind_N: Array, best: Best, stop: 
                             net_K[k] += family.factor[k] * cost_of(row_W, mass_W, family.floor[k, b])
                     for k in range(kinds):
                         if net_K[k] < best.net[k, best.worst[k]]:
-                            other_S[:] = chosen_S
+                            put(other_S, chosen_S)
                             other_S[i] = e
                             keep(best, k, net_K[k], key + KEYS[e], other_S)
                     if net_K[kind_N[n]] < least:

@@ -21,6 +21,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from gemopt.kernels import MINUS, PLUS, ZERO
 from gemopt.latency import Latency
 from gemopt.problem import Problem
 
@@ -247,8 +248,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
     suffix = np.zeros((experts + 1, steps + 1))
     for t in range(steps - 1, -1, -1):
         suffix[0, t] = suffix[0, t + 1] + tree.weights[t] * tree.floor[t]
-    depth: int = np.int64(0)  # type: ignore[assignment]  # of a literal numba would compile calls a second time
-    nodes, fresh = 0, True
+    depth, nodes, fresh = ZERO, 0, True
     while depth >= 0:
         limit = best * (1 - CLOSE)
         if fresh:
@@ -261,7 +261,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
             fresh = False
             if nodes >= most_nodes or stop[0] != 0:
                 return best, nodes, False
-        chosen = 0
+        chosen = ZERO
         for g in range(1, ranks):
             if bounds[depth, g] < bounds[depth, chosen]:
                 chosen = g
@@ -269,7 +269,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
         if value >= limit:
             depth -= 1
             if depth >= 0:
-                move(tree, depth, rank[depth], -1, node)
+                move(tree, depth, rank[depth], MINUS, node)
             continue
         bounds[depth, chosen] = np.inf
         rank[depth] = chosen
@@ -281,7 +281,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
         for t in range(steps - 1, -1, -1):
             suffix[depth + 1, t] = suffix[depth + 1, t + 1] + tree.weights[t] * z[depth, chosen, t]
         placed[depth + 1] = placed[depth] + tree.alone[chosen, depth] + node.near[depth, chosen, depth]
-        move(tree, depth, chosen, 1, node)
+        move(tree, depth, chosen, PLUS, node)
         depth += 1
         fresh = True
     return best, nodes, True

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from gemopt.kernels import put
 from gemopt.solvers.search.gains import allowed
 from gemopt.solvers.search.linked_swaps import Room, makespans_after, slowest, take_swap
 from gemopt.solvers.search.state import Array, Costs, State, rank_of
@@ -68,7 +69,8 @@ def keep(front: Front, trade: Trade, sent: float, compute: float, own_R: Array, 
     place = max(0, int(np.ceil((compute - trade.low_us) / trade.bin_us)))
     if place < front.sent.shape[0] and sent < front.sent[place]:
         front.sent[place], front.compute[place] = sent, compute
-        front.loads[place], front.rows[place] = own_R, row_P
+        put(front.loads[place], own_R)
+        put(front.rows[place], row_P)
 
 
 @njit(cache=True, nogil=True)

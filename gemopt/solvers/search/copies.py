@@ -5,11 +5,10 @@ For every slot the experts are ranked by what they promise to first order; the b
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import njit
 
+from gemopt.kernels import MINUS, NO, PLUS, put
 from gemopt.solvers.search.gains import BLOCK
 from gemopt.solvers.search.shares import (
     Change,
@@ -35,7 +34,8 @@ def times_after(
 ) -> Array:
     """[N] latencies of the n-th rank that a change affects, after it, at some steps."""
     rank, row, size = search.affected[n], search.row[n], len(steps_N)
-    loads_FN, after_N = search.loads[:, :size], search.after[:size]
+    features, after_N = state.items.shape[1], search.after[:size]
+    loads_FN = search.loads[: features * size].reshape((features, size))
     for f in range(loads_FN.shape[0]):
         load_T = state.loads[rank, f]
         for k in range(size):
@@ -59,7 +59,7 @@ def least_cost(
     Each step takes at least what its slowest rank of now takes afterwards, and only where that rank is affected is it
     not what it takes now; nor less than its second, where that one is not affected.
     """
-    search.worst[:] = search.slowest[0]
+    put(search.worst, search.slowest[0])
     for n in range(count):
         rank = search.affected[n]
         steps_N = search.order[search.first[rank] : search.first[rank + 1]]
@@ -139,8 +139,8 @@ def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> 
         state.barred[rank, old] -= 1
     if expert >= 0:
         state.barred[rank, expert] += 1
-    bar_clashes(state, rank, old, -1)
-    bar_clashes(state, rank, expert, 1)
+    bar_clashes(state, rank, old, MINUS)
+    bar_clashes(state, rank, expert, PLUS)
     state.content[slot] = expert
     for c in range(change.size[0]):
         p = change.slots[c]
@@ -221,11 +221,10 @@ def improve_copies(
 def removal_costs(costs: Costs, state: State, shares: Shares, search: Search, cost_P: Array) -> None:
     """Fill `cost_P` with the weighted makespan when a slot's copy is gone; infinity where it is the only one."""
     change = make_change(state)
-    racing: Any = np.bool_(False)  # of a literal numba would compile `refresh` a second time
-    current = refresh(costs, state, shares, search, 0.0, racing)
+    current = refresh(costs, state, shares, search, 0.0, NO)
     search.limits[:] = np.inf
     for p in range(state.content.shape[0]):
         cost_P[p] = np.inf
         if state.content[p] >= 0 and search.copies[state.content[p]] > 1:
-            list_change(state, shares, search, p, -1, change)
+            list_change(state, shares, search, p, MINUS, change)
             cost_P[p] = cost_after(costs, state, shares, change, search, current, 0.0)

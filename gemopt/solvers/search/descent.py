@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from gemopt.kernels import put
 from gemopt.solvers.search.gains import Pair, allowed, make_pair, set_tangent
 from gemopt.solvers.search.moves import NOISE, scan_pair, swap_for
 from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of
@@ -56,7 +57,7 @@ def settle(costs: Costs, state: State, terms: Terms, moved_G: Array, dirty: Arra
     pair, best, slots = make_pair(state), np.zeros(1, np.float64), np.zeros(4, np.int64)
     slowest_three(state.times, values, ranks)
     clock = 1
-    changed_at = np.where(dirty, 1, 0)
+    changed_at = dirty.astype(np.int64)
     tried_at = np.zeros((num_ranks, num_ranks), np.int64)
     everything = False
     while True:
@@ -140,5 +141,5 @@ def iterate_within(
             i: Number = np.int64(state.log[n, 0])
             j: Number = np.int64(state.log[n, 1])
             apply_swap(costs, state, rank_of(state, i), rank_of(state, j), i, j)
-        moved_G[:] = before_G
+        put(moved_G, before_G)
     return best, idle

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from gemopt.kernels import MINUS, YES
 from gemopt.solvers.search.gains import allowed
 from gemopt.solvers.search.linked_tangents import add_promises
 from gemopt.solvers.search.state import Array, Costs, Number, State, rank_times
@@ -184,7 +185,7 @@ def sweep_linked(
     """
     num_ranks, taken = state.times.shape[0], 0
     moved = np.empty((rank_Q.shape[0], num_ranks))
-    slowest(state, -1, -1, room.others)
+    slowest(state, MINUS, MINUS, room.others)
     current = step_costs(price, state.weights, room.others, streams[0].times, streams[1].times, streams[2].times)
     base = promises(price, room, state.weights, streams, scratches, moved)
     for a in range(num_ranks):
@@ -207,7 +208,7 @@ def sweep_linked(
                         for k in range(3 if cost < np.inf else 0):
                             forget(scratches[k])
                         continue
-                    take_swap(costs, state, item_P, rank_Q, streams, scratches, a, b, i, j, True)
+                    take_swap(costs, state, item_P, rank_Q, streams, scratches, a, b, i, j, YES)
                     current = cost
                     taken += 1
     return taken

@@ -15,7 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.evaluate import loads, objective
-from gemopt.kernels import latency_value, rank_latencies
+from gemopt.kernels import NO, latency_value, put, rank_latencies
 from gemopt.latency import Curves, FloatArray
 from gemopt.migration import held
 from gemopt.moves import Moves
@@ -201,7 +201,8 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S:
         slowest_three(state.times, values, ranks)
         extend(reach, before, who, values, ranks, state.weights)
         reach[a], reach[:, a], reach[b], reach[:, b] = np.inf, np.inf, np.inf, np.inf
-        rows_SP[taken], moved_S[taken] = state.content, moved_G.sum()
+        put(rows_SP[taken], state.content)
+        moved_S[taken] = moved_G.sum()
         taken += 1
     return taken
 
@@ -237,7 +238,8 @@ def find_best(
         scan_pair(costs, state, a, b, pair, terms, moved_G, found, here)
         reach[a, b] = found[0]
         if here[0] >= 0 and found[0] > best:
-            best, slots[:] = found[0], here
+            best = found[0]
+            put(slots, here)
     return best
 
 
@@ -279,7 +281,7 @@ def scan_pair(
 
     `pair.tilt` must be of this pair: see `tilt_pair` and `set_tangent`.
     """
-    current = set_limits(state, a, b, pair, False)
+    current = set_limits(state, a, b, pair, NO)
     refund = terms.price * min(2, moved_G[a] + moved_G[b])
     if current - pair.rest[0] + refund <= best[0]:
         return

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from gemopt.kernels import put
 from gemopt.problem import Problem
 from gemopt.solvers.search.gains import BLOCK
 from gemopt.solvers.search.state import Array, Costs, Number, State, lookup, rank_of, step_order
@@ -99,7 +100,7 @@ class Search(NamedTuple):
     copies: [E] slots that hold each expert; where: [E, G] those slots in order. limits: [blocks] see `set_limits`.
     slowest, ranks: [3, T] see `slowest_three`; steps: [T] all of them; first, order: [G + 1], [T] the same by slowest
     rank: those of rank g are `order[first[g]:first[g + 1]]`. group: [G] place of a rank among those that a change
-    affects, or -1; affected: [G] those ranks; row: [G] the first row of the change on each of them. loads: [F, T];
+    affects, or -1; affected: [G] those ranks; row: [G] the first row of the change on each of them. loads: [F * T];
     after, worst: [T] room for what a rank, and the slowest one, have and take after a change. tilt: [E, 3, G] what the
     slowest ranks would change by with a share of an expert more, if it had one copy less than now, as many, or one
     more; joins: [E] what they would change by if it had one copy more, for what its present copies do.
@@ -133,7 +134,7 @@ def make_search(state: State) -> Search:
         np.empty((3, steps), np.float32), np.empty((3, steps), np.int16), np.arange(steps),
         np.zeros(num_ranks + 1, np.int64), np.zeros(steps, np.int64),
         np.full(num_ranks, -1, np.int64), np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64),
-        np.empty(state.items.shape[1:], np.float32), np.empty(steps, np.float32), np.empty(steps, np.float32),
+        np.empty(state.items.shape[1] * steps, np.float32), np.empty(steps, np.float32), np.empty(steps, np.float32),
         np.zeros((experts, 3, num_ranks)), np.zeros(experts),
     )  # fmt: skip
 
@@ -172,7 +173,7 @@ def set_tilts(costs: Costs, state: State, shares: Shares, search: Search) -> Non
         g = search.ranks[0, t]
         held = max(1, state.starts[g + 1] - state.starts[g])
         for f in range(features):
-            loads_F[:] = state.loads[g, :, t]
+            put(loads_F, state.loads[g, :, t])
             width = max(np.float32(1.0), np.floor(min(loads_F[f], state.loads[g, f, t] / held)))
             high, low = state.loads[g, f, t] + width, max(np.float32(0.0), state.loads[g, f, t] - width)
             loads_F[f] = high

@@ -276,4 +276,11 @@ def lookup(costs: Costs, rank: int, term: int, feature: int, load: float) -> Num
 @njit(cache=True, nogil=True)
 def rank_of(state: State, slot: int) -> Number:
     """Rank that owns a slot."""
-    return np.int64(np.searchsorted(state.starts, slot, side="right") - 1)
+    low, high = 0, state.starts.shape[0]
+    while low < high:
+        middle = (low + high) // 2
+        if state.starts[middle] <= slot:
+            low = middle + 1
+        else:
+            high = middle
+    return np.int64(low - 1)

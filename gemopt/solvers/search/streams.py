@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit
 
 from gemopt.flows import Flow, Routes
+from gemopt.kernels import put
 from gemopt.latency import Curve
 from gemopt.solvers.search.state import Array
 
@@ -218,7 +219,7 @@ def set_loads(stream: Stream, scratch: Scratch) -> None:
             for k in range(stream.start[first + d], stream.start[first + d + 1]):
                 stream.loads[stream.step[w], stream.port[k]] += tokens * stream.bytes[k]
     set_times(stream, scratch)
-    stream.times[:] = scratch.times
+    put(stream.times, scratch.times)
 
 
 @njit(cache=True, nogil=True, fastmath=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from gemopt.kernels import MINUS, NO, PLUS, YES, put
 from gemopt.solvers.search.gains import BLOCK, Pair, allowed, find_gain, make_pair, set_tangent
 from gemopt.solvers.search.state import Array, Costs, Number, State, bar_clashes, rank_of, rank_times
 
@@ -47,8 +48,8 @@ def apply_swap(costs: Costs, state: State, a: int, b: int, i: int, j: int) -> No
         state.barred[a, expert_j] += 1
     if state.clashes.shape[1] > 0:
         for expert, old, new in ((expert_i, a, b), (expert_j, b, a)):
-            bar_clashes(state, old, expert, -1)
-            bar_clashes(state, new, expert, 1)
+            bar_clashes(state, old, expert, MINUS)
+            bar_clashes(state, new, expert, PLUS)
     state.content[i], state.content[j] = expert_j, expert_i
     for f in range(state.items.shape[1]):
         exchange(state.items[i, f], state.items[j, f], state.loads[a, f], state.loads[b, f])
@@ -194,16 +195,13 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
     dirty: [G] ranks whose pairs are to be tried first. With `full`, ends only after all pairs were tried in vain.
     """
     num_ranks, steps = state.times.shape
-    values = np.empty((3, steps), np.float32)
-    ranks = np.empty((3, steps), np.int16)
-    pair = make_pair(state)
+    values, ranks, pair = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16), make_pair(state)
     if num_ranks < 2:
         return total_cost(state)
     slowest_three(state.times, values, ranks)
-    slowest_G = np.empty(num_ranks, np.bool_)
+    slowest_G, clock = np.empty(num_ranks, np.bool_), 1
     mark_slowest(ranks, slowest_G)
-    clock = 1
-    changed_at = np.where(dirty, 1, 0)
+    changed_at = dirty.astype(np.int64)
     tried_at = np.zeros((num_ranks, num_ranks), np.int64)
     everything = False
     while True:
@@ -232,16 +230,19 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
             everything = True
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def slowest_outside(state: State, members: Array, rest_T: Array) -> None:
     """[T] the slowest rank that is no member."""
     rest_T[:] = np.float32(-1e30)
     for g in range(state.times.shape[0]):
-        if not (members == g).any():
+        inside = False
+        for member in members:
+            inside |= member == g
+        if not inside:
             slower(rest_T, state.times[g])
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def kick(costs: Costs, state: State, members: Array, draws: Array) -> None:
     """Random swaps of slots of the members, given by `draws` [2 n] in [0, 1)."""
     size = 0
@@ -255,7 +256,7 @@ def kick(costs: Costs, state: State, members: Array, draws: Array) -> None:
             apply_swap(costs, state, a, b, i, j)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def slot_of(state: State, members: Array, number: int) -> Number:
     """Slot with this number among those of the members."""
     for g in members:
@@ -266,14 +267,12 @@ def slot_of(state: State, members: Array, number: int) -> Number:
     return np.int64(-1)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def settle_members(costs: Costs, state: State, members: Array, rest_T: Array, pair: Pair) -> None:
     """Swap between the members until no pair of them improves, or until stopped; rest_T: slowest of all other ranks."""
-    clock = 1
-    racing: Number = np.bool_(True)  # of a literal numba would compile `improve_pair` a second time
+    clock, improved = 1, True
     changed_at = np.ones(members.shape[0], np.int64)
     tried_at = np.zeros((members.shape[0], members.shape[0]), np.int64)
-    improved = True
     while improved:
         improved = False
         for x in range(members.shape[0]):
@@ -282,12 +281,12 @@ def settle_members(costs: Costs, state: State, members: Array, rest_T: Array, pa
                     continue
                 clock += 1
                 tried_at[x, y] = clock
-                pair.others_T[:] = rest_T
+                put(pair.others_T, rest_T)
                 for z in range(members.shape[0]):
-                    if z not in (x, y):
+                    if z != x and z != y:  # noqa: PLR1714 - a tuple takes long to compile
                         slower(pair.others_T, state.times[members[z]])
                 set_rest(pair)
-                if improve_pair(costs, state, members[x], members[y], pair, racing):
+                if improve_pair(costs, state, members[x], members[y], pair, YES):
                     changed_at[x] = changed_at[y] = clock
                     improved = True
 
@@ -303,7 +302,7 @@ def iterate(costs: Costs, state: State, draws: Array, best: float, row: Array, l
     num_ranks, steps = state.times.shape
     order, members = np.arange(num_ranks), np.empty(min(MEMBERS, num_ranks), np.int64)
     rest_T, worst_T = np.empty(steps, np.float32), np.empty(steps, np.float32)
-    pair, everything = make_pair(state), heat < 0  # never; a literal False would compile `descend` a second time
+    pair = make_pair(state)
     for k in range(draws.shape[0]):
         if state.stop[0] != 0:
             break
@@ -325,23 +324,24 @@ def iterate(costs: Costs, state: State, draws: Array, best: float, row: Array, l
         elif cost < best * (1.0 - EPSILON):
             if heat == 0.0:  # else the descent would end the walk
                 dirty = np.zeros(num_ranks, np.bool_)
-                dirty[members] = True
-                cost = descend(costs, state, dirty, everything)
+                for g in members:
+                    dirty[g] = True
+                cost = descend(costs, state, dirty, NO)
             best = cost
-            row[:] = state.content
+            put(row, state.content)
     return best
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def cost_among(state: State, members: Array, rest_T: Array, worst_T: Array) -> float:
     """Weighted sum of the makespans, given the slowest rank outside; worst_T: room."""
-    worst_T[:] = rest_T
+    put(worst_T, rest_T)
     for g in members:
         slower(worst_T, state.times[g])
     return weighted_sum(worst_T, state.weights)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def take_back(costs: Costs, state: State) -> None:
     """Undo all swaps of the log."""
     for n in range(state.logged[0] - 1, -1, -1):

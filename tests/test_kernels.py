@@ -1,0 +1,71 @@
+"""Compiled kernels are written so that the first call of a user is short: see "Compiled kernels" in CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1] / "gemopt"
+
+
+def kernels() -> dict[str, list[tuple[Path, ast.FunctionDef, bool]]]:
+    """By name: file, function, and whether it is put into its callers."""
+    found: dict[str, list[tuple[Path, ast.FunctionDef, bool]]] = {}
+    for path in ROOT.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                said = [ast.unparse(each) for each in node.decorator_list]
+                if any(each.startswith("njit") for each in said):
+                    found.setdefault(node.name, []).append((path, node, any("inline=" in each for each in said)))
+    return found
+
+
+def assigned(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """What goes where."""
+    for target in node.targets:
+        if isinstance(target, ast.Tuple):
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value] * len(target.elts)
+            yield from zip(target.elts, values, strict=True)
+        else:
+            yield target, node.value
+
+
+def of_slices(function: ast.FunctionDef) -> list[str]:
+    """Assignments of what may be an array to a slice."""
+    scalars = (ast.Constant, ast.UnaryOp, ast.BinOp, ast.Call)
+    found = []
+    for node in ast.walk(function):
+        for target, value in assigned(node) if isinstance(node, ast.Assign) else []:
+            sliced = isinstance(target, ast.Subscript) and any(isinstance(n, ast.Slice) for n in ast.walk(target.slice))
+            if sliced and not isinstance(value, scalars) and ast.unparse(value) != "np.inf":
+                found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def literals(function: ast.FunctionDef, compiled: set[str]) -> list[str]:
+    """Whole numbers and truth values that are handed to kernels as they are written."""
+    found = []
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in compiled:
+            for each in node.args:
+                value = each.operand if isinstance(each, ast.UnaryOp) else each
+                if isinstance(value, ast.Constant) and isinstance(value.value, int):
+                    found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_arrays_are_put_into_arrays() -> None:
+    """numba would compile how shapes that do not fit are told, which takes longer than the kernels of a search."""
+    every = [each for same in kernels().values() for each in same]
+    assert len(every) > 100
+    assert [f"{path}:{line}" for path, node, _ in every for line in of_slices(node)] == []
+
+
+def test_kernels_are_handed_no_literals() -> None:
+    """Each value would be a signature of its own; where one value alone is ever given it is no second one."""
+    every = kernels()
+    compiled = {name for name, same in every.items() if not all(inline for *_, inline in same)}
+    alone = {"next_corner"}  # always with the same value
+    found = [f"{p}:{line}" for same in every.values() for p, node, _ in same for line in literals(node, compiled - alone)]
+    assert found == []
