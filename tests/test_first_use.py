@@ -34,10 +34,12 @@ for options in ({"solver": "conflict"}, {"memory_budget": 9.0, "expert_bytes": 1
     gemopt.solve(profile(3), traces(12, 2, 8), time_limit=60, patience=2, threads=1, **options)
     later = [kernel.__name__ for kernel, signatures in known().items() if signatures > before.get(kernel, 0)]
     assert not later, (options, later)
+    twice = {kernel.__name__: kernel.signatures for kernel, number in known().items() if number > 1}
+    assert not twice, (options, twice)
 """
 
 
-def test_no_kernel_comes_later() -> None:
+def test_no_kernel_comes_later_nor_twice() -> None:
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     child = subprocess.run([sys.executable, "-c", CHILD], check=False, env=path, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

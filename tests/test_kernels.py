@@ -67,5 +67,5 @@ def test_kernels_are_handed_no_literals() -> None:
     every = kernels()
     compiled = {name for name, same in every.items() if not all(inline for *_, inline in same)}
     alone = {"next_corner"}  # always with the same value
-    found = [f"{p}:{line}" for same in every.values() for p, node, _ in same for line in literals(node, compiled - alone)]
-    assert found == []
+    functions = [each for same in every.values() for each in same]
+    assert [f"{path}:{line}" for path, node, _ in functions for line in literals(node, compiled - alone)] == []
