@@ -195,8 +195,8 @@ def exchange(family: Family, starts_NS: Array, kind_N: Array, best: Best, stop: 
         while better and stop[0] == 0:
             better, last_i, last_j = False, 0, 0
             held_E[:] = False
-            for e in chosen_S:
-                held_E[e] = True
+            for s in range(size):
+                held_E[chosen_S[s]] = True
             for i in range(size):
                 load_BW[:], mass_BW[:] = 0, 0
                 price, key = 0.0, 0
