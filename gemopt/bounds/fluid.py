@@ -47,7 +47,7 @@ def single_total(
     return total
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def single_next(
     g: int,
     f: int,
@@ -100,7 +100,7 @@ def single_start(
     return below, True
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def single_bound(
     f: int,
     known: float,
@@ -158,7 +158,7 @@ def mixed_total(d: int, time: float, most_DG: Array, slope_DGM: Array, shift_DGM
     return total
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def mixed_bound(
     d: int,
     known: float,

@@ -105,7 +105,7 @@ def _orders(problem: Problem) -> Array:
     return np.stack(orders)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def fits(tree: CopiesTree, m: int, free: Array, spare: int) -> bool:
     """Whether a set of ranks has the slots, and of equal empty ranks the first."""
     if tree.size[m] - 1 > spare:

@@ -118,7 +118,7 @@ def rarest_left(ways_E: Array, all_E: Array, need_E: Array) -> int:
     return chosen if fewest > 0 else -1
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def take(columns: Left, n: int, all_E: Array, need_E: Array, depth: int) -> None:
     """What is known and needed of each expert one level deeper, with column n."""
     put(all_E[depth + 1], all_E[depth])
@@ -130,7 +130,7 @@ def take(columns: Left, n: int, all_E: Array, need_E: Array, depth: int) -> None
         need_E[depth + 1, e] -= 1
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def placed(columns: Left, trail_G: Array, hosts: Hosts, tree: CopiesTree, limit: float, held_E: Array) -> float:
     """Worth of columns that hold every expert, in the best order of equal ranks, as `best_order` has it."""
     experts = len(hosts.order)

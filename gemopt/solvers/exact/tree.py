@@ -217,7 +217,7 @@ def expand(tree: Tree, depth: int, node: Node, limit: float, suffix: Array, boun
             bounds_G[g] = max(bounds_G[g], total_G[g] + suffix[last])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def pair_bound(tree: Tree, depth: int, g: int, placed: float, node: Node) -> Number:
     """Bound by its pairs of the child that puts the expert of this depth on rank g; placed: what the node costs."""
     total = tree.fixed + placed + tree.left[depth + 1] + tree.alone[g, depth] + node.near[depth, g, depth]
@@ -287,7 +287,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
     return best, nodes, True
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def first_empty(same: Array, node: Node, g: int) -> int:
     """First rank equal to g that holds nothing, when g holds nothing; else g."""
     if node.used[g] == 0:

@@ -50,7 +50,7 @@ def times_after(
     return after_N
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def least_cost(
     costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, goal: float
 ) -> float:
@@ -75,7 +75,7 @@ def least_cost(
     return goal
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def raise_to_unaffected(state: State, search: Search, lo: int, hi: int) -> None:
     """Raise `worst` to the slowest rank that a change leaves alone, from one step up to another."""
     for t in range(lo, hi):
@@ -90,7 +90,7 @@ def raise_to_unaffected(state: State, search: Search, lo: int, hi: int) -> None:
                 search.worst[t] = max(search.worst[t], state.times[g, t])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def change_cost(
     costs: Costs, state: State, shares: Shares, change: Change, search: Search, count: int, least: float, price: float
 ) -> float:
@@ -130,7 +130,7 @@ def cost_after(
     return cost
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> None:
     """Carry the change out."""
     slot, old, expert = change.slots[0], change.experts[0], change.experts[1]
@@ -155,7 +155,7 @@ def apply_change(costs: Costs, state: State, shares: Shares, change: Change) -> 
         rank_times(costs, g, state.loads[g], state.times[g])
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def promising(
     state: State, search: Search, slot: int, candidates: Array, first: int, terms: Terms, moved_G: Array, least: float,
     experts: Array, gains: Array,

@@ -81,7 +81,7 @@ def settle(costs: Costs, state: State, terms: Terms, moved_G: Array, dirty: Arra
             everything = True
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def kick_within(costs: Costs, state: State, terms: Terms, moved_G: Array, draws: Array, dirty: Array) -> None:
     """Random swaps that keep to the limits; every second one begins with an expert that has moved, to free its move.
 

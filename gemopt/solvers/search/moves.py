@@ -207,7 +207,7 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S:
     return taken
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def find_best(
     costs: Costs,
     state: State,

@@ -16,7 +16,7 @@ def number(value: Number) -> Number:
     return value
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def pull_of(costs: Costs, state: State, ranks: Array) -> Array:
     """[G, P] cost that what each slot holds adds to each rank, by its slope where it is slowest; 0 where tables say it.
 
@@ -41,7 +41,7 @@ def pull_of(costs: Costs, state: State, ranks: Array) -> Array:
     return pull_GP
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def tilt_pair(costs: Costs, state: State, a: int, b: int, pull_GP: Array, terms: Terms, pair: Pair) -> float:
     """Fill `pair.tilt` for swaps between two ranks; the most that the tangent lets one gain beyond the price of its
     moves, infinity with tables."""
@@ -57,7 +57,7 @@ def tilt_pair(costs: Costs, state: State, a: int, b: int, pull_GP: Array, terms:
     return high - low
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def extend(reach: Array, before: Array, who: Array, values: Array, ranks: Array, weights_T: Array) -> None:
     """Add to what swaps of each pair of ranks gain at most, since others became faster.
 
@@ -79,7 +79,7 @@ def extend(reach: Array, before: Array, who: Array, values: Array, ranks: Array,
                 reach[min(c, d), max(c, d)] += np.float64(weights_T[t] * (now - was))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def promising_pairs(state: State, values: Array, ranks: Array) -> Array:
     """Pairs `a * G + b` of ranks, a < b, those first whose being slowest costs most: only they can gain."""
     num_ranks, steps = state.times.shape

@@ -164,7 +164,7 @@ def refresh(costs: Costs, state: State, shares: Shares, search: Search, epsilon:
     return set_limits(state, search, epsilon, racing)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def set_tilts(costs: Costs, state: State, shares: Shares, search: Search) -> None:
     """Fill `tilt` and `joins`: slopes of the slowest ranks about their loads, times the shares of every expert."""
     features, steps = state.items.shape[1:]
@@ -196,7 +196,7 @@ def set_tilts(costs: Costs, state: State, shares: Shares, search: Search) -> Non
             search.joins[e] += search.tilt[e, 2, g] - search.tilt[e, 1, g]
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def leaving(state: State, search: Search, slot: int) -> Number:
     """What the slowest ranks change by, to first order, when a slot is emptied and the other copies take its share."""
     expert, rank = state.content[slot], rank_of(state, slot)
@@ -210,7 +210,7 @@ def leaving(state: State, search: Search, slot: int) -> Number:
     return change
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def set_limits(state: State, search: Search, epsilon: float, racing: bool) -> float:
     """Limits a change must stay below: the present cost up to each block, or only in all."""
     limits, steps, total = search.limits, state.times.shape[1], 0.0
@@ -253,7 +253,7 @@ def list_change(state: State, shares: Shares, search: Search, slot: int, expert:
     change.size[0] = size
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def list_affected(state: State, search: Search, change: Change) -> int:
     """Fill `affected`, `group` and `row` with the ranks that a change affects; returns how many."""
     count = 0

@@ -54,7 +54,7 @@ def held_alone(row_P: IntArray, rank_P: IntArray, members: IntArray, size: tuple
     return np.flatnonzero(held_E)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@njit(cache=True, nogil=True)
 def make_change(
     row_P: IntArray, after_P: IntArray, rank_P: IntArray, slot: int, other: int, size: tuple[int, int]
 ) -> Change:
