@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import Array, latency_value
+from gemopt.kernels import NO, Array, latency_value, put
 from gemopt.splits.levels import IntArray, Levels, Number, fill_capacity, level
 
 
@@ -173,7 +173,7 @@ def settle(levels: Levels, copies: Copies, parts_C: IntArray, room: Room, time: 
         room.inside[0] = 0
         for n in range(reached):
             room.inside[0] += room.load[room.queue[n]]
-        room.cut[:] = room.seen
+        put(room.cut, room.seen)
         time = level(levels, room.queue[:reached], room.inside[0], time)
 
 
@@ -183,12 +183,12 @@ def spread(levels: Levels, alone_G: IntArray, copies: Copies, parts_C: IntArray,
 
     alone_G: load of the experts with one copy. fluid: as from `fluid_times`.
     """
-    room.load[:] = alone_G
+    put(room.load, alone_G)
     for c in range(len(parts_C)):
         room.load[copies.rank[c]] += parts_C[c]
     room.cut[:] = True
     room.inside[0] = room.load.sum()
-    return settle(levels, copies, parts_C, room, fluid, False)
+    return settle(levels, copies, parts_C, room, fluid, NO)
 
 
 @njit(cache=True, nogil=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import Array
+from gemopt.kernels import Array, put
 from gemopt.latency import FloatArray
 from gemopt.solvers.search.spread_cuts import Cuts, bits_of, fill_held, ranks_in, remember, words_for
 from gemopt.solvers.search.spread_moves import Change, make_change
@@ -163,7 +163,8 @@ def split_anew(
 ) -> float:  # fmt: skip
     """Write the best split of a step after the change into `work`; returns its time. moved: slot, `receiver`."""
     room, parts_C, (slot, to, net) = work.room, work.parts_P[: len(copies.slot)], moved
-    room.load[:], room.most[:] = flow.load_TG[t], flow.most_TG[t]
+    put(room.load, flow.load_TG[t])
+    put(room.most, flow.most_TG[t])
     for c in range(len(parts_C)):
         parts_C[c] = flow.shares_TP[t, copies.slot[c]]
         if to >= 0 and copies.slot[c] == slot:
@@ -198,9 +199,12 @@ def keep(copies: Copies, flow: Flow, work: Work, t: int, time: float) -> None:
     room, cuts = work.room, flow.cuts
     for c in range(len(copies.slot)):
         flow.shares_TP[t, copies.slot[c]] = work.parts_P[c]
-    flow.load_TG[t], flow.most_TG[t], flow.times_T[t] = room.load, room.most, time
+    put(flow.load_TG[t], room.load)
+    put(flow.most_TG[t], room.most)
+    flow.times_T[t] = time
     old_W, old = cuts.ranks_TMW[t, 0].copy(), cuts.inside_TM[t, 0]
-    cuts.ranks_TMW[t, 0], cuts.inside_TM[t, 0] = bits_of(np.flatnonzero(room.cut), len(old_W)), room.inside[0]
+    put(cuts.ranks_TMW[t, 0], bits_of(np.flatnonzero(room.cut), len(old_W)))
+    cuts.inside_TM[t, 0] = room.inside[0]
     if old < room.load.sum():
         remember(cuts, t, old_W, old, room.most)
     fill_held(cuts, t, room.most, work.members)
@@ -318,6 +322,6 @@ def try_drawn(
             levels, counts_TE, weights_T, fluid_T, after_P, rank_P, flow, change, work, order, glance, least_N[n], size
         )
         if done:
-            row_P[:] = after_P
+            put(row_P, after_P)
             return n + 1, True, saved
     return len(draws_ND), False, 0.0

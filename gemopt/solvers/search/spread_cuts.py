@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import Array
+from gemopt.kernels import Array, put
 from gemopt.splits.levels import IntArray
 
 KEPT = 8  # cuts of a step
@@ -36,7 +36,7 @@ def make_cuts(cut_TG: NDArray[np.bool_], inside_T: IntArray) -> Cuts:
     steps, ranks = cut_TG.shape
     ranks_TMW = np.zeros((steps, KEPT, words_for(ranks)), np.int64)
     for t in range(steps):
-        ranks_TMW[t, 0] = bits_of(np.flatnonzero(cut_TG[t]), ranks_TMW.shape[2])
+        put(ranks_TMW[t, 0], bits_of(np.flatnonzero(cut_TG[t]), ranks_TMW.shape[2]))
     inside_TM = np.zeros((steps, KEPT), np.int64)
     inside_TM[:, 0] = inside_T
     return Cuts(ranks_TMW, inside_TM, np.zeros((steps, KEPT), np.int64), np.ones(steps, np.int64))
@@ -84,7 +84,8 @@ def remember(cuts: Cuts, t: int, bits_W: IntArray, inside: int, most_G: IntArray
         if (cuts.ranks_TMW[t, m] == bits_W).all():
             return -1
     at = cuts.next_T[t]
-    cuts.ranks_TMW[t, at], cuts.inside_TM[t, at], cuts.most_TM[t, at] = bits_W, inside, 0
+    put(cuts.ranks_TMW[t, at], bits_W)
+    cuts.inside_TM[t, at], cuts.most_TM[t, at] = inside, 0
     for g in range(len(most_G)):
         if bits_W[g // WORD] >> np.int64(g % WORD) & 1:
             cuts.most_TM[t, at] += most_G[g]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from gemopt.kernels import Array
+from gemopt.kernels import Array, put
 from gemopt.solvers.search.spread_cuts import bits_of, words_for
 from gemopt.splits.levels import IntArray, Number
 
@@ -67,15 +67,16 @@ def make_change(
     for n in range(4):
         if n < 2:
             members = ranks_of(after_P, rank_P, experts[n])
-            before_2W[n] = bits_of(ranks_of(row_P, rank_P, experts[n]), words)
-            after_2W[n] = bits_of(members, words)
+            put(before_2W[n], bits_of(ranks_of(row_P, rank_P, experts[n]), words))
+            put(after_2W[n], bits_of(members, words))
         else:
             at = slot if n == 2 else other
             members = rank_P[at : at + 1] if at >= 0 else rank_P[:0]
         alone = held_alone(after_P, rank_P, members, size)
-        ranks_4W[n] = bits_of(members, words)
+        put(ranks_4W[n], bits_of(members, words))
         first[n + 1], first_held[n + 1] = first[n] + len(members), first_held[n] + len(alone)
-        ranks[first[n] : first[n + 1]], held[first_held[n] : first_held[n + 1]] = members, alone
+        put(ranks[first[n] : first[n + 1]], members)
+        put(held[first_held[n] : first_held[n + 1]], alone)
     siblings = np.flatnonzero((after_P == experts[0]) & (experts[0] >= 0) & (other < 0))
     return Change(
         slot, other, experts, before_2W, after_2W, siblings, first, ranks, ranks_4W, first_held, held

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import Array, rank_loads
+from gemopt.kernels import Array, put, rank_loads
 from gemopt.latency import Curves, FloatArray, pack
 from gemopt.migration import held
 from gemopt.placement import EMPTY
@@ -37,7 +37,8 @@ def spread_through(
     room = make_room(alone_TG.shape[1])
     for t in range(len(times_T)):
         times_T[t] = spread(levels, alone_TG[t], copies, parts_TC[t], room, fluid_T[t])
-        cut_TG[t], load_TG[t] = room.cut, room.load
+        put(cut_TG[t], room.cut)
+        put(load_TG[t], room.load)
 
 
 @njit(cache=True, nogil=True)
