@@ -32,6 +32,7 @@ from gemopt.solvers.size import paired, prover
 from gemopt.solving.turns import LEAST_S
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
+from gemopt.voice import say
 
 NOTICE = "compiling kernels used here for the first time: a minute or two, once (not counted in the time limit)"
 LOOK_S = 0.1
@@ -52,8 +53,9 @@ def ready(
     """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
 
     What this process has used is ready: nothing is done where a problem of this kind went before. `notice` is told when
-    compiling begins and how long it took; None: `say`. budget: copies are chosen within a memory budget. compute_slack:
-    as in `gemopt.solve`. time_limit: seconds of the call, which say whether contents of ranks can come to be priced.
+    compiling begins and how long it took; None: `voice.say`. budget: copies are chosen within a memory budget.
+    compute_slack: as in `gemopt.solve`. time_limit: seconds of the call, which say whether contents of ranks can come
+    to be priced.
     """
     contents = time_limit >= LEAST_S and paired(problem)
     kind = _kind(solver, problem, budget, contents)
@@ -85,12 +87,6 @@ def ready(
         return 0.0
     notice(f"compiled in {elapsed:.0f} s")
     return elapsed
-
-
-def say(line: str) -> None:
-    """Write to standard error where somebody looks on: a terminal, or an interactive session such as a notebook."""
-    if sys.stderr is not None and (sys.stderr.isatty() or hasattr(sys, "ps1")):
-        print(f"gemopt: {line}", file=sys.stderr, flush=True)
 
 
 def _kind(solver: Solver, problem: Problem, budget: bool, contents: bool) -> tuple[object, ...]:

@@ -16,6 +16,7 @@ from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solving.turns import LEAST_S
+from gemopt.voice import Voice
 
 CHILD = """
 import sys, gemopt
@@ -65,20 +66,25 @@ def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ready(get("lpt"), layer([[5, 5, 0, 9]]), said.append) == 0.0, "what was used is ready"
 
 
-@pytest.mark.parametrize(("terminal", "interactive"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("terminal", "interactive", "quiet"),
+    [(False, False, False), (True, False, False), (False, True, False), (True, True, True)],
+)
 def test_it_is_said_to_who_looks_on_though_nobody_asked(
-    terminal: bool, interactive: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    terminal: bool, interactive: bool, quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module, counts = sys.modules["gemopt.first_use"], itertools.count()
     monkeypatch.setattr(module, "_known", set())
     monkeypatch.setattr(module, "_compiled", lambda: next(counts))
     monkeypatch.setattr(module, "_use", lambda *_: time.sleep(3 * LOOK_S))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(Voice, "quiet", quiet)
     if interactive:
         monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
     ready(get("lpt"), layer([[1, 2, 3, 4]]))
     shown = capsys.readouterr().err
-    assert shown == "" if not terminal and not interactive else shown.endswith(" s\n") and "compiled in " in shown
+    said = (terminal or interactive) and not quiet
+    assert shown.endswith(" s\n") and "compiled in " in shown if said else shown == ""
 
 
 def test_contents_of_ranks_are_prepared_where_there_is_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

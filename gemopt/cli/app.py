@@ -15,6 +15,7 @@ from rich.table import Table
 
 from gemopt import __version__
 from gemopt.cli.stacked import stacked
+from gemopt.voice import Voice
 
 EVERYWHERE = "Everywhere"
 PANELS = {
@@ -51,13 +52,6 @@ console = Console(highlight=False)
 NARROW = 80
 """Columns below which help has no frames: they cut names short."""
 errors = Console(stderr=True, highlight=False)
-
-
-class Voice:
-    """How much is said, for one command."""
-
-    quiet = False
-    verbose = False
 
 
 def _quiet(given: bool) -> bool:

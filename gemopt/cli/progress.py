@@ -14,7 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from gemopt.cli.app import Voice, errors
+from gemopt.cli.app import errors
+from gemopt.voice import Voice
 
 if TYPE_CHECKING:
     from gemopt.solving.layers import Standing
