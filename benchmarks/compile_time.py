@@ -1,6 +1,6 @@
 """CPU seconds that numba compiles on a machine where nothing is compiled yet, by call and by kernel, in Markdown.
 
-    python benchmarks/compile_time.py [CALL ...] [--kernels] [--keep FOLDER]
+    python benchmarks/compile_time.py [CALL ...] [--kernels]
 
 Every call runs in a process and with a kernel cache of its own, on one thread; CPU seconds hold on a busy machine too.
 `compiling` is what passes while numba compiles; a kernel's own is without the kernels that it calls. `all` is of the
