@@ -123,6 +123,20 @@ def test_searching_climbs_first_then_anneals_and_is_never_worse() -> None:
     assert search.best.value_us == pytest.approx(objective(problem, search.best.row), rel=1e-8)
 
 
+def test_annealing_ends_once_it_is_good_enough() -> None:
+    problem, values, looks = wide_problem(0), [], []
+    for _ in range(2):
+        search, asked = SpreadSearch(problem, lpt_row(problem), np.random.default_rng(0)), list[int]()
+        while not search.climbed:
+            search.step(never)
+        enough_us = (search.best.value_us + values[0]) / 2 if values else 0.0
+        search.step(lambda asked=asked: asked.append(0) is not None, enough_us=enough_us)  # type: ignore[misc]
+        values.append(search.best.value_us)
+        looks.append(len(asked))
+    assert values[0] < values[1] <= enough_us
+    assert 0 < looks[1] < looks[0]
+
+
 def test_climbing_gains_and_ends_where_it_is_told() -> None:
     problem = random_problem(3)
     looks = Looks(problem)

@@ -57,3 +57,7 @@ class Best:
         """Whether the known bound proves the incumbent to the wanted gap."""
         gap = relative_gap(self.value, self.options.bound_us)
         return gap is not None and self.options.bound_us > 0 and gap <= self.options.gap
+
+    def enough_us(self) -> float:
+        """The largest objective that is good enough; 0 where no bound is known."""
+        return self.options.bound_us / max(1e-9, 1 - self.options.gap)

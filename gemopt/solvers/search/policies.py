@@ -159,7 +159,8 @@ class _Spreading(_Search):
     def improve(self) -> bool:
         before, options = self.value, self.options
         planned = options.patience is None and np.isfinite(options.deadline)
-        if self.descended and self.spread.step(options.expired, options.remaining if planned else None):
+        left_s, enough_us = options.remaining if planned else None, self.enough_us()
+        if self.descended and self.spread.step(options.expired, left_s, enough_us):
             self.offer(self.spread.best.row)
         return self.value < before * (1 - LEAST_GAIN)
 

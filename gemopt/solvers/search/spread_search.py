@@ -80,35 +80,32 @@ class SpreadSearch:
                 gain_EG[self.problem.rules.clash_EE[expert], rank] = -1.0
         return row
 
-    def step(self, stop: Stop, left_s: float | None = None) -> bool:
+    def step(self, stop: Stop, left_s: float | None = None, enough_us: float = 0.0) -> bool:
         """Climb from the best; where that gains little, anneal from it. Whether it is better now.
 
         left_s: seconds that are left, most of which one round of annealing takes; without, rounds are counted in tries.
+        enough_us: weighted time that ends a round.
         """
         before, begin = self.best.value_us, time.monotonic()
-        if self.climbing is None:
-            self.climbing = Climb(self.best, self.draws)
+        climbing = self.climbing = self.climbing or Climb(self.best, self.draws)
+        least_us = max(self.looks.fluid_us * (1 + 1e-9), enough_us * (1 - 1e-7))  # values here are rounded
+        over = lambda: climbing.value_us <= least_us or stop()  # noqa: E731
         if self.climbed:
-            self._anneal(stop, left_s)
+            climbing.anneal(HOT, COLD, self._progress(left_s), over)
         else:
-            self.climbing.climb(self.tries, stop)
-            self.climbed = self.climbing.value_us > before * (1 - SLOW)
-        better = self.climbing.value_us < before
+            climbing.climb(self.tries, over)
+            self.climbed = climbing.value_us > before * (1 - SLOW)
+        better = climbing.value_us < before
         if better:
-            self.best = self.climbing.look
+            self.best = climbing.look
         self.spent_s += time.monotonic() - begin
         return better
 
-    def _anneal(self, stop: Stop, left_s: float | None) -> None:
-        """One round, longer than the one before where no time is given."""
-        climbing, begin = self.climbing, time.monotonic()
-        assert climbing is not None
+    def _progress(self, left_s: float | None) -> Callable[[int], float]:
+        """Of one round of annealing, longer than the one before where no time is given."""
         if left_s is None:
             tries = self.round
             self.round = min(2 * self.round, MOST_ROUND * self.tries)
-            progress = lambda done: done / tries  # noqa: E731
-        else:
-            planned_s = max(1e-3, PLANNED * min(left_s, LONGER * self.spent_s))
-            progress = lambda _: (time.monotonic() - begin) / planned_s  # noqa: E731
-        least_us = self.looks.fluid_us * (1 + 1e-9)
-        climbing.anneal(HOT, COLD, progress, lambda: climbing.value_us <= least_us or stop())
+            return lambda done: done / tries
+        begin, planned_s = time.monotonic(), max(1e-3, PLANNED * min(left_s, LONGER * self.spent_s))
+        return lambda _: (time.monotonic() - begin) / planned_s
