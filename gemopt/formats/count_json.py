@@ -29,6 +29,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 COPIED = f"{NOT_COPIES}; then leave it out"
 TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
 _KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
+_LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")
 LISTED = {"expert", "experts", "id", "ids", "idx", "index", "indices", "layer", "layers"}  # whose numbers a list holds
 Rows = list[dict[str, Any]]
 
@@ -61,8 +62,7 @@ def _read(path: Path, _changed: int) -> Content:
     except UnicodeError as error:
         raise InputError(str(path), str(error), "JSON in UTF-8") from None
     found = parsed(str(path), text)
-    keyed = isinstance(found, dict) and _numbered(found) and any(isinstance(each, list) for each in found.values())
-    found = found if keyed else frame_rows(found)
+    found = found if _is_keyed(found) else frame_rows(found)
     if isinstance(found, list) and not any(isinstance(each, dict) for each in found):
         return Content(arrays={"counts": found})
     told = Content()
@@ -87,6 +87,10 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
     elif not isinstance(value, dict):
         yield {**known, "counts" if isinstance(value, list) else "count": value}
     elif keys := _numbered(value):
+        first = next(iter(value))
+        _refuse_telling(path, [first])
+        if "shared" in words_of(first):
+            raise InputError(str(path), first, "experts that tokens choose", "leave shared ones out")
         for number, each in zip(keys[1], value.values(), strict=True):
             name = keys[0] or sum(isinstance(key, int) for key in known)
             yield from _rows(path, each, {**known, name: number}, told)
@@ -100,17 +104,29 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
         yield {**known, **value}
 
 
+def _is_keyed(found: Any) -> bool:
+    """Whether keys with numbers hold lists, or layers their experts by number, and no columns of a data frame."""
+    keys = _numbered(found) if isinstance(found, dict) else None
+    if keys is None or any(isinstance(each, list) for each in found.values()):
+        return keys is not None
+    inner = [_numbered(each) if isinstance(each, dict) else None for each in found.values()]
+    return keys[0] == "layer" and all(each is not None and each[0] in ("", "expert") for each in inner)
+
+
 def _numbered(value: dict[str, Any]) -> tuple[str, list[int]] | None:
-    """What the keys of an object count (`layer`, ..., empty where they are numbers alone), and the numbers."""
+    """What the keys of an object count (`layer`, ..., empty where they are numbers alone), and the numbers.
+
+    The nearest word before the number tells: `model.layers.3.mlp.experts` is a layer.
+    """
     parts = [_KEY.fullmatch(str(key)) for key in value]
     around = {(part[1], part[3]) for part in parts if part}
     if not value or not all(parts) or len(around) > 1:
         return None
-    before, after = around.pop()
-    names = words_of(before + after)
-    told = {"layer" if name in ("layers", "blk", "block", "l") else name.removesuffix("s") for name in names}
-    found = next((TABLES[name] for name in told if name in TABLES), "")
-    return (found, [int(part[2]) for part in parts if part]) if found or not names - {""} else None
+    before, after = (re.findall("[a-z]+", text.lower()) for text in around.pop())
+    names = [_LAYERS.get(name, name.removesuffix("s")) for name in before[::-1] + after]
+    found = next((TABLES[name] for name in names if name in TABLES), "")
+    known = found in ("layer", "expert", "step", "rank") if names else True
+    return (found, [int(part[2]) for part in parts if part]) if known else None
 
 
 def _inside(value: dict[str, Any]) -> Any:

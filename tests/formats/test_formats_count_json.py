@@ -66,10 +66,14 @@ def test_steps_in_json(load, tmp_path, kind, source):
     assert traces.top_k == (2 if kind in ("array with settings", "a line for each step") else None)
 
 
+BUT_ONE = TOTAL * (np.arange(EXPERTS) != np.arange(LAYERS)[:, None])
 SUMS = {
     "MindSpeed-RL": {str(layer): {str(e): int(n) for e, n in enumerate(row)} for layer, row in enumerate(TOTAL)},
     "lists by layer": by_number(TOTAL),
-    "named": by_number(TOTAL, "model.layers.{}.mlp"),
+    "named": by_number(TOTAL, "model.layers.{}.mlp.experts"),
+    "both named": {f"layer_{layer}": {f"expert_{e}": int(n) for e, n in enumerate(row)} for layer, row in enumerate(TOTAL)},
+    "named, not all": {f"layers.{layer}.mlp.experts": {str(e): int(n) for e, n in enumerate(row) if n and e != layer}
+                       for layer, row in enumerate(BUT_ONE)},
     "with statistics": {f"layer_{i}": {"tokens_per_expert": row.tolist(), "cv": 0.5 + i}
                         for i, row in enumerate(TOTAL)},
     "ranks": {f"rank{r}": by_number(COUNTS[r::2].sum(axis=0), "layer_{}") for r in range(2)},
@@ -80,7 +84,7 @@ SUMS = {
 def test_sums_by_layer(load, tmp_path, kind):
     (tmp_path / "all.json").write_text(json.dumps(SUMS[kind]))
     traces, notes = load(tmp_path / "all.json", "csv", no_pipeline=True)
-    np.testing.assert_array_equal(traces.counts, TOTAL[None])
+    np.testing.assert_array_equal(traces.counts, (BUT_ONE if kind == "named, not all" else TOTAL)[None])
     assert "a single step" in notes
 
 
@@ -138,6 +142,8 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (json.dumps({"snapshots": [{"window_expert_load": TOTAL.tolist(), "physical_to_logical_map": [[0]]}]}),
          "physical_to_logical_map beside counts; counts of logical experts"),
         (json.dumps({"a_load": TOTAL.tolist(), "b_load": TOTAL.tolist()}), "a_load, b_load; one list of counts"),
+        (json.dumps(by_number(TOTAL, "layers.{}.mlp.shared_experts")), "experts that tokens choose; leave shared ones"),
+        (json.dumps({"layer_0": {f"physical_expert_{e}": 7 for e in range(9)}}), "physical_expert_0 beside counts"),
         ("[" * 9999 + "]" * 9999, "cut or wrong"),
         (WHOLE["rows"][:-9], "cut or wrong"),
         ("{}", "columns"),
