@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv, count_json
-from gemopt.formats.count_names import COUNTED, MEASURED, NO_COUNTS, SCORES, words_of
+from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, MOST_LAYERS, NO_COUNTS, SCORES, words_of
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
@@ -36,7 +37,6 @@ from gemopt.words import counted
 ARRAYS_ALONE = (".npy", ".npz", ".pt", ".safetensors")
 SUFFIXES = (*ARRAYS_ALONE, *count_json.SUFFIXES)
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
-MOST_LAYERS = 256  # of any network known
 SIDE_BY_SIDE = "put layers and stages side by side in one array; if these are later steps: --no-pipeline"
 NUMBERS_TELL = "give --num-experts and --num-hidden-layers"
 _ROWS = 64 << 20  # bytes handed on at once
@@ -50,9 +50,10 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     packed = (".gz",) if any(map(count_json.is_json, paths)) else ()
     files, notes = _distinct(files_of(paths, *ARRAYS_ALONE, *packed, else_of=count_json.SUFFIXES), options)
     refuse_parts(files)
-    numbers = [count_json.read(path).step for path in files if count_json.is_json(path)]
-    if (told := [each for each in numbers if each is not None]) != sorted(set(told)):
-        found = ", ".join(map(str, told))[:100]
+    numbers = [count_json.read(path).steps for path in files if count_json.is_json(path)]
+    told = [each for each in numbers if each is not None]
+    if any(later[0] <= before[1] for before, later in pairwise(told)):
+        found = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in told)[:100]
         raise InputError("PATHS: step", found, "files of rising steps", "ranks of the same steps are to be added up")
     if len(files) > 1:
         notes.append(f"{len(files)} files, one after the other in time: {files[0].name} to {files[-1].name}")
@@ -132,6 +133,10 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
             hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
+        if derived := words_of(key) & DERIVED:
+            raise InputError(
+                str(path), f"an array {key}", "counts themselves", f"is {min(derived)} no word for it? rename it"
+            )
         names.append(key)
         experts, data = data.get("num_experts", experts), data[key]
     if copies := [name for name in names if COPIES.search(name)]:

@@ -94,8 +94,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
     notes += [own.note] if own.note else []
-    if unread := sorted({name for path in files if count_json.is_json(path) for name in count_json.read(path).unread}):
-        notes.append(f"{', '.join(unread)} left unread")
+    notes += _of_documents(files)
     results = sorted(set().union(*(table.results for table in tables)))
     if results:
         notes.append(f"times and results are left unread: {', '.join(results)}")
@@ -112,6 +111,14 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     refuse_totals("PATHS: counts", total)
     used = total[total.any(axis=(1, 2))]
     return Recording(blocks=lambda: iter([used] if len(used) else []), layer_ids=tuple(layers), notes=notes)
+
+
+def _of_documents(files: Sequence[Path]) -> list[str]:
+    """What there is to say of the files that are JSON."""
+    documents = [count_json.read(path) for path in files if count_json.is_json(path)]
+    unread = sorted({name for each in documents for name in each.unread})
+    return [*dict.fromkeys(note for each in documents for note in each.notes),
+            *([f"{', '.join(unread)} left unread"] if unread else [])]  # fmt: skip
 
 
 def _refuse_local(by_rank: IntArray) -> None:

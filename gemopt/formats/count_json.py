@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COLUMNS, COUNTED, NO_COUNTS, TIMES, words_of
+from gemopt.formats.count_names import COLUMNS, COUNTED, DERIVED, MOST_LAYERS, NO_COUNTS, TIMES, words_of
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, parsed
 from gemopt.traces.arrays import NOT_IDS
@@ -30,6 +30,8 @@ COPIED = f"{NOT_COPIES}; then leave it out"
 TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
 _KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
 _LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")
+_NAME_THEM = "name them layer_0, step_0, rank_0 and so on"
+_EXPERTS = re.compile(r"(num_|n_)(logical_|routed_)?experts", re.IGNORECASE)
 LISTED = {"expert", "experts", "id", "ids", "idx", "index", "indices", "layer", "layers"}  # whose numbers a list holds
 Rows = list[dict[str, Any]]
 
@@ -42,7 +44,8 @@ class Content:
     arrays: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     top_k: int | None = None
-    step: int | None = None  # the first that it numbers
+    steps: tuple[int, int] | None = None  # the first and the last that it numbers
+    notes: list[str] = field(default_factory=list)
 
 
 def is_json(path: Path) -> bool:
@@ -52,11 +55,12 @@ def is_json(path: Path) -> bool:
 
 def read(path: Path) -> Content:
     """The counts of a file; `InputError` names what they cannot be told by."""
-    return _read(path, path.stat().st_mtime_ns if path.exists() else 0)
+    now = path.stat() if path.exists() else None
+    return _read(path, (now.st_mtime_ns, now.st_size, now.st_ino) if now else ())
 
 
 @lru_cache(maxsize=1)
-def _read(path: Path, _changed: int) -> Content:
+def _read(path: Path, _changed: tuple[int, ...]) -> Content:
     try:
         text = text_of(path).read()
     except UnicodeError as error:
@@ -64,17 +68,20 @@ def _read(path: Path, _changed: int) -> Content:
     found = parsed(str(path), text)
     found = found if _is_keyed(found) else frame_rows(found)
     if isinstance(found, list) and not any(isinstance(each, dict) for each in found):
+        _refuse_flags(path, found, text)
         return Content(arrays={"counts": found})
     told = Content()
     rows = list(_rows(path, found, {}, told))
     if not rows:
         raise InputError(str(path), "no counts", "at least one")
-    rows = _named(path, rows)
+    rows = _named(path, rows, told)
     name = _counts_of(path, rows, told)
     if name is None:
         told.rows = rows
         return told
-    return _spread(path, rows, name, told)
+    told = _spread(path, rows, name, told)
+    _refuse_flags(path, list(told.arrays.values()), text)
+    return told
 
 
 def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Iterator[dict[Any, Any]]:
@@ -102,6 +109,15 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
         yield from _rows(path, inner, {**plain, **known}, told)
     else:
         yield {**known, **value}
+
+
+def _refuse_flags(path: Path, value: Any, text: str) -> None:
+    """Raise for a flag among counts, which numpy would take as 0 or 1; text: of the whole file."""
+    if isinstance(value, bool):
+        raise InputError(str(path), str(value).lower(), "numbers alone in lists of counts")
+    if isinstance(value, list) and ("true" in text or "false" in text):
+        for each in value:
+            _refuse_flags(path, each, text)
 
 
 def _is_keyed(found: Any) -> bool:
@@ -142,7 +158,7 @@ def _inside(value: dict[str, Any]) -> Any:
     return rows[0] if len(rows) == 1 and (not lists or value[lists[0]] is rows[0]) else None
 
 
-def _named(path: Path, rows: list[dict[Any, Any]]) -> Rows:
+def _named(path: Path, rows: list[dict[Any, Any]], told: Content) -> Rows:
     """The rows with names for keys of numbers alone: layer and expert, where the sums bear that out."""
     unnamed = sorted({key for row in rows for key in row if isinstance(key, int)})
     if not unnamed:
@@ -152,13 +168,17 @@ def _named(path: Path, rows: list[dict[Any, Any]]) -> Rows:
     matrices = not alone and _ndim(rows[0].get("counts")) != 1
     if len(unnamed) != len(free) or matrices or any(set(row) != set(rows[0]) for row in rows):
         limit = "keys that say what they number"
-        raise InputError(str(path), "keys of numbers alone", limit, "name them layer_0, step_0, rank_0 and so on")
+        raise InputError(str(path), "keys of numbers alone", limit, _NAME_THEM)
     names = dict(zip(unnamed, free, strict=True))
     rows = [{names.get(key, key): cell for key, cell in row.items()} for row in rows]
     sums: Counter[int] = Counter()
     for row in rows if "layer" in free else ():
         cells = row["count"] if alone else row["counts"]
         sums[row["layer"]] += sum(each for each in (cells if isinstance(cells, list) else [cells]) if _is_whole(each))
+    if "layer" in free and "step" not in rows[0]:
+        told.notes.append(f"keys of numbers alone are taken as {'s and '.join(free)}s: of steps? then name them step_0")
+    if len(sums) > MOST_LAYERS:
+        raise InputError(str(path), f"{len(sums)} keys of numbers alone", f"at most {MOST_LAYERS} layers", _NAME_THEM)
     if len(sums) > 1 and 2 * max(Counter(sums.values()).values()) <= len(sums):
         found = "keys of numbers alone, whose counts do not add up to the same"
         limit = "layers, each with the assignments of all tokens"
@@ -184,6 +204,8 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     if which := next((key for key in lists if words_of(key) & LISTED and not words_of(key) & COUNTED), None):
         hint = f"does {which} say whose they are? then write all; else leave it out"
         raise InputError(str(path), f"{which} beside {counts[0]}", "counts of all experts, in order", hint)
+    if derived := words_of(counts[0]) & DERIVED:
+        raise InputError(str(path), counts[0], "counts themselves", f"is {min(derived)} no word for it? rename it")
     told.unread += lists
     for key in [key for key in rows[0] if meant(key) == "top_k" and len({str(row.get(key)) for row in rows}) == 1]:
         told.top_k = rows[0][key] if type(rows[0][key]) is int else None
@@ -226,10 +248,13 @@ def _spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
                      for row, each in zip(rows, cells, strict=True)]  # fmt: skip
         return told
     steps = _steps(path, rows, told)
-    told.step = steps[0] if "step" in {TABLES.get(key.casefold()) for key in rows[0]} else None
-    if steps != sorted(set(steps)):
-        raise InputError(f"{path}: step", "steps that come twice, or in another order", "every step once, in order")
-    alone = len(cells) == 1 and told.step is None  # of two dimensions: layers, or steps of one?
+    if len(set(steps)) < len(steps):
+        raise InputError(f"{path}: step", "steps that come twice", "every step once")
+    order = sorted(range(len(steps)), key=steps.__getitem__)
+    cells = [cells[i] for i in order]
+    if "step" in {TABLES.get(key.casefold()) for key in rows[0]}:
+        told.steps = min(steps), max(steps)
+    alone = len(cells) == 1 and told.steps is None  # of two dimensions: layers, or steps of one?
     told.arrays = {name: cells[0] if dims == {3} or alone else cells}
     return told
 
@@ -272,6 +297,9 @@ def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
         cells: list[Any] = [row.get(key) for row in rows]
         if key == name or (TABLES.get(key.casefold()) not in (None, "count")):
             continue
+        for cell, each in zip(cells, arrays, strict=True):
+            if _EXPERTS.fullmatch(key) and str(cell) not in ("None", str(each.shape[-1])):
+                raise InputError(f"{path}: {name}", f"{each.shape[-1]} experts", f"{cell}, as {key} says")
         whole = all(map(_is_whole, cells))
         total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
         total = total or (TABLES.get(key.casefold()) == "count" and whole and len(rows) > 1 and len(set(cells)) == 1)

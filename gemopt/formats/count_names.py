@@ -34,7 +34,14 @@ MEASURED = {
     "coactivation",
 }
 NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *SCORES, *MEASURED}
+MOST_LAYERS = 256  # of any network known
 COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
+
+DERIVED = {  # that name what was made of counts
+    *("percent", "percents", "percentage", "percentages", "pct", "share", "shares", "ratio", "ratios", "fraction"),
+    *("mean", "means", "avg", "average", "averages", "ema", "median", "std", "normalized", "normalised"),
+    *("cumulative", "cumsum"),
+}
 
 
 def words_of(name: str) -> set[str]:

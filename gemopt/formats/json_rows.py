@@ -19,7 +19,7 @@ def parsed(path: str, text: str) -> Any:
         try:
             return _value(text)
         except json.JSONDecodeError:
-            lines = [line for line in text.splitlines() if line.strip()]
+            lines = [line for line in text.split("\n") if line.strip()]  # not at U+2028, which texts may hold
             if len(lines) < 2:
                 raise
             return [_value(line) for line in lines]

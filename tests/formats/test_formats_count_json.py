@@ -71,7 +71,7 @@ SUMS = {
     "MindSpeed-RL": {str(layer): {str(e): int(n) for e, n in enumerate(row)} for layer, row in enumerate(TOTAL)},
     "lists by layer": by_number(TOTAL),
     "named": by_number(TOTAL, "model.layers.{}.mlp.experts"),
-    "both named": {f"layer_{layer}": {f"expert_{e}": int(n) for e, n in enumerate(row)} for layer, row in enumerate(TOTAL)},
+    "both named": {f"layer_{i}": {f"expert_{e}": int(n) for e, n in enumerate(row)} for i, row in enumerate(TOTAL)},
     "named, not all": {f"layers.{layer}.mlp.experts": {str(e): int(n) for e, n in enumerate(row) if n and e != layer}
                        for layer, row in enumerate(BUT_ONE)},
     "with statistics": {f"layer_{i}": {"tokens_per_expert": row.tolist(), "cv": 0.5 + i}
@@ -144,6 +144,10 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (json.dumps({"a_load": TOTAL.tolist(), "b_load": TOTAL.tolist()}), "a_load, b_load; one list of counts"),
         (json.dumps(by_number(TOTAL, "layers.{}.mlp.shared_experts")), "experts that tokens choose; leave shared ones"),
         (json.dumps({"layer_0": {f"physical_expert_{e}": 7 for e in range(9)}}), "physical_expert_0 beside counts"),
+        (json.dumps({"num_experts": 64, "counts": COUNTS.tolist()}), "8 experts; 64, as num_experts says"),
+        (json.dumps({"load_percent": COUNTS.tolist()}), "load_percent; counts themselves"),
+        (json.dumps({"counts": [[[True, 3], [1, 3]]] * 9}), "true; numbers alone in lists"),
+        (json.dumps(by_number(np.tile(TOTAL, (99, 1)))), "297 keys of numbers alone; at most 256 layers"),
         ("[" * 9999 + "]" * 9999, "cut or wrong"),
         (WHOLE["rows"][:-9], "cut or wrong"),
         ("{}", "columns"),
@@ -184,3 +188,26 @@ def test_lines_of_numbers_alone_have_a_way_in(load, tmp_path):
     parts = [np.loadtxt(tmp_path / f"decode_{r}.csv", delimiter=",").reshape(STEPS, LAYERS, -1) for r in range(2)]
     np.save(tmp_path / "a.npy", np.concatenate(parts, axis=2))
     np.testing.assert_array_equal(load(tmp_path / "a.npy", "array")[0].counts, COUNTS)
+
+
+def test_steps_come_by_their_numbers_and_keys_of_numbers_alone_are_noted(load, tmp_path):
+    path, many = tmp_path / "a.json", np.concatenate([COUNTS, COUNTS[::-1]])
+    for text in (
+        json.dumps({f"step_{t}": c.tolist() for t, c in enumerate(many)}, sort_keys=True),  # 0, 1, 10, 11, 2
+        lines({"step": t, "num_experts": EXPERTS, "note": "a\u2028b", "counts": c.tolist()}
+              for t, c in list(enumerate(many))[::-1]).replace("\\u2028", "\u2028"),
+    ):  # fmt: skip
+        path.write_text(text)
+        np.testing.assert_array_equal(load(path, "array")[0].counts, many)
+    path.write_text(json.dumps(SUMS["MindSpeed-RL"]))
+    assert "taken as layers and experts: of steps? then name them step_0" in load(path, "array")[1]
+    path.write_text(json.dumps(SUMS["named"]))
+    assert "of numbers alone" not in load(path, "array")[1]
+
+
+def test_files_whose_steps_overlap(load, folder):
+    for name, first in (("a", 0), ("b", 3)):
+        (folder / f"{name}.jsonl").write_text(lines({"step": first + t, "counts": (c + first).tolist()}
+                                                    for t, c in enumerate(COUNTS)))  # fmt: skip
+    with pytest.raises(InputError, match="0 to 5, 3 to 8; files of rising steps"):
+        load(folder, "array")
