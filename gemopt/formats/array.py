@@ -47,8 +47,9 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     if all(path.suffix in count_csv.SUFFIXES and not count_json.is_json(path) for path in paths) or _tables(paths):
         return count_csv.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
-    packed = (".gz",) if any(map(count_json.is_json, paths)) else ()
-    files, notes = _distinct(files_of(paths, *ARRAYS_ALONE, *packed, else_of=count_json.SUFFIXES), options)
+    given = files_of(paths, *ARRAYS_ALONE, else_of=count_json.SUFFIXES)
+    files, notes = _distinct(given, options)
+    notes += count_json.left_alone(paths, given)
     refuse_parts(files)
     numbers = [count_json.read(path).steps for path in files if count_json.is_json(path)]
     told = [each for each in numbers if each is not None]
@@ -76,8 +77,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
                     yield block if used.all() else block[used]
 
     ids = options.layer_ids if _already_chosen(files, options) else None
-    chosen = {count_json.read(path).top_k for path in files if count_json.is_json(path)}
-    return Recording(blocks=blocks, layer_ids=ids, top_k=chosen.pop() if len(chosen) == 1 else None, notes=notes)
+    return Recording(blocks=blocks, layer_ids=ids, top_k=count_json.top_k(files), notes=notes)
 
 
 def _tables(paths: Sequence[Path]) -> bool:

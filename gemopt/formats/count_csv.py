@@ -94,7 +94,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
     notes += [own.note] if own.note else []
-    notes += _of_documents(files)
+    notes += _of_documents(files) + count_json.left_alone(paths, files)
     results = sorted(set().union(*(table.results for table in tables)))
     if results:
         notes.append(f"times and results are left unread: {', '.join(results)}")
@@ -110,7 +110,12 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     total = _dense(steps, own.ranks, layers, experts)
     refuse_totals("PATHS: counts", total)
     used = total[total.any(axis=(1, 2))]
-    return Recording(blocks=lambda: iter([used] if len(used) else []), layer_ids=tuple(layers), notes=notes)
+    return Recording(
+        blocks=lambda: iter([used] if len(used) else []),
+        layer_ids=tuple(layers),
+        top_k=count_json.top_k(files),
+        notes=notes,
+    )
 
 
 def _of_documents(files: Sequence[Path]) -> list[str]:

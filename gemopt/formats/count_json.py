@@ -19,17 +19,14 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COLUMNS, COUNTED, DERIVED, MOST_LAYERS, NO_COUNTS, TIMES, words_of
+from gemopt.formats.count_names import COUNTED, DERIVED, MOST_LAYERS, NO_COUNTS, TABLES, TIMES, numbered, words_of
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, parsed
 from gemopt.traces.arrays import NOT_IDS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
 
-SUFFIXES = (".json", ".jsonl", ".ndjson")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 COPIED = f"{NOT_COPIES}; then leave it out"
-TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
-_KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
-_LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")
 _NAME_THEM = "name them layer_0, step_0, rank_0 and so on"
 _EXPERTS = re.compile(r"(num_|n_)(logical_|routed_)?experts", re.IGNORECASE)
 LISTED = {"expert", "experts", "id", "ids", "idx", "index", "indices", "layer", "layers"}  # whose numbers a list holds
@@ -50,7 +47,14 @@ class Content:
 
 def is_json(path: Path) -> bool:
     """Whether a file is JSON by its name."""
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix in SUFFIXES
+    return path.name.endswith(SUFFIXES)
+
+
+def left_alone(paths: Sequence[Path], files: Sequence[Path]) -> list[str]:
+    """A note on the JSON of folders that is not among the files read from them."""
+    inside = [part for path in paths if path.is_dir() for part in path.iterdir() if not part.name.startswith(".")]
+    names = sorted(part.name for part in inside if is_json(part) and part not in files)
+    return [f"beside arrays or tables, left unread: {', '.join(names)[:200]}"] if names else []
 
 
 def read(path: Path) -> Content:
@@ -93,7 +97,7 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
         raise InputError(str(path), "a list of objects and others", "rows that are alike")
     elif not isinstance(value, dict):
         yield {**known, "counts" if isinstance(value, list) else "count": value}
-    elif keys := _numbered(value):
+    elif keys := numbered(value):
         first = next(iter(value))
         _refuse_telling(path, [first])
         if "shared" in words_of(first):
@@ -122,27 +126,11 @@ def _refuse_flags(path: Path, value: Any, text: str) -> None:
 
 def _is_keyed(found: Any) -> bool:
     """Whether keys with numbers hold lists, or layers their experts by number, and no columns of a data frame."""
-    keys = _numbered(found) if isinstance(found, dict) else None
+    keys = numbered(found) if isinstance(found, dict) else None
     if keys is None or any(isinstance(each, list) for each in found.values()):
         return keys is not None
-    inner = [_numbered(each) if isinstance(each, dict) else None for each in found.values()]
+    inner = [numbered(each) if isinstance(each, dict) else None for each in found.values()]
     return keys[0] == "layer" and all(each is not None and each[0] in ("", "expert") for each in inner)
-
-
-def _numbered(value: dict[str, Any]) -> tuple[str, list[int]] | None:
-    """What the keys of an object count (`layer`, ..., empty where they are numbers alone), and the numbers.
-
-    The nearest word before the number tells: `model.layers.3.mlp.experts` is a layer.
-    """
-    parts = [_KEY.fullmatch(str(key)) for key in value]
-    around = {(part[1], part[3]) for part in parts if part}
-    if not value or not all(parts) or len(around) > 1:
-        return None
-    before, after = (re.findall("[a-z]+", text.lower()) for text in around.pop())
-    names = [_LAYERS.get(name, name.removesuffix("s")) for name in before[::-1] + after]
-    found = next((TABLES[name] for name in names if name in TABLES), "")
-    known = found in ("layer", "expert", "step", "rank") if names else True
-    return (found, [int(part[2]) for part in parts if part]) if known else None
 
 
 def _inside(value: dict[str, Any]) -> Any:
@@ -152,7 +140,7 @@ def _inside(value: dict[str, Any]) -> Any:
         each
         for each in nested
         if (isinstance(each, list) and isinstance(each[0], dict))
-        or (isinstance(each, dict) and _numbered(each) and any(isinstance(v, (list, dict)) for v in each.values()))
+        or (isinstance(each, dict) and numbered(each) and any(isinstance(v, (list, dict)) for v in each.values()))
     ]
     lists = [key for key, each in value.items() if isinstance(each, list) and words_of(key) & COUNTED]
     return rows[0] if len(rows) == 1 and (not lists or value[lists[0]] is rows[0]) else None
@@ -208,8 +196,9 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
         raise InputError(str(path), counts[0], "counts themselves", f"is {min(derived)} no word for it? rename it")
     told.unread += lists
     for key in [key for key in rows[0] if meant(key) == "top_k" and len({str(row.get(key)) for row in rows}) == 1]:
-        told.top_k = rows[0][key] if type(rows[0][key]) is int else None
-        nested.append(key)
+        if type(rows[0][key]) is int and rows[0][key] > 0:
+            told.top_k = rows[0][key]
+            nested.append(key)
     for row in rows:
         for key in nested:
             if key != counts[0]:
@@ -260,7 +249,7 @@ def _spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
 
 
 def _each(path: Path, name: str, cell: dict[str, Any]) -> tuple[list[int], list[Any]]:
-    keys = _numbered(cell)
+    keys = numbered(cell)
     if keys is None or keys[0] not in ("", "expert"):
         raise InputError(f"{path}: {name}", ", ".join(cell)[:200], "counts by the number of the expert")
     return keys[1], list(cell.values())
@@ -300,6 +289,9 @@ def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
         for cell, each in zip(cells, arrays, strict=True):
             if _EXPERTS.fullmatch(key) and str(cell) not in ("None", str(each.shape[-1])):
                 raise InputError(f"{path}: {name}", f"{each.shape[-1]} experts", f"{cell}, as {key} says")
+            if meant(key) == "num_hidden_layers" and each.ndim > 1 and str(cell) not in ("None", str(each.shape[-2])):
+                hint = "leave it out, and give --layer-ids"
+                raise InputError(f"{path}: {name}", f"{each.shape[-2]} layers", f"{cell}, as {key} says", hint)
         whole = all(map(_is_whole, cells))
         total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
         total = total or (TABLES.get(key.casefold()) == "count" and whole and len(rows) > 1 and len(set(cells)) == 1)
@@ -316,6 +308,16 @@ def _is_whole(value: Any) -> bool:
 
 def _ndim(value: Any) -> int:
     return 1 + _ndim(value[0]) if isinstance(value, list) and value else int(isinstance(value, list))
+
+
+def top_k(files: Sequence[Path]) -> int | None:
+    """The experts of a token as the files say it that are JSON; `InputError` where they differ."""
+    told = {read(path).top_k: path for path in files if is_json(path)}
+    told.pop(None, None)
+    if len(told) > 1:
+        found = ", ".join(f"{number} in {path.name}" for number, path in sorted(told.items()))
+        raise InputError("PATHS: top_k", found, "files of one network", "import them apart")
+    return next(iter(told), None)
 
 
 def arrays(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
 COLUMNS = {
@@ -18,6 +19,9 @@ COLUMNS = {
     ),
     "rank": ("rank", "rank_id", *PARALLEL),
 }
+TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
+_KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
+_LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")
 COUNTING = {"count", "counts", "frequency", "freq", "hits", "load", "loads", "tokens", "total", "activations"}
 TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds"}
 SCORES = {"logits", "probs", "weights", "scores"}
@@ -47,3 +51,19 @@ DERIVED = {  # that name what was made of counts
 def words_of(name: str) -> set[str]:
     """Words of a name, in small letters."""
     return set(re.split("[^a-z]+", name.lower()))
+
+
+def numbered(value: dict[str, Any]) -> tuple[str, list[int]] | None:
+    """What the keys of an object count (`layer`, ..., empty where they are numbers alone), and the numbers.
+
+    The nearest word before the number tells: `model.layers.3.mlp.experts` is a layer.
+    """
+    parts = [_KEY.fullmatch(str(key)) for key in value]
+    around = {(part[1], part[3]) for part in parts if part}
+    if not value or not all(parts) or len(around) > 1:
+        return None
+    before, after = (re.findall("[a-z]+", text.lower()) for text in around.pop())
+    names = [_LAYERS.get(name, name.removesuffix("s")) for name in before[::-1] + after]
+    found = next((TABLES[name] for name in names if name in TABLES), "")
+    known = found in ("layer", "expert", "step", "rank") if names else True
+    return (found, [int(part[2]) for part in parts if part]) if known else None

@@ -326,14 +326,14 @@ def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "", else_of: t
     for path in sorted(paths, key=_by_number) if list(paths) == sorted(paths) else paths:
         if path.is_dir():
             shown = sorted((part for part in path.iterdir() if not part.name.startswith(".")), key=_by_number)
-            first, others = ([part for part in shown if part.suffix in known] for known in (suffixes, else_of))
-            inside = [part for part in first if prefer and part.name.startswith(prefer)] or first or others
-            if not inside:
+            others = [part for part in shown if part.name.endswith(else_of)]
+            first = [part for part in shown if part.name.endswith(suffixes) and not part.name.endswith(else_of)]
+            if not (inside := [part for part in first if prefer and part.name.startswith(prefer)] or first or others):
                 raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
             found += inside
         elif not os.access(path, os.R_OK):
             raise InputError(str(path), "no such file", "a readable file is needed")
-        elif path.suffix not in (*suffixes, *else_of):
+        elif not path.name.endswith((*suffixes, *else_of)):
             hint = "counts in JSON: --from array" if path.suffix[:5] == ".json" else ""
             limit = " or ".join((*suffixes, *else_of))
             raise InputError(str(path), path.suffix or "no suffix", f"a file {limit}", hint)

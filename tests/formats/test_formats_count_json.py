@@ -110,12 +110,29 @@ def test_a_file_for_each_step(load, folder):
 def test_what_lies_beside_counts_in_a_folder_is_left_alone(load, folder):
     (folder / "config.json").write_text("{}")
     np.save(folder / "counts.npy", COUNTS)
-    np.testing.assert_array_equal(load(folder, "array")[0].counts, COUNTS)
+    traces, notes = load(folder, "array")
+    np.testing.assert_array_equal(traces.counts, COUNTS)
+    assert "left unread: config.json" in notes
     (folder / "counts.npy").unlink()
     (folder / "counts.csv").write_text(
         "\n".join(["step,layer,expert,count", *(",".join(map(str, r.values())) for r in ROWS)])
     )
-    np.testing.assert_array_equal(load(folder, "csv")[0].counts, COUNTS)
+    traces, notes = load(folder, "csv")
+    np.testing.assert_array_equal(traces.counts, COUNTS)
+    assert "left unread: config.json" in notes
+
+
+@pytest.mark.parametrize("source", ["array", "csv"])
+def test_packed_files_of_a_folder_are_read_beside_others(load, folder, source):
+    (folder / "load_0.json").write_text(json.dumps({"step": 0, "top_k": 2, "counts": COUNTS[0].tolist()}))
+    with gzip.open(folder / "load_1.jsonl.gz", "wt") as stream:
+        stream.write(lines({"step": t, "counts": c.tolist()} for t, c in enumerate(COUNTS) if t))
+    traces, _ = load(folder, source)
+    np.testing.assert_array_equal(traces.counts, COUNTS)
+    assert traces.top_k == 2
+    (folder / "load_2.json").write_text(json.dumps({"step": 99, "top_k": 4, "counts": (1 + COUNTS[0]).tolist()}))
+    with pytest.raises(InputError, match=r"2 in load_0.json, 4 in load_2.json; files of one network"):
+        load(folder, source)
 
 
 TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} for e in range(EXPERTS)}
@@ -145,6 +162,7 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (json.dumps(by_number(TOTAL, "layers.{}.mlp.shared_experts")), "experts that tokens choose; leave shared ones"),
         (json.dumps({"layer_0": {f"physical_expert_{e}": 7 for e in range(9)}}), "physical_expert_0 beside counts"),
         (json.dumps({"num_experts": 64, "counts": COUNTS.tolist()}), "8 experts; 64, as num_experts says"),
+        (json.dumps({"num_layers": 61, "counts": COUNTS.tolist()}), "61, as num_layers says; .*give --layer-ids"),
         (json.dumps({"load_percent": COUNTS.tolist()}), "load_percent; counts themselves"),
         (json.dumps({"counts": [[[True, 3], [1, 3]]] * 9}), "true; numbers alone in lists"),
         (json.dumps(by_number(np.tile(TOTAL, (99, 1)))), "297 keys of numbers alone; at most 256 layers"),
