@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_bounds")
         (
             ("solve", "profile.json", "traces.safetensors", "-o", "profile.json"),
             "--output",
-            "it is a profile of gemopt",
+            "the file of the profile",
         ),
         (("solve", "profile.json", "traces.safetensors", "--result", "traces.safetensors"), "--result", "it is traces"),
         (("solve", "profile.json", "traces.safetensors", "-o", "x", "--result", "x"), "--result", "of --output"),
