@@ -202,3 +202,16 @@ def test_moves_that_fit_into_each_layer_but_not_into_a_rank_are_infeasible() -> 
             f"need more than 1 move into a rank over all layers{more and ' (max_bytes_per_rank)' + more}"
             in result.notes[0]
         )
+
+
+def test_rows_of_all_layers_that_are_not_found_in_time_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = Placement(
+        physical_to_logical=[[0, 1, EMPTY, 2, EMPTY, EMPTY, 3, EMPTY, EMPTY]] * 2, slots_per_rank=[3] * 3, num_experts=4
+    )
+    traces = Traces(counts=np.random.default_rng(0).integers(1, 9, (STEPS, LAYERS, 4)))
+    pinned = Rules(pinned=[{"experts": [3], "ranks": [1]}])
+    case = Case(current, traces, {"exclude_ranks": [2], "add_ranks": []}, {"max_bytes_per_rank": BYTES}, pinned)
+    assert case.solve("local-search").status is Status.INFEASIBLE
+    monkeypatch.setattr("gemopt.solving.rounds.fewest_rows", lambda *_: (None, False))
+    result = case.solve("local-search")
+    assert result.status is Status.UNKNOWN and "not found in time" in " ".join(result.notes), result.notes

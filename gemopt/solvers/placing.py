@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import SolverError
-from gemopt.layer_rules import LayerRules
+from gemopt.layer_rules import Demand, LayerRules
 from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
@@ -203,16 +203,14 @@ def fewest_row(problem: Problem) -> Row | None:
     return None if pairs is None else row_of(_held(problem, pairs), slots_G)
 
 
-def fewest_rows(problems: Sequence[Problem], most: int | None, most_into_G: Row) -> list[Row] | None:
-    """[P] rows of all layers together with the fewest moves, of which no rank and not all together receive too many;
-    None when there are none, proven.
+def fewest_rows(
+    problems: Sequence[Problem], most: int | None, most_into_G: Row, deadline: float
+) -> tuple[list[Row] | None, bool]:
+    """[P] rows of all layers together with the fewest moves, of which no rank and not all together receive too many,
+    or None; and whether it is proven that none are better, or that there are none.
 
     most, most_into_G: moves of all layers together, and [G] into each rank; each layer's own limits hold, too.
-
-    Raises
-    ------
-    SolverError
-        Neither rows nor that there are none was found in time.
+    deadline: of `time.monotonic`.
     """
     from ortools.sat.python import cp_model
 
@@ -222,11 +220,11 @@ def fewest_rows(problems: Sequence[Problem], most: int | None, most_into_G: Row)
     for problem in problems:
         moves, experts = problem.moves, np.arange(problem.num_experts)
         assert moves is not None
-        rules = problem.rules or LayerRules((), problem.num_ranks, problem.num_experts)
-        rows = _Rows.of(rules, problem.slots_per_rank, experts, full=problem.full, single=False, model=model)
-        found.append(rows)
+        rules = problem.rules or LayerRules(_stay(problem), problem.num_ranks, problem.num_experts)
+        layer = _Rows.of(rules, problem.slots_per_rank, experts, full=problem.full, single=False, model=model)
+        found.append(layer)
         own: list[Any] = []
-        for (expert, rank), literal in rows.held.items():
+        for (expert, rank), literal in layer.held.items():
             at_home = bool(moves.home_GE[rank, expert])
             (kept if at_home else into_G[rank]).append(literal)
             own += [] if at_home else [literal]
@@ -238,13 +236,25 @@ def fewest_rows(problems: Sequence[Problem], most: int | None, most_into_G: Row)
     if most is not None:
         model.add(moved <= most)
     model.minimize((len(kept) + 1) * moved - sum(kept))
-    value_of, proven = _solved(model, LIMIT_S, level=ASSIGNMENT)
-    if value_of is None and not proven:
-        raise SolverError(f"rows within the moves that each rank may receive were not found in {LIMIT_S:.0f} s")
+    value_of, proven = _solved(model, deadline - time.monotonic(), level=ASSIGNMENT)
     if value_of is None:
-        return None
-    held_LGE = [_held(problem, rows.chosen(value_of)) for problem, rows in zip(problems, found, strict=True)]
-    return [row_of(held_GE, problem.slots_per_rank) for problem, held_GE in zip(problems, held_LGE, strict=True)]
+        return None, proven
+    held_LGE = [_held(problem, each.chosen(value_of)) for problem, each in zip(problems, found, strict=True)]
+    rows = [row_of(held_GE, problem.slots_per_rank) for problem, held_GE in zip(problems, held_LGE, strict=True)]
+    return rows, proven
+
+
+def _stay(problem: Problem) -> tuple[Demand, ...]:
+    """That experts with a copy go to no other rank, where some rows with the fewest moves are so whatever the limits.
+
+    An expert away from its home changes places with whatever moved there: no rank receives more. It takes slots for all
+    that is at home, and none that must be filled.
+    """
+    assert problem.moves is not None
+    home_GE = problem.moves.home_GE
+    if problem.full or (home_GE.sum(axis=1) > problem.slots_per_rank).any():
+        return ()
+    return (Demand("", "", closed_GE=~home_GE & home_GE.any(axis=0)),)
 
 
 def no_placement(problem: Problem) -> Outcome:

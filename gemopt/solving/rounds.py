@@ -28,6 +28,7 @@ from gemopt.words import counted
 
 FRONT_SHARE = 0.2  # of the time, for the fronts
 LEAST_SECONDS = 0.05
+SECONDS_TOGETHER = 1.0  # at least, for rows that keep a budget together
 
 
 def solve_shared(run: Run, moving: Moving) -> float:
@@ -44,10 +45,11 @@ def solve_shared(run: Run, moving: Moving) -> float:
             parts = _by_rank(problems, fronts, moving)
         elif budget is not None:
             parts = _by_moves(problems, fronts, budget)
+    proven = True
     if parts is None and moving.into_G is not None:
-        parts = _together(run, problems, moving)
+        parts, proven = _together(run, problems, moving)
     if parts is None:
-        _without(run.layers, fronts, moving)
+        _without(run.layers, fronts, moving, proven=proven)
         return 0.0
     for layer, (part, row) in zip(run.layers, parts, strict=True):
         layer.problem = part
@@ -96,18 +98,20 @@ def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None])
         return list(pool.map(walked, problems, begins))
 
 
-def _together(run: Run, problems: Sequence[Problem], moving: Moving) -> list[tuple[Problem, Row]] | None:
-    """Parts of the budget around rows that together keep it, where layer after layer none were found; None: proven that
-    there are none."""
+def _together(run: Run, problems: Sequence[Problem], moving: Moving) -> tuple[list[tuple[Problem, Row]] | None, bool]:
+    """Parts of the budget around rows that together keep it, where layer after layer none were found, or None; and
+    whether it is proven then that there are none."""
     assert moving.into_G is not None
-    rows = fewest_rows(problems, moving.budget, moving.into_G)
+    deadline = max(run.clock + run.time_limit, time.monotonic() + SECONDS_TOGETHER)
+    rows, proven = fewest_rows(problems, moving.budget, moving.into_G, deadline)
     if rows is None:
-        return None
+        return None, proven
     into_LG = [_into(problem, row) for problem, row in zip(problems, rows, strict=True)]
     left_G = moving.into_G - np.sum(into_LG, axis=0)
     own = [limited(problem, most_into_G=into_G + left_G) for problem, into_G in zip(problems, into_LG, strict=True)]
     fronts = _walked(run, own, rows)
-    return _by_rank(problems, fronts, moving) or _by_rank(problems, [Front(each.points[:1]) for each in fronts], moving)
+    first = [Front(each.points[:1]) for each in fronts]
+    return _by_rank(problems, fronts, moving) or _by_rank(problems, first, moving), False
 
 
 def _into(problem: Problem, row: Row) -> NDArray[np.int64]:
@@ -236,12 +240,16 @@ def _take(layers: Sequence[Layer], problems: Sequence[Problem], fronts: Sequence
         layer.outcome = replace(outcome, row=row, bound_us=None, own_bound_us=None)
 
 
-def _without(layers: Sequence[Layer], fronts: Sequence[Front], moving: Moving) -> None:
-    """There is no placement: because a layer alone has none, or because the fewest moves of all are too many."""
+def _without(layers: Sequence[Layer], fronts: Sequence[Front], moving: Moving, *, proven: bool) -> None:
+    """There is no placement: because a layer alone has none, or because the fewest moves of all are too many; or none
+    was found in time."""
     alone = [layer.problem.moves is not None and fewest_row(layer.problem) is None for layer in layers]
     for layer, without in zip(layers, alone, strict=True):
         if without:
             layer.outcome = no_placement(layer.problem)
+        elif not proven:
+            note = "not found in time: rows of all layers within the moves that each rank may receive"
+            layer.outcome = Outcome(None, StoppedBy.TIME_LIMIT, note=note)
         elif any(alone):
             layer.outcome = Outcome(None, StoppedBy.ITERATIONS, note="not searched: another layer has no placement")
         else:
