@@ -78,6 +78,11 @@ def _counts(path: Path) -> dict[int, IntArray]:
     if not found:
         hint = "" if kind == "imatrix" else "llama-imatrix -m MODEL -f TEXT -o imatrix.gguf makes one"
         raise InputError(str(path), f"a GGUF file of {kind or 'no type'}", "counts of blk.N.ffn_..._exps", hint)
+    if all(len(counts) == 1 for _, counts in found.values()):
+        limit = "a number for each expert: the older format, of which this was made, has one for all"
+        raise InputError(str(path), "one number in each layer", limit, "run llama-imatrix again")
+    if not any(counts.any() for _, counts in found.values()):
+        raise InputError(str(path), "zeros alone", "tokens of the experts")
     if max(int(counts.max()) for _, counts in found.values()) >= _EXACT:
         raise InputError(str(path), f"counts from {_EXACT} on", "numbers that 32 bits hold exactly", "use fewer chunks")
     return {layer: counts for layer, (_, counts) in found.items()}

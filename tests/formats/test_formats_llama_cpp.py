@@ -52,12 +52,15 @@ def test_what_is_no_importance_matrix_is_refused(load, tmp_path):
     good = matrix(tmp_path / "a.gguf", COUNTS[0])
     other = {"blk.2.ffn_up_exps.weight.counts": COUNTS[0, 0, :, None]}
     many = {f"blk.1.ffn_{part}_exps.weight.counts": np.full((8, 1), 2.0**24) for part in ("gate", "up", "down")}
+    one = {name.replace("1", str(layer)): np.array([[100.0]]) for name in many for layer in (1, 2, 3)}
     (tmp_path / "old.dat").write_bytes(struct.pack("<i", 3) + b"name")
     (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:200])
     for path, words in (
         (matrix(tmp_path / "b.gguf", COUNTS[0], change=other), "other counts than .*blk.2.ffn_down_exps"),
         (matrix(tmp_path / "c.gguf", COUNTS[0], change=many), "32 bits hold exactly"),
         (matrix(tmp_path / "d.gguf", COUNTS[0][:0], kind="model"), "GGUF file of model; .*llama-imatrix"),
+        (matrix(tmp_path / "f.gguf", COUNTS[0], change=one), "one number in each layer; .*run llama-imatrix again"),
+        (matrix(tmp_path / "g.gguf", 0 * COUNTS[0]), "zeros alone"),
         (tmp_path / "old.dat", "older format has no counts by expert"),
         (tmp_path / "cut.gguf", "complete GGUF file"),
     ):
