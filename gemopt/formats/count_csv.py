@@ -19,7 +19,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json
 from gemopt.formats.count_lines import by_expert, lines_of
-from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, words_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, WEIGHTS, words_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
 from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_marks, refuse_parts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
@@ -313,7 +313,9 @@ def _add(
 
 def _is_result(name: str, *texts: str) -> bool:
     """Whether a column of steps that are numbered tells when they were, or holds fractions: nothing it tells apart."""
-    return not ALTERING.search(name) and bool(words_of(name) & TIMES or any(map(_FRACTION.fullmatch, texts)))
+    return not (ALTERING.search(name) or words_of(name) & WEIGHTS) and bool(
+        words_of(name) & TIMES or any(map(_FRACTION.fullmatch, texts))
+    )
 
 
 def _bare(table: _Table, where: str, meaning: str, text: str) -> str:

@@ -19,7 +19,17 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COUNTED, DERIVED, MOST_LAYERS, NO_COUNTS, TABLES, TIMES, numbered, words_of
+from gemopt.formats.count_names import (
+    COUNTED,
+    DERIVED,
+    MOST_LAYERS,
+    NO_COUNTS,
+    TABLES,
+    TIMES,
+    WEIGHTS,
+    numbered,
+    words_of,
+)
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, parsed
 from gemopt.traces.arrays import NOT_IDS
@@ -258,6 +268,8 @@ def _each(path: Path, name: str, cell: dict[str, Any]) -> tuple[list[int], list[
 def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
     """What numbers the rows; their order where nothing does. What tells them apart otherwise is refused."""
     named = [key for row in rows[:1] for key in row if TABLES.get(key.casefold()) == "step"]
+    if len(named) > 1:
+        raise InputError(str(path), " and ".join(named), "one number of the step", "leave the others out")
     for key in dict.fromkeys(key for row in rows for key in row if key not in named):
         found = {str(row.get(key)) for row in rows}
         if len(found) > 1 or TABLES.get(key.casefold()):
@@ -295,7 +307,11 @@ def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
         whole = all(map(_is_whole, cells))
         total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
         total = total or (TABLES.get(key.casefold()) == "count" and whole and len(rows) > 1 and len(set(cells)) == 1)
-        fractions = all(isinstance(each, float) for each in cells) and any(each % 1 for each in cells)
+        fractions = (
+            not words_of(key) & WEIGHTS
+            and all(isinstance(each, float) for each in cells)
+            and any(each % 1 for each in cells)
+        )
         if total or cells in follow or fractions or (words_of(key) & TIMES):
             told.unread.append(key)
             for row in rows:

@@ -24,6 +24,7 @@ _KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # la
 _LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")
 COUNTING = {"count", "counts", "frequency", "freq", "hits", "load", "loads", "tokens", "total", "activations"}
 TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds"}
+WEIGHTS = {"weight", "weights"}  # of steps: they change what the counts mean
 SCORES = {"logits", "probs", "weights", "scores"}
 MEASURED = {
     "us",

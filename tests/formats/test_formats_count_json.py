@@ -163,6 +163,8 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (json.dumps({"layer_0": {f"physical_expert_{e}": 7 for e in range(9)}}), "physical_expert_0 beside counts"),
         (json.dumps({"num_experts": 64, "counts": COUNTS.tolist()}), "8 experts; 64, as num_experts says"),
         (json.dumps({"num_layers": 61, "counts": COUNTS.tolist()}), "61, as num_layers says; .*give --layer-ids"),
+        (lines({"step": t, "iter": 9 * t, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "step and iter; one"),
+        (lines({"step": t, "weight": t / 7, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "weight: .*the same"),
         (json.dumps({"load_percent": COUNTS.tolist()}), "load_percent; counts themselves"),
         (json.dumps({"counts": [[[True, 3], [1, 3]]] * 9}), "true; numbers alone in lists"),
         (json.dumps(by_number(np.tile(TOTAL, (99, 1)))), "297 keys of numbers alone; at most 256 layers"),
@@ -192,7 +194,7 @@ def test_times_and_results_beside_steps_that_are_numbered(load, tmp_path):
     traces, notes = load(saved(), "csv")
     np.testing.assert_array_equal(traces.counts, COUNTS)
     assert "left unread: share, timestamp" in notes
-    for left_out, scale in ((["step"], "share"), ([], "scale")):
+    for left_out, scale in ((["step"], "share"), ([], "scale"), ([], "weight")):
         with pytest.raises(InputError, match=r"as in the lines before"):
             load(saved(left_out, scale), "csv")
 
