@@ -31,7 +31,7 @@ from gemopt.formats.count_names import (
     words_of,
 )
 from gemopt.formats.files import text_of
-from gemopt.formats.json_rows import frame_rows, parsed
+from gemopt.formats.json_rows import frame_rows, inside, parsed
 from gemopt.traces.arrays import NOT_IDS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
 
@@ -115,7 +115,7 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
         for number, each in zip(keys[1], value.values(), strict=True):
             name = keys[0] or sum(isinstance(key, int) for key in known)
             yield from _rows(path, each, {**known, name: number}, told)
-    elif (inner := _inside(value)) is not None:
+    elif (inner := inside(value)) is not None:
         beside = {key: each for key, each in value.items() if each is not inner}
         _refuse_telling(path, [key for key, each in beside.items() if isinstance(each, (list, dict))])
         told.unread += [key for key, each in beside.items() if isinstance(each, (list, dict))]
@@ -141,19 +141,6 @@ def _is_keyed(found: Any) -> bool:
         return keys is not None
     inner = [numbered(each) if isinstance(each, dict) else None for each in found.values()]
     return keys[0] == "layer" and all(each is not None and each[0] in ("", "expert") for each in inner)
-
-
-def _inside(value: dict[str, Any]) -> Any:
-    """The one list of rows, or object by numbers, of an object that only holds settings beside; else None."""
-    nested = [each for each in value.values() if isinstance(each, (list, dict)) and each]
-    rows = [
-        each
-        for each in nested
-        if (isinstance(each, list) and isinstance(each[0], dict))
-        or (isinstance(each, dict) and numbered(each) and any(isinstance(v, (list, dict)) for v in each.values()))
-    ]
-    lists = [key for key, each in value.items() if isinstance(each, list) and words_of(key) & COUNTED]
-    return rows[0] if len(rows) == 1 and (not lists or value[lists[0]] is rows[0]) else None
 
 
 def _named(path: Path, rows: list[dict[Any, Any]], told: Content) -> Rows:

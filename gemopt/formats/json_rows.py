@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from gemopt.exceptions import InputError
+from gemopt.formats.count_names import COUNTED, numbered, words_of
 
 JSON = re.compile(r'\s*(?:\{|\[\s*[-\d\[{"])')
 LABEL = ""  # of rows, as pandas saves them in a CSV file
@@ -90,6 +91,19 @@ def beside_rows(found: Any) -> Any:
     if len({*names, *dict(told)}) < len(names) + len(told) or any(isinstance(each, dict) for _, each in told):
         return found
     return [{**row, **dict(told)} for row in found[lists[0]]]
+
+
+def inside(value: dict[str, Any]) -> Any:
+    """The one list of rows, or object by numbers, of an object that only holds settings beside; else None."""
+    nested = [each for each in value.values() if isinstance(each, (list, dict)) and each]
+    rows = [
+        each
+        for each in nested
+        if (isinstance(each, list) and isinstance(each[0], dict))
+        or (isinstance(each, dict) and numbered(each) and any(isinstance(v, (list, dict)) for v in each.values()))
+    ]
+    lists = [key for key, each in value.items() if isinstance(each, list) and words_of(key) & COUNTED]
+    return rows[0] if len(rows) == 1 and (not lists or value[lists[0]] is rows[0]) else None
 
 
 def _split(found: dict[str, Any]) -> Any:

@@ -136,7 +136,7 @@ class Follower:
         return [f"{self.folder}: got {_some(new)}; {why}"] if new else []
 
     def _grouped(self, files: Sequence[Path], read: Read) -> News:
-        dumps = [path for path in files if not self.suffixes or path.name.endswith(self.suffixes)]
+        dumps = [path for path in files if not self.suffixes or path.name.endswith(tuple(self.suffixes))]
         stamps = {path.name: stamp for path, stamp in _stamps(dumps).items()}
         fresh = {name: stamp for name, stamp in stamps.items() if self._done.get(name) != stamp}
         restless = [name for name, stamp in fresh.items() if self._seen.get(name) != stamp]
