@@ -262,7 +262,7 @@ class _Writer:
     def _report(self, command: str) -> str:
         settings = self.job.report
         before = settings.baseline or self.before
-        if settings.baseline is None and before is not None and before.num_ranks != self.profile.num_ranks:
+        if settings.baseline is None and self.before is not None and self.before.num_ranks != self.profile.num_ranks:
             before = None
             self.notes.append("the page compares with contiguous placement: the one in force was of other ranks")
         made = report(self.result, self.profile, self.traces, baseline=before, replay=settings.replay, command=command,
