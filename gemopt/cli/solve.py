@@ -148,7 +148,7 @@ def solve_command(
         of_placement = (output, certificate, save_profile) if result.placement is not None else ()
         if written := [str(path) for path in (*of_placement, result_path) if path is not None]:
             say(f"wrote {', '.join(written)}")
-        if (excluded or added) and output is not None and save_profile is None:
+        if (excluded or added) and result.placement is not None and output is not None and save_profile is None:
             say("its ranks are numbered anew: commands that take it need their profile, which --save-profile writes")
     if result.status is Status.INFEASIBLE:
         return options.EXIT_INFEASIBLE
