@@ -222,16 +222,35 @@ def batch_fails(rank, world, family, fault):
 
 
 @scenario
-def background_dies(rank, world, family, victim):
-    """A rank dies while weights travel behind its back; forward passes raise on the others."""
+def background_dies(rank, world, family, victim, late=None):
+    """A rank dies while weights travel behind its back; forward passes raise on the others.
+
+    Rank `late` reads what the victim said at the check only when that is dead; the others meet `late` alone.
+    """
     model = load(family, world)
     tokens = batch(rank, "shared")
 
     def on_event(name, where):
         if rank == victim and (name, where) == ("transfer", 2):
+            while late is not None and not (council._turn == 2 and council._own.add(council._key("read"), 0) == 2):
+                time.sleep(0.01)  # until the two others know that it is not ready
             os._exit(9)
+        if rank == late and name == "check":
+            council._read = read_the_dead
 
     executor, job = Executor(model, timeout_s=40, on_event=on_event), None
+    council = executor._runner.council
+    read = council._read
+
+    def read_the_dead(of, store, key, deadline):
+        while of == victim:
+            try:
+                store.num_keys()
+            except dist.DistError:
+                break
+            time.sleep(0.01)
+        return read(of, store, key, deadline)
+
     with torch.no_grad():
         model(tokens)
         try:

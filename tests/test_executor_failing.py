@@ -133,8 +133,10 @@ def test_a_fault_in_one_layer_of_a_batch_stops_all_of_it_on_every_rank(world, fa
     assert said in told[1]["error"] and (fault == "interrupt" or "layers 0, 1, 2" in told[0]["error"])
 
 
-def test_a_rank_that_dies_in_the_background_stops_all(world):
-    told = results(world("background_dies", 4, family="qwen3_moe", victim=2), dead=(2,))
+@pytest.mark.parametrize("late", [None, 3])
+def test_a_rank_that_dies_in_the_background_stops_all(world, late):
+    """Each survivor names it, also one that only met a rank that had given up because of it."""
+    told = results(world("background_dies", 4, family="qwen3_moe", victim=2, late=late), dead=(2,))
     assert len({answer["checksum"] for answer in told}) == 1
     assert all(answer["error"] and answer["done"] for answer in told)
     started = [answer["error"] for answer in told if answer["started"]]

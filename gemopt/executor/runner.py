@@ -48,8 +48,7 @@ class MigrationError(GemoptError, RuntimeError):
         self.stage, self.layers, self.ranks, self.checksum = stage, tuple(layers), dict(ranks), checksum
         named = ", ".join(map(str, layers))
         where = f"{stage}, layer{'s' if len(self.layers) > 1 else ''} {named}" if named else stage
-        reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(self.ranks.items()))
-        super().__init__(f"migration stopped at {where}: {reasons}; placement in force {checksum[:12]}")
+        super().__init__(f"migration stopped at {where}: {_listed(ranks)}; placement in force {checksum[:12]}")
 
     @property
     def layer(self) -> int | None:
@@ -206,9 +205,9 @@ class StageRunner:
         }
 
     def _give_up(self, where: str, faults: Mapping[int, str], stages: Sequence[Stage] = ()) -> NoReturn:
-        """Raise, and let no other rank wait for this one."""
+        """Raise, and let no other rank wait for this one, nor wonder: it may meet only this rank, not the cause."""
         error = MigrationError(where, [self.layer_ids[stage.layer] for stage in stages], faults, self.checksum())
-        self.council.resign(f"gave up at {where}")
+        self.council.resign(f"gave up at {where} ({_listed(faults)})")
         raise error
 
     def finish(self) -> None:
@@ -234,6 +233,10 @@ class StageRunner:
         if faults:
             self._give_up(stage, faults)
         return [other for other in words if other is not None]
+
+
+def _listed(faults: Mapping[int, str]) -> str:
+    return "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(faults.items()))
 
 
 def _short(error: Exception) -> str:
