@@ -40,6 +40,10 @@ class Sample:
         Those of the prompt, where they come apart from those of the answer.
     prompt, generated
         Tokens of the prompt, and of the answer (the last of which is never fed back); None when not said.
+    cached
+        Tokens at the start of the prompt that the engine had in its prefix cache, and did not compute again.
+    drafted
+        Whether drafts of the answer's tokens were verified, several in a step.
     ended
         Why it has no routing, when it has none.
     """
@@ -51,6 +55,8 @@ class Sample:
     before: Any = None
     prompt: int | None = None
     generated: int | None = None
+    cached: int = 0
+    drafted: bool = False
     ended: str = ""
 
 
@@ -224,6 +230,7 @@ def _response(where: str, body: dict[str, Any]) -> Response:
         prompt = choice.get("prompt_token_ids", body.get("prompt_token_ids"))
         if isinstance(prompt, list):
             known["prompt_tokens"] = len(prompt)
+        known.setdefault("cached_tokens", body.get("num_cached_tokens"))  # vLLM's RequestOutput
         sample = _sample(where, choice if whole is None else body, {**choice, **known})
         before = choice.get(_PROMPT, body.get(_PROMPT))
         if before is not None and sample.encoded:
@@ -244,6 +251,8 @@ def _sample(where: str, holder: dict[str, Any], known: dict[str, Any]) -> Sample
         if generated not in (None, len(tokens)):
             raise InputError(f"{where}: completion_tokens", generated, f"{len(tokens)}, the token_ids there are")
         generated = len(tokens)
+    details = known.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else known.get("cached_tokens")
     reason = known.get("finish_reason")
     reason = reason.get("type") if isinstance(reason, dict) else reason
     return Sample(
@@ -253,6 +262,8 @@ def _sample(where: str, holder: dict[str, Any], known: dict[str, Any]) -> Sample
         start=_count(where, start, "start"),
         prompt=_count(where, known.get("prompt_tokens"), "prompt_tokens"),
         generated=generated,
+        cached=_count(where, cached, "cached_tokens") or 0,
+        drafted=bool(known.get("spec_verify_ct")),  # SGLang's
         ended="aborted" if reason == "abort" else "without routed_experts",
     )
 

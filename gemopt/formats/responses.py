@@ -52,6 +52,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool
             kept.add(response)
     if not kept.pieces:
         said = [f"no {_phase_name(phase)}token", *bodies.notes()]
+        said += [kept._cached()] if kept.cached else []
         found = "; ".join([*said, *([f"{counted(kept.padding, 'token')} of padding"] if kept.padding else [])])
         hint = "ask the engine to return routed experts" if not kept.samples else "ask for longer answers, or --phase"
         raise InputError("routed_experts", found, "responses with routed_experts", hint)
@@ -105,6 +106,8 @@ class _Kept:
     again: int = 0
     shared: int = 0
     cut: int = 0
+    cached: int = 0
+    drafted: int = 0
     hinted: int = 0
     confirmed: int = 0
     alike: int = 0
@@ -124,9 +127,16 @@ class _Kept:
         arrays = [decode(sample, self.options, raw_int32=self.raw_int32) for sample in samples]
         rows = [self._trimmed(sample, ids) for sample, ids in zip(samples, arrays, strict=True)]
         one_prompt = _settle(response, samples, rows)
+        if len(response.samples) > 1 and not one_prompt and samples[0].cached and self.phase is not Phase.DECODE:
+            found, hint = (
+                f"{samples[0].cached} of several prompts together",
+                "send prompts one by one, or --phase decode",
+            )
+            raise InputError(f"{samples[0].where}: cached_tokens", found, "those of each prompt", hint)
         for number, (sample, ids) in enumerate(zip(samples, rows, strict=True)):
             self._check_length(sample, ids)
             self.samples += 1
+            self.drafted += sample.drafted
             if len(ids) >= MANY_ROWS:
                 route = hashlib.sha256(np.ascontiguousarray(ids).data).digest()
                 self.alike += route in self.routes
@@ -135,6 +145,8 @@ class _Kept:
                 self.shared += 1
                 continue
             wanted = _of_phase(sample, ids, self.phase)
+            if sample.cached and self.phase is not Phase.DECODE:
+                wanted = self._computed(sample, wanted, len(ids))
             blank = blank_tokens(wanted) if ids.shape[2] > 1 else (wanted < 0).all(axis=(1, 2))
             self.padding += int(blank.sum())
             if len(wanted := wanted[~blank] if blank.any() else wanted):
@@ -166,6 +178,15 @@ class _Kept:
             "give the right --num-hidden-layers and --top-k" if hinted else "",
         )
 
+    def _computed(self, sample: Sample, wanted: IntArray, rows: int) -> IntArray:
+        """Without the tokens that the engine had in its prefix cache: they have rows, but it did not compute them."""
+        first = sample.start  # token of the first row
+        if first is None and sample.prompt is not None and sample.generated is not None:
+            first = max(sample.prompt + sample.generated - 1 - rows, 0)
+        begin = max(sample.cached - (first or 0), 0)
+        self.cached += min(begin, len(wanted))
+        return wanted[begin:]
+
     def _check_length(self, sample: Sample, ids: IntArray) -> None:
         hinted = not has_shape(sample.encoded[-1])
         self.hinted += hinted
@@ -195,15 +216,24 @@ class _Kept:
                 self.uncounted,
                 f"{self.uncounted} answers have a row more than tokens: taken as their last, uncounted one",
             ),
+            (self.cached, f"left out: {self._cached()}"),
             (self.cut, f"{self.cut} answers have no rows for the start of their prompt"),
             (self.hinted, f"read as tokens x {count} layers x {top_k} experts, as you say: " + self._trust()),
             (
                 dense and self.options.layer_ids is None,
                 f"layers {ranges(dense)} repeat experts: taken as layers without experts",
             ),
+            (
+                self.drafted and self.phase is Phase.DECODE,
+                f"{self.drafted} answers were decoded with draft tokens: a step has several of a sequence then, and "
+                "those that were rejected; replayed as one token a step",
+            ),
             (self.phase is Phase.MIXED, "prompts are replayed as if they had been generated"),
         ]
         return [text for wanted, text in said if wanted]
+
+    def _cached(self) -> str:
+        return f"{counted(self.cached, 'token')} of prompts from the engine's prefix cache, computed before"
 
     def _trust(self) -> str:
         if self.confirmed == self.hinted:

@@ -102,6 +102,59 @@ def test_rows_that_do_not_fit_the_counts(load):
     assert "a row more than tokens" in notes
 
 
+@pytest.mark.parametrize(
+    "told", [{"usage": {"prompt_tokens_details": {"cached_tokens": 6}}}, {"num_cached_tokens": 6}, {"cached_tokens": 6}]
+)
+def test_cached_tokens_of_a_prompt_are_not_computed_again(load, told):
+    """A prefix cache had them: they have rows, as a later turn of a conversation has those of the turns before."""
+    ids = routing()
+    whole = body(ids)
+    if "cached_tokens" in told:  # SGLang
+        raw = base64.b64encode(ids.astype(np.int32).tobytes()).decode()
+        meta = {"routed_experts": raw, "prompt_tokens": PROMPT, "completion_tokens": ANSWER, **told}
+        source, more = "sglang", {"num_hidden_layers": LAYERS, "top_k": TOP_K}
+        whole = {"meta_info": meta}
+    else:
+        source, more = "vllm", {}
+        whole["usage"].update(told.get("usage", {}))
+        whole.update({"num_cached_tokens": told["num_cached_tokens"]} if "num_cached_tokens" in told else {})
+    prefill, notes = load([whole], source=source, phase=Phase.PREFILL, **more)
+    assert (prefill.counts == counts(ids[6:PROMPT]).sum(axis=0)).all()
+    assert "left out: 6 tokens of prompts from the engine's prefix cache" in notes
+    traces, notes = load([whole], source=source, **more)
+    assert (traces.counts == counts(ids[PROMPT:])).all()
+    assert "prefix cache" not in notes
+    assert (load([whole], source=source, phase=Phase.MIXED, **more)[0].counts == counts(ids[6:])).all()
+
+
+def test_cached_tokens_without_rows_or_of_several_prompts(load):
+    whole = body(routing(), prompt=PROMPT + 20)  # the engine left the rows of a cached prefix out
+    whole["usage"]["prompt_tokens_details"] = {"cached_tokens": 22}
+    prefill, _ = load([whole], phase=Phase.PREFILL)
+    assert prefill.counts.sum() == (PROMPT - 2) * LAYERS * TOP_K
+    whole = body(routing(), answer=1, prompt=PROMPT + ANSWER - 1)
+    whole["usage"]["prompt_tokens_details"] = {"cached_tokens": PROMPT + ANSWER - 1}
+    with pytest.raises(InputError, match="no prefill token; 14 tokens of prompts from the engine's prefix cache"):
+        load([whole], phase=Phase.PREFILL)
+    both = body(routing(0), prompt=PROMPT + 4, answer=2 * ANSWER)
+    both["choices"].append({"index": 1, "routed_experts": npy(routing(1, tokens=4 + ANSWER - 1))})
+    for choice in both["choices"]:
+        choice["token_ids"] = [0] * ANSWER
+    both["usage"]["prompt_tokens_details"] = {"cached_tokens": 6}
+    with pytest.raises(InputError, match="6 of several prompts together"):
+        load([both], phase=Phase.PREFILL)
+    assert load([both])[0].num_steps == 2 * (ANSWER - 1)
+
+
+def test_draft_tokens_are_named(load):
+    raw = base64.b64encode(routing().astype(np.int32).tobytes()).decode()
+    meta = {"routed_experts": raw, "prompt_tokens": PROMPT, "completion_tokens": ANSWER, "spec_verify_ct": 3}
+    sizes = {"source": "sglang", "num_hidden_layers": LAYERS, "top_k": TOP_K}
+    assert "1 answers were decoded with draft tokens" in load([{"meta_info": meta}], **sizes)[1]
+    assert "draft" not in load([{"meta_info": {**meta, "spec_verify_ct": 0}}], **sizes)[1]
+    assert "draft" not in load([{"meta_info": meta}], phase=Phase.PREFILL, **sizes)[1]
+
+
 # Containers
 
 
