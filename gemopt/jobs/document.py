@@ -128,6 +128,7 @@ class RecordedSource(Part):
     num_hidden_layers: int | None = Field(default=None, ge=1)
     top_k: int | None = Field(default=None, ge=1)
     model: str | None = None
+    phase: Literal["prefill", "decode", "all"] | None = None
     batch_size: int | None = Field(default=None, ge=1)
     prefill_tokens: int | None = Field(default=None, ge=1)
     no_pipeline: bool = False

@@ -72,7 +72,7 @@ def run_job(
     """
     _check(job)
     notes: list[str] = []
-    profile, traces = _profile(job.profile, notes), _traces(job.traces)
+    profile, traces = _profile(job.profile, notes), _traces(job.traces, notes)
     traces = traces.select(task=job.steps.task, phase=Phase.named(job.steps.phase, "steps.phase"))
     _check_layers(job, traces)
     given, _ = traces.split(job.steps.holdout) if job.steps.holdout else (traces, None)
@@ -84,7 +84,7 @@ def run_job(
         result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
         result = result.made_by(command) if command else result
         left = profile_after(current, profile, exclude=constraints.exclude_ranks, add=constraints.add_ranks)
-        return _Writer(job, left, traces, result, current, notes).write(command)
+        return _Writer(job, left, traces, given, result, current, notes).write(command)
 
 
 @contextmanager
@@ -173,14 +173,16 @@ def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     return found.with_model(expert_bytes=source.expert_bytes, top_k=source.top_k)
 
 
-def _traces(source: Path | RecordedSource) -> Traces:
+def _traces(source: Path | RecordedSource, notes: list[str]) -> Traces:
     if isinstance(source, Path):
         return Traces.load(source)
-    fields = source.model_dump(exclude={"engine", "files", "ep", "layer_ids"})
-    options = TraceOptions(**fields, num_ranks=source.ep, layer_ids=parse_layers(source.layer_ids))
+    fields = source.model_dump(exclude={"engine", "files", "ep", "layer_ids", "phase"})
+    phase = Phase.MIXED if source.phase == "all" else Phase.named(source.phase, "traces.phase")
+    options = TraceOptions(**fields, num_ranks=source.ep, layer_ids=parse_layers(source.layer_ids), phase=phase)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "traces.safetensors"
-        import_traces(source.files, source=source.engine, destination=path, options=options)
+        found = import_traces(source.files, source=source.engine, destination=path, options=options)
+        notes += [f"traces: {note}" for note in found.notes]
         return Traces.load(path)
 
 
@@ -188,9 +190,17 @@ class _Writer:
     """Everything that goes into the folder of one job."""
 
     def __init__(
-        self, job: Job, profile: Profile, traces: Traces, result: Result, before: Placement | None, notes: list[str]
+        self,
+        job: Job,
+        profile: Profile,
+        traces: Traces,
+        given: Traces,
+        result: Result,
+        before: Placement | None,
+        notes: list[str],
     ) -> None:
         self.job, self.profile, self.traces, self.result, self.before = job, profile, traces, result, before
+        self.given = given  # without the steps that only judge
         self.files: list[str] = []
         self.notes = [*notes, *result.notes]
         if job.topology is not None and job.report.page:
@@ -232,7 +242,7 @@ class _Writer:
         engine = get(wanted.engine)
         try:
             if wanted.approximate:
-                placement, changes = approximate(placement, engine, loads=self.traces.counts.mean(axis=0),
+                placement, changes = approximate(placement, engine, loads=self.given.counts.mean(axis=0),
                                                  cost=self._cost)  # fmt: skip
                 self.notes += [f"{engine.name}: {each}" for each in changes]
             made: Export = export(
@@ -255,7 +265,7 @@ class _Writer:
     def _cost(self, placement: Placement) -> float:
         job = self.job
         return evaluate(
-            placement, self.profile, self.traces, senders=job.constraints.senders, topology=job.topology,
+            placement, self.profile, self.given, senders=job.constraints.senders, topology=job.topology,
             exchange=job.exchange,
         ).objective_us  # fmt: skip
 
