@@ -13,10 +13,11 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv, count_json
 from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, MOST_LAYERS, NO_COUNTS, SCORES, words_of
-from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
+from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
+from gemopt.formats.recorded_files import files_of
 from gemopt.formats.succession import MANY_COUNTS
 from gemopt.traces.arrays import (
     IN_ORDER,

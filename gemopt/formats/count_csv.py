@@ -20,9 +20,10 @@ from gemopt.exceptions import InputError
 from gemopt.formats import count_json
 from gemopt.formats.count_lines import by_expert, lines_of
 from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, WEIGHTS, words_of
-from gemopt.formats.engine import IntArray, Recording, TraceOptions, files_of
-from gemopt.formats.findings import TOO_HIGH, guessed, names_of, own_counts, ranges, refuse_marks, refuse_parts
+from gemopt.formats.engine import IntArray, Recording, TraceOptions
+from gemopt.formats.findings import TOO_HIGH, guessed, own_counts, ranges, refuse_marks, refuse_parts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
+from gemopt.formats.recorded_files import files_of, names_of
 from gemopt.traces import COUNT_LIMIT
 from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
 from gemopt.traces.files import ALTERING, COPIES

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -313,38 +310,3 @@ def model_name(placement: Placement) -> str:
 def quoted(value: object) -> str:
     """`value` as one word of a shell command; paths become absolute, since servers start elsewhere."""
     return shlex.quote(str(value.absolute() if isinstance(value, Path) else value))
-
-
-def files_of(paths: Sequence[Path], *suffixes: str, prefer: str = "", else_of: tuple[str, ...] = ()) -> list[Path]:
-    """The files among `paths`, folders replaced by their files with one of `suffixes`.
-
-    A folder's files, and paths in the order of a shell's `*`, come by the numbers in their names, `step_2` before
-    `step_10`; others as given. Where a folder has files whose names start with `prefer`, its other files are left out.
-    Files with a suffix of `else_of` are taken as well, of a folder where it has no others.
-    """
-    found: list[Path] = []
-    for path in sorted(paths, key=_by_number) if list(paths) == sorted(paths) else paths:
-        if path.is_dir():
-            shown = sorted((part for part in path.iterdir() if not part.name.startswith(".")), key=_by_number)
-            others = [part for part in shown if part.name.endswith(else_of)]
-            first = [part for part in shown if part.name.endswith(suffixes) and not part.name.endswith(else_of)]
-            if not (inside := [part for part in first if prefer and part.name.startswith(prefer)] or first or others):
-                raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
-            found += inside
-        elif not os.access(path, os.R_OK):
-            raise InputError(str(path), "no such file", "a readable file is needed")
-        elif not path.name.endswith((*suffixes, *else_of)):
-            hint = "counts in JSON: --from array" if path.suffix[:5] == ".json" else ""
-            limit = " or ".join((*suffixes, *else_of))
-            raise InputError(str(path), path.suffix or "no suffix", f"a file {limit}", hint)
-        else:
-            found.append(path)
-    if not found:
-        raise InputError("PATHS", "nothing", "at least one file or folder")
-    return found
-
-
-def _by_number(path: Path) -> list[str | Decimal]:
-    """The texts and the numbers of a name in turn."""
-    pieces = re.split(r"(\d+(?:\.\d+)?)", str(path), flags=re.ASCII)
-    return [Decimal(piece) if i % 2 else piece for i, piece in enumerate(pieces)]

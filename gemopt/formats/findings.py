@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import compress
@@ -13,6 +12,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions
+from gemopt.formats.recorded_files import names_of
 
 MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
@@ -60,12 +60,6 @@ def guessed(num_experts: int, lowest: int = 0) -> str:
     """The note for a number of experts that no file says; `lowest`: the smallest id there is."""
     from_1 = "; none is 0: are they numbered from 1?" if lowest == 1 else ""
     return f"{num_experts} experts, the highest id seen + 1; give --num-experts if the network has more{from_1}"
-
-
-def names_of(files: Sequence[Path]) -> list[str]:
-    """What tells files apart: their names after the folders that they have in common."""
-    folder = os.path.commonpath([os.path.abspath(path.parent) for path in files])
-    return [os.path.relpath(path, folder) for path in files]
 
 
 def refuse_parts(files: Sequence[Path]) -> None:

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions, files_of
+from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.files import size_of
+from gemopt.formats.recorded_files import files_of
 
 SUFFIXES = (".gguf", ".gguf_file", ".dat")
 MAGIC = b"GGUF"

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes, files_of
+from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes
 from gemopt.formats.findings import TOO_HIGH, guessed, ranges, refuse_marks
+from gemopt.formats.recorded_files import files_of
 from gemopt.formats.response_bodies import Bodies, Response, Sample
 from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, has_shape, moe_layers, narrowed
 from gemopt.traces import Phase
@@ -47,7 +48,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     phase = Phase.DECODE if options.phase is None else options.phase
     kept = _Kept(options=options, phase=phase, raw_int32=raw_int32)
     bodies = Bodies()
-    for path in files_of(paths, *SUFFIXES):
+    for path in files_of(paths, *SUFFIXES, both_phases=True):
         for response in bodies.read(path):
             kept.add(response)
     if not kept.pieces:

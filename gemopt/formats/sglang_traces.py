@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv, responses
-from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions, files_of
+from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import bounded_json, load_torch, whole_numbers
 from gemopt.formats.findings import ranges, without_drafts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages_in_time
+from gemopt.formats.recorded_files import files_of
 from gemopt.formats.sglang_detail import read_detail
 from gemopt.traces.files import meant
 from gemopt.words import counted

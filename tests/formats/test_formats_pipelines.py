@@ -141,3 +141,26 @@ def test_files_whose_layers_agree_only_together_are_parts_of_the_same_steps(load
         np.save(folder / f"{name}.npy", each)
     if names[0] == "west":
         assert load(sorted(folder.glob("*.npy")), "array", no_pipeline=True)[0].num_steps == 2 * len(SIZES)
+
+
+@pytest.mark.parametrize("source,suffix", [("array", ".json"), ("csv", ".csv"), ("sglang", ".json")])
+def test_steps_of_prefill_and_of_decode_do_not_follow_each_other(load, folder, source, suffix):
+    counts = chosen(30)[:4]
+    names = {"prefill": counts[:2], "decode": counts[2:]}
+    for name, part in names.items():
+        rows = [f"{t},{layer},{e},{n}" for (t, layer, e), n in np.ndenumerate(part)]
+        texts = {
+            "array": json.dumps(part.tolist()),
+            "csv": "\n".join(["step,layer,expert,count", *rows]),
+            "sglang": json.dumps({"logical_count": part.tolist()}),
+        }
+        (folder / f"{name}{suffix}").write_text(texts[source])
+    for paths in ([folder], sorted(folder.iterdir())):
+        with pytest.raises(InputError, match="these names tell prefill and decode; import each apart"):
+            load(paths, source)
+    (folder / f"decode{suffix}").rename(folder / f"prefill_2{suffix}")
+    if source == "array":
+        assert (load([folder], source)[0].counts == counts).all()
+    (folder / f"prefill{suffix}").rename(folder / f"prefill_decode{suffix}")  # both in one
+    if source == "array":
+        assert load([folder], source)[0].num_steps == 4

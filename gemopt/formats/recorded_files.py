@@ -1,0 +1,72 @@
+"""The files of a recording: those of folders, in the order of the numbers in their names, and what the names tell."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+
+from gemopt.exceptions import InputError
+
+_PHASE = re.compile(r"(?:^|[/_.-])(prefill|decode|decoding)(?=[/_.-](?!heavy)|\d|$)", re.IGNORECASE)
+
+
+def files_of(
+    paths: Sequence[Path], *suffixes: str, prefer: str = "", else_of: tuple[str, ...] = (), both_phases: bool = False
+) -> list[Path]:
+    """The files among `paths`, folders replaced by their files with one of `suffixes`.
+
+    A folder's files, and paths in the order of a shell's `*`, come by the numbers in their names, `step_2` before
+    `step_10`; others as given. Where a folder has files whose names start with `prefer`, its other files are left out.
+    Files with a suffix of `else_of` are taken as well, of a folder where it has no others.
+
+    Raises
+    ------
+    InputError
+        A file is missing or of another kind, or some are named as of prefill and others as of decode.
+    """
+    found: list[Path] = []
+    for path in sorted(paths, key=_by_number) if list(paths) == sorted(paths) else paths:
+        if path.is_dir():
+            shown = sorted((part for part in path.iterdir() if not part.name.startswith(".")), key=_by_number)
+            others = [part for part in shown if part.name.endswith(else_of)]
+            first = [part for part in shown if part.name.endswith(suffixes) and not part.name.endswith(else_of)]
+            if not (inside := [part for part in first if prefer and part.name.startswith(prefer)] or first or others):
+                raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
+            found += inside
+        elif not os.access(path, os.R_OK):
+            raise InputError(str(path), "no such file", "a readable file is needed")
+        elif not path.name.endswith((*suffixes, *else_of)):
+            hint = "counts in JSON: --from array" if path.suffix[:5] == ".json" else ""
+            limit = " or ".join((*suffixes, *else_of))
+            raise InputError(str(path), path.suffix or "no suffix", f"a file {limit}", hint)
+        else:
+            found.append(path)
+    if not found:
+        raise InputError("PATHS", "nothing", "at least one file or folder")
+    if not both_phases:
+        _refuse_phases(found)
+    return found
+
+
+def _by_number(path: Path) -> list[str | Decimal]:
+    """The texts and the numbers of a name in turn."""
+    pieces = re.split(r"(\d+(?:\.\d+)?)", str(path), flags=re.ASCII)
+    return [Decimal(piece) if i % 2 else piece for i, piece in enumerate(pieces)]
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
+    """What tells files apart: their names after the folders that they have in common."""
+    folder = os.path.commonpath([os.path.abspath(path.parent) for path in files])
+    return [os.path.relpath(path, folder) for path in files]
+
+
+def _refuse_phases(files: Sequence[Path]) -> None:
+    """Raise for steps of prefill and of decode, by the names of files: they do not follow each other."""
+    told = [{found[1].casefold()[:6] for found in _PHASE.finditer(name)} for name in names_of(files)]
+    if len(set().union(*(each for each in told if len(each) == 1))) > 1:
+        limit = "steps of one kind: these names tell prefill and decode"
+        hint = "import each apart; gemopt export takes a placement for each (--decode)"
+        raise InputError("PATHS", ", ".join(names_of(files))[:200], limit, hint)
