@@ -85,7 +85,7 @@ def _tables(paths: Sequence[Path]) -> bool:
     """Whether files, or those of folders, are tables in JSON: what each holds tells."""
     inside = [list(path.iterdir()) if path.is_dir() else [path] for path in paths]
     files = [path for part in inside for path in part if not path.name.startswith(".")]
-    found = [path for path in files if count_json.is_json(path)]
+    found = sorted(path for path in files if count_json.is_json(path))  # the first one is read first again
     others = any(path.suffix in ARRAYS_ALONE for path in files)
     return bool(found) and not others and not count_json.read(found[0]).arrays
 

@@ -223,7 +223,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     lines = lines_of(path)
     header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, (1, []))[1]]
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
-    header, lines = by_expert(path, header, lines, COLUMNS["expert"])
+    header, lines = by_expert(path, header, lines, COLUMNS)
     columns = _columns(path, header)
     table.has_steps = "step" in columns
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL

@@ -8,28 +8,16 @@ or objects by layer and expert (MindSpeed-RL's `token_collects_all.json`, `{"0":
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import (
-    COUNTED,
-    DERIVED,
-    MOST_LAYERS,
-    NO_COUNTS,
-    TABLES,
-    TIMES,
-    WEIGHTS,
-    numbered,
-    words_of,
-)
+from gemopt.formats.count_names import COUNTED, MOST_LAYERS, NO_COUNTS, TABLES, numbered, words_of
+from gemopt.formats.count_spread import Content, Rows, by_key, compact, is_whole, ndim, refuse_derived, spread
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, inside, parsed
 from gemopt.traces.arrays import NOT_IDS
@@ -37,22 +25,9 @@ from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 COPIED = f"{NOT_COPIES}; then leave it out"
+_kept: dict[tuple[Path, tuple[int, ...]], Content] = {}
 _NAME_THEM = "name them layer_0, step_0, rank_0 and so on"
-_EXPERTS = re.compile(r"(num_|n_)(logical_|routed_)?experts", re.IGNORECASE)
 LISTED = {"expert", "experts", "id", "ids", "idx", "index", "indices", "layer", "layers"}  # whose numbers a list holds
-Rows = list[dict[str, Any]]
-
-
-@dataclass
-class Content:
-    """What a file holds: rows of plain cells, or arrays by name as an .npz would have them; and what is left unread."""
-
-    rows: Rows = field(default_factory=list)
-    arrays: dict[str, Any] = field(default_factory=dict)
-    unread: list[str] = field(default_factory=list)
-    top_k: int | None = None
-    steps: tuple[int, int] | None = None  # the first and the last that it numbers
-    notes: list[str] = field(default_factory=list)
 
 
 def is_json(path: Path) -> bool:
@@ -68,9 +43,25 @@ def left_alone(paths: Sequence[Path], files: Sequence[Path]) -> list[str]:
 
 
 def read(path: Path) -> Content:
-    """The counts of a file; `InputError` names what they cannot be told by."""
+    """What a file holds, without its rows: parsed once, until `forget`; `InputError` where nothing tells its counts."""
+    return _kept.get((path, _stamp(path))) or _light(path)
+
+
+def forget() -> None:
+    """Let go of the files that were read."""
+    _kept.clear()
+    _read.cache_clear()
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
     now = path.stat() if path.exists() else None
-    return _read(path, (now.st_mtime_ns, now.st_size, now.st_ino) if now else ())
+    return (now.st_mtime_ns, now.st_size, now.st_ino) if now else ()
+
+
+def _light(path: Path) -> Content:
+    found = _read(path, _stamp(path))
+    arrays = {name: compact(array) for name, array in found.arrays.items()}
+    return _kept.setdefault((path, _stamp(path)), replace(found, rows=[], arrays=arrays))
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +84,7 @@ def _read(path: Path, _changed: tuple[int, ...]) -> Content:
     if name is None:
         told.rows = rows
         return told
-    told = _spread(path, rows, name, told)
+    told = spread(path, rows, name, told)
     _refuse_flags(path, list(told.arrays.values()), text)
     return told
 
@@ -112,6 +103,7 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
         _refuse_telling(path, [first])
         if "shared" in words_of(first):
             raise InputError(str(path), first, "experts that tokens choose", "leave shared ones out")
+        refuse_derived(path, first)
         for number, each in zip(keys[1], value.values(), strict=True):
             name = keys[0] or sum(isinstance(key, int) for key in known)
             yield from _rows(path, each, {**known, name: number}, told)
@@ -122,7 +114,12 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
         plain = {key: each for key, each in beside.items() if key not in told.unread}
         yield from _rows(path, inner, {**plain, **known}, told)
     else:
-        yield {**known, **value}
+        nested = {key: each for key, each in value.items() if isinstance(each, (list, dict))}
+        if len(nested) < 2 or not numbered(nested):
+            yield {**known, **value}
+            return
+        plain = {key: each for key, each in value.items() if key not in nested}  # the step of all its layers
+        yield from _rows(path, nested, {**plain, **known}, told)
 
 
 def _refuse_flags(path: Path, value: Any, text: str) -> None:
@@ -150,7 +147,7 @@ def _named(path: Path, rows: list[dict[Any, Any]], told: Content) -> Rows:
         return rows
     alone = "count" in rows[0]
     free = [name for name in ("layer", "expert")[: 2 if alone else 1] if name not in rows[0]]
-    matrices = not alone and _ndim(rows[0].get("counts")) != 1
+    matrices = not alone and ndim(rows[0].get("counts")) != 1
     if len(unnamed) != len(free) or matrices or any(set(row) != set(rows[0]) for row in rows):
         limit = "keys that say what they number"
         raise InputError(str(path), "keys of numbers alone", limit, _NAME_THEM)
@@ -159,7 +156,7 @@ def _named(path: Path, rows: list[dict[Any, Any]], told: Content) -> Rows:
     sums: Counter[int] = Counter()
     for row in rows if "layer" in free else ():
         cells = row["count"] if alone else row["counts"]
-        sums[row["layer"]] += sum(each for each in (cells if isinstance(cells, list) else [cells]) if _is_whole(each))
+        sums[row["layer"]] += sum(each for each in (cells if isinstance(cells, list) else [cells]) if is_whole(each))
     if "layer" in free and "step" not in rows[0]:
         told.notes.append(f"keys of numbers alone are taken as {'s and '.join(free)}s: of steps? then name them step_0")
     if len(sums) > MOST_LAYERS:
@@ -176,6 +173,7 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     nested = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], (list, dict))))
     counts = [key for key in nested if words_of(key) & COUNTED and not COPIES.search(key)]
     counts = [key for key in counts if "logical" in words_of(key)] if len(counts) > 1 else counts
+    counts = counts or [key for key in nested if words_of(key) <= {"expert", "experts"} and by_key(rows, key)]
     logical = bool(counts) and "logical" in words_of(counts[0])
     _refuse_telling(path, [key for key in nested if key not in counts], logical=logical)
     _refuse_telling(path, {key for row in rows for key in row if row[key] and key not in nested}, logical=logical)
@@ -189,8 +187,7 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     if which := next((key for key in lists if words_of(key) & LISTED and not words_of(key) & COUNTED), None):
         hint = f"does {which} say whose they are? then write all; else leave it out"
         raise InputError(str(path), f"{which} beside {counts[0]}", "counts of all experts, in order", hint)
-    if derived := words_of(counts[0]) & DERIVED:
-        raise InputError(str(path), counts[0], "counts themselves", f"is {min(derived)} no word for it? rename it")
+    refuse_derived(path, counts[0])
     told.unread += lists
     for key in [key for key in rows[0] if meant(key) == "top_k" and len({str(row.get(key)) for row in rows}) == 1]:
         if type(rows[0][key]) is int and rows[0][key] > 0:
@@ -206,111 +203,12 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
 def _refuse_telling(path: Path, keys: Collection[str], *, logical: bool = False) -> None:
     """Raise for what says more of the counts, by its name, than is read; logical: they are said to be of experts."""
     for key in keys:
-        if COPIES.search(key) and not logical:
+        if COPIES.search(key) and not logical and TABLES.get(key.casefold()) != "expert":
             raise InputError(str(path), f"{key} beside counts", "counts of logical experts", COPIED)
         if meant(key) == "layer_ids" and key.casefold() not in TABLES:
             raise InputError(str(path), f"{key} beside counts", "counts alone", "leave it out, and give --layer-ids")
         if ALTERING.search(key):
             raise InputError(str(path), f"{key} beside counts", "counts alone", NOT_ALTERED)
-
-
-def _spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
-    """Rows whose cell `name` holds many counts as a table with a column for each expert, or as an array."""
-    if all(isinstance(row[name], dict) for row in rows):
-        spread = [(row, *_each(path, name, row[name])) for row in rows]
-        told.rows = [
-            {**{key: cell for key, cell in row.items() if key != name}, "expert": expert, "count": count}
-            for row, experts, counts in spread
-            for expert, count in zip(experts, counts, strict=True)
-        ]
-        return told
-    dims = {_ndim(row[name]) for row in rows}
-    if len(dims) > 1 or not dims <= {1, 2, 3} or (len(rows) > 1 and dims == {3}):
-        raise InputError(f"{path}: {name}", "lists of several depths", "counts of experts, or of layers and experts")
-    _drop_results(path, rows, name, told)
-    cells = [row.pop(name) for row in rows]
-    if dims == {1}:
-        told.rows = [{**row, **{f"expert_{i}": n for i, n in enumerate(each)}}
-                     for row, each in zip(rows, cells, strict=True)]  # fmt: skip
-        return told
-    steps = _steps(path, rows, told)
-    if len(set(steps)) < len(steps):
-        raise InputError(f"{path}: step", "steps that come twice", "every step once")
-    order = sorted(range(len(steps)), key=steps.__getitem__)
-    cells = [cells[i] for i in order]
-    if "step" in {TABLES.get(key.casefold()) for key in rows[0]}:
-        told.steps = min(steps), max(steps)
-    alone = len(cells) == 1 and told.steps is None  # of two dimensions: layers, or steps of one?
-    told.arrays = {name: cells[0] if dims == {3} or alone else cells}
-    return told
-
-
-def _each(path: Path, name: str, cell: dict[str, Any]) -> tuple[list[int], list[Any]]:
-    keys = numbered(cell)
-    if keys is None or keys[0] not in ("", "expert"):
-        raise InputError(f"{path}: {name}", ", ".join(cell)[:200], "counts by the number of the expert")
-    return keys[1], list(cell.values())
-
-
-def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
-    """What numbers the rows; their order where nothing does. What tells them apart otherwise is refused."""
-    named = [key for row in rows[:1] for key in row if TABLES.get(key.casefold()) == "step"]
-    if len(named) > 1:
-        raise InputError(str(path), " and ".join(named), "one number of the step", "leave the others out")
-    for key in dict.fromkeys(key for row in rows for key in row if key not in named):
-        found = {str(row.get(key)) for row in rows}
-        if len(found) > 1 or TABLES.get(key.casefold()):
-            limit = "the same in all rows: gemopt does not know what it tells apart"
-            hint = "add up ranks, and put the layers of a step in one list; or leave it out"
-            raise InputError(f"{path}: {key}", ", ".join(sorted(found))[:100], limit, hint)
-        told.unread.append(key)
-    if not named:
-        return list(range(len(rows)))
-    steps = [row.get(named[0]) for row in rows]
-    if not all(type(each) is int for each in steps):
-        raise InputError(f"{path}: {named[0]}", str(steps)[:100], "whole numbers")
-    return steps
-
-
-def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
-    """Take out plain cells that follow from the counts beside them, or are times or other fractions."""
-    try:
-        arrays = [np.asarray(row[name]) for row in rows]
-    except ValueError:
-        raise InputError(f"{path}: {name}", "lists of several lengths", "as many experts in each") from None
-    follow = [[int(f(each)) for each in arrays] for f in (np.max, np.min, np.count_nonzero, np.size)] if all(
-        array.dtype.kind in "iu" for array in arrays) else []  # fmt: skip
-    sums = [int(each.sum()) if each.dtype.kind in "iu" else -1 for each in arrays]
-    for key in list(rows[0]):
-        cells: list[Any] = [row.get(key) for row in rows]
-        if key == name or (TABLES.get(key.casefold()) not in (None, "count")):
-            continue
-        for cell, each in zip(cells, arrays, strict=True):
-            if _EXPERTS.fullmatch(key) and str(cell) not in ("None", str(each.shape[-1])):
-                raise InputError(f"{path}: {name}", f"{each.shape[-1]} experts", f"{cell}, as {key} says")
-            if meant(key) == "num_hidden_layers" and each.ndim > 1 and str(cell) not in ("None", str(each.shape[-2])):
-                hint = "leave it out, and give --layer-ids"
-                raise InputError(f"{path}: {name}", f"{each.shape[-2]} layers", f"{cell}, as {key} says", hint)
-        whole = all(map(_is_whole, cells))
-        total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
-        total = total or (TABLES.get(key.casefold()) == "count" and whole and len(rows) > 1 and len(set(cells)) == 1)
-        fractions = (
-            not words_of(key) & WEIGHTS
-            and all(isinstance(each, float) for each in cells)
-            and any(each % 1 for each in cells)
-        )
-        if total or cells in follow or fractions or (words_of(key) & TIMES):
-            told.unread.append(key)
-            for row in rows:
-                row.pop(key, None)
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) in (int, float) and value % 1 == 0
-
-
-def _ndim(value: Any) -> int:
-    return 1 + _ndim(value[0]) if isinstance(value, list) and value else int(isinstance(value, list))
 
 
 def top_k(files: Sequence[Path]) -> int | None:
@@ -333,7 +231,9 @@ def arrays(path: Path) -> dict[str, Any]:
 
 def lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Number and cells of every row of a table as those of a text, the header first."""
-    if not (rows := read(path).rows):
+    rows = _read(path, _stamp(path)).rows
+    read(path)  # what else it says is asked for later, when another file has been read
+    if not rows:
         raise InputError(str(path), "an array", "a table, as the other files", "import each kind apart")
     header = list(dict.fromkeys(key for row in rows for key in row))
     yield 0, header

@@ -5,23 +5,41 @@ from __future__ import annotations
 import csv
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, table_files
+from gemopt.formats.count_names import DERIVED, MEASURED, SCORES, words_of
 from gemopt.formats.files import JSON_LIMIT, size_of, text_of
 from gemopt.formats.table_files import GROUPED
+from gemopt.traces.files import COPIES, NOT_COPIES
 
 WIDE = re.compile(r"(?:experts?|expert_id|exp)_?(\d{1,9})", re.ASCII)
+_OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name what they plot
+    r"((?:.*_)?)(?:layers?|blk|block|l)_?(\d{1,9})_((?:.*_)?)(?:experts?|expert_id|exp|e)_?(\d{1,9})((?:_.*)?)",
+    re.ASCII,
+)
 Lines = Iterator[tuple[int, list[str]]]  # number and cells
 
 
-def by_expert(path: Path, header: list[str], lines: Lines, expert: Sequence[str]) -> tuple[list[str], Lines]:
-    """The table with a line for every expert, where it has a column for each; `expert`: names of one column for all."""
-    experts = {i: found[1] for i, name in enumerate(header) if (found := WIDE.fullmatch(name))}
-    if len(experts) < 2 or len(set(experts.values())) < len(experts) or set(header) & set(expert):
+def by_expert(
+    path: Path, header: list[str], lines: Lines, names: Mapping[str, Sequence[str]]
+) -> tuple[list[str], Lines]:
+    """The table with a line for every expert, where it has a column for each expert, or for each layer and expert.
+
+    names: of the columns with the layer and with the expert of a line.
+    """
+    experts = {i: [found[1]] for i, name in enumerate(header) if (found := WIDE.fullmatch(name))}
+    lacking = ["expert"]
+    if not experts and not set(header) & set(names["layer"]):
+        both = {i: found for i, name in enumerate(header) if (found := _OF_LAYERS.fullmatch(name))}
+        if len({found.group(1, 3, 5) for found in both.values()}) == 1:
+            experts, lacking = {i: [found[2], found[4]] for i, found in both.items()}, ["layer", "expert"]
+            _refuse_others(path, header[next(iter(both))])
+    cells = set(map(tuple, experts.values()))
+    if len(experts) < 2 or len(cells) < len(experts) or set(header) & set(names["expert"]):
         return header, lines
     kept = [i for i in range(len(header)) if i not in experts]
 
@@ -31,9 +49,19 @@ def by_expert(path: Path, header: list[str], lines: Lines, expert: Sequence[str]
                 limit = f"{len(header)} values: {','.join(header)[:200]}"
                 raise InputError(f"{path}: line {number}", ",".join(row)[:200], limit)
             if any(row):
-                yield from ((number, [*(row[i] for i in kept), expert, row[at]]) for at, expert in experts.items())
+                yield from ((number, [*(row[i] for i in kept), *which, row[at]]) for at, which in experts.items())
 
-    return [*(header[i] for i in kept), "expert", "count"], longer()
+    return [*(header[i] for i in kept), *lacking, "count"], longer()
+
+
+def _refuse_others(path: Path, name: str) -> None:
+    """Raise where columns of layers and experts hold something else than assignments of these, by their names."""
+    words = words_of(name)
+    if COPIES.search(name) or "shared" in words:
+        raise InputError(f"{path}: columns", name, "counts of logical experts", NOT_COPIES)
+    if found := sorted(words & (DERIVED | SCORES | MEASURED)):
+        hint = f"is {found[0]} no word for it? rename it"
+        raise InputError(f"{path}: columns", name, "counts themselves", hint)
 
 
 def lines_of(path: Path) -> Lines:

@@ -15,12 +15,12 @@ COLUMNS = {
     ),
     "step": (
         *("step", "step_id", "iteration", "iter", "forward_pass_id", "forward_pass", "global_step", "train_step"),
-        *("eplb_step", "batch_id", "batch_idx"),
+        *("eplb_step", "batch_id", "batch_idx", "_step"),
     ),
     "rank": ("rank", "rank_id", *PARALLEL),
 }
 TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
-_KEY = re.compile(r"([A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
+_KEY = re.compile(r"([A-Za-z_./\[ -]*)(\d{1,9})([\]A-Za-z_./ ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
 _LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")
 COUNTING = {"count", "counts", "frequency", "freq", "hits", "load", "loads", "tokens", "total", "activations"}
 TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds"}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gemopt.documents import replacing
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.foreign import telling
+from gemopt.formats import count_json
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges
 from gemopt.formats.registry import engines, get
@@ -72,8 +73,11 @@ def import_traces(
     """
     engine, options = recorder(source), options or TraceOptions()
     assert engine.read_traces is not None
-    with telling(f"what {engine.name} records", *paths):
-        return _import(engine.read_traces(paths, options), destination, options, progress)
+    try:
+        with telling(f"what {engine.name} records", *paths):
+            return _import(engine.read_traces(paths, options), destination, options, progress)
+    finally:
+        count_json.forget()
 
 
 def _import(

@@ -10,6 +10,7 @@ import pytest
 from routed_counts import routed
 
 from gemopt.exceptions import InputError
+from gemopt.formats import count_json
 
 COUNTS = routed(np.random.default_rng(3), steps=6, layers=3, experts=8, tokens=50)
 STEPS, LAYERS, EXPERTS = COUNTS.shape
@@ -51,6 +52,16 @@ WHOLE = {
     "sparse": lines({"step": t, "layer": layer, "counts": {str(e): int(n) for e, n in enumerate(c) if n}}
                     for t, step in enumerate(COUNTS) for layer, c in enumerate(step)),
     "by name": json.dumps(STEP_OF),
+    "ids": json.dumps([{"step": r["step"], "layer_id": r["layer"], "expert_id": r["expert"], "tokens": r["count"]}
+                       for r in ROWS]),
+    "a key for each layer": lines({"iteration": t, "lr": 0.5 + t, **by_number(c, "moe/layer_{}/tokens_per_expert")}
+                                  for t, c in enumerate(COUNTS)),
+    "a key for each layer and expert": lines(
+        {"_step": t, **{f"moe/layer_{i}/expert_{e}": int(n) for (i, e), n in np.ndenumerate(c)}}
+        for t, c in enumerate(COUNTS)),
+    "layers in a list": lines(
+        {"step": t, "layers": [{"layer": i, "experts": {str(e): int(n) for e, n in enumerate(row)}}
+                               for i, row in enumerate(c)]} for t, c in enumerate(COUNTS)),
 }  # fmt: skip
 
 
@@ -61,7 +72,7 @@ def test_steps_in_json(load, tmp_path, kind, source):
     path.write_text(WHOLE[kind])
     traces, notes = load(path, source)
     np.testing.assert_array_equal(traces.counts, COUNTS)
-    beside = {"array with settings", "results beside", "load_history", "a line for each layer"}
+    beside = {"array with settings", "results beside", "load_history", "a line for each layer", "a key for each layer"}
     assert ("left unread" in notes) == (kind in beside)
     assert traces.top_k == (2 if kind in ("array with settings", "a line for each step") else None)
 
@@ -122,6 +133,19 @@ def test_what_lies_beside_counts_in_a_folder_is_left_alone(load, folder):
     assert "left unread: config.json" in notes
 
 
+@pytest.mark.parametrize("table", [False, True])
+def test_every_file_is_parsed_once(load, folder, table, monkeypatch):
+    parsed, parse = [], count_json.parsed
+    monkeypatch.setattr(count_json, "parsed", lambda path, text: parsed.append(path) or parse(path, text))
+    for t, step in enumerate(300 * COUNTS):  # above 65535: a second pass in a wider type
+        rows = [{"step": t, "layer": i, "counts": row.tolist()} for i, row in enumerate(step)]
+        (folder / f"load_{t}.json").write_text(json.dumps(rows if table else [(30 * step).tolist()]))
+    counts = load(folder, "csv" if table else "array")[0].counts
+    np.testing.assert_array_equal(counts, 300 * COUNTS * (1 if table else 30))
+    assert len(parsed) == STEPS
+    assert not count_json._kept  # nothing stays behind
+
+
 @pytest.mark.parametrize("source", ["array", "csv"])
 def test_packed_files_of_a_folder_are_read_beside_others(load, folder, source):
     (folder / "load_0.json").write_text(json.dumps({"step": 0, "top_k": 2, "counts": COUNTS[0].tolist()}))
@@ -166,6 +190,7 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (lines({"step": t, "iter": 9 * t, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "step and iter; one"),
         (lines({"step": t, "weight": t / 7, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "weight: .*the same"),
         (json.dumps({"load_percent": COUNTS.tolist()}), "load_percent; counts themselves"),
+        (json.dumps(by_number(COUNTS, "layer_{}/load_ratio")), "layer_0/load_ratio; counts themselves"),
         (json.dumps({"counts": [[[True, 3], [1, 3]]] * 9}), "true; numbers alone in lists"),
         (json.dumps(by_number(np.tile(TOTAL, (99, 1)))), "297 keys of numbers alone; at most 256 layers"),
         ("[" * 9999 + "]" * 9999, "cut or wrong"),

@@ -71,3 +71,31 @@ def test_counts_by_another_name_are_asked_for(load, tmp_path, name):
         load(tmp_path / "a.csv", "csv")
     (tmp_path / "a.csv").write_text("\n".join(["layer_id,expert_id,count", *lines]))
     assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+
+
+@pytest.mark.parametrize("name", ["moe/layer_{}/expert_{}", "L{} E{}", "model.layers.{}.mlp.experts.{}.tokens"])
+def test_a_column_for_each_layer_and_expert(load, tmp_path, name):
+    """As loggers of training keep what they plot."""
+    counts = routed(np.random.default_rng(4), steps=3, layers=2, experts=8)
+    head = ["_step", "_runtime", *(name.format(3 + i, e) for i, e in np.ndindex(2, 8))]
+    rows = [[10 * t, 0.5 + t, *step.ravel()] for t, step in enumerate(counts)]
+    table = [head, *rows]
+    (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, row)) for row in table))
+    traces, notes = load(tmp_path / "a.csv", "csv")
+    assert traces.layer_ids == (3, 4) and (traces.counts == counts).all() and "_runtime" in notes
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("layer_{}/expert_{}_ratio", "ratio no word for it"),
+        ("layer_{}/expert_{}/latency_ms", "latency no word for it"),
+        ("layer_{}/shared_expert_{}", "counts of logical experts"),
+        ("layer_{}/local_expert_{}", "counts of logical experts"),
+    ],
+)
+def test_columns_of_layers_and_experts_with_something_else(load, tmp_path, name, words):
+    head = [name.format(i, e) for i, e in np.ndindex(2, 8)]
+    (tmp_path / "a.csv").write_text("\n".join([",".join(head), ",".join(map(str, range(16)))]))
+    with pytest.raises(InputError, match=words):
+        load(tmp_path / "a.csv", "csv")

@@ -1,0 +1,150 @@
+"""Rows of JSON whose cells hold many counts, as a table with a column for each expert, or as an array."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemopt.exceptions import InputError
+from gemopt.formats.count_names import DERIVED, TABLES, TIMES, WEIGHTS, numbered, words_of
+from gemopt.traces.files import meant, smallest
+
+_EXPERTS = re.compile(r"(num_|n_)(logical_|routed_)?experts", re.IGNORECASE)
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Content:
+    """What a file holds: rows of plain cells, or arrays by name as an .npz would have them; and what is left unread."""
+
+    rows: Rows = field(default_factory=list)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+    top_k: int | None = None
+    steps: tuple[int, int] | None = None  # the first and the last that it numbers
+    notes: list[str] = field(default_factory=list)
+
+
+def compact(array: Any) -> Any:
+    """Lists of whole numbers as an array of the smallest type; anything else as it is."""
+    try:
+        found = np.asarray(array)
+    except (ValueError, TypeError, OverflowError):
+        return array
+    return smallest(found) if found.dtype.kind in "iu" and found.dtype.itemsize <= 8 else array
+
+
+def refuse_derived(path: Path, name: str) -> None:
+    """Raise for what was made of counts, by its name."""
+    if derived := words_of(name) & DERIVED:
+        raise InputError(str(path), name, "counts themselves", f"is {min(derived)} no word for it? rename it")
+
+
+def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
+    """Rows whose cell `name` holds many counts as a table with a column for each expert, or as an array."""
+    if by_key(rows, name):
+        spread = [(row, *_each(path, name, row[name])) for row in rows]
+        told.rows = [
+            {**{key: cell for key, cell in row.items() if key != name}, "expert": expert, "count": count}
+            for row, experts, counts in spread
+            for expert, count in zip(experts, counts, strict=True)
+        ]
+        return told
+    dims = {ndim(row[name]) for row in rows}
+    if len(dims) > 1 or not dims <= {1, 2, 3} or (len(rows) > 1 and dims == {3}):
+        raise InputError(f"{path}: {name}", "lists of several depths", "counts of experts, or of layers and experts")
+    _drop_results(path, rows, name, told)
+    cells = [row.pop(name) for row in rows]
+    if dims == {1}:
+        told.rows = [{**row, **{f"expert_{i}": n for i, n in enumerate(each)}}
+                     for row, each in zip(rows, cells, strict=True)]  # fmt: skip
+        return told
+    steps = _steps(path, rows, told)
+    if len(set(steps)) < len(steps):
+        raise InputError(f"{path}: step", "steps that come twice", "every step once")
+    order = sorted(range(len(steps)), key=steps.__getitem__)
+    cells = [cells[i] for i in order]
+    if "step" in {TABLES.get(key.casefold()) for key in rows[0]}:
+        told.steps = min(steps), max(steps)
+    alone = len(cells) == 1 and told.steps is None  # of two dimensions: layers, or steps of one?
+    told.arrays = {name: cells[0] if dims == {3} or alone else cells}
+    return told
+
+
+def by_key(rows: Rows, name: str) -> bool:
+    """Whether the cell `name` of every row is an object."""
+    return all(isinstance(row.get(name), dict) for row in rows)
+
+
+def _each(path: Path, name: str, cell: dict[str, Any]) -> tuple[list[int], list[Any]]:
+    keys = numbered(cell)
+    if keys is None or keys[0] not in ("", "expert"):
+        raise InputError(f"{path}: {name}", ", ".join(cell)[:200], "counts by the number of the expert")
+    return keys[1], list(cell.values())
+
+
+def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
+    """What numbers the rows; their order where nothing does. What tells them apart otherwise is refused."""
+    named = [key for row in rows[:1] for key in row if TABLES.get(key.casefold()) == "step"]
+    if len(named) > 1:
+        raise InputError(str(path), " and ".join(named), "one number of the step", "leave the others out")
+    for key in dict.fromkeys(key for row in rows for key in row if key not in named):
+        found = {str(row.get(key)) for row in rows}
+        if len(found) > 1 or TABLES.get(key.casefold()):
+            limit = "the same in all rows: gemopt does not know what it tells apart"
+            hint = "add up ranks, and put the layers of a step in one list; or leave it out"
+            raise InputError(f"{path}: {key}", ", ".join(sorted(found))[:100], limit, hint)
+        told.unread.append(key)
+    if not named:
+        return list(range(len(rows)))
+    steps = [row.get(named[0]) for row in rows]
+    if not all(type(each) is int for each in steps):
+        raise InputError(f"{path}: {named[0]}", str(steps)[:100], "whole numbers")
+    return steps
+
+
+def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
+    """Take out plain cells that follow from the counts beside them, or are times or other fractions."""
+    try:
+        arrays = [np.asarray(row[name]) for row in rows]
+    except ValueError:
+        raise InputError(f"{path}: {name}", "lists of several lengths", "as many experts in each") from None
+    follow = [[int(f(each)) for each in arrays] for f in (np.max, np.min, np.count_nonzero, np.size)] if all(
+        array.dtype.kind in "iu" for array in arrays) else []  # fmt: skip
+    sums = [int(each.sum()) if each.dtype.kind in "iu" else -1 for each in arrays]
+    for key in list(rows[0]):
+        cells: list[Any] = [row.get(key) for row in rows]
+        if key == name or (TABLES.get(key.casefold()) not in (None, "count")):
+            continue
+        for cell, each in zip(cells, arrays, strict=True):
+            if _EXPERTS.fullmatch(key) and str(cell) not in ("None", str(each.shape[-1])):
+                raise InputError(f"{path}: {name}", f"{each.shape[-1]} experts", f"{cell}, as {key} says")
+            if meant(key) == "num_hidden_layers" and each.ndim > 1 and str(cell) not in ("None", str(each.shape[-2])):
+                hint = "leave it out, and give --layer-ids"
+                raise InputError(f"{path}: {name}", f"{each.shape[-2]} layers", f"{cell}, as {key} says", hint)
+        whole = all(map(is_whole, cells))
+        total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
+        total = total or (TABLES.get(key.casefold()) == "count" and whole and len(rows) > 1 and len(set(cells)) == 1)
+        fractions = (
+            not words_of(key) & WEIGHTS
+            and all(isinstance(each, float) for each in cells)
+            and any(each % 1 for each in cells)
+        )
+        if total or cells in follow or fractions or (words_of(key) & TIMES):
+            told.unread.append(key)
+            for row in rows:
+                row.pop(key, None)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number."""
+    return type(value) in (int, float) and value % 1 == 0
+
+
+def ndim(value: Any) -> int:
+    """How deep lists go in their first elements."""
+    return 1 + ndim(value[0]) if isinstance(value, list) and value else int(isinstance(value, list))
