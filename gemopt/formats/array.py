@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, MOST_LAYERS, 
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
+from gemopt.formats.numbered_arrays import joined, kind_of
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.succession import MANY_COUNTS
@@ -61,15 +62,15 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         notes.append(f"{len(files)} files, one after the other in time: {files[0].name} to {files[-1].name}")
 
     if options.layer_ids is None and options.num_hidden_layers is None:
-        first = _counts(files[0])
-        if np.asarray(first.any(axis=(0, 2))).all():
+        first, named = _counts(files[0])
+        if named is None and np.asarray(first.any(axis=(0, 2))).all():
             notes.append(f"rows are layers 0 to {first.shape[1] - 1}: if dense layers were left out, give --layer-ids")
         if axis_of_layers(first) == 0:
             notes.append("steps differ more than layers do: are the axes [layers, steps, experts]?")
 
     def blocks() -> Iterator[IntArray]:
         for path in files:
-            counts = _counts(path)
+            counts, _ = _counts(path)
             step = max(1, _ROWS // max(1, counts[:1].nbytes))
             for start in range(0, len(counts), step):
                 block = counts[start : start + step]
@@ -77,7 +78,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
                 if used.any():
                     yield block if used.all() else block[used]
 
-    ids = options.layer_ids if _already_chosen(files, options) else None
+    ids = _counts(files[0]).layers or (options.layer_ids if _already_chosen(files, options) else None)
     return Recording(blocks=blocks, layer_ids=ids, top_k=count_json.top_k(files), notes=notes)
 
 
@@ -95,8 +96,11 @@ def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], lis
     kept: dict[bytes, Path] = {}
     sums: list[tuple[str, IntArray]] = []
     notes: list[str] = []
+    layers = _counts(files[0]).layers
     for path in files:
-        counts = _counts(path, notes)
+        counts, named = _counts(path, notes)
+        if named != layers:
+            raise InputError(f"{path}: layers", named, f"{layers}, as in {files[0].name}", "import networks apart")
         _check_axes(path, counts, options)
         refuse_narrow(f"{path}: counts", counts)
         sums_TL = counts.sum(axis=2, dtype=np.int64)
@@ -118,19 +122,29 @@ def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], lis
 def _already_chosen(files: list[Path], options: TraceOptions) -> bool:
     """Whether `--layer-ids` names the rows there are, rather than picks some of them."""
     ids = options.layer_ids
-    return ids is not None and len(ids) == _counts(files[0]).shape[1]
+    return ids is not None and len(ids) == _counts(files[0]).array.shape[1]
 
 
-def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
-    """[T, L, E] the counts of a file; what else it holds is refused, or goes to the notes."""
+class _Counts(NamedTuple):
+    """[T, L, E] counts, and the layers of their rows where the file says so."""
+
+    array: IntArray
+    layers: tuple[int, ...] | None
+
+
+def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
+    """The counts of a file; what else it holds is refused, or goes to the notes."""
     data, told = _loaded(path)
+    layers = None
     names, experts = [path.stem] if words_of(path.stem) & COUNTED else [], told.get("num_experts")
     if isinstance(data, dict):
         data = {str(key): value for key, value in data.items()}
-        if "counts" not in data and len(data) != 1:
+        kind = kind_of(data)
+        if "counts" not in data and len(data) != 1 and kind is None:
             raise InputError(str(path), ", ".join(data) or "no array", "one array, or one called counts")
         key = "counts" if "counts" in data else next(iter(data))
-        _refuse_beside(path, [name for name in [*data, *told] if name not in (key, "format", "num_experts")], notes)
+        known = (*(data if kind else [key]), "format", "num_experts")
+        _refuse_beside(path, [name for name in [*data, *told] if name not in known], notes)
         if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
             hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
@@ -139,7 +153,8 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
                 str(path), f"an array {key}", "counts themselves", f"is {min(derived)} no word for it? rename it"
             )
         names.append(key)
-        experts, data = data.get("num_experts", experts), data[key]
+        experts = data.get("num_experts", experts)
+        data, layers = (data[key], None) if kind is None else joined(path, data, *kind)
     if copies := [name for name in names if COPIES.search(name)]:
         raise InputError(str(path), f"an array {copies[0]}", "counts of logical experts", NOT_COPIES)
     if (ndim := _ndim(data)) < 3:
@@ -151,7 +166,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> IntArray:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
     if str(np.asarray(experts).tolist()).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
-    return counts
+    return _Counts(counts, layers)
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,78 @@
+"""Arrays that number layers or steps in their names: .npz, .safetensors and .pt, as hooks keep them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from routed_counts import routed
+
+from gemopt.exceptions import InputError
+
+COUNTS = routed(np.random.default_rng(5), steps=5, layers=3, experts=16, tokens=40)
+COUNTS[1:] += routed(np.random.default_rng(6), steps=4, layers=3, experts=16, tokens=9)  # steps differ
+NAMES = ["layer_{}", "model.layers.{}.mlp.gate.tokens_per_expert", "blk.{}"]
+
+
+def write(path, arrays):
+    if path.suffix == ".npz":
+        np.savez(path, **{str(name): array for name, array in arrays.items()})
+    elif path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.numpy").save_file(
+            {str(name): np.ascontiguousarray(array) for name, array in arrays.items()}, path
+        )
+    else:
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.tensor(array) for name, array in arrays.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".pt"])
+@pytest.mark.parametrize("name", NAMES)
+def test_layers(load, tmp_path, suffix, name):
+    arrays = {name.format(3 + i): COUNTS[:, i] for i in (2, 0, 1)}  # in any order
+    traces, notes = load(write(tmp_path / f"a{suffix}", arrays), "array")
+    assert traces.layer_ids == (3, 4, 5) and (traces.counts == COUNTS).all()
+    assert "rows are layers" not in notes
+    sums = {key: array.sum(axis=0) for key, array in arrays.items()}
+    traces, _ = load(write(tmp_path / f"a{suffix}", sums), "array", num_hidden_layers=7)
+    assert traces.layer_ids == (3, 4, 5) and (traces.counts == COUNTS.sum(axis=0)).all()
+
+
+def test_steps_and_numbers_alone(load, tmp_path):
+    path = tmp_path / "a.npz"
+    write(path, {f"step_{10 * t}": COUNTS[t] for t in range(5)})
+    assert (load(path, "array")[0].counts == COUNTS).all()
+    write(path, {f"arr_{t}": COUNTS[t] for t in range(5)})  # np.savez(path, *steps): the sums tell
+    assert (load(path, "array")[0].counts == COUNTS).all()
+    write(path, {i: COUNTS[:, i] for i in range(3)})
+    assert (load(path, "array")[0].counts == COUNTS).all()
+    constant = routed(np.random.default_rng(5), steps=4, layers=3, experts=16, tokens=40)
+    write(path, {i: constant[:, i] for i in range(3)})
+    with pytest.raises(InputError, match=r"do not tell layers from steps; .*name them layer_0"):
+        load(path, "array")
+    write(path, {f"layer_{i}": constant[:, i] for i in range(3)})
+    assert (load(path, "array")[0].counts == constant).all()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({f"layer_{i}": COUNTS[: 2 + i, i] for i in range(3)}, "arrays of shapes"),
+        ({f"step_{t}": COUNTS[t, 0] for t in range(5)}, r"counts of a step, \[layers, experts\]"),
+        ({f"layer_{i}_topk_ids": COUNTS[:, i] for i in range(3)}, "counts them"),
+        ({f"layer_{i}.local_counts": COUNTS[:, i] for i in range(3)}, "counts of logical experts"),
+        ({f"layer_{i}.load_ratio": COUNTS[:, i] for i in range(3)}, "counts themselves"),
+        ({f"rank_{i}": COUNTS for i in range(3)}, "one array, or one called counts"),
+        ({f"layer_{i}": COUNTS[:, i] / 7 for i in range(3)}, "whole numbers"),
+    ],
+)
+def test_refused(load, tmp_path, arrays, words):
+    with pytest.raises(InputError, match=words):
+        load(write(tmp_path / "a.npz", arrays), "array")
+
+
+def test_files_with_other_layers(load, tmp_path):
+    for t, first in enumerate((3, 4)):
+        write(tmp_path / f"a_{t}.npz", {f"layer_{first + i}": COUNTS[t : t + 1, i] for i in range(3)})
+    with pytest.raises(InputError, match=r"a_1.npz: layers: .*\(3, 4, 5\), as in a_0.npz"):
+        load([tmp_path / "a_0.npz", tmp_path / "a_1.npz"], "array")
