@@ -230,6 +230,11 @@ def test_redrawn_steps_keep_the_means_and_come_after_those_given() -> None:
     assert (redrawn(few, seed=3).counts != redrawn(few, seed=4).counts).any()
 
 
+def test_one_step_cannot_be_split() -> None:
+    with pytest.raises(InputError, match="1 step cannot be split so"):
+        Traces(counts=np.ones((1, 1, 3), int)).split(0.5)
+
+
 def test_redrawn_leaves_what_was_recorded_of_tokens_out() -> None:
     whole = recorded()
     more = redrawn(replace(whole, pair_counts=whole.pairs(), transitions=whole.transition_counts()))

@@ -27,6 +27,7 @@ from gemopt.replay import Migration
 from gemopt.replay.duplication import PREFIX
 from gemopt.rules import Rules
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 DEFAULT_WINDOW = 64
 DRIFTS = 0.05
@@ -94,7 +95,8 @@ def advise(
     """
     profile, traces = Profile.of(profile), Traces.of(traces)
     if traces.num_steps < 4:
-        raise InputError("traces", f"{traces.num_steps} steps", "at least 4: half are fitted on, half are scored")
+        found = counted(traces.num_steps, "step")
+        raise InputError("traces", found, "at least 4: half are fitted on, half are scored")
     if horizon is not None:
         check_number("--horizon", horizon, "at least 1 step", least=1, whole=True)
     check_number("--seed", seed, "0 or more", whole=True)

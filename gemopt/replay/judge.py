@@ -24,6 +24,7 @@ from gemopt.replay.strategy import Context, Solved, Strategy
 from gemopt.rules import Rules
 from gemopt.splits.senders import Senders
 from gemopt.traces import Phase, Traces
+from gemopt.words import counted
 
 BASELINE = "contiguous"
 DEFAULT_WINDOW = 64
@@ -146,7 +147,8 @@ def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Trace
     check_number("--fit", fit_share, limit, "for example 0.5", least=ABOVE_0, most=BELOW_1)
     cut = round(traces.num_steps * fit_share)
     if not 0 < cut < traces.num_steps:
-        raise InputError("--fit", fit_share, f"{traces.num_steps} steps cannot be split so", "give longer traces")
+        found = f"{counted(traces.num_steps, 'step')} cannot be split so"
+        raise InputError("--fit", fit_share, found, "give longer traces")
     left, hint = traces.num_steps - cut, "a shorter window, a smaller --fit or longer traces"
     check_number(
         "--window", window, f"from 1 to the {left} steps that are scored", hint, least=1, most=left, whole=True

@@ -222,9 +222,8 @@ class Traces:
         check_number("holdout", holdout, limit, "for example 0.5", least=ABOVE_0, most=BELOW_1)
         cut = self.num_steps - round(self.num_steps * holdout)
         if not 0 < cut < self.num_steps:
-            raise InputError(
-                "holdout", holdout, f"{self.num_steps} steps cannot be split so", "give more steps, or hold none out"
-            )
+            found = f"{counted(self.num_steps, 'step')} cannot be split so"
+            raise InputError("holdout", holdout, found, "give more steps, or hold none out")
         parts = self.steps(slice(0, cut)), self.steps(slice(cut, None))
         for part in parts:
             part._check_busy()
