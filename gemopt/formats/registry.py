@@ -27,6 +27,7 @@ _MODULES = {
     "deepseek-eplb": "deepseek_eplb",
     "csv": "csv_table",
     "array": "array",
+    "tokens": "token_rows",
     "checkpoint": "checkpoint",
     "xllm": "checkpoint",
     "llama.cpp": "llama_cpp",

@@ -25,7 +25,7 @@ ENDS = (127, 255, 32767, 65535)  # of small types
 ENOUGH_SHARES, MUCH_MORE, MOST = 30, 4, 0.75  # whose variance is no accident; than by chance; of all
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
 IN_ORDER = "bring them into that order, experts of all ranks side by side"
-NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them"
+NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them, and --from tokens rows of them"
 FloatArray = NDArray[np.float64]
 
 

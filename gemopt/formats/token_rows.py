@@ -1,0 +1,330 @@
+"""Rows with the experts that a token chose in a layer: JSON Lines, JSON, CSV or parquet, as loggers of routers do.
+
+`{"layer": 3, "topk_ids": [7, 1], ...}`, or those of several tokens, `[[7, 1], [2, 5]]`. A column with the number of
+the step (`batch_id`, ...) says which tokens are computed together; else `request` and `token` number them, and they are
+replayed as continuous batching, as responses are. A column `phase` tells prompts from answers.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from array import array as numbers
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemopt.exceptions import InputError
+from gemopt.formats.count_lines import lines_of
+from gemopt.formats.count_names import COLUMNS
+from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
+from gemopt.formats.files import JSON_LIMIT, bounded_json
+from gemopt.formats.findings import TOO_HIGH, guessed, refuse_marks
+from gemopt.formats.recorded_files import files_of
+from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
+from gemopt.traces import COUNT_LIMIT, Phase
+from gemopt.traces.arrays import MAX_EXPERTS
+from gemopt.traces.batching import from_tokens
+from gemopt.traces.files import COPIES
+from gemopt.words import counted
+
+SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json", ".csv", ".tsv", ".csv.gz", ".parquet")
+NAMES: Mapping[str, Sequence[str]] = {
+    "ids": (
+        *("topk_ids", "topk_idx", "topk_indices", "topk_experts", "top_k_ids", "top_k_indices", "top_k_experts"),
+        *("selected_experts", "chosen_experts", "routed_experts", "expert_ids", "expert_indices", "experts", "indices"),
+    ),
+    "layer": COLUMNS["layer"],
+    "step": COLUMNS["step"],
+    "request": (
+        *("request", "request_id", "request_idx", "req", "req_id", "rid", "sequence", "sequence_id", "seq_id", "seq"),
+        *("sample", "sample_id", "prompt_id", "prompt_idx"),
+    ),
+    "token": ("token", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
+    "phase": ("phase", "stage", "forward_mode"),
+}
+PHASES = {
+    **dict.fromkeys(("prefill", "prompt", "extend", "context"), Phase.PREFILL),
+    **dict.fromkeys(("decode", "decoding", "generation", "generate"), Phase.DECODE),
+}
+TOGETHER = "number the steps (step), or the tokens (request, token)"
+_LIST = re.compile(r"[\[(]?\s*-?\d+(?:[\s,;|]+-?\d+)*\s*[\])]?", re.ASCII)
+_BLOCK = 1 << 24  # numbers of a block of steps
+
+
+@dataclass
+class _Rows:
+    """What the rows say, one number for each: of the step or the token, of the layer, of the experts that follow."""
+
+    by_step: bool
+    of: list[int] = field(default_factory=list)  # the step, or the index into `tokens`
+    layers: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    ids: numbers[int] = field(default_factory=lambda: numbers("i"))
+    tokens: dict[tuple[str, int], int] = field(default_factory=dict)
+    files: dict[tuple[int, int], Path] = field(default_factory=dict)  # that hold a step and layer
+    phases: dict[int, set[Phase]] = field(default_factory=dict)
+    blank: int = 0
+    other: int = 0
+    unread: set[str] = field(default_factory=set)
+
+    def notes(self, phase: Phase | None) -> list[str]:
+        """What was left out."""
+        said = [
+            (self.blank, f"left out: {counted(self.blank, 'row')} without any expert (padding)"),
+            (self.other, f"{counted(self.other, 'row')} without experts left unread"),
+            (self.unread, f"{', '.join(sorted(self.unread))} left unread"),
+            (phase is Phase.MIXED and not self.by_step, "prompts are replayed as if they had been generated"),
+        ]
+        return [text for wanted, text in said if wanted]
+
+
+def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
+    """Count the experts of tokens, step by step; or replay requests whose tokens are numbered."""
+    files = files_of(paths, *SUFFIXES, both_phases=True)
+    columns, rows = None, _Rows(by_step=True)
+    for path in files:
+        for where, row in _rows_of(path):
+            known = _columns(where, row)
+            if "ids" not in known:
+                rows.other += 1
+                continue
+            if columns is None:
+                columns = known
+                rows.by_step = _by_step(where, columns, options)
+            if known != columns:
+                found = ", ".join(known.values())
+                raise InputError(where, found, f"{', '.join(columns.values())}, as in the rows before")
+            _add(rows, path, where, row, columns, options)
+    if columns is None or not rows.of:
+        found = "no row with experts" if columns is None else "no row that is wanted"
+        hint = "--phase prefill or all takes others" if columns else f"name the column {', '.join(NAMES['ids'][:3])}"
+        raise InputError("PATHS", found, "rows with a layer and the experts of a token", hint)
+    layers = sorted(set(rows.layers))
+    highest, lowest = max(rows.ids), min(rows.ids)
+    experts = options.num_experts or highest + 1
+    notes = rows.notes(options.phase)
+    if highest >= experts:
+        raise InputError("PATHS: experts", highest, f"experts 0 to {experts - 1}", TOO_HIGH)
+    if options.num_experts is None:
+        refuse_marks("PATHS: experts", sorted(set(rows.ids)))
+        notes.append(guessed(experts, lowest))
+    if layers[0] == 1:
+        notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
+    top_k = rows.sizes[0] if len(set(rows.sizes)) == 1 else None
+    if None not in (options.top_k, top_k) and options.top_k != top_k:
+        raise InputError("PATHS: experts", f"{top_k} of a token", f"--top-k is {options.top_k}")
+    if rows.by_step:
+        return _counted(rows, layers, experts, top_k, notes)
+    return _replayed(rows, layers, experts, notes, options)
+
+
+def _rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row is, and its cells by name."""
+    if path.name.endswith((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")):
+        number = 0
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as stream:
+            try:
+                for number, line in enumerate(stream, 1):
+                    if line.strip():
+                        yield _object(f"{path}: line {number}", json.loads(line))
+            except (ValueError, RecursionError, EOFError, OSError) as error:
+                raise InputError(f"{path}: line {max(1, number)}", str(error), "one JSON object a line") from None
+    elif path.suffix == ".json":
+        data = bounded_json(path, limit_bytes=JSON_LIMIT)
+        lists = [each for each in data.values() if isinstance(each, list)] if isinstance(data, dict) else [data]
+        if len(lists) != 1 or not isinstance(lists[0], list):
+            raise InputError(str(path), f"{len(lists)} lists", "one list of rows")
+        yield from (_object(f"{path}: row {number}", row) for number, row in enumerate(lists[0], 1))
+    else:
+        lines = lines_of(path)
+        header = [name.strip() for name in next(lines, (0, [""]))[1]]
+        for number, cells in lines:
+            if len(cells) != len(header):
+                raise InputError(f"{path}: line {number}", f"{len(cells)} values", f"{len(header)}, as in the header")
+            yield f"{path}: line {number}", dict(zip(header, cells, strict=True))
+
+
+def _object(where: str, row: Any) -> tuple[str, dict[str, Any]]:
+    if not isinstance(row, dict):
+        raise InputError(where, type(row).__name__, "an object with a layer and the experts of a token")
+    return where, row
+
+
+def _columns(where: str, row: dict[str, Any]) -> dict[str, str]:
+    """The columns of a row by what they mean; `InputError` for two of one meaning, and for slots and ranks."""
+    found: dict[str, str] = {}
+    for name in row:
+        bare = re.sub(r"\W+", "_", name.casefold()).strip("_")
+        meaning = next((each for each, names in NAMES.items() if bare in names), None)
+        if meaning in found:
+            both = f"{found[meaning]} and {name}"
+            raise InputError(where, both, f"one column of the {meaning}", "leave the other out")
+        if meaning is not None:
+            found[meaning] = name
+        elif bare in COLUMNS["rank"]:
+            hint = "import one rank of those that saw the same tokens; leave the column out where each had its own"
+            raise InputError(where, name, "tokens of all ranks, each once", hint)
+        elif COPIES.search(bare):
+            raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")
+    return found
+
+
+def _by_step(where: str, columns: dict[str, str], options: TraceOptions) -> bool:
+    """Whether rows are counted by their step; else their tokens are replayed. `InputError` where nothing tells."""
+    if "layer" not in columns:
+        raise InputError(where, "no layer", "the layer of every row", "call it layer")
+    if "step" in columns:
+        if "request" in columns and "token" not in columns:
+            found = f"{columns['step']} beside {columns['request']}"
+            hint = f"of a batch: leave {columns['request']} out; of the request's tokens: call it token"
+            raise InputError(where, found, "what the number counts", hint)
+        options.refuse_unused("steps that are numbered", *(("phase",) if "phase" in columns else ()))
+        return True
+    if "token" not in columns:
+        raise InputError(where, ", ".join(columns.values()), "which tokens are computed together", TOGETHER)
+    options.refuse_unused("tokens", "batch_size", "prefill_tokens", "phase", "keep_tokens")
+    if "phase" not in columns and options.phase is not Phase.MIXED:
+        hint = "--phase all takes every token"
+        raise InputError(where, "no phase", "prefill or decode, to tell prompts from answers", hint)
+    return False
+
+
+def _add(
+    rows: _Rows, path: Path, where: str, row: dict[str, Any], columns: dict[str, str], options: TraceOptions
+) -> None:
+    """Keep what a row says, if its phase is wanted."""
+    phase = None
+    if "phase" in columns:
+        text = str(row[columns["phase"]]).casefold()
+        if text not in PHASES:
+            raise InputError(f"{where}: {columns['phase']}", text, f"one of {', '.join(PHASES)}")
+        phase, wanted = PHASES[text], options.phase
+        wanted = (Phase.MIXED if rows.by_step else Phase.DECODE) if wanted is None else wanted
+        if wanted not in (Phase.MIXED, phase):
+            return
+    layer = _whole(where, row, columns["layer"], 4096)
+    each = _lists(f"{where}: {columns['ids']}", row[columns["ids"]])
+    rows.unread.update(name for name in row if name not in columns.values())
+    of = -1
+    if rows.by_step:
+        of = _whole(where, row, columns["step"], COUNT_LIMIT)
+        if phase is not None:
+            rows.phases.setdefault(of, set()).add(phase)
+        if (first := rows.files.setdefault((of, layer), path)) != path:
+            hint = "number the steps on from file to file; add up ranks that had tokens of their own"
+            raise InputError(f"{where}: {columns['step']}", of, f"steps that are not in {first.name} as well", hint)
+    elif len(each) > 1:
+        raise InputError(where, f"the experts of {len(each)} tokens", "those of one", "number the steps instead")
+    else:
+        request = str(row[columns["request"]]) if "request" in columns else str(path)
+        key = request, _whole(where, row, columns["token"], COUNT_LIMIT)
+        of = rows.tokens.setdefault(key, len(rows.tokens))
+    for ids in each:
+        kept = [expert for expert in ids if expert >= 0]
+        if len(set(kept)) < len(kept) or any(expert >= MAX_EXPERTS or expert < -1 for expert in ids):
+            limit = f"different experts below {MAX_EXPERTS}, -1 for none"
+            raise InputError(f"{where}: {columns['ids']}", str(ids)[:100], limit)
+        if not kept:
+            rows.blank += 1
+            continue
+        rows.of.append(of)
+        rows.layers.append(layer)
+        rows.sizes.append(len(kept))
+        rows.ids.extend(kept)
+
+
+def _whole(where: str, row: dict[str, Any], name: str, limit: int) -> int:
+    value = row[name]
+    text = re.sub(r"\.0$", "", str(value)) if not isinstance(value, bool) else "a flag"
+    text = re.sub(r"(?:model\.)?layers?[._]?(\d+).*", r"\1", text)
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= limit:
+        raise InputError(f"{where}: {name}", value, f"a whole number from 0 below {limit}")
+    return int(text)
+
+
+def _lists(name: str, cell: Any) -> list[list[int]]:
+    """The experts of each token of a cell: a list, lists of lists, or a text such as `[7, 1]` or `7 1`."""
+    if isinstance(cell, str):
+        if not _LIST.fullmatch(cell.strip()):
+            raise InputError(name, cell[:100], "numbers of experts")
+        return [[int(text) for text in re.findall(r"-?\d+", cell)]]
+    if isinstance(cell, list) and cell and all(isinstance(part, list) for part in cell):
+        return [ids for part in cell for ids in _lists(name, part)]
+    if not isinstance(cell, list) or not cell or not all(type(expert) is int for expert in cell):
+        raise InputError(name, str(cell)[:100], "numbers of experts")
+    return [cell]
+
+
+def _counted(rows: _Rows, layers: list[int], experts: int, top_k: int | None, notes: list[str]) -> Recording:
+    """Counts by step, some steps at a time."""
+    steps, step = np.unique(rows.of, return_inverse=True)
+    row = np.repeat(np.arange(len(rows.of)), rows.sizes)
+    key = (step * len(layers) + np.searchsorted(layers, rows.layers))[row]
+    order = np.argsort(step[row], kind="stable")
+    cell, of_id = (key * experts + np.frombuffer(rows.ids, np.intc))[order], step[row][order]
+    size = len(layers) * experts
+    at_once = max(1, _BLOCK // size)
+
+    def blocks() -> Iterator[IntArray]:
+        for first in range(0, len(steps), at_once):
+            last = min(first + at_once, len(steps))
+            begin, end = np.searchsorted(of_id, [first, last])
+            found = np.bincount(cell[begin:end] - first * size, minlength=(last - first) * size)
+            yield found.reshape(last - first, len(layers), experts)
+
+    told = [rows.phases.get(int(number), set()) for number in steps]
+    phase = np.array([int(min(each)) if len(each) == 1 else int(Phase.MIXED) for each in told])
+    return Recording(
+        blocks=blocks, layer_ids=tuple(layers), top_k=top_k, phase=phase if rows.phases else None, notes=notes
+    )
+
+
+def _replayed(rows: _Rows, layers: list[int], experts: int, notes: list[str], options: TraceOptions) -> Loaded:
+    """Requests as continuous batching: the tokens of each in the order of their numbers."""
+    width, lines = max(rows.sizes), list(zip(rows.of, rows.layers, strict=True))
+    if len(set(lines)) < len(lines):
+        hint = f"do they count anew in each step? then {TOGETHER}"
+        raise InputError("PATHS: token", "a token twice in a layer", "every token once", hint)
+    if len(lines) < len(rows.tokens) * len(layers):
+        raise InputError("PATHS: layer", "tokens without some layers", "every token in all layers")
+    ids = np.full((len(rows.tokens), len(layers), width), -1, np.int16)
+    row = np.repeat(np.arange(len(lines)), rows.sizes)
+    column = np.arange(len(row)) - np.repeat(np.cumsum([0, *rows.sizes[:-1]]), rows.sizes)
+    at = np.searchsorted(layers, rows.layers)
+    ids[np.array(rows.of)[row], at[row], column] = np.frombuffer(rows.ids, np.intc)
+    requests = list(dict.fromkeys(request for request, _ in rows.tokens))
+    place = {request: i for i, request in enumerate(requests)}
+    kept = list(options.layer_ids or layers)
+    if unknown := sorted(set(kept) - set(layers)):
+        raise InputError("--layer-ids", unknown[0], f"recorded layers {layers[0]} to {layers[-1]}")
+    order = sorted(rows.tokens, key=lambda key: (place[key[0]], key[1]))
+    starts = [i for i, key in enumerate(order) if i == 0 or key[0] != order[i - 1][0]]
+    traces = from_tokens(
+        ids[[rows.tokens[key] for key in order]][:, np.searchsorted(layers, kept)],
+        starts,
+        num_experts=experts,
+        batch_size=options.batch_size or BATCH_SIZE,
+        phase=Phase.PREFILL if options.phase is Phase.PREFILL else Phase.DECODE,
+        prefill_tokens=options.prefill_tokens or PREFILL_TOKENS,
+        layer_ids=tuple(kept),
+        num_hidden_layers=options.num_hidden_layers,
+        model=options.model,
+    )
+    return Loaded(traces=traces, notes=(f"{counted(len(starts), 'request')} replayed", *notes))
+
+
+ENGINES = {
+    "tokens": Engine(
+        name="tokens",
+        versions="any",
+        traces=("layer, topk_ids of tokens .jsonl, .csv, .parquet",),
+        note="rows of tokens; placements: --to csv",
+        dumps=SUFFIXES,
+        read_traces=read_traces,
+    )
+}
