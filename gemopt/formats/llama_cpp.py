@@ -25,7 +25,7 @@ SUFFIXES = (".gguf", ".gguf_file", ".dat")
 MAGIC = b"GGUF"
 _SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
 _TEXT, _ARRAY, _F32 = 8, 9, 0
-_COUNTS = re.compile(r"blk\.(\d{1,4})\.(ffn_[a-z_]*exps)\.weight\.counts", re.ASCII)
+_COUNTS = re.compile(r"blk\.(\d{1,4})\.(ffn_(?:[a-z]+_)*exps)\.weight\.counts", re.ASCII)
 _EXACT = 1 << 24  # whole numbers up to here are themselves in 32 bits
 _HEADER = 64 << 20
 

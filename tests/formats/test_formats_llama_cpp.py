@@ -46,6 +46,9 @@ def test_counts_of_an_importance_matrix(load, tmp_path):
     np.testing.assert_array_equal(traces.counts, COUNTS[:1])
     assert traces.layer_ids == (1, 2, 3) and "added up" in notes
     np.testing.assert_array_equal(load(files, "imatrix")[0].counts, COUNTS)
+    chunks = {f"blk.{layer}.ffn_{part}_chexps.weight.counts": np.full((2, 1), 9) for layer in (1, 2) for part in "ab"}
+    grove = matrix(tmp_path / "grove.gguf", COUNTS[0], change=chunks)  # GroveMoE's chunks beside the experts
+    np.testing.assert_array_equal(load(grove, "imatrix")[0].counts, COUNTS[:1])
 
 
 def test_what_is_no_importance_matrix_is_refused(load, tmp_path):
