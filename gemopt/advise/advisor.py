@@ -95,8 +95,8 @@ def advise(
     """
     profile, traces = Profile.of(profile), Traces.of(traces)
     if traces.num_steps < 4:
-        found = counted(traces.num_steps, "step")
-        raise InputError("traces", found, "at least 4: half are fitted on, half are scored")
+        steps = counted(traces.num_steps, "step")
+        raise InputError("traces", steps, "at least 4: half are fitted on, half are scored")
     if horizon is not None:
         check_number("--horizon", horizon, "at least 1 step", least=1, whole=True)
     check_number("--seed", seed, "0 or more", whole=True)

@@ -42,9 +42,9 @@ def import_command(
     num_hidden_layers: Annotated[int | None, typer.Option(min=1, help="decoder layers of the network")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="experts per token")] = None,
     model: Annotated[str | None, typer.Option(help="name of the network")] = None,
-    phase: Annotated[PhaseName | None, typer.Option(help="responses: which tokens (decode)")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="responses: sequences in flight (64)")] = None,
-    prefill_tokens: Annotated[int | None, typer.Option(min=1, help="responses: prompt tokens of a step (4096)")] = None,
+    phase: Annotated[PhaseName | None, typer.Option(help="requests: which tokens (decode)")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="requests: sequences in flight (64)")] = None,
+    prefill_tokens: Annotated[int | None, typer.Option(min=1, help="requests: prompt tokens of a step (4096)")] = None,
     keep_tokens: Annotated[bool, typer.Option("--keep-tokens", help="keep token-level ids (in memory)")] = False,
     no_pipeline: Annotated[
         bool, typer.Option("--no-pipeline", help="ranks and files are no stages of a pipeline, though they look so")
