@@ -85,6 +85,8 @@ class Bodies:
                 name = _name(part)
                 if name is not None and not _failed(part) and (name in streams or _is_chunk(part, streamed)):
                     streams.setdefault(name, _Stream(where)).add(part)
+                    if part.get("finished") is True:  # vLLM's last RequestOutput: the next is of another request
+                        yield from self._kept(where, streams.pop(name).body)
                 else:
                     yield from self._kept(where, part)
         for stream in streams.values():
@@ -167,7 +169,7 @@ def _failed(body: dict[str, Any]) -> bool:
 
 def _is_chunk(body: dict[str, Any], streamed: bool) -> bool:
     meta, choices = body.get("meta_info"), body.get("choices")
-    if streamed or str(body.get("object", "")).endswith(".chunk"):
+    if streamed or str(body.get("object", "")).endswith(".chunk") or body.get("finished") is False:
         return True
     if isinstance(meta, dict):  # in SGLang's own stream only the last chunk says why it ended
         return "finish_reason" in meta and meta["finish_reason"] is None
@@ -175,7 +177,10 @@ def _is_chunk(body: dict[str, Any], streamed: bool) -> bool:
 
 
 class _Stream:
-    """Chunks with one id, as the response they add up to: later values stand, lists of tokens go on."""
+    """Chunks with one id, as the response they add up to: later values stand, lists of tokens go on.
+
+    A RequestOutput may hold all the tokens so far.
+    """
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -192,7 +197,9 @@ class _Stream:
             whole["streamed"] += [] if encoded is None else [encoded]
             tokens = choice.get("token_ids")
             if isinstance(tokens, list):
-                whole["token_ids"] = [*whole.get("token_ids", []), *tokens]
+                before = whole.get("token_ids", [])
+                again = "outputs" in chunk and tokens[: len(before)] == before
+                whole["token_ids"] = tokens if again else [*before, *tokens]
             whole.update({key: value for key, value in choice.items() if key != "token_ids" and value is not None})
         self.body["choices"] = [self.choices[index] for index in sorted(self.choices)]
 

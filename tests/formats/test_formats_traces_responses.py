@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from recordings import load
+from responded import ANSWER, PROMPT, counts, loader, routing
 
 from gemopt.exceptions import InputError
 from gemopt.traces import Phase
@@ -169,3 +170,24 @@ def test_ids_that_wrapped_are_told(tmp_path):
         load(tmp_path / "a.json", "vllm", tmp_path)
     with pytest.raises(InputError, match=r"got ids in uint8; a type that holds 384 experts; they wrapped"):
         load(tmp_path / "a.json", "vllm", tmp_path, num_experts=384)
+
+
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_request_outputs_as_they_were_streamed(tmp_path, cumulative):
+    """All the tokens so far in each, or only what is new; request ids begin again in the next run."""
+    lines, wanted = [], []
+    for seed in (0, 1):
+        ids = routing(seed)
+        wanted.append(ids[PROMPT:])
+        for end in (2, 3, ANSWER):
+            begin = 0 if cumulative or end == 2 else {3: 2, ANSWER: 3}[end]
+            output = {"index": 0, "token_ids": list(range(begin, end))}
+            if cumulative or end == ANSWER:
+                output["routed_experts"] = ids[: PROMPT + end - 1].tolist()
+            prompt = list(range(PROMPT))
+            lines.append(
+                {"request_id": "0", "prompt_token_ids": prompt, "outputs": [output], "finished": end == ANSWER}
+            )
+    traces, notes = loader(tmp_path)(lines)
+    assert (traces.counts == counts(np.concatenate(wanted))).all()
+    assert "skipped" not in notes and "twice" not in notes
