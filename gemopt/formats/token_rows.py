@@ -67,6 +67,7 @@ class _Rows:
     ids: numbers[int] = field(default_factory=lambda: numbers("i"))
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
     files: dict[tuple[int, int], Path] = field(default_factory=dict)  # that hold a step and layer
+    seen: set[tuple[int, int, str, int]] = field(default_factory=set)  # step, layer, request and token
     phases: dict[int, set[Phase]] = field(default_factory=dict)
     blank: int = 0
     other: int = 0
@@ -218,12 +219,17 @@ def _add(
         if (first := rows.files.setdefault((of, layer), path)) != path:
             hint = "number the steps on from file to file; add up ranks that had tokens of their own"
             raise InputError(f"{where}: {columns['step']}", of, f"steps that are not in {first.name} as well", hint)
+        if "token" in columns and len(each) == 1:
+            key = of, layer, _request(path, row, columns), _whole(where, row, columns["token"], COUNT_LIMIT)
+            if key in rows.seen:
+                hint = "ranks that saw the same tokens? keep one; ranks with tokens of their own? leave the column out"
+                raise InputError(f"{where}: {columns['token']}", key[3], "every token once in a step and layer", hint)
+            rows.seen.add(key)
     elif len(each) > 1:
         raise InputError(where, f"the experts of {len(each)} tokens", "those of one", "number the steps instead")
     else:
-        request = str(row[columns["request"]]) if "request" in columns else str(path)
-        key = request, _whole(where, row, columns["token"], COUNT_LIMIT)
-        of = rows.tokens.setdefault(key, len(rows.tokens))
+        token = _request(path, row, columns), _whole(where, row, columns["token"], COUNT_LIMIT)
+        of = rows.tokens.setdefault(token, len(rows.tokens))
     for ids in each:
         kept = [expert for expert in ids if expert >= 0]
         if len(set(kept)) < len(kept) or any(expert >= MAX_EXPERTS or expert < -1 for expert in ids):
@@ -236,6 +242,10 @@ def _add(
         rows.layers.append(layer)
         rows.sizes.append(len(kept))
         rows.ids.extend(kept)
+
+
+def _request(path: Path, row: dict[str, Any], columns: dict[str, str]) -> str:
+    return str(row[columns["request"]]) if "request" in columns else str(path)
 
 
 def _whole(where: str, row: dict[str, Any], name: str, limit: int) -> int:

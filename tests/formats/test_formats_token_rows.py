@@ -120,6 +120,7 @@ def without(*names):
         (rows(physical_ids=[1, 2]), "physical_ids; logical experts"),
         (rows(experts=[1, 2]), "topk_ids and experts; one column of the ids"),
         (rows(step="req") * 2, "a token twice in a layer"),
+        (rows() * 2, "every token once in a step and layer; ranks that saw the same tokens"),
         (rows(step="req")[1:], "tokens without some layers"),
         ([{**rows()[0], "topk_ids": [3, 3]}], "different experts"),
         ([{**rows()[0], "topk_ids": [0.5, 3]}], "numbers of experts"),
