@@ -18,17 +18,18 @@ def parsed(path: str, text: str) -> Any:
     """What a text holds: a value, or a list of those on its lines; `InputError` for keys given twice."""
     try:
         try:
-            return _value(text)
+            return value(text)
         except json.JSONDecodeError:
             lines = [line for line in text.split("\n") if line.strip()]  # not at U+2028, which texts may hold
             if len(lines) < 2:
                 raise
-            return [_value(line) for line in lines]
+            return [value(line) for line in lines]
     except (ValueError, RecursionError) as error:
         raise InputError(path, f"JSON that is cut or wrong: {error}", LIMIT) from None
 
 
-def _value(text: str) -> Any:
+def value(text: str) -> Any:
+    """The JSON of a text; `ValueError` where an object has a key twice, None for NaN."""
     return json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
 
 

@@ -8,7 +8,6 @@ replayed as continuous batching, as responses are. A column `phase` tells prompt
 from __future__ import annotations
 
 import gzip
-import json
 import re
 from array import array as numbers
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from gemopt.formats.count_names import COLUMNS
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.findings import TOO_HIGH, guessed, refuse_marks
+from gemopt.formats.json_rows import value
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
 from gemopt.traces import COUNT_LIMIT, Phase
@@ -103,6 +103,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
             _add(rows, path, where, row, columns, options)
     if columns is None or not rows.of:
         found = "no row with experts" if columns is None else "no row that is wanted"
+        found += f", {rows.blank} of padding" if rows.blank else ""
         hint = "--phase prefill or all takes others" if columns else f"name the column {', '.join(NAMES['ids'][:3])}"
         raise InputError("PATHS", found, "rows with a layer and the experts of a token", hint)
     layers = sorted(set(rows.layers))
@@ -132,7 +133,7 @@ def _rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 for number, line in enumerate(stream, 1):
                     if line.strip():
-                        yield _object(f"{path}: line {number}", json.loads(line))
+                        yield _object(f"{path}: line {number}", value(line))
             except (ValueError, RecursionError, EOFError, OSError) as error:
                 raise InputError(f"{path}: line {max(1, number)}", str(error), "one JSON object a line") from None
     elif path.suffix == ".json":
@@ -144,6 +145,8 @@ def _rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         lines = lines_of(path)
         header = [name.strip() for name in next(lines, (0, [""]))[1]]
+        if twice := sorted({name for name in header if header.count(name) > 1}):
+            raise InputError(f"{path}: columns", f"{twice[0]} twice", "every column once")
         for number, cells in lines:
             if len(cells) != len(header):
                 raise InputError(f"{path}: line {number}", f"{len(cells)} values", f"{len(header)}, as in the header")
@@ -249,11 +252,11 @@ def _request(path: Path, row: dict[str, Any], columns: dict[str, str]) -> str:
 
 
 def _whole(where: str, row: dict[str, Any], name: str, limit: int) -> int:
-    value = row[name]
-    text = re.sub(r"\.0$", "", str(value)) if not isinstance(value, bool) else "a flag"
+    cell = row[name]
+    text = re.sub(r"\.0$", "", str(cell)) if not isinstance(cell, bool) else "a flag"
     text = re.sub(r"(?:model\.)?layers?[._]?(\d+).*", r"\1", text)
     if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= limit:
-        raise InputError(f"{where}: {name}", value, f"a whole number from 0 below {limit}")
+        raise InputError(f"{where}: {name}", cell, f"a whole number from 0 below {limit}")
     return int(text)
 
 

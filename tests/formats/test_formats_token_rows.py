@@ -137,6 +137,22 @@ def test_refused(load, tmp_path, lines, words):
         load(write(tmp_path / "a.jsonl", lines), "tokens", phase=phase)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.csv", "step,step,layer,topk_ids\n1,2,3,4\n", "step twice"),
+        ("a.jsonl", '{"step": 0, "layer": 0, "layer": 1, "topk_ids": [1]}', "a key twice"),
+        ("a.jsonl", '{"step": 0, "layer": 0, "topk_ids": [-1, -1]}', "no row that is wanted, 1 of padding"),
+        ("a.jsonl.gz", "no gzip", "line 1: .*gzip"),
+        ("a.json", '{"a": 1}', "one list of rows"),
+    ],
+)
+def test_files_that_are_wrong(load, tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=words):
+        load(tmp_path / name, "tokens")
+
+
 def test_steps_of_several_files(load, tmp_path):
     paths = [write(tmp_path / f"a_{i}.jsonl", rows()) for i in range(2)]
     with pytest.raises(InputError, match=r"not in a_0.jsonl as well; number the steps on from file to file"):
