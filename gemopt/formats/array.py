@@ -79,7 +79,16 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
                     yield block if used.all() else block[used]
 
     ids = _counts(files[0]).layers or (options.layer_ids if _already_chosen(files, options) else None)
-    return Recording(blocks=blocks, layer_ids=ids, top_k=count_json.top_k(files), notes=notes)
+    return Recording(blocks=blocks, layer_ids=ids, top_k=count_json.top_k(files), phase=_phases(files), notes=notes)
+
+
+def _phases(files: list[Path]) -> IntArray | None:
+    """[T] the phases of the steps with assignments, None where not all files tell them."""
+    if not all(count_json.is_json(path) and count_json.read(path).phases for path in files):
+        return None
+    told = [np.array(count_json.read(path).phases) for path in files]
+    used = [np.asarray(_counts(path).array).any(axis=(1, 2)) for path in files]
+    return np.concatenate(told)[np.concatenate(used)]
 
 
 def _tables(paths: Sequence[Path]) -> bool:

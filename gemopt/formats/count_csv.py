@@ -1,10 +1,9 @@
 """Tables of counts, `layer_id,expert_id,count`: what SGLang's recorder wrote until May 2025, and others still do.
 
 A line for every expert that got tokens; absent lines are zeros; or a line for every layer, with columns `expert_0`,
-`expert_1`, ... A table may hold several steps (a column `step`) and
-several ranks (a column `rank`); files named `..._rank0_...` hold a rank each, and the n-th files of all ranks make
-step n. Anything else that differs between the lines is refused: it might be what the counts must be split by. Tables
-may be gzipped, or parquet.
+`expert_1`, ... A table may hold several steps (a column `step`), their phases and several ranks; files named
+`..._rank0_...` hold a rank each, and the n-th files of all ranks make step n. Anything else that differs between the
+lines is refused: it might be what the counts must be split by. Tables may be gzipped, or parquet.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json
 from gemopt.formats.count_lines import by_expert, lines_of
-from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, WEIGHTS, words_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, WEIGHTS, phase_of, words_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import TOO_HIGH, guessed, own_counts, ranges, refuse_marks, refuse_parts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.formats.recorded_files import files_of, names_of
-from gemopt.traces import COUNT_LIMIT
+from gemopt.traces import COUNT_LIMIT, Phase
 from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
 from gemopt.traces.files import ALTERING, COPIES
 from gemopt.words import counted
@@ -57,6 +56,7 @@ class _Table:
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
     results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
+    phases: dict[int, Phase] = field(default_factory=dict)  # of the steps
     line: int = 0  # where the index was read last; a line with a column for each expert is several
     index: int = -1  # the last number of a first column without a name: rising, they are pandas' numbers of the lines
 
@@ -95,12 +95,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
     notes += [own.note] if own.note else []
-    notes += _of_documents(files) + count_json.left_alone(paths, files)
-    results = sorted(set().union(*(table.results for table in tables)))
-    if results:
-        notes.append(f"times and results are left unread: {', '.join(results)}")
-    if others := {name: text for name, text in others.items() if name not in results}:
-        notes.append(f"columns that say the same in all lines are left unread: {', '.join(others)}")
+    notes += count_json.said(files) + count_json.left_alone(paths, files)
+    notes += _unread(tables, others)
     if len(own.ranks) > 1:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
         each_RTLE = np.stack([_dense(steps, [rank], layers, experts) for rank in own.ranks])
@@ -110,21 +106,36 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         notes += [doubt] if doubt else []
     total = _dense(steps, own.ranks, layers, experts)
     refuse_totals("PATHS: counts", total)
-    used = total[total.any(axis=(1, 2))]
+    busy = total.any(axis=(1, 2))
+    used, phase = total[busy], _phases(tables)
     return Recording(
         blocks=lambda: iter([used] if len(used) else []),
         layer_ids=tuple(layers),
+        phase=None if phase is None else phase[busy],
         top_k=count_json.top_k(files),
         notes=notes,
     )
 
 
-def _of_documents(files: Sequence[Path]) -> list[str]:
-    """What there is to say of the files that are JSON."""
-    documents = [count_json.read(path) for path in files if count_json.is_json(path)]
-    unread = sorted({name for each in documents for name in each.unread})
-    return [*dict.fromkeys(note for each in documents for note in each.notes),
-            *([f"{', '.join(unread)} left unread"] if unread else [])]  # fmt: skip
+def _unread(tables: list[_Table], others: dict[str, str]) -> list[str]:
+    """Notes on the columns left unread; others: those that say the same in all lines."""
+    results = sorted(set().union(*(table.results for table in tables)))
+    known = [*results, *(COLUMNS["phase"] if any(table.phases for table in tables) else ())]
+    said = (
+        ("times and results", results),
+        ("columns that say the same in all lines", [n for n in others if n not in known]),
+    )
+    return [f"{which} are left unread: {', '.join(names)}" for which, names in said if names]
+
+
+def _phases(tables: list[_Table]) -> IntArray | None:
+    """[T] the phases of all steps, None where not all tables tell them."""
+    told: dict[int, Phase] = {}
+    for table in tables:
+        for step, phase in table.phases.items():
+            if told.setdefault(step, phase) != phase:
+                raise InputError(f"{table.path}: phase", f"{phase.name} in step {step}", "that of other tables")
+    return np.array([int(told[step]) for step in sorted(told)]) if all(table.phases for table in tables) else None
 
 
 def _refuse_local(by_rank: IntArray) -> None:
@@ -294,6 +305,8 @@ def _add(
     value = {}
     for meaning, i in columns.items():
         text = row[i]
+        if meaning == "phase":
+            continue
         if len(text) < 10 and text.isascii() and text.isdigit() and int(text) < _LIMIT[meaning]:  # most are so
             value[meaning] = int(text)
             continue
@@ -305,6 +318,12 @@ def _add(
             raise InputError(f"{where}: {header[i]}", row[i], f"a whole number from 0 below {_LIMIT[meaning]}", hint)
         value[meaning] = int(text.split(".")[0])
     key = (value.get("step", 0), value["layer"], value["expert"])
+    if "phase" in columns:
+        cell = row[columns["phase"]]
+        if (phase := phase_of(f"{where}: phase", cell, others.setdefault("phase", cell))) is not None:
+            table.has_steps, key = True, (value.get("step", int(phase)), *key[1:])
+            if table.phases.setdefault(key[0], phase) != phase:
+                raise InputError(f"{where}: phase", cell, "one phase of a step", "number the steps apart")
     counts = table.ranks.setdefault(value.get("rank", rank), {})
     if key in counts:
         hint = "" if table.has_steps else "of several steps? number them in a column step"

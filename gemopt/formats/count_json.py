@@ -211,6 +211,14 @@ def _refuse_telling(path: Path, keys: Collection[str], *, logical: bool = False)
             raise InputError(str(path), f"{key} beside counts", "counts alone", NOT_ALTERED)
 
 
+def said(files: Sequence[Path]) -> list[str]:
+    """What there is to say of the files that are JSON."""
+    documents = [read(path) for path in files if is_json(path)]
+    unread = sorted({name for each in documents for name in each.unread})
+    notes = dict.fromkeys(note for each in documents for note in each.notes)
+    return [*notes, *([f"{', '.join(unread)} left unread"] if unread else [])]
+
+
 def top_k(files: Sequence[Path]) -> int | None:
     """The experts of a token as the files say it that are JSON; `InputError` where they differ."""
     told = {read(path).top_k: path for path in files if is_json(path)}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from gemopt.exceptions import InputError
+from gemopt.traces import Phase
+
 PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
 COLUMNS = {
     "layer": ("layer_id", "layer", "layer_idx", "layer_index", "moe_layer", "moe_layer_id"),
@@ -18,6 +21,12 @@ COLUMNS = {
         *("eplb_step", "batch_id", "batch_idx", "_step"),
     ),
     "rank": ("rank", "rank_id", *PARALLEL),
+    "phase": ("phase",),
+}
+PHASES = {
+    **dict.fromkeys(("prefill", "prompt", "extend", "context"), Phase.PREFILL),
+    **dict.fromkeys(("decode", "decoding", "generation", "generate"), Phase.DECODE),
+    "mixed": Phase.MIXED,
 }
 TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
 _KEY = re.compile(r"([A-Za-z_./\[ -]*)(\d{1,9})([\]A-Za-z_./ ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
@@ -47,6 +56,14 @@ DERIVED = {  # that name what was made of counts
     *("mean", "means", "avg", "average", "averages", "ema", "median", "std", "normalized", "normalised"),
     *("cumulative", "cumsum"),
 }
+
+
+def phase_of(where: str, cell: Any, first: Any) -> Phase | None:
+    """The phase that a cell names, None where all say one other word; first: what the first of them says."""
+    text, before = (str(each).strip().casefold() for each in (cell, first))
+    if (text in PHASES) != (before in PHASES) or (text not in PHASES and text != before):
+        raise InputError(where, str(cell)[:100], f"one of {', '.join(PHASES)}" if before in PHASES else f"{first}")
+    return PHASES.get(text)
 
 
 def words_of(name: str) -> set[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import DERIVED, TABLES, TIMES, WEIGHTS, numbered, words_of
+from gemopt.formats.count_names import DERIVED, TABLES, TIMES, WEIGHTS, numbered, phase_of, words_of
 from gemopt.traces.files import meant, smallest
 
 _EXPERTS = re.compile(r"(num_|n_)(logical_|routed_)?experts", re.IGNORECASE)
@@ -26,6 +26,7 @@ class Content:
     unread: list[str] = field(default_factory=list)
     top_k: int | None = None
     steps: tuple[int, int] | None = None  # the first and the last that it numbers
+    phases: list[int] = field(default_factory=list)  # of the steps of an array
     notes: list[str] = field(default_factory=list)
 
 
@@ -71,6 +72,10 @@ def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
     if "step" in {TABLES.get(key.casefold()) for key in rows[0]}:
         told.steps = min(steps), max(steps)
     alone = len(cells) == 1 and told.steps is None  # of two dimensions: layers, or steps of one?
+    if phase := next((key for key in rows[0] if TABLES.get(key.casefold()) == "phase"), None):
+        found = [phase_of(f"{path}: {phase}", rows[i].get(phase), rows[0].get(phase)) for i in order]
+        told.phases = [] if None in found else [int(each) for each in found if each is not None]
+        told.unread += [phase] if not told.phases else []
     told.arrays = {name: cells[0] if dims == {3} or alone else cells}
     return told
 
@@ -92,7 +97,8 @@ def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
     named = [key for row in rows[:1] for key in row if TABLES.get(key.casefold()) == "step"]
     if len(named) > 1:
         raise InputError(str(path), " and ".join(named), "one number of the step", "leave the others out")
-    for key in dict.fromkeys(key for row in rows for key in row if key not in named):
+    kept = [*named, *(key for key in rows[0] if TABLES.get(key.casefold()) == "phase")]
+    for key in dict.fromkeys(key for row in rows for key in row if key not in kept):
         found = {str(row.get(key)) for row in rows}
         if len(found) > 1 or TABLES.get(key.casefold()):
             limit = "the same in all rows: gemopt does not know what it tells apart"

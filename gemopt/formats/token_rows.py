@@ -19,7 +19,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_lines import lines_of
-from gemopt.formats.count_names import COLUMNS
+from gemopt.formats.count_names import COLUMNS, phase_of
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.findings import TOO_HIGH, guessed, refuse_marks
@@ -46,10 +46,6 @@ NAMES: Mapping[str, Sequence[str]] = {
     ),
     "token": ("token", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
     "phase": ("phase", "stage", "forward_mode"),
-}
-PHASES = {
-    **dict.fromkeys(("prefill", "prompt", "extend", "context"), Phase.PREFILL),
-    **dict.fromkeys(("decode", "decoding", "generation", "generate"), Phase.DECODE),
 }
 TOGETHER = "number the steps (step), or the tokens (request, token)"
 _LIST = re.compile(r"[\[(]?\s*-?\d+(?:[\s,;|]+-?\d+)*\s*[\])]?", re.ASCII)
@@ -204,10 +200,7 @@ def _add(
     """Keep what a row says, if its phase is wanted."""
     phase = None
     if "phase" in columns:
-        text = str(row[columns["phase"]]).casefold()
-        if text not in PHASES:
-            raise InputError(f"{where}: {columns['phase']}", text, f"one of {', '.join(PHASES)}")
-        phase, wanted = PHASES[text], options.phase
+        phase, wanted = phase_of(f"{where}: {columns['phase']}", row[columns["phase"]], "prefill"), options.phase
         wanted = (Phase.MIXED if rows.by_step else Phase.DECODE) if wanted is None else wanted
         if wanted not in (Phase.MIXED, phase):
             return

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from routed_counts import routed
 
 from gemopt.exceptions import InputError
+from gemopt.traces import Phase
 
 
 @pytest.mark.parametrize("name", ["expert_{}", "Expert {}", "expert{}"])
@@ -99,3 +102,44 @@ def test_columns_of_layers_and_experts_with_something_else(load, tmp_path, name,
     (tmp_path / "a.csv").write_text("\n".join([",".join(head), ",".join(map(str, range(16)))]))
     with pytest.raises(InputError, match=words):
         load(tmp_path / "a.csv", "csv")
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "json", "json rows"])
+def test_phases_of_steps(load, tmp_path, layout):
+    counts = routed(np.random.default_rng(4), steps=3, layers=2, experts=8)
+    names, wanted = ("prefill", "decode", "mixed"), [Phase.PREFILL, Phase.DECODE, Phase.MIXED]
+    cells = [(t, names[t], i, e, n) for (t, i, e), n in np.ndenumerate(counts)]
+    wide = [[t, names[t], *step.ravel()] for t, step in enumerate(counts)]
+    head = ["step", "phase", *(f"layer_{i}_expert_{e}" for i, e in np.ndindex(2, 8))]
+    each = [{"step": t, "phase": names[t], "counts": step.tolist()} for t, step in enumerate(counts)]
+    texts = {
+        "rows": "\n".join(["step,phase,layer,expert,count", *(",".join(map(str, row)) for row in cells)]),
+        "columns": "\n".join(",".join(map(str, row)) for row in [head, *wide]),
+        "json": "\n".join(map(json.dumps, each[::-1])),  # by their numbers, not as they come
+        "json rows": json.dumps([dict(zip(("step", "phase", "layer", "expert", "count"), row, strict=True))
+                                 for row in ((t, p, i, e, int(n)) for t, p, i, e, n in cells)]),
+    }  # fmt: skip
+    path = tmp_path / ("a.json" if layout.startswith("json") else "a.csv")
+    path.write_text(texts[layout])
+    traces, notes = load(path, "csv")
+    assert (traces.counts == counts).all() and traces.phase.tolist() == wanted
+    assert "phase" not in notes
+    path.write_text(texts[layout].replace("mixed", "warm-up"))
+    with pytest.raises(InputError, match=r"phase: got (warm-up; one of|prefill; warm-up)"):
+        load(path, "csv")
+    for name in names:
+        texts[layout] = texts[layout].replace(name, "train")
+    path.write_text(texts[layout])  # the same in all
+    traces, notes = load(path, "csv")
+    assert traces.phase is None and "phase" in notes
+
+
+def test_a_phase_without_steps_is_a_step(load, tmp_path):
+    counts = routed(np.random.default_rng(4), steps=2, layers=2, experts=8)
+    cells = [f"{('prefill', 'decode')[t]},{i},{e},{n}" for (t, i, e), n in np.ndenumerate(counts)]
+    (tmp_path / "a.csv").write_text("\n".join(["phase,layer,expert,count", *cells]))
+    traces, _ = load(tmp_path / "a.csv", "csv")
+    assert (traces.counts == counts).all() and traces.phase.tolist() == [Phase.PREFILL, Phase.DECODE]
+    (tmp_path / "b.csv").write_text("\n".join(["step,phase,layer,expert,count", *(f"0,{cell}" for cell in cells)]))
+    with pytest.raises(InputError, match="phase: got decode; one phase of a step"):
+        load(tmp_path / "b.csv", "csv")

@@ -133,7 +133,7 @@ def test_tables_as_programs_write_them(load, folder):
         ("layer_id,expert_id,count\n0,1\n", "3 values"),
         ("layer_id,expert_id,count\n0,99999999,3\n", "below 8192"),
         ("layer_id,layer,expert_id,count\n0,0,1,3\n", "one column for the layer"),
-        ("layer_id,expert_id,count,phase\n0,1,3,prefill\n0,2,3,decode\n", "phase: got decode; prefill"),
+        ("layer_id,expert_id,count,task\n0,1,3,maths\n0,2,3,code\n", "task: got code; maths"),
         ("layer_id,expert_id,count\n0,1,0\n", "no step"),
         ("layer_id,expert_id,count\n0,1,0\n1,1,4\n", "if 0 have no experts, give --layer-ids 1"),
         ("layer_id,expert_id,count\n\x00", "3 values"),
@@ -170,9 +170,9 @@ def test_packed_tables(load, folder):
     columns = {"step": [0, 0, 1], "layer": [3, 3, 3], "expert": [0, 1, 0], "count": [5.0, 2.0, 1.0]}
     parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
     assert load(folder / "a.parquet", "array")[0].counts.tolist() == [[[5, 2]], [[1, 0]]]
-    columns["phase"] = ["prefill", "decode", "decode"]
+    columns["task"] = ["maths", "code", "code"]
     parquet.write_table(pyarrow.table(columns), folder / "a.parquet")
-    with pytest.raises(InputError, match=r"line 3: phase: got decode; prefill, as in the lines before"):
+    with pytest.raises(InputError, match=r"line 3: task: got code; maths, as in the lines before"):
         load(folder / "a.parquet", "csv")
 
 
