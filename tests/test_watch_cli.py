@@ -13,6 +13,7 @@ from cli_inputs import gemopt
 from watched import EXPERTS, LAYERS, RANKS, contiguous, filled, grow, traffic
 
 from gemopt import Placement, Traces
+from gemopt.cli.watch import _reader
 from gemopt.online.sole import sole
 
 
@@ -53,6 +54,24 @@ def test_one_look_reads_an_engines_files(folder: Path, run: Callable[..., tuple[
     np.save(folder / "traces" / "counts.npy", traffic(hot=0).counts)
     code, output = run("--from", "array", "--interval", "0.05")
     assert code == 0 and "moved: " in output, output
+
+
+def test_what_an_import_notes_is_said_once(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
+    counts = traffic(hot=0).counts * 4  # as counted by four ranks
+    lists = json.dumps({"note": "x", "counts": counts.tolist()})
+    (folder / "traces" / "load.json").write_text(lists)
+    code, output = run("--from", "array", "--interval", "0.05")
+    assert code == 0 and output.count("note: all counts are multiples of 4") == 1, output
+    assert "note: load.json: note left unread" in output
+    read, _ = _reader("array", Placement.load(folder / "placement.json"))
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gemopt.cli.watch._log", said.append)
+        for name in ("a_1.json", "a_2.json"):
+            (folder / name).write_text(lists)
+            read([folder / name])
+    assert len([note for note in said if "multiples" in note]) == 1
+    assert len([note for note in said if "left unread" in note]) == 1, "whatever the numbers"
 
 
 def test_one_look_says_what_it_does_not_read(folder: Path, run: Callable[..., tuple[int, str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -196,10 +197,16 @@ def _reader(source: str, placement: Placement) -> tuple[Callable[[Sequence[Path]
         num_hidden_layers=placement.num_hidden_layers,
     )
 
+    said: set[str] = set()
+
     def read(files: Sequence[Path]) -> Traces:
         with tempfile.TemporaryDirectory(prefix="gemopt-watch-") as scratch:
             path = Path(scratch) / "traces.safetensors"
-            import_traces(list(files), source=source, destination=path, options=options)
+            found = import_traces(list(files), source=source, destination=path, options=options)
+            for note in found.notes:
+                if (kind := re.sub(r"\d+", "", note)) not in said:  # once, whatever its numbers
+                    said.add(kind)
+                    _log(f"note: {note}")
             return Traces.load(path)
 
     return read, recorder(source).dumps
