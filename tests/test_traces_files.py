@@ -325,3 +325,13 @@ def test_odd_recordings_are_read(tmp_path: Path) -> None:
     for kind, counts in kinds.items():
         np.savez(tmp_path / "t.npz", counts=counts)
         assert (Traces.load(tmp_path / "t.npz").counts == counts).all(), kind
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_arrays_by_layer_have_a_way_in(tmp_path: Path, kind: str) -> None:
+    from safetensors.numpy import save_file
+
+    arrays, path = {f"layer_{i}": np.arange(16).reshape(2, 8) for i in range(3)}, tmp_path / f"t.{kind}"
+    np.savez(path, **arrays) if kind == "npz" else save_file(arrays, path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"named counts is needed; gemopt trace import .*--from array"):
+        Traces.load(path)

@@ -319,7 +319,8 @@ def _from_part(part: Part) -> Traces:
     if version != str(SCHEMA_VERSION):
         raise InputError("gemopt_traces", version, f"this gemopt reads version {SCHEMA_VERSION}")
     if "counts" not in arrays:
-        raise InputError("Traces.counts", f"arrays {', '.join(sorted(part.names))}", "an array named counts is needed")
+        found = f"arrays {', '.join(sorted(part.names))}"[:200]
+        raise InputError("Traces.counts", found, "an array named counts is needed", foreign.IMPORT_TRACES)
     counts = np.asarray(arrays["counts"])
     refuse_unread(part.names | foreign_keys)
     if "layer_ids" not in metadata and counts.size and counts.ndim == 3 and counts.dtype.kind in "iu":

@@ -117,7 +117,8 @@ def _read_npz(path: Path, wanted: tuple[str, ...]) -> Part:
         _refuse_foreign(path, ".npz")
         raise InputError(str(path), str(error), "a complete .npz file of plain arrays is needed") from None
     if "counts" not in kept:
-        raise InputError(str(path), ", ".join(found), "an array named counts is needed")
+        hint = foreign.IMPORT_TRACES
+        raise InputError(str(path), ", ".join(found)[:200], "an array named counts is needed", hint)
     return Part(path, kept, set(found), metadata)
 
 
