@@ -63,7 +63,8 @@ class _Rows:
     ids: numbers[int] = field(default_factory=lambda: numbers("i"))
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
     files: dict[tuple[int, int], Path] = field(default_factory=dict)  # that hold a step and layer
-    seen: set[tuple[int, int, str, int]] = field(default_factory=set)  # step, layer, request and token
+    last: dict[tuple[Path, int], int] = field(default_factory=dict)  # step of a layer in a file
+    seen: set[tuple[int, int, str, str]] = field(default_factory=set)  # step, layer, request and token
     phases: dict[int, set[Phase]] = field(default_factory=dict)
     blank: int = 0
     other: int = 0
@@ -215,8 +216,12 @@ def _add(
         if (first := rows.files.setdefault((of, layer), path)) != path:
             hint = "number the steps on from file to file; add up ranks that had tokens of their own"
             raise InputError(f"{where}: {columns['step']}", of, f"steps that are not in {first.name} as well", hint)
-        if "token" in columns and len(each) == 1:
-            key = of, layer, _request(path, row, columns), _whole(where, row, columns["token"], COUNT_LIMIT)
+        if of < rows.last.get((path, layer), 0):
+            hint = "of a request? call it token, beside request; else number the steps on, and sort the rows by them"
+            raise InputError(f"{where}: {columns['step']}", of, "steps that do not begin again", hint)
+        rows.last[path, layer] = of
+        if "token" in columns and len(each) == 1 and str(row[columns["token"]]).isdigit():
+            key = of, layer, _request(path, row, columns), str(row[columns["token"]])
             if key in rows.seen:
                 hint = "ranks that saw the same tokens? keep one; ranks with tokens of their own? leave the column out"
                 raise InputError(f"{where}: {columns['token']}", key[3], "every token once in a step and layer", hint)

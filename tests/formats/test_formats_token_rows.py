@@ -68,6 +68,11 @@ def test_text_tables(load, tmp_path, cell):
     assert (load(tmp_path / "a.csv", "tokens")[0].counts == COUNTS).all()
 
 
+def test_a_word_is_no_number_of_a_token(load, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**row, "token": "the"} for row in rows()])
+    assert (load(path, "tokens")[0].counts == COUNTS).all()
+
+
 def test_parquet(load, tmp_path):
     pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")
@@ -120,7 +125,8 @@ def without(*names):
         (rows(physical_ids=[1, 2]), "physical_ids; logical experts"),
         (rows(experts=[1, 2]), "topk_ids and experts; one column of the ids"),
         (rows(step="req") * 2, "a token twice in a layer"),
-        (rows() * 2, "every token once in a step and layer; ranks that saw the same tokens"),
+        ([r for r in rows() for _ in range(2)], "every token once in a step and layer; ranks that saw the same tokens"),
+        (rows(token="n") * 2, "steps that do not begin again; of a request"),
         (rows(step="req")[1:], "tokens without some layers"),
         ([{**rows()[0], "topk_ids": [3, 3]}], "different experts"),
         ([{**rows()[0], "topk_ids": [0.5, 3]}], "numbers of experts"),
