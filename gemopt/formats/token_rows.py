@@ -85,9 +85,11 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
     """Count the experts of tokens, step by step; or replay requests whose tokens are numbered."""
     files = files_of(paths, *SUFFIXES, both_phases=True)
     columns, rows = None, _Rows(by_step=True)
+    names: dict[tuple[str, ...], dict[str, str]] = {}  # those of most rows are the same
     for path in files:
         for where, row in _rows_of(path):
-            known = _columns(where, row)
+            if (known := names.get(tuple(row))) is None:
+                known = names[tuple(row)] = _columns(where, row)
             if "ids" not in known:
                 rows.other += 1
                 continue
