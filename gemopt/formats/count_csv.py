@@ -20,7 +20,16 @@ from gemopt.formats import count_json
 from gemopt.formats.count_lines import by_expert, lines_of
 from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, WEIGHTS, phase_of, words_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
-from gemopt.formats.findings import TOO_HIGH, guessed, own_counts, ranges, refuse_marks, refuse_parts
+from gemopt.formats.findings import (
+    TOO_HIGH,
+    guessed,
+    own_counts,
+    ranges,
+    refuse_local,
+    refuse_marks,
+    refuse_no_counts,
+    refuse_parts,
+)
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.formats.recorded_files import files_of, names_of
 from gemopt.traces import COUNT_LIMIT, Phase
@@ -53,6 +62,7 @@ class _Table:
     name: str  # as `names_of` tells it from the others
     ranks: dict[int, dict[Key, int]] = field(default_factory=dict)
     has_steps: bool = False
+    wide: bool = False  # with a column for each expert, of which none is called count
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
     results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
@@ -100,12 +110,13 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     if len(own.ranks) > 1:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
         each_RTLE = np.stack([_dense(steps, [rank], layers, experts) for rank in own.ranks])
-        _refuse_local(each_RTLE)
+        refuse_local(each_RTLE)
         no_pipeline = options.no_pipeline or all(table.parallel for table in tables)
         doubt = refuse_stages(own.ranks, each_RTLE.sum(axis=3), no_pipeline)
         notes += [doubt] if doubt else []
     total = _dense(steps, own.ranks, layers, experts)
     refuse_totals("PATHS: counts", total)
+    refuse_no_counts(total, mapped=any(table.wide for table in tables), ids=options.num_experts is None)
     busy = total.any(axis=(1, 2))
     used, phase = total[busy], _phases(tables)
     return Recording(
@@ -136,23 +147,6 @@ def _phases(tables: list[_Table]) -> IntArray | None:
             if told.setdefault(step, phase) != phase:
                 raise InputError(f"{table.path}: phase", f"{phase.name} in step {step}", "that of other tables")
     return np.array([int(told[step]) for step in sorted(told)]) if all(table.phases for table in tables) else None
-
-
-def _refuse_local(by_rank: IntArray) -> None:
-    """Raise where ranks number their own experts. by_rank: [ranks, T, L, E] counts.
-
-    All layers have as many assignments then when all ranks are taken together, but not on a rank; of ranks that count
-    their tokens, whoever has the experts, every one has as many in all layers.
-    """
-    sums = by_rank.sum(axis=3)
-    total = sums.sum(axis=0)
-    own = (total == total[:, :1]).all() and (sums != sums[:, :, :1]).any()
-    everywhere = 2 * np.median(by_rank.any(axis=(1, 2)).sum(axis=0)) > len(by_rank)  # and not copies here and there
-    if own and everywhere:
-        raise InputError(
-            "PATHS: expert", f"{by_rank.shape[3]} experts that are others on every rank, by the sums of the layers",
-            "one number for each expert of a layer", "add to an expert those of the ranks before its own",
-        )  # fmt: skip
 
 
 def _dense(steps: list[dict[int, dict[Key, int]]], ranks: list[int], layers: list[int], experts: int) -> IntArray:
@@ -234,7 +228,9 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     lines = lines_of(path)
     header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, (1, []))[1]]
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
+    given = header
     header, lines = by_expert(path, header, lines, COLUMNS)
+    table.wide = header is not given and not count_json.is_json(path)
     columns = _columns(path, header)
     table.has_steps = "step" in columns
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL

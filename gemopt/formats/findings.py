@@ -13,6 +13,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions
 from gemopt.formats.recorded_files import names_of
+from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, refuse_narrow
 
 MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
@@ -69,6 +70,36 @@ def refuse_parts(files: Sequence[Path]) -> None:
         limit = "steps that follow each other: these names tell parts of the same ones"
         hint = "put the stages of a pipeline side by side, add up others, and give one file"
         raise InputError("PATHS", ", ".join(names_of(files)), limit, hint)
+
+
+def refuse_local(by_rank: IntArray) -> None:
+    """Raise where ranks number their own experts. by_rank: [ranks, T, L, E] counts.
+
+    All layers have as many assignments then when all ranks are taken together, but not on a rank; of ranks that count
+    their tokens, whoever has the experts, every one has as many in all layers.
+    """
+    sums = by_rank.sum(axis=3)
+    total = sums.sum(axis=0)
+    own = (total == total[:, :1]).all() and (sums != sums[:, :, :1]).any()
+    everywhere = 2 * np.median(by_rank.any(axis=(1, 2)).sum(axis=0)) > len(by_rank)  # and not copies here and there
+    if own and everywhere:
+        raise InputError(
+            "PATHS: expert", f"{by_rank.shape[3]} experts that are others on every rank, by the sums of the layers",
+            "one number for each expert of a layer", "add to an expert those of the ranks before its own",
+        )  # fmt: skip
+
+
+def refuse_no_counts(counts: IntArray, *, mapped: bool, ids: bool) -> None:
+    """Raise where the numbers [T, L, E] of tables are no counts.
+
+    mapped: whether they may be a map of experts; ids: whether experts of tokens.
+    """
+    refuse_narrow("PATHS: counts", counts)
+    if ids and are_ids(counts[:, :, counts.any(axis=(0, 1))]):  # columns numbered from 1 leave out the first
+        raise InputError("PATHS: counts", "experts that tokens chose, by the numbers", "counts of experts", NOT_IDS)
+    if mapped and is_map(counts):
+        hint = "gemopt placement import reads maps; of counts write a line for each expert, with a column count"
+        raise InputError("PATHS: counts", "a map of experts, by the numbers", "counts of experts", hint)
 
 
 class Own(NamedTuple):

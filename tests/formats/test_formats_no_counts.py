@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -270,3 +271,42 @@ def test_numbers_below_0_are_told_first(load, tmp_path):
     np.save(tmp_path / "a.npy", counts)
     with pytest.raises(InputError, match="counts: got -1; counts from 0; give layers without experts zeros"):
         load(tmp_path / "a.npy", "array")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("kind", ["columns", "lists", "lines"])
+def test_ids_in_tables_are_no_counts(load, tmp_path, kind, first):
+    """A column for each of the experts that a token chose is none for each expert."""
+    ids = np.random.default_rng(1).random((40, 6, 32)).argsort(axis=2)[:, :, :4]
+    rows = [{"step": t, "layer": i, "counts": ids[t, i].tolist()} for t in range(40) for i in range(6)]
+    head = ["step,layer", *(f"expert_{first + k}" for k in range(4))]
+    texts = {
+        "columns": "\n".join([",".join(head), *(f"{r['step']},{r['layer']},{str(r['counts'])[1:-1]}" for r in rows)]),
+        "lists": json.dumps(rows),
+        "lines": "\n".join(
+            ["step,layer,expert,count", *(f"{t},{i},{first + k},{n}" for (t, i, k), n in np.ndenumerate(ids))]
+        ),
+    }
+    path = tmp_path / ("a.json" if kind == "lists" else "a.csv")
+    path.write_text(texts[kind])
+    with pytest.raises(InputError, match=r"experts that tokens chose, by the numbers; .*--from tokens"):
+        load(path, "csv")
+
+
+def test_counts_that_wrapped_and_maps_in_tables(load, tmp_path):
+    rng = np.random.default_rng(5)
+    steps = [routed(rng, steps=1, tokens=int(n)) for n in rng.integers(900, 1800, 12)]
+    wrapped = np.concatenate(steps) % 256
+    cells = [f"{t},{i},{e},{n}" for (t, i, e), n in np.ndenumerate(wrapped)]
+    (tmp_path / "a.csv").write_text("\n".join(["step,layer,expert,count", *cells]))
+    with pytest.raises(InputError, match="counts that wrapped at 256"):
+        load(tmp_path / "a.csv", "csv")
+    rows = [np.random.default_rng(i).permutation(16) for i in range(9)]
+    head = ["layer", *(f"expert_{e}" for e in range(16))]
+    table = "\n".join(",".join(map(str, row)) for row in [head, *([i, *row] for i, row in enumerate(rows))])
+    (tmp_path / "a.csv").write_text(table)
+    with pytest.raises(InputError, match=r"a map of experts, by the numbers; .*placement import"):
+        load(tmp_path / "a.csv", "csv")
+    cells = [f"{i},{e},{n}" for i, row in enumerate(rows) for e, n in enumerate(row)]
+    (tmp_path / "a.csv").write_text("\n".join(["layer,expert,count", *cells]))  # which says what they are
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == np.array(rows)).all()
