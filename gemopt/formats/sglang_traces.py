@@ -25,6 +25,7 @@ from gemopt.formats.findings import ranges, without_drafts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages_in_time
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.sglang_detail import read_detail
+from gemopt.traces.arrays import IN_ORDER, other_order, refuse_narrow
 from gemopt.traces.files import meant
 from gemopt.words import counted
 
@@ -86,8 +87,10 @@ class _Stat:
     unread: tuple[str, ...]  # what else the file says
 
     @classmethod
-    def of(cls, path: Path) -> _Stat:
+    def of(cls, path: Path, options: TraceOptions) -> _Stat:
         counts, added_up, said = _counts(path)
+        if "rank" not in said:  # which SGLang's recorder writes: made of something else
+            _check_made(path, counts, options)
         layers = frozenset(np.flatnonzero(counts.any(axis=(0, 2))).tolist())
         digest = hashlib.sha256(np.ascontiguousarray(counts).data).digest()
         unread = tuple(name for name in said if name not in OWN)
@@ -108,10 +111,19 @@ def _counts(path: Path) -> tuple[IntArray, bool, dict[str, Any]]:
     return counts[None] if added_up else counts, added_up, {str(key): value for key, value in data.items()}
 
 
+def _check_made(path: Path, counts: IntArray, options: TraceOptions) -> None:
+    """Raise where the numbers [T, L, E] of a statistic tell that its axes are turned, or that they wrapped."""
+    refuse_narrow(f"{path}: {KEY}", counts)
+    told = options.num_experts is not None and options.num_hidden_layers is not None
+    if not told and (order := other_order(counts)):
+        hint = f"{IN_ORDER}, or give --num-experts and --num-hidden-layers"
+        raise InputError(f"{path}: {KEY}", order, "[layers, experts], or [steps, layers, experts]", hint)
+
+
 def _read_stat(files: list[Path], options: TraceOptions) -> Recording:
     known: dict[bytes, _Stat] = {}
     first_notes: list[str] = []
-    for stat in map(_Stat.of, files):
+    for stat in (_Stat.of(path, options) for path in files):
         if stat.digest in known and stat.layers:
             first_notes.append(f"{stat.path.name} is {known[stat.digest].path.name} again: counted once")
         known.setdefault(stat.digest, stat)

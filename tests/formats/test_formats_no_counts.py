@@ -310,3 +310,22 @@ def test_counts_that_wrapped_and_maps_in_tables(load, tmp_path):
     cells = [f"{i},{e},{n}" for i, row in enumerate(rows) for e, n in enumerate(row)]
     (tmp_path / "a.csv").write_text("\n".join(["layer,expert,count", *cells]))  # which says what they are
     assert (load(tmp_path / "a.csv", "csv")[0].counts == np.array(rows)).all()
+
+
+def test_statistics_made_of_something_else_are_looked_at(load, tmp_path):
+    """Without the rank that SGLang's recorder writes: axes in another order, and counts that wrapped."""
+    rng, path = np.random.default_rng(5), tmp_path / "s.json"
+    counts = np.concatenate([routed(rng, steps=1, tokens=int(n)) for n in rng.integers(900, 1800, 12)])
+    for made, words in (
+        (counts.transpose(0, 2, 1), r"axes that look like \[steps, experts, layers\]"),
+        (counts.sum(axis=0).T, r"axes that look like \[steps, experts, layers\]"),
+        (counts.transpose(1, 0, 2), r"axes that look like \[layers, steps, experts\]"),
+        (counts % 256, "counts that wrapped at 256"),
+    ):
+        path.write_text(json.dumps({"logical_count": made.tolist()}))
+        with pytest.raises(InputError, match=words):
+            load(path)
+    path.write_text(json.dumps({"logical_count": counts.transpose(1, 0, 2).tolist()}))
+    assert load(path, num_experts=16, num_hidden_layers=12)[0].num_steps == 5  # as the user says
+    path.write_text(json.dumps({"logical_count": counts.tolist()}))
+    assert (load(path)[0].counts == counts).all()
