@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, table_files
-from gemopt.formats.count_names import DERIVED, MEASURED, SCORES, words_of
+from gemopt.formats.count_names import DERIVED, DRAFTS, MEASURED, SCORES, words_of
 from gemopt.formats.files import JSON_LIMIT, size_of, text_of
 from gemopt.formats.table_files import GROUPED
 from gemopt.traces.files import COPIES, NOT_COPIES
@@ -21,6 +21,7 @@ _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name wh
     r"((?:.*_)?)(?:layers?|blk|block|l)_?(\d{1,9})_((?:.*_)?)(?:experts?|expert_id|exp|e)_?(\d{1,9})((?:_.*)?)",
     re.ASCII,
 )
+PARTS = {"rank", "ranks", "gpu", "device", "stage", *DRAFTS}
 Lines = Iterator[tuple[int, list[str]]]  # number and cells
 
 
@@ -59,6 +60,13 @@ def _refuse_others(path: Path, name: str) -> None:
     words = words_of(name)
     if COPIES.search(name) or "shared" in words:
         raise InputError(f"{path}: columns", name, "counts of logical experts", NOT_COPIES)
+    if found := sorted(words & PARTS):
+        hint = (
+            "put the experts of all ranks side by side, or add up ranks that saw tokens of their own; leave drafts out"
+        )
+        raise InputError(
+            f"{path}: columns", f"{name}, of one {found[0]}", "counts of all ranks and decoder layers", hint
+        )
     if found := sorted(words & (DERIVED | SCORES | MEASURED)):
         hint = f"is {found[0]} no word for it? rename it"
         raise InputError(f"{path}: columns", name, "counts themselves", hint)

@@ -49,6 +49,7 @@ MEASURED = {
 }
 NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *SCORES, *MEASURED}
 MOST_LAYERS = 256  # of any network known
+DRAFTS = {"mtp", "nextn", "draft", "eagle"}  # whose layers are numbered anew
 COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 
 DERIVED = {  # that name what was made of counts
@@ -83,5 +84,5 @@ def numbered(value: dict[str, Any]) -> tuple[str, list[int]] | None:
     before, after = (re.findall("[a-z]+", text.lower()) for text in around.pop())
     names = [_LAYERS.get(name, name.removesuffix("s")) for name in before[::-1] + after]
     found = next((TABLES[name] for name in names if name in TABLES), "")
-    known = found in ("layer", "expert", "step", "rank") if names else True
+    known = (found in ("layer", "expert", "step", "rank") and not DRAFTS & set(names)) if names else True
     return (found, [int(part[2]) for part in parts if part]) if known else None

@@ -95,6 +95,8 @@ def test_a_column_for_each_layer_and_expert(load, tmp_path, name):
         ("layer_{}/expert_{}/latency_ms", "latency no word for it"),
         ("layer_{}/shared_expert_{}", "counts of logical experts"),
         ("layer_{}/local_expert_{}", "counts of logical experts"),
+        ("layer_{}/ep_rank_0/expert_{}", "of one rank; counts of all ranks"),
+        ("mtp/layer_{}/expert_{}", "of one mtp; counts of all ranks and decoder layers"),
     ],
 )
 def test_columns_of_layers_and_experts_with_something_else(load, tmp_path, name, words):

@@ -63,6 +63,7 @@ def test_steps_and_numbers_alone(load, tmp_path):
         ({f"layer_{i}.local_counts": COUNTS[:, i] for i in range(3)}, "counts of logical experts"),
         ({f"layer_{i}.load_ratio": COUNTS[:, i] for i in range(3)}, "counts themselves"),
         ({f"rank_{i}": COUNTS for i in range(3)}, "one array, or one called counts"),
+        ({f"mtp.layers.{i}.mlp": COUNTS[:, i] for i in range(3)}, "one array, or one called counts"),
         ({f"layer_{i}": COUNTS[:, i] / 7 for i in range(3)}, "whole numbers"),
     ],
 )
