@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, table_files
-from gemopt.formats.count_names import DERIVED, DRAFTS, MEASURED, SCORES, words_of
+from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, MEASURED, SCORES, words_of
 from gemopt.formats.files import JSON_LIMIT, size_of, text_of
 from gemopt.formats.table_files import GROUPED
 from gemopt.traces.files import COPIES, NOT_COPIES
@@ -21,6 +21,7 @@ _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name wh
     r"((?:.*_)?)(?:layers?|blk|block|l)_?(\d{1,9})_((?:.*_)?)(?:experts?|expert_id|exp|e)_?(\d{1,9})((?:_.*)?)",
     re.ASCII,
 )
+_LIST = re.compile(r"[\[(]\s*[\d.]+(?:[\s,;]+[\d.]+)+\s*[\])]", re.ASCII)
 PARTS = {"rank", "ranks", "gpu", "device", "stage", *DRAFTS}
 Lines = Iterator[tuple[int, list[str]]]  # number and cells
 
@@ -34,6 +35,13 @@ def by_expert(
     """
     experts = {i: [found[1]] for i, name in enumerate(header) if (found := WIDE.fullmatch(name))}
     lacking = ["expert"]
+    first = next(((number, row) for number, row in lines if any(row)), None)
+    lines = lines if first is None else chain([first], lines)
+    if not experts and first is not None and not set(header) & set(names["expert"]):
+        named = {i for i, name in enumerate(header) if words_of(name) & COUNTED and name != "tokens"}
+        lists = [i for i, cell in enumerate(first[1]) if i in named and _LIST.fullmatch(cell.strip())]
+        if len(lists) == 1:
+            return _of_lists(path, header, lines, lists[0])
     if not experts and not set(header) & set(names["layer"]):
         both = {i: found for i, name in enumerate(header) if (found := _OF_LAYERS.fullmatch(name))}
         if len({found.group(1, 3, 5) for found in both.values()}) == 1:
@@ -53,6 +61,23 @@ def by_expert(
                 yield from ((number, [*(row[i] for i in kept), *which, row[at]]) for at, which in experts.items())
 
     return [*(header[i] for i in kept), *lacking, "count"], longer()
+
+
+def _of_lists(path: Path, header: list[str], lines: Lines, at: int) -> tuple[list[str], Lines]:
+    """The table with a line for every expert, where a cell holds the counts of all of them."""
+    _refuse_others(path, header[at])
+
+    def longer() -> Lines:
+        experts = 0
+        for number, row in lines:
+            found = re.findall(r"[^\s,;\[\]()]+", row[at]) if len(row) == len(header) else []
+            if any(row) and len(found) != (experts := experts or len(found)):
+                where, cell = f"{path}: line {number}", ",".join(row)[:200]
+                raise InputError(where, cell, f"{len(header)} values, and {experts} counts in {header[at]}")
+            kept = [cell for i, cell in enumerate(row) if i != at]
+            yield from ((number, [*kept, str(expert), count]) for expert, count in enumerate(found))
+
+    return [*(name for i, name in enumerate(header) if i != at), "expert", "count"], longer()
 
 
 def _refuse_others(path: Path, name: str) -> None:

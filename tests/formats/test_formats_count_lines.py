@@ -145,3 +145,28 @@ def test_a_phase_without_steps_is_a_step(load, tmp_path):
     (tmp_path / "b.csv").write_text("\n".join(["step,phase,layer,expert,count", *(f"0,{cell}" for cell in cells)]))
     with pytest.raises(InputError, match="phase: got decode; one phase of a step"):
         load(tmp_path / "b.csv", "csv")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_cell_for_all_experts(load, tmp_path, suffix):
+    """As data frames hold lists: of each layer and step."""
+    counts = routed(np.random.default_rng(4), steps=3, layers=2, experts=8)
+    cells = [(t, i, counts[t, i].tolist()) for t, i in np.ndindex(3, 2)]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".csv":
+        path.write_text("\n".join(["step,layer_idx,expert_counts", *(f'{t},{i},"{row}"' for t, i, row in cells)]))
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = dict(zip(("step", "layer", "counts"), map(list, zip(*cells, strict=True)), strict=True))
+        parquet.write_table(pyarrow.table(columns), path)
+    assert (load(path, "csv")[0].counts == counts).all()
+    if suffix == ".csv":
+        for text, words in (
+            ('step,layer,counts\n0,0,"[1, 2]"\n0,1,"[1, 2, 3]"', "line 3: .*2 counts in counts"),
+            ('layer,expert_load_ratio\n0,"[1, 2]"', "ratio no word for it"),
+            ('layer,tokens\n0,"[1, 2]"', "columns"),
+            ('layer,counts,expert_load\n0,"[1, 2]","[1, 2]"', "columns"),
+        ):
+            path.write_text(text)
+            with pytest.raises(InputError, match=words):
+                load(path, "csv")
