@@ -142,11 +142,12 @@ class _Kept:
                 route = hashlib.sha256(np.ascontiguousarray(ids).data).digest()
                 self.alike += route in self.routes
                 self.routes.add(route)
-            if number and one_prompt and self.phase is Phase.PREFILL:
-                self.shared += 1
+            again = number > 0 and one_prompt and (sample.prompt is not None or sample.generated is not None)
+            self.shared += again and self.phase is not Phase.DECODE
+            if again and self.phase is Phase.PREFILL:
                 continue
-            wanted = _of_phase(sample, ids, self.phase)
-            if sample.cached and self.phase is not Phase.DECODE:
+            wanted = _of_phase(sample, ids, Phase.DECODE if again else self.phase)
+            if sample.cached and self.phase is not Phase.DECODE and not again:
                 wanted = self._computed(sample, wanted, len(ids))
             blank = blank_tokens(wanted) if ids.shape[2] > 1 else (wanted < 0).all(axis=(1, 2))
             self.padding += int(blank.sum())

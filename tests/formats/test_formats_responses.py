@@ -33,6 +33,9 @@ def test_several_samples_of_one_prompt(load):
     prefill, notes = load([both], phase=Phase.PREFILL)
     assert prefill.counts.sum() == PROMPT * LAYERS * TOP_K
     assert "1 further sample of a prompt" in notes
+    every, notes = load([both], phase=Phase.MIXED)
+    assert (every.counts == counts(np.concatenate([first, second[PROMPT:]]))).all()
+    assert "1 further sample of a prompt" in notes
     both["usage"]["completion_tokens"] += 1
     with pytest.raises(InputError, match="of all answers"):
         load([both])
