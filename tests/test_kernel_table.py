@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from typing import Any
 
@@ -237,15 +236,6 @@ def test_tables_as_people_paste_them(tmp_path: Path, case: str) -> None:
     path = tmp_path / "table.txt"
     path.write_bytes(PRINTED[case].encode("utf-16-le" if case == "UTF-16" else "utf-8"))
     assert loads(read_table(path, unit=Unit.TOKENS, top_k=2)) == [(2, None, 10.5), (128, None, 12.0)]
-
-
-def test_a_gzipped_table(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv.gz"
-    path.write_bytes(gzip.compress(b"assignments,us\n1,10.5\n64,12\n"))
-    assert loads(read_table(path)) == [(1, None, 10.5), (64, None, 12.0)]
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(InputError, match=r"a complete \.gz file"):
-        read_table(path)
 
 
 def test_a_load_of_any_name_with_its_unit(tmp_path: Path) -> None:

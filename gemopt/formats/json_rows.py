@@ -9,7 +9,7 @@ from typing import Any
 from gemopt.exceptions import InputError
 from gemopt.formats.count_names import COUNTED, numbered, words_of
 
-JSON = re.compile(r'\s*(?:\{|\[\s*[-\d\[{"])')
+JSON = re.compile(r'\s*(?:\{|\[\s*(?:-?\d|[\[{"]))')
 LABEL = ""  # of rows, as pandas saves them in a CSV file
 LIMIT = "one JSON document, or one on each line"
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import bz2
 import csv
 import gzip
 import io
+import lzma
 import os
 import re
 import zlib
@@ -27,6 +29,16 @@ LEFT_OUT = re.compile(r"[\s,;|\u2502\u2506]*(?:\.{2,3}|\u2026)[\s.,;|\u2026\u250
 GROUPED = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 UNPACKED = 1 << 31
+PACKED = {b"\x1f\x8b": (".gz", gzip.open), b"BZh": (".bz2", bz2.open), b"\xfd7zXZ\0": (".xz", lzma.open)}
+BINARY = {
+    b"PK\x03\x04": ("an archive, as Excel's workbooks are", "save it as CSV"),
+    b"\xd0\xcf\x11\xe0": ("a workbook of Excel", "save it as CSV"),
+    b"\x28\xb5\x2f\xfd": ("a file packed by zstd", "unpack it: zstd -d"),
+    b"SQLite format 3": ("a database, as nsys writes them", "nsys stats --format csv"),
+    b"<": ("a page of HTML or XML", "save its table as CSV"),
+    b"%PDF": ("a PDF", "save its table as CSV"),
+    b"": ("binary data", "save it as CSV"),  # any other
+}
 RESULTS = re.compile(r"(?:Noise|Samples)\b", re.IGNORECASE)
 NO_MATTER = {"batch_size", "tune", "seed", "save_dir", "trust_remote_code"}  # arguments that change no kernel
 
@@ -57,17 +69,10 @@ def read(path: str | os.PathLike[str]) -> Table:
         Naming the file and the line that is wrong.
     """
     data = read_bytes(path)
-    data = _unpacked(str(path), data) if data[:2] == b"\x1f\x8b" else data
+    data = _unpacked(str(path), data)
     if data[:4] == b"PAR1":
         return _parquet(str(path), data)
-    if data[:4] == b"PK\x03\x04":
-        raise InputError(
-            str(path), "an archive, as Excel's workbooks are", "a table as text or parquet", "save it as CSV"
-        )
-    try:
-        text = data.decode("utf-16" if data.startswith(UTF16) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(str(path), str(error), "a CSV file in UTF-8 is needed") from None
+    text = _decoded(str(path), data)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if JSON.match(text):
         return _records(str(path), text)
@@ -92,9 +97,11 @@ def _mended(cell: str, column: str) -> str:
     """What to do about a cell that is no number; empty when nothing is known of it."""
     if cell == column:
         return "the header again: several tables in one file? tell their rows by a column, or import one of them"
-    if re.search(r"\d[,' \u00a0\u2009\u202f\u2019]\d", cell):
+    if re.fullmatch(r"[-+]?\d[\d.]*(?:[,' \u00a0\u2009\u202f\u2019][\d.]+)+", cell):
         return "a dot before decimals, and nothing between thousands"
-    return "the number alone, without its unit" if re.match(r"[\d.]+\s*[a-zA-Z\u00b5\u03bc]", cell) else ""
+    if re.match(r"[-+]?[\d.]+\s*[^\d\s.]", cell):
+        return "the number alone, without its unit or a note"
+    return "a failed run, or a row of units? leave it out" if not re.search(r"\d", cell) else ""
 
 
 def refuse_grouped(table: Table, column: str) -> None:
@@ -117,14 +124,31 @@ def whole(table: Table, row: Row, column: str, *, largest: float) -> int:
 
 
 def _unpacked(path: str, data: bytes) -> bytes:
+    suffix, opened = next((kind for start, kind in PACKED.items() if data.startswith(start)), ("", None))
+    if opened is None:
+        return data
     try:
-        with gzip.open(io.BytesIO(data)) as stream:
+        with opened(io.BytesIO(data)) as stream:
             found = stream.read(UNPACKED + 1)
-    except (OSError, EOFError, zlib.error):
-        raise InputError(path, "a gzipped file that is cut", "a complete .gz file") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        raise InputError(path, "a packed file that is cut", f"a complete {suffix} file") from None
     if len(found) > UNPACKED:
         raise InputError(path, "a larger file", f"at most {UNPACKED} bytes when unpacked")
-    return found
+    return bytes(found)
+
+
+def _decoded(path: str, data: bytes) -> str:
+    wide = data.startswith(UTF16)
+    told = next(told for start, told in BINARY.items() if data.startswith(start))
+    if (told[0] != "binary data" or b"\0" in data) and not wide:
+        raise InputError(path, told[0], "a table as text or parquet", told[1])
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte {data[error.start]:#04x} in line {data.count(bytes([10]), 0, error.start) + 1}"
+        raise InputError(
+            path, found, "text in UTF-8", "save it as 'CSV UTF-8', or: iconv -f ENCODING -t UTF-8"
+        ) from None
 
 
 def _records(path: str, text: str) -> Table:
@@ -187,7 +211,9 @@ def _table(path: str, lines: list[tuple[int, list[str]]]) -> Table:
         raise InputError(path, f"columns {', '.join(twice)} twice", "each column once")
     for line, cells in lines:
         if len(cells) != len(header):
-            raise InputError(f"{path} line {line}", f"{len(cells)} columns", f"{len(header)} columns, as in the header")
+            hint = "leave out titles above the header and notes below" if 1 in (len(cells), len(header)) else ""
+            limit = f"{len(header)} columns, as in the header"
+            raise InputError(f"{path} line {line}", f"{len(cells)} columns", limit, hint)
     rows = [Row(f"line {line}", dict(zip(header, cells, strict=True))) for line, cells in lines[1:]]
     return Table(path, header, rows)
 

@@ -1,0 +1,80 @@
+"""Files that are packed, no text, or not only a table; cells that are no numbers."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from kernel_tables import loads, written
+from one_liners import one_line
+
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import read_table
+
+TEXT = b"assignments,us\n1,10.5\n64,12\n"
+
+
+@pytest.mark.parametrize(("pack", "suffix"), [(gzip.compress, "gz"), (bz2.compress, "bz2"), (lzma.compress, "xz")])
+def test_packed_tables_are_read_and_cut_ones_named(tmp_path: Path, pack: Callable[[bytes], bytes], suffix: str) -> None:
+    path = tmp_path / "table.csv"  # told by its content
+    path.write_bytes(pack(TEXT))
+    assert loads(read_table(path)) == [(1, None, 10.5), (64, None, 12.0)]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=rf"a packed file that is cut; a complete \.{suffix} file"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a workbook of Excel"),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "a file packed by zstd; a table as text or parquet; unpack it: zstd -d"),
+        (b"SQLite format 3\0", "nsys stats --format csv"),
+        (b"\x93NUMPY\x01\0", "binary data; a table as text or parquet"),
+        (b"ARROW1\0\0", "binary data"),
+        (b"<html>\n<table>", "HTML"),
+        (b"%PDF-1.7\n", "a PDF"),
+        (
+            "assignments;Latenz (\u00b5s)\n".encode("cp1252"),
+            "byte 0xb5 in line 1; text in UTF-8; save it as 'CSV UTF-8'",
+        ),
+        ("tokens,us\n1,5\n# \u6279\n".encode("gbk"), "in line 3; text in UTF-8"),
+    ],
+)
+def test_what_is_no_text_is_told(tmp_path: Path, data: bytes, said: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(data)
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    assert said in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("assignments,us\n1,5\n2,OOM\n", "line 3, us: got OOM; a number from 0 to 1e+12; a failed run"),
+        ("assignments,us\n1,5\n2,N/A\n", "got N/A; a number from 0 to 1e+12; a failed run"),
+        (
+            "assignments,latency_us\n(rows),(us)\n1,5\n",
+            "got (rows); a number from 0 to 2147483647; a failed run, or a row",
+        ),
+        ("assignments,us\n1,33.3 \u00b1 0.2\n", "the number alone, without its unit or a note"),
+        ("assignments,us\n1,33.3 (xbf16 16x128)\n", "the number alone, without its unit or a note"),
+        ("assignments,us\n1k,33.3\n", "the number alone, without its unit or a note"),
+        ('assignments,us\n1,"1,024.5"\n', "a dot before decimals, and nothing between thousands"),
+        (
+            "assignments,us\n1,5\n2,6\nSource: lab\n",
+            "line 4: got 1 columns; 2 columns, as in the header; leave out titles",
+        ),
+        ("B200\n\n| assignments | us |\n|---|---|\n| 1 | 5 |\n", "leave out titles above the header and notes below"),
+        ("[---- fused_moe ----]\n      |  triton\nM=1   |  55.1\n", "got [---- fused_moe ----]; columns that commas"),
+    ],
+)
+def test_cells_and_lines_that_are_none_of_a_table(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(written(tmp_path, text))
+    assert said in one_line(error)
