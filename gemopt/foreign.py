@@ -48,6 +48,7 @@ _NEEDED = {
     "model_type": "keys and values are needed", "model_attributes_type": "keys and values are needed",
     "path_type": "a path is needed", "dict_type": "keys and values are needed", "list_type": "a list is needed",
 }  # fmt: skip
+_UNITS = {"s", "ms", "us", "ns", "gbs", "gbps", "tbs", "mbs", "gb", "mb", "bytes"}
 _OWN = {name for _, name, _ in _OBJECTS if name.endswith(OURS)}
 
 
@@ -160,8 +161,11 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
     if unknown:
         inner = _document_at(document, first["loc"][:-1])
         known = [] if inner is None else list(inner.model_fields)
-        close = get_close_matches(str(first["loc"][-1]), known, n=1)
-        return InputError(where, first["input"], "no such key" + rest, f"did you mean {close[0]}?" if close else "")
+        key = str(first["loc"][-1])
+        close = get_close_matches(key, known, n=1)
+        apart = close and {key.rpartition("_")[2], close[0].rpartition("_")[2]} <= _UNITS  # latency_ms
+        hint = f"{'in another unit? ' if apart else ''}did you mean {close[0]}?" if close else ""
+        return InputError(where, first["input"], "no such key" + rest, hint)
     found = "nothing" if first["type"] == "missing" else first["input"]
     limit = _NEEDED.get(first["type"], first["msg"].lower())
     return InputError(where, found, limit + rest)

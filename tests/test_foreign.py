@@ -136,7 +136,7 @@ def test_a_misspelt_key_is_named_with_the_right_one(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         Profile.load(tmp_path / "p.json")
     assert "Profile.devices.0.samples.1.latency_ms: got " in str(caught.value)
-    assert str(caught.value).endswith("did you mean latency_us?")
+    assert str(caught.value).endswith("in another unit? did you mean latency_us?")
     with pytest.raises(InputError, match=r"Placement\.num_expert: got 4; no such key.*; did you mean num_experts\?"):
         Placement(physical_to_logical=[[0, 1, 2, 3]], slots_per_rank=[2, 2], num_expert=4)
     with pytest.raises(InputError, match=r"Profile\.colour: got red; no such key$"):
