@@ -286,3 +286,81 @@ def test_rows_are_not_chosen_by_their_results(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("0.06,0.6,H 100", "0.06,0.5,H 200"))
     with pytest.raises(InputError, match="choose, as in --where 'gpu model=H 100'; or say what a column is"):
         read_table(path, time="triton:ms")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Tuned (us)", True),
+        ("grouped_gemm_us", True),
+        ("\u603b\u8017\u65f6(us)", True),
+        ("latencia m\u00e1xima us", True),
+        ("fused_moe_kernel_us", False),
+        ("avg GPU time (\u00b5s)", False),
+        ("p50_latency_us", False),
+    ],
+)
+def test_a_time_whose_name_says_more_than_is_understood_is_named(tmp_path: Path, name: str, said: bool) -> None:
+    notes: list[str] = []
+    path = table(tmp_path, f"assignments,{name}", "")
+    assert loads(read_table(path, notes=notes)) == [(n, None, 50.0 + n) for n in NS]
+    assert len(notes) == said and all(note.startswith(f"{name} taken for the time of one whole MoE") for note in notes)
+    read_table(path, time=f"{name}:us", notes=notes)
+    assert len(notes) == said  # it was asked for
+
+
+@pytest.mark.parametrize("name", ["p75_us", "p99.9 (us)", "maximum_us", "minimum latency (us)", "tail_us", "max_us"])
+def test_neither_median_nor_mean_is_asked_for(tmp_path: Path, name: str) -> None:
+    path = table(tmp_path, f"assignments,{name}", "")
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    assert f"times {name}; the median or mean of repeats; to take one all the same" in one_line(error)
+    assert loads(read_table(path, time=name))[0] == (1, None, 51.0)
+    path = written(tmp_path, f"assignments,median_us,{name}\n" + "".join(f"{n},{n},{9 * n}\n" for n in NS))
+    assert loads(read_table(path)) == [(n, None, n) for n in NS]
+
+
+@pytest.mark.parametrize("name", ["theoretical_us", "sol_us", "simulated (us)", "cold_us", "estimated_us", "mla_us"])
+def test_times_that_were_not_measured_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(table(tmp_path, f"assignments,{name}", ""))
+    assert "the time of one whole MoE layer; if it is: --time-column" in one_line(error)
+
+
+def test_the_size_of_one_matrix_product_is_named(tmp_path: Path) -> None:
+    """As aiter's Triton benchmark prints: a layer is two rows, and one of them alone is what the refusal offers."""
+    rows = "".join(f"{m},{n},{k},{us}\n" for m in NS for n, k, us in ((14336, 4096, 2 * m), (4096, 7168, m)))
+    path = written(tmp_path, f"M,N,K,Time (us)\n{rows}")
+    options = {"load": "M", "unit": Unit.TOKENS, "top_k": 2}
+    with pytest.raises(InputError, match="rows that differ in N, K"):
+        read_table(path, **options)
+    notes: list[str] = []
+    read_table(path, **options, where=["N=14336"], notes=notes)
+    assert notes == ["N 14336 and K 4096: are times those of the whole layer, or of one matrix product of this size?"]
+
+
+@pytest.mark.parametrize(
+    ("header", "more"),
+    [("assignments,time_us,case", ",gemm1_w13"), ("assignments,time_us,kernel_operation_mode", ",backward")],
+)
+def test_parts_by_more_names_are_refused(tmp_path: Path, header: str, more: str) -> None:
+    with pytest.raises(InputError, match="times of whole MoE layers"):
+        read_table(table(tmp_path, header, more))
+
+
+def test_what_was_exchanged_is_named_of_groups_too(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = table(tmp_path, "tokens,time_us,moe_a2a_backend,tp_size,ep_size", ",deepep,2,8")
+    read_table(path, unit=Unit.GROUP_TOKENS, top_k=8, notes=notes)
+    assert [note.partition(":")[0] for note in notes] == ["tp_size is 2", "moe_a2a_backend is deepep"]
+
+
+KINDS = [(("H100", "H200"), True), (("MI300X", "B200"), True), (("gpu0", "gpu7"), False), ((0, 1), False)]
+
+
+@pytest.mark.parametrize(("names", "said"), KINDS)
+def test_kinds_of_device_that_became_ranks_are_named(tmp_path: Path, names: tuple[object, ...], said: bool) -> None:
+    rows = "".join(f"{name},{n},{n + at}\n" for at, name in enumerate(names) for n in NS)
+    notes: list[str] = []
+    assert read_table(written(tmp_path, f"gpu,assignments,time_us\n{rows}"), notes=notes).num_ranks == 2
+    assert notes == ([f"gpu {names[0]}, {names[1]}: one rank each, as of one group"] if said else [])

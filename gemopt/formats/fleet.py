@@ -20,11 +20,11 @@ from gemopt.formats.table_columns import (
     listed,
     named,
     plain,
-    refuse_summaries,
     unit_of,
     values,
     words,
 )
+from gemopt.formats.table_devices import refuse_summaries
 from gemopt.formats.table_doubts import apart
 from gemopt.formats.table_files import Table, number, read
 from gemopt.latency import FloatArray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,35 +12,31 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.foreign import telling
 from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
-from gemopt.formats.table_beside import (
-    NO,
-    beside,
-    refuse_failed,
-    refuse_other_loads,
-    refuse_other_units,
-    refuse_skewed_groups,
-)
+from gemopt.formats.table_beside import beside, refuse_failed, refuse_other_units, refuse_skewed_groups
 from gemopt.formats.table_columns import (
     HOSTS,
     RANKS,
     UUIDS,
-    by_device,
-    chosen_ranks,
     chosen_rows,
-    device_columns,
     known,
-    listed,
     named,
     plain,
-    refuse_missing_ranks,
     refuse_mixtures,
     values,
+)
+from gemopt.formats.table_devices import (
+    by_device,
+    chosen_ranks,
+    device_columns,
+    kinds_as_ranks,
+    refuse_missing_ranks,
 )
 from gemopt.formats.table_doubts import doubts
 from gemopt.formats.table_files import Row, Table, number, read, refuse_grouped, whole
 from gemopt.formats.table_kinds import (
     AICONFIGURATOR,
     AITER,
+    AITER_EP,
     BENCHMARK_MOE,
     LAYOUTS,
     Layout,
@@ -48,30 +44,30 @@ from gemopt.formats.table_kinds import (
     kernel,
     refuse_fused,
     refuse_skewed,
-    refuse_tokens_of_a_rank,
     settled,
     shape,
 )
+from gemopt.formats.table_loads import (
+    EP,
+    LARGEST_LOAD,
+    TOP_K,
+    doubts_of_load,
+    factor,
+    given,
+    load_column,
+    matching,
+    refuse_tokens_of_a_rank,
+    shared_experts,
+    unit_of_load,
+)
 from gemopt.formats.table_samples import samples_of
-from gemopt.formats.table_times import refuse_other_operations, time_column
+from gemopt.formats.table_times import doubt_of_time, refuse_other_operations, time_column
 from gemopt.profile import Device, Profile
 
 __all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "what_if"]
 
-LOAD_COLUMNS = ("tokens", "num_tokens", "assignments", "token", "batch_size")
 ACTIVE_COLUMNS = ("active_experts", "activated_experts", "num_active_experts", "num_activated_experts")
-TOP_K_COLUMNS = (
-    "topk", "top_k", "num_topk", "moe_topk", "moe_top_k", "experts_per_token", "num_experts_per_tok",
-    "num_experts_per_token",
-)  # fmt: skip
-LOCAL_COLUMNS = ("local_num_experts", "num_local_experts")
-EP_COLUMNS = ("moe_ep_size", "ep_size", "ep", "moe_ep", "expert_parallel_size")
-LENGTHS = (
-    "seq_len", "seqlen", "sequence_length", "input_len", "isl", "prompt_len", "input_length", "q_len", "query_len",
-    "tokens_per_seq", "tokens_per_sequence", "tokens_per_request", "num_spec_tokens", "num_speculative_tokens",
-    "spec_tokens", "num_draft_tokens", "draft_tokens", "mtp", "next_n",
-)  # fmt: skip
-LARGEST_LOAD, LARGEST_US = 2.0**31 - 1, 1e12  # as in a profile
+LARGEST_US = 1e12  # as in a profile
 MANYFOLD = 0.5  # of the median: half of the repeats of a load lie further from it, as two that are threefold apart do
 
 
@@ -127,11 +123,11 @@ def read_table(
     if layout is None:
         refuse_failed(table, repeat)
     table = settled(table, layout, load)
-    load_column = _load_column(table, layout, unit, load)
+    counts = load_column(table, layout, unit, load)
     if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:
-        refuse_tokens_of_a_rank(table, load_column)
+        refuse_tokens_of_a_rank(table, counts)
     active_column = next(iter(named(table, ACTIVE_COLUMNS)), None)
-    reader = _Reader(table, load_column, active_column)
+    reader = _Reader(table, counts, active_column)
     columns = device_columns(table, device) if device or layout is None or layout.devices else []
     tables = by_device(table, columns)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
@@ -139,7 +135,7 @@ def read_table(
     reader.scattered = reader.latency in repeats
     if layout is None:
         refuse_other_units(table, reader.latency, reader.scale)
-    own = [load_column, active_column, reader.latency, *named(table, ("assignments",))]
+    own = [counts, active_column, reader.latency, *named(table, ("assignments",))]
     used = {*columns, *repeats, *(name for name in own if name is not None)}
     refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
     for name in (reader.load, reader.latency):
@@ -147,26 +143,36 @@ def read_table(
     if layout is AICONFIGURATOR:
         refuse_skewed(table, where)
         refuse_fused(table, reader.latency, time)
-    top_k = _given("--top-k", top_k, table, TOP_K_COLUMNS)
-    counted = _unit(table, load_column, layout, unit, top_k)
+    top_k = given("--top-k", top_k, table, TOP_K)
+    counted = unit_of_load(table, counts, layout, unit, top_k)
     if layout is None and counted is Unit.GROUP_TOKENS:
         refuse_skewed_groups(table, where)
-    reader.factor = _factor(counted, top_k, ep, table)
+    reader.factor = factor(counted, top_k, ep, table, counts)
     _check_assignments(reader)
     columns, said = _ranks(tables, columns, where)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
     profile = Profile(devices=devices, model=shape(table, layout, top_k), kernel=kernel(table), mode="table")
     if notes is not None:
         notes += said
-        if unit is None and counted is Unit.ASSIGNMENTS and plain(load_column) != "assignments":
+        if unit is None and counted is Unit.ASSIGNMENTS and plain(counts) != "assignments":
             notes.append(
-                f"{load_column} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
+                f"{counts} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
                 "group-tokens where they are those of all ranks together"
             )
-        if layout in (None, BENCHMARK_MOE, AITER) and counted is not Unit.GROUP_TOKENS:
-            notes += beside(table, repeats, EP_COLUMNS if counted is Unit.TOKENS else ())
-        notes += doubts(profile)
+        if layout is None and time is None:
+            notes += doubt_of_time(reader.latency)
+        notes += _beside(table, layout, counted, counts, repeats)
+        notes += [*(shared_experts(table, top_k) if counted is not Unit.ASSIGNMENTS else []), *doubts(profile)]
     return profile
+
+
+def _beside(table: Table, layout: Layout | None, counted: Unit, load: str, read_over: list[str]) -> list[str]:
+    """Sentences on what columns besides those read say of all rows."""
+    if layout not in (None, BENCHMARK_MOE, AITER, AITER_EP):
+        return []
+    ranks = [plain(name) for name in matching(table, EP)] if counted is Unit.TOKENS else []
+    found = beside(table, read_over, counted is Unit.GROUP_TOKENS, ranks)
+    return found if layout else [*found, *doubts_of_load(table, load)]
 
 
 @dataclass
@@ -233,101 +239,17 @@ def _check_assignments(reader: _Reader) -> None:
                 )
 
 
-def _load_column(table: Table, layout: Layout | None, unit: Unit | None, asked: str | None) -> str:
-    if asked is not None and unit is None:
-        raise InputError("--unit", "", f"what does {asked} count?", "give --unit tokens, group-tokens or assignments")
-    if asked is not None:
-        refuse_other_loads(table, asked, unit is Unit.GROUP_TOKENS)
-        return known(table, asked, "--load-column")
-    if layout is not None:
-        return layout.load
-    found = named(table, LOAD_COLUMNS)
-    if not found:
-        limit = f"a column {' or '.join(LOAD_COLUMNS)} is needed"
-        raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --load-column NAME")
-    return min(found, key=lambda name: (plain(name) == "assignments") != (unit in (None, Unit.ASSIGNMENTS)))
-
-
-def _unit(table: Table, load_column: str, layout: Layout | None, unit: Unit | None, top_k: int | None) -> Unit:
-    if layout is not None:
-        if unit not in (None, layout.unit):
-            limit = f"{layout.name} counts {layout.unit.value} in {load_column}"
-            raise InputError("--unit", unit.value if unit else "", limit, "leave --unit out")
-        return layout.unit
-    counts_assignments = plain(load_column) == "assignments"
-    if unit not in (None, Unit.ASSIGNMENTS) and counts_assignments:
-        raise InputError("--unit", unit, f"{table.path} counts assignments", "leave --unit out")
-    if unit is not None:
-        return unit
-    if plain(load_column) == "batch_size":
-        lengths = [f"{name} {value}" for name in named(table, LENGTHS) for value in values(table.rows, name)
-                   if value.lower() not in {"1", "1.0", "off", *NO}]  # fmt: skip
-        if lengths:
-            limit = f"with {', '.join(lengths)}, does {load_column} count tokens, or sequences?"
-            raise InputError("--unit", "", limit, "give --unit tokens where it counts tokens")
-        return Unit.TOKENS
-    grouped = named(table, EP_COLUMNS)
-    if not counts_assignments and (top_k is not None or grouped):
-        told = "ranks of a group" if top_k is None else f"{top_k} experts per token"
-        limit = f"with {told}, does {load_column} count tokens?"
-        raise InputError("--unit", "", limit, "give --unit tokens, group-tokens or assignments")
-    return Unit.ASSIGNMENTS
-
-
 def _time(table: Table, layout: Layout | None, asked: str | None) -> tuple[str, float]:
     times = layout.times if layout is not None else ()
     known_time = next((name for name in times if name.split(":")[0] in table.header), None)
     return time_column(table, asked or known_time)
 
 
-def _factor(unit: Unit, top_k: int | None, ep: int | None, table: Table) -> float:
-    """Assignments of a rank per unit of the load column."""
-    if ep is not None and unit is not Unit.GROUP_TOKENS:
-        raise InputError(
-            "--ep", ep, f"{unit.value} are those of one rank", "leave --ep out, or give --unit group-tokens"
-        )
-    if unit is Unit.ASSIGNMENTS:
-        return 1.0
-    if top_k is None or top_k < 1:
-        raise InputError("--top-k", top_k, f"unit {unit.value} needs the experts per token, at least 1", "give --top-k")
-    parts = _parts(table)
-    if unit is Unit.TOKENS and parts > 1:
-        found = f"tokens, and one in {parts} of the experts is on the device"
-        raise InputError("--unit", found, "tokens whose experts are all on it", "give --unit group-tokens")
-    if unit is Unit.TOKENS:
-        return float(top_k)
-    ep = _given("--ep", ep, table, EP_COLUMNS) or (parts or None)
-    if parts and ep != parts:
-        raise InputError("--ep", ep, f"{parts}: one in {parts} of the experts is on the device, by {table.path}")
-    if ep is None or ep < 1:
-        raise InputError("--ep", ep, "unit group-tokens needs the ranks of the measured group, at least 1", "give --ep")
-    return top_k / ep
-
-
-def _parts(table: Table) -> int:
-    """How many times the experts on the device all experts are, by the columns that say so; 0 where none do."""
-    local, every = (_given("", None, table, names) or 0 for names in (LOCAL_COLUMNS, ("num_experts",)))
-    return every // local if local and every % local == 0 else 0
-
-
-def _given(option: str, value: int | None, table: Table, columns: Collection[str]) -> int | None:
-    """What an option says, or a column of the table; both must agree."""
-    column = next((name for name in named(table, columns) if table.rows[0].cells[name]), None)
-    if column is None:
-        return value
-    if len(found := values(table.rows, column)) > 1:
-        raise InputError(f"{table.path}, {column}", listed(found), "one number for all rows", "choose with --where")
-    read_value = whole(table, table.rows[0], column, largest=LARGEST_LOAD)
-    if value not in (None, read_value):
-        raise InputError(option, value, f"{column} is {read_value} in {table.path}", f"leave {option} out")
-    return read_value
-
-
 def _ranks(devices: Sequence[Table], columns: list[str], where: Sequence[str]) -> tuple[list[str], list[str]]:
     """The columns that name devices, and what to say of ranks that are numbered anew, as only some were chosen."""
     if not any(text.partition("=")[0].strip() in columns for text in where):
         refuse_missing_ranks(devices, columns)
-        return columns, []
+        return columns, kinds_as_ranks(devices, columns)
     return [each for each in columns if plain(each) not in RANKS], chosen_ranks(devices, columns)
 
 

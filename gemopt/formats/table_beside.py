@@ -108,26 +108,16 @@ def refuse_skewed_groups(table: Table, where: Sequence[str]) -> None:
             )
 
 
-def refuse_other_loads(table: Table, load: str, of_group: bool) -> None:
-    """Raise where the name of the load column says that it counts per expert, in thousands, or no rows at all.
+def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Collection[str] = ()) -> list[str]:
+    """Sentences on columns that say in how many parts a layer or its tokens were measured.
 
-    of_group: it was said to count the tokens of a group.
+    of_group: loads are known to be those of all ranks. ranks: more columns that say how many there are.
     """
-    parts = words(load)
-    group = set() if of_group else {"group", "groups", "expected"}  # expected_m: DeepGEMM's, of a group
-    if ("per" in parts or "expected" in parts) and parts & ({"expert", "experts"} | group):
-        raise InputError("--load-column", load, "the load of a device, over all its experts", "multiply by the experts")
-    if parts & (RATES | THOUSANDS) or {"per", "s"} <= parts or "%" in load:
-        raise InputError("--load-column", load, "a count of rows or tokens", f"is that in {table.path}? then rename it")
-
-
-def beside(table: Table, read_over: Collection[str], ranks: Collection[str] = ()) -> list[str]:
-    """Sentences on columns that say in how many parts a layer or its tokens were measured. ranks: more that do."""
     notes = []
     whole = any(values(table.rows, name)[0].lower() in ("true", "1") for name in named(table, WHOLE_EXPERTS))
     for names, what in (
         (() if whole else SHARDED, "times are those of a part of each expert, right where it is served so"),
-        ((*GROUPS, *ranks), "are loads those of one device? of all: --unit group-tokens"),
+        (() if of_group else (*GROUPS, *ranks), "are loads those of one device? of all: --unit group-tokens"),
     ):
         for name in named(table, names):
             found = values(table.rows, name)[0]
@@ -135,6 +125,9 @@ def beside(table: Table, read_over: Collection[str], ranks: Collection[str] = ()
                 notes.append(f"{name} is {found}: {what}")
     notes += _exchanged(table, read_over)
     columns = {plain(name): name for name in table.header}
+    if {"n", "k"} <= columns.keys():
+        sizes = " and ".join(f"{columns[name]} {values(table.rows, columns[name])[0]}" for name in ("n", "k"))
+        notes.append(f"{sizes}: are times those of the whole layer, or of one matrix product of this size?")
     for name in (columns[min(each)] for each in LAUNCHES if each <= columns.keys()):
         notes.append(f"means over {name}, it seems: of a kernel or of a whole layer, which may launch several?")
     return notes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_columns import values, words
+from gemopt.formats.table_columns import values
 from gemopt.formats.table_files import Row, Table
 from gemopt.profile import MoeShape
 
@@ -132,16 +132,6 @@ def _both_stages(table: Table) -> Table:
         one = row.cells.get("run_1stage") in ("1", "True") and row.cells["us"] in ("0", "0.0", "")
         rows.append(Row(row.where, {**row.cells, "us": row.cells.get("us1", "0")}) if one else row)
     return Table(table.path, table.header, rows)
-
-
-def refuse_tokens_of_a_rank(table: Table, load: str) -> None:
-    """Raise where a load that is to count the tokens of the group has larger ones beside it, as MegaMoE's tables."""
-    for name in (each for each in table.header if each != load and {"global", "tokens"} <= words(each)):
-        row = next((row for row in table.rows if row.cells[load] != row.cells[name]), None)
-        if row is not None:
-            found = f"{row.cells[load]} beside {name} {row.cells[name]}"
-            hint = f"--load-column {name} --unit {Unit.GROUP_TOKENS.value}"
-            raise InputError(f"{table.path} {row.where}, {load}", found, "the tokens of the group", hint)
 
 
 def refuse_fused(table: Table, time: str, asked: str | None) -> None:

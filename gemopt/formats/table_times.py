@@ -27,15 +27,23 @@ NO_LAYER = {
     "ttft", "tpot", "itl", "e2e", "e2el", "request", "step", "layers",  # more than a layer
     "attention", "attn", "allreduce", "reduce", "allgather", "alltoall", "a2a", "comm", "dispatch", "combine", "router",
     "routing", "gate", "gating", "topk", "sort", "align", "permute", "unpermute", "quant", "norm", "shared", "up",
+    "mla", "mha", "rope", "sampling", "logits", "embedding",
     "down", "w1", "w2", "w3", "w13", "gemm1", "gemm2", "stage1", "stage2", "copy", "h2d", "d2h",  # less
 }  # fmt: skip
 NO_TIME = {
     "cpu", "host", "launch", "overhead", "compile", "tune", "timeout", "delta", "diff", "saved", "normalized",
-    "relative", "ideal", "predicted", "roofline", "backward", "bwd", "prefill", "decode", "generation", "wait", "idle",
+    "relative", "ideal", "predicted", "estimated", "theoretical", "simulated", "modeled", "projected", "expected",
+    "target", "sol", "cold", "warmup", "roofline", "backward", "bwd", "prefill", "decode", "generation", "wait", "idle",
     "stall", "bubble", "barrier", "sync", "queue", "skew", "jitter", "log", "log2", "log10", "inverse", "throughput",
 }  # fmt: skip
-OPERATIONS = {"op", "op_name", "operation", "routine"}
 TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
+UNDERSTOOD = TIMES | TOTALS | {*TIME_UNITS} | {
+    "kernel", "kernels", "moe", "fused", "layer", "expert", "experts", "ffn", "mlp", "forward", "fwd", "run", "gpu",
+    "cuda", "hip", "npu", "xpu", "device", "measured", "median", "med", "p50", "q50", "mean", "avg", "average", "dur",
+    "whole",
+}  # fmt: skip
+"""Words of the name of a time that leave no doubt, with all others known, that it is that of a layer."""
+OPERATIONS = {"op", "op_name", "operation", "routine"}
 ITERATIONS = {
     "iters", "iterations", "num_iters", "n_iters", "num_iterations", "loops", "calls", "num_calls", "of_calls",
     "instances",
@@ -47,7 +55,8 @@ RUNS = {
 """Words of how many runs a total is of, where all rows have one number above 1; it counts the repeats elsewhere."""
 PARTS = {
     "kernel", "kernel_name", "component", "stage", "part", "module", "section", "layer", "layer_type", "block",
-    "function", "func", "phase", "pass", "direction", "test", "test_name", "benchmark", "name",
+    "function", "func", "phase", "pass", "direction", "test", "test_name", "benchmark", "name", "case", "op", "gemm",
+    "problem", "mode", "operation_mode", "kernel_operation_mode",
 }  # fmt: skip
 """Columns that name what was timed, though all rows alike."""
 ELSEWHERE = {
@@ -98,12 +107,25 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     known_unit = unit_of(best[0]) if best else None
     if len(best) == 1 and known_unit is not None:
         return best[0], TIME_UNITS[known_unit]
+    if not best and timed:
+        limit = "the median or mean of repeats"
+        raise InputError(
+            table.path, f"times {', '.join(timed)}", limit, f"to take one all the same: {_asking(timed[0])}"
+        )
     if not best:
         limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
     likely = sorted(best, key=lambda name: bool(words(name) & (TOTALS | NO_LAYER | NO_TIME)))
     raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: {_asking(likely[0])}")
+
+
+def doubt_of_time(name: str) -> list[str]:
+    """A sentence on a time whose name also says something that is not understood: a kernel, another language."""
+    foreign = any(letter.isalpha() and not letter.isascii() and letter not in "\u00b5\u03bc" for letter in name)
+    if not foreign and words(name) <= UNDERSTOOD:
+        return []
+    return [f"{name} taken for the time of one whole MoE layer, in {unit_of(name)}: is it? another: --time-column NAME"]
 
 
 def _asking(name: str) -> str:

@@ -1,0 +1,95 @@
+"""Which devices the rows of a kernel table are of: columns that tell them apart, in which order, and none missing."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from gemopt.exceptions import InputError
+from gemopt.formats.table_columns import (
+    DEVICES,
+    HOSTS,
+    RANKS,
+    SUMMARIES,
+    UUIDS,
+    known,
+    listed,
+    plain,
+    values,
+    words,
+)
+from gemopt.formats.table_files import Row, Table
+
+MOST_INSIDE = 16  # devices of a node, whose numbers are below
+
+
+def device_columns(table: Table, asked: Sequence[str]) -> list[str]:
+    """Columns that tell devices apart: those asked for, else those whose names say so; hosts first."""
+    if asked:
+        return [known(table, column, "--device-column") for column in asked]
+    named = [name for name in table.header if plain(name) in DEVICES]
+    ranks = [name for name in named if plain(name) in RANKS]
+    if ranks:
+        return ranks[:1]
+    varying = [name for name in named if len(values(table.rows, name)) > 1]
+    return sorted(varying, key=lambda name: plain(name) not in HOSTS)
+
+
+def by_device(table: Table, columns: Sequence[str]) -> list[Table]:
+    """Rows of each device, in the order of their numbers, else of appearance."""
+    for row in table.rows:
+        empty = next((name for name in columns if not row.cells[name]), None)
+        if empty is not None:
+            raise InputError(f"{table.path} {row.where}, {empty}", "", "the device of every row")
+        refuse_summaries(table, row, columns)
+    orders = [_order(values(table.rows, column)) for column in columns]
+    groups: dict[tuple[int, ...], list[Row]] = defaultdict(list)
+    for row in table.rows:
+        groups[tuple(order[row.cells[name]] for name, order in zip(columns, orders, strict=True))].append(row)
+    return [Table(table.path, table.header, groups[key]) for key in sorted(groups)]
+
+
+def refuse_missing_ranks(devices: Sequence[Table], columns: Sequence[str]) -> None:
+    """Raise where the column of ranks does not count from 0 on."""
+    own = next((name for name in columns if plain(name) in RANKS), None)
+    found = [] if own is None else [table.rows[0].cells[own] for table in devices]
+    if not all(each.isascii() and each.isdigit() for each in found) or {*map(int, found)} == {*range(len(found))}:
+        return
+    missing = min({*range(max(map(int, found)))} - {*map(int, found)}, default=0)
+    hint = f"rank {missing} is missing; numbered from 1? subtract 1; for these alone: --where {own}=RANK"
+    raise InputError(f"{devices[0].path}, {own}", listed(found), f"ranks 0 to {len(found) - 1}", hint)
+
+
+def chosen_ranks(devices: Sequence[Table], columns: Sequence[str]) -> list[str]:
+    """A sentence on ranks of the table that are other ranks of the profile, as only some were chosen."""
+    own = next((name for name in columns if plain(name) in RANKS), None)
+    found = [] if own is None else [table.rows[0].cells[own] for table in devices]
+    if found == [str(rank) for rank in range(len(found))]:
+        return []
+    return [f"{own} {listed(found, 12)} of the table: numbered anew from 0"]
+
+
+def kinds_as_ranks(devices: Sequence[Table], columns: Sequence[str]) -> list[str]:
+    """A sentence where a column names kinds of device, as it seems (H100, H200), and each became a rank."""
+    name = columns[-1] if columns else ""
+    found = [table.rows[0].cells[name] for table in devices] if name else []
+    numbers = [int(part[1]) for each in found if (part := re.fullmatch(r"\D*(\d+)\D*", each, re.ASCII))]
+    if plain(name) in {*RANKS, *HOSTS, *UUIDS, ""} or (len(numbers) == len(found) and max(numbers) < MOST_INSIDE):
+        return []
+    return [f"{name} {listed(found)}: one rank each, as of one group"]
+
+
+def refuse_summaries(table: Table, row: Row, columns: Sequence[str]) -> None:
+    """Raise where a row is of all devices together."""
+    for name in columns:
+        if words(row.cells[name]) <= SUMMARIES:
+            raise InputError(f"{table.path} {row.where}, {name}", row.cells[name], "one device", "leave such rows out")
+
+
+def _order(found: list[str]) -> dict[str, int]:
+    """By the one number in which they differ (`gpu2` before `gpu10`), else as they come."""
+    parts = [re.fullmatch(r"(\D*)(\d+)(\D*)", value, re.ASCII) for value in found]
+    numbered = all(parts) and len({(part[1], part[3]) for part in parts if part}) == 1
+    key = {value: int(part[2]) for value, part in zip(found, parts, strict=True) if part}
+    return {value: i for i, value in enumerate(sorted(found, key=key.__getitem__) if numbered else found)}

@@ -1,0 +1,118 @@
+"""What the load of a kernel table counts: tokens of one rank or all, sequences, and columns that tell the experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kernel_tables import loads, written
+from one_liners import one_line
+
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import Unit, read_table
+
+NS = (1, 2, 4, 8)
+
+
+def table(folder: Path, header: str, more: str = "") -> Path:
+    return written(folder, f"{header}\n" + "".join(f"{n},{50 + n}{more}\n" for n in NS))
+
+
+@pytest.mark.parametrize(
+    ("load", "unit", "said"),
+    [
+        ("tokens_per_rank", Unit.GROUP_TOKENS, "the tokens of all ranks together; --unit tokens"),
+        ("num_tokens_per_gpu", Unit.GROUP_TOKENS, "the tokens of all ranks together; --unit tokens"),
+        ("local_tokens_device", Unit.GROUP_TOKENS, "the tokens of all ranks together; --unit tokens"),
+        ("global_num_tokens", Unit.TOKENS, "the load of one device; --unit group-tokens"),
+        ("Global Batch", Unit.ASSIGNMENTS, "the load of one device; --unit group-tokens"),
+    ],
+)
+def test_a_load_of_one_rank_or_of_all_by_its_name(tmp_path: Path, load: str, unit: Unit, said: str) -> None:
+    path = table(tmp_path, f"{load},time_us")
+    with pytest.raises(InputError) as error:
+        read_table(path, load=load, unit=unit, top_k=8, ep=8 if unit is Unit.GROUP_TOKENS else None)
+    assert f"--load-column: got {load}; {said}" in one_line(error)
+
+
+def test_ranks_that_send_alike_get_what_they_send(tmp_path: Path) -> None:
+    """As many tokens on each of 8 ranks, 8 experts each: 8 n 8 / 8 assignments on a rank, though it has 32 of 256."""
+    path = table(tmp_path, "tokens_per_rank,time_us,num_experts,num_local_experts", ",256,32")
+    found = read_table(path, load="tokens_per_rank", unit=Unit.TOKENS, top_k=8)
+    assert loads(found) == [(8 * n, None, 50.0 + n) for n in NS]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["speculative_num_draft_tokens", "spec_steps", "q_seqlen", "query_length", "Input Length", "prompt_tokens", "seq"],
+)
+def test_sequences_of_several_tokens_by_more_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"with {name} 4, does batch_size count tokens, or sequences"):
+        read_table(table(tmp_path, f"batch_size,time_us,{name}", ",4"), top_k=2)
+    assert loads(read_table(table(tmp_path, f"batch_size,time_us,{name}", ",1"), top_k=2))[0] == (2, None, 51.0)
+
+
+@pytest.mark.parametrize("name", ["context_len", "max_seq_len", "kv_len", "cache_len", "output_len"])
+def test_lengths_of_what_came_before_are_no_tokens_of_a_step(tmp_path: Path, name: str) -> None:
+    assert loads(read_table(table(tmp_path, f"batch_size,time_us,{name}", ",4096"), top_k=2))[0] == (2, None, 51.0)
+
+
+@pytest.mark.parametrize(
+    ("load", "beside", "value", "said"),
+    [
+        ("seq_len", "batch_size", "4", ["beside batch_size 4: does seq_len count all tokens?"]),
+        ("bs", "seq_len", "512", ["beside seq_len 512: does bs count all tokens?"]),
+        ("batch", "num_draft_tokens", "3", ["beside num_draft_tokens 3: does batch count all tokens?"]),
+        ("batch", "seq_len", "1", []),
+        ("num_tokens", "batch_size", "4", []),
+        ("num_tokens", "seq_len", "512", []),
+        ("M", "num_groups", "16", ["num_groups is 16: does M count the rows of all groups together?"]),
+        ("M", "num_groups", "1", []),
+    ],
+)
+def test_what_multiplies_a_load_is_named(tmp_path: Path, load: str, beside: str, value: str, said: list[str]) -> None:
+    notes: list[str] = []
+    path = table(tmp_path, f"{load},time_us,{beside}", f",{value}")
+    read_table(path, load=load, unit=Unit.TOKENS, top_k=2, notes=notes)
+    assert notes == said
+
+
+@pytest.mark.parametrize(
+    "name", ["moe_router_topk", "Top-K", "num_experts_per_tok", "n_activated_experts_per_token", "router_top_k"]
+)
+def test_a_column_that_tells_the_experts_of_a_token_is_heeded(tmp_path: Path, name: str) -> None:
+    path = table(tmp_path, f"tokens,time_us,{name},topk_group", ",4,3")
+    with pytest.raises(InputError, match=f"--top-k: got 8; {name} is 4"):
+        read_table(path, unit=Unit.TOKENS, top_k=8)
+    assert loads(read_table(path, unit=Unit.TOKENS))[0] == (4, None, 51.0)
+
+
+@pytest.mark.parametrize(("local", "every"), [("experts_per_rank", "n_routed_experts"), ("n_local_experts", "experts")])
+def test_columns_that_tell_the_experts_on_the_device_are_heeded(tmp_path: Path, local: str, every: str) -> None:
+    path = table(tmp_path, f"tokens,time_us,{local},{every},topk", ",64,256,8")
+    with pytest.raises(InputError, match="one in 4 of the experts is on the device"):
+        read_table(path, unit=Unit.TOKENS)
+    assert loads(read_table(path, unit=Unit.GROUP_TOKENS)) == [(2 * n, None, 50.0 + n) for n in NS]
+
+
+@pytest.mark.parametrize("name", ["expert_parallel_degree", "EP World Size", "expert_model_parallel_size"])
+def test_a_column_that_tells_the_ranks_of_the_group_is_heeded(tmp_path: Path, name: str) -> None:
+    path = table(tmp_path, f"tokens,time_us,{name}", ",8")
+    with pytest.raises(InputError, match=f"--ep: got 4; {name} is 8"):
+        read_table(path, unit=Unit.GROUP_TOKENS, top_k=8, ep=4)
+    assert loads(read_table(path, unit=Unit.GROUP_TOKENS, top_k=8)) == [(n, None, 50.0 + n) for n in NS]
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "without"), [(257, 9, 8), (33, 9, 8), (162, 8, 6), (256, 8, None), (60, 4, None), (8, 2, None)]
+)
+def test_shared_experts_among_those_counted_are_named(
+    tmp_path: Path, experts: int, top_k: int, without: int | None
+) -> None:
+    head, more = "token,us,model_dim,inter_dim,expert,topk", f",6144,256,{experts},{top_k}"
+    notes: list[str] = []
+    options: dict[str, Any] = {"notes": notes}
+    assert loads(read_table(table(tmp_path, head, more), **options))[0] == (top_k, None, 51.0)
+    shared = [note for note in notes if "shared" in note]
+    assert [note.partition("write ")[2] for note in shared] == ([f"{without} for {top_k} then"] if without else [])
