@@ -269,3 +269,31 @@ def test_a_hint_chooses_no_warm_up(tmp_path: Path) -> None:
     path = written(tmp_path, "tokens,warmup,latency_us\n1,True,9\n1,False,5\n2,True,9\n2,False,6\n")
     with pytest.raises(InputError, match="--where warmup=False"):
         read_table(path)
+
+
+MEGA_MOE = (
+    "| Batch Size | Time (us) | Compute (TFLOPS) | Global Memory (GB/s) | Interconnect (GB/s) | Speedup (vs legacy) |\n"
+    "|:-----:|:------:|:----:|:----:|:---:|:-----:|\n"
+    "| 1     | 56.5   | 5    | 1311 | 1   | 1.96x |\n"
+    "| 512   | 146.5  | 1056 | 3192 | 266 | 1.73x |\n"
+    "| 8192  | 1283.1 | 1928 | 998  | 499 | 1.56x |\n"
+)
+
+
+def test_rates_are_results_and_one_between_gpus_tells_an_exchange(tmp_path: Path) -> None:
+    """As DeepGEMM shows its Mega MoE: tokens of each rank, and a time that holds the exchange."""
+    notes: list[str] = []
+    profile = read_table(written(tmp_path, MEGA_MOE), top_k=6, notes=notes)
+    assert loads(profile) == [(6, None, 56.5), (3072, None, 146.5), (49152, None, 1283.1)]
+    assert notes == ["Interconnect (GB/s) is 499: are times without the exchange of tokens? a topology adds that"]
+
+
+def test_results_with_notes_are_offered_as_such(tmp_path: Path) -> None:
+    rows = "| 8 | 260.1 | 261.1 (1.00x) |\n| 64 | 327.7 | 334.7 (0.98x) |\n"
+    path = written(tmp_path, f"| tok/rank | dg | nvfp4 |\n|---|---|---|\n{rows}")
+    of_rank = {"load": "tok/rank", "unit": Unit.TOKENS, "top_k": 6, "time": "dg:us"}
+    with pytest.raises(InputError, match=r"choose rows with --where; of results: --repeat-column nvfp4$"):
+        read_table(path, **of_rank)  # type: ignore[arg-type]
+    assert loads(read_table(path, **of_rank, repeat=["nvfp4"]))[0] == (48, None, 260.1)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="--load-column: got tok/rank; the tokens of all ranks together"):
+        read_table(path, **{**of_rank, "unit": Unit.GROUP_TOKENS, "ep": 8})  # type: ignore[arg-type]

@@ -116,3 +116,24 @@ def test_shared_experts_among_those_counted_are_named(
     assert loads(read_table(table(tmp_path, head, more), **options))[0] == (top_k, None, 51.0)
     shared = [note for note in notes if "shared" in note]
     assert [note.partition("write ")[2] for note in shared] == ([f"{without} for {top_k} then"] if without else [])
+
+
+@pytest.mark.parametrize("name", ["unique_experts", "experts_hit", "num_activated_experts", "Distinct Experts"])
+def test_experts_that_were_active_by_more_names(tmp_path: Path, name: str) -> None:
+    """They were other rows of one load, and their median the hint."""
+    rows = "".join(f"{n},{active},{50 + n + active}\n" for n in (8, 16, 32) for active in (10, 20, 30))
+    path = written(tmp_path, f"tokens,{name},time_us\n{rows}")
+    found = read_table(path, unit=Unit.TOKENS, top_k=8)
+    assert loads(found)[:4] == [(64, 10, 68.0), (64, 20, 78.0), (64, 30, 88.0), (128, 10, 76.0)]
+    read_over = read_table(path, unit=Unit.TOKENS, top_k=8, repeat=[name])
+    assert loads(read_over) == [(64, None, 78.0), (128, None, 86.0), (256, None, 102.0)]
+
+
+def test_experts_that_were_active_on_all_ranks_are_refused(tmp_path: Path) -> None:
+    rows = "".join(f"{n},{active},{50 + n},256\n" for n, active in ((64, 30), (128, 100)))
+    path = written(tmp_path, f"tokens,active_experts,time_us,num_experts\n{rows}")
+    group: dict[str, Any] = {"unit": Unit.GROUP_TOKENS, "top_k": 8, "ep": 8}
+    with pytest.raises(InputError, match="line 3, active_experts: got 100; at most the 32 experts on the device"):
+        read_table(path, **group)
+    assert loads(read_table(path, **group, repeat=["active_experts"])) == [(64, None, 114.0), (128, None, 178.0)]
+    assert loads(read_table(path, unit=Unit.TOKENS, top_k=8))[1] == (1024, 100, 178.0)

@@ -48,10 +48,12 @@ from gemopt.formats.table_kinds import (
     shape,
 )
 from gemopt.formats.table_loads import (
+    ACTIVE,
     EP,
     LARGEST_LOAD,
     TOP_K,
     doubts_of_load,
+    experts_of_a_rank,
     factor,
     given,
     load_column,
@@ -66,7 +68,6 @@ from gemopt.profile import Device, Profile
 
 __all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "what_if"]
 
-ACTIVE_COLUMNS = ("active_experts", "activated_experts", "num_active_experts", "num_activated_experts")
 LARGEST_US = 1e12  # as in a profile
 MANYFOLD = 0.5  # of the median: half of the repeats of a load lie further from it, as two that are threefold apart do
 
@@ -126,7 +127,7 @@ def read_table(
     counts = load_column(table, layout, unit, load)
     if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:
         refuse_tokens_of_a_rank(table, counts)
-    active_column = next(iter(named(table, ACTIVE_COLUMNS)), None)
+    active_column = next((name for name in matching(table, ACTIVE) if name not in repeat), None)
     reader = _Reader(table, counts, active_column)
     columns = device_columns(table, device) if device or layout is None or layout.devices else []
     tables = by_device(table, columns)
@@ -149,30 +150,20 @@ def read_table(
         refuse_skewed_groups(table, where)
     reader.factor = factor(counted, top_k, ep, table, counts)
     _check_assignments(reader)
+    _check_active(reader, None if layout else experts_of_a_rank(table, counted, ep))
     columns, said = _ranks(tables, columns, where)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
     profile = Profile(devices=devices, model=shape(table, layout, top_k), kernel=kernel(table), mode="table")
     if notes is not None:
-        notes += said
         if unit is None and counted is Unit.ASSIGNMENTS and plain(counts) != "assignments":
-            notes.append(
+            said.append(
                 f"{counts} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
                 "group-tokens where they are those of all ranks together"
             )
         if layout is None and time is None:
-            notes += doubt_of_time(reader.latency)
-        notes += _beside(table, layout, counted, counts, repeats)
-        notes += [*(shared_experts(table, top_k) if counted is not Unit.ASSIGNMENTS else []), *doubts(profile)]
+            said += doubt_of_time(reader.latency)
+        notes += [*said, *_beside(reader, layout, counted, top_k, repeats), *doubts(profile)]
     return profile
-
-
-def _beside(table: Table, layout: Layout | None, counted: Unit, load: str, read_over: list[str]) -> list[str]:
-    """Sentences on what columns besides those read say of all rows."""
-    if layout not in (None, BENCHMARK_MOE, AITER, AITER_EP):
-        return []
-    ranks = [plain(name) for name in matching(table, EP)] if counted is Unit.TOKENS else []
-    found = beside(table, read_over, counted is Unit.GROUP_TOKENS, ranks)
-    return found if layout else [*found, *doubts_of_load(table, load)]
 
 
 @dataclass
@@ -226,6 +217,19 @@ class _Reader:
                 )
 
 
+def _beside(reader: _Reader, layout: Layout | None, counted: Unit, top_k: int | None, over: list[str]) -> list[str]:
+    """Sentences on what columns besides those read say of all rows."""
+    if layout not in (None, BENCHMARK_MOE, AITER, AITER_EP):
+        return []
+    table, of_group = reader.table, counted is Unit.GROUP_TOKENS
+    ranks = [plain(name) for name in matching(table, EP)] if counted is Unit.TOKENS else []
+    found = beside(table, over, of_group, ranks)
+    if reader.active is not None and of_group:
+        found.append(f"{reader.active} taken for those of one rank, not of the group")
+    found += shared_experts(table, top_k) if counted is not Unit.ASSIGNMENTS else []
+    return found if layout else [*found, *doubts_of_load(table, reader.load)]
+
+
 def _check_assignments(reader: _Reader) -> None:
     """Refuse tokens that make other assignments than the table says beside them."""
     for column in named(reader.table, ("assignments",)):
@@ -237,6 +241,16 @@ def _check_assignments(reader: _Reader) -> None:
                 raise InputError(
                     where, row.cells[column], f"the {load:g} that {reader.load} makes", "wrong --top-k or --ep?"
                 )
+
+
+def _check_active(reader: _Reader, most: int | None) -> None:
+    """Refuse more active experts than there are on the device: they are those of all ranks."""
+    for row in reader.table.rows if reader.active is not None and most is not None else []:
+        active = whole(reader.table, row, str(reader.active), largest=LARGEST_LOAD)
+        if active > (most or 0):
+            where = f"{reader.table.path} {row.where}, {reader.active}"
+            hint = f"those of all ranks? to read over them: --repeat-column '{reader.active}'"
+            raise InputError(where, active, f"at most the {most} experts on the device", hint)
 
 
 def _time(table: Table, layout: Layout | None, asked: str | None) -> tuple[str, float]:

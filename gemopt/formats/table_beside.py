@@ -45,6 +45,8 @@ GROUPS = (
 )  # fmt: skip
 EXCHANGED = {"comm", "communication", "a2a", "alltoall", "all2all", "dispatch", "dispatcher", "exchange"}
 """Words of columns that say with or by what tokens were exchanged."""
+NETWORKS = {"interconnect", "nvlink", "rdma", "network"}
+"""Words of columns that say how much was, at which rate."""
 
 
 def refuse_other_units(table: Table, time: str, scale: float) -> None:
@@ -136,8 +138,8 @@ def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Coll
 def _exchanged(table: Table, read_over: Collection[str]) -> list[str]:
     """Sentences on columns that say that tokens were exchanged, whose time may be in that of the layer."""
     notes = []
-    for name in (each for each in table.header if words(each) & EXCHANGED and each not in read_over):
-        found = next((value for value in values(table.rows, name) if value.lower() not in NO), "")
-        if found and (found == "1" or not is_numeric(table.rows, name)):
+    for name in (each for each in table.header if words(each) & (EXCHANGED | NETWORKS) and each not in read_over):
+        found = next((value for value in reversed(values(table.rows, name)) if value.lower() not in NO), "")
+        if found and (found == "1" or not is_numeric(table.rows, name) or words(name) & NETWORKS):
             notes.append(f"{name} is {found}: are times without the exchange of tokens? a topology adds that")
     return notes

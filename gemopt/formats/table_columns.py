@@ -58,6 +58,8 @@ TIME_UNITS = {
 SAVED_INDEX = {"", "unnamed_0", "index_level_0"}  # as pandas names its numbers of the rows
 INDEX = {*SAVED_INDEX, "index", "row", "row_id", "no", "id", "idx"}
 MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d.*)?", re.ASCII)
+RATE = re.compile(r"/ ?s(?:ec(?:ond)?)?\b")  # GB/s, tok/s
+RESULT = re.compile(r"[-+*~<]?\d+\.\d.*")  # perhaps with a note: 261.1 (1.02x)
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 SHOWN = 4
 LoadOf = Callable[[Row], tuple[float, ...]]
@@ -155,8 +157,8 @@ def refuse_mixtures(
         return
     kinds = "; ".join(f"{name}: {listed(values(table.rows, name))}" for name in mixed)
     a, b = _clash([*devices, table], mixed, load_of)
-    told = {name: values(table.rows, name) for name in mixed if "--repeat" in else_say and is_numeric(table.rows, name)}
-    results = [name for name, each in told.items() if len(each) == len(table.rows) and any("." in one for one in each)]
+    told = {name: values(table.rows, name) for name in mixed if "--repeat" in else_say}
+    results = [name for name, each in told.items() if len(each) == len(table.rows) and _are_results(each)]
     warm = {"1", "true", "yes"}
     told_by = {name: (b if "warmup" in words(name) and a.cells[name].lower() in warm else a) for name in mixed}
     choice = [f"--where {quote(f'{name}={row.cells[name]}')}" for name, row in told_by.items() if name not in results]
@@ -169,6 +171,11 @@ def refuse_mixtures(
         f"one curve needs rows of one kind: {kinds}",
         hint,
     )
+
+
+def _are_results(found: Sequence[str]) -> bool:
+    """Whether cells are numbers with fractions, perhaps with a note."""
+    return any(map(RESULT.fullmatch, found)) and all(each[:1].isdigit() or each[:1] in "-+*~<" for each in found)
 
 
 def _clash(groups: Sequence[Table], mixed: list[str], load_of: LoadOf) -> tuple[Row, Row]:
@@ -200,7 +207,7 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
         )
     if _swept(name, rows, load_of):
         return False
-    result = parts & RESULTS or ("per" in parts and parts & {"s", *SECONDS})
+    result = parts & RESULTS or ("per" in parts and parts & {"s", *SECONDS}) or RATE.search(name.lower())
     if (result and is_numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
         return True
     if unit_of(name) or all(MOMENT.fullmatch(value) for value in values(rows, name)):

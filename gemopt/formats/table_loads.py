@@ -16,6 +16,9 @@ LOCAL_EXPERTS = re.compile(r"(?:(?:num|n)_)?(?:local_(?:num_)?experts|experts_(?
 TOP_K = re.compile(
     r"(?:(?:num|n|moe|router)_)*(?:top_?k|(?:(?:selected|active|activated|routed)_)?experts_per_tok(?:en)?)"
 )
+ACTIVE = re.compile(
+    r"(?:(?:num|n)_)?(?:(?:active|activated|unique|distinct|hit|used|touched)_experts|experts_(?:active|activated|hit|used))"
+)
 EP = re.compile(r"(?:moe_)?(?:ep|expert_(?:model_)?parallel)(?:_(?:size|degree|world_size))?")
 LARGEST_LOAD = 2.0**31 - 1  # as in a profile
 BATCHES = {"batch", "bs", "seqs", "sequences", "requests", "concurrency", "users"}
@@ -76,7 +79,7 @@ def _refuse_other_loads(table: Table, load: str, of_group: bool) -> None:
 
 def _of_one_rank(load: str) -> bool:
     parts = words(load)
-    return bool(parts & ONE_RANK) and bool(parts & {"per", "local"})
+    return bool(parts & ONE_RANK) and (bool(parts & {"per", "local"}) or "/" in load)  # tok/rank
 
 
 def refuse_tokens_of_a_rank(table: Table, load: str) -> None:
@@ -185,6 +188,14 @@ def _parts(table: Table) -> int:
     local = given("", None, table, LOCAL_EXPERTS) or 0
     every = local and (given("", None, table, EXPERTS) or 0)
     return every // local if local and every % local == 0 else 0
+
+
+def experts_of_a_rank(table: Table, unit: Unit, ep: int | None) -> int | None:
+    """How many experts are on the device, where the table and `ep` tell."""
+    local = given("", None, table, LOCAL_EXPERTS)
+    every = given("", None, table, EXPERTS)
+    ranks = given("", ep, table, EP) if unit is Unit.GROUP_TOKENS else 1
+    return local or (every // ranks if every and ranks and every % ranks == 0 else None)
 
 
 def given(option: str, value: int | None, table: Table, names: re.Pattern[str]) -> int | None:
