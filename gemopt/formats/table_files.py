@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,11 @@ LEFT_OUT = re.compile(r"[\s,;|\u2502\u2506]*(?:\.{2,3}|\u2026)[\s.,;|\u2026\u250
 GROUPED = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 UNPACKED = 1 << 31
-PACKED = {b"\x1f\x8b": (".gz", gzip.open), b"BZh": (".bz2", bz2.open), b"\xfd7zXZ\0": (".xz", lzma.open)}
+PACKED: dict[bytes, tuple[str, Callable[[io.BytesIO], Any]]] = {
+    b"\x1f\x8b": (".gz", gzip.open),
+    b"BZh": (".bz2", bz2.open),
+    b"\xfd7zXZ\0": (".xz", lzma.open),
+}
 BINARY = {
     b"PK\x03\x04": ("an archive, as Excel's workbooks are", "save it as CSV"),
     b"\xd0\xcf\x11\xe0": ("a workbook of Excel", "save it as CSV"),
@@ -124,17 +129,18 @@ def whole(table: Table, row: Row, column: str, *, largest: float) -> int:
 
 
 def _unpacked(path: str, data: bytes) -> bytes:
-    suffix, opened = next((kind for start, kind in PACKED.items() if data.startswith(start)), ("", None))
-    if opened is None:
+    found = next((kind for start, kind in PACKED.items() if data.startswith(start)), None)
+    if found is None:
         return data
+    suffix, opened = found
     try:
         with opened(io.BytesIO(data)) as stream:
-            found = stream.read(UNPACKED + 1)
+            unpacked = stream.read(UNPACKED + 1)
     except (OSError, EOFError, zlib.error, lzma.LZMAError):
         raise InputError(path, "a packed file that is cut", f"a complete {suffix} file") from None
-    if len(found) > UNPACKED:
+    if len(unpacked) > UNPACKED:
         raise InputError(path, "a larger file", f"at most {UNPACKED} bytes when unpacked")
-    return bytes(found)
+    return bytes(unpacked)
 
 
 def _decoded(path: str, data: bytes) -> str:
