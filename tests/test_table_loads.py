@@ -36,6 +36,15 @@ def test_a_load_of_one_rank_or_of_all_by_its_name(tmp_path: Path, load: str, uni
     assert f"--load-column: got {load}; {said}" in one_line(error)
 
 
+def test_units_may_be_named_by_a_text(tmp_path: Path) -> None:
+    path = table(tmp_path, "tokens,time_us")
+    assert read_table(path, unit="group-tokens", top_k=8, ep=4) == read_table(
+        path, unit=Unit.GROUP_TOKENS, top_k=8, ep=4
+    )
+    with pytest.raises(InputError, match="--unit: got token; one of assignments, tokens, group-tokens"):
+        read_table(path, unit="token", top_k=8)
+
+
 def test_ranks_that_send_alike_get_what_they_send(tmp_path: Path) -> None:
     """As many tokens on each of 8 ranks, 8 experts each: 8 n 8 / 8 assignments on a rank, though it has 32 of 256."""
     path = table(tmp_path, "tokens_per_rank,time_us,num_experts,num_local_experts", ",256,32")

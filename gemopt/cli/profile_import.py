@@ -57,18 +57,15 @@ def import_table(
     as_json: AsJson = False,
 ) -> None:
     """Turn a kernel table into a profile, or into a cluster of equal or differing devices."""
-    from gemopt.exceptions import InputError
     from gemopt.formats.fleet import check_drawn, serving
-    from gemopt.formats.kernel_table import Unit, read_table
+    from gemopt.formats.kernel_table import read_table
 
     check_outputs(("--output", output, "profile"), read=[("the table", table), ("--speeds", speeds)])
-    if unit is not None and unit not in list(Unit):
-        raise InputError("--unit", unit, f"one of {', '.join(Unit)}")
     check_drawn(speeds, fleet, memory_fleet, seed)
     notes: list[str] = []
     profile = read_table(
         table,
-        unit=None if unit is None else Unit(unit),
+        unit=unit,
         top_k=top_k,
         ep=ep,
         where=where or (),

@@ -42,6 +42,7 @@ from gemopt.formats.table_kinds import (
     Layout,
     Unit,
     kernel,
+    named_unit,
     refuse_fused,
     refuse_skewed,
     settled,
@@ -75,7 +76,7 @@ MANYFOLD = 0.5  # of the median: half of the repeats of a load lie further from 
 def read_table(
     path: str | os.PathLike[str],
     *,
-    unit: Unit | None = None,
+    unit: Unit | str | None = None,
     top_k: int | None = None,
     ep: int | None = None,
     where: Sequence[str] = (),
@@ -112,6 +113,7 @@ def read_table(
     InputError
         Naming the file, the line and the column that is wrong.
     """
+    unit = named_unit(unit)
     if top_k is not None and top_k < 1:
         raise InputError("--top-k", top_k, "the experts per token, at least 1")
     with telling("a table of times", path):

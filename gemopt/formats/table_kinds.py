@@ -25,6 +25,13 @@ class Unit(StrEnum):
     GROUP_TOKENS = "group-tokens"
 
 
+def named_unit(name: str | None) -> Unit | None:
+    """The unit of that name; `InputError` where there is none."""
+    if name is not None and name not in list(Unit):
+        raise InputError("--unit", name, f"one of {', '.join(Unit)}")
+    return None if name is None else Unit(name)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A known kind of table: how it is told (`header`), its columns, what they count, and which are results.

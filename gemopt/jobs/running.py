@@ -17,7 +17,7 @@ from gemopt.formats.approximate import approximate
 from gemopt.formats.engine import Export, TraceOptions, WriteOptions
 from gemopt.formats.fleet import check_drawn, serving, slow_down
 from gemopt.formats.importing import import_traces
-from gemopt.formats.kernel_table import Unit, read_table
+from gemopt.formats.kernel_table import read_table
 from gemopt.formats.layers import parse_layers
 from gemopt.formats.registry import canonical, check_draft, export, get
 from gemopt.jobs.document import ExportTo, Job, Kubernetes, RecordedSource, TableSource
@@ -156,8 +156,7 @@ def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     if isinstance(source, Path):
         return Profile.load(source)
     check_drawn(source.speeds, source.fleet, source.memory_fleet, source.seed, "profile.{}".format)
-    unit = None if source.unit is None else Unit(source.unit)
-    found = read_table(source.table, unit=unit, top_k=source.top_k, ep=source.ep, where=source.where,
+    found = read_table(source.table, unit=source.unit, top_k=source.top_k, ep=source.ep, where=source.where,
                        load=source.load_column, time=source.time_column, device=source.device_column,
                        repeat=source.repeat_column, notes=notes)  # fmt: skip
     fields = ("device", "speeds", "fleet", "memory_fleet", "ranks", "seed")
