@@ -220,3 +220,17 @@ def test_ranks_that_are_numbered_anew_are_said(tmp_path: Path) -> None:
     assert not any("anew" in each for each in notes)
     assert len(read_table(path, where=["rank=1", "rank=3"], notes=notes).devices) == 2
     assert "rank 1, 3 of the table: numbered anew from 0" in notes
+
+
+def test_merged_cells_are_to_be_filled(tmp_path: Path) -> None:
+    """As spreadsheets and Markdown leave them: the row that was offered was one of three."""
+    path = written(tmp_path, "dtype,tokens,us\nbf16,1,5\n,2,6\n,4,7\nfp8,1,3\n,2,4\n,4,5\n")
+    with pytest.raises(InputError, match="rows that differ in dtype"):
+        read_table(path)
+    with pytest.raises(InputError, match="dtype: got bf16, fp8; a value in every row: 4 are empty; merged cells"):
+        read_table(path, where=["dtype=bf16"])
+    with pytest.raises(InputError, match=r"line 3, tokens: got nothing; .*merged cells"):
+        read_table(written(tmp_path, "tokens,run,us\n1,0,5\n,1,6\n2,0,7\n,1,8\n"))
+    tagged = "tag,tokens,us\n,1,5\nslow,1,9\n,2,6\nslow,2,9\n"
+    assert loads(read_table(written(tmp_path, tagged), where=["tag="])) == [(1, None, 5), (2, None, 6)]
+    assert loads(read_table(written(tmp_path, tagged), where=["tag=slow"])) == [(1, None, 9), (2, None, 9)]

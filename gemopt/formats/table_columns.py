@@ -110,7 +110,8 @@ def chosen_rows(table: Table, where: Sequence[str]) -> Table:
         column, equals, value = (part.strip() for part in text.partition("="))
         if not equals:
             raise InputError("--where", text, "COLUMN=VALUE")
-        wanted[known(table, column, "--where")].append(value)
+        _refuse_merged(table, known(table, column, "--where"))
+        wanted[column].append(value)
     rows = table.rows
     for column, allowed in wanted.items():
         kept = [row for row in rows if any(_same(row.cells[column], value) for value in allowed)]
@@ -119,6 +120,15 @@ def chosen_rows(table: Table, where: Sequence[str]) -> Table:
             raise InputError("--where", f"{column}={' or '.join(allowed)}", limit, "as the rows chosen before have it")
         rows = kept
     return Table(table.path, table.header, rows)
+
+
+def _refuse_merged(table: Table, column: str) -> None:
+    """Raise where a column names each kind once, and leaves the rows below empty: those would not be chosen."""
+    cells = [row.cells[column] for row in table.rows]
+    told = [cell for cell in cells if cell]
+    if cells[0] and len(told) == len(set(told)) and 2 * len(told) <= len(cells):
+        limit = f"a value in every row: {len(cells) - len(told)} are empty"
+        raise InputError(f"{table.path}, {column}", listed(told), limit, "merged cells? fill them down")
 
 
 def _same(cell: str, value: str) -> bool:

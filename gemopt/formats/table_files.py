@@ -106,6 +106,8 @@ def _mended(cell: str, column: str) -> str:
         return "a dot before decimals, and nothing between thousands"
     if re.match(r"[-+]?[\d.]+\s*[^\d\s.]", cell):
         return "the number alone, without its unit or a note"
+    if not cell:
+        return "merged cells? fill them down; a failed run? leave the row out"
     return "a failed run, or a row of units? leave it out" if not re.search(r"\d", cell) else ""
 
 
