@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,6 +212,32 @@ def _beside(device: Device, other: Device) -> tuple[NDArray[np.float64], NDArray
     loads = np.union1d(ours, theirs)
     loads = loads[(loads >= max(ours[0], theirs[0])) & (loads <= min(ours[-1], theirs[-1]))]
     return loads, np.interp(loads, ours, our_us) / np.interp(loads, theirs, their_us)
+
+
+class Network(Protocol):
+    """What traces tell of a network."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a layer."""
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts per token, where they are known."""
+
+
+def other_network(profile: Profile, of: Network) -> list[str]:
+    """A sentence where the latencies were measured for other experts than those of a network, as far as both say."""
+    model = profile.model
+    active = max((sample.active_experts or 0 for each in profile.devices for sample in each.samples), default=0)
+    differ = [
+        f"{name}: {theirs}, not {ours}"
+        for name, theirs, ours in (("experts", model.num_experts, of.num_experts), ("top-k", model.top_k, of.top_k))
+        if theirs and ours and theirs != ours
+    ]
+    if active > of.num_experts:
+        differ.append(f"up to {active} active experts, of {of.num_experts}")
+    return [f"the profile was measured for another network than the traces ({'; '.join(differ)})"] if differ else []
 
 
 def unit_doubt(profile: Profile) -> str:

@@ -75,11 +75,12 @@ def advise_command(
         raise InputError("--plot", str(plot), "the map needs the sweep", "leave --no-sweep out")
     if not 0 <= memory <= 1e6:
         raise InputError("--memory", memory, "GB from 0 to 1e6")
-    measured = Profile.load(profile)
+    measured, chosen = Profile.load(profile), options.load_traces(traces, task, phase, hidden)
+    options.note_other_network(measured, chosen)
     with shown("replays", hidden=as_json) as progress:
         advice = advise(
             measured,
-            options.load_traces(traces, task, phase, hidden),
+            chosen,
             horizon=horizon,
             memory_bytes=memory * 1e9,
             model=model,

@@ -96,16 +96,19 @@ def compare_command(
         del asked["topology"], asked["exchange"]
         with options.whole_or_nothing(threads):
             chosen, found_by = options.load_traces(traces, task, phase), names if solvers else []
-            return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
+            options.note_other_network(measured := Profile.load(profile), chosen)
+            return _front(measured, chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
                           cost=cost, expert_bytes=expert_bytes, **asked)  # fmt: skip
     links.doubt(topology)
+    measured, loaded = Profile.load(profile), options.load_traces(traces, task, phase)
+    options.note_other_network(measured, loaded)
     with (
         options.whole_or_nothing(threads),
         shown("solvers", total=len(names), limit_s=time_limit * len(names), hidden=as_json) as progress,
     ):
         rows = compare(
-            Profile.load(profile),
-            options.load_traces(traces, task, phase),
+            measured,
+            loaded,
             solvers=names,
             holdout=holdout,
             cost=cost,

@@ -171,6 +171,15 @@ def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | 
     return select_steps(loaded if hidden is None else with_hidden(loaded, hidden), task, phase)
 
 
+def note_other_network(profile: Profile, traces: Traces) -> None:
+    """Say where the profile was measured for another network than that of the traces."""
+    from gemopt.cli.app import notice
+    from gemopt.profile import other_network
+
+    for each in other_network(profile, traces):
+        notice(f"note: {each}")
+
+
 def select_steps(traces: Traces, task: str | None, phase: str | None) -> Traces:
     """The steps of a task and a phase."""
     from gemopt.traces import Phase

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemopt.cli.app import app, examples, print_json, say, typed
+from gemopt.cli.app import app, examples, notice, print_json, say, typed
 from gemopt.cli.options import AsJson, PhaseName, SendersName, Task, select_steps
 from gemopt.cli.outputs import check_outputs
 
@@ -41,16 +41,19 @@ def report_command(
     as_json: AsJson = False,
 ) -> int:
     """One self-contained page about a placement: what it gains, what is proven, who waits for whom."""
+    from gemopt.profile import Profile, other_network
     from gemopt.report import report
 
     check_outputs(("--output", output, ""))
+    measured, notes = Profile.load(profile), set[str]()
 
     def choose(given: Traces) -> Traces:
+        notes.update(other_network(measured, given))
         return select_steps(given, task, phase)
 
     made = report(
         answer,
-        profile,
+        measured,
         traces,
         baseline=baseline,
         holdout=holdout,
@@ -61,6 +64,8 @@ def report_command(
         command=typed(),
     )
     made.save(output)
+    for note in notes:
+        notice(f"note: {note}")
     if as_json:
         left_out = {each.name: each.text for each in made.sections if each.figure is None}
         print_json({"headline": made.headline, "key_figures": made.key_figures, "output": str(output),

@@ -197,6 +197,7 @@ def evaluate_command(
 
     chosen = options.load_traces(traces, task, phase)
     measured = Profile.load(profile)
+    options.note_other_network(measured, chosen)
     model, _ = fit(measured, model=cost)
     loaded = Placement.load(placement)
     if None not in (loaded.model, chosen.model) and bare(str(loaded.model)) != bare(str(chosen.model)):

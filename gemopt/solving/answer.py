@@ -15,7 +15,7 @@ from gemopt.link_doubts import doubts
 from gemopt.links_report import BytesSaved, LinksReport
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
-from gemopt.profile import Profile, unit_doubt
+from gemopt.profile import Profile, other_network, unit_doubt
 from gemopt.result import (
     OPTIMALITY_TOLERANCE,
     Ceiling,
@@ -98,7 +98,7 @@ def answer(
         cost=cost.name,
         cost_error=None if report is None or np.isnan(report.error) else report.error,
         cost_summary="" if report is None else report.summary(),
-        notes=[*_notes(run, per_layer), *_division(moving), *_other_network(profile, traces), *_wires(run, profile)],
+        notes=[*_notes(run, per_layer), *_division(moving), *other_network(profile, traces), *_wires(run, profile)],
         moves=report_of_moves,
         links=_links(run, scored),
         origin=made,
@@ -121,16 +121,6 @@ def _placement(
         model=traces.model or profile.model.name,
         device_uuids=profile.device_uuids if any(profile.device_uuids) else None,
     )
-
-
-def _other_network(profile: Profile, traces: Traces) -> list[str]:
-    """That the latencies were measured for other experts than the traces are of, where both say so."""
-    model = profile.model
-    pairs = {"experts": (model.num_experts, traces.num_experts), "top-k": (model.top_k, traces.top_k)}
-    differ = [
-        f"{name}: {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs and ours and theirs != ours
-    ]
-    return [f"the profile was measured for another network than the traces ({'; '.join(differ)})"] if differ else []
 
 
 def _wires(run: Run, profile: Profile) -> list[str]:
