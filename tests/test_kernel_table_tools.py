@@ -297,3 +297,14 @@ def test_results_with_notes_are_offered_as_such(tmp_path: Path) -> None:
     assert loads(read_table(path, **of_rank, repeat=["nvfp4"]))[0] == (48, None, 260.1)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="--load-column: got tok/rank; the tokens of all ranks together"):
         read_table(path, **{**of_rank, "unit": Unit.GROUP_TOKENS, "ep": 8})  # type: ignore[arg-type]
+
+
+def test_changes_in_percent_are_results(tmp_path: Path) -> None:
+    """As kernels are compared where they are tuned."""
+    rows = "| 1 | 25.07 | 24.68 | -1.6% |\n| 8 | 133.91 | 135.46 | **+1.2%** |\n| 16 | 242 | 241.8 | -0.1% |\n"
+    path = written(tmp_path, f"| Batch | Default (us) | Tuned (us) | Delta |\n|---|---|---|---|\n{rows}")
+    found = read_table(path, load="Batch", unit=Unit.TOKENS, top_k=8, time="Tuned (us)")
+    assert loads(found) == [(8, None, 24.68), (64, None, 135.46), (128, None, 241.8)]
+    caps = "".join(f"{n},{cap}%,{n}\n" for n in (8, 16) for cap in (50, 80))
+    with pytest.raises(InputError, match="rows that differ in cap"):
+        read_table(written(tmp_path, f"assignments,cap,us\n{caps}"))

@@ -59,6 +59,7 @@ SAVED_INDEX = {"", "unnamed_0", "index_level_0"}  # as pandas names its numbers 
 INDEX = {*SAVED_INDEX, "index", "row", "row_id", "no", "id", "idx"}
 MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d.*)?", re.ASCII)
 RATE = re.compile(r"/ ?s(?:ec(?:ond)?)?\b")  # GB/s, tok/s
+SHARE = re.compile(r"([-+\u2212])?\d+(\.\d+)? ?[%x\u00d7]")  # -1.6 %, 1.31x
 RESULT = re.compile(r"[-+*~<]?\d+\.\d.*")  # perhaps with a note: 261.1 (1.02x)
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 SHOWN = 4
@@ -183,6 +184,12 @@ def refuse_mixtures(
     )
 
 
+def _are_shares(found: Sequence[str]) -> bool:
+    """Whether cells are percentages or factors that were measured, mostly signed or with fractions."""
+    parts = [SHARE.fullmatch(each) for each in found]
+    return all(parts) and 2 * sum(bool(part and (part[1] or part[2])) for part in parts) > len(parts)
+
+
 def _are_results(found: Sequence[str]) -> bool:
     """Whether cells are numbers with fractions, perhaps with a note."""
     return any(map(RESULT.fullmatch, found)) and all(each[:1].isdigit() or each[:1] in "-+*~<" for each in found)
@@ -220,7 +227,7 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
     result = parts & RESULTS or ("per" in parts and parts & {"s", *SECONDS}) or RATE.search(name.lower())
     if (result and is_numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
         return True
-    if unit_of(name) or all(MOMENT.fullmatch(value) for value in values(rows, name)):
+    if unit_of(name) or _are_shares(values(rows, name)) or all(MOMENT.fullmatch(value) for value in values(rows, name)):
         return True
     if name in tuned:
         return not _differs_within_a_load(name, devices, load_of)
