@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_inputs import gemopt, traces
 from kernel_tables import loads, written
 from one_liners import one_line
 
@@ -146,3 +147,16 @@ def test_experts_that_were_active_on_all_ranks_are_refused(tmp_path: Path) -> No
         read_table(path, **group)
     assert loads(read_table(path, **group, repeat=["active_experts"])) == [(64, None, 114.0), (128, None, 178.0)]
     assert loads(read_table(path, unit=Unit.TOKENS, top_k=8))[1] == (1024, 100, 178.0)
+
+
+def test_a_job_names_its_keys_where_the_command_names_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    table(tmp_path, "tokens,time_us")
+    (tmp_path / "job.json").write_text(
+        '{"profile": {"table": "table.csv", "top_k": 8, "ranks": 2}, "traces": "t.safetensors", "output": "o"}'
+    )
+    traces().save("t.safetensors")
+    code, _, err = gemopt(capsys, "run", "job.json")
+    assert code == 2 and "gemopt: profile.unit: got nothing; " in err and "give profile.unit tokens" in err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from gemopt.result import Result
 from gemopt.solve import solve
 from gemopt.traces import Phase, Traces
 
+OPTION = re.compile(r"--(unit|top-k|ep|where|(?:load|time|device|repeat)-column)\b")
 EXISTS = ("a folder that does not exist yet", "give another with -o")
 
 
@@ -152,13 +154,23 @@ def _file(wanted: ExportTo) -> str:
     return wanted.file or f"{canonical(wanted.engine)}{suffix}"
 
 
+def _key(option: re.Match[str]) -> str:
+    return f"profile.{option[1].replace('-', '_')}"
+
+
 def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     if isinstance(source, Path):
         return Profile.load(source)
     check_drawn(source.speeds, source.fleet, source.memory_fleet, source.seed, "profile.{}".format)
-    found = read_table(source.table, unit=source.unit, top_k=source.top_k, ep=source.ep, where=source.where,
-                       load=source.load_column, time=source.time_column, device=source.device_column,
-                       repeat=source.repeat_column, notes=notes)  # fmt: skip
+    said: list[str] = []
+    try:
+        found = read_table(source.table, unit=source.unit, top_k=source.top_k, ep=source.ep, where=source.where,
+                           load=source.load_column, time=source.time_column, device=source.device_column,
+                           repeat=source.repeat_column, notes=said)  # fmt: skip
+    except InputError as error:
+        texts = (OPTION.sub(_key, text) for text in (error.limit, error.hint))
+        raise InputError(OPTION.sub(_key, error.field), error.value, *texts) from None
+    notes += [OPTION.sub(_key, each) for each in said]
     fields = ("device", "speeds", "fleet", "memory_fleet", "ranks", "seed")
     found = serving(found, notes=notes, **{name: getattr(source, name) for name in fields})
     for rank, factor in source.slower.items():
