@@ -138,49 +138,6 @@ def test_times_of_several_gpus_are_named(tmp_path: Path, column: str, said: str)
     assert len(notes) == 1
 
 
-@pytest.mark.parametrize("column", ["latency_microsec", "time_usecs", "time (microsecond)", "us"])
-def test_more_spellings_of_microseconds(tmp_path: Path, column: str) -> None:
-    assert loads(read_table(table(tmp_path, f"assignments,{column}", ""))) == [(n, None, 50.0 + n) for n in NS]
-
-
-def test_nsys_summaries_give_the_median_of_a_run(tmp_path: Path) -> None:
-    header = "assignments,Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name\n"
-    rows = "".join(f"{n},60.1,{(50 + n) * 1e5},100,{(51 + n) * 1e3},{(50 + n) * 1e3},1,9e9,1,moe\n" for n in NS)
-    notes: list[str] = []
-    path = written(tmp_path, header + rows)
-    assert loads(read_table(path, notes=notes)) == [(n, None, 50.0 + n) for n in NS]
-    assert notes == ["means over Instances, it seems: of a kernel or of a whole layer, which may launch several?"]
-
-
-def test_times_of_all_layers_of_llama_bench_are_refused(tmp_path: Path) -> None:
-    text = "n_gpu_layers,n_prompt,test_time,avg_ns\n"
-    text += "".join(f"99,{n},2026-01-01T00:00:{n:02}Z,{1000 * n}\n" for n in NS)
-    with pytest.raises(InputError, match="avg_ns beside n_gpu_layers 99"):
-        read_table(written(tmp_path, text), load="n_prompt", unit=Unit.TOKENS, top_k=8)
-
-
-def test_hints_name_the_unit_of_a_column_for_each_device(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="'latency_ms_rank1:ms'"):
-        read_table(written(tmp_path, "assignments,latency_ms_rank1,latency_ms_rank2\n1,5,6\n"))
-
-
-@pytest.mark.parametrize("rows", ["8,50\n8,500\n", "8,50\n8,51\n8,49\n8,500\n8,510\n8,505\n", "8,50\n8,5000\n16,60\n"])
-def test_times_of_one_load_that_differ_manyfold_are_refused(tmp_path: Path, rows: str) -> None:
-    path = written(tmp_path, f"assignments,time_us\n{rows}")
-    with pytest.raises(InputError) as error:
-        read_table(path)
-    assert "for one load; repeats that agree within threefold" in one_line(error)
-    assert "--repeat-column 'time_us'" in one_line(error)
-    times = sorted(float(line.split(",")[1]) for line in rows.splitlines() if line.startswith("8,"))
-    median = (times[len(times) // 2 - 1] + times[len(times) // 2]) / 2
-    assert loads(read_table(path, repeat=["time_us"]))[0] == (8, None, median)
-
-
-def test_a_first_run_among_several_does_not_count(tmp_path: Path) -> None:
-    path = written(tmp_path, "assignments,time_us\n8,5000\n8,51\n8,50\n8,52\n")
-    assert loads(read_table(path)) == [(8, None, 51.5)]
-
-
 @pytest.mark.parametrize("text", ["assignments,time_us\r1,50\r2,51\r", "assignments,time_us,,\n1,50,,\n,,,\n2,51,,\n"])
 def test_what_spreadsheets_leave(tmp_path: Path, text: str) -> None:
     path = tmp_path / "table.csv"
@@ -251,13 +208,6 @@ def test_an_exchange_that_may_be_in_the_times_is_named(tmp_path: Path, header: s
     assert named == ([f"{said}: are times without the exchange of tokens? a topology adds that"] if said else [])
 
 
-@pytest.mark.parametrize("name", ["n_layer", "num_layer", "nlayers"])
-def test_times_of_several_layers_by_more_names(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError, match=f"beside {name} 48"):
-        read_table(table(tmp_path, f"assignments,time_us,{name}", ",48"))
-    assert len(read_table(table(tmp_path, f"assignments,time_us,{name}", ",1")).devices[0].samples) == len(NS)
-
-
 @pytest.mark.parametrize(
     ("name", "one"), [("q_len", "1.0"), ("tokens_per_seq", "1"), ("num_spec_tokens", "0"), ("mtp", "False")]
 )
@@ -286,45 +236,6 @@ def test_rows_are_not_chosen_by_their_results(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("0.06,0.6,H 100", "0.06,0.5,H 200"))
     with pytest.raises(InputError, match="choose, as in --where 'gpu model=H 100'; or say what a column is"):
         read_table(path, time="triton:ms")
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("Tuned (us)", True),
-        ("grouped_gemm_us", True),
-        ("\u603b\u8017\u65f6(us)", True),
-        ("latencia m\u00e1xima us", True),
-        ("fused_moe_kernel_us", False),
-        ("avg GPU time (\u00b5s)", False),
-        ("p50_latency_us", False),
-    ],
-)
-def test_a_time_whose_name_says_more_than_is_understood_is_named(tmp_path: Path, name: str, said: bool) -> None:
-    notes: list[str] = []
-    path = table(tmp_path, f"assignments,{name}", "")
-    assert loads(read_table(path, notes=notes)) == [(n, None, 50.0 + n) for n in NS]
-    assert len(notes) == said and all(note.startswith(f"{name} taken for the time of one whole MoE") for note in notes)
-    read_table(path, time=f"{name}:us", notes=notes)
-    assert len(notes) == said  # it was asked for
-
-
-@pytest.mark.parametrize("name", ["p75_us", "p99.9 (us)", "maximum_us", "minimum latency (us)", "tail_us", "max_us"])
-def test_neither_median_nor_mean_is_asked_for(tmp_path: Path, name: str) -> None:
-    path = table(tmp_path, f"assignments,{name}", "")
-    with pytest.raises(InputError) as error:
-        read_table(path)
-    assert f"times {name}; the median or mean of repeats; to take one all the same" in one_line(error)
-    assert loads(read_table(path, time=name))[0] == (1, None, 51.0)
-    path = written(tmp_path, f"assignments,median_us,{name}\n" + "".join(f"{n},{n},{9 * n}\n" for n in NS))
-    assert loads(read_table(path)) == [(n, None, n) for n in NS]
-
-
-@pytest.mark.parametrize("name", ["theoretical_us", "sol_us", "simulated (us)", "cold_us", "estimated_us", "mla_us"])
-def test_times_that_were_not_measured_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputError) as error:
-        read_table(table(tmp_path, f"assignments,{name}", ""))
-    assert "the time of one whole MoE layer; if it is: --time-column" in one_line(error)
 
 
 def test_the_size_of_one_matrix_product_is_named(tmp_path: Path) -> None:
@@ -364,3 +275,24 @@ def test_kinds_of_device_that_became_ranks_are_named(tmp_path: Path, names: tupl
     notes: list[str] = []
     assert read_table(written(tmp_path, f"gpu,assignments,time_us\n{rows}"), notes=notes).num_ranks == 2
     assert notes == ([f"gpu {names[0]}, {names[1]}: one rank each, as of one group"] if said else [])
+
+
+@pytest.mark.parametrize(("name", "told"), [("source", "simulation"), ("method", "Roofline"), ("mode", "estimated")])
+def test_times_that_were_computed_are_refused(tmp_path: Path, name: str, told: str) -> None:
+    path = table(tmp_path, f"assignments,time_us,{name}", f",{told}")
+    with pytest.raises(InputError, match=f"{name}: got {told}; times that were measured; .*--repeat-column '{name}'"):
+        read_table(path)
+    assert loads(read_table(path, repeat=[name])) == [(n, None, 50.0 + n) for n in NS]
+    rows = "".join(f"{n},{n},{told}\n{n},{2 * n},silicon\n" for n in NS)
+    path = written(tmp_path, f"assignments,time_us,{name}\n{rows}")
+    with pytest.raises(InputError, match=f"--where '{name}=silicon'"):
+        read_table(path)
+    assert loads(read_table(path, where=[f"{name}=silicon"])) == [(n, None, 2 * n) for n in NS]
+    assert read_table(table(tmp_path, "assignments,time_us,routing", f",{told}")).num_ranks == 1
+
+
+def test_a_limit_that_was_set_is_no_reading(tmp_path: Path) -> None:
+    path = written(tmp_path, "assignments,power_limit_w,power_w,time_us\n8,700,655.5,5\n16,500,493.1,9\n")
+    with pytest.raises(InputError, match="rows that differ in power_limit_w; "):
+        read_table(path)
+    assert loads(read_table(path, where=["power_limit_w=700"])) == [(8, None, 5)]

@@ -12,7 +12,13 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.foreign import telling
 from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
-from gemopt.formats.table_beside import beside, refuse_failed, refuse_other_units, refuse_skewed_groups
+from gemopt.formats.table_beside import (
+    beside,
+    refuse_failed,
+    refuse_other_units,
+    refuse_skewed_groups,
+    refuse_unmeasured,
+)
 from gemopt.formats.table_columns import (
     HOSTS,
     RANKS,
@@ -125,6 +131,7 @@ def read_table(
     refuse_other_operations(table, varying, read_over={*repeat, *(layout.tuned if layout else ())})
     if layout is None:
         refuse_failed(table, repeat)
+        refuse_unmeasured(table, repeat)
     table = settled(table, layout, load)
     counts = load_column(table, layout, unit, load)
     if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_columns import TIME_UNITS, TIMES, is_numeric, named, plain, unit_of, values, words
+from gemopt.formats.table_columns import TIME_UNITS, TIMES, is_numeric, listed, named, plain, unit_of, values, words
 from gemopt.formats.table_files import Table
 
 UNITS = {"unit", "units", "time_unit", "time_units", "latency_unit", "metric_unit", "metric_units"}
@@ -27,6 +27,15 @@ NO = {"0", "0.0", "false", "no", "n", "none", "nan", "null", "nil", "n/a", "-", 
 WELL = {"ok", "success", "succeeded", "passed", "cudasuccess", "hipsuccess"}
 NO_FAULT = re.compile(r"(no|without)[ _-]*(error|fault|failure)s?")
 FAILED = {"fail", "failed", "failure", "error", "oom", "timeout", "crash", "crashed", "invalid", "skip", "skipped"}
+UNMEASURED = {
+    "simulated", "simulation", "roofline", "estimated", "estimate", "theoretical", "predicted", "projected", "modeled",
+    "interpolated", "extrapolated",
+}  # fmt: skip
+FEW_WORDS = 3
+ORIGINS = {
+    "source", "data_source", "latency_source", "time_source", "kind", "type", "method", "mode", "origin", "provenance",
+    "measurement", "timing", "estimator", "database_mode",
+}  # fmt: skip
 SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", "hotspot"}
 UNEVEN = {"imbalance": 1.0, "skew": 0.0, "skewness": 0.0, "zipf": 0.0, "law": 0.0, "gini": 0.0}  # power_law_alpha
 """Words of columns that tell by a number how unevenly, and that of even loads."""
@@ -92,6 +101,17 @@ def _failed(column: str, cell: str) -> bool:
     if column in STATES:
         return bool(words(told) & FAILED)
     return column in FAULTS and told not in NO and (told in ("1", "true", "yes") or not MEASURED.fullmatch(told))
+
+
+def refuse_unmeasured(table: Table, read_over: Collection[str]) -> None:
+    """Raise where a column says in a word or two that times were computed."""
+    for name in (each for each in table.header if plain(each) in ORIGINS and each not in read_over):
+        told = {value: words(value) for value in values(table.rows, name)}
+        computed = [value for value, parts in told.items() if parts & UNMEASURED and len(parts) <= FEW_WORDS]
+        if computed:
+            others = [value for value in told if value not in computed]
+            hint = f"--where '{name}={others[0]}'" if others else f"if they were: --repeat-column '{name}'"
+            raise InputError(f"{table.path}, {name}", listed(computed), "times that were measured", hint)
 
 
 def refuse_skewed_groups(table: Table, where: Sequence[str]) -> None:

@@ -40,6 +40,7 @@ RESULTS = {
 FLAGS = {"0", "1"}  # a row that failed, and no result
 MOMENTS = {"timestamp", "datetime", "date", "start", "begin", "end", "stop", "ts"}
 STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency"}
+SET = {"limit", "cap", "target", "locked", "max", "application"}  # states that were asked for
 SHAPES = {
     "hidden", "inter", "intermediate", "dim", "experts", "expert", "topk", "k", "n", "tp", "ep", "dp", "pp", "size",
     "heads", "width", "layers", "block", "id",
@@ -233,7 +234,7 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
         return not _differs_within_a_load(name, devices, load_of)
     if parts & STATISTICS and (parts <= STATISTICS or 2 * _fractions(rows, name) > len(values(rows, name))):
         return True
-    if parts & STATES and not _measured(rows, name, load_of):
+    if parts & STATES and not parts & SET and not _measured(rows, name, load_of):
         return not _differs_within_a_load(name, devices, load_of) and 4 * len(values(rows, name)) > len(rows)
     return _measured(rows, name, load_of) or (
         _proportional(name, rows, load_of) and not _differs_within_a_load(name, devices, load_of)

@@ -12,7 +12,6 @@ from gemopt.formats.table_columns import (
     HOSTS,
     RANKS,
     SUMMARIES,
-    UUIDS,
     known,
     listed,
     plain,
@@ -21,6 +20,7 @@ from gemopt.formats.table_columns import (
 )
 from gemopt.formats.table_files import Row, Table
 
+KINDS = {"gpu", "device", "npu", "xpu", "accelerator", "card"}  # columns that may name kinds as well as devices
 MOST_INSIDE = 16  # devices of a node, whose numbers are below
 
 
@@ -75,7 +75,7 @@ def kinds_as_ranks(devices: Sequence[Table], columns: Sequence[str]) -> list[str
     name = columns[-1] if columns else ""
     found = [table.rows[0].cells[name] for table in devices] if name else []
     numbers = [int(part[1]) for each in found if (part := re.fullmatch(r"\D*(\d+)\D*", each, re.ASCII))]
-    if plain(name) in {*RANKS, *HOSTS, *UUIDS, ""} or (len(numbers) == len(found) and max(numbers) < MOST_INSIDE):
+    if plain(name) not in KINDS or (len(numbers) == len(found) and max(numbers) < MOST_INSIDE):
         return []
     return [f"{name} {listed(found)}: one rank each, as of one group"]
 

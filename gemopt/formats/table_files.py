@@ -104,7 +104,7 @@ def _mended(cell: str, column: str) -> str:
         return "the header again: several tables in one file? tell their rows by a column, or import one of them"
     if re.fullmatch(r"[-+]?\d[\d.]*(?:[,' \u00a0\u2009\u202f\u2019][\d.]+)+", cell):
         return "a dot before decimals, and nothing between thousands"
-    if re.match(r"[-+]?[\d.]+\s*[^\d\s.]", cell):
+    if re.match(r"[-+]?[\d.]+\s*[^\d\s.]|[a-zA-Z]+[ _-]?\d+$", cell):
         return "the number alone, without its unit or a note"
     if not cell:
         return "merged cells? fill them down; a failed run? leave the row out"

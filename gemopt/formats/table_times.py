@@ -116,7 +116,7 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
-    likely = sorted(best, key=lambda name: bool(words(name) & (TOTALS | NO_LAYER | NO_TIME)))
+    likely = sorted(best, key=_unlikely)
     raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: {_asking(likely[0])}")
 
 
@@ -126,6 +126,11 @@ def doubt_of_time(name: str) -> list[str]:
     if not foreign and words(name) <= UNDERSTOOD:
         return []
     return [f"{name} taken for the time of one whole MoE layer, in {unit_of(name)}: is it? another: --time-column NAME"]
+
+
+def _unlikely(name: str) -> tuple[bool, bool, bool]:
+    """Sorts times by how hardly they are that of a layer."""
+    return bool(words(name) & (NO_LAYER | NO_TIME)), not words(name) <= UNDERSTOOD, bool(words(name) & TOTALS)
 
 
 def _asking(name: str) -> str:

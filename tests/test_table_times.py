@@ -1,0 +1,113 @@
+"""Which column of a kernel table is the time of a layer, by its name, and which repeats are of one load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from kernel_tables import loads, written
+from one_liners import one_line
+
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import Unit, read_table
+
+NS = (1, 2, 4, 8)
+
+
+def table(folder: Path, header: str, more: str) -> Path:
+    return written(folder, f"{header}\n" + "".join(f"{n},{50 + n}{more}\n" for n in NS))
+
+
+@pytest.mark.parametrize("column", ["latency_microsec", "time_usecs", "time (microsecond)", "us"])
+def test_more_spellings_of_microseconds(tmp_path: Path, column: str) -> None:
+    assert loads(read_table(table(tmp_path, f"assignments,{column}", ""))) == [(n, None, 50.0 + n) for n in NS]
+
+
+def test_nsys_summaries_give_the_median_of_a_run(tmp_path: Path) -> None:
+    header = "assignments,Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name\n"
+    rows = "".join(f"{n},60.1,{(50 + n) * 1e5},100,{(51 + n) * 1e3},{(50 + n) * 1e3},1,9e9,1,moe\n" for n in NS)
+    notes: list[str] = []
+    path = written(tmp_path, header + rows)
+    assert loads(read_table(path, notes=notes)) == [(n, None, 50.0 + n) for n in NS]
+    assert notes == ["means over Instances, it seems: of a kernel or of a whole layer, which may launch several?"]
+
+
+def test_times_of_all_layers_of_llama_bench_are_refused(tmp_path: Path) -> None:
+    text = "n_gpu_layers,n_prompt,test_time,avg_ns\n"
+    text += "".join(f"99,{n},2026-01-01T00:00:{n:02}Z,{1000 * n}\n" for n in NS)
+    with pytest.raises(InputError, match="avg_ns beside n_gpu_layers 99"):
+        read_table(written(tmp_path, text), load="n_prompt", unit=Unit.TOKENS, top_k=8)
+
+
+def test_hints_name_the_unit_of_a_column_for_each_device(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'latency_ms_rank1:ms'"):
+        read_table(written(tmp_path, "assignments,latency_ms_rank1,latency_ms_rank2\n1,5,6\n"))
+
+
+@pytest.mark.parametrize("rows", ["8,50\n8,500\n", "8,50\n8,51\n8,49\n8,500\n8,510\n8,505\n", "8,50\n8,5000\n16,60\n"])
+def test_times_of_one_load_that_differ_manyfold_are_refused(tmp_path: Path, rows: str) -> None:
+    path = written(tmp_path, f"assignments,time_us\n{rows}")
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    assert "for one load; repeats that agree within threefold" in one_line(error)
+    assert "--repeat-column 'time_us'" in one_line(error)
+    times = sorted(float(line.split(",")[1]) for line in rows.splitlines() if line.startswith("8,"))
+    median = (times[len(times) // 2 - 1] + times[len(times) // 2]) / 2
+    assert loads(read_table(path, repeat=["time_us"]))[0] == (8, None, median)
+
+
+def test_a_first_run_among_several_does_not_count(tmp_path: Path) -> None:
+    path = written(tmp_path, "assignments,time_us\n8,5000\n8,51\n8,50\n8,52\n")
+    assert loads(read_table(path)) == [(8, None, 51.5)]
+
+
+@pytest.mark.parametrize("name", ["n_layer", "num_layer", "nlayers"])
+def test_times_of_several_layers_by_more_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=f"beside {name} 48"):
+        read_table(table(tmp_path, f"assignments,time_us,{name}", ",48"))
+    assert len(read_table(table(tmp_path, f"assignments,time_us,{name}", ",1")).devices[0].samples) == len(NS)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Tuned (us)", True),
+        ("grouped_gemm_us", True),
+        ("\u603b\u8017\u65f6(us)", True),
+        ("latencia m\u00e1xima us", True),
+        ("fused_moe_kernel_us", False),
+        ("avg GPU time (\u00b5s)", False),
+        ("p50_latency_us", False),
+    ],
+)
+def test_a_time_whose_name_says_more_than_is_understood_is_named(tmp_path: Path, name: str, said: bool) -> None:
+    notes: list[str] = []
+    path = table(tmp_path, f"assignments,{name}", "")
+    assert loads(read_table(path, notes=notes)) == [(n, None, 50.0 + n) for n in NS]
+    assert len(notes) == said and all(note.startswith(f"{name} taken for the time of one whole MoE") for note in notes)
+    read_table(path, time=f"{name}:us", notes=notes)
+    assert len(notes) == said  # it was asked for
+
+
+@pytest.mark.parametrize("name", ["p75_us", "p99.9 (us)", "maximum_us", "minimum latency (us)", "tail_us", "max_us"])
+def test_neither_median_nor_mean_is_asked_for(tmp_path: Path, name: str) -> None:
+    path = table(tmp_path, f"assignments,{name}", "")
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    assert f"times {name}; the median or mean of repeats; to take one all the same" in one_line(error)
+    assert loads(read_table(path, time=name))[0] == (1, None, 51.0)
+    path = written(tmp_path, f"assignments,median_us,{name}\n" + "".join(f"{n},{n},{9 * n}\n" for n in NS))
+    assert loads(read_table(path)) == [(n, None, n) for n in NS]
+
+
+@pytest.mark.parametrize("name", ["theoretical_us", "sol_us", "simulated (us)", "cold_us", "estimated_us", "mla_us"])
+def test_times_that_were_not_measured_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(table(tmp_path, f"assignments,{name}", ""))
+    assert "the time of one whole MoE layer; if it is: --time-column" in one_line(error)
+
+
+def test_the_likelier_of_several_times_is_offered(tmp_path: Path) -> None:
+    path = table(tmp_path, "assignments,total_us,act_us,gemm1_us", ",5,20")
+    with pytest.raises(InputError, match="say which: --time-column 'total_us'"):
+        read_table(path)
