@@ -216,6 +216,10 @@ PRINTED = {
     "pandas without its index": "   gpu tokens   us\nH100 A      1 10.5\nH100 A     64 12.0\n",
     "ruled off": "  tokens    us\n--------  ----\n       1  10.5\n      64  12\n",
     "ruled off as a whole": "tokens     us\n-------------\n1        10.5\n64       12.0\n",
+    "ruled off thrice": "======  ====\ntokens  us\n======  ====\n1       10.5\n64      12\n======  ====\n",
+    "a drawn box": "\u250f\u2501\u2501\u2533\u2501\u2501\u2513\n\u2503 tokens \u2503 us \u2503\n"
+    "\u2521\u2501\u2501\u2547\u2501\u2501\u2529\n\u2502 1 \u2502 10.5 \u2502\n\u2502 64 \u2502 12 \u2502\n"
+    "\u2514\u2500\u2500\u2534\u2500\u2500\u2518\n",
     "single blanks": "tokens us\n1 10.5\n64 12\n",
     "Excel": "sep=;\ntokens;us\n1;10.5\n64;12\n",
     "comments": "# H100, mine\n#\ntokens,us\n1,10.5\n64,12\n",

@@ -6,6 +6,13 @@ import re
 from itertools import pairwise
 
 RULES = ("--", "==", ":-", "-:")
+BOX = str.maketrans(
+    dict.fromkeys("\u2502\u2503\u2506\u2551", "|")
+    | dict.fromkeys("\u2500\u2501\u254c", "-")
+    | {"\u2550": "="}
+    | {chr(each): "+" for each in (*range(0x250C, 0x254C), *range(0x2552, 0x256D))}
+)
+"""Lines that boxes are drawn with, as those of + - and |."""
 EMPHASIS = re.compile(r"(\*{1,3}|`)(.*)\1")
 Lines = list[tuple[int, list[str]]]
 
@@ -17,11 +24,13 @@ def printed(text: str) -> Lines:
     counts up and has no name. Cells may hold blanks where all end where the words of the header do, as pandas prints
     them. Where cells do not stand below their names, as one may be missing, lines are not parted.
     """
+    text = text.translate(BOX)
     lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     while len(lines) > 1 and lines[0][1].rstrip().endswith(":"):
         del lines[0]
     rule = lines[1][1] if len(lines) > 1 and _is_rule(lines[1][1]) else ""
-    lines = [each for i, each in enumerate(lines) if not (_is_rule(each[1]) and (i < 2 or "+" in each[1]))]
+    drawn = re.compile(r"[^+]*\+.*|[= ]+")
+    lines = [each for i, each in enumerate(lines) if not (_is_rule(each[1]) and (i < 2 or drawn.fullmatch(each[1])))]
     if "|" in text:
         return [(number, _between_bars(line)) for number, line in lines]
     if right := _right_aligned(lines):
