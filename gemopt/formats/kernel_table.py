@@ -14,14 +14,14 @@ from gemopt.foreign import telling
 from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
 from gemopt.formats.table_beside import (
     beside,
-    refuse_failed,
+    refuse_no_measurements,
     refuse_other_units,
     refuse_skewed_groups,
-    refuse_unmeasured,
 )
 from gemopt.formats.table_columns import (
     HOSTS,
     RANKS,
+    REPEATS,
     UUIDS,
     chosen_rows,
     known,
@@ -130,8 +130,7 @@ def read_table(
     varying = [each for each in unsaid if len(values(full.rows, each)) > 1]
     refuse_other_operations(table, varying, read_over={*repeat, *(layout.tuned if layout else ())})
     if layout is None:
-        refuse_failed(table, repeat)
-        refuse_unmeasured(table, repeat)
+        refuse_no_measurements(table, repeat)
     table = settled(table, layout, load)
     counts = load_column(table, layout, unit, load)
     if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:
@@ -169,9 +168,10 @@ def read_table(
                 f"{counts} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
                 "group-tokens where they are those of all ranks together"
             )
+        numbered = bool(repeats) or any(plain(name) in REPEATS for name in table.header)
         if layout is None and time is None:
             said += doubt_of_time(reader.latency)
-        notes += [*said, *_beside(reader, layout, counted, top_k, repeats), *doubts(profile)]
+        notes += [*said, *_beside(reader, layout, counted, top_k, repeats), *doubts(profile, numbered=numbered)]
     return profile
 
 

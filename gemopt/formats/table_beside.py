@@ -79,8 +79,13 @@ def refuse_other_units(table: Table, time: str, scale: float) -> None:
                 raise InputError(f"{table.path} {row.where}, {name}", told, "a time", "choose rows with --where")
 
 
-def refuse_failed(table: Table, read_over: Collection[str]) -> None:
-    """Raise where a column says that a run failed."""
+def refuse_no_measurements(table: Table, read_over: Collection[str]) -> None:
+    """Raise where a column says that a run failed, or that times were computed."""
+    _refuse_failed(table, read_over)
+    _refuse_computed(table, read_over)
+
+
+def _refuse_failed(table: Table, read_over: Collection[str]) -> None:
     for name in (each for each in table.header if each not in read_over):
         if plain(name) == "pass" and set(filter(str.isdigit, values(table.rows, name))) - {"0", "1"}:
             continue  # passes that are numbered
@@ -103,8 +108,7 @@ def _failed(column: str, cell: str) -> bool:
     return column in FAULTS and told not in NO and (told in ("1", "true", "yes") or not MEASURED.fullmatch(told))
 
 
-def refuse_unmeasured(table: Table, read_over: Collection[str]) -> None:
-    """Raise where a column says in a word or two that times were computed."""
+def _refuse_computed(table: Table, read_over: Collection[str]) -> None:
     for name in (each for each in table.header if plain(each) in ORIGINS and each not in read_over):
         told = {value: words(value) for value in values(table.rows, name)}
         computed = [value for value, parts in told.items() if parts & UNMEASURED and len(parts) <= FEW_WORDS]

@@ -12,10 +12,22 @@ APART = 4.0  # times what another device takes
 SHORT = 4  # times as far as another device was measured
 
 
-def doubts(profile: Profile) -> list[str]:
-    """One sentence each on units, repeats that disagree, loads that others would serve faster, devices far apart."""
-    asked = (unit_doubt, _disagreeing, _slow, apart, _short)
+def doubts(profile: Profile, *, numbered: bool) -> list[str]:
+    """One sentence each on units, repeats that disagree, loads that others would serve faster, devices far apart.
+
+    numbered: a column numbers repeats, or was said to; rows of one load that nothing tells apart are named else.
+    """
+    asked = (unit_doubt, _disagreeing, *(() if numbered else (_merged,)), _slow, apart, _short)
     return [found for ask in asked if (found := ask(profile))]
+
+
+def _merged(profile: Profile) -> str:
+    rows = [sample.repeats or 1 for each in profile.devices for sample in each.samples]
+    several = sum(each > 1 for each in rows)
+    if not several or _disagreeing(profile):
+        return ""
+    told = f"{several} of {len(rows)} loads have up to {max(rows)} rows"
+    return f"{told} that no column tells apart: their medians are taken"
 
 
 def _disagreeing(profile: Profile) -> str:
