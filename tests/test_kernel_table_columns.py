@@ -234,3 +234,21 @@ def test_merged_cells_are_to_be_filled(tmp_path: Path) -> None:
     tagged = "tag,tokens,us\n,1,5\nslow,1,9\n,2,6\nslow,2,9\n"
     assert loads(read_table(written(tmp_path, tagged), where=["tag="])) == [(1, None, 5), (2, None, 6)]
     assert loads(read_table(written(tmp_path, tagged), where=["tag=slow"])) == [(1, None, 9), (2, None, 9)]
+
+
+def test_of_columns_that_follow_from_others_few_are_offered(tmp_path: Path) -> None:
+    """As AMD's tables of many networks: the line was of fourteen choices, which leave the same rows."""
+    shapes = ((6144, 512, 257, 9, "glm5"), (6144, 768, 129, 5, "m3"), (7168, 384, 384, 6, "dsv4"))
+    rows = "".join(
+        f"{n},{mode},{','.join(map(str, shape))},{n + at}\n"
+        for shape in shapes
+        for at, mode in enumerate("ab")
+        for n in (8, 16, 32)
+    )
+    path = written(tmp_path, f"assignments,mode,hidden,inter,experts,topk,model,us\n{rows}")
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    told = str(error.value)
+    assert "rows that differ in mode, hidden, inter, experts, topk, model;" in told
+    assert told.count("--where") == 2 and "--where mode=a --where inter=512;" in told and "model: " not in told
+    assert loads(read_table(path, where=["mode=a", "inter=512"])) == [(8, None, 8), (16, None, 16), (32, None, 32)]

@@ -288,6 +288,12 @@ def test_rates_are_results_and_one_between_gpus_tells_an_exchange(tmp_path: Path
     assert notes == ["Interconnect (GB/s) is 499: are times without the exchange of tokens? a topology adds that"]
 
 
+def test_rates_that_were_asked_for_are_no_results(tmp_path: Path) -> None:
+    path = written(tmp_path, "tokens,Requests/s,us\n8,1,50\n16,2,60\n")
+    with pytest.raises(InputError, match="rows that differ in Requests/s"):
+        read_table(path, unit=Unit.TOKENS, top_k=2)
+
+
 def test_results_with_notes_are_offered_as_such(tmp_path: Path) -> None:
     rows = "| 8 | 260.1 | 261.1 (1.00x) |\n| 64 | 327.7 | 334.7 (0.98x) |\n"
     path = written(tmp_path, f"| tok/rank | dg | nvfp4 |\n|---|---|---|\n{rows}")

@@ -167,22 +167,36 @@ def refuse_mixtures(
     mixed = [name for name in mixed if name not in tuned] or mixed  # a kernel follows from the rest
     if not mixed:
         return
-    kinds = "; ".join(f"{name}: {listed(values(table.rows, name))}" for name in mixed)
     a, b = _clash([*devices, table], mixed, load_of)
     told = {name: values(table.rows, name) for name in mixed if "--repeat" in else_say}
     results = [name for name, each in told.items() if len(each) == len(table.rows) and _are_results(each)]
-    warm = {"1", "true", "yes"}
-    told_by = {name: (b if "warmup" in words(name) and a.cells[name].lower() in warm else a) for name in mixed}
-    choice = [f"--where {quote(f'{name}={row.cells[name]}')}" for name, row in told_by.items() if name not in results]
+    warm = any("warmup" in words(name) and a.cells[name].lower() in {"1", "true", "yes"} for name in mixed)
+    like = b if warm else a
+    chosen = _telling(table.rows, [name for name in mixed if name not in results], like)
+    choice = [f"--where {quote(f'{name}={like.cells[name]}')}" for name in chosen]
     hint = f"choose, as in {' '.join(choice)}" if choice else "choose rows with --where"
     hint += else_say.format(quote(mixed[0]) if len(mixed) == 1 else "NAME") if choice else ""
     hint += f"; of results: {' '.join(f'--repeat-column {quote(name)}' for name in results)}" if results else ""
+    shown = [name for name in mixed if name in chosen or len(mixed) <= SHOWN or name in mixed[: SHOWN - len(chosen)]]
+    kinds = "; ".join(f"{name}: {listed(values(table.rows, name))}" for name in shown)
     raise InputError(
         f"{table.path} {a.where} and {b.where}",
         f"rows that differ in {', '.join(mixed)}",
         f"one curve needs rows of one kind: {kinds}",
         hint,
     )
+
+
+def _telling(rows: Sequence[Row], mixed: Sequence[str], like: Row) -> list[str]:
+    """A few columns whose values leave rows that differ from `like` in none of them: others often follow from these."""
+    chosen, left = [], list(mixed)
+    while left:
+        kept = {name: [row for row in rows if row.cells[name] == like.cells[name]] for name in left}
+        rest = {name: [each for each in left if len(values(kept[name], each)) > 1] for name in left}
+        best = min(left, key=lambda name: (len(rest[name]), -len(kept[name])))
+        chosen.append(best)
+        rows, left = kept[best], rest[best]
+    return [name for name in mixed if name in chosen]
 
 
 def _are_shares(found: Sequence[str]) -> bool:
@@ -225,7 +239,8 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
         )
     if _swept(name, rows, load_of):
         return False
-    result = parts & RESULTS or ("per" in parts and parts & {"s", *SECONDS}) or RATE.search(name.lower())
+    rate = RATE.search(name.lower()) and not parts & (SET | {"req", "request", "requests"})  # as they are sent
+    result = rate or parts & RESULTS or ("per" in parts and parts & {"s", *SECONDS})
     if (result and is_numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
         return True
     if unit_of(name) or _are_shares(values(rows, name)) or all(MOMENT.fullmatch(value) for value in values(rows, name)):
