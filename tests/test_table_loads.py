@@ -46,6 +46,31 @@ def test_units_may_be_named_by_a_text(tmp_path: Path) -> None:
         read_table(path, unit="token", top_k=8)
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"ep": 2.5}, "--ep: got 2.5; the ranks of the measured group, at least 1"),
+        ({"ep": True}, "--ep: got True"),
+        ({"ep": "8"}, "--ep: got 8; the ranks"),
+        ({"top_k": "8"}, "--top-k: got 8; the experts per token, at least 1"),
+        ({"top_k": float("nan")}, "--top-k: got nan"),
+        ({"path": [[1, 5.0]]}, "table: got list; the path of a table; save a data frame: its to_csv"),
+    ],
+)
+def test_wrong_input_in_python(tmp_path: Path, asked: dict[str, Any], said: str) -> None:
+    given = {"path": table(tmp_path, "tokens,time_us"), "unit": "group-tokens", "top_k": 8, "ep": 2, **asked}
+    with pytest.raises(InputError) as error:
+        read_table(**given)
+    assert said in one_line(error)
+
+
+def test_one_choice_needs_no_list(tmp_path: Path) -> None:
+    path = written(tmp_path, "assignments,dtype,us\n8,fp8,5\n8,bf16,7\n")
+    assert loads(read_table(path, where="dtype=fp8")) == [(8, None, 5)]
+    assert loads(read_table(path, repeat="dtype")) == [(8, None, 6)]
+    assert read_table(path, device="dtype").num_ranks == 2
+
+
 def test_ranks_that_send_alike_get_what_they_send(tmp_path: Path) -> None:
     """As many tokens on each of 8 ranks, 8 experts each: 8 n 8 / 8 assignments on a rank, though it has 32 of 256."""
     path = table(tmp_path, "tokens_per_rank,time_us,num_experts,num_local_experts", ",256,32")

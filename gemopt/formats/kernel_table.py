@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, check_number
 from gemopt.foreign import telling
 from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
 from gemopt.formats.table_beside import (
@@ -120,8 +120,8 @@ def read_table(
         Naming the file, the line and the column that is wrong.
     """
     unit = named_unit(unit)
-    if top_k is not None and top_k < 1:
-        raise InputError("--top-k", top_k, "the experts per token, at least 1")
+    _check_asked(path, top_k, ep)
+    where, device, repeat = ([each] if isinstance(each, str) else each for each in (where, device, repeat))
     with telling("a table of times", path):
         full = read(path)
     layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
@@ -173,6 +173,16 @@ def read_table(
             said += doubt_of_time(reader.latency)
         notes += [*said, *_beside(reader, layout, counted, top_k, repeats), *doubts(profile, numbered=numbered)]
     return profile
+
+
+def _check_asked(path: object, top_k: object, ep: object) -> None:
+    """Refuse what is no path, and no whole number of experts and ranks."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError("table", type(path).__name__, "the path of a table", "save a data frame: its to_csv")
+    if top_k is not None:
+        check_number("--top-k", top_k, "the experts per token, at least 1", least=1, whole=True)
+    if ep is not None:
+        check_number("--ep", ep, "the ranks of the measured group, at least 1", least=1, whole=True)
 
 
 @dataclass
