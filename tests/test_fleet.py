@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from cli_inputs import gemopt
 from kernel_tables import loads, written
 
 from gemopt.exceptions import InputError
-from gemopt.formats.kernel_table import read_fleet, read_table, slow_down, what_if
+from gemopt.formats.kernel_table import equal, read_fleet, read_table, slow_down, what_if
 from gemopt.profile import Profile
 
 FLEET = "dataset,rel_time,gpu\n" + "".join(f"compute,{1 + i / 10:.1f},c{i}\n" for i in range(6))
@@ -107,6 +108,18 @@ def test_one_rank_slower(tmp_path: Path) -> None:
     slower = slow_down(two, 1, 1.3)
     assert [d.samples[0].latency_us for d in slower.devices] == [10.0, pytest.approx(13.0)]
     assert two.devices[1].samples[0].latency_us == 10.0
+
+
+@pytest.mark.parametrize("number", [-1, 2.5, "8", True])
+def test_ranks_and_factors_are_numbers(tmp_path: Path, number: Any) -> None:
+    one = read_table(written(tmp_path, "assignments,us\n1,5\n2,6\n"))
+    with pytest.raises(InputError, match="--ranks: got "):
+        equal(one, number)
+    with pytest.raises(InputError, match="rank: got "):
+        slow_down(one, number, 1.3)
+    if number != 2.5:
+        with pytest.raises(InputError, match="factor: got "):
+            slow_down(one, 0, number)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

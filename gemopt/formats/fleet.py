@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemopt.costs import Roofline
-from gemopt.exceptions import InputError
+from gemopt.exceptions import ABOVE_0, InputError, check_number
 from gemopt.formats.table_columns import (
     DEVICES,
     HOSTS,
@@ -163,8 +163,7 @@ def what_if(profile: Profile, fleet: Fleet, *, ranks: int, seed: int = 0, memory
         raise InputError(
             "--speeds", f"{profile.num_ranks} devices", "a table of one device", "leave out the rank column"
         )
-    if ranks < 1:
-        raise InputError("--ranks", ranks, "at least 1")
+    check_number("--ranks", ranks, "at least 1", least=1, whole=True)
     source = profile.devices[0]
     compute_share = _compute_share(source) if memory is not None else np.ones(len(source.samples))
     drawn = fleet.draw(ranks, seed)
@@ -196,10 +195,8 @@ def _compute_share(device: Device) -> FloatArray:
 
 def slow_down(profile: Profile, rank: int, factor: float) -> Profile:
     """The same profile with one rank `factor` times slower."""
-    if not 0 <= rank < profile.num_ranks:
-        raise InputError("rank", rank, f"0 to {profile.num_ranks - 1}")
-    if not 0 < factor <= 1e3:
-        raise InputError("factor", factor, "above 0; 1.3 is 30 % slower")
+    check_number("rank", rank, f"0 to {profile.num_ranks - 1}", most=profile.num_ranks - 1, whole=True)
+    check_number("factor", factor, "above 0; 1.3 is 30 % slower", least=ABOVE_0, most=1e3)
     devices = list(profile.devices)
     one = devices[rank]
     samples = [s.model_copy(update={"latency_us": s.latency_us * factor}) for s in one.samples]
@@ -210,8 +207,7 @@ def slow_down(profile: Profile, rank: int, factor: float) -> Profile:
 
 def equal(profile: Profile, ranks: int) -> Profile:
     """Profile of `ranks` devices that are each exactly like the one measured."""
-    if ranks < 1:
-        raise InputError("--ranks", ranks, "at least 1")
+    check_number("--ranks", ranks, "at least 1", least=1, whole=True)
     if profile.num_ranks == ranks:
         return profile
     if profile.num_ranks != 1:
