@@ -19,6 +19,7 @@ OTHER_UNITS = (1e3, 1e6)
 SPEEDS = 3.0
 WHAT_IF = "slower"
 """State of a device that was made so many times slower than it was measured."""
+FEWEST = 2  # loads that tell how a latency grows
 QUICK_US, LATE_US = 0.5, 2e4  # no kernel takes less, and none that places are worth it for takes more for any load
 
 
@@ -226,7 +227,23 @@ class Network(Protocol):
         """Experts per token, where they are known."""
 
 
-def other_network(profile: Profile, of: Network) -> list[str]:
+def profile_doubts(profile: Profile, of: Network) -> list[str]:
+    """Sentences on latencies that can hardly tell how a network's traffic is served."""
+    return [*_other_network(profile, of), *_flat(profile)]
+
+
+def _flat(profile: Profile) -> list[str]:
+    """A sentence on ranks that cost the same under any load, as they were measured under one."""
+    loads = {each.rank: {sample.assignments for sample in each.samples} for each in profile.devices}
+    ranks = [rank for rank, measured in loads.items() if len(measured) < FEWEST]
+    if not ranks:
+        return []
+    few = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}"
+    named = "every rank" if len(ranks) == len(loads) else few
+    return [f"{named} measured under one load: taken to cost the same under any"]
+
+
+def _other_network(profile: Profile, of: Network) -> list[str]:
     """A sentence where the latencies were measured for other experts than those of a network, as far as both say."""
     model = profile.model
     active = max((sample.active_experts or 0 for each in profile.devices for sample in each.samples), default=0)

@@ -76,7 +76,6 @@ def advise_command(
     if not 0 <= memory <= 1e6:
         raise InputError("--memory", memory, "GB from 0 to 1e6")
     measured, chosen = Profile.load(profile), options.load_traces(traces, task, phase, hidden)
-    options.note_other_network(measured, chosen)
     with shown("replays", hidden=as_json) as progress:
         advice = advise(
             measured,
@@ -96,6 +95,7 @@ def advise_command(
             chosen=_given(task=task, phase=phase, cost=cost if cost != "auto" else None, seed=seed or None),
             progress=progress,
         )
+    options.note_doubts(measured, chosen)
     if output is not None:
         advice.save(output)
     if plot is not None:

@@ -96,16 +96,14 @@ def compare_command(
         del asked["topology"], asked["exchange"]
         with options.whole_or_nothing(threads):
             chosen, found_by = options.load_traces(traces, task, phase), names if solvers else []
-            options.note_other_network(measured := Profile.load(profile), chosen)
-            return _front(measured, chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
+            return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
                           cost=cost, expert_bytes=expert_bytes, **asked)  # fmt: skip
     links.doubt(topology)
-    measured, loaded = Profile.load(profile), options.load_traces(traces, task, phase)
-    options.note_other_network(measured, loaded)
     with (
         options.whole_or_nothing(threads),
         shown("solvers", total=len(names), limit_s=time_limit * len(names), hidden=as_json) as progress,
     ):
+        measured, loaded = Profile.load(profile), options.load_traces(traces, task, phase)
         rows = compare(
             measured,
             loaded,
@@ -116,6 +114,7 @@ def compare_command(
             slots_per_rank=options.parse_slots(slots_per_rank),
             **asked,
         )
+    options.note_doubts(measured, loaded)
     if plot is not None:
         from gemopt.plotting import plot_comparison, save
 
@@ -129,14 +128,15 @@ def compare_command(
     return 0
 
 
-def _front(profile: Profile, traces: Traces, current: Path, plot: Path | None, as_json: bool, **options: Any) -> int:
+def _front(profile: Profile, traces: Traces, current: Path, plot: Path | None, as_json: bool, **asked: Any) -> int:
     """Print and draw latency against moves."""
     from gemopt.cli.tables import front_table
     from gemopt.placement import Placement
     from gemopt.plotting import plot_front, save
     from gemopt.solving.fronts import moves_front
 
-    points = moves_front(profile, traces, Placement.load(current), **options)
+    points = moves_front(profile, traces, Placement.load(current), **asked)
+    options.note_doubts(profile, traces)
     if plot is not None:
         save(plot_front(points), plot)
     if as_json:

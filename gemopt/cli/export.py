@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, notice, placement_app, print_json, say, show, tell
-from gemopt.cli.options import AsJson, engine_names, note_other_network
+from gemopt.cli.options import AsJson, engine_names, note_doubts
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
 from gemopt.exceptions import InputError, refuse_unused
@@ -124,7 +124,7 @@ def _approximated(
     if profile is None or traces is None:
         return approximate(placement, engine)
     loaded, devices = Traces.load(traces), Profile.load(profile)
-    note_other_network(devices, loaded)
+    note_doubts(devices, loaded)
 
     def cost(candidate: Placement) -> float:
         return evaluate(candidate, devices, loaded).objective_us

@@ -171,12 +171,12 @@ def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | 
     return select_steps(loaded if hidden is None else with_hidden(loaded, hidden), task, phase)
 
 
-def note_other_network(profile: Profile, traces: Traces) -> None:
-    """Say where the profile was measured for another network than that of the traces."""
+def note_doubts(profile: Profile, traces: Traces) -> None:
+    """Say where latencies can hardly tell how the network of the traces is served."""
     from gemopt.cli.app import notice
-    from gemopt.profile import other_network
+    from gemopt.profile import profile_doubts
 
-    for each in other_network(profile, traces):
+    for each in profile_doubts(profile, traces):
         notice(f"note: {each}")
 
 

@@ -77,7 +77,6 @@ def replay_command(
     measured = Profile.load(profile)
     migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
     chosen = _traffic(options.load_traces(traces, task, phase, hidden), plan)
-    options.note_other_network(measured, chosen)
     slots = options.parse_slots(slots_per_rank)
     if strategies is None:
         names = usual(slot_counts(slots, chosen.num_experts, measured.num_ranks))
@@ -102,6 +101,7 @@ def replay_command(
             senders=senders,
             on_track=one_by_one(progress, len(names)),
         )
+    options.note_doubts(measured, chosen)
     if output is not None:
         result.save(output)
     if plot is not None:

@@ -41,14 +41,14 @@ def report_command(
     as_json: AsJson = False,
 ) -> int:
     """One self-contained page about a placement: what it gains, what is proven, who waits for whom."""
-    from gemopt.profile import Profile, other_network
+    from gemopt.profile import Profile, profile_doubts
     from gemopt.report import report
 
     check_outputs(("--output", output, ""))
     measured, notes = Profile.load(profile), set[str]()
 
     def choose(given: Traces) -> Traces:
-        notes.update(other_network(measured, given))
+        notes.update(profile_doubts(measured, given))
         return select_steps(given, task, phase)
 
     made = report(

@@ -197,7 +197,6 @@ def evaluate_command(
 
     chosen = options.load_traces(traces, task, phase)
     measured = Profile.load(profile)
-    options.note_other_network(measured, chosen)
     model, _ = fit(measured, model=cost)
     loaded = Placement.load(placement)
     if None not in (loaded.model, chosen.model) and bare(str(loaded.model)) != bare(str(chosen.model)):
@@ -215,6 +214,7 @@ def evaluate_command(
     )
     base = evaluate(contiguous, measured, chosen, cost=model, **wired)
     fields = evaluation_fields(evaluation, base)
+    options.note_doubts(measured, chosen)
     if as_json:
         print_json(fields)
     else:

@@ -15,7 +15,7 @@ from gemopt.link_doubts import doubts
 from gemopt.links_report import BytesSaved, LinksReport
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
-from gemopt.profile import Profile, other_network, unit_doubt
+from gemopt.profile import Profile, profile_doubts, unit_doubt
 from gemopt.result import (
     OPTIMALITY_TOLERANCE,
     Ceiling,
@@ -98,7 +98,7 @@ def answer(
         cost=cost.name,
         cost_error=None if report is None or np.isnan(report.error) else report.error,
         cost_summary="" if report is None else report.summary(),
-        notes=[*_notes(run, per_layer), *_division(moving), *other_network(profile, traces), *_wires(run, profile)],
+        notes=[*_notes(run, per_layer), *_division(moving), *profile_doubts(profile, traces), *_wires(run, profile)],
         moves=report_of_moves,
         links=_links(run, scored),
         origin=made,

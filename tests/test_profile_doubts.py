@@ -8,7 +8,7 @@ import pytest
 from cli_inputs import gemopt, profile, traces
 
 from gemopt.placement import Placement
-from gemopt.profile import MoeShape, Profile, other_network
+from gemopt.profile import MoeShape, Profile, profile_doubts
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,22 @@ def test_commands_say_it(
 
 
 def test_more_active_experts_than_the_network_has_are_of_another() -> None:
-    samples = [{"assignments": 64, "active_experts": active, "latency_us": 9 + active} for active in (2, 5)]
+    samples = [{"assignments": 64 * n, "active_experts": n, "latency_us": 9 + n} for n in (2, 5)]
     measured = Profile(devices=[{"rank": 0, "samples": samples}])
-    assert other_network(measured, traces(experts=8)) == []
-    assert "(up to 5 active experts, of 4)" in other_network(measured, traces(experts=4))[0]
+    assert profile_doubts(measured, traces(experts=8)) == []
+    assert "(up to 5 active experts, of 4)" in profile_doubts(measured, traces(experts=4))[0]
     sized = measured.model_copy(update={"model": MoeShape(num_experts=64, top_k=4)})
-    assert "(experts: 64, not 8)" in other_network(sized, traces(experts=8))[0]
+    assert "(experts: 64, not 8)" in profile_doubts(sized, traces(experts=8))[0]
+
+
+def test_ranks_that_cost_the_same_under_any_load_are_named() -> None:
+    def doubts(*loads: tuple[int, ...]) -> list[str]:
+        samples = [[{"assignments": n, "latency_us": 9.0 + n} for n in each] for each in loads]
+        return profile_doubts(
+            Profile(devices=[{"rank": rank, "samples": each} for rank, each in enumerate(samples)]), traces()
+        )
+
+    assert doubts((0, 8, 16), (1, 2)) == []
+    told = "measured under one load: taken to cost the same under any"
+    assert doubts((8, 16), (64,), (0,), (0, 64)) == [f"ranks 1, 2 {told}"]
+    assert doubts((8,), (8,))[0].startswith("every rank measured under one load")
