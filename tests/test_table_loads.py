@@ -185,3 +185,12 @@ def test_a_job_names_its_keys_where_the_command_names_options(
     traces().save("t.safetensors")
     code, _, err = gemopt(capsys, "run", "job.json")
     assert code == 2 and "gemopt: profile.unit: got nothing; " in err and "give profile.unit tokens" in err
+
+
+@pytest.mark.parametrize("name", ["expert", "experts", "E"])
+def test_a_column_that_numbers_experts_counts_none(tmp_path: Path, name: str) -> None:
+    rows = "".join(f"{n},{expert},{50 + n}\n" for n in NS for expert in ("0", "1"))
+    path = written(tmp_path, f"assignments,{name},time_us\n{rows}")
+    with pytest.raises(InputError, match=f"rows that differ in {name}"):
+        read_table(path)
+    assert loads(read_table(path, repeat=[name])) == [(n, None, 50.0 + n) for n in NS]

@@ -151,8 +151,8 @@ def doubts_of_load(table: Table, load: str) -> list[str]:
 
 def shared_experts(table: Table, top_k: int | None) -> list[str]:
     """A sentence where the number of experts says that shared ones were added to those that tokens choose."""
-    experts = next((values(table.rows, name)[0] for name in matching(table, EXPERTS)), "")
-    extra = int(experts) % 8 if experts.isdigit() and int(experts) > 8 else 0
+    experts = _told(table, EXPERTS) or 0
+    extra = experts % 8 if experts > 8 else 0
     if extra not in (1, 2) or top_k is None or top_k <= extra:
         return []
     told = f"{experts} experts, {top_k} for each token: are {extra} of them shared by all tokens?"
@@ -192,10 +192,15 @@ def _parts(table: Table) -> int:
 
 def experts_of_a_rank(table: Table, unit: Unit, ep: int | None) -> int | None:
     """How many experts are on the device, where the table and `ep` tell."""
-    local = given("", None, table, LOCAL_EXPERTS)
-    every = given("", None, table, EXPERTS)
-    ranks = given("", ep, table, EP) if unit is Unit.GROUP_TOKENS else 1
+    local, every = _told(table, LOCAL_EXPERTS), _told(table, EXPERTS)
+    ranks = (ep or _told(table, EP)) if unit is Unit.GROUP_TOKENS else 1
     return local or (every // ranks if every and ranks and every % ranks == 0 else None)
+
+
+def _told(table: Table, names: re.Pattern[str]) -> int | None:
+    """The one whole number in a column of one of these names."""
+    found = [values(table.rows, name) for name in matching(table, names)]
+    return next((int(each[0]) for each in found if len(each) == 1 and each[0].isdecimal()), None)
 
 
 def given(option: str, value: int | None, table: Table, names: re.Pattern[str]) -> int | None:
