@@ -9,15 +9,16 @@ from gemopt.profile import Device, Profile, Sample, unit_doubt
 DISAGREE = 0.2  # of a latency: repeats that lie further around their median are hardly of one kind
 SLOW = 1.5  # times what a larger load takes, or smaller ones one after the other
 APART = 4.0  # times what another device takes
+DIGITS, COPIES = 5, 3
 SHORT = 4  # times as far as another device was measured
 
 
 def doubts(profile: Profile, *, numbered: bool) -> list[str]:
-    """One sentence each on units, repeats that disagree, loads that others would serve faster, devices far apart.
+    """One sentence each on units, repeats that disagree, times that were copied, slow loads, devices far apart.
 
     numbered: a column numbers repeats, or was said to; rows of one load that nothing tells apart are named else.
     """
-    asked = (unit_doubt, _disagreeing, *(() if numbered else (_merged,)), _slow, apart, _short)
+    asked = (unit_doubt, _disagreeing, *(() if numbered else (_merged,)), _copied, _slow, apart, _short)
     return [found for ask in asked if (found := ask(profile))]
 
 
@@ -38,6 +39,20 @@ def _disagreeing(profile: Profile) -> str:
     worst = max(apart, key=lambda sample: (sample.spread_us or 0) / sample.latency_us)
     times = f"{_said(worst)}, half of them off by {worst.spread_us:.4g}"
     return f"the times of {len(apart)} of {len(samples)} loads disagree ({times}): are all rows of one kind?"
+
+
+def _copied(profile: Profile) -> str:
+    """The loads far apart that take the same to more digits than any clock repeats."""
+    for device in profile.devices:
+        alike: dict[str, list[int]] = {}
+        for sample in device.samples:
+            alike.setdefault(f"{sample.latency_us:.10g}", []).append(sample.assignments)
+        for told, loads in alike.items():
+            exact = len(told.replace(".", "").strip("0")) >= DIGITS
+            if exact and len(loads) >= COPIES and max(loads) >= SHORT * min(loads):
+                few = f"{len(loads)} loads from {min(loads)} to {max(loads)}"
+                return f"{few} take exactly {told} us: copied, not measured?"
+    return ""
 
 
 def _slow(profile: Profile) -> str:
