@@ -29,7 +29,7 @@ from gemopt.solvers.search.packing import filled
 from gemopt.solvers.search.shares import make_search, make_shares
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.size import paired, prover
-from gemopt.solving.turns import LEAST_S
+from gemopt.solving.turns import least_s
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
 from gemopt.voice import say
@@ -57,7 +57,7 @@ def ready(
     compute_slack: as in `gemopt.solve`. time_limit: seconds of the call, which say whether contents of ranks can come
     to be priced.
     """
-    contents = time_limit >= LEAST_S and paired(problem)
+    contents = paired(problem) and time_limit >= least_s(problem)
     kind = _kind(solver, problem, budget, contents)
     if links is None and problem.rules is None and kind in _known:
         return 0.0

@@ -130,7 +130,7 @@ def test_the_least_content_in_whole_numbers() -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Profile, Traces]:
     path = tmp_path_factory.mktemp("contents") / "cert.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turns, "LEAST_S", 0.0)
+        patch.setattr(turns, "LEAST_S", (0.0, 0.0))
         solve(profile(), traces(experts=6), solver="local-search", patience=3, time_limit=60, certificate=path)
     return path, profile(), traces(experts=6)
 

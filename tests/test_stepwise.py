@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import combinations
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_the_search_rises_to_a_bound_and_ends_when_there_is_no_time_for_a_look()
     assert not StepwiseSearch(problem, floor_T, best_us, np.arange(8)).run(np.ones(1, np.uint8))
 
 
+def test_it_goes_on_where_the_first_multipliers_are_above_the_floors() -> None:
+    """These gain nothing at first: that is no end."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.choice([2, 20], (12, 6)))
+    problem = Problem.make(counts, (ASSIGNMENTS,), [Latency(((line(0, speed),),)) for speed in (1.0, 1.1, 1.2)], 2)
+    floor_T, best_us = step_bounds(problem), optimum(problem)
+    search = StepwiseSearch(problem, floor_T, best_us, np.arange(6))
+    assert search.space is not None
+    first = Pricing(search.space, search.master.multipliers()[0][0], np.zeros(6))
+    assert first.look(NEVER) and first.bound_us > search.base + 0.2 * (best_us - search.base)
+    assert search.run(NEVER) is not None and search.bound_us > search.base + 0.8 * (best_us - search.base)
+
+
 def test_the_verifiers_least_content_in_whole_numbers() -> None:
     rng = np.random.default_rng(0)
     for experts, size, longest in ((1, 1, 10**6), (6, 3, 10**9), (7, 2, 10**13), (5, 5, 10**3)):
@@ -125,7 +139,7 @@ def test_the_verifiers_least_content_in_whole_numbers() -> None:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stepwise") / "cert.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(turns, "LEAST_S", 0.0)
+        patch.setattr(turns, "LEAST_S", (0.0, 0.0))
         patch.setattr(verify_columns, "MOST_COLUMNS", 0)
         solve(
             profile(tile=16), traces(experts=6), solver="local-search", patience=3, time_limit=60, certificate=path,
@@ -165,6 +179,21 @@ def test_prices_too_large_for_a_certificate_are_cut() -> None:
     proof = _with_columns(case_of(problem), LAYER.model_copy(update={"objective_us": 1e9}), known, duals)
     assert proof.columns_us is not None and proof.columns_us <= optimum(problem)
     assert (duals["price.0"] == verify_columns.LARGEST_PRICE).all()
+
+
+def test_where_contents_are_few_the_bound_needs_little_time_and_others_lend_it() -> None:
+    few = Problem.make(np.ones((1000, 32), np.int64), (ASSIGNMENTS,), [Latency(((line(1, 1),),))] * 8, 4)
+    many = Problem.make(np.ones((1000, 32), np.int64), (ASSIGNMENTS,), [Latency(((line(1, 1),),))] * 4, 8)
+    assert turns.least_s(few) == turns.LEAST_S[0] < turns.least_s(many) == turns.LEAST_S[1]
+    layer, now = Layer(few, None, 0, floor_T=np.ones(1000)), time.monotonic()
+    layer.bounded_steps = 1000
+    share, end = now + 0.5 * turns.LEAST_S[0], now + 100.0
+    assert not turns.priced(layer, share - now)
+    assert share < turns.lent(layer, share, end) <= now + turns.LENT * (share - now) + 1
+    assert turns.lent(layer, share, share + 0.1) == share, "nobody has time to lend"
+    assert turns.lent(layer, end, end) == end
+    layer.problem = many
+    assert turns.lent(layer, share, end) == share, "far too little for as many contents"
 
 
 def test_pairs_take_over_where_a_look_takes_too_long() -> None:

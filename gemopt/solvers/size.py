@@ -54,8 +54,7 @@ def num_columns(problem: Problem) -> int | None:
     other = problem.moves is not None or problem.rules is not None
     if other or problem.spare_slots or problem.num_experts > MOST_EXPERTS:
         return None
-    sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
-    columns = sum(comb(problem.num_experts, size) for size in sizes if size)
+    columns = num_contents(problem)
     return columns if columns <= MOST_COLUMNS and columns * problem.num_steps <= MOST_ENTRIES else None
 
 
@@ -72,12 +71,17 @@ def num_shares(problem: Problem) -> int | None:
     return contents if few and problem.num_experts * most <= MOST_PAIRS else None
 
 
+def num_contents(problem: Problem) -> int:
+    """How many contents the ranks can have, of equal ranks those of one, none with a copy."""
+    sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
+    return sum(comb(problem.num_experts, size) for size in sizes if size)
+
+
 def paired(problem: Problem) -> bool:
     """Whether all contents of ranks can be priced by pairs of experts: several on a rank, none with a copy."""
     if problem.spare_slots or problem.num_experts > MOST_PAIRED_EXPERTS or problem.slots_per_rank.max() < 2:
         return False
-    sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
-    return sum(comb(problem.num_experts, size) for size in sizes if size) <= MOST_PAIRED
+    return num_contents(problem) <= MOST_PAIRED
 
 
 def prover(problem: Problem) -> str | None:

@@ -29,7 +29,7 @@ from gemopt.solvers.search.packing import filled
 from gemopt.solvers.size import provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
-from gemopt.solving.turns import bounding, in_turns, instead, priced
+from gemopt.solving.turns import bounding, in_turns, instead, lent, priced
 
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
@@ -38,6 +38,7 @@ PAIRS_SHARE = 0.1  # of a layer's time for bounds is the co-location bound's at 
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
 
+LENDING = ("_together", "_deepen")
 ON_CLUSTER = ("_answer", "_bound", "_together", "_deepen")  # phases that a cluster does, if one is in force
 
 Progress = Callable[[int, int], None]
@@ -160,8 +161,8 @@ class Run:
         """Do a phase's work on one layer, and add the seconds it took to the layer's."""
         begin = time.monotonic()
         share_s, left_s = times()
-        if work == "_together":
-            self._together(layer, begin + share_s, begin + left_s)
+        if work in LENDING:
+            getattr(self, work)(layer, begin + share_s, begin + left_s)
         else:
             getattr(self, work)(layer, begin + share_s)
         layer.seconds += time.monotonic() - begin
@@ -278,7 +279,8 @@ class Run:
         """Deeper searches; with more workers than layers each from several seeds, of which the best counts."""
         more = 0 if self._proves(self.layers[0]) or self.patience == 0 else self.workers // len(self.layers) - 1
         others = [(layer, layer.again(number)) for number in range(1, 1 + more) for layer in self.layers]
-        self._phase(pool, "_deepen", end, [*self.layers, *(other for _, other in others)])
+        layers = sorted(self.layers, key=lambda layer: -layer.open_us)
+        self._phase(pool, "_deepen", end, [*layers, *(other for _, other in others)])
         for layer, other in others:
             layer.take(other)
 
@@ -291,8 +293,9 @@ class Run:
         begun = layer.outcome is not None and layer.outcome.search is not None
         return begun and self.patience != 0 and not self._proves(layer)
 
-    def _deepen(self, layer: Layer, deadline: float) -> None:
+    def _deepen(self, layer: Layer, deadline: float, end: float) -> None:
         """Go on from the first answer until the deadline, the patience, the gap or a proof."""
+        deadline = lent(layer, deadline, end) if self._goes_on(layer) else deadline
         options, first = self._options(layer, deadline), layer.outcome
         assert first is not None
         if self.patience == 0 and not self.solver.supports.proves and not _cut(first):

@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact.contents import ContentsSearch
 from gemopt.solvers.exact.stepwise import StepwiseSearch
-from gemopt.solvers.size import paired
+from gemopt.solvers.size import num_contents, paired
 from gemopt.solving.layers import Layer
 
-LEAST_S = 3.0  # for less the bound would not rise above the floors
+LEAST_S = 0.3, 3.0  # seconds, from few contents to many, below which the bound would not rise above the floors
+LEAST_NS = 2.0  # the same for each content and step
+LENT = 3.0  # times its share is what a layer may take for it, and half of what is left
 TURNS = 20
 SEARCH_LEAST = 0.6, 0.4  # of the time is the search's, before and after the bound has risen above the floors
+PROMISE = 0.05  # of what is open: where a search that goes on like this closes less, it waits for the bound
+WAITING = 0.1  # of the time is the search's meanwhile
 BOUND_MOST = 0.4  # of the time is the bound's, once the search has ended by itself
 
 
@@ -39,9 +44,22 @@ class _Side:
         return sum(self.closed_us[-late:]) / max(sum(self.seconds[-late:]), 1e-9) if late else np.inf
 
 
+def least_s(problem: Problem) -> float:
+    """Seconds in which a bound of all contents may rise above the floors."""
+    return float(np.clip(1e-9 * LEAST_NS * num_contents(problem) * problem.num_steps, *LEAST_S))
+
+
 def priced(layer: Layer, seconds: float) -> bool:
     """Whether the contents of a layer's ranks can be priced, and there is the time."""
-    return layer.floor_T is not None and not layer.bound_cut and seconds >= LEAST_S and paired(layer.problem)
+    known = layer.floor_T is not None and not layer.bound_cut
+    return known and paired(layer.problem) and seconds >= least_s(layer.problem)
+
+
+def lent(layer: Layer, deadline: float, end: float) -> float:
+    """The deadline, or a later one where the bound needs it: few layers with it close more than all without."""
+    now = time.monotonic()
+    most_s = min((deadline + end) / 2 - now, LENT * (deadline - now))
+    return now + most_s if priced(layer, most_s) and not priced(layer, deadline - now) else deadline
 
 
 def bounding(layer: Layer, target_us: float, deadline: float) -> ContentsSearch | StepwiseSearch:
@@ -79,7 +97,9 @@ def in_turns(layer: Layer, options: Callable[[float], Options], search: Callable
         if not searches and enough:
             break
         if whole.patience is None:
-            owed = searching.spent <= SEARCH_LEAST[contents.risen] * (searching.spent + proving.spent)
+            promising = contents.risen or searching.rate * whole.remaining >= PROMISE * layer.open_us
+            least = SEARCH_LEAST[contents.risen] if promising else WAITING
+            owed = searching.spent <= least * (searching.spent + proving.spent)
             mine = searches and (ended or owed or (contents.risen and searching.rate > proving.rate))
             mine &= ended or not contents.hurries(turn_s)
         else:  # which counts tries in a row

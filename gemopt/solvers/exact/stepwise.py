@@ -7,8 +7,8 @@ It is that of `column_space` with one level, the floors of the steps: for multip
     cost_k(C) = sum_t (sum_{i in C} mu_ti) max(0, f_k(C, t) - floor_t)
 
 where C runs over all sets of S_k experts. Kinds of ranks whose latencies are multiples of one another are priced
-together. All contents are looked at as seldom as the bound needs it; in between, the cheapest ones are improved by
-exchanges of experts, which finds nearly the cheapest of all in a hundredth of the time (`step_kernels`).
+together. Where contents are many, all of them are looked at as seldom as the bound needs it; in between, the cheapest ones are
+improved by exchanges of experts, which finds nearly the cheapest of all in a hundredth of the time (`step_kernels`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from gemopt.solvers.exact.step_kernels import WIDTH, exchange, scan
 from gemopt.solvers.exact.step_space import Stepwise
 
 ULP32 = 2.0**-24
-ITERATIONS = 40  # of the master between two rounds of exchanges
-HELD = 400  # cheapest contents of all kinds in the master, beside those in use
+ITERATIONS = 25  # of the master between two rounds of exchanges
+HELD = 200  # cheapest contents of all kinds in the master, beside those in use
 STARTS = 40  # contents that are improved by exchanges, of all kinds
-FEWEST = 3000  # iterations before it may stop without having risen above the floors
+FEW = 50_000  # contents, which are all looked at every time: exchanges of experts would take as long
+SOON, FEWEST = 400, 3000  # iterations before it may stop, and without having risen above the floors
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
 SLOW = 0.1  # of what is open, in the last quarter of the iterations: time for the first look at all contents
 CUT = 0.6  # of what its contents would take to the last step is what a look takes
@@ -108,6 +109,7 @@ class StepwiseSearch:
         self.guesses, self.looks = [(0, self.base)], [(0, self.base)]
         self.space = Stepwise.of(problem, floor_T) if worthwhile(problem, self.base) else None
         self.ended = self.space is None
+        self.few = self.space is not None and len(self.space) <= FEW
         if self.space is not None:
             self.master = Master(self.space, self.target_us)
 
@@ -123,7 +125,7 @@ class StepwiseSearch:
 
     def hurries(self, seconds: float) -> bool:
         """Whether so many seconds later would be too late for the last look."""
-        tried = len(self.guesses) > TRIED
+        tried = self.few or len(self.guesses) > TRIED
         return tried and LAST * self.look_s > self.deadline - time.monotonic() - seconds
 
     def run(self, stop: NDArray[np.uint8], seconds: float = np.inf) -> Proven | None:
@@ -147,11 +149,13 @@ class StepwiseSearch:
         return self.found
 
     def _price(self, stop: NDArray[np.uint8]) -> Pricing:
-        """Multipliers after some iterations, and contents that are cheap with them."""
+        """Multipliers after some iterations, and contents that are cheap with them, unless all are looked at anyway."""
         assert self.space is not None
         self.master.iterate(ITERATIONS if len(self.master.ids) else 0, stop)
         mu, pi_E = self.master.multipliers()
         pricing, now = Pricing(self.space, mu[0], pi_E), time.monotonic()
+        if self.few:
+            return pricing
         looks = pricing.improve(self._starts(), stop)
         if len(self.looks) == 1:
             self.look_s = min(self.look_s or np.inf, CUT * len(self.space) * (time.monotonic() - now) / max(looks, 1))
@@ -170,8 +174,8 @@ class StepwiseSearch:
 
     def _due(self) -> bool:
         """Whether it is time to look at all contents: as long after the last time as it took, or once little rises."""
-        if len(self.looks) > 1:
-            return self.waited_s >= self.look_s
+        if self.few or len(self.looks) > 1:
+            return self.few or self.waited_s >= self.look_s
         return self._gained(self.guesses, 0.75) <= SLOW * (self.target_us - self.guesses[-1][1])
 
     def _look(self, pricing: Pricing, stop: NDArray[np.uint8]) -> bool:
@@ -193,4 +197,4 @@ class StepwiseSearch:
         now, bound_us = looks[-1]
         before_us = [value for count, value in looks if count <= part * now][-1]
         risen = before_us - self.base > LEAST_GAIN * (self.target_us - self.base) or now >= FEWEST
-        return bound_us - before_us if risen else np.inf
+        return bound_us - before_us if risen and now >= SOON else np.inf
