@@ -1,4 +1,4 @@
-"""Draws the pictures of single pages from the data that comes with gemopt: `python docs/pictures/pages.py [NAME ...]`."""
+"""Draws pictures of single pages from the data that comes with gemopt: `python docs/pictures/pages.py [NAME ...]`."""
 
 from __future__ import annotations
 

@@ -7,8 +7,9 @@ It is that of `column_space` with one level, the floors of the steps: for multip
     cost_k(C) = sum_t (sum_{i in C} mu_ti) max(0, f_k(C, t) - floor_t)
 
 where C runs over all sets of S_k experts. Kinds of ranks whose latencies are multiples of one another are priced
-together. Where contents are many, all of them are looked at as seldom as the bound needs it; in between, the cheapest ones are
-improved by exchanges of experts, which finds nearly the cheapest of all in a hundredth of the time (`step_kernels`).
+together. Few contents are all looked at between iterations; many as seldom as the bound needs it, and in between the
+cheapest ones are improved by exchanges of experts, which finds nearly the cheapest of all in a hundredth of the time
+(`step_kernels`).
 """
 
 from __future__ import annotations
