@@ -210,7 +210,7 @@ def relieve_stragglers(costs: Costs, state: State) -> None:
             for b in range(num_ranks):
                 if a == b or state.stop[0] != 0:
                     continue
-                fix_others(state, a, b, values, ranks, pair)
+                fix_others(a, b, values, ranks, pair)
                 if improve_pair(costs, state, a, b, pair, NO):
                     slowest_three(state.times, values, ranks)
                     improved = True

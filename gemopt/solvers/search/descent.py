@@ -7,10 +7,11 @@ from numba import njit
 
 from gemopt.kernels import put
 from gemopt.solvers.search.gains import Pair, allowed, make_pair, set_tangent
-from gemopt.solvers.search.moves import NOISE, scan_pair, swap_for
+from gemopt.solvers.search.moves import NOISE, swap_for
+from gemopt.solvers.search.scans import scan_pair
 from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of
 from gemopt.solvers.search.swaps import EPSILON, apply_swap, fix_others, slowest_three, total_cost
-from gemopt.solvers.search.terms import Terms, extra_moves, moved_into, permitted
+from gemopt.solvers.search.terms import Terms, extra_moves, moved_into, permitted, set_fees_of
 
 
 @njit(cache=True, nogil=True)
@@ -34,8 +35,9 @@ def settle_pair(
         current = cost + terms.price * moved_G.sum()
         best[0] = max(terms.least, NOISE * abs(cost))
         slots[0] = -1
-        fix_others(state, a, b, values, ranks, pair)
+        fix_others(a, b, values, ranks, pair)
         set_tangent(costs, state, a, b, pair)
+        set_fees_of(state, terms, a, b, pair.fees)
         scan_pair(costs, state, a, b, pair, terms, moved_G, best, slots)
         if slots[0] < 0 or state.stop[0] != 0:
             return changed

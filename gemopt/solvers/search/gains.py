@@ -23,7 +23,8 @@ class Pair(NamedTuple):
 
     others_T: slowest other rank; weights_T; limits: [blocks] give a swap up when its cost up to and including the block
     reaches this; rest: [blocks + 1] least cost of the steps from each block on; slopes: [F, T] change of cost along its
-    tangent, per load that goes from the first rank to the second; tilt: [P] the same for what a slot holds.
+    tangent, per load that goes from the first rank to the second; tilt: [P] the same for what a slot holds; fees: [P]
+    price of bringing that to the other rank, where moves have one.
     """
 
     others_T: Array
@@ -32,6 +33,7 @@ class Pair(NamedTuple):
     rest: Array
     slopes: Array
     tilt: Array
+    fees: Array
 
 
 @njit(cache=True, nogil=True)
@@ -39,9 +41,9 @@ def make_pair(state: State) -> Pair:
     """Room for `Pair`, to be filled by `fix_others`, `set_limits` and `set_tangent`."""
     features, steps = state.items.shape[1:]
     blocks = (steps + BLOCK - 1) // BLOCK
-    tilt = np.empty(state.content.shape[0], np.float64)
+    tilt, fees = np.empty(state.content.shape[0]), np.empty(state.content.shape[0])
     slopes = np.empty((features, steps), np.float32)
-    return Pair(np.empty(steps, np.float32), state.weights, np.empty(blocks), np.empty(blocks + 1), slopes, tilt)
+    return Pair(np.empty(steps, np.float32), state.weights, np.empty(blocks), np.empty(blocks + 1), slopes, tilt, fees)
 
 
 @njit(cache=True, nogil=True, fastmath=True)
@@ -104,7 +106,7 @@ def tilt_of(slope_T: Array, item_T: Array) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def allowed(state: State, a: int, b: int, i: int, j: int) -> bool:
     """Whether a swap changes anything and each rank may take what it gets."""
     expert_i, expert_j = state.content[i], state.content[j]

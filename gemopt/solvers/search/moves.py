@@ -15,31 +15,36 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.evaluate import loads, objective
-from gemopt.kernels import NO, latency_value, put, rank_latencies
+from gemopt.kernels import ZERO, latency_value, put, rank_latencies
 from gemopt.latency import Curves, FloatArray
 from gemopt.migration import held
 from gemopt.moves import Moves
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.search.gains import (
-    BLOCK,
-    LINE,
-    ROOFLINE,
-    TABLE,
-    Pair,
-    allowed,
-    form_of,
-    general_block,
-    line_block,
-    make_pair,
-    roofline_block,
-    table_block,
+from gemopt.solvers.search.gains import Pair, make_pair
+from gemopt.solvers.search.reach import (
+    by_step,
+    extend,
+    lower_reach,
+    number,
+    promising_pairs,
+    pull_of,
+    put_slot,
+    set_tilt,
 )
-from gemopt.solvers.search.reach import extend, number, promising_pairs, pull_of, tilt_pair
+from gemopt.solvers.search.scans import scan_pair
 from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state
-from gemopt.solvers.search.swaps import apply_swap, fix_others, set_limits, slowest_three, total_cost
-from gemopt.solvers.search.terms import Terms, count_into, extra_moves, make_terms, moved_into, moves_more, permitted
+from gemopt.solvers.search.swaps import apply_swap, fix_others, slowest_three, total_cost
+from gemopt.solvers.search.terms import (
+    Terms,
+    count_into,
+    extra_moves,
+    make_terms,
+    moved_into,
+    set_fees,
+    set_prices,
+)
 from gemopt.splits import static_shares
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
@@ -182,14 +187,16 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S:
     pair = make_pair(state)
     reach = np.full((num_ranks, num_ranks), np.inf)
     slots = np.zeros(4, np.int64)
-    moved_G = moved_into(state, terms)
+    moved_G, price_GP = moved_into(state, terms), np.empty((num_ranks, len(state.content)))
+    set_prices(state.content, terms.home_GE, terms.price, ZERO, len(state.content), price_GP)
+    items_FTP = by_step(state.items)
     taken = 0
     current = total_cost(state) + terms.price * moved_G.sum()
     while taken < rows_SP.shape[0] and state.stop[0] == 0:
         floor = max(terms.least, NOISE * abs(current - terms.price * moved_G.sum()))
         if terms.most < state.content.shape[0]:
             reach[:] = np.inf  # what a pair may do depends on what all others did
-        best = find_best(costs, state, terms, moved_G, floor, values, ranks, reach, pair, slots)
+        best = find_best(costs, state, terms, moved_G, price_GP, items_FTP, floor, values, ranks, reach, pair, slots)
         if slots[0] < 0:
             break
         a, b, i, j = number(slots[0]), number(slots[1]), number(slots[2]), number(slots[3])
@@ -197,6 +204,9 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S:
         if renewed >= current:
             break
         current = renewed
+        for p in (i, j):
+            set_prices(state.content, terms.home_GE, terms.price, p, p + 1, price_GP)
+            put_slot(items_FTP, state.items, p)
         before, who = values.copy(), ranks.copy()
         slowest_three(state.times, values, ranks)
         extend(reach, before, who, values, ranks, state.weights)
@@ -213,6 +223,8 @@ def find_best(
     state: State,
     terms: Terms,
     moved_G: Array,
+    price_GP: Array,
+    items_FTP: Array,
     floor: float,
     values: Array,
     ranks: Array,
@@ -227,13 +239,20 @@ def find_best(
     best, num_ranks = floor, state.times.shape[0]
     here, found = np.zeros(4, np.int64), np.zeros(1, np.float64)
     slots[0] = -1
-    order, pull = promising_pairs(state, values, ranks), pull_of(costs, state, ranks)
+    order, pull_GP, starts = (
+        promising_pairs(state, values, ranks),
+        pull_of(costs, state, ranks, items_FTP),
+        state.starts,
+    )
+    if not costs.use_tables:
+        lower_reach(reach, starts, pull_GP, price_GP)
     for n in range(order.shape[0]):
         a, b = number(order[n] // num_ranks), number(order[n] % num_ranks)
-        reach[a, b] = min(reach[a, b], tilt_pair(costs, state, a, b, pull, terms, pair))
         if reach[a, b] <= best:
             continue
-        fix_others(state, a, b, values, ranks, pair)
+        fix_others(a, b, values, ranks, pair)
+        set_tilt(starts, pull_GP, a, b, pair.tilt)
+        set_fees(starts, price_GP, a, b, pair.fees)
         here[0], found[0] = -1, max(floor, KEPT * best)
         scan_pair(costs, state, a, b, pair, terms, moved_G, found, here)
         reach[a, b] = found[0]
@@ -271,49 +290,3 @@ def swap_for(
     moved_G[a] -= into_a
     moved_G[b] -= into_b
     return current
-
-
-@njit(cache=True, nogil=True, fastmath=True)
-def scan_pair(
-    costs: Costs, state: State, a: int, b: int, pair: Pair, terms: Terms, moved_G: Array, best: Array, slots: Array
-) -> None:
-    """Raise `best[0]`, the largest net gain so far, and set `slots` to (a, b, i, j) where a swap of the pair has it.
-
-    `pair.tilt` must be of this pair: see `tilt_pair` and `set_tangent`.
-    """
-    current = set_limits(state, a, b, pair, NO)
-    refund = terms.price * min(2, moved_G[a] + moved_G[b])
-    if current - pair.rest[0] + refund <= best[0]:
-        return
-    convex, form, steps = not costs.use_tables, form_of(costs, state, a, b), state.items.shape[2]
-    moved, first = moved_G.sum(), state.starts[b]
-    extra_N = np.empty(state.starts[b + 1] - first, np.int64)
-    for n in range(len(extra_N)):
-        extra_N[n] = moves_more(state, terms, first + n, b, a)
-    for i in range(state.starts[a], state.starts[a + 1]):
-        if state.stop[0] != 0:
-            return
-        extra_i = moves_more(state, terms, i, a, b)
-        for j in range(first, state.starts[b + 1]):
-            paid = terms.price * (extra_i + extra_N[j - first])
-            if convex and pair.tilt[j] - pair.tilt[i] - paid <= best[0]:
-                continue
-            goal = current - best[0] - paid
-            cost = 0.0
-            for block in range(pair.limits.shape[0]):
-                lo, hi = block * BLOCK, min(steps, (block + 1) * BLOCK)
-                if form == LINE:
-                    cost += np.float64(line_block(costs, state, a, b, i, j, pair, lo, hi))
-                elif form == TABLE:
-                    cost += np.float64(table_block(costs, state, a, b, i, j, pair, lo, hi))
-                elif form == ROOFLINE:
-                    cost += np.float64(roofline_block(costs, state, a, b, i, j, pair, lo, hi))
-                else:
-                    cost += general_block(costs, state, a, b, i, j, pair, lo, hi)
-                if cost + pair.rest[block + 1] >= goal:
-                    break
-            else:  # asked last: the calls take longer than most sums
-                into_a, into_b = extra_moves(state, terms, a, b, i, j)
-                if permitted(terms, moved, moved_G, a, b, into_a, into_b) and allowed(state, a, b, i, j):
-                    best[0] = current - cost - paid
-                    slots[0], slots[1], slots[2], slots[3] = a, b, i, j

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gemopt.solvers.search.gains import Pair, steepest
+from gemopt.solvers.search.gains import steepest
 from gemopt.solvers.search.state import Array, Costs, Number, State
-from gemopt.solvers.search.terms import Terms, moves_more
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -17,7 +16,24 @@ def number(value: Number) -> Number:
 
 
 @njit(cache=True, nogil=True)
-def pull_of(costs: Costs, state: State, ranks: Array) -> Array:
+def by_step(items_PFT: Array) -> Array:
+    """[F, T, P] the same loads of slots, those of a step beside each other."""
+    items_FTP = np.empty((*items_PFT.shape[1:], items_PFT.shape[0]), items_PFT.dtype)
+    for p in range(items_PFT.shape[0]):
+        put_slot(items_FTP, items_PFT, p)
+    return items_FTP
+
+
+@njit(cache=True, nogil=True)
+def put_slot(items_FTP: Array, items_PFT: Array, p: Number) -> None:
+    """Fill in the loads of a slot."""
+    for f in range(items_FTP.shape[0]):
+        for t in range(items_FTP.shape[1]):
+            items_FTP[f, t, p] = items_PFT[p, f, t]
+
+
+@njit(cache=True, nogil=True)
+def pull_of(costs: Costs, state: State, ranks: Array, items_FTP: Array) -> Array:
     """[G, P] cost that what each slot holds adds to each rank, by its slope where it is slowest; 0 where tables say it.
 
     A swap of i from a and j from b gains at most `pull[a, i] - pull[b, i] - pull[a, j] + pull[b, j]`: its tangent.
@@ -33,28 +49,36 @@ def pull_of(costs: Costs, state: State, ranks: Array) -> Array:
         plane = steepest(costs, g, state.loads[g, :, t])
         for f in range(features):
             slopes[f, t] = costs.planes[g, plane, 1 + f] * state.weights[t]
-    for p in range(slots):
-        for f in range(features):
-            item_T, slope_T = state.items[p, f], slopes[f]
-            for t in range(steps):
-                pull_GP[ranks[0, t], p] += slope_T[t] * item_T[t]
+    for f in range(features):
+        for t in range(steps):
+            slope, item_P, pull_P = slopes[f, t], items_FTP[f, t], pull_GP[ranks[0, t]]
+            for p in range(item_P.shape[0]):  # SIMD
+                pull_P[p] += slope * item_P[p]
     return pull_GP
 
 
 @njit(cache=True, nogil=True)
-def tilt_pair(costs: Costs, state: State, a: int, b: int, pull_GP: Array, terms: Terms, pair: Pair) -> float:
-    """Fill `pair.tilt` for swaps between two ranks; the most that the tangent lets one gain beyond the price of its
-    moves, infinity with tables."""
-    if costs.use_tables:
-        return np.inf
-    low, high = np.inf, -np.inf
-    for i in range(state.starts[a], state.starts[a + 1]):
-        pair.tilt[i] = pull_GP[b, i] - pull_GP[a, i]
-        low = min(low, pair.tilt[i] + terms.price * moves_more(state, terms, i, a, b))
-    for j in range(state.starts[b], state.starts[b + 1]):
-        pair.tilt[j] = pull_GP[b, j] - pull_GP[a, j]
-        high = max(high, pair.tilt[j] - terms.price * moves_more(state, terms, j, b, a))
-    return high - low
+def lower_reach(reach: Array, starts: Array, pull_GP: Array, price_GP: Array) -> None:
+    """Take into `reach` the most that the tangent lets a swap of each pair of ranks gain beyond the price of its moves.
+
+    All pairs in one call, of few arrays: to call for one takes longer than its sums.
+    """
+    for a in range(reach.shape[0]):
+        for b in range(a + 1, reach.shape[0]):
+            low, high = np.inf, -np.inf
+            for i in range(starts[a], starts[a + 1]):
+                low = min(low, (pull_GP[b, i] - pull_GP[a, i]) + (price_GP[b, i] - price_GP[a, i]))
+            for j in range(starts[b], starts[b + 1]):
+                high = max(high, (pull_GP[b, j] - pull_GP[a, j]) - (price_GP[a, j] - price_GP[b, j]))
+            reach[a, b] = min(reach[a, b], high - low)
+
+
+@njit(cache=True, nogil=True)
+def set_tilt(starts: Array, pull_GP: Array, a: Number, b: Number, tilt: Array) -> None:
+    """Fill in `Pair.tilt` for swaps between two ranks."""
+    for rank in (a, b):
+        for p in range(starts[rank], starts[rank + 1]):
+            tilt[p] = pull_GP[b, p] - pull_GP[a, p]
 
 
 @njit(cache=True, nogil=True)

@@ -111,12 +111,11 @@ def weighted_sum(time_T: Array, weights_T: Array) -> float:
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def fix_others(state: State, a: int, b: int, values: Array, ranks: Array, pair: Pair) -> None:
+def fix_others(a: int, b: int, values: Array, ranks: Array, pair: Pair) -> None:
     """Fill `pair` with the slowest rank other than a and b, and with what the steps after each block cost at least."""
-    steps = state.times.shape[1]
     others_T = pair.others_T
     first_T, second_T, third_T, rank_T, next_T = values[0], values[1], values[2], ranks[0], ranks[1]
-    for t in range(steps):  # all loaded beforehand, so that the choice needs no branch
+    for t in range(others_T.shape[0]):  # all loaded beforehand, so that the choice needs no branch
         first, second, third, r0, r1 = first_T[t], second_T[t], third_T[t], rank_T[t], next_T[t]
         lower = third if (r1 == a) | (r1 == b) else second
         others_T[t] = lower if (r0 == a) | (r0 == b) else first
@@ -216,7 +215,7 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
                 tried_at[a, b] = clock
                 if not slowest_G[a] and not slowest_G[b]:
                     continue
-                fix_others(state, a, b, values, ranks, pair)
+                fix_others(a, b, values, ranks, pair)
                 if improve_pair(costs, state, a, b, pair, not everything):
                     slowest_three(state.times, values, ranks)
                     mark_slowest(ranks, slowest_G)

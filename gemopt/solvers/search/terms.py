@@ -56,11 +56,33 @@ def moves_of(terms: Terms, rank: Number, expert: Number) -> Number:
     return 0 if expert < 0 or terms.home_GE[rank, expert] else 1
 
 
-@njit(cache=True, nogil=True, inline="always")
-def moves_more(state: State, terms: Terms, slot: Number, here: Number, there: Number) -> Number:
-    """Moves that bringing what a slot holds from one rank to another adds (negative: refunds)."""
-    expert = state.content[slot]
-    return moves_of(terms, there, expert) - moves_of(terms, here, expert)
+@njit(cache=True, nogil=True)
+def set_prices(content: Array, home_GE: Array, price: float, first: Number, end: Number, price_GP: Array) -> None:
+    """Fill in what holding the contents of the slots from `first` to before `end` costs each rank, in microseconds:
+    the price of a move, or nothing."""
+    for p in range(first, end):
+        expert = content[p]
+        for g in range(price_GP.shape[0]):
+            price_GP[g, p] = 0.0 if expert < 0 else price * (1 - int(home_GE[g, expert]))
+
+
+@njit(cache=True, nogil=True)
+def set_fees(starts: Array, price_GP: Array, a: Number, b: Number, fees: Array) -> None:
+    """Fill in what bringing the content of each slot of two ranks to the other one adds (negative: refunds)."""
+    for i in range(starts[a], starts[a + 1]):
+        fees[i] = price_GP[b, i] - price_GP[a, i]
+    for j in range(starts[b], starts[b + 1]):
+        fees[j] = price_GP[a, j] - price_GP[b, j]
+
+
+@njit(cache=True, nogil=True)
+def set_fees_of(state: State, terms: Terms, a: Number, b: Number, fees: Array) -> None:
+    """`set_fees` of two ranks alone."""
+    content, home_GE, price = state.content, terms.home_GE, terms.price
+    for here, there in ((a, b), (b, a)):
+        for p in range(state.starts[here], state.starts[here + 1]):
+            expert = content[p]
+            fees[p] = 0.0 if expert < 0 else price * (int(home_GE[here, expert]) - int(home_GE[there, expert]))
 
 
 @njit(cache=True, nogil=True)
@@ -73,7 +95,7 @@ def moved_into(state: State, terms: Terms) -> Array:
     return moved_G
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="always")
 def extra_moves(state: State, terms: Terms, a: Number, b: Number, i: Number, j: Number) -> tuple[int, int]:
     """Moves into rank a and into rank b that swapping slot i of a with slot j of b adds (negative: refunds)."""
     expert_i, expert_j = state.content[i], state.content[j]
