@@ -12,7 +12,7 @@ from gemopt.online.memories import NAMES, Memories, resample
 from gemopt.online.planner import effective_steps
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
-from gemopt.online.speeds import Speeds, first_medians, log_factors
+from gemopt.online.speeds import Speeds, first_medians, log_ratios
 from gemopt.problem import Problem
 from gemopt.solvers.search.moves import Waypoint
 
@@ -98,7 +98,7 @@ def test_noise_moves_no_speed() -> None:
     speeds, rng = Speeds(Policy(), 4), np.random.default_rng(0)
     for steps in (8, 64, 3, 1, 16) * 10:
         common = rng.uniform(0.7, 1.5)  # what all ranks share says nothing about any of them
-        assert speeds.learn(log_factors(common * measured([1, 1, 1, 1], steps, rng), np.full((steps, 4), 100.0))) == []
+        assert speeds.learn(log_ratios(common * measured([1, 1, 1, 1], steps, rng), np.full((steps, 4), 100.0))) == []
 
 
 @pytest.mark.parametrize("steps", [4, 16, 64])
@@ -106,8 +106,44 @@ def test_throttling_is_seen_soon_and_forgotten_soon(steps: int) -> None:
     speeds, rng = Speeds(Policy(), 4), np.random.default_rng(1)
     for factor in (1.0, 1.3, 1.0):
         for _ in range(-(-64 // steps)):
-            speeds.learn(log_factors(measured([1, factor, 1, 1], steps, rng), np.full((steps, 4), 100.0)))
+            speeds.learn(log_ratios(measured([1, factor, 1, 1], steps, rng), np.full((steps, 4), 100.0)))
         assert speeds.factors_G == pytest.approx([1, factor, 1, 1], rel=0.03)
+
+
+def test_a_slow_rank_is_seen_through_noise_and_measured_without_bias() -> None:
+    """By steps with 15 % of noise; the median of four ranks leans to the one that is slow."""
+    waits, levels = [], []
+    for seed in range(20):
+        speeds, rng = Speeds(Policy(), 4), np.random.default_rng(seed)
+        ratios = log_ratios(measured([1, 1, 1, 1], 196, rng, 0.15), np.full((196, 4), 100.0))
+        ratios[100:, 1] += np.log(1.5)
+        seen = [bool(speeds.learn(ratios[start : start + 4])) for start in range(0, 196, 4)]
+        assert not any(seen[:25])
+        waits.append(4 * (seen.index(True) - 24))
+        levels.append(np.log(speeds.factors_G[1]))
+    assert np.mean(waits) < 14
+    assert np.exp(np.mean(levels)) == pytest.approx(1.5, rel=0.03)
+
+
+def test_noise_that_lasts_is_no_change() -> None:
+    """Neighbours that are alike tell less than their number says."""
+    rng, steps, ranks, alike = np.random.default_rng(0), 2000, 16, 0.3
+    noise = rng.standard_normal((steps, ranks))
+    for before, now in zip(noise, noise[1:], strict=False):
+        now[:] = alike * before + np.sqrt(1 - alike**2) * now
+    speeds = Speeds(Policy(), ranks)
+    assert sum(len(speeds.learn(0.1 * noise[start : start + 8])) for start in range(0, steps, 8)) <= 8
+
+
+def test_a_change_leaves_nothing_of_the_level_before() -> None:
+    speeds, quiet = Speeds(Policy(), 4), np.zeros((40, 4))
+    speeds.learn(quiet)
+    slow = np.tile([0.0, 0.4, 0.0, 0.0], (8, 1))
+    assert speeds.learn(slow) == [1]
+    assert [speeds.learn(slow) for _ in range(8)] == [[]] * 8
+    assert speeds.factors_G == pytest.approx(np.exp([0.0, 0.4, 0.0, 0.0]))
+    assert speeds.learn(quiet[:8]) == [1]
+    assert speeds.factors_G == pytest.approx(1.0)
 
 
 def test_silence_counts_only_while_others_speak() -> None:
@@ -164,9 +200,9 @@ def test_ranks_that_often_say_nothing_are_as_slow_as_they_are() -> None:
     measured[rng.random(measured.shape) < 0.6] = np.nan
     for start in range(0, 256, 16):
         part = slice(start, start + 16)
-        speeds.take(measured[part], log_factors(measured[part], predicted[part]))
+        speeds.take(measured[part], log_ratios(measured[part], predicted[part]))
     assert speeds.factors_G == pytest.approx([1.0, 1.3, 1.0, 1.0])
     pair = Speeds(Policy(), 2)
     both = predicted[:16, :2] * [1.0, 1.3]
-    pair.take(both, log_factors(both, predicted[:16, :2]))
+    pair.take(both, log_ratios(both, predicted[:16, :2]))
     assert pair.factors_G[1] / pair.factors_G[0] == pytest.approx(1.3)

@@ -30,7 +30,7 @@ from gemopt.online.planner import Prices, Proposal, choose, effective_steps, pro
 from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.realised import Realised, Times
-from gemopt.online.speeds import Speeds, log_factors
+from gemopt.online.speeds import Speeds, log_ratios
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
@@ -224,8 +224,9 @@ class Controller:
         if latencies is None:
             self.realised.pass_over(self.placement, len(predicted_NG))
             return []
-        told_NG = log_factors(latencies[unsure:], predicted_NG[unsure:])
+        told_NG = log_ratios(latencies[unsure:], predicted_NG[unsure:])
         news, changed = self.speeds.take(latencies, told_NG)
+        told_NG = self.speeds.levels(told_NG)
         self.realised.take(self.placement, told_NG, len(latencies), lambda *each: times(*each) / factors_G)
         if changed:
             self.rescale()

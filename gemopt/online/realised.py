@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
 from gemopt.online.decision import Weights, static_weights
-from gemopt.online.speeds import FEWEST, WINDOW, level_and_error
+from gemopt.online.speeds import FEWEST, level_and_error
 from gemopt.placement import Placement, Split
 
 Times = Callable[[NDArray[np.int64], Weights], FloatArray]
 
+WINDOW = 32  # last steps that a change is judged by, before it and since
 ENOUGH = 16  # steps after a change from which on it is looked at
 PRIOR = 2.0  # changes that count as having kept what they promised before any was seen
 FADING = 0.03  # of earlier experience, is forgotten for a change that is known to the last bit
