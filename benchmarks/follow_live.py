@@ -151,8 +151,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=96, help="of a segment; there are six")
     parser.add_argument("--training-steps", type=int, default=128)
     parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--window", type=int, default=12, help="steps between two looks at what changed")
     parser.add_argument(
-        "--window", type=int, default=24, help="steps between two decisions, which take the core that serves"
+        "--plan-every",
+        type=int,
+        default=24,
+        help="steps between plans where nothing changes; each takes the core",
     )
     parser.add_argument("--turn", type=int, default=8, help="steps that are served by one, then by the next")
     parser.add_argument("--points", type=int, default=24)
@@ -193,7 +197,7 @@ def main() -> None:
         once = solve(profile, traces, slots_per_rank=options.slots, time_limit=options.seconds).placement
     once = from_rank_0(once)
     with quota_of(rank):
-        policy = priced(followed.executor, once, options.speed_tolerance)
+        policy = priced(followed.executor, once, options.speed_tolerance, options.plan_every)
 
     spans: dict[str, list[list[float]]] = {name: [] for name in servers}
     decisions: list[list[str]] = []  # of each round's segments
@@ -222,12 +226,12 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def priced(executor: Executor, placement: Placement, speed_tolerance: float) -> Policy:
+def priced(executor: Executor, placement: Placement, speed_tolerance: float, plan_every: int) -> Policy:
     """Move to a placement and time it; copying and serving share a core, so that a transfer costs what it takes."""
     begin = time.perf_counter()
     received = sum(executor.apply(placement).bytes().values()) / dist.get_world_size()
     bytes_per_s = received / (time.perf_counter() - begin)
-    return Policy(bytes_per_s=bytes_per_s, slowdown=1.0, speed_tolerance=speed_tolerance)
+    return Policy(bytes_per_s=bytes_per_s, slowdown=1.0, speed_tolerance=speed_tolerance, plan_every_steps=plan_every)
 
 
 def informed(profile: Profile, once: Placement, policy: Policy, counts: np.ndarray) -> Controller:

@@ -45,13 +45,13 @@ class Scripted:
 
 
 @scenario
-def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=False):
+def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=False, moves=2):
     """Serve under a controller: outputs all along, what it saw, and what is in force in the end."""
     whole = AutoModelForCausalLM.from_pretrained(checkpoint(family)).eval()
     model = load(family, world, where)
     executor = Executor(model, timeout_s=30)
     experts = executor.layers[0].num_experts
-    wanted = [random_placement(n, experts, executor.layer_ids, slots_of("equal", experts, world)) for n in range(2)]
+    wanted = [random_placement(n, experts, executor.layer_ids, slots_of("equal", experts, world)) for n in range(moves)]
     if wrong:
         wanted[0] = random_placement(0, experts, executor.layer_ids, slots_of("equal", experts, 2 * world))
     controller = Scripted(wanted, fail_at) if rank == 0 else None
@@ -76,6 +76,7 @@ def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=
         "checksum": executor.checksum(),
         "meters": [dispatch.meter is None for dispatch in executor.layers],
         "seen": None if controller is None else controller.seen[0],
+        "heard in full": None if controller is None else [full for _, full in controller.seen],
         "windows": 0 if controller is None else len(controller.seen),
         "confirmed": 0 if controller is None else len(controller.confirmed),
         "asked": asked,

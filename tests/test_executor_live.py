@@ -192,6 +192,11 @@ def test_the_controller_sees_every_assignment_once(world, ranks, where):
     np.testing.assert_array_equal(counts, np.sum([answer["asked"] for answer in batches], axis=0))
 
 
+def test_passes_during_a_decision_that_moves_nothing_are_heard(world):
+    told = results(world("follow", 2, family="qwen3_moe", where="own", passes=48, window=16, moves=0))
+    assert told[0]["heard in full"] == [True] * 3
+
+
 def test_what_cannot_be_followed_is_refused_on_every_rank(world):
     for told in results(world("follow_refused", 2, family="qwen3_moe")):
         said = [

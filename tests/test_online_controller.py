@@ -137,6 +137,19 @@ def test_a_throttled_rank_is_relieved_and_gets_its_work_back() -> None:
         assert total(follower.placement, fresh, slow) < 1.02 * total(fitted.placement, fresh, slow)
 
 
+def test_plans_wait_while_nothing_changes() -> None:
+    follower, idle = controller(Policy(plan_every_steps=64)), "nothing changed since the last plan"
+    assert follower.step(traffic(0, 64)).num_moves > 0
+    told = [traffic(0, 8, seed) for seed in range(1, 15)]
+    assert [follower.step(counts, times(follower.placement, counts)).reason for counts in told[:7]] == [idle] * 7
+    assert idle not in follower.step(told[7], times(follower.placement, told[7])).reason
+    slow = follower.step(told[8], times(follower.placement, told[8], 1.5))
+    assert slow.num_moves > 0 and slow.reason.startswith("rank 1 takes 1.5")
+    assert follower.step(told[9], times(follower.placement, told[9], 1.5)).reason == idle
+    changed = follower.step(traffic(1, 8))
+    assert changed.changed and changed.num_moves > 0
+
+
 def times(placement: Placement, counts: np.ndarray[Any, Any], slow: float = 1.0) -> np.ndarray[Any, Any]:
     """[n, G] latency of every rank, summed over the layers."""
     owner_PG = np.eye(RANKS)[placement.rank_of_slot]

@@ -125,6 +125,19 @@ def test_a_slow_rank_is_seen_through_noise_and_measured_without_bias() -> None:
     assert np.exp(np.mean(levels)) == pytest.approx(1.5, rel=0.03)
 
 
+def test_what_was_seen_soon_is_measured_again() -> None:
+    soon, later = [], []
+    for seed in range(20):
+        speeds, rng = Speeds(Policy(), 4), np.random.default_rng(seed)
+        ratios = log_ratios(measured([1, 1.5, 1, 1], 64, rng, 0.15), np.full((64, 4), 100.0))
+        at = next(n for n in range(4, 64, 4) if speeds.learn(ratios[n - 4 : n]))
+        soon.append(np.log(speeds.factors_G[1] / 1.5))
+        news = [speeds.learn(ratios[n - 4 : n]) for n in range(at + 4, 65, 4)]
+        assert sum(map(len, news)) <= 1
+        later.append(np.log(speeds.factors_G[1] / 1.5))
+    assert np.std(later) < 0.7 * np.std(soon)
+
+
 def test_noise_that_lasts_is_no_change() -> None:
     """Neighbours that are alike tell less than their number says."""
     rng, steps, ranks, alike = np.random.default_rng(0), 2000, 16, 0.3

@@ -122,7 +122,8 @@ class Follow:
         self._thread: threading.Thread | None = None
         self._word: tuple[int, bytes] = (NOTHING, EMPTY)
         self._waiting = 0
-        self._unsettled: list[bool] = []  # passes of this window with something else in force than is wanted
+        self._moving: list[bool] = []  # passes of this window with something else in force than is wanted
+        self._deciding: list[bool] = []  # and those during which that may have been decided
         self._unseen: deque[tuple[Any, Any]] = deque(maxlen=max(1, UNSEEN_STEPS // window))
         self._background: Any = None
         self._wanted: Placement | None = None  # as soon as the batch that is on its way has been committed
@@ -145,7 +146,8 @@ class Follow:
         return {"window": str(self.window)}
 
     def _after(self) -> None:
-        self._unsettled.append(not self.at_rest)
+        self._moving.append(self._travels)
+        self._deciding.append(self._waiting > 0)
         self._gauge.passes += 1
         if self._gauge.passes == self.window:
             self._gather()
@@ -162,9 +164,9 @@ class Follow:
         deciding = self.controller is not None and self.executor.rank == 0
         if deciding:
             times_WG = times_G.numpy().T.copy()
-            times_WG[self._unsettled] = np.nan  # says nothing about how fast a rank is
+            times_WG[np.logical_or(self._moving, self._deciding)] = np.nan  # says nothing about how fast a rank is
             self._unseen.append((counts.numpy(), times_WG))
-        self._unsettled = []
+        self._moving, self._deciding = [], []
         if self._waiting or self._wanted is not None:
             return  # one decision at a time; the next sees these steps, too
         self._waiting = ASK_EVERY
@@ -205,6 +207,8 @@ class Follow:
         self._say(said["reason"])
         if state == MOVE:
             self._move(Placement.model_validate_json(said["placement"]))
+        else:
+            self._deciding = [False] * len(self._deciding)  # what was in force is what is wanted
 
     def _hear(self) -> tuple[int, bytes]:
         """What rank 0 has decided so far; every rank asks before the same forward pass."""
@@ -239,10 +243,13 @@ class Follow:
             self._log(text)
 
     @property
+    def _travels(self) -> bool:
+        return self._wanted is not None or (self._background is not None and not self._background.done)
+
+    @property
     def at_rest(self) -> bool:
         """Whether nothing travels and nothing is being decided: the same on every rank between two forward passes."""
-        travels = self._background is not None and not self._background.done
-        return not travels and self._wanted is None and not self._waiting
+        return not self._travels and not self._waiting
 
     def rest(self) -> None:
         """Wait until nothing travels and rank 0 has decided, between two forward passes; collective."""

@@ -97,6 +97,7 @@ class Controller:
         self.scaled = self.cost  # with every rank as fast as it is now
         self.moved_at = np.full(placement.num_layers, LONG_AGO)
         self.steps = self.blind_until = self.moved = self.latest = 0  # latest: moves of the last step's decision
+        self.planned_at = LONG_AGO
         self.now_s: float | None = None
         self._compiled = Compiled()
         self.check(placement)
@@ -228,8 +229,9 @@ class Controller:
         news, changed = self.speeds.take(latencies, told_NG)
         told_NG = self.speeds.levels(told_NG)
         self.realised.take(self.placement, told_NG, len(latencies), lambda *each: times(*each) / factors_G)
-        if changed:
+        if self.speeds.factors_G is not factors_G:
             self.rescale()
+        if changed:
             self.moved_at[:] = LONG_AGO
         return news
 
@@ -239,21 +241,10 @@ class Controller:
         self._compiled = Compiled()
 
     def _problem(
-        self,
-        counts: NDArray[np.int64],
-        layer: int,
-        latencies: Sequence[Latency],
-        weights: FloatArray | None = None,
+        self, counts: NDArray[np.int64], layer: int, latencies: Sequence[Latency], weights: FloatArray | None = None
     ) -> Problem:
-        return Problem.make(
-            counts[:, layer],
-            self.cost.features,
-            latencies,
-            self.placement.slots_per_rank,
-            weights,
-            self.nodes_G,
-            self.placement.split,
-        )
+        slots_G, split = self.placement.slots_per_rank, self.placement.split
+        return Problem.make(counts[:, layer], self.cost.features, latencies, slots_G, weights, self.nodes_G, split)
 
     def _remember(self, counts: NDArray[np.int64]) -> bool:
         """Whether the traffic changed suddenly within these steps."""
@@ -271,6 +262,9 @@ class Controller:
         if not self.memories.ticks or (self.memories.ticks == known and not news):
             missing = counted(TICK - len(self.memories.pending), "more step")
             return self._keep(joined(say, f"waiting for {missing}"), imbalance=imbalance)
+        if not news and self.steps - self.planned_at < self.policy.plan_every_steps:
+            return self._keep("nothing changed since the last plan", imbalance=imbalance)
+        self.planned_at = self.steps
         failed_G = self.speeds.failed_G
         begin = self.placement.physical_to_logical
         remembered, trusted = self._remembered()

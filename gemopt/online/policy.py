@@ -40,6 +40,9 @@ class Policy(Settings):
         Time constants of the two memories that forget.
     keep_steps, plan_steps
         Steps kept in memory, and at most how many of them a plan is judged by.
+    plan_every_steps
+        Steps from one plan to the next while nothing changes. Steps are looked at whenever they are told, which takes a
+        fraction of a plan, and a change of traffic, speeds or ranks is planned for at once.
     threads
         Layers planned at once while a step is decided, which has ended before `step` returns; decisions do not depend
         on it.
@@ -65,6 +68,7 @@ class Policy(Settings):
     slow_steps: int = Field(default=192, ge=1, le=10**9)
     keep_steps: int = Field(default=1024, ge=64, le=2**20)
     plan_steps: int = Field(default=256, ge=16, le=2**20)
+    plan_every_steps: int = Field(default=1, ge=1, le=10**9)
     threads: int = Field(default=1, ge=1, le=1024)
     speed_tolerance: float = Field(default=0.02, gt=0, le=1)
     dead_after_steps: int = Field(default=64, ge=1, le=10**9)

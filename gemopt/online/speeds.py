@@ -32,6 +32,7 @@ class Speeds:
         self.silent_G = np.zeros(num_ranks, np.int64)
         self.step_us = np.inf  # median of the last latencies
         self.recent_NG = np.zeros((0, num_ranks))
+        self.told_G = np.zeros(num_ranks, np.int64)
 
     @property
     def failed_G(self) -> NDArray[np.bool_]:
@@ -66,7 +67,9 @@ class Speeds:
         off_NG = self.levels(self.recent_NG) - np.log(self.factors_G)
         tolerated = float(np.log1p(self.policy.speed_tolerance))
         found = [(rank, changed_at(off_N, tolerated)) for rank, off_N in enumerate(off_NG.T)]
-        since = {rank: first for rank, first in found if first is not None}
+        changed = {rank: first for rank, first in found if first is not None}
+        doubled_G = (self.told_G > 0) & (np.isfinite(off_NG).sum(axis=0) >= 2 * self.told_G)
+        since = dict.fromkeys(np.flatnonzero(doubled_G).tolist(), 0) | changed
         for _ in range(2 if since else 0):  # again, since what all ranks share goes with the factors in force
             levels_NG = self.levels(self.recent_NG)
             self.factors_G = self.factors_G.copy()
@@ -74,7 +77,8 @@ class Speeds:
                 self.factors_G[rank] = np.exp(np.nanmedian(levels_NG[first:, rank]))
         for rank, first in since.items():
             self.recent_NG[:first, rank] = np.nan  # of another level
-        return list(since)
+            self.told_G[rank] = np.isfinite(self.recent_NG[:, rank]).sum()
+        return list(changed)
 
     def levels(self, log_NG: FloatArray) -> FloatArray:
         """[N, G] `log_ratios` less what all ranks share: how far the median rank is from its factor in force.

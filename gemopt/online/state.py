@@ -16,11 +16,11 @@ from gemopt.placement import Placement
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
-VERSION = 6
+VERSION = 7
 KEY = "gemopt_online"
 MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores", "pending")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
-SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG")
+SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG", "told_G")
 PROMISE_ARRAYS = ("layers", "rows", "weights", "facts")
 EARLIER_ARRAYS = ("served",)
 REALISED_ARRAYS = ("pair", "pair_weights", "before_NG", "since_NG")
@@ -29,7 +29,7 @@ SPEED_NUMBERS = ("step_us",)
 PROMISE_NUMBERS = ("short", "swaps")
 EARLIER_NUMBERS = ("changed_at",)
 REALISED_NUMBERS = ("seen", "kept", "blind", "waited")
-OWN_NUMBERS = ("steps", "blind_until", "moved", "now_s")
+OWN_NUMBERS = ("steps", "blind_until", "moved", "planned_at", "now_s")
 
 
 def save(controller: Controller, path: str | os.PathLike[str], notes: dict[str, Any]) -> None:
