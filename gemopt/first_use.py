@@ -15,6 +15,7 @@ from gemopt.bounds import lower_bound, step_bounds, together_bound
 from gemopt.bounds.links import links_bound
 from gemopt.evaluate import objective
 from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.layer_rules import Demand, LayerRules
 from gemopt.links import Links
 from gemopt.named_topologies import named
 from gemopt.problem import Problem
@@ -73,7 +74,8 @@ def ready(
     watcher = threading.Thread(target=watch, name="gemopt-first-use", daemon=True)
     watcher.start()
     try:
-        _use(solver, problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:]), budget, contents)
+        tiny = problem.select(np.argsort(problem.counts_TE.sum(axis=1), kind="stable")[-2:])
+        _use(solver, tiny if tiny.rules is None else _easy(problem), budget, contents)
         if links is not None:
             _use_links(solver, problem, links, compute_slack)
         if budget:
@@ -97,6 +99,30 @@ def _kind(solver: Solver, problem: Problem, budget: bool, contents: bool) -> tup
     searches = solver.supports.improves or solver.supports.proves
     own = (solver.name if solver.name in OWN else searches, prover(problem) if solver.name == "auto" else None)
     return (*own, budget, problem.split, problem.full, *without, *costs, contents)
+
+
+def _easy(problem: Problem) -> Problem:
+    """Four experts on two ranks, with rules of the same kinds: those of the problem may take long to keep."""
+    counts = np.array([[1, 2, 3, 9], [9, 2, 1, 1]], np.int32)
+    few = Problem.make(
+        counts, problem.features, (problem.latencies * 2)[:2], 2 + (problem.spare_slots > 0), split=problem.split,
+        senders_TGE=None if problem.senders_TGE is None else np.stack([counts - 1, np.ones_like(counts)], axis=1),
+        full=problem.full,
+    )  # fmt: skip
+    rules, moves, experts, ranks = problem.rules, problem.moves, np.arange(4), np.arange(2)
+    assert rules is not None
+    demands = {
+        "closed": Demand("", "", closed_GE=(ranks[:, None] == 1) & (experts == 0)),
+        "apart": Demand("", "", apart_E=experts < 2),
+        "bloc": Demand("", "", bloc_E=experts == 0, unit_G=ranks),
+    }
+    kinds = {
+        "closed" if d.closed_GE is not None else "apart" if d.apart_E is not None else "bloc" for d in rules.demands
+    }
+    if moves is not None:
+        into_G = None if moves.most_into_G is None else np.full(2, 2)
+        moves = replace(moves, home_GE=experts % 2 == ranks[:, None], most_into_G=into_G)
+    return replace(few, rules=LayerRules(tuple(demands[kind] for kind in sorted(kinds)), 2, 4), moves=moves)
 
 
 def _use(solver: Solver, tiny: Problem, budget: bool, contents: bool) -> None:

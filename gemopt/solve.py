@@ -21,11 +21,11 @@ from gemopt.placement import Placement, Split
 from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.resize import Source
-from gemopt.result import Origin, Result, Status, StoppedBy
+from gemopt.result import Result, StoppedBy
 from gemopt.rules import Rules
-from gemopt.solvers import get, names, that_can
-from gemopt.solvers.base import DEFAULT_PATIENCE, Row, Solver, require
-from gemopt.solving.answer import answer
+from gemopt.solvers import get, hurried, names, that_can
+from gemopt.solvers.base import DEFAULT_PATIENCE, Outcome, Row, Solver, require
+from gemopt.solving.answer import answer, without
 from gemopt.solving.cluster import Cluster
 from gemopt.solving.coupled import check_slack, go_coupled, links_of, refuse_with_links
 from gemopt.solving.layers import Layer
@@ -33,7 +33,7 @@ from gemopt.solving.memory import experts_within, slots_within, solve_within
 from gemopt.solving.moving import Asked, Moving
 from gemopt.solving.origin import origin
 from gemopt.solving.rounds import solve_shared
-from gemopt.solving.ruled import Ruled, contradiction, keeping
+from gemopt.solving.ruled import Ruled, eased, keeping
 from gemopt.solving.schedule import OnLayers, Progress, Run
 from gemopt.splits.senders import Senders
 from gemopt.topology import Topology
@@ -185,7 +185,11 @@ def solve(
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
     )  # fmt: skip
     chosen, threads, cluster = get(solver), threads or cores.available(), Cluster.in_force()
-    with interrupts.held() as interrupted, cores.at_most(threads):
+    with (
+        interrupts.held() as interrupted,
+        cores.at_most(threads),
+        hurried.call(clock + time_limit, interrupted.is_set),
+    ):
         with interrupts.raising(interrupted):  # there is no answer yet that could be kept
             profile, traces = Profile.of(profile), Traces.of(traces)
             made = origin(solve, given, profile, traces)
@@ -198,7 +202,7 @@ def solve(
                 if slots_per_rank is None:
                     slots_per_rank = moving.resized.slots_per_rank.tolist()
                 if (missing := moving.missing_slots(slots_per_rank)) > 0:
-                    return _infeasible(solver, clock, traces, _without_slots(traces, moving, missing), made)
+                    return without(solver, clock, traces, _without_slots(traces, moving, missing), made)
 
             cost, report = fit(profile, model=cost) if isinstance(cost, str) else (cost_of(cost, profile), None)
             _check_ranks(profile, cost, allow_one_rank=allow_one_rank)
@@ -215,11 +219,11 @@ def solve(
 
             asked_rules = Ruled.of(rules, moving, warm_start, profile, links)
             if asked_rules.impossible:
-                return _infeasible(solver, clock, traces, asked_rules.impossible, made)
+                return without(solver, clock, traces, asked_rules.impossible, made)
             each = asked_rules.apply(free if moving is None else moving.apply(free), traces)
-            if note := contradiction(each, traces.layer_ids, clock + time_limit):
-                return _infeasible(solver, clock, traces, note, made)
-            each = each if moving is None else moving.eased(each)
+            each, note, reason = eased(each, moving, traces.layer_ids, clock + time_limit)
+            if note:
+                return without(solver, clock, traces, note, made, reason)
 
             layers = _layers(chosen, each, traces, warm_start, seed)
             first = layers[0].problem
@@ -231,7 +235,7 @@ def solve(
             chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted,
             cluster=cluster, on_layers=on_layers,
         )  # fmt: skip
-        with cores.at_most(max(1, threads // len(layers))):
+        with cores.at_most(max(1, threads // len(layers))), hurried.call(clock + time_limit, interrupted.is_set):
             bound_us = _go(run, held_G, moving, links, compute_slack)
         result = asked_rules.stamped(answer(run, profile, traces, cost, report, moving, bound_us, senders, made))
         if certificate is not None and result.placement is not None:
@@ -245,14 +249,20 @@ def _go(
     run: Run, held_G: NDArray[np.int64] | None, moving: Moving | None, links: Links | None, compute_slack: float | None
 ) -> float:
     """Solve the layers by what couples them, if anything; returns a bound on their total beyond those of each."""
-    if held_G is not None:
-        solve_within(run, held_G)
-    elif moving is not None and moving.shared:
-        return solve_shared(run, moving)
-    elif links is not None:
-        return go_coupled(run, links, compute_slack)
-    else:
-        run.go()
+    try:
+        if held_G is not None:
+            solve_within(run, held_G)
+        elif moving is not None and moving.shared:
+            return solve_shared(run, moving)
+        elif links is not None:
+            return go_coupled(run, links, compute_slack)
+        else:
+            run.go()
+    except hurried.OutOfTimeError as late:
+        if late.stopped_by is StoppedBy.INTERRUPT:
+            raise KeyboardInterrupt(run.interrupted.number) from None
+        for layer in run.layers:
+            layer.outcome = Outcome(None, late.stopped_by, note=str(late), reached=False)
     return 0.0
 
 
@@ -268,23 +278,6 @@ def _without_slots(traces: Traces, moving: Moving, missing: int) -> str:
     return (
         f"infeasible: {traces.num_experts} experts need a slot each, the {len(moving.resized.old_rank)} ranks left "
         f"have {traces.num_experts - missing}: {missing} slots are missing; more --slots-per-rank, or --add-rank"
-    )
-
-
-def _infeasible(solver: str, clock: float, traces: Traces, note: str, made: Origin) -> Result:
-    """The answer where there can be none."""
-    return Result(
-        solver=solver,
-        status=Status.INFEASIBLE,
-        stopped_by=StoppedBy.PROOF,
-        objective_us=None,
-        bound_us=None,
-        gap=None,
-        seconds=time.monotonic() - clock,
-        num_steps=traces.num_steps,
-        placement=None,
-        notes=[note],
-        origin=made,
     )
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -18,10 +19,13 @@ from typing import Any
 
 import pytest
 from cli_inputs import gemopt, gemopt_json, profile, traces
+from ortools.sat.python import cp_model
 
 from gemopt import interrupts
 from gemopt.placement import Placement
 from gemopt.result import Result
+from gemopt.rules import Rules
+from gemopt.solve import solve
 from gemopt.solving.schedule import Run
 from gemopt.traces import Traces
 
@@ -213,3 +217,30 @@ def test_a_programme_that_was_left_does_not_abort_the_end(words: list[str], code
     done = subprocess.run([sys.executable, "-c", LEFT, *words], capture_output=True, text=True, check=False)
     assert done.returncode == code and (done.stdout or done.stderr).startswith("gemopt")
     assert "Python ended" not in done.stdout
+
+
+@pytest.mark.parametrize("given", [{}, {"max_moves": 3}, {"exclude_ranks": [2]}])
+def test_a_row_that_keeps_rules_is_looked_for_where_ctrl_c_is_heard(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    """OR-Tools hears no signal by itself: the search is told to stop."""
+    stop = threading.Event()
+
+    def solved(*_: object) -> object:
+        assert threading.current_thread() is not threading.main_thread()
+        press()
+        stop.wait(30)
+        return cp_model.UNKNOWN
+
+    monkeypatch.setattr(import_module(SOLVE), "ready", lambda *_, **__: 0.0)
+    monkeypatch.setattr(cp_model.CpSolver, "solve", solved)
+    monkeypatch.setattr(cp_model.CpSolver, "stop_search", lambda _: stop.set())
+    monkeypatch.setattr(import_module("gemopt.solving.ruled"), "conflict", lambda *_, **__: [])
+    current = Placement(physical_to_logical=[range(9)] * 4, slots_per_rank=[3, 3, 3], num_experts=9) if given else None
+    rules = Rules(apart=[{"experts": [0, 1]}])
+    with pytest.raises(KeyboardInterrupt):
+        solve(
+            profile(3), traces(60, 4, 9), rules=rules, current=current, slots_per_rank=5,
+            time_limit=600, threads=1, **given,
+        )  # fmt: skip
+    assert stop.is_set()

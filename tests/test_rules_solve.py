@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli_inputs import profile, traces
+from ortools.sat.python import cp_model
 
 from gemopt.evaluate import check_rules
 from gemopt.exceptions import InputError
 from gemopt.layer_rules import check_kept
 from gemopt.links import Exchange
 from gemopt.placement import EMPTY, Placement
-from gemopt.result import Status
+from gemopt.result import Status, StoppedBy
 from gemopt.rules import Rules
 from gemopt.solve import solve
 from gemopt.traces import Tokens, Traces
@@ -141,3 +143,27 @@ def test_few_moves_under_rules() -> None:
         assert result.placement is not None and result.moves is not None
         check_rules(result.placement, rules)
         assert result.moves.moves == 4 or not fields
+
+
+@pytest.mark.parametrize("given", [{}, {"max_moves": 1}, {"max_moves_per_layer": 4}, {"exclude_ranks": [1]}])
+def test_what_rules_ask_for_is_looked_for_no_longer_than_the_call_may_last(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, object]
+) -> None:
+    """A solver that finds nothing: it is given the time of the call, and no answer is not called infeasible."""
+    asked: list[float] = []
+
+    def solved(solver: cp_model.CpSolver, *_: object) -> object:
+        asked.append(solver.parameters.max_time_in_seconds)
+        return cp_model.UNKNOWN
+
+    monkeypatch.setattr(import_module("gemopt.solve"), "ready", lambda *_, **__: 0.0)
+    monkeypatch.setattr(cp_model.CpSolver, "solve", solved)
+    current = Placement(physical_to_logical=[[0, 1, -1, 2, 3, -1, -1]] * 2, slots_per_rank=[3, 3, 1], num_experts=4)
+    rules = Rules(apart=[{"experts": [0, 1]}], together=[{"experts": [1, 3]}])
+    result = solve(
+        profile(3), traces(), rules=rules, current=current if given else None, slots_per_rank=4 if given else None,
+        time_limit=0.5, **given,
+    )  # fmt: skip
+    assert (result.status, result.stopped_by, result.placement) == (Status.UNKNOWN, StoppedBy.TIME_LIMIT, None)
+    assert any("not found in time" in note for note in result.notes)
+    assert len(asked) > 1 and max(asked) <= 1.0

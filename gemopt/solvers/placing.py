@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.exceptions import SolverError
 from gemopt.layer_rules import Demand, LayerRules
 from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
+from gemopt.solvers import hurried
 from gemopt.solvers.base import Outcome, Row
+from gemopt.solvers.hurried import OutOfTimeError
 
 if TYPE_CHECKING:
     from ortools.sat.python import cp_model
 
 BALANCING = 0.5  # CP-SAT's deterministic seconds for a better row than any
-LIMIT_S = 60.0  # for any row at all
 ASSIGNMENT = 2  # linearization level: fewest changes are nearly an assignment problem, all but solved by its relaxation
 UNITS = 1 << 20  # that the load of all ruled experts is counted in
 BoolArray = NDArray[np.bool_]
@@ -112,7 +112,7 @@ def _solved(
     solver.parameters.catch_sigint_signal = False
     solver.parameters.max_time_in_seconds = max(seconds, 0.01)
     solver.parameters.max_deterministic_time = deterministic
-    status = solver.solve(model)
+    status = hurried.run(solver, model, hurried.stopped)
     proven = bool(status in (cp_model.OPTIMAL, cp_model.INFEASIBLE))
     return solver.boolean_value if status in (cp_model.OPTIMAL, cp_model.FEASIBLE) else None, proven
 
@@ -122,7 +122,7 @@ def first_row(problem: Problem) -> Row:
 
     Raises
     ------
-    SolverError
+    OutOfTimeError
         None was found; `conflict` tells beforehand whether there is one.
     """
     rules, slots_G = _rules(problem), problem.slots_per_rank
@@ -152,26 +152,29 @@ def _balanced(problem: Problem, rules: LayerRules, experts: Row) -> list[tuple[i
             load = sum(weight_GE[g, e].item() * rows.held[e, g] for e in experts.tolist() if (e, g) in rows.held)
             rows.model.add(peak >= load + offset_G[g].item())
         rows.model.minimize(peak)
-        pairs, _ = rows.solve(LIMIT_S, BALANCING)
+        pairs, _ = rows.solve(hurried.seconds_left(), BALANCING)
         if pairs is None:
             rows.model.minimize(0)
-            pairs, _ = rows.solve(LIMIT_S)
+            pairs, _ = rows.solve(hurried.seconds_left())
         if pairs is not None:
             return pairs
         if not problem.full:
             break
-    raise SolverError(f"no row that keeps the rules was found in {LIMIT_S:.0f} s")
+    raise OutOfTimeError("a placement that keeps the rules")
 
 
-def nearest_row(problem: Problem, row: Row, seconds: float = LIMIT_S) -> Row | None:
-    """[P] the row that keeps the rules with the fewest changes to another one; None where that was not found."""
+def nearest_row(problem: Problem, row: Row, seconds: float | None = None) -> Row | None:
+    """[P] the row that keeps the rules with the fewest changes to another one; None where that was not found.
+
+    seconds: that it may take; what the call has left when None.
+    """
     rules, experts = _rules(problem), np.arange(problem.num_experts)
     near_GE = held(row, problem.slots_per_rank, problem.num_experts)
     rows = _Rows.of(rules, problem.slots_per_rank, experts, full=problem.full, single=False)
     rows.model.maximize(sum((1 if near_GE[g, e] else -2) * literal for (e, g), literal in rows.held.items()))
     for pair, literal in rows.held.items():
         rows.model.add_hint(literal, bool(near_GE[pair[::-1]]))
-    pairs, _ = rows.solve(seconds, level=ASSIGNMENT)
+    pairs, _ = rows.solve(hurried.seconds_left() if seconds is None else seconds, level=ASSIGNMENT)
     return None if pairs is None else row_of(_held(problem, pairs), problem.slots_per_rank)
 
 
@@ -180,8 +183,8 @@ def fewest_row(problem: Problem) -> Row | None:
 
     Raises
     ------
-    SolverError
-        Neither a row nor that there is none was proven in time.
+    OutOfTimeError
+        Neither a row nor that there is none was proven.
     """
     moves, slots_G = problem.moves, problem.slots_per_rank
     assert moves is not None
@@ -197,9 +200,9 @@ def fewest_row(problem: Problem) -> Row | None:
     for rank, most in enumerate([] if moves.most_into_G is None else moves.most_into_G.tolist()):
         rows.model.add(sum(into_G[rank]) <= most)
     rows.model.minimize((problem.num_slots + 1) * moved - sum(rows.held.values()))
-    pairs, proven = rows.solve(LIMIT_S, level=ASSIGNMENT)
+    pairs, proven = rows.solve(hurried.seconds_left(), level=ASSIGNMENT)
     if not proven:
-        raise SolverError(f"the fewest moves that keep the rules were not found in {LIMIT_S:.0f} s")
+        raise OutOfTimeError("the fewest moves that keep the rules")
     return None if pairs is None else row_of(_held(problem, pairs), slots_G)
 
 

@@ -288,3 +288,22 @@ def _stopped_by(per_layer: list[LayerResult]) -> StoppedBy:
     reasons = {layer.stopped_by for layer in per_layer}
     order = (StoppedBy.INTERRUPT, StoppedBy.TIME_LIMIT, StoppedBy.ITERATIONS, StoppedBy.GAP, StoppedBy.PROOF)
     return next(reason for reason in order if reason in reasons)
+
+
+def without(
+    solver: str, clock: float, traces: Traces, note: str, made: Origin, stopped_by: StoppedBy = StoppedBy.PROOF
+) -> Result:
+    """The answer where there can be none, which is proven, or none was found."""
+    return Result(
+        solver=solver,
+        status=Status.INFEASIBLE if stopped_by is StoppedBy.PROOF else Status.UNKNOWN,
+        stopped_by=stopped_by,
+        objective_us=None,
+        bound_us=None,
+        gap=None,
+        seconds=time.monotonic() - clock,
+        num_steps=traces.num_steps,
+        placement=None,
+        notes=[note],
+        origin=made,
+    )

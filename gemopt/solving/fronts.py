@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.rules import Rules
 from gemopt.solve import solve
+from gemopt.solvers import hurried
 from gemopt.solvers.base import Options
 from gemopt.solvers.budget import Front, Point, divide, walk_front
 from gemopt.solving.ruled import contradiction
@@ -139,7 +141,9 @@ def _fronts(layers: Sequence[Problem], current: Placement, time_limit: float, th
         return walk_front(layer, layer.num_slots, stop, begin)
 
     with options.alarm() as stop, ThreadPoolExecutor(threads or cores.available()) as pool:
-        return list(pool.map(one, range(len(layers))))
+        with hurried.call(options.deadline, options.stop):
+            found = [pool.submit(copy_context().run, one, index) for index in range(len(layers))]
+        return [each.result() for each in found]
 
 
 def _moved(current: Placement, layers: Sequence[Problem], chosen: Sequence[Point]) -> Placement:

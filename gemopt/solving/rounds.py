@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 
 import numpy as np
@@ -92,10 +93,12 @@ def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None])
     options = Options.lasting(FRONT_SHARE * left, stop=run.interrupted.is_set)
     with options.alarm() as stop, ThreadPoolExecutor(run.threads) as pool:
 
-        def walked(problem: Problem, begin: Row | None) -> Front:
-            return walk_front(problem, _most(problem), stop, None if begin is None else (begin, None))
+        def walked(problem: Problem, begin: Row | None) -> Future[Front]:
+            given = None if begin is None else (begin, None)
+            return pool.submit(copy_context().run, walk_front, problem, _most(problem), stop, given)
 
-        return list(pool.map(walked, problems, begins))
+        found = [walked(problem, begin) for problem, begin in zip(problems, begins, strict=True)]
+        return [each.result() for each in found]
 
 
 def _together(run: Run, problems: Sequence[Problem], moving: Moving) -> tuple[list[tuple[Problem, Row]] | None, bool]:

@@ -15,9 +15,10 @@ from gemopt.links import Links
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
-from gemopt.result import Result
+from gemopt.result import Result, StoppedBy
 from gemopt.rules import Rules
 from gemopt.solvers.base import Row
+from gemopt.solvers.hurried import OutOfTimeError
 from gemopt.solvers.placing import conflict, nearest_row
 from gemopt.solving.moving import Moving
 from gemopt.traces import Traces
@@ -154,6 +155,19 @@ def contradiction(layers: Sequence[Problem], layer_ids: Sequence[int], deadline:
 
 def _says(rules: LayerRules, name: str) -> str:
     return next(demand.says for demand in rules.demands if demand.name == name)
+
+
+def eased(
+    layers: list[Problem], moving: Moving | None, layer_ids: Sequence[int], deadline: float
+) -> tuple[list[Problem], str, StoppedBy]:
+    """The layers with the moves that lost and new ranks ask for; or why there is no answer, and if that is proven."""
+    note = contradiction(layers, layer_ids, deadline)
+    if note or moving is None:
+        return layers, note, StoppedBy.PROOF
+    try:
+        return moving.eased(layers), "", StoppedBy.PROOF
+    except OutOfTimeError as late:
+        return layers, str(late), late.stopped_by
 
 
 def keeping(problem: Problem, row: Row | None) -> Row | None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,7 +140,9 @@ class Run:
         self, pool: ThreadPoolExecutor, layers: Sequence[Layer], work: str, times: Times
     ) -> Generator[bool, None, None]:
         """The work of a phase in threads; says when a layer is done, and now and then that none is."""
-        open_layers: set[Future[None]] = {pool.submit(self._timed, layer, work, times) for layer in layers}
+        open_layers: set[Future[None]] = {
+            pool.submit(copy_context().run, self._timed, layer, work, times) for layer in layers
+        }
         try:
             while open_layers:
                 try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from ortools.sat.python import cp_model
 
 from gemopt.result import StoppedBy
+from gemopt.solvers import hurried
 from gemopt.solvers.base import Options, Outcome
 from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation, CpSatJoint
 from gemopt.solvers.exact.joint import JointCompact
@@ -21,7 +19,6 @@ RESOLUTION = 4e-7
 """Relative error that whole ticks may cause in the objective, all steps together."""
 EXACT = 2.0**53
 """Whole numbers up to here are exact in float64, which CP-SAT's linear relaxation uses."""
-POLL_S = 0.02
 
 
 class CpSat(Stated):
@@ -39,7 +36,7 @@ class CpSat(Stated):
         except TimeoutError as error:
             return search.outcome(search.cut_short(), str(error), reached=False)
         solver = configured(options, formulation)
-        status = run(solver, formulation, search)
+        status = hurried.run(solver, formulation.model, options.expired, _Incumbents(formulation, search))
         note = f"CP-SAT counts in steps of {tick_us:.0e} us"
         if status in (cp_model.MODEL_INVALID, cp_model.INFEASIBLE):  # the start is feasible, so this is not true
             return search.outcome(StoppedBy.ITERATIONS, f"cpsat calls the formulation {solver.status_name(status)}")
@@ -89,19 +86,6 @@ def canonical_start(search: Search) -> NDArray[np.bool_]:
 def bound_us(ticks: float, formulation: CpSatFormulation) -> float:
     """Microseconds that so many ticks above the floors prove."""
     return formulation.compact.base_us + max(0.0, float(np.floor(ticks + 0.5) * formulation.unit_us))
-
-
-def run(solver: cp_model.CpSolver, formulation: CpSatFormulation, search: Search) -> Any:
-    """Solve in a thread, so that an interrupt and the deadline are seen while OR-Tools is busy."""
-    with ThreadPoolExecutor(1) as pool:
-        status = pool.submit(solver.solve, formulation.model, _Incumbents(formulation, search))
-        try:
-            while not wait([status], POLL_S).done:
-                if search.options.expired():
-                    solver.stop_search()
-        finally:
-            solver.stop_search()
-    return status.result()
 
 
 class _Incumbents(cp_model.CpSolverSolutionCallback):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gemopt.exceptions import SolverError
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
+from gemopt.solvers.hurried import OutOfTimeError
 from gemopt.solvers.placing import first_row, nearest_row
 
 
@@ -82,7 +82,7 @@ def filled(problem: Problem, row: Row) -> Row:
     if rules is not None and problem.full and (row == EMPTY).any():
         found = nearest_row(problem, row)
         if found is None:
-            raise SolverError("no row that keeps the rules with every slot full was found in time")
+            raise OutOfTimeError("a placement that keeps the rules with every slot full")
         return found
     return row
 

@@ -27,6 +27,7 @@ from gemopt.solvers.base import (
     seeded,
     within_limits,
 )
+from gemopt.solvers.hurried import OutOfTimeError
 from gemopt.solvers.placing import fewest_row, no_placement
 from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.copies import improve_copies
@@ -103,7 +104,12 @@ class _Search(Best):
         self.moves, self.free = problem.moves, free
         self.starts: list[Row] = []
         self.free_tried = False
-        home = fewest_row(problem)
+        try:
+            home = fewest_row(problem)
+        except OutOfTimeError:
+            if warm_start is None or not within_limits(problem, warm_start):
+                raise
+            home = warm_start
         if home is not None:
             home = filled(problem, home) if problem.full else home
             self.starts = [home] if warm_start is None else [home, warm_start]
