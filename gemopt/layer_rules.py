@@ -139,7 +139,7 @@ class LayerRules:
         held_GE = held(row_P, slots_per_rank, self.num_experts)
         return [int(unit_G[(held_GE & members).any(axis=1)][0]) for members, unit_G in self.blocs]
 
-    def settled(self, units: Sequence[int | None]) -> LayerRules:
+    def settled(self, units: Sequence[int | None] | Sequence[int]) -> LayerRules:
         """The same with blocs bound to these units (None: to any), which leaves ranks that are closed to them."""
         left = iter(units)
         return replace(

@@ -145,6 +145,17 @@ def test_few_moves_under_rules() -> None:
         assert result.moves.moves == 4 or not fields
 
 
+@pytest.mark.parametrize("split", ["even", "static", "optimal"])
+def test_what_fills_slots_leaves_experts_together(split: str) -> None:
+    """The only placements: 0 and 1 on one rank, 2 and 3 on every other."""
+    rules = Rules(apart=[{"experts": [1, 2]}], together=[{"experts": [0, 1]}])
+    asked = {"slots_per_rank": 2, "full_slots": True, "split": split, "patience": 1, "time_limit": 20}
+    found = solve(profile(3), traces(), rules=rules, **asked).placement
+    assert found is not None
+    for row in found.physical_to_logical:
+        assert sorted(sorted(row[i : i + 2].tolist()) for i in (0, 2, 4)) == [[0, 1], [2, 3], [2, 3]]
+
+
 @pytest.mark.parametrize("given", [{}, {"max_moves": 1}, {"max_moves_per_layer": 4}, {"exclude_ranks": [1]}])
 def test_what_rules_ask_for_is_looked_for_no_longer_than_the_call_may_last(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, object]

@@ -269,6 +269,19 @@ def test_slots_that_must_be_full_are_filled(changed: dict[str, Any], slots: int 
     assert found.placement is not None and not found.placement.has_empty_slots
 
 
+@pytest.mark.parametrize("limit", ["max_moves", "max_moves_per_layer", "max_bytes_per_rank"])
+@pytest.mark.parametrize("solver", ["local-search", "gem"])
+def test_filling_slots_takes_moves_that_limits_hold(limit: str, solver: str) -> None:
+    """One slot of each layer is empty, both on rank 1: two moves into it fill them, fewer are infeasible."""
+    current = Placement(physical_to_logical=[[0, 1, 2, 3, 4, EMPTY]] * 2, slots_per_rank=[3, 3], num_experts=EXPERTS)
+    asked = {"current": current, "full_slots": True, "solver": solver, "expert_bytes": 1, "patience": 1}
+    least = 1 if limit == "max_moves_per_layer" else 2
+    found = solve(profile(), inputs(0)[1], **{limit: least}, **asked)
+    assert found.placement is not None and found.moves is not None
+    assert not found.placement.has_empty_slots and found.moves.into_rank[1] == 2
+    assert solve(profile(), inputs(0)[1], **{limit: least - 1}, **asked).status is Status.INFEASIBLE
+
+
 def test_none_for_ranks_is_as_if_nothing_was_said() -> None:
     measured, traces, current = inputs(0)
     asked = {"current": current, "solver": "local-search", "patience": 1}

@@ -181,6 +181,8 @@ def nearest_row(problem: Problem, row: Row, seconds: float | None = None) -> Row
 def fewest_row(problem: Problem) -> Row | None:
     """[P] the row with the fewest moves, and most copies at home; None when limits and rules allow no row, proven.
 
+    Where every slot must hold an expert, so do those of this row.
+
     Raises
     ------
     OutOfTimeError
@@ -189,8 +191,14 @@ def fewest_row(problem: Problem) -> Row | None:
     moves, slots_G = problem.moves, problem.slots_per_rank
     assert moves is not None
     if problem.rules is None:
-        return moves.fewest(slots_G)
-    rows = _Rows.of(problem.rules, slots_G, np.arange(problem.num_experts), full=problem.full, single=False)
+        row = moves.fewest(slots_G)
+        if row is None or not problem.full:
+            return row
+        row = _full(problem, row)
+        if (moves.into(row, slots_G) == np.maximum(slots_G - moves.home_GE.sum(axis=1), 0)).all():  # none takes fewer
+            return None if moves.excess(row, slots_G) else row
+    rules = problem.rules or LayerRules((), problem.num_ranks, problem.num_experts)
+    rows = _Rows.of(rules, slots_G, np.arange(problem.num_experts), full=problem.full, single=False)
     into_G: list[list[Any]] = [[] for _ in slots_G]
     for (expert, rank), literal in rows.held.items():
         into_G[rank] += [literal] * (not moves.home_GE[rank, expert])
@@ -204,6 +212,15 @@ def fewest_row(problem: Problem) -> Row | None:
     if not proven:
         raise OutOfTimeError("the fewest moves that keep the rules")
     return None if pairs is None else row_of(_held(problem, pairs), slots_G)
+
+
+def _full(problem: Problem, row: Row) -> Row:
+    """The row with copies in its empty slots, the heaviest by load per copy: each is one more move."""
+    held_GE, weight_E = held(row, problem.slots_per_rank, problem.num_experts), problem.linearised[1].mean(axis=0)
+    for rank, slots in enumerate(problem.slots_per_rank):
+        while held_GE[rank].sum() < slots:
+            held_GE[rank, np.where(held_GE[rank], -1.0, weight_E / held_GE.sum(axis=0)).argmax()] = True
+    return row_of(held_GE, problem.slots_per_rank)
 
 
 def fewest_rows(
@@ -268,6 +285,7 @@ def no_placement(problem: Problem) -> Outcome:
     needed = 0 if row is None else moves.count(row, slots)
     limit = "into each rank" if moves.most is None or needed <= moves.most else f"{moves.most} in all"
     who = "experts without a copy" if problem.rules is None else "rules, and experts without a copy,"
+    who = f"full slots, {who}" if problem.full else who
     note = f"infeasible: {who} need {needed} moves, the limit allows fewer ({limit})"
     return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
 

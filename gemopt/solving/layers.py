@@ -15,8 +15,9 @@ from gemopt.links import Links
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.result import Incumbent
-from gemopt.solvers.base import Outcome, Row, incumbent
+from gemopt.solvers.base import Outcome, Row, incumbent, within_limits
 from gemopt.solvers.exact.column_space import Proven
+from gemopt.solvers.placing import fewest_row, no_placement
 from gemopt.solvers.search.packing import filled
 from gemopt.splits.rules import even_weights
 
@@ -78,6 +79,16 @@ class Layer:
             self.plain_row = filled(problem, row)
             weights_P = even_weights(self.plain_row, problem.num_experts) if problem.split is Split.STATIC else None
             self.plain_us = objective(problem, self.plain_row, weights_P)
+
+    def filled(self, outcome: Outcome) -> Outcome:
+        """An outcome with copies in empty slots, from solvers that leave some where none may be."""
+        problem = self.problem
+        if problem.full and outcome.row is not None:
+            outcome.row = filled(problem, outcome.row)
+            if problem.moves is not None and not within_limits(problem, outcome.row):
+                outcome.row = fewest_row(problem)
+                return no_placement(problem) if outcome.row is None else outcome
+        return outcome
 
     def no_worse(self, outcome: Outcome) -> Outcome:
         """An outcome, or contiguous placement where that is better and free to take: as where no time is left."""

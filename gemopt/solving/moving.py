@@ -23,7 +23,6 @@ from gemopt.result import MovesReport
 from gemopt.solvers.base import Row
 from gemopt.solvers.placing import fewest_row
 from gemopt.solvers.relabel import relabelled
-from gemopt.solvers.search.packing import filled
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
@@ -270,8 +269,6 @@ def _eased(problem: Problem, new_G: NDArray[np.bool_]) -> Problem:
     moves = problem.moves
     assert moves is not None
     row = fewest_row(problem.with_moves(moves.at_most(None)))
-    if row is not None and problem.full:
-        row = filled(problem, row)
     needed = 0 if row is None else moves.count(row, problem.slots_per_rank)
     asked = int((~moves.home_GE.any(axis=0)).sum() + problem.slots_per_rank[new_G].sum())
     return problem.with_moves(moves.at_most(max(asked, needed)))

@@ -26,7 +26,6 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Solver, incumbent, within_limits
-from gemopt.solvers.search.packing import filled
 from gemopt.solvers.size import provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Coupling, Layer, Standing, on_this_clock, value_of
@@ -205,7 +204,7 @@ class Run:
     def _solve(self, layer: Layer, deadline: float) -> None:
         """All there is to do for a solver that more time does not help."""
         self._base(layer)
-        layer.outcome = _full(layer, self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm))
+        layer.outcome = layer.filled(self.solver.solve(layer.problem, self._options(layer, deadline), layer.warm))
 
     def _start(self, layer: Layer, deadline: float) -> None:
         """What there is without any search, so that every layer has something however short the time."""
@@ -222,7 +221,7 @@ class Run:
         patience = DEFAULT_PATIENCE if self.exact else 0
         first = self.patience != 0 and not self.exact
         options = replace(self._options(layer, deadline), patience=patience, start_by=start_by, first=first)
-        layer.outcome = layer.no_worse(_full(layer, solver.solve(layer.problem, options, layer.warm)))
+        layer.outcome = layer.no_worse(layer.filled(solver.solve(layer.problem, options, layer.warm)))
 
     def _base(self, layer: Layer) -> None:
         """Score contiguous placement, which answers are compared with."""
@@ -322,7 +321,7 @@ class Run:
         """The solver, from where the layer stands."""
         first = layer.outcome
         assert first is not None
-        layer.outcome = layer.no_worse(_full(layer, self.solver.solve(layer.problem, options, first.row)))
+        layer.outcome = layer.no_worse(layer.filled(self.solver.solve(layer.problem, options, first.row)))
         if layer.outcome.search is None or layer.outcome.search is not first.search:
             layer.outcome.history = first.history + layer.outcome.history
         if self.exact and layer.outcome.start_us is None:
@@ -344,10 +343,3 @@ def _on_worker(
 
 def _cut(outcome: Outcome) -> bool:
     return outcome.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
-
-
-def _full(layer: Layer, outcome: Outcome) -> Outcome:
-    """The outcome with copies in empty slots, from solvers that leave some where none may be."""
-    if layer.problem.full and outcome.row is not None:
-        outcome.row = filled(layer.problem, outcome.row)
-    return outcome

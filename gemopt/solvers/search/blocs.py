@@ -17,7 +17,7 @@ from gemopt.result import StoppedBy
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, seeded, within_limits
 from gemopt.solvers.placing import fewest_row, nearest_row, no_placement
 from gemopt.solvers.search.best import Best
-from gemopt.solvers.search.packing import lpt_row
+from gemopt.solvers.search.packing import filled, lpt_row
 
 Inner = Callable[[Problem, Options, Row | None], Outcome]
 
@@ -30,13 +30,18 @@ def settled(problem: Problem, row: Row) -> Problem:
     return replace(problem, rules=problem.rules.settled(units))
 
 
+def completed(problem: Problem, row: Row | None) -> Row | None:
+    """The row, with empty slots filled where none may be."""
+    return filled(problem, row) if problem.full and row is not None else row
+
+
 def search_blocs(problem: Problem, options: Options, warm_start: Row | None, inner: Inner) -> Outcome:
     """Place one layer. `inner` places it while every set stays on its unit; `options.patience` 0: that alone."""
     search = options.begun
     if not isinstance(search, _Search) or search.problem is not problem:
-        start = warm_start
+        start = completed(problem, warm_start)
         if start is None or not within_limits(problem, start):
-            start = lpt_row(problem) if problem.moves is None else fewest_row(problem)
+            start = completed(problem, lpt_row(problem)) if problem.moves is None else fewest_row(problem)
         if start is None:
             return no_placement(problem)
         search = _Search(problem, start, inner)

@@ -60,9 +60,12 @@ def copies_worth_trying(problem: Problem) -> Row:
 def filled(problem: Problem, row: Row) -> Row:
     """The row with copies in its empty slots: hottest experts first, by load per copy, one of each on a rank.
 
-    Under rules a slot that no expert may have stays empty; if none may, the row is changed until all are full.
+    Under rules sets of experts stay on their units, and a slot that no expert may have stays empty; if none may, the
+    row is changed until all are full.
     """
     row, rules, (offset_G, weight_GE) = row.copy(), problem.rules, problem.linearised
+    if rules is not None:
+        rules = rules.settled(rules.units(row, problem.slots_per_rank))
     copies_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
     held_GE = np.zeros(weight_GE.shape, dtype=bool)
     held_GE[problem.rank_of_slot[row != EMPTY], row[row != EMPTY]] = True

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.evaluate import total
-from gemopt.exceptions import UnsupportedError
 from gemopt.moves import Moves
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
@@ -33,7 +32,7 @@ from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.descent import iterate_within, settle
 from gemopt.solvers.search.moves import few_moves
-from gemopt.solvers.search.packing import copies_worth_trying, filled
+from gemopt.solvers.search.packing import copies_worth_trying
 from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import Costs, State, make_state
 from gemopt.solvers.search.swaps import EPSILON, total_cost
@@ -111,13 +110,9 @@ class _Search(Best):
                 raise
             home = warm_start
         if home is not None:
-            home = filled(problem, home) if problem.full else home
             self.starts = [home] if warm_start is None else [home, warm_start]
             for start in self.starts:
                 self.offer(start)
-            if self.row is None and problem.full:
-                limit = "filling the empty slots of the placement in force takes more moves than that"
-                raise UnsupportedError("moves", "a limit", limit, "allow more, or leave slots empty")
 
     def state(self, row: Row) -> State:
         """State of a row that ends with this call's time."""
