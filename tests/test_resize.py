@@ -11,6 +11,8 @@ from gemopt.exceptions import InputError
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
 from gemopt.resize import resize
+from gemopt.solve import solve
+from gemopt.traces import Tokens, Traces
 
 
 def profile(ranks: int = 4, first: int = 0) -> Profile:
@@ -89,3 +91,16 @@ def test_devices_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match=r"device_uuids\[0\]"):
         resize(placement(device_uuids=["GPU-1", "GPU-0", "GPU-2", "GPU-3"]), profile())
     resize(placement(device_uuids=["GPU-0", None, "GPU-2", "GPU-3"]), profile())
+
+
+def test_recorded_senders_are_refused_once_their_numbers_are_those_of_other_ranks() -> None:
+    """Token 0 comes from rank 1, which is rank 0 where rank 0 left, and a new one is the last."""
+    ids, sources = np.array([[[0]], [[1]], [[2]]]), np.array([1, 1, 2])
+    tokens = Tokens(ids, np.zeros(3, np.int64), source_rank=sources)
+    traces = Traces(counts=np.ones((1, 1, 3), np.int64), tokens=tokens)
+    current = Placement(physical_to_logical=[[0, 1, 2] * 3], slots_per_rank=[3] * 3, num_experts=3, split="nearest")
+    asked = {"current": current, "time_limit": 5, "patience": 0}
+    with pytest.raises(InputError, match="--senders uniform"):
+        solve(profile(3), traces, exclude_ranks=[0], add_ranks=[0], **asked)
+    for same in ({"exclude_ranks": [0], "add_ranks": [0], "senders": "uniform"}, {"add_ranks": [0]}):
+        assert solve(profile(3), traces, **same, **asked).placement is not None

@@ -171,7 +171,17 @@ class Moving:
         return result
 
     def apply(self, layers: Sequence[Problem]) -> list[Problem]:
-        """The layers with price and limits; as they are when moves cost nothing and have no limit."""
+        """The layers with price and limits; as they are when moves cost nothing and have no limit.
+
+        Raises
+        ------
+        InputError
+            The traces say which rank sends, by numbers that ranks no longer have.
+        """
+        numbers = self.resized.numbers
+        if layers[0].senders_TGE is not None and numbers != list(range(len(numbers))):
+            limit = f"ranks {numbers}, counted as in current, are numbered from 0 now: senders would be others"
+            raise InputError("Traces.source_rank", "recorded", limit, "take all to send alike: --senders uniform")
         if not self.heeded:
             return list(layers)
         return [layer.with_moves(moves) for layer, moves in zip(layers, self.layer_limits, strict=True)]
