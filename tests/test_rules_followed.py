@@ -10,7 +10,7 @@ from cli_inputs import gemopt, profile, traces
 from test_online_controller import EXPERTS, LAYERS, RANKS, cost, times, traffic
 from test_rules import random_rules
 
-from gemopt.evaluate import check_rules
+from gemopt.evaluate import check_rules, evaluate
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats import vllm_plugin
 from gemopt.formats.approximate import approximate
@@ -225,6 +225,17 @@ def test_fronts_of_moves_keep_rules() -> None:
     assert 0 < free[1].moves < 4
     with pytest.raises(InputError, match=r"no placement of layer 0 .* keeps together\[0\]"):
         moves_front(profile(), traces(), current, rules=Rules(together=[{"experts": [0, 1, 2]}]), **given)
+
+
+def test_the_front_has_the_placement_that_only_drops_a_copy() -> None:
+    """Rank 1 may not hold expert 0, which rank 0 has, too: that takes no move."""
+    current = Placement(physical_to_logical=[[0, 1, EMPTY, 0, 2, 3]] * 2, slots_per_rank=[3, 3], num_experts=4)
+    kept = current.changed(physical_to_logical=[[0, 1, EMPTY, 2, 3, EMPTY]] * 2)
+    points = moves_front(profile(), traces(), current, rules=Rules(pinned=[{"experts": [0], "ranks": [0]}]), holdout=0)
+    assert [point.moves for point in points[:2]] == [0, 0]
+    for point, placement in zip(points, (current, kept), strict=False):
+        found = evaluate(placement, profile(), traces())
+        assert point.step_us == pytest.approx(found.objective_us / len(found.step_us))
 
 
 def test_evaluate_refuses_a_placement_that_breaks_its_own_rules(

@@ -112,7 +112,7 @@ def moves_front(
 
     base = per_step(current)
     points = [_point(source, placement, current, per_step(placement), base, size) for source, placement in placements]
-    swaps = {point.moves: point for point in points if point.source == SWAPS}  # budgets may lead to the same placement
+    swaps = {(point.moves, point.step_us): point for point in points if point.source == SWAPS}  # each placement once
     return [*swaps.values(), *(point for point in points if point.source != SWAPS)]
 
 
@@ -159,7 +159,7 @@ def _budgets(fronts: Sequence[Front]) -> list[int]:
     """As few moves as rules let there be, 2, 4, 8, ... beyond those, and as many as any front asks for."""
     least, most = (sum(some(point.moves for point in front.points) for front in fronts) for some in (min, max))
     doubled = [1 << n for n in range(1, max(most, 1).bit_length()) if least < 1 << n < most]
-    return [least] * (least > 0) + doubled + [most] * (most > least)
+    return [least, *doubled] + [most] * (most > least)
 
 
 def _point(
