@@ -260,6 +260,7 @@ def _go(
             run.go()
     except hurried.OutOfTimeError as late:
         if late.stopped_by is StoppedBy.INTERRUPT:
+            assert isinstance(run.interrupted, interrupts.Interrupted)
             raise KeyboardInterrupt(run.interrupted.number) from None
         for layer in run.layers:
             layer.outcome = Outcome(None, late.stopped_by, note=str(late), reached=False)
