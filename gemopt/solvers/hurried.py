@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from gemopt.exceptions import GemoptError
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import POLL_S
@@ -22,6 +24,7 @@ LEAST_S = 1.0  # for a row without which there is no answer, though the time is 
 
 Call = tuple[float, Callable[[], bool]]
 _call: ContextVar[Call] = ContextVar("gemopt_call")
+_better_by: ContextVar[float] = ContextVar("gemopt_better_by", default=np.inf)
 
 
 class OutOfTimeError(GemoptError):
@@ -49,6 +52,21 @@ def call(deadline: float, stop: Callable[[], bool]) -> Iterator[None]:
 def seconds_left() -> float:
     """Seconds that a row without which there is no answer may take."""
     return max(LEAST_S, _now()[0] - time.monotonic())
+
+
+@contextmanager
+def better_by(deadline: float) -> Iterator[None]:
+    """Within, a row that is better than any is looked for until this deadline (of `time.monotonic`) at most."""
+    token = _better_by.set(deadline)
+    try:
+        yield
+    finally:
+        _better_by.reset(token)
+
+
+def seconds_for_better() -> float:
+    """Seconds that it may take to make a row better than any."""
+    return max(0.0, min(_better_by.get(), _now()[0]) - time.monotonic())
 
 
 def stopped() -> bool:

@@ -152,7 +152,7 @@ def _balanced(problem: Problem, rules: LayerRules, experts: Row) -> list[tuple[i
             load = sum(weight_GE[g, e].item() * rows.held[e, g] for e in experts.tolist() if (e, g) in rows.held)
             rows.model.add(peak >= load + offset_G[g].item())
         rows.model.minimize(peak)
-        pairs, _ = rows.solve(hurried.seconds_left(), BALANCING)
+        pairs, _ = rows.solve(hurried.seconds_for_better(), BALANCING)
         if pairs is None:
             rows.model.minimize(0)
             pairs, _ = rows.solve(hurried.seconds_left())

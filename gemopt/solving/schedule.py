@@ -24,7 +24,7 @@ from gemopt.bounds import copies_proof, spread_bounds, timed_step_bounds, togeth
 from gemopt.evaluate import objective, total
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers import get
+from gemopt.solvers import get, hurried
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Solver, incumbent, within_limits
 from gemopt.solvers.size import provable, prover
 from gemopt.solving.cluster import Cluster, packed, unpacked
@@ -35,6 +35,7 @@ BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leav
 BOUND_REST = 0.4
 WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts from
 PAIRS_SHARE = 0.1  # of a layer's time for bounds is the co-location bound's at most, where contents are priced after it
+BALANCE_SHARE = 0.2  # of a layer's time, at most, for balancing what rules are about
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
 WAIT_S = 0.2
 
@@ -209,7 +210,9 @@ class Run:
     def _start(self, layer: Layer, deadline: float) -> None:
         """What there is without any search, so that every layer has something however short the time."""
         self._base(layer)
-        self._answer(layer, -np.inf, start_by=deadline)
+        now = time.monotonic()
+        with hurried.better_by(now + BALANCE_SHARE * max(0.0, deadline - now)):
+            self._answer(layer, -np.inf, start_by=deadline)
 
     def _answer(self, layer: Layer, deadline: float, *, start_by: float = -np.inf) -> None:
         """A first answer: one descent, or what an exact solver was given to start from."""
