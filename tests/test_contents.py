@@ -18,7 +18,7 @@ from gemopt.bounds.dual_bound import costs, feasible
 from gemopt.certificate import UNIT, Certificate, duals_path
 from gemopt.costs import fit
 from gemopt.exceptions import InputError
-from gemopt.latency import FloatArray
+from gemopt.latency import ASSIGNMENTS, Curve, FloatArray, Latency
 from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.solve import solve
@@ -148,3 +148,16 @@ def test_a_bound_of_contents_is_checked_again(made: tuple[Path, Profile, Traces]
         stated.write(tmp_path / "c.json", rest if pi is None else rest | {"pi.0": np.ascontiguousarray(pi)})
         with pytest.raises(InputError, match=said):
             verify(tmp_path / "c.json", measured, counts)
+
+
+@pytest.mark.filterwarnings("error")
+def test_contents_that_are_nothing_beside_the_floors_end_without_a_warning() -> None:
+    """One expert is nearly all of the load: no content is worth holding."""
+    counts = [[1397, 0, 4, 4, 2], [1397, 3, 3, 1, 3], [1394, 0, 1, 0, 1]]
+    loads = np.array([0.0, 1.0, 107.0, 118.0, 135.0, 139.0, 261.0, 434.0, 454.0])
+    times = np.array([10.0, 17.0, 199.0, 220.0, 248.0, 255.0, 472.0, 773.0, 808.0])
+    latency = Latency(((Curve(loads, times, 79 / 45),),))
+    problem = Problem.make(counts, (ASSIGNMENTS,), [latency] * 2, [3, 2])
+    best_us = optimum(problem)
+    found = ContentsSearch(problem, step_bounds(problem), best_us).run(NEVER)
+    assert found.bound_us <= best_us * (1 + 1e-12)

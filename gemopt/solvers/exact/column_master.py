@@ -126,7 +126,7 @@ class Master:
                 self.power.update({name: v[name] for name in rows})
             norms.append(norm)
         self.norm = max(np.sqrt(norms[0]), 1e-12)
-        ratio = F32(self.norm / np.sqrt(norms[1]))
+        ratio = F32(self.norm / max(np.sqrt(norms[1]), 1e-12))  # without columns neither has a norm
         for name in ("pi", "y"):
             self.z[name] *= self.ratio / ratio
         self.ratio = ratio
@@ -138,8 +138,9 @@ class Master:
         self.image = {name: part.copy() for name, part in start.items()}
         self.since, self.first, self.last = 0, 0.0, np.inf
 
+    @np.errstate(over="ignore", invalid="ignore")
     def iterate(self, count: int, stop: Any) -> None:
-        """So many steps, unless stopped."""
+        """So many steps, unless stopped. Where they diverge nothing is proven: `multipliers` are any numbers then."""
         cost, held, used = (np.empty_like(self.z[name]) for name in ("mu", "pi", "y"))
         for _ in range(count):
             if stop[0]:
@@ -164,6 +165,10 @@ class Master:
         self.since += 1
         apart = {name: float(((self.image[name] - self.z[name]) ** 2).sum()) for name in self.z}
         error = np.sqrt(apart["x"] / down + (apart["mu"] + apart["pi"] + apart["y"]) / up)
+        if not np.isfinite(error):
+            self.norm *= 2
+            self._restart(self.anchor)
+            return
         if self.since == 1:
             self.first = error
         fallen = error <= SUFFICIENT * self.first or (error <= NECESSARY * self.first and error > self.last)
