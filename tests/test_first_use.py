@@ -15,7 +15,7 @@ from gemopt.first_use import LOOK_S, NOTICE, ready
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.problem import Problem
 from gemopt.solvers import get
-from gemopt.solving.turns import LEAST_S
+from gemopt.solving.turns import least_s
 from gemopt.voice import Voice
 
 CHILD = """
@@ -92,7 +92,8 @@ def test_contents_of_ranks_are_prepared_where_there_is_the_time(monkeypatch: pyt
     module = sys.modules["gemopt.first_use"]
     monkeypatch.setattr(module, "_known", set())
     monkeypatch.setattr(module, "_use", lambda solver, tiny, budget, contents: used.append(contents))
-    for limit in (LEAST_S / 2, LEAST_S / 2, LEAST_S):
+    least = least_s(layer([[1, 2, 3, 4]]))
+    for limit in (least / 2, least / 2, least):
         ready(get("local-search"), layer([[1, 2, 3, 4]]), time_limit=limit)
     ready(get("local-search"), layer([[1, 2, 3, 4]]))
     assert used == [False, True]

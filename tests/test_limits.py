@@ -15,11 +15,12 @@ from timed import timed
 
 import gemopt
 from gemopt.bounds import spread_bounds, step_bounds, timed_step_bounds
+from gemopt.bounds.together import Together
 from gemopt.compare import compare
 from gemopt.conflicts import classify
 from gemopt.evaluate import check, loads, objective
 from gemopt.exceptions import InputError
-from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, FloatArray, Latency, line
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import StoppedBy
@@ -32,7 +33,7 @@ from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import make_costs, make_state, most_loaded
 from gemopt.solvers.search.swaps import EPSILON, KICK_DRAWS, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
-from gemopt.solving import turns
+from gemopt.solving import schedule, turns
 from gemopt.solving.layers import Layer
 from gemopt.solving.schedule import Run
 from gemopt.splits import even_shares
@@ -270,7 +271,7 @@ class Recorder:
 
 
 def test_every_layer_is_answered_before_any_is_deepened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "LEAST_S", np.inf)  # no bound of contents, which takes a while to end
+    monkeypatch.setattr(turns, "LEAST_S", (np.inf, np.inf))  # no bound of contents, which takes a while to end
     solver = Recorder(improves=True)
     layers = [Layer(make(steps=9), None, seed) for seed in range(5)]
     clock = time.monotonic()
@@ -343,3 +344,20 @@ def test_tables_reach_what_a_rank_may_hold_and_one_expert_more() -> None:
         known = costs.tables[costs.offsets[rank, 0, 0] :][: reach + 1]
         np.testing.assert_allclose(known, latency([np.arange(reach + 1)]), rtol=1e-6)
     assert costs.offsets[0, 0, 0] == costs.offsets[2, 0, 0] != costs.offsets[1, 0, 0]  # equal ranks share theirs
+
+
+def test_a_bound_that_stays_at_the_floors_is_left_out_for_the_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the search has no end of its own: what all get then is the same however the threads run."""
+    asked: list[int] = []
+
+    def never(problem: Problem, floor_T: FloatArray, stop: object, **_: object) -> Together:
+        asked.append(1)
+        return Together(float(floor_T.sum()))
+
+    monkeypatch.setattr(schedule, "together_bound", never)
+    monkeypatch.setattr(turns, "LEAST_S", (np.inf, np.inf))
+    for patience, count in ((None, schedule.VAIN), (1, 9)):
+        asked.clear()
+        layers = [Layer(make(steps=9), None, seed) for seed in range(9)]
+        Run(Recorder(improves=True), layers, time.monotonic(), 500.0, patience=patience).go()  # type: ignore[arg-type]
+        assert len(asked) == count

@@ -133,6 +133,8 @@ def _rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for number, line in enumerate(stream, 1):
                     if line.strip():
                         yield _object(f"{path}: line {number}", value(line))
+            except InputError:
+                raise
             except (ValueError, RecursionError, EOFError, OSError) as error:
                 raise InputError(f"{path}: line {max(1, number)}", str(error), "one JSON object a line") from None
     elif path.suffix == ".json":

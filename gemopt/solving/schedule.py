@@ -34,6 +34,7 @@ from gemopt.solving.turns import bounding, in_turns, instead, lent, priced
 BOUND_SHARE = 0.2  # of the time goes to bounds, and of what a first search leaves up to
 BOUND_REST = 0.4
 WARM_SHARE = 0.5  # of an exact solver's time goes to the search that it starts from
+VAIN = 4  # layers in a row where the co-location bound stays at the floors: it is left out for the others
 PAIRS_SHARE = 0.1  # of a layer's time for bounds is the co-location bound's at most, where contents are priced after it
 BALANCE_SHARE = 0.2  # of a layer's time, at most, for balancing what rules are about
 SCORE_SHARE = 0.25  # of the limit, at most, is kept for scoring the answer
@@ -51,9 +52,9 @@ Times = Callable[[], tuple[float, float]]  # seconds that are a layer's share of
 class Run:
     """One call: `threads` layers at a time until `clock + time_limit` (seconds by `time.monotonic`), or interrupted.
 
-    gap, patience: as in `gemopt.solve`. end: of the search, after which answers are scored. coupling: what links add,
-    once they are known. cluster: if one is in force, as many layers at a time as it has workers. progress, on_layers:
-    called as `gemopt.solve` says.
+    gap, patience: as in `gemopt.solve`. end: of the search, after which answers are scored. vain: layers in a row whose
+    co-location bound stayed at the floors. coupling: what links add, once they are known. cluster: if one is in force, as
+    many layers at a time as it has workers. progress, on_layers: called as `gemopt.solve` says.
     """
 
     solver: Solver
@@ -66,6 +67,7 @@ class Run:
     progress: Progress | None = None
     interrupted: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    vain: int = 0
     coupling: Coupling | None = None
     cluster: Cluster | None = None
     on_layers: OnLayers | None = None
@@ -250,8 +252,7 @@ class Run:
     def _bound_together(self, pool: ThreadPoolExecutor, end: float) -> None:
         """The co-location bound, where most is open first: a few layers for long gain more than all for short.
 
-        It is for calls that search, where the contents of ranks are not listed: it costs more than a greedy placement
-        or a single descent is worth.
+        Where calls search and contents of ranks are not listed: a greedy placement or one descent is not worth it.
         """
         if self.solver.name in ("auto", "columns") and prover(self.layers[0].problem) == "columns":
             return
@@ -269,11 +270,12 @@ class Run:
         both = priced(layer, share_s)
         if both:
             share_s = left_s = PAIRS_SHARE * share_s
-        with replace(options, deadline=time.monotonic() + left_s).alarm() as stop:
-            found = together_bound(
-                layer.problem, layer.floor_T, stop, target_us=target_us, share_s=share_s, left_s=left_s
-            )
-        layer.prove(found)
+        if self.vain < VAIN or self.patience is not None:  # else threads would decide what is proven
+            times = {"share_s": share_s, "left_s": left_s}
+            with replace(options, deadline=time.monotonic() + left_s).alarm() as stop:
+                found = together_bound(layer.problem, layer.floor_T, stop, target_us=target_us, **times)
+            layer.prove(found)
+            self.vain = 0 if found.multipliers is not None else self.vain + 1
         if both and not self._goes_on(layer) and layer.bound_us < target_us:
             with replace(options, deadline=deadline).alarm() as stop:
                 contents = bounding(layer, target_us, deadline)

@@ -21,7 +21,7 @@ LEAST_NS = 2.0  # the same for each content and step
 LENT = 3.0  # times its share is what a layer may take for it, and half of what is left
 TURNS = 20
 SEARCH_LEAST = 0.6, 0.4  # of the time is the search's, before and after the bound has risen above the floors
-PROMISE = 0.05  # of what is open: where a search that goes on like this closes less, it waits for the bound
+PROMISE = 0.1  # of what is open: where a search that goes on like this closes less, it waits for the bound
 WAITING = 0.1  # of the time is the search's meanwhile
 BOUND_MOST = 0.4  # of the time is the bound's, once the search has ended by itself
 

@@ -134,7 +134,7 @@ def without(*names):
         ([*rows(), {**rows()[0], "experts": [1], "topk_ids": [1]}], "one column of the ids"),
         ([*without("token"), rows()[0]], "as in the rows before"),
         (rows(phase="7"), "phase: got 7; one of prefill"),
-        ([[1, 2]], "an object with a layer"),
+        ([[1, 2]], "line 1: got list; an object with a layer"),
     ],
 )
 def test_refused(load, tmp_path, lines, words):
