@@ -53,8 +53,8 @@ class Run:
     """One call: `threads` layers at a time until `clock + time_limit` (seconds by `time.monotonic`), or interrupted.
 
     gap, patience: as in `gemopt.solve`. end: of the search, after which answers are scored. vain: layers in a row whose
-    co-location bound stayed at the floors. coupling: what links add, once they are known. cluster: if one is in force, as
-    many layers at a time as it has workers. progress, on_layers: called as `gemopt.solve` says.
+    co-location bound stayed at the floors. coupling: what links add, once they are known. cluster: if one is in force,
+    as many layers at a time as it has workers. progress, on_layers: called as `gemopt.solve` says.
     """
 
     solver: Solver
