@@ -34,6 +34,7 @@ from gemopt.solvers.exact.numbered import IntArray, Numbered
 
 ITERATIONS = 40  # of the master between two looks at all contents
 HELD = 800  # cheapest contents of all kinds in the master, beside those in use
+RISING = 400  # iterations of which the bound gains little, and then much
 FEWEST = 3000  # iterations before it may stop without having risen above the floors
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
 SLOW = 0.2  # of what is open, in the last quarter of the iterations: then latencies are cut at the floors
@@ -141,8 +142,8 @@ class ContentsSearch:
 
     @property
     def risen(self) -> bool:
-        """Whether anything is proven above the floors."""
-        return self.found.multipliers is not None
+        """Whether anything is proven above the floors, and what it gains tells what it will."""
+        return self.found.multipliers is not None and self.found.iterations >= RISING
 
     def hurries(self, _seconds: float) -> bool:
         """Whether it must go on before so many seconds are over: never, since its looks are short."""

@@ -25,6 +25,7 @@ from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.column_master import Master
 from gemopt.solvers.exact.column_space import ULP, Proven
+from gemopt.solvers.exact.contents import RISING
 from gemopt.solvers.exact.numbered import IntArray
 from gemopt.solvers.exact.step_kernels import WIDTH, exchange, scan
 from gemopt.solvers.exact.step_space import Stepwise
@@ -121,8 +122,8 @@ class StepwiseSearch:
 
     @property
     def risen(self) -> bool:
-        """Whether anything is proven above the floors."""
-        return self.found is not None
+        """Whether anything is proven above the floors, and what it gains tells what it will."""
+        return self.found is not None and self.looks[-1][0] >= RISING
 
     def hurries(self, seconds: float) -> bool:
         """Whether so many seconds later would be too late for the last look."""
