@@ -161,3 +161,21 @@ def test_contents_that_are_nothing_beside_the_floors_end_without_a_warning() -> 
     best_us = optimum(problem)
     found = ContentsSearch(problem, step_bounds(problem), best_us).run(NEVER)
     assert found.bound_us <= best_us * (1 + 1e-12)
+
+
+def test_step_sizes_are_those_of_rows_that_fall_as_well() -> None:
+    """Planes below the floors have negative entries; a norm without them is too small, and the iteration swings."""
+    problem = one(12, [4, 4, 4])
+    floor_T = step_bounds(problem)
+    search, below = ContentsSearch(problem, floor_T, 1.3 * float(problem.weights_T @ floor_T)), False
+    for _ in range(6):
+        cheap, master = search._look(NEVER), search.master
+        assert cheap is not None
+        master.hold(np.concatenate([master.used, cheap]))
+        rows = np.zeros((len(master.ids), problem.num_experts, master.parts.shape[1]))
+        for n, (members, size) in enumerate(zip(master.sets, master.sizes, strict=True)):
+            rows[n, members[:size]] = master.parts[n]
+        below |= bool((master.parts < 0).any())
+        assert master.norm == pytest.approx(np.linalg.norm(rows.reshape(len(rows), -1), 2), rel=0.05)
+        master.iterate(40, NEVER)
+    assert below

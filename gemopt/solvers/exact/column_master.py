@@ -108,8 +108,10 @@ class Master:
     def _scale(self) -> None:
         """Step sizes from the norms of both kinds of rows, which are scaled to be alike.
 
-        A step of minus one from no column gives each what it costs, which is not negative, and twice their sum.
+        A step of minus one from no column gives each what it costs, or none where that is negative, and twice their
+        sum; a step of one gives the others.
         """
+        falls = bool((self.parts < 0).any())  # planes below the floors
         none, out, norms = np.zeros(len(self.ids), F32), np.empty(len(self.ids), F32), []
         for rows in (("mu",), ("pi", "y")):
             v = {name: np.zeros_like(self.z[name]) for name in ("mu", "pi", "y")}
@@ -118,8 +120,11 @@ class Master:
                 v[name] = np.maximum(before, F32(0.1) * before.mean())
             for _ in range(POWER_STEPS_MORE if rows[0] in self.power else POWER_STEPS):
                 size = max(np.sqrt(sum(float((v[name] ** 2).sum()) for name in rows)), 1e-30)
-                new = {name: np.empty_like(part) for name, part in v.items()}
+                new, less = ({name: np.empty_like(part) for name, part in v.items()} for _ in range(2))
                 self._step(F32(-1), none, v["mu"], -v["pi"], -v["y"], out, *new.values())
+                if falls and rows[0] == "mu":
+                    self._step(F32(1), none, v["mu"], v["pi"], v["y"], out, *less.values())
+                    new = {name: part - less[name] for name, part in new.items()}
                 norm = np.sqrt(sum(float((new[name] ** 2).sum()) for name in rows)) / size / 2
                 v.update({name: new[name] / F32(max(size * norm, 1e-30)) for name in rows})
             if norm > 0:
