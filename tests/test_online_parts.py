@@ -159,6 +159,26 @@ def test_a_change_leaves_nothing_of_the_level_before() -> None:
     assert speeds.factors_G == pytest.approx(1.0)
 
 
+def test_ranks_that_all_slow_down_one_by_one_are_as_fast_as_each_other_again() -> None:
+    """Costs are of the fleet: what all ranks share, by and by, would else stay in them, and grow with every alarm."""
+    speeds, slow = Speeds(Policy(), 5), np.zeros((16, 5))
+    for rank in range(5):
+        slow[:, rank] = 0.4
+        for _ in range(4):
+            speeds.learn(slow)
+        assert speeds.relative_G == pytest.approx(np.exp(slow[0] - np.median(slow[0])))
+    speeds.learn(slow - 0.4)
+    assert speeds.relative_G == pytest.approx(1.0)
+
+
+def test_half_of_the_ranks_leave_the_others_as_they_were() -> None:
+    speeds, slow = Speeds(Policy(), 4), np.zeros((16, 4))
+    for rank in range(2):
+        slow[:, rank] = 0.4
+        speeds.learn(slow)
+    assert speeds.relative_G == pytest.approx(np.exp(slow[0]))
+
+
 def test_silence_counts_only_while_others_speak() -> None:
     speeds = Speeds(Policy(dead_after_steps=4), 3)
     speeds.listen(np.full((9, 3), np.nan))

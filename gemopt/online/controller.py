@@ -218,7 +218,7 @@ class Controller:
 
     def _listen(self, latencies: FloatArray | None, expected_NG: FloatArray, times: Times) -> list[str]:
         """Take latencies in; what is worth saying. expected_NG, times (see `Realised`): with the speeds in force."""
-        factors_G = self.speeds.factors_G
+        factors_G, known_G = self.speeds.relative_G, self.speeds.factors_G
         predicted_NG = expected_NG / factors_G
         unsure = max(0, self.blind_until - self.steps)
         self.steps += len(predicted_NG)
@@ -229,7 +229,7 @@ class Controller:
         news, changed = self.speeds.take(latencies, told_NG)
         told_NG = self.speeds.levels(told_NG)
         self.realised.take(self.placement, told_NG, len(latencies), lambda *each: times(*each) / factors_G)
-        if self.speeds.factors_G is not factors_G:
+        if self.speeds.factors_G is not known_G:
             self.rescale()
         if changed:
             self.moved_at[:] = LONG_AGO
@@ -237,7 +237,7 @@ class Controller:
 
     def rescale(self) -> None:
         """Take the speeds in force over into the latencies that plans are judged by."""
-        self.scaled = scaled(self.cost, self.speeds.factors_G)
+        self.scaled = scaled(self.cost, self.speeds.relative_G)
         self._compiled = Compiled()
 
     def _problem(

@@ -22,8 +22,9 @@ class Speeds:
     their median replaces it, and those of before are forgotten; smaller differences are left alone, so that noise moves
     nothing.
 
-    factors_G: in force, 1 = as profiled. step_us: how long a step takes, roughly. silent_G: steps for which a rank has
-    said nothing. recent_NG: `log_ratios` of the last steps, those of each rank since its last change.
+    factors_G: in force, up to what all ranks share: it goes on with every change of one and says nothing
+    (`relative_G`). step_us: how long a step takes, roughly. silent_G: steps for which a rank has said nothing.
+    recent_NG: `log_ratios` of the last steps, those of each rank since its last change.
     """
 
     def __init__(self, policy: Policy, num_ranks: int) -> None:
@@ -33,6 +34,13 @@ class Speeds:
         self.step_us = np.inf  # median of the last latencies
         self.recent_NG = np.zeros((0, num_ranks))
         self.told_G = np.zeros(num_ranks, np.int64)
+
+    @property
+    def relative_G(self) -> FloatArray:
+        """[G] factors in force, 1 = as profiled: half of the ranks take that or less, and half that or more."""
+        ordered = np.sort(self.factors_G)
+        shared = np.clip(1.0, ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2])
+        return np.asarray(self.factors_G / shared)
 
     @property
     def failed_G(self) -> NDArray[np.bool_]:
@@ -49,7 +57,7 @@ class Speeds:
             for g in np.flatnonzero(self.failed_G & ~failed_G)
         ]
         changed = self.learn(log_NG)
-        return [*news, *(f"rank {g} takes {self.factors_G[g]:.3f} times its profile" for g in changed)], bool(changed)
+        return [*news, *(f"rank {g} takes {self.relative_G[g]:.3f} times its profile" for g in changed)], bool(changed)
 
     def listen(self, latencies_NG: FloatArray) -> None:
         """Count the steps for which each rank has been silent; a step in which all are says nothing."""
@@ -97,6 +105,9 @@ def changed_at(off_N: FloatArray, tolerated: float) -> int | None:
     last steps, from FEWEST on, whether their median is off by more than is tolerated and by CERTAIN standard errors;
     of those that are, the one that deviations from the factor before and from the median since make likeliest. With
     independent noise, normal or with heavy tails, asked every 8 steps: 8 false alarms in 2.6 million steps of a rank.
+    That is from a factor that is right. What an alarm leaves is off by its noise, and is sooner off again: in 0.9
+    million steps of a rank each, normal noise gave 7 alarms with 4 ranks, 11 with 8, 3 with 16, and 66 with 3, where
+    each rank is the median one, and says nothing, every third step.
     """
     known = np.flatnonzero(np.isfinite(off_N))
     if len(known) < FEWEST:

@@ -248,7 +248,7 @@ class Watch:
         self.metrics.imbalance.set(1.0 / max(1e-9, 1.0 - scored.idle_share))
         share_G = np.bincount(scored.straggler_TL.ravel(), minlength=in_force.num_ranks) / scored.straggler_TL.size
         self.metrics.ranks(self.metrics.straggler, share_G)
-        self.metrics.ranks(self.metrics.speed, self.controller.speeds.factors_G)
+        self.metrics.ranks(self.metrics.speed, self.controller.speeds.relative_G)
         self.metrics.ranks(self.metrics.silent, self.controller.speeds.silent_G)
         if before is not None:
             old = self._scored(before, part)
