@@ -19,11 +19,11 @@ from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import StoppedBy
-from gemopt.solvers import get
+from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Options
 from gemopt.solving.cluster import Cluster, packed, unpacked
 from gemopt.solving.layers import Layer
-from gemopt.solving.schedule import Run
+from gemopt.solving.schedule import Run, _on_worker
 from gemopt.traces import Traces
 
 
@@ -68,6 +68,15 @@ def test_a_search_goes_on_elsewhere_as_it_would_have_here(name: str, given: dict
     on, elsewhere = (get(name).solve(given_problem, options, None) for options in (here, there))
     assert on.row is not None and elsewhere.row is not None and on.search is first.search
     np.testing.assert_array_equal(on.row, elsewhere.row)
+
+
+def test_a_row_that_is_needed_takes_no_longer_elsewhere_than_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_s: list[float] = []
+    monkeypatch.setattr(Run, "_answer", lambda run, layer, deadline: left_s.append(hurried.seconds_left()))
+    given = problem()
+    known = packed((Layer(given, None, 0), time.monotonic()), given)
+    number, _ = _on_worker(3, given, known, (get("local-search"), 0.0, None), "_answer", (2.0, 4.0), 20.0)
+    assert number == 3 and left_s[0] <= 20.0
 
 
 def test_without_a_backend_threads_of_this_process_do_the_work() -> None:

@@ -175,10 +175,11 @@ class Run:
     def _on_cluster(self, layers: Sequence[Layer], work: str, times: Times) -> Generator[bool, None, None]:
         """The work of a phase on the cluster. Layers that an interrupt leaves there end here with what they had."""
         assert self.cluster is not None
-        settings = (self.solver, self.gap, self.patience)
+        settings, over = (self.solver, self.gap, self.patience), self.clock + self.time_limit
         tasks = (
-            (number, layer.problem, packed((layer, time.monotonic()), layer.problem), settings, work, times())
+            (number, layer.problem, packed((layer, now), layer.problem), settings, work, times(), over - now)
             for number, layer in enumerate(layers)
+            for now in [time.monotonic()]
         )
         left = set(range(len(layers)))
         try:
@@ -336,12 +337,12 @@ class Run:
 
 
 def _on_worker(
-    number: int, problem: Problem, known: bytes, settings: Any, work: str, times: tuple[float, float]
+    number: int, problem: Problem, known: bytes, settings: Any, work: str, times: tuple[float, float], left_s: float
 ) -> tuple[int, bytes]:
-    """Work of a phase on one layer, where a worker of a cluster is: see `Run._on_cluster`."""
+    """Work of a phase on one layer, where a worker of a cluster is: see `Run._on_cluster`. left_s: of the call."""
     layer: Layer = on_this_clock(*unpacked(known, problem))
     solver, gap, patience = settings
-    with cores.at_most(1):
+    with cores.at_most(1), hurried.call(time.monotonic() + left_s, lambda: False):
         Run(solver, [layer], time.monotonic(), times[1], gap, patience)._timed(layer, work, lambda: times)
     return number, packed((layer, time.monotonic()), problem)
 
