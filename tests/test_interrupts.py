@@ -15,7 +15,8 @@ import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from cli_inputs import gemopt, gemopt_json, profile, traces
@@ -26,6 +27,7 @@ from gemopt.placement import Placement
 from gemopt.result import Result
 from gemopt.rules import Rules
 from gemopt.solve import solve
+from gemopt.solvers import hurried
 from gemopt.solving.schedule import Run
 from gemopt.traces import Traces
 
@@ -199,6 +201,22 @@ def test_what_a_callback_drops_is_raised_in_place_of_the_error_after_it(capfd: p
     with interrupts.held() as event, pytest.raises(KeyboardInterrupt), interrupts.raising(event):
         callback()
     assert capfd.readouterr() == ("", "")
+
+
+def test_ctrl_c_ends_what_cp_sat_does_before_it_is_raised() -> None:
+    """In Python 3.11 and 3.12 a thread that is interrupted while it is joined counts as having ended."""
+    stopped, pressed = threading.Event(), threading.Event()
+
+    def over() -> bool:
+        if not pressed.is_set():
+            pressed.set()
+            threading.Timer(hurried.POLL_S / 2, press).start()  # while it is waited for
+        return False
+
+    slow = SimpleNamespace(solve=lambda *_: stopped.wait(300), stop_search=stopped.set)
+    with pytest.raises(KeyboardInterrupt):
+        hurried.run(cast(Any, slow), cp_model.CpModel(), over)
+    assert stopped.is_set()
 
 
 LEFT = """

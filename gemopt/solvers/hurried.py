@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemopt.exceptions import GemoptError
+from gemopt.interrupts import LEFT
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import POLL_S
 
@@ -80,7 +81,10 @@ def run(
     over: Callable[[], bool],
     callback: cp_model.CpSolverSolutionCallback | None = None,
 ) -> Any:
-    """Status of solving a model until `over`; an exception here, as of Ctrl-C, ends the search first."""
+    """Status of solving a model until `over`. An exception here, as of Ctrl-C, ends the search; a second one leaves it.
+
+    The thread is not joined: before Python 3.13 one that is interrupted while it is joined counts as having ended.
+    """
     status: Future[Any] = Future()
 
     def work() -> None:
@@ -89,17 +93,15 @@ def run(
         except BaseException as error:
             status.set_exception(error)
 
-    thread = threading.Thread(target=work, name="gemopt-cp-sat", daemon=True)
+    thread = threading.Thread(target=work, name=LEFT, daemon=True)
     try:
         thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
+        while not wait([status], POLL_S).done:
             if over():
                 solver.stop_search()
     finally:
-        while thread.is_alive():
+        while thread.ident is not None and not wait([status], POLL_S).done:
             solver.stop_search()
-            thread.join(POLL_S)
     return status.result()
 
 
