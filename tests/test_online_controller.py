@@ -150,6 +150,19 @@ def test_plans_wait_while_nothing_changes() -> None:
     assert changed.changed and changed.num_moves > 0
 
 
+def test_what_did_not_come_into_force_is_planned_for_at_once() -> None:
+    follower = controller(Policy(dead_after_steps=16, plan_every_steps=10**6), spacious())
+    counts, before = traffic(0, 32), spacious()
+    told = times(before, counts)
+    told[:, 2] = np.nan
+    assert follower.step(counts[:16], told[:16]).placement != before
+    follower.confirm(before)  # the experts of the rank that has failed are still served by nobody
+    again = follower.step(counts[16:24], told[16:24])
+    assert again.num_moves > 0 and (again.placement.physical_to_logical[:, 12:18] == -1).all()
+    follower.confirm(again.placement)
+    assert follower.step(counts[24:], told[24:]).reason == "nothing changed since the last plan"
+
+
 def times(placement: Placement, counts: np.ndarray[Any, Any], slow: float = 1.0) -> np.ndarray[Any, Any]:
     """[n, G] latency of every rank, summed over the layers."""
     owner_PG = np.eye(RANKS)[placement.rank_of_slot]

@@ -191,7 +191,9 @@ class Controller:
             self.promises.forget(placement.num_slots)
             self.earlier = Earlier(placement.num_layers, placement.num_slots)
             self.realised.forget(placement)
-        self.placement = self.ruled(placement)
+        before, self.placement = self.placement, self.ruled(placement)
+        if self.placement != before:
+            self.planned_at = LONG_AGO
 
     def check(self, placement: Placement) -> None:
         """Raise `InputError` unless this placement can be followed."""

@@ -42,7 +42,7 @@ class Policy(Settings):
         Steps kept in memory, and at most how many of them a plan is judged by.
     plan_every_steps
         Steps from one plan to the next while nothing changes. Steps are looked at whenever they are told, which takes a
-        fraction of a plan, and a change of traffic, speeds or ranks is planned for at once.
+        fraction of a plan, and a change of traffic, speeds or ranks, or of what is in force, is planned for at once.
     threads
         Layers planned at once while a step is decided, which has ended before `step` returns; decisions do not depend
         on it.
