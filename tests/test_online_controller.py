@@ -15,6 +15,7 @@ from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError
 from gemopt.latency import Latency, line
 from gemopt.migration import count_moves
+from gemopt.online import state
 from gemopt.online.controller import Controller, Decision
 from gemopt.online.policy import TICK, Policy
 from gemopt.placement import Placement
@@ -340,7 +341,7 @@ def test_a_saved_controller_goes_on_identically(
         assert same(one.step(counts, latencies), two.step(counts, latencies))
 
 
-def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_state_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     follower = settled()
     follower.save(tmp_path / "state")
     with pytest.raises(InputError, match=r"policy: got \{'horizon_steps': 256\}; that of this controller"):
@@ -348,6 +349,11 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="notes"):
         follower.save(tmp_path / "noted", {"not JSON": object()})
     assert not (tmp_path / "noted").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "VERSION", 6)
+        follower.save(tmp_path / "earlier")
+    with pytest.raises(InputError, match=r"earlier: got version 6; .* of state version \d+ has saved.*begin anew"):
+        follower.load(tmp_path / "earlier")
     other = Controller(cost(), Placement.contiguous(2, EXPERTS, RANKS))
     with pytest.raises(InputError, match="those of this controller"):
         other.load(tmp_path / "state")

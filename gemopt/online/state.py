@@ -131,7 +131,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]
     except Exception as error:  # safetensors has errors of its own, without a common base
         raise InputError(str(path), f"{type(error).__name__}: {error}", limit) from None
     if header.get("version") != VERSION:
-        raise InputError(str(path), f"version {header.get('version')}", limit)
+        raise InputError(str(path), f"version {header.get('version')}", limit, "begin anew")
     if header.pop("sha256", None) != _digest(arrays, header):
         raise InputError(str(path), "a file that was changed", limit, "begin anew")
     return arrays, header
