@@ -229,7 +229,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, (1, []))[1]]
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
     given = header
-    header, lines = by_expert(path, header, lines, COLUMNS)
+    header, lines = by_expert(path, header, lines, COLUMNS, table.results)
     table.wide = header is not given and not count_json.is_json(path)
     columns = _columns(path, header)
     table.has_steps = "step" in columns

@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, table_files
-from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, MEASURED, SCORES, words_of
+from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, MEASURED, SCORES, TABLES, words_of
+from gemopt.formats.count_spread import follows
 from gemopt.formats.files import JSON_LIMIT, size_of, text_of
 from gemopt.formats.table_files import GROUPED
-from gemopt.traces.files import COPIES, NOT_COPIES
+from gemopt.traces.files import ALTERING, COPIES, NOT_COPIES
 
 WIDE = re.compile(r"(?:experts?|expert_id|exp)_?(\d{1,9})", re.ASCII)
 _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name what they plot
@@ -23,15 +26,18 @@ _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name wh
 )
 _LIST = re.compile(r"[\[(]\s*[\d.]+(?:[\s,;]+[\d.]+)+\s*[\])]", re.ASCII)
 PARTS = {"rank", "ranks", "gpu", "device", "stage", *DRAFTS}
-Lines = Iterator[tuple[int, list[str]]]  # number and cells
+_WHOLE = re.compile(r"\d{1,15}", re.ASCII)
+Rows = list[tuple[int, list[str]]]  # number and cells
+Lines = Iterator[tuple[int, list[str]]]
 
 
 def by_expert(
-    path: Path, header: list[str], lines: Lines, names: Mapping[str, Sequence[str]]
+    path: Path, header: list[str], lines: Lines, names: Mapping[str, Sequence[str]], results: set[str]
 ) -> tuple[list[str], Lines]:
     """The table with a line for every expert, where it has a column for each expert, or for each layer and expert.
 
-    names: of the columns with the layer and with the expert of a line.
+    names: of the columns with the layer and with the expert of a line. Columns that follow from the counts beside them
+    are left out, and added to `results`.
     """
     experts = {i: [found[1]] for i, name in enumerate(header) if (found := WIDE.fullmatch(name))}
     lacking = ["expert"]
@@ -41,7 +47,7 @@ def by_expert(
         named = {i for i, name in enumerate(header) if words_of(name) & COUNTED and name != "tokens"}
         lists = [i for i, cell in enumerate(first[1]) if i in named and _LIST.fullmatch(cell.strip())]
         if len(lists) == 1:
-            return _of_lists(path, header, lines, lists[0])
+            return _of_lists(path, header, lines, lists[0], results)
     if not experts and not set(header) & set(names["layer"]):
         both = {i: found for i, name in enumerate(header) if (found := _OF_LAYERS.fullmatch(name))}
         if len({found.group(1, 3, 5) for found in both.values()}) == 1:
@@ -50,34 +56,58 @@ def by_expert(
     cells = set(map(tuple, experts.values()))
     if len(experts) < 2 or len(cells) < len(experts) or set(header) & set(names["expert"]):
         return header, lines
-    kept = [i for i in range(len(header)) if i not in experts]
+    rows = [(number, row) for number, row in lines if any(row)]
+    for number, row in rows:
+        if len(row) != len(header):
+            limit = f"{len(header)} values: {','.join(header)[:200]}"
+            raise InputError(f"{path}: line {number}", ",".join(row)[:200], limit)
+    kept = _telling(path, header, rows, [[row[at] for at in experts] for _, row in rows], results, experts)
+    longer = (
+        (number, [*(row[i] for i in kept), *which, row[at]]) for number, row in rows for at, which in experts.items()
+    )
+    return [*(header[i] for i in kept), *lacking, "count"], longer
 
-    def longer() -> Lines:
-        for number, row in lines:
-            if any(row) and len(row) != len(header):
-                limit = f"{len(header)} values: {','.join(header)[:200]}"
-                raise InputError(f"{path}: line {number}", ",".join(row)[:200], limit)
-            if any(row):
-                yield from ((number, [*(row[i] for i in kept), *which, row[at]]) for at, which in experts.items())
 
-    return [*(header[i] for i in kept), *lacking, "count"], longer()
+def _telling(
+    path: Path, header: list[str], rows: Rows, counts: list[list[str]], results: set[str], but: Collection[int]
+) -> list[int]:
+    """The columns, `but` those of the counts, that say more than the counts of their rows; others go to `results`.
+
+    `InputError` where one of more is a count by its name.
+    """
+    others = [i for i in range(len(header)) if i not in but]
+    asked = [i for i in others if TABLES.get(header[i], "count") == "count" and not ALTERING.search(header[i])]
+    if not asked or not all(map(_WHOLE.fullmatch, chain.from_iterable(counts))):
+        return others
+    arrays = [np.array(row, np.int64) for row in counts]
+    for i in asked:
+        cells = [row[i] for _, row in rows]
+        if all(map(_WHOLE.fullmatch, cells)) and follows(header[i], list(map(int, cells)), arrays):
+            results.add(header[i])
+            others.remove(i)
+        elif header[i] in TABLES:
+            limit = "the sum of the counts of each line, or one share of it in all lines"
+            raise InputError(f"{path}: columns", f"{header[i]} beside counts of experts", limit, "leave it out")
+    return others
 
 
-def _of_lists(path: Path, header: list[str], lines: Lines, at: int) -> tuple[list[str], Lines]:
+def _of_lists(path: Path, header: list[str], lines: Lines, at: int, results: set[str]) -> tuple[list[str], Lines]:
     """The table with a line for every expert, where a cell holds the counts of all of them."""
     _refuse_others(path, header[at])
-
-    def longer() -> Lines:
-        experts = 0
-        for number, row in lines:
-            found = re.findall(r"[^\s,;\[\]()]+", row[at]) if len(row) == len(header) else []
-            if any(row) and len(found) != (experts := experts or len(found)):
-                where, cell = f"{path}: line {number}", ",".join(row)[:200]
-                raise InputError(where, cell, f"{len(header)} values, and {experts} counts in {header[at]}")
-            kept = [cell for i, cell in enumerate(row) if i != at]
-            yield from ((number, [*kept, str(expert), count]) for expert, count in enumerate(found))
-
-    return [*(name for i, name in enumerate(header) if i != at), "expert", "count"], longer()
+    rows = [(number, row) for number, row in lines if any(row)]
+    lists = [re.findall(r"[^\s,;\[\]()]+", row[at]) if len(row) == len(header) else [] for _, row in rows]
+    experts = next(filter(None, map(len, lists)), 0)
+    for (number, row), found in zip(rows, lists, strict=True):
+        if len(found) != experts:
+            where, cell = f"{path}: line {number}", ",".join(row)[:200]
+            raise InputError(where, cell, f"{len(header)} values, and {experts} counts in {header[at]}")
+    kept = _telling(path, header, rows, lists, results, [at])
+    longer = (
+        (number, [*(row[i] for i in kept), str(expert), count])
+        for (number, row), found in zip(rows, lists, strict=True)
+        for expert, count in enumerate(found)
+    )
+    return [*(header[i] for i in kept), "expert", "count"], longer
 
 
 def _refuse_others(path: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_names import DERIVED, TABLES, TIMES, WEIGHTS, numbered, phase_of, words_of
+from gemopt.formats.engine import IntArray
 from gemopt.traces.files import meant, smallest
 
 _EXPERTS = re.compile(r"(num_|n_)(logical_|routed_)?experts", re.IGNORECASE)
@@ -119,9 +121,6 @@ def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
         arrays = [np.asarray(row[name]) for row in rows]
     except ValueError:
         raise InputError(f"{path}: {name}", "lists of several lengths", "as many experts in each") from None
-    follow = [[int(f(each)) for each in arrays] for f in (np.max, np.min, np.count_nonzero, np.size)] if all(
-        array.dtype.kind in "iu" for array in arrays) else []  # fmt: skip
-    sums = [int(each.sum()) if each.dtype.kind in "iu" else -1 for each in arrays]
     for key in list(rows[0]):
         cells: list[Any] = [row.get(key) for row in rows]
         if key == name or (TABLES.get(key.casefold()) not in (None, "count")):
@@ -132,18 +131,32 @@ def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
             if meant(key) == "num_hidden_layers" and each.ndim > 1 and str(cell) not in ("None", str(each.shape[-2])):
                 hint = "leave it out, and give --layer-ids"
                 raise InputError(f"{path}: {name}", f"{each.shape[-2]} layers", f"{cell}, as {key} says", hint)
-        whole = all(map(is_whole, cells))
-        total = whole and all(cells) and len({s / c for s, c in zip(sums, cells, strict=True)}) == 1
-        total = total or (TABLES.get(key.casefold()) == "count" and whole and len(rows) > 1 and len(set(cells)) == 1)
         fractions = (
             not words_of(key) & WEIGHTS
             and all(isinstance(each, float) for each in cells)
             and any(each % 1 for each in cells)
         )
-        if total or cells in follow or fractions or (words_of(key) & TIMES):
+        if fractions or words_of(key) & TIMES or follows(key, cells, arrays):
             told.unread.append(key)
             for row in rows:
                 row.pop(key, None)
+
+
+def follows(name: str, cells: Sequence[Any], counts: Sequence[IntArray]) -> bool:
+    """Whether whole numbers, one beside the counts of each row, say no more than these.
+
+    They are one share of the sum in all rows, as tokens are, the largest or smallest count, or how many there are in
+    all or above 0; or they are counts by their `name`, and the same in all of several rows.
+    """
+    if words_of(name) & WEIGHTS or not all(map(is_whole, cells)) or any(each.dtype.kind not in "iu" for each in counts):
+        return False
+    sums = [int(each.sum(dtype=np.int64)) for each in counts]
+    total, most = max(zip(sums, cells, strict=True))
+    return (
+        (total > 0 < most and all(s * most == cell * total for s, cell in zip(sums, cells, strict=True)))
+        or any([f(each) for each in counts] == list(cells) for f in (np.max, np.min, np.count_nonzero, np.size))
+        or (TABLES.get(name.casefold()) == "count" and len(cells) > 1 and len(set(cells)) == 1)
+    )
 
 
 def is_whole(value: Any) -> bool:

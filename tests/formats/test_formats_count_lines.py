@@ -170,3 +170,30 @@ def test_a_cell_for_all_experts(load, tmp_path, suffix):
             path.write_text(text)
             with pytest.raises(InputError, match=words):
                 load(path, "csv")
+
+
+def test_what_follows_from_the_counts_beside_it(load, tmp_path):
+    """Tokens and totals of a line, which were taken for counts of experts, or for what tells lines apart."""
+    counts = routed(np.random.default_rng(4), steps=3, layers=2, experts=8)
+    counts[2, 0] = 0  # a share of nothing is nothing
+    cells = [(t, i, int(row.sum()) // 2, row.max(), 2 * int(row.sum()), row) for t in range(3) for i in range(2)
+             for row in [counts[t, i]]]  # fmt: skip
+    head = "step,layer,num_tokens,peak,total"
+    wide = [f"{head},{','.join(f'expert_{e}' for e in range(8))}"]
+    wide += [",".join(map(str, [*cell[:5], *cell[5]])) for cell in cells]
+    lists = [f"{head},expert_counts", *(",".join(map(str, cell[:5])) + f',"{cell[5].tolist()}"' for cell in cells)]
+    for table in (wide, lists):
+        (tmp_path / "a.csv").write_text("\n".join(table))
+        traces, notes = load(tmp_path / "a.csv", "csv")
+        assert (traces.counts == counts).all() and "left unread: num_tokens, peak, total" in notes
+        for name, words in (("num_tokens", "num_tokens beside counts"), ("weight", "weight: got"), ("gpu", "gpu: got")):
+            other = [table[0].replace("num_tokens", name), *table[1:-1], table[-1].replace("2,1,", "2,1,1", 1)]
+            (tmp_path / "a.csv").write_text("\n".join(other))
+            with pytest.raises(InputError, match=words):
+                load(tmp_path / "a.csv", "csv")
+
+
+def test_a_first_line_that_is_longer_is_not_left_out(load, tmp_path):
+    (tmp_path / "a.csv").write_text('step,layer,counts\n0,0,"[1, 2]",7\n1,0,"[1, 3]"')
+    with pytest.raises(InputError, match=r"line 2: .*3 values, and 2 counts in counts"):
+        load(tmp_path / "a.csv", "csv")
