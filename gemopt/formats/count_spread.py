@@ -66,7 +66,11 @@ def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
         told.rows = [{**row, **{f"expert_{i}": n for i, n in enumerate(each)}}
                      for row, each in zip(rows, cells, strict=True)]  # fmt: skip
         return told
+    layers = _layers(rows) if dims == {2} else []
     steps = _steps(path, rows, told)
+    if layers:
+        told.arrays = {f"layer_{layer}": cell for layer, cell in zip(layers, cells, strict=True)}
+        return told
     if len(set(steps)) < len(steps):
         raise InputError(f"{path}: step", "steps that come twice", "every step once")
     order = sorted(range(len(steps)), key=steps.__getitem__)
@@ -92,6 +96,17 @@ def _each(path: Path, name: str, cell: dict[str, Any]) -> tuple[list[int], list[
     if keys is None or keys[0] not in ("", "expert"):
         raise InputError(f"{path}: {name}", ", ".join(cell)[:200], "counts by the number of the expert")
     return keys[1], list(cell.values())
+
+
+def _layers(rows: Rows) -> list[Any]:
+    """The layers that rows are of, taken out, where each has all steps of another one; else none."""
+    meanings = {TABLES.get(key.casefold()): key for row in rows for key in row}
+    if "layer" not in meanings or meanings.keys() & {"step", "phase"}:
+        return []
+    layers = [row.get(meanings["layer"]) for row in rows]
+    if len(rows) < 2 or len(set(map(str, layers))) < len(rows):
+        return []
+    return [row.pop(meanings["layer"]) for row in rows]
 
 
 def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:

@@ -59,6 +59,9 @@ WHOLE = {
     "a key for each layer and expert": lines(
         {"_step": t, **{f"moe/layer_{i}/expert_{e}": int(n) for (i, e), n in np.ndenumerate(c)}}
         for t, c in enumerate(COUNTS)),
+    "rows of layers with all steps": lines({"layer": i, "model": "m", "counts": COUNTS[:, i].tolist()}
+                                           for i in range(LAYERS)),
+    "a key for each layer with all steps": json.dumps(by_number(COUNTS.transpose(1, 0, 2), "layer_{}")),
     "layers in a list": lines(
         {"step": t, "layers": [{"layer": i, "experts": {str(e): int(n) for e, n in enumerate(row)}}
                                for i, row in enumerate(c)]} for t, c in enumerate(COUNTS)),
@@ -73,6 +76,7 @@ def test_steps_in_json(load, tmp_path, kind, source):
     traces, notes = load(path, source)
     np.testing.assert_array_equal(traces.counts, COUNTS)
     beside = {"array with settings", "results beside", "load_history", "a line for each layer", "a key for each layer"}
+    beside.add("rows of layers with all steps")
     assert ("left unread" in notes) == (kind in beside)
     assert traces.top_k == (2 if kind in ("array with settings", "a line for each step") else None)
 
@@ -170,6 +174,7 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (lines({"eplb_step": t // 2, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "steps that come twice"),
         (lines({"rank": t, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "rank: got 0, 1.*add up ranks"),
         (lines({"layer": 0, "counts": c.tolist()} for c in COUNTS), "layer: got 0; the same"),
+        (lines({"layer": i, "gpu": i, "counts": c.tolist()} for i, c in enumerate(COUNTS)), "gpu: got 0, 1"),
         (lines({"layer": 0, "counts": c[0].tolist()} for c in COUNTS), "once; of several steps.*a column step"),
         (lines({"layer": 0, "token": t, "topk_ids": [1, 2]} for t in range(9)), "ids of tokens: .*from_tokens"),
         (json.dumps({"counts": COUNTS.tolist(), "layer_ids": [3, 4, 5]}), "layer_ids beside counts.*--layer-ids"),
