@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COUNTED, numbered, words_of
+from gemopt.formats.count_names import COUNTED, TABLES, numbered, words_of
 
 JSON = re.compile(r'\s*(?:\{|\[\s*(?:-?\d|[\[{"]))')
 LABEL = ""  # of rows, as pandas saves them in a CSV file
@@ -67,7 +67,10 @@ def frame_rows(found: Any) -> Any:
     if all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
         nested = any(isinstance(cell, (list, dict)) for each in columns for cell in each)
         return found if nested else [dict(zip(found, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    if not all(is_flat(each) and each.keys() == columns[0].keys() for each in columns):
+    flat = all(map(is_flat, columns))
+    named = any(TABLES.get(name.casefold()) in ("layer", "step") and is_flat(found[name]) for name in found)
+    lists = named and all(isinstance(each, dict) and _all_numbers(each) for each in columns)  # in some cells
+    if not (flat or lists) or not all(each.keys() == columns[0].keys() for each in columns):
         return found
     if _all_numbers(columns[0]) and _all_numbers(found):
         return found  # which are rows and which are columns, nothing tells

@@ -23,7 +23,7 @@ from gemopt.formats.count_names import COLUMNS, phase_of
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.findings import TOO_HIGH, guessed, refuse_marks
-from gemopt.formats.json_rows import value
+from gemopt.formats.json_rows import frame_rows, value
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
 from gemopt.traces import COUNT_LIMIT, Phase
@@ -49,6 +49,8 @@ NAMES: Mapping[str, Sequence[str]] = {
 }
 TOGETHER = "number the steps (step), or the tokens (request, token)"
 _LIST = re.compile(r"[\[(]?\s*-?\d+(?:[\s,;|]+-?\d+)*\s*[\])]?", re.ASCII)
+_INSIDE = re.compile(r"[\[(][^\[\]()]*[\])]")
+_SEVERAL = re.compile(rf"[\[(]\s*(?:{_INSIDE.pattern}[\s,;]*)+[\])]")  # tokens
 _BLOCK = 1 << 24  # numbers of a block of steps
 
 
@@ -138,7 +140,7 @@ def _rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, RecursionError, EOFError, OSError) as error:
                 raise InputError(f"{path}: line {max(1, number)}", str(error), "one JSON object a line") from None
     elif path.suffix == ".json":
-        data = bounded_json(path, limit_bytes=JSON_LIMIT)
+        data = frame_rows(bounded_json(path, limit_bytes=JSON_LIMIT))
         lists = [each for each in data.values() if isinstance(each, list)] if isinstance(data, dict) else [data]
         if len(lists) != 1 or not isinstance(lists[0], list):
             raise InputError(str(path), f"{len(lists)} lists", "one list of rows")
@@ -265,6 +267,8 @@ def _whole(where: str, row: dict[str, Any], name: str, limit: int) -> int:
 def _lists(name: str, cell: Any) -> list[list[int]]:
     """The experts of each token of a cell: a list, lists of lists, or a text such as `[7, 1]` or `7 1`."""
     if isinstance(cell, str):
+        if _SEVERAL.fullmatch(cell.strip()):
+            return [ids for part in _INSIDE.findall(cell) for ids in _lists(name, part)]
         if not _LIST.fullmatch(cell.strip()):
             raise InputError(name, cell[:100], "numbers of experts")
         return [[int(text) for text in re.findall(r"-?\d+", cell)]]

@@ -62,6 +62,9 @@ WHOLE = {
     "rows of layers with all steps": lines({"layer": i, "model": "m", "counts": COUNTS[:, i].tolist()}
                                            for i in range(LAYERS)),
     "a key for each layer with all steps": json.dumps(by_number(COUNTS.transpose(1, 0, 2), "layer_{}")),
+    "pandas columns of lists": json.dumps({name: dict(enumerate(cells)) for name, cells in {
+        "step": [t for t in range(len(COUNTS)) for _ in range(LAYERS)], "layer": [*range(LAYERS)] * len(COUNTS),
+        "counts": COUNTS.reshape(-1, EXPERTS).tolist()}.items()}),
     "layers in a list": lines(
         {"step": t, "layers": [{"layer": i, "experts": {str(e): int(n) for e, n in enumerate(row)}}
                                for i, row in enumerate(c)]} for t, c in enumerate(COUNTS)),

@@ -57,6 +57,17 @@ def test_steps_that_are_numbered(load, tmp_path):
     assert (load(tmp_path / "b.jsonl.gz", "tokens")[0].counts == COUNTS).all()
     (tmp_path / "c.json").write_text(json.dumps({"model": "m", "routes": together}))
     assert (load(tmp_path / "c.json", "tokens")[0].counts == COUNTS).all()
+    columns = {name: {str(n): row[name] for n, row in enumerate(together)} for name in together[0]}
+    (tmp_path / "d.json").write_text(json.dumps(columns))  # as pandas writes them
+    assert (load(tmp_path / "d.json", "tokens")[0].counts == COUNTS).all()
+    for sign, pair in ((", ", "[]"), (" ", "[]"), (", ", "()")):
+        cells = ["".join((pair[0], sign.join(str(ids) for ids in r["topk_experts"]), pair[1])) for r in together]
+        table = [f'{r["iteration"]},{r["layer"]},"{cell}"' for r, cell in zip(together, cells, strict=True)]
+        (tmp_path / "e.csv").write_text("\n".join(["step,layer,topk_ids", *table]))
+        assert (load(tmp_path / "e.csv", "tokens")[0].counts == COUNTS).all()
+    (tmp_path / "e.csv").write_text('step,layer,topk_ids\n0,3,"[[1 2] ... [3 4]]"')
+    with pytest.raises(InputError, match=r"line 2: topk_ids: got \[\[1 2\] \.\.\."):
+        load(tmp_path / "e.csv", "tokens")
     layers = [write(tmp_path / f"layer_{i}.jsonl", [r for r in together if r["layer"] == i]) for i in range(LAYERS)]
     assert (load(layers, "tokens")[0].counts == COUNTS).all()
 
