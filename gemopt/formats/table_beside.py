@@ -40,11 +40,6 @@ SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", 
 UNEVEN = {"imbalance": 1.0, "skew": 0.0, "skewness": 0.0, "zipf": 0.0, "law": 0.0, "gini": 0.0}  # power_law_alpha
 """Words of columns that tell by a number how unevenly, and that of even loads."""
 ROUTINGS = {"distribution", "routing", "load_distribution", "balance", "expert_distribution"}
-RATES = {
-    "percent", "pct", "ratio", "fraction", "utilization", "util", "throughput", "log", "log2", "log10", "ln", "bytes",
-    "kb", "mb", "gb", "kib", "mib", "gib", "sec", "second", "us", "ms", "ns",
-}  # fmt: skip
-THOUSANDS = {"k", "ktokens", "thousand", "thousands", "million", "millions"}
 SHARDED = ("tp", "tp_size", "moe_tp", "moe_tp_size", "tensor_parallel_size", "moe_tensor_parallel_size")
 WHOLE_EXPERTS = ("enable_expert_parallel", "enable_ep", "enable_ep_moe")
 LAUNCHES = ({"instances"}, {"calls", "total_duration_ns"})  # of a profiler's summary
