@@ -214,6 +214,8 @@ PRINTED = {
     "pandas with blanks in names": "  gpu name  tokens Time (us)\n"
     "0   H100 A       1      10.5\n1   H100 A      64      12.0\n",
     "pandas without its index": "   gpu tokens   us\nH100 A      1 10.5\nH100 A     64 12.0\n",
+    "pandas with blanks in a name and single ones between": " tokens  Time (us) dtype  gpu\n"
+    "      1       10.5  bf16 H100\n     64       12.0  bf16 H100\n",
     "ruled off": "  tokens    us\n--------  ----\n       1  10.5\n      64  12\n",
     "ruled off as a whole": "tokens     us\n-------------\n1        10.5\n64       12.0\n",
     "ruled off thrice": "======  ====\ntokens  us\n======  ====\n1       10.5\n64      12\n======  ====\n",

@@ -39,7 +39,7 @@ def printed(text: str) -> Lines:
         found = _below(lines, re.compile(cell), rule) if lines else None
         if found is not None and len(found[0][1]) > 1:
             return found
-    return _right_aligned(lines, apart=False) or [(number, [line.strip()]) for number, line in lines]
+    return [(number, [line.strip()]) for number, line in lines]
 
 
 def _is_rule(line: str) -> bool:
@@ -71,10 +71,10 @@ def _below(lines: list[tuple[int, str]], cell: re.Pattern[str], rule: str) -> Li
     return [(number, [each[0] for each in row[skipped if i else 0 :]]) for i, (number, row) in enumerate(found)]
 
 
-def _right_aligned(lines: list[tuple[int, str]], *, apart: bool = True) -> Lines | None:
+def _right_aligned(lines: list[tuple[int, str]]) -> Lines | None:
     """The cells of each line, if those of all rows end where the words of the header do, and a blank follows.
 
-    apart: every word is a name of its own; else one where no cells end is part of the next, a single blank away.
+    A word of the header where no cells end is part of the next one, a single blank away.
     """
     if len(lines) < 2:
         return None
@@ -84,7 +84,7 @@ def _right_aligned(lines: list[tuple[int, str]], *, apart: bool = True) -> Lines
         return None
     ends = [at for at in words if not any(line[at - 1].isspace() or line[at : at + 1].strip() for line in rows)]
     merged = [at for at in words if at not in ends]
-    if len(ends) < 2 or (merged and (apart or any(head[at : at + 2].isspace() for at in merged))):
+    if len(ends) < 2 or any(head[at : at + 2].isspace() for at in merged):
         return None
     index = [found[0] if (found := re.match(r"\d+ ", line)) else "" for line in rows]
     width = max(map(len, index))
