@@ -55,6 +55,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     refuse_parts(files)
     numbers = [count_json.read(path).steps for path in files if count_json.is_json(path)]
     told = [each for each in numbers if each is not None]
+    if len({bool(count_json.is_json(path) and count_json.read(path).phases) for path in files}) > 1:
+        notes.append("phases that some files lack are left unread")
     if any(later[0] <= before[1] for before, later in pairwise(told)):
         found = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in told)[:100]
         raise InputError("PATHS: step", found, "files of rising steps", "ranks of the same steps are to be added up")

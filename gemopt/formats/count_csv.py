@@ -131,10 +131,12 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
 def _unread(tables: list[_Table], others: dict[str, str]) -> list[str]:
     """Notes on the columns left unread; others: those that say the same in all lines."""
     results = sorted(set().union(*(table.results for table in tables)))
-    known = [*results, *(COLUMNS["phase"] if any(table.phases for table in tables) else ())]
+    told = {bool(table.phases) for table in tables}
+    known = [*results, *(COLUMNS["phase"] if True in told else ())]
     said = (
         ("times and results", results),
         ("columns that say the same in all lines", [n for n in others if n not in known]),
+        ("columns that some tables lack", COLUMNS["phase"] if len(told) > 1 else ()),
     )
     return [f"{which} are left unread: {', '.join(names)}" for which, names in said if names]
 

@@ -147,6 +147,19 @@ def test_a_phase_without_steps_is_a_step(load, tmp_path):
         load(tmp_path / "b.csv", "csv")
 
 
+@pytest.mark.parametrize("source", ["csv", "array"])
+def test_a_phase_that_one_file_lacks_is_noted(load, tmp_path, source):
+    counts = routed(np.random.default_rng(4), steps=2, layers=2, experts=8)
+    for t, phase in ((0, {"phase": "decode"}), (1, {})):
+        rows = [
+            {"step": t, **phase, "layer": i, "expert": e, "count": int(n)} for (i, e), n in np.ndenumerate(counts[t])
+        ]
+        found = rows if source == "csv" else {"step": t, **phase, "counts": counts[t].tolist()}
+        (tmp_path / f"{t}.json").write_text(json.dumps(found))
+    traces, notes = load([tmp_path / "0.json", tmp_path / "1.json"], source)
+    assert (traces.counts == counts).all() and traces.phase is None and "lack are left unread" in notes
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_cell_for_all_experts(load, tmp_path, suffix):
     """As data frames hold lists: of each layer and step."""
