@@ -21,12 +21,10 @@ from gemopt.formats.count_lines import by_expert, lines_of
 from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, WEIGHTS, phase_of, words_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
-    TOO_HIGH,
-    guessed,
+    experts_of,
     own_counts,
     ranges,
     refuse_local,
-    refuse_marks,
     refuse_no_counts,
     refuse_parts,
 )
@@ -92,14 +90,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         notes.append(f"tables of rank {ranks[0]} alone: what other ranks recorded is not in them")
     keys = [key for step in steps for counts in step.values() for key in counts]
     layers = sorted({layer for _, layer, _ in keys})
-    lowest, highest = min(expert for *_, expert in keys), max(expert for *_, expert in keys)
-    experts = options.num_experts or highest + 1
-    if highest >= experts:
-        hint = "numbered from 1? subtract 1" if lowest == 1 and highest == experts else TOO_HIGH
-        raise InputError("PATHS: expert", highest, f"experts 0 to {experts - 1}", hint)
-    if options.num_experts is None:
-        refuse_marks("PATHS: expert", sorted({expert for *_, expert in keys}))
-        notes.append(guessed(experts, lowest))
+    experts = experts_of("PATHS: expert", sorted({expert for *_, expert in keys}), options.num_experts, notes)
     if layers[0] == 1:
         notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}

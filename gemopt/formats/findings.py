@@ -49,18 +49,27 @@ def as_option(layers: Iterable[int]) -> str:
     return ranges(layers, MANY_LAYERS).replace(" ", "")
 
 
-def refuse_marks(field: str, experts: Sequence[int]) -> None:
-    """Raise where the highest of the increasing ids of experts is far above many others: a mark for none?"""
-    if len(experts) > MANY_IDS and experts[-1] + 1 >= 2 * (experts[-2] + 1):
-        found = f"{experts[-1]}, and no other above {experts[-2]}"
+def experts_of(field: str, experts: Sequence[int], num_experts: int | None, notes: list[str]) -> int:
+    """How many experts there are, by their increasing ids; where `num_experts` does not say it, with a note.
+
+    Raises
+    ------
+    InputError
+        Ids beyond `num_experts`, or the highest one far above many others: a mark for none?
+    """
+    lowest, highest = experts[0], experts[-1]
+    if num_experts is not None:
+        if highest >= num_experts:
+            hint = "numbered from 1? subtract 1" if lowest == 1 and highest == num_experts else TOO_HIGH
+            raise InputError(field, highest, f"experts 0 to {num_experts - 1}", hint)
+        return num_experts
+    if len(experts) > MANY_IDS and highest + 1 >= 2 * (experts[-2] + 1):
+        found = f"{highest}, and no other above {experts[-2]}"
         hint = "leave it out, or give --num-experts if it is one"
         raise InputError(field, found, "experts: a number that stands for none?", hint)
-
-
-def guessed(num_experts: int, lowest: int = 0) -> str:
-    """The note for a number of experts that no file says; `lowest`: the smallest id there is."""
     from_1 = "; none is 0: are they numbered from 1?" if lowest == 1 else ""
-    return f"{num_experts} experts, the highest id seen + 1; give --num-experts if the network has more{from_1}"
+    notes.append(f"{highest + 1} experts, the highest id seen + 1; give --num-experts if the network has more{from_1}")
+    return highest + 1
 
 
 def refuse_parts(files: Sequence[Path]) -> None:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes
-from gemopt.formats.findings import TOO_HIGH, guessed, ranges, refuse_marks
+from gemopt.formats.findings import experts_of, ranges
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.response_bodies import Bodies, Response, Sample
 from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, has_shape, moe_layers, narrowed
@@ -69,12 +69,9 @@ def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     notes = [*bodies.notes(), *kept.notes(layers)]
     if ids.shape[2] == 1:
         notes += check_zero_tokens(ids)
-    experts = options.num_experts or int(ids.max()) + 1
-    if options.num_experts is None:
-        refuse_marks("routed_experts", np.unique(ids[ids >= 0]).tolist())
-        notes.append(guessed(experts, int(ids.min())))
-    if int(ids.max()) >= experts:
-        raise InputError("routed_experts", int(ids.max()), f"experts 0 to {experts - 1}", TOO_HIGH)
+    experts = experts_of(
+        "routed_experts", np.flatnonzero(np.bincount(ids[ids >= 0])).tolist(), options.num_experts, notes
+    )
     traces = from_tokens(
         ids,
         np.cumsum([0, *(len(piece) for piece in pieces)])[:-1],

@@ -22,7 +22,7 @@ from gemopt.formats.count_lines import lines_of
 from gemopt.formats.count_names import COLUMNS, phase_of
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import JSON_LIMIT, bounded_json
-from gemopt.formats.findings import TOO_HIGH, guessed, refuse_marks
+from gemopt.formats.findings import experts_of
 from gemopt.formats.json_rows import frame_rows, value
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
@@ -108,14 +108,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
         hint = "--phase prefill or all takes others" if columns else f"name the column {', '.join(NAMES['ids'][:3])}"
         raise InputError("PATHS", found, "rows with a layer and the experts of a token", hint)
     layers = sorted(set(rows.layers))
-    highest, lowest = max(rows.ids), min(rows.ids)
-    experts = options.num_experts or highest + 1
     notes = rows.notes(options.phase)
-    if highest >= experts:
-        raise InputError("PATHS: experts", highest, f"experts 0 to {experts - 1}", TOO_HIGH)
-    if options.num_experts is None:
-        refuse_marks("PATHS: experts", sorted(set(rows.ids)))
-        notes.append(guessed(experts, lowest))
+    experts = experts_of("PATHS: experts", sorted(set(rows.ids)), options.num_experts, notes)
     if layers[0] == 1:
         notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
     top_k = rows.sizes[0] if len(set(rows.sizes)) == 1 else None

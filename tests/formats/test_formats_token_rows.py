@@ -186,3 +186,9 @@ def test_the_command_and_its_hints(capsys, tmp_path):
     (tmp_path / "cut.jsonl").write_text('{"layer": 1\n')
     code, _, err = gemopt(capsys, "trace", "import", tmp_path / "cut.jsonl", "--from", "tokens", "-o", out)
     assert code == 2 and "line 1" in err and err.count("\n") == 1
+
+
+def test_experts_numbered_from_1_are_told(load, tmp_path):
+    path = write(tmp_path / "a.jsonl", [{**r, "topk_ids": [e + 1 for e in r["topk_ids"]]} for r in rows()])
+    with pytest.raises(InputError, match=f"got {EXPERTS}; experts 0 to 7; numbered from 1"):
+        load(path, "tokens", num_experts=EXPERTS)
