@@ -71,10 +71,13 @@ class _Rows:
     blank: int = 0
     other: int = 0
     unread: set[str] = field(default_factory=set)
+    ranks: dict[str, str] = field(default_factory=dict)  # the one that each column of ranks names
 
     def notes(self, phase: Phase | None) -> list[str]:
         """What was left out."""
+        rank = " ".join(next(iter(self.ranks.items()), ()))
         said = [
+            (rank, f"rows of {rank} alone: what other ranks recorded is not in them"),
             (self.blank, f"left out: {counted(self.blank, 'row')} without any expert (padding)"),
             (self.other, f"{counted(self.other, 'row')} without experts left unread"),
             (self.unread, f"{', '.join(sorted(self.unread))} left unread"),
@@ -157,7 +160,7 @@ def _object(where: str, row: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _columns(where: str, row: dict[str, Any]) -> dict[str, str]:
-    """The columns of a row by what they mean; `InputError` for two of one meaning, and for slots and ranks."""
+    """The columns of a row by what they mean; `InputError` for two of one meaning, and for slots."""
     found: dict[str, str] = {}
     for name in row:
         bare = re.sub(r"\W+", "_", name.casefold()).strip("_")
@@ -168,8 +171,7 @@ def _columns(where: str, row: dict[str, Any]) -> dict[str, str]:
         if meaning is not None:
             found[meaning] = name
         elif bare in COLUMNS["rank"]:
-            hint = "import one rank of those that saw the same tokens; leave the column out where each had its own"
-            raise InputError(where, name, "tokens of all ranks, each once", hint)
+            found[f"rank {name}"] = name  # of several kinds
         elif COPIES.search(bare):
             raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")
     return found
@@ -205,6 +207,10 @@ def _add(
         wanted = (Phase.MIXED if rows.by_step else Phase.DECODE) if wanted is None else wanted
         if wanted not in (Phase.MIXED, phase):
             return
+    for name in (name for meaning, name in columns.items() if meaning.startswith("rank ")):
+        if rows.ranks.setdefault(name, str(row[name])) != str(row[name]):
+            hint = "import one rank of those that saw the same tokens; leave the column out where each had its own"
+            raise InputError(f"{where}: {name}", row[name], f"{rows.ranks[name]}, tokens of all ranks, each once", hint)
     layer = _whole(where, row, columns["layer"], 4096)
     each = _lists(f"{where}: {columns['ids']}", row[columns["ids"]])
     rows.unread.update(name for name in row if name not in columns.values())
@@ -261,6 +267,8 @@ def _whole(where: str, row: dict[str, Any], name: str, limit: int) -> int:
 def _lists(name: str, cell: Any) -> list[list[int]]:
     """The experts of each token of a cell: a list, lists of lists, or a text such as `[7, 1]` or `7 1`."""
     if isinstance(cell, str):
+        if cell.strip() in ("[]", "()"):
+            return [[]]
         if _SEVERAL.fullmatch(cell.strip()):
             return [ids for part in _INSIDE.findall(cell) for ids in _lists(name, part)]
         if not _LIST.fullmatch(cell.strip()):
@@ -268,7 +276,7 @@ def _lists(name: str, cell: Any) -> list[list[int]]:
         return [[int(text) for text in re.findall(r"-?\d+", cell)]]
     if isinstance(cell, list) and cell and all(isinstance(part, list) for part in cell):
         return [ids for part in cell for ids in _lists(name, part)]
-    if not isinstance(cell, list) or not cell or not all(type(expert) is int for expert in cell):
+    if not isinstance(cell, list) or not all(type(expert) is int for expert in cell):
         raise InputError(name, str(cell)[:100], "numbers of experts")
     return [cell]
 

@@ -125,6 +125,16 @@ def without(*names):
     return [{key: cell for key, cell in row.items() if key not in names} for row in rows()]
 
 
+def test_rows_of_one_rank_and_tokens_without_experts(load, tmp_path):
+    path = write(tmp_path / "a.jsonl", [*rows(ep_rank=0, dp_rank=0), {**rows()[-1], "token": 99, "topk_ids": []}])
+    with pytest.raises(InputError, match="as in the rows before"):
+        load(path, "tokens")
+    write(path, [*rows(ep_rank=0, dp_rank=0), {**rows(ep_rank=0, dp_rank=0)[-1], "token": 99, "topk_ids": []}])
+    traces, notes = load(path, "tokens", num_experts=EXPERTS)
+    assert (traces.counts == COUNTS).all()
+    assert "rows of ep_rank 0 alone" in notes and "1 row without any expert (padding)" in notes
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
@@ -132,7 +142,7 @@ def without(*names):
         (without("layer"), "no layer"),
         (without("topk_ids"), "no row with experts; .*name the column topk_ids"),
         (rows(token="request"), "step beside request; what the number counts"),
-        (rows(rank=0), "rank: got rank|rank; tokens of all ranks"),
+        (rows(rank=0) + rows(rank=1), "rank: got 1; 0, tokens of all ranks"),
         (rows(physical_ids=[1, 2]), "physical_ids; logical experts"),
         (rows(experts=[1, 2]), "topk_ids and experts; one column of the ids"),
         (rows(step="req") * 2, "a token twice in a layer"),
