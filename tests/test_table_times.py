@@ -129,9 +129,10 @@ def test_rows_of_one_load_that_nothing_tells_apart_are_named(tmp_path: Path) -> 
 def test_times_that_were_copied_to_other_loads_are_named(tmp_path: Path) -> None:
     """As in one of AMD's tables of tuned kernels."""
     notes: list[str] = []
-    text = "assignments,time_us\n" + "".join(f"{n},{us}\n" for n, us in zip(NS, (90, *3 * [275.4024]), strict=True))
+    text = "assignments,time_us\n" + "".join(f"{n},{us}\n" for n, us in zip(NS, (90.5, *3 * [275.4024]), strict=True))
     assert len(loads(read_table(written(tmp_path, text), notes=notes))) == len(NS)
     assert notes[:1] == ["3 loads from 2 to 8 take exactly 275.4024 us: copied, not measured?"]
-    notes.clear()
-    read_table(written(tmp_path, text.replace("275.4024", "275.4")), notes=notes)  # a coarse clock
-    assert not any("exactly" in note for note in notes)
+    for coarse in ("275.4", "62.464", "180.064"):  # clocks that tick in 0.1, 1.024 and 0.032 us
+        notes.clear()
+        read_table(written(tmp_path, text.replace("275.4024", coarse)), notes=notes)
+        assert not any("exactly" in note for note in notes)

@@ -10,6 +10,7 @@ DISAGREE = 0.2  # of a latency: repeats that lie further around their median are
 SLOW = 1.5  # times what a larger load takes, or smaller ones one after the other
 APART = 4.0  # times what another device takes
 DIGITS, COPIES = 5, 3
+TICK_US = 0.032  # events of CUDA count in these, or in 1.024 us
 SHORT = 4  # times as far as another device was measured
 
 
@@ -48,7 +49,8 @@ def _copied(profile: Profile) -> str:
         for sample in device.samples:
             alike.setdefault(f"{sample.latency_us:.10g}", []).append(sample.assignments)
         for told, loads in alike.items():
-            exact = len(told.replace(".", "").strip("0")) >= DIGITS
+            ticks = f"{float(told) / TICK_US:.10g}"
+            exact = min(len(each.replace(".", "").strip("0")) for each in (told, ticks)) >= DIGITS
             if exact and len(loads) >= COPIES and max(loads) >= SHORT * min(loads):
                 few = f"{len(loads)} loads from {min(loads)} to {max(loads)}"
                 return f"{few} take exactly {told} us: copied, not measured?"
