@@ -26,7 +26,7 @@ _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name wh
 )
 _LIST = re.compile(r"[\[(]\s*[\d.]+(?:[\s,;]+[\d.]+)+\s*[\])]", re.ASCII)
 PARTS = {"rank", "ranks", "gpu", "device", "stage", *DRAFTS}
-_WHOLE = re.compile(r"\d{1,15}", re.ASCII)
+_WHOLE = re.compile(r"\d{1,15}(?:\.0*)?", re.ASCII)
 Rows = list[tuple[int, list[str]]]  # number and cells
 Lines = Iterator[tuple[int, list[str]]]
 
@@ -79,10 +79,10 @@ def _telling(
     asked = [i for i in others if TABLES.get(header[i], "count") == "count" and not ALTERING.search(header[i])]
     if not asked or not all(map(_WHOLE.fullmatch, chain.from_iterable(counts))):
         return others
-    arrays = [np.array(row, np.int64) for row in counts]
+    arrays = [np.array(row, np.float64).astype(np.int64) for row in counts]
     for i in asked:
         cells = [row[i] for _, row in rows]
-        if all(map(_WHOLE.fullmatch, cells)) and follows(header[i], list(map(int, cells)), arrays):
+        if all(map(_WHOLE.fullmatch, cells)) and follows(header[i], list(map(float, cells)), arrays):
             results.add(header[i])
             others.remove(i)
         elif header[i] in TABLES:

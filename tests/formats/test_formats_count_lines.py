@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -195,12 +196,14 @@ def test_what_follows_from_the_counts_beside_it(load, tmp_path):
     wide = [f"{head},{','.join(f'expert_{e}' for e in range(8))}"]
     wide += [",".join(map(str, [*cell[:5], *cell[5]])) for cell in cells]
     lists = [f"{head},expert_counts", *(",".join(map(str, cell[:5])) + f',"{cell[5].tolist()}"' for cell in cells)]
-    for table in (wide, lists):
+    floats = [wide[0], *(",".join(f"{cell}.0" for cell in line.split(",")) for line in wide[1:])]  # as pandas has them
+    for table in (wide, lists, floats):
         (tmp_path / "a.csv").write_text("\n".join(table))
         traces, notes = load(tmp_path / "a.csv", "csv")
         assert (traces.counts == counts).all() and "left unread: num_tokens, peak, total" in notes
         for name, words in (("num_tokens", "num_tokens beside counts"), ("weight", "weight: got"), ("gpu", "gpu: got")):
-            other = [table[0].replace("num_tokens", name), *table[1:-1], table[-1].replace("2,1,", "2,1,1", 1)]
+            cut = re.sub(r"^(2(?:\.0)?,1(?:\.0)?,)", r"\g<1>1", table[-1])
+            other = [table[0].replace("num_tokens", name), *table[1:-1], cut]
             (tmp_path / "a.csv").write_text("\n".join(other))
             with pytest.raises(InputError, match=words):
                 load(tmp_path / "a.csv", "csv")
