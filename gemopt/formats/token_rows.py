@@ -110,8 +110,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
         found += f", {rows.blank} of padding" if rows.blank else ""
         hint = "--phase prefill or all takes others" if columns else f"name the column {', '.join(NAMES['ids'][:3])}"
         raise InputError("PATHS", found, "rows with a layer and the experts of a token", hint)
-    layers = sorted(set(rows.layers))
-    notes = rows.notes(options.phase)
+    layers, notes = sorted(set(rows.layers)), rows.notes(options.phase)
     experts = experts_of("PATHS: experts", sorted(set(rows.ids)), options.num_experts, notes)
     if layers[0] == 1:
         notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")

@@ -269,8 +269,7 @@ class Run:
             return
         share_s, left_s = deadline - time.monotonic(), options.remaining
         both = priced(layer, share_s)
-        if both:
-            share_s = left_s = PAIRS_SHARE * share_s
+        share_s, left_s = (PAIRS_SHARE * share_s,) * 2 if both else (share_s, left_s)
         if self.vain < VAIN or self.patience is not None:  # else threads would decide what is proven
             times = {"share_s": share_s, "left_s": left_s}
             with replace(options, deadline=time.monotonic() + left_s).alarm() as stop:
