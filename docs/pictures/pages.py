@@ -98,7 +98,7 @@ def bounds() -> None:
     for ax, case, title in zip(
         axes, (cases()[1], cases()[3]), ("H100, staircase", "RTX PRO 6000, roofline"), strict=True
     ):
-        found = solve(case.profile, case.traces, time_limit=120)
+        found = solve(case.profile, case.traces, time_limit=30)
         assert found.placement is not None and found.bound_us is not None
         num_layers, steps = len(found.per_layer), len(case.traces.counts)
         linear = evaluate(Placement.contiguous(num_layers, 32, 8), case.profile, case.traces)
