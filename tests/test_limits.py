@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
 from timed import timed
 
 import gemopt
 from gemopt.bounds import spread_bounds, step_bounds, timed_step_bounds
-from gemopt.bounds.together import Together
 from gemopt.compare import compare
 from gemopt.conflicts import classify
 from gemopt.evaluate import check, loads, objective
 from gemopt.exceptions import InputError
-from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, FloatArray, Latency, line
+from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
-from gemopt.solvers.base import Options, Outcome, Row, Supports
+from gemopt.solvers.base import Options
 from gemopt.solvers.baselines.gem import ORDER, greedy, relieve_stragglers
 from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.packing import lpt_row
@@ -33,7 +30,6 @@ from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import make_costs, make_state, most_loaded
 from gemopt.solvers.search.swaps import EPSILON, KICK_DRAWS, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
-from gemopt.solving import schedule, turns
 from gemopt.solving.layers import Layer
 from gemopt.solving.schedule import Run
 from gemopt.splits import even_shares
@@ -254,51 +250,6 @@ def test_loads_are_sums_over_the_slots(slots: object) -> None:
             assert (loads(problem, row)[:, rank, f] == expected).all()
 
 
-class Recorder:
-    """A solver that notes when it was asked for what, and how many threads libraries had then."""
-
-    name = "recorder"
-
-    def __init__(self, *, improves: bool) -> None:
-        self.supports = Supports(improves=improves)
-        self.calls: list[tuple[int, int | None, float]] = []
-        self.threads: set[int] = set()
-
-    def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
-        self.calls.append((options.seed, options.patience, options.deadline))
-        self.threads |= {info["num_threads"] for info in threadpool_info()}
-        return Outcome(lpt_row(problem), StoppedBy.ITERATIONS)
-
-
-def test_every_layer_is_answered_before_any_is_deepened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turns, "LEAST_S", (np.inf, np.inf))  # no bound of contents, which takes a while to end
-    solver = Recorder(improves=True)
-    layers = [Layer(make(steps=9), None, seed) for seed in range(5)]
-    clock = time.monotonic()
-    Run(solver, layers, clock, 500.0).go()  # type: ignore[arg-type]
-    assert [(seed, patience) for seed, patience, _ in solver.calls] == [
-        *((seed, 0) for seed in range(5)),  # without any search
-        *((seed, 0) for seed in range(5)),
-        *((seed, None) for seed in range(5)),
-    ]
-    shares = [deadline - clock for _, _, deadline in solver.calls]
-    assert shares[:5] == [-np.inf] * 5
-    assert shares[5:10] == sorted(shares[5:10]) and shares[5] < 100 and 300 < shares[9] < 450 < shares[14] <= 500
-    assert all(layer.bounded_steps == 9 for layer in layers)
-
-
-@pytest.mark.parametrize("library", ["numpy", "torch"])  # OpenBLAS is limited as a whole, OpenMP thread by thread
-def test_threads_bound_the_libraries_too(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    pytest.importorskip(library)
-    before = {info["num_threads"] for info in threadpool_info()}
-    for threads, allowed in ((1, {1}), (8, {1, 2})):
-        solver = Recorder(improves=False)
-        monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda _, solver=solver: solver)
-        gemopt.solve(devices(), traffic(), threads=threads)
-        assert solver.threads and solver.threads <= allowed
-    assert {info["num_threads"] for info in threadpool_info()} == before
-
-
 @pytest.mark.parametrize("name", ["linear", "eplb", "lpt", "conflict", "gem", "local-search", "auto", "cpsat", "milp"])
 def test_a_limit_that_is_over_at_once_still_gives_a_placement(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     for path in ("cpsat:CpSat", "milp:Milp"):
@@ -344,20 +295,3 @@ def test_tables_reach_what_a_rank_may_hold_and_one_expert_more() -> None:
         known = costs.tables[costs.offsets[rank, 0, 0] :][: reach + 1]
         np.testing.assert_allclose(known, latency([np.arange(reach + 1)]), rtol=1e-6)
     assert costs.offsets[0, 0, 0] == costs.offsets[2, 0, 0] != costs.offsets[1, 0, 0]  # equal ranks share theirs
-
-
-def test_a_bound_that_stays_at_the_floors_is_left_out_for_the_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the search has no end of its own: what all get then is the same however the threads run."""
-    asked: list[int] = []
-
-    def never(problem: Problem, floor_T: FloatArray, stop: object, **_: object) -> Together:
-        asked.append(1)
-        return Together(float(floor_T.sum()))
-
-    monkeypatch.setattr(schedule, "together_bound", never)
-    monkeypatch.setattr(turns, "LEAST_S", (np.inf, np.inf))
-    for patience, count in ((None, schedule.VAIN), (1, 9)):
-        asked.clear()
-        layers = [Layer(make(steps=9), None, seed) for seed in range(9)]
-        Run(Recorder(improves=True), layers, time.monotonic(), 500.0, patience=patience).go()  # type: ignore[arg-type]
-        assert len(asked) == count

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_online_controller import EXPERTS, LAYERS, RANKS, cost, same, times, traffic
+from test_online_controller import EXPERTS, LAYERS, RANKS, cost, times, traffic
+from test_online_state import same
 
 from gemopt.evaluate import evaluate, objective
 from gemopt.exceptions import InputError
