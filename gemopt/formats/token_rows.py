@@ -1,15 +1,16 @@
 """Rows with the experts that a token chose in a layer: JSON Lines, JSON, CSV or parquet, as loggers of routers do.
 
-`{"layer": 3, "topk_ids": [7, 1], ...}`, or those of several tokens, `[[7, 1], [2, 5]]`. A column with the number of
-the step (`batch_id`, ...) says which tokens are computed together; else `request` and `token` number them, and they are
-replayed as continuous batching, as responses are. A column `phase` tells prompts from answers.
+`{"layer": 3, "topk_ids": [7, 1], ...}`, those of several tokens, `[[7, 1], [2, 5]]`, or a row for each expert of a
+token, `{"layer": 3, "expert": 7}`. A column with the number of the step (`batch_id`, ...) says which tokens are
+computed together; else `request` and `token` number them, and they are replayed as continuous batching, as responses
+are. A column `phase` tells prompts from answers.
 """
 
 from __future__ import annotations
 
-import gzip
 import re
 from array import array as numbers
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +19,15 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_lines import lines_of
 from gemopt.formats.count_names import COLUMNS, phase_of
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
-from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.findings import experts_of
-from gemopt.formats.json_rows import frame_rows, value
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
+from gemopt.formats.token_beside import Beside
+from gemopt.formats.token_cells import experts_in, rows_of, whole
 from gemopt.traces import COUNT_LIMIT, Phase
-from gemopt.traces.arrays import MAX_EXPERTS
+from gemopt.traces.arrays import ENOUGH_SUMS, MAX_EXPERTS
 from gemopt.traces.batching import from_tokens
 from gemopt.traces.files import COPIES
 from gemopt.words import counted
@@ -42,15 +42,12 @@ NAMES: Mapping[str, Sequence[str]] = {
     "step": COLUMNS["step"],
     "request": (
         *("request", "request_id", "request_idx", "req", "req_id", "rid", "sequence", "sequence_id", "seq_id", "seq"),
-        *("sample", "sample_id", "prompt_id", "prompt_idx"),
+        *("sample", "sample_id", "prompt_id", "prompt_idx", "problem_id", "question_id"),
     ),
     "token": ("token", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
     "phase": ("phase", "stage", "forward_mode"),
 }
 TOGETHER = "number the steps (step), or the tokens (request, token)"
-_LIST = re.compile(r"[\[(]?\s*-?\d+(?:[\s,;|]+-?\d+)*\s*[\])]?", re.ASCII)
-_INSIDE = re.compile(r"[\[(][^\[\]()]*[\])]")
-_SEVERAL = re.compile(rf"[\[(]\s*(?:{_INSIDE.pattern}[\s,;]*)+[\])]")  # tokens
 _BLOCK = 1 << 24  # numbers of a block of steps
 
 
@@ -66,7 +63,7 @@ class _Rows:
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)
     files: dict[tuple[int, int], Path] = field(default_factory=dict)  # that hold a step and layer
     last: dict[tuple[Path, int], int] = field(default_factory=dict)  # step of a layer in a file
-    seen: set[tuple[int, int, str, str]] = field(default_factory=set)  # step, layer, request and token
+    seen: set[tuple[int, int, str, str, int]] = field(default_factory=set)  # step, layer, request, token and expert
     phases: dict[int, set[Phase]] = field(default_factory=dict)
     blank: int = 0
     other: int = 0
@@ -88,13 +85,42 @@ class _Rows:
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
     """Count the experts of tokens, step by step; or replay requests whose tokens are numbered."""
-    files = files_of(paths, *SUFFIXES, both_phases=True)
-    columns, rows = None, _Rows(by_step=True)
-    names: dict[tuple[str, ...], dict[str, str]] = {}  # those of most rows are the same
+    rows, beside = _read(files_of(paths, *SUFFIXES, both_phases=True), options)
+    layers, notes = sorted(set(rows.layers)), rows.notes(options.phase)
+    told = beside.number("num_experts", options.num_experts)
+    experts = experts_of("PATHS: experts", sorted(set(rows.ids)), told, notes)
+    if layers[0] == 1:
+        notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
+    top_k = beside.number("top_k", options.top_k)
+    if beside.alone and not rows.by_step:
+        _merge(rows)
+    sizes = list(Counter(key[:4] for key in rows.seen).values()) if beside.alone and rows.by_step else rows.sizes
+    if not sizes:
+        _refuse_shares(rows, experts)
+    elif min(sizes) == experts > 2 and len(sizes) >= ENOUGH_SUMS:
+        hint = "those of largest weight alone are its choice"
+        raise InputError("PATHS: experts", f"all {experts} of every token", "those that it chose", hint)
+    elif top_k not in (None, max(sizes)):
+        raise InputError("PATHS: experts", f"{max(sizes)} of a token", f"{top_k}, as top_k says")
+    top_k = sizes[0] if len(set(sizes)) == 1 else top_k
+    if rows.by_step:
+        return _counted(rows, layers, experts, top_k, notes)
+    return _replayed(rows, layers, experts, notes, options)
+
+
+def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
+    """The rows that are wanted, and what columns say that are not read for experts."""
+    columns, rows, beside = None, _Rows(by_step=True), Beside()
+    names: dict[tuple[str, ...], tuple[dict[str, str], dict[str, str]]] = {}  # those of most rows are the same
     for path in files:
-        for where, row in _rows_of(path):
-            if (known := names.get(tuple(row))) is None:
-                known = names[tuple(row)] = _columns(where, row)
+        for where, row in rows_of(path):
+            if (found := names.get(tuple(row))) is None:
+                known = _columns(where, row)
+                beside.alone |= _names_one(known)
+                used = known.values()
+                found = names[tuple(row)] = known, beside.watched(name for name in row if name not in used)
+            known, watched = found
+            beside.add(where, row, watched)
             if "ids" not in known:
                 rows.other += 1
                 continue
@@ -102,68 +128,27 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
                 columns = known
                 rows.by_step = _by_step(where, columns, options)
             if known != columns:
-                found = ", ".join(known.values())
-                raise InputError(where, found, f"{', '.join(columns.values())}, as in the rows before")
+                shown = ", ".join(known.values())
+                raise InputError(where, shown, f"{', '.join(columns.values())}, as in the rows before")
             _add(rows, path, where, row, columns, options)
     if columns is None or not rows.of:
-        found = "no row with experts" if columns is None else "no row that is wanted"
-        found += f", {rows.blank} of padding" if rows.blank else ""
+        shown = "no row with experts" if columns is None else "no row that is wanted"
+        shown += f", {rows.blank} of padding" if rows.blank else ""
         hint = "--phase prefill or all takes others" if columns else f"name the column {', '.join(NAMES['ids'][:3])}"
-        raise InputError("PATHS", found, "rows with a layer and the experts of a token", hint)
-    layers, notes = sorted(set(rows.layers)), rows.notes(options.phase)
-    experts = experts_of("PATHS: experts", sorted(set(rows.ids)), options.num_experts, notes)
-    if layers[0] == 1:
-        notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
-    top_k = rows.sizes[0] if len(set(rows.sizes)) == 1 else None
-    if None not in (options.top_k, top_k) and options.top_k != top_k:
-        raise InputError("PATHS: experts", f"{top_k} of a token", f"--top-k is {options.top_k}")
-    if rows.by_step:
-        return _counted(rows, layers, experts, top_k, notes)
-    return _replayed(rows, layers, experts, notes, options)
-
-
-def _rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row is, and its cells by name."""
-    if path.name.endswith((".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")):
-        number = 0
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as stream:
-            try:
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield _object(f"{path}: line {number}", value(line))
-            except InputError:
-                raise
-            except (ValueError, RecursionError, EOFError, OSError) as error:
-                raise InputError(f"{path}: line {max(1, number)}", str(error), "one JSON object a line") from None
-    elif path.suffix == ".json":
-        data = frame_rows(bounded_json(path, limit_bytes=JSON_LIMIT))
-        lists = [each for each in data.values() if isinstance(each, list)] if isinstance(data, dict) else [data]
-        if len(lists) != 1 or not isinstance(lists[0], list):
-            raise InputError(str(path), f"{len(lists)} lists", "one list of rows")
-        yield from (_object(f"{path}: row {number}", row) for number, row in enumerate(lists[0], 1))
-    else:
-        lines = lines_of(path)
-        header = [name.strip() for name in next(lines, (0, [""]))[1]]
-        if twice := sorted({name for name in header if header.count(name) > 1}):
-            raise InputError(f"{path}: columns", f"{twice[0]} twice", "every column once")
-        for number, cells in lines:
-            if len(cells) != len(header):
-                raise InputError(f"{path}: line {number}", f"{len(cells)} values", f"{len(header)}, as in the header")
-            yield f"{path}: line {number}", dict(zip(header, cells, strict=True))
-
-
-def _object(where: str, row: Any) -> tuple[str, dict[str, Any]]:
-    if not isinstance(row, dict):
-        raise InputError(where, type(row).__name__, "an object with a layer and the experts of a token")
-    return where, row
+        raise InputError("PATHS", shown, "rows with a layer and the experts of a token", hint)
+    beside.refuse_no_traffic()
+    rows.unread -= beside.read
+    return rows, beside
 
 
 def _columns(where: str, row: dict[str, Any]) -> dict[str, str]:
     """The columns of a row by what they mean; `InputError` for two of one meaning, and for slots."""
     found: dict[str, str] = {}
+    lists = any(_bare(name) in NAMES["ids"] for name in row)
     for name in row:
-        bare = re.sub(r"\W+", "_", name.casefold()).strip("_")
+        bare = _bare(name)
         meaning = next((each for each, names in NAMES.items() if bare in names), None)
+        meaning = "ids" if not lists and bare in COLUMNS["expert"] else meaning
         if meaning in found:
             both = f"{found[meaning]} and {name}"
             raise InputError(where, both, f"one column of the {meaning}", "leave the other out")
@@ -174,6 +159,40 @@ def _columns(where: str, row: dict[str, Any]) -> dict[str, str]:
         elif COPIES.search(bare):
             raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")
     return found
+
+
+def _names_one(columns: Mapping[str, str]) -> bool:
+    """Whether the column of the experts is called as one that names a single expert."""
+    return _bare(columns.get("ids", "")) in COLUMNS["expert"]
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"\W+", "_", name.casefold()).strip("_")
+
+
+def _merge(rows: _Rows) -> None:
+    """Make one row of those of each token and layer; `InputError` where they name an expert twice."""
+    row = np.repeat(np.arange(len(rows.of)), rows.sizes)
+    of, layers, ids = np.array(rows.of)[row], np.array(rows.layers)[row], np.frombuffer(rows.ids, np.intc)
+    order = np.lexsort((ids, layers, of))
+    of, layers, ids = of[order], layers[order], ids[order]
+    same = (np.diff(of) == 0) & (np.diff(layers) == 0)
+    if (same & (np.diff(ids) == 0)).any():
+        hint = f"do tokens count anew in each step? then {TOGETHER}"
+        raise InputError("PATHS: experts", "one twice for a token in a layer", "different experts", hint)
+    starts = np.flatnonzero(np.concatenate([[True], ~same]))
+    rows.of, rows.layers = of[starts].tolist(), layers[starts].tolist()
+    rows.sizes, rows.ids = np.diff(np.append(starts, len(ids))).tolist(), numbers("i", ids.tolist())
+
+
+def _refuse_shares(rows: _Rows, experts: int) -> None:
+    """Raise where rows hold a value for each expert of a step and layer, and no choices of tokens."""
+    of, layers = np.array(rows.of), np.array(rows.layers)
+    keys, sizes = np.unique(np.stack([of, layers, np.frombuffer(rows.ids, np.intc)]), axis=1, return_counts=True)
+    chosen = np.unique(keys[:2], axis=1, return_counts=True)[1]
+    if sizes.max() == 1 and (chosen.min() < chosen.max() or chosen.max() == experts):
+        hint = "shares of experts are no choices; of choices number the tokens (token)"
+        raise InputError("PATHS: experts", "each once in a step and layer", "a row for each choice of a token", hint)
 
 
 def _by_step(where: str, columns: dict[str, str], options: TraceOptions) -> bool:
@@ -210,12 +229,12 @@ def _add(
         if rows.ranks.setdefault(name, str(row[name])) != str(row[name]):
             hint = "import one rank of those that saw the same tokens; leave the column out where each had its own"
             raise InputError(f"{where}: {name}", row[name], f"{rows.ranks[name]}, tokens of all ranks, each once", hint)
-    layer = _whole(where, row, columns["layer"], 4096)
-    each = _lists(f"{where}: {columns['ids']}", row[columns["ids"]])
+    layer = whole(where, row, columns["layer"], 4096)
+    each = experts_in(f"{where}: {columns['ids']}", row[columns["ids"]])
     rows.unread.update(name for name in row if name not in columns.values())
     of = -1
     if rows.by_step:
-        of = _whole(where, row, columns["step"], COUNT_LIMIT)
+        of = whole(where, row, columns["step"], COUNT_LIMIT)
         if phase is not None:
             rows.phases.setdefault(of, set()).add(phase)
         if (first := rows.files.setdefault((of, layer), path)) != path:
@@ -226,7 +245,8 @@ def _add(
             raise InputError(f"{where}: {columns['step']}", of, "steps that do not begin again", hint)
         rows.last[path, layer] = of
         if "token" in columns and len(each) == 1 and str(row[columns["token"]]).isdigit():
-            key = of, layer, _request(path, row, columns), str(row[columns["token"]])
+            alone = each[0][0] if each[0] and _names_one(columns) else -1
+            key = of, layer, _request(path, row, columns), str(row[columns["token"]]), alone
             if key in rows.seen:
                 hint = "ranks that saw the same tokens? keep one; ranks with tokens of their own? leave the column out"
                 raise InputError(f"{where}: {columns['token']}", key[3], "every token once in a step and layer", hint)
@@ -234,7 +254,7 @@ def _add(
     elif len(each) > 1:
         raise InputError(where, f"the experts of {len(each)} tokens", "those of one", "number the steps instead")
     else:
-        token = _request(path, row, columns), _whole(where, row, columns["token"], COUNT_LIMIT)
+        token = _request(path, row, columns), whole(where, row, columns["token"], COUNT_LIMIT)
         of = rows.tokens.setdefault(token, len(rows.tokens))
     for ids in each:
         kept = [expert for expert in ids if expert >= 0]
@@ -252,32 +272,6 @@ def _add(
 
 def _request(path: Path, row: dict[str, Any], columns: dict[str, str]) -> str:
     return str(row[columns["request"]]) if "request" in columns else str(path)
-
-
-def _whole(where: str, row: dict[str, Any], name: str, limit: int) -> int:
-    cell = row[name]
-    text = re.sub(r"\.0$", "", str(cell)) if not isinstance(cell, bool) else "a flag"
-    text = re.sub(r"(?:model\.)?layers?[._]?(\d+).*", r"\1", text)
-    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= limit:
-        raise InputError(f"{where}: {name}", cell, f"a whole number from 0 below {limit}")
-    return int(text)
-
-
-def _lists(name: str, cell: Any) -> list[list[int]]:
-    """The experts of each token of a cell: a list, lists of lists, or a text such as `[7, 1]` or `7 1`."""
-    if isinstance(cell, str):
-        if cell.strip() in ("[]", "()"):
-            return [[]]
-        if _SEVERAL.fullmatch(cell.strip()):
-            return [ids for part in _INSIDE.findall(cell) for ids in _lists(name, part)]
-        if not _LIST.fullmatch(cell.strip()):
-            raise InputError(name, cell[:100], "numbers of experts")
-        return [[int(text) for text in re.findall(r"-?\d+", cell)]]
-    if isinstance(cell, list) and cell and all(isinstance(part, list) for part in cell):
-        return [ids for part in cell for ids in _lists(name, part)]
-    if not isinstance(cell, list) or not all(type(expert) is int for expert in cell):
-        raise InputError(name, str(cell)[:100], "numbers of experts")
-    return [cell]
 
 
 def _counted(rows: _Rows, layers: list[int], experts: int, top_k: int | None, notes: list[str]) -> Recording:

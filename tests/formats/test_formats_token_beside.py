@@ -1,0 +1,97 @@
+"""Rows of tokens: what columns beside the experts say, and a row for each expert of a token."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from gemopt.exceptions import InputError
+from gemopt.traces import Phase
+
+EXPERTS, LAYERS, TOP_K, STEPS, TOKENS = 16, 3, 2, 5, 4
+IDS = np.random.default_rng(0).random((STEPS, TOKENS, LAYERS, EXPERTS)).argsort(axis=3)[..., :TOP_K]
+COUNTS = np.array([[np.bincount(step[:, i].ravel(), minlength=EXPERTS) for i in range(LAYERS)] for step in IDS])
+EACH = [(t, n, i) for t in range(STEPS) for n in range(TOKENS) for i in range(LAYERS)]
+
+
+def rows(**more):
+    return [
+        {"step": t, "layer": i, "topk_ids": IDS[t, n, i].tolist()}
+        | {k: v(t, n) if callable(v) else v for k, v in more.items()}
+        for t, n, i in EACH
+    ]
+
+
+def write(path, lines):
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"is_padding": lambda t, n: n == 3}, "got is_padding false, true; .*leave out the rows that do not count"),
+        ({"valid": lambda t, n: int(n < 3)}, "got valid 0, 1"),
+        ({"is_warmup": lambda t, n: t < 2}, "got is_warmup"),
+        ({"dropped": lambda t, n: n == 0}, "got dropped"),
+        ({"count": lambda t, n: n + 1}, "line 4: count: got 2; rows that count once"),
+        ({"num_experts": 8}, "experts 0 to 7"),
+        ({"num_experts": lambda t, n: 16 + 16 * t}, "num_experts: got 16, 32, 48, 64, 80; one number"),
+        ({"top_k": 8}, "experts: got 2 of a token; 8, as top_k says"),
+    ],
+)
+def test_columns_that_say_that_rows_count_otherwise_are_refused(load, tmp_path, more, words):
+    with pytest.raises(InputError, match=words):
+        load(write(tmp_path / "a.jsonl", rows(**more)), "tokens")
+
+
+def test_columns_that_change_nothing_are_taken(load, tmp_path):
+    more = {"is_padding": False, "valid": 1, "count": 1, "num_tokens": TOKENS, "topk_scale": [0.5, 0.5]}
+    path = write(tmp_path / "a.jsonl", rows(num_experts=32, num_experts_per_tok=2, **more))
+    traces, notes = load(path, "tokens")
+    assert traces.num_experts == 32 and (traces.counts[..., :EXPERTS] == COUNTS).all() and traces.top_k == 2
+    assert "is_padding" in notes and "num_experts" not in notes and "highest id" not in notes
+    with pytest.raises(InputError, match="num_experts: got 32, 64; one number; --num-experts is 64"):
+        load(path, "tokens", num_experts=64)
+
+
+def test_a_row_for_each_expert_of_a_token(load, tmp_path):
+    lines = [f"{n},{t},{i},{e},0.5" for t, n, i in EACH for e in IDS[t, n, i]]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["token_idx,step,layer_idx,expert_id,weight", *lines]))
+    traces, notes = load(path, "tokens", num_experts=EXPERTS)
+    assert (traces.counts == COUNTS).all() and traces.top_k == TOP_K and "weight left unread" in notes
+    path.write_text("\n".join(["step,layer,expert", *(line[2:].removesuffix(",0.5") for line in lines)]))
+    traces, _ = load(path, "tokens", num_experts=EXPERTS)
+    assert (traces.counts == COUNTS).all() and traces.top_k is None
+    single = [
+        {"request": t, "token": n, "layer": i, "expert": int(e)} for k in range(TOP_K) for t, n, i in EACH
+        for e in IDS[t, n, i, k : k + 1]
+    ]  # fmt: skip
+    traces, _ = load(write(tmp_path / "b.jsonl", single), "tokens", phase=Phase.MIXED, num_experts=EXPERTS)
+    together = IDS.transpose(1, 0, 2, 3)  # the n-th tokens of all requests are computed together
+    counts = [[np.bincount(step[:, i].ravel(), minlength=EXPERTS) for i in range(LAYERS)] for step in together]
+    assert (traces.counts == counts).all() and traces.top_k == TOP_K
+    with pytest.raises(InputError, match="one twice for a token in a layer"):
+        load(write(tmp_path / "b.jsonl", [*single, single[0]]), "tokens", phase=Phase.MIXED)
+
+
+def test_rows_by_expert_that_are_no_choices_are_refused(load, tmp_path):
+    cells = [{"step": t, "layer": i, "expert": e} for t in range(STEPS) for i in range(LAYERS) for e in range(EXPERTS)]
+    shares = [{**cell, "prob": 0.25} for cell in cells]
+    with pytest.raises(InputError, match=r"each once in a step and layer; .*number the tokens"):
+        load(write(tmp_path / "a.jsonl", shares), "tokens")
+    tokens = [{**cell, "token": 0, "prob": 0.25} for cell in cells]
+    with pytest.raises(InputError, match="all 16 of every token"):
+        load(write(tmp_path / "a.jsonl", tokens), "tokens")
+    counted = [{**cell, "hits": 3} for cell in cells]
+    with pytest.raises(InputError, match=r"hits: got 3; rows that count once; .*--from csv"):
+        load(write(tmp_path / "a.jsonl", counted), "tokens")
+    events = [{**row, "event": "miss" if row["expert"] < 3 else "hit"} for row in tokens]
+    with pytest.raises(InputError, match="got event hit, miss"):
+        load(write(tmp_path / "a.jsonl", events), "tokens")
+    ranked = [{**row, "topk_ids": [*range(EXPERTS)]} for row in rows()]
+    with pytest.raises(InputError, match="all 16 of every token"):
+        load(write(tmp_path / "a.jsonl", ranked), "tokens")
