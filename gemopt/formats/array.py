@@ -21,16 +21,14 @@ from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_tim
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.succession import MANY_COUNTS
 from gemopt.traces.arrays import (
-    IN_ORDER,
     LOOKED_AT,
     NOT_IDS,
-    are_ids,
-    axis_of_layers,
+    as_ids,
     is_map,
-    other_order,
     refuse_narrow,
     refuse_totals,
 )
+from gemopt.traces.axes import IN_ORDER, axis_of_layers, other_order
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, PLAIN, meant
 from gemopt.traces.tokens import ARRAYS
@@ -226,10 +224,10 @@ def _check_axes(path: Path, counts: IntArray, options: TraceOptions) -> None:
         other = NOT_IDS if counts.shape[2] == 1 else "counts: save them under that name, np.savez(PATH, counts=array)"
         hint = f"gemopt placement import reads maps; {other}"
         raise InputError(f"{path}: counts", kind, "assignments [steps, layers, experts]", hint)
-    for ids in (counts, counts.transpose(0, 2, 1)) if options.num_experts is None else ():
-        if are_ids(ids):
-            shown = f"[{len(ids)} tokens, {ids.shape[1]} layers, {ids.shape[2]} experts per token], by the numbers"
-            raise InputError(f"{path}: counts", shown, "[steps, layers, experts]", NOT_IDS)
+    ids = as_ids(counts) if options.num_experts is None else None
+    if ids is not None:
+        shown = f"{ids.shape[2]} experts of each token, by the numbers, in an array {[*counts.shape]}"
+        raise InputError(f"{path}: counts", shown, "[steps, layers, experts]", NOT_IDS)
     if (lowest := int(counts[:LOOKED_AT].min())) < 0:
         raise InputError(f"{path}: counts", lowest, "counts from 0", "give layers without experts zeros, or no row")
     told = options.layer_ids is not None or options.num_hidden_layers is not None

@@ -11,7 +11,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats.count_names import numbered
 from gemopt.formats.engine import IntArray
 from gemopt.formats.files import whole_numbers
-from gemopt.traces.arrays import FEWEST_LAYERS
+from gemopt.traces.axes import FEWEST_LAYERS
 
 SHAPES = {"layer": ("[experts] of all steps, or [steps, experts]", (1, 2)), "step": ("[layers, experts]", (2,))}
 NAME_THEM = "name them layer_0, ... or step_0, ..."

@@ -25,7 +25,8 @@ from gemopt.formats.findings import ranges, without_drafts
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages_in_time
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.sglang_detail import read_detail
-from gemopt.traces.arrays import IN_ORDER, other_order, refuse_narrow
+from gemopt.traces.arrays import refuse_narrow
+from gemopt.traces.axes import IN_ORDER, other_order
 from gemopt.traces.files import meant
 from gemopt.words import counted
 

@@ -29,7 +29,7 @@ def test_ids_of_tokens_are_no_counts(load, tmp_path, experts, top_k, dense):
     ids = np.argsort(rng.random((300, 6, experts)), axis=2)[:, :, :top_k]
     ids[:, :dense] = 0
     np.save(tmp_path / "a.npy", ids)
-    with pytest.raises(InputError, match=rf"got \[300 tokens, 6 layers, {top_k} experts per token\].*ids of tokens"):
+    with pytest.raises(InputError, match=rf"got {top_k} experts of each token, .*\[300, 6, {top_k}\].*ids of tokens"):
         load(tmp_path / "a.npy", "array")
     assert load(tmp_path / "a.npy", "array", num_experts=top_k)[0].num_experts == top_k  # told to be counts
 
@@ -42,8 +42,19 @@ def test_ids_with_padding_or_turned_are_no_counts(load, tmp_path, pad):
     ids[:40] = pad
     for array in (ids, ids.transpose(0, 2, 1)):
         np.save(tmp_path / "a.npy", array)
-        with pytest.raises(InputError, match=r"got \[300 tokens, 6 layers, 4 experts per token\].*ids of tokens"):
+        with pytest.raises(InputError, match=r"got 4 experts of each token, .*ids of tokens"):
             load(tmp_path / "a.npy", "array")
+
+
+@pytest.mark.parametrize(("layers", "tokens", "top_k"), [(2, 200, 2), (4, 128, 2), (16, 50, 8), (48, 200, 4)])
+def test_ids_by_layer_are_no_counts(load, tmp_path, layers, tokens, top_k):
+    ids = np.random.default_rng(4).random((layers, tokens, 32)).argsort(axis=2)[:, :, :top_k]
+    np.save(tmp_path / "a.npy", ids)
+    with pytest.raises(InputError, match=rf"got {top_k} experts of each token"):
+        load(tmp_path / "a.npy", "array")
+    np.savez(tmp_path / "a.npz", counts=ids)
+    with pytest.raises(InputError, match="experts of tokens, by the numbers"):
+        Traces.load(tmp_path / "a.npz")
 
 
 def test_maps_of_experts_are_no_counts(load, tmp_path):
