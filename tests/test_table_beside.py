@@ -117,13 +117,16 @@ def test_columns_that_are_no_load_are_refused(tmp_path: Path, load: str) -> None
     assert f"--load-column: got {load}" in one_line(error)
 
 
-def test_skewed_tokens_of_a_group_are_asked_for(tmp_path: Path) -> None:
-    path = table(tmp_path, "tokens,time_us,routing", ",zipf_1.2")
+@pytest.mark.parametrize("name", ["routing", "workload_distribution", "expert_load_distribution"])
+def test_skewed_tokens_of_a_group_are_asked_for(tmp_path: Path, name: str) -> None:
+    path = table(tmp_path, f"tokens,time_us,{name}", ",zipf_1.2")
     group = {"unit": Unit.GROUP_TOKENS, "top_k": 8, "ep": 8}
-    with pytest.raises(InputError, match="routing: got zipf_1"):
+    with pytest.raises(InputError, match=f"{name}: got zipf_1"):
         read_table(path, **group)
     expected = [(n, None, 50.0 + n) for n in NS]
-    assert loads(read_table(path, **group, where=["routing=zipf_1.2"])) == expected
+    notes: list[str] = []
+    assert loads(read_table(path, **group, where=[f"{name}=zipf_1.2"], notes=notes)) == expected
+    assert any(f"{name} is zipf_1.2: taken as if balanced" in note for note in notes)
     assert loads(read_table(path, unit=Unit.ASSIGNMENTS)) == expected  # the device's own load is told
 
 

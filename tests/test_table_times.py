@@ -111,6 +111,9 @@ def test_the_likelier_of_several_times_is_offered(tmp_path: Path) -> None:
     path = table(tmp_path, "assignments,total_us,act_us,gemm1_us", ",5,20")
     with pytest.raises(InputError, match="say which: --time-column 'total_us'"):
         read_table(path)
+    path = table(tmp_path, "assignments,time_stats.moe_shuffling.median,time_stats.moe_grouped_gemm.median", ",20")
+    with pytest.raises(InputError, match="say which: --time-column 'time_stats.moe_grouped_gemm.median:ms'"):
+        read_table(path)
 
 
 def test_rows_of_one_load_that_nothing_tells_apart_are_named(tmp_path: Path) -> None:

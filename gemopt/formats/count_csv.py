@@ -18,7 +18,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json
 from gemopt.formats.count_lines import by_expert, lines_of
-from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, TIMES, WEIGHTS, phase_of, words_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, SHARES, TIMES, WEIGHTS, phase_of, words_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -281,7 +281,7 @@ def _add(
                 continue
             table.index = COUNT_LIMIT
         if i not in used and (first := others.setdefault(header[i], text)) != text:
-            if table.has_steps and _is_result(header[i], first, text):
+            if _is_result(header[i], first, text, table.has_steps):
                 table.results.add(header[i])
                 continue
             raise InputError(
@@ -320,11 +320,12 @@ def _add(
     counts[key] = value["count"]
 
 
-def _is_result(name: str, *texts: str) -> bool:
-    """Whether a column of steps that are numbered tells when they were, or holds fractions: nothing it tells apart."""
-    return not (ALTERING.search(name) or words_of(name) & WEIGHTS) and bool(
-        words_of(name) & TIMES or any(map(_FRACTION.fullmatch, texts))
-    )
+def _is_result(name: str, first: str, text: str, has_steps: bool) -> bool:
+    """Whether a column holds shares, or of numbered steps any fractions or when they were: nothing it tells apart."""
+    words, fractions = words_of(name), any(map(_FRACTION.fullmatch, (first, text)))
+    if ALTERING.search(name) or words & WEIGHTS:
+        return False
+    return (fractions and (has_steps or bool(words & SHARES))) or (has_steps and bool(words & TIMES))
 
 
 def _bare(table: _Table, where: str, meaning: str, text: str) -> str:

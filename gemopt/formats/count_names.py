@@ -52,8 +52,11 @@ MOST_LAYERS = 256  # of any network known
 DRAFTS = {"mtp", "nextn", "draft", "eagle"}  # whose layers are numbered anew
 COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 
-DERIVED = {  # that name what was made of counts
+SHARES = {
     *("percent", "percents", "percentage", "percentages", "pct", "share", "shares", "ratio", "ratios", "fraction"),
+    *("fractions", "frac"),
+}
+DERIVED = SHARES | {  # that name what was made of counts
     *("mean", "means", "avg", "average", "averages", "ema", "median", "std", "normalized", "normalised"),
     *("cumulative", "cumsum"),
 }

@@ -150,12 +150,12 @@ def read_table(
     for name in (reader.load, reader.latency):
         refuse_grouped(table, name)
     if layout is AICONFIGURATOR:
-        refuse_skewed(table, where)
         refuse_fused(table, reader.latency, time)
     top_k = given("--top-k", top_k, table, TOP_K)
     counted = unit_of_load(table, counts, layout, unit, top_k)
+    skewed = refuse_skewed(table, where) if layout is AICONFIGURATOR else []
     if layout is None and counted is Unit.GROUP_TOKENS:
-        refuse_skewed_groups(table, where)
+        skewed = refuse_skewed_groups(table, where)
     reader.factor = factor(counted, top_k, ep, table, counts)
     _check_assignments(reader)
     _check_active(reader, None if layout else experts_of_a_rank(table, counted, ep))
@@ -171,7 +171,12 @@ def read_table(
         numbered = bool(repeats) or any(plain(name) in REPEATS for name in table.header)
         if layout is None and time is None:
             said += doubt_of_time(reader.latency)
-        notes += [*said, *_beside(reader, layout, counted, top_k, repeats), *doubts(profile, numbered=numbered)]
+        notes += [
+            *said,
+            *skewed,
+            *_beside(reader, layout, counted, top_k, repeats),
+            *doubts(profile, numbered=numbered),
+        ]
     return profile
 
 

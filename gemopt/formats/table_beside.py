@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from gemopt.exceptions import InputError
 from gemopt.formats.table_columns import TIME_UNITS, TIMES, is_numeric, listed, named, plain, unit_of, values, words
 from gemopt.formats.table_files import Table
+from gemopt.formats.table_kinds import as_if_balanced
 
 UNITS = {"unit", "units", "time_unit", "time_units", "latency_unit", "metric_unit", "metric_units"}
 METRICS = {"metric", "metric_name", "measure", "measurement", "quantity", "counter"}
@@ -39,7 +40,7 @@ ORIGINS = {
 SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", "hotspot"}
 UNEVEN = {"imbalance": 1.0, "skew": 0.0, "skewness": 0.0, "zipf": 0.0, "law": 0.0, "gini": 0.0}  # power_law_alpha
 """Words of columns that tell by a number how unevenly, and that of even loads."""
-ROUTINGS = {"distribution", "routing", "load_distribution", "balance", "expert_distribution"}
+ROUTINGS = {"distribution", "routing", "balance", "workload"}
 SHARDED = ("tp", "tp_size", "moe_tp", "moe_tp_size", "tensor_parallel_size", "moe_tensor_parallel_size")
 WHOLE_EXPERTS = ("enable_expert_parallel", "enable_ep", "enable_ep_moe")
 LAUNCHES = ({"instances"}, {"calls", "total_duration_ns"})  # of a profiler's summary
@@ -113,20 +114,26 @@ def _refuse_computed(table: Table, read_over: Collection[str]) -> None:
             raise InputError(f"{table.path}, {name}", listed(computed), "times that were measured", hint)
 
 
-def refuse_skewed_groups(table: Table, where: Sequence[str]) -> None:
-    """Raise where the tokens of a group went to its ranks unevenly, and the table does not say how many to this one."""
-    asked = {text.partition("=")[0].strip() for text in where}
-    for name in (each for each in table.header if each not in asked):
-        found = values(table.rows, name) if plain(name) in ROUTINGS else []
+def refuse_skewed_groups(table: Table, where: Sequence[str]) -> list[str]:
+    """Raise where the tokens of a group went to its ranks unevenly, and the table does not say how many to this one.
+
+    Sentences on such rows that were asked for.
+    """
+    asked, notes = {text.partition("=")[0].strip() for text in where}, []
+    for name in table.header:
+        found = values(table.rows, name) if words(name) & ROUTINGS else []
         even = next((UNEVEN[word] for word in sorted(words(name) & UNEVEN.keys())), None)
         numbers = values(table.rows, name) if even is not None and is_numeric(table.rows, name) else []
         told = next((value for value in found if words(value) & SKEWED), None)
         told = told or next((value for value in numbers if value and float(value) != even), None)
-        if told is not None:
+        if told is not None and name in asked:
+            notes.append(as_if_balanced(name, told))
+        elif told is not None:
             limit = "balanced rows: of others the table does not tell how many assignments the rank had"
             raise InputError(
                 f"{table.path}, {name}", told, limit, f"to take them as if balanced: --where {name}={told}"
             )
+    return notes
 
 
 def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Collection[str] = ()) -> list[str]:

@@ -149,18 +149,25 @@ def refuse_fused(table: Table, time: str, asked: str | None) -> None:
         raise InputError(f"{table.path}, kernel_source", "megamoe", limit, f"to take them so: --time-column {time}:ms")
 
 
-def refuse_skewed(table: Table, where: Sequence[str]) -> None:
-    """aiconfigurator's skewed rows time the rank with most load, and do not say how much that is."""
+def as_if_balanced(column: str, told: str) -> str:
+    """The sentence on rows of uneven loads that were asked for."""
+    return f"{column} is {told}: taken as if balanced, though the rank may have had more assignments: times too long"
+
+
+def refuse_skewed(table: Table, where: Sequence[str]) -> list[str]:
+    """aiconfigurator's skewed rows time the rank with most load, and do not say how much that is.
+
+    Refused unless they were asked for, then a sentence.
+    """
     found = values(table.rows, "distribution")[0]
     asked = any(text.partition("=")[0].strip() == "distribution" for text in where)
-    if (
-        found not in ("balanced", "uniform")
-        and not asked
-        and any(row.cells["moe_ep_size"] != "1" for row in table.rows)
-    ):
+    if found in ("balanced", "uniform") or all(row.cells["moe_ep_size"] == "1" for row in table.rows):
+        return []
+    if not asked:
         raise InputError(
             f"{table.path}, distribution",
             found,
             "balanced rows: others time the rank with the most load, which the table does not tell",
             f"--where distribution=balanced; to take them as if balanced (too slow): --where distribution={found}",
         )
+    return [as_if_balanced("distribution", found)]

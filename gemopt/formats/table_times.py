@@ -27,6 +27,7 @@ NO_LAYER = {
     "ttft", "tpot", "itl", "e2e", "e2el", "request", "step", "layers",  # more than a layer
     "attention", "attn", "allreduce", "reduce", "allgather", "alltoall", "a2a", "comm", "dispatch", "combine", "router",
     "routing", "gate", "gating", "topk", "sort", "align", "permute", "unpermute", "quant", "norm", "shared", "up",
+    "shuffle", "shuffling", "scatter", "gather", "finalize",
     "mla", "mha", "rope", "sampling", "logits", "embedding",
     "down", "w1", "w2", "w3", "w13", "gemm1", "gemm2", "stage1", "stage2", "copy", "h2d", "d2h",  # less
 }  # fmt: skip

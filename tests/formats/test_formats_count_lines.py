@@ -213,3 +213,16 @@ def test_a_first_line_that_is_longer_is_not_left_out(load, tmp_path):
     (tmp_path / "a.csv").write_text('step,layer,counts\n0,0,"[1, 2]",7\n1,0,"[1, 3]"')
     with pytest.raises(InputError, match=r"line 2: .*3 values, and 2 counts in counts"):
         load(tmp_path / "a.csv", "csv")
+
+
+@pytest.mark.parametrize("name", ["percentage", "fraction", "load_ratio"])
+def test_shares_beside_counts_tell_no_lines_apart(load, tmp_path, name):
+    counts = routed(np.random.default_rng(4), steps=1, layers=2, experts=8)
+    lines = [f"{i},{e},{n},{n / counts[0, i].sum():.4f}" for i in range(2) for e, n in enumerate(counts[0, i])]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join([f"layer,expert,count,{name}", *lines]))
+    traces, notes = load(path, "csv")
+    assert (traces.counts == counts).all() and f"left unread: {name}" in notes
+    path.write_text(path.read_text().replace(name, "temperature"))
+    with pytest.raises(InputError, match="line 3: temperature"):
+        load(path, "csv")
