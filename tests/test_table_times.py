@@ -112,7 +112,7 @@ def test_the_likelier_of_several_times_is_offered(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="say which: --time-column 'total_us'"):
         read_table(path)
     path = table(tmp_path, "assignments,time_stats.moe_shuffling.median,time_stats.moe_grouped_gemm.median", ",20")
-    with pytest.raises(InputError, match="say which: --time-column 'time_stats.moe_grouped_gemm.median:ms'"):
+    with pytest.raises(InputError, match=r"say which: --time-column 'time_stats\.moe_grouped_gemm\.median:ms'"):
         read_table(path)
 
 
