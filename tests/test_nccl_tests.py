@@ -83,6 +83,17 @@ def test_nccl_tests_output(tmp_path: Path) -> None:
         read_links(str(path))
 
 
+def test_hosts_that_nvlink_joins_are_one_node(tmp_path: Path) -> None:
+    path = tmp_path / "run.txt"
+    path.write_text(NCCL.format(test="alltoall", host="Node2"))
+    one = read_links(str(path), nodes=1)
+    assert one.num_nodes == 1 and one.between_nodes is None and one.within_node is not None
+    assert one.within_node.points == [(512.0, 12.375), (1024.0, 12.375), (2048.0, 20.0)]
+    assert read_links(str(path), nodes=2).num_nodes == 2
+    with pytest.raises(InputError, match="--nodes: got 3; the 2 hosts"):
+        read_links(str(path), nodes=3)
+
+
 def test_nccl_tests_output_that_a_windows_shell_wrote(tmp_path: Path) -> None:
     path = tmp_path / "run.txt"
     path.write_text(NCCL.format(test="alltoall", host="Node1"), encoding="utf-16")

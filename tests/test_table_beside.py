@@ -132,7 +132,13 @@ def test_skewed_tokens_of_a_group_are_asked_for(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize(
     ("column", "said"),
-    [("tp_size", "a part of each expert"), ("num_gpus", "--unit group-tokens"), ("ep_size", "--unit group-tokens")],
+    [
+        ("tp_size", "a part of each expert"),
+        ("num_gpus", "--unit group-tokens"),
+        ("ep_size", "--unit group-tokens"),
+        ("num_nodes", "--unit group-tokens"),
+        ("num_shared_experts", "routed experts alone"),
+    ],
 )
 def test_times_of_several_gpus_are_named(tmp_path: Path, column: str, said: str) -> None:
     notes: list[str] = []

@@ -115,7 +115,10 @@ def topology_command(
     ] = None,
     once_per: OncePer = None,
     nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, help="on how many nodes a table was measured that does not tell")
+        int | None,
+        typer.Option(
+            "--nodes", min=1, help="nodes of a table that does not tell; of nccl-tests 1 where NVLink joins all hosts"
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> int:

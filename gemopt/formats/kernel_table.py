@@ -219,7 +219,9 @@ class _Reader:
                 f"{self.table.path} {row.where}, {self.active}",
                 active,
                 f"at most the {load:g} assignments of the {row.where.split()[0]}",
-                "does the load column count tokens? then give --unit and --top-k",
+                "does the load column count tokens? then give --unit and --top-k"
+                if self.factor == 1
+                else f"those of all ranks? to read over them: --repeat-column '{self.active}'",
             )
         return load, active, latency
 

@@ -49,16 +49,15 @@ def read_links(
     inside
         Topology (name or file) whose speed within a node is added to what was measured between nodes.
     where, token_bytes, once_per, nodes
-        Of tables: see `link_tables.from_table`.
+        Of tables: see `link_tables.from_table`; `nodes` of nccl-tests too, 1 where NVLink joins all hosts.
 
     Raises
     ------
     InputError
         What was given is none of these, or not enough.
     """
-    of_table: dict[str, object] = {
-        "--where": " ".join(where) or None, "--token-bytes": token_bytes, "--once-per": once_per, "--nodes": nodes,
-    }  # fmt: skip
+    of_rows = {"--where": " ".join(where) or None, "--token-bytes": token_bytes, "--once-per": once_per}
+    of_table: dict[str, object] = {**of_rows, "--nodes": nodes}
     path = Path(source)
     document = path.suffix.lower() == ".json"
     if not document and not path.exists():
@@ -76,12 +75,12 @@ def read_links(
         refuse_unused({"--like": like}, f"does not apply to {source}")
         if data[:4] == b"PAR1" or ("," in text.partition("\n")[0] and not RANK_LINE.search(text)):
             return from_table(path, where=where, token_bytes=token_bytes, once_per=once_per, inside=inside, nodes=nodes)
-        refuse_unused(of_table, f"does not apply to {source}")
-        return topology_of(printed(text, source), source, inside=inside)
+        refuse_unused(of_rows, f"does not apply to {source}")
+        return topology_of(printed(text, source), source, inside=inside, nodes=nodes)
     content = read_json(path)
     if is_json(content):
-        refuse_unused({"--like": like, **of_table}, f"does not apply to {source}")
-        return topology_of(written(content, source), source, inside=inside)
+        refuse_unused({"--like": like, **of_rows}, f"does not apply to {source}")
+        return topology_of(written(content, source), source, inside=inside, nodes=nodes)
     refuse_unused({"--inside": inside, **of_table}, f"does not apply to {source}")
     if isinstance(content, list) or (isinstance(content, dict) and "rank_cost_matrix" in content):
         return from_cost_matrix(content, source, like=like)

@@ -133,15 +133,19 @@ def _row(each: Mapping[str, Any]) -> Row:
     return Row(int(each["size"]), str(each["type"]), str(each["redop"]), float(found["time"]), f"{wrong}")
 
 
-def topology_of(run: Run, source: str, *, inside: str | None) -> Topology:
+def topology_of(run: Run, source: str, *, inside: str | None, nodes: int | None = None) -> Topology:
     """Measured points within a node, or between nodes where the test ran on several.
 
+    nodes: 1 where NVLink joins the hosts, which are one node then.
     Out-of-place times. Of an all-to-all of S bytes per rank each peer gets S / n, so S (n - smallest node) / n go
     between nodes, or S (n - 1) / n within one; of a send each rank's port carries S.
     """
     test = _checked(run, source)
     hosts = list(dict.fromkeys(device.host for device in run.devices))
-    node_of_rank = np.array([hosts.index(device.host) for device in run.devices])
+    if nodes not in (None, 1, len(hosts)):
+        raise InputError("--nodes", nodes, f"the {len(hosts)} hosts of {source}, or 1 where NVLink joins them all")
+    hosts = hosts if nodes != 1 else [""]
+    node_of_rank = np.array([hosts.index(device.host) if len(hosts) > 1 else 0 for device in run.devices])
     sizes, total = np.bincount(node_of_rank), len(run.devices)
     size, several = int(sizes.max()), len(hosts) > 1
     most = (total - int(sizes.min()) if several else total - 1) / total  # of what a rank has, through the fullest port
@@ -153,7 +157,8 @@ def topology_of(run: Run, source: str, *, inside: str | None) -> Topology:
         refuse_unused({"--inside": inside}, f"does not apply to {source}")
     if several and size > 1:
         if inside is None:
-            raise InputError("--inside", None, "the test ran between nodes; say how fast one is inside", "nvlink-8")
+            limit, hint = "the test ran between nodes; say how fast one is inside", "nvlink-8"
+            raise InputError("--inside", None, limit, f"{hint}; where NVLink joins all of them: --nodes 1")
         within = load(inside).within_node
     return Topology(
         name=Path(source).stem,

@@ -46,7 +46,8 @@ WHOLE_EXPERTS = ("enable_expert_parallel", "enable_ep", "enable_ep_moe")
 LAUNCHES = ({"instances"}, {"calls", "total_duration_ns"})  # of a profiler's summary
 GROUPS = (
     "num_gpus", "n_gpus", "ngpus", "gpus", "num_devices", "n_devices", "num_npus", "num_cards", "world_size",
-    "num_ranks", "nranks", "dp", "dp_size", "data_parallel_size",
+    "num_ranks", "nranks", "dp", "dp_size", "data_parallel_size", "nodes", "num_nodes", "nnodes", "node_num",
+    "gpus_per_node",
 )  # fmt: skip
 EXCHANGED = {"comm", "communication", "a2a", "alltoall", "all2all", "dispatch", "dispatcher", "exchange"}
 """Words of columns that say with or by what tokens were exchanged."""
@@ -152,6 +153,11 @@ def beside(table: Table, read_over: Collection[str], of_group: bool, ranks: Coll
             if name not in read_over and found.isdigit() and int(found) > 1:
                 notes.append(f"{name} is {found}: {what}")
     notes += _exchanged(table, read_over)
+    shared = [each for each in table.header if "shared" in words(each) and words(each) & {"expert", "experts"}]
+    for name in (each for each in shared if each not in read_over):
+        found = values(table.rows, name)[0]
+        if found.lower() not in NO and unit_of(name) is None:
+            notes.append(f"{name} is {found}: are times those of routed experts alone? shared ones are in no placement")
     columns = {plain(name): name for name in table.header}
     if {"n", "k"} <= columns.keys():
         sizes = " and ".join(f"{columns[name]} {values(table.rows, columns[name])[0]}" for name in ("n", "k"))
