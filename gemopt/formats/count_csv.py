@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import count_json
+from gemopt.formats import count_json, count_told
 from gemopt.formats.count_lines import by_expert, lines_of
-from gemopt.formats.count_names import COLUMNS, COUNTING, PARALLEL, SHARES, TIMES, WEIGHTS, phase_of, words_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, NUMBERS, PARALLEL, SHARES, TIMES, WEIGHTS, phase_of, words_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -41,6 +41,7 @@ BARE = (
     "lines of numbers alone, as MindIE's of each NPU: numpy.loadtxt(PATH, delimiter=',').reshape(steps, layers, -1), "
     "ranks side by side by numpy.concatenate(axis=2), then --from array"
 )
+HEEDED = set().union(*NUMBERS.values())
 INDEX = "column 1"  # a first one without a name
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
@@ -90,7 +91,12 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         notes.append(f"tables of rank {ranks[0]} alone: what other ranks recorded is not in them")
     keys = [key for step in steps for counts in step.values() for key in counts]
     layers = sorted({layer for _, layer, _ in keys})
-    experts = experts_of("PATHS: expert", sorted({expert for *_, expert in keys}), options.num_experts, notes)
+    results = set().union(*(table.results for table in tables))
+    told = count_told.numbers({name: cell for name, cell in others.items() if name not in results})
+    number = told.pop("num_experts", options.num_experts)
+    if options.num_experts not in (None, number):
+        raise InputError("--num-experts", options.num_experts, f"{number}, as the tables say")
+    experts = experts_of("PATHS: expert", sorted({expert for *_, expert in keys}), number, notes)
     if layers[0] == 1:
         notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
@@ -114,7 +120,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         blocks=lambda: iter([used] if len(used) else []),
         layer_ids=tuple(layers),
         phase=None if phase is None else phase[busy],
-        top_k=count_json.top_k(files),
+        top_k=count_json.top_k(files) or told.get("top_k"),
         notes=notes,
     )
 
@@ -126,7 +132,7 @@ def _unread(tables: list[_Table], others: dict[str, str]) -> list[str]:
     known = [*results, *(COLUMNS["phase"] if True in told else ())]
     said = (
         ("times and results", results),
-        ("columns that say the same in all lines", [n for n in others if n not in known]),
+        ("columns that say the same in all lines", [n for n in others if n not in known and n not in HEEDED]),
         ("columns that some tables lack", COLUMNS["phase"] if len(told) > 1 else ()),
     )
     return [f"{which} are left unread: {', '.join(names)}" for which, names in said if names]

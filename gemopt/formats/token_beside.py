@@ -8,13 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COLUMNS, words_of
+from gemopt.formats.count_names import COLUMNS, NUMBERS, words_of
 from gemopt.traces.files import ALTERING
 
-NUMBERS = {
-    "num_experts": ("num_experts", "n_experts", "num_routed_experts", "n_routed_experts", "num_logical_experts"),
-    "top_k": ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "router_topk"),
-}
 NO_TRAFFIC = {
     "pad", "padding", "padded", "dummy", "dropped", "drop", "overflow", "skip", "skipped", "ignore", "ignored",
 }  # fmt: skip

@@ -1,0 +1,39 @@
+"""What columns of count tables say that are alike in all lines: how many experts there are, or what counts are of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from gemopt.exceptions import InputError
+from gemopt.formats.count_names import NUMBERS
+from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES
+
+NOTHING = {"", "0", "0.0", "false", "no", "none", "null", "nan"}
+ALL = {"1", "1.0", "true", "yes"}  # of a scale, or of what is valid
+_WHOLE = re.compile(r"(\d{1,9})(?:\.0*)?", re.ASCII)
+
+
+def numbers(columns: Mapping[str, str]) -> dict[str, int]:
+    """`num_experts` and `top_k` where columns say them; columns: the cell of each in all lines, by its name.
+
+    Raises
+    ------
+    InputError
+        A column that says that the counts are of slots or copies, or are still to be scaled, masked and the like.
+    """
+    told = {}
+    for name, cell in columns.items():
+        text = cell.strip().casefold()
+        meaning = next((each for each, names in NUMBERS.items() if name in names), None)
+        if meaning is not None and (found := _WHOLE.fullmatch(text)):
+            told[meaning] = int(found[1])
+        elif text in NOTHING:
+            continue
+        elif COPIES.search(name) and not re.search("local|expert_id", name):
+            raise InputError(f"PATHS: {name}", cell, "counts of logical experts", f"{NOT_COPIES}; then leave it out")
+        elif (
+            text not in NOTHING and ALTERING.search(name) and not (text in ALL and re.search("scal|factor|vali", name))
+        ):
+            raise InputError(f"PATHS: {name}", cell, "counts alone", NOT_ALTERED)
+    return told
