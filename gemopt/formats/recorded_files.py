@@ -12,6 +12,9 @@ from gemopt.exceptions import InputError
 
 _PHASE = re.compile(r"(?:^|[/_.-])(prefill|decode|decoding)(?=[/_.-](?!heavy)|\d|$)", re.IGNORECASE)
 
+TEXTS = (".txt", ".log", ".out")
+TEXT = "a table with a header? name it .csv; lines of numbers alone: numpy.loadtxt(PATH), and --from array"
+
 
 def files_of(
     paths: Sequence[Path], *suffixes: str, prefer: str = "", else_of: tuple[str, ...] = (), both_phases: bool = False
@@ -34,12 +37,16 @@ def files_of(
             others = [part for part in shown if part.name.endswith(else_of)]
             first = [part for part in shown if part.name.endswith(suffixes) and not part.name.endswith(else_of)]
             if not (inside := [part for part in first if prefer and part.name.startswith(prefer)] or first or others):
-                raise InputError(str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed")
+                hint = TEXT if any(part.suffix in TEXTS for part in shown) else ""
+                raise InputError(
+                    str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed", hint
+                )
             found += inside
         elif not os.access(path, os.R_OK):
             raise InputError(str(path), "no such file", "a readable file is needed")
         elif not path.name.endswith((*suffixes, *else_of)):
             hint = "counts in JSON: --from array" if path.suffix[:5] == ".json" else ""
+            hint = TEXT if path.suffix in TEXTS else hint
             limit = " or ".join((*suffixes, *else_of))
             raise InputError(str(path), path.suffix or "no suffix", f"a file {limit}", hint)
         else:

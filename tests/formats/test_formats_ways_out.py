@@ -102,3 +102,10 @@ def test_numbers_do_not_tell_axes_of_one_length(load, tmp_path):
         load(tmp_path / "a.npy", "array", **given)
     np.savez(tmp_path / "b.npz", counts=counts.transpose(2, 1, 0), layer_ids=np.arange(3))
     assert Traces.load(tmp_path / "b.npz").num_steps == 16
+
+
+def test_texts_have_a_way_in(load, tmp_path):
+    (tmp_path / "activation_counts_recordstep_1_rank_0.txt").write_text("5\t2\n1\t7\n")  # as omni-infer writes them
+    for path, source in ((tmp_path, "csv"), (tmp_path / "activation_counts_recordstep_1_rank_0.txt", "tokens")):
+        with pytest.raises(InputError, match=r"name it \.csv; lines of numbers alone: numpy\.loadtxt"):
+            load(path, source)
