@@ -1,18 +1,34 @@
-"""Rows of tokens as they are written, JSON Lines, JSON, CSV or parquet, and their cells."""
+"""Rows of tokens as they are written, JSON Lines, JSON, CSV or parquet: their columns and cells."""
 
 from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_lines import lines_of
+from gemopt.formats.count_names import COLUMNS
 from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.json_rows import frame_rows, value
+from gemopt.traces.files import COPIES
 
+NAMES: Mapping[str, Sequence[str]] = {
+    "ids": (
+        *("topk_ids", "topk_idx", "topk_indices", "topk_experts", "top_k_ids", "top_k_indices", "top_k_experts"),
+        *("selected_experts", "chosen_experts", "routed_experts", "expert_ids", "expert_indices", "experts", "indices"),
+    ),
+    "layer": COLUMNS["layer"],
+    "step": COLUMNS["step"],
+    "request": (
+        *("request", "request_id", "request_idx", "req", "req_id", "rid", "sequence", "sequence_id", "seq_id", "seq"),
+        *("sample", "sample_id", "prompt_id", "prompt_idx", "problem_id", "question_id"),
+    ),
+    "token": ("token", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
+    "phase": ("phase", "stage", "forward_mode"),
+}
 _LIST = re.compile(r"[\[(]?\s*-?\d+(?:[\s,;|]+-?\d+)*\s*[\])]?", re.ASCII)
 _INSIDE = re.compile(r"[\[(][^\[\]()]*[\])]")
 _SEVERAL = re.compile(rf"[\[(]\s*(?:{_INSIDE.pattern}[\s,;]*)+[\])]")  # tokens
@@ -79,3 +95,32 @@ def experts_in(name: str, cell: Any) -> list[list[int]]:
     if not isinstance(cell, list) or not all(type(expert) is int for expert in cell):
         raise InputError(name, str(cell)[:100], "numbers of experts")
     return [cell]
+
+
+def columns_of(where: str, row: dict[str, Any]) -> dict[str, str]:
+    """The columns of a row by what they mean; `InputError` for two of one meaning, and for slots."""
+    found: dict[str, str] = {}
+    lists = any(_bare(name) in NAMES["ids"] for name in row)
+    for name in row:
+        bare = _bare(name)
+        meaning = next((each for each, names in NAMES.items() if bare in names), None)
+        meaning = "ids" if not lists and bare in COLUMNS["expert"] else meaning
+        if meaning in found:
+            both = f"{found[meaning]} and {name}"
+            raise InputError(where, both, f"one column of the {meaning}", "leave the other out")
+        if meaning is not None:
+            found[meaning] = name
+        elif bare in COLUMNS["rank"]:
+            found[f"rank {name}"] = name  # of several kinds
+        elif COPIES.search(bare):
+            raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")
+    return found
+
+
+def names_one(columns: Mapping[str, str]) -> bool:
+    """Whether the column of the experts is called as one that names a single expert."""
+    return _bare(columns.get("ids", "")) in COLUMNS["expert"]
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"\W+", "_", name.casefold()).strip("_")

@@ -8,10 +8,9 @@ are. A column `phase` tells prompts from answers.
 
 from __future__ import annotations
 
-import re
 from array import array as numbers
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,34 +18,19 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COLUMNS, phase_of
+from gemopt.formats.count_names import phase_of
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import experts_of
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
 from gemopt.formats.token_beside import Beside
-from gemopt.formats.token_cells import experts_in, rows_of, whole
+from gemopt.formats.token_cells import NAMES, columns_of, experts_in, names_one, rows_of, whole
 from gemopt.traces import COUNT_LIMIT, Phase
 from gemopt.traces.arrays import ENOUGH_SUMS, MAX_EXPERTS
 from gemopt.traces.batching import from_tokens
-from gemopt.traces.files import COPIES
 from gemopt.words import counted
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json", ".csv", ".tsv", ".csv.gz", ".parquet")
-NAMES: Mapping[str, Sequence[str]] = {
-    "ids": (
-        *("topk_ids", "topk_idx", "topk_indices", "topk_experts", "top_k_ids", "top_k_indices", "top_k_experts"),
-        *("selected_experts", "chosen_experts", "routed_experts", "expert_ids", "expert_indices", "experts", "indices"),
-    ),
-    "layer": COLUMNS["layer"],
-    "step": COLUMNS["step"],
-    "request": (
-        *("request", "request_id", "request_idx", "req", "req_id", "rid", "sequence", "sequence_id", "seq_id", "seq"),
-        *("sample", "sample_id", "prompt_id", "prompt_idx", "problem_id", "question_id"),
-    ),
-    "token": ("token", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
-    "phase": ("phase", "stage", "forward_mode"),
-}
 TOGETHER = "number the steps (step), or the tokens (request, token)"
 _BLOCK = 1 << 24  # numbers of a block of steps
 
@@ -69,6 +53,7 @@ class _Rows:
     other: int = 0
     unread: set[str] = field(default_factory=set)
     ranks: dict[str, str] = field(default_factory=dict)  # the one that each column of ranks names
+    by_file: bool = False  # whether a file is a request, as no column numbers them
 
     def notes(self, phase: Phase | None) -> list[str]:
         """What was left out."""
@@ -115,8 +100,8 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
     for path in files:
         for where, row in rows_of(path):
             if (found := names.get(tuple(row))) is None:
-                known = _columns(where, row)
-                beside.alone |= _names_one(known)
+                known = columns_of(where, row)
+                beside.alone |= names_one(known)
                 used = known.values()
                 found = names[tuple(row)] = known, beside.watched(name for name in row if name not in used)
             known, watched = found
@@ -126,7 +111,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
                 continue
             if columns is None:
                 columns = known
-                rows.by_step = _by_step(where, columns, options)
+                rows.by_step, rows.by_file = _by_step(where, columns, options), "request" not in columns
             if known != columns:
                 shown = ", ".join(known.values())
                 raise InputError(where, shown, f"{', '.join(columns.values())}, as in the rows before")
@@ -139,35 +124,6 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
     beside.refuse_no_traffic()
     rows.unread -= beside.read
     return rows, beside
-
-
-def _columns(where: str, row: dict[str, Any]) -> dict[str, str]:
-    """The columns of a row by what they mean; `InputError` for two of one meaning, and for slots."""
-    found: dict[str, str] = {}
-    lists = any(_bare(name) in NAMES["ids"] for name in row)
-    for name in row:
-        bare = _bare(name)
-        meaning = next((each for each, names in NAMES.items() if bare in names), None)
-        meaning = "ids" if not lists and bare in COLUMNS["expert"] else meaning
-        if meaning in found:
-            both = f"{found[meaning]} and {name}"
-            raise InputError(where, both, f"one column of the {meaning}", "leave the other out")
-        if meaning is not None:
-            found[meaning] = name
-        elif bare in COLUMNS["rank"]:
-            found[f"rank {name}"] = name  # of several kinds
-        elif COPIES.search(bare):
-            raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")
-    return found
-
-
-def _names_one(columns: Mapping[str, str]) -> bool:
-    """Whether the column of the experts is called as one that names a single expert."""
-    return _bare(columns.get("ids", "")) in COLUMNS["expert"]
-
-
-def _bare(name: str) -> str:
-    return re.sub(r"\W+", "_", name.casefold()).strip("_")
 
 
 def _merge(rows: _Rows) -> None:
@@ -245,7 +201,7 @@ def _add(
             raise InputError(f"{where}: {columns['step']}", of, "steps that do not begin again", hint)
         rows.last[path, layer] = of
         if "token" in columns and len(each) == 1 and str(row[columns["token"]]).isdigit():
-            alone = each[0][0] if each[0] and _names_one(columns) else -1
+            alone = each[0][0] if each[0] and names_one(columns) else -1
             key = of, layer, _request(path, row, columns), str(row[columns["token"]]), alone
             if key in rows.seen:
                 hint = "ranks that saw the same tokens? keep one; ranks with tokens of their own? leave the column out"
@@ -302,10 +258,11 @@ def _replayed(rows: _Rows, layers: list[int], experts: int, notes: list[str], op
     """Requests as continuous batching: the tokens of each in the order of their numbers."""
     width, lines = max(rows.sizes), list(zip(rows.of, rows.layers, strict=True))
     if len(set(lines)) < len(lines):
-        hint = f"do they count anew in each step? then {TOGETHER}"
+        hint = f"ranks that saw the same tokens? import one; do they count anew in each step? then {TOGETHER}"
         raise InputError("PATHS: token", "a token twice in a layer", "every token once", hint)
     if len(lines) < len(rows.tokens) * len(layers):
-        raise InputError("PATHS: layer", "tokens without some layers", "every token in all layers")
+        hint = "layers in files of their own? number the requests (request)" if rows.by_file else ""
+        raise InputError("PATHS: layer", "tokens without some layers", "every token in all layers", hint)
     ids = np.full((len(rows.tokens), len(layers), width), -1, np.int16)
     row = np.repeat(np.arange(len(lines)), rows.sizes)
     column = np.arange(len(row)) - np.repeat(np.cumsum([0, *rows.sizes[:-1]]), rows.sizes)
@@ -317,9 +274,16 @@ def _replayed(rows: _Rows, layers: list[int], experts: int, notes: list[str], op
     if unknown := sorted(set(kept) - set(layers)):
         raise InputError("--layer-ids", unknown[0], f"recorded layers {layers[0]} to {layers[-1]}")
     order = sorted(rows.tokens, key=lambda key: (place[key[0]], key[1]))
-    starts = [i for i, key in enumerate(order) if i == 0 or key[0] != order[i - 1][0]]
+    ids = ids[[rows.tokens[key] for key in order]][:, np.searchsorted(layers, kept)]
+    each = np.split(ids, [i for i in range(1, len(order)) if order[i][0] != order[i - 1][0]])
+    first: dict[bytes, str] = {}
+    for request, own in zip(requests, list(each), strict=True) if rows.by_file else ():
+        if own[:, :, 0].size >= ENOUGH_SUMS and (known := first.setdefault(own.tobytes(), request)) != request:
+            notes.append(f"{Path(request).name} has the tokens of {Path(known).name}: counted once")
+            each = [other for other in each if other is not own]
+    starts = np.cumsum([0, *map(len, each[:-1])]).tolist()
     traces = from_tokens(
-        ids[[rows.tokens[key] for key in order]][:, np.searchsorted(layers, kept)],
+        np.concatenate(each),
         starts,
         num_experts=experts,
         batch_size=options.batch_size or BATCH_SIZE,

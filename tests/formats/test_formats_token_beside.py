@@ -95,3 +95,22 @@ def test_rows_by_expert_that_are_no_choices_are_refused(load, tmp_path):
     ranked = [{**row, "topk_ids": [*range(EXPERTS)]} for row in rows()]
     with pytest.raises(InputError, match="all 16 of every token"):
         load(write(tmp_path / "a.jsonl", ranked), "tokens")
+
+
+def test_files_of_ranks_that_saw_the_same_tokens_count_once(load, tmp_path):
+    """Files are requests where no column numbers these; the same tokens in two files are those of one."""
+    own = [
+        [{"token": n, "layer": i, "topk_ids": IDS[t, n, i].tolist()} for n in range(TOKENS) for i in range(LAYERS)]
+        for t in (0, 1)
+    ]
+    files = [write(tmp_path / f"rank{r}.jsonl", own[0]) for r in range(2)]
+    one = [[np.bincount(IDS[0, n, i], minlength=EXPERTS) for i in range(LAYERS)] for n in range(TOKENS)]
+    traces, notes = load(files, "tokens", phase=Phase.MIXED, num_experts=EXPERTS)
+    assert (traces.counts == one).all() and "rank1.jsonl has the tokens of rank0.jsonl: counted once" in notes
+    write(files[1], own[1])
+    both = COUNTS[:2].sum(axis=0)
+    traces, notes = load(files, "tokens", phase=Phase.MIXED, num_experts=EXPERTS)
+    assert (traces.counts.sum(axis=0) == both).all() and "2 requests replayed" in notes
+    asked = [write(tmp_path / f"rank{r}.jsonl", [{"request": 0, **row} for row in own[0]]) for r in range(2)]
+    with pytest.raises(InputError, match=r"token twice in a layer; .*ranks that saw the same tokens\? import one"):
+        load(asked, "tokens", phase=Phase.MIXED)
