@@ -227,6 +227,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     lines = lines_of(path)
     header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, (1, []))[1]]
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
+    header[:1] = [INDEX] if header[:1] == ["unnamed_0"] else header[:1]  # an index that pandas saved twice
     given = header
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
     table.wide = header is not given and not count_json.is_json(path)

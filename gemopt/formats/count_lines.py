@@ -26,6 +26,7 @@ _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name wh
 )
 _LIST = re.compile(r"[\[(]\s*[\d.]+(?:[\s,;]+[\d.]+)+\s*[\])]", re.ASCII)
 PARTS = {"rank", "ranks", "gpu", "device", "stage", *DRAFTS}
+_INDEX = re.compile(r"__index_level_\d+__")  # numbers of rows, as pandas saves them in parquet
 _WHOLE = re.compile(r"\d{1,15}(?:\.0*)?", re.ASCII)
 Rows = list[tuple[int, list[str]]]  # number and cells
 Lines = Iterator[tuple[int, list[str]]]
@@ -136,7 +137,8 @@ def lines_of(path: Path) -> Lines:
         return
     if path.suffix == ".parquet":
         table = table_files.read(path)
-        yield from enumerate([table.header, *(list(row.cells.values()) for row in table.rows)], start=1)
+        names = [name for name in table.header if not _INDEX.fullmatch(name)]
+        yield from enumerate([names, *([row.cells[name] for name in names] for row in table.rows)], start=1)
         return
     try:
         with text_of(path) as stream:

@@ -122,7 +122,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
         hint = "--phase prefill or all takes others" if columns else f"name the column {', '.join(NAMES['ids'][:3])}"
         raise InputError("PATHS", shown, "rows with a layer and the experts of a token", hint)
     beside.refuse_no_traffic()
-    rows.unread -= beside.read
+    rows.unread -= {*beside.read, "", "Unnamed: 0"}
     return rows, beside
 
 

@@ -226,3 +226,19 @@ def test_shares_beside_counts_tell_no_lines_apart(load, tmp_path, name):
     path.write_text(path.read_text().replace(name, "temperature"))
     with pytest.raises(InputError, match="line 3: temperature"):
         load(path, "csv")
+
+
+def test_numbers_of_rows_as_pandas_saves_them(load, tmp_path):
+    """Of a frame of which rows were taken: in parquet a column of its own, in CSV without a name, or saved again."""
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    counts = routed(np.random.default_rng(4), steps=3, layers=2, experts=8)
+    cells = [(t, i, e, counts[t, i, e]) for t in range(3) for i in range(2) for e in range(8)]
+    frame = pandas.DataFrame(cells, columns=["step", "layer", "expert", "count"])
+    frame = frame[frame["count"] > 0]
+    frame.to_parquet(tmp_path / "a.parquet")
+    frame.to_csv(tmp_path / "a.csv")
+    pandas.read_csv(tmp_path / "a.csv").to_csv(tmp_path / "b.csv", index=False)
+    for name in ("a.parquet", "a.csv", "b.csv"):
+        traces, notes = load(tmp_path / name, "csv", num_experts=8)
+        assert (traces.counts == counts).all() and "index" not in notes and "nnamed" not in notes
