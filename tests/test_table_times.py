@@ -139,3 +139,24 @@ def test_times_that_were_copied_to_other_loads_are_named(tmp_path: Path) -> None
         notes.clear()
         read_table(written(tmp_path, text.replace("275.4024", coarse)), notes=notes)
         assert not any("exactly" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [("latency_us_mean", 1.0), ("latency_ms_p50", 1e3), ("moe_ns_median", 1e-3), ("time_s_avg", 1e6)],
+)
+def test_a_statistic_after_the_unit(tmp_path: Path, name: str, factor: float) -> None:
+    """Of `latency_us_mean` a hint offered milliseconds, and they were taken."""
+    rows = "".join(f"{n},{50 + n},3\n" for n in NS)
+    path = written(tmp_path, f"assignments,{name},{name.rpartition('_')[0]}_std\n{rows}")
+    assert loads(read_table(path)) == [(n, None, pytest.approx((50 + n) * factor)) for n in NS]
+
+
+def test_a_unit_within_a_name_is_heeded(tmp_path: Path) -> None:
+    rows = "".join(f"{n},{50 + n}\n" for n in NS)
+    path = written(tmp_path, f"assignments,latency_us_fused\n{rows}")
+    with pytest.raises(InputError, match="say which: --time-column 'latency_us_fused:us'"):
+        read_table(path)
+    assert loads(read_table(path, time="latency_us_fused:us"))[0] == (NS[0], None, 50.0 + NS[0])
+    with pytest.raises(InputError, match="us, as its name says"):
+        read_table(path, time="latency_us_fused:ms")

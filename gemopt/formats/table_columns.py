@@ -79,9 +79,17 @@ def words(name: str) -> set[str]:
     return set(plain(name).split("_"))
 
 
+def at_end(name: str) -> re.Match[str] | None:
+    """The unit of time that a name ends in, perhaps before a statistic: `latency_us_mean`."""
+    parts = plain(name).split("_")
+    while len(parts) > 1 and parts[-1] in STATISTICS:
+        parts.pop()
+    return UNIT_AT_END.search("_".join(parts))
+
+
 def unit_of(name: str) -> str | None:
     """The unit of time that a column's name ends in; `tokens_per_s` and `gb_s` are none."""
-    found = UNIT_AT_END.search(plain(name))
+    found = at_end(name)
     rate = found is not None and (found[1] in ("s", "second") or ("/" in name and found[1] in SECONDS))
     if found is None or "per" in words(name) or (rate and not words(name) & TIMES):
         return None

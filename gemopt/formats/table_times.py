@@ -12,7 +12,7 @@ from gemopt.formats.table_columns import (
     STATISTICS,
     TIME_UNITS,
     TIMES,
-    UNIT_AT_END,
+    at_end,
     is_numeric,
     known,
     listed,
@@ -83,7 +83,7 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         unit = unit or unit_of(name) or ""
         if unit not in TIME_UNITS:
             raise InputError("--time-column", asked, f"a unit: {', '.join(TIME_UNITS)}", _asking(name))
-        named = unit_of(name) or unit
+        named = unit_of(name) or _unit_within(name) or unit
         if TIME_UNITS[named] != TIME_UNITS[unit]:
             raise InputError("--time-column", asked, f"{named}, as its name says", _asking(name))
         return name, TIME_UNITS[unit]
@@ -136,10 +136,17 @@ def _unlikely(name: str) -> tuple[bool, bool, bool]:
 
 def _asking(name: str) -> str:
     """The option that takes a column, with the unit that its name ends in, if any."""
-    found = UNIT_AT_END.search(plain(name))
+    found = at_end(name)
     if unit_of(name):
         return f"--time-column '{name}'"
-    return f"--time-column '{name}:{found[1]}'" if found else f"--time-column '{name}:ms', or :us, :ns, :s"
+    unit = found[1] if found else _unit_within(name)
+    return f"--time-column '{name}:{unit}'" if unit else f"--time-column '{name}:ms', or :us, :ns, :s"
+
+
+def _unit_within(name: str) -> str | None:
+    """The unit that a word of a name says, as `latency_us_fused`; a single letter is none."""
+    found = [word for word in plain(name).split("_") if len(word) > 1 and word in TIME_UNITS]
+    return found[0] if len({TIME_UNITS[word] for word in found}) == 1 else None
 
 
 def _refuse_other_times(table: Table, name: str) -> None:
