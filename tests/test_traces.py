@@ -249,3 +249,10 @@ def test_redrawn_leaves_what_was_recorded_of_tokens_out() -> None:
 def test_redrawn_refuses(given: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named):
         redrawn(Traces(counts=np.ones((2, 1, 3), int)), **given)
+
+
+def test_chosen_experts_by_layer_are_no_tokens() -> None:
+    ids = np.random.default_rng(0).random((4, 300, 16)).argsort(axis=2)[..., :2]  # [layers, tokens, K]
+    with pytest.raises(InputError, match=r"at most 256 layers; of \[layers, tokens, K\] give ids\.swapaxes"):
+        from_tokens(ids, [0], num_experts=16, batch_size=4)
+    assert from_tokens(ids.swapaxes(0, 1), [0], num_experts=16, batch_size=4).num_layers == 4

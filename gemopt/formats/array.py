@@ -12,7 +12,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv, count_json
-from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, MOST_LAYERS, NO_COUNTS, SCORES, words_of
+from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, NO_COUNTS, SCORES, words_of
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
@@ -28,7 +28,7 @@ from gemopt.traces.arrays import (
     refuse_narrow,
     refuse_totals,
 )
-from gemopt.traces.axes import IN_ORDER, axis_of_layers, other_order
+from gemopt.traces.axes import IN_ORDER, MOST_LAYERS, axis_of_layers, other_order
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, PLAIN, meant
 from gemopt.traces.tokens import ARRAYS

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COUNTED, MOST_LAYERS, NO_COUNTS, TABLES, numbered, words_of
+from gemopt.formats.count_names import COUNTED, NO_COUNTS, TABLES, numbered, words_of
 from gemopt.formats.count_spread import Content, Rows, by_key, compact, is_whole, ndim, refuse_derived, spread
 from gemopt.formats.files import text_of
 from gemopt.formats.json_rows import frame_rows, inside, parsed
 from gemopt.traces.arrays import NOT_IDS
+from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")

@@ -52,7 +52,6 @@ MEASURED = {
     "coactivation",
 }
 NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *SCORES, *MEASURED}
-MOST_LAYERS = 256  # of any network known
 DRAFTS = {"mtp", "nextn", "draft", "eagle"}  # whose layers are numbered anew
 COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 

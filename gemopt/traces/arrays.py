@@ -23,7 +23,7 @@ FEWEST_STEPS = 4
 LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
 ENDS = (127, 255, 32767, 65535)  # of small types
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
-NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts them, and --from tokens rows of them"
+NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts [tokens, layers, top-k], --from tokens rows of them"
 FloatArray = NDArray[np.float64]
 
 

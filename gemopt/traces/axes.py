@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_LAYERS = 256  # of any network known
 FEWEST_LAYERS = 4  # whose equal sums are no accident
 SAMPLED = 128  # rows and columns
 ENOUGH_SHARES, MUCH_MORE, MOST = 30, 4, 0.75  # whose variance is no accident; than by chance; of all

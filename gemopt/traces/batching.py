@@ -11,6 +11,7 @@ import numpy as np
 from gemopt.documents import integer_array, plain_array
 from gemopt.exceptions import InputError
 from gemopt.traces.arrays import COUNT_LIMIT, count_assignments
+from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.document import Phase, Traces
 from gemopt.traces.files import IntArray
 from gemopt.traces.tokens import Tokens
@@ -49,6 +50,9 @@ def from_tokens(
     ids = plain_array("ids", ids, "integers [tokens, layers, K]")
     if ids.ndim != 3 or ids.dtype.kind not in "iu" or not len(ids):
         raise InputError("ids", f"{ids.dtype} {ids.shape}", "integers [tokens, layers, K], at least one token")
+    if ids.shape[1] > MOST_LAYERS:
+        limit = f"integers [tokens, layers, K], at most {MOST_LAYERS} layers"
+        raise InputError("ids", f"{ids.shape}", limit, "of [layers, tokens, K] give ids.swapaxes(0, 1)")
     _refuse_twice(ids)
     starts = integer_array(request_starts, name="request_starts", ndim=1, by_row=True)
     bounds = np.append(starts, len(ids)) if not len(starts) or starts[-1] != len(ids) else starts
