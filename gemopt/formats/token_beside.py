@@ -14,6 +14,7 @@ from gemopt.traces.files import ALTERING
 NO_TRAFFIC = {
     "pad", "padding", "padded", "dummy", "dropped", "drop", "overflow", "skip", "skipped", "ignore", "ignored",
 }  # fmt: skip
+TRAINED = {"loss", "label", "labels", "response", "action"}  # of masks of tokens that were computed all the same
 FLAGS = {"true", "false", "0", "1", "yes", "no"}
 TIMES = {"count", "counts", "freq", "frequency", "multiplicity", "occurrences"}  # of one choice
 EVENTS = {"event", "event_code", "event_type", "event_name", "action", "kind", "type"}
@@ -40,7 +41,8 @@ class Beside:
             return "times"
         if self.alone and bare in EVENTS:
             return "event"
-        return "flag" if words_of(bare) & NO_TRAFFIC or ALTERING.search(bare) else ""
+        words = words_of(bare)
+        return "flag" if words & NO_TRAFFIC or (ALTERING.search(bare) and not words & TRAINED) else ""
 
     def add(self, where: str, row: dict[str, Any], watched: dict[str, str]) -> None:
         """Keep what a row says; `InputError` where it says that it counts several times."""

@@ -48,7 +48,14 @@ def test_columns_that_say_that_rows_count_otherwise_are_refused(load, tmp_path, 
 
 
 def test_columns_that_change_nothing_are_taken(load, tmp_path):
-    more = {"is_padding": False, "valid": 1, "count": 1, "num_tokens": TOKENS, "topk_scale": [0.5, 0.5]}
+    more = {
+        "is_padding": False,
+        "valid": 1,
+        "loss_mask": lambda t, n: n % 2,
+        "count": 1,
+        "num_tokens": TOKENS,
+        "topk_scale": [0.5, 0.5],
+    }
     path = write(tmp_path / "a.jsonl", rows(num_experts=32, num_experts_per_tok=2, **more))
     traces, notes = load(path, "tokens")
     assert traces.num_experts == 32 and (traces.counts[..., :EXPERTS] == COUNTS).all() and traces.top_k == 2
