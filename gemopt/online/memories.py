@@ -28,6 +28,7 @@ SUDDEN, CLEARLY = 6.0, 1.4  # a change: beyond the usual by so many mean deviati
 QUERY_TICKS = 4  # last blocks that are compared with past ones
 RECENT_TICKS = 32  # blocks that are not merged yet
 FRESH_TICKS = 8  # for which a change counts as recent
+REGIMES = 1024  # last stretches of one traffic whose beginnings are known
 
 
 class Memories:
@@ -37,7 +38,7 @@ class Memories:
     steps: [B] how many it stands for; last: [B] index of its newest tick, -1 where there is no block yet. scores: [4]
     mean distance of what each memory predicted. pending: [n, L, E] last steps, too few for a block yet. usual, spread:
     mean and mean deviation of the distance between a prediction and what came. since: first tick after the last sudden
-    change; changes: how many there were.
+    change; changes: how many there were; starts: [R] first ticks of the last stretches of one traffic.
     """
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int) -> None:
@@ -51,6 +52,7 @@ class Memories:
         self.last = np.full(room, -1)
         self.pending = np.zeros((0, num_layers, num_experts), np.int64)
         self.ticks = self.since = self.changes = 0
+        self.starts = np.zeros(1, np.int64)
         self.scores = np.zeros(len(NAMES))
         self.usual = self.spread = self.drift = 0.0
 
@@ -68,14 +70,29 @@ class Memories:
 
     @property
     def lifetime_steps(self) -> float:
-        """Expected steps between sudden changes: the mean of those seen, begun with the policy's horizon."""
+        """Expected steps until the next sudden change.
+
+        What has come back stays as long as it stayed before, so that a burst moves nothing that would come too late;
+        else the mean time between changes, begun with the policy's horizon.
+        """
+        last, weights = self.last[: self.size], self.weights()
+        earlier = last < self.starts[-1]
+        if self.fresh and weights[earlier].sum() > 0.5:
+            stretch = np.maximum(np.searchsorted(self.starts, last[earlier], side="right") - 1, 0)
+            stayed = float(np.average(np.diff(self.starts)[stretch], weights=weights[earlier]))
+            left = stayed - float(self.ticks - self.starts[-1]) - 1  # a tick passes before it is seen to have gone
+            return max(left * TICK, 1.0)
         return (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the last change is a recent one."""
+        return self.changes > 0 and self.ticks - self.since <= FRESH_TICKS
 
     @property
     def recalled(self) -> bool:
         """Whether traffic that was seen before has just come back: most of what counts is from before the change."""
-        fresh = self.changes > 0 and self.ticks - self.since <= FRESH_TICKS
-        return fresh and float(self.weights()[self.last[: self.size] < self.since].sum()) > 0.5
+        return self.fresh and float(self.weights()[self.last[: self.size] < self.since].sum()) > 0.5
 
     def take(self, counts_NLE: Array) -> bool:
         """Remember any number of steps; whether the traffic changed suddenly with one of the blocks that they fill."""
@@ -97,9 +114,11 @@ class Memories:
         self._store(counts_NLE, sums)
         self.ticks += 1
         if changed:
-            self.changes += 1
             self.since = self.ticks - 1
             self.scores = self._misses(sums)  # only what describes the new traffic counts now
+            self.changes += 1
+            if not self._goes_on():
+                self.starts = np.append(self.starts, self.since)[-REGIMES:]
         return changed
 
     def weights(self) -> FloatArray:
@@ -110,6 +129,13 @@ class Memories:
         """([n, L, E] counts, [n] weights) of at most `most` steps that stand for all that count now."""
         steps, weights = resample(np.repeat(self.weights() / TICK, TICK), most)
         return self.counts.reshape(-1, *self.shape)[steps].astype(np.int64), weights
+
+    def _goes_on(self) -> bool:
+        """Whether new traffic surprises again, as it does until it is known: it is most like its own first ticks."""
+        begun, last = int(self.starts[-1]), self.last[: self.size]
+        likeness = self._likeness()
+        own, earlier = likeness[(last >= begun) & (last < self.since)], likeness[last < begun]
+        return self.since - begun <= QUERY_TICKS and bool(own.max(initial=0.0) >= earlier.max(initial=0.0))
 
     def _misses(self, sums: FloatArray) -> FloatArray:
         """[4] distance of what each memory predicts from the loads [L * E]."""

@@ -16,9 +16,9 @@ from gemopt.placement import Placement
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
-VERSION = 7
+VERSION = 8
 KEY = "gemopt_online"
-MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores", "pending")
+MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores", "starts", "pending")
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
 SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG", "told_G")
 PROMISE_ARRAYS = ("layers", "rows", "weights", "facts")
