@@ -277,3 +277,16 @@ def test_inputs_that_are_replaced_are_said_once(folder: Path) -> None:
     path.write_text(text)
     watched.look()
     assert sum("replaced since the start" in line for line in log) == 2
+
+
+def test_a_fault_that_lasts_is_said_once_and_again_when_it_comes_back(folder: Path) -> None:
+    watched, log = watch(folder, metrics=(metrics := Metrics()))
+    away = folder / "away"
+    for _ in range(2):
+        (folder / "traces").rename(away)
+        for _ in range(3):
+            watched.look()
+        away.rename(folder / "traces")
+        watched.look()
+    assert sum("No such file" in line for line in log) == 2
+    assert 'gemopt_faults_total{kind="file"} 6.0' in metrics.page().decode()

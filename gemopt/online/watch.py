@@ -132,6 +132,8 @@ class Watch:
     given: Given = field(default_factory=Given)
     failed: bool = False  # whether the last look met a fault, and no decision came into force after it
     _before: Placement | None = None
+    _told: set[str] = field(default_factory=set)  # faults of files at the look before and at this one
+    _found: set[str] = field(default_factory=set)
 
     def run(self, interval_s: float, stop: threading.Event, *, once: bool = False) -> None:
         """Look every `interval_s` seconds until `stop` is set, or once: an engine's files then rest for one look."""
@@ -153,6 +155,7 @@ class Watch:
         With `history` all but the last window are only learnt from: they lie in the past.
         """
         decision, self.failed = None, False
+        self._told, self._found = self._found, set()
         news = News()
         with self._guard("file"):
             news = self.follower.look()
@@ -274,7 +277,9 @@ class Watch:
 
     def _fault(self, kind: str, text: str) -> None:
         self.failed = True
-        self.log(f"warning: {text}")
+        if kind != "file" or text not in self._told | self._found:  # what lasts is said once
+            self.log(f"warning: {text}")
+        self._found.add(text)
         self.health.looked(last_fault=text)
         if self.metrics is not None:
             self.metrics.faults.labels(kind=kind).inc()
