@@ -75,11 +75,12 @@ class Memories:
         What has come back stays as long as it stayed before, so that a burst moves nothing that would come too late;
         else the mean time between changes, begun with the policy's horizon.
         """
-        last, weights = self.last[: self.size], self.weights()
+        last = self.last[: self.size]
         earlier = last < self.starts[-1]
-        if self.fresh and weights[earlier].sum() > 0.5:
+        weights = self.weights()[earlier] if self.fresh else np.zeros(0)
+        if weights.sum() > 0.5:
             stretch = np.maximum(np.searchsorted(self.starts, last[earlier], side="right") - 1, 0)
-            stayed = float(np.average(np.diff(self.starts)[stretch], weights=weights[earlier]))
+            stayed = float(np.average(np.diff(self.starts)[stretch], weights=weights))
             left = stayed - float(self.ticks - self.starts[-1]) - 1  # a tick passes before it is seen to have gone
             return max(left * TICK, 1.0)
         return (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
