@@ -27,6 +27,12 @@ pytestmark = pytest.mark.usefixtures("quick_bounds")
         (("export", "map.png", "--to", "sglang", "-o", "profile.json"), "--output", "it is a profile"),
         (("trace", "import", "t.csv", "--from", "csv", "-o", "t.csv"), "--output", "the file of a recording"),
         (("profile", "import", "t.csv", "-o", "t.csv"), "--output", "the file of the table"),
+        (("trace", "import", "t.csv", "--from", "csv", "-o", "new.npz"), "--output", "written as .safetensors"),
+        (
+            ("report", "map.png", "--profile", "profile.json", "--traces", "traces.safetensors", "-o", "page.pdf"),
+            "--output",
+            "the page is HTML",
+        ),
         (
             ("watch", ".", "--profile", "profile.json", "--placement", "map.png", "-o", "profile.json"),
             "--output",

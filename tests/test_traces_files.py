@@ -80,6 +80,12 @@ def test_a_folder_of_numbered_files_is_one_trace(tmp_path: Path) -> None:
         Traces.load(tmp_path)
 
 
+def test_traces_are_not_written_under_a_name_that_could_not_be_read_back(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"t\.npz; traces are written as \.safetensors"):
+        Traces(counts=np.ones((1, 1, 2), int)).save(tmp_path / "t.npz")
+    assert not list(tmp_path.iterdir())
+
+
 def test_npz_with_counts(tmp_path: Path) -> None:
     counts = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     np.savez_compressed(tmp_path / "t.npz", counts=counts, phases=np.array(["a"]))

@@ -10,6 +10,7 @@ from gemopt import foreign
 from gemopt.documents import check_writable
 from gemopt.exceptions import InputError
 
+PAGES = (".html", ".htm", "")
 Named = tuple[str, Path | None]
 """An option, and the file given with it."""
 
@@ -20,7 +21,7 @@ def check_outputs(*written: tuple[str, Path | None, str], read: Sequence[Named] 
     Parameters
     ----------
     written
-        Option, its file, and what it will hold: "placement", "traces", ...; "" for what is no document of gemopt.
+        Option, its file, and what it will hold: "placement", "traces", "page", ...; "" for pictures and other files.
     read
         Files that the command reads, none of which it may write.
     """
@@ -36,6 +37,12 @@ def check_outputs(*written: tuple[str, Path | None, str], read: Sequence[Named] 
             from gemopt.plotting import check_picture
 
             check_picture(path)
+        if kind == "traces":
+            from gemopt.traces.files import check_name
+
+            check_name(path, option)
+        if kind == "page" and path.suffix.lower() not in PAGES:
+            raise InputError(option, str(path), "the page is HTML", "end its name in .html")
         other = taken.setdefault(os.path.realpath(path), option)
         if other != option:
             raise InputError(option, str(path), f"also the file of {other}", "give each its own")

@@ -44,7 +44,7 @@ def report_command(
     from gemopt.profile import Profile, profile_doubts
     from gemopt.report import report
 
-    check_outputs(("--output", output, ""))
+    check_outputs(("--output", output, "page"))
     measured, notes = Profile.load(profile), set[str]()
 
     def choose(given: Traces) -> Traces:
@@ -53,7 +53,7 @@ def report_command(
 
     made = report(
         answer,
-        measured,
+        profile,
         traces,
         baseline=baseline,
         holdout=holdout,

@@ -23,6 +23,7 @@ from gemopt.formats.succession import Succession
 from gemopt.placement import check_layer_ids
 from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
 from gemopt.traces.arrays import ENOUGH_SUMS, FEWEST_SLOTS
+from gemopt.traces.files import check_name
 
 _HEADER_BYTES = 1 << 16
 MANY_STEPS = 4
@@ -72,6 +73,7 @@ def import_traces(
         One line naming the file and the field that is wrong; the destination is then untouched.
     """
     engine, options = recorder(source), options or TraceOptions()
+    check_name(destination)
     assert engine.read_traces is not None
     try:
         with telling(f"what {engine.name} records", *paths):

@@ -58,10 +58,17 @@ class Part:
     metadata: dict[str, str]
 
 
+def check_name(path: str | os.PathLike[str], field: str = "output") -> None:
+    """Refuse to write traces under a name that `read` takes for NumPy's format."""
+    if Path(path).suffix == ".npz":
+        raise InputError(field, str(path), "traces are written as .safetensors", "an .npz could not be read back")
+
+
 def write(path: str | os.PathLike[str], arrays: dict[str, IntArray], metadata: dict[str, str]) -> None:
     """Write one safetensors file atomically, every array in the smallest integer type that holds it."""
     from safetensors.numpy import save as serialised
 
+    check_name(path)
     small = {name: smallest(array) for name, array in arrays.items()}
     with replacing(path) as stream:
         stream.write(serialised(small, metadata=metadata))
