@@ -64,3 +64,21 @@ def test_steps_that_only_judge_do_not_choose_what_an_export_moves(tmp_path: Path
     running.run_job(read_job(path))
     exported = import_placement(tmp_path / "out" / "lmdeploy.json", source="lmdeploy")
     assert set(exported.physical_to_logical[0, 2:].tolist()) == {0, 3}
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_spare_slots_are_used_where_an_engine_wants_none_empty(approximate: bool, tmp_path: Path) -> None:
+    """LPT makes no copies unless they are asked for, as they are for an engine to which nothing is approximated."""
+    path = write_job(
+        tmp_path,
+        constraints={"slots_per_rank": 3},
+        num_hidden_layers=1,
+        solver={"name": "lpt"},
+        exports=[{"engine": "vllm", "approximate": approximate}],
+    )
+    Traces(counts=np.ones((4, 1, 4), int), num_hidden_layers=1).save(tmp_path / "traces.safetensors")
+    found = running.run_job(read_job(path))
+    assert not found.failed
+    assert found.result.placement is not None
+    assert found.result.placement.has_empty_slots is approximate
+    assert not import_placement(tmp_path / "out" / "vllm.json", source="vllm").has_empty_slots

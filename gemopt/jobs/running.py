@@ -82,6 +82,7 @@ def run_job(
     current = _current(constraints.current, traces, profile)
     options = {**settings.model_dump(exclude={"name"}), **constraints.model_dump(), "current": current}
     options |= {"topology": job.topology, "exchange": job.exchange}
+    options["full_slots"] |= constraints.memory_budget is None and _want_full_slots(job.exports)
     with _folder(job.output):
         result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
         result = result.made_by(command) if command else result
@@ -113,6 +114,11 @@ def _current(given: str | Path | None, traces: Traces, profile: Profile) -> Plac
         return Placement.load(given)
     shape = (traces.num_layers, traces.num_experts, profile.num_ranks)
     return Placement.contiguous(*shape, layer_ids=list(traces.layer_ids))
+
+
+def _want_full_slots(exports: Sequence[ExportTo]) -> bool:
+    """Whether an engine takes no empty slots, and they are not to be filled after the search."""
+    return any(not wanted.approximate and not get(wanted.engine).empty_slots for wanted in exports)
 
 
 def _check(job: Job) -> None:
