@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import subprocess
@@ -254,3 +255,13 @@ def test_the_page_of_a_large_network_is_small() -> None:
     )
     page = report(placement, profile, Traces(counts=counts))
     assert len(page.html.encode()) < 8e6 and all(each.figure for each in page.sections if each.name != "search")
+
+
+def test_digests_of_files_and_of_contents_are_told_apart(folder: Path, report_page: Report) -> None:
+    """A result knows the contents that it was made of; what lies beside the page are files, whose digests differ."""
+    told = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", report_page.html))
+    origin, file = Result.load(folder / "result.json").origin, folder / "traces.safetensors"
+    assert origin is not None
+    assert told["answer: sha256 of the counts"] == origin.traces_sha256
+    assert told["answer: sha256 of the profile&#x27;s content"] == origin.profile_sha256
+    assert told[f"sha256 of the file {file} (traces)"] == hashlib.sha256(file.read_bytes()).hexdigest()

@@ -152,6 +152,10 @@ def _key_figures(inputs: Inputs, before: Side, after: Side, bound: Bounds, held:
     return found
 
 
+# As in certificates: of contents, unlike those of the files.
+ORIGIN = {"profile_sha256": "sha256 of the profile's content", "traces_sha256": "sha256 of the counts"}
+
+
 def _repeat(inputs: Inputs, command: str) -> dict[str, str]:
     """What it takes to make the page again."""
     found = {"command": command} if command else {}
@@ -159,7 +163,7 @@ def _repeat(inputs: Inputs, command: str) -> dict[str, str]:
         result = inputs.result
         found["answer"] = f"solver {result.solver}, {result.seconds:.1f} s, cost model {result.cost}"
         if result.origin is not None:
-            found |= {f"answer: {name}": value for name, value in result.origin.model_dump().items()}
+            found |= {f"answer: {ORIGIN.get(name, name)}": value for name, value in result.origin}
     found["versions"] = ", ".join(
         [f"gemopt {gemopt.__version__}", f"Python {platform.python_version()}", *map(_versioned, PACKAGES)]
     )

@@ -200,7 +200,7 @@ def _digests(**given: Document | Traces | Source | None) -> dict[str, str]:
     found = {}
     for name, each in given.items():
         if isinstance(each, (str, os.PathLike)):
-            found[f"{name} {Path(each)}"] = sha256(each) if Path(each).exists() else ""
+            found[f"the file {Path(each)} ({name})"] = sha256(each) if Path(each).exists() else ""
         elif isinstance(each, Document):
-            found[f"{name} (in memory)"] = each.digest()
+            found[f"the {name}'s content"] = each.digest()
     return {name: digest for name, digest in found.items() if digest}
