@@ -62,7 +62,7 @@ def test_commands_name_the_same_steps_costs_and_files(
         (["--model", SHAPE + ",num_experts=16"], "--model num_experts: got 16; 8 in the traces"),
         (["--model", "heads=4"], "--model hidden_size: got nothing"),
         (["--model", "/no/such/shape.json"], "/no/such/shape.json"),
-        (["--window", "25"], "--window: got 25; from 1 to the 24 steps"),
+        (["--window", "25"], "traces: got 24 steps to score; at least the 25 of a window"),
         (["--horizon", "0"], "--horizon: got 0"),
         (["--seed", "-1"], "--seed: got -1"),
         (["--memory", "-1"], "--memory: got -1.0"),

@@ -248,8 +248,8 @@ def test_schedules_that_cannot_be(events: list[str], said: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"window": 49}, "from 1 to the 48 steps"),
-        ({"window": 0}, "from 1 to"),
+        ({"window": 49}, "got 48 steps to score; at least the 49 of a window"),
+        ({"window": 0}, "a whole number of at least 1"),
         ({"fit": 0.0}, "strictly between"),
         ({"fit": 1.0}, "strictly between"),
         ({"fit": float("nan")}, "strictly between"),

@@ -61,6 +61,7 @@ def test_table_picture_and_file(inputs: list[Any], tmp_path: Path, capsys: pytes
     ]
     code, out, err = gemopt(capsys, *inputs, *wanted)
     assert (code, err) == (0, "")
+    assert "eplb-vllm rearranges after 750 steps, and there are 60: here it stays as it starts" in out
     assert all(name in out for name in STRATEGIES) and "1:1.5@35-50" in out and "500 us" in out
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     result = ReplayResult.load(tmp_path / "out.json")
@@ -86,7 +87,7 @@ def test_a_plan_rearranges_tagged_steps(inputs: list[Any], tmp_path: Path, capsy
     ("words", "said"),
     [
         (["--strategies", "fred"], "--strategies: got fred"),
-        (["--window", "31"], "--window: got 31; from 1 to the 30 steps"),
+        (["--window", "31"], "traces: got 30 steps to score; at least the 31 of a window"),
         (["--fit", "1"], "--fit: got 1.0"),
         (["--event", "3:1.3@40"], "--event: got 3:1.3@40; ranks 0 to 2"),
         (["--event", "fast"], "--event: got fast"),

@@ -66,7 +66,7 @@ def replay_command(
     from gemopt.problem import slot_counts
     from gemopt.profile import Profile
     from gemopt.replay import STRATEGIES, Schedule, replay
-    from gemopt.replay.judge import usual
+    from gemopt.replay.judge import too_late, usual
     from gemopt.replay.strategies import make
 
     names = [] if strategies is None else [name.strip() for name in strategies.split(",")]
@@ -116,6 +116,8 @@ def replay_command(
     from gemopt.cli.tables import replay_table
 
     show(replay_table(result))
+    for note in too_late(names, chosen.num_steps):
+        say(note)
     if rules is not None:
         say("contiguous and eplb-* know no rules")
     for path in (plot, output):

@@ -138,6 +138,16 @@ def usual(slots_G: NDArray[np.int64]) -> list[str]:
     return [name for name in STRATEGIES if not (unequal and name.startswith("eplb-"))]
 
 
+def too_late(names: Sequence[str], num_steps: int) -> list[str]:
+    """A line for each engine whose balancer has not yet rearranged when traces of so many steps end."""
+    firsts = {each.name: getattr(each, "first_step", 0) for each in make(names)}
+    return [
+        f"{name} rearranges after {first} steps, and there are {num_steps}: here it stays as it starts"
+        for name, first in firsts.items()
+        if first >= num_steps
+    ]
+
+
 def _play(strategy: Strategy, world: World) -> Track:
     return cast(Playing, strategy).play(world) if hasattr(strategy, "play") else Course(strategy, world).run()
 
@@ -149,10 +159,11 @@ def _split(traces: Traces, fit_share: float, window: int) -> tuple[Traces, Trace
     if not 0 < cut < traces.num_steps:
         found = f"{counted(traces.num_steps, 'step')} cannot be split so"
         raise InputError("--fit", fit_share, found, "give longer traces")
-    left, hint = traces.num_steps - cut, "a shorter window, a smaller --fit or longer traces"
-    check_number(
-        "--window", window, f"from 1 to the {left} steps that are scored", hint, least=1, most=left, whole=True
-    )
+    left = traces.num_steps - cut
+    check_number("--window", window, "a whole number of at least 1", least=1, whole=True)
+    if window > left:
+        found, limit = f"{counted(left, 'step')} to score", f"at least the {window} of a window"
+        raise InputError("traces", found, limit, "give a shorter --window or longer traces")
     return traces.steps(slice(0, cut)), traces.steps(slice(cut, None))
 
 
