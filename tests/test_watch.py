@@ -7,6 +7,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,3 +291,13 @@ def test_a_fault_that_lasts_is_said_once_and_again_when_it_comes_back(folder: Pa
         watched.look()
     assert sum("No such file" in line for line in log) == 2
     assert 'gemopt_faults_total{kind="file"} 6.0' in metrics.page().decode()
+
+
+def test_steps_of_another_network_are_named_once(folder: Path) -> None:
+    contiguous().changed(model="ours").save(folder / "placement.json")
+    watched, log = watch(folder)
+    for number, model in enumerate(["ours", "theirs", "theirs"]):
+        grow(folder, number, replace(traffic(hot=0, seed=number), model=model))
+        watched.look()
+    named = [line for line in log if "steps of theirs, where the placement is of ours" in line]
+    assert len(named) == 1

@@ -134,6 +134,7 @@ class Watch:
     _before: Placement | None = None
     _told: set[str] = field(default_factory=set)  # faults of files at the look before and at this one
     _found: set[str] = field(default_factory=set)
+    _models: list[str] = field(default_factory=list)  # other networks, named so far
 
     def run(self, interval_s: float, stop: threading.Event, *, once: bool = False) -> None:
         """Look every `interval_s` seconds until `stop` is set, or once: an engine's files then rest for one look."""
@@ -170,6 +171,7 @@ class Watch:
             return None
         with self._guard("file"):
             self._adopt()
+        self._name(news.traces.model)
         with self._guard("window"):
             check_agreement(self.controller.placement, news.traces, self.controller.placement.num_ranks)
             decision = self._steps(news.traces, history=history)
@@ -177,6 +179,13 @@ class Watch:
             with self._guard("state"):
                 self.controller.save(self.state, self.follower.position)
         return decision
+
+    def _name(self, model: str | None) -> None:
+        """Say, once for each, that steps are of a network of another name; it may be another's of the same shape."""
+        ours = self.controller.placement.model
+        if None not in (model, ours) and model not in (ours, *self._models):
+            self._models.append(str(model))
+            self._fault("window", f"{self.follower.folder}: steps of {model}, where the placement is of {ours}")
 
     def _adopt(self) -> None:
         """Go on from what somebody else has put into force; `InputError` where that cannot be followed."""
