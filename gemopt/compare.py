@@ -83,7 +83,8 @@ class Comparison(BaseModel):
                 )
             return ", ".join(said)
         if not self.ran:
-            return ", ".join([*said, "did not run"])
+            late = ": its time was over before it began" if self.stopped_by is StoppedBy.TIME_LIMIT else ""
+            return ", ".join([*said, f"did not run{late}"])
         said.append(f"ran on {self.reached_layers} of {counted(self.layers, 'layer')}")
         if self.distinct_steps:
             said.append(f"on {self.stated_steps} of {self.distinct_steps} distinct steps")

@@ -150,7 +150,7 @@ class Partly:
 @pytest.mark.parametrize(
     ("reached", "words"),
     [
-        ((False,) * 4, "did not run"),
+        ((False,) * 4, "did not run: its time was over before it began"),
         ((True, False, True, False), "ran on 2 of 4 layers, on 10 of 20 distinct steps, added nothing to its start"),
         ((True,) * 4, "ran on 4 of 4 layers, on 20 of 40 distinct steps, added nothing to its start, own bound"),
     ],
