@@ -12,6 +12,7 @@ from gemopt.placement import Placement
 from gemopt.profile import Profile
 from gemopt.replay import replay
 from gemopt.report import Report, report
+from gemopt.traces import Traces
 
 RANKS, LAYERS, EXPERTS, STEPS, FITTED = 4, 3, 12, 60, 40
 LONG_NAME = "NVIDIA H100 80GB HBM3, as fast as one of a measured fleet"
@@ -19,7 +20,9 @@ LONG_NAME = "NVIDIA H100 80GB HBM3, as fast as one of a measured fleet"
 
 def write_folder(path: Path) -> None:
     """Profile, traces, a result on the first of their steps, another placement, and a replay."""
-    routed = traces(STEPS, LAYERS, EXPERTS, layer_ids=(2, 3, 5))
+    counts = traces(STEPS, LAYERS, EXPERTS).counts.copy()
+    counts[::5, 1, :2] += 20  # two experts that are hot together
+    routed = Traces(counts=counts, layer_ids=(2, 3, 5))
     devices = [each.model_copy(update={"name": LONG_NAME}) for each in profile(RANKS).devices]
     measured = Profile(devices=devices)
     result = solve(measured, routed.steps(slice(0, FITTED)), solver="local-search", patience=1)

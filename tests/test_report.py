@@ -208,7 +208,7 @@ BAD = {
     "no such file": (lambda folder: (folder / "result.json").unlink(), (), ("result.json", "No such file")),
     "a baseline of other ranks": (
         lambda folder: Placement.contiguous(3, 12, 2, layer_ids=[2, 3, 5]).save(folder / "b.json"),
-        ("--baseline", "b.json"), ("2 ranks", "4 devices"),
+        ("--baseline", "b.json"), ("2 ranks; 4",),
     ),
     "steps held out that were solved on": (
         lambda folder: None, ("--holdout", "traces.safetensors"), ("--holdout", "steps that the solver did not see"),

@@ -18,7 +18,7 @@ from gemopt.report.inputs import Inputs, Source, gather
 from gemopt.report.numbers import Bounds, Side
 from gemopt.report.page import render
 from gemopt.report.style import Section, graph_objects
-from gemopt.result import Result
+from gemopt.result import OPTIMALITY_TOLERANCE, Result
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 from gemopt.words import counted
@@ -119,13 +119,13 @@ def _headline(inputs: Inputs, before: Side, after: Side, bound: Bounds, held: fl
     change = new / old - 1 if old else 0.0
     seen = f", {_words(held)} on {counted(inputs.held.num_steps, 'step')} it did not see" if (
         held is not None and inputs.held is not None) else ""  # fmt: skip
+    gap = _gap(inputs, after, bound)
+    left = f"the best possible one would take at most {100 * gap:.1f} % less than this, which is proven"
+    if gap <= OPTIMALITY_TOLERANCE:
+        left = "no placement in these slots takes less, which is proven"
+    steps = f"{counted(inputs.fitted.num_steps, 'step')} of {counted(inputs.fitted.num_layers, 'MoE layer')}"
     aside = "" if inputs.result is None or inputs.result.links is None else ", links aside"
-    return (
-        f"This placement takes {_words(change)} than {inputs.before_name} over "
-        f"{counted(inputs.fitted.num_steps, 'step')} of {counted(inputs.fitted.num_layers, 'MoE layer')}{aside}{seen}; "
-        f"the best possible one would take at most {100 * _gap(inputs, after, bound):.1f} % less than this, "
-        "which is proven."
-    )
+    return f"This placement takes {_words(change)} than {inputs.before_name} over {steps}{aside}{seen}; {left}."
 
 
 def _words(change: float) -> str:

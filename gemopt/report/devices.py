@@ -22,23 +22,25 @@ ON_CURVE, ON_CURVES = 240, 16_000  # points of one curve, and of those of all ra
 
 def devices(inputs: Inputs, most: float) -> Section:
     """Latency against assignments: the fit of every rank, or one rank's fit with all its points. most: assignments."""
+    held = int(inputs.placement.slots_per_rank.max())
     tables = [device.table() for device in inputs.profile.devices]
     pairs = list(zip(inputs.profile.devices, inputs.cost.latencies, tables, strict=True))
-    everyone = _every(pairs)
+    everyone = _every(pairs, held)
     choices: dict[str, list[dict[str, Any]]] = {ALL: changes(*everyone)}
     for device, latency, table in pairs:
         alone = _one(latency, table)
         hidden = [graph_objects().Scatter(visible=False)] * (len(everyone) - len(alone))
         choices[f"rank {device.rank}: {device.name}"] = changes(*alone, *hidden)
-    across, up = _view(pairs, most)
+    across, up = _view(pairs, most, held)
     shown = figure(*everyone, height=440, xaxis={"title": "assignments on the rank", **across},
                    yaxis={"title": "latency, us", **up})  # fmt: skip
     surface = np.isfinite(tables[0][:, 1]).all()
     text = (
         f"{len(pairs)} devices, {sum(map(len, tables))} measured points"
         f"{', ' + inputs.profile.kernel if inputs.profile.kernel else ''}; {inputs.cost_summary}. "
-        + ("Latency depends on the activated experts too: curves of all ranks are at the most that were measured; "
-           "choose one rank for all its points. " if surface else "Choose one rank for all its points. ")
+        + ("Latency depends on the active experts too: curves of all ranks are at about as many as one can hold here. "
+           if surface else "")
+        + "Choose one rank for all its points. "
         + _outside(inputs)
         + (f" No rank gets more than {most:.0f} assignments here; zoom out for what was measured beyond."
            if "range" in across else "")
@@ -48,12 +50,14 @@ def devices(inputs: Inputs, most: float) -> Section:
     return Section("devices", "Devices: measured and fitted", text, shown, choices, "devices")
 
 
-def _view(pairs: list[tuple[Device, Latency, FloatArray]], most: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def _view(
+    pairs: list[tuple[Device, Latency, FloatArray]], most: float, held: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Ranges of both axes: the loads that occur where far more was measured, otherwise everything."""
     if not 0 < ROOM * most < max(table[:, 0].max() for *_, table in pairs):
         return {"rangemode": "tozero"}, {"rangemode": "tozero"}
     loads = np.linspace(0.0, ROOM * most, ON_CURVE)
-    top = max(float(latency(_features(latency, loads, _most(table))).max()) for _, latency, table in pairs)
+    top = max(float(latency(_features(latency, loads, _most(table, held))).max()) for _, latency, table in pairs)
     return {"range": [0, ROOM * most]}, {"range": [0, 1.1 * top]}
 
 
@@ -62,11 +66,11 @@ def _outside(inputs: Inputs) -> str:
     return f"{100 * share:.1f} % of the loads of this placement lie outside the measured range."
 
 
-def _every(pairs: list[tuple[Device, Latency, FloatArray]]) -> list[Any]:
-    """One curve per rank, at the most active experts that were measured, and the points there while they are few."""
+def _every(pairs: list[tuple[Device, Latency, FloatArray]], held: int) -> list[Any]:
+    """One curve per rank, at as many active experts as it can hold, and the points there while they are few."""
     go = graph_objects()
     found = []
-    at_mean = [float(latency(_features(latency, table[:, :1].mean(axis=0), _most(table)))[0])
+    at_mean = [float(latency(_features(latency, table[:, :1].mean(axis=0), _most(table, held)))[0])
                for _, latency, table in pairs]  # fmt: skip
     marked = {int(np.argmax(at_mean)): ("slowest", SLOWEST), int(np.argmin(at_mean)): ("fastest", GREEN)}
     few = len(pairs) <= FEW
@@ -76,10 +80,13 @@ def _every(pairs: list[tuple[Device, Latency, FloatArray]]) -> list[Any]:
                  "dash": DASHES[number // len(MANY) % len(DASHES)] if few else "solid"}  # fmt: skip
         if number in marked and not few:
             name, style = f"{name} ({marked[number][0]})", {"color": marked[number][1], "width": 3, "dash": "solid"}
-        found.append(go.Scatter(x=small(loads), y=small(latency(_features(latency, loads, _most(table)))), mode="lines",
-                                name=name, line=style, visible=True, showlegend=few or number in marked,
+        times = latency(_features(latency, loads, _most(table, held)))
+        found.append(go.Scatter(x=small(loads), y=small(times), mode="lines", name=name, line=style,
+                                visible=True, showlegend=few or number in marked,
                                 hovertemplate=name + ": %{x:.0f} assignments, %{y:.1f} us<extra></extra>"))  # fmt: skip
-    full = np.concatenate([table[~(table[:, 1] < _most(table)), :3:2] for _, _, table in pairs])
+    full = np.concatenate(
+        [table[np.isnan(table[:, 1]) | (table[:, 1] == _most(table, held)), :3:2] for _, _, table in pairs]
+    )
     points = full if len(full) <= POINTS else full[:0]
     found.append(go.Scatter(x=small(points[:, 0]), y=small(points[:, 1]), mode="markers", name="measured",
                             visible=True, showlegend=bool(len(points)), marker=POINT,
@@ -88,9 +95,12 @@ def _every(pairs: list[tuple[Device, Latency, FloatArray]]) -> list[Any]:
     return found + empty  # as many traces as one rank needs
 
 
-def _most(table: FloatArray) -> float:
-    """The most active experts of a device's points; 0 where they are not known."""
-    return float(table[:, 1].max()) if np.isfinite(table[:, 1]).all() else 0.0
+def _most(table: FloatArray, held: int) -> float:
+    """The fewest measured active experts of which there are `held`, else the most; 0 where they are not known."""
+    active = table[:, 1]
+    if not np.isfinite(active).all():
+        return 0.0
+    return float(min(active[active >= held], default=active.max()))
 
 
 def _one(latency: Latency, table: FloatArray) -> list[Any]:

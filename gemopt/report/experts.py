@@ -114,6 +114,8 @@ def classes(inputs: Inputs, layers: list[LayerConflicts]) -> Section:
 
 def conflicts(inputs: Inputs, layers: list[LayerConflicts]) -> Section:
     """Experts of a layer, those that are hot together side by side, with the strongest conflicts."""
+    if not any(layer.num_pairs for layer in layers):
+        return Section("conflicts", "Conflict graph", "No two experts are loaded in the same steps beyond chance.")
     names = [f"layer {layer_id}" for layer_id in inputs.fitted.layer_ids]
     worst = int(np.argmax([layer.num_pairs for layer in layers]))
     drawn = {name: changes(*_graph(layer, inputs.placement, i))

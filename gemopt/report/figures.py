@@ -30,6 +30,8 @@ from gemopt.report.style import (
     microseconds,
     small,
 )
+from gemopt.result import MovesReport
+from gemopt.traces import Traces
 
 COLOURED = 0.02, 0.95  # quantiles of the busy shares between which colours differ: stragglers are all near 100 %
 MOST_PAIRS = 400_000  # of ranks, over all layers: what the page has room for
@@ -51,8 +53,9 @@ def makespan(inputs: Inputs, before: Side, after: Side, bound: Bounds) -> Sectio
     traces = [
         go.Bar(x=names, y=small(old), name="before", width=0.9, marker={"color": BEFORE, "pattern": hatch}),
         go.Bar(x=names, y=small(new), name="after", width=0.5, marker={"color": AFTER}),
-        go.Scatter(x=names, y=small(low), name="bound", mode="lines",
-                   line={"color": BOUND, "shape": "hvh", "width": 2.5}),
+        go.Scatter(x=names, y=small(low), name="bound", mode="lines" if len(names) > 1 else "markers",
+                   line={"color": BOUND, "shape": "hvh", "width": 2.5},
+                   marker={"symbol": "line-ew", "size": 120, "line": {"color": BOUND, "width": 2.5}}),
     ]  # fmt: skip
     for trace in traces:
         trace.update(hovertemplate=hover)
@@ -230,8 +233,9 @@ def moves(inputs: Inputs) -> Section:
     go = graph_objects()
     sent_LGG = numbers.moved(inputs.before, inputs.placement, np.array(inputs.profile.node_of_rank))
     total, size = int(sent_LGG.sum()), inputs.profile.model.expert_bytes
+    told = "" if inputs.result is None or inputs.result.moves is None else _told(inputs.result.moves, inputs.fitted)
     if not total:
-        return Section(name, title, f"Nothing moves: the ranks hold the experts of {inputs.before_name}.")
+        return Section(name, title, f"Nothing moves: the ranks hold the experts of {inputs.before_name}.{told}")
     layers = {ALL_LAYERS: sent_LGG.sum(axis=0)}
     if each_layer := sent_LGG.size <= MOST_PAIRS:
         layers |= dict(zip(layer_names(inputs), sent_LGG, strict=True))
@@ -250,13 +254,21 @@ def moves(inputs: Inputs) -> Section:
         f"From {inputs.before_name} to this placement {total} experts move over all layers{weight}; each comes from "
         "the nearest rank that holds it, and slots keep what they can."
     )
-    if inputs.result is not None and inputs.result.moves is not None:
-        told = inputs.result.moves.summary(inputs.fitted.num_steps).replace("\n", "; ")
-        text += f" Against the placement in force when it was solved: {told}."
+    text += told
     if not each_layer:
         return Section(name, title, f"{text} With so many ranks only all layers together are shown.", shown)
     choices = {each: changes(go.Heatmap(z=small(sent))) for each, sent in layers.items()}
     return Section(name, title, text, shown, choices, "layer")
+
+
+def _told(moves: MovesReport, fitted: Traces) -> str:
+    """What moved against the placement in force when it was solved, whose ranks may have had other numbers."""
+    said = moves.summary(fitted.num_steps).replace("\n", "; ")
+    said = f" Against the placement in force when it was solved: {said}."
+    if moves.old_rank in ([], list(range(len(moves.old_rank)))):
+        return said
+    was = ", ".join("new" if rank < 0 else str(rank) for rank in moves.old_rank)
+    return f"{said} Its ranks were numbered {was} there."
 
 
 def replay(result: ReplayResult) -> Section:

@@ -191,6 +191,11 @@ def _before(
         shape = (traces.num_layers, traces.num_experts, placement.num_ranks)
         return Placement.contiguous(*shape, layer_ids=layer_ids), "contiguous placement"
     found = read_answer(baseline)[1]
+    if found.num_ranks != profile.num_ranks:
+        limit = f"{profile.num_ranks}, as what the page is about"
+        raise InputError(
+            "baseline", f"{found.num_ranks} ranks", limit, "leave it out: the page tells the moves of a result"
+        )
     check_agreement(found, traces, profile.num_ranks)
     file = f" {Path(baseline).name}" if isinstance(baseline, (str, os.PathLike)) else ""
     return found, f"the baseline{file}"
