@@ -194,6 +194,7 @@ def test_an_answer_says_how_to_make_it_again(
         (lambda p, t, x: solve(p, t, current=x, exclude_ranks="1"), "exclude_ranks: got 1; a list of ranks"),
         (lambda p, t, x: solve(p, t, current=x, exclude_ranks=[True]), "exclude_ranks: got True; ranks 0 to 1"),
         (lambda p, t, x: solve(p, t, current=x, add_ranks=[True]), "add_ranks: got"),
+        (lambda p, t, x: gemopt.evaluate(solve(p, t, solver="lpt"), p, t), "or the path of one; give its .placement"),
         (lambda p, t, x: solve(p, t, full_slots="no"), "full_slots: got no; True or False"),
         (lambda p, t, x: solve(p, t, allow_one_rank="no"), "allow_one_rank: got no; True or False"),
         (lambda p, t, x: t.select(phase="decode"), "phase: got decode; a Phase of gemopt"),
