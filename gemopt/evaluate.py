@@ -90,7 +90,7 @@ class Evaluation:
     Attributes
     ----------
     makespan_TL, straggler_TL
-        [T, L] microseconds of the slowest rank, and which rank that is.
+        [T, L] microseconds of the slowest rank, and which rank that is; equal ones take turns.
     outside
         Share of the evaluated rank loads that lie outside the measured range.
     idle_share
@@ -310,7 +310,7 @@ def score(
         loads_TGF = loads(problem, row_P, None if weights_LP is None else weights_LP[layer])
         times_TG = np.asarray(rank_latencies(loads_TGF, problem.curves))
         makespans.append(times_TG.max(axis=1))
-        stragglers.append(times_TG.argmax(axis=1))
+        stragglers.append(_slowest(times_TG, layer))
         outside.append(_outside(loads_TGF, measured))
         idle.append(1 - times_TG.mean() / max(times_TG.max(axis=1).mean(), 1e-300))
     return Evaluation(
@@ -319,6 +319,12 @@ def score(
         outside=float(np.mean(outside)),
         idle_share=float(np.mean(idle)),
     )
+
+
+def _slowest(times_TG: FloatArray, turn: int) -> NDArray[np.int64]:
+    """[T] the rank that ends last; equal ones, as on a step of a staircase, take turns."""
+    nth_TG = (times_TG == times_TG.max(axis=1, keepdims=True)).cumsum(axis=1)
+    return np.asarray(((np.arange(len(times_TG)) + turn) % nth_TG[:, -1] + 1 == nth_TG.T).argmax(axis=0))
 
 
 def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:

@@ -148,6 +148,13 @@ def flat_profile(ranks: int, **fields: Any) -> Profile:
     return Profile(devices=[Device(rank=rank, samples=points, **fields) for rank in range(ranks)])
 
 
+def test_ranks_that_end_together_take_turns() -> None:
+    """On a staircase most do: the first of them would be called the straggler always."""
+    traces = Traces(counts=np.tile([3, 3, 2, 3], (6, 2, 1)))
+    found = evaluate(Placement.contiguous(2, 4, 4), flat_profile(4), traces)
+    assert found.straggler_TL.T.tolist() == [[0, 1, 3, 0, 1, 3], [1, 3, 0, 1, 3, 0]]
+
+
 def test_the_fields_of_an_evaluation() -> None:
     counts = np.zeros((3, 2, 4), int)
     counts[0, 0], counts[1, 0], counts[2, 1] = [5, 0, 0, 1], [0, 0, 3, 4], [200, 0, 0, 0]
