@@ -270,7 +270,7 @@ def _commands(case: Case, best: Option, names: tuple[str, ...], chosen: Sequence
     tried = ",".join(dict.fromkeys(("contiguous", best.strategy)))
     again = f"gemopt replay {traces} --profile {profile} --strategies {tried} --fit {case.fit:.6g}"
     costs = case.migration
-    again += f" --window {case.window} --gbps {costs.bytes_per_s / 1e9:.6g} --non-moe-us {case.non_moe_us:.6g}"
+    again += f" --window {case.window} --bandwidth {costs.bytes_per_s / 1e9:.6g} --non-moe-us {case.non_moe_us:.6g}"
     again += f" --expert-bytes {costs.expert_bytes:.10g}{spare}{more}" + "".join(f" --hidden {path}" for path in hidden)
     if best.strategy == "contiguous":
         return [again]

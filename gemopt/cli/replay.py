@@ -43,7 +43,9 @@ def replay_command(
     expert_bytes: Annotated[
         float | None, typer.Option("--expert-bytes", help="default: the profile's, or 9.4e6")
     ] = None,
-    bandwidth: Annotated[float, typer.Option("--gbps", help="GB/s that a rank sends and receives")] = 20.0,
+    bandwidth: Annotated[
+        float, typer.Option("--bandwidth", "--gbps", help="GB/s that a rank sends and receives")
+    ] = 20.0,
     slowdown: Annotated[float, typer.Option("--slowdown", help="by how much copying slows the step beside it")] = 0.05,
     commit_us: Annotated[float, typer.Option("--commit-us", help="stall when a layer's new placement begins")] = 100.0,
     non_moe_us: Annotated[float, typer.Option("--non-moe-us", help="time of a step outside the MoE layers")] = 0.0,
@@ -136,7 +138,7 @@ def _migration(profile: Profile, *, expert_bytes: float | None, gbps: float, **n
     from gemopt.exceptions import ABOVE_0, InputError, check_number
     from gemopt.replay import Migration
 
-    check_number("--gbps", gbps, "GB/s above 0, at most 1e6", least=ABOVE_0, most=1e6)
+    check_number("--bandwidth", gbps, "GB/s above 0, at most 1e6", least=ABOVE_0, most=1e6)
     given = {**Migration.of(profile).model_dump(), **numbers, "bytes_per_s": gbps * 1e9}
     if expert_bytes is not None:
         given["expert_bytes"] = expert_bytes
