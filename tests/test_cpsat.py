@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import brute
@@ -181,3 +182,18 @@ def test_steps_without_load_or_weight() -> None:
     weightless = Problem.make([[1, 2, 3, 4]], [ASSIGNMENTS], [latency] * 2, weights_T=[0.0])
     outcome = CpSat().solve(weightless, Options.lasting(60), None)
     assert objective(weightless, outcome.row) == 0.0 and outcome.stopped_by is StoppedBy.PROOF
+
+
+def test_stating_ends_with_the_time_however_many_ways_there_are_to_hold_copies() -> None:
+    made = []
+
+    class Counted(CpSatFormulation):
+        def new(self, low: int, high: int, start: int, *, whole: bool = True) -> object:
+            made.append(start)
+            return super().new(low, high, start, whole=whole)
+
+    problem = replace(staircase_problem(), slots_per_rank=np.full(4, 8))  # 80 ways to hold an expert or a copy
+    search, asked = Search.prepare(problem, Options.lasting(60), None, 1e9), iter([False] * 3)
+    with pytest.raises(TimeoutError, match="no time left to state"):
+        Counted(search.compact, 1.0, cpsat.canonical_start(search), lambda: next(asked, True))
+    assert len(made) == 3 * problem.num_ranks

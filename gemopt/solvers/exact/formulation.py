@@ -8,7 +8,7 @@ they state a curve.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ class Formulation(ABC):
         A canonical placement, `Compact.canonical(Compact.held(row))`, no worse than what the cutoffs were made from.
         It becomes a start value of every variable.
     expired
-        Asked while constraints are added.
+        Asked while variables and constraints are added.
 
     Raises
     ------
@@ -111,9 +111,8 @@ class Formulation(ABC):
 
     def add_variables(self) -> None:
         """Columns held by ranks, and by how many units the makespan of each step exceeds its floor."""
-        num_columns, num_ranks = self.start_QG.shape
-        start = self.start_QG.astype(int).tolist()
-        self.held = [[self.new(0, 1, start[q][g]) for g in range(num_ranks)] for q in range(num_columns)]
+        columns = self.in_time(range(len(self.start_QG)))
+        self.held = [[self.new(0, 1, int(held)) for held in self.start_QG[q]] for q in columns]
         self.held_by = list(zip(*self.held, strict=True))
         self.open_units = self.round_down(np.array([1.001 * self.compact.open_us / self.unit_us + 1.0])).tolist()[0]
         price = self.round_down(np.array([float(self.compact.price_us) / self.unit_us])).tolist()[0]
@@ -134,6 +133,13 @@ class Formulation(ABC):
         self._moves_are_limited()
         self._makespan_waits_for_every_rank()
 
+    def in_time(self, parts: Iterable[int]) -> Iterator[int]:
+        """The parts one by one, while there is time to state them."""
+        for part in parts:
+            if self.expired():
+                raise TimeoutError("no time left to state the formulation")
+            yield part
+
     def columns(self, expert: int) -> list[int]:
         """Columns of one expert."""
         return np.flatnonzero(self.compact.expert_Q == expert).tolist()
@@ -151,19 +157,19 @@ class Formulation(ABC):
 
     def _copies_are_complete(self) -> None:
         """Copy i > 0 of r is held exactly when copy 0 of r is."""
-        for q in np.flatnonzero(self.compact.index_Q > 0):
+        for q in self.in_time(np.flatnonzero(self.compact.index_Q > 0)):
             first = self.held[q - self.compact.index_Q[q]]
             self.row([*((v, 1) for v in self.held[q]), *((v, -1) for v in first)], 0, 0)
 
     def _copies_are_on_different_ranks(self) -> None:
         """A rank holds at most one copy of an expert."""
-        for expert in range(self.compact.num_experts):
+        for expert in self.in_time(range(self.compact.num_experts)):
             for held in self.held_by:
                 self.at_most_one_of([held[q] for q in self.columns(expert)])
 
     def _copies_are_in_slot_order(self) -> None:
         """Copy i of r sits on an earlier rank than copy i + 1: the even split counts copies in slot order."""
-        for q in np.flatnonzero(self.compact.index_Q > 0):
+        for q in self.in_time(np.flatnonzero(self.compact.index_Q > 0)):
             for g in range(self.compact.num_ranks):
                 later, earlier = self.held[q][: g + 1], self.held[q - 1][:g]
                 self.row([*((v, 1) for v in later), *((v, -1) for v in earlier)], None, 0)
@@ -209,9 +215,7 @@ class Formulation(ABC):
 
     def _makespan_waits_for_every_rank(self) -> None:
         """A step ends no earlier than each term of each rank's latency."""
-        for t in range(self.compact.num_steps):
-            if self.expired():
-                raise TimeoutError("no time left to state the formulation")
+        for t in self.in_time(range(self.compact.num_steps)):
             for g in range(self.compact.num_ranks):
                 for term in self.compact.terms(t, g):
                     self._wait(t, g, term)

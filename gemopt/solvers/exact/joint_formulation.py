@@ -46,9 +46,7 @@ class JointFormulation(Formulation):
         self._ways: dict[tuple[Any, ...], list[Known]] = {}
         exchange: dict[tuple[int, int], list[Known]] = defaultdict(list)  # by layer and step
         for sending in compact.sendings:
-            for t in range(compact.num_steps):
-                if expired():
-                    raise TimeoutError("no time left to state the formulation")
+            for t in self.in_time(range(compact.num_steps)):
                 exchange[sending.layer, t].append(self._send(sending, t))
         self.counted = self.excess
         if compact.overlap:
