@@ -18,6 +18,7 @@ from gemopt.solvers.size import FEW_COLUMNS, num_shares, provable, prover
 SEARCH_SHARE = 0.4
 FIRST_SHARE = 0.2  # where contents of ranks are listed, which finds better placements as well
 FIRST_PATIENCE = 50  # batches of kicks
+STATED_SHARE = 0.5  # of the rest is CP-SAT's at most, which proves early or not at all
 
 
 class Auto:
@@ -56,13 +57,17 @@ class Auto:
             return found
         if options.expired():
             return found
-        proven = exact.solve(problem, options, found.row)
+        stated = by is None and options.patience is None
+        share = STATED_SHARE if stated else 1.0
+        limited = replace(options, deadline=time.monotonic() + share * options.remaining)
+        proven = exact.solve(problem, limited, found.row)
         proven.history = found.history + proven.history
         proven.reached |= found.reached
         if proven.row is None:
             proven.row = found.row
         listed = by == "columns" or proven.columns is not None
-        if listed and options.patience is None and proven.stopped_by is StoppedBy.ITERATIONS:
+        ended = listed and options.patience is None and proven.stopped_by is StoppedBy.ITERATIONS
+        if ended or (stated and proven.stopped_by in (StoppedBy.ITERATIONS, StoppedBy.TIME_LIMIT)):
             return _searched_on(problem, options, proven)
         return proven
 

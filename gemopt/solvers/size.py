@@ -9,6 +9,7 @@ from gemopt.problem import Problem
 
 PROVABLE_EXPERTS = 16
 PROVABLE_TIMES = 4000
+PROVABLE_LITERALS = 1000  # ways to hold an expert or one of its copies x ranks, of which CP-SAT states one each
 BRANCHED_EXPERTS = 24  # by branch and bound, on few ranks, without moves and rules
 BRANCHED_WAYS = 44.0  # bits of the number of ways to place them
 COPIED_WAYS = 47.0  # where slots are spare
@@ -97,4 +98,6 @@ def provable(problem: Problem) -> bool:
     if problem.spare_slots and (problem.split is not Split.EVEN or problem.full):
         return False
     few = problem.num_experts <= PROVABLE_EXPERTS and problem.num_steps * problem.num_ranks <= PROVABLE_TIMES
+    most = min(problem.num_ranks, problem.spare_slots + 1)
+    few &= problem.num_experts * (most * (most + 1) // 2) * problem.num_ranks <= PROVABLE_LITERALS
     return few or prover(problem) is not None
