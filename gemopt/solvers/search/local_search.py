@@ -40,6 +40,7 @@ COPIES_KICKS = 100  # between changes of copies
 NEVER = 2**62
 LEAST_GAIN = 1e-4  # of a round over all copies
 HEAT = 2.0  # at first, see `iterate`; falls to 0 with the time that is left
+MELTED = 30.0  # times what a kick loses in the mean above the best: the walk is too hot, and begins there again at half
 MOST_COPIES = 3  # that a kick changes
 SCARCE_SHARE = 0.25  # of the time, for the copies of the bound
 HULL_SHARE = 0.85  # of the time for kicks on the hulls, at most
@@ -301,4 +302,6 @@ class _Search(Best):
             if gains:
                 best = renewed
                 self.offer(row)
+            if cooled and total_cost(state) > best + MELTED * losses[0] / losses[1]:
+                heat, state = heat / 2, self.state(row, costs)
         return row, StoppedBy.ITERATIONS
