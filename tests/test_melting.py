@@ -21,9 +21,7 @@ def test_a_walk_that_melts_begins_again_at_the_best_half_as_hot(monkeypatch: pyt
     heats: list[float] = []
     begun: list[float] = []
 
-    def melting(
-        costs: Costs, state: State, draws: object, best: float, row: object, losses: object, heat: float
-    ) -> float:
+    def melting(costs: Costs, state: State, draws: Array, best: float, row: Array, losses: Array, heat: float) -> float:
         heats.append(heat)
         begun.append(total_cost(state) / best)
         losses += np.array([1e-6, 1.0])
