@@ -24,11 +24,13 @@ def test_a_walk_that_melts_begins_again_at_the_best_half_as_hot(monkeypatch: pyt
     def melting(costs: Costs, state: State, draws: Array, best: float, row: Array, losses: Array, heat: float) -> float:
         heats.append(heat)
         begun.append(total_cost(state) / best)
-        losses += np.array([1e-6, 1.0])
-        state.times[:] *= 2
+        if len(heats) > 1:  # the first had no time for a kick
+            losses += np.array([1e-6, 1.0])
+            state.times[:] *= 2
         return best
 
     monkeypatch.setattr(swaps, "iterate", melting)
-    LocalSearch().solve(problem, Options.lasting(600, stop=lambda: len(heats) >= 5), None)
+    with np.errstate(all="raise"):
+        LocalSearch().solve(problem, Options.lasting(600, stop=lambda: len(heats) >= 5), None)
     assert len(heats) >= 5 and begun == pytest.approx([1.0] * len(begun))
-    assert all(later <= 0.5 * earlier for earlier, later in zip(heats[:-1], heats[1:], strict=True))
+    assert all(later <= 0.5 * earlier for earlier, later in zip(heats[1:-1], heats[2:], strict=True))

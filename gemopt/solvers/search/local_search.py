@@ -302,6 +302,6 @@ class _Search(Best):
             if gains:
                 best = renewed
                 self.offer(row)
-            if cooled and total_cost(state) > best + MELTED * losses[0] / losses[1]:
+            if cooled and (total_cost(state) - best) * losses[1] > MELTED * losses[0]:
                 heat, state = heat / 2, self.state(row, costs)
         return row, StoppedBy.ITERATIONS
