@@ -156,6 +156,13 @@ def test_of_three_ranks_the_median_one_says_nothing_of_noise() -> None:
         assert speeds.learn(noise + np.log([1, 1.5, 1])) == [1]
 
 
+def test_latencies_rounded_to_two_values_are_noise_all_the_same() -> None:
+    """Those that differ from the others are all alike; where nothing else was noise, a rank between two was off."""
+    off_N = 0.1 * np.array([0, 1, 0, 1, 1, 1, 0, 1])
+    assert not Speeds(Policy(), 4).learn(np.outer(off_N, [1, 0, 0, 0]))
+    assert Speeds(Policy(), 4).learn(np.outer(0.1 * (np.arange(16) >= 8), [1, 0, 0, 0])) == [0]
+
+
 def test_what_was_seen_soon_is_measured_again() -> None:
     soon, later = [], []
     for seed in range(20):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -113,8 +115,8 @@ def changed_at(off_N: FloatArray, tolerated: float) -> int | None:
         return None
     values, lengths = off_N[known], np.arange(FEWEST, len(known) + 1)
     medians = first_medians(values[::-1])[FEWEST - 1 :]
-    apart = np.abs(np.diff(_telling(values)))
-    noise = 0.5 * np.sqrt(np.pi) * apart.mean() if len(apart) else 0.0  # a jump among the values hardly adds to it
+    apart = max(np.abs(np.diff(each)).sum() / max(len(each) - 1, 1) for each in (values, _telling(values)))
+    noise = 0.5 * np.sqrt(np.pi) * apart  # a jump among the values hardly adds to it
     least = np.maximum(tolerated, CERTAIN * 1.2533 * noise / np.sqrt(lengths))
     told = np.flatnonzero(np.abs(medians) > least)
     if not len(told):
@@ -134,7 +136,12 @@ def error_since(values: FloatArray, last: int) -> float:
 
     Neighbours that are alike tell less than others: noise is taken for autoregressive.
     """
-    parts = [_telling(values[:-last]), _telling(values[-last:])]
+    parts = (values[:-last], values[-last:])
+    return max(_error(parts, last), _error([_telling(part) for part in parts], last))
+
+
+def _error(parts: Sequence[FloatArray], last: int) -> float:
+    """Of so many values, as the deviations of all parts from their medians tell."""
     if not any(map(len, parts)):
         return 0.0
     apart = np.concatenate([part - _median(part) for part in parts if len(part)])
@@ -148,6 +155,7 @@ def _telling(values: FloatArray) -> FloatArray:
     """Those that say how large noise is: the median rank of an odd number is where all are, whatever its noise.
 
     With three ranks that is every third step, and noise taken from them all gave seven times as many false alarms.
+    Rounded latencies are where all are, too, and those left may all be alike: noise is what the larger of both says.
     """
     return values[np.abs(values) > RESOLUTION]
 
