@@ -234,6 +234,17 @@ def test_what_somebody_else_puts_there_is_gone_on_from(folder: Path) -> None:
     assert len([line for line in log if line.startswith("warning")]) == 1
 
 
+def test_what_somebody_else_puts_there_is_said_each_time(folder: Path) -> None:
+    watched, log = watch(folder)
+    watched.actions.holds = watched.controller.placement
+    for part, shift in enumerate((1, 2)):
+        rows = np.roll(contiguous().physical_to_logical, shift, axis=1)
+        contiguous().changed(physical_to_logical=rows).save(folder / "placement.json")
+        grow(folder, part, traffic(hot=0, steps=2))
+        watched.look()
+    assert sum("the watch goes on from it" in line for line in log) == 2
+
+
 def test_what_cannot_be_followed_is_not_overwritten(folder: Path) -> None:
     watched, log = watch(folder)
     watched.actions.holds = watched.controller.placement

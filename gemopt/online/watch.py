@@ -163,7 +163,7 @@ class Watch:
         for path in self.given.replaced():
             self._fault("file", f"{path}: replaced since the start; the watch goes on with what it read: start it anew")
         for fault in news.faults:
-            self._fault("file", fault)
+            self._fault("file", fault, lasting=True)
         self.health.looked()
         if news.traces is None:
             if history:
@@ -282,11 +282,12 @@ class Watch:
         try:
             yield
         except Exception as error:
-            self._fault(kind, told(error))
+            self._fault(kind, told(error), lasting=kind == "file")
 
-    def _fault(self, kind: str, text: str) -> None:
+    def _fault(self, kind: str, text: str, *, lasting: bool = False) -> None:
+        """lasting: met at every look until it is mended, and said at the first of them."""
         self.failed = True
-        if kind != "file" or text not in self._told | self._found:  # what lasts is said once
+        if not lasting or text not in self._told | self._found:
             self.log(f"warning: {text}")
         self._found.add(text)
         self.health.looked(last_fault=text)
