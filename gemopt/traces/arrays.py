@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gemopt.documents import plain_array
 from gemopt.exceptions import InputError
-from gemopt.traces.axes import IN_ORDER, other_order
+from gemopt.traces.axes import IN_ORDER, MOST_LAYERS, other_order
 from gemopt.traces.files import IntArray
 
 COUNT_LIMIT = 2**31 - 1
@@ -233,17 +233,15 @@ def is_map(counts: IntArray) -> bool:
 def are_ids(counts: IntArray) -> bool:
     """Whether numbers [N, L, K] are the experts that tokens chose: no row has one twice, though chance would have it.
 
-    A -1 is none, and a token whose numbers are all the same in each layer is padding, unless these are but two. Where
-    the layers or the columns of every row, or all rows of a single layer, add up to as much, they are counts.
+    A -1 is none, and a token whose numbers are all the same in each layer is padding, unless these are but two. Numbers
+    of which as many add up to as much, as layers of a step do, are counts.
     """
     if not 2 <= counts.shape[2] <= MOST_CHOSEN:
         return False
     padded = (counts == counts[:, :, :1]).all(axis=(1, 2)) & (counts[0].size > 2)
     rows = counts[~padded][:LOOKED_AT].astype(np.int64)
     rows = rows[:, rows.any(axis=(0, 2))]  # dense layers have rows of zeros
-    sums, across = rows.sum(axis=2), rows.sum(axis=1)
-    as_many = (sums == (sums[:, :1] if rows.shape[1] > 1 else sums[:1])).all() or (across == across[:, :1]).all()
-    if not rows.size or as_many or rows.min() < -1 or rows.max() >= MAX_EXPERTS:
+    if not rows.size or _add_up_alike(rows) or rows.min() < -1 or rows.max() >= MAX_EXPERTS:
         return False
     rows = np.where(rows < 0, MAX_EXPERTS + np.arange(rows.shape[2]), rows)  # so that none equals no other
     if (np.diff(np.sort(rows, axis=2), axis=2) == 0).any():
@@ -253,6 +251,20 @@ def are_ids(counts: IntArray) -> bool:
         share_KV = np.stack([np.bincount(column, minlength=int(rows.max()) + 1) / len(column) for column in layer])
         expected += len(rows) * float((share_KV.sum(axis=0) ** 2 - (share_KV**2).sum(axis=0)).sum()) / 2
     return expected >= ENOUGH_TIES
+
+
+def _add_up_alike(rows: IntArray) -> bool:
+    """Whether numbers [N, L, K] add up to as much: the columns of every row, or most layers or rows, as of drafts."""
+    sums, across = rows.sum(axis=2), rows.sum(axis=1)
+    of_tokens = rows.shape[1] == 1 or len(rows) > MOST_LAYERS  # no layers in another order
+    as_rows = (sums == sums[:1]).all() if of_tokens else _mostly_alike(sums.T)
+    return bool(as_rows or _mostly_alike(across) or (rows.shape[1] > 1 and _mostly_alike(sums)))
+
+
+def _mostly_alike(sums: IntArray) -> bool:
+    """Whether in every row more than half of the numbers are the same."""
+    middle = np.sort(sums, axis=1)[:, sums.shape[1] // 2]
+    return bool(((sums == middle[:, None]).mean(axis=1) > 0.5).all())
 
 
 def as_ids(counts: IntArray) -> IntArray | None:

@@ -102,6 +102,21 @@ def test_few_experts_far_apart_are_counts(load, tmp_path):
     assert load(tmp_path / "a.npy", "array")[0].num_experts == 4
 
 
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_layers_with_as_many_assignments_are_counts_in_any_order(load, tmp_path, drafts):
+    """Popularities that are the same, but of other experts in each layer, leave few ties; two experts none."""
+    popular = np.array([[100, 52, 25, 11, 7, 3], [3, 7, 11, 25, 52, 100], [7, 3, 52, 100, 11, 25]])
+    counts = np.stack([popular * (1 + step % 5) for step in range(40)])
+    counts = np.concatenate([counts, counts[:, :drafts] // 2], axis=1)
+    np.save(tmp_path / "a.npy", counts)
+    assert (load(tmp_path / "a.npy", "array")[0].counts == counts).all()
+    rng = np.random.default_rng(0)
+    first = np.stack([rng.binomial(n, 0.5, size=24) for n in (101, 33, 77, 65, 91, 53, 87, 45)])
+    counts = np.stack([first, np.array([101, 33, 77, 65, 91, 53, 87, 45])[:, None] - first], axis=2)  # odd: no ties
+    np.save(tmp_path / "a.npy", counts)
+    assert (load(tmp_path / "a.npy", "array")[0].counts == counts).all()
+
+
 def test_dense_layers_do_not_turn_the_axes(load, tmp_path):
     counts = routed(np.random.default_rng(6))
     for dense in (2, 4):

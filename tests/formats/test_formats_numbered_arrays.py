@@ -59,7 +59,7 @@ def test_steps_and_numbers_alone(load, tmp_path):
     [
         ({f"layer_{i}": COUNTS[: 2 + i, i] for i in range(3)}, "arrays of shapes"),
         ({f"step_{t}": COUNTS[t, 0] for t in range(5)}, r"counts of a step, \[layers, experts\]"),
-        ({f"layer_{i}_topk_ids": COUNTS[:, i] for i in range(3)}, "counts them"),
+        ({f"layer_{i}_topk_ids": COUNTS[:, i] for i in range(3)}, "from_tokens counts"),
         ({f"layer_{i}.local_counts": COUNTS[:, i] for i in range(3)}, "counts of logical experts"),
         ({f"layer_{i}.load_ratio": COUNTS[:, i] for i in range(3)}, "counts themselves"),
         ({f"rank_{i}": COUNTS for i in range(3)}, "one array, or one called counts"),
