@@ -160,3 +160,7 @@ def test_a_unit_within_a_name_is_heeded(tmp_path: Path) -> None:
     assert loads(read_table(path, time="latency_us_fused:us"))[0] == (NS[0], None, 50.0 + NS[0])
     with pytest.raises(InputError, match="us, as its name says"):
         read_table(path, time="latency_us_fused:ms")
+    path = written(tmp_path, f"assignments,time_second_run\n{rows}")
+    with pytest.raises(InputError, match="say which: --time-column 'time_second_run:ms', or :us"):
+        read_table(path)
+    assert loads(read_table(path, time="time_second_run:us"))[0] == (NS[0], None, 50.0 + NS[0])

@@ -144,8 +144,8 @@ def _asking(name: str) -> str:
 
 
 def _unit_within(name: str) -> str | None:
-    """The unit that a word of a name says, as `latency_us_fused`; a single letter is none."""
-    found = [word for word in plain(name).split("_") if len(word) > 1 and word in TIME_UNITS]
+    """The unit that a word of a name says, as `latency_us_fused`; a single letter is none, nor is the second run."""
+    found = [word for word in plain(name).split("_") if len(word) > 1 and word in TIME_UNITS and word != "second"]
     return found[0] if len({TIME_UNITS[word] for word in found}) == 1 else None
 
 
