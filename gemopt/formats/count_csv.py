@@ -18,7 +18,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, count_told
 from gemopt.formats.count_lines import by_expert, lines_of
-from gemopt.formats.count_names import COLUMNS, COUNTING, NUMBERS, PARALLEL, SHARES, TIMES, WEIGHTS, phase_of, words_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, SHARES, TIMES, WEIGHTS, phase_of, words_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -41,13 +41,14 @@ BARE = (
     "lines of numbers alone, as MindIE's of each NPU: numpy.loadtxt(PATH, delimiter=',').reshape(steps, layers, -1), "
     "ranks side by side by numpy.concatenate(axis=2), then --from array"
 )
-HEEDED = set().union(*NUMBERS.values())
-INDEX = "column 1"  # a first one without a name
+INDEX = "column 1"  # a first one without a name: rising, it holds pandas' numbers of the lines
+_SAVED_INDEX = re.compile(r"unnamed_0(_\d+)?")  # once more, as pandas names it
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
 _RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
 _POWER = re.compile(r"\d(?:\.\d+)?[eE][+-]?\d\d", re.ASCII)
 _FRACTION = re.compile(r"-?\d*\.\d*[1-9]\d*(?:[eE][+-]?\d+)?", re.ASCII)
+_SHARE = re.compile(r"\d*\.\d+(?:[eE][+-]?\d+)?|\d+(?:\.\d+)? ?%", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}(?:\.0*)?", re.ASCII)
 _NAMED = re.compile(r"([A-Za-z][A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
 Key = tuple[int, int, int]  # step, layer, expert
@@ -66,8 +67,7 @@ class _Table:
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
     results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
     phases: dict[int, Phase] = field(default_factory=dict)  # of the steps
-    line: int = 0  # where the index was read last; a line with a column for each expert is several
-    index: int = -1  # the last number of a first column without a name: rising, they are pandas' numbers of the lines
+    index: dict[int, tuple[int, int]] = field(default_factory=dict)  # last line and its number, by column INDEX
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
@@ -227,7 +227,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     lines = lines_of(path)
     header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, (1, []))[1]]
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
-    header[:1] = [INDEX] if header[:1] == ["unnamed_0"] else header[:1]  # an index that pandas saved twice
+    header = [INDEX if _SAVED_INDEX.fullmatch(name) else name for name in header]
     given = header
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
     table.wide = header is not given and not count_json.is_json(path)
@@ -282,11 +282,12 @@ def _add(
         raise InputError(where, ",".join(row)[:200], f"{len(header)} values: {','.join(header)[:200]}")
     used = columns.values()
     for i, text in enumerate(row) if len(used) < len(row) else ():
-        if i == 0 and header[0] == INDEX:
-            if text.isdigit() and (int(text) > table.index or number == table.line):
-                table.index, table.line = int(text), number
+        if header[i] == INDEX:
+            line, last = table.index.get(i, (0, -1))
+            if text.isdigit() and (int(text) > last or number == line):  # of a line for each expert in one
+                table.index[i] = number, int(text)
                 continue
-            table.index = COUNT_LIMIT
+            table.index[i] = 0, COUNT_LIMIT
         if i not in used and (first := others.setdefault(header[i], text)) != text:
             if _is_result(header[i], first, text, table.has_steps):
                 table.results.add(header[i])
@@ -329,10 +330,12 @@ def _add(
 
 def _is_result(name: str, first: str, text: str, has_steps: bool) -> bool:
     """Whether a column holds shares, or of numbered steps any fractions or when they were: nothing it tells apart."""
-    words, fractions = words_of(name), any(map(_FRACTION.fullmatch, (first, text)))
+    words, cells = words_of(name), (first, text)
     if ALTERING.search(name) or words & WEIGHTS:
         return False
-    return (fractions and (has_steps or bool(words & SHARES))) or (has_steps and bool(words & TIMES))
+    if words & SHARES and any(map(_SHARE.fullmatch, cells)):
+        return True
+    return has_steps and (bool(words & TIMES) or any(map(_FRACTION.fullmatch, cells)))
 
 
 def _bare(table: _Table, where: str, meaning: str, text: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gemopt.exceptions import InputError
+from gemopt.formats import count_told
 from gemopt.formats.count_names import COUNTED, NO_COUNTS, TABLES, numbered, words_of
 from gemopt.formats.count_spread import Content, Rows, by_key, compact, is_whole, ndim, refuse_derived, spread
 from gemopt.formats.files import text_of
@@ -177,7 +178,8 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     counts = counts or [key for key in nested if words_of(key) <= {"expert", "experts"} and by_key(rows, key)]
     logical = bool(counts) and "logical" in words_of(counts[0])
     _refuse_telling(path, [key for key in nested if key not in counts], logical=logical)
-    _refuse_telling(path, {key for row in rows for key in row if row[key] and key not in nested}, logical=logical)
+    plain = dict.fromkeys(key for row in rows for key in row if key not in nested)
+    _refuse_telling(path, [key for key in plain if any(_says(key, row.get(key)) for row in rows)], logical=logical)
     if not nested:
         return None
     if len(counts) != 1 or any(counts[0] not in row for row in rows):
@@ -199,6 +201,10 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
             if key != counts[0]:
                 row.pop(key, None)
     return counts[0]
+
+
+def _says(key: str, cell: Any) -> bool:
+    return not count_told.says_nothing(key.casefold(), str(cell).casefold())
 
 
 def _refuse_telling(path: Path, keys: Collection[str], *, logical: bool = False) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, table_files
-from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, MEASURED, SCORES, TABLES, words_of
+from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, HEEDED, MEASURED, SCORES, TABLES, words_of
 from gemopt.formats.count_spread import follows
 from gemopt.formats.files import JSON_LIMIT, size_of, text_of
 from gemopt.formats.table_files import GROUPED
@@ -77,7 +77,7 @@ def _telling(
     `InputError` where one of more is a count by its name.
     """
     others = [i for i in range(len(header)) if i not in but]
-    asked = [i for i in others if TABLES.get(header[i], "count") == "count" and not ALTERING.search(header[i])]
+    asked = [i for i in others if TABLES.get(header[i], "count") == "count" and not _is_told(header[i])]
     if not asked or not all(map(_WHOLE.fullmatch, chain.from_iterable(counts))):
         return others
     arrays = [np.array(row, np.float64).astype(np.int64) for row in counts]
@@ -90,6 +90,11 @@ def _telling(
             limit = "the sum of the counts of each line, or one share of it in all lines"
             raise InputError(f"{path}: columns", f"{header[i]} beside counts of experts", limit, "leave it out")
     return others
+
+
+def _is_told(name: str) -> bool:
+    """Whether a column says something of the counts, however its cells follow from them."""
+    return name in HEEDED or bool(ALTERING.search(name) or COPIES.search(name))
 
 
 def _of_lists(path: Path, header: list[str], lines: Lines, at: int, results: set[str]) -> tuple[list[str], Lines]:

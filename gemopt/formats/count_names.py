@@ -32,6 +32,7 @@ NUMBERS = {
     "num_experts": ("num_experts", "n_experts", "num_routed_experts", "n_routed_experts", "num_logical_experts"),
     "top_k": ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "router_topk"),
 }
+HEEDED = set().union(*NUMBERS.values())
 TABLES = {name: meaning for meaning, names in COLUMNS.items() for name in names}
 _KEY = re.compile(r"([A-Za-z_./\[ -]*)(\d{1,9})([\]A-Za-z_./ ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
 _LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")

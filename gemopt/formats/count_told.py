@@ -9,9 +9,10 @@ from gemopt.exceptions import InputError
 from gemopt.formats.count_names import NUMBERS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES
 
-NOTHING = {"", "0", "0.0", "false", "no", "none", "null", "nan"}
-ALL = {"1", "1.0", "true", "yes"}  # of a scale, or of what is valid
-_WHOLE = re.compile(r"(\d{1,9})(?:\.0*)?", re.ASCII)
+NOT = {"0", "0.0", "false", "no"}
+NOTHING = {*NOT, "", "none", "null", "nan"}
+ALL = {"1", "1.0", "true", "yes"}
+WHOLE = re.compile(r"(\d{1,9})(?:\.0*)?", re.ASCII)
 
 
 def numbers(columns: Mapping[str, str]) -> dict[str, int]:
@@ -26,14 +27,23 @@ def numbers(columns: Mapping[str, str]) -> dict[str, int]:
     for name, cell in columns.items():
         text = cell.strip().casefold()
         meaning = next((each for each, names in NUMBERS.items() if name in names), None)
-        if meaning is not None and (found := _WHOLE.fullmatch(text)):
+        if meaning is not None and (found := WHOLE.fullmatch(text)):
             told[meaning] = int(found[1])
-        elif text in NOTHING:
+        elif says_nothing(name, text):
             continue
+        elif ALTERING.search(name):
+            raise InputError(f"PATHS: {name}", cell, "counts alone", NOT_ALTERED)
         elif COPIES.search(name) and not re.search("local|expert_id", name):
             raise InputError(f"PATHS: {name}", cell, "counts of logical experts", f"{NOT_COPIES}; then leave it out")
-        elif (
-            text not in NOTHING and ALTERING.search(name) and not (text in ALL and re.search("scal|factor|vali", name))
-        ):
-            raise InputError(f"PATHS: {name}", cell, "counts alone", NOT_ALTERED)
     return told
+
+
+def says_nothing(name: str, text: str) -> bool:
+    """Whether a cell, in small letters, says that there are no copies, or that nothing is to be done to the counts."""
+    if not ALTERING.search(name):
+        return text in NOTHING or (text in ALL and "replicas" in name)
+    if "vali" in name:
+        return text not in NOT
+    if "warm" in name:
+        return text not in ALL  # but how many steps
+    return text in NOTHING or (text in ALL and bool(re.search("scal|factor|sampl", name)))

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COLUMNS, NUMBERS, words_of
+from gemopt.formats.count_names import COLUMNS, NUMBERS, PHASES, words_of
+from gemopt.formats.count_told import NOTHING, WHOLE
 from gemopt.traces.files import ALTERING
 
 NO_TRAFFIC = {
     "pad", "padding", "padded", "dummy", "dropped", "drop", "overflow", "skip", "skipped", "ignore", "ignored",
 }  # fmt: skip
-TRAINED = {"loss", "label", "labels", "response", "action"}  # of masks of tokens that were computed all the same
+COMPUTED = {"label", "labels", "response", "action", "eos", "special"}  # of masks and flags that leave out no tokens
 FLAGS = {"true", "false", "0", "1", "yes", "no"}
+OFFSET = re.compile("expert_(start|begin|offset)|first_expert")
 TIMES = {"count", "counts", "freq", "frequency", "multiplicity", "occurrences"}  # of one choice
 EVENTS = {"event", "event_code", "event_type", "event_name", "action", "kind", "type"}
 
@@ -27,12 +29,14 @@ class Beside:
     alone: bool = False
     numbers: dict[str, set[int]] = field(default_factory=lambda: {meaning: set() for meaning in NUMBERS})
     flags: dict[str, set[str]] = field(default_factory=dict)
+    no_flags: set[str] = field(default_factory=set)  # columns of lengths and scales
     events: dict[str, set[str]] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)  # columns whose numbers are heeded
 
-    def watched(self, names: Iterable[str]) -> dict[str, str]:
-        """Those of a row's columns that are looked at, and as what."""
-        return {name: kind for name in names if (kind := self._kind(re.sub(r"\W+", "_", name.casefold()).strip("_")))}
+    def watched(self, names: Iterable[str], has_experts: bool) -> dict[str, str]:
+        """Those of a row's columns that are looked at, and as what; of a row without experts the numbers alone."""
+        kinds = {name: self._kind(re.sub(r"\W+", "_", name.casefold()).strip("_")) for name in names}
+        return {name: kind for name, kind in kinds.items() if kind in NUMBERS or (kind and has_experts)}
 
     def _kind(self, bare: str) -> str:
         if meaning := next((each for each, names in NUMBERS.items() if bare in names), ""):
@@ -41,23 +45,30 @@ class Beside:
             return "times"
         if self.alone and bare in EVENTS:
             return "event"
+        if OFFSET.search(bare):
+            return "offset"
         words = words_of(bare)
-        return "flag" if words & NO_TRAFFIC or (ALTERING.search(bare) and not words & TRAINED) else ""
+        return "flag" if (words & NO_TRAFFIC or ALTERING.search(bare)) and not words & COMPUTED else ""
 
     def add(self, where: str, row: dict[str, Any], watched: dict[str, str]) -> None:
         """Keep what a row says; `InputError` where it says that it counts several times."""
         for name, kind in watched.items():
             text = str(row[name]).strip().casefold()
-            if kind in NUMBERS and text.isdigit():
-                self.numbers[kind].add(int(text))
+            if kind in NUMBERS and (whole := WHOLE.fullmatch(text)):
+                self.numbers[kind].add(int(whole[1]))
                 self.read.add(name)
-            elif kind == "flag" and text in FLAGS:
-                self.flags.setdefault(name, set()).add(text)
-            elif kind == "event":
+            elif kind == "flag" and name not in self.no_flags:
+                cells = {re.sub(r"\.0+$", "", each) for each in re.findall(r"[^\s,;\[\]()]+", text)}  # of each token
+                self.flags.setdefault(name, set()).update(cells & FLAGS)
+                self.no_flags |= set() if cells <= FLAGS | NOTHING else {name}
+            elif kind == "event" and text not in PHASES:
                 self.events.setdefault(name, set()).add(text)
             elif kind == "times" and re.fullmatch(r"\d+(\.\d*)?", text) and float(text) != 1:
-                hint = "counts of experts are read by --from csv; else repeat the row so often, and leave it out"
+                hint = "repeat the row so often if it stands for as many, then leave it out; --from csv reads counts"
                 raise InputError(f"{where}: {name}", row[name], "rows that count once", hint)
+            elif kind == "offset" and text not in NOTHING:
+                limit = "experts numbered from 0 over all ranks"
+                raise InputError(f"{where}: {name}", row[name], limit, "add it to the experts, then leave it out")
 
     def number(self, meaning: str, option: int | None) -> int | None:
         """What all rows say; `InputError` where they contradict each other, or the option."""
@@ -70,7 +81,8 @@ class Beside:
 
     def refuse_no_traffic(self) -> None:
         """Raise where a column tells some rows apart from those that count."""
-        for found in (self.flags, self.events):
+        flags = {name: cells for name, cells in self.flags.items() if name not in self.no_flags}
+        for found in (flags, self.events):
             name = next((each for each, cells in found.items() if len(cells) > 1), None)
             if name is not None:
                 shown = f"{name} {', '.join(sorted(found[name])[:4])}"

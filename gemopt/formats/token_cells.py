@@ -29,6 +29,7 @@ NAMES: Mapping[str, Sequence[str]] = {
     "token": ("token", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
     "phase": ("phase", "stage", "forward_mode"),
 }
+RANKS = (*COLUMNS["rank"], "local_rank", "global_rank", "world_rank")
 _LIST = re.compile(r"[\[(]?\s*-?\d+(?:[\s,;|]+-?\d+)*\s*[\])]?", re.ASCII)
 _INSIDE = re.compile(r"[\[(][^\[\]()]*[\])]")
 _SEVERAL = re.compile(rf"[\[(]\s*(?:{_INSIDE.pattern}[\s,;]*)+[\])]")  # tokens
@@ -110,7 +111,7 @@ def columns_of(where: str, row: dict[str, Any]) -> dict[str, str]:
             raise InputError(where, both, f"one column of the {meaning}", "leave the other out")
         if meaning is not None:
             found[meaning] = name
-        elif bare in COLUMNS["rank"]:
+        elif bare in RANKS:
             found[f"rank {name}"] = name  # of several kinds
         elif COPIES.search(bare):
             raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")

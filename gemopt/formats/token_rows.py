@@ -103,7 +103,8 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
                 known = columns_of(where, row)
                 beside.alone |= names_one(known)
                 used = known.values()
-                found = names[tuple(row)] = known, beside.watched(name for name in row if name not in used)
+                others = [name for name in row if name not in used]
+                found = names[tuple(row)] = known, beside.watched(others, "ids" in known)
             known, watched = found
             beside.add(where, row, watched)
             if "ids" not in known:

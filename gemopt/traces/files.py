@@ -25,13 +25,13 @@ IntArray = NDArray[Any]
 PLAIN = ("num_hidden_layers", "top_k", "model")  # what an .npz may say of the network, beside layer_ids
 # Arrays that say where experts and their copies are, or count by slot (the last are vLLM's) or on one rank.
 COPIES = re.compile(
-    r"physical|phy2?log|log2phy|logcnt|p2l|l2p|(^|[\W_])(phy|local|slots?|replicas?)([\W_]|$)|redundan|"
+    r"physical|phy2?log|log2phy|logcnt|(^|[\W_])(phy|p2l|l2p|local|slots?|replicas?)([\W_]|$)|redundan|"
     "expert_(map|location|ids?$|order)|expert_load_(window|pass|view)",
     re.IGNORECASE,
 )
 NOT_COPIES = "add up the copies of an expert, and put the experts of all ranks side by side in their order"
 ALTERING = re.compile(  # arrays and metadata that say what is still to be done to the counts, no setting of a network
-    r"^(?!.*(capacity|rout|rope|attention))(.*[\W_])?"
+    r"^(?!.*(capacity|rout|rope|attention|loss|grad|logit))(.*[\W_])?"
     r"(scale|scaling|factor|mask|valid|warm_?up|normali[sz]ed|step_weight|sampl(e|ing)_(rate|ratio))s?([\W_]|$)|"
     "expert_(start|begin|offset)|first_expert",
     re.IGNORECASE,

@@ -38,6 +38,7 @@ def test_the_number_of_experts_and_of_those_of_a_token(load, tmp_path):
         ({"replica_id": 1}, "counts of logical experts"),
         ({"scale": 0.5}, "do to the counts what it says"),
         ({"sampling_rate": 0.1}, "do to the counts what it says"),
+        ({"valid": False}, "do to the counts what it says"),
         ({"is_warmup": True}, "do to the counts what it says"),
     ],
 )
@@ -51,10 +52,19 @@ def test_columns_that_say_that_counts_are_others(load, tmp_path, more, words):
         load(tmp_path / "a.jsonl", "csv")
 
 
-@pytest.mark.parametrize("more", [{"num_redundant_experts": 0}, {"scale": 1.0}, {"valid": True}, {"is_warmup": False}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"num_redundant_experts": 0}, {"num_replicas": 1}, {"scale": 1.0}, {"sampling_rate": 1.0}, {"valid": True}),
+        *({"is_warmup": False}, {"warmup_steps": 10}, {"num_valid_tokens": 128}, {"loss_scale": 65536}),
+    ],
+)
 def test_columns_that_change_nothing_are_taken(load, tmp_path, more):
     traces, _ = load(table(tmp_path / "a.csv", **more), "csv")
     assert (traces.counts == COUNTS).all()
+    rows = [{"step": t, "layer": i, "counts": COUNTS[t, i].tolist(), **more} for t in range(3) for i in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert (load(tmp_path / "a.jsonl", "array")[0].counts == COUNTS).all()
 
 
 def test_loads_of_slots_with_their_map(load, tmp_path):
@@ -64,3 +74,36 @@ def test_loads_of_slots_with_their_map(load, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(InputError, match="p2l_map beside counts; counts of logical experts"):
         load(tmp_path / "a.jsonl", "array")
+
+
+def test_numbers_beside_a_column_for_each_expert(load, tmp_path):
+    """Where all lines have as many assignments, columns of one value are shares of that; these say more."""
+    wide = [[t, i, *COUNTS[t, i], 16, 2] for t in range(3) for i in range(2)]
+    header = ["step", "layer", *(f"expert_{e}" for e in range(8)), "num_experts", "top_k"]
+    (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in [header, *wide]))
+    traces, notes = load(tmp_path / "a.csv", "csv")
+    assert traces.num_experts == 16 and traces.top_k == 2 and "num_experts" not in notes
+    (tmp_path / "a.csv").write_text((tmp_path / "a.csv").read_text().replace("top_k", "num_physical_experts"))
+    with pytest.raises(InputError, match="num_physical_experts: got 2; counts of logical experts"):
+        load(tmp_path / "a.csv", "csv")
+
+
+@pytest.mark.parametrize("share", ["{:.1f}", "{:.0f}%", "{:.1f} %"])
+def test_shares_whose_fractions_are_zeros(load, tmp_path, share):
+    sums = COUNTS.sum(axis=0)
+    cells = [
+        (i, e, sums[i, e], share.format(round(100 * sums[i, e] / sums[i].sum()))) for i in (0, 1) for e in range(8)
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(["layer,expert,count,pct", *(",".join(map(str, c)) for c in cells)]))
+    traces, notes = load(tmp_path / "a.csv", "csv")
+    assert (traces.counts == sums).all() and "pct" in notes
+
+
+def test_indices_that_pandas_saved_twice(load, tmp_path):
+    lines = table(tmp_path / "a.csv").read_text().split("\n")
+    twice = [",Unnamed: 0," + lines[0], *(f"{n},{2 * n}," + line for n, line in enumerate(lines[1:]))]
+    (tmp_path / "a.csv").write_text("\n".join(twice))
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == COUNTS).all()
+    (tmp_path / "a.csv").write_text("\n".join([*twice[:3], twice[3].replace("2,4,", "2,1,", 1), *twice[4:]]))
+    with pytest.raises(InputError, match="line 5: column 1: got 6; 1, as in the lines before"):
+        load(tmp_path / "a.csv", "csv")

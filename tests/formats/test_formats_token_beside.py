@@ -121,3 +121,39 @@ def test_files_of_ranks_that_saw_the_same_tokens_count_once(load, tmp_path):
     asked = [write(tmp_path / f"rank{r}.jsonl", [{"request": 0, **row} for row in own[0]]) for r in range(2)]
     with pytest.raises(InputError, match=r"token twice in a layer; .*ranks that saw the same tokens\? import one"):
         load(asked, "tokens", phase=Phase.MIXED)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"mask": [1.0, 1.0, 1.0, 0.0]}, "got mask 0, 1"),
+        ({"is_padding": "[False, False, False, True]"}, "got is_padding false, true"),
+        ({"expert_offset": 8}, "expert_offset: got 8; .*add it to the experts"),
+        ({"global_rank": lambda t: t % 2}, "global_rank: got 1; 0, tokens of all ranks"),
+    ],
+)
+def test_rows_of_several_tokens_of_which_some_do_not_count_are_refused(load, tmp_path, more, words):
+    lines = [
+        {"step": t, "layer": i, "topk_ids": IDS[t, :, i].tolist()}
+        | {name: value(t) if callable(value) else value for name, value in more.items()}
+        for t in range(STEPS) for i in range(LAYERS)
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=words):
+        load(write(tmp_path / "a.jsonl", lines), "tokens")
+
+
+def test_lengths_settings_and_lines_without_experts_are_no_flags(load, tmp_path):
+    more = {
+        "pad_len": lambda t, n: n, "ignore_eos": lambda t, n: n == 1, "local_rank": 0, "num_experts": "32.0",
+        "mask": [1, 1],
+    }  # fmt: skip
+    lines = [{"padding": True, "top_k": 2}, *rows(padding=False, **more), {"summary": "all", "count": 500}]
+    traces, notes = load(write(tmp_path / "a.jsonl", lines), "tokens")
+    assert (traces.counts[..., :EXPERTS] == COUNTS).all() and traces.num_experts == 32
+    assert "rows of local_rank 0 alone" in notes and "2 rows without experts" in notes
+    each = [
+        {"step": t, "token": n, "layer": i, "expert": int(e), "type": "decode" if n else "prefill", "event": "routed"}
+        for t, n, i in EACH for e in IDS[t, n, i]
+    ]  # fmt: skip
+    traces, _ = load(write(tmp_path / "a.jsonl", [*each, {"event": "end"}]), "tokens", num_experts=EXPERTS)
+    assert (traces.counts == COUNTS).all()
