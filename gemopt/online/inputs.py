@@ -11,7 +11,7 @@ from gemopt.documents import integer_array, plain_array
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.placement import Placement, Split
-from gemopt.solvers.search.state import EXACT_FLOAT32
+from gemopt.solvers.search.state import EXACT_FLOAT32, SUMMED
 from gemopt.splits.senders import Senders
 
 LEAST_US, MOST_US = 1e-3, 1e12  # of a rank in a step
@@ -28,7 +28,7 @@ def counts_from(given: object, shape: tuple[int, int]) -> NDArray[np.int64]:
         raise InputError("counts", int(counts.min()), "whole numbers >= 0")
     largest = float(counts.sum(axis=2, dtype=np.float64).max())
     if largest >= EXACT_FLOAT32:
-        raise InputError("counts", largest, f"fewer than {EXACT_FLOAT32} assignments per step and layer")
+        raise InputError("counts", largest, f"fewer than {EXACT_FLOAT32} assignments per step and layer", SUMMED)
     return counts
 
 

@@ -73,8 +73,14 @@ class Auto:
 
 
 def _searched_on(problem: Problem, options: Options, proven: Outcome) -> Outcome:
-    """What was proven, and a better placement from the time that is left."""
-    more = LocalSearch().solve(problem, replace(options, begun=None), proven.row)
+    """What was proven, and a better placement from the time that is left, which may refute a solver's word."""
+    from gemopt.evaluate import total
+
+    known_us = max(options.bound_us, proven.bound_us or 0.0)
+    more = LocalSearch().solve(problem, replace(options, begun=None, bound_us=known_us), proven.row)
+    if proven.own_bound_us is not None and more.row is not None and total(problem, more.row) < proven.own_bound_us:
+        proven.bound_us = proven.own_bound_us = None
+        proven.note = f"{proven.note}; refuted by a better placement, so that its bound is not used"
     proven.row, proven.stopped_by, proven.search = more.row, more.stopped_by, more.search
     proven.history = proven.history + more.history
     return proven

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 from gemopt.links import Links
 from gemopt.problem import Problem
@@ -39,7 +40,7 @@ class Stated(ABC):
     def _prove(self, search: Search) -> Outcome:
         outcome = self.run(search)
         while outcome.stopped_by is StoppedBy.ITERATIONS and search.restate():
-            outcome = self.run(search)
+            outcome = replace(self.run(search), reached=True)
         return outcome
 
     @abstractmethod

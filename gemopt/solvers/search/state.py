@@ -19,6 +19,7 @@ Array = NDArray[Any]
 Number = Any  # what a compiled function returns, as far as a type checker can tell
 TABLE_LIMIT = 1 << 18
 EXACT_FLOAT32 = 1 << 24
+SUMMED = "where a step sums many passes, record each as a step of its own, or divide its counts by their number"
 LOG_SIZE = 1 << 13
 UNROLLED_PLANES = 5
 
@@ -180,9 +181,8 @@ def make_state(
     `stop`: as `Options.alarm` gives it.
     """
     if problem.features_FTE.sum(axis=2).max() >= EXACT_FLOAT32:
-        raise UnsupportedError(
-            "counts", int(problem.counts_TE.sum(axis=1).max()), f"the search takes steps below {EXACT_FLOAT32} loads"
-        )
+        most, limit = int(problem.counts_TE.sum(axis=1).max()), f"the search takes steps below {EXACT_FLOAT32} loads"
+        raise UnsupportedError("counts", most, limit, SUMMED)
     order = step_order(problem.num_steps)
     items = _items(problem, row, order, shares_TP)
     starts = np.concatenate([[0], np.cumsum(problem.slots_per_rank)])
