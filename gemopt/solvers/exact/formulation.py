@@ -194,7 +194,8 @@ class Formulation(ABC):
 
     def _equal_ranks_are_ordered(self) -> None:
         """An expert is on a rank only if one that comes before it is on the equal rank before."""
-        for earlier, later in self.compact.ordered_pairs:
+        pairs = self.compact.ordered_pairs
+        for earlier, later in (pairs[n] for n in self.in_time(range(len(pairs)))):
             before: list[Any] = []
             for expert in self.compact.order_E:
                 self.implies_any(self.held[expert][later], before)
