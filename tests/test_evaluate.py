@@ -155,6 +155,12 @@ def test_ranks_that_end_together_take_turns() -> None:
     assert found.straggler_TL.T.tolist() == [[0, 1, 3, 0, 1, 3], [1, 3, 0, 1, 3, 0]]
 
 
+def test_ranks_that_end_together_every_other_step_take_turns_too() -> None:
+    traces = Traces(counts=np.tile([[[3, 3]], [[3, 2]]], (3, 1, 1)))
+    found = evaluate(Placement.contiguous(1, 2, 2), flat_profile(2), traces)
+    assert found.straggler_TL[::2, 0].tolist() == [0, 1, 0] and not found.straggler_TL[1::2].any()
+
+
 def test_the_fields_of_an_evaluation() -> None:
     counts = np.zeros((3, 2, 4), int)
     counts[0, 0], counts[1, 0], counts[2, 1] = [5, 0, 0, 1], [0, 0, 3, 4], [200, 0, 0, 0]

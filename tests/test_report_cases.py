@@ -16,6 +16,8 @@ from gemopt.exceptions import InputError
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
 from gemopt.report import Report, report
+from gemopt.report.inputs import gather
+from gemopt.report.numbers import side
 from gemopt.resize import profile_after
 from gemopt.traces import Traces
 
@@ -25,6 +27,15 @@ EXPERTS = 8
 
 def drawn(page: Report, name: str) -> Any:
     return next(section for section in page.sections if section.name == name)
+
+
+def test_stragglers_of_the_page_take_turns_as_those_of_the_evaluation() -> None:
+    points = [Sample(assignments=n, latency_us=5.0) for n in (0, 10, 20)]
+    given = Profile(devices=[Device(rank=rank, samples=points) for rank in range(2)])
+    traces = Traces(counts=np.ones((8, 1, 4), int))
+    inputs = gather(Placement.contiguous(1, 4, 2), given, traces)
+    found = side(inputs, inputs.placement, np.array([0, 8]))
+    assert found.straggler_share.tolist() == [[0.5], [0.5]]
 
 
 def routed(layers: int) -> Traces:

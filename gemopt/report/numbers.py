@@ -79,12 +79,13 @@ def side(inputs: Inputs, placement: Placement, edges: IntArray) -> Side:
     static = placement.split is Split.STATIC and placement.has_copies
     weights_LP = placement.split_weights if static else None
     which = [feature.name for feature in inputs.cost.features].index(ASSIGNMENTS.name)
+    evaluation = inputs.evaluate(placement, inputs.fitted)
     times, load, slowest, most = [], [], [], 0.0
     for layer, problem in enumerate(layers(inputs, placement)):
         row_P, weights_P = placement.physical_to_logical[layer], None if weights_LP is None else weights_LP[layer]
         times_TG = rank_times(problem, row_P, weights_P)
         load_TG = loads(problem, row_P, weights_P)[:, :, which]
-        hit_TG = np.arange(problem.num_ranks) == times_TG.argmax(axis=1)[:, None]
+        hit_TG = np.arange(problem.num_ranks) == evaluation.straggler_TL[:, layer, None]
         top_T1 = times_TG.max(axis=1, keepdims=True)
         times.append(_means(np.hstack([times_TG, top_T1]), edges))
         load.append(_means(load_TG, edges))
@@ -93,7 +94,7 @@ def side(inputs: Inputs, placement: Placement, edges: IntArray) -> Side:
     times_LWG, load_LWG, slowest_LWG = _with_all(times), _with_all(load), _with_all(slowest, mean=True)
     top_LW1 = times_LWG[..., -1:]
     return Side(
-        evaluation=inputs.evaluate(placement, inputs.fitted),
+        evaluation=evaluation,
         busy=times_LWG[..., :-1] / np.maximum(top_LW1, 1e-300),
         load=load_LWG,
         makespan_us=top_LW1[..., 0],
