@@ -66,6 +66,19 @@ def test_steps_that_only_judge_do_not_choose_what_an_export_moves(tmp_path: Path
     assert set(exported.physical_to_logical[0, 2:].tolist()) == {0, 3}
 
 
+def test_exact_solvers_of_a_job_may_leave_slots_empty(tmp_path: Path) -> None:
+    """They cannot be told that none may be; where copies help none is, and the engine takes what they found."""
+    path = write_job(
+        tmp_path,
+        constraints={"slots_per_rank": 3},
+        num_hidden_layers=1,
+        solver={"name": "branch"},
+        exports=[{"engine": "vllm"}],
+    )
+    Traces(counts=np.tile([9, 5, 1, 1], (4, 1, 1)), num_hidden_layers=1).save(tmp_path / "traces.safetensors")
+    assert running.run_job(read_job(path)).result.placement is not None
+
+
 @pytest.mark.parametrize("approximate", [False, True])
 def test_spare_slots_are_used_where_an_engine_wants_none_empty(approximate: bool, tmp_path: Path) -> None:
     """LPT makes no copies unless they are asked for, as they are for an engine to which nothing is approximated."""

@@ -31,6 +31,7 @@ from gemopt.report.style import graph_objects
 from gemopt.resize import profile_after
 from gemopt.result import Result
 from gemopt.solve import solve
+from gemopt.solvers import get as solver_of
 from gemopt.traces import Phase, Traces
 
 OPTION = re.compile(r"--(unit|top-k|ep|where|(?:load|time|device|repeat)-column)\b")
@@ -82,7 +83,7 @@ def run_job(
     current = _current(constraints.current, traces, profile)
     options = {**settings.model_dump(exclude={"name"}), **constraints.model_dump(), "current": current}
     options |= {"topology": job.topology, "exchange": job.exchange}
-    options["full_slots"] |= constraints.memory_budget is None and _want_full_slots(job.exports)
+    options["full_slots"] |= constraints.memory_budget is None and _want_full_slots(job)
     with _folder(job.output):
         result = solve(profile, given, solver=settings.name, progress=progress, notice=notice, **options)
         result = result.made_by(command) if command else result
@@ -116,9 +117,10 @@ def _current(given: str | Path | None, traces: Traces, profile: Profile) -> Plac
     return Placement.contiguous(*shape, layer_ids=list(traces.layer_ids))
 
 
-def _want_full_slots(exports: Sequence[ExportTo]) -> bool:
-    """Whether an engine takes no empty slots, and they are not to be filled after the search."""
-    return any(not wanted.approximate and not get(wanted.engine).empty_slots for wanted in exports)
+def _want_full_slots(job: Job) -> bool:
+    """Whether an engine takes no empty slots, they are not filled after the search, and the solver can heed it."""
+    wanting = any(not wanted.approximate and not get(wanted.engine).empty_slots for wanted in job.exports)
+    return wanting and solver_of(job.solver.name).supports.policies
 
 
 def _check(job: Job) -> None:
