@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cli_inputs import gemopt, write_inputs
 
+from gemopt.cli.outputs import check_outputs
 from gemopt.placement import Placement
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
@@ -83,3 +84,7 @@ def test_arrays_that_no_command_reads_are_named(tmp_path: Path, capsys: pytest.C
     assert code == 0 and "t.npz: seed, task_names left unread" in err
     np.savez(tmp_path / "t.npz", counts=counts, top_k=np.array(2))
     assert "unread" not in gemopt(capsys, "conflicts", tmp_path / "t.npz")[2]
+
+
+def test_a_page_may_have_any_ending_that_is_no_other_format(tmp_path: Path) -> None:
+    check_outputs(("--output", tmp_path / "tmp.a7Xq2", "page"), ("--again", tmp_path / "PAGE.HTML", "page"))

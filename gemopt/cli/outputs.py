@@ -10,7 +10,7 @@ from gemopt import foreign
 from gemopt.documents import check_writable
 from gemopt.exceptions import InputError
 
-PAGES = (".html", ".htm", "")
+NO_PAGES = (".pdf", ".png", ".svg", ".jpg", ".jpeg", ".json", ".md", ".txt", ".csv", ".docx")
 Named = tuple[str, Path | None]
 """An option, and the file given with it."""
 
@@ -41,7 +41,7 @@ def check_outputs(*written: tuple[str, Path | None, str], read: Sequence[Named] 
             from gemopt.traces.files import check_name
 
             check_name(path, option)
-        if kind == "page" and path.suffix.lower() not in PAGES:
+        if kind == "page" and path.suffix.lower() in NO_PAGES:
             raise InputError(option, str(path), "the page is HTML", "end its name in .html")
         other = taken.setdefault(os.path.realpath(path), option)
         if other != option:
