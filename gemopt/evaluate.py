@@ -323,9 +323,8 @@ def score(
 
 def _slowest(times_TG: FloatArray, turn: int) -> NDArray[np.int64]:
     """[T] the rank that ends last; equal ones, as on a step of a staircase, take turns, from `turn` on."""
-    nth_TG = (times_TG == times_TG.max(axis=1, keepdims=True)).cumsum(axis=1)
-    turn_T = turn + (nth_TG[:, -1] > 1).cumsum() - 1  # not the step: of those that alternate one kind may have them all
-    return np.asarray((turn_T % nth_TG[:, -1] + 1 == nth_TG.T).argmax(axis=0))
+    nth_GT = (times_TG == times_TG.max(axis=1, keepdims=True)).cumsum(axis=1).T
+    return np.asarray(((turn - 1 + (nth_GT[-1] > 1).cumsum()) % nth_GT[-1] + 1 == nth_GT).argmax(axis=0))
 
 
 def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:
