@@ -36,14 +36,18 @@ def test_cpsat_is_tried_where_copies_leave_few_ways() -> None:
 @pytest.mark.parametrize("patience", [None, 1])
 def test_time_that_cpsat_leaves_is_searched(patience: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, deadlines = copied(8, 1), []
-    get("local-search").solve(problem, Options.lasting(60, patience=1), None)  # loads what is compiled
-    given = Options.lasting(2, patience=patience)
+    given = Options.lasting(300, patience=patience)
 
     class NoProof:
         def solve(self, problem: Problem, options: Options, warm_start: Row) -> Outcome:
             deadlines.append(options.deadline)
             return Outcome(warm_start, StoppedBy.TIME_LIMIT)
 
+    class Short(LocalSearch):
+        def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+            return super().solve(problem, replace(options, patience=1), warm_start)
+
+    monkeypatch.setattr(auto, "LocalSearch", Short)
     monkeypatch.setattr(auto, "get", lambda name: NoProof() if name == "cpsat" else get(name))
     found = auto.Auto().solve(problem, given, None)
     assert found.row is not None and found.history[-1].objective_us == pytest.approx(objective(problem, found.row))
@@ -73,6 +77,9 @@ def test_a_better_placement_refutes_the_word_of_cpsat(monkeypatch: pytest.Monkey
     monkeypatch.setattr(auto, "LocalSearch", Late)
     found = auto.Auto().solve(problem, Options.lasting(60), None)
     assert found.row is best and found.bound_us is None and found.own_bound_us is None and "refuted" in found.note
+    ours = Outcome(worst, StoppedBy.ITERATIONS, 0.999 * value, own_bound_us=0.999 * value)
+    kept = auto._searched_on(problem, Options.lasting(60), ours, claimed=False)
+    assert kept.row is best and kept.bound_us == 0.999 * value  # a wrong bound of gemopt's own is an error of the run
 
 
 def test_the_search_after_cpsat_ends_at_the_gap_to_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Supports
+from gemopt.solvers.exact.layer import ROUNDING
 from gemopt.solvers.search.local_search import LocalSearch
 from gemopt.solvers.size import FEW_COLUMNS, num_shares, provable, prover
 
@@ -68,17 +69,18 @@ class Auto:
         listed = by == "columns" or proven.columns is not None
         ended = listed and options.patience is None and proven.stopped_by is StoppedBy.ITERATIONS
         if ended or (stated and proven.stopped_by in (StoppedBy.ITERATIONS, StoppedBy.TIME_LIMIT)):
-            return _searched_on(problem, options, proven)
+            return _searched_on(problem, options, proven, claimed=by is None)
         return proven
 
 
-def _searched_on(problem: Problem, options: Options, proven: Outcome) -> Outcome:
-    """What was proven, and a better placement from the time that is left, which may refute a solver's word."""
+def _searched_on(problem: Problem, options: Options, proven: Outcome, *, claimed: bool) -> Outcome:
+    """What was proven, and a better placement from the time that is left; it may refute what a solver only claims."""
     from gemopt.evaluate import total
 
     known_us = max(options.bound_us, proven.bound_us or 0.0)
     more = LocalSearch().solve(problem, replace(options, begun=None, bound_us=known_us), proven.row)
-    if proven.own_bound_us is not None and more.row is not None and total(problem, more.row) < proven.own_bound_us:
+    own_us = proven.own_bound_us if claimed else None
+    if own_us is not None and more.row is not None and total(problem, more.row) * (1 + ROUNDING) < own_us:
         proven.bound_us = proven.own_bound_us = None
         proven.note = f"{proven.note}; refuted by a better placement, so that its bound is not used"
     proven.row, proven.stopped_by, proven.search = more.row, more.stopped_by, more.search
