@@ -188,7 +188,7 @@ def test_without_the_exact_solvers_the_search_answers_and_says_so(files):
     for name, ranks in (("two", 2), ("seven", 7)):  # our own provers take copies on up to six
         devices = [{"rank": rank, "samples": samples} for rank in range(ranks)]
         (files / f"{name}.json").write_text(json.dumps({"schema_version": 1, "devices": devices}))
-    counts = np.random.default_rng(0).integers(1, 30, (6, 1, 8))
+    counts = np.random.default_rng(0).integers(1, 30, (6, 1, 12))
     Traces(counts=counts).save(files / "traces.safetensors")
     code = (
         "from gemopt.cli import main\n"
