@@ -76,19 +76,17 @@ points of `lead`. Lost cells come first.
 * GEM is read twice. `{gem}` searches the true objective on every fitted step, with gemopt's cost models and kernels:
   more than the paper is known to do. Without copies it ends close to gemopt, as a search of the same kind.
   `{gem_window}` does so on the last {gem_steps} fitted steps, as many as the paper is said to record (second-hand,
-  from readers' notes); on 58 x 256 with one seed (on 32 and 64 ranks with three), and not in every cell with copies.
+  from readers' notes).
 * Placements equally good on the fitted steps are not on others. FlashLB's lead on tiny-MoE shift, G=8, is such a draw:
   two of three scored phases are of a kind that the fitted ones lack, and a seed draws GPUs there, not text. Over 162
   draws each of layers, GPUs and kinds not seen, FlashLB is 0.6 ± 0.5 points behind on tiny-MoE and 0.4 ± 0.3 ahead on
   gpt-oss; single draws deviate by 7 and 4 (`fitting.md`).
-* 58 x 256 on 8 ranks, one GPU slower or not, has little left to find: gemopt is ahead by 0.3. Before its kicks were
-  annealed 24 times the time (4 CPU seconds each, three layers) gained it 0.5 points on the fitted steps, GEM 0.6; they
-  ended within 0.3 points of each other there, and on the other steps GEM was ahead by 0.1 and 1.6. On 64 ranks GEM is
-  1.4 points behind on the fitted steps, for want of time, and 0.4 on the others (`fitting.md`); on the last 16 steps
-  alone it has the time, and is from 2.1 behind to 0.4 ahead: those are nearest to the steps scored.
-* Cells of gpt-oss and tiny-MoE that are level with GEM are so on the fitted steps too, by 0.1 points: both end by their
-  patience, gemopt in 0.2 to 0.8 of the CPU seconds, and kicks are not annealed, as without a limit of one's own. On
-  58 x 256 gemopt is ahead on the fitted steps of every cell; what is level there is what later steps make of it.
+* 58 x 256 on 8 ranks, one GPU slower or not, has little left to find: gemopt is ahead by 0.5. On 64 ranks GEM is 1.5
+  points behind on the fitted steps, for want of time, and 0.1 to 0.5 on the others; on the last 16 steps alone it has
+  the time, and is from 1.9 behind to 0.4 ahead: those are nearest to the steps scored.
+* Cells of gpt-oss and tiny-MoE that are level with GEM are so on the fitted steps too, by 0.2 points: both search for
+  nearly all of the time and end at the same placements or at equal ones. On 58 x 256 gemopt is ahead on the fitted
+  steps of every cell, at decode by 0.2 to 0.6; what is level there is what later steps make of it.
 * SwiftBalancer moves at most one expert between two ranks at a call; an engine calls it again and again.
 * A second copy of an expert on one rank is left out of its table. GEM and MoETuner leave spare slots empty.
 * All are scored by the cost model that gemopt fits to the profile (`auto`), copies sharing evenly.
