@@ -19,7 +19,7 @@ from gemopt.replay.copying import Migration
 from gemopt.replay.result import Regime, ReplayResult, ReplayRow, Track
 from gemopt.replay.schedule import Schedule
 from gemopt.replay.simulate import Course, Playing, World
-from gemopt.replay.strategies import STRATEGIES, make
+from gemopt.replay.strategies import STRATEGIES, Eplb, make
 from gemopt.replay.strategy import Context, Solved, Strategy
 from gemopt.rules import Rules
 from gemopt.splits.senders import Senders
@@ -140,11 +140,10 @@ def usual(slots_G: NDArray[np.int64]) -> list[str]:
 
 def too_late(names: Sequence[str], num_steps: int) -> list[str]:
     """A line for each engine whose balancer has not yet rearranged when traces of so many steps end."""
-    firsts = {each.name: getattr(each, "first_step", 0) for each in make(names)}
     return [
-        f"{name} rearranges after {first} steps, and there are {num_steps}: here it stays as it starts"
-        for name, first in firsts.items()
-        if first >= num_steps
+        f"{each.name} rearranges after {each.first_step} steps, and there are {num_steps}: here it stays as it starts"
+        for each in make(names)
+        if isinstance(each, Eplb) and each.first_step >= num_steps
     ]
 
 
