@@ -51,11 +51,11 @@ class Part:
         self,
         ids_LKN: Tensor,
         step_N: Tensor,
-        requests: Tensor,
-        words: Tensor | None = None,
         *,
         rank: int,
         num_experts: int,
+        request: Tensor | None = None,
+        token_ids: Tensor | None = None,
     ) -> None:
         """Keep the token-level record of the steps just added."""
         ids = torch.where(ids_LKN < num_experts, ids_LKN, -1).permute(2, 0, 1)
@@ -65,8 +65,8 @@ class Part:
                 "ids": ids.to("cpu", torch.int16).contiguous().numpy(),
                 "step_of_token": step_N.cpu().numpy() + first,
                 "source_rank": np.full(len(step_N), rank, dtype=np.int32),
-                "token_ids": None if words is None else words.to("cpu", torch.int32).numpy(),
-                "request": requests.to("cpu", torch.int32).numpy(),
+                "token_ids": None if token_ids is None else token_ids.to("cpu", torch.int32).numpy(),
+                "request": None if request is None else request.to("cpu", torch.int32).numpy(),
             }
         )
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from gemopt.exceptions import InputError, missing
+from gemopt.exceptions import missing
 
 try:
     import torch
@@ -14,19 +13,17 @@ except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
 from gemopt.profiling._trace_hidden import Picked
+from gemopt.profiling._trace_streams import Stream
 from gemopt.traces import Phase
 
 
 @dataclass(slots=True)
 class Step:
-    """One forward: where its tokens lie in the buffers, how many each router saw, and where it writes ids_NK.
-
-    `request`: number of its first row.
-    """
+    """One forward: where its tokens lie in the buffers, how many each router saw, and where it writes ids_NK."""
 
     shape: tuple[int, int]
     phase: Phase
-    request: int
+    stream: Stream
     task: int
     begin: int
     end: int
@@ -55,19 +52,4 @@ class Pending:
 def requests_of(step: Step, device: torch.device) -> Tensor:
     """[B * S] request of each token: every row of a batch that starts with an empty cache is a new one."""
     rows, length = step.shape
-    return torch.arange(rows, device=device).repeat_interleave(length) + step.request
-
-
-def mark_real(real_BS: Tensor, mask: Any) -> None:
-    """Mark the real tokens of this forward; the mask also covers cached ones. None: no padding."""
-    if mask is None:
-        real_BS.fill_(True)
-        return
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise InputError(
-            "attention_mask",
-            type(mask).__name__ if not isinstance(mask, Tensor) else f"{mask.ndim} dimensions",
-            "a mask [batch, tokens] is needed to leave out padding",
-            "generate with the dynamic cache",
-        )
-    real_BS.copy_(mask[:, -real_BS.shape[1] :])
+    return torch.arange(rows, device=device).repeat_interleave(length) + step.stream.request

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ from gemopt.models import describe, find_moe_layers, num_hidden_layers
 from gemopt.profiling._trace_counts import Part
 from gemopt.profiling._trace_files import TraceFolder, load_ranks
 from gemopt.profiling._trace_hidden import Hidden, HiddenSample
-from gemopt.profiling._trace_pending import Pending, Step, mark_real, requests_of
+from gemopt.profiling._trace_pending import Pending, Step, requests_of
+from gemopt.profiling._trace_streams import Streams, cache_of, cached_tokens, mark_real
 from gemopt.traces import Phase, Traces, hidden_path, save_hidden
 
 __all__ = ["HiddenSample", "Tracer", "load_ranks"]
@@ -44,9 +46,9 @@ class Tracer:
                 model.generate(**batch, max_new_tokens=64)
         traces = Traces.load("traces")
 
-    One forward of the decoder is one step. Steps of prompts and of next tokens are told apart. Left out of all
-    counts: padding (by the two-dimensional attention mask) and sequences that have ended (a token fed after an
-    end-of-sequence token), which a serving engine would not compute.
+    One forward of the decoder is one step. Steps of prompts and of next tokens are told apart, and batches that are
+    computed in turn, by their caches. Left out of all counts: padding (by the two-dimensional attention mask) and
+    sequences that have ended (a token fed after an end-of-sequence token), which a serving engine would not compute.
 
     Under tensor plus expert parallelism all ranks share a batch and rank 0 records it. Where ranks have batches of
     their own, each writes `path/rank-NNNN`; `load_ranks(path)` joins them.
@@ -74,7 +76,7 @@ class Tracer:
     ------
     InputError
         No MoE layers, a folder that is taken, a full disk (what was written stays), a forward that bypassed its
-        routers or whose attention mask does not show the padding, or no forward at all.
+        routers or whose attention mask does not show the padding, two forwards at a time, or no forward at all.
     """
 
     def __init__(
@@ -112,8 +114,10 @@ class Tracer:
             "model": describe(model).name,
         }
         self._task, self._task_names = -1, list[str]()
-        self._alive: Tensor | None = None
-        self._first_request = self._last_batch = 0
+        self._streams = Streams()
+        self._lock = threading.Lock()
+        self._thread: int | None = None  # these three are of the forward that is running
+        self._cache: Any = None
         self._step: Step | None = None
         self._called = dict[str, Any]()
         self._pending: Pending | None = None
@@ -126,7 +130,7 @@ class Tracer:
         if self._folder is not None:
             self._last_write = time.monotonic()
             hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
-            self._handles = [hook, self._decoder.register_forward_hook(self._end)]
+            self._handles = [hook, self._decoder.register_forward_hook(self._end, always_call=True)]
             if self._model is not self._decoder:
                 self._handles.append(self._model.register_forward_pre_hook(self._call, with_kwargs=True))
             for index, layer in enumerate(self._layers):
@@ -173,27 +177,30 @@ class Tracer:
         mask = given.get("attention_mask")
         if isinstance(mask, dict) and called:
             mask = called.get("attention_mask")
-        if shaped is None:
-            return  # the decoder itself refuses this
+        if shaped is None or torch._C._current_graph_task_id() != -1:
+            return  # the decoder itself refuses this, or runs again within a backward pass
+        with self._lock:
+            if self._thread not in (None, threading.get_ident()):
+                raise InputError("model", "forwards in two threads", "one at a time while it is traced", "take a lock")
+            self._thread = threading.get_ident()
         rows, length = shaped.shape[:2]
-        cache = given.get("past_key_values")
-        cached = 0 if cache is None else cache.get_seq_length()
-        starts = cached == 0 if isinstance(cached, int) else length > 1  # a count on the device is not waited for
-        phase = Phase.DECODE if length == 1 and not starts else Phase.PREFILL
+        self._cache = given.get("past_key_values")
+        cached = cached_tokens(self._cache)
+        phase = Phase.DECODE if length == 1 and cached else Phase.PREFILL
         if given.get("cu_seq_lens_q") is not None:
             phase = Phase.MIXED
-        request = self._first_request + (self._last_batch if starts or rows != self._last_batch else 0)
+        stream = self._streams.find(self._cache, rows, cached)
         pending = self._room(rows * length, shaped.device)
         begin, size = pending.used, rows * length
         real_BS = pending.real_C.narrow(0, begin, size).view(rows, length)
-        mark_real(real_BS, mask)
-        picked = None if self._hidden is None else self._hidden.pick(real_BS, request)
+        mark_real(real_BS, mask, cached)
+        picked = None if self._hidden is None else self._hidden.pick(real_BS, stream.request)
         if token_ids is not None:
             pending.token_ids_C.narrow(0, begin, size).view(rows, length).copy_(token_ids)
         targets = pending.ids_LCK.narrow(1, begin, size).unbind()
         seen: list[int | None] = [None] * self._num_layers
         has_ids, end = token_ids is not None, begin + size
-        self._step = Step((rows, length), phase, request, self._task, begin, end, has_ids, seen, targets, picked)
+        self._step = Step((rows, length), phase, stream, self._task, begin, end, has_ids, seen, targets, picked)
 
     def _room(self, tokens: int, device: torch.device) -> Pending:
         """Buffers with room for a step of so many tokens; what was pending is counted first where it must be."""
@@ -228,8 +235,10 @@ class Tracer:
         return hook
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        step, self._step = self._step, None
-        if step is None or self._pending is None:
+        if self._thread != threading.get_ident():
+            return
+        step, cache, self._step, self._cache, self._thread = self._step, self._cache, None, None, None
+        if step is None or self._pending is None or output is None:  # nothing came out: it failed
             return
         for index, seen in enumerate(step.seen):
             if seen != step.end - step.begin:
@@ -242,7 +251,7 @@ class Tracer:
         self._pending.steps.append(step)
         if self._hidden is not None:
             self._hidden.count(step.picked)
-        self._first_request, self._last_batch = step.request, step.shape[0]
+        self._streams.keep(step.stream, cache_of(output) if cache is None else cache)
         self.num_steps += 1
         waiting = len(self._pending.steps) + self._part.num_steps
         if waiting >= self._steps_per_file or time.monotonic() - self._last_write > self._seconds:
@@ -274,36 +283,40 @@ class Tracer:
         steps, pending.steps = pending.steps, []
         ids_LKN = pending.ids_LCK[:, :N].transpose(1, 2).contiguous()
         sizes = torch.tensor([step.end - step.begin for step in steps], device=device)
-        columns = [torch.repeat_interleave(torch.arange(len(steps), device=device), sizes)]
+        step_N = torch.repeat_interleave(torch.arange(len(steps), device=device), sizes)
+        kept: dict[str, Tensor] = {}
         if self._keep_ids:
-            columns.append(torch.cat([requests_of(step, device) for step in steps]))
+            if all(step.phase is not Phase.MIXED for step in steps):  # rows of packed sequences are no requests
+                kept["request"] = torch.cat([requests_of(step, device) for step in steps])
             if all(step.has_token_ids for step in steps):
-                columns.append(pending.token_ids_C[:N])
-        for _, run in groupby(steps, lambda step: step.shape if self._may_end(step) else None):
+                kept["token_ids"] = pending.token_ids_C[:N]
+        for _, run in groupby(steps, lambda step: (id(step.stream), self._may_end(step))):
             self._drop_ended(list(run), pending)
         keep_N = pending.real_C[:N]
         if self._hidden is not None:
             self._hidden.add([(step.begin, step.picked) for step in steps], keep_N)
         if not bool(keep_N.all()):
-            ids_LKN, columns = ids_LKN[:, :, keep_N], [column[keep_N] for column in columns]
-        self._part.add(ids_LKN, columns[0], [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
+            ids_LKN, step_N = ids_LKN[:, :, keep_N], step_N[keep_N]
+            kept = {name: column[keep_N] for name, column in kept.items()}
+        self._part.add(ids_LKN, step_N, [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
         if self._keep_ids:
-            self._part.keep(ids_LKN, *columns, rank=self._rank, num_experts=self._num_experts)
+            self._part.keep(ids_LKN, step_N, rank=self._rank, num_experts=self._num_experts, **kept)
 
     def _may_end(self, step: Step) -> bool:
         return step.phase is Phase.DECODE and step.has_token_ids and bool(self._eos)
 
     def _drop_ended(self, run: list[Step], pending: Pending) -> None:
         """Mark what lies behind the end of its sequence as not real, in consecutive steps of one batch of B rows."""
+        stream = run[0].stream
         if not self._may_end(run[0]):
-            self._alive = None
+            stream.alive = None
             return
-        begin, size, rows = run[0].begin, run[-1].end - run[0].begin, run[0].shape[0]
-        token_ids_TB = pending.token_ids_C.narrow(0, begin, size).view(len(run), rows)
+        begin, size = run[0].begin, run[-1].end - run[0].begin
+        token_ids_TB = pending.token_ids_C.narrow(0, begin, size).view(len(run), stream.rows)
         alive_TB = ~torch.isin(token_ids_TB, torch.tensor(self._eos, device=token_ids_TB.device)).cummax(dim=0).values
-        if self._alive is not None and len(self._alive) == rows:
-            alive_TB &= self._alive
-        self._alive = alive_TB[-1]
+        if stream.alive is not None:
+            alive_TB &= stream.alive
+        stream.alive = alive_TB[-1]
         pending.real_C.narrow(0, begin, size).logical_and_(alive_TB.view(-1))
 
 

@@ -1,0 +1,86 @@
+"""Which forwards of a traced model go on from one another: those that share a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from gemopt.exceptions import InputError, missing
+
+try:
+    from torch import Tensor
+except ModuleNotFoundError as error:
+    raise missing(error, __name__) from None
+
+
+@dataclass(slots=True)
+class Stream:
+    """A batch of sequences, forward after forward.
+
+    Attributes
+    ----------
+    request
+        Number of its first row.
+    rows
+        B.
+    alive
+        [B] which rows have not ended; None: all.
+    """
+
+    request: int
+    rows: int
+    alive: Tensor | None = None
+
+
+class Streams:
+    """The batches that a model computes, in turn or not, told apart by their caches."""
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[Any, Stream] = WeakKeyDictionary()
+        self._next = 0
+
+    def find(self, cache: Any, rows: int, cached: int) -> Stream:
+        """The batch that a forward of so many rows goes on with; a new one on an empty or unknown cache."""
+        known = self._of.get(cache) if cached else None
+        return known if known is not None and known.rows == rows else Stream(self._next, rows)
+
+    def keep(self, stream: Stream, cache: Any) -> None:
+        """A forward of this batch is over, and left its keys and values in this cache."""
+        self._next = max(self._next, stream.request + stream.rows)
+        if cache is not None:
+            self._of[cache] = stream
+
+
+def cached_tokens(cache: Any) -> int:
+    """Tokens per sequence in a transformers cache; layers of a hybrid network that keep a state only count none."""
+    if cache is None:
+        return 0
+    layers = [layer for layer in getattr(cache, "layers", [cache]) if hasattr(layer, "get_seq_length")]
+    return next((count for layer in layers if (count := int(layer.get_seq_length()))), 0)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a decoder returned; None where it keeps none."""
+    cache = getattr(output, "past_key_values", None)
+    parts = output if isinstance(output, tuple) else ()
+    return cache if cache is not None else next((part for part in parts if hasattr(part, "get_seq_length")), None)
+
+
+def mark_real(real_BS: Tensor, mask: Any, cached: int) -> None:
+    """Mark the real tokens of this forward by its mask, which also covers those cached before. None: no padding."""
+    if mask is None:
+        real_BS.fill_(True)
+        return
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise InputError(
+            "attention_mask",
+            type(mask).__name__ if not isinstance(mask, Tensor) else f"{mask.ndim} dimensions",
+            "a mask [batch, tokens] is needed to leave out padding",
+            "generate with the dynamic cache",
+        )
+    rows, length = real_BS.shape
+    if mask.shape[0] not in (1, rows) or mask.shape[1] < cached + length:
+        limit = f"at least [{rows}, {cached + length}]: of {cached} cached and {length} new tokens"
+        raise InputError("attention_mask", f"shape {list(mask.shape)}", limit)
+    real_BS.copy_(mask[:, cached : cached + length])
