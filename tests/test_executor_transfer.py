@@ -38,6 +38,16 @@ def test_too_few_rows_and_forgotten_rows_are_not_used():
     assert pool.lend("up", 5, like).data_ptr() != replaced.data_ptr()
 
 
+def test_a_rank_without_rows_keeps_the_shape_of_every_tensor():
+    """All tensors without rows have the same address: one must not be taken for another."""
+    pool, layer = Pool(), {"down": torch.zeros(1, 3), "up": torch.zeros(1, 5)}
+    for count in (0, 0, 0, 3, 2, 0, 4):
+        lent = {name: pool.lend(name, count, weight) for name, weight in layer.items()}
+        assert {name: weight.shape for name, weight in lent.items()} == {"down": (count, 3), "up": (count, 5)}
+        pool.take_back(layer)
+        layer = lent
+
+
 def test_of_a_loaded_tensor_only_its_own_rows_are_used():
     pool, storage = Pool(), torch.zeros(8, 3)
     loaded = storage[:4]

@@ -73,7 +73,7 @@ class Pool:
 
     def lend(self, name: str, count: int, like: Tensor) -> Tensor:
         """[count, ...] rows of any content that become the weights of a layer."""
-        if like.device.type != "cpu":  # its allocator keeps what is freed
+        if like.device.type != "cpu" or not count:  # its allocator keeps what is freed; no rows have no address
             return zeros(count, like)
         buffer = self._spare.pop((name, like.dtype, like.shape[1:]), None)
         if buffer is None or len(buffer) < count:
@@ -84,6 +84,8 @@ class Pool:
     def take_back(self, weights: Mapping[str, Tensor]) -> None:
         """Weights that are no longer in force."""
         for name, weight in weights.items():
+            if not len(weight):
+                continue
             buffer = self._lent.pop(weight.data_ptr(), weight)  # of one the model was loaded with: its rows, no more
             key = (name, weight.dtype, weight.shape[1:])
             if weight.device.type == "cpu" and len(buffer) >= len(self._spare.get(key, ())):
