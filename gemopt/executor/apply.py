@@ -30,7 +30,7 @@ from gemopt.executor.runner import Event, MigrationError, StageRunner
 from gemopt.executor.splits import check_cost, check_split, digest
 from gemopt.executor.transfer import canaries, wrong_rows
 from gemopt.migration import BATCH_BYTES
-from gemopt.placement import EMPTY, Placement
+from gemopt.placement import EMPTY, Placement, Split
 from gemopt.splits.rules import even_weights
 
 if TYPE_CHECKING:
@@ -122,7 +122,13 @@ class Executor:
 
     @property
     def placement(self) -> Placement:
-        """Placement in force. Layers with fewer slots than others, after a stop half way, show empty ones."""
+        """Placement in force. Layers with fewer slots than others, after a stop half way, show empty ones.
+
+        Raises
+        ------
+        InputError
+            After a stop half way to another split, when layers share copies by rules that no one split can say.
+        """
         rows = self.rows
         slots = np.max([row.slots_per_rank for row in rows], axis=0)
         table, weights = (np.full((len(rows), int(slots.sum())), fill) for fill in (float(EMPTY), 0.0))
@@ -132,8 +138,7 @@ class Executor:
             table[layer, where] = row.row_P
             even_P = even_weights(row.row_P, self.layers[0].num_experts)
             weights[layer, where] = even_P if row.weights_P is None else row.weights_P
-        splits = {row.split for row in rows}
-        static = any(row.weights_P is not None for row in rows)
+        split = _common_split(rows, self.layer_ids)
         return Placement(
             **{
                 **self._template,
@@ -141,8 +146,8 @@ class Executor:
                 "slots_per_rank": slots,
                 "num_experts": self.layers[0].num_experts,
                 "layer_ids": self.layer_ids,
-                "split": "static" if static else next(iter(splits)),
-                "split_weights": weights if static else None,
+                "split": split,
+                "split_weights": weights if split is Split.STATIC else None,
             }
         )
 
@@ -192,9 +197,9 @@ class Executor:
         reference = None if probe is None else self._probe(probe)
         old = self.rows
         self._runner.run(steps.stages)
-        self._template = fields
         if reference is not None and probe is not None:
             self._compare(reference, self._probe(probe), tolerance, old)
+        self._template = fields
         return steps
 
     def start(self, placement: Placement | Path | str) -> Background:
@@ -313,6 +318,21 @@ class Executor:
 
 def _layer_id(path: str) -> int:
     return int(re.findall(r"(?:^|\.)(?:layers|blocks)\.(\d+)\.", path)[-1])
+
+
+def _common_split(rows: Sequence[LayerRow], layer_ids: Sequence[int]) -> Split:
+    """The split of all layers; even shares are static ones too, and layers without copies have any."""
+    by_split: dict[Split, list[int]] = {}
+    for row, layer in zip(rows, layer_ids, strict=True):
+        full_P = row.row_P[row.row_P != EMPTY]
+        if len(full_P) > len(np.unique(full_P)):
+            by_split.setdefault(row.split, []).append(layer)
+    if len(by_split) < 2:
+        return next(iter(by_split), rows[-1].split)
+    if set(by_split) == {Split.EVEN, Split.STATIC}:
+        return Split.STATIC
+    found = ", ".join(f"{split.value} in layers {layers}" for split, layers in by_split.items())
+    raise InputError("Placement.split", found, "one for all layers", "apply a placement first: a migration stopped")
 
 
 def _kept_fields(placement: Placement) -> dict[str, Any]:
