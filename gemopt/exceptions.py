@@ -37,7 +37,7 @@ class InputError(GemoptError, ValueError):
 
     def __init__(self, field: str, value: object, limit: str, hint: str = "") -> None:
         self.field = field
-        self.value = value
+        self.value = value = str(value) if isinstance(value, PathLike) else value
         self.limit = limit
         self.hint = hint
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -37,8 +38,8 @@ class Timing:
     repeats: int = 5
 
     def __post_init__(self) -> None:
-        if not (self.block_us > 0 and self.seconds >= 0 and self.repeats >= 1):
-            raise InputError("timing", self, "block and seconds above 0, at least 1 repeat")
+        if not (0 < self.block_us < inf and 0 <= self.seconds < inf and self.repeats >= 1):
+            raise InputError("timing", self, "a block above 0, seconds from 0 on, both finite, at least 1 repeat")
 
     @classmethod
     def suited(cls, device: Device) -> Timing:

@@ -51,6 +51,28 @@ def test_the_network_that_comes_with_gemopt_has_a_name(capsys, tmp_path):
     assert report["bytes"]["node"] == 13824 * report["moves"]["node"] > 0
 
 
+@pytest.mark.parametrize(
+    ("experts", "layers", "words"),
+    [
+        (32, [0, 1, 2, 3], "Placement.num_experts: got 32; the checkpoint has 64 experts"),
+        (64, [0, 1, 2], "Placement.layer_ids: got [0, 1, 2]; the checkpoint has MoE layers [0, 1, 2, 3]"),
+        (64, [1, 2, 3, 4], "Placement.layer_ids: got [1, 2, 3, 4]; the checkpoint has MoE layers [0, 1, 2, 3]"),
+    ],
+)
+def test_a_dry_run_for_another_network_is_refused(capsys, tmp_path, experts, layers, words):
+    """Bytes of its experts would be wrong, and no rank would take the placement."""
+    path, rows, each = tmp_path / "p.json", [np.arange(experts)] * len(layers), [experts // 2] * 2
+    Placement(physical_to_logical=rows, slots_per_rank=each, num_experts=experts, layer_ids=layers).save(path)
+    code, out, err = gemopt(capsys, "apply", str(path), "--model", "tiny-moe", "--dry-run")
+    assert (code, out) == (2, "") and words in err
+
+
+def test_a_budget_without_end_is_none(capsys, placements):
+    words = ("--dry-run", "--expert-bytes", "1000", "--budget")
+    reports = [gemopt_json(capsys, "apply", placements["b"], *words, budget) for budget in ("inf", "1e9")]
+    assert reports[0] == reports[1]
+
+
 def test_a_placement_for_other_ranks_is_refused_before_anything_is_loaded(capsys, placements, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, out, err = gemopt(capsys, "apply", placements["a"], "--model", "nowhere")
@@ -69,7 +91,7 @@ def test_a_placement_for_other_ranks_is_refused_before_anything_is_loaded(capsys
         (["a", "--model", "."], "torchrun"),
         (["missing.json", "--dry-run"], "missing.json"),
         (["a", "--dry-run", "--node-gbps", "0"], "node-gbps"),
-        (["a", "--dry-run", "--profile", "p.json"], "optimal split"),
+        (["a", "--dry-run", "--profile", "p.json"], "got p.json; for ranks that serve copies under the optimal split"),
         (["a", "--at-load", "--model", ".", "--current", "four"], "nothing moves"),
         (["a", "--dry-run", "--model", ".", "--expert-bytes", "100"], "their own size"),
     ],

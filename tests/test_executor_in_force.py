@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from gemopt.exceptions import InputError  # noqa: E402
-from gemopt.executor import Executor  # noqa: E402
-from gemopt.executor.plan import LayerRow  # noqa: E402
-from gemopt.placement import Split  # noqa: E402
+from gemopt.exceptions import InputError
+from gemopt.executor import Executor
+from gemopt.executor.plan import LayerRow
+from gemopt.placement import Split
 
 SLOTS = np.array([3, 2])
 PLAIN, COPIES = np.array([0, 1, -1, 2, 3]), np.array([0, 1, 2, 3, 0])

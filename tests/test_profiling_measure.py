@@ -277,6 +277,8 @@ def test_the_command_measures_and_checks(tmp_path: Path, capsys: Any, monkeypatc
         (("-o", "p.json", "--shape", SHAPE, "--points", "3"), "gemopt: --points: got 3"),
         (("-o", "no/such/p.json", "--shape", SHAPE), "gemopt: --output: got no/such/p.json"),
         (("-o", "p.json", "--shape", SHAPE, "--sweep", "x"), "gemopt: --sweep: got x"),
+        (("-o", "p.json", "--shape", SHAPE, "--seconds", "inf"), "gemopt: timing: got Timing("),
+        (("-o", "p.json", "--shape", SHAPE, "--block-ms", "inf"), "gemopt: timing: got Timing("),
         (("-o", "p.json", "--shape", SHAPE, "--device", "x"), "gemopt: device: got x"),
         (("-o", "/dev/full/p.json", "--shape", SHAPE), "gemopt: --output: got /dev/full/p.json"),
     ],

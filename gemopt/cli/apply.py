@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from contextlib import ExitStack
@@ -62,7 +63,7 @@ def apply(
 
     if dry_run and at_load:
         raise InputError("--at-load", "--dry-run", "one of the two", "nothing moves when loading permuted")
-    budget_bytes = None if budget is None else int(budget * GIB)
+    budget_bytes = None if budget is None or math.isinf(budget) else int(budget * GIB)
     wanted = Placement.load(placement)
     if at_load:
         moving = {"--current": current, "--budget": budget, "--ranks-per-node": ranks_per_node}
@@ -126,9 +127,8 @@ def dry_plan(
         raise InputError("Placement.layer_ids", wanted.layer_ids, f"--current has {list(before.layer_ids)}")
     sizes = [expert_bytes or 0] * layers if model is None else expert_sizes(model, wanted)
     if budget_bytes is not None and not any(sizes):
-        raise InputError(
-            "--budget", budget_bytes, "the size of an expert must be known", "give --model or --expert-bytes"
-        )
+        given, limit = f"{budget_bytes / GIB:g} GiB", "the size of an expert must be known"
+        raise InputError("--budget", given, limit, "give --model or --expert-bytes")
     nodes = [rank // (ranks_per_node or ranks) for rank in range(ranks)]
     return plan(layer_rows(before), layer_rows(wanted), sizes, nodes=nodes, budget_bytes=budget_bytes)
 

@@ -21,7 +21,14 @@ import numpy as np
 from gemopt.documents import read_json, write_text
 from gemopt.exceptions import InputError
 from gemopt.executor.configs import INDEX, other_files, renamed_metadata
-from gemopt.executor.permutation import IntArray, Permutation, check_coverage, permutation_of
+from gemopt.executor.permutation import (
+    IntArray,
+    Permutation,
+    check_coverage,
+    check_experts,
+    decoder_layers,
+    permutation_of,
+)
 from gemopt.models.checkpoint_names import tensor_role
 from gemopt.models.families import family
 from gemopt.placement import Placement
@@ -158,18 +165,27 @@ def read_header(file: Path) -> tuple[list[Tensor], dict[str, str], int]:
 
 
 def expert_sizes(source: str | os.PathLike[str], placement: Placement) -> list[int]:
-    """[L] bytes of one expert of each layer of a placement, from the headers of a checkpoint."""
+    """[L] bytes of one expert of each layer, from the headers of a checkpoint.
+
+    Raises
+    ------
+    InputError
+        When the placement is not for all MoE layers and all experts of the checkpoint.
+    """
     config = read_config(Path(source))
-    row = family(str((config.get("text_config") or config).get("model_type", "")))
-    sizes = dict.fromkeys(placement.layer_ids, 0)
+    text = config.get("text_config") or config
+    row = family(str(text.get("model_type", "")))
+    check_experts(placement, text, row)
+    sizes, layers = dict[int, int](), decoder_layers(text)
     for tensor in (tensor for file in weight_files(Path(source)) for tensor in read_header(file)[0]):
         role = tensor_role(row, tensor.name)
-        if role is not None and role.layer in sizes and role.kind in ("expert", "stacked"):
-            sizes[role.layer] += tensor.end - tensor.begin
-    for layer, size in sizes.items():
-        if not size:
-            raise InputError(f"layer {layer}", "no experts", f"a MoE layer in {source}")
-    return [size // placement.num_experts for size in sizes.values()]
+        if role is None or role.kind not in ("expert", "stacked") or (layers is not None and role.layer >= layers):
+            continue
+        if role.expert < placement.num_experts:  # identity experts come after the real ones
+            sizes[role.layer] = sizes.get(role.layer, 0) + tensor.end - tensor.begin
+    if sorted(sizes) != list(placement.layer_ids):
+        raise InputError("Placement.layer_ids", placement.layer_ids, f"the checkpoint has MoE layers {sorted(sizes)}")
+    return [sizes[layer] // placement.num_experts for layer in placement.layer_ids]
 
 
 def _rewrite(source: Path, target: Path, permutation: Permutation) -> None:

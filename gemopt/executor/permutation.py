@@ -87,13 +87,9 @@ def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutati
             "a checkpoint holds every expert once and contiguous expert parallelism gives every rank equally many",
             "solve without spare slots, or apply this placement to a live model (gemopt apply)",
         )
-    experts = next((text[key] for key in (row.num_experts, *EXPERT_COUNTS) if key in text), None)
-    if experts != placement.num_experts:
-        raise InputError("Placement.num_experts", placement.num_experts, f"the checkpoint has {experts} experts")
-    layers, known = text.get("num_hidden_layers"), placement.num_hidden_layers
-    if layers is None and isinstance(kinds := text.get("layers_block_type"), list):
-        layers = len(kinds)  # of hybrid networks
-    if isinstance(layers, int) and (placement.layer_ids[-1] >= layers or known not in (None, layers)):
+    check_experts(placement, text, row)
+    layers, known = decoder_layers(text), placement.num_hidden_layers
+    if layers is not None and (placement.layer_ids[-1] >= layers or known not in (None, layers)):
         found = f"{known} decoder layers" if known else f"layer {placement.layer_ids[-1]}"
         raise InputError("Placement.num_hidden_layers", found, f"the checkpoint has {layers} decoder layers")
     groups = _groups(text, row)
@@ -102,7 +98,22 @@ def permutation_of(placement: Placement, config: Mapping[str, Any]) -> Permutati
     order = {i: p if groups is None else _grouped(p, slots, groups, i) for i, p in rows}
     field, missing = row.identity_experts or ("", 0)
     sizes = Sizes.of(text, placement.num_experts, int(text.get(field, missing)))
-    return Permutation(row, order, sizes, layers if isinstance(layers, int) else placement.layer_ids[-1] + 1)
+    return Permutation(row, order, sizes, placement.layer_ids[-1] + 1 if layers is None else layers)
+
+
+def check_experts(placement: Placement, config: Mapping[str, Any], row: Family) -> None:
+    """Refuse a placement of another number of experts than the text part of a config has."""
+    experts = next((config[key] for key in (row.num_experts, *EXPERT_COUNTS) if key in config), None)
+    if experts != placement.num_experts:
+        raise InputError("Placement.num_experts", placement.num_experts, f"the checkpoint has {experts} experts")
+
+
+def decoder_layers(config: Mapping[str, Any]) -> int | None:
+    """How many the text part of a config has; None where it does not say."""
+    layers = config.get("num_hidden_layers")
+    if layers is None and isinstance(kinds := config.get("layers_block_type"), list):
+        return len(kinds)  # of hybrid networks
+    return layers if isinstance(layers, int) else None
 
 
 def _groups(config: Mapping[str, Any], row: Family) -> int | None:
