@@ -52,7 +52,7 @@ class Part:
         ids_LKN: Tensor,
         step_N: Tensor,
         *,
-        rank: int,
+        sender: int | None,
         num_experts: int,
         request: Tensor | None = None,
         token_ids: Tensor | None = None,
@@ -64,7 +64,7 @@ class Part:
             {
                 "ids": ids.to("cpu", torch.int16).contiguous().numpy(),
                 "step_of_token": step_N.cpu().numpy() + first,
-                "source_rank": np.full(len(step_N), rank, dtype=np.int32),
+                "source_rank": None if sender is None else np.full(len(step_N), sender, dtype=np.int32),
                 "token_ids": None if token_ids is None else token_ids.to("cpu", torch.int32).numpy(),
                 "request": None if request is None else request.to("cpu", torch.int32).numpy(),
             }

@@ -91,7 +91,9 @@ def _join_tokens(parts: list[Traces], ranks: list[int]) -> Tokens | None:
         return None
     steps = np.concatenate([token.step_of_token for token in tokens])
     order = np.argsort(steps, kind="stable")
-    source_rank = np.repeat(ranks, [len(token.ids) for token in tokens])
+    senders = None  # unknown where several ranks share a batch
+    if all(token.source_rank is not None for token in tokens):
+        senders = np.repeat(ranks, [len(token.ids) for token in tokens])[order]
     offset, requests = 0, []
     for token in tokens:
         if token.request is not None:
@@ -101,7 +103,7 @@ def _join_tokens(parts: list[Traces], ranks: list[int]) -> Tokens | None:
     return Tokens(
         ids=np.concatenate([token.ids for token in tokens])[order],
         step_of_token=steps[order],
-        source_rank=source_rank[order],
+        source_rank=senders,
         token_ids=np.concatenate(token_ids)[order] if len(token_ids) == len(parts) else None,
         request=np.concatenate(requests)[order] if len(requests) == len(parts) else None,
     )

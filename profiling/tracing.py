@@ -51,7 +51,8 @@ class Tracer:
     sequences that have ended (a token fed after an end-of-sequence token), which a serving engine would not compute.
 
     Under tensor plus expert parallelism all ranks share a batch and rank 0 records it. Where ranks have batches of
-    their own, each writes `path/rank-NNNN`; `load_ranks(path)` joins them.
+    their own, each writes `path/rank-NNNN`; `load_ranks(path)` joins them. Only then is it known which rank sends
+    a token; the tokens of one process, or of a batch that ranks share, have no `source_rank`.
 
     Parameters
     ----------
@@ -99,9 +100,11 @@ class Tracer:
         self._parameters = {m: list(inspect.signature(m.forward).parameters) for m in (model, self._decoder)}
         self._num_layers = len(self._layers)
         self._num_experts = self._layers[0].num_experts
-        self._rank, records, own_batch = _ranks(model)
+        rank, share, world = _ranks(model)
+        own_batch = share < world
+        self._sender = rank if own_batch and share == 1 else None
         self.path = path
-        self._folder = TraceFolder(path, rank=self._rank if own_batch else None) if records else None
+        self._folder = None if rank % share else TraceFolder(path, rank=rank if own_batch else None)
         if hidden is not None and own_batch:
             raise InputError("hidden", "ranks with batches of their own", "hidden states need ranks that share a batch")
         self._keep_ids, self._pairs = ids or hidden is not None, pairs
@@ -127,6 +130,8 @@ class Tracer:
         self.num_steps = 0
 
     def __enter__(self) -> Tracer:
+        if self._handles:
+            raise InputError("Tracer", "a block within its own", "one at a time", "use another Tracer and folder")
         if self._folder is not None:
             self._last_write = time.monotonic()
             hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
@@ -300,7 +305,7 @@ class Tracer:
             kept = {name: column[keep_N] for name, column in kept.items()}
         self._part.add(ids_LKN, step_N, [(step.phase, step.task) for step in steps], self._num_experts, self._pairs)
         if self._keep_ids:
-            self._part.keep(ids_LKN, step_N, rank=self._rank, num_experts=self._num_experts, **kept)
+            self._part.keep(ids_LKN, step_N, sender=self._sender, num_experts=self._num_experts, **kept)
 
     def _may_end(self, step: Step) -> bool:
         return step.phase is Phase.DECODE and step.has_token_ids and bool(self._eos)
@@ -330,10 +335,9 @@ def _eos_tokens(model: nn.Module) -> list[int]:
     return [] if value is None else [int(token) for token in (value if isinstance(value, list | tuple) else [value])]
 
 
-def _ranks(model: nn.Module) -> tuple[int, bool, bool]:
-    """(rank, whether it records, whether its batch is its own). Ranks of a tensor-parallel group share a batch."""
+def _ranks(model: nn.Module) -> tuple[int, int, int]:
+    """(rank, how many consecutive ranks share a batch, how many ranks there are): those of a tensor-parallel group."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, True, False
+        return 0, 1, 1
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    shared = getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1
-    return rank, rank % shared == 0, shared < world
+    return rank, getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1, world

@@ -23,7 +23,7 @@ from gemopt.splits import levels, shares, static_shares, weights
 from gemopt.splits.levels import held_within, level, no_levels, table_levels
 from gemopt.splits.optimal import TABLE_LIMIT
 from gemopt.splits.rules import nearest_copies
-from gemopt.splits.senders import senders_of
+from gemopt.splits.senders import check_senders, senders_of
 from gemopt.splits.weights import static_weights
 from gemopt.traces import Traces
 from gemopt.traces.tokens import Tokens
@@ -233,6 +233,14 @@ def test_a_record_that_does_not_make_the_counts_has_no_senders() -> None:
     tokens = Tokens(ids=np.array([[[0]]]), step_of_token=np.zeros(1, int), source_rank=np.zeros(1, int))
     with pytest.raises(InputError, match="exactly the counts"):
         senders_of(Traces(counts=np.array([[[2, 1]]]), tokens=tokens), 0, 1)
+
+
+def test_a_record_of_one_process_does_not_say_who_sends() -> None:
+    tokens = Tokens(ids=np.array([[[0, 1]], [[0, 1]]]), step_of_token=np.zeros(2, int), source_rank=np.zeros(2, int))
+    traces = Traces(counts=np.array([[[2, 2]]]), tokens=tokens)
+    with pytest.raises(InputError, match=r"got rank 0 alone; some token from other ranks of 2; .*--senders uniform"):
+        check_senders(traces, 2)
+    check_senders(traces, 1)
 
 
 def test_tiles_are_shared_as_whole_assignments() -> None:

@@ -61,6 +61,7 @@ def test_padding_is_not_counted(model, tmp_path):
     np.testing.assert_array_equal(np.sort(traces.tokens.ids), np.sort(np.concatenate(expected)))
     assert traces.tokens.token_ids.tolist() == [token for prompt in PROMPTS for token in prompt]
     assert traces.tokens.request.tolist() == [0] * 6 + [1] * 2 + [2] * 4
+    assert traces.tokens.source_rank is None  # one process does not say who would send
     everything = traced(model, tmp_path / "u", lambda: model(left_padded(PROMPTS)["input_ids"]))
     assert everything.counts.sum() == 18 * 3 * 2  # without a mask every token is a real one
 
@@ -216,6 +217,20 @@ def test_the_model_is_left_as_it_was(model, tmp_path):
         raise RuntimeError("out of memory")
     assert hooks() == before
     assert Traces.load(tmp_path / "u").num_steps == 1  # what ran before the failure is kept
+
+
+def test_blocks_of_one_tracer_follow_each_other(model, tmp_path):
+    batch, hooks = left_padded(PROMPTS), lambda: sum(len(m._forward_hooks) for m in model.modules())
+    before = hooks()
+    tracer = Tracer(model, tmp_path / "t")
+    for _ in range(2):
+        with torch.no_grad(), tracer:
+            with pytest.raises(InputError, match="a block within its own"), tracer:
+                pass
+            model(**batch)
+        model(**batch)  # of nobody
+    assert hooks() == before
+    assert Traces.load(tmp_path / "t").counts[:, 0].sum(axis=1).tolist() == [24, 24]
 
 
 def test_a_forward_that_fails_leaves_no_step(model, tmp_path):

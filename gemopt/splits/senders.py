@@ -41,7 +41,7 @@ def check_senders(traces: Traces, num_ranks: int) -> None:
     Raises
     ------
     InputError
-        They have no token-level record, no sender ranks, or other ranks.
+        They have no token-level record, no sender ranks, other ranks, or rank 0 alone, as one process records.
     """
     hint = "record tokens with their ranks, or say that all ranks send alike: --senders uniform"
     if traces.tokens is None:
@@ -52,6 +52,8 @@ def check_senders(traces: Traces, num_ranks: int) -> None:
     wrong = ranks[(ranks < 0) | (ranks >= num_ranks)]
     if len(wrong):
         raise InputError("Traces.source_rank", int(wrong[0]), f"ranks 0 to {num_ranks - 1}", hint)
+    if num_ranks > 1 and len(ranks) and not ranks.any():
+        raise InputError("Traces.source_rank", "rank 0 alone", f"some token from other ranks of {num_ranks}", hint)
 
 
 def senders_of(traces: Traces, layer: int, num_ranks: int) -> NDArray[np.int32]:
