@@ -44,8 +44,16 @@ class Scripted:
         self.confirmed.append(placement)
 
 
+def fails_after_its_experts(model, tokens):
+    hook = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    try:
+        model(tokens)
+    except ZeroDivisionError:
+        hook.remove()
+
+
 @scenario
-def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=False, moves=2):
+def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=False, moves=2, broken=None):
     """Serve under a controller: outputs all along, what it saw, and what is in force in the end."""
     whole = AutoModelForCausalLM.from_pretrained(checkpoint(family)).eval()
     model = load(family, world, where)
@@ -63,6 +71,8 @@ def follow(rank, world, family, where, passes=24, window=3, fail_at=None, wrong=
         for n in range(passes):
             tokens = batch(rank, where, seed=n)
             reference = whole(tokens).logits
+            if n == broken:
+                fails_after_its_experts(model, tokens)
             errors.append(relative(model(tokens).logits, reference))
             if n < window:
                 asked.append(counted_by_hand(whole, tokens))

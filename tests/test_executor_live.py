@@ -185,7 +185,7 @@ def test_decisions_are_applied_while_serving(world, ranks, where):
 
 @pytest.mark.parametrize(("ranks", "where"), [(2, "shared"), (2, "own"), (4, "mixed")])
 def test_the_controller_sees_every_assignment_once(world, ranks, where):
-    told = results(world("follow", ranks, family="qwen3_moe", where=where, passes=8))
+    told = results(world("follow", ranks, family="qwen3_moe", where=where, passes=8, broken=1))  # and run again
     counts, timed = told[0]["seen"]
     batches = {"shared": told[:1], "own": told, "mixed": told[::2]}[where]
     assert timed

@@ -79,6 +79,12 @@ class Gauge:
         event.record()
         self._events.append((self.passes, layer, clock, event))
 
+    def forget(self) -> None:
+        """Drop what a pass that did not end has left."""
+        self.counts_WLE[self.passes].zero_()
+        self._times[self.passes] = [None] * len(self._times[self.passes])
+        self._events = [event for event in self._events if event[0] != self.passes]
+
     def _add(self, step: int, layer: int, microseconds: float) -> None:
         self._times[step][layer] = (self._times[step][layer] or 0.0) + microseconds
 
@@ -122,6 +128,7 @@ class Follow:
         self._thread: threading.Thread | None = None
         self._word: tuple[int, bytes] = (NOTHING, EMPTY)
         self._waiting = 0
+        self._begun = False  # a forward pass, which may fail
         self._moving: list[bool] = []  # passes of this window with something else in force than is wanted
         self._deciding: list[bool] = []  # and those during which that may have been decided
         self._unseen: deque[tuple[Any, Any]] = deque(maxlen=max(1, UNSEEN_STEPS // window))
@@ -146,6 +153,7 @@ class Follow:
         return {"window": str(self.window)}
 
     def _after(self) -> None:
+        self._begun = False
         self._moving.append(self._travels)
         self._deciding.append(self._waiting > 0)
         self._gauge.passes += 1
@@ -191,6 +199,9 @@ class Follow:
         self._word = (MOVE if decision.num_moves else KEPT, json.dumps(said).encode())
 
     def _before(self) -> None:
+        if self._begun:
+            self._gauge.forget()
+        self._begun = True
         if self._wanted is not None and self._background.done:
             wanted, self._wanted = self._wanted, None
             self._move(wanted)
