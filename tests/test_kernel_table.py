@@ -92,7 +92,10 @@ BAD_TABLES = {
     "a share": ("tokens,latency_per_token_us\n1,5\n", "if it is: --time-column 'latency_per_token_us:us'"),
     "an exchange": ("assignments,op_name,latency_us\n1,alltoall_dispatch,5\n", "op_name: got alltoall_dispatch"),
     "sequences": ("batch_size,input_len,top_k,latency_us\n1,1024,8,5\n", "does batch_size count tokens, or sequences?"),
-    "JSON of other things": ('{"traceEvents": [{"name": "moe", "dur": 5}]}', "columns name, dur; a column tokens or"),
+    "JSON of other things": (
+        '{"traceEvents": [{"name": "moe", "dur": 5}]}',
+        "a trace of events; rows of loads and times",
+    ),
     "JSON that is cut": ('[{"tokens": 1, "latency_us": 5}, {"tok', "JSON that is cut or wrong"),
     "a key twice": ('[{"tokens": 1, "tokens": 2, "latency_us": 5}]', "a key twice in one object"),
     "a pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:6a\nsize 9\n", "git lfs pull"),
@@ -115,7 +118,7 @@ BAD_TABLES = {
     "a total beside instances": ("assignments,Total Time (ns),Instances\n1,500,100\n", "beside Instances 100"),
     "a total beside calls": ("assignments,TotalDurationNs,Calls\n1,500,100\n", "beside Calls 100"),
     "the likelier time": ("assignments,cpu_time_us,cuda_time_us\n1,500,5\n", "--time-column 'cuda_time_us'"),
-    "parts": ("assignments,gemm,time_us\n1,gate_up,5\n1,down,3\n", "add up the parts of a load"),
+    "parts": ("assignments,gemm,time_us\n1,gate_up,5\n1,down,3\n", "--sum-column gemm adds them up"),
     "numbered parts": (
         "assignments,stage,time_us\n1,1,5\n1,2,3\n",
         "where one is a whole layer: --where stage=VALUE --repeat-column stage",

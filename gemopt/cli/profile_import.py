@@ -23,11 +23,14 @@ Columns = list[str] | None
     epilog=examples(
         "gemopt profile import h100_vllm_gptoss20b_ep8.csv --unit group-tokens --top-k 4 --ep 8 --ranks 8 "
         "-o profile.json",
+        "gemopt profile import gate_up.csv silu.csv down.csv --sum-column file -o profile.json",
         "gemopt profile import table.csv --where dtype=bf16 --time-column 'kernel_time:ms' -o profile.json",
     ),
 )
 def import_table(
-    table: Annotated[Path, typer.Argument(help="CSV or parquet with loads and times, or what benchmark_moe printed")],
+    tables: Annotated[
+        list[Path], typer.Argument(help="CSV or parquet with loads and times, or what benchmark_moe printed")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="profile.json to write")],
     unit: Annotated[
         str | None, typer.Option(help="what the load column counts: assignments (default), tokens or group-tokens")
@@ -36,10 +39,16 @@ def import_table(
     ep: Annotated[int | None, typer.Option(min=1, help="ranks of the measured group, for group-tokens")] = None,
     where: Annotated[Columns, typer.Option(metavar="COLUMN=VALUE", help="only these rows; repeatable")] = None,
     load_column: Annotated[str | None, typer.Option(help="column with the load; then give --unit")] = None,
-    time_column: Annotated[str | None, typer.Option(metavar="NAME[:ms]", help="column with the layer's time")] = None,
+    time_column: Annotated[
+        str | None, typer.Option(metavar="NAME[:ms]", help="column with the layer's time; those of parts: A:ms+B:ms")
+    ] = None,
     device_column: Annotated[Columns, typer.Option(help="column that tells devices apart; repeatable")] = None,
     repeat_column: Annotated[
         Columns, typer.Option(help="column that only numbers repeats, or holds a result; repeatable")
+    ] = None,
+    sum_column: Annotated[
+        Columns,
+        typer.Option(help="column that names parts of a layer, to be added up; of several tables: file; repeatable"),
     ] = None,
     speeds: Annotated[Path | None, typer.Option(help="CSV with rel_time: draw a what-if cluster from it")] = None,
     fleet: Annotated[str | None, typer.Option(help="which dataset of the speeds, when it holds several")] = None,
@@ -60,11 +69,13 @@ def import_table(
     from gemopt.formats.fleet import check_drawn, serving
     from gemopt.formats.kernel_table import read_table
 
-    check_outputs(("--output", output, "profile"), read=[("the table", table), ("--speeds", speeds)])
+    check_outputs(
+        ("--output", output, "profile"), read=[*(("the table", each) for each in tables), ("--speeds", speeds)]
+    )
     check_drawn(speeds, fleet, memory_fleet, seed)
     notes: list[str] = []
     profile = read_table(
-        table,
+        tables,
         unit=unit,
         top_k=top_k,
         ep=ep,
@@ -73,6 +84,7 @@ def import_table(
         time=time_column,
         device=device_column or (),
         repeat=repeat_column or (),
+        parts=sum_column or (),
         notes=notes,
     )
     measured = profile.num_ranks
@@ -80,7 +92,9 @@ def import_table(
         profile, notes=notes, device=device, speeds=speeds, fleet=fleet, memory_fleet=memory_fleet, ranks=ranks,
         seed=seed,
     )  # fmt: skip
-    profile = profile.model_copy(update={"source": source or f"imported from {table.name}"})
+    profile = profile.model_copy(
+        update={"source": source or f"imported from {', '.join(each.name for each in tables)}"}
+    )
     profile = profile.with_model(name=model, expert_bytes=expert_bytes, top_k=top_k)
     profile.save(output)
     if as_json:

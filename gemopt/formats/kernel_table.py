@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,6 @@ from gemopt.foreign import telling
 from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
 from gemopt.formats.table_beside import (
     beside,
-    refuse_no_measurements,
     refuse_other_units,
     refuse_skewed_groups,
 )
@@ -38,7 +38,7 @@ from gemopt.formats.table_devices import (
     refuse_missing_ranks,
 )
 from gemopt.formats.table_doubts import doubts
-from gemopt.formats.table_files import Row, Table, number, read, refuse_grouped, whole
+from gemopt.formats.table_files import Row, Table, number, refuse_grouped, whole
 from gemopt.formats.table_kinds import (
     AICONFIGURATOR,
     AITER,
@@ -69,8 +69,17 @@ from gemopt.formats.table_loads import (
     shared_experts,
     unit_of_load,
 )
+from gemopt.formats.table_parts import (
+    doubt_of_file,
+    read_tables,
+    refuse_other_rows,
+    refuse_unsaid_files,
+    split,
+    summed,
+    with_added_times,
+)
 from gemopt.formats.table_samples import samples_of
-from gemopt.formats.table_times import doubt_of_time, refuse_other_operations, time_column
+from gemopt.formats.table_times import doubt_of_time, time_column
 from gemopt.profile import Device, Profile
 
 __all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "what_if"]
@@ -79,8 +88,11 @@ LARGEST_US = 1e12  # as in a profile
 MANYFOLD = 0.5  # of the median: half of the repeats of a load lie further from it, as two that are threefold apart do
 
 
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
 def read_table(
-    path: str | os.PathLike[str],
+    path: Paths,
     *,
     unit: Unit | str | None = None,
     top_k: int | None = None,
@@ -90,6 +102,7 @@ def read_table(
     time: str | None = None,
     device: Sequence[str] = (),
     repeat: Sequence[str] = (),
+    parts: Sequence[str] = (),
     notes: list[str] | None = None,
 ) -> Profile:
     """Profile from a table of loads and times: CSV, parquet, Markdown, columns set apart by blanks, benchmark_moe's.
@@ -99,6 +112,8 @@ def read_table(
 
     Parameters
     ----------
+    path
+        One table, or several that are read as one, with a column `file` which is then to be said what it tells apart.
     unit
         What the load column counts; default: what is known of the table's kind, else assignments.
     top_k, ep
@@ -108,9 +123,11 @@ def read_table(
     load
         Column with the load, of any name; `unit` says what it counts.
     time
-        Column with the time, perhaps with its unit: `NAME:ms`.
+        Column with the time, perhaps with its unit: `NAME:ms`; several to be added up: `NAME:ms+NAME:ms`.
     device, repeat
         Columns that tell devices apart; that only number repeats or hold results.
+    parts
+        Columns that name the parts of a layer, whose times at a load are added up.
     notes
         What was assumed or is hardly right is added to it, in sentences.
 
@@ -119,18 +136,13 @@ def read_table(
     InputError
         Naming the file, the line and the column that is wrong.
     """
-    unit = named_unit(unit)
-    _check_asked(path, top_k, ep)
-    where, device, repeat = ([each] if isinstance(each, str) else each for each in (where, device, repeat))
-    with telling("a table of times", path):
-        full = read(path)
+    unit, paths = named_unit(unit), _check_asked(path, top_k, ep)
+    where, device, repeat, parts = ([e] if isinstance(e, str) else e for e in (where, device, repeat, parts))
+    with telling("a table of times", *paths):
+        full, of_file = read_tables(paths)
     layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
-    table = chosen_rows(full, where)
-    unsaid = [] if layout else [each for each in full.header if each not in (*device, *repeat)]
-    varying = [each for each in unsaid if len(values(full.rows, each)) > 1]
-    refuse_other_operations(table, varying, read_over={*repeat, *(layout.tuned if layout else ())})
-    if layout is None:
-        refuse_no_measurements(table, repeat)
+    table, time = with_added_times(chosen_rows(full, where), time)
+    refuse_other_rows(full, table, layout, repeat, (*device, *repeat, *parts, of_file), parts)
     table = settled(table, layout, load)
     counts = load_column(table, layout, unit, load)
     if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:
@@ -145,10 +157,15 @@ def read_table(
     if layout is None:
         refuse_other_units(table, reader.latency, reader.scale)
     own = [counts, active_column, reader.latency, *named(table, ("assignments",))]
-    used = {*columns, *repeats, *(name for name in own if name is not None)}
-    refuse_mixtures(tables, reader.key, used=used, tuned=layout.tuned if layout else ())
+    kept = [*columns, *(name for name in own if name is not None)]
+    refuse_unsaid_files(split(tables, parts), None if of_file in repeats else of_file)
+    used, tuned = {*kept, *repeats, *parts, *([of_file] if of_file else [])}, layout.tuned if layout else ()
     for name in (reader.load, reader.latency):
         refuse_grouped(table, name)
+    for each in by_device(table, parts):
+        refuse_mixtures(by_device(each, columns), reader.key, used=used, tuned=tuned)
+    table, said = _whole_layers(reader, tables, parts, kept)
+    tables = by_device(table, columns)
     if layout is AICONFIGURATOR:
         refuse_fused(table, reader.latency, time)
     top_k = given("--top-k", top_k, table, TOP_K)
@@ -159,35 +176,46 @@ def read_table(
     reader.factor = factor(counted, top_k, ep, table, counts)
     _check_assignments(reader)
     _check_active(reader, None if layout else experts_of_a_rank(table, counted, ep))
-    columns, said = _ranks(tables, columns, where)
+    columns, told = _ranks(tables, columns, where)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
     profile = Profile(devices=devices, model=shape(table, layout, top_k), kernel=kernel(table), mode="table")
     if notes is not None:
+        notes += [*said, *told, *skewed]
         if unit is None and counted is Unit.ASSIGNMENTS and plain(counts) != "assignments":
-            said.append(
+            notes.append(
                 f"{counts} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
                 "group-tokens where they are those of all ranks together"
             )
-        numbered = bool(repeats) or any(plain(name) in REPEATS for name in table.header)
         if layout is None and time is None:
-            said += doubt_of_time(reader.latency)
-        notes += [
-            *said,
-            *skewed,
-            *_beside(reader, layout, counted, top_k, repeats),
-            *doubts(profile, numbered=numbered),
-        ]
+            notes += doubt_of_time(reader.latency) + ([] if parts or of_file else doubt_of_file(table.path))
+        numbered = bool(repeats) or any(plain(name) in REPEATS for name in table.header)
+        notes += [*_beside(reader, layout, counted, top_k, repeats), *doubts(profile, numbered=numbered)]
     return profile
 
 
-def _check_asked(path: object, top_k: object, ep: object) -> None:
-    """Refuse what is no path, and no whole number of experts and ranks."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise InputError("table", type(path).__name__, "the path of a table", "save a data frame: its to_csv")
+def _whole_layers(
+    reader: _Reader, devices: Sequence[Table], parts: Sequence[str], kept: Sequence[str]
+) -> tuple[Table, list[str]]:
+    """The rows of whole layers, those of parts added up, and what to say of them."""
+    if not parts:
+        return reader.table, []
+    for each in split(devices, parts):
+        reader.refuse_scattered(each)
+    reader.table, said = summed(devices, parts, kept, reader.latency, reader.key)
+    return reader.table, said
+
+
+def _check_asked(path: Any, top_k: object, ep: object) -> list[str | os.PathLike[str]]:
+    """The paths of the tables; refuse what is none, and no whole number of experts and ranks."""
+    paths = list(path) if isinstance(path, (list, tuple)) and path else [path]
+    for each in paths:
+        if not isinstance(each, (str, os.PathLike)):
+            raise InputError("table", type(each).__name__, "the path of a table", "save a data frame: its to_csv")
     if top_k is not None:
         check_number("--top-k", top_k, "the experts per token, at least 1", least=1, whole=True)
     if ep is not None:
         check_number("--ep", ep, "the ranks of the measured group, at least 1", least=1, whole=True)
+    return paths
 
 
 @dataclass
@@ -218,7 +246,7 @@ class _Reader:
             raise InputError(
                 f"{self.table.path} {row.where}, {self.active}",
                 active,
-                f"at most the {load:g} assignments of the {row.where.split()[0]}",
+                f"at most the {load:g} assignments of the {row.where.split()[-2]}",
                 "does the load column count tokens? then give --unit and --top-k"
                 if self.factor == 1
                 else f"those of all ranks? to read over them: --repeat-column '{self.active}'",

@@ -44,6 +44,7 @@ BINARY = {
     b"%PDF": ("a PDF", "save its table as CSV"),
     b"": ("binary data", "save it as CSV"),  # any other
 }
+NO_LOADS = "profilers tell no loads: write a row for each load, with the time of the whole layer; or gemopt profile"
 RESULTS = re.compile(r"(?:Noise|Samples)\b", re.IGNORECASE)
 NO_MATTER = {"batch_size", "tune", "seed", "save_dir", "trust_remote_code"}  # arguments that change no kernel
 
@@ -162,6 +163,8 @@ def _decoded(path: str, data: bytes) -> str:
 def _records(path: str, text: str) -> Table:
     """Rows that are JSON objects of plain values, in a list or one on each line, or a data frame."""
     found = parsed(path, text)
+    if isinstance(found, dict) and "traceEvents" in found:
+        raise InputError(path, "a trace of events", "rows of loads and times", NO_LOADS)
     found = [found] if is_flat(found) else found if _is_tuned(found) else beside_rows(frame_rows(found))
     if not isinstance(found, list) or not found or not all(map(is_flat, found)):
         tuned = _is_tuned(found)

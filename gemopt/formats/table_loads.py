@@ -7,7 +7,7 @@ import re
 from gemopt.exceptions import InputError
 from gemopt.formats.table_beside import NO
 from gemopt.formats.table_columns import known, listed, named, plain, values, words
-from gemopt.formats.table_files import Table, whole
+from gemopt.formats.table_files import NO_LOADS, Table, whole
 from gemopt.formats.table_kinds import Layout, Unit
 
 LOAD_COLUMNS = ("tokens", "num_tokens", "assignments", "token", "batch_size")
@@ -34,6 +34,8 @@ RATES = {
 THOUSANDS = {"k", "ktokens", "thousand", "thousands", "million", "millions"}
 ONE_RANK = {"rank", "gpu", "device", "npu", "xpu", "card", "worker"}
 GROUP = {"global", "cluster", "world"}
+PROFILED = {"instances", "calls", "corr_id", "correlation_id", "dispatch_id", "kernel_id"}
+"""Columns of what profilers of kernels write."""
 
 
 def matching(table: Table, names: re.Pattern[str]) -> list[str]:
@@ -54,7 +56,9 @@ def load_column(table: Table, layout: Layout | None, unit: Unit | None, asked: s
     found = named(table, LOAD_COLUMNS)
     if not found:
         limit = f"a column {' or '.join(LOAD_COLUMNS)} is needed"
-        raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --load-column NAME")
+        profiled = PROFILED & {plain(name) for name in table.header}
+        hint = NO_LOADS if profiled else "or give --load-column NAME"
+        raise InputError(table.path, f"columns {', '.join(table.header)}", limit, hint)
     return min(found, key=lambda name: (plain(name) == "assignments") != (unit in (None, Unit.ASSIGNMENTS)))
 
 

@@ -31,6 +31,9 @@ NO_LAYER = {
     "mla", "mha", "rope", "sampling", "logits", "embedding",
     "down", "w1", "w2", "w3", "w13", "gemm1", "gemm2", "stage1", "stage2", "copy", "h2d", "d2h",  # less
 }  # fmt: skip
+PIECES = NO_LAYER - {"ttft", "tpot", "itl", "e2e", "e2el", "request", "step", "layers"}
+PIECES |= {"act", "activation", "silu", "swiglu", "gelu"}
+"""Words that name parts of a layer, or what is done beside it."""
 NO_TIME = {
     "cpu", "host", "launch", "overhead", "compile", "tune", "timeout", "delta", "diff", "saved", "normalized",
     "relative", "ideal", "predicted", "estimated", "theoretical", "simulated", "modeled", "projected", "expected",
@@ -118,7 +121,11 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
     likely = sorted(best, key=_unlikely)
-    raise InputError(table.path, f"times {', '.join(best)}", limit, f"say which: {_asking(likely[0])}")
+    if all(words(name) & PIECES for name in best):
+        hint = f"all the parts of a layer? to add them up: --time-column '{'+'.join(map(_with_unit, best))}'"
+    else:
+        hint = f"say which: {_asking(likely[0])}"
+    raise InputError(table.path, f"times {', '.join(best)}", limit, hint)
 
 
 def doubt_of_time(name: str) -> list[str]:
@@ -141,6 +148,10 @@ def _asking(name: str) -> str:
         return f"--time-column '{name}'"
     unit = found[1] if found else _unit_within(name)
     return f"--time-column '{name}:{unit}'" if unit else f"--time-column '{name}:ms', or :us, :ns, :s"
+
+
+def _with_unit(name: str) -> str:
+    return name if unit_of(name) else f"{name}:{_unit_within(name) or 'ms'}"
 
 
 def _unit_within(name: str) -> str | None:
@@ -189,21 +200,22 @@ def refuse_other_operations(table: Table, varying: Collection[str] = (), read_ov
     nothing, of the ones that name what was timed in all rows alike.
     """
     for name in (each for each in table.header if plain(each) in PARTS and each not in (*varying, *read_over)):
-        told = [each for each in values(table.rows, name) if words(each) & ELSEWHERE or _is_exchange(each)]
+        told = [each for each in values(table.rows, name) if words(each) & ELSEWHERE or is_exchange(each)]
         if told:
             hint = f"gemopt topology reads exchanges; if it is a whole layer: --repeat-column '{name}'"
             raise InputError(f"{table.path}, {name}", listed(told), "times of whole MoE layers", hint)
     for name in (each for each in table.header if each in varying or plain(each) in OPERATIONS):
         found = values(table.rows, name)
         other = [
-            each for each in found if words(each) & NO_LAYER or f"{plain(name)}{each}" in NO_LAYER or _is_exchange(each)
+            each for each in found if words(each) & NO_LAYER or f"{plain(name)}{each}" in NO_LAYER or is_exchange(each)
         ]
         if other:
             one = f"; where one is a whole layer: --where {name}=VALUE --repeat-column {name}"
-            hint = f"add up the parts of a load; gemopt topology reads exchanges{one if name in varying else ''}"
+            one = one if name in varying else ""
+            hint = f"parts of a layer: --sum-column {name} adds them up; gemopt topology reads exchanges{one}"
             raise InputError(f"{table.path}, {name}", listed(other), "rows of whole MoE layers", hint)
 
 
-def _is_exchange(told: str) -> bool:
+def is_exchange(told: str) -> bool:
     """`all_to_all`, `ncclAllReduce` and the like."""
     return any(each in plain(told).replace("_", "") for each in EXCHANGES)

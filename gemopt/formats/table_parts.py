@@ -1,0 +1,195 @@
+"""Times of the parts of a layer, added up: rows that a column tells apart, several tables, or columns side by side.
+
+Several tables are read as one, with a column that names the file of every row; what that tells apart has to be said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gemopt.exceptions import InputError
+from gemopt.formats.recorded_files import names_of
+from gemopt.formats.table_beside import EXCHANGED, refuse_no_measurements
+from gemopt.formats.table_columns import known, listed, values, words
+from gemopt.formats.table_devices import by_device
+from gemopt.formats.table_files import Row, Table, number, read
+from gemopt.formats.table_kinds import Layout
+from gemopt.formats.table_times import ELSEWHERE, PIECES, is_exchange, refuse_other_operations, time_column
+
+LoadOf = Callable[[Row], tuple[float, ...]]
+SUMMED = "added_times_us"
+ADD_UP = "kernels of one layer, to be added up: --sum-column {0}; a device each: --device-column {0}; repeats of one "
+ADD_UP += "measurement, or loads of their own: --repeat-column {0}"
+LARGEST_US = 1e12  # as in a profile
+PARTS = PIECES | ELSEWHERE
+
+
+def read_tables(paths: Sequence[str | os.PathLike[str]]) -> tuple[Table, str | None]:
+    """The rows of all files, and the column that names the file of each; None where there is one."""
+    tables = [read(path) for path in paths]
+    if len(tables) == 1:
+        return tables[0], None
+    files = [Path(path) for path in paths]
+    if len({os.path.realpath(path) for path in files}) < len(files):
+        raise InputError("TABLES", ", ".join(map(str, files))[:200], "each table once")
+    header = list(dict.fromkeys(name for table in tables for name in table.header))
+    column = next(name for name in ("file", "table_file", "gemopt_file") if name not in header)
+    names = names_of(files)
+    stems = [os.path.join(os.path.dirname(name), Path(name).name.partition(".")[0]) for name in names]
+    told = stems if len(set(stems)) == len(stems) else names
+    rows = [
+        Row(f"{name} {row.where}", {**dict.fromkeys(header, ""), **row.cells, column: label})
+        for name, label, table in zip(names, told, tables, strict=True)
+        for row in table.rows
+    ]
+    folder = os.path.commonpath([os.path.abspath(path.parent) for path in files])
+    return Table(os.path.join(folder, ""), [*header, column], rows), column
+
+
+def refuse_unsaid_files(groups: Sequence[Table], column: str | None) -> None:
+    """Raise where the rows of one device and part are of several files, and nothing says what these are."""
+    for group in groups if column is not None else ():
+        found = values(group.rows, str(column))
+        if len(found) > 1:
+            raise InputError("TABLES", listed(found, 12), "what these are, said", ADD_UP.format(column))
+
+
+def doubt_of_file(path: str) -> list[str]:
+    """A sentence on a single table whose name says that it is of a part of a layer."""
+    if not words(Path(path).name.partition(".")[0]) & PARTS:
+        return []
+    told = f"{Path(path).name}: of a part of the layer, by its name?"
+    return [f"{told} then give the tables of all parts, and --sum-column file"]
+
+
+def with_added_times(table: Table, asked: str | None) -> tuple[Table, str | None]:
+    """The table with one column for the sum of `NAME[:ms]+NAME[:ms]`, and the name of that; else both as they are."""
+    if asked is None or "+" not in asked or asked in table.header or asked.rpartition(":")[0] in table.header:
+        return table, asked
+    found = [time_column(table, each.strip()) for each in asked.split("+")]
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise InputError("--time-column", asked, "each time once")
+    header = [name for name in table.header if name not in names]
+    rows = [
+        Row(row.where, {**row.cells, SUMMED: repr(sum(_above_0(table, row, name) * scale for name, scale in found))})
+        for row in table.rows
+    ]
+    return Table(table.path, [*header, SUMMED], rows), SUMMED
+
+
+def refuse_other_rows(
+    full: Table,
+    table: Table,
+    layout: Layout | None,
+    repeat: Sequence[str],
+    said_of: Sequence[str | None],
+    parts: Sequence[str],
+) -> None:
+    """Raise where columns say that rows are no runs of whole layers that went well, and no parts to be added up."""
+    for name in parts:
+        known(table, name, "--sum-column")
+    unsaid = [] if layout else [each for each in full.header if each not in said_of]
+    varying = [each for each in unsaid if len(values(full.rows, each)) > 1]
+    others = Table(table.path, [each for each in table.header if each not in parts], table.rows)
+    refuse_other_operations(others, varying, read_over={*repeat, *(layout.tuned if layout else ())})
+    _refuse_exchanges(table, parts)
+    if layout is None:
+        refuse_no_measurements(table, repeat)
+
+
+def _refuse_exchanges(table: Table, parts: Sequence[str]) -> None:
+    """Raise where one of the parts to be added up is an exchange between ranks."""
+    for name in parts:
+        told = [each for each in values(table.rows, name) if words(each) & EXCHANGED or is_exchange(each)]
+        if told:
+            others = [each for each in values(table.rows, name) if each not in told]
+            hint = "a topology adds them; leave such rows out: " + " ".join(f"--where '{name}={e}'" for e in others)
+            raise InputError(f"{table.path}, {name}", listed(told), "parts without the exchange of tokens", hint)
+
+
+def split(devices: Sequence[Table], parts: Sequence[str]) -> list[Table]:
+    """The rows of each device and part."""
+    return [each for device in devices for each in by_device(device, parts)] if parts else list(devices)
+
+
+def summed(
+    devices: Sequence[Table], parts: Sequence[str], kept: Sequence[str], time: str, load_of: LoadOf
+) -> tuple[Table, list[str]]:
+    """A row for each device and load, with the sum of the medians of its parts; and what to say of them.
+
+    Parameters
+    ----------
+    devices
+        The rows of each device, in which only repeats and results differ beside load and part.
+    parts, time
+        Columns that tell the parts apart, and the column of the times, whatever its unit.
+    kept
+        Columns of devices and loads, which stay as they are beside those that say one thing of each part.
+
+    Raises
+    ------
+    InputError
+        A part was not measured at a load of another one.
+    """
+    table = Table(devices[0].path, devices[0].header, [row for each in devices for row in each.rows])
+    pieces = by_device(table, parts)
+    alone = [name for name in table.header if all(len(values(each.rows, name)) == 1 for each in pieces)]
+    apart = [name for name in alone if len(values(table.rows, name)) > 1]
+    header = [name for name in table.header if name in (*kept, time) or name in alone]
+    rows = []
+    for device in devices:
+        each = [_by_load(part, load_of) for part in by_device(device, parts)]
+        labels = [_label(next(iter(part.values()))[0], parts) for part in each]
+        _refuse_missing(device, each, [_label(piece.rows[0], parts) for piece in pieces], labels)
+        for load, first in each[0].items():
+            total = sum(_median(device, part[load], time) for part in each)
+            cells = {name: first[0].cells[name] for name in header}
+            cells |= {name: "+".join(values([part[load][0] for part in each], name)) for name in apart}
+            rows.append(Row(first[0].where, {**cells, time: repr(float(total))}))
+    told = [f"{' + '.join(_label(piece.rows[0], parts) for piece in pieces)}: their times are added up"]
+    others = [name for name in apart if name not in parts]
+    told += [f"the parts differ in {', '.join(others)}"] if others else []
+    return Table(table.path, header, rows), told
+
+
+def _by_load(part: Table, load_of: LoadOf) -> dict[tuple[float, ...], list[Row]]:
+    found: dict[tuple[float, ...], list[Row]] = defaultdict(list)
+    for row in part.rows:
+        found[load_of(row)].append(row)
+    return found
+
+
+def _refuse_missing(
+    device: Table, each: Sequence[dict[tuple[float, ...], list[Row]]], wanted: list[str], labels: list[str]
+) -> None:
+    if lacking := [label for label in wanted if label not in labels]:
+        raise InputError(f"{device.path} {device.rows[0].where}", f"no {lacking[0]}", "all parts on every device")
+    for label, part in zip(labels, each, strict=True):
+        for other, others in zip(labels, each, strict=True):
+            load = next((load for load in others if load not in part), None)
+            if load is not None:
+                shown = " and ".join(f"{number:g}" for number in load)
+                where = f"{device.path} {others[load][0].where}"
+                limit, hint = f"each load in all parts: {shown} is missing in {label}", "leave it out, or measure it"
+                raise InputError(where, f"load {shown} of {other}", limit, hint)
+
+
+def _median(table: Table, rows: Sequence[Row], time: str) -> float:
+    return float(np.median([_above_0(table, row, time) for row in rows]))
+
+
+def _above_0(table: Table, row: Row, time: str) -> float:
+    found = number(table, row, time, largest=LARGEST_US)
+    if not found:
+        raise InputError(f"{table.path} {row.where}, {time}", row.cells[time], "above 0: work takes time")
+    return found
+
+
+def _label(row: Row, parts: Sequence[str]) -> str:
+    return " ".join(row.cells[name] for name in parts)

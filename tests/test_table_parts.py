@@ -1,0 +1,174 @@
+"""Kernel tables of parts of a layer, and several tables at once: added up as asked, refused where nothing is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cli_inputs import gemopt
+from kernel_tables import loads, written
+
+from gemopt.exceptions import InputError
+from gemopt.formats.kernel_table import read_table
+from gemopt.profile import Profile
+
+LOADS = (1, 4, 16, 64)
+PARTS: dict[str, Callable[[int], float]] = {
+    "gate_up": lambda n: 20 + n / 4,
+    "silu": lambda n: 3 + n / 32,
+    "down": lambda n: 12 + n / 8,
+}
+WHOLE = [(n, None, sum(part(n) for part in PARTS.values())) for n in LOADS]
+
+
+def tables(folder: Path) -> list[Path]:
+    """A table of each part."""
+    return [
+        written(folder, "assignments,us\n" + "".join(f"{n},{part(n)}\n" for n in LOADS), f"{name}.csv")
+        for name, part in PARTS.items()
+    ]
+
+
+def rows(*columns: str, lines: dict[str, str] | None = None) -> str:
+    """A table with a row for each part and load, and cells beside for each part."""
+    beside = lines or dict.fromkeys(PARTS, "")
+    cells = [f"{n},{name},{part(n)}{beside[name]}" for name, part in PARTS.items() for n in LOADS]
+    return "\n".join([",".join(["assignments", "kernel", "us", *columns]), *cells, ""])
+
+
+def test_tables_of_parts_are_added_up_load_by_load(tmp_path: Path) -> None:
+    notes: list[str] = []
+    assert loads(read_table(tables(tmp_path), parts=["file"], notes=notes)) == WHOLE
+    assert notes == ["gate_up + silu + down: their times are added up"]
+
+
+def test_nobody_guesses_what_several_tables_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(tables(tmp_path))
+    assert str(error.value) == (
+        "TABLES: got gate_up, silu, down; what these are, said; kernels of one layer, to be added up: --sum-column "
+        "file; a device each: --device-column file; repeats of one measurement, or loads of their own: "
+        "--repeat-column file"
+    )
+
+
+def test_tables_may_be_a_device_each(tmp_path: Path) -> None:
+    paths = [written(tmp_path, f"assignments,us\n8,{10 + r}\n", f"gpu{r}.csv") for r in (10, 2)]
+    profile = read_table(paths, device=["file"])
+    assert [(device.name, *loads(profile, device.rank)) for device in profile.devices] == [
+        ("file gpu2", (8, None, 12.0)),
+        ("file gpu10", (8, None, 20.0)),
+    ]
+
+
+def test_tables_may_name_their_rank_themselves(tmp_path: Path) -> None:
+    paths = [written(tmp_path, f"rank,assignments,us\n{r},8,{10 + r}\n", f"t{r}.csv") for r in (0, 1)]
+    assert [loads(read_table(paths), rank) for rank in (0, 1)] == [[(8, None, 10.0)], [(8, None, 11.0)]]
+
+
+def test_tables_of_one_load_each_are_one_curve(tmp_path: Path) -> None:
+    paths = [written(tmp_path, f"assignments,us\n{n},10\n{n},12\n", f"batch{n}.csv") for n in LOADS]
+    assert loads(read_table(paths, repeat=["file"])) == [(n, None, 11.0) for n in LOADS]
+
+
+@pytest.mark.parametrize(
+    ("columns", "cells", "said"),
+    [
+        ((), {}, []),
+        (("n", "k"), {"gate_up": ",1536,2048", "silu": ",768,2048", "down": ",2048,2048"}, ["the parts differ in n"]),
+    ],
+)
+def test_rows_of_parts_are_added_up(
+    tmp_path: Path, columns: tuple[str, ...], cells: dict[str, str], said: list[str]
+) -> None:
+    notes: list[str] = []
+    table = written(tmp_path, rows(*columns, lines=cells or None))
+    assert loads(read_table(table, parts=["kernel"], notes=notes)) == WHOLE
+    assert (
+        notes[:2]
+        == ["gate_up + silu + down: their times are added up", *said][: 1 + len(said)] + notes[1 + len(said) : 2]
+    )
+
+
+def test_repeats_of_a_part_are_its_median_on_each_rank(tmp_path: Path) -> None:
+    lines = [
+        f"{rank},{kernel},{run},8,{time + rank + run}"
+        for rank in (0, 1)
+        for kernel, time in (("up", 20), ("down", 10))
+        for run in (0, 1, 5)
+    ]
+    profile = read_table(written(tmp_path, "\n".join(["rank,kernel,run,assignments,us", *lines])), parts=["kernel"])
+    assert [loads(profile, rank) for rank in (0, 1)] == [[(8, None, 32.0)], [(8, None, 34.0)]]
+
+
+REFUSED = {
+    "a load that a part lacks": (
+        "assignments,kernel,us\n1,up,5\n2,up,6\n1,down,3\n",
+        "line 3: got load 2 of up; each load in all parts: 2 is missing in down",
+    ),
+    "a part that a rank lacks": (
+        "rank,assignments,kernel,us\n0,1,up,5\n0,1,down,3\n1,1,up,5\n",
+        "line 4: got no down; all parts on every device",
+    ),
+    "rows of two kinds in a part": (
+        "assignments,kernel,dtype,us\n1,up,bf16,5\n1,up,fp8,3\n1,down,bf16,3\n1,down,fp8,2\n",
+        "rows that differ in dtype",
+    ),
+    "an exchange": ("assignments,kernel,us\n1,dispatch,5\n1,up,3\n", "leave such rows out: --where 'kernel=up'"),
+    "their sum among them": ("assignments,kernel,us\n1,up,5\n1,down,3\n1,total,8\n", "leave such rows out"),
+    "a failed run": ("assignments,kernel,us\n1,up,5\n1,down,0\n", "line 3, us: got 0; above 0"),
+    "repeats manyfold apart": (
+        "assignments,kernel,us\n1,up,5\n1,up,50\n1,down,3\n1,down,3\n",
+        "line 2 and line 3, us: got 5 and 50 for one load",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_parts_that_make_no_layer_are_refused(tmp_path: Path, case: str) -> None:
+    text, named = REFUSED[case]
+    with pytest.raises(InputError) as error:
+        read_table(written(tmp_path, text), parts=["kernel"])
+    assert named in str(error.value)
+
+
+def test_columns_of_parts_are_added_up_in_microseconds(tmp_path: Path) -> None:
+    table = written(tmp_path, "assignments,gate_up_us,silu_ms,down_us\n1,20,0.003,12\n8,22,0.004,13\n")
+    asked = "gate_up_us+silu_ms+down_us"
+    with pytest.raises(InputError) as error:
+        read_table(table)
+    assert f"to add them up: --time-column '{asked}'" in str(error.value)
+    assert loads(read_table(table, time=asked)) == [(1, None, 35.0), (8, None, 39.0)]
+    with pytest.raises(InputError) as error:
+        read_table(table, time="down_us+down_us")
+    assert "each time once" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "said"), [("down.csv", True), ("w13_gemm.csv", True), ("moe_h100.csv", False)])
+def test_a_table_named_after_a_part_is_said(tmp_path: Path, name: str, said: bool) -> None:
+    notes: list[str] = []
+    read_table(written(tmp_path, "assignments,us\n1,20\n", name), notes=notes)
+    assert any("of a part of the layer" in note for note in notes) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("stats.csv", '"Name","Calls","TotalDurationNs","AverageNs","Percentage"\n"moe",10,600000,60000,100.0\n'),
+        ("kern_sum.csv", "Time (%),Total Time (ns),Instances,Avg (ns),Name\n100.0,600000,10,60000.0,moe\n"),
+        ("trace.json", '{"schemaVersion": 1, "traceEvents": [{"ph": "X", "name": "moe", "ts": 1, "dur": 30.5}]}'),
+    ],
+)
+def test_what_profilers_write_has_no_loads(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(written(tmp_path, text, name))
+    assert "profilers tell no loads: write a row for each load" in str(error.value)
+
+
+def test_the_command_takes_several_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "profile.json"
+    code, said, _ = gemopt(capsys, "profile", "import", *tables(tmp_path), "--sum-column", "file", "-o", output)
+    assert code == 0 and "1 device, 4 samples" in said
+    profile = Profile.load(output)
+    assert loads(profile) == WHOLE and profile.source == "imported from gate_up.csv, silu.csv, down.csv"
