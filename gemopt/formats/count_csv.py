@@ -259,7 +259,7 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
         counted = [name for name in header if {*name.split("_")} & COUNTING]
         wide = sum(bool(re.fullmatch(r"[a-z]?_?\d+", name)) for name in header) > 1
         hint = "one line for each layer and expert"
-        hint += "; a column for each expert is named expert_0, ..., beside one called layer" if wide else ""
+        hint += "; columns are named by what they number: expert_0, layer_0 or step_0, ..." if wide else ""
         hint = NOT_IDS if ids and not wide else hint
         hint = BARE if all(map(str.isdigit, header)) else hint
         hint = f"if {counted[0]} is the count, call it count" if lacking == ["count"] and counted else hint

@@ -24,6 +24,11 @@ _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name wh
     r"((?:.*_)?)(?:layers?|blk|block|l)_?(\d{1,9})_((?:.*_)?)(?:experts?|expert_id|exp|e)_?(\d{1,9})((?:_.*)?)",
     re.ASCII,
 )
+_PIVOT = {  # of tables that pandas pivots: what the columns count, beside columns of the others
+    "layer": re.compile(r"(?:moe_)?layers?(?:_id|_idx)?_?(\d{1,9})", re.ASCII),
+    "step": re.compile(r"(?:steps?|iter|iteration|batch)(?:_id)?_?(\d{1,9})", re.ASCII),
+    "rank": re.compile(r"(?:[edt]p_)?rank(?:_id)?_?(\d{1,9})", re.ASCII),
+}
 _LIST = re.compile(r"[\[(]\s*[\d.]+(?:[\s,;]+[\d.]+)+\s*[\])]", re.ASCII)
 PARTS = {"rank", "ranks", "gpu", "device", "stage", *DRAFTS}
 _INDEX = re.compile(r"__index_level_\d+__")  # numbers of rows, as pandas saves them in parquet
@@ -37,7 +42,8 @@ def by_expert(
 ) -> tuple[list[str], Lines]:
     """The table with a line for every expert, where it has a column for each expert, or for each layer and expert.
 
-    names: of the columns with the layer and with the expert of a line. Columns that follow from the counts beside them
+    So are pivoted tables read, whose lines name the expert and whose columns the layer, the step or the rank. names: of
+    the columns with the layer, with the expert, ... of a line. Columns that follow from the counts beside them
     are left out, and added to `results`.
     """
     experts = {i: [found[1]] for i, name in enumerate(header) if (found := WIDE.fullmatch(name))}
@@ -54,8 +60,11 @@ def by_expert(
         if len({found.group(1, 3, 5) for found in both.values()}) == 1:
             experts, lacking = {i: [found[2], found[4]] for i, found in both.items()}, ["layer", "expert"]
             _refuse_others(path, header[next(iter(both))])
+    told = {meaning for meaning, known in names.items() if set(header) & set(known)}
+    if "expert" in told and "count" not in told:
+        lacking, experts = _pivoted(header, told)
     cells = set(map(tuple, experts.values()))
-    if len(experts) < 2 or len(cells) < len(experts) or set(header) & set(names["expert"]):
+    if len(experts) < 2 or len(cells) < len(experts) or told & {*lacking}:
         return header, lines
     rows = [(number, row) for number, row in lines if any(row)]
     for number, row in rows:
@@ -67,6 +76,15 @@ def by_expert(
         (number, [*(row[i] for i in kept), *which, row[at]]) for number, row in rows for at, which in experts.items()
     )
     return [*(header[i] for i in kept), *lacking, "count"], longer
+
+
+def _pivoted(header: list[str], told: Collection[str]) -> tuple[list[str], dict[int, list[str]]]:
+    """What the columns of a table whose lines name the expert count, and the number of each of these columns."""
+    for meaning, pattern in _PIVOT.items():
+        found = {i: [named[1]] for i, name in enumerate(header) if (named := pattern.fullmatch(name))}
+        if len(found) > 1 and meaning not in told and (meaning == "layer" or "layer" in told):
+            return [meaning], found
+    return ["expert"], {}
 
 
 def _telling(

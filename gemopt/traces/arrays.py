@@ -23,6 +23,7 @@ FEWEST_STEPS = 4
 LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
 ENDS = (127, 255, 32767, 65535)  # of small types
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
+ENOUGH_NUMBERS = 32  # in which counts are never all as often
 NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts [tokens, layers, top-k], --from tokens rows of them"
 FloatArray = NDArray[np.float64]
 
@@ -218,9 +219,15 @@ def add_up(counts: IntArray) -> bool:
 
 
 def is_map(counts: IntArray) -> bool:
-    """Whether numbers say where experts are: all from 0 on in every row, or a 1 where a device has an expert."""
+    """Whether numbers say where experts are: all from 0 on in every row, or a 1 where a device has an expert.
+
+    Or each number as often as any other in every row: the devices of experts.
+    """
     rows = np.sort(counts[:LOOKED_AT], axis=2)
     last, slots = int(rows[0, 0, -1]), rows.shape[2]
+    each, rest = divmod(slots, last + 1) if last > 1 else (0, 0)  # experts on a device
+    if each > 1 and not rest and rows.size >= ENOUGH_NUMBERS and (rows == np.repeat(np.arange(last + 1), each)).all():
+        return True
     numbered = (
         slots >= FEWEST_SLOTS and 2 * (last + 1) > slots and (rows[:, :, -1] == last).all() and not rows[:, :, 0].any()
     )

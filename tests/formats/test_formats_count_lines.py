@@ -242,3 +242,45 @@ def test_numbers_of_rows_as_pandas_saves_them(load, tmp_path):
     for name in ("a.parquet", "a.csv", "b.csv"):
         traces, notes = load(tmp_path / name, "csv", num_experts=8)
         assert (traces.counts == counts).all() and "index" not in notes and "nnamed" not in notes
+
+
+PIVOTS = {  # which columns the lines name, and how those of the counts are called
+    "experts and layers": ("layer", "layer_{}"),
+    "as plots name them": ("layer", "Layer {}"),
+    "of all three": ("step", "step_{}"),
+    "iterations": ("step", "iter{}"),
+    "ranks": ("rank", "rank_{}"),
+}
+
+
+@pytest.mark.parametrize("case", PIVOTS)
+def test_pivoted_tables(load, tmp_path, case):
+    across, name = PIVOTS[case]
+    counts = routed(np.random.default_rng(8), steps=3)
+    by_rank = np.stack([counts, counts[::-1]], axis=-1)  # [T, L, E, ranks]
+    long = [{"step": t, "layer": i, "expert": e, "rank": r, "count": n} for (t, i, e, r), n in np.ndenumerate(by_rank)]
+    long = [row for row in long if across == "rank" or row.pop("rank") == 0]
+    others = [key for key in long[0] if key not in (across, "count")]
+    lines = {}
+    for row in long:
+        lines.setdefault(tuple(row[key] for key in others), {})[row[across]] = row["count"]
+    head = [*others, *(name.format(i) for i in lines[next(iter(lines))])]
+    text = [",".join(map(str, [*key, *cells.values()])) for key, cells in lines.items()]
+    (tmp_path / "t.csv").write_text("\n".join([",".join(head), *text, ""]))
+    traces, _ = load(tmp_path / "t.csv", "csv", no_pipeline=True)
+    assert (traces.counts == (by_rank.sum(axis=-1) if across == "rank" else counts)).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("layer,expert,gsm8k,mmlu\n0,0,5,6\n", "layer_id, expert_id, count"),  # of tasks
+        ("expert,step_0,step_1\n0,5,6\n1,5,6\n", "layer_id, expert_id, count"),  # of which layer?
+        ("expert,layer_0,layer_1\n0,0.5,0.25\n1,0.5,0.75\n", "got 0.5; a whole number"),
+        ("expert,0,1\n0,5,6\n1,6,5\n", "columns are named by what they number: expert_0, layer_0 or step_0"),
+    ],
+)
+def test_pivoted_tables_that_do_not_say_what_they_count(load, tmp_path, text, line):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=line):
+        load(tmp_path / "t.csv", "csv")

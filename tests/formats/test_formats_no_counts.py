@@ -36,6 +36,23 @@ def test_maps_of_experts_are_no_counts(load, tmp_path):
     assert load(tmp_path / "a.npy", "array")[0].num_steps == 300  # a token after the other
 
 
+@pytest.mark.parametrize(("experts", "devices", "layers"), [(16, 4, 2), (8, 4, 4), (60, 3, 5), (64, 32, 3)])
+def test_devices_of_experts_are_no_counts(load, tmp_path, experts, devices, layers):
+    rng = np.random.default_rng(3)
+    owners = np.stack([rng.permutation(np.repeat(np.arange(devices), experts // devices)) for _ in range(layers)])
+    np.save(tmp_path / "a.npy", owners[None])
+    with pytest.raises(InputError, match="a map of experts"):
+        load(tmp_path / "a.npy", "array")
+    head = ["expert", *(f"layer_{i}" for i in range(layers))]
+    lines = [head, *([e, *column] for e, column in enumerate(owners.T.tolist()))]
+    (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    with pytest.raises(InputError, match="a map of experts"):
+        load(tmp_path / "a.csv", "csv")
+    owners[0, :2] = owners[0, :1] + 1  # one device has more: loads may be so
+    np.save(tmp_path / "a.npy", owners[None])
+    assert load(tmp_path / "a.npy", "array")[0].num_experts == experts
+
+
 def test_counts_that_look_like_a_map_are_taken_where_the_file_calls_them_so(load, tmp_path):
     counts = np.random.default_rng(4).random((6, 4, 32)).argsort(axis=2)
     np.save(tmp_path / "a.npy", counts)

@@ -45,7 +45,7 @@ def test_a_column_for_each_expert(load, tmp_path, name):
         )
         return tmp_path / "t.csv"
 
-    refused(load, table(name), "csv", "a column for each expert is named expert_0")
+    refused(load, table(name), "csv", "columns are named by what they number: expert_0")
     np.testing.assert_array_equal(load(table("expert_{}"), "csv")[0].counts, COUNTS)
 
 
