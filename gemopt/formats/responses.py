@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,15 +44,31 @@ def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     `--phase decode` takes the generated tokens, `prefill` those of the prompt, `all` both; token counts in the
     responses tell them apart.
     """
+    bodies = Bodies()
+    files = files_of(paths, *SUFFIXES, both_phases=True)
+    found = (response for path in files for response in bodies.read(path))
+    return replayed(found, options, bodies.notes, raw_int32=raw_int32)
+
+
+def replayed(
+    responses: Iterable[Response],
+    options: TraceOptions,
+    skipped: Callable[[], list[str]],
+    *,
+    raw_int32: bool = False,
+    all_layers: bool = True,
+) -> Loaded:
+    """Traces from responses; `skipped` says, when all are read, which have no routing.
+
+    all_layers: whether there is a row for every decoder layer, and for none that the network lacks.
+    """
     options.refuse_unused("responses", "batch_size", "prefill_tokens", "phase", "keep_tokens")
     phase = Phase.DECODE if options.phase is None else options.phase
     kept = _Kept(options=options, phase=phase, raw_int32=raw_int32)
-    bodies = Bodies()
-    for path in files_of(paths, *SUFFIXES, both_phases=True):
-        for response in bodies.read(path):
-            kept.add(response)
+    for response in responses:
+        kept.add(response)
     if not kept.pieces:
-        said = [f"no {_phase_name(phase)}token", *bodies.notes()]
+        said = [f"no {_phase_name(phase)}token", *skipped()]
         said += [kept._cached()] if kept.cached else []
         found = "; ".join([*said, *([f"{counted(kept.padding, 'token')} of padding"] if kept.padding else [])])
         hint = "ask the engine to return routed experts" if not kept.samples else "ask for longer answers, or --phase"
@@ -66,7 +82,9 @@ def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool
     check_sizes(options, where="routed_experts", layers=pieces[0].shape[1], top_k=pieces[0].shape[2])
     layers = moe_layers(pieces, options)
     ids = np.concatenate([narrowed("PATHS", piece[:, layers]) for piece in pieces])
-    notes = [*bodies.notes(), *kept.notes(layers)]
+    notes = [*skipped(), *kept.notes(layers)]
+    if len(pieces) == 1 and phase is not Phase.PREFILL and len(ids) > 1:
+        notes.append("a single sequence: every step is of one token, which tells nothing of batches")
     if ids.shape[2] == 1:
         notes += check_zero_tokens(ids)
     experts = experts_of(
@@ -80,7 +98,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool
         phase=Phase.DECODE if phase is Phase.MIXED else phase,
         prefill_tokens=options.prefill_tokens or PREFILL_TOKENS,
         layer_ids=tuple(layers),
-        num_hidden_layers=pieces[0].shape[1],
+        num_hidden_layers=pieces[0].shape[1] if all_layers else options.num_hidden_layers,
         model=options.model,
     )
     return Loaded(traces=traces, notes=tuple(notes))

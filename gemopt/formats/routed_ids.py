@@ -65,7 +65,7 @@ def has_shape(encoded: Any) -> bool:
 
 
 def _decode(name: str, encoded: Any, sample: Sample, options: TraceOptions, *, raw_int32: bool) -> IntArray:
-    if isinstance(encoded, list):
+    if isinstance(encoded, (list, np.ndarray)):
         return as_array(encoded, name=name, ndim=3)
     if isinstance(encoded, dict):
         return _described(name, encoded, sample)

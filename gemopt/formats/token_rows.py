@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
+from gemopt.formats import token_arrays
 from gemopt.formats.count_names import phase_of
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import experts_of
@@ -70,7 +71,13 @@ class _Rows:
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
     """Count the experts of tokens, step by step; or replay requests whose tokens are numbered."""
-    rows, beside = _read(files_of(paths, *SUFFIXES, both_phases=True), options)
+    files = files_of(paths, *SUFFIXES, else_of=token_arrays.SUFFIXES, both_phases=True)
+    arrays = [path for path in files if path.suffix in token_arrays.SUFFIXES]
+    if arrays and len(arrays) < len(files):
+        raise InputError("PATHS", arrays[0].name, "rows of tokens, or arrays of them", "import each apart")
+    if arrays:
+        return token_arrays.read_traces(files, options)
+    rows, beside = _read(files, options)
     layers, notes = sorted(set(rows.layers)), rows.notes(options.phase)
     told = beside.number("num_experts", options.num_experts)
     experts = experts_of("PATHS: experts", sorted(set(rows.ids)), told, notes)
@@ -301,9 +308,12 @@ ENGINES = {
     "tokens": Engine(
         name="tokens",
         versions="any",
-        traces=("layer, topk_ids of tokens .jsonl, .csv, .parquet",),
+        traces=(
+            "layer, topk_ids of tokens .jsonl, .csv, .parquet",
+            "[tokens, layers, top-k] .npy, .npz, .pt, .safetensors",
+        ),
         note="rows of tokens; placements: --to csv",
-        dumps=SUFFIXES,
+        dumps=(*SUFFIXES, *token_arrays.SUFFIXES),
         read_traces=read_traces,
     )
 }

@@ -24,7 +24,9 @@ LOOKED_AT, MOST_CHOSEN = 512, 64  # rows, experts of a token
 ENDS = (127, 255, 32767, 65535)  # of small types
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
 ENOUGH_NUMBERS = 32  # in which counts are never all as often
-NOT_IDS = "ids of tokens: gemopt.traces.batching.from_tokens counts [tokens, layers, top-k], --from tokens rows of them"
+NOT_IDS = (
+    "ids of tokens: gemopt.traces.batching.from_tokens or --from tokens counts [tokens, layers, top-k] or rows of them"
+)
 FloatArray = NDArray[np.float64]
 
 

@@ -1,0 +1,120 @@
+"""Experts of tokens as an array [tokens, layers, K], as clients save `routed_experts`: .npy, .npz, .pt, .safetensors.
+
+A file is a sequence; with four dimensions, [sequences, tokens, layers, K], as trainers that replay routing keep them,
+it is several. Or it has an array [tokens, K] of each layer, `layer_3`. They are replayed as responses are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemopt.exceptions import InputError
+from gemopt.formats import responses
+from gemopt.formats.count_names import numbered, words_of
+from gemopt.formats.engine import IntArray, Loaded, TraceOptions
+from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
+from gemopt.formats.response_bodies import Response, Sample
+from gemopt.formats.token_cells import NAMES
+from gemopt.traces import Phase
+from gemopt.traces.axes import MOST_LAYERS
+from gemopt.traces.files import ALTERING, COPIES
+
+PADDED = {"mask", "valid", "pad", "padding"}  # words of arrays that tell tokens from padding
+SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+LIMIT = "experts of tokens [tokens, layers, top-k], or [sequences, tokens, layers, top-k]"
+
+
+def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded:
+    """Replay the sequences of some files as continuous batching."""
+    notes: list[str] = []
+    return responses.replayed(_responses(files, options, notes), options, lambda: notes, all_layers=False)
+
+
+def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -> Iterator[Response]:
+    if options.phase is not Phase.MIXED:
+        limit, hint = "prefill or decode, to tell prompts from answers", "--phase all takes every token"
+        raise InputError(str(files[0]), "no phase", limit, hint)
+    for path in files:
+        ids, layers = _ids(path, notes)
+        _check(path, ids, options, named=layers is not None)
+        if layers is None and options.layer_ids is not None and len(options.layer_ids) == ids.shape[-2]:
+            layers = list(options.layer_ids)
+        if layers is not None:
+            ids = _placed(ids, layers, options)
+        sequences = ids if ids.ndim == 4 else ids[None]
+        samples = [Sample(where=f"{path}: sequence {i}", encoded=[each]) for i, each in enumerate(sequences)]
+        yield from (Response(name=None, samples=[sample]) for sample in samples)
+
+
+def _ids(path: Path, notes: list[str]) -> tuple[IntArray, list[int] | None]:
+    """The array of a file, and the layers of its rows where it has an array of each, which are put together."""
+    told: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        data, told = safetensors_arrays(path)
+    else:
+        data = load_torch(path) if path.suffix == ".pt" else numpy_arrays(path)
+    if not isinstance(data, dict):
+        return _whole(path, data), None
+    arrays = {str(name): each for name, each in data.items()}
+    kind = numbered(arrays)
+    if kind is not None and kind[0] == "layer":
+        _refuse_others(path, told)
+        return _of_layers(path, arrays, kind[1]), kind[1]
+    named = [name for name in arrays if name.casefold() in NAMES["ids"]] if len(arrays) > 1 else list(arrays)
+    if len(named) != 1:
+        limit = f"one array called {', '.join(NAMES['ids'][:3])} or the like, or layer_0, ..."
+        raise InputError(str(path), ", ".join(arrays)[:200] or "no array", limit)
+    others = [name for name in (*arrays, *told) if name not in (*named, "format")]
+    for name in (name for name in others if words_of(name) & PADDED and not np.asarray(arrays.get(name, 1)).all()):
+        raise InputError(
+            f"{path}: {name}", "tokens that it leaves out", "experts of tokens, each once", "leave them out"
+        )
+    _refuse_others(path, [name for name in others if not words_of(name) & PADDED])
+    notes += [f"{path.name}: {', '.join(others)} left unread"] if others else []
+    return _whole(path, arrays[named[0]]), None
+
+
+def _refuse_others(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if COPIES.search(name) or ALTERING.search(name):
+            raise InputError(f"{path}: {name}", "beside the experts", "experts of the network, every token once")
+
+
+def _whole(path: Path, array: Any) -> IntArray:
+    if not hasattr(array, "ndim"):
+        raise InputError(str(path), type(array).__name__, LIMIT, "stack lists of arrays: numpy.stack")
+    return whole_numbers(array, name=f"{path}: experts of tokens", ndims=(3, 4))
+
+
+def _of_layers(path: Path, arrays: dict[str, Any], layers: list[int]) -> IntArray:
+    """[tokens, layers, K] of arrays of each layer."""
+    found = [whole_numbers(each, name=f"{path}: {name}", ndims=(2,)) for name, each in arrays.items()]
+    if len(shapes := sorted({each.shape for each in found})) > 1 or len(set(layers)) < len(layers):
+        raise InputError(str(path), f"arrays of shapes {shapes[0]} and {shapes[-1]}", "the same tokens in each layer")
+    if max(layers) >= MOST_LAYERS:
+        raise InputError(str(path), max(layers), f"layers below {MOST_LAYERS}")
+    return np.stack(found, axis=1)
+
+
+def _placed(ids: IntArray, layers: list[int], options: TraceOptions) -> IntArray:
+    """The rows as those of all decoder layers, -1 in the others."""
+    count = max(*layers, (options.num_hidden_layers or 0) - 1) + 1
+    placed = np.full((*ids.shape[:-2], count, ids.shape[-1]), -1, np.int64)
+    placed[..., layers, :] = ids
+    return placed
+
+
+def _check(path: Path, ids: IntArray, options: TraceOptions, *, named: bool) -> None:
+    """Raise where numbers are those of all experts, or neither options nor names say which axis is the layers'."""
+    layers, top_k = ids.shape[-2:]
+    where, shape = f"{path}: experts of tokens", f"shape {[*ids.shape]}"
+    if not ids.size or top_k > (options.num_experts or int(ids.max()) + 1) - 1:
+        raise InputError(where, shape, f"fewer than all experts of each token: {LIMIT}")
+    told = named or options.num_hidden_layers is not None or options.layer_ids is not None
+    if layers > MOST_LAYERS or not told:
+        hint = f"give --num-hidden-layers {layers}; if not, swap the axes" if layers <= MOST_LAYERS else "swap the axes"
+        raise InputError(where, shape, f"{LIMIT}: are there {layers} layers?", f"{hint}: numpy.swapaxes")

@@ -1,0 +1,130 @@
+"""Experts of tokens as arrays, as clients save `routed_experts`: replayed, and refused where nothing says so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gemopt.exceptions import InputError
+from gemopt.traces import Phase
+
+LAYERS, EXPERTS, TOP_K = 3, 16, 2
+LENGTHS = (40, 25, 33)
+TOLD = {"phase": Phase.MIXED, "num_hidden_layers": LAYERS, "num_experts": EXPERTS}
+
+
+def routed_tokens(tokens, seed=0):
+    """[tokens, layers, K] experts, some of which are hot."""
+    rng = np.random.default_rng(seed)
+    share = rng.dirichlet(np.ones(EXPERTS), size=LAYERS) + 1e-3
+    share /= share.sum(axis=1, keepdims=True)
+    return np.array([[rng.choice(EXPERTS, TOP_K, replace=False, p=row) for row in share] for _ in range(tokens)])
+
+
+SEQUENCES = [routed_tokens(length, seed) for seed, length in enumerate(LENGTHS)]
+
+
+def steps_of(sequences):
+    """[T, L, E] counts where each sequence gives a token in every step."""
+    counts = np.zeros((max(map(len, sequences)), LAYERS, EXPERTS), np.int64)
+    for ids in sequences:
+        for step, token in enumerate(ids):
+            for layer, chosen in enumerate(token):
+                counts[step, layer, chosen] += 1
+    return counts
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_files_are_sequences(load, folder, dtype):
+    for i, ids in enumerate(SEQUENCES):
+        np.save(folder / f"routed_experts_{i}.npy", ids.astype(dtype))
+    traces, notes = load(folder, "tokens", **TOLD)
+    assert (traces.counts == steps_of(SEQUENCES)).all() and traces.num_hidden_layers == LAYERS
+    assert "prompts are replayed as if they had been generated" in notes
+    two, _ = load(folder, "tokens", **TOLD, batch_size=2)
+    assert two.num_steps == max(LENGTHS[0], LENGTHS[1] + LENGTHS[2])
+
+
+def test_other_files_and_names(load, tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.numpy import save_file
+
+    ids = SEQUENCES[0]
+    expected = steps_of([ids])
+    np.savez(tmp_path / "a.npz", routed_experts=ids, input_ids=np.arange(len(ids)), attention_mask=np.ones(len(ids)))
+    traces, notes = load(tmp_path / "a.npz", "tokens", **TOLD)
+    assert (traces.counts == expected).all()
+    assert "a.npz: input_ids, attention_mask left unread" in notes
+    assert "a single sequence: every step is of one token" in notes
+    torch.save({"expert_ids": torch.from_numpy(ids)}, tmp_path / "b.pt")
+    save_file({"topk_ids": ids}, tmp_path / "c.safetensors")
+    torch.save(torch.from_numpy(ids), tmp_path / "d.pt")
+    for name in ("b.pt", "c.safetensors", "d.pt"):
+        assert (load(tmp_path / name, "tokens", **TOLD)[0].counts == expected).all()
+
+
+def test_sequences_side_by_side_and_their_padding(load, tmp_path):
+    padded = np.zeros((len(LENGTHS), max(LENGTHS), LAYERS, TOP_K), np.uint8)
+    for row, ids in zip(padded, SEQUENCES, strict=True):
+        row[: len(ids)] = ids
+    np.save(tmp_path / "a.npy", padded)
+    traces, notes = load(tmp_path / "a.npy", "tokens", **TOLD)
+    assert (traces.counts == steps_of(SEQUENCES)).all()
+    assert f"left out: {3 * max(LENGTHS) - sum(LENGTHS)} tokens without any expert (padding)" in notes
+
+
+@pytest.mark.parametrize("hidden", [None, 9])
+def test_an_array_for_each_layer(load, tmp_path, hidden):
+    arrays = {f"model.layers.{2 * layer + 1}.mlp.gate": SEQUENCES[0][:, layer] for layer in range(LAYERS)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    traces, _ = load(tmp_path / "a.npz", "tokens", **{**TOLD, "num_hidden_layers": hidden})
+    assert (traces.counts == steps_of(SEQUENCES[:1])).all()
+    assert traces.layer_ids == (1, 3, 5) and traces.num_hidden_layers == hidden
+
+
+def test_rows_of_layers_with_experts_alone(load, tmp_path):
+    np.save(tmp_path / "a.npy", SEQUENCES[0])
+    told = {**TOLD, "num_hidden_layers": 8, "layer_ids": (2, 4, 6)}
+    traces, _ = load(tmp_path / "a.npy", "tokens", **told)
+    assert traces.layer_ids == (2, 4, 6) and (traces.counts == steps_of(SEQUENCES[:1])).all()
+    dense = np.zeros((len(SEQUENCES[0]), LAYERS + 2, TOP_K), int)
+    dense[:, 2:] = SEQUENCES[0]
+    np.save(tmp_path / "a.npy", dense)
+    traces, _ = load(tmp_path / "a.npy", "tokens", **{**TOLD, "num_hidden_layers": LAYERS + 2})
+    assert traces.layer_ids == (2, 3, 4) and (traces.counts == steps_of(SEQUENCES[:1])).all()
+
+
+IDS = SEQUENCES[0]
+REFUSED = {
+    "nobody says the layers": (
+        {"a": IDS},
+        {"num_hidden_layers": None},
+        "are there 3 layers.*give --num-hidden-layers 3",
+    ),
+    "layers first": ({"a": IDS.swapaxes(0, 1)}, {}, "got 40; --num-hidden-layers is 3"),
+    "many tokens in the place of layers": ({"a": np.zeros((3, 400, 2), int)}, {}, "are there 400 layers"),
+    "nobody says the phase": ({"a": IDS}, {"phase": None}, "no phase; .*--phase all takes every token"),
+    "prompts alone": ({"a": IDS}, {"phase": Phase.PREFILL}, "no phase"),
+    "weights": ({"a": IDS / 7.0}, {}, "shares, weights and logits are no counts"),
+    "counts": ({"a": steps_of(SEQUENCES)}, {}, "fewer than all experts of each token"),
+    "an expert twice": ({"a": IDS * 0 + 3}, {}, "names an expert twice|repeats experts|says nothing|of padding"),
+    "masked tokens": ({"topk_ids": IDS, "mask": np.arange(40) < 30}, {}, "a.npz: mask: got tokens that it leaves out"),
+    "slots": ({"topk_ids": IDS, "physical_to_logical_map": np.arange(16)}, {}, "experts of the network"),
+    "two of them": ({"a": IDS, "b": IDS}, {}, "one array called topk_ids"),
+    "layers of other tokens": ({"layer_0": IDS[:, 0], "layer_1": IDS[:9, 0]}, {}, "the same tokens in each layer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arrays_that_do_not_say_what_they_are(load, tmp_path, case):
+    arrays, told, line = REFUSED[case]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=line):
+        load(tmp_path / "a.npz", "tokens", **{**TOLD, **told})
+
+
+def test_rows_and_arrays_are_imported_apart(load, tmp_path):
+    np.save(tmp_path / "a.npy", IDS)
+    (tmp_path / "b.jsonl").write_text('{"step": 0, "layer": 0, "topk_ids": [1, 2]}\n')
+    with pytest.raises(InputError, match="rows of tokens, or arrays of them; import each apart"):
+        load([tmp_path / "a.npy", tmp_path / "b.jsonl"], "tokens", **TOLD)
