@@ -12,6 +12,18 @@ from gemopt.exceptions import InputError
 
 _PHASE = re.compile(r"(?:^|[/_.-])(prefill|decode|decoding)(?=[/_.-](?!heavy)|\d|$)", re.IGNORECASE)
 
+UNPACK = {
+    ".zst": "zstd -d", ".gz": "gunzip", ".xz": "xz -d", ".bz2": "bunzip2", ".lz4": "lz4 -d", ".zip": "unzip",
+    ".tar": "tar -xf", ".tgz": "tar -xf",
+}  # fmt: skip
+SAVE = {
+    **dict.fromkeys((".h5", ".hdf5"), "numpy.save of its dataset, and --from array"),
+    **dict.fromkeys((".feather", ".arrow", ".ipc"), "pandas.read_feather(PATH).to_parquet, and --from csv or tokens"),
+    **dict.fromkeys(
+        (".pkl", ".pickle", ".joblib"), "pickles may run anything, and are not read: numpy.save of its array"
+    ),
+    **dict.fromkeys((".xlsx", ".xls"), "save it as CSV"),
+}
 TEXTS = (".txt", ".log", ".out")
 TEXT = "a table with a header? name it .csv; lines of numbers alone: numpy.loadtxt(PATH), and --from array"
 
@@ -34,10 +46,12 @@ def files_of(
     for path in sorted(paths, key=_by_number) if list(paths) == sorted(paths) else paths:
         if path.is_dir():
             shown = sorted((part for part in path.iterdir() if not part.name.startswith(".")), key=_by_number)
+            _refuse_packed(shown, (*suffixes, *else_of))
             others = [part for part in shown if part.name.endswith(else_of)]
             first = [part for part in shown if part.name.endswith(suffixes) and not part.name.endswith(else_of)]
             if not (inside := [part for part in first if prefer and part.name.startswith(prefer)] or first or others):
-                hint = TEXT if any(part.suffix in TEXTS for part in shown) else ""
+                hint = next((known for part in shown if (known := _way_out(part))), "")
+                hint = "give its folders" if not hint and any(part.is_dir() for part in shown) else hint
                 raise InputError(
                     str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed", hint
                 )
@@ -46,7 +60,7 @@ def files_of(
             raise InputError(str(path), "no such file", "a readable file is needed")
         elif not path.name.endswith((*suffixes, *else_of)):
             hint = "counts in JSON: --from array" if path.suffix[:5] == ".json" else ""
-            hint = TEXT if path.suffix in TEXTS else hint
+            hint = _way_out(path) or hint
             limit = " or ".join((*suffixes, *else_of))
             raise InputError(str(path), path.suffix or "no suffix", f"a file {limit}", hint)
         else:
@@ -56,6 +70,20 @@ def files_of(
     if not both_phases:
         _refuse_phases(found)
     return found
+
+
+def _way_out(path: Path) -> str:
+    """What to do about a file that is not read, by its suffix."""
+    if path.suffix in UNPACK:
+        return f"unpack it: {UNPACK[path.suffix]}"
+    return TEXT if path.suffix in TEXTS else SAVE.get(path.suffix, "")
+
+
+def _refuse_packed(found: Sequence[Path], suffixes: tuple[str, ...]) -> None:
+    """Raise where files of a folder are packed, and would be left out beside others."""
+    for path in found:
+        if path.suffix in UNPACK and not path.name.endswith(suffixes) and path.stem.endswith(suffixes):
+            raise InputError(str(path), "a packed file", f"files {' or '.join(suffixes)}", _way_out(path))
 
 
 def _by_number(path: Path) -> list[str | Decimal]:

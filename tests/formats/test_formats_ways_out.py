@@ -109,3 +109,37 @@ def test_texts_have_a_way_in(load, tmp_path):
     for path, source in ((tmp_path, "csv"), (tmp_path / "activation_counts_recordstep_1_rank_0.txt", "tokens")):
         with pytest.raises(InputError, match=r"name it \.csv; lines of numbers alone: numpy\.loadtxt"):
             load(path, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a.npy.zst", "unpack it: zstd -d"),
+        ("a.zip", "unpack it: unzip"),
+        ("a.h5", "numpy.save of its dataset, and --from array"),
+        ("a.feather", "to_parquet, and --from csv or tokens"),
+        ("a.pkl", "pickles may run anything, and are not read"),
+        ("a.xlsx", "save it as CSV"),
+    ],
+)
+def test_files_that_are_not_read_say_the_way_out(load, folder, name, hint):
+    (folder / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    refused(load, folder / name, "array", f"a file .npy .*{hint}")
+    refused(load, folder, "array", hint)
+    (folder / "b.jsonl.gz").write_bytes(b"")
+    refused(load, folder / "b.jsonl.gz", "vllm", "unpack it: gunzip")
+
+
+def test_a_packed_file_of_a_folder_is_not_left_out(load, folder):
+    np.save(folder / "step_0.npy", COUNTS)
+    (folder / "notes.zip").write_bytes(b"PK")
+    assert load(folder, "array")[0].num_steps == len(COUNTS)
+    (folder / "step_1.npy.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    refused(load, folder, "array", "step_1.npy.zst: got a packed file; .*unpack it: zstd -d")
+
+
+def test_folders_of_folders(load, folder):
+    (folder / "math").mkdir()
+    np.save(folder / "math" / "a.npy", COUNTS)
+    refused(load, folder, "array", "a folder with recordings is needed; give its folders")
+    assert load([folder / "math"], "array")[0].num_steps == len(COUNTS)
