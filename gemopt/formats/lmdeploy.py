@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gemopt.documents import integer_array, write_text
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.formats import responses
+from gemopt.formats import lmdeploy_traces
 from gemopt.formats.engine import (
     Engine,
     Export,
@@ -119,8 +119,8 @@ ENGINES = {
         name="lmdeploy",
         versions="LMDeploy 0.18.0",
         placement="LMDEPLOY_EPLB_EXPERTS_STATISTIC_FILE .json",
-        dumps=responses.SUFFIXES,
-        traces=("routed_experts responses",),
+        dumps=lmdeploy_traces.SUFFIXES,
+        traces=("routed_experts responses", "expert_counts dumps"),
         dense_rows=True,
         splits=(Split.EVEN,),
         suffixes=(".json",),
@@ -128,6 +128,6 @@ ENGINES = {
         check=check,
         write=write,
         read=read,
-        read_traces=responses.read_traces,
+        read_traces=lmdeploy_traces.read_traces,
     )
 }
