@@ -145,6 +145,32 @@ def test_columns_of_parts_are_added_up_in_microseconds(tmp_path: Path) -> None:
     assert "each time once" in str(error.value)
 
 
+AITER = "token,model_dim,inter_dim,expert,topk,"
+
+
+def test_stages_of_aiter_are_added_up_or_refused(tmp_path: Path) -> None:
+    rows = [f"8,7168,256,64,8,{stage},{10 * stage}" for stage in (1, 2)]
+    both = written(tmp_path, "\n".join([f"{AITER}stage,us", *rows]))
+    apart = [written(tmp_path, f"{AITER}stage,us\n{row}\n", f"tuned{i}.csv") for i, row in enumerate(rows)]
+    assert loads(read_table(both, parts=["stage"])) == [(64, None, 30.0)]
+    assert loads(read_table(apart, parts=["file"])) == loads(read_table(apart, parts=["stage"])) == [(64, None, 30.0)]
+    with pytest.raises(InputError) as error:
+        read_table(both)
+    assert "stage: got 1, 2; times of whole MoE layers; parts of a layer: --sum-column 'stage'" in str(error.value)
+    for chosen in ({"path": apart[0]}, {"path": both, "where": ["stage=1"]}):
+        with pytest.raises(InputError) as error:
+            read_table(**chosen)  # type: ignore[arg-type]
+        assert "stage: got 1; times of whole MoE layers" in str(error.value)
+
+
+def test_aiter_that_left_out_the_time_of_both_stages(tmp_path: Path) -> None:
+    path = written(tmp_path, f"{AITER}us1,us2,us,run_1stage\n8,7168,256,64,8,10.5,20,0,0\n")
+    with pytest.raises(InputError) as error:
+        read_table(path)
+    assert "line 2, us: got 0 beside us1 and us2; the time of both stages; --time-column us1+us2" in str(error.value)
+    assert loads(read_table(path, time="us1+us2")) == [(64, None, 30.5)]
+
+
 @pytest.mark.parametrize(("name", "said"), [("down.csv", True), ("w13_gemm.csv", True), ("moe_h100.csv", False)])
 def test_a_table_named_after_a_part_is_said(tmp_path: Path, name: str, said: bool) -> None:
     notes: list[str] = []

@@ -83,6 +83,7 @@ FLASHINFER = Layout(
     devices=False,
 )
 AITER_EP = replace(AITER, header=AITER.header | {"ep"}, unit=Unit.GROUP_TOKENS)  # `expert`: those of one rank
+NONE = {"0", "0.0", ""}  # as aiter writes times that it did not take
 LAYOUTS = (AICONFIGURATOR, AITER_EP, AITER, BENCHMARK_MOE, FLASHINFER)
 
 
@@ -136,7 +137,14 @@ def _both_stages(table: Table) -> Table:
         raise InputError(f"{table.path}, a2_layout", found, "times of whole MoE layers", hint)
     rows = []
     for row in table.rows:
-        one = row.cells.get("run_1stage") in ("1", "True") and row.cells["us"] in ("0", "0.0", "")
+        if (
+            {"us1", "us2"} <= {*table.header}
+            and row.cells["us"] in NONE
+            and not {row.cells["us1"], row.cells["us2"]} & NONE
+        ):
+            found, hint = f"{row.cells['us'] or 'nothing'} beside us1 and us2", "--time-column us1+us2"
+            raise InputError(f"{table.path} {row.where}, us", found, "the time of both stages", hint)
+        one = row.cells.get("run_1stage") in ("1", "True") and row.cells["us"] in NONE
         rows.append(Row(row.where, {**row.cells, "us": row.cells.get("us1", "0")}) if one else row)
     return Table(table.path, table.header, rows)
 

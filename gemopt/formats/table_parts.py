@@ -96,9 +96,13 @@ def refuse_other_rows(
         known(table, name, "--sum-column")
     unsaid = [] if layout else [each for each in full.header if each not in said_of]
     varying = [each for each in unsaid if len(values(full.rows, each)) > 1]
-    others = Table(table.path, [each for each in table.header if each not in parts], table.rows)
+    pieces = by_device(table, parts) if parts else []
+    apart = [name for name in table.header if len(values(table.rows, name)) > 1]
+    named = [name for name in apart if pieces and all(len(values(each.rows, name)) == 1 for each in pieces)]
+    others = Table(table.path, [each for each in table.header if each not in (*parts, *named)], table.rows)
+    varying = [each for each in varying if each not in named]
     refuse_other_operations(others, varying, read_over={*repeat, *(layout.tuned if layout else ())})
-    _refuse_exchanges(table, parts)
+    _refuse_exchanges(table, [*parts, *named])
     if layout is None:
         refuse_no_measurements(table, repeat)
 

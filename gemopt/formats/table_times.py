@@ -200,9 +200,11 @@ def refuse_other_operations(table: Table, varying: Collection[str] = (), read_ov
     nothing, of the ones that name what was timed in all rows alike.
     """
     for name in (each for each in table.header if plain(each) in PARTS and each not in (*varying, *read_over)):
-        told = [each for each in values(table.rows, name) if words(each) & ELSEWHERE or is_exchange(each)]
+        found = values(table.rows, name)
+        told = [e for e in found if words(e) & ELSEWHERE or f"{plain(name)}{e}" in ELSEWHERE or is_exchange(e)]
         if told:
             hint = f"gemopt topology reads exchanges; if it is a whole layer: --repeat-column '{name}'"
+            hint = f"parts of a layer: --sum-column '{name}' adds them up; {hint}" if len(found) > 1 else hint
             raise InputError(f"{table.path}, {name}", listed(told), "times of whole MoE layers", hint)
     for name in (each for each in table.header if each in varying or plain(each) in OPERATIONS):
         found = values(table.rows, name)
