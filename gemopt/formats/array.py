@@ -16,7 +16,7 @@ from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, NO_COUNTS, SC
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
-from gemopt.formats.numbered_arrays import joined, kind_of
+from gemopt.formats.numbered_arrays import NAME_THEM, joined, kind_of
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.succession import MANY_COUNTS
@@ -149,9 +149,11 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
     if isinstance(data, dict):
         data = {str(key): value for key, value in data.items()}
         kind = kind_of(data)
-        if "counts" not in data and len(data) != 1 and kind is None:
-            raise InputError(str(path), ", ".join(data) or "no array", "one array, or one called counts")
-        key = "counts" if "counts" in data else next(iter(data))
+        named = ["counts"] if "counts" in data else [name for name in data if words_of(name) & COUNTED]
+        if len(named) != 1 and len(data) != 1 and kind is None:
+            limit, hint = "one array, or one called counts", f"arrays of layers or steps: {NAME_THEM}"
+            raise InputError(str(path), ", ".join(data)[:200] or "no array", limit, hint)
+        key = named[0] if len(named) == 1 else next(iter(data))
         known = (*(data if kind else [key]), "format", "num_experts")
         _refuse_beside(path, [name for name in [*data, *told] if name not in known], notes)
         if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:

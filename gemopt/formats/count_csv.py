@@ -18,7 +18,17 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, count_told
 from gemopt.formats.count_lines import by_expert, lines_of
-from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, SHARES, TIMES, WEIGHTS, phase_of, words_of
+from gemopt.formats.count_names import (
+    COLUMNS,
+    COUNTING,
+    FRACTIONS,
+    HEEDED,
+    PARALLEL,
+    TIMES,
+    WEIGHTS,
+    phase_of,
+    words_of,
+)
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -333,7 +343,7 @@ def _is_result(name: str, first: str, text: str, has_steps: bool) -> bool:
     words, cells = words_of(name), (first, text)
     if ALTERING.search(name) or words & WEIGHTS:
         return False
-    if words & SHARES and any(map(_SHARE.fullmatch, cells)):
+    if words & FRACTIONS and any(map(_SHARE.fullmatch, cells)):
         return True
     return has_steps and (bool(words & TIMES) or any(map(_FRACTION.fullmatch, cells)))
 

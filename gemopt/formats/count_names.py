@@ -60,6 +60,7 @@ SHARES = {
     *("percent", "percents", "percentage", "percentages", "pct", "share", "shares", "ratio", "ratios", "fraction"),
     *("fractions", "frac"),
 }
+FRACTIONS = SHARES | {"frequency", "frequencies", "freq", "probability", "proportion", "utilization"}  # beside counts
 DERIVED = SHARES | {  # that name what was made of counts
     *("mean", "means", "avg", "average", "averages", "ema", "median", "std", "normalized", "normalised"),
     *("cumulative", "cumsum"),

@@ -25,7 +25,7 @@ ENDS = (127, 255, 32767, 65535)  # of small types
 ENOUGH_TIES = 10  # that none comes by chance is then unlikely (e^-10)
 ENOUGH_NUMBERS = 32  # in which counts are never all as often
 NOT_IDS = (
-    "ids of tokens: gemopt.traces.batching.from_tokens or --from tokens counts [tokens, layers, top-k] or rows of them"
+    "ids of tokens: gemopt.traces.batching.from_tokens counts [tokens, layers, top-k], --from tokens those or rows"
 )
 FloatArray = NDArray[np.float64]
 

@@ -107,3 +107,16 @@ def test_indices_that_pandas_saved_twice(load, tmp_path):
     (tmp_path / "a.csv").write_text("\n".join([*twice[:3], twice[3].replace("2,4,", "2,1,", 1), *twice[4:]]))
     with pytest.raises(InputError, match="line 5: column 1: got 6; 1, as in the lines before"):
         load(tmp_path / "a.csv", "csv")
+
+
+@pytest.mark.parametrize("name", ["frequency", "freq", "Utilization"])
+def test_fractions_beside_counts_are_left_unread(load, tmp_path, name):
+    counts = routed(np.random.default_rng(6), steps=1)
+    rows = [f"{i},{e},{n},{n / counts.sum():.6f}" for (_, i, e), n in np.ndenumerate(counts)]
+    (tmp_path / "a.csv").write_text("\n".join([f"Layer,Expert,Count,{name}", *rows]))
+    traces, notes = load(tmp_path / "a.csv", "csv")
+    assert (traces.counts == counts).all() and f"left unread: {name.lower()}" in notes
+    rows = [f"{i},{e},{n},{n % 3}" for (_, i, e), n in np.ndenumerate(counts)]
+    (tmp_path / "a.csv").write_text("\n".join([f"Layer,Expert,Count,{name}", *rows]))
+    with pytest.raises(InputError, match=f"{name.lower()}: got"):
+        load(tmp_path / "a.csv", "csv")

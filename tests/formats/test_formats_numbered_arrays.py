@@ -77,3 +77,17 @@ def test_files_with_other_layers(load, tmp_path):
         write(tmp_path / f"a_{t}.npz", {f"layer_{first + i}": COUNTS[t : t + 1, i] for i in range(3)})
     with pytest.raises(InputError, match=r"a_1.npz: layers: .*\(3, 4, 5\), as in a_0.npz"):
         load([tmp_path / "a_0.npz", tmp_path / "a_1.npz"], "array")
+
+
+def test_the_array_that_is_called_counts_is_taken_among_others(load, tmp_path):
+    counts = routed(np.random.default_rng(6), steps=3)
+    np.savez(tmp_path / "a.npz", global_tokens_per_expert=counts, aux_loss=np.ones(3), iteration=np.arange(3))
+    traces, notes = load(tmp_path / "a.npz", "array")
+    assert (traces.counts == counts).all() and "a.npz: aux_loss, iteration left unread" in notes
+    for names in (("expert_load", "token_counts"), ("a", "b")):
+        np.savez(tmp_path / "a.npz", **dict.fromkeys(names, counts))
+        with pytest.raises(InputError, match=r"one array, or one called counts; .*name them layer_0, "):
+            load(tmp_path / "a.npz", "array")
+    np.savez(tmp_path / "a.npz", expert_load=counts, physical_to_logical_map=np.arange(16))
+    with pytest.raises(InputError, match="physical_to_logical_map beside counts"):
+        load(tmp_path / "a.npz", "array")
