@@ -95,3 +95,14 @@ def test_spare_slots_are_used_where_an_engine_wants_none_empty(approximate: bool
     assert found.result.placement is not None
     assert found.result.placement.has_empty_slots is approximate
     assert not import_placement(tmp_path / "out" / "vllm.json", source="vllm").has_empty_slots
+
+
+def test_a_job_adds_up_tables_of_parts(tmp_path: Path) -> None:
+    for name, time in (("up", 20), ("down", 10)):
+        (tmp_path / f"{name}.csv").write_text(f"assignments,us\n8,{time}\n64,{2 * time}\n")
+    Traces(counts=np.arange(1, 17).reshape(2, 1, 8)).save(tmp_path / "traces.safetensors")
+    source = {"table": ["up.csv", "down.csv"], "ranks": 2}
+    made = running.run_job(read_job(write_job(tmp_path, profile={**source, "sum_column": ["file"]})))
+    assert any("up + down: their times are added up" in note for note in made.notes), made.notes
+    with pytest.raises(InputError, match=r"profile\.sum_column file; a device each: profile\.device_column file"):
+        running.run_job(read_job(write_job(tmp_path, profile=source, output="again")))

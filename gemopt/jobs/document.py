@@ -93,12 +93,12 @@ def _kind(value: Any) -> str:
 
 
 class TableSource(Part):
-    """A profile from a kernel table, as `gemopt profile import` makes it.
+    """A profile from a kernel table, or several, as `gemopt profile import` makes it.
 
     `slower`: factor of the latency by rank, to ask what a slow device would do.
     """
 
-    table: Placed
+    table: Annotated[list[Placed], BeforeValidator(_several, json_schema_input_type=Path | Paths)] = Field(min_length=1)
     unit: Unit | None = None
     top_k: int | None = None
     ep: int | None = None
@@ -107,6 +107,7 @@ class TableSource(Part):
     time_column: str | None = None
     device_column: list[str] = Field(default_factory=list)
     repeat_column: list[str] = Field(default_factory=list)
+    sum_column: list[str] = Field(default_factory=list)
     speeds: Placed | None = None
     fleet: str | None = None
     memory_fleet: str | None = None

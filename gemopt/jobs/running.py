@@ -34,7 +34,7 @@ from gemopt.solve import solve
 from gemopt.solvers import get as solver_of
 from gemopt.traces import Phase, Traces
 
-OPTION = re.compile(r"--(unit|top-k|ep|where|(?:load|time|device|repeat)-column)\b")
+OPTION = re.compile(r"--(unit|top-k|ep|where|(?:load|time|device|repeat|sum)-column)\b")
 EXISTS = ("a folder that does not exist yet", "give another with -o")
 
 
@@ -174,7 +174,7 @@ def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     try:
         found = read_table(source.table, unit=source.unit, top_k=source.top_k, ep=source.ep, where=source.where,
                            load=source.load_column, time=source.time_column, device=source.device_column,
-                           repeat=source.repeat_column, notes=said)  # fmt: skip
+                           repeat=source.repeat_column, parts=source.sum_column, notes=said)  # fmt: skip
     except InputError as error:
         texts = (OPTION.sub(_key, text) for text in (error.limit, error.hint))
         raise InputError(OPTION.sub(_key, error.field), error.value, *texts) from None
@@ -188,7 +188,7 @@ def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
             limit = "1 or more, as it multiplies the times"
             raise InputError(f"profile.slower.{rank}", factor, limit, f"at {factor:g} of the speed: {1 / factor:.4g}")
         found = slow_down(found, rank, factor)
-    found = found.model_copy(update={"source": f"imported from {source.table.name}"})
+    found = found.model_copy(update={"source": f"imported from {', '.join(each.name for each in source.table)}"})
     return found.with_model(expert_bytes=source.expert_bytes, top_k=source.top_k)
 
 
