@@ -102,6 +102,11 @@ def test_repeats_of_a_part_are_its_median_on_each_rank(tmp_path: Path) -> None:
     assert [loads(profile, rank) for rank in (0, 1)] == [[(8, None, 32.0)], [(8, None, 34.0)]]
 
 
+def test_an_idle_device_takes_what_its_parts_take(tmp_path: Path) -> None:
+    table = written(tmp_path, "assignments,kernel,us\n0,up,0\n0,down,2\n8,up,5\n8,down,3\n")
+    assert loads(read_table(table, parts=["kernel"])) == [(0, None, 2.0), (8, None, 8.0)]
+
+
 REFUSED = {
     "a load that a part lacks": (
         "assignments,kernel,us\n1,up,5\n2,up,6\n1,down,3\n",
@@ -115,6 +120,7 @@ REFUSED = {
         "assignments,kernel,dtype,us\n1,up,bf16,5\n1,up,fp8,3\n1,down,bf16,3\n1,down,fp8,2\n",
         "rows that differ in dtype",
     ),
+    "devices": ("assignments,kernel,us\n1,gpu0,5\n1,gpu1,3\n", "no devices; --device-column 'kernel'"),
     "an exchange": ("assignments,kernel,us\n1,dispatch,5\n1,up,3\n", "leave such rows out: --where 'kernel=up'"),
     "their sum among them": ("assignments,kernel,us\n1,up,5\n1,down,3\n1,total,8\n", "leave such rows out"),
     "a failed run": ("assignments,kernel,us\n1,up,5\n1,down,0\n", "line 3, us: got 0; above 0"),

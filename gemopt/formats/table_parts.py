@@ -6,6 +6,7 @@ Several tables are read as one, with a column that names the file of every row; 
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ SUMMED = "added_times_us"
 ADD_UP = "kernels of one layer, to be added up: --sum-column {0}; a device each: --device-column {0}; repeats of one "
 ADD_UP += "measurement, or loads of their own: --repeat-column {0}"
 LARGEST_US = 1e12  # as in a profile
+A_DEVICE = re.compile(r".*?(?:rank|[gnx]pu|device|card|host|node|worker)[ _-]?\d+", re.IGNORECASE)
 PARTS = PIECES | ELSEWHERE
 
 
@@ -108,9 +110,13 @@ def refuse_other_rows(
 
 
 def _refuse_exchanges(table: Table, parts: Sequence[str]) -> None:
-    """Raise where one of the parts to be added up is an exchange between ranks."""
+    """Raise where one of the parts to be added up is an exchange between ranks, and where all are devices."""
     for name in parts:
-        told = [each for each in values(table.rows, name) if words(each) & EXCHANGED or is_exchange(each)]
+        found = values(table.rows, name)
+        if len(found) > 1 and all(map(A_DEVICE.fullmatch, found)):
+            hint = f"--device-column '{name}'"
+            raise InputError(f"{table.path}, {name}", listed(found), "parts of a layer, and no devices", hint)
+        told = [each for each in found if words(each) & EXCHANGED or is_exchange(each)]
         if told:
             others = [each for each in values(table.rows, name) if each not in told]
             hint = "a topology adds them; leave such rows out: " + " ".join(f"--where '{name}={e}'" for e in others)
@@ -152,7 +158,7 @@ def summed(
         labels = [_label(next(iter(part.values()))[0], parts) for part in each]
         _refuse_missing(device, each, [_label(piece.rows[0], parts) for piece in pieces], labels)
         for load, first in each[0].items():
-            total = sum(_median(device, part[load], time) for part in each)
+            total = sum(_median(device, part[load], time, idle=not load[0]) for part in each)
             cells = {name: first[0].cells[name] for name in header}
             cells |= {name: "+".join(values([part[load][0] for part in each], name)) for name in apart}
             rows.append(Row(first[0].where, {**cells, time: repr(float(total))}))
@@ -184,12 +190,13 @@ def _refuse_missing(
                 raise InputError(where, f"load {shown} of {other}", limit, hint)
 
 
-def _median(table: Table, rows: Sequence[Row], time: str) -> float:
-    return float(np.median([_above_0(table, row, time) for row in rows]))
+def _median(table: Table, rows: Sequence[Row], time: str, *, idle: bool) -> float:
+    read_time = number if idle else _above_0
+    return float(np.median([read_time(table, row, time, largest=LARGEST_US) for row in rows]))
 
 
-def _above_0(table: Table, row: Row, time: str) -> float:
-    found = number(table, row, time, largest=LARGEST_US)
+def _above_0(table: Table, row: Row, time: str, *, largest: float = LARGEST_US) -> float:
+    found = number(table, row, time, largest=largest)
     if not found:
         raise InputError(f"{table.path} {row.where}, {time}", row.cells[time], "above 0: work takes time")
     return found
