@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +80,35 @@ def test_cells_and_lines_that_are_none_of_a_table(tmp_path: Path, text: str, sai
     with pytest.raises(InputError) as error:
         read_table(written(tmp_path, text))
     assert said in one_line(error)
+
+
+NESTED = [
+    {"config": {"num_tokens": n, "dtype": "bf16"}, "timing": {"mean_us": 20.0 + n, "std_us": 0.25}} for n in (8, 64)
+]
+
+
+@pytest.mark.parametrize("found", [NESTED, {"benchmarks": NESTED, "gpu": "H200"}])
+def test_objects_within_rows(tmp_path: Path, found: object) -> None:
+    profile = read_table(written(tmp_path, json.dumps(found), "table.json"))
+    assert loads(profile) == [(8, None, 28.0), (64, None, 84.0)]
+
+
+def test_objects_within_rows_keep_what_they_are_of(tmp_path: Path) -> None:
+    other = [{**row, "config": {**row["config"], "dtype": "fp8"}} for row in NESTED]
+    parts = [{"tokens": 8, "attention": {"latency_us": 30}}]
+    alike = [{"tokens": 8, "config": {"tokens": 4}, "us": 5}]
+    for rows, said in (
+        (NESTED + other, "rows that differ in dtype"),
+        (parts, "time attention.latency_us; the time of one whole MoE layer"),
+        (alike, "a list of rows with plain values"),
+    ):
+        with pytest.raises(InputError) as error:
+            read_table(written(tmp_path, json.dumps(rows), "table.json"))
+        assert said in str(error.value)
+
+
+def test_a_time_of_something_else_is_not_offered_as_that_of_a_layer(tmp_path: Path) -> None:
+    table = written(tmp_path, "tokens,prefill_latency,total_latency\n8,0.1,0.3\n")
+    with pytest.raises(InputError) as error:
+        read_table(table)
+    assert "by their names none is; to take one all the same: --time-column 'total_latency" in str(error.value)

@@ -184,6 +184,12 @@ def test_a_table_named_after_a_part_is_said(tmp_path: Path, name: str, said: boo
     assert any("of a part of the layer" in note for note in notes) == said
 
 
+def test_a_part_that_was_chosen_is_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+    read_table(tables(tmp_path), where=["file=down"], time="us", notes=notes)
+    assert any(note.startswith("down: of a part of the layer, by the name?") for note in notes)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -10,6 +10,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats.count_names import COUNTED, TABLES, numbered, words_of
 
 JSON = re.compile(r'\s*(?:\{|\[\s*(?:-?\d|[\[{"]))')
+SETTINGS = {"config", "configuration", "params", "parameters", "settings", "args", "shape", "problem", "workload"}
 LABEL = ""  # of rows, as pandas saves them in a CSV file
 LIMIT = "one JSON document, or one on each line"
 
@@ -95,6 +96,29 @@ def beside_rows(found: Any) -> Any:
     if len({*names, *dict(told)}) < len(names) + len(told) or any(isinstance(each, dict) for _, each in told):
         return found
     return [{**row, **dict(told)} for row in found[lists[0]]]
+
+
+def unnested(found: Any) -> Any:
+    """Rows of objects within objects as flat ones, `{"timing": {"mean_us": 5}}` as `timing.mean_us`; else as it is.
+
+    Settings go by their own names: `{"config": {"num_tokens": 8}}` is `num_tokens`. So are rows in the one list of an
+    object.
+    """
+    lists = [key for key in found if isinstance(found[key], list)] if isinstance(found, dict) else []
+    if len(lists) == 1:
+        return {**found, lists[0]: unnested(found[lists[0]])}
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        return found
+    rows = []
+    for row in found:
+        cells: list[tuple[str, Any]] = []
+        for key, each in row.items():
+            named = words_of(key) <= SETTINGS
+            cells += [(k if named else f"{key}.{k}", v) for k, v in each.items()] if is_flat(each) else [(key, each)]
+        if len(dict(cells)) < len(cells):
+            return found
+        rows.append(dict(cells))
+    return rows
 
 
 def inside(value: dict[str, Any]) -> Any:

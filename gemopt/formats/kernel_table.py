@@ -70,7 +70,7 @@ from gemopt.formats.table_loads import (
     unit_of_load,
 )
 from gemopt.formats.table_parts import (
-    doubt_of_file,
+    doubt_of_files,
     read_tables,
     refuse_other_rows,
     refuse_unsaid_files,
@@ -186,11 +186,17 @@ def read_table(
                 f"{counts} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "
                 "group-tokens where they are those of all ranks together"
             )
-        if layout is None and time is None:
-            notes += doubt_of_time(reader.latency) + ([] if parts or of_file else doubt_of_file(table.path))
+        files = [] if parts else values(table.rows, of_file) if of_file else [table.path]
+        notes += [] if layout else _doubts_of_names(reader, time, files)
         numbered = bool(repeats) or any(plain(name) in REPEATS for name in table.header)
         notes += [*_beside(reader, layout, counted, top_k, repeats), *doubts(profile, numbered=numbered)]
     return profile
+
+
+def _doubts_of_names(reader: _Reader, time: str | None, files: Sequence[str]) -> list[str]:
+    """Sentences on a time, and on tables, that may be of something else by their names; time: the one asked for."""
+    told = [] if time is not None else doubt_of_time(reader.latency)
+    return told if time is not None and reader.table.path in files else [*told, *doubt_of_files(files)]
 
 
 def _whole_layers(

@@ -17,7 +17,7 @@ from typing import Any
 
 from gemopt.documents import read_bytes
 from gemopt.exceptions import InputError, install_hint
-from gemopt.formats.json_rows import JSON, beside_rows, frame_rows, is_flat, parsed
+from gemopt.formats.json_rows import JSON, beside_rows, frame_rows, is_flat, parsed, unnested
 from gemopt.formats.printed_tables import printed
 
 BATCH = re.compile(r"Batch size: (\d+)(?:, config: (.*?))?(?=, kernel time:|$)", re.IGNORECASE | re.MULTILINE)
@@ -165,7 +165,7 @@ def _records(path: str, text: str) -> Table:
     found = parsed(path, text)
     if isinstance(found, dict) and "traceEvents" in found:
         raise InputError(path, "a trace of events", "rows of loads and times", NO_LOADS)
-    found = [found] if is_flat(found) else found if _is_tuned(found) else beside_rows(frame_rows(found))
+    found = [found] if is_flat(found) else found if _is_tuned(found) else beside_rows(frame_rows(unnested(found)))
     if not isinstance(found, list) or not found or not all(map(is_flat, found)):
         tuned = _is_tuned(found)
         limit = "kernel settings of --tune have no times" if tuned else "a list of rows with plain values"

@@ -61,12 +61,13 @@ def refuse_unsaid_files(groups: Sequence[Table], column: str | None) -> None:
             raise InputError("TABLES", listed(found, 12), "what these are, said", ADD_UP.format(column))
 
 
-def doubt_of_file(path: str) -> list[str]:
-    """A sentence on a single table whose name says that it is of a part of a layer."""
-    if not words(Path(path).name.partition(".")[0]) & PARTS:
+def doubt_of_files(names: Sequence[str]) -> list[str]:
+    """A sentence on tables whose names say that they are of a part of a layer."""
+    told = [Path(name).name for name in names if words(Path(name).name.partition(".")[0]) & PARTS]
+    if not told:
         return []
-    told = f"{Path(path).name}: of a part of the layer, by its name?"
-    return [f"{told} then give the tables of all parts, and --sum-column file"]
+    shown = f"{listed(told)}: of a part of the layer, by the name?"
+    return [f"{shown} then give the tables of all parts, and --sum-column file"]
 
 
 def with_added_times(table: Table, asked: str | None) -> tuple[Table, str | None]:

@@ -124,7 +124,9 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     if all(words(name) & PIECES for name in best):
         hint = f"all the parts of a layer? to add them up: --time-column '{'+'.join(map(_with_unit, best))}'"
     else:
-        hint = f"say which: {_asking(likely[0])}"
+        of_parts = any(words(name) & PIECES for name in best)  # which a total is of then
+        none = words(likely[0]) & (NO_LAYER | NO_TIME | (set() if of_parts else TOTALS))
+        hint = f"{'by their names none is; to take one all the same' if none else 'say which'}: {_asking(likely[0])}"
     raise InputError(table.path, f"times {', '.join(best)}", limit, hint)
 
 
