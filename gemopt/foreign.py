@@ -115,6 +115,10 @@ def _of_text(path: str | os.PathLike[str], head: bytes) -> tuple[str, str]:
         name, way_out = of_object(data) if isinstance(data, dict) else ("", "")
         return name or "a JSON document", way_out
     first = text.split("\n", 1)[0]
+    if {"layer", "rank", "slot", "expert"} <= {cell.strip().casefold() for cell in first.split(",")}:
+        return f"{PLACED}csv", IMPORT_PLACEMENT
+    if "initial_global_assignments:" in text:
+        return f"{PLACED}TensorRT-LLM", IMPORT_PLACEMENT
     if "," in first and any(word in first.lower() for word in ("latency", "time", "_us", "_ms")):
         return "a table of latencies", IMPORT_TABLE
     if "," in first:

@@ -193,3 +193,26 @@ def test_modules_are_attributes_of_the_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["conflict_graph", "save", "compare", "gemopt.migration"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "engine"),
+    [
+        ("map.csv", "layer,rank,slot,expert\n0,0,0,1\n0,1,1,0\n", "csv"),
+        ("map.yaml", "num_slots: 2\ninitial_global_assignments:\n  0: [1, 0]\n", "tensorrt-llm"),
+    ],
+)
+def test_placements_of_engines_say_how_they_are_read(
+    inputs: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    engine: str,
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    code, _, err = gemopt(capsys, "evaluate", path, *inputs[:2])
+    assert code == 2 and "gemopt placement import reads the placements of engines" in err, err
+    code, _, err = gemopt(capsys, "trace", "import", path, "--from", "csv", "-o", tmp_path / "t.safetensors")
+    assert code == 2 and f"gemopt placement import --from {engine}" in err, err
