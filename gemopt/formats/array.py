@@ -172,6 +172,9 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
         hint = "[layers, experts] of sums over the steps are one step, counts[None]; [steps, experts] are one layer, "
         hint += "counts[:, None]"
         raise InputError(f"{path}: counts", f"{ndim} dimensions", "counts [steps, layers, experts]", hint)
+    if ndim > 3:
+        limit, hint = "3-dimensional counts [steps, layers, experts]", f"if they are {NOT_IDS}"
+        raise InputError(f"{path}: counts", f"{ndim} dimensions", limit, hint)
     counts = whole_numbers(data, name=f"{path}: counts", ndims=(3,))
     if not counts.size:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")

@@ -128,3 +128,9 @@ def test_rows_and_arrays_are_imported_apart(load, tmp_path):
     (tmp_path / "b.jsonl").write_text('{"step": 0, "layer": 0, "topk_ids": [1, 2]}\n')
     with pytest.raises(InputError, match="rows of tokens, or arrays of them; import each apart"):
         load([tmp_path / "a.npy", tmp_path / "b.jsonl"], "tokens", **TOLD)
+
+
+def test_other_readers_say_who_reads_them(load, tmp_path):
+    np.save(tmp_path / "a.npy", np.stack([IDS, IDS]))
+    with pytest.raises(InputError, match=r"4 dimensions; 3-dimensional counts .*--from tokens those"):
+        load(tmp_path / "a.npy", "array")
