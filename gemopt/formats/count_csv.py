@@ -17,18 +17,8 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, count_told
-from gemopt.formats.count_lines import by_expert, lines_of
-from gemopt.formats.count_names import (
-    COLUMNS,
-    COUNTING,
-    FRACTIONS,
-    HEEDED,
-    PARALLEL,
-    TIMES,
-    WEIGHTS,
-    phase_of,
-    words_of,
-)
+from gemopt.formats.count_lines import INDEX, by_expert, lines_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, is_result, phase_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -42,7 +32,7 @@ from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.formats.recorded_files import files_of, names_of
 from gemopt.traces import COUNT_LIMIT, Phase
 from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
-from gemopt.traces.files import ALTERING, COPIES
+from gemopt.traces.files import COPIES
 from gemopt.words import counted
 
 SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
@@ -51,14 +41,11 @@ BARE = (
     "lines of numbers alone, as MindIE's of each NPU: numpy.loadtxt(PATH, delimiter=',').reshape(steps, layers, -1), "
     "ranks side by side by numpy.concatenate(axis=2), then --from array"
 )
-INDEX = "column 1"  # a first one without a name: rising, it holds pandas' numbers of the lines
 _SAVED_INDEX = re.compile(r"unnamed_0(_\d+)?")  # once more, as pandas names it
 _NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
 _RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
 _POWER = re.compile(r"\d(?:\.\d+)?[eE][+-]?\d\d", re.ASCII)
-_FRACTION = re.compile(r"-?\d*\.\d*[1-9]\d*(?:[eE][+-]?\d+)?", re.ASCII)
-_SHARE = re.compile(r"\d*\.\d+(?:[eE][+-]?\d+)?|\d+(?:\.\d+)? ?%", re.ASCII)
 _NUMBER = re.compile(r"\d{1,18}(?:\.0*)?", re.ASCII)
 _NAMED = re.compile(r"([A-Za-z][A-Za-z_.\[ -]*)(\d{1,9})([\]A-Za-z_. ]*)", re.ASCII)  # layer_3, model.layers.3.mlp
 Key = tuple[int, int, int]  # step, layer, expert
@@ -272,6 +259,7 @@ def _columns(path: Path, header: list[str]) -> dict[str, int]:
         hint += "; columns are named by what they number: expert_0, layer_0 or step_0, ..." if wide else ""
         hint = NOT_IDS if ids and not wide else hint
         hint = BARE if all(map(str.isdigit, header)) else hint
+        hint = "which column is the layer? call it layer" if lacking == ["layer"] else hint
         hint = f"if {counted[0]} is the count, call it count" if lacking == ["count"] and counted else hint
         shown = ",".join(header)[:200]
         raise InputError(f"{path}: columns", shown, "layer_id, expert_id, count; perhaps step, rank", hint)
@@ -299,7 +287,7 @@ def _add(
                 continue
             table.index[i] = 0, COUNT_LIMIT
         if i not in used and (first := others.setdefault(header[i], text)) != text:
-            if _is_result(header[i], first, text, table.has_steps):
+            if is_result(header[i], first, text, table.has_steps):
                 table.results.add(header[i])
                 continue
             raise InputError(
@@ -336,16 +324,6 @@ def _add(
         hint = "" if table.has_steps else "of several steps? number them in a column step"
         raise InputError(where, ",".join(row)[:200], "each layer and expert once", hint)
     counts[key] = value["count"]
-
-
-def _is_result(name: str, first: str, text: str, has_steps: bool) -> bool:
-    """Whether a column holds shares, or of numbered steps any fractions or when they were: nothing it tells apart."""
-    words, cells = words_of(name), (first, text)
-    if ALTERING.search(name) or words & WEIGHTS:
-        return False
-    if words & FRACTIONS and any(map(_SHARE.fullmatch, cells)):
-        return True
-    return has_steps and (bool(words & TIMES) or any(map(_FRACTION.fullmatch, cells)))
 
 
 def _bare(table: _Table, where: str, meaning: str, text: str) -> str:

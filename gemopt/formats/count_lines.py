@@ -13,12 +13,13 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, table_files
-from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, HEEDED, MEASURED, SCORES, TABLES, words_of
+from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, HEEDED, MEASURED, SCORES, TABLES, numbered, words_of
 from gemopt.formats.count_spread import follows
 from gemopt.formats.files import JSON_LIMIT, size_of, text_of
 from gemopt.formats.table_files import GROUPED
 from gemopt.traces.files import ALTERING, COPIES, NOT_COPIES
 
+INDEX = "column 1"  # a first one without a name: rising, it holds pandas' numbers of the lines
 WIDE = re.compile(r"(?:experts?|expert_id|exp)_?(\d{1,9})", re.ASCII)
 _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name what they plot
     r"((?:.*_)?)(?:layers?|blk|block|l)_?(\d{1,9})_((?:.*_)?)(?:experts?|expert_id|exp|e)_?(\d{1,9})((?:_.*)?)",
@@ -50,6 +51,8 @@ def by_expert(
     lacking = ["expert"]
     first = next(((number, row) for number, row in lines if any(row)), None)
     lines = lines if first is None else chain([first], lines)
+    if first is not None and header[0] == INDEX and (label := numbered({first[1][0]: None})) and label[0]:
+        header = [label[0], *header[1:]]  # layer_0, layer_1, ... say what they are
     if not experts and first is not None and not set(header) & set(names["expert"]):
         named = {i for i, name in enumerate(header) if words_of(name) & COUNTED and name != "tokens"}
         lists = [i for i, cell in enumerate(first[1]) if i in named and _LIST.fullmatch(cell.strip())]

@@ -7,6 +7,7 @@ from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.traces import Phase
+from gemopt.traces.files import ALTERING
 
 PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
 COLUMNS = {
@@ -54,6 +55,8 @@ MEASURED = {
 }
 NO_COUNTS = {"ids", "indices", "topk", "selected", "routed", *SCORES, *MEASURED}
 DRAFTS = {"mtp", "nextn", "draft", "eagle"}  # whose layers are numbered anew
+_FRACTION = re.compile(r"-?\d*\.\d*[1-9]\d*(?:[eE][+-]?\d+)?", re.ASCII)
+_SHARE = re.compile(r"\d*\.\d+(?:[eE][+-]?\d+)?|\d+(?:\.\d+)? ?%", re.ASCII)
 COUNTED = {"count", "counts", "load", "loads", "tokens", "assignments"}
 
 SHARES = {
@@ -94,3 +97,13 @@ def numbered(value: dict[str, Any]) -> tuple[str, list[int]] | None:
     found = next((TABLES[name] for name in names if name in TABLES), "")
     known = (found in ("layer", "expert", "step", "rank") and not DRAFTS & set(names)) if names else True
     return (found, [int(part[2]) for part in parts if part]) if known else None
+
+
+def is_result(name: str, first: str, text: str, has_steps: bool) -> bool:
+    """Whether a column holds shares, or of numbered steps any fractions or when they were: nothing it tells apart."""
+    words, cells = words_of(name), (first, text)
+    if ALTERING.search(name) or words & WEIGHTS:
+        return False
+    if words & FRACTIONS and any(map(_SHARE.fullmatch, cells)):
+        return True
+    return has_steps and (bool(words & TIMES) or any(map(_FRACTION.fullmatch, cells)))

@@ -284,3 +284,20 @@ def test_pivoted_tables_that_do_not_say_what_they_count(load, tmp_path, text, li
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(InputError, match=line):
         load(tmp_path / "t.csv", "csv")
+
+
+@pytest.mark.parametrize("across", ["expert", "layer"])
+def test_labels_of_rows_say_what_they_are(load, tmp_path, across):
+    """As pandas saves a frame whose index is named by its labels alone."""
+    counts = routed(np.random.default_rng(9), steps=1)[0]
+    table = counts if across == "expert" else counts.T
+    down = "layer" if across == "expert" else "expert"
+    head = ["", *(f"{across}_{i}" for i in range(table.shape[1]))]
+    lines = [head, *([f"{down}_{i}", *row] for i, row in enumerate(table.tolist()))]
+    (tmp_path / "t.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    assert (load(tmp_path / "t.csv", "csv")[0].counts == counts).all()
+    lines[1:] = [[i, *row[1:]] for i, row in enumerate(lines[1:])]
+    (tmp_path / "t.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    hint = "which column is the layer" if across == "expert" else "layer_id, expert_id, count"
+    with pytest.raises(InputError, match=hint):
+        load(tmp_path / "t.csv", "csv")
