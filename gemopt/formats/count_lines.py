@@ -27,7 +27,7 @@ _OF_LAYERS = re.compile(  # moe/layer_3/expert_7, as loggers of training name wh
 )
 _PIVOT = {  # of tables that pandas pivots: what the columns count, beside columns of the others
     "layer": re.compile(r"(?:moe_)?layers?(?:_id|_idx)?_?(\d{1,9})", re.ASCII),
-    "step": re.compile(r"(?:steps?|iter|iteration|batch)(?:_id)?_?(\d{1,9})", re.ASCII),
+    "step": re.compile(r"(?:steps?|iter|iteration)(?:_id)?_?(\d{1,9})", re.ASCII),
     "rank": re.compile(r"(?:[edt]p_)?rank(?:_id)?_?(\d{1,9})", re.ASCII),
 }
 _LIST = re.compile(r"[\[(]\s*[\d.]+(?:[\s,;]+[\d.]+)+\s*[\])]", re.ASCII)

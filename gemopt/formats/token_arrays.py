@@ -103,7 +103,10 @@ def _of_layers(path: Path, arrays: dict[str, Any], layers: list[int]) -> IntArra
 def _placed(ids: IntArray, layers: list[int], options: TraceOptions) -> IntArray:
     """The rows as those of all decoder layers, -1 in the others."""
     count = max(*layers, (options.num_hidden_layers or 0) - 1) + 1
-    placed = np.full((*ids.shape[:-2], count, ids.shape[-1]), -1, np.int64)
+    if layers == list(range(count)):
+        return ids
+    dtype = np.int64 if ids.dtype.itemsize == 8 else np.result_type(ids.dtype, np.int8)  # holds -1 too
+    placed = np.full((*ids.shape[:-2], count, ids.shape[-1]), -1, dtype)
     placed[..., layers, :] = ids
     return placed
 

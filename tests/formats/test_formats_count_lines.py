@@ -275,6 +275,7 @@ def test_pivoted_tables(load, tmp_path, case):
     ("text", "line"),
     [
         ("layer,expert,gsm8k,mmlu\n0,0,5,6\n", "layer_id, expert_id, count"),  # of tasks
+        ("layer,expert,batch_1,batch_64\n0,0,5,6\n", "layer_id, expert_id, count"),  # of batches of this size?
         ("expert,step_0,step_1\n0,5,6\n1,5,6\n", "layer_id, expert_id, count"),  # of which layer?
         ("expert,layer_0,layer_1\n0,0.5,0.25\n1,0.5,0.75\n", "got 0.5; a whole number"),
         ("expert,0,1\n0,5,6\n1,6,5\n", "columns are named by what they number: expert_0, layer_0 or step_0"),
