@@ -69,7 +69,8 @@ def _kind(path: Path) -> str:
     if isinstance(data, dict) and "records" in data:
         return "detailed dumps"
     keys = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
-    raise InputError(str(path), keys, "a recorder dump with logical_count or records is needed")
+    hint = "" if isinstance(data, dict) else "counts of experts: --from array; experts of tokens: --from tokens"
+    raise InputError(str(path), keys, "a recorder dump with logical_count or records is needed", hint)
 
 
 def _time(path: Path) -> float:

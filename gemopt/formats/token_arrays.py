@@ -2,10 +2,14 @@
 
 A file is a sequence; with four dimensions, [sequences, tokens, layers, K], as trainers that replay routing keep them,
 it is several. Or it has an array [tokens, K] of each layer, `layer_3`. They are replayed as responses are.
+
+An array [tokens, K] is what one layer chose in one step, by the name of its file, `topk_idx_layer3_idx0.pt`, as they
+are saved for SGLang's `tuning_fused_moe_triton_sep.py`: those are counted.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,22 +19,29 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import responses
 from gemopt.formats.count_names import numbered, words_of
-from gemopt.formats.engine import IntArray, Loaded, TraceOptions
+from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
+from gemopt.formats.findings import experts_of
 from gemopt.formats.response_bodies import Response, Sample
 from gemopt.formats.token_cells import NAMES
 from gemopt.traces import Phase
+from gemopt.traces.arrays import MAX_EXPERTS
 from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES
+from gemopt.words import counted
 
 PADDED = {"mask", "valid", "pad", "padding"}  # words of arrays that tell tokens from padding
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+_ONE = re.compile(r".*layers?[_.-]?(\d{1,4})[_.-]?[a-z]*[_.-]?(\d{1,12})", re.IGNORECASE | re.ASCII)  # and step
 LIMIT = "experts of tokens [tokens, layers, top-k], or [sequences, tokens, layers, top-k]"
 
 
-def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded:
-    """Replay the sequences of some files as continuous batching."""
+def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded | Recording:
+    """Replay the sequences of some files as continuous batching; count what files of layers and steps hold."""
     notes: list[str] = []
+    named = {path: (int(found[1]), int(found[2])) for path in files if (found := _ONE.fullmatch(path.stem))}
+    if len(named) == len(files) and getattr(_loaded(files[0])[0], "ndim", 0) == 2:
+        return _counted(named, options, notes)
     return responses.replayed(_responses(files, options, notes), options, lambda: notes, all_layers=False)
 
 
@@ -50,13 +61,53 @@ def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -
         yield from (Response(name=None, samples=[sample]) for sample in samples)
 
 
+def _counted(named: dict[Path, tuple[int, int]], options: TraceOptions, notes: list[str]) -> Recording:
+    """Counts of files that hold one layer of one step each; named: layer and step of each file."""
+    options.refuse_unused("files of layers and steps")
+    layers, steps = (sorted({each[i] for each in named.values()}) for i in (0, 1))
+    if len(named) != len(layers) * len(steps) or len(set(named.values())) < len(named):
+        found = f"{len(named)} files of {len(layers)} layers and {len(steps)} steps"
+        raise InputError("PATHS", found, "a file for each layer of each step, by their names")
+    ids = {}
+    for path, at in named.items():
+        each = whole_numbers(_loaded(path)[0], name=f"{path}: experts of tokens", ndims=(2,)).astype(np.int64)
+        ordered = np.sort(each, axis=1)
+        if not each.size or ((np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] >= 0)).any():
+            raise InputError(f"{path}: experts of tokens", "an expert twice, or none", "different experts of a token")
+        if ordered.min() < -1 or ordered.max() >= MAX_EXPERTS:
+            found_id = int(ordered.max()) if ordered.max() >= MAX_EXPERTS else int(ordered.min())
+            raise InputError(f"{path}: experts of tokens", found_id, f"experts below {MAX_EXPERTS}, or -1")
+        ids[at] = each
+    for step in steps:
+        if len(shapes := sorted({ids[layer, step].shape for layer in layers})) > 1:
+            found = " and ".join(f"{tokens} tokens of {top_k}" for tokens, top_k in (shapes[0], shapes[-1]))
+            raise InputError("PATHS", f"step {step}: {found}", "the same tokens in all layers of a step")
+    chosen = np.flatnonzero(np.bincount(np.concatenate([each[each >= 0] for each in ids.values()]))).tolist()
+    if not chosen:
+        raise InputError("PATHS", "no expert", "experts of tokens")
+    experts = experts_of("PATHS: experts", chosen, options.num_experts, notes)
+    counts = np.array([[np.bincount(ids[i, t][ids[i, t] >= 0], minlength=experts) for i in layers] for t in steps])
+    told = next(iter(named))
+    notes.append(f"{told.name} is layer {named[told][0]} of step {named[told][1]}, and so on")
+    if blank := sum(int((each < 0).all(axis=1).sum()) for each in ids.values()):
+        notes.append(f"left out: {counted(blank, 'row')} without any expert (padding)")
+    used = counts.any(axis=(1, 2))
+    return Recording(blocks=lambda: iter([counts[used]]), layer_ids=tuple(layers), notes=notes)
+
+
+def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
+    """What a file holds, and its metadata."""
+    if path.suffix == ".safetensors":
+        return safetensors_arrays(path)
+    if path.suffix == ".pt":
+        return load_torch(path), {}
+    arrays = numpy_arrays(path)
+    return (arrays["counts"] if path.suffix == ".npy" else arrays), {}
+
+
 def _ids(path: Path, notes: list[str]) -> tuple[IntArray, list[int] | None]:
     """The array of a file, and the layers of its rows where it has an array of each, which are put together."""
-    told: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        data, told = safetensors_arrays(path)
-    else:
-        data = load_torch(path) if path.suffix == ".pt" else numpy_arrays(path)
+    data, told = _loaded(path)
     if not isinstance(data, dict):
         return _whole(path, data), None
     arrays = {str(name): each for name, each in data.items()}

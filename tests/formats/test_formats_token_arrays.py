@@ -134,3 +134,40 @@ def test_other_readers_say_who_reads_them(load, tmp_path):
     np.save(tmp_path / "a.npy", np.stack([IDS, IDS]))
     with pytest.raises(InputError, match=r"4 dimensions; 3-dimensional counts .*--from tokens those"):
         load(tmp_path / "a.npy", "array")
+
+
+def layers_of_steps(folder, steps=(0, 1), layers=(3, 4, 7)):
+    """Files of SGLang's tuning of kernels, and the counts of the tokens in them."""
+    counts = np.zeros((len(steps), len(layers), EXPERTS), np.int64)
+    for t, step in enumerate(steps):
+        for i, layer in enumerate(layers):
+            ids = SEQUENCES[t][:, i]
+            np.save(folder / f"topk_idx_layer{layer}_idx{step}.npy", ids.astype(np.int32))
+            counts[t, i] = np.bincount(ids.ravel(), minlength=EXPERTS)
+    return counts
+
+
+def test_files_of_one_layer_and_step_are_counted(load, folder):
+    counts = layers_of_steps(folder, steps=(2, 10))
+    traces, notes = load(folder, "tokens", num_experts=EXPERTS)
+    assert (traces.counts == counts).all() and traces.layer_ids == (3, 4, 7)
+    assert "topk_idx_layer3_idx2.npy is layer 3 of step 2, and so on" in notes
+    np.save(folder / "topk_idx_layer3_idx2.npy", np.r_[SEQUENCES[0][:, 0], [[-1, -1]]])
+    with pytest.raises(InputError, match="step 2: 40 tokens of 2 and 41 tokens of 2; the same tokens in all layers"):
+        load(folder, "tokens")
+    for layer, i in ((3, 0), (4, 1), (7, 2)):
+        np.save(folder / f"topk_idx_layer{layer}_idx2.npy", np.r_[SEQUENCES[0][:, i], [[-1, -1]]])
+    traces, notes = load(folder, "tokens", num_experts=EXPERTS)
+    assert (traces.counts == counts).all() and "left out: 3 rows without any expert (padding)" in notes
+    np.save(folder / "topk_idx_layer3_idx2.npy", np.full((40, 2), 3))
+    with pytest.raises(InputError, match=r"layer3_idx2.npy: experts of tokens: got an expert twice"):
+        load(folder, "tokens")
+    (folder / "topk_idx_layer3_idx2.npy").unlink()
+    with pytest.raises(InputError, match="5 files of 3 layers and 2 steps; a file for each layer of each step"):
+        load(folder, "tokens")
+
+
+def test_files_of_layers_and_steps_heed_no_phase(load, folder):
+    layers_of_steps(folder)
+    with pytest.raises(InputError, match="--phase"):
+        load(folder, "tokens", phase=Phase.MIXED)
