@@ -145,7 +145,10 @@ def test_columns_of_parts_are_added_up_in_microseconds(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         read_table(table)
     assert f"to add them up: --time-column '{asked}'" in str(error.value)
-    assert loads(read_table(table, time=asked)) == [(1, None, 35.0), (8, None, 39.0)]
+    notes: list[str] = []
+    assert loads(read_table(table, time=asked, notes=notes)) == [(1, None, 35.0), (8, None, 39.0)] and not notes
+    read_table(table, time="gate_up_us+down_us", notes=notes)
+    assert notes == ["silu_ms not among the times that are added up"]
     with pytest.raises(InputError) as error:
         read_table(table, time="down_us+down_us")
     assert "each time once" in str(error.value)

@@ -71,6 +71,7 @@ from gemopt.formats.table_loads import (
 )
 from gemopt.formats.table_parts import (
     doubt_of_files,
+    left_out_of_sum,
     read_tables,
     refuse_other_rows,
     refuse_unsaid_files,
@@ -195,7 +196,7 @@ def read_table(
 
 def _doubts_of_names(reader: _Reader, time: str | None, files: Sequence[str]) -> list[str]:
     """Sentences on a time, and on tables, that may be of something else by their names; time: the one asked for."""
-    told = [] if time is not None else doubt_of_time(reader.latency)
+    told = left_out_of_sum(reader.table, reader.latency) if time is not None else doubt_of_time(reader.latency)
     return told if time is not None and reader.table.path in files else [*told, *doubt_of_files(files)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.recorded_files import names_of
 from gemopt.formats.table_beside import EXCHANGED, refuse_no_measurements
-from gemopt.formats.table_columns import known, listed, values, words
+from gemopt.formats.table_columns import known, listed, unit_of, values, words
 from gemopt.formats.table_devices import by_device
 from gemopt.formats.table_files import Row, Table, number, read
 from gemopt.formats.table_kinds import Layout
@@ -84,6 +84,12 @@ def with_added_times(table: Table, asked: str | None) -> tuple[Table, str | None
         for row in table.rows
     ]
     return Table(table.path, [*header, SUMMED], rows), SUMMED
+
+
+def left_out_of_sum(table: Table, time: str) -> list[str]:
+    """A sentence on times of parts beside those that were added up; `time`: the column that is read."""
+    others = [name for name in table.header if time == SUMMED != name and unit_of(name) and words(name) & PIECES]
+    return [f"{', '.join(others)} not among the times that are added up"] if others else []
 
 
 def refuse_other_rows(
