@@ -53,6 +53,13 @@ def test_nobody_guesses_what_several_tables_are(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("other", ["device", "repeat"])
+def test_files_are_parts_or_something_else(tmp_path: Path, other: str) -> None:
+    with pytest.raises(InputError) as error:
+        read_table(tables(tmp_path), parts=["file"], **{other: ["file"]})  # type: ignore[arg-type]
+    assert "--sum-column: got file; a column that is not said to tell devices" in str(error.value)
+
+
 def test_tables_may_be_a_device_each(tmp_path: Path) -> None:
     paths = [written(tmp_path, f"assignments,us\n8,{10 + r}\n", f"gpu{r}.csv") for r in (10, 2)]
     profile = read_table(paths, device=["file"])

@@ -103,6 +103,8 @@ def refuse_other_rows(
     """Raise where columns say that rows are no runs of whole layers that went well, and no parts to be added up."""
     for name in parts:
         known(table, name, "--sum-column")
+        if said_of[:-1].count(name) > 1:  # but the column of files, which is last
+            raise InputError("--sum-column", name, "a column that is not said to tell devices or repeats apart")
     unsaid = [] if layout else [each for each in full.header if each not in said_of]
     varying = [each for each in unsaid if len(values(full.rows, each)) > 1]
     pieces = by_device(table, parts) if parts else []
