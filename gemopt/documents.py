@@ -66,7 +66,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _target(path: str | os.PathLike[str]) -> Path:
     """Where a link leads; a rename would otherwise put a file in the place of the link, or of /dev/null."""
     target = os.path.realpath(path)
-    if os.path.exists(target) and not os.path.isfile(target):
+    if os.path.exists(path) and not os.path.isfile(path):  # what /dev/stdout leads to may have no path of its own
         found = "a folder" if os.path.isdir(target) else "no regular file"
         raise InputError(str(path), found, "the name of a file to write is needed")
     return Path(target)
@@ -214,6 +214,7 @@ class Document(Settings):
         data = read_json(path)
         if not isinstance(data, dict):
             raise InputError(str(path), type(data).__name__, f"a JSON object holding a {cls.__name__} is needed")
+        data = cls._within(data, path)
         try:
             return cls(**{key: value for key, value in data.items() if key != "$schema"})  # which is for editors
         except InputError as error:
@@ -224,6 +225,11 @@ class Document(Settings):
                 raise InputError(str(path), found, needed, way_out) from None
             error.args = (f"{path}: {error}",)
             raise
+
+    @classmethod
+    def _within(cls, data: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+        """The part of a file that holds the document; all of it, unless the document knows better."""
+        return data
 
     def changed(self, **fields: Any) -> Self:
         """The same with other values of some fields, validated anew."""

@@ -20,10 +20,13 @@ IMPORT_TRACES = "gemopt trace import reads what engines record (--from array for
 IMPORT_PLACEMENT = "gemopt placement import reads the placements of engines"
 IMPORT_TABLE = "gemopt profile import reads kernel tables"
 
+RESULT = "a result of gemopt"
+
 # Keys that tell a JSON object, most telling first, what it is then, and the way out.
 _OBJECTS = (
     ({"physical_to_logical", "slots_per_rank"}, "a placement of gemopt", SWAPPED),
-    ({"solver", "stopped_by", "per_layer"}, "a result of gemopt", "its placement is what solve -o writes"),
+    ({"solver", "stopped_by", "per_layer"}, RESULT, SWAPPED),
+    ({"solver", "stopped_by", "cost_summary"}, "what solve --json prints", "solve -o writes its placement"),
     ({"devices", "schema_version"}, "a profile of gemopt", SWAPPED),
     ({"layers", "duals_sha256"}, "a certificate of gemopt", SWAPPED),
     ({"node_of_rank", "within_node"}, "a topology of gemopt", SWAPPED),
@@ -83,6 +86,8 @@ def telling(needed: str, *paths: str | os.PathLike[str]) -> Iterator[None]:
 
 def of_file(path: str | os.PathLike[str]) -> tuple[str, str]:
     """What a file seems to be by its first bytes, and the way out; empty when nothing is known of it."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        return "", ""
     try:
         with open(path, "rb") as stream:
             head = stream.read(HEAD_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from enum import StrEnum
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from gemopt import foreign
 from gemopt.documents import Document, FloatMatrix, IntMatrix, IntVector
 from gemopt.exceptions import InputError
 from gemopt.rules import Rules
@@ -39,7 +41,7 @@ class Split(StrEnum):
 
 
 class Placement(Document):
-    """Placement of the experts of all MoE layers; `placement.json`.
+    """Placement of the experts of all MoE layers; `placement.json`. `load` takes that of a `result.json` as well.
 
     Attributes
     ----------
@@ -188,6 +190,16 @@ class Placement(Document):
         rules = rules if rules is not None and rules.named() else None
         asked = rules is not None and rules.about_nodes
         return self.changed(rules=rules, node_of_rank=node_of_rank if asked else None)
+
+    @classmethod
+    def _within(cls, data: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
+        """That of a result, where one was given: every file that is read as a placement may be a result's."""
+        if foreign.of_object(data)[0] != foreign.RESULT:
+            return data
+        held = data.get("placement")
+        if not isinstance(held, dict):
+            raise InputError(str(path), f"a result without one, {data.get('status')}", "a placement is needed")
+        return held
 
     def to_dataframe(self) -> Any:
         """A pandas data frame with a row per slot: `layer_id`, `rank`, `slot`, `expert` (-1: empty).

@@ -113,6 +113,10 @@ OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
         ("--engine", "sglang", "--memory-budget", 9, "--expert-bytes", 1),
         "sglang needs an expert in every slot",
     ),
+    "full slots of an exact solver": (
+        ("--engine", "sglang", "--solver", "branch", "--slots-per-rank", 3),
+        "--engine: got sglang; sglang needs an expert in every slot, which branch cannot heed; use --solver auto",
+    ),
     "unequal slots of eplb": (("--solver", "eplb", "--slots-per-rank", "3,1"), "use linear"),
 }
 

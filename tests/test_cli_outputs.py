@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli_inputs import gemopt, write_inputs
 
+from gemopt import foreign
 from gemopt.cli.outputs import check_outputs
+from gemopt.exceptions import InputError
 from gemopt.placement import Placement
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
@@ -88,3 +91,50 @@ def test_arrays_that_no_command_reads_are_named(tmp_path: Path, capsys: pytest.C
 
 def test_a_page_may_have_any_ending_that_is_no_other_format(tmp_path: Path) -> None:
     check_outputs(("--output", tmp_path / "tmp.a7Xq2", "page"), ("--again", tmp_path / "PAGE.HTML", "page"))
+
+
+def test_a_result_is_taken_wherever_a_placement_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs, placement, result = write_inputs(tmp_path), tmp_path / "p.json", tmp_path / "r.json"
+    assert gemopt(capsys, "solve", *inputs, "--solver", "lpt", "-o", placement, "--result", result)[0] == 0
+    assert Placement.load(result) == Placement.load(placement)
+    for words in (
+        ("evaluate", "IT", *inputs, "--json"),
+        ("export", "IT", "--to", "csv", "-o", tmp_path / "map.csv", "--json"),
+        ("apply", "IT", "--dry-run", "--current", "IT", "--json"),
+    ):
+        told = [gemopt(capsys, *(path if word == "IT" else word for word in words)) for path in (placement, result)]
+        assert told[0][0] == 0 and told[0][:2] == told[1][:2], words
+    for option in ("--current", "--warm-start"):
+        assert gemopt(capsys, "solve", *inputs, option, result, "--patience", 0)[0] == 0
+    assert gemopt(capsys, "compare", *inputs, "--current", result, "--moves", "--patience", 0)[0] == 0
+    (tmp_path / "steps").mkdir()
+    watch = ("watch", tmp_path / "steps", "--profile", inputs[0], "--placement", result, "--once")
+    code, _, err = gemopt(capsys, *watch)
+    assert code == 2 and "it is a result of gemopt, which would be lost" in err
+    assert gemopt(capsys, *watch, "-o", tmp_path / "next.json")[0] == 0
+
+
+def test_what_holds_no_placement_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs, path = write_inputs(tmp_path), tmp_path / "r.json"
+    shown = gemopt(capsys, "solve", *inputs, "--solver", "lpt", "--json")[1]
+    for content, said in (
+        (shown, "got what solve --json prints; a placement is needed; solve -o writes its placement"),
+        ('{"solver": "lpt", "stopped_by": "proof", "per_layer": [], "status": "infeasible", "placement": null}',
+         "got a result without one, infeasible; a placement is needed"),
+    ):  # fmt: skip
+        path.write_text(content)
+        assert gemopt(capsys, "evaluate", path, *inputs) == (2, "", f"gemopt: {path}: {said}\n")
+
+
+def test_no_output_waits_for_a_pipe(tmp_path: Path) -> None:
+    """What is no file, as /dev/stdout of a pipeline, is refused, and not read to see what it holds."""
+    os.mkfifo(tmp_path / "pipe")
+    reader, writer = os.pipe()
+    for path in (tmp_path / "pipe", Path(f"/dev/fd/{reader}")):
+        with pytest.raises(InputError, match="no regular file"):
+            check_outputs(("--output", path, "placement"))
+        assert foreign.of_file(path) == ("", "")
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(InputError, match="got -; the name of a file; --json prints"):
+        check_outputs(("--output", Path("-"), "placement"))

@@ -38,7 +38,7 @@ class LayoutName(StrEnum):
     ),
 )
 def apply(
-    placement: Annotated[Path, typer.Argument(help="placement.json to put in force")],
+    placement: Annotated[Path, typer.Argument(help="placement.json or result.json to put in force")],
     model: Annotated[Path | None, typer.Option(help="checkpoint folder, or tiny-moe")] = None,
     current: Annotated[Path | None, typer.Option(help="placement.json in force; default: contiguous")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would move")] = False,

@@ -30,7 +30,7 @@ HiddenLayers = Annotated[int | None, typer.Option("--num-hidden-layers", min=1, 
     ),
 )
 def export(
-    placement: Annotated[Path, typer.Argument(help="placement.json")],
+    placement: Annotated[Path, typer.Argument(help="placement.json or result.json")],
     to: Annotated[str, typer.Option("--to", help="engine; see `gemopt engines`", autocompletion=engine_names)],
     output: Annotated[Path, typer.Option("--output", "-o", help="file to write (a folder for checkpoints)")],
     decode: Annotated[
@@ -92,7 +92,9 @@ def _loaded(path: Path, ep: int | None, num_hidden_layers: int | None) -> Placem
 
     placement = Placement.load(path)
     if ep is not None and ep != placement.num_ranks:
-        raise InputError("--ep", ep, f"the {placement.num_ranks} ranks of {path}", f"solve for {ep} ranks")
+        raise InputError(
+            "--ep", ep, f"the {counted(placement.num_ranks, 'rank')} of {path}", f"solve for {counted(ep, 'rank')}"
+        )
     if num_hidden_layers is None:
         return placement
     known = placement.num_hidden_layers

@@ -132,19 +132,22 @@ def heeded(
     profile: Profile,
     current: Path | None,
     memory_budget: str | None = None,
+    *,
+    solver: str,
 ) -> tuple[int | list[int] | None, str | None, bool]:
     """Slots, split and whether all slots must be full, as asked for and as the engine can take them.
 
     Raises
     ------
     UnsupportedError
-        What the engine cannot express, with what it can.
+        What the engine cannot express, with what it can; what it needs and the solver cannot heed.
     """
     if engine is None:
         return slots, split, False
     from gemopt.exceptions import UnsupportedError
     from gemopt.formats.registry import get, within_engine
-    from gemopt.placement import Placement
+    from gemopt.placement import Placement, Split
+    from gemopt.solvers import get as solver_of
 
     if memory_budget is not None and not get(engine).empty_slots:
         limit = f"{engine} needs an expert in every slot, and a budget leaves each layer its own"
@@ -154,6 +157,10 @@ def heeded(
         used = Placement.load(current).slots_per_rank.tolist()
     ranks = len(used) if isinstance(used, list) else profile.num_ranks
     limits = within_engine(get(engine), used, split, traces.num_experts, ranks)
+    if (limits.full or limits.split is not Split.EVEN) and not solver_of(solver).supports.policies:
+        wants = "an expert in every slot" if limits.full else f"the {limits.split.value} split"
+        limit = f"{engine} needs {wants}, which {solver} cannot heed"
+        raise UnsupportedError("--engine", engine, limit, "use --solver auto, or no spare slots")
     return slots, split if memory_budget is not None else limits.split, limits.full
 
 

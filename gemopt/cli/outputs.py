@@ -29,6 +29,8 @@ def check_outputs(*written: tuple[str, Path | None, str], read: Sequence[Named] 
     for option, path, kind in written:
         if path is None:
             continue
+        if str(path) == "-":
+            raise InputError(option, "-", "the name of a file", "--json prints on standard output")
         try:
             check_writable(path)
         except InputError as error:

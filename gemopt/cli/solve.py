@@ -92,7 +92,7 @@ def solve_command(
         chosen = options.load_traces(traces, task, phase)
         measured = Profile.load(profile)
         slots, split, full = options.heeded(
-            engine, options.parse_slots(slots_per_rank), split, chosen, measured, current, memory_budget
+            engine, options.parse_slots(slots_per_rank), split, chosen, measured, current, memory_budget, solver=solver
         )
         detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
         ids, steps = chosen.layer_ids, chosen.num_steps
@@ -172,7 +172,7 @@ def _tell(result: Result) -> None:
 
 @app.command("evaluate", epilog=examples("gemopt evaluate placement.json profile.json traces.safetensors"))
 def evaluate_command(
-    placement: Annotated[Path, typer.Argument(help="placement.json", show_default=False)],
+    placement: Annotated[Path, typer.Argument(help="placement.json or result.json", show_default=False)],
     profile: options.ProfilePath,
     traces: options.TracesPath,
     cost: options.Cost = "auto",
