@@ -28,6 +28,11 @@ from gemopt.words import counted
 BASELINE = "linear"
 BOUND_TOLERANCE = 1e-6
 NOT_RUN = "not run: interrupted before"
+BEFORE = {  # why an exact solver did not run
+    StoppedBy.TIME_LIMIT: "its time was over before it began",
+    StoppedBy.GAP: "the placement that it begins with is as close to the optimum as asked",
+    StoppedBy.PROOF: "the placement that it begins with is proven optimal",
+}
 DEFAULT_SOLVERS = ("linear", "round-robin", "eplb", "lpt", "gem", "conflict", "local-search", "cpsat", "milp")
 
 
@@ -83,8 +88,8 @@ class Comparison(BaseModel):
                 )
             return ", ".join(said)
         if not self.ran:
-            late = ": its time was over before it began" if self.stopped_by is StoppedBy.TIME_LIMIT else ""
-            return ", ".join([*said, f"did not run{late}"])
+            why = f": {BEFORE[self.stopped_by]}" if self.stopped_by in BEFORE else ""
+            return ", ".join([*said, f"did not run{why}"])
         said.append(f"ran on {self.reached_layers} of {counted(self.layers, 'layer')}")
         if self.distinct_steps:
             said.append(f"on {self.stated_steps} of {self.distinct_steps} distinct steps")
@@ -153,7 +158,7 @@ def _run(
     try:
         return name, solve(profile, given, solver=name, cost=cost, **options), ""
     except UnsupportedError as error:
-        return name, None, error.limit
+        return name, None, "; ".join(filter(None, (error.limit, error.hint)))
     except MissingPackageError as error:
         return name, None, f"not run: {error}"
     except KeyboardInterrupt:  # while it was being prepared
@@ -264,7 +269,7 @@ def _earned(per_layer: Sequence[LayerResult]) -> dict[str, Any]:
     reached = [layer for layer in per_layer if layer.reached]
     fields: dict[str, Any] = {"layers": len(per_layer), "reached_layers": len(reached)}
     if all(layer.start_us is None for layer in per_layer):
-        return fields
+        return fields | {"reached_layers": sum(not layer.cut for layer in per_layer)}
     started = [layer for layer in reached if layer.start_us is not None]
     starts = [layer.start_us or 0.0 for layer in started]
     own = [layer.own_bound_us for layer in per_layer]

@@ -198,6 +198,11 @@ class LayerResult(Part):
     bounded_steps: int | None = None
     moves_us: float = 0.0
 
+    @property
+    def cut(self) -> bool:
+        """Whether the time was over, or Ctrl-C came, before the solver searched; not where nothing was left to do."""
+        return not self.reached and self.stopped_by in (StoppedBy.TIME_LIMIT, StoppedBy.INTERRUPT)
+
     def line(self) -> str:
         """The layer in one line."""
         value = "no placement" if self.objective_us is None else f"{self.objective_us:.1f} us"

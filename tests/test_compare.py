@@ -174,3 +174,14 @@ def test_a_row_says_who_earned_it(
     assert names == ["lpt", "partly *" if any(reached) else "partly"]
     assert (totals[1] == "-") is not any(reached)
     assert f"partly: {words[:11]}" in str(table.caption)
+
+
+def test_a_row_that_nothing_was_left_for_says_so(inputs: tuple[Profile, Traces]) -> None:
+    """No time limit would help a solver that had nothing left to do; a refusal tells the way out."""
+    same, level = timed(range(2), lambda n, g: 9.0 + n, (0, 8, 40, 90)), Traces(counts=np.full((6, 2, 6), 4))
+    rows = compare(same, level, solvers=["cpsat"], holdout=0, time_limit=30)
+    assert all(row.status is Status.OPTIMAL and not row.ran for row in rows)
+    assert all(row.earned() == "did not run: the placement that it begins with is proven optimal" for row in rows)
+    assert not any("time-limit" in row.note for row in rows)
+    refused = compare(*inputs, solvers=["linear", "columns"], holdout=0, slots_per_rank=4, time_limit=5)[1]
+    assert refused.note.startswith("columns cannot use spare slots; use linear or ")

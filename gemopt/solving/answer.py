@@ -36,6 +36,7 @@ from gemopt.splits.rules import even_weights
 from gemopt.splits.senders import Senders
 from gemopt.splits.weights import static_weights
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 ROUNDING = 1e-9
 
@@ -262,10 +263,10 @@ def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:
     said = [
         text if number == count else f"{number} of {count} layers: {text}" for text, number in sorted(notes.items())
     ]
-    missed = sum(not layer.reached for layer in per_layer)
+    missed = sum(layer.cut for layer in per_layer)
     if missed:
         more = "" if _stopped_by(per_layer) is StoppedBy.INTERRUPT else ": more --time-limit would help"
-        said.insert(0, f"{missed} of {count} layers were cut before their search began{more}")
+        said.insert(0, f"{missed} of {counted(count, 'layer')} cut before the search began{more}")
     pairs = zip(run.layers, per_layer, strict=True)
     first = run.layers[0].problem
     if first.split is Split.OPTIMAL and first.spare_slots and not plain(first):
