@@ -197,10 +197,9 @@ def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> Non
     if tuple(placement.layer_ids) != traces.layer_ids:
         raise InputError("Placement.layer_ids", placement.layer_ids, f"the traces have layers {list(traces.layer_ids)}")
     if placement.num_ranks != num_ranks:
-        raise InputError(
-            "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the profile has {num_ranks} devices",
-            "after a rank left or came, give the profile that solve --save-profile writes",
-        )  # fmt: skip
+        there = f"the profile has {counted(num_ranks, 'device')}"
+        way_out = "after a rank left or came, give the profile that solve --save-profile writes"
+        raise InputError("Placement.slots_per_rank", counted(placement.num_ranks, "rank"), there, way_out)
 
 
 def evaluate(

@@ -18,6 +18,7 @@ from gemopt.exceptions import InputError, check_number
 from gemopt.migration import held
 from gemopt.placement import Placement
 from gemopt.profile import Device, Profile
+from gemopt.words import counted
 
 NEW = -1
 
@@ -95,7 +96,7 @@ def resize(current: Placement, profile: Profile, *, exclude: Sequence[int] = (),
     ranks = current.num_ranks
     gone = _excluded(exclude, ranks)
     if profile.num_ranks < ranks:
-        raise InputError("current", f"{ranks} ranks", f"the profile has {profile.num_ranks} devices")
+        raise InputError("current", counted(ranks, "rank"), f"the profile has {counted(profile.num_ranks, 'device')}")
     kept = [rank for rank in range(ranks) if rank not in gone]
     joining, used = _joining(add, profile, ranks)
     unused = [rank for rank in range(ranks, profile.num_ranks) if rank not in used]
@@ -103,7 +104,7 @@ def resize(current: Placement, profile: Profile, *, exclude: Sequence[int] = (),
         raise InputError(
             "current",
             f"{ranks} ranks",
-            f"the profile has {profile.num_ranks} devices",
+            f"the profile has {counted(profile.num_ranks, 'device')}",
             f"--add-rank {unused[0]} lets device {unused[0]} of the profile join",
         )
     _check_devices(current, profile)

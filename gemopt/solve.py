@@ -38,6 +38,7 @@ from gemopt.solving.schedule import OnLayers, Progress, Run
 from gemopt.splits.senders import Senders
 from gemopt.topology import Topology
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 DEFAULT_TIME_LIMIT = 10.0
 ONE_RANK = "gemopt profile import --ranks N makes equal devices; --allow-one-rank if one is meant"
@@ -240,7 +241,7 @@ def solve(
         result = asked_rules.stamped(answer(run, profile, traces, cost, report, moving, bound_us, senders, made))
         if certificate is not None and result.placement is not None:
             if notice is not None and any(layer.together is not None for layer in layers):
-                notice(f"checking in whole numbers what the certificate of {len(layers)} layers states")
+                notice(f"checking in whole numbers what the certificate of {counted(len(layers), 'layer')} states")
             certify(result, layers, profile, traces, cost, interrupted.is_set).write(certificate)
         return result
 

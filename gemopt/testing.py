@@ -19,6 +19,7 @@ from gemopt.placement import Placement, default_slots
 from gemopt.profile import Profile
 from gemopt.result import Result
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 TOLERANCE = 1e-6  # relative
 TRIED = 20
@@ -45,7 +46,9 @@ def assert_feasible(
         if routed is not None:
             check_agreement(placement, routed, ranks)
         elif ranks != placement.num_ranks:
-            raise InputError("Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the profile has {ranks}")
+            raise InputError(
+                "Placement.slots_per_rank", counted(placement.num_ranks, "rank"), f"the profile has {ranks}"
+            )
     except InputError as error:
         raise AssertionError(f"not feasible: {error}") from None
 

@@ -22,6 +22,7 @@ from gemopt.documents import Document, FloatMatrix, IntVector, Settings
 from gemopt.exceptions import InputError
 from gemopt.foreign import not_a
 from gemopt.latency import Curve
+from gemopt.words import counted
 
 US_PER_BYTE = 1e-3  # at 1 GB/s
 LEVELS = ("within_node", "between_nodes", "between_racks")
@@ -273,7 +274,9 @@ class Topology(Wired, Document):
         """`InputError` unless it is of so many ranks."""
         if self.num_ranks != num_ranks:
             raise InputError(
-                "topology", f"{self.num_ranks} ranks", f"the profile has {num_ranks} devices, and each needs its links"
+                "topology",
+                counted(self.num_ranks, "rank"),
+                f"the profile has {counted(num_ranks, 'device')}, and each needs its links",
             )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from gemopt.exceptions import InputError, missing
 from gemopt.profiling.device import Device
 from gemopt.topology import Level, Topology
+from gemopt.words import counted
 
 try:
     import torch
@@ -76,7 +77,8 @@ def _measured(place: Device, sizes: Sequence[int], repeats: int, backend: str) -
         levels[name] = Level(points=[(amount, float(us)) for (amount, _), us in zip(points, times, strict=True)])
     if rank:
         return None
-    source = f"all-to-all of {size} ranks on {len(names)} nodes over {backend}, {place.name}, gemopt profile links"
+    group = f"{counted(size, 'rank')} on {counted(len(names), 'node')}"
+    source = f"all-to-all of {group} over {backend}, {place.name}, gemopt profile links"
     return Topology(
         name="measured",
         node_of_rank=node_of_rank,

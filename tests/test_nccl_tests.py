@@ -138,6 +138,14 @@ def test_the_json_of_nccl_tests_reads_as_what_it_prints(tmp_path: Path) -> None:
         read_links(str(path), like="nvlink-2")
 
 
+def test_one_host_is_one_node(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(as_json())
+    with pytest.raises(InputError, match=f"--nodes: got 2; 1, the only host of {path}"):
+        read_links(str(path), nodes=2)
+    assert "on 2 GPUs of 1 node, " in read_links(str(path), nodes=1).source
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -7,6 +7,7 @@ from typing import Any
 
 from gemopt.exceptions import InputError, missing
 from gemopt.placement import Placement, bare
+from gemopt.words import counted
 
 try:
     import torch
@@ -31,7 +32,9 @@ def check_ranks(placement: Placement, num_ranks: int, rank: int) -> None:
     """Raise `InputError` unless it is for so many ranks, and this rank's device is the one it was made for."""
     if placement.num_ranks != num_ranks:
         raise InputError(
-            "Placement.slots_per_rank", f"{placement.num_ranks} ranks", f"the model runs on {num_ranks} ranks"
+            "Placement.slots_per_rank",
+            counted(placement.num_ranks, "rank"),
+            f"the model runs on {counted(num_ranks, 'rank')}",
         )
     if placement.device_uuids is None or not torch.cuda.is_available():
         return

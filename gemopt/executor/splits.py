@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gemopt.costs import CostModel
 from gemopt.exceptions import InputError, missing
+from gemopt.words import counted
 
 try:
     import torch
@@ -139,7 +140,9 @@ def check_split(split: Split, cost: CostModel | None) -> None:
 def check_cost(cost: CostModel | None, num_ranks: int) -> CostModel | None:
     """Refuse a cost model of other ranks; what was given otherwise."""
     if cost is not None and len(cost.latencies) != num_ranks:
-        raise InputError("cost", f"{len(cost.latencies)} ranks", f"the model runs on {num_ranks} ranks")
+        raise InputError(
+            "cost", counted(len(cost.latencies), "rank"), f"the model runs on {counted(num_ranks, 'rank')}"
+        )
     return cost
 
 

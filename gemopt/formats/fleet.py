@@ -29,6 +29,7 @@ from gemopt.formats.table_doubts import apart
 from gemopt.formats.table_files import Table, number, read
 from gemopt.latency import FloatArray
 from gemopt.profile import WHAT_IF, Device, Profile
+from gemopt.words import counted
 
 SPEEDS = {"tflops", "gflops", "flops", "throughput", "bandwidth", "bw", "gbps", "speed"}
 FEW, MANY, AGREE, FEW_AGREE = 3, 8, 0.9, 0.999  # GPUs, and the correlation from which columns contradict each other
@@ -161,7 +162,7 @@ def what_if(profile: Profile, fleet: Fleet, *, ranks: int, seed: int = 0, memory
     """
     if profile.num_ranks != 1:
         raise InputError(
-            "--speeds", f"{profile.num_ranks} devices", "a table of one device", "leave out the rank column"
+            "--speeds", counted(profile.num_ranks, "device"), "a table of one device", "leave out the rank column"
         )
     check_number("--ranks", ranks, "at least 1", least=1, whole=True)
     source = profile.devices[0]
@@ -211,7 +212,7 @@ def equal(profile: Profile, ranks: int) -> Profile:
     if profile.num_ranks == ranks:
         return profile
     if profile.num_ranks != 1:
-        limit = f"the table has {profile.num_ranks} devices of its own"
+        limit = f"the table has {counted(profile.num_ranks, 'device')} of its own"
         raise InputError("--ranks", ranks, limit, "leave --ranks out, or choose one device with --where")
     one = profile.devices[0].model_copy(update={"uuid": None, "node": None})
     return profile.model_copy(update={"devices": [one.model_copy(update={"rank": rank}) for rank in range(ranks)]})

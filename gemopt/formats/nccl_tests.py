@@ -17,6 +17,7 @@ import numpy as np
 from gemopt.exceptions import InputError, refuse_unused
 from gemopt.formats.link_tables import rising, smoothed
 from gemopt.topology import Level, Topology, load
+from gemopt.words import counted
 
 RANK_LINE = re.compile(
     r"^#\s+Rank\s+(\d+)\s+(?:Group\s+(\d+)\s+)?Pid\s+(\d+)\s+on\s+(\S+)\s+device\s+(\d+)(?:\s+\[(\S+?)\])?",
@@ -143,7 +144,8 @@ def topology_of(run: Run, source: str, *, inside: str | None, nodes: int | None 
     test = _checked(run, source)
     hosts = list(dict.fromkeys(device.host for device in run.devices))
     if nodes not in (None, 1, len(hosts)):
-        raise InputError("--nodes", nodes, f"the {len(hosts)} hosts of {source}, or 1 where NVLink joins them all")
+        limit = f"the {len(hosts)} hosts of {source}, or 1 where NVLink joins them all"
+        raise InputError("--nodes", nodes, limit if len(hosts) > 1 else f"1, the only host of {source}")
     hosts = hosts if nodes != 1 else [""]
     node_of_rank = np.array([hosts.index(device.host) if len(hosts) > 1 else 0 for device in run.devices])
     sizes, total = np.bincount(node_of_rank), len(run.devices)
@@ -160,12 +162,13 @@ def topology_of(run: Run, source: str, *, inside: str | None, nodes: int | None 
             limit, hint = "the test ran between nodes; say how fast one is inside", "nvlink-8"
             raise InputError("--inside", None, limit, f"{hint}; where NVLink joins all of them: --nodes 1")
         within = load(inside).within_node
+    made = f"{test}_perf of nccl-tests on {counted(total, 'GPU')} of {counted(len(hosts), 'node')}"
     return Topology(
         name=Path(source).stem,
         node_of_rank=node_of_rank,
         within_node=within,
         between_nodes=level if several else None,
-        source=f"{test}_perf of nccl-tests on {total} GPUs of {len(hosts)} nodes, {source}{smoothed(points, level)}",
+        source=f"{made}, {source}{smoothed(points, level)}",
     )
 
 

@@ -31,6 +31,7 @@ from gemopt.solvers.placing import conflict, nearest_row
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.within import copies_within
+from gemopt.words import counted
 
 PROFILE, RULES, WINDOW = "GEMOPT_PROFILE", "GEMOPT_RULES", "GEMOPT_WINDOW_STEPS"
 WINDOW_STEPS = 1000  # vLLM's default `window_size`
@@ -73,7 +74,9 @@ def controlled_policy(path: str, base: type[Any], rules_path: str | None = None)
         ) -> Any:
             if num_ranks != profile.num_ranks:
                 raise InputError(
-                    f"{PROFILE}={path}", f"{profile.num_ranks} devices", f"vLLM runs with {num_ranks} ranks"
+                    f"{PROFILE}={path}",
+                    counted(profile.num_ranks, "device"),
+                    f"vLLM runs with {counted(num_ranks, 'rank')}",
                 )
             loads_LE = weight.cpu().double().numpy()
             old = None if old_global_expert_indices is None else old_global_expert_indices.cpu().numpy()

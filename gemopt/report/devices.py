@@ -10,6 +10,7 @@ from gemopt.latency import FloatArray, Latency, spread_evenly
 from gemopt.profile import Device
 from gemopt.report.inputs import Inputs
 from gemopt.report.style import AFTER, DASHES, GREEN, MANY, SKY, SLOWEST, Section, changes, figure, graph_objects, small
+from gemopt.words import counted
 
 ALL = "all ranks"
 POINTS = 1500  # of one device
@@ -36,7 +37,7 @@ def devices(inputs: Inputs, most: float) -> Section:
                    yaxis={"title": "latency, us", **up})  # fmt: skip
     surface = np.isfinite(tables[0][:, 1]).all()
     text = (
-        f"{len(pairs)} devices, {sum(map(len, tables))} measured points"
+        f"{counted(len(pairs), 'device')}, {sum(map(len, tables))} measured points"
         f"{', ' + inputs.profile.kernel if inputs.profile.kernel else ''}; {inputs.cost_summary}. "
         + ("Latency depends on the active experts too: curves of all ranks are at about as many as one can hold here. "
            if surface else "")
