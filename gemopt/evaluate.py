@@ -92,9 +92,9 @@ class Evaluation:
     makespan_TL, straggler_TL
         [T, L] microseconds of the slowest rank, and which rank that is; equal ones take turns.
     outside
-        Share of the evaluated rank loads that lie outside the measured range.
+        Share of the loads of busy ranks that lie outside the measured range.
     idle_share
-        Mean share of the makespan that ranks wait.
+        Share of the time that ranks wait for the slowest one, over all steps and layers.
     communication
         What dispatch and combine take; None without a topology.
     exposed_TL
@@ -304,19 +304,20 @@ def score(
     """What rows cost on the problems of their layers; `measured` as in `CostModel`; weights: of the static split."""
     from gemopt.kernels import rank_latencies
 
-    makespans, stragglers, outside, idle = [], [], [], []
+    makespans, stragglers, busy_us, beyond, busy = [], [], 0.0, 0, 0
     for layer, (problem, row_P) in enumerate(zip(layers, rows_LP, strict=True)):
         loads_TGF = loads(problem, row_P, None if weights_LP is None else weights_LP[layer])
         times_TG = np.asarray(rank_latencies(loads_TGF, problem.curves))
         makespans.append(times_TG.max(axis=1))
         stragglers.append(_slowest(times_TG, layer))
-        outside.append(_outside(loads_TGF, measured))
-        idle.append(1 - times_TG.mean() / max(times_TG.max(axis=1).mean(), 1e-300))
+        busy_us += float(times_TG.mean(axis=1).sum())
+        beyond, busy = beyond + _outside(loads_TGF, measured), busy + int(loads_TGF.any(axis=2).sum())
+    makespan_TL = np.stack(makespans, axis=1)
     return Evaluation(
-        makespan_TL=np.stack(makespans, axis=1),
+        makespan_TL=makespan_TL,
         straggler_TL=np.stack(stragglers, axis=1),
-        outside=float(np.mean(outside)),
-        idle_share=float(np.mean(idle)),
+        outside=beyond / max(busy, 1),
+        idle_share=max(0.0, 1 - busy_us / max(float(makespan_TL.sum()), 1e-300)),
     )
 
 
@@ -326,12 +327,11 @@ def _slowest(times_TG: FloatArray, turn: int) -> NDArray[np.int64]:
     return np.asarray(((turn - 1 + (nth_GT[-1] > 1).cumsum()) % nth_GT[-1] + 1 == nth_GT).argmax(axis=0))
 
 
-def _outside(loads_TGF: FloatArray, measured: FloatArray) -> float:
-    """Share of busy rank loads with any feature outside the measured range."""
+def _outside(loads_TGF: FloatArray, measured: FloatArray) -> int:
+    """How many loads of busy ranks have any feature outside the measured range."""
     with np.errstate(invalid="ignore"):
-        beyond = np.asarray((loads_TGF < measured[:, :, 0]) | (loads_TGF > measured[:, :, 1]))
-    busy = loads_TGF.sum(axis=2) > 0
-    return float(np.asarray(beyond.any(axis=2))[busy].mean()) if busy.any() else 0.0
+        beyond_TGF = np.asarray((loads_TGF < measured[:, :, 0]) | (loads_TGF > measured[:, :, 1]))
+    return int((beyond_TGF.any(axis=2) & loads_TGF.any(axis=2)).sum())
 
 
 def total_objective(problems: Sequence[Problem], rows_LP: Sequence[NDArray[np.int64]]) -> float:

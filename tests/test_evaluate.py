@@ -174,9 +174,9 @@ def test_the_fields_of_an_evaluation() -> None:
     np.testing.assert_allclose(found.per_layer_us, expected.sum(axis=0))
     np.testing.assert_allclose(found.step_us, expected.sum(axis=1))
     assert found.quantile_us(0.5) == pytest.approx(27.0)
-    assert found.outside == pytest.approx((0 / 3 + 1 / 1) / 2)  # busy loads beyond 100: none of 3, the one of 1
-    waits = [1 - (15 + 11 + 10 + 17 + 10 + 10) / 2 / 42, 1 - (4 * 10 + 210 + 10) / 2 / 230]
-    assert found.idle_share == pytest.approx(np.mean(waits))
+    assert found.outside == pytest.approx(1 / 4)  # busy loads beyond 100: none of 3, the one of 1
+    busy = (15 + 11 + 10 + 17 + 10 + 10) + (4 * 10 + 210 + 10)  # of both layers, which are not alike
+    assert found.idle_share == pytest.approx(1 - busy / 2 / (42 + 230))
 
 
 @pytest.mark.parametrize("experts", [1, 4])
