@@ -106,6 +106,7 @@ def quality() -> None:
 
 def evaluation() -> None:
     """Required: millions of loads a second for both cost models."""
+    from gemopt.cli.demo import on_surface
     from gemopt.costs import fit
     from gemopt.kernels import rank_latencies
     from gemopt.latency import pack
@@ -113,7 +114,7 @@ def evaluation() -> None:
     header("Loads evaluated per second on one core (latency of one rank at one step)")
     cases = [
         ("staircase of 514 points, 64 ranks", staircase_profile(speeds(64)), "staircase"),
-        ("roofline of the demo's measured surface, 8 ranks", _demo_case(3).profile, "roofline"),
+        ("roofline of the demo's measured surface, 8 ranks", on_surface(8, slow_rank=3), "roofline"),
     ]
     print("| cost model | curves per rank | latencies alone, M/s |\n|---|---|---|")
     for title, profile, model in cases:

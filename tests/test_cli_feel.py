@@ -22,9 +22,11 @@ from rich.table import Table
 import gemopt as package
 from gemopt import Placement
 from gemopt.cli.app import PANELS
+from gemopt.cli.demo import cases
 from gemopt.cli.progress import TimeLeft, layers_table
 from gemopt.cli.stacked import stacked
 from gemopt.compare import Comparison
+from gemopt.evaluate import evaluate
 from gemopt.plotting import plot_comparison
 from gemopt.result import Status, StoppedBy
 from gemopt.solvers import names
@@ -286,6 +288,14 @@ def test_demo_files_are_what_the_first_commands_need(tmp_path: Path, capsys: pyt
     before = (tmp_path / "profile.json").read_bytes()
     code, _, err = gemopt(capsys, "demo", "--files", tmp_path)
     assert code == 2 and err.count("\n") == 1 and (tmp_path / "profile.json").read_bytes() == before
+
+
+def test_what_the_demo_places_by_was_measured_at_its_loads() -> None:
+    *large, _ = cases()
+    for case in large:
+        steps, ranks = case.traces.steps(slice(0, 200)), case.profile.num_ranks
+        in_order = Placement.contiguous(steps.num_layers, steps.num_experts, ranks)
+        assert evaluate(in_order, case.profile, steps).outside == 0, case.title
 
 
 def test_a_kernel_table_says_what_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

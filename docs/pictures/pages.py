@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 from draw import ACCENT, DARK, LAYER, MUTED, save
 from matplotlib import pyplot
 
 from gemopt import Placement, Traces, solve
-from gemopt.cli.demo import DATA, cases
+from gemopt.cli.demo import DATA, RANKS, SLOW_RANK, cases, on_surface
 from gemopt.conflicts import conflict_graph, plot_conflicts
 from gemopt.costs import fit
 from gemopt.evaluate import evaluate
@@ -95,9 +96,9 @@ def conflicts() -> None:
 def bounds() -> None:
     """Layer by layer: experts in order, the placement that was found, and what no placement can go below."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for ax, case, title in zip(
-        axes, (cases()[1], cases()[3]), ("H100, staircase", "RTX PRO 6000, roofline"), strict=True
-    ):
+    staircase = cases()[1]
+    roofline = replace(staircase, profile=on_surface(RANKS, slow_rank=SLOW_RANK))
+    for ax, case, title in zip(axes, (staircase, roofline), ("H100, staircase", "RTX PRO 6000, roofline"), strict=True):
         found = solve(case.profile, case.traces, time_limit=30)
         assert found.placement is not None and found.bound_us is not None
         num_layers, steps = len(found.per_layer), len(case.traces.counts)
