@@ -74,7 +74,7 @@ def check_number(
     """Refuse what is no finite number from `least` to `most`, or no whole one where it must be."""
     kind: Any = Integral if whole else Real
     if isinstance(value, bool) or not isinstance(value, kind):
-        raise InputError(field, value, limit, hint)
+        raise InputError(field, repr(value) if isinstance(value, str) else value, limit, hint)  # '3' is none
     exact: Any = value if isinstance(value, Rational) else float(value)  # limits would be rounded to a shorter float
     if not least <= exact <= most:
         raise InputError(field, value, limit, hint)

@@ -20,6 +20,7 @@ from gemopt.replay.result import ReplayResult
 from gemopt.result import Result
 from gemopt.solving.fronts import SWAPS, FrontPoint
 
+WIDE = 20  # largest over smallest number from which a scale is logarithmic
 ACCENT, MUTED = "#d1495b", "#8d99ae"
 STRATEGY_COLOURS = {
     "contiguous": "black",
@@ -133,7 +134,7 @@ def plot_front(points: Sequence[FrontPoint], *, ax: Any = None) -> Any:
             ax.annotate(f" {point.source}", (point.moves, value), fontsize=8)
     ax.set_xscale("symlog", linthresh=1)
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.set_xlabel("experts moved from the placement in force")
+    ax.set_xlabel("experts moved from the placement in force, log scale")
     ax.set_ylabel("latency of a step, us")
     ax.set_title("What moves gain", fontsize=10)
     ax.legend(fontsize=8, frameon=False)
@@ -244,7 +245,11 @@ def plot_replay(result: ReplayResult, *, axes: Any = None) -> Any:
     _shade(axes, result)
     upper.set_ylabel("step latency\nagainst contiguous, %")
     lower.set_ylabel("experts moved")
-    lower.set_yscale("symlog", linthresh=10)
+    totals = [total for track in result.timeline if (total := sum(track.moves))]
+    if totals and max(totals) > WIDE * min(totals):
+        lower.set_yscale("symlog", linthresh=10, subs=[2, 5])
+        lower.set_ylabel("experts moved,\nlog scale")
+        lower.yaxis.set_minor_formatter("{x:,.0f}")
     lower.yaxis.set_major_formatter("{x:,.0f}")
     lower.set_ylim(bottom=0)
     lower.set_xlabel("step")

@@ -293,7 +293,7 @@ def _check(
         check_number("threads", threads, "a whole number of at least 1", least=1, whole=True)
     if patience is not None:
         check_number("patience", patience, "a whole number of at least 0", whole=True)
-    check_number("seed", seed, "0 or more", whole=True)
+    check_number("seed", seed, "a whole number of at least 0", whole=True)
 
 
 def _check_ranks(profile: Profile, cost: CostModel, *, allow_one_rank: bool) -> None:

@@ -256,7 +256,7 @@ def test_schedules_that_cannot_be(events: list[str], said: str) -> None:
         ({"fit": 0.999}, "cannot be split"),
         ({"non_moe_us": -1.0}, "microseconds from 0"),
         ({"noise": 2.0}, "from 0 to 1"),
-        ({"seed": -1}, "0 or more"),
+        ({"seed": -1}, "a whole number of at least 0"),
         ({"strategies": ["eplb-vllm"], "slots_per_rank": [3, 2, 2, 2]}, "same for every rank"),
         ({"strategies": ["free", "free"]}, "each once"),
         ({"strategies": ["fred"]}, "some of contiguous"),

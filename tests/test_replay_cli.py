@@ -129,3 +129,21 @@ def test_events_that_slow_no_scored_step_are_said(inputs: list[Any], capsys: pyt
     assert code == 0 and "1:2@3-30 is over before step 30, the first that is scored" in out + err
     code, out, err = gemopt(capsys, *inputs, "--strategies", "contiguous", "--event", "1:2@3-31")
     assert code == 0 and "is over before" not in out + err
+
+
+def test_moves_are_drawn_in_proportion_unless_they_are_far_apart(inputs: list[Any]) -> None:
+    pytest.importorskip("matplotlib")
+    from gemopt.plotting import plot_replay
+    from gemopt.replay import replay
+
+    played = replay(inputs[3], inputs[1], strategies=["contiguous", "fitted-once"], window=4)
+    for most, scale in ((15, "linear"), (900, "symlog")):
+        moved = [[3, *[0] * (len(track.moves) - 1)] for track in played.timeline]
+        moved[0][-1] = most
+        timeline = [
+            track.model_copy(update={"moves": each}) for track, each in zip(played.timeline, moved, strict=True)
+        ]
+        _, lower = plot_replay(played.model_copy(update={"timeline": timeline}))
+        assert lower.get_yscale() == scale
+        assert ("log" in lower.get_ylabel()) is (scale == "symlog")
+        assert max(lower.lines[0].get_ydata()) == most + 3

@@ -202,7 +202,7 @@ def test_a_solver_that_lies_is_caught(
         ({"gap": -0.1}, "gap"),
         ({"threads": 0}, "threads"),
         ({"patience": -1}, "patience"),
-        ({"seed": -1}, "seed: got -1; 0 or more"),
+        ({"seed": -1}, "seed: got -1; a whole number of at least 0"),
         ({"time_limit": "5"}, "time_limit"),
         ({"time_limit": 10**400}, "time_limit"),
         ({"gap": None}, "gap"),

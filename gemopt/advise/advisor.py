@@ -99,7 +99,7 @@ def advise(
         raise InputError("traces", steps, "at least 4: half are fitted on, half are scored")
     if horizon is not None:
         check_number("--horizon", horizon, "at least 1 step", least=1, whole=True)
-    check_number("--seed", seed, "0 or more", whole=True)
+    check_number("--seed", seed, "a whole number of at least 0", whole=True)
     predictors = [predictors] if isinstance(predictors, str) else predictors
     if migration is not None:
         check_kind("migration", migration, Migration)

@@ -189,7 +189,7 @@ def _rules(given: Rules | str | os.PathLike[str] | None, chosen: Sequence[Strate
 
 
 def _check_numbers(non_moe_us: float, noise: float, seed: int) -> None:
-    check_number("--seed", seed, "0 or more", whole=True)
+    check_number("--seed", seed, "a whole number of at least 0", whole=True)
     check_number("--non-moe-us", non_moe_us, "microseconds from 0 to 1e9", most=1e9)
     check_number("--noise", noise, "from 0 to 1; 0.02 is two per cent", most=1)
 

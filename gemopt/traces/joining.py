@@ -55,7 +55,7 @@ def redrawn(traces: Traces, times: int = 1, *, seed: int = 0) -> Traces:
     on. What was measured, or recorded of tokens, is left out.
     """
     check_number("times", times, "at least 1", least=1, whole=True)
-    check_number("seed", seed, "0 or more", whole=True)
+    check_number("seed", seed, "a whole number of at least 0", whole=True)
     rng = np.random.default_rng(seed)
     plain = replace(traces, rank_us=None, pair_counts=None, transitions=None, tokens=None, allow_idle=True)
     drawn = [replace(plain, counts=rng.poisson(traces.counts), allow_idle=True) for _ in range(times)]

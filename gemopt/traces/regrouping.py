@@ -26,7 +26,7 @@ def regrouped(traces: Traces, times: int, *, seed: int = 0) -> Traces:
         The request of every token is not recorded, or `times` is no whole number from 1.
     """
     check_number("times", times, "a whole number from 1", least=1, whole=True)
-    check_number("seed", seed, "0 or more", whole=True)
+    check_number("seed", seed, "a whole number of at least 0", whole=True)
     if traces.tokens is None or traces.tokens.request is None:
         raise InputError(
             "Traces.request", None, "the request of every token is not recorded", "record or replay requests"
