@@ -213,11 +213,6 @@ class _Search:
         return int(a + quarter + best[len(best) // 2])
 
 
-def spread_loads(low: int, high: int, count: int) -> list[int]:
-    """`count` loads at equal distances: the plain alternative that adaptive sampling is compared with."""
-    return [int(load) for load in np.unique(np.linspace(low, high, count).round())]
-
-
 def sample_surface(
     measure: Callable[[tuple[int, int]], Reading], grid: Sequence[tuple[int, int]], *, budget: int
 ) -> list[tuple[int, int]]:

@@ -69,13 +69,13 @@ AMBIGUOUS = re.compile(r"[-+]?(?:0[0-9_]+$|[0-9_]+:)")
 """Numbers that YAML 1.1 reads in base 8 or 60."""
 
 
-def bounded_yaml(path: Path, *, limit_bytes: int = 64 << 20) -> Any:
+def bounded_yaml(path: Path) -> Any:
     """Parse a YAML file of plain data. Anchors may stand for lists, but not for more than `YAML_LIMIT` values."""
     try:
         import yaml
     except ImportError as error:
         raise missing(error, f"reading {path}") from None
-    text = read_bytes(path, limit_bytes=limit_bytes)
+    text = read_bytes(path, limit_bytes=64 << 20)
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         node = loader.get_single_node()

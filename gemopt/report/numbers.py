@@ -136,7 +136,7 @@ def bounds(inputs: Inputs) -> Bounds:
     return Bounds(np.array(found), said)
 
 
-def intervals(step_us: FloatArray, *, seed: int = 0) -> FloatArray | None:
+def intervals(step_us: FloatArray) -> FloatArray | None:
     """[Q, 2] 95 % intervals of `QUANTILES` of the step latency; None for too few steps.
 
     Moving-block bootstrap (Kuensch, The Annals of Statistics 17, 1989) with blocks of sqrt(T) steps, since neighbouring
@@ -146,7 +146,7 @@ def intervals(step_us: FloatArray, *, seed: int = 0) -> FloatArray | None:
     if steps < LEAST_STEPS:
         return None
     length = round(steps**0.5)
-    starts = np.random.default_rng(seed).integers(0, steps - length + 1, (DRAWS, -(-steps // length)))
+    starts = np.random.default_rng(0).integers(0, steps - length + 1, (DRAWS, -(-steps // length)))
     index = (starts[:, :, None] + np.arange(length)).reshape(DRAWS, -1)[:, :steps]
     drawn_QD = np.quantile(step_us[index], QUANTILES, axis=1)
     return np.asarray(np.quantile(drawn_QD, (0.025, 0.975), axis=1).T)

@@ -193,6 +193,6 @@ def at(curve: Curve, load: Fraction) -> Fraction:
     return y0 + (y1 - y0) * (load - x0) / (x1 - x0)
 
 
-def units(number: float, *, per: int = UNIT) -> int:
+def units(number: float) -> int:
     """A number in units, rounded down."""
-    return floor(Fraction(number) * per)
+    return floor(Fraction(number) * UNIT)
