@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("plotly")
-from cli_inputs import profile
+from cli_inputs import profile, write_inputs
 
 from gemopt import solve
 from gemopt.exceptions import InputError
@@ -77,3 +77,10 @@ def test_a_surface_is_drawn_at_the_experts_that_a_rank_can_hold() -> None:
     page = report(Placement.contiguous(1, EXPERTS, 2), measured, routed(1), cost="roofline")
     points = next(trace for trace in drawn(page, "devices").figure.data if trace.name == "measured")
     np.testing.assert_allclose(sorted(set(points.y)), [41, 42, 44])  # 4 experts each, not 64
+
+
+def test_a_page_about_the_same_placement_says_as_much_time(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    Placement.contiguous(2, 4, 2).save(tmp_path / "p.json")
+    page = report(*(tmp_path / name for name in ("p.json", "profile.json", "traces.safetensors")))
+    assert page.headline.startswith("This placement takes as much time as contiguous placement over 12 steps")

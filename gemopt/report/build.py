@@ -125,11 +125,13 @@ def _headline(inputs: Inputs, before: Side, after: Side, bound: Bounds, held: fl
         left = "no placement in these slots takes less, which is proven"
     steps = f"{counted(inputs.fitted.num_steps, 'step')} of {counted(inputs.fitted.num_layers, 'MoE layer')}"
     aside = "" if inputs.result is None or inputs.result.links is None else ", links aside"
-    return f"This placement takes {_words(change)} than {inputs.before_name} over {steps}{aside}{seen}; {left}."
+    return f"This placement takes {_words(change, inputs.before_name)} over {steps}{aside}{seen}; {left}."
 
 
-def _words(change: float) -> str:
-    return f"{100 * abs(change):.1f} % {'less' if change <= 0 else 'more'} time"
+def _words(change: float, other: str = "") -> str:
+    percent = f"{100 * abs(change):.1f}"
+    said = "as much time" if percent == "0.0" else f"{percent} % {'less' if change < 0 else 'more'} time"
+    return " ".join([said, *([] if not other else ["as" if percent == "0.0" else "than", other])])
 
 
 def _key_figures(inputs: Inputs, before: Side, after: Side, bound: Bounds, held: float | None) -> dict[str, str]:
