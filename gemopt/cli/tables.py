@@ -71,9 +71,9 @@ def verified_table(found: Verified) -> Table:
     for head, right in (
         ("layer", 0),
         ("proof", 0),
-        ("total ms", 1),
-        ("certified gap %", 1),
-        ("claimed gap %", 1),
+        ("total\nms", 1),
+        ("certified\ngap %", 1),
+        ("claimed\ngap %", 1),
         ("checked by", 0),
     ):
         table.add_column(head, justify="right" if right else "left")
