@@ -90,6 +90,36 @@ def test_lifetime_is_learnt_from_changes() -> None:
     assert memories("aaaa")[0].lifetime_steps > 3 * memories("abab")[0].lifetime_steps
 
 
+def wandering(logits_TLE: np.ndarray[Any, Any], seed: int) -> Memories:
+    """Memories of traffic with these logits at every tick."""
+    made, rng = Memories(Policy(), LAYERS, EXPERTS), np.random.default_rng(seed)
+    for logits_LE in logits_TLE:
+        share_LE = np.exp(logits_LE) / np.exp(logits_LE).sum(axis=1, keepdims=True)
+        made.add(np.stack([rng.multinomial(300, share, size=TICK) for share in share_LE], axis=1))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_comes_and_goes_is_not_expected_to_last(seed: int) -> None:
+    """The fast memory leads on both, but soon that is worth nothing where popularity only swings about its mean."""
+    rng, size = np.random.default_rng(seed), (120, LAYERS, EXPERTS)
+    swings, keeps = 0.5 * rng.standard_normal(size), np.exp(-TICK / 32)
+    for before, now in zip(swings, swings[1:], strict=False):
+        now[:] = keeps * before + 0.5 * np.sqrt(1 - keeps**2) * rng.standard_normal(size[1:])
+    drifts = np.linspace(0, 1, size[0])[:, None, None] * rng.standard_normal(size[1:])
+    swinging, drifting = wandering(swings, seed), wandering(drifts, seed)
+    assert min(swinging.say[FAST], drifting.say[FAST]) > 0.45
+    assert swinging.lifetime_steps < 80
+    for lasting in (drifting, wandering(np.zeros(size), seed)):
+        assert lasting.lifetime_steps == pytest.approx(size[0] * TICK + Policy().horizon_steps)
+
+
+def test_how_long_a_lead_lasts_is_not_told_across_a_change() -> None:
+    made = memories("ab")[0]
+    assert made.add(tick(ord("a"), np.random.default_rng(0))) and len(made.foretold) == 0
+    assert memories("a")[0].foretold.shape == (8, 3, LAYERS * EXPERTS)
+
+
 def test_what_comes_back_is_expected_to_stay_as_long_as_before() -> None:
     made, rng = Memories(Policy(), LAYERS, EXPERTS), np.random.default_rng(0)
     for regime, ticks in (("a", 20), ("b", 2), ("a", 20), ("b", 1)):

@@ -28,6 +28,9 @@ SUDDEN, CLEARLY = 6.0, 1.4  # a change: beyond the usual by so many mean deviati
 QUERY_TICKS = 4  # last blocks that are compared with past ones
 RECENT_TICKS = 32  # blocks that are not merged yet
 FRESH_TICKS = 8  # for which a change counts as recent
+AHEAD_TICKS = 8  # for how long it is looked whether a memory that forgets foretells better than the one that does not
+FORGETFUL = NAMES.index("all")  # memories before this one forget
+LEAST_LEFT = float(np.exp(-2.0))  # of a lead, which so is taken to last for half of AHEAD_TICKS at least
 REGIMES = 1024  # last stretches of one traffic whose beginnings are known
 
 
@@ -38,7 +41,10 @@ class Memories:
     steps: [B] how many it stands for; last: [B] index of its newest tick, -1 where there is no block yet. scores: [4]
     mean distance of what each memory predicted. pending: [n, L, E] last steps, too few for a block yet. usual, spread:
     mean and mean deviation of the distance between a prediction and what came. since: first tick after the last sudden
-    change; changes: how many there were; starts: [R] first ticks of the last stretches of one traffic.
+    change; changes: how many there were; starts: [R] first ticks of the last stretches of one traffic. foretold:
+    [A, 3, L * E] roots that the first three memories predicted in the last ticks since the last change, the latest
+    last. lead: [2, 2] by how much closer memories that forget come than the one that does not: at once, and after
+    AHEAD_TICKS.
     """
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int) -> None:
@@ -55,6 +61,8 @@ class Memories:
         self.starts = np.zeros(1, np.int64)
         self.scores = np.zeros(len(NAMES))
         self.usual = self.spread = self.drift = 0.0
+        self.foretold = np.zeros((0, FORGETFUL + 1, num_layers * num_experts), np.float32)
+        self.lead = np.zeros((2, FORGETFUL))
 
     @property
     def size(self) -> int:
@@ -70,10 +78,11 @@ class Memories:
 
     @property
     def lifetime_steps(self) -> float:
-        """Expected steps until the next sudden change.
+        """Expected steps for which what is known of the traffic holds.
 
-        What has come back stays as long as it stayed before, so that a burst moves nothing that would come too late;
-        else the mean time between changes, begun with the policy's horizon.
+        What has come back stays as long as it stayed before, so that a burst moves nothing that would come too late.
+        Else the traffic ends suddenly, by the mean time between changes, begun with the policy's horizon; or by and by,
+        as the lead of the memories that forget does.
         """
         last = self.last[: self.size]
         earlier = last < self.starts[-1]
@@ -83,7 +92,8 @@ class Memories:
             stayed = float(np.average(np.diff(self.starts)[stretch], weights=weights))
             left = stayed - float(self.ticks - self.starts[-1]) - 1  # a tick passes before it is seen to have gone
             return max(left * TICK, 1.0)
-        return (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
+        stays = (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
+        return float(1 / (1 / stays + self.say[:FORGETFUL] @ self._fading()))
 
     @property
     def fresh(self) -> bool:
@@ -109,12 +119,13 @@ class Memories:
         sums = counts_NLE.sum(axis=0, dtype=np.float64).ravel().astype(np.float32)
         changed = False
         if self.ticks:
-            losses = self._misses(sums)
+            losses = self._listen(self._roots(sums))
             self.drift = float(losses @ self.say)
             changed = self._judge(losses)
         self._store(counts_NLE, sums)
         self.ticks += 1
         if changed:
+            self.foretold = self.foretold[:0]
             self.since = self.ticks - 1
             self.scores = self._misses(sums)  # only what describes the new traffic counts now
             self.changes += 1
@@ -138,11 +149,30 @@ class Memories:
         own, earlier = likeness[(last >= begun) & (last < self.since)], likeness[last < begun]
         return self.since - begun <= QUERY_TICKS and bool(own.max(initial=0.0) >= earlier.max(initial=0.0))
 
+    def _fading(self) -> FloatArray:
+        """[2] share of the lead of each memory that forgets which is gone with every step; 0 where none is known."""
+        now, after = self.lead
+        left = np.clip(np.divide(after, now, out=np.ones_like(now), where=now > 0), LEAST_LEFT, 1.0)
+        return np.asarray(-np.log(left) / (AHEAD_TICKS * TICK))
+
+    def _listen(self, roots: FloatArray) -> FloatArray:
+        """[4] distance of what each memory predicts from what came; see how far ahead that goes."""
+        predicted = self._predicted()
+        losses = self._distances(predicted, roots)
+        if len(self.foretold) == AHEAD_TICKS:
+            pair = np.stack([losses[: FORGETFUL + 1], self._distances(self.foretold[0], roots)])
+            self.lead = self.lead + (pair[:, FORGETFUL:] - pair[:, :FORGETFUL] - self.lead) / USUAL_TICKS
+        self.foretold = np.concatenate([self.foretold, predicted[None, : FORGETFUL + 1]])[-AHEAD_TICKS:]
+        return losses
+
     def _misses(self, sums: FloatArray) -> FloatArray:
         """[4] distance of what each memory predicts from the loads [L * E]."""
+        return self._distances(self._predicted(), self._roots(sums))
+
+    def _predicted(self) -> FloatArray:
+        """[4, L * E] roots of the shares that each memory predicts."""
         per_step = (self._weights() / self.steps[: self.size]).astype(np.float32)
-        predicted = np.stack([self._roots(each) for each in per_step @ self.sums[: self.size]])
-        return self._distances(np.asarray(predicted), self._roots(sums))
+        return np.stack([self._roots(each) for each in per_step @ self.sums[: self.size]])
 
     def _judge(self, losses: FloatArray) -> bool:
         """Take the new distances into the scores and into what is usual; whether they are far beyond it."""

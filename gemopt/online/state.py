@@ -16,9 +16,11 @@ from gemopt.placement import Placement
 if TYPE_CHECKING:
     from gemopt.online.controller import Controller
 
-VERSION = 8
+VERSION = 9
 KEY = "gemopt_online"
-MEMORY_ARRAYS = ("counts", "sums", "roots", "overlaps", "steps", "last", "scores", "starts", "pending")
+MEMORY_ARRAYS = (
+    "counts", "sums", "roots", "overlaps", "steps", "last", "scores", "starts", "pending", "foretold", "lead",
+)  # fmt: skip
 MEMORY_NUMBERS = ("ticks", "since", "changes", "usual", "spread", "drift")
 SPEED_ARRAYS = ("factors_G", "silent_G", "recent_NG", "told_G")
 PROMISE_ARRAYS = ("layers", "rows", "weights", "facts")
