@@ -12,6 +12,7 @@ from test_online_controller import EXPERTS, LAYERS, RANKS, controller, cost, tra
 from gemopt.evaluate import objective, rank_times
 from gemopt.online.controller import Controller
 from gemopt.online.earlier import KEPT, Earlier, ways_back
+from gemopt.online.memories import Memories
 from gemopt.online.policy import Policy
 from gemopt.placement import Placement
 from gemopt.problem import Problem
@@ -53,6 +54,19 @@ def test_back_to_where_it_was_when_a_rank_recovers() -> None:
     play(follower, 0, slow=1.5, seed=1)
     assert (rows(follower) != before).any()
     play(follower, 0, seed=2)
+    assert total_of(rows(follower), 0) <= 1.001 * total_of(before, 0)
+
+
+def test_what_speeds_ask_for_is_not_priced_by_traffic_that_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    follower = controller()
+    play(follower, 0)
+    before = rows(follower)
+    monkeypatch.setattr(Memories, "lifetime_steps", 1.0)  # nothing pays for its moves within one step
+    play(follower, 0, seed=1)
+    assert (rows(follower) == before).all()
+    play(follower, 0, slow=1.5, seed=2)
+    assert (rows(follower) != before).any()
+    play(follower, 0, seed=3)
     assert total_of(rows(follower), 0) <= 1.001 * total_of(before, 0)
 
 

@@ -23,7 +23,7 @@ from gemopt.layer_rules import rules_of
 from gemopt.online import state
 from gemopt.online.compiled import Compiled
 from gemopt.online.decision import Decision, Weights, joined, static_weights, travel_between, unmade
-from gemopt.online.earlier import Earlier, ways_back
+from gemopt.online.earlier import FRESH_STEPS, Earlier, ways_back
 from gemopt.online.inputs import check_clock, check_network, check_placement, counts_from, latencies_from
 from gemopt.online.memories import Memories
 from gemopt.online.planner import Prices, Proposal, choose, effective_steps, propose_all, rechosen, rechosen_all, settle
@@ -97,7 +97,7 @@ class Controller:
         self.scaled = self.cost  # with every rank as fast as it is now
         self.moved_at = np.full(placement.num_layers, LONG_AGO)
         self.steps = self.blind_until = self.moved = self.latest = 0  # latest: moves of the last step's decision
-        self.planned_at = LONG_AGO
+        self.planned_at = self.speeds_at = LONG_AGO  # speeds_at: when those of ranks changed last
         self.now_s: float | None = None
         self._compiled = Compiled()
         self.check(placement)
@@ -234,7 +234,7 @@ class Controller:
         if self.speeds.factors_G is not known_G:
             self.rescale()
         if changed:
-            self.moved_at[:] = LONG_AGO
+            self.moved_at[:], self.speeds_at = LONG_AGO, self.steps
         return news
 
     def rescale(self) -> None:
@@ -304,7 +304,10 @@ class Controller:
     ) -> list[Proposal]:
         # What comes back was seen at length and will stay for a while: it is worth the best placement for it at once.
         least, share, exempt = self.promises.least(trusted), self.realised.share, self.memories.recalled
-        prices = Prices.of(self.policy, self.expert_bytes, self.memories.lifetime_steps, least, share, exempt)
+        # What other speeds ask for serves on while popularity comes and goes.
+        slowed = self.steps - self.speeds_at <= FRESH_STEPS
+        steps = self.memories.unchanged_steps if slowed else self.memories.lifetime_steps
+        prices = Prices.of(self.policy, self.expert_bytes, steps, least, share, exempt)
         into_G = np.where(self.speeds.failed_G, 0, self.placement.slots_per_rank)
         free = [
             layer

@@ -92,8 +92,12 @@ class Memories:
             stayed = float(np.average(np.diff(self.starts)[stretch], weights=weights))
             left = stayed - float(self.ticks - self.starts[-1]) - 1  # a tick passes before it is seen to have gone
             return max(left * TICK, 1.0)
-        stays = (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
-        return float(1 / (1 / stays + self.say[:FORGETFUL] @ self._fading()))
+        return float(1 / (1 / self.unchanged_steps + self.say[:FORGETFUL] @ self._fading()))
+
+    @property
+    def unchanged_steps(self) -> float:
+        """Mean steps between sudden changes, begun with the policy's horizon."""
+        return (self.ticks * TICK + self.policy.horizon_steps) / (self.changes + 1)
 
     @property
     def fresh(self) -> bool:

@@ -31,7 +31,7 @@ SPEED_NUMBERS = ("step_us",)
 PROMISE_NUMBERS = ("short", "swaps")
 EARLIER_NUMBERS = ("changed_at",)
 REALISED_NUMBERS = ("seen", "kept", "blind", "waited")
-OWN_NUMBERS = ("steps", "blind_until", "moved", "planned_at", "now_s")
+OWN_NUMBERS = ("steps", "blind_until", "moved", "planned_at", "speeds_at", "now_s")
 
 
 def save(controller: Controller, path: str | os.PathLike[str], notes: dict[str, Any]) -> None:
