@@ -4,7 +4,7 @@ python benchmarks/copies.py [--flashlb] [--ranks 8,16,32,64] [--limit 20] [--spl
     [--case synthetic|gptoss|roofline] [--spare 1] [--layers 58] [--seed 0] [--share 0.75] [--patience 5]
 
 Synthetic: 58 layers x 256 experts, 500 steps to fit and 500 to score, tiles of 128, 288 slots (320 on 64 ranks) unless
-`--spare` says how many more than needed each rank has. gptoss: the shipped trace of gpt-oss-20b (24 x 32), second half
+`--spare` says how many more than needed each rank has (1 in the others). gptoss: the shipped trace of gpt-oss-20b (24 x 32), second half
 scored, tiles of 16, GPUs of a measured fleet. roofline: the same trace (64 tokens a step) on H100s of a table under
 `roofline-1`, with a row without copies. `--share`: as well a memory budget of this share of all copies.
 `--flashlb`: vllm-ascend's FlashLB beside, from its published wheel (`benchmarks/peers/`; needs torch).
@@ -107,7 +107,7 @@ def contenders(
         if share:
             spare = per_rank * profile.num_ranks - given.num_experts
             held = given.num_layers * (given.num_experts + share * spare) / profile.num_ranks
-            budget = {"memory_budget": held, "expert_bytes": 1, "slots_per_rank": 2 * per_rank}
+            budget = {"memory_budget": held, "expert_bytes": 1, "slots_per_rank": None}
             table[f"local-search, {split}, {100 * share:.0f} % of the copies' bytes"] = partial(search, **budget)
     if peer is not None:
         table["FlashLB"] = lambda: by_flashlb(peer(), given, profile.num_ranks, per_rank)
@@ -149,7 +149,10 @@ def main() -> None:
     print(f"{columns}\n|" + "---|" * 9)
     for ranks in map(int, asked.ranks.split(",")):
         profile = devices(ranks)
-        per_rank = slots(ranks) if asked.spare is None else given.num_experts // ranks + asked.spare
+        spare = 1 if asked.spare is None else asked.spare
+        per_rank = given.num_experts // ranks + spare
+        if asked.case == "synthetic" and asked.spare is None:
+            per_rank = slots(ranks)
         cost = fit(profile, model=COSTS[asked.case])[0]
         rest = (peer, asked.splits, asked.share, asked.patience, cost)
         for place in contenders(profile, given.steps(slice(0, 20)), per_rank, 0.1, *rest).values():

@@ -1,10 +1,11 @@
 """A memory budget over the whole model: which layers' copies are worth their bytes.
 
-All layers are placed with the most slots that one may use. Then the copy that costs least to lose goes, on a rank that
-holds too much, over all layers, until every rank keeps to its budget (CRAFT, arXiv:2603.28768, spends memory on the
-layers that gain most, by a benefit per layer and number of copies; here it is the objective of every single copy, under
-the even split). Once its share of the time is over, the copies with least load go without that. What is left is
-searched once more, each layer in the slots that it kept.
+All layers are placed in their even part of the budget, as fast as that goes, and again with the most slots that one
+may use. Then the copy that costs least to lose goes, on a rank that holds too much, over all layers, until every rank
+keeps to its budget (CRAFT, arXiv:2603.28768, spends memory on the layers that gain most, by a benefit per layer and
+number of copies; here it is the objective of every single copy, under the even split). Once its share of the time is
+over, the copies with least load go without that. What is left is searched once more, each layer in the slots that it
+kept; where that is no better than the even parts, as in too short a time, these are the answer.
 Losing copies breaks no rules; experts move where rules let them.
 """
 
@@ -22,11 +23,12 @@ from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem, slot_counts
 from gemopt.solvers.base import Row
-from gemopt.solving.layers import Layer
+from gemopt.solving.layers import Layer, value_of
 from gemopt.solving.schedule import Run
 
-FIRST_SHARE = 0.5  # of the time, with all slots
-THINNING_SHARE = 0.1  # to choose copies by what each costs to lose
+EVEN_SHARE = 0.5  # of the time, at most, for a descent with the even part of the budget
+WIDE_SHARE = 0.5  # of the rest, with all slots
+THINNING_SHARE = 0.1  # of the rest, to choose copies by what each costs to lose
 IntArray = NDArray[np.int64]
 
 
@@ -84,32 +86,97 @@ def solve_within(run: Run, held_G: IntArray) -> None:
 
     The bounds are of placements with all slots, and so hold for these.
     """
-    whole = [layer.problem for layer in run.layers]
-    left = max(0.0, run.clock + run.time_limit - time.monotonic())
-    replace(run, time_limit=run.time_limit - (1 - FIRST_SHARE) * left, progress=None).go()
-    deadline = run.clock + run.time_limit - (1 - FIRST_SHARE - THINNING_SHARE) * left
+    end, whole = run.clock + run.time_limit, [layer.problem for layer in run.layers]
+    even = _even(_until(run, EVEN_SHARE), held_G)
+    left = max(0.0, end - time.monotonic())
+    _until(run, WIDE_SHARE).go()
+    for layer, found in zip(run.layers, even or run.layers, strict=True):
+        if _value(found) < _value(layer):
+            _take(layer, found)
 
     def late() -> bool:
-        return run.interrupted.is_set() or time.monotonic() > deadline
+        return run.interrupted.is_set() or end - time.monotonic() < (1 - WIDE_SHARE - THINNING_SHARE) * left
 
-    rows = thinned(whole, [_row(layer) for layer in run.layers], held_G, late)
-    for layer, problem, row in zip(run.layers, whole, rows, strict=True):
-        kept = row != EMPTY
-        slots_G = np.bincount(problem.rank_of_slot[kept], minlength=problem.num_ranks)
-        slots_G.setflags(write=False)  # as the problem's: the same kernels serve
-        layer.problem = replace(problem, slots_per_rank=slots_G, full=True)
-        layer.warm, layer.outcome = row[kept], None
-    again = [
-        Layer(each.problem, each.warm, each.seed, bounded_steps=each.problem.num_steps)  # bounded already
-        for each in run.layers
+    try:
+        rows = thinned(whole, [_row(layer) for layer in run.layers], held_G, late)
+    except InputError:
+        if even is None:
+            raise
+        again = even
+    else:
+        again = [_within(layer, row) for layer, row in zip(run.layers, rows, strict=True)]
+        replace(run, layers=again, on_layers=None).go()  # without bounds of their own
+        if even is not None and sum(map(_value, even)) <= sum(map(_value, again)):
+            again = even
+    for layer, found in zip(run.layers, again, strict=True):
+        _take(layer, found)
+
+
+def _until(run: Run, share: float) -> Run:
+    """The run with this share of the time that is left."""
+    left = max(0.0, run.clock + run.time_limit - time.monotonic())
+    return replace(run, time_limit=run.time_limit - (1 - share) * left, progress=None)
+
+
+def _even(run: Run, held_G: IntArray) -> list[Layer] | None:
+    """The layers of a run after a descent each in its even part of the budget.
+
+    None where that has no room, or is not asked for since there are placements to start from.
+    """
+    problem, count = run.layers[0].problem, len(run.layers)
+    slots_LG = even_slots(held_G, problem.slots_per_rank, count)
+    if (slots_LG.sum(axis=1) < problem.num_experts).any() or any(layer.warm is not None for layer in run.layers):
+        return None
+    slots_LG.setflags(write=False)  # as the problem's: the same kernels serve
+    found = [
+        Layer(replace(each.problem, slots_per_rank=slots_G), None, each.seed, bounded_steps=each.problem.num_steps)
+        for each, slots_G in zip(run.layers, slots_LG, strict=True)
     ]
-    replace(run, layers=again, on_layers=None).go()  # without bounds of their own
-    for layer, found, problem, row in zip(run.layers, again, whole, rows, strict=True):
-        outcome, padded = found.outcome, row.copy()
-        assert outcome is not None and outcome.row is not None
-        padded[row != EMPTY] = outcome.row
-        layer.problem, layer.seconds = problem, layer.seconds + found.seconds
-        layer.outcome = replace(outcome, row=padded, bound_us=None, own_bound_us=None)
+    replace(run, layers=found, patience=0, on_layers=None).go()
+    return None if any(each.outcome is None or each.outcome.row is None for each in found) else found
+
+
+def even_slots(held_G: IntArray, slots_G: IntArray, num_layers: int) -> IntArray:
+    """[L, G] slots of each layer, at most `slots_G`, of budgets that are divided evenly; what is left goes in turn."""
+    even_G = np.minimum(held_G // num_layers, slots_G)
+    rest = np.repeat(np.arange(len(held_G)), np.where(even_G < slots_G, held_G - num_layers * even_G, 0))
+    slots_LG = np.tile(even_G, (num_layers, 1))
+    np.add.at(slots_LG, (np.arange(len(rest)) % num_layers, rest), 1)
+    return slots_LG
+
+
+def _within(layer: Layer, row: Row) -> Layer:
+    """A layer in the slots that a row of it uses, to start from the row."""
+    problem, kept = layer.problem, row != EMPTY
+    slots_G = np.bincount(problem.rank_of_slot[kept], minlength=problem.num_ranks)
+    slots_G.setflags(write=False)  # as the problem's: the same kernels serve
+    own = replace(problem, slots_per_rank=slots_G, full=True)
+    return Layer(own, row[kept], layer.seed, bounded_steps=problem.num_steps)  # bounded already
+
+
+def _take(layer: Layer, found: Layer) -> None:
+    """Give a layer, with all its slots, what was found in fewer."""
+    outcome = found.outcome
+    if found is layer or outcome is None:
+        return
+    layer.seconds += found.seconds
+    row = _padded(_row(found), found.problem, layer.problem)
+    layer.outcome = replace(outcome, row=row, bound_us=None, own_bound_us=None)
+
+
+def _padded(row: Row, own: Problem, wide: Problem) -> Row:
+    """A row in the first slots of ranks that have more."""
+    first_G = np.cumsum(wide.slots_per_rank) - wide.slots_per_rank
+    own_G = np.cumsum(own.slots_per_rank) - own.slots_per_rank
+    out = np.full(wide.num_slots, EMPTY, dtype=row.dtype)
+    out[np.arange(own.num_slots) + (first_G - own_G)[own.rank_of_slot]] = row
+    return out
+
+
+def _value(layer: Layer) -> float:
+    """Microseconds of a layer's answer, infinite without one."""
+    value = None if layer.outcome is None else value_of(layer.outcome)
+    return np.inf if value is None else value
 
 
 def _row(layer: Layer) -> Row:
@@ -121,12 +188,13 @@ class _Thinning:
     """One layer's row that loses copies; `loss_P`: microseconds that each copy's loss costs, infinity where it is the
     only one. exact: whether that is the objective's word, else a guess by its load."""
 
-    def __init__(self, problem: Problem, row: Row, *, exact: bool) -> None:
+    def __init__(self, problem: Problem, row: Row, loss_P: FloatArray, *, exact: bool) -> None:
         from gemopt.solvers.search.shares import make_search, make_shares
         from gemopt.solvers.search.state import make_costs
 
         self.problem = replace(problem, split=Split.EVEN, senders_TGE=None, moves=None, full=False)
-        self.row, self._make_search = row.copy(), make_search
+        self.row, self.loss_P, self._make_search = row.copy(), loss_P, make_search
+        self.load_E = problem.num_steps * problem.linearised[1].mean(axis=0)
         self.shares = make_shares(self.problem) if exact else None  # None too where counts are too many to tabulate
         self.costs = make_costs(self.problem) if exact else None
         self.look()
@@ -137,7 +205,7 @@ class _Thinning:
         from gemopt.solvers.search.state import make_state
         from gemopt.solvers.search.swaps import total_cost
 
-        self.loss_P = self._guessed()
+        self.loss_P[:] = self._guessed()
         if self.shares is None or self.costs is None:
             return
         state = make_state(self.problem, self.row, self.costs)
@@ -152,7 +220,7 @@ class _Thinning:
     def _guessed(self) -> FloatArray:
         """[P] what the load of each copy takes, by itself."""
         copies_E = np.bincount(self.row[self.row != EMPTY], minlength=self.problem.num_experts)
-        load_E = self.problem.num_steps * self.problem.linearised[1].mean(axis=0) / copies_E
+        load_E = self.load_E / np.maximum(copies_E, 1)
         return np.where((self.row != EMPTY) & (copies_E[self.row] > 1), load_E[self.row], np.inf)
 
     def keeps_rules(self, slot: int, target: int) -> bool:
@@ -177,7 +245,8 @@ def thinned(
     InputError
         A rank holds too much that nothing can be done about, as rules may have it.
     """
-    layers = [_Thinning(problem, row, exact=not late()) for problem, row in zip(problems, rows, strict=True)]
+    loss_LP = np.empty((len(rows), len(rows[0])))
+    layers = [_Thinning(*each, exact=not late()) for each in zip(problems, rows, loss_LP, strict=True)]
     rank_of_slot = problems[0].rank_of_slot
     over_G, guessing = -held_G.copy(), False
     for layer in layers:
@@ -187,15 +256,14 @@ def thinned(
             guessing = True
             for layer in layers:
                 layer.guess()
-        loss_LP = np.stack([layer.loss_P for layer in layers])
         on_full_P = (over_G > 0)[rank_of_slot]
         if not np.isfinite(loss_LP[:, on_full_P]).any():
             if _moved(layers, over_G):
                 continue
             on_full_P[:] = True  # a copy elsewhere makes room
-        loss_LP[:, ~on_full_P] = np.inf
-        index, slot = np.unravel_index(loss_LP.argmin(), loss_LP.shape)
-        if not np.isfinite(loss_LP[index, slot]):
+        allowed_LP = np.where(on_full_P, loss_LP, np.inf)
+        index, slot = np.unravel_index(allowed_LP.argmin(), loss_LP.shape)
+        if not np.isfinite(allowed_LP[index, slot]):
             rank, rules = int(over_G.argmax()), any(problem.rules is not None for problem in problems)
             limit = f"no placement within it{' that keeps the rules' if rules else ''} was found"
             raise InputError("memory_budget", f"{over_G[rank]} experts too many on rank {rank}", limit, "more memory")
@@ -209,11 +277,14 @@ def _moved(layers: Sequence[_Thinning], over_G: IntArray) -> bool:
     """Move the coldest expert of the fullest rank to an empty slot of a rank with room; whether there is one."""
     source = int(over_G.argmax())
     best: tuple[float, _Thinning, int, int] | None = None
+    ranks = layers[0].problem.rank_of_slot
+    roomy_P, source_P = (over_G < 0)[ranks], ranks == source
     for layer in layers:
-        ranks, row = layer.problem.rank_of_slot, layer.row
-        load_E = layer.problem.counts_TE.sum(axis=0, dtype=np.int64)
-        empty = np.flatnonzero((row == EMPTY) & (over_G < 0)[ranks])
-        mine = np.flatnonzero((ranks == source) & (row != EMPTY))
+        row, load_E = layer.row, layer.load_E
+        mine = np.flatnonzero(source_P & (row != EMPTY))
+        if not len(mine) or (best is not None and load_E[row[mine]].min() >= best[0]):
+            continue
+        empty = np.flatnonzero(roomy_P & (row == EMPTY))
         pairs = (
             (slot, target)
             for slot in mine[np.argsort(load_E[row[mine]], kind="stable")].tolist()
@@ -226,7 +297,6 @@ def _moved(layers: Sequence[_Thinning], over_G: IntArray) -> bool:
     if best is None:
         return False
     _, layer, slot, target = best
-    ranks = layer.problem.rank_of_slot
     over_G[ranks[target]] += 1
     over_G[source] -= 1
     layer.row[target], layer.row[slot] = layer.row[slot], EMPTY
