@@ -4,9 +4,10 @@ python benchmarks/copies.py [--flashlb] [--ranks 8,16,32,64] [--limit 20] [--spl
     [--case synthetic|gptoss|roofline] [--spare 1] [--layers 58] [--seed 0] [--share 0.75] [--patience 5]
 
 Synthetic: 58 layers x 256 experts, 500 steps to fit and 500 to score, tiles of 128, 288 slots (320 on 64 ranks) unless
-`--spare` says how many more than needed each rank has (1 in the others). gptoss: the shipped trace of gpt-oss-20b (24 x 32), second half
-scored, tiles of 16, GPUs of a measured fleet. roofline: the same trace (64 tokens a step) on H100s of a table under
-`roofline-1`, with a row without copies. `--share`: as well a memory budget of this share of all copies.
+`--spare` says how many more than needed each rank has (1 in the other cases). gptoss: the shipped trace of gpt-oss-20b
+(24 x 32), second half scored, tiles of 16, GPUs of a measured fleet. roofline: the same trace (64 tokens a step) on
+H100s of a table under `roofline-1`, with a row without copies. `--share`: as well a memory budget of this share of all
+copies.
 `--flashlb`: vllm-ascend's FlashLB beside, from its published wheel (`benchmarks/peers/`; needs torch).
 """
 
