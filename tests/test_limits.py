@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from timed import timed
 import gemopt
 from gemopt.bounds import spread_bounds, step_bounds, timed_step_bounds
 from gemopt.compare import compare
-from gemopt.conflicts import classify
 from gemopt.evaluate import check, loads, objective
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
@@ -23,7 +21,7 @@ from gemopt.profile import Profile
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
-from gemopt.solvers.baselines.gem import ORDER, greedy, relieve_stragglers
+from gemopt.solvers.baselines.gem import relieve_stragglers
 from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.shares import make_shares
@@ -69,7 +67,7 @@ def test_without_time_a_search_hands_on_a_greedy_row_and_says_so(
     for module in ("policies", "swaps"):  # each imported before the other's is replaced
         monkeypatch.setattr(f"gemopt.solvers.search.{module}.descend", forbidden)
     monkeypatch.setattr("gemopt.solvers.baselines.gem.relieve_stragglers", forbidden)
-    monkeypatch.setattr("gemopt.solvers.baselines.gem.map_in_order", forbidden)
+    monkeypatch.setattr("gemopt.solvers.search.mapping.map_in_order", forbidden)
     monkeypatch.setattr("gemopt.solvers.baselines.conflict.cut_graph", forbidden)
     problem = make(slots=slots)
     outcome = get(name).solve(problem, Options(deadline=time.monotonic()), None)
@@ -209,33 +207,6 @@ def test_the_alarm_rings_at_the_deadline_and_when_stopped() -> None:
     with Options(deadline=time.monotonic() + 0.01).alarm() as flag:
         while flag[0] == 0:
             time.sleep(0.001)
-
-
-@pytest.mark.parametrize("active", [False, True], ids=["staircase", "roofline"])
-def test_greedy_puts_each_expert_where_the_makespan_so_far_is_least(active: bool) -> None:
-    problem = make(experts=11, ranks=3, steps=20, slots=[5, 4, 3], active=active)
-    classes, noise_E = classify(problem.counts_TE), np.linspace(0.5, 2.0, 11)
-    row = greedy(problem, classes, noise_E, np.zeros(1, np.uint8))
-    check(problem, row)
-    heat_E = problem.linearised[1].mean(axis=0) * noise_E
-    held: list[list[int]] = [[], [], []]
-
-    def times(rank: int, experts: list[int]) -> Any:
-        return problem.latencies[rank](list(problem.features_FTE[:, :, experts].sum(axis=2)))
-
-    for expert in sorted(range(11), key=lambda e: (ORDER.index(classes[e]), -heat_E[e])):
-        scores = [
-            (max_sum([times(g, [*held[g], expert] if g == rank else held[g]) for g in range(3)]), rank)
-            for rank in range(3)
-            if len(held[rank]) < problem.slots_per_rank[rank]
-        ]
-        chosen = int(problem.rank_of_slot[list(row).index(expert)])
-        assert {rank: score for score, rank in scores}[chosen] == pytest.approx(min(scores)[0])
-        held[chosen].append(expert)
-
-
-def max_sum(times_GT: list[Any]) -> float:
-    return float(np.max(times_GT, axis=0).sum())
 
 
 @pytest.mark.parametrize("slots", [None, 7])

@@ -23,24 +23,23 @@ from numpy.typing import NDArray
 
 from gemopt.conflicts import ExpertClass, classify
 from gemopt.evaluate import total
-from gemopt.kernels import NO, latency_value, put
-from gemopt.latency import Curves, FloatArray
-from gemopt.placement import EMPTY
+from gemopt.kernels import NO
+from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded, within_limits
 from gemopt.solvers.placing import no_placement
 from gemopt.solvers.search.descent import settle_pair
 from gemopt.solvers.search.gains import make_pair
+from gemopt.solvers.search.mapping import mapped_row
 from gemopt.solvers.search.packing import lpt_row
-from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state, step_order
+from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state
 from gemopt.solvers.search.swaps import fix_others, improve_pair, slowest_three
 from gemopt.solvers.search.terms import Terms, make_terms, moved_into
 from gemopt.solvers.search.within import homeward
 
 ORDER = (ExpertClass.CONSISTENT, ExpertClass.TEMPORAL, ExpertClass.ORDINARY)
 NOISE = 0.3
-GREEDY_STEPS = 256
 
 
 class Gem:
@@ -132,65 +131,17 @@ class _Search:
         noise_E = np.ones(self.problem.num_experts)
         if self.row is not None:
             noise_E = np.exp(NOISE * self.rng.standard_normal(self.problem.num_experts))
-        row = greedy(self.problem, self.classes, noise_E, stop)
-        if not within_limits(self.problem, row):
+        order_E = in_order(self.problem, self.classes, noise_E)
+        row = mapped_row(self.problem, self.costs, np.ones_like(order_E), stop, order_E)
+        if row is not None and not within_limits(self.problem, row):
             row = homeward(self.problem, row, self.costs, stop)
         return None if stop[0] else row
 
 
-def greedy(problem: Problem, classes: list[ExpertClass], noise_E: FloatArray, stop: NDArray[np.uint8]) -> Row:
-    """[P] experts by class and heat, each on the rank that keeps the makespan of what is placed so far smallest."""
-    steps = step_order(problem.num_steps)[:GREEDY_STEPS]
-    features_EFT = np.ascontiguousarray(problem.features_FTE[:, steps].transpose(2, 0, 1), dtype=np.float64)
+def in_order(problem: Problem, classes: list[ExpertClass], noise_E: FloatArray) -> Row:
+    """[E] experts by class and heat: the order in which they are placed."""
     heat_E = problem.linearised[1].mean(axis=0) * noise_E
-    order = sorted(range(problem.num_experts), key=lambda e: (ORDER.index(classes[e]), -heat_E[e]))
-    slots_G = problem.slots_per_rank.copy()
-    rank_E = map_in_order(features_EFT, np.array(order), slots_G, problem.weights_T[steps], problem.curves, stop)
-    row, used_G = np.full(problem.num_slots, EMPTY), np.cumsum(slots_G) - slots_G
-    for expert in order:
-        row[used_G[rank_E[expert]]] = expert
-        used_G[rank_E[expert]] += 1
-    return row
-
-
-@njit(cache=True, nogil=True)
-def map_in_order(
-    features_EFT: Array, order_E: Array, slots_G: Array, weights_T: Array, curves: Curves, stop: Array
-) -> Array:
-    """[E] rank of each expert: with room, and least makespan of what is placed so far, then least time of its own."""
-    experts, features, steps = features_EFT.shape
-    ranks = len(slots_G)
-    loads_GFT, times_GT = np.zeros((ranks, features, steps)), np.empty((ranks, steps))
-    rank_E, left_G, time_T, best_T = np.zeros(experts, np.int64), slots_G.copy(), np.empty(steps), np.empty(steps)
-    loads_F = np.zeros(features)
-    for g in range(ranks):
-        times_GT[g] = latency_value(g, loads_F, curves)
-    for expert in order_E:
-        if stop[0] != 0:
-            break
-        best, best_own = np.inf, np.inf
-        for g in range(ranks):
-            if left_G[g] == 0:
-                continue
-            score, own = 0.0, 0.0
-            for t in range(steps):
-                for f in range(features):
-                    loads_F[f] = loads_GFT[g, f, t] + features_EFT[expert, f, t]
-                time_T[t] = latency_value(g, loads_F, curves)
-                worst = time_T[t]
-                for other in range(ranks):
-                    if other != g:
-                        worst = max(worst, times_GT[other, t])
-                score += worst * weights_T[t]
-                own += time_T[t] * weights_T[t]
-            if score < best or (score == best and own < best_own):
-                best, best_own, rank_E[expert] = score, own, g
-                put(best_T, time_T)
-        g = rank_E[expert]
-        loads_GFT[g] += features_EFT[expert]
-        put(times_GT[g], best_T)
-        left_G[g] -= 1
-    return rank_E
+    return np.array(sorted(range(problem.num_experts), key=lambda e: (ORDER.index(classes[e]), -heat_E[e])))
 
 
 @njit(cache=True, nogil=True)

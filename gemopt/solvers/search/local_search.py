@@ -1,10 +1,11 @@
 """Local search: speed-weighted LPT, swaps under the true per-step objective, then iterated until the limit.
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves; so do kicks. Spare
-slots start empty or full of copies, whichever is better, then the other way; where they are scarce, with the copies of
-the copies bound, then full of copies. Copies are added, moved and dropped where the objective says so. Kicks swap slots
-of three ranks, and where that gains nothing change which experts have copies; under a time limit they are annealed.
-Descents end with the deadline; what was cut goes on where it ended when there is more time.
+slots start empty or with copies, whichever is better, then the other way; where they are scarce, with the copies of the
+copies bound, then full of copies. Each start is LPT, or mapped by makespan where that is better, as it mostly is.
+Copies are added, moved and dropped where the objective says so. Kicks swap slots of three ranks, and where that gains
+nothing change which experts have copies; under a time limit they are annealed. Descents end with the deadline; what was
+cut goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
@@ -127,6 +128,7 @@ class _Search(Best):
         self.greedy = warm_start is None and problem.spare_slots > 0
         self.starts = [_completed(problem, lpt_row(problem) if warm_start is None else warm_start)]
         self.copied, self.scarce = self.starts[0], False
+        self.unmapped = warm_start is None and problem.rules is None
         self.polish_s = 0.0
         self.offer(self.starts[0])
 
@@ -166,10 +168,33 @@ class _Search(Best):
             if row is not None:
                 self.starts = [_completed(self.problem, row), self.copied]
                 self.offer(self.starts[0])
+        if self.unmapped and not self.options.expired():
+            self.starts = self._mapped(self.starts)
+            self.unmapped = bool(self.stop[0])
         while self.starts and not self.options.expired():
             self.searched = True
             reached = self._descend(self.starts[0])
             self.starts[:1] = [reached] if self.stop[0] else []
+
+    def _mapped(self, starts: list[Row]) -> list[Row]:
+        """Each start, or its experts and copies mapped by makespan where that is better; the best one first.
+
+        Of the one with copies also with a half, a quarter and an eighth of them, where slots may stay empty.
+        """
+        from gemopt.solvers.search.mapping import mapped_row
+
+        problem, best = self.problem, []
+        for start in starts:
+            copies_E = np.bincount(start[start != EMPTY])
+            asked, more = [copies_E], int(copies_E.sum()) - problem.num_experts
+            if more and not problem.full:
+                peak_E = peak_load(problem)
+                asked += [replicate(peak_E, problem.slots_per_rank, more >> halved) for halved in (1, 2, 3)]
+            mapped = [mapped_row(problem, self.costs, each, self.stop) for each in asked]
+            rows = [start, *(_completed(problem, row) for row in mapped if row is not None)]
+            best.append(min(((objective(problem, row), row) for row in rows), key=lambda one: one[0]))
+            self.keep(best[-1][1], best[-1][0])
+        return [row for _, row in sorted(best, key=lambda one: one[0])]
 
     def _descend(self, start: Row) -> Row:
         """Descend on the hulls, then on the latencies and over copies until nothing helps; where that ended."""

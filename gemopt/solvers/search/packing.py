@@ -25,15 +25,17 @@ def lpt_row(problem: Problem, *, copies_E: Row | None = None) -> Row:
     return pack(items, weight_GE[:, items] / copies[items], offset_G, problem.slots_per_rank)
 
 
-def replicate(weight_E: FloatArray, slots_G: Row) -> Row:
-    """[E] copies: each spare slot to the expert with the most load per copy that can have one more (EPLB).
+def replicate(weight_E: FloatArray, slots_G: Row, most: int | None = None) -> Row:
+    """[E] copies: each spare slot (or `most` of them) to the expert with the most load per copy that can have one more.
 
-    At most one copy per rank, and never more than fit: copies of several experts compete for the ranks with many slots.
+    As EPLB does. At most one copy per rank, and never more than fit: copies of several experts compete for the ranks
+    with many slots.
     """
     copies = np.ones(len(weight_E), dtype=np.int64)
     open_experts = np.ones(len(weight_E), dtype=bool)
     room_E = _room(slots_G, len(weight_E))
-    while copies.sum() < slots_G.sum() and open_experts.any():
+    wanted = slots_G.sum() if most is None else min(slots_G.sum(), len(weight_E) + most)
+    while copies.sum() < wanted and open_experts.any():
         hottest = np.where(open_experts, weight_E / copies, -1.0).argmax()
         copies[hottest] += 1
         if not _fit(copies, room_E):  # more copies of others cannot make room
