@@ -16,9 +16,11 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact import cpsat, layer
+from gemopt.solvers.exact.compact import Compact, num_literals
 from gemopt.solvers.exact.cpsat import CpSat
 from gemopt.solvers.exact.cpsat_formulation import CpSatFormulation, TickLine
 from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.exact.milp import Milp
 from gemopt.solvers.exact.reduction import representative_steps
 from gemopt.solvers.exact.runs import STEEPEST, convex_runs, hull
 from gemopt.solvers.search.packing import lpt_row
@@ -210,3 +212,32 @@ def test_stating_the_order_of_equal_ranks_ends_with_the_time(monkeypatch: pytest
     with pytest.raises(TimeoutError, match="no time left to state"):
         CpSatFormulation(search.compact, 1.0, cpsat.canonical_start(search), lambda: bool(late))
     assert not ordered
+
+
+@pytest.mark.parametrize("solver", [CpSat(), Milp()], ids=["cpsat", "milp"])
+def test_what_is_too_large_for_the_time_is_not_even_prepared(
+    monkeypatch: pytest.MonkeyPatch, solver: CpSat | Milp
+) -> None:
+    """64 experts on 64 ranks with a slot to spare each: 8.5 million literals of who holds what."""
+    counts = np.random.default_rng(2).poisson(20, (3, 64))
+    problem = Problem.make(counts, [ASSIGNMENTS], [Latency(((line(5.0, 1.0),),))] * 64, 2)
+    assert num_literals(problem) == 64 * (64 * 65 // 2) * 64
+    monkeypatch.setattr(Search, "prepare", None)  # not to be called
+    warm = np.roll(lpt_row(problem), 2)
+    for start in (None, warm):
+        found = solver.solve(problem, Options.lasting(8.0), start)
+        assert found.row is not None and (found.row == (lpt_row(problem) if start is None else warm)).all()
+        assert found.start_us == found.history[-1].objective_us == objective(problem, found.row)
+        assert not found.reached and found.stopped_by is StoppedBy.TIME_LIMIT and "state the formulation" in found.note
+        assert found.own_bound_us is None and found.bound_us is None
+
+
+def test_literals_are_those_of_the_formulation() -> None:
+    problem = staircase_problem(2)
+    for slots in (2, 3, 4):
+        each = replace(problem, slots_per_rank=np.full(4, slots))
+        compact = Compact.of(each, np.zeros(2), 1.0)
+        keys = list(zip(compact.expert_Q.tolist(), compact.copies_Q.tolist(), compact.index_Q.tolist(), strict=True))
+        most = min(4, 4 * slots - 8 + 1)
+        assert keys == [(e, r, i) for e in range(8) for r in range(1, most + 1) for i in range(r)]
+        assert num_literals(each) == len(keys) * 4

@@ -83,9 +83,11 @@ class Compact:
         open_us: how much all floors together, weighted, are below the incumbent. No step of a better placement
         exceeds its own floor by more.
         """
-        most = min(problem.num_ranks, problem.spare_slots + 1)
-        columns = [(e, r, i) for e in range(problem.num_experts) for r in range(1, most + 1) for i in range(r)]
-        expert_Q, copies_Q, index_Q = np.array(columns, dtype=np.int64).T
+        most = most_copies(problem)
+        copies = np.repeat(np.arange(1, most + 1), np.arange(1, most + 1))
+        index = np.concatenate([np.arange(count) for count in range(1, most + 1)])
+        expert_Q = np.repeat(np.arange(problem.num_experts), len(copies))
+        copies_Q, index_Q = np.tile(copies, problem.num_experts), np.tile(index, problem.num_experts)
         shares_TQ = (problem.counts_TE[:, expert_Q] + copies_Q - 1 - index_Q) // copies_Q
         above_T = np.full(problem.num_steps, np.inf)
         np.divide(open_us * (1 + ROUNDING), problem.weights_T, out=above_T, where=problem.weights_T > 0)
@@ -269,6 +271,17 @@ class Compact:
             members = np.flatnonzero(self.group_G == number)
             result[:, members] = held_QG[:, members[np.argsort(first_G[members], kind="stable")]]
         return result
+
+
+def most_copies(problem: Problem) -> int:
+    """How many copies one expert can have."""
+    return min(problem.num_ranks, problem.spare_slots + 1)
+
+
+def num_literals(problem: Problem) -> int:
+    """Of who holds what: one for every column and rank."""
+    most = most_copies(problem)
+    return problem.num_experts * (most * (most + 1) // 2) * problem.num_ranks
 
 
 def _unpack(curves: Curves, rank: int) -> Latency:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from gemopt.solvers.exact.compact import Compact
 from gemopt.solvers.exact.runs import Run, Term
 
+TOO_LATE = "no time left to state the formulation"
+
 SAFETY = 1e-13
 """Relative: above what float64 can lose before a number is rounded down."""
 
@@ -137,7 +139,7 @@ class Formulation(ABC):
         """The parts one by one, while there is time to state them."""
         for part in parts:
             if self.expired():
-                raise TimeoutError("no time left to state the formulation")
+                raise TimeoutError(TOO_LATE)
             yield part
 
     def columns(self, expert: int) -> list[int]:

@@ -16,8 +16,9 @@ from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.solvers.base import Linked, Options, Outcome, Row, incumbent
 from gemopt.solvers.exact.compact import Compact
+from gemopt.solvers.exact.formulation import TOO_LATE
 from gemopt.solvers.exact.joint import JointCompact, Sending, sendings, turns_of
-from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.exact.layer import Search, too_large
 from gemopt.solvers.search.linked import search_linked
 
 SEARCH_SHARE = 0.4  # of the time, for the search that the proof starts from
@@ -95,6 +96,8 @@ def solve_joint(
     """The search over all layers, then a proof from what it found."""
     deadline = time.monotonic() + SEARCH_SHARE * options.remaining
     found = search_linked(problems, links, rows, replace(options, deadline=deadline))
+    if too_large(problems, options):
+        return replace(found, stopped_by=options.cut_by, note=TOO_LATE)
     search = JointSearch.of(problems, links, found.rows, options)
     outcome = search.ended() or prove(search)
     history = found.history + outcome.history

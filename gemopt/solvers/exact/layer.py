@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,14 +14,17 @@ from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, incumbent, within_limits
-from gemopt.solvers.exact.compact import Compact, merged
+from gemopt.solvers.exact.compact import Compact, merged, num_literals
+from gemopt.solvers.exact.formulation import TOO_LATE
 from gemopt.solvers.exact.reduction import representative_steps
-from gemopt.solvers.placing import fewest_row
+from gemopt.solvers.placing import fewest_row, no_placement
 from gemopt.solvers.search.packing import lpt_row
 
 ROUNDING = 1e-9
 WORTH = 0.5
 SAMPLE = 5  # steps that tell how large a step's part of the formulation is
+LITERALS_PER_S = 1e6  # no formulation is stated faster, and arrays for more of them take gigabytes
+LEAST_S = 0.1
 
 
 @dataclass(eq=False)
@@ -186,6 +190,22 @@ class Search:
         if gap is not None and gap <= OPTIMALITY_TOLERANCE:
             return StoppedBy.PROOF
         return StoppedBy.GAP if gap is not None and gap <= self.options.gap else StoppedBy.ITERATIONS
+
+
+def too_large(problems: Sequence[Problem], options: Options) -> bool:
+    """Whether who holds what alone takes longer to state than there is time."""
+    return sum(map(num_literals, problems)) > LITERALS_PER_S * max(LEAST_S, options.remaining)
+
+
+def not_stated(problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
+    """What there is to start from, where the formulation is too large for the time."""
+    row = _start(problem, warm_start)
+    if row is None:
+        return no_placement(problem)
+    start = total(problem, row)
+    return Outcome(
+        row, options.cut_by, history=[incumbent(start, options.bound_us)], note=TOO_LATE, start_us=start, reached=False
+    )
 
 
 def _start(problem: Problem, warm_start: Row | None) -> Row | None:

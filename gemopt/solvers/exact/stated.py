@@ -11,7 +11,7 @@ from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.exact.joint_search import solve_joint
-from gemopt.solvers.exact.layer import Search
+from gemopt.solvers.exact.layer import Search, not_stated, too_large
 from gemopt.solvers.placing import no_placement
 
 
@@ -27,6 +27,8 @@ class Stated(ABC):
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; never worse than the warm start."""
+        if too_large([problem], options):
+            return not_stated(problem, options, warm_start)
         budget = self.coefficients_per_second * (options.remaining - self.start_s)
         search = Search.prepare(problem, options, warm_start, budget)
         if search is None:
