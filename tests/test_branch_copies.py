@@ -20,7 +20,8 @@ from gemopt.profile import Profile
 from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers import get
-from gemopt.solvers.base import Options, Outcome
+from gemopt.solvers.base import Options, Outcome, Row
+from gemopt.solvers.exact.tree import has_room
 from gemopt.solvers.size import prover
 from gemopt.traces import Traces
 from gemopt.verify import verify
@@ -131,3 +132,41 @@ def test_the_search_changes_which_experts_have_copies(seed: int) -> None:
     best, found = branched(problem), get("local-search").solve(problem, Options(deadline=np.inf, patience=1000), None)
     assert best.stopped_by is StoppedBy.PROOF and best.row is not None and found.row is not None
     assert objective(problem, found.row) <= 1.001 * objective(problem, best.row)
+
+
+@pytest.mark.parametrize("ranks", [62, 63, 64, 65, 90])
+def test_more_ranks_than_a_word_has_bits(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """The better placement that a search finds is written down whole: experts on ranks beyond 63 had no slot."""
+    counts = np.arange(ranks, 0, -1)[None]
+    latencies = [Latency(((line(0.0, 1.0 + g),),)) for g in range(ranks)]
+    problem = Problem.make(counts, [ASSIGNMENTS], latencies)
+    worst = objective(problem, np.arange(ranks)[::-1])  # most load on the slowest rank
+
+    def found_at_once(tree: object, value: float, rank_E: Row, most: int, stop: object) -> tuple[float, int, bool]:
+        rank_E[:] = np.arange(ranks)  # heaviest first
+        return objective(problem, np.arange(ranks)), 7, False
+
+    monkeypatch.setattr("gemopt.solvers.exact.branch.search_tree", found_at_once)
+    found = get("branch").solve(problem, Options.lasting(600), np.arange(ranks)[::-1])
+    assert found.row is not None and (found.row == np.arange(ranks)).all()
+    assert found.history[-1].objective_us == objective(problem, np.arange(ranks)) < worst
+    assert found.note == "7 nodes of the search did not prove the optimum"
+
+
+def test_copies_on_ranks_beyond_a_word_of_bits_are_left_to_others() -> None:
+    slots = np.zeros(70, np.int64)
+    slots[[0, 69]] = 2
+    problem = Problem.make([[3, 2, 1]], [ASSIGNMENTS], [Latency(((line(1.0, 1.0),),))] * 70, slots)
+    found = branched(problem)
+    assert not found.reached and "too large" in found.note and found.row is not None
+
+
+def test_trees_that_cannot_end_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 experts on 128 ranks: what pairs save on each is 33 million numbers, whatever the time."""
+    counts = np.random.default_rng(1).poisson(9, (2, 512))
+    problem = Problem.make(counts, [ASSIGNMENTS], [Latency(((line(1.0, 1.0),),))] * 128)
+    assert not has_room(problem) and has_room(replace(problem.select(np.arange(1)), latencies=problem.latencies[:16]))
+    monkeypatch.setattr("gemopt.solvers.exact.branch.pair_costs", None)  # not to be called
+    found = get("branch").solve(problem, Options.lasting(0.5), None)
+    assert not found.reached and "too large" in found.note and found.row is not None
+    assert found.bound_us is not None and found.bound_us <= objective(problem, found.row)

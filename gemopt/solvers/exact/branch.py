@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt.bounds import Together, step_bounds, together_bound
 from gemopt.bounds.dual_bound import pair_costs
@@ -23,7 +24,7 @@ from gemopt.solvers.exact.compact import merged
 from gemopt.solvers.exact.copies_tree import make_copies_tree, search_copies
 from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.share_tree import bound_of_copies
-from gemopt.solvers.exact.tree import CLOSE, expert_order, make_tree, search_tree
+from gemopt.solvers.exact.tree import CLOSE, expert_order, has_room, make_tree, search_tree
 from gemopt.solvers.size import FEW_COLUMNS, num_shares
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
@@ -57,7 +58,8 @@ class Branch:
             return Outcome(row, StoppedBy.ITERATIONS, found.bound_us, history, note, start_us=value, reached=False)
         start, done, nodes = value, found.done, found.nodes
         if found.best_us < value * (1 - CLOSE):
-            row = _row(problem, expert_order(small), found.held_E)
+            assert found.held_EG is not None
+            row = _row(problem, expert_order(small), found.held_EG)
             value = objective(problem, row)
             history.append(incumbent(value, found.bound_us))
         bound = value * (1 - 2 * CLOSE) if done else min(found.bound_us, value)
@@ -73,11 +75,12 @@ class Branch:
 
 @dataclass
 class _Found:
-    """A bound of all placements, the best one's worth and sets of ranks [E], nodes (None: too large), whether all."""
+    """A bound of all placements, the best one's worth and whether each rank holds each expert [E, G] of the tree's
+    order, nodes (None: too large), whether all."""
 
     bound_us: float
     best_us: float
-    held_E: Row
+    held_EG: NDArray[np.bool_] | None = None
     nodes: int | None = None
     done: bool = False
 
@@ -86,29 +89,34 @@ def _search(problem: Problem, options: Options, value: float) -> _Found:
     """Placements below `value` without copies."""
     floor_T = step_bounds(problem)
     known = _multipliers(problem, floor_T, options, value)
+    found = _Found(known.bound_us, value)
+    if not has_room(problem):
+        return found
     pairs = None
     if known.programme is not None and known.multipliers is not None and (problem.slots_per_rank > 0).all():
         pairs = pair_costs(known.programme, *known.multipliers)
-    found = _Found(known.bound_us, value, np.zeros(problem.num_experts, np.int64))
     tree = make_tree(problem, floor_T, pairs)
     if tree is not None:
+        rank_E = np.zeros(problem.num_experts, np.int64)
         with options.alarm() as stop:
-            found.best_us, found.nodes, found.done = search_tree(tree, value, found.held_E, NEVER, stop)
-        found.held_E = 1 << found.held_E
+            found.best_us, found.nodes, found.done = search_tree(tree, value, rank_E, NEVER, stop)
+        found.held_EG = rank_E[:, None] == np.arange(problem.num_ranks)
     return found
 
 
 def _search_copies(problem: Problem, options: Options, value: float) -> _Found:
     """Placements below `value` where slots are spare."""
     floor_T = step_bounds(problem)
-    found = _Found(weighted(problem, floor_T), value, np.zeros(problem.num_experts, np.int64))
+    found = _Found(weighted(problem, floor_T), value)
     tree = make_copies_tree(problem, floor_T)
     if tree is not None:
         contents = num_shares(problem)
         share = 1.0 if contents is None else 0.0 if contents > FEW_COLUMNS else FEW_SHARE
         limited = replace(options, deadline=time.monotonic() + share * options.remaining)
+        sets_E = np.zeros(problem.num_experts, np.int64)
         with limited.alarm() as stop:
-            found.best_us, found.nodes, found.done = search_copies(tree, value, found.held_E, stop)
+            found.best_us, found.nodes, found.done = search_copies(tree, value, sets_E, stop)
+        found.held_EG = _members(sets_E, problem.num_ranks)
     return found
 
 
@@ -120,7 +128,7 @@ def _branch_on_copies(problem: Problem, options: Options, outcome: Outcome, valu
     if search is None:
         return
     if search.value_us < value:
-        outcome.row = _row(problem, expert_order(problem), search.held_E)
+        outcome.row = _row(problem, expert_order(problem), _members(search.held_E, problem.num_ranks))
         value = objective(problem, outcome.row)
         outcome.history.append(incumbent(value, outcome.bound_us))
     if search.bound_us > outcome.bound_us:
@@ -143,11 +151,16 @@ def _multipliers(problem: Problem, floor_T: FloatArray, options: Options, value:
         return together_bound(problem, floor_T, stop, target_us=value)
 
 
-def _row(problem: Problem, order: Row, held_E: Row) -> Row:
-    """[P] the row that puts the experts, in the tree's order, on these sets of ranks."""
+def _members(sets_E: Row, num_ranks: int) -> NDArray[np.bool_]:
+    """[E, G] whether each rank is in each set, a word of bits."""
+    return np.asarray(sets_E[:, None] >> np.arange(num_ranks) & 1 == 1)
+
+
+def _row(problem: Problem, order: Row, held_EG: NDArray[np.bool_]) -> Row:
+    """[P] the row that puts the experts, in the tree's order, on these ranks."""
     row = np.full(problem.num_slots, EMPTY)
     starts = np.cumsum(problem.slots_per_rank) - problem.slots_per_rank
     for g in range(problem.num_ranks):
-        held = np.sort(order[held_E >> g & 1 == 1])
+        held = np.sort(order[held_EG[:, g]])
         row[starts[g] : starts[g] + len(held)] = held
     return row

@@ -35,6 +35,7 @@ from gemopt.solvers.exact.tree import (
 from gemopt.solvers.size import COPIED_RANKS
 
 BLOCK = 128  # steps looked at together
+MOST_RANKS = 62  # a set of ranks is a signed word of bits
 
 
 class CopiesTree(NamedTuple):
@@ -64,7 +65,7 @@ class CopiesTree(NamedTuple):
 def make_copies_tree(problem: Problem, floor_T: Array) -> CopiesTree | None:
     """The tree of a problem whose copies share evenly; None where ranks are too many, or loads too large for tables."""
     hosts, widest = np.flatnonzero(problem.slots_per_rank), int(problem.slots_per_rank.max())
-    if len(hosts) > COPIED_RANKS:
+    if len(hosts) > COPIED_RANKS or problem.num_ranks > MOST_RANKS:
         return None
     most_F = problem.features_FTE.sum(axis=2).max(axis=1)
     exact = tables_of(problem.latencies, most_F)

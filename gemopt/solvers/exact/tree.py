@@ -31,6 +31,7 @@ TABLE_LIMIT = 1 << 20
 CLOSE = 1e-9  # relative: a node this close to the incumbent is cut
 BLOCK = 64  # steps looked at together
 ROOM = 1 << 26  # entries of the sums of the smallest experts
+PAIRS_ROOM = 1 << 22  # of what pairs of experts save on each rank
 FAST = {"nnan", "nsz", "reassoc", "contract", "arcp"}  # infinity stays what it is
 
 
@@ -103,17 +104,26 @@ def tables_of(latencies: tuple[Latency, ...], most_F: Array) -> Tables | None:
     return Tables(np.concatenate(values), offset, terms, straight, start, slope)
 
 
+def has_room(problem: Problem) -> bool:
+    """Whether arrays of a tree without copies are of a size that a search of all placements is not hopeless for."""
+    widest = int(problem.slots_per_rank.max())
+    pairs = problem.num_ranks * problem.num_experts**2
+    return problem.features_FTE.size * (widest + 1) <= ROOM and pairs <= PAIRS_ROOM
+
+
 def make_tree(problem: Problem, floor_T: Array, pairs: tuple[float, Array, Array] | None) -> Tree | None:
-    """The tree of a problem without spare slots; None where its loads are too large for tables.
+    """The tree of a problem without spare slots; None where it, or its loads for tables, are too large.
 
     pairs: (fixed, alone [G, E], pair [G, E, E]) in the problem's order, as `pair_costs` gives them; None: unknown.
     """
     experts, ranks, features_FTE = problem.num_experts, problem.num_ranks, problem.features_FTE
+    if not has_room(problem):
+        return None
     most_F = features_FTE.sum(axis=2).max(axis=1)
     exact = tables_of(problem.latencies, most_F)
     low = tables_of(tuple(latency.low for latency in problem.latencies), most_F)
     widest = int(problem.slots_per_rank.max())
-    if exact is None or low is None or features_FTE.size * (widest + 1) > ROOM:
+    if exact is None or low is None:
         return None
     order = expert_order(problem)
     features_EFT = np.ascontiguousarray(features_FTE[:, :, order].transpose(2, 0, 1))
