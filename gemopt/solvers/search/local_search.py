@@ -2,10 +2,11 @@
 
 Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves; so do kicks. Spare
 slots start empty or with copies, whichever is better, then the other way; where they are scarce, with the copies of the
-copies bound, then full of copies. Each start is LPT, or mapped by makespan where that is better, as it mostly is.
-Copies are added, moved and dropped where the objective says so. Kicks swap slots of three ranks, and where that gains
-nothing change which experts have copies; under a time limit they are annealed. Descents end with the deadline; what was
-cut goes on where it ended when there is more time.
+copies bound, then full of copies. Each start is LPT, or mapped by makespan where that is better, as it mostly is; where
+slots are scarce, where that is better than what descents from LPT found. Copies are added, moved and dropped where the
+objective says so. Kicks swap slots of three ranks, and where that gains nothing change which experts have copies; under
+a time limit they are annealed. Descents end with the deadline; what was cut goes on where it ended when there is more
+time.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class _Search(Best):
 
     searched: whether any descent began. stop: [1] see `Options.alarm`. copied: the start with copies, once greedy no
     longer says that it is still to be made, which takes longer. scarce: whether the one of the copies bound is.
+    unmapped: whether starts are still to be mapped; later: those that are after all descents, else it is before.
     polish_s: seconds of a descent on the latencies, over copies too, from where one on the hulls ended.
     """
 
@@ -128,7 +130,7 @@ class _Search(Best):
         self.greedy = warm_start is None and problem.spare_slots > 0
         self.starts = [_completed(problem, lpt_row(problem) if warm_start is None else warm_start)]
         self.copied, self.scarce = self.starts[0], False
-        self.unmapped = warm_start is None and problem.rules is None
+        self.unmapped, self.later = warm_start is None and problem.rules is None, list[Row]()
         self.polish_s = 0.0
         self.offer(self.starts[0])
 
@@ -168,9 +170,18 @@ class _Search(Best):
             if row is not None:
                 self.starts = [_completed(self.problem, row), self.copied]
                 self.offer(self.starts[0])
-        if self.unmapped and not self.options.expired():
+                self.later = list(self.starts)
+        if self.unmapped and not self.later and not self.options.expired():
             self.starts = self._mapped(self.starts)
             self.unmapped = bool(self.stop[0])
+        self._descend_all()
+        if self.unmapped and not self.starts and not self.options.expired():
+            before, _ = self.value, self._mapped(self.later)
+            self.starts = [self.row] if self.row is not None and self.value < before else []
+            self.unmapped = bool(self.stop[0])
+            self._descend_all()
+
+    def _descend_all(self) -> None:
         while self.starts and not self.options.expired():
             self.searched = True
             reached = self._descend(self.starts[0])
