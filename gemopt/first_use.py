@@ -140,7 +140,10 @@ def _use(solver: Solver, tiny: Problem, budget: bool, contents: bool) -> None:
         together_bound(two_ranks, step_bounds(two_ranks), np.zeros(1, np.uint8))
         if contents:
             ContentsSearch(two_ranks, step_bounds(two_ranks), np.inf).run(np.zeros(1, np.uint8))
-            StepwiseSearch(two_ranks, step_bounds(two_ranks), np.inf, np.arange(4)).run(np.zeros(1, np.uint8))
+            for few in (True, False):  # contents, which are all looked at, or improved by exchanges
+                stepwise = StepwiseSearch(two_ranks, step_bounds(two_ranks), np.inf, np.arange(4))
+                stepwise.few = few
+                stepwise.run(np.zeros(1, np.uint8))
         for name in ("branch", "columns"):
             if solver.name == name or (solver.name == "auto" and (budget or prover(tiny) == name)):
                 slots = [2] * (budget or not tiny.spare_slots) + [3] * (tiny.spare_slots > 0 and name == "branch")
