@@ -1,11 +1,12 @@
 """A memory budget over the whole model: which layers' copies are worth their bytes.
 
-All layers are placed in their even part of the budget, as fast as that goes, and again with the most slots that one
-may use. Then the copy that costs least to lose goes, on a rank that holds too much, over all layers, until every rank
-keeps to its budget (CRAFT, arXiv:2603.28768, spends memory on the layers that gain most, by a benefit per layer and
-number of copies; here it is the objective of every single copy, under the even split). Once its share of the time is
-over, the copies with least load go without that. What is left is searched once more, each layer in the slots that it
-kept; where that is no better than the even parts, as in too short a time, these are the answer.
+All layers are placed in their even part of the budget, or in the slots of a start that keeps to it, as fast as that
+goes, and again with the most slots that one may use. Then the copy that costs least to lose goes, on a rank that holds
+too much, over all layers, until every rank keeps to its budget (CRAFT, arXiv:2603.28768, spends memory on the layers
+that gain most, by a benefit per layer and number of copies; here it is the objective of every single copy, under the
+even split). Once its share of the time is over, the copies with least load go without that. What is left is searched
+once more, each layer in the slots that it kept; where that is no better than what came first, as in too short a time,
+that is the answer. What a solver proves with all slots is kept: it holds of fewer.
 Losing copies breaks no rules; experts move where rules let them.
 """
 
@@ -13,20 +14,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.evaluate import total
 from gemopt.exceptions import InputError, check_number
 from gemopt.latency import FloatArray
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem, slot_counts
+from gemopt.result import StoppedBy
+from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Row
 from gemopt.solving.layers import Layer, value_of
 from gemopt.solving.schedule import Run
 
-EVEN_SHARE = 0.5  # of the time, at most, for a descent with the even part of the budget
+FIRST_SHARE = 0.5  # of the time, at most, for a descent that keeps to the budget
 WIDE_SHARE = 0.5  # of the rest, with all slots
 THINNING_SHARE = 0.1  # of the rest, to choose copies by what each costs to lose
 IntArray = NDArray[np.int64]
@@ -84,32 +89,41 @@ def most_slots(held_G: IntArray, num_layers: int, num_experts: int) -> IntArray:
 def solve_within(run: Run, held_G: IntArray) -> None:
     """Solve the layers of a run so that rank g holds at most `held_G[g]` experts over all of them.
 
-    The bounds are of placements with all slots, and so hold for these.
+    The bounds are of placements with all slots, and so hold for these; the answer is never worse than `_first`.
     """
-    end, whole = run.clock + run.time_limit, [layer.problem for layer in run.layers]
-    even = _even(_until(run, EVEN_SHARE), held_G)
-    left = max(0.0, end - time.monotonic())
+    end, first = run.clock + run.time_limit, _first(_until(run, FIRST_SHARE), held_G)
+    left, full = max(0.0, end - time.monotonic()), run.solver.supports.policies
     _until(run, WIDE_SHARE).go()
-    for layer, found in zip(run.layers, even or run.layers, strict=True):
-        if _value(found) < _value(layer):
-            _take(layer, found)
+    pairs = list(zip(run.layers, first, strict=True))
+    rows = [_widened(kept, layer.problem) if _value(kept) < _value(layer) else _row(layer) for layer, kept in pairs]
 
     def late() -> bool:
         return run.interrupted.is_set() or end - time.monotonic() < (1 - WIDE_SHARE - THINNING_SHARE) * left
 
+    last = replace(run, layers=first, on_layers=None, end=end)
     try:
-        rows = thinned(whole, [_row(layer) for layer in run.layers], held_G, late)
+        rows = thinned([layer.problem for layer in run.layers], rows, held_G, late)
     except InputError:
-        if even is None:
+        if not np.isfinite(_total(first)):
             raise
-        again = even
     else:
-        again = [_within(layer, row) for layer, row in zip(run.layers, rows, strict=True)]
-        replace(run, layers=again, on_layers=None).go()  # without bounds of their own
-        if even is not None and sum(map(_value, even)) <= sum(map(_value, again)):
-            again = even
-    for layer, found in zip(run.layers, again, strict=True):
-        _take(layer, found)
+        last.layers = [_within(layer, row, full=full) for layer, row in zip(run.layers, rows, strict=True)]
+        last.go()  # without bounds of their own
+    run.end = last.end
+    best = last.layers if _total(last.layers) < _total(first) else first
+    for (layer, kept), found, chosen in zip(pairs, last.layers, best, strict=True):
+        assert layer.outcome is not None and found.outcome is not None and chosen.outcome is not None
+        layer.bound_us = max(layer.bound_us, layer.outcome.bound_us or 0.0)
+        layer.seconds += kept.seconds + (found.seconds if found is not kept else 0.0)
+        proved = found.outcome.stopped_by is StoppedBy.PROOF  # of the slots that the layer has, not of the budget
+        stopped_by = StoppedBy.ITERATIONS if proved else found.outcome.stopped_by
+        layer.outcome = replace(
+            found.outcome if run.exact else chosen.outcome,
+            row=_widened(chosen, layer.problem), history=chosen.outcome.history, bound_us=None, own_bound_us=None,
+            stopped_by=stopped_by,
+        )  # fmt: skip
+        if chosen is not found and layer.outcome.start_us is not None:
+            layer.outcome.start_us = _value(chosen)
 
 
 def _until(run: Run, share: float) -> Run:
@@ -118,22 +132,24 @@ def _until(run: Run, share: float) -> Run:
     return replace(run, time_limit=run.time_limit - (1 - share) * left, progress=None)
 
 
-def _even(run: Run, held_G: IntArray) -> list[Layer] | None:
-    """The layers of a run after a descent each in its even part of the budget.
-
-    None where that has no room, or is not asked for since there are placements to start from.
-    """
-    problem, count = run.layers[0].problem, len(run.layers)
-    slots_LG = even_slots(held_G, problem.slots_per_rank, count)
-    if (slots_LG.sum(axis=1) < problem.num_experts).any() or any(layer.warm is not None for layer in run.layers):
-        return None
-    slots_LG.setflags(write=False)  # as the problem's: the same kernels serve
-    found = [
-        Layer(replace(each.problem, slots_per_rank=slots_G), None, each.seed, bounded_steps=each.problem.num_steps)
-        for each, slots_G in zip(run.layers, slots_LG, strict=True)
-    ]
-    replace(run, layers=found, patience=0, on_layers=None).go()
-    return None if any(each.outcome is None or each.outcome.row is None for each in found) else found
+def _first(run: Run, held_G: IntArray) -> list[Layer]:
+    """The layers of a run after a descent that keeps to the budget: from placements to start from that do, or each in
+    its even part. Without a placement where rules leave none there, or none that is found in time."""
+    pairs = [(layer, layer.warm) for layer in run.layers if layer.warm is not None]
+    if pairs and (_held([layer.problem for layer, _ in pairs], [row for _, row in pairs]) <= held_G).all():
+        found = [_within(layer, row, full=False) for layer, row in pairs]
+    else:
+        slots_LG = even_slots(held_G, run.layers[0].problem.slots_per_rank, len(run.layers))
+        slots_LG.setflags(write=False)  # as the problem's: the same kernels serve
+        found = [
+            Layer(replace(each.problem, slots_per_rank=slots_G), None, each.seed, bounded_steps=each.problem.num_steps)
+            for each, slots_G in zip(run.layers, slots_LG, strict=True)
+        ]
+    solver = get("local-search") if run.solver.supports.proves else run.solver
+    few = replace(run, solver=solver, layers=found, patience=0, on_layers=None)
+    with suppress(hurried.OutOfTimeError), hurried.call(few.clock + few.time_limit, run.interrupted.is_set):
+        few.go()
+    return found
 
 
 def even_slots(held_G: IntArray, slots_G: IntArray, num_layers: int) -> IntArray:
@@ -145,27 +161,17 @@ def even_slots(held_G: IntArray, slots_G: IntArray, num_layers: int) -> IntArray
     return slots_LG
 
 
-def _within(layer: Layer, row: Row) -> Layer:
+def _within(layer: Layer, row: Row, *, full: bool) -> Layer:
     """A layer in the slots that a row of it uses, to start from the row."""
-    problem, kept = layer.problem, row != EMPTY
-    slots_G = np.bincount(problem.rank_of_slot[kept], minlength=problem.num_ranks)
+    problem, slots_G = layer.problem, _kept(layer.problem, row)
     slots_G.setflags(write=False)  # as the problem's: the same kernels serve
-    own = replace(problem, slots_per_rank=slots_G, full=True)
-    return Layer(own, row[kept], layer.seed, bounded_steps=problem.num_steps)  # bounded already
+    own = replace(problem, slots_per_rank=slots_G, full=full)
+    return Layer(own, row[row != EMPTY], layer.seed, bounded_steps=problem.num_steps)  # bounded already
 
 
-def _take(layer: Layer, found: Layer) -> None:
-    """Give a layer, with all its slots, what was found in fewer."""
-    outcome = found.outcome
-    if found is layer or outcome is None:
-        return
-    layer.seconds += found.seconds
-    row = _padded(_row(found), found.problem, layer.problem)
-    layer.outcome = replace(outcome, row=row, bound_us=None, own_bound_us=None)
-
-
-def _padded(row: Row, own: Problem, wide: Problem) -> Row:
-    """A row in the first slots of ranks that have more."""
+def _widened(layer: Layer, wide: Problem) -> Row:
+    """The row of a layer in the first slots of ranks that have more."""
+    row, own = _row(layer), layer.problem
     first_G = np.cumsum(wide.slots_per_rank) - wide.slots_per_rank
     own_G = np.cumsum(own.slots_per_rank) - own.slots_per_rank
     out = np.full(wide.num_slots, EMPTY, dtype=row.dtype)
@@ -173,10 +179,26 @@ def _padded(row: Row, own: Problem, wide: Problem) -> Row:
     return out
 
 
+def _total(layers: Sequence[Layer]) -> float:
+    """Microseconds of the answers of all layers, infinite where one has none."""
+    return sum(map(_value, layers))
+
+
 def _value(layer: Layer) -> float:
-    """Microseconds of a layer's answer, infinite without one."""
-    value = None if layer.outcome is None else value_of(layer.outcome)
-    return np.inf if value is None else value
+    if layer.outcome is None or layer.outcome.row is None:
+        return np.inf
+    value = value_of(layer.outcome)
+    return total(layer.problem, layer.outcome.row) if value is None else value
+
+
+def _held(problems: Sequence[Problem], rows: Sequence[Row]) -> IntArray:
+    """[G] experts that each rank holds over all layers."""
+    return np.asarray(np.stack([_kept(*each) for each in zip(problems, rows, strict=True)]).sum(axis=0))
+
+
+def _kept(problem: Problem, row: Row) -> IntArray:
+    """[G] experts that each rank holds in a layer."""
+    return np.bincount(problem.rank_of_slot[row != EMPTY], minlength=problem.num_ranks)
 
 
 def _row(layer: Layer) -> Row:
@@ -248,9 +270,7 @@ def thinned(
     loss_LP = np.empty((len(rows), len(rows[0])))
     layers = [_Thinning(*each, exact=not late()) for each in zip(problems, rows, loss_LP, strict=True)]
     rank_of_slot = problems[0].rank_of_slot
-    over_G, guessing = -held_G.copy(), False
-    for layer in layers:
-        over_G += np.bincount(rank_of_slot[layer.row != EMPTY], minlength=len(held_G))
+    over_G, guessing = _held(problems, rows) - held_G, False
     while (over_G > 0).any():
         if not guessing and late():
             guessing = True
