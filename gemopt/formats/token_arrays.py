@@ -32,7 +32,14 @@ from gemopt.words import counted
 
 PADDED = {"mask", "valid", "pad", "padding"}  # words of arrays that tell tokens from padding
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
-_ONE = re.compile(r".*layers?[_.-]?(\d{1,4})[_.-]?[a-z]*[_.-]?(\d{1,12})", re.IGNORECASE | re.ASCII)  # and step
+APART = {
+    *("layer", "layers", "phase", "step", "steps", "batch", "rank", "request", "requests", "req", "rid", "sequence"),
+    *("sequences", "seq", "seqs", "seqlens", "cu", "offsets", "starts", "lens", "length", "lengths"),
+}  # words of arrays that tell tokens or layers apart
+_ONE = re.compile(  # layer and step
+    r".*layers?[_.-]?(\d{1,4})[_.-]?(?:idx|index|step|iter|iteration|fwd|forward|pass|call)?[_.-]?(\d{1,12})",
+    re.IGNORECASE | re.ASCII,
+)
 LIMIT = "experts of tokens [tokens, layers, top-k], or [sequences, tokens, layers, top-k]"
 
 
@@ -40,7 +47,10 @@ def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded | Record
     """Replay the sequences of some files as continuous batching; count what files of layers and steps hold."""
     notes: list[str] = []
     named = {path: (int(found[1]), int(found[2])) for path in files if (found := _ONE.fullmatch(path.stem))}
-    if len(named) == len(files) and getattr(_loaded(files[0])[0], "ndim", 0) == 2:
+    if getattr(_loaded(files[0])[0], "ndim", 0) == 2:
+        if other := next((path for path in files if path not in named), None):
+            hint = "of ranks with tokens of their own make one file; of those that saw the same, keep one"
+            raise InputError(str(other), "[tokens, top-k]", "a name that says layer and step, topk_layer3_step0", hint)
         return _counted(named, options, notes)
     return responses.replayed(_responses(files, options, notes), options, lambda: notes, all_layers=False)
 
@@ -50,7 +60,7 @@ def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -
         limit, hint = "prefill or decode, to tell prompts from answers", "--phase all takes every token"
         raise InputError(str(files[0]), "no phase", limit, hint)
     for path in files:
-        ids, layers = _ids(path, notes)
+        ids, layers = _ids(path, options, notes)
         _check(path, ids, options, named=layers is not None)
         if layers is None and options.layer_ids is not None and len(options.layer_ids) == ids.shape[-2]:
             layers = list(options.layer_ids)
@@ -86,13 +96,19 @@ def _counted(named: dict[Path, tuple[int, int]], options: TraceOptions, notes: l
     if not chosen:
         raise InputError("PATHS", "no expert", "experts of tokens")
     experts = experts_of("PATHS: experts", chosen, options.num_experts, notes)
+    sizes = {int(size) for each in ids.values() for size in np.unique((each >= 0).sum(axis=1))} - {0}
+    if (top_k := max(sizes)) >= experts:
+        raise InputError("PATHS: experts", f"all {experts} of a token", "those that it chose")
+    if options.top_k not in (None, top_k):
+        raise InputError("--top-k", options.top_k, f"{top_k} experts of a token, as in the files")
     counts = np.array([[np.bincount(ids[i, t][ids[i, t] >= 0], minlength=experts) for i in layers] for t in steps])
     told = next(iter(named))
     notes.append(f"{told.name} is layer {named[told][0]} of step {named[told][1]}, and so on")
     if blank := sum(int((each < 0).all(axis=1).sum()) for each in ids.values()):
         notes.append(f"left out: {counted(blank, 'row')} without any expert (padding)")
     used = counts.any(axis=(1, 2))
-    return Recording(blocks=lambda: iter([counts[used]]), layer_ids=tuple(layers), notes=notes)
+    told_k = top_k if len(sizes) == 1 else None
+    return Recording(blocks=lambda: iter([counts[used]]), layer_ids=tuple(layers), top_k=told_k, notes=notes)
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
@@ -105,7 +121,7 @@ def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
     return (arrays["counts"] if path.suffix == ".npy" else arrays), {}
 
 
-def _ids(path: Path, notes: list[str]) -> tuple[IntArray, list[int] | None]:
+def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray, list[int] | None]:
     """The array of a file, and the layers of its rows where it has an array of each, which are put together."""
     data, told = _loaded(path)
     if not isinstance(data, dict):
@@ -125,6 +141,7 @@ def _ids(path: Path, notes: list[str]) -> tuple[IntArray, list[int] | None]:
             f"{path}: {name}", "tokens that it leaves out", "experts of tokens, each once", "leave them out"
         )
     _refuse_others(path, [name for name in others if not words_of(name) & PADDED])
+    _refuse_apart(path, {name: arrays[name] for name in others if name in arrays}, options)
     notes += [f"{path.name}: {', '.join(others)} left unread"] if others else []
     return _whole(path, arrays[named[0]]), None
 
@@ -133,6 +150,21 @@ def _refuse_others(path: Path, names: Iterable[str]) -> None:
     for name in names:
         if COPIES.search(name) or ALTERING.search(name):
             raise InputError(f"{path}: {name}", "beside the experts", "experts of the network, every token once")
+
+
+def _refuse_apart(path: Path, others: dict[str, Any], options: TraceOptions) -> None:
+    """Raise where arrays tell tokens or layers apart that are read as one sequence, and as layers from 0 on."""
+    for name, each in others.items():
+        words = words_of(name)
+        if not words & APART or np.size(each) < 2:
+            continue
+        if not words & {"layer", "layers"}:
+            hint = "give [sequences, tokens, layers, top-k], or a file for each sequence, and leave it out"
+        elif np.ravel(each).tolist() != list(options.layer_ids or range(np.size(each))):
+            hint = "give --layer-ids"
+        else:
+            continue
+        raise InputError(f"{path}: {name}", "beside the experts", "experts alone: what it says would be lost", hint)
 
 
 def _whole(path: Path, array: Any) -> IntArray:

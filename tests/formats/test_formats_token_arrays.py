@@ -110,6 +110,13 @@ REFUSED = {
     "an expert twice": ({"a": IDS * 0 + 3}, {}, "names an expert twice|repeats experts|says nothing|of padding"),
     "masked tokens": ({"topk_ids": IDS, "mask": np.arange(40) < 30}, {}, "a.npz: mask: got tokens that it leaves out"),
     "slots": ({"topk_ids": IDS, "physical_to_logical_map": np.arange(16)}, {}, "experts of the network"),
+    "layers that are numbered beside": (
+        {"topk_ids": IDS, "layer_ids": [3, 4, 5]},
+        {},
+        "a.npz: layer_ids: got beside.*--layer-ids",
+    ),
+    "requests beside": ({"topk_ids": IDS, "request_id": np.arange(40) // 8}, {}, "a.npz: request_id: .*would be lost"),
+    "their lengths": ({"topk_ids": IDS, "cu_seqlens": [0, 8, 40]}, {}, "or a file for each sequence, and leave it out"),
     "two of them": ({"a": IDS, "b": IDS}, {}, "one array called topk_ids"),
     "layers of other tokens": ({"layer_0": IDS[:, 0], "layer_1": IDS[:9, 0]}, {}, "the same tokens in each layer"),
 }
@@ -121,6 +128,12 @@ def test_arrays_that_do_not_say_what_they_are(load, tmp_path, case):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(InputError, match=line):
         load(tmp_path / "a.npz", "tokens", **{**TOLD, **told})
+
+
+def test_what_arrays_beside_say_once_more_is_no_hindrance(load, tmp_path):
+    np.savez(tmp_path / "a.npz", topk_ids=IDS, layer_ids=[2, 4, 6], seq_len=40, prompt_token_ids=np.arange(40))
+    traces, _ = load(tmp_path / "a.npz", "tokens", **{**TOLD, "num_hidden_layers": 8, "layer_ids": (2, 4, 6)})
+    assert traces.layer_ids == (2, 4, 6) and (traces.counts == steps_of([IDS])).all()
 
 
 def test_rows_and_arrays_are_imported_apart(load, tmp_path):
@@ -150,7 +163,7 @@ def layers_of_steps(folder, steps=(0, 1), layers=(3, 4, 7)):
 def test_files_of_one_layer_and_step_are_counted(load, folder):
     counts = layers_of_steps(folder, steps=(2, 10))
     traces, notes = load(folder, "tokens", num_experts=EXPERTS)
-    assert (traces.counts == counts).all() and traces.layer_ids == (3, 4, 7)
+    assert (traces.counts == counts).all() and traces.layer_ids == (3, 4, 7) and traces.top_k == TOP_K
     assert "topk_idx_layer3_idx2.npy is layer 3 of step 2, and so on" in notes
     np.save(folder / "topk_idx_layer3_idx2.npy", np.r_[SEQUENCES[0][:, 0], [[-1, -1]]])
     with pytest.raises(InputError, match="step 2: 40 tokens of 2 and 41 tokens of 2; the same tokens in all layers"):
@@ -171,3 +184,22 @@ def test_files_of_layers_and_steps_heed_no_phase(load, folder):
     layers_of_steps(folder)
     with pytest.raises(InputError, match="--phase"):
         load(folder, "tokens", phase=Phase.MIXED)
+
+
+@pytest.mark.parametrize("told", ["rank", "tp", "prompt", "top"])
+def test_numbers_of_files_that_are_no_steps(load, folder, told):
+    for number in (0, 1):
+        np.save(folder / f"topk_layer3_{told}{number}.npy", SEQUENCES[0][:, number])
+    with pytest.raises(InputError, match="a name that says layer and step, topk_layer3_step0; of ranks with tokens"):
+        load(folder, "tokens")
+
+
+def test_files_of_layers_and_steps_hold_choices(load, folder):
+    layers_of_steps(folder)
+    with pytest.raises(InputError, match="--top-k: got 4; 2 experts of a token, as in the files"):
+        load(folder, "tokens", top_k=4)
+    every = np.random.default_rng(0).permuted(np.tile(np.arange(EXPERTS), (40, 1)), axis=1)
+    for path in folder.iterdir():
+        np.save(path, every)
+    with pytest.raises(InputError, match="all 16 of a token; those that it chose"):
+        load(folder, "tokens")
