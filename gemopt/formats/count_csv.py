@@ -25,6 +25,7 @@ from gemopt.formats.findings import (
     own_counts,
     ranges,
     refuse_local,
+    refuse_map,
     refuse_no_counts,
     refuse_parts,
 )
@@ -104,6 +105,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     if len(own.ranks) > 1:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
         each_RTLE = np.stack([_dense(steps, [rank], layers, experts) for rank in own.ranks])
+        if any(table.wide for table in tables):
+            refuse_map(each_RTLE.reshape(-1, *each_RTLE.shape[2:]))
         refuse_local(each_RTLE)
         no_pipeline = options.no_pipeline or all(table.parallel for table in tables)
         doubt = refuse_stages(own.ranks, each_RTLE.sum(axis=3), no_pipeline)

@@ -106,7 +106,13 @@ def refuse_no_counts(counts: IntArray, *, mapped: bool, ids: bool) -> None:
     refuse_narrow("PATHS: counts", counts)
     if ids and are_ids(counts[:, :, counts.any(axis=(0, 1))]):  # columns numbered from 1 leave out the first
         raise InputError("PATHS: counts", "experts that tokens chose, by the numbers", "counts of experts", NOT_IDS)
-    if mapped and is_map(counts):
+    if mapped:
+        refuse_map(counts)
+
+
+def refuse_map(counts: IntArray) -> None:
+    """Raise where numbers [T, L, E] of tables, or [ranks, L, E], say where experts are, or their copies."""
+    if is_map(counts):
         hint = "gemopt placement import reads maps; of counts write a line for each expert, with a column count"
         raise InputError("PATHS: counts", "a map of experts, by the numbers", "counts of experts", hint)
 

@@ -223,7 +223,7 @@ def add_up(counts: IntArray) -> bool:
 def is_map(counts: IntArray) -> bool:
     """Whether numbers say where experts are: all from 0 on in every row, or a 1 where a device has an expert.
 
-    Or each number as often as any other in every row: the devices of experts.
+    Or each number as often as any other in every row: the devices of experts. Or hardly any but 1: their copies.
     """
     rows = np.sort(counts[:LOOKED_AT], axis=2)
     last, slots = int(rows[0, 0, -1]), rows.shape[2]
@@ -235,8 +235,8 @@ def is_map(counts: IntArray) -> bool:
     )
     if numbered and rows[:, :, 0].size >= ENOUGH_SUMS and (np.diff(rows, axis=2) <= 1).all():
         return True
-    held = counts.sum(axis=0, dtype=np.int64)
-    return bool(counts.max() == 1 == held.min() and held.mean() < 1.5 and held.size >= MANY_EXPERTS)
+    held = counts.sum(axis=0, dtype=np.int64) if counts.max() == 1 else counts
+    return bool(held.min() == 1 and held.mean() < 1.5 and held.size >= MANY_EXPERTS)
 
 
 def are_ids(counts: IntArray) -> bool:

@@ -296,3 +296,25 @@ def test_statistics_made_of_something_else_are_looked_at(load, tmp_path):
     assert load(path, num_experts=16, num_hidden_layers=12)[0].num_steps == 5  # as the user says
     path.write_text(json.dumps({"logical_count": counts.tolist()}))
     assert (load(path)[0].counts == counts).all()
+
+
+def test_copies_of_experts_and_ranks_that_hold_them_are_no_counts(load, tmp_path):
+    rng = np.random.default_rng(6)
+    copies = 1 + rng.multinomial(8, np.ones(32) / 32, size=4)  # 40 slots of each layer
+    np.save(tmp_path / "a.npy", copies[None])
+    with pytest.raises(InputError, match="a map of experts"):
+        load(tmp_path / "a.npy", "array")
+    head = ["expert", *(f"layer_{i}" for i in range(4))]
+    lines = [head, *([e, *column] for e, column in enumerate(copies.T.tolist()))]
+    (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    with pytest.raises(InputError, match=r"a map of experts, by the numbers; .*placement import"):
+        load(tmp_path / "a.csv", "csv")
+    held = np.stack([[rng.permutation(np.arange(4) < n) for n in row] for row in np.minimum(copies, 4)])  # [L, E, R]
+    lines = [["layer", "expert", "rank_0", "rank_1", "rank_2", "rank_3"]]
+    lines += [[i, e, *held[i, e].astype(int).tolist()] for i in range(4) for e in range(32)]
+    (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    with pytest.raises(InputError, match=r"a map of experts, by the numbers; .*placement import"):
+        load(tmp_path / "a.csv", "csv")
+    few = routed(rng, steps=1, tokens=20)  # hardly more assignments than experts
+    np.save(tmp_path / "a.npy", few)
+    assert load(tmp_path / "a.npy", "array")[0].num_experts == few.shape[2]
