@@ -149,7 +149,9 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
     if isinstance(data, dict):
         data = {str(key): value for key, value in data.items()}
         kind = kind_of(data)
-        named = ["counts"] if "counts" in data else [name for name in data if words_of(name) & COUNTED]
+        dims = {name: _ndim(each) for name, each in data.items() if words_of(name) & COUNTED}  # not num_tokens [steps]
+        told_so = [name for name in dims if dims[name] == 3] or [name for name in dims if dims[name] == 2]
+        named = ["counts"] if "counts" in data else told_so
         if len(named) != 1 and len(data) != 1 and kind is None:
             limit, hint = "one array, or one called counts", f"arrays of layers or steps: {NAME_THEM}"
             raise InputError(str(path), ", ".join(data)[:200] or "no array", limit, hint)

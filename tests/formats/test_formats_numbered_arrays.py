@@ -84,6 +84,14 @@ def test_the_array_that_is_called_counts_is_taken_among_others(load, tmp_path):
     np.savez(tmp_path / "a.npz", global_tokens_per_expert=counts, aux_loss=np.ones(3), iteration=np.arange(3))
     traces, notes = load(tmp_path / "a.npz", "array")
     assert (traces.counts == counts).all() and "a.npz: aux_loss, iteration left unread" in notes
+    np.savez(tmp_path / "a.npz", expert_load=counts, num_tokens=counts.sum(axis=(1, 2)), max_load=counts.max(axis=2))
+    assert (load(tmp_path / "a.npz", "array")[0].counts == counts).all()
+    np.savez(tmp_path / "a.npz", routing=counts, num_tokens=counts.sum(axis=(1, 2)))
+    with pytest.raises(InputError, match=r"a.npz: got routing, num_tokens; one array, or one called counts"):
+        load(tmp_path / "a.npz", "array")
+    np.savez(tmp_path / "a.npz", expert_load=counts[0], aux_loss=np.ones(3))
+    with pytest.raises(InputError, match=r"2 dimensions; .* are one step, counts\[None\]"):
+        load(tmp_path / "a.npz", "array")
     for names in (("expert_load", "token_counts"), ("a", "b")):
         np.savez(tmp_path / "a.npz", **dict.fromkeys(names, counts))
         with pytest.raises(InputError, match=r"one array, or one called counts; .*name them layer_0, "):
