@@ -51,8 +51,8 @@ def test_units_may_be_named_by_a_text(tmp_path: Path) -> None:
     [
         ({"ep": 2.5}, "--ep: got 2.5; the ranks of the measured group, at least 1"),
         ({"ep": True}, "--ep: got True"),
-        ({"ep": "8"}, "--ep: got 8; the ranks"),
-        ({"top_k": "8"}, "--top-k: got 8; the experts per token, at least 1"),
+        ({"ep": "8"}, "--ep: got '8'; the ranks"),
+        ({"top_k": "8"}, "--top-k: got '8'; the experts per token, at least 1"),
         ({"top_k": float("nan")}, "--top-k: got nan"),
         ({"path": [[1, 5.0]]}, "table: got list; the path of a table; save a data frame: its to_csv"),
     ],
