@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,7 +130,17 @@ REFUSED = {
     ),
     "devices": ("assignments,kernel,us\n1,gpu0,5\n1,gpu1,3\n", "no devices; --device-column 'kernel'"),
     "an exchange": ("assignments,kernel,us\n1,dispatch,5\n1,up,3\n", "leave such rows out: --where 'kernel=up'"),
-    "their sum among them": ("assignments,kernel,us\n1,up,5\n1,down,3\n1,total,8\n", "leave such rows out"),
+    "their sum among them": (
+        "assignments,kernel,us\n1,up,5\n1,down,3\n1,total,8\n",
+        "got total; parts, and not their sum; leave such rows out: --where 'kernel=up' --where 'kernel=down'",
+    ),
+    "both ways of an exchange": (
+        "assignments,kernel,us\n1,dispatch,5\n1,up,3\n1,combine,4\n",
+        "got dispatch, combine; parts of a MoE layer, without the exchange of tokens; a topology adds exchanges; leave "
+        "such rows out: --where 'kernel=up'",
+    ),
+    "what is in no MoE layer": ("assignments,kernel,us\n1,flash attention,5\n1,up,3\n", "parts of a MoE layer"),
+    "runs": ("assignments,kernel,us\n1,run 1,5\n1,run 2,3\n", "no repeats; --repeat-column 'kernel'"),
     "a failed run": ("assignments,kernel,us\n1,up,5\n1,down,0\n", "line 3, us: got 0; above 0"),
     "repeats manyfold apart": (
         "assignments,kernel,us\n1,up,5\n1,up,50\n1,down,3\n1,down,3\n",
@@ -144,6 +155,92 @@ def test_parts_that_make_no_layer_are_refused(tmp_path: Path, case: str) -> None
     with pytest.raises(InputError) as error:
         read_table(written(tmp_path, text), parts=["kernel"])
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("rank0_bf16.csv", "rank1_bf16.csv"), "no devices; --device-column 'file'"),
+        (("gpu_0/t.csv", "gpu_1/t.csv"), "no devices; --device-column 'file'"),
+        (("up_gpu0.csv", "up_gpu1.csv", "down_gpu0.csv", "down_gpu1.csv"), "no devices; --device-column 'file'"),
+        (("nodeA.csv", "nodeB.csv"), "no devices; --device-column 'file'"),
+        (("run1.csv", "run2.csv"), "no repeats; --repeat-column 'file'"),
+        (("layer_3.csv", "layer_11.csv"), "no whole layers; --repeat-column 'file'"),
+        (("up_gpu0.csv", "down_gpu0.csv"), ""),
+        (("gemm1.csv", "gemm2.csv"), ""),
+        (("gpu_up.csv", "gpu_down.csv"), ""),
+    ],
+)
+def test_files_of_devices_repeats_and_layers_are_no_parts(tmp_path: Path, names: tuple[str, ...], said: str) -> None:
+    for folder in {Path(name).parent for name in names}:
+        (tmp_path / folder).mkdir(exist_ok=True)
+    paths = [written(tmp_path, f"assignments,us\n8,{10 + i}\n", name) for i, name in enumerate(names)]
+    if not said:
+        assert loads(read_table(paths, parts=["file"])) == [(8, None, 21.0)]
+        return
+    with pytest.raises(InputError) as error:
+        read_table(paths, parts=["file"])
+    assert said in str(error.value)
+
+
+def test_files_of_devices_are_no_repeats(tmp_path: Path) -> None:
+    paths = [written(tmp_path, f"assignments,us\n8,{10 + 9 * i}\n", f"rank{i}.csv") for i in range(2)]
+    with pytest.raises(InputError) as error:
+        read_table(paths, repeat=["file"])
+    assert str(error.value) == ("--repeat-column: got rank0, rank1; repeats, and no devices; --device-column file")
+
+
+def test_an_idle_device_may_take_nothing_in_all_columns(tmp_path: Path) -> None:
+    table = written(tmp_path, "assignments,up_us,down_us\n0,0,0\n8,5,3\n")
+    assert loads(read_table(table, time="up_us+down_us")) == [(0, None, 0.0), (8, None, 8.0)]
+    for cells in ("8,0,3", "8,0,0"):
+        with pytest.raises(InputError) as error:
+            read_table(written(tmp_path, f"assignments,up_us,down_us\n{cells}\n"), time="up_us+down_us")
+        assert "above 0: work takes time" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [("run", "no repeats"), ("iteration", "no repeats"), ("gpu", "no devices"), ("layer_id", "no whole layers")],
+)
+def test_columns_of_devices_repeats_and_layers_name_no_parts(tmp_path: Path, column: str, said: str) -> None:
+    table = written(tmp_path, f"assignments,{column},us\n8,0,5\n8,1,6\n64,0,7\n64,1,8\n")
+    with pytest.raises(InputError) as error:
+        read_table(table, parts=[column])
+    assert f"{column}: got 0, 1; parts of a layer, and {said}" in str(error.value)
+
+
+def test_a_table_and_its_packed_copy_are_added_up_once_or_not_at_all(tmp_path: Path) -> None:
+    paths = tables(tmp_path)
+    packed = tmp_path / "down.csv.gz"
+    packed.write_bytes(gzip.compress(paths[-1].read_bytes()))
+    with pytest.raises(InputError) as error:
+        read_table([*paths, packed], parts=["file"])
+    assert "file: got down.csv.gz; other rows than those of down.csv; give each once" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("up_us+total_us", "times of parts, and no statistics or totals"),
+        ("up_us+up_std_us", "times of parts, and no statistics or totals"),
+        ("up_us+dispatch_us", "got dispatch_us; parts of a MoE layer, without the exchange of tokens"),
+        ("rank0_us+rank1_us", "times of parts, and no devices"),
+    ],
+)
+def test_times_that_are_no_parts_are_not_added_up(tmp_path: Path, asked: str, said: str) -> None:
+    names = asked.split("+")
+    table = written(tmp_path, f"assignments,{','.join(names)}\n8,20,10\n")
+    with pytest.raises(InputError) as error:
+        read_table(table, time=asked)
+    assert said in str(error.value)
+
+
+def test_no_hint_adds_up_exchanges_and_attention(tmp_path: Path) -> None:
+    table = written(tmp_path, "assignments,gemm1_us,gemm2_us,dispatch_us,combine_us,attention_us\n8,5,6,7,8,9\n")
+    with pytest.raises(InputError) as error:
+        read_table(table)
+    assert str(error.value).endswith("to add them up: --time-column 'gemm1_us+gemm2_us'")
 
 
 def test_columns_of_parts_are_added_up_in_microseconds(tmp_path: Path) -> None:

@@ -15,19 +15,32 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.recorded_files import names_of
-from gemopt.formats.table_beside import EXCHANGED, refuse_no_measurements
-from gemopt.formats.table_columns import known, listed, unit_of, values, words
+from gemopt.formats.table_beside import refuse_no_measurements
+from gemopt.formats.table_columns import REPEATS, STATISTICS, known, listed, plain, unit_of, values, words
 from gemopt.formats.table_devices import by_device
 from gemopt.formats.table_files import Row, Table, number, read
 from gemopt.formats.table_kinds import Layout
-from gemopt.formats.table_times import ELSEWHERE, PIECES, is_exchange, refuse_other_operations, time_column
+from gemopt.formats.table_times import ELSEWHERE, PIECES, TOTALS, of_no_layer, refuse_other_operations, time_column
 
 LoadOf = Callable[[Row], tuple[float, ...]]
 SUMMED = "added_times_us"
 ADD_UP = "kernels of one layer, to be added up: --sum-column {0}; a device each: --device-column {0}; repeats of one "
 ADD_UP += "measurement, or loads of their own: --repeat-column {0}"
 LARGEST_US = 1e12  # as in a profile
-A_DEVICE = re.compile(r".*?(?:rank|[gnx]pu|device|card|host|node|worker)[ _-]?\d+", re.IGNORECASE)
+NO_PARTS = {  # words before a number or letter that tells names apart; what these are then; who reads them
+    what: (
+        re.compile(rf"(?<![a-z])({named})s?([ _-]?i(d|dx|ndex))?[ _-]?(\d+|[a-z])(?![a-z0-9])", re.IGNORECASE),
+        option,
+    )
+    for what, named, option in (
+        ("devices", "rank|[gnx]pu|device|card|host|node|worker", "--device-column"),
+        ("repeats", "run|rep|repeat|repetition|trial|iter|iteration|attempt", "--repeat-column"),
+        ("whole layers", "layer", "--repeat-column"),
+    )
+}
+MIDDLE = {"median", "med", "p50", "mean", "avg", "average"}
+SUMMED_UP = TOTALS | {"overall", "all", "time", "us", "ms", "layer"}  # words of a part that is the sum of the others
+ALIKE_ROWS = 3  # which no two parts have by chance
 PARTS = PIECES | ELSEWHERE
 
 
@@ -78,12 +91,23 @@ def with_added_times(table: Table, asked: str | None) -> tuple[Table, str | None
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
         raise InputError("--time-column", asked, "each time once")
+    told = _told_apart(names)
+    if told or len({frozenset(words(name) & (STATISTICS | TOTALS) - MIDDLE) for name in names}) > 1:
+        raise InputError(
+            "--time-column", asked, f"times of parts, and no {told[0] if told else 'statistics or totals'}"
+        )
+    if other := of_no_layer(names):
+        limit, hint = "parts of a MoE layer, without the exchange of tokens", "leave it out; a topology adds exchanges"
+        raise InputError("--time-column", ", ".join(other), limit, hint)
     header = [name for name in table.header if name not in names]
-    rows = [
-        Row(row.where, {**row.cells, SUMMED: repr(sum(_above_0(table, row, name) * scale for name, scale in found))})
-        for row in table.rows
-    ]
+    rows = [Row(row.where, {**row.cells, SUMMED: repr(_summed(table, row, found))}) for row in table.rows]
     return Table(table.path, [*header, SUMMED], rows), SUMMED
+
+
+def _summed(table: Table, row: Row, found: Sequence[tuple[str, float]]) -> float:
+    """Microseconds of all times of a row; nothing at all where it is idle."""
+    idle = not any(number(table, row, name, largest=LARGEST_US) for name, _ in found)
+    return 0.0 if idle else sum(_above_0(table, row, name) * scale for name, scale in found)
 
 
 def left_out_of_sum(table: Table, time: str) -> list[str]:
@@ -105,6 +129,11 @@ def refuse_other_rows(
         known(table, name, "--sum-column")
         if said_of[:-1].count(name) > 1:  # but the column of files, which is last
             raise InputError("--sum-column", name, "a column that is not said to tell devices or repeats apart")
+        _refuse_no_parts(table, name, of_file=name == said_of[-1])
+    of_file = said_of[-1] or ""
+    found = values(table.rows, of_file) if of_file in repeat else []
+    if (told := _told_apart(found)) and told[0] == "devices":
+        raise InputError("--repeat-column", listed(found), "repeats, and no devices", f"--device-column {of_file}")
     unsaid = [] if layout else [each for each in full.header if each not in said_of]
     varying = [each for each in unsaid if len(values(full.rows, each)) > 1]
     pieces = by_device(table, parts) if parts else []
@@ -118,18 +147,47 @@ def refuse_other_rows(
         refuse_no_measurements(table, repeat)
 
 
+def _told_apart(names: Sequence[str]) -> tuple[str, str] | None:
+    """What names are, and the option that reads them, where only a number after its word tells some apart."""
+    for what, (pattern, option) in NO_PARTS.items():
+        if len({pattern.sub(r"\1", name) for name in names}) < len(names):
+            return what, option
+    return None
+
+
+def _refuse_no_parts(table: Table, name: str, *, of_file: bool) -> None:
+    """Raise where a column names devices, repeats or layers, or the sum of others; or two files are the same."""
+    found = values(table.rows, name)
+    told = _told_apart([f"{name} {each}" for each in found])
+    told = ("repeats", "--repeat-column") if plain(name) in REPEATS else told
+    if told and len(found) > 1:
+        hint = f"{told[1]} '{name}'"
+        raise InputError(f"{table.path}, {name}", listed(found), f"parts of a layer, and no {told[0]}", hint)
+    total = [each for each in found if words(each) <= SUMMED_UP and words(each) & TOTALS]
+    if total and len(found) > 1:
+        hint = _without(name, [each for each in found if each not in total])
+        raise InputError(f"{table.path}, {name}", listed(total), "parts, and not their sum", hint)
+    before: dict[tuple[tuple[str, ...], ...], str] = {}
+    for each in by_device(table, [name]) if of_file else ():
+        cells = tuple(tuple(cell for key, cell in row.cells.items() if key != name) for row in each.rows)
+        label = each.rows[0].cells[name]
+        if len(cells) >= ALIKE_ROWS and (first := before.setdefault(cells, label)) != label:
+            hint = "give each once; where two parts do take as long, tell them by another column"
+            raise InputError(f"{table.path}, {name}", label, f"other rows than those of {first}", hint)
+
+
+def _without(name: str, others: Sequence[str]) -> str:
+    return "leave such rows out: " + " ".join(f"--where '{name}={each}'" for each in others)
+
+
 def _refuse_exchanges(table: Table, parts: Sequence[str]) -> None:
-    """Raise where one of the parts to be added up is an exchange between ranks, and where all are devices."""
+    """Raise where one of the parts to be added up is an exchange between ranks, or outside of a MoE layer."""
     for name in parts:
         found = values(table.rows, name)
-        if len(found) > 1 and all(map(A_DEVICE.fullmatch, found)):
-            hint = f"--device-column '{name}'"
-            raise InputError(f"{table.path}, {name}", listed(found), "parts of a layer, and no devices", hint)
-        told = [each for each in found if words(each) & EXCHANGED or is_exchange(each)]
-        if told:
-            others = [each for each in values(table.rows, name) if each not in told]
-            hint = "a topology adds them; leave such rows out: " + " ".join(f"--where '{name}={e}'" for e in others)
-            raise InputError(f"{table.path}, {name}", listed(told), "parts without the exchange of tokens", hint)
+        if told := of_no_layer(found):
+            hint = f"a topology adds exchanges; {_without(name, [each for each in found if each not in told])}"
+            limit = "parts of a MoE layer, without the exchange of tokens"
+            raise InputError(f"{table.path}, {name}", listed(told), limit, hint)
 
 
 def split(devices: Sequence[Table], parts: Sequence[str]) -> list[Table]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
+from gemopt.formats.table_beside import EXCHANGED
 from gemopt.formats.table_columns import (
     LOADS,
     MOMENTS,
@@ -68,6 +69,8 @@ ELSEWHERE = {
     "nccl", "rccl", "layernorm", "rmsnorm", "permute", "unpermute", "backward", "bwd", "h2d", "d2h",
     "gemm1", "gemm2", "stage1", "stage2", "w13", "w2",
 }  # fmt: skip
+BESIDE = {"attention", "attn", "mla", "mha", "rope", "layernorm", "rmsnorm", "sampling", "logits", "embedding"}
+"""Words of times that are in no MoE layer."""
 EXCHANGES = ("alltoall", "allreduce", "allgather", "reducescatter")
 LAYERS = {
     "layers", "num_layers", "n_layers", "n_layer", "num_layer", "nlayer", "nlayers", "num_hidden_layers", "moe_layers",
@@ -121,8 +124,9 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
     likely = sorted(best, key=_unlikely)
-    if all(words(name) & PIECES for name in best):
-        hint = f"all the parts of a layer? to add them up: --time-column '{'+'.join(map(_with_unit, best))}'"
+    added = [name for name in best if name not in of_no_layer(best)]
+    if len(added) > 1 and all(words(name) & PIECES for name in best):
+        hint = f"all the parts of a layer? to add them up: --time-column '{'+'.join(map(_with_unit, added))}'"
     else:
         of_parts = any(words(name) & PIECES for name in best)  # which a total is of then
         none = words(likely[0]) & (NO_LAYER | NO_TIME | (set() if of_parts else TOTALS))
@@ -223,3 +227,10 @@ def refuse_other_operations(table: Table, varying: Collection[str] = (), read_ov
 def is_exchange(told: str) -> bool:
     """`all_to_all`, `ncclAllReduce` and the like."""
     return any(each in plain(told).replace("_", "") for each in EXCHANGES)
+
+
+def of_no_layer(names: Sequence[str]) -> list[str]:
+    """Those that name an exchange of tokens, both ways of it, or what is computed outside of a MoE layer."""
+    sent = {name for name in names if words(name) & EXCHANGED or is_exchange(name)}
+    back = {"combine"} if sent else set()
+    return [name for name in names if name in sent or words(name) & (BESIDE | back)]
