@@ -18,7 +18,7 @@ from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, w
 from gemopt.formats.findings import refuse_parts
 from gemopt.formats.numbered_arrays import NAME_THEM, joined, kind_of
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
-from gemopt.formats.recorded_files import files_of
+from gemopt.formats.recorded_files import files_of, left_alone
 from gemopt.formats.succession import MANY_COUNTS
 from gemopt.traces.arrays import (
     LOOKED_AT,
@@ -49,7 +49,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     options.refuse_unused("arrays of counts")
     given = files_of(paths, *ARRAYS_ALONE, else_of=count_json.SUFFIXES)
     files, notes = _distinct(given, options)
-    notes += count_json.left_alone(paths, given)
+    notes += left_alone(paths, given, count_json.SUFFIXES)
     refuse_parts(files)
     numbers = [count_json.read(path).steps for path in files if count_json.is_json(path)]
     told = [each for each in numbers if each is not None]

@@ -30,7 +30,7 @@ from gemopt.formats.findings import (
     refuse_parts,
 )
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
-from gemopt.formats.recorded_files import files_of, names_of
+from gemopt.formats.recorded_files import files_of, left_alone, names_of
 from gemopt.traces import COUNT_LIMIT, Phase
 from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
 from gemopt.traces.files import COPIES
@@ -100,7 +100,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
     notes += [own.note] if own.note else []
-    notes += count_json.said(files) + count_json.left_alone(paths, files)
+    notes += count_json.said(files) + left_alone(paths, files, count_json.SUFFIXES)
     notes += _unread(tables, others)
     if len(own.ranks) > 1:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")

@@ -37,13 +37,6 @@ def is_json(path: Path) -> bool:
     return path.name.endswith(SUFFIXES)
 
 
-def left_alone(paths: Sequence[Path], files: Sequence[Path]) -> list[str]:
-    """A note on the JSON of folders that is not among the files read from them."""
-    inside = [part for path in paths if path.is_dir() for part in path.iterdir() if not part.name.startswith(".")]
-    names = sorted(part.name for part in inside if is_json(part) and part not in files)
-    return [f"beside arrays or tables, left unread: {', '.join(names)[:200]}"] if names else []
-
-
 def read(path: Path) -> Content:
     """What a file holds, without its rows: parsed once, until `forget`; `InputError` where nothing tells its counts."""
     return _kept.get((path, _stamp(path))) or _light(path)

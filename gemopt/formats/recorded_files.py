@@ -16,6 +16,7 @@ UNPACK = {
     ".zst": "zstd -d", ".gz": "gunzip", ".xz": "xz -d", ".bz2": "bunzip2", ".lz4": "lz4 -d", ".zip": "unzip",
     ".tar": "tar -xf", ".tgz": "tar -xf",
 }  # fmt: skip
+ARCHIVES = (".zip", ".tar", ".tgz")
 SAVE = {
     **dict.fromkeys((".h5", ".hdf5"), "numpy.save of its dataset, and --from array"),
     **dict.fromkeys((".feather", ".arrow", ".ipc"), "pandas.read_feather(PATH).to_parquet, and --from csv or tokens"),
@@ -23,6 +24,7 @@ SAVE = {
         (".pkl", ".pickle", ".joblib"), "pickles may run anything, and are not read: numpy.save of its array"
     ),
     **dict.fromkeys((".xlsx", ".xls"), "save it as CSV"),
+    **dict.fromkeys((".csv", ".tsv", ".parquet"), "tables of counts: --from csv; of experts of tokens: --from tokens"),
 }
 TEXTS = (".txt", ".log", ".out")
 TEXT = "a table with a header? name it .csv; lines of numbers alone: numpy.loadtxt(PATH), and --from array"
@@ -50,7 +52,7 @@ def files_of(
             others = [part for part in shown if part.name.endswith(else_of)]
             first = [part for part in shown if part.name.endswith(suffixes) and not part.name.endswith(else_of)]
             if not (inside := [part for part in first if prefer and part.name.startswith(prefer)] or first or others):
-                hint = next((known for part in shown if (known := _way_out(part))), "")
+                hint = next((known for part in shown if (known := _way_out(part, (*suffixes, *else_of)))), "")
                 hint = "give its folders" if not hint and any(part.is_dir() for part in shown) else hint
                 raise InputError(
                     str(path), "no file " + " or ".join(suffixes), "a folder with recordings is needed", hint
@@ -72,17 +74,26 @@ def files_of(
     return found
 
 
-def _way_out(path: Path) -> str:
-    """What to do about a file that is not read, by its suffix."""
-    if path.suffix in UNPACK:
+def left_alone(paths: Sequence[Path], files: Sequence[Path], suffixes: tuple[str, ...]) -> list[str]:
+    """A note on the files of folders with one of the suffixes that are not among those read from them."""
+    inside = [part for path in paths if path.is_dir() for part in path.iterdir() if not part.name.startswith(".")]
+    names = sorted(part.name for part in inside if part.name.endswith(suffixes) and part not in files)
+    return [f"beside arrays or tables, left unread: {', '.join(names)[:200]}"] if names else []
+
+
+def _way_out(path: Path, read: tuple[str, ...] = ("",)) -> str:
+    """What to do about a file that is not read, by its suffix; a packed one with one of `read` or an archive."""
+    if path.suffix in UNPACK and (path.stem.endswith(read) or path.suffix in ARCHIVES):
         return f"unpack it: {UNPACK[path.suffix]}"
     return TEXT if path.suffix in TEXTS else SAVE.get(path.suffix, "")
 
 
 def _refuse_packed(found: Sequence[Path], suffixes: tuple[str, ...]) -> None:
-    """Raise where files of a folder are packed, and would be left out beside others."""
+    """Raise where files of a folder are packed, and would be left out beside others; those unpacked there are not."""
+    names = {path.name for path in found}
     for path in found:
-        if path.suffix in UNPACK and not path.name.endswith(suffixes) and path.stem.endswith(suffixes):
+        packed = path.suffix in UNPACK and not path.name.endswith(suffixes) and path.stem.endswith(suffixes)
+        if packed and path.stem not in names:
             raise InputError(str(path), "a packed file", f"files {' or '.join(suffixes)}", _way_out(path))
 
 

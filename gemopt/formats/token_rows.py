@@ -22,7 +22,7 @@ from gemopt.formats import token_arrays
 from gemopt.formats.count_names import phase_of
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import experts_of
-from gemopt.formats.recorded_files import files_of
+from gemopt.formats.recorded_files import files_of, left_alone
 from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
 from gemopt.formats.token_beside import Beside
 from gemopt.formats.token_cells import NAMES, columns_of, experts_in, names_one, rows_of, whole
@@ -78,7 +78,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
     if arrays:
         return token_arrays.read_traces(files, options)
     rows, beside = _read(files, options)
-    layers, notes = sorted(set(rows.layers)), rows.notes(options.phase)
+    layers = sorted(set(rows.layers))
+    notes = [*rows.notes(options.phase), *left_alone(paths, files, token_arrays.SUFFIXES)]
     told = beside.number("num_experts", options.num_experts)
     experts = experts_of("PATHS: experts", sorted(set(rows.ids)), told, notes)
     if layers[0] == 1:

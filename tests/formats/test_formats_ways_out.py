@@ -136,6 +136,22 @@ def test_a_packed_file_of_a_folder_is_not_left_out(load, folder):
     assert load(folder, "array")[0].num_steps == len(COUNTS)
     (folder / "step_1.npy.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     refused(load, folder, "array", "step_1.npy.zst: got a packed file; .*unpack it: zstd -d")
+    np.save(folder / "step_1.npy", COUNTS[::-1])  # as zstd -d does, which keeps what it unpacks
+    assert load(folder, "array")[0].num_steps == 2 * len(COUNTS)
+
+
+def test_tables_beside_arrays_and_the_reverse(load, folder):
+    (folder / "a.csv.gz").write_bytes(b"")
+    refused(load, folder, "array", "a folder with recordings is needed$")  # which gunzip would not help
+    (folder / "a.csv").write_text("layer,expert,count\n0,0,1\n")
+    refused(load, folder, "array", "tables of counts: --from csv")
+    (folder / "b.jsonl").write_text(
+        '{"step": 0, "layer": 0, "topk_ids": [1, 2]}\n{"step": 0, "layer": 0, "topk_ids": [0, 2]}\n'
+    )
+    np.save(folder / "c.npy", COUNTS)
+    (folder / "a.csv").unlink()
+    (folder / "a.csv.gz").unlink()
+    assert "beside arrays or tables, left unread: c.npy" in load(folder, "tokens")[1]
 
 
 def test_folders_of_folders(load, folder):
