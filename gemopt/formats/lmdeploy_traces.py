@@ -39,15 +39,16 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
         shown = f"ranks {', '.join(map(str, ranks))}" if len(ranks) > 1 else f"step {steps[0]} twice"
         raise InputError("PATHS", shown, "dumps of one rank, whose counts are all ranks'", "import one of them")
     files = sorted(files, key=lambda path: told[path][1])
-    found_counts = _alike(files)
+    notes: list[str] = []
+    files, found_counts = _alike(files, notes, begun=told[files[0]][1] == 1)
     counts = np.stack([np.zeros_like(found_counts[0]), *found_counts])
     for (earlier, before), (later, after) in pairwise(zip(files, counts[1:], strict=True)):
         if (after < before).any():
             found_in = f"counts below those of {earlier.name}"
             raise InputError(str(later), found_in, "counts that add up", "recorded anew? import each recording apart")
     each = np.diff(counts, axis=0)
-    passes = ", ".join(map(str, steps[:4])) + (", ..." if len(steps) > 4 else "")
-    notes = [f"a step is all that came from one dump to the next (forward passes {passes}): of many passes together"]
+    passes = ", ".join(str(told[path][1]) for path in files[:4]) + (", ..." if len(files) > 4 else "")
+    notes += [f"a step is all that came from one dump to the next (forward passes {passes}): of many passes together"]
     if options.layer_ids is None:
         notes.append(f"rows are MoE layers, read as layers 0 to {each.shape[1] - 1}: with dense layers, --layer-ids")
     ids = options.layer_ids if options.layer_ids and len(options.layer_ids) == each.shape[1] else None
@@ -68,12 +69,20 @@ def _counts(path: Path) -> IntArray:
     return found
 
 
-def _alike(files: Sequence[Path]) -> list[IntArray]:
-    """The counts of all dumps; `InputError` where they are of several networks."""
+def _alike(files: Sequence[Path], notes: list[str], *, begun: bool) -> tuple[list[Path], list[IntArray]]:
+    """The dumps and their counts, which are of one network.
+
+    begun: the first is of the first forward pass. The recorder that wrote JSON dumped at once, with the layers that
+    had begun by then; the next dump counts them too.
+    """
     found = [_counts(path) for path in files]
+    if begun and len(found) > 1 and len(found[0]) < len(found[1]) and found[0].shape[1] == found[1].shape[1]:
+        layers = f"{len(found[0])} of {len(found[1])} layers"
+        notes.append(f"{files[0].name} holds {layers}, within the first forward pass: left out, the next counts it too")
+        files, found = files[1:], found[1:]
     for path, each in zip(files, found, strict=True):
         if each.shape != found[0].shape:
             shown = f"{each.shape[0]} layers of {each.shape[1]} experts"
             limit = f"{found[0].shape[0]} of {found[0].shape[1]}, as in {files[0].name}"
             raise InputError(str(path), shown, limit, "import networks apart")
-    return found
+    return list(files), found

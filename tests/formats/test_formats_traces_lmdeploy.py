@@ -45,6 +45,18 @@ def test_a_dump_alone_is_a_single_step(load, folder):
     assert (traces.counts == COUNTS.sum(axis=0)).all() and traces.num_steps == 1
 
 
+def test_the_first_dump_of_layers_that_had_begun_is_left_out(load, folder):
+    dump(folder, "json")
+    first = folder / "rank0_step1_experts_counts.json"
+    first.write_text(json.dumps(COUNTS[0, :1].tolist()))
+    traces, notes = load(folder, "lmdeploy")
+    assert (traces.counts == COUNTS).all() and "(forward passes 90, 100, 1000, 1020)" in notes
+    assert "rank0_step1_experts_counts.json holds 1 of 3 layers, within the first forward pass: left out" in notes
+    first.rename(folder / "rank0_step2_experts_counts.json")
+    with pytest.raises(InputError, match="import networks apart"):
+        load(folder, "lmdeploy")
+
+
 def test_dumps_that_are_not_of_one_recording(load, folder):
     dump(folder, "json")
     path = folder / "rank0_step1000_experts_counts.json"
