@@ -2,7 +2,8 @@
 
 `_ExpertsDistributionRecorderImpl` of LMDeploy's main branch (2026) writes
 `rank0_step100_expert_counts.pt`, {"counts": [MoE layers, experts] int64, "step": ..., ...}, and wrote
-`rank0_step100_experts_counts.json`, the counts alone: all assignments of all ranks since the recording began.
+`rank0_step100_experts_counts.json`, the counts alone: all assignments of all ranks since the recording began. It counts
+what kernels get, which are physical experts where `MoEGate` maps to them (`EPLBManager.topk_ids_logical_to_physical`).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
     each = np.diff(counts, axis=0)
     passes = ", ".join(str(told[path][1]) for path in files[:4]) + (", ..." if len(files) > 4 else "")
     notes += [f"a step is all that came from one dump to the next (forward passes {passes}): of many passes together"]
+    notes.append("of a server with --enable-eplb these are physical experts, which no dump says: record without it")
     if options.layer_ids is None:
         notes.append(f"rows are MoE layers, read as layers 0 to {each.shape[1] - 1}: with dense layers, --layer-ids")
     ids = options.layer_ids if options.layer_ids and len(options.layer_ids) == each.shape[1] else None

@@ -35,6 +35,7 @@ def test_dumps_are_what_came_since_the_one_before(load, folder, kind):
     traces, notes = load(dump(folder, kind), "lmdeploy", layer_ids=(1, 2, 3), num_hidden_layers=4)
     assert (traces.counts == COUNTS).all() and traces.layer_ids == (1, 2, 3)
     assert "from one dump to the next (forward passes 90, 100, 1000, 1020)" in notes
+    assert "of a server with --enable-eplb these are physical experts" in notes
     _, notes = load(folder, "lmdeploy")
     assert "rows are MoE layers, read as layers 0 to 2: with dense layers, --layer-ids" in notes
 
