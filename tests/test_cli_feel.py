@@ -184,6 +184,7 @@ def test_tables_of_narrow_terminals_lose_nothing() -> None:
     table = Table("solver", "total\nms", "held\nout %")
     table.add_row("local-search", "1301", "-10.5")
     table.add_row("eplb-hierarchical", "1422", "-2.2", style="bold")
+    table.add_row("cpsat", "-", "")
     table.caption = "a note of many words that is wrapped rather than cut off"
 
     def shown(width: int, table: Table = table) -> str:
@@ -197,6 +198,7 @@ def test_tables_of_narrow_terminals_lose_nothing() -> None:
     for text in ("local-search", "1301", "-10.5", "eplb-hierarchical", "1422"):
         assert text in narrow
     assert "total\u00a01301\u00a0ms" in narrow and "held\u00a0out\u00a0-10.5\u00a0%" in narrow and "wrapped" in narrow
+    assert "total\u00a0-" in narrow and "-\u00a0ms" not in narrow
     pairs = Table(show_header=False)
     pairs.add_row("objective", "2505.3 ms over 939 steps, 2668.0 us per step")
     lines = [line.strip() for line in shown(40, pairs).splitlines()]

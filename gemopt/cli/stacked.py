@@ -24,7 +24,8 @@ def stacked(table: Table, console: Console) -> RenderableType | None:
         for head, cells in zip(heads[1:], rows[1:], strict=True):
             value = _plain(cells[number])
             if value:
-                whole = " ".join(filter(None, [head[0], value, *head[1:]]))  # a value keeps its name and unit beside it
+                unit = head[1:] if value != "-" else []
+                whole = " ".join(filter(None, [head[0], value, *unit]))  # a value keeps its name and unit beside it
                 words.append(whole if len(heads) == 2 else whole.replace(" ", "\u00a0"))
         first = _plain(rows[0][number])
         parts.append(Text(f"{heads[0][0]} {first}" if first.isdigit() else first, style=row.style or ""))
