@@ -53,18 +53,29 @@ class Streams:
 
 
 def cached_tokens(cache: Any) -> int:
-    """Tokens per sequence in a transformers cache; layers of a hybrid network that keep a state only count none."""
-    if cache is None:
-        return 0
-    layers = [layer for layer in getattr(cache, "layers", [cache]) if hasattr(layer, "get_seq_length")]
-    return next((count for layer in layers if (count := int(layer.get_seq_length()))), 0)
+    """Tokens per sequence in a transformers cache; layers of a hybrid network that keep a state only count none.
+
+    Raises
+    ------
+    InputError
+        For a cache that does not tell: padding and next tokens could not be told from others.
+    """
+    layers = [] if cache is None else getattr(cache, "layers", [cache])
+    found = next((count for layer in layers if _tells(layer) and (count := int(layer.get_seq_length()))), 0)
+    if not found and layers and not any(map(_tells, layers)):
+        limit = "a cache of transformers that tells how many tokens it holds"
+        raise InputError("past_key_values", type(cache).__name__, limit, "DynamicCache, or use_cache=False")
+    return found
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in what a decoder returned; None where it keeps none."""
-    cache = getattr(output, "past_key_values", None)
-    parts = output if isinstance(output, tuple) else ()
-    return cache if cache is not None else next((part for part in parts if hasattr(part, "get_seq_length")), None)
+    """The cache in what a decoder returned; None where it keeps none that could come again."""
+    parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
+    return next(filter(_tells, parts), None)
+
+
+def _tells(cache: Any) -> bool:
+    return hasattr(cache, "get_seq_length")
 
 
 def mark_real(real_BS: Tensor, mask: Any, cached: int) -> None:

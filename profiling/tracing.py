@@ -77,7 +77,8 @@ class Tracer:
     ------
     InputError
         No MoE layers, a folder that is taken, a full disk (what was written stays), a forward that bypassed its
-        routers or whose attention mask does not show the padding, two forwards at a time, or no forward at all.
+        routers, whose attention mask does not show the padding or whose cache does not tell its length, two forwards
+        at a time, or no forward at all.
     """
 
     def __init__(

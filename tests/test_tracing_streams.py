@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import tiny  # noqa: E402
+from gemopt.profiling._trace_streams import cache_of, cached_tokens  # noqa: E402
 from gemopt.profiling.tracing import Tracer  # noqa: E402
 from gemopt.traces import Traces  # noqa: E402
 
@@ -131,6 +133,17 @@ def test_a_mask_that_does_not_cover_what_is_cached_is_refused(model, tmp_path):
                 model(fed(7, 8), attention_mask=torch.ones(2, 1), past_key_values=cache),
             ],
         )
+
+
+def test_a_cache_that_does_not_tell_its_length_is_refused(model, tmp_path):
+    """Tuples, as networks of others have: a next token was a prompt, and padding that of its first tokens."""
+    keys = torch.zeros(2, 4, LENGTH, 8)
+    stateful = SimpleNamespace(layers=[SimpleNamespace(state=keys)])
+    for number, (cache, name) in enumerate((([(keys, keys)] * 3, "list"), (stateful, "SimpleNamespace"))):
+        with pytest.raises(InputError, match=f"past_key_values: got {name}; .*tells how many tokens.*use_cache=False"):
+            traced(model, tmp_path / str(number), lambda cache=cache: model(fed(7, 8), past_key_values=cache))
+    assert cache_of(SimpleNamespace(past_key_values=((keys, keys),))) is None
+    assert cached_tokens(DynamicCache()) == cached_tokens(None) == 0
 
 
 def test_layers_that_keep_a_state_only_count_no_tokens(tmp_path):
