@@ -46,6 +46,13 @@ def test_the_optimum_is_found_and_proven(experts: int, slots: object, tile: int)
     assert outcome.bound_us is not None and best_us * (1 - 1e-8) <= outcome.bound_us <= best_us
 
 
+def test_equal_steps_are_counted_as_one() -> None:
+    problem = one(6).select(np.array([0, 1, 0, 2, 1]))
+    outcome = get("columns").solve(problem, Options(deadline=np.inf), None)
+    assert outcome.stated_steps == outcome.distinct_steps == 3
+    assert outcome.history[-1].objective_us == pytest.approx(optimum(problem), rel=1e-9)
+
+
 @pytest.mark.parametrize("slots", [[2, 2, 2], [2, 2, 3], [0, 3, 3]])
 def test_looks_at_a_part_of_the_columns_end_in_the_same_proof(
     slots: list[int], monkeypatch: pytest.MonkeyPatch

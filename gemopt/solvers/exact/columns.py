@@ -23,6 +23,7 @@ from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.column_kernels import search_columns
 from gemopt.solvers.exact.column_master import Master
 from gemopt.solvers.exact.column_space import IntArray, Proven, Space
+from gemopt.solvers.exact.compact import merged
 from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.tree import CLOSE
 
@@ -75,7 +76,7 @@ class Columns:
             search = _Search(space, row, value, options, stop)
             stopped_by = search.go()
         outcome = Outcome(search.row, stopped_by, search.bound_us, history + search.history, start_us=value)
-        outcome.stated_steps = outcome.distinct_steps = problem.num_steps
+        outcome.stated_steps = outcome.distinct_steps = merged(problem).num_steps
         outcome.own_bound_us, outcome.columns = search.bound_us, search.proven
         if stopped_by is not StoppedBy.PROOF:
             outcome.note = f"{len(search.left())} of {len(space)} contents of a rank may be part of a better placement"
