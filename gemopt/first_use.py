@@ -18,6 +18,7 @@ from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.layer_rules import Demand, LayerRules
 from gemopt.links import Links
 from gemopt.named_topologies import named
+from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solvers.base import LinkedSolver, Options, Solver
@@ -28,9 +29,12 @@ from gemopt.solvers.exact.stepwise import StepwiseSearch
 from gemopt.solvers.search.copies import removal_costs
 from gemopt.solvers.search.packing import filled
 from gemopt.solvers.search.shares import make_search, make_shares
+from gemopt.solvers.search.spread_climb import Climb
+from gemopt.solvers.search.spreading import Looks
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.size import paired, prover
 from gemopt.solving.turns import least_s
+from gemopt.splits import plain
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
 from gemopt.voice import say
@@ -144,6 +148,8 @@ def _use(solver: Solver, tiny: Problem, budget: bool, contents: bool) -> None:
                 stepwise = StepwiseSearch(two_ranks, step_bounds(two_ranks), np.inf, np.arange(4))
                 stepwise.few = few
                 stepwise.run(np.zeros(1, np.uint8))
+        if tiny.spare_slots and tiny.split is Split.OPTIMAL and plain(tiny):
+            Climb(Looks(free).at(row), np.random.default_rng(0)).climb(1, lambda: False)  # whatever is left to gain
         for name in ("branch", "columns"):
             if solver.name == name or (solver.name == "auto" and (budget or prover(tiny) == name)):
                 slots = [2] * (budget or not tiny.spare_slots) + [3] * (tiny.spare_slots > 0 and name == "branch")

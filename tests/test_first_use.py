@@ -22,6 +22,8 @@ CHILD = """
 import sys, gemopt
 from importlib import import_module
 from cli_inputs import profile, traces
+from gemopt.solvers.exact import step_kernels
+from gemopt.solvers.search import spread_changes
 
 def known():
     modules = [module for name, module in list(sys.modules.items()) if name.startswith("gemopt.")]
@@ -31,12 +33,14 @@ def known():
 solve, before = import_module("gemopt.solve"), {}
 real = solve.ready
 solve.ready = lambda *given, **named: (real(*given, **named), before.update(known()))[0]
-for options in ({"solver": "conflict"}, {"memory_budget": 9.0, "expert_bytes": 1}):
+optimal = {"slots_per_rank": 4, "split": "optimal"}
+for options in ({"solver": "conflict"}, {"memory_budget": 9.0, "expert_bytes": 1}, {"solver": "local-search"}, optimal):
     gemopt.solve(profile(3), traces(12, 2, 8), time_limit=60, patience=2, threads=1, **options)
     later = [kernel.__name__ for kernel, signatures in known().items() if signatures > before.get(kernel, 0)]
     assert not later, (options, later)
     twice = {kernel.__name__: kernel.signatures for kernel, number in known().items() if number > 1}
     assert not twice, (options, twice)
+assert before[step_kernels.exchange] and before[spread_changes.try_drawn], "which small layers do without"
 """
 
 

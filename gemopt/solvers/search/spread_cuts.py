@@ -45,7 +45,7 @@ def make_cuts(cut_TG: NDArray[np.bool_], inside_T: IntArray) -> Cuts:
 def first_cuts(cuts: Cuts, num_ranks: int) -> NDArray[np.bool_]:
     """[T, G] whether ranks are in the first cut of a step."""
     words, bits = np.divmod(np.arange(num_ranks), WORD)
-    return np.asarray(cuts.ranks_TMW[:, 0][:, words] >> bits & 1).astype(np.bool_)
+    return np.ascontiguousarray(cuts.ranks_TMW[:, 0][:, words] >> bits & 1, dtype=np.bool_)
 
 
 @njit(cache=True, nogil=True)
