@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from gemopt import foreign
-from gemopt.documents import Document, FloatMatrix, IntMatrix, IntVector
+from gemopt.array_fields import FloatMatrix, IntMatrix, IntVector
+from gemopt.documents import Document
 from gemopt.exceptions import InputError
 from gemopt.rules import Rules
 from gemopt.tables import frame

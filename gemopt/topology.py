@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
-from gemopt.documents import Document, FloatMatrix, IntVector, Settings
+from gemopt.array_fields import FloatMatrix, IntVector
+from gemopt.documents import Document, Settings
 from gemopt.exceptions import InputError
 from gemopt.foreign import not_a
 from gemopt.latency import Curve

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.documents import integer_array, write_text
+from gemopt.array_fields import integer_array
+from gemopt.documents import write_text
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats import lmdeploy_traces
 from gemopt.formats.engine import (

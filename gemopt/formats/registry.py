@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
-from gemopt.documents import Document, IntVector, sha256
+from gemopt.array_fields import IntVector
+from gemopt.documents import Document, sha256
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.foreign import telling
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions

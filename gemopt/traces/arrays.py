@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.documents import plain_array
+from gemopt.array_fields import plain_array
 from gemopt.exceptions import InputError
 from gemopt.traces.axes import IN_ORDER, MOST_LAYERS, other_order
 from gemopt.traces.files import IntArray
