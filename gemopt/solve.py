@@ -171,7 +171,7 @@ def solve(
     KeyboardInterrupt
         On Ctrl-C while there is no answer yet; from then on it ends the call with what was found.
     """
-    given, clock = dict(locals()), time.monotonic()
+    given = dict(locals())
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
     _check(time_limit, gap, threads, patience, seed, full_slots=full_slots, allow_one_rank=allow_one_rank)
@@ -185,7 +185,8 @@ def solve(
         current, move_price, None if memory_budget is not None else expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
     )  # fmt: skip
-    chosen, threads, cluster = get(solver), threads or cores.available(), Cluster.in_force()
+    # The clock runs once the solver is loaded, which takes seconds where the disk is slow.
+    chosen, threads, cluster, clock = get(solver), threads or cores.available(), Cluster.in_force(), time.monotonic()
     with (
         interrupts.held() as interrupted,
         cores.at_most(threads),
