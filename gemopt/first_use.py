@@ -55,7 +55,7 @@ def ready(
     compute_slack: float | None = None,
     time_limit: float = np.inf,
 ) -> float:
-    """Load or compile the kernels on two steps of a layer; returns the seconds if it was compiling, 0 if loading.
+    """Load or compile the kernels on two steps of a layer; returns the seconds that took, which are not of solving.
 
     What this process has used is ready: nothing is done where a problem of this kind went before. `notice` is told when
     compiling begins and how long it took; None: `voice.say`. budget: copies are chosen within a memory budget.
@@ -89,9 +89,8 @@ def ready(
         watcher.join()
     _known.add(kind)
     elapsed = time.monotonic() - begin
-    if _compiled() == before:
-        return 0.0
-    notice(f"compiled in {elapsed:.0f} s")
+    if _compiled() > before:
+        notice(f"compiled in {elapsed:.0f} s")
     return elapsed
 
 

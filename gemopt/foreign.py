@@ -176,6 +176,8 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
         close = get_close_matches(key, known, n=1)
         apart = close and {key.rpartition("_")[2], close[0].rpartition("_")[2]} <= _UNITS  # latency_ms
         hint = f"{'in another unit? ' if apart else ''}did you mean {close[0]}?" if close else ""
+        if not close and (home := _home(document, key)):
+            hint = f"it belongs into {'.'.join(home)}"
         return InputError(where, first["input"], "no such key" + rest, hint)
     found = "nothing" if first["type"] == "missing" else first["input"]
     limit = _NEEDED.get(first["type"], first["msg"].lower())
@@ -189,6 +191,19 @@ def _document_at(document: type[BaseModel], path: tuple[int | str, ...]) -> type
         if inner is not None and isinstance(part, str) and part in inner.model_fields:
             inner = _model_in(inner.model_fields[part].annotation)
     return inner
+
+
+def _home(document: type[BaseModel], key: str) -> list[str]:
+    """Names on the way to the part of a document that has a key; empty where no part does."""
+    for name, field in document.model_fields.items():
+        inner = _model_in(field.annotation)
+        if inner is None or inner is document:
+            continue
+        if key in inner.model_fields:
+            return [name]
+        if found := _home(inner, key):
+            return [name, *found]
+    return []
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

@@ -103,8 +103,8 @@ def solve(
         `auto` or a name from `gemopt.solvers.names()`.
     time_limit
         Wall seconds for the whole call, all layers; iterated solvers use all of it. None: at most 10, ending a layer
-        early after a few tries without improvement. Compiling the kernels on first use comes on top. Where it is too
-        short the answer is what was found, and `Result.notes` say what was cut.
+        early after a few tries without improvement. Loading or compiling the kernels on first use comes on top. Where
+        it is too short the answer is what was found, and `Result.notes` say what was cut.
     gap
         Stop a layer once `(objective - bound) / objective` is at most this.
     seed
@@ -177,7 +177,10 @@ def solve(
     _check(time_limit, gap, threads, patience, seed, full_slots=full_slots, allow_one_rank=allow_one_rank)
     if memory_budget is not None and (current is not None or full_slots):
         raise UnsupportedError(
-            "memory_budget", memory_budget, f"not together with {'full_slots' if current is None else 'current'}"
+            "memory_budget",
+            memory_budget,
+            f"not together with {'full_slots' if current is None else 'current'}",
+            "leave one out",
         )
     if certificate is not None:
         _check_certificate(certificate, "current" if current is not None else memory_budget and "memory_budget")

@@ -184,4 +184,4 @@ def test_a_row_that_nothing_was_left_for_says_so(inputs: tuple[Profile, Traces])
     assert all(row.earned() == "did not run: the placement that it begins with is proven optimal" for row in rows)
     assert not any("time-limit" in row.note for row in rows)
     refused = compare(*inputs, solvers=["linear", "columns"], holdout=0, slots_per_rank=4, time_limit=5)[1]
-    assert refused.note.startswith("columns cannot use spare slots; use linear or ")
+    assert refused.note.startswith("columns cannot use spare slots; use linear, round-robin, eplb, ")

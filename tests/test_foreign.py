@@ -139,6 +139,10 @@ def test_a_misspelt_key_is_named_with_the_right_one(tmp_path: Path) -> None:
     assert str(caught.value).endswith("in another unit? did you mean latency_us?")
     with pytest.raises(InputError, match=r"Placement\.num_expert: got 4; no such key.*; did you mean num_experts\?"):
         Placement(physical_to_logical=[[0, 1, 2, 3]], slots_per_rank=[2, 2], num_expert=4)
+    with pytest.raises(InputError, match=r"Profile\.expert_bytes: got 4; no such key.*; it belongs into model$"):
+        Profile(expert_bytes=4)
+    with pytest.raises(InputError, match=r"Profile\.latency_us: got 4; .* it belongs into devices\.samples$"):
+        Profile(latency_us=4)
     with pytest.raises(InputError, match=r"Profile\.colour: got red; no such key$"):
         Profile(devices=profile().devices, colour="red")
 

@@ -84,7 +84,8 @@ def verified_table(found: Verified) -> Table:
 
 
 def _said(row: Comparison) -> str:
-    return row.note or row.status.value if row.objective_us is None else row.earned()
+    refusal = row.note.removeprefix(f"{row.solver} ")  # the line begins with the name
+    return refusal or row.status.value if row.objective_us is None else row.earned()
 
 
 def front_table(points: Sequence[FrontPoint]) -> Table:

@@ -139,7 +139,8 @@ def within_engine(
         slots, hint = ", ".join(map(str, slots_G.tolist())), f"use --slots-per-rank {slots_G.max()}"
         raise UnsupportedError("slots_per_rank", slots, f"{engine.name} needs as many slots on every rank", hint)
     if spare and not engine.replicas:
-        raise UnsupportedError("slots_per_rank", int(slots_G.sum()), f"{engine.name} holds every expert once")
+        raise UnsupportedError("slots_per_rank", int(slots_G.sum()), f"{engine.name} holds every expert once",
+                               "leave the spare slots out")  # fmt: skip
     if not spare:
         return Limits(split=Split.EVEN, full=False)
     policy = split or engine.splits[0]

@@ -121,7 +121,7 @@ class Duplicated(Fixed):
         largest = int(world.traces.counts.sum(axis=2, dtype=np.int64).max())
         if largest >= TABLE_LIMIT:
             raise UnsupportedError(
-                "Traces.counts", largest, f"{self.name} takes less than {TABLE_LIMIT} a layer and step"
+                "Traces.counts", largest, f"{self.name} takes less than {TABLE_LIMIT} a layer and step", "leave it out"
             )
 
 

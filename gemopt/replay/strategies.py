@@ -134,7 +134,9 @@ class Eplb(Fixed):
         """What the engine has come to by now."""
         slots_G = context.slots_per_rank
         if (slots_G != slots_G[0]).any():
-            raise UnsupportedError("slots_per_rank", slots_G.tolist(), f"{self.name} needs the same for every rank")
+            raise UnsupportedError(
+                "slots_per_rank", slots_G.tolist(), f"{self.name} needs the same for every rank", "leave it out"
+            )
         past, steps = np.asarray(context.past.counts), context.past.num_steps
         self.due = self.first_step
         row = np.arange(int(slots_G.sum())) % context.past.num_experts  # spare slots: the first experts again

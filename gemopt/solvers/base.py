@@ -204,10 +204,12 @@ def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list
         "policies": "do but with copies that share evenly, or none",
         "rules": "keep rules",
     }
-    for need, needed, field_name, value in needs:
-        if needed and not getattr(solver.supports, need):
+    asked = {need for need, needed, _, _ in needs if needed}
+    for need, _, field_name, value in filter(lambda each: each[1], needs):
+        if not getattr(solver.supports, need):
+            able = [name for name in alternatives(need) if all(name in alternatives(other) for other in asked)]
             can = f"cannot {cannot.get(need, 'use ' + need.replace('_', ' '))}"
-            raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {' or '.join(alternatives(need))}")
+            raise UnsupportedError(field_name, value, f"{solver.name} {can}", f"use {', '.join(able)}" if able else "")
 
 
 def within_limits(problem: Problem, row: Row | None) -> bool:
