@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SHORT_CODE = re.compile(r"<code>(?=[^<\n]{1,28}</code>)")
 ARITHMATEX = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
 COMMANDS = "<!-- commands -->"
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,14 +69,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Formulas become MathML, which browsers draw by themselves."""
+    """Formulas become MathML, which browsers draw by themselves; no line ends within an option or a name."""
     from latex2mathml.converter import convert
 
     def drawn(found: re.Match[str]) -> str:
         inline, block = found.group(2), found.group(3)
         return convert(html.unescape(inline or block), display="inline" if inline else "block")
 
-    return ARITHMATEX.sub(drawn, content)
+    return ARITHMATEX.sub(drawn, SHORT_CODE.sub('<code class="short">', content))
 
 
 def _commands() -> Iterator[str]:
