@@ -20,3 +20,13 @@ if (location.protocol === "file:")
       this.frame.remove();
     }
   };
+
+// An option is searched for as its words: the search takes the dashes before them for an operator and finds nothing.
+{
+  const post = Worker.prototype.postMessage;
+  const words = (message) =>
+    typeof message?.data === "string" ? { ...message, data: message.data.replace(/(^|\s)-+(?=\w)/g, "$1") } : message;
+  Worker.prototype.postMessage = function (message, ...rest) {
+    return post.call(this, words(message), ...rest);
+  };
+}

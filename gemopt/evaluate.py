@@ -160,7 +160,7 @@ class Evaluation:
         return html_table("gemopt: evaluation", facts)
 
     def to_dataframe(self) -> Any:
-        """A pandas data frame with a row per step and layer (by index): `makespan_us` and `straggler`.
+        """A pandas data frame with a row per `step` and `layer_id`: `makespan_us` and `straggler`.
 
         Raises
         ------
@@ -168,7 +168,8 @@ class Evaluation:
             pandas is not installed.
         """
         index: NDArray[Any] = np.indices(self.makespan_TL.shape)
-        columns: dict[str, NDArray[Any]] = {"step": index[0], "layer": index[1]}
+        ids_L = np.asarray(self.layer_ids or range(self.makespan_TL.shape[1]))
+        columns: dict[str, NDArray[Any]] = {"step": index[0], "layer_id": ids_L[index[1]]}
         columns |= {"makespan_us": self.makespan_TL, "straggler": self.straggler_TL}
         return frame({name: values.ravel() for name, values in columns.items()})
 

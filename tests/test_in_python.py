@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def test_tables_hold_what_the_documents_hold(solved: tuple[Profile, Traces, Resu
     assert steps["makespan_us"].sum() == pytest.approx(evaluation.objective_us)
     last = (evaluation.makespan_TL[-1, -1], evaluation.straggler_TL[-1, -1])
     assert tuple(steps.iloc[-1][["makespan_us", "straggler"]]) == last
+    assert list(replace(evaluation, layer_ids=(3, 7)).to_dataframe().layer_id[:3]) == [3, 7, 3]
     slots = result.placement.to_dataframe()
     assert sorted(slots[(slots.layer_id == 1) & (slots["rank"] == 1)].expert) == sorted(
         result.placement.physical_to_logical[1, 2:]

@@ -61,6 +61,13 @@ def array(value: Any) -> np.ndarray:
     return flat.reshape([int(each) for each in value["shape"].split(",")]) if "shape" in value else flat
 
 
+def test_a_replay_of_other_documents_is_named(folder: Path, made: Report) -> None:
+    assert "than this page" not in section(made, "replay").text
+    given, replayed = (folder / "placement.json", folder / "profile.json"), folder / "replay.json"
+    other = report(*given, Traces.load(folder / "traces.safetensors").steps(slice(0, FITTED)), replay=replayed)
+    assert "It is of other traces than this page." in section(other, "replay").text
+
+
 def test_the_headline_is_what_evaluate_finds(folder: Path, made: Report) -> None:
     routed, measured = Traces.load(folder / "traces.safetensors"), Profile.load(folder / "profile.json")
     before, after = Placement.load(folder / "other.json"), Placement.load(folder / "placement.json")

@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.certificate import counts_digest
 from gemopt.costs import CostModel, cost_of
 from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_kind, check_number
 from gemopt.latency import FloatArray
@@ -129,6 +130,8 @@ def replay(
         migration=migration,
         schedule=schedule,
         regimes=regimes(traces),
+        profile_sha256=profile.digest(),
+        traces_sha256=counts_digest(traces),
     )
 
 

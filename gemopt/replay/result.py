@@ -83,6 +83,8 @@ class ReplayResult(Document):
         Of the traces, the first one that is scored; the tracks begin there.
     baseline_us
         MoE latency of every scored step under contiguous placement.
+    profile_sha256, traces_sha256
+        Digests of what was replayed; empty in older documents.
     """
 
     SCHEMA_VERSION: ClassVar[int] = 1
@@ -103,6 +105,8 @@ class ReplayResult(Document):
     migration: Migration
     schedule: Schedule
     regimes: list[Regime] = Field(default_factory=list)
+    profile_sha256: str = ""
+    traces_sha256: str = ""
 
     @property
     def notes(self) -> list[str]:

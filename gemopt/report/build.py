@@ -92,7 +92,7 @@ def report(
         experts.conflicts(inputs, layers),
         figures.moves(inputs),
         figures.search(inputs),
-        *([] if inputs.replay is None else [figures.replay(inputs.replay)]),
+        *([] if inputs.replay is None else [figures.replay(inputs.replay, inputs.replay_of)]),
     ]
     held = float(new_us.sum() / old_us.sum() - 1) if inputs.held is not None and old_us.sum() else None
     headline = _headline(inputs, before, after, bound, held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -271,8 +272,11 @@ def _told(moves: MovesReport, fitted: Traces) -> str:
     return f"{said} Its ranks were numbered {was} there."
 
 
-def replay(result: ReplayResult) -> Section:
-    """Change of the makespan against contiguous placement and moves over time, by strategy."""
+def replay(result: ReplayResult, of_others: Sequence[str] = ()) -> Section:
+    """Change of the makespan against contiguous placement and moves over time, by strategy.
+
+    of_others: see `Inputs.replay_of`.
+    """
     shown = figure(*_tracks(result), height=520, xaxis={"title": "step", "anchor": "y2"},
                    yaxis={"title": "change, %", "domain": [0.4, 1.0]},
                    yaxis2={"title": "experts moved", "domain": [0.0, 0.32], "rangemode": "tozero"})  # fmt: skip
@@ -288,6 +292,7 @@ def replay(result: ReplayResult) -> Section:
         f"Recorded traffic replayed step by step: fitted on the first {result.first_step} steps, scored on the "
         f"{result.num_steps - result.first_step} after them, in windows of {result.window}. Above: change of the "
         "makespan against contiguous placement. "
+        + (f"It is of {' and '.join(of_others)} than this page. " if of_others else "")
         + ("clairvoyant knows the future. " if any(row.strategy == "clairvoyant" for row in result.rows) else "")
         + ("Dashed lines: " + "; ".join(events) + "." if events else "")
     )

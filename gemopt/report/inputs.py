@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gemopt.certificate import counts_digest
 from gemopt.costs import CostModel, fit
 from gemopt.documents import Document, read_json, sha256
 from gemopt.evaluate import Evaluation, check_agreement, evaluate
@@ -42,6 +43,8 @@ class Inputs:
         The cost model of all latencies here, and how far it is off.
     replay
         A replay of strategies on recorded traffic, when one was given.
+    replay_of
+        What the replay is of that the page is not: `other traces`, `another profile`.
     senders
         Whose the assignments are, for copies that share by the `nearest` split.
     digests
@@ -59,6 +62,7 @@ class Inputs:
     cost: CostModel
     cost_summary: str
     replay: ReplayResult | None = None
+    replay_of: tuple[str, ...] = ()
     senders: Senders | str | None = None
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -126,9 +130,19 @@ def gather(
         cost=model,
         cost_summary=report.summary(),
         replay=None if replay is None else ReplayResult.of(replay),
+        replay_of=() if replay is None else _elsewhere(ReplayResult.of(replay), measured, steps),
         senders=senders,
         digests=digests,
     )
+
+
+def _elsewhere(replay: ReplayResult, profile: Profile, traces: Traces) -> tuple[str, ...]:
+    """See `Inputs.replay_of`; of older documents it is not known."""
+    same = {
+        "other traces": replay.traces_sha256 in ("", counts_digest(traces)),
+        "another profile": replay.profile_sha256 in ("", profile.digest()),
+    }
+    return tuple(name for name, alike in same.items() if not alike)
 
 
 def read_answer(given: Result | Placement | Source) -> tuple[Result | None, Placement]:
