@@ -6,6 +6,7 @@ of type uint8 times 256 experts wraps. So `widened` comes before any arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,14 +50,21 @@ def one_hot(ids: IntArray, num_experts: int) -> NDArray[np.float32]:
 
 def count_assignments(ids: IntArray, step: IntArray, num_steps: int, num_experts: int) -> IntArray:
     """[T, L, E] assignments from token-level `ids` [N, L, K] and the step [N] of each token; -1 is skipped."""
-    check_ids(ids, num_experts)
     counts = np.empty((num_steps, ids.shape[1], num_experts), dtype=np.int32)
+    for layer, counts_TE in enumerate(_each_layer(ids, step, num_steps, num_experts)):
+        counts[:, layer] = counts_TE
+    counts.setflags(write=False)
+    return counts
+
+
+def _each_layer(ids: IntArray, step: IntArray, num_steps: int, num_experts: int) -> Iterator[IntArray]:
+    """[T, E] what `count_assignments` counts, layer by layer: of long records all of them are gigabytes."""
+    check_ids(ids, num_experts)
     first_key = step.astype(np.int64) * num_experts
     for layer in range(ids.shape[1]):
         experts = ids[:, layer].astype(np.int64)
         keys = (first_key[:, None] + experts)[experts >= 0]
-        counts[:, layer] = np.bincount(keys, minlength=num_steps * num_experts).reshape(num_steps, num_experts)
-    return counts
+        yield np.bincount(keys, minlength=num_steps * num_experts).reshape(num_steps, num_experts)
 
 
 def check_ids(ids: IntArray, num_experts: int) -> None:
@@ -81,9 +89,24 @@ def checked_counts(value: object) -> IntArray:
     largest = float(array.sum(axis=2, dtype=np.float64).max())
     if largest > COUNT_LIMIT:
         raise InputError("Traces.counts", largest, f"at most {COUNT_LIMIT} assignments per step and layer")
+    if _settled(array) and array.dtype == np.int32 and array.flags.c_contiguous:
+        return array
     result = np.array(array, dtype=np.int32, order="C")
     result.setflags(write=False)
     return result
+
+
+def _settled(array: IntArray) -> bool:
+    """Whether nobody can write into an array, so that it need not be copied: counts of long records are gigabytes."""
+    return not array.flags.writeable and (
+        array.flags.owndata or (type(array.base) is np.ndarray and _settled(array.base))
+    )
+
+
+def stretch(chosen: NDArray[Any]) -> slice | NDArray[Any]:
+    """Increasing indices as they are, or as a slice where they are one after the other: then nothing is copied."""
+    first, last = int(chosen[0]), int(chosen[-1])
+    return slice(first, last + 1) if last - first + 1 == len(chosen) else chosen
 
 
 def checked_times(value: object, num_steps: int) -> FloatArray | None:
@@ -103,16 +126,16 @@ def checked_times(value: object, num_steps: int) -> FloatArray | None:
 
 def check_counted(counts: IntArray, ids: IntArray, step: IntArray) -> None:
     """`InputError` unless the token-level record makes exactly the counts [T, L, E]."""
-    counted = count_assignments(ids, step, len(counts), counts.shape[2])
-    wrong = np.argwhere(counted != counts)
-    if len(wrong):
-        at, layer, expert = map(int, wrong[0])
-        raise InputError(
-            "Traces.counts",
-            int(counts[at, layer, expert]),
-            f"the token-level ids make {counted[at, layer, expert]} at step {at}, layer {layer}, expert {expert}",
-            "leave the ids out, or count them again",
-        )
+    for layer, counted_TE in enumerate(_each_layer(ids, step, len(counts), counts.shape[2])):
+        wrong = np.argwhere(counted_TE != counts[:, layer])
+        if len(wrong):
+            at, expert = map(int, wrong[0])
+            raise InputError(
+                "Traces.counts",
+                int(counts[at, layer, expert]),
+                f"the token-level ids make {counted_TE[at, expert]} at step {at}, layer {layer}, expert {expert}",
+                "leave the ids out, or count them again",
+            )
 
 
 def totals(counts: IntArray) -> str:

@@ -24,6 +24,7 @@ from gemopt.traces.arrays import (
     checked_times,
     one_hot,
     refuse_misread,
+    stretch,
     widened,
 )
 from gemopt.traces.files import IntArray, Part, parsed, read, refuse_unread, write
@@ -31,8 +32,7 @@ from gemopt.traces.joining import concatenate
 from gemopt.traces.tokens import ARRAYS, Tokens
 from gemopt.words import counted
 
-SCHEMA_VERSION = 1
-TOKEN_BLOCK = 4096
+SCHEMA_VERSION, TOKEN_BLOCK = 1, 4096
 STEP_ARRAYS = ("phase", "task", "rank_us", "pair_counts", "transitions")
 
 
@@ -185,7 +185,7 @@ class Traces:
             raise InputError("steps", chosen, f"at least one of the {self.num_steps} steps in a list, increasing")
         return replace(
             self,
-            counts=self.counts[chosen],
+            counts=self.counts[stretch(chosen)],
             phase=None if self.phase is None else self.phase[chosen],
             task=None if self.task is None else self.task[chosen],
             rank_us=None if self.rank_us is None else self.rank_us[chosen],
