@@ -15,7 +15,7 @@ from gemopt.exceptions import InputError, check_number
 from gemopt.latency import FloatArray
 from gemopt.layer_rules import check_kept, layer_rules
 from gemopt.links import Communication, Exchange, Links, check_asked
-from gemopt.placement import EMPTY, Placement, Split, check_row
+from gemopt.placement import EMPTY, GivenPlacement, Placement, Split, check_row
 from gemopt.problem import Problem, each_problem, stacked
 from gemopt.profile import Profile
 from gemopt.rules import Rules
@@ -204,7 +204,7 @@ def check_agreement(placement: Placement, traces: Traces, num_ranks: int) -> Non
 
 
 def evaluate(
-    placement: Placement | str | os.PathLike[str],
+    placement: GivenPlacement,
     profile: Profile | str | os.PathLike[str] | None,
     traces: Traces | str | os.PathLike[str],
     *,

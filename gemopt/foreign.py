@@ -147,8 +147,6 @@ def not_a(kind: str, value: object, name: str) -> InputError:
         hint = f"gemopt.{kind}(**...) makes one of a dict"
     elif kind == "Traces" and hasattr(value, "__array__"):
         hint = "gemopt.Traces(counts=array) makes them of an array [steps, layers, experts]"
-    elif kind == "Placement" and hasattr(value, "placement"):
-        hint = "give its .placement"
     else:
         hint = SWAPPED if hasattr(value, "save") else ""
     return InputError(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError
-from gemopt.placement import EMPTY, Placement
+from gemopt.placement import EMPTY, GivenPlacement, Placement
 
 IntArray = NDArray[np.int64]
 BATCH_BYTES = 1 << 26  # that layers copied beside serving, and committed together, may take of a rank at once
@@ -104,7 +104,7 @@ def _order_on_rank(old_S: IntArray, new_S: IntArray) -> IntArray:
     return order_S
 
 
-def relabel(current: Placement, wanted: Placement) -> Placement:
+def relabel(current: GivenPlacement, wanted: GivenPlacement) -> Placement:
     """The wanted placement with the slots of each rank in the order that moves fewest experts.
 
     Raises

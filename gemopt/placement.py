@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -193,13 +193,22 @@ class Placement(Document):
         return self.changed(rules=rules, node_of_rank=node_of_rank if asked else None)
 
     @classmethod
+    def of(cls, value: object, name: str = "") -> Self:
+        """As for every document; what holds a placement, as a `Result` does, stands for it."""
+        if isinstance(value, Placed) and not isinstance(value, type):
+            if value.placement is None:
+                raise _without(name or "placement", getattr(value, "status", None))
+            value = value.placement
+        return super().of(value, name)
+
+    @classmethod
     def _within(cls, data: dict[str, Any], path: str | os.PathLike[str]) -> dict[str, Any]:
         """That of a result, where one was given: every file that is read as a placement may be a result's."""
         if foreign.of_object(data)[0] != foreign.RESULT:
             return data
         held = data.get("placement")
         if not isinstance(held, dict):
-            raise InputError(str(path), f"a result without one, {data.get('status')}", "a placement is needed")
+            raise _without(str(path), data.get("status"))
         return held
 
     def to_dataframe(self) -> Any:
@@ -222,6 +231,22 @@ class Placement(Document):
         slots = default_slots(num_experts, num_ranks)
         rows = np.tile(np.arange(num_experts), (num_layers, 1))
         return cls(physical_to_logical=rows, slots_per_rank=slots, num_experts=num_experts, **fields)
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """What holds a placement, or None where none was found: a `Result`."""
+
+    @property
+    def placement(self) -> Placement | None:
+        """The placement."""
+
+
+GivenPlacement = Placement | Placed | str | os.PathLike[str]
+
+
+def _without(field: str, status: object) -> InputError:
+    return InputError(field, f"a result without one, {status}", "a placement is needed")
 
 
 def default_slots(num_experts: int, num_ranks: int) -> NDArray[np.int64]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gemopt.exceptions import InputError, check_number
 from gemopt.migration import held
-from gemopt.placement import Placement
+from gemopt.placement import GivenPlacement, Placement
 from gemopt.profile import Device, Profile
 from gemopt.words import counted
 
@@ -75,7 +75,9 @@ class Resized:
         }
 
 
-def resize(current: Placement, profile: Profile, *, exclude: Sequence[int] = (), add: Sequence[Source] = ()) -> Resized:
+def resize(
+    current: GivenPlacement, profile: Profile, *, exclude: Sequence[int] = (), add: Sequence[Source] = ()
+) -> Resized:
     """The placement in force without some ranks and with some more.
 
     Parameters
@@ -93,6 +95,7 @@ def resize(current: Placement, profile: Profile, *, exclude: Sequence[int] = (),
     InputError
         A rank that does not exist or is named twice, no rank left, or devices that the placement does not know.
     """
+    current = Placement.of(current, "current")
     ranks = current.num_ranks
     gone = _excluded(exclude, ranks)
     if profile.num_ranks < ranks:
@@ -131,7 +134,7 @@ def resize(current: Placement, profile: Profile, *, exclude: Sequence[int] = (),
 
 
 def profile_after(
-    current: Placement | str | os.PathLike[str] | None,
+    current: GivenPlacement | None,
     profile: Profile,
     *,
     exclude: Sequence[int] = (),
@@ -147,7 +150,7 @@ def profile_after(
     InputError
         As `resize`.
     """
-    return profile if current is None else resize(Placement.of(current), profile, exclude=exclude, add=add).profile
+    return profile if current is None else resize(current, profile, exclude=exclude, add=add).profile
 
 
 def _excluded(exclude: Sequence[int], ranks: int) -> set[int]:

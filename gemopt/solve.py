@@ -17,7 +17,7 @@ from gemopt.evaluate import check_agreement
 from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_flags, check_number
 from gemopt.first_use import ready
 from gemopt.links import Exchange, Links
-from gemopt.placement import Placement, Split
+from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.resize import Source
@@ -57,12 +57,12 @@ def solve(
     time_limit: float | None = None,
     gap: float = 0.0,
     seed: int = 0,
-    warm_start: Placement | str | os.PathLike[str] | None = None,
+    warm_start: GivenPlacement | None = None,
     cost: str | CostModel = "auto",
     patience: int | None = None,
     threads: int | None = None,
     allow_one_rank: bool = False,
-    current: Placement | str | os.PathLike[str] | None = None,
+    current: GivenPlacement | None = None,
     move_price: float | None = None,
     expert_bytes: int | None = None,
     bandwidth: float | None = None,
@@ -322,7 +322,7 @@ def _layers(
     solver: Solver,
     each: list[Problem],
     traces: Traces,
-    warm_start: Placement | str | os.PathLike[str] | None,
+    warm_start: GivenPlacement | None,
     seed: int,
 ) -> list[Layer]:
     """The layers, each with its warm start, of problems that the solver can express."""
@@ -335,9 +335,7 @@ def _layers(
     return [Layer(problem, row, seed + i) for i, (problem, row) in enumerate(zip(each, rows, strict=True))]
 
 
-def _warm_rows(
-    warm_start: Placement | str | os.PathLike[str] | None, layers: list[Problem], traces: Traces
-) -> list[Row | None]:
+def _warm_rows(warm_start: GivenPlacement | None, layers: list[Problem], traces: Traces) -> list[Row | None]:
     if warm_start is None:
         return [None] * len(layers)
     warm_start = Placement.of(warm_start, "warm_start")

@@ -15,7 +15,7 @@ import numpy as np
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import InputError
-from gemopt.placement import Placement, default_slots
+from gemopt.placement import GivenPlacement, Placement, default_slots
 from gemopt.profile import Profile
 from gemopt.result import Result
 from gemopt.traces import Traces
@@ -28,7 +28,7 @@ Source = str | os.PathLike[str]
 
 
 def assert_feasible(
-    placement: Placement | Source, profile: Profile | Source | None = None, traces: Traces | Source | None = None
+    placement: GivenPlacement, profile: Profile | Source | None = None, traces: Traces | Source | None = None
 ) -> None:
     """Fail unless every expert of every layer has a slot, no rank holds one twice, and the documents fit together.
 

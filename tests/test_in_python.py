@@ -21,6 +21,7 @@ from gemopt.conflicts import conflict_graph
 from gemopt.costs import fit
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError
+from gemopt.formats.registry import export
 from gemopt.links import Exchange
 from gemopt.migration import relabel
 from gemopt.online import Controller, Policy
@@ -28,7 +29,7 @@ from gemopt.placement import Placement
 from gemopt.profile import Device, Profile, Sample
 from gemopt.replay import replay
 from gemopt.report import report
-from gemopt.result import Result
+from gemopt.result import Result, Status
 from gemopt.rules import Apart, Rules
 from gemopt.testing import assert_bound_holds, assert_feasible
 from gemopt.topology import Level, Topology
@@ -198,7 +199,6 @@ def test_an_answer_says_how_to_make_it_again(
         (lambda p, t, x: solve(p, t, current=x, exclude_ranks="1"), "exclude_ranks: got 1; a list of ranks"),
         (lambda p, t, x: solve(p, t, current=x, exclude_ranks=[True]), "exclude_ranks: got True; ranks 0 to 1"),
         (lambda p, t, x: solve(p, t, current=x, add_ranks=[True]), "add_ranks: got"),
-        (lambda p, t, x: gemopt.evaluate(solve(p, t, solver="lpt"), p, t), "or the path of one; give its .placement"),
         (lambda p, t, x: solve(p, t, full_slots="no"), "full_slots: got no; True or False"),
         (lambda p, t, x: solve(p, t, allow_one_rank="no"), "allow_one_rank: got no; True or False"),
         (lambda p, t, x: t.select(phase="decode"), "phase: got decode; a Phase of gemopt"),
@@ -224,6 +224,21 @@ def test_arguments_that_mean_nothing_are_one_line(
     with pytest.raises(InputError, match=re.escape(said)) as caught:
         call(measured, routed, result.placement)
     assert "\n" not in str(caught.value)
+
+
+def test_a_result_stands_for_its_placement(solved: tuple[Profile, Traces, Result, Evaluation], tmp_path: Path) -> None:
+    measured, routed, result, _ = solved
+    assert result.placement is not None
+    assert gemopt.evaluate(result, measured, routed).objective_us == result.objective_us
+    again = solve(measured, routed, solver="local-search", patience=0, warm_start=result, current=result)
+    assert again.objective_us is not None and result.objective_us is not None
+    assert again.objective_us <= result.objective_us
+    assert Controller(measured, result).placement == relabel(result, result) == result.placement
+    export(result, to="csv", path=tmp_path / "map.csv")
+    lost = result.model_copy(update={"placement": None, "status": Status.INFEASIBLE})
+    for call in (lambda: gemopt.evaluate(lost, measured, routed), lambda: solve(measured, routed, current=lost)):
+        with pytest.raises(InputError, match="a result without one, infeasible; a placement is needed"):
+            call()
 
 
 def test_one_name_is_a_list_of_one(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:

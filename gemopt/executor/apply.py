@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from gemopt.executor.runner import Event, MigrationError, StageRunner
 from gemopt.executor.splits import check_cost, check_split, digest
 from gemopt.executor.transfer import canaries, wrong_rows
 from gemopt.migration import BATCH_BYTES
-from gemopt.placement import EMPTY, Placement, Split
+from gemopt.placement import EMPTY, GivenPlacement, Placement, Split
 from gemopt.splits.rules import even_weights
 
 if TYPE_CHECKING:
@@ -151,8 +150,9 @@ class Executor:
             }
         )
 
-    def plan(self, placement: Placement) -> Plan:
+    def plan(self, placement: GivenPlacement) -> Plan:
         """What `apply` would do; nothing is sent."""
+        placement = Placement.of(placement)
         self._check(placement)
         return self._plan(layer_rows(placement))
 
@@ -165,9 +165,7 @@ class Executor:
         check_ranks(placement, len(self.nodes), self.rank)
         check_split(placement.split, self.cost)
 
-    def apply(
-        self, placement: Placement | Path | str, *, probe: Probe | None = None, tolerance: float | None = None
-    ) -> Plan:
+    def apply(self, placement: GivenPlacement, *, probe: Probe | None = None, tolerance: float | None = None) -> Plan:
         """Move to a placement between two forward passes. Does nothing where it is already in force.
 
         Parameters
@@ -202,7 +200,7 @@ class Executor:
         self._template = fields
         return steps
 
-    def start(self, placement: Placement | Path | str) -> Background:
+    def start(self, placement: GivenPlacement) -> Background:
         """As `apply`, but weights travel while the model serves; layers are committed between forward passes.
 
         Layers travel and are committed together, as many as keep what a rank receives at once within `budget_bytes`.
@@ -234,7 +232,7 @@ class Executor:
 
         return Follow(self, controller, window, log)
 
-    def _agree_to(self, given: Placement | Path | str, batch_bytes: int = 0) -> tuple[Plan, dict[str, Any]]:
+    def _agree_to(self, given: GivenPlacement, batch_bytes: int = 0) -> tuple[Plan, dict[str, Any]]:
         """Plan, and refuse on every rank what any rank would refuse. batch_bytes: of layers that travel together."""
         found: list[tuple[Plan, dict[str, Any]]] = []
 

@@ -31,7 +31,7 @@ from gemopt.executor.permutation import (
 )
 from gemopt.models.checkpoint_names import tensor_role
 from gemopt.models.families import family
-from gemopt.placement import Placement
+from gemopt.placement import GivenPlacement, Placement
 
 CHUNK = 1 << 24
 MAX_HEADER = 1 << 27
@@ -39,7 +39,7 @@ INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "U8": "u1"}
 
 
 def export_checkpoint(
-    placement: Placement,
+    placement: GivenPlacement,
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
@@ -65,7 +65,7 @@ def export_checkpoint(
     UnsupportedError
         For copies, empty or unequal slots, and for placements that would change group-limited routing.
     """
-    source, destination = Path(source), Path(destination)
+    placement, source, destination = Placement.of(placement), Path(source), Path(destination)
     permutation = permutation_of(placement, read_config(source))
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise InputError(str(destination), "exists already", "a new or empty folder is needed")

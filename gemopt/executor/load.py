@@ -21,7 +21,7 @@ from gemopt.executor.configs import other_files, renamed_modules
 from gemopt.executor.expert_parallel import NAME
 from gemopt.executor.permutation import Permutation, TensorInfo, check_coverage, permutation_of
 from gemopt.models import auto_class
-from gemopt.placement import Placement
+from gemopt.placement import GivenPlacement, Placement
 
 Layout = Literal["shared", "own"]
 
@@ -45,7 +45,7 @@ def load(source: str | os.PathLike[str], distributed_config: DistributedConfig |
 
 def load_permuted(
     source: str | os.PathLike[str],
-    placement: Placement,
+    placement: GivenPlacement,
     distributed_config: DistributedConfig | None = None,
     **options: Any,
 ) -> Any:
@@ -58,7 +58,7 @@ def load_permuted(
     InputError
         As `export_checkpoint`.
     """
-    folder = Path(source)
+    placement, folder = Placement.of(placement), Path(source)
     permutation = permutation_of(placement, read_config(folder))
     other_files(folder, permutation)
     config = AutoConfig.from_pretrained(folder)

@@ -13,7 +13,7 @@ from gemopt.documents import Document, sha256
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.foreign import telling
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
-from gemopt.placement import Placement, Split
+from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import slot_counts
 from gemopt.rules import Rules
 from gemopt.words import counted
@@ -187,7 +187,7 @@ def _others(placement: Placement) -> str:
     return "an engine that can express it: " + ", ".join(names) if names else "no engine can express it"
 
 
-def export(placement: Placement, *, to: str, path: Path, options: WriteOptions | None = None) -> Export:
+def export(placement: GivenPlacement, *, to: str, path: Path, options: WriteOptions | None = None) -> Export:
     """Write `placement` for the engine `to`, and a side file with what that format leaves out.
 
     Raises
@@ -195,7 +195,7 @@ def export(placement: Placement, *, to: str, path: Path, options: WriteOptions |
     UnsupportedError
         The engine cannot express the placement; nothing is written.
     """
-    engine, options = get(to), options or WriteOptions()
+    placement, engine, options = Placement.of(placement), get(to), options or WriteOptions()
     check(placement, engine, path=path, options=options)
     assert engine.write is not None
     result = engine.write(placement, path, options)

@@ -31,7 +31,7 @@ from gemopt.online.policy import TICK, Policy
 from gemopt.online.promises import Promises
 from gemopt.online.realised import Realised, Times
 from gemopt.online.speeds import Speeds, log_ratios
-from gemopt.placement import Placement
+from gemopt.placement import GivenPlacement, Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.solvers.search.moves import Waypoint
@@ -70,7 +70,7 @@ class Controller:
     def __init__(
         self,
         profile: Profile | CostModel | str | os.PathLike[str],
-        placement: Placement | str | os.PathLike[str],
+        placement: GivenPlacement,
         policy: Policy | None = None,
         *,
         cost: CostModel | None = None,

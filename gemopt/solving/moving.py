@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import ABOVE_0, InputError, check_number
 from gemopt.migration import keep_in_place
 from gemopt.moves import Moves
-from gemopt.placement import Placement
+from gemopt.placement import GivenPlacement, Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.resize import Resized, Source, resize
@@ -33,7 +32,7 @@ US_PER_GB_PER_S = 1e-3  # microseconds that a byte takes at 1 GB/s
 class Asked:
     """What `gemopt.solve` was asked about moves; see there."""
 
-    current: Placement | str | os.PathLike[str] | None = None
+    current: GivenPlacement | None = None
     move_price: float | None = None
     expert_bytes: int | None = None
     bandwidth: float | None = None

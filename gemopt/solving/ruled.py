@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 from gemopt.layer_rules import LayerRules, layer_rules
 from gemopt.links import Links
-from gemopt.placement import Placement
+from gemopt.placement import GivenPlacement, Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import Result, StoppedBy
@@ -50,7 +50,7 @@ class Ruled:
         cls,
         given: Rules | str | os.PathLike[str] | None,
         moving: Moving | None,
-        warm_start: Placement | str | os.PathLike[str] | None,
+        warm_start: GivenPlacement | None,
         profile: Profile,
         links: Links | None,
     ) -> Ruled:
