@@ -234,7 +234,7 @@ def with_copies(links: Links, seed: int) -> tuple[list[Problem], list[np.ndarray
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_with_copies_bounds_hold_and_the_search_is_near_the_best(seed: int) -> None:
+def test_with_copies_bounds_hold_and_the_search_finds_the_best(seed: int) -> None:
     links = random_links(seed + 700, experts=3, layers=1, steps=3)
     problems, rows = with_copies(links, seed)
     bound, values = links_bound(problems, links)[0], []
@@ -243,10 +243,9 @@ def test_with_copies_bounds_hold_and_the_search_is_near_the_best(seed: int) -> N
         assert bound <= sent.time_TL.sum() * (1 + 1e-12)
         values.append(linked_total(problems, [row], links))
     start = rows[seed % len(rows)]
-    found = search_linked(problems, links, [start], Options.lasting(300))
+    found = search_linked(problems, links, [start], replace(Options.lasting(300), patience=50))
     assert found.total_us == pytest.approx(linked_total(problems, found.rows, links))
-    assert min(values) * (1 - 1e-12) <= found.total_us <= linked_total(problems, [start], links)
-    assert found.total_us <= np.median(values)
+    assert found.total_us == pytest.approx(min(values))
 
 
 def test_copies_that_cost_more_to_reach_than_they_save_are_dropped() -> None:

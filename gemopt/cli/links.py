@@ -151,9 +151,9 @@ def described(topology: Topology) -> list[str]:
     """Lines for people."""
     from gemopt.topology import LEVELS
 
-    lines = [
-        f"{topology.name or 'topology'}: {counted(topology.num_ranks, 'rank')} on {counted(topology.num_nodes, 'node')}"
-    ]
+    racks = "" if topology.num_racks == 1 else f" in {counted(topology.num_racks, 'rack')}"
+    ranks, nodes = counted(topology.num_ranks, "rank"), counted(topology.num_nodes, "node")
+    lines = [f"{topology.name or 'topology'}: {ranks} on {nodes}{racks}"]
     for name in LEVELS:
         level = getattr(topology, name)
         if level is None:

@@ -4,7 +4,7 @@ Starts are the placement that heeds makespans alone, what swaps make of it under
 kind carried as much (which every byte changes, not only those of the fullest), and, where senders follow experts, whole
 ranks renamed along the transitions. From each, every layer in turn takes the swaps that lower its cost and that of the
 next layer's dispatch, until a sweep takes next to nothing. The best is then kicked: a few slots of one layer change
-places, and what they change for descends again. Last, copies are changed and swapped once more.
+places, or spare slots other copies, and what they change for descends again. Last, copies are changed once more.
 All that is offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
 """
 
@@ -29,7 +29,7 @@ from gemopt.result import StoppedBy
 from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Row, incumbent, seeded, within_limits
 from gemopt.solvers.relabel import renamed
 from gemopt.solvers.search.blocs import settled
-from gemopt.solvers.search.linked_copies import search_copies
+from gemopt.solvers.search.linked_copies import recopied, search_copies
 from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
@@ -95,7 +95,8 @@ def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options
             with options.alarm() as stop:
                 search = Layers(problems, links, changed, stop)
                 search.settle()
-            _offer(found, problems, links, search.rows())
+                _offer(found, problems, links, search.rows())
+                _kick(found, problems, links, options, stop)
     if options.expired():
         found.stopped_by = options.cut_by
     return found
@@ -136,12 +137,14 @@ def _offer(found: Linked, problems: Sequence[Problem], links: Links, rows: Rows)
 def _kick(found: Linked, problems: Sequence[Problem], links: Links, options: Options, stop: NDArray[np.uint8]) -> None:
     """Kicks of the best, one layer after the other, until too many in a row bring no gain."""
     patience = DEFAULT_PATIENCE if options.patience is None else options.patience
-    draws, idle, layer = seeded(options.seed, len(problems)), 0, 0
-    while idle < patience * len(problems) and not stop[0]:
-        kicked = _kicked(problems[layer], found.rows[layer], draws)
+    draws, idle, layer, ways = seeded(options.seed, len(problems)), 0, 0, 1 + (problems[0].spare_slots > 0)
+    while idle < patience * ways * len(problems) and not stop[0]:
+        copies = idle // len(problems) % ways == 1
+        kicked = (recopied if copies else _kicked)(problems[layer], found.rows[layer], draws)
         search = Layers(problems, links, [*found.rows[:layer], kicked, *found.rows[layer + 1 :]], stop)
         search.settle(only=layer)
-        idle = 0 if _offer(found, problems, links, search.rows()) else idle + 1
+        rows = search_copies(problems, links, search.rows(), options, layer) if copies else search.rows()
+        idle = 0 if _offer(found, problems, links, rows) else idle + 1
         layer = (layer + 1) % len(problems)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemopt.evaluate import rank_times
 from gemopt.layer_rules import LayerRules
@@ -18,15 +19,18 @@ from gemopt.problem import Problem
 from gemopt.solvers.base import Options, Row
 
 FEW = 8  # experts that are tried in a slot
+MOST = 3  # slots whose copies a kick changes
 EPSILON = 1e-9
 
 
-def search_copies(problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> list[Row]:
-    """Rows with other copies, layer after layer until no change helps or the time ends; never worse."""
+def search_copies(
+    problems: Sequence[Problem], links: Links, rows: list[Row], options: Options, only: int | None = None
+) -> list[Row]:
+    """Rows with other copies, of all layers or one, until no change helps or the time ends; never worse."""
     rows, helped = list(rows), True
     while helped and not options.expired():
         helped = False
-        for layer in range(len(rows)):
+        for layer in range(len(rows)) if only is None else [only]:
             while (better := _better(problems, links, rows, layer, options)) is not None:
                 rows[layer], helped = better, True
     return rows
@@ -57,12 +61,24 @@ def _cost(problems: Sequence[Problem], links: Links, rows: list[Row], layer: int
     return float(problem.weights_T @ both_T)
 
 
+def recopied(problem: Problem, row: Row, draws: np.random.Generator) -> Row:
+    """A row whose spare slots, up to a few drawn at random, hold another copy or, unless all must be full, none."""
+    row, ranks = row.copy(), problem.rank_of_slot
+    for _ in range(draws.integers(1, MOST + 1)):
+        spare = np.flatnonzero((row == EMPTY) | (_number_E(problem, row)[row] > 1))
+        if not len(spare):
+            return row
+        slot = int(draws.choice(spare))
+        open_ = np.flatnonzero(~_barred_EG(problem, row)[:, ranks[slot]])
+        choices = open_ if problem.full else np.append(open_, EMPTY)
+        row[slot] = draws.choice(choices) if len(choices) else row[slot]
+    return row
+
+
 def _changes(problem: Problem, row: Row) -> Iterator[Row]:
     """Rows with one copy less, one more, or another one, the most promising first."""
     ranks, load_E = problem.rank_of_slot, problem.weights_T @ problem.counts_TE
-    number_E = np.bincount(row[row != EMPTY], minlength=problem.num_experts)
-    rules = problem.rules or LayerRules((), problem.num_ranks, problem.num_experts)
-    barred_EG = rules.barred_EG(row, problem.slots_per_rank)
+    number_E, barred_EG = _number_E(problem, row), _barred_EG(problem, row)
     wanted = np.argsort(-load_E / (number_E * (number_E + 1)), kind="stable")
     copies = np.flatnonzero((row != EMPTY) & (number_E[row] > 1))
     copies = copies[np.argsort(load_E[row[copies]] / (number_E[row[copies]] * (number_E[row[copies]] - 1)))]
@@ -73,6 +89,17 @@ def _changes(problem: Problem, row: Row) -> Iterator[Row]:
     for slot in (*empty[first].tolist(), *copies.tolist()):
         for expert in [e for e in wanted.tolist() if not barred_EG[e, ranks[slot]]][:FEW]:
             yield _with(row, slot, expert)
+
+
+def _number_E(problem: Problem, row: Row) -> NDArray[np.int64]:
+    """[E] copies of every expert."""
+    return np.bincount(row[row != EMPTY], minlength=problem.num_experts)
+
+
+def _barred_EG(problem: Problem, row: Row) -> NDArray[np.bool_]:
+    """[E, G] ranks where an expert may have no other copy, as it has one there or rules say so."""
+    rules = problem.rules or LayerRules((), problem.num_ranks, problem.num_experts)
+    return rules.barred_EG(row, problem.slots_per_rank)
 
 
 def _with(row: Row, slot: int, expert: int) -> Row:
