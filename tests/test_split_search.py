@@ -112,6 +112,18 @@ def test_weights_of_a_static_warm_start_are_chosen_within_the_time(monkeypatch: 
     assert found.history[-1].objective_us <= objective(problem, row, static_weights(problem, row))
 
 
+def test_static_answers_cost_what_their_history_ends_with() -> None:
+    """Even static weights round otherwise than the even split: 1 for three copies goes to the second, not the first."""
+    counts = np.random.default_rng(2).poisson(np.linspace(6, 0.5, 6), (8, 1, 6))
+    devices = [
+        {"rank": rank, "samples": [{"assignments": n, "latency_us": (9 + n) * slow} for n in (0, 100)]}
+        for rank, slow in enumerate((1.0, 1.2, 0.9))
+    ]
+    options = {"slots_per_rank": 4, "solver": "local-search", "patience": 1, "time_limit": 60, "threads": 1}
+    found = gemopt.solve(Profile(devices=devices), Traces(counts=counts), split="static", **options)
+    assert found.history[-1].objective_us == pytest.approx(found.objective_us, rel=1e-9)
+
+
 def test_static_weights_are_of_full_rows_where_slots_must_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
     weighed: list[np.ndarray] = []
     monkeypatch.setattr("gemopt.solvers.search.policies.static_weights", lambda _, row, stop: weighed.append(row))

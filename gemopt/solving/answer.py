@@ -93,7 +93,7 @@ def answer(
         seconds=time.monotonic() - run.clock,
         num_steps=traces.num_steps,
         placement=placement,
-        history=_history(run),
+        history=_history(run, total),
         per_layer=per_layer,
         outside=0.0 if scored is None else scored.outside,
         cost=cost.name,
@@ -149,9 +149,11 @@ def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
         problem, even_P = layer.problem, even_weights(row, layer.problem.num_experts)
         known = None if layer.outcome is None else value_of(layer.outcome)
         even = time.monotonic() >= run.end and row.tobytes() not in problem.weighed
-        if even and known is not None:  # weights of equal ranks that changed roles, or chosen elsewhere, are found anew
-            even = objective(problem, row, even_P) + moves_us(problem, row) <= known * (1 + ROUNDING)
-        found.append(even_P if even else static_weights(problem, row))
+        weights_P = even_P if even else static_weights(problem, row)
+        if known is not None and objective(problem, row, weights_P) + moves_us(problem, row) > known * (1 + ROUNDING):
+            problem.weighed.pop(row.tobytes(), None)  # cut by the time when it was looked at again, or found elsewhere
+            weights_P = static_weights(problem, row)
+        found.append(weights_P)
     return found
 
 
@@ -175,11 +177,14 @@ def _saved(run: Run, scored: Evaluation) -> BytesSaved | None:
     )
 
 
-def _history(run: Run) -> list[Incumbent]:
-    """Totals over time; with links, of what was found since they count."""
-    if run.coupling is None:
-        return history(run.layers, run.clock)
-    return [point.model_copy(update={"seconds": point.seconds - run.clock}) for point in run.coupling.history]
+def _history(run: Run, total: float | None) -> list[Incumbent]:
+    """Totals over time; with links, of what was found since they count. Weights chosen last may lower the total."""
+    found = history(run.layers, run.clock)
+    if run.coupling is not None:
+        found = [point.model_copy(update={"seconds": point.seconds - run.clock}) for point in run.coupling.history]
+    if found and total is not None and total < found[-1].objective_us * (1 - ROUNDING):
+        found.append(Incumbent(seconds=time.monotonic() - run.clock, objective_us=total))
+    return found
 
 
 def _bound(run: Run, per_layer: list[LayerResult], bound_us: float, total: float | None) -> float:

@@ -73,12 +73,15 @@ class _Search(Best, ABC):
         if problem.split is not Split.STATIC:
             self.offer(lpt_row(problem) if warm_start is None else warm_start)
         elif warm_start is not None:  # else the even split's answer is as good
-            row = self.completed(warm_start)
-            self.keep(row, objective(problem, row, even_weights(row, problem.num_experts)))
+            self.keep_evenly(self.completed(warm_start))
 
     def completed(self, row: Row) -> Row:
         """The row, with empty slots filled where none may be."""
         return filled(self.problem, row) if self.problem.full else row
+
+    def keep_evenly(self, row: Row) -> None:
+        """Take a row over for what it costs with even static weights, which round otherwise than the even split."""
+        self.keep(row, objective(self.problem, row, even_weights(row, self.problem.num_experts)))
 
     def offer(self, row: Row) -> bool:
         """Take a row over, `completed`, when its exact objective is the best so far."""
@@ -102,7 +105,7 @@ class _Search(Best, ABC):
     def even_row(self, share: float, patience: int | None = 0) -> Row:
         """Where the descent under the even split, or what kicks make of it, ends with a share of the time.
 
-        With static weights it is kept for what it costs with even ones.
+        With static weights it is kept for what it costs with even ones (`keep_evenly`).
         """
         deadline = time.monotonic() + share * self.options.remaining
         options = replace(self.options, deadline=deadline, patience=patience, begun=self.begun, bound_us=0.0)
@@ -110,7 +113,7 @@ class _Search(Best, ABC):
         self.begun = outcome.search
         assert outcome.row is not None
         if self.problem.split is Split.STATIC:
-            self.keep(outcome.row, outcome.history[-1].objective_us)
+            self.keep_evenly(outcome.row)
         return outcome.row
 
     @abstractmethod
