@@ -62,11 +62,15 @@ class Demand:
 
 @dataclass(frozen=True, eq=False)
 class LayerRules:
-    """What the rules ask of one layer. G ranks, E experts."""
+    """What the rules ask of one layer. G ranks, E experts.
+
+    example_GE: [G, E] who holds the experts that rules are about in some placement that keeps them, where one is known.
+    """
 
     demands: tuple[Demand, ...]
     num_ranks: int
     num_experts: int
+    example_GE: BoolArray | None = None
 
     @property
     def names(self) -> list[str]:

@@ -227,7 +227,7 @@ def solve(
                 return without(solver, clock, traces, asked_rules.impossible, made)
             each = asked_rules.apply(free if moving is None else moving.apply(free), traces)
             each, note, reason = eased(each, moving, traces.layer_ids, clock + time_limit)
-            if note:
+            if reason is not None:
                 return without(solver, clock, traces, note, made, reason)
 
             layers = _layers(chosen, each, traces, warm_start, seed)
@@ -242,7 +242,7 @@ def solve(
         )  # fmt: skip
         with cores.at_most(max(1, threads // len(layers))), hurried.call(clock + time_limit, interrupted.is_set):
             bound_us = _go(run, held_G, moving, links, compute_slack)
-        result = asked_rules.stamped(answer(run, profile, traces, cost, report, moving, bound_us, senders, made))
+        result = asked_rules.stamped(answer(run, profile, traces, cost, report, moving, bound_us, senders, made), note)
         if certificate is not None and result.placement is not None:
             if notice is not None and any(layer.together is not None for layer in layers):
                 notice(f"checking in whole numbers what the certificate of {counted(len(layers), 'layer')} states")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +22,16 @@ from gemopt.moves import Moves
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
 from gemopt.rules import Rules
-from gemopt.solvers import get, names
+from gemopt.solvers import get, hurried, names
 from gemopt.solvers.base import Options, require
-from gemopt.solvers.placing import fewest_row, first_row, nearest_row
+from gemopt.solvers.nearest import fewest, fewest_row, nearest_row
+from gemopt.solvers.placing import Rows, first_row
 from gemopt.solvers.search.linked_copies import _changes
 from gemopt.solvers.search.local_search import LocalSearch
+from gemopt.solvers.search.packing import filled
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
+from gemopt.solving.ruled import exemplified
 
 
 def larger(seed: int = 0, *, spare: int = 4, **rules: Any) -> Problem:
@@ -152,3 +156,57 @@ def test_provers_without_rules_refuse_them_also_when_called_directly(name: str) 
     (asked,) = layer_rules(rules, [0], problem.num_experts, problem.num_ranks, NODES[: problem.num_ranks])
     with pytest.raises(UnsupportedError, match="rules"):
         get(name).solve(replace(problem, rules=asked), Options(deadline=np.inf), None)
+
+
+def test_a_placement_in_force_that_keeps_the_rules_is_there_before_anything_is_solved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = larger(**RULES)
+    home = first_row(problem)
+    monkeypatch.setattr("gemopt.solvers.nearest.solved", pytest.fail)
+    moved = problem.with_moves(Moves.make(held_by(home, problem.slots_per_rank, 16), most=0))
+    found = fewest_row(moved)
+    assert found is not None and sets_of(problem, found) == sets_of(problem, home)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_without_time_the_known_example_of_the_rules_is_the_answer(
+    full: bool, moves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = replace(larger(**RULES), full=full)
+    if moves:
+        problem = problem.with_moves(Moves.make(held_by(np.arange(20) % 16, problem.slots_per_rank, 16), 1.0))
+    (known,), note = exemplified([problem], [0], time.monotonic() + 60)
+    assert not note
+    monkeypatch.setattr(Rows, "solve", pytest.fail)
+    with hurried.call(-np.inf, lambda: False), hurried.better_by(-np.inf):
+        row = filled(known, fewest_row(known) if moves and not full else first_row(known))
+    check(problem, row)
+
+
+def test_experts_without_rules_are_counted_and_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few moves, and as many copies kept, as where every expert is told apart."""
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        problem = larger(seed, apart=RULES["apart"], pinned=[{"experts": [2, 3], "ranks": [int(rng.integers(4))]}])
+        home_GE = np.zeros((4, 16), bool)
+        for expert in range(16):
+            home_GE[rng.permutation(4)[: rng.choice([0, 1, 1, 1, 2])], expert] = True
+        moves = Moves.make(home_GE, most_into_G=None if seed % 2 else np.array([9, 4, 4, 4]))
+        found = [_quality(problem.with_moves(moves))]
+        with monkeypatch.context() as all_ruled:
+            all_ruled.setattr("gemopt.layer_rules.LayerRules.ruled_E", np.ones(16, bool))
+            found.append(_quality(problem.with_moves(moves)))
+        assert found[0] == found[1], seed
+
+
+def _quality(problem: Problem) -> tuple[int, int] | None:
+    row, proven = fewest(replace(problem, rules=replace(problem.rules)))
+    assert proven and problem.moves is not None and problem.rules is not None
+    if row is None:
+        return None
+    assert problem.rules.broken(row, problem.slots_per_rank) is None
+    held_GE = held_by(row, problem.slots_per_rank, 16)
+    moved = problem.moves.count(row, problem.slots_per_rank)
+    return moved, int(held_GE.sum()) - moved

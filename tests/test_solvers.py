@@ -192,12 +192,13 @@ def test_an_interrupt_returns_the_incumbent(name: str) -> None:
     check(problem, outcome.row)
 
 
-def test_a_known_bound_stops_the_search() -> None:
+@pytest.mark.parametrize("name", ["gem", "local-search"])
+def test_a_known_bound_stops_the_search(name: str) -> None:
     problem = make("affine")
-    best = get("local-search").solve(problem, options(), None).row
+    best = get(name).solve(problem, options(), None).row
     assert best is not None
     bound = objective(problem, best) * 0.97
-    outcome = get("local-search").solve(problem, options(bound_us=bound, gap=0.5, patience=None), None)
+    outcome = get(name).solve(problem, options(bound_us=bound, gap=0.5, patience=None), None)
     assert outcome.stopped_by is StoppedBy.GAP
 
 

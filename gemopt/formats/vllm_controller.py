@@ -27,7 +27,8 @@ from gemopt.placement import EMPTY, Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.rules import Rules
-from gemopt.solvers.placing import conflict, nearest_row
+from gemopt.solvers.nearest import nearest_row
+from gemopt.solvers.placing import conflict
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.search.within import copies_within

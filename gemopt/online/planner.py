@@ -19,7 +19,8 @@ from gemopt.online.policy import Policy
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.placing import conflict, nearest_row
+from gemopt.solvers.nearest import nearest_row
+from gemopt.solvers.placing import conflict
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.moves import Waypoint, few_moves
 from gemopt.solvers.search.state import Costs

@@ -23,7 +23,7 @@ from gemopt.replay.schedule import Schedule
 from gemopt.replay.strategy import Context, Foreseeing, Strategy
 from gemopt.replay.survivors import evacuate, readmit
 from gemopt.solvers.base import Row
-from gemopt.solvers.placing import nearest_row
+from gemopt.solvers.nearest import nearest_row
 from gemopt.traces import Traces
 
 BLOCK_STEPS = 256

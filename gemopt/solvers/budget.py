@@ -18,7 +18,7 @@ from gemopt.evaluate import total
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.placing import fewest_row
+from gemopt.solvers.nearest import fewest_row
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.moves import few_moves
 

@@ -26,7 +26,7 @@ from gemopt.solve import solve
 from gemopt.solvers import hurried
 from gemopt.solvers.base import Options
 from gemopt.solvers.budget import Front, Point, divide, walk_front
-from gemopt.solving.ruled import contradiction
+from gemopt.solving.ruled import exemplified
 from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
@@ -130,7 +130,9 @@ def _layers(cost: CostModel, traces: Traces, current: Placement, profile: Profil
 def _fronts(layers: Sequence[Problem], current: Placement, time_limit: float, threads: int | None) -> list[Front]:
     """The front of every layer, from its row in force where that keeps the rules."""
     options = Options.lasting(time_limit)
-    if note := contradiction(layers, current.layer_ids, options.deadline):
+    with hurried.call(options.deadline, options.stop):
+        layers, note = exemplified(layers, current.layer_ids, options.deadline)
+    if note:
         raise InputError("rules", current.rules, note)
     weights = current.split_weights if current.split is Split.STATIC else None
 

@@ -17,7 +17,7 @@ from gemopt.problem import Problem
 from gemopt.result import Incumbent
 from gemopt.solvers.base import Outcome, Row, incumbent, within_limits
 from gemopt.solvers.exact.column_space import Proven
-from gemopt.solvers.placing import fewest_row, no_placement
+from gemopt.solvers.nearest import fewest_row, no_placement
 from gemopt.solvers.search.packing import filled
 from gemopt.splits.rules import even_weights
 

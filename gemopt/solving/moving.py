@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,8 +20,9 @@ from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.resize import Resized, Source, resize
 from gemopt.result import MovesReport
+from gemopt.solvers import hurried
 from gemopt.solvers.base import Row
-from gemopt.solvers.placing import fewest_row
+from gemopt.solvers.nearest import fewest
 from gemopt.solvers.relabel import relabelled
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
@@ -185,11 +187,20 @@ class Moving:
             return list(layers)
         return [layer.with_moves(moves) for layer, moves in zip(layers, self.layer_limits, strict=True)]
 
-    def eased(self, layers: Sequence[Problem]) -> list[Problem]:
-        """The layers with the moves that ranks, rules, slots and full ones ask for, unless the caller set a limit."""
+    def eased(self, layers: Sequence[Problem], deadline: float) -> tuple[list[Problem], bool]:
+        """The layers with the moves that ranks, rules, slots and full ones ask for, unless the caller set a limit; and
+        whether it is proven of all that these are the fewest. deadline: of `time.monotonic`, until when that is tried.
+        """
         if not self.asked_by_ranks:
-            return list(layers)
-        return [_eased(layer, self.resized.old_rank < 0) for layer in layers]
+            return list(layers), True
+        found, all_proven = list[Problem](), True
+        for number, layer in enumerate(layers):
+            now = time.monotonic()
+            with hurried.better_by(now + (deadline - now) / (len(layers) - number)):
+                eased, proven = _eased(layer, self.resized.old_rank < 0)
+            found.append(eased)
+            all_proven &= proven
+        return found, all_proven
 
     def missing_slots(self, slots_per_rank: object) -> int:
         """Slots that the experts lack, where ranks left and the slots are as asked for."""
@@ -273,14 +284,16 @@ def _asked_by_ranks(resized: Resized) -> NDArray[np.int64]:
     return np.asarray(lost_L + fresh, dtype=np.int64)
 
 
-def _eased(problem: Problem, new_G: NDArray[np.bool_]) -> Problem:
+def _eased(problem: Problem, new_G: NDArray[np.bool_]) -> tuple[Problem, bool]:
     """new_G: [G] ranks that came, with the slots that they have in the end."""
     moves = problem.moves
     assert moves is not None
-    row = fewest_row(problem.with_moves(moves.at_most(None)))
+    row, proven = fewest(problem.with_moves(moves.at_most(None)))
+    if row is None and not proven:
+        raise hurried.OutOfTimeError("a placement that keeps the rules")
     needed = 0 if row is None else moves.count(row, problem.slots_per_rank)
     asked = int((~moves.home_GE.any(axis=0)).sum() + problem.slots_per_rank[new_G].sum())
-    return problem.with_moves(moves.at_most(max(asked, needed)))
+    return problem.with_moves(moves.at_most(max(asked, needed))), proven or needed <= asked
 
 
 def _known(expert_bytes: int | None, field: str, value: float) -> int:

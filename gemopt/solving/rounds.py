@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from gemopt.evaluate import total
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
+from gemopt.solvers import hurried
 from gemopt.solvers.base import Options, Outcome, Row
 from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
-from gemopt.solvers.placing import fewest_row, fewest_rows, no_placement
+from gemopt.solvers.nearest import fewest_row, fewest_rows, no_placement
 from gemopt.solving.layers import Layer
 from gemopt.solving.moving import Moving, limited
 from gemopt.solving.schedule import Run
@@ -91,7 +92,8 @@ def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None])
     the time."""
     left = max(0.0, run.clock + run.time_limit - time.monotonic())
     options = Options.lasting(FRONT_SHARE * left, stop=run.interrupted.is_set)
-    with options.alarm() as stop, ThreadPoolExecutor(run.threads) as pool:
+    better = hurried.better_by(options.deadline)
+    with better, options.alarm() as stop, ThreadPoolExecutor(run.threads) as pool:
 
         def walked(problem: Problem, begin: Row | None) -> Future[Front]:
             given = None if begin is None else (begin, None)

@@ -17,13 +17,16 @@ from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import Result, StoppedBy
 from gemopt.rules import Rules
+from gemopt.solvers import hurried
 from gemopt.solvers.base import Row
 from gemopt.solvers.hurried import OutOfTimeError
-from gemopt.solvers.placing import conflict, nearest_row
+from gemopt.solvers.nearest import nearest_row
+from gemopt.solvers.placing import conflict, example
 from gemopt.solving.moving import Moving
 from gemopt.traces import Traces
 
 IntArray = NDArray[np.int64]
+MORE_MOVES = "more moves than ranks and rules ask for, perhaps: the time ended before the fewest were proven"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +107,11 @@ class Ruled:
         found = layer_rules(self.rules, traces.layer_ids, traces.num_experts, len(self.nodes_G), self.nodes_G)
         return [replace(problem, rules=each) for problem, each in zip(layers, found, strict=True)]
 
-    def stamped(self, result: Result) -> Result:
-        """The result whose placement says which rules it keeps."""
-        if self.rules is None or result.placement is None:
-            return result
-        notes = [*result.notes, self.note] if self.note else result.notes
-        placement = result.placement.under(self.rules, self.nodes_G)
+    def stamped(self, result: Result, note: str = "") -> Result:
+        """The result whose placement says which rules it keeps, with one more note."""
+        notes, placement = [*result.notes, *filter(None, (self.note, note))], result.placement
+        if self.rules is not None and placement is not None:
+            placement = placement.under(self.rules, self.nodes_G)
         return result.model_copy(update={"placement": placement, "notes": notes})
 
 
@@ -137,20 +139,28 @@ def _nodes(before_G: IntArray, known_G: IntArray, moving: Moving | None) -> IntA
     return known_G
 
 
-def contradiction(layers: Sequence[Problem], layer_ids: Sequence[int], deadline: float) -> str:
-    """Rules of a layer that no placement keeps together, in words; empty when all can be kept."""
-    known: set[int] = set()
+def exemplified(layers: Sequence[Problem], layer_ids: Sequence[int], deadline: float) -> tuple[list[Problem], str]:
+    """The layers, whose rules know a placement that keeps them, where one was found; or rules of a layer that no
+    placement keeps together, in words."""
+    known: dict[int, LayerRules] = {}
     for problem, layer_id in zip(layers, layer_ids, strict=True):
         rules = problem.rules
         if rules is None or id(rules) in known:
             continue
-        known.add(id(rules))
-        if names := conflict(rules, problem.slots_per_rank, full=problem.full, deadline=deadline):
-            slots = ", ".join(map(str, sorted(set(problem.slots_per_rank.tolist()))))
-            told = "; ".join(f"{name}: {_says(rules, name)}" for name in names)
-            full = ", all full" if problem.full else ""
-            return f"infeasible: no placement of layer {layer_id} in {slots} slots per rank{full} keeps {told}"
-    return ""
+        seconds = max(hurried.seconds_left(), hurried.LEAST_S * len(layers))  # all of them can begin with it
+        example_GE, impossible = example(rules, problem.slots_per_rank, seconds, full=problem.full)
+        if impossible:
+            return list(layers), _contradiction(problem, rules, layer_id, deadline)
+        known[id(rules)] = replace(rules, example_GE=example_GE)
+    return [p if p.rules is None else replace(p, rules=known[id(p.rules)]) for p in layers], ""
+
+
+def _contradiction(problem: Problem, rules: LayerRules, layer_id: int, deadline: float) -> str:
+    names = conflict(rules, problem.slots_per_rank, full=problem.full, deadline=deadline) or rules.names
+    slots = ", ".join(map(str, sorted(set(problem.slots_per_rank.tolist()))))
+    told = "; ".join(f"{name}: {_says(rules, name)}" for name in names)
+    full = ", all full" if problem.full else ""
+    return f"infeasible: no placement of layer {layer_id} in {slots} slots per rank{full} keeps {told}"
 
 
 def _says(rules: LayerRules, name: str) -> str:
@@ -159,13 +169,15 @@ def _says(rules: LayerRules, name: str) -> str:
 
 def eased(
     layers: list[Problem], moving: Moving | None, layer_ids: Sequence[int], deadline: float
-) -> tuple[list[Problem], str, StoppedBy]:
-    """The layers with the moves that lost and new ranks ask for; or why there is no answer, and if that is proven."""
-    note = contradiction(layers, layer_ids, deadline)
+) -> tuple[list[Problem], str, StoppedBy | None]:
+    """The layers with the moves that lost and new ranks ask for, what is to be said of them, and None; or why there is
+    no answer, and if that is proven."""
+    layers, note = exemplified(layers, layer_ids, deadline)
     if note or moving is None:
-        return layers, note, StoppedBy.PROOF
+        return layers, note, StoppedBy.PROOF if note else None
     try:
-        return moving.eased(layers), "", StoppedBy.PROOF
+        layers, proven = moving.eased(layers, deadline)
+        return layers, "" if proven else MORE_MOVES, None
     except OutOfTimeError as late:
         return layers, str(late), late.stopped_by
 

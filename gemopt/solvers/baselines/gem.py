@@ -19,21 +19,21 @@ from functools import cached_property
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from gemopt.conflicts import ExpertClass, classify
 from gemopt.evaluate import total
 from gemopt.kernels import NO
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.result import Incumbent, StoppedBy
-from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent, seeded, within_limits
-from gemopt.solvers.placing import no_placement
+from gemopt.result import StoppedBy
+from gemopt.solvers.base import Options, Outcome, Row, Supports, seeded, within_limits
+from gemopt.solvers.nearest import no_placement
+from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.descent import settle_pair
 from gemopt.solvers.search.gains import make_pair
 from gemopt.solvers.search.mapping import mapped_row
 from gemopt.solvers.search.packing import lpt_row
-from gemopt.solvers.search.state import Array, Costs, State, make_costs, make_state
+from gemopt.solvers.search.state import Array, Costs, State, make_state
 from gemopt.solvers.search.swaps import fix_others, improve_pair, slowest_three
 from gemopt.solvers.search.terms import Terms, make_terms, moved_into
 from gemopt.solvers.search.within import homeward
@@ -64,8 +64,9 @@ class Gem:
             if problem.moves is not None and first is None:
                 return no_placement(problem)
             search = _Search(problem, options.seed, first)
-        with options.alarm() as stop:
-            stopped_by = search.run(options, stop)
+        search.options = options
+        with options.alarm() as search.stop:
+            stopped_by = search.run()
         if search.row is None:
             row, name = (
                 (lpt_row(problem), "speed-weighted LPT") if search.first is None else (search.first, "first mapping")
@@ -74,45 +75,39 @@ class Gem:
         return Outcome(search.row, stopped_by, history=search.history, search=search)
 
 
-class _Search:
-    """The mappings of one layer so far, which a later call may go on from."""
+class _Search(Best):
+    """The mappings of one layer so far, which a later call may go on from. first: the next one, where it is known."""
 
     def __init__(self, problem: Problem, seed: int, first: Row | None) -> None:
-        self.problem = problem
+        super().__init__(problem)
         self.first = first
         self.rng = seeded(seed, problem.num_experts, problem.num_ranks)
-        self.row: Row | None = None
-        self.value = np.inf
-        self.history: list[Incumbent] = []
-
-    @cached_property
-    def costs(self) -> Costs:
-        """The latencies as the kernels read them."""
-        return make_costs(self.problem)
 
     @cached_property
     def classes(self) -> list[ExpertClass]:
         """What kind each expert is."""
         return classify(self.problem.counts_TE)
 
-    def run(self, options: Options, stop: NDArray[np.uint8]) -> StoppedBy:
-        """Map, relieve and restart until the deadline, the patience or an interrupt."""
-        idle = -1 if self.row is None else 0
+    def run(self) -> StoppedBy:
+        """Map, relieve and restart until the deadline, the patience, the gap or an interrupt."""
+        options, idle = self.options, -1 if self.row is None else 0
         while not options.exhausted(idle):
-            row = self._start(stop)
+            if self.row is not None and self.good_enough():
+                return StoppedBy.GAP
+            row = self._start()
             if row is None:
                 return options.cut_by
-            state = make_state(self.problem, row, self.costs, stop)
+            state = make_state(self.problem, row, self.costs, self.stop)
             self._relieve(state)
             idle += 1
-            found = total(self.problem, state.content)
-            if found < self.value and within_limits(self.problem, state.content):
-                self.row, self.value, idle = state.content.copy(), found, 0
-                self.history.append(incumbent(found))
-            if stop[0]:
+            if within_limits(self.problem, state.content) and self.keep(
+                state.content, total(self.problem, state.content)
+            ):
+                idle = 0
+            if self.stop[0]:
                 self.first = state.content  # to be gone on from
                 return options.cut_by
-        return StoppedBy.ITERATIONS
+        return StoppedBy.GAP if self.row is not None and self.good_enough() else StoppedBy.ITERATIONS
 
     def _relieve(self, state: State) -> None:
         if self.problem.moves is None:
@@ -121,21 +116,21 @@ class _Search:
         terms = make_terms(self.problem, self.problem.moves)
         relieve_within(self.costs, state, terms, moved_into(state, terms))
 
-    def _start(self, stop: NDArray[np.uint8]) -> Row | None:
+    def _start(self) -> Row | None:
         """The mapping to begin with, or None when the time is over before it is made."""
         row, self.first = self.first, None
         if row is not None:
             return row
-        if stop[0]:
+        if self.stop[0]:
             return None
         noise_E = np.ones(self.problem.num_experts)
         if self.row is not None:
             noise_E = np.exp(NOISE * self.rng.standard_normal(self.problem.num_experts))
         order_E = in_order(self.problem, self.classes, noise_E)
-        row = mapped_row(self.problem, self.costs, np.ones_like(order_E), stop, order_E)
+        row = mapped_row(self.problem, self.costs, np.ones_like(order_E), self.stop, order_E)
         if row is not None and not within_limits(self.problem, row):
-            row = homeward(self.problem, row, self.costs, stop)
-        return None if stop[0] else row
+            row = homeward(self.problem, row, self.costs, self.stop)
+        return None if self.stop[0] else row
 
 
 def in_order(problem: Problem, classes: list[ExpertClass], noise_E: FloatArray) -> Row:

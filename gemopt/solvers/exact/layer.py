@@ -17,7 +17,7 @@ from gemopt.solvers.base import Options, Outcome, Row, incumbent, within_limits
 from gemopt.solvers.exact.compact import Compact, merged, num_literals
 from gemopt.solvers.exact.formulation import TOO_LATE
 from gemopt.solvers.exact.reduction import representative_steps
-from gemopt.solvers.placing import fewest_row, no_placement
+from gemopt.solvers.nearest import fewest_row, no_placement
 from gemopt.solvers.search.packing import lpt_row
 
 ROUNDING = 1e-9

@@ -12,7 +12,7 @@ from gemopt.result import StoppedBy
 from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.exact.joint_search import solve_joint
 from gemopt.solvers.exact.layer import Search, not_stated, too_large
-from gemopt.solvers.placing import no_placement
+from gemopt.solvers.nearest import no_placement
 
 
 class Stated(ABC):

@@ -15,7 +15,7 @@ from gemopt.evaluate import total
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, seeded, within_limits
-from gemopt.solvers.placing import fewest_row, nearest_row, no_placement
+from gemopt.solvers.nearest import fewest_row, nearest_row, no_placement
 from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.packing import filled, lpt_row
 

@@ -9,7 +9,8 @@ from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.hurried import OutOfTimeError
-from gemopt.solvers.placing import first_row, nearest_row
+from gemopt.solvers.nearest import nearest_row
+from gemopt.solvers.placing import first_row
 
 
 def lpt_row(problem: Problem, *, copies_E: Row | None = None) -> Row:

@@ -27,7 +27,7 @@ from gemopt.solvers.base import (
     within_limits,
 )
 from gemopt.solvers.hurried import OutOfTimeError
-from gemopt.solvers.placing import fewest_row, no_placement
+from gemopt.solvers.nearest import fewest_row, no_placement
 from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.descent import iterate_within, settle
