@@ -194,15 +194,18 @@ class _Search(Best):
         """
         from gemopt.solvers.search.mapping import mapped_row
 
-        problem, best = self.problem, []
+        problem, best, mapped = self.problem, [], dict[bytes, Row | None]()
         for start in starts:
             copies_E = np.bincount(start[start != EMPTY])
             asked, more = [copies_E], int(copies_E.sum()) - problem.num_experts
             if more and not problem.full:
                 peak_E = peak_load(problem)
                 asked += [replicate(peak_E, problem.slots_per_rank, more >> halved) for halved in (1, 2, 3)]
-            mapped = [mapped_row(problem, self.costs, each, self.stop) for each in asked]
-            rows = [start, *(_completed(problem, row) for row in mapped if row is not None)]
+            for each in asked:
+                if each.tobytes() not in mapped:  # two starts may ask for the same fewer copies
+                    mapped[each.tobytes()] = mapped_row(problem, self.costs, each, self.stop)
+            found = [mapped[each.tobytes()] for each in asked]
+            rows = [start, *(_completed(problem, row) for row in found if row is not None)]
             best.append(min(((objective(problem, row), row) for row in rows), key=lambda one: one[0]))
             self.keep(best[-1][1], best[-1][0])
         return [row for _, row in sorted(best, key=lambda one: one[0])]
