@@ -177,5 +177,6 @@ def test_what_rules_ask_for_is_looked_for_no_longer_than_the_call_may_last(
     )  # fmt: skip
     assert (result.status, result.stopped_by, result.placement) == (Status.UNKNOWN, StoppedBy.TIME_LIMIT, None)
     assert any("not found in time" in note for note in result.notes)
-    assert len(asked) > 1 and max(asked) <= 1.0
+    assert len(asked) > 1 and max(asked) <= 2.0, "a second a layer for an example of what keeps the rules"
+    assert sorted(asked)[-2] <= 1.0
     assert given or min(asked) <= 0.1, "a fifth of the time at most for balancing"

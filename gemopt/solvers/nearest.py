@@ -20,6 +20,7 @@ from gemopt.solvers.hurried import OutOfTimeError
 from gemopt.solvers.placing import Rows, first_row, held_by, known_example, row_of, solved
 
 ASSIGNMENT = 2  # linearization level: fewest changes are nearly an assignment problem, all but solved by its relaxation
+SOON_S = 0.3  # for few moves, though the time is over, where some row that makes more is known
 CHANGE = 2  # experts kept that a change may cost, in a row near another one
 
 
@@ -64,9 +65,7 @@ def fewest(problem: Problem) -> tuple[Row | None, bool]:
         if within_limits(problem, row):
             return row, True
     known = not problem.full and not moves.limited and known_example(problem) is not None
-    seconds = hurried.seconds_for_better() if known else hurried.seconds_left()
-    if known and seconds == 0:
-        return first_row(problem), False
+    seconds = max(hurried.seconds_for_better(), SOON_S) if known else hurried.seconds_left()
     row, proven = _near(problem, moves, problem.num_slots, seconds)
     return (first_row(problem), False) if row is None and not proven and known else (row, proven)
 
