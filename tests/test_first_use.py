@@ -33,8 +33,10 @@ def known():
 solve, before = import_module("gemopt.solve"), {}
 real = solve.ready
 solve.ready = lambda *given, **named: (real(*given, **named), before.update(known()))[0]
-optimal = {"slots_per_rank": 4, "split": "optimal"}
-for options in ({"solver": "conflict"}, {"memory_budget": 9.0, "expert_bytes": 1}, {"solver": "local-search"}, optimal):
+few = {"current": gemopt.solve(profile(3), traces(12, 2, 8), solver="linear").placement, "max_moves": 3}
+copies = [{"slots_per_rank": 4, "split": split} for split in ("static", "optimal")]
+budget = {"memory_budget": 9.0, "expert_bytes": 1}
+for options in ({"solver": "conflict"}, budget, {"solver": "local-search"}, {"solver": "gem"}, few, *copies):
     gemopt.solve(profile(3), traces(12, 2, 8), time_limit=60, patience=2, threads=1, **options)
     later = [kernel.__name__ for kernel, signatures in known().items() if signatures > before.get(kernel, 0)]
     assert not later, (options, later)

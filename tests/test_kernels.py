@@ -43,14 +43,21 @@ def of_slices(function: ast.FunctionDef) -> list[str]:
     return found
 
 
+def whole(value: ast.expr) -> bool:
+    """Whether it is a whole number or a truth value as it is written."""
+    value = value.operand if isinstance(value, ast.UnaryOp) else value
+    return isinstance(value, ast.Constant) and isinstance(value.value, int)
+
+
 def literals(function: ast.FunctionDef, compiled: set[str]) -> list[str]:
-    """Whole numbers and truth values that are handed to kernels as they are written."""
+    """Whole numbers and truth values that are handed to kernels as they are written, there or where a name gets one."""
+    sets = [pair for node in ast.walk(function) if isinstance(node, ast.Assign) for pair in assigned(node)]
+    named = {target.id for target, value in sets if isinstance(target, ast.Name) and whole(value)}
     found = []
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in compiled:
             for each in node.args:
-                value = each.operand if isinstance(each, ast.UnaryOp) else each
-                if isinstance(value, ast.Constant) and isinstance(value.value, int):
+                if whole(each) or (isinstance(each, ast.Name) and each.id in named):
                     found.append(f"{node.lineno}: {ast.unparse(node)}")
     return found
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from gemopt.kernels import Array, latency_value, put
+from gemopt.kernels import MINUS, ZERO, Array, latency_value, put
 from gemopt.latency import Curves
 from gemopt.splits.flow import Copies
 from gemopt.splits.levels import IntArray
@@ -105,7 +105,7 @@ def level_out(
     """Take from the slowest rank what helps most, until nothing helps."""
     while True:
         g, slowest = slowest_rank(curves, load_GF)
-        best, gives, takes, amount = slowest * (1.0 - LEAST), -1, -1, 0
+        best, gives, takes, amount = slowest * (1.0 - LEAST), MINUS, MINUS, ZERO
         for n in range(copies.start[g], copies.start[g + 1]):
             c = copies.by_rank[n]
             if parts_C[c] == 0:

@@ -172,7 +172,7 @@ def search_left(
     )
     pivot[0] = rarest_left(ways, all_E[0], need_E[0]) if counts[0] else -1
     while depth >= 0:
-        found = -1
+        found = MINUS
         while pivot[depth] >= 0 and at[depth] < counts[depth]:
             n = lists[depth, at[depth]]
             at[depth] += 1

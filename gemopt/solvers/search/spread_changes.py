@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import Array, put
+from gemopt.kernels import MINUS, ZERO, Array, put
 from gemopt.latency import FloatArray
 from gemopt.solvers.search.spread_cuts import Cuts, bits_of, fill_held, ranks_in, remember, words_for
 from gemopt.solvers.search.spread_moves import Change, make_change
@@ -88,7 +88,7 @@ def least_times(
     for t in steps:
         least, best, proof = flow.times_T[t], 0, 0
         for m in range(known + walls):
-            load, most, size = 0, 0, 0
+            load, most, size = ZERO, ZERO, ZERO
             if m < known:
                 load, most = inside_TM[t, m], most_TM[t, m]
                 for n in range(2):
@@ -312,7 +312,7 @@ def try_drawn(
                 continue
             after_P[slot], after_P[other] = y, x
         else:  # an expert where a copy was, or nothing
-            slot, other = other, -1
+            slot, other = other, MINUS
             expert = int(np.searchsorted(expert_E, draws_ND[n, 1]))
             if barred_EG[expert, rank_P[slot]] or (row_P[slot] >= 0 and (row_P == row_P[slot]).sum() < 2):
                 continue

@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.kernels import Array, put, rank_loads
+from gemopt.kernels import ZERO, Array, put, rank_loads
 from gemopt.latency import Curves, FloatArray, pack
 from gemopt.migration import held
 from gemopt.placement import EMPTY
@@ -53,7 +53,7 @@ def promise_through(
     num_ranks = gain_EG.shape[1]
     members, outside, slack_G = np.empty((3, num_ranks), np.int64)
     for t in range(len(counts_TE)):
-        inside, size, cut_G, weight = 0, 0, cut_TG[t], slope_T[t]
+        inside, size, cut_G, weight = ZERO, ZERO, cut_TG[t], slope_T[t]
         for g in range(num_ranks):
             if cut_G[g]:
                 inside += load_TG[t, g]
