@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -73,6 +77,34 @@ def test_a_command_that_fails_leaves_the_placement(folder: Path, command: tuple[
     assert said["decision"] == "failed" and "--on-change" in said["last_fault"]
     assert watched.controller.moved == 0
     assert 'gemopt_faults_total{kind="action"} 1.0' in metrics.page().decode()
+
+
+def test_what_a_command_leaves_in_the_background_is_not_waited_for(folder: Path) -> None:
+    """A reload that starts a server, which goes on and has what the command had for its errors."""
+    watched, log = watch(folder, command=("sh", "-c", f"sleep 600 & echo $! > {folder / 'pid'}; exit 0"))
+    grow(folder, 0, traffic(hot=0))
+    try:
+        watched.look()
+        assert log[-1].startswith("moved: ")
+        assert Placement.load(folder / "placement.json") != contiguous()
+    finally:
+        os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+
+
+def test_a_command_that_is_late_is_ended_with_what_it_began(folder: Path) -> None:
+    watched, log = watch(folder, command=("sh", "-c", f"sleep 600 & echo $! > {folder / 'pid'}; wait"))
+    watched.actions.command_timeout_s = 3.0
+    grow(folder, 0, traffic(hot=0))
+    watched.look()
+    assert any("still running after 3 s" in line for line in log)
+    assert Placement.load(folder / "placement.json") == contiguous()
+    number = int((folder / "pid").read_text())
+    for _ in range(600):  # until whoever adopted it has seen its end
+        if not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text().split()[2]:
+            return
+        time.sleep(0.1)
+    os.kill(number, signal.SIGKILL)
+    pytest.fail("what it began goes on")
 
 
 def test_a_command_gets_the_file(folder: Path) -> None:
@@ -152,6 +184,18 @@ def test_metrics_and_health_are_served(folder: Path) -> None:
             serve(Metrics(), health, 0, "nowhere.invalid")
     finally:
         server.shutdown()
+        server.server_close()
+
+
+def test_who_connects_and_says_nothing_keeps_nobody_waiting() -> None:
+    server = serve(Metrics(), Health(stale_after_s=1e6), 0)
+    with socket.create_connection(("127.0.0.1", server.server_port)):
+        assert fetch(server.server_port, "/healthz")[0] == 200
+        assert fetch(server.server_port, "/metrics")[0] == 200
+        ending = threading.Thread(target=server.shutdown)
+        ending.start()
+        ending.join(timeout=60)
+        assert not ending.is_alive()
         server.server_close()
 
 

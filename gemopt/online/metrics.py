@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -87,7 +88,15 @@ class Health:
         return "200 OK" if well else "503 Service Unavailable", json.dumps(body).encode()
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each request: who connects and says nothing keeps nobody waiting, the end of the watch neither."""
+
+    daemon_threads = True
+
+
 class _Quiet(WSGIRequestHandler):
+    timeout = 30.0  # seconds for a request to come
+
     def log_message(self, format: str, *args: object) -> None:
         """Scrapes are not news."""
 
@@ -114,7 +123,7 @@ def serve(metrics: Metrics, health: Health, port: int, host: str = "127.0.0.1") 
         return [b"/metrics or /healthz\n"]
 
     try:
-        server = make_server(host, port, application, handler_class=_Quiet)
+        server = make_server(host, port, application, _Server, _Quiet)
     except socket.gaierror as error:
         raise InputError("--host", host, error.strerror or str(error), "give an address of this machine") from None
     except (OSError, OverflowError) as error:

@@ -6,11 +6,14 @@ a count in the metrics; the placement in force stays, and the watch goes on.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,22 +88,34 @@ class Actions:
         words = [word.replace("{placement}", str(self.path)) for word in self.command]
         name = f"--on-change {words[0]}"
         try:
-            done = subprocess.run(
-                words,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=self.command_timeout_s,
-                check=False,
-            )
+            code, said = _ended(words, self.command_timeout_s)
         except subprocess.TimeoutExpired:
             raise InputError(name, f"still running after {self.command_timeout_s:g} s", "ended") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise InputError(name, reason, "a command that can be run") from None
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines()
-            raise InputError(name, f"exit code {done.returncode}", said[-1] if said else "0 is needed")
+        if code:
+            raise InputError(name, f"exit code {code}", said[-1] if said else "0 is needed")
+
+
+def _ended(words: Sequence[str], timeout_s: float) -> tuple[int, list[str]]:
+    """Exit code of a command and the lines that it wrote to standard error; ended with what it began when it is late.
+
+    It has ended when its own process has, whatever it left in the background, which may go on writing: to a file, since
+    a pipe would be waited for.
+    """
+    with tempfile.TemporaryFile() as errors:
+        null = subprocess.DEVNULL
+        process = subprocess.Popen(words, stdin=null, stdout=null, stderr=errors, start_new_session=True)
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            raise
+        errors.seek(0)
+        return code, errors.read().decode(errors="replace").strip().splitlines()
 
 
 def _serving(placement: Placement) -> list[Any]:

@@ -201,7 +201,7 @@ def require(solver: Solver, problem: Problem, alternatives: Callable[[str], list
     )
     cannot = {
         "moves": "heed a price or limits of moves",
-        "policies": "do but with copies that share evenly, or none",
+        "policies": "do but with copies that share evenly, or none, and slots that may stay empty",
         "rules": "keep rules",
     }
     asked = {need for need, needed, _, _ in needs if needed}
