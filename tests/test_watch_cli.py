@@ -14,6 +14,7 @@ from watched import EXPERTS, LAYERS, RANKS, contiguous, filled, grow, traffic
 
 from gemopt import Placement, Traces
 from gemopt.cli.watch import _reader
+from gemopt.online.follow import Follower
 from gemopt.online.sole import sole
 
 
@@ -63,7 +64,7 @@ def test_what_an_import_notes_is_said_once(folder: Path, run: Callable[..., tupl
     code, output = run("--from", "array", "--interval", "0.05")
     assert code == 0 and output.count("note: all counts are multiples of 4") == 1, output
     assert "note: load.json: note left unread" in output
-    read, _ = _reader("array", Placement.load(folder / "placement.json"))
+    read, _ = _reader("array", None, Placement.load(folder / "placement.json"))
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gemopt.cli.watch._log", said.append)
@@ -72,6 +73,24 @@ def test_what_an_import_notes_is_said_once(folder: Path, run: Callable[..., tupl
             read([folder / name])
     assert len([note for note in said if "multiples" in note]) == 1
     assert len([note for note in said if "left unread" in note]) == 1, "whatever the numbers"
+
+
+def test_ranks_that_dump_later_are_waited_for(folder: Path) -> None:
+    """Rank 0 of three writes its file some looks before the others: alone it would be a third of the traffic."""
+    pytest.importorskip("torch")
+    from recordings import physical_counts, write_passes
+
+    counts, table, truth = physical_counts(np.random.default_rng(0), dense=0)
+    (dumps := folder / "dumps").mkdir()
+    read, suffixes = _reader("sglang", 3, Placement.contiguous(truth.shape[1], truth.shape[2], 3))
+    follower = Follower(dumps, read, suffixes=suffixes)
+    write_passes(dumps, 100.0, 0, counts[0], table=table)
+    assert [follower.look().traces for _ in range(3)] == [None] * 3
+    for rank in (1, 2):
+        write_passes(dumps, 100.0, rank, counts[rank], table=table)
+    traces = [found for _ in range(3) if (found := follower.look().traces) is not None]
+    assert len(traces) == 1
+    np.testing.assert_array_equal(traces[0].counts, truth)
 
 
 def test_one_look_says_what_it_does_not_read(folder: Path, run: Callable[..., tuple[int, str]]) -> None:
@@ -110,6 +129,7 @@ def test_command_line_with_bad_input(folder: Path, run: Callable[..., tuple[int,
         (["-o", str(folder / "profile.json")], "--profile"),
         (["--to", "sglang=" + str(folder / "placement.json")], "--placement"),
         (["--interval", "inf"], "--interval"),
+        (["--ep", "4"], "--from"),
     ]:
         code, output = run(*words)
         assert code == 2, output

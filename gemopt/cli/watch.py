@@ -44,6 +44,7 @@ def watch(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="where new placements go instead")] = None,
     to: Annotated[list[str] | None, typer.Option("--to", help="also export: ENGINE, or ENGINE=FILE")] = None,
     source: Annotated[str | None, typer.Option("--from", help="engine whose dumps the folder gets")] = None,
+    ep: Annotated[int | None, typer.Option("--ep", min=1, help="ranks whose dumps are waited for")] = None,
     on_change: Annotated[str | None, typer.Option(help="command after a change; {placement} is its file")] = None,
     command_timeout: Annotated[float, typer.Option(min=0.1, max=1e6, help="seconds the command may take")] = 60.0,
     rules: Annotated[Path | None, typer.Option(help="rules.json to keep; default: those of the placement")] = None,
@@ -68,6 +69,8 @@ def watch(
         raise InputError("folder", str(folder), "a folder of numbered traces or of an engine's dumps, no file")
     if once and not folder.exists():
         raise InputError("folder", str(folder), "a folder that is there for one look", "leave out --once to wait")
+    if ep is not None and source is None:
+        raise InputError("--ep", ep, "ranks that write dumps of an engine", "give --from, as in --from sglang")
     if port is None and host != LOCAL:
         raise InputError("--host", host, "where to serve on a port", "give --port")
     target = output or placement
@@ -86,7 +89,7 @@ def watch(
                 held.enter_context(sole(path))
         read_once = Given(path for path in (profile, rules, policy) if path is not None)
         controller = _controller(profile, placement, rules, senders, policy)
-        read, suffixes = (None, ()) if source is None else _reader(source, controller.placement)
+        read, suffixes = (None, ()) if source is None else _reader(source, ep, controller.placement)
         follower = Follower(folder, read, suffixes=suffixes, patience=1 if once else PATIENCE)
         if state is not None and state.exists():
             in_force = controller.placement
@@ -185,7 +188,9 @@ def _writes(
     return [*writes, lambda placement: placement.save(target)]
 
 
-def _reader(source: str, placement: Placement) -> tuple[Callable[[Sequence[Path]], Traces], Sequence[str]]:
+def _reader(
+    source: str, ep: int | None, placement: Placement
+) -> tuple[Callable[[Sequence[Path]], Traces], Sequence[str]]:
     """What reads an engine's new files through its importer, and how their names end."""
     from gemopt.formats.engine import TraceOptions
     from gemopt.formats.importing import import_traces, recorder
@@ -195,6 +200,7 @@ def _reader(source: str, placement: Placement) -> tuple[Callable[[Sequence[Path]
         num_experts=placement.num_experts,
         layer_ids=tuple(placement.layer_ids),
         num_hidden_layers=placement.num_hidden_layers,
+        num_ranks=ep,
     )
 
     said: set[str] = set()
