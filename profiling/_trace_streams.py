@@ -1,4 +1,4 @@
-"""Which forwards of a traced model go on from one another: those that share a cache."""
+"""Which forwards of a traced model go on from one another: those that share a cache; where they end, on which ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 from gemopt.exceptions import InputError, missing
 
 try:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
@@ -95,3 +96,18 @@ def mark_real(real_BS: Tensor, mask: Any, cached: int) -> None:
         limit = f"at least [{rows}, {cached + length}]: of {cached} cached and {length} new tokens"
         raise InputError("attention_mask", f"shape {list(mask.shape)}", limit)
     real_BS.copy_(mask[:, cached : cached + length])
+
+
+def eos_tokens(model: nn.Module) -> list[int]:
+    """Tokens that end a sequence, by the model's generation config, else its own."""
+    config: Any = getattr(model, "generation_config", None) or model.config
+    value = getattr(config, "eos_token_id", None)
+    return [] if value is None else [int(token) for token in (value if isinstance(value, list | tuple) else [value])]
+
+
+def ranks_of(model: nn.Module) -> tuple[int, int, int]:
+    """(rank, how many consecutive ranks share a batch, how many ranks there are): those of a tensor-parallel group."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1, 1
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return rank, getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1, world

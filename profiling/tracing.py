@@ -30,7 +30,7 @@ from gemopt.profiling._trace_counts import Part
 from gemopt.profiling._trace_files import TraceFolder, load_ranks
 from gemopt.profiling._trace_hidden import Hidden, HiddenSample
 from gemopt.profiling._trace_pending import Pending, Step, requests_of
-from gemopt.profiling._trace_streams import Streams, cache_of, cached_tokens, mark_real
+from gemopt.profiling._trace_streams import Streams, cache_of, cached_tokens, eos_tokens, mark_real, ranks_of
 from gemopt.traces import Phase, Traces, hidden_path, save_hidden
 
 __all__ = ["HiddenSample", "Tracer", "load_ranks"]
@@ -101,7 +101,7 @@ class Tracer:
         self._parameters = {m: list(inspect.signature(m.forward).parameters) for m in (model, self._decoder)}
         self._num_layers = len(self._layers)
         self._num_experts = self._layers[0].num_experts
-        rank, share, world = _ranks(model)
+        rank, share, world = ranks_of(model)
         own_batch = share < world
         self._sender = rank if own_batch and share == 1 else None
         self.path = path
@@ -110,7 +110,7 @@ class Tracer:
             raise InputError("hidden", "ranks with batches of their own", "hidden states need ranks that share a batch")
         self._keep_ids, self._pairs = ids or hidden is not None, pairs
         self._seconds, self._steps_per_file = seconds, steps_per_file
-        self._eos = _eos_tokens(model) if eos_token_ids is None else list(eos_token_ids)
+        self._eos = eos_tokens(model) if eos_token_ids is None else list(eos_token_ids)
         self._metadata = {
             "layer_ids": tuple(layer.layer_id for layer in self._layers),
             "num_hidden_layers": num_hidden_layers(model),
@@ -123,6 +123,7 @@ class Tracer:
         self._thread: int | None = None  # these three are of the forward that is running
         self._cache: Any = None
         self._step: Step | None = None
+        self._refused: InputError | None = None
         self._called = dict[str, Any]()
         self._pending: Pending | None = None
         self._handles: list[Any] = []
@@ -135,8 +136,8 @@ class Tracer:
             raise InputError("Tracer", "a block within its own", "one at a time", "use another Tracer and folder")
         if self._folder is not None:
             self._last_write = time.monotonic()
-            hook = self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
-            self._handles = [hook, self._decoder.register_forward_hook(self._end, always_call=True)]
+            hook = self._decoder.register_forward_pre_hook(self._noting(self._begin), with_kwargs=True)
+            self._handles = [hook, self._decoder.register_forward_hook(self._noting(self._end), always_call=True)]
             if self._model is not self._decoder:
                 self._handles.append(self._model.register_forward_pre_hook(self._call, with_kwargs=True))
             for index, layer in enumerate(self._layers):
@@ -153,7 +154,8 @@ class Tracer:
         if recording:  # False after a failed write: there is nothing more to save
             self._write()
             if kind is None and not self.num_steps:
-                raise InputError("model", "no forward", "at least one forward of the traced model", "is it compiled?")
+                limit = "at least one forward of the traced model"
+                raise self._refused or InputError("model", "no forward", limit, "is it compiled?")
             if self._hidden is not None and self._folder is not None and self.num_steps:
                 save_hidden(hidden_path(self._folder.path), Traces.load(self._folder.path), *self._hidden.arrays())
 
@@ -167,6 +169,18 @@ class Tracer:
             yield
         finally:
             self._task = before
+
+    def _noting(self, hook: Any) -> Any:
+        """Keep what a forward is refused for: who generates in a thread of its own tells nobody."""
+
+        def noted(*given: Any) -> None:
+            try:
+                hook(*given)
+            except InputError as error:
+                self._refused = error
+                raise
+
+        return noted
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What the whole network was called with: one that sees gives its decoder neither token ids nor their mask."""
@@ -227,7 +241,7 @@ class Tracer:
             if step is None:  # recomputed for a backward pass, or called outside the decoder
                 return
             ids_NK, target_NK = _plain(chosen(output)), step.targets[index]
-            step.seen[index] = ids_NK.shape[0]
+            step.seen[index] = (step.seen[index] or 0) + ids_NK.shape[0]  # twice where layers share it
             if ids_NK.shape[0] == target_NK.shape[0]:
                 target_NK.copy_(ids_NK)
 
@@ -328,17 +342,3 @@ class Tracer:
 
 def _plain(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _eos_tokens(model: nn.Module) -> list[int]:
-    config: Any = getattr(model, "generation_config", None) or model.config
-    value = getattr(config, "eos_token_id", None)
-    return [] if value is None else [int(token) for token in (value if isinstance(value, list | tuple) else [value])]
-
-
-def _ranks(model: nn.Module) -> tuple[int, int, int]:
-    """(rank, how many consecutive ranks share a batch, how many ranks there are): those of a tensor-parallel group."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1, 1
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return rank, getattr(getattr(model.config, "distributed_config", None), "tp_size", None) or 1, world

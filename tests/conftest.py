@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
     from gemopt.report import Report
 
 for name in ("COLUMNS", "LINES"):  # of the terminal that tests are run from, which readline tells their workers
@@ -50,3 +54,22 @@ def quick_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """The co-location bound ends after few iterations, where it matters to nothing: it is most of a small call."""
     monkeypatch.setattr("gemopt.bounds.together.SHORTEST", 20)
     monkeypatch.setattr("gemopt.bounds.together.CYCLE", 1)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch computes on one core: small networks gain nothing by more, and tests run side by side."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """A small network to trace."""
+    from gemopt.models import tiny
+
+    return tiny("olmoe")

@@ -20,13 +20,7 @@ from gemopt.executor import checkpoint
 from gemopt.executor.checkpoint import export_checkpoint, read_header
 from gemopt.models import FAMILIES, auto_class, find_moe_layers, tiny
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,10 @@ from gemopt.profiling.generating import load_model, read_prompts, record  # noqa
 from gemopt.profiling.tracing import HiddenSample, Tracer  # noqa: E402
 from gemopt.traces import Traces, concatenate, save_hidden, with_hidden  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = Path(__file__).parent.parent / "examples" / "data" / "prompts.jsonl"
 IDS = torch.tensor([[0, 0, 5, 9, 11], [0, 40, 41, 7, 3], [77, 3, 90, 12, 8]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -18,18 +18,9 @@ from gemopt.models import FAMILIES, auto_class, find_moe_layers, tiny  # noqa: E
 from gemopt.profiling.tracing import Tracer  # noqa: E402
 from gemopt.traces import Phase, Traces  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAD = 0
 PROMPTS = [[5, 9, 11, 200, 31, 7], [40, 41], [77, 3, 90, 12]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny("olmoe")
 
 
 def left_padded(rows):
@@ -284,6 +275,28 @@ def test_a_router_that_is_bypassed_is_noticed(tmp_path):
         layer.block.forward = lambda hidden: hidden  # as a fused kernel would
         network(**left_padded(PROMPTS))
     assert Traces.load(tmp_path / "t").num_steps == 1
+
+
+@pytest.mark.parametrize("shared", ["block", "router"])
+def test_layers_that_share_a_router_are_refused(tmp_path, shared):
+    """Each of its calls would overwrite what the one before chose."""
+    network = tiny("olmoe")
+    first, second = (layer.mlp for layer in network.model.layers[1:3])
+    if shared == "block":
+        network.model.layers[2].mlp = first
+    else:
+        second.gate = first.gate
+    with pytest.raises(InputError, match="router saw 36 tokens"), Tracer(network, tmp_path / "t"), torch.no_grad():
+        network(**left_padded(PROMPTS))
+
+
+def test_who_generates_in_another_thread_is_told_why_at_the_end(model, tmp_path):
+    """Continuous batching does, and puts what went wrong into its own log."""
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(max_new_tokens=2, eos_token_id=-1, pad_token_id=0, do_sample=False)
+    with pytest.raises(InputError, match=r"attention_mask.*4 dimensions"), Tracer(model, tmp_path / "t"):
+        model.generate_batch(inputs=PROMPTS, generation_config=settings, progress_bar=False)
 
 
 @pytest.mark.gpu

@@ -20,12 +20,8 @@ from gemopt.models import describe, find_moe_layers, tiny, tiny_moe_path  # noqa
 from gemopt.profiling.generating import Prompt, batches, load_model, read_prompts, record  # noqa: E402
 from gemopt.traces import Phase, Traces, with_hidden  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = Path(__file__).parent.parent / "examples" / "data" / "prompts.jsonl"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

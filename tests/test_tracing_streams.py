@@ -22,18 +22,9 @@ from gemopt.profiling._trace_streams import cache_of, cached_tokens  # noqa: E40
 from gemopt.profiling.tracing import Tracer  # noqa: E402
 from gemopt.traces import Traces  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 END, LENGTH = 99, 6
 PREFILL, DECODE, MIXED = 0, 1, 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny("olmoe")
 
 
 def prompt(rows=2, length=LENGTH):
