@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +135,13 @@ def test_rows_of_the_placement_in_force_stay_where_they_are(
     before, after = Placement.load(current), Placement.load(output)
     changed = int((np.array(before.physical_to_logical) != np.array(after.physical_to_logical)).sum())
     assert changed == moves(before, after)
+
+
+def test_a_front_that_the_time_cut_says_so(inputs: tuple[str, str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Its one point looks as if moving experts gained nothing; kernels are loaded before the time runs."""
+    first, second, current = inputs
+    words = ("compare", first, second, "--current", current, "--moves", "--holdout", 0, "--json", "--time-limit")
+    code, out, errors = gemopt(capsys, *words, 1e-9)
+    assert code == 0 and len(json.loads(out)) == 1 and "the swaps were cut" in errors
+    code, out, errors = gemopt(capsys, *words, 600)
+    assert code == 0 and len(json.loads(out)) > 1 and "cut" not in errors

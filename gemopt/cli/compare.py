@@ -135,7 +135,7 @@ def _front(profile: Profile, traces: Traces, current: Path, plot: Path | None, a
     from gemopt.plotting import plot_front, save
     from gemopt.solving.fronts import moves_front
 
-    points = moves_front(profile, traces, Placement.load(current), **asked)
+    points = moves_front(profile, traces, Placement.load(current), **asked | {"notice": notice})
     options.note_doubts(profile, traces)
     if plot is not None:
         save(plot_front(points), plot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
@@ -15,6 +15,7 @@ from gemopt import cores
 from gemopt.costs import CostModel, cost_of
 from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import InputError
+from gemopt.first_use import ready
 from gemopt.layer_rules import rules_of
 from gemopt.migration import count_moves, held
 from gemopt.moves import Moves
@@ -23,13 +24,14 @@ from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.rules import Rules
 from gemopt.solve import solve
-from gemopt.solvers import hurried
+from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Options
 from gemopt.solvers.budget import Front, Point, divide, walk_front
 from gemopt.solving.ruled import exemplified
 from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
+from gemopt.voice import say
 
 SWAPS = "best swaps"
 
@@ -62,6 +64,7 @@ def moves_front(
     time_limit: float = 10.0,
     solvers: Sequence[str] = (),
     expert_bytes: int | None = None,
+    notice: Callable[[str], None] | None = None,
     **options: Any,
 ) -> list[FrontPoint]:
     """The front of best swaps from a placement in force, budgets doubling, then what solvers find when moves are free.
@@ -79,6 +82,9 @@ def moves_front(
         Solvers whose free placements are relabelled to fewest moves and appended.
     expert_bytes
         Bytes of one expert of one layer; what the profile says when None.
+    notice
+        Called with a line before compiling, and where the time ended the swaps before nothing was left to gain (None:
+        on a terminal's standard error).
     options
         Passed on to `gemopt.solve`.
     """
@@ -89,7 +95,10 @@ def moves_front(
     given, kept = traces.split(holdout) if holdout else (traces, None)
     senders = Senders.of(options.get("senders"))
     layers = _layers(fitted, given, current, profile, senders)
-    fronts = _fronts(layers, current, time_limit, options.get("threads"))
+    ready(get("local-search"), layers[0], notice)
+    fronts, cut = _fronts(layers, current, time_limit, options.get("threads"))
+    if cut:
+        (notice or say)(f"note: the swaps were cut after {time_limit:g} s: more may gain; more --time-limit would help")
     placements = [(SWAPS, current)]
     for budget in _budgets(fronts):
         divided = divide([front.best(budget) for front in fronts], budget)
@@ -97,7 +106,9 @@ def moves_front(
         chosen = [front.at(most) for front, most in zip(fronts, divided[1], strict=True)]
         placements.append((SWAPS, _moved(current, layers, chosen)))
     for name in solvers:
-        result = solve(profile, given, solver=name, cost=fitted, current=current, time_limit=time_limit, **options)
+        result = solve(
+            profile, given, solver=name, cost=fitted, current=current, time_limit=time_limit, notice=notice, **options
+        )
         if result.placement is not None:
             placements.append((name, result.placement))
     size = expert_bytes or profile.model.expert_bytes
@@ -127,8 +138,10 @@ def _layers(cost: CostModel, traces: Traces, current: Placement, profile: Profil
     ]
 
 
-def _fronts(layers: Sequence[Problem], current: Placement, time_limit: float, threads: int | None) -> list[Front]:
-    """The front of every layer, from its row in force where that keeps the rules."""
+def _fronts(
+    layers: Sequence[Problem], current: Placement, time_limit: float, threads: int | None
+) -> tuple[list[Front], bool]:
+    """The front of every layer, from its row in force where that keeps the rules; whether the time ended any."""
     options = Options.lasting(time_limit)
     with hurried.call(options.deadline, options.stop):
         layers, note = exemplified(layers, current.layer_ids, options.deadline)
@@ -145,7 +158,7 @@ def _fronts(layers: Sequence[Problem], current: Placement, time_limit: float, th
     with options.alarm() as stop, ThreadPoolExecutor(threads or cores.available()) as pool:
         with hurried.call(options.deadline, options.stop):
             found = [pool.submit(copy_context().run, one, index) for index in range(len(layers))]
-        return [each.result() for each in found]
+        return [each.result() for each in found], bool(stop[0])
 
 
 def _moved(current: Placement, layers: Sequence[Problem], chosen: Sequence[Point]) -> Placement:
