@@ -57,11 +57,15 @@ def test_a_move_that_pays_is_written_and_kept(folder: Path) -> None:
     assert Placement.load(folder / "placement.json") == watched.controller.placement
 
 
-def test_history_is_learnt_from_and_not_acted_upon(folder: Path) -> None:
-    watched, log = watch(folder)
-    grow(folder, 0, traffic(hot=0, steps=256))
+@pytest.mark.parametrize("steps", [256, 65, 71])
+def test_history_is_learnt_from_and_its_last_window_acted_upon(folder: Path, steps: int) -> None:
+    """However many steps there were: the last window is whole, so that one look (`--once`) decides."""
+    metrics = Metrics()
+    watched, log = watch(folder, metrics=metrics)
+    grow(folder, 0, traffic(hot=0, steps=steps))
     watched.look(history=True)
-    assert len(log) == 1
+    assert len(log) == 1 and log[0].startswith("moved: ")
+    assert f"gemopt_steps_total {steps:.1f}" in metrics.page().decode()
 
 
 @pytest.mark.parametrize("command", [("false",), ("no-such-command-here",)])

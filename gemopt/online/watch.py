@@ -217,15 +217,16 @@ class Watch:
         self._fault("file", f"{said}: the watch goes on from it")
 
     def _steps(self, traces: Traces, *, history: bool) -> Decision | None:
-        decision = None
-        starts = range(0, traces.num_steps, self.window)
-        for start in starts:
-            part = traces.steps(slice(start, start + self.window))
+        decision, past = None, max(0, traces.num_steps - self.window) if history else 0
+        for start in range(0, past, self.window):  # a window at a time: the last one is whole, and history may be long
             with self._guard("window"):
-                if history and start != starts[-1]:
-                    self.controller.remember(part.counts)
-                else:
-                    decision = self._window(part)
+                part = traces.counts[start : min(start + self.window, past)]
+                self.controller.remember(part)
+                if self.metrics is not None:
+                    self.metrics.steps.inc(len(part))
+        for start in range(past, traces.num_steps, self.window):
+            with self._guard("window"):
+                decision = self._window(traces.steps(slice(start, start + self.window)))
         return decision
 
     def _window(self, part: Traces) -> Decision:
