@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +138,17 @@ def test_other_files_are_named_once_and_left_alone(tmp_path: Path, name: str) ->
     news = follower.look()
     assert news.traces is None
     assert [name in line for line in news.faults] == [True]
+    assert not follower.look().faults
+
+
+@pytest.mark.parametrize("read", [None, lambda files: None])
+def test_folders_in_the_folder_are_named_once(tmp_path: Path, read: Callable[[Sequence[Path]], Traces] | None) -> None:
+    """Ranks with batches of their own record into some, which nobody reads."""
+    (tmp_path / "rank-0000").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    follower = Follower(tmp_path, read)
+    (line,) = follower.look().faults
+    assert "got rank-0000/;" in line and "load_ranks" in line
     assert not follower.look().faults
 
 

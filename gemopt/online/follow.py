@@ -43,6 +43,7 @@ class Follower:
         self.folder, self.read, self.suffixes, self.patience = folder, read, suffixes, patience
         self._next = self._newest = 0  # part; time of change of the newest one read, in ns
         self._strange: set[str] = set()
+        self._folders: list[str] = []
         self._done: dict[str, Stamp] = {}
         self._seen: dict[str, Stamp] = {}
         self._tries = self._restless = 0
@@ -68,12 +69,16 @@ class Follower:
         """Everything that is new since the last look."""
         try:
             files = self._files()
+            self._folders = sorted(f"{path.name}/" for path in self._visible() if path.is_dir())
         except OSError as error:
             return News(faults=[f"{self.folder}: {error.strerror or error}"])
         return self._numbered(files) if self.read is None else self._grouped(files, self.read)
 
     def _files(self) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        return sorted(path for path in self._visible() if path.is_file())
+
+    def _visible(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if not path.name.startswith(".")]
 
     def _numbered(self, files: Sequence[Path]) -> News:
         stamps = _stamps(files)
@@ -129,10 +134,12 @@ class Follower:
             self._done |= {path.name: stamps[path] for path in every.values() if stamps[path][1] < first}
 
     def _strangers(self, files: Sequence[Path], parts: Iterable[Path], why: str) -> list[str]:
-        """A line, once, on files that are no parts: they are never read."""
+        """A line, once, on files that are no parts and on folders in the folder: they are never read."""
         known = self._strange | {path.name for path in parts} | {hidden_path(self.folder).name}
-        new = [path.name for path in files if path.name not in known]
+        new = [name for name in [*(path.name for path in files), *self._folders] if name not in known]
         self._strange |= set(new)
+        if any(name.startswith("rank-") and name.endswith("/") for name in new):
+            why += "; ranks that recorded batches of their own are added up by gemopt.profiling.tracing.load_ranks"
         return [f"{self.folder}: got {_some(new)}; {why}"] if new else []
 
     def _grouped(self, files: Sequence[Path], read: Read) -> News:
