@@ -101,9 +101,18 @@ def follow_refused(rank, world, family):
     costs = Staircase(tuple(Latency(((line(1.0, 1.0),),)) for _ in range(world)), np.full((world, 1, 2), np.nan))
     layers = Placement.contiguous(len(rows) + 1, executor.layers[0].num_experts, world)
     told = []
-    for controller, window in [(None, 4), (Controller(costs, layers), 4), (Scripted([]), 4 + rank), (Scripted([]), 0)]:
+    asked = [(None, 4), (Controller(costs, layers), 4), (Scripted([]), 4 + rank), (Scripted([]), 0), (Scripted([]), 4)]
+    for controller, window in asked:
+        if len(told) == 4:
+            executor.model.compile(backend="eager")  # nothing is compiled before a forward pass
         try:
             executor.follow(controller if rank == 0 else None, window=window)
+            told.append("")
+        except InputError as error:
+            told.append(str(error))
+    for whole in (lambda: executor.apply(executor.placement), lambda: Executor(executor.model)):
+        try:
+            whole()
             told.append("")
         except InputError as error:
             told.append(str(error))

@@ -28,6 +28,17 @@ def check_network(placement: Placement, layer_ids: Sequence[int], num_experts: i
         raise InputError("Placement.model", placement.model, f"the model is {path or config.model_type}", hint)
 
 
+def check_uncompiled(model: Any) -> None:
+    """Raise `InputError` where hooks of the whole model would be compiled with it, or left out."""
+    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
+        raise InputError(
+            "model",
+            "compiled as a whole",
+            "moves are put in force between its forward passes, by hooks that compiling leaves out",
+            "compile its layers instead: for layer in model.model.layers: layer.compile()",
+        )
+
+
 def check_ranks(placement: Placement, num_ranks: int, rank: int) -> None:
     """Raise `InputError` unless it is for so many ranks, and this rank's device is the one it was made for."""
     if placement.num_ranks != num_ranks:

@@ -27,6 +27,7 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
+from gemopt.executor.checks import check_uncompiled
 from gemopt.executor.expert_parallel import SlotDispatch
 from gemopt.placement import Placement
 
@@ -143,6 +144,7 @@ class Follow:
 
     def _ready(self) -> dict[str, str]:
         """Refuse what cannot be followed; a controller goes on from what is in force."""
+        check_uncompiled(self.executor.model)
         if self.window < 1:
             raise InputError("window", self.window, "forward passes, at least 1")
         if self.controller is not None:
