@@ -16,6 +16,7 @@ from gemopt.migration import count_moves
 from gemopt.online.controller import Controller
 from gemopt.online.policy import Policy
 from gemopt.placement import Placement
+from gemopt.rules import Rules
 from gemopt.traces import Traces
 
 LAYERS, EXPERTS, RANKS = 3, 16, 4
@@ -191,8 +192,11 @@ def test_a_rank_that_falls_silent_is_left() -> None:
     assert "rank 2 reports again" in again.reason
 
 
-def test_a_failed_rank_without_room_elsewhere_is_reported_and_nothing_moves() -> None:
-    follower = controller(Policy(dead_after_steps=8))
+@pytest.mark.parametrize("rules", [None, Rules(apart=[{"experts": [0, 1]}])])
+def test_a_failed_rank_without_room_elsewhere_is_reported_and_nothing_moves(rules: Rules | None) -> None:
+    """Under rules too, whose conflict with too few slots a solver may look for without end."""
+    begin = Placement.contiguous(LAYERS, EXPERTS, RANKS)
+    follower = controller(Policy(dead_after_steps=8), begin if rules is None else begin.under(rules, [0] * RANKS))
     counts = traffic(0, 16)
     silent = times(follower.placement, counts)
     silent[:, 2] = 0

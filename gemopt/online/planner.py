@@ -213,6 +213,10 @@ def settle(
     rows, held_to, said = np.array(rows_LP), list(problems), ""
     without = f" without rank {', '.join(map(str, np.flatnonzero(dead_G)))}" if dead_G.any() else ""
     for layer, problem in enumerate(problems):
+        room = int(problem.slots_per_rank[~dead_G].sum())
+        if without and room < problem.num_experts:  # which solvers may take for ever to prove
+            need = f"{problem.num_experts} experts need a slot, the others have {room}"
+            return held_to, rows, f"infeasible{without}: {need}"
         if problem.rules is not None:
             row = _keep_rules(problem, rows[layer], dead_G)
             if row is None:
@@ -222,7 +226,6 @@ def settle(
         else:
             row = evacuate(problem, rows[layer], dead_G) if without else rows[layer]
             if row is None:
-                room = int(problem.slots_per_rank[~dead_G].sum())
                 need = f"{problem.num_experts} experts need a slot, the others have {room}"
                 return held_to, rows, f"infeasible{without}: {need}"
         rows[layer] = row
