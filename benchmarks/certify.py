@@ -1,13 +1,14 @@
 """What `solve` certifies in a time: gaps of the checked bound, by kind of instance; prints a table in Markdown.
 
-python benchmarks/certify.py [--rows tiny slack ...] [--draws N] [--stretch 1.0]
+python benchmarks/certify.py [--rows tiny slack ...] [--draws N] [--stretch 1.0] [--together]
 
 Every instance is solved on one thread for the row's limit and its certificate is verified; the gap is that of the bound
 the verifier has checked itself, against the placement of the same call. Latencies are `a + b N` without an offset
 (a = 0), where bounds are hardest: `--offset 60` adds 60 us to 0.146 us per assignment. gpt-oss-20b traces are those of
 `examples/data`, the others drawn by `instances.routing`. With spare slots the copies bound is in the simple one. On a
 machine that others use `--stretch` lengthens the wall limits; CPU seconds are those of the solving process and say what
-was really spent. `--draws`: at most so many draws or layers of a row.
+was really spent. `--draws`: at most so many draws or layers of a row. `--together`: layers of gpt-oss in one call, as a
+model is solved, on two threads and the first one's ranks, with the limit of each added up; seconds are one layer's.
 """
 
 from __future__ import annotations
@@ -104,38 +105,41 @@ def profile_of(row: Row, draw: int, offset: float) -> Profile:
     )
 
 
-def cases(row: Row, most: int) -> Iterator[tuple[int, Traces]]:
-    """Draws, or layers of the recorded trace."""
-    for draw in range(min(most, row.draws)):
-        if row.group == "gptoss":
-            layer = draw * 11 % 24
-            yield layer, Traces(counts=np.load(GPTOSS)["counts"][: row.steps, layer : layer + 1].astype(np.int64))
-        else:
+def cases(row: Row, most: int, *, together: bool) -> Iterator[tuple[int, Traces]]:
+    """Draws, or layers of the recorded trace, one by one or together."""
+    draws = range(min(most, row.draws))
+    if row.group == "gptoss":
+        counts = np.load(GPTOSS)["counts"][: row.steps].astype(np.int64)
+        layers = [draw * 11 % 24 for draw in draws]
+        for some in [sorted(layers)] if together else [[layer] for layer in layers]:
+            yield some[0], Traces(counts=counts[:, some])
+    else:
+        for draw in draws:
             tokens = 4096 if row.experts == 256 else 64 * row.experts
             top_k = 8 if row.experts == 256 else 4
             yield draw, routing(layers=1, experts=row.experts, steps=row.steps, tokens=tokens, top_k=top_k, seed=draw)
 
 
-def measure(row: Row, *, most: int, stretch: float, offset: float, folder: Path) -> str:
+def measure(row: Row, *, most: int, stretch: float, offset: float, together: bool, folder: Path) -> str:
     """One line of the table."""
     gaps, claimed, simple, cpus, walls, kinds = [], [], [], [], [], []
-    for draw, traces in cases(row, most):
-        profile, path = profile_of(row, draw, offset), folder / "certificate.json"
+    for draw, traces in cases(row, most, together=together):
+        profile, path, layers = profile_of(row, draw, offset), folder / "certificate.json", traces.num_layers
         slots = row.experts // row.ranks + row.spare
         wall, cpu = time.monotonic(), time.process_time()
         gemopt.solve(
-            profile, traces, cost="staircase", threads=1, time_limit=row.limit * stretch, seed=draw, certificate=path,
-            slots_per_rank=slots,
+            profile, traces, cost="staircase", threads=2 if together else 1, time_limit=row.limit * stretch * layers,
+            seed=draw, certificate=path, slots_per_rank=slots,
         )  # fmt: skip
-        cpus.append(time.process_time() - cpu)
-        walls.append(time.monotonic() - wall)
-        found = verify(path, profile, traces)
+        cpus.append((time.process_time() - cpu) / layers)
+        walls.append((time.monotonic() - wall) / layers)
         plain = gemopt.solve(profile, traces, cost="staircase", solver="lpt", threads=1, slots_per_rank=slots)
-        gaps.append(found.checked_gap)
-        claimed.append(found.claimed_gap)
-        assert plain.bound_us is not None
-        simple.append(1 - plain.bound_us / found.objective_us)
-        kinds.append(Certificate.load(path).layers[0].proof.value)
+        for layer, other in zip(verify(path, profile, traces).layers, plain.per_layer, strict=True):
+            assert other.bound_us is not None
+            gaps.append(1 - layer.checked_us / layer.objective_us)
+            claimed.append(1 - layer.claimed_us / layer.objective_us)
+            simple.append(1 - other.bound_us / layer.objective_us)
+        kinds += [layer.proof.value for layer in Certificate.load(path).layers]
     closed = sum(gap <= CLOSED for gap in claimed)
     return (
         f"| {row.name} | {row.asked} in {row.limit:g} s | {100 * np.mean(simple):.2f} | {100 * np.mean(claimed):.2f} | "
@@ -151,6 +155,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--stretch", type=float, default=1.0)
     parser.add_argument("--offset", type=float, default=0.0)
+    parser.add_argument("--together", action="store_true")
     given = parser.parse_args()
     print(f"{stamp('numpy', 'numba', 'scipy')}; stretch {given.stretch:g}, offset {given.offset:g} us\n")
     print("| instance | asked | simple bound % | claimed % | certified % | worst % | proven | CPU s | wall s | proof |")
@@ -159,7 +164,7 @@ def main() -> None:
         for row in ROWS:
             if row.group in given.rows:
                 options = {"most": given.draws, "stretch": given.stretch, "offset": given.offset}
-                print(measure(row, **options, folder=Path(folder)), flush=True)
+                print(measure(row, **options, together=given.together, folder=Path(folder)), flush=True)
 
 
 if __name__ == "__main__":
