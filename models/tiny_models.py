@@ -172,6 +172,7 @@ def _special(model_type: str, hidden: int, intermediate: int, layers: int) -> di
         "kolibri1": {**head, **shared},
         "inkling2_text": {
             **head,
+            "unpadded_vocab_size": 256,
             "swa_head_dim": head_dim,
             "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 2,

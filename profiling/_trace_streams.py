@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -53,34 +54,46 @@ class Streams:
             self._of[cache] = stream
 
 
-def cached_tokens(cache: Any) -> int:
-    """Tokens per sequence in a transformers cache; layers of a hybrid network that keep a state only count none.
+CACHES = ("past_key_values", "cache", "cache_params")  # in transformers until 5.23, since 5.24, without attention
+
+
+def cache_in(given: Mapping[str, Any]) -> tuple[Any, int]:
+    """(the cache a decoder was called with, tokens per sequence in it), by its name or else by what it is.
+
+    Layers of a hybrid network that keep a state only count none.
 
     Raises
     ------
     InputError
         For a cache that does not tell: padding and next tokens could not be told from others.
     """
-    layers = [] if cache is None else getattr(cache, "layers", [cache])
+    named = [name for name in CACHES if given.get(name) is not None]
+    name = next(iter(named or [name for name, value in given.items() if _tells(value)]), None)
+    if name is None:
+        return None, 0
+    layers = getattr(given[name], "layers", [given[name]])
     found = next((count for layer in layers if _tells(layer) and (count := int(layer.get_seq_length()))), 0)
     if not found and layers and not any(map(_tells, layers)):
         limit = "a cache of transformers that tells how many tokens it holds"
-        raise InputError("past_key_values", type(cache).__name__, limit, "DynamicCache, or use_cache=False")
-    return found
+        raise InputError(name, type(given[name]).__name__, limit, "DynamicCache, or use_cache=False")
+    return given[name], found
 
 
 def cache_of(output: Any) -> Any:
     """The cache in what a decoder returned; None where it keeps none that could come again."""
-    parts = output if isinstance(output, tuple) else (getattr(output, "past_key_values", None),)
-    return next(filter(_tells, parts), None)
+    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    return next(filter(_tells, output if isinstance(output, tuple) else named.values()), None)
 
 
 def _tells(cache: Any) -> bool:
     return hasattr(cache, "get_seq_length")
 
 
-def mark_real(real_BS: Tensor, mask: Any, cached: int) -> None:
-    """Mark the real tokens of this forward by its mask, which also covers those cached before. None: no padding."""
+def mark_real(real_BS: Tensor, mask: Any, cached: int, *, more: bool) -> None:
+    """Mark the real tokens of this forward by its mask, which also covers those cached before. None: no padding.
+
+    more: whether there is a cache, which may have room that the mask covers as well.
+    """
     if mask is None:
         real_BS.fill_(True)
         return
@@ -95,6 +108,9 @@ def mark_real(real_BS: Tensor, mask: Any, cached: int) -> None:
     if mask.shape[0] not in (1, rows) or mask.shape[1] < cached + length:
         limit = f"at least [{rows}, {cached + length}]: of {cached} cached and {length} new tokens"
         raise InputError("attention_mask", f"shape {list(mask.shape)}", limit)
+    if mask.shape[1] > length and not more:
+        limit = f"[{rows}, {length}]: there is no cache that could hold tokens before these"
+        raise InputError("attention_mask", f"shape {list(mask.shape)}", limit, "DynamicCache, or use_cache=False")
     real_BS.copy_(mask[:, cached : cached + length])
 
 

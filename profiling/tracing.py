@@ -30,7 +30,7 @@ from gemopt.profiling._trace_counts import Part
 from gemopt.profiling._trace_files import TraceFolder, load_ranks
 from gemopt.profiling._trace_hidden import Hidden, HiddenSample
 from gemopt.profiling._trace_pending import Pending, Step, requests_of
-from gemopt.profiling._trace_streams import Streams, cache_of, cached_tokens, eos_tokens, mark_real, ranks_of
+from gemopt.profiling._trace_streams import Streams, cache_in, cache_of, eos_tokens, mark_real, ranks_of
 from gemopt.traces import Phase, Traces, hidden_path, save_hidden
 
 __all__ = ["HiddenSample", "Tracer", "load_ranks"]
@@ -204,8 +204,7 @@ class Tracer:
                 raise InputError("model", "forwards in two threads", "one at a time while it is traced", "take a lock")
             self._thread = threading.get_ident()
         rows, length = shaped.shape[:2]
-        self._cache = given.get("past_key_values")
-        cached = cached_tokens(self._cache)
+        self._cache, cached = cache_in(given)
         phase = Phase.DECODE if length == 1 and cached else Phase.PREFILL
         if given.get("cu_seq_lens_q") is not None:
             phase = Phase.MIXED
@@ -213,7 +212,7 @@ class Tracer:
         pending = self._room(rows * length, shaped.device)
         begin, size = pending.used, rows * length
         real_BS = pending.real_C.narrow(0, begin, size).view(rows, length)
-        mark_real(real_BS, mask, cached)
+        mark_real(real_BS, mask, cached, more=self._cache is not None)
         picked = None if self._hidden is None else self._hidden.pick(real_BS, stream.request)
         if token_ids is not None:
             pending.token_ids_C.narrow(0, begin, size).view(rows, length).copy_(token_ids)

@@ -18,7 +18,7 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import tiny  # noqa: E402
-from gemopt.profiling._trace_streams import cache_of, cached_tokens  # noqa: E402
+from gemopt.profiling._trace_streams import CACHES, cache_in, cache_of  # noqa: E402
 from gemopt.profiling.tracing import Tracer  # noqa: E402
 from gemopt.traces import Traces  # noqa: E402
 
@@ -131,10 +131,25 @@ def test_a_cache_that_does_not_tell_its_length_is_refused(model, tmp_path):
     keys = torch.zeros(2, 4, LENGTH, 8)
     stateful = SimpleNamespace(layers=[SimpleNamespace(state=keys)])
     for number, (cache, name) in enumerate((([(keys, keys)] * 3, "list"), (stateful, "SimpleNamespace"))):
-        with pytest.raises(InputError, match=f"past_key_values: got {name}; .*tells how many tokens.*use_cache=False"):
+        limit = f"({'|'.join(CACHES)}): got {name}; .*tells how many tokens.*use_cache=False"
+        with pytest.raises(InputError, match=limit):
             traced(model, tmp_path / str(number), lambda cache=cache: model(fed(7, 8), past_key_values=cache))
     assert cache_of(SimpleNamespace(past_key_values=((keys, keys),))) is None
-    assert cached_tokens(DynamicCache()) == cached_tokens(None) == 0
+    assert cache_in({"past_key_values": None}) == (None, 0)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "cache_params", "a later name"])
+def test_a_cache_is_known_by_whatever_name(model, name):
+    """transformers 5.24 calls it by another one: every token of an answer was a prompt."""
+    found = model(prompt(), use_cache=True)
+    cache = cache_of(found)
+    assert cache_in({"input_ids": prompt(), name: cache}) == (cache, LENGTH)
+    assert cache_of(SimpleNamespace(**{name: cache})) is cache_of({name: cache}) is cache_of((prompt(), cache)) is cache
+
+
+def test_a_mask_of_tokens_that_no_cache_holds_is_refused(model, tmp_path):
+    with pytest.raises(InputError, match=r"attention_mask: got shape \[2, 7\]; \[2, 1\]: there is no cache"):
+        traced(model, tmp_path / "t", lambda: model(fed(7, 8), attention_mask=torch.ones(2, 7), use_cache=False))
 
 
 def test_layers_that_keep_a_state_only_count_no_tokens(tmp_path):
