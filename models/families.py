@@ -84,7 +84,7 @@ _DEEPSEEK = Family(
 _MINIMAX_M2 = replace(_LOCAL, router_tensors=GATE_AND_BIAS, checkpoint_tensors=GATE_AND_BIAS)
 _ROUTER = Family("", router="router", router_tensors=ROUTER, checkpoint_tensors=ROUTER)
 FAMILIES: Mapping[str, Family] = {
-    **_rows("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "qwen4_exp_text"),
+    **_rows("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "qwen4_exp_text", "lara_mini"),
     **_rows("olmoe", "flex_olmo", "cohere2_moe", "flint"),
     **_rows("qwen3_vl_moe_text", "mellum", like=_LOCAL),
     **_rows("mixtral", "minimax", like=_LOCAL, checkpoint_blocks=("block_sparse_moe",)),
@@ -99,7 +99,9 @@ FAMILIES: Mapping[str, Family] = {
     **_rows("deepseek_v2", num_experts="n_routed_experts", groups="topk_method"),
     **_rows("deepseek_v3", "deepseek_v32", "axk1", like=_DEEPSEEK, group_defaults=(8, 4)),
     **_rows("glm4_moe", "glm4_moe_lite", "glm4v_moe_text", "glm_moe_dsa", "glm5_next_text", like=_DEEPSEEK),
-    **_rows("dots1", "dots3_note_text", "solar_open", "mimo_v2_flash", "hy_v4", "axk2", like=_DEEPSEEK),
+    **_rows("dots1", "dots3_note_text", "solar_open", "mimo_v2_flash", "axk2", like=_DEEPSEEK),
+    **_rows("hy_v4", "hy_v4_vl_text", "sarvam_mla", like=_DEEPSEEK),
+    **_rows("sarvam_moe", like=_DEEPSEEK, checkpoint_tensors={**GATE_WITH_BIAS, "gate.expert_bias": 0}),
     **_rows("nemotron_h", like=_DEEPSEEK, checkpoint_blocks=("mixer",)),
     **_rows(
         "deepseek_v4",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemopt.exceptions import missing
+from gemopt.exceptions import InputError, missing
 
 try:
     import torch
@@ -23,6 +23,7 @@ _WITH_EYES = {
     "mistral4": "mistral3",
     "step3p5": "step3p7",
     "mistral_large4_text": "mistral_large4",
+    "hy_v4_vl_text": "hy_v4_vl",
 }
 
 
@@ -52,11 +53,13 @@ def tiny(
     Raises
     ------
     InputError
-        For an unknown family.
+        For an unknown family, and for one that the installed transformers does not have.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, __version__
 
     row = family(model_type)
+    if row.model_type not in CONFIG_MAPPING:
+        raise InputError("transformers", __version__, f"one that has {row.model_type} is needed", "install a newer one")
     fields = {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
@@ -162,6 +165,17 @@ def _special(model_type: str, hidden: int, intermediate: int, layers: int) -> di
             "layer_types": full_last,
         },
         "hy_v4": {**latent, **index, **dense_first, **head, "hc_mult": 3},
+        "hy_v4_vl_text": {
+            **latent,
+            **index,
+            **dense_first,
+            **head,
+            "hc_mult": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        "sarvam_mla": {**latent, "first_k_dense_replace": 1},
+        "sarvam_moe": {**head, "first_k_dense_replace": 1},
+        "lara_mini": {**head, **shared, **delta_net, "layer_types": full_last},
         "flint": {**head, **shared, "mlp_only_layers": [0]},
         "step3p5": {**head, **dense_first, "share_expert_dim": intermediate, "sliding_window": 128},
         "dots1": {**head, "first_k_dense_replace": 1, "n_shared_experts": 1},

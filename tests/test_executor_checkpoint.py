@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 # ruff: noqa: E402 (what follows needs torch)
+from installed_families import INSTALLED
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
@@ -18,7 +19,7 @@ from transformers import AutoConfig
 from gemopt import InputError, Placement
 from gemopt.executor import checkpoint
 from gemopt.executor.checkpoint import export_checkpoint, read_header
-from gemopt.models import FAMILIES, auto_class, find_moe_layers, tiny
+from gemopt.models import auto_class, find_moe_layers, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,7 +61,7 @@ def shuffled(layers, *, groups=8, ranks=2, seed=0, experts=8):
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", INSTALLED)
 def test_the_permuted_checkpoint_is_the_same_network(source, tmp_path, name):
     folder, layers, reference = source(name)
     original = loaded(folder)

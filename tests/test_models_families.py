@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+
+from installed_families import INSTALLED, MISSING  # noqa: E402
 
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import FAMILIES, describe, family, find_moe_layers, num_hidden_layers, renamed, tensor_role, tiny  # noqa: E402
@@ -17,7 +20,7 @@ GROUPS = {"deepseek_v3", "deepseek_v32", "axk1", "bailing_hybrid", "beam"}  # ti
 TOKENS = (torch.arange(48) * 37 % 250 + 3).view(3, 16)
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+@pytest.fixture(scope="module", params=INSTALLED)
 def model(request):
     torch.set_num_threads(1)
     return tiny(request.param)
@@ -179,9 +182,21 @@ def test_groups_left_out_of_a_config_are_those_of_the_library():
     from transformers import AutoConfig
 
     for row in FAMILIES.values():
-        if row.groups == "n_group":
+        if row.groups == "n_group" and row.model_type not in MISSING:
             config = AutoConfig.for_model(row.model_type)
             assert (config.n_group or 1, config.topk_group or 1) == row.group_defaults, row.model_type
+
+
+def test_the_pinned_transformers_has_every_family(monkeypatch):
+    import transformers
+    from packaging.version import Version
+
+    pins = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    pinned = Version(re.search(r"^transformers==(.*)$", pins, re.MULTILINE)[1])
+    assert not MISSING or Version(transformers.__version__) < pinned
+    monkeypatch.setitem(FAMILIES, "not_yet_moe", replace(FAMILIES["mixtral"], model_type="not_yet_moe"))
+    with pytest.raises(InputError, match=r"transformers: got [\d.]+; one that has not_yet_moe is needed"):
+        tiny("not_yet_moe")
 
 
 def test_numbers_listed_layer_by_layer():

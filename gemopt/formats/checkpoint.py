@@ -7,7 +7,7 @@ from gemopt.formats.engine import Engine
 ENGINES = {
     "checkpoint": Engine(
         name="checkpoint",
-        versions="transformers 5.23, Megatron-core 0.16, DeepSpeed 0.19, vLLM 0.33",
+        versions="transformers 5.24, Megatron-core 0.16, DeepSpeed 0.19, vLLM 0.33",
         placement="permuted weights (--source CHECKPOINT)",
         group_limits=True,
         note="for engines that give rank r the r-th part of the experts",
