@@ -161,10 +161,12 @@ def install_hint(extra: str) -> str:
 def missing(error: ImportError, purpose: str) -> ImportError:
     """The error to raise for an import that failed: one line where an extra of gemopt brings the package."""
     package, _, part = (error.name or "").partition(".")
-    if package not in EXTRAS:
+    whole = isinstance(error, ModuleNotFoundError)  # or a name in it is what is missing
+    if package not in EXTRAS or not (part or whole):
         return error
     old = part and find_spec(package) is not None
-    return MissingPackageError(package, purpose, f"has no {part}, perhaps too old" if old else "not installed")
+    lacks = f"has {'no' if whole else 'not all of'} {part}, perhaps too old"
+    return MissingPackageError(package, purpose, lacks if old else "not installed")
 
 
 class SolverError(GemoptError, RuntimeError):

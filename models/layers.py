@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gemopt.exceptions import InputError, missing
+from gemopt.exceptions import InputError, MissingPackageError, missing
 
 try:
     import torch
@@ -19,6 +20,9 @@ except ModuleNotFoundError as error:
 
 from gemopt.models.families import FAMILIES, Family, family
 from gemopt.profile import MoeShape
+
+OLDEST = (5, 21)
+"""Version of transformers from which on the routers of all families return what `MoeLayer.chosen` reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +107,14 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     InputError
         When the model has no MoE layer, is of an unknown family, or keeps its experts in another way than the
         family does in transformers 5.
+    MissingPackageError
+        When transformers is older than `OLDEST`: its routers would be misread, some without an error.
     """
     config = _text_config(model)
+    version = import_module("transformers").__version__
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        state = f"{version} is older than {OLDEST[0]}.{OLDEST[1]}"
+        raise MissingPackageError("transformers", "reading a network's routers", state)
     model_type = str(getattr(config, "model_type", type(model).__name__))
     if model_type not in FAMILIES and not any(path.endswith(".experts") for path, _ in model.named_modules()):
         raise InputError("model", model_type, "a network with MoE layers is needed, this one has none")

@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer.core
 from cli_inputs import gemopt, profile, traces, write_inputs
 from safetensors.numpy import save_file
 
 from gemopt.placement import Placement
 from gemopt.traces import Traces
+
+SUGGESTS = hasattr(typer.core.TyperGroup(name="g"), "suggest_commands")  # from typer 0.20 on
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
 
@@ -279,7 +282,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixt
         (("trace", "import"), "see gemopt trace import --help"),
         (("engines", "sglang"), "see gemopt engines --help"),
         (("solve", "p", "t", "--time-limit", "long"), "see gemopt solve --help"),
-        (("slove",), "Did you mean 'solve'?"),
+        (("slove",), "Did you mean 'solve'?" if SUGGESTS else "see gemopt --help"),
         (("watch", "nowhere", "--profile", "p", "--placement", "q", "--once"), "leave out --once"),
         (("watch", sys.executable, "--profile", "p", "--placement", "q"), "no file"),
     ],

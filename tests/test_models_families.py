@@ -205,6 +205,14 @@ def test_numbers_listed_layer_by_layer():
         tiny("hunyuan_v1_moe", moe_topk=[2, 1, 2])
 
 
+@pytest.mark.parametrize("version", ["4.57.1", "5.12.0", "5.20.2.dev0"])
+def test_routers_of_an_older_transformers_are_not_read(monkeypatch, version):
+    model = tiny("mixtral")
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(InputError, match=f"transformers: {re.escape(version)} is older than 5.21; .* needs it; pip"):
+        find_moe_layers(model)
+
+
 def test_models_that_cannot_be_used():
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -171,6 +171,8 @@ def test_the_error_is_one_of_import_and_of_input():
     assert str(error) == f"yaml: not installed; reading a.yaml needs it; {install_hint('yaml')}"
     old = missing(ModuleNotFoundError("", name="transformers.distributed"), "the executor")
     assert str(old).startswith("transformers: has no distributed, perhaps too old; the executor needs it; pip install")
+    old = missing(ImportError("", name="transformers.distributed"), "the executor")
+    assert str(old).startswith("transformers: has not all of distributed, perhaps too old; the executor needs it")
     other = ModuleNotFoundError("No module named 'numpyy'", name="numpyy")
     assert missing(other, "x") is other, "not ours to explain"
 

@@ -21,7 +21,7 @@ try:
     from torch import Tensor, nn
     from torch.distributed.tensor import DTensor
     from transformers.distributed.expert_parallel import AllToAllEP, EPImplementationInterface
-except ModuleNotFoundError as error:
+except ImportError as error:
     raise missing(error, __name__) from None
 
 from gemopt.executor.plan import LayerRow

@@ -149,7 +149,7 @@ def _highs(formulation: MilpFormulation, answer: Answer, request: dict[str, Any]
 
     def listen(kind: int, message: str, out: Any, into: Any, user: Any) -> None:
         if kind == int(kinds.kCallbackMipImprovingSolution):
-            values = np.asarray(out.mip_solution)
+            values = out.mip_solution
             answer.solution(np.array([[values[v.index] > 0.5 for v in ranks] for ranks in formulation.held]))
         answer.bound(out.mip_dual_bound)
 
