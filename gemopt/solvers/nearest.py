@@ -88,7 +88,7 @@ def _near(problem: Problem, moves: Moves, price: int, seconds: float) -> tuple[R
     into_G = [[literal] for literal in enter]
     for (expert, rank), literal in rows.held.items():
         into_G[rank] += [literal] * (not home_GE[rank, expert])
-        model.add_hint(literal, bool(home_GE[rank, expert]))
+        model.add_hint(literal, int(home_GE[rank, expert]))
     for rank, slots in enumerate(slots_G.tolist()):
         model.add(sum(rows.on(rank, experts)) + at_home_G[rank] - leave[rank] + enter[rank] <= slots)
         if moves.most_into_G is not None:
