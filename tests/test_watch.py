@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,20 +97,33 @@ def test_what_a_command_leaves_in_the_background_is_not_waited_for(folder: Path)
         os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
 
 
-def test_a_command_that_is_late_is_ended_with_what_it_began(folder: Path) -> None:
-    watched, log = watch(folder, command=("sh", "-c", f"sleep 600 & echo $! > {folder / 'pid'}; wait"))
-    watched.actions.command_timeout_s = 3.0
+@pytest.mark.parametrize("late", [True, False])
+def test_a_command_that_is_late_or_whose_watch_ends_is_ended_with_what_it_began(folder: Path, late: bool) -> None:
+    pid = folder / "pid"
+    watched, log = watch(folder, command=("sh", "-c", f"sleep 600 & echo $! > {pid}; wait"))
+    watched.actions.command_timeout_s = 3.0 if late else 600.0
     grow(folder, 0, traffic(hot=0))
-    watched.look()
-    assert any("still running after 3 s" in line for line in log)
-    assert Placement.load(folder / "placement.json") == contiguous()
-    number = int((folder / "pid").read_text())
+    if late:
+        watched.look()
+        assert any("still running after 3 s" in line for line in log)
+        assert Placement.load(folder / "placement.json") == contiguous()
+    else:
+        threading.Thread(target=interrupt_once, args=(lambda: pid.exists() and pid.read_text().endswith("\n"),)).start()
+        with pytest.raises(KeyboardInterrupt):
+            watched.look()
+    number = int(pid.read_text())
     for _ in range(600):  # until whoever adopted it has seen its end
         if not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text().split()[2]:
             return
         time.sleep(0.1)
     os.kill(number, signal.SIGKILL)
     pytest.fail("what it began goes on")
+
+
+def interrupt_once(begun: Callable[[], bool]) -> None:
+    while not begun():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_command_gets_the_file(folder: Path) -> None:
@@ -201,6 +216,27 @@ def test_who_connects_and_says_nothing_keeps_nobody_waiting() -> None:
         ending.join(timeout=60)
         assert not ending.is_alive()
         server.server_close()
+
+
+def test_probes_that_say_nothing_are_no_news(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that wait until they are hung up on, and those that hang up themselves."""
+    monkeypatch.setattr("gemopt.online.metrics._Quiet.timeout", 0.01)
+    server = serve(Metrics(), Health(stale_after_s=1e6), 0)
+    try:
+        for linger in (False, True):
+            with socket.create_connection(("127.0.0.1", server.server_port)) as probe:
+                if linger:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                else:
+                    assert probe.recv(1) == b""
+        monkeypatch.undo()
+        assert fetch(server.server_port, "/healthz")[0] == 200
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert capfd.readouterr().err == ""
 
 
 def test_the_gain_is_looked_at_afterwards(folder: Path) -> None:

@@ -99,7 +99,8 @@ class Actions:
 
 
 def _ended(words: Sequence[str], timeout_s: float) -> tuple[int, list[str]]:
-    """Exit code of a command and the lines that it wrote to standard error; ended with what it began when it is late.
+    """Exit code of a command and the lines that it wrote to standard error; ended with what it began when it is late,
+    or nobody waits for it any more.
 
     It has ended when its own process has, whatever it left in the background, which may go on writing: to a file, since
     a pipe would be waited for.
@@ -109,7 +110,7 @@ def _ended(words: Sequence[str], timeout_s: float) -> tuple[int, list[str]]:
         process = subprocess.Popen(words, stdin=null, stdout=null, stderr=errors, start_new_session=True)
         try:
             code = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+        except BaseException:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
