@@ -233,7 +233,9 @@ def test_a_result_stands_for_its_placement(solved: tuple[Profile, Traces, Result
     again = solve(measured, routed, solver="local-search", patience=0, warm_start=result, current=result)
     assert again.objective_us is not None and result.objective_us is not None
     assert again.objective_us <= result.objective_us
-    assert Controller(measured, result).placement == relabel(result, result) == result.placement
+    controller = Controller(measured, Placement.contiguous(2, 4, 2))
+    controller.confirm(result)
+    assert controller.placement == Controller(measured, result).placement == relabel(result, result) == result.placement
     export(result, to="csv", path=tmp_path / "map.csv")
     lost = result.model_copy(update={"placement": None, "status": Status.INFEASIBLE})
     for call in (lambda: gemopt.evaluate(lost, measured, routed), lambda: solve(measured, routed, current=lost)):

@@ -176,7 +176,7 @@ class Controller:
         """Take over what an expert of the live model weighs, in bytes, unless the policy says it."""
         self.expert_bytes = float(self.policy.expert_bytes or expert_bytes)
 
-    def confirm(self, placement: Placement) -> None:
+    def confirm(self, placement: GivenPlacement) -> None:
         """Go on from the placement that is really in force, under the rules of before; moves not made do not count.
 
         Raises
@@ -184,7 +184,7 @@ class Controller:
         InputError
             When it is of another network or group.
         """
-        self.check(Placement.of(placement))
+        self.check(placement := Placement.of(placement))
         check_network(placement, self.placement)
         self.moved -= min(self.latest, unmade(self.placement, placement))
         if (placement.slots_per_rank != self.placement.slots_per_rank).any():
