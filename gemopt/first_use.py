@@ -63,8 +63,8 @@ def ready(
     to be priced.
     """
     contents = paired(problem) and time_limit >= least_s(problem)
-    kind = _kind(solver, problem, budget, contents)
-    if links is None and problem.rules is None and kind in _known:
+    kind = _kind(solver, problem, budget, contents), _asked(problem), _sent(links, compute_slack)
+    if kind in _known:
         return 0.0
     notice, begin, over = notice or say, time.monotonic(), threading.Event()
     before = _compiled()
@@ -95,13 +95,35 @@ def ready(
 
 
 def _kind(solver: Solver, problem: Problem, budget: bool, contents: bool) -> tuple[object, ...]:
-    """What decides which kernels a call runs, links and the kinds of rules aside."""
+    """What decides which kernels a call runs, beside rules and links."""
     without = (problem.moves is None, problem.rules is None, problem.senders_TGE is None, not problem.spare_slots)
     terms = max(len(latency.terms) for latency in problem.latencies)
     costs = (len(problem.features), min(terms, 2))
     searches = solver.supports.improves or solver.supports.proves
     own = (solver.name if solver.name in OWN else searches, prover(problem) if solver.name == "auto" else None)
     return (*own, budget, problem.split, problem.full, *without, *costs, contents)
+
+
+def _asked(problem: Problem) -> tuple[object, ...]:
+    """Kinds of rules, and whether moves into each rank are limited."""
+    demands = () if problem.rules is None else problem.rules.demands
+    kinds = {"closed" if d.closed_GE is not None else "apart" if d.apart_E is not None else "bloc" for d in demands}
+    return (*sorted(kinds), problem.moves is not None and problem.moves.most_into_G is not None)
+
+
+def _sent(links: Links | None, compute_slack: float | None) -> tuple[object, ...]:
+    """What decides which kernels run for links."""
+    if links is None:
+        return ()
+    exchange = links.exchange
+    return (
+        links.senders,
+        exchange.once_per,
+        exchange.overlap,
+        links.even,
+        links.traces.tokens is None,
+        compute_slack is None,
+    )
 
 
 def _easy(problem: Problem) -> Problem:
@@ -119,13 +141,11 @@ def _easy(problem: Problem) -> Problem:
         "apart": Demand("", "", apart_E=experts < 2),
         "bloc": Demand("", "", bloc_E=experts == 0, unit_G=ranks),
     }
-    kinds = {
-        "closed" if d.closed_GE is not None else "apart" if d.apart_E is not None else "bloc" for d in rules.demands
-    }
+    *kinds, _ = _asked(problem)
     if moves is not None:
         into_G = None if moves.most_into_G is None else np.full(2, 2)
         moves = replace(moves, home_GE=experts % 2 == ranks[:, None], most_into_G=into_G)
-    return replace(few, rules=LayerRules(tuple(demands[kind] for kind in sorted(kinds)), 2, 4), moves=moves)
+    return replace(few, rules=LayerRules(tuple(demands[str(kind)] for kind in kinds), 2, 4), moves=moves)
 
 
 def _use(solver: Solver, tiny: Problem, budget: bool, contents: bool) -> None:

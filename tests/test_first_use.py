@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gemopt.first_use import LOOK_S, NOTICE, ready
 from gemopt.latency import ASSIGNMENTS, Latency, line
+from gemopt.layer_rules import Demand, LayerRules
+from gemopt.links import Exchange, Links
 from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solving.turns import least_s
+from gemopt.traces import Traces
 from gemopt.voice import Voice
 
 CHILD = """
@@ -115,6 +120,25 @@ def test_solvers_of_the_same_kernels_prepare_them_once(monkeypatch: pytest.Monke
     for name in ("linear", "lpt", "local-search", "cpsat", "milp", "gem", "branch", "gem"):
         ready(get(name), layer([[1, 2, 3, 4]]))
     assert used == ["linear", "local-search", "gem", "branch"]
+
+
+def test_rules_and_links_of_a_kind_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not of a call's time limit may come on top of the first call, not of every one."""
+    used: list[str] = []
+    module = sys.modules["gemopt.first_use"]
+    monkeypatch.setattr(module, "_known", set())
+    monkeypatch.setattr(module, "_use", lambda *_: used.append("rules"))
+    monkeypatch.setattr(module, "_use_links", lambda *_: used.append("links"))
+    plain, experts = layer([[1, 2, 3, 4]]), np.arange(4)
+    apart, closed = Demand("", "", apart_E=experts < 2), Demand("", "", closed_GE=np.outer([0, 1], experts == 0) > 0)
+    for demands in [(apart,), (apart, apart), (apart, closed), (closed, apart)]:
+        ready(get("lpt"), replace(plain, rules=LayerRules(demands, 2, 4)))
+    assert used == ["rules"] * 2
+    exchange = Exchange(dispatch_bytes=2, once_per="assignment")
+    for slack in (None, None, 0.1, 0.2):
+        links = Links.of("nvlink-2", Traces(counts=np.ones((1, 2, 4))), 2, exchange=exchange)
+        ready(get("lpt"), plain, links=links, compute_slack=slack)
+    assert used[2:] == ["rules", "links"] * 2
 
 
 def _wait_for(said: list[str]) -> None:
