@@ -7,12 +7,12 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,7 +98,9 @@ def test_what_a_command_leaves_in_the_background_is_not_waited_for(folder: Path)
 
 
 @pytest.mark.parametrize("late", [True, False])
-def test_a_command_that_is_late_or_whose_watch_ends_is_ended_with_what_it_began(folder: Path, late: bool) -> None:
+def test_a_command_that_is_late_or_whose_watch_ends_is_ended_with_what_it_began(
+    folder: Path, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pid = folder / "pid"
     watched, log = watch(folder, command=("sh", "-c", f"sleep 600 & echo $! > {pid}; wait"))
     watched.actions.command_timeout_s = 3.0 if late else 600.0
@@ -108,7 +110,16 @@ def test_a_command_that_is_late_or_whose_watch_ends_is_ended_with_what_it_began(
         assert any("still running after 3 s" in line for line in log)
         assert Placement.load(folder / "placement.json") == contiguous()
     else:
-        threading.Thread(target=interrupt_once, args=(lambda: pid.exists() and pid.read_text().endswith("\n"),)).start()
+        wait = subprocess.Popen.wait
+
+        def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+            if timeout is None:
+                return wait(process)
+            while not (pid.exists() and pid.read_text().endswith("\n")):
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             watched.look()
     number = int(pid.read_text())
@@ -118,12 +129,6 @@ def test_a_command_that_is_late_or_whose_watch_ends_is_ended_with_what_it_began(
         time.sleep(0.1)
     os.kill(number, signal.SIGKILL)
     pytest.fail("what it began goes on")
-
-
-def interrupt_once(begun: Callable[[], bool]) -> None:
-    while not begun():
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_command_gets_the_file(folder: Path) -> None:
