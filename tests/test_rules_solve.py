@@ -145,6 +145,26 @@ def test_few_moves_under_rules() -> None:
         assert result.moves.moves == 4 or not fields
 
 
+@pytest.mark.parametrize("solver", ["local-search", "auto"])
+def test_moves_not_proven_to_be_the_fewest_prove_nothing(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time ends with the worst rows within the limits: two layers that need two moves each still share five."""
+    at_hand = import_module("gemopt.solvers.nearest").solved
+
+    def worst(model: cp_model.CpModel, *asked: object, **options: object) -> tuple[object, bool]:
+        model = model.clone()
+        for index, coefficient in enumerate(model.proto.objective.coeffs):
+            model.proto.objective.coeffs[index] = -coefficient
+        value_of, proven = at_hand(model, *asked, **options)
+        return value_of, proven and value_of is None
+
+    monkeypatch.setattr("gemopt.solvers.nearest.solved", worst)
+    asked = {"rules": Rules(apart=[{"experts": [0, 1]}]), "current": Placement.contiguous(2, 6, 3), "solver": solver}
+    result = solve(profile(3), traces(experts=6), max_moves=5, patience=1, time_limit=20, **asked)
+    assert result.status is Status.FEASIBLE and result.moves is not None and result.moves.moves <= 5
+    few = solve(profile(3), traces(experts=6), max_moves=3, patience=1, time_limit=20, **asked)
+    assert few.status is Status.INFEASIBLE and "rules" in few.notes[0]
+
+
 @pytest.mark.parametrize("split", ["even", "static", "optimal"])
 def test_what_fills_slots_leaves_experts_together(split: str) -> None:
     """The only placements: 0 and 1 on one rank, 2 and 3 on every other."""

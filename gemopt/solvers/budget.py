@@ -18,7 +18,7 @@ from gemopt.evaluate import total
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.nearest import fewest_row
+from gemopt.solvers.nearest import fewest
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.moves import few_moves
 
@@ -49,11 +49,15 @@ def point_of(problem: Problem, row: Row) -> Point:
 
 @dataclass(eq=False)
 class Front:
-    """What is known of one layer: points, bounds as (moves allowed, microseconds), and the moves it may make anyway."""
+    """What is known of one layer: points, bounds as (moves allowed, microseconds), and the moves it may make anyway.
+
+    proven: whether no placement makes fewer moves than any of the points.
+    """
 
     points: list[Point]
     bounds: list[tuple[int, float]] = field(default_factory=list)
     own: int = 0
+    proven: bool = True
 
     def best(self, most: int) -> FloatArray:
         """[most + 1] smallest total of a point with at most so many moves; infinity where none has so few."""
@@ -84,11 +88,14 @@ def walk_front(
 ) -> Front:
     """Points that the best swaps lead through, up to `most` moves.
 
-    They begin with `begin`, a row that needs no moves and its static weights, else with the row of the fewest moves.
+    They begin with `begin`, a row and its static weights, else with the row of the fewest moves that was found.
     """
     moves = problem.moves
     assert moves is not None
-    home, weights_P = (fewest_row(problem), None) if begin is None else begin
+    home, weights_P = (None, None) if begin is None else begin
+    proven = home is not None and moves.count(home, problem.slots_per_rank) == 0
+    if home is None:
+        home, proven = fewest(problem)
     if home is None:
         return Front([])
     limit = most if moves.most is None else min(most, moves.most)
@@ -112,7 +119,8 @@ def walk_front(
                 point.weights,
             )
             for point in way
-        ]
+        ],
+        proven=proven,
     )
 
 

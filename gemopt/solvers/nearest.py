@@ -44,14 +44,11 @@ def fewest_row(problem: Problem) -> Row | None:
     OutOfTimeError
         Neither a row was found nor that there is none.
     """
-    row, proven = fewest(problem)
-    if row is None and not proven:
-        raise OutOfTimeError("a row within the limits of moves that keeps the rules")
-    return row
+    return fewest(problem)[0]
 
 
 def fewest(problem: Problem) -> tuple[Row | None, bool]:
-    """What `fewest_row` finds, or None; and whether it is proven that none has fewer moves, or that there is none."""
+    """What `fewest_row` finds, and whether it is proven that none has fewer moves, or that there is none."""
     moves, slots_G = problem.moves, problem.slots_per_rank
     assert moves is not None
     row = moves.fewest(slots_G)
@@ -67,7 +64,11 @@ def fewest(problem: Problem) -> tuple[Row | None, bool]:
     known = not problem.full and not moves.limited and known_example(problem) is not None
     seconds = max(hurried.seconds_for_better(), SOON_S) if known else hurried.seconds_left()
     row, proven = _near(problem, moves, problem.num_slots, seconds)
-    return (first_row(problem), False) if row is None and not proven and known else (row, proven)
+    if row is None and not proven:
+        if not known:
+            raise OutOfTimeError("a row within the limits of moves that keeps the rules")
+        row = first_row(problem)
+    return row, proven
 
 
 def _near(problem: Problem, moves: Moves, price: int, seconds: float) -> tuple[Row | None, bool]:
@@ -183,10 +184,19 @@ def no_placement(problem: Problem) -> Outcome:
     """The outcome when the limits of moves are proven to allow no placement, and how many moves it takes."""
     moves, slots = problem.moves, problem.slots_per_rank
     assert moves is not None
-    row, proven = fewest(problem.with_moves(replace(moves, most=None, most_into_G=None)))
-    needed = 0 if row is None else moves.count(row, slots)
-    limit = "into each rank" if moves.most is None or needed <= moves.most else f"{moves.most} in all"
+    limit = "into each rank" if moves.most is None else f"{moves.most} in all"
+    try:
+        row, proven = fewest(problem.with_moves(replace(moves, most=None, most_into_G=None)))
+    except OutOfTimeError:
+        need = "need more moves than the limit allows"
+    else:
+        needed = 0 if row is None else moves.count(row, slots)
+        need = f"need {'' if proven else 'at most '}{needed} moves, the limit allows fewer"
+        limit = limit if moves.most is None or needed > moves.most else "into each rank"
+    return Outcome(None, StoppedBy.PROOF, infeasible=True, note=f"infeasible: {who_moves(problem)} {need} ({limit})")
+
+
+def who_moves(problem: Problem) -> str:
+    """What asks for moves, whatever they are worth."""
     who = "experts without a copy" if problem.rules is None else "rules, and experts without a copy,"
-    who = f"full slots, {who}" if problem.full else who
-    note = f"infeasible: {who} need {'' if proven else 'at most '}{needed} moves, the limit allows fewer ({limit})"
-    return Outcome(None, StoppedBy.PROOF, infeasible=True, note=note)
+    return f"full slots, {who}" if problem.full else who

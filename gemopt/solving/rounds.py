@@ -22,7 +22,7 @@ from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.solvers import hurried
 from gemopt.solvers.base import Options, Outcome, Row
 from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
-from gemopt.solvers.nearest import fewest_row, fewest_rows, no_placement
+from gemopt.solvers.nearest import fewest_row, fewest_rows, no_placement, who_moves
 from gemopt.solving.layers import Layer
 from gemopt.solving.moving import Moving, limited
 from gemopt.solving.schedule import Run
@@ -48,8 +48,8 @@ def solve_shared(run: Run, moving: Moving) -> float:
         elif budget is not None:
             parts = _by_moves(problems, fronts, budget)
     proven = True
-    if parts is None and moving.into_G is not None:
-        parts, proven = _together(run, problems, moving)
+    if parts is None and not (moving.into_G is None and all(front.proven for front in fronts)):
+        fronts, parts, proven = _together(run, problems, moving, budget)
     if parts is None:
         _without(run.layers, fronts, moving, proven=proven)
         return 0.0
@@ -103,20 +103,26 @@ def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None])
         return [each.result() for each in found]
 
 
-def _together(run: Run, problems: Sequence[Problem], moving: Moving) -> tuple[list[tuple[Problem, Row]] | None, bool]:
-    """Parts of the budget around rows that together keep it, where layer after layer none were found, or None; and
-    whether it is proven then that there are none."""
-    assert moving.into_G is not None
+def _together(
+    run: Run, problems: Sequence[Problem], moving: Moving, budget: int | None
+) -> tuple[list[Front], list[tuple[Problem, Row]] | None, bool]:
+    """Fronts and parts of the budget around rows that together keep it, where layer after layer none were found, or
+    none; and whether it is proven then that there are none."""
     deadline = max(run.clock + run.time_limit, time.monotonic() + SECONDS_TOGETHER)
-    rows, proven = fewest_rows(problems, moving.budget, moving.into_G, deadline)
+    any_G = np.sum([problem.slots_per_rank for problem in problems], axis=0)
+    rows, proven = fewest_rows(problems, budget, any_G if moving.into_G is None else moving.into_G, deadline)
     if rows is None:
-        return None, proven
+        return [], None, proven
+    if moving.into_G is None:
+        assert budget is not None
+        fronts = _walked(run, problems, rows)
+        return fronts, _by_moves(problems, fronts, budget), False
     into_LG = [_into(problem, row) for problem, row in zip(problems, rows, strict=True)]
     left_G = moving.into_G - np.sum(into_LG, axis=0)
     own = [limited(problem, most_into_G=into_G + left_G) for problem, into_G in zip(problems, into_LG, strict=True)]
     fronts = _walked(run, own, rows)
     first = [Front(each.points[:1]) for each in fronts]
-    return _by_rank(problems, fronts, moving) or _by_rank(problems, first, moving), False
+    return fronts, _by_rank(problems, fronts, moving) or _by_rank(problems, first, moving), False
 
 
 def _into(problem: Problem, row: Row) -> NDArray[np.int64]:
@@ -175,8 +181,8 @@ def _refine(run: Run, problems: Sequence[Problem], fronts: Sequence[Front], budg
     Ends when placements reach what dividing the bounds gives, when a layer could not be proven, or with the time.
     """
     for problem, front in zip(problems, fronts, strict=True):
-        fewest = min(point.moves for point in front.points)
-        front.bounds.append((fewest - 1, np.inf))
+        if front.proven:
+            front.bounds.append((min(point.moves for point in front.points) - 1, np.inf))
         front.own = min(budget, _most(problem))
     found, solved = dict(enumerate(run.layers)), set()
     while True:
@@ -190,6 +196,7 @@ def _refine(run: Run, problems: Sequence[Problem], fronts: Sequence[Front], budg
         again = [] if closed else [index for index, most in enumerate(lower[1]) if (index, most) not in solved]
         over = run.clock + run.time_limit - time.monotonic() < LEAST_SECONDS or run.interrupted.is_set()
         proven = run.solver.supports.proves and all(_proven(layer) for layer in found.values())
+        proven &= all(front.proven for front in fronts)  # else a layer may be asked for fewer moves than were found
         if not again or over or not proven:
             _take(run.layers, problems, fronts, best[1])
             for layer in run.layers:
@@ -253,21 +260,23 @@ def _without(layers: Sequence[Layer], fronts: Sequence[Front], moving: Moving, *
         if without:
             layer.outcome = no_placement(layer.problem)
         elif not proven:
-            note = "not found in time: rows of all layers within the moves that each rank may receive"
+            note = "not found in time: rows of all layers within the budget of moves"
             layer.outcome = Outcome(None, StoppedBy.TIME_LIMIT, note=note)
         elif any(alone):
             layer.outcome = Outcome(None, StoppedBy.ITERATIONS, note="not searched: another layer has no placement")
         else:
             layer.outcome = Outcome(
-                None, StoppedBy.PROOF, infeasible=True, note=f"infeasible: {_too_few(fronts, moving)}"
+                None, StoppedBy.PROOF, infeasible=True, note=f"infeasible: {_too_few(layer.problem, fronts, moving)}"
             )
 
 
-def _too_few(fronts: Sequence[Front], moving: Moving) -> str:
+def _too_few(problem: Problem, fronts: Sequence[Front], moving: Moving) -> str:
     """Why the budget does not suffice, where each layer alone would have a placement."""
+    who = who_moves(problem)
     if moving.into_G is None:
         needed = sum(min(point.moves for point in front.points) for front in fronts)
-        return f"experts without a copy need {needed} moves over all layers, the budget allows fewer"
+        need = f"{needed} moves" if fronts else f"more than {counted(moving.budget or 0, 'move')}"
+        return f"{who} need {need} over all layers, the budget allows {'fewer' if fronts else 'no more'}"
     both = "" if moving.budget is None else f" (max_bytes_per_rank) and {moving.budget} in all (max_moves)"
     most = counted(moving.into_G.max(), "move")
-    return f"experts without a copy need more than {most} into a rank over all layers{both}"
+    return f"{who} need more than {most} into a rank over all layers{both}"

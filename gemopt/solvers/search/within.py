@@ -61,7 +61,7 @@ def search_within(problem: Problem, options: Options, warm_start: Row | None, fr
     with options.alarm() as search.stop:
         search.descend()
         stopped_by = search.iterate()
-    note = "" if search.searched else "no time to search: the fewest moves"
+    note = "" if search.searched else "no time to search: few moves"
     return Outcome(search.row, stopped_by, history=search.history, note=note, reached=search.searched, search=search)
 
 
