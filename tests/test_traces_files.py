@@ -266,6 +266,12 @@ def test_steps_in_a_row_share_their_counts_and_what_can_be_written_into_is_copie
     traces = Traces(counts=view)
     mine[0, 0, 0] = 9
     assert traces.counts[0, 0, 0] == 1
+    owned = np.ones((4, 2, 3), np.int32)
+    before = owned[:]
+    owned.setflags(write=False)  # which a view from before does not heed
+    kept = Traces(counts=owned)
+    before[0, 0, 0] = 9
+    assert kept.counts[0, 0, 0] == 1
     past, later = traces.split(0.5)
     assert np.shares_memory(past.counts, traces.counts) and np.shares_memory(later.counts, traces.counts)
     assert (traces.steps([0, 2]).counts == traces.counts[[0, 2]]).all()

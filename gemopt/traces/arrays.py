@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ NOT_IDS = (
     "ids of tokens: gemopt.traces.batching.from_tokens counts [tokens, layers, top-k], --from tokens those or rows"
 )
 FloatArray = NDArray[np.float64]
+_made: WeakValueDictionary[int, IntArray] = WeakValueDictionary()  # arrays that were frozen here, by their id
 
 
 def widened(array: object, dtype: type[np.signedinteger[Any]] = np.int64) -> Any:
@@ -53,8 +55,7 @@ def count_assignments(ids: IntArray, step: IntArray, num_steps: int, num_experts
     counts = np.empty((num_steps, ids.shape[1], num_experts), dtype=np.int32)
     for layer, counts_TE in enumerate(_each_layer(ids, step, num_steps, num_experts)):
         counts[:, layer] = counts_TE
-    counts.setflags(write=False)
-    return counts
+    return _frozen(counts)
 
 
 def _each_layer(ids: IntArray, step: IntArray, num_steps: int, num_experts: int) -> Iterator[IntArray]:
@@ -91,16 +92,23 @@ def checked_counts(value: object) -> IntArray:
         raise InputError("Traces.counts", largest, f"at most {COUNT_LIMIT} assignments per step and layer")
     if _settled(array) and array.dtype == np.int32 and array.flags.c_contiguous:
         return array
-    result = np.array(array, dtype=np.int32, order="C")
-    result.setflags(write=False)
-    return result
+    return _frozen(np.array(array, dtype=np.int32, order="C"))
+
+
+def _frozen(array: IntArray) -> IntArray:
+    """An array made here, which nobody else has a view of, read-only from now on."""
+    array.setflags(write=False)
+    _made[id(array)] = array
+    return array
 
 
 def _settled(array: IntArray) -> bool:
-    """Whether nobody can write into an array, so that it need not be copied: counts of long records are gigabytes."""
-    return not array.flags.writeable and (
-        array.flags.owndata or (type(array.base) is np.ndarray and _settled(array.base))
-    )
+    """Whether nobody can write into an array, so that it need not be copied: counts of long records are gigabytes.
+
+    Of arrays that were frozen elsewhere somebody may have a view from before, into which writing goes on.
+    """
+    owner = array if array.base is None else array.base
+    return not array.flags.writeable and _made.get(id(owner)) is owner
 
 
 def stretch(chosen: NDArray[Any]) -> slice | NDArray[Any]:
