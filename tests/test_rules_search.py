@@ -185,6 +185,17 @@ def test_without_time_the_known_example_of_the_rules_is_the_answer(kind: str, mo
     check(problem, filled(known, row) if kind == "full" else row)
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_without_time_an_example_is_looked_for_a_second_a_layer(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, problem = list[float](), larger(**RULES)
+    monkeypatch.setattr(Rows, "solve", lambda _, seconds: asked.append(seconds) or (None, False))
+    assert problem.rules is not None
+    layers = [problem if alike else replace(problem, rules=replace(problem.rules)) for _ in range(5)]
+    with hurried.call(-np.inf, lambda: False):
+        assert not exemplified(layers, range(5), -np.inf)[1]
+    assert sum(asked) == 5 * hurried.LEAST_S
+
+
 def test_experts_without_rules_are_counted_and_not_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """As few moves, and as many copies kept, as where every expert is told apart."""
     for seed in range(12):

@@ -147,7 +147,8 @@ def exemplified(layers: Sequence[Problem], layer_ids: Sequence[int], deadline: f
         rules = problem.rules
         if rules is None or id(rules) in known:
             continue
-        seconds = max(hurried.seconds_left(), hurried.LEAST_S * len(layers))  # all of them can begin with it
+        alike = sum(each.rules is rules for each in layers)  # that can all begin with it
+        seconds = max(hurried.seconds_left(), hurried.LEAST_S * alike)
         example_GE, impossible = example(rules, problem.slots_per_rank, seconds, full=problem.full)
         if impossible:
             return list(layers), _contradiction(problem, rules, layer_id, deadline)
