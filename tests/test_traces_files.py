@@ -259,26 +259,6 @@ def test_small_types_are_written_and_counts_are_frozen(tmp_path: Path) -> None:
         traces.counts[0, 0, 0] = 2
 
 
-def test_steps_in_a_row_share_their_counts_and_what_can_be_written_into_is_copied() -> None:
-    mine = np.arange(1, 25, dtype=np.int32).reshape(4, 2, 3)
-    view = mine[:]
-    view.setflags(write=False)
-    traces = Traces(counts=view)
-    mine[0, 0, 0] = 9
-    assert traces.counts[0, 0, 0] == 1
-    owned = np.ones((4, 2, 3), np.int32)
-    before = owned[:]
-    owned.setflags(write=False)  # which a view from before does not heed
-    kept = Traces(counts=owned)
-    before[0, 0, 0] = 9
-    assert kept.counts[0, 0, 0] == 1
-    past, later = traces.split(0.5)
-    assert np.shares_memory(past.counts, traces.counts) and np.shares_memory(later.counts, traces.counts)
-    assert (traces.steps([0, 2]).counts == traces.counts[[0, 2]]).all()
-    with pytest.raises(ValueError, match="read-only"):
-        later.counts[0, 0, 0] = 2
-
-
 @pytest.mark.parametrize("steps", [5, 9])
 def test_an_npz_with_its_axes_in_another_order_is_refused(tmp_path: Path, steps: int) -> None:
     rng = np.random.default_rng(1)

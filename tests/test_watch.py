@@ -5,42 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from watched import EXPERTS, LAYERS, RANKS, contiguous, filled, grow, profile, traffic
+from watched import EXPERTS, LAYERS, RANKS, contiguous, filled, grow, traffic, watch
 
-from gemopt import InputError, Placement, Traces
-from gemopt.online import Controller, Policy
-from gemopt.online.follow import Follower
+from gemopt import Placement, Traces
 from gemopt.online.given import Given
-from gemopt.online.metrics import Health, Metrics, serve
-from gemopt.online.watch import Actions, Watch
-
-DASHBOARD = Path(__file__).resolve().parents[1] / "examples" / "grafana_watch.json"
+from gemopt.online.metrics import Metrics
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return filled(tmp_path)
-
-
-def watch(folder: Path, *, command: tuple[str, ...] = (), metrics: Metrics | None = None) -> tuple[Watch, list[str]]:
-    log: list[str] = []
-    path = folder / "placement.json"
-    controller = Controller(profile(), Placement.load(path), Policy(expert_bytes=1e6))
-    actions = Actions(path, [lambda placement: placement.save(path)], command)
-    return Watch(controller, Follower(folder / "traces"), actions, log.append, metrics), log
 
 
 def test_a_move_that_pays_is_written_and_kept(folder: Path) -> None:
@@ -170,96 +153,6 @@ def test_files_that_are_no_parts_are_named_once(folder: Path) -> None:
     grow(folder, 0, traffic(hot=0))
     watched.look()
     assert Placement.load(folder / "placement.json") != contiguous()
-
-
-def fetch(port: int, path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def test_metrics_and_health_are_served(folder: Path) -> None:
-    metrics, health = Metrics(), Health(stale_after_s=1e6)
-    server = serve(metrics, health, 0)
-    try:
-        watched, _ = watch(folder, metrics=metrics)
-        watched.health = health
-        grow(folder, 0, traffic(hot=0))
-        watched.look()
-        status, page = fetch(server.server_port, "/metrics")
-        values = dict(line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#"))
-        assert status == 200
-        assert float(values["gemopt_steps_total"]) == 64
-        assert float(values["gemopt_moves_total"]) > 0
-        assert float(values["gemopt_imbalance_ratio"]) > 1.5
-        assert 0 < float(values["gemopt_certified_gap_ratio"]) < 1
-        assert sum(float(values[f'gemopt_straggler_share{{rank="{g}"}}']) for g in range(RANKS)) == pytest.approx(1)
-        status, body = fetch(server.server_port, "/healthz")
-        assert status == 200
-        assert json.loads(body)["decision"] == "moved"
-        health.stale_after_s = -1.0
-        assert fetch(server.server_port, "/healthz")[0] == 503
-        assert fetch(server.server_port, "/")[0] == 404
-        with pytest.raises(InputError, match="--port"):
-            serve(Metrics(), health, server.server_port)
-        with pytest.raises(InputError, match=r"--host: got nowhere\.invalid"):
-            serve(Metrics(), health, 0, "nowhere.invalid")
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def test_who_connects_and_says_nothing_keeps_nobody_waiting() -> None:
-    server = serve(Metrics(), Health(stale_after_s=1e6), 0)
-    with socket.create_connection(("127.0.0.1", server.server_port)):
-        assert fetch(server.server_port, "/healthz")[0] == 200
-        assert fetch(server.server_port, "/metrics")[0] == 200
-        ending = threading.Thread(target=server.shutdown)
-        ending.start()
-        ending.join(timeout=60)
-        assert not ending.is_alive()
-        server.server_close()
-
-
-def test_probes_that_say_nothing_are_no_news(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those that wait until they are hung up on, and those that hang up themselves."""
-    monkeypatch.setattr("gemopt.online.metrics._Quiet.timeout", 0.01)
-    server = serve(Metrics(), Health(stale_after_s=1e6), 0)
-    try:
-        for linger in (False, True):
-            with socket.create_connection(("127.0.0.1", server.server_port)) as probe:
-                if linger:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
-                else:
-                    assert probe.recv(1) == b""
-        monkeypatch.undo()
-        assert fetch(server.server_port, "/healthz")[0] == 200
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert capfd.readouterr().err == ""
-
-
-def test_the_gain_is_looked_at_afterwards(folder: Path) -> None:
-    metrics = Metrics()
-    watched, _ = watch(folder, metrics=metrics)
-    for number in range(2):
-        grow(folder, number, traffic(hot=0, seed=number))
-        watched.look()
-    values = dict(line.rsplit(" ", 1) for line in metrics.page().decode().splitlines() if not line.startswith("#"))
-    assert float(values["gemopt_realised_gain_us"]) > 0
-
-
-def test_the_dashboard_shows_every_metric() -> None:
-    text = DASHBOARD.read_text()
-    json.loads(text)
-    for family in Metrics().registry.collect():
-        name = family.name + ("_total" if family.type == "counter" else "")
-        assert name in text, f"{name} is not on the dashboard"
 
 
 def test_it_runs_until_it_is_told_to_stop(folder: Path) -> None:

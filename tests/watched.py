@@ -7,6 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from gemopt import Placement, Profile, Traces
+from gemopt.online import Controller, Policy
+from gemopt.online.follow import Follower
+from gemopt.online.metrics import Metrics
+from gemopt.online.watch import Actions, Watch
 from gemopt.profile import Device, Sample
 
 EXPERTS, RANKS, LAYERS = 16, 4, 2
@@ -40,3 +44,11 @@ def filled(folder: Path) -> Path:
 
 def grow(folder: Path, number: int, traces: Traces) -> None:
     traces.save(folder / "traces" / f"{number:06d}.safetensors")
+
+
+def watch(folder: Path, *, command: tuple[str, ...] = (), metrics: Metrics | None = None) -> tuple[Watch, list[str]]:
+    log: list[str] = []
+    path = folder / "placement.json"
+    controller = Controller(profile(), Placement.load(path), Policy(expert_bytes=1e6))
+    actions = Actions(path, [lambda placement: placement.save(path)], command)
+    return Watch(controller, Follower(folder / "traces"), actions, log.append, metrics), log
