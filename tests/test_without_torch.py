@@ -208,6 +208,6 @@ def test_without_the_exact_solvers_the_search_answers_and_says_so(files):
     )  # fmt: skip
     hint = "pip install 'gemopt[exact]' (from a clone: pip install '.[exact]')"
     assert done.stdout.count("exit 0") == 2 and done.stdout.count("exit 2") == 1, done.stdout + done.stderr
-    assert f"no proof was tried: ortools: not installed; CP-SAT needs it; {hint}" in done.stdout
+    assert f"no proof was tried: ortools: not installed; solver cpsat needs it; {hint}" in done.stdout
     assert f"gemopt: pulp: not installed; solver milp needs it; {hint}\n" in done.stderr
     assert "cpsat: not run: ortools: not installed" in done.stdout and "milp: not run: pulp" in done.stdout

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gemopt.exceptions import MissingPackageError, missing
+from gemopt.exceptions import MissingPackageError
 from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
@@ -54,7 +54,7 @@ class Auto:
         try:
             exact = get(by or "cpsat")
         except MissingPackageError as error:
-            found.note = f"no proof was tried: {missing(error, 'CP-SAT')}"
+            found.note = f"no proof was tried: {error}"
             return found
         if options.expired():
             return found
