@@ -134,6 +134,7 @@ class Tracer:
     def __enter__(self) -> Tracer:
         if self._handles:
             raise InputError("Tracer", "a block within its own", "one at a time", "use another Tracer and folder")
+        self._refused = None
         if self._folder is not None:
             self._last_write = time.monotonic()
             hook = self._decoder.register_forward_pre_hook(self._noting(self._begin), with_kwargs=True)

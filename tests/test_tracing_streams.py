@@ -148,8 +148,11 @@ def test_a_cache_is_known_by_whatever_name(model, name):
 
 
 def test_a_mask_of_tokens_that_no_cache_holds_is_refused(model, tmp_path):
-    with pytest.raises(InputError, match=r"attention_mask: got shape \[2, 7\]; \[2, 1\]: there is no cache"):
-        traced(model, tmp_path / "t", lambda: model(fed(7, 8), attention_mask=torch.ones(2, 7), use_cache=False))
+    tracer, limit = Tracer(model, tmp_path / "t"), r"attention_mask: got shape \[2, 7\]; \[2, 1\]: there is no cache"
+    with pytest.raises(InputError, match=limit), tracer:
+        model(fed(7, 8), attention_mask=torch.ones(2, 7), use_cache=False)
+    with pytest.raises(InputError, match="no forward"), tracer:  # a later block has not been refused
+        pass
 
 
 def test_layers_that_keep_a_state_only_count_no_tokens(tmp_path):
