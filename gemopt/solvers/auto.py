@@ -14,11 +14,12 @@ from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.exact.layer import ROUNDING
 from gemopt.solvers.search.local_search import LocalSearch
-from gemopt.solvers.size import FEW_COLUMNS, num_shares, provable, prover
+from gemopt.solvers.size import FEW_COLUMNS, MANY_COLUMNS, num_columns, num_shares, provable, prover
 
 SEARCH_SHARE = 0.4
 FIRST_SHARE = 0.2  # where contents of ranks are listed, which finds better placements as well
 FIRST_PATIENCE = 50  # batches of kicks
+LISTED_SHARE = 0.6  # the same of contents that are listed and many, whose bound rises for longer than it pays
 STATED_SHARE = 0.5  # of the rest is CP-SAT's at most, which proves early or not at all
 
 
@@ -59,7 +60,8 @@ class Auto:
         if options.expired():
             return found
         stated = by is None and options.patience is None
-        share = STATED_SHARE if stated else 1.0
+        many = by == "columns" and options.patience is None and (num_columns(problem) or 0) > MANY_COLUMNS
+        share = STATED_SHARE if stated else LISTED_SHARE if many else 1.0
         limited = replace(options, deadline=time.monotonic() + share * options.remaining)
         proven = exact.solve(problem, limited, found.row)
         proven.history = found.history + proven.history
@@ -68,7 +70,7 @@ class Auto:
             proven.row = found.row
         listed = by == "columns" or proven.columns is not None
         ended = listed and options.patience is None and proven.stopped_by is StoppedBy.ITERATIONS
-        if ended or (stated and proven.stopped_by in (StoppedBy.ITERATIONS, StoppedBy.TIME_LIMIT)):
+        if ended or ((stated or many) and proven.stopped_by in (StoppedBy.ITERATIONS, StoppedBy.TIME_LIMIT)):
             return _searched_on(problem, options, proven, claimed=by is None)
         return proven
 

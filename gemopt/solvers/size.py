@@ -15,6 +15,7 @@ BRANCHED_WAYS = 44.0  # bits of the number of ways to place them
 COPIED_WAYS = 47.0  # where slots are spare
 COPIED_RANKS = 6  # with slots, where any are spare: each set of them is tried, and each order of equal ones
 FEW_COLUMNS = 20_000  # contents of ranks, up to which listing them beats branch and bound
+MANY_COLUMNS = 50_000  # of which a look at all is not for every round
 MOST_COLUMNS = 400_000
 MOST_ENTRIES = 2e8  # columns x steps: latencies looked up when all are priced
 MOST_EXPERTS = 64  # a column is a word of bits

@@ -32,10 +32,8 @@ IntArray = NDArray[np.int64]
 LEVELS = (
     (0.0,),
     (0.0, 0.6, 1.5),
-    (0.0, 0.3, 0.6, 1.0, 1.5, 2.2),
     (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 1.8, 2.2, 2.7),
 )  # of what is open in the mean step, above its floor: ever finer
-MOST_CUT = 5e8  # columns x steps x levels, where there are more than three
 ULP = 2.0**-52
 
 
@@ -170,11 +168,6 @@ class Space:
             g = left[int(self.ranks_K[k])].pop()
             row[self.problem.rank_of_slot == g] = members[: int(self.size_K[k])]
         return row
-
-    def finest(self) -> int:
-        """The last of `LEVELS` that are not too many."""
-        entries = len(self) * self.problem.num_steps
-        return max([1, *(n for n, cuts in enumerate(LEVELS) if entries * len(cuts) <= MOST_CUT)])
 
     def levels(self, value_us: float, fineness: int) -> FloatArray:
         """[L, T] where latencies are cut, given a placement's objective in microseconds and which of `LEVELS`."""

@@ -22,13 +22,14 @@ from gemopt.solvers import get
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
 from gemopt.solvers.exact.column_kernels import search_columns
 from gemopt.solvers.exact.column_master import Master
-from gemopt.solvers.exact.column_space import IntArray, Proven, Space
+from gemopt.solvers.exact.column_space import LEVELS, IntArray, Proven, Space
 from gemopt.solvers.exact.compact import merged
 from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.tree import CLOSE
+from gemopt.solvers.size import MANY_COLUMNS
 
 ITERATIONS = 50  # of the master between two looks at all columns
-COARSE = 400  # iterations with one level, and then with three, before as many as there may be
+COARSE = 400  # iterations with one level, then as many with three, before the most
 HELD = 400  # cheapest columns in the master, beside those in use
 IN_USE = 0.003  # of a column in the master: it may be part of a good placement
 DIVE_WORK = 10**6  # steps and columns that a search of the columns in use may look at
@@ -39,8 +40,7 @@ LATER = 8  # looks after which one is tried all the same, of so few columns that
 FEW_LEFT = 2000
 LEAST_GAIN = 0.02  # of what is open, in the last half of the iterations
 NEVER = 2**62
-MANY = 50_000  # columns, of which most looks are at a part alone
-NEAR, BETWEEN = 0.1, 4  # what part, and how many such looks for one at all
+NEAR, BETWEEN = 0.1, 4  # where columns are many: what part most looks are at, and how many such for one at all
 LAST = 3.0  # times what a look at all takes, before the time is over: one is begun
 
 
@@ -107,7 +107,6 @@ class _Search:
         """Until proven, within the gap, out of time, or without progress."""
         master = Master(self.space, max(self.value, 1e-300))
         master.hold(self._around())
-        finest = self.space.finest()
         while not (self.stop[0] or self._within(self.options.gap)):
             master.iterate(ITERATIONS, self.stop)
             if self._between(master):
@@ -126,8 +125,8 @@ class _Search:
                 self.tried, self.later = len(left), max(LATER, 2 * len(self.looks))
                 self._look_through(left, FIRST_WORK * len(self.looks))
             stalled = self._stalled()
-            if self.fineness < finest and (stalled or master.iterations >= COARSE << self.fineness):
-                self.fineness, self.cut_at = finest if self.fineness else 1, master.iterations
+            if self.fineness + 1 < len(LEVELS) and (stalled or master.iterations >= COARSE << self.fineness):
+                self.fineness, self.cut_at = self.fineness + 1, master.iterations
                 master.cut(self.space.levels(self.value, self.fineness))
             elif stalled:
                 break
@@ -142,7 +141,7 @@ class _Search:
     def _between(self, master: Master) -> bool:
         """Where contents are many, whether the next look is at the cheapest of the last look at all alone."""
         ends = self.options.remaining < LAST * self.look_s and self.since > 0
-        if len(self.space) < MANY or not len(self.near) or self.since == BETWEEN or ends:
+        if len(self.space) <= MANY_COLUMNS or not len(self.near) or self.since == BETWEEN or ends:
             return False
         self.since += 1
         found = self.space.among(self.near, master.levels_LT, *master.multipliers(), self.stop)
