@@ -32,10 +32,10 @@ import gemopt  # noqa: E402
 from gemopt.costs import fit  # noqa: E402
 from gemopt.evaluate import total_objective  # noqa: E402
 from gemopt.links import Communication, Exchange, Links  # noqa: E402
-from gemopt.named_topologies import named  # noqa: E402
 from gemopt.problem import Problem, problems  # noqa: E402
 from gemopt.solvers.base import Options, Row  # noqa: E402
 from gemopt.solvers.search.fewest import search_fewest  # noqa: E402
+from gemopt.topology.named import named  # noqa: E402
 from gemopt.traces import Traces  # noqa: E402
 
 PRICES = (0.7, 1.0)  # of all compute, in parts of all tokens that leave

@@ -30,12 +30,12 @@ from gemopt.costs import CostModel, fit
 from gemopt.evaluate import Evaluation, evaluate
 from gemopt.formats.kernel_table import Unit, read_fleet, read_table, what_if
 from gemopt.links import Exchange, Links
-from gemopt.named_topologies import named
 from gemopt.placement import Placement
 from gemopt.problem import problems
 from gemopt.profile import Profile
 from gemopt.solvers.search.linked import Layers
 from gemopt.topology import Topology
+from gemopt.topology.named import named
 from gemopt.traces import Phase, Traces, regrouped
 from gemopt.traces.batching import from_tokens
 

@@ -17,7 +17,6 @@ from gemopt.evaluate import objective
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.layer_rules import Demand, LayerRules
 from gemopt.links import Links
-from gemopt.named_topologies import named
 from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.solvers import get
@@ -35,9 +34,10 @@ from gemopt.solvers.search.state import make_costs, make_state
 from gemopt.solvers.size import paired, prover
 from gemopt.solving.turns import least_s
 from gemopt.splits import plain
+from gemopt.topology.named import named
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
-from gemopt.voice import say
+from gemopt.words import say
 
 NOTICE = "compiling kernels used here for the first time: a minute or two, once (not counted in the time limit)"
 LOOK_S = 0.1

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from gemopt.documents import Document, Part
-from gemopt.links_report import LinksReport
+from gemopt.links.report import LinksReport
 from gemopt.placement import Placement
 from gemopt.tables import frame, html_table
 from gemopt.words import counted

@@ -1,6 +1,8 @@
-"""Counts in sentences for people."""
+"""Words for people: counts in sentences, and a line about the work (what takes long) where somebody looks on."""
 
 from __future__ import annotations
+
+import sys
 
 
 def counted(number: int, noun: str) -> str:
@@ -10,3 +12,16 @@ def counted(number: int, noun: str) -> str:
     if noun.endswith("y"):
         return f"{number} {noun[:-1]}ies"
     return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+class Voice:
+    """How much is said, for one command of the command line."""
+
+    quiet = False
+    verbose = False
+
+
+def say(line: str) -> None:
+    """Write to standard error where somebody looks on: a terminal, or an interactive session such as a notebook."""
+    if not Voice.quiet and sys.stderr is not None and (sys.stderr.isatty() or hasattr(sys, "ps1")):
+        print(f"gemopt: {line}", file=sys.stderr, flush=True)

@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.profiling": ROOT / "profiling"}
 TIERS = [
-    ["exceptions", "foreign", "tables", "array_fields", "documents", "cores", "interrupts", "voice", "words"],
-    ["latency", "profile", "placement", "traces", "topology", "link_doubts", "named_topologies", "rules"],
-    ["max_affine", "cost_error", "costs", "conflicts", "kernels", "migration", "moves", "resize", "layer_rules"],
-    ["flows", "links", "links_report", "problem", "splits", "evaluate", "result", "certificate", "verify"],
+    ["exceptions", "foreign", "tables", "array_fields", "documents", "cores", "interrupts", "words"],
+    ["latency", "profile", "placement", "traces", "topology", "rules"],
+    ["costs", "conflicts", "kernels", "migration", "moves", "resize", "layer_rules"],
+    ["links", "problem", "splits", "evaluate", "result", "certificate", "verify"],
     ["bounds", "solvers"],
     ["solve", "solving", "compare", "first_use", "testing", "certify"],
     ["predict", "online", "replay", "advise"],

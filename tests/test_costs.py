@@ -176,7 +176,7 @@ def test_a_new_cost_model_and_a_new_feature_need_no_new_solver(second: Feature, 
     assert lower_bound(problem) <= best + 1e-9
     for name in names():
         solver = get(name)
-        options = Options.lasting(20, bound_us=lower_bound(problem), patience=20)
+        options = Options.lasting(200, bound_us=lower_bound(problem), patience=20)
         if name == "columns":  # knows no copies, and says so rather than prove without them
             with pytest.raises(UnsupportedError, match="spare slots"):
                 solver.solve(problem, options, None)

@@ -15,10 +15,10 @@ from test_topology import EXCHANGE, HALF, OTHER, token_traces
 
 from gemopt.evaluate import evaluate, linked_total, objective, total_objective
 from gemopt.exceptions import InputError
-from gemopt.named_topologies import named
 from gemopt.solve import solve
 from gemopt.solvers.base import Options
 from gemopt.solvers.search.fewest import _best, _Fewest, search_fewest
+from gemopt.topology.named import named
 
 SLACK = 0.3
 

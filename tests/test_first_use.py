@@ -21,7 +21,7 @@ from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solving.turns import least_s
 from gemopt.traces import Traces
-from gemopt.voice import Voice
+from gemopt.words import Voice
 
 CHILD = """
 import sys, gemopt

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from cli_inputs import gemopt, write_inputs
 
-from gemopt.link_doubts import doubts
-from gemopt.named_topologies import INSIDE, NETWORK, named
 from gemopt.topology import Topology
+from gemopt.topology.doubts import doubts
+from gemopt.topology.named import INSIDE, NETWORK, named
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
 

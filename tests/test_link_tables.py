@@ -11,8 +11,8 @@ from cli_inputs import gemopt, gemopt_json
 from gemopt.exceptions import InputError
 from gemopt.formats.link_tables import rising, smoothed
 from gemopt.formats.links import read_links
-from gemopt.named_topologies import INSIDE
 from gemopt.topology import Level
+from gemopt.topology.named import INSIDE
 
 DATA = Path(__file__).parent / "data" / "links"
 NCCL, LOW_LATENCY = str(DATA / "nccl_perf_h100.csv"), str(DATA / "wideep_deepep_ll_perf_h100.csv")

@@ -16,12 +16,12 @@ from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.links import read_links
 from gemopt.links import Exchange
-from gemopt.named_topologies import INSIDE, NETWORK, named
 from gemopt.placement import Placement
 from gemopt.solve import solve
 from gemopt.solvers.base import Options
 from gemopt.solvers.baselines.moetuner import MoeTuner, fullest, solve_child
 from gemopt.topology import Level, Topology
+from gemopt.topology.named import INSIDE, NETWORK, named
 from gemopt.traces import Traces
 from gemopt.traces.arrays import count_assignments
 from gemopt.traces.tokens import Tokens

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from gemopt import __version__
 from gemopt.cli.stacked import stacked
-from gemopt.voice import Voice
+from gemopt.words import Voice
 
 EVERYWHERE = "Everywhere"
 PANELS = {

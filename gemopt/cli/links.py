@@ -82,8 +82,8 @@ def parse_exchange(
 
 def doubt(topology: str | None) -> None:
     """Say on standard error what is hardly right about links that were given."""
-    from gemopt.link_doubts import doubts
     from gemopt.topology import load
+    from gemopt.topology.doubts import doubts
 
     for each in [] if topology is None else doubts(load(topology)):
         notice(f"note: {each}")
@@ -124,7 +124,7 @@ def topology_command(
 ) -> int:
     """Show, write or import links: a name, topology.json, nccl-tests output, rank_cost_matrix, measured tables."""
     from gemopt.formats.links import read_links
-    from gemopt.link_doubts import doubts
+    from gemopt.topology.doubts import doubts
 
     if once_per is not None and once_per not in ONCE_PER:
         raise InputError("--once-per", once_per, f"one of {', '.join(ONCE_PER)}")

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemopt.cli.app import errors
-from gemopt.voice import Voice
+from gemopt.words import Voice
 
 if TYPE_CHECKING:
     from gemopt.solving.layers import Standing

@@ -15,8 +15,8 @@ from gemopt.exceptions import InputError, refuse_unused
 from gemopt.formats.link_tables import from_table
 from gemopt.formats.nccl_tests import RANK_LINE, is_json, printed, topology_of, written
 from gemopt.formats.table_files import UTF16
-from gemopt.named_topologies import named
 from gemopt.topology import LEVELS, Topology
+from gemopt.topology.named import named
 
 TAG = re.compile(
     r"^(?:\[\d+,\d+\]<std(?:out|err)>: ?|[^\S\n]*\d+: |\[[^\]\n]+\] (?=.*#|[^\S\n]*\d)|\d{4}-\d\d-\d\dT\S+ )+",

@@ -11,8 +11,7 @@ from gemopt.costs import CostModel, FitReport
 from gemopt.evaluate import Evaluation, check, moves_us, objective, score, total_objective, with_links
 from gemopt.exceptions import InputError, SolverError
 from gemopt.latency import FloatArray
-from gemopt.link_doubts import doubts
-from gemopt.links_report import BytesSaved, LinksReport
+from gemopt.links.report import BytesSaved, LinksReport
 from gemopt.placement import Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile, profile_doubts, unit_doubt
@@ -35,6 +34,7 @@ from gemopt.splits import plain
 from gemopt.splits.rules import even_weights
 from gemopt.splits.senders import Senders
 from gemopt.splits.weights import static_weights
+from gemopt.topology.doubts import doubts
 from gemopt.traces import Traces
 from gemopt.words import counted
 

@@ -31,7 +31,7 @@ from gemopt.solving.ruled import exemplified
 from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
-from gemopt.voice import say
+from gemopt.words import say
 
 SWAPS = "best swaps"
 

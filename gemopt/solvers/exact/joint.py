@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.exceptions import UnsupportedError
-from gemopt.flows import Flow
 from gemopt.latency import FloatArray
 from gemopt.links import Links
+from gemopt.links.flows import Flow
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.compact import Compact

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.evaluate import linked_total, objective
-from gemopt.flows import Flow
 from gemopt.latency import FloatArray
 from gemopt.links import Links
+from gemopt.links.flows import Flow
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Row, incumbent, seeded

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from gemopt.evaluate import linked_total
-from gemopt.flows import Flow
 from gemopt.links import Links
+from gemopt.links.flows import Flow
 from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem

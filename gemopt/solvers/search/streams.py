@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from gemopt.flows import Flow, Routes
 from gemopt.kernels import put
 from gemopt.latency import Curve
+from gemopt.links.flows import Flow, Routes
 from gemopt.solvers.search.state import Array
 
 MOST_LINES = 6

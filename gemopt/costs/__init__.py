@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gemopt.cost_error import believed, is_curve, left_out, middles, noise, roughest
+from gemopt.costs.error import believed, is_curve, left_out, middles, noise, roughest
+from gemopt.costs.planes import max_affine
 from gemopt.exceptions import InputError
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Feature, FloatArray, Latency, line, spread_evenly
-from gemopt.max_affine import max_affine
 from gemopt.profile import Device, Profile
 
 FOLDS = 5

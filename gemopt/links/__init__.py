@@ -17,9 +17,9 @@ from pydantic import Field
 
 from gemopt.documents import Settings
 from gemopt.exceptions import InputError, check_kind
-from gemopt.flows import Flow, Routes, deal, evenly, first_slot, from_counts, routes, uniform
 from gemopt.latency import FloatArray
-from gemopt.links_report import BytesSaved, LinksReport
+from gemopt.links.flows import Flow, Routes, deal, evenly, first_slot, from_counts, routes, uniform
+from gemopt.links.report import BytesSaved, LinksReport
 from gemopt.placement import Split
 from gemopt.profile import Profile
 from gemopt.topology import LEVELS, Topology, load

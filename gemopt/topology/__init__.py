@@ -288,7 +288,7 @@ def _check_groups(field: str, group_of: NDArray[np.int64]) -> None:
 
 def load(topology: Topology | str | os.PathLike[str]) -> Topology:
     """A topology as it is, by its name, or from its file."""
-    from gemopt.named_topologies import named
+    from gemopt.topology.named import named
 
     if isinstance(topology, Topology):
         return topology
