@@ -19,7 +19,7 @@ from gemopt.splits.rules import even_shares, even_weights, nearest_shares, neare
 if TYPE_CHECKING:
     from gemopt.problem import Problem
 
-__all__ = ["Split", "chosen_weights", "even_shares", "even_weights", "shares", "static_shares"]
+__all__ = ["chosen_weights", "even_shares", "even_weights", "shares", "static_shares"]
 
 
 def shares(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray | None = None) -> NDArray[np.int64]:

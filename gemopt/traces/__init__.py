@@ -1,9 +1,8 @@
 """Routing traces: the document, its files, and the replay of requests as batches."""
 
-from gemopt.traces.arrays import COUNT_LIMIT, count_assignments, one_hot
+from gemopt.traces.arrays import COUNT_LIMIT, count_assignments
 from gemopt.traces.batching import from_tokens
 from gemopt.traces.document import SCHEMA_VERSION, Phase, Traces
-from gemopt.traces.files import IntArray
 from gemopt.traces.hidden import hidden_path, of_tokens, save_hidden, with_hidden
 from gemopt.traces.joining import concatenate, redrawn
 from gemopt.traces.regrouping import regrouped
@@ -12,7 +11,6 @@ from gemopt.traces.tokens import Tokens
 __all__ = [
     "COUNT_LIMIT",
     "SCHEMA_VERSION",
-    "IntArray",
     "Phase",
     "Tokens",
     "Traces",
@@ -21,7 +19,6 @@ __all__ = [
     "from_tokens",
     "hidden_path",
     "of_tokens",
-    "one_hot",
     "redrawn",
     "regrouped",
     "save_hidden",
