@@ -145,6 +145,11 @@ class Problem:
         return self.num_slots - self.num_experts
 
     @property
+    def most_copies(self) -> int:
+        """Copies that one expert can have, at most one on a rank."""
+        return min(self.spare_slots + 1, int((self.slots_per_rank > 0).sum()))
+
+    @property
     def equal_slots(self) -> bool:
         """Whether all ranks have the same number of slots."""
         return bool((self.slots_per_rank == self.slots_per_rank[0]).all())

@@ -86,12 +86,7 @@ def scarce_copies(
     copies_E = np.maximum(1, np.floor(solved_E + WHOLE)).astype(np.int64)
     left = max(0, problem.num_slots - int(copies_E.sum()))
     copies_E[np.argsort(copies_E - solved_E, kind="stable")[:left]] += 1
-    return np.minimum(copies_E, _most(problem))
-
-
-def _most(problem: Problem) -> int:
-    """Copies that one expert can have."""
-    return min(problem.spare_slots + 1, int((problem.slots_per_rank > 0).sum()))
+    return np.minimum(copies_E, problem.most_copies)
 
 
 def _scarce(
@@ -99,9 +94,9 @@ def _scarce(
 ) -> tuple[CopiesProof | None, FloatArray | None]:
     """What proves more than the floors, and [E] copies, if known and too few to bring every expert to the floors."""
     end = time.monotonic() + seconds
-    if _most(problem) < 2 or stop[0]:
+    if problem.most_copies < 2 or stop[0]:
         return None, None
-    pairs, needed_E = _pairs(problem, floor_T, _most(problem))
+    pairs, needed_E = _pairs(problem, floor_T, problem.most_copies)
     if needed_E.sum() <= problem.num_slots:
         return None, None
     return _raised(problem, pairs, needed_E, PRECISE * weighted(problem, floor_T), stop, end)

@@ -136,7 +136,7 @@ def _range_bound(problem: Problem, shape: _Shape, least_TGF: FloatArray, most_TG
 
 def _copies(problem: Problem) -> list[int]:
     """Numbers of copies r to consider: 1, 2, ... and the most that one expert can have."""
-    most = min(problem.spare_slots + 1, int((problem.slots_per_rank > 0).sum()))
+    most = problem.most_copies
     return [*range(1, min(most, MAX_COPIES)), most]
 
 

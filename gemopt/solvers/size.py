@@ -62,8 +62,7 @@ def num_columns(problem: Problem) -> int | None:
 
 def num_shares(problem: Problem) -> int | None:
     """How many contents any rank can have where copies share evenly; None where they are too many to list."""
-    hosts = int((problem.slots_per_rank > 0).sum())
-    most, spare = min(hosts, problem.spare_slots + 1), problem.spare_slots
+    most, spare = problem.most_copies, problem.spare_slots
     ways, contents = [1] + [0] * spare, 1  # to have copies, by those beyond one for each
     for size in range(1, int(problem.slots_per_rank.max()) + 1):
         ways = [sum(ways[max(0, n - most + 1) : n + 1]) for n in range(spare + 1)]

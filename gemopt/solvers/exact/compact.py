@@ -83,7 +83,7 @@ class Compact:
         open_us: how much all floors together, weighted, are below the incumbent. No step of a better placement
         exceeds its own floor by more.
         """
-        most = most_copies(problem)
+        most = problem.most_copies
         copies = np.repeat(np.arange(1, most + 1), np.arange(1, most + 1))
         index = np.concatenate([np.arange(count) for count in range(1, most + 1)])
         expert_Q = np.repeat(np.arange(problem.num_experts), len(copies))
@@ -273,14 +273,9 @@ class Compact:
         return result
 
 
-def most_copies(problem: Problem) -> int:
-    """How many copies one expert can have."""
-    return min(problem.num_ranks, problem.spare_slots + 1)
-
-
 def num_literals(problem: Problem) -> int:
     """Of who holds what: one for every column and rank."""
-    most = most_copies(problem)
+    most = problem.most_copies
     return problem.num_experts * (most * (most + 1) // 2) * problem.num_ranks
 
 

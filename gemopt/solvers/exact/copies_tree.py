@@ -70,7 +70,7 @@ def make_copies_tree(problem: Problem, floor_T: Array) -> CopiesTree | None:
     most_F = problem.features_FTE.sum(axis=2).max(axis=1)
     exact = tables_of(problem.latencies, most_F)
     low = tables_of(tuple(latency.low for latency in problem.latencies), most_F)
-    most = min(problem.spare_slots + 1, len(hosts))
+    most = problem.most_copies
     size_V = np.repeat(np.arange(1, most + 1), np.arange(1, most + 1))
     if exact is None or low is None or problem.features_FTE.size * max(len(size_V), widest + 1) > ROOM:
         return None

@@ -63,14 +63,9 @@ class Sending:
         return int(senders.sum()) * len(self.inside_DG)
 
 
-def most_copies(problem: Problem) -> int:
-    """Copies that an expert can have."""
-    return min(problem.num_ranks, problem.spare_slots + 1)
-
-
 def turns_of(problem: Problem) -> int:
     """What every number of copies that an expert may have divides."""
-    return math.lcm(*range(1, 1 + most_copies(problem)))
+    return math.lcm(*range(1, 1 + problem.most_copies))
 
 
 def sendings(links: Links, layers: int, turns: int) -> list[Sending]:
@@ -111,7 +106,7 @@ def _sending(flow: Flow, side: int, layer: int, follow_layer: int) -> Sending:
 def check_stated(name: str, problems: Sequence[Problem], links: Links) -> None:
     """`UnsupportedError` where an exact solver does not state the links."""
     instead = "use local-search, or leave the topology out"
-    if most_copies(problems[0]) > MOST_COPIES:
+    if problems[0].most_copies > MOST_COPIES:
         slots = "/".join(map(str, problems[0].slots_per_rank.tolist()))
         limit = f"{name} states links with up to {MOST_COPIES} copies of an expert"
         raise UnsupportedError("slots_per_rank", slots, limit, instead)

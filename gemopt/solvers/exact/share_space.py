@@ -166,7 +166,7 @@ class Shares:
         kinds = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
         ranks_K = np.array([group[0] for group in kinds], np.int64)
         hosts, widest = sum(len(group) for group in kinds), int(problem.slots_per_rank.max())
-        most = min(hosts, problem.spare_slots + 1)
+        most = problem.most_copies
         most_F = problem.features_FTE.sum(axis=2).max(axis=1)
         tables = tables_of(tuple(latency.low for latency in problem.latencies), most_F)
         if tables is None:
