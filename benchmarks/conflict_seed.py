@@ -21,7 +21,7 @@ import numpy as np
 from gemopt.costs import CostModel, fit
 from gemopt.documents import write_text
 from gemopt.evaluate import total_objective
-from gemopt.formats.kernel_table import Unit, read_fleet, read_table, slow_down, what_if
+from gemopt.formats.tables.kernel import Unit, read_fleet, read_table, slow_down, what_if
 from gemopt.problem import Problem, problems
 from gemopt.profile import Profile
 from gemopt.solvers import get

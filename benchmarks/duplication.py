@@ -19,7 +19,7 @@ from follow_cases import SHIPPED, counts, devices, fleets
 from instances import affine_profile
 from machine import stamp
 
-from gemopt.formats.kernel_table import slow_down
+from gemopt.formats.tables.kernel import slow_down
 from gemopt.profile import Profile
 from gemopt.replay import Migration, replay
 from gemopt.replay.duplication import Duplicated

@@ -20,7 +20,7 @@ from follow_cases import FLEETS, devices, fleets, traffic
 from machine import stamp
 
 from gemopt.costs import fit
-from gemopt.formats.kernel_table import slow_down
+from gemopt.formats.tables.kernel import slow_down
 from gemopt.online import Policy
 from gemopt.placement import Placement
 from gemopt.profile import Profile

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemopt.formats.kernel_table import Fleet, read_fleet
+from gemopt.formats.tables.kernel import Fleet, read_fleet
 from gemopt.profile import Device, Profile, Sample
 from gemopt.replay.workloads import from_requests, from_steps, joined, parse_plan, regimes
 from gemopt.traces import Traces

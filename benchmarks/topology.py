@@ -28,7 +28,7 @@ from machine import stamp
 import gemopt
 from gemopt.costs import CostModel, fit
 from gemopt.evaluate import Evaluation, evaluate
-from gemopt.formats.kernel_table import Unit, read_fleet, read_table, what_if
+from gemopt.formats.tables.kernel import Unit, read_fleet, read_table, what_if
 from gemopt.links import Exchange, Links
 from gemopt.placement import Placement
 from gemopt.problem import problems

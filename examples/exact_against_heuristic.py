@@ -7,7 +7,7 @@ from pathlib import Path
 
 import gemopt
 from gemopt.compare import Comparison
-from gemopt.formats.kernel_table import Unit, read_table, slow_down, what_if
+from gemopt.formats.tables.kernel import Unit, read_table, slow_down, what_if
 
 DATA = Path(str(resources.files("gemopt"))) / "data"
 SOLVERS = ("linear", "eplb", "lpt", "local-search", "cpsat")
@@ -17,7 +17,7 @@ def main() -> list[Comparison]:
     """Compare on 8 steps of one layer of gpt-oss-20b, four ranks of which one is slower."""
     from gemopt.cli.app import show
     from gemopt.cli.tables import comparison_table
-    from gemopt.formats.kernel_table import read_fleet
+    from gemopt.formats.tables.kernel import read_fleet
 
     table = read_table(DATA / "moe_block_rtxpro6000_qwen3_30b.csv", unit=Unit.TOKENS, top_k=8)
     fleet = read_fleet(DATA / "gpu_variability.csv", "longhorn_sgemm")

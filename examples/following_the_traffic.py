@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import gemopt
-from gemopt.formats.kernel_table import Unit, equal, read_table
+from gemopt.formats.tables.kernel import Unit, equal, read_table
 from gemopt.online import Controller
 from gemopt.online.policy import Policy
 from gemopt.replay import replay

@@ -6,8 +6,8 @@ from importlib import resources
 from pathlib import Path
 
 import gemopt
-from gemopt.formats.kernel_table import Unit, read_table, slow_down
-from gemopt.formats.kernel_table import equal as equal_ranks
+from gemopt.formats.tables.kernel import Unit, read_table, slow_down
+from gemopt.formats.tables.kernel import equal as equal_ranks
 
 DATA = Path(str(resources.files("gemopt"))) / "data"
 SLOW, FACTOR = 3, 1.3

@@ -13,8 +13,8 @@ import numpy as np
 
 import gemopt
 from gemopt.evaluate import Evaluation
-from gemopt.formats.kernel_table import Unit, read_table
-from gemopt.formats.kernel_table import equal as equal_ranks
+from gemopt.formats.tables.kernel import Unit, read_table
+from gemopt.formats.tables.kernel import equal as equal_ranks
 from gemopt.links import Exchange
 from gemopt.traces.tokens import Tokens
 

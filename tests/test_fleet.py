@@ -11,7 +11,7 @@ from cli_inputs import gemopt
 from kernel_tables import loads, written
 
 from gemopt.exceptions import InputError
-from gemopt.formats.kernel_table import equal, read_fleet, read_table, slow_down, what_if
+from gemopt.formats.tables.kernel import equal, read_fleet, read_table, slow_down, what_if
 from gemopt.profile import Profile
 
 FLEET = "dataset,rel_time,gpu\n" + "".join(f"compute,{1 + i / 10:.1f},c{i}\n" for i in range(6))

@@ -9,7 +9,7 @@ import pytest
 from kernel_tables import loads, written
 
 from gemopt.exceptions import InputError
-from gemopt.formats.kernel_table import Unit, read_table
+from gemopt.formats.tables.kernel import Unit, read_table
 
 
 @pytest.mark.parametrize(

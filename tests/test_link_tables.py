@@ -9,8 +9,8 @@ import pytest
 from cli_inputs import gemopt, gemopt_json
 
 from gemopt.exceptions import InputError
-from gemopt.formats.link_tables import rising, smoothed
 from gemopt.formats.links import read_links
+from gemopt.formats.links.tables import rising, smoothed
 from gemopt.topology import Level
 from gemopt.topology.named import INSIDE
 

@@ -10,7 +10,7 @@ import pytest
 from one_liners import one_line
 
 from gemopt.exceptions import InputError
-from gemopt.formats.fleet import slow_down
+from gemopt.formats.tables.fleet import slow_down
 from gemopt.profile import Device, Profile, Sample
 
 LOADS = (0, 4, 8, 16, 32)

@@ -246,7 +246,7 @@ def test_a_profile_of_another_network_is_named() -> None:
 def test_real_traces_on_real_latencies() -> None:
     """The demo's promise in small: on one slow GPU, knowing speeds beats counting tokens, also on unseen steps."""
     from gemopt.compare import compare
-    from gemopt.formats.kernel_table import Unit, read_fleet, read_table, slow_down, what_if
+    from gemopt.formats.tables.kernel import Unit, read_fleet, read_table, slow_down, what_if
 
     table = read_table(DATA / "h100_vllm_gptoss20b_ep8.csv", unit=Unit.GROUP_TOKENS, top_k=4, ep=8)
     cluster = what_if(table, read_fleet(DATA / "gpu_variability.csv", "longhorn_sgemm"), ranks=8)

@@ -9,7 +9,7 @@ from kernel_tables import loads, written
 from one_liners import one_line
 
 from gemopt.exceptions import InputError
-from gemopt.formats.kernel_table import Unit, read_table
+from gemopt.formats.tables.kernel import Unit, read_table
 
 NS = (1, 2, 4, 8)
 

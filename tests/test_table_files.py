@@ -14,7 +14,7 @@ from kernel_tables import loads, written
 from one_liners import one_line
 
 from gemopt.exceptions import InputError
-from gemopt.formats.kernel_table import read_table
+from gemopt.formats.tables.kernel import read_table
 
 TEXT = b"assignments,us\n1,10.5\n64,12\n"
 

@@ -11,7 +11,7 @@ from cli_inputs import gemopt
 from kernel_tables import loads, written
 
 from gemopt.exceptions import InputError
-from gemopt.formats.kernel_table import read_table
+from gemopt.formats.tables.kernel import read_table
 from gemopt.profile import Profile
 
 LOADS = (1, 4, 16, 64)

@@ -31,7 +31,7 @@ from machine import stamp
 from gemopt import Placement, evaluate, solve
 from gemopt.bounds import step_bounds
 from gemopt.costs import CostModel, fit
-from gemopt.formats.fleet import Fleet, read_fleet
+from gemopt.formats.tables.fleet import Fleet, read_fleet
 from gemopt.problem import problems
 from gemopt.profile import Profile
 from gemopt.replay.strategy import solve_rows

@@ -47,7 +47,7 @@ from gemopt import Profile, Traces, evaluate, solve
 from gemopt.bounds import step_bounds
 from gemopt.costs import fit
 from gemopt.evaluate import Evaluation
-from gemopt.formats.kernel_table import Unit, equal, read_table
+from gemopt.formats.tables.kernel import Unit, equal, read_table
 from gemopt.links import Exchange
 from gemopt.problem import problems
 from gemopt.traces import Phase

@@ -9,7 +9,7 @@ from pathlib import Path
 from follow_cases import SHIPPED, devices, fleets
 from instances import routing, speeds, staircase_profile
 
-from gemopt.formats.kernel_table import Unit, read_table, slow_down, what_if
+from gemopt.formats.tables.kernel import Unit, read_table, slow_down, what_if
 from gemopt.profile import Profile
 from gemopt.traces import Traces
 

@@ -15,7 +15,7 @@ from gemopt import Placement, Traces, solve
 from gemopt.cli.demo import DATA, SLOW_RANK, SLOWER, cases
 from gemopt.costs import fit
 from gemopt.evaluate import rank_times
-from gemopt.formats.kernel_table import Unit, read_table, slow_down
+from gemopt.formats.tables.kernel import Unit, read_table, slow_down
 from gemopt.problem import problems
 
 HERE = Path(__file__).resolve().parent

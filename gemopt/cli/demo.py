@@ -52,7 +52,7 @@ class Case:
 
 def cases() -> list[Case]:
     """The cases, from the measured tables that come with gemopt."""
-    from gemopt.formats.kernel_table import Unit, read_fleet, read_table, slow_down, what_if
+    from gemopt.formats.tables.kernel import Unit, read_fleet, read_table, slow_down, what_if
     from gemopt.traces import Traces
 
     fleet = read_fleet(DATA / "gpu_variability.csv", "longhorn_sgemm")
@@ -79,7 +79,7 @@ def on_surface(ranks: int, *, slow_rank: int) -> Profile:
 
     On two ranks every load of 32 experts is within what was measured; on more, some have fewer active experts.
     """
-    from gemopt.formats.kernel_table import Unit, read_fleet, read_table, slow_down, what_if
+    from gemopt.formats.tables.kernel import Unit, read_fleet, read_table, slow_down, what_if
 
     fleet = read_fleet(DATA / "gpu_variability.csv", "longhorn_sgemm")
     memory = read_fleet(DATA / "gpu_variability.csv", "longhorn_bert")

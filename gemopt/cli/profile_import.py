@@ -66,8 +66,8 @@ def import_table(
     as_json: AsJson = False,
 ) -> None:
     """Turn a kernel table into a profile, or into a cluster of equal or differing devices."""
-    from gemopt.formats.fleet import check_drawn, serving
-    from gemopt.formats.kernel_table import read_table
+    from gemopt.formats.tables.fleet import check_drawn, serving
+    from gemopt.formats.tables.kernel import read_table
 
     check_outputs(
         ("--output", output, "profile"), read=[*(("the table", each) for each in tables), ("--speeds", speeds)]

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import count_json, table_files
+from gemopt.formats import count_json
 from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, HEEDED, MEASURED, SCORES, TABLES, numbered, words_of
 from gemopt.formats.count_spread import follows
 from gemopt.formats.files import JSON_LIMIT, size_of, text_of
-from gemopt.formats.table_files import GROUPED
+from gemopt.formats.tables import files as table_files
+from gemopt.formats.tables.files import GROUPED
 from gemopt.traces.files import ALTERING, COPIES, NOT_COPIES
 
 INDEX = "column 1"  # a first one without a name: rising, it holds pandas' numbers of the lines

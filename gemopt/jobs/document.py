@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from gemopt.documents import Document, Part
 from gemopt.exceptions import InputError
-from gemopt.formats.kernel_table import Unit
+from gemopt.formats.tables.kernel import Unit
 from gemopt.links import Exchange
 from gemopt.placement import Split
 from gemopt.splits.senders import Senders

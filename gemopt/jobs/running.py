@@ -16,11 +16,11 @@ from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError, refuse_unused
 from gemopt.formats.approximate import approximate
 from gemopt.formats.engine import Export, TraceOptions, WriteOptions
-from gemopt.formats.fleet import check_drawn, serving, slow_down
 from gemopt.formats.importing import import_traces
-from gemopt.formats.kernel_table import read_table
 from gemopt.formats.layers import parse_layers
 from gemopt.formats.registry import canonical, check_draft, export, get
+from gemopt.formats.tables.fleet import check_drawn, serving, slow_down
+from gemopt.formats.tables.kernel import read_table
 from gemopt.jobs.document import ExportTo, Job, Kubernetes, RecordedSource, TableSource
 from gemopt.jobs.kubernetes import config_map
 from gemopt.jobs.reading import shown

@@ -10,7 +10,7 @@ import numpy as np
 
 from gemopt.costs import Roofline
 from gemopt.exceptions import ABOVE_0, InputError, check_number
-from gemopt.formats.table_columns import (
+from gemopt.formats.tables.columns import (
     DEVICES,
     HOSTS,
     MOMENTS,
@@ -24,9 +24,9 @@ from gemopt.formats.table_columns import (
     values,
     words,
 )
-from gemopt.formats.table_devices import refuse_summaries
-from gemopt.formats.table_doubts import apart
-from gemopt.formats.table_files import Table, number, read
+from gemopt.formats.tables.devices import refuse_summaries
+from gemopt.formats.tables.doubts import apart
+from gemopt.formats.tables.files import Table, number, read
 from gemopt.latency import FloatArray
 from gemopt.profile import WHAT_IF, Device, Profile
 from gemopt.words import counted

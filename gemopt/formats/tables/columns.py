@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from shlex import quote
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_files import Row, Table
+from gemopt.formats.tables.files import Row, Table
 
 RANKS = ("rank", "ep_rank", "global_rank")
 HOSTS = ("host", "hostname", "node", "node_id", "machine", "server", "instance")

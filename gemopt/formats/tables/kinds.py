@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_columns import values
-from gemopt.formats.table_files import Row, Table
+from gemopt.formats.tables.columns import values
+from gemopt.formats.tables.files import Row, Table
 from gemopt.profile import MoeShape
 
 

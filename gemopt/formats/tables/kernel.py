@@ -12,13 +12,12 @@ import numpy as np
 
 from gemopt.exceptions import InputError, check_number
 from gemopt.foreign import telling
-from gemopt.formats.fleet import Fleet, equal, read_fleet, slow_down, what_if
-from gemopt.formats.table_beside import (
+from gemopt.formats.tables.beside import (
     beside,
     refuse_other_units,
     refuse_skewed_groups,
 )
-from gemopt.formats.table_columns import (
+from gemopt.formats.tables.columns import (
     HOSTS,
     RANKS,
     REPEATS,
@@ -30,16 +29,17 @@ from gemopt.formats.table_columns import (
     refuse_mixtures,
     values,
 )
-from gemopt.formats.table_devices import (
+from gemopt.formats.tables.devices import (
     by_device,
     chosen_ranks,
     device_columns,
     kinds_as_ranks,
     refuse_missing_ranks,
 )
-from gemopt.formats.table_doubts import doubts
-from gemopt.formats.table_files import Row, Table, number, refuse_grouped, whole
-from gemopt.formats.table_kinds import (
+from gemopt.formats.tables.doubts import doubts
+from gemopt.formats.tables.files import Row, Table, number, refuse_grouped, whole
+from gemopt.formats.tables.fleet import Fleet, equal, read_fleet, slow_down, what_if
+from gemopt.formats.tables.kinds import (
     AICONFIGURATOR,
     AITER,
     AITER_EP,
@@ -54,7 +54,7 @@ from gemopt.formats.table_kinds import (
     settled,
     shape,
 )
-from gemopt.formats.table_loads import (
+from gemopt.formats.tables.loads import (
     ACTIVE,
     EP,
     LARGEST_LOAD,
@@ -69,7 +69,7 @@ from gemopt.formats.table_loads import (
     shared_experts,
     unit_of_load,
 )
-from gemopt.formats.table_parts import (
+from gemopt.formats.tables.parts import (
     doubt_of_files,
     left_out_of_sum,
     read_tables,
@@ -79,8 +79,8 @@ from gemopt.formats.table_parts import (
     summed,
     with_added_times,
 )
-from gemopt.formats.table_samples import samples_of
-from gemopt.formats.table_times import doubt_of_time, time_column
+from gemopt.formats.tables.samples import samples_of
+from gemopt.formats.tables.times import doubt_of_time, time_column
 from gemopt.profile import Device, Profile
 
 __all__ = ["Fleet", "Unit", "equal", "read_fleet", "read_table", "slow_down", "what_if"]

@@ -18,7 +18,7 @@ from typing import Any
 from gemopt.documents import read_bytes
 from gemopt.exceptions import InputError, install_hint
 from gemopt.formats.json_rows import JSON, beside_rows, frame_rows, is_flat, parsed, unnested
-from gemopt.formats.printed_tables import printed
+from gemopt.formats.tables.printed import printed
 
 BATCH = re.compile(r"Batch size: (\d+)(?:, config: (.*?))?(?=, kernel time:|$)", re.IGNORECASE | re.MULTILINE)
 KERNEL_TIME = re.compile(r"Kernel time: (\S+) us", re.IGNORECASE)

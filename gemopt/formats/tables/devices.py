@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_columns import (
+from gemopt.formats.tables.columns import (
     DEVICES,
     HOSTS,
     RANKS,
@@ -18,7 +18,7 @@ from gemopt.formats.table_columns import (
     values,
     words,
 )
-from gemopt.formats.table_files import Row, Table
+from gemopt.formats.tables.files import Row, Table
 
 KINDS = {"gpu", "device", "npu", "xpu", "accelerator", "card"}  # columns that may name kinds as well as devices
 MOST_INSIDE = 16  # devices of a node, whose numbers are below

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError, refuse_unused
-from gemopt.formats.link_tables import rising, smoothed
+from gemopt.formats.links.tables import rising, smoothed
 from gemopt.topology import Level, Topology, load
 from gemopt.words import counted
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.recorded_files import names_of
-from gemopt.formats.table_beside import refuse_no_measurements
-from gemopt.formats.table_columns import REPEATS, STATISTICS, known, listed, plain, unit_of, values, words
-from gemopt.formats.table_devices import by_device
-from gemopt.formats.table_files import Row, Table, number, read
-from gemopt.formats.table_kinds import Layout
-from gemopt.formats.table_times import ELSEWHERE, PIECES, TOTALS, of_no_layer, refuse_other_operations, time_column
+from gemopt.formats.tables.beside import refuse_no_measurements
+from gemopt.formats.tables.columns import REPEATS, STATISTICS, known, listed, plain, unit_of, values, words
+from gemopt.formats.tables.devices import by_device
+from gemopt.formats.tables.files import Row, Table, number, read
+from gemopt.formats.tables.kinds import Layout
+from gemopt.formats.tables.times import ELSEWHERE, PIECES, TOTALS, of_no_layer, refuse_other_operations, time_column
 
 LoadOf = Callable[[Row], tuple[float, ...]]
 SUMMED = "added_times_us"

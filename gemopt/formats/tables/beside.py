@@ -9,9 +9,9 @@ import re
 from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_columns import TIME_UNITS, TIMES, is_numeric, listed, named, plain, unit_of, values, words
-from gemopt.formats.table_files import Table
-from gemopt.formats.table_kinds import as_if_balanced
+from gemopt.formats.tables.columns import TIME_UNITS, TIMES, is_numeric, listed, named, plain, unit_of, values, words
+from gemopt.formats.tables.files import Table
+from gemopt.formats.tables.kinds import as_if_balanced
 
 UNITS = {"unit", "units", "time_unit", "time_units", "latency_unit", "metric_unit", "metric_units"}
 METRICS = {"metric", "metric_name", "measure", "measurement", "quantity", "counter"}

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from gemopt.documents import read_bytes, read_json
 from gemopt.exceptions import InputError, refuse_unused
-from gemopt.formats.link_tables import from_table
-from gemopt.formats.nccl_tests import RANK_LINE, is_json, printed, topology_of, written
-from gemopt.formats.table_files import UTF16
+from gemopt.formats.links.nccl_tests import RANK_LINE, is_json, printed, topology_of, written
+from gemopt.formats.links.tables import from_table
+from gemopt.formats.tables.files import UTF16
 from gemopt.topology import LEVELS, Topology
 from gemopt.topology.named import named
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_beside import EXCHANGED
-from gemopt.formats.table_columns import (
+from gemopt.formats.tables.beside import EXCHANGED
+from gemopt.formats.tables.columns import (
     LOADS,
     MOMENTS,
     STATISTICS,
@@ -22,7 +22,7 @@ from gemopt.formats.table_columns import (
     values,
     words,
 )
-from gemopt.formats.table_files import Table
+from gemopt.formats.tables.files import Table
 
 NO_LAYER = {
     "ttft", "tpot", "itl", "e2e", "e2el", "request", "step", "layers",  # more than a layer

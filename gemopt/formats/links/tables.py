@@ -21,8 +21,8 @@ from statistics import median
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_columns import chosen_rows, refuse_mixtures
-from gemopt.formats.table_files import Row, Table, number, read, whole
+from gemopt.formats.tables.columns import chosen_rows, refuse_mixtures
+from gemopt.formats.tables.files import Row, Table, number, read, whole
 from gemopt.topology import Level, Topology, load
 from gemopt.words import counted
 

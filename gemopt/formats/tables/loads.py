@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from gemopt.exceptions import InputError
-from gemopt.formats.table_beside import NO
-from gemopt.formats.table_columns import known, listed, named, plain, values, words
-from gemopt.formats.table_files import NO_LOADS, Table, whole
-from gemopt.formats.table_kinds import Layout, Unit
+from gemopt.formats.tables.beside import NO
+from gemopt.formats.tables.columns import known, listed, named, plain, values, words
+from gemopt.formats.tables.files import NO_LOADS, Table, whole
+from gemopt.formats.tables.kinds import Layout, Unit
 
 LOAD_COLUMNS = ("tokens", "num_tokens", "assignments", "token", "batch_size")
 EXPERTS = re.compile(r"(?:(?:num|n)_)?(?:(?:routed|total|global)_)?experts?|e")
