@@ -108,7 +108,6 @@ def demo_command(
         Path | None,
         typer.Option("--files", metavar="FOLDER", help="solve nothing; write the data there, to try commands on"),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="one second per solver, for tests")] = False,
 ) -> None:
     """Solve five cases on real routing and measured GPUs, or write that data to try commands on."""
     if files is not None:
@@ -116,7 +115,7 @@ def demo_command(
             say(f"wrote {path}")
         return
     out.mkdir(parents=True, exist_ok=True)
-    main(out, quick=quick)
+    main(out)
 
 
 def write_files(folder: Path) -> list[Path]:
@@ -141,7 +140,7 @@ def write_files(folder: Path) -> list[Path]:
     return paths
 
 
-def main(out: Path, *, quick: bool = False) -> None:
+def main(out: Path) -> None:
     """Solve all cases and print."""
     from gemopt.cli.tables import comparison_table
     from gemopt.compare import compare
@@ -159,8 +158,7 @@ def main(out: Path, *, quick: bool = False) -> None:
                 result.placement.save(out / f"placement_{number}.json")
                 results[number] = result
 
-        time_limit = 1.0 if quick else case.time_limit
-        limits: dict[str, Any] = {"time_limit": time_limit, "patience": case.patience}
+        limits: dict[str, Any] = {"time_limit": case.time_limit, "patience": case.patience}
         rows = compare(case.profile, case.traces, solvers=case.solvers, on_result=keep, **limits)
         show(comparison_table(rows))
         tables.append((case.title, rows))
