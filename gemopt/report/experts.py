@@ -47,7 +47,6 @@ class LayerConflicts:
     share_E: FloatArray
     place: FloatArray
     pairs: IntArray
-    correlations: FloatArray
     num_pairs: int
 
 
@@ -65,7 +64,6 @@ def layer_conflicts(counts_TE: NDArray[Any]) -> LayerConflicts:
         share_E=shares(counts_TE) * counts_TE.shape[1],
         place=_places(classes, pairs[most], values[most]),
         pairs=pairs[most],
-        correlations=values[most],
         num_pairs=len(pairs),
     )
 
