@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from gemopt import foreign
-from gemopt.array_fields import FloatMatrix, IntMatrix, IntVector
-from gemopt.documents import Document
+from gemopt.documents import Document, foreign
+from gemopt.documents.arrays import FloatMatrix, IntMatrix, IntVector
 from gemopt.exceptions import InputError
 from gemopt.rules import Rules
 from gemopt.tables import frame

@@ -15,7 +15,6 @@ from gemopt.costs import CostModel, cost_of, fit
 from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
 from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_flags, check_number
-from gemopt.first_use import ready
 from gemopt.links import Exchange, Links
 from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import Problem, problems
@@ -28,6 +27,7 @@ from gemopt.solvers.base import DEFAULT_PATIENCE, Outcome, Row, Solver, require
 from gemopt.solving.answer import answer, without
 from gemopt.solving.cluster import Cluster
 from gemopt.solving.coupled import check_slack, go_coupled, links_of, refuse_with_links
+from gemopt.solving.first_use import ready
 from gemopt.solving.layers import Layer
 from gemopt.solving.memory import experts_within, slots_within, solve_within
 from gemopt.solving.moving import Asked, Moving

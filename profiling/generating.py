@@ -18,8 +18,7 @@ except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 from safetensors import SafetensorError
 
-from gemopt import foreign
-from gemopt.documents import read_bytes
+from gemopt.documents import foreign, read_bytes
 from gemopt.models import TINY_MOE, auto_class, tiny_moe_path
 from gemopt.profiling._trace_hidden import hidden_bytes
 from gemopt.profiling.tracing import HiddenSample, Tracer

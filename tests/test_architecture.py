@@ -14,12 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"gemopt": ROOT / "gemopt", "gemopt.models": ROOT / "models", "gemopt.profiling": ROOT / "profiling"}
 TIERS = [
-    ["exceptions", "foreign", "tables", "array_fields", "documents", "cores", "interrupts", "words"],
+    ["exceptions", "tables", "documents", "cores", "interrupts", "words"],
     ["latency", "profile", "placement", "traces", "topology", "rules"],
     ["costs", "conflicts", "kernels", "migration", "moves", "resize", "layer_rules"],
     ["links", "problem", "splits", "evaluate", "result", "certificate", "verify"],
     ["bounds", "solvers"],
-    ["solve", "solving", "compare", "first_use", "testing", "certify"],
+    ["solve", "solving", "compare", "testing", "certify"],
     ["predict", "online", "replay", "advise"],
     ["formats", "plotting", "report", "jobs"],
     ["models", "profiling", "executor"],

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from cli_inputs import gemopt, write_inputs
 
-from gemopt import foreign
 from gemopt.cli.outputs import check_outputs
+from gemopt.documents import foreign
 from gemopt.exceptions import InputError
 from gemopt.placement import Placement
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemopt.first_use import LOOK_S, NOTICE, ready
 from gemopt.latency import ASSIGNMENTS, Latency, line
 from gemopt.layer_rules import Demand, LayerRules
 from gemopt.links import Exchange, Links
 from gemopt.problem import Problem
 from gemopt.solvers import get
+from gemopt.solving.first_use import LOOK_S, NOTICE, ready
 from gemopt.solving.turns import least_s
 from gemopt.traces import Traces
 from gemopt.words import Voice
@@ -63,7 +63,7 @@ def layer(counts: list[list[int]]) -> Problem:
 
 def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    module = sys.modules["gemopt.first_use"]
+    module = sys.modules["gemopt.solving.first_use"]
     monkeypatch.setattr(module, "_known", set())
     monkeypatch.setattr(module, "_use", lambda *_: time.sleep(0.01))
     assert ready(get("lpt"), layer([[1, 2, 3, 4]]), said.append) >= 0.01 and not said, (
@@ -86,7 +86,7 @@ def test_first_use_says_that_it_compiles(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_it_is_said_to_who_looks_on_though_nobody_asked(
     terminal: bool, interactive: bool, quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module, counts = sys.modules["gemopt.first_use"], itertools.count()
+    module, counts = sys.modules["gemopt.solving.first_use"], itertools.count()
     monkeypatch.setattr(module, "_known", set())
     monkeypatch.setattr(module, "_compiled", lambda: next(counts))
     monkeypatch.setattr(module, "_use", lambda *_: time.sleep(3 * LOOK_S))
@@ -102,7 +102,7 @@ def test_it_is_said_to_who_looks_on_though_nobody_asked(
 
 def test_contents_of_ranks_are_prepared_where_there_is_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[bool] = []
-    module = sys.modules["gemopt.first_use"]
+    module = sys.modules["gemopt.solving.first_use"]
     monkeypatch.setattr(module, "_known", set())
     monkeypatch.setattr(module, "_use", lambda solver, tiny, budget, contents: used.append(contents))
     least = least_s(layer([[1, 2, 3, 4]]))
@@ -114,7 +114,7 @@ def test_contents_of_ranks_are_prepared_where_there_is_the_time(monkeypatch: pyt
 
 def test_solvers_of_the_same_kernels_prepare_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    module = sys.modules["gemopt.first_use"]
+    module = sys.modules["gemopt.solving.first_use"]
     monkeypatch.setattr(module, "_known", set())
     monkeypatch.setattr(module, "_use", lambda solver, *_: used.append(solver.name))
     for name in ("linear", "lpt", "local-search", "cpsat", "milp", "gem", "branch", "gem"):
@@ -125,7 +125,7 @@ def test_solvers_of_the_same_kernels_prepare_them_once(monkeypatch: pytest.Monke
 def test_rules_and_links_of_a_kind_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not of a call's time limit may come on top of the first call, not of every one."""
     used: list[str] = []
-    module = sys.modules["gemopt.first_use"]
+    module = sys.modules["gemopt.solving.first_use"]
     monkeypatch.setattr(module, "_known", set())
     monkeypatch.setattr(module, "_use", lambda *_: used.append("rules"))
     monkeypatch.setattr(module, "_use_links", lambda *_: used.append("links"))

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from cli_inputs import gemopt, profile, traces, write_inputs
 
-from gemopt import InputError, Placement, Profile, Traces, compare, evaluate, foreign, solve
+from gemopt import InputError, Placement, Profile, Traces, compare, evaluate, solve
+from gemopt.documents import foreign
 from gemopt.replay import replay
 
 

@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemopt import foreign
-from gemopt.documents import check_writable
+from gemopt.documents import check_writable, foreign
 from gemopt.exceptions import InputError
 
 NO_PAGES = (".pdf", ".png", ".svg", ".jpg", ".jpeg", ".json", ".md", ".txt", ".csv", ".docx")

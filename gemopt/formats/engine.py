@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.array_fields import integer_array
+from gemopt.documents.arrays import integer_array
 from gemopt.exceptions import InputError, naming, refuse_unused
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.traces import Phase, Traces

@@ -19,8 +19,8 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.array_fields import integer_array
 from gemopt.documents import read_bytes, read_json
+from gemopt.documents.arrays import integer_array
 from gemopt.exceptions import InputError, missing
 
 JSON_LIMIT = 256 << 20

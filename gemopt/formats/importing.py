@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.documents import replacing
+from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.foreign import telling
 from gemopt.formats import count_json
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges

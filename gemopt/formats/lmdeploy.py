@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.array_fields import integer_array
 from gemopt.documents import write_text
+from gemopt.documents.arrays import integer_array
 from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats import lmdeploy_traces
 from gemopt.formats.engine import (

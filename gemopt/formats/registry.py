@@ -8,10 +8,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
-from gemopt.array_fields import IntVector
 from gemopt.documents import Document, sha256
+from gemopt.documents.arrays import IntVector
+from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError, UnsupportedError
-from gemopt.foreign import telling
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
 from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import slot_counts

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.array_fields import integer_array
+from gemopt.documents.arrays import integer_array
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray
 from gemopt.formats.files import as_array

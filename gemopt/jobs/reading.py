@@ -11,8 +11,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from gemopt import foreign
-from gemopt.documents import read_json
+from gemopt.documents import foreign, read_json
 from gemopt.exceptions import InputError, missing
 from gemopt.formats.files import bounded_yaml
 from gemopt.jobs.document import FOLDER, MADE, PATH, Job, Typed

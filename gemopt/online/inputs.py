@@ -7,7 +7,7 @@ from numbers import Real
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.array_fields import integer_array, plain_array
+from gemopt.documents.arrays import integer_array, plain_array
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.placement import Placement, Split

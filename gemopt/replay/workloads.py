@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.array_fields import integer_array
+from gemopt.documents.arrays import integer_array
 from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.traces import Phase, Tokens, Traces, count_assignments

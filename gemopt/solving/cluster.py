@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from gemopt.first_use import ready
 from gemopt.problem import Problem
 from gemopt.solvers.base import Solver
+from gemopt.solving.first_use import ready
 
 WAIT_S = 0.2
 ENDED = object()

@@ -15,7 +15,6 @@ from gemopt import cores
 from gemopt.costs import CostModel, cost_of
 from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import InputError
-from gemopt.first_use import ready
 from gemopt.layer_rules import rules_of
 from gemopt.migration import count_moves, held
 from gemopt.moves import Moves
@@ -27,6 +26,7 @@ from gemopt.solve import solve
 from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Options
 from gemopt.solvers.budget import Front, Point, divide, walk_front
+from gemopt.solving.first_use import ready
 from gemopt.solving.ruled import exemplified
 from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
-from gemopt.array_fields import FloatMatrix, IntVector
 from gemopt.documents import Document, Settings
+from gemopt.documents.arrays import FloatMatrix, IntVector
+from gemopt.documents.foreign import not_a
 from gemopt.exceptions import InputError
-from gemopt.foreign import not_a
 from gemopt.latency import Curve
 from gemopt.words import counted
 

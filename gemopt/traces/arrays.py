@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt.array_fields import plain_array
+from gemopt.documents.arrays import plain_array
 from gemopt.exceptions import InputError
 from gemopt.traces.axes import IN_ORDER, MOST_LAYERS, other_order
 from gemopt.traces.files import IntArray

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemopt.array_fields import integer_array, plain_array
+from gemopt.documents.arrays import integer_array, plain_array
 from gemopt.exceptions import InputError
 from gemopt.traces.arrays import COUNT_LIMIT, count_assignments
 from gemopt.traces.axes import MOST_LAYERS

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt import foreign
-from gemopt.array_fields import integer_array, plain_array
+from gemopt.documents import foreign
+from gemopt.documents.arrays import integer_array, plain_array
 from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, check_kind, check_number, naming
 from gemopt.placement import check_layer_ids
 from gemopt.traces.arrays import (

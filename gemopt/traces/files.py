@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gemopt import foreign
-from gemopt.documents import read_bytes, replacing
+from gemopt.documents import foreign, read_bytes, replacing
 from gemopt.exceptions import InputError
 
 IntArray = NDArray[Any]

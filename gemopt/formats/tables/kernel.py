@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError, check_number
-from gemopt.foreign import telling
 from gemopt.formats.tables.beside import (
     beside,
     refuse_other_units,

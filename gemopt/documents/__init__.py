@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, ClassVar, Self, get_args
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from gemopt import foreign
+from gemopt.documents import foreign
 from gemopt.exceptions import InputError
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
