@@ -134,8 +134,7 @@ module.Milp(sys.argv[2]).solve(module.roofline_problem(16, 120), module.Options.
 """
 
 
-@pytest.mark.parametrize("backend", ["highs", "cbc"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(("backend", "number"), [("highs", signal.SIGTERM), ("cbc", signal.SIGKILL)])
 def test_children_end_with_their_parent_whatever_ends_it_and_leave_no_folder(
     backend: str, number: int, tmp_path: Path
 ) -> None:
