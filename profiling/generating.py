@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 
 from gemopt.documents import foreign, read_bytes
 from gemopt.models import TINY_MOE, auto_class, tiny_moe_path
-from gemopt.profiling._trace_hidden import hidden_bytes
 from gemopt.profiling.tracing import HiddenSample, Tracer
+from gemopt.profiling.tracing.hidden import hidden_bytes
 from gemopt.traces import Traces, hidden_path
 
 

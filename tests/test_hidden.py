@@ -19,9 +19,9 @@ from gemopt.models import find_moe_layers, tiny  # noqa: E402
 from gemopt.predict import Batch, assess, make  # noqa: E402
 from gemopt.predict.networks import Lstm, Mlp  # noqa: E402
 from gemopt.profile import Profile  # noqa: E402
-from gemopt.profiling._trace_hidden import Picked, hidden_bytes  # noqa: E402
 from gemopt.profiling.generating import load_model, read_prompts, record  # noqa: E402
 from gemopt.profiling.tracing import HiddenSample, Tracer  # noqa: E402
+from gemopt.profiling.tracing.hidden import Picked, hidden_bytes  # noqa: E402
 from gemopt.traces import Traces, concatenate, save_hidden, with_hidden  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

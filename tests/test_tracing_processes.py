@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import tiny  # noqa: E402
-from gemopt.profiling._trace_files import TraceFolder  # noqa: E402
 from gemopt.profiling.tracing import load_ranks  # noqa: E402
+from gemopt.profiling.tracing.files import TraceFolder  # noqa: E402
 from gemopt.traces import Phase, Tokens, Traces  # noqa: E402
 
 

@@ -18,8 +18,8 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 from gemopt.exceptions import InputError  # noqa: E402
 from gemopt.models import tiny  # noqa: E402
-from gemopt.profiling._trace_streams import CACHES, cache_in, cache_of  # noqa: E402
 from gemopt.profiling.tracing import Tracer  # noqa: E402
+from gemopt.profiling.tracing.streams import CACHES, cache_in, cache_of  # noqa: E402
 from gemopt.traces import Traces  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,8 @@ try:
 except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
-from gemopt.profiling._trace_hidden import Picked
-from gemopt.profiling._trace_streams import Stream
+from gemopt.profiling.tracing.hidden import Picked
+from gemopt.profiling.tracing.streams import Stream
 from gemopt.traces import Phase
 
 

@@ -26,11 +26,11 @@ except ModuleNotFoundError as error:
     raise missing(error, __name__) from None
 
 from gemopt.models import describe, find_moe_layers, num_hidden_layers
-from gemopt.profiling._trace_counts import Part
-from gemopt.profiling._trace_files import TraceFolder, load_ranks
-from gemopt.profiling._trace_hidden import Hidden, HiddenSample
-from gemopt.profiling._trace_pending import Pending, Step, requests_of
-from gemopt.profiling._trace_streams import Streams, cache_in, cache_of, eos_tokens, mark_real, ranks_of
+from gemopt.profiling.tracing.counts import Part
+from gemopt.profiling.tracing.files import TraceFolder, load_ranks
+from gemopt.profiling.tracing.hidden import Hidden, HiddenSample
+from gemopt.profiling.tracing.pending import Pending, Step, requests_of
+from gemopt.profiling.tracing.streams import Streams, cache_in, cache_of, eos_tokens, mark_real, ranks_of
 from gemopt.traces import Phase, Traces, hidden_path, save_hidden
 
 __all__ = ["HiddenSample", "Tracer", "load_ranks"]
