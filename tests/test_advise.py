@@ -9,7 +9,6 @@ import pytest
 from advised import EXPERTS, RANKS, SHAPE, even, profile, skewed
 
 from gemopt.advise import Advice, ModelShape, advise
-from gemopt.advise.links import slowest_gbps
 from gemopt.advise.options import _spread
 from gemopt.advise.variants import drift, rounded, skewness, with_batch, with_change, with_skew
 from gemopt.profile import Device, Profile
@@ -203,15 +202,15 @@ def test_a_shape_times_the_rest_of_a_step() -> None:
 def test_the_slowest_port_of_a_topology_is_what_copies_go_through() -> None:
     inside = Level(bandwidth_gbs=100)
     flat = Topology(node_of_rank=np.zeros(4, int), within_node=inside)
-    assert slowest_gbps(flat, 4, 1e7) == pytest.approx(100)
+    assert flat.slowest_gbps(1e7) == pytest.approx(100)
     cards = Topology(node_of_rank=np.array([0, 0, 1, 1]), within_node=inside, between_nodes=Level(bandwidth_gbs=25))
-    assert slowest_gbps(cards, 4, 1e7) == pytest.approx(25)
+    assert cards.slowest_gbps(1e7) == pytest.approx(25)
     shared = Topology(node_of_rank=np.array([0, 0, 1, 1]), within_node=inside,
                       between_nodes=Level(bandwidth_gbs=25, port_of="node"))  # fmt: skip
-    assert slowest_gbps(shared, 4, 1e7) == pytest.approx(12.5)  # two ranks at once
+    assert shared.slowest_gbps(1e7) == pytest.approx(12.5)  # two ranks at once
     pairs = np.full((4, 4), 50.0)
     pairs[1, 2] = 5.0
-    assert slowest_gbps(Topology(node_of_rank=np.zeros(4, int), pair_bandwidth_gbs=pairs), 4, 1e7) == pytest.approx(5)
+    assert Topology(node_of_rank=np.zeros(4, int), pair_bandwidth_gbs=pairs).slowest_gbps(1e7) == pytest.approx(5)
 
 
 def test_tokens_bring_predictors_of_tokens() -> None:

@@ -137,11 +137,12 @@ def _migration(
         raise error.about("--expert-bytes") from None
     if topology is None:
         return found
-    from gemopt.advise.links import slowest_gbps
+    from gemopt.topology import load
 
     links.doubt(topology)
-    slowest = slowest_gbps(topology, profile.num_ranks, found.expert_bytes)
-    return Migration(**given, bytes_per_s=slowest * 1e9)
+    wired = load(topology)
+    wired.check_ranks(profile.num_ranks)
+    return Migration(**given, bytes_per_s=wired.slowest_gbps(found.expert_bytes) * 1e9)
 
 
 def _tell(advice: Advice) -> None:

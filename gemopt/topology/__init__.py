@@ -271,6 +271,19 @@ class Topology(Wired, Document):
         slope = np.array([curve.slope for curve in ports.curves])[ports.curve_of]
         return np.asarray(np.where(ports.of_pair >= 0, slope[ports.of_pair], 0.0).max(axis=2))
 
+    def slowest_gbps(self, size_bytes: float) -> float:
+        """GB/s at which every rank can send and receive so many bytes when all do so at once: that of the slowest port.
+
+        A port that ranks share serves each of them.
+        """
+        ports, slowest_us = self.ports, 0.0
+        for port, curve in enumerate(ports.curve_of):
+            uses = (ports.of_pair == port).any(axis=2)
+            sharers = int(np.count_nonzero(uses.any(axis=0 if ports.into[port] else 1)))
+            if sharers:
+                slowest_us = max(slowest_us, float(ports.curves[curve](sharers * size_bytes)))
+        return size_bytes / slowest_us / 1e3 if slowest_us else 1e6
+
     def check_ranks(self, num_ranks: int) -> None:
         """`InputError` unless it is of so many ranks."""
         if self.num_ranks != num_ranks:

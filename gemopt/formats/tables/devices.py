@@ -1,10 +1,12 @@
-"""Which devices the rows of a kernel table are of: columns that tell them apart, in which order, and none missing."""
+"""Which devices the rows of a kernel table are of, in which order, none missing, and the samples of each."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+
+import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.tables.columns import (
@@ -19,6 +21,7 @@ from gemopt.formats.tables.columns import (
     words,
 )
 from gemopt.formats.tables.files import Row, Table
+from gemopt.profile import Sample
 
 KINDS = {"gpu", "device", "npu", "xpu", "accelerator", "card"}  # columns that may name kinds as well as devices
 MOST_INSIDE = 16  # devices of a node, whose numbers are below
@@ -93,3 +96,24 @@ def _order(found: list[str]) -> dict[str, int]:
     numbered = all(parts) and len({(part[1], part[3]) for part in parts if part}) == 1
     key = {value: int(part[2]) for value, part in zip(found, parts, strict=True) if part}
     return {value: i for i, value in enumerate(sorted(found, key=key.__getitem__) if numbered else found)}
+
+
+def samples_of(points: Sequence[tuple[float, int | None, float]]) -> list[Sample]:
+    """One sample per load. Of loads that round to the same assignments only the nearest is kept."""
+    merged: dict[tuple[int, int | None], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for load, active, latency in points:
+        merged[_whole_load(load, active), active][load].append(latency)
+    found = []
+    for (load, active), by_load in sorted(merged.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        latencies = by_load[min(by_load, key=lambda each: abs(each - load))]
+        median = float(np.median(latencies))
+        spread = float(np.median(np.abs(np.array(latencies) - median))) if len(latencies) > 1 else None
+        found.append(
+            Sample(assignments=load, active_experts=active, latency_us=median, spread_us=spread, repeats=len(latencies))
+        )
+    return found
+
+
+def _whole_load(load: float, active: int | None) -> int:
+    """Nearest whole number, but a rank with any work or active expert has at least that many assignments."""
+    return max(round(load), active or 0, int(load > 0))

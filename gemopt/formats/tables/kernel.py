@@ -35,6 +35,7 @@ from gemopt.formats.tables.devices import (
     device_columns,
     kinds_as_ranks,
     refuse_missing_ranks,
+    samples_of,
 )
 from gemopt.formats.tables.doubts import doubts
 from gemopt.formats.tables.files import Row, Table, number, refuse_grouped, whole
@@ -79,7 +80,6 @@ from gemopt.formats.tables.parts import (
     summed,
     with_added_times,
 )
-from gemopt.formats.tables.samples import samples_of
 from gemopt.formats.tables.times import doubt_of_time, time_column
 from gemopt.profile import Device, Profile
 
