@@ -49,10 +49,24 @@ def whole(value: ast.expr) -> bool:
     return isinstance(value, ast.Constant) and isinstance(value.value, int)
 
 
-def literals(function: ast.FunctionDef, compiled: set[str]) -> list[str]:
-    """Whole numbers and truth values that are handed to kernels as they are written, there or where a name gets one."""
+def computed(value: ast.expr) -> bool:
+    """Whether it is made of whole numbers as they are written."""
+    return whole(value) or (isinstance(value, ast.BinOp) and computed(value.left) and computed(value.right))
+
+
+def constants(path: Path) -> set[str]:
+    """Names of a module for whole numbers."""
+    sets = [pair for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for pair in assigned(node)]
+    return {target.id for target, value in sets if isinstance(target, ast.Name) and computed(value)}
+
+
+def literals(function: ast.FunctionDef, compiled: set[str], named: set[str]) -> list[str]:
+    """Whole numbers and truth values that are handed to kernels as they are written, or by a name that gets one.
+
+    named: such names of the module.
+    """
     sets = [pair for node in ast.walk(function) if isinstance(node, ast.Assign) for pair in assigned(node)]
-    named = {target.id for target, value in sets if isinstance(target, ast.Name) and whole(value)}
+    named = named | {target.id for target, value in sets if isinstance(target, ast.Name) and whole(value)}
     found = []
     for node in ast.walk(function):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in compiled:
@@ -75,4 +89,17 @@ def test_kernels_are_handed_no_literals() -> None:
     compiled = {name for name, same in every.items() if not all(inline for *_, inline in same)}
     alone = {"next_corner"}  # always with the same value
     functions = [each for same in every.values() for each in same]
-    assert [f"{path}:{line}" for path, node, _ in functions for line in literals(node, compiled - alone)] == []
+    found = [(path, literals(node, compiled - alone, constants(path))) for path, node, _ in functions]
+    assert [f"{path}:{line}" for path, lines in found for line in lines] == []
+
+
+def test_arrays_are_made_one_by_one() -> None:
+    """Rows that one array is taken apart into count as not contiguous, for which callees are compiled once more."""
+    functions = [(path, node) for same in kernels().values() for path, node, _ in same]
+    made = [(path, node) for path, function in functions for node in ast.walk(function) if isinstance(node, ast.Assign)]
+    apart = [
+        f"{path}:{node.lineno}"
+        for path, node in made
+        if isinstance(node.targets[0], ast.Tuple) and ast.unparse(node.value).startswith("np.")
+    ]
+    assert apart == []

@@ -53,7 +53,8 @@ def copies_of(row_P: IntArray, rank_P: IntArray, num_experts: int, num_ranks: in
     for r in range(len(experts)):
         owner_E[experts[r]] = r
         first[r + 1] = first[r] + number_E[experts[r]]
-    slot, rank, owner, by_rank = np.empty((4, first[-1]), np.int64)
+    slot, rank = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64)
+    owner, by_rank = np.empty_like(slot), np.empty_like(slot)
     at = first[:-1].copy()
     for p in range(len(row_P)):
         r = owner_E[row_P[p]] if row_P[p] >= 0 else -1

@@ -19,7 +19,7 @@ Number = Any  # what a compiled function returns or takes, as far as a type chec
 TIGHT = 1e-10  # a level is known to this much of itself
 RAMP = 1e-8  # of a time: a rank that begins to hold more so shortly before holds it at once
 MOST_LEVELS, MOST_CELLS = 1 << 12, 1 << 20  # of a table; where there are more, it has some of them
-MOST_LOAD = 1 << 40  # no rank is asked to hold more
+MOST_LOAD = np.int64(1 << 40)  # no rank is asked to hold more
 
 
 class Levels(NamedTuple):

@@ -136,7 +136,7 @@ def step_columns(
 @njit(cache=True, nogil=True)
 def project(mu_EM: Array, most_M: Array, out_EM: Array) -> None:
     """Nearest multipliers >= 0 whose sum over the experts is at most `most_M` (Michelot's method, many at once)."""
-    level, total, count = np.empty((3, WIDTH), np.float32)
+    level, total, count = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
     for first in range(0, len(most_M), WIDTH):
         size = min(WIDTH, len(most_M) - first)
         level[:] = 0
