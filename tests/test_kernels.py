@@ -56,7 +56,9 @@ def computed(value: ast.expr) -> bool:
 
 def constants(path: Path) -> set[str]:
     """Names of a module for whole numbers."""
-    sets = [pair for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for pair in assigned(node)]
+    sets = [
+        pair for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign) for pair in assigned(node)
+    ]
     return {target.id for target, value in sets if isinstance(target, ast.Name) and computed(value)}
 
 

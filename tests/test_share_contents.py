@@ -66,10 +66,11 @@ def test_no_placement_is_below_the_bound(kind: str, slots: list[int]) -> None:
             assert wild is not None and wild.bound_us <= best * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("slots", [[2, 2, 2], [3, 2, 1], [3, 3, 0], [4, 4, 4]], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranges_of_copies_are_cut_until_the_optimum_is_proven(
-    kind: str, slots: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: str, slots: list[int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From any placement, with looks that prove little and searches of next to nothing before the ranges are cut."""
     for name, few in (("FIRST_LOOKS", 1), ("FIRST_ITERATIONS", 3), ("LOOKS", 1), ("ITERATIONS", 3), ("MOST_LEFT", 2)):
@@ -79,11 +80,28 @@ def test_ranges_of_copies_are_cut_until_the_optimum_is_proven(
         problem = drawn(kind, slots, seed)
         row, best = get("linear").solve(problem, Options(deadline=np.inf), None).row, optimum(problem)
         assert row is not None
-        search = bound_of_copies(problem, row, np.inf, STOP)
+        search = bound_of_copies(problem, row, np.inf, STOP, threads)
         assert search is not None and search.done
         assert search.value_us == pytest.approx(best, rel=1e-9) and search.bound_us <= best
         cut = max(cut, search.boxes)
     assert cut > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contents_in_use_make_better_placements_before_any_range_is_cut(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(share_tree, "MOST_LEFT", 2)
+    better = 0
+    for seed in range(3):
+        problem = drawn(kind, [3, 3, 3], seed)
+        row, best = get("linear").solve(problem, Options(deadline=np.inf), None).row, optimum(problem)
+        assert row is not None
+        search = bound_of_copies(problem, row, -np.inf, STOP)
+        assert search is not None and search.boxes == 1
+        assert best * (1 - 1e-9) <= search.value_us <= objective(problem, row)
+        better += search.value_us < objective(problem, row)
+    assert better
 
 
 def test_the_bound_rises_above_the_floors() -> None:

@@ -44,7 +44,7 @@ class Auto:
         share = SEARCH_SHARE
         shared = problem.spare_slots > 0 and (num_shares(problem) or 0) > FEW_COLUMNS
         if (by == "columns" or (by == "branch" and shared)) and options.patience is None:
-            patience, share = FIRST_PATIENCE, FIRST_SHARE
+            patience, share = FIRST_PATIENCE * (4 if shared else 1), FIRST_SHARE
         deadline = time.monotonic() + share * options.remaining
         found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)
         if found.row is None:

@@ -124,7 +124,7 @@ def _branch_on_copies(problem: Problem, options: Options, outcome: Outcome, valu
     """Go on where a search was cut, if contents of ranks are few enough to list them."""
     assert outcome.row is not None and outcome.bound_us is not None
     with options.alarm() as stop:
-        search = bound_of_copies(problem, outcome.row, value * (1 - options.gap), stop)
+        search = bound_of_copies(problem, outcome.row, value * (1 - options.gap), stop, options.threads)
     if search is None:
         return
     if search.value_us < value:

@@ -14,7 +14,7 @@ where C holds no more pairs than g has slots, and asks for no more copies than l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -215,7 +215,7 @@ class Shares:
         """[K] entries of `members`."""
         return np.full(len(self.ranks_K), self.contents.pairs.shape[1])
 
-    @property
+    @cached_property
     def owner_X(self) -> IntArray:
         """[X] expert of each pair, of none the first."""
         return np.append(np.repeat(np.arange(self.problem.num_experts), self.most), 0)

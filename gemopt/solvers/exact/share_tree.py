@@ -3,8 +3,9 @@
 A `Box` is a range of copies for each expert, with the contents that these allow. The master programme goes on from
 where that of the box it was cut from ended; a look at all its contents is a bound, and leaves those whose reduced cost
 is not above what is open. Where they are few they are searched (`share_search`), else the range that the master is
-least sure of is cut in two. The box with the lowest bound is next. With the numbers of copies known a rank has some
-thousands of contents, and the master leaves a few per cent less open.
+least sure of is cut in two. The boxes with the lowest bounds are next, one for each thread. With the numbers of copies
+known a rank has some thousands of contents, and the master leaves a few per cent less open. Contents that the master has
+in use are searched wherever it ended, for better placements.
 
 Multipliers are taken half-way between those of the master and the best so far, which steadies them (P. Wentges,
 "Weighted Dantzig-Wolfe decomposition for linear mixed-integer programming", 1997).
@@ -13,6 +14,7 @@ Multipliers are taken half-way between those of the master and the best so far, 
 from __future__ import annotations
 
 import heapq
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -40,15 +42,17 @@ HELD_BESIDE_TABLES = 768  # the same where latencies are looked up, so that a lo
 MOST_LEFT = 2500  # contents that are searched
 MOST_WORK = 3 * 10**7  # steps and columns that a search may look at, where the box can be cut
 MOST_ENTRIES = 2**27  # of all boxes: a gigabyte, of which their multipliers may go into a certificate
+IN_USE, DIVE_WORK = 0.003, 10**6  # of a column in the master, and the work of a search of those in use
 NEVER = 2**62
 
 
 class Held(NamedTuple):
-    """Where a master ended: its columns, what it multiplies them with, and in which unit."""
+    """Where a master ended: its columns, what it multiplies them with, in which unit, and where its norms are."""
 
     ids: IntArray
     image: dict[str, Floats]
     ratio: Any
+    power: dict[str, Floats]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,19 @@ class Box:
         return replace(self, ids=self.ids[some], net_KN=net, best=self.best._replace(net_KN=best))
 
 
+class Worked(NamedTuple):
+    """What became of a box: parts of it that are open, or the box itself, `closed`; and how many nodes that took.
+
+    value_us, held: [E] of a better placement, if one was found.
+    """
+
+    parts: list[Box]
+    closed: bool
+    nodes: int
+    value_us: float
+    held_E: IntArray
+
+
 class Covered(NamedTuple):
     """Boxes that hold all placements, by their ranges low, high [N, E] and multipliers mu [N, E, T], pi [N, E]."""
 
@@ -99,8 +116,10 @@ class ShareTree:
     value_us, held: [E] what it is worth and its sets of ranks in the order of the tree, once it is better than `row`.
     """
 
-    def __init__(self, space: Shares, tree: CopiesTree, row: IntArray, value_us: float, stop: Any) -> None:
-        self.space, self.tree, self.stop, self.own = space, tree, stop, space.ids(row)
+    def __init__(
+        self, space: Shares, tree: CopiesTree, row: IntArray, value_us: float, stop: Any, threads: int = 1
+    ) -> None:
+        self.space, self.tree, self.stop, self.own, self.threads = space, tree, stop, space.ids(row), threads
         self.value_us, self.held_E = value_us, np.zeros(space.problem.num_experts, np.int64)
         self.hosts, self.nodes, self.boxes, self.entries = _hosts(space, tree), 0, 0, 0
         self.open: list[tuple[float, int, Box]] = []
@@ -123,24 +142,42 @@ class ShareTree:
         return self.boxes > 0 and (not self.open or self.open[0][0] >= self.limit_us)
 
     def go(self, target_us: float) -> None:
-        """Until stopped, or no box is below the target, or there is no room for more."""
+        """Until stopped, or no box is below the target, or there is no room for more: as many at once as threads."""
         root = self._look(self._root())
         if root is None:
             return
-        self._push(root)
-        while self.open and self.open[0][0] < min(target_us, self.limit_us):
-            if self.stop[0] or self.entries > MOST_ENTRIES:
-                return
-            box = heapq.heappop(self.open)[2]
-            self.entries -= box.entries
-            if self.search(box):
-                box = box.keep(np.zeros_like(box.live_KN))
-                self.entries += box.entries
+        self._take(self.dive(root))
+        with ThreadPoolExecutor(self.threads) as pool:
+            while self.open and self.open[0][0] < min(target_us, self.limit_us):
+                if self.stop[0] or self.entries > MOST_ENTRIES:
+                    return
+                boxes = [heapq.heappop(self.open)[2] for _ in range(min(self.threads, len(self.open)))]
+                self.entries -= sum(box.entries for box in boxes)
+                for worked in pool.map(self._work, boxes):
+                    self._take(worked)
+
+    def _work(self, box: Box) -> Worked:
+        """Search a box, or cut it."""
+        found = self.search(box)
+        if found.closed:
+            return found
+        done = [found, *(self.dive(self._look(part) or part) for part in self.halves(box))]
+        best = min(done, key=lambda each: each.value_us)
+        parts = [part for each in done[1:] for part in each.parts]
+        return best._replace(parts=parts, nodes=sum(each.nodes for each in done))
+
+    def _take(self, worked: Worked) -> None:
+        """Keep what became of a box."""
+        self.nodes += worked.nodes
+        if worked.value_us < self.value_us:
+            self.value_us, self.held_E = worked.value_us, worked.held_E
+        for box in worked.parts:
+            self.entries += box.entries
+            if worked.closed:
                 self.closed.append(box)
-                continue
-            for part in self.halves(box):
-                raised = self._look(part)
-                self._push(part if raised is None else raised)
+            else:
+                self.boxes += 1
+                heapq.heappush(self.open, (box.best.bound_us, self.boxes, box))
 
     def covered(self) -> Covered:
         """All boxes, which prove the bound."""
@@ -149,16 +186,11 @@ class ShareTree:
         mu, pi = np.array([box.best.mu_ET for box in found]), np.array([box.best.pi_E for box in found])
         return Covered(low, high, mu, pi, self.space.floor_T)
 
-    def _push(self, box: Box) -> None:
-        self.boxes += 1
-        self.entries += box.entries
-        heapq.heappush(self.open, (box.best.bound_us, self.boxes, box))
-
     def _root(self) -> Box:
         space, experts = self.space, self.space.problem.num_experts
         net_KN, low_E = np.where(space.live_KN, 0.0, np.inf), np.ones(experts, np.int64)
         nothing = Priced(-np.inf, np.zeros((experts, space.problem.num_steps)), np.zeros(experts), net_KN)
-        held = Held(np.zeros(0, np.int64), {}, np.float32(1))
+        held = Held(np.zeros(0, np.int64), {}, np.float32(1), {})
         high_E = np.full(experts, min(space.most, 1 + space.problem.spare_slots))
         return Box(low_E, high_E, np.arange(len(space.contents.pairs)), net_KN, nothing, held)
 
@@ -172,6 +204,7 @@ class ShareTree:
         if not first:
             master.ids, master.ratio = box.held.ids, box.held.ratio
             master.z = master.image = {name: part.copy() for name, part in box.held.image.items()}
+            master.power = dict(box.held.power)
         for look in range(FIRST_LOOKS if first else LOOKS):
             if box.best.bound_us >= self.limit_us or (look and self._left(box).sum() <= MOST_LEFT):
                 break
@@ -184,7 +217,7 @@ class ShareTree:
             found = self.space.prove(mu_ET, pi_E, self.stop, box.ids, box.live_KN, master.ids, self.limit_us)
             if found is None:
                 break
-            box = replace(box, net_KN=found.net_KN, held=Held(master.ids, master.image, master.ratio))
+            box = replace(box, net_KN=found.net_KN, held=Held(master.ids, master.image, master.ratio, master.power))
             if found.bound_us > box.best.bound_us:
                 box = replace(box, best=found)
         return None if first and box.best.bound_us == -np.inf else box
@@ -208,13 +241,26 @@ class ShareTree:
         cheap = box.ids[first_KN] + np.arange(len(first_KN))[:, None] * contents
         return np.concatenate([used, cheap[np.isfinite(np.take_along_axis(box.net_KN, first_KN, 1))]])
 
-    def search(self, box: Box) -> bool:
-        """Whether what a box leaves was searched to the end, few contents, or with the copies of every expert known."""
-        space, known = self.space, bool((box.low_E == box.high_E).all())
+    def search(self, box: Box) -> Worked:
+        """A search of what a box leaves, if it is little or the copies of experts are known: closed when it ended."""
+        known = bool((box.low_E == box.high_E).all())
         kind_N, at_N = np.nonzero(self._left(box))
         if len(kind_N) > MOST_LEFT and not known:
-            return False
-        net_KN = box.best.net_KN
+            return Worked([box], False, 0, np.inf, self.held_E)
+        found = self._search_among(box, kind_N, at_N, NEVER if known else MOST_WORK)
+        return found._replace(parts=[box.keep(np.zeros_like(box.live_KN))]) if found.closed else found
+
+    def dive(self, box: Box) -> Worked:
+        """A search of the columns in use, which may be parts of a good placement."""
+        used = box.held.ids[box.held.image["x"] > IN_USE] if box.held.image else box.held.ids
+        kind_N, content_N = np.divmod(used, len(self.space.contents.pairs))
+        at_N = np.minimum(np.searchsorted(box.ids, content_N), len(box.ids) - 1)
+        mine = (box.ids[at_N] == content_N) & np.isfinite(box.best.net_KN[kind_N, at_N])
+        return self._search_among(box, kind_N[mine], at_N[mine], DIVE_WORK)._replace(closed=False)
+
+    def _search_among(self, box: Box, kind_N: IntArray, at_N: IntArray, most_work: int) -> Worked:
+        """A search of these contents of a box, closed when it ended."""
+        space, net_KN = self.space, box.best.net_KN
         extra_N = (net_KN - net_KN.min(axis=1, keepdims=True))[kind_N, at_N]
         order = np.argsort(extra_N, kind="stable")
         kind_N, pairs_NS = kind_N[order], space.contents.pairs[box.ids[at_N[order]]]
@@ -227,12 +273,11 @@ class ShareTree:
             rows_NT, expert_NS, (pairs_NS % space.most + 1).astype(np.int64), (~empty_NS).sum(axis=1),
             np.bitwise_or.reduce(bits_NS, axis=1), kind_N, extra_N[order],
         )  # fmt: skip
-        base_us = space.bound_of(box.best.pi_E, net_KN)
-        self.value_us, nodes, done = search_left(
-            left, self.hosts, self.tree, base_us, self.value_us, self.held_E, NEVER if known else MOST_WORK, self.stop
+        base_us, held_E = space.bound_of(box.best.pi_E, net_KN), self.held_E.copy()
+        value_us, nodes, done = search_left(
+            left, self.hosts, self.tree, base_us, self.value_us, held_E, most_work, self.stop
         )
-        self.nodes += nodes
-        return bool(done)
+        return Worked([box], bool(done), nodes, value_us, held_E)
 
     def halves(self, box: Box) -> list[Box]:
         """Two boxes, which cut the range of a heavy expert whose copies the master is in two minds about."""
@@ -265,14 +310,14 @@ class ShareTree:
         return box.keep(live_KN)
 
 
-def bound_of_copies(problem: Problem, row: IntArray, target_us: float, stop: Any) -> ShareTree | None:
+def bound_of_copies(problem: Problem, row: IntArray, target_us: float, stop: Any, threads: int = 1) -> ShareTree | None:
     """The boxes of a problem's copies, until stopped or at the target; None where contents or ranks are too many."""
     floor_T = step_bounds(problem)
     tree = make_copies_tree(problem, floor_T)
     space = Shares.of(problem, floor_T) if problem.num_experts <= MOST_EXPERTS else None
     if space is None or tree is None:
         return None
-    search = ShareTree(space, tree, row, objective(problem, row), stop)
+    search = ShareTree(space, tree, row, objective(problem, row), stop, threads)
     search.go(target_us)
     return search
 

@@ -51,7 +51,11 @@ def promise_through(
     home_E: rank of an expert with one copy, else -1 less its number among those with several.
     """
     num_ranks = gain_EG.shape[1]
-    members, outside, slack_G = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
+    members, outside, slack_G = (
+        np.empty(num_ranks, np.int64),
+        np.empty(num_ranks, np.int64),
+        np.empty(num_ranks, np.int64),
+    )
     for t in range(len(counts_TE)):
         inside, size, cut_G, weight = ZERO, ZERO, cut_TG[t], slope_T[t]
         for g in range(num_ranks):
