@@ -64,7 +64,7 @@ def _fill(curves: Curves, times_L: Array, held_LG: Array, steady_L: Array) -> No
 
 
 @njit(cache=True, nogil=True)
-def capacity(curves: Curves, g: Number, time: float, total: int) -> Number:
+def capacity(curves: Curves, g: Number, time: float, total: Number) -> Number:
     """Largest whole load up to `total` of a rank within a time; curves do not decrease."""
     most = np.inf
     for k in range(curves.num_terms[g]):

@@ -4,8 +4,8 @@ A `Box` is a range of copies for each expert, with the contents that these allow
 where that of the box it was cut from ended; a look at all its contents is a bound, and leaves those whose reduced cost
 is not above what is open. Where they are few they are searched (`share_search`), else the range that the master is
 least sure of is cut in two. The boxes with the lowest bounds are next, one for each thread. With the numbers of copies
-known a rank has some thousands of contents, and the master leaves a few per cent less open. Contents that the master has
-in use are searched wherever it ended, for better placements.
+known a rank has some thousands of contents, and the master leaves a few per cent less open. Contents that it has in use
+are searched wherever it ended, for better placements.
 
 Multipliers are taken half-way between those of the master and the best so far, which steadies them (P. Wentges,
 "Weighted Dantzig-Wolfe decomposition for linear mixed-integer programming", 1997).
@@ -246,12 +246,17 @@ class ShareTree:
         known = bool((box.low_E == box.high_E).all())
         kind_N, at_N = np.nonzero(self._left(box))
         if len(kind_N) > MOST_LEFT and not known:
-            return Worked([box], False, 0, np.inf, self.held_E)
+            return self._nothing(box)
         found = self._search_among(box, kind_N, at_N, NEVER if known else MOST_WORK)
         return found._replace(parts=[box.keep(np.zeros_like(box.live_KN))]) if found.closed else found
 
+    def _nothing(self, box: Box) -> Worked:
+        return Worked([box], False, 0, np.inf, self.held_E)
+
     def dive(self, box: Box) -> Worked:
         """A search of the columns in use, which may be parts of a good placement."""
+        if box.best.bound_us >= self.limit_us:
+            return self._nothing(box)
         used = box.held.ids[box.held.image["x"] > IN_USE] if box.held.image else box.held.ids
         kind_N, content_N = np.divmod(used, len(self.space.contents.pairs))
         at_N = np.minimum(np.searchsorted(box.ids, content_N), len(box.ids) - 1)
