@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,40 +76,6 @@ def test_what_a_command_leaves_in_the_background_is_not_waited_for(folder: Path)
         assert Placement.load(folder / "placement.json") != contiguous()
     finally:
         os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("late", [True, False])
-def test_a_command_that_is_late_or_whose_watch_ends_is_ended_with_what_it_began(
-    folder: Path, late: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pid = folder / "pid"
-    watched, log = watch(folder, command=("sh", "-c", f"sleep 600 & echo $! > {pid}; wait"))
-    watched.actions.command_timeout_s = 3.0 if late else 600.0
-    grow(folder, 0, traffic(hot=0))
-    if late:
-        watched.look()
-        assert any("still running after 3 s" in line for line in log)
-        assert Placement.load(folder / "placement.json") == contiguous()
-    else:
-        wait = subprocess.Popen.wait
-
-        def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
-            if timeout is None:
-                return wait(process)
-            while not (pid.exists() and pid.read_text().endswith("\n")):
-                time.sleep(0.01)
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            watched.look()
-    number = int(pid.read_text())
-    for _ in range(600):  # until whoever adopted it has seen its end
-        if not Path(f"/proc/{number}").exists() or "Z" in Path(f"/proc/{number}/stat").read_text().split()[2]:
-            return
-        time.sleep(0.1)
-    os.kill(number, signal.SIGKILL)
-    pytest.fail("what it began goes on")
 
 
 def test_a_command_gets_the_file(folder: Path) -> None:

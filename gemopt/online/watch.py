@@ -6,14 +6,10 @@ a count in the metrics; the placement in force stays, and the watch goes on.
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ import numpy as np
 from gemopt.bounds import lower_bound
 from gemopt.evaluate import Evaluation, check_agreement, evaluate
 from gemopt.exceptions import InputError
+from gemopt.online.command import run_command
 from gemopt.online.controller import Controller
 from gemopt.online.decision import Decision
 from gemopt.online.follow import Follower, News, told
@@ -32,6 +29,7 @@ from gemopt.placement import Placement
 from gemopt.problem import problems
 from gemopt.result import relative_gap
 from gemopt.traces import Traces
+from gemopt.words import counted
 
 Log = Callable[[str], None]
 Write = Callable[[Placement], object]
@@ -45,8 +43,9 @@ class Actions:
     """What a changed placement leads to, in this order; the first that fails ends it, and the old placement stays.
 
     writes: each replaces one file, an export or the placement itself, atomically. command: run afterwards with
-    `{placement}` replaced by the path, for at most `command_timeout_s`; an exit code other than 0 means that the
-    placement is not in force. holds: what the file at `path` was left with; None: whatever it holds may be replaced.
+    `{placement}` replaced by the path, for at most `command_timeout_s` or until `stop` is set; an exit code other than
+    0 means that the placement is not in force. holds: what the file at `path` was left with; None: whatever it holds
+    may be replaced.
     """
 
     path: Path
@@ -54,6 +53,7 @@ class Actions:
     command: Sequence[str] = ()
     command_timeout_s: float = 60.0
     holds: Placement | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
 
     def carry_out(self, placement: Placement, old: Placement) -> str:
         """Why the placement did not come into force, which leaves the files as they were; nothing when it did."""
@@ -65,7 +65,9 @@ class Actions:
             for write in self.writes:
                 write(placement)
                 done.append(write)
-            self._run()
+            if self.command:
+                words = [word.replace("{placement}", str(self.path)) for word in self.command]
+                run_command(words, self.command_timeout_s, self.stop)
         except Exception as error:
             left = [reason for write in done if (reason := _failure(write, old))]
             return "; ".join([told(error), "the placement in force stays", *(f"not put back: {each}" for each in left)])
@@ -81,42 +83,6 @@ class Actions:
         except InputError:
             return None
         return None if _serving(found) == _serving(self.holds) else found
-
-    def _run(self) -> None:
-        if not self.command:
-            return
-        words = [word.replace("{placement}", str(self.path)) for word in self.command]
-        name = f"--on-change {words[0]}"
-        try:
-            code, said = _ended(words, self.command_timeout_s)
-        except subprocess.TimeoutExpired:
-            raise InputError(name, f"still running after {self.command_timeout_s:g} s", "ended") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise InputError(name, reason, "a command that can be run") from None
-        if code:
-            raise InputError(name, f"exit code {code}", said[-1] if said else "0 is needed")
-
-
-def _ended(words: Sequence[str], timeout_s: float) -> tuple[int, list[str]]:
-    """Exit code of a command and the lines that it wrote to standard error; ended with what it began when it is late,
-    or nobody waits for it any more.
-
-    It has ended when its own process has, whatever it left in the background, which may go on writing: to a file, since
-    a pipe would be waited for.
-    """
-    with tempfile.TemporaryFile() as errors:
-        null = subprocess.DEVNULL
-        process = subprocess.Popen(words, stdin=null, stdout=null, stderr=errors, start_new_session=True)
-        try:
-            code = process.wait(timeout_s)
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            raise
-        errors.seek(0)
-        return code, errors.read().decode(errors="replace").strip().splitlines()
 
 
 def _serving(placement: Placement) -> list[Any]:
@@ -150,11 +116,15 @@ class Watch:
     _before: Placement | None = None
     _told: set[str] = field(default_factory=set)  # faults of files at the look before and at this one
     _found: set[str] = field(default_factory=set)
+    _left: int = 0  # new steps that the last look did not come to
     _models: list[str] = field(default_factory=list)  # other networks, named so far
 
     def run(self, interval_s: float, stop: threading.Event, *, once: bool = False) -> None:
-        """Look every `interval_s` seconds until `stop` is set, or once: an engine's files then rest for one look."""
-        first = True
+        """Look every `interval_s` seconds until `stop` is set, or once: an engine's files then rest for one look.
+
+        What a look has not come to when `stop` is set is left: the state is then that of the look before.
+        """
+        first, self.actions.stop = True, stop
         if once and self.follower.read is not None:
             self.follower.notice()
             stop.wait(interval_s)
@@ -171,7 +141,7 @@ class Watch:
 
         With `history` all but the last window are only learnt from: they lie in the past.
         """
-        decision, self.failed = None, False
+        decision, self.failed, self._left = None, False, 0
         self._told, self._found = self._found, set()
         news = News()
         with self._guard("file"):
@@ -191,7 +161,9 @@ class Watch:
         with self._guard("window"):
             check_agreement(self.controller.placement, news.traces, self.controller.placement.num_ranks)
             decision = self._steps(news.traces, history=history)
-        if self.state is not None:
+        if self._left:
+            self.log(f"told to end: {counted(self._left, 'new step')} left for the next start")
+        elif self.state is not None:
             with self._guard("state"):
                 self.controller.save(self.state, self.follower.position)
         return decision
@@ -220,12 +192,18 @@ class Watch:
     def _steps(self, traces: Traces, *, history: bool) -> Decision | None:
         decision, past = None, max(0, traces.num_steps - self.window) if history else 0
         for start in range(0, past, self.window):  # a window at a time: the last one is whole, and history may be long
+            if self.actions.stop.is_set():
+                self._left = traces.num_steps - start
+                return None
             with self._guard("window"):
                 part = traces.counts[start : min(start + self.window, past)]
                 self.controller.remember(part)
                 if self.metrics is not None:
                     self.metrics.steps.inc(len(part))
         for start in range(past, traces.num_steps, self.window):
+            if self.actions.stop.is_set():
+                self._left = traces.num_steps - start
+                break
             with self._guard("window"):
                 decision = self._window(traces.steps(slice(start, start + self.window)))
         return decision
