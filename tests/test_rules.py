@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from ruled import NODES, Sets, held, sets_of
 from gemopt.bounds import lower_bound
 from gemopt.evaluate import check, check_rules, evaluate, objective, total
 from gemopt.exceptions import InputError
-from gemopt.layer_rules import layer_rules
+from gemopt.layer_rules import LayerRules, layer_rules
 from gemopt.moves import Moves
 from gemopt.placement import Placement
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.rules import Rules
-from gemopt.solvers import get
+from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Options
 from gemopt.solvers.placing import conflict, first_row
 from gemopt.solvers.search.local_search import LocalSearch
@@ -107,6 +108,25 @@ def random_case(seed: int, **fields: Any) -> tuple[Problem, Rules]:
 def clash(problem: Problem) -> list[str]:
     assert problem.rules is not None
     return conflict(problem.rules, problem.slots_per_rank, full=problem.full, deadline=time.monotonic() + 60)
+
+
+def test_what_is_in_conflict_is_not_looked_for_beyond_its_time() -> None:
+    """A large network's rules take long to look at, each time: what is not known then counts as possible."""
+    looks = []
+
+    class Slow(LayerRules):
+        def only(self, names: Sequence[str]) -> LayerRules:
+            looks.append(names)
+            time.sleep(1.1 * hurried.LEAST_S)
+            return super().only(names)
+
+    asked = {"pinned": [{"experts": [0], "ranks": [0]}], "kept_off": [{"experts": [e], "ranks": [0]} for e in range(8)]}
+    (rules,) = layer_rules(Rules.model_validate(asked), [0], 8, 2, [0, 0])
+    assert rules is not None
+    quick = conflict(rules, np.array([8, 8]), full=False)
+    slow = Slow(**{each.name: getattr(rules, each.name) for each in fields(rules)})
+    assert conflict(slow, np.array([8, 8]), full=False, deadline=time.monotonic()) == rules.names
+    assert len(looks) == 1 and len(quick) == 2 and set(quick) < set(rules.names)
 
 
 SEEDS = [7, 59, 76, 89, 104, 119, 131, 145, 223, 304]  # of rules that leave some placements, without spare slots

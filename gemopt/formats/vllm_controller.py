@@ -165,7 +165,7 @@ class Decider:
 
     def _check_rules(self, rules: LayerRules | None) -> None:
         """Refuse rules that no map keeps, since vLLM wants every slot full."""
-        names = [] if rules is None else conflict(rules, self.slots_G, full=True, deadline=np.inf)
+        names = [] if rules is None else conflict(rules, self.slots_G, full=True)
         if names:
             raise InputError(RULES, ", ".join(names), "no map with every slot full keeps them together")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from gemopt.online.earlier import onwards
 from gemopt.online.policy import Policy
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
+from gemopt.solvers import hurried
 from gemopt.solvers.base import Row
 from gemopt.solvers.nearest import nearest_row
 from gemopt.solvers.placing import conflict
@@ -210,6 +212,13 @@ def settle(
         The layers, whose sets of experts stay on the rank or node that they are on now; rows; and what to say: why
         there are no such rows when it begins with `infeasible`.
     """
+    with hurried.call(time.monotonic() + hurried.LIMIT_S, lambda: False):  # of all layers together
+        return _settled(problems, rows_LP, dead_G)
+
+
+def _settled(
+    problems: Sequence[Problem], rows_LP: NDArray[np.int64], dead_G: NDArray[np.bool_]
+) -> tuple[list[Problem], NDArray[np.int64], str]:
     rows, held_to, said = np.array(rows_LP), list(problems), ""
     without = f" without rank {', '.join(map(str, np.flatnonzero(dead_G)))}" if dead_G.any() else ""
     for layer, problem in enumerate(problems):
@@ -243,7 +252,7 @@ def _in_conflict(problem: Problem, dead_G: NDArray[np.bool_]) -> str:
     """The rules that no row without dead ranks keeps together, in words."""
     rules = _without(problem, dead_G).rules
     assert rules is not None
-    names = conflict(rules, problem.slots_per_rank, full=False, deadline=np.inf)
+    names = conflict(rules, problem.slots_per_rank, full=False)
     says = {demand.name: demand.says for demand in rules.demands}
     told = "; ".join(f"{name}: {says[name]}" for name in names)
     return f"no placement was found that keeps {told or 'the rules'}"

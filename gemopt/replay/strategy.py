@@ -112,7 +112,7 @@ class Context:
             self.profile.node_of_rank,
         )  # fmt: skip
         for layer_id, rules in zip(self.past.layer_ids, found, strict=True):
-            names = rules and conflict(rules, self.slots_per_rank, full=False, deadline=np.inf)
+            names = rules and conflict(rules, self.slots_per_rank, full=False)
             if names:
                 limit = f"no placement of layer {layer_id} keeps them together"
                 raise InfeasibleError("rules", ", ".join(names), limit)

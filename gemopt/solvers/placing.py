@@ -221,18 +221,23 @@ def row_of(held_GE: BoolArray, slots_G: Row) -> Row:
     return row
 
 
-def conflict(rules: LayerRules, slots_G: Row, *, full: bool, deadline: float) -> list[str]:
-    """Names of rules that no placement keeps together, while it could keep any but one of them; none: all can be kept.
+def conflict(rules: LayerRules, slots_G: Row, *, full: bool, deadline: float | None = None) -> list[str]:
+    """Names of rules that no placement keeps together, while it could keep any but one of them; none: all can be kept,
+    or nothing else is known.
 
-    Once the deadline (of `time.monotonic`) has passed, what is not known counts as possible, so that rules may be named
-    that could be left out.
+    Once the deadline (of `time.monotonic`; what the call has left when None) has passed, what is not known counts as
+    possible, so that rules may be named that could be left out. A second is always taken.
     """
+    now = time.monotonic()
+    end = now + hurried.seconds_left() if deadline is None else max(deadline, now + hurried.LEAST_S)
 
     @cache
     def possible(names: tuple[str, ...]) -> bool:
+        if (left_s := end - time.monotonic()) <= 0:
+            return True
         some = rules.only(names)
         rows = Rows.of(some, slots_G, np.flatnonzero(some.ruled_E), full=full, single=False)
-        return rows.solve(deadline - time.monotonic()) != (None, True)
+        return rows.solve(left_s) != (None, True)
 
     names = tuple(rules.names)
     return [] if possible(names) else list(_explained(possible, (), (), names))
