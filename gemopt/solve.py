@@ -222,9 +222,9 @@ def solve(
                 node_of_rank=profile.node_of_rank, split=policy, senders=senders, full=full_slots,
             )  # fmt: skip
 
-            asked_rules = Ruled.of(rules, moving, warm_start, profile, links)
-            if asked_rules.impossible:
+            if (asked_rules := Ruled.of(rules, moving, warm_start, profile, links)).impossible:
                 return without(solver, clock, traces, asked_rules.impossible, made)
+            clock += asked_rules.load()
             each = asked_rules.apply(free if moving is None else moving.apply(free), traces)
             each, note, reason = eased(each, moving, traces.layer_ids, clock + time_limit)
             if reason is not None:

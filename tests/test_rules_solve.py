@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -200,3 +203,30 @@ def test_what_rules_ask_for_is_looked_for_no_longer_than_the_call_may_last(
     assert len(asked) > 1 and max(asked) <= 2.0, "a second a layer for an example of what keeps the rules"
     assert sorted(asked)[-2] <= 1.0
     assert given or min(asked) <= 0.1, "a fifth of the time at most for balancing"
+
+
+SLOW_TO_LOAD = """
+import importlib.abc, sys, time
+from cli_inputs import profile, traces
+from gemopt import Rules, solve
+
+hour, clock = [0.0], time.monotonic
+time.monotonic = lambda: clock() + hour[0]
+
+class Disk(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        hour[0] = 3600.0 if name == "ortools" else hour[0]
+
+assert "ortools" not in sys.modules
+sys.meta_path.insert(0, Disk())
+rules = Rules(apart=[{"experts": [0, 1]}])
+found = solve(profile(), traces(), rules=rules, solver="local-search", time_limit=600, patience=1)
+assert hour[0] and found.placement and found.seconds < 600, found.seconds
+"""
+
+
+def test_loading_what_finds_rows_under_rules_is_not_solving() -> None:
+    """As if it took an hour."""
+    run, beside = [sys.executable, "-c", SLOW_TO_LOAD], {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=beside)
+    assert done.returncode == 0, done.stderr
