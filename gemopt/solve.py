@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from gemopt import cores, interrupts
 from gemopt.certify import certify
 from gemopt.costs import CostModel, cost_of, fit
-from gemopt.documents import check_writable
 from gemopt.evaluate import check_agreement
-from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_flags, check_number
+from gemopt.exceptions import InputError
 from gemopt.links import Exchange, Links
 from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import Problem, problems
@@ -22,7 +21,7 @@ from gemopt.profile import Profile
 from gemopt.resize import Source
 from gemopt.result import Result, StoppedBy
 from gemopt.rules import Rules
-from gemopt.solvers import get, hurried, names, that_can
+from gemopt.solvers import hurried, that_can
 from gemopt.solvers.base import DEFAULT_PATIENCE, Outcome, Row, Solver, require
 from gemopt.solving.answer import answer, without
 from gemopt.solving.cluster import Cluster
@@ -31,6 +30,7 @@ from gemopt.solving.first_use import ready
 from gemopt.solving.layers import Layer
 from gemopt.solving.memory import experts_within, slots_within, solve_within
 from gemopt.solving.moving import Asked, Moving
+from gemopt.solving.options import check_options, split_of
 from gemopt.solving.origin import origin
 from gemopt.solving.rounds import solve_shared
 from gemopt.solving.ruled import Ruled, eased, keeping
@@ -172,24 +172,14 @@ def solve(
         On Ctrl-C while there is no answer yet; from then on it ends the call with what was found.
     """
     given = dict(locals())
+    chosen = check_options(given)  # loads the solver, which takes seconds where the disk is slow: before the clock runs
     if time_limit is None:
         time_limit, patience = DEFAULT_TIME_LIMIT, DEFAULT_PATIENCE if patience is None else patience
-    _check(time_limit, gap, threads, patience, seed, full_slots=full_slots, allow_one_rank=allow_one_rank)
-    if memory_budget is not None and (current is not None or full_slots):
-        raise UnsupportedError(
-            "memory_budget",
-            memory_budget,
-            f"not together with {'full_slots' if current is None else 'current'}",
-            "leave one out",
-        )
-    if certificate is not None:
-        _check_certificate(certificate, "current" if current is not None else memory_budget and "memory_budget")
     asked = Asked(
         current, move_price, None if memory_budget is not None else expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
     )  # fmt: skip
-    # The clock runs once the solver is loaded, which takes seconds where the disk is slow.
-    chosen, threads, cluster, clock = get(solver), threads or cores.available(), Cluster.in_force(), time.monotonic()
+    threads, cluster, clock = threads or cores.available(), Cluster.in_force(), time.monotonic()
     with (
         interrupts.held() as interrupted,
         cores.at_most(threads),
@@ -199,9 +189,8 @@ def solve(
             profile, traces = Profile.of(profile), Traces.of(traces)
             made = origin(solve, given, profile, traces)
             moving = Moving.of(asked, profile, traces)
-            refuse_with_links(topology, current=current, memory_budget=memory_budget, certificate=certificate)
             links = links_of(topology, traces, profile, exchange)
-            check_slack(compute_slack, links, chosen)
+            check_slack(compute_slack, links)
             if moving is not None:
                 profile = moving.resized.profile
                 if slots_per_rank is None:
@@ -272,32 +261,12 @@ def _go(
     return 0.0
 
 
-def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
-    """Refuse what cannot be certified, or written, before it is solved."""
-    check_writable(path)
-    if other:
-        raise UnsupportedError("certificate", other, "it says nothing of moves or memory", "solve without it")
-
-
 def _without_slots(traces: Traces, moving: Moving, missing: int) -> str:
     """That the ranks have fewer slots than there are experts."""
     return (
         f"infeasible: {traces.num_experts} experts need a slot each, the {len(moving.resized.old_rank)} ranks left "
         f"have {traces.num_experts - missing}: {missing} slots are missing; more --slots-per-rank, or --add-rank"
     )
-
-
-def _check(
-    time_limit: float, gap: float, threads: int | None, patience: int | None, seed: int, **flags: object
-) -> None:
-    check_flags(**flags)
-    check_number("time_limit", time_limit, "seconds above 0, at most 1e7", least=ABOVE_0, most=1e7)
-    check_number("gap", gap, "a fraction from 0 to below 1", "0.01 is one per cent", most=BELOW_1)
-    if threads is not None:
-        check_number("threads", threads, "a whole number of at least 1", least=1, whole=True)
-    if patience is not None:
-        check_number("patience", patience, "a whole number of at least 0", whole=True)
-    check_number("seed", seed, "a whole number of at least 0", whole=True)
 
 
 def _check_ranks(profile: Profile, cost: CostModel, *, allow_one_rank: bool) -> None:
@@ -309,10 +278,7 @@ def _check_ranks(profile: Profile, cost: CostModel, *, allow_one_rank: bool) -> 
 
 def _policy(split: Split | str | None, senders: object, moving: Moving | None) -> tuple[Split, Senders]:
     """The split asked for, else that of the placement in force, else even; and who sends."""
-    try:
-        chosen = Split.EVEN if split is None else Split(split)
-    except ValueError:
-        raise InputError("split", split, "one of " + ", ".join(Split)) from None
+    chosen = split_of(split) or Split.EVEN
     if split is None and moving is not None:
         chosen = moving.current.split
     return chosen, Senders.asked_by(senders, chosen)
@@ -328,9 +294,6 @@ def _layers(
     """The layers, each with its warm start, of problems that the solver can express."""
     for problem in each:
         require(solver, problem, that_can)
-    if warm_start is not None and not solver.supports.improves:
-        can = [name for name in names() if get(name).supports.improves]
-        raise InputError("warm_start", solver.name, "a solver that starts from a placement", f"use {' or '.join(can)}")
     rows = _warm_rows(warm_start, each, traces)
     return [Layer(problem, row, seed + i) for i, (problem, row) in enumerate(zip(each, rows, strict=True))]
 

@@ -333,7 +333,7 @@ def test_exit_codes_when_there_is_no_placement(
     status: str,
 ) -> None:
     inputs, output = write_inputs(tmp_path), tmp_path / "placement.json"
-    monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda _: Answers(infeasible=infeasible))
+    monkeypatch.setattr(sys.modules["gemopt.solving.options"], "get", lambda _: Answers(infeasible=infeasible))
     given, out, err = gemopt(capsys, "solve", *inputs, "-o", output, "--json")
     assert (given, err) == (code, "")
     found = json.loads(out)

@@ -162,9 +162,12 @@ def test_a_row_says_who_earned_it(
 
     traces = Traces(counts=np.random.default_rng(7).integers(0, 30, (20, 4, 9)))
 
-    real: Any = sys.modules["gemopt.solve"].get  # type: ignore[attr-defined]
+    asked: Any = sys.modules["gemopt.solving.options"]
+    real = asked.get
     monkeypatch.setattr(Partly, "reached", reached)
-    monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda name: Partly() if name == "partly" else real(name))
+    monkeypatch.setattr(
+        sys.modules["gemopt.solving.options"], "get", lambda name: Partly() if name == "partly" else real(name)
+    )
     rows = compare(inputs[0], traces, solvers=["lpt", "partly"], holdout=0, time_limit=60, patience=0, threads=1)
     assert rows[0].ran and not rows[0].earned() and words in rows[1].earned()
     assert rows[1].ran is any(reached)

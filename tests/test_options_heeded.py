@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from cli_inputs import gemopt, write_inputs
 from kernel_tables import written
+from watched import filled
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
 
@@ -44,3 +45,53 @@ def test_options_that_cannot_do_their_work_are_refused(
 def test_options_that_change_nothing_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str) -> None:
     profile, traces = write_inputs(tmp_path)
     assert gemopt(capsys, *words.format(p=profile, t=traces).split())[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("solve {p} {t} --solver nobody", "solver: got nobody"),
+        ("solve {p} {t} --time-limit -1", "time_limit: got -1"),
+        ("solve {p} {t} --gap 2", "gap: got 2"),
+        ("solve {p} {t} --split odd", "split: got odd"),
+        ("solve {p} {t} --senders uniform", "senders: got uniform; the even split does not ask"),
+        ("solve {p} {t} --cost cubic", "cost model: got cubic"),
+        ("solve {p} {t} --phase lunch", "--phase: got lunch"),
+        ("solve {p} {t} --slots-per-rank many", "--slots-per-rank: got many"),
+        ("solve {p} {t} --memory-budget all", "--memory-budget: got all"),
+        ("solve {p} {t} --memory-budget 9 --current {p}", "memory_budget: got 9"),
+        ("solve {p} {t} --memory-budget 9 --topology nvlink-2", "topology: got with memory_budget"),
+        ("solve {p} {t} --max-moves 3", "max_moves: got 3; moves are counted from the placement in force"),
+        ("solve {p} {t} --compute-slack 0.1", "compute_slack: got 0.1"),
+        ("solve {p} {t} --solver lpt --rules {r}", "rules: got apart[0]; lpt cannot keep rules"),
+        ("solve {p} {t} --solver lpt --warm-start {p}", "warm_start: got lpt; a solver that starts from"),
+        ("solve {p} {t} --certificate {d}/c.json --current {p}", "certificate: got current"),
+        ("compare {p} {t} --phase lunch", "--phase: got lunch"),
+        ("compare {p} {t} --gap 2", "gap: got 2"),
+        ("compare {p} {t} --cost cubic", "cost model: got cubic"),
+        ("compare {p} {t} --slots-per-rank many", "--slots-per-rank: got many"),
+        ("compare {p} {t} --holdout 2", "holdout: got 2"),
+        ("evaluate {p} {p} {t} --cost cubic", "cost model: got cubic"),
+        ("evaluate {p} {p} {t} --senders odd", "senders: got odd"),
+        ("trace import {t} --from vllm --ep 4 -o {d}/o.safetensors", "--ep: got 4; vllm has no recordings that ranks"),
+        ("trace import {t} --from tokens --ep 4 -o {d}/o.safetensors", "--ep: got 4; tokens has no recordings that"),
+    ],
+)
+def test_options_are_refused_before_what_takes_long_to_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    """The traces are no traces: whoever reads them says so."""
+    profile, traces = write_inputs(tmp_path)
+    Path(traces).write_bytes(b"not yet")
+    (rules := tmp_path / "rules.json").write_text('{"schema_version": 1, "apart": [{"experts": [0, 1]}]}')
+    code, _, err = gemopt(capsys, *words.format(p=profile, t=traces, d=tmp_path, r=rules).split())
+    assert code == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_ranks_of_dumps_that_no_rank_writes_are_refused_before_a_watch_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = filled(tmp_path)
+    words = ["watch", folder / "traces", "--profile", folder / "profile.json", "--placement", folder / "placement.json"]
+    code, _, err = gemopt(capsys, *words, "--from", "vllm", "--ep", "4", "--once")
+    assert code == 2 and "--ep: got 4; vllm has no recordings that ranks write apart" in err

@@ -61,7 +61,7 @@ def test_threads_bound_the_libraries_too(monkeypatch: pytest.MonkeyPatch, librar
     before = {info["num_threads"] for info in threadpool_info()}
     for threads, allowed in ((1, {1}), (8, {1, 2})):
         solver = Recorder(improves=False)
-        monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda _, solver=solver: solver)
+        monkeypatch.setattr(sys.modules["gemopt.solving.options"], "get", lambda _, solver=solver: solver)
         gemopt.solve(devices(), traffic(), threads=threads)
         assert solver.threads and solver.threads <= allowed
     assert {info["num_threads"] for info in threadpool_info()} == before

@@ -188,7 +188,7 @@ def test_a_solver_that_lies_is_caught(
 
     monkeypatch.setattr(_Liar, "row", np.array(row))
     monkeypatch.setattr(_Liar, "bound", bound)
-    monkeypatch.setattr(sys.modules["gemopt.solve"], "get", lambda name: _Liar())
+    monkeypatch.setattr(sys.modules["gemopt.solving.options"], "get", lambda name: _Liar())
     with pytest.raises(SolverError, match=complaint):
         gemopt.solve(profile([1, 1]), traces(experts=2, layers=1), solver="liar")
 

@@ -75,7 +75,9 @@ def advise_command(
         raise InputError("--plot", str(plot), "the map needs the sweep", "leave --no-sweep out")
     if not 0 <= memory <= 1e6:
         raise InputError("--memory", memory, "GB from 0 to 1e6")
-    measured, chosen = Profile.load(profile), options.load_traces(traces, task, phase, hidden)
+    options.check_names(cost)
+    migration = _migration(measured := Profile.load(profile), expert_bytes, bandwidth, topology)
+    chosen = options.load_traces(traces, task, phase, hidden)
     with shown("replays", hidden=as_json) as progress:
         advice = advise(
             measured,
@@ -83,7 +85,7 @@ def advise_command(
             horizon=horizon,
             memory_bytes=memory * 1e9,
             model=model,
-            migration=_migration(measured, expert_bytes, bandwidth, topology),
+            migration=migration,
             non_moe_us=non_moe_us,
             predictors=None if predictors is None else [name.strip() for name in predictors.split(",")],
             window=window,

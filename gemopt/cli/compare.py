@@ -62,10 +62,11 @@ def compare_command(
     of --solvers find when moves are free.
     """
     from gemopt.compare import DEFAULT_SOLVERS, compare
-    from gemopt.exceptions import MissingPackageError
+    from gemopt.exceptions import ABOVE_0, BELOW_1, MissingPackageError, check_number
     from gemopt.profile import Profile
     from gemopt.solvers import get
     from gemopt.solving.fronts import check_request
+    from gemopt.solving.options import check_options
 
     names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
     if len(set(names)) < len(names):
@@ -89,6 +90,10 @@ def compare_command(
         "rules": rules,
         "notice": None if as_json else notice,
     }
+    slots = options.parse_slots(slots_per_rank)
+    check_options({**asked, "cost": cost})
+    if holdout:
+        check_number("holdout", holdout, "a share strictly between 0 and 1, or 0", least=ABOVE_0, most=BELOW_1)
     if current is not None:
         for option, value in (("--topology", topology), ("--slots-per-rank", slots_per_rank)):
             if value is not None:
@@ -111,7 +116,7 @@ def compare_command(
             holdout=holdout,
             cost=cost,
             on_result=one_by_one(progress, len(names)),
-            slots_per_rank=options.parse_slots(slots_per_rank),
+            slots_per_rank=slots,
             **asked,
         )
     options.note_doubts(measured, loaded)

@@ -102,6 +102,15 @@ EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
 
 
+def check_names(cost: str, senders: str | None = None) -> None:
+    """Refuse what there is not, before anything is read."""
+    from gemopt.costs import known
+    from gemopt.splits.senders import Senders
+
+    known(cost)
+    Senders.of(senders)
+
+
 def parse_slots(text: str | None) -> int | list[int] | None:
     """`5` or `5,5,4,4`."""
     return _numbers(text, int, "--slots-per-rank", "a whole number, or one per rank separated by commas")
@@ -167,11 +176,12 @@ def heeded(
 def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | None = None) -> Traces:
     """Traces of a file, restricted to a task and a phase, and to the requests whose hidden states are in another."""
     from gemopt.cli.app import notice
-    from gemopt.traces import Traces, with_hidden
+    from gemopt.traces import Phase, Traces, with_hidden
     from gemopt.traces.document import STEP_ARRAYS
     from gemopt.traces.files import unread
     from gemopt.traces.tokens import ARRAYS
 
+    Phase.named(phase, "--phase")  # refused before what may take long to read
     loaded = Traces.load(path)
     if names := unread(path, ("counts", *STEP_ARRAYS, *ARRAYS)):
         notice(f"{path.name}: {', '.join(names)} left unread")

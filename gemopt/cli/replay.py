@@ -74,12 +74,12 @@ def replay_command(
     names = [] if strategies is None else [name.strip() for name in strategies.split(",")]
     if strategies is not None:
         make(names)
-    schedule = Schedule.parse(event or [])
+    schedule, slots = Schedule.parse(event or []), options.parse_slots(slots_per_rank)
+    options.check_names(cost, senders)
     check_outputs(("--output", output, "replay result"), ("--plot", plot, ""))
     measured = Profile.load(profile)
     migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
     chosen = _traffic(options.load_traces(traces, task, phase, hidden), plan)
-    slots = options.parse_slots(slots_per_rank)
     if strategies is None:
         names = usual(slot_counts(slots, chosen.num_experts, measured.num_ranks))
     if left_out := [] if strategies else [name for name in STRATEGIES if name not in names]:

@@ -79,6 +79,7 @@ def solve_command(
     from gemopt.resize import profile_after
     from gemopt.result import Status
     from gemopt.solve import DEFAULT_TIME_LIMIT, solve
+    from gemopt.solving.options import check_options
 
     exchange = links.parse_exchange(topology, once_per, tokens_from, token_bytes, overlap)
     check_outputs(
@@ -88,11 +89,22 @@ def solve_command(
     )  # fmt: skip
     excluded, added = moves.parse_excluded(exclude_ranks), moves.parse_added(add_rank)
     limit_s = DEFAULT_TIME_LIMIT if time_limit is None else time_limit
+    asked: dict[str, Any] = {
+        "senders": senders, "memory_budget": options.parse_budget(memory_budget), "solver": solver,
+        "time_limit": time_limit, "gap": gap, "seed": seed, "cost": cost, "warm_start": warm_start,
+        "patience": patience, "threads": threads, "allow_one_rank": allow_one_rank, "current": current,
+        "move_price": move_price, "expert_bytes": expert_bytes, "bandwidth": bandwidth,
+        "horizon_steps": horizon_steps, "max_moves": max_moves, "max_moves_per_layer": max_moves_per_layer,
+        "max_bytes_per_rank": max_bytes_per_rank, "exclude_ranks": excluded, "add_ranks": added,
+        "topology": topology, "exchange": exchange, "compute_slack": compute_slack, "rules": rules,
+        "certificate": certificate,
+    }  # fmt: skip
+    slots = options.parse_slots(slots_per_rank)
+    check_options({**asked, "split": split})
     with options.whole_or_nothing(threads):
-        chosen = options.load_traces(traces, task, phase)
-        measured = Profile.load(profile)
+        measured, chosen = Profile.load(profile), options.load_traces(traces, task, phase)
         slots, split, full = options.heeded(
-            engine, options.parse_slots(slots_per_rank), split, chosen, measured, current, memory_budget, solver=solver
+            engine, slots, split, chosen, measured, current, memory_budget, solver=solver
         )
         detail(f"{profile}: {measured.brief()}; {traces}: {chosen}; {threads or cores.available()} cores")
         ids, steps = chosen.layer_ids, chosen.num_steps
@@ -102,35 +114,10 @@ def solve_command(
                 chosen,
                 slots_per_rank=slots,
                 split=split,
-                senders=senders,
                 full_slots=full,
-                memory_budget=options.parse_budget(memory_budget),
-                solver=solver,
-                time_limit=time_limit,
-                gap=gap,
-                seed=seed,
-                cost=cost,
-                warm_start=warm_start,
-                patience=patience,
-                threads=threads,
-                allow_one_rank=allow_one_rank,
-                current=current,
-                move_price=move_price,
-                expert_bytes=expert_bytes,
-                bandwidth=bandwidth,
-                horizon_steps=horizon_steps,
-                max_moves=max_moves,
-                max_moves_per_layer=max_moves_per_layer,
-                max_bytes_per_rank=max_bytes_per_rank,
-                exclude_ranks=excluded,
-                add_ranks=added,
-                topology=topology,
-                exchange=exchange,
-                compute_slack=compute_slack,
-                rules=rules,
                 on_layers=on_layers,
                 notice=None if as_json else notice,
-                certificate=certificate,
+                **asked,
             ).made_by(typed())
             if output is not None and result.placement is not None:
                 result.placement.save(output)
@@ -195,18 +182,16 @@ def evaluate_command(
     from gemopt.placement import Placement, bare
     from gemopt.profile import Profile
 
-    chosen = options.load_traces(traces, task, phase)
-    measured = Profile.load(profile)
+    options.check_names(cost, senders)
+    exchange = links.parse_exchange(topology, once_per, tokens_from, token_bytes, overlap)
+    measured, loaded = Profile.load(profile), Placement.load(placement)
     model, _ = fit(measured, model=cost)
-    loaded = Placement.load(placement)
+    chosen = options.load_traces(traces, task, phase)
     if None not in (loaded.model, chosen.model) and bare(str(loaded.model)) != bare(str(chosen.model)):
         notice(f"note: the placement is for {loaded.model}, the traces are of {chosen.model}")
     if rules is None:
         check_kept(loaded)
-    wired: dict[str, Any] = {
-        "topology": topology,
-        "exchange": links.parse_exchange(topology, once_per, tokens_from, token_bytes, overlap),
-    }
+    wired: dict[str, Any] = {"topology": topology, "exchange": exchange}
     links.doubt(topology)
     evaluation = evaluate(loaded, measured, chosen, cost=model, senders=senders, rules=rules, **wired)
     contiguous = Placement.contiguous(

@@ -196,6 +196,7 @@ def _reader(
     from gemopt.formats.importing import import_traces, recorder
     from gemopt.traces import Traces
 
+    dumps = recorder(source, ep).dumps
     options = TraceOptions(
         num_experts=placement.num_experts,
         layer_ids=tuple(placement.layer_ids),
@@ -215,4 +216,4 @@ def _reader(
                     _log(f"note: {note}")
             return Traces.load(path)
 
-    return read, recorder(source).dumps
+    return read, dumps

@@ -258,6 +258,15 @@ def fit(
     return cost, FitReport(chosen.name, errors, fits, len(tables[0]), max(missed))
 
 
+def known(model: str, candidates: Sequence[Candidate] = CANDIDATES) -> list[Candidate]:
+    """The candidates that the name stands for; `InputError` where there are none."""
+    named = [c for c in candidates if model in ("auto", c.name, c.name.split("-")[0])]
+    if not named:
+        names = sorted({"auto", *(c.name.split("-")[0] for c in candidates)})
+        raise InputError("cost model", model, f"known: {', '.join(names)}")
+    return named
+
+
 def cost_of(given: str | CostModel, profile: Profile | None) -> CostModel:
     """A fitted cost model as it is, or the one of that name fitted to the profile; `InputError` for anything else."""
     if isinstance(given, str):
@@ -275,10 +284,7 @@ def _in_order(table: FloatArray) -> FloatArray:
 
 def _usable(model: str, candidates: Sequence[Candidate], tables: list[FloatArray]) -> list[Candidate]:
     """The candidates that the name stands for and the samples suffice for."""
-    named = [c for c in candidates if model in ("auto", c.name, c.name.split("-")[0])]
-    if not named:
-        names = sorted({"auto", *(c.name.split("-")[0] for c in candidates)})
-        raise InputError("cost model", model, f"known: {', '.join(names)}")
+    named = known(model, candidates)
     usable = [c for c in named if all(c.usable(table) for table in tables)]
     usable = usable or [c for c in named if c.name == model and all(len(table) >= c.least for table in tables)]
     if not usable:

@@ -263,6 +263,7 @@ ENGINES = {
         traces=("[steps, layers, experts] .npy, .npz, .pt, .safetensors, .json", "layer_id,expert_id,count .csv"),
         note="counts only; placements: --to csv",
         dumps=SUFFIXES,
+        rank_files=True,
         read_traces=read_traces,
     )
 }

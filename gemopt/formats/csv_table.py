@@ -133,6 +133,7 @@ ENGINES = {
         write=write,
         read=read,
         dumps=(*count_csv.SUFFIXES, *count_json.SUFFIXES),
+        rank_files=True,
         read_traces=read_traces,
     )
 }

@@ -137,6 +137,8 @@ class Engine:
         The file that carries a placement; empty when the engine takes none.
     traces
         The recordings `read_traces` understands.
+    rank_files
+        Whether ranks write some of its recordings apart, so that it can be told how many there are.
     replicas, unequal_slots, empty_slots
         Whether the engine's file can say so.
     dense_rows
@@ -166,6 +168,7 @@ class Engine:
     placement: str = ""
     traces: tuple[str, ...] = ()
     dumps: tuple[str, ...] = ()
+    rank_files: bool = False
     replicas: bool = False
     unequal_slots: bool = False
     empty_slots: bool = False

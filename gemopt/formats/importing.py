@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gemopt.documents import replacing
 from gemopt.documents.foreign import telling
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import InputError, UnsupportedError, refuse_unused
 from gemopt.formats import count_json
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges
@@ -44,13 +44,18 @@ class Imported:
     notes: tuple[str, ...]
 
 
-def recorder(source: str) -> Engine:
-    """The engine, whose recordings can be read; `UnsupportedError` where it makes none."""
+def recorder(source: str, ranks: int | None) -> Engine:
+    """The engine, whose recordings can be read; `UnsupportedError` where it makes none.
+
+    ranks: how many must have written; `InputError` where none of its recordings is written by rank.
+    """
     engine = get(source)
     if engine.read_traces is None:
         names = ", ".join(e.name for e in engines() if e.read_traces is not None)
         hint = f"its placements: gemopt placement import --from {engine.name}" if engine.read is not None else ""
         raise UnsupportedError("--from", engine.name, f"it records no loads; traces of: {names}", hint)
+    if not engine.rank_files:
+        refuse_unused({"--ep": ranks}, f"{engine.name} has no recordings that ranks write apart")
     return engine
 
 
@@ -72,7 +77,8 @@ def import_traces(
     InputError
         One line naming the file and the field that is wrong; the destination is then untouched.
     """
-    engine, options = recorder(source), options or TraceOptions()
+    options = options or TraceOptions()
+    engine = recorder(source, options.num_ranks)
     check_name(destination)
     assert engine.read_traces is not None
     try:

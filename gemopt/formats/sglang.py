@@ -120,6 +120,7 @@ ENGINES = {
         check=check,
         write=write,
         read=read,
+        rank_files=True,
         read_traces=sglang_traces.read_traces,
     )
 }

@@ -132,6 +132,7 @@ ENGINES = {
         check=check,
         write=write,
         read=read,
+        rank_files=True,
         read_traces=tensorrt_llm_traces.read_traces,
     )
 }

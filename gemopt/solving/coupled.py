@@ -11,13 +11,13 @@ import numpy as np
 
 from gemopt.bounds.links import links_bound
 from gemopt.evaluate import rank_times
-from gemopt.exceptions import BELOW_1, InputError, UnsupportedError, check_number
+from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.latency import FloatArray
 from gemopt.links import Exchange, Links, check_asked
 from gemopt.problem import Problem
 from gemopt.profile import Profile
-from gemopt.solvers import get, that_can
-from gemopt.solvers.base import LinkedSolver, Options, Row, Solver
+from gemopt.solvers import get
+from gemopt.solvers.base import LinkedSolver, Options, Row
 from gemopt.solvers.exact.joint import check_stated
 from gemopt.solving.layers import Coupling, Layer
 from gemopt.solving.schedule import SCORE_SHARE, Run
@@ -105,20 +105,10 @@ def links_of(
     return Links.of(topology, traces, profile.num_ranks, profile=profile, exchange=exchange)
 
 
-def check_slack(compute_slack: float | None, links: Links | None, solver: Solver) -> None:
-    """Refuse a slack of compute without links between nodes to spare, or where the solver cannot spare them."""
-    if compute_slack is None:
-        return
-    check_number(
-        "compute_slack", compute_slack, "a fraction from 0 to below 1", "0.005 is half a per cent", most=BELOW_1
-    )
-    if links is None:
-        raise InputError("compute_slack", compute_slack, "is given up for fewer bytes between nodes", "give a topology")
-    if links.topology.num_nodes == 1:
+def check_slack(compute_slack: float | None, links: Links | None) -> None:
+    """Refuse a slack of compute without links between nodes to spare."""
+    if compute_slack is not None and links is not None and links.topology.num_nodes == 1:
         raise InputError("compute_slack", compute_slack, "is given up for fewer bytes between nodes, and there is one")
-    if not solver.supports.fewest_bytes:
-        limit = f"{solver.name} cannot search for fewest bytes between nodes"
-        raise UnsupportedError("compute_slack", compute_slack, limit, f"use {' or '.join(that_can('fewest_bytes'))}")
 
 
 def refuse_with_links(topology: object, **asked: object) -> None:
