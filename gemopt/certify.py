@@ -23,7 +23,8 @@ from gemopt.solvers.exact.share_tree import Covered, bound_of_copies
 from gemopt.solving.layers import Layer
 from gemopt.splits import optimal_shares
 from gemopt.traces import Traces
-from gemopt.verify import MOST_NODES, MOST_PS, PS, SAME, Case, floor_bound_us, objective_us
+from gemopt.verify import MOST_NODES
+from gemopt.verify.case import MOST_PS, PS, SAME, Case, floor_bound_us, objective_us
 from gemopt.verify.columns import LARGEST_PRICE, PART_BITS, check_columns, listed, scanned
 from gemopt.verify.copies import check_copies
 from gemopt.verify.dual import check_dual, slack, units

@@ -25,7 +25,8 @@ from gemopt.solvers.exact.column_master import Master
 from gemopt.solvers.exact.column_space import LEVELS, Space
 from gemopt.solvers.size import prover
 from gemopt.traces import Traces
-from gemopt.verify import Case, verify
+from gemopt.verify import verify
+from gemopt.verify.case import Case
 from gemopt.verify.columns import check_columns
 
 NEVER = np.zeros(1, np.uint8)

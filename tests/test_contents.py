@@ -26,7 +26,8 @@ from gemopt.solvers.exact.contents import Contents, ContentsSearch
 from gemopt.solvers.size import paired
 from gemopt.solving import turns
 from gemopt.traces import Traces
-from gemopt.verify import Case, verify
+from gemopt.verify import verify
+from gemopt.verify.case import Case
 from gemopt.verify.contents import Above, least_content, pairs_of
 
 NEVER = np.zeros(1, np.uint8)

@@ -28,7 +28,8 @@ from gemopt.solvers.exact.share_space import Shares, make_contents
 from gemopt.solvers.exact.share_tree import bound_of_copies
 from gemopt.solvers.size import num_shares
 from gemopt.traces import Traces
-from gemopt.verify import Case, floor_bound_us, share_contents, verify
+from gemopt.verify import share_contents, verify
+from gemopt.verify.case import Case, floor_bound_us
 from gemopt.verify.columns import check_columns
 
 STOP = np.zeros(1, np.uint8)

@@ -20,7 +20,8 @@ from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.solve import solve
 from gemopt.traces import Traces
-from gemopt.verify import Case, verify
+from gemopt.verify import verify
+from gemopt.verify.case import Case
 from gemopt.verify.copies import check_copies
 
 NEVER = np.zeros(1, np.uint8)

@@ -24,7 +24,8 @@ from gemopt.profile import Device, Profile, Sample
 from gemopt.solve import solve
 from gemopt.traces import Traces
 from gemopt.traces.tokens import Tokens
-from gemopt.verify import Case, copies, verify
+from gemopt.verify import copies, verify
+from gemopt.verify.case import Case
 from gemopt.verify.copies import check_copies
 from gemopt.verify.shares import shares
 

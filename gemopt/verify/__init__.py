@@ -9,24 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gemopt.certificate import Certificate, LayerProof, Proof, counts_digest
-from gemopt.costs import CostModel, fit
+from gemopt.costs import fit
 from gemopt.exceptions import InputError
-from gemopt.latency import Curve
 from gemopt.profile import Profile
 from gemopt.traces import Traces
+from gemopt.verify.case import SAME, Case, IntArray, floor_bound_us, objective_us
 
-IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float64]
-PS, MOST_PS = 1e6, 1 << 61  # picoseconds in a microsecond; of all steps together: what is longer counts as this
-SAFE = 1e-12  # relative: latencies are lowered by more than float64 is off
-SAME = 1e-9  # relative: two computations of one number
 MOST_NODES = 200_000
 
 
@@ -72,146 +65,6 @@ class Verified:
     def claimed_us(self) -> float:
         """What the solvers say no placement falls below."""
         return sum(layer.claimed_us for layer in self.layers)
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One layer of the question: counts [T, E], the cost model, slots [G], and how copies share.
-
-    nodes_G: node of each rank. sent_TGE: assignments by the rank that sends them; None where all send alike.
-    """
-
-    counts_TE: IntArray
-    cost: CostModel
-    slots_G: IntArray
-    split: str = "even"
-    nodes_G: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
-    sent_TGE: IntArray | None = None
-
-    @cached_property
-    def loads_FTE(self) -> IntArray:
-        """[F, T, E] features of every expert."""
-        return np.stack([feature.of(self.counts_TE).astype(np.int64) for feature in self.cost.features])
-
-    @cached_property
-    def spare(self) -> int:
-        """Slots beyond one per expert."""
-        return int(self.slots_G.sum()) - int(self.counts_TE.shape[1])
-
-    @cached_property
-    def most_F(self) -> IntArray:
-        """[F] no rank can carry more at any step."""
-        return np.asarray(self.loads_FTE.sum(axis=2).max(axis=1) + self.spare)
-
-    def terms(self, g: int, *, low: bool) -> list[list[FloatArray]]:
-        """Values in microseconds of every curve of rank g at every whole load; low: of the least of any larger load."""
-        return self._low_terms[g] if low else self._exact_terms[g]
-
-    @cached_property
-    def like_G(self) -> list[int]:
-        """[G] the first rank with the same latency: those share their tables."""
-        first: dict[object, int] = {}
-        return [first.setdefault(latency.key, g) for g, latency in enumerate(self.cost.latencies)]
-
-    @cached_property
-    def _exact_terms(self) -> list[list[list[FloatArray]]]:
-        grids = [np.arange(int(most) + 1) for most in self.most_F]
-        found: list[list[list[FloatArray]]] = []
-        for g, latency in enumerate(self.cost.latencies):
-            terms = latency.terms if self.like_G[g] == g else ()
-            made = [[value(curve, grid) for curve, grid in zip(term, grids, strict=True)] for term in terms]
-            found.append(made or found[self.like_G[g]])
-        return found
-
-    @cached_property
-    def _low_terms(self) -> list[list[list[FloatArray]]]:
-        """Down from what the curve reaches beyond the last whole load: it may still fall to its last point there."""
-        found: list[list[list[FloatArray]]] = []
-        for g, (latency, tables) in enumerate(zip(self.cost.latencies, self._exact_terms, strict=True)):
-            terms = zip(latency.terms, tables, strict=True) if self.like_G[g] == g else ()
-            made = [[_least_from(*each) for each in zip(*pair, strict=True)] for pair in terms]
-            found.append(made or found[self.like_G[g]])
-        return found
-
-    def times_us(self, g: int, loads_F: IntArray, *, low: bool = False) -> FloatArray:
-        """Latency of rank g under loads [F, ...] of whole numbers."""
-        sums = [
-            sum(table[loads] for table, loads in zip(term, loads_F, strict=True)) for term in self.terms(g, low=low)
-        ]
-        return np.asarray(np.max(np.stack([np.asarray(each) for each in sums]), axis=0))
-
-    def floor_ps(self, times_us: FloatArray) -> IntArray:
-        """Whole picoseconds that are surely not above, of which 64 bits hold the sum over the steps."""
-        most = MOST_PS // max(1, len(self.counts_TE))
-        return np.floor(np.minimum((times_us - SAFE * np.abs(times_us)) * PS, most)).astype(np.int64)
-
-    @cached_property
-    def floors_T(self) -> IntArray:
-        """[T] picoseconds that no placement's slowest rank stays below: what all ranks hold, and who must share one."""
-        ranks = np.flatnonzero(self.slots_G).tolist()
-        floors_T = self.carried_ps(ranks)[self.loads_FTE[0].sum(axis=1)]
-        if self.spare == 0 and len({int(self.slots_G[g]) for g in ranks}) == 1:
-            fastest = np.minimum.reduce([self.alone_ps(g) for g in {self.like_G[g] for g in ranks}])
-            floors_T = np.maximum(floors_T, self._shared_T(fastest, len(ranks)))
-        return np.asarray(floors_T)
-
-    def alone_ps(self, g: int) -> IntArray:
-        """Picoseconds that rank g takes at least under every whole load of the first feature, or any larger one."""
-        first = np.arange(int(self.most_F[0]) + 1)
-        rest = [np.zeros_like(first)] * (len(self.most_F) - 1)
-        return self.floor_ps(self.times_us(g, np.stack([first, *rest]), low=True))
-
-    def carried_ps(self, ranks: list[int]) -> IntArray:
-        """Picoseconds before which ranks do not carry so much of the first feature together: from nothing on.
-
-        That is the n-th of the times that one unit more takes on any of them; alike ranks are looked at once.
-        """
-        kinds = sorted({self.like_G[g] for g in ranks})
-        number_K = np.array([sum(self.like_G[g] == kind for g in ranks) for kind in kinds])
-        alone = [self.alone_ps(kind) for kind in kinds]
-        idle, one_more = max(int(each[0]) for each in alone), np.concatenate([each[1:] for each in alone])
-        most = len(one_more) // len(kinds)
-        order = np.argsort(one_more, kind="stable")
-        carried_N = np.cumsum(np.repeat(number_K, most)[order])
-        held_N = one_more[order[np.searchsorted(carried_N, np.arange(1, most + 1))]]
-        return np.append(idle, np.maximum(held_N, idle))
-
-    def _shared_T(self, fastest: IntArray, ranks: int) -> IntArray:
-        """Of the (q - 1) G + 1 largest experts, q share a rank, which is full of the smallest of the others."""
-        size, sorted_TE = int(self.slots_G.max()), np.sort(self.loads_FTE[0], axis=1)
-        best_T = np.zeros(len(sorted_TE), np.int64)
-        for q in range(1, size + 1):
-            top_TM = sorted_TE[:, sorted_TE.shape[1] - ((q - 1) * ranks + 1) :]
-            load_T = top_TM[:, :q].sum(axis=1) + sorted_TE[:, : size - q].sum(axis=1)
-            best_T = np.maximum(best_T, fastest[load_T])
-        return best_T
-
-
-def value(curve: Curve, loads: IntArray) -> FloatArray:
-    """A piecewise-linear curve at whole loads, and beyond its last point along its slope."""
-    inside = np.interp(loads, curve.x, curve.y)
-    return np.asarray(np.where(loads > curve.x[-1], curve.y[-1] + curve.slope * (loads - curve.x[-1]), inside))
-
-
-def _least_from(curve: Curve, table: FloatArray) -> FloatArray:
-    beyond = curve.y[curve.x >= len(table) - 1]
-    least = min(float(table[-1]), float(beyond.min()) if len(beyond) else np.inf)
-    return np.asarray(np.minimum.accumulate(np.append(table, least)[::-1])[::-1][:-1])
-
-
-def floor_bound_us(case: Case) -> float:
-    """What the floors of the steps prove, in microseconds; rounded down."""
-    return float(case.floors_T.sum()) / PS * (1 - SAME)
-
-
-def objective_us(case: Case, row_P: IntArray, shares_TP: IntArray) -> float:
-    """Summed makespan in microseconds of a row whose slots take these shares."""
-    owner_P = np.repeat(np.arange(len(case.slots_G)), case.slots_G)
-    loads_GFT = np.zeros((len(case.slots_G), *case.loads_FTE.shape[:2]), np.int64)
-    for slot in np.flatnonzero(row_P >= 0):
-        for f, feature in enumerate(case.cost.features):
-            loads_GFT[owner_P[slot], f] += feature.of(shares_TP[:, slot]).astype(np.int64)
-    return float(np.max([case.times_us(g, loads_GFT[g]) for g in range(len(case.slots_G))], axis=0).sum())
 
 
 def verify(

@@ -24,7 +24,7 @@ from gemopt.verify.share_contents import PricedRange, Range, covered, everything
 from gemopt.verify.share_search import no_better_shares
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 PS = 10**6
 PART_BITS = 12

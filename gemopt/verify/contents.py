@@ -20,7 +20,7 @@ from gemopt.certificate import UNIT, IntArray
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 SAFE = 1e-12  # relative: planes are raised by more than float64 is off
 EXACT_BITS = 51  # of all costs together: what they have more is rounded down

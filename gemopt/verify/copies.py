@@ -16,7 +16,7 @@ from gemopt.exceptions import InputError
 from gemopt.verify.dual import array, below
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 PS = 10**6
 MOST_TIMES = 1 << 14  # of ranks that are told apart

@@ -17,7 +17,7 @@ from gemopt.exceptions import InputError
 from gemopt.latency import Curve
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 PS = 10**6
 

@@ -18,7 +18,7 @@ from gemopt.certificate import UNIT, IntArray
 from gemopt.verify.scan import least_with
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 Array = NDArray[Any]
 BLOCK = 64  # steps looked at together

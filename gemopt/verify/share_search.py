@@ -13,7 +13,7 @@ from gemopt.verify.share_contents import PricedRange, shares_left
 from gemopt.verify.tree_copies import MOST_HOSTS, exact_worth
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 Array = NDArray[Any]
 PS = 10**6

@@ -17,7 +17,7 @@ from gemopt.traces import Traces
 from gemopt.verify.dual import array
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 CLOSE = 1e-6  # to one, of the weights of an expert
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gemopt.certificate import IntArray
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 PS = 10**6
 CLOSE = 1e-9  # relative

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gemopt.exceptions import InputError
 
 if TYPE_CHECKING:
-    from gemopt.verify import Case
+    from gemopt.verify.case import Case
 
 IntArray = NDArray[np.int64]
 PS = 10**6
