@@ -151,6 +151,21 @@ class MissingPackageError(InputError, ImportError):
         self.args = (f"{package}: {state}; {self.limit}; {self.hint}",)
         self.msg = self.args[0]
         self.name = package
+        self.purpose, self.state = purpose, state
+
+    def needed_by(self, called: str) -> MissingPackageError:
+        """The error in the words of whoever called something, where all that it names is a module of gemopt's own."""
+        known = not self.purpose.startswith("gemopt.")
+        return self if known else MissingPackageError(str(self.name), called, self.state)
+
+
+@contextmanager
+def called(name: str) -> Iterator[None]:
+    """Within, what is missing is needed by what was called, whichever module imports it."""
+    try:
+        yield
+    except MissingPackageError as error:
+        raise error.needed_by(name) from None
 
 
 def install_hint(extra: str) -> str:

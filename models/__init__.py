@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemopt.exceptions import called
 from gemopt.models.checkpoint_names import TensorRole, renamed, tensor_role
 from gemopt.models.families import FAMILIES, Family, family
 
@@ -48,6 +49,7 @@ def tiny_moe_path() -> Path:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'gemopt.models' has no attribute {name!r}")
-    value = getattr(import_module(f"gemopt.models.{_HOME[name]}"), name)
+    with called(f"gemopt.models.{name}"):
+        value = getattr(import_module(f"gemopt.models.{_HOME[name]}"), name)
     globals()[name] = value
     return value

@@ -86,9 +86,18 @@ def test_a_command_ends_in_one_line(files):
     before = sorted(files.iterdir())
     for words, (code, out, err) in run_all(COMMANDS, files, WORLD_SIZE="2", RANK="0"):
         assert (code, out) == (2, ""), (words, err)
-        assert err.startswith("gemopt: torch: not installed; ") and err.count("\n") == 1, (words, err)
+        assert err.startswith("gemopt: torch: not installed; ") and "gemopt." not in err and err.count("\n") == 1, (
+            words,
+            err,
+        )
         assert "pip install 'gemopt[torch]' (from a clone: pip install '.[torch]')" in err, words
     assert sorted(files.iterdir()) == before
+
+
+def test_that_line_names_the_command(files):
+    words, said = zip(*run_all([COMMANDS[0], COMMANDS[3], COMMANDS[4]], files, WORLD_SIZE="2", RANK="0"), strict=True)
+    for (*_, err), name in zip(said, ("gemopt profile", "gemopt profile check", "gemopt apply"), strict=True):
+        assert f"; {name} needs it; pip install" in err, (words, err)
 
 
 def test_a_process_ends_in_that_line(files):
@@ -156,13 +165,14 @@ def test_a_class_says_what_is_missing():
     assert done.returncode == 0, done.stderr
     for each, (said, nothing) in zip(CLASSES, json.loads(done.stdout), strict=True):
         last = (said.strip() or "nothing").splitlines()[-1]
-        assert "MissingPackageError: torch: not installed; gemopt." in last, (each, said)
+        named = ".".join(each) if each[0] in ("gemopt.executor", "gemopt.models") else each[0]
+        assert f"MissingPackageError: torch: not installed; {named} needs it" in last, (each, said)
         assert "During handling" not in said and nothing, each
 
 
 def test_transformers_alone_may_be_missing():
     done = python("from gemopt.executor import Executor", without=("transformers",))
-    assert "transformers: not installed; gemopt.executor.expert_parallel needs it" in done.stderr
+    assert "transformers: not installed; gemopt.executor.Executor needs it" in done.stderr
 
 
 def test_the_error_is_one_of_import_and_of_input():

@@ -9,8 +9,10 @@ import errno
 import os
 import sys
 import threading
+from collections.abc import Sequence
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from gemopt.interrupts import LEFT
 
@@ -41,13 +43,17 @@ def _would_abort() -> bool:
 
 
 def _run(argv: list[str] | None) -> None:
-    from gemopt.exceptions import EXTRAS, GemoptError, InfeasibleError, InputError, missing
+    from gemopt.exceptions import EXTRAS, GemoptError, InfeasibleError, InputError, called, missing
 
+    name = "the command line"
     try:
         load()
         from gemopt.cli.app import make
 
-        code = make()(args=argv, standalone_mode=False, prog_name="gemopt")
+        commands = make()
+        name = _named(commands, sys.argv[1:] if argv is None else argv)
+        with called(name):
+            code = commands(args=argv, standalone_mode=False, prog_name="gemopt")
         print(end="", flush=True)
     except GemoptError as error:
         code = 3 if isinstance(error, InfeasibleError) else 2 if isinstance(error, InputError) else 1
@@ -55,7 +61,7 @@ def _run(argv: list[str] | None) -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
-        sys.exit(_complain(missing(error, "this command"), 2))
+        sys.exit(_complain(missing(error, name), 2))
     except KeyboardInterrupt:
         sys.exit(_complain("interrupted", INTERRUPTED))
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -87,6 +93,17 @@ def _run(argv: list[str] | None) -> None:
     if code == INTERRUPTED:  # typer's answer to Ctrl-C
         _complain("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _named(command: Any, words: Sequence[str]) -> str:
+    """The command that was typed, as in `gemopt trace import`."""
+    name = ["gemopt"]
+    for word in words:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        name.append(word)
+    return " ".join(name)
 
 
 def _drop_output() -> None:

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from gemopt.exceptions import called
+
 if TYPE_CHECKING:
     from gemopt.executor.apply import Background, Executor, MigrationError
     from gemopt.executor.checkpoint import export_checkpoint
@@ -32,4 +34,5 @@ if find_spec("torch") is not None and find_spec("transformers") is not None:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'gemopt.executor' has no attribute {name!r}")
-    return getattr(import_module(f"gemopt.executor.{_HOME[name]}"), name)
+    with called(f"gemopt.executor.{name}"):
+        return getattr(import_module(f"gemopt.executor.{_HOME[name]}"), name)
