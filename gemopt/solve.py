@@ -26,7 +26,7 @@ from gemopt.solvers.base import DEFAULT_PATIENCE, Outcome, Row, Solver, require
 from gemopt.solving.answer import answer, without
 from gemopt.solving.cluster import Cluster
 from gemopt.solving.coupled import check_slack, go_coupled, links_of, refuse_with_links
-from gemopt.solving.first_use import ready
+from gemopt.solving.first_use import ready, unlike
 from gemopt.solving.layers import Layer
 from gemopt.solving.memory import experts_within, slots_within, solve_within
 from gemopt.solving.moving import Asked, Moving
@@ -222,9 +222,10 @@ def solve(
             layers = _layers(chosen, each, traces, warm_start, seed)
             first = layers[0].problem
             refuse_with_links(topology, split=policy.value if policy is not Split.EVEN and first.spare_slots else None)
-            clock += ready(chosen, first, notice, links, budget=held_G is not None, compute_slack=compute_slack,
-                           time_limit=time_limit)  # fmt: skip
-            clock += 0.0 if cluster is None else cluster.ready(chosen, first, interrupted)
+            for problem in unlike(each):
+                clock += ready(chosen, problem, notice, links, budget=held_G is not None, compute_slack=compute_slack,
+                               time_limit=time_limit)  # fmt: skip
+                clock += 0.0 if cluster is None else cluster.ready(chosen, problem, interrupted)
         run = Run(
             chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted,
             cluster=cluster, on_layers=on_layers,

@@ -41,7 +41,9 @@ solve.ready = lambda *given, **named: (real(*given, **named), before.update(know
 few = {"current": gemopt.solve(profile(3), traces(12, 2, 8), solver="linear").placement, "max_moves": 3}
 copies = [{"slots_per_rank": 4, "split": split} for split in ("static", "optimal")]
 budget = {"memory_budget": 9.0, "expert_bytes": 1}
-for options in ({"solver": "conflict"}, budget, {"solver": "local-search"}, {"solver": "gem"}, few, *copies):
+rules = gemopt.Rules(pinned=[{"experts": [0, 1], "ranks": [0], "layers": [0]}])  # nothing is asked of the other layer
+first = [{"solver": name, "rules": rules} for name in ("local-search", "auto")]
+for options in (*first, {"solver": "conflict"}, budget, {"solver": "local-search"}, {"solver": "gem"}, few, *copies):
     gemopt.solve(profile(3), traces(12, 2, 8), time_limit=60, patience=2, threads=1, **options)
     later = [kernel.__name__ for kernel, signatures in known().items() if signatures > before.get(kernel, 0)]
     assert not later, (options, later)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -92,6 +92,11 @@ def ready(
     if _compiled() > before:
         notice(f"compiled in {elapsed:.0f} s")
     return elapsed
+
+
+def unlike(problems: Sequence[Problem]) -> list[Problem]:
+    """One layer of each kind that rules make of the layers of a call: they share all else that decides on kernels."""
+    return list({(each.rules is None, _asked(each)): each for each in reversed(problems)}.values())
 
 
 def _kind(solver: Solver, problem: Problem, budget: bool, contents: bool) -> tuple[object, ...]:

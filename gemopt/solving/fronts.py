@@ -26,7 +26,7 @@ from gemopt.solve import solve
 from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Options
 from gemopt.solvers.budget import Front, Point, divide, walk_front
-from gemopt.solving.first_use import ready
+from gemopt.solving.first_use import ready, unlike
 from gemopt.solving.ruled import exemplified
 from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders
@@ -95,7 +95,8 @@ def moves_front(
     given, kept = traces.split(holdout) if holdout else (traces, None)
     senders = Senders.of(options.get("senders"))
     layers = _layers(fitted, given, current, profile, senders)
-    ready(get("local-search"), layers[0], notice)
+    for layer in unlike(layers):
+        ready(get("local-search"), layer, notice)
     fronts, cut = _fronts(layers, current, time_limit, options.get("threads"))
     if cut:
         (notice or say)(f"note: the swaps were cut after {time_limit:g} s: more may gain; more --time-limit would help")
