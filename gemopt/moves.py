@@ -36,12 +36,15 @@ class Moves:
         Moves allowed in all; None: any number.
     most_into_G
         [G] moves allowed into each rank; None: any number.
+    known_P
+        [P] a row with few moves, where one has been found: what others look for.
     """
 
     home_GE: BoolArray
     price_us: float = 0.0
     most: int | None = None
     most_into_G: IntArray | None = None
+    known_P: IntArray | None = None
 
     @classmethod
     def make(cls, home_GE: object, price_us: float = 0.0, most: int | None = None, most_into_G: object = None) -> Moves:
@@ -77,9 +80,9 @@ class Moves:
         """Experts that no rank holds in the placement in force."""
         return np.flatnonzero(~self.home_GE.any(axis=0)).tolist()
 
-    def at_most(self, most: int | None) -> Moves:
-        """The same with another limit on all moves."""
-        return replace(self, most=most)
+    def at_most(self, most: int | None, known_P: IntArray | None = None) -> Moves:
+        """The same with another limit on all moves, within which a row may be known."""
+        return replace(self, most=most, known_P=known_P)
 
     def into(self, row_P: IntArray, slots_per_rank: IntArray) -> IntArray:
         """[G] moves into each rank."""

@@ -18,9 +18,12 @@ from gemopt.exceptions import InputError
 from gemopt.layer_rules import check_kept
 from gemopt.links import Exchange
 from gemopt.placement import EMPTY, Placement
+from gemopt.problem import Problem
 from gemopt.result import Status, StoppedBy
 from gemopt.rules import Rules
 from gemopt.solve import solve
+from gemopt.solvers import hurried
+from gemopt.solving.moving import Moving
 from gemopt.traces import Tokens, Traces
 from gemopt.traces.arrays import count_assignments
 from gemopt.verify import verify
@@ -166,6 +169,39 @@ def test_moves_not_proven_to_be_the_fewest_prove_nothing(solver: str, monkeypatc
     assert result.status is Status.FEASIBLE and result.moves is not None and result.moves.moves <= 5
     few = solve(profile(3), traces(experts=6), max_moves=3, patience=1, time_limit=20, **asked)
     assert few.status is Status.INFEASIBLE and "rules" in few.notes[0]
+
+
+@pytest.mark.parametrize("solver", ["local-search", "auto"])
+def test_a_row_that_was_found_is_not_lost_where_no_time_is_left_for_another(
+    solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank leaves, under rules: the row of the fewest moves is searched on from, in more than half the time."""
+    nearest, moving = import_module("gemopt.solvers.nearest"), import_module("gemopt.solving.moving")
+    may_take: list[float] = []
+
+    def found(problem: Problem) -> tuple[object, bool]:
+        may_take.append(hurried.seconds_for_better())
+        return nearest.fewest(problem)[0], False
+
+    def eased(self: Moving, layers: list[Problem], deadline: float) -> tuple[list[Problem], bool]:
+        done = real(self, layers, deadline)
+        monkeypatch.setattr(nearest, "_near", lambda *_: (None, False))  # from now on nothing is found in time
+        monkeypatch.setattr(import_module("gemopt.solvers.placing"), "_balanced", late)
+        return done
+
+    def late(*_: object) -> object:
+        raise hurried.OutOfTimeError("another row")
+
+    real = Moving.eased
+    monkeypatch.setattr(moving, "fewest", found)
+    monkeypatch.setattr(Moving, "eased", eased)
+    rules = Rules(together=[{"experts": [0, 1]}], apart=[{"experts": [2, 7]}])
+    current = Placement(physical_to_logical=[[0, 3, 6, 1, 4, 7, 2, 5, 8]] * 2, slots_per_rank=[3, 3, 3], num_experts=9)
+    asked = {"current": current, "exclude_ranks": [2], "slots_per_rank": 6, "solver": solver}
+    result = solve(profile(3), traces(60, 2, 9), rules=rules, time_limit=100, patience=1, **asked)
+    assert result.placement is not None and result.status in (Status.FEASIBLE, Status.OPTIMAL)
+    check_rules(result.placement, rules)
+    assert len(may_take) == 2 and max(may_take) < 50
 
 
 @pytest.mark.parametrize("split", ["even", "static", "optimal"])

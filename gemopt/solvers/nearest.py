@@ -61,6 +61,8 @@ def fewest(problem: Problem) -> tuple[Row | None, bool]:
             return None, True
         if within_limits(problem, row):
             return row, True
+    if moves.known_P is not None and within_limits(problem, moves.known_P):
+        return moves.known_P.copy(), False
     known = not problem.full and not moves.limited and known_example(problem) is not None
     seconds = max(hurried.seconds_for_better(), SOON_S) if known else hurried.seconds_left()
     row, proven = _near(problem, moves, problem.num_slots, seconds)

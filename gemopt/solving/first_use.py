@@ -149,7 +149,7 @@ def _easy(problem: Problem) -> Problem:
     *kinds, _ = _asked(problem)
     if moves is not None:
         into_G = None if moves.most_into_G is None else np.full(2, 2)
-        moves = replace(moves, home_GE=experts % 2 == ranks[:, None], most_into_G=into_G)
+        moves = replace(moves, home_GE=experts % 2 == ranks[:, None], most_into_G=into_G, known_P=None)
     return replace(few, rules=LayerRules(tuple(demands[str(kind)] for kind in kinds), 2, 4), moves=moves)
 
 

@@ -28,6 +28,7 @@ from gemopt.splits.senders import Senders
 from gemopt.traces import Traces
 
 US_PER_GB_PER_S = 1e-3  # microseconds that a byte takes at 1 GB/s
+EASING_SHARE = 0.4  # of the time, in which the fewest moves are proven to be that
 
 
 @dataclass(frozen=True)
@@ -189,14 +190,16 @@ class Moving:
 
     def eased(self, layers: Sequence[Problem], deadline: float) -> tuple[list[Problem], bool]:
         """The layers with the moves that ranks, rules, slots and full ones ask for, unless the caller set a limit; and
-        whether it is proven of all that these are the fewest. deadline: of `time.monotonic`, until when that is tried.
+        whether it is proven of all that these are the fewest. deadline: of `time.monotonic`; part of the time until
+        then is for that, so that some is left to search in.
         """
         if not self.asked_by_ranks:
             return list(layers), True
-        found, all_proven = list[Problem](), True
+        found, all_proven, begin = list[Problem](), True, time.monotonic()
+        end = begin + EASING_SHARE * max(0.0, deadline - begin)
         for number, layer in enumerate(layers):
             now = time.monotonic()
-            with hurried.better_by(now + (deadline - now) / (len(layers) - number)):
+            with hurried.better_by(now + (end - now) / (len(layers) - number)):
                 eased, proven = _eased(layer, self.resized.old_rank < 0)
             found.append(eased)
             all_proven &= proven
@@ -291,7 +294,7 @@ def _eased(problem: Problem, new_G: NDArray[np.bool_]) -> tuple[Problem, bool]:
     row, proven = fewest(problem.with_moves(moves.at_most(None)))
     needed = 0 if row is None else moves.count(row, problem.slots_per_rank)
     asked = int((~moves.home_GE.any(axis=0)).sum() + problem.slots_per_rank[new_G].sum())
-    return problem.with_moves(moves.at_most(max(asked, needed))), proven or needed <= asked
+    return problem.with_moves(moves.at_most(max(asked, needed), row)), proven or needed <= asked
 
 
 def _known(expert_bytes: int | None, field: str, value: float) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -130,8 +131,9 @@ class _Search(Best):
         while not self.options.expired() and not self.good_enough():
             self.searched = True
             if not self.starts and self.options.patience != 0 and not self.free_tried:
-                self.starts.append(self._without_moves())
                 self.free_tried = True
+                with suppress(OutOfTimeError):  # there is a row already
+                    self.starts.append(self._without_moves())
             if not self.starts:
                 break
             begun = True
