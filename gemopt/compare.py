@@ -14,7 +14,7 @@ from gemopt import cores, interrupts
 from gemopt.bounds import spread_bound
 from gemopt.costs import CostModel, cost_of
 from gemopt.evaluate import Evaluation, evaluate
-from gemopt.exceptions import InputError, MissingPackageError, SolverError, UnsupportedError, check_number
+from gemopt.exceptions import InputError, MissingPackageError, SolverError, UnsupportedError
 from gemopt.placement import Placement
 from gemopt.problem import problems
 from gemopt.profile import Profile
@@ -135,7 +135,7 @@ def compare(
     if not solvers:
         raise InputError("solvers", solvers, "at least one")
     if (threads := options.get("threads")) is not None:
-        check_number("threads", threads, "a whole number of at least 1", least=1, whole=True)
+        cores.check(threads)
     fitted = cost_of(cost, profile)
     given, held = traces.split(holdout) if holdout else (traces, None)
     with interrupts.held() as interrupted, cores.at_most(threads or cores.available()):

@@ -6,6 +6,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gemopt.exceptions import check_number
+
+MOST = 1 << 16
+
+
+def check(threads: object) -> None:
+    """Refuse what is no number of threads."""
+    limit = f"a whole number of at least 1, at most {MOST}"
+    check_number("threads", threads, limit, least=1, most=MOST, whole=True)
+
 
 def available() -> int:
     """Cores this process may run on."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cli_inputs import gemopt, write_inputs
 from kernel_tables import written
 from watched import filled
+
+from gemopt import Placement, Traces
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
 
@@ -95,3 +98,44 @@ def test_ranks_of_dumps_that_no_rank_writes_are_refused_before_a_watch_begins(
     words = ["watch", folder / "traces", "--profile", folder / "profile.json", "--placement", folder / "placement.json"]
     code, _, err = gemopt(capsys, *words, "--from", "vllm", "--ep", "4", "--once")
     assert code == 2 and "--ep: got 4; vllm has no recordings that ranks write apart" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("solve {p} {t} --threads 99999999999999999999", "threads: got 99999999999999999999; a whole number of at"),
+        ("compare {p} {t} --threads 99999999999999999999", "threads: got 99999999999999999999; a whole number of"),
+        ("compare {p} {t} --solvers=", "solver: got "),
+        ("trace import {n} --from array --top-k 99999999999999999999 -o {d}/q", "--top-k: got 99999999999999999999;"),
+        ("profile import {c} --ranks 99999999999999999999 -o {d}/q", "'--ranks': Input should be less than"),
+        ("profile import {c} --top-k 99999999999999999999 -o {d}/q", "'--top-k': Input should be less than"),
+        ("profile import {c} --ranks 2 --repeat-column= -o {d}/q", "--repeat-column: got nothing; a name"),
+        ("profile import {c} --ranks 2 --time-column= -o {d}/q", "--time-column: got nothing; a name"),
+        ("profile import {c} --ranks 2 --fleet= -o {d}/q", "--fleet: got nothing; a name"),
+        ("apply {m} --dry-run --expert-bytes 99999999999999999999", "'--expert-bytes': Input should be less than"),
+        ("placement import  --from vllm -o {d}/q", "PATH: got .; a file with a placement"),
+        ("placement import {m} --from vllm --num-experts 7 -o {d}/q", "--num-experts: got 7; 8, as "),
+        ("placement import {m} --from vllm --ep 3 -o {d}/q", "--ep: got 3; 2, as "),
+        ("placement import {m} --from vllm --layer-ids 3-4 -o {d}/q", "--layer-ids: got [3, 4]; [0, 1], as "),
+        ("placement import {m} --from vllm --num-hidden-layers 9 -o {d}/q", "--num-hidden-layers: got 9; 2, as "),
+    ],
+)
+def test_values_that_cannot_be_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    """They ended in tracebacks, were ignored, or took all memory."""
+    profile, traces = write_inputs(tmp_path)
+    np.save(tmp_path / "counts.npy", Traces.load(traces).counts)
+    Placement.contiguous(2, 8, 2, num_hidden_layers=2).save(tmp_path / "m.json")
+    names = {"p": profile, "t": traces, "c": written(tmp_path, TABLE), "n": tmp_path / "counts.npy"}
+    code, _, err = gemopt(capsys, *words.format(d=tmp_path, m=tmp_path / "m.json", **names).split(" "))
+    assert code == 2 and said in err and err.count("\n") == 1, err
+    assert not (tmp_path / "q").exists()
+
+
+def test_what_a_placement_of_ours_leaves_out_may_be_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Placement.contiguous(2, 8, 2).save(tmp_path / "m.json")
+    words = ["placement", "import", tmp_path / "m.json", "--from", "vllm", "--num-hidden-layers", 5, "--model", "ours"]
+    assert gemopt(capsys, *words, "--num-experts", 8, "-o", tmp_path / "q.json")[0] == 0
+    found = Placement.load(tmp_path / "q.json")
+    assert (found.num_hidden_layers, found.model, found.num_experts) == (5, "ours", 8)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
-from gemopt.cli.options import AsJson, leave_group
+from gemopt.cli.options import MOST_BYTES, AsJson, leave_group
 from gemopt.exceptions import InputError, refuse_unused
 from gemopt.words import counted
 
@@ -44,7 +44,9 @@ def apply(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would move")] = False,
     at_load: Annotated[bool, typer.Option("--at-load", help="permute the checkpoint in memory while loading")] = False,
     layout: Annotated[LayoutName, typer.Option(help="ranks share a batch, or each have their own")] = LayoutName.SHARED,
-    expert_bytes: Annotated[int | None, typer.Option(min=1, help="weights of one expert, without --model")] = None,
+    expert_bytes: Annotated[
+        int | None, typer.Option(min=1, max=MOST_BYTES, help="weights of one expert, without --model")
+    ] = None,
     budget: Annotated[float | None, typer.Option(min=0, help="GiB a rank may use for what it receives")] = None,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="default: all ranks on one node")] = None,
     node_gbps: Annotated[float, typer.Option(min=1e-3, help="GB/s of a rank inside a node, for the estimate")] = 50.0,

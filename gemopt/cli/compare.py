@@ -68,7 +68,7 @@ def compare_command(
     from gemopt.solving.fronts import check_request
     from gemopt.solving.options import check_options
 
-    names = [name.strip() for name in solvers.split(",")] if solvers else list(DEFAULT_SOLVERS)
+    names = list(DEFAULT_SOLVERS) if solvers is None else [name.strip() for name in solvers.split(",")]
     if len(set(names)) < len(names):
         raise InputError("--solvers", solvers, "each of them once")
     for name in names:

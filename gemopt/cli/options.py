@@ -98,6 +98,7 @@ SOLVERS = (
     "branch, columns, cpsat, milp"
 )
 SolverName = Annotated[str, typer.Option("--solver", help=SOLVERS, autocompletion=among(*SOLVERS.split(", ")))]
+MOST_BYTES = 1 << 50  # of one expert: more are a slip, and sums over experts would not fit
 EXIT_INFEASIBLE = 3
 EXIT_NO_SOLUTION = 4
 

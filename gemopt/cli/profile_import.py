@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemopt.cli.app import examples, notice, print_json, profile_app, say, warn
-from gemopt.cli.options import AsJson
+from gemopt.cli.options import MOST_BYTES, AsJson
 from gemopt.cli.outputs import check_outputs
+from gemopt.exceptions import InputError
 from gemopt.words import counted
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile
 
 Columns = list[str] | None
+MOST = 1 << 16  # devices, or experts of a token: more are a slip
 
 
 @profile_app.command(
@@ -35,7 +37,7 @@ def import_table(
     unit: Annotated[
         str | None, typer.Option(help="what the load column counts: assignments (default), tokens or group-tokens")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="experts per token")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, max=MOST, help="experts per token")] = None,
     ep: Annotated[int | None, typer.Option(min=1, help="ranks of the measured group, for group-tokens")] = None,
     where: Annotated[Columns, typer.Option(metavar="COLUMN=VALUE", help="only these rows; repeatable")] = None,
     load_column: Annotated[str | None, typer.Option(help="column with the load; then give --unit")] = None,
@@ -54,14 +56,14 @@ def import_table(
     fleet: Annotated[str | None, typer.Option(help="which dataset of the speeds, when it holds several")] = None,
     memory_fleet: Annotated[str | None, typer.Option(help="another dataset for the memory-bound part")] = None,
     ranks: Annotated[
-        int | None, typer.Option(help="devices: equal ones, or drawn from --speeds (then 8 unless given)")
+        int | None, typer.Option(max=MOST, help="devices: equal ones, or drawn from --speeds (then 8 unless given)")
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
     device: Annotated[str | None, typer.Option(help="name of the measured device")] = None,
     source: Annotated[str | None, typer.Option(help="where the table comes from, and its licence")] = None,
     model: Annotated[str | None, typer.Option(help="name of the network")] = None,
     expert_bytes: Annotated[
-        int | None, typer.Option(min=1, help="weights of one expert, for the price of moves")
+        int | None, typer.Option(min=1, max=MOST_BYTES, help="weights of one expert, for the price of moves")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,6 +74,11 @@ def import_table(
     check_outputs(
         ("--output", output, "profile"), read=[*(("the table", each) for each in tables), ("--speeds", speeds)]
     )
+    named = {"--time-column": [time_column], "--load-column": [load_column], "--repeat-column": repeat_column}
+    named |= {"--device-column": device_column, "--sum-column": sum_column, "--fleet": [fleet]}
+    for option, names in (named | {"--memory-fleet": [memory_fleet]}).items():
+        if "" in (names or []):
+            raise InputError(option, "nothing", "a name")
     check_drawn(speeds, fleet, memory_fleet, seed)
     notes: list[str] = []
     profile = read_table(

@@ -200,6 +200,8 @@ class _Writer:
     ) -> None:
         self.stream, self.found, self.dtype, self.top_k = stream, found, dtype, top_k or found.top_k or 1
         self.uneven = 0  # steps whose assignments are no multiple of top_k
+        if self.top_k > shape[2]:
+            raise InputError("--top-k", self.top_k, f"at most the {shape[2]} experts")
         self.kept, self.layer_ids = rows
         self.recorded, self.experts = shape[1], shape[2]
         self.steps = self.assignments = self.even = self.apart = self.common = self.largest = 0
@@ -334,8 +336,6 @@ def _metadata(writer: _Writer, found: Recording, options: TraceOptions) -> dict[
     top_k = found.top_k or options.top_k
     if options.top_k not in (None, top_k):
         raise InputError("--top-k", options.top_k, f"{top_k} experts per token, as the files say", "leave it out")
-    if top_k is not None and top_k > writer.experts:
-        raise InputError("--top-k", top_k, f"at most the {writer.experts} experts")
     known = {"num_hidden_layers": hidden, "top_k": top_k, "model": options.model}
     if options.num_experts is not None and options.num_experts != writer.experts:
         raise InputError("experts", writer.experts, f"--num-experts is {options.num_experts}")

@@ -214,16 +214,36 @@ def import_placement(path: Path, *, source: str, facts: Facts | None = None) -> 
     What the file leaves out comes from `facts`, or from the side file that `export` wrote beside it.
     """
     engine = get(source)
+    if not path.name:
+        raise InputError("PATH", str(path), "a file with a placement")
     if engine.read is None:
         names = ", ".join(e.name for e in engines() if e.read is not None)
         hint = f"placements of: {names}"
         raise UnsupportedError("--from", engine.name, engine.note or "has no placement to read", hint)
-    facts, side = facts or Facts(), _side_file(path)
+    side, known = _side_file(path), facts or Facts()
     with telling(f"a placement of {engine.name}", path):
-        found = engine.read(path, facts if side is None else _with_side_file(side, facts))
+        found = engine.read(path, known if side is None else _with_side_file(side, known))
     if found.has_empty_slots and not engine.empty_slots and not engine.document:
         raise InputError(str(path), "an empty slot (-1)", f"an expert in every slot, as {engine.name} needs it")
+    if facts is not None:
+        found = _as_told(found, facts, path)
     return found if side is None else found.under(side.rules, side.node_of_rank)
+
+
+def _as_told(found: Placement, facts: Facts, path: Path) -> Placement:
+    """The placement with what its file left out and the user gave; `InputError` where the file says otherwise."""
+    pairs = {
+        "--ep": (facts.num_ranks, found.num_ranks),
+        "--num-experts": (facts.num_experts, found.num_experts),
+        "--layer-ids": (facts.layer_ids and list(facts.layer_ids), list(found.layer_ids)),
+        "--num-hidden-layers": (facts.num_hidden_layers, found.num_hidden_layers),
+    }
+    for option, (given, here) in pairs.items():
+        if None not in (given, here) and given != here:
+            raise InputError(option, given, f"{here}, as {path} says", "leave it out")
+    told = {"num_hidden_layers": facts.num_hidden_layers, "model": facts.model}
+    changed = {name: value for name, value in told.items() if value not in (None, getattr(found, name))}
+    return found.changed(**changed) if changed else found
 
 
 def _side_file(path: Path) -> SideFile | None:

@@ -107,7 +107,7 @@ def gather(
     found, placement = read_answer(answer)
     measured, steps = Profile.of(profile), choose(Traces.of(traces))
     check_agreement(placement, steps, measured.num_ranks)
-    chosen = cost or ((found.cost if found is not None else "") or "auto")
+    chosen = cost if cost is not None else (found.cost if found is not None else "") or "auto"
     model, report = fit(measured, model=chosen)
     Senders.asked_by(senders, placement.split)
     fitted, rest = (steps, None) if found is None else _own_steps(found, placement, measured, steps, model, senders)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from gemopt import cores
 from gemopt.costs import known
 from gemopt.documents import check_writable
 from gemopt.exceptions import ABOVE_0, BELOW_1, InputError, UnsupportedError, check_flags, check_number
@@ -71,10 +72,11 @@ def _check_numbers(asked: Mapping[str, Any]) -> None:
     if (time_limit := asked.get("time_limit")) is not None:
         check_number("time_limit", time_limit, "seconds above 0, at most 1e7", least=ABOVE_0, most=1e7)
     check_number("gap", asked.get("gap", 0.0), "a fraction from 0 to below 1", "0.01 is one per cent", most=BELOW_1)
-    for name, least in (("threads", 1), ("patience", 0), ("seed", 0)):
+    if (threads := asked.get("threads")) is not None:
+        cores.check(threads)
+    for name in ("patience", "seed"):
         if name == "seed" or asked.get(name) is not None:
-            limit = f"a whole number of at least {least}"
-            check_number(name, asked.get(name, 0), limit, least=least, whole=True)
+            check_number(name, asked.get(name, 0), "a whole number of at least 0", whole=True)
 
 
 def _check_certificate(path: str | os.PathLike[str], other: object) -> None:
