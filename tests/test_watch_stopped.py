@@ -64,9 +64,10 @@ def test_a_command_that_is_late_or_whose_watch_ends_is_ended_with_what_it_began(
     ends(pid)
 
 
-def test_a_command_that_does_not_heed_it_is_killed(folder: Path) -> None:
+def test_a_command_that_does_not_heed_it_is_killed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemopt.online.command.GRACE_S", 0.1)
     stop, pid = threading.Event(), folder / "pid"
-    stop.set()
+    threading.Thread(target=lambda: (written(pid), stop.set())).start()
     script = f"trap '' TERM; sleep 600 & echo $! > {pid}; wait"
     with pytest.raises(Exception, match="told to end"):
         run_command(["sh", "-c", script], 600, stop)
