@@ -203,6 +203,8 @@ def _ndim(data: Any) -> int:
 
 def _says_counts(path: Path) -> bool:
     """Whether the file itself calls its array so."""
+    if count_json.is_json(path):
+        return count_json.read(path).named
     data, _ = _loaded(path)
     return path.suffix != ".npy" and isinstance(data, dict) and "counts" in data
 

@@ -60,7 +60,7 @@ class _Table:
     name: str  # as `names_of` tells it from the others
     ranks: dict[int, dict[Key, int]] = field(default_factory=dict)
     has_steps: bool = False
-    wide: bool = False  # with a column for each expert, of which none is called count
+    unnamed: bool = False  # nothing in it is called count
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
     results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
@@ -105,7 +105,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     if len(own.ranks) > 1:
         notes.append(f"{len(own.ranks)} ranks are added up, expert by expert")
         each_RTLE = np.stack([_dense(steps, [rank], layers, experts) for rank in own.ranks])
-        if any(table.wide for table in tables):
+        if any(table.unnamed for table in tables):
             refuse_map(each_RTLE.reshape(-1, *each_RTLE.shape[2:]))
         refuse_local(each_RTLE)
         no_pipeline = options.no_pipeline or all(table.parallel for table in tables)
@@ -113,7 +113,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         notes += [doubt] if doubt else []
     total = _dense(steps, own.ranks, layers, experts)
     refuse_totals("PATHS: counts", total)
-    refuse_no_counts(total, mapped=any(table.wide for table in tables), ids=options.num_experts is None)
+    refuse_no_counts(total, mapped=any(table.unnamed for table in tables), ids=options.num_experts is None)
     busy = total.any(axis=(1, 2))
     used, phase = total[busy], _phases(tables)
     return Recording(
@@ -230,7 +230,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     header = [INDEX if _SAVED_INDEX.fullmatch(name) else name for name in header]
     given = header
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
-    table.wide = header is not given and not count_json.is_json(path)
+    table.unnamed = not count_json.read(path).named if count_json.is_json(path) else header is not given
     columns = _columns(path, header)
     table.has_steps = "step" in columns
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL

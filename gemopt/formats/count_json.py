@@ -69,7 +69,7 @@ def _read(path: Path, _changed: tuple[int, ...]) -> Content:
     found = found if _is_keyed(found) else frame_rows(found)
     if isinstance(found, list) and not any(isinstance(each, dict) for each in found):
         _refuse_flags(path, found, text)
-        return Content(arrays={"counts": found})
+        return Content(arrays={"counts": found}, named=False)
     told = Content()
     rows = list(_rows(path, found, {}, told))
     if not rows:
@@ -84,14 +84,20 @@ def _read(path: Path, _changed: tuple[int, ...]) -> Content:
     return told
 
 
-def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Iterator[dict[Any, Any]]:
-    """Rows of what is inside objects and lists; known: the keys on the way, those of numbers alone by their depth."""
+def _rows(
+    path: Path, value: Any, known: dict[Any, Any], told: Content, *, named: bool = False
+) -> Iterator[dict[Any, Any]]:
+    """Rows of what is inside objects and lists.
+
+    known: the keys on the way, those of numbers alone by their depth; named: whether one of them says counts.
+    """
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         for each in value:
-            yield from _rows(path, frame_rows(each) if len(value) == 1 else each, known, told)
+            yield from _rows(path, frame_rows(each) if len(value) == 1 else each, known, told, named=named)
     elif isinstance(value, list) and any(isinstance(each, dict) for each in value):
         raise InputError(str(path), "a list of objects and others", "rows that are alike")
     elif not isinstance(value, dict):
+        told.named &= named
         yield {**known, "counts" if isinstance(value, list) else "count": value}
     elif keys := numbered(value):
         first = next(iter(value))
@@ -101,20 +107,21 @@ def _rows(path: Path, value: Any, known: dict[Any, Any], told: Content) -> Itera
         refuse_derived(path, first)
         for number, each in zip(keys[1], value.values(), strict=True):
             name = keys[0] or sum(isinstance(key, int) for key in known)
-            yield from _rows(path, each, {**known, name: number}, told)
+            yield from _rows(path, each, {**known, name: number}, told, named=named)
     elif (inner := inside(value)) is not None:
         beside = {key: each for key, each in value.items() if each is not inner}
         _refuse_telling(path, [key for key, each in beside.items() if isinstance(each, (list, dict))])
         told.unread += [key for key, each in beside.items() if isinstance(each, (list, dict))]
         plain = {key: each for key, each in beside.items() if key not in told.unread}
-        yield from _rows(path, inner, {**plain, **known}, told)
+        named |= any(each is inner and bool(words_of(key) & COUNTED) for key, each in value.items())
+        yield from _rows(path, inner, {**plain, **known}, told, named=named)
     else:
         nested = {key: each for key, each in value.items() if isinstance(each, (list, dict))}
         if len(nested) < 2 or not numbered(nested):
             yield {**known, **value}
             return
         plain = {key: each for key, each in value.items() if key not in nested}  # the step of all its layers
-        yield from _rows(path, nested, {**plain, **known}, told)
+        yield from _rows(path, nested, {**plain, **known}, told, named=named)
 
 
 def _refuse_flags(path: Path, value: Any, text: str) -> None:

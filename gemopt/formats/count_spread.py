@@ -30,6 +30,7 @@ class Content:
     steps: tuple[int, int] | None = None  # the first and the last that it numbers
     phases: list[int] = field(default_factory=list)  # of the steps of an array
     notes: list[str] = field(default_factory=list)
+    named: bool = True  # whether the file itself says that it holds counts
 
 
 def compact(array: Any) -> Any:

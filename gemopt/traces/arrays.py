@@ -254,17 +254,21 @@ def add_up(counts: IntArray) -> bool:
 def is_map(counts: IntArray) -> bool:
     """Whether numbers say where experts are: all from 0 on in every row, or a 1 where a device has an expert.
 
-    Or each number as often as any other in every row: the devices of experts. Or hardly any but 1: their copies.
+    Or each number as often as any other in every row: the devices of experts. Or the same numbers one after the other:
+    their order. Or hardly any but 1: their copies.
     """
     rows = np.sort(counts[:LOOKED_AT], axis=2)
     last, slots = int(rows[0, 0, -1]), rows.shape[2]
     each, rest = divmod(slots, last + 1) if last > 1 else (0, 0)  # experts on a device
-    if each > 1 and not rest and rows.size >= ENOUGH_NUMBERS and (rows == np.repeat(np.arange(last + 1), each)).all():
+    owners = each > 1 and not rest and (rows[0, 0] == np.repeat(np.arange(last + 1), each)).all()
+    order = slots >= FEWEST_SLOTS and (np.diff(rows[0, 0]) == 1).all() and (counts[:LOOKED_AT] != rows).any()
+    if (owners or order) and rows.size >= ENOUGH_NUMBERS and (rows == rows[0, 0]).all():
         return True
     numbered = (
         slots >= FEWEST_SLOTS and 2 * (last + 1) > slots and (rows[:, :, -1] == last).all() and not rows[:, :, 0].any()
     )
-    if numbered and rows[:, :, 0].size >= ENOUGH_SUMS and (np.diff(rows, axis=2) <= 1).all():
+    enough = rows[:, :, 0].size >= ENOUGH_SUMS or (4 * (last + 1) >= 3 * slots and rows.size >= MANY_EXPERTS)
+    if numbered and enough and (np.diff(rows, axis=2) <= 1).all():
         return True
     held = counts.sum(axis=0, dtype=np.int64) if counts.max() == 1 else counts
     return bool(held.min() == 1 and held.mean() < 1.5 and held.size >= MANY_EXPERTS)

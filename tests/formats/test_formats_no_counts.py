@@ -318,3 +318,29 @@ def test_copies_of_experts_and_ranks_that_hold_them_are_no_counts(load, tmp_path
     few = routed(rng, steps=1, tokens=20)  # hardly more assignments than experts
     np.save(tmp_path / "a.npy", few)
     assert load(tmp_path / "a.npy", "array")[0].num_experts == few.shape[2]
+
+
+def test_an_order_of_experts_in_few_rows_is_no_counts_however_it_is_written(load, tmp_path):
+    """`argsort(-counts)` of four layers, in lists, in arrays of layers, from 1 on: by chance no counts are so."""
+    order = np.stack([np.random.default_rng(i).permutation(16) for i in range(4)])
+    np.savez(tmp_path / "a.npz", **{f"layer_{i}": row for i, row in enumerate(order)})
+    with pytest.raises(InputError, match="a map of experts"):
+        load(tmp_path / "a.npz", "array")
+    redundant = np.concatenate([order, order[:, :4]], axis=1)
+    for written in (
+        order[None].tolist(),
+        {f"layer_{i}": row.tolist() for i, row in enumerate(order + 1)},
+        {str(i): row.tolist() for i, row in enumerate(order)},
+        {f"layer_{i}": {f"expert_{e}": int(n) for e, n in enumerate(row)} for i, row in enumerate(order)},
+        redundant[None].tolist(),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps(written))
+        with pytest.raises(InputError, match="a map of experts"):
+            load(tmp_path / "a.json", "array")
+    (tmp_path / "a.json").write_text(
+        json.dumps({"expert_counts": {str(i): row.tolist() for i, row in enumerate(order)}})
+    )
+    assert (load(tmp_path / "a.json", "array")[0].counts == order).all()  # which says what they are
+    few = np.random.default_rng(0).multinomial(30, np.ones(8) / 8, (1, 9))
+    (tmp_path / "a.json").write_text(json.dumps(few.tolist()))
+    assert (load(tmp_path / "a.json", "array")[0].counts == few).all()
