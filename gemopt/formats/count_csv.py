@@ -91,6 +91,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     layers = sorted({layer for _, layer, _ in keys})
     results = set().union(*(table.results for table in tables))
     told = count_told.numbers({name: cell for name, cell in others.items() if name not in results})
+    count_told.refuse_own_layers(others, layers[0])
     number = told.pop("num_experts", options.num_experts)
     if options.num_experts not in (None, number):
         raise InputError("--num-experts", options.num_experts, f"{number}, as the tables say")

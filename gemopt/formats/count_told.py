@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import NUMBERS
-from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES
+from gemopt.formats.count_names import NUMBERS, TABLES
+from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
 
 NOT = {"0", "0.0", "false", "no"}
 NOTHING = {*NOT, "", "none", "null", "nan"}
@@ -36,6 +36,17 @@ def numbers(columns: Mapping[str, str]) -> dict[str, int]:
         elif COPIES.search(name) and not re.search("local|expert_id", name):
             raise InputError(f"PATHS: {name}", cell, "counts of logical experts", f"{NOT_COPIES}; then leave it out")
     return told
+
+
+def refuse_own_layers(columns: Mapping[str, str], first: int) -> None:
+    """Raise where a column says that the first layer cannot be `first`: a stage or the MoE layers have own numbers."""
+    for name, cell in columns.items():
+        number = WHOLE.fullmatch(cell.strip())
+        if meant(name) == "layer_ids" and name not in TABLES and number and "freq" not in name:
+            least = int(number[1]) if "layer" in name or "dense" in name else min(int(number[1]), 1)
+            if first < least:
+                found, limit = f"{cell}, but layer {first} is there", "layers numbered through the network"
+                raise InputError(f"PATHS: {name}", found, limit, f"number the layers so, then leave {name} out")
 
 
 def says_nothing(name: str, text: str) -> bool:

@@ -25,7 +25,15 @@ from gemopt.formats.engine import IntArray, Loaded, TraceOptions, check_sizes
 from gemopt.formats.findings import experts_of, ranges
 from gemopt.formats.recorded_files import files_of
 from gemopt.formats.response_bodies import Bodies, Response, Sample
-from gemopt.formats.routed_ids import blank_tokens, check_zero_tokens, decode, has_shape, moe_layers, narrowed
+from gemopt.formats.routed_ids import (
+    blank_tokens,
+    check_zero_tokens,
+    decode,
+    has_shape,
+    moe_layers,
+    narrowed,
+    refuse_split,
+)
 from gemopt.traces import Phase
 from gemopt.traces.batching import from_tokens
 from gemopt.words import counted
@@ -80,6 +88,8 @@ def replayed(
     used = np.any([(piece >= 0).any(axis=(0, 1)) for piece in pieces], axis=0)
     pieces = [piece[:, :, used] for piece in pieces]  # without columns of padding
     check_sizes(options, where="routed_experts", layers=pieces[0].shape[1], top_k=pieces[0].shape[2])
+    if kept.hinted:
+        refuse_split(pieces)
     layers = moe_layers(pieces, options)
     ids = np.concatenate([narrowed("PATHS", piece[:, layers]) for piece in pieces])
     notes = [*skipped(), *kept.notes(layers)]

@@ -22,7 +22,7 @@ from gemopt.formats.engine import IntArray, TraceOptions
 from gemopt.formats.files import as_array
 from gemopt.formats.findings import as_option, ranges
 from gemopt.formats.response_bodies import Sample
-from gemopt.traces.arrays import MAX_EXPERTS
+from gemopt.traces.arrays import LOOKED_AT, MAX_EXPERTS, MOST_CHOSEN, are_ids
 
 _DTYPES = {
     "uint8": "u1",
@@ -164,12 +164,25 @@ def moe_layers(pieces: Sequence[IntArray], options: TraceOptions) -> list[int]:
         raise InputError("routed_experts", found, "distinct experts in every token", hint)
     kept = asked or [layer for layer in range(layers) if not repeats[layer]]
     if not kept:
-        raise InputError("routed_experts", "every layer repeats experts", "at least one MoE layer", "give --layer-ids")
+        hint = "give the right --num-hidden-layers and --top-k, or --layer-ids"
+        raise InputError("routed_experts", "every layer repeats experts", "at least one MoE layer", hint)
     if top_k == 1 and not asked:
         _refuse_zero_layers(pieces, kept)
     if top_k > 1 and not asked and tokens >= MANY_TOKENS:
         _refuse_unvaried(pieces, kept)
     return kept
+
+
+def refuse_split(pieces: Sequence[IntArray]) -> None:
+    """Raise where layers side by side of pieces [tokens, layers, K] never share an expert: one's choice, cut up."""
+    ids = np.concatenate([piece[:LOOKED_AT] for piece in pieces[:LOOKED_AT]])
+    tokens, layers, top_k = ids.shape
+    each = [n for n in range(2, min(layers, MOST_CHOSEN // top_k) + 1) if layers % n == 0]
+    cut = [n for n in each if are_ids(ids.reshape(tokens, layers // n, n * top_k))]
+    if cut:
+        found = f"{layers} layers, of which {cut[-1]} side by side never name the same expert for a token"
+        hint = f"give --num-hidden-layers {layers // cut[-1]} --top-k {cut[-1] * top_k}"
+        raise InputError("routed_experts", found, "layers that choose each for itself", hint)
 
 
 def _refuse_zero_layers(pieces: Sequence[IntArray], found: list[int]) -> None:

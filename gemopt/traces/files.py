@@ -32,14 +32,15 @@ NOT_COPIES = "add up the copies of an expert, and put the experts of all ranks s
 ALTERING = re.compile(  # arrays and metadata that say what is still to be done to the counts, no setting of a network
     r"^(?!.*(capacity|rout|rope|attention|loss|grad|logit))(.*[\W_])?"
     r"(scale|scaling|factor|mask|valid|warm_?up|normali[sz]ed|step_weight|sampl(e|ing)_(rate|ratio))s?([\W_]|$)|"
-    "expert_(start|begin|offset)|first_expert",
+    r"expert_(start|begin|offset)|first_expert|^((is|are)_)?cumulative$",
     re.IGNORECASE,
 )
 NOT_ALTERED = "do to the counts what it says, and leave it out"
 _MEANT = {  # what else arrays are called that say what the counts are of
     "layer_ids": re.compile(
         r"(moe_)?layers?(_?(ids?|idx|ind(ex|ices)|num(ber)?s?|names?|offset|freq))?|"
-        r"(start|first|begin)_layer|first_k_dense_replace|num_dense_layers",
+        r"(start|first|begin)(_moe)?_layer(_?(id|idx))?|layer_(start|begin|base)|first_k_dense_replace|num_dense_layers|"
+        r"(pp|pipeline(_parallel)?)_?(rank|stage)",
         re.IGNORECASE,
     ),
     "top_k": re.compile(r"k|top_?k|(num_)?experts_per_tok(en)?|(n|num)_experts_used", re.IGNORECASE),

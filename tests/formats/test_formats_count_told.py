@@ -40,6 +40,7 @@ def test_the_number_of_experts_and_of_those_of_a_token(load, tmp_path):
         ({"sampling_rate": 0.1}, "do to the counts what it says"),
         ({"valid": False}, "do to the counts what it says"),
         ({"is_warmup": True}, "do to the counts what it says"),
+        ({"cumulative": True}, "do to the counts what it says"),
     ],
 )
 def test_columns_that_say_that_counts_are_others(load, tmp_path, more, words):
@@ -57,6 +58,7 @@ def test_columns_that_say_that_counts_are_others(load, tmp_path, more, words):
     [
         *({"num_redundant_experts": 0}, {"num_replicas": 1}, {"scale": 1.0}, {"sampling_rate": 1.0}, {"valid": True}),
         *({"is_warmup": False}, {"warmup_steps": 10}, {"num_valid_tokens": 128}, {"loss_scale": 65536}),
+        *({"cumulative": False}, {"pp_rank": 0}, {"first_k_dense_replace": 0}),
     ],
 )
 def test_columns_that_change_nothing_are_taken(load, tmp_path, more):
@@ -120,3 +122,17 @@ def test_fractions_beside_counts_are_left_unread(load, tmp_path, name):
     (tmp_path / "a.csv").write_text("\n".join([f"Layer,Expert,Count,{name}", *rows]))
     with pytest.raises(InputError, match=f"{name.lower()}: got"):
         load(tmp_path / "a.csv", "csv")
+
+
+@pytest.mark.parametrize(("name", "number"), [("pp_rank", 1), ("start_layer", 4), ("first_k_dense_replace", 3)])
+def test_layers_that_a_stage_or_the_layers_with_experts_number_for_themselves(load, tmp_path, name, number):
+    path = table(tmp_path / "a.csv", **{name: number})
+    with pytest.raises(InputError, match=f"{name}: got {number}, but layer 0 is there; layers numbered through"):
+        load(path, "csv")
+    through = [line.split(",") for line in path.read_text().split("\n")]
+    moved = [through[0], *([step, str(int(layer) + 4), *rest] for step, layer, *rest in through[1:])]
+    path.write_text("\n".join(map(",".join, moved)))
+    assert load(path, "csv")[0].layer_ids == (4, 5)
+    (tmp_path / "a.json").write_text(json.dumps({name: number, "counts": COUNTS.tolist()}))
+    with pytest.raises(InputError, match=f"{name} beside counts; .*give --layer-ids"):
+        load(tmp_path / "a.json", "array")

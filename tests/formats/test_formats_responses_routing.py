@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import numpy as np
@@ -150,3 +151,21 @@ def test_an_expert_appended_to_every_token_is_named(load):
     shared = np.concatenate([ids, np.full((*ids.shape[:2], 1), EXPERTS)], axis=2)
     _, notes = load([body(shared)] * 3, num_experts=None, phase=Phase.MIXED)
     assert f"expert {EXPERTS} gets one of every 3 assignments" in notes
+
+
+@pytest.mark.parametrize("cut", [2, 4])
+def test_bytes_without_a_shape_are_not_split_into_more_layers_of_fewer_experts(load, cut):
+    """Experts of one choice never are the same, those of two layers are at times: so the numbers tell."""
+    ids = routing(tokens=59, layers=6, experts=16, top_k=4)
+    ids[:, 0] = 0  # dense
+    told = {
+        "prompt_tokens": 10,
+        "completion_tokens": 50,
+        "routed_experts": base64.b64encode(ids.astype("<i4")).decode(),
+    }
+    response = {"meta_info": {"id": "r", **told}}
+    options = {"source": "sglang", "num_experts": 16}
+    with pytest.raises(InputError, match=r"never name the same expert.*give --num-hidden-layers 6 --top-k 4"):
+        load([response], num_hidden_layers=6 * cut, top_k=4 // cut, **options)
+    traces, _ = load([response], num_hidden_layers=6, top_k=4, **options)
+    assert traces.layer_ids == (1, 2, 3, 4, 5) and (traces.counts == counts(ids[10:, 1:], 16)).all()
