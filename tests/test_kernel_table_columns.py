@@ -252,3 +252,26 @@ def test_of_columns_that_follow_from_others_few_are_offered(tmp_path: Path) -> N
     assert "rows that differ in mode, hidden, inter, experts, topk, model;" in told
     assert told.count("--where") == 2 and "--where mode=a --where inter=512;" in told and "model: " not in told
     assert loads(read_table(path, where=["mode=a", "inter=512"])) == [(8, None, 8), (16, None, 16), (32, None, 32)]
+
+
+def test_names_that_hold_the_load_are_no_kinds_of_rows(tmp_path: Path) -> None:
+    """Google Benchmark, pytest-benchmark and hyperfine name every row after its load."""
+    for name in ("BM_MoE/fp8/{}/4096", "test_moe[{}]", "./moe --tokens {}"):
+        text = "name,tokens,time_us\n" + "".join(f"{name.format(n)},{n},{40 + n}\n" for n in (1, 2, 8, 64))
+        profile = read_table(written(tmp_path, text), unit=Unit.TOKENS, top_k=4)
+        assert loads(profile) == [(4 * n, None, 40 + n) for n in (1, 2, 8, 64)]
+    for name in ("{}/{}", "tile{}", "{}a"):
+        rows = [f"{name.format(n, 9 - n)},{m},{40 + m}\n" for m, n in ((1, 2), (2, 3), (8, 4), (64, 8))]
+        with pytest.raises(InputError, match="rows that differ in name"):
+            read_table(written(tmp_path, "name,tokens,time_us\n" + "".join(rows)), unit=Unit.TOKENS, top_k=4)
+
+
+def test_rows_that_are_a_warm_up_are_not_the_ones_to_choose(tmp_path: Path) -> None:
+    rows = [f"{n},{each},{40 + n}\n" for n in (1, 2, 8) for each in ("warmup", "timed")]
+    with pytest.raises(InputError, match="as in --where stage_name=timed"):
+        read_table(written(tmp_path, "tokens,stage_name,time_us\n" + "".join(rows)), unit=Unit.TOKENS, top_k=4)
+    text = "assignments,is_warmup,time_us\n" + "".join(f"{n},True,{40 + n}\n" for n in (1, 2, 8))
+    with pytest.raises(InputError, match="is_warmup: got True; rows of runs that went well"):
+        read_table(written(tmp_path, text))
+    profile = read_table(written(tmp_path, text.replace("is_warmup", "warmup")))  # there was one before
+    assert loads(profile) == [(n, None, 40 + n) for n in (1, 2, 8)]

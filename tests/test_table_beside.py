@@ -205,6 +205,7 @@ def test_times_of_layers_and_loads_of_a_group_under_other_names(tmp_path: Path) 
         ("assignments,latency_us,moe_a2a_backend", ",deepep", "moe_a2a_backend is deepep"),
         ("assignments,latency_us,with_comm", ",True", "with_comm is True"),
         ("assignments,latency_us,include_dispatch", ",1", "include_dispatch is 1"),
+        ("assignments,latency_us,with_allreduce", ",1", "with_allreduce is 1"),
         ("assignments,latency_us,moe_a2a_backend", ",none", ""),
         ("assignments,latency_us,with_comm", ",False", ""),
         ("assignments,latency_us,comm_bytes", ",4096", ""),

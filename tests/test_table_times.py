@@ -100,7 +100,9 @@ def test_neither_median_nor_mean_is_asked_for(tmp_path: Path, name: str) -> None
     assert loads(read_table(path)) == [(n, None, n) for n in NS]
 
 
-@pytest.mark.parametrize("name", ["theoretical_us", "sol_us", "simulated (us)", "cold_us", "estimated_us", "mla_us"])
+@pytest.mark.parametrize(
+    "name", ["theoretical_us", "sol_us", "simulated (us)", "cold_us", "estimated_us", "mla_us", "cumulative_us"]
+)
 def test_times_that_were_not_measured_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError) as error:
         read_table(table(tmp_path, f"assignments,{name}", ""))

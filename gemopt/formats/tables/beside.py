@@ -49,7 +49,10 @@ GROUPS = (
     "num_ranks", "nranks", "dp", "dp_size", "data_parallel_size", "nodes", "num_nodes", "nnodes", "node_num",
     "gpus_per_node",
 )  # fmt: skip
-EXCHANGED = {"comm", "communication", "a2a", "alltoall", "all2all", "dispatch", "dispatcher", "exchange"}
+EXCHANGED = {
+    *("comm", "communication", "a2a", "alltoall", "all2all", "dispatch", "dispatcher", "exchange"),
+    *("allreduce", "allgather", "reducescatter", "reduce"),
+}
 """Words of columns that say with or by what tokens were exchanged."""
 NETWORKS = {"interconnect", "nvlink", "rdma", "network"}
 """Words of columns that say how much was, at which rate."""
@@ -96,6 +99,8 @@ def _refuse_failed(table: Table, read_over: Collection[str]) -> None:
 
 def _failed(column: str, cell: str) -> bool:
     told = cell.lower()
+    if column.startswith("is_warm"):  # a setting `warmup` says that there was one before
+        return told in ("1", "1.0", "true", "yes")
     if column in FLAGS:
         return bool(told) and (told in NO - {"nan", "null", "nil", "n/a", "-", "none"} or bool(words(told) & FAILED))
     if (words(told) & WELL and "not" not in words(told)) or NO_FAULT.fullmatch(told):

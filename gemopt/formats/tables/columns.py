@@ -179,6 +179,7 @@ def refuse_mixtures(
     told = {name: values(table.rows, name) for name in mixed if "--repeat" in else_say}
     results = [name for name, each in told.items() if len(each) == len(table.rows) and _are_results(each)]
     warm = any("warmup" in words(name) and a.cells[name].lower() in {"1", "true", "yes"} for name in mixed)
+    warm |= any("warmup" in words(a.cells[name]) for name in mixed)
     like = b if warm else a
     chosen = _telling(table.rows, [name for name in mixed if name not in results], like)
     choice = [f"--where {quote(f'{name}={like.cells[name]}')}" for name in chosen]
@@ -325,10 +326,18 @@ def _proportional(name: str, rows: list[Row], load_of: LoadOf) -> bool:
     """Whether a column counts the load in another unit (rows, bytes, tokens per expert), up to rounding."""
     if words(name) & SHAPES and not words(name) & LOADS:
         return False
+    cells = [row.cells[name] for row in rows]
     try:
-        pairs = [(load_of(row)[0], float(row.cells[name])) for row in rows]
+        pairs = [(load_of(row)[0], float(cell)) for row, cell in zip(rows, cells, strict=True)]
     except ValueError:
-        return False
+        parts = [re.split(r"(\d+)", cell) for cell in cells]  # texts alike but for one number, as BM_MoE/8
+        alike = len({tuple(part[::2]) for part in parts}) == 1
+        varying = (
+            [each for each in zip(*(part[1::2] for part in parts), strict=True) if len({*each}) > 1] if alike else []
+        )
+        if len(varying) != 1:
+            return False
+        pairs = [(load_of(row)[0], float(number)) for row, number in zip(rows, varying[0], strict=True)]
     most = max(pairs)
     loads, counts = {load for load, _ in pairs}, {value for _, value in pairs}
     if len(loads) < ENOUGH or len(counts) < max(ENOUGH, len(loads) / 2) or most[0] <= 0:

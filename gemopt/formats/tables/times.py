@@ -40,6 +40,7 @@ NO_TIME = {
     "relative", "ideal", "predicted", "estimated", "theoretical", "simulated", "modeled", "projected", "expected",
     "target", "sol", "cold", "warmup", "roofline", "backward", "bwd", "prefill", "decode", "generation", "wait", "idle",
     "stall", "bubble", "barrier", "sync", "queue", "skew", "jitter", "log", "log2", "log10", "inverse", "throughput",
+    "cumulative", "cum", "cumsum",
 }  # fmt: skip
 TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
 UNDERSTOOD = TIMES | TOTALS | {*TIME_UNITS} | {
