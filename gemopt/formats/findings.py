@@ -18,6 +18,7 @@ from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, refuse_narrow
 MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
 MOST_SHARED = 8
+MANY_ALIKE = 8  # tokens that choose the same experts in all layers
 MANY_IDS = 16  # that are all below half of the next by chance: less than once in a thousand
 TOO_HIGH = (
     "give the right --num-experts; if they are slots of copies, make them logical experts; "
@@ -236,6 +237,13 @@ def check_steps(total_TL: IntArray, layer_ids: Sequence[int]) -> list[str]:
         for odd_TL, what in found
         if odd_TL.any()
     ]
+
+
+def same_for_all(counts: IntArray, most_TL: IntArray, total_TL: IntArray) -> int:
+    """Steps of counts [T, L, E] whose tokens all choose the same experts in every layer; most_TL: largest of each."""
+    few = np.flatnonzero((most_TL[:, 0] >= MANY_ALIKE) & (2 * counts.shape[2] * most_TL[:, 0] >= 3 * total_TL[:, 0]))
+    used_TL = np.count_nonzero(counts[few], axis=2)
+    return int((total_TL[few] == most_TL[few] * used_TL).all(axis=1).sum())
 
 
 class Shares:

@@ -17,7 +17,7 @@ from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError, UnsupportedError, refuse_unused
 from gemopt.formats import count_json
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
-from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges
+from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges, same_for_all
 from gemopt.formats.registry import engines, get
 from gemopt.formats.succession import Succession
 from gemopt.placement import check_layer_ids
@@ -204,7 +204,7 @@ class _Writer:
             raise InputError("--top-k", self.top_k, f"at most the {shape[2]} experts")
         self.kept, self.layer_ids = rows
         self.recorded, self.experts = shape[1], shape[2]
-        self.steps = self.assignments = self.even = self.apart = self.common = self.largest = 0
+        self.steps = self.assignments = self.even = self.apart = self.common = self.largest = self.same = 0
         self.shares = Shares(self.experts)
         self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
         self.totals: list[IntArray] = []
@@ -255,7 +255,9 @@ class _Writer:
         self.last = narrow[-1:].copy()
         self.totals.append(total_TL)
         self.uneven += int((total_TL % self.top_k).any(axis=1).sum())
-        apart_TL = narrow.max(axis=2) - narrow.min(axis=2)
+        most_TL = narrow.max(axis=2).astype(np.int64)
+        apart_TL = most_TL - narrow.min(axis=2)
+        self.same += same_for_all(narrow, most_TL, total_TL)
         self.apart = max(self.apart, int(apart_TL.max()))
         self.even += int((~apart_TL.any(axis=1) & total_TL.any(axis=1)).sum())
         self.shares.add(narrow, total_TL)
@@ -304,6 +306,10 @@ class _Writer:
             (
                 0 < self.even < steps and self.experts > 1,
                 f"{self.even} of {steps} steps give every expert as much: warm-up?",
+            ),
+            (
+                0 < self.same < steps,
+                f"in {self.same} of {steps} steps all tokens choose the same experts: dummy runs of a start?",
             ),
             (
                 self.uneven > 0,

@@ -182,3 +182,18 @@ def test_steps_of_few_tokens_in_files_of_their_own_may_be_the_same(load, tmp_pat
     traces, notes = load(sorted(tmp_path.glob("step_*.npy")), "array")
     assert traces.counts[:, 0].argmax(axis=1).tolist() == [0, 1, 0]
     assert "counted once" not in notes
+
+
+def test_steps_whose_tokens_all_choose_the_same_experts_are_noted(load, tmp_path):
+    """Engines run on made tokens at their start, to measure their memory or to capture graphs."""
+    counts = routed(np.random.default_rng(8), steps=9)
+    made = np.zeros_like(counts[:2])
+    for layer in range(counts.shape[1]):
+        made[:, layer, [layer, layer + 7]] = [[512], [8]]
+    np.save(tmp_path / "a.npy", np.concatenate([made, counts]))
+    assert "in 2 of 11 steps all tokens choose the same experts: dummy runs" in load(tmp_path / "a.npy", "array")[1]
+    made[1, 0, 3] = 1  # one of them did not
+    np.save(tmp_path / "a.npy", np.concatenate([made, counts, made[:1] // 512]))  # a single token has no other choice
+    assert "in 1 of 12 steps all tokens choose the same" in load(tmp_path / "a.npy", "array")[1]
+    np.save(tmp_path / "a.npy", counts)
+    assert "dummy runs" not in load(tmp_path / "a.npy", "array")[1]
