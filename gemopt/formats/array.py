@@ -16,7 +16,7 @@ from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, NO_COUNTS, SC
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
-from gemopt.formats.numbered_arrays import NAME_THEM, joined, kind_of
+from gemopt.formats.numbered_arrays import NAME_THEM, inner, joined, kind_of
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
 from gemopt.formats.recorded_files import files_of, left_alone
 from gemopt.formats.succession import MANY_COUNTS
@@ -147,7 +147,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
     layers = None
     names, experts = [path.stem] if words_of(path.stem) & COUNTED else [], told.get("num_experts")
     if isinstance(data, dict):
-        data = {str(key): value for key, value in data.items()}
+        data, beside = inner(path, {str(key): value for key, value in data.items()})
         kind = kind_of(data)
         dims = {name: _ndim(each) for name, each in data.items() if words_of(name) & COUNTED}  # not num_tokens [steps]
         told_so = [name for name in dims if dims[name] == 3] or [name for name in dims if dims[name] == 2]
@@ -157,7 +157,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
             raise InputError(str(path), ", ".join(data)[:200] or "no array", limit, hint)
         key = named[0] if len(named) == 1 else next(iter(data))
         known = (*(data if kind else [key]), "format", "num_experts")
-        _refuse_beside(path, [name for name in [*data, *told] if name not in known], notes)
+        _refuse_beside(path, [name for name in [*data, *told, *beside] if name not in known], notes)
         if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
             hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)

@@ -17,7 +17,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, count_told
-from gemopt.formats.count_lines import INDEX, by_expert, lines_of
+from gemopt.formats.count_lines import INDEX, by_expert, lines_of, without_ranges
 from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, is_result, phase_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
@@ -229,6 +229,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     header = [re.sub(r"\W+", "_", cell.strip().casefold()) for cell in next(lines, (1, []))[1]]
     header = [name or f"column {i}" for i, name in enumerate(header, start=1)]
     header = [INDEX if _SAVED_INDEX.fullmatch(name) else name for name in header]
+    header, lines = without_ranges(path, header, lines)
     given = header
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
     table.unnamed = not count_json.read(path).named if count_json.is_json(path) else header is not given

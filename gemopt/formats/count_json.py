@@ -148,8 +148,9 @@ def _named(path: Path, rows: list[dict[Any, Any]], told: Content) -> Rows:
     if not unnamed:
         return rows
     alone = "count" in rows[0]
+    lists = [key for key in rows[0] if ndim(rows[0][key]) and words_of(str(key)) & COUNTED]
     free = [name for name in ("layer", "expert")[: 2 if alone else 1] if name not in rows[0]]
-    matrices = not alone and ndim(rows[0].get("counts")) != 1
+    matrices = not alone and [ndim(rows[0][key]) for key in lists] != [1]
     if len(unnamed) != len(free) or matrices or any(set(row) != set(rows[0]) for row in rows):
         limit = "keys that say what they number"
         raise InputError(str(path), "keys of numbers alone", limit, _NAME_THEM)
@@ -157,7 +158,7 @@ def _named(path: Path, rows: list[dict[Any, Any]], told: Content) -> Rows:
     rows = [{names.get(key, key): cell for key, cell in row.items()} for row in rows]
     sums: Counter[int] = Counter()
     for row in rows if "layer" in free else ():
-        cells = row["count"] if alone else row["counts"]
+        cells = row["count" if alone else lists[0]]
         sums[row["layer"]] += sum(each for each in (cells if isinstance(cells, list) else [cells]) if is_whole(each))
     if "layer" in free and "step" not in rows[0]:
         told.notes.append(f"keys of numbers alone are taken as {'s and '.join(free)}s: of steps? then name them step_0")

@@ -82,6 +82,26 @@ def by_expert(
     return [*(header[i] for i in kept), *lacking, "count"], longer
 
 
+def without_ranges(path: Path, header: list[str], lines: Lines) -> tuple[list[str], Lines]:
+    """The table without the `__MIN` and `__MAX` of every column that Weights & Biases exports."""
+    beside = {i: header.index(name[:-5]) for i, name in enumerate(header)
+              if name.endswith(("__min", "__max")) and name[:-5] in header}  # fmt: skip
+    if not beside:
+        return header, lines
+
+    def kept() -> Lines:
+        for number, row in lines:
+            for i, at in beside.items() if len(row) == len(header) else ():
+                if row[i] != row[at]:
+                    limit = f"{row[at]}, as {header[at]}: means of several steps or runs are no counts"
+                    raise InputError(
+                        f"{path}: line {number}: {header[i]}", row[i], limit, "export every step of one run"
+                    )
+            yield number, [cell for i, cell in enumerate(row) if i not in beside]
+
+    return [name for i, name in enumerate(header) if i not in beside], kept()
+
+
 def _pivoted(header: list[str], told: Collection[str]) -> tuple[list[str], dict[int, list[str]]]:
     """What the columns of a table whose lines name the expert count, and the number of each of these columns."""
     for meaning, pattern in _PIVOT.items():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import numbered
+from gemopt.formats.count_names import COUNTED, numbered, words_of
 from gemopt.formats.engine import IntArray
 from gemopt.formats.files import whole_numbers
 from gemopt.traces.axes import FEWEST_LAYERS
@@ -21,6 +21,25 @@ def kind_of(data: dict[str, Any]) -> tuple[str, list[int]] | None:
     """What the names number, `layer`, `step` or nothing that they say, and the numbers; None for other names."""
     found = numbered({name.removeprefix("arr_"): None for name in data}) if len(data) > 1 else None
     return found if found is not None and found[0] in ("layer", "step", "") else None
+
+
+def inner(path: Path, data: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arrays of counts of layers that hold several arrays each, as REAP's observer does; and the others' names."""
+    parts = list(data.values())
+    if len(parts) < 2 or numbered(data) is None or not all(isinstance(each, dict) and each for each in parts):
+        return data, []
+    names = [str(name) for name in parts[0]]
+    if any([str(name) for name in each] != names for each in parts):
+        raise InputError(str(path), "layers that hold other arrays than the first", "the same arrays in all of them")
+    counts = [name for name in parts[0] if words_of(str(name)) & (COUNTED | {"frequency"}) and _whole(parts[0][name])]
+    if len(counts) != 1:
+        found = ", ".join(map(str, counts)) or ", ".join(names)[:200]
+        raise InputError(str(path), found, "one array of counts [experts] for each layer", "leave the others out")
+    return {key: each[counts[0]] for key, each in data.items()}, [name for name in names if name != str(counts[0])]
+
+
+def _whole(array: Any) -> bool:
+    return getattr(array, "ndim", 0) == 1 and "int" in str(array.dtype)
 
 
 def joined(path: Path, data: dict[str, Any], kind: str, numbers: list[int]) -> tuple[IntArray, tuple[int, ...] | None]:

@@ -302,3 +302,16 @@ def test_labels_of_rows_say_what_they_are(load, tmp_path, across):
     hint = "which column is the layer" if across == "expert" else "layer_id, expert_id, count"
     with pytest.raises(InputError, match=hint):
         load(tmp_path / "t.csv", "csv")
+
+
+def test_what_weights_and_biases_exports_beside_each_column(load, tmp_path):
+    counts = routed(np.random.default_rng(3), steps=4, layers=2, experts=4)
+    names = [f"run - moe/layer_{i}/expert_{e}" for i in range(2) for e in range(4)]
+    head = ",".join(f'"{name}","{name}__MIN","{name}__MAX"' for name in names)
+    rows = [f"{10 * t}," + ",".join(f"{n},{n},{n}" for n in counts[t].reshape(-1)) for t in range(4)]
+    (tmp_path / "a.csv").write_text("\n".join([f'"Step",{head}', *rows]))
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+    apart = rows[2].replace(",", ",9", 1)
+    (tmp_path / "a.csv").write_text("\n".join([f'"Step",{head}', *rows[:2], apart]))
+    with pytest.raises(InputError, match=r"line 4: run_moe_layer_0_expert_0__min: got .*; 9\d+, as .*means of several"):
+        load(tmp_path / "a.csv", "csv")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from routed_counts import routed
@@ -99,3 +101,23 @@ def test_the_array_that_is_called_counts_is_taken_among_others(load, tmp_path):
     np.savez(tmp_path / "a.npz", expert_load=counts, physical_to_logical_map=np.arange(16))
     with pytest.raises(InputError, match="physical_to_logical_map beside counts"):
         load(tmp_path / "a.npz", "array")
+
+
+def test_layers_that_hold_several_arrays(load, tmp_path):
+    """As REAP's observer keeps them; in JSON as well."""
+    torch = pytest.importorskip("torch")
+    order = np.random.default_rng(5).random((4, 400, 8)).argsort(axis=2)[..., :2]
+    counts = np.stack([np.bincount(chosen.reshape(-1), minlength=8) for chosen in order])
+    more = {"total_tokens": torch.tensor(400), "pairwise_expert_frequency": torch.ones((8, 8), dtype=torch.int64)}
+    more["weighted_expert_frequency_sum"] = torch.rand(8)
+    state = {i: {"expert_frequency": torch.tensor(row), **more} for i, row in enumerate(counts)}
+    torch.save(state, tmp_path / "a.pt")
+    traces, notes = load(tmp_path / "a.pt", "array")
+    assert (traces.counts == counts).all() and "pairwise_expert_frequency" in notes
+    for other in ({"physical_to_logical_map": torch.arange(8)}, {"token_counts": torch.arange(8)}):
+        torch.save({i: {**each, **other} for i, each in state.items()}, tmp_path / "a.pt")
+        with pytest.raises(InputError, match=r"physical_to_logical_map|one array of counts"):
+            load(tmp_path / "a.pt", "array")
+    layers = {str(i): {"counts": row.tolist(), "total": 800, "entropy": 1.5 + i} for i, row in enumerate(counts)}
+    (tmp_path / "a.json").write_text(json.dumps({"model": "m", "layers": layers}))
+    assert (load(tmp_path / "a.json", "array")[0].counts == counts).all()
