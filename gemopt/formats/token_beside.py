@@ -14,11 +14,18 @@ from gemopt.traces.files import ALTERING
 
 NO_TRAFFIC = {
     "pad", "padding", "padded", "dummy", "dropped", "drop", "overflow", "skip", "skipped", "ignore", "ignored",
+    "draft", "drafted", "speculative", "accepted", "rejected", "profiling", "capture", "capturing",
 }  # fmt: skip
 COMPUTED = {"label", "labels", "response", "action", "eos", "special"}  # of masks and flags that leave out no tokens
 FLAGS = {"true", "false", "0", "1", "yes", "no"}
 OFFSET = re.compile("expert_(start|begin|offset)|first_expert")
 TIMES = {"count", "counts", "freq", "frequency", "multiplicity", "occurrences"}  # of one choice
+NETWORKS = {"model", "model_id", "model_name", "network"}
+PROCESSES = {
+    *("pid", "process", "process_id", "worker", "worker_id", "gpu", "gpu_id", "device", "device_id", "cuda_device"),
+    *("host", "hostname", "node", "node_id", "node_rank", "server", "instance", "replica_id"),
+}
+TOKENS = re.compile(r"(num_|n_)?((actual|real|scheduled|unpadded)_)?(num_)?tokens(_unpadded)?")  # of a row
 EVENTS = {"event", "event_code", "event_type", "event_name", "action", "kind", "type"}
 
 
@@ -31,6 +38,7 @@ class Beside:
     flags: dict[str, set[str]] = field(default_factory=dict)
     no_flags: set[str] = field(default_factory=set)  # columns of lengths and scales
     events: dict[str, set[str]] = field(default_factory=dict)
+    parts: dict[str, set[str]] = field(default_factory=dict)  # networks and processes that columns name
     read: set[str] = field(default_factory=set)  # columns whose numbers are heeded
 
     def watched(self, names: Iterable[str], has_experts: bool) -> dict[str, str]:
@@ -47,6 +55,10 @@ class Beside:
             return "event"
         if OFFSET.search(bare):
             return "offset"
+        if bare in NETWORKS | PROCESSES:
+            return "part"
+        if TOKENS.fullmatch(bare):
+            return "tokens"
         words = words_of(bare)
         return "flag" if (words & NO_TRAFFIC or ALTERING.search(bare)) and not words & COMPUTED else ""
 
@@ -63,12 +75,21 @@ class Beside:
                 self.no_flags |= set() if cells <= FLAGS | NOTHING else {name}
             elif kind == "event" and text not in PHASES:
                 self.events.setdefault(name, set()).add(text)
+            elif kind == "part":
+                self.parts.setdefault(name, set()).add(text)
             elif kind == "times" and re.fullmatch(r"\d+(\.\d*)?", text) and float(text) != 1:
                 hint = "repeat the row so often if it stands for as many, then leave it out; --from csv reads counts"
                 raise InputError(f"{where}: {name}", row[name], "rows that count once", hint)
             elif kind == "offset" and text not in NOTHING:
                 limit = "experts numbered from 0 over all ranks"
                 raise InputError(f"{where}: {name}", row[name], limit, "add it to the experts, then leave it out")
+
+    def check_tokens(self, where: str, row: dict[str, Any], watched: dict[str, str], tokens: int) -> None:
+        """Raise where a row lists the experts of more tokens than it says that there are."""
+        for name, kind in watched.items():
+            if kind == "tokens" and (told := WHOLE.fullmatch(str(row[name]))) and int(told[1]) < tokens:
+                limit = f"the {tokens} whose experts are listed"
+                raise InputError(f"{where}: {name}", row[name], limit, "padded, as for a graph? leave the others out")
 
     def number(self, meaning: str, option: int | None) -> int | None:
         """What all rows say; `InputError` where they contradict each other, or the option."""
@@ -81,6 +102,12 @@ class Beside:
 
     def refuse_no_traffic(self) -> None:
         """Raise where a column tells some rows apart from those that count."""
+        for name, told in self.parts.items():
+            if len(told) > 1:
+                one = "import one of those that saw the same tokens; leave the column out where each had its own"
+                hint = "import each network apart" if name.casefold() in NETWORKS else one
+                shown = f"{name} {', '.join(sorted(told)[:4])}"
+                raise InputError("PATHS", shown, "rows of one network, every token once", hint)
         flags = {name: cells for name, cells in self.flags.items() if name not in self.no_flags}
         for found in (flags, self.events):
             name = next((each for each, cells in found.items() if len(cells) > 1), None)

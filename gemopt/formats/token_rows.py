@@ -124,7 +124,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
             if known != columns:
                 shown = ", ".join(known.values())
                 raise InputError(where, shown, f"{', '.join(columns.values())}, as in the rows before")
-            _add(rows, path, where, row, columns, options)
+            beside.check_tokens(where, row, watched, _add(rows, path, where, row, columns, options))
     if columns is None or not rows.of:
         shown = "no row with experts" if columns is None else "no row that is wanted"
         shown += f", {rows.blank} of padding" if rows.blank else ""
@@ -182,17 +182,18 @@ def _by_step(where: str, columns: dict[str, str], options: TraceOptions) -> bool
 
 def _add(
     rows: _Rows, path: Path, where: str, row: dict[str, Any], columns: dict[str, str], options: TraceOptions
-) -> None:
-    """Keep what a row says, if its phase is wanted."""
+) -> int:
+    """Keep what a row says, if its phase is wanted; of how many tokens it is."""
     phase = None
     if "phase" in columns:
         phase, wanted = phase_of(f"{where}: {columns['phase']}", row[columns["phase"]], "prefill"), options.phase
         wanted = (Phase.MIXED if rows.by_step else Phase.DECODE) if wanted is None else wanted
         if wanted not in (Phase.MIXED, phase):
-            return
+            return 0
     for name in (name for meaning, name in columns.items() if meaning.startswith("rank ")):
         if rows.ranks.setdefault(name, str(row[name])) != str(row[name]):
             hint = "import one rank of those that saw the same tokens; leave the column out where each had its own"
+            hint += ", or where it is the place of an expert among a token's" if names_one(columns) else ""
             raise InputError(f"{where}: {name}", row[name], f"{rows.ranks[name]}, tokens of all ranks, each once", hint)
     layer = whole(where, row, columns["layer"], 4096)
     each = experts_in(f"{where}: {columns['ids']}", row[columns["ids"]])
@@ -233,6 +234,7 @@ def _add(
         rows.layers.append(layer)
         rows.sizes.append(len(kept))
         rows.ids.extend(kept)
+    return len(each)
 
 
 def _request(path: Path, row: dict[str, Any], columns: dict[str, str]) -> str:

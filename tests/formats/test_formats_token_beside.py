@@ -35,6 +35,9 @@ def write(path, lines):
         ({"is_padding": lambda t, n: n == 3}, "got is_padding false, true; .*leave out the rows that do not count"),
         ({"valid": lambda t, n: int(n < 3)}, "got valid 0, 1"),
         ({"is_warmup": lambda t, n: t < 2}, "got is_warmup"),
+        ({"is_draft": lambda t, n: n > 1}, "got is_draft false, true"),
+        ({"model": lambda t, n: f"m{n % 2}"}, "got model m0, m1; .*import each network apart"),
+        ({"pid": lambda t, n: 4000 + n}, "got pid 4000, 4001, 4002, 4003; .*every token once; import one of those"),
         ({"dropped": lambda t, n: n == 0}, "got dropped"),
         ({"count": lambda t, n: n + 1}, "line 4: count: got 2; rows that count once"),
         ({"num_experts": 8}, "experts 0 to 7"),
@@ -54,6 +57,9 @@ def test_columns_that_change_nothing_are_taken(load, tmp_path):
         "loss_mask": lambda t, n: n % 2,
         "count": 1,
         "num_tokens": TOKENS,
+        "model": "m",
+        "pid": 4000,
+        "num_accepted": lambda t, n: n,
         "topk_scale": [0.5, 0.5],
     }
     path = write(tmp_path / "a.jsonl", rows(num_experts=32, num_experts_per_tok=2, **more))
@@ -129,6 +135,11 @@ def test_files_of_ranks_that_saw_the_same_tokens_count_once(load, tmp_path):
         ({"mask": [1.0, 1.0, 1.0, 0.0]}, "got mask 0, 1"),
         ({"is_padding": "[False, False, False, True]"}, "got is_padding false, true"),
         ({"expert_offset": 8}, "expert_offset: got 8; .*add it to the experts"),
+        (
+            {"num_tokens": lambda t: TOKENS - t // 4},
+            "line 13: num_tokens: got 3; the 4 whose experts are listed; padded",
+        ),
+        ({"num_actual_tokens": 2}, "line 1: num_actual_tokens: got 2; the 4 whose experts"),
         ({"global_rank": lambda t: t % 2}, "global_rank: got 1; 0, tokens of all ranks"),
     ],
 )
