@@ -94,6 +94,12 @@ def test_a_table_makes_the_profile_that_the_command_makes(tmp_path: Path, capsys
                          expert_bytes=100)  # fmt: skip
     notes: list[str] = []
     assert running._profile(source, notes) == Profile.load(tmp_path / "p.json") and len(notes) == 1
+    slower = running._profile(source.model_copy(update={"slower": {0: 1.5, 3: 30}}), notes)
+    assert (
+        slower.devices[3].samples[0].latency_us
+        == 30 * Profile.load(tmp_path / "p.json").devices[3].samples[0].latency_us
+    )
+    assert "profile.slower.3 is 30 times the time; 30 % more is 1.3" in notes and "slower.0" not in " ".join(notes)
 
 
 def test_the_written_job_is_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

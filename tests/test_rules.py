@@ -255,12 +255,13 @@ WRONG = {
     ),
     "text for a rank": (
         {"pinned": [{"experts": [1], "ranks": ["0"]}]},
-        "ranks.0: got 0; input should be a whole number",
+        "ranks.0: got '0'; input should be a whole number",
     ),
     "a negative rank": ({"kept_off": [{"experts": [1], "ranks": [-1]}]}, "Rules.kept_off[0].ranks: got [-1]"),
     "an unknown kind": ({"far": []}, "far"),
     "an unknown key": ({"apart": [{"experts": [0, 1], "rank": 1}]}, "rank"),
     "another version": ({"schema_version": 2}, "this gemopt reads version 1"),
+    "a text for the version": ({"schema_version": "1"}, "schema_version: got '1'; this gemopt reads version 1"),
 }
 
 

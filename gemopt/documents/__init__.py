@@ -178,7 +178,7 @@ class Document(Settings):
         if version != self.SCHEMA_VERSION:  # first of all: the keys of another version may differ
             raise InputError(
                 f"{type(self).__name__}.schema_version",
-                version,
+                repr(version) if isinstance(version, str) else version,
                 f"this gemopt reads version {self.SCHEMA_VERSION}",
                 "write the document again or use the gemopt that wrote it",
             )

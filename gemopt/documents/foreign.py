@@ -178,6 +178,8 @@ def one_line(error: ValidationError, document: type[BaseModel]) -> InputError:
             hint = f"it belongs into {'.'.join(home)}"
         return InputError(where, first["input"], "no such key" + rest, hint)
     found = "nothing" if first["type"] == "missing" else first["input"]
+    if isinstance(found, str) and first["type"] in ("int_type", "float_type", "number"):
+        found = repr(found)  # '3' is none
     limit = _NEEDED.get(first["type"], first["msg"].lower())
     return InputError(where, found, limit + rest)
 

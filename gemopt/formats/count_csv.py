@@ -326,7 +326,8 @@ def _add(
                 raise InputError(f"{where}: phase", cell, "one phase of a step", "number the steps apart")
     counts = table.ranks.setdefault(value.get("rank", rank), {})
     if key in counts:
-        hint = "" if table.has_steps else "of several steps? number them in a column step"
+        hint = "of a run that began again? number its steps on" if table.has_steps else ""
+        hint = hint or "of several steps? number them in a column step"
         raise InputError(where, ",".join(row)[:200], "each layer and expert once", hint)
     counts[key] = value["count"]
 

@@ -200,7 +200,10 @@ def _check(path: Path, ids: IntArray, options: TraceOptions, *, named: bool) -> 
     where, shape = f"{path}: experts of tokens", f"shape {[*ids.shape]}"
     if not ids.size or top_k > (options.num_experts or int(ids.max()) + 1) - 1:
         raise InputError(where, shape, f"fewer than all experts of each token: {LIMIT}")
-    told = named or options.num_hidden_layers is not None or options.layer_ids is not None
+    hidden = options.num_hidden_layers
+    if not named and options.layer_ids is None and hidden != layers and hidden in ids.shape:
+        raise InputError(where, shape, f"{LIMIT}: --num-hidden-layers is {hidden}", "swap the axes: numpy.swapaxes")
+    told = named or hidden is not None or options.layer_ids is not None
     if layers > MOST_LAYERS or not told:
         hint = f"give --num-hidden-layers {layers}; if not, swap the axes" if layers <= MOST_LAYERS else "swap the axes"
         raise InputError(where, shape, f"{LIMIT}: are there {layers} layers?", f"{hint}: numpy.swapaxes")

@@ -19,6 +19,7 @@ from gemopt.formats.engine import Export, TraceOptions, WriteOptions
 from gemopt.formats.importing import import_traces
 from gemopt.formats.layers import parse_layers
 from gemopt.formats.registry import canonical, check_draft, export, get
+from gemopt.formats.tables.doubts import APART
 from gemopt.formats.tables.fleet import check_drawn, serving, slow_down
 from gemopt.formats.tables.kernel import read_table
 from gemopt.jobs.document import ExportTo, Job, Kubernetes, RecordedSource, TableSource
@@ -187,6 +188,10 @@ def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
         if 0 < factor < 1:
             limit = "1 or more, as it multiplies the times"
             raise InputError(f"profile.slower.{rank}", factor, limit, f"at {factor:g} of the speed: {1 / factor:.4g}")
+        if factor >= APART:
+            notes.append(
+                f"profile.slower.{rank} is {factor:g} times the time; {factor:g} % more is {1 + factor / 100:g}"
+            )
         found = slow_down(found, rank, factor)
     found = found.model_copy(update={"source": f"imported from {', '.join(each.name for each in source.table)}"})
     return found.with_model(expert_bytes=source.expert_bytes, top_k=source.top_k)

@@ -127,6 +127,7 @@ def test_tables_as_programs_write_them(load, folder):
         ("layer_id,physical_expert_id,count\n0,1,2\n", "layer_id, expert_id, count"),
         ("layer_id,expert_id,count\n", "at least one line"),
         ("layer_id,expert_id,count\n0,1,2\n0,1,2\n", "line 3: got 0,1,2; each layer and expert once"),
+        ("step,layer,expert,count\n0,0,1,2\n0,0,1,3\n", "each layer and expert once; of a run that began again?"),
         ("layer_id,expert_id,count\n0,1,-2\n", "whole number"),
         ("layer_id,expert_id,count\n0,1,2.5\n", "whole number"),
         ("layer_id,expert_id,count\n0,1,1e-03\n", "whole number"),

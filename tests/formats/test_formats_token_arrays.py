@@ -101,8 +101,8 @@ REFUSED = {
         {"num_hidden_layers": None},
         "are there 3 layers.*give --num-hidden-layers 3",
     ),
-    "layers first": ({"a": IDS.swapaxes(0, 1)}, {}, "got 40; --num-hidden-layers is 3"),
-    "many tokens in the place of layers": ({"a": np.zeros((3, 400, 2), int)}, {}, "are there 400 layers"),
+    "layers first": ({"a": IDS.swapaxes(0, 1)}, {}, "--num-hidden-layers is 3; swap the axes"),
+    "many tokens in the place of layers": ({"a": np.zeros((3, 400, 2), int)}, {}, "--num-hidden-layers is 3; swap the axes"),
     "nobody says the phase": ({"a": IDS}, {"phase": None}, "no phase; .*--phase all takes every token"),
     "prompts alone": ({"a": IDS}, {"phase": Phase.PREFILL}, "no phase"),
     "weights": ({"a": IDS / 7.0}, {}, "shares, weights and logits are no counts"),
@@ -203,3 +203,13 @@ def test_files_of_layers_and_steps_hold_choices(load, folder):
         np.save(path, every)
     with pytest.raises(InputError, match="all 16 of a token; those that it chose"):
         load(folder, "tokens")
+
+
+def test_layers_on_another_axis_than_the_option_says(load, tmp_path):
+    ids = np.random.default_rng(2).random((6, 20, 16)).argsort(axis=2)[..., :2]  # [layers, tokens, K]
+    np.save(tmp_path / "a.npy", ids)
+    with pytest.raises(InputError, match=r"got shape \[6, 20, 2\]; .*--num-hidden-layers is 6; swap the axes"):
+        load(tmp_path / "a.npy", "tokens", num_hidden_layers=6, phase=Phase.MIXED)
+    np.save(tmp_path / "a.npy", ids.swapaxes(0, 1))
+    counts, _ = load(tmp_path / "a.npy", "tokens", num_hidden_layers=6, phase=Phase.MIXED, num_experts=16)
+    assert (counts.counts.sum(axis=0) == [np.bincount(row.reshape(-1), minlength=16) for row in ids]).all()
