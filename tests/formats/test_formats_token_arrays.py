@@ -102,7 +102,11 @@ REFUSED = {
         "are there 3 layers.*give --num-hidden-layers 3",
     ),
     "layers first": ({"a": IDS.swapaxes(0, 1)}, {}, "--num-hidden-layers is 3; swap the axes"),
-    "many tokens in the place of layers": ({"a": np.zeros((3, 400, 2), int)}, {}, "--num-hidden-layers is 3; swap the axes"),
+    "many tokens in the place of layers": (
+        {"a": np.zeros((3, 400, 2), int)},
+        {},
+        "--num-hidden-layers is 3; swap the axes",
+    ),
     "nobody says the phase": ({"a": IDS}, {"phase": None}, "no phase; .*--phase all takes every token"),
     "prompts alone": ({"a": IDS}, {"phase": Phase.PREFILL}, "no phase"),
     "weights": ({"a": IDS / 7.0}, {}, "shares, weights and logits are no counts"),
