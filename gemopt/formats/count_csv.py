@@ -18,7 +18,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, count_told
 from gemopt.formats.count_lines import INDEX, by_expert, lines_of, without_ranges
-from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, is_result, phase_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, TOKENS, is_result, phase_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -28,6 +28,7 @@ from gemopt.formats.findings import (
     refuse_map,
     refuse_no_counts,
     refuse_parts,
+    refuse_tokens,
 )
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.formats.recorded_files import files_of, left_alone, names_of
@@ -61,6 +62,7 @@ class _Table:
     ranks: dict[int, dict[Key, int]] = field(default_factory=dict)
     has_steps: bool = False
     unnamed: bool = False  # nothing in it is called count
+    counted: str = ""  # the name of the column with the counts
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
     results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
@@ -113,6 +115,8 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         doubt = refuse_stages(own.ranks, each_RTLE.sum(axis=3), no_pipeline)
         notes += [doubt] if doubt else []
     total = _dense(steps, own.ranks, layers, experts)
+    for name in TOKENS & {table.counted for table in tables}:
+        refuse_tokens(f"PATHS: {name}", total)
     refuse_totals("PATHS: counts", total)
     refuse_no_counts(total, mapped=any(table.unnamed for table in tables), ids=options.num_experts is None)
     busy = total.any(axis=(1, 2))
@@ -234,7 +238,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
     table.unnamed = not count_json.read(path).named if count_json.is_json(path) else header is not given
     columns = _columns(path, header)
-    table.has_steps = "step" in columns
+    table.has_steps, table.counted = "step" in columns, header[columns["count"]]
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL
     if named and "rank" in columns:
         raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")

@@ -24,6 +24,7 @@ COLUMNS = {
     "rank": ("rank", "rank_id", *PARALLEL),
     "phase": ("phase",),
 }
+TOKENS = {"tokens", "num_tokens", "token_count"}  # of an expert, or of a whole step
 PHASES = {
     **dict.fromkeys(("prefill", "prompt", "extend", "context"), Phase.PREFILL),
     **dict.fromkeys(("decode", "decoding", "generation", "generate"), Phase.DECODE),

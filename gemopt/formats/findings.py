@@ -13,7 +13,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions
 from gemopt.formats.recorded_files import names_of
-from gemopt.traces.arrays import NOT_IDS, are_ids, is_map, refuse_narrow
+from gemopt.traces.arrays import ENOUGH_SUMS, LOOKED_AT, NOT_IDS, are_ids, is_map, refuse_narrow
 
 MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
@@ -109,6 +109,15 @@ def refuse_no_counts(counts: IntArray, *, mapped: bool, ids: bool) -> None:
         raise InputError("PATHS: counts", "experts that tokens chose, by the numbers", "counts of experts", NOT_IDS)
     if mapped:
         refuse_map(counts)
+
+
+def refuse_tokens(field: str, counts: IntArray) -> None:
+    """Raise where numbers [T, L, E] that are called tokens are the same for all experts: those of a whole step."""
+    most_TL1 = counts.max(axis=2, keepdims=True)
+    many = np.count_nonzero(most_TL1 > 1) >= ENOUGH_SUMS and counts.shape[2] > 2
+    if many and ((counts == most_TL1) | (counts == 0)).all():
+        hint = "of the whole step? then a share times them, and top-k, is a count; if they are counts, call them count"
+        raise InputError(field, "as many for all experts of a layer", "the tokens of each expert", hint)
 
 
 def refuse_map(counts: IntArray) -> None:
@@ -244,6 +253,16 @@ def same_for_all(counts: IntArray, most_TL: IntArray, total_TL: IntArray) -> int
     few = np.flatnonzero((most_TL[:, 0] >= MANY_ALIKE) & (2 * counts.shape[2] * most_TL[:, 0] >= 3 * total_TL[:, 0]))
     used_TL = np.count_nonzero(counts[few], axis=2)
     return int((total_TL[few] == most_TL[few] * used_TL).all(axis=1).sum())
+
+
+def fullest(counts: IntArray, total_TL: IntArray) -> list[str]:
+    """The note on counts [T, L, E] of as many experts in all layers and steps, whose sums differ: the fullest ones."""
+    used = set(np.count_nonzero(counts[:LOOKED_AT], axis=2).ravel().tolist()) - {0}
+    apart = 2 * np.count_nonzero((total_TL != total_TL[:, :1]).any(axis=1)) > len(total_TL)
+    if not apart or len(used) > 1 or used == {counts.shape[2]} or total_TL.size < ENOUGH_SUMS:
+        return []
+    few = f"{max(used)} of {counts.shape[2]} experts have counts in every layer and step, whose sums differ"
+    return [f"{few}: a list of the fullest ones alone?"]
 
 
 class Shares:

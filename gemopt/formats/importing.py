@@ -17,7 +17,7 @@ from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError, UnsupportedError, refuse_unused
 from gemopt.formats import count_json
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
-from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, ranges, same_for_all
+from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, fullest, ranges, same_for_all
 from gemopt.formats.registry import engines, get
 from gemopt.formats.succession import Succession
 from gemopt.placement import check_layer_ids
@@ -211,6 +211,7 @@ class _Writer:
         self.first: IntArray | None = None
         self.last: IntArray | None = None
         self.succession = Succession()
+        self.doubts: list[str] = []
         self.ordered = True  # by load, all the experts of every layer and step
         stream.write(bytes(8 + _HEADER_BYTES))
 
@@ -251,7 +252,8 @@ class _Writer:
         total_TL = narrow.sum(axis=2, dtype=np.int64)
         self.succession.add(narrow, total_TL)
         self.ordered = self.ordered and _ordered(narrow[:1]) and _ordered(narrow)
-        self.first = narrow[:1].copy() if self.first is None else self.first
+        if self.first is None:
+            self.first, self.doubts = narrow[:1].copy(), fullest(narrow, total_TL)
         self.last = narrow[-1:].copy()
         self.totals.append(total_TL)
         self.uneven += int((total_TL % self.top_k).any(axis=1).sum())
@@ -276,7 +278,7 @@ class _Writer:
                 raise InputError("counts", total, "counts alone", "leave it out")
         total_TL = np.concatenate(self.totals)
         found = check_loads(self.load_LE, self.layer_ids) + check_steps(total_TL, self.layer_ids)
-        found += self.shares.notes() + self.succession.notes()
+        found += self.shares.notes() + self.succession.notes() + self.doubts
         return found + [text for wanted, text in self._said(total_TL) if wanted]
 
     def _said(self, total_TL: IntArray) -> list[tuple[bool, str]]:

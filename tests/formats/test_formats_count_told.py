@@ -136,3 +136,30 @@ def test_layers_that_a_stage_or_the_layers_with_experts_number_for_themselves(lo
     (tmp_path / "a.json").write_text(json.dumps({name: number, "counts": COUNTS.tolist()}))
     with pytest.raises(InputError, match=f"{name} beside counts; .*give --layer-ids"):
         load(tmp_path / "a.json", "array")
+
+
+@pytest.mark.parametrize("name", ["num_tokens", "tokens"])
+def test_tokens_of_the_step_beside_shares_are_no_counts(load, tmp_path, name):
+    """The same number for every expert, as analyses of routing write it; what the experts get is in the share."""
+    lines = [f"{t},{i},{e},{n / COUNTS[t, i].sum():.4f},{40 + t}" for (t, i, e), n in np.ndenumerate(COUNTS)]
+    for kept in (lines, [line for line in lines if ",0.0000," not in line]):
+        more = [line.replace(f"{t},", f"{t + 3},", 1) for t in range(3) for line in kept if line.startswith(f"{t},")]
+        (tmp_path / "a.csv").write_text("\n".join([f"step,layer,expert,share,{name}", *kept, *more]))
+        with pytest.raises(InputError, match=f"{name}: got as many for all experts of a layer; the tokens of each"):
+            load(tmp_path / "a.csv", "csv")
+    (tmp_path / "a.csv").write_text("\n".join([f"step,layer,expert,share,{name}", *lines]).replace(name, "count"))
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == [[[40]], [[41]], [[42]]]).all()  # as it says
+
+
+def test_lists_of_the_fullest_experts_are_noted(load, tmp_path):
+    counts = routed(np.random.default_rng(9))
+    rows = [
+        {"step": t, "layer": i, "counts": {str(e): int(counts[t, i, e]) for e in np.argsort(-counts[t, i])[:4]}}
+        for t in range(12) for i in range(5)
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert (
+        "4 of 16 experts have counts in every layer and step" in load(tmp_path / "a.jsonl", "array", num_experts=16)[1]
+    )
+    np.save(tmp_path / "a.npy", counts)
+    assert "fullest" not in load(tmp_path / "a.npy", "array")[1]
