@@ -18,7 +18,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, count_told
 from gemopt.formats.count_lines import INDEX, by_expert, lines_of, without_ranges
-from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, TOKENS, is_result, phase_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, TOKENS, is_result, layer_doubts, phase_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -63,6 +63,7 @@ class _Table:
     has_steps: bool = False
     unnamed: bool = False  # nothing in it is called count
     counted: str = ""  # the name of the column with the counts
+    layer: str = ""
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
     results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
@@ -98,8 +99,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     if options.num_experts not in (None, number):
         raise InputError("--num-experts", options.num_experts, f"{number}, as the tables say")
     experts = experts_of("PATHS: expert", sorted({expert for *_, expert in keys}), number, notes)
-    if layers[0] == 1:
-        notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
+    notes += layer_doubts(tables[0].layer, layers[0])
     recorded = {rank: tuple(tuple(sorted(step[rank].items())) for step in steps) for rank in ranks}
     own = own_counts({rank: counts if any(counts) else None for rank, counts in recorded.items()})
     notes += [own.note] if own.note else []
@@ -238,7 +238,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
     table.unnamed = not count_json.read(path).named if count_json.is_json(path) else header is not given
     columns = _columns(path, header)
-    table.has_steps, table.counted = "step" in columns, header[columns["count"]]
+    table.has_steps, table.counted, table.layer = "step" in columns, *(header[columns[m]] for m in ("count", "layer"))
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL
     if named and "rank" in columns:
         raise InputError(f"{path}: rank", "in the name and in a column", "one of the two")

@@ -11,7 +11,10 @@ from gemopt.traces.files import ALTERING
 
 PARALLEL = ("ep_rank", "dp_rank", "tp_rank")
 COLUMNS = {
-    "layer": ("layer_id", "layer", "layer_idx", "layer_index", "moe_layer", "moe_layer_id"),
+    "layer": (
+        *("layer_id", "layer", "layer_idx", "layer_index"),
+        *("moe_layer", "moe_layer_id", "moe_layer_idx", "moe_layer_index"),
+    ),
     "expert": ("expert_id", "expert", "expert_idx", "expert_index", "logical_expert", "logical_expert_id"),
     "count": (
         *("count", "counts", "num_tokens", "token_count", "tokens", "num_assignments", "assignments"),
@@ -77,6 +80,17 @@ def phase_of(where: str, cell: Any, first: Any) -> Phase | None:
     if (text in PHASES) != (before in PHASES) or (text not in PHASES and text != before):
         raise InputError(where, str(cell)[:100], f"one of {', '.join(PHASES)}" if before in PHASES else f"{first}")
     return PHASES.get(text)
+
+
+def layer_doubts(name: str, first: int) -> list[str]:
+    """What there is to say of layers that begin with `first` in a column of this name."""
+    if first == 1:
+        return ["layer 0 is not there: without experts, or are the layers numbered from 1?"]
+    if first == 0 and name.casefold().startswith("moe_layer"):
+        return [
+            f"{name} begins with 0: if dense layers come before, number all layers of the network, and call it layer"
+        ]
+    return []
 
 
 def words_of(name: str) -> set[str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import token_arrays
-from gemopt.formats.count_names import phase_of
+from gemopt.formats.count_names import layer_doubts, phase_of
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import experts_of
 from gemopt.formats.recorded_files import files_of, left_alone
@@ -54,6 +54,7 @@ class _Rows:
     other: int = 0
     unread: set[str] = field(default_factory=set)
     ranks: dict[str, str] = field(default_factory=dict)  # the one that each column of ranks names
+    layer: str = ""  # the name of the column
     by_file: bool = False  # whether a file is a request, as no column numbers them
 
     def notes(self, phase: Phase | None) -> list[str]:
@@ -82,8 +83,7 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
     notes = [*rows.notes(options.phase), *left_alone(paths, files, token_arrays.SUFFIXES)]
     told = beside.number("num_experts", options.num_experts)
     experts = experts_of("PATHS: experts", sorted(set(rows.ids)), told, notes)
-    if layers[0] == 1:
-        notes.append("layer 0 is not there: without experts, or are the layers numbered from 1?")
+    notes += layer_doubts(rows.layer, layers[0])
     top_k = beside.number("top_k", options.top_k)
     if beside.alone and not rows.by_step:
         _merge(rows)
@@ -121,6 +121,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
             if columns is None:
                 columns = known
                 rows.by_step, rows.by_file = _by_step(where, columns, options), "request" not in columns
+                rows.layer = columns["layer"]
             if known != columns:
                 shown = ", ".join(known.values())
                 raise InputError(where, shown, f"{', '.join(columns.values())}, as in the rows before")

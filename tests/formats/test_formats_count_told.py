@@ -163,3 +163,17 @@ def test_lists_of_the_fullest_experts_are_noted(load, tmp_path):
     )
     np.save(tmp_path / "a.npy", counts)
     assert "fullest" not in load(tmp_path / "a.npy", "array")[1]
+
+
+@pytest.mark.parametrize("name", ["moe_layer", "moe_layer_idx"])
+def test_numbers_of_the_layers_with_experts_are_doubted(load, tmp_path, name):
+    text = table(tmp_path / "a.csv").read_text()
+    assert "call it layer" not in load(tmp_path / "a.csv", "csv")[1]
+    (tmp_path / "a.csv").write_text(text.replace("layer", name))
+    traces, notes = load(tmp_path / "a.csv", "csv")
+    assert traces.layer_ids == (0, 1) and f"{name} begins with 0: if dense layers come before" in notes
+    rows = [{"step": t, name: i, "topk_ids": [[e, 7 - e] for e in range(3)]} for t in range(3) for i in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert f"{name} begins with 0" in load(tmp_path / "a.jsonl", "tokens")[1]
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace(f'"{name}": ', f'"{name}": 3'))
+    assert f"{name} begins with 0" not in load(tmp_path / "a.jsonl", "tokens")[1]
