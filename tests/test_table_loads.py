@@ -194,3 +194,25 @@ def test_a_column_that_numbers_experts_counts_none(tmp_path: Path, name: str) ->
     with pytest.raises(InputError, match=f"rows that differ in {name}"):
         read_table(path)
     assert loads(read_table(path, repeat=[name])) == [(n, None, 50.0 + n) for n in NS]
+
+
+def test_loads_beside_those_of_each_rank_and_more_experts_than_there_are(tmp_path: Path) -> None:
+    lines = "".join(f"{8 * n},{n},{40 + n}\n" for n in (1, 2, 16))
+    path, notes = written(tmp_path, "num_tokens,num_tokens_per_rank,time_us\n" + lines), list[str]()
+    read_table(path, unit=Unit.TOKENS, top_k=4, notes=notes)
+    assert "num_tokens is 8 times num_tokens_per_rank: are they those of the whole group?" in " ".join(notes)
+    assert loads(read_table(path, unit=Unit.GROUP_TOKENS, top_k=4, ep=8, notes=(of_group := []))) == [
+        (4 * n, None, 40 + n) for n in (1, 2, 16)
+    ]
+    assert "of the whole group" not in " ".join(of_group)
+    path = written(tmp_path, "num_tokens,num_experts,time_us\n8,2,40\n16,2,41\n")
+    with pytest.raises(InputError, match=r"--top-k: got 4; at most the 2 experts .*then --unit group-tokens"):
+        read_table(path, unit=Unit.TOKENS, top_k=4)
+    assert loads(read_table(path, unit=Unit.GROUP_TOKENS, top_k=4, ep=4)) == [(8, None, 40), (16, None, 41)]
+
+
+@pytest.mark.parametrize("name", ["beam_width", "best_of"])
+def test_beams_of_a_sequence_are_tokens_too(tmp_path: Path, name: str) -> None:
+    path = written(tmp_path, f"batch_size,{name},time_us\n8,4,40\n16,4,41\n")
+    with pytest.raises(InputError, match=f"with {name} 4, does batch_size count tokens, or sequences"):
+        read_table(path, top_k=4)

@@ -24,7 +24,7 @@ LARGEST_LOAD = 2.0**31 - 1  # as in a profile
 BATCHES = {"batch", "bs", "seqs", "sequences", "requests", "concurrency", "users"}
 SEQUENCES = {"seq", "sequence", "request", "prompt", "input", "query", "q"}
 DRAFTS = {"draft", "spec", "speculative", "mtp"}
-ONE_WORD = {"seqlen", "isl", "qlen", "mtp", "seq", "next_n"}
+ONE_WORD = {"seqlen", "isl", "qlen", "mtp", "seq", "next_n", "beam_width", "num_beams", "beams", "best_of"}
 NO_LENGTHS = {"max", "kv", "cache", "ctx", "context", "output", "topk", "us", "ms"}
 ONES = {"1", "1.0", "off", *NO}
 RATES = {
@@ -142,15 +142,28 @@ def _is_length(name: str) -> bool:
     return plain(name) in ONE_WORD or bool(of_each and (counted or parts & DRAFTS)) or "seqlen" in parts
 
 
-def doubts_of_load(table: Table, load: str) -> list[str]:
+def doubts_of_load(table: Table, load: str, unit: Unit) -> list[str]:
     """Sentences on columns that say that the load counts something else, though it was said what it counts."""
     notes = [f"beside {each}: does {load} count all tokens?" for each in _factors(table, load)[:1]]
+    if unit is not Unit.GROUP_TOKENS and (shared := _ranks(table, load)):
+        notes.append(f"{load} is {shared}: are they those of the whole group? then --unit group-tokens")
     if words(load) & {"m", "rows"}:
         for name in (each for each in table.header if plain(each) in {"num_groups", "groups", "g"}):
             found = next((value for value in values(table.rows, name) if value not in ONES), "")
             if found.isdigit():
                 notes.append(f"{name} is {found}: does {load} count the rows of all groups together?")
     return notes
+
+
+def _ranks(table: Table, load: str) -> str:
+    """`8 times num_tokens_per_rank`, where a column counts the tokens of each rank, and the load those of several."""
+    for name in (each for each in table.header if each != load and _of_one_rank(each) and "tokens" in words(each)):
+        pairs = {(row.cells[load], row.cells[name]) for row in table.rows}
+        if all(load.isdecimal() and own.isdecimal() and int(own) for load, own in pairs):
+            times = {int(load) / int(own) for load, own in pairs}
+            if len(times) == 1 and (number := times.pop()) >= 2:
+                return f"{number:g} times {name}"
+    return ""
 
 
 def shared_experts(table: Table, top_k: int | None) -> list[str]:
@@ -173,6 +186,10 @@ def factor(unit: Unit, top_k: int | None, ep: int | None, table: Table, load: st
         return 1.0
     if top_k is None or top_k < 1:
         raise InputError("--top-k", top_k, f"unit {unit.value} needs the experts per token, at least 1", "give --top-k")
+    every = _told(table, EXPERTS)
+    if unit is Unit.TOKENS and every is not None and top_k > every:
+        hint = "are those the experts of one rank? then --unit group-tokens"
+        raise InputError("--top-k", top_k, f"at most the {every} experts of {table.path}", hint)
     parts = _parts(table)
     if unit is Unit.TOKENS and parts > 1 and not _of_one_rank(load):
         found = f"tokens, and one in {parts} of the experts is on the device"
