@@ -17,8 +17,8 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json, count_told
-from gemopt.formats.count_lines import INDEX, by_expert, lines_of, without_ranges
-from gemopt.formats.count_names import COLUMNS, COUNTING, HEEDED, PARALLEL, TOKENS, is_result, layer_doubts, phase_of
+from gemopt.formats.count_lines import INDEX, by_expert, lines_of, meanings, without_ranges
+from gemopt.formats.count_names import COLUMNS, HEEDED, PARALLEL, TOKENS, is_result, layer_doubts, phase_of
 from gemopt.formats.engine import IntArray, Recording, TraceOptions
 from gemopt.formats.findings import (
     experts_of,
@@ -33,18 +33,12 @@ from gemopt.formats.findings import (
 from gemopt.formats.pipelines import refuse_named_stages, refuse_stages
 from gemopt.formats.recorded_files import files_of, left_alone, names_of
 from gemopt.traces import COUNT_LIMIT, Phase
-from gemopt.traces.arrays import MAX_EXPERTS, NOT_IDS, refuse_totals
+from gemopt.traces.arrays import MAX_EXPERTS, refuse_totals
 from gemopt.traces.files import COPIES
 from gemopt.words import counted
 
 SUFFIXES = (".csv", ".tsv", ".gz", ".parquet")
-IDS = {"ids", "indices", "topk", "token"}  # words of columns that list the experts of tokens
-BARE = (
-    "lines of numbers alone, as MindIE's of each NPU: numpy.loadtxt(PATH, delimiter=',').reshape(steps, layers, -1), "
-    "ranks side by side by numpy.concatenate(axis=2), then --from array"
-)
 _SAVED_INDEX = re.compile(r"unnamed_0(_\d+)?")  # once more, as pandas names it
-_NEEDED = ("layer", "expert", "count")
 _LIMIT = {"layer": 4096, "expert": MAX_EXPERTS, "count": COUNT_LIMIT, "step": 1 << 62, "rank": 1 << 16}
 _RANK = re.compile(r"(?:^|[/_.-])rank[_-]?(\d{1,5})(?=[/_.-]|$)", re.IGNORECASE)
 _POWER = re.compile(r"\d(?:\.\d+)?[eE][+-]?\d\d", re.ASCII)
@@ -237,7 +231,7 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     given = header
     header, lines = by_expert(path, header, lines, COLUMNS, table.results)
     table.unnamed = not count_json.read(path).named if count_json.is_json(path) else header is not given
-    columns = _columns(path, header)
+    columns = meanings(path, header)
     table.has_steps, table.counted, table.layer = "step" in columns, *(header[columns[m]] for m in ("count", "layer"))
     table.parallel = "rank" in columns and header[columns["rank"]] in PARALLEL
     if named and "rank" in columns:
@@ -248,31 +242,6 @@ def _read(path: Path, name: str, others: dict[str, str]) -> _Table:
     if not table.ranks:
         raise InputError(str(path), "no line with counts", "at least one line")
     return table
-
-
-def _columns(path: Path, header: list[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for meaning, names in COLUMNS.items():
-        here = [i for i, name in enumerate(header) if name in names]
-        if len(here) > 1:
-            both = " and ".join(header[i] for i in here)
-            raise InputError(f"{path}: columns", both, f"one column for the {meaning}", "remove the others")
-        if here:
-            found[meaning] = here[0]
-    lacking = [meaning for meaning in _NEEDED if meaning not in found]
-    if lacking:
-        ids = lacking == ["count"] or IDS & {word for name in header for word in name.split("_")}
-        counted = [name for name in header if {*name.split("_")} & COUNTING]
-        wide = sum(bool(re.fullmatch(r"[a-z]?_?\d+", name)) for name in header) > 1
-        hint = "one line for each layer and expert"
-        hint += "; columns are named by what they number: expert_0, layer_0 or step_0, ..." if wide else ""
-        hint = NOT_IDS if ids and not wide else hint
-        hint = BARE if all(map(str.isdigit, header)) else hint
-        hint = "which column is the layer? call it layer" if lacking == ["layer"] else hint
-        hint = f"if {counted[0]} is the count, call it count" if lacking == ["count"] and counted else hint
-        shown = ",".join(header)[:200]
-        raise InputError(f"{path}: columns", shown, "layer_id, expert_id, count; perhaps step, rank", hint)
-    return found
 
 
 def _add(

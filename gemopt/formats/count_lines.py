@@ -13,11 +13,25 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json
-from gemopt.formats.count_names import COUNTED, DERIVED, DRAFTS, HEEDED, MEASURED, SCORES, TABLES, numbered, words_of
+from gemopt.formats.count_names import (
+    COLUMNS,
+    COUNTED,
+    COUNTING,
+    DERIVED,
+    DRAFTS,
+    HEEDED,
+    MEASURED,
+    SCORES,
+    TABLES,
+    numbered,
+    words_of,
+)  # fmt: skip
 from gemopt.formats.count_spread import follows
 from gemopt.formats.files import JSON_LIMIT, size_of, text_of
 from gemopt.formats.tables import files as table_files
 from gemopt.formats.tables.files import GROUPED
+from gemopt.traces.arrays import NOT_IDS
+from gemopt.traces.axes import FEWEST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES, NOT_COPIES
 
 INDEX = "column 1"  # a first one without a name: rising, it holds pandas' numbers of the lines
@@ -32,6 +46,12 @@ _PIVOT = {  # of tables that pandas pivots: what the columns count, beside colum
     "rank": re.compile(r"(?:[edt]p_)?rank(?:_id)?_?(\d{1,9})", re.ASCII),
 }
 _LIST = re.compile(r"[\[(]\s*[\d.]+(?:[\s,;]+[\d.]+)+\s*[\])]", re.ASCII)
+IDS = {"ids", "indices", "topk", "token"}  # words of columns that list the experts of tokens
+BARE = (
+    "lines of numbers alone, as MindIE's of each NPU: numpy.loadtxt(PATH, delimiter=',').reshape(steps, layers, -1), "
+    "ranks side by side by numpy.concatenate(axis=2), then --from array"
+)
+_NEEDED = ("layer", "expert", "count")
 PARTS = {"rank", "ranks", "gpu", "device", "stage", *DRAFTS}
 _INDEX = re.compile(r"__index_level_\d+__")  # numbers of rows, as pandas saves them in parquet
 _WHOLE = re.compile(r"\d{1,15}(?:\.0*)?", re.ASCII)
@@ -67,6 +87,10 @@ def by_expert(
     told = {meaning for meaning, known in names.items() if set(header) & set(known)}
     if "expert" in told and "count" not in told:
         lacking, experts = _pivoted(header, told)
+    if not experts and told in ({"layer"}, {"expert"}):
+        rows = [(number, row) for number, row in lines if any(row)]
+        lines, across = iter(rows), "layer" if told == {"expert"} else "expert"
+        experts, lacking = _crossed(header, rows, across), [across]
     cells = set(map(tuple, experts.values()))
     if len(experts) < 2 or len(cells) < len(experts) or told & {*lacking}:
         return header, lines
@@ -100,6 +124,20 @@ def without_ranges(path: Path, header: list[str], lines: Lines) -> tuple[list[st
             yield number, [cell for i, cell in enumerate(row) if i not in beside]
 
     return [name for i, name in enumerate(header) if i not in beside], kept()
+
+
+def _crossed(header: list[str], rows: Rows, across: str) -> dict[int, list[str]]:
+    """The columns of numbers alone, as pandas tabulates layers and experts, where the sums of layers bear that out."""
+    columns = {i: [name] for i, name in enumerate(header) if name.isdecimal()}
+    cells = [[row[i] for i in columns] for _, row in rows if len(row) == len(header)]
+    if [int(name) for (name,) in columns.values()] != list(range(len(columns))) or len(cells) < len(rows):
+        return {}
+    if len(header) - len(columns) > 1 or not all(map(_WHOLE.fullmatch, chain.from_iterable(cells))):
+        return {}
+    counts = np.array(cells, np.float64).reshape(len(cells), -1)
+    counts = counts if across == "expert" else counts.T  # [layers, experts]
+    alike = len(counts) >= FEWEST_LAYERS and (counts.sum(axis=1) == counts[0].sum()).all()
+    return columns if alike and (counts != counts[:1]).any() else {}
 
 
 def _pivoted(header: list[str], told: Collection[str]) -> tuple[list[str], dict[int, list[str]]]:
@@ -173,6 +211,33 @@ def _refuse_others(path: Path, name: str) -> None:
     if found := sorted(words & (DERIVED | SCORES | MEASURED)):
         hint = f"is {found[0]} no word for it? rename it"
         raise InputError(f"{path}: columns", name, "counts themselves", hint)
+
+
+def meanings(path: Path, header: list[str]) -> dict[str, int]:
+    """The columns by what they mean; `InputError` where one is missing, or comes twice."""
+    found: dict[str, int] = {}
+    for meaning, names in COLUMNS.items():
+        here = [i for i, name in enumerate(header) if name in names]
+        if len(here) > 1:
+            both = " and ".join(header[i] for i in here)
+            raise InputError(f"{path}: columns", both, f"one column for the {meaning}", "remove the others")
+        if here:
+            found[meaning] = here[0]
+    lacking = [meaning for meaning in _NEEDED if meaning not in found]
+    if lacking:
+        ids = lacking == ["count"] or IDS & {word for name in header for word in name.split("_")}
+        others = [name for name in header if name not in TABLES and name != INDEX]
+        counted = [name for name in header if {*name.split("_")} & COUNTING] or (others if len(others) == 1 else [])
+        wide = sum(bool(re.fullmatch(r"[a-z]?_?\d+", name)) for name in header) > 1
+        hint = "one line for each layer and expert"
+        hint += "; columns are named by what they number: expert_0, layer_0 or step_0, ..." if wide else ""
+        hint = NOT_IDS if ids and not wide else hint
+        hint = BARE if all(map(str.isdigit, header)) else hint
+        hint = "which column is the layer? call it layer" if lacking == ["layer"] else hint
+        hint = f"if {counted[0]} is the count, call it count" if lacking == ["count"] and counted else hint
+        shown = ",".join(header)[:200]
+        raise InputError(f"{path}: columns", shown, "layer_id, expert_id, count; perhaps step, rank", hint)
+    return found
 
 
 def lines_of(path: Path) -> Lines:

@@ -303,7 +303,7 @@ class _Writer:
                 "every step is of a single token: rows of tokens? then add up those that are computed together",
             ),
             (many and only in SHARES, f"all layers of all steps add up to {only}: shares instead of counts?"),
-            (many and near > 0, f"all layers add up to about {near}: shares that were rounded?"),
+            (total_TL.size >= MANY_STEPS and near > 0, f"all layers add up to about {near}: shares that were rounded?"),
             (many and self.largest == 1 and apart, "no count is above 1: marks of experts in use instead of counts?"),
             (
                 0 < self.even < steps and self.experts > 1,

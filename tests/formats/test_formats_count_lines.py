@@ -315,3 +315,28 @@ def test_what_weights_and_biases_exports_beside_each_column(load, tmp_path):
     (tmp_path / "a.csv").write_text("\n".join([f'"Step",{head}', *rows[:2], apart]))
     with pytest.raises(InputError, match=r"line 4: run_moe_layer_0_expert_0__min: got .*; 9\d+, as .*means of several"):
         load(tmp_path / "a.csv", "csv")
+
+
+def test_tables_that_pandas_crosses(load, tmp_path):
+    """Columns of numbers alone are experts where all layers have as many assignments, and are not alike."""
+    order = np.random.default_rng(4).random((5, 60, 8)).argsort(axis=2)[..., :2]
+    counts = np.stack([np.bincount(chosen.reshape(-1), minlength=8) for chosen in order])
+    for rows, label in ((counts, "layer"), (counts.T, "expert")):
+        lines = [[label, *range(rows.shape[1])], *([i, *row] for i, row in enumerate(rows.tolist()))]
+        (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+        assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+    for other in (np.tile([120, 96, 112, 80], (5, 1)), counts + np.arange(5)[:, None], counts[:2]):
+        lines = [["layer", *range(other.shape[1])], *([i, *row] for i, row in enumerate(other.tolist()))]
+        (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+        with pytest.raises(InputError, match="columns are named by what they number"):
+            load(tmp_path / "a.csv", "csv")
+    lines = ["layer,expert,0", *(f"{i},{e},{n}" for (i, e), n in np.ndenumerate(counts))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="if 0 is the count, call it count"):
+        load(tmp_path / "a.csv", "csv")
+
+
+def test_percentages_of_few_layers_are_noted(load, tmp_path):
+    lines = ["layer,expert,load", *(f"{i},{e},{(12, 13)[(e + i) % 3 == 0]}" for i in range(4) for e in range(8))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert "all layers add up to about 100: shares that were rounded?" in load(tmp_path / "a.csv", "csv")[1]
