@@ -102,11 +102,11 @@ class Beside:
 
     def refuse_no_traffic(self) -> None:
         """Raise where a column tells some rows apart from those that count."""
-        for name, told in self.parts.items():
+        for part, told in self.parts.items():
             if len(told) > 1:
                 one = "import one of those that saw the same tokens; leave the column out where each had its own"
-                hint = "import each network apart" if name.casefold() in NETWORKS else one
-                shown = f"{name} {', '.join(sorted(told)[:4])}"
+                hint = "import each network apart" if part.casefold() in NETWORKS else one
+                shown = f"{part} {', '.join(sorted(told)[:4])}"
                 raise InputError("PATHS", shown, "rows of one network, every token once", hint)
         flags = {name: cells for name, cells in self.flags.items() if name not in self.no_flags}
         for found in (flags, self.events):
