@@ -18,23 +18,41 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import responses
-from gemopt.formats.count_names import numbered, words_of
+from gemopt.formats.count_names import HEEDED, NUMBERS, numbered, words_of
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
-from gemopt.formats.findings import experts_of
+from gemopt.formats.findings import MANY_ALIKE, experts_of
 from gemopt.formats.response_bodies import Response, Sample
+from gemopt.formats.token_beside import TOKENS
 from gemopt.formats.token_cells import NAMES
 from gemopt.traces import Phase
 from gemopt.traces.arrays import MAX_EXPERTS
 from gemopt.traces.axes import MOST_LAYERS
-from gemopt.traces.files import ALTERING, COPIES
+from gemopt.traces.files import ALTERING, COPIES, meant
 from gemopt.words import counted
 
-PADDED = {"mask", "valid", "pad", "padding"}  # words of arrays that tell tokens from padding
+COUNTED = {"mask", "valid", "accepted"}  # words of arrays that tell tokens from padding, where they are true
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+NOT_COUNTED = {"pad", "padding", "padded", "dropped", "overflow", "rejected", "draft", "dummy"}  # where true
+POSITIONS = {"position", "positions", "position_ids", "pos", "token_idx", "token_index"}  # that rise in a sequence
 APART = {
     *("layer", "layers", "phase", "step", "steps", "batch", "rank", "request", "requests", "req", "rid", "sequence"),
-    *("sequences", "seq", "seqs", "seqlens", "cu", "offsets", "starts", "lens", "length", "lengths"),
+    *(
+        "doc",
+        "docs",
+        "document",
+        "documents",
+        "sequences",
+        "seq",
+        "seqs",
+        "seqlens",
+        "cu",
+        "offsets",
+        "starts",
+        "lens",
+        "length",
+        "lengths",
+    ),
 }  # words of arrays that tell tokens or layers apart
 _ONE = re.compile(  # layer and step
     r".*layers?[_.-]?(\d{1,4})[_.-]?(?:idx|index|step|iter|iteration|fwd|forward|pass|call)?[_.-]?(\d{1,12})",
@@ -67,8 +85,19 @@ def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -
         if layers is not None:
             ids = _placed(ids, layers, options)
         sequences = ids if ids.ndim == 4 else ids[None]
+        if ids.ndim == 4 and (tail := _tail(ids)) >= MANY_ALIKE:
+            notes.append(
+                f"{path.name}: at the ends of sequences {tail} tokens choose what the one before chose: padding?"
+            )
         samples = [Sample(where=f"{path}: sequence {i}", encoded=[each]) for i, each in enumerate(sequences)]
         yield from (Response(name=None, samples=[sample]) for sample in samples)
+
+
+def _tail(sequences: IntArray) -> int:
+    """Tokens at the ends of sequences [S, N, L, K] of several layers that have the experts of the token before."""
+    same = (sequences[:, 1:] == sequences[:, :-1]).all(axis=(2, 3)) & sequences[:, 1:].any(axis=(2, 3))
+    ends = np.logical_and.accumulate(same[:, ::-1], axis=1)
+    return int(ends.sum()) if sequences.shape[2] > 1 and sequences.min() >= 0 else 0
 
 
 def _counted(named: dict[Path, tuple[int, int]], options: TraceOptions, notes: list[str]) -> Recording:
@@ -136,14 +165,28 @@ def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray,
         limit = f"one array called {', '.join(NAMES['ids'][:3])} or the like, or layer_0, ..."
         raise InputError(str(path), ", ".join(arrays)[:200] or "no array", limit)
     others = [name for name in (*arrays, *told) if name not in (*named, "format")]
-    for name in (name for name in others if words_of(name) & PADDED and not np.asarray(arrays.get(name, 1)).all()):
-        raise InputError(
-            f"{path}: {name}", "tokens that it leaves out", "experts of tokens, each once", "leave them out"
-        )
-    _refuse_others(path, [name for name in others if not words_of(name) & PADDED])
-    _refuse_apart(path, {name: arrays[name] for name in others if name in arrays}, options)
+    flags = {name for name in others if words_of(name) & (COUNTED | NOT_COUNTED)}
+    for name, array in ((name, np.asarray(arrays[name])) for name in sorted(flags & arrays.keys())):
+        out = bool(words_of(name) & NOT_COUNTED and "mask" not in words_of(name))  # what leaves a token out
+        if array.size > 1 and array.dtype.kind in "biuf" and (array.astype(bool) == out).any():
+            limit = "experts of tokens, each once"
+            raise InputError(f"{path}: {name}", "tokens that it leaves out", limit, "leave them out")
+    _refuse_others(path, [name for name in others if name not in flags])
+    ids = _whole(path, arrays[named[0]])
+    _refuse_apart(path, {name: arrays[name] for name in others if name in arrays}, options, ids.shape[-3])
+    for name in (name for name in others if name in HEEDED):
+        _check_told(path, name, arrays.get(name, told.get(name)), ids, options)
     notes += [f"{path.name}: {', '.join(others)} left unread"] if others else []
-    return _whole(path, arrays[named[0]]), None
+    return ids, None
+
+
+def _check_told(path: Path, name: str, value: Any, ids: IntArray, options: TraceOptions) -> None:
+    """Raise where the file says another number of experts, or of those of a token, than is read."""
+    said, of_token = str(np.asarray(value).tolist()), name not in NUMBERS["num_experts"]
+    read = ids.shape[-1] if of_token else options.num_experts
+    if said != str(read):
+        limit = f"{read} experts of a token, as there are" if of_token else f"--num-experts is {read or 'not given'}"
+        raise InputError(f"{path}: {name}", said, limit, "" if of_token else f"give --num-experts {said}")
 
 
 def _refuse_others(path: Path, names: Iterable[str]) -> None:
@@ -152,11 +195,21 @@ def _refuse_others(path: Path, names: Iterable[str]) -> None:
             raise InputError(f"{path}: {name}", "beside the experts", "experts of the network, every token once")
 
 
-def _refuse_apart(path: Path, others: dict[str, Any], options: TraceOptions) -> None:
-    """Raise where arrays tell tokens or layers apart that are read as one sequence, and as layers from 0 on."""
+def _refuse_apart(path: Path, others: dict[str, Any], options: TraceOptions, tokens: int) -> None:
+    """Raise where arrays tell tokens or layers apart that are read as one sequence, and as layers from 0 on.
+
+    tokens: of a sequence in the file.
+    """
     for name, each in others.items():
-        words = words_of(name)
-        if not words & APART or np.size(each) < 2:
+        words, bare = words_of(name), name.casefold()
+        if meant(name) == "layer_ids" and np.size(each) == 1 and np.any(each) and options.layer_ids is None:
+            raise InputError(f"{path}: {name}", np.ravel(each)[0].item(), "layers from 0 on", "give --layer-ids")
+        if TOKENS.fullmatch(bare) and np.size(each) == 1 and np.ravel(each)[0] < tokens:
+            limit = f"the {tokens} whose experts are there"
+            raise InputError(f"{path}: {name}", np.ravel(each)[0].item(), limit, "padded? leave the others out")
+        again = bare in POSITIONS and np.ndim(each) == 1 and (np.diff(each) <= 0).any()
+        numbers = bare in (*NAMES["request"], *NAMES["step"]) or again
+        if not (words & APART or numbers) or np.size(each) < 2:
             continue
         if not words & {"layer", "layers"}:
             hint = "give [sequences, tokens, layers, top-k], or a file for each sequence, and leave it out"

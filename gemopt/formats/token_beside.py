@@ -25,7 +25,9 @@ PROCESSES = {
     *("pid", "process", "process_id", "worker", "worker_id", "gpu", "gpu_id", "device", "device_id", "cuda_device"),
     *("host", "hostname", "node", "node_id", "node_rank", "server", "instance", "replica_id"),
 }
-TOKENS = re.compile(r"(num_|n_)?((actual|real|scheduled|unpadded)_)?(num_)?tokens(_unpadded)?")  # of a row
+TOKENS = re.compile(
+    r"(num_|n_)?((actual|real|valid|scheduled|unpadded)_)?(num_)?tokens(_unpadded)?|(seq_?)?len(gth)?"
+)  # of a row
 EVENTS = {"event", "event_code", "event_type", "event_name", "action", "kind", "type"}
 
 

@@ -121,6 +121,14 @@ REFUSED = {
     ),
     "requests beside": ({"topk_ids": IDS, "request_id": np.arange(40) // 8}, {}, "a.npz: request_id: .*would be lost"),
     "their lengths": ({"topk_ids": IDS, "cu_seqlens": [0, 8, 40]}, {}, "or a file for each sequence, and leave it out"),
+    "steps by another name": ({"topk_ids": IDS, "iteration": np.arange(40) // 8}, {}, "iteration: .*would be lost"),
+    "samples beside": ({"topk_ids": IDS, "sample_id": np.arange(40) // 8}, {}, "sample_id: .*would be lost"),
+    "positions that begin again": ({"topk_ids": IDS, "positions": np.arange(40) % 8}, {}, "positions: .*would be lost"),
+    "fewer tokens": ({"topk_ids": IDS, "num_tokens": 30}, {}, "num_tokens: got 30; the 40 whose experts are there"),
+    "dropped tokens": ({"topk_ids": IDS, "dropped": np.arange(40) < 3}, {}, "dropped: got tokens that it leaves out"),
+    "a later stage": ({"topk_ids": IDS, "pp_rank": 1}, {}, "pp_rank: got 1; layers from 0 on; give --layer-ids"),
+    "more experts": ({"topk_ids": IDS, "num_experts": 512}, {}, "num_experts: got 512; --num-experts is .*experts 512"),
+    "another top-k": ({"topk_ids": IDS, "top_k": 8}, {}, "top_k: got 8; 2 experts of a token, as there are"),
     "two of them": ({"a": IDS, "b": IDS}, {}, "one array called topk_ids"),
     "layers of other tokens": ({"layer_0": IDS[:, 0], "layer_1": IDS[:9, 0]}, {}, "the same tokens in each layer"),
 }
@@ -217,3 +225,18 @@ def test_layers_on_another_axis_than_the_option_says(load, tmp_path):
     np.save(tmp_path / "a.npy", ids.swapaxes(0, 1))
     counts, _ = load(tmp_path / "a.npy", "tokens", num_hidden_layers=6, phase=Phase.MIXED, num_experts=16)
     assert (counts.counts.sum(axis=0) == [np.bincount(row.reshape(-1), minlength=16) for row in ids]).all()
+
+
+def test_arrays_beside_that_change_nothing_and_padding_that_repeats(load, tmp_path):
+    ids = np.random.default_rng(3).random((3, 12, 4, 16)).argsort(axis=3)[..., :2]  # [sequences, tokens, layers, K]
+    options = {"num_hidden_layers": 4, "phase": Phase.MIXED, "num_experts": 16}
+    beside = {"is_padding": np.zeros(12, bool), "num_tokens": 12, "positions": np.arange(12), "pp_rank": 0, "top_k": 2}
+    np.savez(tmp_path / "a.npz", topk_ids=ids, num_experts=16, **beside)
+    traces, notes = load(tmp_path / "a.npz", "tokens", **options)
+    assert int(traces.counts.sum()) == ids.size and "padding?" not in notes
+    ids[0, 8:], ids[1, 5:] = ids[0, 7], ids[1, 4]
+    np.save(tmp_path / "a.npy", ids)
+    assert (
+        "at the ends of sequences 11 tokens choose what the one before"
+        in load(tmp_path / "a.npy", "tokens", **options)[1]
+    )
