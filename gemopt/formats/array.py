@@ -20,6 +20,7 @@ from gemopt.formats.numbered_arrays import NAME_THEM, inner, joined, kind_of
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
 from gemopt.formats.recorded_files import files_of, left_alone
 from gemopt.formats.succession import MANY_COUNTS
+from gemopt.formats.token_beside import NO_TRAFFIC
 from gemopt.traces.arrays import (
     LOOKED_AT,
     NOT_IDS,
@@ -39,6 +40,7 @@ SUFFIXES = (*ARRAYS_ALONE, *count_json.SUFFIXES)
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 SIDE_BY_SIDE = "put layers and stages side by side in one array; if these are later steps: --no-pipeline"
 NUMBERS_TELL = "give --num-experts and --num-hidden-layers"
+STEPS = {"step", "steps", "iteration", "iterations", "iter", "iters", "batch", "forward"}
 _ROWS = 64 << 20  # bytes handed on at once
 
 
@@ -144,7 +146,7 @@ class _Counts(NamedTuple):
 def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
     """The counts of a file; what else it holds is refused, or goes to the notes."""
     data, told = _loaded(path)
-    layers = None
+    layers, others = None, dict[str, Any]()
     names, experts = [path.stem] if words_of(path.stem) & COUNTED else [], told.get("num_experts")
     if isinstance(data, dict):
         data, beside = inner(path, {str(key): value for key, value in data.items()})
@@ -166,6 +168,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
                 str(path), f"an array {key}", "counts themselves", f"is {min(derived)} no word for it? rename it"
             )
         names.append(key)
+        others = {name: each for name, each in data.items() if name not in known}
         experts = data.get("num_experts", experts)
         data, layers = (data[key], None) if kind is None else joined(path, data, *kind)
     if copies := [name for name in names if COPIES.search(name)]:
@@ -182,7 +185,28 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
     if str(np.asarray(experts).tolist()).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
+    _refuse_telling(path, others, counts)
     return _Counts(counts, layers)
+
+
+def _refuse_telling(path: Path, others: dict[str, Any], counts: IntArray) -> None:
+    """Refuse arrays beside counts [T, L, E] that put their experts or steps into another order, or tell steps apart."""
+    for name, each in others.items():
+        array, words = np.asarray(each), words_of(name)
+        if array.ndim != 1 or array.dtype.kind not in "biu" or len(array) < 2:
+            continue
+        places, steps = np.arange(len(array)), len(array) == len(counts)
+        if len(array) == counts.shape[2] and (np.sort(array) == places).all() and (array != places).any():
+            limit, hint = "experts in order", "does it say which experts they are? then put them in order"
+        elif steps and words & STEPS and (np.diff(array) <= 0).any():
+            limit, hint = "every step once, in order", "add up those of one step, and put them in order"
+        elif steps and words & {"rank", "ranks"} and (array != array[0]).any():
+            limit, hint = "every step once, of all ranks", "add up the ranks of each step"
+        elif steps and words & NO_TRAFFIC and array.max() == 1 and array.min() >= 0:
+            limit, hint = "steps that were served", "leave out the others"
+        else:
+            continue
+        raise InputError(str(path), f"{name} beside counts", limit, f"{hint}; then leave {name} out")
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:

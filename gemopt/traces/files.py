@@ -25,7 +25,7 @@ PLAIN = ("num_hidden_layers", "top_k", "model")  # what an .npz may say of the n
 # Arrays that say where experts and their copies are, or count by slot (the last are vLLM's) or on one rank.
 COPIES = re.compile(
     r"physical|phy2?log|log2phy|logcnt|(^|[\W_])(phy|p2l|l2p|local|slots?|replicas?)([\W_]|$)|redundan|"
-    "expert_(map|location|ids?$|order)|expert_load_(window|pass|view)",
+    "expert_(map|location|ids?$|order|perm)|expert_load_(window|pass|view)",
     re.IGNORECASE,
 )
 NOT_COPIES = "add up the copies of an expert, and put the experts of all ranks side by side in their order"

@@ -121,3 +121,24 @@ def test_layers_that_hold_several_arrays(load, tmp_path):
     layers = {str(i): {"counts": row.tolist(), "total": 800, "entropy": 1.5 + i} for i, row in enumerate(counts)}
     (tmp_path / "a.json").write_text(json.dumps({"model": "m", "layers": layers}))
     assert (load(tmp_path / "a.json", "array")[0].counts == counts).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "words"),
+    [
+        ("experts", np.random.default_rng(0).permutation(16), "experts in order; does it say which experts they are"),
+        ("order", np.arange(16)[::-1], "experts in order"),
+        ("iterations", [10, 20, 20, 30, 40], "every step once, in order"),
+        ("steps", [4, 3, 2, 1, 0], "every step once, in order"),
+        ("rank", [0, 1, 0, 1, 0], "every step once, of all ranks"),
+        ("is_dummy", [1, 1, 0, 0, 0], "steps that were served; leave out the others"),
+    ],
+)
+def test_arrays_beside_counts_that_tell_another_order_or_steps_apart(load, tmp_path, name, beside, words):
+    np.savez(tmp_path / "a.npz", expert_counts=COUNTS, **{name: beside})
+    with pytest.raises(InputError, match=f"{name} beside counts; {words}"):
+        load(tmp_path / "a.npz", "array")
+    same = {name: np.arange(len(beside)) * (name not in ("rank", "is_dummy"))}
+    np.savez(tmp_path / "a.npz", expert_counts=COUNTS, num_padding=[3, 0, 7, 1, 2], **same)
+    traces, notes = load(tmp_path / "a.npz", "array")
+    assert (traces.counts == COUNTS).all() and f"num_padding, {name} left unread" in notes
