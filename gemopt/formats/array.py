@@ -13,6 +13,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv, count_json
 from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, NO_COUNTS, SCORES, words_of
+from gemopt.formats.count_spread import compact
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
@@ -28,6 +29,7 @@ from gemopt.traces.arrays import (
     is_map,
     refuse_narrow,
     refuse_totals,
+    widened,
 )
 from gemopt.traces.axes import IN_ORDER, MOST_LAYERS, axis_of_layers, other_order
 from gemopt.traces.document import STEP_ARRAYS
@@ -185,6 +187,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
         raise InputError(f"{path}: counts", f"shape {counts.shape}", "at least one step, layer and expert")
     if str(np.asarray(experts).tolist()).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
+    others |= count_json.read(path).beside if count_json.is_json(path) else {}
     _refuse_telling(path, others, counts)
     return _Counts(counts, layers)
 
@@ -192,9 +195,10 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
 def _refuse_telling(path: Path, others: dict[str, Any], counts: IntArray) -> None:
     """Refuse arrays beside counts [T, L, E] that put their experts or steps into another order, or tell steps apart."""
     for name, each in others.items():
-        array, words = np.asarray(each), words_of(name)
+        array, words = np.asarray(compact(each)), words_of(name)
         if array.ndim != 1 or array.dtype.kind not in "biu" or len(array) < 2:
             continue
+        array = widened(array.astype(np.int8) if array.dtype.kind == "b" else array)
         places, steps = np.arange(len(array)), len(array) == len(counts)
         if len(array) == counts.shape[2] and (np.sort(array) == places).all() and (array != places).any():
             limit, hint = "experts in order", "does it say which experts they are? then put them in order"

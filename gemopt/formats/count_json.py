@@ -112,6 +112,7 @@ def _rows(
         beside = {key: each for key, each in value.items() if each is not inner}
         _refuse_telling(path, [key for key, each in beside.items() if isinstance(each, (list, dict))])
         told.unread += [key for key, each in beside.items() if isinstance(each, (list, dict))]
+        told.beside |= {key: each for key, each in beside.items() if isinstance(each, list)}
         plain = {key: each for key, each in beside.items() if key not in told.unread}
         named |= any(each is inner and bool(words_of(key) & COUNTED) for key, each in value.items())
         yield from _rows(path, inner, {**plain, **known}, told, named=named)
@@ -193,6 +194,7 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
         raise InputError(str(path), f"{which} beside {counts[0]}", "counts of all experts, in order", hint)
     refuse_derived(path, counts[0])
     told.unread += lists
+    told.beside |= {key: rows[0][key] for key in lists} if len(rows) == 1 else {}
     for key in [key for key in rows[0] if meant(key) == "top_k" and len({str(row.get(key)) for row in rows}) == 1]:
         if type(rows[0][key]) is int and rows[0][key] > 0:
             told.top_k = rows[0][key]

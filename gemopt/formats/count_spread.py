@@ -26,6 +26,7 @@ class Content:
     rows: Rows = field(default_factory=list)
     arrays: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    beside: dict[str, Any] = field(default_factory=dict)  # lists of a single row among these
     top_k: int | None = None
     steps: tuple[int, int] | None = None  # the first and the last that it numbers
     phases: list[int] = field(default_factory=list)  # of the steps of an array

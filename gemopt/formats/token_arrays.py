@@ -26,7 +26,7 @@ from gemopt.formats.response_bodies import Response, Sample
 from gemopt.formats.token_beside import TOKENS
 from gemopt.formats.token_cells import NAMES
 from gemopt.traces import Phase
-from gemopt.traces.arrays import MAX_EXPERTS
+from gemopt.traces.arrays import MAX_EXPERTS, widened
 from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES, meant
 from gemopt.words import counted
@@ -207,7 +207,7 @@ def _refuse_apart(path: Path, others: dict[str, Any], options: TraceOptions, tok
         if TOKENS.fullmatch(bare) and np.size(each) == 1 and np.ravel(each)[0] < tokens:
             limit = f"the {tokens} whose experts are there"
             raise InputError(f"{path}: {name}", np.ravel(each)[0].item(), limit, "padded? leave the others out")
-        again = bare in POSITIONS and np.ndim(each) == 1 and (np.diff(each) <= 0).any()
+        again = bare in POSITIONS and np.ndim(each) == 1 and (np.diff(widened(np.asarray(each))) <= 0).any()
         numbers = bare in (*NAMES["request"], *NAMES["step"]) or again
         if not (words & APART or numbers) or np.size(each) < 2:
             continue

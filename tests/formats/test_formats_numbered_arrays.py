@@ -130,6 +130,7 @@ def test_layers_that_hold_several_arrays(load, tmp_path):
         ("order", np.arange(16)[::-1], "experts in order"),
         ("iterations", [10, 20, 20, 30, 40], "every step once, in order"),
         ("steps", [4, 3, 2, 1, 0], "every step once, in order"),
+        ("batch", np.array([4, 3, 2, 1, 0], np.uint8), "every step once, in order"),
         ("rank", [0, 1, 0, 1, 0], "every step once, of all ranks"),
         ("is_dummy", [1, 1, 0, 0, 0], "steps that were served; leave out the others"),
     ],
@@ -138,6 +139,10 @@ def test_arrays_beside_counts_that_tell_another_order_or_steps_apart(load, tmp_p
     np.savez(tmp_path / "a.npz", expert_counts=COUNTS, **{name: beside})
     with pytest.raises(InputError, match=f"{name} beside counts; {words}"):
         load(tmp_path / "a.npz", "array")
+    if name != "experts":  # which is refused in any order
+        (tmp_path / "a.json").write_text(json.dumps({"counts": COUNTS.tolist(), name: np.asarray(beside).tolist()}))
+        with pytest.raises(InputError, match=f"{name} beside counts; {words}"):
+            load(tmp_path / "a.json", "array")
     same = {name: np.arange(len(beside)) * (name not in ("rank", "is_dummy"))}
     np.savez(tmp_path / "a.npz", expert_counts=COUNTS, num_padding=[3, 0, 7, 1, 2], **same)
     traces, notes = load(tmp_path / "a.npz", "array")

@@ -123,7 +123,11 @@ REFUSED = {
     "their lengths": ({"topk_ids": IDS, "cu_seqlens": [0, 8, 40]}, {}, "or a file for each sequence, and leave it out"),
     "steps by another name": ({"topk_ids": IDS, "iteration": np.arange(40) // 8}, {}, "iteration: .*would be lost"),
     "samples beside": ({"topk_ids": IDS, "sample_id": np.arange(40) // 8}, {}, "sample_id: .*would be lost"),
-    "positions that begin again": ({"topk_ids": IDS, "positions": np.arange(40) % 8}, {}, "positions: .*would be lost"),
+    "positions that begin again": (
+        {"topk_ids": IDS, "positions": np.arange(40, dtype=np.uint8) % 8},
+        {},
+        "positions: .*would be lost",
+    ),
     "fewer tokens": ({"topk_ids": IDS, "num_tokens": 30}, {}, "num_tokens: got 30; the 40 whose experts are there"),
     "dropped tokens": ({"topk_ids": IDS, "dropped": np.arange(40) < 3}, {}, "dropped: got tokens that it leaves out"),
     "a later stage": ({"topk_ids": IDS, "pp_rank": 1}, {}, "pp_rank: got 1; layers from 0 on; give --layer-ids"),
