@@ -54,6 +54,7 @@ BARE = (
 _NEEDED = ("layer", "expert", "count")
 PARTS = {"rank", "ranks", "gpu", "device", "stage", *DRAFTS}
 _INDEX = re.compile(r"__index_level_\d+__")  # numbers of rows, as pandas saves them in parquet
+_RULE = re.compile(r":?-+:?")
 _WHOLE = re.compile(r"\d{1,15}(?:\.0*)?", re.ASCII)
 Rows = list[tuple[int, list[str]]]  # number and cells
 Lines = Iterator[tuple[int, list[str]]]
@@ -240,6 +241,11 @@ def meanings(path: Path, header: list[str]) -> dict[str, int]:
     return found
 
 
+def _bare_cells(cells: list[str]) -> list[str]:
+    """The cells of a Markdown line, which begins and ends with a bar."""
+    return [cell.strip() for cell in cells[1 : -1 if len(cells) > 1 and not cells[-1].strip() else None]]
+
+
 def lines_of(path: Path) -> Lines:
     """Number and cells of every line, the header first."""
     if size_of(path) > JSON_LIMIT:
@@ -265,7 +271,9 @@ def lines_of(path: Path) -> Lines:
             lines = csv.reader(chain(start, told), delimiter=delimiter)
             before = comments - len(start) + 1
             first_line: list[str] = []
-            for cells in lines:
+            for cells in map(_bare_cells, lines) if start[0].startswith("|") else lines:
+                if cells and all(map(_RULE.fullmatch, cells)):
+                    continue  # below the header of a Markdown table
                 if cells == (first_line := first_line or cells) and lines.line_num > len(start):
                     continue  # the header again, of another table put below
                 if delimiter == ";" and (thousands := [cell for cell in cells if GROUPED.fullmatch(cell.strip())]):

@@ -340,3 +340,17 @@ def test_percentages_of_few_layers_are_noted(load, tmp_path):
     lines = ["layer,expert,load", *(f"{i},{e},{(12, 13)[(e + i) % 3 == 0]}" for i in range(4) for e in range(8))]
     (tmp_path / "a.csv").write_text("\n".join(lines))
     assert "all layers add up to about 100: shares that were rounded?" in load(tmp_path / "a.csv", "csv")[1]
+
+
+def test_tables_of_markdown(load, tmp_path):
+    counts = routed(np.random.default_rng(5), steps=2, layers=3, experts=8)
+    long = ["| step | layer | expert | count |", "|-----:|:-----:|--------|:---|"]
+    long += [f"| {t} | {i} | {e} | {n} |" for (t, i, e), n in np.ndenumerate(counts)]
+    wide = ["| step | layer | " + " | ".join(f"expert_{e}" for e in range(8)) + " |", "|" + "---|" * 10]
+    wide += [f"| {t} | {i} | " + " | ".join(map(str, counts[t, i])) + " |" for t in range(2) for i in range(3)]
+    for lines in (long, wide):
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+        assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+    (tmp_path / "a.csv").write_text("\n".join([*long[:5], "| 0 | 1 |"]))
+    with pytest.raises(InputError, match="line 6: got 0,1; 4 values"):
+        load(tmp_path / "a.csv", "csv")
