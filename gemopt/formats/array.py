@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv, count_json
 from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, NO_COUNTS, SCORES, words_of
-from gemopt.formats.count_spread import compact
+from gemopt.formats.count_told import says_nothing
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
-from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
+from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
 from gemopt.formats.numbered_arrays import NAME_THEM, inner, joined, kind_of
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
@@ -161,7 +161,9 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
             raise InputError(str(path), ", ".join(data)[:200] or "no array", limit, hint)
         key = named[0] if len(named) == 1 else next(iter(data))
         known = (*(data if kind else [key]), "format", "num_experts")
-        _refuse_beside(path, [name for name in [*data, *told, *beside] if name not in known], notes)
+        nothing = {name for name, each in data.items() if name not in known and _says_nothing(name, each)}
+        names_beside = [name for name in [*data, *told, *beside] if name not in known]
+        _refuse_beside(path, names_beside, nothing, notes)
         if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
             hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
@@ -195,7 +197,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
 def _refuse_telling(path: Path, others: dict[str, Any], counts: IntArray) -> None:
     """Refuse arrays beside counts [T, L, E] that put their experts or steps into another order, or tell steps apart."""
     for name, each in others.items():
-        array, words = np.asarray(compact(each)), words_of(name)
+        array, words = as_numpy(each), words_of(name)
         if array.ndim != 1 or array.dtype.kind not in "biu" or len(array) < 2:
             continue
         array = widened(array.astype(np.int8) if array.dtype.kind == "b" else array)
@@ -237,16 +239,23 @@ def _says_counts(path: Path) -> bool:
     return path.suffix != ".npy" and isinstance(data, dict) and "counts" in data
 
 
-def _refuse_beside(path: Path, others: list[str], notes: list[str] | None) -> None:
-    """Refuse what says more of the counts, by its name, than is read here; note what does not."""
-    if copies := [name for name in others if COPIES.search(name)]:
+def _says_nothing(name: str, value: Any) -> bool:
+    """Whether a single value changes nothing, as `start_layer` 0."""
+    array = as_numpy(value)
+    return array.size == 1 and says_nothing(name.casefold(), str(array.ravel()[0]).casefold())
+
+
+def _refuse_beside(path: Path, others: list[str], nothing: Collection[str], notes: list[str] | None) -> None:
+    """Refuse what says more of the counts, by its name, than is read here; note what does not, or says `nothing`."""
+    telling = [name for name in others if name not in nothing]
+    if copies := [name for name in telling if COPIES.search(name)]:
         found = f"{copies[0]} beside counts"
         raise InputError(str(path), found, "counts of logical experts", f"{NOT_COPIES}; then leave it out")
-    if known := [name for name in others if name in TRACES or meant(name)]:
+    if known := [name for name in telling if name in TRACES or meant(name)]:
         found, limit = f"{', '.join(known)} beside counts", "counts alone: what they say would be lost"
         names = ", ".join(sorted({name if name in TRACES else meant(name) for name in known}))
         raise InputError(str(path), found, limit, f"an .npz of counts, {names} is traces already")
-    if altering := [name for name in others if ALTERING.search(name)]:
+    if altering := [name for name in telling if ALTERING.search(name)]:
         raise InputError(str(path), f"{altering[0]} beside counts", "counts alone", NOT_ALTERED)
     others = others + (count_json.read(path).unread if count_json.is_json(path) else [])
     if others and notes is not None:

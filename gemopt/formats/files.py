@@ -294,3 +294,11 @@ def numpy_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise
     except Exception as error:
         raise InputError(str(path), str(error), "a complete .npy or .npz file of plain arrays is needed") from None
+
+
+def as_numpy(value: Any) -> NDArray[Any]:
+    """What lies beside the arrays that are read, a tensor of PyTorch perhaps; empty where NumPy has no such array."""
+    try:
+        return np.asarray(value.detach() if hasattr(value, "detach") else value)
+    except (ValueError, TypeError, OverflowError, RuntimeError):
+        return np.empty(0)

@@ -20,7 +20,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats import responses
 from gemopt.formats.count_names import HEEDED, NUMBERS, numbered, words_of
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
-from gemopt.formats.files import load_torch, numpy_arrays, safetensors_arrays, whole_numbers
+from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import MANY_ALIKE, experts_of
 from gemopt.formats.response_bodies import Response, Sample
 from gemopt.formats.token_beside import TOKENS
@@ -166,14 +166,14 @@ def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray,
         raise InputError(str(path), ", ".join(arrays)[:200] or "no array", limit)
     others = [name for name in (*arrays, *told) if name not in (*named, "format")]
     flags = {name for name in others if words_of(name) & (COUNTED | NOT_COUNTED)}
-    for name, array in ((name, np.asarray(arrays[name])) for name in sorted(flags & arrays.keys())):
+    for name, array in ((name, as_numpy(arrays[name])) for name in sorted(flags & arrays.keys())):
         out = bool(words_of(name) & NOT_COUNTED and "mask" not in words_of(name))  # what leaves a token out
         if array.size > 1 and array.dtype.kind in "biuf" and (array.astype(bool) == out).any():
             limit = "experts of tokens, each once"
             raise InputError(f"{path}: {name}", "tokens that it leaves out", limit, "leave them out")
     _refuse_others(path, [name for name in others if name not in flags])
     ids = _whole(path, arrays[named[0]])
-    _refuse_apart(path, {name: arrays[name] for name in others if name in arrays}, options, ids.shape[-3])
+    _refuse_apart(path, {name: as_numpy(arrays[name]) for name in others if name in arrays}, options, ids.shape[-3])
     for name in (name for name in others if name in HEEDED):
         _check_told(path, name, arrays.get(name, told.get(name)), ids, options)
     notes += [f"{path.name}: {', '.join(others)} left unread"] if others else []
@@ -182,7 +182,7 @@ def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray,
 
 def _check_told(path: Path, name: str, value: Any, ids: IntArray, options: TraceOptions) -> None:
     """Raise where the file says another number of experts, or of those of a token, than is read."""
-    said, of_token = str(np.asarray(value).tolist()), name not in NUMBERS["num_experts"]
+    said, of_token = str(as_numpy(value).tolist()), name not in NUMBERS["num_experts"]
     read = ids.shape[-1] if of_token else options.num_experts
     if said != str(read):
         limit = f"{read} experts of a token, as there are" if of_token else f"--num-experts is {read or 'not given'}"
@@ -207,7 +207,7 @@ def _refuse_apart(path: Path, others: dict[str, Any], options: TraceOptions, tok
         if TOKENS.fullmatch(bare) and np.size(each) == 1 and np.ravel(each)[0] < tokens:
             limit = f"the {tokens} whose experts are there"
             raise InputError(f"{path}: {name}", np.ravel(each)[0].item(), limit, "padded? leave the others out")
-        again = bare in POSITIONS and np.ndim(each) == 1 and (np.diff(widened(np.asarray(each))) <= 0).any()
+        again = bare in POSITIONS and np.ndim(each) == 1 and (np.diff(widened(each)) <= 0).any()
         numbers = bare in (*NAMES["request"], *NAMES["step"]) or again
         if not (words & APART or numbers) or np.size(each) < 2:
             continue

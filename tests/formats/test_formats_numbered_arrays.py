@@ -147,3 +147,21 @@ def test_arrays_beside_counts_that_tell_another_order_or_steps_apart(load, tmp_p
     np.savez(tmp_path / "a.npz", expert_counts=COUNTS, num_padding=[3, 0, 7, 1, 2], **same)
     traces, notes = load(tmp_path / "a.npz", "array")
     assert (traces.counts == COUNTS).all() and f"num_padding, {name} left unread" in notes
+
+
+def test_single_values_beside_counts_that_change_nothing_are_taken(load, tmp_path):
+    taken = {
+        "start_layer": 0,
+        "pp_rank": 0,
+        "num_redundant_experts": 0,
+        "is_warmup": False,
+        "valid": True,
+        "scale": 1.0,
+    }
+    np.savez(tmp_path / "a.npz", expert_counts=COUNTS, **taken)
+    traces, notes = load(tmp_path / "a.npz", "array")
+    assert (traces.counts == COUNTS).all() and f"{', '.join(taken)} left unread" in notes
+    for name, value in {**dict.fromkeys(taken, 2), "is_warmup": True, "valid": False}.items():
+        np.savez(tmp_path / "a.npz", expert_counts=COUNTS, **{name: value})
+        with pytest.raises(InputError, match=f"{name} beside counts"):
+            load(tmp_path / "a.npz", "array")

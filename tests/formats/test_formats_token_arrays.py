@@ -244,3 +244,15 @@ def test_arrays_beside_that_change_nothing_and_padding_that_repeats(load, tmp_pa
         "at the ends of sequences 11 tokens choose what the one before"
         in load(tmp_path / "a.npy", "tokens", **options)[1]
     )
+
+
+def test_tensors_beside_the_experts_are_looked_at(load, tmp_path):
+    torch = pytest.importorskip("torch")
+    options = {"num_hidden_layers": 3, "phase": Phase.MIXED, "num_experts": 16}
+    taken = {"weights": torch.rand(40, requires_grad=True), "h": torch.rand(40).bfloat16(), "padding": "right"}
+    torch.save({"topk_ids": torch.tensor(IDS), **taken}, tmp_path / "a.pt")
+    assert int(load(tmp_path / "a.pt", "tokens", **options)[0].counts.sum()) == IDS.size
+    for name, each in {"request_id": torch.arange(40) // 8, "num_tokens": torch.tensor(30)}.items():
+        torch.save({"topk_ids": torch.tensor(IDS), name: each}, tmp_path / "a.pt")
+        with pytest.raises(InputError, match=f"{name}: got"):
+            load(tmp_path / "a.pt", "tokens", **options)
