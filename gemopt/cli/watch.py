@@ -193,7 +193,8 @@ def _reader(
 ) -> tuple[Callable[[Sequence[Path]], Traces], Sequence[str]]:
     """What reads an engine's new files through its importer, and how their names end."""
     from gemopt.formats.engine import TraceOptions
-    from gemopt.formats.importing import import_traces, recorder
+    from gemopt.formats.importing import import_traces
+    from gemopt.formats.registry import recorder
     from gemopt.traces import Traces
 
     dumps = recorder(source, ep).dumps

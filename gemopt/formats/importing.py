@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from gemopt.documents import replacing
 from gemopt.documents.foreign import telling
-from gemopt.exceptions import InputError, UnsupportedError, refuse_unused
+from gemopt.exceptions import InputError
 from gemopt.formats import count_json
-from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
+from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, fullest, ranges, same_for_all
-from gemopt.formats.registry import engines, get
+from gemopt.formats.registry import recorder
 from gemopt.formats.succession import Succession
 from gemopt.placement import check_layer_ids
 from gemopt.traces import COUNT_LIMIT, SCHEMA_VERSION
@@ -42,21 +42,6 @@ class Imported:
     top_k: int | None
     assignments: int
     notes: tuple[str, ...]
-
-
-def recorder(source: str, ranks: int | None) -> Engine:
-    """The engine, whose recordings can be read; `UnsupportedError` where it makes none.
-
-    ranks: how many must have written; `InputError` where none of its recordings is written by rank.
-    """
-    engine = get(source)
-    if engine.read_traces is None:
-        names = ", ".join(e.name for e in engines() if e.read_traces is not None)
-        hint = f"its placements: gemopt placement import --from {engine.name}" if engine.read is not None else ""
-        raise UnsupportedError("--from", engine.name, f"it records no loads; traces of: {names}", hint)
-    if not engine.rank_files:
-        refuse_unused({"--ep": ranks}, f"{engine.name} has no recordings that ranks write apart")
-    return engine
 
 
 def import_traces(

@@ -11,7 +11,7 @@ from typing import ClassVar
 from gemopt.documents import Document, sha256
 from gemopt.documents.arrays import IntVector
 from gemopt.documents.foreign import telling
-from gemopt.exceptions import InputError, UnsupportedError
+from gemopt.exceptions import InputError, UnsupportedError, refuse_unused
 from gemopt.formats.engine import Engine, Export, Facts, WriteOptions
 from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import slot_counts
@@ -272,3 +272,18 @@ def _with_side_file(side: SideFile, facts: Facts) -> Facts:
     )
     given = {key: value for key, value in vars(facts).items() if value is not None}
     return replace(known, **given)
+
+
+def recorder(source: str, ranks: int | None) -> Engine:
+    """The engine, whose recordings can be read; `UnsupportedError` where it makes none.
+
+    ranks: how many must have written; `InputError` where none of its recordings is written by rank.
+    """
+    engine = get(source)
+    if engine.read_traces is None:
+        names = ", ".join(e.name for e in engines() if e.read_traces is not None)
+        hint = f"its placements: gemopt placement import --from {engine.name}" if engine.read is not None else ""
+        raise UnsupportedError("--from", engine.name, f"it records no loads; traces of: {names}", hint)
+    if not engine.rank_files:
+        refuse_unused({"--ep": ranks}, f"{engine.name} has no recordings that ranks write apart")
+    return engine
