@@ -20,6 +20,7 @@ from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, seeded
 from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.packing import filled, lpt_row
+from gemopt.solvers.search.sharing_walk import SharingWalk
 from gemopt.solvers.search.spread_search import SpreadSearch
 from gemopt.solvers.search.state import State, hull_costs, make_state
 from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
@@ -34,6 +35,7 @@ ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
 LEAST_GAIN = 5e-4  # of the value: thousands of changes that gain less in all are as good as idle
 NEVER = 2**62
+WALK_TRIES = 8  # for each slot, beside a batch of kicks
 
 EvenSearch = Callable[[Problem, Options, Row | None], Outcome]
 
@@ -176,6 +178,8 @@ class _Sharing(_Search):
     is the even split's own. Other policies may share that placement worse, and search on sooner.
     """
 
+    walk: SharingWalk | None = None
+
     @property
     def static(self) -> bool:
         """Whether the weights are chosen for the placement."""
@@ -231,9 +235,25 @@ class _Sharing(_Search):
 
     def improve(self) -> bool:
         assert self.row is not None and self.draws is not None
-        state, before = self.state(self.row), self.value
+        begin, before = time.monotonic(), self.value
+        state = self.state(self.row)
         draws, row = self.draws.random((BATCH_KICKS, KICK_DRAWS)), state.content.copy()
         iterate(self.costs, state, draws, total_cost(state), row, np.zeros(2), 0.0)
         if self.offer(row):
             self.settle(row)
+        if not self.static:
+            self.walk_on(time.monotonic() - begin)
         return self.value < before
+
+    def walk_on(self, seconds: float) -> None:
+        """Changes of slots as long as kicks took, or so many where the time does not count."""
+        assert self.row is not None and self.draws is not None
+        if self.walk is None:
+            self.walk = SharingWalk(self.problem, self.row, self.draws)
+        elif self.walk.best_us > self.value * (1 + 1e-9):
+            self.walk.restart(self.row)
+        options, end = self.options, time.monotonic() + seconds
+        timed = options.patience is None
+        over = (lambda: time.monotonic() >= end or options.expired()) if timed else options.expired
+        if self.walk.walk(WALK_TRIES * len(self.row), over):
+            self.offer(self.walk.best)

@@ -23,6 +23,7 @@ GLANCE, FEWEST = 4, 128  # one step in so many says first what a change loses, t
 BATCH = 64  # tries between looks at whether to stop
 REFRESH = 1024  # tries after which slots and experts are weighed again, and other steps come first
 ANYWHERE = 1e-3  # of what all slots cost: what each of them has at least, taken together
+EVENLY = 10.0  # times the heat: the same where annealing is so hot that this is more
 
 
 class Climb:
@@ -32,6 +33,7 @@ class Climb:
         self.looks, self.problem, self.draws = look.looks, look.looks.problem, draws
         self.ranks = np.ascontiguousarray(self.problem.rank_of_slot, np.int64)
         self.work = make_work(self.problem.num_steps, len(look.row), self.problem.num_ranks)
+        self.anywhere = ANYWHERE
         self._begin(look)
 
     def _begin(self, look: Look) -> None:
@@ -65,7 +67,7 @@ class Climb:
         hot, cold: temperatures at first and at last, of the value. progress: how much is over after so many tries,
         from 0 to 1.
         """
-        best, best_us = self.row.copy(), self.value_us
+        best, best_us, self.anywhere = self.row.copy(), self.value_us, min(1.0, max(ANYWHERE, EVENLY * hot))
 
         def may_lose(done: int) -> FloatArray | None:
             nonlocal best, best_us
@@ -77,6 +79,7 @@ class Climb:
             return np.asarray(self.value_us * hot * (cold / hot) ** part * np.log(1 - self.draws.random(BATCH)))
 
         self._try(may_lose)
+        self.anywhere = ANYWHERE
         if self.value_us > best_us:
             self._begin(self.looks.at(best, self.look))
 
@@ -106,7 +109,8 @@ class Climb:
         number_E = np.bincount(self.row[held], minlength=self.problem.num_experts)
         cost_P = np.zeros(len(self.row))
         cost_P[held] = look.tilt_EG[self.row[held], self.ranks[held]] / number_E[self.row[held]]
-        return _cumulated(cost_P), _cumulated(np.maximum(look.promise.gain_EG, 0.0).sum(axis=1))
+        promise_E = np.maximum(look.promise.gain_EG, 0.0).sum(axis=1)
+        return _cumulated(cost_P, self.anywhere), _cumulated(promise_E, self.anywhere)
 
 
 def _flow(look: Look) -> Flow:
@@ -122,7 +126,7 @@ def _flow(look: Look) -> Flow:
     return flow
 
 
-def _cumulated(weight_N: FloatArray) -> FloatArray:
-    weight_N = weight_N + ANYWHERE * weight_N.sum() / len(weight_N) + 1e-300
+def _cumulated(weight_N: FloatArray, anywhere: float) -> FloatArray:
+    weight_N = weight_N + anywhere * weight_N.sum() / len(weight_N) + 1e-300
     total_N = np.cumsum(weight_N)
     return np.asarray(total_N[:-1] / total_N[-1])

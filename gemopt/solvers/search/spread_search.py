@@ -19,10 +19,12 @@ from gemopt.solvers.search.spread_climb import Climb
 from gemopt.solvers.search.spreading import Look, Looks
 
 ROUNDS = 12  # in which spare slots are filled
-TRIES = 8  # for each slot, between looks at whether climbing still gains
+TRIES, FEWEST = 8, 256  # for each slot, and at least, between looks at whether climbing still gains
 SLOW = 5e-4  # of the value: where climbing gains no more between looks, annealing begins
 HOT, COLD = 1e-4, 4e-6  # of the value: temperatures
+HOTTER, HOTTEST = 10.0, 0.1  # times the heat of a round in vain: the next one, until it is more than this of the value
 ROUND, MOST_ROUND = 4, 8  # times these tries: rounds of annealing, at first and at most
+WHOLE = 64  # times as many tries as a row has changes: a round takes no longer, whatever the time
 PLANNED = 0.97  # of the time left: what a round takes
 LONGER = 32.0  # times what was spent before: what a round takes at most, so that it may end sooner
 FADE = 0.3  # what a promise is worth when another copy of the expert was just added
@@ -37,15 +39,16 @@ class SpreadSearch:
         self.problem, self.draws = problem, draws
         self.looks = Looks(problem)
         self.best = self.looks.at(row)
-        self.tries = TRIES * len(row)
-        self.round, self.spent_s, self.climbed = ROUND * self.tries, 0.0, False
+        self.tries = max(FEWEST, TRIES * len(row))
+        self.round, self.spent_s, self.climbed, self.hot = ROUND * self.tries, 0.0, False, HOT
+        self.whole = WHOLE * len(row) * ((len(row) - 1) // 2 + problem.num_experts)
         self.climbing: Climb | None = None
 
     def take(self, look: Look) -> bool:
         """Keep a look that is better than the best."""
         if look.value_us >= self.best.value_us * (1 - 1e-9):
             return False
-        self.best, self.climbing, self.climbed = look, None, False
+        self.best, self.climbing, self.climbed, self.hot = look, None, False, HOT
         return True
 
     def fill(self, look: Look, stop: Stop) -> Look:
@@ -91,7 +94,10 @@ class SpreadSearch:
         least_us = max(self.looks.fluid_us * (1 + 1e-9), enough_us * (1 - 1e-7))  # values here are rounded
         over = lambda: climbing.value_us <= least_us or stop()  # noqa: E731
         if self.climbed:
-            climbing.anneal(HOT, COLD, self._progress(left_s), over)
+            climbing.anneal(self.hot, COLD * self.hot / HOT, self._progress(left_s), over)
+            self.hot *= HOTTER
+            if climbing.value_us < before or self.hot > HOTTEST:
+                self.hot = HOT
         else:
             climbing.climb(self.tries, over)
             self.climbed = climbing.value_us > before * (1 - SLOW)
@@ -108,4 +114,4 @@ class SpreadSearch:
             self.round = min(2 * self.round, MOST_ROUND * self.tries)
             return lambda done: done / tries
         begin, planned_s = time.monotonic(), max(1e-3, PLANNED * min(left_s, LONGER * self.spent_s))
-        return lambda _: (time.monotonic() - begin) / planned_s
+        return lambda done: max((time.monotonic() - begin) / planned_s, done / self.whole)

@@ -1,0 +1,164 @@
+"""A walk over placements whose copies share by any policy: each change is judged by the policy's own objective.
+
+One slot gets another expert or none, or two change places; most are drawn from the rank that a step waits for. The walk
+climbs first; then rounds of annealing begin at the best row, each hotter than one in vain before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from gemopt.evaluate import rank_times
+from gemopt.kernels import Array, latency_value
+from gemopt.latency import Curves, FloatArray, pack
+from gemopt.migration import held
+from gemopt.placement import EMPTY, Split
+from gemopt.problem import Problem
+from gemopt.solvers.base import Row
+from gemopt.splits.flow import copies_of
+from gemopt.splits.optimal import feature_table
+from gemopt.splits.parts import part_steps
+
+HOT, HOTTER, HOTTEST, COOLED = 1e-3, 4.0, 0.1, 0.02  # heat of the value: first round, next, at most; what is left of it
+FROM_SLOWEST = 0.75  # of the changes begin on the rank that a step waits for
+GLANCE, FEWEST = 4, 64  # one step in so many says first what a change loses, though not fewer than so many
+AT_A_GLANCE = 0.5  # of what a change may lose: losing more on these steps, it will lose too much
+LEAST_GAIN = 1e-9  # of the value
+
+
+@njit(cache=True, nogil=True)
+def parted_times(
+    table_FN: Array, counts_TE: Array, row_P: Array, rank_P: Array, high: Curves, curves: Curves, steps: Array
+) -> Array:
+    """[N, G] latency of every rank at some steps under the optimal split, which asks for `high` latencies."""
+    features, num_ranks, number_E = table_FN.shape[0], len(curves.num_terms), np.zeros(counts_TE.shape[1], np.int64)
+    copies = copies_of(row_P, rank_P, counts_TE.shape[1], num_ranks)
+    loads = np.zeros((len(steps), num_ranks, features))
+    parts = np.zeros((len(steps), len(copies.slot)), np.int64)
+    counts = np.zeros((len(steps), len(copies.experts)), np.int64)
+    for p in range(len(row_P)):
+        if row_P[p] >= 0:
+            number_E[row_P[p]] += 1
+    for n in range(len(steps)):
+        for p in range(len(row_P)):
+            if row_P[p] >= 0 and number_E[row_P[p]] == 1:
+                for f in range(features):
+                    loads[n, rank_P[p], f] += table_FN[f, counts_TE[steps[n], row_P[p]]]
+        for r in range(len(copies.experts)):
+            counts[n, r] = counts_TE[steps[n], copies.experts[r]]
+            size = copies.first[r + 1] - copies.first[r]
+            for c in range(size):
+                parts[n, copies.first[r] + c] = (counts[n, r] + size - 1 - c) // size
+    part_steps(high, loads, copies, counts, table_FN, parts)
+    times = np.empty((len(steps), num_ranks))
+    for n in range(len(steps)):
+        for c in range(len(copies.slot)):
+            for f in range(features):
+                loads[n, copies.rank[c], f] += table_FN[f, parts[n, c]]
+        for g in range(num_ranks):
+            times[n, g] = latency_value(g, loads[n, g], curves)
+    return times
+
+
+class SharingWalk:
+    """A row that changes, and the best one so far."""
+
+    def __init__(self, problem: Problem, row: Row, draws: np.random.Generator) -> None:
+        self.problem, self.draws = problem, draws
+        self.times_of = _parted(problem) if problem.split is Split.OPTIMAL else _anyhow(problem)
+        self.weights_T = problem.weights_T
+        order = draws.permutation(problem.num_steps)
+        size = max(FEWEST, problem.num_steps // GLANCE)
+        self.parts = [part for part in (order[:size], order[size:]) if len(part)]
+        self.round = len(row) * (len(row) // 2 + problem.num_experts)
+        self.best, self.best_us = row, np.inf
+        self.restart(row)
+
+    def restart(self, row: Row) -> None:
+        """Begin at a row, which is the best one if nothing was better."""
+        self.row = row.astype(np.int64)
+        self.times_TG = self.times_of(self.row, np.arange(self.problem.num_steps))
+        self.value_us = float(self.times_TG.max(axis=1) @ self.weights_T)
+        if self.value_us < self.best_us:
+            self.best, self.best_us, self.hot = self.row, self.value_us, 0.0
+        self.tried, self.begun_us = 0, self.best_us
+
+    def walk(self, tries: int, stop: Callable[[], bool]) -> bool:
+        """Try changes, and whether one of them leads to a better row than any before."""
+        before = self.best_us
+        for _ in range(tries):
+            if stop():
+                break
+            if self.tried >= self.round:
+                gained = self.best_us < self.begun_us
+                self.hot = 0.0 if gained and not self.hot else HOT if gained else self._hotter()
+                self.restart(self.best)
+            self._try()
+        return self.best_us < before * (1 - LEAST_GAIN)
+
+    def _hotter(self) -> float:
+        return max(HOT, self.hot * HOTTER) if self.hot < HOTTEST else HOT
+
+    def _try(self) -> None:
+        self.tried += 1
+        row = self._drawn()
+        if row is None:
+            return
+        heat = self.hot * COOLED ** (self.tried / self.round) * self.value_us
+        may_lose = -heat * np.log(1 - self.draws.random()) - LEAST_GAIN * self.value_us
+        lost, found = 0.0, []
+        for part in self.parts:
+            found.append(self.times_of(row, part))
+            lost += float((found[-1].max(axis=1) - self.times_TG[part].max(axis=1)) @ self.weights_T[part])
+            if lost > (may_lose if len(found) == len(self.parts) else max(0.0, AT_A_GLANCE * may_lose)):
+                return
+        self.row, self.value_us = row, self.value_us + lost
+        for part, times_NG in zip(self.parts, found, strict=True):
+            self.times_TG[part] = times_NG
+        if self.value_us < self.best_us * (1 - LEAST_GAIN):
+            self.best, self.best_us = row, self.value_us
+
+    def _drawn(self) -> Row | None:
+        """The row after a change drawn at random; None where it may not be."""
+        row, ranks, draws, problem = self.row, self.problem.rank_of_slot, self.draws, self.problem
+        slot, other = draws.integers(len(row), size=2)
+        if draws.random() < FROM_SLOWEST:
+            slowest = self.times_TG[draws.integers(problem.num_steps)].argmax()
+            mine = np.flatnonzero(ranks == slowest)
+            slot = draws.choice(mine) if len(mine) else slot
+        row = row.copy()
+        kind = draws.random()
+        if kind < 0.5:
+            row[slot], row[other] = row[other], row[slot]
+        else:  # a copy of what is in the slot, or nothing, where nothing or a copy is
+            if row[other] != EMPTY and (row == row[other]).sum() < 2:
+                return None
+            row[other] = EMPTY if kind > 0.9 and not problem.full else row[slot]
+        return row if self._may_be(row) else None
+
+    def _may_be(self, row: Row) -> bool:
+        problem = self.problem
+        if (row == self.row).all() or (problem.full and (row == EMPTY).any()):
+            return False
+        once = held(row, problem.slots_per_rank, problem.num_experts).sum() == (row != EMPTY).sum()
+        return bool(once) and (problem.rules is None or not problem.rules.broken(row, problem.slots_per_rank))
+
+
+Times = Callable[[Row, NDArray[np.int64]], FloatArray]
+
+
+def _parted(problem: Problem) -> Times:
+    """[N, G] times of a row at some steps under the optimal split."""
+    table_FN = feature_table(problem.features, int(problem.counts_TE.max()))
+    high, curves = pack([each.high for each in problem.latencies]), problem.curves
+    counts_TE, rank_P = problem.counts_TE.astype(np.int64), problem.rank_of_slot.astype(np.int64)
+    return lambda row, steps: parted_times(table_FN, counts_TE, row, rank_P, high, curves, steps)
+
+
+def _anyhow(problem: Problem) -> Times:
+    """The same under any policy."""
+    return lambda row, steps: rank_times(problem.select(steps), row)
