@@ -243,7 +243,7 @@ def test_with_copies_bounds_hold_and_the_search_finds_the_best(seed: int) -> Non
         assert bound <= sent.time_TL.sum() * (1 + 1e-12)
         values.append(linked_total(problems, [row], links))
     start = rows[seed % len(rows)]
-    found = search_linked(problems, links, [start], replace(Options.lasting(300), patience=50))
+    found = search_linked(problems, links, [start], replace(Options.lasting(300), patience=5))
     assert found.total_us == pytest.approx(linked_total(problems, found.rows, links))
     assert found.total_us == pytest.approx(min(values))
 
@@ -257,3 +257,18 @@ def test_copies_that_cost_more_to_reach_than_they_save_are_dropped() -> None:
     found = search_linked(problems, links, start, Options.lasting(300))
     assert found.total_us < linked_total(problems, start, links)
     assert min(int((row >= 0).sum()) for row in found.rows) < 5
+
+
+@pytest.mark.parametrize("seed", [914, 919, 924])
+def test_with_copies_the_search_goes_on_from_placements_that_no_single_change_betters(seed: int) -> None:
+    links = random_links(seed, experts=4, layers=1, steps=3)
+    problems = problems_of(links, np.array([2, 2, 2]), seed - 900)
+    rows = [
+        np.array([e for held in ranks for e in held])
+        for ranks in product([(-1, -1), *((e, -1) for e in range(4)), *combinations(range(4), 2)], repeat=3)
+        if {0, 1, 2, 3} <= {e for held in ranks for e in held}
+    ]
+    best = min(linked_total(problems, [row], links) for row in rows)
+    start = np.array([0, 1, 2, -1, 3, -1])
+    found = search_linked(problems, links, [start], Options(deadline=np.inf, patience=5))
+    assert found.total_us == pytest.approx(best)

@@ -83,6 +83,36 @@ def test_the_search_finds_the_best_of_all_placements_and_splits(seed: int) -> No
     assert best - 1e-6 <= value <= best + len(counts) * slopes.max() + 1e-6, "whole assignments cost at most one each"
 
 
+def skewed(seed: int, *, active: bool) -> Problem:
+    """Few experts, of which some are far hotter, and spare slots; ranks alike."""
+    rng, experts = np.random.default_rng(seed), 5 if active else 4
+    shares = rng.dirichlet(np.full(experts, 0.4))
+    counts = np.stack([rng.multinomial(60, rng.dirichlet(8 * shares + 0.02)) for _ in range(8)])
+    if active:
+        terms = (line(12.0, 0.0), line(0.0, 6.0)), (line(4.0, 1.2), line(0.0, 1.0))
+        return Problem.make(counts, (ASSIGNMENTS, ACTIVE), [Latency(terms)] * 3, [3, 3, 2], split=Split.OPTIMAL)
+    return Problem.make(counts, (ASSIGNMENTS,), sloped(1.0, 1.0, 1.0, 1.0), [2, 1, 2, 1], split=Split.OPTIMAL)
+
+
+def best_of_all(problem: Problem) -> float:
+    """Over all placements, empty slots last on their rank."""
+    experts = problem.num_experts
+    held = [
+        [np.array([*each, *[EMPTY] * (size - n)]) for n in range(size + 1) for each in combinations(range(experts), n)]
+        for size in problem.slots_per_rank.tolist()
+    ]
+    rows = (np.concatenate(parts) for parts in product(*held))
+    return min(objective(problem, row) for row in rows if len(np.unique(row[row != EMPTY])) == experts)
+
+
+@pytest.mark.parametrize(("seed", "active"), [(0, False), (38, False), (0, True), (7, True), (17, True)])
+def test_an_optimal_split_is_searched_beyond_placements_that_no_single_change_betters(seed: int, active: bool) -> None:
+    problem = skewed(seed, active=active)
+    outcome = get("local-search").solve(problem, Options(deadline=np.inf, patience=10), None)
+    assert outcome.row is not None
+    assert objective(problem, outcome.row) == pytest.approx(best_of_all(problem))
+
+
 def test_static_without_time_to_search_is_where_even_is() -> None:
     """Greedy starts with copies are there at once; weights are even where none could be chosen."""
     profile, given = measured(1.0, 1.5, 0.7), traces()

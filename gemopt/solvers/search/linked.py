@@ -25,11 +25,11 @@ from gemopt.links.flows import Flow
 from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
-from gemopt.result import StoppedBy
+from gemopt.result import StoppedBy, relative_gap
 from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Row, incumbent, seeded, within_limits
 from gemopt.solvers.relabel import renamed
 from gemopt.solvers.search.blocs import settled
-from gemopt.solvers.search.linked_copies import recopied, search_copies
+from gemopt.solvers.search.linked_copies import search_copies, walked
 from gemopt.solvers.search.linked_swaps import Price, Room, slowest, sweep_linked
 from gemopt.solvers.search.state import Costs, State, make_costs, make_state, step_order
 from gemopt.solvers.search.streams import Scratch, Stream, make_scratch, make_stream
@@ -39,6 +39,7 @@ SWAP_SHARE = 0.6  # of the time, where there are copies to change afterwards
 SWEEPS = 12  # over one layer before the next, and over all layers, at most
 FEW = 0.02  # of the swaps of the first sweep over all layers: the last one
 KICK = 3  # pairs of slots that change places
+HEATS = (0.1, 0.3, 0.03)  # of the cost: of rounds of annealing with spare slots, one after the other
 SAMPLE_TOKENS = 8000  # of a descent before that on all steps
 LEAST_STEPS = 16
 Rows = list[Row]
@@ -135,15 +136,23 @@ def _offer(found: Linked, problems: Sequence[Problem], links: Links, rows: Rows)
 
 
 def _kick(found: Linked, problems: Sequence[Problem], links: Links, options: Options, stop: NDArray[np.uint8]) -> None:
-    """Kicks of the best, one layer after the other, until too many in a row bring no gain."""
+    """Kicks of the best, one layer after the other, until too many in a row bring no gain, or it is good enough."""
     patience = DEFAULT_PATIENCE if options.patience is None else options.patience
     draws, idle, layer, ways = seeded(options.seed, len(problems)), 0, 0, 1 + (problems[0].spare_slots > 0)
     while idle < patience * ways * len(problems) and not stop[0]:
-        copies = idle // len(problems) % ways == 1
-        kicked = (recopied if copies else _kicked)(problems[layer], found.rows[layer], draws)
-        search = Layers(problems, links, [*found.rows[:layer], kicked, *found.rows[layer + 1 :]], stop)
+        gap = relative_gap(found.total_us, options.bound_us)
+        if gap is not None and options.bound_us > 0 and gap <= options.gap:
+            found.stopped_by = StoppedBy.GAP
+            return
+        turn = idle // len(problems)
+        if turn % ways:
+            rows = walked(problems, links, found.rows, layer, draws, HEATS[turn // ways % len(HEATS)], options)
+        else:
+            kicked = _kicked(problems[layer], found.rows[layer], draws)
+            rows = [*found.rows[:layer], kicked, *found.rows[layer + 1 :]]
+        search = Layers(problems, links, rows, stop)
         search.settle(only=layer)
-        rows = search_copies(problems, links, search.rows(), options, layer) if copies else search.rows()
+        rows = search_copies(problems, links, search.rows(), options, layer) if turn % ways else search.rows()
         idle = 0 if _offer(found, problems, links, rows) else idle + 1
         layer = (layer + 1) % len(problems)
 

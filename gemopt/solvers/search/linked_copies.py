@@ -12,14 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.evaluate import rank_times
+from gemopt.latency import FloatArray
 from gemopt.layer_rules import LayerRules
 from gemopt.links import Links
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Options, Row
+from gemopt.solvers.search.sharing_walk import SharingWalk
 
 FEW = 8  # experts that are tried in a slot
 MOST = 3  # slots whose copies a kick changes
+WORK, MOST_TRIES = 1 << 16, 512  # tokens that a round of annealing counts, about, and single changes of it at most
 EPSILON = 1e-9
 
 
@@ -51,14 +54,44 @@ def _better(problems: Sequence[Problem], links: Links, rows: list[Row], layer: i
     return None
 
 
+def walked(
+    problems: Sequence[Problem], links: Links, rows: list[Row], layer: int, draws: np.random.Generator, hot: float,
+    options: Options,
+) -> list[Row]:  # fmt: skip
+    """The rows with another one of a layer: the best that a round of annealing by single changes comes through.
+
+    Where none is better than what it begins with, the one that it ends in. Where tokens are too many for that, with
+    other copies in a few slots.
+    """
+    tokens = links.traces.tokens
+    size = int((links.traces.counts[:, layer] > 0).sum()) if tokens is None else len(tokens.step_of_token)
+    tries, touched = min(MOST_TRIES, WORK // max(1, size)), range(layer, min(layer + 1 + links.coupled, len(rows)))
+    if tries < len(rows[layer]) ** 2:
+        return [*rows[:layer], recopied(problems[layer], rows[layer], draws), *rows[layer + 1 :]]
+
+    def cost(row: Row, _: NDArray[np.int64]) -> tuple[FloatArray, NDArray[np.int64]]:
+        tried = [*rows[:layer], row, *rows[layer + 1 :]]
+        cost_T = np.sum([_cost_T(problems, links, tried, n) for n in touched], axis=0)
+        return cost_T, rank_times(problems[layer], row).argmax(axis=1)
+
+    walk = SharingWalk(problems[layer], rows[layer], draws, cost, hot)
+    walk.round = tries
+    row = walk.best if walk.walk(tries, options.expired) else walk.row
+    return [*rows[:layer], row, *rows[layer + 1 :]]
+
+
 def _cost(problems: Sequence[Problem], links: Links, rows: list[Row], layer: int) -> float:
     """Microseconds of one layer, over all steps."""
+    return float(problems[layer].weights_T @ _cost_T(problems, links, rows, layer))
+
+
+def _cost_T(problems: Sequence[Problem], links: Links, rows: list[Row], layer: int) -> FloatArray:
+    """[T] microseconds of one layer."""
     problem = problems[layer]
     makespan_T = rank_times(problem, rows[layer]).max(axis=1)
     flows = links.flows(layer, rows, problem.slots_per_rank)
     sent_T = np.sum([time_T for flow in flows for _, time_T in flow.parts()], axis=0)
-    both_T = np.maximum(makespan_T, sent_T) if links.exchange.overlap else makespan_T + sent_T
-    return float(problem.weights_T @ both_T)
+    return np.asarray(np.maximum(makespan_T, sent_T) if links.exchange.overlap else makespan_T + sent_T)
 
 
 def recopied(problem: Problem, row: Row, draws: np.random.Generator) -> Row:

@@ -28,6 +28,8 @@ FROM_SLOWEST = 0.75  # of the changes begin on the rank that a step waits for
 GLANCE, FEWEST = 4, 64  # one step in so many says first what a change loses, though not fewer than so many
 AT_A_GLANCE = 0.5  # of what a change may lose: losing more on these steps, it will lose too much
 LEAST_GAIN = 1e-9  # of the value
+Cost = Callable[[Row, NDArray[np.int64]], tuple[FloatArray, NDArray[np.int64]]]
+"""[N] microseconds that some steps take, before weights, and the ranks that they wait for."""
 
 
 @njit(cache=True, nogil=True)
@@ -67,13 +69,15 @@ def parted_times(
 class SharingWalk:
     """A row that changes, and the best one so far."""
 
-    def __init__(self, problem: Problem, row: Row, draws: np.random.Generator) -> None:
-        self.problem, self.draws = problem, draws
-        self.times_of = _parted(problem) if problem.split is Split.OPTIMAL else _anyhow(problem)
-        self.weights_T = problem.weights_T
+    def __init__(
+        self, problem: Problem, row: Row, draws: np.random.Generator, cost: Cost | None = None, hot: float = 0.0
+    ) -> None:
+        """cost: of a row in place of the policy's objective. hot: of the first round; 0: it climbs."""
+        self.problem, self.draws, self.weights_T, self.hot = problem, draws, problem.weights_T, hot
         order = draws.permutation(problem.num_steps)
-        size = max(FEWEST, problem.num_steps // GLANCE)
-        self.parts = [part for part in (order[:size], order[size:]) if len(part)]
+        size = max(FEWEST, problem.num_steps // GLANCE) if cost is None else problem.num_steps
+        self.cost = cost or _by_policy(problem)
+        self.parts = [np.sort(part) for part in (order[:size], order[size:]) if len(part)]
         self.round = len(row) * (len(row) // 2 + problem.num_experts)
         self.best, self.best_us = row, np.inf
         self.restart(row)
@@ -81,10 +85,10 @@ class SharingWalk:
     def restart(self, row: Row) -> None:
         """Begin at a row, which is the best one if nothing was better."""
         self.row = row.astype(np.int64)
-        self.times_TG = self.times_of(self.row, np.arange(self.problem.num_steps))
-        self.value_us = float(self.times_TG.max(axis=1) @ self.weights_T)
+        self.cost_T, self.slowest_T = self.cost(self.row, np.arange(self.problem.num_steps))
+        self.value_us = float(self.cost_T @ self.weights_T)
         if self.value_us < self.best_us:
-            self.best, self.best_us, self.hot = self.row, self.value_us, 0.0
+            self.best, self.best_us = self.row, self.value_us
         self.tried, self.begun_us = 0, self.best_us
 
     def walk(self, tries: int, stop: Callable[[], bool]) -> bool:
@@ -112,13 +116,13 @@ class SharingWalk:
         may_lose = -heat * np.log(1 - self.draws.random()) - LEAST_GAIN * self.value_us
         lost, found = 0.0, []
         for part in self.parts:
-            found.append(self.times_of(row, part))
-            lost += float((found[-1].max(axis=1) - self.times_TG[part].max(axis=1)) @ self.weights_T[part])
+            found.append(self.cost(row, part))
+            lost += float((found[-1][0] - self.cost_T[part]) @ self.weights_T[part])
             if lost > (may_lose if len(found) == len(self.parts) else max(0.0, AT_A_GLANCE * may_lose)):
                 return
         self.row, self.value_us = row, self.value_us + lost
-        for part, times_NG in zip(self.parts, found, strict=True):
-            self.times_TG[part] = times_NG
+        for part, (cost_N, slowest_N) in zip(self.parts, found, strict=True):
+            self.cost_T[part], self.slowest_T[part] = cost_N, slowest_N
         if self.value_us < self.best_us * (1 - LEAST_GAIN):
             self.best, self.best_us = row, self.value_us
 
@@ -127,8 +131,7 @@ class SharingWalk:
         row, ranks, draws, problem = self.row, self.problem.rank_of_slot, self.draws, self.problem
         slot, other = draws.integers(len(row), size=2)
         if draws.random() < FROM_SLOWEST:
-            slowest = self.times_TG[draws.integers(problem.num_steps)].argmax()
-            mine = np.flatnonzero(ranks == slowest)
+            mine = np.flatnonzero(ranks == self.slowest_T[draws.integers(problem.num_steps)])
             slot = draws.choice(mine) if len(mine) else slot
         row = row.copy()
         kind = draws.random()
@@ -148,17 +151,16 @@ class SharingWalk:
         return bool(once) and (problem.rules is None or not problem.rules.broken(row, problem.slots_per_rank))
 
 
-Times = Callable[[Row, NDArray[np.int64]], FloatArray]
-
-
-def _parted(problem: Problem) -> Times:
-    """[N, G] times of a row at some steps under the optimal split."""
+def _by_policy(problem: Problem) -> Cost:
+    """Makespans under the problem's own split."""
+    if problem.split is not Split.OPTIMAL:
+        return lambda row, steps: slowest(rank_times(problem.select(steps), row))
     table_FN = feature_table(problem.features, int(problem.counts_TE.max()))
     high, curves = pack([each.high for each in problem.latencies]), problem.curves
     counts_TE, rank_P = problem.counts_TE.astype(np.int64), problem.rank_of_slot.astype(np.int64)
-    return lambda row, steps: parted_times(table_FN, counts_TE, row, rank_P, high, curves, steps)
+    return lambda row, steps: slowest(parted_times(table_FN, counts_TE, row, rank_P, high, curves, steps))
 
 
-def _anyhow(problem: Problem) -> Times:
-    """The same under any policy."""
-    return lambda row, steps: rank_times(problem.select(steps), row)
+def slowest(times_NG: FloatArray) -> tuple[FloatArray, NDArray[np.int64]]:
+    """[N] makespans, and whose they are."""
+    return times_NG.max(axis=1), times_NG.argmax(axis=1)
