@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from itertools import combinations, product
 
@@ -111,6 +112,7 @@ def test_an_optimal_split_is_searched_beyond_placements_that_no_single_change_be
     outcome = get("local-search").solve(problem, Options(deadline=np.inf, patience=10), None)
     assert outcome.row is not None
     assert objective(problem, outcome.row) == pytest.approx(best_of_all(problem))
+    assert pickle.loads(pickle.dumps(outcome.search)).value == outcome.search.value, "another machine may go on"
 
 
 def test_static_without_time_to_search_is_where_even_is() -> None:
