@@ -26,7 +26,8 @@ def inputs(tmp_path: Path) -> tuple[Path, Path, Path]:
 def test_swapped_files_are_named(inputs: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     measured, routed, placement = inputs
     for words, wrong, found, needed in (
-        (("solve", routed, measured), measured, "a profile of gemopt", "traces are needed"),
+        (("solve", routed, measured), routed, "traces of gemopt", "a JSON document is needed"),
+        (("solve", measured, measured), measured, "a profile of gemopt", "traces are needed"),
         (("solve", routed, routed), routed, "traces of gemopt", "a JSON document is needed"),
         (("solve", placement, routed), placement, "a placement of gemopt", "a profile is needed"),
         (("evaluate", measured, placement, routed), placement, "a placement of gemopt", "a profile is needed"),
