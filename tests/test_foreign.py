@@ -31,7 +31,8 @@ def test_swapped_files_are_named(inputs: tuple[Path, Path, Path], capsys: pytest
         (("solve", routed, routed), routed, "traces of gemopt", "a JSON document is needed"),
         (("solve", placement, routed), placement, "a placement of gemopt", "a profile is needed"),
         (("evaluate", measured, placement, routed), placement, "a placement of gemopt", "a profile is needed"),
-        (("evaluate", placement, routed, measured), measured, "a profile of gemopt", "traces are needed"),
+        (("evaluate", placement, routed, measured), routed, "traces of gemopt", "a JSON document is needed"),
+        (("evaluate", placement, measured, measured), measured, "a profile of gemopt", "traces are needed"),
         (("evaluate", measured, measured, routed), measured, "a profile of gemopt", "a placement is needed"),
     ):
         code, out, err = gemopt(capsys, *words)
