@@ -21,6 +21,7 @@ from gemopt.result import StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers import get
 from gemopt.solvers.base import Options, Outcome, Row
+from gemopt.solvers.exact.share_tree import ShareTree
 from gemopt.solvers.exact.tree import has_room
 from gemopt.solvers.size import prover
 from gemopt.traces import Traces
@@ -170,3 +171,16 @@ def test_trees_that_cannot_end_are_not_made(monkeypatch: pytest.MonkeyPatch) -> 
     found = get("branch").solve(problem, Options.lasting(0.5), None)
     assert not found.reached and "too large" in found.note and found.row is not None
     assert found.bound_us is not None and found.bound_us <= objective(problem, found.row)
+
+
+def test_an_interrupt_while_ranges_of_copies_are_cut_is_no_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gemopt.solvers.exact.branch.FEW_COLUMNS", 0)  # no search of all placements before
+    stopped = [False]
+
+    def go(search: ShareTree, _: float) -> None:
+        stopped[0] = True
+
+    monkeypatch.setattr(ShareTree, "go", go)
+    problem = Problem.make(np.full((2, 4), 5), (ASSIGNMENTS,), [STAIRS] * 3, [2, 2, 2])
+    outcome = get("branch").solve(problem, Options.lasting(600, stop=lambda: stopped[0]), None)
+    assert outcome.row is not None and outcome.stopped_by is StoppedBy.INTERRUPT

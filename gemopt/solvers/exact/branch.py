@@ -139,7 +139,9 @@ def _branch_on_copies(problem: Problem, options: Options, outcome: Outcome, valu
     )
     if search.done:
         outcome.stopped_by = StoppedBy.PROOF
-    elif not options.expired():
+    elif options.expired():
+        outcome.stopped_by = options.cut_by
+    else:
         near = search.bound_us >= value * (1 - options.gap)
         outcome.stopped_by = StoppedBy.GAP if near else StoppedBy.ITERATIONS
 
