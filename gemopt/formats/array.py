@@ -42,7 +42,13 @@ SUFFIXES = (*ARRAYS_ALONE, *count_json.SUFFIXES)
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 SIDE_BY_SIDE = "put layers and stages side by side in one array; if these are later steps: --no-pipeline"
 NUMBERS_TELL = "give --num-experts and --num-hidden-layers"
-STEPS = {"step", "steps", "iteration", "iterations", "iter", "iters", "batch", "forward"}
+STEPS = {"step", "steps", "iteration", "iterations", "iter", "iters", "batch", "batches", "forward"}
+NUMBERED = {
+    *("", "id", "ids", "idx", "index", "indices", "num", "number", "numbers"),
+    *("global", "train", "pass", "run"),
+}  # words beside those in names of what numbers steps
+FOUND = {"slowest", "fullest", "busiest", "hottest", "worst", "max", "min"}  # ranks that were found by their loads
+AMOUNTS = {"num", "n", "count", "counts", "tokens", "size", "sizes"}
 _ROWS = 64 << 20  # bytes handed on at once
 
 
@@ -201,18 +207,40 @@ def _refuse_telling(path: Path, others: dict[str, Any], counts: IntArray) -> Non
         if array.ndim != 1 or array.dtype.kind not in "biu" or len(array) < 2:
             continue
         array = widened(array.astype(np.int8) if array.dtype.kind == "b" else array)
-        places, steps = np.arange(len(array)), len(array) == len(counts)
-        if len(array) == counts.shape[2] and (np.sort(array) == places).all() and (array != places).any():
+        steps = len(array) == len(counts)
+        if len(array) == counts.shape[2] and _reorders(array, words, counts):
             limit, hint = "experts in order", "does it say which experts they are? then put them in order"
-        elif steps and words & STEPS and (np.diff(array) <= 0).any():
+        elif steps and _numbers_steps(array, words, counts) and (np.diff(array) <= 0).any():
             limit, hint = "every step once, in order", "add up those of one step, and put them in order"
-        elif steps and words & {"rank", "ranks"} and (array != array[0]).any():
+        elif steps and words & {"rank", "ranks"} and not words & FOUND and (array != array[0]).any():
             limit, hint = "every step once, of all ranks", "add up the ranks of each step"
-        elif steps and words & NO_TRAFFIC and array.max() == 1 and array.min() >= 0:
+        elif steps and words & NO_TRAFFIC and not words & AMOUNTS and array.max() == 1 and array.min() >= 0:
             limit, hint = "steps that were served", "leave out the others"
         else:
             continue
         raise InputError(str(path), f"{name} beside counts", limit, f"{hint}; then leave {name} out")
+
+
+def _reorders(array: IntArray, words: set[str], counts: IntArray) -> bool:
+    """Whether an array [E] is another order of the experts of counts [T, L, E], and not the one of their loads."""
+    if not (np.sort(array) == np.arange(len(array))).all() or (np.diff(array) == 1).all():
+        return False
+    if len(array) in counts.shape[:2] and not words & {"expert", "experts", "order", "permutation", "perm"}:
+        return False  # of steps or layers as well as of experts
+    load = counts.sum(axis=(0, 1), dtype=np.int64)
+    falls, found = -np.diff(load), -np.diff(load[array])
+    by_load = (found >= 0).all() or (found <= 0).all()
+    return not (by_load and (falls > 0).any() and (falls < 0).any())
+
+
+def _numbers_steps(array: IntArray, words: set[str], counts: IntArray) -> bool:
+    """Whether an array [T] numbers steps by its name; one that is called batch may hold their tokens."""
+    if not words & STEPS or not words <= STEPS | NUMBERED:
+        return False
+    first, *others = np.unique(array).tolist()
+    in_row = first in (0, 1) and [*others] == list(range(first + 1, first + 1 + len(others)))
+    tokens = counts[:, :1].sum(axis=(1, 2), dtype=np.int64)
+    return bool(not words <= {"batch", "batches"} or (in_row and (tokens * array[0] != array * tokens[0]).any()))
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:

@@ -176,7 +176,7 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     """The key with lists or objects of counts; None where all cells are plain. What else is nested is left unread."""
     nested = list(dict.fromkeys(key for row in rows for key in row if isinstance(row[key], (list, dict))))
     counts = [key for key in nested if words_of(key) & COUNTED and not COPIES.search(key)]
-    counts = [key for key in counts if "logical" in words_of(key)] if len(counts) > 1 else counts
+    counts = [key for key in counts if "logical" in words_of(key)] or _deepest(rows, counts)
     counts = counts or [key for key in nested if words_of(key) <= {"expert", "experts"} and by_key(rows, key)]
     logical = bool(counts) and "logical" in words_of(counts[0])
     _refuse_telling(path, [key for key in nested if key not in counts], logical=logical)
@@ -189,7 +189,8 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
         hint = NOT_IDS if ids else "call them counts, and leave out other lists"
         raise InputError(str(path), ", ".join(nested)[:200], "one list of counts in every row", hint)
     lists = [key for key in nested if key != counts[0]]
-    if which := next((key for key in lists if words_of(key) & LISTED and not words_of(key) & COUNTED), None):
+    named = [key for key in lists if words_of(key) & LISTED and not words_of(key) & COUNTED]
+    if which := next((key for key in named if any(_names_experts(row.get(key), row[counts[0]]) for row in rows)), None):
         hint = f"does {which} say whose they are? then write all; else leave it out"
         raise InputError(str(path), f"{which} beside {counts[0]}", "counts of all experts, in order", hint)
     refuse_derived(path, counts[0])
@@ -204,6 +205,24 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
             if key != counts[0]:
                 row.pop(key, None)
     return counts[0]
+
+
+def _deepest(rows: Rows, keys: list[str]) -> list[str]:
+    """Of lists that may be counts the one that is called so, where the others hold numbers of steps; else none."""
+    if len(keys) < 2:
+        return keys
+    depths = {key: max(ndim(row.get(key)) for row in rows) for key in keys}
+    counts = [key for key in keys if depths[key] > 1 and words_of(key) & {"count", "counts"}]
+    beside = all(depths[key] == 1 and not words_of(key) & {"count", "counts"} for key in keys if key not in counts)
+    return counts if len(counts) == 1 and beside else []
+
+
+def _names_experts(value: Any, counts: Any) -> bool:
+    """Whether a list may name the experts of counts beside it: as many as there are, and not all in order."""
+    while isinstance(counts, list) and counts and isinstance(counts[0], list):
+        counts = counts[0]
+    plain = isinstance(value, list) and isinstance(counts, list) and ndim(value) == 1
+    return not plain or (len(value) == len(counts) and value != [*range(len(value))])
 
 
 def _says(key: str, cell: Any) -> bool:

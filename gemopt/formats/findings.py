@@ -248,11 +248,18 @@ def check_steps(total_TL: IntArray, layer_ids: Sequence[int]) -> list[str]:
     ]
 
 
-def same_for_all(counts: IntArray, most_TL: IntArray, total_TL: IntArray) -> int:
+def same_for_all(counts: IntArray, most_TL: IntArray, total_TL: IntArray) -> IntArray:
     """Steps of counts [T, L, E] whose tokens all choose the same experts in every layer; most_TL: largest of each."""
     few = np.flatnonzero((most_TL[:, 0] >= MANY_ALIKE) & (2 * counts.shape[2] * most_TL[:, 0] >= 3 * total_TL[:, 0]))
     used_TL = np.count_nonzero(counts[few], axis=2)
-    return int((total_TL[few] == most_TL[few] * used_TL).all(axis=1).sum())
+    return few[(total_TL[few] == most_TL[few] * used_TL).all(axis=1)]
+
+
+def made_up(same_LE: IntArray, load_LE: IntArray) -> bool:
+    """Whether experts that all tokens of some steps chose, with same_LE there, have less than half of the rest."""
+    rest_LE = load_LE - same_LE
+    chosen_L = (rest_LE * (same_LE > 0)).sum(axis=1)
+    return bool((2 * chosen_L < rest_LE.sum(axis=1)).any())  # else many tokens choose them anyway
 
 
 def fullest(counts: IntArray, total_TL: IntArray) -> list[str]:

@@ -17,7 +17,7 @@ from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
-from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, fullest, ranges, same_for_all
+from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, fullest, made_up, ranges, same_for_all
 from gemopt.formats.registry import recorder
 from gemopt.formats.succession import Succession
 from gemopt.placement import check_layer_ids
@@ -191,7 +191,7 @@ class _Writer:
         self.recorded, self.experts = shape[1], shape[2]
         self.steps = self.assignments = self.even = self.apart = self.common = self.largest = self.same = 0
         self.shares = Shares(self.experts)
-        self.load_LE = np.zeros((len(self.kept), self.experts), np.int64)
+        self.load_LE, self.same_LE = np.zeros((2, len(self.kept), self.experts), np.int64)
         self.totals: list[IntArray] = []
         self.first: IntArray | None = None
         self.last: IntArray | None = None
@@ -244,7 +244,9 @@ class _Writer:
         self.uneven += int((total_TL % self.top_k).any(axis=1).sum())
         most_TL = narrow.max(axis=2).astype(np.int64)
         apart_TL = most_TL - narrow.min(axis=2)
-        self.same += same_for_all(narrow, most_TL, total_TL)
+        same = same_for_all(narrow, most_TL, total_TL)
+        self.same += len(same)
+        self.same_LE += narrow[same].sum(axis=0, dtype=np.int64)
         self.apart = max(self.apart, int(apart_TL.max()))
         self.even += int((~apart_TL.any(axis=1) & total_TL.any(axis=1)).sum())
         self.shares.add(narrow, total_TL)
@@ -295,7 +297,7 @@ class _Writer:
                 f"{self.even} of {steps} steps give every expert as much: warm-up?",
             ),
             (
-                0 < self.same < steps,
+                0 < self.same < steps and made_up(self.same_LE, self.load_LE),
                 f"in {self.same} of {steps} steps all tokens choose the same experts: dummy runs of a start?",
             ),
             (

@@ -40,7 +40,7 @@ class Beside:
     flags: dict[str, set[str]] = field(default_factory=dict)
     no_flags: set[str] = field(default_factory=set)  # columns of lengths and scales
     events: dict[str, set[str]] = field(default_factory=dict)
-    parts: dict[str, set[str]] = field(default_factory=dict)  # networks and processes that columns name
+    parts: dict[str, dict[str, set[str]]] = field(default_factory=dict)  # layers of networks and processes, by column
     read: set[str] = field(default_factory=set)  # columns whose numbers are heeded
 
     def watched(self, names: Iterable[str], has_experts: bool) -> dict[str, str]:
@@ -64,8 +64,8 @@ class Beside:
         words = words_of(bare)
         return "flag" if (words & NO_TRAFFIC or ALTERING.search(bare)) and not words & COMPUTED else ""
 
-    def add(self, where: str, row: dict[str, Any], watched: dict[str, str]) -> None:
-        """Keep what a row says; `InputError` where it says that it counts several times."""
+    def add(self, where: str, row: dict[str, Any], watched: dict[str, str], layer: str) -> None:
+        """Keep what a row of a layer says; `InputError` where it says that it counts several times."""
         for name, kind in watched.items():
             text = str(row[name]).strip().casefold()
             if kind in NUMBERS and (whole := WHOLE.fullmatch(text)):
@@ -78,7 +78,7 @@ class Beside:
             elif kind == "event" and text not in PHASES:
                 self.events.setdefault(name, set()).add(text)
             elif kind == "part":
-                self.parts.setdefault(name, set()).add(text)
+                self.parts.setdefault(name, {}).setdefault(text, set()).add(layer)
             elif kind == "times" and re.fullmatch(r"\d+(\.\d*)?", text) and float(text) != 1:
                 hint = "repeat the row so often if it stands for as many, then leave it out; --from csv reads counts"
                 raise InputError(f"{where}: {name}", row[name], "rows that count once", hint)
@@ -105,7 +105,8 @@ class Beside:
     def refuse_no_traffic(self) -> None:
         """Raise where a column tells some rows apart from those that count."""
         for part, told in self.parts.items():
-            if len(told) > 1:
+            apart = sum(map(len, told.values())) == len(set().union(*told.values()))  # each has layers of its own
+            if len(told) > 1 and (part.casefold() in NETWORKS or not apart):
                 one = "import one of those that saw the same tokens; leave the column out where each had its own"
                 hint = "import each network apart" if part.casefold() in NETWORKS else one
                 shown = f"{part} {', '.join(sorted(told)[:4])}"

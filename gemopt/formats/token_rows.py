@@ -114,7 +114,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
                 others = [name for name in row if name not in used]
                 found = names[tuple(row)] = known, beside.watched(others, "ids" in known)
             known, watched = found
-            beside.add(where, row, watched)
+            beside.add(where, row, watched, str(row.get(known.get("layer", ""))))
             if "ids" not in known:
                 rows.other += 1
                 continue

@@ -197,3 +197,6 @@ def test_steps_whose_tokens_all_choose_the_same_experts_are_noted(load, tmp_path
     assert "in 1 of 12 steps all tokens choose the same" in load(tmp_path / "a.npy", "array")[1]
     np.save(tmp_path / "a.npy", counts)
     assert "dummy runs" not in load(tmp_path / "a.npy", "array")[1]
+    few = np.array([[[8, 0, 0, 0]], [[7, 0, 1, 0]], [[6, 1, 0, 1]], [[8, 0, 0, 0]], [[5, 2, 1, 0]]])
+    np.save(tmp_path / "a.npy", few)  # most tokens choose that one in all steps
+    assert "dummy runs" not in load(tmp_path / "a.npy", "array")[1]

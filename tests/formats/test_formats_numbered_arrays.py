@@ -165,3 +165,27 @@ def test_single_values_beside_counts_that_change_nothing_are_taken(load, tmp_pat
         np.savez(tmp_path / "a.npz", expert_counts=COUNTS, **{name: value})
         with pytest.raises(InputError, match=f"{name} beside counts"):
             load(tmp_path / "a.npz", "array")
+
+
+def test_arrays_and_lists_beside_counts_that_change_nothing(load, tmp_path):
+    tokens = COUNTS[:, 0].sum(axis=1)
+    beside = {
+        "batch_size": [64, 64, 32, 48, 48],
+        "batch": tokens // 8,
+        "step_time_us": [900, 870, 880, 880, 990],
+        "slowest_rank": [3, 0, 0, 1, 3],
+        "num_padded": [0, 1, 0, 0, 1],
+        "hot_experts": np.argsort(-COUNTS.sum(axis=(0, 1)), kind="stable"),
+        "num_tokens": tokens,
+        "experts": np.arange(16),
+        "request_ids": [7, 9, 1, 4, 4],
+    }
+    for name, array in beside.items():
+        np.savez(tmp_path / "a.npz", counts=COUNTS, **{name: array})
+        (tmp_path / "a.json").write_text(json.dumps({"counts": COUNTS.tolist(), name: np.asarray(array).tolist()}))
+        for path in (tmp_path / "a.npz", tmp_path / "a.json")[: 1 if name == "hot_experts" else 2]:
+            traces, notes = load(path, "array")
+            assert (traces.counts == COUNTS).all() and f"{name} left unread" in notes
+    few = COUNTS[:2, :2, :2]  # as many steps, layers and experts
+    np.savez(tmp_path / "a.npz", counts=few, is_prefill=[True, False], queue=[1, 0])
+    assert (load(tmp_path / "a.npz", "array")[0].counts == few).all()

@@ -168,3 +168,10 @@ def test_lengths_settings_and_lines_without_experts_are_no_flags(load, tmp_path)
     ]  # fmt: skip
     traces, _ = load(write(tmp_path / "a.jsonl", [*each, {"event": "end"}]), "tokens", num_experts=EXPERTS)
     assert (traces.counts == COUNTS).all()
+
+
+def test_devices_that_hold_layers_of_their_own_are_no_several_processes(load, tmp_path):
+    """As accelerate's device_map puts them."""
+    lines = [{**row, "device": f"cuda:{row['layer'] // 2}"} for row in rows()]
+    traces, notes = load(write(tmp_path / "a.jsonl", lines), "tokens", num_experts=EXPERTS)
+    assert (traces.counts == COUNTS).all() and "device left unread" in notes
