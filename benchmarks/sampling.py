@@ -19,7 +19,7 @@ from machine import stamp
 
 from gemopt.costs import Roofline, Staircase
 from gemopt.profiling.replay import ReplayDevice
-from gemopt.profiling.sampling import sample_curve, sample_surface, spread_loads
+from gemopt.profiling.sampling import sample_curve, sample_surface
 
 SEEDS = (0, 1, 2)
 SHARE = 0.05
@@ -78,8 +78,8 @@ def curve_row(name: str, truth: Table) -> str:
         sample_curve(device, low, high, budget=budget)
         results["adaptive"].append(errors(device.answers, truth, sorted(truth)))
         device = ReplayDevice(truth, seed=seed)
-        for load in spread_loads(low, high, budget):
-            device(load)
+        for load in np.unique(np.linspace(low, high, budget).round()):
+            device(int(load))
         results["uniform"].append(errors(device.answers, truth, sorted(truth)))
     cells = [" | ".join(f"{value:.2f}" for value in np.mean(results[kind], axis=0)) for kind in results]
     worst = " | ".join(f"{value:.2f}" for value in np.max(results["adaptive"], axis=0))

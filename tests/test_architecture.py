@@ -85,6 +85,33 @@ def test_imports_only_from_the_left(name: str) -> None:
         assert TIER[other] <= TIER[own], f"{name} imports {target}, which is to its right"
 
 
+SCRIPTS = sorted(path for folder in ("benchmarks", "docs", "examples") for path in (ROOT / folder).rglob("*.py"))
+
+
+def defined(module: str) -> set[str]:
+    """The names that a module defines at its top level or imports there."""
+    top = tree_of(modules()[module]).body
+    nodes = [*top, *(inner for node in top if isinstance(node, ast.If | ast.Try) for inner in ast.walk(node))]
+    names = {alias.asname or alias.name for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names}
+    names |= {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    targets = [t for n in nodes if isinstance(n, ast.Assign) for t in n.targets]
+    targets += [n.target for n in nodes if isinstance(n, ast.AnnAssign)]
+    return names | {inner.id for t in targets for inner in ast.walk(t) if isinstance(inner, ast.Name)}
+
+
+def test_what_scripts_import_is_there() -> None:
+    """They are run now and then; a name that moved or went shall not wait for that."""
+    assert len(SCRIPTS) > 30
+    for path in SCRIPTS:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gemopt":
+                assert node.module in modules(), f"{path}: {node.module}"
+                names = defined(node.module)
+                for alias in node.names if "__getattr__" not in names else ():
+                    known = alias.name in names or f"{node.module}.{alias.name}" in modules()
+                    assert known, f"{path}: {node.module} has no {alias.name}"
+
+
 def test_solvers_do_not_import_each_other() -> None:
     """A registered solver is reached through the registry or by a hybrid; what is shared is its own module."""
     registry = (ROOT / "gemopt/solvers/__init__.py").read_text()
