@@ -43,6 +43,10 @@ _KEY = re.compile(r"([A-Za-z_./\[ -]*)(\d{1,9})([\]A-Za-z_./ ]*)", re.ASCII)  # 
 _LAYERS = dict.fromkeys(("layers", "blk", "block", "l"), "layer")
 COUNTING = {"count", "counts", "frequency", "freq", "hits", "load", "loads", "tokens", "total", "activations"}
 TIMES = {"time", "timestamp", "ts", "date", "datetime", "elapsed", "us", "ms", "sec", "seconds"}
+SIZES = {  # of a step, which change nothing where steps are numbered
+    *("batch_size", "batchsize", "num_seqs", "num_sequences", "num_reqs", "num_requests", "running_requests"),
+    *("total_tokens", "tokens_in_step", "seq_len", "max_seq_len", "context_len", "kv_len"),
+}
 WEIGHTS = {"weight", "weights"}  # of steps: they change what the counts mean
 SCORES = {"logits", "probs", "weights", "scores"}
 MEASURED = {
@@ -115,10 +119,10 @@ def numbered(value: dict[str, Any]) -> tuple[str, list[int]] | None:
 
 
 def is_result(name: str, first: str, text: str, has_steps: bool) -> bool:
-    """Whether a column holds shares, or of numbered steps any fractions or when they were: nothing it tells apart."""
+    """Whether a column holds shares, or of numbered steps sizes, times or any fractions: nothing it tells apart."""
     words, cells = words_of(name), (first, text)
     if ALTERING.search(name) or words & WEIGHTS:
         return False
     if words & FRACTIONS and any(map(_SHARE.fullmatch, cells)):
         return True
-    return has_steps and (bool(words & TIMES) or any(map(_FRACTION.fullmatch, cells)))
+    return has_steps and (name in SIZES or bool(words & TIMES) or any(map(_FRACTION.fullmatch, cells)))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import DERIVED, TABLES, TIMES, WEIGHTS, numbered, phase_of, words_of
+from gemopt.formats.count_names import DERIVED, SIZES, TABLES, TIMES, WEIGHTS, numbered, phase_of, words_of
 from gemopt.formats.engine import IntArray
 from gemopt.traces.files import meant, smallest
 
@@ -153,7 +153,8 @@ def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
             and all(isinstance(each, float) for each in cells)
             and any(each % 1 for each in cells)
         )
-        if fractions or words_of(key) & TIMES or follows(key, cells, arrays):
+        sizes = key.casefold() in SIZES and "step" in {TABLES.get(name.casefold()) for name in rows[0]}
+        if fractions or sizes or words_of(key) & TIMES or follows(key, cells, arrays):
             told.unread.append(key)
             for row in rows:
                 row.pop(key, None)

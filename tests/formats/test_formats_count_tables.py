@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 
 import numpy as np
 import pytest
@@ -321,3 +322,21 @@ def test_a_column_of_other_names_may_number_the_steps(load, folder):
         load(path, "csv")
     table(path, rows, header="step,layer,expert,count")
     assert load(path, "csv")[0].counts[:, 1, 2].tolist() == [1, 2, 5]
+
+
+def test_sizes_of_numbered_steps_are_left_unread(load, tmp_path):
+    counts = np.random.default_rng(3).integers(0, 30, (4, 2, 8))
+    rows = [
+        {"step": t, "batch_size": 64 - t // 2, "layer": i, "expert": e, "count": int(counts[t, i, e])}
+        for t in range(4) for i in range(2) for e in range(8)
+    ]  # fmt: skip
+    text = "\n".join(",".join(map(str, row.values())) for row in rows)
+    (tmp_path / "a.csv").write_text(",".join(rows[0]) + "\n" + text)
+    steps = [{"step": t, "batch_size": 64 - t // 2, "counts": counts[t].tolist()} for t in range(4)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    for name in ("a.csv", "a.jsonl"):
+        traces, notes = load(tmp_path / name, "csv" if name == "a.csv" else "array")
+        assert (traces.counts == counts).all() and "batch_size" in notes
+    (tmp_path / "a.csv").write_text((",".join(rows[0]) + "\n" + text).replace("step", "moment"))
+    with pytest.raises(InputError, match="call it step if it numbers the steps"):
+        load(tmp_path / "a.csv", "csv")
