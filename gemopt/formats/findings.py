@@ -252,7 +252,8 @@ def same_for_all(counts: IntArray, most_TL: IntArray, total_TL: IntArray) -> Int
     """Steps of counts [T, L, E] whose tokens all choose the same experts in every layer; most_TL: largest of each."""
     few = np.flatnonzero((most_TL[:, 0] >= MANY_ALIKE) & (2 * counts.shape[2] * most_TL[:, 0] >= 3 * total_TL[:, 0]))
     used_TL = np.count_nonzero(counts[few], axis=2)
-    return few[(total_TL[few] == most_TL[few] * used_TL).all(axis=1)]
+    same: IntArray = few[(total_TL[few] == most_TL[few] * used_TL).all(axis=1)]
+    return same
 
 
 def made_up(same_LE: IntArray, load_LE: IntArray) -> bool:
