@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -25,7 +26,7 @@ from gemopt.solvers import get
 from gemopt.solvers.base import Options
 from gemopt.solvers.exact import branch, share_space, share_tree
 from gemopt.solvers.exact.share_space import Shares, make_contents
-from gemopt.solvers.exact.share_tree import bound_of_copies
+from gemopt.solvers.exact.share_tree import Box, ShareTree, Worked, bound_of_copies
 from gemopt.solvers.size import num_shares
 from gemopt.traces import Traces
 from gemopt.verify import share_contents, verify
@@ -103,6 +104,41 @@ def test_contents_in_use_make_better_placements_before_any_range_is_cut(
         assert best * (1 - 1e-9) <= search.value_us <= objective(problem, row)
         better += search.value_us < objective(problem, row)
     assert better
+
+
+def test_boxes_that_are_worked_on_together_begin_and_end_with_the_same_placement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What threads find does not depend on which of them is first: none hears of it before all have ended."""
+    for name, few in (("FIRST_LOOKS", 1), ("FIRST_ITERATIONS", 3), ("LOOKS", 1), ("ITERATIONS", 3), ("MOST_LEFT", 2)):
+        monkeypatch.setattr(share_tree, name, few)
+    work, take, begun, taken = ShareTree._work, ShareTree._take, list[Box](), threading.Event()
+    left, together = list[Box](), 0
+
+    def held_back(self: ShareTree, box: Box) -> Worked:
+        begun.append(box)
+        found = work(self, box)
+        if box is not begun[0]:
+            taken.wait(0.05)
+        begun.remove(box)
+        return found
+
+    def taking(self: ShareTree, worked: Worked) -> None:
+        left.extend(begun)
+        taken.set()
+        take(self, worked)
+        taken.clear()
+
+    monkeypatch.setattr(ShareTree, "_work", held_back)
+    monkeypatch.setattr(ShareTree, "_take", taking)
+    for seed in range(3):
+        problem = drawn("falling", [3, 2, 1], seed)
+        row = get("linear").solve(problem, Options(deadline=np.inf), None).row
+        assert row is not None
+        search = bound_of_copies(problem, row, np.inf, STOP, threads=3)
+        assert search is not None and search.done
+        together += search.boxes > 2
+    assert together and not left
 
 
 def test_the_bound_rises_above_the_floors() -> None:

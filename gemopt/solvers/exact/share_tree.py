@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt import cores
 from gemopt.bounds import step_bounds
 from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
@@ -147,13 +148,13 @@ class ShareTree:
         if root is None:
             return
         self._take(self.dive(root))
-        with ThreadPoolExecutor(self.threads) as pool:
+        with ThreadPoolExecutor(self.threads, initializer=cores.in_this_thread, initargs=(1,)) as pool:
             while self.open and self.open[0][0] < min(target_us, self.limit_us):
                 if self.stop[0] or self.entries > MOST_ENTRIES:
                     return
                 boxes = [heapq.heappop(self.open)[2] for _ in range(min(self.threads, len(self.open)))]
                 self.entries -= sum(box.entries for box in boxes)
-                for worked in pool.map(self._work, boxes):
+                for worked in list(pool.map(self._work, boxes)):  # what one finds others know when all have ended
                     self._take(worked)
 
     def _work(self, box: Box) -> Worked:
