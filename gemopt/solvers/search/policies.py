@@ -35,7 +35,7 @@ ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
 LEAST_GAIN = 5e-4  # of the value: thousands of changes that gain less in all are as good as idle
 NEVER = 2**62
-WALK_TRIES = 8  # for each slot, beside a batch of kicks
+WALK_TRIES, FEWEST = 8, 256  # for each slot, and at least, beside a batch of kicks
 
 EvenSearch = Callable[[Problem, Options, Row | None], Outcome]
 
@@ -255,5 +255,5 @@ class _Sharing(_Search):
         options, end = self.options, time.monotonic() + seconds
         timed = options.patience is None
         over = (lambda: time.monotonic() >= end or options.expired()) if timed else options.expired
-        if self.walk.walk(WALK_TRIES * len(self.row), over):
+        if self.walk.walk(max(FEWEST, WALK_TRIES * len(self.row)), over):
             self.offer(self.walk.best)
