@@ -28,7 +28,7 @@ def at_most(threads: int) -> Iterator[None]:
     import numpy as np  # noqa: F401 (its BLAS must be loaded to be limited)
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(limits=threads):
+    with threadpool_limits(limits=int(threads)):  # which refuses NumPy's numbers
         yield
 
 

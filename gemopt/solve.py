@@ -179,7 +179,7 @@ def solve(
         current, move_price, None if memory_budget is not None else expert_bytes, bandwidth, horizon_steps,
         max_moves, max_moves_per_layer, max_bytes_per_rank, exclude_ranks, add_ranks,
     )  # fmt: skip
-    threads, cluster, clock = threads or cores.available(), Cluster.in_force(), time.monotonic()
+    threads, cluster, clock = int(threads or cores.available()), Cluster.in_force(), time.monotonic()
     with (
         interrupts.held() as interrupted,
         cores.at_most(threads),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -284,3 +285,9 @@ def test_where_all_slots_must_be_full_answers_are_held_against_experts_in_order_
     found = layer.no_worse(told).row
     assert found is not None and (found != EMPTY).all() and (found[row != EMPTY] == row[row != EMPTY]).all()
     assert layer.no_worse(told).history[-1].objective_us == objective(problem, found)
+
+
+def test_threads_may_be_a_number_of_numpy() -> None:
+    threads = cast(int, np.int64(2))
+    result = gemopt.solve(profile([1, 2]), traces(experts=4, layers=1, steps=2), threads=threads, time_limit=5.0)
+    assert result.placement is not None
