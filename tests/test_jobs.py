@@ -15,7 +15,6 @@ from cli_inputs import profile as ranks
 
 from gemopt import documents
 from gemopt.evaluate import evaluate
-from gemopt.exceptions import InputError
 from gemopt.jobs import read_job, running
 from gemopt.jobs.document import Kubernetes, SolverSettings, TableSource
 from gemopt.jobs.kubernetes import APPLY_BYTES, LIMIT_BYTES, config_map
@@ -313,40 +312,3 @@ def test_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], pa
     for wanted in job.exports:
         assert wanted.engine in {*found["commands"], "csv"}
     assert os.listdir(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("solver: {seed: 010}", "got 010; a plain number; 010 is 8 in YAML"),
-        ("solver: {time_limit: 1:30}", "got 1:30; a plain number"),
-        ("constraints: {slots_per_rank: 012}", "got 012; a plain number"),
-        ("solver: {seed: yes}", "solver.seed: true; a number or a text, no yes or no"),
-        ("solver: {gap: no}", "solver.gap: false"),
-        ("steps: {task: on}", "steps.task: true; a number or a text, no yes or no; quote a text"),
-        ("constraints: {exclude_ranks: [yes], current: contiguous}", "constraints.exclude_ranks: true"),
-        ("exchange: {dispatch_bytes: yes}", "exchange.dispatch_bytes: true"),
-    ],
-)
-def test_what_yaml_reads_as_another_value_is_refused(tmp_path: Path, line: str, said: str) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_text(f"profile: p.json\ntraces: t.safetensors\noutput: out\n{line}\n")
-    with pytest.raises(InputError) as error:
-        read_job(path)
-    assert said in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("line", "inside", "value"),
-    [
-        ("solver: {seed: 0}", "seed", 0),
-        ("solver: {seed: 1_0}", "seed", 10),
-        ("solver: {time_limit: 1e1}", "time_limit", 10.0),
-        ("solver: {time_limit: 0.5}", "time_limit", 0.5),
-        ("solver: {allow_one_rank: yes}", "allow_one_rank", True),
-    ],
-)
-def test_what_yaml_reads_as_it_is_written_is_taken(tmp_path: Path, line: str, inside: str, value: object) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_text(f"profile: p.json\ntraces: t.safetensors\noutput: out\n{line}\n")
-    assert getattr(read_job(path).solver, inside) == value

@@ -19,18 +19,14 @@ from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.registry import get as engine
 from gemopt.formats.registry import within_engine
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
-from gemopt.layer_rules import layer_rules
 from gemopt.placement import EMPTY, Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.result import Status, StoppedBy
-from gemopt.rules import Rules
 from gemopt.solvers import get
 from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, incumbent
-from gemopt.solvers.search import copies
 from gemopt.solving import answer
 from gemopt.solving.layers import Layer
-from gemopt.solving.memory import even_slots, experts_within, most_slots, thinned
 from gemopt.solving.schedule import Run
 from gemopt.splits import even_weights
 from gemopt.splits.weights import static_weights
@@ -287,95 +283,6 @@ def test_an_engine_says_how_copies_share() -> None:
     assert within_engine(engine("sglang"), 4, "optimal", 6, 2).split is Split.OPTIMAL
     assert not within_engine(engine("csv"), [4, 3], "static", 6, 2).full
     assert not within_engine(engine("sglang"), None, "optimal", 6, 2).full, "nothing is spare"
-
-
-def test_a_memory_budget_holds_for_every_device_and_is_spent() -> None:
-    profile, given = measured(1.0, 1.0, 1.0), traces(layers=3)
-    budget = [80.0, 90.0, 70.0]
-    result = gemopt.solve(
-        profile, given, slots_per_rank=4, memory_budget=budget, expert_bytes=10, patience=1, threads=1, time_limit=60
-    )
-    assert result.placement is not None
-    held = (result.placement.physical_to_logical != EMPTY).sum(axis=0)
-    per_rank = np.bincount(result.placement.rank_of_slot, weights=held)
-    assert (per_rank <= [8, 9, 7]).all() and per_rank.sum() > 18, "copies help here"
-    assert evaluate(result.placement, profile, given).objective_us == pytest.approx(result.objective_us)
-    assert result.bound_us <= result.objective_us
-    tight = gemopt.solve(profile, given, memory_budget=60, expert_bytes=10, patience=1, threads=1)
-    assert tight.placement is not None and not tight.placement.has_copies
-
-
-def test_a_memory_budget_is_never_worse_than_its_even_part_in_every_layer() -> None:
-    profile, given = measured(1.0, 1.2, 0.9), traces(layers=4)
-    options = {"solver": "local-search", "patience": 0, "threads": 1, "time_limit": 60}
-    even = gemopt.solve(profile, given, slots_per_rank=3, **options)
-    for slots in (None, 6):
-        found = gemopt.solve(profile, given, memory_budget=120.0, expert_bytes=10, slots_per_rank=slots, **options)
-        assert found.placement is not None and even.objective_us is not None and found.objective_us is not None
-        assert found.objective_us <= even.objective_us
-        assert (found.placement.physical_to_logical != EMPTY).sum() <= 36
-
-
-def test_an_even_part_of_a_budget_leaves_nothing_and_no_layer_without_slots() -> None:
-    even = even_slots(np.array([10, 7, 12]), np.array([4, 4, 3]), 3)
-    assert even.sum(axis=0).tolist() == [10, 7, 9], "the third has no more than three slots in a layer"
-    assert np.ptp(even, axis=0).max() <= 1 and sorted(even.sum(axis=1).tolist()) == [8, 9, 9]
-
-
-def test_thinning_moves_experts_where_a_rank_holds_too_much_without_copies() -> None:
-    problem = Problem.make([[9, 5, 4, 1]], (ASSIGNMENTS,), sloped(1, 1, 1), 3)
-    row = np.array([0, 1, 2, 3, EMPTY, EMPTY, 0, EMPTY, EMPTY])
-    (kept,) = thinned([problem], [row], np.array([1, 2, 1]))
-    assert np.bincount(problem.rank_of_slot[kept != EMPTY], minlength=3).tolist() == [1, 2, 1]
-    assert sorted(kept[kept != EMPTY].tolist()) == [0, 1, 2, 3]
-
-
-@pytest.mark.parametrize("looks", [0, 1, 4, 7])
-def test_thinning_looks_at_the_objective_only_while_it_has_the_time(
-    looks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    problem = Problem.make([[9, 5, 4, 1]], (ASSIGNMENTS,), sloped(1, 1, 1), 3)
-    row = np.array([0, 1, 2, 0, 1, 3, 0, 2, 3])
-    asked, exact = [], []
-    counted = copies.removal_costs
-    monkeypatch.setattr(copies, "removal_costs", lambda *given: (exact.append(1), counted(*given)))
-    late = lambda: asked.append(1) or len(asked) > looks  # noqa: E731
-    kept = thinned([problem] * 2, [row] * 2, np.array([3, 3, 2]), late)
-    assert len(exact) <= looks
-    assert sum((each != EMPTY).sum() for each in kept) == 8
-    assert all(set(each) - {EMPTY} == {0, 1, 2, 3} for each in kept)
-
-
-def test_what_nothing_can_be_done_about_is_said() -> None:
-    problem = Problem.make([[9, 5, 4, 1]], (ASSIGNMENTS,), sloped(1, 1, 1), 3)
-    (pinned,) = layer_rules(Rules(pinned=[{"experts": [0, 1], "ranks": [0]}]), [0], 4, 3, [0, 0, 0])
-    row = np.array([0, 1, EMPTY, 2, 3, EMPTY, EMPTY, EMPTY, EMPTY])
-    with pytest.raises(InputError, match="1 experts too many on rank 0; no placement within it that keeps the rules"):
-        thinned([replace(problem, rules=pinned)], [row], np.array([1, 2, 1]))
-    (kept,) = thinned([replace(problem, rules=pinned)], [row], np.array([2, 1, 1]))
-    assert pinned is not None and pinned.broken(kept, problem.slots_per_rank) is None
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"memory_budget": 50.0, "expert_bytes": 10}, "need room for 12"),
-        ({"memory_budget": 10.0, "expert_bytes": 10}, "need room for 12"),
-        ({"memory_budget": 100.0}, "size of an expert"),
-        ({"memory_budget": [100.0], "expert_bytes": 10}, "one for each of 2"),
-        ({"memory_budget": -1.0, "expert_bytes": 10}, "bytes per device"),
-        ({"slots_per_rank": 7}, "never holds two copies of one expert"),
-    ],
-)
-def test_memory_that_cannot_hold_the_experts_is_refused(change: dict[str, object], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        gemopt.solve(measured(1, 2), traces(), **change)
-
-
-def test_a_budget_counts_whole_experts() -> None:
-    assert experts_within(39.0, 10, 2).tolist() == [3, 3]
-    assert most_slots(np.array([12, 12]), 2, 8).tolist() == [8, 8]
-    assert most_slots(np.array([9, 9]), 2, 8).tolist() == [6, 6]
 
 
 def test_a_falling_staircase_is_split_by_the_one_above() -> None:

@@ -18,9 +18,9 @@ from gemopt.solvers.size import FEW_COLUMNS, MANY_COLUMNS, num_columns, num_shar
 
 SEARCH_SHARE = 0.4
 FIRST_SHARE = 0.2  # where contents of ranks are listed, which finds better placements as well
-FIRST_PATIENCE = 50  # batches of kicks
-LISTED_SHARE = 0.6  # the same of contents that are listed and many, whose bound rises for longer than it pays
+FIRST_PATIENCE, SHARED_PATIENCE = 50, 200  # batches of kicks, and with spare slots
 STATED_SHARE = 0.5  # of the rest is CP-SAT's at most, which proves early or not at all
+LISTED_SHARE = 0.6  # the same of contents that are listed and many, whose bound rises for longer than it pays
 
 
 class Auto:
@@ -44,7 +44,7 @@ class Auto:
         share = SEARCH_SHARE
         shared = problem.spare_slots > 0 and (num_shares(problem) or 0) > FEW_COLUMNS
         if (by == "columns" or (by == "branch" and shared)) and options.patience is None:
-            patience, share = FIRST_PATIENCE * (4 if shared else 1), FIRST_SHARE
+            patience, share = SHARED_PATIENCE if shared else FIRST_PATIENCE, FIRST_SHARE
         deadline = time.monotonic() + share * options.remaining
         found = LocalSearch().solve(problem, replace(options, deadline=deadline, patience=patience), warm_start)
         if found.row is None:

@@ -1,0 +1,120 @@
+"""Count tables that go across: by any number, as pandas crosses or labels them, as others export and print them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from routed_counts import routed
+
+from gemopt.exceptions import InputError
+
+PIVOTS = {  # which columns the lines name, and how those of the counts are called
+    "experts and layers": ("layer", "layer_{}"),
+    "as plots name them": ("layer", "Layer {}"),
+    "of all three": ("step", "step_{}"),
+    "iterations": ("step", "iter{}"),
+    "ranks": ("rank", "rank_{}"),
+}
+
+
+@pytest.mark.parametrize("case", PIVOTS)
+def test_pivoted_tables(load, tmp_path, case):
+    across, name = PIVOTS[case]
+    counts = routed(np.random.default_rng(8), steps=3)
+    by_rank = np.stack([counts, counts[::-1]], axis=-1)  # [T, L, E, ranks]
+    long = [{"step": t, "layer": i, "expert": e, "rank": r, "count": n} for (t, i, e, r), n in np.ndenumerate(by_rank)]
+    long = [row for row in long if across == "rank" or row.pop("rank") == 0]
+    others = [key for key in long[0] if key not in (across, "count")]
+    lines = {}
+    for row in long:
+        lines.setdefault(tuple(row[key] for key in others), {})[row[across]] = row["count"]
+    head = [*others, *(name.format(i) for i in lines[next(iter(lines))])]
+    text = [",".join(map(str, [*key, *cells.values()])) for key, cells in lines.items()]
+    (tmp_path / "t.csv").write_text("\n".join([",".join(head), *text, ""]))
+    traces, _ = load(tmp_path / "t.csv", "csv", no_pipeline=True)
+    assert (traces.counts == (by_rank.sum(axis=-1) if across == "rank" else counts)).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("layer,expert,gsm8k,mmlu\n0,0,5,6\n", "layer_id, expert_id, count"),  # of tasks
+        ("layer,expert,batch_1,batch_64\n0,0,5,6\n", "layer_id, expert_id, count"),  # of batches of this size?
+        ("expert,step_0,step_1\n0,5,6\n1,5,6\n", "layer_id, expert_id, count"),  # of which layer?
+        ("expert,layer_0,layer_1\n0,0.5,0.25\n1,0.5,0.75\n", "got 0.5; a whole number"),
+        ("expert,0,1\n0,5,6\n1,6,5\n", "columns are named by what they number: expert_0, layer_0 or step_0"),
+    ],
+)
+def test_pivoted_tables_that_do_not_say_what_they_count(load, tmp_path, text, line):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(InputError, match=line):
+        load(tmp_path / "t.csv", "csv")
+
+
+@pytest.mark.parametrize("across", ["expert", "layer"])
+def test_labels_of_rows_say_what_they_are(load, tmp_path, across):
+    """As pandas saves a frame whose index is named by its labels alone."""
+    counts = routed(np.random.default_rng(9), steps=1)[0]
+    table = counts if across == "expert" else counts.T
+    down = "layer" if across == "expert" else "expert"
+    head = ["", *(f"{across}_{i}" for i in range(table.shape[1]))]
+    lines = [head, *([f"{down}_{i}", *row] for i, row in enumerate(table.tolist()))]
+    (tmp_path / "t.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    assert (load(tmp_path / "t.csv", "csv")[0].counts == counts).all()
+    lines[1:] = [[i, *row[1:]] for i, row in enumerate(lines[1:])]
+    (tmp_path / "t.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+    hint = "which column is the layer" if across == "expert" else "layer_id, expert_id, count"
+    with pytest.raises(InputError, match=hint):
+        load(tmp_path / "t.csv", "csv")
+
+
+def test_what_weights_and_biases_exports_beside_each_column(load, tmp_path):
+    counts = routed(np.random.default_rng(3), steps=4, layers=2, experts=4)
+    names = [f"run - moe/layer_{i}/expert_{e}" for i in range(2) for e in range(4)]
+    head = ",".join(f'"{name}","{name}__MIN","{name}__MAX"' for name in names)
+    rows = [f"{10 * t}," + ",".join(f"{n},{n},{n}" for n in counts[t].reshape(-1)) for t in range(4)]
+    (tmp_path / "a.csv").write_text("\n".join([f'"Step",{head}', *rows]))
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+    apart = rows[2].replace(",", ",9", 1)
+    (tmp_path / "a.csv").write_text("\n".join([f'"Step",{head}', *rows[:2], apart]))
+    with pytest.raises(InputError, match=r"line 4: run_moe_layer_0_expert_0__min: got .*; 9\d+, as .*means of several"):
+        load(tmp_path / "a.csv", "csv")
+
+
+def test_tables_that_pandas_crosses(load, tmp_path):
+    """Columns of numbers alone are experts where all layers have as many assignments, and are not alike."""
+    order = np.random.default_rng(4).random((5, 60, 8)).argsort(axis=2)[..., :2]
+    counts = np.stack([np.bincount(chosen.reshape(-1), minlength=8) for chosen in order])
+    for rows, label in ((counts, "layer"), (counts.T, "expert")):
+        lines = [[label, *range(rows.shape[1])], *([i, *row] for i, row in enumerate(rows.tolist()))]
+        (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+        assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+    for other in (np.tile([120, 96, 112, 80], (5, 1)), counts + np.arange(5)[:, None], counts[:2]):
+        lines = [["layer", *range(other.shape[1])], *([i, *row] for i, row in enumerate(other.tolist()))]
+        (tmp_path / "a.csv").write_text("\n".join(",".join(map(str, line)) for line in lines))
+        with pytest.raises(InputError, match="columns are named by what they number"):
+            load(tmp_path / "a.csv", "csv")
+    lines = ["layer,expert,0", *(f"{i},{e},{n}" for (i, e), n in np.ndenumerate(counts))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="if 0 is the count, call it count"):
+        load(tmp_path / "a.csv", "csv")
+
+
+def test_percentages_of_few_layers_are_noted(load, tmp_path):
+    lines = ["layer,expert,load", *(f"{i},{e},{(12, 13)[(e + i) % 3 == 0]}" for i in range(4) for e in range(8))]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert "all layers add up to about 100: shares that were rounded?" in load(tmp_path / "a.csv", "csv")[1]
+
+
+def test_tables_of_markdown(load, tmp_path):
+    counts = routed(np.random.default_rng(5), steps=2, layers=3, experts=8)
+    long = ["| step | layer | expert | count |", "|-----:|:-----:|--------|:---|"]
+    long += [f"| {t} | {i} | {e} | {n} |" for (t, i, e), n in np.ndenumerate(counts)]
+    wide = ["| step | layer | " + " | ".join(f"expert_{e}" for e in range(8)) + " |", "|" + "---|" * 10]
+    wide += [f"| {t} | {i} | " + " | ".join(map(str, counts[t, i])) + " |" for t in range(2) for i in range(3)]
+    for lines in (long, wide):
+        (tmp_path / "a.csv").write_text("\n".join(lines))
+        assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+    (tmp_path / "a.csv").write_text("\n".join([*long[:5], "| 0 | 1 |"]))
+    with pytest.raises(InputError, match="line 6: got 0,1; 4 values"):
+        load(tmp_path / "a.csv", "csv")
