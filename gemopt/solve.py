@@ -230,7 +230,7 @@ def solve(
             chosen, layers, clock, time_limit, gap, patience, threads, progress, interrupted,
             cluster=cluster, on_layers=on_layers,
         )  # fmt: skip
-        with cores.at_most(max(1, threads // len(layers))), hurried.call(clock + time_limit, interrupted.is_set):
+        with cores.at_most(threads if len(layers) == 1 else 1), hurried.call(clock + time_limit, interrupted.is_set):
             bound_us = _go(run, held_G, moving, links, compute_slack)
         result = asked_rules.stamped(answer(run, profile, traces, cost, report, moving, bound_us, senders, made), note)
         if certificate is not None and result.placement is not None:

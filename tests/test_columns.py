@@ -92,9 +92,9 @@ def test_step_sizes_follow_the_norms_of_the_rows() -> None:
     for _ in range(5):
         master.hold(rng.choice(len(space), 20, replace=False))
         held_EN = np.zeros((6, len(master.ids)))
-        held_EN[master.sets.T, np.arange(len(master.ids))] = 1.0
-        costs = (held_EN[:, None] * master.parts.T).reshape(-1, len(master.ids))
-        counted = np.vstack([held_EN, np.eye(len(space.count_K))[master.kind].T])
+        held_EN[master.columns.items.T, np.arange(len(master.ids))] = 1.0
+        costs = (held_EN[:, None] * master.columns.parts.T).reshape(-1, len(master.ids))
+        counted = np.vstack([held_EN, np.eye(len(space.count_K))[master.columns.kind].T])
         norms = [np.linalg.norm(rows, 2) for rows in (costs, counted)]
         assert [master.norm, master.norm / master.ratio] == pytest.approx(norms, rel=0.05)
 

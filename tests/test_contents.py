@@ -173,10 +173,10 @@ def test_step_sizes_are_those_of_rows_that_fall_as_well() -> None:
         cheap, master = search._look(NEVER), search.master
         assert cheap is not None
         master.hold(np.concatenate([master.used, cheap]))
-        rows = np.zeros((len(master.ids), problem.num_experts, master.parts.shape[1]))
-        for n, (members, size) in enumerate(zip(master.sets, master.sizes, strict=True)):
-            rows[n, members[:size]] = master.parts[n]
-        below |= bool((master.parts < 0).any())
+        rows = np.zeros((len(master.ids), problem.num_experts, master.columns.parts.shape[1]))
+        for n, (members, size) in enumerate(zip(master.columns.items, master.columns.size, strict=True)):
+            rows[n, members[:size]] = master.columns.parts[n]
+        below |= bool((master.columns.parts < 0).any())
         assert master.norm == pytest.approx(np.linalg.norm(rows.reshape(len(rows), -1), 2), rel=0.05)
         master.iterate(40, NEVER)
     assert below

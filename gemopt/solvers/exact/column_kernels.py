@@ -1,4 +1,4 @@
-"""Compiled loops over columns, the contents of a rank: latencies, prices, one step of the master, and the search.
+"""Compiled loops over columns, the contents of a rank: latencies, prices, and the search.
 
 Shapes: N columns of M = L T entries, one per level and step; K kinds of ranks; S experts of a column.
 """
@@ -15,7 +15,6 @@ from gemopt.kernels import put
 from gemopt.solvers.exact.tree import CLOSE, FAST, Tables
 
 Array = NDArray[Any]
-WIDTH = 64  # steps that are projected together
 LOOK = 8  # the work of looking at a column once more, in steps
 
 
@@ -103,61 +102,6 @@ def price(
                     total += mass[i, t] * max(0.0, min(row[t], levels_LT[i + 1, t]) - levels_LT[i, t])
             out_KN[k, n] = total
     return True
-
-
-@njit(cache=True, nogil=True, fastmath=FAST)
-def step_columns(
-    parts_NM: Array, sets_NS: Array, sizes_N: Array, kind_N: Array, x_N: Array, mu_EM: Array, pi_E: Array, y_K: Array,
-    size: Array, out_N: Array, cost_EM: Array, held_E: Array, used_K: Array,
-) -> None:  # fmt: skip
-    """Half a primal-dual step: columns go down their reduced costs; what twice the new less the old ones hold."""
-    cost_EM[:] = 0
-    held_E[:] = 0
-    used_K[:] = 0
-    for n in range(len(x_N)):
-        total = -y_K[kind_N[n]]
-        for s in range(sizes_N[n]):
-            e = sets_NS[n, s]
-            part = np.float32(0)
-            for j in range(parts_NM.shape[1]):
-                part += parts_NM[n, j] * mu_EM[e, j]
-            total += part - pi_E[e]
-        out_N[n] = max(np.float32(0), x_N[n] - size[0] * total)
-        over = 2 * out_N[n] - x_N[n]
-        if over != 0:
-            used_K[kind_N[n]] += over
-            for s in range(sizes_N[n]):
-                e = sets_NS[n, s]
-                held_E[e] += over
-                for j in range(parts_NM.shape[1]):
-                    cost_EM[e, j] += over * parts_NM[n, j]
-
-
-@njit(cache=True, nogil=True)
-def project(mu_EM: Array, most_M: Array, out_EM: Array) -> None:
-    """Nearest multipliers >= 0 whose sum over the experts is at most `most_M` (Michelot's method, many at once)."""
-    level, total, count = np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32), np.empty(WIDTH, np.float32)
-    for first in range(0, len(most_M), WIDTH):
-        size = min(WIDTH, len(most_M) - first)
-        level[:] = 0
-        rises = True
-        while rises:
-            total[:] = 0
-            count[:] = 0
-            for e in range(len(mu_EM)):
-                for j in range(size):
-                    mu = mu_EM[e, first + j]
-                    total[j] += mu if mu > level[j] else np.float32(0)
-                    count[j] += np.float32(1) if mu > level[j] else np.float32(0)
-            rises = False
-            for j in range(size):
-                if total[j] > most_M[first + j] + level[j] * count[j]:
-                    higher = (total[j] - most_M[first + j]) / count[j]
-                    rises |= higher > level[j]
-                    level[j] = max(level[j], higher)
-        for e in range(len(mu_EM)):
-            for j in range(size):
-                out_EM[e, first + j] = max(np.float32(0), mu_EM[e, first + j] - level[j])
 
 
 @njit(cache=True, nogil=True, fastmath=FAST)

@@ -11,14 +11,14 @@ Times are in units of the incumbent's objective.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
-from gemopt.solvers.exact.column_kernels import project, step_columns
 from gemopt.solvers.exact.column_space import IntArray, Space
+from gemopt.solvers.exact.master_kernels import Columns, Point, Way, iterate, norm_of_costs, norm_of_sums
 
 if TYPE_CHECKING:
     from gemopt.solvers.exact.contents import Contents
@@ -30,163 +30,155 @@ Floats = NDArray[np.float32]
 
 MOST_ROOM = 2e7  # entries of the columns' parts
 POWER_STEPS, POWER_STEPS_MORE = 12, 6  # for the norms at first, and from those of other columns
-STEP = 0.67  # of the norm of either kind of rows, below the root of a half
-PRIMAL_WEIGHT = 12.0
+LEAST_NORM = 1e-12
 HIGHEST = 10.0  # times the incumbent's objective: a step that takes longer counts as this
-SUFFICIENT, NECESSARY, LONG = 0.2, 0.8, 0.36  # of the fixed-point error, and of the iterations, at a restart
+
+
+class Held(NamedTuple):
+    """Where an iteration ended, from which another one may go on.
+
+    ids: [n] columns. image: what it multiplies them with, in which unit by its `ratio`. costs_EM, sums_R: vectors near
+    the norms of the rows.
+    """
+
+    ids: IntArray
+    image: Point
+    ratio: np.float32
+    costs_EM: Floats
+    sums_R: Floats
 
 
 class Master:
-    """Columns known so far and where the iteration is."""
+    """Columns known so far and where the iteration is.
 
-    def __init__(self, space: Space | Contents | Stepwise | Shares, value_us: float) -> None:
+    owner_X, share_X: whom the items in columns belong to and how much of it each is; None: items are experts.
+    """
+
+    def __init__(
+        self, space: Space | Contents | Stepwise | Shares, value_us: float, owner_X: IntArray | None = None,
+        share_X: FloatArray | None = None,
+    ) -> None:  # fmt: skip
         self.space, self.unit = space, value_us
         self.weight = max(float(space.problem.weights_T.mean()), 1e-300)  # the unit of multipliers
         self.ids, self.ratio = np.zeros(0, np.int64), F32(1)
         most_T, experts = space.problem.weights_T / self.weight, space.problem.num_experts
-        self.z: dict[str, Floats] = {
-            "x": np.zeros(0, F32),
-            "mu": np.tile(most_T / (experts * space.planes), (experts, space.planes)).astype(F32),
-            "pi": np.zeros(experts, F32),
-            "y": np.zeros(len(space.count_K), F32),
-        }
-        self.image, self.iterations = self.z, 0
+        self.owner_X = np.arange(experts) if owner_X is None else owner_X
+        self.share_X = np.ones(experts, F32) if share_X is None else share_X.astype(F32)
+        self.count_K = space.count_K.astype(F32)
+        self.z = self.image = Point(
+            np.zeros(0, F32),
+            np.tile(most_T / (experts * space.planes), (experts, space.planes)).astype(F32),
+            np.zeros(experts, F32),
+            np.zeros(len(space.count_K), F32),
+        )
+        self.way = Way(1.0, 0, 0, 0.0, np.inf)
         self._set_levels(space.floor_T[None])
+
+    @property
+    def iterations(self) -> int:
+        """All that it has gone."""
+        return self.way.iterations
+
+    @property
+    def norm(self) -> float:
+        """The largest singular value of the rows of latencies, about."""
+        return self.way.norm
+
+    def go_on(self, held: Held) -> None:
+        """Begin, with the next `hold`, where another iteration ended."""
+        self.ids, self.ratio, self.costs_EM, self.sums_R = held.ids, held.ratio, held.costs_EM, held.sums_R
+        self.z = self.image = held.image
+
+    @property
+    def held(self) -> Held:
+        """Where it is; not to be changed."""
+        return Held(self.ids, self.image, self.ratio, self.costs_EM, self.sums_R)
 
     def cut(self, levels_LT: FloatArray) -> None:
         """Cut latencies at these levels, before the next `hold`; each has the multipliers of the one it was part of."""
         middles = (levels_LT[1:] + levels_LT[:-1]).sum(axis=1) / 2
         part_of = np.searchsorted(self.levels_LT[1:].sum(axis=1), np.append(middles, np.inf))
-        experts = len(self.z["mu"])
-        self.z["mu"] = self.z["mu"].reshape(experts, len(self.levels_LT), -1)[:, part_of].reshape(experts, -1)
+        experts = len(self.z.mu)
+        mu = self.z.mu.reshape(experts, len(self.levels_LT), -1)[:, part_of].reshape(experts, -1)
+        self.z = self.z._replace(mu=mu)
         self._set_levels(levels_LT)
 
     def _set_levels(self, levels_LT: FloatArray) -> None:
         self.levels_LT, steps = levels_LT, len(self.space.problem.weights_T)
         self.ends_LT = np.vstack([levels_LT, np.full((1, steps), HIGHEST * self.unit)])
         self.most_M = np.tile(self.space.problem.weights_T / self.weight, len(levels_LT)).astype(F32)
-        self.most_columns = int(MOST_ROOM / self.z["mu"].shape[1])
-        self.power: dict[str, Floats] = {}  # where the search for norms is
+        self.most_columns = int(MOST_ROOM / self.z.mu.shape[1])
+        self.costs_EM, self.sums_R = np.zeros((0, 0), F32), np.zeros(0, F32)
 
     def fold(self, space: Contents) -> None:
         """Go on, with the next `hold`, where a latency is one row: the largest of its planes, cut at the floors."""
-        self.z["mu"] = self.z["mu"].reshape(len(self.z["mu"]), self.space.planes, -1).sum(axis=1)
-        self.space = space
+        mu = self.z.mu.reshape(len(self.z.mu), self.space.planes, -1).sum(axis=1)
+        self.z, self.space = self.z._replace(mu=mu), space
         self._set_levels(self.levels_LT)
 
     def net(self) -> FloatArray:
         """[n] what each column costs less the prices of its experts, about, in microseconds."""
-        mu, pi, net_N = self.image["mu"], self.image["pi"] * self.ratio, np.zeros(len(self.ids))
-        for s in range(self.sets.shape[1]):
-            mine = np.flatnonzero(self.sizes > s)
-            experts = self.sets[mine, s]
-            net_N[mine] += np.einsum("nm,nm->n", self.parts[mine], mu[experts]) - pi[experts]
+        mu, pi, net_N = self.image.mu, self.image.pi * self.ratio, np.zeros(len(self.ids))
+        for s in range(self.columns.items.shape[1]):
+            mine = np.flatnonzero(self.columns.size > s)
+            experts = self.columns.items[mine, s]
+            net_N[mine] += np.einsum("nm,nm->n", self.columns.parts[mine], mu[experts]) - pi[experts]
         return net_N * self.unit
 
     def least(self) -> FloatArray:
         """[K] the least `net` of any column of a kind."""
         net_N = self.net()
-        return np.array([net_N[self.kind == k].min(initial=np.inf) for k in range(len(self.space.count_K))])
+        return np.array([net_N[self.columns.kind == k].min(initial=np.inf) for k in range(len(self.count_K))])
 
     @property
     def used(self) -> IntArray:
         """Columns in use."""
-        return self.ids[self.image["x"] > 0]
+        return self.ids[self.image.x > 0]
 
     def hold(self, ids: IntArray) -> None:
         """Go on with these columns, as many as there is room for, and no others."""
         ids = np.unique(ids[: self.most_columns])
         x = np.zeros(len(ids), F32)
         _, mine, theirs = np.intersect1d(ids, self.ids, assume_unique=True, return_indices=True)
-        x[mine] = self.z["x"][theirs]
-        self.z["x"], self.ids = x, ids
-        self.parts = self.space.parts(ids, self.ends_LT, self.weight / self.unit)
-        self.sets, self.kind = self.space.members(ids), self.space.kind(ids)
-        self.sizes = self.space.size_K[self.kind]
+        x[mine] = self.z.x[theirs]
+        self.z, self.ids = self.z._replace(x=x), ids
+        kind = self.space.kind(ids)
+        parts = self.space.parts(ids, self.ends_LT, self.weight / self.unit)
+        members = np.ascontiguousarray(self.space.members(ids))
+        self.columns = Columns(parts, members, self.space.size_K[kind], kind, self.owner_X, self.share_X)
         self._scale()
 
     def _scale(self) -> None:
-        """Step sizes from the norms of both kinds of rows, which are scaled to be alike.
-
-        A step of minus one from no column gives each what it costs, or none where that is negative, and twice their
-        sum; a step of one gives the others.
-        """
-        falls = bool((self.parts < 0).any())  # planes below the floors
-        none, out, norms = np.zeros(len(self.ids), F32), np.empty(len(self.ids), F32), []
-        for rows in (("mu",), ("pi", "y")):
-            v = {name: np.zeros_like(self.z[name]) for name in ("mu", "pi", "y")}
-            for name in rows:
-                before = self.power.get(name, np.ones_like(v[name]))
-                v[name] = np.maximum(before, F32(0.1) * before.mean())
-            for _ in range(POWER_STEPS_MORE if rows[0] in self.power else POWER_STEPS):
-                size = max(np.sqrt(sum(float((v[name] ** 2).sum()) for name in rows)), 1e-30)
-                new, less = ({name: np.empty_like(part) for name, part in v.items()} for _ in range(2))
-                self._step(F32(-1), none, v["mu"], -v["pi"], -v["y"], out, *new.values())
-                if falls and rows[0] == "mu":
-                    self._step(F32(1), none, v["mu"], v["pi"], v["y"], out, *less.values())
-                    new = {name: part - less[name] for name, part in new.items()}
-                norm = np.sqrt(sum(float((new[name] ** 2).sum()) for name in rows)) / size / 2
-                v.update({name: new[name] / F32(max(size * norm, 1e-30)) for name in rows})
-            if norm > 0:
-                self.power.update({name: v[name] for name in rows})
-            norms.append(norm)
-        self.norm = max(np.sqrt(norms[0]), 1e-12)
-        ratio = F32(self.norm / max(np.sqrt(norms[1]), 1e-12))  # without columns neither has a norm
-        for name in ("pi", "y"):
-            self.z[name] *= self.ratio / ratio
+        """Step sizes from the norms of both kinds of rows, which are scaled to be alike."""
+        again = bool(self.costs_EM.size)
+        costs_EM = self.costs_EM if again else np.ones_like(self.z.mu)
+        sums_R = self.sums_R if again else np.ones(len(self.z.pi) + len(self.z.y), F32)
+        costs_EM, sums_R = (np.maximum(each, F32(0.1) * each.mean()) for each in (costs_EM, sums_R))
+        rounds = POWER_STEPS_MORE if again else POWER_STEPS
+        norm = max(np.sqrt(norm_of_costs(self.columns, costs_EM, rounds)), LEAST_NORM)
+        ratio = F32(norm / max(np.sqrt(norm_of_sums(self.columns, sums_R, rounds)), LEAST_NORM))
+        if norm > LEAST_NORM:  # without columns neither has one
+            self.costs_EM, self.sums_R = costs_EM, sums_R
+        change = self.ratio / ratio
         self.ratio = ratio
-        self._restart(self.z)
+        self.z = Point(self.z.x.copy(), self.z.mu.copy(), self.z.pi * change, self.z.y * change)
+        self.anchor, self.image = _copy(self.z), _copy(self.z)
+        self.way = Way(float(norm), self.way.iterations, 0, 0.0, np.inf)
 
-    def _restart(self, start: dict[str, Floats]) -> None:
-        self.z = {name: part.copy() for name, part in start.items()}
-        self.anchor = {name: part.copy() for name, part in start.items()}
-        self.image = {name: part.copy() for name, part in start.items()}
-        self.since, self.first, self.last = 0, 0.0, np.inf
-
-    @np.errstate(over="ignore", invalid="ignore")
     def iterate(self, count: int, stop: Any) -> None:
-        """So many steps, unless stopped. Where they diverge nothing is proven: `multipliers` are any numbers then."""
-        cost, held, used = (np.empty_like(self.z[name]) for name in ("mu", "pi", "y"))
-        for _ in range(count):
-            if stop[0]:
-                return
-            z, image, ratio = self.z, self.image, self.ratio
-            down, up = F32(STEP / self.norm / PRIMAL_WEIGHT), F32(STEP / self.norm * PRIMAL_WEIGHT)
-            self._step(down, z["x"], z["mu"], ratio * z["pi"], ratio * z["y"], image["x"], cost, held, used)
-            cost *= up
-            cost += z["mu"]
-            wide = (-1, len(self.most_M))  # planes of a latency share what the multipliers of a step may sum to
-            project(cost.reshape(wide), self.most_M, image["mu"].reshape(wide))
-            image["pi"][...] = z["pi"] + up * ratio * (1 - held)
-            image["y"][...] = z["y"] + up * ratio * (self.space.count_K.astype(F32) - used)
-            self._advance(down, up)
-
-    def _step(self, size: np.float32, x: Floats, mu: Floats, pi: Floats, y: Floats, *out: Floats) -> None:
-        """Half a step, of the columns; see `step_columns`."""
-        step_columns(self.parts, self.sets, self.sizes, self.kind, x, mu, pi, y, np.array([size]), *out)
-
-    def _advance(self, down: np.float32, up: np.float32) -> None:
-        self.iterations += 1
-        self.since += 1
-        apart = {name: float(((self.image[name] - self.z[name]) ** 2).sum()) for name in self.z}
-        error = np.sqrt(apart["x"] / down + (apart["mu"] + apart["pi"] + apart["y"]) / up)
-        if not np.isfinite(error):
-            self.norm *= 2
-            self._restart(self.anchor)
-            return
-        if self.since == 1:
-            self.first = error
-        fallen = error <= SUFFICIENT * self.first or (error <= NECESSARY * self.first and error > self.last)
-        if fallen or self.since > max(20, LONG * self.iterations):
-            self._restart(self.image)
-            return
-        part = F32(self.since / (self.since + 1))
-        for name, z in self.z.items():
-            z[...] = self.anchor[name] * (1 - part) + part * (2 * self.image[name] - z)
-        self.last = error
+        """So many steps, unless stopped or without columns. Where they diverge nothing is proven: `multipliers` are any numbers then."""
+        if len(self.ids):
+            z, anchor, image = self.z, self.anchor, self.image
+            self.way = iterate(
+                self.columns, self.most_M, self.count_K, self.ratio, z, anchor, image, self.way, count, stop
+            )
 
     def multipliers(self) -> tuple[FloatArray, FloatArray]:
         """(mu [L, E, T], pi [E] in microseconds), as `Space.prove` takes them."""
-        experts, levels = len(self.z["mu"]), len(self.levels_LT)
-        mu = self.image["mu"].astype(np.float64).reshape(experts, levels, -1).transpose(1, 0, 2) * self.weight
-        return mu, self.image["pi"].astype(np.float64) * float(self.ratio) * self.unit
+        experts, levels = len(self.image.mu), len(self.levels_LT)
+        mu = self.image.mu.astype(np.float64).reshape(experts, levels, -1).transpose(1, 0, 2) * self.weight
+        return mu, self.image.pi.astype(np.float64) * float(self.ratio) * self.unit
+
+
+def _copy(point: Point) -> Point:
+    return Point(*(part.copy() for part in point))

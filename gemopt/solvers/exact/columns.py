@@ -119,7 +119,7 @@ class _Search:
             if self.proven is None or found.bound_us > self.proven.bound_us:
                 self.proven = found
             self.looks.append((master.iterations, self.proven.bound_us))
-            self._look_through(master.ids[master.image["x"] > IN_USE], DIVE_WORK)
+            self._look_through(master.ids[master.image.x > IN_USE], DIVE_WORK)
             left = self.left()
             if len(left) <= FEWER * self.tried or (len(left) <= FEW_LEFT and len(self.looks) >= self.later):
                 self.tried, self.later = len(left), max(LATER, 2 * len(self.looks))

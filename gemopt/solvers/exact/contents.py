@@ -154,7 +154,7 @@ class ContentsSearch:
         begin = time.monotonic()
         while not (stop[0] or self.ended or time.monotonic() - begin >= seconds):
             now = time.monotonic()
-            self.master.iterate(ITERATIONS if len(self.master.ids) else 0, stop)
+            self.master.iterate(ITERATIONS, stop)
             cheap = self._look(stop)
             if cheap is None:
                 break

@@ -27,8 +27,8 @@ BISECTIONS = 60
 class Lines(NamedTuple):
     """start, slope: [K] of a line for each kind of ranks which its latency does not fall below at any load."""
 
-    start_K: FloatArray
-    slope_K: FloatArray
+    start: FloatArray
+    slope: FloatArray
 
 
 def lines_of(tables: Tables, ranks_K: Array, most: int, near: float) -> Lines | None:
@@ -51,30 +51,50 @@ def lines_of(tables: Tables, ranks_K: Array, most: int, near: float) -> Lines | 
     return Lines(*np.array(found).T)
 
 
+@njit(cache=True, nogil=True, fastmath=FAST)
 def pair_prices(
-    lines: Lines, features_XT: Array, floor_T: FloatArray, mu_XT: FloatArray, price_X: FloatArray, near_NS: Array,
-) -> tuple[FloatArray, FloatArray]:  # fmt: skip
+    lines: Lines, features_XT: Array, floor_T: Array, mu_XT: Array, price_X: Array, near_NS: Array
+) -> tuple[Array, Array]:
     """(alone [K, X], both [K, X, X]) of what contents cost at least, less their prices; see the module.
 
-    near: [N, S] contents that are among the cheapest. Rounding is taken off what each costs alone.
+    near: [N, S] contents that are among the cheapest. Rounding is taken off what each costs alone. Products of matrices
+    would wait for one another where several threads ask a library for them.
     """
-    pairs, held_X = len(features_XT), features_XT.astype(np.float64)
-    in_NX = np.zeros((len(near_NS), pairs))
-    in_NX[np.arange(len(near_NS))[:, None], near_NS] = 1.0
-    in_NX[:, -1] = 0.0
-    both_XX = in_NX.T @ in_NX
-    number_X = both_XX.diagonal()
-    load_XT = (both_XX @ held_X) / np.maximum(number_X, 1.0)[:, None]
-    alone_KX, both_KXX = np.empty((len(lines.start_K), pairs)), np.empty((len(lines.start_K), pairs, pairs))
-    for k, (start, slope) in enumerate(zip(*lines, strict=True)):
-        above_T = start - floor_T
-        counts = (load_XT * slope + above_T > 0) | (number_X == 0)[:, None]
-        mass_XT = np.where(counts, mu_XT, 0.0)
-        one_XX = slope * (mass_XT @ held_X.T)
-        alone_X = mass_XT @ above_T - price_X + one_XX.diagonal()
-        size_X = mass_XT @ np.abs(above_T) + np.abs(price_X) + np.abs(one_XX).max(axis=1) * pairs
-        both_KXX[k] = one_XX + one_XX.T
-        alone_KX[k] = alone_X - ULP * (len(floor_T) + 2 * pairs) * size_X.max()
+    pairs, steps, nothing = len(features_XT), len(floor_T), len(features_XT) - 1
+    number_XX, load_XT, mass_T = np.zeros((pairs, pairs)), np.zeros((pairs, steps)), np.empty(steps)
+    alone_KX, both_KXX = np.empty((len(lines.start), pairs)), np.zeros((len(lines.start), pairs, pairs))
+    held_XT = features_XT.astype(np.float64)
+    for n in range(len(near_NS)):
+        for x in near_NS[n]:
+            for y in near_NS[n]:
+                number_XX[x, y] += x != nothing and y != nothing
+    for x in range(pairs):
+        for y in range(pairs):
+            if number_XX[x, y] > 0:
+                part = number_XX[x, y] / number_XX[x, x]
+                for t in range(steps):
+                    load_XT[x, t] += part * held_XT[y, t]
+    for k in range(len(lines.start)):
+        start, slope, size = lines.start[k], lines.slope[k], 0.0
+        for x in range(pairs):
+            total, gross, most = 0.0, abs(price_X[x]), 0.0
+            for t in range(steps):
+                counts = number_XX[x, x] == 0 or load_XT[x, t] * slope + start - floor_T[t] > 0
+                mass_T[t] = mu_XT[x, t] if counts else 0.0
+                total += mass_T[t] * (start - floor_T[t])
+                gross += mass_T[t] * abs(start - floor_T[t])
+            for y in range(pairs):
+                both = 0.0
+                for t in range(steps):
+                    both += mass_T[t] * held_XT[y, t]
+                both *= slope
+                both_KXX[k, x, y] += both
+                both_KXX[k, y, x] += both
+                most = max(most, abs(both))
+            alone_KX[k, x] = total - price_X[x] + both_KXX[k, x, x] / 2
+            size = max(size, gross + most * pairs)
+        for x in range(pairs):
+            alone_KX[k, x] -= ULP * (steps + 2 * pairs) * size
     return alone_KX, both_KXX
 
 

@@ -27,9 +27,8 @@ from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import rows_of
-from gemopt.solvers.exact.column_master import Floats
+from gemopt.solvers.exact.column_master import Held, Master
 from gemopt.solvers.exact.copies_tree import CopiesTree, make_copies_tree
-from gemopt.solvers.exact.share_master import ShareMaster
 from gemopt.solvers.exact.share_screen import cut_copies
 from gemopt.solvers.exact.share_search import Hosts, Left, search_left
 from gemopt.solvers.exact.share_space import IntArray, Priced, Shares
@@ -47,20 +46,12 @@ IN_USE, DIVE_WORK = 0.003, 10**6  # of a column in the master, and the work of a
 NEVER = 2**62
 
 
-class Held(NamedTuple):
-    """Where a master ended: its columns, what it multiplies them with, in which unit, and where its norms are."""
-
-    ids: IntArray
-    image: dict[str, Floats]
-    ratio: Any
-    power: dict[str, Floats]
-
-
 @dataclass(frozen=True, eq=False)
 class Box:
     """From low to high [E] copies; contents `ids` [n] that are left, on the kinds of ranks where net [K, n] is finite.
 
     net: what each costs less its prices by the last multipliers. best: the best bound, its own net in the same order.
+    held: where the master ended; None before it began.
     """
 
     low_E: IntArray
@@ -68,7 +59,7 @@ class Box:
     ids: IntArray
     net_KN: FloatArray
     best: Priced
-    held: Held
+    held: Held | None
 
     @property
     def live_KN(self) -> NDArray[np.bool_]:
@@ -191,21 +182,18 @@ class ShareTree:
         space, experts = self.space, self.space.problem.num_experts
         net_KN, low_E = np.where(space.live_KN, 0.0, np.inf), np.ones(experts, np.int64)
         nothing = Priced(-np.inf, np.zeros((experts, space.problem.num_steps)), np.zeros(experts), net_KN)
-        held = Held(np.zeros(0, np.int64), {}, np.float32(1), {})
         high_E = np.full(experts, min(space.most, 1 + space.problem.spare_slots))
-        return Box(low_E, high_E, np.arange(len(space.contents.pairs)), net_KN, nothing, held)
+        return Box(low_E, high_E, np.arange(len(space.contents.pairs)), net_KN, nothing, None)
 
     def _look(self, box: Box) -> Box | None:
         """The box with a better bound and what it leaves; None when stopped before it had any."""
-        first = not box.held.image
+        first = box.held is None
         if not first:
             bound_us = max(box.best.bound_us, self.space.bound_of(box.best.pi_E, box.best.net_KN))
             box = replace(box, best=box.best._replace(bound_us=bound_us))
-        master = ShareMaster(self.space, max(self.value_us, 1e-300))
-        if not first:
-            master.ids, master.ratio = box.held.ids, box.held.ratio
-            master.z = master.image = {name: part.copy() for name, part in box.held.image.items()}
-            master.power = dict(box.held.power)
+        master = Master(self.space, max(self.value_us, 1e-300), self.space.owner_X, self.space.contents.part)
+        if box.held is not None:
+            master.go_on(box.held)
         for look in range(FIRST_LOOKS if first else LOOKS):
             if box.best.bound_us >= self.limit_us or (look and self._left(box).sum() <= MOST_LEFT):
                 break
@@ -218,7 +206,7 @@ class ShareTree:
             found = self.space.prove(mu_ET, pi_E, self.stop, box.ids, box.live_KN, master.ids, self.limit_us)
             if found is None:
                 break
-            box = replace(box, net_KN=found.net_KN, held=Held(master.ids, master.image, master.ratio, master.power))
+            box = replace(box, net_KN=found.net_KN, held=master.held)
             if found.bound_us > box.best.bound_us:
                 box = replace(box, best=found)
         return None if first and box.best.bound_us == -np.inf else box
@@ -229,7 +217,7 @@ class ShareTree:
         room_us = self.limit_us - self.space.bound_of(box.best.pi_E, net_KN)
         return np.asarray(net_KN < net_KN.min(axis=1, keepdims=True) + room_us)
 
-    def _columns(self, master: ShareMaster, box: Box) -> IntArray:
+    def _columns(self, master: Master, box: Box) -> IntArray:
         """What the master goes on with: columns in use that are left, and the cheapest."""
         if box.best.bound_us == -np.inf:
             return self.own
@@ -256,9 +244,9 @@ class ShareTree:
 
     def dive(self, box: Box) -> Worked:
         """A search of the columns in use, which may be parts of a good placement."""
-        if box.best.bound_us >= self.limit_us:
+        if box.best.bound_us >= self.limit_us or box.held is None:
             return self._nothing(box)
-        used = box.held.ids[box.held.image["x"] > IN_USE] if box.held.image else box.held.ids
+        used = box.held.ids[box.held.image.x > IN_USE]
         kind_N, content_N = np.divmod(used, len(self.space.contents.pairs))
         at_N = np.minimum(np.searchsorted(box.ids, content_N), len(box.ids) - 1)
         mine = (box.ids[at_N] == content_N) & np.isfinite(box.best.net_KN[kind_N, at_N])
@@ -287,12 +275,12 @@ class ShareTree:
 
     def halves(self, box: Box) -> list[Box]:
         """Two boxes, which cut the range of a heavy expert whose copies the master is in two minds about."""
-        if (box.low_E == box.high_E).all():
+        if (box.low_E == box.high_E).all() or box.held is None:
             return [box]
         space = self.space
         taken_X = np.zeros(len(space.contents.part))
         for pair_N in space.members(box.held.ids).T:
-            taken_X += np.bincount(pair_N, box.held.image["x"] * space.contents.part[pair_N], len(taken_X))
+            taken_X += np.bincount(pair_N, box.held.image.x * space.contents.part[pair_N], len(taken_X))
         below_EC = np.cumsum(taken_X[:-1].reshape(-1, space.most), axis=1)
         below_EC /= np.maximum(below_EC[:, -1:], 1e-9)
         load_E = space.problem.weights_T @ space.problem.counts_TE

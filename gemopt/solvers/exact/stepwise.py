@@ -153,7 +153,7 @@ class StepwiseSearch:
     def _price(self, stop: NDArray[np.uint8]) -> Pricing:
         """Multipliers after some iterations, and contents that are cheap with them, unless all are looked at anyway."""
         assert self.space is not None
-        self.master.iterate(ITERATIONS if len(self.master.ids) else 0, stop)
+        self.master.iterate(ITERATIONS, stop)
         mu, pi_E = self.master.multipliers()
         pricing, now = Pricing(self.space, mu[0], pi_E), time.monotonic()
         if self.few:
@@ -171,7 +171,7 @@ class StepwiseSearch:
             return self.space.held(self.row)
         kinds, wanted = range(len(self.space.size_K)), STARTS // len(self.space.size_K) + 1
         order = np.argsort(self.master.net())
-        kind_N = self.master.kind[order]
+        kind_N = self.master.columns.kind[order]
         return np.concatenate([self.master.ids[order[kind_N == k][:wanted]] for k in kinds])
 
     def _due(self) -> bool:
