@@ -29,7 +29,7 @@ F32 = np.float32
 Floats = NDArray[np.float32]
 
 MOST_ROOM = 2e7  # entries of the columns' parts
-POWER_STEPS, POWER_STEPS_MORE = 12, 6  # for the norms at first, and from those of other columns
+POWER_STEPS, POWER_STEPS_MORE = 12, 3  # for the norms at first, and from those of other columns
 LEAST_NORM = 1e-12
 HIGHEST = 10.0  # times the incumbent's objective: a step that takes longer counts as this
 
@@ -166,7 +166,7 @@ class Master:
         self.way = Way(float(norm), self.way.iterations, 0, 0.0, np.inf)
 
     def iterate(self, count: int, stop: Any) -> None:
-        """So many steps, unless stopped or without columns. Where they diverge nothing is proven: `multipliers` are any numbers then."""
+        """So many steps, unless stopped or without columns. Where they diverge `multipliers` are any numbers."""
         if len(self.ids):
             z, anchor, image = self.z, self.anchor, self.image
             self.way = iterate(

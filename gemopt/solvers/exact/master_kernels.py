@@ -1,4 +1,4 @@
-"""Compiled loops of the master programme: the norms of its rows, and its iteration, which never waits for the interpreter.
+"""Compiled loops of the master programme: the norms of its rows, and its iteration without the interpreter.
 
 Shapes: N columns of M = L T entries, one per level and step; K kinds of ranks; S items of a column, experts or copies.
 """

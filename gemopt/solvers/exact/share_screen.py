@@ -67,7 +67,9 @@ def pair_prices(
     for n in range(len(near_NS)):
         for x in near_NS[n]:
             for y in near_NS[n]:
-                number_XX[x, y] += x != nothing and y != nothing
+                number_XX[x, y] += 1
+    number_XX[nothing] = 0.0
+    number_XX[:, nothing] = 0.0
     for x in range(pairs):
         for y in range(pairs):
             if number_XX[x, y] > 0:

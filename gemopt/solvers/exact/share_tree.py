@@ -36,7 +36,8 @@ from gemopt.solvers.exact.tree import CLOSE, expert_order
 from gemopt.solvers.size import MOST_EXPERTS
 
 FIRST_LOOKS, FIRST_ITERATIONS = 12, 100  # at all contents, and of the master before each
-LOOKS, ITERATIONS = 3, 25  # the same of every other box
+LOOKS, ITERATIONS = 3, 50  # the same of every other box
+LEAST_GAIN = 0.02  # of what is open, of a bound that rises still
 HELD = 256  # cheapest contents in the master, beside those in use
 HELD_BESIDE_TABLES = 768  # the same where latencies are looked up, so that a look takes as long as more iterations
 MOST_LEFT = 2500  # contents that are searched
@@ -51,7 +52,7 @@ class Box:
     """From low to high [E] copies; contents `ids` [n] that are left, on the kinds of ranks where net [K, n] is finite.
 
     net: what each costs less its prices by the last multipliers. best: the best bound, its own net in the same order.
-    held: where the master ended; None before it began.
+    held: where the master ended; None before it began. settled: whether its bound hardly rose when last looked at.
     """
 
     low_E: IntArray
@@ -60,6 +61,7 @@ class Box:
     net_KN: FloatArray
     best: Priced
     held: Held | None
+    settled: bool = False
 
     @property
     def live_KN(self) -> NDArray[np.bool_]:
@@ -191,6 +193,7 @@ class ShareTree:
         if not first:
             bound_us = max(box.best.bound_us, self.space.bound_of(box.best.pi_E, box.best.net_KN))
             box = replace(box, best=box.best._replace(bound_us=bound_us))
+        begun_us = box.best.bound_us
         master = Master(self.space, max(self.value_us, 1e-300), self.space.owner_X, self.space.contents.part)
         if box.held is not None:
             master.go_on(box.held)
@@ -209,7 +212,9 @@ class ShareTree:
             box = replace(box, net_KN=found.net_KN, held=master.held)
             if found.bound_us > box.best.bound_us:
                 box = replace(box, best=found)
-        return None if first and box.best.bound_us == -np.inf else box
+        if first and box.best.bound_us == -np.inf:
+            return None
+        return replace(box, settled=box.best.bound_us - begun_us <= LEAST_GAIN * (self.limit_us - begun_us))
 
     def _left(self, box: Box) -> NDArray[np.bool_]:
         """[K, n] the contents that the best multipliers leave for a better placement."""
@@ -231,10 +236,10 @@ class ShareTree:
         return np.concatenate([used, cheap[np.isfinite(np.take_along_axis(box.net_KN, first_KN, 1))]])
 
     def search(self, box: Box) -> Worked:
-        """A search of what a box leaves, if it is little or the copies of experts are known: closed when it ended."""
+        """A search of what a box leaves, if it is little or nothing else helps the box: closed when it ended."""
         known = bool((box.low_E == box.high_E).all())
         kind_N, at_N = np.nonzero(self._left(box))
-        if len(kind_N) > MOST_LEFT and not known:
+        if len(kind_N) > MOST_LEFT and not (known and box.settled):
             return self._nothing(box)
         found = self._search_among(box, kind_N, at_N, NEVER if known else MOST_WORK)
         return found._replace(parts=[box.keep(np.zeros_like(box.live_KN))]) if found.closed else found
