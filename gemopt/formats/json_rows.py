@@ -68,7 +68,9 @@ def frame_rows(found: Any) -> Any:
     if all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
         nested = any(isinstance(cell, (list, dict)) for each in columns for cell in each)
         return found if nested else [dict(zip(found, cells, strict=True)) for cells in zip(*columns, strict=True)]
-    flat = all(map(is_flat, columns))
+    of_rows = _all_numbers(found) and all(isinstance(each, dict) and not _all_numbers(each) for each in columns)
+    of_layers = of_rows and any(TABLES.get(name.casefold()) == "layer" for name in columns[0])  # with lists in some
+    flat = of_layers or all(map(is_flat, columns))
     named = any(TABLES.get(name.casefold()) in ("layer", "step") and is_flat(found[name]) for name in found)
     lists = named and all(isinstance(each, dict) and _all_numbers(each) for each in columns)  # in some cells
     if not (flat or lists) or not all(each.keys() == columns[0].keys() for each in columns):

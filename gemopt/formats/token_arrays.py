@@ -23,7 +23,7 @@ from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import MANY_ALIKE, experts_of
 from gemopt.formats.response_bodies import Response, Sample
-from gemopt.formats.token_beside import TOKENS
+from gemopt.formats.token_beside import TOKENS, WEIGHTED
 from gemopt.formats.token_cells import NAMES
 from gemopt.traces import Phase
 from gemopt.traces.arrays import MAX_EXPERTS, widened
@@ -173,7 +173,10 @@ def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray,
             raise InputError(f"{path}: {name}", "tokens that it leaves out", limit, "leave them out")
     _refuse_others(path, [name for name in others if name not in flags])
     ids = _whole(path, arrays[named[0]])
-    _refuse_apart(path, {name: as_numpy(arrays[name]) for name in others if name in arrays}, options, ids.shape[-3])
+    beside = {name: as_numpy(arrays[name]) for name in others if name in arrays}
+    _refuse_apart(path, beside, options, ids.shape[-3])
+    for name, array in beside.items():
+        _refuse_no_weight(path, name, array, ids)
     for name in (name for name in others if name in HEEDED):
         _check_told(path, name, arrays.get(name, told.get(name)), ids, options)
     notes += [f"{path.name}: {', '.join(others)} left unread"] if others else []
@@ -208,7 +211,7 @@ def _refuse_apart(path: Path, others: dict[str, Any], options: TraceOptions, tok
             limit = f"the {tokens} whose experts are there"
             raise InputError(f"{path}: {name}", np.ravel(each)[0].item(), limit, "padded? leave the others out")
         again = bare in POSITIONS and np.ndim(each) == 1 and (np.diff(widened(each)) <= 0).any()
-        numbers = bare in (*NAMES["request"], *NAMES["step"]) or again
+        numbers = bare in (*NAMES["request"], *NAMES["step"]) or again or _cuts(each, tokens)
         if not (words & APART or numbers) or np.size(each) < 2:
             continue
         if not words & {"layer", "layers"}:
@@ -218,6 +221,26 @@ def _refuse_apart(path: Path, others: dict[str, Any], options: TraceOptions, tok
         else:
             continue
         raise InputError(f"{path}: {name}", "beside the experts", "experts alone: what it says would be lost", hint)
+
+
+def _cuts(array: Any, tokens: int) -> bool:
+    """Whether numbers cut a row of tokens into parts: their lengths, or where they begin or end."""
+    if np.ndim(array) != 1 or array.dtype.kind not in "iu" or not 1 < len(array) < tokens:
+        return False
+    found = widened(array)
+    ends = (np.diff(found) >= 0).all() and found[0] == 0 and found[-1] == tokens
+    return bool((found >= 0).all() and (ends or int(found.sum()) == tokens))
+
+
+def _refuse_no_weight(path: Path, name: str, weights: Any, ids: IntArray) -> None:
+    """Raise where the weights of a token's experts are all 0."""
+    if not words_of(name) & WEIGHTED or weights.shape != ids.shape or weights.dtype.kind not in "fiu":
+        return
+    nothing = ~weights.any(axis=-1) & (ids >= 0).any(axis=-1)
+    if nothing.any():
+        at = np.argwhere(nothing)[0].tolist()
+        hint = "padding? leave them out; were they computed? leave the array out"
+        raise InputError(f"{path}: {name}{at}", "a token of no weight", "tokens that were computed", hint)
 
 
 def _whole(path: Path, array: Any) -> IntArray:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import COLUMNS, NUMBERS, PHASES, words_of
+from gemopt.formats.count_names import COLUMNS, COUNTING, NUMBERS, PHASES, words_of
 from gemopt.formats.count_told import NOTHING, WHOLE
+from gemopt.formats.token_cells import numbers_in, without_weight
 from gemopt.traces.files import ALTERING
 
 NO_TRAFFIC = {
@@ -19,6 +20,8 @@ NO_TRAFFIC = {
 COMPUTED = {"label", "labels", "response", "action", "eos", "special"}  # of masks and flags that leave out no tokens
 FLAGS = {"true", "false", "0", "1", "yes", "no"}
 OFFSET = re.compile("expert_(start|begin|offset)|first_expert")
+COUNTED = COUNTING | {"n", "num", "assignments", "sizes", "usage", "occurrences"}  # words of lists beside the experts
+WEIGHTED = {"weight", "weights", "prob", "probs", "score", "scores", "gate", "gates"}
 TIMES = {"count", "counts", "freq", "frequency", "multiplicity", "occurrences"}  # of one choice
 NETWORKS = {"model", "model_id", "model_name", "network"}
 PROCESSES = {
@@ -62,7 +65,9 @@ class Beside:
         if TOKENS.fullmatch(bare):
             return "tokens"
         words = words_of(bare)
-        return "flag" if (words & NO_TRAFFIC or ALTERING.search(bare)) and not words & COMPUTED else ""
+        if (words & NO_TRAFFIC or ALTERING.search(bare)) and not words & COMPUTED:
+            return "flag"
+        return "" if self.alone else "counted" if words & COUNTED else "weights" if words & WEIGHTED else ""
 
     def add(self, where: str, row: dict[str, Any], watched: dict[str, str], layer: str) -> None:
         """Keep what a row of a layer says; `InputError` where it says that it counts several times."""
@@ -86,12 +91,23 @@ class Beside:
                 limit = "experts numbered from 0 over all ranks"
                 raise InputError(f"{where}: {name}", row[name], limit, "add it to the experts, then leave it out")
 
-    def check_tokens(self, where: str, row: dict[str, Any], watched: dict[str, str], tokens: int) -> None:
-        """Raise where a row lists the experts of more tokens than it says that there are."""
+    def check_lists(self, where: str, row: dict[str, Any], watched: dict[str, str], each: list[list[int]]) -> None:
+        """Raise where a row says that what it lists, the experts of each token, is something else.
+
+        More tokens than there are, by a number; how many chose each expert; tokens of no weight.
+        """
         for name, kind in watched.items():
-            if kind == "tokens" and (told := WHOLE.fullmatch(str(row[name]))) and int(told[1]) < tokens:
-                limit = f"the {tokens} whose experts are listed"
-                raise InputError(f"{where}: {name}", row[name], limit, "padded, as for a graph? leave the others out")
+            cell = row[name]
+            if kind == "tokens" and (told := WHOLE.fullmatch(str(cell))) and int(told[1]) < len(each):
+                limit = f"the {len(each)} whose experts are listed"
+                raise InputError(f"{where}: {name}", cell, limit, "padded, as for a graph? leave the others out")
+            if kind in ("tokens", "times", "counted") and len(each) == 1 and len(numbers_in(cell)) == len(each[0]) > 1:
+                found, hint = str(cell)[:100], "do tokens choose the experts as often? then a row for each token"
+                hint += ", or rows layer, expert, count for --from csv; else leave it out"
+                raise InputError(f"{where}: {name}", found, "the experts of tokens, and no count of each", hint)
+            if kind == "weights" and without_weight(cell, each):
+                hint = "padding? leave them out; were they computed? leave the column out"
+                raise InputError(f"{where}: {name}", "a token of no weight", "tokens that were computed", hint)
 
     def number(self, meaning: str, option: int | None) -> int | None:
         """What all rows say; `InputError` where they contradict each other, or the option."""

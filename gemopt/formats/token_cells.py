@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_lines import lines_of
-from gemopt.formats.count_names import COLUMNS
+from gemopt.formats.count_names import COLUMNS, DRAFTS, words_of
 from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.json_rows import frame_rows, value
 from gemopt.traces.files import COPIES
@@ -30,7 +30,20 @@ NAMES: Mapping[str, Sequence[str]] = {
     "phase": ("phase", "stage", "forward_mode"),
 }
 RANKS = (*COLUMNS["rank"], "local_rank", "global_rank", "world_rank")
-_LIST = re.compile(r"[\[(]?\s*-?\d+(?:[\s,;|]+-?\d+)*\s*[\])]?", re.ASCII)
+STEMS = {  # of columns with one expert of a token each, expert_0, expert_1, ...
+    *(*NAMES["ids"], *COLUMNS["expert"], "topk_id", "topk_expert", "top_k_id", "top_k_expert", "top_expert"),
+    *("selected_expert", "chosen_expert", "routed_expert"),
+}
+OTHERS = {"second", "secondary", "third", "fourth", "other"}  # words of another expert of the token
+MOST_LAYERS = 4096
+MOST_COLUMNS = 64  # with experts of one token
+_EXPERT = re.compile(r"-?\d+(?:\.0*)?", re.ASCII)
+_LIST = re.compile(rf"[\[(]?\s*{_EXPERT.pattern}(?:[\s,;|]+{_EXPERT.pattern})*\s*[\])]?", re.ASCII)
+_ZEROS = re.compile(
+    r"[\[(]?\s*-?0+(?:\.0*)?(?:e[+-]?\d+)?(?:[\s,;|]+-?0+(?:\.0*)?(?:e[+-]?\d+)?)*\s*[\])]?", re.I | re.A
+)
+_LAYER = re.compile(r"((?:.*[\W_])?(?:layers?|blocks?|blk|h|l)[._ -]*)(\d+)((?:[\W_].*)?)", re.I | re.A)
+_AGAIN = re.compile(r"(?:layers?|blocks?|blk)[._ -]*\d", re.I)
 _INSIDE = re.compile(r"[\[(][^\[\]()]*[\])]")
 _SEVERAL = re.compile(rf"[\[(]\s*(?:{_INSIDE.pattern}[\s,;]*)+[\])]")  # tokens
 
@@ -74,10 +87,17 @@ def _object(where: str, row: Any) -> tuple[str, dict[str, Any]]:
 def whole(where: str, row: dict[str, Any], name: str, limit: int) -> int:
     cell = row[name]
     text = re.sub(r"\.0$", "", str(cell)) if not isinstance(cell, bool) else "a flag"
-    text = re.sub(r"(?:model\.)?layers?[._]?(\d+).*", r"\1", text)
     if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= limit:
         raise InputError(f"{where}: {name}", cell, f"a whole number from 0 below {limit}")
     return int(text)
+
+
+def layer_in(where: str, row: dict[str, Any], name: str) -> tuple[str, int]:
+    """What comes before the number in the name of a layer, `model.layers.` of `model.layers.3.mlp`, and the number."""
+    found = _LAYER.fullmatch(row[name].strip()) if isinstance(row[name], str) else None
+    if found is None or _AGAIN.search(found[1]) or words_of(found[1]) & DRAFTS:
+        return "", whole(where, row, name, MOST_LAYERS)
+    return found[1], whole(where, {name: found[2]}, name, MOST_LAYERS)
 
 
 def experts_in(name: str, cell: Any) -> list[list[int]]:
@@ -89,13 +109,68 @@ def experts_in(name: str, cell: Any) -> list[list[int]]:
             return [ids for part in _INSIDE.findall(cell) for ids in experts_in(name, part)]
         if not _LIST.fullmatch(cell.strip()):
             raise InputError(name, cell[:100], "numbers of experts")
-        return [[int(text) for text in re.findall(r"-?\d+", cell)]]
+        return [[int(float(text)) for text in _EXPERT.findall(cell)]]
     if isinstance(cell, list) and cell and all(isinstance(part, list) for part in cell):
         return [ids for part in cell for ids in experts_in(name, part)]
     cell = [cell] if type(cell) is int else cell
-    if not isinstance(cell, list) or not all(type(expert) is int for expert in cell):
+    if not isinstance(cell, list):
         raise InputError(name, str(cell)[:100], "numbers of experts")
-    return [cell]
+    if all(type(expert) is int for expert in cell):
+        return [cell]
+    texts = [str(expert).strip() for expert in cell]  # numbers as texts, or with a point
+    if not all(map(_EXPERT.fullmatch, texts)):
+        raise InputError(name, str(cell)[:100], "numbers of experts")
+    return [[int(float(text)) for text in texts]]
+
+
+def numbers_in(cell: Any) -> list[int]:
+    """The whole numbers of a list, or of a text that is one; none of anything else."""
+    if isinstance(cell, str):
+        return [int(float(text)) for text in _EXPERT.findall(cell)] if _LIST.fullmatch(cell.strip()) else []
+    return cell if isinstance(cell, list) and all(type(each) is int for each in cell) else []
+
+
+def without_weight(cell: Any, each: Sequence[Sequence[int]]) -> bool:
+    """Whether the weights of a token that chose experts are all 0; each: the experts of every token."""
+    if isinstance(cell, str):
+        parts: list[Any] = _INSIDE.findall(cell) or [cell]
+        zero = [bool(_ZEROS.fullmatch(part)) for part in parts]
+    elif isinstance(cell, list):
+        parts = cell if cell and isinstance(cell[0], list) else [cell]
+        zero = [bool(part) and not any(part) for part in parts]
+    else:
+        return False
+    return (
+        any(zero)
+        and len(zero) == len(each)
+        and any(none and max(ids, default=-1) >= 0 for none, ids in zip(zero, each, strict=True))
+    )
+
+
+def one_each(row: Iterable[str]) -> list[str]:
+    """The columns with one expert of the token each, `expert_0`, `expert_1`, ... or from 1 on, in order."""
+    found: dict[str, dict[int, str]] = {}
+    for name in row:
+        bare = _bare(name)
+        if bare in NAMES["ids"]:
+            return []
+        parts = re.split(r"_?(\d+)", bare)
+        stem = "_".join(filter(None, (part.strip("_") for part in parts[::2])))
+        if stem in STEMS and len(parts) <= len("aNb"):
+            found.setdefault(stem, {})[int(parts[1]) if len(parts) > 1 else -1] = name
+    found = {stem: each for stem, each in found.items() if {*each} != {-1}}
+    if len(found) != 1 or len(each := next(iter(found.values()))) > MOST_COLUMNS:
+        return []
+    numbers = sorted(each)
+    first = numbers[1] - 1 if numbers[0] < 0 else numbers[0]  # expert, expert_2
+    in_row = numbers[1:] == [*range(first + 1, first + len(numbers))] and first in (0, 1)
+    return [each[number] for number in numbers] if in_row else []
+
+
+def joined(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The row with the experts of such columns as a list; -1 where one is empty."""
+    others = {name: cell for name, cell in row.items() if name not in names}
+    return {**others, NAMES["ids"][-2]: [-1 if row[name] in (None, "") else row[name] for name in names]}
 
 
 def columns_of(where: str, row: dict[str, Any]) -> dict[str, str]:
@@ -113,6 +188,8 @@ def columns_of(where: str, row: dict[str, Any]) -> dict[str, str]:
             found[meaning] = name
         elif bare in RANKS:
             found[f"rank {name}"] = name  # of several kinds
+        elif words_of(bare) & OTHERS and words_of(bare) & {"expert", "experts"}:
+            raise InputError(where, name, "the experts of a token in one column", "as a list, [7, 1], called topk_ids")
         elif COPIES.search(bare):
             raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")
     return found

@@ -8,10 +8,8 @@ are. A column `phase` tells prompts from answers.
 
 from __future__ import annotations
 
-from array import array as numbers
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,49 +23,24 @@ from gemopt.formats.findings import experts_of
 from gemopt.formats.recorded_files import files_of, left_alone
 from gemopt.formats.responses import BATCH_SIZE, PREFILL_TOKENS
 from gemopt.formats.token_beside import Beside
-from gemopt.formats.token_cells import NAMES, columns_of, experts_in, names_one, rows_of, whole
+from gemopt.formats.token_cells import (
+    NAMES,
+    columns_of,
+    experts_in,
+    joined,
+    names_one,
+    one_each,
+    rows_of,
+    whole,
+)
+from gemopt.formats.token_kept import TOGETHER, Rows
 from gemopt.traces import COUNT_LIMIT, Phase
 from gemopt.traces.arrays import ENOUGH_SUMS, MAX_EXPERTS
 from gemopt.traces.batching import from_tokens
 from gemopt.words import counted
 
 SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json", ".csv", ".tsv", ".csv.gz", ".parquet")
-TOGETHER = "number the steps (step), or the tokens (request, token)"
 _BLOCK = 1 << 24  # numbers of a block of steps
-
-
-@dataclass
-class _Rows:
-    """What the rows say, one number for each: of the step or the token, of the layer, of the experts that follow."""
-
-    by_step: bool
-    of: list[int] = field(default_factory=list)  # the step, or the index into `tokens`
-    layers: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    ids: numbers[int] = field(default_factory=lambda: numbers("i"))
-    tokens: dict[tuple[str, int], int] = field(default_factory=dict)
-    files: dict[tuple[int, int], Path] = field(default_factory=dict)  # that hold a step and layer
-    last: dict[tuple[Path, int], int] = field(default_factory=dict)  # step of a layer in a file
-    seen: set[tuple[int, int, str, str, int]] = field(default_factory=set)  # step, layer, request, token and expert
-    phases: dict[int, set[Phase]] = field(default_factory=dict)
-    blank: int = 0
-    other: int = 0
-    unread: set[str] = field(default_factory=set)
-    ranks: dict[str, str] = field(default_factory=dict)  # the one that each column of ranks names
-    layer: str = ""  # the name of the column
-    by_file: bool = False  # whether a file is a request, as no column numbers them
-
-    def notes(self, phase: Phase | None) -> list[str]:
-        """What was left out."""
-        rank = " ".join(next(iter(self.ranks.items()), ()))
-        said = [
-            (rank, f"rows of {rank} alone: what other ranks recorded is not in them"),
-            (self.blank, f"left out: {counted(self.blank, 'row')} without any expert (padding)"),
-            (self.other, f"{counted(self.other, 'row')} without experts left unread"),
-            (self.unread, f"{', '.join(sorted(self.unread))} left unread"),
-            (phase is Phase.MIXED and not self.by_step, "prompts are replayed as if they had been generated"),
-        ]
-        return [text for wanted, text in said if wanted]
 
 
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
@@ -86,10 +59,10 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
     notes += layer_doubts(rows.layer, layers[0])
     top_k = beside.number("top_k", options.top_k)
     if beside.alone and not rows.by_step:
-        _merge(rows)
+        rows.merge()
     sizes = list(Counter(key[:4] for key in rows.seen).values()) if beside.alone and rows.by_step else rows.sizes
     if not sizes:
-        _refuse_shares(rows, experts)
+        rows.refuse_shares(experts)
     elif min(sizes) == experts > 2 and len(sizes) >= ENOUGH_SUMS:
         hint = "those of largest weight alone are its choice"
         raise InputError("PATHS: experts", f"all {experts} of every token", "those that it chose", hint)
@@ -101,19 +74,26 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
     return _replayed(rows, layers, experts, notes, options)
 
 
-def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
+def _read(files: Sequence[Path], options: TraceOptions) -> tuple[Rows, Beside]:
     """The rows that are wanted, and what columns say that are not read for experts."""
-    columns, rows, beside = None, _Rows(by_step=True), Beside()
-    names: dict[tuple[str, ...], tuple[dict[str, str], dict[str, str]]] = {}  # those of most rows are the same
+    columns, rows, beside = None, Rows(by_step=True), Beside()
+    names: dict[tuple[str, ...], tuple[list[str], dict[str, str], dict[str, str]]] = {}  # most rows have the same
     for path in files:
-        for where, row in rows_of(path):
-            if (found := names.get(tuple(row))) is None:
+        for where, given in rows_of(path):
+            row = given
+            if (found := names.get(tuple(given))) is None:
+                apart = one_each(given)
+                row = joined(given, apart) if apart else given
                 known = columns_of(where, row)
+                if apart and "token" not in known:
+                    limit, hint = "the number of the token in every row", "call it token; --from csv reads counts"
+                    raise InputError(where, f"{apart[0]} to {apart[-1]}", limit, hint)
                 beside.alone |= names_one(known)
                 used = known.values()
                 others = [name for name in row if name not in used]
-                found = names[tuple(row)] = known, beside.watched(others, "ids" in known)
-            known, watched = found
+                found = names[tuple(given)] = apart, known, beside.watched(others, "ids" in known)
+            apart, known, watched = found
+            row = joined(given, apart) if apart else given
             beside.add(where, row, watched, str(row.get(known.get("layer", ""))))
             if "ids" not in known:
                 rows.other += 1
@@ -125,7 +105,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
             if known != columns:
                 shown = ", ".join(known.values())
                 raise InputError(where, shown, f"{', '.join(columns.values())}, as in the rows before")
-            beside.check_tokens(where, row, watched, _add(rows, path, where, row, columns, options))
+            beside.check_lists(where, row, watched, _add(rows, path, where, row, columns, options))
     if columns is None or not rows.of:
         shown = "no row with experts" if columns is None else "no row that is wanted"
         shown += f", {rows.blank} of padding" if rows.blank else ""
@@ -134,31 +114,6 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[_Rows, Beside]:
     beside.refuse_no_traffic()
     rows.unread -= {*beside.read, "", "Unnamed: 0"}
     return rows, beside
-
-
-def _merge(rows: _Rows) -> None:
-    """Make one row of those of each token and layer; `InputError` where they name an expert twice."""
-    row = np.repeat(np.arange(len(rows.of)), rows.sizes)
-    of, layers, ids = np.array(rows.of)[row], np.array(rows.layers)[row], np.frombuffer(rows.ids, np.intc)
-    order = np.lexsort((ids, layers, of))
-    of, layers, ids = of[order], layers[order], ids[order]
-    same = (np.diff(of) == 0) & (np.diff(layers) == 0)
-    if (same & (np.diff(ids) == 0)).any():
-        hint = f"do tokens count anew in each step? then {TOGETHER}"
-        raise InputError("PATHS: experts", "one twice for a token in a layer", "different experts", hint)
-    starts = np.flatnonzero(np.concatenate([[True], ~same]))
-    rows.of, rows.layers = of[starts].tolist(), layers[starts].tolist()
-    rows.sizes, rows.ids = np.diff(np.append(starts, len(ids))).tolist(), numbers("i", ids.tolist())
-
-
-def _refuse_shares(rows: _Rows, experts: int) -> None:
-    """Raise where rows hold a value for each expert of a step and layer, and no choices of tokens."""
-    of, layers = np.array(rows.of), np.array(rows.layers)
-    keys, sizes = np.unique(np.stack([of, layers, np.frombuffer(rows.ids, np.intc)]), axis=1, return_counts=True)
-    chosen = np.unique(keys[:2], axis=1, return_counts=True)[1]
-    if sizes.max() == 1 and (chosen.min() < chosen.max() or chosen.max() == experts):
-        hint = "shares of experts are no choices; of choices number the tokens (token)"
-        raise InputError("PATHS: experts", "each once in a step and layer", "a row for each choice of a token", hint)
 
 
 def _by_step(where: str, columns: dict[str, str], options: TraceOptions) -> bool:
@@ -182,21 +137,21 @@ def _by_step(where: str, columns: dict[str, str], options: TraceOptions) -> bool
 
 
 def _add(
-    rows: _Rows, path: Path, where: str, row: dict[str, Any], columns: dict[str, str], options: TraceOptions
-) -> int:
-    """Keep what a row says, if its phase is wanted; of how many tokens it is."""
+    rows: Rows, path: Path, where: str, row: dict[str, Any], columns: dict[str, str], options: TraceOptions
+) -> list[list[int]]:
+    """Keep what a row says, if its phase is wanted; the experts of each of its tokens."""
     phase = None
     if "phase" in columns:
         phase, wanted = phase_of(f"{where}: {columns['phase']}", row[columns["phase"]], "prefill"), options.phase
         wanted = (Phase.MIXED if rows.by_step else Phase.DECODE) if wanted is None else wanted
         if wanted not in (Phase.MIXED, phase):
-            return 0
+            return []
     for name in (name for meaning, name in columns.items() if meaning.startswith("rank ")):
         if rows.ranks.setdefault(name, str(row[name])) != str(row[name]):
             hint = "import one rank of those that saw the same tokens; leave the column out where each had its own"
             hint += ", or where it is the place of an expert among a token's" if names_one(columns) else ""
             raise InputError(f"{where}: {name}", row[name], f"{rows.ranks[name]}, tokens of all ranks, each once", hint)
-    layer = whole(where, row, columns["layer"], 4096)
+    layer = rows.numbered(where, row, columns["layer"])
     each = experts_in(f"{where}: {columns['ids']}", row[columns["ids"]])
     rows.unread.update(name for name in row if name not in columns.values())
     of = -1
@@ -211,6 +166,7 @@ def _add(
             hint = "of a request? call it token, beside request; else number the steps on, and sort the rows by them"
             raise InputError(f"{where}: {columns['step']}", of, "steps that do not begin again", hint)
         rows.last[path, layer] = of
+        rows.refuse_again(where, of, layer, each)
         if "token" in columns and len(each) == 1 and str(row[columns["token"]]).isdigit():
             alone = each[0][0] if each[0] and names_one(columns) else -1
             key = of, layer, _request(path, row, columns), str(row[columns["token"]]), alone
@@ -235,14 +191,14 @@ def _add(
         rows.layers.append(layer)
         rows.sizes.append(len(kept))
         rows.ids.extend(kept)
-    return len(each)
+    return each
 
 
 def _request(path: Path, row: dict[str, Any], columns: dict[str, str]) -> str:
     return str(row[columns["request"]]) if "request" in columns else str(path)
 
 
-def _counted(rows: _Rows, layers: list[int], experts: int, top_k: int | None, notes: list[str]) -> Recording:
+def _counted(rows: Rows, layers: list[int], experts: int, top_k: int | None, notes: list[str]) -> Recording:
     """Counts by step, some steps at a time."""
     steps, step = np.unique(rows.of, return_inverse=True)
     row = np.repeat(np.arange(len(rows.of)), rows.sizes)
@@ -266,7 +222,7 @@ def _counted(rows: _Rows, layers: list[int], experts: int, top_k: int | None, no
     )
 
 
-def _replayed(rows: _Rows, layers: list[int], experts: int, notes: list[str], options: TraceOptions) -> Loaded:
+def _replayed(rows: Rows, layers: list[int], experts: int, notes: list[str], options: TraceOptions) -> Loaded:
     """Requests as continuous batching: the tokens of each in the order of their numbers."""
     width, lines = max(rows.sizes), list(zip(rows.of, rows.layers, strict=True))
     if len(set(lines)) < len(lines):
