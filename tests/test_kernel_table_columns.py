@@ -275,3 +275,14 @@ def test_rows_that_are_a_warm_up_are_not_the_ones_to_choose(tmp_path: Path) -> N
         read_table(written(tmp_path, text))
     profile = read_table(written(tmp_path, text.replace("is_warmup", "warmup")))  # there was one before
     assert loads(profile) == [(n, None, 40 + n) for n in (1, 2, 8)]
+
+
+def test_a_name_of_devices_on_a_column_that_numbers_rows_makes_none(tmp_path: Path) -> None:
+    path = written(tmp_path, "UUID,tokens,time_us\n" + "".join(f"{n:08x},{n},{9 + n}\n" for n in (8, 16, 32, 64)))
+    with pytest.raises(InputError, match=r"UUID: got 4 devices of one load each, .*--repeat-column 'UUID'"):
+        read_table(path)
+    (device,) = read_table(path, repeat=["UUID"]).devices
+    assert [(s.assignments, s.latency_us) for s in device.samples] == [(n, 9 + n) for n in (8, 16, 32, 64)]
+    assert len(read_table(path, device=["UUID"]).devices) == 4
+    alike = written(tmp_path, "UUID,tokens,time_us\n" + "".join(f"{n:08x},64,{9 + n}\n" for n in (8, 16, 32, 64)))
+    assert len(read_table(alike).devices) == 4

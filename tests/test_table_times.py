@@ -18,9 +18,26 @@ def table(folder: Path, header: str, more: str) -> Path:
     return written(folder, f"{header}\n" + "".join(f"{n},{50 + n}{more}\n" for n in NS))
 
 
-@pytest.mark.parametrize("column", ["latency_microsec", "time_usecs", "time (microsecond)", "us"])
+@pytest.mark.parametrize(
+    "column",
+    ["latency_microsec", "time_usecs", "time (microsecond)", "us", "us_per_iter", "us/call", "time_us_per_layer"],
+)
 def test_more_spellings_of_microseconds(tmp_path: Path, column: str) -> None:
     assert loads(read_table(table(tmp_path, f"assignments,{column}", ""))) == [(n, None, 50.0 + n) for n in NS]
+
+
+def test_times_per_token_or_per_second_are_none_of_a_run(tmp_path: Path) -> None:
+    for column in ("us_per_token", "tokens_per_s", "us_per_expert"):
+        with pytest.raises(InputError, match=r"columns assignments|the time of one whole MoE layer"):
+            read_table(table(tmp_path, f"assignments,{column}", ""))
+
+
+def test_a_column_that_says_the_unit_of_all_times(tmp_path: Path) -> None:
+    assert loads(read_table(table(tmp_path, "n_tokens,latency,unit", ",us"))) == [(n, None, 50.0 + n) for n in NS]
+    assert loads(read_table(table(tmp_path, "n_tokens,latency,unit", ",ms"))) == [(n, None, 1e3 * (50 + n)) for n in NS]
+    mixed = written(tmp_path, "n_tokens,latency,unit\n1,50,us\n2,0.051,ms\n")
+    with pytest.raises(InputError, match="say which: --time-column 'latency:ms'"):
+        read_table(mixed)
 
 
 def test_nsys_summaries_give_the_median_of_a_run(tmp_path: Path) -> None:

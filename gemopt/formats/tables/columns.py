@@ -19,8 +19,9 @@ HOSTS = ("host", "hostname", "node", "node_id", "machine", "server", "instance")
 UUIDS = ("uuid", "gpu_uuid", "device_uuid")
 DEVICES = {
     *RANKS, *HOSTS, *UUIDS, "device", "device_id", "device_index", "gpu", "gpu_id", "gpu_index", "npu", "npu_id", "xpu",
-    "slot", "local_rank", "serial", "serial_number", "bus_id", "pci_bus_id", "card", "accelerator", "worker",
-    "worker_id",
+    "gpu_idx", "device_idx", "cuda_device", "hip_device", "device_ordinal", "gcd", "bdf", "pci_bus", "pci_address",
+    "slot", "local_rank", "serial", "gpu_serial", "serial_number", "bus_id", "pci_bus_id", "card", "accelerator",
+    "worker", "worker_id",
 }  # fmt: skip
 OF_A_DEVICE = {"gpu", "device", "sku", "arch", "driver", "vendor", "rack", "system", "chassis"}
 REPEATS = {
@@ -63,6 +64,9 @@ RATE = re.compile(r"/ ?s(?:ec(?:ond)?)?\b")  # GB/s, tok/s
 SHARE = re.compile(r"([-+\u2212])?\d+(\.\d+)? ?[%x\u00d7]")  # -1.6 %, 1.31x
 RESULT = re.compile(r"[-+*~<]?\d+\.\d.*")  # perhaps with a note: 261.1 (1.02x)
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
+ONE_RUN = re.compile(
+    r"_per_(iter|iteration|call|launch|run|rep|repeat|layer|forward)$|(?<=[mnu]s)_(iter|iteration|call|launch)$"
+)
 SHOWN = 4
 LoadOf = Callable[[Row], tuple[float, ...]]
 ENOUGH = 3  # loads that a proportional column must go along with
@@ -80,8 +84,8 @@ def words(name: str) -> set[str]:
 
 
 def at_end(name: str) -> re.Match[str] | None:
-    """The unit of time that a name ends in, perhaps before a statistic: `latency_us_mean`."""
-    parts = plain(name).split("_")
+    """The unit of time that a name ends in, perhaps before a statistic or a run: `latency_us_mean`, `us_per_call`."""
+    parts = ONE_RUN.sub("", plain(name)).split("_")
     while len(parts) > 1 and parts[-1] in STATISTICS:
         parts.pop()
     return UNIT_AT_END.search("_".join(parts))
@@ -91,7 +95,7 @@ def unit_of(name: str) -> str | None:
     """The unit of time that a column's name ends in; `tokens_per_s` and `gb_s` are none."""
     found = at_end(name)
     rate = found is not None and (found[1] in ("s", "second") or ("/" in name and found[1] in SECONDS))
-    if found is None or "per" in words(name) or (rate and not words(name) & TIMES):
+    if found is None or "per" in ONE_RUN.sub("", plain(name)).split("_") or (rate and not words(name) & TIMES):
         return None
     return found[1]
 

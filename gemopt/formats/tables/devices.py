@@ -11,9 +11,11 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats.tables.columns import (
     DEVICES,
+    ENOUGH,
     HOSTS,
     RANKS,
     SUMMARIES,
+    LoadOf,
     known,
     listed,
     plain,
@@ -27,11 +29,14 @@ KINDS = {"gpu", "device", "npu", "xpu", "accelerator", "card"}  # columns that m
 MOST_INSIDE = 16  # devices of a node, whose numbers are below
 
 
-def device_columns(table: Table, asked: Sequence[str]) -> list[str]:
-    """Columns that tell devices apart: those asked for, else those whose names say so; hosts first."""
+def device_columns(table: Table, asked: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """Columns that tell devices apart: those asked for, else those whose names say so; hosts first.
+
+    others: columns that were said to tell repeats.
+    """
     if asked:
         return [known(table, column, "--device-column") for column in asked]
-    named = [name for name in table.header if plain(name) in DEVICES]
+    named = [name for name in table.header if plain(name) in DEVICES and name not in others]
     ranks = [name for name in named if plain(name) in RANKS]
     if ranks:
         return ranks[:1]
@@ -51,6 +56,19 @@ def by_device(table: Table, columns: Sequence[str]) -> list[Table]:
     for row in table.rows:
         groups[tuple(order[row.cells[name]] for name, order in zip(columns, orders, strict=True))].append(row)
     return [Table(table.path, table.header, groups[key]) for key in sorted(groups)]
+
+
+def told_apart(table: Table, columns: Sequence[str], asked: Sequence[str], load_of: LoadOf) -> list[Table]:
+    """Rows of each device; `InputError` where a column, unless asked for, numbers rows: each has a load of its own."""
+    devices = by_device(table, columns)
+    loads = [{load_of(row) for row in each.rows} for each in devices]
+    own = len(loads) >= ENOUGH and sum(map(len, loads)) == len(loads) == len(set.union(*loads))
+    if own and columns and columns[-1] not in asked:
+        name = columns[-1]
+        found, limit = f"{len(devices)} devices of one load each, all others", "devices of several loads"
+        hint = f"does it number rows or runs? --repeat-column '{name}'; if they are devices: --device-column '{name}'"
+        raise InputError(f"{table.path}, {name}", found, limit, hint)
+    return devices
 
 
 def refuse_missing_ranks(devices: Sequence[Table], columns: Sequence[str]) -> None:

@@ -12,11 +12,7 @@ import numpy as np
 
 from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError, check_number
-from gemopt.formats.tables.beside import (
-    beside,
-    refuse_other_units,
-    refuse_skewed_groups,
-)
+from gemopt.formats.tables.beside import beside, refuse_other_units, refuse_skewed_groups
 from gemopt.formats.tables.columns import (
     HOSTS,
     RANKS,
@@ -36,6 +32,7 @@ from gemopt.formats.tables.devices import (
     kinds_as_ranks,
     refuse_missing_ranks,
     samples_of,
+    told_apart,
 )
 from gemopt.formats.tables.doubts import doubts
 from gemopt.formats.tables.files import Row, Table, number, refuse_grouped, whole
@@ -150,8 +147,8 @@ def read_table(
         refuse_tokens_of_a_rank(table, counts)
     active_column = next((name for name in matching(table, ACTIVE) if name not in repeat), None)
     reader = _Reader(table, counts, active_column)
-    columns = device_columns(table, device) if device or layout is None or layout.devices else []
-    tables = by_device(table, columns)
+    columns = device_columns(table, device, repeat) if device or layout is None or layout.devices else []
+    tables = told_apart(table, columns, device, reader.key)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
     reader.latency, reader.scale = _time(table, layout, time)
     reader.scattered = reader.latency in repeats

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
-from gemopt.formats.tables.beside import EXCHANGED
+from gemopt.formats.tables.beside import EXCHANGED, UNITS
 from gemopt.formats.tables.columns import (
     LOADS,
     MOMENTS,
@@ -17,6 +17,7 @@ from gemopt.formats.tables.columns import (
     is_numeric,
     known,
     listed,
+    named,
     plain,
     unit_of,
     values,
@@ -46,7 +47,7 @@ TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
 UNDERSTOOD = TIMES | TOTALS | {*TIME_UNITS} | {
     "kernel", "kernels", "moe", "fused", "layer", "expert", "experts", "ffn", "mlp", "forward", "fwd", "run", "gpu",
     "cuda", "hip", "npu", "xpu", "device", "measured", "median", "med", "p50", "q50", "mean", "avg", "average", "dur",
-    "whole",
+    "whole", "per", "iter", "iteration", "call", "launch",
 }  # fmt: skip
 """Words of the name of a time that leave no doubt, with all others known, that it is that of a layer."""
 OPERATIONS = {"op", "op_name", "operation", "routine"}
@@ -112,7 +113,7 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     best = single or middle or mean
     if len(best) == 1:
         _refuse_other_times(table, best[0])
-    known_unit = unit_of(best[0]) if best else None
+    known_unit = unit_of(best[0]) or _unit_beside(table) if best else None
     if len(best) == 1 and known_unit is not None:
         return best[0], TIME_UNITS[known_unit]
     if not best and timed:
@@ -135,12 +136,19 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     raise InputError(table.path, f"times {', '.join(best)}", limit, hint)
 
 
+def _unit_beside(table: Table) -> str | None:
+    """The unit of time that a column says of all rows alike."""
+    told = [plain(each) for name in named(table, UNITS) for each in values(table.rows, name)]
+    return told[0] if len(told) == 1 and told[0] in TIME_UNITS else None
+
+
 def doubt_of_time(name: str) -> list[str]:
     """A sentence on a time whose name also says something that is not understood: a kernel, another language."""
     foreign = any(letter.isalpha() and not letter.isascii() and letter not in "\u00b5\u03bc" for letter in name)
     if not foreign and words(name) <= UNDERSTOOD:
         return []
-    return [f"{name} taken for the time of one whole MoE layer, in {unit_of(name)}: is it? another: --time-column NAME"]
+    unit = f", in {unit_of(name)}" if unit_of(name) else ""
+    return [f"{name} taken for the time of one whole MoE layer{unit}: is it? another: --time-column NAME"]
 
 
 def _unlikely(name: str) -> tuple[bool, bool, bool]:
