@@ -20,16 +20,21 @@ def table(folder: Path, header: str, more: str) -> Path:
 
 @pytest.mark.parametrize(
     "column",
-    ["latency_microsec", "time_usecs", "time (microsecond)", "us", "us_per_iter", "us/call", "time_us_per_layer"],
+    ["latency_microsec", "time_usecs", "time (microsecond)", "us", "us_per_iter", "us/call", "per_layer_us"],
 )
 def test_more_spellings_of_microseconds(tmp_path: Path, column: str) -> None:
     assert loads(read_table(table(tmp_path, f"assignments,{column}", ""))) == [(n, None, 50.0 + n) for n in NS]
 
 
 def test_times_per_token_or_per_second_are_none_of_a_run(tmp_path: Path) -> None:
-    for column in ("us_per_token", "tokens_per_s", "us_per_expert"):
+    for column in ("us_per_token", "tokens_per_s", "us_per_expert", "inter_token_latency_us", "time_to_first_token_us"):
         with pytest.raises(InputError, match=r"columns assignments|the time of one whole MoE layer"):
             read_table(table(tmp_path, f"assignments,{column}", ""))
+
+
+def test_numbers_of_repeats_are_no_times(tmp_path: Path) -> None:
+    path = table(tmp_path, "assignments,latency_us_mean,latency_us_std,latency_us_count", ",0.5,30")
+    assert loads(read_table(path)) == [(n, None, 50.0 + n) for n in NS]
 
 
 def test_a_column_that_says_the_unit_of_all_times(tmp_path: Path) -> None:

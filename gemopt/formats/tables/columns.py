@@ -65,7 +65,7 @@ SHARE = re.compile(r"([-+\u2212])?\d+(\.\d+)? ?[%x\u00d7]")  # -1.6 %, 1.31x
 RESULT = re.compile(r"[-+*~<]?\d+\.\d.*")  # perhaps with a note: 261.1 (1.02x)
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 ONE_RUN = re.compile(
-    r"_per_(iter|iteration|call|launch|run|rep|repeat|layer|forward)$|(?<=[mnu]s)_(iter|iteration|call|launch)$"
+    r"(?:^|_)per_(?:iter|iteration|call|launch|run|rep|repeat|layer|forward)(?=_|$)|(?<=[mnu]s)_(?:iter|call|launch)$"
 )
 SHOWN = 4
 LoadOf = Callable[[Row], tuple[float, ...]]

@@ -12,7 +12,9 @@ from gemopt.formats.tables.kinds import Layout, Unit
 
 LOAD_COLUMNS = ("tokens", "num_tokens", "assignments", "token", "batch_size", "n_tokens", "ntokens", "token_count")
 EXPERTS = re.compile(r"(?:(?:num|n)_)?(?:(?:routed|total|global)_)?experts?|e")
-LOCAL_EXPERTS = re.compile(r"(?:(?:num|n)_)?(?:local_(?:num_)?experts|experts_(?:per_(?:rank|gpu|device)|local))")
+LOCAL_EXPERTS = re.compile(
+    r"(?:(?:num|n)_)?(?:local_(?:num_)?experts|experts_(?:per_(?:rank|gpu|device)|local))|local_e|e_local|e_per_(?:rank|gpu)"
+)
 TOP_K = re.compile(
     r"(?:(?:num|n|moe|router)_)*(?:top_?k|(?:(?:selected|active|activated|routed)_)?experts_per_tok(?:en)?)"
 )

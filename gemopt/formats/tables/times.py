@@ -45,7 +45,7 @@ NO_TIME = {
 }  # fmt: skip
 TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
 UNDERSTOOD = TIMES | TOTALS | {*TIME_UNITS} | {
-    "kernel", "kernels", "moe", "fused", "layer", "expert", "experts", "ffn", "mlp", "forward", "fwd", "run", "gpu",
+    "kernel", "kernels", "moe", "fused", "layer", "experts", "ffn", "mlp", "forward", "fwd", "run", "gpu",
     "cuda", "hip", "npu", "xpu", "device", "measured", "median", "med", "p50", "q50", "mean", "avg", "average", "dur",
     "whole", "per", "iter", "iteration", "call", "launch",
 }  # fmt: skip
@@ -55,6 +55,8 @@ ITERATIONS = {
     "iters", "iterations", "num_iters", "n_iters", "num_iterations", "loops", "calls", "num_calls", "of_calls",
     "instances",
 }  # fmt: skip
+COUNTS = {"count", "n", "nobs", "samples"}
+"""Last words of the numbers of repeats."""
 RUNS = {
     "iter", "iters", "niter", "iterations", "loops", "calls", "repeat", "repeats", "rep", "reps", "runs", "count",
     "rounds", "launches", "times",
@@ -103,7 +105,8 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
             table.path, f"columns {', '.join(apart)}", limit, f"for one alone: --time-column '{apart[0]}:{unit}'"
         )
     shares = {name for name in table.header if "%" in name or words(name) & {"percent", "pct"}}
-    durations = [name for name in table.header if not words(name) & MOMENTS and name not in shares]
+    numbers = {name for name in table.header if plain(name).split("_")[-1] in COUNTS}  # latency_us_count
+    durations = [name for name in table.header if not words(name) & MOMENTS and name not in shares | numbers]
     timed = [name for name in durations if unit_of(name) or (words(name) & TIMES and is_numeric(table.rows, name))]
     single = [name for name in timed if not words(name) & STATISTICS]
     middle = [name for name in timed if words(name) & {"median", "med", "p50"}]
@@ -181,6 +184,7 @@ def _refuse_other_times(table: Table, name: str) -> None:
             if each != name and _several(each, set(values(table.rows, each)) - {"", "1"})]  # fmt: skip
     told += _runs(table, name)
     share = "per" in words(name) and words(name) & (LOADS - {"per"} | {"expert", "experts"})
+    share = share or "token" in words(name)  # inter_token_latency, time_to_first_token
     if told or share or words(name) & (NO_LAYER | NO_TIME):
         found = " beside ".join([f"time {name}", *told])
         raise InputError(table.path, found, "the time of one whole MoE layer", f"if it is: {_asking(name)}")
