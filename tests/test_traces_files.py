@@ -282,6 +282,12 @@ def test_an_npz_with_its_axes_in_another_order_is_refused(tmp_path: Path, steps:
         ("transposed", r"axes that look like \[layers, steps, experts\]"),
         ("totals", "a last expert that is the sum of the others"),
         ("ids", "experts of tokens, by the numbers"),
+        ({"permutation": np.array([3, 1, 0, 2, 7, 6, 5, 4])}, "permutation beside counts; experts in order"),
+        ({"ep_rank": np.arange(12) % 2}, "ep_rank beside counts; every step once, of all ranks"),
+        ({"gpu": np.arange(12) % 2}, "gpu beside counts; steps of one network, of all its processes"),
+        ({"is_dummy": np.arange(12) < 2}, "is_dummy beside counts; steps that were served; leave out the others"),
+        ({"repeats": np.arange(12) + 1}, "repeats beside counts; steps that count once"),
+        ({"block_numbers": np.array([3, 4, 5])}, "block_numbers beside counts; layer_ids, if it says which layers"),
         ("counters", "counters that add up, by the numbers; assignments of each step; subtract"),
     ],
 )
@@ -305,7 +311,8 @@ def test_arrays_by_hand_say_what_they_are(tmp_path: Path, kind: str, change: obj
     save(arrays, path)
     with pytest.raises(InputError, match=word):
         Traces.load(path)
-    save({"counts": counts, "layer_ids": np.array([3, 4, 5]), "measured_at": np.zeros(4)}, path)
+    more = {"measured_at": np.zeros(4), "fullest": counts.sum(axis=(0, 1)).argsort(), "batch_size": tokens}
+    save({"counts": counts, "layer_ids": np.array([3, 4, 5]), **more}, path)
     assert Traces.load(path).layer_ids == (3, 4, 5)
 
 

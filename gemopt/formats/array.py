@@ -21,7 +21,6 @@ from gemopt.formats.numbered_arrays import NAME_THEM, inner, joined, kind_of
 from gemopt.formats.pipelines import refuse_parts_of_steps, refuse_stages_in_time
 from gemopt.formats.recorded_files import files_of, left_alone
 from gemopt.formats.succession import MANY_COUNTS
-from gemopt.formats.token_beside import NO_TRAFFIC
 from gemopt.traces.arrays import (
     LOOKED_AT,
     NOT_IDS,
@@ -29,11 +28,11 @@ from gemopt.traces.arrays import (
     is_map,
     refuse_narrow,
     refuse_totals,
-    widened,
 )
 from gemopt.traces.axes import IN_ORDER, MOST_LAYERS, axis_of_layers, other_order
 from gemopt.traces.document import STEP_ARRAYS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, PLAIN, meant
+from gemopt.traces.telling import refuse_telling
 from gemopt.traces.tokens import ARRAYS
 from gemopt.words import counted
 
@@ -42,13 +41,6 @@ SUFFIXES = (*ARRAYS_ALONE, *count_json.SUFFIXES)
 TRACES = ("layer_ids", *PLAIN, *STEP_ARRAYS, *ARRAYS)  # names that traces give a meaning
 SIDE_BY_SIDE = "put layers and stages side by side in one array; if these are later steps: --no-pipeline"
 NUMBERS_TELL = "give --num-experts and --num-hidden-layers"
-STEPS = {"step", "steps", "iteration", "iterations", "iter", "iters", "batch", "batches", "forward"}
-NUMBERED = {
-    *("", "id", "ids", "idx", "index", "indices", "num", "number", "numbers"),
-    *("global", "train", "pass", "run"),
-}  # words beside those in names of what numbers steps
-FOUND = {"slowest", "fullest", "busiest", "hottest", "worst", "max", "min"}  # ranks that were found by their loads
-AMOUNTS = {"num", "n", "count", "counts", "tokens", "size", "sizes"}
 _ROWS = 64 << 20  # bytes handed on at once
 
 
@@ -196,51 +188,8 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
     if str(np.asarray(experts).tolist()).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
     others |= count_json.read(path).beside if count_json.is_json(path) else {}
-    _refuse_telling(path, others, counts)
+    refuse_telling(path, {name: as_numpy(each) for name, each in others.items()}, counts)
     return _Counts(counts, layers)
-
-
-def _refuse_telling(path: Path, others: dict[str, Any], counts: IntArray) -> None:
-    """Refuse arrays beside counts [T, L, E] that put their experts or steps into another order, or tell steps apart."""
-    for name, each in others.items():
-        array, words = as_numpy(each), words_of(name)
-        if array.ndim != 1 or array.dtype.kind not in "biu" or len(array) < 2:
-            continue
-        array = widened(array.astype(np.int8) if array.dtype.kind == "b" else array)
-        steps = len(array) == len(counts)
-        if len(array) == counts.shape[2] and _reorders(array, words, counts):
-            limit, hint = "experts in order", "does it say which experts they are? then put them in order"
-        elif steps and _numbers_steps(array, words, counts) and (np.diff(array) <= 0).any():
-            limit, hint = "every step once, in order", "add up those of one step, and put them in order"
-        elif steps and words & {"rank", "ranks"} and not words & FOUND and (array != array[0]).any():
-            limit, hint = "every step once, of all ranks", "add up the ranks of each step"
-        elif steps and words & NO_TRAFFIC and not words & AMOUNTS and array.max() == 1 and array.min() >= 0:
-            limit, hint = "steps that were served", "leave out the others"
-        else:
-            continue
-        raise InputError(str(path), f"{name} beside counts", limit, f"{hint}; then leave {name} out")
-
-
-def _reorders(array: IntArray, words: set[str], counts: IntArray) -> bool:
-    """Whether an array [E] is another order of the experts of counts [T, L, E], and not the one of their loads."""
-    if not (np.sort(array) == np.arange(len(array))).all() or (np.diff(array) == 1).all():
-        return False
-    if len(array) in counts.shape[:2] and not words & {"expert", "experts", "order", "permutation", "perm"}:
-        return False  # of steps or layers as well as of experts
-    load = counts.sum(axis=(0, 1), dtype=np.int64)
-    falls, found = -np.diff(load), -np.diff(load[array])
-    by_load = (found >= 0).all() or (found <= 0).all()
-    return not (by_load and (falls > 0).any() and (falls < 0).any())
-
-
-def _numbers_steps(array: IntArray, words: set[str], counts: IntArray) -> bool:
-    """Whether an array [T] numbers steps by its name; one that is called batch may hold their tokens."""
-    if not words & STEPS or not words <= STEPS | NUMBERED:
-        return False
-    first, *others = np.unique(array).tolist()
-    in_row = first in (0, 1) and [*others] == list(range(first + 1, first + 1 + len(others)))
-    tokens = counts[:, :1].sum(axis=(1, 2), dtype=np.int64)
-    return bool(not words <= {"batch", "batches"} or (in_row and (tokens * array[0] != array * tokens[0]).any()))
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:

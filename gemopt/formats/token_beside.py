@@ -12,22 +12,14 @@ from gemopt.formats.count_names import COLUMNS, COUNTING, NUMBERS, PHASES, words
 from gemopt.formats.count_told import NOTHING, WHOLE
 from gemopt.formats.token_cells import numbers_in, without_weight
 from gemopt.traces.files import ALTERING
+from gemopt.traces.telling import NETWORKS, NO_TRAFFIC, PROCESSES
 
-NO_TRAFFIC = {
-    "pad", "padding", "padded", "dummy", "dropped", "drop", "overflow", "skip", "skipped", "ignore", "ignored",
-    "draft", "drafted", "speculative", "accepted", "rejected", "profiling", "capture", "capturing",
-}  # fmt: skip
 COMPUTED = {"label", "labels", "response", "action", "eos", "special"}  # of masks and flags that leave out no tokens
 FLAGS = {"true", "false", "0", "1", "yes", "no"}
 OFFSET = re.compile("expert_(start|begin|offset)|first_expert")
 COUNTED = COUNTING | {"n", "num", "assignments", "sizes", "usage", "occurrences"}  # words of lists beside the experts
 WEIGHTED = {"weight", "weights", "prob", "probs", "score", "scores", "gate", "gates"}
 TIMES = {"count", "counts", "freq", "frequency", "multiplicity", "occurrences"}  # of one choice
-NETWORKS = {"model", "model_id", "model_name", "network"}
-PROCESSES = {
-    *("pid", "process", "process_id", "worker", "worker_id", "gpu", "gpu_id", "device", "device_id", "cuda_device"),
-    *("host", "hostname", "node", "node_id", "node_rank", "server", "instance", "replica_id"),
-}
 TOKENS = re.compile(
     r"(num_|n_)?((actual|real|valid|scheduled|unpadded)_)?(num_)?tokens(_unpadded)?|(seq_?)?len(gth)?"
 )  # of a row

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gemopt.documents import foreign, read_bytes, replacing
 from gemopt.exceptions import InputError
+from gemopt.traces.telling import refuse_telling
 
 IntArray = NDArray[Any]
 PLAIN = ("num_hidden_layers", "top_k", "model")  # what an .npz may say of the network, beside layer_ids
@@ -35,10 +36,12 @@ ALTERING = re.compile(  # arrays and metadata that say what is still to be done 
     r"expert_(start|begin|offset)|first_expert|^((is|are)_)?cumulative$",
     re.IGNORECASE,
 )
+SHORT_BYTES = 1 << 20
+PLAIN_TYPES = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}  # of safetensors
 NOT_ALTERED = "do to the counts what it says, and leave it out"
 _MEANT = {  # what else arrays are called that say what the counts are of
     "layer_ids": re.compile(
-        r"(moe_)?layers?(_?(ids?|idx|ind(ex|ices)|num(ber)?s?|names?|offset|freq))?|"
+        r"((moe|decoder|hidden|sparse)_)?layers?(_?(ids?|idx|ind(ex|ices)|num(ber)?s?|names?|offset|freq))?|"
         r"(start|first|begin)(_moe)?_layer(_?(id|idx))?|layer_(start|begin|base)|first_k_dense_replace|num_dense_layers|"
         r"(pp|pipeline(_parallel)?)_?(rank|stage)",
         re.IGNORECASE,
@@ -117,6 +120,8 @@ def _read_npz(path: Path, wanted: tuple[str, ...]) -> Part:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = arrays.files
             kept = {name: arrays[name] for name in wanted if name in found}
+            known = ("layer_ids", "num_experts", *PLAIN, *wanted)
+            beside = {name: arrays[name] for name in _short(arrays.zip) if name not in known and not meant(name)}
             metadata = {name: str(arrays[name]) for name in (*PLAIN, "num_experts") if name in found}
             if "layer_ids" in found:
                 metadata["layer_ids"] = json.dumps(arrays["layer_ids"].tolist())
@@ -126,7 +131,14 @@ def _read_npz(path: Path, wanted: tuple[str, ...]) -> Part:
     if "counts" not in kept:
         hint = foreign.IMPORT_TRACES
         raise InputError(str(path), ", ".join(found)[:200], "an array named counts is needed", hint)
+    if kept["counts"].ndim == len("TLE"):
+        refuse_telling(path, beside, kept["counts"])
     return Part(path, kept, set(found), metadata)
+
+
+def _short(archive: zipfile.ZipFile) -> list[str]:
+    """The names of arrays that are no long records."""
+    return [each.filename.removesuffix(".npy") for each in archive.infolist() if each.file_size <= SHORT_BYTES]
 
 
 def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
@@ -141,11 +153,18 @@ def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
             arrays = {name: file.get_tensor(name) for name in wanted if name in names}
             for name in names & {"layer_ids", *PLAIN} - set(metadata):
                 metadata[name] = json.dumps(file.get_tensor(name).tolist())
+            others = {name: file.get_slice(name) for name in names - {"layer_ids", "num_experts", *PLAIN, *wanted}}
+            short = [
+                name for name, each in others.items() if len(each.get_shape()) == 1 and each.get_dtype() in PLAIN_TYPES
+            ]
+            beside = {name: file.get_tensor(name) for name in short if not meant(name)}
     except OSError as error:
         raise InputError(str(path), error.strerror or str(error), "a readable safetensors file is needed") from None
     except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
         _refuse_foreign(path, "safetensors")
         raise InputError(str(path), str(error), "a complete safetensors file of integers is needed") from None
+    if "counts" in arrays and arrays["counts"].ndim == len("TLE"):
+        refuse_telling(path, beside, arrays["counts"])
     return Part(path, arrays, names, metadata)
 
 

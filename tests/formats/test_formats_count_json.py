@@ -11,6 +11,7 @@ from routed_counts import routed
 
 from gemopt.exceptions import InputError
 from gemopt.formats import count_json
+from gemopt.traces import Phase
 
 COUNTS = routed(np.random.default_rng(3), steps=6, layers=3, experts=8, tokens=50)
 STEPS, LAYERS, EXPERTS = COUNTS.shape
@@ -264,3 +265,17 @@ def test_files_whose_steps_overlap(load, folder):
                                                     for t, c in enumerate(COUNTS)))  # fmt: skip
     with pytest.raises(InputError, match="0 to 5, 3 to 8; files of rising steps"):
         load(folder, "array")
+
+
+def test_a_phase_beside_an_array_is_that_of_all_its_steps(load, tmp_path):
+    for phase in Phase:
+        (tmp_path / "a.json").write_text(json.dumps({"phase": phase.name.lower(), "counts": COUNTS.tolist()}))
+        traces = load(tmp_path / "a.json", "array")[0]
+        assert (traces.counts == COUNTS).all() and (traces.phase == int(phase)).all()
+
+
+@pytest.mark.parametrize("name", ["layer_idx", "block_ids", "decoder_layers"])
+def test_numbers_of_the_layers_beside_an_array_are_not_left_unread(load, tmp_path, name):
+    (tmp_path / "a.json").write_text(json.dumps({name: [3, 4, 5], "counts": COUNTS.tolist()}))
+    with pytest.raises(InputError, match=f"{name} beside counts; .*give --layer-ids"):
+        load(tmp_path / "a.json", "array")

@@ -184,8 +184,8 @@ def _refuse_other_times(table: Table, name: str) -> None:
             if each != name and _several(each, set(values(table.rows, each)) - {"", "1"})]  # fmt: skip
     told += _runs(table, name)
     share = "per" in words(name) and words(name) & (LOADS - {"per"} | {"expert", "experts"})
-    share = share or "token" in words(name)  # inter_token_latency, time_to_first_token
-    if told or share or words(name) & (NO_LAYER | NO_TIME):
+    of_token = "token" in words(name)  # inter_token_latency, time_to_first_token
+    if told or share or of_token or words(name) & (NO_LAYER | NO_TIME):
         found = " beside ".join([f"time {name}", *told])
         raise InputError(table.path, found, "the time of one whole MoE layer", f"if it is: {_asking(name)}")
 

@@ -1,0 +1,89 @@
+"""What arrays beside counts say of their steps, layers and experts, by names and numbers, whoever reads the counts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gemopt.exceptions import InputError
+
+IntArray = NDArray[np.integer[Any]]
+NO_TRAFFIC = {
+    "pad", "padding", "padded", "dummy", "dropped", "drop", "overflow", "skip", "skipped", "ignore", "ignored",
+    "draft", "drafted", "speculative", "accepted", "rejected", "profiling", "capture", "capturing",
+}  # fmt: skip
+NETWORKS = {"model", "model_id", "model_name", "network"}
+PROCESSES = {
+    *("pid", "process", "process_id", "worker", "worker_id", "gpu", "gpu_id", "device", "device_id", "cuda_device"),
+    *("host", "hostname", "node", "node_id", "node_rank", "server", "instance", "replica_id"),
+}
+STEPS = {"step", "steps", "iteration", "iterations", "iter", "iters", "batch", "batches", "forward"}
+NUMBERED = {
+    *("", "id", "ids", "idx", "index", "indices", "num", "number", "numbers"),
+    *("global", "train", "pass", "run"),
+}  # words beside those in names of what numbers steps
+FOUND = {"slowest", "fullest", "busiest", "hottest", "worst", "max", "min"}  # ranks that were found by their loads
+AMOUNTS = {"num", "n", "count", "counts", "tokens", "size", "sizes"}
+WEIGHTS = {"weight", "weights", "multiplicity", "repeat", "repeats", "occurrences"}
+LAYERS = {"layer", "layers", "block", "blocks"}
+
+
+def refuse_telling(path: str | os.PathLike[str], others: Mapping[str, NDArray[Any]], counts: IntArray) -> None:
+    """Refuse arrays beside counts [T, L, E] that put their axes into another order, or tell steps apart."""
+    for name, given in others.items():
+        if given.ndim != 1 or given.dtype.kind not in "biu" or len(given) < 2:
+            continue
+        array, words = given.astype(np.int64), _words(name)
+        varies, steps = bool((array != array[0]).any()), len(array) == len(counts)
+        if len(array) == counts.shape[2] and _reorders(array, words, counts):
+            limit, hint = "experts in order", "does it say which experts they are? then put them in order"
+        elif steps and _numbers_steps(array, words, counts) and (np.diff(array) <= 0).any():
+            limit, hint = "every step once, in order", "add up those of one step, and put them in order"
+        elif steps and words & {"rank", "ranks"} and not words & FOUND and varies:
+            limit, hint = "every step once, of all ranks", "add up the ranks of each step"
+        elif steps and name.casefold() in NETWORKS | PROCESSES and varies:
+            limit, hint = "steps of one network, of all its processes", "add up processes; keep networks apart"
+        elif steps and words & NO_TRAFFIC and not words & AMOUNTS and array.max() == 1 and array.min() >= 0:
+            limit, hint = "steps that were served", "leave out the others"
+        elif steps and words & WEIGHTS and varies:
+            limit, hint = "steps that count once", "repeat or add up what counts more often"
+        elif len(array) == counts.shape[1] and not steps and words & LAYERS and _names_layers(array):
+            limit, hint = "layer_ids, if it says which layers they are", "call it so, or give --layer-ids"
+        else:
+            continue
+        raise InputError(str(path), f"{name} beside counts", limit, f"{hint}; then leave {name} out")
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split("[^a-z]+", name.lower()))
+
+
+def _names_layers(array: IntArray) -> bool:
+    return bool((np.diff(array) > 0).all() and array[0] >= 0 and array[-1] >= len(array))
+
+
+def _reorders(array: IntArray, words: set[str], counts: IntArray) -> bool:
+    """Whether an array [E] is another order of the experts of counts [T, L, E], and not the one of their loads."""
+    if not (np.sort(array) == np.arange(len(array))).all() or (np.diff(array) == 1).all():
+        return False
+    if len(array) in counts.shape[:2] and not words & {"expert", "experts", "order", "permutation", "perm"}:
+        return False  # of steps or layers as well as of experts
+    load = counts.sum(axis=(0, 1), dtype=np.int64)
+    falls, found = -np.diff(load), -np.diff(load[array])
+    by_load = (found >= 0).all() or (found <= 0).all()
+    return not (by_load and (falls > 0).any() and (falls < 0).any())
+
+
+def _numbers_steps(array: IntArray, words: set[str], counts: IntArray) -> bool:
+    """Whether an array [T] numbers steps by its name; one that is called batch may hold their tokens."""
+    if not words & STEPS or not words <= STEPS | NUMBERED:
+        return False
+    first, *others = np.unique(array).tolist()
+    in_row = first in (0, 1) and [*others] == list(range(first + 1, first + 1 + len(others)))
+    tokens = counts[:, :1].sum(axis=(1, 2), dtype=np.int64)
+    return bool(not words <= {"batch", "batches"} or (in_row and (tokens * array[0] != array * tokens[0]).any()))
