@@ -18,11 +18,13 @@ COLUMNS = {
     "expert": ("expert_id", "expert", "expert_idx", "expert_index", "logical_expert", "logical_expert_id"),
     "count": (
         *("count", "counts", "num_tokens", "token_count", "tokens", "num_assignments", "assignments"),
-        *("activations", "activation_count", "num_activations", "expert_count", "hits", "load"),
+        *("activations", "activation_count", "num_activations", "expert_count", "hits", "hit_count", "load"),
+        *("selection_count", "selected_count", "num_selected", "times_selected"),
     ),
     "step": (
         *("step", "step_id", "iteration", "iter", "forward_pass_id", "forward_pass", "global_step", "train_step"),
-        *("eplb_step", "batch_id", "batch_idx", "_step"),
+        *("eplb_step", "batch_id", "batch_idx", "_step", "step_idx", "step_index", "step_num", "step_number"),
+        *("pass", "pass_id", "forward_step", "engine_step", "time_step", "timestep", "iter_id", "iteration_id"),
     ),
     "rank": ("rank", "rank_id", *PARALLEL),
     "phase": ("phase",),

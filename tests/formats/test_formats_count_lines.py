@@ -66,7 +66,15 @@ def test_comments_below_the_header(load, tmp_path):
     assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
 
 
-@pytest.mark.parametrize("name", ["selection_count", "freq", "count_all_topk"])
+@pytest.mark.parametrize(("step", "count"), [("pass", "selection_count"), ("step_idx", "hit_count")])
+def test_more_names_of_steps_and_counts(load, tmp_path, step, count):
+    counts = routed(np.random.default_rng(4), steps=3, layers=2, experts=8)
+    lines = [f"{t},{i},{e},{counts[t, i, e]}" for t, i, e in np.ndindex(*counts.shape)]
+    (tmp_path / "a.csv").write_text("\n".join([f"{step},layer_id,expert_id,{count}", *lines]))
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+
+
+@pytest.mark.parametrize("name", ["usage", "freq", "count_all_topk"])
 def test_counts_by_another_name_are_asked_for(load, tmp_path, name):
     counts = routed(np.random.default_rng(4), steps=1, layers=2, experts=8)
     lines = [f"{i},{e},{counts[0, i, e]}" for i in range(2) for e in range(8)]
