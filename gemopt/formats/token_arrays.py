@@ -85,10 +85,12 @@ def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -
         if layers is not None:
             ids = _placed(ids, layers, options)
         sequences = ids if ids.ndim == 4 else ids[None]
-        if ids.ndim == 4 and (tail := _tail(ids)) >= MANY_ALIKE:
+        if (tail := _tail(sequences)) >= MANY_ALIKE:
             notes.append(
                 f"{path.name}: at the ends of sequences {tail} tokens choose what the one before chose: padding?"
             )
+        if (head := _tail(sequences[:, ::-1])) >= MANY_ALIKE:
+            notes.append(f"{path.name}: where sequences begin {head} tokens choose what the next one chose: padding?")
         samples = [Sample(where=f"{path}: sequence {i}", encoded=[each]) for i, each in enumerate(sequences)]
         yield from (Response(name=None, samples=[sample]) for sample in samples)
 

@@ -240,10 +240,14 @@ def test_arrays_beside_that_change_nothing_and_padding_that_repeats(load, tmp_pa
     assert int(traces.counts.sum()) == ids.size and "padding?" not in notes
     ids[0, 8:], ids[1, 5:] = ids[0, 7], ids[1, 4]
     np.save(tmp_path / "a.npy", ids)
-    assert (
-        "at the ends of sequences 11 tokens choose what the one before"
-        in load(tmp_path / "a.npy", "tokens", **options)[1]
-    )
+    told = "at the ends of sequences 11 tokens choose what the one before"
+    assert told in load(tmp_path / "a.npy", "tokens", **options)[1]
+    np.save(tmp_path / "a.npy", ids[:, ::-1])  # padded on the left
+    told = "where sequences begin 11 tokens choose what the next one chose"
+    assert told in load(tmp_path / "a.npy", "tokens", **options)[1]
+    alone = np.concatenate([ids[2], np.tile(ids[2, -1], (9, 1, 1))])
+    np.save(tmp_path / "a.npy", alone)
+    assert "at the ends of sequences 9 tokens choose" in load(tmp_path / "a.npy", "tokens", **options)[1]
 
 
 def test_tensors_beside_the_experts_are_looked_at(load, tmp_path):
