@@ -85,21 +85,28 @@ def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -
         if layers is not None:
             ids = _placed(ids, layers, options)
         sequences = ids if ids.ndim == 4 else ids[None]
-        if (tail := _tail(sequences)) >= MANY_ALIKE:
-            notes.append(
-                f"{path.name}: at the ends of sequences {tail} tokens choose what the one before chose: padding?"
-            )
-        if (head := _tail(sequences[:, ::-1])) >= MANY_ALIKE:
-            notes.append(f"{path.name}: where sequences begin {head} tokens choose what the next one chose: padding?")
+        notes += padding(path.name, sequences)
         samples = [Sample(where=f"{path}: sequence {i}", encoded=[each]) for i, each in enumerate(sequences)]
         yield from (Response(name=None, samples=[sample]) for sample in samples)
 
 
-def _tail(sequences: IntArray) -> int:
-    """Tokens at the ends of sequences [S, N, L, K] of several layers that have the experts of the token before."""
-    same = (sequences[:, 1:] == sequences[:, :-1]).all(axis=(2, 3)) & sequences[:, 1:].any(axis=(2, 3))
-    ends = np.logical_and.accumulate(same[:, ::-1], axis=1)
-    return int(ends.sum()) if sequences.shape[2] > 1 and sequences.min() >= 0 else 0
+def padding(name: str, sequences: Iterable[IntArray]) -> list[str]:
+    """Notes where tokens at the ends of sequences [N, L, K], or where they begin, choose what those beside them did."""
+    tail = head = 0
+    for ids in sequences:
+        tail, head = tail + _tail(ids), head + _tail(ids[::-1])
+    said = [
+        (tail, f"at the ends of sequences {tail} tokens choose what the one before chose"),
+        (head, f"where sequences begin {head} tokens choose what the next one chose"),
+    ]
+    return [f"{name}: {text}: padding?" for tokens, text in said if tokens >= MANY_ALIKE]
+
+
+def _tail(ids: IntArray) -> int:
+    """Tokens at the end of a sequence [N, L, K] of several layers that have the experts of the token before."""
+    same = (ids[1:] == ids[:-1]).all(axis=(1, 2)) & ids[1:].any(axis=(1, 2))
+    alone = ids.shape[1] < 2 or ids.min(initial=0) < 0
+    return 0 if alone else int(np.logical_and.accumulate(same[::-1]).sum())
 
 
 def _counted(named: dict[Path, tuple[int, int]], options: TraceOptions, notes: list[str]) -> Recording:

@@ -249,6 +249,7 @@ def _replayed(rows: Rows, layers: list[int], experts: int, notes: list[str], opt
         if own[:, :, 0].size >= ENOUGH_SUMS and (known := first.setdefault(own.tobytes(), request)) != request:
             notes.append(f"{Path(request).name} has the tokens of {Path(known).name}: counted once")
             each = [other for other in each if other is not own]
+    notes += token_arrays.padding("PATHS", each)
     starts = np.cumsum([0, *map(len, each[:-1])]).tolist()
     traces = from_tokens(
         np.concatenate(each),

@@ -173,3 +173,14 @@ def test_arrays_that_cut_the_tokens_or_give_them_no_weight(load, tmp_path):
     np.savez(path, topk_ids=ids, topk_weights=weights)
     with pytest.raises(InputError, match=r"topk_weights\[20, 0\]: got a token of no weight"):
         load(path, "tokens", **options)
+
+
+def test_requests_whose_tokens_repeat_at_an_end_are_named(load, tmp_path):
+    ids = np.random.default_rng(1).random((20, LAYERS, EXPERTS)).argsort(axis=2)[..., :TOP_K]
+    for place, told in ((slice(11, None), "at the ends of sequences 8 tokens"), (slice(9), "where sequences begin 8")):
+        padded = ids.copy()
+        padded[place] = [1, 2]
+        lines = [{"token": n, "layer": i, "experts": padded[n, i].tolist()} for n, i in np.ndindex(20, LAYERS)]
+        assert told in load(write(tmp_path / "a.jsonl", lines), "tokens", phase=Phase.MIXED)[1]
+    lines = [{"token": n, "layer": i, "experts": ids[n, i].tolist()} for n, i in np.ndindex(20, LAYERS)]
+    assert "padding" not in load(write(tmp_path / "a.jsonl", lines), "tokens", phase=Phase.MIXED)[1]
