@@ -13,7 +13,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import count_csv, count_json
 from gemopt.formats.count_names import COUNTED, DERIVED, MEASURED, NO_COUNTS, SCORES, words_of
-from gemopt.formats.count_told import says_nothing
+from gemopt.formats.count_told import refuse_slots, says_nothing
 from gemopt.formats.engine import Engine, IntArray, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import refuse_parts
@@ -162,6 +162,8 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
         nothing = {name for name, each in data.items() if name not in known and _says_nothing(name, each)}
         names_beside = [name for name in [*data, *told, *beside] if name not in known]
         _refuse_beside(path, names_beside, nothing, notes)
+        for name, each in {**data, **told}.items():
+            refuse_slots(f"{path}: {name}", _text(each))
         if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
             hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)
@@ -214,6 +216,11 @@ def _says_counts(path: Path) -> bool:
         return count_json.read(path).named
     data, _ = _loaded(path)
     return path.suffix != ".npy" and isinstance(data, dict) and "counts" in data
+
+
+def _text(value: Any) -> Any:
+    """A text as such, though NumPy keeps it in an array."""
+    return value.item() if isinstance(value, np.ndarray) and value.dtype.kind == "U" and value.size == 1 else value
 
 
 def _says_nothing(name: str, value: Any) -> bool:

@@ -181,6 +181,8 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     logical = bool(counts) and "logical" in words_of(counts[0])
     _refuse_telling(path, [key for key in nested if key not in counts], logical=logical)
     plain = dict.fromkeys(key for row in rows for key in row if key not in nested)
+    for key, cell in rows[0].items():
+        count_told.refuse_slots(f"{path}: {key}", cell)
     _refuse_telling(path, [key for key in plain if any(_says(key, row.get(key)) for row in rows)], logical=logical)
     if not nested:
         return None

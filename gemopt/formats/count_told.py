@@ -12,6 +12,9 @@ from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
 NOT = {"0", "0.0", "false", "no"}
 NOTHING = {*NOT, "", "none", "null", "nan"}
 ALL = {"1", "1.0", "true", "yes"}
+SLOTS = re.compile(
+    r"physical([ _-]?(ids?|experts?|expert[ _-]?ids?|slots?))?|slots?|(local|slot)[ _-]?(experts?[ _-]?)?ids?"
+)
 WHOLE = re.compile(r"(\d{1,9})(?:\.0*)?", re.ASCII)
 
 
@@ -25,6 +28,7 @@ def numbers(columns: Mapping[str, str]) -> dict[str, int]:
     """
     told = {}
     for name, cell in columns.items():
+        refuse_slots(f"PATHS: {name}", cell)
         text = cell.strip().casefold()
         meaning = next((each for each, names in NUMBERS.items() if name in names), None)
         if meaning is not None and (found := WHOLE.fullmatch(text)):
@@ -36,6 +40,12 @@ def numbers(columns: Mapping[str, str]) -> dict[str, int]:
         elif COPIES.search(name) and not re.search("local|expert_id", name):
             raise InputError(f"PATHS: {name}", cell, "counts of logical experts", f"{NOT_COPIES}; then leave it out")
     return told
+
+
+def refuse_slots(where: str, cell: object) -> None:
+    """Raise where a text says that experts are slots: `{"id_space": "physical"}`."""
+    if isinstance(cell, str) and SLOTS.fullmatch(cell.strip().casefold()):
+        raise InputError(where, cell, "logical experts", f"{NOT_COPIES}; then leave it out")
 
 
 def refuse_own_layers(columns: Mapping[str, str], first: int) -> None:

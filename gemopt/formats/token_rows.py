@@ -18,6 +18,7 @@ import numpy as np
 from gemopt.exceptions import InputError
 from gemopt.formats import token_arrays
 from gemopt.formats.count_names import layer_doubts, phase_of
+from gemopt.formats.count_told import refuse_slots
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import experts_of
 from gemopt.formats.recorded_files import files_of, left_alone
@@ -91,6 +92,8 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[Rows, Beside]:
                 beside.alone |= names_one(known)
                 used = known.values()
                 others = [name for name in row if name not in used]
+                for name in others:
+                    refuse_slots(f"{where}: {name}", row[name])
                 found = names[tuple(given)] = apart, known, beside.watched(others, "ids" in known)
             apart, known, watched = found
             row = joined(given, apart) if apart else given

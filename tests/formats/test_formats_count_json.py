@@ -279,3 +279,16 @@ def test_numbers_of_the_layers_beside_an_array_are_not_left_unread(load, tmp_pat
     (tmp_path / "a.json").write_text(json.dumps({name: [3, 4, 5], "counts": COUNTS.tolist()}))
     with pytest.raises(InputError, match=f"{name} beside counts; .*give --layer-ids"):
         load(tmp_path / "a.json", "array")
+
+
+@pytest.mark.parametrize("text", ["physical", "Physical experts", "local_ids", "slot"])
+def test_texts_that_say_that_experts_are_slots(load, tmp_path, text):
+    table = [f"{t},{i},{e},{COUNTS[t, i, e]},{text}" for t, i, e in np.ndindex(*COUNTS.shape)]
+    (tmp_path / "a.csv").write_text("\n".join(["step,layer,expert,count,kind", *table]))
+    (tmp_path / "a.json").write_text(json.dumps({"kind": text, "counts": COUNTS.tolist()}))
+    np.savez(tmp_path / "a.npz", counts=COUNTS, kind=text)
+    for name in ("a.csv", "a.json", "a.npz"):
+        with pytest.raises(InputError, match=f"kind: got {text}; .*logical experts"):
+            load(tmp_path / name, "csv" if name == "a.csv" else "array")
+    np.savez(tmp_path / "a.npz", counts=COUNTS, backend="local", domain="physical sciences", kind="logical")
+    assert (load(tmp_path / "a.npz", "array")[0].counts == COUNTS).all()

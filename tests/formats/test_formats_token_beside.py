@@ -43,6 +43,7 @@ def write(path, lines):
         ({"num_experts": 8}, "experts 0 to 7"),
         ({"num_experts": lambda t, n: 16 + 16 * t}, "num_experts: got 16, 32, 48, 64, 80; one number"),
         ({"top_k": 8}, "experts: got 2 of a token; 8, as top_k says"),
+        ({"id_space": "physical"}, "line 1: id_space: got physical; logical experts"),
     ],
 )
 def test_columns_that_say_that_rows_count_otherwise_are_refused(load, tmp_path, more, words):
