@@ -17,19 +17,18 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import responses
+from gemopt.formats import responses, token_passes
 from gemopt.formats.count_names import HEEDED, NUMBERS, numbered, words_of
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
-from gemopt.formats.findings import MANY_ALIKE, experts_of
+from gemopt.formats.findings import MANY_ALIKE
 from gemopt.formats.response_bodies import Response, Sample
 from gemopt.formats.token_beside import TOKENS, WEIGHTED
 from gemopt.formats.token_cells import NAMES
 from gemopt.traces import Phase
-from gemopt.traces.arrays import MAX_EXPERTS, widened
+from gemopt.traces.arrays import widened
 from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES, meant
-from gemopt.words import counted
 
 COUNTED = {"mask", "valid", "accepted"}  # words of arrays that tell tokens from padding, where they are true
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
@@ -65,11 +64,16 @@ def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded | Record
     """Replay the sequences of some files as continuous batching; count what files of layers and steps hold."""
     notes: list[str] = []
     named = {path: (int(found[1]), int(found[2])) for path in files if (found := _ONE.fullmatch(path.stem))}
-    if getattr(_loaded(files[0])[0], "ndim", 0) == 2:
+    first = _loaded(files[0])[0]
+    if getattr(first, "ndim", 0) == 2:
         if other := next((path for path in files if path not in named), None):
             hint = "of ranks with tokens of their own make one file; of those that saw the same, keep one"
             raise InputError(str(other), "[tokens, top-k]", "a name that says layer and step, topk_layer3_step0", hint)
-        return _counted(named, options, notes)
+        notes.append(f"{files[0].name} is layer {named[files[0]][0]} of step {named[files[0]][1]}, and so on")
+        return token_passes.counted([(str(path), *at, _loaded(path)[0]) for path, at in named.items()], options, notes)
+    if len(files) == 1 and (passes := token_passes.of_lists(files[0], first)):
+        notes.append(f"{files[0].name}: a list is one of forward passes: each is a step")
+        return token_passes.counted(passes, options, notes, "part")
     return responses.replayed(_responses(files, options, notes), options, lambda: notes, all_layers=False)
 
 
@@ -107,46 +111,6 @@ def _tail(ids: IntArray) -> int:
     same = (ids[1:] == ids[:-1]).all(axis=(1, 2)) & ids[1:].any(axis=(1, 2))
     alone = ids.shape[1] < 2 or ids.min(initial=0) < 0
     return 0 if alone else int(np.logical_and.accumulate(same[::-1]).sum())
-
-
-def _counted(named: dict[Path, tuple[int, int]], options: TraceOptions, notes: list[str]) -> Recording:
-    """Counts of files that hold one layer of one step each; named: layer and step of each file."""
-    options.refuse_unused("files of layers and steps")
-    layers, steps = (sorted({each[i] for each in named.values()}) for i in (0, 1))
-    if len(named) != len(layers) * len(steps) or len(set(named.values())) < len(named):
-        found = f"{len(named)} files of {len(layers)} layers and {len(steps)} steps"
-        raise InputError("PATHS", found, "a file for each layer of each step, by their names")
-    ids = {}
-    for path, at in named.items():
-        each = whole_numbers(_loaded(path)[0], name=f"{path}: experts of tokens", ndims=(2,)).astype(np.int64)
-        ordered = np.sort(each, axis=1)
-        if not each.size or ((np.diff(ordered, axis=1) == 0) & (ordered[:, 1:] >= 0)).any():
-            raise InputError(f"{path}: experts of tokens", "an expert twice, or none", "different experts of a token")
-        if ordered.min() < -1 or ordered.max() >= MAX_EXPERTS:
-            found_id = int(ordered.max()) if ordered.max() >= MAX_EXPERTS else int(ordered.min())
-            raise InputError(f"{path}: experts of tokens", found_id, f"experts below {MAX_EXPERTS}, or -1")
-        ids[at] = each
-    for step in steps:
-        if len(shapes := sorted({ids[layer, step].shape for layer in layers})) > 1:
-            found = " and ".join(f"{tokens} tokens of {top_k}" for tokens, top_k in (shapes[0], shapes[-1]))
-            raise InputError("PATHS", f"step {step}: {found}", "the same tokens in all layers of a step")
-    chosen = np.flatnonzero(np.bincount(np.concatenate([each[each >= 0] for each in ids.values()]))).tolist()
-    if not chosen:
-        raise InputError("PATHS", "no expert", "experts of tokens")
-    experts = experts_of("PATHS: experts", chosen, options.num_experts, notes)
-    sizes = {int(size) for each in ids.values() for size in np.unique((each >= 0).sum(axis=1))} - {0}
-    if (top_k := max(sizes)) >= experts:
-        raise InputError("PATHS: experts", f"all {experts} of a token", "those that it chose")
-    if options.top_k not in (None, top_k):
-        raise InputError("--top-k", options.top_k, f"{top_k} experts of a token, as in the files")
-    counts = np.array([[np.bincount(ids[i, t][ids[i, t] >= 0], minlength=experts) for i in layers] for t in steps])
-    told = next(iter(named))
-    notes.append(f"{told.name} is layer {named[told][0]} of step {named[told][1]}, and so on")
-    if blank := sum(int((each < 0).all(axis=1).sum()) for each in ids.values()):
-        notes.append(f"left out: {counted(blank, 'row')} without any expert (padding)")
-    used = counts.any(axis=(1, 2))
-    told_k = top_k if len(sizes) == 1 else None
-    return Recording(blocks=lambda: iter([counts[used]]), layer_ids=tuple(layers), top_k=told_k, notes=notes)
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:

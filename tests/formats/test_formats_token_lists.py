@@ -184,3 +184,43 @@ def test_requests_whose_tokens_repeat_at_an_end_are_named(load, tmp_path):
         assert told in load(write(tmp_path / "a.jsonl", lines), "tokens", phase=Phase.MIXED)[1]
     lines = [{"token": n, "layer": i, "experts": ids[n, i].tolist()} for n, i in np.ndindex(20, LAYERS)]
     assert "padding" not in load(write(tmp_path / "a.jsonl", lines), "tokens", phase=Phase.MIXED)[1]
+
+
+SIZES = (6, 3, 5)
+PASSES = [np.random.default_rng(n).random((n, LAYERS, EXPERTS)).argsort(axis=2)[..., :TOP_K] for n in SIZES]
+OF_PASSES = np.array([[np.bincount(ids[:, i].ravel(), minlength=EXPERTS) for i in range(LAYERS)] for ids in PASSES])
+
+
+@pytest.mark.parametrize("name", ["model.layers.{}.mlp.gate", "layer_{}", 0])
+def test_lists_of_forward_passes_as_hooks_keep_them(load, tmp_path, name):
+    torch = pytest.importorskip("torch")
+    keys = [name.format(3 + i) if name else 3 + i for i in range(LAYERS)]
+    parts = [[torch.tensor(ids[:, i]) for i in range(LAYERS)] for ids in PASSES]
+    by_layer = {key: [each[i] for each in parts] for i, key in enumerate(keys)}
+    by_pass = [dict(zip(keys, each, strict=True)) for each in parts]
+    for data in (by_layer, by_pass):
+        torch.save(data, tmp_path / "a.pt")
+        traces, notes = load(tmp_path / "a.pt", "tokens", num_experts=EXPERTS)
+        assert (traces.counts == OF_PASSES).all() and traces.layer_ids == (3, 4, 5) and traces.top_k == TOP_K
+        assert "a list is one of forward passes" in notes
+    with pytest.raises(InputError, match="--phase: got decode; does not apply to parts"):
+        load(tmp_path / "a.pt", "tokens", phase=Phase.DECODE)
+
+
+def test_lists_that_nothing_tells_from_other_lists_are_refused(load, tmp_path):
+    torch = pytest.importorskip("torch")
+    same = {i: [torch.tensor(PASSES[0][:, i])] * 2 for i in range(LAYERS)}  # of layers for each step?
+    short = {f"layer_{i}": [torch.tensor(ids[:, i]) for ids in PASSES[: 3 - i // 2]] for i in range(LAYERS)}
+    mixed = {f"layer_{i}": [torch.tensor(ids[: 3 + i, i]) for ids in PASSES] for i in range(LAYERS)}
+    masks = {
+        f"layer_{i}": [torch.eye(EXPERTS, dtype=torch.int64)[ids[:, i, 0]] for ids in PASSES] for i in range(LAYERS)
+    }
+    for data, words in (
+        (same, "one array called topk_ids"),
+        (short, "got layers of 2 and of 3 passes"),
+        (mixed, "the same tokens in all layers of a step"),
+        (masks, "got an expert twice, or none"),
+    ):
+        torch.save(data, tmp_path / "a.pt")
+        with pytest.raises(InputError, match=words):
+            load(tmp_path / "a.pt", "tokens", phase=Phase.MIXED)
