@@ -128,7 +128,7 @@ def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray,
     data, told = _loaded(path)
     if not isinstance(data, dict):
         return _whole(path, data), None
-    arrays = {str(name): each for name, each in data.items()}
+    arrays = _without_weights(path, {str(name): each for name, each in data.items()}, notes)
     kind = numbered(arrays)
     if kind is not None and kind[0] == "layer":
         _refuse_others(path, told)
@@ -154,6 +154,31 @@ def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray,
         _check_told(path, name, arrays.get(name, told.get(name)), ids, options)
     notes += [f"{path.name}: {', '.join(others)} left unread"] if others else []
     return ids, None
+
+
+def _without_weights(path: Path, arrays: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+    """The experts of layers beside or among whose arrays are weights; anything else as it is."""
+    inner = [set(map(str, each)) for each in arrays.values() if isinstance(each, dict)]
+    if inner and len(inner) == len(arrays) and all(names == inner[0] for names in inner):
+        named = [name for name in inner[0] if name.casefold() in NAMES["ids"]]
+        kept = {layer: each[named[0]] for layer, each in arrays.items()} if len(named) == 1 else {}
+        others = {f"{layer}: {name}": each[name] for layer, each in arrays.items() for name in inner[0] - {*named}}
+        names, of = inner[0] - {*named}, {other: other.partition(": ")[0] for other in others}
+    else:
+        others = {name: each for name, each in arrays.items() if words_of(name) & WEIGHTED}
+        kept = {name: each for name, each in arrays.items() if name not in others}
+        names, told, own = set(others), numbered(others) if others else None, numbered(kept) if kept else None
+        layers = dict(zip(own[1], kept, strict=True)) if own else {}
+        of = {other: layers.get(layer, "") for other, layer in zip(others, told[1], strict=True)} if told else {}
+    kind = numbered(kept) if kept and others else None
+    if kind is None or kind[0] != "layer":
+        return arrays
+    _refuse_others(path, names)
+    for other, layer in of.items():
+        if layer in kept:
+            _refuse_no_weight(path, other, as_numpy(others[other]), as_numpy(kept[layer]))
+    notes.append(f"{path.name}: {', '.join(sorted(names))[:100]} left unread")
+    return kept
 
 
 def _check_told(path: Path, name: str, value: Any, ids: IntArray, options: TraceOptions) -> None:

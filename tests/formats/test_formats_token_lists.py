@@ -224,3 +224,25 @@ def test_lists_that_nothing_tells_from_other_lists_are_refused(load, tmp_path):
         torch.save(data, tmp_path / "a.pt")
         with pytest.raises(InputError, match=words):
             load(tmp_path / "a.pt", "tokens", phase=Phase.MIXED)
+
+
+def test_arrays_of_layers_with_weights_beside_or_among_them(load, tmp_path):
+    torch = pytest.importorskip("torch")
+    ids = np.concatenate(PASSES)
+    layers, weights = [torch.tensor(ids[:, i]) for i in range(LAYERS)], torch.rand(len(ids), TOP_K)
+    beside = {f"layer_{i}": each for i, each in enumerate(layers)} | {
+        f"layer_{i}_weights": weights for i in range(LAYERS)
+    }
+    among = {f"layer_{i}": {"topk_ids": each, "topk_weights": weights} for i, each in enumerate(layers)}
+    for data in (beside, among):
+        torch.save(data, tmp_path / "a.pt")
+        traces, notes = load(tmp_path / "a.pt", "tokens", num_experts=EXPERTS, phase=Phase.MIXED)
+        assert (traces.counts.sum(axis=0) == OF_PASSES.sum(axis=0)).all() and "weights left unread" in notes
+    weights[7] = 0
+    for data in (beside, among):
+        torch.save(data, tmp_path / "a.pt")
+        with pytest.raises(InputError, match=r"weights\[7\]: got a token of no weight"):
+            load(tmp_path / "a.pt", "tokens", num_experts=EXPERTS, phase=Phase.MIXED)
+    torch.save({name: each | {"physical_ids": weights} for name, each in among.items()}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="physical_ids: got beside the experts"):
+        load(tmp_path / "a.pt", "tokens", phase=Phase.MIXED)
