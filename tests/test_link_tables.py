@@ -188,3 +188,6 @@ def test_costs_are_numbers(tmp_path: Path, cells: str) -> None:
     path.write_text(cells)
     with pytest.raises(InputError, match="flags or texts; a square of numbers"):
         read_links(str(path), like="nvlink-8")
+    path.write_text('{"rank_cost_matrix": 3.5}')
+    with pytest.raises(InputError, match=r"got 3\.5; a square of numbers"):
+        read_links(str(path), like="nvlink-8")

@@ -37,7 +37,7 @@ STEMS = {  # of columns with one expert of a token each, expert_0, expert_1, ...
 OTHERS = {"second", "secondary", "third", "fourth", "other"}  # words of another expert of the token
 MOST_LAYERS = 4096
 MOST_COLUMNS = 64  # with experts of one token
-_EXPERT = re.compile(r"-?\d+(?:\.0*)?", re.ASCII)
+_EXPERT = re.compile(r"-?\d{1,12}(?:\.0*)?", re.ASCII)
 _LIST = re.compile(rf"[\[(]?\s*{_EXPERT.pattern}(?:[\s,;|]+{_EXPERT.pattern})*\s*[\])]?", re.ASCII)
 _ZEROS = re.compile(
     r"[\[(]?\s*-?0+(?:\.0*)?(?:e[+-]?\d+)?(?:[\s,;|]+-?0+(?:\.0*)?(?:e[+-]?\d+)?)*\s*[\])]?", re.I | re.A

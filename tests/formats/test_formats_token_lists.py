@@ -73,6 +73,13 @@ def counts_without(expert):
     return counts
 
 
+@pytest.mark.parametrize("cell", ["9" * 400, ["9" * 400], [1e300], [True, False], ["x"], [None, 1], {"a": 1}])
+def test_cells_that_are_no_experts(load, tmp_path, cell):
+    path = write(tmp_path / "a.jsonl", [{"step": 0, "layer": 0, "topk_ids": cell}])
+    with pytest.raises(InputError, match=r"line 1: topk_ids: got .*experts"):
+        load(path, "tokens")
+
+
 @pytest.mark.parametrize("tell", [lambda ids: [str(e) for e in ids], lambda ids: [float(e) for e in ids]])
 def test_experts_as_texts_or_with_a_point(load, tmp_path, tell):
     path = write(tmp_path / "a.jsonl", rows(topk_ids=tell))

@@ -93,6 +93,8 @@ def from_cost_matrix(data: Any, source: str, *, like: str | None) -> Topology:
     if isinstance(data, dict) and set(data) != {"rank_cost_matrix"}:
         raise InputError(source, sorted(set(data) - {"rank_cost_matrix"}), "one key, rank_cost_matrix")
     rows = data["rank_cost_matrix"] if isinstance(data, dict) else data
+    if not isinstance(rows, list):
+        raise InputError(f"{source}: rank_cost_matrix", rows, "a square of numbers")
     if rows and all(isinstance(row, dict) for row in rows):
         raise InputError(source, "rows of a table", "a square of numbers", "of rccl-tests give what it prints")
     cells = [cell for row in rows or [] if isinstance(row, list) for cell in row]
