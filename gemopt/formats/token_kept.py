@@ -87,7 +87,7 @@ class Rows:
 
     def refuse_shares(self, experts: int) -> None:
         """Raise where rows hold a value for each expert of a step and layer, and no choices of tokens."""
-        of, layers = np.array(self.of), np.array(self.layers)
+        of, layers = np.repeat(self.of, self.sizes), np.repeat(self.layers, self.sizes)
         keys, sizes = np.unique(np.stack([of, layers, np.frombuffer(self.ids, np.intc)]), axis=1, return_counts=True)
         chosen = np.unique(keys[:2], axis=1, return_counts=True)[1]
         if sizes.max() == 1 and (chosen.min() < chosen.max() or chosen.max() == experts):

@@ -30,6 +30,7 @@ from gemopt.formats.token_cells import (
     experts_in,
     joined,
     names_one,
+    numbers_in,
     one_each,
     rows_of,
     whole,
@@ -89,7 +90,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[Rows, Beside]:
                 if apart and "token" not in known:
                     limit, hint = "the number of the token in every row", "call it token; --from csv reads counts"
                     raise InputError(where, f"{apart[0]} to {apart[-1]}", limit, hint)
-                beside.alone |= names_one(known)
+                beside.alone |= names_one(known) and len(numbers_in(row[known["ids"]])) < len("ab")
                 used = known.values()
                 others = [name for name in row if name not in used]
                 for name in others:

@@ -73,6 +73,15 @@ def counts_without(expert):
     return counts
 
 
+@pytest.mark.parametrize("name", ["expert", "expert_id"])
+def test_lists_in_a_column_that_names_one_expert(load, tmp_path, name):
+    lines = [{"step": t, "layer": i, name: IDS[t, n, i].tolist()} for t, n, i in EACH]
+    assert (load(write(tmp_path / "a.jsonl", lines), "tokens", num_experts=EXPERTS)[0].counts == COUNTS).all()
+    alone = [{"step": 0, "layer": 0, name: 3}, *lines]  # of any number for each row
+    counts = load(write(tmp_path / "b.jsonl", alone), "tokens", num_experts=EXPERTS)[0].counts
+    assert counts.sum() == COUNTS.sum() + 1 and counts[0, 0, 3] == COUNTS[0, 0, 3] + 1
+
+
 @pytest.mark.parametrize("cell", ["9" * 400, ["9" * 400], [1e300], [True, False], ["x"], [None, 1], {"a": 1}])
 def test_cells_that_are_no_experts(load, tmp_path, cell):
     path = write(tmp_path / "a.jsonl", [{"step": 0, "layer": 0, "topk_ids": cell}])
