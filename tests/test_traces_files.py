@@ -311,8 +311,13 @@ def test_arrays_by_hand_say_what_they_are(tmp_path: Path, kind: str, change: obj
     save(arrays, path)
     with pytest.raises(InputError, match=word):
         Traces.load(path)
-    more = {"measured_at": np.zeros(4), "fullest": counts.sum(axis=(0, 1)).argsort(), "batch_size": tokens}
-    save({"counts": counts, "layer_ids": np.array([3, 4, 5]), **more}, path)
+    more = {
+        "measured_at": np.zeros(4),
+        "fullest": counts.sum(axis=(0, 1)).argsort(),
+        "batch_size": tokens,
+        "block_sizes": [4, 8, 9],
+    }
+    save({"counts": counts, "layer_ids": np.array([3, 4, 5])} | {k: np.array(v) for k, v in more.items()}, path)
     assert Traces.load(path).layer_ids == (3, 4, 5)
 
 

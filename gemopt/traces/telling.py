@@ -31,6 +31,8 @@ FOUND = {"slowest", "fullest", "busiest", "hottest", "worst", "max", "min"}  # r
 AMOUNTS = {"num", "n", "count", "counts", "tokens", "size", "sizes"}
 WEIGHTS = {"weight", "weights", "multiplicity", "repeat", "repeats", "occurrences"}
 LAYERS = {"layer", "layers", "block", "blocks"}
+NO_NUMBERS = AMOUNTS | {"offset", "offsets", "start", "starts", "end", "ends", "bytes", "dim", "dims", "width", "freq"}
+"""Words of what arrays say of layers besides their numbers."""
 
 
 def refuse_telling(path: str | os.PathLike[str], others: Mapping[str, NDArray[Any]], counts: IntArray) -> None:
@@ -52,7 +54,7 @@ def refuse_telling(path: str | os.PathLike[str], others: Mapping[str, NDArray[An
             limit, hint = "steps that were served", "leave out the others"
         elif steps and words & WEIGHTS and varies:
             limit, hint = "steps that count once", "repeat or add up what counts more often"
-        elif len(array) == counts.shape[1] and not steps and words & LAYERS and _names_layers(array):
+        elif len(array) == counts.shape[1] and not steps and words & LAYERS and not words & NO_NUMBERS and _rise(array):
             limit, hint = "layer_ids, if it says which layers they are", "call it so, or give --layer-ids"
         else:
             continue
@@ -63,7 +65,8 @@ def _words(name: str) -> set[str]:
     return set(re.split("[^a-z]+", name.lower()))
 
 
-def _names_layers(array: IntArray) -> bool:
+def _rise(array: IntArray) -> bool:
+    """Whether numbers are others than 0, 1, ..., in order."""
     return bool((np.diff(array) > 0).all() and array[0] >= 0 and array[-1] >= len(array))
 
 
