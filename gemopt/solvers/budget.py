@@ -85,8 +85,9 @@ def walk_front(
     most: int,
     stop: NDArray[np.uint8] | None = None,
     begin: tuple[Row, FloatArray | None] | None = None,
+    max_swaps: int | None = None,
 ) -> Front:
-    """Points that the best swaps lead through, up to `most` moves.
+    """Points that the best swaps lead through, up to `most` moves and perhaps so many swaps.
 
     They begin with `begin`, a row and its static weights, else with the row of the fewest moves that was found.
     """
@@ -106,7 +107,7 @@ def walk_front(
         price_us=moves.price_us,
         max_moves=limit,
         max_into_G=moves.most_into_G,
-        max_swaps=2 * limit + problem.num_slots,
+        max_swaps=2 * limit + problem.num_slots if max_swaps is None else max_swaps,
         stop=stop,
         weights_P=weights_P,
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +23,9 @@ from gemopt.rules import Rules
 from gemopt.solve import solve
 from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Options
-from gemopt.solvers.budget import Front, Point, divide, walk_front
+from gemopt.solvers.budget import Front, Point, divide
 from gemopt.solving.first_use import ready, unlike
+from gemopt.solving.walks import Begin, walk_fronts
 from gemopt.solving.ruled import exemplified
 from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders
@@ -150,16 +149,13 @@ def _fronts(
         raise InputError("rules", current.rules, note)
     weights = current.split_weights if current.split is Split.STATIC else None
 
-    def one(index: int) -> Front:
-        layer, row = layers[index], current.physical_to_logical[index]
+    begins: list[Begin | None] = []
+    for index, (layer, row) in enumerate(zip(layers, current.physical_to_logical, strict=True)):
         broken = layer.rules is not None and layer.rules.broken(row, layer.slots_per_rank)
-        begin = None if broken else (row, None if weights is None else weights[index])
-        return walk_front(layer, layer.num_slots, stop, begin)
-
-    with options.alarm() as stop, ThreadPoolExecutor(threads or cores.available()) as pool:
-        with hurried.call(options.deadline, options.stop):
-            found = [pool.submit(copy_context().run, one, index) for index in range(len(layers))]
-        return [each.result() for each in found], bool(stop[0])
+        begins.append(None if broken else (row, None if weights is None else weights[index]))
+    with hurried.call(options.deadline, options.stop):
+        most_L = [layer.num_slots for layer in layers]
+        return walk_fronts(layers, begins, most_L, options, threads or cores.available())
 
 
 def _moved(current: Placement, layers: Sequence[Problem], chosen: Sequence[Point]) -> Placement:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import replace
 
 import numpy as np
@@ -21,8 +19,9 @@ from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.solvers import hurried
 from gemopt.solvers.base import Options, Outcome, Row
-from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of, walk_front
+from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of
 from gemopt.solvers.nearest import fewest_row, fewest_rows, no_placement, who_moves
+from gemopt.solving.walks import walk_fronts
 from gemopt.solving.layers import Layer
 from gemopt.solving.moving import Moving, limited
 from gemopt.solving.schedule import Run
@@ -92,15 +91,9 @@ def _walked(run: Run, problems: Sequence[Problem], begins: Sequence[Row | None])
     the time."""
     left = max(0.0, run.clock + run.time_limit - time.monotonic())
     options = Options.lasting(FRONT_SHARE * left, stop=run.interrupted.is_set)
-    better = hurried.better_by(options.deadline)
-    with better, options.alarm() as stop, ThreadPoolExecutor(run.threads) as pool:
-
-        def walked(problem: Problem, begin: Row | None) -> Future[Front]:
-            given = None if begin is None else (begin, None)
-            return pool.submit(copy_context().run, walk_front, problem, _most(problem), stop, given)
-
-        found = [walked(problem, begin) for problem, begin in zip(problems, begins, strict=True)]
-        return [each.result() for each in found]
+    given = [None if begin is None else (begin, None) for begin in begins]
+    with hurried.better_by(options.deadline):
+        return walk_fronts(problems, given, [_most(problem) for problem in problems], options, run.threads)[0]
 
 
 def _together(
