@@ -201,7 +201,7 @@ def latency(inputs: Inputs, old_us: FloatArray, new_us: FloatArray) -> Section:
         of = f"the {len(new_us)} steps that the placement was made for; none were held out"
     else:
         of = f"all {len(new_us)} steps; the file does not say on which of them it was made"
-    how = "bars are 95 % intervals (moving-block bootstrap)"
+    how = "bars are 95 % intervals (circular block bootstrap)"
     if len(new_us) < numbers.LEAST_STEPS:
         how = f"below {numbers.LEAST_STEPS} steps there are no intervals"
     text = f"Of {of}. Points are p50, p90 and p99; {how}."

@@ -139,15 +139,15 @@ def bounds(inputs: Inputs) -> Bounds:
 def intervals(step_us: FloatArray) -> FloatArray | None:
     """[Q, 2] 95 % intervals of `QUANTILES` of the step latency; None for too few steps.
 
-    Moving-block bootstrap (Kuensch, The Annals of Statistics 17, 1989) with blocks of sqrt(T) steps, since neighbouring
-    steps are alike.
+    Circular block bootstrap (Politis and Romano, 1992) with blocks of sqrt(T) steps, since neighbouring steps are alike;
+    the last step is followed by the first, else those at both ends would hardly ever be drawn.
     """
     steps = len(step_us)
     if steps < LEAST_STEPS:
         return None
     length = round(steps**0.5)
-    starts = np.random.default_rng(0).integers(0, steps - length + 1, (DRAWS, -(-steps // length)))
-    index = (starts[:, :, None] + np.arange(length)).reshape(DRAWS, -1)[:, :steps]
+    starts = np.random.default_rng(0).integers(0, steps, (DRAWS, -(-steps // length)))
+    index = (starts[:, :, None] + np.arange(length)).reshape(DRAWS, -1)[:, :steps] % steps
     drawn_QD = np.quantile(step_us[index], QUANTILES, axis=1)
     return np.asarray(np.quantile(drawn_QD, (0.025, 0.975), axis=1).T)
 
