@@ -11,7 +11,7 @@ from gemopt.documents import Document, Part
 from gemopt.links.report import LinksReport
 from gemopt.placement import Placement
 from gemopt.tables import frame, html_table
-from gemopt.words import counted
+from gemopt.words import counted, short
 
 OPTIMALITY_TOLERANCE = 1e-6
 """A gap at or below this relative size is called optimal: the exact solvers work with tolerances near 1e-7."""
@@ -87,7 +87,7 @@ class MovesReport(Part):
 
     def summary(self, num_steps: int) -> str:
         """One or two lines for people."""
-        size = "" if self.bytes is None else f" ({self.bytes / 1e9:.3g} GB)"
+        size = "" if self.bytes is None else f" ({short(self.bytes / 1e9)} GB)"
         gain, before = self.gain_us / num_steps, self.makespan_before_us / num_steps
         change = f"{abs(gain):.1f} us per step {'gained on' if gain >= 0 else 'more than'} the {before:.1f} us in force"
         paid = (

@@ -14,6 +14,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
+def short(value: float, digits: int = 3) -> str:
+    """So many digits of a number; a large one has no exponent: `332`, `1150`, `0.48`."""
+    return f"{float(f'{value:.{digits}g}'):.15g}"
+
+
 class Voice:
     """How much is said, for one command of the command line."""
 

@@ -28,9 +28,10 @@ from gemopt.cli.stacked import stacked
 from gemopt.compare import Comparison
 from gemopt.evaluate import evaluate
 from gemopt.plotting import plot_comparison
-from gemopt.result import Status, StoppedBy
+from gemopt.result import MovesReport, Status, StoppedBy
 from gemopt.solvers import names
 from gemopt.solving.layers import Standing
+from gemopt.words import short
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
 
@@ -310,3 +311,11 @@ def test_a_kernel_table_says_what_it_is_told(tmp_path: Path, capsys: pytest.Capt
     assert found == {"output": str(tmp_path / "p.json"), "devices": 4, "samples": 8}
     shape = package.Profile.load(tmp_path / "p.json").model
     assert (shape.name, shape.expert_bytes, shape.top_k) == ("net", 1000, 2)
+
+
+def test_large_sizes_are_said_without_an_exponent() -> None:
+    """`1.29e+03 GB` was."""
+    known: dict[str, Any] = dict.fromkeys(MovesReport.model_fields, 0.0) | {"per_layer": [], "into_rank": []}
+    known |= {"moves": 30000, "bytes": 1_290_000_000_000, "from_checkpoint": {}, "old_rank": []}
+    assert "30000 moves (1290 GB)" in MovesReport(**known).summary(1)
+    assert [short(each, 2) for each in (332.4, 0.476, 0.0)] == ["330", "0.48", "0"]

@@ -18,6 +18,7 @@ from gemopt.replay import Migration, ReplayResult, replay
 from gemopt.replay.strategy import Solved
 from gemopt.rules import Rules
 from gemopt.traces import Traces, concatenate
+from gemopt.words import short
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ def make_case(profile: Profile, traces: Traces, horizon: int | None, memory_byte
     per_slot = migration.expert_bytes * traces.num_layers
     spare = min(int(memory_bytes // per_slot), traces.num_experts - int(bare_G.max()))
     if spare <= 0:
-        notes.append(f"no copies: a slot more per rank and layer takes {per_slot / 1e9:.3g} GB of --memory")
+        notes.append(f"no copies: a slot more per rank and layer takes {short(per_slot / 1e9)} GB of --memory")
     scored = traces.num_steps // 2 if horizon is None else min(horizon, traces.num_steps // 2)
     fit = (traces.num_steps - scored) / traces.num_steps
     case = Case(

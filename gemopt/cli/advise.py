@@ -11,6 +11,7 @@ from gemopt.cli import links, options
 from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
+from gemopt.words import short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,22 +182,17 @@ def _table(advice: Advice) -> Table:
         table.add_row(
             each.strategy, f"{100 * each.change:+z.1f}", f"{100 * each.low:+z.1f} {100 * each.high:+z.1f}",
             f"{100 * each.step_change:+z.1f}", f"{100 * each.best_share:.0f}", str(each.moves),
-            f"{each.traffic_bytes / 1e9:.2g}", str(each.setup_moves), f"{each.memory_bytes / 1e9:.2g}",
+            short(each.traffic_bytes / 1e9, 2), str(each.setup_moves), short(each.memory_bytes / 1e9, 2),
             style="bold" if each.strategy == advice.recommended else None,
         )  # fmt: skip
     return table
 
 
 def _threshold(sweep: Sweep) -> str:
-    unit, values = UNITS[sweep.what], [_short(each) for each in sweep.values]
+    unit, values = UNITS[sweep.what], [short(each) for each in sweep.values]
     steps = ", ".join(f"{value} {best}" for value, best in zip(values, sweep.best, strict=True))
-    pays = "pays nowhere" if sweep.pays_from is None else f"pays from {_short(sweep.pays_from)} on"
+    pays = "pays nowhere" if sweep.pays_from is None else f"pays from {short(sweep.pays_from)} on"
     return f"{sweep.what} ({unit}) {pays}: {steps}"
-
-
-def _short(value: float) -> str:
-    """Three digits, never with an exponent."""
-    return f"{float(f'{value:.3g}'):.12g}"
 
 
 def _percent(change: float) -> str:

@@ -162,7 +162,8 @@ def described(topology: Topology) -> list[str]:
             speed = f"{level.bandwidth_gbs:g} GB/s ({8 * level.bandwidth_gbs:g} Gb/s), {level.latency_us:g} us"
         else:
             (low, first), (high, last) = level.points[0], level.points[-1]
-            speed = f"{counted(len(level.points), 'point')}, {first:g} us for {low:g} bytes to {last:g} us for {high:g}"
+            ends = f"{first:g} us for {low:,.0f} bytes to {last:g} us for {high:,.0f}"
+            speed = f"{counted(len(level.points), 'point')}, {ends}"
         lines.append(f"{name.replace('_', ' ')}: {speed}, a port per {level.port_of}")
     if topology.pair_bandwidth_gbs is not None:
         lines.append("a link from every rank to every other")

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gemopt.words import counted
+from gemopt.words import counted, short
 
 if TYPE_CHECKING:
     from gemopt.compare import Comparison
@@ -160,7 +160,7 @@ def evaluation_table(fields: dict[str, Any], num_steps: int) -> Table:
     if "dispatch_us" in fields:
         parts = " + ".join(f"{fields[name] / num_steps:.1f}" for name in ("compute_us", "dispatch_us", "combine_us"))
         table.add_row("compute + dispatch + combine", f"{parts} us per step")
-        table.add_row("between nodes", f"{fields['cross_node_bytes'] / 1e9:.3g} GB")
+        table.add_row("between nodes", f"{short(fields['cross_node_bytes'] / 1e9)} GB")
         table.add_row("fullest port", fields["fullest_port"])
     table.add_row("outside the profile", f"{100 * fields['outside']:.1f} % of the loads")
     return table
@@ -202,8 +202,8 @@ def replay_table(result: ReplayResult) -> Table:
 def _conditions(result: ReplayResult) -> str:
     costs = result.migration
     said = [
-        f"experts of {costs.expert_bytes / 1e6:.3g} MB at {costs.bytes_per_s / 1e9:.3g} GB/s; a transfer slows steps "
-        f"by {100 * costs.slowdown:.3g} %, a commit stalls {costs.commit_us:.3g} us",
+        f"experts of {short(costs.expert_bytes / 1e6)} MB at {short(costs.bytes_per_s / 1e9)} GB/s; a transfer slows "
+        f"steps by {short(100 * costs.slowdown)} %, a commit stalls {short(costs.commit_us)} us",
         f"quantiles, TTFT and TPOT with {result.non_moe_us:.0f} us a step outside the MoE layers",
         *(str(event) for event in result.schedule.events),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemopt.documents import Part
+from gemopt.words import short
 
 
 class BytesSaved(Part):
@@ -55,6 +56,6 @@ class LinksReport(Part):
         hidden = f", {self.exposed_us / num_steps:.1f} us of it exposed" if self.overlap else ""
         return (
             f"{sent:.1f} us per step to exchange tokens over {self.topology or 'the links'}{hidden}: once per "
-            f"{self.once_per}, senders {self.senders}, {self.cross_node_bytes / 1e9:.3g} GB between nodes, "
+            f"{self.once_per}, senders {self.senders}, {short(self.cross_node_bytes / 1e9)} GB between nodes, "
             f"fullest port {self.fullest_port}"
         ) + ("" if self.saved is None else f"\n{self.saved.summary()}")

@@ -33,6 +33,7 @@ from gemopt.report.style import (
 )
 from gemopt.result import MovesReport
 from gemopt.traces import Traces
+from gemopt.words import short
 
 COLOURED = 0.02, 0.95  # quantiles of the busy shares between which colours differ: stragglers are all near 100 %
 MOST_PAIRS = 400_000  # of ranks, over all layers: what the page has room for
@@ -250,7 +251,7 @@ def moves(inputs: Inputs) -> Section:
     across, down = [-0.5, len(every) - 0.5], [len(every) - 0.5, -0.5]
     shown = figure(heat, height=460, xaxis={**tick, "title": "to rank", "scaleanchor": "y", "range": across},
                    yaxis={**tick, "title": "from rank", "range": down})  # fmt: skip
-    weight = "" if size is None else f", {total * size / 1e9:.3g} GB"
+    weight = "" if size is None else f", {short(total * size / 1e9)} GB"
     text = (
         f"From {inputs.before_name} to this placement {total} experts move over all layers{weight}; each comes from "
         "the nearest rank that holds it, and slots keep what they can."

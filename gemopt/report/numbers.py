@@ -139,8 +139,8 @@ def bounds(inputs: Inputs) -> Bounds:
 def intervals(step_us: FloatArray) -> FloatArray | None:
     """[Q, 2] 95 % intervals of `QUANTILES` of the step latency; None for too few steps.
 
-    Circular block bootstrap (Politis and Romano, 1992) with blocks of sqrt(T) steps, since neighbouring steps are alike;
-    the last step is followed by the first, else those at both ends would hardly ever be drawn.
+    Circular block bootstrap (Politis and Romano, 1992) with blocks of sqrt(T) steps, since neighbouring steps are
+    alike; the last step is followed by the first, else those at both ends would hardly ever be drawn.
     """
     steps = len(step_us)
     if steps < LEAST_STEPS:

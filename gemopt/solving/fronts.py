@@ -25,8 +25,8 @@ from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Options
 from gemopt.solvers.budget import Front, Point, divide
 from gemopt.solving.first_use import ready, unlike
-from gemopt.solving.walks import Begin, walk_fronts
 from gemopt.solving.ruled import exemplified
+from gemopt.solving.walks import Begin, walk_fronts
 from gemopt.splits import chosen_weights
 from gemopt.splits.senders import Senders
 from gemopt.traces import Traces

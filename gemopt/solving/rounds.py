@@ -21,10 +21,10 @@ from gemopt.solvers import hurried
 from gemopt.solvers.base import Options, Outcome, Row
 from gemopt.solvers.budget import Front, divide, divide_by_rank, point_of
 from gemopt.solvers.nearest import fewest_row, fewest_rows, no_placement, who_moves
-from gemopt.solving.walks import walk_fronts
 from gemopt.solving.layers import Layer
 from gemopt.solving.moving import Moving, limited
 from gemopt.solving.schedule import Run
+from gemopt.solving.walks import walk_fronts
 from gemopt.words import counted
 
 FRONT_SHARE = 0.2  # of the time, for the fronts
