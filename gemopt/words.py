@@ -19,6 +19,12 @@ def short(value: float, digits: int = 3) -> str:
     return f"{float(f'{value:.{digits}g}'):.15g}"
 
 
+def outside(share: float) -> str:
+    """What to say of loads that were not measured; nothing where next to all were."""
+    worth_saying = share > 0.01
+    return f"{100 * share:.0f} % of the loads lie outside the measured range of the profile" if worth_saying else ""
+
+
 class Voice:
     """How much is said, for one command of the command line."""
 

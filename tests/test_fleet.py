@@ -145,6 +145,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--fleet", "compute"], "--speeds"),
         (["--speeds", "none.csv"], "none.csv"),
         (["--ranks", "two"], "--ranks"),
+        (["--slower", "3"], "--slower"),
+        (["--ranks", "2", "--slower", "2:1.3"], "ranks 0 to 1"),
+        (["--ranks", "2", "--slower", "1:0.8"], "--slower 1: got 0.8"),
+        (["--ranks", "2", "--slower", "1:1.1", "--slower", "1:1.3"], "rank 1 once"),
     ],
 )
 def test_the_command_refuses_in_one_line(

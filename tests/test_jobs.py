@@ -86,14 +86,18 @@ def test_a_table_makes_the_profile_that_the_command_makes(tmp_path: Path, capsys
     table.write_text("tokens,latency_us\n0,5\n64,9\n128,20\n")
     speeds.write_text("gpu,rel_time\n" + "".join(f"g{n},{1 + n / 50}\n" for n in range(5)) + "g5,900\n")
     words = ("--unit", "tokens", "--top-k", 2, "--speeds", speeds, "--seed", 3, "--ranks", 6, "--device", "H100",
-             "--expert-bytes", 100)  # fmt: skip
+             "--expert-bytes", 100, "--model", "moe")  # fmt: skip
     code, out, _ = gemopt(capsys, "profile", "import", table, "-o", tmp_path / "p.json", *words)
     assert code == 0 and "are all times in one unit?" in out
     source = TableSource(table=table, unit="tokens", top_k=2, speeds=speeds, seed=3, ranks=6, device="H100",
-                         expert_bytes=100)  # fmt: skip
+                         expert_bytes=100, model="moe")  # fmt: skip
     notes: list[str] = []
     assert running._profile(source, notes) == Profile.load(tmp_path / "p.json") and len(notes) == 1
     slower = running._profile(source.model_copy(update={"slower": {0: 1.5, 3: 30}}), notes)
+    code, out, _ = gemopt(
+        capsys, "profile", "import", table, "-o", tmp_path / "s.json", *words, "--slower", "0:1.5", "--slower", "3:30"
+    )
+    assert code == 0 and "--slower 3 is 30 times the time" in out and Profile.load(tmp_path / "s.json") == slower
     assert (
         slower.devices[3].samples[0].latency_us
         == 30 * Profile.load(tmp_path / "p.json").devices[3].samples[0].latency_us
@@ -312,3 +316,13 @@ def test_the_examples_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], pa
     for wanted in job.exports:
         assert wanted.engine in {*found["commands"], "csv"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_job_says_what_lies_outside_the_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`solve` did, a job did not."""
+    job, profile = write_job(tmp_path, exports=[]), tmp_path / "profile.json"
+    whole = Profile.load(profile)
+    short = [each.model_copy(update={"samples": each.samples[:2]}) for each in whole.devices]
+    whole.model_copy(update={"devices": short}).save(profile)
+    found = gemopt_json(capsys, "run", job)
+    assert any("% of the loads lie outside the measured range of the profile" in note for note in found["notes"])

@@ -11,7 +11,7 @@ from gemopt.cli import links, options
 from gemopt.cli.app import app, examples, print_json, say, show
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import progress as shown
-from gemopt.words import short
+from gemopt.words import outside, short
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -163,8 +163,8 @@ def _tell(advice: Advice) -> None:
         say(_threshold(each))
     for note in advice.notes:
         say(note)
-    if advice.outside > 0.01:
-        say(f"{100 * advice.outside:.0f} % of the loads lie outside the measured range of the profile")
+    if doubt := outside(advice.outside):
+        say(doubt)
     say("next:")
     for command in advice.commands:
         say(f"  {command}")

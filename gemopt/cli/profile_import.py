@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,6 +60,9 @@ def import_table(
         int | None, typer.Option(max=MOST, help="devices: equal ones, or drawn from --speeds (then 8 unless given)")
     ] = None,
     seed: Annotated[int, typer.Option(help="seed of the draw")] = 0,
+    slower: Annotated[
+        list[str] | None, typer.Option(metavar="RANK:FACTOR", help="3:1.3: rank 3 takes 1.3 times as long; repeatable")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="name of the measured device")] = None,
     source: Annotated[str | None, typer.Option(help="where the table comes from, and its licence")] = None,
     model: Annotated[str | None, typer.Option(help="name of the network")] = None,
@@ -68,7 +72,7 @@ def import_table(
     as_json: AsJson = False,
 ) -> None:
     """Turn a kernel table into a profile, or into a cluster of equal or differing devices."""
-    from gemopt.formats.tables.fleet import check_drawn, serving
+    from gemopt.formats.tables.fleet import check_drawn, serving, slowed
     from gemopt.formats.tables.kernel import read_table
 
     check_outputs(
@@ -99,6 +103,7 @@ def import_table(
         profile, notes=notes, device=device, speeds=speeds, fleet=fleet, memory_fleet=memory_fleet, ranks=ranks,
         seed=seed,
     )  # fmt: skip
+    profile = slowed(profile, _factors(slower or ()), notes)
     profile = profile.model_copy(
         update={"source": source or f"imported from {', '.join(each.name for each in tables)}"}
     )
@@ -110,15 +115,30 @@ def import_table(
         samples = sum(len(each.samples) for each in profile.devices)
         print_json({"output": str(output), "devices": profile.num_ranks, "samples": samples})
         return
-    say(f"{output}: {_summary(profile, measured, drawn=speeds is not None)}")
+    say(f"{output}: {_summary(profile, measured, differing=speeds is not None or bool(slower))}")
     for note in notes:
         warn(f"note: {note}")
 
 
-def _summary(profile: Profile, measured: int, *, drawn: bool) -> str:
+def _factors(given: Iterable[str]) -> dict[int, float]:
+    """3:1.3 by rank."""
+    factors = dict[int, float]()
+    for each in given:
+        rank, _, factor = each.partition(":")
+        try:
+            number, times = int(rank), float(factor)
+        except ValueError:
+            raise InputError("--slower", each, "a rank and a factor, like 3:1.3") from None
+        if number in factors:
+            raise InputError("--slower", each, f"rank {number} once")
+        factors[number] = times
+    return factors
+
+
+def _summary(profile: Profile, measured: int, *, differing: bool) -> str:
     samples = sum(len(each.samples) for each in profile.devices)
     count = profile.num_ranks
     if count == 1:
         return f"1 device, {counted(samples, 'sample')}; a placement needs several: --ranks N makes N equal ones"
-    kind = "equal " if count > measured and not drawn else ""
+    kind = "equal " if count > measured and not differing else ""
     return f"{count} {kind}devices, {samples} samples"

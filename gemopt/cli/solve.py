@@ -12,6 +12,7 @@ from gemopt.cli import links, moves, options
 from gemopt.cli.app import app, detail, examples, notice, print_json, say, show, typed, warn
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import layers_shown
+from gemopt.words import outside
 
 if TYPE_CHECKING:
     from gemopt.result import Result
@@ -153,8 +154,8 @@ def _tell(result: Result) -> None:
         say(note)
     for layer in result.per_layer:
         detail(layer.line())
-    if result.outside > 0.01:
-        warn(f"{100 * result.outside:.0f} % of the loads lie outside the measured range of the profile")
+    if doubt := outside(result.outside):
+        warn(doubt)
 
 
 @app.command("evaluate", epilog=examples("gemopt evaluate placement.json profile.json traces.safetensors"))

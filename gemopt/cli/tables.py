@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from gemopt.words import counted, short
+from gemopt.words import counted, outside, short
 
 if TYPE_CHECKING:
     from gemopt.compare import Comparison
@@ -27,9 +27,8 @@ def comparison_table(rows: Sequence[Comparison]) -> Table:
     """
     held = any(row.holdout_us is not None for row in rows)
     said = [f"{row.solver}: {_said(row)}" for row in rows if _said(row)]
-    outside = max((row.outside for row in rows), default=0.0)
-    if outside > 0.01:
-        said.append(f"up to {100 * outside:.0f} % of the loads lie outside the measured range of the profile")
+    if doubt := outside(max((row.outside for row in rows), default=0.0)):
+        said.append(f"up to {doubt}")
     best = min((_key(row, held) for row in rows), default=0.0)
     said += [f"{row.solver}: {row.ceiling.summary(row.holdout_us)}" for row in rows
              if row.ceiling is not None and row.ran and _key(row, held) == best][:1]  # fmt: skip

@@ -62,11 +62,13 @@ class Sample:
 
 @dataclass(kw_only=True)
 class Response:
-    """The samples of a response; `answered`: tokens of all their answers together, None when not said."""
+    """The samples of a response; `answered`: tokens of all their answers together, None when not said; `model`: what
+    the server calls its network."""
 
     name: str | None
     samples: list[Sample]
     answered: int | None = None
+    model: str | None = None
 
 
 @dataclass
@@ -245,8 +247,10 @@ def _response(where: str, body: dict[str, Any]) -> Response:
         elif before is not None:
             sample.encoded = [before]  # an answer of one token, which is never fed back
         samples.append(sample)
+    answered = _count(where, (usage or {}).get("completion_tokens"), "usage")
+    model = body.get("model")
     return Response(
-        name=_name(body), samples=samples, answered=_count(where, (usage or {}).get("completion_tokens"), "usage")
+        name=_name(body), samples=samples, answered=answered, model=model if isinstance(model, str) else None
     )
 
 

@@ -139,6 +139,7 @@ class _Kept:
     alike: int = 0
     digests: set[bytes] = field(default_factory=set)
     routes: set[bytes] = field(default_factory=set)
+    models: set[str] = field(default_factory=set)
 
     def add(self, response: Response) -> None:
         """Add the samples of a response, each aligned with its prompt and its answer."""
@@ -149,6 +150,7 @@ class _Kept:
                 self.again += len(response.samples)
                 return
             self.digests.add(digest)
+        self.models |= set() if response.model is None else {response.model}
         samples = [sample for sample in response.samples if sample.encoded]
         arrays = [decode(sample, self.options, raw_int32=self.raw_int32) for sample in samples]
         rows = [self._trimmed(sample, ids) for sample, ids in zip(samples, arrays, strict=True)]
@@ -254,6 +256,10 @@ class _Kept:
                 self.drafted and self.phase is Phase.DECODE,
                 f"{self.drafted} answers were decoded with draft tokens: a step has several of a sequence then, and "
                 "those that were rejected; replayed as one token a step",
+            ),
+            (
+                len(self.models) > 1,
+                f"answers of {', '.join(sorted(self.models))}: counted together, as if they were one network",
             ),
             (self.phase is Phase.MIXED, "prompts are replayed as if they had been generated"),
         ]

@@ -114,6 +114,7 @@ class TableSource(Part):
     ranks: int | None = Field(default=None, ge=1)
     seed: int = 0
     device: str | None = None
+    model: str | None = None
     expert_bytes: int | None = Field(default=None, ge=1)
     slower: dict[int, float] = Field(default_factory=dict)
 

@@ -19,8 +19,7 @@ from gemopt.formats.engine import Export, TraceOptions, WriteOptions
 from gemopt.formats.importing import import_traces
 from gemopt.formats.layers import parse_layers
 from gemopt.formats.registry import canonical, check_draft, export, get
-from gemopt.formats.tables.doubts import APART
-from gemopt.formats.tables.fleet import check_drawn, serving, slow_down
+from gemopt.formats.tables.fleet import check_drawn, serving, slowed
 from gemopt.formats.tables.kernel import read_table
 from gemopt.jobs.document import ExportTo, Job, Kubernetes, RecordedSource, TableSource
 from gemopt.jobs.kubernetes import config_map
@@ -34,6 +33,7 @@ from gemopt.result import Result
 from gemopt.solve import solve
 from gemopt.solvers import get as solver_of
 from gemopt.traces import Phase, Traces
+from gemopt.words import outside
 
 OPTION = re.compile(r"--(unit|top-k|ep|where|(?:load|time|device|repeat|sum)-column)\b")
 EXISTS = ("a folder that does not exist yet", "give another with -o")
@@ -182,19 +182,9 @@ def _profile(source: Path | TableSource, notes: list[str]) -> Profile:
     notes += [OPTION.sub(_key, each) for each in said]
     fields = ("device", "speeds", "fleet", "memory_fleet", "ranks", "seed")
     found = serving(found, notes=notes, **{name: getattr(source, name) for name in fields})
-    for rank, factor in source.slower.items():
-        if not 0 <= rank < found.num_ranks:
-            raise InputError("profile.slower", rank, f"ranks 0 to {found.num_ranks - 1}")
-        if 0 < factor < 1:
-            limit = "1 or more, as it multiplies the times"
-            raise InputError(f"profile.slower.{rank}", factor, limit, f"at {factor:g} of the speed: {1 / factor:.4g}")
-        if factor >= APART:
-            notes.append(
-                f"profile.slower.{rank} is {factor:g} times the time; {factor:g} % more is {1 + factor / 100:g}"
-            )
-        found = slow_down(found, rank, factor)
+    found = slowed(found, source.slower, notes, "profile.slower.")
     found = found.model_copy(update={"source": f"imported from {', '.join(each.name for each in source.table)}"})
-    return found.with_model(expert_bytes=source.expert_bytes, top_k=source.top_k)
+    return found.with_model(name=source.model, expert_bytes=source.expert_bytes, top_k=source.top_k)
 
 
 def _traces(source: Path | RecordedSource, notes: list[str]) -> Traces:
@@ -227,6 +217,7 @@ class _Writer:
         self.given = given  # without the steps that only judge
         self.files: list[str] = []
         self.notes = [*notes, *result.notes]
+        self.notes += [doubt] if (doubt := outside(result.outside)) else []
         if job.topology is not None and job.report.page:
             self.notes.append("the report counts what ranks compute, not what links take; result.json has both")
         self.failed: list[str] = []

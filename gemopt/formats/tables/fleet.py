@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from gemopt.formats.tables.columns import (
     words,
 )
 from gemopt.formats.tables.devices import refuse_summaries
-from gemopt.formats.tables.doubts import apart
+from gemopt.formats.tables.doubts import APART, apart
 from gemopt.formats.tables.files import Table, number, read
 from gemopt.latency import FloatArray
 from gemopt.profile import WHAT_IF, Device, Profile
@@ -204,6 +204,23 @@ def slow_down(profile: Profile, rank: int, factor: float) -> Profile:
     state = {**one.state, WHAT_IF: factor * float(one.state.get(WHAT_IF) or 1.0)}
     devices[rank] = one.model_copy(update={"samples": samples, "state": state})
     return profile.model_copy(update={"devices": devices})
+
+
+def slowed(profile: Profile, slower: Mapping[int, float], notes: list[str], called: str = "--slower ") -> Profile:
+    """The same profile with ranks so many times slower; notes: is told of factors that may be per cents.
+
+    called: how messages name what was given, before the rank.
+    """
+    for rank, factor in slower.items():
+        if not 0 <= rank < profile.num_ranks:
+            raise InputError(called.rstrip(" ."), rank, f"ranks 0 to {profile.num_ranks - 1}")
+        if 0 < factor < 1:
+            limit = "1 or more, as it multiplies the times"
+            raise InputError(f"{called}{rank}", factor, limit, f"at {factor:g} of the speed: {1 / factor:.4g}")
+        if factor >= APART:
+            notes.append(f"{called}{rank} is {factor:g} times the time; {factor:g} % more is {1 + factor / 100:g}")
+        profile = slow_down(profile, rank, factor)
+    return profile
 
 
 def equal(profile: Profile, ranks: int) -> Profile:
