@@ -39,6 +39,9 @@ DEFAULT_SOLVERS = ("linear", "round-robin", "eplb", "lpt", "gem", "conflict", "l
 class Comparison(BaseModel):
     """One solver's row. Changes are fractions against contiguous placement; quantiles are of the scored steps.
 
+    `status`, `stopped_by` and `note` are the solver's own; bound and gap are by the best bound of all rows, so that one
+    that proves nothing may have a gap of 0.
+
     Scored steps are the held-out ones, or all when nothing is held out (`holdout_*` are None then).
 
     Who earned it: the solver searched on `reached_layers` of `layers`; the other layers have a greedy placement or, of
