@@ -40,11 +40,12 @@ real = solve.ready
 solve.ready = lambda *given, **named: (real(*given, **named), before.update(known()))[0]
 few = {"current": gemopt.solve(profile(3), traces(12, 2, 8), solver="linear").placement, "max_moves": 3}
 copies = [{"slots_per_rank": 4, "split": split} for split in ("static", "optimal")]
-budget = {"memory_budget": 9.0, "expert_bytes": 1}
+budget = {"memory_budget": 9.0, "expert_bytes": 1, "time_limit": 8}  # which tries to prove layers for half of it
 rules = gemopt.Rules(pinned=[{"experts": [0, 1], "ranks": [0], "layers": [0]}])  # nothing is asked of the other layer
 first = [{"solver": name, "rules": rules} for name in ("local-search", "auto")]
 for options in (*first, {"solver": "conflict"}, budget, {"solver": "local-search"}, {"solver": "gem"}, few, *copies):
-    gemopt.solve(profile(3), traces(12, 2, 8), time_limit=60, patience=2, threads=1, **options)
+    limits = {"time_limit": 60, "patience": 2, "threads": 1}
+    gemopt.solve(profile(3), traces(12, 2, 8), **limits | options)
     later = [kernel.__name__ for kernel, signatures in known().items() if signatures > before.get(kernel, 0)]
     assert not later, (options, later)
     twice = {kernel.__name__: kernel.signatures for kernel, number in known().items() if number > 1}
