@@ -263,3 +263,15 @@ def test_a_row_that_keeps_rules_is_looked_for_where_ctrl_c_is_heard(
             time_limit=600, threads=1, **given,
         )  # fmt: skip
     assert stop.is_set()
+
+
+def test_a_job_that_was_interrupted_writes_its_folder_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(tmp_path)
+    job = {"profile": str(given[0]), "traces": str(given[1]), "output": "out", "report": {"page": False}}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    at(monkeypatch, Run, "_deepen", number=signal.SIGTERM)
+    found = gemopt_json(capsys, "run", tmp_path / "job.json")
+    assert found["stopped_by"] == "interrupt" and found["notes"][0].startswith("interrupted after ")
+    assert sorted(found["files"]) == sorted(path.name for path in (tmp_path / "out").iterdir())

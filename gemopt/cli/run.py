@@ -49,7 +49,8 @@ def run_command(
         done = run_job(wanted, command=command_of(job, changes), progress=progress, notice=None if as_json else notice)
     if as_json:
         print_json({
-            "folder": str(done.folder), "status": done.result.status.value, "objective_us": done.result.objective_us,
+            "folder": str(done.folder), "status": done.result.status.value,
+            "stopped_by": done.result.stopped_by.value, "objective_us": done.result.objective_us,
             "bound_us": done.result.bound_us, "gap": done.result.gap, "change": done.result.change,
             "files": done.files, "commands": done.commands, "headline": done.headline, "notes": done.notes,
             "failed": done.failed,

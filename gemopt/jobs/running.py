@@ -29,7 +29,7 @@ from gemopt.profile import Profile
 from gemopt.report import report
 from gemopt.report.style import graph_objects
 from gemopt.resize import profile_after
-from gemopt.result import Result
+from gemopt.result import Result, StoppedBy
 from gemopt.solve import solve
 from gemopt.solvers import get as solver_of
 from gemopt.traces import Phase, Traces
@@ -217,6 +217,8 @@ class _Writer:
         self.given = given  # without the steps that only judge
         self.files: list[str] = []
         self.notes = [*notes, *result.notes]
+        if result.stopped_by is StoppedBy.INTERRUPT:
+            self.notes.append(f"interrupted after {result.seconds:.1f} s: this is what was found by then")
         self.notes += [doubt] if (doubt := outside(result.outside)) else []
         if job.topology is not None and job.report.page:
             self.notes.append("the report counts what ranks compute, not what links take; result.json has both")
