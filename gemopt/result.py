@@ -308,7 +308,7 @@ class Result(Document):
             "against contiguous": "-" if self.change is None else f"{100 * self.change:+z.1f} %",
             "proven gap": "-" if self.gap is None else f"{100 * self.gap:.2f} %",
             "layers, steps": f"{len(self.per_layer)}, {self.num_steps}",
-            "cost model": self.cost_summary or self.cost,
+            "cost model": self.cost_summary.removeprefix("cost model ") or self.cost,
         }
         return html_table(f"gemopt: {self.solver}", facts)
 

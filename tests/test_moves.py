@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import product
+from typing import Any
 
 import brute
 import numpy as np
@@ -20,6 +21,7 @@ from gemopt.solvers.base import Options, require
 from gemopt.solvers.budget import Front, Point, divide, divide_by_rank, walk_front
 from gemopt.solvers.relabel import relabelled
 from gemopt.solvers.search.moves import few_moves
+from gemopt.solving import walks
 from gemopt.solving.walks import walk_fronts
 
 CLOSE = 1e-6
@@ -29,11 +31,9 @@ def options(**changes: object) -> Options:
     return Options.lasting(60, **{"patience": 20, **changes})  # type: ignore[arg-type]
 
 
-def layer(
-    seed: int, *, experts: int = 16, ranks: int = 4, slots: object = None, equal: bool = False, steps: int = 30
-) -> Problem:
+def layer(seed: int, *, experts: int = 16, ranks: int = 4, slots: object = None, equal: bool = False) -> Problem:
     rng = np.random.default_rng(seed)
-    counts = rng.poisson(rng.gamma(0.6, 8.0, experts) * rng.uniform(0.4, 1.6, (steps, 1)))
+    counts = rng.poisson(rng.gamma(0.6, 8.0, experts) * rng.uniform(0.4, 1.6, (30, 1)))
     speeds = np.ones(ranks) if equal else rng.uniform(0.8, 1.3, ranks)
     return Problem.make(counts, (ASSIGNMENTS,), [Latency(((line(10.0, s),),)) for s in speeds], slots)
 
@@ -309,20 +309,26 @@ def test_a_budget_per_rank_that_no_choice_keeps_has_none() -> None:
     assert both is not None and sum(point.total_us for point in both) == 3.0
 
 
-def test_layers_share_the_time_for_their_fronts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first layers took all of it: of 36 layers of gpt-oss-120b seven made no move of 64, whatever they gained."""
-    monkeypatch.setattr(time, "monotonic", time.process_time)  # other work on the machine takes no time
-    layers = [layer(seed, experts=64, ranks=16, steps=1000) for seed in range(12)]
+def test_layers_take_turns_for_their_fronts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layers took all of the time: of 36 layers seven made none of 64 moves, whatever they would gain."""
+    layers = [layer(seed, experts=64, ranks=16) for seed in range(6)]
     home = held(np.arange(64), layers[0].slots_per_rank, 64)
     layers = [each.with_moves(Moves.make(home)) for each in layers]
-    begins, most = [(np.arange(64), None)] * 12, [64] * 12
-    alone = [walk_front(each, 64).points for each in layers]
-    begin = time.process_time()
+    begins, most = [(np.arange(64), None)] * 6, [64] * 6
     whole, cut = walk_fronts(layers, begins, most, options(), 1)
-    seconds = time.process_time() - begin
+    alone = [walk_front(each, 64).points for each in layers]
     assert not cut and [len(each.points) for each in whole] == [len(points) for points in alone]
-    part, cut = walk_fronts(layers, begins, most, Options.lasting(0.4 * seconds), 1)
-    assert cut and min(len(each.points) for each in part) > 1
-    for mine, theirs in zip(part, whole, strict=True):
-        totals = [point.total_us for point in theirs.points][: len(mine.points)]
+    calls: list[Problem] = []
+
+    def until_the_time_is_over(problem: Problem, most: int, stop: np.ndarray, *given: Any) -> Front:
+        calls.append(problem)
+        while len(calls) > 8 and not stop[0]:
+            time.sleep(0.01)
+        return walk_front(problem, most, stop, *given)
+
+    monkeypatch.setattr(walks, "walk_front", until_the_time_is_over)
+    part, cut = walk_fronts(layers, begins, most, options(stop=lambda: len(calls) > 8), 1)
+    assert cut and [len(each.points) for each in part] == [6, 6, 2, 2, 2, 2]
+    for mine, theirs in zip(part, alone, strict=True):
+        totals = [point.total_us for point in theirs[: len(mine.points)]]
         assert [point.total_us for point in mine.points] == pytest.approx(totals)
