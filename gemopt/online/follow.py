@@ -54,6 +54,11 @@ class Follower:
         read = {"next": self._next, "newest": self._newest, "done": self._done}
         return {"folder": str(self.folder.resolve()), **read}
 
+    @property
+    def begun(self) -> bool:
+        """Whether anything was read, perhaps before a restart."""
+        return bool(self._newest or self._done)
+
     def resume(self, position: dict[str, Any]) -> None:
         """Go on behind what was read of this folder; all of it is new where the position is of another one."""
         if position.get("folder") == str(self.folder.resolve()):

@@ -153,7 +153,7 @@ class Watch:
         self.health.looked()
         if news.traces is None:
             if history:
-                self.log(f"{self.follower.folder}: no steps yet")
+                self.log(f"{self.follower.folder}: no {'new steps' if self.follower.begun else 'steps yet'}")
             return None
         with self._guard("file"):
             self._adopt()
