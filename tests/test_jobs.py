@@ -326,3 +326,20 @@ def test_a_job_says_what_lies_outside_the_profile(tmp_path: Path, capsys: pytest
     whole.model_copy(update={"devices": short}).save(profile)
     found = gemopt_json(capsys, "run", job)
     assert any("% of the loads lie outside the measured range of the profile" in note for note in found["notes"])
+
+
+def test_a_job_says_what_it_moves_and_what_it_is_compared_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It told neither the moves nor the bytes, only in result.json; and the placement in force was `the baseline`."""
+    pytest.importorskip("plotly")
+    asked = {"current": "force.json", "max_moves": 2, "expert_bytes": 3_000_000}
+    job = write_job(tmp_path, exports=[], constraints=asked, report={"page": True})
+    traces = Traces.load(tmp_path / "traces.safetensors")
+    ranks = Profile.load(tmp_path / "profile.json").num_ranks
+    Placement.contiguous(traces.num_layers, traces.num_experts, ranks).save(tmp_path / "force.json")
+    code, out, _ = gemopt(capsys, "run", job)
+    moves = Result.load(tmp_path / "out/job/result.json").moves
+    assert code == 0 and moves is not None and moves.summary(6) in out
+    assert "time than the baseline force.json over 6 steps" in out.replace("\n", " ")
+    assert gemopt_json(capsys, "run", job, "-o", tmp_path / "again")["moves"] == moves.model_dump(mode="json")

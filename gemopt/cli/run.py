@@ -52,13 +52,14 @@ def run_command(
             "folder": str(done.folder), "status": done.result.status.value,
             "stopped_by": done.result.stopped_by.value, "objective_us": done.result.objective_us,
             "bound_us": done.result.bound_us, "gap": done.result.gap, "change": done.result.change,
+            "moves": None if done.result.moves is None else done.result.moves.model_dump(mode="json"),
             "files": done.files, "commands": done.commands, "headline": done.headline, "notes": done.notes,
             "failed": done.failed,
         })  # fmt: skip
     else:
-        links = done.result.links
-        sent = [] if links is None else [links.summary(done.result.num_steps)]
-        for line in [done.headline or done.result.summary(), *sent, *done.notes]:
+        told = [each for each in (done.result.moves, done.result.links) if each is not None]
+        more = [each.summary(done.result.num_steps) for each in told]
+        for line in [done.headline or done.result.summary(), *more, *done.notes]:
             say(line)
         for engine, command in done.commands.items():
             say(f"start {engine}: {command}")

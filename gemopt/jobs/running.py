@@ -288,7 +288,8 @@ class _Writer:
 
     def _report(self, command: str) -> str:
         settings = self.job.report
-        before = settings.baseline or self.before
+        current = self.job.constraints.current
+        before = settings.baseline or (current if isinstance(current, Path) else None)
         if settings.baseline is None and self.before is not None and self.before.num_ranks != self.profile.num_ranks:
             before = None
             self.notes.append("the page compares with contiguous placement: the one in force was of other ranks")
