@@ -146,12 +146,13 @@ def summary(graph: Graph) -> str:
         chosen.sort(key=lambda expert: -share[expert])
         listed = ", ".join(f"{expert} ({share[expert]:.1f}x)" for expert in chosen[:SHOWN])
         more = f", {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
-        lines.append(f"  {kind.value}: {len(chosen)}" + (f": {listed}{more}" if chosen else ""))
+        lines.append(f"  {kind.value}: " + (f"{counted(len(chosen), 'expert')}: {listed}{more}" if chosen else "none"))
     edges = sorted(graph.edges(data=True), key=lambda edge: (-edge[2]["excess"], edge[0], edge[1]))
     strongest = [edge for edge in edges if edge[2]["excess"] > 0]
     listed = ", ".join(f"{i}-{j} ({data['correlation']:+.2f})" for i, j, data in strongest[:SHOWN])
     lines.append(
-        f"  conflicts: {len(strongest)} of {len(graph) * (len(graph) - 1) // 2} pairs" + f": {listed}" * bool(listed)
+        f"  conflicts: {len(strongest)} of {len(graph) * (len(graph) - 1) // 2} pairs"
+        + f", most excess load first: {listed}" * bool(listed)
     )
     groups = [group for group in conflict_groups(graph) if len(group) > 1][:SHOWN]
     if groups:

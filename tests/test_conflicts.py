@@ -101,13 +101,13 @@ def test_graph_finds_what_is_hot_together():
     assert [2, 3, 4] in groups and [5, 6] in groups
     text = summary(graph)
     assert text.startswith("layer 7: 16 experts, 512 steps")
-    assert "consistent: 2: " in text and "temporal: 5: " in text and "2 3 4" in text
+    assert "consistent: 2 experts: " in text and "temporal: 5 experts: " in text and "2 3 4" in text
 
 
 def test_graph_of_nothing():
     graph = conflict_graph(Traces(counts=np.zeros((2, 1, 3), int), allow_idle=True), 0)
     assert len(graph) == 3 and not graph.edges and not conflict_groups(graph)
-    assert "conflicts: 0 of 3 pairs" in summary(graph)
+    assert "conflicts: 0 of 3 pairs" in summary(graph) and "temporal: none" in summary(graph)  # 0 is an expert
     with pytest.raises(InputError, match="layer"):
         conflict_graph(Traces(counts=np.ones((2, 1, 3), int)), 1)
     with pytest.raises(InputError, match="window"):
