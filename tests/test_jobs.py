@@ -334,7 +334,8 @@ def test_a_job_says_what_it_moves_and_what_it_is_compared_with(
     """It told neither the moves nor the bytes, only in result.json; and the placement in force was `the baseline`."""
     pytest.importorskip("plotly")
     asked = {"current": "force.json", "max_moves": 2, "expert_bytes": 3_000_000}
-    job = write_job(tmp_path, exports=[], constraints=asked, report={"page": True})
+    exports = [{"engine": "vllm"}]
+    job = write_job(tmp_path, exports=exports, constraints=asked, report={"page": True}, model="/srv/moe")
     traces = Traces.load(tmp_path / "traces.safetensors")
     ranks = Profile.load(tmp_path / "profile.json").num_ranks
     Placement.contiguous(traces.num_layers, traces.num_experts, ranks).save(tmp_path / "force.json")
@@ -342,4 +343,5 @@ def test_a_job_says_what_it_moves_and_what_it_is_compared_with(
     moves = Result.load(tmp_path / "out/job/result.json").moves
     assert code == 0 and moves is not None and moves.summary(6) in out
     assert "time than the baseline force.json over 6 steps" in out.replace("\n", " ")
-    assert gemopt_json(capsys, "run", job, "-o", tmp_path / "again")["moves"] == moves.model_dump(mode="json")
+    again = gemopt_json(capsys, "run", job, "-o", tmp_path / "again")
+    assert again["moves"] == moves.model_dump(mode="json") and " vllm serve /srv/moe " in again["commands"]["vllm"]

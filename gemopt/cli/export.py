@@ -38,6 +38,7 @@ def export(
     ] = None,
     ep: Annotated[int | None, typer.Option("--ep", min=1, help="ranks to export for; refused if they differ")] = None,
     num_hidden_layers: HiddenLayers = None,
+    model: Annotated[str | None, typer.Option(help="network to start, by name or path, instead of the traces'")] = None,
     mtp_layers: Annotated[int, typer.Option(min=0, max=64, help="draft (MTP) layers of the network")] = 0,
     approximate: Annotated[bool, typer.Option("--approximate", help="convert what the engine cannot express")] = False,
     profile: Annotated[Path | None, typer.Option(help="price the conversion: profile.json")] = None,
@@ -70,7 +71,8 @@ def export(
         if approximate:
             ready, notes = _approximated(ready, get(to), profile, traces)
         ready, moved = _on_devices(ready, devices)
-        prepared.append((ready, notes + moved))
+        ready, named = _of_network(ready, model)
+        prepared.append((ready, notes + moved + named))
     if to in PERMUTED:
         results = [_permuted(prepared[0][0], source, output)]
     else:
@@ -101,6 +103,18 @@ def _loaded(path: Path, ep: int | None, num_hidden_layers: int | None) -> Placem
     if known not in (None, num_hidden_layers):
         raise InputError("--num-hidden-layers", num_hidden_layers, f"{known}, as {path} says")
     return placement.changed(num_hidden_layers=num_hidden_layers)
+
+
+def _of_network(placement: Placement, model: str | None) -> tuple[Placement, list[str]]:
+    """The placement for the network that the engine is to start, and a warning where it knows another one."""
+    from gemopt.placement import bare
+
+    if model is None:
+        return placement, []
+    if not model.strip():
+        raise InputError("--model", model, "a name or a path")
+    strange = placement.model is not None and bare(placement.model) != bare(model)
+    return placement.changed(model=model), [f"warning: the placement is for {placement.model}"] if strange else []
 
 
 def _on_devices(placement: Placement, wanted: str | None) -> tuple[Placement, list[str]]:

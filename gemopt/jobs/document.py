@@ -220,6 +220,8 @@ class Job(Document):
         Folder to write; it must not exist yet.
     num_hidden_layers
         Decoder layers of the network, where the traces do not say and an engine wants to know.
+    model
+        The network that engines start, by name or path; else what the traces call it.
     topology, exchange
         Links between the ranks, as a file or by name (`2x8-ib400`), and how tokens are exchanged over them.
     exports
@@ -234,6 +236,7 @@ class Job(Document):
     traces: Annotated[Annotated[Placed, Tag(PATH)] | Annotated[RecordedSource, Tag(MADE)], Discriminator(_kind)]
     output: Placed
     num_hidden_layers: int | None = Field(default=None, ge=1)
+    model: str | None = Field(default=None, min_length=1)
     steps: Steps = Field(default_factory=Steps)
     constraints: Constraints = Field(default_factory=Constraints)
     topology: Annotated[str, BeforeValidator(_wired)] | None = None

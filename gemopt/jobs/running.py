@@ -248,10 +248,8 @@ class _Writer:
             self._text("configmap.yaml", text)
 
     def _placement(self, found: Placement) -> Placement:
-        known = self.job.num_hidden_layers
-        if known is None or found.num_hidden_layers is not None:
-            return found
-        return found.changed(num_hidden_layers=known)
+        known = {"num_hidden_layers": found.num_hidden_layers or self.job.num_hidden_layers}
+        return found.changed(**known, model=self.job.model or found.model)
 
     def _export(self, placement: Placement, wanted: ExportTo) -> list[Path]:
         """The engine's files; where it cannot express the placement that is kept for the end."""

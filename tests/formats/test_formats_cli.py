@@ -95,6 +95,15 @@ def test_approximate_tells_what_it_costs(run, files):
     assert "both" in run(*words, "--approximate", "--profile", files / "profile.json", code=2)
 
 
+def test_the_network_to_start_is_named_by_hand(run, files):
+    words = ["export", files / "equal.json", "--to", "vllm", "-o", files / "p.json", "--json", "--model"]
+    told = json.loads(run(*words, "/srv/M"))
+    assert " vllm serve /srv/M " in told["command"] and told["changes"] == []
+    told = json.loads(run(*words, "n"))
+    assert " vllm serve n " in told["command"] and told["changes"] == ["warning: the placement is for m"]
+    assert "--model" in run(*words, " ", code=2)
+
+
 def test_devices_in_another_order(run, files):
     words = ["export", files / "equal.json", "--to", "csv", "-o", files / "p.csv"]
     out = run(*words, "--devices", "GPU-b,GPU-a")
