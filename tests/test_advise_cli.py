@@ -36,6 +36,8 @@ def test_the_command_line(words: list[Any], tmp_path: Path, capsys: pytest.Captu
     assert (code, err) == (0, "")
     assert out.startswith(f"use {found['recommended']}: ") and "proven" in out and "gemopt replay" in out
     assert json.loads((tmp_path / "advice.json").read_text())["non_moe_us"] == 50
+    assert "of a whole step with 50 us outside the MoE layers" in out
+    assert "whole step" not in gemopt(capsys, *words)[1], "nothing is known of the rest of a step"
 
 
 def test_commands_name_the_same_steps_costs_and_files(

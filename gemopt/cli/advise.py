@@ -153,7 +153,9 @@ def _tell(advice: Advice) -> None:
     best = advice.option(advice.recommended)
     say(f"use {advice.recommended}: {_percent(advice.predicted_change)} of the MoE time against contiguous placement, "
         f"{_percent(advice.low)} to {_percent(advice.high)}; sure to {100 * advice.confidence:.0f} %")  # fmt: skip
-    say(f"that is {_percent(best.step_change)} of a whole step with {advice.non_moe_us:.0f} us outside the MoE layers")
+    if advice.non_moe_us:
+        outside_us = f"{advice.non_moe_us:.0f} us outside the MoE layers"
+        say(f"that is {_percent(best.step_change)} of a whole step with {outside_us}")
     say(f"no placement can pass {_percent(advice.ceiling)} (proven); one that knew each window would reach "
         f"{_percent(advice.clairvoyant)}")  # fmt: skip
     say(f"hottest expert {advice.skew:.2f} times the mean; {100 * advice.drift:.1f} % of the traffic goes elsewhere in "
