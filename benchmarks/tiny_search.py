@@ -19,6 +19,7 @@ from itertools import combinations, product
 
 import numpy as np
 from machine import stamp
+from tiny_weights import least_static
 
 from gemopt.evaluate import objective
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
@@ -26,7 +27,6 @@ from gemopt.placement import Split
 from gemopt.problem import Problem
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
-from tiny_weights import least_static
 
 COSTS = ("affine", "staircase", "roofline")
 MOST_PLACEMENTS = 4000
@@ -134,7 +134,7 @@ def main() -> None:
     print(f"{stamp('numpy', 'numba')}; {given.seconds:g} s, patience {given.patience}\n")
     print("| split | latencies | cases | placements | missed | largest % | mean % | below | CPU s |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
-    for split in given.splits:
+    for split in map(Split, given.splits.split(",")):
         for cost in COSTS:
             print(measure(cost, split, given), flush=True)
 

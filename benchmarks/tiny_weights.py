@@ -1,4 +1,4 @@
-"""The least time of a tiny layer under static weights, over all placements: by tiny_search.py, with a search of its own.
+"""The least time of a tiny layer under static weights, over all placements, for tiny_search.py: a search of its own.
 
 Shares are whole assignments, so the time is constant between the weights where one of them changes. One boundary
 between two copies is tried exactly, at every such place. With two boundaries the first one stands on a grid, finer
@@ -47,7 +47,7 @@ def exact_line(
     curves: Curves, load_TGF: FloatArray, g: int, h: int, both_T: IntArray, table_FN: FloatArray, weights_T: FloatArray,
     at: FloatArray, step: IntArray, low: float, high: float,
 ) -> tuple[float, float]:  # fmt: skip
-    """Least time and where, between `low` and `high`: rank g takes what is before the place of `both_T`, rank h the rest.
+    """Least time and where, between `low` and `high`: of `both_T` rank g takes what is before, rank h the rest.
 
     load_TGF: without both. at, step: as of `breaks`.
     """
@@ -93,8 +93,8 @@ def two(
 
 @njit(cache=True, nogil=True)
 def step_by_step(
-    curves: Curves, load_TGF: FloatArray, counts_TR: IntArray, first_R: IntArray, rank_C: IntArray, table_FN: FloatArray,
-    weights_T: FloatArray,
+    curves: Curves, load_TGF: FloatArray, counts_TR: IntArray, first_R: IntArray, rank_C: IntArray,
+    table_FN: FloatArray, weights_T: FloatArray,
 ) -> float:  # fmt: skip
     """Time where every step has the best split of its own: all are tried, of at most two boundaries."""
     total, features = 0.0, load_TGF.shape[2]

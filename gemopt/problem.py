@@ -233,7 +233,13 @@ class Problem:
         shape = (self.num_ranks, self.num_experts)
         if moves is not None and moves.home_GE.shape != shape:
             raise InputError("home_GE", f"shape {moves.home_GE.shape}", f"[ranks, experts] = {shape}")
-        return replace(self, moves=moves)
+        return self.under(moves=moves)
+
+    def under(self, **demands: Any) -> Problem:
+        """The same problem with other moves or rules, which knows the same static weights of rows."""
+        problem = replace(self, **demands)
+        vars(problem)["weighed"] = self.weighed
+        return problem
 
     def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:
         """The same problem on some of its steps, reweighted when asked."""

@@ -132,7 +132,8 @@ class Outcome:
 
     search: what `Options.begun` takes, from solvers that can go on. searched_nodes: nodes of a search of all placements
     that ended, so that it can be repeated; None where there was none. columns: multipliers of a bound over all contents
-    of a rank (`Proven`), None without.
+    of a rank (`Proven`), None without. weights_P: [P] static weights that the last incumbent was scored with, where
+    some were chosen for it.
     """
 
     row: Row | None
@@ -149,6 +150,7 @@ class Outcome:
     search: object = None
     searched_nodes: int | None = None
     columns: object = None
+    weights_P: NDArray[np.float64] | None = None
 
 
 class Solver(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from functools import partial
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from gemopt.solving.schedule import Run
 from gemopt.splits import plain
 from gemopt.splits.rules import even_weights
 from gemopt.splits.senders import Senders
-from gemopt.splits.weights import static_weights
+from gemopt.splits.weights import carried_weights, remember_weights, static_weights
 from gemopt.topology.doubts import doubts
 from gemopt.traces import Traces
 from gemopt.words import counted
@@ -148,11 +149,15 @@ def _weights(run: Run, rows: list[Row]) -> list[FloatArray] | None:
     for layer, row in zip(run.layers, rows, strict=True):
         problem, even_P = layer.problem, even_weights(row, layer.problem.num_experts)
         known = None if layer.outcome is None else value_of(layer.outcome)
+        if layer.outcome is not None and layer.outcome.row is not None and layer.outcome.weights_P is not None:
+            carried_P = carried_weights(problem, layer.outcome.row, layer.outcome.weights_P, row)
+            if carried_P is not None:
+                remember_weights(problem, row, carried_P)
         even = time.monotonic() >= run.end and row.tobytes() not in problem.weighed
         weights_P = even_P if even else static_weights(problem, row)
         if known is not None and objective(problem, row, weights_P) + moves_us(problem, row) > known * (1 + ROUNDING):
             problem.weighed.pop(row.tobytes(), None)  # cut by the time when it was looked at again, or found elsewhere
-            weights_P = static_weights(problem, row)
+            weights_P = min(weights_P, static_weights(problem, row), key=partial(objective, problem, row))
         found.append(weights_P)
     return found
 

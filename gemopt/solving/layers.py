@@ -20,6 +20,7 @@ from gemopt.solvers.exact.column_space import Proven
 from gemopt.solvers.nearest import fewest_row, no_placement
 from gemopt.solvers.search.packing import filled
 from gemopt.splits.rules import even_weights
+from gemopt.splits.weights import remember_weights
 
 SEEDS = 1_000_003  # from one search of a layer to the next
 
@@ -128,6 +129,7 @@ class Layer:
         self.outcome.reached |= other.outcome.reached
         if theirs is not None and (mine is None or theirs < mine):
             self.outcome.row, self.outcome.search = other.outcome.row, None
+            self.outcome.weights_P = other.outcome.weights_P
             self.outcome.history = [*self.outcome.history, *other.outcome.history]
 
 
@@ -158,8 +160,13 @@ def value_of(outcome: Outcome) -> float | None:
 
 
 def on_this_clock(layer: Layer, now: float) -> Layer:
-    """A layer from another machine, whose clock showed `now` a moment ago, with incumbents by the clock of this one."""
-    later = time.monotonic() - now
+    """A layer from another machine, whose clock showed `now` a moment ago, with incumbents by the clock of this one.
+
+    Static weights that were found there are known here.
+    """
+    later, outcome = time.monotonic() - now, layer.outcome
+    if outcome is not None and outcome.row is not None and outcome.weights_P is not None:
+        remember_weights(layer.problem, outcome.row, outcome.weights_P)
     if layer.outcome is not None:
         for found in {id(each): each for each in _histories(layer.outcome)}.values():
             found[:] = [point.model_copy(update={"seconds": point.seconds + later}) for point in found]

@@ -149,14 +149,47 @@ def static_weights(problem: Problem, row_P: NDArray[np.int64], stop: NDArray[np.
     the speeds of the ranks. Never dearer than even weights. stop: [1] ends the descent with what it has when it turns
     1, as `Options.alarm` gives it.
     """
-    known, key = problem.weighed, row_P.tobytes()
-    found_P = known.get(key)
+    found_P = problem.weighed.get(row_P.tobytes())
     if found_P is None:
         found_P = _found_weights(problem, row_P, np.zeros(1, np.uint8) if stop is None else stop)
-        if len(known) >= MOST_KNOWN:
-            known.clear()
-        known[key] = found_P
+        _keep(problem, row_P, found_P)
     return found_P.copy()
+
+
+def remember_weights(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray) -> None:
+    """Let these be the static weights of a row from now on, unless those that are known, or even ones, cost no more."""
+    from gemopt.evaluate import objective
+
+    found_P = problem.weighed.get(row_P.tobytes())
+    before_P = even_weights(row_P, problem.num_experts) if found_P is None else found_P
+    better = objective(problem, row_P, weights_P) < objective(problem, row_P, before_P)
+    if better or found_P is None:
+        _keep(problem, row_P, weights_P.copy() if better else before_P)
+
+
+def carried_weights(
+    problem: Problem, before_P: NDArray[np.int64], weights_P: FloatArray, row_P: NDArray[np.int64]
+) -> FloatArray | None:
+    """[P] static weights of a row after slots, or ranks that are alike, changed places; None of another row."""
+    slots_G = np.split(np.arange(len(row_P)), np.cumsum(problem.slots_per_rank)[:-1])
+    held = [{int(before_P[p]): weights_P[p] for p in slots} for slots in slots_G]
+    carried_P, keys = np.zeros(len(row_P)), [latency.key for latency in problem.latencies]
+    left = list(range(problem.num_ranks))
+    for g, slots in enumerate(slots_G):
+        experts = {int(row_P[p]) for p in slots}
+        alike = [h for h in left if held[h].keys() == experts and keys[h] == keys[g]]
+        if not alike:
+            return None
+        h = g if g in alike else alike[0]
+        left.remove(h)
+        carried_P[slots] = [held[h][int(row_P[p])] for p in slots]
+    return carried_P
+
+
+def _keep(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray) -> None:
+    if len(problem.weighed) >= MOST_KNOWN:
+        problem.weighed.clear()
+    problem.weighed[row_P.tobytes()] = weights_P
 
 
 def _found_weights(problem: Problem, row_P: NDArray[np.int64], stop: NDArray[np.uint8]) -> FloatArray:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.result import Incumbent, relative_gap
-from gemopt.solvers.base import Options, Row, incumbent
+from gemopt.result import Incumbent, StoppedBy, relative_gap
+from gemopt.solvers.base import Options, Outcome, Row, incumbent
 
 if TYPE_CHECKING:
     from gemopt.solvers.search.state import Costs
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class Best:
     """The incumbent of a search that a later call may go on with.
 
-    searched: whether anything was. stop: [1] see `Options.alarm`.
+    searched: whether anything was. stop: [1] see `Options.alarm`. weights_P: static weights of the incumbent, where
+    some were chosen.
     """
 
     options: Options
@@ -28,6 +30,7 @@ class Best:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.row: Row | None = None
+        self.weights_P: FloatArray | None = None
         self.value = np.inf
         self.history: list[Incumbent] = []
         self.searched = False
@@ -49,9 +52,17 @@ class Best:
         """Take a row over that is worth `value`, when that is the best so far."""
         if value >= self.value:
             return False
-        self.row, self.value = row.copy(), value
+        self.row, self.value, self.weights_P = row.copy(), value, self.problem.weighed.get(row.tobytes())
         self.history.append(incumbent(value))
         return True
+
+    def outcome(self, stopped_by: StoppedBy, unsearched: str) -> Outcome:
+        """What was found, and by whom. unsearched: what that is where there was no time to search."""
+        note = "" if self.searched else f"no time to search: {unsearched}"
+        return Outcome(
+            self.row, stopped_by, history=self.history, note=note, reached=self.searched, search=self,
+            weights_P=self.weights_P,
+        )  # fmt: skip
 
     def good_enough(self) -> bool:
         """Whether the known bound proves the incumbent to the wanted gap."""

@@ -27,7 +27,7 @@ def settled(problem: Problem, row: Row) -> Problem:
     if problem.rules is None or not problem.rules.blocs:
         return problem
     units: list[int | None] = [*problem.rules.units(row, problem.slots_per_rank)]
-    return replace(problem, rules=problem.rules.settled(units))
+    return problem.under(rules=problem.rules.settled(units))
 
 
 def completed(problem: Problem, row: Row | None) -> Row | None:
@@ -49,8 +49,7 @@ def search_blocs(problem: Problem, options: Options, warm_start: Row | None, inn
     stopped_by = search.within(0)
     if options.patience != 0:
         stopped_by = search.iterate()
-    note = "" if search.searched else "no time to search: " + ("balanced" if warm_start is None else "warm start")
-    return Outcome(search.row, stopped_by, history=search.history, note=note, reached=search.searched, search=search)
+    return search.outcome(stopped_by, "balanced" if warm_start is None else "warm start")
 
 
 class _Search(Best):

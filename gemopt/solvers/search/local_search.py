@@ -87,9 +87,7 @@ class LocalSearch:
         with options.alarm() as search.stop:
             search.descend_from_starts()
             stopped_by = search.iterate()
-        reached = search.searched
-        note = "" if reached else "no time to search: " + ("speed-weighted LPT" if warm_start is None else "warm start")
-        return Outcome(search.row, stopped_by, history=search.history, note=note, reached=reached, search=search)
+        return search.outcome(stopped_by, "speed-weighted LPT" if warm_start is None else "warm start")
 
 
 def _with_copies(problem: Problem, row: Row) -> Row:

@@ -20,13 +20,14 @@ from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, seeded
 from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.packing import filled, lpt_row
-from gemopt.solvers.search.sharing_walk import SharingWalk
+from gemopt.solvers.search.parts_walk import PartsWalk
+from gemopt.solvers.search.sharing_walk import SharingWalk, Walk
 from gemopt.solvers.search.spread_search import SpreadSearch
 from gemopt.solvers.search.state import State, hull_costs, make_state
 from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
 from gemopt.splits import plain, shares
 from gemopt.splits.rules import even_weights
-from gemopt.splits.weights import static_weights
+from gemopt.splits.weights import remember_weights, static_weights
 
 EVEN_SHARE = 0.5  # of the time, for the even split
 SHARING_SHARE = 0.8  # the same where what follows goes on from its answer
@@ -35,7 +36,8 @@ ROUNDS = 6  # of swaps and shares
 BATCH_KICKS = 10
 LEAST_GAIN = 5e-4  # of the value: thousands of changes that gain less in all are as good as idle
 NEVER = 2**62
-WALK_TRIES, FEWEST = 8, 256  # for each slot, and at least, beside a batch of kicks
+SAME = 1e-6  # of the value: what walks may be off
+WALK_SHARE = 0.5  # of the time that is left: what a round of a walk takes at most, beside kicks
 
 EvenSearch = Callable[[Problem, Options, Row | None], Outcome]
 
@@ -52,12 +54,7 @@ def search_policy(problem: Problem, options: Options, warm_start: Row | None, ev
         if search.row is None:  # no time for what it begins with
             search.offer(lpt_row(problem))
         stopped_by = search.iterate()
-    note = (
-        ""
-        if search.searched
-        else "no time to search: " + ("speed-weighted LPT" if warm_start is None else "warm start")
-    )
-    return Outcome(search.row, stopped_by, history=search.history, note=note, reached=search.searched, search=search)
+    return search.outcome(stopped_by, "speed-weighted LPT" if warm_start is None else "warm start")
 
 
 class _Search(Best, ABC):
@@ -178,7 +175,7 @@ class _Sharing(_Search):
     is the even split's own. Other policies may share that placement worse, and search on sooner.
     """
 
-    walk: SharingWalk | None = None
+    walk: Walk | None = None
 
     @property
     def static(self) -> bool:
@@ -241,19 +238,23 @@ class _Sharing(_Search):
         iterate(self.costs, state, draws, total_cost(state), row, np.zeros(2), 0.0)
         if self.offer(row):
             self.settle(row)
-        if not self.static:
-            self.walk_on(time.monotonic() - begin)
+        self.walk_on(time.monotonic() - begin)
         return self.value < before
 
     def walk_on(self, seconds: float) -> None:
         """Changes of slots as long as kicks took, or so many where the time does not count."""
         assert self.row is not None and self.draws is not None
         if self.walk is None:
-            self.walk = SharingWalk(self.problem, self.row, self.draws)
-        elif self.walk.best_us > self.value * (1 + 1e-9):
+            parts = self.problem.split is not Split.OPTIMAL
+            self.walk = (PartsWalk if parts else SharingWalk)(self.problem, self.row, self.draws)
+        elif self.walk.best_us > self.value * (1 + SAME):
             self.walk.restart(self.row)
-        options, end = self.options, time.monotonic() + seconds
+        walk, options, end = self.walk, self.options, time.monotonic() + seconds
         timed = options.patience is None
         over = (lambda: time.monotonic() >= end or options.expired()) if timed else options.expired
-        if self.walk.walk(max(FEWEST, WALK_TRIES * len(self.row)), over):
-            self.offer(self.walk.best)
+        if isinstance(walk, PartsWalk) and timed:
+            walk.allow(WALK_SHARE * options.remaining)
+        if walk.walk(NEVER if timed else walk.some(), over):
+            if isinstance(walk, PartsWalk) and self.static and walk.weights_P is not None:
+                remember_weights(self.problem, walk.best, walk.weights_P)
+            self.offer(walk.best)

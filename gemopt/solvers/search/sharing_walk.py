@@ -1,11 +1,13 @@
-"""A walk over placements whose copies share by any policy: each change is judged by the policy's own objective.
+"""Walks over placements whose copies share by any policy: each change is judged by the policy's own objective.
 
-One slot gets another expert or none, or two change places; most are drawn from the rank that a step waits for. The walk
-climbs first; then rounds of annealing begin at the best row, each hotter than one in vain before it.
+One slot gets another expert or none, or two change places; most are drawn from the rank that a step waits for. A walk
+climbs first; then rounds of annealing begin at the best row, each hotter than one in vain before it. `SharingWalk` asks
+for the cost of every row; `parts_walk` has a quicker one where the copies of an expert share by themselves.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +30,7 @@ FROM_SLOWEST = 0.75  # of the changes begin on the rank that a step waits for
 GLANCE, FEWEST = 4, 64  # one step in so many says first what a change loses, though not fewer than so many
 AT_A_GLANCE = 0.5  # of what a change may lose: losing more on these steps, it will lose too much
 LEAST_GAIN = 1e-9  # of the value
+TRIES, FEWEST_TRIES = 8, 256  # for each slot, and at least, where the time does not count
 Cost = Callable[[Row, NDArray[np.int64]], tuple[FloatArray, NDArray[np.int64]]]
 """[N] microseconds that some steps take, before weights, and the ranks that they wait for."""
 
@@ -66,53 +69,93 @@ def parted_times(
     return times
 
 
-class SharingWalk:
-    """A row that changes, and the best one so far."""
+class Walk(ABC):
+    """A row that changes, and the best one so far, with what they cost. round: changes of the present round."""
 
-    def __init__(
-        self, problem: Problem, row: Row, draws: np.random.Generator, cost: Cost | None = None, hot: float = 0.0
-    ) -> None:
-        """cost: of a row in place of the policy's objective. hot: of the first round; 0: it climbs."""
-        self.problem, self.draws, self.weights_T, self.hot = problem, draws, problem.weights_T, hot
-        order = draws.permutation(problem.num_steps)
-        size = max(FEWEST, problem.num_steps // GLANCE) if cost is None else problem.num_steps
-        self.cost = cost or _by_policy(problem)
-        self.parts = [np.sort(part) for part in (order[:size], order[size:]) if len(part)]
-        self.round = len(row) * (len(row) // 2 + problem.num_experts)
+    batch = 1  # changes tried between looks at whether to stop
+
+    def __init__(self, problem: Problem, row: Row, draws: np.random.Generator, hot: float = 0.0) -> None:
+        """hot: heat of the first round; 0: it climbs."""
+        self.problem, self.draws, self.hot = problem, draws, hot
+        self.changes = len(row) * (len(row) // 2 + problem.num_experts)
         self.best, self.best_us = row, np.inf
+        self._plan()
         self.restart(row)
+
+    @abstractmethod
+    def _begin(self, row: Row) -> float:
+        """Stand at a row; what it costs."""
+
+    @abstractmethod
+    def _try(self, number: int) -> None:
+        """Try so many changes, and keep the best row."""
 
     def restart(self, row: Row) -> None:
         """Begin at a row, which is the best one if nothing was better."""
-        self.row = row.astype(np.int64)
-        self.cost_T, self.slowest_T = self.cost(self.row, np.arange(self.problem.num_steps))
-        self.value_us = float(self.cost_T @ self.weights_T)
-        if self.value_us < self.best_us:
-            self.best, self.best_us = self.row, self.value_us
+        value_us = self._begin(row)
+        if value_us < self.best_us:
+            self.best, self.best_us = row, value_us
         self.tried, self.begun_us = 0, self.best_us
 
     def walk(self, tries: int, stop: Callable[[], bool]) -> bool:
         """Try changes, and whether one of them leads to a better row than any before."""
-        before = self.best_us
-        for _ in range(tries):
-            if stop():
-                break
+        before, left = self.best_us, tries
+        while left > 0 and not stop():
             if self.tried >= self.round:
                 gained = self.best_us < self.begun_us
                 self.hot = 0.0 if gained and not self.hot else HOT if gained else self._hotter()
+                self._plan()
                 self.restart(self.best)
-            self._try()
+            number = min(left, self.batch)
+            self.tried += number
+            self._try(number)
+            left -= number
         return self.best_us < before * (1 - LEAST_GAIN)
+
+    def some(self) -> int:
+        """Changes to try where the time does not count."""
+        return max(FEWEST_TRIES, TRIES * len(self.best))
+
+    def _plan(self) -> None:
+        """How long the round that begins takes."""
+        self.round = self.changes
 
     def _hotter(self) -> float:
         return max(HOT, self.hot * HOTTER) if self.hot < HOTTEST else HOT
 
-    def _try(self) -> None:
-        self.tried += 1
+    def heat(self) -> float:
+        """What changes lose at present in the mean of those kept, of the value."""
+        return float(self.hot * COOLED ** (self.tried / self.round))
+
+
+class SharingWalk(Walk):
+    """Any policy, or another cost: every row is looked at by itself."""
+
+    def __init__(
+        self, problem: Problem, row: Row, draws: np.random.Generator, cost: Cost | None = None, hot: float = 0.0
+    ) -> None:
+        """cost: of a row in place of the policy's objective. hot: as of `Walk`."""
+        self.weights_T, order = problem.weights_T, draws.permutation(problem.num_steps)
+        size = max(FEWEST, problem.num_steps // GLANCE) if cost is None else problem.num_steps
+        self.cost = cost or _by_policy(problem)
+        self.parts = [np.sort(part) for part in (order[:size], order[size:]) if len(part)]
+        super().__init__(problem, row, draws, hot)
+
+    def _begin(self, row: Row) -> float:
+        self.row = row.astype(np.int64)
+        self.cost_T, self.slowest_T = self.cost(self.row, np.arange(self.problem.num_steps))
+        self.value_us = float(self.cost_T @ self.weights_T)
+        return self.value_us
+
+    def _try(self, number: int) -> None:
+        for _ in range(number):
+            self._try_one()
+
+    def _try_one(self) -> None:
         row = self._drawn()
         if row is None:
             return
-        heat = self.hot * COOLED ** (self.tried / self.round) * self.value_us
+        heat = self.heat() * self.value_us
         may_lose = -heat * np.log(1 - self.draws.random()) - LEAST_GAIN * self.value_us
         lost, found = 0.0, []
         for part in self.parts:

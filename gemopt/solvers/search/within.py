@@ -62,8 +62,7 @@ def search_within(problem: Problem, options: Options, warm_start: Row | None, fr
     with options.alarm() as search.stop:
         search.descend()
         stopped_by = search.iterate()
-    note = "" if search.searched else "no time to search: few moves"
-    return Outcome(search.row, stopped_by, history=search.history, note=note, reached=search.searched, search=search)
+    return search.outcome(stopped_by, "few moves")
 
 
 def homeward(problem: Problem, start: Row, costs: Costs, stop: NDArray[np.uint8]) -> Row:
