@@ -36,6 +36,7 @@ from gemopt.solving.rounds import solve_shared
 from gemopt.solving.ruled import Ruled, eased, keeping
 from gemopt.solving.schedule import OnLayers, Progress, Run
 from gemopt.splits.senders import Senders
+from gemopt.splits.weights import remember_weights
 from gemopt.topology import Topology
 from gemopt.traces import Traces
 from gemopt.words import counted
@@ -308,4 +309,9 @@ def _warm_rows(warm_start: GivenPlacement | None, layers: list[Problem], traces:
         raise InputError(
             "warm_start", warm_start.slots_per_rank, f"slots per rank {layers[0].slots_per_rank.tolist()} are asked for"
         )
+    if warm_start.split is Split.STATIC and warm_start.split_weights is not None and layers[0].split is Split.STATIC:
+        for problem, row, weights_P in zip(
+            layers, warm_start.physical_to_logical, warm_start.split_weights, strict=True
+        ):
+            remember_weights(problem, row, weights_P)
     return [keeping(problem, row) for problem, row in zip(layers, warm_start.physical_to_logical, strict=True)]

@@ -9,8 +9,10 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+from timed import timed
 
-from gemopt.evaluate import check, objective
+import gemopt
+from gemopt.evaluate import check, evaluate, objective
 from gemopt.latency import ACTIVE, ASSIGNMENTS, Curve, Latency, line
 from gemopt.layer_rules import Demand, LayerRules
 from gemopt.placement import EMPTY, Split
@@ -25,6 +27,7 @@ from gemopt.solving.layers import Layer, on_this_clock
 from gemopt.solving.schedule import Run
 from gemopt.splits import even_weights
 from gemopt.splits.weights import carried_weights, remember_weights, static_weights
+from gemopt.traces import Traces
 
 
 def lines(*slopes: float) -> list[Latency]:
@@ -192,3 +195,22 @@ def test_weights_go_from_one_search_of_a_layer_to_another() -> None:
     one = Layer(problem, None, 0, mine)
     one.take(Layer(problem, None, 1, theirs))
     assert one.outcome is not None and one.outcome.weights_P is theirs.weights_P
+
+
+def test_a_static_placement_to_start_from_keeps_its_weights() -> None:
+    """Descent from even weights would end at others that cost more; where it finds better ones these are taken."""
+    profile, steps = timed(SLOPES, lambda n, slope: (4 + 3 * np.ceil(n / 8)) * slope, range(0, 400, 4)), 12
+    traces = Traces(counts=layer("stairs", Split.STATIC, 2, steps).counts_TE[:, None])
+    options = {"slots_per_rank": SLOTS, "split": "static", "solver": "local-search", "threads": 1}
+    start = gemopt.solve(profile, traces, patience=20, **options)
+    for patience, limit in ((0, 60.0), (1, 60.0), (0, 1e-9)):
+        again = gemopt.solve(
+            profile, traces, warm_start=start.placement, patience=patience, time_limit=limit, **options
+        )
+        assert again.objective_us is not None and start.objective_us is not None
+        assert again.objective_us <= start.objective_us * (1 + 1e-12)
+    assert start.placement is not None and start.placement.split_weights is not None
+    poor = start.placement.changed(split_weights=[even_weights(row, 6) for row in start.placement.physical_to_logical])
+    better = gemopt.solve(profile, traces, warm_start=poor, patience=0, **options)
+    assert better.objective_us is not None
+    assert better.objective_us <= evaluate(poor, profile, traces).objective_us

@@ -170,7 +170,7 @@ def test_static_answers_cost_what_their_history_ends_with() -> None:
 
 def test_static_weights_are_of_full_rows_where_slots_must_be_full(monkeypatch: pytest.MonkeyPatch) -> None:
     weighed: list[np.ndarray] = []
-    monkeypatch.setattr("gemopt.solvers.search.policies.static_weights", lambda _, row, stop: weighed.append(row))
+    monkeypatch.setattr("gemopt.solvers.search.policies.static_weights", lambda _, row, *__, **___: weighed.append(row))
     problem = Problem.make([[300, 9, 8]] * 3, (ASSIGNMENTS,), sloped(1, 2, 0.9), 2, split=Split.STATIC, full=True)
     options = Options(deadline=np.inf, patience=0)
     get("local-search").solve(problem, options, np.array([0, 1, 0, 2, EMPTY, EMPTY]))

@@ -30,6 +30,7 @@ from gemopt.solvers import get, hurried
 from gemopt.solvers.base import Row
 from gemopt.solving.layers import Layer, value_of
 from gemopt.solving.schedule import Run
+from gemopt.splits.weights import remember_weights
 
 FIRST_SHARE = 0.5  # of the time, at most, for a descent that keeps to the budget
 WIDE_SHARE = 0.5  # of the rest, with all slots
@@ -119,8 +120,8 @@ def solve_within(run: Run, held_G: IntArray) -> None:
         stopped_by = StoppedBy.ITERATIONS if proved else found.outcome.stopped_by
         layer.outcome = replace(
             found.outcome if run.exact else chosen.outcome,
-            row=_widened(chosen, layer.problem), history=chosen.outcome.history, bound_us=None, own_bound_us=None,
-            stopped_by=stopped_by,
+            row=_widened(chosen, layer.problem), weights_P=_widened_weights(chosen, layer.problem),
+            history=chosen.outcome.history, bound_us=None, own_bound_us=None, stopped_by=stopped_by,
         )  # fmt: skip
         if chosen is not found and layer.outcome.start_us is not None:
             layer.outcome.start_us = _value(chosen)
@@ -165,18 +166,33 @@ def _within(layer: Layer, row: Row, *, full: bool) -> Layer:
     """A layer in the slots that a row of it uses, to start from the row."""
     problem, slots_G = layer.problem, _kept(layer.problem, row)
     slots_G.setflags(write=False)  # as the problem's: the same kernels serve
-    own = replace(problem, slots_per_rank=slots_G, full=full)
+    own, weights_P = replace(problem, slots_per_rank=slots_G, full=full), problem.weighed.get(row.tobytes())
+    if weights_P is not None:
+        remember_weights(own, row[row != EMPTY], weights_P[row != EMPTY])
     return Layer(own, row[row != EMPTY], layer.seed, bounded_steps=problem.num_steps)  # bounded already
 
 
 def _widened(layer: Layer, wide: Problem) -> Row:
     """The row of a layer in the first slots of ranks that have more."""
-    row, own = _row(layer), layer.problem
+    row = np.full(wide.num_slots, EMPTY)
+    row[_first_slots(layer.problem, wide)] = _row(layer)
+    return row
+
+
+def _widened_weights(layer: Layer, wide: Problem) -> FloatArray | None:
+    """The static weights of that row, where some were chosen."""
+    if layer.outcome is None or layer.outcome.weights_P is None:
+        return None
+    weights_P = np.zeros(wide.num_slots)
+    weights_P[_first_slots(layer.problem, wide)] = layer.outcome.weights_P
+    return weights_P
+
+
+def _first_slots(own: Problem, wide: Problem) -> IntArray:
+    """[P] slots of a layer, in one whose ranks have more."""
     first_G = np.cumsum(wide.slots_per_rank) - wide.slots_per_rank
     own_G = np.cumsum(own.slots_per_rank) - own.slots_per_rank
-    out = np.full(wide.num_slots, EMPTY, dtype=row.dtype)
-    out[np.arange(own.num_slots) + (first_G - own_G)[own.rank_of_slot]] = row
-    return out
+    return np.arange(own.num_slots) + (first_G - own_G)[own.rank_of_slot]
 
 
 def _total(layers: Sequence[Layer]) -> float:

@@ -142,17 +142,24 @@ def improve_weights(
     return total
 
 
-def static_weights(problem: Problem, row_P: NDArray[np.int64], stop: NDArray[np.uint8] | None = None) -> FloatArray:
+def static_weights(
+    problem: Problem, row_P: NDArray[np.int64], stop: NDArray[np.uint8] | None = None, *, anew: bool = False
+) -> FloatArray:
     """[P] weights of the copies of a row that cost least on the steps of the problem, 0 for empty slots.
 
     Found by descent from even ones: one boundary between two copies at a time, under the true objective. They carry
     the speeds of the ranks. Never dearer than even weights. stop: [1] ends the descent with what it has when it turns
-    1, as `Options.alarm` gives it.
+    1, as `Options.alarm` gives it. Of a row that was asked for before, or whose weights are remembered, these; anew:
+    those that cost least of them and what descent finds.
     """
     found_P = problem.weighed.get(row_P.tobytes())
-    if found_P is None:
-        found_P = _found_weights(problem, row_P, np.zeros(1, np.uint8) if stop is None else stop)
-        _keep(problem, row_P, found_P)
+    if found_P is None or anew:
+        chosen_P = _found_weights(problem, row_P, np.zeros(1, np.uint8) if stop is None else stop)
+        if found_P is None:
+            _keep(problem, row_P, chosen_P)
+        else:
+            remember_weights(problem, row_P, chosen_P)
+        found_P = problem.weighed[row_P.tobytes()]
     return found_P.copy()
 
 

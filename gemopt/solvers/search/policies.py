@@ -72,7 +72,10 @@ class _Search(Best, ABC):
         if problem.split is not Split.STATIC:
             self.offer(lpt_row(problem) if warm_start is None else warm_start)
         elif warm_start is not None:  # else the even split's answer is as good
-            self.keep_evenly(self.completed(warm_start))
+            row = self.completed(warm_start)
+            self.keep_evenly(row)
+            if row.tobytes() in problem.weighed:
+                self.keep(row, objective(problem, row))
 
     def completed(self, row: Row) -> Row:
         """The row, with empty slots filled where none may be."""
@@ -188,6 +191,7 @@ class _Sharing(_Search):
 
     def begin(self) -> None:
         if self.given is not None and self.static and not self.options.expired():
+            static_weights(self.problem, self.completed(self.given), self.stop, anew=True)
             self.offer(self.given)
             self.given = None
         even_row = self.even_row(1.0 if self.static else SHARING_SHARE)
