@@ -127,9 +127,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--patience", type=int, default=None)
-    parser.add_argument(
-        "--splits", default=",".join(Split), type=lambda text: [Split(name) for name in text.split(",")]
-    )
+    parser.add_argument("--splits", default=",".join(Split))
     given = parser.parse_args()
     print(f"{stamp('numpy', 'numba')}; {given.seconds:g} s, patience {given.patience}\n")
     print("| split | latencies | cases | placements | missed | largest % | mean % | below | CPU s |")

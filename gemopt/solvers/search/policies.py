@@ -1,7 +1,8 @@
 """Search over copies that do not share evenly: from the even split's answer, or under the optimal split of plain loads.
 
 Static weights, nearest copies and splits with activated experts take the placement found for the even split further:
-swaps with every slot's share as it is, shares chosen anew, and so on. Every row is judged by the policy's objective.
+swaps with every slot's share as it is, shares chosen anew, and in turn a walk of single changes, of weights as well.
+Every row is judged by the policy's objective.
 """
 
 from __future__ import annotations
