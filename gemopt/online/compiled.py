@@ -11,7 +11,7 @@ MOST = 16
 
 
 class Compiled:
-    """Latencies at present: lines or planes where they are close, else tables. They depend on the loads alone."""
+    """Latencies at present: lines or planes that rise as they do, else tables. They depend on the loads alone."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int], Costs] = {}  # by mean and largest load

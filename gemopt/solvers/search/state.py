@@ -22,6 +22,9 @@ EXACT_FLOAT32 = 1 << 24
 SUMMED = "where a step sums many passes, record each as a step of its own, or divide its counts by their number"
 LOG_SIZE = 1 << 13
 UNROLLED_PLANES = 5
+STRAIGHT = 0.03  # of its values is what a hull may be off a line
+ROUNDING = 1e-9
+ALIKE = 0.4  # of what a latency varies about the mean load is what a line may be off it, from the lowest to the highest
 
 
 class Costs(NamedTuple):
@@ -58,10 +61,9 @@ class State(NamedTuple):
 
 
 def hull_costs(problem: Problem) -> Costs | None:
-    """Convex hulls of the latencies as planes, where they have a shape with a SIMD kernel of its own; else None.
+    """Latencies as planes that a swap gains about as much by, where they have a shape with a SIMD kernel of its own.
 
-    Those are one line of one feature (a hull within 3 % of one around the mean load counts), and up to five planes of
-    two features.
+    Those are one line of one feature, about the mean load, and up to five planes of two features; else None.
     """
     mean = float(problem.features_FTE[0].sum(axis=1).mean()) / problem.num_ranks
     rows = [_line_about(mean, latency) for latency in problem.latencies]
@@ -74,15 +76,24 @@ def hull_costs(problem: Problem) -> Costs | None:
 
 @lru_cache(maxsize=1024)  # layers share latencies, and most have the same mean load
 def _line_about(mean: float, latency: Latency) -> Array | None:
-    """[1, 2] intercept and slope close to the hull of a latency of one feature, or None."""
+    """[1, 2] intercept and slope of a line that rises as a latency of one feature does, or None.
+
+    That is one close to its convex hull, or else to the latency itself: what saturates, as where every expert is
+    activated once, rises by far more than its hull.
+    """
     if latency.num_features != 1:
         return None
-    loads = np.linspace(0.25, 2.5, 16) * max(mean, 1.0)
+    loads = np.unique(np.linspace(0.25, 2.5, 64) * max(mean, 1.0) // 1)
     planes_K2 = latency.planes(limit=64)
-    values = (planes_K2[:, :1] + planes_K2[:, 1:] * loads).max(axis=0)
-    slope, intercept = np.polyfit(loads, values, 1)
-    close = np.abs(intercept + slope * loads - values) <= 0.03 * np.abs(values)
-    return np.array([[intercept, slope]]) if close.all() else None
+    values = latency([loads])
+    hull = (planes_K2[:, :1] + planes_K2[:, 1:] * loads).max(axis=0)
+    most = ALIKE * np.ptp(values) + ROUNDING * np.abs(values).max()
+    for each, tolerance in ((hull, STRAIGHT * np.abs(hull)), (values, np.inf)):
+        slope, intercept = np.polyfit(loads, each, 1)
+        line = intercept + slope * loads
+        if (np.abs(line - each) <= tolerance).all() and np.ptp(values - line) <= most:
+            return np.array([[intercept, slope]])
+    return None
 
 
 def _plane_costs(rows: list[Array]) -> Costs:

@@ -1,0 +1,73 @@
+"""The planes that searches are guided by rise as the latencies do, whatever their shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemopt.evaluate import objective
+from gemopt.latency import ASSIGNMENTS, Curve, Latency
+from gemopt.online.compiled import Compiled
+from gemopt.problem import Problem
+from gemopt.solvers.search.moves import few_moves
+from gemopt.solvers.search.state import hull_costs, make_costs
+
+LOADS = np.arange(2049.0)
+SHAPES: dict[str, Callable[[Any], Any]] = {
+    "line": lambda n: 20 + 0.3 * n,
+    "fine tiles": lambda n: 20 + 2.4 * np.ceil(n / 8),
+    "one tile holds most ranks": lambda n: 20 + 30 * np.ceil(n / 96),
+    "saturates": lambda n: 20 + 60 * (1 - np.exp(-n / 60)) + 0.01 * n,
+    "every expert once, then tokens": lambda n: 20 + 0.6 * np.minimum(n, 128) + 0.01 * n,
+    "another kernel from 48 on": lambda n: 20 + 0.01 * n + 25 * (n >= 48),
+    "falls at 64": lambda n: 30 + 0.4 * n - 12 * (n >= 64),
+    "nothing is faster": lambda n: 50 + 0 * n,
+}
+
+
+def layer(shape: str, seed: int = 0) -> tuple[Problem, np.ndarray[Any, Any]]:
+    """Eight experts on each of four ranks, hot ones together, 50 assignments a rank in the mean."""
+    rng = np.random.default_rng(seed)
+    share_E = rng.gamma(0.6, size=32)
+    counts = rng.multinomial(200, share_E / share_E.sum(), size=80)
+    times = SHAPES[shape](LOADS)
+    slope = (times[-1] - times[-385]) / 384
+    latencies = [Latency(((Curve(LOADS, f * times, f * slope),),)) for f in (1.0, 1.05, 0.95, 1.2)]
+    problem = Problem.make(counts, (ASSIGNMENTS,), latencies)
+    return problem, np.argsort(-share_E, kind="stable")
+
+
+def best_gain(problem: Problem, row: np.ndarray[Any, Any]) -> float:
+    """Microseconds that the best swap of all gains."""
+    best = 0.0
+    for p in range(len(row)):
+        for q in range(p):
+            other = row.copy()
+            other[[p, q]] = row[[q, p]]
+            best = max(best, objective(problem, row) - objective(problem, other))
+    return best
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_controller_sees_what_swaps_gain(shape: str, seed: int) -> None:
+    """A hull far below a latency that saturates made gains a tenth of what they are, and nothing moved."""
+    problem, row = layer(shape, seed)
+    best = best_gain(problem, row)
+    least = 0.4 * best + 1e-9
+    way = few_moves(problem, row, least_us=least, max_swaps=1, costs=Compiled().of(problem))
+    if best > 1e-6:
+        assert way[0].objective_us - way[-1].objective_us > least
+    else:
+        assert len(way) == 1
+
+
+def test_lines_are_taken_where_latencies_are_nearly_lines() -> None:
+    """They are what makes a decision short."""
+    lines = {shape for shape in SHAPES if (costs := hull_costs(layer(shape)[0])) is not None and not costs.use_tables}
+    assert lines >= {"line", "fine tiles", "saturates", "nothing is faster"}
+    assert not lines & {"one tile holds most ranks", "another kernel from 48 on"}
+    assert make_costs(layer("saturates")[0]).use_tables
