@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -314,11 +315,26 @@ def test_arrays_by_hand_say_what_they_are(tmp_path: Path, kind: str, change: obj
     more = {
         "measured_at": np.zeros(4),
         "fullest": counts.sum(axis=(0, 1)).argsort(),
+        "expert_rank": counts.sum(axis=(0, 1)).argsort().argsort(),
         "batch_size": tokens,
+        "num_ranks": np.arange(12) // 6 + 1,
         "block_sizes": [4, 8, 9],
+        "layer_rows": [4, 8, 9],
     }
     save({"counts": counts, "layer_ids": np.array([3, 4, 5])} | {k: np.array(v) for k, v in more.items()}, path)
     assert Traces.load(path).layer_ids == (3, 4, 5)
+
+
+def test_steps_of_a_long_record_are_looked_at_and_anything_else_in_a_file_is_left(tmp_path: Path) -> None:
+    counts = np.random.default_rng(0).integers(0, 9, (600, 1, 8))
+    np.savez(tmp_path / "t.npz", counts=counts, notes=np.array([None, {}], dtype=object))
+    with zipfile.ZipFile(tmp_path / "t.npz", "a") as archive:
+        archive.writestr("README.txt", "how these were recorded")
+    assert Traces.load(tmp_path / "t.npz").num_steps == 600
+    long = np.repeat(counts.astype(np.uint8), 300, axis=0)
+    np.savez(tmp_path / "t.npz", counts=long, step=np.arange(len(long)) // 2)
+    with pytest.raises(InputError, match="step beside counts; every step once"):
+        Traces.load(tmp_path / "t.npz")
 
 
 def test_experts_that_a_file_says_are_checked(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
     if str(np.asarray(experts).tolist()).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError(f"{path}: counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
     others |= count_json.read(path).beside if count_json.is_json(path) else {}
-    refuse_telling(path, {name: as_numpy(each) for name, each in others.items()}, counts)
+    refuse_telling(path, {name: as_numpy(each) for name, each in others.items()}, counts, layers=layers is not None)
     return _Counts(counts, layers)
 
 

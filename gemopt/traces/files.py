@@ -36,7 +36,7 @@ ALTERING = re.compile(  # arrays and metadata that say what is still to be done 
     r"expert_(start|begin|offset)|first_expert|^((is|are)_)?cumulative$",
     re.IGNORECASE,
 )
-SHORT_BYTES = 1 << 20
+HEADER_BYTES = 1 << 12  # of an array, at most
 PLAIN_TYPES = {"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "BOOL"}  # of safetensors
 NOT_ALTERED = "do to the counts what it says, and leave it out"
 _MEANT = {  # what else arrays are called that say what the counts are of
@@ -120,8 +120,9 @@ def _read_npz(path: Path, wanted: tuple[str, ...]) -> Part:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = arrays.files
             kept = {name: arrays[name] for name in wanted if name in found}
-            known = ("layer_ids", "num_experts", *PLAIN, *wanted)
-            beside = {name: arrays[name] for name in _short(arrays.zip) if name not in known and not meant(name)}
+            shape = kept["counts"].shape if "counts" in kept else ()
+            short = [name for name in _short(arrays.zip, max(shape, default=0)) if _is_beside(name, wanted)]
+            beside = {name: each for name in short if (each := _plain(arrays, name)) is not None}
             metadata = {name: str(arrays[name]) for name in (*PLAIN, "num_experts") if name in found}
             if "layer_ids" in found:
                 metadata["layer_ids"] = json.dumps(arrays["layer_ids"].tolist())
@@ -132,13 +133,27 @@ def _read_npz(path: Path, wanted: tuple[str, ...]) -> Part:
         hint = foreign.IMPORT_TRACES
         raise InputError(str(path), ", ".join(found)[:200], "an array named counts is needed", hint)
     if kept["counts"].ndim == len("TLE"):
-        refuse_telling(path, beside, kept["counts"])
+        refuse_telling(path, beside, kept["counts"], layers="layer_ids" in metadata)
     return Part(path, kept, set(found), metadata)
 
 
-def _short(archive: zipfile.ZipFile) -> list[str]:
-    """The names of arrays that are no long records."""
-    return [each.filename.removesuffix(".npy") for each in archive.infolist() if each.file_size <= SHORT_BYTES]
+def _short(archive: zipfile.ZipFile, most: int) -> list[str]:
+    """The names of arrays that may be of so few numbers."""
+    files = [each.filename for each in archive.infolist() if each.file_size <= HEADER_BYTES + 8 * most]
+    return [name.removesuffix(".npy") for name in files if name.endswith(".npy")]
+
+
+def _plain(arrays: Any, name: str) -> IntArray | None:
+    """An array; None where it holds objects."""
+    try:
+        return np.asarray(arrays[name])
+    except ValueError:
+        return None
+
+
+def _is_beside(name: str, wanted: tuple[str, ...]) -> bool:
+    """Whether an array of this name has no meaning to the reader."""
+    return name not in ("layer_ids", "num_experts", *PLAIN, *wanted) and not meant(name)
 
 
 def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
@@ -153,18 +168,18 @@ def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
             arrays = {name: file.get_tensor(name) for name in wanted if name in names}
             for name in names & {"layer_ids", *PLAIN} - set(metadata):
                 metadata[name] = json.dumps(file.get_tensor(name).tolist())
-            others = {name: file.get_slice(name) for name in names - {"layer_ids", "num_experts", *PLAIN, *wanted}}
+            others = {name: file.get_slice(name) for name in names if _is_beside(name, wanted)}
             short = [
                 name for name, each in others.items() if len(each.get_shape()) == 1 and each.get_dtype() in PLAIN_TYPES
             ]
-            beside = {name: file.get_tensor(name) for name in short if not meant(name)}
+            beside = {name: file.get_tensor(name) for name in short}
     except OSError as error:
         raise InputError(str(path), error.strerror or str(error), "a readable safetensors file is needed") from None
     except (SafetensorError, TypeError, ValueError, KeyError, AttributeError) as error:
         _refuse_foreign(path, "safetensors")
         raise InputError(str(path), str(error), "a complete safetensors file of integers is needed") from None
     if "counts" in arrays and arrays["counts"].ndim == len("TLE"):
-        refuse_telling(path, beside, arrays["counts"])
+        refuse_telling(path, beside, arrays["counts"], layers="layer_ids" in metadata)
     return Part(path, arrays, names, metadata)
 
 

@@ -27,16 +27,26 @@ NUMBERED = {
     *("", "id", "ids", "idx", "index", "indices", "num", "number", "numbers"),
     *("global", "train", "pass", "run"),
 }  # words beside those in names of what numbers steps
-FOUND = {"slowest", "fullest", "busiest", "hottest", "worst", "max", "min"}  # ranks that were found by their loads
-AMOUNTS = {"num", "n", "count", "counts", "tokens", "size", "sizes"}
+FOUND = {  # ranks that were found by their loads
+    *("slowest", "fullest", "busiest", "hottest", "worst", "straggler", "critical", "bottleneck", "max", "min"),
+}
+AMOUNTS = {"num", "n", "count", "counts", "active", "tokens", "size", "sizes"}
+MEASURED = {"us", "ms", "s", "time", "latency", "load", "loads", "mean", "seed", "flops", "params"}
 WEIGHTS = {"weight", "weights", "multiplicity", "repeat", "repeats", "occurrences"}
 LAYERS = {"layer", "layers", "block", "blocks"}
-NO_NUMBERS = AMOUNTS | {"offset", "offsets", "start", "starts", "end", "ends", "bytes", "dim", "dims", "width", "freq"}
+NO_NUMBERS = AMOUNTS | FOUND | MEASURED | {
+    *("offset", "offsets", "start", "starts", "end", "ends", "bytes", "dim", "dims", "width", "freq"),
+}
 """Words of what arrays say of layers besides their numbers."""
 
 
-def refuse_telling(path: str | os.PathLike[str], others: Mapping[str, NDArray[Any]], counts: IntArray) -> None:
-    """Refuse arrays beside counts [T, L, E] that put their axes into another order, or tell steps apart."""
+def refuse_telling(
+    path: str | os.PathLike[str], others: Mapping[str, NDArray[Any]], counts: IntArray, *, layers: bool
+) -> None:
+    """Refuse arrays beside counts [T, L, E] that put their axes into another order, or tell steps apart.
+
+    layers: whether the file says by a name that has this meaning alone which layers they are.
+    """
     for name, given in others.items():
         if given.ndim != 1 or given.dtype.kind not in "biu" or len(given) < 2:
             continue
@@ -46,7 +56,7 @@ def refuse_telling(path: str | os.PathLike[str], others: Mapping[str, NDArray[An
             limit, hint = "experts in order", "does it say which experts they are? then put them in order"
         elif steps and _numbers_steps(array, words, counts) and (np.diff(array) <= 0).any():
             limit, hint = "every step once, in order", "add up those of one step, and put them in order"
-        elif steps and words & {"rank", "ranks"} and not words & FOUND and varies:
+        elif steps and words & {"rank", "ranks"} and not words & (FOUND | AMOUNTS) and varies:
             limit, hint = "every step once, of all ranks", "add up the ranks of each step"
         elif steps and name.casefold() in NETWORKS | PROCESSES and varies:
             limit, hint = "steps of one network, of all its processes", "add up processes; keep networks apart"
@@ -54,7 +64,7 @@ def refuse_telling(path: str | os.PathLike[str], others: Mapping[str, NDArray[An
             limit, hint = "steps that were served", "leave out the others"
         elif steps and words & WEIGHTS and varies:
             limit, hint = "steps that count once", "repeat or add up what counts more often"
-        elif len(array) == counts.shape[1] and not steps and words & LAYERS and not words & NO_NUMBERS and _rise(array):
+        elif not (layers or steps) and words & LAYERS and not words & NO_NUMBERS and _rise(array, counts.shape[1]):
             limit, hint = "layer_ids, if it says which layers they are", "call it so, or give --layer-ids"
         else:
             continue
@@ -65,9 +75,9 @@ def _words(name: str) -> set[str]:
     return set(re.split("[^a-z]+", name.lower()))
 
 
-def _rise(array: IntArray) -> bool:
-    """Whether numbers are others than 0, 1, ..., in order."""
-    return bool((np.diff(array) > 0).all() and array[0] >= 0 and array[-1] >= len(array))
+def _rise(array: IntArray, count: int) -> bool:
+    """Whether so many numbers are others than 0, 1, ..., in order."""
+    return bool(len(array) == count and (np.diff(array) > 0).all() and array[0] >= 0 and array[-1] >= len(array))
 
 
 def _reorders(array: IntArray, words: set[str], counts: IntArray) -> bool:
@@ -77,8 +87,8 @@ def _reorders(array: IntArray, words: set[str], counts: IntArray) -> bool:
     if len(array) in counts.shape[:2] and not words & {"expert", "experts", "order", "permutation", "perm"}:
         return False  # of steps or layers as well as of experts
     load = counts.sum(axis=(0, 1), dtype=np.int64)
-    falls, found = -np.diff(load), -np.diff(load[array])
-    by_load = (found >= 0).all() or (found <= 0).all()
+    falls, *found = (-np.diff(each) for each in (load, load[array], load[np.argsort(array)]))  # an order, or places in it
+    by_load = any((each >= 0).all() or (each <= 0).all() for each in found)
     return not (by_load and (falls > 0).any() and (falls < 0).any())
 
 
