@@ -107,7 +107,7 @@ def norm_of_costs(columns: Columns, mu_EM: Array, rounds: int) -> float:
 @njit(cache=True, nogil=True)
 def norm_of_sums(columns: Columns, sums_R: Array, rounds: int) -> float:
     """The same of the rows of experts [E], then of kinds of ranks [K]."""
-    out_R, experts, length = np.empty_like(sums_R), len(sums_R) - 1 - columns.kind.max(), 0.0
+    out_R, experts, length = np.empty_like(sums_R), columns.owner.max() + 1, 0.0
     to_length_one(sums_R, sums_R)
     for _ in range(rounds):
         out_R[:] = 0
