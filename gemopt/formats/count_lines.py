@@ -24,6 +24,7 @@ from gemopt.formats.count_names import (
     SCORES,
     TABLES,
     numbered,
+    sure,
     words_of,
 )  # fmt: skip
 from gemopt.formats.count_spread import follows
@@ -218,7 +219,8 @@ def meanings(path: Path, header: list[str]) -> dict[str, int]:
     """The columns by what they mean; `InputError` where one is missing, or comes twice."""
     found: dict[str, int] = {}
     for meaning, names in COLUMNS.items():
-        here = [i for i, name in enumerate(header) if name in names]
+        known = sure(name for name in header if name in names)
+        here = [i for i, name in enumerate(header) if name in known]
         if len(here) > 1:
             both = " and ".join(header[i] for i in here)
             raise InputError(f"{path}: columns", both, f"one column for the {meaning}", "remove the others")

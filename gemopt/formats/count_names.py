@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from gemopt.exceptions import InputError
@@ -28,6 +29,10 @@ COLUMNS = {
     ),
     "rank": ("rank", "rank_id", *PARALLEL),
     "phase": ("phase",),
+}
+PERHAPS = {  # that mean it where no other column does
+    *("hit_count", "selection_count", "selected_count", "num_selected", "times_selected"),
+    *("pass", "pass_id", "engine_step", "time_step", "timestep"),
 }
 TOKENS = {"tokens", "num_tokens", "token_count"}  # of an expert, or of a whole step
 PHASES = {
@@ -78,6 +83,12 @@ DERIVED = SHARES | {  # that name what was made of counts
     *("mean", "means", "avg", "average", "averages", "ema", "median", "std", "normalized", "normalised"),
     *("cumulative", "cumsum"),
 }
+
+
+def sure(names: Iterable[str]) -> list[str]:
+    """Of some names of one meaning those that always have it, if there are any."""
+    found = list(names)
+    return [name for name in found if re.sub(r"\W+", "_", name.casefold()) not in PERHAPS] or found
 
 
 def phase_of(where: str, cell: Any, first: Any) -> Phase | None:

@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import DERIVED, SIZES, TABLES, TIMES, WEIGHTS, numbered, phase_of, words_of
+from gemopt.formats.count_names import (
+    DERIVED,
+    PERHAPS,
+    SIZES,
+    TABLES,
+    TIMES,
+    WEIGHTS,
+    numbered,
+    phase_of,
+    sure,
+    words_of,
+)
 from gemopt.formats.engine import IntArray
 from gemopt.traces.files import meant, smallest
 
@@ -114,13 +125,13 @@ def _layers(rows: Rows) -> list[Any]:
 
 def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
     """What numbers the rows; their order where nothing does. What tells them apart otherwise is refused."""
-    named = [key for row in rows[:1] for key in row if TABLES.get(key.casefold()) == "step"]
+    named = sure(key for key in rows[0] if TABLES.get(key.casefold()) == "step")
     if len(named) > 1:
         raise InputError(str(path), " and ".join(named), "one number of the step", "leave the others out")
     kept = [*named, *(key for key in rows[0] if TABLES.get(key.casefold()) == "phase")]
     for key in dict.fromkeys(key for row in rows for key in row if key not in kept):
         found = {str(row.get(key)) for row in rows}
-        if len(found) > 1 or TABLES.get(key.casefold()):
+        if len(found) > 1 or (TABLES.get(key.casefold(), "") and key.casefold() not in PERHAPS):
             limit = "the same in all rows: gemopt does not know what it tells apart"
             hint = "add up ranks, and put the layers of a step in one list; or leave it out"
             raise InputError(f"{path}: {key}", ", ".join(sorted(found))[:100], limit, hint)

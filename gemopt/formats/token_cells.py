@@ -10,7 +10,7 @@ from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_lines import lines_of
-from gemopt.formats.count_names import COLUMNS, DRAFTS, words_of
+from gemopt.formats.count_names import COLUMNS, DRAFTS, sure, words_of
 from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.json_rows import frame_rows, value
 from gemopt.traces.files import COPIES
@@ -181,17 +181,19 @@ def columns_of(where: str, row: dict[str, Any]) -> dict[str, str]:
         bare = _bare(name)
         meaning = next((each for each, names in NAMES.items() if bare in names), None)
         meaning = "ids" if not lists and bare in COLUMNS["expert"] else meaning
-        if meaning in found:
-            both = f"{found[meaning]} and {name}"
-            raise InputError(where, both, f"one column of the {meaning}", "leave the other out")
         if meaning is not None:
-            found[meaning] = name
+            known = sure([*filter(None, [found.get(meaning)]), name])
+            if len(known) > 1:
+                raise InputError(where, " and ".join(known), f"one column of the {meaning}", "leave the other out")
+            found[meaning] = known[0]
         elif bare in RANKS:
             found[f"rank {name}"] = name  # of several kinds
         elif words_of(bare) & OTHERS and words_of(bare) & {"expert", "experts"}:
             raise InputError(where, name, "the experts of a token in one column", "as a list, [7, 1], called topk_ids")
         elif COPIES.search(bare):
             raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")
+    if {"request", "token"} <= found.keys() and _bare(found.get("step", "")) == "pass":  # that its answer is right
+        del found["step"]
     return found
 
 

@@ -74,6 +74,14 @@ def test_more_names_of_steps_and_counts(load, tmp_path, step, count):
     assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
 
 
+@pytest.mark.parametrize("column", ["pass,ok", "num_selected,2"])
+def test_such_names_beside_others_that_say_it(load, tmp_path, column):
+    counts, (name, cell) = routed(np.random.default_rng(4), steps=3, layers=2, experts=8), column.split(",")
+    lines = [f"{t},{i},{e},{counts[t, i, e]},{cell}" for t, i, e in np.ndindex(*counts.shape)]
+    (tmp_path / "a.csv").write_text("\n".join([f"step,layer_id,expert_id,count,{name}", *lines]))
+    assert (load(tmp_path / "a.csv", "csv")[0].counts == counts).all()
+
+
 @pytest.mark.parametrize("name", ["usage", "freq", "count_all_topk"])
 def test_counts_by_another_name_are_asked_for(load, tmp_path, name):
     counts = routed(np.random.default_rng(4), steps=1, layers=2, experts=8)
