@@ -163,7 +163,7 @@ def _counts(path: Path, notes: list[str] | None = None) -> _Counts:
         names_beside = [name for name in [*data, *told, *beside] if name not in known]
         _refuse_beside(path, names_beside, nothing, notes)
         for name, each in {**data, **told}.items():
-            refuse_slots(f"{path}: {name}", _text(each))
+            refuse_slots(str(path), name, _text(each))
         if key != "counts" and not (words := words_of(key)) & COUNTED and words & NO_COUNTS:
             hint = "" if words & MEASURED else "count the experts that were chosen" if words & SCORES else NOT_IDS
             raise InputError(str(path), f"an array {key}", "counts [steps, layers, experts]", hint)

@@ -182,7 +182,7 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     _refuse_telling(path, [key for key in nested if key not in counts], logical=logical)
     plain = dict.fromkeys(key for row in rows for key in row if key not in nested)
     for key, cell in rows[0].items():
-        count_told.refuse_slots(f"{path}: {key}", cell)
+        count_told.refuse_slots(str(path), key, cell)
     _refuse_telling(path, [key for key in plain if any(_says(key, row.get(key)) for row in rows)], logical=logical)
     if not nested:
         return None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from gemopt.exceptions import InputError
-from gemopt.formats.count_names import NUMBERS, TABLES
+from gemopt.formats.count_names import NUMBERS, TABLES, words_of
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
 
 NOT = {"0", "0.0", "false", "no"}
@@ -15,6 +15,8 @@ ALL = {"1", "1.0", "true", "yes"}
 SLOTS = re.compile(
     r"physical([ _-]?(ids?|experts?|expert[ _-]?ids?|slots?))?|slots?|(local|slot)[ _-]?(experts?[ _-]?)?ids?"
 )
+WRITTEN = {"text", "token", "tokens", "word", "piece", "string", "str", "content", "prompt", "response", "output"}
+"""Words of texts that a network read or wrote."""
 WHOLE = re.compile(r"(\d{1,9})(?:\.0*)?", re.ASCII)
 
 
@@ -28,7 +30,7 @@ def numbers(columns: Mapping[str, str]) -> dict[str, int]:
     """
     told = {}
     for name, cell in columns.items():
-        refuse_slots(f"PATHS: {name}", cell)
+        refuse_slots("PATHS", name, cell)
         text = cell.strip().casefold()
         meaning = next((each for each, names in NUMBERS.items() if name in names), None)
         if meaning is not None and (found := WHOLE.fullmatch(text)):
@@ -42,10 +44,10 @@ def numbers(columns: Mapping[str, str]) -> dict[str, int]:
     return told
 
 
-def refuse_slots(where: str, cell: object) -> None:
+def refuse_slots(where: str, name: str, cell: object) -> None:
     """Raise where a text says that experts are slots: `{"id_space": "physical"}`."""
-    if isinstance(cell, str) and SLOTS.fullmatch(cell.strip().casefold()):
-        raise InputError(where, cell, "logical experts", f"{NOT_COPIES}; then leave it out")
+    if isinstance(cell, str) and SLOTS.fullmatch(cell.strip().casefold()) and not words_of(name) & WRITTEN:
+        raise InputError(f"{where}: {name}", cell, "logical experts", f"{NOT_COPIES}; then leave it out")
 
 
 def refuse_own_layers(columns: Mapping[str, str], first: int) -> None:

@@ -143,7 +143,8 @@ def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray,
         out = bool(words_of(name) & NOT_COUNTED and "mask" not in words_of(name))  # what leaves a token out
         if array.size > 1 and array.dtype.kind in "biuf" and (array.astype(bool) == out).any():
             limit = "experts of tokens, each once"
-            raise InputError(f"{path}: {name}", "tokens that it leaves out", limit, "leave them out")
+            hint = "leave them out; were they computed? leave the array out"
+            raise InputError(f"{path}: {name}", "tokens that it leaves out", limit, hint)
     _refuse_others(path, [name for name in others if name not in flags])
     ids = _whole(path, arrays[named[0]])
     beside = {name: as_numpy(arrays[name]) for name in others if name in arrays}

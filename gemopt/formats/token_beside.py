@@ -23,7 +23,14 @@ TIMES = {"count", "counts", "freq", "frequency", "multiplicity", "occurrences"} 
 TOKENS = re.compile(
     r"(num_|n_)?((actual|real|valid|scheduled|unpadded)_)?(num_)?tokens(_unpadded)?|(seq_?)?len(gth)?"
 )  # of a row
+BATCHES = {"batch_size", "bs", "bsz", "num_seqs", "num_sequences", "num_reqs", "num_requests"}
 EVENTS = {"event", "event_code", "event_type", "event_name", "action", "kind", "type"}
+
+
+def _sizes(row: dict[str, Any]) -> list[int]:
+    """How many sequences a row says that it is of."""
+    cells = (str(cell) for name, cell in row.items() if name.casefold() in BATCHES)
+    return [int(found[1]) for found in map(WHOLE.fullmatch, cells) if found]
 
 
 @dataclass
@@ -91,8 +98,13 @@ class Beside:
         for name, kind in watched.items():
             cell = row[name]
             if kind == "tokens" and (told := WHOLE.fullmatch(str(cell))) and int(told[1]) < len(each):
-                limit = f"the {len(each)} whose experts are listed"
-                raise InputError(f"{where}: {name}", cell, limit, "padded, as for a graph? leave the others out")
+                if len(each) in (int(told[1]) * size for size in _sizes(row)) and "len" in name.casefold():
+                    continue
+                limit, hint = (
+                    f"the {len(each)} whose experts are listed",
+                    "padded, as for a graph? leave the others out",
+                )
+                raise InputError(f"{where}: {name}", cell, limit, f"{hint}; else leave the column out")
             if kind in ("tokens", "times", "counted") and len(each) == 1 and len(numbers_in(cell)) == len(each[0]) > 1:
                 found, hint = str(cell)[:100], "do tokens choose the experts as often? then a row for each token"
                 hint += ", or rows layer, expert, count for --from csv; else leave it out"

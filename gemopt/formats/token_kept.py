@@ -68,7 +68,8 @@ class Rows:
         key = step, layer, hash(tuple(map(tuple, each)))
         if key in self.batches:
             found, limit = f"the experts of {len(each)} tokens again", "every token once in a step and layer"
-            raise InputError(where, found, limit, "ranks that saw the same tokens? keep one of them")
+            hint = "ranks that saw the same tokens? keep one of them; requests that are alike? write them in one row"
+            raise InputError(where, found, limit, hint)
         self.batches.add(key)
 
     def merge(self) -> None:

@@ -94,7 +94,7 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[Rows, Beside]:
                 used = known.values()
                 others = [name for name in row if name not in used]
                 for name in others:
-                    refuse_slots(f"{where}: {name}", row[name])
+                    refuse_slots(where, name, row[name])
                 found = names[tuple(given)] = apart, known, beside.watched(others, "ids" in known)
             apart, known, watched = found
             row = joined(given, apart) if apart else given

@@ -34,9 +34,14 @@ AMOUNTS = {"num", "n", "count", "counts", "active", "tokens", "size", "sizes"}
 MEASURED = {"us", "ms", "s", "time", "latency", "load", "loads", "mean", "seed", "flops", "params"}
 WEIGHTS = {"weight", "weights", "multiplicity", "repeat", "repeats", "occurrences"}
 LAYERS = {"layer", "layers", "block", "blocks"}
-NO_NUMBERS = AMOUNTS | FOUND | MEASURED | {
-    *("offset", "offsets", "start", "starts", "end", "ends", "bytes", "dim", "dims", "width", "freq"),
-}
+NO_NUMBERS = (
+    AMOUNTS
+    | FOUND
+    | MEASURED
+    | {
+        *("offset", "offsets", "start", "starts", "end", "ends", "bytes", "dim", "dims", "width", "freq"),
+    }
+)
 """Words of what arrays say of layers besides their numbers."""
 
 
@@ -87,7 +92,9 @@ def _reorders(array: IntArray, words: set[str], counts: IntArray) -> bool:
     if len(array) in counts.shape[:2] and not words & {"expert", "experts", "order", "permutation", "perm"}:
         return False  # of steps or layers as well as of experts
     load = counts.sum(axis=(0, 1), dtype=np.int64)
-    falls, *found = (-np.diff(each) for each in (load, load[array], load[np.argsort(array)]))  # an order, or places in it
+    falls, *found = (
+        -np.diff(each) for each in (load, load[array], load[np.argsort(array)])
+    )  # an order, or places in it
     by_load = any((each >= 0).all() or (each <= 0).all() for each in found)
     return not (by_load and (falls > 0).any() and (falls < 0).any())
 

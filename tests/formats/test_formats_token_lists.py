@@ -140,6 +140,21 @@ def test_lists_of_the_tokens_are_taken(load, tmp_path):
     assert (load(path, "tokens", num_experts=EXPERTS)[0].counts == COUNTS).all()
 
 
+def test_other_numbers_beside_steps_and_texts_change_nothing(load, tmp_path):
+    more = {"pass": lambda t: True, "timestep": lambda t: 0.1 * t, "text": lambda t: "slot"}
+    sizes = {"batch_size": lambda t: TOKENS, "seq_len": lambda t: 1}
+    path = write(tmp_path / "a.jsonl", batches(**more, **sizes))
+    assert (load(path, "tokens", num_experts=EXPERTS)[0].counts == COUNTS).all()
+    numbered = [{"pass" if key == "step" else key: cell for key, cell in row.items()} for row in batches()]
+    assert (load(write(tmp_path / "b.jsonl", numbered), "tokens", num_experts=EXPERTS)[0].counts == COUNTS).all()
+    right = [{"request": row.pop("step")} | row for row in rows(topk_ids=np.ndarray.tolist, **{"pass": lambda ids: 1})]
+    replayed = load(write(tmp_path / "c.jsonl", right), "tokens", num_experts=EXPERTS, phase=Phase.MIXED)[0]
+    assert len(replayed.counts) == TOKENS
+    padded = batches(num_tokens=lambda t: 2, batch_size=lambda t: TOKENS // 2)
+    with pytest.raises(InputError, match="num_tokens: got 2; the 6 whose experts are listed; padded"):
+        load(write(tmp_path / "d.jsonl", padded), "tokens")
+
+
 def test_tokens_of_no_weight_are_refused(load, tmp_path):
     with pytest.raises(InputError, match=r"line 1: topk_weights: got a token of no weight; .*padding"):
         load(
