@@ -90,7 +90,7 @@ def test_step_sizes_follow_the_norms_of_the_rows() -> None:
     assert space is not None
     master, rng = Master(space, optimum(problem)), np.random.default_rng(0)
     master.hold(np.zeros(0, np.int64))
-    master.iterate(5, STOP)
+    master.iterate(5, np.zeros(1, np.uint8))
     assert master.iterations == 0
     for _ in range(5):
         master.hold(rng.choice(len(space), 20, replace=False))
