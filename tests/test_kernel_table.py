@@ -54,7 +54,7 @@ def test_a_rank_column_gives_one_device_each(tmp_path: Path) -> None:
 BAD_TABLES = {
     "empty": ("", "no rows"),
     "header only": ("tokens,latency_us\n", "no rows"),
-    "no load": ("batch,latency_us\n1,2\n", "tokens or num_tokens or assignments"),
+    "no load": ("batch,latency_us\n1,2\n", "tokens or num_tokens or n_tokens"),
     "no latency": ("tokens,speed\n1,2\n", "latency_us or time_us"),
     "text": ("tokens,latency_us\n1,fast\n", "line 2, latency_us: got fast"),
     "NaN": ("tokens,latency_us\n1,2\n2,nan\n", "line 3, latency_us"),

@@ -45,6 +45,11 @@ def test_a_column_that_says_the_unit_of_all_times(tmp_path: Path) -> None:
         read_table(mixed)
 
 
+def test_tokens_are_the_load_beside_sequences(tmp_path: Path) -> None:
+    longer = written(tmp_path, "batch_size,n_tokens,time_us\n" + "".join(f"{n},{4 * n},{50 + n}\n" for n in NS))
+    assert loads(read_table(longer, unit="tokens", top_k=2)) == [(8 * n, None, 50.0 + n) for n in NS]
+
+
 def test_nsys_summaries_give_the_median_of_a_run(tmp_path: Path) -> None:
     header = "assignments,Time (%),Total Time (ns),Instances,Avg (ns),Med (ns),Min (ns),Max (ns),StdDev (ns),Name\n"
     rows = "".join(f"{n},60.1,{(50 + n) * 1e5},100,{(51 + n) * 1e3},{(50 + n) * 1e3},1,9e9,1,moe\n" for n in NS)

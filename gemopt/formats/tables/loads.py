@@ -10,7 +10,7 @@ from gemopt.formats.tables.columns import known, listed, named, plain, values, w
 from gemopt.formats.tables.files import NO_LOADS, Table, whole
 from gemopt.formats.tables.kinds import Layout, Unit
 
-LOAD_COLUMNS = ("tokens", "num_tokens", "assignments", "token", "batch_size", "n_tokens", "ntokens", "token_count")
+LOAD_COLUMNS = ("tokens", "num_tokens", "n_tokens", "ntokens", "token_count", "assignments", "token", "batch_size")
 EXPERTS = re.compile(r"(?:(?:num|n)_)?(?:(?:routed|total|global)_)?experts?|e")
 LOCAL_EXPERTS = re.compile(
     r"(?:(?:num|n)_)?(?:local_(?:num_)?experts|experts_(?:per_(?:rank|gpu|device)|local))|local_e|e_local|e_per_(?:rank|gpu)"
@@ -35,7 +35,6 @@ RATES = {
 }  # fmt: skip
 THOUSANDS = {"k", "ktokens", "thousand", "thousands", "million", "millions"}
 ONE_RANK = {"rank", "gpu", "device", "npu", "xpu", "card", "worker"}
-GROUPS = {"num_groups", "groups", "g", "group_count", "batch_count", "b", "num_gemms", "num_problems"}  # of M rows each
 GROUP = {"global", "cluster", "world"}
 PROFILED = {"instances", "calls", "corr_id", "correlation_id", "dispatch_id", "kernel_id"}
 """Columns of what profilers of kernels write."""
