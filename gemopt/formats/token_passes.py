@@ -28,17 +28,19 @@ def of_lists(path: Path, data: Any) -> list[Part]:
 
     Keys of numbers alone are layers where passes, and not these, have tokens of their own numbers.
     """
-    if isinstance(data, dict) and all(map(_is_list, data.values())):
-        kind, layers = _layers(data)
-        lengths = sorted({len(passes) for passes in data.values()})
-        each = list(zip(layers, data.values(), strict=False))
-        parts = [(layer, step, part) for layer, passes in each for step, part in enumerate(passes)]
-    elif _is_list(data) and all(isinstance(layers, dict) for layers in data):
-        kind, lengths = _layers(data[0])[0], [len(data)]
-        each_step = [(step, zip(_layers(layers)[1], layers.values(), strict=False)) for step, layers in enumerate(data)]
-        parts = [(layer, step, part) for step, layers in each_step for layer, part in layers]
-    else:
+    if _is_list(data) and all(isinstance(layers, dict) for layers in data) and _layers(data[0])[1]:
+        first = data[0]
+        for step, layers in enumerate(data):
+            if layers.keys() != first.keys():
+                found, limit = (", ".join(map(str, each))[:100] or "nothing" for each in (layers, first))
+                raise InputError(f"{path}: pass {step}", found, f"{limit}, as in the first", "leave the others out")
+        data = {layer: [layers[layer] for layers in data] for layer in first}
+    if not isinstance(data, dict) or not all(map(_is_list, data.values())):
         return []
+    kind, layers = _layers(data)
+    lengths = sorted({len(passes) for passes in data.values()})
+    each = list(zip(layers, data.values(), strict=False))
+    parts = [(layer, step, part) for layer, passes in each for step, part in enumerate(passes)]
     if any(getattr(part, "ndim", 0) != len("NK") for _, _, part in parts):
         return []
     if len({len(part) for _, _, part in parts}) < (1 if kind else 2):

@@ -238,6 +238,15 @@ def test_lists_of_forward_passes_as_hooks_keep_them(load, tmp_path, name):
         load(tmp_path / "a.pt", "tokens", phase=Phase.DECODE)
 
 
+@pytest.mark.parametrize(("name", "told"), [("mtp_0", "mtp_0"), (None, "nothing")])
+def test_forward_passes_of_other_layers_are_not_left_out(load, tmp_path, name, told):
+    torch = pytest.importorskip("torch")
+    passes = [{"layer_0": torch.tensor(IDS[t, :, 0])} for t in range(STEPS)]
+    torch.save([*passes, {name: torch.tensor(IDS[0, :, 0])} if name else {}], tmp_path / "a.pt")
+    with pytest.raises(InputError, match=f"pass {STEPS}: got {told}; layer_0, as in the first; leave the others out"):
+        load(tmp_path / "a.pt", "tokens")
+
+
 def test_lists_that_nothing_tells_from_other_lists_are_refused(load, tmp_path):
     torch = pytest.importorskip("torch")
     same = {i: [torch.tensor(PASSES[0][:, i])] * 2 for i in range(LAYERS)}  # of layers for each step?
