@@ -109,7 +109,11 @@ class Beside:
                 found, hint = str(cell)[:100], "do tokens choose the experts as often? then a row for each token"
                 hint += ", or rows layer, expert, count for --from csv; else leave it out"
                 raise InputError(f"{where}: {name}", found, "the experts of tokens, and no count of each", hint)
-            if kind == "weights" and without_weight(cell, each):
+        weights = {name: row[name] for name, kind in watched.items() if kind == "weights"}
+        if len(weights) == len(each[0] if each else ()) > 1:  # each in a column of its own
+            weights[" and ".join(weights)] = f"[{', '.join(map(str, weights.values()))}]"
+        for name, cell in weights.items():
+            if without_weight(cell, each):
                 hint = "padding? leave them out; were they computed? leave the column out"
                 raise InputError(f"{where}: {name}", "a token of no weight", "tokens that were computed", hint)
 

@@ -133,17 +133,15 @@ def numbers_in(cell: Any) -> list[int]:
 def without_weight(cell: Any, each: Sequence[Sequence[int]]) -> bool:
     """Whether the weights of a token that chose experts are all 0; each: the experts of every token."""
     if isinstance(cell, str):
-        parts: list[Any] = _INSIDE.findall(cell) or [cell]
-        zero = [bool(_ZEROS.fullmatch(part)) for part in parts]
+        texts = _INSIDE.findall(cell) or [cell]
+        zeros = [len(re.findall(r"[^\s,;|\[\]()]+", text)) if _ZEROS.fullmatch(text) else 0 for text in texts]
     elif isinstance(cell, list):
         parts = cell if cell and isinstance(cell[0], list) else [cell]
-        zero = [bool(part) and not any(part) for part in parts]
+        zeros = [len(part) if isinstance(part, list) and not any(part) else 0 for part in parts]
     else:
         return False
-    return (
-        any(zero)
-        and len(zero) == len(each)
-        and any(none and max(ids, default=-1) >= 0 for none, ids in zip(zero, each, strict=True))
+    return len(zeros) == len(each) and any(
+        0 < count == len(ids) and max(ids) >= 0 for count, ids in zip(zeros, each, strict=True)
     )
 
 

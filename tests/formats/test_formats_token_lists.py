@@ -140,6 +140,20 @@ def test_lists_of_the_tokens_are_taken(load, tmp_path):
     assert (load(path, "tokens", num_experts=EXPERTS)[0].counts == COUNTS).all()
 
 
+def test_weights_in_columns_of_their_own(load, tmp_path):
+    apart = rows(expert_0=lambda ids: int(ids[0]), expert_1=lambda ids: int(ids[1]), weight_0=lambda ids: 1.0)
+    lines = [row | {"weight_1": 0.0} for row in apart]  # the first expert has all
+    assert (load(write(tmp_path / "a.jsonl", lines), "tokens", num_experts=EXPERTS)[0].counts == COUNTS).all()
+    text = "\n".join(",".join(map(str, row.values())) for row in lines)
+    (tmp_path / "a.csv").write_text(",".join(lines[0]) + "\n" + text)
+    assert (load(tmp_path / "a.csv", "tokens", num_experts=EXPERTS)[0].counts == COUNTS).all()
+    lines[7]["weight_0"] = 0.0
+    with pytest.raises(InputError, match="line 8: weight_0 and weight_1: got a token of no weight"):
+        load(write(tmp_path / "a.jsonl", lines), "tokens")
+    mixed = batches(weights=lambda t: [[0.5, 0.5]] * (TOKENS - 1) + [None])
+    assert (load(write(tmp_path / "b.jsonl", mixed), "tokens", num_experts=EXPERTS)[0].counts == COUNTS).all()
+
+
 def test_other_numbers_beside_steps_and_texts_change_nothing(load, tmp_path):
     more = {"pass": lambda t: True, "timestep": lambda t: 0.1 * t, "text": lambda t: "slot"}
     sizes = {"batch_size": lambda t: TOKENS, "seq_len": lambda t: 1}
