@@ -318,6 +318,7 @@ def test_arrays_by_hand_say_what_they_are(tmp_path: Path, kind: str, change: obj
         "expert_rank": counts.sum(axis=(0, 1)).argsort().argsort(),
         "batch_size": tokens,
         "num_ranks": np.arange(12) // 6 + 1,
+        "weight_version": np.arange(12) // 4,
         "block_sizes": [4, 8, 9],
         "layer_rows": [4, 8, 9],
     }

@@ -33,6 +33,7 @@ FOUND = {  # ranks that were found by their loads
 AMOUNTS = {"num", "n", "count", "counts", "active", "tokens", "size", "sizes"}
 MEASURED = {"us", "ms", "s", "time", "latency", "load", "loads", "mean", "seed", "flops", "params"}
 WEIGHTS = {"weight", "weights", "multiplicity", "repeat", "repeats", "occurrences"}
+VERSIONS = {"version", "versions", "id", "ids", "update", "updates"}  # of the weights of a network
 LAYERS = {"layer", "layers", "block", "blocks"}
 NO_NUMBERS = (
     AMOUNTS
@@ -67,7 +68,7 @@ def refuse_telling(
             limit, hint = "steps of one network, of all its processes", "add up processes; keep networks apart"
         elif steps and words & NO_TRAFFIC and not words & AMOUNTS and array.max() == 1 and array.min() >= 0:
             limit, hint = "steps that were served", "leave out the others"
-        elif steps and words & WEIGHTS and varies:
+        elif steps and words & WEIGHTS and not words & VERSIONS and varies:
             limit, hint = "steps that count once", "repeat or add up what counts more often"
         elif not (layers or steps) and words & LAYERS and not words & NO_NUMBERS and _rise(array, counts.shape[1]):
             limit, hint = "layer_ids, if it says which layers they are", "call it so, or give --layer-ids"
