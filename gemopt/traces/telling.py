@@ -29,20 +29,15 @@ NUMBERED = {
 }  # words beside those in names of what numbers steps
 FOUND = {  # ranks that were found by their loads
     *("slowest", "fullest", "busiest", "hottest", "worst", "straggler", "critical", "bottleneck", "max", "min"),
+    "active",
 }
-AMOUNTS = {"num", "n", "count", "counts", "active", "tokens", "size", "sizes"}
+AMOUNTS = {"num", "n", "count", "counts", "tokens", "size", "sizes"}
 MEASURED = {"us", "ms", "s", "time", "latency", "load", "loads", "mean", "seed", "flops", "params"}
 WEIGHTS = {"weight", "weights", "multiplicity", "repeat", "repeats", "occurrences"}
 VERSIONS = {"version", "versions", "id", "ids", "update", "updates"}  # of the weights of a network
 LAYERS = {"layer", "layers", "block", "blocks"}
-NO_NUMBERS = (
-    AMOUNTS
-    | FOUND
-    | MEASURED
-    | {
-        *("offset", "offsets", "start", "starts", "end", "ends", "bytes", "dim", "dims", "width", "freq"),
-    }
-)
+EXTENTS = {"offset", "offsets", "start", "starts", "end", "ends", "bytes", "dim", "dims", "width", "freq"}
+NO_NUMBERS = AMOUNTS | FOUND | MEASURED | EXTENTS
 """Words of what arrays say of layers besides their numbers."""
 
 
