@@ -145,7 +145,8 @@ class Master:
         kind = self.space.kind(ids)
         parts = self.space.parts(ids, self.ends_LT, self.weight / self.unit)
         members = np.ascontiguousarray(self.space.members(ids))
-        self.columns = Columns(parts, members, self.space.size_K[kind], kind, self.owner_X, self.share_X)
+        size = np.minimum(self.space.size_K[kind], (self.share_X[members] > 0).sum(axis=1))  # without empty slots
+        self.columns = Columns(parts, members, size, kind, self.owner_X, self.share_X)
         self._scale()
 
     def _scale(self) -> None:
