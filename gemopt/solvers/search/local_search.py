@@ -134,7 +134,7 @@ class _Search(Best):
 
     @cached_property
     def hulls(self) -> Costs | None:
-        """Planes near the latencies, mostly their hulls, where a descent on them is quicker and they are not the latencies."""
+        """Planes near the latencies, mostly their hulls, where a descent on them is quicker."""
         from gemopt.solvers.search.state import hull_costs
 
         return hull_costs(self.problem) if self.costs.use_tables else None
