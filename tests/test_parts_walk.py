@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import combinations, product
+from itertools import combinations, permutations, product
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from gemopt.solving import answer
 from gemopt.solving.layers import Layer, on_this_clock
 from gemopt.solving.schedule import Run
 from gemopt.splits import even_weights
-from gemopt.splits.weights import carried_weights, remember_weights, static_weights
+from gemopt.splits.weights import MOST_KNOWN, carried_weights, remember_weights, static_weights
 from gemopt.traces import Traces
 
 
@@ -93,6 +93,32 @@ def test_where_a_walk_stands_costs_what_evaluate_says(kind: str, split: Split, s
             walk.best_us, rel=1e-6
         )
     assert walk.best_us <= before
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_nearest_copies_take_counts_that_no_table_holds(seed: int) -> None:
+    """They are searched as before there was a compiled walk, which looks counts up."""
+    problem = layer("lines", Split.NEAREST, seed)
+    counts, senders = problem.counts_TE.copy(), problem.senders_TGE
+    counts[0, 0] += 5_000_000
+    if senders is not None:
+        senders = senders.copy()
+        senders[0, 0, 0] += 5_000_000
+    problem = replace(problem, counts_TE=counts, senders_TGE=senders)
+    outcome = get("local-search").solve(problem, Options(deadline=np.inf, patience=2), None)
+    assert outcome.row is not None and outcome.reached
+    assert objective(problem, outcome.row) == outcome.history[-1].objective_us
+
+
+def test_a_walk_that_begins_elsewhere_keeps_the_weights_of_its_best_row() -> None:
+    """As where a row is better by the latencies, and no better by tables between whose entries they are guessed."""
+    problem = layer("lines", Split.STATIC, 0)
+    walk = PartsWalk(problem, lpt_row(problem), np.random.default_rng(0))
+    walk.walk(1 << 12, lambda: False)
+    best, best_us = walk.best, walk.best_us
+    walk.restart(np.array([0, 1, 2, 3, 4, 5, 0, 1, 2]))
+    assert walk.best is best and walk.best_us == best_us
+    assert objective(problem, best, walk.weights_P) == pytest.approx(best_us, rel=1e-6)
 
 
 def every_row(problem: Problem) -> Iterator[np.ndarray]:
@@ -165,6 +191,18 @@ def test_weights_are_kept_where_they_cost_less() -> None:
     assert static_weights(problem, row)[0] == 0.66
     assert static_weights(problem.under(full=False), row)[0] == 0.66
     assert static_weights(replace(problem), row)[0] != 0.66
+
+
+def test_weights_of_rows_that_are_asked_for_again_are_kept_longest() -> None:
+    """An incumbent's were chosen anew, and worse, once 64 other rows were looked at."""
+    problem = Problem.make([[300, 9, 8, 40]] * 3, (ASSIGNMENTS,), lines(1.0, 2.0, 0.9), 4, split=Split.STATIC)
+    row = np.array([0, 1, EMPTY, EMPTY, 0, 2, EMPTY, EMPTY, 3, EMPTY, EMPTY, EMPTY])
+    remember_weights(problem, row, np.array([0.66, 1, 0, 0, 0.34, 1, 0, 0, 1, 0, 0, 0]))
+    others = [np.array(each) for each in set(permutations([0, 1, 2, 3, EMPTY, EMPTY]))]
+    for other in others[: 2 * MOST_KNOWN]:
+        static_weights(problem, np.concatenate([other, np.full(6, EMPTY)]))
+        assert static_weights(problem, row)[0] == 0.66
+    assert len(problem.weighed) == MOST_KNOWN
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

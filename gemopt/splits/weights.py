@@ -152,26 +152,29 @@ def static_weights(
     1, as `Options.alarm` gives it. Of a row that was asked for before, or whose weights are remembered, these; anew:
     those that cost least of them and what descent finds.
     """
-    found_P = problem.weighed.get(row_P.tobytes())
-    if found_P is None or anew:
-        chosen_P = _found_weights(problem, row_P, np.zeros(1, np.uint8) if stop is None else stop)
-        if found_P is None:
-            _keep(problem, row_P, chosen_P)
-        else:
-            remember_weights(problem, row_P, chosen_P)
-        found_P = problem.weighed[row_P.tobytes()]
-    return found_P.copy()
+    known_P = problem.weighed.get(row_P.tobytes())
+    if known_P is not None and not anew:
+        _keep(problem, row_P, known_P)
+        return known_P.copy()
+    chosen_P = _found_weights(problem, row_P, np.zeros(1, np.uint8) if stop is None else stop)
+    if known_P is not None:
+        chosen_P = _cheaper(problem, row_P, chosen_P, known_P)
+    _keep(problem, row_P, chosen_P)
+    return chosen_P.copy()
 
 
 def remember_weights(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray) -> None:
     """Let these be the static weights of a row from now on, unless those that are known, or even ones, cost no more."""
+    known_P = problem.weighed.get(row_P.tobytes())
+    before_P = even_weights(row_P, problem.num_experts) if known_P is None else known_P
+    _keep(problem, row_P, _cheaper(problem, row_P, weights_P, before_P).copy())
+
+
+def _cheaper(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray, before_P: FloatArray) -> FloatArray:
+    """The weights, or those before them where these cost no more."""
     from gemopt.evaluate import objective
 
-    found_P = problem.weighed.get(row_P.tobytes())
-    before_P = even_weights(row_P, problem.num_experts) if found_P is None else found_P
-    better = objective(problem, row_P, weights_P) < objective(problem, row_P, before_P)
-    if better or found_P is None:
-        _keep(problem, row_P, weights_P.copy() if better else before_P)
+    return weights_P if objective(problem, row_P, weights_P) < objective(problem, row_P, before_P) else before_P
 
 
 def carried_weights(
@@ -194,9 +197,12 @@ def carried_weights(
 
 
 def _keep(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray) -> None:
-    if len(problem.weighed) >= MOST_KNOWN:
-        problem.weighed.clear()
-    problem.weighed[row_P.tobytes()] = weights_P
+    """Know the weights of a row, and those of the rows that were asked for last."""
+    known, key = problem.weighed, row_P.tobytes()
+    known.pop(key, None)
+    known[key] = weights_P
+    for oldest in list(known)[:-MOST_KNOWN]:
+        known.pop(oldest, None)
 
 
 def _found_weights(problem: Problem, row_P: NDArray[np.int64], stop: NDArray[np.uint8]) -> FloatArray:

@@ -15,7 +15,7 @@ from gemopt.solvers.search.sharing_draws import DRAWS, walk
 from gemopt.solvers.search.sharing_walk import FEWEST, GLANCE, Walk
 from gemopt.solvers.search.state import make_costs, make_state, step_order
 from gemopt.splits import shares
-from gemopt.splits.optimal import feature_table
+from gemopt.splits.optimal import TABLE_LIMIT, feature_table
 from gemopt.splits.rules import nearest_weights
 from gemopt.splits.weights import static_weights
 
@@ -26,7 +26,7 @@ LEAST_GAIN = 2e-7  # of the value: times are rounded
 
 
 class PartsWalk(Walk):
-    """A row and its weights. most: changes that a round may take, which follows from the time where that counts."""
+    """A row, and weights of the best one. most: changes that a round may take, which follows from the time where that counts."""
 
     batch = 256
 
@@ -42,17 +42,24 @@ class PartsWalk(Walk):
         self.most, self.done, self.spent_s = MOST, 0, 0.0
         super().__init__(problem, row, draws)
 
+    @staticmethod
+    def takes(problem: Problem) -> bool:
+        """Whether the copies of an expert share by themselves, and counts are few enough to tabulate."""
+        return problem.split is not Split.OPTIMAL and int(problem.counts_TE.max()) < TABLE_LIMIT
+
     def _begin(self, row: Row) -> float:
         problem, weights_P = self.problem, self.weights_P
         if weights_P is None or row is not self.best:
             weights_P = self._chosen(row)
-        self.row, self.weights_P = row.astype(np.int64), weights_P
+        self.row = row.astype(np.int64)
         shares_TP = shares(problem, self.row, weights_P if problem.split is Split.STATIC else None)
         self.state = make_state(problem, self.row, self.costs, None, shares_TP)
         self.sharing = self._sharing(weights_P)
         self.change = make_change(self.state)
         self.begin_P, self.end_P = self.sharing.begin_P.copy(), self.sharing.end_P.copy()
         value_us = float(self.change.slowest[0].astype(np.float64) @ self.state.weights)
+        if value_us < self.best_us:  # else those of the best row stay
+            self.weights_P = weights_P
         self.values = np.array([value_us, min(value_us, self.best_us)])
         return value_us
 

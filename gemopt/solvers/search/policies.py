@@ -250,8 +250,9 @@ class _Sharing(_Search):
         """Changes of slots as long as kicks took, or so many where the time does not count."""
         assert self.row is not None and self.draws is not None
         if self.walk is None:
-            parts = self.problem.split is not Split.OPTIMAL
-            self.walk = (PartsWalk if parts else SharingWalk)(self.problem, self.row, self.draws)
+            self.walk = (PartsWalk if PartsWalk.takes(self.problem) else SharingWalk)(
+                self.problem, self.row, self.draws
+            )
         elif self.walk.best_us > self.value * (1 + SAME):
             self.walk.restart(self.row)
         walk, options, end = self.walk, self.options, time.monotonic() + seconds
