@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,31 @@ def test_the_controller_sees_what_swaps_gain(shape: str, seed: int) -> None:
         assert way[0].objective_us - way[-1].objective_us > least
     else:
         assert len(way) == 1
+
+
+@pytest.mark.parametrize("times", [lambda n: 20 + 30 * np.ceil(n / 72), lambda n: 20 + 0.3 * np.maximum(n, 72)])
+@pytest.mark.parametrize("flat", [0.0, 0.01])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_controller_sees_what_hot_ranks_gain(times: Callable[[Any], Any], flat: float, seed: int) -> None:
+    """Lines that were flat, as the latency is up to two and a half times the mean load, moved nothing off a rank that
+    holds three times as much."""
+    problem, row = layer("line", seed)
+    latencies = [Latency(((Curve(LOADS, times(LOADS) + flat * LOADS, 0.2),),))] * 8
+    problem = Problem.make(problem.counts_TE, (ASSIGNMENTS,), latencies)
+    exact, guided = (few_moves(problem, row, max_swaps=8, costs=costs) for costs in (None, Compiled().of(problem)))
+    most = exact[0].objective_us - exact[-1].objective_us
+    assert most > 0.03 * exact[0].objective_us
+    assert guided[0].objective_us - guided[-1].objective_us > 0.7 * most
+
+
+def test_the_controller_sees_an_idle_rank() -> None:
+    """Three assignments a rank were taken for as many as there are experts."""
+    step = Latency(((Curve(LOADS, 20.0 + 3 * (LOADS > 0), 0.0),),))
+    counts = np.zeros((8, 64), np.int64)
+    counts[:, :12] = 1
+    few = Problem.make(counts, (ASSIGNMENTS,), [step] * 4)
+    assert Compiled().of(few).use_tables
+    assert not Compiled().of(replace(few, counts_TE=counts + 20)).use_tables
 
 
 def test_lines_are_taken_where_latencies_are_nearly_lines() -> None:

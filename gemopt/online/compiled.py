@@ -21,7 +21,7 @@ class Compiled:
         loads_T = problem.counts_TE.sum(axis=1)
         key = (int(loads_T.mean()), 2 << int(loads_T.max()).bit_length())  # of the key alone, whatever came before
         if key not in self._known:
-            hull = hull_costs(_alike(problem, key[0]))
+            hull = hull_costs(_alike(problem, key[0]), key[0] / problem.num_ranks)
             if len(self._known) >= MOST:
                 self._known.clear()
             alike = _alike(problem, key[1])

@@ -25,6 +25,7 @@ UNROLLED_PLANES = 5
 STRAIGHT = 0.03  # of its values is what a hull may be off a line
 ROUNDING = 1e-9
 ALIKE = 0.4  # of what a latency varies about the mean load is what a line may be off it, from the lowest to the highest
+FAR, STEEPER = 8.0, 2.0  # times the mean load; up to there one of line and latency may rise so many times the other
 
 
 class Costs(NamedTuple):
@@ -60,12 +61,13 @@ class State(NamedTuple):
     stop: Array
 
 
-def hull_costs(problem: Problem) -> Costs | None:
+def hull_costs(problem: Problem, mean: float | None = None) -> Costs | None:
     """Latencies as planes that a swap gains about as much by, where they have a shape with a SIMD kernel of its own.
 
-    Those are one line of one feature, about the mean load, and up to five planes of two features; else None.
+    Those are one line of one feature, about the mean load of a rank (that of the problem, unless given), and up to five
+    planes of two features; else None.
     """
-    mean = float(problem.features_FTE[0].sum(axis=1).mean()) / problem.num_ranks
+    mean = float(problem.features_FTE[0].sum(axis=1).mean()) / problem.num_ranks if mean is None else mean
     rows = [_line_about(mean, latency) for latency in problem.latencies]
     if len(problem.features) == 2:
         rows = [latency.planes(limit=UNROLLED_PLANES) for latency in problem.latencies]
@@ -79,19 +81,23 @@ def _line_about(mean: float, latency: Latency) -> Array | None:
     """[1, 2] intercept and slope of a line that rises as a latency of one feature does, or None.
 
     That is one close to its convex hull, or else to the latency itself: what saturates, as where every expert is
-    activated once, rises by far more than its hull.
+    activated once, rises by far more than its hull. Nor does the latency rise by far more at loads that hot experts
+    bring; where it is flat about the mean load, as on a wide step of a staircase, these say what its hull may rise.
     """
     if latency.num_features != 1:
         return None
-    loads = np.unique(np.linspace(0.25, 2.5, 64) * max(mean, 1.0) // 1)
+    mean = max(mean, 1.0)
+    loads = np.unique(np.linspace(0.25, 2.5, 64) * mean // 1)
     planes_K2 = latency.planes(limit=64)
     values = latency([loads])
     hull = (planes_K2[:, :1] + planes_K2[:, 1:] * loads).max(axis=0)
-    most = ALIKE * np.ptp(values) + ROUNDING * np.abs(values).max()
+    none, varied = ROUNDING * np.abs(values).max(), np.ptp(values)
+    far_us = float(np.diff(latency([np.array([mean, FAR * mean]) // 1]))[0])
     for each, tolerance in ((hull, STRAIGHT * np.abs(hull)), (values, np.inf)):
         slope, intercept = np.polyfit(loads, each, 1)
-        line = intercept + slope * loads
-        if (np.abs(line - each) <= tolerance).all() and np.ptp(values - line) <= most:
+        line, rise = intercept + slope * loads, slope * (FAR - 1) * mean
+        alike = np.ptp(values - line) <= ALIKE * varied + none if varied > none else rise <= STEEPER * far_us + none
+        if alike and far_us <= STEEPER * rise + none and (np.abs(line - each) <= tolerance).all():
             return np.array([[intercept, slope]])
     return None
 
