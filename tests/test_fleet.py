@@ -148,6 +148,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--slower", "3"], "--slower"),
         (["--ranks", "2", "--slower", "2:1.3"], "ranks 0 to 1"),
         (["--ranks", "2", "--slower", "1:0.8"], "--slower 1: got 0.8"),
+        (["--ranks", "2", "--slower", "1:nan"], "--slower 1: got nan; 1 to 1000"),
+        (["--ranks", "2", "--slower", "1:1300"], "--slower 1: got 1300"),
         (["--ranks", "2", "--slower", "1:1.1", "--slower", "1:1.3"], "rank 1 once"),
     ],
 )

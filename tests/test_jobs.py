@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ BAD = {
     "an unknown key at the top": ({"profil": "p"}, (), ("profil", "profile")),
     "an unknown key of an export": ({"exports": [{"engine": "csv", "fil": "a"}]}, (), ("exports.0.fil", "file")),
     "no traces": ({"traces": None}, (), ("traces",)),
+    "a network without a name": ({"model": " "}, (), ("model", "a name or a path")),
     "a word for a number": ({}, ("--set", "solver.time_limit=long"), ("solver.time_limit", "long")),
     "an unknown engine": ({"exports": [{"engine": "magic"}]}, (), ("magic", "sglang")),
     "an engine without placements": ({"exports": [{"engine": "xllm"}]}, (), ("xllm", "no placement")),
@@ -336,12 +338,13 @@ def test_a_job_says_what_it_moves_and_what_it_is_compared_with(
     asked = {"current": "force.json", "max_moves": 2, "expert_bytes": 3_000_000}
     exports = [{"engine": "vllm"}]
     job = write_job(tmp_path, exports=exports, constraints=asked, report={"page": True}, model="/srv/moe")
-    traces = Traces.load(tmp_path / "traces.safetensors")
+    traces = replace(Traces.load(tmp_path / "traces.safetensors"), model="org/Net")
+    traces.save(tmp_path / "traces.safetensors")
     ranks = Profile.load(tmp_path / "profile.json").num_ranks
     Placement.contiguous(traces.num_layers, traces.num_experts, ranks).save(tmp_path / "force.json")
     code, out, _ = gemopt(capsys, "run", job)
     moves = Result.load(tmp_path / "out/job/result.json").moves
-    assert code == 0 and moves is not None and moves.summary(6) in out
+    assert code == 0 and moves and moves.summary(6) in out and "warning: the placement is for org/Net" in out
     assert "time than the baseline force.json over 6 steps" in out.replace("\n", " ")
     again = gemopt_json(capsys, "run", job, "-o", tmp_path / "again")
     assert again["moves"] == moves.model_dump(mode="json") and " vllm serve /srv/moe " in again["commands"]["vllm"]

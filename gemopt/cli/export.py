@@ -48,9 +48,11 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a placement for a serving engine and print the command that starts it."""
+    from gemopt.formats.engine import check_network, of_network
     from gemopt.formats.registry import canonical, get
 
     to = canonical(to)
+    check_network(model, "--model")
     if source is not None and to not in PERMUTED:
         raise InputError("--source", str(source), f"{to} takes no checkpoint", "leave it out, or give --to checkpoint")
     if (profile or traces) and not approximate:
@@ -71,7 +73,7 @@ def export(
         if approximate:
             ready, notes = _approximated(ready, get(to), profile, traces)
         ready, moved = _on_devices(ready, devices)
-        ready, named = _of_network(ready, model)
+        ready, named = of_network(ready, model)
         prepared.append((ready, notes + moved + named))
     if to in PERMUTED:
         results = [_permuted(prepared[0][0], source, output)]
@@ -103,18 +105,6 @@ def _loaded(path: Path, ep: int | None, num_hidden_layers: int | None) -> Placem
     if known not in (None, num_hidden_layers):
         raise InputError("--num-hidden-layers", num_hidden_layers, f"{known}, as {path} says")
     return placement.changed(num_hidden_layers=num_hidden_layers)
-
-
-def _of_network(placement: Placement, model: str | None) -> tuple[Placement, list[str]]:
-    """The placement for the network that the engine is to start, and a warning where it knows another one."""
-    from gemopt.placement import bare
-
-    if model is None:
-        return placement, []
-    if not model.strip():
-        raise InputError("--model", model, "a name or a path")
-    strange = placement.model is not None and bare(placement.model) != bare(model)
-    return placement.changed(model=model), [f"warning: the placement is for {placement.model}"] if strange else []
 
 
 def _on_devices(placement: Placement, wanted: str | None) -> tuple[Placement, list[str]]:

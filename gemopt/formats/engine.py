@@ -13,10 +13,24 @@ from numpy.typing import NDArray
 
 from gemopt.documents.arrays import integer_array
 from gemopt.exceptions import InputError, naming, refuse_unused
-from gemopt.placement import EMPTY, Placement, Split
+from gemopt.placement import EMPTY, Placement, Split, bare
 from gemopt.traces import Phase, Traces
 
 IntArray = NDArray[Any]
+
+
+def of_network(placement: Placement, model: str | None) -> tuple[Placement, list[str]]:
+    """The placement for the network that an engine is to start, and a warning where it knows another one."""
+    if model is None:
+        return placement, []
+    strange = placement.model is not None and bare(placement.model) != bare(model)
+    return placement.changed(model=model), [f"warning: the placement is for {placement.model}"] if strange else []
+
+
+def check_network(model: str | None, called: str) -> None:
+    """Raise `InputError` for a network without a name."""
+    if model is not None and not model.strip():
+        raise InputError(called, model, "a name or a path")
 
 
 @dataclass(frozen=True, kw_only=True)

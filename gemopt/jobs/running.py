@@ -15,7 +15,7 @@ from gemopt.documents import write_text
 from gemopt.evaluate import evaluate
 from gemopt.exceptions import InputError, refuse_unused
 from gemopt.formats.approximate import approximate
-from gemopt.formats.engine import Export, TraceOptions, WriteOptions
+from gemopt.formats.engine import Export, TraceOptions, WriteOptions, check_network, of_network
 from gemopt.formats.importing import import_traces
 from gemopt.formats.layers import parse_layers
 from gemopt.formats.registry import canonical, check_draft, export, get
@@ -128,6 +128,7 @@ def _check(job: Job) -> None:
     """Refuse before the search what could only fail after it."""
     if job.output.exists():
         raise InputError("output", str(job.output), *EXISTS)
+    check_network(job.model, "model")
     for wanted in job.exports:
         engine = get(wanted.engine)
         if engine.write is None:
@@ -249,7 +250,9 @@ class _Writer:
 
     def _placement(self, found: Placement) -> Placement:
         known = {"num_hidden_layers": found.num_hidden_layers or self.job.num_hidden_layers}
-        return found.changed(**known, model=self.job.model or found.model)
+        placement, said = of_network(found.changed(**known), self.job.model)
+        self.notes += said
+        return placement
 
     def _export(self, placement: Placement, wanted: ExportTo) -> list[Path]:
         """The engine's files; where it cannot express the placement that is kept for the end."""

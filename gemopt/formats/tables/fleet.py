@@ -33,6 +33,7 @@ from gemopt.words import counted
 
 SPEEDS = {"tflops", "gflops", "flops", "throughput", "bandwidth", "bw", "gbps", "speed"}
 FEW, MANY, AGREE, FEW_AGREE = 3, 8, 0.9, 0.999  # GPUs, and the correlation from which columns contradict each other
+SLOWEST = 1e3  # times what another device takes
 FAR = 1.5  # a median that is further from 1 is not that of relative times
 
 
@@ -197,7 +198,7 @@ def _compute_share(device: Device) -> FloatArray:
 def slow_down(profile: Profile, rank: int, factor: float) -> Profile:
     """The same profile with one rank `factor` times slower."""
     check_number("rank", rank, f"0 to {profile.num_ranks - 1}", most=profile.num_ranks - 1, whole=True)
-    check_number("factor", factor, "above 0; 1.3 is 30 % slower", least=ABOVE_0, most=1e3)
+    check_number("factor", factor, "above 0; 1.3 is 30 % slower", least=ABOVE_0, most=SLOWEST)
     devices = list(profile.devices)
     one = devices[rank]
     samples = [s.model_copy(update={"latency_us": s.latency_us * factor}) for s in one.samples]
@@ -214,9 +215,10 @@ def slowed(profile: Profile, slower: Mapping[int, float], notes: list[str], call
     for rank, factor in slower.items():
         if not 0 <= rank < profile.num_ranks:
             raise InputError(called.rstrip(" ."), rank, f"ranks 0 to {profile.num_ranks - 1}")
-        if 0 < factor < 1:
-            limit = "1 or more, as it multiplies the times"
-            raise InputError(f"{called}{rank}", factor, limit, f"at {factor:g} of the speed: {1 / factor:.4g}")
+        if not 1 <= factor <= SLOWEST:
+            limit = f"1 to {SLOWEST:g}, as it multiplies the times"
+            hint = f"at {factor:g} of the speed: {1 / factor:.4g}" if 1 / SLOWEST <= factor < 1 else ""
+            raise InputError(f"{called}{rank}", factor, limit, hint)
         if factor >= APART:
             notes.append(f"{called}{rank} is {factor:g} times the time; {factor:g} % more is {1 + factor / 100:g}")
         profile = slow_down(profile, rank, factor)
