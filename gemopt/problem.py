@@ -175,6 +175,11 @@ class Problem:
         return {}
 
     @cached_property
+    def untried(self) -> set[bytes]:
+        """Rows whose static weights were given, and are to be held against those that descent finds."""
+        return set()
+
+    @cached_property
     def equal_ranks(self) -> list[list[int]]:
         """Groups of ranks that have the same latency, slots and rules, so that swapping them changes nothing.
 
@@ -238,7 +243,7 @@ class Problem:
     def under(self, **demands: Any) -> Problem:
         """The same problem with other moves or rules, which knows the same static weights of rows."""
         problem = replace(self, **demands)
-        vars(problem)["weighed"] = self.weighed
+        vars(problem)["weighed"], vars(problem)["untried"] = self.weighed, self.untried
         return problem
 
     def select(self, steps: NDArray[np.int64], weights_T: FloatArray | None = None) -> Problem:

@@ -220,6 +220,8 @@ def solve(
             if reason is not None:
                 return without(solver, clock, traces, note, made, reason)
 
+            if moving is not None:
+                moving.suggest_weights(each)
             layers = _layers(chosen, each, traces, warm_start, seed)
             first = layers[0].problem
             refuse_with_links(topology, split=policy.value if policy is not Split.EVEN and first.spare_slots else None)

@@ -26,7 +26,7 @@ from gemopt.solving import answer
 from gemopt.solving.layers import Layer, on_this_clock
 from gemopt.solving.schedule import Run
 from gemopt.splits import even_weights
-from gemopt.splits.weights import MOST_KNOWN, carried_weights, remember_weights, static_weights
+from gemopt.splits.weights import MOST_KNOWN, carried_weights, remember_weights, static_weights, suggest_weights
 from gemopt.traces import Traces
 
 
@@ -252,3 +252,26 @@ def test_a_static_placement_to_start_from_keeps_its_weights() -> None:
     better = gemopt.solve(profile, traces, warm_start=poor, patience=0, **options)
     assert better.objective_us is not None
     assert better.objective_us <= evaluate(poor, profile, traces).objective_us
+
+
+@pytest.mark.parametrize("seed", [4, 9, 10])
+def test_a_static_placement_in_force_keeps_its_weights(seed: int) -> None:
+    """Descent from even ones made staying where all is dearer than what is in force, by up to 2 %."""
+    profile, steps = timed(SLOPES, lambda n, slope: (4 + 3 * np.ceil(n / 8)) * slope, range(0, 400, 4)), 12
+    counts = [layer("stairs", Split.STATIC, each, steps).counts_TE for each in (seed, seed + 50)]
+    traces, options = Traces(counts=np.stack(counts, 1)), {"split": "static", "solver": "local-search", "threads": 1}
+    start = gemopt.solve(profile, traces, patience=20, slots_per_rank=SLOTS, **options)
+    limits = [{"max_moves": 0}, {"max_moves": 2}, {"move_price": 1e4}, {"max_bytes_per_rank": 0, "expert_bytes": 1}]
+    for limit in [*({"patience": 0, **each} for each in limits), {"max_moves": 0, "time_limit": 1e-9}]:
+        again = gemopt.solve(profile, traces, current=start.placement, **limit, **options)
+        assert again.objective_us is not None and start.objective_us is not None
+        assert again.objective_us <= start.objective_us * (1 + 1e-12)
+
+
+def test_weights_that_are_suggested_are_held_against_those_of_descent() -> None:
+    problem = Problem.make([[300, 9, 8]] * 3, (ASSIGNMENTS,), lines(1.0, 2.0, 0.9), 2, split=Split.STATIC)
+    row = np.array([0, 1, 0, 2, EMPTY, EMPTY])
+    best = objective(problem, row)
+    problem = replace(problem)
+    suggest_weights(problem, row, np.array([0.01, 1, 0.99, 1, 0, 0]))
+    assert objective(problem, row) == best

@@ -15,7 +15,7 @@ from gemopt.evaluate import check_agreement, evaluate
 from gemopt.exceptions import ABOVE_0, InputError, check_number
 from gemopt.migration import keep_in_place
 from gemopt.moves import Moves
-from gemopt.placement import GivenPlacement, Placement
+from gemopt.placement import GivenPlacement, Placement, Split
 from gemopt.problem import Problem
 from gemopt.profile import Profile
 from gemopt.resize import Resized, Source, resize
@@ -25,6 +25,7 @@ from gemopt.solvers.base import Row
 from gemopt.solvers.nearest import fewest
 from gemopt.solvers.relabel import relabelled
 from gemopt.splits.senders import Senders
+from gemopt.splits.weights import carried_weights, suggest_weights
 from gemopt.traces import Traces
 
 US_PER_GB_PER_S = 1e-3  # microseconds that a byte takes at 1 GB/s
@@ -187,6 +188,19 @@ class Moving:
         if not self.heeded:
             return list(layers)
         return [layer.with_moves(moves) for layer, moves in zip(layers, self.layer_limits, strict=True)]
+
+    def suggest_weights(self, layers: Sequence[Problem]) -> None:
+        """Static weights of the placement in force are known where its slots still are what they were."""
+        current, slots_G = self.current, layers[0].slots_per_rank
+        static = current.split is Split.STATIC and layers[0].split is Split.STATIC
+        if not static or current.split_weights is None or not np.array_equal(current.slots_per_rank, slots_G):
+            return
+        for layer, row, weights_P in zip(layers, current.physical_to_logical, current.split_weights, strict=True):
+            suggest_weights(layer, row, weights_P)
+            home = None if layer.moves is None else layer.moves.fewest(slots_G)  # the same in another order of slots
+            carried_P = None if home is None else carried_weights(layer, row, weights_P, home)
+            if home is not None and carried_P is not None:
+                suggest_weights(layer, home, carried_P)
 
     def eased(self, layers: Sequence[Problem], deadline: float) -> tuple[list[Problem], bool]:
         """The layers with the moves that ranks, rules, slots and full ones ask for, unless the caller set a limit; and

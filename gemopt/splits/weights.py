@@ -152,11 +152,13 @@ def static_weights(
     1, as `Options.alarm` gives it. Of a row that was asked for before, or whose weights are remembered, these; anew:
     those that cost least of them and what descent finds.
     """
-    known_P = problem.weighed.get(row_P.tobytes())
-    if known_P is not None and not anew:
+    key = row_P.tobytes()
+    known_P = problem.weighed.get(key)
+    if known_P is not None and not anew and key not in problem.untried:
         _keep(problem, row_P, known_P)
         return known_P.copy()
     chosen_P = _found_weights(problem, row_P, np.zeros(1, np.uint8) if stop is None else stop)
+    problem.untried.discard(key)
     if known_P is not None:
         chosen_P = _cheaper(problem, row_P, chosen_P, known_P)
     _keep(problem, row_P, chosen_P)
@@ -168,6 +170,12 @@ def remember_weights(problem: Problem, row_P: NDArray[np.int64], weights_P: Floa
     known_P = problem.weighed.get(row_P.tobytes())
     before_P = even_weights(row_P, problem.num_experts) if known_P is None else known_P
     _keep(problem, row_P, _cheaper(problem, row_P, weights_P, before_P).copy())
+
+
+def suggest_weights(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray) -> None:
+    """Let the static weights of a row be no dearer than these, whatever descent finds once they are asked for."""
+    remember_weights(problem, row_P, weights_P)
+    problem.untried.add(row_P.tobytes())
 
 
 def _cheaper(problem: Problem, row_P: NDArray[np.int64], weights_P: FloatArray, before_P: FloatArray) -> FloatArray:
