@@ -26,7 +26,10 @@ LEAST_GAIN = 2e-7  # of the value: times are rounded
 
 
 class PartsWalk(Walk):
-    """A row, and weights of the best one. most: changes that a round may take, which follows from the time where that counts."""
+    """A row, and weights of the best one.
+
+    most: changes that a round may take, which follows from the time where that counts.
+    """
 
     batch = 256
 
