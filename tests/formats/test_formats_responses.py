@@ -344,9 +344,3 @@ def test_the_command_says_it_all(tmp_path, capsys):
         assert "8 experts, the highest id seen + 1" in out
     assert "4 steps" in out or json.loads(out)["num_steps"] == ANSWER - 1
     assert "14 steps" in gemopt(capsys, *words, "--phase", "all", "--num-experts", "8")[1]
-
-
-def test_answers_of_several_networks_are_named(load) -> None:
-    one, two = (body(routing(seed), model=f"m{seed}") for seed in range(2))
-    assert "m0" not in load([one])[1]
-    assert "answers of m0, m1: counted together, as if they were one network" in load([one, two])[1]

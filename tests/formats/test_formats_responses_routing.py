@@ -169,3 +169,9 @@ def test_bytes_without_a_shape_are_not_split_into_more_layers_of_fewer_experts(l
         load([response], num_hidden_layers=6 * cut, top_k=4 // cut, **options)
     traces, _ = load([response], num_hidden_layers=6, top_k=4, **options)
     assert traces.layer_ids == (1, 2, 3, 4, 5) and (traces.counts == counts(ids[10:, 1:], 16)).all()
+
+
+def test_answers_of_several_networks_are_named(load) -> None:
+    one, two = (body(routing(seed), model=f"m{seed}") for seed in range(2))
+    assert "m0" not in load([one])[1]
+    assert "answers of m0, m1: counted together, as if they were one network" in load([one, two])[1]
