@@ -295,8 +295,9 @@ def test_ranges_that_were_searched_are_searched_again_where_others_are_open(
         monkeypatch.setattr(share_tree, "MOST_ENTRIES", boxes * traces.counts.size)
         path = tmp_path / f"{boxes}.json"
         result = solve(
-            profile, traces, solver="branch", certificate=path, slots_per_rank=3, time_limit=60, cost="staircase"
-        )
+            profile, traces, solver="branch", certificate=path, slots_per_rank=3, time_limit=60, cost="staircase",
+            threads=1,
+        )  # fmt: skip
         (layer,) = Certificate.load(path).layers
         assert result.stopped_by is StoppedBy.ITERATIONS and layer.bound_us == pytest.approx(result.bound_us)
         assert verify(path, profile, traces).checked_us == pytest.approx(layer.bound_us, rel=1e-6)

@@ -3,7 +3,7 @@
 A `Box` is a range of copies for each expert, with the contents that these allow. The master programme goes on from
 where that of the box it was cut from ended; a look at all its contents is a bound, and leaves those whose reduced cost
 is not above what is open. Where they are few they are searched (`share_search`), else the range that the master is
-least sure of is cut in two. The boxes with the lowest bounds are next, one for each thread. With the numbers of copies
+least sure of is cut in two. The boxes with the lowest bounds are next, some for each thread. With the numbers of copies
 known a rank has some thousands of contents, and the master leaves a few per cent less open. Contents that it has in use
 are searched wherever it ended, for better placements.
 
@@ -40,6 +40,7 @@ LOOKS, ITERATIONS = 3, 50  # the same of every other box
 LEAST_GAIN = 0.02  # of what is open, of a bound that rises still
 HELD = 256  # cheapest contents in the master, beside those in use
 HELD_BESIDE_TABLES = 768  # the same where latencies are looked up, so that a look takes as long as more iterations
+BOXES = 8  # at once for each thread, where there are several: they do not take equally long
 MOST_LEFT = 2500  # contents that are searched
 MOST_WORK = 3 * 10**7  # steps and columns that a search may look at, where the box can be cut
 MOST_ENTRIES = 2**27  # of all boxes: a gigabyte, of which their multipliers may go into a certificate
@@ -136,16 +137,17 @@ class ShareTree:
         return self.boxes > 0 and (not self.open or self.open[0][0] >= self.limit_us)
 
     def go(self, target_us: float) -> None:
-        """Until stopped, or no box is below the target, or there is no room for more: as many at once as threads."""
+        """Until stopped, or no box is below the target, or there is no room for more: some at once for each thread."""
         root = self._look(self._root())
         if root is None:
             return
         self._take(self.dive(root))
+        most = 1 if self.threads == 1 else BOXES * self.threads
         with ThreadPoolExecutor(self.threads, initializer=cores.in_this_thread, initargs=(1,)) as pool:
             while self.open and self.open[0][0] < min(target_us, self.limit_us):
                 if self.stop[0] or self.entries > MOST_ENTRIES:
                     return
-                boxes = [heapq.heappop(self.open)[2] for _ in range(min(self.threads, len(self.open)))]
+                boxes = [heapq.heappop(self.open)[2] for _ in range(min(most, len(self.open)))]
                 self.entries -= sum(box.entries for box in boxes)
                 for worked in list(pool.map(self._work, boxes)):  # what one finds others know when all have ended
                     self._take(worked)
