@@ -153,7 +153,9 @@ class ShareTree:
                     self._take(worked)
 
     def _work(self, box: Box) -> Worked:
-        """Search a box, or cut it."""
+        """Search a box, or cut it; as it is when stopped."""
+        if self.stop[0]:
+            return self._nothing(box)
         found = self.search(box)
         if found.closed:
             return found
