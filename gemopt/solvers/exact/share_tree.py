@@ -53,7 +53,7 @@ class Box:
     """From low to high [E] copies; contents `ids` [n] that are left, on the kinds of ranks where net [K, n] is finite.
 
     net: what each costs less its prices by the last multipliers. best: the best bound, its own net in the same order.
-    held: where the master ended; None before it began. settled: whether its bound hardly rose when last looked at.
+    held: where the master ended. settled: whether its bound hardly rose when last looked at.
     """
 
     low_E: IntArray
@@ -61,7 +61,7 @@ class Box:
     ids: IntArray
     net_KN: FloatArray
     best: Priced
-    held: Held | None
+    held: Held
     settled: bool = False
 
     @property
@@ -189,18 +189,20 @@ class ShareTree:
         net_KN, low_E = np.where(space.live_KN, 0.0, np.inf), np.ones(experts, np.int64)
         nothing = Priced(-np.inf, np.zeros((experts, space.problem.num_steps)), np.zeros(experts), net_KN)
         high_E = np.full(experts, min(space.most, 1 + space.problem.spare_slots))
-        return Box(low_E, high_E, np.arange(len(space.contents.pairs)), net_KN, nothing, None)
+        return Box(low_E, high_E, np.arange(len(space.contents.pairs)), net_KN, nothing, self._master().held)
+
+    def _master(self) -> Master:
+        return Master(self.space, max(self.value_us, 1e-300), self.space.owner_X, self.space.contents.part)
 
     def _look(self, box: Box) -> Box | None:
         """The box with a better bound and what it leaves; None when stopped before it had any."""
-        first = box.held is None
+        first = box.best.bound_us == -np.inf
         if not first:
             bound_us = max(box.best.bound_us, self.space.bound_of(box.best.pi_E, box.best.net_KN))
             box = replace(box, best=box.best._replace(bound_us=bound_us))
         begun_us = box.best.bound_us
-        master = Master(self.space, max(self.value_us, 1e-300), self.space.owner_X, self.space.contents.part)
-        if box.held is not None:
-            master.go_on(box.held)
+        master = self._master()
+        master.go_on(box.held)
         for look in range(FIRST_LOOKS if first else LOOKS):
             if box.best.bound_us >= self.limit_us or (look and self._left(box).sum() <= MOST_LEFT):
                 break
@@ -216,7 +218,7 @@ class ShareTree:
             box = replace(box, net_KN=found.net_KN, held=master.held)
             if found.bound_us > box.best.bound_us:
                 box = replace(box, best=found)
-        if first and box.best.bound_us == -np.inf:
+        if box.best.bound_us == -np.inf:
             return None
         return replace(box, settled=box.best.bound_us - begun_us <= LEAST_GAIN * (self.limit_us - begun_us))
 
@@ -253,7 +255,7 @@ class ShareTree:
 
     def dive(self, box: Box) -> Worked:
         """A search of the columns in use, which may be parts of a good placement."""
-        if box.best.bound_us >= self.limit_us or box.held is None:
+        if box.best.bound_us >= self.limit_us:
             return self._nothing(box)
         used = box.held.ids[box.held.image.x > IN_USE]
         kind_N, content_N = np.divmod(used, len(self.space.contents.pairs))
@@ -284,7 +286,7 @@ class ShareTree:
 
     def halves(self, box: Box) -> list[Box]:
         """Two boxes, which cut the range of a heavy expert whose copies the master is in two minds about."""
-        if (box.low_E == box.high_E).all() or box.held is None:
+        if (box.low_E == box.high_E).all():
             return [box]
         space = self.space
         taken_X = np.zeros(len(space.contents.part))
