@@ -14,7 +14,7 @@ from gemopt.latency import ASSIGNMENTS, Curve, Latency
 from gemopt.online.compiled import Compiled
 from gemopt.problem import Problem
 from gemopt.solvers.search.moves import few_moves
-from gemopt.solvers.search.state import hull_costs, make_costs
+from gemopt.solvers.search.state import guiding_planes, make_costs
 
 LOADS = np.arange(2049.0)
 SHAPES: dict[str, Callable[[Any], Any]] = {
@@ -93,7 +93,7 @@ def test_the_controller_sees_an_idle_rank() -> None:
 
 def test_lines_are_taken_where_latencies_are_nearly_lines() -> None:
     """They are what makes a decision short."""
-    lines = {shape for shape in SHAPES if (costs := hull_costs(layer(shape)[0])) is not None and not costs.use_tables}
+    lines = {shape for shape in SHAPES if (costs := guiding_planes(layer(shape)[0])) is not None and not costs.use_tables}
     assert lines >= {"line", "fine tiles", "saturates", "nothing is faster"}
     assert not lines & {"one tile holds most ranks", "another kernel from 48 on"}
     assert make_costs(layer("saturates")[0]).use_tables

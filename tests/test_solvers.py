@@ -16,7 +16,7 @@ from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.local_search import _with_copies
 from gemopt.solvers.search.packing import lpt_row, pack, placeable, replicate
 from gemopt.solvers.search.shares import make_shares
-from gemopt.solvers.search.state import hull_costs, make_costs, make_state
+from gemopt.solvers.search.state import guiding_planes, make_costs, make_state
 from gemopt.solvers.search.swaps import EPSILON, KICK_DRAWS, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
 
@@ -165,13 +165,13 @@ def test_copies_pay_where_one_expert_is_hot() -> None:
     assert objective(problem, with_copies) < 0.7 * objective(single, without)
 
 
-def test_hulls_lie_below_staircases() -> None:
+def test_planes_that_guide_lie_below_kinked_latencies() -> None:
     problem = make("kinked")
-    hulls = hull_costs(problem)
-    assert hulls is not None
+    guides = guiding_planes(problem)
+    assert guides is not None
     exact = make_costs(problem)
     row = lpt_row(problem)
-    low, true = make_state(problem, row, hulls).times, make_state(problem, row, exact).times
+    low, true = make_state(problem, row, guides).times, make_state(problem, row, exact).times
     assert (low <= true * (1 + 1e-5)).all()
 
 
@@ -315,17 +315,17 @@ def test_a_round_over_copies_never_costs_and_finds_a_copy_of_the_one_hot_expert(
 
 @pytest.mark.parametrize("slots", [6, 7])
 @pytest.mark.parametrize("patience", [2, None])
-def test_kicks_on_hulls_count_by_the_latencies(patience: int | None, slots: int) -> None:
+def test_guided_kicks_count_by_the_latencies(patience: int | None, slots: int) -> None:
     loads = np.unique(np.concatenate([np.arange(0, 400, 8), np.arange(1, 400, 8)]))
     tiles = [Latency(((Curve(loads, f * (60.0 + 9.0 * np.ceil(loads / 8)), f),),)) for f in (1.0, 1.1, 0.9, 1.0)]
     rng = np.random.default_rng(5)
     problem = Problem.make(
         rng.poisson(rng.gamma(0.7, 12.0, 24) * rng.uniform(0.3, 1.7, (300, 1))), (ASSIGNMENTS,), tiles, slots
     )
-    hulls = hull_costs(problem)
+    guides = guiding_planes(problem)
     assert make_costs(problem).use_tables
-    assert hulls is not None
-    assert not hulls.use_tables
+    assert guides is not None
+    assert not guides.use_tables
     rows = []
     for _ in range(2):
         first = get("local-search").solve(problem, options(patience=0, first=True), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gemopt.problem import Problem
-from gemopt.solvers.search.state import Costs, hull_costs, make_costs
+from gemopt.solvers.search.state import Costs, guiding_planes, make_costs
 
 MOST = 16
 
@@ -21,12 +21,12 @@ class Compiled:
         loads_T = problem.counts_TE.sum(axis=1)
         key = (int(loads_T.mean()), 2 << int(loads_T.max()).bit_length())  # of the key alone, whatever came before
         if key not in self._known:
-            hull = hull_costs(_alike(problem, key[0]), key[0] / problem.num_ranks)
+            planes = guiding_planes(_alike(problem, key[0]), key[0] / problem.num_ranks)
             if len(self._known) >= MOST:
                 self._known.clear()
             alike = _alike(problem, key[1])
             most_F = alike.features_FTE.sum(axis=2).max(axis=1)
-            self._known[key] = make_costs(alike, most_F) if hull is None else hull
+            self._known[key] = make_costs(alike, most_F) if planes is None else planes
         return self._known[key]
 
 

@@ -38,7 +38,7 @@ class Best:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a call on another machine goes on from: neither this call's options nor what is made anew."""
-        left = ("options", "stop", "costs", "hulls", "shares", "walk")
+        left = ("options", "stop", "costs", "guides", "shares", "walk")
         return {name: value for name, value in vars(self).items() if name not in left}
 
     @cached_property

@@ -1,12 +1,12 @@
 """Local search: speed-weighted LPT, swaps under the true per-step objective, then iterated until the limit.
 
-Descends on the convex hull of the latencies first, which is SIMD, then on the latencies themselves; so do kicks. Spare
-slots start empty or with copies, whichever is better, then the other way; where they are scarce, with the copies of the
-copies bound, then full of copies. Each start is LPT, or mapped by makespan where that is better, as it mostly is; where
-slots are scarce, where that is better than what descents from LPT found. Copies are added, moved and dropped where the
-objective says so. Kicks swap slots of three ranks, and where that gains nothing change which experts have copies; under
-a time limit they are annealed. Descents end with the deadline; what was cut goes on where it ended when there is more
-time.
+Where latencies are looked up, descents and kicks begin on planes that rise as they do, which is SIMD, and go on on the
+latencies themselves. Spare slots start empty or with copies, whichever is better, then the other way; where they are
+scarce, with the copies of the copies bound, then full of copies. Each start is LPT, or mapped by makespan where that is
+better, as it mostly is; where slots are scarce, where that is better than what descents from LPT found. Copies are
+added, moved and dropped where the objective says so. Kicks swap slots of three ranks, and where that gains nothing
+change which experts have copies; under a time limit they are annealed. Descents end with the deadline; what was cut
+goes on where it ended when there is more time.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ HEAT = 2.0  # at first, see `iterate`; falls to 0 with the time that is left
 MELTED = 30.0  # times what a kick loses in the mean above the best: the walk is too hot, and begins there again at half
 MOST_COPIES = 3  # that a kick changes
 SCARCE_SHARE = 0.25  # of the time, for the copies of the bound
-HULL_SHARE = 0.85  # of the time for kicks on the hulls, at most
-HULL_POLISHES = 25.0  # times what a descent on the latencies takes, the same: small layers need the hulls less
+GUIDED_SHARE = 0.85  # of the time for kicks on the guides, at most
+GUIDED_POLISHES = 25.0  # times what a descent on the latencies takes, the same: small layers need them less
 SPARE_POLISHES = 3.0  # the same with spare slots, where that descent is over copies too
-SPARE_GAP = 0.04  # with spare slots: hulls that say so much less than the latencies guide no kicks
-HOPELESS = 1.02  # times the best so far after a descent on the hulls: another start is given up
+SPARE_GAP = 0.04  # with spare slots: guides that say so much less than the latencies lead no kicks
+HOPELESS = 1.02  # times the best so far after a descent on the guides: another start is given up
 
 
 class LocalSearch:
@@ -120,7 +120,7 @@ class _Search(Best):
     searched: whether any descent began. stop: [1] see `Options.alarm`. copied: the start with copies, once greedy no
     longer says that it is still to be made, which takes longer. scarce: whether the one of the copies bound is.
     unmapped: whether starts are still to be mapped; later: those that are after all descents, else it is before.
-    polish_s: seconds of a descent on the latencies, over copies too, from where one on the hulls ended.
+    polish_s: seconds of a descent on the latencies, over copies too, from where one on the guides ended.
     """
 
     def __init__(self, problem: Problem, warm_start: Row | None) -> None:
@@ -133,11 +133,11 @@ class _Search(Best):
         self.offer(self.starts[0])
 
     @cached_property
-    def hulls(self) -> Costs | None:
-        """Planes near the latencies, mostly their hulls, where a descent on them is quicker."""
-        from gemopt.solvers.search.state import hull_costs
+    def guides(self) -> Costs | None:
+        """Planes that rise as the latencies do, where these are looked up: a descent on planes is quicker."""
+        from gemopt.solvers.search.state import guiding_planes
 
-        return hull_costs(self.problem) if self.costs.use_tables else None
+        return guiding_planes(self.problem) if self.costs.use_tables else None
 
     @cached_property
     def shares(self) -> Shares | None:
@@ -209,13 +209,13 @@ class _Search(Best):
         return [row for _, row in sorted(best, key=lambda one: one[0])]
 
     def _descend(self, start: Row) -> Row:
-        """Descend on the hulls, then on the latencies and over copies until nothing helps; where that ended."""
+        """Descend on the guides, then on the latencies and over copies until nothing helps; where that ended."""
         from gemopt.solvers.search.swaps import descend
 
         problem, ranks, row = self.problem, np.ones(self.problem.num_ranks, dtype=bool), start
-        if self.hulls is not None:
-            state = self.state(start, self.hulls)
-            descend(self.hulls, state, ranks, self.shares is None)
+        if self.guides is not None:
+            state = self.state(start, self.guides)
+            descend(self.guides, state, ranks, self.shares is None)
             value, before = objective(problem, state.content), objective(problem, start)
             self.keep(state.content, value)
             row = state.content if value < before else start
@@ -223,7 +223,7 @@ class _Search(Best):
                 return row
         goes_on = self.options.first or self.options.patience != 0
         begun = time.monotonic()
-        row = self._polish(row, self.shares is not None or self.hulls is None or not goes_on)
+        row = self._polish(row, self.shares is not None or self.guides is None or not goes_on)
         self.polish_s = time.monotonic() - begun
         return row
 
@@ -280,7 +280,7 @@ class _Search(Best):
         return row if cost < best else None
 
     def iterate(self) -> StoppedBy:
-        """Kick and descend until the deadline, the patience, the gap or an interrupt; on the hulls first, if any."""
+        """Kick and descend until the deadline, the patience, the gap or an interrupt; on the guides first, if any."""
         options, given_s = self.options, self.options.remaining
         if self.row is None or self.problem.num_ranks < 2 or options.patience == 0:
             ended = options.cut_by if self.starts else StoppedBy.ITERATIONS
@@ -288,21 +288,21 @@ class _Search(Best):
         if self.draws is None:
             self.draws = seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
         timed = options.patience is None and 0.0 < given_s < np.inf  # else the path is the seed's alone
-        if self.hulls is not None and self._guided(self.row):
-            most = HULL_POLISHES if self.shares is None else SPARE_POLISHES
+        if self.guides is not None and self._guided(self.row):
+            most = GUIDED_POLISHES if self.shares is None else SPARE_POLISHES
             most_s = most * self.polish_s if options.patience is None else np.inf
-            hull_s = min(HULL_SHARE * given_s, most_s, given_s - self.polish_s)
-            if hull_s > 0.0:
-                row, _ = self._walk(self.hulls, HEAT if timed else 0.0, time.monotonic() + hull_s)
+            guided_s = min(GUIDED_SHARE * given_s, most_s, given_s - self.polish_s)
+            if guided_s > 0.0:
+                row, _ = self._walk(self.guides, HEAT if timed else 0.0, time.monotonic() + guided_s)
                 self._polish(self._polish(row, False), True)
         heat = HEAT * options.remaining / given_s if timed else 0.0
         return self._walk(self.costs, heat, options.deadline)[1]
 
     def _guided(self, row: Row) -> bool:
-        """Whether kicks are to run on the hulls first."""
+        """Whether kicks are to run on the guides first."""
         from gemopt.solvers.search.swaps import total_cost
 
-        return self.shares is None or total_cost(self.state(row, self.hulls)) > (1 - SPARE_GAP) * self.value
+        return self.shares is None or total_cost(self.state(row, self.guides)) > (1 - SPARE_GAP) * self.value
 
     def _walk(self, costs: Costs, heat: float, end: float) -> tuple[Row, StoppedBy]:
         """Kick and descend on these costs in batches until `end` of `time.monotonic`; the best row by them.

@@ -24,7 +24,7 @@ from gemopt.solvers.search.packing import filled, lpt_row
 from gemopt.solvers.search.parts_walk import PartsWalk
 from gemopt.solvers.search.sharing_walk import SharingWalk, Walk
 from gemopt.solvers.search.spread_search import SpreadSearch
-from gemopt.solvers.search.state import State, hull_costs, make_state
+from gemopt.solvers.search.state import State, guiding_planes, make_state
 from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
 from gemopt.splits import plain, shares
 from gemopt.splits.rules import even_weights
@@ -150,7 +150,7 @@ class _Spreading(_Search):
 
     def begin(self) -> None:
         start = lpt_row(self.problem) if self.warm is None else self.warm
-        costs = hull_costs(self.problem) or self.costs
+        costs = guiding_planes(self.problem) or self.costs
         state = make_state(self.problem, start, costs, self.stop)
         if (np.bincount(start[start != EMPTY]) < 2).all():
             descend(costs, state, np.ones(self.problem.num_ranks, dtype=bool), False)

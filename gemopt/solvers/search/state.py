@@ -61,7 +61,7 @@ class State(NamedTuple):
     stop: Array
 
 
-def hull_costs(problem: Problem, mean: float | None = None) -> Costs | None:
+def guiding_planes(problem: Problem, mean: float | None = None) -> Costs | None:
     """Latencies as planes that a swap gains about as much by, where they have a shape with a SIMD kernel of its own.
 
     Those are one line of one feature, about the mean load of a rank (that of the problem, unless given), and up to five
@@ -71,9 +71,8 @@ def hull_costs(problem: Problem, mean: float | None = None) -> Costs | None:
     rows = [_line_about(mean, latency) for latency in problem.latencies]
     if len(problem.features) == 2:
         rows = [latency.planes(limit=UNROLLED_PLANES) for latency in problem.latencies]
-    if any(row is None or len(row) > UNROLLED_PLANES for row in rows):
-        return None
-    return _plane_costs([row for row in rows if row is not None])
+    found = [row for row in rows if row is not None and len(row) <= UNROLLED_PLANES]
+    return _plane_costs(found) if len(found) == len(rows) else None
 
 
 @lru_cache(maxsize=1024)  # layers share latencies, and most have the same mean load
