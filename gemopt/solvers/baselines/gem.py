@@ -33,7 +33,7 @@ from gemopt.solvers.search.descent import settle_pair
 from gemopt.solvers.search.gains import make_pair
 from gemopt.solvers.search.mapping import mapped_row
 from gemopt.solvers.search.packing import lpt_row
-from gemopt.solvers.search.state import Array, Costs, State, make_state
+from gemopt.solvers.search.state import Array, Costs, State
 from gemopt.solvers.search.swaps import fix_others, improve_pair, slowest_three
 from gemopt.solvers.search.terms import Terms, make_terms, moved_into
 from gemopt.solvers.search.within import homeward
@@ -56,8 +56,8 @@ class Gem:
 
         Without the time for a first mapping the answer is that of LPT, and says so.
         """
-        search = options.begun
-        if not isinstance(search, _Search) or search.problem is not problem:
+        search = _Search.going_on(options, problem)
+        if search is None:
             first = warm_start
             if problem.moves is not None and not within_limits(problem, warm_start):
                 first = problem.moves.fewest(problem.slots_per_rank)
@@ -97,7 +97,7 @@ class _Search(Best):
             row = self._start()
             if row is None:
                 return options.cut_by
-            state = make_state(self.problem, row, self.costs, self.stop)
+            state = self.state(row)
             self._relieve(state)
             idle += 1
             if within_limits(self.problem, state.content) and self.keep(

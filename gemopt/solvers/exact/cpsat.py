@@ -34,7 +34,7 @@ class CpSat(Stated):
             kind = CpSatJoint if isinstance(search.compact, JointCompact) else CpSatFormulation
             formulation = kind(search.compact, tick_us, canonical_start(search), options.expired)
         except TimeoutError as error:
-            return search.outcome(search.cut_short(), str(error), reached=False)
+            return search.outcome(options.cut_by, str(error), reached=False)
         solver = configured(options, formulation)
         status = hurried.run(solver, formulation.model, options.expired, _Incumbents(formulation, search))
         note = f"CP-SAT counts in steps of {tick_us:.0e} us"
@@ -44,7 +44,7 @@ class CpSat(Stated):
             search.offer_bound(bound_us(solver.best_objective_bound, formulation))
         if status == cp_model.OPTIMAL and not options.stop():
             return search.outcome(search.proof(), note)
-        return search.outcome(search.cut_short(), note)
+        return search.outcome(options.cut_by, note)
 
 
 def configured(options: Options, formulation: CpSatFormulation) -> cp_model.CpSolver:

@@ -107,7 +107,7 @@ class Search:
         if self.done:
             return self.outcome(self.proof(), "bound from the simple bounds of all steps", reached=False)
         if self.options.expired():
-            return self.outcome(self.cut_short(), "no time to solve", reached=False)
+            return self.outcome(self.options.cut_by, "no time to solve", reached=False)
         return None
 
     @property
@@ -179,10 +179,6 @@ class Search:
             distinct_steps=self.problem.num_steps,
             reached=reached,
         )
-
-    def cut_short(self) -> StoppedBy:
-        """Why a search has stopped that was not finished."""
-        return StoppedBy.INTERRUPT if self.options.stop() else StoppedBy.TIME_LIMIT
 
     def proof(self) -> StoppedBy:
         """Why a search that the solver calls finished has stopped."""

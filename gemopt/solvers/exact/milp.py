@@ -59,7 +59,7 @@ def outcome_of(folder: Path, search: Search, *, finished: bool) -> Outcome:
     if not _kept_apart(search):
         note += f"; loads beyond {FARTHEST:.0e} are not kept apart by its tolerances: no bound of its own"
     proven = finished and state.get("proven")
-    return search.outcome(search.proof() if proven else search.cut_short(), note, reached=bool(state))
+    return search.outcome(search.proof() if proven else search.options.cut_by, note, reached=bool(state))
 
 
 def _kept_apart(search: Search) -> bool:

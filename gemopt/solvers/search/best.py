@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
-from gemopt.solvers.base import Options, Outcome, Row, incumbent
+from gemopt.solvers.base import Options, Outcome, Row, incumbent, seeded
 
 if TYPE_CHECKING:
-    from gemopt.solvers.search.state import Costs
+    from gemopt.solvers.search.state import Costs, State
 
 
 class Best:
@@ -36,6 +36,12 @@ class Best:
         self.searched = False
         self.draws: np.random.Generator | None = None
 
+    @classmethod
+    def going_on(cls, options: Options, problem: Problem) -> Self | None:
+        """The search of an earlier call that this one goes on with, where there is one of the kind and the problem."""
+        search = options.begun
+        return search if isinstance(search, cls) and search.problem is problem else None
+
     def __getstate__(self) -> dict[str, Any]:
         """What a call on another machine goes on from: neither this call's options nor what is made anew."""
         left = ("options", "stop", "costs", "guides", "shares", "walk")
@@ -47,6 +53,12 @@ class Best:
         from gemopt.solvers.search.state import make_costs
 
         return make_costs(self.problem)
+
+    def state(self, row: Row, costs: Costs | None = None, shares_TP: NDArray[np.int64] | None = None) -> State:
+        """State of a row that ends with this call's time; costs: in place of the latencies; see `make_state`."""
+        from gemopt.solvers.search.state import make_state
+
+        return make_state(self.problem, row, self.costs if costs is None else costs, self.stop, shares_TP)
 
     def keep(self, row: Row, value: float) -> bool:
         """Take a row over that is worth `value`, when that is the best so far."""
@@ -63,6 +75,14 @@ class Best:
             self.row, stopped_by, history=self.history, note=note, reached=self.searched, search=self,
             weights_P=self.weights_P,
         )  # fmt: skip
+
+    def ended(self, *, descended: bool) -> StoppedBy | None:
+        """Why the search ends where its descents do; None where kicks follow, which are drawn from now on."""
+        if self.row is None or self.problem.num_ranks < 2 or self.options.patience == 0:
+            ended = StoppedBy.ITERATIONS if descended else self.options.cut_by
+            return StoppedBy.GAP if self.good_enough() else ended
+        self.draws = self.draws or seeded(self.options.seed, self.problem.num_experts, self.problem.num_ranks)
+        return None
 
     def good_enough(self) -> bool:
         """Whether the known bound proves the incumbent to the wanted gap."""

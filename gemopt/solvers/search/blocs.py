@@ -37,8 +37,8 @@ def completed(problem: Problem, row: Row | None) -> Row | None:
 
 def search_blocs(problem: Problem, options: Options, warm_start: Row | None, inner: Inner) -> Outcome:
     """Place one layer. `inner` places it while every set stays on its unit; `options.patience` 0: that alone."""
-    search = options.begun
-    if not isinstance(search, _Search) or search.problem is not problem:
+    search = _Search.going_on(options, problem)
+    if search is None:
         start = completed(problem, warm_start)
         if start is None or not within_limits(problem, start):
             start = completed(problem, lpt_row(problem)) if problem.moves is None else fewest_row(problem)

@@ -26,7 +26,7 @@ from gemopt.links import Links
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, seeded
+from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports
 from gemopt.solvers.search.best import Best
 from gemopt.solvers.search.packing import copies_worth_trying, filled, lpt_row, peak_load, placeable, replicate
 from gemopt.splits import plain
@@ -35,11 +35,10 @@ from gemopt.splits.levels import no_levels
 
 if TYPE_CHECKING:
     from gemopt.solvers.search.shares import Shares
-    from gemopt.solvers.search.state import Costs, State
+    from gemopt.solvers.search.state import Costs
 
 BATCH_KICKS = 25
 COPIES_KICKS = 100  # between changes of copies
-NEVER = 2**62
 LEAST_GAIN = 1e-4  # of a round over all copies
 HEAT = 2.0  # at first, see `iterate`; falls to 0 with the time that is left
 MELTED = 30.0  # times what a kick loses in the mean above the best: the walk is too hot, and begins there again at half
@@ -80,9 +79,7 @@ class LocalSearch:
             return search_within(problem, options, warm_start, self.solve)
         if problem.spare_slots and problem.split is not Split.EVEN:
             return search_policy(problem, options, warm_start, self.solve)
-        search = options.begun
-        if not isinstance(search, _Search) or search.problem is not problem:
-            search = _Search(problem, warm_start)
+        search = _Search.going_on(options, problem) or _Search(problem, warm_start)
         search.options = options
         with options.alarm() as search.stop:
             search.descend_from_starts()
@@ -146,12 +143,6 @@ class _Search(Best):
 
         return make_shares(self.problem) if self.problem.spare_slots else None
 
-    def state(self, row: Row, costs: Costs | None = None) -> State:
-        """State of a row that ends with this call's time."""
-        from gemopt.solvers.search.state import make_state
-
-        return make_state(self.problem, row, self.costs if costs is None else costs, self.stop)
-
     def offer(self, row: Row) -> bool:
         """Take a row over when its exact objective is the best so far."""
         return self.keep(row, objective(self.problem, row))
@@ -210,12 +201,12 @@ class _Search(Best):
 
     def _descend(self, start: Row) -> Row:
         """Descend on the guides, then on the latencies and over copies until nothing helps; where that ended."""
-        from gemopt.solvers.search.swaps import descend
+        from gemopt.solvers.search.swaps import descend_all
 
-        problem, ranks, row = self.problem, np.ones(self.problem.num_ranks, dtype=bool), start
+        problem, row = self.problem, start
         if self.guides is not None:
             state = self.state(start, self.guides)
-            descend(self.guides, state, ranks, self.shares is None)
+            descend_all(self.guides, state, self.shares is None)
             value, before = objective(problem, state.content), objective(problem, start)
             self.keep(state.content, value)
             row = state.content if value < before else start
@@ -229,20 +220,20 @@ class _Search(Best):
 
     def _polish(self, row: Row, full: bool) -> Row:
         """Descend on the latencies, with `full` until no swap helps, then over copies; where that ended."""
-        from gemopt.solvers.search.swaps import descend
+        from gemopt.solvers.search.swaps import descend_all
 
         state = self.state(row)
-        descend(self.costs, state, np.ones(self.problem.num_ranks, dtype=bool), full)
+        descend_all(self.costs, state, full)
         self.offer(state.content)
         return self._over_copies(state.content, self.costs, self.value)[0]
 
     def _over_copies(self, row: Row, costs: Costs, best: float) -> tuple[Row, float]:
         """Change copies and swap on these costs while that beats `best`; where that ended, and the least cost."""
         from gemopt.solvers.search.copies import improve_copies
-        from gemopt.solvers.search.swaps import EPSILON, descend
+        from gemopt.solvers.search.swaps import EPSILON, descend_all
         from gemopt.solvers.search.terms import free_terms
 
-        problem, ranks, shares = self.problem, np.ones(self.problem.num_ranks, dtype=bool), self.shares
+        problem, shares = self.problem, self.shares
         if shares is None:
             return row, best
         candidates = copies_worth_trying(problem)
@@ -250,7 +241,7 @@ class _Search(Best):
         for _ in range(50):
             made = improve_copies(costs, state, shares, candidates, EPSILON, True, free_terms(problem))
             state = self.state(state.content, costs)  # swaps move copies, which renumbers them
-            cost = descend(costs, state, ranks, False)
+            cost = descend_all(costs, state, False)
             self.offer(state.content)
             before, best = best, min(cost, best)
             if not made or best > before * (1 - LEAST_GAIN) or self.stop[0]:
@@ -260,7 +251,7 @@ class _Search(Best):
 
     def _kick_copies(self, row: Row, costs: Costs, best: float) -> Row | None:
         """Change what some slots for copies hold at random, and descend; where that ended, None if not below best."""
-        from gemopt.solvers.search.swaps import descend
+        from gemopt.solvers.search.swaps import descend_all
 
         assert self.draws is not None
         problem, draws, row = self.problem, self.draws, row.copy()
@@ -275,18 +266,16 @@ class _Search(Best):
             if len(open_):
                 row[slot] = draws.choice(open_)
         state = self.state(row, costs)
-        descend(costs, state, np.ones(problem.num_ranks, dtype=bool), False)
+        descend_all(costs, state, False)
         row, cost = self._over_copies(state.content, costs, best)
         return row if cost < best else None
 
     def iterate(self) -> StoppedBy:
         """Kick and descend until the deadline, the patience, the gap or an interrupt; on the guides first, if any."""
         options, given_s = self.options, self.options.remaining
-        if self.row is None or self.problem.num_ranks < 2 or options.patience == 0:
-            ended = options.cut_by if self.starts else StoppedBy.ITERATIONS
-            return StoppedBy.GAP if self.good_enough() else ended
-        if self.draws is None:
-            self.draws = seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
+        if (ended := self.ended(descended=not self.starts)) is not None:
+            return ended
+        assert self.row is not None
         timed = options.patience is None and 0.0 < given_s < np.inf  # else the path is the seed's alone
         if self.guides is not None and self._guided(self.row):
             most = GUIDED_POLISHES if self.shares is None else SPARE_POLISHES
@@ -313,10 +302,9 @@ class _Search(Best):
 
         assert self.row is not None and self.draws is not None
         options, begun = self.options, time.monotonic()
-        patience = NEVER if options.patience is None else options.patience
         best, idle, state, gains, row = np.inf, 0, None, False, self.row
         losses, kicks = np.zeros(2), BATCH_KICKS if self.shares is None else COPIES_KICKS
-        while idle < patience:
+        while not options.exhausted(idle):
             now = time.monotonic()
             if self.good_enough():
                 return row, StoppedBy.GAP

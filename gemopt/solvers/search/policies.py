@@ -24,8 +24,8 @@ from gemopt.solvers.search.packing import filled, lpt_row
 from gemopt.solvers.search.parts_walk import PartsWalk
 from gemopt.solvers.search.sharing_walk import SharingWalk, Walk
 from gemopt.solvers.search.spread_search import SpreadSearch
-from gemopt.solvers.search.state import State, guiding_planes, make_state
-from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
+from gemopt.solvers.search.state import State, guiding_planes
+from gemopt.solvers.search.swaps import KICK_DRAWS, descend_all, iterate, total_cost
 from gemopt.splits import plain, shares
 from gemopt.splits.rules import even_weights
 from gemopt.splits.weights import remember_weights, static_weights
@@ -45,10 +45,8 @@ EvenSearch = Callable[[Problem, Options, Row | None], Outcome]
 
 def search_policy(problem: Problem, options: Options, warm_start: Row | None, even: EvenSearch) -> Outcome:
     """Place one layer with spare slots whose copies share by another policy. `even` places it for the even split."""
-    search = options.begun
-    if not isinstance(search, _Search) or search.problem is not problem:
-        kind = _Spreading if problem.split is Split.OPTIMAL and plain(problem) else _Sharing
-        search = kind(problem, warm_start, even)
+    kind = _Spreading if problem.split is Split.OPTIMAL and plain(problem) else _Sharing
+    search = kind.going_on(options, problem) or kind(problem, warm_start, even)
     search.options = options
     with options.alarm() as search.stop:
         search.descend()
@@ -129,14 +127,10 @@ class _Search(Best, ABC):
 
     def iterate(self) -> StoppedBy:
         """Try until the deadline, the patience, the gap or an interrupt."""
-        options = self.options
-        patience = NEVER if options.patience is None else options.patience
-        if self.problem.num_ranks < 2 or patience == 0:
-            ended = StoppedBy.ITERATIONS if self.descended else options.cut_by
-            return StoppedBy.GAP if self.good_enough() else ended
-        self.draws = self.draws or seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
-        idle = 0
-        while idle < patience:
+        if (ended := self.ended(descended=self.descended)) is not None:
+            return ended
+        options, idle = self.options, 0
+        while not options.exhausted(idle):
             if self.good_enough():
                 return StoppedBy.GAP
             if options.expired():
@@ -151,9 +145,9 @@ class _Spreading(_Search):
     def begin(self) -> None:
         start = lpt_row(self.problem) if self.warm is None else self.warm
         costs = guiding_planes(self.problem) or self.costs
-        state = make_state(self.problem, start, costs, self.stop)
+        state = self.state(start, costs)
         if (np.bincount(start[start != EMPTY]) < 2).all():
-            descend(costs, state, np.ones(self.problem.num_ranks, dtype=bool), False)
+            descend_all(costs, state, False)
         options = self.options
         draws = seeded(options.seed, self.problem.num_experts, self.problem.num_ranks)
         self.spread = SpreadSearch(self.problem, state.content, draws)
@@ -225,20 +219,20 @@ class _Sharing(_Search):
         for _ in range(ROUNDS):
             if self.options.expired():
                 return
-            state = self.state(row)
-            descend(self.costs, state, np.ones(self.problem.num_ranks, dtype=bool), False)
+            state = self.shared(row)
+            descend_all(self.costs, state, False)
             row = state.content
             if not self.offer(row):
                 return
 
-    def state(self, row: Row) -> State:
+    def shared(self, row: Row) -> State:
         """State of a row whose slots keep their present shares."""
-        return make_state(self.problem, row, self.costs, self.stop, shares(self.problem, row))
+        return self.state(row, shares_TP=shares(self.problem, row))
 
     def improve(self) -> bool:
         assert self.row is not None and self.draws is not None
         begin, before = time.monotonic(), self.value
-        state = self.state(self.row)
+        state = self.shared(self.row)
         draws, row = self.draws.random((BATCH_KICKS, KICK_DRAWS)), state.content.copy()
         iterate(self.costs, state, draws, total_cost(state), row, np.zeros(2), 0.0)
         if self.offer(row):

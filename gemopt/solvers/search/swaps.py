@@ -229,6 +229,11 @@ def descend(costs: Costs, state: State, dirty: Array, full: bool) -> float:
             everything = True
 
 
+def descend_all(costs: Costs, state: State, full: bool) -> float:
+    """`descend` that tries the pairs of all ranks."""
+    return float(descend(costs, state, np.ones(state.times.shape[0], np.bool_), full))
+
+
 @njit(cache=True, nogil=True, inline="always")
 def slowest_outside(state: State, members: Array, rest_T: Array) -> None:
     """[T] the slowest rank that is no member."""

@@ -24,7 +24,6 @@ from gemopt.solvers.base import (
     Options,
     Outcome,
     Row,
-    seeded,
     within_limits,
 )
 from gemopt.solvers.hurried import OutOfTimeError
@@ -53,9 +52,7 @@ def search_within(problem: Problem, options: Options, warm_start: Row | None, fr
 
     With `options.patience` 0 that is left out: the search ends after the descents from home and from the warm start.
     """
-    search = options.begun
-    if not isinstance(search, _Search) or search.problem is not problem:
-        search = _Search(problem, warm_start, free)
+    search = _Search.going_on(options, problem) or _Search(problem, warm_start, free)
     if search.row is None:
         return no_placement(problem)
     search.options = options
@@ -113,10 +110,6 @@ class _Search(Best):
             self.starts = [home] if warm_start is None else [home, warm_start]
             for start in self.starts:
                 self.offer(start)
-
-    def state(self, row: Row) -> State:
-        """State of a row that ends with this call's time."""
-        return make_state(self.problem, row, self.costs, self.stop)
 
     def offer(self, row: Row) -> bool:
         """Take a row over when it keeps to the limits, fills what must be full, and is the best so far."""
@@ -185,11 +178,9 @@ class _Search(Best):
         """Kick and settle in batches until the deadline, the patience, the gap or an interrupt."""
         problem, options = self.problem, self.options
         patience = NEVER if options.patience is None else options.patience
-        if problem.num_ranks < 2 or patience == 0:
-            ended = options.cut_by if self.starts else StoppedBy.ITERATIONS
-            return StoppedBy.GAP if self.good_enough() else ended
-        if self.draws is None:
-            self.draws = seeded(options.seed, problem.num_experts, problem.num_ranks)
+        if (ended := self.ended(descended=not self.starts)) is not None:
+            return ended
+        assert self.draws is not None
         terms, state = make_terms(problem, self.moves), None
         best, idle, batch = np.inf, 0, 1
         while idle < patience:
