@@ -193,6 +193,11 @@ class Problem:
             groups.setdefault((latency.key, int(self.slots_per_rank[rank]), int(role_G[rank])), []).append(rank)
         return list(groups.values())
 
+    @property
+    def kinds(self) -> list[list[int]]:
+        """The groups of `equal_ranks` that have slots."""
+        return [group for group in self.equal_ranks if self.slots_per_rank[group[0]]]
+
     @cached_property
     def linearised(self) -> tuple[FloatArray, FloatArray]:
         """([G] offset, [G, E] weight) in microseconds: latency of a rank is about its offset plus its experts' weights.

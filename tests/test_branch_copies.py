@@ -143,7 +143,7 @@ def test_more_ranks_than_a_word_has_bits(monkeypatch: pytest.MonkeyPatch, ranks:
     problem = Problem.make(counts, [ASSIGNMENTS], latencies)
     worst = objective(problem, np.arange(ranks)[::-1])  # most load on the slowest rank
 
-    def found_at_once(tree: object, value: float, rank_E: Row, most: int, stop: object) -> tuple[float, int, bool]:
+    def found_at_once(tree: object, value: float, rank_E: Row, stop: object) -> tuple[float, int, bool]:
         rank_E[:] = np.arange(ranks)  # heaviest first
         return objective(problem, np.arange(ranks)), 7, False
 

@@ -82,14 +82,9 @@ class Rows:
         """Literals of experts on a rank."""
         return [self.held[e, rank] for e in experts.tolist() if (e, rank) in self.held]
 
-    def solve(
-        self, seconds: float, deterministic: float = np.inf, level: int = 1
-    ) -> tuple[list[tuple[int, int]] | None, bool]:
-        """(expert, rank) pairs of the best row found, or None; and whether it is proven that there is none better.
-
-        level: CP-SAT's linearization level.
-        """
-        value_of, proven = solved(self.model, seconds, deterministic, level)
+    def solve(self, seconds: float, deterministic: float = np.inf) -> tuple[list[tuple[int, int]] | None, bool]:
+        """(expert, rank) pairs of the best row found, or None; and whether it is proven that there is none better."""
+        value_of, proven = solved(self.model, seconds, deterministic)
         return None if value_of is None else self.chosen(value_of), proven
 
     def chosen(self, value_of: Callable[[Any], int]) -> list[tuple[int, int]]:
@@ -102,7 +97,8 @@ def solved(
 ) -> tuple[Callable[[Any], int] | None, bool]:
     """(value of a variable in the best solution found, or None; whether it is proven that there is none better).
 
-    The first solution is enough where the time for a better one is over (`hurried.better_by`).
+    level: CP-SAT's linearization level. The first solution is enough where the time for a better one is over
+    (`hurried.better_by`).
     """
     from ortools.sat.python import cp_model
 

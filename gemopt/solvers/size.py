@@ -67,15 +67,13 @@ def num_shares(problem: Problem) -> int | None:
     for size in range(1, int(problem.slots_per_rank.max()) + 1):
         ways = [sum(ways[max(0, n - most + 1) : n + 1]) for n in range(spare + 1)]
         contents += sum(ways) * comb(problem.num_experts, size)
-    kinds = len([group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]])
-    few = contents <= MOST_SHARES and contents * kinds * problem.num_steps <= MOST_SHARE_ENTRIES
+    few = contents <= MOST_SHARES and contents * len(problem.kinds) * problem.num_steps <= MOST_SHARE_ENTRIES
     return contents if few and problem.num_experts * most <= MOST_PAIRS else None
 
 
 def num_contents(problem: Problem) -> int:
     """How many contents the ranks can have, of equal ranks those of one, none with a copy."""
-    sizes = [int(problem.slots_per_rank[group[0]]) for group in problem.equal_ranks]
-    return sum(comb(problem.num_experts, size) for size in sizes if size)
+    return sum(comb(problem.num_experts, int(problem.slots_per_rank[group[0]])) for group in problem.kinds)
 
 
 def paired(problem: Problem) -> bool:

@@ -34,10 +34,10 @@ from gemopt.evaluate import linked_total
 from gemopt.latency import FloatArray
 from gemopt.links import Links
 from gemopt.migration import held
-from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Linked, Options, Outcome, Row, Supports, incumbent
+from gemopt.solvers.placing import row_of
 
 TOLERANCE = 0.025
 WINDOW_SHARE = 0.5  # of the time goes to layer after layer
@@ -60,7 +60,7 @@ class MoeTuner:
         request = {"kind": "clusters", "loads": mean_E.tolist(), "slots": problem.slots_per_rank.tolist()}
         answer = solve_child(request | {"gap": TOLERANCE}, self.backend, options)
         cluster_E = np.array(answer["cluster"]) if answer else _greedy(mean_E, problem.slots_per_rank)
-        row = _row(cluster_E, problem)
+        row = row_of(np.arange(problem.num_ranks)[:, None] == cluster_E, problem.slots_per_rank)
         note = "clusters alone: transitions need a topology"
         if not answer:
             note = "no time for the ILP: clusters by size"
@@ -109,15 +109,6 @@ def _greedy(mean_E: FloatArray, slots_G: Any) -> Any:
         load_G[cluster] += mean_E[expert]
         left_G[cluster] -= 1
     return cluster_E
-
-
-def _row(cluster_E: Any, problem: Problem) -> Row:
-    """[P] the experts of each cluster on the rank of its number; slots left over stay empty."""
-    row, starts = np.full(problem.num_slots, EMPTY), np.cumsum(problem.slots_per_rank) - problem.slots_per_rank
-    for cluster, start in enumerate(starts):
-        experts = np.flatnonzero(cluster_E == cluster)
-        row[start : start + len(experts)] = experts
-    return row
 
 
 def _moved(row: Row, slots_G: Any, rank_of_cluster: Any) -> Row:

@@ -16,7 +16,6 @@ from gemopt.bounds.dual_bound import pair_costs
 from gemopt.bounds.simple import weighted
 from gemopt.evaluate import objective
 from gemopt.latency import FloatArray
-from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
 from gemopt.solvers.base import Options, Outcome, Row, Supports, incumbent
@@ -25,11 +24,11 @@ from gemopt.solvers.exact.copies_tree import make_copies_tree, search_copies
 from gemopt.solvers.exact.plain import begin
 from gemopt.solvers.exact.share_tree import bound_of_copies
 from gemopt.solvers.exact.tree import CLOSE, expert_order, has_room, make_tree, search_tree
+from gemopt.solvers.placing import row_of
 from gemopt.solvers.size import FEW_COLUMNS, num_shares
 
 BOUND_SHARE = 0.1  # of the time, for multipliers
 FEW_SHARE = 0.8  # of the time, for a search with copies where contents are few: it is likely to end
-NEVER = 2**62
 
 
 class Branch:
@@ -59,7 +58,7 @@ class Branch:
         start, done, nodes = value, found.done, found.nodes
         if found.best_us < value * (1 - CLOSE):
             assert found.held_EG is not None
-            row = _row(problem, expert_order(small), found.held_EG)
+            row = _row(small, found.held_EG)
             value = objective(problem, row)
             history.append(incumbent(value, found.bound_us))
         bound = value * (1 - 2 * CLOSE) if done else min(found.bound_us, value)
@@ -99,7 +98,7 @@ def _search(problem: Problem, options: Options, value: float) -> _Found:
     if tree is not None:
         rank_E = np.zeros(problem.num_experts, np.int64)
         with options.alarm() as stop:
-            found.best_us, found.nodes, found.done = search_tree(tree, value, rank_E, NEVER, stop)
+            found.best_us, found.nodes, found.done = search_tree(tree, value, rank_E, stop)
         found.held_EG = rank_E[:, None] == np.arange(problem.num_ranks)
     return found
 
@@ -128,7 +127,7 @@ def _branch_on_copies(problem: Problem, options: Options, outcome: Outcome, valu
     if search is None:
         return
     if search.value_us < value:
-        outcome.row = _row(problem, expert_order(problem), _members(search.held_E, problem.num_ranks))
+        outcome.row = _row(problem, _members(search.held_E, problem.num_ranks))
         value = objective(problem, outcome.row)
         outcome.history.append(incumbent(value, outcome.bound_us))
     if search.bound_us > outcome.bound_us:
@@ -158,11 +157,6 @@ def _members(sets_E: Row, num_ranks: int) -> NDArray[np.bool_]:
     return np.asarray(sets_E[:, None] >> np.arange(num_ranks) & 1 == 1)
 
 
-def _row(problem: Problem, order: Row, held_EG: NDArray[np.bool_]) -> Row:
+def _row(problem: Problem, held_EG: NDArray[np.bool_]) -> Row:
     """[P] the row that puts the experts, in the tree's order, on these ranks."""
-    row = np.full(problem.num_slots, EMPTY)
-    starts = np.cumsum(problem.slots_per_rank) - problem.slots_per_rank
-    for g in range(problem.num_ranks):
-        held = np.sort(order[held_EG[:, g]])
-        row[starts[g] : starts[g] + len(held)] = held
-    return row
+    return row_of(held_EG[np.argsort(expert_order(problem))].T, problem.slots_per_rank)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import Found, cut_rows, price, rows_of
-from gemopt.solvers.exact.tree import Tables, tables_of
+from gemopt.solvers.exact.tree import Tables, tables_of, with_idle
 from gemopt.solvers.size import num_columns
 
 IntArray = NDArray[np.int64]
@@ -35,6 +35,13 @@ LEVELS = (
     (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.25, 1.5, 1.8, 2.2, 2.7),
 )  # of what is open in the mean step, above its floor: ever finer
 ULP = 2.0**-52
+
+
+def feasible(mu: FloatArray, pi_E: FloatArray, weights_T: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Multipliers [..., E, T] and prices as bounds take them: finite, none below 0, in sums no larger than weights."""
+    mu = np.maximum(np.nan_to_num(mu.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
+    mu *= np.minimum(1.0, weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=-2, keepdims=True), 1e-300))
+    return mu, np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @lru_cache(maxsize=4)
@@ -81,26 +88,22 @@ class Space:
     @classmethod
     def of(cls, problem: Problem, floor_T: FloatArray) -> Space | None:
         """The columns of a problem with floors of its steps in microseconds; None where there are too many."""
-        kinds = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
-        ranks_K = np.array([group[0] for group in kinds], np.int64)
+        ranks_K = np.array([group[0] for group in problem.kinds], np.int64)
         size_K, features_FTE = problem.slots_per_rank[ranks_K], problem.features_FTE
         if num_columns(problem) is None:
             return None
         tables = tables_of(problem.latencies, features_FTE.sum(axis=2).max(axis=1))
         if tables is None:
             return None
-        idle = [
-            float(problem.latencies[g]([0] * len(features_FTE))) for g in np.flatnonzero(problem.slots_per_rank == 0)
-        ]
         sets = {size: subsets(problem.num_experts, size) for size in np.unique(size_K).tolist()}
         first_K = np.cumsum([0, *(len(sets[int(size)]) for size in size_K)])[:-1]
         return cls(
             problem=problem,
-            floor_T=np.maximum(floor_T, max(idle, default=0.0)),
+            floor_T=with_idle(problem, floor_T),
             features_EFT=features_FTE.transpose(2, 0, 1).copy(),
             tables=tables,
             ranks_K=ranks_K,
-            count_K=np.array([len(group) for group in kinds]),
+            count_K=np.array([len(group) for group in problem.kinds]),
             size_K=size_K,
             sets=sets,
             first_K=first_K,
@@ -152,9 +155,8 @@ class Space:
     def ids(self, row: IntArray) -> IntArray:
         """Columns of a placement [P]."""
         found = []
-        for k, rank in enumerate(self.ranks_K):
+        for k, group in enumerate(self.problem.kinds):
             size = int(self.size_K[k])
-            group = next(group for group in self.problem.equal_ranks if rank in group)
             for g in group:
                 held = np.sort(row[self.problem.rank_of_slot == g]).astype(np.uint8)
                 found.append(int(self.first_K[k] + np.flatnonzero((self.sets[size] == held).all(axis=1))[0]))
@@ -163,9 +165,9 @@ class Space:
     def row(self, ids: IntArray) -> IntArray:
         """[P] the placement of some columns that hold every expert once."""
         row = np.full(self.problem.num_slots, -1)
-        left = {int(rank): list(g) for rank in self.ranks_K for g in self.problem.equal_ranks if rank in g}
+        left = [list(group) for group in self.problem.kinds]
         for k, members in zip(self.kind(ids), self.members(ids), strict=True):
-            g = left[int(self.ranks_K[k])].pop()
+            g = left[k].pop()
             row[self.problem.rank_of_slot == g] = members[: int(self.size_K[k])]
         return row
 
@@ -179,7 +181,7 @@ class Space:
     def prove(self, levels_LT: FloatArray, mu_LET: FloatArray, pi_E: FloatArray, stop: Any) -> Proven | None:
         """The bound of any multipliers and prices, which are made feasible first; None when stopped."""
         weights_T = self.problem.weights_T
-        mu, pi = self._feasible(mu_LET, pi_E)
+        mu, pi = feasible(mu_LET, pi_E, self.problem.weights_T)
         extra = np.empty(len(self))
         bound = float(weights_T @ self.floor_T) + float(pi.sum())
         size = float(weights_T @ np.abs(self.floor_T)) + float(np.abs(pi).sum())
@@ -199,7 +201,7 @@ class Space:
         self, ids: IntArray, levels_LT: FloatArray, mu_LET: FloatArray, pi_E: FloatArray, stop: Any
     ) -> tuple[IntArray, FloatArray] | None:
         """(columns, what they cost above the least of their kind), of those with the experts of some; as `prove`."""
-        mu, pi = self._feasible(mu_LET, pi_E)
+        mu, pi = feasible(mu_LET, pi_E, self.problem.weights_T)
         kind, found, extra = self.kind(ids), [], []
         for width, sets in self.sets.items():
             mine = self.size_K[kind] == width
@@ -211,13 +213,6 @@ class Space:
             found.append((self.first_K[kinds][:, None] + some).ravel())
             extra.append((net_KN - net_KN.min(axis=1, initial=np.inf, keepdims=True)).ravel())
         return np.concatenate(found), np.concatenate(extra)
-
-    def _feasible(self, mu_LET: FloatArray, pi_E: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Multipliers and prices as a bound takes them."""
-        mu = np.maximum(np.nan_to_num(mu_LET.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
-        pi = np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        mu *= np.minimum(1.0, self.problem.weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=1), 1e-300))[:, None]
-        return mu, pi
 
     def _costs(
         self, width: int, some_N: IntArray, levels_LT: FloatArray, mu_LET: FloatArray, stop: Any

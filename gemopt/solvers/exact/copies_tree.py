@@ -96,11 +96,10 @@ def make_copies_tree(problem: Problem, floor_T: Array) -> CopiesTree | None:
 
 def _orders(problem: Problem) -> Array:
     """[N, G] all ways to put equal ranks that have slots into another order."""
-    groups = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
     orders = []
-    for chosen in product(*(permutations(group) for group in groups)):
+    for chosen in product(*map(permutations, problem.kinds)):
         order = np.arange(problem.num_ranks)
-        for group, other in zip(groups, chosen, strict=True):
+        for group, other in zip(problem.kinds, chosen, strict=True):
             order[group] = other
         orders.append(order)
     return np.stack(orders)

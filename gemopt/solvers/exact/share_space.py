@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.exact.column_kernels import cut_rows, rows_of
-from gemopt.solvers.exact.column_space import ULP
+from gemopt.solvers.exact.column_space import ULP, feasible
 from gemopt.solvers.exact.share_screen import Lines, lines_of, pair_prices, price_pairs
-from gemopt.solvers.exact.tree import FAST, Tables, fill, tables_of
+from gemopt.solvers.exact.tree import FAST, Tables, fill, tables_of, with_idle
 from gemopt.solvers.size import num_shares
 
 Array = NDArray[Any]
@@ -163,10 +163,8 @@ class Shares:
         """The contents of a problem with floors of its steps in microseconds; None where they are too many."""
         if num_shares(problem) is None:
             return None
-        kinds = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
+        kinds, most, widest = problem.kinds, problem.most_copies, int(problem.slots_per_rank.max())
         ranks_K = np.array([group[0] for group in kinds], np.int64)
-        hosts, widest = sum(len(group) for group in kinds), int(problem.slots_per_rank.max())
-        most = problem.most_copies
         most_F = problem.features_FTE.sum(axis=2).max(axis=1)
         tables = tables_of(tuple(latency.low for latency in problem.latencies), most_F)
         if tables is None:
@@ -181,10 +179,9 @@ class Shares:
         kind_G = np.full(problem.num_ranks, -1)
         for k, group in enumerate(kinds):
             kind_G[group] = k
-        idle = [float(problem.latencies[g]([0] * len(held))) for g in np.flatnonzero(kind_G < 0)]
         return cls(
             problem=problem,
-            floor_T=np.maximum(floor_T, max(idle, default=0.0)),
+            floor_T=with_idle(problem, floor_T),
             contents=contents,
             live_KN=(empty_KN >= 0) & (contents.copies + empty_KN <= problem.spare_slots),
             features_XFT=features_XFT,
@@ -193,7 +190,7 @@ class Shares:
             count_K=np.array([len(group) for group in kinds]),
             slots_K=problem.slots_per_rank[ranks_K],
             kind_G=kind_G,
-            lines=lines_of(tables, ranks_K, int(most_F[0]), most_F[0] / hosts),
+            lines=lines_of(tables, ranks_K, int(most_F[0]), most_F[0] / (kind_G >= 0).sum()),
         )
 
     def __len__(self) -> int:
@@ -258,9 +255,7 @@ class Shares:
         among the cheapest, by which others are left at what pairs say; limit: of the bound that would be enough.
         """
         contents, weights_T, owner_X = self.contents, self.problem.weights_T, self.owner_X
-        mu = np.maximum(np.nan_to_num(mu_ET.astype(np.float64), nan=0.0, posinf=0.0), 0.0)
-        pi = np.nan_to_num(pi_E.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        mu *= np.minimum(1.0, weights_T * (1 - 1e-12) / np.maximum(mu.sum(axis=0), 1e-300))
+        mu, pi = feasible(mu_ET, pi_E, weights_T)
         mu_XT, price_X = mu[owner_X] * contents.part[:, None], pi[owner_X] * contents.part
         pairs_NS = np.ascontiguousarray(contents.pairs[ids])
         live_KN = np.ascontiguousarray(self.live_KN if live_KN is None else live_KN)

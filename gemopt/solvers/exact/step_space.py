@@ -18,7 +18,7 @@ from gemopt.solvers.exact.column_kernels import cut_rows
 from gemopt.solvers.exact.column_space import ULP
 from gemopt.solvers.exact.numbered import IntArray, Numbered
 from gemopt.solvers.exact.step_kernels import WIDTH, Best, Family
-from gemopt.solvers.exact.tree import TABLE_LIMIT
+from gemopt.solvers.exact.tree import TABLE_LIMIT, with_idle
 
 ALIKE = 1e-9  # latencies this close, relatively, are multiples of one another
 LEAST_US = 1e-30  # times this small are nothing
@@ -120,13 +120,12 @@ class Stepwise(Numbered):
 
         That is with several features, loads too large for a table, or ranks that take nothing beside the floors.
         """
-        groups = [group for group in problem.equal_ranks if problem.slots_per_rank[group[0]]]
+        groups = problem.kinds
         most = int(problem.features_FTE[0].sum(axis=1).max())
         if len(problem.features) > 1 or most >= TABLE_LIMIT // len(groups):
             return None
         ranks = [group[0] for group in groups]
-        idle = [float(problem.latencies[g]([0])) for g in np.flatnonzero(problem.slots_per_rank == 0)]
-        floor_T = np.maximum(floor_T, max(idle, default=-np.inf))
+        floor_T = with_idle(problem, floor_T)
         table_KN = np.array([problem.latencies[g]([np.arange(most + 1)]) for g in ranks])
         if not (table_KN.max(axis=1) > ALIKE * max(float(floor_T.max()), LEAST_US)).all():
             return None

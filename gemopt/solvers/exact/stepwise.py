@@ -24,7 +24,7 @@ from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.exact.column_master import Master
-from gemopt.solvers.exact.column_space import ULP, Proven
+from gemopt.solvers.exact.column_space import ULP, Proven, feasible
 from gemopt.solvers.exact.contents import RISING
 from gemopt.solvers.exact.numbered import IntArray
 from gemopt.solvers.exact.step_kernels import WIDTH, exchange, scan
@@ -47,12 +47,8 @@ class Pricing:
     """The cheapest contents known with some multipliers, which are made feasible, and prices; microseconds."""
 
     def __init__(self, space: Stepwise, mu_ET: FloatArray, pi_E: FloatArray) -> None:
-        weights_T = space.problem.weights_T
-        mu_ET = np.maximum(np.nan_to_num(mu_ET, nan=0.0, posinf=0.0), 0.0)
-        mu_ET *= np.minimum(1.0, weights_T * (1 - 1e-12) / np.maximum(mu_ET.sum(axis=0), 1e-300))
-        self.space, self.mu_ET = space, mu_ET
-        self.pi_E = np.nan_to_num(pi_E, nan=0.0, posinf=0.0, neginf=0.0)
-        self.families = [kin.family(mu_ET, self.pi_E) for kin in space.families]
+        self.space, (self.mu_ET, self.pi_E) = space, feasible(mu_ET, pi_E, space.problem.weights_T)
+        self.families = [kin.family(self.mu_ET, self.pi_E) for kin in space.families]
         self.best = [kin.none(HELD // len(space.size_K) + 1) for kin in space.families]
 
     def improve(self, ids: IntArray, stop: NDArray[np.uint8]) -> int:

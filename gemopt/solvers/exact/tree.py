@@ -22,7 +22,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gemopt.kernels import MINUS, PLUS, ZERO
-from gemopt.latency import Latency
+from gemopt.latency import FloatArray, Latency
 from gemopt.problem import Problem
 
 Array = NDArray[Any]
@@ -164,6 +164,13 @@ def first_equal(problem: Problem) -> Array:
     return same
 
 
+def with_idle(problem: Problem, floor_T: FloatArray) -> FloatArray:
+    """[T] floors of the steps in microseconds, and no less than what ranks without slots take."""
+    none_F = [0] * len(problem.features)
+    idle = [float(problem.latencies[g](none_F)) for g in np.flatnonzero(problem.slots_per_rank == 0)]
+    return np.maximum(floor_T, max(idle, default=0.0))
+
+
 @njit(cache=True, nogil=True, fastmath=FAST, inline="always")
 def fill(tables: Tables, g: int, loads: Array, rest: Array, plus: Array, first: int, last: int, out: Array) -> None:
     """Latency of rank g at the steps from first to last under loads + rest + plus, [F, T] each, into `out`."""
@@ -244,7 +251,7 @@ def pair_bound(tree: Tree, depth: int, g: int, placed: float, node: Node) -> Num
 
 
 @njit(cache=True, nogil=True)
-def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop: Array) -> tuple[float, int, bool]:
+def search_tree(tree: Tree, best: float, best_rank: Array, stop: Array) -> tuple[float, int, bool]:
     """(objective of the best placement found, nodes looked at, whether the whole tree was searched).
 
     best: objective of an incumbent; best_rank: [E] ranks of the experts in the tree's order, replaced when better.
@@ -269,7 +276,7 @@ def search_tree(tree: Tree, best: float, best_rank: Array, most_nodes: int, stop
                     bounds[depth, g] = pair_bound(tree, depth, g, placed[depth], node)
             expand(tree, depth, node, limit, suffix[depth], bounds[depth], z[depth])
             fresh = False
-            if nodes >= most_nodes or stop[0] != 0:
+            if stop[0] != 0:
                 return best, nodes, False
         chosen = ZERO
         for g in range(1, ranks):
