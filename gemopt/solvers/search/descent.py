@@ -10,7 +10,7 @@ from gemopt.solvers.search.gains import Pair, allowed, make_pair, set_tangent
 from gemopt.solvers.search.moves import NOISE, swap_for
 from gemopt.solvers.search.scans import scan_pair
 from gemopt.solvers.search.state import Array, Costs, Number, State, rank_of
-from gemopt.solvers.search.swaps import EPSILON, apply_swap, fix_others, slowest_three, total_cost
+from gemopt.solvers.search.swaps import EPSILON, apply_swap, fix_others, slowest_three, take_back, total_cost
 from gemopt.solvers.search.terms import Terms, extra_moves, moved_into, permitted, set_fees_of
 
 
@@ -139,9 +139,6 @@ def iterate_within(
             best, idle = cost, 0
             continue
         idle += 1
-        for n in range(min(state.logged[0], state.log.shape[0]) - 1, -1, -1):
-            i: Number = np.int64(state.log[n, 0])
-            j: Number = np.int64(state.log[n, 1])
-            apply_swap(costs, state, rank_of(state, i), rank_of(state, j), i, j)
+        take_back(costs, state)
         put(moved_G, before_G)
     return best, idle

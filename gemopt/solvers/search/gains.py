@@ -1,8 +1,9 @@
 """Compiled scans: the first swap of a slot with any slot of another rank that costs less than a goal.
 
-One scan, with a kernel for a block of steps per form of the latencies. The sum over the steps is left as soon as it
-reaches a limit (see `Pair`). Where latencies are convex the cost of a swap is convex in the loads it moves, so it is at
-least its tangent: swaps that the tangent does not let gain are skipped, which loses nothing.
+One scan, with a kernel for a block of steps per form of the latencies, which is chosen in the loop itself: in a
+function of its own, inlined or not, sums are no longer SIMD and take three times as long. The sum over the steps is
+left as soon as it reaches a limit (see `Pair`). Where latencies are convex the cost of a swap is convex in the loads it
+moves, so it is at least its tangent: swaps that the tangent does not let gain are skipped, which loses nothing.
 """
 
 from __future__ import annotations

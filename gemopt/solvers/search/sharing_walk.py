@@ -21,14 +21,13 @@ from gemopt.migration import held
 from gemopt.placement import EMPTY, Split
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
+from gemopt.solvers.search.sharing_draws import AT_A_GLANCE, FROM_SLOWEST
 from gemopt.splits.flow import copies_of
 from gemopt.splits.optimal import feature_table
 from gemopt.splits.parts import part_steps
 
 HOT, HOTTER, HOTTEST, COOLED = 1e-3, 4.0, 0.1, 0.02  # heat of the value: first round, next, at most; what is left of it
-FROM_SLOWEST = 0.75  # of the changes begin on the rank that a step waits for
 GLANCE, FEWEST = 4, 64  # one step in so many says first what a change loses, though not fewer than so many
-AT_A_GLANCE = 0.5  # of what a change may lose: losing more on these steps, it will lose too much
 LEAST_GAIN = 1e-9  # of the value
 TRIES, FEWEST_TRIES = 8, 256  # for each slot, and at least, where the time does not count
 Cost = Callable[[Row, NDArray[np.int64]], tuple[FloatArray, NDArray[np.int64]]]

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from gemopt.kernels import MINUS, ZERO, Array, put
 from gemopt.latency import FloatArray
+from gemopt.solvers.search.sharing_draws import AT_A_GLANCE
 from gemopt.solvers.search.spread_cuts import Cuts, bits_of, fill_held, ranks_in, remember, words_for
 from gemopt.solvers.search.spread_moves import Change, make_change
 from gemopt.splits.flow import Copies, Room, copies_of, make_room, settle
 from gemopt.splits.levels import IntArray, Levels, Number, fill_capacity, level, tabled_level
-
-AT_A_GLANCE = 0.5  # of what a change may lose: losing more on a part of the steps, it will lose too much
 
 
 class Flow(NamedTuple):
