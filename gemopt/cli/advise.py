@@ -173,13 +173,10 @@ def _tell(advice: Advice) -> None:
 
 
 def _table(advice: Advice) -> Table:
-    from rich import box
-    from rich.table import Table
+    from gemopt.cli.tables import new_table
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    table.add_column("strategy", no_wrap=True)
-    for head in ("change\n%", "5 to 95 %", "step\n%", "best\n%", "moves", "GB\nsent", "first\nmoves", "GB\nheld"):
-        table.add_column(head, justify="right", no_wrap=True)
+    heads = ("change\n%", "5 to 95 %", "step\n%", "best\n%", "moves", "GB\nsent", "first\nmoves", "GB\nheld")
+    table = new_table("strategy", *heads, left=("strategy",))
     for each in sorted(advice.strategies, key=lambda option: option.change):
         table.add_row(
             each.strategy, f"{100 * each.change:+z.1f}", f"{100 * each.low:+z.1f} {100 * each.high:+z.1f}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from gemopt.verify import Verified
 
 
+def new_table(*heads: str, left: Collection[str]) -> Table:
+    """A table without rows, whose columns are flush right but for those named; none is wrapped."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for head in heads:
+        table.add_column(head, justify="left" if head in left else "right", no_wrap=True)
+    return table
+
+
 def comparison_table(rows: Sequence[Comparison]) -> Table:
     """Objective over all given steps and layers; changes against contiguous placement. Fits 80 columns.
 
@@ -32,13 +40,10 @@ def comparison_table(rows: Sequence[Comparison]) -> Table:
     best = min((_key(row, held) for row in rows), default=0.0)
     said += [f"{row.solver}: {row.ceiling.summary(row.holdout_us)}" for row in rows
              if row.ceiling is not None and row.ran and _key(row, held) == best][:1]  # fmt: skip
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    heads = ["total\nms", "change\n%", "bound\nms", "gap\n%", "time\ns", *(["held\nout %"] if held else [])]
+    table = new_table("solver", *heads, "p50\nus", "p90\nus", "p99\nus", left=("solver",))
     if said:
         table.caption, table.caption_justify = Text("\n".join(said)), "left"
-    table.add_column("solver", no_wrap=True)
-    heads = ["total\nms", "change\n%", "bound\nms", "gap\n%", "time\ns", *(["held\nout %"] if held else [])]
-    for head in [*heads, "p50\nus", "p90\nus", "p99\nus"]:
-        table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
         if not row.ran:
             table.add_row(row.solver, "-", style="dim")
@@ -59,7 +64,8 @@ def comparison_table(rows: Sequence[Comparison]) -> Table:
 
 def verified_table(found: Verified) -> Table:
     """What was checked beside what is only claimed, layer by layer and in all."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    heads = ("layer", "proof", "total\nms", "certified\ngap %", "claimed\ngap %", "checked by")
+    table = new_table(*heads, left=("layer", "proof", "checked by"))
     table.caption = Text("certified is what was checked here; claimed is what the solver says")
     table.caption_justify = "left"
     rows = [("all", "", found.objective_us, found.checked_us, found.claimed_us, "")]
@@ -67,15 +73,6 @@ def verified_table(found: Verified) -> Table:
         (str(each.layer_id), each.proof.value, each.objective_us, each.checked_us, each.claimed_us, each.note)
         for each in found.layers
     ]
-    for head, right in (
-        ("layer", 0),
-        ("proof", 0),
-        ("total\nms", 1),
-        ("certified\ngap %", 1),
-        ("claimed\ngap %", 1),
-        ("checked by", 0),
-    ):
-        table.add_column(head, justify="right" if right else "left")
     for layer, proof, objective, checked, claimed, note in rows:
         gaps = [f"{100 * (1 - bound / max(objective, 1e-300)):.3f}" for bound in (checked, claimed)]
         table.add_row(layer, proof, _milliseconds(objective), *gaps, note, style="bold" if layer == "all" else None)
@@ -90,10 +87,8 @@ def _said(row: Comparison) -> str:
 def front_table(points: Sequence[FrontPoint]) -> Table:
     """Latency per step against moves; changes against the placement in force."""
     held = any(point.holdout_us is not None for point in points)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    for head in ("moves", "GB", "step us", "change %", *(("held out us", "held out %") if held else ())):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("found by", no_wrap=True)
+    heads = ("moves", "GB", "step us", "change %", *(("held out us", "held out %") if held else ()))
+    table = new_table(*heads, "found by", left=("found by",))
     for point in points:
         size = "" if point.bytes is None else f"{point.bytes / 1e9:.2f}"
         cells = [str(point.moves), size, f"{point.step_us:.1f}", _percent(point.change)]
@@ -167,23 +162,12 @@ def evaluation_table(fields: dict[str, Any], num_steps: int) -> Table:
 
 def replay_table(result: ReplayResult) -> Table:
     """Strategies over the scored steps: the bound is the one who knows the future; the best other row is bold."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    quantiles, requests = ("p50\nus", "p90\nus", "p99\nus"), ("TTFT\nms", "TPOT\nms")
+    heads = ("strategy", "makespan\nms", "change\n%", "moves", "copying\nms", *quantiles, *requests)
+    table = new_table(*heads, left=("strategy",))
     scored = result.num_steps - result.first_step
     table.title, table.title_justify = f"{counted(scored, 'step')} scored, fitted on {result.first_step}", "left"
     table.caption, table.caption_justify = Text(_conditions(result)), "left"
-    table.add_column("strategy", no_wrap=True)
-    for head in (
-        "makespan\nms",
-        "change\n%",
-        "moves",
-        "copying\nms",
-        "p50\nus",
-        "p90\nus",
-        "p99\nus",
-        "TTFT\nms",
-        "TPOT\nms",
-    ):
-        table.add_column(head, justify="right", no_wrap=True)
     best = min((row.makespan_us for row in result.rows if row.strategy != "clairvoyant"), default=0.0)
     for row in result.rows:
         cells = [
