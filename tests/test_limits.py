@@ -21,7 +21,7 @@ from gemopt.profile import Profile
 from gemopt.result import StoppedBy
 from gemopt.solvers import get
 from gemopt.solvers.base import Options
-from gemopt.solvers.baselines.gem import relieve_stragglers
+from gemopt.solvers.baselines.gem import relieve
 from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.shares import make_shares
@@ -65,8 +65,8 @@ def test_without_time_a_search_hands_on_a_greedy_row_and_says_so(
     monkeypatch: pytest.MonkeyPatch, name: str, slots: object
 ) -> None:
     for module in ("policies", "swaps"):  # each imported before the other's is replaced
-        monkeypatch.setattr(f"gemopt.solvers.search.{module}.descend", forbidden)
-    monkeypatch.setattr("gemopt.solvers.baselines.gem.relieve_stragglers", forbidden)
+        monkeypatch.setattr(f"gemopt.solvers.search.{module}.descend_all", forbidden)
+    monkeypatch.setattr("gemopt.solvers.baselines.gem.relieve", forbidden)
     monkeypatch.setattr("gemopt.solvers.search.mapping.map_in_order", forbidden)
     monkeypatch.setattr("gemopt.solvers.baselines.conflict.cut_graph", forbidden)
     problem = make(slots=slots)
@@ -87,7 +87,7 @@ def test_compiled_searches_end_at_once_when_the_flag_is_set(active: bool) -> Non
     before, shares = total_cost(state), make_shares(problem)
     assert shares is not None
     assert descend(costs, state, np.ones(4, bool), True) == pytest.approx(before)
-    relieve_stragglers(costs, state)
+    relieve(costs, state, None)
     assert iterate(costs, state, rng.random((5, KICK_DRAWS)), before, row.copy(), np.zeros(2), 1.0) == before
     assert improve_copies(costs, state, shares, np.arange(24), EPSILON, True, free_terms(problem)) == 0
     assert (state.content == row).all() and total_cost(state) == before

@@ -90,7 +90,8 @@ class _Search(Best):
 
     def run(self) -> StoppedBy:
         """Map, relieve and restart until the deadline, the patience, the gap or an interrupt."""
-        options, idle = self.options, -1 if self.row is None else 0
+        options, idle, moves = self.options, -1 if self.row is None else 0, self.problem.moves
+        terms = None if moves is None else make_terms(self.problem, moves)
         while not options.exhausted(idle):
             if self.row is not None and self.good_enough():
                 return StoppedBy.GAP
@@ -98,7 +99,7 @@ class _Search(Best):
             if row is None:
                 return options.cut_by
             state = self.state(row)
-            self._relieve(state)
+            relieve(self.costs, state, terms)
             idle += 1
             if within_limits(self.problem, state.content) and self.keep(
                 state.content, total(self.problem, state.content)
@@ -108,13 +109,6 @@ class _Search(Best):
                 self.first = state.content  # to be gone on from
                 return options.cut_by
         return StoppedBy.GAP if self.row is not None and self.good_enough() else StoppedBy.ITERATIONS
-
-    def _relieve(self, state: State) -> None:
-        if self.problem.moves is None:
-            relieve_stragglers(self.costs, state)
-            return
-        terms = make_terms(self.problem, self.problem.moves)
-        relieve_within(self.costs, state, terms, moved_into(state, terms))
 
     def _start(self) -> Row | None:
         """The mapping to begin with, or None when the time is over before it is made."""
@@ -140,40 +134,20 @@ def in_order(problem: Problem, classes: list[ExpertClass], noise_E: FloatArray) 
 
 
 @njit(cache=True, nogil=True)
-def relieve_stragglers(costs: Costs, state: State) -> None:
-    """Swap experts of the worst straggler with any other rank's, then of the next worst, until none helps."""
-    num_ranks, steps = state.times.shape
-    if num_ranks < 2:
-        return
-    values, ranks = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16)
-    pair = make_pair(state)
-    slowest_three(state.times, values, ranks)
-    improved = True
-    while improved:
-        improved = False
-        blame = blamed(state, values, ranks)
-        for a in np.argsort(-blame):
-            for b in range(num_ranks):
-                if a == b or state.stop[0] != 0:
-                    continue
-                fix_others(a, b, values, ranks, pair)
-                if improve_pair(costs, state, a, b, pair, NO):
-                    slowest_three(state.times, values, ranks)
-                    improved = True
-            if improved:
-                break
+def relieve(costs: Costs, state: State, terms: Terms | None) -> None:
+    """Swap experts of the worst straggler with any other rank's, then of the next worst, until none helps.
 
-
-@njit(cache=True, nogil=True)
-def relieve_within(costs: Costs, state: State, terms: Terms, moved_G: Array) -> None:
-    """As `relieve_stragglers`, the best swap of two ranks first, each paying for its moves."""
+    terms: of moves that cost or are limited; the best swap of two ranks is then the first, and each pays for its moves.
+    """
     num_ranks, steps = state.times.shape
     if num_ranks < 2:
         return
     values, ranks = np.empty((3, steps), np.float32), np.empty((3, steps), np.int16)
     pair, best, slots = make_pair(state), np.zeros(1, np.float64), np.zeros(4, np.int64)
     slowest_three(state.times, values, ranks)
-    improved = True
+    moved_G, improved = np.zeros(num_ranks, np.int64), True
+    if terms is not None:
+        moved_G = moved_into(state, terms)
     while improved:
         improved = False
         blame = blamed(state, values, ranks)
@@ -181,7 +155,12 @@ def relieve_within(costs: Costs, state: State, terms: Terms, moved_G: Array) -> 
             for b in range(num_ranks):
                 if a == b or state.stop[0] != 0:
                     continue
-                if settle_pair(costs, state, a, b, pair, terms, moved_G, best, slots, values, ranks):
+                if terms is None:
+                    fix_others(a, b, values, ranks, pair)
+                    if improve_pair(costs, state, a, b, pair, NO):
+                        slowest_three(state.times, values, ranks)
+                        improved = True
+                elif settle_pair(costs, state, a, b, pair, terms, moved_G, best, slots, values, ranks):
                     improved = True
             if improved:
                 break
