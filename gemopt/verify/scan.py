@@ -27,14 +27,25 @@ def least_content(
     times_N: whole picoseconds under every load. floor_T: whole picoseconds that do not count. mu_ET: multipliers in
     2^-24. price_E: in 2^-bits picoseconds.
     """
+    loads_ET = np.ascontiguousarray(loads_TE.T)
+    loads_EBW, mass_EBW, table_N, floor_BW, shift = in_blocks(loads_ET, mu_ET, times_N, floor_T, bits)
+    return int(_least(loads_EBW, mass_EBW, table_N, floor_BW, price_E, size, shift))
+
+
+def in_blocks(
+    load_XT: IntArray, mass_XT: IntArray, times_N: IntArray, floor_T: IntArray, bits: int
+) -> tuple[Array, Array, Array, Array, int]:
+    """(loads, multipliers [X, B, W], times [N], floors [B, W], shift) in blocks of W steps, whole numbers in float64.
+
+    Times are rounded down to what float64 sums exactly; such sums, shifted right, are in 2^-bits picoseconds.
+    """
     highest = int(np.maximum(times_N.max() - floor_T, 1).sum())
     coarse = max(0, highest.bit_length() + MASS_BITS + 1 - EXACT_BITS)  # times are rounded down to 2^coarse
-    filled = -len(loads_TE) % BLOCK
-    loads_EBW = np.pad(np.ascontiguousarray(loads_TE.T), [(0, 0), (0, filled)]).reshape(len(mu_ET), -1, BLOCK)
-    mass_EBW = np.pad(mu_ET.astype(np.float64), [(0, 0), (0, filled)]).reshape(loads_EBW.shape)
-    floor_BW = np.pad((-(-floor_T >> coarse)).astype(np.float64), (0, filled)).reshape(loads_EBW.shape[1:])
-    table_N = (times_N >> coarse).astype(np.float64)
-    return int(_least(loads_EBW, mass_EBW, table_N, floor_BW, price_E, size, MASS_BITS - bits - coarse))
+    filled = -len(floor_T) % BLOCK
+    load_XBW = np.pad(load_XT, [(0, 0), (0, filled)]).reshape(len(load_XT), -1, BLOCK)
+    mass_XBW = np.pad(mass_XT.astype(np.float64), [(0, 0), (0, filled)]).reshape(load_XBW.shape)
+    floor_BW = np.pad((-(-floor_T >> coarse)).astype(np.float64), (0, filled)).reshape(load_XBW.shape[1:])
+    return load_XBW, mass_XBW, (times_N >> coarse).astype(np.float64), floor_BW, MASS_BITS - bits - coarse
 
 
 @njit(inline="always")

@@ -14,15 +14,13 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from gemopt.certificate import UNIT, IntArray
-from gemopt.verify.scan import least_with
+from gemopt.certificate import IntArray
+from gemopt.verify.scan import in_blocks, least_with
 
 if TYPE_CHECKING:
     from gemopt.verify.case import Case
 
 Array = NDArray[Any]
-BLOCK = 64  # steps looked at together
-EXACT_BITS = 53
 MOST_ENTRIES = 1e10  # contents of one rank x steps
 MOST_PAIRS = 4096  # of an expert and its copies
 FITS = 4e18  # in 63 bits
@@ -126,15 +124,8 @@ def _scanned(
     price_X = -(-price_E[:, None] // copies_C).reshape(-1)
     times_N = case.floor_ps(case.times_us(g, np.arange(int(case.most_F[0]) + 1)[None], low=True))
     times_N = np.minimum(times_N, int(floor_T.min()) + min(LONGEST_PS, (1 << 49) // len(floor_T)))
-    highest = int(np.maximum(times_N.max() - floor_T, 1).sum())
-    mass_bits = UNIT.bit_length() - 1
-    coarse = max(0, highest.bit_length() + mass_bits + 1 - EXACT_BITS)  # times are rounded down to 2^coarse
-    filled = -len(floor_T) % BLOCK
-    load_XBW = np.pad(load_XT, [(0, 0), (0, filled)]).reshape(len(load_XT), -1, BLOCK)
-    mass_XBW = np.pad(mass_XT.astype(np.float64), [(0, 0), (0, filled)]).reshape(load_XBW.shape)
-    floor_BW = np.pad((-(-floor_T >> coarse)).astype(np.float64), (0, filled)).reshape(load_XBW.shape[1:])
-    table_N = (times_N >> coarse).astype(np.float64)
-    slots, shift = int(case.slots_G[g]), mass_bits - bits - coarse
+    load_XBW, mass_XBW, table_N, floor_BW, shift = in_blocks(load_XT, mass_XT, times_N, floor_T, bits)
+    slots = int(case.slots_G[g])
     alone_X, both_XX = _by_pairs(load_XT, mass_XT, price_X, table_N, floor_BW.reshape(-1)[: len(floor_T)], slots, shift)
     found = _least(
         load_XBW, mass_XBW, price_X, table_N, floor_BW, most, slots, case.spare, shift, within.low_E, within.high_E,
