@@ -75,6 +75,13 @@ def cut_rows(rows_NT: Array, levels_LT: Array, out_NM: Array) -> None:
                 out_NM[n, i * steps + t] = max(0.0, part)
 
 
+def in_levels(rows_NT: Array, ends_LT: Array, scale: float) -> NDArray[np.float32]:
+    """[N, L T] `scale` times what of each latency lies between the ends of each level."""
+    out = np.empty((len(rows_NT), (len(ends_LT) - 1) * rows_NT.shape[1]), np.float32)
+    cut_rows(rows_NT * scale, ends_LT * scale, out)
+    return out
+
+
 @njit(cache=True, nogil=True, fastmath=FAST)
 def price(
     features_EFT: Array, sets_NS: Array, ranks_K: Array, tables: Tables, levels_LT: Array, mu_ELT: Array,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.solvers.exact.column_kernels import Found, cut_rows, price, rows_of
+from gemopt.solvers.exact.column_kernels import Found, in_levels, price, rows_of
 from gemopt.solvers.exact.tree import Tables, tables_of, with_idle
 from gemopt.solvers.size import num_columns
 
@@ -148,9 +148,7 @@ class Space:
 
     def parts(self, ids: IntArray, ends_LT: FloatArray, scale: float) -> NDArray[np.float32]:
         """[n, L T] `scale` times what the latencies of some columns have between the ends of each level."""
-        out = np.empty((len(ids), (len(ends_LT) - 1) * ends_LT.shape[1]), np.float32)
-        cut_rows(self.rows(ids) * scale, ends_LT * scale, out)
-        return out
+        return in_levels(self.rows(ids), ends_LT, scale)
 
     def ids(self, row: IntArray) -> IntArray:
         """Columns of a placement [P]."""

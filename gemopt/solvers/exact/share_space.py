@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
-from gemopt.solvers.exact.column_kernels import cut_rows, rows_of
+from gemopt.solvers.exact.column_kernels import in_levels, rows_of
 from gemopt.solvers.exact.column_space import ULP, feasible
 from gemopt.solvers.exact.share_screen import Lines, lines_of, pair_prices, price_pairs
 from gemopt.solvers.exact.tree import FAST, Tables, fill, tables_of, with_idle
@@ -229,9 +229,7 @@ class Shares:
         """[n, T] `scale` times what the latencies of some columns have above the floors."""
         rows_NT = np.empty((len(ids), self.problem.num_steps))
         rows_of(self.features_XFT, self.members(ids), self.ranks_K[self.kind(ids)], self.tables, rows_NT)
-        out = np.empty(rows_NT.shape, np.float32)
-        cut_rows(rows_NT * scale, ends_LT * scale, out)
-        return out
+        return in_levels(rows_NT, ends_LT, scale)
 
     def ids(self, row: IntArray) -> IntArray:
         """Columns of a placement [P]."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
-from gemopt.solvers.exact.column_kernels import cut_rows
+from gemopt.solvers.exact.column_kernels import in_levels
 from gemopt.solvers.exact.column_space import ULP
 from gemopt.solvers.exact.numbered import IntArray, Numbered
 from gemopt.solvers.exact.step_kernels import WIDTH, Best, Family
@@ -158,9 +158,7 @@ class Stepwise(Numbered):
             mine = np.flatnonzero(kind_N == k)
             loads_TN = self.problem.features_FTE[0][:, members[mine, : self.size_K[k]]].sum(axis=2)
             rows_NT[mine] = table_N[loads_TN].T
-        out = np.empty(rows_NT.shape, np.float32)
-        cut_rows(rows_NT * scale, ends_LT * scale, out)
-        return out
+        return in_levels(rows_NT, ends_LT, scale)
 
 
 def _kin(table_KN: FloatArray, size_K: IntArray) -> Iterator[tuple[IntArray, FloatArray]]:

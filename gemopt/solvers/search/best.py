@@ -12,6 +12,7 @@ from gemopt.latency import FloatArray
 from gemopt.problem import Problem
 from gemopt.result import Incumbent, StoppedBy, relative_gap
 from gemopt.solvers.base import Options, Outcome, Row, incumbent, seeded
+from gemopt.solvers.search.packing import filled
 
 if TYPE_CHECKING:
     from gemopt.solvers.search.state import Costs, State
@@ -59,6 +60,10 @@ class Best:
         from gemopt.solvers.search.state import make_state
 
         return make_state(self.problem, row, self.costs if costs is None else costs, self.stop, shares_TP)
+
+    def completed(self, row: Row) -> Row:
+        """The row, with empty slots filled where none may be."""
+        return filled(self.problem, row) if self.problem.full else row
 
     def keep(self, row: Row, value: float) -> bool:
         """Take a row over that is worth `value`, when that is the best so far."""

@@ -107,10 +107,6 @@ def _with_scarce_copies(problem: Problem, stop: NDArray[np.uint8], seconds: floa
     return lpt_row(problem, copies_E=copies_E)
 
 
-def _completed(problem: Problem, row: Row) -> Row:
-    return filled(problem, row) if problem.full else row
-
-
 class _Search(Best):
     """One layer's search, which a later call may go on with: incumbent, history, and the starts still to descend from.
 
@@ -123,7 +119,7 @@ class _Search(Best):
     def __init__(self, problem: Problem, warm_start: Row | None) -> None:
         super().__init__(problem)
         self.greedy = warm_start is None and problem.spare_slots > 0
-        self.starts = [_completed(problem, lpt_row(problem) if warm_start is None else warm_start)]
+        self.starts = [self.completed(lpt_row(problem) if warm_start is None else warm_start)]
         self.copied, self.scarce = self.starts[0], False
         self.unmapped, self.later = warm_start is None and problem.rules is None, list[Row]()
         self.polish_s = 0.0
@@ -150,14 +146,14 @@ class _Search(Best):
     def descend_from_starts(self) -> None:
         """Descend from every start that no call before had the time for; one that was cut is gone on from."""
         if self.greedy and self.options.may_start():
-            self.copied = _completed(self.problem, _with_copies(self.problem, self.starts[0]))
+            self.copied = self.completed(_with_copies(self.problem, self.starts[0]))
             self.starts.insert(0 if self.offer(self.copied) else 1, self.copied)  # the better one first
             self.greedy, self.scarce = False, self.problem.rules is None and plain(self.problem)
         if self.scarce and not self.options.expired():
             seconds = SCARCE_SHARE * self.options.remaining
             self.scarce, row = False, _with_scarce_copies(self.problem, self.stop, seconds)
             if row is not None:
-                self.starts = [_completed(self.problem, row), self.copied]
+                self.starts = [self.completed(row), self.copied]
                 self.offer(self.starts[0])
                 self.later = list(self.starts)
         if self.unmapped and not self.later and not self.options.expired():
@@ -194,7 +190,7 @@ class _Search(Best):
                 if each.tobytes() not in mapped:  # two starts may ask for the same fewer copies
                     mapped[each.tobytes()] = mapped_row(problem, self.costs, each, self.stop)
             found = [mapped[each.tobytes()] for each in asked]
-            rows = [start, *(_completed(problem, row) for row in found if row is not None)]
+            rows = [start, *(self.completed(row) for row in found if row is not None)]
             best.append(min(((objective(problem, row), row) for row in rows), key=lambda one: one[0]))
             self.keep(best[-1][1], best[-1][0])
         return [row for _, row in sorted(best, key=lambda one: one[0])]

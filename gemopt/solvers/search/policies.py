@@ -76,10 +76,6 @@ class _Search(Best, ABC):
             if row.tobytes() in problem.weighed:
                 self.keep(row, objective(problem, row))
 
-    def completed(self, row: Row) -> Row:
-        """The row, with empty slots filled where none may be."""
-        return filled(self.problem, row) if self.problem.full else row
-
     def keep_evenly(self, row: Row) -> None:
         """Take a row over for what it costs with even static weights, which round otherwise than the even split."""
         self.keep(row, objective(self.problem, row, even_weights(row, self.problem.num_experts)))
