@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -124,28 +124,18 @@ def _migration(
     profile: Profile, expert_bytes: float | None, bandwidth: float | None, topology: str | None
 ) -> Migration:
     """Cost of copying, over links of one bandwidth or the slowest ones of a topology."""
-    from gemopt.exceptions import ABOVE_0, InputError, check_number
-    from gemopt.replay import Migration
-
-    if bandwidth is not None:
-        check_number("--bandwidth", bandwidth, "GB/s above 0, at most 1e6", least=ABOVE_0, most=1e6)
-    if bandwidth is not None and topology is not None:
-        raise InputError("--bandwidth", bandwidth, "the topology says it", "leave one of them out")
-    known = expert_bytes if expert_bytes is not None else profile.model.expert_bytes
-    given: dict[str, Any] = {} if known is None else {"expert_bytes": known}
-    given |= {} if bandwidth is None else {"bytes_per_s": bandwidth * 1e9}
-    try:
-        found = Migration(**given)
-    except InputError as error:
-        raise error.about("--expert-bytes") from None
-    if topology is None:
-        return found
+    from gemopt.exceptions import InputError
     from gemopt.topology import load
 
+    found = options.copying(profile, expert_bytes, bandwidth)
+    if topology is None:
+        return found
+    if bandwidth is not None:
+        raise InputError("--bandwidth", bandwidth, "the topology says it", "leave one of them out")
     links.doubt(topology)
     wired = load(topology)
     wired.check_ranks(profile.num_ranks)
-    return Migration(**given, bytes_per_s=wired.slowest_gbps(found.expert_bytes) * 1e9)
+    return options.copying(profile, expert_bytes, None, bytes_per_s=wired.slowest_gbps(found.expert_bytes) * 1e9)
 
 
 def _tell(advice: Advice) -> None:

@@ -15,6 +15,7 @@ from gemopt import cores, interrupts
 
 if TYPE_CHECKING:
     from gemopt.profile import Profile
+    from gemopt.replay import Migration
     from gemopt.traces import Traces
 
 N = TypeVar("N", int, float)
@@ -187,6 +188,28 @@ def load_traces(path: Path, task: str | None, phase: str | None, hidden: Path | 
     if names := unread(path, ("counts", *STEP_ARRAYS, *ARRAYS)):
         notice(f"{path.name}: {', '.join(names)} left unread")
     return select_steps(loaded if hidden is None else with_hidden(loaded, hidden), task, phase)
+
+
+def copying(profile: Profile, expert_bytes: float | None, gbps: float | None, **others: float) -> Migration:
+    """What copying experts costs on the devices of a profile; bandwidth in GB/s. None: what there is to assume.
+
+    Raises
+    ------
+    InputError
+        A number that makes no sense, by the name of its option.
+    """
+    from gemopt.exceptions import ABOVE_0, InputError, check_number
+    from gemopt.replay import Migration
+
+    if gbps is not None:
+        check_number("--bandwidth", gbps, "GB/s above 0, at most 1e6", least=ABOVE_0, most=1e6)
+        others["bytes_per_s"] = gbps * 1e9
+    if expert_bytes is not None:
+        others["expert_bytes"] = expert_bytes
+    try:
+        return Migration(**Migration.of(profile).model_dump(exclude_unset=True) | others)
+    except InputError as error:
+        raise error.about("--" + error.field.partition(".")[2].replace("_", "-")) from None
 
 
 def note_doubts(profile: Profile, traces: Traces) -> None:

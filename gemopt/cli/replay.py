@@ -14,8 +14,6 @@ from gemopt.cli.progress import one_by_one
 from gemopt.cli.progress import progress as shown
 
 if TYPE_CHECKING:
-    from gemopt.profile import Profile
-    from gemopt.replay import Migration
     from gemopt.traces import Traces
 
 STRATEGY_NAMES = "contiguous, fitted-once, eplb-vllm, eplb-sglang, free, controller, clairvoyant"
@@ -78,7 +76,7 @@ def replay_command(
     options.check_names(cost, senders)
     check_outputs(("--output", output, "replay result"), ("--plot", plot, ""))
     measured = Profile.load(profile)
-    migration = _migration(measured, expert_bytes=expert_bytes, gbps=bandwidth, slowdown=slowdown, commit_us=commit_us)
+    migration = options.copying(measured, expert_bytes, bandwidth, slowdown=slowdown, commit_us=commit_us)
     chosen = _traffic(options.load_traces(traces, task, phase, hidden), plan)
     if strategies is None:
         names = usual(slot_counts(slots, chosen.num_experts, measured.num_ranks))
@@ -132,17 +130,3 @@ def _traffic(traces: Traces, plan: str | None) -> Traces:
     from gemopt.replay.workloads import from_steps, parse_plan
 
     return traces if plan is None else from_steps(traces, parse_plan(plan, traces.task_names))
-
-
-def _migration(profile: Profile, *, expert_bytes: float | None, gbps: float, **numbers: float) -> Migration:
-    from gemopt.exceptions import ABOVE_0, InputError, check_number
-    from gemopt.replay import Migration
-
-    check_number("--bandwidth", gbps, "GB/s above 0, at most 1e6", least=ABOVE_0, most=1e6)
-    given = {**Migration.of(profile).model_dump(), **numbers, "bytes_per_s": gbps * 1e9}
-    if expert_bytes is not None:
-        given["expert_bytes"] = expert_bytes
-    try:
-        return Migration(**given)
-    except InputError as error:
-        raise error.about("--" + error.field.partition(".")[2].replace("_", "-")) from None
