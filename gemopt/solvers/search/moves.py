@@ -23,28 +23,11 @@ from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.solvers.base import Row
 from gemopt.solvers.search.gains import Pair, make_pair
-from gemopt.solvers.search.reach import (
-    by_step,
-    extend,
-    lower_reach,
-    number,
-    promising_pairs,
-    pull_of,
-    put_slot,
-    set_tilt,
-)
+from gemopt.solvers.search.reach import by_step, extend, lower_reach, promising_pairs, pull_of, put_slot, set_tilt
 from gemopt.solvers.search.scans import scan_pair
 from gemopt.solvers.search.state import Array, Costs, Number, State, make_costs, make_state
 from gemopt.solvers.search.swaps import apply_swap, fix_others, slowest_three, total_cost
-from gemopt.solvers.search.terms import (
-    Terms,
-    count_into,
-    extra_moves,
-    make_terms,
-    moved_into,
-    set_fees,
-    set_prices,
-)
+from gemopt.solvers.search.terms import Terms, extra_moves, make_terms, moved_into, set_fees, set_prices
 from gemopt.splits import static_shares
 
 NOISE = 2e-6  # of the cost: float32 cannot tell a smaller gain
@@ -112,7 +95,7 @@ def few_moves(
     room_SP, moved_S = np.empty((swaps, problem.num_slots), np.int64), np.empty(swaps, np.int64)
     taken = take_best(costs, state, terms, room_SP, moved_S)
     rows = np.concatenate([row[None], room_SP[:taken]])
-    moved = [int(count_into(problem, row, terms).sum()), *moved_S[:taken].tolist()]
+    moved = [int(Moves(home_GE).into(row, problem.slots_per_rank).sum()), *moved_S[:taken].tolist()]
     weights = [None] * len(rows) if weights_P is None else carried(rows, weights_P)
     values = objectives(problem, rows, weights)
     return [Waypoint(row.copy(), *each) for row, *each in zip(rows, values, moved, weights, strict=True)]
@@ -199,7 +182,7 @@ def take_best(costs: Costs, state: State, terms: Terms, rows_SP: Array, moved_S:
         best = find_best(costs, state, terms, moved_G, price_GP, items_FTP, floor, values, ranks, reach, pair, slots)
         if slots[0] < 0:
             break
-        a, b, i, j = number(slots[0]), number(slots[1]), number(slots[2]), number(slots[3])
+        a, b, i, j = slots[0], slots[1], slots[2], slots[3]
         renewed = swap_for(costs, state, a, b, i, j, terms, moved_G, current, 0.5 * best)
         if renewed >= current:
             break
@@ -247,7 +230,7 @@ def find_best(
     if not costs.use_tables:
         lower_reach(reach, starts, pull_GP, price_GP)
     for n in range(order.shape[0]):
-        a, b = number(order[n] // num_ranks), number(order[n] % num_ranks)
+        a, b = order[n] // num_ranks, order[n] % num_ranks
         if reach[a, b] <= best:
             continue
         fix_others(a, b, values, ranks, pair)

@@ -9,12 +9,6 @@ from gemopt.solvers.search.gains import steepest
 from gemopt.solvers.search.state import Array, Costs, Number, State
 
 
-@njit(cache=True, nogil=True, inline="always")
-def number(value: Number) -> Number:
-    """The same, for a type checker."""
-    return value
-
-
 @njit(cache=True, nogil=True)
 def by_step(items_PFT: Array) -> Array:
     """[F, T, P] the same loads of slots, those of a step beside each other."""
@@ -45,7 +39,7 @@ def pull_of(costs: Costs, state: State, ranks: Array, items_FTP: Array) -> Array
         return pull_GP
     slopes = np.zeros((features, steps))
     for t in range(steps):
-        g = number(ranks[0, t])
+        g = ranks[0, t]
         plane = steepest(costs, g, state.loads[g, :, t])
         for f in range(features):
             slopes[f, t] = costs.planes[g, plane, 1 + f] * state.weights[t]
@@ -90,7 +84,7 @@ def extend(reach: Array, before: Array, who: Array, values: Array, ranks: Array,
     """
     num_ranks, steps = reach.shape[0], weights_T.shape[0]
     for t in range(steps):
-        c = number(ranks[0, t])
+        c = ranks[0, t]
         for d in range(num_ranks):
             if d == c:
                 continue

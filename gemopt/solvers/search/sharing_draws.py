@@ -6,7 +6,6 @@ import numpy as np
 from numba import njit
 
 from gemopt.kernels import MINUS, PLUS, ZERO, put
-from gemopt.solvers.search.reach import number
 from gemopt.solvers.search.sharing_changes import Change, Sharing, carry_out, concern, list_shares, loss_of, take_up
 from gemopt.solvers.search.state import Array, Costs, Number, State, freed, rank_of
 
@@ -76,7 +75,9 @@ def is_spare(state: State, sharing: Sharing, slot: Number) -> bool:
 def draw_swap(state: State, sharing: Sharing, change: Change, g: Number, p: Number, draws: Array) -> bool:
     """Two slots of two ranks change places, shares and all."""
     q: Number = np.int64(draws[0] * len(state.content))
-    h, e, f = number(rank_of(state, q)), number(state.content[p]), number(state.content[q])
+    e: Number = state.content[p]
+    f: Number = state.content[q]
+    h = rank_of(state, q)
     if h == g or e == f or (e >= 0 and not freed(state, h, e, f)) or (f >= 0 and not freed(state, g, f, e)):
         return False
     take_up(sharing, change, ZERO, e)
@@ -103,7 +104,9 @@ def draw_copy(state: State, sharing: Sharing, change: Change, g: Number, p: Numb
         if is_spare(state, sharing, q) and not (drop and state.content[q] < 0):
             break
         q = (q + 1) % slots
-    h, e, f = number(rank_of(state, q)), number(MINUS if drop else state.content[p]), number(state.content[q])
+    e: Number = MINUS if drop else state.content[p]
+    f: Number = state.content[q]
+    h = rank_of(state, q)
     if not is_spare(state, sharing, q) or e == f or (e >= 0 and not freed(state, h, e, f)):
         return False
     take_up(sharing, change, ZERO, e)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
 from gemopt.moves import Moves
 from gemopt.problem import Problem
@@ -43,11 +42,6 @@ def free_terms(problem: Problem) -> Terms:
     """Every expert is at home everywhere: nothing moves, nothing costs."""
     shape = (problem.num_ranks, problem.num_experts)
     return make_terms(problem, Moves(np.ones(shape, dtype=bool)))
-
-
-def count_into(problem: Problem, row: NDArray[np.int64], terms: Terms) -> Array:
-    """[G] moves into each rank under a row."""
-    return Moves(terms.home_GE).into(row, problem.slots_per_rank)
 
 
 @njit(cache=True, nogil=True, inline="always")

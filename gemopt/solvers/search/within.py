@@ -19,13 +19,7 @@ from gemopt.moves import Moves
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy
-from gemopt.solvers.base import (
-    DEFAULT_PATIENCE,
-    Options,
-    Outcome,
-    Row,
-    within_limits,
-)
+from gemopt.solvers.base import DEFAULT_PATIENCE, Options, Outcome, Row, within_limits
 from gemopt.solvers.hurried import OutOfTimeError
 from gemopt.solvers.nearest import fewest_row, no_placement
 from gemopt.solvers.search.best import Best
