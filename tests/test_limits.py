@@ -26,7 +26,7 @@ from gemopt.solvers.search.copies import improve_copies
 from gemopt.solvers.search.packing import lpt_row
 from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import make_costs, make_state, most_loaded
-from gemopt.solvers.search.swaps import EPSILON, KICK_DRAWS, descend, iterate, total_cost
+from gemopt.solvers.search.swaps import KICK_DRAWS, descend, iterate, total_cost
 from gemopt.solvers.search.terms import free_terms
 from gemopt.solving.layers import Layer
 from gemopt.solving.schedule import Run
@@ -89,7 +89,7 @@ def test_compiled_searches_end_at_once_when_the_flag_is_set(active: bool) -> Non
     assert descend(costs, state, np.ones(4, bool), True) == pytest.approx(before)
     relieve(costs, state, None)
     assert iterate(costs, state, rng.random((5, KICK_DRAWS)), before, row.copy(), np.zeros(2), 1.0) == before
-    assert improve_copies(costs, state, shares, np.arange(24), EPSILON, True, free_terms(problem)) == 0
+    assert improve_copies(costs, state, shares, np.arange(24), True, free_terms(problem)) == 0
     assert (state.content == row).all() and total_cost(state) == before
 
 

@@ -146,7 +146,7 @@ def test_copies_kernel_agrees_with_evaluate(kind: str) -> None:
     assert shares is not None
     start = lpt_row(problem)
     state = make_state(problem, start, costs)
-    made = improve_copies(costs, state, shares, np.arange(12), EPSILON, False, free_terms(problem))
+    made = improve_copies(costs, state, shares, np.arange(12), False, free_terms(problem))
     check(problem, state.content)
     assert total_cost(state) == pytest.approx(objective(problem, state.content), rel=1e-5)
     assert (objective(problem, state.content) < objective(problem, start)) == (made > 0)
@@ -307,7 +307,7 @@ def test_a_round_over_copies_never_costs_and_finds_a_copy_of_the_one_hot_expert(
     costs, shares, start = make_costs(problem), make_shares(problem), lpt_row(problem)
     assert shares is not None
     state = make_state(problem, start, costs)
-    assert improve_copies(costs, state, shares, np.arange(12), EPSILON, False, free_terms(problem)) > 0
+    assert improve_copies(costs, state, shares, np.arange(12), False, free_terms(problem)) > 0
     check(problem, state.content)
     assert (state.content == 7).sum() > 1
     assert objective(problem, state.content) < objective(problem, start)

@@ -23,6 +23,7 @@ from gemopt.solvers.search.shares import (
     share_of,
 )
 from gemopt.solvers.search.state import Array, Costs, State, bar_clashes, freed, rank_of, rank_times
+from gemopt.solvers.search.swaps import EPSILON
 from gemopt.solvers.search.terms import Terms, moved_into, moves_of, permitted
 
 TRIED = 8  # experts for each slot
@@ -188,9 +189,7 @@ def promising(
 
 
 @njit(cache=True, nogil=True)
-def improve_copies(
-    costs: Costs, state: State, shares: Shares, candidates: Array, epsilon: float, racing: bool, terms: Terms
-) -> int:
+def improve_copies(costs: Costs, state: State, shares: Shares, candidates: Array, racing: bool, terms: Terms) -> int:
     """Try for every spare slot (empty, or a copy of an expert held elsewhere) what promises most; returns changes made.
 
     candidates: experts worth another copy. With `racing` a change is given up once it costs more so far than now.
@@ -198,20 +197,20 @@ def improve_copies(
     search, change = make_search(state), make_change(state)
     experts, gains = np.empty(TRIED, np.int64), np.empty(TRIED, np.float64)
     moved_G, made, first = moved_into(state, terms), 0, 0 if shares.full else -1
-    current = refresh(costs, state, shares, search, epsilon, racing)
+    current = refresh(costs, state, shares, search, EPSILON, racing)
     for p in range(state.content.shape[0]):
         old, rank = state.content[p], rank_of(state, p)
         if state.stop[0] != 0 or (old >= 0 and search.copies[old] < 2):
             continue
-        count = promising(state, search, p, candidates, first, terms, moved_G, epsilon * current, experts, gains)
+        count = promising(state, search, p, candidates, first, terms, moved_G, EPSILON * current, experts, gains)
         for n in range(count):
             added = moves_of(terms, rank, experts[n]) - moves_of(terms, rank, old)
             list_change(state, shares, search, p, experts[n], change)
             cost = cost_after(costs, state, shares, change, search, current, terms.price * added)
-            if cost + terms.price * added < current * (1.0 - epsilon):
+            if cost + terms.price * added < current * (1.0 - EPSILON):
                 apply_change(costs, state, shares, change)
                 moved_G[rank] += added
-                current = refresh(costs, state, shares, search, epsilon, racing)
+                current = refresh(costs, state, shares, search, EPSILON, racing)
                 made += 1
                 break
     return made

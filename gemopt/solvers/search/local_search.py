@@ -226,7 +226,7 @@ class _Search(Best):
     def _over_copies(self, row: Row, costs: Costs, best: float) -> tuple[Row, float]:
         """Change copies and swap on these costs while that beats `best`; where that ended, and the least cost."""
         from gemopt.solvers.search.copies import improve_copies
-        from gemopt.solvers.search.swaps import EPSILON, descend_all
+        from gemopt.solvers.search.swaps import descend_all
         from gemopt.solvers.search.terms import free_terms
 
         problem, shares = self.problem, self.shares
@@ -235,7 +235,7 @@ class _Search(Best):
         candidates = copies_worth_trying(problem)
         state = self.state(row, costs)
         for _ in range(50):
-            made = improve_copies(costs, state, shares, candidates, EPSILON, True, free_terms(problem))
+            made = improve_copies(costs, state, shares, candidates, True, free_terms(problem))
             state = self.state(state.content, costs)  # swaps move copies, which renumbers them
             cost = descend_all(costs, state, False)
             self.offer(state.content)

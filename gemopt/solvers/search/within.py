@@ -29,7 +29,7 @@ from gemopt.solvers.search.moves import few_moves
 from gemopt.solvers.search.packing import copies_worth_trying
 from gemopt.solvers.search.shares import make_shares
 from gemopt.solvers.search.state import Costs, State, make_state
-from gemopt.solvers.search.swaps import EPSILON, total_cost
+from gemopt.solvers.search.swaps import total_cost
 from gemopt.solvers.search.terms import make_terms, moved_into
 
 FREE_SHARE = 0.3  # of the time, for a placement that heeds no moves
@@ -78,7 +78,7 @@ def copies_within(problem: Problem, state: State, costs: Costs, moves: Moves) ->
     if shares is not None and problem.spare_slots:
         at_home = np.flatnonzero(moves.home_GE.sum(axis=0) > 1)
         candidates = np.union1d(copies_worth_trying(problem), at_home)
-        improve_copies(costs, state, shares, candidates, EPSILON, False, make_terms(problem, moves))
+        improve_copies(costs, state, shares, candidates, False, make_terms(problem, moves))
     return state.content
 
 
