@@ -93,7 +93,8 @@ def test_the_controller_sees_an_idle_rank() -> None:
 
 def test_lines_are_taken_where_latencies_are_nearly_lines() -> None:
     """They are what makes a decision short."""
-    lines = {shape for shape in SHAPES if (costs := guiding_planes(layer(shape)[0])) is not None and not costs.use_tables}
+    found = {shape: guiding_planes(layer(shape)[0]) for shape in SHAPES}
+    lines = {shape for shape, costs in found.items() if costs is not None and not costs.use_tables}
     assert lines >= {"line", "fine tiles", "saturates", "nothing is faster"}
     assert not lines & {"one tile holds most ranks", "another kernel from 48 on"}
     assert make_costs(layer("saturates")[0]).use_tables
