@@ -73,7 +73,7 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path, monkeypatch: pytes
     listed = content.replace(b"gemopt_online", b"gemopt_onlime")
     for broken in (content[:-9], content[:40], b"", b"nonsense" * 9, flipped, renamed, listed):
         (tmp_path / "broken").write_bytes(broken)
-        with pytest.raises(InputError):
+        with pytest.raises(InputError, match="begin anew with a file that is not there yet"):
             follower.load(tmp_path / "broken")
     assert follower.step(traffic(0, TICK)).reason
 

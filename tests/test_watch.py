@@ -51,6 +51,21 @@ def test_history_is_learnt_from_and_its_last_window_acted_upon(folder: Path, ste
     assert f"gemopt_steps_total {steps:.1f}" in metrics.page().decode()
 
 
+def test_a_window_in_which_the_traffic_changed_shows_by_how_much(folder: Path) -> None:
+    """However long it is: its last blocks are foretold by its first ones."""
+    metrics = Metrics()
+    watched, log = watch(folder, metrics=metrics)
+    parts = [traffic(hot=0, steps=128), traffic(hot=0, seed=1), traffic(hot=2, seed=2)]
+    drifts = []
+    for number, part in enumerate(parts):
+        grow(folder, number, part)
+        watched.look()
+        drifts.append(metrics.drift._value.get())
+    before, after = (part.counts.sum(axis=(0, 1)) / part.counts.sum() for part in parts[1:])
+    assert "the traffic changed" in log[-1]
+    assert drifts[1] < 0.05 < drifts[2] == pytest.approx(1 - np.sqrt(before * after).sum(), rel=0.1)
+
+
 @pytest.mark.parametrize("command", [("false",), ("no-such-command-here",)])
 def test_a_command_that_fails_leaves_the_placement(folder: Path, command: tuple[str, ...]) -> None:
     metrics = Metrics()

@@ -87,6 +87,9 @@ def _run(argv: list[str] | None) -> None:
         if not hasattr(error, "format_message"):
             raise
         message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+        if callable(faults := getattr(error.__cause__, "errors", None)):  # pydantic's, which do not say what was given
+            field, _, limit = message.partition(": ")
+            message = f"{field}: got {faults()[0]['input']}; {limit[:1].lower()}{limit[1:]}"
         if context is not None and not message.endswith("?"):
             message += f"; see {context.command_path} --help"
         sys.exit(_complain(message, 2))

@@ -33,7 +33,7 @@ class Decision:
     reason
         Why, in one line.
     drift
-        Distance of the last loads from what was predicted, 0 to 1.
+        Distance of the last loads from what was predicted, 0 to 1: the largest of the blocks of 8 steps that they fill.
     imbalance
         Slowest over mean rank of the last steps, over all layers; NaN where nothing was seen.
     changed

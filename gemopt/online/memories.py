@@ -40,11 +40,11 @@ class Memories:
     counts: [B, TICK, L, E]; sums: [B, L * E] total of each block and roots: of its shares; overlaps: [B, B] of roots;
     steps: [B] how many it stands for; last: [B] index of its newest tick, -1 where there is no block yet. scores: [4]
     mean distance of what each memory predicted. pending: [n, L, E] last steps, too few for a block yet. usual, spread:
-    mean and mean deviation of the distance between a prediction and what came. since: first tick after the last sudden
-    change; changes: how many there were; starts: [R] first ticks of the last stretches of one traffic. foretold:
-    [A, 3, L * E] roots that the first three memories predicted in the last ticks since the last change, the latest
-    last. lead: [2, 2] by how much closer memories that forget come than the one that does not: at once, and after
-    AHEAD_TICKS.
+    mean and mean deviation of the distance between a prediction and what came; drift: the largest of the blocks that
+    came last. since: first tick after the last sudden change; changes: how many there were; starts: [R] first ticks of
+    the last stretches of one traffic. foretold: [A, 3, L * E] roots that the first three memories predicted in the last
+    ticks since the last change, the latest last. lead: [2, 2] by how much closer memories that forget come than the one
+    that does not: at once, and after AHEAD_TICKS.
     """
 
     def __init__(self, policy: Policy, num_layers: int, num_experts: int) -> None:
@@ -112,10 +112,12 @@ class Memories:
     def take(self, counts_NLE: Array) -> bool:
         """Remember any number of steps; whether the traffic changed suddenly with one of the blocks that they fill."""
         self.pending = np.concatenate([self.pending, counts_NLE])
-        changed = False
+        changed, drifts = False, []
         while len(self.pending) >= TICK:
             changed = self.add(self.pending[:TICK]) or changed
+            drifts.append(self.drift)
             self.pending = self.pending[TICK:]
+        self.drift = max(drifts, default=self.drift)
         return changed
 
     def add(self, counts_NLE: Array) -> bool:

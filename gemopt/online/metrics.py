@@ -6,6 +6,7 @@ Needs the extra `watch` (prometheus-client). Names and units are in `docs/watch.
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import threading
@@ -43,7 +44,7 @@ class Metrics:
         self.straggler = gauge("straggler_share", "Share of layers and steps in which the rank ended last", ["rank"])
         self.speed = gauge("rank_time_factor", "Latency of the rank over that of its profile", ["rank"])
         self.silent = gauge("rank_silent_steps", "Steps since the rank last reported, while others did", ["rank"])
-        self.drift = gauge("drift_ratio", "Distance of the last steps' loads from those before, 0 to 1")
+        self.drift = gauge("drift_ratio", "Distance of the last loads from what was foretold, 0 to 1")
         self.predicted = gauge("predicted_gain_us", "Microseconds per step that the last decision promised")
         self.realised = gauge("realised_gain_us", "Microseconds per step that it gained on the steps since")
         self.kept = gauge("promises_kept_ratio", "Share of what moves promised that measured latencies bore out")
@@ -134,6 +135,8 @@ def serve(metrics: Metrics, health: Health, port: int, host: str = "127.0.0.1") 
         raise InputError("--host", host, error.strerror or str(error), "give an address of this machine") from None
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
+        if getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            raise InputError("--host", host, reason, "give an address of this machine") from None
         raise InputError("--port", f"{host}:{port}", reason, "give another port, or 0 for any free one") from None
     threading.Thread(target=server.serve_forever, name="gemopt-metrics", daemon=True).start()
     return server

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 VERSION = 9
 KEY = "gemopt_online"
+ANEW = "begin anew with a file that is not there yet"
 MEMORY_ARRAYS = (
     "counts", "sums", "roots", "overlaps", "steps", "last", "scores", "starts", "pending", "foretold", "lead",
 )  # fmt: skip
@@ -64,14 +65,14 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> dict[str, Any]
     known, policy = header["policy"], controller.policy.model_dump()
     if known != policy:
         other = {name: known.get(name) for name in known | policy if known.get(name) != policy.get(name)}
-        raise InputError(f"{path}: policy", other, "that of this controller", "construct it with that policy")
+        raise InputError(f"{path}: policy", other, "that of this controller", f"keep to that policy, or {ANEW}")
     placement = Placement(**header["placement"])
     now = controller.placement
     wanted, found = ((p.layer_ids, p.num_experts, p.num_ranks) for p in (now, placement))
     if wanted != found:
-        raise InputError(str(path), f"layer ids, experts, ranks {found}", f"those of this controller, {wanted}")
+        raise InputError(str(path), f"layer ids, experts, ranks {found}", f"those of this controller, {wanted}", ANEW)
     if header["devices"] != _devices(controller):
-        raise InputError(str(path), "learnt with another profile", "the profile of this controller", "begin anew")
+        raise InputError(str(path), "learnt with another profile", "the profile of this controller", ANEW)
     controller.check(placement)
     for owner, names in _arrays(controller):
         for name in names:
@@ -131,9 +132,9 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]
         length = int.from_bytes(content[:8], "little")
         header = dict(json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY]))
     except Exception as error:  # safetensors has errors of its own, without a common base
-        raise InputError(str(path), f"{type(error).__name__}: {error}", limit) from None
+        raise InputError(str(path), f"{type(error).__name__}: {error}", limit, ANEW) from None
     if header.get("version") != VERSION:
-        raise InputError(str(path), f"version {header.get('version')}", limit, "begin anew")
+        raise InputError(str(path), f"version {header.get('version')}", limit, ANEW)
     if header.pop("sha256", None) != _digest(arrays, header):
-        raise InputError(str(path), "a file that was changed", limit, "begin anew")
+        raise InputError(str(path), "a file that was changed", limit, ANEW)
     return arrays, header
