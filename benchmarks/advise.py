@@ -17,10 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from follow_cases import SHIPPED, counts, devices, fleets
 from machine import stamp
 
 from gemopt.advise import advise
+from gemopt.advise.advisor import DISTRIBUTIONS
 from gemopt.replay import Migration, replay
 from gemopt.replay.workloads import from_steps, joined, parse_plan
 from gemopt.traces import Traces
@@ -106,7 +108,10 @@ def main() -> None:
             shared = {"migration": migration, "non_moe_us": NON_MOE_US * options.layers,
                       "window": min(64, half // 4)}  # fmt: skip
             memory = 1.01 * system.spare * EXPERT_BYTES * options.layers
-            advice = advise(profile, traces.steps(slice(0, half)), memory_bytes=memory, sweep=False, **shared)
+            tagged = traces.task is not None and len(np.unique(traces.task[:half])) > 1
+            by = [*DISTRIBUTIONS, *["task"] * tagged] if system.spare else None
+            advice = advise(profile, traces.steps(slice(0, half)), memory_bytes=memory, predictors=by, sweep=False,
+                            **shared)  # fmt: skip
             found = {}
             for slots in {tuple(each.slots_per_rank) for each in advice.strategies}:
                 names = [each.strategy for each in advice.strategies if tuple(each.slots_per_rank) == slots]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from advised import EXPERTS, RANKS, SHAPE, even, profile, skewed
 from gemopt.advise import Advice, ModelShape, advise
 from gemopt.advise.options import _spread
 from gemopt.advise.variants import drift, rounded, skewness, with_batch, with_change, with_skew
+from gemopt.online import Policy
 from gemopt.profile import Device, Profile
 from gemopt.replay import Migration, replay
 from gemopt.rules import Rules
@@ -104,13 +107,14 @@ def test_two_ways_that_disagree_are_never_certain() -> None:
     last, base = np.ones((3, 64)), np.ones((2, 64))
     last[0], last[1] = 0.8, 0.9
     first = last[[2, 1, 0]]  # who gains most on the last steps gains nothing on the first ones
-    low_S, high_S, share_S = _spread(np.stack([last, first]), base, 8, 0)
+    every_S = np.ones(3, bool)
+    low_S, high_S, share_S = _spread(np.stack([last, first]), base, 8, 0, every_S)
     assert share_S == pytest.approx([0.5, 0, 0.5], abs=0.1)
     assert low_S == pytest.approx([-0.3, -0.1, -0.3]) and high_S == pytest.approx([0.1, -0.1, 0.1])
-    *_, agreed_S = _spread(np.stack([last, last]), base, 8, 0)
-    *_, one_S = _spread(last[None], base[:1], 8, 0)
+    *_, agreed_S = _spread(np.stack([last, last]), base, 8, 0, every_S)
+    *_, one_S = _spread(last[None], base[:1], 8, 0, every_S)
     assert agreed_S.tolist() == one_S.tolist() == [1, 0, 0]
-    *_, nearly_S = _spread(np.stack([last, 0.5 + last / 2]), base, 8, 0)
+    *_, nearly_S = _spread(np.stack([last, 0.5 + last / 2]), base, 8, 0, every_S)
     assert 0.6 < nearly_S[0] < 1  # the same is best, but gains half as much there
 
 
@@ -127,6 +131,35 @@ def test_memory_buys_copies_and_duplication() -> None:
     assert copies.change < found.option("fitted-once").change - 0.02
     assert all(found.ceiling <= each.change + 1e-9 for each in found.strategies)
     assert any("copies" in note or "duplication" in note for note in found.notes) or found.recommended == "copies"
+
+
+def test_what_nobody_runs_is_recommended_only_when_asked_for() -> None:
+    costs = Migration(expert_bytes=1e6, bytes_per_s=5e10)
+    plain, asked = (
+        advise(profile(), skewed(), predictors=by, window=8, memory_bytes=3e6, non_moe_us=5000.0, migration=costs)
+        for by in (None, ["dirichlet"])
+    )
+    first = min(plain.strategies, key=lambda each: each.change)
+    assert first.strategy.startswith("duplication-") and (plain.recommended, plain.confidence) == ("copies", 1.0)
+    assert not any("duplication" in best for row in plain.map.best for best in row)
+    assert any(f"{first.strategy} would change {100 * first.change:+.1f} %" in note for note in plain.notes)
+    assert asked.recommended == "duplication-dirichlet" and "duplication-dirichlet" in asked.map.best[0]
+    assert any("of what they run, copies changes" in note for note in asked.notes)
+
+
+def test_a_watch_prices_moves_as_the_advice_does(tmp_path: Path) -> None:
+    counts = np.array(skewed(steps=256).counts)
+    counts[144:] = counts[144:, :, ::-1]  # soon after the first scored step
+    shared = {"window": 8, "sweep": False}
+    usual = Migration(bytes_per_s=5e10, slowdown=0.1)
+    found = advise(profile(), Traces(counts=counts, top_k=2), migration=usual, **shared)
+    assert found.recommended == "controller"
+    *_, policy, watch = found.commands
+    subprocess.run(policy, shell=True, cwd=tmp_path, check=True)
+    assert Policy(**json.loads((tmp_path / "policy.json").read_text())) == Policy(bytes_per_s=5e10, slowdown=0.1)
+    assert watch.endswith(" --policy policy.json")
+    *_, solve, watch = advise(profile(), Traces(counts=counts, top_k=2), **shared).commands
+    assert "gemopt solve" in solve and "--policy" not in watch
 
 
 def test_memory_is_used_as_far_as_it_gains() -> None:

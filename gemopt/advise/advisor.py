@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from gemopt.words import counted
 DEFAULT_WINDOW = 64
 DRIFTS = 0.05
 PLAIN = ("contiguous", "fitted-once", "copies", "controller", "free")  # from the simplest on; duplication after them
+PRICED = ("expert_bytes", "bytes_per_s", "slowdown", "commit_us", "batch_bytes")  # of a migration and a policy
 DISTRIBUTIONS = {"all-past": 1, "window": 64, "dirichlet": 32}  # history that each needs, in steps
 
 
@@ -74,7 +76,8 @@ def advise(
     non_moe_us
         Time of a step outside the MoE layers, in place of what `model` gives; 0 without either.
     predictors
-        Names in `gemopt.predict.PREDICTORS` to duplicate by; those that the traces allow when None.
+        Names in `gemopt.predict.PREDICTORS` to duplicate by, which may then be recommended. None: those that the traces
+        allow, for comparison, since neither our executor nor an engine runs duplication per batch.
     rules
         What placements must keep (`gemopt.Rules`, or its path). Duplication per batch, which knows none, is left out;
         contiguous is not recommended where it breaks one.
@@ -125,10 +128,12 @@ def advise(
 
     played = [_play(way, still, ["copies", *follow] if case.spare else follow, advance) for way in ways]
     broken = _broken_in_order(case)
-    options = options_of(case, played, first=int(bool(broken)))
-    choices = options[bool(broken) :]
+    barred = {PREFIX + name for name in by if predictors is None} | ({"contiguous"} if broken else set())
+    options = options_of(case, played, barred=barred)
+    choices = [each for each in options if each.strategy not in barred]
     best = _recommended(choices, horizon)
     notes += _warnings(best, choices, traces.num_steps, horizon, moved) + _about_rules(case, broken)
+    notes += _about_duplication(best, options)
     found = _sweeps(case, choices, best, advance) if sweep else {}
     ruled = [] if rules is None else ["--rules", "rules.json" if isinstance(rules, Rules) else os.fspath(rules)]
     commands = _commands(case, best, names, [*ruled, *chosen])
@@ -253,13 +258,20 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
                 notes.append(f"on the {where} steps {first.strategy} is best: {100 * first.changes[way]:+z.1f} %")
     if horizon is not None and horizon > steps // 2:
         notes.append(f"the horizon is {horizon} steps, {steps // 2} could be scored: drift beyond them is not in this")
+    return notes
+
+
+def _about_duplication(best: Option, options: list[Option]) -> list[str]:
+    """What nobody runs yet, where it would gain more, or is recommended since it was asked for."""
     if best.strategy.startswith(PREFIX):
         able = min((each for each in options if each.strategy in PLAIN), key=lambda each: each.change)
-        notes.append(
-            "duplication per batch is judged by replay only, our executor and engines do not run it so; "
-            f"of what they run, {able.strategy} changes {100 * able.change:+z.1f} %"
-        )
-    return notes
+        more = f"; of what they run, {able.strategy} changes {100 * able.change:+z.1f} %"
+    else:
+        first = min(options, key=lambda each: each.change)
+        if not first.strategy.startswith(PREFIX) or 1 + best.change <= (1 + WORTH) * (1 + first.change):
+            return []
+        more = f": without --predictors it is no choice; {first.strategy} would change {100 * first.change:+z.1f} %"
+    return [f"duplication per batch is judged by replay only, our executor and engines do not run it so{more}"]
 
 
 def _commands(case: Case, best: Option, names: tuple[str, ...], chosen: Sequence[str]) -> list[str]:
@@ -275,6 +287,10 @@ def _commands(case: Case, best: Option, names: tuple[str, ...], chosen: Sequence
     if best.strategy == "contiguous":
         return [again]
     solve = f"gemopt solve {profile} {traces} -o placement.json{spare}{more}"
-    if best.strategy == "controller":
-        return [again, solve, f"gemopt watch TRACES_FOLDER --profile {profile} --placement placement.json"]
-    return [again, solve]
+    if best.strategy != "controller":
+        return [again, solve]
+    watch = f"gemopt watch TRACES_FOLDER --profile {profile} --placement placement.json"
+    usual = Migration.of(case.profile).model_dump()
+    priced = {name: costs.model_dump()[name] for name in PRICED if costs.model_dump()[name] != usual[name]}
+    policy = [f"echo {shlex.quote(json.dumps(priced))} > policy.json"] * bool(priced)
+    return [again, solve, *policy, watch + " --policy policy.json" * bool(priced)]

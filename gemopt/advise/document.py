@@ -25,7 +25,7 @@ class Option(Part):
     step_change
         The same of whole steps, with the time outside the MoE layers.
     best_share
-        Of the resampled recordings, how many have it within 1 % of their best strategy. Where two playings were made,
+        Of the resampled recordings, how many have it within 1 % of their best choice. Where two playings were made,
         of a regime that may differ from both as they do from each other.
     moves, traffic_bytes
         Copied over links in the last steps.
@@ -82,7 +82,8 @@ class Advice(Document):
     Attributes
     ----------
     recommended
-        A strategy of `gemopt replay`: the simplest of those within `worth` of the best.
+        A strategy of `gemopt replay`: the simplest of those within `worth` of the best choice. Duplication per batch,
+        which neither our executor nor an engine runs, is a choice only where predictors were named.
     predicted_change, low, high
         Of the makespan against contiguous placement, as a fraction, on steps that no strategy had seen: those of the
         recommended option.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,10 @@ BOUND = "clairvoyant"
 Played = list[tuple[ReplayResult, NDArray[np.int64]]]  # replays of the same steps, each with the slots it ran on
 
 
-def options_of(case: Case, ways: Sequence[Played], *, first: int = 0) -> list[Option]:
+def options_of(case: Case, ways: Sequence[Played], *, barred: Collection[str] = ()) -> list[Option]:
     """One per strategy, `clairvoyant` left out: nobody can run it.
 
-    ways: the last steps played, and any others. first: the strategies from this one on are choices.
+    ways: the last steps played, and any others. barred: strategies that are no choice.
     """
     tracks = [[(track, slots_G) for result, slots_G in played for track in result.timeline if track.strategy != BOUND]
               for played in ways]  # fmt: skip
@@ -32,7 +32,8 @@ def options_of(case: Case, ways: Sequence[Played], *, first: int = 0) -> list[Op
     changes_WS = steps_WST.sum(axis=2) / base_W1 - 1
     step_S = (changes_WS * base_W1 / (base_W1 + rest_us)).mean(axis=0)
     saved_S = -(changes_WS * base_W1).mean(axis=0) / base_WT.shape[1]
-    low_S, high_S, share_S = _spread(steps_WST, base_WT, case.window, case.seed, first)
+    choice_S = np.array([track.strategy not in barred for track, _ in tracks[0]])
+    low_S, high_S, share_S = _spread(steps_WST, base_WT, case.window, case.seed, choice_S)
     size, found = case.migration.expert_bytes, []
     for s, (track, slots_G) in enumerate(tracks[0]):
         setup_us = _setup_us(case, track.setup_moves)
@@ -58,10 +59,10 @@ def _setup_us(case: Case, moves: int) -> float:
 
 
 def _spread(
-    steps_WST: FloatArray, base_WT: FloatArray, window: int, seed: int, first: int = 0
+    steps_WST: FloatArray, base_WT: FloatArray, window: int, seed: int, choice_S: NDArray[np.bool_]
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """[S] low and high ends of the changes of other recordings, and the share in which a strategy is close to the best
-    from the `first` on.
+    choice.
 
     A recording is made of blocks of consecutive steps, drawn with replacement, the same for all strategies. Two ways
     are two regimes: in logarithms the next one is at their mean and sqrt(3) t times half of what they are apart, t of
@@ -84,7 +85,7 @@ def _spread(
         each_WSR.append(blocks_SB[:, drawn_RB].sum(axis=2) / base_B[drawn_RB].sum(axis=1))
     first_SR, then_SR = np.log(each_WSR[0]), np.log(each_WSR[-1])
     next_SR = first_SR + (then_SR - first_SR) * (1 + np.sqrt(3) * rng.standard_cauchy(RESAMPLES)) / 2
-    share_S = (next_SR <= next_SR[first:].min(axis=0) + np.log(1 + CLOSE)).mean(axis=1)
+    share_S = (next_SR <= next_SR[choice_S].min(axis=0) + np.log(1 + CLOSE)).mean(axis=1)
     mean_WS = steps_WST.sum(axis=2) / base_WT.sum(axis=1)[:, None]
     ends_2WS = mean_WS + wider * (np.quantile(each_WSR, (0.05, 0.95), axis=2) - mean_WS)
     apart_S = np.ptp(mean_WS, axis=0)

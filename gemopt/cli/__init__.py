@@ -86,13 +86,7 @@ def _run(argv: list[str] | None) -> None:
             sys.exit(_complain("interrupted", INTERRUPTED))
         if not hasattr(error, "format_message"):
             raise
-        message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
-        if callable(faults := getattr(error.__cause__, "errors", None)):  # pydantic's, which do not say what was given
-            field, _, limit = message.partition(": ")
-            message = f"{field}: got {faults()[0]['input']}; {limit[:1].lower()}{limit[1:]}"
-        if context is not None and not message.endswith("?"):
-            message += f"; see {context.command_path} --help"
-        sys.exit(_complain(message, 2))
+        sys.exit(_complain(_misused(error), 2))
     if code == INTERRUPTED:  # typer's answer to Ctrl-C
         _complain("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
@@ -107,6 +101,17 @@ def _named(command: Any, words: Sequence[str]) -> str:
             break
         name.append(word)
     return " ".join(name)
+
+
+def _misused(error: Any) -> str:
+    """What typer has to say of options that it refuses."""
+    message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
+    if callable(faults := getattr(error.__cause__, "errors", None)):  # pydantic's, which do not say what was given
+        field, _, limit = message.partition(": ")
+        message = f"{field}: got {faults()[0]['input']}; {limit[:1].lower()}{limit[1:]}"
+    if context is not None and not message.endswith("?"):
+        message += f"; see {context.command_path} --help"
+    return str(message)
 
 
 def _drop_output() -> None:
