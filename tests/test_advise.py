@@ -156,8 +156,8 @@ def test_a_watch_prices_moves_as_the_advice_does(tmp_path: Path) -> None:
     assert found.recommended == "controller"
     *_, policy, watch = found.commands
     subprocess.run(policy, shell=True, cwd=tmp_path, check=True)
-    assert Policy(**json.loads((tmp_path / "policy.json").read_text())) == Policy(bytes_per_s=5e10, slowdown=0.1)
-    assert watch.endswith(" --policy policy.json")
+    assert Policy(**json.loads((tmp_path / "prices.json").read_text())) == Policy(bytes_per_s=5e10, slowdown=0.1)
+    assert watch.endswith(" --policy prices.json")
     *_, solve, watch = advise(profile(), Traces(counts=counts, top_k=2), **shared).commands
     assert "gemopt solve" in solve and "--policy" not in watch
 

@@ -14,7 +14,7 @@ from gemopt.advise.case import Case, make_case
 from gemopt.advise.document import Advice, Option
 from gemopt.advise.options import BOUND, CLOSE, Played, options_of
 from gemopt.advise.shape import ModelShape, shape_from
-from gemopt.advise.sweep import POWERS, WORTH, Bench, sample, sweeps
+from gemopt.advise.sweep import POWERS, SCOUTS, WORTH, Bench, sample, sweeps
 from gemopt.advise.variants import drift, skewness
 from gemopt.bounds import lower_bound
 from gemopt.costs import CostModel
@@ -110,7 +110,7 @@ def advise(
     if predictors is not None and asked is not None:
         raise InputError("--predictors", ", ".join(predictors), "duplication knows no rules", "leave one out")
     case, notes = make_case(profile, traces, horizon, memory_bytes, shape_from(model), migration, non_moe_us, window,
-                            seed, cost, asked)  # fmt: skip
+                            seed, cost, asked, SCOUTS[: 1 + (predictors is not None)])  # fmt: skip
     if predictors is not None and not case.spare:
         raise InputError("--predictors", ", ".join(predictors), "no slot to spare for copies", "more --memory")
     cut = round(traces.num_steps * case.fit)
@@ -292,5 +292,5 @@ def _commands(case: Case, best: Option, names: tuple[str, ...], chosen: Sequence
     watch = f"gemopt watch TRACES_FOLDER --profile {profile} --placement placement.json"
     usual = Migration.of(case.profile).model_dump()
     priced = {name: costs.model_dump()[name] for name in PRICED if costs.model_dump()[name] != usual[name]}
-    policy = [f"echo {shlex.quote(json.dumps(priced))} > policy.json"] * bool(priced)
-    return [again, solve, *policy, watch + " --policy policy.json" * bool(priced)]
+    policy = [f"echo {shlex.quote(json.dumps(priced))} > prices.json"] * bool(priced)
+    return [again, solve, *policy, watch + " --policy prices.json" * bool(priced)]
