@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Iterable
+
+WHOLE = re.compile(r"(?<![\w.-])\d+(?!\.?\w)")  # a number by itself
 
 
 def counted(number: int, noun: str) -> str:
@@ -12,6 +16,20 @@ def counted(number: int, noun: str) -> str:
     if noun.endswith("y"):
         return f"{number} {noun[:-1]}ies"
     return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def gathered(texts: Iterable[str]) -> list[tuple[str, int]]:
+    """Each text, and how often it was there: those that differ in whole numbers alone are one, with `3 to 7` in it."""
+    alike: dict[str, list[str]] = {}
+    for text in texts:
+        alike.setdefault(WHOLE.sub("#", text), []).append(text)
+    found = []
+    for several in alike.values():
+        numbers = zip(*(map(int, WHOLE.findall(text)) for text in several), strict=True)
+        ranges = [f"{min(each)}" + f" to {max(each)}" * (min(each) < max(each)) for each in numbers]
+        between = WHOLE.split(several[0])
+        found.append((between[0] + "".join(map(str.__add__, ranges, between[1:])), len(several)))
+    return sorted(found)
 
 
 def short(value: float, digits: int = 3) -> str:

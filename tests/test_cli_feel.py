@@ -31,7 +31,7 @@ from gemopt.plotting import plot_comparison
 from gemopt.result import MovesReport, Status, StoppedBy
 from gemopt.solvers import names
 from gemopt.solving.layers import Standing
-from gemopt.words import short
+from gemopt.words import gathered, short
 
 pytestmark = pytest.mark.usefixtures("quick_bounds")
 
@@ -319,3 +319,14 @@ def test_large_sizes_are_said_without_an_exponent() -> None:
     known |= {"moves": 30000, "bytes": 1_290_000_000_000, "from_checkpoint": {}, "old_rank": []}
     assert "30000 moves (1290 GB)" in MovesReport(**known).summary(1)
     assert [short(each, 2) for each in (332.4, 0.476, 0.0)] == ["330", "0.48", "0"]
+
+
+def test_notes_of_layers_that_differ_in_numbers_are_one() -> None:
+    left = [f"{n} of 496 contents of a rank may be part of a better placement" for n in (7, 11, 7, 3)]
+    ticks = [f"CP-SAT counts in steps of {tick} us" for tick in ("1e-03", "1e-04", "1e-04")]
+    assert gathered([*left, *ticks, "layer 3.5"]) == [
+        ("3 to 11 of 496 contents of a rank may be part of a better placement", 4),
+        ("CP-SAT counts in steps of 1e-03 us", 1),
+        ("CP-SAT counts in steps of 1e-04 us", 2),
+        ("layer 3.5", 1),
+    ]

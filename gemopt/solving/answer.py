@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -37,7 +36,7 @@ from gemopt.splits.senders import Senders
 from gemopt.splits.weights import carried_weights, remember_weights, static_weights
 from gemopt.topology.doubts import doubts
 from gemopt.traces import Traces
-from gemopt.words import counted
+from gemopt.words import counted, gathered
 
 ROUNDING = 1e-9
 
@@ -269,10 +268,8 @@ def _division(moving: Moving | None) -> list[str]:
 
 def _notes(run: Run, per_layer: list[LayerResult]) -> list[str]:
     """What people should know, each with the number of layers it is true of unless that is all of them."""
-    count, notes = len(per_layer), Counter(layer.note for layer in per_layer if layer.note)
-    said = [
-        text if number == count else f"{number} of {count} layers: {text}" for text, number in sorted(notes.items())
-    ]
+    count, notes = len(per_layer), gathered(layer.note for layer in per_layer if layer.note)
+    said = [text if number == count else f"{number} of {count} layers: {text}" for text, number in notes]
     missed = sum(layer.cut for layer in per_layer)
     if missed:
         more = "" if _stopped_by(per_layer) is StoppedBy.INTERRUPT else ": more --time-limit would help"
