@@ -93,6 +93,18 @@ def test_a_page_may_have_any_ending_that_is_no_other_format(tmp_path: Path) -> N
     check_outputs(("--output", tmp_path / "tmp.a7Xq2", "page"), ("--again", tmp_path / "PAGE.HTML", "page"))
 
 
+def test_a_document_does_not_replace_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who takes -o for --plot, as in `replay -o replay.png`, keeps the picture of the last time."""
+    (tmp_path / "replay.png").write_bytes(b"drawn")
+    for kind in ("replay result", "placement", "advice"):
+        with pytest.raises(InputError, match=f"replay.png; no picture: it holds {kind}"):
+            check_outputs(("--output", tmp_path / "replay.png", kind))
+    check_outputs(("--plot", tmp_path / "replay.png", ""), ("--output", tmp_path / "replay.json", "replay result"))
+    profile, traces = write_inputs(tmp_path)
+    assert gemopt(capsys, "replay", traces, "--profile", profile, "-o", tmp_path / "replay.png")[0] == 2
+    assert (tmp_path / "replay.png").read_bytes() == b"drawn"
+
+
 def test_a_result_is_taken_wherever_a_placement_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs, placement, result = write_inputs(tmp_path), tmp_path / "p.json", tmp_path / "r.json"
     assert gemopt(capsys, "solve", *inputs, "--solver", "lpt", "-o", placement, "--result", result)[0] == 0

@@ -9,7 +9,8 @@ from pathlib import Path
 from gemopt.documents import check_writable, foreign
 from gemopt.exceptions import InputError
 
-NO_PAGES = (".pdf", ".png", ".svg", ".jpg", ".jpeg", ".json", ".md", ".txt", ".csv", ".docx")
+PICTURES = (".pdf", ".png", ".svg", ".jpg", ".jpeg")
+NO_PAGES = (*PICTURES, ".json", ".md", ".txt", ".csv", ".docx")
 Named = tuple[str, Path | None]
 """An option, and the file given with it."""
 
@@ -44,6 +45,8 @@ def check_outputs(*written: tuple[str, Path | None, str], read: Sequence[Named] 
             check_name(path, option)
         if kind == "page" and path.suffix.lower() in NO_PAGES:
             raise InputError(option, str(path), "the page is HTML", "end its name in .html")
+        if kind not in ("", "page", "traces") and path.suffix.lower() in PICTURES:
+            raise InputError(option, str(path), f"no picture: it holds {kind}", "another ending")
         other = taken.setdefault(os.path.realpath(path), option)
         if other != option:
             raise InputError(option, str(path), f"also the file of {other}", "give each its own")
