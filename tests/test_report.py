@@ -26,10 +26,12 @@ from gemopt.links import Exchange
 from gemopt.migration import count_moves
 from gemopt.placement import Placement
 from gemopt.profile import Profile
+from gemopt.replay import STRATEGIES, ReplayResult
 from gemopt.report import Report, report
 from gemopt.report.experts import layer_conflicts
 from gemopt.report.numbers import intervals, moved, windows
 from gemopt.report.sketch import sketch
+from gemopt.report.style import BEFORE, SLOWEST
 from gemopt.result import Result
 from gemopt.traces import Traces
 
@@ -59,6 +61,17 @@ def array(value: Any) -> np.ndarray:
         return np.asarray(value)
     flat = np.frombuffer(base64.b64decode(value["bdata"]), value["dtype"])
     return flat.reshape([int(each) for each in value["shape"].split(",")]) if "shape" in value else flat
+
+
+def test_strategies_of_a_replay_can_be_told_apart(folder: Path) -> None:
+    """Two oranges with the same dashes were one: those of fitted-once and clairvoyant, the fewest and most moves."""
+    kept = ReplayResult.load(folder / "replay.json")
+    every = [kept.timeline[0].model_copy(update={"strategy": name}) for name in STRATEGIES]
+    given = (folder / "placement.json", folder / "profile.json", folder / "traces.safetensors")
+    made = section(report(*given, replay=kept.model_copy(update={"timeline": every})), "replay")
+    lines = [(each.name, {SLOWEST: BEFORE}.get(each.line.color, each.line.color), each.line.dash)
+             for each in made.figure.data]  # fmt: skip
+    assert len(set(lines)) == len({line[1:] for line in lines}) == len(STRATEGIES)
 
 
 def test_a_replay_of_other_documents_is_named(folder: Path, made: Report) -> None:

@@ -25,7 +25,7 @@ ON_DARK = {
     YELLOW: "#f0e442",
 }
 INK = {"light": ("#1a1d21", "#e3e7ec", "#ffffff"), "dark": ("#e8eaed", "#363d45", "#14171a")}  # and lines, ground
-MANY = (AFTER, BEFORE, GREEN, PURPLE, SKY, YELLOW, SLOWEST, BOUND)
+MANY = (AFTER, BEFORE, GREEN, PURPLE, SKY, YELLOW, BOUND, SLOWEST)  # the two that are alike furthest apart
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SCALE = "Cividis"
 ALL_LAYERS = "all layers"
