@@ -103,10 +103,13 @@ def _command(words: tuple[str, ...], command: Any) -> Iterator[str]:
 
 
 def _row(parameter: Any) -> str:
-    options = getattr(parameter, "opts", [])
-    flags = ", ".join(f"`{each}`" for each in options) if options[0].startswith("-") else f"`{parameter.name.upper()}`"
+    options, takes = [*parameter.opts, *parameter.secondary_opts], parameter.metavar or ""
+    choices = takes.split("|")
+    given = f" {takes}" if takes and len(choices) == 1 else ""
+    named = [f"`{each}{given}`" for each in options] if options[0].startswith("-") else [f"`{parameter.name.upper()}`"]
     default = parameter.default
     plain = isinstance(default, (int, float, str)) and not isinstance(default, bool) and default != ""
     shown = f"default {default}" if plain else "required" if parameter.required else ""
     text = (getattr(parameter, "help", "") or "").replace("|", "\\|").replace("<", "&lt;")
-    return f"| {flags} | {text} | {shown} |"
+    text += f": {', '.join(f'`{each}`' for each in choices)}" if len(choices) > 1 else ""
+    return f"| {', '.join(named)} | {text} | {shown} |"

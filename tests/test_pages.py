@@ -215,6 +215,12 @@ def test_the_navigation_forgets_no_page() -> None:
     rows = "\n".join(hooks._commands())
     for name in ("## gemopt solve", "## gemopt trace import", "## gemopt demo", "`--time-limit`"):
         assert name in rows
+    for what in (
+        "| `--sweep`, `--no-sweep` |",
+        "| cost model: `auto`, `staircase`, `roofline` |",
+        "| `--set KEY=VALUE` |",
+    ):
+        assert what in rows
 
 
 @pytest.mark.browser

@@ -52,7 +52,8 @@ def advise_command(
         float | None, typer.Option("--expert-bytes", help="default: the profile's, the model's, or 9.4e6")
     ] = None,
     predictors: Annotated[
-        str | None, typer.Option("--predictors", help="to duplicate by, separated by commas; default: all that can run")
+        str | None,
+        typer.Option("--predictors", help="to duplicate by, with commas, and to recommend; default: all, to compare"),
     ] = None,
     window: Annotated[int, typer.Option("--window", help="steps between decisions")] = 64,
     sweep: Annotated[bool, typer.Option("--sweep/--no-sweep", help="look for what it depends on")] = True,
