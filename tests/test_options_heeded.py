@@ -64,7 +64,10 @@ def test_options_that_change_nothing_are_taken(tmp_path: Path, capsys: pytest.Ca
         ("solve {p} {t} --memory-budget all", "--memory-budget: got all"),
         ("solve {p} {t} --memory-budget 9 --current {p}", "memory_budget: got 9"),
         ("solve {p} {t} --memory-budget 9 --topology nvlink-2", "topology: got with memory_budget"),
-        ("solve {p} {t} --max-moves 3", "max_moves: got 3; moves are counted from the placement in force"),
+        (
+            "solve {p} {t} --max-moves 3",
+            "max_moves: got 3; moves are counted from the placement in force; give --current",
+        ),
         ("solve {p} {t} --compute-slack 0.1", "compute_slack: got 0.1"),
         ("solve {p} {t} --solver lpt --rules {r}", "rules: got apart[0]; lpt cannot keep rules"),
         ("solve {p} {t} --solver lpt --warm-start {p}", "warm_start: got lpt; a solver that starts from"),

@@ -324,6 +324,13 @@ def model_name(placement: Placement) -> str:
     return quoted(placement.model or "MODEL")
 
 
+def split_heads(ranks: int, instead: str) -> list[str]:
+    """A note where ranks, as after one has left, are no power of two: networks seldom have such numbers of heads."""
+    if ranks & (ranks - 1) == 0:
+        return []
+    return [f"It shares out the attention heads over {ranks} ranks, which must divide their number; else {instead}."]
+
+
 def quoted(value: object) -> str:
     """`value` as one word of a shell command; paths become absolute, since servers start elsewhere."""
     return shlex.quote(str(value.absolute() if isinstance(value, Path) else value))

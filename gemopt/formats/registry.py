@@ -160,7 +160,7 @@ def refuse(placement: Placement, engine: Engine, options: WriteOptions) -> None:
     if engine.write is None:
         raise UnsupportedError("--to", engine.name, f"{engine.note or 'takes no placement file'}", _others(placement))
     for _, field, value, reason in obstacles(placement, engine):
-        hint = f"use --approximate, or {_others(placement)}"
+        hint = f"use --approximate, or solve with --engine {engine.name}; {_others(placement)}"
         raise UnsupportedError(f"Placement.{field}", value, f"{engine.name} {reason}", hint)
     check_draft(engine, options.mtp_layers)
     if engine.check is not None:

@@ -26,6 +26,7 @@ from gemopt.formats.engine import (
     model_name,
     quoted,
     require_hidden_layers,
+    split_heads,
 )
 from gemopt.formats.files import bounded_json, load_torch, torch_module, whole_numbers
 from gemopt.formats.findings import filled, untouched
@@ -64,6 +65,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     notes = [
         "Leave out --enable-eplb: it would move the experts again.",
         "SGLANG_LOG_EXPERT_LOCATION_METADATA=1 prints the layout that SGLang uses.",
+        *split_heads(ranks, f"add --dp {ranks} --enable-dp-attention"),
     ]
     if placement.num_ranks > GPUS:
         notes.append("On several nodes it runs on each, with --nnodes, --node-rank and --dist-init-addr.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from gemopt.exceptions import InputError
 from gemopt.formats import responses
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, model_name, quoted
+from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, model_name, quoted, split_heads
 from gemopt.placement import Placement, Split
 
 MAX_REDUNDANT = 1023  # vllm/distributed/eplb/eplb_state.py, MAX_EXPERT_REDUNDANCY
@@ -38,6 +38,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     notes = [
         "gemopt must be installed beside vLLM on every node; if VLLM_PLUGINS is set, it must name gemopt.",
         f"vLLM starts with the experts in order and moves them after {EPLB['step_interval'] // 4} steps.",
+        *split_heads(ranks, "--data-parallel-size instead of --tensor-parallel-size"),
         "On ROCm vLLM skips a move that does not even out the number of tokens.",
     ]
     if not placement.has_copies:

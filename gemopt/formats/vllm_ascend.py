@@ -12,7 +12,17 @@ from typing import Any
 
 from gemopt.documents import write_text
 from gemopt.exceptions import InputError
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, make_placement, model_name, moe_rows, quoted
+from gemopt.formats.engine import (
+    Engine,
+    Export,
+    Facts,
+    WriteOptions,
+    make_placement,
+    model_name,
+    moe_rows,
+    quoted,
+    split_heads,
+)
 from gemopt.formats.files import bounded_json
 from gemopt.placement import Placement, Split
 
@@ -36,6 +46,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
     notes = [
         "Model runner v1 only; vllm-ascend has announced the removal of static maps in 0.25.1.",
         "MoE layers are counted in the order the network builds them; a draft layer gets its experts in order.",
+        *split_heads(ranks, "--data-parallel-size instead of --tensor-parallel-size"),
     ]
     if placement.has_copies:
         notes.append("Each sending rank always uses one copy (rank modulo copies): even over balanced senders only.")

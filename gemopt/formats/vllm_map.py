@@ -13,7 +13,17 @@ from pathlib import Path
 from gemopt.documents import write_text
 from gemopt.exceptions import InputError
 from gemopt.formats import vllm
-from gemopt.formats.engine import Engine, Export, Facts, WriteOptions, make_placement, model_name, moe_rows, quoted
+from gemopt.formats.engine import (
+    Engine,
+    Export,
+    Facts,
+    WriteOptions,
+    make_placement,
+    model_name,
+    moe_rows,
+    quoted,
+    split_heads,
+)
 from gemopt.formats.files import bounded_json
 from gemopt.placement import Placement, Split
 
@@ -40,6 +50,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
         f"initial_expert_map_path is proposed: {PROPOSED}; until then use --to vllm.",
         "step_interval is out of reach, so that vLLM's balancer does not move the experts again.",
         "Rows are MoE layers in the order the network builds them.",
+        *split_heads(ranks, "--data-parallel-size instead of --tensor-parallel-size"),
     )
     return Export(files=(str(path),), command=command, notes=notes)
 

@@ -47,7 +47,7 @@ def experts_within(budget_bytes: float | Sequence[float], expert_bytes: int | No
         The size of an expert is unknown, or the budget is no bytes or of other ranks.
     """
     if expert_bytes is None:
-        limit, hint = "needs the size of an expert, which the profile does not say", "give expert_bytes"
+        limit, hint = "needs the size of an expert, which the profile does not say", "give --expert-bytes"
         raise InputError("memory_budget", budget_bytes, limit, hint)
     check_number("expert_bytes", expert_bytes, "at least 1", least=1)
     budget = np.array(budget_bytes, dtype=np.float64)

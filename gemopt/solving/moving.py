@@ -70,14 +70,14 @@ class Asked:
             )
         if self.horizon_steps is not None and self.move_price is None and self.bandwidth is None:
             raise InputError(
-                "horizon_steps", self.horizon_steps, "a price to spread over them", "give move_price or bandwidth"
+                "horizon_steps", self.horizon_steps, "a price to spread over them", "give --move-price or --bandwidth"
             )
 
     def _needs_a_placement(self) -> None:
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
             if value not in (None, ()) and len(np.atleast_1d(np.asarray(value, dtype=object))):
-                raise InputError(name, value, "moves are counted from the placement in force", "give current")
+                raise InputError(name, value, "moves are counted from the placement in force", "give --current")
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,6 +314,6 @@ def _eased(problem: Problem, new_G: NDArray[np.bool_]) -> tuple[Problem, bool]:
 def _known(expert_bytes: int | None, field: str, value: float) -> int:
     if expert_bytes is None:
         raise InputError(
-            field, value, "needs the size of an expert, which the profile does not say", "give expert_bytes"
+            field, value, "needs the size of an expert, which the profile does not say", "give --expert-bytes"
         )
     return expert_bytes

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from routed_counts import routed
 
-from gemopt.exceptions import InputError
+from gemopt.exceptions import InputError, UnsupportedError
 from gemopt.formats.engine import Facts
-from gemopt.formats.registry import import_placement
+from gemopt.formats.registry import export, import_placement
 from gemopt.placement import Placement
 from gemopt.traces import Traces
 
@@ -159,3 +159,23 @@ def test_folders_of_folders(load, folder):
     np.save(folder / "math" / "a.npy", COUNTS)
     refused(load, folder, "array", "a folder with recordings is needed; give its folders")
     assert load([folder / "math"], "array")[0].num_steps == len(COUNTS)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-map", "vllm-ascend", "sglang"])
+def test_attention_over_ranks_that_seldom_divide_its_heads(make_placement, tmp_path, engine):
+    """After a rank has left there are seven: vLLM and SGLang do not start then, with 64 heads."""
+    told = [
+        [note for note in export(make_placement(experts=28, ranks=ranks, slots=28 // ranks), to=engine,
+                                 path=tmp_path / f"{ranks}.json").notes if "attention heads" in note]
+        for ranks in (4, 7)
+    ]  # fmt: skip
+    way = "add --dp 7 --enable-dp-attention" if engine == "sglang" else "--data-parallel-size instead of"
+    assert (
+        not told[0] and len(told[1]) == 1 and f"over 7 ranks, which must divide their number; else {way}" in told[1][0]
+    )
+
+
+def test_what_an_engine_cannot_express_can_be_solved_for_it(tmp_path):
+    placement = Placement(physical_to_logical=[[0, 1, 2, -1]], slots_per_rank=[2, 2], num_experts=3, layer_ids=[0])
+    with pytest.raises(UnsupportedError, match="use --approximate, or solve with --engine vllm; an engine that can"):
+        export(placement, to="vllm", path=tmp_path / "map.json")
