@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,11 @@ def test_options_that_change_nothing_are_taken(tmp_path: Path, capsys: pytest.Ca
             "solve {p} {t} --max-moves 3",
             "max_moves: got 3; moves are counted from the placement in force; give --current",
         ),
+        (
+            "solve {p} {t} --expert-bytes 9.5",
+            "--expert-bytes: got 9.5; a whole number of bytes, such as 9400000 or 9.4e6",
+        ),
+        ("solve {p} {t} --current {p} --expert-bytes nan", "--expert-bytes: got nan"),
         ("solve {p} {t} --compute-slack 0.1", "compute_slack: got 0.1"),
         ("solve {p} {t} --solver lpt --rules {r}", "rules: got apart[0]; lpt cannot keep rules"),
         ("solve {p} {t} --solver lpt --warm-start {p}", "warm_start: got lpt; a solver that starts from"),
@@ -134,6 +140,18 @@ def test_values_that_cannot_be_end_in_one_line(
     code, _, err = gemopt(capsys, *words.format(d=tmp_path, m=tmp_path / "m.json", **names).split(" "))
     assert code == 2 and said in err and err.count("\n") == 1, err
     assert not (tmp_path / "q").exists()
+
+
+def test_bytes_of_an_expert_are_typed_as_rates_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile, traces = write_inputs(tmp_path)
+    Placement.contiguous(2, 4, 2).save(tmp_path / "m.json")
+    words = ["solve", profile, traces, "--solver", "local-search", "--patience", 0, "--current", tmp_path / "m.json"]
+    found = []
+    for size in ("13e6", "13000000"):
+        path = tmp_path / f"{size}.json"
+        assert gemopt(capsys, *words, "--bandwidth", 20, "--expert-bytes", size, "--result", path)[0] == 0
+        found.append(json.loads(path.read_text())["moves"])
+    assert found[0] == found[1] and found[0]["move_us"] == pytest.approx(650)
 
 
 def test_what_a_placement_of_ours_leaves_out_may_be_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemopt.cli.app import app, examples, print_json, say, show
+from gemopt.cli.moves import parse_bytes
 from gemopt.cli.options import MOST_BYTES, AsJson, leave_group
 from gemopt.exceptions import InputError, refuse_unused
 from gemopt.words import counted
@@ -45,7 +46,7 @@ def apply(
     at_load: Annotated[bool, typer.Option("--at-load", help="permute the checkpoint in memory while loading")] = False,
     layout: Annotated[LayoutName, typer.Option(help="ranks share a batch, or each have their own")] = LayoutName.SHARED,
     expert_bytes: Annotated[
-        int | None, typer.Option(min=1, max=MOST_BYTES, help="weights of one expert, without --model")
+        float | None, typer.Option(min=1, max=MOST_BYTES, help="weights of one expert, without --model")
     ] = None,
     budget: Annotated[float | None, typer.Option(min=0, help="GiB a rank may use for what it receives")] = None,
     ranks_per_node: Annotated[int | None, typer.Option(min=1, help="default: all ranks on one node")] = None,
@@ -76,7 +77,7 @@ def apply(
         refuse_unused({"--expert-bytes": expert_bytes}, "without --model, whose experts have their own size")
         model = _folder(model)
     if dry_run:
-        steps = dry_plan(wanted, current, model, expert_bytes, ranks_per_node, budget_bytes)
+        steps = dry_plan(wanted, current, model, parse_bytes(expert_bytes), ranks_per_node, budget_bytes)
         _show(describe(steps, node_gbps, cross_gbps), as_json, "would move")
         return
     if model is None:

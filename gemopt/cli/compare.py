@@ -10,7 +10,7 @@ import typer
 
 from gemopt.cli import links, options
 from gemopt.cli.app import app, examples, notice, print_json, show
-from gemopt.cli.moves import Current, ExpertBytes
+from gemopt.cli.moves import Current, ExpertBytes, parse_bytes
 from gemopt.cli.outputs import check_outputs
 from gemopt.cli.progress import one_by_one
 from gemopt.cli.progress import progress as shown
@@ -77,6 +77,7 @@ def compare_command(
     check_request(current, moves)
     if expert_bytes is not None and not moves:
         raise InputError("--expert-bytes", expert_bytes, "moves are weighed with --moves", "add --current and --moves")
+    size = parse_bytes(expert_bytes)
     check_outputs(("--plot", plot, ""))
     asked: dict[str, Any] = {
         "time_limit": time_limit,
@@ -102,7 +103,7 @@ def compare_command(
         with options.whole_or_nothing(threads):
             chosen, found_by = options.load_traces(traces, task, phase), names if solvers else []
             return _front(Profile.load(profile), chosen, current, plot, as_json, solvers=found_by, holdout=holdout,
-                          cost=cost, expert_bytes=expert_bytes, **asked)  # fmt: skip
+                          cost=cost, expert_bytes=size, **asked)  # fmt: skip
     links.doubt(topology)
     with (
         options.whole_or_nothing(threads),

@@ -9,7 +9,7 @@ import typer
 
 Current = Annotated[Path | None, typer.Option("--current", help="placement.json in force: moves are counted from it")]
 MovePrice = Annotated[float | None, typer.Option("--move-price", help="microseconds that moving one expert takes")]
-ExpertBytes = Annotated[int | None, typer.Option("--expert-bytes", help="bytes of one expert of one layer")]
+ExpertBytes = Annotated[float | None, typer.Option("--expert-bytes", help="bytes of one expert of one layer")]
 Bandwidth = Annotated[float | None, typer.Option("--bandwidth", help="GB/s a rank receives at, instead of a price")]
 Horizon = Annotated[
     float | None, typer.Option("--horizon-steps", help="steps that moves may take to pay for themselves")
@@ -36,6 +36,15 @@ def parse_excluded(text: str | None) -> list[int]:
         return [int(part) for part in text.split(",")] if text else []
     except ValueError:
         raise InputError("--exclude-ranks", text, "a rank, or several separated by commas") from None
+
+
+def parse_bytes(given: float | None) -> int | None:
+    """Whole bytes, which may be typed as `9.4e6`, as rates are."""
+    from gemopt.exceptions import InputError
+
+    if given is not None and not given.is_integer():
+        raise InputError("--expert-bytes", given, "a whole number of bytes, such as 9400000 or 9.4e6")
+    return None if given is None else int(given)
 
 
 def parse_added(given: list[str] | None) -> list[Any]:

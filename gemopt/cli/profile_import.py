@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gemopt.cli.app import examples, notice, print_json, profile_app, say, warn
+from gemopt.cli.moves import parse_bytes
 from gemopt.cli.options import MOST_BYTES, AsJson
 from gemopt.cli.outputs import check_outputs
 from gemopt.exceptions import InputError
@@ -67,7 +68,7 @@ def import_table(
     source: Annotated[str | None, typer.Option(help="where the table comes from, and its licence")] = None,
     model: Annotated[str | None, typer.Option(help="name of the network")] = None,
     expert_bytes: Annotated[
-        int | None, typer.Option(min=1, max=MOST_BYTES, help="weights of one expert, for the price of moves")
+        float | None, typer.Option(min=1, max=MOST_BYTES, help="weights of one expert, for the price of moves")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,6 +85,7 @@ def import_table(
         if "" in (names or []):
             raise InputError(option, "nothing", "a name")
     check_drawn(speeds, fleet, memory_fleet, seed)
+    size = parse_bytes(expert_bytes)
     notes: list[str] = []
     profile = read_table(
         tables,
@@ -107,7 +109,7 @@ def import_table(
     profile = profile.model_copy(
         update={"source": source or f"imported from {', '.join(each.name for each in tables)}"}
     )
-    profile = profile.with_model(name=model, expert_bytes=expert_bytes, top_k=top_k)
+    profile = profile.with_model(name=model, expert_bytes=size, top_k=top_k)
     profile.save(output)
     if as_json:
         for note in notes:

@@ -94,7 +94,7 @@ def solve_command(
         "senders": senders, "memory_budget": options.parse_budget(memory_budget), "solver": solver,
         "time_limit": time_limit, "gap": gap, "seed": seed, "cost": cost, "warm_start": warm_start,
         "patience": patience, "threads": threads, "allow_one_rank": allow_one_rank, "current": current,
-        "move_price": move_price, "expert_bytes": expert_bytes, "bandwidth": bandwidth,
+        "move_price": move_price, "expert_bytes": moves.parse_bytes(expert_bytes), "bandwidth": bandwidth,
         "horizon_steps": horizon_steps, "max_moves": max_moves, "max_moves_per_layer": max_moves_per_layer,
         "max_bytes_per_rank": max_bytes_per_rank, "exclude_ranks": excluded, "add_ranks": added,
         "topology": topology, "exchange": exchange, "compute_slack": compute_slack, "rules": rules,
