@@ -136,6 +136,16 @@ def test_a_throttled_rank_is_relieved_and_gets_its_work_back() -> None:
         assert total(follower.placement, fresh, slow) < 1.02 * total(fitted.placement, fresh, slow)
 
 
+def test_imbalance_is_of_the_speeds_that_the_steps_told() -> None:
+    """Those in force before knew nothing of the rank that the very decision says is slow."""
+    follower, counts = settled(), traffic(0, 64, seed=7)
+    before, problem = follower.placement, Traces(counts=counts)
+    decision = follower.step(counts, times(before, counts, 1.3))
+    assert "rank 1 takes 1.300 times its profile" in decision.reason
+    idle = evaluate(before, None, problem, cost=cost(1.3)).idle_share
+    assert decision.imbalance == pytest.approx(1 / (1 - idle), rel=1e-6)
+
+
 def test_plans_wait_while_nothing_changes() -> None:
     follower, idle = controller(Policy(plan_every_steps=64)), "nothing changed since the last plan"
     assert follower.step(traffic(0, 64)).num_moves > 0

@@ -133,7 +133,7 @@ class Controller:
         def times(rows_LP: NDArray[np.int64], weights: Weights) -> FloatArray:
             return np.stack([rank_times(*each) for each in zip(window, rows_LP, weights, strict=True)])
 
-        times_LNG = times(rows, static_weights(self.placement))
+        times_LNG, factors_G = times(rows, static_weights(self.placement)), self.speeds.relative_G
         news = self._listen(latencies, times_LNG.sum(axis=0), times)
         known = self.memories.ticks
         changed = self._remember(counts)
@@ -146,8 +146,8 @@ class Controller:
             self.earlier.note(rows, self.steps)
         if self.memories.ticks > known:
             self.promises.forget(self.placement.num_slots)
-        mean = times_LNG.mean()
-        imbalance = float(times_LNG.max(axis=2).mean() / mean) if mean > 0 else float("nan")
+        times_LNG = times_LNG * (self.speeds.relative_G / factors_G)
+        imbalance = float(times_LNG.max(axis=2).mean() / mean) if (mean := times_LNG.mean()) > 0 else float("nan")
         return self._decide(news, changed, imbalance, known)
 
     def warm(self) -> None:

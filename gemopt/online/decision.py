@@ -35,7 +35,8 @@ class Decision:
     drift
         Distance of the last loads from what was predicted, 0 to 1: the largest of the blocks of 8 steps that they fill.
     imbalance
-        Slowest over mean rank of the last steps, over all layers; NaN where nothing was seen.
+        Slowest over mean rank of the last steps, over all layers, with each rank as fast as it is known to be by now;
+        NaN where nothing was seen.
     changed
         Whether the traffic changed suddenly.
     refused
