@@ -72,7 +72,7 @@ def test_what_stays_broken_or_missing_is_left_out(tmp_path: Path) -> None:
         seen += [] if news.traces is None else news.traces.counts[:, 0, 0].tolist()
     assert seen == [2, 2, 4, 4]
     assert any("left out after 3 tries" in fault for fault in faults)
-    assert any("000002 to 000002 are missing" in fault for fault in faults)
+    assert any("part 000002 is missing" in fault for fault in faults)
 
 
 def test_a_folder_that_vanishes(tmp_path: Path) -> None:

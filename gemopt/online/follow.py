@@ -100,7 +100,8 @@ class Follower:
                 continue
             if self._next not in parts:
                 later = min(number for number in parts if number >= self._next)
-                gap = f"{self.folder}: parts {self._next:06d} to {later - 1:06d} are missing"
+                several = f"parts {self._next:06d} to {later - 1:06d} are missing"
+                gap = f"{self.folder}: {f'part {self._next:06d} is missing' if later == self._next + 1 else several}"
                 if not self._give_up():
                     news.faults += [f"{gap}: waited for"] * (self._tries == 1)
                     break
