@@ -109,7 +109,7 @@ def test_the_front_is_printed_and_drawn(
         (("solve", "--current", "C", "--exclude-ranks", "9"), "exclude_ranks"),
         (("solve", "--current", "C", "--add-rank", "9"), "add_ranks"),
         (("solve", "--current", "C", "--add-rank", "no.json"), "no.json"),
-        (("solve", "--current", "C", "--bandwidth", "5"), "expert_bytes"),
+        (("solve", "--current", "C", "--bandwidth", "5"), "--expert-bytes"),
         (("solve", "--current", "C", "--max-moves", "-1"), "max_moves"),
         (("solve", "--current", "C", "--max-moves", "2", "--solver", "eplb"), "local-search"),
         (("compare", "--moves"), "--current"),

@@ -126,6 +126,13 @@ def test_a_result_is_taken_wherever_a_placement_is(tmp_path: Path, capsys: pytes
     assert gemopt(capsys, *watch, "-o", tmp_path / "next.json")[0] == 0
 
 
+@pytest.mark.parametrize("given", ["", "-o p.json", "--result r.json"])
+def test_what_is_saved_in_a_result_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str) -> None:
+    words = [tmp_path / word if "." in word else word for word in given.split()]
+    out = gemopt(capsys, "solve", *write_inputs(tmp_path), "--solver", "lpt", *words)[1]
+    assert ("not saved: give -o placement.json" in out) == (not given)
+
+
 def test_what_holds_no_placement_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs, path = write_inputs(tmp_path), tmp_path / "r.json"
     shown = gemopt(capsys, "solve", *inputs, "--solver", "lpt", "--json")[1]

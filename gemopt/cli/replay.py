@@ -16,7 +16,10 @@ from gemopt.cli.progress import progress as shown
 if TYPE_CHECKING:
     from gemopt.traces import Traces
 
-STRATEGY_NAMES = "contiguous, fitted-once, eplb-vllm, eplb-sglang, free, controller, clairvoyant"
+STRATEGY_NAMES = (
+    "contiguous, fitted-once, eplb-vllm, eplb-sglang, free, controller, clairvoyant; by name alone: copies, "
+    "duplication-PREDICTOR"
+)
 
 
 @app.command(

@@ -131,12 +131,13 @@ def solve_command(
         print_json(result.model_dump(mode="json", include=kept))
     else:
         _tell(result)
-        if result.placement is not None and output is None:
+        saved = output is not None or result_path is not None
+        if result.placement is not None and not saved:
             say("not saved: give -o placement.json")
         of_placement = (output, certificate, save_profile) if result.placement is not None else ()
         if written := [str(path) for path in (*of_placement, result_path) if path is not None]:
             say(f"wrote {', '.join(written)}")
-        if (excluded or added) and result.placement is not None and output is not None and save_profile is None:
+        if (excluded or added) and result.placement is not None and saved and save_profile is None:
             say("its ranks are numbered anew: commands that take it need their profile, which --save-profile writes")
     if result.status is Status.INFEASIBLE:
         return options.EXIT_INFEASIBLE
