@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from replayed import EXPERTS, FREE, LAYERS, RANKS, STEPS, WINDOW, Scripted, layer_us, profile, shifting, swapped
+from timed import timed
 
 from gemopt.costs import fit
 from gemopt.evaluate import evaluate
@@ -39,6 +40,12 @@ def test_without_moves_the_makespan_is_that_of_evaluate() -> None:
     assert result.row("fitted-once").change == pytest.approx(
         result.row("fitted-once").makespan_us / row.makespan_us - 1
     )
+
+
+def test_contiguous_changes_nothing_against_itself() -> None:
+    """However the times of its steps are rounded when they are added up."""
+    odd = timed(range(RANKS), lambda n, g: (10.0 + n / 7) * (1 + g / 10))
+    assert replay(odd, shifting(steps=1500), ["contiguous"]).rows[0].change == 0
 
 
 def test_copying_lags_slows_and_stalls() -> None:

@@ -114,7 +114,7 @@ def replay(
     base = base or Course(make([BASELINE])[0], world).run()
     phases = None if traces.phase is None else np.asarray(traces.phase[past.num_steps :])
     return ReplayResult(
-        rows=[_row(track, sum(base.step_us), phases, non_moe_us) for track in tracks],
+        rows=[_row(track, float(np.sum(base.step_us)), phases, non_moe_us) for track in tracks],
         timeline=tracks,
         baseline_us=base.step_us,
         first_step=past.num_steps,
