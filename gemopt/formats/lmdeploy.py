@@ -90,7 +90,7 @@ def read(path: Path, facts: Facts) -> Placement:
         raise InputError(f"{path}: ranks", None, "the file does not say how many ranks", "give --ep N")
     if facts.num_ranks < 1 or not rows.size or rows.shape[1] % facts.num_ranks:
         raise InputError("--ep", facts.num_ranks, f"a divisor of the experts in {path}, {rows.shape[-1]}")
-    if is_map(rows[None]):
+    if rows.max() <= rows.shape[1] and is_map(rows[None]):  # above are loads, as those that `deal` makes
         raise InputError(str(path), "a map of experts, by the numbers", "loads of the experts", "try --from vllm-map")
     ids, hidden = file_facts(path, facts, rows=len(rows))
     plain = np.flatnonzero((rows == rows[:, :1]).all(axis=1))

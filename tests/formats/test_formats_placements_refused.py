@@ -266,6 +266,13 @@ def test_a_map_is_no_statistic(tmp_path):
         import_placement(tmp_path / "map.json", source="lmdeploy", facts=Facts(num_ranks=4))
 
 
+@pytest.mark.parametrize(("layers", "of"), [(2, 2), (1, 40)])  # no dense layers, and nearly all
+def test_the_loads_that_stand_for_a_placement_are_no_map(make_placement, tmp_path, layers, of):
+    placement = make_placement(layers=layers, experts=16, ranks=4, num_hidden_layers=of)
+    export(placement, to="lmdeploy", path=tmp_path / "loads.json")
+    assert import_placement(tmp_path / "loads.json", source="lmdeploy") == placement
+
+
 def test_layers_that_eplb_tables_name_are_heeded(tmp_path):
     rows = np.random.default_rng(0).random((2, 8)).argsort(axis=1)
     save_file({"phy2log": rows}, tmp_path / "a.safetensors", metadata={"layer_ids": "[3,4]"})
