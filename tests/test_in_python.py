@@ -21,7 +21,8 @@ from gemopt.conflicts import conflict_graph
 from gemopt.costs import fit
 from gemopt.evaluate import Evaluation
 from gemopt.exceptions import InputError
-from gemopt.formats.registry import export
+from gemopt.formats.registry import export, import_placement
+from gemopt.formats.tables.kernel import read_table
 from gemopt.links import Exchange
 from gemopt.migration import relabel
 from gemopt.online import Controller, Policy
@@ -64,7 +65,9 @@ def test_pictures_are_drawn_on_the_axes_given(solved: tuple[Profile, Traces, Res
     pyplot.close("all")
 
 
-def test_tables_hold_what_the_documents_hold(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:
+def test_tables_hold_what_the_documents_hold(
+    solved: tuple[Profile, Traces, Result, Evaluation], tmp_path: Path
+) -> None:
     pytest.importorskip("pandas")
     measured, _, result, evaluation = solved
     assert result.placement is not None
@@ -80,9 +83,18 @@ def test_tables_hold_what_the_documents_hold(solved: tuple[Profile, Traces, Resu
     assert sorted(slots[(slots.layer_id == 1) & (slots["rank"] == 1)].expert) == sorted(
         result.placement.physical_to_logical[1, 2:]
     )
+    slots.to_csv(tmp_path / "slots.csv")
+    assert (
+        import_placement(tmp_path / "slots.csv", source="csv").physical_to_logical
+        == result.placement.physical_to_logical
+    ).all()
     samples = measured.to_dataframe()
     of_one = samples[samples["rank"] == 1]
     assert list(of_one.latency_us) == [sample.latency_us for sample in measured.devices[1].samples]
+    samples.to_csv(tmp_path / "samples.csv")
+    again = read_table(tmp_path / "samples.csv").to_dataframe()
+    known = ["rank", "assignments", "active_experts", "latency_us"]
+    assert again[known].equals(samples[known])
 
 
 def test_notebooks_show_a_table_without_markup_of_the_user(solved: tuple[Profile, Traces, Result, Evaluation]) -> None:

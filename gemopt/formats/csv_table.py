@@ -80,7 +80,8 @@ def _table(path: Path, notes: list[str]) -> tuple[int, list[tuple[int, list[str]
     """How many columns there are, and the number and cells of each line in the order of COLUMNS."""
     lines = ((number, [cell.strip() for cell in cells]) for number, cells in lines_of(path))
     header = next(lines, (1, [""]))[1]
-    names, given = [name.casefold() for name in header], [(number, cells) for number, cells in lines if any(cells)]
+    names = [name.casefold().removesuffix("_id") for name in header]  # layer_id, as in a data frame
+    given = [(number, cells) for number, cells in lines if any(cells)]
     wanted = COLUMNS if COLUMNS[-1] in names else COLUMNS[:-1]
     limit = ",".join(COLUMNS[:-1]) + " and perhaps weight"
     if not given or any(names.count(name) != 1 for name in wanted):

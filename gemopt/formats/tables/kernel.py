@@ -145,7 +145,8 @@ def read_table(
     counts = load_column(table, layout, unit, load)
     if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:
         refuse_tokens_of_a_rank(table, counts)
-    active_column = next((name for name in matching(table, ACTIVE) if name not in repeat), None)
+    active = [name for name in matching(table, ACTIVE) if name not in repeat and any(values(table.rows, name))]
+    active_column = next(iter(active), None)
     reader = _Reader(table, counts, active_column)
     columns = device_columns(table, device, repeat) if device or layout is None or layout.devices else []
     tables = told_apart(table, columns, device, reader.key)
