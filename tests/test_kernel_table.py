@@ -141,7 +141,10 @@ BAD_TABLES = {
         "| tokens | us |\n|---|---|\n| 1 | 5 |\n| **Total** | 5 |\n",
         "line 4, tokens: got Total",
     ),
-    "cells with units": ("assignments,latency\n1,5 us\n2,1.5 ms\n", "or give --time-column"),
+    "cells in another unit": (
+        "assignments,latency_us\n1,5 us\n2,1.5 ms\n",
+        "line 3, latency_us: got 1.5 ms; times in us",
+    ),
     "overflowing load": ("tokens,latency_us\n3e9,2\n", "line 2, tokens"),
     "overflowing latency": ("tokens,latency_ms\n1,2e9\n", "line 2, latency_ms"),
     "missing cell": ("tokens,latency_us\n1,2\n\n3\n", "line 4: got 1 columns; 2 columns"),

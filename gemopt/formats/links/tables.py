@@ -22,7 +22,8 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.tables.columns import chosen_rows, refuse_mixtures
-from gemopt.formats.tables.files import Row, Table, number, read, whole
+from gemopt.formats.tables.files import Row, Table, number, whole
+from gemopt.formats.tables.notations import read
 from gemopt.topology import Level, Topology, load
 from gemopt.words import counted
 

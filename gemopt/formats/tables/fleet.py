@@ -26,7 +26,8 @@ from gemopt.formats.tables.columns import (
 )
 from gemopt.formats.tables.devices import refuse_summaries
 from gemopt.formats.tables.doubts import APART, apart
-from gemopt.formats.tables.files import Table, number, read
+from gemopt.formats.tables.files import Table, number
+from gemopt.formats.tables.notations import read
 from gemopt.latency import FloatArray
 from gemopt.profile import WHAT_IF, Device, Profile
 from gemopt.words import counted

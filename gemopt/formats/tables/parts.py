@@ -18,8 +18,9 @@ from gemopt.formats.recorded_files import names_of
 from gemopt.formats.tables.beside import refuse_no_measurements
 from gemopt.formats.tables.columns import REPEATS, STATISTICS, known, listed, plain, unit_of, values, words
 from gemopt.formats.tables.devices import by_device
-from gemopt.formats.tables.files import Row, Table, number, read
+from gemopt.formats.tables.files import Row, Table, number
 from gemopt.formats.tables.kinds import Layout
+from gemopt.formats.tables.notations import read
 from gemopt.formats.tables.times import ELSEWHERE, PIECES, TOTALS, of_no_layer, refuse_other_operations, time_column
 
 LoadOf = Callable[[Row], tuple[float, ...]]

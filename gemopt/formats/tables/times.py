@@ -89,7 +89,8 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     """The column with the time of the whole layer, and microseconds per unit of it."""
     if asked is not None:
         name, _, unit = asked.rpartition(":") if asked not in table.header and ":" in asked else (asked, "", "")
-        known(table, name, "--time-column")
+        name = next((each for each in (name, *(f"{name} ({u})" for u in TIME_UNITS)) if each in table.header), name)
+        known(table, name, "--time-column")  # perhaps with the unit that its cells named
         unit = unit or unit_of(name) or ""
         if unit not in TIME_UNITS:
             raise InputError("--time-column", asked, f"a unit: {', '.join(TIME_UNITS)}", _asking(name))

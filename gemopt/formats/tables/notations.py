@@ -1,0 +1,102 @@
+"""Cells as people and spreadsheets write numbers, `20,5`, `1,024`, `1 024` or `20.5 us`, as plain ones."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from gemopt.exceptions import InputError
+from gemopt.formats.tables import files
+from gemopt.formats.tables.columns import TIME_UNITS, plain, unit_of, values
+from gemopt.formats.tables.files import Row, Table
+
+BLANKS = " '\u00a0\u2009\u202f\u2019"
+NOTATIONS = {  # by the sign before decimals
+    point: re.compile(
+        rf"[-+]?(?=[{point}]?\d)(?:\d+|[1-9]\d{{0,2}}(?:[{BLANKS}{group}]\d{{3}})+)?(?:[{point}]\d*)?"
+        rf"(?:[eE][-+]?\d+)? ?[%x\u00d7]?"
+    )
+    for point, group in ((".", ","), (",", "."))
+}
+WITH_UNIT = re.compile(r"(.*\d) ?([a-zA-Z\u00b5\u03bc][a-zA-Z\u00b5\u03bc/ ]*)")
+RATES = re.compile(r".*/ ?s(ec)?|[tgp]flops?(/s)?|[tg]bps", re.IGNORECASE)
+
+
+def read(path: str | os.PathLike[str]) -> Table:
+    """Rows of a file with plain numbers; those of times in the unit that their column names, or now does.
+
+    Commas stand before decimals, or between thousands, where all numbers of the table can be so and not otherwise;
+    where both is possible (`1,024` beside `512`) cells stay as they are. So do cells without any digit.
+
+    Raises
+    ------
+    InputError
+        Naming the file and the line that is wrong, as one whose cell names another unit than its column.
+    """
+    table = files.read(path)
+    varying = [name for name in table.header if len(values(table.rows, name)) > 1]
+    cells = {name: [row.cells[name] for row in table.rows] for name in table.header}
+    units = {name: found for name in varying if (found := _units(cells[name]))}
+    cells |= {name: [WITH_UNIT.sub(r"\1", cell) for cell in cells[name]] for name in units}
+    numbers = [name for name in varying if any(_fits(cells[name], point) for point in NOTATIONS)]
+    plainly = [
+        {name: [_plain(cell, point) for cell in cells[name]] for name in numbers}
+        for point in NOTATIONS
+        if all(_fits(cells[name], point) for name in numbers)
+    ]
+    if plainly and all(each == plainly[0] for each in plainly):
+        cells |= plainly[0]
+    names = {name: name for name in table.header}
+    for name, found in units.items():
+        unit = unit_of(name) or (found[0] if len({*found} - {""}) == 1 else "us")
+        scales = [TIME_UNITS.get(each, 1) / TIME_UNITS.get(unit, 1) if each else 1.0 for each in found]
+        other = next((row for row, scale in zip(table.rows, scales, strict=True) if scale != 1), None)
+        if unit_of(name) and other is not None:
+            limit, hint = f"times in {unit}, as the name of the column says", "which is right? mend the other"
+            raise InputError(f"{table.path} {other.where}, {name}", other.cells[name], limit, hint)
+        cells[name] = [_scaled(cell, scale) for cell, scale in zip(cells[name], scales, strict=True)]
+        names[name] = name if unit_of(name) else f"{name} ({unit})"
+    rows = [Row(row.where, {names[name]: cells[name][i] for name in table.header}) for i, row in enumerate(table.rows)]
+    return Table(table.path, list(names.values()), rows)
+
+
+def _fits(cells: list[str], point: str) -> bool:
+    """Whether all cells with digits are numbers in a notation, and some are there.
+
+    Not where thousands are set apart in some and decimals in others, and both in none: `1,5` beside `1.002`.
+    """
+    told = [cell for cell in cells if re.search(r"\d", cell)]
+    signs = {(point in cell, ",.".replace(point, "") in cell) for cell in told}
+    mixed = {(True, False), (False, True)} <= signs and (True, True) not in signs
+    return bool(told) and not mixed and all(map(NOTATIONS[point].fullmatch, told))
+
+
+def _plain(cell: str, point: str) -> str:
+    whole, sign, decimals = cell.partition(point)
+    return re.sub(rf"(?<=\d)[{BLANKS},.](?=\d{{3}})", "", whole) + "." * bool(sign) + decimals
+
+
+def _scaled(cell: str, scale: float) -> str:
+    """A number in another unit; what is none, as one that stayed as it is, with the factor that it lacks."""
+    if scale == 1:
+        return cell
+    try:
+        return repr(float(cell) * scale)
+    except ValueError:
+        return f"{cell} x {scale:g}"
+
+
+def _units(cells: list[str]) -> list[str]:
+    """The unit of each cell of a column, empty where there is no digit; nothing unless all are of time, or one rate."""
+    found = []
+    for cell in cells:
+        told = WITH_UNIT.fullmatch(cell)
+        if told is None or not any(_fits([told[1]], point) for point in NOTATIONS):
+            if re.search(r"\d", cell):
+                return []
+            found.append("")
+        else:
+            found.append(plain(told[2]) if plain(told[2]) in TIME_UNITS else told[2])
+    named = {*found} - {""}
+    rate = len(named) == 1 and RATES.fullmatch(*named)
+    return found if named and (rate or named <= TIME_UNITS.keys()) else []
