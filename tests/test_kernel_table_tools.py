@@ -242,6 +242,7 @@ def test_nvbench_names_results_of_two_clocks_alike(tmp_path: Path) -> None:
     assert [us for *_, us in loads(profile)] == pytest.approx(sizes)
 
 
+PYTEST = {"group": None, "name": "test_moe[1]", "fullname": "bench.py::test_moe[1]", "options": {"warmup": False}}
 FRAME = [{"num_tokens": n, "latency_us": 5.0 + n} for n in (1, 2, 3)]
 
 
@@ -253,11 +254,32 @@ FRAME = [{"num_tokens": n, "latency_us": 5.0 + n} for n in (1, 2, 3)]
         {str(7 * i): row for i, row in enumerate(FRAME)},
         {name: {str(i): row[name] for i, row in enumerate(FRAME)} for name in FRAME[0]},
         {"gpu": "H200", "config": {"top_k": 2}, "results": FRAME},
+        {"gpu": {"name": "H200"}, "model": {"name": "m"}, "num_tokens": [1, 2, 3], "results": FRAME},
+        {"gpu": "H200", **{name: [row[name] for row in FRAME] for name in FRAME[0]}},
+        [{"num_tokens": n, "shape": [n, 4096], "latencies_us": [5.0 + n, 90.0, 5.0 + n]} for n in (1, 2, 3)],
+        {
+            "machine_info": {"cpu": {"flags": []}},
+            "benchmarks": [
+                PYTEST
+                | {
+                    "params": {"num_tokens": n},
+                    "stats": {"median": (5 + n) * 1e-6, "mean": 9e-6 * n, "total": n, "ops": 9.5 * n},
+                }
+                for n in (1, 2, 3)
+            ],
+        },
     ],
 )
 def test_data_frames_in_json_and_what_is_said_beside_rows(tmp_path: Path, found: object) -> None:
     profile = read_table(written(tmp_path, json.dumps(found), "a.json"), unit=Unit.TOKENS, top_k=2)
-    assert loads(profile) == [(2, None, 6.0), (4, None, 7.0), (6, None, 8.0)]
+    assert [(n, round(us, 9)) for n, _, us in loads(profile)] == [(2, 6.0), (4, 7.0), (6, 8.0)]
+
+
+def test_rows_by_their_labels_can_be_those_of_loads(tmp_path: Path) -> None:
+    found = {"gpu": "H200", "results": {f"{row['num_tokens']}": {"latency_us": row["latency_us"]} for row in FRAME}}
+    for text in (json.dumps(found), ",latency_us\n1,6\n2,7\n3,8\n"):
+        path = written(tmp_path, text)
+        assert loads(read_table(path, load="Unnamed: 0", unit=Unit.ASSIGNMENTS))[0] == (1, None, 6.0)
 
 
 def test_what_is_said_beside_rows_is_heeded(tmp_path: Path) -> None:

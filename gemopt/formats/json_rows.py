@@ -86,29 +86,65 @@ def frame_rows(found: Any) -> Any:
 def beside_rows(found: Any) -> Any:
     """Rows with what an object says beside its one list of them, as of all rows; else as it is.
 
-    `{"gpu": "H200", "config": {"top_k": 8}, "results": [{...}, ...]}`; a name that comes twice is left as it is.
+    `{"gpu": "H200", "config": {"top_k": 8}, "results": [{...}, ...]}`, or `{"gpu": "H200", "tokens": [...], "us":
+    [...]}`. A name that rows have too is left as it is, but for a list, as of the values that were tried.
     """
-    lists = [key for key in found if isinstance(found[key], list)] if isinstance(found, dict) else []
-    if len(lists) != 1 or not found[lists[0]] or not all(map(is_flat, found[lists[0]])):
+    if not isinstance(found, dict):
         return found
-    told: list[tuple[str, Any]] = []
-    for key, each in found.items():
-        told += each.items() if is_flat(each) else [(key, each)] if key != lists[0] and each != {} else []
-    names = {name for row in found[lists[0]] for name in row}
-    if len({*names, *dict(told)}) < len(names) + len(told) or any(isinstance(each, dict) for _, each in told):
+    tables = {key: rows for key, each in found.items() if (rows := _rows(each))}
+    lists = {key: each for key, each in found.items() if isinstance(each, list) and len(each) > 1 and _is_plain(each)}
+    if not tables and len(lists) > 1 and len({*map(len, lists.values())}) == 1:
+        tables = {
+            key: [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)] for key in lists
+        }
+    elif len(tables) != 1:
         return found
-    return [{**row, **dict(told)} for row in found[lists[0]]]
+    rows = next(iter(tables.values()))
+    names = {name for row in rows for name in row}
+    told = _told("", {key: value for key, value in found.items() if key not in tables})
+    told = [
+        (name, str(v) if isinstance(v, list) else v) for name, v in told if not (name in names and isinstance(v, list))
+    ]
+    if len({*names, *dict(told)}) < len(names) + len(told):
+        return found
+    return [{**row, **dict(told)} for row in rows]
+
+
+def _rows(found: Any) -> list[dict[str, Any]]:
+    """Flat rows in a list, or by numbers that label them; else none."""
+    if isinstance(found, dict) and found and _all_numbers(found) and all(map(is_flat, found.values())):
+        return [{LABEL: label, **row} for label, row in found.items()]
+    return found if isinstance(found, list) and found and all(map(is_flat, found)) else []
+
+
+def _is_plain(cells: list[Any]) -> bool:
+    return not any(isinstance(each, (dict, list)) for each in cells)
+
+
+def _told(name: str, found: Any) -> list[tuple[str, Any]]:
+    """What is said under a name: a value, or those within it by their own names, or where these come twice by both."""
+    if not isinstance(found, dict):
+        return [(name, found)]
+    parts = [(key, _told(key, each)) for key, each in found.items()]
+    names = [inner for _, each in parts for inner, _ in each]
+    return [
+        (f"{key}.{inner}" if names.count(inner) > 1 and inner != key else inner, value)
+        for key, each in parts
+        for inner, value in each
+    ]
 
 
 def unnested(found: Any) -> Any:
     """Rows of objects within objects as flat ones, `{"timing": {"mean_us": 5}}` as `timing.mean_us`; else as it is.
 
-    Settings go by their own names: `{"config": {"num_tokens": 8}}` is `num_tokens`. So are rows in the one list of an
-    object.
+    Settings go by their own names: `{"config": {"num_tokens": 8}}` is `num_tokens`. Lists of plain values are texts. So
+    are rows in the one list of objects of an object.
     """
-    lists = [key for key in found if isinstance(found[key], list)] if isinstance(found, dict) else []
-    if len(lists) == 1:
-        return {**found, lists[0]: unnested(found[lists[0]])}
+    if isinstance(found, dict):
+        lists = [
+            key for key, each in found.items() if isinstance(each, list) and any(isinstance(e, dict) for e in each)
+        ]
+        return {**found, lists[0]: unnested(found[lists[0]])} if len(lists) == 1 else found
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         return found
     rows = []
@@ -119,7 +155,7 @@ def unnested(found: Any) -> Any:
             cells += [(k if named else f"{key}.{k}", v) for k, v in each.items()] if is_flat(each) else [(key, each)]
         if len(dict(cells)) < len(cells):
             return found
-        rows.append(dict(cells))
+        rows.append({name: str(v) if isinstance(v, list) and _is_plain(v) else v for name, v in cells})
     return rows
 
 

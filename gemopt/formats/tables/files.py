@@ -29,6 +29,7 @@ DOTS = {"...", "..", "\u2026"}  # as pandas prints columns that it leaves out
 LEFT_OUT = re.compile(r"[\s,;|\u2502\u2506]*(?:\.{2,3}|\u2026)[\s.,;|\u2026\u2502\u2506]*")  # and rows
 GROUPED = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+UNNAMED = "Unnamed: 0"  # as pandas calls a first column without a name
 UNPACKED = 1 << 31
 PACKED: dict[bytes, tuple[str, Callable[[io.BytesIO], Any]]] = {
     b"\x1f\x8b": (".gz", gzip.open),
@@ -165,19 +166,35 @@ def _records(path: str, text: str) -> Table:
     found = parsed(path, text)
     if isinstance(found, dict) and "traceEvents" in found:
         raise InputError(path, "a trace of events", "rows of loads and times", NO_LOADS)
-    found = [found] if is_flat(found) else found if _is_tuned(found) else beside_rows(frame_rows(unnested(found)))
+    if not is_flat(found) and not _is_tuned(found):
+        found = beside_rows(frame_rows(unnested(_of_pytest(found))))
+    found = [found] if is_flat(found) else found
     if not isinstance(found, list) or not found or not all(map(is_flat, found)):
         tuned = _is_tuned(found)
         limit = "kernel settings of --tune have no times" if tuned else "a list of rows with plain values"
         hint = "run benchmark_moe without --tune and give what it prints" if tuned else "or write the rows as CSV"
         raise InputError(path, "JSON", limit, hint)
-    header = list(dict.fromkeys(str(name) for row in found for name in row))
+    found = [{str(name) or UNNAMED: cell for name, cell in row.items()} for row in found]
+    header = list(dict.fromkeys(name for row in found for name in row))
     rows = [{name: "" if row.get(name) is None else str(row[name]) for name in header} for row in found]
     return Table(path, header, [Row(f"row {number}", cells) for number, cells in enumerate(rows, 1)])
 
 
 def _is_tuned(found: Any) -> bool:
     return isinstance(found, dict) and any(isinstance(each, dict) and "BLOCK_SIZE_M" in each for each in found.values())
+
+
+def _of_pytest(found: Any) -> Any:
+    """Rows of pytest-benchmark's document: function, parameters and what was added, and times; else as it is."""
+    if not isinstance(found, dict) or not {"machine_info", "benchmarks"} <= found.keys():
+        return found
+    rows = []
+    for each in found["benchmarks"] if isinstance(found["benchmarks"], list) else ():
+        told, times = each.get("params") or {}, each.get("stats") or {}
+        function = str(each.get("fullname", "")).partition("[")[0]
+        seconds = {f"time_{name}_s": times.get(name) for name in ("median", "mean", "min", "max", "stddev")}
+        rows.append({"function": function, **told, **(each.get("extra_info") or {}), **seconds})
+    return rows
 
 
 def _uncommented(text: str) -> str:
@@ -216,7 +233,7 @@ def _table(path: str, lines: list[tuple[int, list[str]]]) -> Table:
     lines = _filled([(line, cells) for line, cells in lines if any(cells)])
     if len(lines) < 2:
         raise InputError(path, "no rows", "a header line and at least one row are needed")
-    header = _numbered(lines[0][1])
+    header = [name or (UNNAMED if not i else name) for i, name in enumerate(_numbered(lines[0][1]))]
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise InputError(path, f"columns {', '.join(twice)} twice", "each column once")

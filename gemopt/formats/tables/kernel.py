@@ -145,9 +145,8 @@ def read_table(
     counts = load_column(table, layout, unit, load)
     if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:
         refuse_tokens_of_a_rank(table, counts)
-    active = [name for name in matching(table, ACTIVE) if name not in repeat and any(values(table.rows, name))]
-    active_column = next(iter(active), None)
-    reader = _Reader(table, counts, active_column)
+    told = (name for name in matching(table, ACTIVE) if name not in repeat and any(values(table.rows, name)))
+    reader = _Reader(table, counts, next(told, None))
     columns = device_columns(table, device, repeat) if device or layout is None or layout.devices else []
     tables = told_apart(table, columns, device, reader.key)
     repeats = [known(table, name, "--repeat-column") for name in repeat]
@@ -155,7 +154,7 @@ def read_table(
     reader.scattered = reader.latency in repeats
     if layout is None:
         refuse_other_units(table, reader.latency, reader.scale)
-    own = [counts, active_column, reader.latency, *named(table, ("assignments",))]
+    own = [counts, reader.active, reader.latency, *named(table, ("assignments",))]
     kept = [*columns, *(name for name in own if name is not None)]
     refuse_unsaid_files(split(tables, parts), None if of_file in repeats else of_file)
     used, tuned = {*kept, *repeats, *parts, *([of_file] if of_file else [])}, layout.tuned if layout else ()
@@ -175,11 +174,11 @@ def read_table(
     reader.factor = factor(counted, top_k, ep, table, counts)
     _check_assignments(reader)
     _check_active(reader, None if layout else experts_of_a_rank(table, counted, ep))
-    columns, told = _ranks(tables, columns, where)
+    columns, chosen = _ranks(tables, columns, where)
     devices = [_device(reader, each, columns, rank) for rank, each in enumerate(tables)]
     profile = Profile(devices=devices, model=shape(table, layout, top_k), kernel=kernel(table), mode="table")
     if notes is not None:
-        notes += [*said, *told, *skewed]
+        notes += [*said, *chosen, *skewed]
         if unit is None and counted is Unit.ASSIGNMENTS and plain(counts) != "assignments":
             notes.append(
                 f"{counts} counted as assignments; where it is tokens, give --top-k and --unit tokens, or "

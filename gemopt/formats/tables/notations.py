@@ -19,6 +19,7 @@ NOTATIONS = {  # by the sign before decimals
     for point, group in ((".", ","), (",", "."))
 }
 WITH_UNIT = re.compile(r"(.*\d) ?([a-zA-Z\u00b5\u03bc][a-zA-Z\u00b5\u03bc/ ]*)")
+LIST = re.compile(r"\[[^\[\],]+(?:,[^\[\],]+)*\]")
 RATES = re.compile(r".*/ ?s(ec)?|[tgp]flops?(/s)?|[tg]bps", re.IGNORECASE)
 
 
@@ -33,7 +34,7 @@ def read(path: str | os.PathLike[str]) -> Table:
     InputError
         Naming the file and the line that is wrong, as one whose cell names another unit than its column.
     """
-    table = files.read(path)
+    table = _repeated(files.read(path))
     varying = [name for name in table.header if len(values(table.rows, name)) > 1]
     cells = {name: [row.cells[name] for row in table.rows] for name in table.header}
     units = {name: found for name in varying if (found := _units(cells[name]))}
@@ -58,6 +59,27 @@ def read(path: str | os.PathLike[str]) -> Table:
         names[name] = name if unit_of(name) else f"{name} ({unit})"
     rows = [Row(row.where, {names[name]: cells[name][i] for name in table.header}) for i, row in enumerate(table.rows)]
     return Table(table.path, list(names.values()), rows)
+
+
+def _repeated(table: Table) -> Table:
+    """The table with a row for each time of lists in cells, `[20.5, 21.0]`; without them where other times are."""
+    listed = [
+        name for name in table.header if unit_of(name) and all(LIST.fullmatch(row.cells[name]) for row in table.rows)
+    ]
+    others = [name for name in table.header if unit_of(name) and name not in listed]
+    header = [name for name in table.header if name not in listed]
+    if not listed or (len(listed) > 1 and not others):
+        return table
+    if others:
+        return Table(
+            table.path, header, [Row(row.where, {name: row.cells[name] for name in header}) for row in table.rows]
+        )
+    rows = [
+        Row(row.where, {**row.cells, listed[0]: time.strip(), "repeat": f"{number}"})
+        for row in table.rows
+        for number, time in enumerate(row.cells[listed[0]].strip("[]").split(","))
+    ]
+    return Table(table.path, list(rows[0].cells), rows)
 
 
 def _fits(cells: list[str], point: str) -> bool:
@@ -98,5 +120,5 @@ def _units(cells: list[str]) -> list[str]:
         else:
             found.append(plain(told[2]) if plain(told[2]) in TIME_UNITS else told[2])
     named = {*found} - {""}
-    rate = len(named) == 1 and RATES.fullmatch(*named)
+    rate = len(named) == 1 and RATES.fullmatch(next(iter(named)))
     return found if named and (rate or named <= TIME_UNITS.keys()) else []

@@ -47,7 +47,7 @@ TOTALS = {"total", "sum", "cumulative", "elapsed", "wall"}
 UNDERSTOOD = TIMES | TOTALS | {*TIME_UNITS} | {
     "kernel", "kernels", "moe", "fused", "layer", "experts", "ffn", "mlp", "forward", "fwd", "run", "gpu",
     "cuda", "hip", "npu", "xpu", "device", "measured", "median", "med", "p50", "q50", "mean", "avg", "average", "dur",
-    "whole", "per", "iter", "iteration", "call", "launch",
+    "whole", "per", "iter", "iteration", "call", "launch", "times", "latencies", "durations",
 }  # fmt: skip
 """Words of the name of a time that leave no doubt, with all others known, that it is that of a layer."""
 OPERATIONS = {"op", "op_name", "operation", "routine"}
@@ -112,8 +112,10 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
     single = [name for name in timed if not words(name) & STATISTICS]
     middle = [name for name in timed if words(name) & {"median", "med", "p50"}]
     mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
-    if (middle or mean) and single and all(words(name) & TOTALS and _runs(table, name) for name in single):
-        single = []
+    if middle or mean:  # others may be totals of several runs, or were set: timeout_s
+        set_to = {name for name in single if len(table.rows) > 1 and len(values(table.rows, name)) == 1}
+        totals = {name for name in single if words(name) & TOTALS and _runs(table, name)}
+        single = [name for name in single if name not in set_to | totals]
     best = single or middle or mean
     if len(best) == 1:
         _refuse_other_times(table, best[0])
