@@ -40,6 +40,14 @@ def table(folder: Path, header: str, more: str) -> Path:
         ("assignments,total_us,repeat", ",100", None, "time total_us beside repeat 100"),
         ("assignments,total_time_us,graph_iters", ",50", None, "beside graph_iters 50"),
         ("assignments,elapsed_us,n", ",20", None, "beside n 20"),
+        (
+            "assignments,time_us,statistic",
+            ",p99",
+            None,
+            "statistic: got p99; the median or mean of repeats; to take them",
+        ),
+        ("assignments,time_us,quantile", ",0.99", None, "all the same: --repeat-column 'quantile'"),
+        ("assignments,time_us,metric", ",latency_max", None, "metric: got latency_max"),
     ],
 )
 def test_columns_of_one_value_that_contradict_are_refused(
@@ -66,6 +74,9 @@ def test_columns_of_one_value_that_contradict_are_refused(
         ("assignments,time_us,kernel", ",fused_moe_topk8_gate_up_down"),
         ("assignments,time_us,phase", ",decode"),
         ("assignments,time_us,repeat", ",100"),
+        ("assignments,time_us,statistic", ",median"),
+        ("assignments,time_us,percentile", ",50"),
+        ("assignments,time_us,metric", ",mean_latency_us"),
         ("assignments,total_us,warmup_iters", ",10"),
         ("assignments,total_us,n", ",1"),
         ("assignments,time_us,,", ",,"),

@@ -205,6 +205,11 @@ def test_loads_beside_those_of_each_rank_and_more_experts_than_there_are(tmp_pat
         (4 * n, None, 40 + n) for n in (1, 2, 16)
     ]
     assert "of the whole group" not in " ".join(of_group)
+    path = written(tmp_path, "M,time_us,total_M\n" + "".join(f"{n},{40 + n},{32 * n}\n" for n in (1, 2, 16)))
+    read_table(path, load="M", unit=Unit.ASSIGNMENTS, notes=(of_one := []))
+    assert of_one == ["total_M is 32 times M: is M that of one expert, or of one rank?"]
+    read_table(path, load="total_M", unit=Unit.ASSIGNMENTS, notes=(of_all := []))
+    assert of_all == []
     path = written(tmp_path, "num_tokens,num_experts,time_us\n8,2,40\n16,2,41\n")
     with pytest.raises(InputError, match=r"--top-k: got 4; at most the 2 experts .*then --unit group-tokens"):
         read_table(path, unit=Unit.TOKENS, top_k=4)

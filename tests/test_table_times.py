@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,16 @@ def test_the_likelier_of_several_times_is_offered(tmp_path: Path) -> None:
     path = table(tmp_path, "assignments,time_stats.moe_shuffling.median,time_stats.moe_grouped_gemm.median", ",20")
     with pytest.raises(InputError, match=r"say which: --time-column 'time_stats\.moe_grouped_gemm\.median:ms'"):
         read_table(path)
+
+
+def test_a_total_may_hold_the_exchange_beside_it(tmp_path: Path) -> None:
+    for column, advised in (("gemm_us", "gemm_us"), ("gate_up_us,down_us", "gate_up_us+down_us")):
+        path = table(tmp_path, f"assignments,total_us,dispatch_us,{column}", ",5,20,20"[: 5 + 3 * column.count(",")])
+        with pytest.raises(InputError, match=rf"--time-column '{re.escape(advised)}'"):
+            read_table(path)
+    notes: list[str] = []
+    read_table(path, time="total_us", notes=notes)
+    assert notes == ["total_us beside dispatch_us: is it without them? a topology adds exchanges of tokens"]
 
 
 def test_rows_of_one_load_that_nothing_tells_apart_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,18 @@ import re
 from collections.abc import Collection, Sequence
 
 from gemopt.exceptions import InputError
-from gemopt.formats.tables.columns import TIME_UNITS, TIMES, is_numeric, listed, named, plain, unit_of, values, words
+from gemopt.formats.tables.columns import (
+    STATISTICS,
+    TIME_UNITS,
+    TIMES,
+    is_numeric,
+    listed,
+    named,
+    plain,
+    unit_of,
+    values,
+    words,
+)
 from gemopt.formats.tables.files import Table
 from gemopt.formats.tables.kinds import as_if_balanced
 
@@ -37,6 +48,13 @@ ORIGINS = {
     "source", "data_source", "latency_source", "time_source", "kind", "type", "method", "mode", "origin", "provenance",
     "measurement", "timing", "estimator", "database_mode",
 }  # fmt: skip
+MIDDLE = {"median", "med", "p50", "q50", "mean", "avg", "average"}
+SUMMARIES = {
+    *METRICS, "statistic", "statistics", "stat", "stats", "aggregate", "aggregate_name", "aggregation", "agg",
+    "reduction", "quantile", "percentile", "percentiles",
+}  # fmt: skip
+"""Columns that say what was made of repeats."""
+MIDDLES = {"0.5", "50", "50.0", "50%"}
 SKEWED = {"power", "zipf", "skew", "skewed", "imbalanced", "unbalanced", "hot", "hotspot"}
 UNEVEN = {"imbalance": 1.0, "skew": 0.0, "skewness": 0.0, "zipf": 0.0, "law": 0.0, "gini": 0.0}  # power_law_alpha
 """Words of columns that tell by a number how unevenly, and that of even loads."""
@@ -80,9 +98,10 @@ def refuse_other_units(table: Table, time: str, scale: float) -> None:
 
 
 def refuse_no_measurements(table: Table, read_over: Collection[str]) -> None:
-    """Raise where a column says that a run failed, or that times were computed."""
+    """Raise where a column says that a run failed, or that times were computed, or are the longest of their load."""
     _refuse_failed(table, read_over)
     _refuse_computed(table, read_over)
+    _refuse_extremes(table, read_over)
 
 
 def _refuse_failed(table: Table, read_over: Collection[str]) -> None:
@@ -118,6 +137,18 @@ def _refuse_computed(table: Table, read_over: Collection[str]) -> None:
             others = [value for value in told if value not in computed]
             hint = f"--where '{name}={others[0]}'" if others else f"if they were: --repeat-column '{name}'"
             raise InputError(f"{table.path}, {name}", listed(computed), "times that were measured", hint)
+
+
+def _refuse_extremes(table: Table, read_over: Collection[str]) -> None:
+    for name in (each for each in table.header if plain(each) in SUMMARIES and each not in read_over):
+        found = values(table.rows, name)
+        quantiles = plain(name) not in METRICS and is_numeric(table.rows, name)
+        middle = [value for value in found if value in MIDDLES or words(value) & MIDDLE or not value]
+        extremes = [value for value in found if value not in middle and (quantiles or words(value) & STATISTICS)]
+        if extremes:
+            choice = f"--where '{name}={middle[0]}'; " if middle else ""
+            hint = f"{choice}to take them all the same: --repeat-column '{name}'"
+            raise InputError(f"{table.path}, {name}", listed(extremes), "the median or mean of repeats", hint)
 
 
 def refuse_skewed_groups(table: Table, where: Sequence[str]) -> list[str]:

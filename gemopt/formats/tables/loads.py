@@ -35,6 +35,7 @@ RATES = {
 }  # fmt: skip
 THOUSANDS = {"k", "ktokens", "thousand", "thousands", "million", "millions"}
 ONE_RANK = {"rank", "gpu", "device", "npu", "xpu", "card", "worker"}
+WHOLES, COUNTED = {"total", "sum", "all", "overall"}, {"num", "n", "count", "of"}
 GROUP = {"global", "cluster", "world"}
 PROFILED = {"instances", "calls", "corr_id", "correlation_id", "dispatch_id", "kernel_id"}
 """Columns of what profilers of kernels write."""
@@ -149,6 +150,8 @@ def doubts_of_load(table: Table, load: str, unit: Unit) -> list[str]:
     notes = [f"beside {each}: does {load} count all tokens?" for each in _factors(table, load)[:1]]
     if unit is not Unit.GROUP_TOKENS and (shared := _ranks(table, load)):
         notes.append(f"{load} is {shared}: are they those of the whole group? then --unit group-tokens")
+    for name, times in _wholes(table, load):
+        notes.append(f"{name} is {times} times {load}: is {load} that of one expert, or of one rank?")
     if words(load) & {"m", "rows"}:
         for name in (each for each in table.header if plain(each) in {"num_groups", "groups", "g"}):
             found = next((value for value in values(table.rows, name) if value not in ONES), "")
@@ -159,13 +162,23 @@ def doubts_of_load(table: Table, load: str, unit: Unit) -> list[str]:
 
 def _ranks(table: Table, load: str) -> str:
     """`8 times num_tokens_per_rank`, where a column counts the tokens of each rank, and the load those of several."""
-    for name in (each for each in table.header if each != load and _of_one_rank(each) and "tokens" in words(each)):
-        pairs = {(row.cells[load], row.cells[name]) for row in table.rows}
-        if all(load.isdecimal() and own.isdecimal() and int(own) for load, own in pairs):
-            times = {int(load) / int(own) for load, own in pairs}
-            if len(times) == 1 and (number := times.pop()) >= 2:
-                return f"{number:g} times {name}"
-    return ""
+    own = [each for each in table.header if each != load and _of_one_rank(each) and "tokens" in words(each)]
+    return next((f"{times} times {name}" for name in own if (times := _times(table, load, name))), "")
+
+
+def _wholes(table: Table, load: str) -> list[tuple[str, str]]:
+    """Columns that count what the load does in all, as `total_M` beside `M`, and how many times as much that is."""
+    wholes = [each for each in table.header if words(each) & WHOLES and words(each) - WHOLES == words(load) - COUNTED]
+    return [(name, times) for name in wholes if (times := _times(table, name, load))]
+
+
+def _times(table: Table, many: str, few: str) -> str:
+    """How many times a column is another, at least twice in all rows alike; empty where it is not."""
+    pairs = {(row.cells[many], row.cells[few]) for row in table.rows}
+    if not all(a.isdecimal() and b.isdecimal() and int(b) for a, b in pairs):
+        return ""
+    times = {int(a) / int(b) for a, b in pairs}
+    return f"{min(times):g}" if len(times) == 1 and min(times) >= 2 else ""
 
 
 def shared_experts(table: Table, top_k: int | None) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.recorded_files import names_of
-from gemopt.formats.tables.beside import refuse_no_measurements
+from gemopt.formats.tables.beside import MIDDLE, refuse_no_measurements
 from gemopt.formats.tables.columns import REPEATS, STATISTICS, known, listed, plain, unit_of, values, words
 from gemopt.formats.tables.devices import by_device
 from gemopt.formats.tables.files import Row, Table, number
@@ -39,7 +39,6 @@ NO_PARTS = {  # words before a number or letter that tells names apart; what the
         ("whole layers", "layer", "--repeat-column"),
     )
 }
-MIDDLE = {"median", "med", "p50", "mean", "avg", "average"}
 SUMMED_UP = TOTALS | {"overall", "all", "time", "us", "ms", "layer"}  # words of a part that is the sum of the others
 ALIKE_ROWS = 3  # which no two parts have by chance
 PARTS = PIECES | ELSEWHERE
@@ -112,9 +111,16 @@ def _summed(table: Table, row: Row, found: Sequence[tuple[str, float]]) -> float
 
 
 def left_out_of_sum(table: Table, time: str) -> list[str]:
-    """A sentence on times of parts beside those that were added up; `time`: the column that is read."""
-    others = [name for name in table.header if time == SUMMED != name and unit_of(name) and words(name) & PIECES]
-    return [f"{', '.join(others)} not among the times that are added up"] if others else []
+    """A sentence on times of parts beside those that were added up, or of exchanges beside a total.
+
+    time: the column that is read.
+    """
+    others = [name for name in table.header if name != time and unit_of(name)]
+    if time == SUMMED:
+        left = [name for name in others if words(name) & PIECES]
+        return [f"{', '.join(left)} not among the times that are added up"] if left else []
+    held = of_no_layer(others) if words(time) & (TOTALS | {"e2e", "overall"}) else []
+    return [f"{time} beside {', '.join(held)}: is it without them? a topology adds exchanges of tokens"] if held else []
 
 
 def refuse_other_rows(

@@ -131,9 +131,11 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         limit = "a column latency_us or time_us, or another that ends in its unit (_us, _ms, _ns, _s), is needed"
         raise InputError(table.path, f"columns {', '.join(table.header)}", limit, "or give --time-column 'NAME:ms'")
     limit = "one column with the time of the whole layer, and its unit"
-    likely = sorted(best, key=_unlikely)
     added = [name for name in best if name not in of_no_layer(best)]
-    if len(added) > 1 and all(words(name) & PIECES for name in best):
+    if len(added) < len(best):  # which a total holds too
+        added = [name for name in added if not words(name) & TOTALS] or added
+    likely = sorted(added or best, key=_unlikely)
+    if len(added) > 1 and all(words(name) & PIECES for name in added):
         hint = f"all the parts of a layer? to add them up: --time-column '{'+'.join(map(_with_unit, added))}'"
     else:
         of_parts = any(words(name) & PIECES for name in best)  # which a total is of then
