@@ -1,13 +1,16 @@
-"""What YAML makes of the values of a job."""
+"""What YAML makes of the values of a job, and names of files that would be written over."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from cli_inputs import write_inputs
 
 from gemopt.exceptions import InputError
-from gemopt.jobs import read_job
+from gemopt.jobs import read_job, run_job
+from gemopt.result import Result
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,29 @@ def test_what_yaml_reads_as_it_is_written_is_taken(tmp_path: Path, line: str, in
     path = tmp_path / "job.yaml"
     path.write_text(f"profile: p.json\ntraces: t.safetensors\noutput: out\n{line}\n")
     assert getattr(read_job(path).solver, inside) == value
+
+
+def test_no_file_of_a_job_is_written_over(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    job = {
+        "profile": "profile.json", "traces": "traces.safetensors", "output": "out", "num_hidden_layers": 2,
+        "solver": {"name": "linear"}, "report": {"page": False},
+    }  # fmt: skip
+    path = tmp_path / "job.json"
+    for files, said in (
+        ([("sglang", "result.json")], "exports.file: got result.json; a name that the job has no use for"),
+        ([("vllm", "placement.json")], "got placement.json"),
+        ([("trtllm", "configmap.yaml")], "got configmap.yaml"),
+        ([("trtllm", "a.yaml"), ("trtllm", "a.options.yaml")], "got a.options.yaml; one name per file"),
+        ([("sglang", "a.json"), ("vllm", "a.json.gemopt.json")], "got a.json.gemopt.json; one name per file"),
+    ):
+        path.write_text(json.dumps({**job, "exports": [{"engine": engine, "file": file} for engine, file in files]}))
+        with pytest.raises(InputError) as error:
+            run_job(read_job(path))
+        assert said in str(error.value) and not (tmp_path / "out").exists()
+    exports = [{"engine": "sglang", "file": "a.json"}, {"engine": "trtllm", "file": "a.yaml"}]
+    path.write_text(json.dumps({**job, "exports": exports}))
+    done = run_job(read_job(path))
+    assert len({*done.files}) == len(done.files) and Result.load(tmp_path / "out" / "result.json").placement is not None
+    scripts = [(tmp_path / "out" / name).read_text() for name in done.files if name.endswith(".sh")]
+    assert len(scripts) == 2 and all(any(each in text for text in scripts) for each in done.commands.values())

@@ -36,6 +36,7 @@ from gemopt.traces import Phase, Traces
 from gemopt.words import outside
 
 OPTION = re.compile(r"--(unit|top-k|ep|where|(?:load|time|device|repeat|sum)-column)\b")
+OWN_FILES = ("result.json", "job.json", "profile.json", "placement.json", "configmap.yaml", "report.html")
 EXISTS = ("a folder that does not exist yet", "give another with -o")
 
 
@@ -136,10 +137,11 @@ def _check(job: Job) -> None:
         check_draft(engine, wanted.mtp_layers)
         if wanted.file is not None and engine.suffixes and Path(wanted.file).suffix not in engine.suffixes:
             raise InputError("exports.file", wanted.file, f"{engine.name} wants {' or '.join(engine.suffixes)}")
-    names = [_file(wanted) for wanted in job.exports]
+    names = [*OWN_FILES, *(name for wanted in job.exports for name in _files(wanted))]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise InputError("exports.file", twice, "one name per file", "give each of them a file")
+        limit = "a name that the job has no use for" if twice in OWN_FILES else "one name per file"
+        raise InputError("exports.file", twice, limit, "give each of them a file")
     if job.report.page:
         graph_objects()
     else:
@@ -162,6 +164,16 @@ def _check_layers(job: Job, traces: Traces) -> None:
 def _file(wanted: ExportTo) -> str:
     suffix = (get(wanted.engine).suffixes or ("",))[0]
     return wanted.file or f"{canonical(wanted.engine)}{suffix}"
+
+
+def _files(wanted: ExportTo) -> list[str]:
+    """All that an export writes, but its script."""
+    name, beside = _file(wanted), Path(_file(wanted))
+    return [
+        name,
+        f"{name}.gemopt.json",
+        *([f"{beside.stem}.options.yaml"] if beside.suffix in (".yaml", ".yml") else []),
+    ]
 
 
 def _key(option: re.Match[str]) -> str:
@@ -274,7 +286,8 @@ class _Writer:
         if made.command:
             self.commands[engine.name] = made.command
             text = "#!/bin/sh\n# " + "\n# ".join(["Starts the engine with this placement.", *made.notes])
-            script = f"launch-{Path(path).stem}.sh"
+            script = f"launch-{path.stem}.sh"
+            script = f"launch-{path.name}.sh" if script in self.files else script
             self._text(script, f"{text}\n{made.command}\n")
             mode = (self.job.output / script).stat().st_mode
             (self.job.output / script).chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
