@@ -94,6 +94,31 @@ def test_hosts_that_nvlink_joins_are_one_node(tmp_path: Path) -> None:
         read_links(str(path), nodes=3)
 
 
+def test_older_versions_have_no_root(tmp_path: Path) -> None:
+    """A time of whole microseconds stands where newer ones have the root."""
+    header = (
+        "#       size         count      type   redop     time   algbw   busbw  error     time   algbw   busbw  error\n"
+    )
+    lines = [line for line in clear_run(8, 7 / 8).splitlines(keepends=True)[1:] if line.startswith("#")]
+    rows = [
+        f"{size:12d} {size // 32:10d}     float          {us:>8} {size / float(us) / 1e3:7.2f} "
+        f"{7 / 8 * size / float(us) / 1e3:7.2f}  0e+00 {us:>8} 1.0 1.0  1e+00\n"
+        for size, us in ((1 << 20, "23.5"), (1 << 24, "75.92"), (1 << 28, "5211"))
+    ]
+    path = tmp_path / "alltoall_perf.txt"
+    path.write_text("".join([*lines, header, *rows]))
+    level = read_links(str(path)).within_node
+    assert level is not None and level.points is not None
+    assert level.points[-1] == (7 / 8 * (1 << 28), 5211.0)
+
+
+def test_two_tests_in_one_file_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "alltoall.txt"
+    path.write_text(NCCL.format(test="alltoall", host="Node1") + "# Collective test starting: all_reduce_perf\n")
+    with pytest.raises(InputError, match="got all_reduce and alltoall; the output of alltoall_perf or sendrecv_perf"):
+        read_links(str(path))
+
+
 def test_nccl_tests_output_that_a_windows_shell_wrote(tmp_path: Path) -> None:
     path = tmp_path / "run.txt"
     path.write_text(NCCL.format(test="alltoall", host="Node1"), encoding="utf-16")

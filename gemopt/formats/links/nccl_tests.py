@@ -26,15 +26,16 @@ RANK_LINE = re.compile(
 AGGREGATED = re.compile(r"agg iters: (\d+)")
 PER_PROCESS = re.compile(r"nThread (\d+) nGpus (\d+)")
 TEST_LINE = re.compile(r"^# Collective test starting: (\w+?)(?:_perf)?\s*$", re.MULTILINE)
-ROW = re.compile(
-    r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+([a-z]\w*\s+)?(?:-?\d+\s+)?([\d.]+)\s+[\d.]+\s+[\d.]+(?:[^\S\n]+(\S+))?",
-    re.MULTILINE,
-)
+HEAD = r"^\s*(\d+)\s+(\d+)\s+(\w+)\s+([a-z]\w*\s+)?"
+ROWS = {  # by whether there is a column for the root; else a time of whole microseconds would stand in it
+    rooted: re.compile(rf"{HEAD}{root}([\d.]+)\s+([\d.]+)\s+([\d.]+)(?:[^\S\n]+(\S+))?", re.MULTILINE)
+    for rooted, root in ((True, r"(?:-?\d+\s+)?"), (False, ""))
+}
+ROOTLESS = re.compile(r"^#.*\bredop\s+time\b", re.MULTILINE)  # headers of older versions
 BEGUN = re.compile(r"^[^\S\n]*\d+[^\S\n]+\d+[^\S\n]+[a-z]\w*.*$", re.MULTILINE)  # also a row cut short
 USED = ("alltoall", "sendrecv")
 WHOLE = f"the whole output of {' or '.join(test + '_perf' for test in USED)} of nccl-tests"
 NO_TYPES = {"", "none"}
-BUS = re.compile(r"^\s*\d+\s+\d+\s+\w+\s+(?:[a-z]\w*\s+)?(?:-?\d+\s+)?[\d.]+\s+([\d.]+)\s+([\d.]+)", re.MULTILINE)
 OUT_OF_BOUNDS = re.compile(r"Out of bounds values : [1-9]\d* FAILED")
 TOLD_GBS, NEAR = 1.0, 0.02  # GB/s from which two digits tell the ratio of speeds, to this part
 RIGHT = {"", "0", "0e+00", "N/A", "None", "0.0"}
@@ -80,9 +81,9 @@ class Run:
 
 def printed(text: str, source: str) -> Run:
     """A run as it is printed; `InputError` where rows are cut."""
-    rows = [
-        Row(int(size), kind, redop.strip(), float(us), wrong) for size, _, kind, redop, us, wrong in ROW.findall(text)
-    ]
+    pattern = ROWS[not ROOTLESS.search(text)]
+    found = pattern.findall(text)
+    rows = [Row(int(size), kind, redop.strip(), float(us), wrong) for size, _, kind, redop, us, _, _, wrong in found]
     devices = [
         Device(int(rank), group, pid, host, f"{device} {bus}")
         for rank, group, pid, host, device, bus in RANK_LINE.findall(text)
@@ -90,7 +91,7 @@ def printed(text: str, source: str) -> Run:
     if not devices or not rows:
         hint = "or a document or matrix in .json, or a name such as nvlink-8"
         raise InputError(source, f"{len(devices)} ranks, {len(rows)} rows", WHOLE, hint)
-    cut = next((line for line in BEGUN.findall(text) if not ROW.match(line)), None)
+    cut = next((line for line in BEGUN.findall(text) if not pattern.match(line)), None)
     if cut is not None:
         raise InputError(source, cut.strip(), "whole rows of nccl-tests", "was the output cut?")
     if failed := OUT_OF_BOUNDS.search(text):
@@ -99,7 +100,7 @@ def printed(text: str, source: str) -> Run:
         raise InputError(source, "cputime", "times of exchanges, not of their launch", "run it without -C 1")
     process, together = PER_PROCESS.search(text), AGGREGATED.search(text)
     per_process = int(process[1]) * int(process[2]) if process else 1
-    speeds = [(float(algorithm), float(bus)) for algorithm, bus in BUS.findall(text)]
+    speeds = [(float(algorithm), float(bus)) for *_, algorithm, bus, _ in found]
     return Run(set(TEST_LINE.findall(text)), devices, rows, per_process, int(together[1]) if together else 1, speeds)
 
 
@@ -182,7 +183,7 @@ def _checked(run: Run, source: str) -> str:
         if row.wrong not in RIGHT:
             found = f"#wrong {row.wrong} at {row.size} bytes"
             raise InputError(source, found, "0: what was received is not what was sent")
-    test = next(iter(run.tests)) if len(run.tests) == 1 else _told_by_name(source)
+    test = " and ".join(sorted(run.tests)) or _told_by_name(source)
     if test not in USED:
         hint = "" if test else f"older versions do not name it: name the file after it, {USED[0]}_perf.txt"
         limit = f"the output of {' or '.join(each + '_perf' for each in USED)}"
