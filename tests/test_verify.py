@@ -160,6 +160,10 @@ EDITS = {
     "plane": lambda c: c["layers"][0]["planes"][0][0].__setitem__(0, c["layers"][0]["planes"][0][0][0] + (1 << 44)),
     "factor": lambda c: c["layers"][0]["factor"].__setitem__(0, 2 * c["layers"][0]["factor"][0]),
     "cost": lambda c: c.update(cost="roofline-1"),
+    "huge slots": lambda c: c["slots_per_rank"].__setitem__(0, 10**18),
+    "slots below 0": lambda c: c.update(slots_per_rank=[*c["slots_per_rank"], 3, -3]),
+    "slots of one layer": lambda c: c["layers"][1]["row"].append(0),
+    "huge expert": lambda c: c["layers"][0]["row"].__setitem__(0, 10**30),
 }
 
 

@@ -89,7 +89,7 @@ def verify(
     _check_digests(certificate, profile, traces)
     duals = certificate.duals(path)
     cost, _ = fit(profile, model=certificate.cost)
-    slots_G = np.array(certificate.slots_per_rank, dtype=np.int64)
+    slots_G = _slots(certificate)
     ids = [layer.layer_id for layer in certificate.layers]
     if ids != list(traces.layer_ids) or len(slots_G) != len(cost.latencies):
         raise InputError(
@@ -114,6 +114,16 @@ def verify(
         if abs(said - here) > SAME * max(abs(here), 1.0):
             raise InputError(f"Certificate.{name}", said, f"{here!r}, from its layers", "the certificate was edited")
     return found
+
+
+def _slots(certificate: Certificate) -> IntArray:
+    """[G] slots of each rank; every layer has as many."""
+    slots = certificate.slots_per_rank
+    short = next((layer for layer in certificate.layers if len(layer.row) != sum(slots)), None)
+    if min(slots, default=0) < 0 or short is not None:
+        found = f"{slots} beside {len(short.row)} slots of layer {short.layer_id}" if short is not None else slots
+        raise InputError("Certificate.slots_per_rank", found, "counts >= 0 that sum to the slots of every layer")
+    return np.array(slots, dtype=np.int64)
 
 
 def _check_digests(certificate: Certificate, profile: Profile, traces: Traces) -> None:
@@ -190,11 +200,11 @@ def _check_bound(name: str, said_us: float, here_us: float, found_us: float) -> 
 
 def _feasible(case: Case, layer: LayerProof) -> IntArray:
     """The row, when it holds every expert and none twice on a rank."""
-    name, row_P = f"Certificate.layers[{layer.layer_id}].row", np.array(layer.row, dtype=np.int64)
-    owner_P = np.repeat(np.arange(len(case.slots_G)), case.slots_G)
-    experts = case.counts_TE.shape[1]
-    if row_P.shape != owner_P.shape or (row_P < -1).any() or (row_P >= experts).any():
-        raise InputError(name, f"{len(row_P)} slots", f"{len(owner_P)} slots of experts below {experts}, or -1")
+    name, experts = f"Certificate.layers[{layer.layer_id}].row", case.counts_TE.shape[1]
+    strange = next((expert for expert in layer.row if not -1 <= expert < experts), None)
+    if strange is not None:
+        raise InputError(name, strange, f"experts below {experts}, or -1")
+    owner_P, row_P = np.repeat(np.arange(len(case.slots_G)), case.slots_G), np.array(layer.row, dtype=np.int64)
     held = row_P >= 0
     if set(row_P[held].tolist()) != set(range(experts)):
         raise InputError(name, "an expert is missing", "every expert has a slot")
