@@ -29,6 +29,17 @@ def test_a_fleet_scales_every_latency(tmp_path: Path) -> None:
     assert what_if(table, fleet, ranks=6, seed=3) == cluster != what_if(table, fleet, ranks=6, seed=4)
 
 
+def test_times_of_gpus_are_a_fleet(tmp_path: Path) -> None:
+    rows = [("a", 0, 22.0, 1.2), ("a", 1, 20.0, 1.5), ("b", 0, 25.0, 9.0), ("b", 1, 21.5, 1.0), ("c", 0, 22.5, 2.0)]
+    text = "host;gpu;median_ms;max_ms\n" + "".join(f"{h};{g};{ms};{ms + m}\n" for h, g, ms, m in rows)
+    fleet = read_fleet(written(tmp_path, text.replace(".", ",")))
+    assert fleet.gpus == ["a/0", "a/1", "b/0", "b/1", "c/0"]
+    assert fleet.rel_time == pytest.approx(np.array([22.0, 20.0, 25.0, 21.5, 22.5]) / 22.0)
+    for header, rows_of in (("size,time_ms", "1,5\n2,6\n"), ("gpu,fp8_ms,bf16_ms", "0,5,6\n1,6,7\n")):
+        with pytest.raises(InputError, match="a column rel_time, or one of times and the GPUs they are of, is needed"):
+            read_fleet(written(tmp_path, f"{header}\n{rows_of}"))
+
+
 def test_compute_and_memory_speeds_act_on_their_own_part(tmp_path: Path) -> None:
     rows = [(n, a, max(20 + 5 * a, 10 + 0.5 * n)) for n in (8, 32, 512, 1024, 2048) for a in (2, 4, 8)]
     text = "tokens,active_experts,latency_us\n" + "".join(f"{n},{a},{y}\n" for n, a, y in rows)

@@ -73,6 +73,8 @@ def test_what_is_no_text_is_told(tmp_path: Path, data: bytes, said: str) -> None
             "line 4: got 1 columns; 2 columns, as in the header; leave out titles",
         ),
         ("B200\n\n| assignments | us |\n|---|---|\n| 1 | 5 |\n", "leave out titles above the header and notes below"),
+        ("MoE on B200\n\nassignments,us\n1,5\n", "got MoE on B200; columns that commas"),
+        ("MoE on B200\nassignments;us\n1;5\n", "leave out the title above the header"),
         ("[---- fused_moe ----]\n      |  triton\nM=1   |  55.1\n", "got [---- fused_moe ----]; columns that commas"),
     ],
 )

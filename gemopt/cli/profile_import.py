@@ -54,7 +54,9 @@ def import_table(
         Columns,
         typer.Option(help="column that names parts of a layer, to be added up; of several tables: file; repeatable"),
     ] = None,
-    speeds: Annotated[Path | None, typer.Option(help="CSV with rel_time: draw a what-if cluster from it")] = None,
+    speeds: Annotated[
+        Path | None, typer.Option(help="CSV with rel_time, or times of GPUs: draw a what-if cluster from it")
+    ] = None,
     fleet: Annotated[str | None, typer.Option(help="which dataset of the speeds, when it holds several")] = None,
     memory_fleet: Annotated[str | None, typer.Option(help="another dataset for the memory-bound part")] = None,
     ranks: Annotated[

@@ -219,7 +219,9 @@ def _csv(path: str, text: str) -> Table:
         lines = printed(text)
         if lines and len(lines[0][1]) == 1 and re.search(r"\s", lines[0][1][0]):
             limit = "columns that commas, tabs or bars set apart, or blanks with every cell below its name"
-            raise InputError(path, lines[0][1][0], limit)
+            below = text.lstrip().partition("\n")[2].lstrip().partition("\n")[0]
+            title = any(each in below for each in ",;\t") and delimiter not in first
+            raise InputError(path, lines[0][1][0], limit, "leave out the title above the header" if title else "")
         return _table(path, lines)
     try:
         reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")

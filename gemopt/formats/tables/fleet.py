@@ -10,11 +10,13 @@ import numpy as np
 
 from gemopt.costs import Roofline
 from gemopt.exceptions import ABOVE_0, InputError, check_number
+from gemopt.formats.tables.beside import MIDDLE
 from gemopt.formats.tables.columns import (
     DEVICES,
     HOSTS,
     MOMENTS,
     OF_A_DEVICE,
+    STATISTICS,
     TIMES,
     is_numeric,
     listed,
@@ -34,7 +36,7 @@ from gemopt.words import counted
 
 SPEEDS = {"tflops", "gflops", "flops", "throughput", "bandwidth", "bw", "gbps", "speed"}
 FEW, MANY, AGREE, FEW_AGREE = 3, 8, 0.9, 0.999  # GPUs, and the correlation from which columns contradict each other
-SLOWEST = 1e3  # times what another device takes
+SLOWEST, LARGEST_US = 1e3, 1e12  # times what another device takes
 FAR = 1.5  # a median that is further from 1 is not that of relative times
 
 
@@ -55,11 +57,13 @@ class Fleet:
 
 
 def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
-    """Fleet from a CSV with `rel_time` and, where it holds several, `dataset`; `name` picks one."""
+    """Fleet from a CSV with `rel_time`, or with times, and where it holds several `dataset`; `name` picks one."""
     table = read(path)
-    column = next(iter(named(table, ("rel_time",))), None)
+    relative = next(iter(named(table, ("rel_time",))), None)
+    column = relative or _of_time(table)
     if column is None:
-        raise InputError(str(path), f"columns {', '.join(table.header)}", "a column rel_time is needed")
+        limit = "a column rel_time, or one of times and the GPUs they are of, is needed"
+        raise InputError(str(path), f"columns {', '.join(table.header)}", limit)
     names = sorted({row.cells["dataset"] for row in table.rows}) if "dataset" in table.header else [""]
     if name is None and len(names) > 1:
         raise InputError(str(path), f"{len(names)} fleets", f"one of {', '.join(names)}", "choose with --fleet")
@@ -67,11 +71,12 @@ def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
         raise InputError("--fleet", name, f"one of {', '.join(names)}")
     chosen = name if name is not None else names[0]
     kept = [row for row in table.rows if row.cells.get("dataset", "") == chosen]
-    rel_time = np.array([number(table, row, column, largest=1e3) for row in kept])
+    rel_time = np.array([number(table, row, column, largest=1e3 if relative else LARGEST_US) for row in kept])
     if (rel_time <= 0).any():
         row = kept[int(rel_time.argmin())]
-        limit = "above 0 (1: as fast as the fleet's median)"
-        raise InputError(f"{path} {row.where}, rel_time", row.cells[column], limit)
+        limit = "above 0 (1: as fast as the fleet's median)" if relative else "above 0"
+        raise InputError(f"{path} {row.where}, {column}", row.cells[column], limit)
+    rel_time = rel_time if relative else rel_time / np.median(rel_time)
     if not 1 / FAR < np.median(rel_time) < FAR:
         found = f"times around {np.median(rel_time):g}"
         raise InputError(f"{path}: rel_time", found, "about 1, the fleet's median", "divide them by their median")
@@ -81,6 +86,19 @@ def read_fleet(path: str | os.PathLike[str], name: str | None = None) -> Fleet:
     if twice is not None:
         raise InputError(f"{path}: gpu", f"{twice} twice", "a row for each GPU", "keep one workload, or the median")
     return Fleet(chosen or os.path.basename(str(path)), gpus, rel_time)
+
+
+def _of_time(table: Table) -> str | None:
+    """The one column of times, or of their medians or means, beside one of GPUs."""
+    if not any(plain(name) in DEVICES for name in table.header):
+        return None
+    timed = [
+        name
+        for name in table.header
+        if (unit_of(name) or words(name) & TIMES) and not words(name) & MOMENTS and is_numeric(table.rows, name)
+    ]
+    best = [name for name in timed if not words(name) & STATISTICS] or [e for e in timed if words(e) & MIDDLE]
+    return best[0] if len(best) == 1 else None
 
 
 def _refuse_speeds(table: Table, column: str, rel_time: FloatArray) -> None:
