@@ -70,7 +70,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
 
 def read(path: Path, facts: Facts) -> Placement:
     """Read the load balancer's YAML; layers from `num_hidden_layers` on are draft layers and left out."""
-    data = bounded_yaml(path)
+    data = _balancer(path, bounded_yaml(path))
     if not isinstance(data, dict) or set(data) - _KEYS or not isinstance(data.get("initial_global_assignments"), dict):
         found = ", ".join(map(str, data)) if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{path}: keys", found, f"only {', '.join(sorted(_KEYS))}, with one list per layer")
@@ -105,6 +105,15 @@ def read(path: Path, facts: Facts) -> Placement:
     if facts.num_hidden_layers is None and (plain := untouched(placement.physical_to_logical, ids)):
         facts.notes.append(f"layers {plain} hold the experts in order: draft layers? then give --num-hidden-layers")
     return placement
+
+
+def _balancer(path: Path, data: Any) -> Any:
+    """The balancer within options of the engine (`moe_config.load_balancer`); else as it is."""
+    config = data.get("moe_config") if isinstance(data, dict) else None
+    found = config.get("load_balancer") if isinstance(config, dict) else None
+    if isinstance(found, str):
+        raise InputError(f"{path}: moe_config.load_balancer", found, "the balancer itself", "import the file it names")
+    return data if found is None else found
 
 
 def _whole(name: str, value: Any) -> int:

@@ -169,6 +169,7 @@ BAD = [
     ("vllm-ascend", ".json", '{"moe_layer_count": 1, "layer_list": [3]}', "device_list"),
     ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,3]}\nep_size: 2\n", "ep_size"),
     ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2]}\n", "num_slots"),
+    ("tensorrt-llm", ".yaml", "moe_config: {load_balancer: ./a.yaml}\n", "import the file it names"),
     ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,2]}\n", "expert"),
     ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {a: [0,1,2,3]}\n", "a whole number"),
     ("tensorrt-llm", ".yaml", "num_slots: 4\ninitial_global_assignments: {0: [0,1,2,x]}\n", "got x; a whole number"),
@@ -219,6 +220,13 @@ def test_bad_file_is_one_clear_line(tmp_path, name, suffix, text, word):
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value) or "--ep" in str(caught.value)
+
+
+def test_a_balancer_within_the_options_of_tensorrt_llm(tmp_path):
+    path, inner = tmp_path / "options.yaml", "{num_slots: 4, initial_global_assignments: {3: [2, 3, 1, 0]}}"
+    path.write_text(f"enable_attention_dp: true\nmoe_config: {{backend: DEEPGEMM, load_balancer: {inner}}}\n")
+    found = import_placement(path, source="tensorrt-llm", facts=Facts(num_ranks=2))
+    assert found.physical_to_logical.tolist() == [[2, 3, 1, 0]] and found.layer_ids == [3]
 
 
 def test_wrong_numbers_of_layers_and_experts(make_placement, tmp_path):
