@@ -93,7 +93,9 @@ NUMBERS = [(8, None, 20.5), (512, None, 90.25), (16384, None, 1234.5)]
         "assignments;latency_us\n8;20,5\n512;90,25\n16384;1234,5\n",
         "assignments\tlatency_us\tspeedup\n8\t20,5\t1,31x\n512\t90,25\t0,98x\n16.384\t1.234,5\t1,02x\n",
         'assignments,latency_us\n8,20.5\n512,90.25\n"16,384","1,234.5"\n',
+        'assignments,latency_ns\n8,"20,500"\n512,"90,250"\n"16,384","1,234,500"\n',
         "assignments;latency_us\n8;20.5\n512;90.25\n16 384;1\u202f234.5\n",
+        "assignments;latency_us\n8;20.500\n512;90.250\n16 384;1 234.500\n",
         "assignments,latency\n8,20.5 us\n512,90.25us\n16384,1.2345 ms\n",
         "assignments;Zeit (ms)\n8;0,0205 ms\n512;0,09025 ms\n16384;1,2345 ms\n",
         "| assignments | Latency | Rate |\n|--|--|--|\n| 8 | 20.5 \u00b5s | 390,244 tok/s |\n"
@@ -113,6 +115,7 @@ def test_numbers_as_spreadsheets_and_people_write_them(tmp_path: Path, text: str
         ("assignments;us\n8;20,512\n512;90,250\n", "line 2, us: got 20,512; a number from 0 to 1e+12; a dot before"),
         ("assignments;us\n8;20,5\n512;1.002\n", "line 2, us: got 20,5; a number from 0 to 1e+12; a dot before"),
         ("assignments;us\n8;20,5\n512;OOM\n", "line 3, us: got OOM"),
+        ("assignments;ns\n8;20.512\n512;90.250\n", "ns: got 20.512; a fraction, or thousands?"),
         ("assignments;time\n8;900 us\n64;1,5 ms\n512;1.002 ms\n", "line 3, time (us): got 1,5 x 1000"),
     ],
 )

@@ -29,6 +29,7 @@ DOTS = {"...", "..", "\u2026"}  # as pandas prints columns that it leaves out
 LEFT_OUT = re.compile(r"[\s,;|\u2502\u2506]*(?:\.{2,3}|\u2026)[\s.,;|\u2026\u2502\u2506]*")  # and rows
 GROUPED = re.compile(r"[1-9]\d{0,2}\.\d{3}")
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+LEAST_US = 0.5  # of a layer
 UNNAMED = "Unnamed: 0"  # as pandas calls a first column without a name
 UNPACKED = 1 << 31
 PACKED: dict[bytes, tuple[str, Callable[[io.BytesIO], Any]]] = {
@@ -113,11 +114,14 @@ def _mended(cell: str, column: str) -> str:
     return "a failed run, or a row of units? leave it out" if not re.search(r"\d", cell) else ""
 
 
-def refuse_grouped(table: Table, column: str) -> None:
-    """Raise where dots may stand between thousands: 512, 1.024, 2.048."""
+def refuse_grouped(table: Table, column: str, scale: float = 1.0) -> None:
+    """Raise where dots may stand between thousands: 512, 1.024, 2.048; scale: microseconds of a unit, where it is one.
+
+    In nanoseconds they do where the times were else none of a layer: 20.512.
+    """
     dotted = [row for row in table.rows if GROUPED.fullmatch(row.cells[column])]
     short = [row for row in table.rows if row.cells[column].isdigit() and len(row.cells[column]) <= 3]
-    even = all(row.cells[column].endswith("000") for row in dotted)
+    even = all(row.cells[column].endswith("000") or float(row.cells[column]) * scale < LEAST_US for row in dotted)
     if dotted and len(dotted) + len(short) == len(table.rows) and (short or even):
         cell = dotted[0].cells[column]
         hint = f"write {cell.replace('.', '')} or {float(cell)}"

@@ -158,8 +158,8 @@ def read_table(
     kept = [*columns, *(name for name in own if name is not None)]
     refuse_unsaid_files(split(tables, parts), None if of_file in repeats else of_file)
     used, tuned = {*kept, *repeats, *parts, *([of_file] if of_file else [])}, layout.tuned if layout else ()
-    for name in (reader.load, reader.latency):
-        refuse_grouped(table, name)
+    for name, scale in ((reader.load, 1.0), (reader.latency, reader.scale)):
+        refuse_grouped(table, name, scale)
     for each in by_device(table, parts):
         refuse_mixtures(by_device(each, columns), reader.key, used=used, tuned=tuned)
     table, said = _whole_layers(reader, tables, parts, kept)

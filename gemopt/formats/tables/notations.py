@@ -9,11 +9,12 @@ from gemopt.exceptions import InputError
 from gemopt.formats.tables import files
 from gemopt.formats.tables.columns import TIME_UNITS, plain, unit_of, values
 from gemopt.formats.tables.files import Row, Table
+from gemopt.formats.tables.loads import LOAD_COLUMNS
 
 BLANKS = " '\u00a0\u2009\u202f\u2019"
 NOTATIONS = {  # by the sign before decimals
     point: re.compile(
-        rf"[-+]?(?=[{point}]?\d)(?:\d+|[1-9]\d{{0,2}}(?:[{BLANKS}{group}]\d{{3}})+)?(?:[{point}]\d*)?"
+        rf"[-+]?(?=[{point}]?\d)(?:\d+|[1-9]\d{{0,2}}([{BLANKS}{group}])\d{{3}}(?:\1\d{{3}})*)?(?:[{point}]\d*)?"
         rf"(?:[eE][-+]?\d+)? ?[%x\u00d7]?"
     )
     for point, group in ((".", ","), (",", "."))
@@ -27,7 +28,7 @@ def read(path: str | os.PathLike[str]) -> Table:
     """Rows of a file with plain numbers; those of times in the unit that their column names, or now does.
 
     Commas stand before decimals, or between thousands, where all numbers of the table can be so and not otherwise;
-    where both is possible (`1,024` beside `512`) cells stay as they are. So do cells without any digit.
+    where both is possible (`20,512` beside `512`) cells stay as they are. So do cells without any digit.
 
     Raises
     ------
@@ -43,10 +44,10 @@ def read(path: str | os.PathLike[str]) -> Table:
     plainly = [
         {name: [_plain(cell, point) for cell in cells[name]] for name in numbers}
         for point in NOTATIONS
-        if all(_fits(cells[name], point) for name in numbers)
+        if all(_fits(cells[name], point) and not (point == "," and _broken(name, cells[name])) for name in numbers)
     ]
-    if plainly and all(each == plainly[0] for each in plainly):
-        cells |= plainly[0]
+    for name in numbers if plainly else ():
+        cells[name] = plainly[0][name] if all(each[name] == plainly[0][name] for each in plainly) else cells[name]
     names = {name: name for name in table.header}
     for name, found in units.items():
         unit = unit_of(name) or (found[0] if len({*found} - {""}) == 1 else "us")
@@ -91,6 +92,11 @@ def _fits(cells: list[str], point: str) -> bool:
     signs = {(point in cell, ",.".replace(point, "") in cell) for cell in told}
     mixed = {(True, False), (False, True)} <= signs and (True, True) not in signs
     return bool(told) and not mixed and all(map(NOTATIONS[point].fullmatch, told))
+
+
+def _broken(name: str, cells: list[str]) -> bool:
+    """Whether the commas of loads, which are whole numbers, stand between thousands, and not before decimals."""
+    return plain(name) in LOAD_COLUMNS and any(cell.rpartition(",")[2].strip("0") for cell in cells if "," in cell)
 
 
 def _plain(cell: str, point: str) -> str:
