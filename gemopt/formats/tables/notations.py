@@ -36,29 +36,35 @@ def read(path: str | os.PathLike[str]) -> Table:
         Naming the file and the line that is wrong, as one whose cell names another unit than its column.
     """
     table = _repeated(files.read(path))
-    varying = [name for name in table.header if len(values(table.rows, name)) > 1]
-    cells = {name: [row.cells[name] for row in table.rows] for name in table.header}
-    units = {name: found for name in varying if (found := _units(cells[name]))}
-    cells |= {name: [WITH_UNIT.sub(r"\1", cell) for cell in cells[name]] for name in units}
-    numbers = [name for name in varying if any(_fits(cells[name], point) for point in NOTATIONS)]
+    found = {name: each for name in table.header if len(each := values(table.rows, name)) > 1}
+    units = {name: told for name, each in found.items() if (told := _units(each))}
+    cells = found | {name: [WITH_UNIT.sub(r"\1", cell) for cell in found[name]] for name in units}
+    fitting = {name: points for name in cells if (points := _fitting(name, cells[name]))}
     plainly = [
-        {name: [_plain(cell, point) for cell in cells[name]] for name in numbers}
+        {name: [_plain(cell, point) for cell in cells[name]] for name in fitting}
         for point in NOTATIONS
-        if all(_fits(cells[name], point) and not (point == "," and _broken(name, cells[name])) for name in numbers)
+        if all(point in points for points in fitting.values())
     ]
-    for name in numbers if plainly else ():
+    for name in fitting if plainly else ():
         cells[name] = plainly[0][name] if all(each[name] == plainly[0][name] for each in plainly) else cells[name]
     names = {name: name for name in table.header}
-    for name, found in units.items():
-        unit = unit_of(name) or (found[0] if len({*found} - {""}) == 1 else "us")
-        scales = [TIME_UNITS.get(each, 1) / TIME_UNITS.get(unit, 1) if each else 1.0 for each in found]
-        other = next((row for row, scale in zip(table.rows, scales, strict=True) if scale != 1), None)
+    for name, told in units.items():
+        unit = unit_of(name) or (told[0] if len({*told} - {""}) == 1 else "us")
+        scales = [TIME_UNITS.get(each, 1) / TIME_UNITS.get(unit, 1) if each else 1.0 for each in told]
+        other = next((cell for cell, scale in zip(found[name], scales, strict=True) if scale != 1), None)
         if unit_of(name) and other is not None:
+            where = next(row.where for row in table.rows if row.cells[name] == other)
             limit, hint = f"times in {unit}, as the name of the column says", "which is right? mend the other"
-            raise InputError(f"{table.path} {other.where}, {name}", other.cells[name], limit, hint)
+            raise InputError(f"{table.path} {where}, {name}", other, limit, hint)
         cells[name] = [_scaled(cell, scale) for cell, scale in zip(cells[name], scales, strict=True)]
         names[name] = name if unit_of(name) else f"{name} ({unit})"
-    rows = [Row(row.where, {names[name]: cells[name][i] for name in table.header}) for i, row in enumerate(table.rows)]
+    changed = {name: dict(zip(found[name], cells[name], strict=True)) for name in found if found[name] != cells[name]}
+    if not changed:
+        return table
+    rows = [
+        Row(row.where, {names[n]: changed[n][cell] if n in changed else cell for n, cell in row.cells.items()})
+        for row in table.rows
+    ]
     return Table(table.path, list(names.values()), rows)
 
 
@@ -83,15 +89,22 @@ def _repeated(table: Table) -> Table:
     return Table(table.path, list(rows[0].cells), rows)
 
 
+def _fitting(name: str, cells: list[str]) -> list[str]:
+    """The signs before decimals that all cells of a column can have; none where it has no numbers."""
+    fitting = [point for point in NOTATIONS if _fits(cells, point)]
+    return [point for point in fitting if not (point == "," and _broken(name, cells))]
+
+
 def _fits(cells: list[str], point: str) -> bool:
     """Whether all cells with digits are numbers in a notation, and some are there.
 
     Not where thousands are set apart in some and decimals in others, and both in none: `1,5` beside `1.002`.
     """
     told = [cell for cell in cells if re.search(r"\d", cell)]
+    if not told or not all(map(NOTATIONS[point].fullmatch, told)):
+        return False
     signs = {(point in cell, ",.".replace(point, "") in cell) for cell in told}
-    mixed = {(True, False), (False, True)} <= signs and (True, True) not in signs
-    return bool(told) and not mixed and all(map(NOTATIONS[point].fullmatch, told))
+    return not {(True, False), (False, True)} <= signs or (True, True) in signs
 
 
 def _broken(name: str, cells: list[str]) -> bool:
