@@ -254,7 +254,7 @@ FRAME = [{"num_tokens": n, "latency_us": 5.0 + n} for n in (1, 2, 3)]
         {str(7 * i): row for i, row in enumerate(FRAME)},
         {name: {str(i): row[name] for i, row in enumerate(FRAME)} for name in FRAME[0]},
         {"gpu": "H200", "config": {"top_k": 2}, "results": FRAME},
-        {"gpu": {"name": "H200"}, "model": {"name": "m"}, "num_tokens": [1, 2, 3], "results": FRAME},
+        {"gpu": {"name": "H200"}, "model": {"name": "m"}, "num_tokens": [1, 2, 3], "results": FRAME, "errors": []},
         {"gpu": "H200", **{name: [row[name] for row in FRAME] for name in FRAME[0]}},
         [{"num_tokens": n, "shape": [n, 4096], "latencies_us": [5.0 + n, 90.0, 5.0 + n]} for n in (1, 2, 3)],
         {
@@ -273,6 +273,13 @@ FRAME = [{"num_tokens": n, "latency_us": 5.0 + n} for n in (1, 2, 3)]
 def test_data_frames_in_json_and_what_is_said_beside_rows(tmp_path: Path, found: object) -> None:
     profile = read_table(written(tmp_path, json.dumps(found), "a.json"), unit=Unit.TOKENS, top_k=2)
     assert [(n, round(us, 9)) for n, _, us in loads(profile)] == [(2, 6.0), (4, 7.0), (6, 8.0)]
+
+
+def test_lists_of_times_that_may_be_of_ranks_or_layers_are_no_repeats(tmp_path: Path) -> None:
+    for name in ("gpu_us", "layer_times_us", "kernel_times_us", "per_rank_us"):
+        rows = [{"num_tokens": n, name: [5.0 + n, 6.0 + n]} for n in (1, 2, 3)]
+        with pytest.raises(InputError, match=r"a number from 0|a column latency_us"):
+            read_table(written(tmp_path, json.dumps(rows)))
 
 
 def test_rows_by_their_labels_can_be_those_of_loads(tmp_path: Path) -> None:

@@ -102,9 +102,8 @@ def beside_rows(found: Any) -> Any:
     rows = next(iter(tables.values()))
     names = {name for row in rows for name in row}
     told = _told("", {key: value for key, value in found.items() if key not in tables})
-    told = [
-        (name, str(v) if isinstance(v, list) else v) for name, v in told if not (name in names and isinstance(v, list))
-    ]
+    told = [(name, v) for name, v in told if not (isinstance(v, list) and (name in names or not v))]
+    told = [(name, str(v) if isinstance(v, list) else v) for name, v in told]
     if len({*names, *dict(told)}) < len(names) + len(told):
         return found
     return [{**row, **dict(told)} for row in rows]

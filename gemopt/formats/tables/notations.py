@@ -7,7 +7,7 @@ import re
 
 from gemopt.exceptions import InputError
 from gemopt.formats.tables import files
-from gemopt.formats.tables.columns import TIME_UNITS, plain, unit_of, values
+from gemopt.formats.tables.columns import TIME_UNITS, plain, unit_of, values, words
 from gemopt.formats.tables.files import Row, Table
 from gemopt.formats.tables.loads import LOAD_COLUMNS
 
@@ -21,6 +21,8 @@ NOTATIONS = {  # by the sign before decimals
 }
 WITH_UNIT = re.compile(r"(.*\d) ?([a-zA-Z\u00b5\u03bc][a-zA-Z\u00b5\u03bc/ ]*)")
 LIST = re.compile(r"\[[^\[\],]+(?:,[^\[\],]+)*\]")
+SEVERAL = {"times", "latencies", "durations", "timings", "samples", "measurements", "repeats", "runs"}
+REPEATED = SEVERAL | {*TIME_UNITS} | {"all", "raw", "latency", "time", "moe", "fused", "forward", "fwd"}
 RATES = re.compile(r".*/ ?s(ec)?|[tgp]flops?(/s)?|[tg]bps", re.IGNORECASE)
 
 
@@ -69,24 +71,23 @@ def read(path: str | os.PathLike[str]) -> Table:
 
 
 def _repeated(table: Table) -> Table:
-    """The table with a row for each time of lists in cells, `[20.5, 21.0]`; without them where other times are."""
-    listed = [
-        name for name in table.header if unit_of(name) and all(LIST.fullmatch(row.cells[name]) for row in table.rows)
-    ]
-    others = [name for name in table.header if unit_of(name) and name not in listed]
+    """The table with a row for each time of lists in cells, `[20.5, 21.0]`; without them where other times are.
+
+    Lists of other names may be of ranks, layers or kernels, and stay as they are.
+    """
+    lists = [name for name in table.header if all(LIST.fullmatch(row.cells[name]) for row in table.rows)]
+    listed = [name for name in lists if unit_of(name) and words(name) <= REPEATED and words(name) & SEVERAL]
     header = [name for name in table.header if name not in listed]
-    if not listed or (len(listed) > 1 and not others):
+    if listed and any(unit_of(name) for name in header if name not in lists):
+        return Table(table.path, header, [Row(row.where, {n: row.cells[n] for n in header}) for row in table.rows])
+    if len(listed) != 1:
         return table
-    if others:
-        return Table(
-            table.path, header, [Row(row.where, {name: row.cells[name] for name in header}) for row in table.rows]
-        )
     rows = [
-        Row(row.where, {**row.cells, listed[0]: time.strip(), "repeat": f"{number}"})
+        Row(row.where, {**row.cells, listed[0]: time.strip()})
         for row in table.rows
-        for number, time in enumerate(row.cells[listed[0]].strip("[]").split(","))
+        for time in row.cells[listed[0]].strip("[]").split(",")
     ]
-    return Table(table.path, list(rows[0].cells), rows)
+    return Table(table.path, table.header, rows)
 
 
 def _fitting(name: str, cells: list[str]) -> list[str]:
