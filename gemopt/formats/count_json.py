@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gemopt.exceptions import InputError
-from gemopt.formats import count_told
+from gemopt.formats import count_told, slot_maps
 from gemopt.formats.count_names import COUNTED, NO_COUNTS, TABLES, numbered, words_of
 from gemopt.formats.count_spread import Content, Rows, by_key, compact, is_whole, ndim, refuse_derived, spread
 from gemopt.formats.files import text_of
@@ -24,6 +24,7 @@ from gemopt.formats.json_rows import frame_rows, inside, parsed
 from gemopt.traces.arrays import NOT_IDS
 from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
+from gemopt.words import counted
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
 COPIED = f"{NOT_COPIES}; then leave it out"
@@ -74,7 +75,7 @@ def _read(path: Path, _changed: tuple[int, ...]) -> Content:
     rows = list(_rows(path, found, {}, told))
     if not rows:
         raise InputError(str(path), "no counts", "at least one")
-    rows = _named(path, rows, told)
+    rows = _named(path, slot_maps.applied(path, _without_headers(rows, told), told.notes), told)
     name = _counts_of(path, rows, told)
     if name is None:
         told.rows = rows
@@ -123,6 +124,17 @@ def _rows(
             return
         plain = {key: each for key, each in value.items() if key not in nested}  # the step of all its layers
         yield from _rows(path, nested, {**plain, **known}, told, named=named)
+
+
+def _without_headers(rows: Rows, told: Content) -> Rows:
+    """The rows without those that hold no counts, as loggers write one before all others, which then holds for all."""
+    known = [any(str(key).casefold() in TABLES or words_of(str(key)) & COUNTED for key in row) for row in rows]
+    if all(known) or not any(known):
+        return rows
+    told.notes.append(f"{counted(known.count(False), 'row')} without counts left unread")
+    before = [item for row in rows[: known.index(True)] for item in row.items()]
+    head = {key: cell for key, cell in before if not isinstance(cell, (list, dict))}
+    return [{**head, **row} for row, is_known in zip(rows, known, strict=True) if is_known]
 
 
 def _refuse_flags(path: Path, value: Any, text: str) -> None:

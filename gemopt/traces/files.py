@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import zipfile
@@ -121,7 +122,8 @@ def _read_npz(path: Path, wanted: tuple[str, ...]) -> Part:
             found = arrays.files
             kept = {name: arrays[name] for name in wanted if name in found}
             shape = kept["counts"].shape if "counts" in kept else ()
-            short = [name for name in _short(arrays.zip, max(shape, default=0)) if _is_beside(name, wanted)]
+            most = max(*shape, math.prod(shape[1:]), 0)
+            short = [name for name in _short(arrays.zip, most) if _is_beside(name, wanted)]
             beside = {name: each for name in short if (each := _plain(arrays, name)) is not None}
             metadata = {name: str(arrays[name]) for name in (*PLAIN, "num_experts") if name in found}
             if "layer_ids" in found:
@@ -169,8 +171,11 @@ def _read_safetensors(path: Path, wanted: tuple[str, ...]) -> Part:
             for name in names & {"layer_ids", *PLAIN} - set(metadata):
                 metadata[name] = json.dumps(file.get_tensor(name).tolist())
             others = {name: file.get_slice(name) for name in names if _is_beside(name, wanted)}
+            maps = list(arrays["counts"].shape[1:]) if "counts" in arrays else []
             short = [
-                name for name, each in others.items() if len(each.get_shape()) == 1 and each.get_dtype() in PLAIN_TYPES
+                name
+                for name, each in others.items()
+                if (len(each.get_shape()) == 1 or each.get_shape() == maps) and each.get_dtype() in PLAIN_TYPES
             ]
             beside = {name: file.get_tensor(name) for name in short}
     except OSError as error:

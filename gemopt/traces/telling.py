@@ -39,6 +39,8 @@ LAYERS = {"layer", "layers", "block", "blocks"}
 EXTENTS = {"offset", "offsets", "start", "starts", "end", "ends", "bytes", "dim", "dims", "width", "freq"}
 NO_NUMBERS = AMOUNTS | FOUND | MEASURED | EXTENTS
 """Words of what arrays say of layers besides their numbers."""
+SLOTS = {"expert", "experts", "placement", "map", "mapping", "slot", "slots", "assignment", "assignments"}
+GROUPED = {"cluster", "clusters", "group", "groups", "label", "labels"}  # of experts, not their copies
 
 
 def refuse_telling(
@@ -49,6 +51,9 @@ def refuse_telling(
     layers: whether the file says by a name that has this meaning alone which layers they are.
     """
     for name, given in others.items():
+        if given.shape in (counts.shape[2:], counts.shape[1:]) and _has_copies(given, _words(name)):
+            hint = "the expert in each slot? call it physical_to_logical_map; else leave it out"
+            raise InputError(str(path), f"{name} beside counts", "counts of experts", hint)
         if given.ndim != 1 or given.dtype.kind not in "biu" or len(given) < 2:
             continue
         array, words = given.astype(np.int64), _words(name)
@@ -74,6 +79,16 @@ def refuse_telling(
 
 def _words(name: str) -> set[str]:
     return set(re.split("[^a-z]+", name.lower()))
+
+
+def _has_copies(array: NDArray[Any], words: set[str]) -> bool:
+    """Whether an array [P] or [L, P] is, by name and numbers, the expert in each slot, where some have copies."""
+    if array.dtype.kind not in "iu" or not words & SLOTS or words & GROUPED or not array.size:
+        return False
+    rows = np.sort(np.atleast_2d(array).astype(np.int64), axis=1)
+    experts = int(rows[0, -1]) + 1
+    ends = (rows[:, 0] == 0).all() and (rows[:, -1] == experts - 1).all()
+    return bool(rows.shape[1] < 2 * experts < 2 * rows.shape[1] and ends and (np.diff(rows, axis=1) <= 1).all())
 
 
 def _rise(array: IntArray, count: int) -> bool:

@@ -190,7 +190,7 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (json.dumps({"scale": 3, "load_history": [{"counts": TOTAL.tolist()}] * 2}), "scale beside counts"),
         (json.dumps({"counts": TOTAL.tolist()}), r"2 dimensions.*counts\[None\]"),
         (json.dumps({"snapshots": [{"window_expert_load": TOTAL.tolist(), "physical_to_logical_map": [[0]]}]}),
-         "physical_to_logical_map beside counts; counts of logical experts"),
+         r"physical_to_logical_map \[1, 1\] beside counts; counts of logical experts"),
         (json.dumps({"a_load": TOTAL.tolist(), "b_load": TOTAL.tolist()}), "a_load, b_load; one list of counts"),
         (json.dumps(by_number(TOTAL, "layers.{}.mlp.shared_experts")), "experts that tokens choose; leave shared ones"),
         (json.dumps({"layer_0": {f"physical_expert_{e}": 7 for e in range(9)}}), "physical_expert_0 beside counts"),

@@ -69,15 +69,6 @@ def test_columns_that_change_nothing_are_taken(load, tmp_path, more):
     assert (load(tmp_path / "a.jsonl", "array")[0].counts == COUNTS).all()
 
 
-def test_loads_of_slots_with_their_map(load, tmp_path):
-    """vLLM's pull request 41141: `p2l_map` says which expert each slot holds."""
-    rows = [{"step": t, "expert_load": [[*row, row[0]] for row in COUNTS[t].tolist()], "p2l_map": [[*range(8), 0]] * 2}
-            for t in range(3)]  # fmt: skip
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match="p2l_map beside counts; counts of logical experts"):
-        load(tmp_path / "a.jsonl", "array")
-
-
 def test_numbers_beside_a_column_for_each_expert(load, tmp_path):
     """Where all lines have as many assignments, columns of one value are shares of that; these say more."""
     wide = [[t, i, *COUNTS[t, i], 16, 2] for t in range(3) for i in range(2)]
@@ -177,3 +168,19 @@ def test_numbers_of_the_layers_with_experts_are_doubted(load, tmp_path, name):
     assert f"{name} begins with 0" in load(tmp_path / "a.jsonl", "tokens")[1]
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text().replace(f'"{name}": ', f'"{name}": 3'))
     assert f"{name} begins with 0" not in load(tmp_path / "a.jsonl", "tokens")[1]
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_a_line_of_settings_before_the_others_holds_for_all(load, tmp_path, long):
+    """As loggers write one: {"type": "meta", ...}; those in between say nothing of the counts."""
+    rows = [{"step": t, "layer": i, "counts": COUNTS[t, i].tolist()} for t in range(3) for i in range(2)]
+    if long:
+        rows = [{**row, "expert": e, "count": int(n)} for row in rows for e, n in enumerate(row.pop("counts"))]
+    head = {"type": "meta", "model_id": "m", "num_experts": 8, "top_k": 2, "layers_logged": [0, 1]}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [head, *rows[:2], {"type": "flush"}, *rows[2:]])))
+    traces, notes = load(tmp_path / "a.jsonl", "array")
+    assert (traces.counts == COUNTS).all() and traces.top_k == 2 and traces.num_experts == 8
+    assert "2 rows without counts left unread" in notes
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [{**head, "scale": 4}, *rows])))
+    with pytest.raises(InputError, match="scale"):
+        load(tmp_path / "a.jsonl", "array")

@@ -154,7 +154,7 @@ def test_layers_and_steps_of_constant_batches_are_told_apart(load, tmp_path):
     assert load(tmp_path / "a.npy", "array")[0].num_steps == 5
 
 
-@pytest.mark.parametrize("key", ["expert_map", "expert_ids", "slot_to_expert", "phy_load", "local_counts", "logcnt"])
+@pytest.mark.parametrize("key", ["expert_map", "expert_ids", "slots", "phy_load", "local_counts", "logcnt"])
 def test_names_of_slots_and_of_orders_are_refused(load, tmp_path, key):
     np.savez(tmp_path / "a.npz", **{"counts": routed(np.random.default_rng(17)), key: np.arange(16)})
     for read in (lambda: load(tmp_path / "a.npz", "array"), lambda: Traces.load(tmp_path / "a.npz")):

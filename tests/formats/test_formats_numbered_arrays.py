@@ -98,9 +98,6 @@ def test_the_array_that_is_called_counts_is_taken_among_others(load, tmp_path):
         np.savez(tmp_path / "a.npz", **dict.fromkeys(names, counts))
         with pytest.raises(InputError, match=r"one array, or one called counts; .*name them layer_0, "):
             load(tmp_path / "a.npz", "array")
-    np.savez(tmp_path / "a.npz", expert_load=counts, physical_to_logical_map=np.arange(16))
-    with pytest.raises(InputError, match="physical_to_logical_map beside counts"):
-        load(tmp_path / "a.npz", "array")
 
 
 def test_layers_that_hold_several_arrays(load, tmp_path):
@@ -189,3 +186,28 @@ def test_arrays_and_lists_beside_counts_that_change_nothing(load, tmp_path):
     few = COUNTS[:2, :2, :2]  # as many steps, layers and experts
     np.savez(tmp_path / "a.npz", counts=few, is_prefill=[True, False], queue=[1, 0])
     assert (load(tmp_path / "a.npz", "array")[0].counts == few).all()
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".json"])
+@pytest.mark.parametrize("name", ["step_{}", "expert_load_iter{}", "layer_{}", "model.layers.{}.mlp"])
+def test_files_that_hold_a_step_or_a_layer_each(load, tmp_path, suffix, name):
+    counts, of_steps = routed(np.random.default_rng(8), steps=11, layers=4), "layer" not in name
+    for number, each in enumerate(counts if of_steps else counts.transpose(1, 0, 2)):
+        path = tmp_path / f"{name.format(3 + number)}{suffix}"
+        if suffix == ".json":
+            path.write_text(json.dumps(each.tolist()))
+        else:
+            (np.save if suffix == ".npy" else np.savez)(path, each)
+    traces, notes = load(tmp_path, "array")
+    assert (traces.counts == counts).all()
+    assert traces.layer_ids == ((0, 1, 2, 3) if of_steps else (3, 4, 5, 6))
+    assert ("rows are layers 0 to 3: if dense layers were left out, give --layer-ids" in notes) == of_steps
+    with pytest.raises(InputError, match="2 dimensions"):
+        load(path, "array")  # alone it may be either
+
+
+def test_files_of_steps_whose_axes_are_turned_are_refused(load, tmp_path):
+    for step, each in enumerate(routed(np.random.default_rng(9))):
+        np.save(tmp_path / f"step_{step}.npy", each.T)
+    with pytest.raises(InputError, match=r"axes that look like \[steps, experts, layers\]"):
+        load(tmp_path, "array")
