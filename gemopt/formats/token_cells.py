@@ -26,7 +26,7 @@ NAMES: Mapping[str, Sequence[str]] = {
         *("request", "request_id", "request_idx", "req", "req_id", "rid", "sequence", "sequence_id", "seq_id", "seq"),
         *("sample", "sample_id", "prompt_id", "prompt_idx", "problem_id", "question_id"),
     ),
-    "token": ("token", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
+    "token": ("token", "tok", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
     "phase": ("phase", "stage", "forward_mode"),
 }
 RANKS = (*COLUMNS["rank"], "local_rank", "global_rank", "world_rank")

@@ -11,6 +11,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.token_cells import layer_in
+from gemopt.formats.token_order import Passes
 from gemopt.traces import Phase
 from gemopt.traces.arrays import ENOUGH_SUMS
 from gemopt.words import counted
@@ -39,6 +40,8 @@ class Rows:
     layer: str = ""  # the name of the column
     around: dict[bool, str] = field(default_factory=dict)  # what comes before the number in the names of layers
     batches: set[tuple[int, int, int]] = field(default_factory=set)  # step, layer, digest of the experts of many tokens
+    passes: Passes = field(default_factory=lambda: Passes(TOGETHER))  # of rows that number no steps
+    doubts: list[str] = field(default_factory=list)
     by_file: bool = False  # whether a file is a request, as no column numbers them
 
     def notes(self, phase: Phase | None) -> list[str]:
@@ -51,7 +54,7 @@ class Rows:
             (self.unread, f"{', '.join(sorted(self.unread))} left unread"),
             (phase is Phase.MIXED and not self.by_step, "prompts are replayed as if they had been generated"),
         ]
-        return [text for wanted, text in said if wanted]
+        return [text for wanted, text in said if wanted] + self.doubts
 
     def numbered(self, where: str, row: dict[str, Any], name: str) -> int:
         """The number of a row's layer; `InputError` where others in the column number their own."""

@@ -115,6 +115,8 @@ def _read(files: Sequence[Path], options: TraceOptions) -> tuple[Rows, Beside]:
         shown += f", {rows.blank} of padding" if rows.blank else ""
         hint = "--phase prefill or all takes others" if columns else f"name the column {', '.join(NAMES['ids'][:3])}"
         raise InputError("PATHS", shown, "rows with a layer and the experts of a token", hint)
+    if columns.keys().isdisjoint(("step", "token")):
+        rows.doubts += rows.passes.check(", ".join(columns.values()))
     beside.refuse_no_traffic()
     rows.unread -= {*beside.read, "", "Unnamed: 0"}
     return rows, beside
@@ -125,14 +127,13 @@ def _by_step(where: str, columns: dict[str, str], options: TraceOptions) -> bool
     if "layer" not in columns:
         raise InputError(where, "no layer", "the layer of every row", "call it layer")
     if "step" in columns:
-        if "request" in columns and "token" not in columns:
-            found = f"{columns['step']} beside {columns['request']}"
-            hint = f"of a batch: leave {columns['request']} out; of the request's tokens: call it token"
-            raise InputError(where, found, "what the number counts", hint)
         options.refuse_unused("steps that are numbered", *(("phase",) if "phase" in columns else ()))
         return True
-    if "token" not in columns:
+    if "token" not in columns and "request" in columns:
         raise InputError(where, ", ".join(columns.values()), "which tokens are computed together", TOGETHER)
+    if "token" not in columns:
+        options.refuse_unused("forward passes", "phase")
+        return True
     options.refuse_unused("tokens", "batch_size", "prefill_tokens", "phase", "keep_tokens")
     if "phase" not in columns and options.phase is not Phase.MIXED:
         hint = "--phase all takes every token"
@@ -158,26 +159,8 @@ def _add(
     layer = rows.numbered(where, row, columns["layer"])
     each = experts_in(f"{where}: {columns['ids']}", row[columns["ids"]])
     rows.unread.update(name for name in row if name not in columns.values())
-    of = -1
     if rows.by_step:
-        of = whole(where, row, columns["step"], COUNT_LIMIT)
-        if phase is not None:
-            rows.phases.setdefault(of, set()).add(phase)
-        if (first := rows.files.setdefault((of, layer), path)) != path:
-            hint = "number the steps on from file to file; add up ranks that had tokens of their own"
-            raise InputError(f"{where}: {columns['step']}", of, f"steps that are not in {first.name} as well", hint)
-        if of < rows.last.get((path, layer), 0):
-            hint = "of a request? call it token, beside request; else number the steps on, and sort the rows by them"
-            raise InputError(f"{where}: {columns['step']}", of, "steps that do not begin again", hint)
-        rows.last[path, layer] = of
-        rows.refuse_again(where, of, layer, each)
-        if "token" in columns and len(each) == 1 and str(row[columns["token"]]).isdigit():
-            alone = each[0][0] if each[0] and names_one(columns) else -1
-            key = of, layer, _request(path, row, columns), str(row[columns["token"]]), alone
-            if key in rows.seen:
-                hint = "ranks that saw the same tokens? keep one; ranks with tokens of their own? leave the column out"
-                raise InputError(f"{where}: {columns['token']}", key[3], "every token once in a step and layer", hint)
-            rows.seen.add(key)
+        of = _step(rows, path, where, row, columns, layer, each, phase)
     elif len(each) > 1:
         raise InputError(where, f"the experts of {len(each)} tokens", "those of one", "number the steps instead")
     else:
@@ -196,6 +179,48 @@ def _add(
         rows.sizes.append(len(kept))
         rows.ids.extend(kept)
     return each
+
+
+def _step(
+    rows: Rows,
+    path: Path,
+    where: str,
+    row: dict[str, Any],
+    columns: dict[str, str],
+    layer: int,
+    each: list[list[int]],
+    phase: Phase | None,
+) -> int:
+    """The step that a row is of; `InputError` where it was before, or what the number counts is not clear."""
+    if {"step", "request"} <= columns.keys() and "token" not in columns:
+        step, request = (columns[meaning] for meaning in ("step", "request"))
+        if str(row[step]) != str(row[request]):
+            hint = f"of a batch: leave {request} out; of the request's tokens: call it token"
+            raise InputError(where, f"{step} beside {request}", "what the number counts", hint)
+    listed = str(row[columns["ids"]]).replace(" ", "")[:2] in ("[[", "((", "[(", "([")
+    of = (
+        whole(where, row, columns["step"], COUNT_LIMIT)
+        if "step" in columns
+        else rows.passes.of(path, layer, len(each), listed=listed)
+    )
+    if phase is not None:
+        rows.phases.setdefault(of, set()).add(phase)
+    if (first := rows.files.setdefault((of, layer), path)) != path and "step" in columns:
+        hint = "number the steps on from file to file; add up ranks that had tokens of their own"
+        raise InputError(f"{where}: {columns['step']}", of, f"steps that are not in {first.name} as well", hint)
+    if of < rows.last.get((path, layer), 0):
+        hint = "of a request? call it token, beside request; else number the steps on, and sort the rows by them"
+        raise InputError(f"{where}: {columns['step']}", of, "steps that do not begin again", hint)
+    rows.last[path, layer] = of
+    rows.refuse_again(where, of, layer, each)
+    if "token" in columns and len(each) == 1 and str(row[columns["token"]]).isdigit():
+        alone = each[0][0] if each[0] and names_one(columns) else -1
+        key = of, layer, _request(path, row, columns), str(row[columns["token"]]), alone
+        if key in rows.seen:
+            hint = "ranks that saw the same tokens? keep one; ranks with tokens of their own? leave the column out"
+            raise InputError(f"{where}: {columns['token']}", key[3], "every token once in a step and layer", hint)
+        rows.seen.add(key)
+    return of
 
 
 def _request(path: Path, row: dict[str, Any], columns: dict[str, str]) -> str:
