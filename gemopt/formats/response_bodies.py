@@ -23,7 +23,10 @@ LINE_LIMIT = 256 << 20
 _HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data")
 _WRAPPERS = ("response", "body", "result", "data")
 _PROMPT = "prompt_routed_experts"
-COUNTS = 'counts in JSON: --from array; {"logical_count": [...]} with a row for every decoder layer: sglang'
+COUNTS = (
+    "counts in JSON: --from array; rows with routed_experts alone: --from tokens; "
+    '{"logical_count": [...]} with a row for every decoder layer: sglang'
+)
 _STARTS = ("routed_experts_start_len", "routed_experts_prompt_start")
 
 

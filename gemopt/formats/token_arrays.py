@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import responses, token_passes
+from gemopt.formats import responses, token_passes, token_sequences
 from gemopt.formats.count_names import HEEDED, NUMBERS, numbered, words_of
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
@@ -57,6 +57,7 @@ _ONE = re.compile(  # layer and step
     r".*layers?[_.-]?(\d{1,4})[_.-]?(?:idx|index|step|iter|iteration|fwd|forward|pass|call)?[_.-]?(\d{1,12})",
     re.IGNORECASE | re.ASCII,
 )
+MANY_LENGTHS = 2  # of sequences: no layers, of which all have as many
 LIMIT = "experts of tokens [tokens, layers, top-k], or [sequences, tokens, layers, top-k]"
 
 
@@ -64,7 +65,7 @@ def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded | Record
     """Replay the sequences of some files as continuous batching; count what files of layers and steps hold."""
     notes: list[str] = []
     named = {path: (int(found[1]), int(found[2])) for path in files if (found := _ONE.fullmatch(path.stem))}
-    first = _loaded(files[0])[0]
+    first = _loaded(files[0])[0] if files[0].suffix in SUFFIXES else None
     if getattr(first, "ndim", 0) == 2:
         if other := next((path for path in files if path not in named), None):
             hint = "of ranks with tokens of their own make one file; of those that saw the same, keep one"
@@ -82,16 +83,34 @@ def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -
         limit, hint = "prefill or decode, to tell prompts from answers", "--phase all takes every token"
         raise InputError(str(files[0]), "no phase", limit, hint)
     for path in files:
-        ids, layers = _ids(path, options, notes)
-        _check(path, ids, options, named=layers is not None)
-        if layers is None and options.layer_ids is not None and len(options.layer_ids) == ids.shape[-2]:
-            layers = list(options.layer_ids)
-        if layers is not None:
-            ids = _placed(ids, layers, options)
-        sequences = ids if ids.ndim == 4 else ids[None]
-        notes += padding(path.name, sequences)
-        samples = [Sample(where=f"{path}: sequence {i}", encoded=[each]) for i, each in enumerate(sequences)]
+        found = token_sequences.of(path)
+        parts = found.parts or _parts(path, options, notes)
+        notes += [f"{path.name}: {', '.join(found.unread)} left unread"] if found.unread else []
+        lengths, others = ({ids.shape[at] for _, ids, _ in parts} for at in (slice(-2), slice(-2, None)))
+        sequences: list[tuple[str, IntArray]] = []
+        for where, ids, named in parts:
+            _check(where, ids, options, named=named is not None or (len(lengths) > MANY_LENGTHS and len(others) == 1))
+            for name, each in found.told.items():
+                _check_told(path, name, each, ids, options)
+            layers = named or _named(ids, options)
+            placed = ids if layers is None else _placed(ids, layers, options)
+            alone = placed if placed.ndim > len("NLK") else placed[None]
+            sequences += [(f"{where}: sequence {i}" if len(alone) > 1 else where, each) for i, each in enumerate(alone)]
+        notes += padding(path.name, [each for _, each in sequences])
+        samples = [Sample(where=where, encoded=[each]) for where, each in sequences]
         yield from (Response(name=None, samples=[sample]) for sample in samples)
+
+
+def _named(ids: IntArray, options: TraceOptions) -> list[int] | None:
+    """`--layer-ids` where it names the layers there are."""
+    layers = list(options.layer_ids or ())
+    return layers if len(layers) == ids.shape[-2] else None
+
+
+def _parts(path: Path, options: TraceOptions, notes: list[str]) -> list[token_sequences.Part]:
+    """The sequences of a file of arrays: of a list of them, or the one array, perhaps of several."""
+    data, _ = _loaded(path)
+    return token_sequences.in_lists(path, data) or [(str(path), *_ids(path, options, notes))]
 
 
 def padding(name: str, sequences: Iterable[IntArray]) -> list[str]:
@@ -269,7 +288,7 @@ def _placed(ids: IntArray, layers: list[int], options: TraceOptions) -> IntArray
     return placed
 
 
-def _check(path: Path, ids: IntArray, options: TraceOptions, *, named: bool) -> None:
+def _check(path: str, ids: IntArray, options: TraceOptions, *, named: bool) -> None:
     """Raise where numbers are those of all experts, or neither options nor names say which axis is the layers'."""
     layers, top_k = ids.shape[-2:]
     where, shape = f"{path}: experts of tokens", f"shape {[*ids.shape]}"

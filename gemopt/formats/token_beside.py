@@ -14,7 +14,15 @@ from gemopt.formats.token_cells import numbers_in, without_weight
 from gemopt.traces.files import ALTERING
 from gemopt.traces.telling import NETWORKS, NO_TRAFFIC, PROCESSES
 
-COMPUTED = {"label", "labels", "response", "action", "eos", "special"}  # of masks and flags that leave out no tokens
+COMPUTED = {
+    "loss",
+    "label",
+    "labels",
+    "response",
+    "action",
+    "eos",
+    "special",
+}  # of masks and flags that leave out no tokens
 FLAGS = {"true", "false", "0", "1", "yes", "no"}
 OFFSET = re.compile("expert_(start|begin|offset)|first_expert")
 COUNTED = COUNTING | {"n", "num", "assignments", "sizes", "usage", "occurrences"}  # words of lists beside the experts
@@ -64,7 +72,7 @@ class Beside:
         if TOKENS.fullmatch(bare):
             return "tokens"
         words = words_of(bare)
-        if (words & NO_TRAFFIC or ALTERING.search(bare)) and not words & COMPUTED:
+        if (words & NO_TRAFFIC or "mask" in words or ALTERING.search(bare)) and not words & COMPUTED:
             return "flag"
         return "" if self.alone else "counted" if words & COUNTED else "weights" if words & WEIGHTED else ""
 

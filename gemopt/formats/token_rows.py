@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gemopt.exceptions import InputError
-from gemopt.formats import token_arrays
+from gemopt.formats import token_arrays, token_sequences
 from gemopt.formats.count_names import layer_doubts, phase_of
 from gemopt.formats.count_told import refuse_slots
 from gemopt.formats.engine import Engine, IntArray, Loaded, Recording, TraceOptions
@@ -48,7 +48,7 @@ _BLOCK = 1 << 24  # numbers of a block of steps
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
     """Count the experts of tokens, step by step; or replay requests whose tokens are numbered."""
     files = files_of(paths, *SUFFIXES, else_of=token_arrays.SUFFIXES, both_phases=True)
-    arrays = [path for path in files if path.suffix in token_arrays.SUFFIXES]
+    arrays = [path for path in files if path.suffix in token_arrays.SUFFIXES or token_sequences.of(path).parts]
     if arrays and len(arrays) < len(files):
         raise InputError("PATHS", arrays[0].name, "rows of tokens, or arrays of them", "import each apart")
     if arrays:
