@@ -10,7 +10,7 @@ are saved for SGLang's `tuning_fused_moe_triton_sep.py`: those are counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gemopt.formats.findings import MANY_ALIKE
 from gemopt.formats.response_bodies import Response, Sample
 from gemopt.formats.token_beside import TOKENS, WEIGHTED
 from gemopt.formats.token_cells import NAMES
+from gemopt.formats.token_columns import layers_of
 from gemopt.traces import Phase
 from gemopt.traces.arrays import widened
 from gemopt.traces.axes import MOST_LAYERS
@@ -66,6 +67,12 @@ def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded | Record
     notes: list[str] = []
     named = {path: (int(found[1]), int(found[2])) for path in files if (found := _ONE.fullmatch(path.stem))}
     first = _loaded(files[0])[0] if files[0].suffix in SUFFIXES else None
+    layers = layers_of(files) if first is not None else {}
+    if layers and isinstance(first, list | tuple):  # a list of passes each
+        first = {f"layer_{layer}": _loaded(path)[0] for path, layer in layers.items()}
+        files = [files[0].parent]
+    elif layers and _is_flat(first):
+        return responses.replayed(_responses(files, layers, options, notes), options, lambda: notes, all_layers=False)
     if getattr(first, "ndim", 0) == 2:
         if other := next((path for path in files if path not in named), None):
             hint = "of ranks with tokens of their own make one file; of those that saw the same, keep one"
@@ -75,16 +82,27 @@ def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded | Record
     if len(files) == 1 and (passes := token_passes.of_lists(files[0], first)):
         notes.append(f"{files[0].name}: a list is one of forward passes: each is a step")
         return token_passes.counted(passes, options, notes, "part")
-    return responses.replayed(_responses(files, options, notes), options, lambda: notes, all_layers=False)
+    return responses.replayed(_responses(files, {}, options, notes), options, lambda: notes, all_layers=False)
 
 
-def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -> Iterator[Response]:
+def _is_flat(data: Any) -> bool:
+    """Whether a file holds an array [tokens, K], alone or under a name for experts."""
+    if isinstance(data, dict):
+        named = [name for name in data if str(name).casefold() in NAMES["ids"] or len(data) == 1]
+        data = data[named[0]] if len(named) == 1 else None
+    return bool(getattr(data, "ndim", 0) == len("NK"))
+
+
+def _responses(
+    files: Sequence[Path], layers: Mapping[Path, int], options: TraceOptions, notes: list[str]
+) -> Iterator[Response]:
+    """The sequences of files; layers: of files that hold the tokens of one each."""
     if options.phase is not Phase.MIXED:
         limit, hint = "prefill or decode, to tell prompts from answers", "--phase all takes every token"
         raise InputError(str(files[0]), "no phase", limit, hint)
-    for path in files:
+    for path in files[:1] if layers else files:
         found = token_sequences.of(path)
-        parts = found.parts or _parts(path, options, notes)
+        parts = found.parts or (_joined(layers, options, notes) if layers else _parts(path, options, notes))
         notes += [f"{path.name}: {', '.join(found.unread)} left unread"] if found.unread else []
         lengths, others = ({ids.shape[at] for _, ids, _ in parts} for at in (slice(-2), slice(-2, None)))
         sequences: list[tuple[str, IntArray]] = []
@@ -92,8 +110,8 @@ def _responses(files: Sequence[Path], options: TraceOptions, notes: list[str]) -
             _check(where, ids, options, named=named is not None or (len(lengths) > MANY_LENGTHS and len(others) == 1))
             for name, each in found.told.items():
                 _check_told(path, name, each, ids, options)
-            layers = named or _named(ids, options)
-            placed = ids if layers is None else _placed(ids, layers, options)
+            rows = named or _named(ids, options)
+            placed = ids if rows is None else _placed(ids, rows, options)
             alone = placed if placed.ndim > len("NLK") else placed[None]
             sequences += [(f"{where}: sequence {i}" if len(alone) > 1 else where, each) for i, each in enumerate(alone)]
         notes += padding(path.name, [each for _, each in sequences])
@@ -105,6 +123,14 @@ def _named(ids: IntArray, options: TraceOptions) -> list[int] | None:
     """`--layer-ids` where it names the layers there are."""
     layers = list(options.layer_ids or ())
     return layers if len(layers) == ids.shape[-2] else None
+
+
+def _joined(layers: Mapping[Path, int], options: TraceOptions, notes: list[str]) -> list[token_sequences.Part]:
+    """The one sequence of files [tokens, K] of a layer each."""
+    notes.append(f"{len(layers)} files, a layer of the same tokens each")
+    arrays = {str(path): _ids(path, options, notes, ndims=(len("NK"),))[0] for path in layers}
+    folder, numbers = next(iter(layers)).parent, list(layers.values())
+    return [(str(folder), _of_layers(folder, arrays, numbers), numbers)]
 
 
 def _parts(path: Path, options: TraceOptions, notes: list[str]) -> list[token_sequences.Part]:
@@ -142,11 +168,13 @@ def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
     return (arrays["counts"] if path.suffix == ".npy" else arrays), {}
 
 
-def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray, list[int] | None]:
+def _ids(
+    path: Path, options: TraceOptions, notes: list[str], ndims: tuple[int, ...] = (3, 4)
+) -> tuple[IntArray, list[int] | None]:
     """The array of a file, and the layers of its rows where it has an array of each, which are put together."""
     data, told = _loaded(path)
     if not isinstance(data, dict):
-        return _whole(path, data), None
+        return _whole(path, data, ndims), None
     arrays = _without_weights(path, {str(name): each for name, each in data.items()}, notes)
     kind = numbered(arrays)
     if kind is not None and kind[0] == "layer":
@@ -165,9 +193,9 @@ def _ids(path: Path, options: TraceOptions, notes: list[str]) -> tuple[IntArray,
             hint = "leave them out; were they computed? leave the array out"
             raise InputError(f"{path}: {name}", "tokens that it leaves out", limit, hint)
     _refuse_others(path, [name for name in others if name not in flags])
-    ids = _whole(path, arrays[named[0]])
+    ids = _whole(path, arrays[named[0]], ndims)
     beside = {name: as_numpy(arrays[name]) for name in others if name in arrays}
-    _refuse_apart(path, beside, options, ids.shape[-3])
+    _refuse_apart(path, beside, options, ids.shape[-3] if ids.ndim > len("NK") else len(ids))
     for name, array in beside.items():
         _refuse_no_weight(path, name, array, ids)
     for name in (name for name in others if name in HEEDED):
@@ -261,10 +289,10 @@ def _refuse_no_weight(path: Path, name: str, weights: Any, ids: IntArray) -> Non
         raise InputError(f"{path}: {name}{at}", "a token of no weight", "tokens that were computed", hint)
 
 
-def _whole(path: Path, array: Any) -> IntArray:
+def _whole(path: Path, array: Any, ndims: tuple[int, ...]) -> IntArray:
     if not hasattr(array, "ndim"):
         raise InputError(str(path), type(array).__name__, LIMIT, "stack lists of arrays: numpy.stack")
-    return whole_numbers(array, name=f"{path}: experts of tokens", ndims=(3, 4))
+    return whole_numbers(array, name=f"{path}: experts of tokens", ndims=ndims)
 
 
 def _of_layers(path: Path, arrays: dict[str, Any], layers: list[int]) -> IntArray:

@@ -149,10 +149,10 @@ def one_each(row: Iterable[str]) -> list[str]:
     """The columns with one expert of the token each, `expert_0`, `expert_1`, ... or from 1 on, in order."""
     found: dict[str, dict[int, str]] = {}
     for name in row:
-        bare = _bare(name)
-        if bare in NAMES["ids"]:
+        word = bare(name)
+        if word in NAMES["ids"]:
             return []
-        parts = re.split(r"_?(\d+)", bare)
+        parts = re.split(r"_?(\d+)", word)
         stem = "_".join(filter(None, (part.strip("_") for part in parts[::2])))
         if stem in STEMS and len(parts) <= len("aNb"):
             found.setdefault(stem, {})[int(parts[1]) if len(parts) > 1 else -1] = name
@@ -174,31 +174,32 @@ def joined(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def columns_of(where: str, row: dict[str, Any]) -> dict[str, str]:
     """The columns of a row by what they mean; `InputError` for two of one meaning, and for slots."""
     found: dict[str, str] = {}
-    lists = any(_bare(name) in NAMES["ids"] for name in row)
+    lists = any(bare(name) in NAMES["ids"] for name in row)
     for name in row:
-        bare = _bare(name)
-        meaning = next((each for each, names in NAMES.items() if bare in names), None)
-        meaning = "ids" if not lists and bare in COLUMNS["expert"] else meaning
+        word = bare(name)
+        meaning = next((each for each, names in NAMES.items() if word in names), None)
+        meaning = "ids" if not lists and word in COLUMNS["expert"] else meaning
         if meaning is not None:
             known = sure([*filter(None, [found.get(meaning)]), name])
             if len(known) > 1:
                 raise InputError(where, " and ".join(known), f"one column of the {meaning}", "leave the other out")
             found[meaning] = known[0]
-        elif bare in RANKS:
+        elif word in RANKS:
             found[f"rank {name}"] = name  # of several kinds
-        elif words_of(bare) & OTHERS and words_of(bare) & {"expert", "experts"}:
+        elif words_of(word) & OTHERS and words_of(word) & {"expert", "experts"}:
             raise InputError(where, name, "the experts of a token in one column", "as a list, [7, 1], called topk_ids")
-        elif COPIES.search(bare):
+        elif COPIES.search(word):
             raise InputError(where, name, "logical experts", "make slots logical experts, and leave it out")
-    if {"request", "token"} <= found.keys() and _bare(found.get("step", "")) == "pass":  # that its answer is right
+    if {"request", "token"} <= found.keys() and bare(found.get("step", "")) == "pass":  # that its answer is right
         del found["step"]
     return found
 
 
 def names_one(columns: Mapping[str, str]) -> bool:
     """Whether the column of the experts is called as one that names a single expert."""
-    return _bare(columns.get("ids", "")) in COLUMNS["expert"]
+    return bare(columns.get("ids", "")) in COLUMNS["expert"]
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
+    """A name in small letters, without blanks and signs."""
     return re.sub(r"\W+", "_", name.casefold()).strip("_")

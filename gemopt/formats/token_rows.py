@@ -32,9 +32,9 @@ from gemopt.formats.token_cells import (
     names_one,
     numbers_in,
     one_each,
-    rows_of,
     whole,
 )
+from gemopt.formats.token_columns import in_arrays, layers_of, rows_in
 from gemopt.formats.token_kept import TOGETHER, Rows
 from gemopt.traces import COUNT_LIMIT, Phase
 from gemopt.traces.arrays import ENOUGH_SUMS, MAX_EXPERTS
@@ -48,7 +48,9 @@ _BLOCK = 1 << 24  # numbers of a block of steps
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loaded:
     """Count the experts of tokens, step by step; or replay requests whose tokens are numbered."""
     files = files_of(paths, *SUFFIXES, else_of=token_arrays.SUFFIXES, both_phases=True)
-    arrays = [path for path in files if path.suffix in token_arrays.SUFFIXES or token_sequences.of(path).parts]
+    lists = [path for path in files if token_sequences.of(path).parts]
+    arrays = [path for path in files if path.suffix in token_arrays.SUFFIXES and not any(True for _ in in_arrays(path))]
+    arrays += lists
     if arrays and len(arrays) < len(files):
         raise InputError("PATHS", arrays[0].name, "rows of tokens, or arrays of them", "import each apart")
     if arrays:
@@ -78,10 +80,10 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
 
 def _read(files: Sequence[Path], options: TraceOptions) -> tuple[Rows, Beside]:
     """The rows that are wanted, and what columns say that are not read for experts."""
-    columns, rows, beside = None, Rows(by_step=True), Beside()
+    columns, rows, beside, layers = None, Rows(by_step=True), Beside(), layers_of(files)
     names: dict[tuple[str, ...], tuple[list[str], dict[str, str], dict[str, str]]] = {}  # most rows have the same
     for path in files:
-        for where, given in rows_of(path):
+        for where, given in rows_in(path, layers.get(path)):
             row = given
             if (found := names.get(tuple(given))) is None:
                 apart = one_each(given)
