@@ -1,13 +1,15 @@
 """Responses as clients keep them: bodies, batch lines, streams and errors, one by one or many in a file.
 
 What may hold a body: a list, a line of JSON Lines, a line `data: ...` of an event stream, OpenAI's batch output
-(`response.body`). vLLM's RequestOutput has `outputs` for choices. Chunks of a stream become one response again;
-responses that routed nothing are counted by reason.
+(`response.body`). vLLM's RequestOutput has `outputs` for choices; a row may be one of these. Chunks of a stream become
+one response again; responses that routed nothing are counted by reason.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,17 +18,15 @@ from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_names import words_of
-from gemopt.formats.files import bounded_json, size_of
+from gemopt.formats.files import bounded_json, size_of, text_of
+from gemopt.formats.json_rows import parsed
 from gemopt.traces.arrays import NOT_IDS
 
 LINE_LIMIT = 256 << 20
 _HOLDERS = ("sglext", "sgl_ext", "nvext", "engine_data")
 _WRAPPERS = ("response", "body", "result", "data")
 _PROMPT = "prompt_routed_experts"
-COUNTS = (
-    "counts in JSON: --from array; rows with routed_experts alone: --from tokens; "
-    '{"logical_count": [...]} with a row for every decoder layer: sglang'
-)
+COUNTS = 'counts in JSON: --from array; {"logical_count": [...]} with a row for every decoder layer: sglang'
 _STARTS = ("routed_experts_start_len", "routed_experts_prompt_start")
 
 
@@ -118,27 +118,27 @@ class Bodies:
 
 def _bodies(path: Path) -> Iterator[tuple[int, Any, bool]]:
     """Number, JSON value, and whether it came as a line of an event stream."""
-    if path.suffix == ".json":
-        data = bounded_json(path)
+    if path.name.endswith((".json", ".json.gz")):
+        data = bounded_json(path) if path.suffix == ".json" else parsed(str(path), text_of(path).read())
         yield from ((i, body, False) for i, body in enumerate(data if isinstance(data, list) else [data]))
         return
     size_of(path)
-    with path.open("rb") as stream:
-        number = 0
-        while line := stream.readline(LINE_LIMIT):
-            if len(line) >= LINE_LIMIT:
-                raise InputError(f"{path}: line {number + 1}", f"{len(line)} bytes", f"lines below {LINE_LIMIT} bytes")
-            text, streamed = line.strip(), False
-            if text.startswith((b":", b"event:", b"id:", b"retry:")):
-                text = b""
-            elif text.startswith(b"data:"):
-                text, streamed = text[5:].strip(), True
-            if text and text != b"[DONE]":
-                try:
+    number = 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
+            for number, line in enumerate(iter(lambda: stream.readline(LINE_LIMIT), b"")):
+                if len(line) >= LINE_LIMIT:
+                    limit = f"lines below {LINE_LIMIT} bytes"
+                    raise InputError(f"{path}: line {number + 1}", f"{len(line)} bytes", limit)
+                text, streamed = line.strip(), False
+                if text.startswith((b":", b"event:", b"id:", b"retry:")):
+                    text = b""
+                elif text.startswith(b"data:"):
+                    text, streamed = text[5:].strip(), True
+                if text and text != b"[DONE]":
                     yield number, json.loads(text), streamed
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}: line {number + 1}", str(error), "one JSON response per line") from None
-            number += 1
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: line {number + 1}", str(error), "one JSON response per line") from None
 
 
 def _unwrapped(where: str, body: Any) -> Iterator[dict[str, Any]]:
@@ -153,6 +153,8 @@ def _unwrapped(where: str, body: Any) -> Iterator[dict[str, Any]]:
         yield from _unwrapped(where, inside[0])
     elif "choices" not in body and isinstance(body.get("outputs"), list):  # vLLM's RequestOutput
         yield {**body, "choices": body["outputs"]}
+    elif not {"choices", "meta_info", "error"} & body.keys() and _routed(body)[0] is not None:  # a choice alone
+        yield {**body, "choices": [body]}
     else:
         yield body
 

@@ -38,7 +38,7 @@ from gemopt.traces import Phase
 from gemopt.traces.batching import from_tokens
 from gemopt.words import counted
 
-SUFFIXES = (".json", ".jsonl")
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 
 BATCH_SIZE, PREFILL_TOKENS = 64, 4096
 MANY_ROWS = 8  # of several layers, that two answers never share by chance
@@ -47,7 +47,7 @@ MANY_ROWS = 8  # of several layers, that two answers never share by chance
 def read_traces(paths: Sequence[Path], options: TraceOptions, *, raw_int32: bool = False) -> Loaded:
     """Traces from responses with `routed_experts`.
 
-    A .json holds one or a list of them, a .jsonl one per line or the events of a stream.
+    A .json holds one or a list of them, a .jsonl one per line or the events of a stream; either may be gzipped.
 
     `--phase decode` takes the generated tokens, `prefill` those of the prompt, `all` both; token counts in the
     responses tell them apart.

@@ -57,10 +57,10 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording | Loa
 
 
 def _kind(path: Path) -> str:
+    if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+        return "responses"
     if path.suffix in count_csv.SUFFIXES:
         return "count tables"
-    if path.suffix == ".jsonl":
-        return "responses"
     data = load_torch(path) if path.suffix == ".pt" else bounded_json(path)
     if isinstance(data, dict) and KEY in data:
         return "stat dumps"

@@ -23,7 +23,7 @@ from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import MANY_ALIKE
 from gemopt.formats.response_bodies import Response, Sample
-from gemopt.formats.token_beside import TOKENS, WEIGHTED
+from gemopt.formats.token_beside import COMPUTED, TOKENS, WEIGHTED
 from gemopt.formats.token_cells import NAMES
 from gemopt.formats.token_columns import layers_of
 from gemopt.traces import Phase
@@ -115,6 +115,7 @@ def _responses(
             alone = placed if placed.ndim > len("NLK") else placed[None]
             sequences += [(f"{where}: sequence {i}" if len(alone) > 1 else where, each) for i, each in enumerate(alone)]
         notes += padding(path.name, [each for _, each in sequences])
+        notes += [f"{path.name}: {len(parts)} sequences, each replayed as a request"] if len(parts) > 1 else []
         samples = [Sample(where=where, encoded=[each]) for where, each in sequences]
         yield from (Response(name=None, samples=[sample]) for sample in samples)
 
@@ -185,15 +186,18 @@ def _ids(
         limit = f"one array called {', '.join(NAMES['ids'][:3])} or the like, or layer_0, ..."
         raise InputError(str(path), ", ".join(arrays)[:200] or "no array", limit)
     others = [name for name in (*arrays, *told) if name not in (*named, "format")]
-    flags = {name for name in others if words_of(name) & (COUNTED | NOT_COUNTED)}
+    ids = _whole(path, arrays[named[0]], ndims)
+    if (mask := next((name for name in others if name.casefold() == "attention_mask"), None)) in arrays:
+        ids = _masked(f"{path}: {mask}", as_numpy(arrays[mask]), ids)
+        others.remove(mask)
+    flags = {name for name in others if words_of(name) & (COUNTED | NOT_COUNTED) and not words_of(name) & COMPUTED}
     for name, array in ((name, as_numpy(arrays[name])) for name in sorted(flags & arrays.keys())):
         out = bool(words_of(name) & NOT_COUNTED and "mask" not in words_of(name))  # what leaves a token out
         if array.size > 1 and array.dtype.kind in "biuf" and (array.astype(bool) == out).any():
             limit = "experts of tokens, each once"
             hint = "leave them out; were they computed? leave the array out"
             raise InputError(f"{path}: {name}", "tokens that it leaves out", limit, hint)
-    _refuse_others(path, [name for name in others if name not in flags])
-    ids = _whole(path, arrays[named[0]], ndims)
+    _refuse_others(path, [name for name in others if not words_of(name) & (COUNTED | NOT_COUNTED)])
     beside = {name: as_numpy(arrays[name]) for name in others if name in arrays}
     _refuse_apart(path, beside, options, ids.shape[-3] if ids.ndim > len("NK") else len(ids))
     for name, array in beside.items():
@@ -202,6 +206,13 @@ def _ids(
         _check_told(path, name, arrays.get(name, told.get(name)), ids, options)
     notes += [f"{path.name}: {', '.join(others)} left unread"] if others else []
     return ids, None
+
+
+def _masked(where: str, mask: Any, ids: IntArray) -> IntArray:
+    """Experts of tokens without those that an attention mask says are padding: -1 in their places."""
+    if mask.shape != ids.shape[:-2] or mask.dtype.kind not in "biuf":
+        raise InputError(where, f"shape {[*mask.shape]}", f"a number for each token, {[*ids.shape[:-2]]}")
+    return np.where(mask.astype(bool)[..., None, None], ids.astype(np.int64), -1)
 
 
 def _without_weights(path: Path, arrays: dict[str, Any], notes: list[str]) -> dict[str, Any]:

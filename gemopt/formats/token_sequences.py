@@ -20,7 +20,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats.count_names import HEEDED, numbered
 from gemopt.formats.count_spread import ndim
 from gemopt.formats.engine import IntArray
-from gemopt.formats.files import JSON_LIMIT, bounded_json, whole_numbers
+from gemopt.formats.files import JSON_LIMIT, bounded_json, load_torch, whole_numbers
 from gemopt.formats.token_beside import Beside
 from gemopt.formats.token_cells import NAMES, columns_of, rows_of, whole
 from gemopt.traces import COUNT_LIMIT
@@ -41,6 +41,10 @@ class Found(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _of(path: Path, _changed: tuple[int, int]) -> Found:
+    if path.suffix == ".pt":
+        data = load_torch(path)
+        rows = isinstance(data, list | tuple) and bool(data) and all(isinstance(each, dict) for each in data)
+        return in_rows(path, data) if rows else Found([])
     if path.suffix != ".json":
         return in_rows(path)
     data = bounded_json(path, limit_bytes=JSON_LIMIT)
@@ -51,7 +55,7 @@ def _of(path: Path, _changed: tuple[int, int]) -> Found:
 
 def of(path: Path) -> Found:
     """The sequences of a file of JSON or rows."""
-    if path.name.endswith((".npy", ".npz", ".pt", ".safetensors")):
+    if path.name.endswith((".npy", ".npz", ".safetensors")):
         return Found([])
     now = path.stat()
     return _of(path, (now.st_mtime_ns, now.st_size))
@@ -60,7 +64,13 @@ def of(path: Path) -> Found:
 def in_lists(path: Path, data: Any) -> list[Part]:
     """The sequences of a list, or of an object by request; none of anything else."""
     if isinstance(data, dict):
-        data = _in_order(data) if _numbers(data, *NAMES["request"], "arr", "") else None
+        numbers = _numbers(data, *NAMES["request"], "arr", "")
+        flat = any(_dims(each) < SEQUENCE for each in data.values())  # of layers then: from 0 on
+        data = _in_order(data) if numbers and (not flat or sorted(numbers) == list(range(len(numbers)))) else None
+    if isinstance(data, list | tuple) and len(data) > 1 and all(_dims(each) == len("NK") for each in data):
+        each = [_array(f"{path}: {i}", one) for i, one in enumerate(data)]
+        alike = len({ids.shape for ids in each}) == 1  # an array of each layer, as routers return them
+        return [(str(path), np.stack(each, axis=1), None)] if alike else []
     if not isinstance(data, list | tuple) or not data or any(_dims(each) != SEQUENCE for each in data):
         return []
     names = [f"{path}: sequence {i}" for i in range(len(data))]
@@ -84,16 +94,20 @@ def in_json(path: Path, data: Any) -> list[Part]:
     return in_lists(path, data)
 
 
-def in_rows(path: Path) -> Found:
-    """The sequences of rows that hold one each, or a token with a list for every layer; none of other rows."""
-    begin, first = next(rows_of(path), (str(path), {}))
+def in_rows(path: Path, data: Sequence[dict[Any, Any]] = ()) -> Found:
+    """The sequences of rows that hold one each, or a token with a list for every layer; none of other rows.
+
+    data: the rows, where they are not those of a text.
+    """
+    given = [(f"{path}: row {i}", {str(name): cell for name, cell in row.items()}) for i, row in enumerate(data, 1)]
+    begin, first = next(iter(given) if given else rows_of(path), (str(path), {}))
     columns = columns_of(begin, first)
     dims = _dims(first.get(columns.get("ids", "")))
     if {"layer", "step", "phase"} & columns.keys() or dims != (SEQUENCE if "token" not in columns else len("LK")):
         return Found([])
     unread = sorted({*first} - {*columns.values(), "", "Unnamed: 0"})
     beside, tokens = Beside(), dict[str, dict[int, IntArray]]()
-    for number, (where, row) in enumerate(rows_of(path)):
+    for number, (where, row) in enumerate(given or rows_of(path)):
         if row.keys() != first.keys():
             raise InputError(where, ", ".join(row)[:100], f"{', '.join(columns.values())}, as in the rows before")
         for name in (name for meaning, name in columns.items() if meaning.startswith("rank ")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 
 import numpy as np
@@ -175,3 +176,24 @@ def test_answers_of_several_networks_are_named(load) -> None:
     one, two = (body(routing(seed), model=f"m{seed}") for seed in range(2))
     assert "m0" not in load([one])[1]
     assert "answers of m0, m1: counted together, as if they were one network" in load([one, two])[1]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json.gz"])
+@pytest.mark.parametrize("source", ["vllm", "sglang"])
+def test_rows_of_answers_alone_perhaps_packed(tmp_path, suffix, source):
+    """As offline scripts keep `CompletionOutput`: its fields beside those of the prompt."""
+    ids = [routing(seed) for seed in range(2)]
+    rows = [
+        {"prompt_token_ids": [0] * PROMPT, "token_ids": [0] * ANSWER, "routed_experts": each.tolist()} for each in ids
+    ]
+    text = json.dumps(rows) if ".json." in suffix else "\n".join(map(json.dumps, rows))
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix.endswith(".gz") else text.encode())
+    options = TraceOptions(num_experts=EXPERTS, batch_size=2)
+    import_traces([path], source=source, destination=tmp_path / "t.safetensors", options=options)
+    traces = Traces.load(tmp_path / "t.safetensors")
+    assert (traces.counts == sum(counts(each[PROMPT:]) for each in ids)).all()
+    if suffix.endswith(".gz"):
+        path.write_bytes(path.read_bytes()[:-9])
+        with pytest.raises(InputError, match=r"a\.json.*end"):
+            import_traces([path], source=source, destination=tmp_path / "t.safetensors", options=options)

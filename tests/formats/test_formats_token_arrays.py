@@ -54,7 +54,7 @@ def test_other_files_and_names(load, tmp_path):
     np.savez(tmp_path / "a.npz", routed_experts=ids, input_ids=np.arange(len(ids)), attention_mask=np.ones(len(ids)))
     traces, notes = load(tmp_path / "a.npz", "tokens", **TOLD)
     assert (traces.counts == expected).all()
-    assert "a.npz: input_ids, attention_mask left unread" in notes
+    assert "a.npz: input_ids left unread" in notes
     assert "a single sequence: every step is of one token" in notes
     torch.save({"expert_ids": torch.from_numpy(ids)}, tmp_path / "b.pt")
     save_file({"topk_ids": ids}, tmp_path / "c.safetensors")

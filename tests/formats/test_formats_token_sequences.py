@@ -128,6 +128,39 @@ def test_json_that_is_refused(load, tmp_path, value, words):
         load(write(tmp_path / "a.json", value), "tokens", phase=Phase.MIXED)
 
 
+def test_padded_sequences_with_their_attention_mask(load, tmp_path):
+    """As trainers keep what rollouts routed; what the padding repeats says nothing then."""
+    padded, mask = np.zeros((4, 9, LAYERS, 2), np.uint8), np.zeros((4, 9), int)
+    for i, each in enumerate(SEQUENCES):
+        padded[i, : len(each)], padded[i, len(each) :], mask[i, : len(each)] = each, each[-1], 1
+    np.savez(tmp_path / "a.npz", routed_experts=padded, attention_mask=mask, response_mask=mask)
+    notes = load_all(load, tmp_path / "a.npz", num_hidden_layers=LAYERS)[1]
+    assert "left out: 13 tokens without any expert (padding)" in notes
+    np.savez(tmp_path / "a.npz", routed_experts=padded, attention_mask=mask[:, :5])
+    with pytest.raises(InputError, match=r"attention_mask: got shape \[4, 5\]; a number for each token, \[4, 9\]"):
+        load(tmp_path / "a.npz", "tokens", phase=Phase.MIXED, num_hidden_layers=LAYERS)
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_an_array_of_each_layer_as_routers_return_them(load, tmp_path, kind):
+    torch = pytest.importorskip("torch")
+    each = [torch.tensor([ids[i] for ids in ALL]) for i in range(LAYERS)]
+    torch.save(each if kind is list else dict(enumerate(each)), tmp_path / "a.pt")
+    load_all(load, tmp_path / "a.pt", num_hidden_layers=LAYERS)
+    with pytest.raises(InputError, match="are there 3 layers"):
+        load(tmp_path / "a.pt", "tokens", phase=Phase.MIXED)
+    torch.save(dict(zip((3, 4, 6), each, strict=True)), tmp_path / "a.pt")
+    with pytest.raises(InputError, match="or layer_0"):
+        load(tmp_path / "a.pt", "tokens", phase=Phase.MIXED, num_hidden_layers=LAYERS)
+
+
+def test_objects_with_tensors_of_a_sequence_each(load, tmp_path):
+    torch = pytest.importorskip("torch")
+    rows = [{"token_ids": [1, 2], "routed_experts": torch.tensor(each)} for each in SEQUENCES]
+    torch.save(rows, tmp_path / "a.pt")
+    assert "4 sequences, each replayed as a request" in load_all(load, tmp_path / "a.pt")[1]
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_the_number_of_experts_is_heeded(load, tmp_path, name):
     told = {"num_experts": 32, "top_k": 2}

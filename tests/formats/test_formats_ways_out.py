@@ -126,8 +126,8 @@ def test_files_that_are_not_read_say_the_way_out(load, folder, name, hint):
     (folder / name).write_bytes(b"\x28\xb5\x2f\xfd")
     refused(load, folder / name, "array", f"a file .npy .*{hint}")
     refused(load, folder, "array", hint)
-    (folder / "b.jsonl.gz").write_bytes(b"")
-    refused(load, folder / "b.jsonl.gz", "vllm", "unpack it: gunzip")
+    (folder / "b.jsonl.xz").write_bytes(b"")
+    refused(load, folder / "b.jsonl.xz", "vllm", "unpack it: xz -d")
 
 
 def test_a_packed_file_of_a_folder_is_not_left_out(load, folder):
