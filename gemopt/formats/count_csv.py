@@ -58,6 +58,7 @@ class _Table:
     unnamed: bool = False  # nothing in it is called count
     counted: str = ""  # the name of the column with the counts
     layer: str = ""
+    phase: str = ""
     parallel: bool = False  # the column of ranks says that they are none of a pipeline
     named: dict[str, tuple[str, str]] = field(default_factory=dict)  # what is around the number, by meaning
     results: set[str] = field(default_factory=set)  # columns with times and results, which tell no lines apart
@@ -128,11 +129,12 @@ def _unread(tables: list[_Table], others: dict[str, str]) -> list[str]:
     """Notes on the columns left unread; others: those that say the same in all lines."""
     results = sorted(set().union(*(table.results for table in tables)))
     told = {bool(table.phases) for table in tables}
-    known = [*results, *(COLUMNS["phase"] if True in told else ())]
+    phases = sorted({table.phase for table in tables} - {""})
+    known = [*results, *(phases if True in told else ())]
     said = (
         ("times and results", results),
         ("columns that say the same in all lines", [n for n in others if n not in known and n not in HEEDED]),
-        ("columns that some tables lack", COLUMNS["phase"] if len(told) > 1 else ()),
+        ("columns that some tables lack", phases if len(told) > 1 else ()),
     )
     return [f"{which} are left unread: {', '.join(names)}" for which, names in said if names]
 
@@ -293,7 +295,8 @@ def _add(
     key = (value.get("step", 0), value["layer"], value["expert"])
     if "phase" in columns:
         cell = row[columns["phase"]]
-        if (phase := phase_of(f"{where}: phase", cell, others.setdefault("phase", cell))) is not None:
+        table.phase = header[columns["phase"]]
+        if (phase := phase_of(f"{where}: {table.phase}", cell, others.setdefault(table.phase, cell))) is not None:
             table.has_steps, key = True, (value.get("step", int(phase)), *key[1:])
             if table.phases.setdefault(key[0], phase) != phase:
                 raise InputError(f"{where}: phase", cell, "one phase of a step", "number the steps apart")

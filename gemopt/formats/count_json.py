@@ -191,6 +191,8 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
     counts = [key for key in counts if "logical" in words_of(key)] or _deepest(rows, counts)
     counts = counts or [key for key in nested if words_of(key) <= {"expert", "experts"} and by_key(rows, key)]
     logical = bool(counts) and "logical" in words_of(counts[0])
+    whose = _by_expert(rows, counts[0]) if len(counts) == 1 else None
+    nested = [key for key in nested if key != whose]
     _refuse_telling(path, [key for key in nested if key not in counts], logical=logical)
     plain = dict.fromkeys(key for row in rows for key in row if key not in nested)
     for key, cell in rows[0].items():
@@ -219,6 +221,31 @@ def _counts_of(path: Path, rows: Rows, told: Content) -> str | None:
             if key != counts[0]:
                 row.pop(key, None)
     return counts[0]
+
+
+def _by_expert(rows: Rows, name: str) -> str | None:
+    """The key, taken out, of lists that name the experts whose counts the cell `name` lists, or keys of an object do.
+
+    Counts in lists become objects by expert then. All experts in some order may be an order of loads, and are left.
+    """
+    for key in [key for key in rows[0] if words_of(key) & {"expert", "experts"} and not words_of(key) & COUNTED]:
+        each = [row.get(key) for row in rows]
+        if not all(isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids) for ids in each):
+            continue
+        cells: list[Any] = [row.get(name) for row in rows]
+        pairs = [(ids or [], cell) for ids, cell in zip(each, cells, strict=True)]
+        if any(
+            len({*ids}) < len(ids) or len(ids) != (len(c) if isinstance(c, (list, dict)) else -1) for ids, c in pairs
+        ):
+            continue
+        same = all(isinstance(cell, dict) and {*map(str, ids)} == {*cell} for ids, cell in pairs)
+        some = any({*ids} != {*range(len(ids))} for ids, _ in pairs)
+        if same or (some and all(isinstance(cell, list) and ndim(cell) == 1 for cell in cells)):
+            for row, (ids, cell) in zip(rows, pairs, strict=True):
+                row.pop(key)
+                row[name] = cell if same else {str(i): count for i, count in zip(ids, cell, strict=True)}
+            return key
+    return None
 
 
 def _deepest(rows: Rows, keys: list[str]) -> list[str]:

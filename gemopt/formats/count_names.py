@@ -26,13 +26,15 @@ COLUMNS = {
         *("step", "step_id", "iteration", "iter", "forward_pass_id", "forward_pass", "global_step", "train_step"),
         *("eplb_step", "batch_id", "batch_idx", "_step", "step_idx", "step_index", "step_num", "step_number"),
         *("pass", "pass_id", "forward_step", "engine_step", "time_step", "timestep", "iter_id", "iteration_id"),
+        *("forward", "forward_id", "forward_idx"),
     ),
     "rank": ("rank", "rank_id", *PARALLEL),
-    "phase": ("phase",),
+    "phase": ("phase", "stage", "mode", "forward_mode"),
 }
 PERHAPS = {  # that mean it where no other column does
     *("hit_count", "selection_count", "selected_count", "num_selected", "times_selected"),
     *("pass", "pass_id", "engine_step", "time_step", "timestep"),
+    *("stage", "mode", "forward_mode"),
 }
 TOKENS = {"tokens", "num_tokens", "token_count"}  # of an expert, or of a whole step
 PHASES = {

@@ -64,6 +64,12 @@ def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
     """Rows whose cell `name` holds many counts as a table with a column for each expert, or as an array."""
     if by_key(rows, name):
         spread = [(row, *_each(path, name, row[name])) for row in rows]
+        sums = [np.asarray(counts) for *_, counts in spread]
+        for key in [key for key in rows[0] if key != name and TABLES.get(key.casefold()) == "count"]:
+            if follows(key, [row.get(key) for row in rows], sums):
+                told.unread.append(key)
+                for row in rows:
+                    row.pop(key, None)
         told.rows = [
             {**{key: cell for key, cell in row.items() if key != name}, "expert": expert, "count": count}
             for row, experts, counts in spread
@@ -91,7 +97,7 @@ def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
     if "step" in {TABLES.get(key.casefold()) for key in rows[0]}:
         told.steps = min(steps), max(steps)
     alone = len(cells) == 1 and told.steps is None  # of two dimensions: layers, or steps of one?
-    if phase := next((key for key in rows[0] if TABLES.get(key.casefold()) == "phase"), None):
+    for phase in _phase(rows):
         found = [phase_of(f"{path}: {phase}", rows[i].get(phase), rows[0].get(phase)) for i in order]
         found *= len(cells[0]) if dims == {3} else 1  # of all its steps
         told.phases = [] if None in found else [int(each) for each in found if each is not None]
@@ -128,7 +134,7 @@ def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
     named = sure(key for key in rows[0] if TABLES.get(key.casefold()) == "step")
     if len(named) > 1:
         raise InputError(str(path), " and ".join(named), "one number of the step", "leave the others out")
-    kept = [*named, *(key for key in rows[0] if TABLES.get(key.casefold()) == "phase")]
+    kept = [*named, *_phase(rows)]
     for key in dict.fromkeys(key for row in rows for key in row if key not in kept):
         found = {str(row.get(key)) for row in rows}
         if len(found) > 1 or (TABLES.get(key.casefold(), "") and key.casefold() not in PERHAPS):
@@ -142,6 +148,11 @@ def _steps(path: Path, rows: Rows, told: Content) -> list[Any]:
     if not all(type(each) is int for each in steps):
         raise InputError(f"{path}: {named[0]}", str(steps)[:100], "whole numbers")
     return steps
+
+
+def _phase(rows: Rows) -> list[str]:
+    """The key of the phase, if there is one."""
+    return sure(key for key in rows[0] if TABLES.get(key.casefold()) == "phase")[:1]
 
 
 def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:

@@ -27,7 +27,7 @@ NAMES: Mapping[str, Sequence[str]] = {
         *("sample", "sample_id", "prompt_id", "prompt_idx", "problem_id", "question_id"),
     ),
     "token": ("token", "tok", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
-    "phase": ("phase", "stage", "forward_mode"),
+    "phase": COLUMNS["phase"],
 }
 RANKS = (*COLUMNS["rank"], "local_rank", "global_rank", "world_rank")
 STEMS = {  # of columns with one expert of a token each, expert_0, expert_1, ...
@@ -56,17 +56,19 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 for number, line in enumerate(stream, 1):
                     if line.strip():
-                        yield _object(f"{path}: line {number}", value(line))
+                        yield from flattened(*_object(f"{path}: line {number}", value(line)))
             except InputError:
                 raise
             except (ValueError, RecursionError, EOFError, OSError) as error:
                 raise InputError(f"{path}: line {max(1, number)}", str(error), "one JSON object a line") from None
     elif path.suffix == ".json":
         data = frame_rows(bounded_json(path, limit_bytes=JSON_LIMIT))
-        lists = [each for each in data.values() if isinstance(each, list)] if isinstance(data, dict) else [data]
-        if len(lists) != 1 or not isinstance(lists[0], list):
-            raise InputError(str(path), f"{len(lists)} lists", "one list of rows")
-        yield from (_object(f"{path}: row {number}", row) for number, row in enumerate(lists[0], 1))
+        rows = [data] if isinstance(data, dict) and _inside(data) else data
+        if not isinstance(rows, list):
+            lists = len([each for each in data.values() if isinstance(each, list)]) if isinstance(data, dict) else 0
+            raise InputError(str(path), f"{lists} lists", "one list of rows")
+        for number, row in enumerate(rows, 1):
+            yield from flattened(*_object(f"{path}: row {number}", row))
     else:
         lines = lines_of(path)
         header = [name.strip() for name in next(lines, (0, [""]))[1]]
@@ -76,6 +78,24 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if len(cells) != len(header):
                 raise InputError(f"{path}: line {number}", f"{len(cells)} values", f"{len(header)}, as in the header")
             yield f"{path}: line {number}", dict(zip(header, cells, strict=True))
+
+
+def _inside(row: dict[str, Any]) -> str:
+    """The name of the one list of objects in an object without experts; empty for none or several."""
+    names = [name for name, each in row.items() if isinstance(each, list) and each and isinstance(each[0], dict)]
+    experts = any(bare(name) in NAMES["ids"] for name in row if name not in names)
+    return names[0] if len(names) == 1 and not experts else ""
+
+
+def flattened(where: str, row: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows inside a row, each with what is said of all of them: of the tokens of a pass, the layers of a token."""
+    if not (name := _inside(row)):
+        yield where, row
+        return
+    others = {key: cell for key, cell in row.items() if key != name}
+    for number, each in enumerate(row[name], 1):
+        inner = f"{where}: {name} {number}"
+        yield from flattened(inner, {**others, **_object(inner, each)[1]})
 
 
 def _object(where: str, row: Any) -> tuple[str, dict[str, Any]]:

@@ -183,8 +183,9 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (lines({"layer": 0, "token": t, "topk_ids": [1, 2]} for t in range(9)), "ids of tokens: .*from_tokens"),
         (json.dumps({"counts": COUNTS.tolist(), "layer_ids": [3, 4, 5]}), "layer_ids beside counts.*--layer-ids"),
         (json.dumps({"counts": COUNTS.tolist(), "scale": 2}), "scale beside counts"),
-        (json.dumps([{"layer": 0, "expert_ids": [3, 5], "counts": [7, 9]}]), "expert_ids beside counts"),
-        (json.dumps([{"layer": 0, "experts": [3, 5], "logical_counts": [7, 9]}]), "experts beside .*whose they are"),
+        (json.dumps([{"layer": 0, "expert_ids": [1, 0], "counts": [7, 9]}]), "expert_ids beside counts"),
+        (json.dumps([{"layer": 0, "experts": [1, 0], "logical_counts": [7, 9]}]), "experts beside .*whose they are"),
+        (json.dumps([{"layer": 0, "experts": [3, 3], "logical_counts": [7, 9]}]), "experts beside .*whose they are"),
         (json.dumps({"layer_ids": [3, 4, 5], "load_history": [{"counts": TOTAL.tolist()}]}), "layer_ids beside counts"),
         (json.dumps({"rank": 3, "load_history": [{"counts": TOTAL.tolist()}] * 2}), "rank: got 3"),
         (json.dumps({"scale": 3, "load_history": [{"counts": TOTAL.tolist()}] * 2}), "scale beside counts"),
@@ -292,3 +293,28 @@ def test_texts_that_say_that_experts_are_slots(load, tmp_path, text):
             load(tmp_path / name, "csv" if name == "a.csv" else "array")
     np.savez(tmp_path / "a.npz", counts=COUNTS, backend="local", domain="physical sciences", kind="logical")
     assert (load(tmp_path / "a.npz", "array")[0].counts == COUNTS).all()
+
+
+@pytest.mark.parametrize("kind", ["object", "list", "reversed", "of a rank"])
+def test_experts_named_in_a_list_beside_their_counts(load, tmp_path, kind):
+    """Loggers of cold experts write those alone that tokens chose; ranks, those that they hold."""
+    rows = []
+    for step, layer in np.ndindex(COUNTS.shape[:2]):
+        counts = COUNTS[step, layer]
+        chosen = np.split(np.arange(EXPERTS), 2) if kind == "of a rank" else [np.flatnonzero(counts)]
+        for given in chosen:
+            ids = given[::-1] if kind == "reversed" else given
+            told = counts[ids].tolist()
+            told = dict(zip(map(str, ids.tolist()), told, strict=True)) if kind == "object" else told
+            rows.append({"step": step, "layer": layer, "active_experts": ids.tolist(), "token_counts": told})
+            if kind == "object":
+                rows[-1]["num_tokens"] = int(counts.sum())
+    rows[0] |= {"active_experts": [0], "token_counts": {"0": 5} if kind == "object" else [5]}
+    if kind == "object":
+        rows[0]["num_tokens"] = 5
+    truth = COUNTS.copy()
+    truth[0, 0, : EXPERTS // 2 if kind == "of a rank" else EXPERTS] = 0
+    truth[0, 0, 0] = 5
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    for source in ("array", "csv"):
+        assert (load(tmp_path / "a.jsonl", source, num_experts=EXPERTS)[0].counts == truth).all()

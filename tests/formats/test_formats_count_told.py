@@ -184,3 +184,21 @@ def test_a_line_of_settings_before_the_others_holds_for_all(load, tmp_path, long
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [{**head, "scale": 4}, *rows])))
     with pytest.raises(InputError, match="scale"):
         load(tmp_path / "a.jsonl", "array")
+
+
+@pytest.mark.parametrize("name", ["phase", "stage", "mode", "forward_mode"])
+def test_columns_that_name_phases(load, tmp_path, name):
+    rows = [{"step": t, name: "prefill" if t == 0 else "decode", "counts": COUNTS[t].tolist()} for t in range(3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load(tmp_path / "a.jsonl", "array")[0].phase.tolist() == [0, 1, 1]
+    cells = [[t, rows[t][name], i, e, COUNTS[t, i, e]] for t in range(3) for i in range(2) for e in range(8)]
+    lines = [",".join(map(str, line)) for line in [["step", name, "layer", "expert", "count"], *cells]]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert load(tmp_path / "a.csv", "csv")[0].phase.tolist() == [0, 1, 1]
+    if name == "phase":  # another column beside it is none
+        (tmp_path / "a.csv").write_text("\n".join([f"{lines[0]},mode", *(f"{line},eager" for line in lines[1:])]))
+        traces, notes = load(tmp_path / "a.csv", "csv")
+        assert traces.phase.tolist() == [0, 1, 1] and "left unread: mode" in notes
+    (tmp_path / "a.csv").write_text("\n".join(lines).replace("decode", "fast"))
+    with pytest.raises(InputError, match=f"{name}: got fast; one of prefill"):
+        load(tmp_path / "a.csv", "csv")

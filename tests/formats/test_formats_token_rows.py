@@ -202,3 +202,26 @@ def test_experts_numbered_from_1_are_told(load, tmp_path):
     path = write(tmp_path / "a.jsonl", [{**r, "topk_ids": [e + 1 for e in r["topk_ids"]]} for r in rows()])
     with pytest.raises(InputError, match=f"got {EXPERTS}; experts 0 to 7; numbered from 1"):
         load(path, "tokens", num_experts=EXPERTS)
+
+
+def test_rows_inside_others(load, tmp_path):
+    """What is said of a pass, and of a token in it, holds for the rows inside; settings for all of them."""
+    passes = [
+        {
+            "forward": t,
+            "phase": "prefill" if t == 0 else "decode",
+            "rows": [
+                {"token_position": n, "layers": [{"layer": i, "expert_ids": each} for i, each in enumerate(token)]}
+                for n, token in enumerate(ids.tolist())
+            ],
+        }
+        for t, ids in enumerate(TOKENS)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps({"num_experts": EXPERTS + 1, "forwards": passes}))
+    traces, _ = load(tmp_path / "a.json", "tokens")
+    assert (traces.counts[..., :EXPERTS] == COUNTS).all() and traces.num_experts == EXPERTS + 1
+    assert traces.phase.tolist() == [0, 1, 1]
+    traces, _ = load(write(tmp_path / "b.jsonl", passes), "tokens", num_experts=EXPERTS)
+    assert (traces.counts == COUNTS).all()
+    noted = [{**row, "events": [{"at": 1}, {"at": 2}]} for row in rows()]  # beside the experts they are none
+    assert (load(write(tmp_path / "c.jsonl", noted), "tokens")[0].counts == COUNTS).all()
