@@ -134,7 +134,7 @@ def _ndim(data: Any) -> int:
     """Dimensions of an array, or of lists and lists of arrays that are alike."""
     if isinstance(data, list | tuple) and data:
         return 1 + _ndim(data[0])
-    return int(getattr(data, "ndim", 0 if isinstance(data, int | float) else 3))
+    return int(getattr(data, "ndim", 0 if isinstance(data, int | float | str) else 3))
 
 
 def says_counts(path: Path) -> bool:

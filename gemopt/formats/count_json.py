@@ -111,8 +111,9 @@ def _rows(
             yield from _rows(path, each, {**known, name: number}, told, named=named)
     elif (inner := inside(value)) is not None:
         beside = {key: each for key, each in value.items() if each is not inner}
-        _refuse_telling(path, [key for key, each in beside.items() if isinstance(each, (list, dict))])
-        told.unread += [key for key, each in beside.items() if isinstance(each, (list, dict))]
+        lists = [key for key, each in beside.items() if isinstance(each, (list, dict)) and not slot_maps.MAP.match(key)]
+        _refuse_telling(path, lists)
+        told.unread += lists
         told.beside |= {key: each for key, each in beside.items() if isinstance(each, list)}
         plain = {key: each for key, each in beside.items() if key not in told.unread}
         named |= any(each is inner and bool(words_of(key) & COUNTED) for key, each in value.items())

@@ -27,8 +27,10 @@ JSON_LIMIT = 256 << 20
 YAML_LIMIT = 1 << 24
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library itself
 ARRAY_LIMIT = 1 << 36
+NOT_WHOLE = "two bytes round numbers above 2048, or 256: keep counts in 32 bits"
 NOT_SHARES = "shares, weights and logits are no counts: count the experts that were chosen"
 PT = "torch.save of torch 1.6 or later writes it; NumPy arrays in it are not read, torch.from_numpy(array) is"
+_WHOLE = re.compile(r"\s*\d{1,18}\s*", re.ASCII)
 _DTYPES = {
     **{"U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8"},
     **{"F32": "<f4", "F64": "<f8"},
@@ -173,14 +175,18 @@ def as_array(value: Any, *, name: str, ndim: int) -> NDArray[Any]:
     """An integer tensor, array or list as an array of `ndim` dimensions; shares memory with a tensor."""
     if hasattr(value, "numpy"):
         if value.is_sparse or value.is_floating_point() or value.is_complex():
-            raise InputError(name, str(value.dtype), "whole numbers")
+            narrow = value.is_floating_point() and value.element_size() <= 2
+            raise InputError(name, str(value.dtype), "whole numbers", NOT_WHOLE if narrow else "")
         value = value.numpy()
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, OverflowError):
         raise InputError(name, value, f"whole numbers in {ndim} dimensions") from None
     if array.ndim != ndim or array.dtype.kind not in "iu":
-        raise InputError(name, f"{array.dtype} array of shape {array.shape}", f"whole numbers in {ndim} dimensions")
+        hint = NOT_WHOLE if array.dtype == np.float16 else ""
+        raise InputError(
+            name, f"{array.dtype} array of shape {array.shape}", f"whole numbers in {ndim} dimensions", hint
+        )
     return array
 
 
@@ -193,6 +199,8 @@ def whole_numbers(value: Any, *, name: str, ndims: tuple[int, ...]) -> NDArray[A
         value = value.detach().double().numpy()
     array = value if hasattr(value, "numpy") else _array(value, name, ndims)
     ndim = next((n for n in ndims if n == array.ndim), ndims[-1])
+    if not hasattr(value, "numpy") and array.dtype.kind == "U" and all(map(_WHOLE.fullmatch, array.ravel())):
+        array = array.astype(np.int64)  # numbers in quotes
     if not hasattr(value, "numpy") and array.dtype.kind == "f" and array.dtype.itemsize > 2:
         if np.isfinite(array).all() and (parts := array[array % 1 > 0]).size:
             raise InputError(name, float(parts[0]), f"whole numbers in {ndim} dimensions", NOT_SHARES)

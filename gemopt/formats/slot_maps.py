@@ -16,14 +16,14 @@ from gemopt.formats.files import whole_numbers
 from gemopt.traces.files import COPIES, NOT_COPIES
 
 MAP = re.compile(
-    r"(last_|initial_|global_)?(physical_to_logical|physical2logical|phy2?log|p2l|slots?_to_experts?)(_map)?", re.I
+    r"(last_|initial_|global_)?(physical_to_logical|physical2logical|phy2?log|p2l|slots?_to_experts?)(_map)?$", re.I
 )
 SAY_WHICH = "counts of slots? call them physical_count; of experts? leave it out"
 
 
 def map_among(names: Iterable[str]) -> str | None:
     """The one of some names that is a map of experts by slot; None for none or several."""
-    found = [name for name in names if MAP.fullmatch(name)]
+    found = [name for name in names if MAP.match(name)]
     return found[0] if len(found) == 1 else None
 
 

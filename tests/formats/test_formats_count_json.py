@@ -318,3 +318,12 @@ def test_experts_named_in_a_list_beside_their_counts(load, tmp_path, kind):
     (tmp_path / "a.jsonl").write_text(lines(rows))
     for source in ("array", "csv"):
         assert (load(tmp_path / "a.jsonl", source, num_experts=EXPERTS)[0].counts == truth).all()
+
+
+def test_numbers_in_quotes(load, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(COUNTS.astype(str).tolist()))
+    assert (load(tmp_path / "a.json", "array")[0].counts == COUNTS).all()
+    for given, words in (((COUNTS / 2).astype(str), "whole numbers"), (COUNTS[0].astype(str), "2 dimensions")):
+        (tmp_path / "a.json").write_text(json.dumps(given.tolist()))
+        with pytest.raises(InputError, match=words):
+            load(tmp_path / "a.json", "array")

@@ -56,6 +56,14 @@ def test_load_statistics_of_vllm_forks(load, tmp_path):
     assert (load(tmp_path / "a.jsonl", "array")[0].counts == COUNTS).all()
 
 
+def test_one_map_beside_all_rows(load, tmp_path):
+    loads = slots(COUNTS, np.tile(REDUNDANT, (6, 1, 1)))
+    rows = [{"step": t, "window_expert_load": each.tolist()} for t, each in enumerate(loads)]
+    document = {"physical_to_logical_map": REDUNDANT.tolist(), "load_history": rows}
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    assert (load(tmp_path / "a.json", "array")[0].counts == COUNTS).all()
+
+
 def test_counts_that_are_said_to_be_of_experts_stay(load, tmp_path):
     np.savez(tmp_path / "a.npz", logical_count=COUNTS, physical_to_logical_map=REDUNDANT)
     assert (load(tmp_path / "a.npz", "array")[0].counts == COUNTS).all()
