@@ -121,3 +121,16 @@ def test_arrays_by_layer_have_a_way_in(tmp_path: Path, kind: str) -> None:
     np.savez(path, **arrays) if kind == "npz" else save_file(arrays, path)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"named counts is needed; gemopt trace import .*--from array"):
         Traces.load(path)
+
+
+@pytest.mark.parametrize("change", ["transposed", "counters"])
+def test_counts_in_floats_are_looked_at_as_well(tmp_path: Path, change: str) -> None:
+    rng = np.random.default_rng(0)
+    popular = rng.dirichlet(np.ones(8), size=3)
+    counts = np.stack([[rng.multinomial(int(n), row) for row in popular] for n in rng.integers(20, 60, 12)])
+    np.savez(tmp_path / "a.npz", counts=counts.astype(np.float32))
+    assert (Traces.load(tmp_path / "a.npz").counts == counts).all()
+    wrong = counts.transpose(1, 0, 2) if change == "transposed" else counts.cumsum(axis=0)
+    np.savez(tmp_path / "a.npz", counts=wrong.astype(np.float64))
+    with pytest.raises(InputError, match=r"axes that look like \[layers|counters that add up"):
+        Traces.load(tmp_path / "a.npz")

@@ -323,8 +323,8 @@ def _from_part(part: Part) -> Traces:
         raise InputError("Traces.counts", found, "an array named counts is needed", foreign.IMPORT_TRACES)
     counts = np.asarray(arrays["counts"])
     refuse_unread(part.names | foreign_keys)
-    if "layer_ids" not in metadata and counts.size and counts.ndim == 3 and counts.dtype.kind in "iu":
-        refuse_misread(counts)
+    if "layer_ids" not in metadata and counts.size and counts.ndim == 3 and counts.dtype.kind in "iuf":
+        refuse_misread(checked_counts(counts))
     experts = metadata.get("num_experts")
     if counts.ndim == 3 and str(experts).strip("[]") not in ("None", str(counts.shape[2])):
         raise InputError("Traces.counts", f"{counts.shape[2]} experts", f"{experts}, as num_experts says")
