@@ -134,3 +134,17 @@ def test_counts_in_floats_are_looked_at_as_well(tmp_path: Path, change: str) -> 
     np.savez(tmp_path / "a.npz", counts=wrong.astype(np.float64))
     with pytest.raises(InputError, match=r"axes that look like \[layers|counters that add up"):
         Traces.load(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (0, 2, 1), (2, 0, 1)])
+def test_axes_in_another_order_are_refused_in_python_too(order: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    popular = rng.dirichlet(np.ones(8), size=4)
+    counts = np.stack([[rng.multinomial(int(n), row) for row in popular] for n in rng.integers(20, 60, 12)])
+    assert (Traces(counts=counts).counts == counts).all()
+    with pytest.raises(InputError, match=r"axes that look like.*or say layer_ids beside it"):
+        Traces(counts=counts.transpose(order))
+    given = counts.transpose(order)
+    assert (Traces(counts=given, layer_ids=range(given.shape[1])).counts == given).all()
+    with pytest.raises(InputError, match="experts of tokens, by the numbers"):
+        Traces(counts=rng.random((90, 4, 16)).argsort(axis=2)[..., :2])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from gemopt.traces.files import ALTERING, COPIES
 
 Part = tuple[str, IntArray, list[int] | None]  # where it is, [tokens, layers, K] or several of them, layers by name
 SEQUENCE = len("NLK")  # dimensions
+MOST_SETTINGS = 8  # rows before those with experts
 _KEY = re.compile(r"(.*?)[_.-]?(\d{1,12})", re.ASCII)
 
 
@@ -50,7 +52,8 @@ def _of(path: Path, _changed: tuple[int, int]) -> Found:
     data = bounded_json(path, limit_bytes=JSON_LIMIT)
     rows = isinstance(data, list) and bool(data) and isinstance(data[0], dict)
     told = {} if not isinstance(data, dict) else {name: each for name, each in data.items() if name in HEEDED}
-    return in_rows(path) if rows else Found(in_json(path, data), told=told)
+    parts = [] if rows else in_json(path, data)
+    return Found(parts, told=told) if parts else in_rows(path)
 
 
 def of(path: Path) -> Found:
@@ -100,7 +103,7 @@ def in_rows(path: Path, data: Sequence[dict[Any, Any]] = ()) -> Found:
     data: the rows, where they are not those of a text.
     """
     given = [(f"{path}: row {i}", {str(name): cell for name, cell in row.items()}) for i, row in enumerate(data, 1)]
-    begin, first = next(iter(given) if given else rows_of(path), (str(path), {}))
+    begin, first = next(_with_experts(given or rows_of(path)), (str(path), {}))
     columns = columns_of(begin, first)
     dims = _dims(first.get(columns.get("ids", "")))
     if {"layer", "step", "phase"} & columns.keys() or dims != (SEQUENCE if "token" not in columns else len("LK")):
@@ -108,6 +111,9 @@ def in_rows(path: Path, data: Sequence[dict[Any, Any]] = ()) -> Found:
     unread = sorted({*first} - {*columns.values(), "", "Unnamed: 0"})
     beside, tokens = Beside(), dict[str, dict[int, IntArray]]()
     for number, (where, row) in enumerate(given or rows_of(path)):
+        if columns["ids"] not in row and "ids" not in columns_of(where, row):  # settings, which hold for all
+            beside.add(where, row, beside.watched(row, False), "")
+            continue
         if row.keys() != first.keys():
             raise InputError(where, ", ".join(row)[:100], f"{', '.join(columns.values())}, as in the rows before")
         for name in (name for meaning, name in columns.items() if meaning.startswith("rank ")):
@@ -134,6 +140,11 @@ def in_rows(path: Path, data: Sequence[dict[Any, Any]] = ()) -> Found:
             )
         parts.append((f"{path} {name}".strip(), np.stack([rows[at] for at in sorted(rows)]), None))
     return Found(parts, unread, told)
+
+
+def _with_experts(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those of the first rows that hold experts."""
+    return ((where, row) for where, row in islice(rows, MOST_SETTINGS) if "ids" in columns_of(where, row))
 
 
 def _by_layer(path: Path, data: dict[str, Any]) -> list[Part]:

@@ -325,8 +325,13 @@ def refuse_misread(counts: IntArray) -> None:
     if add_up(counts):
         hint = "subtract from each step the one before, or say layer_ids beside it"
         raise InputError("Traces.counts", "counters that add up, by the numbers", "assignments of each step", hint)
+    refuse_turned(counts)
+    refuse_narrow("Traces.counts", counts)
+
+
+def refuse_turned(counts: IntArray) -> None:
+    """Refuse counts whose numbers say that their axes are in another order, or that they are experts of tokens."""
     if as_ids(counts) is not None:
         raise InputError("Traces.counts", "experts of tokens, by the numbers", "[steps, layers, experts]", NOT_IDS)
     if order := other_order(counts):
         raise InputError("Traces.counts", order, "[steps, layers, experts]", f"{IN_ORDER}, or say layer_ids beside it")
-    refuse_narrow("Traces.counts", counts)

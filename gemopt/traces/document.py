@@ -24,6 +24,7 @@ from gemopt.traces.arrays import (
     checked_times,
     one_hot,
     refuse_misread,
+    refuse_turned,
     stretch,
     widened,
 )
@@ -61,7 +62,8 @@ class Traces:
     counts
         [T, L, E] int32 assignments (rows of an expert's GEMM; a token makes top-k of them).
     layer_ids, num_hidden_layers
-        Index of each MoE layer among the decoder layers (default 0..L-1), and how many of those there are.
+        Index of each MoE layer among the decoder layers (default 0..L-1), and how many of those there are. Without them
+        counts are refused whose numbers say that their axes are in another order, or that they are ids of tokens.
     top_k, model
         Experts per token and name of the network, when known.
     phase, task, task_names
@@ -98,15 +100,13 @@ class Traces:
         object.__setattr__(self, "counts", counts)
         for name, most in (("top_k", self.num_experts), ("num_hidden_layers", COUNT_LIMIT)):
             if (value := getattr(self, name)) is not None:
-                check_number(
-                    f"Traces.{name}", value, f"a whole number from 1 to {most}", least=1, most=most, whole=True
-                )
-        given = (
-            integer_array(self.layer_ids, name="Traces.layer_ids", ndim=1, by_row=True) if len(self.layer_ids) else ()
-        )
-        layer_ids = tuple(int(i) for i in given) or tuple(range(counts.shape[1]))
-        object.__setattr__(self, "layer_ids", layer_ids)
-        check_layer_ids(layer_ids, counts.shape[1], self.num_hidden_layers)
+                limit = f"a whole number from 1 to {most}"
+                check_number(f"Traces.{name}", value, limit, least=1, most=most, whole=True)
+        if not (known := len(self.layer_ids) > 0) and self.tokens is None:
+            refuse_turned(counts)
+        given = integer_array(self.layer_ids, name="Traces.layer_ids", ndim=1, by_row=True) if known else ()
+        object.__setattr__(self, "layer_ids", tuple(map(int, given)) or tuple(range(counts.shape[1])))
+        check_layer_ids(self.layer_ids, counts.shape[1], self.num_hidden_layers)
         self._check_tags()
         object.__setattr__(self, "rank_us", checked_times(self.rank_us, self.num_steps))
         if self.tokens is not None:
@@ -118,8 +118,8 @@ class Traces:
     def _check_busy(self) -> None:
         """A recorder that recorded nothing must not become an answer."""
         if not self.counts.any():
-            found = f"no assignments in {counted(self.num_steps, 'step')}"
-            raise InputError("Traces.counts", found, "at least one assignment", "the recorder recorded nothing")
+            found, hint = f"no assignments in {counted(self.num_steps, 'step')}", "the recorder recorded nothing"
+            raise InputError("Traces.counts", found, "at least one assignment", hint)
 
     def _check_tags(self) -> None:
         names = self.task_names

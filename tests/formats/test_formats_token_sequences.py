@@ -64,6 +64,9 @@ def test_json_by_layer_and_token(load, tmp_path, value):
 def test_rows_of_sequences_and_of_tokens(load, tmp_path):
     rows = [{"id": i, "routed_experts": each} for i, each in enumerate(SEQUENCES)]
     assert "id left unread" in load_all(load, write(tmp_path / "a.jsonl", rows))[1]
+    head = {"type": "meta", "num_experts": EXPERTS}
+    load_all(load, write(tmp_path / "a.jsonl", [head, *rows]), num_experts=EXPERTS)
+    load_all(load, write(tmp_path / "a.json", {"model": "m", "samples": rows}))
     (tmp_path / "a.csv").write_text("id,experts\n" + "\n".join(f'{i},"{each}"' for i, each in enumerate(SEQUENCES)))
     load_all(load, tmp_path / "a.csv")
     pandas = pytest.importorskip("pandas")
