@@ -132,7 +132,7 @@ def test_counts_by_slot_are_refused_by_their_names(load, tmp_path):
             load(tmp_path / f"{name}.npy", "array")
 
 
-@pytest.mark.parametrize("name", ["npu{}", "cuda_{}", "rank{}of2", "L{}", "engine-{}", "pod{}"])
+@pytest.mark.parametrize("name", ["npu{}", "cuda_{}", "rank{}of2", "L{}", "engine-{}", "pod{}", "proc{}"])
 def test_names_of_parts(name):
     with pytest.raises(InputError, match="these names tell parts of the same ones"):
         refuse_parts([Path(f"{name.format(i)}.npy") for i in range(2)])
