@@ -6,6 +6,7 @@ import html
 import re
 import shutil
 from collections.abc import Iterator
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,14 @@ def _command(words: tuple[str, ...], command: Any) -> Iterator[str]:
 
 def _row(parameter: Any) -> str:
     options, takes = [*parameter.opts, *parameter.secondary_opts], parameter.metavar or ""
-    choices = takes.split("|")
+    named = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
+    choices = [each.value for each in named] if isinstance(named, EnumMeta) else takes.split("|")
     given = f" {takes}" if takes and len(choices) == 1 else ""
-    named = [f"`{each}{given}`" for each in options] if options[0].startswith("-") else [f"`{parameter.name.upper()}`"]
+    flags = [f"`{each}{given}`" for each in options] if options[0].startswith("-") else [f"`{parameter.name.upper()}`"]
     default = parameter.default
     plain = isinstance(default, (int, float, str)) and not isinstance(default, bool) and default != ""
     shown = f"default {default}" if plain else "required" if parameter.required else ""
     text = (getattr(parameter, "help", "") or "").replace("|", "\\|").replace("<", "&lt;")
+    text = text.replace("{", "&#123;")  # else braces that end a cell are attributes of it
     text += f": {', '.join(f'`{each}`' for each in choices)}" if len(choices) > 1 else ""
-    return f"| {', '.join(named)} | {text} | {shown} |"
+    return f"| {', '.join(flags)} | {text} | {shown} |"

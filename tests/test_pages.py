@@ -219,6 +219,8 @@ def test_the_navigation_forgets_no_page() -> None:
         "| `--sweep`, `--no-sweep` |",
         "| cost model: `auto`, `staircase`, `roofline` |",
         "| `--set KEY=VALUE` |",
+        "each have their own: `shared`, `own` |",
+        '.jsonl of &#123;"prompt": ..., "task": ...} |',
     ):
         assert what in rows
 
