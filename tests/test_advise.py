@@ -147,6 +147,16 @@ def test_what_nobody_runs_is_recommended_only_when_asked_for() -> None:
     assert any("of what they run, copies changes" in note for note in asked.notes)
 
 
+def test_duplication_that_pays_too_late_is_not_said_to_lack_an_option() -> None:
+    dear = Migration(expert_bytes=1e8, bytes_per_s=1e8)
+    shared = {"window": 8, "horizon": 20, "memory_bytes": 3e8, "non_moe_us": 1e8, "migration": dear, "sweep": False}
+    for by in (None, ["dirichlet"]):
+        found = advise(profile(), skewed(), predictors=by, **shared)
+        first = min(found.strategies, key=lambda each: each.change)
+        assert first.strategy.startswith("duplication-") and (first.breakeven_steps or 0) > 20
+        assert found.recommended == "contiguous" and not any("duplication" in note for note in found.notes)
+
+
 def test_a_watch_prices_moves_as_the_advice_does(tmp_path: Path) -> None:
     counts = np.array(skewed(steps=256).counts)
     counts[144:] = counts[144:, :, ::-1]  # soon after the first scored step

@@ -133,7 +133,7 @@ def advise(
     choices = [each for each in options if each.strategy not in barred]
     best = _recommended(choices, horizon)
     notes += _warnings(best, choices, traces.num_steps, horizon, moved) + _about_rules(case, broken)
-    notes += _about_duplication(best, options)
+    notes += _about_duplication(best, _recommended(options, horizon), options)
     found = _sweeps(case, choices, best, advance) if sweep else {}
     ruled = [] if rules is None else ["--rules", "rules.json" if isinstance(rules, Rules) else os.fspath(rules)]
     commands = _commands(case, best, names, [*ruled, *chosen])
@@ -261,15 +261,14 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
     return notes
 
 
-def _about_duplication(best: Option, options: list[Option]) -> list[str]:
-    """What nobody runs yet, where it would gain more, or is recommended since it was asked for."""
-    if best.strategy.startswith(PREFIX):
+def _about_duplication(best: Option, first: Option, options: list[Option]) -> list[str]:
+    """What nobody runs yet, where it is recommended since it was asked for, or would be: then it is `first`."""
+    if not first.strategy.startswith(PREFIX):
+        return []
+    if first.strategy == best.strategy:
         able = min((each for each in options if each.strategy in PLAIN), key=lambda each: each.change)
         more = f"; of what they run, {able.strategy} changes {100 * able.change:+z.1f} %"
     else:
-        first = min(options, key=lambda each: each.change)
-        if not first.strategy.startswith(PREFIX) or 1 + best.change <= (1 + WORTH) * (1 + first.change):
-            return []
         more = f": without --predictors it is no choice; {first.strategy} would change {100 * first.change:+z.1f} %"
     return [f"duplication per batch is judged by replay only, our executor and engines do not run it so{more}"]
 
