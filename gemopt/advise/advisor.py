@@ -256,6 +256,10 @@ def _warnings(best: Option, options: list[Option], steps: int, horizon: int | No
             first = min(options, key=lambda each: each.changes[way])
             if 1 + best.changes[way] > (1 + CLOSE) * (1 + first.changes[way]):
                 notes.append(f"on the {where} steps {first.strategy} is best: {100 * first.changes[way]:+z.1f} %")
+    first = _recommended(options, None)
+    if horizon is not None and first.strategy != best.strategy:
+        late = f"only after {first.breakeven_steps:.0f} steps its first placement has paid for itself"
+        notes.append(f"{first.strategy} would change {100 * first.change:+z.1f} %, but {late}: more than --horizon")
     if horizon is not None and horizon > steps // 2:
         notes.append(f"the horizon is {horizon} steps, {steps // 2} could be scored: drift beyond them is not in this")
     return notes
