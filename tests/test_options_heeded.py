@@ -122,6 +122,8 @@ def test_ranks_of_dumps_that_no_rank_writes_are_refused_before_a_watch_begins(
         ("profile import {c} --ranks 2 --time-column= -o {d}/q", "--time-column: got nothing; a name"),
         ("profile import {c} --ranks 2 --fleet= -o {d}/q", "--fleet: got nothing; a name"),
         ("apply {m} --dry-run --expert-bytes 99999999999999999999", "'--expert-bytes': got 99999999999999999999"),
+        ("apply {m} --layout foo", "'--layout': got foo; one of 'shared', 'own'; see gemopt apply --help"),
+        ("watch {d} --profile {p} --placement {m} --interval=", "'--interval': got nothing; input should be a valid"),
         ("placement import  --from vllm -o {d}/q", "PATH: got .; a file with a placement"),
         ("placement import {m} --from vllm --num-experts 7 -o {d}/q", "--num-experts: got 7; 8, as "),
         ("placement import {m} --from vllm --ep 3 -o {d}/q", "--ep: got 3; 2, as "),

@@ -107,8 +107,9 @@ def _misused(error: Any) -> str:
     """What typer has to say of options that it refuses."""
     message, context = error.format_message().rstrip("."), getattr(error, "ctx", None)
     if callable(faults := getattr(error.__cause__, "errors", None)):  # pydantic's, which do not say what was given
-        field, _, limit = message.partition(": ")
-        message = f"{field}: got {faults()[0]['input']}; {limit[:1].lower()}{limit[1:]}"
+        (field, _, limit), given = message.partition(": "), faults()[0]["input"]
+        limit = limit.removeprefix("Value error, ").replace(f"{given!r} is not one", "One")
+        message = f"{field}: got {'nothing' if given == '' else given}; {limit[:1].lower()}{limit[1:]}"
     if context is not None and not message.endswith("?"):
         message += f"; see {context.command_path} --help"
     return str(message)
