@@ -42,18 +42,13 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
         return count_csv.read_traces(paths, options)
     options.refuse_unused("arrays of counts")
     given = files_of(paths, *ARRAYS_ALONE, else_of=count_json.SUFFIXES)
-    if together := _together(given, options):
+    beside = left_alone(paths, given, count_json.SUFFIXES)
+    if together := _together(given, options, beside):
         return together
     files, notes = _distinct(given, options)
-    notes += left_alone(paths, given, count_json.SUFFIXES)
+    notes += beside
     refuse_parts(files)
-    numbers = [count_json.read(path).steps for path in files if count_json.is_json(path)]
-    told = [each for each in numbers if each is not None]
-    if len({bool(count_json.is_json(path) and count_json.read(path).phases) for path in files}) > 1:
-        notes.append("phases that some files lack are left unread")
-    if any(later[0] <= before[1] for before, later in pairwise(told)):
-        found = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in told)[:100]
-        raise InputError("PATHS: step", found, "files of rising steps", "ranks of the same steps are to be added up")
+    _check_told(files, notes)
     if len(files) > 1:
         notes.append(f"{len(files)} files, one after the other in time: {files[0].name} to {files[-1].name}")
 
@@ -70,40 +65,70 @@ def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
                     yield block if used.all() else block[used]
 
     first, named = counts_of(files[0])
-    ids = named or _chosen(first, options)
-    return Recording(blocks=blocks, layer_ids=ids, top_k=count_json.top_k(files), phase=_phases(files), notes=notes)
+    ids, phases = named or _chosen(first, options), _phases(files)
+    if phases is not None:  # of the steps with assignments
+        phases = phases[np.concatenate([counts_of(path).array.any(axis=(1, 2)) for path in files])]
+    return Recording(blocks=blocks, layer_ids=ids, top_k=count_json.top_k(files), phase=phases, notes=notes)
 
 
-def _together(files: list[Path], options: TraceOptions) -> Recording | None:
+def _together(files: list[Path], options: TraceOptions, notes: list[str]) -> Recording | None:
     """Files of [layers, experts] that a step each has, or of [steps, experts] of layers, by their names; else None."""
-    named = numbered({path.stem: None for path in files})
-    kind, numbers = named or ("", [])
-    axis = int(kind == "layer")
-    known = files if kind in ("step", "layer") else []
-    flat = [path for path in known if counts_of(path, of=kind).array.shape[axis] == 1]
-    if len(flat) < max(2, len(files)) or len(set(numbers)) < len(files):
+    kind, numbers = numbered({path.stem: None for path in files}) or ("", [])
+    if kind not in ("step", "layer") or not 1 < len(files) == len({*numbers}):
         return None
-    notes = [f"{len(files)} files, a {kind} each, in the order of their numbers"]
-    found = [counts_of(path, notes, of=kind).array for path in files]
-    if len(shapes := sorted({each.squeeze(axis).shape for each in found})) > 1:
+    axis = int(kind == "layer")
+    if not all(counts_of(path, of=kind).array.shape[axis] == 1 for path in files):
+        return None
+    numbers, files = map(list, zip(*sorted(zip(numbers, files, strict=True)), strict=True))
+    notes = [f"{len(files)} files, a {kind} each, in the order of their numbers", *notes]
+    arrays, layers = map(list, zip(*(counts_of(path, notes, of=kind) for path in files), strict=True))
+    if len(shapes := sorted({each.squeeze(axis).shape for each in arrays})) > 1:
         raise InputError("PATHS", f"arrays of shapes {shapes[0]} and {shapes[-1]}", "one shape for all of them")
-    order = sorted(range(len(files)), key=numbers.__getitem__)
-    counts = np.concatenate([found[i] for i in order], axis=axis)
+    for path, number, named in zip(files, numbers, layers, strict=True):
+        _refuse_other_layers(path, named, (number,) if kind == "layer" and named else layers[0], files[0])
+    counts = np.concatenate(arrays, axis=axis)
     _check_axes(files[0], counts, options)
     refuse_narrow(f"{files[0]}: counts", counts)
-    ids = tuple(sorted(numbers)) if kind == "layer" else _chosen(counts, options)
+    ids = tuple(numbers) if kind == "layer" else layers[0] or _chosen(counts, options)
     notes += _doubts(counts, ids, options)
     used = counts.any(axis=(1, 2))
-    return Recording(blocks=lambda: iter([counts[used]] if used.any() else []), layer_ids=ids, notes=notes)
+    told = {tuple(count_json.read(path).phases) if count_json.is_json(path) else () for path in files}
+    if kind == "step":
+        _check_told(files, notes)
+    elif len(told) > 1:
+        raise InputError("PATHS: phase", "others in some layers", "one phase of a step in all layers")
+    phases = _phases(files if kind == "step" else files[:1])
+    return Recording(
+        blocks=lambda: iter([counts[used]] if used.any() else []),
+        layer_ids=ids,
+        top_k=count_json.top_k(files),
+        phase=None if phases is None else phases[used],
+        notes=notes,
+    )
 
 
-def _phases(files: list[Path]) -> IntArray | None:
-    """[T] the phases of the steps with assignments, None where not all files tell them."""
+def _check_told(files: Sequence[Path], notes: list[str]) -> None:
+    """Refuse files whose steps do not rise from one to the next, as they number them; note phases that some lack."""
+    found = [count_json.read(path) for path in files if count_json.is_json(path)]
+    told = [each.steps for each in found if each.steps is not None]
+    if len({*(bool(each.phases) for each in found), *([False] if len(found) < len(files) else ())}) > 1:
+        notes.append("phases that some files lack are left unread")
+    if any(later[0] <= before[1] for before, later in pairwise(told)):
+        shown = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in told)[:100]
+        raise InputError("PATHS: step", shown, "files of rising steps", "ranks of the same steps are to be added up")
+
+
+def _refuse_other_layers(path: Path, named: tuple[int, ...] | None, known: tuple[int, ...] | None, first: Path) -> None:
+    """Raise where a file names other layers than the first one, or than its own name."""
+    if named != known:
+        raise InputError(f"{path}: layers", named, f"{known}, as in {first.name}", "import networks apart")
+
+
+def _phases(files: Sequence[Path]) -> IntArray | None:
+    """[T] the phases of the steps of files, None where not all files tell them."""
     if not all(count_json.is_json(path) and count_json.read(path).phases for path in files):
         return None
-    told = [np.array(count_json.read(path).phases) for path in files]
-    used = [np.asarray(counts_of(path).array).any(axis=(1, 2)) for path in files]
-    return np.concatenate(told)[np.concatenate(used)]
+    return np.concatenate([count_json.read(path).phases for path in files])
 
 
 def _tables(paths: Sequence[Path]) -> bool:
@@ -123,8 +148,7 @@ def _distinct(files: list[Path], options: TraceOptions) -> tuple[list[Path], lis
     layers = counts_of(files[0]).layers
     for path in files:
         counts, named = counts_of(path, notes)
-        if named != layers:
-            raise InputError(f"{path}: layers", named, f"{layers}, as in {files[0].name}", "import networks apart")
+        _refuse_other_layers(path, named, layers, files[0])
         _check_axes(path, counts, options)
         refuse_narrow(f"{path}: counts", counts)
         sums_TL = counts.sum(axis=2, dtype=np.int64)

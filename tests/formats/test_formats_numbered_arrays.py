@@ -211,3 +211,40 @@ def test_files_of_steps_whose_axes_are_turned_are_refused(load, tmp_path):
         np.save(tmp_path / f"step_{step}.npy", each.T)
     with pytest.raises(InputError, match=r"axes that look like \[steps, experts, layers\]"):
         load(tmp_path, "array")
+
+
+def test_files_of_steps_say_layers_phases_and_top_k_too(load, tmp_path):
+    counts = routed(np.random.default_rng(8), steps=11, layers=4)
+    files = [tmp_path / f"step_{step}.npz" for step in range(11)]
+    for path, each in zip(files, counts, strict=True):
+        np.savez(path, **{f"layer_{3 + i}": row[None] for i, row in enumerate(each)})
+    traces, _ = load(files, "array")
+    assert traces.layer_ids == (3, 4, 5, 6) and (traces.counts == counts).all()
+    np.savez(tmp_path / "step_4.npz", **{f"layer_{4 + i}": row[None] for i, row in enumerate(counts[4])})
+    with pytest.raises(InputError, match=r"step_4.npz: layers: .*4, 5, 6, 7.*; \(3, 4, 5, 6\), as in step_0.npz"):
+        load(files, "array")
+
+    paths = [tmp_path / f"step_{step}.json" for step in range(11)]
+    rows = [{"step": t, "phase": ("prefill", "decode")[t % 2], "top_k": 2} for t in range(11)]
+    for path, row, each in zip(paths, rows, counts, strict=True):
+        path.write_text(json.dumps({**row, "counts": each.tolist()}))
+    traces, _ = load(paths, "array")
+    assert traces.top_k == 2 and traces.phase.tolist() == [t % 2 for t in range(11)]
+    (tmp_path / "x").mkdir()
+    paths[3].rename(tmp_path / "x" / "step_11.json")  # which says that it is the fourth
+    with pytest.raises(InputError, match="PATHS: step: got 0, 1, 2, 4, .* files of rising steps"):
+        load([*paths[:3], *paths[4:], tmp_path / "x" / "step_11.json"], "array")
+
+
+@pytest.mark.parametrize("other", ["prefill", ""])
+def test_files_of_layers_tell_one_phase_of_a_step(load, tmp_path, other):
+    counts, phases = routed(np.random.default_rng(8), steps=4, layers=2), ["decode"] * 4
+    for layer, each in enumerate(counts.transpose(1, 0, 2)):
+        rows = [{"phase": phase, "counts": [row]} for phase, row in zip(phases, each.tolist(), strict=True)]
+        (tmp_path / f"layer_{layer}.json").write_text(json.dumps(rows))
+        phases = [other or "decode"] * 4
+    if other:
+        with pytest.raises(InputError, match="PATHS: phase: got others in some layers"):
+            load(tmp_path, "array")
+    else:
+        assert load(tmp_path, "array")[0].phase.tolist() == [1] * 4
