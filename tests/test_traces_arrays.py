@@ -148,3 +148,26 @@ def test_axes_in_another_order_are_refused_in_python_too(order: tuple[int, ...])
     assert (Traces(counts=given, layer_ids=range(given.shape[1])).counts == given).all()
     with pytest.raises(InputError, match="experts of tokens, by the numbers"):
         Traces(counts=rng.random((90, 4, 16)).argsort(axis=2)[..., :2])
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_steps_again_and_again_are_counts_in_order(layers: int) -> None:
+    rng = np.random.default_rng(3)
+    step = np.rint(rng.dirichlet(np.ones(8), layers) * 256).astype(int)  # mean loads: layers differ by what was rounded
+    for steps in (2, 5, 12):
+        assert (Traces(counts=np.tile(step, (steps, 1, 1))).counts == step).all()
+    two = np.array([[[20, 14, 25, 28], [1, 14, 8, 0]], [[19, 4, 18, 6], [24, 26, 2, 29]]])[:, :layers]
+    assert Traces(counts=np.tile(two, (32, 1, 1))).num_steps == 64  # no token chose an expert twice in any
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        [[[1, 1], [3, 1]], [[3, 2], [0, 2]], [[1, 2], [2, 2]]],
+        [[[2, 1], [0, 3]], [[0, 1], [2, 3]]],
+        [[[2, 3], [1, 0], [2, 2]], [[0, 1], [1, 2], [2, 0]]],
+        [[[3, 1, 0], [1, 1, 3]], [[1, 0, 1], [2, 3, 2]], [[3, 0, 3], [0, 2, 1]], [[0, 2, 1], [2, 1, 0]]],
+    ],
+)
+def test_few_small_sums_that_are_equal_by_chance_are_no_other_order(counts: list[list[list[int]]]) -> None:
+    assert Traces(counts=np.array(counts)).counts.tolist() == counts

@@ -278,7 +278,7 @@ def are_ids(counts: IntArray) -> bool:
     """Whether numbers [N, L, K] are the experts that tokens chose: no row has one twice, though chance would have it.
 
     A -1 is none, and a token whose numbers are all the same in each layer is padding, unless these are but two. Numbers
-    of which as many add up to as much, as layers of a step do, are counts.
+    of which as many add up to as much, as layers of a step do, are counts. A few steps again and again tell nothing.
     """
     if not 2 <= counts.shape[2] <= MOST_CHOSEN:
         return False
@@ -286,6 +286,9 @@ def are_ids(counts: IntArray) -> bool:
     rows = counts[~padded][:LOOKED_AT].astype(np.int64)
     rows = rows[:, rows.any(axis=(0, 2))]  # dense layers have rows of zeros
     if not rows.size or _add_up_alike(rows) or rows.min() < -1 or rows.max() >= MAX_EXPERTS:
+        return False
+    rows = np.unique(rows, axis=1)
+    if len(np.unique(rows, axis=0)) < ENOUGH_SUMS:
         return False
     rows = np.where(rows < 0, MAX_EXPERTS + np.arange(rows.shape[2]), rows)  # so that none equals no other
     if (np.diff(np.sort(rows, axis=2), axis=2) == 0).any():

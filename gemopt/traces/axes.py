@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 MOST_LAYERS = 256  # of any network known
 FEWEST_LAYERS = 4  # whose equal sums are no accident
 SAMPLED = 128  # rows and columns
+UNLIKELY = 6  # as e^-6
 ENOUGH_SHARES, MUCH_MORE, MOST = 30, 4, 0.75  # whose variance is no accident; than by chance; of all
 IN_ORDER = "bring them into that order, experts of all ranks side by side"
 
@@ -20,10 +21,13 @@ def other_order(counts: NDArray[Any]) -> str | None:
 
     Every layer of a step has as many assignments, and steps differ: where that holds for another order alone, that is
     the order. Where most steps are alike, which axis is of layers must say. Where most layers have as many assignments
-    but not on each of the rows below them, one axis is of ranks.
+    but not on each of the rows below them, one axis is of ranks. One step again and again, as of loads that were made,
+    is a single one: no layers are the same.
     """
     axes = "steps", "layers", "experts"
     right, turned = (0, 1, 2), (1, 0, 2)
+    if (counts[0] == counts[-1]).all() and (counts == counts[0]).all():
+        counts = counts[:1]
     sums_TL = counts.sum(axis=2, dtype=np.int64)
     sums_TL = sums_TL[:, sums_TL.any(axis=0)]
     if not sums_TL.size:
@@ -39,11 +43,12 @@ def other_order(counts: NDArray[Any]) -> str | None:
             return None
     if order is not None:
         return f"axes that look like [{', '.join(axes[order.index(i)] for i in range(3))}]"
-    apart = not _alike(sums_TL) and not _alike(sums_TL.T)
+    if (sums_TL == sums_TL[:, :1]).all():
+        return None
+    least = 1 if _alike(sums_TL) or _alike(sums_TL.T) else MOST  # all but draft layers
     for name, sums in {"layers, ranks": sums_TL.sum(axis=1), "ranks, layers": sums_TL.sum(axis=0)}.items():
-        most = _usual(sums)
-        as_much = most == 1 or (apart and most >= MOST)  # all but draft layers
-        if np.count_nonzero(sums) >= FEWEST_LAYERS and as_much and (sums_TL != sums_TL[:, :1]).any():
+        busy, most = sums[sums > 0], _usual(sums)
+        if len(busy) >= FEWEST_LAYERS and most >= least and _no_accident(round(most * len(busy)) - 1, busy):
             return f"axes that look like [{name}, experts of a rank]"
     return None
 
@@ -90,4 +95,11 @@ def _fits(counts: NDArray[Any], step: int, layer: int, expert: int) -> bool:
     by_step = by_step[np.ix_(by_step.any(axis=1), by_step.any(axis=0))]
     fewest = 2 if layer == 1 else FEWEST_LAYERS  # of a single step
     enough = min(by_step.shape) > 1 or (step == 0 and by_step.shape[1] >= fewest)
-    return enough and bool((by_step == by_step[:, :1]).all())
+    if not enough or (by_step != by_step[:, :1]).any():
+        return False
+    return (step, layer, expert) == (0, 1, 2) or _no_accident(by_step.size - len(by_step), by_step)
+
+
+def _no_accident(equal: int, sums: NDArray[Any]) -> bool:
+    """Whether chance would hardly make so many sums equal to others: two Poisson numbers are in 1 of (4 pi n)^.5."""
+    return bool(equal * np.log(4 * np.pi * sums.mean()) / 2 > UNLIKELY)
