@@ -33,7 +33,7 @@ COLUMNS = {
 }
 PERHAPS = {  # that mean it where no other column does
     *("hit_count", "selection_count", "selected_count", "num_selected", "times_selected"),
-    *("pass", "pass_id", "engine_step", "time_step", "timestep"),
+    *("pass", "pass_id", "engine_step", "time_step", "timestep", "forward", "forward_id", "forward_idx"),
     *("stage", "mode", "forward_mode"),
 }
 TOKENS = {"tokens", "num_tokens", "token_count"}  # of an expert, or of a whole step

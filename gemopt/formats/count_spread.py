@@ -12,6 +12,7 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_names import (
+    COLUMNS,
     DERIVED,
     PERHAPS,
     SIZES,
@@ -161,9 +162,11 @@ def _drop_results(path: Path, rows: Rows, name: str, told: Content) -> None:
         arrays = [np.asarray(row[name]) for row in rows]
     except ValueError:
         raise InputError(f"{path}: {name}", "lists of several lengths", "as many experts in each") from None
+    meant_by = {meaning: sure(key for key in rows[0] if TABLES.get(key.casefold()) == meaning) for meaning in COLUMNS}
+    known = [key for meaning, keys in meant_by.items() if meaning != "count" for key in keys]
     for key in list(rows[0]):
         cells: list[Any] = [row.get(key) for row in rows]
-        if key == name or (TABLES.get(key.casefold()) not in (None, "count")):
+        if key in (name, *known):
             continue
         for cell, each in zip(cells, arrays, strict=True):
             if _EXPERTS.fullmatch(key) and str(cell) not in ("None", str(each.shape[-1])):

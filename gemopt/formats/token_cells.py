@@ -10,7 +10,7 @@ from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_lines import lines_of
-from gemopt.formats.count_names import COLUMNS, DRAFTS, sure, words_of
+from gemopt.formats.count_names import COLUMNS, DRAFTS, PHASES, sure, words_of
 from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.json_rows import frame_rows, value
 from gemopt.traces.files import COPIES
@@ -29,6 +29,7 @@ NAMES: Mapping[str, Sequence[str]] = {
     "token": ("token", "tok", "token_idx", "token_index", "token_pos", "token_position", "position", "pos"),
     "phase": COLUMNS["phase"],
 }
+OTHER_WORDS = ("stage", "mode")  # that may name others than phases: the stage of a pipeline, "eval"
 RANKS = (*COLUMNS["rank"], "local_rank", "global_rank", "world_rank")
 STEMS = {  # of columns with one expert of a token each, expert_0, expert_1, ...
     *(*NAMES["ids"], *COLUMNS["expert"], "topk_id", "topk_expert", "top_k_id", "top_k_expert", "top_expert"),
@@ -195,16 +196,18 @@ def columns_of(where: str, row: dict[str, Any]) -> dict[str, str]:
     """The columns of a row by what they mean; `InputError` for two of one meaning, and for slots."""
     found: dict[str, str] = {}
     lists = any(bare(name) in NAMES["ids"] for name in row)
-    for name in row:
+    for name, cell in row.items():
         word = bare(name)
         meaning = next((each for each, names in NAMES.items() if word in names), None)
         meaning = "ids" if not lists and word in COLUMNS["expert"] else meaning
+        if word in OTHER_WORDS and str(cell).strip().casefold() not in PHASES:
+            meaning = None
         if meaning is not None:
             known = sure([*filter(None, [found.get(meaning)]), name])
             if len(known) > 1:
                 raise InputError(where, " and ".join(known), f"one column of the {meaning}", "leave the other out")
             found[meaning] = known[0]
-        elif word in RANKS:
+        elif word in (*RANKS, "stage"):
             found[f"rank {name}"] = name  # of several kinds
         elif words_of(word) & OTHERS and words_of(word) & {"expert", "experts"}:
             raise InputError(where, name, "the experts of a token in one column", "as a list, [7, 1], called topk_ids")

@@ -202,3 +202,10 @@ def test_columns_that_name_phases(load, tmp_path, name):
     (tmp_path / "a.csv").write_text("\n".join(lines).replace("decode", "fast"))
     with pytest.raises(InputError, match=f"{name}: got fast; one of prefill"):
         load(tmp_path / "a.csv", "csv")
+
+
+@pytest.mark.parametrize("cells", [[0, 0, 0], [0.5, 1.25, 0.75]])
+def test_a_column_forward_beside_steps_does_not_number_them(load, tmp_path, cells):
+    rows = [{"step": t, "forward": cell, "counts": COUNTS[t].tolist()} for t, cell in enumerate(cells)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert (load(tmp_path / "a.jsonl", "array")[0].counts == COUNTS).all()

@@ -232,7 +232,7 @@ def test_files_of_steps_say_layers_phases_and_top_k_too(load, tmp_path):
     assert traces.top_k == 2 and traces.phase.tolist() == [t % 2 for t in range(11)]
     (tmp_path / "x").mkdir()
     paths[3].rename(tmp_path / "x" / "step_11.json")  # which says that it is the fourth
-    with pytest.raises(InputError, match="PATHS: step: got 0, 1, 2, 4, .* files of rising steps"):
+    with pytest.raises(InputError, match=r"PATHS: step: got 0, 1, 2, 4, .* files of rising steps"):
         load([*paths[:3], *paths[4:], tmp_path / "x" / "step_11.json"], "array")
 
 

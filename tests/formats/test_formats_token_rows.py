@@ -225,3 +225,16 @@ def test_rows_inside_others(load, tmp_path):
     assert (traces.counts == COUNTS).all()
     noted = [{**row, "events": [{"at": 1}, {"at": 2}]} for row in rows()]  # beside the experts they are none
     assert (load(write(tmp_path / "c.jsonl", noted), "tokens")[0].counts == COUNTS).all()
+
+
+@pytest.mark.parametrize("name", ["mode", "stage"])
+def test_columns_of_other_modes_and_stages_are_no_phases(load, tmp_path, name):
+    found = [{**row, name: "eval" if name == "mode" else 0} for row in rows()]
+    traces, notes = load(write(tmp_path / "a.jsonl", found), "tokens")
+    assert (traces.counts == COUNTS).all() and traces.phase is None
+    assert "mode, topk_weights left unread" in notes or name == "stage"
+    if name == "stage":  # whose layers may be numbered anew
+        with pytest.raises(InputError, match="stage: got 1; 0"):
+            load(write(tmp_path / "a.jsonl", [*found, {**found[0], "stage": 1}]), "tokens")
+    found = [{**row, name: "decode"} for row in rows()]
+    assert set(load(write(tmp_path / "a.jsonl", found), "tokens")[0].phase.tolist()) == {1}
