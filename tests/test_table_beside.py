@@ -86,6 +86,16 @@ def test_columns_of_one_value_that_agree_are_read_over(tmp_path: Path, header: s
     assert loads(read_table(table(tmp_path, header, more))) == [(n, None, 50.0 + n) for n in NS]
 
 
+@pytest.mark.parametrize(("wanted", "times"), [("p50", 1), ("p99", 2)])
+def test_a_statistic_that_was_chosen_is_taken(tmp_path: Path, wanted: str, times: int) -> None:
+    rows = "".join(f"{n},{name},{us}\n" for n in NS for name, us in (("p50", 50 + n), ("p99", 2 * (50 + n))))
+    path = written(tmp_path, f"assignments,statistic,time_us\n{rows}")
+    with pytest.raises(InputError, match=r"statistic: got p99; the median or mean of repeats; --where 'statistic=p50'"):
+        read_table(path)
+    found = read_table(path, where=[f"statistic={wanted}"])
+    assert loads(found) == [(n, None, times * (50.0 + n)) for n in NS]
+
+
 def test_passes_that_are_numbered_are_no_flags(tmp_path: Path) -> None:
     path = written(
         tmp_path, "assignments,time_us,pass\n" + "".join(f"{n},{50 + n},{i}\n" for n in NS for i in range(3))

@@ -97,11 +97,14 @@ def refuse_other_units(table: Table, time: str, scale: float) -> None:
                 raise InputError(f"{table.path} {row.where}, {name}", told, "a time", "choose rows with --where")
 
 
-def refuse_no_measurements(table: Table, read_over: Collection[str]) -> None:
-    """Raise where a column says that a run failed, or that times were computed, or are the longest of their load."""
+def refuse_no_measurements(table: Table, read_over: Collection[str], chosen: Collection[str]) -> None:
+    """Raise where a column says that a run failed, or that times were computed, or are the longest of their load.
+
+    chosen: columns of which `--where` took one of several values; that may be the longest, too.
+    """
     _refuse_failed(table, read_over)
     _refuse_computed(table, read_over)
-    _refuse_extremes(table, read_over)
+    _refuse_extremes(table, {*read_over, *chosen})
 
 
 def _refuse_failed(table: Table, read_over: Collection[str]) -> None:

@@ -151,7 +151,8 @@ def refuse_other_rows(
     refuse_other_operations(others, varying, read_over={*repeat, *(layout.tuned if layout else ())})
     _refuse_exchanges(table, [*parts, *named])
     if layout is None:
-        refuse_no_measurements(table, repeat)
+        chosen = [name for name in full.header if len(values(full.rows, name)) > 1 == len(values(table.rows, name))]
+        refuse_no_measurements(table, repeat, chosen)
 
 
 def _told_apart(names: Sequence[str]) -> tuple[str, str] | None:
