@@ -4,7 +4,8 @@ A file is a sequence; with four dimensions, [sequences, tokens, layers, K], as t
 it is several. Or it has an array [tokens, K] of each layer, `layer_3`. They are replayed as responses are.
 
 An array [tokens, K] is what one layer chose in one step, by the name of its file, `topk_idx_layer3_idx0.pt`, as they
-are saved for SGLang's `tuning_fused_moe_triton_sep.py`: those are counted.
+are saved for SGLang's `tuning_fused_moe_triton_sep.py`: those are counted. So are files [tokens, layers, K] that a step
+each has, by their names, `step_7.npy`.
 """
 
 from __future__ import annotations
@@ -18,42 +19,21 @@ import numpy as np
 
 from gemopt.exceptions import InputError
 from gemopt.formats import responses, token_passes, token_sequences
-from gemopt.formats.count_names import HEEDED, NUMBERS, numbered, words_of
+from gemopt.formats.count_names import HEEDED, numbered, words_of
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.files import as_numpy, load_torch, numpy_arrays, safetensors_arrays, whole_numbers
 from gemopt.formats.findings import MANY_ALIKE
 from gemopt.formats.response_bodies import Response, Sample
-from gemopt.formats.token_beside import COMPUTED, TOKENS, WEIGHTED
+from gemopt.formats.token_array_beside import check_told, refuse_apart, refuse_no_weight, refuse_others
+from gemopt.formats.token_beside import COMPUTED, WEIGHTED
 from gemopt.formats.token_cells import NAMES
 from gemopt.formats.token_columns import layers_of
 from gemopt.traces import Phase
-from gemopt.traces.arrays import widened
 from gemopt.traces.axes import MOST_LAYERS
-from gemopt.traces.files import ALTERING, COPIES, meant
 
 COUNTED = {"mask", "valid", "accepted"}  # words of arrays that tell tokens from padding, where they are true
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
 NOT_COUNTED = {"pad", "padding", "padded", "dropped", "overflow", "rejected", "draft", "dummy"}  # where true
-POSITIONS = {"position", "positions", "position_ids", "pos", "token_idx", "token_index"}  # that rise in a sequence
-APART = {
-    *("layer", "layers", "phase", "step", "steps", "batch", "rank", "request", "requests", "req", "rid", "sequence"),
-    *(
-        "doc",
-        "docs",
-        "document",
-        "documents",
-        "sequences",
-        "seq",
-        "seqs",
-        "seqlens",
-        "cu",
-        "offsets",
-        "starts",
-        "lens",
-        "length",
-        "lengths",
-    ),
-}  # words of arrays that tell tokens or layers apart
 _ONE = re.compile(  # layer and step
     r".*layers?[_.-]?(\d{1,4})[_.-]?(?:idx|index|step|iter|iteration|fwd|forward|pass|call)?[_.-]?(\d{1,12})",
     re.IGNORECASE | re.ASCII,
@@ -79,10 +59,27 @@ def read_traces(files: Sequence[Path], options: TraceOptions) -> Loaded | Record
             raise InputError(str(other), "[tokens, top-k]", "a name that says layer and step, topk_layer3_step0", hint)
         notes.append(f"{files[0].name} is layer {named[files[0]][0]} of step {named[files[0]][1]}, and so on")
         return token_passes.counted([(str(path), *at, _loaded(path)[0]) for path, at in named.items()], options, notes)
+    if first is not None and (passes := _of_steps(files, options, notes)):
+        notes.append(f"{len(files)} files, a step each, in the order of their numbers")
+        return token_passes.counted(passes, options, notes, "part")
     if len(files) == 1 and (passes := token_passes.of_lists(files[0], first)):
         notes.append(f"{files[0].name}: a list is one of forward passes: each is a step")
         return token_passes.counted(passes, options, notes, "part")
     return responses.replayed(_responses(files, {}, options, notes), options, lambda: notes, all_layers=False)
+
+
+def _of_steps(files: Sequence[Path], options: TraceOptions, notes: list[str]) -> list[token_passes.Part]:
+    """The layers of files [tokens, layers, K] that a step each has, by their names; none of others."""
+    kind, steps = numbered({path.stem: None for path in files}) or ("", [])
+    parts: list[token_passes.Part] = []
+    for path, step in zip(files, steps if kind == "step" and 1 < len(files) == len({*steps}) else (), strict=False):
+        (where, ids, named), *others = _parts(path, options, notes)
+        if others or ids.ndim > len("NLK"):
+            return []
+        _check(where, ids, options, named=named is not None)
+        rows = named or _named(ids, options) or range(ids.shape[1])
+        parts += [(f"{where}: layer {layer}", layer, step, ids[:, i]) for i, layer in enumerate(rows)]
+    return parts
 
 
 def _is_flat(data: Any) -> bool:
@@ -109,7 +106,7 @@ def _responses(
         for where, ids, named in parts:
             _check(where, ids, options, named=named is not None or (len(lengths) > MANY_LENGTHS and len(others) == 1))
             for name, each in found.told.items():
-                _check_told(path, name, each, ids, options)
+                check_told(path, name, each, ids, options)
             rows = named or _named(ids, options)
             placed = ids if rows is None else _placed(ids, rows, options)
             alone = placed if placed.ndim > len("NLK") else placed[None]
@@ -179,7 +176,7 @@ def _ids(
     arrays = _without_weights(path, {str(name): each for name, each in data.items()}, notes)
     kind = numbered(arrays)
     if kind is not None and kind[0] == "layer":
-        _refuse_others(path, told)
+        refuse_others(path, told)
         return _of_layers(path, arrays, kind[1]), kind[1]
     named = [name for name in arrays if name.casefold() in NAMES["ids"]] if len(arrays) > 1 else list(arrays)
     if len(named) != 1:
@@ -197,13 +194,13 @@ def _ids(
             limit = "experts of tokens, each once"
             hint = "leave them out; were they computed? leave the array out"
             raise InputError(f"{path}: {name}", "tokens that it leaves out", limit, hint)
-    _refuse_others(path, [name for name in others if not words_of(name) & (COUNTED | NOT_COUNTED)])
+    refuse_others(path, [name for name in others if not words_of(name) & (COUNTED | NOT_COUNTED)])
     beside = {name: as_numpy(arrays[name]) for name in others if name in arrays}
-    _refuse_apart(path, beside, options, ids.shape[-3] if ids.ndim > len("NK") else len(ids))
+    refuse_apart(path, beside, options, ids.shape[-3] if ids.ndim > len("NK") else len(ids))
     for name, array in beside.items():
-        _refuse_no_weight(path, name, array, ids)
+        refuse_no_weight(path, name, array, ids)
     for name in (name for name in others if name in HEEDED):
-        _check_told(path, name, arrays.get(name, told.get(name)), ids, options)
+        check_told(path, name, arrays.get(name, told.get(name)), ids, options)
     notes += [f"{path.name}: {', '.join(others)} left unread"] if others else []
     return ids, None
 
@@ -232,72 +229,12 @@ def _without_weights(path: Path, arrays: dict[str, Any], notes: list[str]) -> di
     kind = numbered(kept) if kept and others else None
     if kind is None or kind[0] != "layer":
         return arrays
-    _refuse_others(path, names)
+    refuse_others(path, names)
     for other, layer in of.items():
         if layer in kept:
-            _refuse_no_weight(path, other, as_numpy(others[other]), as_numpy(kept[layer]))
+            refuse_no_weight(path, other, as_numpy(others[other]), as_numpy(kept[layer]))
     notes.append(f"{path.name}: {', '.join(sorted(names))[:100]} left unread")
     return kept
-
-
-def _check_told(path: Path, name: str, value: Any, ids: IntArray, options: TraceOptions) -> None:
-    """Raise where the file says another number of experts, or of those of a token, than is read."""
-    said, of_token = str(as_numpy(value).tolist()), name not in NUMBERS["num_experts"]
-    read = ids.shape[-1] if of_token else options.num_experts
-    if said != str(read):
-        limit = f"{read} experts of a token, as there are" if of_token else f"--num-experts is {read or 'not given'}"
-        raise InputError(f"{path}: {name}", said, limit, "" if of_token else f"give --num-experts {said}")
-
-
-def _refuse_others(path: Path, names: Iterable[str]) -> None:
-    for name in names:
-        if COPIES.search(name) or ALTERING.search(name):
-            raise InputError(f"{path}: {name}", "beside the experts", "experts of the network, every token once")
-
-
-def _refuse_apart(path: Path, others: dict[str, Any], options: TraceOptions, tokens: int) -> None:
-    """Raise where arrays tell tokens or layers apart that are read as one sequence, and as layers from 0 on.
-
-    tokens: of a sequence in the file.
-    """
-    for name, each in others.items():
-        words, bare = words_of(name), name.casefold()
-        if meant(name) == "layer_ids" and np.size(each) == 1 and np.any(each) and options.layer_ids is None:
-            raise InputError(f"{path}: {name}", np.ravel(each)[0].item(), "layers from 0 on", "give --layer-ids")
-        if TOKENS.fullmatch(bare) and np.size(each) == 1 and np.ravel(each)[0] < tokens:
-            limit = f"the {tokens} whose experts are there"
-            raise InputError(f"{path}: {name}", np.ravel(each)[0].item(), limit, "padded? leave the others out")
-        again = bare in POSITIONS and np.ndim(each) == 1 and (np.diff(widened(each)) <= 0).any()
-        numbers = bare in (*NAMES["request"], *NAMES["step"]) or again or _cuts(each, tokens)
-        if not (words & APART or numbers) or np.size(each) < 2:
-            continue
-        if not words & {"layer", "layers"}:
-            hint = "give [sequences, tokens, layers, top-k], or a file for each sequence, and leave it out"
-        elif np.ravel(each).tolist() != list(options.layer_ids or range(np.size(each))):
-            hint = "give --layer-ids"
-        else:
-            continue
-        raise InputError(f"{path}: {name}", "beside the experts", "experts alone: what it says would be lost", hint)
-
-
-def _cuts(array: Any, tokens: int) -> bool:
-    """Whether numbers cut a row of tokens into parts: their lengths, or where they begin or end."""
-    if np.ndim(array) != 1 or array.dtype.kind not in "iu" or not 1 < len(array) < tokens:
-        return False
-    found = widened(array)
-    ends = (np.diff(found) >= 0).all() and found[0] == 0 and found[-1] == tokens
-    return bool((found >= 0).all() and (ends or int(found.sum()) == tokens))
-
-
-def _refuse_no_weight(path: Path, name: str, weights: Any, ids: IntArray) -> None:
-    """Raise where the weights of a token's experts are all 0."""
-    if not words_of(name) & WEIGHTED or weights.shape != ids.shape or weights.dtype.kind not in "fiu":
-        return
-    nothing = ~weights.any(axis=-1) & (ids >= 0).any(axis=-1)
-    if nothing.any():
-        at = np.argwhere(nothing)[0].tolist()
-        hint = "padding? leave them out; were they computed? leave the array out"
-        raise InputError(f"{path}: {name}{at}", "a token of no weight", "tokens that were computed", hint)
 
 
 def _whole(path: Path, array: Any, ndims: tuple[int, ...]) -> IntArray:

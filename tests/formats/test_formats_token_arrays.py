@@ -260,3 +260,24 @@ def test_tensors_beside_the_experts_are_looked_at(load, tmp_path):
         torch.save({"topk_ids": torch.tensor(IDS), name: each}, tmp_path / "a.pt")
         with pytest.raises(InputError, match=f"{name}: got"):
             load(tmp_path / "a.pt", "tokens", **options)
+
+
+@pytest.mark.parametrize("name", ["step_{}.npy", "iter{:04}.npz", "forward_{}.pt"])
+def test_files_of_all_layers_that_a_step_each_has(load, tmp_path, name):
+    rng = np.random.default_rng(4)
+    steps = [rng.random((tokens, 3, 8)).argsort(axis=2)[..., :2] for tokens in (3, 1, 7, 2, 9, 4, 1, 1, 5, 2, 6)]
+    files = [tmp_path / name.format(step) for step in range(len(steps))]
+    for path, ids in zip(files, steps, strict=True):
+        if path.suffix == ".pt":
+            pytest.importorskip("torch").save({"topk_ids": pytest.importorskip("torch").tensor(ids)}, path)
+        else:
+            (np.save if path.suffix == ".npy" else np.savez)(path, ids)
+    traces, notes = load(files, "tokens", num_hidden_layers=3)
+    counts = [[np.bincount(layer.ravel(), minlength=8) for layer in ids.transpose(1, 0, 2)] for ids in steps]
+    assert (traces.counts == counts).all() and "11 files, a step each, in the order of their numbers" in notes
+    traces, _ = load(files, "tokens", layer_ids=(3, 4, 5))
+    assert traces.layer_ids == (3, 4, 5) and (traces.counts == counts).all()
+    with pytest.raises(InputError, match="are there 3 layers"):
+        load(files, "tokens")
+    with pytest.raises(InputError, match="--phase: got decode; does not apply"):
+        load(files, "tokens", num_hidden_layers=3, phase=Phase.DECODE)
