@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gemopt.exceptions import InputError
 from gemopt.formats.findings import refuse_parts
+from gemopt.words import counted
 
 
 @dataclass
@@ -44,6 +45,9 @@ class Passes:
             raise InputError("PATHS", columns, "which tokens are computed together", self.together)
         kind = "a list of tokens is" if self.listed else "rows of one layer in turn are"
         said = [f"no column numbers the steps: {kind} taken as what a forward pass computed, in this order"]
+        if passes == 1 and not self.listed:
+            tokens = counted(max(self.tokens.values()), "token")
+            said.append(f"{tokens} in one step: were the rows sorted by layer? then number the steps")
         if len(files) > 1:
             said.append(f"{len(files)} files, one after the other in time: {files[0].name} to {files[-1].name}")
         return said

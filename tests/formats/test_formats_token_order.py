@@ -28,9 +28,16 @@ def test_passes_in_order(load, tmp_path, rows, phase):
     traces, notes = load(write(tmp_path / "a.jsonl", rows), "tokens", phase=phase)
     assert (traces.counts == COUNTS).all()
     assert "taken as what a forward pass computed, in this order" in notes
+    assert "in one step" not in notes
     lines = [f"{row['layer']},{json.dumps(row['topk_ids']).replace(',', ' ')}" for row in rows]
     (tmp_path / "a.csv").write_text("\n".join(["layer_id,expert_ids", *lines]))
     assert (load(tmp_path / "a.csv", "tokens", phase=phase)[0].counts == COUNTS).all()
+
+
+def test_rows_sorted_by_layer_are_doubted(load, tmp_path):
+    traces, notes = load(write(tmp_path / "a.jsonl", sorted(EACH, key=lambda row: row["layer"])), "tokens")
+    assert (traces.counts == COUNTS.sum(axis=0)).all()
+    assert "20 tokens in one step: were the rows sorted by layer? then number the steps" in notes
 
 
 def test_files_follow_each_other_or_hold_layers_of_their_own(load, tmp_path):
