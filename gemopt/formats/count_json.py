@@ -24,6 +24,7 @@ from gemopt.formats.json_rows import frame_rows, inside, parsed
 from gemopt.traces.arrays import NOT_IDS
 from gemopt.traces.axes import MOST_LAYERS
 from gemopt.traces.files import ALTERING, COPIES, NOT_ALTERED, NOT_COPIES, meant
+from gemopt.traces.telling import NETWORKS, PROCESSES
 from gemopt.words import counted
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz")
@@ -75,7 +76,7 @@ def _read(path: Path, _changed: tuple[int, ...]) -> Content:
     rows = list(_rows(path, found, {}, told))
     if not rows:
         raise InputError(str(path), "no counts", "at least one")
-    rows = _named(path, slot_maps.applied(path, _without_headers(rows, told), told.notes), told)
+    rows = _named(path, slot_maps.applied(path, _without_headers(path, rows, told), told.notes), told)
     name = _counts_of(path, rows, told)
     if name is None:
         told.rows = rows
@@ -127,15 +128,32 @@ def _rows(
         yield from _rows(path, nested, {**plain, **known}, told, named=named)
 
 
-def _without_headers(rows: Rows, told: Content) -> Rows:
-    """The rows without those that hold no counts, as loggers write one before all others, which then holds for all."""
+def _without_headers(path: Path, rows: Rows, told: Content) -> Rows:
+    """The rows without those that hold no counts, as loggers write one before all others, which then holds for all.
+
+    `InputError` where one in between says of the counts after it what it does not say of those before.
+    """
     known = [any(str(key).casefold() in TABLES or words_of(str(key)) & COUNTED for key in row) for row in rows]
+    nested = [[str(key) for key, cell in row.items() if isinstance(cell, (list, dict))] for row in rows]
+    lists = [any(words_of(key) & COUNTED for key in keys) for keys in nested]
+    if 2 * sum(lists) >= len(rows):  # few may be of totals
+        first = lists.index(True)
+        known = [has or (number > first and bool(nested[number])) for number, has in enumerate(lists)]
     if all(known) or not any(known):
         return rows
     told.notes.append(f"{counted(known.count(False), 'row')} without counts left unread")
-    before = [item for row in rows[: known.index(True)] for item in row.items()]
+    begin, end = known.index(True), len(known) - known[::-1].index(True)
+    before = [item for row in rows[:begin] for item in row.items()]
     head = {key: cell for key, cell in before if not isinstance(cell, (list, dict))}
-    return [{**head, **row} for row, is_known in zip(rows, known, strict=True) if is_known]
+    kept = [row for row, is_known in zip(rows, known, strict=True) if is_known]
+    others = [row for row, is_known in zip(rows[:end], known, strict=False) if not is_known]
+    for key, cell in (item for row in others for item in row.items()):
+        name = str(key).casefold()
+        says = name in {*TABLES, *NETWORKS, *PROCESSES} or meant(name) or ALTERING.search(name)
+        if says and head.get(key) != cell and any(key not in row for row in kept):
+            limit, hint = "the same for all rows", "say it in each row of counts, or import apart what it tells apart"
+            raise InputError(f"{path}: {key}", f"{cell} between rows of counts", limit, hint)
+    return [{**head, **row} for row in kept]
 
 
 def _refuse_flags(path: Path, value: Any, text: str) -> None:

@@ -184,6 +184,24 @@ def test_a_line_of_settings_before_the_others_holds_for_all(load, tmp_path, long
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [{**head, "scale": 4}, *rows])))
     with pytest.raises(InputError, match="scale"):
         load(tmp_path / "a.jsonl", "array")
+    for key, said in (("scale", 4), ("model_id", "n"), ("rank", 1)):  # of the rows that follow
+        given = [head, *rows[:2], {key: said}, *rows[2:]]
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, given)))
+        with pytest.raises(InputError, match=f"{key}: got {said} between rows of counts" if not long else key):
+            load(tmp_path / "a.jsonl", "array")
+
+
+@pytest.mark.parametrize("other", [{"event": "end", "total_tokens": 9}, {"step": 0, "loss": 0.5}])
+def test_lines_without_counts_between_and_after_them_are_left_unread(load, tmp_path, other):
+    rows = [{"step": t, "layer": i, "counts": COUNTS[t, i].tolist()} for t in range(3) for i in range(2)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows[:3], other, *rows[3:], other])))
+    traces, notes = load(tmp_path / "a.jsonl", "array")
+    assert (traces.counts == COUNTS).all() and "2 rows without counts left unread" in notes
+    long = [{"step": t, "layer": i, "expert": e, "count": int(n)} for (t, i, e), n in np.ndenumerate(COUNTS)]
+    total = {"expert_load": COUNTS.sum(axis=0).tolist()}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*long, total])))
+    with pytest.raises(InputError, match="one list of counts in every row"):
+        load(tmp_path / "a.jsonl", "array")
 
 
 @pytest.mark.parametrize("name", ["phase", "stage", "mode", "forward_mode"])
