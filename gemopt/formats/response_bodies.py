@@ -137,6 +137,8 @@ def _bodies(path: Path) -> Iterator[tuple[int, Any, bool]]:
                     text, streamed = text[5:].strip(), True
                 if text and text != b"[DONE]":
                     yield number, json.loads(text), streamed
+    except InputError:
+        raise
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: line {number + 1}", str(error), "one JSON response per line") from None
 
