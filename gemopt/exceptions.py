@@ -47,7 +47,7 @@ class InputError(GemoptError, ValueError):
         if len(shown) > 120:
             shown = shown[:117] + "..."
         message = f"{field}: got {shown or 'nothing'}; {limit}"
-        super().__init__(" ".join(f"{message}; {hint}".split()) if hint else message)
+        super().__init__(" ".join((f"{message}; {hint}" if hint else message).split()))
 
     def about(self, field: str) -> InputError:
         """The same of a field that the user knows by another name."""

@@ -155,3 +155,10 @@ def test_a_time_of_something_else_is_not_offered_as_that_of_a_layer(tmp_path: Pa
     with pytest.raises(InputError) as error:
         read_table(table)
     assert "by their names none is; to take one all the same: --time-column 'total_latency" in str(error.value)
+
+
+@pytest.mark.parametrize("each", [5, None, {"params": 5}, {"extra_info": [1]}, {"stats": "fast"}])
+def test_documents_of_pytest_that_hold_others_are_refused(tmp_path: Path, each: object) -> None:
+    path = written(tmp_path, json.dumps({"machine_info": {}, "benchmarks": [each]}), "a.json")
+    with pytest.raises(InputError, match=r"a list of rows with plain values|got columns .*is needed"):
+        read_table(path)

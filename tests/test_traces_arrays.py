@@ -95,6 +95,9 @@ def test_experts_that_a_file_says_are_checked(tmp_path: Path) -> None:
     np.savez(tmp_path / "t.npz", counts=np.arange(32).reshape(2, 2, 8), num_experts=16)
     with pytest.raises(InputError, match="got 8 experts; 16, as num_experts says"):
         Traces.load(tmp_path / "t.npz")
+    np.savez(tmp_path / "t.npz", counts=np.arange(32).reshape(2, 2, 8), num_experts=np.arange(16).reshape(2, 8))
+    with pytest.raises(InputError, match=r"^[^\n]* as num_experts says$"):
+        Traces.load(tmp_path / "t.npz")
     np.savez(tmp_path / "t.npz", counts=np.arange(32).reshape(2, 2, 8), num_experts=np.array([8]))
     assert Traces.load(tmp_path / "t.npz").num_experts == 8
 

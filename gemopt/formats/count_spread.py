@@ -65,9 +65,10 @@ def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
     """Rows whose cell `name` holds many counts as a table with a column for each expert, or as an array."""
     if by_key(rows, name):
         spread = [(row, *_each(path, name, row[name])) for row in rows]
-        sums = [np.asarray(counts) for *_, counts in spread]
+        whole = all(is_whole(count) for *_, counts in spread for count in counts)
+        arrays = [np.asarray(counts) for *_, counts in spread] if whole else []
         for key in [key for key in rows[0] if key != name and TABLES.get(key.casefold()) == "count"]:
-            if follows(key, [row.get(key) for row in rows], sums):
+            if whole and follows(key, [row.get(key) for row in rows], arrays):
                 told.unread.append(key)
                 for row in rows:
                     row.pop(key, None)

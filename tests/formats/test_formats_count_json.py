@@ -196,6 +196,7 @@ TURNED = {str(e): {str(layer): int(TOTAL[layer, e]) for layer in range(LAYERS)} 
         (json.dumps(by_number(TOTAL, "layers.{}.mlp.shared_experts")), "experts that tokens choose; leave shared ones"),
         (json.dumps({"layer_0": {f"physical_expert_{e}": 7 for e in range(9)}}), "physical_expert_0 beside counts"),
         (json.dumps({"num_experts": 64, "counts": COUNTS.tolist()}), "8 experts; 64, as num_experts says"),
+        (lines([{"layer": 0, "count": 3, "counts": {"expert_0": 1, "expert_1": [2]}}] * 2), "counts|count"),
         (json.dumps({"num_layers": 61, "counts": COUNTS.tolist()}), "61, as num_layers says; .*give --layer-ids"),
         (lines({"step": t, "iter": 9 * t, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "step and iter; one"),
         (lines({"step": t, "weight": t / 7, "counts": c.tolist()} for t, c in enumerate(COUNTS)), "weight: .*the same"),

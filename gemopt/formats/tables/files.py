@@ -192,12 +192,16 @@ def _of_pytest(found: Any) -> Any:
     """Rows of pytest-benchmark's document: function, parameters and what was added, and times; else as it is."""
     if not isinstance(found, dict) or not {"machine_info", "benchmarks"} <= found.keys():
         return found
+    given, kinds = found["benchmarks"], ("params", "extra_info", "stats")
     rows = []
-    for each in found["benchmarks"] if isinstance(found["benchmarks"], list) else ():
-        told, times = each.get("params") or {}, each.get("stats") or {}
+    for each in given if isinstance(given, list) else ():
+        parts = [each.get(kind) or {} for kind in kinds] if isinstance(each, dict) else [each]
+        if not all(isinstance(part, dict) for part in parts):
+            return found
+        told, more, times = parts
         function = str(each.get("fullname", "")).partition("[")[0]
         seconds = {f"time_{name}_s": times.get(name) for name in ("median", "mean", "min", "max", "stddev")}
-        rows.append({"function": function, **told, **(each.get("extra_info") or {}), **seconds})
+        rows.append({"function": function, **told, **more, **seconds})
     return rows
 
 
