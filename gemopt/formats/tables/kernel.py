@@ -138,11 +138,11 @@ def read_table(
     where, device, repeat, parts = ([e] if isinstance(e, str) else e for e in (where, device, repeat, parts))
     with telling("a table of times", *paths):
         full, of_file = read_tables(paths)
-    layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
-    table, time = with_added_times(chosen_rows(full, where), time)
-    refuse_other_rows(full, table, layout, repeat, (*device, *repeat, *parts, of_file), parts)
-    table = settled(table, layout, load)
-    counts = load_column(table, layout, unit, load)
+        layout = next((each for each in LAYOUTS if each.header <= set(full.header)), None)
+        table, time = with_added_times(chosen_rows(full, where), time)
+        refuse_other_rows(full, table, layout, repeat, (*device, *repeat, *parts, of_file), parts)
+        table = settled(table, layout, load)
+        counts = load_column(table, layout, unit, load)
     if (layout.unit if layout else unit) is Unit.GROUP_TOKENS:
         refuse_tokens_of_a_rank(table, counts)
     told = (name for name in matching(table, ACTIVE) if name not in repeat and any(values(table.rows, name)))
