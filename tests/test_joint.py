@@ -119,6 +119,8 @@ def test_solve_proves_small_cases_and_refuses_others(monkeypatch: pytest.MonkeyP
     other = solve(profile(3), links.traces, solver="local-search", slots_per_rank=[2, 1, 1], **given)
     assert found.objective_us is not None and other.objective_us is not None and found.bound_us is not None
     assert found.objective_us <= other.objective_us * (1 + 1e-9) and found.bound_us >= (other.bound_us or 0.0)
+    auto = solve(profile(3), links.traces, slots_per_rank=[2, 1, 1], **given)
+    assert (auto.objective_us, auto.status) == (pytest.approx(found.objective_us), found.status)
     spare = solve(profile(3), links.traces, solver="cpsat", slots_per_rank=2, **given)
     assert spare.objective_us is not None and spare.objective_us <= found.objective_us * (1 + 1e-9)
     monkeypatch.setattr(joint, "MOST_COPIES", 2)

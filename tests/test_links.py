@@ -76,11 +76,11 @@ def test_search_finds_the_best_of_all_placements_nearly_always() -> None:
         rows = placements(4, SLOTS)
         best = min(linked_total(problems, list(pair), links) for pair in product(rows, repeat=2))
         start = [np.arange(4), np.arange(4)]
-        found = search_linked(problems, links, start, Options.lasting(30))
+        found = search_linked(problems, links, start, Options.lasting(30, patience=5))
         assert found.total_us == pytest.approx(linked_total(problems, found.rows, links))
         assert best * (1 - 1e-12) <= found.total_us <= linked_total(problems, start, links)
         met += found.total_us <= best * (1 + 1e-6)
-    assert met >= 8  # a descent by swaps is no proof
+    assert met >= 10  # a descent by swaps is no proof
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -254,7 +254,7 @@ def test_copies_that_cost_more_to_reach_than_they_save_are_dropped() -> None:
     links = Links.of(links.topology, links.traces, 3, exchange=exchange)
     problems, _ = with_copies(links, 5)
     start = [np.array([0, 1, 1, 2, 0]), np.array([0, 2, 0, 1, 2])]
-    found = search_linked(problems, links, start, Options.lasting(300))
+    found = search_linked(problems, links, start, Options.lasting(300, patience=5))
     assert found.total_us < linked_total(problems, start, links)
     assert min(int((row >= 0).sum()) for row in found.rows) < 5
 
@@ -271,4 +271,15 @@ def test_with_copies_the_search_goes_on_from_placements_that_no_single_change_be
     best = min(linked_total(problems, [row], links) for row in rows)
     start = np.array([0, 1, 2, -1, 3, -1])
     found = search_linked(problems, links, [start], Options(deadline=np.inf, patience=5))
+    assert found.total_us == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", [4023, 4029])
+def test_layers_follow_each_other_to_placements_that_no_change_of_one_layer_betters(seed: int) -> None:
+    """Senders follow experts: what one layer gains by a change, the next one loses until it has changed as well."""
+    links = random_links(seed, experts=3, layers=2, steps=3)
+    assert links.coupled
+    problems, rows = with_copies(links, seed)
+    best = min(linked_total(problems, list(pair), links) for pair in product(rows, repeat=2))
+    found = search_linked(problems, links, [rows[0]] * 2, Options.lasting(300, patience=5))
     assert found.total_us == pytest.approx(best)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 from gemopt.exceptions import MissingPackageError
 from gemopt.links import Links
 from gemopt.problem import Problem
 from gemopt.result import OPTIMALITY_TOLERANCE, StoppedBy, relative_gap
 from gemopt.solvers import get
-from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, Supports
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, LinkedSolver, Options, Outcome, Row, Supports
+from gemopt.solvers.exact.joint import stated_soon
 from gemopt.solvers.exact.layer import ROUNDING
 from gemopt.solvers.search.local_search import LocalSearch
 from gemopt.solvers.size import FEW_COLUMNS, MANY_COLUMNS, num_columns, num_shares, provable, prover
@@ -30,8 +32,15 @@ class Auto:
     supports = Supports(proves=True, improves=True, moves=True, links=True, fewest_bytes=True, rules=True)
 
     def solve_linked(self, problems: Sequence[Problem], links: Links, rows: list[Row], options: Options) -> Linked:
-        """As local search; see `LinkedSolver`."""
-        return LocalSearch().solve_linked(problems, links, rows, options)
+        """As local search, or as CP-SAT where there is little to state; see `LinkedSolver`."""
+        search = LocalSearch()
+        if options.compute_slack is not None or not stated_soon(problems, links):
+            return search.solve_linked(problems, links, rows, options)
+        proven = cast(LinkedSolver, get("cpsat")).solve_linked(problems, links, rows, options)
+        if proven.stopped_by is not StoppedBy.ITERATIONS or options.patience is not None:
+            return proven
+        found = search.solve_linked(problems, links, proven.rows, options)  # what CP-SAT states is no tighter than that
+        return replace(found, history=proven.history + found.history, bound_us=max(proven.bound_us, found.bound_us))
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""

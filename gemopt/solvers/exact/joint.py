@@ -29,6 +29,7 @@ IntArray = NDArray[np.int64]
 MOST_COPIES = 6
 MOST_TERMS = 200_000
 """Ways of tokens that are stated at most, over all steps, layers and destinations."""
+FEW_TERMS = 8_000  # up to which CP-SAT finds better placements than the search alone (tiny_links.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +113,32 @@ def check_stated(name: str, problems: Sequence[Problem], links: Links) -> None:
         raise UnsupportedError("slots_per_rank", slots, limit, instead)
     if any((problem.weights_T != 1).any() for problem in problems):
         raise UnsupportedError("topology", "weighted steps", f"{name} states links of plain steps only", instead)
-    tokens = 0 if links.traces.tokens is None else len(links.traces.tokens.step_of_token) * len(problems)
+    tokens = _tokens(problems, links)
     if problems[0].spare_slots and tokens > MOST_TERMS:  # before they are told apart by their turns, which takes long
         limit = f"{name} states up to {MOST_TERMS} with copies (fewer steps or layers)"
         raise UnsupportedError("topology", f"{tokens} tokens in all layers", limit, instead)
-    terms = sum(each.terms for each in sendings(links, len(problems), turns_of(problems[0])))
+    terms = num_terms(problems, links)
     if terms > MOST_TERMS:
         limit = f"{name} states up to {MOST_TERMS} (fewer steps or layers)"
         raise UnsupportedError("topology", f"{terms} ways of tokens", limit, instead)
+
+
+def stated_soon(problems: Sequence[Problem], links: Links) -> bool:
+    """Whether all layers with their links are few enough for CP-SAT to find and prove what a search does not."""
+    first = problems[0]
+    if first.most_copies > MOST_COPIES or (first.spare_slots and first.full) or _tokens(problems, links) > FEW_TERMS:
+        return False
+    return all((each.weights_T == 1).all() for each in problems) and num_terms(problems, links) <= FEW_TERMS
+
+
+def num_terms(problems: Sequence[Problem], links: Links) -> int:
+    """Ways of tokens, over all steps, layers and destinations."""
+    return sum(each.terms for each in sendings(links, len(problems), turns_of(problems[0])))
+
+
+def _tokens(problems: Sequence[Problem], links: Links) -> int:
+    """Tokens in all layers; none where only counts are known."""
+    return 0 if links.traces.tokens is None else len(links.traces.tokens.step_of_token) * len(problems)
 
 
 @dataclass(frozen=True, eq=False)

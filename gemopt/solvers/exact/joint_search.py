@@ -14,7 +14,7 @@ from gemopt.exceptions import InputError
 from gemopt.latency import FloatArray
 from gemopt.links import Links
 from gemopt.problem import Problem
-from gemopt.solvers.base import Linked, Options, Outcome, Row, incumbent
+from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Outcome, Row, incumbent
 from gemopt.solvers.exact.compact import Compact
 from gemopt.solvers.exact.formulation import TOO_LATE
 from gemopt.solvers.exact.joint import JointCompact, Sending, sendings, turns_of
@@ -95,7 +95,8 @@ def solve_joint(
 ) -> Linked:
     """The search over all layers, then a proof from what it found."""
     deadline = time.monotonic() + SEARCH_SHARE * options.remaining
-    found = search_linked(problems, links, rows, replace(options, deadline=deadline))
+    patience = DEFAULT_PATIENCE if options.patience is None else options.patience
+    found = search_linked(problems, links, rows, replace(options, deadline=deadline, patience=patience))
     if too_large(problems, options):
         return replace(found, stopped_by=options.cut_by, note=TOO_LATE)
     search = JointSearch.of(problems, links, found.rows, options)

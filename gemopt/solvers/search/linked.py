@@ -4,7 +4,8 @@ Starts are the placement that heeds makespans alone, what swaps make of it under
 kind carried as much (which every byte changes, not only those of the fullest), and, where senders follow experts, whole
 ranks renamed along the transitions. From each, every layer in turn takes the swaps that lower its cost and that of the
 next layer's dispatch, until a sweep takes next to nothing. The best is then kicked: a few slots of one layer change
-places, or spare slots other copies, and what they change for descends again. Last, copies are changed once more.
+places, or spare slots other copies, or, where senders follow experts, two ranks all they hold in a few layers in a row;
+what that changes for descends again. Last, copies are changed once more.
 All that is offered is scored by `linked_total`; the kernels see the convex hulls of the ports' curves.
 """
 
@@ -26,7 +27,7 @@ from gemopt.migration import held
 from gemopt.placement import EMPTY
 from gemopt.problem import Problem
 from gemopt.result import StoppedBy, relative_gap
-from gemopt.solvers.base import DEFAULT_PATIENCE, Linked, Options, Row, incumbent, seeded, within_limits
+from gemopt.solvers.base import Linked, Options, Row, incumbent, seeded, within_limits
 from gemopt.solvers.relabel import renamed
 from gemopt.solvers.search.blocs import settled
 from gemopt.solvers.search.linked_copies import search_copies, walked
@@ -58,7 +59,8 @@ PRELUDES = (Prelude(1.0, True), None, Prelude(0.0, False), Prelude(0.0, True))
 def search_linked(problems: Sequence[Problem], links: Links, rows: Rows, options: Options) -> Linked:
     """Improve the rows of all layers under the joint objective; never worse than what is given. Blocs stay.
 
-    `options.patience`: kicks per layer in a row without gain; 0: from the first start alone.
+    `options.patience`: kicks of each kind per layer in a row without gain; 0: from the first start alone; None: as many
+    as there is time for.
     """
     problems = [settled(problem, row) for problem, row in zip(problems, rows, strict=True)]
     value = linked_total(problems, rows, links)
@@ -136,25 +138,51 @@ def _offer(found: Linked, problems: Sequence[Problem], links: Links, rows: Rows)
 
 
 def _kick(found: Linked, problems: Sequence[Problem], links: Links, options: Options, stop: NDArray[np.uint8]) -> None:
-    """Kicks of the best, one layer after the other, until too many in a row bring no gain, or it is good enough."""
-    patience = DEFAULT_PATIENCE if options.patience is None else options.patience
-    draws, idle, layer, ways = seeded(options.seed, len(problems)), 0, 0, 1 + (problems[0].spare_slots > 0)
-    while idle < patience * ways * len(problems) and not stop[0]:
+    """Kicks of the best, one layer after the other, until too many in a row bring no gain, or it is good enough.
+
+    Where senders follow experts the layers around a kicked one follow it before it may go back.
+    """
+    patience = np.inf if options.patience is None else options.patience
+    draws, idle, layer = seeded(options.seed, len(problems)), 0, 0
+    ways = [
+        "swaps",
+        *["copies"] * (problems[0].spare_slots > 0),
+        *["roles"] * (links.coupled and problems[0].num_ranks > 1),
+    ]
+    while idle < patience * len(ways) * len(problems) and not stop[0]:
         gap = relative_gap(found.total_us, options.bound_us)
         if gap is not None and options.bound_us > 0 and gap <= options.gap:
             found.stopped_by = StoppedBy.GAP
             return
-        turn = idle // len(problems)
-        if turn % ways:
-            rows = walked(problems, links, found.rows, layer, draws, HEATS[turn // ways % len(HEATS)], options)
+        turn, rows, order = idle // len(problems), list(found.rows), [{layer}]
+        way = ways[turn % len(ways)]
+        if way == "roles":
+            order = [_change_roles(problems, rows, layer, draws)]
+        elif way == "swaps":
+            rows[layer] = _kicked(problems[layer], rows[layer], draws)
         else:
-            kicked = _kicked(problems[layer], found.rows[layer], draws)
-            rows = [*found.rows[:layer], kicked, *found.rows[layer + 1 :]]
+            rows = walked(problems, links, rows, layer, draws, HEATS[turn // len(ways) % len(HEATS)], options)
+        if links.coupled:
+            order = [{layer - 1, layer + 1} & set(range(len(problems))), *order]
         search = Layers(problems, links, rows, stop)
-        search.settle(only=layer)
-        rows = search_copies(problems, links, search.rows(), options, layer) if turn % ways else search.rows()
+        for due in order:
+            search.settle(due)
+            for n in due if way == "copies" else ():
+                search = Layers(problems, links, search_copies(problems, links, search.rows(), options, n), stop)
+        rows = search.rows()
         idle = 0 if _offer(found, problems, links, rows) else idle + 1
         layer = (layer + 1) % len(problems)
+
+
+def _change_roles(problems: Sequence[Problem], rows: Rows, layer: int, draws: np.random.Generator) -> set[int]:
+    """Let two ranks hold what the other holds in one layer or a few in a row; returns the layers to look at."""
+    end = min(len(rows), layer + int(draws.geometric(0.5)))
+    a, b = draws.permutation(problems[0].num_ranks)[:2]
+    for n in range(layer, end):
+        slots_a, slots_b = (draws.permutation(np.flatnonzero(problems[n].rank_of_slot == rank)) for rank in (a, b))
+        both = min(len(slots_a), len(slots_b))
+        rows[n] = exchanged(problems[n], rows[n], np.stack([slots_a[:both], slots_b[:both]]))
+    return set(range(max(0, layer - 1), min(len(rows), end + 1)))
 
 
 def _kicked(problem: Problem, row: Row, draws: np.random.Generator) -> Row:
@@ -165,7 +193,7 @@ def _kicked(problem: Problem, row: Row, draws: np.random.Generator) -> Row:
 
 
 def exchanged(problem: Problem, row: Row, pair: NDArray[np.int64]) -> Row:
-    """A row with two slots in each other's place; as it is where that may not be."""
+    """A row with two slots, or [2, N] pairs of them, in each other's place; as it is where that may not be."""
     tried = row.copy()
     tried[pair] = row[pair[::-1]]
     once = held(tried, problem.slots_per_rank, problem.num_experts).sum() == (row != EMPTY).sum()
@@ -233,9 +261,9 @@ class Layers:
             self.states[layer] = make_state(self.problems[layer], self.begun[layer], self.costs[layer], self.stop)
         return self.states[layer]
 
-    def settle(self, *, compute: float = 1.0, only: int | None = None) -> None:
-        """Sweeps over the layers that something changed for, at first all or one, until one takes next to nothing."""
-        due, most = set(range(len(self.problems)) if only is None else [only]), None
+    def settle(self, due: set[int] | None = None, *, compute: float = 1.0) -> None:
+        """Sweeps over layers that something changed for, at first all or those due, until one takes next to nothing."""
+        due, most = set(range(len(self.problems)) if due is None else due), None
         for _ in range(SWEEPS):
             taken = 0
             for layer in sorted(due):
