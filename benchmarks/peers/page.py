@@ -81,12 +81,14 @@ points of `lead`. Lost cells come first.
   two of three scored phases are of a kind that the fitted ones lack, and a seed draws GPUs there, not text. Over 162
   draws each of layers, GPUs and kinds not seen, FlashLB is 0.6 ± 0.5 points behind on tiny-MoE and 0.4 ± 0.3 ahead on
   gpt-oss; single draws deviate by 7 and 4 (`fitting.md`).
-* 58 x 256 on 8 ranks, one GPU slower or not, has little left to find: gemopt is ahead by 0.5. On 64 ranks GEM is 1.5
-  points behind on the fitted steps, for want of time, and 0.1 to 0.5 on the others; on the last 16 steps alone it has
-  the time, and is from 1.9 behind to 0.4 ahead: those are nearest to the steps scored.
+* The whole list was run on 2026-12-01, one core for it and other work on the second one, which costs the large cells
+  some of their CPU seconds' worth: quiet, 58 x 256 on 64 ranks with 320 slots had -51.7 in place of -50.9.
+* 58 x 256 on 8 ranks, one GPU slower or not, has little left to find: gemopt is ahead by 0.5 on the fitted steps, by 0.1
+  and 0.6 on the others. On 32 and 64 ranks GEM had been 9.8 and 5 points behind on a slower processor, for want of
+  time; here it ends where gemopt does.
 * Cells of gpt-oss and tiny-MoE that are level with GEM are so on the fitted steps too, by 0.2 points: both search for
-  nearly all of the time and end at the same placements or at equal ones. On 58 x 256 gemopt is ahead on the fitted
-  steps of every cell, at decode by 0.2 to 0.6; what is level there is what later steps make of it.
+  nearly all of the time and end at the same placements or at equal ones. At decode GEM is 0.1 points ahead on the
+  fitted steps of 58 x 256, since it proves nothing.
 * SwiftBalancer moves at most one expert between two ranks at a call; an engine calls it again and again.
 * A second copy of an expert on one rank is left out of its table. GEM and MoETuner leave spare slots empty.
 * All are scored by the cost model that gemopt fits to the profile (`auto`), copies sharing evenly.
