@@ -229,9 +229,9 @@ class _Writer:
         self.job, self.profile, self.traces, self.result, self.before = job, profile, traces, result, before
         self.given = given  # without the steps that only judge
         self.files: list[str] = []
-        self.notes = [*notes, *result.notes]
-        if result.stopped_by is StoppedBy.INTERRUPT:
-            self.notes.append(f"interrupted after {result.seconds:.1f} s: this is what was found by then")
+        cut = result.stopped_by is StoppedBy.INTERRUPT
+        late = [f"interrupted after {result.seconds:.1f} s: this is what was found by then"] if cut else []
+        self.notes = [*late, *notes, *result.notes]
         self.notes += [doubt] if (doubt := outside(result.outside)) else []
         if job.topology is not None and job.report.page:
             self.notes.append("the report counts what ranks compute, not what links take; result.json has both")
