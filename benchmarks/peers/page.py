@@ -83,8 +83,8 @@ points of `lead`. Lost cells come first.
   gpt-oss; single draws deviate by 7 and 4 (`fitting.md`).
 * The whole list was run on 2026-12-01, one core for it and other work on the second one, which costs the large cells
   some of their CPU seconds' worth: quiet, 58 x 256 on 64 ranks with 320 slots had -51.7 in place of -50.9.
-* 58 x 256 on 8 ranks, one GPU slower or not, has little left to find: gemopt is ahead by 0.5 on the fitted steps, by 0.1
-  and 0.6 on the others. On 32 and 64 ranks GEM had been 9.8 and 5 points behind on a slower processor, for want of
+* 58 x 256 on 8 ranks, one GPU slower or not, has little left to find: gemopt is ahead by 0.5 on the fitted steps, by
+  0.1 and 0.6 on the others. On 32 and 64 ranks GEM had been 9.8 and 5 points behind on a slower processor, for want of
   time; here it ends where gemopt does.
 * Cells of gpt-oss and tiny-MoE that are level with GEM are so on the fitted steps too, by 0.2 points: both search for
   nearly all of the time and end at the same placements or at equal ones. At decode GEM is 0.1 points ahead on the
