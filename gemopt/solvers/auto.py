@@ -40,7 +40,8 @@ class Auto:
         if proven.stopped_by is not StoppedBy.ITERATIONS or options.patience is not None:
             return proven
         found = search.solve_linked(problems, links, proven.rows, options)  # what CP-SAT states is no tighter than that
-        return replace(found, history=proven.history + found.history, bound_us=max(proven.bound_us, found.bound_us))
+        bound_us = max(proven.bound_us, found.bound_us)
+        return replace(found, history=proven.history + found.history, bound_us=bound_us, note=proven.note or found.note)
 
     def solve(self, problem: Problem, options: Options, warm_start: Row | None) -> Outcome:
         """Place one layer; see `Solver`."""
