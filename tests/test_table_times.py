@@ -204,3 +204,20 @@ def test_a_unit_within_a_name_is_heeded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="say which: --time-column 'time_second_run:ms', or :us"):
         read_table(path)
     assert loads(read_table(path, time="time_second_run:us"))[0] == (NS[0], None, 50.0 + NS[0])
+
+
+@pytest.mark.parametrize("statistics", ["median_us", "mean_us", "min_us,max_us", "p99_us"])
+@pytest.mark.parametrize("other", ["total_us", "elapsed_us", "torch_us", "duration_us"])
+def test_a_time_that_the_statistics_beside_it_are_not_of_is_asked_for(
+    tmp_path: Path, statistics: str, other: str
+) -> None:
+    names = statistics.split(",")
+    rows = "".join(f"{n},{','.join(str(40 + n + at) for at in range(len(names)))},{5000 + n}\n" for n in NS)
+    with pytest.raises(InputError, match=f"times {', '.join(names)}, {other}; one column"):
+        read_table(written(tmp_path, f"assignments,{statistics},{other}\n{rows}"))
+
+
+@pytest.mark.parametrize("more", ["mean_us,std_us", "min_us,max_us", "min_us,p99_us", "median_us,torch_median_us"])
+def test_a_time_beside_its_own_statistics_is_taken(tmp_path: Path, more: str) -> None:
+    path = table(tmp_path, f"assignments,latency_us,{more}", ",45,900" if "p99" in more or "max" in more else ",60,150")
+    assert loads(read_table(path)) == [(n, None, 50.0 + n) for n in NS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from statistics import median
 
 from gemopt.exceptions import InputError
 from gemopt.formats.tables.beside import EXCHANGED, UNITS
@@ -80,6 +81,9 @@ LAYERS = {
     "layers", "num_layers", "n_layers", "n_layer", "num_layer", "nlayer", "nlayers", "num_hidden_layers", "moe_layers",
     "num_moe_layers", "layer_count", "n_gpu_layers",
 }  # fmt: skip
+LOWEST = {"min", "minimum", "best", "fastest", "lower"}
+HIGHEST = {"max", "maximum", "worst", "slowest", "upper", "peak", "tail", "p90", "p95", "p99", "p999"}
+SAME_TIME, ROUNDED = 1.5, 1.05  # how far a time may be from the mean of its runs, and beyond the longest
 ONE_DEVICE = re.compile(
     r"(?:^|_)(?:(?:ep_)?rank|(?:g|n|x)pu|device|card|host|node|worker)_?\d+(?:_|$)"
 )  # gpu0_us, rank_1
@@ -105,18 +109,7 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         raise InputError(
             table.path, f"columns {', '.join(apart)}", limit, f"for one alone: --time-column '{apart[0]}:{unit}'"
         )
-    shares = {name for name in table.header if "%" in name or words(name) & {"percent", "pct"}}
-    numbers = {name for name in table.header if plain(name).split("_")[-1] in COUNTS}  # latency_us_count
-    durations = [name for name in table.header if not words(name) & MOMENTS and name not in shares | numbers]
-    timed = [name for name in durations if unit_of(name) or (words(name) & TIMES and is_numeric(table.rows, name))]
-    single = [name for name in timed if not words(name) & STATISTICS]
-    middle = [name for name in timed if words(name) & {"median", "med", "p50"}]
-    mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
-    if middle or mean:  # others may be totals of several runs, or were set: timeout_s
-        set_to = {name for name in single if len(table.rows) > 1 and len(values(table.rows, name)) == 1}
-        totals = {name for name in single if words(name) & TOTALS and _runs(table, name)}
-        single = [name for name in single if name not in set_to | totals]
-    best = single or middle or mean
+    timed, best = _candidates(table)
     if len(best) == 1:
         _refuse_other_times(table, best[0])
     known_unit = unit_of(best[0]) or _unit_beside(table) if best else None
@@ -142,6 +135,38 @@ def time_column(table: Table, asked: str | None) -> tuple[str, float]:
         none = words(likely[0]) & (NO_LAYER | NO_TIME | (set() if of_parts else TOTALS))
         hint = f"{'by their names none is; to take one all the same' if none else 'say which'}: {_asking(likely[0])}"
     raise InputError(table.path, f"times {', '.join(best)}", limit, hint)
+
+
+def _candidates(table: Table) -> tuple[list[str], list[str]]:
+    """The columns with times, and those of them that may be the layer's."""
+    shares = {name for name in table.header if "%" in name or words(name) & {"percent", "pct"}}
+    numbers = {name for name in table.header if plain(name).split("_")[-1] in COUNTS}  # latency_us_count
+    durations = [name for name in table.header if not words(name) & MOMENTS and name not in shares | numbers]
+    timed = [name for name in durations if unit_of(name) or (words(name) & TIMES and is_numeric(table.rows, name))]
+    single = [name for name in timed if not words(name) & STATISTICS]
+    middle = [name for name in timed if words(name) & {"median", "med", "p50"}]
+    mean = [name for name in timed if words(name) & {"mean", "avg", "average"}]
+    if middle or mean:  # others may be totals of several runs, or were set: timeout_s
+        set_to = {name for name in single if len(table.rows) > 1 and len(values(table.rows, name)) == 1}
+        totals = {name for name in single if words(name) & TOTALS and _runs(table, name)}
+        single = [name for name in single if name not in set_to | totals]
+    best = single or middle or mean
+    others = middle or mean or [name for name in timed if words(name) & (LOWEST | HIGHEST)]
+    if best is single and not (any if middle or mean else all)(_fits(table, single[0], each) for each in others):
+        best = others + single
+    return timed, best
+
+
+def _fits(table: Table, time: str, statistic: str) -> bool:
+    """Whether a statistic may be one of a time, by what is usual of all rows: near it, or not beyond it."""
+    if not all(is_numeric(table.rows, name) for name in (time, statistic)):
+        return False
+    scale = TIME_UNITS.get(unit_of(time) or "", 1.0) / TIME_UNITS.get(unit_of(statistic) or "", 1.0)
+    pairs = [[float(row.cells[name].strip("*%x\u00d7") or 0) for name in (time, statistic)] for row in table.rows]
+    usual = median([scale * one / other for one, other in pairs if other] or [1.0])
+    lowest, highest = words(statistic) & LOWEST, words(statistic) & HIGHEST
+    least = 0.0 if highest else 1 / ROUNDED if lowest else 1 / SAME_TIME
+    return least <= usual <= (float("inf") if lowest else ROUNDED if highest else SAME_TIME)
 
 
 def _unit_beside(table: Table) -> str | None:
