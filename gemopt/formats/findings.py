@@ -19,6 +19,7 @@ MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
 MOST_SHARED = 8
 MANY_ALIKE = 8  # tokens that choose the same experts in all layers
+MANY_SHARED = 16  # experts that two layers have in common, never none by chance
 MANY_IDS = 16  # that are all below half of the next by chance: less than once in a thousand
 TOO_HIGH = (
     "give the right --num-experts; if they are slots of copies, make them logical experts; "
@@ -187,7 +188,8 @@ def check_loads(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
     Raises
     ------
     InputError
-        A layer that was to be kept has none at all: it is dense, or belongs to a part that was not recorded.
+        A layer that was to be kept has none at all: it is dense, or belongs to a part that was not recorded. Or experts
+        are numbered on from layer to layer.
     """
     idle = [layer for layer, row in zip(layer_ids, load_LE, strict=True) if not row.any()]
     if idle:
@@ -198,6 +200,12 @@ def check_loads(load_LE: IntArray, layer_ids: Sequence[int]) -> list[str]:
             "some in every MoE layer",
             f"if {ranges(idle)} have no experts, give --layer-ids {busy}" if busy else "record again",
         )
+    used_LE = (load_LE > 0).astype(np.int64)
+    used_L = used_LE.sum(axis=1)
+    meet = (used_L.sum() ** 2 - (used_L**2).sum()) / (2 * load_LE.shape[1])  # pairs of layers share as many by chance
+    if used_LE.sum(axis=0).max() == 1 and meet >= MANY_SHARED:
+        found, limit = "experts of which none is in two layers", "numbers from 0 in every layer"
+        raise InputError("counts: experts", found, limit, "subtract from each those of the layers before")
     return _never_chosen(load_LE, layer_ids) + _twice(load_LE, layer_ids)
 
 

@@ -200,3 +200,17 @@ def test_steps_whose_tokens_all_choose_the_same_experts_are_noted(load, tmp_path
     few = np.array([[[8, 0, 0, 0]], [[7, 0, 1, 0]], [[6, 1, 0, 1]], [[8, 0, 0, 0]], [[5, 2, 1, 0]]])
     np.save(tmp_path / "a.npy", few)  # most tokens choose that one in all steps
     assert "dummy runs" not in load(tmp_path / "a.npy", "array")[1]
+
+
+def test_experts_that_are_numbered_on_from_layer_to_layer(load, tmp_path):
+    counts = routed(np.random.default_rng(0), 6, 4, 16)
+    through = np.zeros((6, 4, 64), int)
+    for layer in range(4):
+        through[:, layer, 16 * layer : 16 * (layer + 1)] = counts[:, layer]
+    np.save(tmp_path / "a.npy", through)
+    with pytest.raises(InputError, match="none is in two layers; numbers from 0 in every layer; subtract"):
+        load(tmp_path / "a.npy", "array")
+    few = np.zeros((6, 4, 64), int)
+    few[:, np.arange(4), np.arange(4)] = 3  # of a few tokens that is chance
+    np.save(tmp_path / "a.npy", few)
+    load(tmp_path / "a.npy", "array")
