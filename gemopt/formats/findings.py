@@ -29,7 +29,7 @@ TOO_HIGH = (
 _PART = re.compile(
     r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?(?:rank|group)|ep|dp|tp|pp|l|"
     r"gpu|npu|cuda|card|device|node|worker|host|server|pod|process|proc|pid|instance|engine|replica|stage|layer|blk|moe|"
-    r"decoder|experts?)[_.-]?\d+(?=[/_.-]|of|$)",
+    r"decoder|experts?)[_.-]?\d{1,7}(?=[/_.-]|of|$)",  # longer ones are dates and times
     re.I,
 )
 

@@ -137,6 +137,7 @@ def test_names_of_parts(name):
     with pytest.raises(InputError, match="these names tell parts of the same ones"):
         refuse_parts([Path(f"{name.format(i)}.npy") for i in range(2)])
     refuse_parts([Path(f"{each}_{i}.npy") for each in ("level", "cell") for i in range(2)])
+    refuse_parts([Path(f"load_on_layer_{1700000000 + 60 * i}.csv") for i in range(2)])  # moments
 
 
 def test_layers_and_steps_of_constant_batches_are_told_apart(load, tmp_path):
