@@ -327,3 +327,20 @@ def test_a_limit_that_was_set_is_no_reading(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="rows that differ in power_limit_w; "):
         read_table(path)
     assert loads(read_table(path, where=["power_limit_w=700"])) == [(8, None, 5)]
+
+
+@pytest.mark.parametrize(
+    "name", ["tok_s", "tokens_s", "peak_memory_mb", "mem_gb", "max_memory_allocated", "sm_occupancy"]
+)
+def test_rates_and_memory_that_go_with_the_load_are_results(tmp_path: Path, name: str) -> None:
+    rows = "".join(f"{n},{50 + n},{900 + 7 * n}\n" for n in (1, 2, 4, 8, 16, 64))
+    assert len(loads(read_table(written(tmp_path, f"assignments,time_us,{name}\n{rows}")))) == 6
+
+
+def test_kinds_of_memory_are_no_results(tmp_path: Path) -> None:
+    cells = zip((1, 2, 4, 1, 2, 8), (40, 40, 40, 80, 80, 80), strict=True)
+    path = written(
+        tmp_path, "assignments,time_us,mem_gb\n" + "".join(f"{n},{50 + n + size},{size}\n" for n, size in cells)
+    )
+    with pytest.raises(InputError, match="rows that differ in mem_gb"):
+        read_table(path)

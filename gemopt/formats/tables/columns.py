@@ -35,12 +35,13 @@ STATISTICS = {
 }  # fmt: skip
 RESULTS = {
     "err", "err1", "err2", "error", "errors", "tflops", "gflops", "flops", "bw", "bandwidth", "gbps", "tbps",
-    "throughput", "tps", "speedup", "efficiency", "utilization", "util", "mfu", "temp", "temperature", "energy",
-    "repeats", "latency", "time", "duration", "elapsed", "ops", "iqr", "noise", "samples", "elem", "bwutil",
+    "throughput", "tps", "speedup", "efficiency", "utilization", "util", "bwutil", "mfu", "temp", "temperature",
+    "energy", "repeats", "latency", "time", "duration", "elapsed", "ops", "iqr", "noise", "samples", "elem",
+    "allocated",
 }  # fmt: skip
 FLAGS = {"0", "1"}  # a row that failed, and no result
 MOMENTS = {"timestamp", "datetime", "date", "start", "begin", "end", "stop", "ts"}
-STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency"}
+STATES = {"power", "watts", "clock", "clocks", "mhz", "freq", "frequency", "memory", "mem", "vram", "occupancy"}
 SET = {"limit", "cap", "target", "locked", "max", "application"}  # states that were asked for
 SHAPES = {
     "hidden", "inter", "intermediate", "dim", "experts", "expert", "topk", "k", "n", "tp", "ep", "dp", "pp", "size",
@@ -58,18 +59,17 @@ TIME_UNITS = {
 }
 """Microseconds of each unit, by all its names: us, usec, microseconds, ..."""
 SAVED_INDEX = {"", "unnamed_0", "index_level_0"}  # as pandas names its numbers of the rows
-INDEX = {*SAVED_INDEX, "index", "row", "row_id", "no", "id", "idx"}
+INDEX = {*SAVED_INDEX, "index", "row", "row_id", "no", "id", "idx", "per_family_instance_index"}
 MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d.*)?", re.ASCII)
-RATE = re.compile(r"/ ?s(?:ec(?:ond)?)?\b")  # GB/s, tok/s
+RATE, RATED = re.compile(r"/ ?s(?:ec(?:ond)?)?\b"), {"per", "tok", "toks", "tokens", "mb", "gb", "tb"}  # tok/s, tok_s
 SHARE = re.compile(r"([-+\u2212])?\d+(\.\d+)? ?[%x\u00d7]")  # -1.6 %, 1.31x
 RESULT = re.compile(r"[-+*~<]?\d+\.\d.*")  # perhaps with a note: 261.1 (1.02x)
 UNIT_AT_END = re.compile(rf"(?:^|_)({'|'.join(TIME_UNITS)})\d*$")
 ONE_RUN = re.compile(
     r"(?:^|_)per_(?:iter|iteration|call|launch|run|rep|repeat|layer|forward)(?=_|$)|(?<=[mnu]s)_(?:iter|call|launch)$"
 )
-SHOWN = 4
 LoadOf = Callable[[Row], tuple[float, ...]]
-ENOUGH = 3  # loads that a proportional column must go along with
+SHOWN, ENOUGH = 4, 3  # values of a column; loads that a proportional one must go along with
 
 
 def plain(name: str) -> str:
@@ -253,7 +253,7 @@ def _harmless(name: str, devices: Sequence[Table], load_of: LoadOf, tuned: Colle
     if _swept(name, rows, load_of):
         return False
     rate = RATE.search(name.lower()) and not parts & (SET | {"req", "request", "requests"})  # as they are sent
-    result = rate or parts & RESULTS or ("per" in parts and parts & {"s", *SECONDS})
+    result = rate or parts & RESULTS or (parts & RATED and parts & {"s", *SECONDS})
     if (result and is_numeric(rows, name) and not set(values(rows, name)) <= FLAGS) or parts & MOMENTS:
         return True
     if unit_of(name) or _are_shares(values(rows, name)) or all(MOMENT.fullmatch(value) for value in values(rows, name)):
