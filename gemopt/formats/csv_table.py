@@ -114,8 +114,10 @@ def _is_number(text: str) -> bool:
 def read_traces(paths: Sequence[Path], options: TraceOptions) -> Recording:
     """Read count tables; JSON that is an array is read as one."""
     inside = [part for path in paths if path.is_dir() for part in path.iterdir()]
-    tables = any(path.suffix in count_csv.SUFFIXES and not count_json.is_json(path) for path in [*paths, *inside])
-    read = count_csv.read_traces if tables else array.read_traces
+    found = [*paths, *inside]
+    tables = any(path.suffix in count_csv.SUFFIXES and not count_json.is_json(path) for path in found)
+    arrays = any(path.name.endswith(array.SUFFIXES) for path in found)
+    read = array.read_traces if arrays and not tables else count_csv.read_traces
     return read(paths, options)
 
 

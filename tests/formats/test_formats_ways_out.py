@@ -35,6 +35,11 @@ def test_two_dimensions_are_layers_or_steps(load, tmp_path):
         np.testing.assert_array_equal(load(path, "array")[0].counts, given(array))
 
 
+def test_what_tables_may_be_called(load, tmp_path):
+    (tmp_path / "a.txt").write_text("layer,expert,count\n0,0,5\n0,1,3\n")
+    refused(load, tmp_path / "a.txt", "csv", "a file .csv or .tsv or .gz or .parquet or .json")
+
+
 @pytest.mark.parametrize("name", ["{}", "E{}", "e_{}"])
 def test_a_column_for_each_expert(load, tmp_path, name):
     def table(name):
