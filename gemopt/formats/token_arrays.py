@@ -150,10 +150,11 @@ def padding(name: str, sequences: Iterable[IntArray]) -> list[str]:
 
 
 def _tail(ids: IntArray) -> int:
-    """Tokens at the end of a sequence [N, L, K] of several layers that have the experts of the token before."""
+    """Tokens at the end of a sequence [N, L, K] that have the experts of the token before, not by chance."""
     same = (ids[1:] == ids[:-1]).all(axis=(1, 2)) & ids[1:].any(axis=(1, 2))
-    alone = ids.shape[1] < 2 or ids.min(initial=0) < 0
-    return 0 if alone else int(np.logical_and.accumulate(same[::-1]).sum())
+    tail = int(np.logical_and.accumulate(same[::-1]).sum())
+    chance = ids.shape[1] < 2 and (tail < MANY_ALIKE or ids.shape[2] < 2)
+    return 0 if chance or ids.min(initial=0) < 0 else tail
 
 
 def _loaded(path: Path) -> tuple[Any, dict[str, Any]]:
