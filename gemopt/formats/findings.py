@@ -14,6 +14,7 @@ from gemopt.exceptions import InputError
 from gemopt.formats.engine import IntArray, TraceOptions
 from gemopt.formats.recorded_files import names_of
 from gemopt.traces.arrays import ENOUGH_SUMS, LOOKED_AT, NOT_IDS, are_ids, is_map, refuse_narrow
+from gemopt.words import counted
 
 MANY_CELLS = 16  # steps x layers
 MANY_LAYERS = 4096
@@ -26,6 +27,7 @@ TOO_HIGH = (
     "if one stands for none, leave it out"
 )
 
+_OF_FILE = re.compile(r"[^\s:]+\.[a-z0-9]+: ")
 _PART = re.compile(
     r"(?:^|[/_.-])(?:(?:ep|dp|tp|pp)?_?(?:rank|group)|ep|dp|tp|pp|l|"
     r"gpu|npu|cuda|card|device|node|worker|host|server|pod|process|proc|pid|instance|engine|replica|stage|layer|blk|moe|"
@@ -44,6 +46,19 @@ def ranges(numbers: Iterable[int], most: int = 8) -> str:
             pieces.append([number])
     texts = ["-".join(map(str, piece)) for piece in pieces]
     return ", ".join([*texts[:most], *(["..."] if len(texts) > most else [])])
+
+
+def merged(notes: Iterable[str]) -> tuple[str, ...]:
+    """Notes, one for all files of which the same is said, `name.npz: ...`."""
+    files: dict[str, list[str]] = {}
+    for note in notes:
+        *name, text = note.split(": ", 1) if _OF_FILE.match(note) else [note]
+        files.setdefault(text, []).extend(name)
+    found = []
+    for text, names in files.items():
+        others = f" and {counted(len(names) - 1, 'other')}" if len(names) > 1 else ""
+        found.append(f"{names[0]}{others}: {text}" if names else text)
+    return tuple(found)
 
 
 def as_option(layers: Iterable[int]) -> str:

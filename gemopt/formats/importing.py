@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gemopt.documents import replacing
 from gemopt.documents.foreign import telling
 from gemopt.exceptions import InputError
-from gemopt.formats import count_json
+from gemopt.formats import count_json, findings
 from gemopt.formats.engine import IntArray, Loaded, Recording, TraceOptions
 from gemopt.formats.findings import MANY_CELLS, Shares, check_loads, check_steps, fullest, made_up, ranges, same_for_all
 from gemopt.formats.registry import recorder
@@ -68,7 +68,8 @@ def import_traces(
     assert engine.read_traces is not None
     try:
         with telling(f"what {engine.name} records", *paths):
-            return _import(engine.read_traces(paths, options), destination, options, progress)
+            found = _import(engine.read_traces(paths, options), destination, options, progress)
+            return replace(found, notes=findings.merged(found.notes))
     finally:
         count_json.forget()
 

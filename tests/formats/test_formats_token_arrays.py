@@ -248,6 +248,18 @@ def test_arrays_beside_that_change_nothing_and_padding_that_repeats(load, tmp_pa
     alone = np.concatenate([ids[2], np.tile(ids[2, -1], (9, 1, 1))])
     np.save(tmp_path / "a.npy", alone)
     assert "at the ends of sequences 9 tokens choose" in load(tmp_path / "a.npy", "tokens", **options)[1]
+    one = {**options, "num_hidden_layers": 1}
+    np.save(tmp_path / "a.npy", alone[:, :1])  # of one layer as well, but where chance does it
+    assert "at the ends of sequences 9 tokens choose" in load(tmp_path / "a.npy", "tokens", **one)[1]
+    np.save(tmp_path / "a.npy", alone[:-5, :1])
+    assert "padding?" not in load(tmp_path / "a.npy", "tokens", **one)[1]
+
+
+def test_what_is_said_of_many_files_alike_is_said_once(load, folder):
+    for i, ids in enumerate(SEQUENCES):
+        np.savez(folder / f"request_{i}.npz", routed_experts=ids, input_ids=np.arange(len(ids)))
+    _, notes = load(folder, "tokens", **TOLD)
+    assert notes.count("left unread") == 1 and "request_0.npz and 2 others: input_ids left unread" in notes
 
 
 def test_tensors_beside_the_experts_are_looked_at(load, tmp_path):
