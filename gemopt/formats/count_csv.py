@@ -296,7 +296,7 @@ def _add(
     if "phase" in columns:
         cell = row[columns["phase"]]
         table.phase = header[columns["phase"]]
-        if (phase := phase_of(f"{where}: {table.phase}", cell, others.setdefault(table.phase, cell))) is not None:
+        if (phase := phase_of(where, table.phase, cell, others.setdefault(table.phase, cell))) is not None:
             table.has_steps, key = True, (value.get("step", int(phase)), *key[1:])
             if table.phases.setdefault(key[0], phase) != phase:
                 raise InputError(f"{where}: phase", cell, "one phase of a step", "number the steps apart")

@@ -29,12 +29,12 @@ COLUMNS = {
         *("forward", "forward_id", "forward_idx"),
     ),
     "rank": ("rank", "rank_id", *PARALLEL),
-    "phase": ("phase", "stage", "mode", "forward_mode"),
+    "phase": ("phase", "stage", "mode", "forward_mode", "is_prefill", "is_prompt", "is_decode"),
 }
 PERHAPS = {  # that mean it where no other column does
     *("hit_count", "selection_count", "selected_count", "num_selected", "times_selected"),
     *("pass", "pass_id", "engine_step", "time_step", "timestep", "forward", "forward_id", "forward_idx"),
-    *("stage", "mode", "forward_mode"),
+    *("stage", "mode", "forward_mode", "is_prefill", "is_prompt", "is_decode"),
 }
 TOKENS = {"tokens", "num_tokens", "token_count"}  # of an expert, or of a whole step
 PHASES = {
@@ -42,6 +42,11 @@ PHASES = {
     **dict.fromkeys(("decode", "decoding", "generation", "generate"), Phase.DECODE),
     "mixed": Phase.MIXED,
 }
+FLAGS = {  # what they say of a row where they are true, and where false
+    **dict.fromkeys(("is_prefill", "is_prompt"), ("prefill", "decode")),
+    "is_decode": ("decode", "prefill"),
+}
+TRUTH = {**dict.fromkeys(("true", "1", "1.0", "yes"), 0), **dict.fromkeys(("false", "0", "0.0", "no"), 1)}
 NUMBERS = {
     "num_experts": ("num_experts", "n_experts", "num_routed_experts", "n_routed_experts", "num_logical_experts"),
     "top_k": ("top_k", "topk", "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "router_topk"),
@@ -93,11 +98,14 @@ def sure(names: Iterable[str]) -> list[str]:
     return [name for name in found if re.sub(r"\W+", "_", name.casefold()) not in PERHAPS] or found
 
 
-def phase_of(where: str, cell: Any, first: Any) -> Phase | None:
-    """The phase that a cell names, None where all say one other word; first: what the first of them says."""
+def phase_of(where: str, name: str, cell: Any, first: Any) -> Phase | None:
+    """The phase that a cell of a column tells, None where all say one other word; first: what the first one says."""
     text, before = (str(each).strip().casefold() for each in (cell, first))
+    if (told := FLAGS.get(name.casefold())) is not None:
+        text, before = (told[TRUTH[each]] if each in TRUTH else each for each in (text, before))
     if (text in PHASES) != (before in PHASES) or (text not in PHASES and text != before):
-        raise InputError(where, str(cell)[:100], f"one of {', '.join(PHASES)}" if before in PHASES else f"{first}")
+        limit = f"one of {', '.join(PHASES)}" if before in PHASES else f"{first}"
+        raise InputError(f"{where}: {name}", str(cell)[:100], limit)
     return PHASES.get(text)
 
 

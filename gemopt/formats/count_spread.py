@@ -100,7 +100,7 @@ def spread(path: Path, rows: Rows, name: str, told: Content) -> Content:
         told.steps = min(steps), max(steps)
     alone = len(cells) == 1 and told.steps is None  # of two dimensions: layers, or steps of one?
     for phase in _phase(rows):
-        found = [phase_of(f"{path}: {phase}", rows[i].get(phase), rows[0].get(phase)) for i in order]
+        found = [phase_of(str(path), phase, rows[i].get(phase), rows[0].get(phase)) for i in order]
         found *= len(cells[0]) if dims == {3} else 1  # of all its steps
         told.phases = [] if None in found else [int(each) for each in found if each is not None]
         told.unread += [phase] if not told.phases else []

@@ -10,7 +10,7 @@ from typing import Any
 
 from gemopt.exceptions import InputError
 from gemopt.formats.count_lines import lines_of
-from gemopt.formats.count_names import COLUMNS, DRAFTS, PHASES, sure, words_of
+from gemopt.formats.count_names import COLUMNS, DRAFTS, FLAGS, PHASES, TRUTH, sure, words_of
 from gemopt.formats.files import JSON_LIMIT, bounded_json
 from gemopt.formats.json_rows import frame_rows, value
 from gemopt.traces.files import COPIES
@@ -200,7 +200,8 @@ def columns_of(where: str, row: dict[str, Any]) -> dict[str, str]:
         word = bare(name)
         meaning = next((each for each, names in NAMES.items() if word in names), None)
         meaning = "ids" if not lists and word in COLUMNS["expert"] else meaning
-        if word in OTHER_WORDS and str(cell).strip().casefold() not in PHASES:
+        text = str(cell).strip().casefold()
+        if (word in OTHER_WORDS and text not in PHASES) or (word in FLAGS and text not in TRUTH):
             meaning = None
         if meaning is not None:
             known = sure([*filter(None, [found.get(meaning)]), name])

@@ -149,7 +149,7 @@ def _add(
     """Keep what a row says, if its phase is wanted; the experts of each of its tokens."""
     phase = None
     if "phase" in columns:
-        phase, wanted = phase_of(f"{where}: {columns['phase']}", row[columns["phase"]], "prefill"), options.phase
+        phase, wanted = phase_of(where, columns["phase"], row[columns["phase"]], "prefill"), options.phase
         wanted = (Phase.MIXED if rows.by_step else Phase.DECODE) if wanted is None else wanted
         if wanted not in (Phase.MIXED, phase):
             return []

@@ -222,6 +222,20 @@ def test_columns_that_name_phases(load, tmp_path, name):
         load(tmp_path / "a.csv", "csv")
 
 
+@pytest.mark.parametrize("name,cells", [("is_prefill", [True, False, False]), ("is_decode", [0, 1, 1])])
+def test_flags_that_tell_phases(load, tmp_path, name, cells):
+    rows = [{"step": t, name: cell, "counts": COUNTS[t].tolist()} for t, cell in enumerate(cells)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load(tmp_path / "a.jsonl", "array")[0].phase.tolist() == [0, 1, 1]
+    table = [[t, cells[t], i, e, COUNTS[t, i, e]] for t in range(3) for i in range(2) for e in range(8)]
+    lines = [",".join(map(str, line)) for line in [["step", name, "layer", "expert", "count"], *table]]
+    (tmp_path / "a.csv").write_text("\n".join(lines))
+    assert load(tmp_path / "a.csv", "csv")[0].phase.tolist() == [0, 1, 1]
+    (tmp_path / "a.csv").write_text("\n".join([*lines[:-1], lines[-1].replace(f",{cells[2]},", ",maybe,", 1)]))
+    with pytest.raises(InputError, match=f"{name}: got maybe; one of prefill"):
+        load(tmp_path / "a.csv", "csv")
+
+
 @pytest.mark.parametrize("cells", [[0, 0, 0], [0.5, 1.25, 0.75]])
 def test_a_column_forward_beside_steps_does_not_number_them(load, tmp_path, cells):
     rows = [{"step": t, "forward": cell, "counts": COUNTS[t].tolist()} for t, cell in enumerate(cells)]

@@ -119,6 +119,9 @@ def test_phases_of_steps(load, tmp_path):
     assert (load(path, "tokens", phase=Phase.DECODE, num_experts=EXPERTS)[0].counts == COUNTS[1:]).all()
     told[0]["phase"] = "decode"
     assert load(write(path, told), "tokens")[0].phase.tolist() == [Phase.MIXED, Phase.DECODE, Phase.DECODE]
+    flags = [{**row, "is_prefill": row["step"] == 0} for row in rows()]
+    assert load(write(path, flags), "tokens")[0].phase.tolist() == [Phase.PREFILL, Phase.DECODE, Phase.DECODE]
+    assert load(write(path, [{**row, "is_prefill": None} for row in rows()]), "tokens")[0].phase is None
 
 
 def without(*names):
