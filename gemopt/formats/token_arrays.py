@@ -33,6 +33,8 @@ from gemopt.traces.axes import MOST_LAYERS
 
 COUNTED = {"mask", "valid", "accepted"}  # words of arrays that tell tokens from padding, where they are true
 SUFFIXES = (".npy", ".npz", ".pt", ".safetensors")
+PROMPTS = ("prompt_token_ids", "prompt_ids")
+PROMPT_SIZES = ("prompt_len", "prompt_length", "num_prompt_tokens", "prompt_tokens")
 NOT_COUNTED = {"pad", "padding", "padded", "dropped", "overflow", "rejected", "draft", "dummy"}  # where true
 _ONE = re.compile(  # layer and step
     r".*layers?[_.-]?(\d{1,4})[_.-]?(?:idx|index|step|iter|iteration|fwd|forward|pass|call)?[_.-]?(\d{1,12})",
@@ -94,8 +96,10 @@ def _responses(
     files: Sequence[Path], layers: Mapping[Path, int], options: TraceOptions, notes: list[str]
 ) -> Iterator[Response]:
     """The sequences of files; layers: of files that hold the tokens of one each."""
-    if options.phase is not Phase.MIXED:
+    prompts = {} if layers or options.phase is Phase.MIXED else {path: _prompt(path) for path in files}
+    if options.phase is not Phase.MIXED and (layers or None in prompts.values()):
         limit, hint = "prefill or decode, to tell prompts from answers", "--phase all takes every token"
+        hint += "; responses that tell their prompts: --from vllm" if files[0].suffix not in SUFFIXES else ""
         raise InputError(str(files[0]), "no phase", limit, hint)
     for path in files[:1] if layers else files:
         found = token_sequences.of(path)
@@ -113,8 +117,22 @@ def _responses(
             sequences += [(f"{where}: sequence {i}" if len(alone) > 1 else where, each) for i, each in enumerate(alone)]
         notes += padding(path.name, [each for _, each in sequences])
         notes += [f"{path.name}: {len(parts)} sequences, each replayed as a request"] if len(parts) > 1 else []
-        samples = [Sample(where=where, encoded=[each]) for where, each in sequences]
+        if prompts and len(sequences) > 1:
+            raise InputError(str(path), f"{len(sequences)} sequences and one prompt", "one of each", "--phase all")
+        samples = [Sample(where=where, encoded=[each], prompt=prompts.get(path)) for where, each in sequences]
         yield from (Response(name=None, samples=[sample]) for sample in samples)
+
+
+def _prompt(path: Path) -> int | None:
+    """Tokens of the prompt of a file with one sequence, where their ids or their number beside it tell."""
+    data = _loaded(path)[0] if path.suffix in SUFFIXES else None
+    found = set()
+    for name, array in ((name, as_numpy(each)) for name, each in (data.items() if isinstance(data, dict) else ())):
+        if name in PROMPTS:
+            found.add(array.size if array.ndim and array.size == array.shape[-1] else None)
+        elif name in PROMPT_SIZES:
+            found.add(int(array.item()) if array.size == 1 and array.dtype.kind in "iu" else None)
+    return found.pop() if len(found) == 1 else None
 
 
 def _named(ids: IntArray, options: TraceOptions) -> list[int] | None:
@@ -183,7 +201,7 @@ def _ids(
     if len(named) != 1:
         limit = f"one array called {', '.join(NAMES['ids'][:3])} or the like, or layer_0, ..."
         raise InputError(str(path), ", ".join(arrays)[:200] or "no array", limit)
-    others = [name for name in (*arrays, *told) if name not in (*named, "format")]
+    others = [name for name in (*arrays, *told) if name not in (*named, *PROMPTS, *PROMPT_SIZES, "format")]
     ids = _whole(path, arrays[named[0]], ndims)
     if (mask := next((name for name in others if name.casefold() == "attention_mask"), None)) in arrays:
         ids = _masked(f"{path}: {mask}", as_numpy(arrays[mask]), ids)

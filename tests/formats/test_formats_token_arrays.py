@@ -293,3 +293,26 @@ def test_files_of_all_layers_that_a_step_each_has(load, tmp_path, name):
         load(files, "tokens")
     with pytest.raises(InputError, match="--phase: got decode; does not apply"):
         load(files, "tokens", num_hidden_layers=3, phase=Phase.DECODE)
+
+
+@pytest.mark.parametrize(
+    "prompt", [{"prompt_token_ids": np.arange(3)}, {"prompt_len": 3}, {"prompt_len": np.array([3])}]
+)
+def test_prompts_beside_a_sequence_tell_the_phases(load, folder, prompt):
+    options = {"num_hidden_layers": LAYERS, "num_experts": EXPERTS}
+    for i, ids in enumerate(SEQUENCES):
+        np.savez(folder / f"{i}.npz", routed_experts=ids, output_token_ids=np.arange(len(ids) - 2), **prompt)
+    assert (load(folder, "tokens", **options)[0].counts == steps_of([ids[3:] for ids in SEQUENCES])).all()
+    prefill, _ = load(folder, "tokens", **options, phase=Phase.PREFILL)
+    assert (prefill.counts == steps_of([ids[:3] for ids in SEQUENCES]).sum(axis=0)).all() and (prefill.phase == 0).all()
+    assert (load(folder, "tokens", **TOLD)[0].counts == steps_of(SEQUENCES)).all()
+
+
+@pytest.mark.parametrize("prompt", [{"prompt_len": 0.5}, {"prompt_len": [3, 4]}, {"prompt_len": 3, "prompt_ids": [1]}])
+def test_prompts_that_tell_nothing_certain(load, tmp_path, prompt):
+    np.savez(tmp_path / "a.npz", routed_experts=SEQUENCES[0], **prompt)
+    with pytest.raises(InputError, match="no phase; prefill or decode"):
+        load(tmp_path / "a.npz", "tokens", num_hidden_layers=LAYERS)
+    np.savez(tmp_path / "a.npz", routed_experts=np.stack([SEQUENCES[0]] * 2), prompt_len=3)
+    with pytest.raises(InputError, match="2 sequences and one prompt; one of each; --phase all"):
+        load(tmp_path / "a.npz", "tokens", num_hidden_layers=LAYERS)
