@@ -162,3 +162,11 @@ def test_documents_of_pytest_that_hold_others_are_refused(tmp_path: Path, each: 
     path = written(tmp_path, json.dumps({"machine_info": {}, "benchmarks": [each]}), "a.json")
     with pytest.raises(InputError, match=r"a list of rows with plain values|got columns .*is needed"):
         read_table(path)
+
+
+def test_a_table_within_a_log_is_asked_for_alone(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "benchmark a with batch_size=1\nbenchmark a with batch_size=2\n  batch_size  a\n0  1.0  0.35\n"
+    )
+    with pytest.raises(InputError, match="give the lines of the table alone"):
+        read_table(path)

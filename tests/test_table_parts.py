@@ -302,6 +302,9 @@ def test_a_part_that_was_chosen_is_said(tmp_path: Path) -> None:
     [
         ("stats.csv", '"Name","Calls","TotalDurationNs","AverageNs","Percentage"\n"moe",10,600000,60000,100.0\n'),
         ("kern_sum.csv", "Time (%),Total Time (ns),Instances,Avg (ns),Name\n100.0,600000,10,60000.0,moe\n"),
+        ("op_summary.csv", "Device_id,Task ID,Stream ID,Op Name,Task Duration(us),Block Dim\n0,1,2,moe,120.3,24\n"),
+        ("ncu.csv", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n"0","moe","Duration","us","51"\n'),
+        ("results.csv", "Index,KernelName,gpu-id,grd,wgr,BeginNs,EndNs,DurationNs\n0,moe.kd,1,512,256,5,50005,50000\n"),
         ("trace.json", '{"schemaVersion": 1, "traceEvents": [{"ph": "X", "name": "moe", "ts": 1, "dur": 30.5}]}'),
     ],
 )

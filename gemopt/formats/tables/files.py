@@ -229,7 +229,8 @@ def _csv(path: str, text: str) -> Table:
             limit = "columns that commas, tabs or bars set apart, or blanks with every cell below its name"
             below = text.lstrip().partition("\n")[2].lstrip().partition("\n")[0]
             title = any(each in below for each in ",;\t") and delimiter not in first
-            raise InputError(path, lines[0][1][0], limit, "leave out the title above the header" if title else "")
+            hint = "leave out the title above the header" if title else "give the lines of the table alone"
+            raise InputError(path, lines[0][1][0], limit, hint)
         return _table(path, lines)
     try:
         reader = csv.reader(io.StringIO(text), delimiter=delimiter, strict=True, skipinitialspace=delimiter != "\t")

@@ -37,7 +37,9 @@ THOUSANDS = {"k", "ktokens", "thousand", "thousands", "million", "millions"}
 ONE_RANK = {"rank", "gpu", "device", "npu", "xpu", "card", "worker"}
 WHOLES, COUNTED = {"total", "sum", "all", "overall"}, {"num", "n", "count", "of"}
 GROUP = {"global", "cluster", "world"}
-PROFILED = {"instances", "calls", "corr_id", "correlation_id", "dispatch_id", "kernel_id"}
+PROFILED = {
+    "instances", "calls", "corr_id", "correlation_id", "dispatch_id", "kernel_id", "task_id", "wgr", "metric_value",
+}  # fmt: skip
 """Columns of what profilers of kernels write."""
 
 
