@@ -219,8 +219,11 @@ def _step(
         alone = each[0][0] if each[0] and names_one(columns) else -1
         key = of, layer, _request(path, row, columns), str(row[columns["token"]]), alone
         if key in rows.seen:
-            hint = "ranks that saw the same tokens? keep one; ranks with tokens of their own? leave the column out"
-            raise InputError(f"{where}: {columns['token']}", key[3], "every token once in a step and layer", hint)
+            hint = (
+                "ranks that saw the same tokens? keep one; ranks with tokens of their own, or ids of the vocabulary? "
+            )
+            limit, hint = "every token once in a step and layer", f"{hint}leave the column out"
+            raise InputError(f"{where}: {columns['token']}", key[3], limit, hint)
         rows.seen.add(key)
     return of
 
@@ -269,6 +272,7 @@ def _replayed(rows: Rows, layers: list[int], experts: int, notes: list[str], opt
     ids[np.array(rows.of)[row], at[row], column] = np.frombuffer(rows.ids, np.intc)
     requests = list(dict.fromkeys(request for request, _ in rows.tokens))
     place = {request: i for i, request in enumerate(requests)}
+    _refuse_vocabulary(rows)
     kept = list(options.layer_ids or layers)
     if unknown := sorted(set(kept) - set(layers)):
         raise InputError("--layer-ids", unknown[0], f"recorded layers {layers[0]} to {layers[-1]}")
@@ -294,6 +298,17 @@ def _replayed(rows: Rows, layers: list[int], experts: int, notes: list[str], opt
         model=options.model,
     )
     return Loaded(traces=traces, notes=(f"{counted(len(starts), 'request')} replayed", *notes))
+
+
+def _refuse_vocabulary(rows: Rows) -> None:
+    """Raise where the numbers of a request's tokens neither rise from row to row nor follow each other."""
+    numbers: dict[str, list[int]] = {}
+    for request, token in rows.tokens:
+        numbers.setdefault(request, []).append(token)
+    for each in numbers.values():
+        if each != sorted(each) and max(each) - min(each) >= len(each):
+            limit, hint = "the place of each token in its request", "ids of the vocabulary? call them token_id"
+            raise InputError("PATHS: token", f"{each[:4]}, ..."[:100], limit, hint)
 
 
 ENGINES = {

@@ -241,3 +241,17 @@ def test_columns_of_other_modes_and_stages_are_no_phases(load, tmp_path, name):
             load(write(tmp_path / "a.jsonl", [*found, {**found[0], "stage": 1}]), "tokens")
     found = [{**row, name: "decode"} for row in rows()]
     assert set(load(write(tmp_path / "a.jsonl", found), "tokens")[0].phase.tolist()) == {1}
+
+
+def test_ids_of_the_vocabulary_are_no_places_of_tokens(load, tmp_path):
+    def renumbered(number, **fields):
+        found = [{**row, **fields, "token": number[row["token_idx"]]} for row in rows("req_id", "token_idx")]
+        return write(tmp_path / "a.jsonl", [{k: v for k, v in row.items() if k != "token_idx"} for row in found])
+
+    count = len({row["token_idx"] for row in rows("req_id", "token_idx")})
+    order = np.random.default_rng(0).permutation(count).tolist()
+    words = [7919 * (n + 1) % 50021 for n in order]
+    with pytest.raises(InputError, match="the place of each token in its request; ids of the vocabulary"):
+        load(renumbered(words), "tokens", phase=Phase.MIXED)
+    for places in (order, [40 + n for n in range(count)], [10 * n for n in range(count)]):
+        load(renumbered(places), "tokens", phase=Phase.MIXED)
