@@ -104,6 +104,7 @@ def beside_rows(found: Any) -> Any:
     told = _told("", {key: value for key, value in found.items() if key not in tables})
     told = [(name, v) for name, v in told if not (isinstance(v, list) and (name in names or not v))]
     told = [(name, str(v) if isinstance(v, list) else v) for name, v in told]
+    told = [(name, v) for name, v in told if not all(row.get(name, not v) == v for row in rows)]  # said again
     if len({*names, *dict(told)}) < len(names) + len(told):
         return found
     return [{**row, **dict(told)} for row in rows]
