@@ -170,3 +170,15 @@ def test_a_table_within_a_log_is_asked_for_alone(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="give the lines of the table alone"):
         read_table(path)
+
+
+def test_settings_that_rows_say_again(tmp_path: Path) -> None:
+    rows = [{"assignments": n, "us": 50 + n, "hidden": 2048} for n in (1, 8, 64)]
+    path = written(tmp_path, json.dumps({"gpu": "H100", "hidden": 2048, "results": rows}), "a.json")
+    assert loads(read_table(path)) == [(n, None, 50.0 + n) for n in (1, 8, 64)]
+    written(tmp_path, json.dumps({"gpu": "H100", "hidden": 4096, "results": rows}), "a.json")
+    with pytest.raises(InputError, match="got JSON with results in it; a list of rows"):
+        read_table(path)
+    written(tmp_path, json.dumps([{**row, "times": [[1, 2], [3, 4]]} for row in rows]), "a.json")
+    with pytest.raises(InputError, match="got JSON with times in it; a list of rows with plain values"):
+        read_table(path)

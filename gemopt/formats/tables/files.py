@@ -177,11 +177,19 @@ def _records(path: str, text: str) -> Table:
         tuned = _is_tuned(found)
         limit = "kernel settings of --tune have no times" if tuned else "a list of rows with plain values"
         hint = "run benchmark_moe without --tune and give what it prints" if tuned else "or write the rows as CSV"
-        raise InputError(path, "JSON", limit, hint)
+        inner = [] if tuned else _nested(found)
+        raise InputError(path, f"JSON with {', '.join(inner)[:100]} in it" if inner else "JSON", limit, hint)
     found = [{str(name) or UNNAMED: cell for name, cell in row.items()} for row in found]
     header = list(dict.fromkeys(name for row in found for name in row))
     rows = [{name: "" if row.get(name) is None else str(row[name]) for name in header} for row in found]
     return Table(path, header, [Row(f"row {number}", cells) for number, cells in enumerate(rows, 1)])
+
+
+def _nested(found: Any) -> list[str]:
+    """The names of the innermost lists and objects in rows, which are no plain values."""
+    rows = [row for row in (found if isinstance(found, list) else [found]) if isinstance(row, dict)]
+    cells = {str(name): each for row in rows for name, each in row.items() if isinstance(each, list | dict)}
+    return list(dict.fromkeys(name for each in cells.values() for name in _nested(each))) or list(cells)
 
 
 def _is_tuned(found: Any) -> bool:
