@@ -255,6 +255,7 @@ def test_failed_checks_and_times_that_differ_manyfold_are_refused(tmp_path: Path
         ("       NPU0   NPU1   CPU Affinity\nNPU0   X      HCCS   0-23\n", "how GPUs are linked"),
         ("nvbandwidth Version: v0.8\n 0  N/A  26.34\n", "copies between pairs"),
         ("[P2P (Peer-to-Peer) GPU Bandwidth Latency Test]\n", "copies between pairs"),
+        ("RocmBandwidthTest Version: 2.6.0\n\nD/D  0  1\n0  N/A  26.1\n", "copies between pairs"),
         ("#bytes #iterations BW peak[Gb/sec] BW average[Gb/sec]\n65536 5000 391 390\n", "a network card's test"),
         ("# OSU MPI-CUDA All-to-All Personalized Exchange Latency Test v7.3\n1024 20.1\n", "OSU's benchmark"),
         ("\tGPU0\tGPU1\nGPU0\t X \tNV18\nGPU1\tNV18\t X\n", "not how fast"),

@@ -30,7 +30,9 @@ OTHERS = {
     "a log of DeepEP's tests, of one number of tokens": re.compile(
         r"Dispatch (\+ combine )?bandwidth|Best dispatch|expanded dispatch:"
     ),
-    "copies between pairs, one at a time": re.compile(r"nvbandwidth Version|P2P \(Peer-to-Peer\)"),
+    "copies between pairs, one at a time": re.compile(
+        r"nvbandwidth Version|P2P \(Peer-to-Peer\)|RocmBandwidthTest|TransferBench v"
+    ),
     "a network card's test between two hosts": re.compile(r"RDMA_\w+ BW Test|Send BW Test|BW peak\["),
     "OSU's benchmark, which does not tell the ranks": re.compile(r"^# OSU ", re.MULTILINE),
 }
