@@ -22,6 +22,7 @@ from gemopt.traces.files import meant
 
 SUFFIXES = (".safetensors", ".npz", ".pt")
 TABLES = ("phy2log", "log2phy", "logcnt")
+NAMED = "numpy.savez('NAME.npz', phy2log=TABLE) names the expert in each slot"
 
 
 def tensors(placement: Placement) -> dict[str, NDArray[np.int64]]:
@@ -58,7 +59,7 @@ def write(placement: Placement, path: Path, options: WriteOptions) -> Export:
 def read(path: Path, facts: Facts) -> Placement:
     """Read phy2log and check the other two tables against it."""
     if path.suffix not in SUFFIXES:
-        raise InputError(str(path), path.suffix or "no suffix", "a .safetensors, .npz or .pt file")
+        raise InputError(str(path), path.suffix or "no suffix", "a .safetensors, .npz or .pt file", NAMED)
     told: dict[str, Any] = {}
     data: Any
     if path.suffix == ".safetensors":
@@ -68,7 +69,7 @@ def read(path: Path, facts: Facts) -> Placement:
     if isinstance(data, list | tuple) and len(data) == len(TABLES):  # as `rebalance_experts` returns them
         data = dict(zip(TABLES, data, strict=True))
     if not isinstance(data, dict) or "phy2log" not in data:
-        raise InputError(f"{path}: phy2log", "missing", "a table [layers, slots]")
+        raise InputError(f"{path}: phy2log", "missing", "a table [layers, slots]", NAMED)
     table = as_array(data["phy2log"], name=f"{path}: phy2log", ndim=2)
     ids = moe_rows(facts, len(table))
     placement = make_placement(path, table, facts, layer_ids=ids, num_hidden_layers=facts.num_hidden_layers)

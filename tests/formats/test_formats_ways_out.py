@@ -184,3 +184,18 @@ def test_what_an_engine_cannot_express_can_be_solved_for_it(tmp_path):
     placement = Placement(physical_to_logical=[[0, 1, 2, -1]], slots_per_rank=[2, 2], num_experts=3, layer_ids=[0])
     with pytest.raises(UnsupportedError, match="use --approximate, or solve with --engine vllm; an engine that can"):
         export(placement, to="vllm", path=tmp_path / "map.json")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt"])
+def test_a_table_without_its_name(tmp_path, suffix):
+    path, facts = tmp_path / f"a{suffix}", Facts(num_ranks=2)
+    if suffix == ".npy":
+        np.save(path, MAP)
+    else:
+        torch = pytest.importorskip("torch")
+        torch.save(torch.tensor(MAP), path)
+    with pytest.raises(InputError, match=r"numpy.savez\('NAME.npz', phy2log=TABLE\)"):
+        import_placement(path, source="deepseek-eplb", facts=facts)
+    np.savez(tmp_path / "NAME.npz", phy2log=MAP)
+    found = import_placement(tmp_path / "NAME.npz", source="deepseek-eplb", facts=facts)
+    assert found.physical_to_logical.tolist() == MAP
