@@ -72,7 +72,6 @@ def test_what_is_no_text_is_told(tmp_path: Path, data: bytes, said: str) -> None
             "assignments,us\n1,5\n2,6\nSource: lab\n",
             "line 4: got 1 columns; 2 columns, as in the header; leave out titles",
         ),
-        ("B200\n\n| assignments | us |\n|---|---|\n| 1 | 5 |\n", "leave out titles above the header and notes below"),
         ("MoE on B200\n\nassignments,us\n1,5\n", "got MoE on B200; columns that commas"),
         ("MoE on B200\nassignments;us\n1;5\n", "leave out the title above the header"),
         ("[---- fused_moe ----]\n      |  triton\nM=1   |  55.1\n", "got [---- fused_moe ----]; columns that commas"),
@@ -182,3 +181,15 @@ def test_settings_that_rows_say_again(tmp_path: Path) -> None:
     written(tmp_path, json.dumps([{**row, "times": [[1, 2], [3, 4]]} for row in rows]), "a.json")
     with pytest.raises(InputError, match="got JSON with times in it; a list of rows with plain values"):
         read_table(path)
+
+
+def test_one_markdown_table_within_a_log_or_a_page(tmp_path: Path) -> None:
+    table = "| assignments | us |\n|---:|:---|\n| 8 | 55 |\n| 64 | 60 |\n"
+    for before, after in (
+        ("[aiter] import, of 3\n[aiter] summary:\n", ""),
+        ("# H100, bf16\n\nTimes:\n\n", "\nSee x.\n"),
+    ):
+        path = written(tmp_path, before + table + after)
+        assert loads(read_table(path)) == [(8, None, 55.0), (64, None, 60.0)]
+    with pytest.raises(InputError, match="several tables in one file"):
+        read_table(written(tmp_path, f"Two:\n\n{table}\n{table}"))

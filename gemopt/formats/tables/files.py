@@ -18,7 +18,7 @@ from typing import Any
 from gemopt.documents import read_bytes
 from gemopt.exceptions import InputError, install_hint
 from gemopt.formats.json_rows import JSON, beside_rows, frame_rows, is_flat, parsed, unnested
-from gemopt.formats.tables.printed import printed
+from gemopt.formats.tables.printed import alone, printed
 
 BATCH = re.compile(r"Batch size: (\d+)(?:, config: (.*?))?(?=, kernel time:|$)", re.IGNORECASE | re.MULTILINE)
 KERNEL_TIME = re.compile(r"Kernel time: (\S+) us", re.IGNORECASE)
@@ -81,7 +81,7 @@ def read(path: str | os.PathLike[str]) -> Table:
     if data[:4] == b"PAR1":
         return _parquet(str(path), data)
     text = _decoded(str(path), data)
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = alone(text.replace("\r\n", "\n").replace("\r", "\n"))
     if JSON.match(text):
         return _records(str(path), text)
     if BATCH.search(text) or KERNEL_TIME.search(text):

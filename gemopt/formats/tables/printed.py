@@ -17,6 +17,15 @@ EMPHASIS = re.compile(r"(\*{1,3}|`)(.*)\1")
 Lines = list[tuple[int, list[str]]]
 
 
+def alone(text: str) -> str:
+    """The one Markdown table within a text, whose other lines become blank; a text with none or several as it is."""
+    lines = text.split("\n")
+    at = [i for i, line in enumerate(lines) if line.lstrip().startswith("|")]
+    if len(at) <= 2 or at[-1] - at[0] + 1 > len(at) or not _is_rule(lines[at[1]]):
+        return text
+    return "\n".join(line if at[0] <= i <= at[-1] else "" for i, line in enumerate(lines))
+
+
 def printed(text: str) -> Lines:
     """Line number and cells of each line: the header, then rows, without titles, rules and an index.
 
