@@ -28,7 +28,7 @@ from gemopt.formats.count_names import (
     words_of,
 )  # fmt: skip
 from gemopt.formats.count_spread import follows
-from gemopt.formats.files import JSON_LIMIT, size_of, text_of
+from gemopt.formats.files import JSON_LIMIT, SMALLER, size_of, text_of
 from gemopt.formats.tables import files as table_files
 from gemopt.formats.tables.files import GROUPED
 from gemopt.traces.arrays import NOT_IDS
@@ -251,7 +251,7 @@ def _bare_cells(cells: list[str]) -> list[str]:
 def lines_of(path: Path) -> Lines:
     """Number and cells of every line, the header first."""
     if size_of(path) > JSON_LIMIT:
-        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes")
+        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {JSON_LIMIT} bytes", SMALLER)
     if count_json.is_json(path):
         yield from count_json.lines(path)
         return

@@ -24,6 +24,7 @@ from gemopt.documents.arrays import integer_array
 from gemopt.exceptions import InputError, missing
 
 JSON_LIMIT = 256 << 20
+SMALLER = "split it, its steps numbered on; arrays (.npy) and rows of tokens in .jsonl may be larger"
 YAML_LIMIT = 1 << 24
 HEADER_LIMIT = 100_000_000  # the limit of the safetensors library itself
 ARRAY_LIMIT = 1 << 36
@@ -49,7 +50,7 @@ def size_of(path: Path) -> int:
 def bounded_json(path: Path, *, limit_bytes: int = JSON_LIMIT) -> Any:
     """Parse a JSON file of at most `limit_bytes`."""
     if size_of(path) > limit_bytes:
-        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {limit_bytes} bytes of JSON")
+        raise InputError(str(path), f"{size_of(path)} bytes", f"at most {limit_bytes} bytes of JSON", SMALLER)
     return read_json(path)
 
 
@@ -63,7 +64,8 @@ def text_of(path: Path) -> TextIO:
         limit = "a complete .gz file" if path.suffix == ".gz" else "a readable file is needed"
         raise InputError(str(path), found, limit) from None
     if len(data) > JSON_LIMIT:
-        raise InputError(str(path), f"more than {JSON_LIMIT} bytes when unpacked", f"at most {JSON_LIMIT} bytes")
+        found = f"more than {JSON_LIMIT} bytes when unpacked"
+        raise InputError(str(path), found, f"at most {JSON_LIMIT} bytes", SMALLER)
     encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     return io.TextIOWrapper(io.BytesIO(data), encoding, newline="")
 
