@@ -193,3 +193,11 @@ def test_one_markdown_table_within_a_log_or_a_page(tmp_path: Path) -> None:
         assert loads(read_table(path)) == [(8, None, 55.0), (64, None, 60.0)]
     with pytest.raises(InputError, match="several tables in one file"):
         read_table(written(tmp_path, f"Two:\n\n{table}\n{table}"))
+
+
+def test_rows_whose_settings_are_objects_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {"test_parameters": {"tokens": n, "num_experts_per_tok": 8, "expert_num": 64}, "us": 50 + n} for n in (1, 8)
+    ]
+    path = written(tmp_path, "\n".join(map(json.dumps, rows)), "a.jsonl")
+    assert loads(read_table(path, unit="tokens")) == [(8, None, 51.0), (64, None, 58.0)]

@@ -114,7 +114,7 @@ def test_what_multiplies_a_load_is_named(tmp_path: Path, load: str, beside: str,
 
 
 @pytest.mark.parametrize(
-    "name", ["moe_router_topk", "Top-K", "num_experts_per_tok", "n_activated_experts_per_token", "router_top_k"]
+    "name", ["moe_router_topk", "Top-K", "num_experts_per_tok", "n_activated_experts_per_token", "top_k_experts"]
 )
 def test_a_column_that_tells_the_experts_of_a_token_is_heeded(tmp_path: Path, name: str) -> None:
     path = table(tmp_path, f"tokens,time_us,{name},topk_group", ",4,3")
@@ -123,7 +123,9 @@ def test_a_column_that_tells_the_experts_of_a_token_is_heeded(tmp_path: Path, na
     assert loads(read_table(path, unit=Unit.TOKENS))[0] == (4, None, 51.0)
 
 
-@pytest.mark.parametrize(("local", "every"), [("experts_per_rank", "n_routed_experts"), ("n_local_experts", "experts")])
+@pytest.mark.parametrize(
+    ("local", "every"), [("experts_per_rank", "n_routed_experts"), ("n_local_experts", "expert_num")]
+)
 def test_columns_that_tell_the_experts_on_the_device_are_heeded(tmp_path: Path, local: str, every: str) -> None:
     path = table(tmp_path, f"tokens,time_us,{local},{every},topk", ",64,256,8")
     with pytest.raises(InputError, match="one in 4 of the experts is on the device"):
@@ -131,7 +133,7 @@ def test_columns_that_tell_the_experts_on_the_device_are_heeded(tmp_path: Path, 
     assert loads(read_table(path, unit=Unit.GROUP_TOKENS)) == [(2 * n, None, 50.0 + n) for n in NS]
 
 
-@pytest.mark.parametrize("name", ["expert_parallel_degree", "EP World Size", "expert_model_parallel_size"])
+@pytest.mark.parametrize("name", ["expert_parallel_degree", "EP World Size", "num_ep_ranks"])
 def test_a_column_that_tells_the_ranks_of_the_group_is_heeded(tmp_path: Path, name: str) -> None:
     path = table(tmp_path, f"tokens,time_us,{name}", ",8")
     with pytest.raises(InputError, match=f"--ep: got 4; {name} is 8"):

@@ -10,7 +10,9 @@ from gemopt.exceptions import InputError
 from gemopt.formats.count_names import COUNTED, TABLES, numbered, words_of
 
 JSON = re.compile(r'\s*(?:\{|\[\s*(?:-?\d|[\[{"]))')
-SETTINGS = {"config", "configuration", "params", "parameters", "settings", "args", "shape", "problem", "workload"}
+SETTINGS = {
+    "config", "configuration", "params", "parameters", "settings", "args", "shape", "problem", "workload", "test",
+}  # fmt: skip
 LABEL = ""  # of rows, as pandas saves them in a CSV file
 LIMIT = "one JSON document, or one on each line"
 

@@ -64,7 +64,7 @@ WHOLE_EXPERTS = ("enable_expert_parallel", "enable_ep", "enable_ep_moe")
 LAUNCHES = ({"instances"}, {"calls", "total_duration_ns"})  # of a profiler's summary
 GROUPS = (
     "num_gpus", "n_gpus", "ngpus", "gpus", "num_devices", "n_devices", "num_npus", "num_cards", "world_size",
-    "num_ranks", "nranks", "dp", "dp_size", "data_parallel_size", "nodes", "num_nodes", "nnodes", "node_num",
+    "num_ranks", "n_ranks", "nranks", "dp", "dp_size", "data_parallel_size", "nodes", "num_nodes", "nnodes", "node_num",
     "gpus_per_node",
 )  # fmt: skip
 EXCHANGED = {

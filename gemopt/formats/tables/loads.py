@@ -11,17 +11,17 @@ from gemopt.formats.tables.files import NO_LOADS, Table, whole
 from gemopt.formats.tables.kinds import Layout, Unit
 
 LOAD_COLUMNS = ("tokens", "num_tokens", "n_tokens", "ntokens", "token_count", "assignments", "token", "batch_size")
-EXPERTS = re.compile(r"(?:(?:num|n)_)?(?:(?:routed|total|global)_)?experts?|e")
+EXPERTS = re.compile(r"(?:(?:num|n)_)?(?:(?:routed|total|global)_)?experts?(?:_num)?|e")
 LOCAL_EXPERTS = re.compile(
-    r"(?:(?:num|n)_)?(?:local_(?:num_)?experts|experts_(?:per_(?:rank|gpu|device)|local))|local_e|e_local|e_per_(?:rank|gpu)"
+    r"(?:(?:num|n)_)?(?:local_(?:num_)?experts?|experts_(?:per_(?:rank|gpu|device)|local))|local_e|e_local|e_per_(?:rank|gpu)"
 )
 TOP_K = re.compile(
-    r"(?:(?:num|n|moe|router)_)*(?:top_?k|(?:(?:selected|active|activated|routed)_)?experts_per_tok(?:en)?)"
+    r"(?:(?:num|n|moe|router)_)*(?:top_?k(?:_experts)?|expert_used|(?:(?:selected|active|activated|routed)_)?experts_per_tok(?:en)?)"
 )
 ACTIVE = re.compile(
     r"(?:(?:num|n)_)?(?:(?:active|activated|unique|distinct|hit|used|touched)_experts|experts_(?:active|activated|hit|used))"
 )
-EP = re.compile(r"(?:moe_)?(?:ep|expert_(?:model_)?parallel)(?:_(?:size|degree|world_size))?")
+EP = re.compile(r"(?:moe_|num_|n_)?(?:ep|expert_(?:model_)?parallel(?:ism)?)(?:_(?:size|degree|world_size|ranks))?")
 LARGEST_LOAD = 2.0**31 - 1  # as in a profile
 BATCHES = {"batch", "bs", "seqs", "sequences", "requests", "concurrency", "users"}
 SEQUENCES = {"seq", "sequence", "request", "prompt", "input", "query", "q"}
